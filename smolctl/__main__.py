@@ -1,0 +1,4 @@
+from smolctl.cli.main import main
+
+if __name__ == "__main__":
+    main()

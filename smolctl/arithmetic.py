@@ -1,0 +1,127 @@
+"""Parameters, FLOPs and memory of a model: exact integers with the formula of each.
+
+Everything here is a function of a config and a few sizes. Nothing is allocated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from smolctl.config.model import ModelConfig
+
+BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class ParameterRow:
+    """One weight matrix or vector of the network."""
+
+    module: str  # the tensor's name without ".weight"
+    shape: tuple[int, ...]
+    formula: str  # the shape in the config's own words
+    parameters: int
+    tied: bool = False  # shares its storage with another row and adds nothing to `unique`
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """The three totals that people mean by "the number of parameters"."""
+
+    unique: int  # every stored number once
+    naive: int  # a tied lm_head counted again
+    non_embedding: int  # without token table, learned positions and head
+    rows: tuple[ParameterRow, ...]
+
+
+def parameter_rows(config: ModelConfig) -> tuple[ParameterRow, ...]:
+    """Every parameter tensor of the network, in the order of the forward pass."""
+    hidden, ffn, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+
+    def matrix(module: str, rows: int, columns: int, formula: str, tied: bool = False) -> ParameterRow:
+        return ParameterRow(module, (rows, columns), formula, rows * columns, tied)
+
+    def norm(module: str) -> ParameterRow:
+        return ParameterRow(module, (hidden,), "hidden_size", hidden)
+
+    rows = [matrix("model.embed_tokens", vocab, hidden, "vocab_size × hidden_size")]
+    if config.position_embedding == "learned":
+        positions = config.max_position_embeddings
+        rows.append(
+            matrix("model.embed_positions", positions, hidden, "max_position_embeddings × hidden_size")
+        )
+    heads = "num_attention_heads × head_dim"
+    kv_heads = "num_key_value_heads × head_dim"
+    for index in range(config.num_hidden_layers):
+        layer = f"model.layers.{index}"
+        rows += [
+            norm(f"{layer}.input_layernorm"),
+            matrix(f"{layer}.self_attn.q_proj", queries, hidden, f"{heads} × hidden_size"),
+            matrix(f"{layer}.self_attn.k_proj", keys, hidden, f"{kv_heads} × hidden_size"),
+            matrix(f"{layer}.self_attn.v_proj", keys, hidden, f"{kv_heads} × hidden_size"),
+            matrix(f"{layer}.self_attn.o_proj", hidden, queries, f"hidden_size × {heads}"),
+            norm(f"{layer}.post_attention_layernorm"),
+            matrix(f"{layer}.mlp.gate_proj", ffn, hidden, "intermediate_size × hidden_size"),
+            matrix(f"{layer}.mlp.up_proj", ffn, hidden, "intermediate_size × hidden_size"),
+            matrix(f"{layer}.mlp.down_proj", hidden, ffn, "hidden_size × intermediate_size"),
+        ]
+    rows.append(norm("model.norm"))
+    rows.append(matrix("lm_head", vocab, hidden, "vocab_size × hidden_size", config.tie_word_embeddings))
+    return tuple(rows)
+
+
+def count_rows(rows: tuple[ParameterRow, ...]) -> ParameterCount:
+    """The three totals of a list of rows."""
+    embeddings = ("model.embed_tokens", "model.embed_positions", "lm_head")
+    return ParameterCount(
+        unique=sum(row.parameters for row in rows if not row.tied),
+        naive=sum(row.parameters for row in rows),
+        non_embedding=sum(row.parameters for row in rows if row.module not in embeddings),
+        rows=rows,
+    )
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Count the network that a config describes."""
+    return count_rows(parameter_rows(config))
+
+
+def forward_flops_per_token(config: ModelConfig, context: int) -> int:
+    """Floating-point operations of one token's forward pass, two for each multiply-add.
+
+    The head's product is counted also when its weights are tied: it is computed all the same.
+    Attention is counted causally, over half of `context` on average. Norms, RoPE and the
+    softmax are left out (below 1 %).
+    """
+    count = count_parameters(config)
+    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
+    matrices = count.non_embedding - norms + config.vocab_size * config.hidden_size
+    attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context // 2
+    return 2 * (matrices + attention)
+
+
+def training_flops_per_token(config: ModelConfig, sequence_length: int) -> int:
+    """Forward plus backward: the backward pass costs two forwards."""
+    return 3 * forward_flops_per_token(config, sequence_length)
+
+
+def kv_cache_bytes_per_token(config: ModelConfig, dtype: str = "float32") -> int:
+    """Keys and values of one position over all layers."""
+    values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return values * BYTES_PER_VALUE[dtype]
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes that a training step holds at its peak."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int  # kept from forward for backward
+    logits: int  # the chunk of logits that the loss holds at once
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits

@@ -1,0 +1,63 @@
+"""The application: its commands, its version, and usage errors in our own words."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from smolctl import __version__
+from smolctl.cli.count_params import count_params
+from smolctl.cli.inspect_config import inspect_config
+from smolctl.cli.resume import resume
+from smolctl.cli.sample import sample
+from smolctl.cli.train import train
+from smolctl.errors import ExitCode, UsageError
+from smolctl.views.output import Output
+
+app = typer.Typer(
+    name="smolctl",
+    help="From a config to a trained, resumed and sampled small language model.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"smolctl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("inspect-config")(inspect_config)
+app.command("count-params")(count_params)
+app.command("train")(train)
+app.command("resume")(resume)
+app.command("sample")(sample)
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        # Typer's usage errors: its class is private, its interface is not.
+        if not hasattr(error, "format_message"):
+            raise
+        command = getattr(getattr(error, "ctx", None), "command_path", "smolctl")
+        usage = UsageError(str(error.format_message()), f"See {command} --help.")
+        Output(json="--json" in sys.argv).error(usage)
+        code = ExitCode.USAGE
+    sys.exit(int(code or 0))

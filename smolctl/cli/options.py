@@ -1,0 +1,62 @@
+"""Options that several commands share, spelled once, and what wraps every command."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from smolctl.errors import ExitCode, SmolError
+from smolctl.views.output import Output
+
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.", show_default=False)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Data and errors only.", show_default=False)]
+Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more.", show_default=False)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default=False)]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the config; repeatable."),
+]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Preset, YAML, Hub id, folder, .safetensors, .gguf, .ckpt or run.",
+        show_default=False,
+    ),
+]
+
+
+def command(function: Callable[..., int | None]) -> Callable[..., None]:
+    """Wrap a command: errors become two lines and an exit code, a traceback only with --debug."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> None:
+        out = Output(
+            json=options.get("json", False),
+            quiet=options.get("quiet", False),
+            verbose=options.get("verbose", 0),
+        )
+        try:
+            code = function(*args, **options)
+        except SmolError as error:
+            if options.get("debug"):
+                raise
+            out.error(error)
+            code = error.exit_code
+        except KeyboardInterrupt:
+            code = ExitCode.INTERRUPTED
+        except BrokenPipeError:
+            code = ExitCode.DONE  # the reader of our stdout has seen enough
+        except Exception as error:
+            if options.get("debug"):
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            out.error(SmolError(f"unexpected: {reason}", "Run again with --debug for the traceback."))
+            code = ExitCode.FAILED
+        if code:
+            raise typer.Exit(int(code))
+
+    return run

@@ -1,0 +1,14 @@
+"""What a model and a run are. Plain, validated data; nothing here imports torch."""
+
+from smolctl.config.load import load_run_config, preset_names, presets_folder, resolve_run_config
+from smolctl.config.model import ModelConfig
+from smolctl.config.run import RunConfig
+
+__all__ = [
+    "ModelConfig",
+    "RunConfig",
+    "load_run_config",
+    "preset_names",
+    "presets_folder",
+    "resolve_run_config",
+]

@@ -1,0 +1,173 @@
+"""From files, `--set key=value` and flags to one validated `RunConfig`.
+
+Precedence, strongest first: flags, `--set`, the file, the defaults.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from smolctl.config.model import ModelConfig
+from smolctl.config.run import RunConfig
+from smolctl.errors import InputError, UsageError
+
+C = TypeVar("C", bound=BaseModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1's loader reads `3e-4` as text; this one reads it as the number it is."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def presets_folder() -> Path:
+    """The folder of the shipped configs: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def preset_names() -> list[str]:
+    """Names that `train` and every MODEL argument take without a path."""
+    return sorted(path.stem for path in presets_folder().glob("*.yaml"))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        InputError: the file is missing, is no YAML, or holds something else than a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file", f"Presets: {', '.join(preset_names())}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text ({error})", "Give a YAML config file.") from None
+    try:
+        content = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise InputError(f"{path}{line}: {problem}", "Mend the YAML; `smolctl inspect-config nano --yaml` shows one.") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a config: the top level must be a mapping", "Start from one of configs/.")
+    return content
+
+
+def config_path(name_or_path: str) -> Path:
+    """The file of a preset name or of a path."""
+    path = Path(name_or_path)
+    if path.suffix in {".yaml", ".yml"} or path.exists():
+        return path
+    if name_or_path in preset_names():
+        return presets_folder() / f"{name_or_path}.yaml"
+    near = difflib.get_close_matches(name_or_path, preset_names(), n=1)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    raise InputError(
+        f"{name_or_path}: no preset and no file of that name", f"{hint}Presets: {', '.join(preset_names())}."
+    )
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """`["train.steps=10"]` as a nested mapping; values are read as YAML.
+
+    Raises:
+        UsageError: an item without `=`.
+    """
+    nested: dict[str, Any] = {}
+    for item in settings:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--set {item}: expected key=value", "For example --set optimizer.learning_rate=3e-4.")
+        section = nested
+        *parents, last = key.strip().split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        try:
+            section[last] = yaml.load(value, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        except yaml.YAMLError:
+            section[last] = value
+    return nested
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with every leaf of `over` laid on top of it."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def load_run_config(
+    name_or_path: str, settings: Iterable[str] = (), flags: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """Read a preset or a YAML file and lay `--set` items and flags over it.
+
+    Args:
+        name_or_path: a name in `configs/` or the path of a YAML file.
+        settings: `section.key=value` items.
+        flags: nested values of the command line's own options; the strongest.
+    """
+    path = config_path(name_or_path)
+    layers = merge(merge(read_yaml(path), parse_settings(settings)), flags or {})
+    return resolve_run_config(layers, origin=str(name_or_path))
+
+
+def resolve_run_config(values: Mapping[str, Any], origin: str) -> RunConfig:
+    """Validate nested values.
+
+    Raises:
+        InputError: naming the first wrong key, with a suggestion when it is unknown.
+    """
+    return _validate(RunConfig, values, origin)
+
+
+def resolve_model_config(values: Mapping[str, Any], origin: str) -> ModelConfig:
+    """Validate the fields of a model alone. Raises as `resolve_run_config`."""
+    return _validate(ModelConfig, values, origin)
+
+
+def _validate(schema: type[C], values: Mapping[str, Any], origin: str) -> C:
+    try:
+        return schema.model_validate(dict(values))
+    except ValidationError as error:
+        raise _config_error(schema, error, origin) from None
+
+
+def _config_error(schema: type[BaseModel], error: ValidationError, origin: str) -> InputError:
+    problems = error.errors()
+    first = problems[0]
+    key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("tuple[", "function-")))
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _keys_beside(schema, [str(part) for part in first["loc"]])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]}?" if near else f"Known keys here: {', '.join(known)}."
+        return InputError(f"{origin}: unknown key {key}{more}", hint)
+    reason = first["msg"].removeprefix("Value error, ")
+    given = f", got {first['input']!r}" if key and not isinstance(first["input"], Mapping) else ""
+    return InputError(f"{origin}: {key + ': ' if key else ''}{reason}{given}{more}", "Change the value and run again.")
+
+
+def _keys_beside(schema: type[BaseModel], location: list[str]) -> list[str]:
+    for part in location[:-1]:
+        annotation = schema.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        schema = annotation
+    return list(schema.model_fields)

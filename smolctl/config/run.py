@@ -1,0 +1,166 @@
+"""Everything that decides a training run, section by section of its YAML file."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from smolctl.config.model import ModelConfig
+
+# A number of steps, or a share of train.steps when below 1. Shares become whole steps in the
+# resolved config, so that a run that is resumed later keeps the schedule it was started with.
+StepsOrShare = Annotated[int | float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A frozen section of the file; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class DataConfig(Section):
+    """Where the tokens come from."""
+
+    source: tuple[str, ...] = Field(
+        ("python",), description="'python' (embedded), files, folders, or Hub datasets org/name[:config]"
+    )
+    text_field: str = Field("text", description="column that holds the text in jsonl, parquet and datasets")
+    sequence_length: int = Field(1_024, gt=0, description="tokens a window")
+    validation_fraction: float = Field(0.01, ge=0, lt=1, description="share of documents held out")
+    seed: int = Field(8, ge=0, description="order of the windows and choice of held-out documents")
+    workers: int = Field(0, ge=0, description="processes that read batches; the batches are the same")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_source_is_a_list(cls, values: object) -> object:
+        if isinstance(values, dict) and isinstance(values.get("source"), str):
+            return {**values, "source": (values["source"],)}
+        return values
+
+
+class TrainConfig(Section):
+    """How much is trained, in steps of how many tokens."""
+
+    steps: int = Field(5_000, gt=0, description="optimizer steps in all")
+    batch_size: int = Field(8, gt=0, description="sequences a step, over all devices")
+    micro_batch_size: int = Field(0, ge=0, description="sequences in memory at once; 0 is batch_size")
+    gradient_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 switches clipping off")
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "auto"
+    compile: bool = Field(False, description="torch.compile, block by block")
+    seed: int = Field(8, ge=0, description="initial weights and dropout")
+
+
+class OptimizerConfig(Section):
+    """AdamW, with weight decay on matrices only."""
+
+    name: Literal["adamw"] = "adamw"
+    learning_rate: float = Field(3e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+
+
+class ScheduleConfig(Section):
+    """The learning rate as a pure function of the step."""
+
+    name: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
+    warmup_steps: StepsOrShare = 2_000
+    decay_start: int | None = Field(None, ge=0, description="first step of wsd's decay; null: steps - decay_steps")
+    decay_steps: StepsOrShare = 0
+    min_learning_rate: float = Field(0.0, ge=0)
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and how many stay."""
+
+    every: int = Field(500, gt=0, description="steps")
+    keep_last: int = Field(3, ge=0, description="newest checkpoints kept; 0 keeps all")
+    keep_every: int = Field(0, ge=0, description="also keep every checkpoint at a multiple of this step")
+
+
+class PredictionsConfig(Section):
+    """What the model says to fixed prompts while it learns."""
+
+    every: int = Field(500, ge=0, description="steps; 0 switches predictions off")
+    prompts: tuple[str, ...] = (
+        "The capital of France is",
+        "Once upon a time",
+        "def fibonacci(n):",
+    )
+    max_tokens: int = Field(32, gt=0)
+    temperature: float = Field(0.0, ge=0, description="0 is greedy")
+
+
+class ValidationConfig(Section):
+    """Bits per byte on the held-out documents."""
+
+    every: int = Field(500, ge=0, description="steps; 0 switches validation off")
+    batches: int = Field(20, gt=0, description="batches of train.batch_size windows")
+
+
+class TrainerConfig(Section):
+    """Lightning's Trainer."""
+
+    accelerator: str = "auto"
+    devices: int | Literal["auto"] = 1
+    num_nodes: int = Field(1, gt=0)
+    strategy: str = "auto"
+    log_every: int = Field(10, gt=0, description="steps between two lines where there is no terminal")
+
+
+class RunConfig(Section):
+    """One training run: the model and all that shapes its training."""
+
+    model: ModelConfig = ModelConfig()
+    tokenizer: str | None = Field(
+        None,
+        description="Hub id, folder, tokenizer.json, GGUF, or train:N; null: SmolLM2's, or trained when offline",
+    )
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    predictions: PredictionsConfig = PredictionsConfig()
+    validation: ValidationConfig = ValidationConfig()
+    trainer: TrainerConfig = TrainerConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        model, data, train = self.model, self.data, self.train
+        if data.sequence_length > model.max_position_embeddings:
+            raise ValueError(
+                f"data.sequence_length {data.sequence_length} exceeds "
+                f"model.max_position_embeddings {model.max_position_embeddings}"
+            )
+        if train.micro_batch_size and train.batch_size % train.micro_batch_size:
+            raise ValueError(
+                f"train.batch_size {train.batch_size} does not divide by "
+                f"train.micro_batch_size {train.micro_batch_size}"
+            )
+        return self
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences in memory at once, with 0 resolved to the whole batch."""
+        return self.train.micro_batch_size or self.train.batch_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens an optimizer step sees over all devices."""
+        return self.train.batch_size * self.data.sequence_length
+
+    def with_whole_steps(self) -> RunConfig:
+        """This run with every share of `train.steps` turned into a number of steps."""
+        steps, schedule = self.train.steps, self.schedule
+
+        def whole(value: int | float) -> int:
+            return round(value * steps) if 0 < value < 1 else int(value)
+
+        warmup, decay = whole(schedule.warmup_steps), whole(schedule.decay_steps)
+        start = max(warmup, steps - decay) if schedule.decay_start is None else schedule.decay_start
+        resolved = schedule.model_copy(
+            update={"warmup_steps": warmup, "decay_steps": decay, "decay_start": start}
+        )
+        return self.model_copy(update={"schedule": resolved})

@@ -1,0 +1,58 @@
+"""Every failure that a user can mend: one line of cause, one line of remedy, one exit code."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every command."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    BAD_INPUT = 3
+    HUB = 4
+    GATE_NOT_MET = 5
+    INTERRUPTED = 130  # 128 + SIGINT
+    TERMINATED = 143  # 128 + SIGTERM
+
+
+class SmolError(Exception):
+    """A failure with its cause and its remedy.
+
+    Args:
+        message: what is wrong, in one line, naming the file, key or value.
+        hint: what the user can do about it, in one line; may be empty.
+    """
+
+    exit_code: ExitCode = ExitCode.FAILED
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(SmolError):
+    """The command line asks for something that cannot be meant."""
+
+    exit_code = ExitCode.USAGE
+
+
+class InputError(SmolError):
+    """A config, checkpoint, model file or corpus is missing, damaged or not supported."""
+
+    exit_code = ExitCode.BAD_INPUT
+
+
+class HubError(SmolError):
+    """The Hub refused, could not be reached, or needs credentials."""
+
+    exit_code = ExitCode.HUB
+
+
+class GateError(SmolError):
+    """A limit that the user set was not met."""
+
+    exit_code = ExitCode.GATE_NOT_MET

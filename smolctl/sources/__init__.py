@@ -1,0 +1,1 @@
+"""The MODEL argument of every command."""

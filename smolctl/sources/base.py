@@ -1,0 +1,111 @@
+"""What every kind of MODEL argument becomes: headers now, weights only when asked."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from smolctl.config import ModelConfig, RunConfig
+from smolctl.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class SourceKind(StrEnum):
+    """The kinds of MODEL, told apart by content."""
+
+    PRESET = "preset"
+    CONFIG = "config"  # our YAML
+    NANOTRON = "nanotron"  # a nanotron training YAML
+    HUB = "hub"
+    FOLDER = "folder"  # a Hugging Face folder, or its config.json
+    SAFETENSORS = "safetensors"
+    GGUF = "gguf"
+    CHECKPOINT = "checkpoint"
+    RUN = "run"
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """One tensor as a header declares it."""
+
+    name: str  # Hugging Face name where the architecture is known, else the file's own
+    shape: tuple[int, ...]
+    dtype: str  # as the file names it: "F32", "BF16", "Q4_1"
+    bytes: int  # size in the file
+
+    @property
+    def parameters(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """A tokenizer as plain data, before any library has read it."""
+
+    tokenizer_json: str  # the text of a tokenizer.json
+    chat_template: str | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+
+class Weights(ABC):
+    """Access to the tensors behind a header. Nothing is read before it is asked for."""
+
+    @abstractmethod
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor under its Hugging Face name, one at a time, dequantized where needed.
+
+        Raises:
+            InputError: the file is truncated or damaged.
+        """
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that somebody named on the command line."""
+
+    kind: SourceKind
+    id: str  # as the user named it
+    config: ModelConfig | None  # None when this network cannot represent the model
+    unsupported: str = ""  # why config is None, naming the feature
+    revision: str | None = None  # commit on the Hub
+    bytes_fetched: int = 0  # over the network
+    declared: Mapping[str, Any] = field(default_factory=dict)  # the config as the source spells it
+    recovered_from_shapes: bool = False  # no config was found; it was derived from the tensors
+    tensors: tuple[TensorHeader, ...] | None = None  # None when the source has no weights
+    run: RunConfig | None = None  # the training recipe, where the source has one
+    tokenizer: TokenizerFiles | None = None
+    problems: tuple[str, ...] = ()  # what is odd about it, for a person to read
+    step: int | None = None  # optimizer steps behind a checkpoint
+    weights: Weights | None = None
+
+    def require_config(self) -> ModelConfig:
+        """The config, or the reason why this network cannot stand in for the model.
+
+        Raises:
+            InputError: the model is not representable.
+        """
+        if self.config is None:
+            raise InputError(
+                f"{self.id}: {self.unsupported}",
+                "smolctl runs Llama-shaped models; count-params still counts this one's header.",
+            )
+        return self.config
+
+    def require_weights(self) -> Weights:
+        """The weights, or an error that says that this source has none."""
+        if self.weights is None:
+            raise InputError(
+                f"{self.id}: a {self.kind.value} has no weights",
+                "Name a run, a checkpoint, a folder, a GGUF or a Hub id; `smolctl train` makes a run.",
+            )
+        return self.weights

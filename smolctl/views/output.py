@@ -1,0 +1,80 @@
+"""Where words go: data to stdout, talk to stderr, as a table, as plain lines or as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from smolctl.errors import SmolError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+# A pipe has no width. Tables are laid out for this many columns there.
+PIPE_WIDTH = 120
+
+
+@dataclass(frozen=True)
+class Output:
+    """One command's way of speaking.
+
+    Args:
+        json: print machine-readable documents and nothing else on stdout.
+        quiet: print data and errors only.
+        verbose: say more; repeatable.
+    """
+
+    json: bool = False
+    quiet: bool = False
+    verbose: int = 0
+
+    @cached_property
+    def stdout(self) -> Console:
+        return _console(stderr=False)
+
+    @cached_property
+    def stderr(self) -> Console:
+        return _console(stderr=True)
+
+    def show(self, *renderables: RenderableType) -> None:
+        """Print data for a person; nothing under `--json`."""
+        if not self.json:
+            for renderable in renderables:
+                self.stdout.print(renderable)
+
+    def document(self, value: Mapping[str, Any]) -> None:
+        """Print one JSON document; nothing without `--json`."""
+        if self.json:
+            print(json.dumps(value, ensure_ascii=False, indent=2), flush=True)
+
+    def event(self, value: Mapping[str, Any]) -> None:
+        """Print one JSON line of a stream; nothing without `--json`."""
+        if self.json:
+            print(json.dumps(value, ensure_ascii=False), flush=True)
+
+    def talk(self, text: str) -> None:
+        """Say something beside the data; nothing under `--quiet`."""
+        if not self.quiet:
+            self.stderr.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def error(self, error: SmolError) -> None:
+        """One line of cause and one of remedy, or the JSON object of both."""
+        if self.json:
+            body = {"code": int(error.exit_code), "message": error.message, "hint": error.hint}
+            print(json.dumps({"error": body}, ensure_ascii=False), file=sys.stderr, flush=True)
+            return
+        self.stderr.print("error: ", style="bold red", end="", highlight=False)
+        self.stderr.print(error.message, markup=False, highlight=False, soft_wrap=True)
+        if error.hint:
+            self.stderr.print(f" hint: {error.hint}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _console(stderr: bool) -> Console:
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=PIPE_WIDTH)
