@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -83,10 +83,19 @@ class ModelSource:
     recovered_from_shapes: bool = False  # no config was found; it was derived from the tensors
     tensors: tuple[TensorHeader, ...] | None = None  # None when the source has no weights
     run: RunConfig | None = None  # the training recipe, where the source has one
-    tokenizer: TokenizerFiles | None = None
     problems: tuple[str, ...] = ()  # what is odd about it, for a person to read
     step: int | None = None  # optimizer steps behind a checkpoint
     weights: Weights | None = None
+    # Called by `read_tokenizer`; None when the source carries no tokenizer.
+    tokenizer_reader: Callable[[], TokenizerFiles | None] | None = field(default=None, repr=False)
+
+    def read_tokenizer(self) -> TokenizerFiles | None:
+        """The tokenizer that travels with the model, read now; None when there is none.
+
+        Raises:
+            InputError: its files are damaged or of a kind that cannot be read.
+        """
+        return self.tokenizer_reader() if self.tokenizer_reader else None
 
     def require_config(self) -> ModelConfig:
         """The config, or the reason why this network cannot stand in for the model.
