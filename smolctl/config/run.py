@@ -46,7 +46,7 @@ class TrainConfig(Section):
     batch_size: int = Field(8, gt=0, description="sequences a step, over all devices")
     micro_batch_size: int = Field(0, ge=0, description="sequences in memory at once; 0 is batch_size")
     gradient_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 switches clipping off")
-    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "auto"
+    precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = "auto"
     compile: bool = Field(False, description="torch.compile, block by block")
     seed: int = Field(8, ge=0, description="initial weights and dropout")
 
@@ -159,7 +159,12 @@ class RunConfig(Section):
             return round(value * steps) if 0 < value < 1 else int(value)
 
         warmup, decay = whole(schedule.warmup_steps), whole(schedule.decay_steps)
-        start = max(warmup, steps - decay) if schedule.decay_start is None else schedule.decay_start
+        start = schedule.decay_start
+        if schedule.name in ("cosine", "linear"):  # these fall from the end of the warmup to the last step
+            start = warmup if start is None else start
+            decay = decay or max(1, steps - start)
+        elif start is None:
+            start = max(warmup, steps - decay)
         resolved = schedule.model_copy(
             update={"warmup_steps": warmup, "decay_steps": decay, "decay_start": start}
         )

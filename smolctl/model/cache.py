@@ -1,0 +1,53 @@
+"""Keys and values of the tokens seen so far, in buffers that are allocated once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from smolctl.config import ModelConfig
+from smolctl.errors import InputError
+
+
+class LayerCache:
+    """One layer's keys and values, each (B, K, capacity, D), filled up to `length`."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, K, T, D) behind what is there and return views of all, (B, K, S, D)."""
+        end = self.length + keys.shape[2]
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+@dataclass
+class KVCache:
+    """The cache of a whole network."""
+
+    layers: list[LayerCache]
+    length: int = 0  # tokens stored in every layer
+
+    @staticmethod
+    def allocate(
+        config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> KVCache:
+        """Room for `capacity` tokens of `batch` sequences.
+
+        Raises:
+            InputError: more tokens than the model has positions for.
+        """
+        if capacity > config.max_position_embeddings:
+            raise InputError(
+                f"{capacity} tokens do not fit the model's context of {config.max_position_embeddings}",
+                "Shorten the prompt or lower --max-tokens.",
+            )
+        shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
+        return KVCache([LayerCache(shape, dtype, device) for _ in range(config.num_hidden_layers)])

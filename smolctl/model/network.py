@@ -1,0 +1,207 @@
+"""The network: a Llama-shaped decoder that reads from top to bottom.
+
+Shapes: B sequences, T tokens given now, S tokens attended to, C hidden_size, F intermediate_size,
+H query heads, K key/value heads, D head_dim, V vocab_size.
+
+Module names are Hugging Face's, so that `Transformer.state_dict()` is what `LlamaForCausalLM` saves
+and loads. A tied head has no tensor of its own: the token table is used twice.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smolctl.config import ModelConfig
+from smolctl.model.cache import KVCache, LayerCache
+
+# The loss holds at most this many rows of logits at once: 256 × 49,152 in float32 are 48 MiB. Larger
+# chunks are not faster (the product is as wide as the vocabulary), smaller ones lose some speed.
+LOSS_CHUNK_ROWS = 256
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) × weight, with the mean of squares over the last dimension."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rotary_table(config: ModelConfig, device: torch.device | None = None) -> Tensor:
+    """cos and sin of every position's angles, in float32: (2, max_position_embeddings, D).
+
+    The two halves of a head turn together ("rotate half"), as in Hugging Face's Llama.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents  # (D/2,)
+    positions = torch.arange(config.max_position_embeddings, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, frequencies).repeat(1, 2)  # (positions, D)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Turn queries or keys (B, H, T, D) by the angles of their positions (2, T, D)."""
+    cos, sin = rotary.to(x.dtype)
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Causal self-attention in which groups of query heads share one key/value head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.dropout = config.attention_dropout
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rotary: Tensor | None, cache: LayerCache | None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, K, S, D)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=_continuation_mask(T, k.shape[2], x.device),
+            is_causal=T > 1 and k.shape[2] == T,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+
+
+def _continuation_mask(T: int, S: int, device: torch.device) -> Tensor | None:
+    """The causal mask of T new tokens after S - T cached ones; None where SDPA needs none."""
+    if T in (1, S):
+        return None
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) × up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each after a norm and added to the residual stream times `residual_scale`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.residual_scale = config.residual_scale
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary: Tensor | None, cache: LayerCache | None) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), rotary, cache)
+        x = torch.add(x, attended, alpha=self.residual_scale)
+        return torch.add(x, self.mlp(self.post_attention_layernorm(x)), alpha=self.residual_scale)
+
+
+class Decoder(nn.Module):
+    """Tokens to hidden states. Its name in the tree, `model`, is Hugging Face's."""
+
+    rotary: Tensor | None
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions: nn.Embedding | None = None
+        if config.position_embedding == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        table = rotary_table(config) if config.position_embedding == "rope" else None
+        self.register_buffer("rotary", table, persistent=False)
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        start = cache.length if cache is not None else 0
+        positions = slice(start, start + input_ids.shape[1])
+        x = self.embed_tokens(input_ids)  # (B, T, C)
+        if self.embed_positions is not None:
+            x = x + self.embed_positions.weight[positions]
+        rotary = self.rotary[:, positions] if self.rotary is not None else None  # (2, T, D)
+        for index, block in enumerate(self.layers):
+            x = block(x, rotary, cache.layers[index] if cache is not None else None)
+        if cache is not None:
+            cache.length = positions.stop
+        return self.norm(x)
+
+
+class Transformer(nn.Module):
+    """The language model: a decoder and a head that may share its token table.
+
+    Args:
+        config: the shape. At most `max_position_embeddings` tokens can be seen at once.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head: nn.Linear | None = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix (V, C) that turns hidden states into logits."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits (B, T, V) of the token after each of `input_ids` (B, T)."""
+        return F.linear(self.model(input_ids, cache), self.head_weight)
+
+    def next_token_logits(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits (B, V) after the last token alone: a prompt needs no others."""
+        return F.linear(self.model(input_ids, cache)[:, -1], self.head_weight)
+
+    def loss(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+        """Sum over all tokens of the cross entropy in nats; `input_ids` and `targets` are (B, T).
+
+        The logits exist in chunks only, forward and backward: all of them at once would be 49,152
+        numbers a token, more than everything else that a layer keeps.
+        """
+        hidden = self.model(input_ids).flatten(0, 1)  # (B·T, C)
+        rows = min(LOSS_CHUNK_ROWS, hidden.shape[0])
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
+        return F.linear_cross_entropy(
+            hidden, self.head_weight, targets.flatten(), reduction="sum", options=options
+        )
+
+    def token_losses(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy in nats of every token, (B, T); for evaluation, without gradients."""
+        hidden = self.model(input_ids).flatten(0, 1)  # (B·T, C)
+        losses = [
+            F.cross_entropy(F.linear(part, self.head_weight).float(), target, reduction="none")
+            for part, target in zip(
+                hidden.split(LOSS_CHUNK_ROWS), targets.flatten().split(LOSS_CHUNK_ROWS), strict=True
+            )
+        ]
+        return torch.cat(losses).view_as(targets)

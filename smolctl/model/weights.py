@@ -1,0 +1,103 @@
+"""Weights into the network: drawn from a seed, or read from a source and checked name by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from smolctl.config import ModelConfig
+from smolctl.errors import InputError
+from smolctl.model.network import Transformer, rotary_table
+from smolctl.sources.base import ModelSource
+
+HEAD = "lm_head.weight"
+TABLE = "model.embed_tokens.weight"
+
+
+def initialize(config: ModelConfig, seed: int) -> Transformer:
+    """A new network whose weights are a pure function of (config, seed).
+
+    Matrices are normal with standard deviation `initializer_range`. The two that write to the
+    residual stream, o_proj and down_proj, are smaller by 1/sqrt(2 × layers), as in SmolLM2's
+    training with nanotron. Norms are one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    network = Transformer(config)
+    std = config.initializer_range
+    branch_std = std / (2 * config.num_hidden_layers) ** 0.5
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                parameter.normal_(0.0, branch_std if writes_residual else std, generator=generator)
+    return network
+
+
+def load_network(source: ModelSource, dtype: torch.dtype | None = None, device: str = "cpu") -> Transformer:
+    """The network of a source, in evaluation mode.
+
+    Args:
+        source: anything with a config and weights.
+        dtype: of the parameters; None keeps the file's.
+        device: where the parameters go.
+
+    Raises:
+        InputError: the model is not representable, the file is damaged, or tensors are missing,
+            unexpected or mis-shaped, each of them named.
+    """
+    config, weights = source.require_config(), source.require_weights()
+    tensors = {name: tensor.to(device, dtype) for name, tensor in weights.tensors()}
+    return from_state(config, tensors, source.id).eval()
+
+
+def from_state(config: ModelConfig, tensors: Mapping[str, Tensor], origin: str) -> Transformer:
+    """A network that takes the given tensors as its parameters, without a copy.
+
+    Raises:
+        InputError: as `load_network`.
+    """
+    state = dict(tensors)
+    if config.tie_word_embeddings and HEAD in state and TABLE in state:
+        head = state.pop(HEAD)
+        if head.shape != state[TABLE].shape or not torch.equal(head, state[TABLE]):
+            raise InputError(
+                f"{origin}: the config ties lm_head to the token table, but the file holds another lm_head",
+                "Set tie_word_embeddings: false in the config if the head is meant to be its own.",
+            )
+    with torch.device("meta"):
+        network = Transformer(config)
+    _check_names_and_shapes(network.state_dict(), state, origin)
+    network.load_state_dict(state, strict=True, assign=True)
+    if config.position_embedding == "rope":
+        network.model.rotary = rotary_table(config, state[TABLE].device)
+    return network.requires_grad_(True)
+
+
+def _check_names_and_shapes(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], origin: str) -> None:
+    problems = [f"missing {name}" for name in expected if name not in given]
+    problems += [f"unexpected {name}" for name in given if name not in expected]
+    problems += [
+        f"{name} is {tuple(given[name].shape)}, expected {tuple(expected[name].shape)}"
+        for name in expected
+        if name in given and given[name].shape != expected[name].shape
+    ]
+    if problems:
+        raise InputError(
+            f"{origin}: the weights do not fit the config: {_shortened(problems)}",
+            "Is this the right config for these weights? `smolctl inspect-config` compares both.",
+        )
+
+
+def _shortened(problems: Iterable[str], limit: int = 5) -> str:
+    shown = list(problems)
+    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
+    return ", ".join(shown[:limit]) + more
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Numbers stored in a module, each tensor once."""
+    return sum(parameter.numel() for parameter in module.parameters())
