@@ -5,11 +5,32 @@ Everything here is a function of a config and a few sizes. Nothing is allocated.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 
 from smolctl.config.model import ModelConfig
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+# How training may store (weights and optimizer, activations). "bf16-mixed" is Lightning's name for
+# float32 weights with the matrix products in bfloat16.
+TRAINING_DTYPES = {
+    "float32": ("float32", "float32"),
+    "bfloat16": ("bfloat16", "bfloat16"),
+    "float16": ("float16", "float16"),
+    "bf16-mixed": ("float32", "bfloat16"),
+}
+
+# Rows of logits that the loss holds at once; the network's loss is written to this size.
+LOSS_CHUNK_ROWS = 256
+
+# Modules that look tokens or positions up, or turn hidden states into logits, under the names of
+# the common architectures: Llama and most others, GPT-2, GPT-NeoX, BERT, llama.cpp.
+EMBEDDINGS = frozenset(
+    "embed_tokens embed_positions lm_head wte wpe embed_in embed_out word_embeddings position_embeddings "
+    "token_type_embeddings token_embd position_embd output".split()
+)
 
 
 @dataclass(frozen=True)
@@ -71,13 +92,27 @@ def parameter_rows(config: ModelConfig) -> tuple[ParameterRow, ...]:
     return tuple(rows)
 
 
+def tensor_rows(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[ParameterRow, ...]:
+    """Rows for named shapes of any architecture; a formula can only repeat the shape."""
+    return tuple(
+        ParameterRow(
+            name.removesuffix(".weight"), shape, " × ".join(f"{size:,}" for size in shape) or "1", prod(shape)
+        )
+        for name, shape in tensors
+    )
+
+
+def is_embedding(module: str) -> bool:
+    """Whether a module is an embedding or the head, by its name."""
+    return any(part in EMBEDDINGS for part in module.split("."))
+
+
 def count_rows(rows: tuple[ParameterRow, ...]) -> ParameterCount:
     """The three totals of a list of rows."""
-    embeddings = ("model.embed_tokens", "model.embed_positions", "lm_head")
     return ParameterCount(
         unique=sum(row.parameters for row in rows if not row.tied),
         naive=sum(row.parameters for row in rows),
-        non_embedding=sum(row.parameters for row in rows if row.module not in embeddings),
+        non_embedding=sum(row.parameters for row in rows if not is_embedding(row.module)),
         rows=rows,
     )
 
@@ -125,3 +160,53 @@ class TrainingMemory:
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+# Each number of `training_memory` in words. b, a: bytes of a stored and of a computed value.
+MEMORY_FORMULAS = {
+    "weights": "unique parameters × b",
+    "gradients": "unique parameters × b",
+    "optimizer": "2 × unique parameters × b (AdamW's two moments)",
+    "activations": "tokens × (layers × (6 hidden + 2 queries + 2 keys + 4 FFN + heads) + 4 hidden) × a",
+    "logits": f"2 × min({LOSS_CHUNK_ROWS}, tokens) × vocab_size × 4 (the loss works in chunks)",
+}
+
+
+def activation_values_per_token(config: ModelConfig) -> int:
+    """Numbers that autograd keeps of one token between the forward and the backward pass.
+
+    A layer keeps of each of its two norms the input, the normalised input and the output (6 hidden);
+    the queries and the attention's output (2 queries), keys and values (2 keys), the attention's
+    log-sum-exp (heads) and the two norms' 1/rms; and of the SwiGLU gate, silu(gate), up and their product
+    (4 FFN). After the layers come the final norm's three and the gradient of the last hidden state,
+    which the chunked loss computes in the forward pass.
+    """
+    hidden = config.hidden_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    heads = config.num_attention_heads
+    layer = 6 * hidden + 2 * queries + 2 * keys + 4 * config.intermediate_size + heads + 2
+    return config.num_hidden_layers * layer + 4 * hidden + 1
+
+
+def training_memory(
+    config: ModelConfig, batch_size: int, sequence_length: int, dtype: str = "float32"
+) -> TrainingMemory:
+    """What a training step with AdamW holds at its peak, without the framework's own memory.
+
+    Args:
+        config: the network.
+        batch_size: sequences in memory at once (the micro-batch).
+        sequence_length: tokens of each.
+        dtype: a key of `TRAINING_DTYPES`.
+    """
+    stored, computed = (BYTES_PER_VALUE[name] for name in TRAINING_DTYPES[dtype])
+    parameters = count_parameters(config).unique
+    tokens = batch_size * sequence_length
+    return TrainingMemory(
+        weights=parameters * stored,
+        gradients=parameters * stored,
+        optimizer=2 * parameters * stored,
+        activations=tokens * activation_values_per_token(config) * computed,
+        logits=2 * min(LOSS_CHUNK_ROWS, tokens) * config.vocab_size * BYTES_PER_VALUE["float32"],
+    )
