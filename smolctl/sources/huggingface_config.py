@@ -1,0 +1,138 @@
+"""Hugging Face's config.json, read into a `ModelConfig` and written from one.
+
+Both spellings are read: transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and transformers 5
+(`rope_parameters`, `dtype`). What the network cannot compute is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from smolctl.config import ModelConfig
+from smolctl.config.load import resolve_model_config
+from smolctl.errors import InputError
+
+# What `transformers.LlamaConfig` assumes for a key that config.json leaves out.
+LLAMA_DEFAULTS: Mapping[str, Any] = {
+    "vocab_size": 32_000,
+    "hidden_size": 4_096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2_048,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+DEFAULT_ROPE_THETA = 10_000.0
+# Features that are off when the key is absent, null, false or zero.
+OFF_SWITCHES = ("attention_bias", "mlp_bias", "quantization_config", "sliding_window", "rope_interleaved")
+
+
+def from_huggingface_config(values: Mapping[str, Any], origin: str) -> tuple[ModelConfig | None, str]:
+    """The network that a config.json describes, or why this toolkit's network is another one.
+
+    Args:
+        values: the parsed config.json.
+        origin: what to call it in an error.
+
+    Returns:
+        The config and "", or None and the feature that is not supported.
+
+    Raises:
+        InputError: a value is wrong in itself (negative size, heads that do not divide, ...).
+    """
+    reason = unsupported_feature(values)
+    if reason:
+        return None, reason
+    fields = {key: values.get(key, default) for key, default in LLAMA_DEFAULTS.items()}
+    fields["num_key_value_heads"] = values.get("num_key_value_heads") or fields["num_attention_heads"]
+    fields["head_dim"] = values.get("head_dim") or 0
+    fields["rope_theta"] = _rope(values).get("rope_theta") or values.get("rope_theta") or DEFAULT_ROPE_THETA
+    fields["attention_dropout"] = fields["attention_dropout"] or 0.0
+    return resolve_model_config(fields | {"position_embedding": "rope", "residual_scale": 1.0}, origin), ""
+
+
+def assumed_keys(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Sizes that a config.json leaves out, so that Llama's defaults are assumed."""
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return tuple(f"{key} is not given: Llama's {LLAMA_DEFAULTS[key]:,} is assumed" for key in sizes if key not in values)
+
+
+def unsupported_feature(values: Mapping[str, Any]) -> str:
+    """The first feature of a config.json that this network does not have; "" when there is none."""
+    model_type, architectures = values.get("model_type"), values.get("architectures") or ()
+    if model_type != "llama":
+        named = f"model_type {model_type}" if model_type else "a config.json without model_type"
+        return f"{named} is not supported, only llama"
+    if architectures and not any(str(name).lower() == "llamaforcausallm" for name in architectures):
+        return f"architecture {architectures[0]} is not supported, only LlamaForCausalLM"
+    activation = values.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        return f"hidden_act {activation} is not supported, only silu"
+    for key in OFF_SWITCHES:
+        if values.get(key):
+            return f"{key} is not supported{_detail(values[key])}"
+    return _unsupported_rope(values)
+
+
+def _unsupported_rope(values: Mapping[str, Any]) -> str:
+    rope = _rope(values)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind != "default":
+        return f"rope scaling {kind} is not supported"
+    partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        return f"partial_rotary_factor {partial} is not supported"
+    return ""
+
+
+def _rope(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """v5 `rope_parameters`, or v4 `rope_scaling`; empty when neither is there."""
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = values.get(key)
+        if rope is not None and not isinstance(rope, Mapping):
+            raise InputError(f"config.json: {key} is no mapping, got {rope!r}", "Mend config.json.")
+        if rope:
+            return dict(rope)
+    return {}
+
+
+def _detail(value: Any) -> str:
+    """How a switched-on feature is described: `quant_method bitsandbytes`, `4096`, or nothing."""
+    if isinstance(value, Mapping):
+        method = value.get("quant_method")
+        return f" ({method})" if method else ""
+    return "" if value is True else f" ({value})"
+
+
+def to_huggingface_config(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
+    """The config.json of a Llama-shaped model, in both spellings, for old readers and new.
+
+    Raises:
+        InputError: the network is no `LlamaForCausalLM` (learned positions or scaled residuals).
+    """
+    if not config.is_llama:
+        raise InputError(
+            "a network with learned positions or scaled residual branches is no LlamaForCausalLM",
+            "Train a model with position_embedding: rope and residual_scale: 1, such as smollm2-135m-hub.",
+        )
+    fields = config.model_dump(mode="json", exclude={"position_embedding", "residual_scale"})
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **fields,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_scaling": None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_cache": True,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }

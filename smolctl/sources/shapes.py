@@ -1,0 +1,141 @@
+"""What tensor names and shapes say: whether they fit a config, and a config where there is none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from smolctl.arithmetic import parameter_rows
+from smolctl.config import ModelConfig
+from smolctl.errors import InputError
+from smolctl.sources.base import TensorHeader
+
+TABLE = "model.embed_tokens.weight"
+POSITIONS = "model.embed_positions.weight"
+HEAD = "lm_head.weight"
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
+FIRST = "model.layers.0."
+# Old transformers stored these; they follow from rope_theta.
+DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+MAX_LAYERS = 10_000  # more would be a damaged file
+
+
+def check_tensors(config: ModelConfig, tensors: Iterable[TensorHeader]) -> tuple[str, ...]:
+    """Every missing, unexpected or mis-shaped tensor, named; empty when the header fits the config.
+
+    A stored `lm_head.weight` of a tied model is accepted here: whether its values are the table's is
+    checked when the weights are read.
+    """
+    rows = {f"{row.module}.weight": row for row in parameter_rows(config)}
+    given = {tensor.name: tensor.shape for tensor in tensors if not is_derived(tensor.name)}
+    missing = [f"missing {name}" for name, row in rows.items() if name not in given and not row.tied]
+    unexpected = [f"unexpected {name}" for name in given if name not in rows]
+    misshaped = [
+        f"{name} is {list(given[name])}, the config says {list(row.shape)}"
+        for name, row in rows.items()
+        if name in given and given[name] != row.shape
+    ]
+    return (*missing, *unexpected, *misshaped)
+
+
+def is_derived(name: str) -> bool:
+    """Whether a stored tensor is no weight but follows from the config."""
+    return DERIVED.fullmatch(name) is not None
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A config read off tensor shapes, with what had to be assumed."""
+
+    config: ModelConfig | None
+    unsupported: str = ""
+    assumptions: tuple[str, ...] = ()
+
+
+def recover_config(tensors: Iterable[TensorHeader]) -> Recovered:
+    """The Llama-shaped network that has these tensors.
+
+    Shapes do not show head_dim, rope_theta or the context length: the returned assumptions say what
+    was taken for them.
+    """
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    sizes = {
+        TABLE: shapes.get(TABLE),
+        "q_proj": shapes.get(f"{FIRST}self_attn.q_proj.weight"),
+        "k_proj": shapes.get(f"{FIRST}self_attn.k_proj.weight"),
+        "gate_proj": shapes.get(f"{FIRST}mlp.gate_proj.weight"),
+    }
+    for name, shape in sizes.items():
+        if shape is None or len(shape) != 2 or 0 in shape:
+            return Recovered(None, f"no config.json, and the tensor names are not Llama's (no {name})")
+    vocab, hidden = shapes[TABLE]
+    queries, keys = shapes[f"{FIRST}self_attn.q_proj.weight"][0], shapes[f"{FIRST}self_attn.k_proj.weight"][0]
+    head_dim = likely_head_dim(hidden, queries, keys)
+    layers = 1 + max(int(match[1]) for name in shapes if (match := LAYER.match(name)))
+    if head_dim is None or layers > MAX_LAYERS:
+        return Recovered(None, "no config.json, and the tensor shapes are no Llama's")
+    fields: dict[str, object] = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": shapes[f"{FIRST}mlp.gate_proj.weight"][0],
+        "num_hidden_layers": layers,
+        "num_attention_heads": queries // head_dim,
+        "num_key_value_heads": keys // head_dim,
+        "head_dim": head_dim,
+        "tie_word_embeddings": HEAD not in shapes,
+        **_positions(shapes),
+    }
+    try:
+        config = ModelConfig.model_validate(fields)
+    except ValueError:
+        return Recovered(None, "no config.json, and the tensor shapes are no Llama's")
+    problems = check_tensors(config, [TensorHeader(name, shape, "", 0) for name, shape in shapes.items()])
+    if problems:
+        return Recovered(None, f"no config.json, and the tensors are no Llama's ({problems[0]})")
+    return Recovered(config, "", _assumptions(config))
+
+
+def likely_head_dim(hidden: int, queries: int, keys: int) -> int | None:
+    """The head size that Llama models of this width use; None when none divides.
+
+    Up to a width of 2,048 that is 64 (SmolLM, TinyLlama, Llama 3.2 1B), above it 128 (Llama 7B, 8B).
+    """
+    usual = (64, 128) if hidden < 3_072 else (128, 64)
+    for size in (*usual, 96, 80, 256, 32, 16, 8, 4, 2):
+        if queries % size == 0 and keys % size == 0 and (queries // size) % (keys // size) == 0:
+            return size
+    return None
+
+
+def _positions(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, object]:
+    learned = shapes.get(POSITIONS)
+    if learned is not None:
+        return {"position_embedding": "learned", "max_position_embeddings": learned[0]}
+    return {
+        "position_embedding": "rope",
+        "residual_scale": 1.0,
+        "rope_theta": 10_000.0,
+        "max_position_embeddings": 2_048,
+    }
+
+
+def _assumptions(config: ModelConfig) -> tuple[str, ...]:
+    common = (
+        "no config: it was recovered from the tensor shapes",
+        f"head_dim {config.head_dim} is assumed: shapes alone do not show it",
+        f"rms_norm_eps {config.rms_norm_eps:g} is assumed: shapes do not show it",
+    )
+    if config.position_embedding == "learned":
+        return (*common, f"residual_scale {config.residual_scale:.4f} is assumed: shapes do not show it")
+    return (
+        *common,
+        f"rope_theta {config.rope_theta:,.0f} and a context of {config.max_position_embeddings:,} are assumed: "
+        "put the model's config.json beside the file",
+    )
+
+
+def require_tensors(tensors: tuple[TensorHeader, ...], origin: str) -> None:
+    """Refuse a file without a single tensor."""
+    if not tensors:
+        raise InputError(f"{origin}: holds no tensors", "Is this the file you meant?")
