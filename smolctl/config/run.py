@@ -106,7 +106,6 @@ class TrainerConfig(Section):
     devices: int | Literal["auto"] = 1
     num_nodes: int = Field(1, gt=0)
     strategy: str = "auto"
-    log_every: int = Field(10, gt=0, description="steps between two lines where there is no terminal")
 
 
 class RunConfig(Section):

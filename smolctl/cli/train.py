@@ -1,0 +1,108 @@
+"""smolctl train"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from smolctl.cli.options import Debug, Json, Quiet, Settings, Verbose, command
+from smolctl.views.output import Output
+
+DEFAULT_CONFIG = "smollm2-135m"
+DEFAULT_FINETUNE_CONFIG = "finetune"
+
+
+@command
+def train(
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[CONFIG]",
+            help=f"Preset or YAML file. Default: {DEFAULT_CONFIG}, or {DEFAULT_FINETUNE_CONFIG} with --init-from.",
+            show_default=False,
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimizer steps in all.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="File, folder, Hub dataset or 'python'; repeatable."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="Hub id, folder, file, GGUF, or train:N.")
+    ] = None,
+    init_from: Annotated[
+        str | None, typer.Option("--init-from", metavar="MODEL", help="Start from a model's weights.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Sequences a step.")] = None,
+    micro_batch_size: Annotated[
+        int | None, typer.Option("--micro-batch-size", min=1, help="Sequences in memory at once.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", "--lr", help="Peak learning rate.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the initial weights.")] = None,
+    devices: Annotated[int | None, typer.Option("--devices", min=1, help="Devices on this machine.")] = None,
+    num_nodes: Annotated[int | None, typer.Option("--num-nodes", min=1, help="Machines.")] = None,
+    strategy: Annotated[str | None, typer.Option("--strategy", help="Lightning's: ddp, fsdp.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder. Default: runs/CONFIG-NNN.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the run in --out.")] = False,
+    settings: Settings = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+) -> None:
+    """Train a model from a config, or fine-tune one.
+
+    \b
+    smolctl train nano                              about three minutes on two CPU cores
+    smolctl train --steps 5000                      smollm2-135m at its full size
+    smolctl train --init-from FILE.gguf --data notes.txt --steps 20
+    """
+    from smolctl.config import load_run_config
+    from smolctl.training.prepare import prepare
+    from smolctl.training.run import plan_run
+    from smolctl.training.run import train as run_training
+    from smolctl.views.training import TrainingView
+
+    flags = _nested(
+        {
+            "train.steps": steps,
+            "train.batch_size": batch_size,
+            "train.micro_batch_size": micro_batch_size,
+            "train.seed": seed,
+            "data.source": data,
+            "tokenizer": tokenizer,
+            "optimizer.learning_rate": learning_rate,
+            "trainer.devices": devices,
+            "trainer.num_nodes": num_nodes,
+            "trainer.strategy": strategy,
+        }
+    )
+    name = config or (DEFAULT_FINETUNE_CONFIG if init_from else DEFAULT_CONFIG)
+    run_config = load_run_config(name, settings or (), flags)
+    out_view = Output(json, quiet, verbose)
+    with TrainingView(out_view) as view:
+        prepared = prepare(run_config, init_from, view, view.tokenizing)
+        if dry_run:
+            plan = plan_run(prepared, 0, out or Path("runs"))
+            out_view.document({"plan": asdict(plan)})
+            view.show_plan(plan)
+            return None
+        result = run_training(prepared, Path(name).stem, out, force, view)
+    return result.exit_code
+
+
+def _nested(flags: dict[str, Any]) -> dict[str, Any]:
+    """Options that were given, as sections of the config."""
+    nested: dict[str, Any] = {}
+    for key, value in flags.items():
+        if value is not None:
+            *section, last = key.split(".")
+            target = nested.setdefault(section[0], {}) if section else nested
+            target[last] = value
+    return nested

@@ -1,0 +1,63 @@
+"""From the MODEL argument to something that can speak."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from smolctl.data.chat import Message, render_chat
+from smolctl.data.tokenizer import Tokenizer
+from smolctl.errors import InputError
+from smolctl.model.network import Transformer
+from smolctl.model.weights import load_network
+from smolctl.sources import open_source
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network with its tokenizer."""
+
+    id: str
+    network: Transformer
+    tokenizer: Tokenizer
+    load_s: float
+
+    @property
+    def can_chat(self) -> bool:
+        return self.tokenizer.chat_template is not None
+
+    def chat_prompt(self, messages: Sequence[Message]) -> str:
+        """The text that the model expects for a conversation, ready for its answer.
+
+        Raises:
+            InputError: the model has no chat template.
+        """
+        if self.tokenizer.chat_template is None:
+            raise InputError(
+                f"{self.id}: the model has no chat template; it continues text",
+                "Leave out --chat, or choose an instruction-tuned model.",
+            )
+        return render_chat(
+            self.tokenizer.chat_template, messages, self.tokenizer.bos_token, self.tokenizer.eos_token
+        )
+
+
+def load_model(model: str) -> LoadedModel:
+    """Read weights in float32 and the tokenizer.
+
+    Raises:
+        SmolError: the model cannot be read or run, or it comes without a tokenizer.
+    """
+    started = time.perf_counter()
+    source = open_source(model)
+    source.require_config()
+    source.require_weights()
+    files = source.read_tokenizer()
+    if files is None:
+        raise InputError(f"{model}: there is no tokenizer beside the weights", "Put its tokenizer.json into the folder.")
+    tokenizer = Tokenizer.from_files(files)
+    network = load_network(source, dtype=torch.float32).requires_grad_(False)
+    return LoadedModel(model, network, tokenizer, time.perf_counter() - started)

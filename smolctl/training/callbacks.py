@@ -1,0 +1,195 @@
+"""What happens around a step: records, checkpoints, validation, predictions, signals."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from smolctl.config import RunConfig
+from smolctl.data.batches import validation_batches
+from smolctl.data.shards import TokenizedCorpus
+from smolctl.data.tokenizer import Tokenizer
+from smolctl.evaluation import bits_per_byte
+from smolctl.sources.run_folder import RunFolder
+from smolctl.training.chart import draw_loss
+from smolctl.training.events import Checkpoint, Event, Listener, Step, Validation
+from smolctl.training.module import TrainingModule
+from smolctl.training.predictions import predict
+from smolctl.training.recorder import RunRecorder
+
+# Steps over which the displayed speed is averaged: enough to be calm, few enough to follow a change.
+SPEED_WINDOW = 20
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What the callbacks need to know about the run around them."""
+
+    config: RunConfig
+    recorder: RunRecorder
+    tokenizer: Tokenizer
+    corpus: TokenizedCorpus
+    emit: Listener
+
+
+class StopFlag:
+    """Remembers a SIGINT or SIGTERM until the step at hand is done; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def install(self) -> None:
+        """Take over both signals; only possible in the main thread, and left alone elsewhere."""
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        except ValueError:
+            self._previous.clear()
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None:
+            self.restore()
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+
+class RunCallback(pl.Callback):
+    """After every step: record it, then save, then look at the model, then heed a signal.
+
+    Saving comes first: nothing that can fail afterwards costs more than itself.
+    """
+
+    def __init__(self, context: RunContext, stop: StopFlag, saved_at: int | None = None) -> None:
+        self.context = context
+        self.stop = stop
+        self.saved_at = saved_at  # step of the newest checkpoint
+        self._durations: deque[float] = deque(maxlen=SPEED_WINDOW)
+        self._step_started = 0.0
+        lengths = context.tokenizer.token_byte_lengths()
+        vocabulary = context.config.model.vocab_size
+        self._token_bytes = torch.zeros(max(vocabulary, len(lengths)), dtype=torch.long)
+        self._token_bytes[: len(lengths)] = torch.from_numpy(lengths)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.stop.install()  # after Lightning has installed its own
+        if trainer.global_step == 0:
+            self._save(trainer)  # shows before step 1 that a checkpoint can be written and read
+            self._predict(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._step_started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        self._record_step(trainer, pl_module)
+        step, config = trainer.global_step, self.context.config
+        last = step >= config.train.steps
+        stopping = self.stop.received is not None
+        if last or stopping or step % config.checkpoint.every == 0:
+            self._save(trainer)
+        if _is_due(step, config.validation.every, last and not stopping):
+            self._validate(trainer, pl_module)
+        if _is_due(step, config.predictions.every, last and not stopping):
+            self._predict(trainer, pl_module)
+        if (last or stopping or step % config.checkpoint.every == 0) and trainer.is_global_zero:
+            draw_loss(list(self.context.recorder.metrics()), self.context.recorder.folder / "loss.png")
+        if stopping:
+            trainer.should_stop = True
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.stop.restore()
+
+    def _publish(self, trainer: pl.Trainer, event: Event) -> None:
+        if trainer.is_global_zero:
+            self.context.recorder.record(event)
+            self.context.emit(event)
+
+    def _record_step(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        assert module.result is not None
+        seconds = time.perf_counter() - self._step_started
+        self._durations.append(seconds)
+        mean = sum(self._durations) / len(self._durations)
+        config, step = self.context.config, trainer.global_step
+        self._publish(
+            trainer,
+            Step(
+                step=step,
+                loss=module.result.loss,
+                learning_rate=module.result.learning_rate,
+                gradient_norm=module.result.gradient_norm,
+                tokens=step * config.tokens_per_step,
+                seconds=seconds,
+                tokens_per_second=config.tokens_per_step / mean,
+                eta_s=(config.train.steps - step) * mean,
+            ),
+        )
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        step = trainer.global_step
+        if self.saved_at == step:
+            return
+        started = time.perf_counter()
+        path = self.context.recorder.folder / "checkpoints" / f"step-{step:06d}.ckpt"
+        trainer.save_checkpoint(path)
+        self.saved_at = step
+        if trainer.is_global_zero:
+            remove_old_checkpoints(
+                self.context.recorder.folder, self.context.config, trainer.strategy.checkpoint_io.remove_checkpoint
+            )
+            seconds = time.perf_counter() - started
+            self._publish(trainer, Checkpoint(step, str(path), path.stat().st_size, seconds))
+
+    def _validate(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        context, held_out = self.context, self.context.corpus.validation
+        if held_out is None or not trainer.is_global_zero:
+            return
+        config = context.config
+        batches = validation_batches(
+            held_out, config.data.sequence_length, config.micro_batch_size, config.validation.batches
+        )
+        result = bits_per_byte(module.network, batches, self._token_bytes)
+        self._publish(
+            trainer,
+            Validation(trainer.global_step, result.bits_per_byte, result.standard_error, result.loss),
+        )
+
+    def _predict(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, TrainingModule)
+        predictions = self.context.config.predictions
+        if predictions.every and trainer.is_global_zero:
+            for prediction in predict(module.network, self.context.tokenizer, predictions, trainer.global_step):
+                self._publish(trainer, prediction)
+
+
+def _is_due(step: int, every: int, last: bool) -> bool:
+    return bool(every) and (last or step % every == 0)
+
+
+def remove_old_checkpoints(folder: Path, config: RunConfig, remove: Callable[[Path], None]) -> None:
+    """Keep the newest `keep_last` checkpoints and those at multiples of `keep_every`."""
+    keep_last, keep_every = config.checkpoint.keep_last, config.checkpoint.keep_every
+    if not keep_last:
+        return
+    for checkpoint in RunFolder(folder).checkpoints()[:-keep_last]:
+        if not (keep_every and checkpoint.step and checkpoint.step % keep_every == 0):
+            remove(checkpoint.path)

@@ -1,0 +1,161 @@
+"""Checkpoints that survive: written beside the target, synced, read back, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from smolctl.errors import InputError, SmolError
+
+CHECKSUM_SUFFIX = ".sha256"  # of the file beside a checkpoint, in sha256sum's format
+READ_BYTES = 1 << 22
+
+
+class SaveError(SmolError):
+    """A checkpoint could not be written; the ones before it are as they were."""
+
+
+class _HashingFile:
+    """A file opened for writing that hashes what passes through."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+class DurableCheckpointIO(CheckpointIO):
+    """Lightning's checkpoint files, written so that a crash or a full disk costs nothing good."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write, sync, read back, rename.
+
+        Raises:
+            SaveError: no room, no permission, or the disk returned other bytes than were written.
+        """
+        target = Path(path)
+        partial = target.with_name(f".{target.name}.partial")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _check_room(checkpoint, target)
+            with partial.open("wb") as file:
+                hashing = _HashingFile(file)
+                torch.save(checkpoint, hashing)
+                file.flush()
+                os.fsync(file.fileno())
+            digest = hashing.digest.hexdigest()
+            if file_digest(partial) != digest:
+                raise SaveError(f"{target}: the disk returned other bytes than were written", "Check the disk.")
+            _write_checksum(target, digest)
+            partial.replace(target)
+            _sync_folder(target.parent)
+        except OSError as error:
+            raise SaveError(
+                f"{target}: the checkpoint cannot be written ({error.strerror or error})",
+                "Free some space or choose another --out; earlier checkpoints are untouched.",
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint whose bytes are those that were written. Never executes a pickle."""
+        return read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete a checkpoint and its checksum."""
+        Path(path).unlink(missing_ok=True)
+        Path(f"{path}{CHECKSUM_SUFFIX}").unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint on the CPU, after its checksum was compared.
+
+    Raises:
+        InputError: it is missing, damaged, or holds more than plain data.
+    """
+    damage = find_damage(path)
+    if damage:
+        raise InputError(f"{path}: {damage}", "Resume from an older checkpoint: smolctl resume RUN@STEP.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__})", "Choose another one.") from None
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise InputError(f"{path}: no checkpoint of a training run", "Name a run folder or one of its checkpoints.")
+    return content
+
+
+def find_damage(path: Path) -> str:
+    """Why a checkpoint must not be trusted; empty when it is whole."""
+    if not path.is_file():
+        return "no such file"
+    checksum = Path(f"{path}{CHECKSUM_SUFFIX}")
+    if not checksum.is_file():
+        return ""  # written by something else; torch checks its own structure
+    expected = checksum.read_text(encoding="ascii", errors="replace").split(" ")[0]
+    return "" if file_digest(path) == expected else "its bytes are not the ones that were written (checksum differs)"
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors inside nested dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(tensor_bytes(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return sum(tensor_bytes(item) for item in value)
+    return 0
+
+
+def _check_room(checkpoint: Mapping[str, Any], target: Path) -> None:
+    needed = tensor_bytes(checkpoint) + (1 << 20)  # the rest is small: names, config, random states
+    free = shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise SaveError(
+            f"{target}: the checkpoint needs {needed / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB left",
+            "Free some space or choose another --out; earlier checkpoints are untouched.",
+        )
+
+
+def _write_checksum(target: Path, digest: str) -> None:
+    checksum = Path(f"{target}{CHECKSUM_SUFFIX}")
+    partial = checksum.with_name(f".{checksum.name}.partial")
+    with partial.open("w", encoding="ascii") as file:
+        file.write(f"{digest}  {target.name}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(checksum)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable. Where folders cannot be synced (Windows) the rename has to do."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,107 @@
+"""One optimizer step: what Lightning calls, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from smolctl.config import RunConfig
+from smolctl.errors import SmolError
+from smolctl.model.network import Transformer
+from smolctl.training.optimizers import make_optimizer
+from smolctl.training.rng import capture_rng, restore_rng
+from smolctl.training.schedule import learning_rate
+
+
+class NonFiniteError(SmolError):
+    """The loss or the gradient is not a number; the weights were left as they were."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Numbers of the step just done."""
+
+    loss: float  # nats a token over all devices
+    gradient_norm: float
+    learning_rate: float
+
+
+class TrainingModule(pl.LightningModule):
+    """A batch is a whole step: it is cut into micro-batches here, so that one batch is one update.
+
+    The loss of every micro-batch is divided by the tokens of the whole step: any cut of the step
+    gives the same gradient.
+    """
+
+    def __init__(self, network: Transformer, config: RunConfig, fingerprints: Mapping[str, str]) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.network = network
+        self.config = config
+        self.fingerprints = dict(fingerprints)  # of data and tokenizer, kept in every checkpoint
+        self.result: StepResult | None = None
+        self._rng: dict[str, Any] | None = None  # to restore before the first resumed step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return make_optimizer(self.network, self.config.optimizer)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Run one step on tokens (sequences of this device, sequence_length + 1)."""
+        optimizer = self.optimizers(use_pl_optimizer=True)
+        rate = learning_rate(self.global_step + 1, self.config.optimizer.learning_rate, self.config.schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = self._accumulate(batch)
+        norm = self._clip()
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+            optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteError(
+                f"step {self.global_step + 1}: loss {loss.item()}, gradient norm {norm.item()}; "
+                "the step was not taken",
+                "Lower optimizer.learning_rate, or look at this step's data; the last checkpoint is untouched.",
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.result = StepResult(loss.item(), norm.item(), rate)
+
+    def _accumulate(self, batch: Tensor) -> Tensor:
+        """Gradients of the mean loss over all tokens of the step; returns that loss, (), detached."""
+        world = self.trainer.world_size
+        sequences = max(1, self.config.micro_batch_size // world)
+        tokens = batch.shape[0] * (batch.shape[1] - 1)
+        total = torch.zeros((), device=batch.device)
+        parts = batch.split(sequences)
+        for index, part in enumerate(parts):
+            last = index + 1 == len(parts)
+            # Several devices exchange gradients once a step, with the last micro-batch.
+            with nullcontext() if last or world == 1 else self.trainer.strategy.block_backward_sync():
+                loss = self.network.loss(part[:, :-1], part[:, 1:]) / tokens
+                self.manual_backward(loss)
+            total += loss.detach().float()
+        reduced = self.trainer.strategy.reduce(total, reduce_op="mean")
+        return reduced if isinstance(reduced, Tensor) else total
+
+    def _clip(self) -> Tensor:
+        """Scale the gradients to the largest allowed norm; returns the norm before, ()."""
+        largest = self.config.train.gradient_clip or float("inf")
+        return torch.nn.utils.clip_grad_norm_(self.network.parameters(), largest)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What Lightning leaves out: the config, the random states, what the data was. Plain values."""
+        checkpoint["hyper_parameters"] = {"config": self.config.model_dump(mode="json")}
+        checkpoint["smolctl"] = {**self.fingerprints, "rng": capture_rng()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._rng = checkpoint["smolctl"]["rng"]
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        """Put the random states back at the last moment: what comes before may have drawn from them."""
+        if self._rng is not None:
+            restore_rng(self._rng)
+            self._rng = None

@@ -1,0 +1,123 @@
+"""From a config to weights, tokenizer and tokens: all that a run needs before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from smolctl.config import RunConfig, resolve_run_config
+from smolctl.data.batches import StepDataset
+from smolctl.data.corpus import iter_documents
+from smolctl.data.order import window_count
+from smolctl.data.shards import TokenizedCorpus, TokenizeProgress, tokenize_corpus
+from smolctl.data.tokenizer import Tokenizer, choose_tokenizer
+from smolctl.errors import InputError
+from smolctl.model.network import Transformer
+from smolctl.model.weights import initialize, load_network
+from smolctl.sources import open_source
+from smolctl.sources.base import ModelSource
+from smolctl.training.events import Listener, Note
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to start."""
+
+    config: RunConfig  # with whole steps, and the model of --init-from if there is one
+    network: Transformer
+    tokenizer: Tokenizer
+    corpus: TokenizedCorpus
+
+    def dataset(self, rank: int = 0, world_size: int = 1) -> StepDataset:
+        """The steps' batches for one device."""
+        config = self.config
+        return StepDataset(
+            self.corpus.train,
+            config.data.sequence_length,
+            config.train.batch_size,
+            config.data.seed,
+            rank,
+            world_size,
+        )
+
+
+def prepare(
+    config: RunConfig,
+    init_from: str | None,
+    emit: Listener,
+    on_tokenize: Callable[[TokenizeProgress], None] | None = None,
+) -> Prepared:
+    """Read or draw the weights, choose the tokenizer, tokenize the corpus.
+
+    Args:
+        config: of the run.
+        init_from: a MODEL whose weights, shape and tokenizer the run starts with; None draws weights
+            from `train.seed`.
+        emit: hears what was decided.
+        on_tokenize: hears how far the tokenization is.
+
+    Raises:
+        SmolError: the model, the tokenizer or the corpus cannot be used; each with its remedy.
+    """
+    source = open_source(init_from) if init_from else None
+    if source is not None:
+        config = _with_model_of(source, config)
+    config = config.with_whole_steps()
+    tokenizer = _tokenizer(source, config, emit)
+    corpus = tokenize_corpus(config.data, tokenizer, on_progress=on_tokenize)
+    for note in corpus.notes:
+        emit(Note(note))
+    if source is None:
+        network = initialize(config.model, config.train.seed)
+    else:
+        emit(Note(f"Weights and shape from {source.id}; a new optimizer starts at step 0."))
+        network = load_network(source, dtype=torch.float32)
+    return Prepared(config, network, tokenizer, corpus)
+
+
+def _with_model_of(source: ModelSource, config: RunConfig) -> RunConfig:
+    """The config with the source's shape; only dropout stays the config's own."""
+    source.require_weights()
+    model = source.require_config().model_copy(update={"attention_dropout": config.model.attention_dropout})
+    values = {**config.model_dump(), "model": model.model_dump()}
+    return resolve_run_config(values, origin=f"--init-from {source.id}")
+
+
+def _tokenizer(source: ModelSource | None, config: RunConfig, emit: Listener) -> Tokenizer:
+    files = source.read_tokenizer() if source is not None and config.tokenizer is None else None
+    if files is not None:
+        tokenizer = Tokenizer.from_files(files)
+    else:
+
+        def texts() -> Iterator[str]:
+            for document in iter_documents(config.data.source, config.data.text_field):
+                yield from document.pieces
+
+        tokenizer = choose_tokenizer(
+            config.tokenizer, texts, config.model.vocab_size, lambda text: emit(Note(text))
+        )
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size:,} entries, "
+            f"the model's vocab_size is {config.model.vocab_size:,}",
+            "Use the model's own tokenizer, or set model.vocab_size to the tokenizer's.",
+        )
+    return tokenizer
+
+
+def require_windows(prepared: Prepared) -> int:
+    """Windows in the training tokens.
+
+    Raises:
+        InputError: there is not even one.
+    """
+    tokens, length = len(prepared.corpus.train), prepared.config.data.sequence_length
+    windows = window_count(tokens, length)
+    if not windows:
+        raise InputError(
+            f"the corpus has {tokens:,} tokens to train on, one window needs {length + 1:,}",
+            "Give more text with --data, or lower data.sequence_length.",
+        )
+    return windows

@@ -1,0 +1,155 @@
+"""The writing side of a run folder: its config, its records and its charts."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from filelock import FileLock, Timeout
+
+from smolctl import __version__
+from smolctl.config import RunConfig
+from smolctl.data.tokenizer import Tokenizer
+from smolctl.errors import InputError, UsageError
+from smolctl.sources.run_folder import RunFolder
+from smolctl.training.events import Event, Prediction, Step, Validation, to_json
+
+RECORDED_PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "numpy", "safetensors")
+METRICS = "metrics.jsonl"
+PREDICTIONS = "predictions.jsonl"
+
+
+def new_run_folder(name: str, out: Path | None, force: bool) -> Path:
+    """A fresh folder for a run: `out`, or the next free runs/NAME-001.
+
+    Raises:
+        UsageError: `out` holds something already and `force` is not set.
+    """
+    if out is None:
+        numbers = (number for number in range(1, 10**6))
+        out = next(path for number in numbers if not (path := Path("runs") / f"{name}-{number:03d}").exists())
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not force:
+            raise UsageError(
+                f"{out} is not empty", "Choose another --out, resume it, or replace it with --force."
+            )
+        if not RunFolder.is_run(out):
+            raise UsageError(f"{out} is no run of smolctl: --force will not delete it", "Choose another --out.")
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    return out
+
+
+@dataclass(frozen=True)
+class RunRecorder:
+    """Writes what happens into a run folder. One line an event, flushed at once."""
+
+    folder: Path
+
+    def lock(self) -> FileLock:
+        """The lock of the folder, held while a process trains into it.
+
+        Raises:
+            InputError: another process holds it.
+        """
+        lock = FileLock(self.folder / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise InputError(
+                f"{self.folder}: another process is training into this run",
+                "Wait for it, or start a run of your own with --out.",
+            ) from None
+        return lock
+
+    def describe(self, config: RunConfig, tokenizer: Tokenizer) -> None:
+        """Write config.yaml, environment.json and the tokenizer, and point runs/latest here."""
+        self.write_config(config)
+        environment = json.dumps(_environment(), indent=2)
+        (self.folder / "environment.json").write_text(environment + "\n", encoding="utf-8")
+        tokenizer.save(self.folder / "tokenizer")
+        (self.folder / "checkpoints").mkdir(exist_ok=True)
+        point_latest_at(self.folder)
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write the resolved config."""
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        (self.folder / "config.yaml").write_text(text, encoding="utf-8")
+
+    def record(self, event: Event) -> None:
+        """Append an event to the file it belongs to."""
+        if isinstance(event, Step | Validation):
+            self._append(METRICS, to_json(event))
+        elif isinstance(event, Prediction):
+            self._append(PREDICTIONS, to_json(event))
+
+    def forget_after(self, step: int) -> None:
+        """Drop records of steps that a resumed run is going to do again."""
+        for name in (METRICS, PREDICTIONS):
+            path = self.folder / name
+            if path.exists():
+                kept = [line for line in path.read_text("utf-8").splitlines() if _step_of(line) <= step]
+                partial = path.with_name(f".{name}.partial")
+                partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+                partial.replace(path)
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """Every record of metrics.jsonl; a line cut off by a crash is left out."""
+        path = self.folder / METRICS
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                if _step_of(line) < _NEVER:
+                    yield json.loads(line)
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+_NEVER = 1 << 62
+
+
+def _step_of(line: str) -> int:
+    """The step of a record; a line cut off by a crash lies after every step."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return _NEVER
+
+
+def point_latest_at(folder: Path) -> None:
+    """Make runs/latest a link to a run, replacing an older link in one move."""
+    root = Path("runs")
+    root.mkdir(exist_ok=True)
+    inside = folder.resolve().parent == root.resolve()
+    partial = root / f".latest.{os.getpid()}"
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(folder.name if inside else folder.resolve(), target_is_directory=True)
+    partial.replace(root / "latest")
+
+
+def _environment() -> dict[str, Any]:
+    packages = {}
+    for package in RECORDED_PACKAGES:
+        try:
+            packages[package] = version(package)
+        except PackageNotFoundError:
+            packages[package] = None
+    return {
+        "smolctl": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }

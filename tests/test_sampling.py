@@ -1,0 +1,125 @@
+"""Samplers as pure functions, and completions around them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smolctl.config import ModelConfig
+from smolctl.errors import InputError, UsageError
+from smolctl.generation.engine import decode
+from smolctl.generation.sampling import SamplingSettings, choose, distribution, penalize_repetition
+from smolctl.model.network import Transformer
+from smolctl.model.weights import initialize
+
+CONFIG = ModelConfig(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    initializer_range=0.5,
+)
+PROMPT = torch.arange(7)[None]
+GREEDY = SamplingSettings(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def network() -> Transformer:
+    return initialize(CONFIG, 0).eval()
+
+
+def take(network: Transformer, settings: SamplingSettings, seed: int = 0, batch: int = 1, count: int = 20) -> list[list[int]]:
+    steps = decode(network, PROMPT.expand(batch, -1), count, settings, seed)
+    return torch.stack([step.tokens for step in steps], dim=1).tolist()
+
+
+@given(seed=st.integers(0, 10**6), k=st.integers(1, 60))
+def test_top_k_keeps_exactly_the_k_likeliest(seed: int, k: int) -> None:
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(seed))
+    kept = distribution(logits, SamplingSettings(top_k=k)) > 0
+    assert kept.sum(-1).tolist() == [min(k, 50)] * 2
+    assert (kept == (logits >= logits.topk(min(k, 50)).values[:, -1:])).all()
+
+
+@given(seed=st.integers(0, 10**6), p=st.floats(0.01, 1.0))
+def test_top_p_keeps_the_smallest_set_that_reaches_p(seed: int, p: float) -> None:
+    logits = 3 * torch.randn(1, 50, generator=torch.Generator().manual_seed(seed))
+    plain = logits.softmax(-1)[0]
+    kept = distribution(logits, SamplingSettings(top_p=p))[0] > 0
+    inside = plain[kept].sort().values
+    assert inside.sum() >= min(p, 1.0) - 1e-5
+    if p < 1 and len(inside) > 1:
+        assert inside[1:].sum() < p + 1e-5  # without its least likely member it falls short
+    assert plain[kept].min() >= plain[~kept].max() if (~kept).any() else True
+
+
+def test_min_p_drops_what_is_far_below_the_likeliest() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    kept = distribution(logits, SamplingSettings(min_p=0.4))[0]
+    torch.testing.assert_close(kept, torch.tensor([0.625, 0.375, 0, 0]))
+
+
+def test_temperature_sharpens_and_flattens() -> None:
+    logits = torch.tensor([[2.0, 1.0]])
+    sharp, plain, flat = (distribution(logits, SamplingSettings(temperature=t))[0, 0] for t in (0.5, 1.0, 2.0))
+    assert sharp > plain > flat
+
+
+def test_repetition_penalty_makes_seen_tokens_less_likely() -> None:
+    logits = torch.tensor([[2.0, -2.0, 1.0]])
+    penalized = penalize_repetition(logits, torch.tensor([[0, 1, 0]]), 2.0)
+    assert penalized.tolist() == [[1.0, -4.0, 1.0]]
+
+
+def test_samples_follow_the_distribution() -> None:
+    logits = torch.tensor([0.6, 0.3, 0.1]).log().expand(20_000, -1)
+    chosen = choose(logits, SamplingSettings(), torch.Generator().manual_seed(0), torch.empty(20_000, 0).long())
+    shares = chosen.bincount(minlength=3) / 20_000
+    torch.testing.assert_close(shares, torch.tensor([0.6, 0.3, 0.1]), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_p": 0}, {"min_p": 2}, {"top_k": -1}])
+def test_values_out_of_range_are_usage_errors(bad: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match=next(iter(bad)).replace("_", "-")):
+        SamplingSettings(**bad)
+
+
+def test_same_seed_same_text_and_global_generators_untouched(network: Transformer) -> None:
+    before = torch.get_rng_state()
+    settings = SamplingSettings(temperature=1.5)
+    assert take(network, settings, seed=1) == take(network, settings, seed=1)
+    assert take(network, settings, seed=1) != take(network, settings, seed=2)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_samples_of_one_prompt_decode_together_and_differ(network: Transformer) -> None:
+    rows = take(network, SamplingSettings(temperature=1.5), batch=4)
+    assert len({tuple(row) for row in rows}) == 4
+    assert take(network, GREEDY, batch=3) == take(network, GREEDY) * 3
+
+
+def test_greedy_decoding_equals_recomputing_everything(network: Transformer) -> None:
+    ids = PROMPT
+    with torch.inference_mode():
+        for _ in range(20):
+            ids = torch.cat([ids, network(ids)[:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert take(network, GREEDY)[0] == ids[0, 7:].tolist()
+
+
+def test_a_long_prompt_is_prefilled_in_parts_with_the_same_result(
+    network: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = take(network, GREEDY)
+    monkeypatch.setattr("smolctl.generation.engine.PREFILL_CHUNK", 3)
+    assert take(network, GREEDY) == whole
+
+
+def test_generation_ends_where_the_context_ends(network: Transformer) -> None:
+    assert len(take(network, GREEDY, count=1000)[0]) == 64 - 7
+    with pytest.raises(InputError, match="the prompt has 64 tokens"):
+        next(decode(network, torch.zeros(1, 64, dtype=torch.long), 1, GREEDY, 0))
