@@ -1,0 +1,206 @@
+"""Tokens on disk: flat files of integers, written once and then mapped into memory."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smolctl.errors import InputError
+
+SHARD_BYTES = 256 * 1024 * 1024
+# Left free for others, and for the checkpoints of the run itself.
+RESERVE_BYTES = 64 * 1024 * 1024
+
+
+def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
+    """Two bytes a token while they suffice, little-endian."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of tokens as the manifest describes it."""
+
+    file: str
+    tokens: int
+    sha256: str
+
+
+class ShardWriter:
+    """Appends tokens to files of at most `shard_bytes`: NAME-00000.bin, NAME-00001.bin, ...
+
+    Raises:
+        InputError: the disk is full, or would be.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, dtype: np.dtype[np.unsignedinteger], shard_bytes: int = SHARD_BYTES
+    ) -> None:
+        self.tokens = 0
+        self._folder, self._name, self._dtype = folder, name, dtype
+        self._tokens_a_shard = max(1, shard_bytes // dtype.itemsize)
+        self._shards: list[Shard] = []
+        self._file: BinaryIO | None = None
+        self._in_shard = 0
+        self._hash = hashlib.sha256()
+
+    def append(self, ids: Sequence[int]) -> None:
+        """Write ids, each below the vocabulary that the dtype was chosen for."""
+        array = np.fromiter(ids, self._dtype, len(ids))
+        require_space(self._folder, array.nbytes)
+        while len(array):
+            part = array[: self._tokens_a_shard - self._in_shard]
+            self._write(part)
+            array = array[len(part) :]
+
+    def _write(self, part: NDArray[np.unsignedinteger]) -> None:
+        data = part.tobytes()
+        with disk_errors(self._folder):
+            if self._file is None:
+                self._file = (self._folder / self._next_name()).open("xb")
+            self._file.write(data)
+        self._hash.update(data)
+        self._in_shard += len(part)
+        self.tokens += len(part)
+        if self._in_shard == self._tokens_a_shard:
+            self._end_shard()
+
+    def _next_name(self) -> str:
+        return f"{self._name}-{len(self._shards):05d}.bin"
+
+    def _end_shard(self) -> None:
+        if self._file is None:
+            return
+        with disk_errors(self._folder):
+            _sync(self._file)
+            self._file.close()
+        self._shards.append(Shard(self._next_name(), self._in_shard, self._hash.hexdigest()))
+        self._file, self._in_shard, self._hash = None, 0, hashlib.sha256()
+
+    def finish(self) -> tuple[Shard, ...]:
+        """Everything is on the disk; what was written."""
+        self._end_shard()
+        return tuple(self._shards)
+
+    def close(self) -> None:
+        """Let go of an unfinished file; what of it is not on the disk does not matter any more."""
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+
+
+def require_space(folder: Path, size: int) -> None:
+    """Check that `size` more bytes fit.
+
+    Raises:
+        InputError: naming what is free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < size + RESERVE_BYTES:
+        raise _disk_full(folder, free)
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a failed write into words.
+
+    Raises:
+        InputError: the disk is full, or the folder cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _disk_full(folder, shutil.disk_usage(folder).free) from None
+        raise InputError(
+            f"{folder}: cannot be written ({error.strerror or error})", "Set SMOLCTL_CACHE to another folder."
+        ) from None
+
+
+def _disk_full(folder: Path, free: int) -> InputError:
+    return InputError(
+        f"{folder}: the disk is full ({free / 1e6:,.0f} MB free) while the corpus is tokenized",
+        "Make room, or set SMOLCTL_CACHE to a folder on another disk.",
+    )
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a new file that outlives a power cut from now on."""
+    with path.open("xb") as file:
+        file.write(content)
+        _sync(file)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames in a folder outlive a power cut, where the system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+class TokenStream:
+    """A range of the tokens in a row of shards, mapped when first read.
+
+    It can be pickled: a worker process maps the files again.
+
+    Args:
+        files: path of every shard with its number of tokens.
+        dtype: of the files.
+        start: first token of the range.
+        length: tokens of the range.
+    """
+
+    def __init__(
+        self, files: Sequence[tuple[Path, int]], dtype: np.dtype[np.unsignedinteger], start: int, length: int
+    ) -> None:
+        self._paths = [path for path, _ in files]
+        self._ends = np.cumsum([tokens for _, tokens in files], dtype=np.int64)
+        self._dtype, self._start, self._length = dtype, start, length
+        self._maps: dict[int, NDArray[np.unsignedinteger]] = {}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_maps": {}}
+
+    def read(self, start: int, length: int) -> NDArray[np.int64]:
+        """Tokens `start` to `start + length`: (length,).
+
+        Raises:
+            IndexError: the range is not within the stream.
+        """
+        if start < 0 or length < 0 or start + length > self._length:
+            raise IndexError(f"tokens {start} to {start + length} of {self._length}")
+        out = np.empty(length, np.int64)
+        position, filled = self._start + start, 0
+        shard = int(np.searchsorted(self._ends, position, side="right"))
+        while filled < length:
+            begin = int(self._ends[shard - 1]) if shard else 0
+            part = self._map(shard)[position - begin :][: length - filled]
+            out[filled : filled + len(part)] = part
+            position, filled, shard = position + len(part), filled + len(part), shard + 1
+        return out
+
+    def _map(self, shard: int) -> NDArray[np.unsignedinteger]:
+        if shard not in self._maps:
+            self._maps[shard] = np.memmap(self._paths[shard], self._dtype, mode="r")
+        return self._maps[shard]
