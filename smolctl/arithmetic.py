@@ -25,11 +25,17 @@ TRAINING_DTYPES = {
 # Rows of logits that the loss holds at once; the network's loss is written to this size.
 LOSS_CHUNK_ROWS = 256
 
-# Modules that look tokens or positions up, or turn hidden states into logits, under the names of
-# the common architectures: Llama and most others, GPT-2, GPT-NeoX, BERT, llama.cpp.
+# What token tables, position tables and heads are called: Llama and most others, GPT-2, GPT-NeoX, BERT,
+# T5, llama.cpp.
 EMBEDDINGS = frozenset(
-    "embed_tokens embed_positions lm_head wte wpe embed_in embed_out word_embeddings position_embeddings "
-    "token_type_embeddings token_embd position_embd output".split()
+    (
+        *("embed_tokens", "embed_positions", "lm_head"),
+        *("wte", "wpe"),
+        *("embed_in", "embed_out"),
+        *("word_embeddings", "position_embeddings", "token_type_embeddings"),
+        "shared",
+        *("token_embd", "position_embd"),
+    )
 )
 
 
@@ -103,8 +109,8 @@ def tensor_rows(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[Paramet
 
 
 def is_embedding(module: str) -> bool:
-    """Whether a module is an embedding or the head, by its name."""
-    return any(part in EMBEDDINGS for part in module.split("."))
+    """Whether a module is an embedding or the head, by its name. llama.cpp calls the head "output"."""
+    return module == "output" or module.removesuffix(".bias").split(".")[-1] in EMBEDDINGS
 
 
 def count_rows(rows: tuple[ParameterRow, ...]) -> ParameterCount:

@@ -1,0 +1,37 @@
+"""smolctl count-params"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from smolctl.cli.options import Debug, Json, Model, Quiet, Settings, Verbose, command
+from smolctl.views.output import Output
+
+
+@command
+def count_params(
+    model: Model,
+    depth: Annotated[
+        int, typer.Option("--depth", "-d", min=1, help="Levels of the tree: 2 layers as one, 4 every matrix.")
+    ] = 2,
+    settings: Settings = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+) -> None:
+    """Count a model's parameters, without loading its weights.
+
+    \b
+    smolctl count-params smollm2-135m
+    smolctl count-params FILE.gguf --depth 4
+    smolctl count-params smollm2-135m --set num_hidden_layers=12      what if
+    """
+    from smolctl.inspection import count_source
+    from smolctl.sources import open_source
+    from smolctl.views.parameters import show_parameters
+
+    report = count_source(open_source(model, settings or ()), what_if=bool(settings))
+    show_parameters(Output(json, quiet, verbose), report, depth)

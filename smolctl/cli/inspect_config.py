@@ -1,0 +1,66 @@
+"""smolctl inspect-config"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from smolctl.cli.options import Debug, Json, Model, Quiet, Settings, Verbose, command
+from smolctl.errors import UsageError
+from smolctl.views.output import Output
+
+
+@command
+def inspect_config(
+    model: Model,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="OTHER", help="Show only what differs from another MODEL."),
+    ] = None,
+    as_yaml: Annotated[
+        bool, typer.Option("--yaml", help="Write a complete config that `train` accepts.")
+    ] = False,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", min=1, help="Sequences in memory at once, for the memory table."),
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option("--sequence-length", min=1, help="Tokens of each.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, bfloat16, float16 or bf16-mixed.")
+    ] = None,
+    settings: Settings = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+) -> None:
+    """Show a model's config, what follows from it, its recipe, and problems.
+
+    \b
+    smolctl inspect-config smollm2-135m
+    smolctl inspect-config HuggingFaceTB/SmolLM2-135M --batch-size 4 --dtype bfloat16
+    smolctl inspect-config FILE.gguf --against runs/latest
+    smolctl inspect-config recipe.yaml --yaml > mine.yaml
+    """
+    from smolctl.inspection import compare, inspect, training_config
+    from smolctl.sources import open_source
+
+    out = Output(json, quiet, verbose)
+    source = open_source(model, settings or ())
+    if as_yaml and (against or json):
+        raise UsageError("--yaml writes a config and nothing else", "Leave out --against and --json.")
+    if as_yaml:
+        from smolctl.config.dump import to_yaml
+
+        print(to_yaml(training_config(source)), end="")
+    elif against:
+        from smolctl.views.differences import show_differences
+
+        show_differences(out, compare(source, open_source(against)))
+    else:
+        from smolctl.views.model_report import show_report
+
+        show_report(out, inspect(source, batch_size, sequence_length, dtype))

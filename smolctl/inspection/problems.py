@@ -1,0 +1,123 @@
+"""What is wrong with a model or its recipe, and what is merely worth knowing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from smolctl.config import ModelConfig, RunConfig
+from smolctl.errors import InputError
+from smolctl.sources.base import ModelSource, SourceKind
+from smolctl.sources.shapes import check_tensors
+
+# llama.cpp's K-quants (Q4_K_M, ...) store a row in blocks of this many weights.
+K_QUANT_BLOCK = 256
+
+
+def find_problems(source: ModelSource) -> tuple[str, ...]:
+    """Everything that somebody should mend or expect to fail; empty for a sound model."""
+    problems = list(source.problems)
+    if source.config is None:
+        return (*problems, source.unsupported)
+    # Sources report what does not fit as they read; here only what they left out is added.
+    tensors = check_tensors(source.config, source.tensors) if source.tensors is not None else ()
+    for found in (*tensors, *_model_problems(source.config), *_tokenizer_problems(source)):
+        if found not in problems:
+            problems.append(found)
+    if source.run is not None:
+        problems += _recipe_problems(source.run)
+    return tuple(problems)
+
+
+def find_notes(source: ModelSource) -> tuple[str, ...]:
+    """Facts that are no problem and still surprise people."""
+    config = source.config
+    if config is None:
+        return ()
+    notes = []
+    if config.pad_token_id is None:
+        notes.append("no pad token: none is needed, smolctl trains on full windows")
+    if not config.eos_token_ids:
+        notes.append("no eos token: generation ends at --max-tokens only")
+    if not config.is_llama:
+        notes.append(
+            "learned positions or scaled residual branches: not a LlamaForCausalLM, other tools need its code"
+        )
+    if source.run is not None:
+        notes += _recipe_notes(source.run)
+    return tuple(notes)
+
+
+def _model_problems(config: ModelConfig) -> Iterator[str]:
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, key)
+        for token in value if isinstance(value, tuple) else (value,):
+            if token is not None and not 0 <= token < config.vocab_size:
+                yield f"{key} {token} is outside the vocabulary of {config.vocab_size:,}"
+    for key in ("hidden_size", "intermediate_size"):
+        size = getattr(config, key)
+        if size % K_QUANT_BLOCK:
+            yield (
+                f"{key} {size:,} is not a multiple of {K_QUANT_BLOCK}: no K-quants (Q4_K and the like) in "
+                "llama.cpp for rows of this length; Q8_0, Q5_0, Q4_0 and their kin work"
+            )
+
+
+def _tokenizer_problems(source: ModelSource) -> Iterator[str]:
+    if source.config is None or source.kind is SourceKind.HUB:  # on the Hub it would be a download
+        return
+    try:
+        files = source.read_tokenizer()
+    except InputError as error:
+        yield f"tokenizer: {error.message}"
+        return
+    if files is None:
+        return
+    vocab = source.config.vocab_size
+    size = _tokenizer_size(files.tokenizer_json)
+    if size > vocab:
+        yield f"the tokenizer's ids reach {size - 1:,}, the model's vocabulary ends at {vocab - 1:,}"
+    for key in ("bos_token_id", "eos_token_id"):
+        theirs, ours = getattr(files, key), getattr(source.config, key)
+        known = ours if isinstance(ours, tuple) else (ours,)
+        if theirs is not None and ours is not None and theirs not in known:
+            yield f"{key}: the config says {ours}, the tokenizer {theirs}"
+
+
+def _tokenizer_size(tokenizer_json: str) -> int:
+    """One more than the largest id of a tokenizer.json."""
+    content = json.loads(tokenizer_json)
+    vocab = content.get("model", {}).get("vocab") or {}
+    ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))  # unigram: a list
+    ids += [token["id"] for token in content.get("added_tokens") or []]
+    return max(ids, default=-1) + 1
+
+
+def _recipe_problems(run: RunConfig) -> Iterator[str]:
+    whole = run.with_whole_steps()
+    steps, warmup = whole.train.steps, whole.schedule.warmup_steps
+    if warmup >= steps:
+        yield f"schedule.warmup_steps {warmup:,} is not below train.steps {steps:,}: the peak is never held"
+    start = whole.schedule.decay_start
+    if start is not None and start < warmup:
+        yield f"schedule.decay_start {start:,} comes before the end of the warmup, {warmup:,}"
+    if whole.schedule.min_learning_rate > whole.optimizer.learning_rate:
+        yield (
+            f"schedule.min_learning_rate {whole.schedule.min_learning_rate:g} is above "
+            f"optimizer.learning_rate {whole.optimizer.learning_rate:g}"
+        )
+
+
+def _recipe_notes(run: RunConfig) -> Iterator[str]:
+    whole = run.with_whole_steps()
+    steps, schedule = whole.train.steps, whole.schedule
+    if schedule.name == "constant" or schedule.decay_start is None:
+        return
+    if schedule.decay_start >= steps:
+        yield (
+            f"the learning rate does not fall within {steps:,} steps: "
+            f"the decay starts after step {schedule.decay_start:,}"
+        )
+    elif schedule.decay_start + int(schedule.decay_steps) > steps:
+        end = schedule.decay_start + int(schedule.decay_steps)
+        yield f"the learning rate does not reach its end in {steps:,} steps: the decay ends at step {end:,}"

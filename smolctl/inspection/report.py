@@ -1,0 +1,197 @@
+"""One model looked at from all sides, without its weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from smolctl.arithmetic import (
+    BYTES_PER_VALUE,
+    TRAINING_DTYPES,
+    ParameterCount,
+    TrainingMemory,
+    count_parameters,
+    forward_flops_per_token,
+    kv_cache_bytes_per_token,
+    training_flops_per_token,
+    training_memory,
+)
+from smolctl.config import ModelConfig, RunConfig
+from smolctl.errors import UsageError
+from smolctl.inspection.parameters import stored_parameters
+from smolctl.inspection.problems import find_notes, find_problems
+from smolctl.sources.base import ModelSource
+from smolctl.sources.shapes import check_tensors
+
+# Where neither the command line nor a recipe says: one sequence of at most this many tokens.
+DEFAULT_SEQUENCE_LENGTH = 2_048
+DTYPE_OF_PRECISION = {"32-true": "float32", "bf16-mixed": "bf16-mixed", "bf16-true": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Training memory and the sizes it was worked out for."""
+
+    batch_size: int  # sequences in memory at once
+    sequence_length: int
+    dtype: str
+    bytes: TrainingMemory
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What follows from a config."""
+
+    parameters: ParameterCount
+    head_dim: int
+    gqa_ratio: int  # query heads that share one key/value head
+    kv_cache_bytes_per_token: Mapping[str, int]  # by dtype
+    forward_flops_per_token: int  # at the plan's sequence length
+    training_flops_per_token: int
+    memory: MemoryPlan
+
+
+@dataclass(frozen=True)
+class RecipeFacts:
+    """What follows from a training recipe."""
+
+    run: RunConfig
+    tokens_per_step: int
+    total_tokens: int
+    tokens_per_parameter: float
+    training_flops: int  # of the whole run
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """What a header says."""
+
+    tensors: int
+    parameters: int  # numbers stored
+    bytes: int
+    dtypes: Mapping[str, int]  # tensors of each
+    matches: bool | None  # the config; None when this network has none for the model
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """Everything that `inspect-config` shows."""
+
+    source: ModelSource
+    derived: Derived | None  # None when the network is not supported
+    recipe: RecipeFacts | None
+    checkpoint: CheckpointFacts | None
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def inspect(
+    source: ModelSource,
+    batch_size: int | None = None,
+    sequence_length: int | None = None,
+    dtype: str | None = None,
+) -> ModelReport:
+    """Look at a model.
+
+    Args:
+        source: any MODEL.
+        batch_size: sequences in memory at once for the memory table; None takes the recipe's, else 1.
+        sequence_length: tokens of each; None takes the recipe's, else the context up to 2,048.
+        dtype: a key of `TRAINING_DTYPES`; None takes the recipe's precision, else float32.
+
+    Raises:
+        UsageError: a size or dtype that cannot be.
+    """
+    plan = _plan_sizes(source, batch_size, sequence_length, dtype)
+    return ModelReport(
+        source=source,
+        derived=_derive(source.config, *plan) if source.config is not None and plan else None,
+        recipe=_recipe(source.run) if source.run is not None else None,
+        checkpoint=_checkpoint(source),
+        problems=find_problems(source),
+        notes=find_notes(source),
+    )
+
+
+def _plan_sizes(
+    source: ModelSource, batch_size: int | None, sequence_length: int | None, dtype: str | None
+) -> tuple[int, int, str] | None:
+    config, run = source.config, source.run
+    if config is None:
+        return None
+    context = config.max_position_embeddings
+    if run is not None:
+        batch_size = batch_size or run.micro_batch_size
+        sequence_length = sequence_length or run.data.sequence_length
+        dtype = dtype or DTYPE_OF_PRECISION.get(run.train.precision)
+    batch_size = batch_size or 1
+    sequence_length = sequence_length or min(context, DEFAULT_SEQUENCE_LENGTH)
+    dtype = dtype or "float32"
+    if dtype not in TRAINING_DTYPES:
+        raise UsageError(f"--dtype {dtype} is not known", f"One of {', '.join(TRAINING_DTYPES)}.")
+    if batch_size < 1 or sequence_length < 1:
+        raise UsageError("--batch-size and --sequence-length count from 1", "Give positive numbers.")
+    if sequence_length > context:
+        raise UsageError(
+            f"--sequence-length {sequence_length} does not fit the model's context of {context}",
+            f"At most {context}.",
+        )
+    return batch_size, sequence_length, dtype
+
+
+def _derive(config: ModelConfig, batch_size: int, sequence_length: int, dtype: str) -> Derived:
+    return Derived(
+        parameters=count_parameters(config),
+        head_dim=config.head_dim,
+        gqa_ratio=config.num_attention_heads // config.num_key_value_heads,
+        kv_cache_bytes_per_token={name: kv_cache_bytes_per_token(config, name) for name in BYTES_PER_VALUE},
+        forward_flops_per_token=forward_flops_per_token(config, sequence_length),
+        training_flops_per_token=training_flops_per_token(config, sequence_length),
+        memory=MemoryPlan(
+            batch_size, sequence_length, dtype, training_memory(config, batch_size, sequence_length, dtype)
+        ),
+    )
+
+
+def _recipe(run: RunConfig) -> RecipeFacts:
+    tokens = run.train.steps * run.tokens_per_step
+    return RecipeFacts(
+        run=run,
+        tokens_per_step=run.tokens_per_step,
+        total_tokens=tokens,
+        tokens_per_parameter=tokens / count_parameters(run.model).unique,
+        training_flops=tokens * training_flops_per_token(run.model, run.data.sequence_length),
+    )
+
+
+def _checkpoint(source: ModelSource) -> CheckpointFacts | None:
+    if source.tensors is None:
+        return None
+    return CheckpointFacts(
+        tensors=len(source.tensors),
+        parameters=stored_parameters(source.tensors),
+        bytes=sum(tensor.bytes for tensor in source.tensors),
+        dtypes=dict(Counter(tensor.dtype for tensor in source.tensors).most_common()),
+        matches=None if source.config is None else not check_tensors(source.config, source.tensors),
+    )
+
+
+def training_config(source: ModelSource) -> RunConfig:
+    """A complete recipe for a source: its own, or the defaults around its model.
+
+    Raises:
+        InputError: this network cannot stand in for the model.
+    """
+    model = source.require_config()
+    if source.run is not None:
+        return source.run
+    defaults = RunConfig()
+    length = min(defaults.data.sequence_length, model.max_position_embeddings)
+    return defaults.model_copy(
+        update={
+            "model": model,
+            "data": defaults.data.model_copy(update={"sequence_length": length}),
+            "tokenizer": source.id if source.tokenizer_reader is not None else None,
+        }
+    )

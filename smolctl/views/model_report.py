@@ -1,0 +1,237 @@
+"""What a model is, what follows from it, what it costs, and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from smolctl.arithmetic import MEMORY_FORMULAS
+from smolctl.inspection.report import CheckpointFacts, Derived, ModelReport, RecipeFacts
+from smolctl.views.numbers import quantity, size
+from smolctl.views.output import Output
+from smolctl.views.parameters import source_document, title
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+# Hoffmann et al., 2022: about this many tokens a parameter spend a given compute best.
+COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER = 20
+PROBLEMS_SHOWN = 12
+
+Row = tuple[str, str, str]  # name, value, what it means
+
+
+def show_report(out: Output, report: ModelReport) -> None:
+    """All of it as tables, or as the JSON document."""
+    out.document(report_document(report))
+    if out.json:
+        return
+    out.show(title(report.source))
+    for heading, body in _sections(report):
+        out.show("", f"[bold]{heading}[/bold]", body)
+    out.show("")
+    for mark, lines in (("[red]problem[/red]", report.problems), ("[dim]note[/dim]", report.notes)):
+        _show_lines(out, mark, lines)
+    if not report.problems:
+        out.show("[green]no problems found[/green]")
+
+
+def report_document(report: ModelReport) -> Mapping[str, Any]:
+    """The JSON document."""
+    source = report.source
+    config = source.config.model_dump(mode="json") if source.config is not None else dict(source.declared)
+    return {
+        "source": source_document(source),
+        "supported": source.config is not None,
+        "config": config,
+        "derived": _derived_document(report.derived, report.recipe),
+        "recipe": report.recipe.run.model_dump(mode="json", exclude={"model"}) if report.recipe else None,
+        "checkpoint": asdict(report.checkpoint) if report.checkpoint else None,
+        "problems": list(report.problems),
+        "notes": list(report.notes),
+    }
+
+
+def _derived_document(derived: Derived | None, recipe: RecipeFacts | None) -> Mapping[str, Any] | None:
+    if derived is None:
+        return None
+    count, plan = derived.parameters, derived.memory
+    facts: dict[str, Any] = {
+        "parameters": {"unique": count.unique, "naive": count.naive, "non_embedding": count.non_embedding},
+        "head_dim": derived.head_dim,
+        "gqa_ratio": derived.gqa_ratio,
+        "kv_cache_bytes_per_token": dict(derived.kv_cache_bytes_per_token),
+        "forward_flops_per_token": derived.forward_flops_per_token,
+        "training_flops_per_token": derived.training_flops_per_token,
+        "memory": {
+            "batch_size": plan.batch_size,
+            "sequence_length": plan.sequence_length,
+            "dtype": plan.dtype,
+            **asdict(plan.bytes),
+            "total": plan.bytes.total,
+        },
+    }
+    if recipe is not None:
+        facts |= {
+            "tokens_per_step": recipe.tokens_per_step,
+            "total_tokens": recipe.total_tokens,
+            "tokens_per_parameter": recipe.tokens_per_parameter,
+            "training_flops": recipe.training_flops,
+        }
+    return facts
+
+
+def _sections(report: ModelReport) -> Iterator[tuple[str, RenderableType]]:
+    source = report.source
+    if source.config is not None:
+        yield "config", _pairs(source.config.model_dump())
+    else:
+        yield "config, as the source spells it", _pairs(source.declared)
+    if report.derived is not None:
+        plan = report.derived.memory
+        yield "derived", _explained(_derived_rows(report.derived))
+        yield (
+            f"memory of a training step: {plan.batch_size:,} × {plan.sequence_length:,} tokens, {plan.dtype}",
+            _memory(report.derived),
+        )
+    if report.recipe is not None:
+        yield "recipe", _explained(_recipe_rows(report.recipe))
+    if report.checkpoint is not None:
+        yield "weights", _explained(_checkpoint_rows(report.checkpoint))
+
+
+def _derived_rows(derived: Derived) -> Iterator[Row]:
+    count, kv = derived.parameters, derived.kv_cache_bytes_per_token
+    length = derived.memory.sequence_length
+    yield "parameters", f"{count.unique:,}", "`smolctl count-params` shows where"
+    yield "head_dim", f"{derived.head_dim:,}", "numbers in a head"
+    yield "query heads per KV head", f"{derived.gqa_ratio:,}", "the KV cache is smaller by this factor"
+    yield "KV cache per token", f"{kv['float32']:,} B", f"float32; in bfloat16 {kv['bfloat16']:,} B"
+    yield (
+        "forward FLOPs per token",
+        quantity(derived.forward_flops_per_token),
+        f"2 per multiply-add, attention over {length:,} tokens on average half full",
+    )
+    yield (
+        "training FLOPs per token",
+        quantity(derived.training_flops_per_token),
+        "the backward pass costs two forwards",
+    )
+
+
+def _recipe_rows(recipe: RecipeFacts) -> Iterator[Row]:
+    run = recipe.run.with_whole_steps()
+    schedule, optimizer = run.schedule, run.optimizer
+    sequences = f"{run.train.batch_size:,} sequences × {run.data.sequence_length:,}"
+    yield "steps", f"{run.train.steps:,}", "optimizer steps"
+    yield (
+        "tokens per step",
+        f"{recipe.tokens_per_step:,}",
+        f"{sequences}, {run.micro_batch_size:,} in memory at once",
+    )
+    yield "tokens in all", f"{recipe.total_tokens:,}", f"from {', '.join(run.data.source)}"
+    yield (
+        "tokens per parameter",
+        f"{recipe.tokens_per_parameter:,.3g}",
+        f"about {COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER} spend a given compute best (Hoffmann et al., 2022)",
+    )
+    yield "training FLOPs", quantity(recipe.training_flops), "of the whole run"
+    yield (
+        "optimizer",
+        optimizer.name,
+        f"peak rate {optimizer.learning_rate:g}, betas {optimizer.betas[0]:g} and {optimizer.betas[1]:g}, "
+        f"weight decay {optimizer.weight_decay:g}, gradients clipped at {run.train.gradient_clip:g}",
+    )
+    decay = (
+        f", falls from step {schedule.decay_start:,} over {schedule.decay_steps:,}"
+        if schedule.decay_steps
+        else ""
+    )
+    yield "schedule", schedule.name, f"rises over {schedule.warmup_steps:,} steps{decay}"
+    yield "checkpoints", f"every {run.checkpoint.every:,}", "steps"
+
+
+def _checkpoint_rows(checkpoint: CheckpointFacts) -> Iterator[Row]:
+    dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in checkpoint.dtypes.items())
+    yield "tensors", f"{checkpoint.tensors:,}", dtypes
+    yield "parameters", f"{checkpoint.parameters:,}", "numbers that the header lists"
+    yield (
+        "size",
+        size(checkpoint.bytes),
+        f"{8 * checkpoint.bytes / max(1, checkpoint.parameters):.3g} bits a parameter",
+    )
+    if checkpoint.matches is not None:
+        yield "fits the config", "yes" if checkpoint.matches else "no", "every name and shape compared"
+
+
+def _memory(derived: Derived) -> Table:
+    from rich.text import Text
+
+    table = _table()
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(style="dim", overflow="fold")
+    memory = derived.memory.bytes
+    for name, value in asdict(memory).items():
+        table.add_row(name, size(value), Text(MEMORY_FORMULAS[name]))
+    table.add_row("total", f"[bold]{size(memory.total)}[/bold]", "at the peak, without PyTorch itself")
+    return table
+
+
+def _pairs(values: Mapping[str, Any]) -> Table:
+    from rich.text import Text
+
+    table = _table()
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in values.items():
+        table.add_row(Text(key), Text(written(value)))
+    return table
+
+
+def _explained(rows: Iterator[Row]) -> Table:
+    from rich.text import Text
+
+    table = _table()
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(style="dim", overflow="fold")
+    for name, value, meaning in rows:
+        table.add_row(name, value, Text(meaning))
+    return table
+
+
+def _table() -> Table:
+    from rich.table import Table
+
+    return Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+
+
+def written(value: Any) -> str:
+    """A config value as a person writes it: 49,152, true, null, 1e-05."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1_000 and value.is_integer() else f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(written(item) for item in value)
+    return str(value)
+
+
+def _show_lines(out: Output, mark: str, lines: Sequence[str]) -> None:
+    from rich.text import Text
+
+    if not lines:
+        return
+    table = _table()
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for line in lines[:PROBLEMS_SHOWN]:
+        table.add_row(mark, Text(line))
+    if len(lines) > PROBLEMS_SHOWN:
+        table.add_row(mark, f"and {len(lines) - PROBLEMS_SHOWN:,} more (--json has all)")
+    out.show(table)

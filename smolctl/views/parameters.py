@@ -1,0 +1,195 @@
+"""Parameters as three totals and a tree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from smolctl.inspection.parameters import Basis, ParameterReport
+from smolctl.inspection.tree import ModuleNode
+from smolctl.sources.base import ModelSource
+from smolctl.views.output import Output
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+TOTALS = {
+    "unique": "every stored number once, as in a file of weights",
+    "naive": "a tied lm_head counted a second time",
+    "non-embedding": "without token table, positions and head",
+}
+NOTES_SHOWN = 8
+
+
+def show_parameters(out: Output, report: ParameterReport, depth: int) -> None:
+    """Totals, tree and remarks; or the JSON document."""
+    out.document(parameters_document(report, depth))
+    if out.json:
+        return
+    out.show(title(report.source), "", _totals(report), "")
+    table = _tree(report, depth, with_formulas=True)
+    if fits(out, table):
+        out.show(table)
+    else:
+        out.show(_tree(report, depth, with_formulas=False), "", _formulas(report, depth))
+    if report.source.config is not None:
+        out.show("", _values(report, depth))
+    for remark in _remarks(report):
+        out.show("", remark)
+
+
+def fits(out: Output, table: Table) -> bool:
+    """Whether a table without wrapping cells is as narrow as the terminal."""
+    unlimited = out.stdout.options.update(max_width=10_000)
+    return out.stdout.measure(table, options=unlimited).maximum <= out.stdout.width
+
+
+def title(source: ModelSource) -> str:
+    """What is looked at, on one line, as rich markup."""
+    from rich.markup import escape
+
+    at = f" at {source.revision[:12]}" if source.revision else ""
+    step = f", step {source.step:,}" if source.step is not None else ""
+    return f"[bold]{escape(source.id)}[/bold] [dim]({source.kind.value}{at}{step})[/dim]"
+
+
+def source_document(source: ModelSource) -> Mapping[str, Any]:
+    """The `source` object of JSON documents."""
+    return {
+        "kind": source.kind.value,
+        "id": source.id,
+        "revision": source.revision,
+        "bytes_fetched": source.bytes_fetched,
+    }
+
+
+def parameters_document(report: ParameterReport, depth: int) -> Mapping[str, Any]:
+    """The JSON document. Its rows that are not tied add up to `unique`."""
+    return {
+        "source": source_document(report.source),
+        "counted": report.basis.value,
+        "unique": report.count.unique,
+        "naive": report.count.naive,
+        "non_embedding": report.count.non_embedding,
+        "header_agrees": report.agrees,
+        "notes": list(report.notes),
+        "rows": [
+            {
+                "module": node.module,
+                "shape": list(node.shape) if node.shape is not None else None,
+                "copies": node.copies,
+                "formula": node.formula,
+                "parameters": node.parameters,
+                "tied": node.tied,
+            }
+            for node in report.rows(depth)
+        ],
+    }
+
+
+def _totals(report: ParameterReport) -> Table:
+    from rich.table import Table
+
+    count = report.count
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(justify="right", style="bold", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(style="dim", overflow="fold")
+    for (label, meaning), number in zip(
+        TOTALS.items(), (count.unique, count.naive, count.non_embedding), strict=True
+    ):
+        table.add_row(f"{number:,}", label, meaning)
+    return table
+
+
+def _tree(report: ParameterReport, depth: int, with_formulas: bool) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    nodes = list(_visible(report.tree, depth))
+    copies = any(node.copies > 1 for _, node in nodes)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("module", no_wrap=with_formulas, overflow="fold")
+    if copies:
+        table.add_column("copies", justify="right", no_wrap=True)
+    table.add_column("shape", justify="right", no_wrap=True)
+    table.add_column("parameters", justify="right", no_wrap=True)
+    table.add_column("share", justify="right", no_wrap=True)
+    if with_formulas:
+        table.add_column("formula", style="dim", no_wrap=True)
+    for level, node in nodes:
+        inner = bool(node.children) and level + 1 < depth
+        cells = [Text("  " * level + node.name, style="bold" if inner else "")]
+        if copies:
+            cells.append(Text(f"× {node.copies:,}" if node.copies > 1 else ""))
+        cells += [
+            Text(_shape(node)),
+            Text(f"{node.parameters:,}", style="dim" if node.tied else ""),
+            Text(
+                "tied" if node.tied else _share(node.parameters, report.count.unique),
+                style="dim" if inner else "",
+            ),
+        ]
+        if with_formulas:
+            cells.append(Text(_formula(node)))
+        table.add_row(*cells)
+    return table
+
+
+def _visible(nodes: tuple[ModuleNode, ...], depth: int, level: int = 0) -> Iterator[tuple[int, ModuleNode]]:
+    for node in nodes:
+        yield level, node
+        if level + 1 < depth:
+            yield from _visible(node.children, depth, level + 1)
+
+
+def _formulas(report: ParameterReport, depth: int) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", style="dim")
+    table.add_column("module", overflow="fold")
+    table.add_column("formula", overflow="fold")
+    for node in report.rows(depth):
+        table.add_row(Text(node.name), Text(_formula(node)))
+    return table
+
+
+def _values(report: ParameterReport, depth: int) -> Text:
+    """The numbers behind the words of the formulas."""
+    from rich.text import Text
+
+    formulas = " ".join(node.formula for _, node in _visible(report.tree, depth)).split()
+    config = report.source.require_config()
+    named = [f"{key} {getattr(config, key):,}" for key in type(config).model_fields if key in formulas]
+    return Text(f"where {', '.join(named)}", style="dim")
+
+
+def _shape(node: ModuleNode) -> str:
+    return " × ".join(f"{size:,}" for size in node.shape) if node.shape is not None else ""
+
+
+def _formula(node: ModuleNode) -> str:
+    return f"{node.formula} (the token table again)" if node.tied else node.formula
+
+
+def _share(parameters: int, unique: int) -> str:
+    share = 100 * parameters / unique if unique else 0.0
+    return f"{share:.1f} %" if share >= 0.05 or not parameters else "< 0.1 %"
+
+
+def _remarks(report: ParameterReport) -> Iterator[str]:
+    from rich.markup import escape
+
+    if report.agrees:
+        tensors = len(report.source.tensors or ())
+        yield f"[green]✓[/green] The {tensors:,} tensors in the file's header agree with the config."
+    elif report.agrees is False:
+        yield "[yellow]![/yellow] The file's header does not agree with the config, which is counted above:"
+    elif report.basis is Basis.CONFIG and not report.notes:
+        yield "[dim]Counted from the config: there are no weights beside it to compare with.[/dim]"
+    for note in report.notes[:NOTES_SHOWN]:
+        yield f"[yellow]![/yellow] {escape(note)}"
+    if len(report.notes) > NOTES_SHOWN:
+        yield f"[yellow]![/yellow] and {len(report.notes) - NOTES_SHOWN:,} more (--json has all)"
