@@ -12,7 +12,8 @@ from smolctl.errors import UsageError
 from smolctl.views.output import Output
 
 if TYPE_CHECKING:
-    from smolctl.generation.complete import CompletionSettings
+    from smolctl.generation.complete import CompletionResult, CompletionSettings
+    from smolctl.generation.conversation import Conversation
     from smolctl.generation.load import LoadedModel
 
 
@@ -60,7 +61,8 @@ def sample(
     smolctl sample FILE.gguf --chat --prompt "What is the capital of France?"
     smolctl sample runs/nano-001@100 runs/nano-001 --prompt "def main():"
     """
-    from smolctl.generation.complete import CompletionSettings
+    from smolctl.generation.complete import CompletionSettings, complete
+    from smolctl.generation.conversation import Conversation
     from smolctl.generation.load import load_model
     from smolctl.generation.sampling import SamplingSettings
     from smolctl.views.samples import show_side_by_side, to_json
@@ -73,33 +75,33 @@ def sample(
         seed=seed,
         sampling=SamplingSettings(temperature, top_k, top_p, min_p, repetition_penalty),
     )
-    text = _prompt_text(prompt, interactive=not json)
+    text = _prompt_text(prompt, may_ask=not json and len(models or ()) < 2)
     loaded = [load_model(model) for model in models or ["runs/latest"]]
+    for model in loaded:
+        for note in model.notes:
+            out.talk(f"{model.id}: {note}")
+    conversation = Conversation(chat, system)
     if text is None:
-        _converse(out, loaded, settings, chat, system)
-        return
-    if len(loaded) == 1:
-        result = _complete(out, loaded[0], text, settings, chat, system)
+        _converse(out, loaded[0], settings, conversation)
+    elif len(loaded) == 1:
+        result = _stream(out, loaded[0], conversation.prompt(loaded[0], text), settings)
         out.document(to_json(loaded[0], result))
-        return
-    from smolctl.generation.complete import complete
-
-    results = [
-        (model, complete(model.network, model.tokenizer, _render(model, text, chat, system), settings))
-        for model in loaded
-    ]
-    if not json:
+    else:
+        results = [
+            (model, complete(model.network, model.tokenizer, conversation.prompt(model, text), settings))
+            for model in loaded
+        ]
         show_side_by_side(out, results)
-    out.document({"models": [to_json(model, result) for model, result in results]})
+        out.document({"models": [to_json(model, result) for model, result in results]})
 
 
-def _prompt_text(prompt: str | None, interactive: bool) -> str | None:
+def _prompt_text(prompt: str | None, may_ask: bool) -> str | None:
     """The prompt of --prompt or stdin; None to ask for prompts on the terminal."""
     if prompt not in (None, "-"):
         return prompt
     if prompt is None and sys.stdin.isatty():
-        if not interactive:
-            raise UsageError("--json needs a prompt", "Give --prompt TEXT or pipe one in.")
+        if not may_ask:
+            raise UsageError("no prompt", "Give --prompt TEXT or pipe one in.")
         return None
     text = sys.stdin.read()
     if not text.strip():
@@ -107,51 +109,34 @@ def _prompt_text(prompt: str | None, interactive: bool) -> str | None:
     return text.removesuffix("\n")
 
 
-def _render(
-    model: LoadedModel, text: str, chat: bool, system: str | None, history: tuple[dict[str, str], ...] = ()
-) -> str:
-    if not chat:
-        return text
-    first = [{"role": "system", "content": system}] if system else []
-    return model.chat_prompt([*first, *history, {"role": "user", "content": text}])
-
-
-def _complete(out, model, text, settings, chat, system, history=()):  # type: ignore[no-untyped-def]
+def _stream(out: Output, model: LoadedModel, prompt: str, settings: CompletionSettings) -> CompletionResult:
+    """Complete one prompt and print it as it comes."""
     from smolctl.generation.complete import complete
     from smolctl.views.samples import StreamView, timing_line
 
-    rendered = _render(model, text, chat, system, history)
     if out.verbose:
-        out.talk(f"prompt as the model sees it:\n{rendered}")
+        out.talk(f"prompt as the model sees it:\n{prompt}")
     view = StreamView(out, settings.samples)
-    result = complete(model.network, model.tokenizer, rendered, settings, view)
+    result = complete(model.network, model.tokenizer, prompt, settings, view)
     view.close()
-    out.talk(timing_line(model, result.timing))
+    if not out.json:
+        out.talk(timing_line(model, result.timing))
     return result
 
 
 def _converse(
-    out: Output, loaded: list[LoadedModel], settings: CompletionSettings, chat: bool, system: str | None
+    out: Output, model: LoadedModel, settings: CompletionSettings, conversation: Conversation
 ) -> None:
-    """Ask for prompts until the end of input. With --chat the conversation goes on; without, each stands alone."""
-    if len(loaded) > 1:
-        raise UsageError("several models need a prompt", "Give --prompt TEXT.")
-    model = loaded[0]
-    if model.can_chat and not chat:
+    """Ask for prompts until the input ends. A chat goes on; without --chat every prompt stands alone."""
+    if model.can_chat and not conversation.chat:
         out.talk("This model has a chat template: --chat uses it.")
     out.talk(f"{model.id}: type a prompt, Ctrl-D ends.")
-    history: list[dict[str, str]] = []
     while True:
         try:
             text = input("> ")
         except EOFError:
             print()
             return
-        if not text.strip():
-            continue
-        result = _complete(out, model, text, settings, chat, system, tuple(history))
-        if chat:
-            history += [
-                {"role": "user", "content": text},
-                {"role": "assistant", "content": result.completions[0].text},
-            ]
+        if text.strip():
+            result = _stream(out, model, conversation.prompt(model, text), settings)
+            conversation.remember(text, result.completions[0].text)

@@ -77,7 +77,7 @@ class _Sequence:
         if token in self.ends:
             self.finish_reason = "stop"
             return self._rest()
-        self.text += self.stream.push(token)
+        self.text += self.stream.feed(token)
         cuts = [at for at in (self.text.find(stop, self.emitted) for stop in self.stop) if at >= 0]
         if cuts:
             self.text = self.text[: min(cuts)]
@@ -93,7 +93,7 @@ class _Sequence:
 
     def _rest(self, flush: bool = True) -> str:
         if flush:
-            self.text += self.stream.flush()
+            self.text += self.stream.finish()
         return self._emit(len(self.text))
 
     def _emit(self, end: int) -> str:
@@ -136,7 +136,7 @@ def complete(
     device = network.head_weight.device
     ids = tokenizer.encode(prompt) or [i for i in (tokenizer.bos_token_id,) if i is not None]
     batch = torch.tensor([ids], dtype=torch.long, device=device).expand(settings.samples, -1)
-    ends = frozenset(network.config.eos_token_ids) | frozenset(tokenizer.end_token_ids)
+    ends = frozenset(network.config.eos_token_ids) | tokenizer.end_token_ids
     sequences = [_Sequence(tokenizer, settings.stop, ends) for _ in range(settings.samples)]
 
     started = time.perf_counter()

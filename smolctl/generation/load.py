@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from smolctl.data.chat import Message, render_chat
+from smolctl.data.chat import render_chat
 from smolctl.data.tokenizer import Tokenizer
 from smolctl.errors import InputError
 from smolctl.model.network import Transformer
@@ -24,12 +24,13 @@ class LoadedModel:
     network: Transformer
     tokenizer: Tokenizer
     load_s: float
+    notes: tuple[str, ...] = ()  # what is odd about the source
 
     @property
     def can_chat(self) -> bool:
         return self.tokenizer.chat_template is not None
 
-    def chat_prompt(self, messages: Sequence[Message]) -> str:
+    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The text that the model expects for a conversation, ready for its answer.
 
         Raises:
@@ -57,7 +58,8 @@ def load_model(model: str) -> LoadedModel:
     source.require_weights()
     files = source.read_tokenizer()
     if files is None:
-        raise InputError(f"{model}: there is no tokenizer beside the weights", "Put its tokenizer.json into the folder.")
-    tokenizer = Tokenizer.from_files(files)
+        raise InputError(f"{model}: there is no tokenizer beside the weights", "Put its tokenizer.json there.")
+    tokenizer = Tokenizer.from_files(files, model)
+    tokenizer.require_fit(source.require_config().vocab_size)
     network = load_network(source, dtype=torch.float32).requires_grad_(False)
-    return LoadedModel(model, network, tokenizer, time.perf_counter() - started)
+    return LoadedModel(model, network, tokenizer, time.perf_counter() - started, source.problems)

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from smolctl.errors import InputError, SmolError
+from smolctl.sources.run_folder import damage_of
 
 CHECKSUM_SUFFIX = ".sha256"  # of the file beside a checkpoint, in sha256sum's format
 READ_BYTES = 1 << 22
@@ -75,7 +76,7 @@ class DurableCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint whose bytes are those that were written. Never executes a pickle."""
+        """Read a checkpoint as plain data; no code in it is executed."""
         return read_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -85,14 +86,11 @@ class DurableCheckpointIO(CheckpointIO):
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint on the CPU, after its checksum was compared.
+    """A checkpoint on the CPU.
 
     Raises:
         InputError: it is missing, damaged, or holds more than plain data.
     """
-    damage = find_damage(path)
-    if damage:
-        raise InputError(f"{path}: {damage}", "Resume from an older checkpoint: smolctl resume RUN@STEP.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -103,12 +101,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def find_damage(path: Path) -> str:
-    """Why a checkpoint must not be trusted; empty when it is whole."""
-    if not path.is_file():
-        return "no such file"
+    """Why a checkpoint must not be trusted; empty when its bytes are those that were written."""
+    damage = damage_of(path)
     checksum = Path(f"{path}{CHECKSUM_SUFFIX}")
-    if not checksum.is_file():
-        return ""  # written by something else; torch checks its own structure
+    if damage or not checksum.is_file():
+        return damage
     expected = checksum.read_text(encoding="ascii", errors="replace").split(" ")[0]
     return "" if file_digest(path) == expected else "its bytes are not the ones that were written (checksum differs)"
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from smolctl.config import RunConfig, resolve_run_config
 from smolctl.data.batches import StepDataset
-from smolctl.data.corpus import iter_documents
+from smolctl.data.corpus import iter_texts
 from smolctl.data.order import window_count
 from smolctl.data.shards import TokenizedCorpus, TokenizeProgress, tokenize_corpus
 from smolctl.data.tokenizer import Tokenizer, choose_tokenizer
@@ -86,24 +86,17 @@ def _with_model_of(source: ModelSource, config: RunConfig) -> RunConfig:
 
 
 def _tokenizer(source: ModelSource | None, config: RunConfig, emit: Listener) -> Tokenizer:
-    files = source.read_tokenizer() if source is not None and config.tokenizer is None else None
-    if files is not None:
-        tokenizer = Tokenizer.from_files(files)
-    else:
-
-        def texts() -> Iterator[str]:
-            for document in iter_documents(config.data.source, config.data.text_field):
-                yield from document.pieces
-
+    tokenizer = None
+    if source is not None and config.tokenizer is None and (files := source.read_tokenizer()) is not None:
+        tokenizer = Tokenizer.from_files(files, source.id)
+    if tokenizer is None:
         tokenizer = choose_tokenizer(
-            config.tokenizer, texts, config.model.vocab_size, lambda text: emit(Note(text))
+            config.tokenizer,
+            lambda: iter_texts(config.data.source, config.data.text_field),
+            config.model.vocab_size,
+            lambda text: emit(Note(text)),
         )
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size:,} entries, "
-            f"the model's vocab_size is {config.model.vocab_size:,}",
-            "Use the model's own tokenizer, or set model.vocab_size to the tokenizer's.",
-        )
+    tokenizer.require_fit(config.model.vocab_size)
     return tokenizer
 
 

@@ -22,7 +22,7 @@ from smolctl.errors import ExitCode, InputError, UsageError
 from smolctl.model.weights import initialize
 from smolctl.sources.run_folder import CheckpointFile, RunFolder
 from smolctl.training.callbacks import RunCallback, RunContext, StopFlag
-from smolctl.training.checkpoint import DurableCheckpointIO, read_checkpoint
+from smolctl.training.checkpoint import DurableCheckpointIO, find_damage, read_checkpoint
 from smolctl.training.events import End, Listener, Note, Start
 from smolctl.training.module import TrainingModule
 from smolctl.training.plan import Plan, make_plan, measure_speed
@@ -102,7 +102,7 @@ def resume(
     folder = RunFolder.open(run)
     recorder = RunRecorder(folder.path)
     with recorder.lock():
-        checkpoint = folder.checkpoint(step)
+        checkpoint = _sound_checkpoint(folder, step)
         content = read_checkpoint(checkpoint.path)
         config = RunConfig.model_validate(content["hyper_parameters"]["config"])
         config = with_target(config, checkpoint.step, extra, until)
@@ -115,6 +115,26 @@ def resume(
         recorder.forget_after(checkpoint.step)
         recorder.write_config(config)
         return _fit(prepared, recorder, plan, checkpoint, emit)
+
+
+def _sound_checkpoint(folder: RunFolder, step: int | None) -> CheckpointFile:
+    """The newest checkpoint or the one asked for, if its bytes are whole.
+
+    Raises:
+        InputError: it is damaged, naming the newest one that is not.
+    """
+    files = folder.checkpoints()
+    newest = files[-1].step if files else None
+    wanted = newest if step is None else step
+    chosen = next((file for file in files if file.step == wanted), None)
+    if chosen is None:
+        return folder.checkpoint(step).file  # raises, saying which steps there are
+    damage = find_damage(chosen.path)
+    if not damage:
+        return chosen
+    good = next((file.step for file in reversed(files) if file != chosen and not find_damage(file.path)), None)
+    hint = "No other checkpoint is whole." if good is None else f"Go on from: smolctl resume {folder.path}@{good}"
+    raise InputError(f"{chosen.path}: {damage}", hint)
 
 
 def with_target(config: RunConfig, done: int, extra: int | None, until: int | None) -> RunConfig:

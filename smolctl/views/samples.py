@@ -32,7 +32,7 @@ class StreamView:
         if self.out.json:
             return
         if self.samples == 1:
-            print()
+            print(flush=True)
             return
         for number, pieces in enumerate(self.pieces, start=1):
             self.out.show(f"[bold]— {number} of {self.samples} —[/bold]")

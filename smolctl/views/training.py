@@ -81,8 +81,8 @@ class TrainingView:
         if self.out.quiet or self.out.json:
             return
         console = self.out.stderr
-        share = f" of {size(progress.total_bytes)}" if progress.total_bytes else ""
-        text = f"Tokenizing: {size(progress.bytes)}{share}, {quantity(progress.tokens)} tokens"
+        share = f" of {size(progress.bytes_total)}" if progress.bytes_total else ""
+        text = f"Tokenizing: {size(progress.bytes_read)}{share}, {quantity(progress.tokens)} tokens"
         now = time.monotonic()
         if console.is_terminal:
             console.print(f"\r{text}", end="", markup=False, highlight=False)
