@@ -1,1 +1,6 @@
 """The MODEL argument of every command."""
+
+from smolctl.sources.base import ModelSource, SourceKind, TensorHeader, TokenizerFiles, Weights
+from smolctl.sources.open import open_source
+
+__all__ = ["ModelSource", "SourceKind", "TensorHeader", "TokenizerFiles", "Weights", "open_source"]

@@ -43,8 +43,9 @@ def dequantize(raw: Tensor, kind: TensorType) -> Tensor:
         return _through_gguf(raw, kind)
     blocks = raw.reshape(-1, kind.bytes)
     values = torch.empty(blocks.shape[0], BLOCK)
-    for some, out in zip(blocks.split(BLOCKS_AT_ONCE), values.split(BLOCKS_AT_ONCE), strict=True):
-        unpack(some, out)
+    for start in range(0, blocks.shape[0], BLOCKS_AT_ONCE):
+        some = slice(start, start + BLOCKS_AT_ONCE)
+        unpack(blocks[some], values[some])
     return values.view(raw.shape[0], -1)
 
 

@@ -149,11 +149,15 @@ class _Reader:
         version = self.scalar("I")
         if version not in VERSIONS:
             swapped = version and version & 0xFFFF == 0
-            raise self.fail("big-endian GGUF is not supported" if swapped else f"GGUF version {version} is not supported")
+            raise self.fail(
+                "big-endian GGUF is not supported" if swapped else f"GGUF version {version} is not supported"
+            )
         tensor_count, pair_count = self.scalar("Q"), self.scalar("Q")
         # A pair takes at least 13 bytes and a tensor 24: larger counts are damage, not data.
         if pair_count * 13 + tensor_count * 24 > self.size:
-            raise self.fail(f"damaged header: {tensor_count:,} tensors and {pair_count:,} keys in {self.size:,} bytes")
+            raise self.fail(
+                f"damaged header: {tensor_count:,} tensors and {pair_count:,} keys in {self.size:,} bytes"
+            )
         metadata: dict[str, Any] = {}
         for _ in range(pair_count):
             key = self.string("a metadata key")
@@ -250,5 +254,7 @@ class _Reader:
         for size in shape:
             values *= size
         if not values or shape[-1] % kind.block or offset % alignment:
-            raise self.fail(f"damaged header: tensor {name[:80]} of shape {list(shape)} in {kind.name} at {offset}")
+            raise self.fail(
+                f"damaged header: tensor {name[:80]} of shape {list(shape)} in {kind.name} at {offset}"
+            )
         return GGUFTensor(name, shape, type_id, start + offset, values // kind.block * kind.bytes)

@@ -33,7 +33,13 @@ NAMES = {
 }
 LAYER_NAME = re.compile(r"blk\.(\d+)\.(.+)")
 # Metadata that changes the computation in ways this network does not have, when set to anything truthy.
-OFF_SWITCHES = ("expert_count", "attention.sliding_window", "logit_scale", "embedding_scale", "residual_scale")
+OFF_SWITCHES = (
+    "expert_count",
+    "attention.sliding_window",
+    "logit_scale",
+    "embedding_scale",
+    "residual_scale",
+)
 REQUIRED = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -60,7 +66,10 @@ def open_gguf(path: Path, name: str) -> ModelSource:
     known = config is not None
     tensors = tuple(
         TensorHeader(
-            huggingface_name(tensor.name) if known else tensor.name, tensor.shape, tensor.type.name, tensor.bytes
+            huggingface_name(tensor.name) if known else tensor.name,
+            tensor.shape,
+            tensor.type.name,
+            tensor.bytes,
         )
         for tensor in header.tensors
     )
@@ -105,14 +114,19 @@ def unsupported_feature(header: GGUFHeader) -> str:
     if architecture != "llama":
         return f"GGUF architecture {architecture} is not supported, only llama"
     if values.get("split.count", 0) > 1:
-        return f"one of {values['split.count']} parts of a split GGUF is not supported: join them with llama-gguf-split"
+        return (
+            f"a split GGUF of {values['split.count']} parts is not supported: join them with llama-gguf-split"
+        )
     for key in OFF_SWITCHES:
         if values.get(f"llama.{key}"):
             return f"llama.{key} {values[f'llama.{key}']} is not supported"
     scaling = values.get("llama.rope.scaling.type", "none")
     if scaling != "none":
         return f"rope scaling {scaling} is not supported"
-    if values.get("llama.rope.scaling.factor", 1.0) not in (0.0, 1.0) or values.get("llama.rope.scale_linear", 1.0) != 1.0:
+    if (
+        values.get("llama.rope.scaling.factor", 1.0) not in (0.0, 1.0)
+        or values.get("llama.rope.scale_linear", 1.0) != 1.0
+    ):
         return "rope scaling linear is not supported"
     for tensor in header.tensors:
         if tensor.name == "rope_freqs.weight":
@@ -150,7 +164,9 @@ def read_config(header: GGUFHeader) -> ModelConfig:
     values = header.metadata
     missing = [f"llama.{key}" for key in REQUIRED if f"llama.{key}" not in values]
     if missing:
-        raise InputError(f"{header.path}: the metadata has no {missing[0]}", "Convert the model to GGUF again.")
+        raise InputError(
+            f"{header.path}: the metadata has no {missing[0]}", "Convert the model to GGUF again."
+        )
     fields = {field: values[f"llama.{key}"] for key, field in REQUIRED.items()}
     shapes = {tensor.name: tensor.shape for tensor in header.tensors}
     vocab = values.get("llama.vocab_size") or shapes.get("token_embd.weight", (0,))[0]

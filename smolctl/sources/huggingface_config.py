@@ -62,7 +62,11 @@ def from_huggingface_config(values: Mapping[str, Any], origin: str) -> tuple[Mod
 def assumed_keys(values: Mapping[str, Any]) -> tuple[str, ...]:
     """Sizes that a config.json leaves out, so that Llama's defaults are assumed."""
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    return tuple(f"{key} is not given: Llama's {LLAMA_DEFAULTS[key]:,} is assumed" for key in sizes if key not in values)
+    return tuple(
+        f"{key} is not given: Llama's {LLAMA_DEFAULTS[key]:,} is assumed"
+        for key in sizes
+        if key not in values
+    )
 
 
 def unsupported_feature(values: Mapping[str, Any]) -> str:

@@ -48,7 +48,9 @@ def read_header(path: Path) -> tuple[TensorHeader, ...]:
             check_header_length(length, size, str(path))
             text = file.read(length)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})", "Check the path and its rights.") from None
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror})", "Check the path and its rights."
+        ) from None
     return parse_header(text, size - 8 - length, str(path))
 
 
@@ -74,9 +76,7 @@ def parse_header(text: bytes, data_size: int | None, origin: str) -> tuple[Tenso
         raise InputError(f"{origin}: the safetensors header is no JSON", REMEDY) from None
     if not isinstance(entries, dict):
         raise InputError(f"{origin}: the safetensors header is no JSON object", REMEDY)
-    placed = sorted(
-        _entry(name, entry, origin) for name, entry in entries.items() if name != "__metadata__"
-    )
+    placed = sorted(_entry(name, entry, origin) for name, entry in entries.items() if name != "__metadata__")
     position = 0
     for begin, end, tensor in placed:
         if begin != position:
@@ -109,7 +109,9 @@ def _entry(name: str, entry: Any, origin: str) -> _Placed:
         raise InputError(f"{origin}: the header's entry of {name[:80]!r} is damaged", REMEDY) from None
     tensor = TensorHeader(name, shape, dtype, end - begin)
     if tensor.parameters * BITS[dtype] != 8 * tensor.bytes:
-        raise InputError(f"{origin}: {name} of shape {list(shape)} does not fit its {tensor.bytes:,} bytes", REMEDY)
+        raise InputError(
+            f"{origin}: {name} of shape {list(shape)} does not fit its {tensor.bytes:,} bytes", REMEDY
+        )
     return _Placed((begin, end, tensor))
 
 
@@ -164,7 +166,7 @@ class SafetensorsWeights(Weights):
         for path, names in self.files.items():
             try:
                 with safe_open(path, framework="pt") as file:
-                    for name in names if names is not None else file.keys():  # noqa: SIM118
+                    for name in names if names is not None else file.keys():
                         if not is_derived(name):
                             yield name, file.get_tensor(name)
             except (SafetensorError, OSError, ValueError) as error:

@@ -130,8 +130,8 @@ def _assumptions(config: ModelConfig) -> tuple[str, ...]:
         return (*common, f"residual_scale {config.residual_scale:.4f} is assumed: shapes do not show it")
     return (
         *common,
-        f"rope_theta {config.rope_theta:,.0f} and a context of {config.max_position_embeddings:,} are assumed: "
-        "put the model's config.json beside the file",
+        f"rope_theta {config.rope_theta:,.0f} is assumed: put the model's config.json beside the file",
+        f"a context of {config.max_position_embeddings:,} is assumed: shapes do not show it",
     )
 
 

@@ -1,0 +1,304 @@
+"""A model on the Hub: config and tensor headers over the network now, weights when they are asked for.
+
+Headers cost one request a file: the first 100 kB by Range. Everything here asks once and waits a few
+seconds at most, where the client's own downloads retry for half a minute. A snapshot that is in the
+client's cache is used without the network: always when it is the newest commit, and otherwise when the
+Hub cannot be reached.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smolctl.errors import HubError
+from smolctl.sources.base import ModelSource, SourceKind, TensorHeader, Weights
+from smolctl.sources.hub_errors import UnreachableError, explained
+from smolctl.sources.huggingface_folder import INDEX, SINGLE, describe, is_huggingface_folder, open_folder
+from smolctl.sources.safetensors_file import (
+    SafetensorsWeights,
+    check_header_length,
+    parse_header,
+    read_weight_map,
+)
+from smolctl.sources.tokenizer_files import (
+    SIDE_FILES,
+    SLOW_FILES,
+    has_tokenizer,
+    parse_json,
+    read_tokenizer_folder,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+CONNECT_SECONDS = 5.0
+HEADER_GUESS = 100_000  # bytes of the first Range request; longer headers take a second one
+MAX_CONFIG_BYTES = 20_000_000  # of a config or an index; a repository may hold anything
+PARALLEL_REQUESTS = 8
+TOKENIZERS = ("tokenizer.json", *SLOW_FILES)
+TOKENIZER_FILES = (*TOKENIZERS, "merges.txt", "special_tokens_map.json", *SIDE_FILES)
+OTHER_WEIGHTS = re.compile(r".+\.(bin|gguf|pth|pt|h5|msgpack|onnx)")
+# Safetensors files of a repository, with the names of the tensors to read there (None: all).
+Shards = dict[str, list[str] | None]
+
+
+def open_hub(model: str) -> ModelSource:
+    """Open `org/name[@revision]`.
+
+    Raises:
+        HubError: not there, private, gated, refused, unreachable, or without anything to read.
+        InputError: the repository's files are damaged.
+    """
+    name, _, revision = model.partition("@")
+    repository = Repository(name, revision or None)
+    if repository.offline:
+        return _open_cached(repository, model, "HF_HUB_OFFLINE is set")
+    try:
+        with explained(repository.name, repository.url):
+            return _open_online(repository, model)
+    except UnreachableError as error:
+        try:
+            return _open_cached(repository, model, "the Hub cannot be reached")
+        except HubError:
+            raise error from None
+
+
+@dataclass
+class Repository:
+    """Requests to one repository, with the bytes that they cost."""
+
+    name: str
+    revision: str | None
+    bytes_fetched: int = 0
+
+    def __post_init__(self) -> None:
+        prepare_client()
+
+    @property
+    def endpoint(self) -> str:
+        from huggingface_hub import constants
+
+        return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+
+    @property
+    def offline(self) -> bool:
+        from huggingface_hub import constants
+
+        return constants.is_offline_mode()
+
+    @property
+    def url(self) -> str:
+        return f"{self.endpoint}/{self.name}"
+
+    def info(self) -> dict[str, Any]:
+        """The Hub's description of the repository: its commit and its files."""
+        revision = f"/revision/{_quoted(self.revision)}" if self.revision else ""
+        text, _ = self.get(f"{self.endpoint}/api/models/{self.name}{revision}", MAX_CONFIG_BYTES)
+        return parse_json(text, self.url)
+
+    def file(
+        self, commit: str, path: str, limit: int = MAX_CONFIG_BYTES, start: int = 0
+    ) -> tuple[bytes, int]:
+        """Bytes of a file from `start`, at most `limit`, and the size of the whole file (0: not told)."""
+        ranged = start > 0 or limit < MAX_CONFIG_BYTES
+        headers = {"range": f"bytes={start}-{start + limit - 1}"} if ranged else {}
+        return self.get(f"{self.url}/resolve/{commit}/{path}", limit, headers, start)
+
+    def get(
+        self, url: str, limit: int, headers: Mapping[str, str] | None = None, start: int = 0
+    ) -> tuple[bytes, int]:
+        """One GET without retries; reads no more than it needs even where Range is ignored."""
+        from huggingface_hub import get_session, hf_raise_for_status
+        from huggingface_hub.utils._headers import build_hf_headers
+
+        plain = {"accept-encoding": "identity"}
+        with get_session().stream(
+            "GET", url, headers=build_hf_headers() | plain | dict(headers or {})
+        ) as response:
+            if response.is_error:
+                response.read()
+            hf_raise_for_status(response)
+            skip = 0 if response.status_code == 206 else start
+            content = bytearray()
+            for piece in response.iter_raw():
+                content += piece
+                if len(content) >= skip + limit:
+                    break
+            self.bytes_fetched += response.num_bytes_downloaded
+            told = response.headers.get("content-range", "").rpartition("/")[2]
+            size = int(told) if told.isdecimal() else int(response.headers.get("content-length") or 0)
+        return bytes(content[skip : skip + limit]), size
+
+    def download(self, patterns: list[str]) -> Path:
+        """Files of the repository in the client's own cache; the folder of the snapshot.
+
+        Raises:
+            HubError: they cannot be had.
+        """
+        from huggingface_hub import snapshot_download
+
+        with explained(self.name, self.url):
+            folder = snapshot_download(
+                self.name, revision=self.revision, allow_patterns=patterns, endpoint=self.endpoint
+            )
+        return Path(folder)
+
+
+def prepare_client() -> None:
+    """Give the Hub's client a time limit: by default it waits for ever."""
+    global _prepared
+    if _prepared:
+        return
+    import httpx2
+    from huggingface_hub import constants, set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    def client() -> httpx2.Client:
+        made = default_client_factory()
+        made.timeout = httpx2.Timeout(constants.HF_HUB_ETAG_TIMEOUT, connect=CONNECT_SECONDS)
+        return made
+
+    set_client_factory(client)
+    _prepared = True
+
+
+_prepared = False
+
+
+def _quoted(revision: str | None) -> str:
+    return (revision or "main").replace("/", "%2F")
+
+
+def _open_online(repository: Repository, model: str) -> ModelSource:
+    info = repository.info()
+    commit = str(info.get("sha") or repository.revision or "main")
+    files = {str(entry.get("rfilename")) for entry in info.get("siblings") or () if isinstance(entry, dict)}
+    shards = _weight_files(repository, commit, files)
+    cached = _cached_snapshot(repository, commit, shards)
+    if cached is not None:
+        return _as_hub(open_folder(cached, model, SourceKind.HUB), commit, repository)
+    if not shards and not files.intersection(("config.json", *TOKENIZERS)):
+        raise HubError(f"{repository.name}: no model in it{_others(files)}", _other_hint(files))
+    declared = None
+    if "config.json" in files:
+        declared = parse_json(repository.file(commit, "config.json")[0], f"{model}/config.json")
+    tensors = _read_headers(repository, commit, shards) if shards else None
+    missing = () if shards else (f"no safetensors in the repository{_others(files)}",)
+    source = dataclasses.replace(
+        describe(SourceKind.HUB, model, declared, tensors, None, missing, None),
+        weights=HubWeights(repository, shards) if shards else NoHubWeights(repository.name, files),
+        tokenizer_reader=lambda: read_tokenizer_folder(repository.download(list(TOKENIZER_FILES))),
+    )
+    return _as_hub(source, commit, repository)
+
+
+def _as_hub(source: ModelSource, commit: str, repository: Repository) -> ModelSource:
+    return dataclasses.replace(source, revision=commit, bytes_fetched=repository.bytes_fetched)
+
+
+def _open_cached(repository: Repository, model: str, why: str) -> ModelSource:
+    """The snapshot in the client's cache, without the network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
+
+    folder = None
+    try:
+        folder = Path(snapshot_download(repository.name, revision=repository.revision, local_files_only=True))
+    except IncompleteSnapshotError as error:  # only what was asked for at the time lies there
+        folder = Path(str(error.snapshot_path))
+    except LocalEntryNotFoundError:
+        pass
+    if folder is None or not (is_huggingface_folder(folder) or has_tokenizer(folder)):
+        raise HubError(
+            f"{model}: {why}, and the model is not in the cache",
+            "Connect once and unset HF_HUB_OFFLINE, or name a local file or folder.",
+        )
+    source = open_folder(folder, model, SourceKind.HUB)
+    note = f"{why}: the cached revision {folder.name[:8]} is used"
+    return dataclasses.replace(source, revision=folder.name, problems=(note, *source.problems))
+
+
+def _cached_snapshot(repository: Repository, commit: str, shards: Shards) -> Path | None:
+    """The cache's folder of a commit, when it holds the config and all the weights."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = [
+        try_to_load_from_cache(repository.name, path, revision=commit) for path in ("config.json", *shards)
+    ]
+    if not shards or not all(isinstance(path, str) for path in found):
+        return None
+    return Path(str(found[0])).parent
+
+
+def _weight_files(repository: Repository, commit: str, files: set[str]) -> Shards:
+    """The safetensors files of a model: the sharded ones, the usual one, or the only one."""
+    if INDEX in files:
+        index, _ = repository.file(commit, INDEX)
+        by_file: dict[str, list[str]] = {}
+        for tensor, path in read_weight_map(index, f"{repository.name}/{INDEX}").items():
+            by_file.setdefault(path, []).append(tensor)
+        return dict(by_file)
+    if SINGLE in files:
+        return {SINGLE: None}
+    others = [path for path in files if path.endswith(".safetensors") and "/" not in path]
+    return {others[0]: None} if len(others) == 1 else {}
+
+
+def _read_headers(repository: Repository, commit: str, shards: Shards) -> tuple[TensorHeader, ...]:
+    with ThreadPoolExecutor(min(PARALLEL_REQUESTS, len(shards))) as pool:
+        headers = pool.map(lambda path: _read_header(repository, commit, path), shards)
+        return tuple(tensor for header in headers for tensor in header)
+
+
+def _read_header(repository: Repository, commit: str, path: str) -> tuple[TensorHeader, ...]:
+    origin = f"{repository.name}/{path}"
+    start, size = repository.file(commit, path, HEADER_GUESS)
+    length = int.from_bytes(start[:8], "little")
+    check_header_length(length, size or None, origin)
+    header = start[8 : 8 + length]
+    if len(header) < length:
+        rest, _ = repository.file(commit, path, length - len(header), len(start))
+        header += rest
+    return parse_header(header, size - 8 - length if size else None, origin)
+
+
+class HubWeights(Weights):
+    """Weights that are downloaded into the client's cache when they are first read."""
+
+    def __init__(self, repository: Repository, shards: Shards) -> None:
+        self.repository, self.shards = repository, shards
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        folder = self.repository.download([*self.shards, INDEX, *TOKENIZER_FILES])
+        yield from SafetensorsWeights({folder / path: names for path, names in self.shards.items()}).tensors()
+
+
+class NoHubWeights(Weights):
+    """The weights of a repository that has none that can be read."""
+
+    def __init__(self, name: str, files: set[str]) -> None:
+        self.name, self.files = name, files
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        raise HubError(
+            f"{self.name}: no safetensors in the repository{_others(self.files)}", _other_hint(self.files)
+        )
+
+
+def _others(files: set[str]) -> str:
+    others = sorted(path for path in files if OTHER_WEIGHTS.fullmatch(path))
+    return f"; it has {', '.join(others[:3])}" if others else ""
+
+
+def _other_hint(files: set[str]) -> str:
+    gguf = sorted(path for path in files if path.endswith(".gguf"))
+    if gguf:
+        return f"Download {gguf[0]} with `hf download` and name the file."
+    return "Name a repository with safetensors; the Hub can convert old weights (safetensors/convert)."

@@ -1,0 +1,210 @@
+"""The MODEL argument: a string becomes a `ModelSource`, by what is found and not by how it is called."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from smolctl.config import ModelConfig, RunConfig
+from smolctl.config.load import (
+    config_path,
+    merge,
+    parse_settings,
+    preset_names,
+    presets_folder,
+    read_yaml,
+    resolve_model_config,
+    resolve_run_config,
+)
+from smolctl.errors import InputError, UsageError
+from smolctl.sources.base import ModelSource, SourceKind
+from smolctl.sources.checkpoint import is_checkpoint, open_checkpoint
+from smolctl.sources.gguf import is_gguf
+from smolctl.sources.gguf_model import open_gguf
+from smolctl.sources.huggingface_folder import (
+    is_huggingface_folder,
+    open_config_json,
+    open_folder,
+    open_safetensors,
+)
+from smolctl.sources.nanotron import is_nanotron, open_nanotron
+from smolctl.sources.run_folder import RUNS, RunFolder, latest_run, split_step
+from smolctl.sources.safetensors_file import is_safetensors
+
+HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?")
+# Endings of files: `models/x.gguf` that does not exist is a wrong path and no repository.
+FILE_ENDINGS = (".gguf", ".safetensors", ".ckpt", ".yaml", ".yml", ".json", ".bin", ".pt", ".pth")
+KINDS = "Give a preset, YAML, Hub id, Hugging Face folder, .safetensors, .gguf, .ckpt or run."
+
+
+def open_source(model: str, settings: Sequence[str] = ()) -> ModelSource:
+    """Whatever MODEL names.
+
+    Args:
+        model: a preset, a path, `RUN@STEP`, or `org/name[@revision]` on the Hub.
+        settings: `key=value` items of a what-if, `num_hidden_layers=12` or `model.num_hidden_layers=12`.
+            A model with weights is then only good for counting: the weights no longer fit.
+
+    Raises:
+        InputError: there is no such model, or its files are damaged.
+        HubError: the Hub did not give it.
+        UsageError: a setting does not apply.
+    """
+    values = _model_settings(settings)
+    path = Path(model)
+    if path.exists():
+        return _open_path(path, model, values)
+    if model in preset_names():
+        return _open_recipe(presets_folder() / f"{model}.yaml", model, values)
+    if path.parent == RUNS and path.name == "latest":
+        return _what_if(_open_run(latest_run(), None, model), values)
+    run, at, _ = model.rpartition("@")
+    if (at and RunFolder.is_run(Path(run))) or path.parts[:1] == RUNS.parts:
+        folder, step = split_step(model)
+        return _what_if(_open_run(folder, step, model), values)
+    if HUB_ID.fullmatch(model) and not model.lower().endswith(FILE_ENDINGS):
+        from smolctl.sources.hub import open_hub
+
+        return _what_if(open_hub(model), values)
+    if "/" in model or model.lower().endswith(FILE_ENDINGS):
+        raise InputError(f"{model}: no such file or folder", KINDS)
+    config_path(model)  # raises, with presets of a similar name
+    raise InputError(f"{model}: no such file or folder", KINDS)
+
+
+def _open_path(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
+    try:
+        if path.is_dir():
+            return _what_if(_open_folder(path, name), values)
+        if not path.is_file():
+            raise InputError(f"{path}: neither a file nor a folder", KINDS)
+        return _open_file(path, name, values)
+    except PermissionError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})", "Check the file's rights.") from None
+
+
+def _open_folder(folder: Path, name: str) -> ModelSource:
+    if RunFolder.is_run(folder):
+        return _open_run(folder, None, name)
+    if is_huggingface_folder(folder):
+        return open_folder(folder, name)
+    inside = sorted(path.name for path in folder.iterdir())
+    shown = ", ".join(inside[:5]) or "nothing"
+    raise InputError(f"{folder}: no model in it: no config.json, safetensors or run; it holds {shown}", KINDS)
+
+
+def _open_file(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not start:
+        raise InputError(f"{path}: the file is empty", KINDS)
+    if is_gguf(path):
+        return _what_if(open_gguf(path, name), values)
+    if is_checkpoint(path):
+        return _what_if(open_checkpoint(path, name), values)
+    if is_safetensors(path):
+        return _what_if(open_safetensors(path, name), values)
+    if start.startswith(b"\x80"):
+        raise InputError(
+            f"{path}: a bare pickle is not read: it can execute code",
+            "Save the weights as safetensors, or with torch.save of today.",
+        )
+    if b"\0" in start or not _is_text(start):
+        raise InputError(f"{path}: no known model file: it begins with {start[:8]!r}", KINDS)
+    if start.lstrip().startswith(b"{"):
+        return _what_if(open_config_json(path, name), values)
+    return _open_recipe(path, name, values)
+
+
+def _is_text(start: bytes) -> bool:
+    try:
+        start.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.start > len(start) - 4  # a character that the sample has cut in two
+    return True
+
+
+def _open_recipe(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
+    """Our YAML, a preset among them, or nanotron's."""
+    content = read_yaml(path)
+    if is_nanotron(content):
+        return _what_if(open_nanotron(content, path, name), values)
+    run = resolve_run_config(merge(content, values), name)
+    preset = path.resolve().parent == presets_folder().resolve() and path.stem in preset_names()
+    return ModelSource(
+        kind=SourceKind.PRESET if preset else SourceKind.CONFIG,
+        id=name,
+        config=run.model,
+        declared=content.get("model") or {},
+        run=run,
+    )
+
+
+def _open_run(path: Path, step: int | None, name: str) -> ModelSource:
+    """A run with its newest sound checkpoint; a run that has none yet is a config."""
+    folder = RunFolder.open(path)
+    config = folder.config()
+    reader = folder.tokenizer if folder.has_tokenizer() else None
+    if step is None and not folder.checkpoints():
+        return ModelSource(
+            SourceKind.RUN,
+            name,
+            config.model,
+            declared=config.model.model_dump(mode="json"),
+            run=config,
+            tokenizer_reader=reader,
+            problems=("no checkpoint yet",),
+        )
+    file = folder.checkpoint(step)
+    source = open_checkpoint(file.path, name)
+    return dataclasses.replace(
+        source,
+        kind=SourceKind.RUN,
+        run=source.run or config,
+        step=file.step,
+        tokenizer_reader=reader,
+        problems=(*file.problems, *source.problems),
+    )
+
+
+def _model_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """Settings as nested values of a run config; a key that names no section is one of the model's."""
+    values: dict[str, Any] = {}
+    for item in settings:
+        key = item.partition("=")[0].strip()
+        section = key.split(".")[0]
+        values = merge(
+            values, parse_settings([item if section in RunConfig.model_fields else f"model.{item}"])
+        )
+    return values
+
+
+def _what_if(source: ModelSource, values: Mapping[str, Any]) -> ModelSource:
+    """A source with a changed config. Its weights do not fit any more and are left behind."""
+    if not values:
+        return source
+    if source.run is None and set(values) - {"model"}:
+        key = next(iter(set(values) - {"model"}))
+        raise UsageError(f"--set {key}: {source.id} has no training recipe", "Set keys of its model only.")
+    config = source.require_config()
+    changed = resolve_model_config(
+        _changed_fields(config, values.get("model") or {}), f"{source.id} with --set"
+    )
+    run = source.run
+    if run is not None:
+        layers = merge(
+            run.model_dump(exclude={"model"}), {key: values[key] for key in values if key != "model"}
+        )
+        run = resolve_run_config({**layers, "model": changed.model_dump()}, f"{source.id} with --set")
+    return dataclasses.replace(source, config=changed, run=run, tensors=None, weights=None)
+
+
+def _changed_fields(config: ModelConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with the settings over them; a head_dim that followed from the width still does."""
+    fields = config.model_dump()
+    if config.head_dim * config.num_attention_heads == config.hidden_size:
+        del fields["head_dim"]
+    return fields | dict(values)
