@@ -159,23 +159,13 @@ class TrainingMemory:
 
     weights: int
     gradients: int
-    optimizer: int
+    optimizer: int  # AdamW's two moments
     activations: int  # kept from forward for backward
-    logits: int  # the chunk of logits that the loss holds at once
+    logits: int  # the chunk of logits and of their gradient that the loss holds at once
 
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits
-
-
-# Each number of `training_memory` in words. b, a: bytes of a stored and of a computed value.
-MEMORY_FORMULAS = {
-    "weights": "unique parameters × b",
-    "gradients": "unique parameters × b",
-    "optimizer": "2 × unique parameters × b (AdamW's two moments)",
-    "activations": "tokens × (layers × (6 hidden + 2 queries + 2 keys + 4 FFN + heads) + 4 hidden) × a",
-    "logits": f"2 × min({LOSS_CHUNK_ROWS}, tokens) × vocab_size × 4 (the loss works in chunks)",
-}
 
 
 def activation_values_per_token(config: ModelConfig) -> int:
@@ -216,3 +206,20 @@ def training_memory(
         activations=tokens * activation_values_per_token(config) * computed,
         logits=2 * min(LOSS_CHUNK_ROWS, tokens) * config.vocab_size * BYTES_PER_VALUE["float32"],
     )
+
+
+def memory_formulas(
+    config: ModelConfig, batch_size: int, sequence_length: int, dtype: str = "float32"
+) -> dict[str, str]:
+    """How each number of `training_memory` comes about, with the values put in. Arguments as there."""
+    stored, computed = (BYTES_PER_VALUE[name] for name in TRAINING_DTYPES[dtype])
+    parameters = f"{count_parameters(config).unique:,}"
+    tokens = batch_size * sequence_length
+    values = activation_values_per_token(config)
+    return {
+        "weights": f"{parameters} × {stored} bytes",
+        "gradients": f"{parameters} × {stored} bytes",
+        "optimizer": f"2 × {parameters} × {stored} bytes",
+        "activations": f"{tokens:,} tokens × {values:,} values × {computed} bytes",
+        "logits": f"2 × {min(LOSS_CHUNK_ROWS, tokens):,} tokens × {config.vocab_size:,} × 4 bytes",
+    }

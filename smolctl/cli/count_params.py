@@ -33,5 +33,6 @@ def count_params(
     from smolctl.sources import open_source
     from smolctl.views.parameters import show_parameters
 
-    report = count_source(open_source(model, settings or ()), what_if=bool(settings))
+    what_if = tuple(settings or ())
+    report = count_source(open_source(model, what_if), what_if)
     show_parameters(Output(json, quiet, verbose), report, depth)

@@ -37,7 +37,7 @@ def inspect_config(
     verbose: Verbose = 0,
     debug: Debug = False,
 ) -> None:
-    """Show a model's config, what follows from it, its recipe, and problems.
+    """Show a config, what follows from it, and its problems.
 
     \b
     smolctl inspect-config smollm2-135m

@@ -21,6 +21,7 @@ app = typer.Typer(
     help="From a config to a trained, resumed and sampled small language model.",
     no_args_is_help=True,
     add_completion=True,
+    rich_markup_mode=None,  # plain help: rich alone would take longer to load than all the rest
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -10,28 +10,34 @@ from pydantic import BaseModel
 from smolctl.config.run import RunConfig
 
 COMMENT_COLUMN = 40
+LINE_LENGTH = 110
 
 
 def to_yaml(config: RunConfig) -> str:
-    """Every key of a run, with its meaning as a comment where the schema states one."""
+    """Every key of a run, with its meaning as a comment."""
     sections = []
     for name, field in RunConfig.model_fields.items():
         value = getattr(config, name)
         if isinstance(value, BaseModel):
-            lines = [f"{name}:", *(_line(key, value, indent="  ") for key in type(value).model_fields)]
+            fields = type(value).model_fields
+            keys = [_lines(key, getattr(value, key), fields[key].description) for key in fields]
+            sections.append("\n".join([f"{name}:", *keys]))
         else:
-            lines = [*([f"# {field.description}"] if field.description else []), _pair(name, value)]
-        sections.append("\n".join(lines))
+            sections.append(_lines(name, value, field.description, indent=""))
     return "\n\n".join(sections) + "\n"
 
 
-def _line(key: str, section: BaseModel, indent: str) -> str:
-    pair = indent + _pair(key, getattr(section, key))
-    description = type(section).model_fields[key].description
-    return f"{pair:<{COMMENT_COLUMN}}  # {description}" if description else pair
+def _lines(key: str, value: Any, description: str | None, indent: str = "  ") -> str:
+    """One key: its comment behind it where there is room, else above."""
+    pair = f"{indent}{key}: {_written(value)}"
+    if not description:
+        return pair
+    line = f"{pair:<{COMMENT_COLUMN}}  # {description}"
+    return line if len(line) <= LINE_LENGTH else f"{indent}# {description}\n{pair}"
 
 
-def _pair(key: str, value: Any) -> str:
+def _written(value: Any) -> str:
+    """A value on one line of YAML."""
     plain = list(value) if isinstance(value, tuple) else value
-    text: str = yaml.safe_dump({key: plain}, default_flow_style=None, width=10_000, allow_unicode=True)
-    return text.rstrip("\n")
+    text: str = yaml.safe_dump(plain, default_flow_style=True, width=10_000, allow_unicode=True)
+    return text.removesuffix("...\n").rstrip("\n")

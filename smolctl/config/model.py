@@ -17,25 +17,29 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    vocab_size: int = Field(49_152, gt=0)
-    hidden_size: int = Field(576, gt=0)
-    intermediate_size: int = Field(1_536, gt=0)
-    num_hidden_layers: int = Field(30, gt=0)
-    num_attention_heads: int = Field(9, gt=0)
-    num_key_value_heads: int = Field(3, gt=0)
-    head_dim: int = Field(0, ge=0, description="0 stands for hidden_size / num_attention_heads")
+    vocab_size: int = Field(49_152, gt=0, description="tokens that the model knows")
+    hidden_size: int = Field(576, gt=0, description="width of the residual stream")
+    intermediate_size: int = Field(1_536, gt=0, description="width of the SwiGLU MLP")
+    num_hidden_layers: int = Field(30, gt=0, description="blocks of attention and MLP")
+    num_attention_heads: int = Field(9, gt=0, description="query heads")
+    num_key_value_heads: int = Field(3, gt=0, description="key/value heads, shared by groups of query heads")
+    head_dim: int = Field(0, ge=0, description="width of a head; 0 is hidden_size / num_attention_heads")
     max_position_embeddings: int = Field(1_024, gt=0, description="context length in tokens")
-    position_embedding: Literal["rope", "learned"] = "learned"
-    rope_theta: float = Field(10_000.0, gt=0, description="used with rope only")
+    position_embedding: Literal["rope", "learned"] = Field("learned", description="rope, or a learned table")
+    rope_theta: float = Field(
+        10_000.0, gt=0, description="base of the wavelengths of rope; unused when learned"
+    )
     residual_scale: float = Field(2**-0.5, gt=0, description="factor of every residual branch")
-    rms_norm_eps: float = Field(1e-5, gt=0)
-    hidden_act: Literal["silu"] = "silu"
-    tie_word_embeddings: bool = True
-    attention_dropout: float = Field(0.0, ge=0, lt=1)
-    initializer_range: float = Field(1 / 24, gt=0, description="standard deviation; 1/sqrt(576) is SmolLM2's")
-    bos_token_id: int | None = 0
-    eos_token_id: int | tuple[int, ...] | None = 0
-    pad_token_id: int | None = None
+    rms_norm_eps: float = Field(1e-5, gt=0, description="added to the mean square in a norm")
+    hidden_act: Literal["silu"] = Field("silu", description="activation of the gate")
+    tie_word_embeddings: bool = Field(True, description="the head reuses the token table")
+    attention_dropout: float = Field(0.0, ge=0, lt=1, description="share of attention weights dropped")
+    initializer_range: float = Field(
+        1 / 24, gt=0, description="standard deviation of new weights; 1/24 is SmolLM2's"
+    )
+    bos_token_id: int | None = Field(0, description="token that begins a text")
+    eos_token_id: int | tuple[int, ...] | None = Field(0, description="token or tokens that end a text")
+    pad_token_id: int | None = Field(None, description="token that fills up short texts")
 
     @model_validator(mode="before")
     @classmethod

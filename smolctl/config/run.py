@@ -46,7 +46,9 @@ class TrainConfig(Section):
     batch_size: int = Field(8, gt=0, description="sequences a step, over all devices")
     micro_batch_size: int = Field(0, ge=0, description="sequences in memory at once; 0 is batch_size")
     gradient_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 switches clipping off")
-    precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = "auto"
+    precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = Field(
+        "auto", description="auto: bf16-mixed where a GPU has bfloat16, else 32-true"
+    )
     compile: bool = Field(False, description="torch.compile, block by block")
     seed: int = Field(8, ge=0, description="initial weights and dropout")
 
@@ -54,21 +56,23 @@ class TrainConfig(Section):
 class OptimizerConfig(Section):
     """AdamW, with weight decay on matrices only."""
 
-    name: Literal["adamw"] = "adamw"
-    learning_rate: float = Field(3e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
+    name: Literal["adamw"] = Field("adamw", description="the optimizer")
+    learning_rate: float = Field(3e-4, gt=0, description="the schedule's peak")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="decay of the two moments")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.01, ge=0, description="times the learning rate, matrices only")
 
 
 class ScheduleConfig(Section):
     """The learning rate as a pure function of the step."""
 
-    name: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
-    warmup_steps: StepsOrShare = 2_000
-    decay_start: int | None = Field(None, ge=0, description="first step of wsd's decay; null: steps - decay_steps")
-    decay_steps: StepsOrShare = 0
-    min_learning_rate: float = Field(0.0, ge=0)
+    name: Literal["wsd", "cosine", "linear", "constant"] = Field("wsd", description="wsd: rise, hold, fall")
+    warmup_steps: StepsOrShare = Field(2_000, description="steps, or below 1 a share of train.steps")
+    decay_start: int | None = Field(
+        None, ge=0, description="first step of wsd's decay; null: steps - decay_steps"
+    )
+    decay_steps: StepsOrShare = Field(0, description="steps, or below 1 a share of train.steps")
+    min_learning_rate: float = Field(0.0, ge=0, description="at the end of the decay")
 
 
 class CheckpointConfig(Section):
@@ -83,12 +87,11 @@ class PredictionsConfig(Section):
     """What the model says to fixed prompts while it learns."""
 
     every: int = Field(500, ge=0, description="steps; 0 switches predictions off")
-    prompts: tuple[str, ...] = (
-        "The capital of France is",
-        "Once upon a time",
-        "def fibonacci(n):",
+    prompts: tuple[str, ...] = Field(
+        ("The capital of France is", "Once upon a time", "def fibonacci(n):"),
+        description="texts that the model continues",
     )
-    max_tokens: int = Field(32, gt=0)
+    max_tokens: int = Field(32, gt=0, description="length of a prediction")
     temperature: float = Field(0.0, ge=0, description="0 is greedy")
 
 
@@ -102,10 +105,10 @@ class ValidationConfig(Section):
 class TrainerConfig(Section):
     """Lightning's Trainer."""
 
-    accelerator: str = "auto"
-    devices: int | Literal["auto"] = 1
-    num_nodes: int = Field(1, gt=0)
-    strategy: str = "auto"
+    accelerator: str = Field("auto", description="cpu, gpu, mps or auto")
+    devices: int | Literal["auto"] = Field(1, description="on each machine; auto: all")
+    num_nodes: int = Field(1, gt=0, description="machines")
+    strategy: str = Field("auto", description="auto, ddp or fsdp")
 
 
 class RunConfig(Section):
@@ -114,7 +117,7 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     tokenizer: str | None = Field(
         None,
-        description="Hub id, folder, tokenizer.json, GGUF, or train:N; null: SmolLM2's, or trained when offline",
+        description="Hub id, folder, tokenizer.json, GGUF, or train:N; null: SmolLM2's, trained when offline",
     )
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()

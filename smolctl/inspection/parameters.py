@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -34,19 +34,20 @@ class ParameterReport:
     count: ParameterCount
     tree: tuple[ModuleNode, ...]
     agrees: bool | None  # header with config; None when there is only one of them
-    notes: tuple[str, ...]  # what a reader of the numbers should know
+    notes: tuple[str, ...] = ()  # what a reader of the numbers should know
+    what_if: tuple[str, ...] = ()  # settings that make this another model than the source's
 
     def rows(self, depth: int) -> tuple[ModuleNode, ...]:
         """The tree cut where names have `depth` parts; those not tied add up to `unique`."""
         return tuple(node for top in self.tree for node in top.at_depth(depth))
 
 
-def count_source(source: ModelSource, what_if: bool = False) -> ParameterReport:
+def count_source(source: ModelSource, what_if: Sequence[str] = ()) -> ParameterReport:
     """Count a model without its weights.
 
     Args:
         source: its config, its header, or both.
-        what_if: the config was changed on purpose, so that it need not fit the header.
+        what_if: the settings that its config was changed by on purpose.
 
     Raises:
         InputError: there is neither a config for this network nor a header.
@@ -56,8 +57,7 @@ def count_source(source: ModelSource, what_if: bool = False) -> ParameterReport:
     count = count_parameters(source.config)
     tree = module_tree(count.rows, LAYERS)
     if source.tensors is None or what_if:
-        notes = ("a what-if: the file itself holds another model",) if what_if and source.tensors else ()
-        return ParameterReport(source, Basis.CONFIG, count, tree, None, notes)
+        return ParameterReport(source, Basis.CONFIG, count, tree, None, what_if=tuple(what_if))
     mismatches = check_tensors(source.config, source.tensors)
     return ParameterReport(source, Basis.CONFIG, count, tree, not mismatches, mismatches)
 

@@ -14,6 +14,7 @@ from smolctl.arithmetic import (
     count_parameters,
     forward_flops_per_token,
     kv_cache_bytes_per_token,
+    memory_formulas,
     training_flops_per_token,
     training_memory,
 )
@@ -37,6 +38,7 @@ class MemoryPlan:
     sequence_length: int
     dtype: str
     bytes: TrainingMemory
+    formulas: Mapping[str, str]  # of each part, with the values put in
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,11 @@ def _derive(config: ModelConfig, batch_size: int, sequence_length: int, dtype: s
         forward_flops_per_token=forward_flops_per_token(config, sequence_length),
         training_flops_per_token=training_flops_per_token(config, sequence_length),
         memory=MemoryPlan(
-            batch_size, sequence_length, dtype, training_memory(config, batch_size, sequence_length, dtype)
+            batch_size,
+            sequence_length,
+            dtype,
+            training_memory(config, batch_size, sequence_length, dtype),
+            memory_formulas(config, batch_size, sequence_length, dtype),
         ),
     )
 

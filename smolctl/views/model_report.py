@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from smolctl.arithmetic import MEMORY_FORMULAS
-from smolctl.inspection.report import CheckpointFacts, Derived, ModelReport, RecipeFacts
+from smolctl.inspection.report import CheckpointFacts, Derived, MemoryPlan, ModelReport, RecipeFacts
 from smolctl.views.numbers import quantity, size
 from smolctl.views.output import Output
 from smolctl.views.parameters import source_document, title
@@ -19,6 +18,14 @@ if TYPE_CHECKING:
 # Hoffmann et al., 2022: about this many tokens a parameter spend a given compute best.
 COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER = 20
 PROBLEMS_SHOWN = 12
+
+MEMORY_MEANINGS = {
+    "weights": "every parameter once",
+    "gradients": "one of each parameter",
+    "optimizer": "AdamW's two moments of each parameter",
+    "activations": "what the backward pass needs of every token",
+    "logits": "the loss works in chunks: one of them, and its gradient",
+}
 
 Row = tuple[str, str, str]  # name, value, what it means
 
@@ -71,6 +78,7 @@ def _derived_document(derived: Derived | None, recipe: RecipeFacts | None) -> Ma
             "dtype": plan.dtype,
             **asdict(plan.bytes),
             "total": plan.bytes.total,
+            "formulas": dict(plan.formulas),
         },
     }
     if recipe is not None:
@@ -86,7 +94,14 @@ def _derived_document(derived: Derived | None, recipe: RecipeFacts | None) -> Ma
 def _sections(report: ModelReport) -> Iterator[tuple[str, RenderableType]]:
     source = report.source
     if source.config is not None:
-        yield "config", _pairs(source.config.model_dump())
+        fields = type(source.config).model_fields
+        yield (
+            "config",
+            _explained(
+                (key, written(value), fields[key].description or "")
+                for key, value in source.config.model_dump().items()
+            ),
+        )
     else:
         yield "config, as the source spells it", _pairs(source.declared)
     if report.derived is not None:
@@ -94,7 +109,7 @@ def _sections(report: ModelReport) -> Iterator[tuple[str, RenderableType]]:
         yield "derived", _explained(_derived_rows(report.derived))
         yield (
             f"memory of a training step: {plan.batch_size:,} × {plan.sequence_length:,} tokens, {plan.dtype}",
-            _memory(report.derived),
+            _explained(_memory_rows(plan)),
         )
     if report.recipe is not None:
         yield "recipe", _explained(_recipe_rows(report.recipe))
@@ -137,7 +152,7 @@ def _recipe_rows(recipe: RecipeFacts) -> Iterator[Row]:
         f"{recipe.tokens_per_parameter:,.3g}",
         f"about {COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER} spend a given compute best (Hoffmann et al., 2022)",
     )
-    yield "training FLOPs", quantity(recipe.training_flops), "of the whole run"
+    yield "training FLOPs", f"{recipe.training_flops:.3g}", "of the whole run"
     yield (
         "optimizer",
         optimizer.name,
@@ -166,18 +181,10 @@ def _checkpoint_rows(checkpoint: CheckpointFacts) -> Iterator[Row]:
         yield "fits the config", "yes" if checkpoint.matches else "no", "every name and shape compared"
 
 
-def _memory(derived: Derived) -> Table:
-    from rich.text import Text
-
-    table = _table()
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column(style="dim", overflow="fold")
-    memory = derived.memory.bytes
-    for name, value in asdict(memory).items():
-        table.add_row(name, size(value), Text(MEMORY_FORMULAS[name]))
-    table.add_row("total", f"[bold]{size(memory.total)}[/bold]", "at the peak, without PyTorch itself")
-    return table
+def _memory_rows(plan: MemoryPlan) -> Iterator[Row]:
+    for name, value in asdict(plan.bytes).items():
+        yield name, size(value), f"{plan.formulas[name]}: {MEMORY_MEANINGS[name]}"
+    yield "total", size(plan.bytes.total), "at the peak; Python and PyTorch themselves come on top"
 
 
 def _pairs(values: Mapping[str, Any]) -> Table:

@@ -68,6 +68,7 @@ def parameters_document(report: ParameterReport, depth: int) -> Mapping[str, Any
     """The JSON document. Its rows that are not tied add up to `unique`."""
     return {
         "source": source_document(report.source),
+        "what_if": list(report.what_if),
         "counted": report.basis.value,
         "unique": report.count.unique,
         "naive": report.count.naive,
@@ -187,7 +188,9 @@ def _remarks(report: ParameterReport) -> Iterator[str]:
         yield f"[green]✓[/green] The {tensors:,} tensors in the file's header agree with the config."
     elif report.agrees is False:
         yield "[yellow]![/yellow] The file's header does not agree with the config, which is counted above:"
-    elif report.basis is Basis.CONFIG and not report.notes:
+    elif report.what_if:
+        yield f"[yellow]![/yellow] What if: {escape(', '.join(report.what_if))}. The source is another model."
+    elif report.basis is Basis.CONFIG:
         yield "[dim]Counted from the config: there are no weights beside it to compare with.[/dim]"
     for note in report.notes[:NOTES_SHOWN]:
         yield f"[yellow]![/yellow] {escape(note)}"
