@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ class Repository:
     bytes_fetched: int = 0
 
     def __post_init__(self) -> None:
+        self._lock = threading.Lock()  # headers of shards are read side by side
         prepare_client()
 
     @property
@@ -131,7 +133,8 @@ class Repository:
                 content += piece
                 if len(content) >= skip + limit:
                     break
-            self.bytes_fetched += response.num_bytes_downloaded
+            with self._lock:
+                self.bytes_fetched += response.num_bytes_downloaded
             told = response.headers.get("content-range", "").rpartition("/")[2]
             size = int(told) if told.isdecimal() else int(response.headers.get("content-length") or 0)
         return bytes(content[skip : skip + limit]), size

@@ -85,7 +85,10 @@ def read_config(
     """The config, why there is none, and what is odd about it."""
     if declared is not None:
         config, unsupported = from_huggingface_config(declared, name)
-        return config, unsupported, assumed_keys(declared) if config else ()
+        notes = assumed_keys(declared) if config else ()
+        if declared.get("quantization_config") and tensors:
+            notes += ("quantized: its tensors are packed, so that header counts are not parameter counts",)
+        return config, unsupported, notes
     if tensors is None:
         return None, "there is no config.json and there are no weights", ()
     recovered = recover_config(tensors)
