@@ -48,7 +48,7 @@ def _show_kind(out: Output, kind: str, items: tuple[Difference, ...] | None, who
     from rich.text import Text
 
     if items is None:
-        out.show("", f"[dim]{kind}: only one of the two has any, not compared[/dim]")
+        out.show("", f"[dim]{kind}: not compared, they do not both have any[/dim]")
         return
     if not items:
         out.show("", f"{kind}: [green]the same[/green]")

@@ -149,7 +149,7 @@ def _recipe_rows(recipe: RecipeFacts) -> Iterator[Row]:
     yield "tokens in all", f"{recipe.total_tokens:,}", f"from {', '.join(run.data.source)}"
     yield (
         "tokens per parameter",
-        f"{recipe.tokens_per_parameter:,.3g}",
+        f"{recipe.tokens_per_parameter:,.{0 if recipe.tokens_per_parameter >= 100 else 2}f}",
         f"about {COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER} spend a given compute best (Hoffmann et al., 2022)",
     )
     yield "training FLOPs", f"{recipe.training_flops:.3g}", "of the whole run"

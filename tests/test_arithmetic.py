@@ -1,0 +1,257 @@
+"""Counts and costs against networks that really exist, on no memory: PyTorch's meta device."""
+
+from __future__ import annotations
+
+import re
+from math import prod
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from smolctl.arithmetic import (
+    LOSS_CHUNK_ROWS,
+    TRAINING_DTYPES,
+    activation_values_per_token,
+    count_parameters,
+    count_rows,
+    forward_flops_per_token,
+    is_embedding,
+    kv_cache_bytes_per_token,
+    memory_formulas,
+    parameter_rows,
+    tensor_rows,
+    training_flops_per_token,
+    training_memory,
+)
+from smolctl.config import ModelConfig, load_run_config
+from smolctl.inspection import ModuleNode, module_tree
+from smolctl.model import network
+from smolctl.model.cache import KVCache
+from smolctl.model.network import Transformer
+
+EXAMPLES = settings(max_examples=40, deadline=None)
+
+
+@st.composite
+def configs(draw: st.DrawFn, position: str | None = None) -> ModelConfig:
+    """Shapes of every kind: tied and not, grouped heads, a head_dim that is not hidden / heads."""
+    key_value_heads = draw(st.integers(1, 3))
+    heads = key_value_heads * draw(st.integers(1, 4))
+    position = position or draw(st.sampled_from(["rope", "learned"]))
+    return ModelConfig(
+        vocab_size=draw(st.integers(1, 70)),
+        hidden_size=heads * draw(st.integers(1, 8)),  # transformers wants a multiple
+        intermediate_size=draw(st.integers(1, 50)),
+        num_hidden_layers=draw(st.integers(1, 4)),
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        head_dim=2 * draw(st.integers(1, 8)),
+        max_position_embeddings=draw(st.integers(1, 30)),
+        position_embedding=position,
+        residual_scale=1.0 if position == "rope" else 0.5,
+        tie_word_embeddings=draw(st.booleans()),
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def on_meta(config: ModelConfig) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+@pytest.mark.parametrize(
+    ("preset", "unique", "naive", "non_embedding"),
+    [
+        ("smollm2-135m", 135_104_832, 163_416_384, 106_203_456),
+        ("smollm2-135m-hub", 134_515_008, 162_826_560, 106_203_456),
+        ("smollm2-135m-pretrain", 134_515_008, 162_826_560, 106_203_456),
+    ],
+)
+def test_the_three_totals_of_the_presets(preset: str, unique: int, naive: int, non_embedding: int) -> None:
+    count = count_parameters(load_run_config(preset).model)
+    assert (count.unique, count.naive, count.non_embedding) == (unique, naive, non_embedding)
+
+
+@EXAMPLES
+@given(configs())
+def test_names_shapes_and_counts_equal_the_network(config: ModelConfig) -> None:
+    rows = parameter_rows(config)
+    state = {name: tuple(tensor.shape) for name, tensor in on_meta(config).state_dict().items()}
+    assert {f"{row.module}.weight": row.shape for row in rows if not row.tied} == state
+    assert count_rows(rows).unique == sum(prod(shape) for shape in state.values())
+
+
+@pytest.mark.slow
+def test_counts_equal_llama_for_causal_lm() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    @EXAMPLES
+    @given(configs(position="rope"))
+    def check(config: ModelConfig) -> None:
+        fields = config.model_dump(exclude={"position_embedding", "residual_scale", "rope_theta"})
+        with torch.device("meta"):
+            llama = LlamaForCausalLM(LlamaConfig(**fields))
+        llama.tie_weights()
+        count = count_parameters(config)
+        assert count.unique == sum(p.numel() for p in llama.parameters())
+        assert count.naive == sum(p.numel() for _, p in llama.named_parameters(remove_duplicate=False))
+        names = {f"{row.module}.weight": row.shape for row in count.rows}
+        assert names == {n: tuple(p.shape) for n, p in llama.named_parameters(remove_duplicate=False)}
+
+    check()
+
+
+@EXAMPLES
+@given(configs(), st.integers(1, 6))
+def test_tree_adds_up_at_every_depth(config: ModelConfig, depth: int) -> None:
+    count = count_parameters(config)
+    nodes = cut(module_tree(count.rows, "num_hidden_layers"), depth)
+    assert sum(node.parameters for node in nodes if not node.tied) == count.unique
+    assert sum(node.parameters for node in nodes) == count.naive
+
+
+@EXAMPLES
+@given(configs(), st.integers(2, 6))
+def test_every_formula_gives_its_number(config: ModelConfig, depth: int) -> None:
+    for node in cut(module_tree(parameter_rows(config), "num_hidden_layers"), depth):
+        assert evaluate(node.formula, config.model_dump()) == node.parameters, node.module
+        if node.shape is not None:
+            assert prod(node.shape) * node.copies == node.parameters, node.module
+
+
+@EXAMPLES
+@given(configs(), st.integers(1, 5), st.integers(1, 400), st.sampled_from(sorted(TRAINING_DTYPES)))
+def test_every_memory_formula_gives_its_number(
+    config: ModelConfig, batch_size: int, sequence_length: int, dtype: str
+) -> None:
+    memory = training_memory(config, batch_size, sequence_length, dtype)
+    for part, formula in memory_formulas(config, batch_size, sequence_length, dtype).items():
+        numbers = re.sub(r"bytes|tokens|values", "", formula)
+        assert evaluate(numbers, {}) == getattr(memory, part), part
+    parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.logits)
+    assert memory.total == sum(parts)
+
+
+def cut(tree: tuple[ModuleNode, ...], depth: int) -> list[ModuleNode]:
+    return [node for top in tree for node in top.at_depth(depth)]
+
+
+def evaluate(formula: str, names: dict[str, object]) -> int:
+    """The value of "a × 1,024 + b"."""
+    return eval(formula.replace(",", "").replace("×", "*"), {}, names)
+
+
+def test_layers_that_differ_are_counted_apart() -> None:
+    shapes = [
+        ("model.layers.0.mlp.up.weight", (4, 2)),
+        ("model.layers.1.mlp.up.weight", (4, 2)),
+        ("model.layers.2.mlp.experts.0.up.weight", (3, 2)),
+        ("model.layers.2.mlp.experts.1.up.weight", (3, 2)),
+        ("model.layers.2.router.weight", (2, 2)),
+        ("model.layers.2.router.bias", (2,)),
+        ("model.layers.3.mlp.up.weight", (4, 2)),
+    ]
+    nodes = cut(module_tree(tensor_rows(shapes)), 9)
+    assert {node.module: (node.copies, node.parameters) for node in nodes} == {
+        "model.layers.0-1,3.mlp.up": (3, 24),
+        "model.layers.2.mlp.experts.*.up": (2, 12),
+        "model.layers.2.router.weight": (1, 4),
+        "model.layers.2.router.bias": (1, 2),
+    }
+    assert all(evaluate(node.formula, {}) == node.parameters for node in nodes)
+
+
+@pytest.mark.parametrize(
+    ("module", "embedding"),
+    [
+        ("transformer.wte", True),
+        ("gpt_neox.embed_in", True),
+        ("bert.embeddings.word_embeddings", True),
+        ("token_embd", True),
+        ("output", True),
+        ("lm_head.bias", True),
+        ("bert.encoder.layer.0.output.dense", False),
+        ("blk.0.attn_output", False),
+        ("model.embed_tokens_norm", False),
+    ],
+)
+def test_embeddings_of_other_architectures_are_known_by_name(module: str, embedding: bool) -> None:
+    assert is_embedding(module) is embedding
+
+
+@EXAMPLES
+@given(configs(), st.integers(1, 3))
+def test_kv_cache_bytes_equal_the_cache_that_is_allocated(config: ModelConfig, batch: int) -> None:
+    capacity = config.max_position_embeddings
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        cache = KVCache.allocate(config, batch, capacity, dtype, torch.device("cpu"))
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        assert held == batch * capacity * kv_cache_bytes_per_token(config, name)
+
+
+@EXAMPLES
+@given(configs(), st.integers(1, 3))
+def test_matrix_flops_equal_what_pytorch_counts(config: ModelConfig, batch: int) -> None:
+    tokens = torch.zeros(batch, config.max_position_embeddings, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        Transformer(config)(tokens)
+    products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    assert products == tokens.numel() * forward_flops_per_token(config, context=0)
+
+
+def test_attention_flops_grow_with_the_context_and_training_costs_three_forwards() -> None:
+    config = load_run_config("smollm2-135m-hub").model
+    # Scores and values: two products of head_dim, over half the context on average, two FLOPs each.
+    per_position = 2 * 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    growth = forward_flops_per_token(config, 2_048) - forward_flops_per_token(config, 1_024)
+    assert growth == per_position * 1_024 // 2
+    assert training_flops_per_token(config, 1_024) == 3 * forward_flops_per_token(config, 1_024)
+
+
+@pytest.mark.parametrize("position", ["rope", "learned"])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_activations_equal_what_autograd_keeps(position: str, layers: int) -> None:
+    config = ModelConfig(
+        vocab_size=50,
+        hidden_size=60,
+        intermediate_size=170,
+        num_hidden_layers=layers,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=14,
+        max_position_embeddings=64,
+        position_embedding=position,
+    )
+    model = Transformer(config)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.is_floating_point() and storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = tensor
+        return tensor
+
+    tokens = torch.zeros(2, 32, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model.model(tokens)
+    values = sum(tensor.untyped_storage().nbytes() // 4 for tensor in kept.values())
+    # The chunked loss holds the hidden states and their gradient, which it computes at once.
+    assert values + 2 * hidden.numel() == tokens.numel() * activation_values_per_token(config)
+
+
+def test_memory_assumes_the_chunk_that_the_network_uses() -> None:
+    assert LOSS_CHUNK_ROWS == network.LOSS_CHUNK_ROWS
+
+
+def test_dtype_halves_what_is_stored_in_it() -> None:
+    config = load_run_config("smollm2-135m").model
+    full, half = (training_memory(config, 2, 1_024, dtype) for dtype in ("float32", "bfloat16"))
+    mixed = training_memory(config, 2, 1_024, "bf16-mixed")
+    assert half.weights * 2 == full.weights == mixed.weights
+    assert half.activations * 2 == full.activations == mixed.activations * 2
+    assert half.logits == full.logits  # the loss computes in float32
