@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -30,6 +34,35 @@ def _no_real_hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
     """No test leaves this machine or writes into the user's caches."""
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
     monkeypatch.setenv("SMOLCTL_CACHE", str(tmp_path_factory.getbasetemp() / "smolctl-cache"))
+
+
+@dataclass(frozen=True)
+class Called:
+    """What a command line did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def smolctl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Called]:
+    """Calls the command line in this process: `smolctl("count-params", "nano", "--json").json`."""
+    from smolctl.cli.main import main
+
+    def call(*arguments: object) -> Called:
+        monkeypatch.setattr(sys, "argv", ["smolctl", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            main()
+        captured = capsys.readouterr()
+        return Called(int(exit.value.code or 0), captured.out, captured.err)
+
+    return call
 
 
 @pytest.fixture(scope="session")

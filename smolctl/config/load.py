@@ -21,11 +21,11 @@ from smolctl.errors import InputError, UsageError
 C = TypeVar("C", bound=BaseModel)
 
 
-class _Loader(yaml.SafeLoader):
+class YamlLoader(yaml.SafeLoader):
     """YAML 1.1's loader reads `3e-4` as text; this one reads it as the number it is."""
 
 
-_Loader.add_implicit_resolver(
+YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
@@ -57,14 +57,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as text ({error})", "Give a YAML config file.") from None
     try:
-        content = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        content = yaml.load(text, Loader=YamlLoader)
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
         problem = getattr(error, "problem", None) or "not YAML"
-        raise InputError(f"{path}{line}: {problem}", "Mend the YAML; `smolctl inspect-config nano --yaml` shows one.") from None
+        raise InputError(
+            f"{path}{line}: {problem}", "Mend the YAML; `smolctl inspect-config nano --yaml` shows one."
+        ) from None
     if not isinstance(content, dict):
-        raise InputError(f"{path}: not a config: the top level must be a mapping", "Start from one of configs/.")
+        raise InputError(
+            f"{path}: not a config: the top level must be a mapping", "Start from one of configs/."
+        )
     return content
 
 
@@ -92,13 +96,15 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     for item in settings:
         key, equals, value = item.partition("=")
         if not equals or not key:
-            raise UsageError(f"--set {item}: expected key=value", "For example --set optimizer.learning_rate=3e-4.")
+            raise UsageError(
+                f"--set {item}: expected key=value", "For example --set optimizer.learning_rate=3e-4."
+            )
         section = nested
         *parents, last = key.strip().split(".")
         for parent in parents:
             section = section.setdefault(parent, {})
         try:
-            section[last] = yaml.load(value, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+            section[last] = yaml.load(value, Loader=YamlLoader)
         except yaml.YAMLError:
             section[last] = value
     return nested
@@ -109,7 +115,9 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
-        merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        merged[key] = (
+            merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        )
     return merged
 
 
@@ -161,7 +169,9 @@ def _config_error(schema: type[BaseModel], error: ValidationError, origin: str) 
         return InputError(f"{origin}: unknown key {key}{more}", hint)
     reason = first["msg"].removeprefix("Value error, ")
     given = f", got {first['input']!r}" if key and not isinstance(first["input"], Mapping) else ""
-    return InputError(f"{origin}: {key + ': ' if key else ''}{reason}{given}{more}", "Change the value and run again.")
+    return InputError(
+        f"{origin}: {key + ': ' if key else ''}{reason}{given}{more}", "Change the value and run again."
+    )
 
 
 def _keys_beside(schema: type[BaseModel], location: list[str]) -> list[str]:

@@ -35,6 +35,8 @@ def find_notes(source: ModelSource) -> tuple[str, ...]:
     if config is None:
         return ()
     notes = []
+    if source.kind in (SourceKind.PRESET, SourceKind.CONFIG) and not source.declared:
+        notes.append("no model section: `train` takes --init-from's model, shown is the default one")
     if config.pad_token_id is None:
         notes.append("no pad token: none is needed, smolctl trains on full windows")
     if not config.eos_token_ids:

@@ -55,12 +55,13 @@ def _show_kind(out: Output, kind: str, items: tuple[Difference, ...] | None, who
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column(kind, overflow="fold")
-    table.add_column(Text(whole.this.id), justify="right", overflow="fold")
-    table.add_column(Text(whole.other.id), justify="right", overflow="fold")
+    absent = ABSENT if kind == "tensors" else written(None)
+    for source in (whole.this, whole.other):
+        name = source.id.rstrip("/").rsplit("/", 1)[-1]  # the line above has the whole
+        table.add_column(Text(name), justify="right", overflow="fold")
     for item in items:
-        table.add_row(
-            Text(item.key), *(Text(ABSENT if v is None else written(v)) for v in (item.this, item.other))
-        )
+        sides = (absent if side is None else written(side) for side in (item.this, item.other))
+        table.add_row(Text(item.key), *(Text(side) for side in sides))
     out.show("", table)
 
 
