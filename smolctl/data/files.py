@@ -10,13 +10,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from smolctl.data.documents import Document, OnRead, cut
 from smolctl.errors import InputError
 
 _CHUNK = 1024 * 1024  # bytes read at once
-_TEXT = ("txt", "md", "rst", "py")
 _JSON_LINES = ("jsonl", "ndjson", "json")
 # Found in folders. A .json file there may be anything, so it must be named to be read.
 _IN_FOLDERS = (".txt", ".md", ".rst", ".py", ".jsonl", ".ndjson", ".txt.gz", ".jsonl.gz", ".parquet")
@@ -60,38 +59,43 @@ def read_file(path: Path, text_field: str, on_read: OnRead) -> Iterator[Document
     """
     suffixes = [suffix.lstrip(".").lower() for suffix in path.suffixes]
     kind = next((suffix for suffix in reversed(suffixes) if suffix != "gz"), "")
+    if kind == "parquet":
+        yield from _read_parquet(path, text_field, on_read)
+        return
+    chunks = _read_text(path, on_read)
+    if kind in _JSON_LINES:
+        yield from _read_json_lines(path, chunks, text_field)
+    else:
+        yield Document(str(path), cut(chunks))
+
+
+def _read_text(path: Path, on_read: OnRead) -> Iterator[str]:
     try:
-        if kind == "parquet":
-            yield from _read_parquet(path, text_field, on_read)
-            return
         with _open_bytes(path) as (file, position):
-            chunks = _decoded(path, file, position, on_read)
-            if kind in _JSON_LINES:
-                yield from _read_json_lines(path, chunks, text_field)
-            else:
-                yield Document(str(path), cut(chunks))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file", "Check the path given as --data.") from None
+            yield from _decoded(path, file, position, on_read)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(
             f"{path}: damaged gzip file ({error})", "Fetch or compress the file again."
         ) from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})", "Check the file.") from None
+        reason = error.strerror or error
+        raise InputError(f"{path}: cannot be read ({reason})", "Check the file and its rights.") from None
 
 
 @contextmanager
-def _open_bytes(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
+def _open_bytes(path: Path) -> Iterator[tuple[io.BufferedIOBase, Callable[[], int]]]:
     """The bytes of a file, uncompressed, and how far into the file itself they reach."""
     with path.open("rb") as raw:
         if path.suffix.lower() != ".gz":
             yield raw, raw.tell
             return
-        with gzip.GzipFile(fileobj=raw) as unpacked:
-            yield io.BufferedReader(unpacked, _CHUNK), raw.tell
+        with gzip.open(raw) as unpacked:
+            yield unpacked, raw.tell
 
 
-def _decoded(path: Path, file: IO[bytes], position: Callable[[], int], on_read: OnRead) -> Iterator[str]:
+def _decoded(
+    path: Path, file: io.BufferedIOBase, position: Callable[[], int], on_read: OnRead
+) -> Iterator[str]:
     """The text of a file in chunks.
 
     Raises:
@@ -194,7 +198,7 @@ def _read_parquet(path: Path, text_field: str, on_read: OnRead) -> Iterator[Docu
                     where = f"{path}, row {row}"
                     yield Document(where, cut([_text_of({text_field: text or ""}, text_field, where)]))
                 on_read(share * batch.num_rows)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
             f"{path}: damaged Parquet file ({reason})", "Fetch or write the file again."

@@ -82,7 +82,8 @@ def read_tokenizer_folder(folder: Path) -> TokenizerFiles | None:
 def token_ids(tokenizer_json: str, origin: str) -> Mapping[str, int]:
     """Token to id: the added tokens of a tokenizer.json over its vocabulary."""
     content = parse_json(tokenizer_json, origin)
-    vocab = (content.get("model") or {}).get("vocab") or {}
+    model = content.get("model")
+    vocab = (isinstance(model, dict) and model.get("vocab")) or {}
     if isinstance(vocab, list):  # a unigram model lists [token, score]
         vocab = {entry[0]: index for index, entry in enumerate(vocab) if isinstance(entry, list) and entry}
     added = content.get("added_tokens") or ()
