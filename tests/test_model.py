@@ -31,7 +31,9 @@ LLAMA = {**TINY, "position_embedding": "rope", "residual_scale": 1.0, "rope_thet
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, TINY["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, TINY["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -105,7 +107,9 @@ def test_cached_equals_uncached(fields: dict[str, int], cuts: tuple[int, ...]) -
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_chunked_loss_and_its_gradients_equal_the_plain_ones(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_loss_and_its_gradients_equal_the_plain_ones(
+    tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("smolctl.model.network.LOSS_CHUNK_ROWS", 16)  # several chunks, the last one short
     network = initialize(ModelConfig(**LLAMA, tie_word_embeddings=tied), seed=4)
     ids = tokens(3, 24)
@@ -151,7 +155,11 @@ def test_weights_that_do_not_fit_are_named() -> None:
     state["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(48)
     with pytest.raises(InputError) as error:
         from_state(config, state, "file")
-    for part in ("missing model.layers.1.mlp.up_proj.weight", "unexpected model.layers.0.self_attn.q_proj.bias", "(7,)"):
+    for part in (
+        "missing model.layers.1.mlp.up_proj.weight",
+        "unexpected model.layers.0.self_attn.q_proj.bias",
+        "(7,)",
+    ):
         assert part in error.value.message
 
 

@@ -16,7 +16,9 @@ def test_every_pass_is_a_permutation(size: int, seed: int, number: int) -> None:
 
 
 @given(windows=st.integers(1, 500), batch=st.integers(1, 40), seed=st.integers(0, 1000))
-def test_every_window_is_seen_once_a_pass_whatever_the_batch_size(windows: int, batch: int, seed: int) -> None:
+def test_every_window_is_seen_once_a_pass_whatever_the_batch_size(
+    windows: int, batch: int, seed: int
+) -> None:
     steps = -(-2 * windows // batch)
     seen = np.concatenate([windows_of_step(step, batch, windows, seed) for step in range(steps)])
     for start in (0, windows):

@@ -33,7 +33,9 @@ def network() -> Transformer:
     return initialize(CONFIG, 0).eval()
 
 
-def take(network: Transformer, settings: SamplingSettings, seed: int = 0, batch: int = 1, count: int = 20) -> list[list[int]]:
+def take(
+    network: Transformer, settings: SamplingSettings, seed: int = 0, batch: int = 1, count: int = 20
+) -> list[list[int]]:
     steps = decode(network, PROMPT.expand(batch, -1), count, settings, seed)
     return torch.stack([step.tokens for step in steps], dim=1).tolist()
 
@@ -66,7 +68,9 @@ def test_min_p_drops_what_is_far_below_the_likeliest() -> None:
 
 def test_temperature_sharpens_and_flattens() -> None:
     logits = torch.tensor([[2.0, 1.0]])
-    sharp, plain, flat = (distribution(logits, SamplingSettings(temperature=t))[0, 0] for t in (0.5, 1.0, 2.0))
+    sharp, plain, flat = (
+        distribution(logits, SamplingSettings(temperature=t))[0, 0] for t in (0.5, 1.0, 2.0)
+    )
     assert sharp > plain > flat
 
 
@@ -78,7 +82,9 @@ def test_repetition_penalty_makes_seen_tokens_less_likely() -> None:
 
 def test_samples_follow_the_distribution() -> None:
     logits = torch.tensor([0.6, 0.3, 0.1]).log().expand(20_000, -1)
-    chosen = choose(logits, SamplingSettings(), torch.Generator().manual_seed(0), torch.empty(20_000, 0).long())
+    chosen = choose(
+        logits, SamplingSettings(), torch.Generator().manual_seed(0), torch.empty(20_000, 0).long()
+    )
     shares = chosen.bincount(minlength=3) / 20_000
     torch.testing.assert_close(shares, torch.tensor([0.6, 0.3, 0.1]), atol=0.02, rtol=0)
 

@@ -73,7 +73,9 @@ def make(corpus: Path) -> Callable[..., Prepared]:
 
 
 def run(prepared: Prepared, out: str, events: list[Event] | None = None) -> Path:
-    result = train(prepared, "tiny", Path(out), force=False, emit=(events if events is not None else []).append)
+    result = train(
+        prepared, "tiny", Path(out), force=False, emit=(events if events is not None else []).append
+    )
     assert result.exit_code == ExitCode.DONE
     return result.folder
 
@@ -291,7 +293,9 @@ def test_non_finite_loss_stops_before_the_weights_are_touched(make: Callable[...
         train(prepared, "tiny", Path("nan"), force=False, emit=lambda _event: None)
     newest = RunFolder(Path("nan")).checkpoints()[-1]
     assert f"step {newest.step + 1}:" in error.value.message
-    assert all(torch.isfinite(tensor).all() for tensor in state(Path("nan"), newest.step)["state_dict"].values())
+    assert all(
+        torch.isfinite(tensor).all() for tensor in state(Path("nan"), newest.step)["state_dict"].values()
+    )
     for name, parameter in prepared.network.named_parameters():
         assert torch.equal(parameter, state(Path("nan"), newest.step)["state_dict"][f"network.{name}"])
 

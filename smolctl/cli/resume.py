@@ -23,7 +23,8 @@ def resume(
         int | None, typer.Option("--extra", min=1, help="Steps beyond the checkpoint.", show_default=False)
     ] = None,
     until: Annotated[
-        int | None, typer.Option("--until", min=1, help="Step of the whole run to end at.", show_default=False)
+        int | None,
+        typer.Option("--until", min=1, help="Step of the whole run to end at.", show_default=False),
     ] = None,
     json: Json = False,
     quiet: Quiet = False,

@@ -29,7 +29,9 @@ def sample(
     ] = None,
     prompt: Annotated[
         str | None,
-        typer.Option("--prompt", "-p", help="Text to continue; '-' or a pipe reads stdin.", show_default=False),
+        typer.Option(
+            "--prompt", "-p", help="Text to continue; '-' or a pipe reads stdin.", show_default=False
+        ),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     system: Annotated[
@@ -40,12 +42,15 @@ def sample(
     temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option("--top-k", help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
     top_p: Annotated[float, typer.Option("--top-p", help="Keep the likeliest tokens up to this sum.")] = 0.95,
-    min_p: Annotated[float, typer.Option("--min-p", help="Drop tokens below this share of the likeliest.")] = 0.0,
+    min_p: Annotated[
+        float, typer.Option("--min-p", help="Drop tokens below this share of the likeliest.")
+    ] = 0.0,
     repetition_penalty: Annotated[
         float, typer.Option("--repetition-penalty", help="Above 1: tokens already there become less likely.")
     ] = 1.0,
     stop: Annotated[
-        list[str] | None, typer.Option("--stop", help="Text that ends the answer; repeatable.", show_default=False)
+        list[str] | None,
+        typer.Option("--stop", help="Text that ends the answer; repeatable.", show_default=False),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same text.")] = 0,
     json: Json = False,

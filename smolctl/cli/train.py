@@ -55,7 +55,7 @@ def train(
     quiet: Quiet = False,
     verbose: Verbose = 0,
     debug: Debug = False,
-) -> None:
+) -> int | None:
     """Train a model from a config, or fine-tune one.
 
     \b

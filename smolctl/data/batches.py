@@ -38,7 +38,7 @@ class StepDataset(Dataset[Tensor]):
         count = window_count(len(self.stream), self.sequence_length)
         windows = windows_of_step(step, self.batch_size, count, self.seed)
         share = self.batch_size // self.world_size
-        return windows[self.rank * share : (self.rank + 1) * share].tolist()
+        return [int(window) for window in windows[self.rank * share : (self.rank + 1) * share]]
 
     def __getitem__(self, step: int) -> Tensor:
         length = self.sequence_length
@@ -74,7 +74,9 @@ class StepLoader:
         return iter(loader)
 
 
-def validation_batches(stream: TokenStream, sequence_length: int, batch_size: int, limit: int) -> Iterator[Tensor]:
+def validation_batches(
+    stream: TokenStream, sequence_length: int, batch_size: int, limit: int
+) -> Iterator[Tensor]:
     """At most `limit` batches (batch_size or fewer, sequence_length + 1), the same ones every time.
 
     The windows are spread evenly over the held-out tokens.

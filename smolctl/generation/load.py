@@ -58,7 +58,9 @@ def load_model(model: str) -> LoadedModel:
     source.require_weights()
     files = source.read_tokenizer()
     if files is None:
-        raise InputError(f"{model}: there is no tokenizer beside the weights", "Put its tokenizer.json there.")
+        raise InputError(
+            f"{model}: there is no tokenizer beside the weights", "Put its tokenizer.json there."
+        )
     tokenizer = Tokenizer.from_files(files, model)
     tokenizer.require_fit(source.require_config().vocab_size)
     network = load_network(source, dtype=torch.float32).requires_grad_(False)

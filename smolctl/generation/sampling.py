@@ -42,7 +42,9 @@ class SamplingSettings:
         for name, fits in ranges.items():
             if not fits:
                 option = name.replace("_", "-")
-                raise UsageError(f"--{option} {getattr(self, name)} is out of range", f"It must be {limits[name]}.")
+                raise UsageError(
+                    f"--{option} {getattr(self, name)} is out of range", f"It must be {limits[name]}."
+                )
 
 
 def choose(logits: Tensor, settings: SamplingSettings, generator: torch.Generator, seen: Tensor) -> Tensor:

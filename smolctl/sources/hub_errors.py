@@ -68,7 +68,7 @@ def _refusal(error: Exception, name: str, url: str) -> HubError:
         return HubError(f"{name}: no such revision", f"See its branches and commits at {url}/commits.")
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return HubError(f"{name}: a file of the model is missing", f"See its files at {url}/tree/main.")
-    if isinstance(error, errors.RepositoryNotFoundError):
+    if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
         remedy = (
             "Check the name, and that the token may read it."
             if has_token
@@ -94,7 +94,7 @@ def _refusal(error: Exception, name: str, url: str) -> HubError:
         return HubError(
             f"{name}: {_host(url)} has a problem of its own ({status})", "Try again in a few minutes."
         )
-    return HubError(f"{name}: {_first_line(error)}", f"See {url}.")
+    return HubError(f"{name}: {_host(url)} answers {status or _first_line(error)}", f"See {url}.")
 
 
 def _host(url: str) -> str:

@@ -154,7 +154,9 @@ class RunCallback(pl.Callback):
         self.saved_at = step
         if trainer.is_global_zero:
             remove_old_checkpoints(
-                self.context.recorder.folder, self.context.config, trainer.strategy.checkpoint_io.remove_checkpoint
+                self.context.recorder.folder,
+                self.context.config,
+                trainer.strategy.checkpoint_io.remove_checkpoint,
             )
             seconds = time.perf_counter() - started
             self._publish(trainer, Checkpoint(step, str(path), path.stat().st_size, seconds))
@@ -177,7 +179,9 @@ class RunCallback(pl.Callback):
         assert isinstance(module, TrainingModule)
         predictions = self.context.config.predictions
         if predictions.every and trainer.is_global_zero:
-            for prediction in predict(module.network, self.context.tokenizer, predictions, trainer.global_step):
+            for prediction in predict(
+                module.network, self.context.tokenizer, predictions, trainer.global_step
+            ):
                 self._publish(trainer, prediction)
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -56,12 +56,14 @@ class DurableCheckpointIO(CheckpointIO):
             _check_room(checkpoint, target)
             with partial.open("wb") as file:
                 hashing = _HashingFile(file)
-                torch.save(checkpoint, hashing)
+                torch.save(checkpoint, cast(IO[bytes], hashing))
                 file.flush()
                 os.fsync(file.fileno())
             digest = hashing.digest.hexdigest()
             if file_digest(partial) != digest:
-                raise SaveError(f"{target}: the disk returned other bytes than were written", "Check the disk.")
+                raise SaveError(
+                    f"{target}: the disk returned other bytes than were written", "Check the disk."
+                )
             _write_checksum(target, digest)
             partial.replace(target)
             _sync_folder(target.parent)
@@ -94,9 +96,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__})", "Choose another one.") from None
+        raise InputError(
+            f"{path}: not a readable checkpoint ({type(error).__name__})", "Choose another one."
+        ) from None
     if not isinstance(content, dict) or "state_dict" not in content:
-        raise InputError(f"{path}: no checkpoint of a training run", "Name a run folder or one of its checkpoints.")
+        raise InputError(
+            f"{path}: no checkpoint of a training run", "Name a run folder or one of its checkpoints."
+        )
     return content
 
 
@@ -107,7 +113,11 @@ def find_damage(path: Path) -> str:
     if damage or not checksum.is_file():
         return damage
     expected = checksum.read_text(encoding="ascii", errors="replace").split(" ")[0]
-    return "" if file_digest(path) == expected else "its bytes are not the ones that were written (checksum differs)"
+    return (
+        ""
+        if file_digest(path) == expected
+        else "its bytes are not the ones that were written (checksum differs)"
+    )
 
 
 def file_digest(path: Path) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
 from smolctl.config import RunConfig
@@ -53,7 +55,8 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         """Run one step on tokens (sequences of this device, sequence_length + 1)."""
-        optimizer = self.optimizers(use_pl_optimizer=True)
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
         rate = learning_rate(self.global_step + 1, self.config.optimizer.learning_rate, self.config.schedule)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -72,19 +75,20 @@ class TrainingModule(pl.LightningModule):
 
     def _accumulate(self, batch: Tensor) -> Tensor:
         """Gradients of the mean loss over all tokens of the step; returns that loss, (), detached."""
-        world = self.trainer.world_size
-        sequences = max(1, self.config.micro_batch_size // world)
+        strategy = self.trainer.strategy
+        sequences = max(1, self.config.micro_batch_size // self.trainer.world_size)
         tokens = batch.shape[0] * (batch.shape[1] - 1)
         total = torch.zeros((), device=batch.device)
         parts = batch.split(sequences)
         for index, part in enumerate(parts):
             last = index + 1 == len(parts)
             # Several devices exchange gradients once a step, with the last micro-batch.
-            with nullcontext() if last or world == 1 else self.trainer.strategy.block_backward_sync():
+            waits = not last and isinstance(strategy, ParallelStrategy)
+            with cast(ParallelStrategy, strategy).block_backward_sync() if waits else nullcontext():
                 loss = self.network.loss(part[:, :-1], part[:, 1:]) / tokens
                 self.manual_backward(loss)
             total += loss.detach().float()
-        reduced = self.trainer.strategy.reduce(total, reduce_op="mean")
+        reduced = strategy.reduce(total, reduce_op="mean")
         return reduced if isinstance(reduced, Tensor) else total
 
     def _clip(self) -> Tensor:

@@ -43,7 +43,9 @@ def new_run_folder(name: str, out: Path | None, force: bool) -> Path:
                 f"{out} is not empty", "Choose another --out, resume it, or replace it with --force."
             )
         if not RunFolder.is_run(out):
-            raise UsageError(f"{out} is no run of smolctl: --force will not delete it", "Choose another --out.")
+            raise UsageError(
+                f"{out} is no run of smolctl: --force will not delete it", "Choose another --out."
+            )
         shutil.rmtree(out)
     out.mkdir(parents=True)
     return out
@@ -138,7 +140,7 @@ def point_latest_at(folder: Path) -> None:
 
 
 def _environment() -> dict[str, Any]:
-    packages = {}
+    packages: dict[str, str | None] = {}
     for package in RECORDED_PACKAGES:
         try:
             packages[package] = version(package)

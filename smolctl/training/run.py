@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -128,12 +128,18 @@ def _sound_checkpoint(folder: RunFolder, step: int | None) -> CheckpointFile:
     wanted = newest if step is None else step
     chosen = next((file for file in files if file.step == wanted), None)
     if chosen is None:
-        return folder.checkpoint(step).file  # raises, saying which steps there are
+        return folder.checkpoint(step)  # raises, saying which steps there are
     damage = find_damage(chosen.path)
     if not damage:
         return chosen
-    good = next((file.step for file in reversed(files) if file != chosen and not find_damage(file.path)), None)
-    hint = "No other checkpoint is whole." if good is None else f"Go on from: smolctl resume {folder.path}@{good}"
+    good = next(
+        (file.step for file in reversed(files) if file != chosen and not find_damage(file.path)), None
+    )
+    hint = (
+        "No other checkpoint is whole."
+        if good is None
+        else f"Go on from: smolctl resume {folder.path}@{good}"
+    )
     raise InputError(f"{chosen.path}: {damage}", hint)
 
 
@@ -223,7 +229,7 @@ def _fit(
     return RunResult(recorder.folder, step, codes.get(reason, ExitCode.DONE))
 
 
-def _precision(config: RunConfig) -> str:
+def _precision(config: RunConfig) -> Literal["32-true", "bf16-mixed", "bf16-true"]:
     """bf16 where the device computes in it, float32 elsewhere: a CPU emulates bf16, slowly."""
     if config.train.precision != "auto":
         return config.train.precision

@@ -138,7 +138,11 @@ class TrainingView:
         why = "" if event.reason == "done" else f" by {event.reason}"
         loss = f", loss {self.step.loss:.4f}" if self.step else ""
         held_out = self.validation
-        check = f", held out {held_out.bits_per_byte:.4f} ± {held_out.standard_error:.4f} bits/byte" if held_out else ""
+        check = (
+            f", held out {held_out.bits_per_byte:.4f} ± {held_out.standard_error:.4f} bits/byte"
+            if held_out
+            else ""
+        )
         if self.predictions:
             self.out.show(self._predictions_table())
         self.out.show(f"Ended{why} at step {event.step:,} after {duration(event.seconds)}{loss}{check}.")
@@ -191,14 +195,18 @@ class TrainingView:
             table.add_row("waiting for the first step …")
             return table
         width = max(10, self.out.stdout.width - 40)
-        table.add_row("loss", f"[bold]{step.loss:.4f}[/bold]  {sparkline(self.losses[-width * 4 :], min(width, 48))}")
+        table.add_row(
+            "loss", f"[bold]{step.loss:.4f}[/bold]  {sparkline(self.losses[-width * 4 :], min(width, 48))}"
+        )
         if check:
             table.add_row(
-                "held out", f"{check.bits_per_byte:.4f} ± {check.standard_error:.4f} bits/byte at step {check.step:,}"
+                "held out",
+                f"{check.bits_per_byte:.4f} ± {check.standard_error:.4f} bits/byte at step {check.step:,}",
             )
         table.add_row("lr", f"{step.learning_rate:.3g}   gradient norm {step.gradient_norm:.3g}")
         table.add_row(
-            "speed", f"{step.tokens_per_second:,.0f} tok/s   {quantity(step.tokens)} tokens   ETA {duration(step.eta_s)}"
+            "speed",
+            f"{step.tokens_per_second:,.0f} tok/s   {quantity(step.tokens)} tokens   ETA {duration(step.eta_s)}",
         )
         if self.checkpoint:
             ago = duration(time.monotonic() - self.checkpoint_at)

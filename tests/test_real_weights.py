@@ -1,0 +1,152 @@
+"""The real SmolLM2-135M-Instruct: the same numbers and the same words as transformers."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from smolctl.generation.complete import CompletionSettings, complete
+from smolctl.generation.engine import decode
+from smolctl.generation.load import LoadedModel, load_model
+from smolctl.generation.sampling import SamplingSettings
+from smolctl.model.cache import KVCache
+from smolctl.sources.run_folder import RunFolder
+from smolctl.training.prepare import prepare
+
+pytestmark = [pytest.mark.slow, pytest.mark.real_weights]
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a village by the sea,",
+    "def fibonacci(n):\n    ",
+    "Water boils at a temperature of",
+    "La recette de la ratatouille commence par",
+    "1 2 3 4 5 6",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "<|im_start|>user\nName three primary colours.<|im_end|>\n<|im_start|>assistant\n",
+    "The mitochondria",
+    "🙂 means happy, 😢 means",
+]
+TEXT = (
+    "A tide gauge measures the level of the sea against a mark on land. Early ones were boards with a "
+    "painted scale that a keeper read by day. Later a float in a well moved a pen on a drum of paper, and "
+    "the pen drew the tides of a month on one sheet. Today most of them use a radar that looks down at the "
+    "water from a bracket on the quay, and a small computer that sends a number every minute.\n"
+)
+GREEDY = SamplingSettings(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def ours(gguf_file: Path) -> LoadedModel:
+    return load_model(str(gguf_file))
+
+
+@pytest.fixture(scope="module")
+def reference(gguf_file: Path) -> PreTrainedModel:
+    folder, name = str(gguf_file.parent), gguf_file.name
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def reference_tokenizer(gguf_file: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(str(gguf_file.parent), gguf_file=gguf_file.name)
+
+
+def test_every_weight_equals_transformers(ours: LoadedModel, reference: PreTrainedModel) -> None:
+    theirs = reference.state_dict()
+    for name, tensor in ours.network.state_dict().items():
+        assert torch.equal(tensor, theirs[name]), name
+    assert sum(p.numel() for p in ours.network.parameters()) == 134_515_008
+
+
+def test_tokens_and_chat_equal_transformers(
+    ours: LoadedModel, reference_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    for prompt in [*PROMPTS, TEXT]:
+        assert ours.tokenizer.encode(prompt) == reference_tokenizer(prompt)["input_ids"]
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    assert ours.chat_prompt(messages) == reference_tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+
+
+def test_logits_equal_transformers_to_rounding(ours: LoadedModel, reference: PreTrainedModel) -> None:
+    ids = torch.tensor([ours.tokenizer.encode(TEXT)])
+    with torch.inference_mode():
+        mine, theirs = ours.network(ids), reference(ids).logits
+    assert (mine - theirs).abs().max() < 2e-3  # logits reach 30: 1e-4 of them, after 30 layers
+    assert (mine - theirs).abs().mean() < 1e-4
+    assert torch.equal(mine.argmax(-1), theirs.argmax(-1))
+
+
+def test_cached_equals_uncached(ours: LoadedModel) -> None:
+    ids = torch.tensor([ours.tokenizer.encode(TEXT)])
+    cache = KVCache.allocate(ours.network.config, 1, ids.shape[1], torch.float32, torch.device("cpu"))
+    with torch.inference_mode():
+        whole = ours.network(ids)
+        parts = torch.cat(
+            [ours.network(part, cache) for part in ids.split([40, 1, 1, ids.shape[1] - 42], 1)], 1
+        )
+    assert (whole - parts).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy_continuation_is_token_equal_to_transformers(
+    ours: LoadedModel, reference: PreTrainedModel, prompt: str
+) -> None:
+    ids = torch.tensor([ours.tokenizer.encode(prompt)])
+    theirs: list[int] = []
+    past, latest = None, ids
+    with torch.inference_mode():  # plain argmax without generate's rules: all 64 tokens are compared
+        for _ in range(64):
+            output = reference(latest, past_key_values=past, use_cache=True)
+            past, latest = output.past_key_values, output.logits[:, -1:].argmax(-1)
+            theirs.append(int(latest))
+    mine = [int(step.tokens) for step in decode(ours.network, ids, 64, GREEDY, seed=0)]
+    assert mine == theirs
+
+
+def test_chat_answers_paris(ours: LoadedModel) -> None:
+    prompt = ours.chat_prompt([{"role": "user", "content": "What is the capital of France?"}])
+    pieces: list[str] = []
+    settings = CompletionSettings(max_tokens=32, sampling=GREEDY)
+    result = complete(
+        ours.network, ours.tokenizer, prompt, settings, lambda _sample, text: pieces.append(text)
+    )
+    assert result.completions[0].text == "The capital of France is Paris."
+    assert result.completions[0].finish_reason == "stop"
+    assert "".join(pieces) == result.completions[0].text
+    assert len(pieces) > 3  # it streams
+
+
+def test_fine_tuning_starts_at_the_loss_of_transformers_and_goes_down(
+    gguf_file: Path, reference: PreTrainedModel, ours: LoadedModel, tmp_path: Path
+) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text(TEXT * 12)
+    command = [
+        *(sys.executable, "-m", "smolctl", "train", "--init-from", str(gguf_file), "--data", str(text)),
+        *("--steps", "20", "--batch-size", "2", "--set", "data.sequence_length=128", "--json"),
+        *("--set", "data.validation_fraction=0", "--set", "predictions.every=0"),
+        *("--out", str(tmp_path / "run")),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    steps = [event for event in map(json.loads, done.stdout.splitlines()) if event["event"] == "step"]
+    assert [event["step"] for event in steps] == list(range(1, 21))
+
+    config = RunFolder.open(tmp_path / "run").config()
+    batch = prepare(config, str(gguf_file), lambda _event: None).dataset()[0]  # what step 1 saw
+    with torch.inference_mode():
+        theirs = reference(batch[:, :-1]).logits.flatten(0, 1).log_softmax(-1)
+    expected = -theirs.gather(1, batch[:, 1:].flatten()[:, None]).mean().item()
+    assert steps[0]["loss"] == pytest.approx(expected, rel=1e-4)
+    assert math.isfinite(steps[-1]["loss"])
+    assert steps[-1]["loss"] < 0.6 * steps[0]["loss"]
