@@ -20,7 +20,7 @@ class ModelConfig(BaseModel):
     vocab_size: int = Field(49_152, gt=0, description="tokens that the model knows")
     hidden_size: int = Field(576, gt=0, description="width of the residual stream")
     intermediate_size: int = Field(1_536, gt=0, description="width of the SwiGLU MLP")
-    num_hidden_layers: int = Field(30, gt=0, description="blocks of attention and MLP")
+    num_hidden_layers: int = Field(30, gt=0, le=10_000, description="blocks of attention and MLP")
     num_attention_heads: int = Field(9, gt=0, description="query heads")
     num_key_value_heads: int = Field(3, gt=0, description="key/value heads, shared by groups of query heads")
     head_dim: int = Field(0, ge=0, description="width of a head; 0 is hidden_size / num_attention_heads")
