@@ -158,7 +158,7 @@ class TrainingMemory:
     """Bytes that a training step holds at its peak."""
 
     weights: int
-    gradients: int
+    gradients: int  # a tied table's twice: from the lookup and from the head, before they are added
     optimizer: int  # AdamW's two moments
     activations: int  # kept from forward for backward
     logits: int  # the chunk of logits and of their gradient that the loss holds at once
@@ -197,12 +197,12 @@ def training_memory(
         dtype: a key of `TRAINING_DTYPES`.
     """
     stored, computed = (BYTES_PER_VALUE[name] for name in TRAINING_DTYPES[dtype])
-    parameters = count_parameters(config).unique
+    count = count_parameters(config)
     tokens = batch_size * sequence_length
     return TrainingMemory(
-        weights=parameters * stored,
-        gradients=parameters * stored,
-        optimizer=2 * parameters * stored,
+        weights=count.unique * stored,
+        gradients=count.naive * stored,
+        optimizer=2 * count.unique * stored,
         activations=tokens * activation_values_per_token(config) * computed,
         logits=2 * min(LOSS_CHUNK_ROWS, tokens) * config.vocab_size * BYTES_PER_VALUE["float32"],
     )
@@ -213,13 +213,13 @@ def memory_formulas(
 ) -> dict[str, str]:
     """How each number of `training_memory` comes about, with the values put in. Arguments as there."""
     stored, computed = (BYTES_PER_VALUE[name] for name in TRAINING_DTYPES[dtype])
-    parameters = f"{count_parameters(config).unique:,}"
+    count = count_parameters(config)
     tokens = batch_size * sequence_length
     values = activation_values_per_token(config)
     return {
-        "weights": f"{parameters} × {stored} bytes",
-        "gradients": f"{parameters} × {stored} bytes",
-        "optimizer": f"2 × {parameters} × {stored} bytes",
+        "weights": f"{count.unique:,} × {stored} bytes",
+        "gradients": f"{count.naive:,} × {stored} bytes",
+        "optimizer": f"2 × {count.unique:,} × {stored} bytes",
         "activations": f"{tokens:,} tokens × {values:,} values × {computed} bytes",
         "logits": f"2 × {min(LOSS_CHUNK_ROWS, tokens):,} tokens × {config.vocab_size:,} × 4 bytes",
     }

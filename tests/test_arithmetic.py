@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from math import prod
 
 import pytest
@@ -255,3 +257,35 @@ def test_dtype_halves_what_is_stored_in_it() -> None:
     assert half.weights * 2 == full.weights == mixed.weights
     assert half.activations * 2 == full.activations == mixed.activations * 2
     assert half.logits == full.logits  # the loss computes in float32
+
+
+PEAK = """
+import resource, sys, torch
+from smolctl.config import ModelConfig
+from smolctl.model.weights import initialize
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+config = ModelConfig.model_validate_json(sys.argv[1])
+tokens = torch.zeros(4, 513, dtype=torch.long)
+before = peak()
+network = initialize(config, seed=0)
+optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+for _ in range(2):
+    optimizer.zero_grad()
+    network.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+    optimizer.step()
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is counted in kilobytes on Linux only")
+@pytest.mark.parametrize("tied", [True, False])
+def test_memory_estimate_is_near_the_measured_peak(tied: bool) -> None:
+    config = ModelConfig(num_hidden_layers=3, tie_word_embeddings=tied)
+    command = [sys.executable, "-c", PEAK, config.model_dump_json()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert training_memory(config, 4, 512).total == pytest.approx(int(done.stdout), rel=0.2)

@@ -21,7 +21,7 @@ PROBLEMS_SHOWN = 12
 
 MEMORY_MEANINGS = {
     "weights": "every parameter once",
-    "gradients": "one of each parameter",
+    "gradients": "one of each parameter, a tied table's from lookup and head",
     "optimizer": "AdamW's two moments of each parameter",
     "activations": "what the backward pass needs of every token",
     "logits": "the loss works in chunks: one of them, and its gradient",
