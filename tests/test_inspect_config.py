@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import Called
+from hub_server import COMMIT, HubRepository, HubServer
 from test_count_params import llama_folder, other_architecture
 
 from smolctl.config import RunConfig, load_run_config, preset_names
@@ -304,6 +305,32 @@ def test_against_compares_kinds_with_each_other_and_merges_layers(smolctl: Call,
 def test_a_model_does_not_differ_from_itself(smolctl: Call, tmp_path: Path) -> None:
     folder = llama_folder(tmp_path / "llama")
     assert smolctl("inspect-config", folder, "--against", folder, "--json").json["same"] is True
+
+
+def test_a_hub_model_is_inspected_and_counted_without_its_weights(
+    smolctl: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from huggingface_hub import constants
+
+    folder = llama_folder(tmp_path / "llama", vocab_size=4_000, hidden_size=64)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    with HubServer() as hub:
+        hub.repositories["org/tiny"] = HubRepository(files)
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        document = smolctl("inspect-config", "org/tiny", "--json").json
+        assert document["source"]["kind"] == "hub"
+        assert document["source"]["revision"] == COMMIT
+        assert 0 < document["source"]["bytes_fetched"] < len(files["model.safetensors"])
+        assert document["checkpoint"]["matches"] is True
+        counted = smolctl("count-params", "org/tiny", "--json").json
+        assert counted["unique"] == document["checkpoint"]["parameters"]
+        assert "fetched" in smolctl("count-params", "org/tiny").out
+        hub.fails_with = 503
+        failed = smolctl("count-params", "org/nothing")
+        assert (failed.code, failed.out) == (4, "")
+        assert len(failed.err.strip().splitlines()) == 2
 
 
 @pytest.mark.real_weights

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from smolctl.inspection.parameters import Basis, ParameterReport
 from smolctl.inspection.tree import ModuleNode
 from smolctl.sources.base import ModelSource
+from smolctl.views.numbers import size
 from smolctl.views.output import Output
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def title(source: ModelSource) -> str:
 
     at = f" at {source.revision[:12]}" if source.revision else ""
     step = f", step {source.step:,}" if source.step is not None else ""
-    return f"[bold]{escape(source.id)}[/bold] [dim]({source.kind.value}{at}{step})[/dim]"
+    fetched = f", {size(source.bytes_fetched)} fetched" if source.bytes_fetched else ""
+    return f"[bold]{escape(source.id)}[/bold] [dim]({source.kind.value}{at}{step}{fetched})[/dim]"
 
 
 def source_document(source: ModelSource) -> Mapping[str, Any]:
@@ -168,7 +170,7 @@ def _values(report: ParameterReport, depth: int) -> Text:
 
 
 def _shape(node: ModuleNode) -> str:
-    return " × ".join(f"{size:,}" for size in node.shape) if node.shape is not None else ""
+    return " × ".join(f"{length:,}" for length in node.shape) if node.shape is not None else ""
 
 
 def _formula(node: ModuleNode) -> str:
