@@ -23,7 +23,7 @@ def sample(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL]...",
-            help="Run, checkpoint, folder, .gguf or Hub id; several stand side by side. Default: the newest run.",
+            help="Run, .ckpt, folder, .gguf or Hub id; several stand side by side. Default: newest run.",
             show_default=False,
         ),
     ] = None,

@@ -21,7 +21,7 @@ def train(
         str | None,
         typer.Argument(
             metavar="[CONFIG]",
-            help=f"Preset or YAML file. Default: {DEFAULT_CONFIG}, or {DEFAULT_FINETUNE_CONFIG} with --init-from.",
+            help=f"Preset or YAML. Default: {DEFAULT_CONFIG}; {DEFAULT_FINETUNE_CONFIG} with --init-from.",
             show_default=False,
         ),
     ] = None,

@@ -67,7 +67,7 @@ class TrainingModule(pl.LightningModule):
             raise NonFiniteError(
                 f"step {self.global_step + 1}: loss {loss.item()}, gradient norm {norm.item()}; "
                 "the step was not taken",
-                "Lower optimizer.learning_rate, or look at this step's data; the last checkpoint is untouched.",
+                "Lower optimizer.learning_rate or look at this step's data; the checkpoints are untouched.",
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

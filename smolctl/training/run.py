@@ -23,7 +23,7 @@ from smolctl.model.weights import initialize
 from smolctl.sources.run_folder import CheckpointFile, RunFolder
 from smolctl.training.callbacks import RunCallback, RunContext, StopFlag
 from smolctl.training.checkpoint import DurableCheckpointIO, find_damage, read_checkpoint
-from smolctl.training.events import End, Listener, Note, Start
+from smolctl.training.events import End, Listener, Start
 from smolctl.training.module import TrainingModule
 from smolctl.training.plan import Plan, make_plan, measure_speed
 from smolctl.training.prepare import Prepared, require_windows

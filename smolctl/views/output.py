@@ -46,6 +46,11 @@ class Output:
             for renderable in renderables:
                 self.stdout.print(renderable)
 
+    def line(self, text: str) -> None:
+        """Print one line of data as it is, however long; nothing under `--json`."""
+        if not self.json:
+            self.stdout.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def document(self, value: Mapping[str, Any]) -> None:
         """Print one JSON document; nothing without `--json`."""
         if self.json:

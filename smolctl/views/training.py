@@ -156,37 +156,38 @@ class TrainingView:
             if event.step not in (self.first + 1, self.until) and now - self._last_line < PLAIN_INTERVAL:
                 return
             self._last_line = now
-            self.out.show(
+            self.out.line(
                 f"step {event.step:,}/{self.until:,}  loss {event.loss:.4f}  lr {event.learning_rate:.3g}  "
                 f"gradient {event.gradient_norm:.3g}  {event.tokens_per_second:,.0f} tok/s  "
                 f"ETA {duration(event.eta_s)}"
             )
         elif isinstance(event, Validation):
-            self.out.show(
+            self.out.line(
                 f"step {event.step:,}  held out: {event.bits_per_byte:.4f} ± {event.standard_error:.4f} "
                 f"bits/byte, loss {event.loss:.4f}"
             )
         elif isinstance(event, Checkpoint):
-            self.out.show(
+            self.out.line(
                 f"step {event.step:,}  saved {event.path} ({size(event.bytes)}, {event.seconds:.1f} s)"
             )
         elif isinstance(event, Prediction):
-            from rich.text import Text
-
-            self.out.show(Text(f"step {event.step:,}  {one_line(event.prompt)} → {one_line(event.text)}"))
+            self.out.line(f"step {event.step:,}  {one_line(event.prompt)} → {one_line(event.text)}")
 
     def _panel(self) -> RenderableType:
         from rich.console import Group
         from rich.panel import Panel
         from rich.progress_bar import ProgressBar
+        from rich.table import Table
 
         done = self.step.step if self.step else self.first
-        rows: list[RenderableType] = [ProgressBar(total=self.until, completed=done), self._numbers(done)]
+        bar = Table.grid(expand=True)  # alone, a ProgressBar does not end its line
+        bar.add_row(ProgressBar(total=self.until, completed=done))
+        rows: list[RenderableType] = [bar, self._numbers()]
         if self.predictions:
             rows.append(self._latest_predictions())
         return Panel(Group(*rows), title=f"step {done:,} of {self.until:,}", title_align="left")
 
-    def _numbers(self, done: int) -> Table:
+    def _numbers(self) -> Table:
         from rich.table import Table
 
         table = Table.grid(padding=(0, 2))
@@ -206,7 +207,8 @@ class TrainingView:
         table.add_row("lr", f"{step.learning_rate:.3g}   gradient norm {step.gradient_norm:.3g}")
         table.add_row(
             "speed",
-            f"{step.tokens_per_second:,.0f} tok/s   {quantity(step.tokens)} tokens   ETA {duration(step.eta_s)}",
+            f"{step.tokens_per_second:,.0f} tok/s   {quantity(step.tokens)} tokens   "
+            f"ETA {duration(step.eta_s)}",
         )
         if self.checkpoint:
             ago = duration(time.monotonic() - self.checkpoint_at)
@@ -217,12 +219,12 @@ class TrainingView:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table.grid(padding=(0, 1))
-        table.add_column(no_wrap=True, style="dim")
+        table = Table.grid()
         table.add_column(no_wrap=True, overflow="ellipsis")
+        newest = max(history[-1].step for history in self.predictions.values())
+        table.add_row(Text(f"predictions at step {newest:,}", style="dim"))
         for prompt, history in self.predictions.items():
-            text = Text(one_line(prompt), style="bold") + Text(one_line(history[-1].text), style="default")
-            table.add_row(f"at {history[-1].step:,}", text)
+            table.add_row(Text.assemble((one_line(prompt), "bold"), one_line(history[-1].text)))
         return table
 
     def _predictions_table(self) -> Table:
@@ -255,6 +257,8 @@ def plan_table(plan: Plan) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     memory = plan.memory
+    parts = ("weights", "gradients", "optimizer", "activations", "logits")
+    shares = ", ".join(f"{part} {size(getattr(memory, part))}" for part in parts)
     table.add_row("model", f"{plan.parameters:,} parameters")
     table.add_row(
         "tokens",
@@ -262,13 +266,10 @@ def plan_table(plan: Plan) -> Table:
     )
     table.add_row(
         "data",
-        f"{plan.corpus_tokens:,} tokens: {plan.passes:.3g} passes, {plan.tokens_per_parameter:.3g} tokens a parameter",
+        f"{plan.corpus_tokens:,} tokens: {plan.passes:.3g} passes, "
+        f"{plan.tokens_per_parameter:.3g} tokens a parameter",
     )
-    table.add_row(
-        "memory",
-        f"about {size(memory.total)}: weights {size(memory.weights)}, gradients {size(memory.gradients)}, "
-        f"optimizer {size(memory.optimizer)}, activations {size(memory.activations)}, logits {size(memory.logits)}",
-    )
+    table.add_row("memory", f"about {size(memory.total)}: {shares}")
     table.add_row(
         "disk",
         f"{plan.checkpoints_kept} checkpoints × {size(plan.checkpoint_bytes)} = {size(plan.disk_bytes)} "
