@@ -247,8 +247,8 @@ def choose_tokenizer(
         if name is not None:
             raise
         on_note(
-            f"{DEFAULT_TOKENIZER} cannot be fetched ({error.message}); "
-            f"training a tokenizer of {vocab_size:,} entries on the corpus instead."
+            f"No tokenizer was named and the default cannot be had ({error.message}): "
+            f"training one of {vocab_size:,} entries on the corpus."
         )
         tokenizer = train_tokenizer(texts(), vocab_size)
     tokenizer.require_fit(vocab_size)
