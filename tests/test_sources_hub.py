@@ -205,7 +205,7 @@ def test_a_quantized_repository_says_so(hub: HubServer, state: dict[str, torch.T
     assert any("packed" in problem for problem in source.problems)
 
 
-def test_missing_repository_is_named(hub: HubServer) -> None:  # noqa: ARG001
+def test_missing_repository_is_named(hub: HubServer) -> None:
     with pytest.raises(HubError, match="org/nothing: not on the Hub, or private") as caught:
         open_source("org/nothing")
     assert caught.value.exit_code == ExitCode.HUB
@@ -254,7 +254,7 @@ def _closed_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_refused_connection_is_named_at_once(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
+def test_refused_connection_is_named_at_once(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{_closed_port()}")
     waits: list[float] = []
     monkeypatch.setattr(time, "sleep", waits.append)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if damage:
         raise InputError(f"{path}: {damage}", REMEDY)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's guesses about a damaged pickle
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged pickle can fail in any way
         raise _load_error(path, error) from None
     if not isinstance(content, dict):

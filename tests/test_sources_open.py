@@ -1,0 +1,271 @@
+"""The MODEL argument: kinds by content, what-ifs, recipes, and names that lead nowhere."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import save_file
+
+from smolctl.config import ModelConfig, load_run_config, preset_names
+from smolctl.errors import InputError, UsageError
+from smolctl.model.weights import initialize
+from smolctl.sources import SourceKind, open_source
+
+# The fields of SmolLM2-135M's pre-training recipe, as nanotron spells them.
+NANOTRON: dict[str, Any] = {
+    "checkpoints": {"checkpoint_interval": 2000, "checkpoints_path": "checkpoints"},
+    "data_stages": [
+        {
+            "name": "stable phase",
+            "start_training_step": 1,
+            "data": {
+                "dataset": {"dataset_folder": ["datasets/smollm2-corpus"], "dataset_weights": [1.0]},
+                "num_loading_workers": 0,
+                "seed": 8,
+            },
+        }
+    ],
+    "general": {"project": "smollm2", "run": "smollm2-135M", "seed": 8},
+    "model": {
+        "dtype": "bfloat16",
+        "init_method": {"std": 0.041666666666666664},
+        "model_config": {
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "hidden_act": "silu",
+            "hidden_size": 576,
+            "initializer_range": 0.041666666666666664,
+            "intermediate_size": 1536,
+            "is_llama_config": True,
+            "max_position_embeddings": 2048,
+            "num_attention_heads": 9,
+            "num_hidden_layers": 30,
+            "num_key_value_heads": 3,
+            "pad_token_id": None,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_interleaved": False,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": True,
+            "use_cache": True,
+            "vocab_size": 49152,
+        },
+    },
+    "optimizer": {
+        "clip_grad": 1.0,
+        "learning_rate_scheduler": {
+            "learning_rate": 0.003,
+            "lr_decay_starting_step": 1600000,
+            "lr_decay_steps": 400000,
+            "lr_decay_style": "linear",
+            "lr_warmup_steps": 2000,
+            "lr_warmup_style": "linear",
+            "min_decay_lr": 0,
+        },
+        "optimizer_factory": {"adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": 1.0e-08, "name": "adamW"},
+        "weight_decay": 0.01,
+    },
+    "parallelism": {"dp": 64, "pp": 1, "tp": 1},
+    "tokenizer": {"tokenizer_max_length": None, "tokenizer_name_or_path": "HuggingFaceTB/cosmo2-tokenizer"},
+    "tokens": {
+        "batch_accumulation_per_replica": 1,
+        "micro_batch_size": 8,
+        "sequence_length": 2048,
+        "train_steps": 2000000,
+    },
+}
+
+
+def nanotron_file(folder: Path, content: dict[str, Any]) -> Path:
+    path = folder / "any.txt"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_nanotron_recipe_is_carried_over(tmp_path: Path) -> None:
+    source = open_source(str(nanotron_file(tmp_path, NANOTRON)))
+    assert source.kind is SourceKind.NANOTRON
+    run = source.run
+    assert run is not None
+    assert run.model == source.config
+    assert run.model.is_llama
+    assert (run.model.rope_theta, run.model.max_position_embeddings) == (10_000.0, 2_048)
+    assert (run.train.steps, run.train.batch_size, run.train.micro_batch_size) == (2_000_000, 512, 8)
+    assert run.tokens_per_step == 1_048_576
+    assert (run.train.gradient_clip, run.train.precision, run.train.seed) == (1.0, "bf16-mixed", 8)
+    assert (run.optimizer.learning_rate, run.optimizer.betas) == (3e-3, (0.9, 0.95))
+    assert (run.optimizer.eps, run.optimizer.weight_decay) == (1e-8, 0.01)
+    schedule = run.schedule
+    assert (schedule.name, schedule.warmup_steps) == ("wsd", 2_000)
+    assert (schedule.decay_start, schedule.decay_steps) == (1_600_000, 400_000)
+    assert schedule.min_learning_rate == 0.0
+    assert run.tokenizer == "HuggingFaceTB/cosmo2-tokenizer"
+    assert (run.data.seed, run.checkpoint.every) == (8, 2_000)
+
+
+def test_nanotron_recipe_equals_our_preset(tmp_path: Path) -> None:
+    run = open_source(str(nanotron_file(tmp_path, NANOTRON))).run
+    ours = load_run_config("smollm2-135m-pretrain")
+    assert run is not None
+    assert (run.model, run.optimizer) == (ours.model, ours.optimizer)
+    assert run.with_whole_steps().schedule == ours.with_whole_steps().schedule
+
+
+def test_what_nanotron_says_beyond_our_recipe_is_reported(tmp_path: Path) -> None:
+    problems = "\n".join(open_source(str(nanotron_file(tmp_path, NANOTRON))).problems)
+    assert "parallelism.dp 64 is not carried over" in problems
+    assert "datasets/smollm2-corpus" in problems
+
+
+@pytest.mark.parametrize(
+    ("fields", "feature"),
+    [
+        ({"is_llama_config": False}, "is_llama_config"),
+        ({"rope_interleaved": True}, "rope_interleaved"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
+        ({"hidden_act": "gelu"}, "hidden_act gelu"),
+    ],
+)
+def test_nanotron_models_of_another_kind_are_refused(
+    tmp_path: Path, fields: dict[str, Any], feature: str
+) -> None:
+    changed = {**NANOTRON, "model": {"model_config": {**NANOTRON["model"]["model_config"], **fields}}}
+    source = open_source(str(nanotron_file(tmp_path, changed)))
+    assert source.config is None
+    assert feature in source.unsupported
+
+
+def test_nanotron_with_missing_sections_opens(tmp_path: Path) -> None:
+    source = open_source(str(nanotron_file(tmp_path, {"model": NANOTRON["model"]})))
+    assert source.config is not None
+
+
+def test_senseless_nanotron_values_are_named(tmp_path: Path) -> None:
+    changed = {**NANOTRON, "tokens": {**NANOTRON["tokens"], "micro_batch_size": "eight"}}
+    with pytest.raises(InputError, match=r"tokens\.micro_batch_size"):
+        open_source(str(nanotron_file(tmp_path, changed)))
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_is_a_model(name: str) -> None:
+    source = open_source(name)
+    assert source.kind is SourceKind.PRESET
+    assert source.run == load_run_config(name)
+
+
+def test_our_yaml_is_a_config(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("model: {num_hidden_layers: 2}\n")
+    source = open_source(str(tmp_path / "mine"))
+    assert source.kind is SourceKind.CONFIG
+    assert source.config is not None
+    assert source.config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers=12", "model.num_hidden_layers=12"])
+def test_what_ifs_change_the_model(key: str) -> None:
+    source = open_source("smollm2-135m", [key])
+    assert source.config is not None
+    assert source.config.num_hidden_layers == 12
+    assert source.run is not None
+    assert source.run.model == source.config
+
+
+def test_what_ifs_on_a_config_are_what_train_would_build() -> None:
+    settings = ["train.steps=7", "model.hidden_size=96"]
+    assert open_source("nano", settings).run == load_run_config("nano", settings)
+
+
+def test_what_ifs_on_weights_are_for_counting_only(tmp_path: Path) -> None:
+    config = ModelConfig(
+        vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=1, num_key_value_heads=1
+    )
+    path = tmp_path / "model.safetensors"
+    save_file(initialize(config, seed=1).state_dict(), path)
+    source = open_source(str(path), ["hidden_size=128", "num_attention_heads=2"])
+    assert source.config is not None
+    assert (source.config.hidden_size, source.config.head_dim) == (128, 64)
+    assert (source.tensors, source.weights) == (None, None)
+    with pytest.raises(UsageError, match="no training recipe"):
+        open_source(str(path), ["train.steps=3"])
+
+
+def test_unknown_what_ifs_are_named_with_a_suggestion() -> None:
+    for setting in ("num_hiden_layers=3", "model.num_hiden_layers=3"):
+        with pytest.raises(InputError, match="num_hiden_layers") as caught:
+            open_source("nano", [setting])
+        assert "num_hidden_layers" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("model", "cause", "hint"),
+    [
+        ("smolm2-135m", "no preset and no file", "smollm2-135m"),
+        ("nowhere/model.gguf", "no such file", "Give a preset"),
+        ("./nowhere", "no such file", "Give a preset"),
+        ("runs/nope", "no such run", "smolctl train"),
+    ],
+)
+def test_names_that_lead_nowhere_are_explained(
+    model: str, cause: str, hint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=cause) as caught:
+        open_source(model)
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"", "the file is empty"),
+        (b"GGU", "not a config"),
+        (b"GGUF", "truncated"),
+        (b"\x00\x01\x02\x03", "no known model file"),
+        (b"\xff\xfe\xfd" * 100, "no known model file"),
+        (b"just words", "not a config"),
+        (b"a: [1", "line 1"),
+        (b"{not json", "not JSON"),
+        (b"[1, 2]", "not a config"),
+    ],
+)
+def test_files_that_are_no_model_are_named(tmp_path: Path, content: bytes, cause: str) -> None:
+    path = tmp_path / "model.gguf"  # the name says nothing
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=cause) as caught:
+        open_source(str(path))
+    assert str(path) in caught.value.message
+    assert caught.value.hint
+
+
+def test_folder_without_a_model_says_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(InputError, match=r"no model in it.*notes\.txt"):
+        open_source(str(tmp_path))
+
+
+def test_config_json_under_another_name_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.txt"
+    path.write_text(json.dumps({"model_type": "llama", "vocab_size": 100}))
+    source = open_source(str(path))
+    assert source.config is not None
+    assert source.config.vocab_size == 100
+
+
+def test_headers_and_configs_are_opened_without_torch(tmp_path: Path) -> None:
+    save_file(initialize(ModelConfig(num_hidden_layers=1), seed=1).state_dict(), tmp_path / "m.safetensors")
+    nanotron_file(tmp_path, NANOTRON)
+    code = (
+        "import sys; from smolctl.sources import open_source\n"
+        f"for model in ('nano', {str(tmp_path / 'm.safetensors')!r}, {str(tmp_path / 'any.txt')!r}):\n"
+        "    assert open_source(model).config\n"
+        "print({'torch', 'transformers', 'huggingface_hub', 'safetensors', 'gguf'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
