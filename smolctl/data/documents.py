@@ -10,18 +10,20 @@ from dataclasses import dataclass
 PIECE = 16 * 1024  # characters
 LONGEST_PIECE = 1024 * 1024  # characters; a stretch without a safe place is cut here anyway
 
-# After a newline that stands alone between two characters that are neither white space nor marks.
+# After a single newline, or before a single space, between two visible characters (no white space,
+# no mark that joins the character before it).
 #
-# Byte-level BPE merges within the matches of a regex only, so a cut is safe where a match ends
-# whatever follows, and where what follows does not look back. GPT-2's regex (SmolLM's too, after
-# splitting digits off) is 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+.
-# Before the newline every alternative for the visible character x ends, as none of them goes on
-# over "\n". The newline itself is no "optional space". `\s+(?!\S)` cannot match it in the whole
-# text, as a visible character follows, but then `\s+` takes it; at the end of a piece `\s+(?!\S)`
-# does. Either way "\n" is a match of its own. The next match starts after it, and no alternative
-# looks back. Two newlines, or a newline and a space, would be divided differently: not safe.
-# Newer regexes end a run of punctuation with `[\r\n]*`, which is why the cut is after the newline.
-_SAFE_CUT = re.compile(r"(?<=[\w!-~]\n)(?=[\w!-~])")
+# Byte-level BPE merges within the matches of a regex only, so a cut is safe where one match ends and
+# the next begins, provided that both still do when the other side is gone. GPT-2's regex (SmolLM's
+# too, which splits digits off before) is
+# 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+.
+# A match of visible characters ends before white space, whatever follows. A single space then begins
+# the next match, together with the visible character after it, or by itself before a digit that was
+# split off. A single newline is a match of its own: by `\s+` within the text, where a visible
+# character forbids `\s+(?!\S)`, and by `\s+(?!\S)` at the end of a piece. No alternative looks back.
+# Of two white spaces in a row the last may join what follows: not safe. The cut is after a newline
+# and not before it because newer regexes end a run of punctuation with `[\r\n]*`.
+_SAFE_CUT = re.compile(r"(?<=[\w!-~]\n)(?=[\w!-~])|(?<=[\w!-~])(?= [\w!-~])")
 _LAST_SPACE = re.compile(r"\s\S*\Z")
 
 # Told how many more bytes of a source were read.
