@@ -104,6 +104,11 @@ def test_checkpoint_of_another_tool_is_read_by_its_shapes(tmp_path: Path) -> Non
     assert source.run is None
 
 
+def test_a_bare_state_dict_is_read_too(tmp_path: Path) -> None:
+    torch.save(initialize(RUN.model, seed=1).state_dict(), tmp_path / "pytorch_model.bin")
+    assert load_network(open_source(str(tmp_path / "pytorch_model.bin"))).config.hidden_size == 64
+
+
 class Attack:
     def __init__(self, trace: Path) -> None:
         self.trace = trace

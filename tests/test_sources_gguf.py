@@ -163,6 +163,9 @@ def test_bos_is_put_first_where_the_file_asks_for_it(tmp_path: Path, state: Stat
         ({"tokenizer.ggml.pre": "qwen2"}, "pre-tokenizer qwen2"),
         ({"tokenizer.ggml.token_type": [1]}, "tokenizer is damaged"),
         ({"tokenizer.ggml.merges": ["ab"]}, "tokenizer is damaged"),
+        ({"tokenizer.ggml.merges": [1]}, "tokenizer is damaged"),
+        ({"tokenizer.ggml.tokens": 7}, "tokenizer is damaged"),
+        ({"tokenizer.ggml.bos_token_id": 999, "tokenizer.ggml.add_bos_token": True}, "tokenizer is damaged"),
     ],
 )
 def test_tokenizers_that_cannot_be_rebuilt_are_refused_by_name(
@@ -183,6 +186,9 @@ def test_tokenizers_that_cannot_be_rebuilt_are_refused_by_name(
         ({"llama.expert_count": 8}, "expert_count 8"),
         ({"llama.attention.sliding_window": 128}, "sliding_window 128"),
         ({"llama.logit_scale": 2.0}, "logit_scale"),
+        ({"llama.attention.head_count_kv": [2, 1]}, "head_count_kv that is not one number"),
+        ({"llama.embedding_length": "wide"}, "embedding_length that is not one number"),
+        ({"split.count": "three"}, "split GGUF of three parts"),
         ({"split.count": 3}, "split GGUF of 3 parts"),
     ],
 )

@@ -208,6 +208,7 @@ def test_unknown_what_ifs_are_named_with_a_suggestion() -> None:
     [
         ("smolm2-135m", "no preset and no file", "smollm2-135m"),
         ("nowhere/model.gguf", "no such file", "Give a preset"),
+        ("Once upon a time " * 100, "no such file", "Give a preset"),
         ("./nowhere", "no such file", "Give a preset"),
         ("runs/nope", "no such run", "smolctl train"),
     ],

@@ -116,7 +116,8 @@ def network_state(content: Mapping[str, Any], path: Path) -> dict[str, torch.Ten
     """
     import torch
 
-    state = content.get("state_dict")
+    bare = all(isinstance(value, torch.Tensor) for value in content.values())  # torch.save(state_dict)
+    state = content if bare else content.get("state_dict")
     if not isinstance(state, Mapping):
         raise InputError(f"{path}: has no state_dict", "Name a checkpoint that a training run has written.")
     tensors: dict[str, torch.Tensor] = {}

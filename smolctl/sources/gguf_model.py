@@ -40,6 +40,14 @@ OFF_SWITCHES = (
     "embedding_scale",
     "residual_scale",
 )
+# Sizes that some models give layer by layer.
+SIZES = (
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+)
 REQUIRED = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -113,33 +121,33 @@ def unsupported_feature(header: GGUFHeader) -> str:
     architecture = values.get("general.architecture")
     if architecture != "llama":
         return f"GGUF architecture {architecture} is not supported, only llama"
-    if values.get("split.count", 0) > 1:
-        return (
-            f"a split GGUF of {values['split.count']} parts is not supported: join them with llama-gguf-split"
-        )
+    parts = values.get("split.count")
+    if parts not in (None, 0, 1):
+        return f"a split GGUF of {parts} parts is not supported: join them with llama-gguf-split"
     for key in OFF_SWITCHES:
         if values.get(f"llama.{key}"):
             return f"llama.{key} {values[f'llama.{key}']} is not supported"
-    scaling = values.get("llama.rope.scaling.type", "none")
-    if scaling != "none":
-        return f"rope scaling {scaling} is not supported"
-    if (
-        values.get("llama.rope.scaling.factor", 1.0) not in (0.0, 1.0)
-        or values.get("llama.rope.scale_linear", 1.0) != 1.0
-    ):
-        return "rope scaling linear is not supported"
     for tensor in header.tensors:
         if tensor.name == "rope_freqs.weight":
             return "rope scaling llama3 (rope_freqs.weight) is not supported"
         if tensor.name.endswith(".bias"):
             return f"biases are not supported ({tensor.name})"
-    return _unsupported_heads(values)
+    return _unsupported_rope(values) or _unsupported_heads(values)
+
+
+def _unsupported_rope(values: Mapping[str, Any]) -> str:
+    scaling = values.get("llama.rope.scaling.type", "none")
+    if scaling != "none":
+        return f"rope scaling {scaling} is not supported"
+    # Older converters wrote the factor alone.
+    factors = (values.get("llama.rope.scaling.factor", 1.0), values.get("llama.rope.scale_linear", 1.0))
+    return "" if all(factor in (0.0, 1.0) for factor in factors) else "rope scaling linear is not supported"
 
 
 def _unsupported_heads(values: Mapping[str, Any]) -> str:
-    for key in ("attention.head_count", "attention.head_count_kv", "feed_forward_length"):
+    for key in SIZES:
         if not isinstance(values.get(f"llama.{key}", 0), int):
-            return f"llama.{key} that differs by layer is not supported"
+            return f"llama.{key} that is not one number is not supported"
     head_dim = _head_dim(values)
     rotated = values.get("llama.rope.dimension_count", head_dim)
     if rotated != head_dim:
@@ -174,8 +182,8 @@ def read_config(header: GGUFHeader) -> ModelConfig:
         "vocab_size": vocab,
         "num_key_value_heads": values.get("llama.attention.head_count_kv") or fields["num_attention_heads"],
         "head_dim": _head_dim(values),
-        "rope_theta": as_written(values.get("llama.rope.freq_base", 10_000.0)),
-        "rms_norm_eps": as_written(fields["rms_norm_eps"]),
+        "rope_theta": _as_written(values.get("llama.rope.freq_base", 10_000.0)),
+        "rms_norm_eps": _as_written(fields["rms_norm_eps"]),
         "position_embedding": "rope",
         "residual_scale": 1.0,
         "tie_word_embeddings": "output.weight" not in shapes,
@@ -186,9 +194,9 @@ def read_config(header: GGUFHeader) -> ModelConfig:
     return resolve_model_config(fields, str(header.path))
 
 
-def as_written(value: float) -> float:
-    """The number that somebody wrote before it was rounded to float32: 1e-5, not 9.999999747e-06."""
-    return float(f"{value:.7g}")
+def _as_written(value: Any) -> Any:
+    """The number that was rounded to float32: 1e-5, where the file has 9.999999747e-06."""
+    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 class GGUFWeights(Weights):

@@ -39,7 +39,7 @@ def read_tokenizer(header: GGUFHeader) -> TokenizerFiles | None:
         raise InputError(f"{header.path}: pre-tokenizer {pre} is not supported, only {known}", OTHER_GGUF)
     try:
         text = json.dumps(_tokenizer_json(values, PRE_TOKENIZERS[pre]), ensure_ascii=False)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"{header.path}: the tokenizer is damaged ({error})", REMEDY) from None
     return TokenizerFiles(
         tokenizer_json=text,

@@ -37,6 +37,7 @@ from smolctl.sources.tokenizer_files import (
 )
 
 if TYPE_CHECKING:
+    import httpx2
     import torch
 
 CONNECT_SECONDS = 5.0
@@ -81,7 +82,6 @@ class Repository:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()  # headers of shards are read side by side
-        prepare_client()
 
     @property
     def endpoint(self) -> str:
@@ -117,11 +117,11 @@ class Repository:
         self, url: str, limit: int, headers: Mapping[str, str] | None = None, start: int = 0
     ) -> tuple[bytes, int]:
         """One GET without retries; reads no more than it needs even where Range is ignored."""
-        from huggingface_hub import get_session, hf_raise_for_status
-        from huggingface_hub.utils._headers import build_hf_headers
+        from huggingface_hub import hf_raise_for_status
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         plain = {"accept-encoding": "identity"}
-        with get_session().stream(
+        with limited_session().stream(
             "GET", url, headers=build_hf_headers() | plain | dict(headers or {})
         ) as response:
             if response.is_error:
@@ -147,6 +147,7 @@ class Repository:
         """
         from huggingface_hub import snapshot_download
 
+        limited_session()
         with explained(self.name, self.url):
             folder = snapshot_download(
                 self.name, revision=self.revision, allow_patterns=patterns, endpoint=self.endpoint
@@ -154,25 +155,14 @@ class Repository:
         return Path(folder)
 
 
-def prepare_client() -> None:
-    """Give the Hub's client a time limit: by default it waits for ever."""
-    global _prepared
-    if _prepared:
-        return
+def limited_session() -> httpx2.Client:
+    """The Hub client's session with a time limit: by default it waits for ever."""
     import httpx2
-    from huggingface_hub import constants, set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
+    from huggingface_hub import constants, get_session
 
-    def client() -> httpx2.Client:
-        made = default_client_factory()
-        made.timeout = httpx2.Timeout(constants.HF_HUB_ETAG_TIMEOUT, connect=CONNECT_SECONDS)
-        return made
-
-    set_client_factory(client)
-    _prepared = True
-
-
-_prepared = False
+    session = get_session()
+    session.timeout = httpx2.Timeout(constants.HF_HUB_ETAG_TIMEOUT, connect=CONNECT_SECONDS)
+    return session
 
 
 def _quoted(revision: str | None) -> str:
@@ -184,7 +174,7 @@ def _open_online(repository: Repository, model: str) -> ModelSource:
     commit = str(info.get("sha") or repository.revision or "main")
     files = {str(entry.get("rfilename")) for entry in info.get("siblings") or () if isinstance(entry, dict)}
     shards = _weight_files(repository, commit, files)
-    cached = _cached_snapshot(repository, commit, shards)
+    cached = _cached_snapshot(repository, commit, files.intersection((*shards, *TOKENIZER_FILES)))
     if cached is not None:
         return _as_hub(open_folder(cached, model, SourceKind.HUB), commit, repository)
     if not shards and not files.intersection(("config.json", *TOKENIZERS)):
@@ -228,16 +218,15 @@ def _open_cached(repository: Repository, model: str, why: str) -> ModelSource:
     return dataclasses.replace(source, revision=folder.name, problems=(note, *source.problems))
 
 
-def _cached_snapshot(repository: Repository, commit: str, shards: Shards) -> Path | None:
-    """The cache's folder of a commit, when it holds the config and all the weights."""
+def _cached_snapshot(repository: Repository, commit: str, needed: set[str]) -> Path | None:
+    """The cache's folder of a commit, when everything that may be asked for lies there."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = [
-        try_to_load_from_cache(repository.name, path, revision=commit) for path in ("config.json", *shards)
-    ]
-    if not shards or not all(isinstance(path, str) for path in found):
+    if "config.json" not in needed or not any(path.endswith(".safetensors") for path in needed):
         return None
-    return Path(str(found[0])).parent
+    found = [try_to_load_from_cache(repository.name, path, revision=commit) for path in sorted(needed)]
+    folders = [Path(path).parent for path in found if isinstance(path, str)]
+    return folders[0] if len(folders) == len(needed) else None
 
 
 def _weight_files(repository: Repository, commit: str, files: set[str]) -> Shards:

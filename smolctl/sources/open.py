@@ -37,6 +37,7 @@ from smolctl.sources.safetensors_file import is_safetensors
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?")
 # Endings of files: `models/x.gguf` that does not exist is a wrong path and no repository.
 FILE_ENDINGS = (".gguf", ".safetensors", ".ckpt", ".yaml", ".yml", ".json", ".bin", ".pt", ".pth")
+MAX_CONFIG_BYTES = 20_000_000  # larger texts are corpora
 KINDS = "Give a preset, YAML, Hub id, Hugging Face folder, .safetensors, .gguf, .ckpt or run."
 
 
@@ -55,7 +56,7 @@ def open_source(model: str, settings: Sequence[str] = ()) -> ModelSource:
     """
     values = _model_settings(settings)
     path = Path(model)
-    if path.exists():
+    if _exists(path):
         return _open_path(path, model, values)
     if model in preset_names():
         return _open_recipe(presets_folder() / f"{model}.yaml", model, values)
@@ -73,6 +74,13 @@ def open_source(model: str, settings: Sequence[str] = ()) -> ModelSource:
         raise InputError(f"{model}: no such file or folder", KINDS)
     config_path(model)  # raises, with presets of a similar name
     raise InputError(f"{model}: no such file or folder", KINDS)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:  # too long for a name, such as a prompt in the wrong place
+        raise InputError(f"{str(path)[:60]}: no such file ({error.strerror})", KINDS) from None
 
 
 def _open_path(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
@@ -114,6 +122,8 @@ def _open_file(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
         )
     if b"\0" in start or not _is_text(start):
         raise InputError(f"{path}: no known model file: it begins with {start[:8]!r}", KINDS)
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise InputError(f"{path}: {path.stat().st_size:,} bytes of text are no config", KINDS)
     if start.lstrip().startswith(b"{"):
         return _what_if(open_config_json(path, name), values)
     return _open_recipe(path, name, values)
