@@ -148,6 +148,8 @@ def test_a_cached_model_is_used_when_the_hub_is_gone(
 ) -> None:
     add_model(hub, state)
     dict(open_source("org/tiny").require_weights().tensors())
+    hub.fails_with = 503
+    assert open_source("org/tiny").config == CONFIG
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{_closed_port()}")
     source = open_source("org/tiny")
     assert "cannot be reached" in source.problems[0]

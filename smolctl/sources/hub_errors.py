@@ -11,7 +11,7 @@ LOGIN = "Set HF_TOKEN or run `hf auth login`"
 
 
 class UnreachableError(HubError):
-    """No answer came from the Hub at all; the cache may still have what is asked for."""
+    """The Hub is gone or out of order; the cache may still have what is asked for."""
 
 
 @contextmanager
@@ -23,7 +23,7 @@ def explained(name: str, url: str) -> Iterator[None]:
         url: its page.
 
     Raises:
-        HubError: whatever went wrong; an `UnreachableError` when no answer came.
+        HubError: whatever went wrong; an `UnreachableError` where the cache may help.
     """
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -91,9 +91,8 @@ def _refusal(error: Exception, name: str, url: str) -> HubError:
             f"{name}: too many requests (429)", f"Wait a few minutes. {LOGIN} for a higher limit."
         )
     if status >= 500:
-        return HubError(
-            f"{name}: {_host(url)} has a problem of its own ({status})", "Try again in a few minutes."
-        )
+        cause = f"{name}: {_host(url)} has a problem of its own ({status})"
+        return UnreachableError(cause, "Try again in a few minutes.")
     return HubError(f"{name}: {_host(url)} answers {status or _first_line(error)}", f"See {url}.")
 
 
