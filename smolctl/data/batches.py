@@ -17,7 +17,7 @@ from smolctl.errors import InputError
 
 @dataclass(frozen=True)
 class StepDataset(Dataset[Tensor]):
-    """Item s is what this device trains on in step s: tokens (batch_size / world_size, sequence_length + 1)."""
+    """Item s is this device's share of step s: tokens (batch_size / world_size, sequence_length + 1)."""
 
     stream: TokenStream
     sequence_length: int

@@ -13,12 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smolctl.arithmetic import LOSS_CHUNK_ROWS
 from smolctl.config import ModelConfig
 from smolctl.model.cache import KVCache, LayerCache
-
-# The loss holds at most this many rows of logits at once: 256 × 49,152 in float32 are 48 MiB. Larger
-# chunks are not faster (the product is as wide as the vocabulary), smaller ones lose some speed.
-LOSS_CHUNK_ROWS = 256
 
 
 class RMSNorm(nn.Module):
@@ -124,6 +121,11 @@ class Block(nn.Module):
         return torch.add(x, self.mlp(self.post_attention_layernorm(x)), alpha=self.residual_scale)
 
 
+def _embedding(rows: int, columns: int) -> nn.Embedding:
+    """A table whose values are still to come: `nn.Embedding` would draw 28 million numbers to throw away."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, columns), freeze=False)
+
+
 class Decoder(nn.Module):
     """Tokens to hidden states. Its name in the tree, `model`, is Hugging Face's."""
 
@@ -131,10 +133,10 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = _embedding(config.vocab_size, config.hidden_size)
         self.embed_positions: nn.Embedding | None = None
         if config.position_embedding == "learned":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.embed_positions = _embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         table = rotary_table(config) if config.position_embedding == "rope" else None

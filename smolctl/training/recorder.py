@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from filelock import FileLock, Timeout
 
 from smolctl import __version__
 from smolctl.config import RunConfig
+from smolctl.config.dump import to_yaml
 from smolctl.data.tokenizer import Tokenizer
 from smolctl.errors import InputError, UsageError
 from smolctl.sources.run_folder import RunFolder
@@ -84,8 +84,7 @@ class RunRecorder:
 
     def write_config(self, config: RunConfig) -> None:
         """Write the resolved config."""
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        (self.folder / "config.yaml").write_text(text, encoding="utf-8")
+        (self.folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
 
     def record(self, event: Event) -> None:
         """Append an event to the file it belongs to."""
