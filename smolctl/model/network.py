@@ -18,6 +18,20 @@ from smolctl.config import ModelConfig
 from smolctl.model.cache import KVCache, LayerCache
 
 
+class Linear(nn.Linear):
+    """A product with a matrix whose values are still to come: `weights.py` draws or loads them."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing: for 135 million parameters that would take seconds and be thrown away."""
+
+
+class Embedding(nn.Embedding):
+    """A table whose values are still to come, as in `Linear`."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing."""
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) × weight, with the mean of squares over the last dimension."""
 
@@ -30,15 +44,15 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
-def rotary_table(config: ModelConfig, device: torch.device | None = None) -> Tensor:
-    """cos and sin of every position's angles, in float32: (2, max_position_embeddings, D).
+def rotary_table(config: ModelConfig, positions: int, device: torch.device) -> Tensor:
+    """cos and sin of the angles of the first positions, in float32: (2, positions, D).
 
     The two halves of a head turn together ("rotate half"), as in Hugging Face's Llama.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents  # (D/2,)
-    positions = torch.arange(config.max_position_embeddings, dtype=torch.float32, device=device)
-    angles = torch.outer(positions, frequencies).repeat(1, 2)  # (positions, D)
+    steps = torch.arange(positions, dtype=torch.float32, device=device)
+    angles = torch.outer(steps, frequencies).repeat(1, 2)  # (positions, D)
     return torch.stack((angles.cos(), angles.sin()))
 
 
@@ -58,10 +72,10 @@ class Attention(nn.Module):
         self.dropout = config.attention_dropout
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = Linear(queries, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotary: Tensor | None, cache: LayerCache | None) -> Tensor:
         B, T, _ = x.shape
@@ -96,9 +110,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -121,26 +135,33 @@ class Block(nn.Module):
         return torch.add(x, self.mlp(self.post_attention_layernorm(x)), alpha=self.residual_scale)
 
 
-def _embedding(rows: int, columns: int) -> nn.Embedding:
-    """A table whose values are still to come: `nn.Embedding` would draw 28 million numbers to throw away."""
-    return nn.Embedding.from_pretrained(torch.empty(rows, columns), freeze=False)
-
-
 class Decoder(nn.Module):
     """Tokens to hidden states. Its name in the tree, `model`, is Hugging Face's."""
 
-    rotary: Tensor | None
-
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = _embedding(config.vocab_size, config.hidden_size)
-        self.embed_positions: nn.Embedding | None = None
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions: Embedding | None = None
         if config.position_embedding == "learned":
-            self.embed_positions = _embedding(config.max_position_embeddings, config.hidden_size)
+            self.embed_positions = Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        table = rotary_table(config) if config.position_embedding == "rope" else None
-        self.register_buffer("rotary", table, persistent=False)
+        self.config = config
+        self.uses_rope = config.position_embedding == "rope"
+        self._rotary: Tensor | None = None
+
+    def _angles(self, positions: int, device: torch.device) -> Tensor:
+        """The rotary table of at least so many positions; it grows with the longest text seen.
+
+        A declared context may be a million tokens: a table of that length is made for those who use it.
+        """
+        table = self._rotary
+        if table is None or table.shape[1] < positions or table.device != device:
+            longer = min(2 * positions, self.config.max_position_embeddings)
+            with torch.inference_mode(False):  # training may use the table that a prediction has made
+                table = rotary_table(self.config, max(positions, longer), device)
+            self._rotary = table
+        return table
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         start = cache.length if cache is not None else 0
@@ -148,7 +169,7 @@ class Decoder(nn.Module):
         x = self.embed_tokens(input_ids)  # (B, T, C)
         if self.embed_positions is not None:
             x = x + self.embed_positions.weight[positions]
-        rotary = self.rotary[:, positions] if self.rotary is not None else None  # (2, T, D)
+        rotary = self._angles(positions.stop, x.device)[:, positions] if self.uses_rope else None  # (2, T, D)
         for index, block in enumerate(self.layers):
             x = block(x, rotary, cache.layers[index] if cache is not None else None)
         if cache is not None:
@@ -159,6 +180,8 @@ class Decoder(nn.Module):
 class Transformer(nn.Module):
     """The language model: a decoder and a head that may share its token table.
 
+    A new one holds no values yet: `weights.initialize` draws them, `weights.load_network` reads them.
+
     Args:
         config: the shape. At most `max_position_embeddings` tokens can be seen at once.
     """
@@ -167,9 +190,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head: nn.Linear | None = None
+        self.lm_head: Linear | None = None
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def head_weight(self) -> Tensor:

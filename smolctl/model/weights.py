@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError
-from smolctl.model.network import Transformer, rotary_table
+from smolctl.model.network import Transformer
 from smolctl.sources.base import ModelSource
 
 HEAD = "lm_head.weight"
@@ -72,8 +72,6 @@ def from_state(config: ModelConfig, tensors: Mapping[str, Tensor], origin: str) 
         network = Transformer(config)
     _check_names_and_shapes(network.state_dict(), state, origin)
     network.load_state_dict(state, strict=True, assign=True)
-    if config.position_embedding == "rope":
-        network.model.rotary = rotary_table(config, state[TABLE].device)
     return network.requires_grad_(True)
 
 
