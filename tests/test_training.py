@@ -17,7 +17,7 @@ from smolctl.data.batches import StepLoader
 from smolctl.errors import ExitCode, InputError, SmolError, UsageError
 from smolctl.sources.run_folder import RunFolder
 from smolctl.training.checkpoint import read_checkpoint
-from smolctl.training.events import Checkpoint, End, Event, Prediction, Step, Validation
+from smolctl.training.events import Checkpoint, End, Event, Note, Prediction, Step, Validation
 from smolctl.training.module import NonFiniteError
 from smolctl.training.prepare import Prepared, prepare
 from smolctl.training.run import resume, train
@@ -347,3 +347,23 @@ def test_a_corpus_shorter_than_a_window_is_refused(make: Callable[..., Prepared]
         run(make(), "short")
     assert error.value.exit_code == ExitCode.BAD_INPUT
     assert "33" in error.value.message
+
+
+def test_out_of_memory_names_the_setting_to_change(make: Callable[..., Prepared]) -> None:
+    prepared = make()
+
+    def exhaust(*_: Any) -> None:
+        torch.empty(1 << 50)  # a petabyte: the allocator itself refuses
+
+    prepared.network.model.layers[1].register_forward_pre_hook(exhaust)
+    with pytest.raises(SmolError, match="out of memory with 2 sequences") as error:
+        run(prepared, "oom")
+    assert "--micro-batch-size 1" in error.value.hint
+
+
+def test_resuming_says_what_the_learning_rate_does(make: Callable[..., Prepared]) -> None:
+    folder = run(make(schedule={"decay_start": 10, "decay_steps": 5}), "rates")
+    notes = [event.text for event in go_on(folder, step=10) if isinstance(event, Note)]
+    assert any("0.003 at step 10, 0.0024 at step 11, 0 at step 15" in note for note in notes)
+    notes = [event.text for event in go_on(folder, extra=2) if isinstance(event, Note)]
+    assert any("Nothing will be learned" in note for note in notes)

@@ -16,7 +16,7 @@ def resume(
     run: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN]", help="runs/NAME or runs/NAME@STEP. Default: the newest run.", show_default=False
+            metavar="RUN", help="runs/NAME or runs/NAME@STEP. Default: the newest run.", show_default=False
         ),
     ] = None,
     extra: Annotated[

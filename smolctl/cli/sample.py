@@ -22,7 +22,7 @@ def sample(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MODEL]...",
+            metavar="MODEL...",
             help="Run, .ckpt, folder, .gguf or Hub id; several stand side by side. Default: newest run.",
             show_default=False,
         ),

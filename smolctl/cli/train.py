@@ -20,7 +20,7 @@ def train(
     config: Annotated[
         str | None,
         typer.Argument(
-            metavar="[CONFIG]",
+            metavar="CONFIG",
             help=f"Preset or YAML. Default: {DEFAULT_CONFIG}; {DEFAULT_FINETUNE_CONFIG} with --init-from.",
             show_default=False,
         ),

@@ -23,11 +23,13 @@ from smolctl.model.weights import initialize
 from smolctl.sources.run_folder import CheckpointFile, RunFolder
 from smolctl.training.callbacks import RunCallback, RunContext, StopFlag
 from smolctl.training.checkpoint import DurableCheckpointIO, find_damage, read_checkpoint
-from smolctl.training.events import End, Listener, Start
+from smolctl.training.events import End, Listener, Note, Start
+from smolctl.training.guards import naming_the_memory_knob
 from smolctl.training.module import TrainingModule
 from smolctl.training.plan import Plan, make_plan, measure_speed
 from smolctl.training.prepare import Prepared, require_windows
 from smolctl.training.recorder import RunRecorder, new_run_folder
+from smolctl.training.schedule import learning_rate
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ def plan_run(prepared: Prepared, done: int, disk: Path) -> Plan:
     require_windows(prepared)
     on_gpu = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda")
     batch = prepared.dataset()[done][: config.micro_batch_size]
-    speed = measure_speed(prepared.network, batch)
+    with naming_the_memory_knob(config.micro_batch_size):
+        speed = measure_speed(prepared.network, batch)
     existing = next(path for path in (disk.absolute(), *disk.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     return make_plan(config, done, len(prepared.corpus.train), speed, free, "cuda" if on_gpu else "cpu")
@@ -112,6 +115,7 @@ def resume(
         del content  # Lightning reads the file again; two copies need not be in memory
         prepared = Prepared(config, initialize(config.model, config.train.seed), tokenizer, corpus)
         plan = plan_run(prepared, checkpoint.step, folder.path)
+        emit(Note(_boundary(config, checkpoint.step)))
         recorder.forget_after(checkpoint.step)
         recorder.write_config(config)
         return _fit(prepared, recorder, plan, checkpoint, emit)
@@ -159,6 +163,20 @@ def with_target(config: RunConfig, done: int, extra: int | None, until: int | No
         )
     return resolve_run_config(
         {**config.model_dump(), "train": {**config.train.model_dump(), "steps": target}}, origin="resume"
+    )
+
+
+def _boundary(config: RunConfig, done: int) -> str:
+    """What the learning rate does where the run goes on, and at its end."""
+    steps = (done, done + 1, config.train.steps)
+    rates = [learning_rate(step, config.optimizer.learning_rate, config.schedule) for step in steps]
+    planned = (config.schedule.decay_start or 0) + int(config.schedule.decay_steps)
+    idle = rates[1] == rates[2] == 0
+    warning = " Nothing will be learned: the schedule has come to its end, at 0." if idle else ""
+    past = f" (the schedule ends at step {planned:,})" if done < planned < config.train.steps else ""
+    return (
+        f"Learning rate: {rates[0]:.3g} at step {steps[0]:,}, {rates[1]:.3g} at step {steps[1]:,}, "
+        f"{rates[2]:.3g} at step {steps[2]:,}{past}.{warning}"
     )
 
 
@@ -215,7 +233,7 @@ def _fit(
     loader = StepLoader(dataset, done, config.train.steps, config.data.workers)
     emit(Start(str(recorder.folder), done, config.train.steps, plan))
     started = time.perf_counter()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), naming_the_memory_knob(config.micro_batch_size):
         warnings.filterwarnings("ignore", module="lightning")
         trainer.fit(
             module, loader, ckpt_path=checkpoint.path if checkpoint is not None else None, weights_only=True
