@@ -65,7 +65,7 @@ class StopFlag:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None:
             self.restore()
-            raise KeyboardInterrupt
+            raise SystemExit(128 + number)  # Lightning would turn KeyboardInterrupt into exit code 1
         self.received = signal.Signals(number)
 
 
