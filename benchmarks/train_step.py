@@ -51,9 +51,10 @@ def step_function(side: str):  # type: ignore[no-untyped-def]
     network = LlamaForCausalLM(config)
     inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
     # With shift_labels the targets are taken as they are: the same tokens as on our side.
-    return network, lambda: network(
-        input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False
-    ).loss
+    return (
+        network,
+        lambda: network(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False).loss,
+    )
 
 
 def measure(side: str, steps: int) -> dict[str, float]:

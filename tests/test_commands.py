@@ -110,7 +110,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(smolctl: Smolctl) -> None:
     plan = events(" ".join(done.out.split()))[-1]["plan"]
     assert plan["steps"] == 6
     assert plan["tokens"] == 6 * 4 * 32
-    assert plan["parameters"] == 29_856
+    assert plan["parameters"] == 29_216  # 9,600 + 1,024 + 2 × 9,280 + 32, by hand
     assert plan["eta_s"] > 0
     assert not Path("runs").exists()
     assert "tok/s" in smolctl("train", "tiny.yaml", "--dry-run").out
@@ -139,7 +139,9 @@ def test_sample_json_has_its_keys(smolctl: Smolctl) -> None:
         assert completion.keys() == {"text", "tokens", "logprobs", "finish_reason"}
         assert len(completion["tokens"]) == len(completion["logprobs"])
         assert all(value <= 0 for value in completion["logprobs"])
-    assert {"load_s", "first_token_s", "prefill_tokens_per_s", "decode_tokens_per_s"} <= document["timing"].keys()
+    assert {"load_s", "first_token_s", "prefill_tokens_per_s", "decode_tokens_per_s"} <= document[
+        "timing"
+    ].keys()
 
 
 def test_models_stand_side_by_side(smolctl: Smolctl) -> None:
@@ -180,7 +182,18 @@ def test_prompt_comes_from_stdin_too(smolctl: Smolctl) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_the_step_and_the_run_goes_on(number: signal.Signals, code: int) -> None:
-    command = [sys.executable, "-m", "smolctl", "train", "tiny.yaml", "--steps", "100000", "--json", "--out", "x"]
+    command = [
+        sys.executable,
+        "-m",
+        "smolctl",
+        "train",
+        "tiny.yaml",
+        "--steps",
+        "100000",
+        "--json",
+        "--out",
+        "x",
+    ]
     command += ["--set", "checkpoint.every=100000", "--set", "validation.every=0"]
     process = subprocess.Popen([*command, "--set", "predictions.every=0"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -203,7 +216,18 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(number: signal.Signals, cod
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint_as_if_nothing_had_happened(smolctl: Smolctl) -> None:
-    command = [sys.executable, "-m", "smolctl", "train", "tiny.yaml", "--steps", "30", "--json", "--out", "killed"]
+    command = [
+        sys.executable,
+        "-m",
+        "smolctl",
+        "train",
+        "tiny.yaml",
+        "--steps",
+        "30",
+        "--json",
+        "--out",
+        "killed",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
