@@ -10,10 +10,8 @@ import torch
 from smolctl.config import RunConfig, resolve_run_config
 from smolctl.data.batches import StepDataset
 from smolctl.data.corpus import iter_texts
-from smolctl.data.order import window_count
 from smolctl.data.shards import TokenizedCorpus, TokenizeProgress, tokenize_corpus
 from smolctl.data.tokenizer import Tokenizer, choose_tokenizer
-from smolctl.errors import InputError
 from smolctl.model.network import Transformer
 from smolctl.model.weights import initialize, load_network
 from smolctl.sources import open_source
@@ -98,19 +96,3 @@ def _tokenizer(source: ModelSource | None, config: RunConfig, emit: Listener) ->
         )
     tokenizer.require_fit(config.model.vocab_size)
     return tokenizer
-
-
-def require_windows(prepared: Prepared) -> int:
-    """Windows in the training tokens.
-
-    Raises:
-        InputError: there is not even one.
-    """
-    tokens, length = len(prepared.corpus.train), prepared.config.data.sequence_length
-    windows = window_count(tokens, length)
-    if not windows:
-        raise InputError(
-            f"the corpus has {tokens:,} tokens to train on, one window needs {length + 1:,}",
-            "Give more text with --data, or lower data.sequence_length.",
-        )
-    return windows

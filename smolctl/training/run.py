@@ -27,7 +27,7 @@ from smolctl.training.events import End, Listener, Note, Start
 from smolctl.training.guards import naming_the_memory_knob
 from smolctl.training.module import TrainingModule
 from smolctl.training.plan import Plan, make_plan, measure_speed
-from smolctl.training.prepare import Prepared, require_windows
+from smolctl.training.prepare import Prepared
 from smolctl.training.recorder import RunRecorder, new_run_folder
 from smolctl.training.schedule import learning_rate
 
@@ -50,14 +50,13 @@ def plan_run(prepared: Prepared, done: int, disk: Path) -> Plan:
         disk: where checkpoints will go; its free space is looked up.
     """
     config = prepared.config
-    require_windows(prepared)
-    on_gpu = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda")
     batch = prepared.dataset()[done][: config.micro_batch_size]
     with naming_the_memory_knob(config.micro_batch_size):
         speed = measure_speed(prepared.network, batch)
     existing = next(path for path in (disk.absolute(), *disk.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    return make_plan(config, done, len(prepared.corpus.train), speed, free, "cuda" if on_gpu else "cpu")
+    device = "cuda" if _on_gpu(config) else "cpu"
+    return make_plan(config, done, len(prepared.corpus.train), speed, free, device)
 
 
 def train(prepared: Prepared, name: str, out: Path | None, force: bool, emit: Listener) -> RunResult:
@@ -247,12 +246,15 @@ def _fit(
     return RunResult(recorder.folder, step, codes.get(reason, ExitCode.DONE))
 
 
+def _on_gpu(config: RunConfig) -> bool:
+    return torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda")
+
+
 def _precision(config: RunConfig) -> Literal["32-true", "bf16-mixed", "bf16-true"]:
     """bf16 where the device computes in it, float32 elsewhere: a CPU emulates bf16, slowly."""
     if config.train.precision != "auto":
         return config.train.precision
-    on_gpu = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda")
-    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+    return "bf16-mixed" if _on_gpu(config) and torch.cuda.is_bf16_supported() else "32-true"
 
 
 def _silence_lightning() -> None:
