@@ -54,9 +54,9 @@ class TrainConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW, with weight decay on matrices only."""
+    """AdamW, or Muon for the blocks' matrices and AdamW for the rest; matrices alone decay."""
 
-    name: Literal["adamw"] = Field("adamw", description="the optimizer")
+    name: Literal["adamw", "muon"] = Field("adamw", description="muon: for the matrices of the blocks")
     learning_rate: float = Field(3e-4, gt=0, description="the schedule's peak")
     betas: tuple[float, float] = Field((0.9, 0.95), description="decay of the two moments")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")

@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from smolctl.config.run import OptimizerConfig
+from smolctl.model.network import Transformer
+from smolctl.training.muon import MuonAdamW
 
 
-def make_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW in its fused form. Matrices decay; norms, which have one dimension, do not."""
+def make_optimizer(network: Transformer, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW in its fused form, or Muon for the blocks' matrices and AdamW for the rest.
+
+    Matrices decay; norms, which have one dimension, do not.
+    """
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+    matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
+    others = {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0}
+    if config.name == "adamw":
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, others]
+        return torch.optim.AdamW(
+            groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
+        )
+    hidden = {id(parameter) for parameter in network.model.layers.parameters()}
+    split = {
+        muon: [parameter for parameter in matrices if (id(parameter) in hidden) == muon]
+        for muon in (True, False)
+    }
+    return MuonAdamW(
+        [
+            {"params": split[True], "weight_decay": config.weight_decay, "muon": True},
+            {"params": split[False], "weight_decay": config.weight_decay, "muon": False},
+            {**others, "muon": False},
+        ],
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+    )
