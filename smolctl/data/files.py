@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import codecs
-import gzip
-import io
 import json
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from smolctl.data.compression import ENDINGS, open_chunks
 from smolctl.data.documents import Document, OnRead, cut
 from smolctl.errors import InputError
 
-_CHUNK = 1024 * 1024  # bytes read at once
 _JSON_LINES = ("jsonl", "ndjson", "json")
 # Found in folders. A .json file there may be anything, so it must be named to be read.
-_IN_FOLDERS = (".txt", ".md", ".rst", ".py", ".jsonl", ".ndjson", ".txt.gz", ".jsonl.gz", ".parquet")
+_PACKED = tuple(f"{kind}.{ending}" for kind in (".txt", ".jsonl") for ending in ENDINGS)
+_IN_FOLDERS = (".txt", ".md", ".rst", ".py", ".jsonl", ".ndjson", *_PACKED, ".parquet")
 
 
 def files_in(path: Path) -> tuple[Path, ...]:
@@ -42,6 +40,11 @@ def files_in(path: Path) -> tuple[Path, ...]:
     return tuple(found)
 
 
+def is_file_name(path: Path) -> bool:
+    """Whether a path can only be meant as a file of text, be it there or not."""
+    return path.name.endswith((*_IN_FOLDERS, ".json"))
+
+
 def _is_hidden(relative: Path) -> bool:
     return any(part.startswith(".") for part in relative.parts)
 
@@ -58,7 +61,7 @@ def read_file(path: Path, text_field: str, on_read: OnRead) -> Iterator[Document
         InputError: the file is missing, binary, damaged, or has no such column.
     """
     suffixes = [suffix.lstrip(".").lower() for suffix in path.suffixes]
-    kind = next((suffix for suffix in reversed(suffixes) if suffix != "gz"), "")
+    kind = next((suffix for suffix in reversed(suffixes) if suffix not in ENDINGS), "")
     if kind == "parquet":
         yield from _read_parquet(path, text_field, on_read)
         return
@@ -70,59 +73,31 @@ def read_file(path: Path, text_field: str, on_read: OnRead) -> Iterator[Document
 
 
 def _read_text(path: Path, on_read: OnRead) -> Iterator[str]:
-    try:
-        with _open_bytes(path) as (file, position):
-            yield from _decoded(path, file, position, on_read)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(
-            f"{path}: damaged gzip file ({error})", "Fetch or compress the file again."
-        ) from None
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"{path}: cannot be read ({reason})", "Check the file and its rights.") from None
-
-
-@contextmanager
-def _open_bytes(path: Path) -> Iterator[tuple[io.BufferedIOBase, Callable[[], int]]]:
-    """The bytes of a file, uncompressed, and how far into the file itself they reach."""
-    with path.open("rb") as raw:
-        if path.suffix.lower() != ".gz":
-            yield raw, raw.tell
-            return
-        with gzip.open(raw) as unpacked:
-            yield unpacked, raw.tell
-
-
-def _decoded(
-    path: Path, file: io.BufferedIOBase, position: Callable[[], int], on_read: OnRead
-) -> Iterator[str]:
     """The text of a file in chunks.
 
     Raises:
-        InputError: bytes that are not text, with their offset.
+        InputError: the file is damaged, or holds bytes that are not text: with their offset.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     before = offset = 0
-    while True:
-        chunk = file.read(_CHUNK)
-        pending = len(decoder.getstate()[0])  # bytes of a character that the last chunk cut in two
-        zero = chunk.find(b"\0")
-        if zero >= 0:
-            raise _binary(path, offset + zero, "a zero byte")
-        try:
-            text = decoder.decode(chunk, final=not chunk)
-        except UnicodeDecodeError as error:
-            raise _binary(path, offset - pending + error.start, "not UTF-8") from None
-        if offset == 0:
-            text = text.removeprefix("\ufeff")  # a byte order mark is no text
-        if text:
-            yield text
-        if not chunk:
-            return
-        offset += len(chunk)
-        reached = position()
-        on_read(reached - before)
-        before = reached
+    with open_chunks(path) as (chunks, position):
+        for chunk in chain(chunks, [b""]):  # the empty one tells the decoder that this is the end
+            pending = len(decoder.getstate()[0])  # bytes of a character that the last chunk cut in two
+            zero = chunk.find(b"\0")
+            if zero >= 0:
+                raise _binary(path, offset + zero, "a zero byte")
+            try:
+                text = decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                raise _binary(path, offset - pending + error.start, "not UTF-8") from None
+            if offset == 0:
+                text = text.removeprefix("\ufeff")  # a byte order mark is no text
+            if text:
+                yield text
+            offset += len(chunk)
+            reached = position()
+            on_read(reached - before)
+            before = reached
 
 
 def _binary(path: Path, offset: int, reason: str) -> InputError:

@@ -1,0 +1,97 @@
+"""The bytes of a file, unpacked by the ending of its name: .gz, .zst, or as they are."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from smolctl.errors import InputError
+
+ENDINGS = ("gz", "zst")
+_CHUNK = 1024 * 1024  # bytes read at once
+_PACKED_CHUNK = 64 * 1024  # of a zstd file, which may unpack to a thousand times as much
+
+
+class _Frame(Protocol):
+    """One zstd frame; a file may hold several, one after another."""
+
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...
+
+
+@contextmanager
+def open_chunks(path: Path) -> Iterator[tuple[Iterator[bytes], Callable[[], int]]]:
+    """The content of a file in chunks, and how far into the file itself they reach, in bytes.
+
+    Raises:
+        InputError: the file is damaged, cannot be read, or needs a package that is not there.
+    """
+    try:
+        with path.open("rb") as raw:
+            yield _chunks(path, raw), raw.tell
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{path}: cannot be read ({reason})", "Check the file and its rights.") from None
+
+
+def _chunks(path: Path, raw: BinaryIO) -> Iterator[bytes]:
+    ending = path.suffix.lower()
+    if ending == ".gz":
+        yield from _gzip_chunks(path, raw)
+    elif ending == ".zst":
+        yield from _zstd_chunks(path, raw)
+    else:
+        yield from iter(lambda: raw.read(_CHUNK), b"")
+
+
+def _gzip_chunks(path: Path, raw: BinaryIO) -> Iterator[bytes]:
+    try:
+        with gzip.open(raw) as unpacked:
+            yield from iter(lambda: unpacked.read(_CHUNK), b"")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise _damaged(path, "gzip", error) from None
+
+
+def _zstd_chunks(path: Path, raw: BinaryIO) -> Iterator[bytes]:
+    new_frame, failure = _zstd(path)
+    frame: _Frame | None = None  # the one begun
+    try:
+        for packed in iter(lambda: raw.read(_PACKED_CHUNK), b""):
+            rest = packed
+            while rest:
+                frame = frame or new_frame()
+                if unpacked := frame.decompress(rest):
+                    yield unpacked
+                rest, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    except failure as error:
+        raise _damaged(path, "zstd", error) from None
+    if frame is not None:
+        raise _damaged(path, "zstd", "it ends within a frame")
+
+
+def _zstd(path: Path) -> tuple[Callable[[], _Frame], type[Exception]]:
+    """What unpacks a frame, and what it raises: Python's own from 3.14 on, else the package."""
+    try:
+        from compression import zstd  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        pass
+    else:
+        return zstd.ZstdDecompressor, zstd.ZstdError
+    try:
+        import zstandard
+    except ImportError:
+        raise InputError(f"{path}: reading zstd needs zstandard", "pip install 'smolctl[data]'") from None
+    return zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
+
+
+def _damaged(path: Path, kind: str, reason: object) -> InputError:
+    return InputError(f"{path}: damaged {kind} file ({reason})", "Fetch or compress the file again.")
