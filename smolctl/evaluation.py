@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from smolctl.data.batches import document_ids
 from smolctl.model.network import Transformer
 
 
@@ -28,7 +29,9 @@ class BitsPerByte:
 
 
 @torch.inference_mode()
-def bits_per_byte(network: Transformer, batches: Iterable[Tensor], token_bytes: Tensor) -> BitsPerByte:
+def bits_per_byte(
+    network: Transformer, batches: Iterable[Tensor], token_bytes: Tensor, document_end: int | None = None
+) -> BitsPerByte:
     """Evaluate windows of tokens.
 
     Bits per byte is a ratio of two sums over windows; its standard error is that of a ratio estimate:
@@ -38,13 +41,15 @@ def bits_per_byte(network: Transformer, batches: Iterable[Tensor], token_bytes: 
         network: any mode; dropout is switched off meanwhile.
         batches: tokens (B, T + 1).
         token_bytes: bytes of text behind every token id, (V,).
+        document_end: the token that attention does not cross; None: it crosses all.
     """
     was_training = network.training
     network.eval()
     nats, sizes, tokens = [], [], 0
     for batch in batches:
         batch = batch.to(network.head_weight.device)
-        losses = network.token_losses(batch[:, :-1], batch[:, 1:])  # (B, T)
+        documents = document_ids(batch[:, :-1], document_end)
+        losses = network.token_losses(batch[:, :-1], batch[:, 1:], documents)  # (B, T)
         nats.append(losses.double().sum(dim=1))
         sizes.append(token_bytes.to(batch.device)[batch[:, 1:]].double().sum(dim=1))
         tokens += losses.numel()

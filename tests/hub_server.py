@@ -1,4 +1,4 @@
-"""A loopback server that speaks as much of the Hub's protocol as reading a model needs.
+"""A loopback server that speaks as much of the Hub's protocol as reading models and datasets needs.
 
 It is driven by the real client: point `HF_ENDPOINT` at `HubServer.url`.
 """
@@ -21,7 +21,7 @@ TOKEN = "hf_goodtoken"
 
 @dataclass
 class HubRepository:
-    """One model repository: its files, and how it answers."""
+    """One repository: its files, and how it answers. A dataset's name begins with `datasets/`."""
 
     files: dict[str, bytes]
     commit: str = COMMIT
@@ -93,7 +93,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(with_body=False)
 
     def do_POST(self) -> None:
-        self._send(404, b"{}", {}, True)
+        """Of all questions that are posted only one is answered: what a dataset's paths are."""
+        asked = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
+        parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+        repository = self.server_state.repositories.get("/".join(parts[1:4]))
+        if repository is None or parts[4:5] != ["paths-info"]:
+            return self._send(404, b"{}", {}, True)
+        paths = asked.get("paths", [])
+        found = [entry for entry in _tree(repository) if entry["path"] in paths]
+        return self._send(200, json.dumps(found).encode(), {}, True)
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -111,12 +119,16 @@ class _Handler(BaseHTTPRequestHandler):
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token not in ("", TOKEN):
             return self._error(401, "", "Invalid credentials in Authorization header")
-        api = parts[:2] == ["api", "models"]
-        name = "/".join(parts[2:4] if api else parts[:2])
+        api = parts[0] == "api"
+        if api and parts[1] == "models":
+            parts = [parts[0], *parts[2:]]  # their names have no first part
+        start = 1 if api else 0
+        end = start + (3 if parts[start] == "datasets" else 2)
+        name, rest = "/".join(parts[start:end]), parts[end:]
         repository = self.server_state.repositories.get(name)
         if repository is None or (repository.private and not token):
             return self._error(404 if token else 401, "RepoNotFound", "Repository not found")
-        return self._api(name, repository, parts[4:]) if api else self._file(repository, parts[2:], token)
+        return self._api(name, repository, rest) if api else self._file(repository, rest, token)
 
     def _api(
         self, name: str, repository: HubRepository, rest: list[str]
@@ -125,10 +137,10 @@ class _Handler(BaseHTTPRequestHandler):
         if revision not in ("main", repository.commit):
             return self._error(404, "RevisionNotFound", "Invalid rev id")
         if rest[:1] == ["tree"]:
-            tree = [
-                {"type": "file", "path": path, "size": len(content), "oid": _etag(content)}
-                for path, content in repository.files.items()
-            ]
+            folder = "".join(f"{part}/" for part in rest[2:])
+            tree = [entry for entry in _tree(repository) if entry["path"].startswith(folder)]
+            if folder and not tree:
+                return self._error(404, "EntryNotFound", "Entry not found")
             return 200, json.dumps(tree).encode(), {}
         info = {
             "id": name,
@@ -182,6 +194,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
         except OSError:
             self.close_connection = True  # the client has gone, as one that waited too long does
+
+
+def _tree(repository: HubRepository) -> list[dict[str, Any]]:
+    return [
+        {"type": "file", "path": path, "size": len(content), "oid": _etag(content)}
+        for path, content in repository.files.items()
+    ]
 
 
 def _etag(content: bytes) -> str:

@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 
 from smolctl.config.run import DataConfig
 from smolctl.data import encoding
-from smolctl.data.shards import MANIFEST, TokenizedCorpus, TokenizeProgress, tokenize_corpus
+from smolctl.data.cache import MANIFEST
+from smolctl.data.mixture import Mixture
+from smolctl.data.shards import TokenizedCorpus, TokenizeProgress, tokenize_corpus
 from smolctl.data.token_files import ShardWriter, TokenStream, token_dtype
 from smolctl.data.tokenizer import train_tokenizer
 from smolctl.errors import InputError
@@ -47,8 +49,9 @@ def data(*sources: Path | str, length: int = 16, fraction: float = 0.1, seed: in
     )
 
 
-def tokens(stream: TokenStream | None) -> list[int]:
-    return [] if stream is None else stream.read(0, len(stream)).tolist()
+def tokens(mixture: Mixture | None) -> list[int]:
+    parts = () if mixture is None else mixture.parts
+    return [token for part in parts for token in part.tokens.read(0, len(part.tokens)).tolist()]
 
 
 def by_document(ids: list[int]) -> list[str]:
@@ -87,7 +90,7 @@ def test_held_out_documents_depend_on_the_seed_alone(tmp_path: Path) -> None:
 def test_manifest_describes_the_shards(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl")
     corpus = tokenize_corpus(data(tmp_path / "a.jsonl"), TOKENIZER, tmp_path)
-    manifest = json.loads((corpus.folder / MANIFEST).read_text())
+    manifest = json.loads((corpus.folders[0] / MANIFEST).read_text())
     assert manifest["tokenizer"] == TOKENIZER.sha256
     assert manifest["sources"] == [str(tmp_path / "a.jsonl")]
     assert (manifest["documents"], manifest["tokens"], manifest["bytes"]) == (
@@ -96,7 +99,7 @@ def test_manifest_describes_the_shards(tmp_path: Path) -> None:
         corpus.bytes,
     )
     for shard in manifest["train"] + manifest["held_out"]:
-        content = (corpus.folder / shard["file"]).read_bytes()
+        content = (corpus.folders[0] / shard["file"]).read_bytes()
         assert len(content) == 2 * shard["tokens"]
         assert hashlib.sha256(content).hexdigest() == shard["sha256"]
 
@@ -165,12 +168,12 @@ def test_second_call_does_no_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     write_lines(tmp_path / "a.jsonl")
     config = data(tmp_path / "a.jsonl")
     first = tokenize_corpus(config, TOKENIZER, tmp_path)
-    monkeypatch.setattr("smolctl.data.shards._build", None)  # would fail if called
+    monkeypatch.setattr("smolctl.data.whole._build", None)  # would fail if called
     again = tokenize_corpus(config, TOKENIZER, tmp_path)
     assert again.fingerprint == first.fingerprint
     assert tokens(again.train) == tokens(first.train)
     longer = tokenize_corpus(data(tmp_path / "a.jsonl", length=32), TOKENIZER, tmp_path)
-    assert longer.folder == first.folder  # the length of a window is no reason to encode again
+    assert longer.folders[0] == first.folders[0]  # the length of a window is no reason to encode again
 
 
 def test_what_changes_the_tokens_changes_the_fingerprint(tmp_path: Path) -> None:
@@ -186,14 +189,14 @@ def test_what_changes_the_tokens_changes_the_fingerprint(tmp_path: Path) -> None
     write_lines(path, 201)
     corpora.append(tokenize_corpus(data(path), TOKENIZER, tmp_path))
     assert len({corpus.fingerprint for corpus in corpora}) == len(corpora)
-    assert len({corpus.folder for corpus in corpora}) == len(corpora)
+    assert len({corpus.folders[0] for corpus in corpora}) == len(corpora)
 
 
 def test_cache_lies_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMOLCTL_CACHE", str(tmp_path / "there"))
     write_lines(tmp_path / "a.jsonl")
     corpus = tokenize_corpus(data(tmp_path / "a.jsonl"), TOKENIZER)
-    assert corpus.folder.parent == tmp_path / "there" / "tokens"
+    assert corpus.folders[0].parent == tmp_path / "there" / "tokens"
 
 
 def test_interrupted_tokenization_leaves_nothing(tmp_path: Path) -> None:
@@ -276,7 +279,7 @@ def test_damaged_cache_is_rebuilt(tmp_path: Path, damage: str) -> None:
     config = data(tmp_path / "a.jsonl")
     first = tokenize_corpus(config, TOKENIZER, tmp_path)
     expected = tokens(first.train)
-    shard, manifest = first.folder / "train-00000.bin", first.folder / MANIFEST
+    shard, manifest = first.folders[0] / "train-00000.bin", first.folders[0] / MANIFEST
     if damage == "truncate":
         shard.write_bytes(shard.read_bytes()[:-2])
     elif damage == "remove":
@@ -341,15 +344,6 @@ def test_progress_reaches_the_end(tmp_path: Path) -> None:
     assert seen == sorted(seen, key=lambda progress: progress.tokens)
     assert seen[-1].bytes_read == seen[-1].bytes_total == sum(p.stat().st_size for p in tmp_path.glob("?.*"))
     assert (seen[-1].documents, seen[-1].tokens) == (corpus.documents, corpus.tokens)
-
-
-def test_limit_of_tokens_stops_early(tmp_path: Path) -> None:
-    write_lines(tmp_path / "a.jsonl")
-    config = data(tmp_path / "a.jsonl")
-    whole = tokenize_corpus(config, TOKENIZER, tmp_path)
-    part = tokenize_corpus(config, TOKENIZER, tmp_path, max_tokens=2000)
-    assert 2000 <= part.tokens < whole.tokens
-    assert tokens(part.train) == tokens(whole.train)[: len(part.train)]
 
 
 @settings(max_examples=60, deadline=None)

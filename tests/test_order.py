@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
-import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
+import itertools
+import tracemalloc
 
-from smolctl.data.order import permute, window_count, windows_of_step
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from smolctl.data.order import (
+    MIXTURE,
+    permute,
+    shares_of,
+    sources_of_samples,
+    window_count,
+    windows_of_samples,
+)
+
+BILLION = 10**9
+
+
+def windows_of_step(step: int, batch_size: int, windows: int, seed: int) -> NDArray[np.int64]:
+    samples = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
+    return windows_of_samples(samples, windows, seed)
 
 
 @given(size=st.integers(1, 3000), seed=st.integers(0, 2**63), number=st.integers(0, 10**6))
@@ -39,14 +58,81 @@ def test_batches_of_one_order_do_not_depend_on_the_batch_size() -> None:
 
 
 def test_a_billion_windows_cost_no_memory() -> None:
-    windows = 10**9
-    first = windows_of_step(0, 512, windows, seed=8)
-    late = windows_of_step(3_000_000, 512, windows, seed=8)  # in the second pass
-    for chosen in (first, late):
+    tracemalloc.start()
+    for step in (0, 1_000_000, 3_000_000):  # the last one in the second pass
+        chosen = windows_of_step(step, 512, BILLION, seed=8)
         assert len(set(chosen.tolist())) == 512
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000  # bytes; a permutation of them all would take 8,000,000,000
+    assert abs(chosen.mean() / BILLION - 0.5) < 0.1
+
+
+@pytest.mark.parametrize("block", [None, 2_048, 3 * 10**8])
+def test_no_window_of_a_billion_is_seen_twice_in_a_pass(block: int | None) -> None:
+    chance = np.random.default_rng(0)
+    run = np.arange(123_456_789, 123_456_789 + 100_000)  # neighbours, and samples from everywhere
+    samples = np.union1d(run, chance.integers(0, BILLION, 100_000))
+    if block == 2_048:  # every block has a permutation of its own: fewer of them
+        samples = np.union1d(run[:20_000], chance.integers(0, BILLION, 500))
+    orders = [
+        windows_of_samples(samples + number * BILLION, BILLION, seed, block)
+        for seed, number in itertools.product((8, 9), (0, 1))
+    ]
+    for chosen in orders:
         assert chosen.min() >= 0
-        assert chosen.max() < windows
-    assert abs(first.mean() / windows - 0.5) < 0.1
+        assert chosen.max() < BILLION
+        assert len(np.unique(chosen)) == len(samples)
+    for one, other in itertools.combinations(orders, 2):  # other passes and seeds are other orders
+        assert (one == other).mean() < 0.01
+
+
+@settings(max_examples=30)
+@given(
+    windows=st.integers(1, 300),
+    more=st.integers(0, 300),
+    block=st.integers(1, 60),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_blocks_do_not_depend_on_what_follows(windows: int, more: int, block: int, seed: int) -> None:
+    order = windows_of_samples(np.arange(2 * windows), windows, seed, block)
+    for start in (0, windows):
+        assert sorted(order[start : start + windows].tolist()) == list(range(windows))
+    whole = windows // block * block
+    longer = windows_of_samples(np.arange(whole), windows + more, seed, block)
+    assert order[:whole].tolist() == longer.tolist()
+    for first in range(0, whole, block):
+        assert set(longer[first : first + block].tolist()) == set(range(first, first + block))
+
+
+@given(st.lists(st.floats(0.05, 20), min_size=1, max_size=12), st.integers(0, 2**63 - 1))
+def test_sources_of_a_mixture_have_exactly_their_shares(weights: list[float], seed: int) -> None:
+    shares = shares_of(weights)
+    assert sum(shares) == MIXTURE
+    assert all(
+        abs(share - weight / sum(weights) * MIXTURE) < 1
+        for share, weight in zip(shares, weights, strict=True)
+    )
+    sources, numbers = sources_of_samples(np.arange(3 * MIXTURE), shares, seed)
+    for index, share in enumerate(shares):
+        for block in range(3):
+            assert (sources[block * MIXTURE :][:MIXTURE] == index).sum() == share
+        assert sorted(numbers[sources == index].tolist()) == list(range(3 * share))
+
+
+def test_the_source_of_a_sample_does_not_depend_on_where_one_begins() -> None:
+    shares = shares_of([0.7, 0.2, 0.1])
+    sources, numbers = sources_of_samples(np.arange(5_000), shares, seed=8)
+    late = sources_of_samples(np.arange(3_210, 3_333), shares, seed=8)
+    assert np.array_equal(late, (sources[3_210:3_333], numbers[3_210:3_333]))
+    assert (sources_of_samples(np.arange(5_000), shares, seed=9)[0] != sources).any()
+    assert (sources[:1_000] != sources[1_000:2_000]).any()  # no two blocks alike
+
+
+def test_remainders_go_to_the_largest() -> None:
+    assert shares_of([1, 1, 1]) == (334, 333, 333)
+    assert shares_of([2, 1]) == (667, 333)
+    assert shares_of([0.7, 0.3]) == shares_of([70, 30]) == (700, 300)
 
 
 def test_passes_are_shuffled_and_differ() -> None:

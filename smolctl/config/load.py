@@ -132,8 +132,11 @@ def load_run_config(
         flags: nested values of the command line's own options; the strongest.
     """
     path = config_path(name_or_path)
-    layers = merge(merge(read_yaml(path), parse_settings(settings)), flags or {})
-    return resolve_run_config(layers, origin=str(name_or_path))
+    base, over = read_yaml(path), merge(parse_settings(settings), flags or {})
+    data = over.get("data")
+    if isinstance(data, dict) and "source" in data:
+        base = merge(base, {"data": {"weights": None}})  # they were those of the file's own sources
+    return resolve_run_config(merge(base, over), origin=str(name_or_path))
 
 
 def resolve_run_config(values: Mapping[str, Any], origin: str) -> RunConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -23,12 +24,17 @@ class DataConfig(Section):
     """Where the tokens come from."""
 
     source: tuple[str, ...] = Field(
-        ("python",), description="'python' (embedded), files, folders, or Hub datasets org/name[:config]"
+        ("python",),
+        description="'python' (embedded), files, folders, or Hub datasets org/name[@revision][:config]",
+    )
+    weights: tuple[float, ...] | None = Field(
+        None, description="share of the samples from each source, in any unit; null: sources are concatenated"
     )
     text_field: str = Field("text", description="column that holds the text in jsonl, parquet and datasets")
     sequence_length: int = Field(1_024, gt=0, description="tokens a window")
+    document_masking: bool = Field(False, description="a token attends to its own document only")
     validation_fraction: float = Field(0.01, ge=0, lt=1, description="share of documents held out")
-    seed: int = Field(8, ge=0, description="order of the windows and choice of held-out documents")
+    seed: int = Field(8, ge=0, lt=2**63, description="order of the windows and choice of held-out documents")
     workers: int = Field(0, ge=0, description="processes that read batches; the batches are the same")
 
     @model_validator(mode="before")
@@ -37,6 +43,19 @@ class DataConfig(Section):
         if isinstance(values, dict) and isinstance(values.get("source"), str):
             return {**values, "source": (values["source"],)}
         return values
+
+    @model_validator(mode="after")
+    def _weights_fit_the_sources(self) -> DataConfig:
+        weights = self.weights
+        if weights is None:
+            return self
+        if len(weights) != len(self.source):
+            raise ValueError(f"{len(weights)} weights for {len(self.source)} sources; give one for each")
+        if not all(0 < weight < math.inf for weight in weights):
+            raise ValueError("every weight must be above 0; leave a source out to not use it")
+        if min(weights) < sum(weights) / 1_000:
+            raise ValueError("every weight must be at least a thousandth of their sum")
+        return self
 
 
 class TrainConfig(Section):

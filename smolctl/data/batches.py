@@ -10,21 +10,27 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from smolctl.data.order import window_count, windows_of_step
-from smolctl.data.shards import TokenStream
+from smolctl.data.mixture import Mixture, Window
+from smolctl.data.order import window_count
 from smolctl.errors import InputError
 
 
 @dataclass(frozen=True)
 class StepDataset(Dataset[Tensor]):
-    """Item s is this device's share of step s: tokens (batch_size / world_size, sequence_length + 1)."""
+    """Item s is this device's share of step s: tokens (batch_size / world_size, sequence_length + 1).
 
-    stream: TokenStream
+    Samples are numbered through the whole run. Step `first_step` begins with sample `first_sample`: a
+    run that goes on with another batch size goes on behind the samples already seen.
+    """
+
+    tokens: Mixture
     sequence_length: int
     batch_size: int  # over all devices
     seed: int
     rank: int = 0
     world_size: int = 1
+    first_step: int = 0
+    first_sample: int = 0
 
     def __post_init__(self) -> None:
         if self.batch_size % self.world_size:
@@ -33,16 +39,19 @@ class StepDataset(Dataset[Tensor]):
                 "Choose a batch_size that is a multiple of the number of devices.",
             )
 
-    def windows(self, step: int) -> list[int]:
-        """Window numbers of this device's share of a step."""
-        count = window_count(len(self.stream), self.sequence_length)
-        windows = windows_of_step(step, self.batch_size, count, self.seed)
+    def first_sample_of(self, step: int) -> int:
+        """Number of the step's first sample."""
+        return self.first_sample + (step - self.first_step) * self.batch_size
+
+    def windows(self, step: int) -> list[Window]:
+        """Windows of this device's share of a step."""
         share = self.batch_size // self.world_size
-        return [int(window) for window in windows[self.rank * share : (self.rank + 1) * share]]
+        first = self.first_sample_of(step) + self.rank * share
+        samples = np.arange(first, first + share, dtype=np.int64)
+        return self.tokens.windows(samples, self.sequence_length, self.seed)
 
     def __getitem__(self, step: int) -> Tensor:
-        length = self.sequence_length
-        rows = [self.stream.read(window * length, length + 1) for window in self.windows(step)]
+        rows = [self.tokens.read(window, self.sequence_length) for window in self.windows(step)]
         return torch.from_numpy(np.stack(rows))
 
 
@@ -75,18 +84,36 @@ class StepLoader:
 
 
 def validation_batches(
-    stream: TokenStream, sequence_length: int, batch_size: int, limit: int
+    held_out: Mixture, sequence_length: int, batch_size: int, limit: int
 ) -> Iterator[Tensor]:
     """At most `limit` batches (batch_size or fewer, sequence_length + 1), the same ones every time.
 
-    The windows are spread evenly over the held-out tokens.
+    Every source gives windows by its share, spread evenly over its held-out tokens; fewer where it has
+    not so many.
     """
-    count = window_count(len(stream), sequence_length)
-    wanted = min(count, limit * batch_size)
-    windows = np.linspace(0, count - 1, wanted).astype(np.int64) if wanted else np.empty(0, np.int64)
-    for first in range(0, wanted, batch_size):
-        rows = [
-            stream.read(int(window) * sequence_length, sequence_length + 1)
-            for window in windows[first : first + batch_size]
-        ]
+    windows = _validation_windows(held_out, sequence_length, limit * batch_size)
+    for first in range(0, len(windows), batch_size):
+        rows = [held_out.read(window, sequence_length) for window in windows[first : first + batch_size]]
         yield torch.from_numpy(np.stack(rows))
+
+
+def _validation_windows(held_out: Mixture, sequence_length: int, wanted: int) -> list[Window]:
+    shares = sum(part.share for part in held_out.parts)
+    windows = []
+    for index, part in enumerate(held_out.parts):
+        count = window_count(len(part.tokens), sequence_length)
+        chosen = min(count, max(1, round(wanted * part.share / shares)))
+        windows += [Window(index, int(number)) for number in np.linspace(0, count - 1, chosen)]
+    return windows
+
+
+def document_ids(tokens: Tensor, end_of_text: int | None) -> Tensor | None:
+    """The number of the document that each token belongs to, counted in its window: (B, T) of (B, T).
+
+    An end-of-text token belongs to the document that it ends. None, where documents do not matter,
+    gives None.
+    """
+    if end_of_text is None:
+        return None
+    ends = tokens == end_of_text
+    return ends.cumsum(1) - ends.long()

@@ -9,11 +9,11 @@ from typing import Any
 
 from smolctl.data import library
 from smolctl.data.documents import Document, OnRead
-from smolctl.data.files import files_in, read_file
-from smolctl.data.hub import is_dataset_name, read_dataset
+from smolctl.data.files import files_in, is_file_name, read_file
+from smolctl.data.hub import DatasetName, DatasetReader
 from smolctl.errors import InputError
 
-__all__ = ["Document", "Source", "iter_documents", "iter_texts", "open_sources"]
+__all__ = ["Document", "Source", "iter_documents", "iter_texts", "open_sources", "pin_sources"]
 
 # Of a Hub dataset no more is downloaded to train a tokenizer than it is trained on.
 _HUB_SAMPLE = 64 * 1024 * 1024  # characters
@@ -28,12 +28,26 @@ class Source:
         size: bytes that will be read, or None when nobody knows before (a Hub dataset).
         identity: what tells it from another source without reading it: sizes, times of change.
         read: its documents; told a function that is called with the bytes read.
+        dataset: its name, when it is a Hub dataset.
     """
 
     name: str
     size: int | None
     identity: list[Any]
     read: Callable[[OnRead], Iterator[Document]]
+    dataset: DatasetName | None = None
+
+
+def pin_sources(names: Sequence[str]) -> tuple[str, ...]:
+    """The names with every Hub dataset's revision replaced by the commit that it stands for now.
+
+    A run that keeps these names goes on with the same rows when the dataset has moved on.
+
+    Raises:
+        InputError: `datasets` is not installed.
+        HubError: a dataset cannot be had.
+    """
+    return tuple(str(dataset.pinned()) if (dataset := _dataset(name)) else name for name in names)
 
 
 def open_sources(names: Sequence[str], text_field: str) -> list[Source]:
@@ -53,11 +67,20 @@ def _open_source(name: str, text_field: str) -> Source:
         return Source(name, library.library_size(), library.library_identity(), library.library_documents)
     if path.exists():
         return _local_source(name, files_in(path), text_field)
-    if is_dataset_name(name) and not path.suffix:
-        return Source(name, None, [], lambda _: read_dataset(name, text_field))
+    if dataset := _dataset(name):
+        return Source(
+            name, None, [str(dataset)], lambda _: DatasetReader(dataset, text_field).documents(), dataset
+        )
     raise InputError(
-        f"{name}: no such file or folder", "Name files, folders, a Hub dataset (org/name), or 'python'."
+        f"{name}: no such file or folder",
+        "Name files, folders, a Hub dataset (org/name[@revision][:config]), or 'python'.",
     )
+
+
+def _dataset(name: str) -> DatasetName | None:
+    """The name as that of a Hub dataset, unless it stands for something on this machine."""
+    path = Path(name).expanduser()
+    return None if path.exists() or is_file_name(path) else DatasetName.parse(name)
 
 
 def _local_source(name: str, files: tuple[Path, ...], text_field: str) -> Source:
@@ -79,7 +102,7 @@ def iter_documents(
     """Every document of the sources, in order, streamed: no file is ever held whole.
 
     Args:
-        sources: 'python', files, folders, Hub datasets `org/name[:config]`.
+        sources: 'python', files, folders, Hub datasets `org/name[@revision][:config]`.
         text_field: the column that holds the text in JSON lines, Parquet and datasets.
         on_read: told the bytes of the sources as they are read.
 

@@ -1,19 +1,27 @@
-"""Which windows of the corpus a step trains on: a pure function of (seed, step).
+"""Which window of which source a sample is: a pure function of (seed, sample number).
 
 The tokens are cut into windows of `sequence_length` (each read with one token more, its last target).
-Sample number g = step × batch_size + slot of the whole run lies in pass g // windows, and every pass
-is another pseudo-random permutation of the windows. The permutation is computed for the numbers asked
-for and never stored, so a billion windows cost what a thousand cost, and resuming is arithmetic.
+Sample number g of a source lies in pass g // windows, and every pass is another pseudo-random
+permutation of the windows. The permutation is computed for the numbers asked for and never stored, so a
+billion windows cost what a thousand cost, and resuming is arithmetic.
+
+A source that is streamed may grow when a run is continued. Its windows are shuffled in consecutive
+blocks, which do not depend on what follows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 from numpy.typing import NDArray
+
+MIXTURE = 1_000  # consecutive samples that hold exactly the shares of the sources
 
 # Rounds of the Feistel network. Four suffice for a pseudo-random permutation given good round
 # functions (Luby and Rackoff, 1988); two more make up for ours being a plain integer hash.
 ROUNDS = 6
+_STREAM, _MIXED = 1, 2  # beginnings of paths for `derived_seed`
 
 
 def window_count(tokens: int, sequence_length: int) -> int:
@@ -21,22 +29,82 @@ def window_count(tokens: int, sequence_length: int) -> int:
     return max(0, (tokens - 1) // sequence_length)
 
 
-def windows_of_step(step: int, batch_size: int, windows: int, seed: int) -> NDArray[np.int64]:
-    """Window numbers (batch_size,) of the optimizer step `step`, counted from 0.
+def windows_of_samples(
+    samples: NDArray[np.int64], windows: int, seed: int, block: int | None = None
+) -> NDArray[np.int64]:
+    """Window numbers (n,) of the samples (n,) of one source.
 
     Args:
-        step: steps before this one.
-        batch_size: sequences a step over all devices; each device takes an equal run of them.
-        windows: windows in the corpus; at least 1.
+        samples: numbers from 0; the pass of a sample is samples // windows.
+        windows: in the source; at least 1.
         seed: of the order.
+        block: shuffle only so many consecutive windows among themselves, block by block, so that the
+            order of the first ones does not depend on how many follow; None shuffles all of them.
     """
-    samples = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
     passes, positions = np.divmod(samples, windows)
+    if block is None:
+        return _permuted(positions, passes, lambda _: windows, seed)
+    blocks, places = np.divmod(positions, block)
     chosen = np.empty_like(positions)
     for number in np.unique(passes):
         here = passes == number
-        chosen[here] = permute(positions[here], windows, seed, int(number))
-    return chosen
+        pass_seed = derived_seed(seed, _STREAM, int(number))
+        chosen[here] = _permuted(
+            places[here], blocks[here], lambda index: min(block, windows - index * block), pass_seed
+        )
+    return blocks * block + chosen
+
+
+def shares_of(weights: Sequence[float]) -> tuple[int, ...]:
+    """How many samples of every `MIXTURE` come from each source: in all exactly `MIXTURE`.
+
+    Shares are rounded down, and what is left goes to the largest remainders.
+    """
+    exact = np.asarray(weights, dtype=np.float64) / sum(weights) * MIXTURE
+    shares = np.floor(exact).astype(np.int64)
+    most = np.argsort(shares - exact, kind="stable")  # of the largest remainder first
+    shares[most[: MIXTURE - int(shares.sum())]] += 1
+    return tuple(int(share) for share in shares)
+
+
+def sources_of_samples(
+    samples: NDArray[np.int64], shares: Sequence[int], seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which source each sample comes from, and its number within that source: (n,) and (n,).
+
+    Every `MIXTURE` consecutive samples hold exactly the shares, in another pseudo-random order each
+    time. Within a source the numbers 0, 1, 2 ... are all taken, none twice.
+
+    Args:
+        samples: numbers (n,) from 0.
+        shares: of the sources, as `shares_of` gives them.
+        seed: of the order.
+    """
+    blocks, positions = np.divmod(samples, MIXTURE)
+    slots = _permuted(positions, blocks, lambda _: MIXTURE, derived_seed(seed, _MIXED))
+    share = np.asarray(shares, dtype=np.int64)
+    ends = np.cumsum(share)
+    source = np.searchsorted(ends, slots, side="right").astype(np.int64)
+    return source, blocks * share[source] + slots - (ends - share)[source]
+
+
+def derived_seed(seed: int, *path: int) -> int:
+    """A seed of its own for every path of numbers."""
+    state = np.asarray([seed], dtype=np.uint64)
+    for number in path:
+        state = _mix(state ^ _mix(np.asarray([number], dtype=np.uint64)))
+    return int(state[0])
+
+
+def _permuted(
+    positions: NDArray[np.int64], numbers: NDArray[np.int64], size: Callable[[int], int], seed: int
+) -> NDArray[np.int64]:
+    """Every position under the permutation of its number, of range(size(number))."""
+    images = np.empty_like(positions)
+    for number in np.unique(numbers):
+        here = numbers == number
+        images[here] = permute(positions[here], size(int(number)), seed, int(number))
+    return images
 
 
 def permute(positions: NDArray[np.int64], size: int, seed: int, number: int) -> NDArray[np.int64]:

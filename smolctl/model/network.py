@@ -77,7 +77,9 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, keys, bias=False)
         self.o_proj = Linear(queries, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotary: Tensor | None, cache: LayerCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Tensor | None, cache: LayerCache | None, mask: Tensor | None = None
+    ) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
@@ -90,8 +92,8 @@ class Attention(nn.Module):
             q,
             k,
             v,
-            attn_mask=_continuation_mask(T, k.shape[2], x.device),
-            is_causal=T > 1 and k.shape[2] == T,
+            attn_mask=_continuation_mask(T, k.shape[2], x.device) if mask is None else mask,
+            is_causal=T > 1 and k.shape[2] == T and mask is None,
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # (B, H, T, D)
@@ -103,6 +105,12 @@ def _continuation_mask(T: int, S: int, device: torch.device) -> Tensor | None:
     if T in (1, S):
         return None
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+def _document_mask(documents: Tensor) -> Tensor:
+    """Which tokens attend to which: those before them in the same document, (B, 1, T, T) of (B, T)."""
+    same = documents[:, :, None] == documents[:, None, :]
+    return same.tril()[:, None]
 
 
 class MLP(nn.Module):
@@ -129,8 +137,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: Tensor | None, cache: LayerCache | None) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), rotary, cache)
+    def forward(
+        self, x: Tensor, rotary: Tensor | None, cache: LayerCache | None, mask: Tensor | None = None
+    ) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), rotary, cache, mask)
         x = torch.add(x, attended, alpha=self.residual_scale)
         return torch.add(x, self.mlp(self.post_attention_layernorm(x)), alpha=self.residual_scale)
 
@@ -163,15 +173,18 @@ class Decoder(nn.Module):
             self._rotary = table
         return table
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         start = cache.length if cache is not None else 0
         positions = slice(start, start + input_ids.shape[1])
         x = self.embed_tokens(input_ids)  # (B, T, C)
         if self.embed_positions is not None:
             x = x + self.embed_positions.weight[positions]
         rotary = self._angles(positions.stop, x.device)[:, positions] if self.uses_rope else None  # (2, T, D)
+        mask = _document_mask(documents) if documents is not None else None  # (B, 1, T, T)
         for index, block in enumerate(self.layers):
-            x = block(x, rotary, cache.layers[index] if cache is not None else None)
+            x = block(x, rotary, cache.layers[index] if cache is not None else None, mask)
         if cache is not None:
             cache.length = positions.stop
         return self.norm(x)
@@ -199,30 +212,36 @@ class Transformer(nn.Module):
         """The matrix (V, C) that turns hidden states into logits."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits (B, T, V) of the token after each of `input_ids` (B, T)."""
-        return F.linear(self.model(input_ids, cache), self.head_weight)
+    def forward(
+        self, input_ids: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
+    ) -> Tensor:
+        """Logits (B, T, V) of the token after each of `input_ids` (B, T).
+
+        With `documents` (B, T), without a cache, a token attends to those of the same number only.
+        Positions go on through the window all the same.
+        """
+        return F.linear(self.model(input_ids, cache, documents), self.head_weight)
 
     def next_token_logits(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits (B, V) after the last token alone: a prompt needs no others."""
         return F.linear(self.model(input_ids, cache)[:, -1], self.head_weight)
 
-    def loss(self, input_ids: Tensor, targets: Tensor) -> Tensor:
-        """Sum over all tokens of the cross entropy in nats; `input_ids` and `targets` are (B, T).
+    def loss(self, input_ids: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Sum over all tokens of the cross entropy in nats; all arguments are (B, T).
 
         The logits exist in chunks only, forward and backward: all of them at once would be 49,152
         numbers a token, more than everything else that a layer keeps.
         """
-        hidden = self.model(input_ids).flatten(0, 1)  # (B·T, C)
+        hidden = self.model(input_ids, documents=documents).flatten(0, 1)  # (B·T, C)
         rows = min(LOSS_CHUNK_ROWS, hidden.shape[0])
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
         return F.linear_cross_entropy(
             hidden, self.head_weight, targets.flatten(), reduction="sum", options=options
         )
 
-    def token_losses(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+    def token_losses(self, input_ids: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
         """Cross entropy in nats of every token, (B, T); for evaluation, without gradients."""
-        hidden = self.model(input_ids).flatten(0, 1)  # (B·T, C)
+        hidden = self.model(input_ids, documents=documents).flatten(0, 1)  # (B·T, C)
         losses = [
             F.cross_entropy(F.linear(part, self.head_weight).float(), target, reduction="none")
             for part, target in zip(

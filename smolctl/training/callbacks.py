@@ -169,7 +169,7 @@ class RunCallback(pl.Callback):
         batches = validation_batches(
             held_out, config.data.sequence_length, config.micro_batch_size, config.validation.batches
         )
-        result = bits_per_byte(module.network, batches, self._token_bytes)
+        result = bits_per_byte(module.network, batches, self._token_bytes, module.document_end)
         self._publish(
             trainer,
             Validation(trainer.global_step, result.bits_per_byte, result.standard_error, result.loss),

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
 from smolctl.config import RunConfig
+from smolctl.data.batches import document_ids
 from smolctl.errors import SmolError
 from smolctl.model.network import Transformer
 from smolctl.training.optimizers import make_optimizer
@@ -41,8 +42,15 @@ class TrainingModule(pl.LightningModule):
     gives the same gradient.
     """
 
-    def __init__(self, network: Transformer, config: RunConfig, fingerprints: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        network: Transformer,
+        config: RunConfig,
+        fingerprints: Mapping[str, str],
+        document_end: int | None = None,
+    ) -> None:
         super().__init__()
+        self.document_end = document_end  # attention does not cross this token; None: it crosses all
         self.automatic_optimization = False
         self.network = network
         self.config = config
@@ -85,7 +93,8 @@ class TrainingModule(pl.LightningModule):
             # Several devices exchange gradients once a step, with the last micro-batch.
             waits = not last and isinstance(strategy, ParallelStrategy)
             with cast(ParallelStrategy, strategy).block_backward_sync() if waits else nullcontext():
-                loss = self.network.loss(part[:, :-1], part[:, 1:]) / tokens
+                documents = document_ids(part[:, :-1], self.document_end)
+                loss = self.network.loss(part[:, :-1], part[:, 1:], documents) / tokens
                 self.manual_backward(loss)
             total += loss.detach().float()
         reduced = strategy.reduce(total, reduce_op="mean")

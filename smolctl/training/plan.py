@@ -11,6 +11,7 @@ from torch import Tensor
 
 from smolctl.arithmetic import TrainingMemory, count_parameters, training_memory
 from smolctl.config import RunConfig
+from smolctl.data.batches import document_ids
 from smolctl.model.network import Transformer
 
 # Bytes of a checkpoint for each parameter: the float32 weight and AdamW's two float32 moments.
@@ -73,7 +74,7 @@ def make_plan(
     )
 
 
-def measure_speed(network: Transformer, batch: Tensor) -> float:
+def measure_speed(network: Transformer, batch: Tensor, document_end: int | None = None) -> float:
     """Tokens a second of a real forward and backward on a micro-batch (B, T + 1).
 
     Run once to warm up when that is cheap, then timed. Gradients are dropped and the random state is put
@@ -81,10 +82,11 @@ def measure_speed(network: Transformer, batch: Tensor) -> float:
     """
     state = torch.get_rng_state()
     network.train()
+    documents = document_ids(batch[:, :-1], document_end)
     seconds = 0.0
     for _ in range(2):
         started = time.perf_counter()
-        network.loss(batch[:, :-1], batch[:, 1:]).div(batch.numel()).backward()
+        network.loss(batch[:, :-1], batch[:, 1:], documents).div(batch.numel()).backward()
         network.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         if seconds > 2:  # the allocations of a first run are a small part of it

@@ -9,7 +9,7 @@ import torch
 
 from smolctl.config import RunConfig, resolve_run_config
 from smolctl.data.batches import StepDataset
-from smolctl.data.corpus import iter_texts
+from smolctl.data.corpus import iter_texts, pin_sources
 from smolctl.data.shards import TokenizedCorpus, TokenizeProgress, tokenize_corpus
 from smolctl.data.tokenizer import Tokenizer, choose_tokenizer
 from smolctl.model.network import Transformer
@@ -28,8 +28,10 @@ class Prepared:
     tokenizer: Tokenizer
     corpus: TokenizedCorpus
 
-    def dataset(self, rank: int = 0, world_size: int = 1) -> StepDataset:
-        """The steps' batches for one device."""
+    def dataset(
+        self, rank: int = 0, world_size: int = 1, first_step: int = 0, first_sample: int = 0
+    ) -> StepDataset:
+        """The steps' batches for one device; `first_step` begins with sample `first_sample`."""
         config = self.config
         return StepDataset(
             self.corpus.train,
@@ -38,7 +40,14 @@ class Prepared:
             config.data.seed,
             rank,
             world_size,
+            first_step,
+            first_sample,
         )
+
+    @property
+    def document_end(self) -> int | None:
+        """The token after which attention begins anew, or None where it crosses documents."""
+        return self.tokenizer.end_of_text_id if self.config.data.document_masking else None
 
 
 def prepare(
@@ -62,9 +71,10 @@ def prepare(
     source = open_source(init_from) if init_from else None
     if source is not None:
         config = _with_model_of(source, config)
-    config = config.with_whole_steps()
+    config = _with_pinned_datasets(config.with_whole_steps())
     tokenizer = _tokenizer(source, config, emit)
-    corpus = tokenize_corpus(config.data, tokenizer, on_progress=on_tokenize)
+    samples = config.train.steps * config.train.batch_size
+    corpus = tokenize_corpus(config.data, tokenizer, on_progress=on_tokenize, samples=samples)
     for note in corpus.notes:
         emit(Note(note))
     if source is None:
@@ -81,6 +91,12 @@ def _with_model_of(source: ModelSource, config: RunConfig) -> RunConfig:
     model = source.require_config().model_copy(update={"attention_dropout": config.model.attention_dropout})
     values = {**config.model_dump(), "model": model.model_dump()}
     return resolve_run_config(values, origin=f"--init-from {source.id}")
+
+
+def _with_pinned_datasets(config: RunConfig) -> RunConfig:
+    """The config with the commits of its Hub datasets, so that the run stays on them when it is resumed."""
+    data = config.data.model_copy(update={"source": pin_sources(config.data.source)})
+    return config.model_copy(update={"data": data})
 
 
 def _tokenizer(source: ModelSource | None, config: RunConfig, emit: Listener) -> Tokenizer:

@@ -52,7 +52,7 @@ def plan_run(prepared: Prepared, done: int, disk: Path) -> Plan:
     config = prepared.config
     batch = prepared.dataset()[done][: config.micro_batch_size]
     with naming_the_memory_knob(config.micro_batch_size):
-        speed = measure_speed(prepared.network, batch)
+        speed = measure_speed(prepared.network, batch, prepared.document_end)
     existing = next(path for path in (disk.absolute(), *disk.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     device = "cuda" if _on_gpu(config) else "cpu"
@@ -109,7 +109,8 @@ def resume(
         config = RunConfig.model_validate(content["hyper_parameters"]["config"])
         config = with_target(config, checkpoint.step, extra, until)
         tokenizer = load_tokenizer(str(folder.path / "tokenizer"))
-        corpus = tokenize_corpus(config.data, tokenizer, on_progress=on_tokenize)
+        samples = config.train.steps * config.train.batch_size
+        corpus = tokenize_corpus(config.data, tokenizer, on_progress=on_tokenize, samples=samples)
         _require_same_data(content["smolctl"], tokenizer, corpus, checkpoint)
         del content  # Lightning reads the file again; two copies need not be in memory
         prepared = Prepared(config, initialize(config.model, config.train.seed), tokenizer, corpus)
@@ -224,7 +225,7 @@ def _fit(
         num_sanity_val_steps=0,
     )
     state = {"data": prepared.corpus.fingerprint, "tokenizer": prepared.tokenizer.sha256}
-    module = TrainingModule(prepared.network.train(), config, state)
+    module = TrainingModule(prepared.network.train(), config, state, prepared.document_end)
     if config.train.compile:
         for block in prepared.network.model.layers:
             block.compile()  # in place: the names in the checkpoint stay clean
