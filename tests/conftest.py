@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import HubServer
 from hypothesis import settings
 
 # No test is judged by the clock: these machines are shared.
@@ -34,6 +35,15 @@ def _no_real_hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
     """No test leaves this machine or writes into the user's caches."""
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
     monkeypatch.setenv("SMOLCTL_CACHE", str(tmp_path_factory.getbasetemp() / "smolctl-cache"))
+
+
+@pytest.fixture
+def dataset_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A loopback Hub for `datasets`."""
+    from dataset_hub import serving_datasets
+
+    with serving_datasets(monkeypatch, tmp_path / "client") as server:
+        yield server
 
 
 @dataclass(frozen=True)

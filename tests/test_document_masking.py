@@ -1,0 +1,96 @@
+"""Attention that stays within a document."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from smolctl.config import ModelConfig
+from smolctl.data.batches import document_ids
+from smolctl.evaluation import bits_per_byte
+from smolctl.model.network import Transformer
+from smolctl.model.weights import initialize
+
+END = 0
+FIRST, SECOND = [5, 6, 7, 8, END], [9, 5, 11, 12, 13, END, 14]
+
+
+def network(position_embedding: str = "rope") -> Transformer:
+    config = ModelConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        position_embedding=position_embedding,
+        initializer_range=0.3,  # so that attention matters
+    )
+    return initialize(config, seed=3).eval()
+
+
+def packed() -> tuple[Tensor, Tensor]:
+    tokens = torch.tensor([FIRST + SECOND, SECOND + FIRST])
+    ids = document_ids(tokens, END)
+    assert ids is not None
+    return tokens, ids
+
+
+def test_an_end_of_text_token_belongs_to_the_document_that_it_ends() -> None:
+    _, ids = packed()
+    assert ids.tolist() == [[0] * 5 + [1] * 6 + [2], [0] * 6 + [1] * 6]
+    assert document_ids(torch.tensor([FIRST]), None) is None
+
+
+@torch.no_grad()
+def test_logits_of_a_packed_document_are_those_of_the_document_alone() -> None:
+    model, (tokens, ids) = network(), packed()
+    masked, plain = model(tokens, documents=ids), model(tokens)
+    alone = model(torch.tensor([SECOND[:6]]))
+    torch.testing.assert_close(masked[0, 5:11], alone[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(masked[0, :5], plain[0, :5], atol=1e-5, rtol=1e-4)
+    assert (plain[0, 5:11] - alone[0]).abs().max() > 0.1  # without the mask they differ
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("position_embedding", ["rope", "learned"])
+def test_nothing_before_a_document_changes_it(position_embedding: str) -> None:
+    model, (tokens, ids) = network(position_embedding), packed()
+    other = tokens.clone()
+    other[0, :4] = 21
+    assert torch.equal(model(tokens, documents=ids)[0, 5:], model(other, documents=ids)[0, 5:])
+    assert not torch.equal(model(tokens)[0, 5:], model(other)[0, 5:])
+
+
+@torch.no_grad()
+def test_one_document_is_attended_to_as_without_a_mask() -> None:
+    model, tokens = network(), torch.tensor([FIRST[:4] * 3])
+    masked = model(tokens, documents=document_ids(tokens, END))
+    torch.testing.assert_close(masked, model(tokens), atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_flow_within_documents_only() -> None:
+    model, (tokens, ids) = network(), packed()
+    inside: list[Tensor] = []
+    model.model.embed_tokens.register_forward_hook(lambda _m, _i, output: inside.append(output))
+    logits = model(tokens, documents=ids)
+    (gradient,) = torch.autograd.grad(logits[0, 10].sum(), inside)  # the second document's last token
+    reached = gradient[0].abs().sum(-1) > 0
+    assert reached.tolist() == [False] * 5 + [True] * 6 + [False]
+    model.loss(tokens[:, :-1], tokens[:, 1:], ids[:, :-1]).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@torch.no_grad()
+def test_losses_of_training_and_evaluation_agree_with_the_mask() -> None:
+    model, (tokens, ids) = network(), packed()
+    parts = tokens[:, :-1], tokens[:, 1:], ids[:, :-1]
+    total = model.token_losses(*parts).sum()
+    assert model.loss(*parts).item() == pytest.approx(total.item(), rel=1e-5)
+    sizes = torch.ones(32, dtype=torch.long)
+    masked = bits_per_byte(model, [tokens], sizes, END)
+    assert masked.loss == pytest.approx(total.item() / 22, rel=1e-5)
+    assert masked.loss != pytest.approx(bits_per_byte(model, [tokens], sizes).loss, rel=1e-3)
