@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
+import sys
 from pathlib import Path
 
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from smolctl.data.bpe import train_bpe
@@ -23,6 +27,20 @@ SPITEFUL = st.text(
     ),
     max_size=80,
 )
+
+
+def zstd(content: bytes) -> bytes:
+    """A zstd frame with a checksum, as the command line tool writes it."""
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+
+        return zstd.compress(content, options={zstd.CompressionParameter.checksum_flag: 1})
+    import zstandard
+
+    return zstandard.ZstdCompressor(write_checksum=True).compress(content)
+
+
+PACKERS = {"gz": gzip.compress, "zst": zstd}
 
 
 def read(*sources: Path | str, text_field: str = "text") -> list[str]:
@@ -181,16 +199,40 @@ def test_missing_text_field_names_line_and_fields(tmp_path: Path) -> None:
     assert "line 1: no field 'content'" in refused(tmp_path, text_field="content").message
 
 
-def test_damaged_gzip_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"text" * 1000)[:-20])
-    assert "a.txt.gz: damaged gzip" in refused(tmp_path).message
-    (tmp_path / "a.txt.gz").write_bytes(b"no gzip at all")
-    assert "a.txt.gz: damaged gzip" in refused(tmp_path).message
+@pytest.mark.parametrize("kind", PACKERS)
+def test_compressed_files_are_read_as_what_they_hold(tmp_path: Path, kind: str) -> None:
+    pack = PACKERS[kind]
+    text = "schön\nwarm" * 200_000  # many chunks
+    (tmp_path / f"a.txt.{kind}").write_bytes(pack(text[:999_999].encode()) + pack(text[999_999:].encode()))
+    (tmp_path / f"b.jsonl.{kind}").write_bytes(pack(b'{"text": "one"}\n{"text": "two"}'))
+    (tmp_path / f"c.py.{kind}").write_bytes(pack(b"named only"))
+    assert read(tmp_path) == [text, "one", "two"]
+    assert read(tmp_path / f"c.py.{kind}") == ["named only"]
+    (tmp_path / f"a.txt.{kind}").write_bytes(pack(b"text\0"))
+    assert "a zero byte at byte 4" in refused(tmp_path / f"a.txt.{kind}").message
+
+
+@pytest.mark.parametrize("kind", PACKERS)
+def test_damaged_compressed_files_are_named(tmp_path: Path, kind: str) -> None:
+    path, whole = tmp_path / f"a.txt.{kind}", PACKERS[kind](b"some text " * 100_000)
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 0xFF]) + whole[middle + 1 :]
+    for content in (whole[:-9], whole[:3], b"not packed at all", flipped):
+        path.write_bytes(content)
+        assert f"a.txt.{kind}: damaged {'gzip' if kind == 'gz' else 'zstd'} file" in refused(tmp_path).message
+
+
+def test_progress_of_a_compressed_file_counts_its_own_bytes(tmp_path: Path) -> None:
+    for kind, pack in PACKERS.items():
+        path = tmp_path / f"a.txt.{kind}"
+        path.write_bytes(pack(random.Random(0).randbytes(300_000).hex().encode()))
+        counts: list[int] = []
+        documents = iter_documents([str(path)], on_read=counts.append)
+        assert sum(len(piece) for document in documents for piece in document.pieces) == 600_000
+        assert sum(counts) == path.stat().st_size
 
 
 def test_parquet(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is in the extra `data`")
-    parquet = pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table({"text": ["one", None, "three"], "n": [1, 2, 3]})
     parquet.write_table(table, tmp_path / "a.parquet")
     assert read(tmp_path) == ["one", "", "three"]
@@ -200,14 +242,15 @@ def test_parquet(tmp_path: Path) -> None:
     assert "a.parquet: damaged Parquet" in refused(tmp_path).message
 
 
-@pytest.mark.parametrize("name", ["shard.parquet", "org/data", "org/data:config"])
+@pytest.mark.parametrize("name", ["shard.parquet", "notes.txt.zst", "org/data", "org/data:config"])
 def test_missing_extra_says_how_to_install_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    for package in ("pyarrow", "datasets", "compression", "zstandard"):
+        monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.chdir(tmp_path)
-    Path("shard.parquet").touch()
+    for file in ("shard.parquet", "notes.txt.zst"):
+        Path(file).touch()
     error = refused(name)
     assert name in error.message
     assert "pip install 'smolctl[data]'" in error.hint
