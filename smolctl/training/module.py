@@ -85,7 +85,7 @@ class TrainingModule(pl.LightningModule):
             # Several devices exchange gradients once a step, with the last micro-batch.
             waits = not last and isinstance(strategy, ParallelStrategy)
             with cast(ParallelStrategy, strategy).block_backward_sync() if waits else nullcontext():
-                loss = self.network.loss(part[:, :-1], part[:, 1:]) / tokens
+                loss = self.network.loss(part[:, :-1], part[:, 1:], self.config.train.z_loss) / tokens
                 self.manual_backward(loss)
             total += loss.detach().float()
         reduced = strategy.reduce(total, reduce_op="mean")

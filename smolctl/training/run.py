@@ -21,6 +21,7 @@ from smolctl.data.tokenizer import Tokenizer, load_tokenizer
 from smolctl.errors import ExitCode, InputError, UsageError
 from smolctl.model.weights import initialize
 from smolctl.sources.run_folder import CheckpointFile, RunFolder
+from smolctl.training.allocator import keep_freed_memory
 from smolctl.training.callbacks import RunCallback, RunContext, StopFlag
 from smolctl.training.checkpoint import DurableCheckpointIO, find_damage, read_checkpoint
 from smolctl.training.events import End, Listener, Note, Start
@@ -200,6 +201,7 @@ def _fit(
     """Run Lightning from step 0 or from a checkpoint to the config's last step."""
     config = prepared.config
     _silence_lightning()
+    keep_freed_memory()
     pl.seed_everything(config.train.seed, verbose=False)
     done = checkpoint.step if checkpoint is not None else 0
     stop = StopFlag()
