@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from smolctl.data.order import window_count, windows_of_step
+from smolctl.data.order import window_count, windows_of_samples
 from smolctl.data.shards import TokenStream
 from smolctl.errors import InputError
 
 
 @dataclass(frozen=True)
 class StepDataset(Dataset[Tensor]):
-    """Item s is this device's share of step s: tokens (batch_size / world_size, sequence_length + 1)."""
+    """Item s is this device's share of step s: tokens (batch_size / world_size, sequence_length + 1).
+
+    A run that is resumed with another batch size goes on behind the samples that it has seen.
+    """
 
     stream: TokenStream
     sequence_length: int
@@ -25,6 +28,8 @@ class StepDataset(Dataset[Tensor]):
     seed: int
     rank: int = 0
     world_size: int = 1
+    first_step: int = 0
+    first_sample: int = 0  # of the run, that step `first_step` begins with
 
     def __post_init__(self) -> None:
         if self.batch_size % self.world_size:
@@ -33,10 +38,14 @@ class StepDataset(Dataset[Tensor]):
                 "Choose a batch_size that is a multiple of the number of devices.",
             )
 
+    def samples_before(self, step: int) -> int:
+        """Samples that the run has seen before a step."""
+        return self.first_sample + (step - self.first_step) * self.batch_size
+
     def windows(self, step: int) -> list[int]:
         """Window numbers of this device's share of a step."""
         count = window_count(len(self.stream), self.sequence_length)
-        windows = windows_of_step(step, self.batch_size, count, self.seed)
+        windows = windows_of_samples(self.samples_before(step), self.batch_size, count, self.seed)
         share = self.batch_size // self.world_size
         return [int(window) for window in windows[self.rank * share : (self.rank + 1) * share]]
 

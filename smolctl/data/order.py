@@ -30,7 +30,12 @@ def windows_of_step(step: int, batch_size: int, windows: int, seed: int) -> NDAr
         windows: windows in the corpus; at least 1.
         seed: of the order.
     """
-    samples = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
+    return windows_of_samples(step * batch_size, batch_size, windows, seed)
+
+
+def windows_of_samples(first: int, count: int, windows: int, seed: int) -> NDArray[np.int64]:
+    """Window numbers (count,) of the samples `first`, `first` + 1, ... of the whole run."""
+    samples = np.arange(first, first + count, dtype=np.int64)
     passes, positions = np.divmod(samples, windows)
     chosen = np.empty_like(positions)
     for number in np.unique(passes):
