@@ -109,6 +109,7 @@ def resume(
     with TrainingView(out_view) as view:
         if verify:
             verification = verify_run(path, options, view, view.tokenizing)
-            view.show_verification(verification)
+            if is_main_process():
+                view.show_verification(verification)
             return verification.exit_code
         return resume_run(path, options, view, view.tokenizing).exit_code

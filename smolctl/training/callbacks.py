@@ -46,7 +46,7 @@ class StopFlag:
     """Remembers a SIGINT or SIGTERM until the step at hand is done; a second one stops at once."""
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+        self.received = ""  # name of the signal
         self._previous: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
@@ -64,10 +64,10 @@ class StopFlag:
         self._previous.clear()
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received:
             self.restore()
             raise SystemExit(128 + number)  # Lightning would turn KeyboardInterrupt into exit code 1
-        self.received = signal.Signals(number)
+        self.received = signal.Signals(number).name
 
 
 class RunCallback(pl.Callback):
@@ -108,9 +108,9 @@ class RunCallback(pl.Callback):
         step, config = trainer.global_step, self.context.config
         last = step >= config.train.steps
         # A signal may reach one process only; all of them stop for the same one.
-        signals = [received for received in gather(self.stop.received, trainer) if received is not None]
+        signals = [name for name in gather(self.stop.received, trainer) if name]
         stopping = bool(signals)
-        self.stop.received = signals[0] if signals else None
+        self.stop.received = signals[0] if signals else ""
         if last or stopping or step % config.checkpoint.every == 0:
             self._save(trainer)
         if _is_due(step, config.validation.every, last and not stopping):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar, cast
+import io
+from typing import TypeVar
 
 import lightning.pytorch as pl
 import torch.distributed
@@ -20,12 +21,14 @@ def is_main_process() -> bool:
 
 
 def gather(value: T, trainer: pl.Trainer) -> list[T]:
-    """The values of all processes, in the order of their ranks, on each of them."""
+    """The values of all processes, in the order of their ranks, on each of them: tensors and plain data."""
     if trainer.world_size == 1:
         return [value]
-    values: list[T | None] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(values, value)
-    return cast(list[T], values)
+    packed = io.BytesIO()
+    torch.save(value, packed)  # all_gather_object itself fails on tensors of bytes in PyTorch 2.13
+    received: list[bytes] = [b""] * trainer.world_size
+    torch.distributed.all_gather_object(received, packed.getvalue())
+    return [torch.load(io.BytesIO(content), weights_only=True) for content in received]
 
 
 def from_main(value: T, trainer: pl.Trainer) -> T:

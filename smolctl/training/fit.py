@@ -63,7 +63,7 @@ def fit(
     started = time.perf_counter()
     trainer, _ = run_trainer(prepared, callback, start)
     step = trainer.global_step
-    reason = stop.received.name if stop.received is not None else "done"
+    reason = stop.received or "done"
     if is_main_process():
         emit(End(step, str(recorder.folder), reason, time.perf_counter() - started))
     if reason == "done" and step != config.train.steps:
