@@ -20,7 +20,7 @@ from smolctl.training.callbacks import RunCallback, RunContext, StopFlag
 from smolctl.training.checkpoint import DurableCheckpointIO
 from smolctl.training.distributed import is_main_process
 from smolctl.training.events import End, Listener, Start
-from smolctl.training.guards import naming_the_memory_knob
+from smolctl.training.guards import naming_the_disk, naming_the_memory_knob
 from smolctl.training.module import TrainingModule
 from smolctl.training.plan import Plan
 from smolctl.training.prepare import Prepared
@@ -61,7 +61,8 @@ def fit(
     if plan is not None:
         emit(Start(str(recorder.folder), prepared.first_step, config.train.steps, plan))
     started = time.perf_counter()
-    trainer, _ = run_trainer(prepared, callback, start)
+    with naming_the_disk(recorder.folder):
+        trainer, _ = run_trainer(prepared, callback, start)
     step = trainer.global_step
     reason = stop.received or "done"
     if is_main_process():

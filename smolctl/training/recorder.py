@@ -23,6 +23,7 @@ from smolctl.data.tokenizer import Tokenizer
 from smolctl.errors import InputError, UsageError
 from smolctl.sources.run_folder import RUNS, RunFolder
 from smolctl.training.events import Event, Prediction, Step, Validation, to_json
+from smolctl.training.guards import naming_the_disk
 
 RECORDED_PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "numpy", "safetensors")
 METRICS = "metrics.jsonl"
@@ -78,7 +79,8 @@ class RunRecorder:
         """
         lock = FileLock(self.folder / ".lock", timeout=0)
         try:
-            lock.acquire()
+            with naming_the_disk(self.folder):
+                lock.acquire()
         except Timeout:
             raise InputError(
                 f"{self.folder}: another process is training into this run",
@@ -103,7 +105,9 @@ class RunRecorder:
 
     def write_config(self, config: RunConfig) -> None:
         """Write the resolved config."""
-        (self.folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        partial = self.folder / ".config.yaml.partial"
+        partial.write_text(to_yaml(config), encoding="utf-8")
+        partial.replace(self.folder / "config.yaml")
 
     def record(self, event: Event) -> None:
         """Append an event to the file it belongs to."""

@@ -25,6 +25,7 @@ from smolctl.training.checkpoint import (
 from smolctl.training.distributed import is_main_process
 from smolctl.training.events import Listener, Note
 from smolctl.training.fit import RunResult, fit
+from smolctl.training.guards import naming_the_disk
 from smolctl.training.prepare import Prepared, prepare_again
 from smolctl.training.recorder import RunRecorder, claim_run_folder
 from smolctl.training.run import plan_run
@@ -76,16 +77,18 @@ def resume(
         return fit(prepared, recorder, None, checkpoint.path, emit)
     if options.out is not None:
         prepared, checkpoint = _prepare(parent, options, emit, on_tokenize)
-        folder = claim_run_folder(options.out.name, options.out, options.force)
-        recorder = RunRecorder(folder)
+        with naming_the_disk(options.out):
+            recorder = RunRecorder(claim_run_folder(options.out.name, options.out, options.force))
         with recorder.lock():
-            _branch(parent, checkpoint, recorder, prepared)
+            with naming_the_disk(options.out):
+                _branch(parent, checkpoint, recorder, prepared)
             return _go_on(prepared, recorder, checkpoint, emit)
     with recorder.lock():
         prepared, checkpoint = _prepare(parent, options, emit, on_tokenize)
-        _clear_newer(parent, checkpoint, options.force)
-        recorder.forget_after(checkpoint.step)
-        recorder.write_config(prepared.config)
+        with naming_the_disk(parent.path):
+            _clear_newer(parent, checkpoint, options.force)
+            recorder.forget_after(checkpoint.step)
+            recorder.write_config(prepared.config)
         return _go_on(prepared, recorder, checkpoint, emit)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from smolctl.sources.run_folder import RUNS
 from smolctl.training.distributed import is_main_process
 from smolctl.training.events import Listener
 from smolctl.training.fit import RunResult, fit, on_gpu, prepare_process
-from smolctl.training.guards import naming_the_memory_knob
+from smolctl.training.guards import naming_the_disk, naming_the_memory_knob
 from smolctl.training.plan import Plan, make_plan, measure_speed
 from smolctl.training.prepare import Prepared
 from smolctl.training.recorder import RunRecorder, claim_run_folder
@@ -46,9 +47,11 @@ def train(prepared: Prepared, name: str, out: Path | None, force: bool, emit: Li
         SmolError: with the cause; the checkpoints written so far stay.
     """
     if not is_main_process():  # the main process keeps the records, and says where
-        return fit(prepared, RunRecorder(out or Path("runs")), None, None, emit)
-    plan = plan_run(prepared, out or Path("runs"))
-    recorder = RunRecorder(claim_run_folder(name, out, force))
+        return fit(prepared, RunRecorder(out or RUNS), None, None, emit)
+    plan = plan_run(prepared, out or RUNS)
+    with naming_the_disk(out or RUNS):
+        recorder = RunRecorder(claim_run_folder(name, out, force))
     with recorder.lock():
-        recorder.describe(prepared.config, prepared.tokenizer)
+        with naming_the_disk(recorder.folder):
+            recorder.describe(prepared.config, prepared.tokenizer)
         return fit(prepared, recorder, plan, None, emit)
