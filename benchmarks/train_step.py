@@ -31,7 +31,9 @@ def step_function(side: str):  # type: ignore[no-untyped-def]
     if side == "smolctl":
         from smolctl.config import load_run_config
         from smolctl.model.weights import initialize
+        from smolctl.training.allocator import keep_freed_memory
 
+        keep_freed_memory()  # as `smolctl train` does
         network = initialize(load_run_config("smollm2-135m-hub").model, 0)
         return network, lambda: network.loss(tokens[:, :-1], tokens[:, 1:]) / (BATCH * LENGTH)
 

@@ -172,18 +172,17 @@ class TrainingMemory:
 def activation_values_per_token(config: ModelConfig) -> int:
     """Numbers that autograd keeps of one token between the forward and the backward pass.
 
-    A layer keeps of each of its two norms the input, the normalised input and the output (6 hidden);
-    the queries and the attention's output (2 queries), keys and values (2 keys), the attention's
-    log-sum-exp (heads) and the two norms' 1/rms; and of the SwiGLU gate, silu(gate), up and their product
-    (4 FFN). After the layers come the final norm's three and the gradient of the last hidden state,
-    which the chunked loss computes in the forward pass.
+    A layer keeps of each of its two norms the input, the output and 1/rms (4 hidden + 2); the queries and
+    the attention's output (2 queries), keys and values (2 keys), the attention's log-sum-exp (heads); and
+    the SwiGLU's gate and up (2 FFN). After the layers come the final norm's and the gradient of the last
+    hidden state, which the chunked loss computes in the forward pass.
     """
     hidden = config.hidden_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     heads = config.num_attention_heads
-    layer = 6 * hidden + 2 * queries + 2 * keys + 4 * config.intermediate_size + heads + 2
-    return config.num_hidden_layers * layer + 4 * hidden + 1
+    layer = 4 * hidden + 2 * queries + 2 * keys + 2 * config.intermediate_size + heads + 2
+    return config.num_hidden_layers * layer + 3 * hidden + 1
 
 
 def training_memory(

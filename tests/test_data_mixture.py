@@ -143,7 +143,7 @@ def test_another_batch_size_goes_on_behind_the_samples_already_seen(
 ) -> None:
     tokens = mixed(tmp_path, weights).train
     small = StepDataset(tokens, LENGTH, 4, seed=8)
-    assert small.first_sample_of(10) == 40
+    assert small.samples_before(10) == 40
     large = StepDataset(tokens, LENGTH, 12, seed=8, first_step=10, first_sample=40)
     straight = [window for step in range(25) for window in small.windows(step)]
     changed = [window for step in range(10) for window in small.windows(step)]

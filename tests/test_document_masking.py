@@ -79,7 +79,7 @@ def test_gradients_flow_within_documents_only() -> None:
     (gradient,) = torch.autograd.grad(logits[0, 10].sum(), inside)  # the second document's last token
     reached = gradient[0].abs().sum(-1) > 0
     assert reached.tolist() == [False] * 5 + [True] * 6 + [False]
-    model.loss(tokens[:, :-1], tokens[:, 1:], ids[:, :-1]).backward()
+    model.loss(tokens[:, :-1], tokens[:, 1:], documents=ids[:, :-1]).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
     assert all(p.grad is not None for p in model.parameters())
 
@@ -87,9 +87,9 @@ def test_gradients_flow_within_documents_only() -> None:
 @torch.no_grad()
 def test_losses_of_training_and_evaluation_agree_with_the_mask() -> None:
     model, (tokens, ids) = network(), packed()
-    parts = tokens[:, :-1], tokens[:, 1:], ids[:, :-1]
-    total = model.token_losses(*parts).sum()
-    assert model.loss(*parts).item() == pytest.approx(total.item(), rel=1e-5)
+    parts, inside = (tokens[:, :-1], tokens[:, 1:]), ids[:, :-1]
+    total = model.token_losses(*parts, inside).sum()
+    assert model.loss(*parts, documents=inside).item() == pytest.approx(total.item(), rel=1e-5)
     sizes = torch.ones(32, dtype=torch.long)
     masked = bits_per_byte(model, [tokens], sizes, END)
     assert masked.loss == pytest.approx(total.item() / 22, rel=1e-5)

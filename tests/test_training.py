@@ -2,45 +2,35 @@
 
 from __future__ import annotations
 
-import json
-import random
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_runs import (
+    TINY,
+    assert_same,
+    assert_same_run,
+    go_on,
+    losses,
+    prepare_tiny,
+    run,
+    state,
+    with_steps,
+    write_corpus,
+)
 
 from smolctl.config import RunConfig
 from smolctl.config.load import merge, resolve_run_config
 from smolctl.data.batches import StepLoader
 from smolctl.errors import ExitCode, InputError, SmolError, UsageError
 from smolctl.sources.run_folder import RunFolder
-from smolctl.training.checkpoint import read_checkpoint
 from smolctl.training.events import Checkpoint, End, Event, Note, Prediction, Step, Validation
 from smolctl.training.module import NonFiniteError
 from smolctl.training.prepare import Prepared, prepare
-from smolctl.training.run import resume, train
-
-TINY: dict[str, Any] = {
-    "model": {
-        "vocab_size": 300,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 32,
-    },
-    "tokenizer": "train:300",
-    "data": {"sequence_length": 32, "validation_fraction": 0.2},
-    "train": {"steps": 15, "batch_size": 4, "micro_batch_size": 2},
-    "optimizer": {"learning_rate": 3e-3},
-    "schedule": {"warmup_steps": 4, "decay_start": 12, "decay_steps": 10},
-    "checkpoint": {"every": 5, "keep_last": 0},
-    "predictions": {"every": 5, "prompts": ["the cat", "a"], "max_tokens": 5},
-    "validation": {"every": 5, "batches": 2},
-}
+from smolctl.training.run import train
 
 
 @pytest.fixture(autouse=True)
@@ -50,83 +40,12 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """Thirty small documents of a few invented words."""
-    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "birds", "fly", "over", "trees"]
-    chance = random.Random(0)
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    for number in range(30):
-        text = " ".join(chance.choice(words) for _ in range(120))
-        (folder / f"{number:02d}.txt").write_text(text)
-    return folder
+    return write_corpus(tmp_path / "corpus")
 
 
 @pytest.fixture
 def make(corpus: Path) -> Callable[..., Prepared]:
-    """A prepared tiny run with some settings changed."""
-
-    def prepared(**changes: Any) -> Prepared:
-        values = merge(merge(TINY, {"data": {"source": str(corpus)}}), changes)
-        return prepare(resolve_run_config(values, "test"), None, lambda _event: None)
-
-    return prepared
-
-
-def run(prepared: Prepared, out: str, events: list[Event] | None = None) -> Path:
-    result = train(
-        prepared, "tiny", Path(out), force=False, emit=(events if events is not None else []).append
-    )
-    assert result.exit_code == ExitCode.DONE
-    return result.folder
-
-
-def go_on(folder: Path, **target: int | None) -> list[Event]:
-    events: list[Event] = []
-    resume(folder, target.get("step"), target.get("extra"), target.get("until"), events.append)
-    return events
-
-
-def state(folder: Path, step: int) -> dict[str, Any]:
-    return read_checkpoint(folder / "checkpoints" / f"step-{step:06d}.ckpt")
-
-
-def losses(folder: Path) -> list[tuple[int, float, float, float]]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [
-        (line["step"], line["loss"], line["learning_rate"], line["gradient_norm"])
-        for line in lines
-        if line["event"] == "step"
-    ]
-
-
-def assert_same(one: Any, two: Any, path: str = "") -> None:
-    """Equal bit for bit, through nested dicts and lists."""
-    assert type(one) is type(two), path
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == two.dtype, path
-        assert torch.equal(one, two), path
-    elif isinstance(one, dict):
-        assert one.keys() == two.keys(), path
-        for key in one:
-            assert_same(one[key], two[key], f"{path}/{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(two), path
-        for index, (a, b) in enumerate(zip(one, two, strict=True)):
-            assert_same(a, b, f"{path}/{index}")
-    else:
-        assert one == two, path
-
-
-def assert_same_run(one: Path, two: Path, step: int = 15) -> None:
-    first, second = state(one, step), state(two, step)
-    for part in ("state_dict", "optimizer_states", "smolctl", "global_step"):
-        assert_same(first[part], second[part], part)
-    assert losses(one) == losses(two)
-    assert [loss[0] for loss in losses(one)] == list(range(1, step + 1))
-
-
-def with_steps(steps: int) -> dict[str, Any]:
-    return {"train": {"steps": steps}}
+    return functools.partial(prepare_tiny, corpus)
 
 
 def test_interrupted_run_equals_continuous_run(make: Callable[..., Prepared]) -> None:
@@ -156,7 +75,7 @@ def test_interrupted_run_equals_continuous_run_with_dropout(make: Callable[..., 
 
 def test_going_back_to_an_older_step_repeats_the_run(make: Callable[..., Prepared]) -> None:
     whole, again = run(make(), "whole"), run(make(), "again")
-    go_on(again, step=5)
+    go_on(again, step=5, force=True)
     assert_same_run(whole, again)
 
 
@@ -363,7 +282,7 @@ def test_out_of_memory_names_the_setting_to_change(make: Callable[..., Prepared]
 
 def test_resuming_says_what_the_learning_rate_does(make: Callable[..., Prepared]) -> None:
     folder = run(make(schedule={"decay_start": 10, "decay_steps": 5}), "rates")
-    notes = [event.text for event in go_on(folder, step=10) if isinstance(event, Note)]
+    notes = [event.text for event in go_on(folder, step=10, force=True) if isinstance(event, Note)]
     assert any("0.003 at step 10, 0.0024 at step 11, 0 at step 15" in note for note in notes)
     notes = [event.text for event in go_on(folder, extra=2) if isinstance(event, Note)]
     assert any("Nothing will be learned" in note for note in notes)

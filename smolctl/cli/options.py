@@ -19,6 +19,21 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the config; repeatable."),
 ]
+# Settings of a run that both `train` and `resume` have a short name for.
+BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Sequences a step.")]
+MicroBatchSize = Annotated[
+    int | None, typer.Option("--micro-batch-size", min=1, help="Sequences in memory at once.")
+]
+LearningRate = Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Peak learning rate.")]
+KeepLast = Annotated[
+    int | None, typer.Option("--keep-last", min=0, help="Newest checkpoints that stay; 0: all.")
+]
+KeepEvery = Annotated[
+    int | None, typer.Option("--keep-every", min=0, help="Also keep checkpoints at multiples of this step.")
+]
+Devices = Annotated[int | None, typer.Option("--devices", min=1, help="Devices on this machine.")]
+NumNodes = Annotated[int | None, typer.Option("--num-nodes", min=1, help="Machines.")]
+Strategy = Annotated[str | None, typer.Option("--strategy", help="Lightning's: ddp, fsdp.")]
 Model = Annotated[
     str,
     typer.Argument(
@@ -60,3 +75,14 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
             raise typer.Exit(int(code))
 
     return run
+
+
+def nested(flags: dict[str, Any]) -> dict[str, Any]:
+    """Options that were given, as sections of the config: {"train.steps": 5} as {"train": {"steps": 5}}."""
+    sections: dict[str, Any] = {}
+    for key, value in flags.items():
+        if value is not None:
+            *section, last = key.split(".")
+            target = sections.setdefault(section[0], {}) if section else sections
+            target[last] = value
+    return sections

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from smolctl.cli.options import Debug, Json, Quiet, Verbose, command
+from smolctl.cli.options import (
+    BatchSize,
+    Debug,
+    Devices,
+    Json,
+    KeepEvery,
+    KeepLast,
+    LearningRate,
+    MicroBatchSize,
+    NumNodes,
+    Quiet,
+    Settings,
+    Strategy,
+    Verbose,
+    command,
+    nested,
+)
 from smolctl.views.output import Output
 
 
@@ -16,7 +32,9 @@ def resume(
     run: Annotated[
         str | None,
         typer.Argument(
-            metavar="RUN", help="runs/NAME or runs/NAME@STEP. Default: the newest run.", show_default=False
+            metavar="[RUN]",
+            help="runs/NAME or runs/NAME@STEP. Default: the newest run.",
+            show_default=False,
         ),
     ] = None,
     extra: Annotated[
@@ -26,6 +44,31 @@ def resume(
         int | None,
         typer.Option("--until", min=1, help="Step of the whole run to end at.", show_default=False),
     ] = None,
+    lr_policy: Annotated[
+        Literal["hold", "extend", "rewarm"],
+        typer.Option(
+            "--lr-policy",
+            help="Schedule of the steps to come. hold: as it is, its last value past its end; "
+            "extend: its end moves to the new one; rewarm: another warmup and decay.",
+        ),
+    ] = "hold",
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Repeat the steps before the newest checkpoint, compare bit for bit."),
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Go on in a new folder; the run itself stays as it is.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace newer checkpoints, or --out.")] = False,
+    batch_size: BatchSize = None,
+    micro_batch_size: MicroBatchSize = None,
+    learning_rate: LearningRate = None,
+    keep_last: KeepLast = None,
+    keep_every: KeepEvery = None,
+    devices: Devices = None,
+    num_nodes: NumNodes = None,
+    strategy: Strategy = None,
+    settings: Settings = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -36,13 +79,37 @@ def resume(
     \b
     smolctl resume                                  finish what was planned
     smolctl resume --extra 50                       50 steps more than the newest checkpoint
-    smolctl resume runs/nano-001@400 --until 900    go on from an older checkpoint
+    smolctl resume runs/nano-001@400 --out runs/b   branch from an older checkpoint
+    smolctl resume --verify                         prove that resuming is exact
     """
+    from smolctl.config.load import merge, parse_settings
     from smolctl.sources.run_folder import latest_run, split_step
-    from smolctl.training.run import resume as resume_run
+    from smolctl.training.distributed import is_main_process
+    from smolctl.training.resume import ResumeOptions
+    from smolctl.training.resume import resume as resume_run
+    from smolctl.training.verify import verify as verify_run
     from smolctl.views.training import TrainingView
 
+    flags = nested(
+        {
+            "train.batch_size": batch_size,
+            "train.micro_batch_size": micro_batch_size,
+            "optimizer.learning_rate": learning_rate,
+            "checkpoint.keep_last": keep_last,
+            "checkpoint.keep_every": keep_every,
+            "trainer.devices": devices,
+            "trainer.num_nodes": num_nodes,
+            "trainer.strategy": strategy,
+        }
+    )
     path, step = split_step(run) if run else (latest_run(), None)
-    with TrainingView(Output(json, quiet, verbose)) as view:
-        result = resume_run(Path(path), step, extra, until, view, view.tokenizing)
-    return result.exit_code
+    changed = merge(parse_settings(settings or ()), flags)
+    options = ResumeOptions(step, extra, until, changed, lr_policy, out, force)
+    out_view = Output(json, quiet, verbose) if is_main_process() else Output(quiet=True)
+    with TrainingView(out_view) as view:
+        if verify:
+            verification = verify_run(path, options, view, view.tokenizing)
+            if is_main_process():
+                view.show_verification(verification)
+            return verification.exit_code
+        return resume_run(path, options, view, view.tokenizing).exit_code

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from smolctl.cli.options import Debug, Json, Quiet, Settings, Verbose, command
+from smolctl.cli.options import (
+    BatchSize,
+    Debug,
+    Devices,
+    Json,
+    KeepEvery,
+    KeepLast,
+    LearningRate,
+    MicroBatchSize,
+    NumNodes,
+    Quiet,
+    Settings,
+    Strategy,
+    Verbose,
+    command,
+    nested,
+)
 from smolctl.views.output import Output
 
 DEFAULT_CONFIG = "smollm2-135m"
@@ -36,17 +52,15 @@ def train(
     init_from: Annotated[
         str | None, typer.Option("--init-from", metavar="MODEL", help="Start from a model's weights.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Sequences a step.")] = None,
-    micro_batch_size: Annotated[
-        int | None, typer.Option("--micro-batch-size", min=1, help="Sequences in memory at once.")
-    ] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", "--lr", help="Peak learning rate.")
-    ] = None,
+    batch_size: BatchSize = None,
+    micro_batch_size: MicroBatchSize = None,
+    learning_rate: LearningRate = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the initial weights.")] = None,
-    devices: Annotated[int | None, typer.Option("--devices", min=1, help="Devices on this machine.")] = None,
-    num_nodes: Annotated[int | None, typer.Option("--num-nodes", min=1, help="Machines.")] = None,
-    strategy: Annotated[str | None, typer.Option("--strategy", help="Lightning's: ddp, fsdp.")] = None,
+    keep_last: KeepLast = None,
+    keep_every: KeepEvery = None,
+    devices: Devices = None,
+    num_nodes: NumNodes = None,
+    strategy: Strategy = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run folder. Default: runs/CONFIG-NNN.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the run in --out.")] = False,
     settings: Settings = None,
@@ -64,12 +78,13 @@ def train(
     smolctl train --init-from FILE.gguf --data notes.txt --steps 20
     """
     from smolctl.config import load_run_config
+    from smolctl.training.distributed import is_main_process
     from smolctl.training.prepare import prepare
     from smolctl.training.run import plan_run
     from smolctl.training.run import train as run_training
     from smolctl.views.training import TrainingView
 
-    flags = _nested(
+    flags = nested(
         {
             "train.steps": steps,
             "train.batch_size": batch_size,
@@ -78,6 +93,8 @@ def train(
             "data.source": data,
             "tokenizer": tokenizer,
             "optimizer.learning_rate": learning_rate,
+            "checkpoint.keep_last": keep_last,
+            "checkpoint.keep_every": keep_every,
             "trainer.devices": devices,
             "trainer.num_nodes": num_nodes,
             "trainer.strategy": strategy,
@@ -85,24 +102,13 @@ def train(
     )
     name = config or (DEFAULT_FINETUNE_CONFIG if init_from else DEFAULT_CONFIG)
     run_config = load_run_config(name, settings or (), flags)
-    out_view = Output(json, quiet, verbose)
+    out_view = Output(json, quiet, verbose) if is_main_process() else Output(quiet=True)
     with TrainingView(out_view) as view:
         prepared = prepare(run_config, init_from, view, view.tokenizing)
         if dry_run:
-            plan = plan_run(prepared, 0, out or Path("runs"))
+            plan = plan_run(prepared, out or Path("runs"))
             out_view.document({"plan": asdict(plan)})
             view.show_plan(plan)
             return None
         result = run_training(prepared, Path(name).stem, out, force, view)
     return result.exit_code
-
-
-def _nested(flags: dict[str, Any]) -> dict[str, Any]:
-    """Options that were given, as sections of the config."""
-    nested: dict[str, Any] = {}
-    for key, value in flags.items():
-        if value is not None:
-            *section, last = key.split(".")
-            target = nested.setdefault(section[0], {}) if section else nested
-            target[last] = value
-    return nested

@@ -65,6 +65,7 @@ class TrainConfig(Section):
     batch_size: int = Field(8, gt=0, description="sequences a step, over all devices")
     micro_batch_size: int = Field(0, ge=0, description="sequences in memory at once; 0 is batch_size")
     gradient_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 switches clipping off")
+    z_loss: float = Field(0.0, ge=0, description="weight of logsumexp² in the loss; PaLM: 1e-4")
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = Field(
         "auto", description="auto: bf16-mixed where a GPU has bfloat16, else 32-true"
     )
@@ -92,6 +93,8 @@ class ScheduleConfig(Section):
     )
     decay_steps: StepsOrShare = Field(0, description="steps, or below 1 a share of train.steps")
     min_learning_rate: float = Field(0.0, ge=0, description="at the end of the decay")
+    begin: int = Field(0, ge=0, description="steps before this schedule; resume --lr-policy rewarm sets it")
+    begin_learning_rate: float = Field(0.0, ge=0, description="where its warmup starts")
 
 
 class CheckpointConfig(Section):

@@ -31,6 +31,7 @@ class StepDataset(Dataset[Tensor]):
     world_size: int = 1
     first_step: int = 0
     first_sample: int = 0
+    document_end: int | None = None  # the token that attention does not cross; None: it crosses all
 
     def __post_init__(self) -> None:
         if self.batch_size % self.world_size:
@@ -39,14 +40,14 @@ class StepDataset(Dataset[Tensor]):
                 "Choose a batch_size that is a multiple of the number of devices.",
             )
 
-    def first_sample_of(self, step: int) -> int:
-        """Number of the step's first sample."""
+    def samples_before(self, step: int) -> int:
+        """Samples that the run has seen before a step."""
         return self.first_sample + (step - self.first_step) * self.batch_size
 
     def windows(self, step: int) -> list[Window]:
         """Windows of this device's share of a step."""
         share = self.batch_size // self.world_size
-        first = self.first_sample_of(step) + self.rank * share
+        first = self.samples_before(step) + self.rank * share
         samples = np.arange(first, first + share, dtype=np.int64)
         return self.tokens.windows(samples, self.sequence_length, self.seed)
 

@@ -69,6 +69,11 @@ class Mixture:
             chosen[here] = part.windows(numbers[here], sequence_length, seed)
         return [Window(int(part), int(number)) for part, number in zip(sources, chosen, strict=True)]
 
+    def describe(self, window: Window) -> str:
+        """A window in words: its number, and its source where there are several."""
+        source = f" of source {window.part + 1}" if len(self.parts) > 1 else ""
+        return f"{window.number:,}{source}"
+
     def read(self, window: Window, sequence_length: int) -> NDArray[np.int64]:
         """Tokens (sequence_length + 1,) of a window."""
         stream = self.parts[window.part].tokens

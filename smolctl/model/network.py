@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from smolctl.arithmetic import LOSS_CHUNK_ROWS
 from smolctl.config import ModelConfig
 from smolctl.model.cache import KVCache, LayerCache
+from smolctl.model.functional import linear_cross_entropy, rms_norm, rotate, swiglu_linear
 
 
 class Linear(nn.Linear):
@@ -41,26 +42,16 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rotary_table(config: ModelConfig, positions: int, device: torch.device) -> Tensor:
-    """cos and sin of the angles of the first positions, in float32: (2, positions, D).
-
-    The two halves of a head turn together ("rotate half"), as in Hugging Face's Llama.
-    """
+    """cos and sin of the angles of the first positions, in float32: (2, positions, 1, D/2)."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents  # (D/2,)
     steps = torch.arange(positions, dtype=torch.float32, device=device)
-    angles = torch.outer(steps, frequencies).repeat(1, 2)  # (positions, D)
+    angles = torch.outer(steps, frequencies)[:, None]  # (positions, 1, D/2)
     return torch.stack((angles.cos(), angles.sin()))
-
-
-def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turn queries or keys (B, H, T, D) by the angles of their positions (2, T, D)."""
-    cos, sin = rotary.to(x.dtype)
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
 class Attention(nn.Module):
@@ -81,11 +72,12 @@ class Attention(nn.Module):
         self, x: Tensor, rotary: Tensor | None, cache: LayerCache | None, mask: Tensor | None = None
     ) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, S, D)
         y = F.scaled_dot_product_attention(
@@ -123,7 +115,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return swiglu_linear(self.gate_proj(x), self.up_proj(x), self.down_proj.weight)
 
 
 class Block(nn.Module):
@@ -181,7 +173,7 @@ class Decoder(nn.Module):
         x = self.embed_tokens(input_ids)  # (B, T, C)
         if self.embed_positions is not None:
             x = x + self.embed_positions.weight[positions]
-        rotary = self._angles(positions.stop, x.device)[:, positions] if self.uses_rope else None  # (2, T, D)
+        rotary = self._angles(positions.stop, x.device)[:, positions] if self.uses_rope else None
         mask = _document_mask(documents) if documents is not None else None  # (B, 1, T, T)
         for index, block in enumerate(self.layers):
             x = block(x, rotary, cache.layers[index] if cache is not None else None, mask)
@@ -226,18 +218,18 @@ class Transformer(nn.Module):
         """Logits (B, V) after the last token alone: a prompt needs no others."""
         return F.linear(self.model(input_ids, cache)[:, -1], self.head_weight)
 
-    def loss(self, input_ids: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
-        """Sum over all tokens of the cross entropy in nats; all arguments are (B, T).
+    def loss(
+        self, input_ids: Tensor, targets: Tensor, z_loss: float = 0.0, documents: Tensor | None = None
+    ) -> Tensor:
+        """Sum over all tokens of the cross entropy in nats; `input_ids` and `targets` are (B, T).
+
+        `z_loss` is the weight of logsumexp² in it; `documents` as in `forward`.
 
         The logits exist in chunks only, forward and backward: all of them at once would be 49,152
         numbers a token, more than everything else that a layer keeps.
         """
         hidden = self.model(input_ids, documents=documents).flatten(0, 1)  # (B·T, C)
-        rows = min(LOSS_CHUNK_ROWS, hidden.shape[0])
-        options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
-        return F.linear_cross_entropy(
-            hidden, self.head_weight, targets.flatten(), reduction="sum", options=options
-        )
+        return linear_cross_entropy(hidden, self.head_weight, targets.flatten(), LOSS_CHUNK_ROWS, z_loss)
 
     def token_losses(self, input_ids: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
         """Cross entropy in nats of every token, (B, T); for evaluation, without gradients."""

@@ -21,6 +21,7 @@ from smolctl.data.tokenizer import Tokenizer
 from smolctl.evaluation import bits_per_byte
 from smolctl.sources.run_folder import RunFolder
 from smolctl.training.chart import draw_loss
+from smolctl.training.distributed import from_main, gather
 from smolctl.training.events import Checkpoint, Event, Listener, Step, Validation
 from smolctl.training.module import TrainingModule
 from smolctl.training.predictions import predict
@@ -45,7 +46,7 @@ class StopFlag:
     """Remembers a SIGINT or SIGTERM until the step at hand is done; a second one stops at once."""
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+        self.received = ""  # name of the signal
         self._previous: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
@@ -63,10 +64,10 @@ class StopFlag:
         self._previous.clear()
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received:
             self.restore()
             raise SystemExit(128 + number)  # Lightning would turn KeyboardInterrupt into exit code 1
-        self.received = signal.Signals(number)
+        self.received = signal.Signals(number).name
 
 
 class RunCallback(pl.Callback):
@@ -79,6 +80,7 @@ class RunCallback(pl.Callback):
         self.context = context
         self.stop = stop
         self.saved_at = saved_at  # step of the newest checkpoint
+        self.folder = context.recorder.folder  # the main process's, once training has started
         self._durations: deque[float] = deque(maxlen=SPEED_WINDOW)
         self._step_started = 0.0
         lengths = context.tokenizer.token_byte_lengths()
@@ -88,6 +90,7 @@ class RunCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.stop.install()  # after Lightning has installed its own
+        self.folder = Path(from_main(str(self.context.recorder.folder), trainer))
         if trainer.global_step == 0:
             self._save(trainer)  # shows before step 1 that a checkpoint can be written and read
             self._predict(trainer, pl_module)
@@ -104,7 +107,10 @@ class RunCallback(pl.Callback):
         self._record_step(trainer, pl_module)
         step, config = trainer.global_step, self.context.config
         last = step >= config.train.steps
-        stopping = self.stop.received is not None
+        # A signal may reach one process only; all of them stop for the same one.
+        signals = [name for name in gather(self.stop.received, trainer) if name]
+        stopping = bool(signals)
+        self.stop.received = signals[0] if signals else ""
         if last or stopping or step % config.checkpoint.every == 0:
             self._save(trainer)
         if _is_due(step, config.validation.every, last and not stopping):
@@ -137,7 +143,7 @@ class RunCallback(pl.Callback):
                 loss=module.result.loss,
                 learning_rate=module.result.learning_rate,
                 gradient_norm=module.result.gradient_norm,
-                tokens=step * config.tokens_per_step,
+                tokens=module.dataset.samples_before(step) * config.data.sequence_length,
                 seconds=seconds,
                 tokens_per_second=config.tokens_per_step / mean,
                 eta_s=(config.train.steps - step) * mean,
@@ -149,7 +155,7 @@ class RunCallback(pl.Callback):
         if self.saved_at == step:
             return
         started = time.perf_counter()
-        path = self.context.recorder.folder / "checkpoints" / f"step-{step:06d}.ckpt"
+        path = self.folder / "checkpoints" / f"step-{step:06d}.ckpt"
         trainer.save_checkpoint(path)
         self.saved_at = step
         if trainer.is_global_zero:
@@ -169,7 +175,7 @@ class RunCallback(pl.Callback):
         batches = validation_batches(
             held_out, config.data.sequence_length, config.micro_batch_size, config.validation.batches
         )
-        result = bits_per_byte(module.network, batches, self._token_bytes, module.document_end)
+        result = bits_per_byte(module.network, batches, self._token_bytes, module.dataset.document_end)
         self._publish(
             trainer,
             Validation(trainer.global_step, result.bits_per_byte, result.standard_error, result.loss),

@@ -64,8 +64,10 @@ class DurableCheckpointIO(CheckpointIO):
                 raise SaveError(
                     f"{target}: the disk returned other bytes than were written", "Check the disk."
                 )
-            _write_checksum(target, digest)
+            # A checksum never stands beside other bytes than its own, whenever the process dies.
+            Path(f"{target}{CHECKSUM_SUFFIX}").unlink(missing_ok=True)
             partial.replace(target)
+            _write_checksum(target, digest)
             _sync_folder(target.parent)
         except OSError as error:
             raise SaveError(
@@ -104,6 +106,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path}: no checkpoint of a training run", "Name a run folder or one of its checkpoints."
         )
     return content
+
+
+def set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint, so that it is no longer taken for one and can still be looked at."""
+    path.replace(f"{path}.damaged")
+    Path(f"{path}{CHECKSUM_SUFFIX}").unlink(missing_ok=True)
 
 
 def find_damage(path: Path) -> str:

@@ -37,3 +37,11 @@ def make_optimizer(network: Transformer, config: OptimizerConfig) -> torch.optim
         betas=config.betas,
         eps=config.eps,
     )
+
+
+def apply_settings(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
+    """Give an optimizer that was loaded from a checkpoint the config's settings; its state stays."""
+    for group in optimizer.param_groups:
+        decays = any(parameter.dim() >= 2 for parameter in group["params"])
+        group["weight_decay"] = config.weight_decay if decays else 0.0
+        group["betas"], group["eps"] = config.betas, config.eps

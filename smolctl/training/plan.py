@@ -86,7 +86,7 @@ def measure_speed(network: Transformer, batch: Tensor, document_end: int | None 
     seconds = 0.0
     for _ in range(2):
         started = time.perf_counter()
-        network.loss(batch[:, :-1], batch[:, 1:], documents).div(batch.numel()).backward()
+        network.loss(batch[:, :-1], batch[:, 1:], documents=documents).div(batch.numel()).backward()
         network.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         if seconds > 2:  # the allocations of a first run are a small part of it

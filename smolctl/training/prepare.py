@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -27,11 +28,16 @@ class Prepared:
     network: Transformer
     tokenizer: Tokenizer
     corpus: TokenizedCorpus
+    first_step: int = 0  # steps behind the run
+    first_sample: int = 0  # samples that they saw
 
-    def dataset(
-        self, rank: int = 0, world_size: int = 1, first_step: int = 0, first_sample: int = 0
-    ) -> StepDataset:
-        """The steps' batches for one device; `first_step` begins with sample `first_sample`."""
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What tells this data and this tokenizer from others; kept in every checkpoint."""
+        return {"data": self.corpus.fingerprint, "tokenizer": self.tokenizer.sha256}
+
+    def dataset(self, rank: int = 0, world_size: int = 1) -> StepDataset:
+        """The steps' batches for one device."""
         config = self.config
         return StepDataset(
             self.corpus.train,
@@ -40,8 +46,9 @@ class Prepared:
             config.data.seed,
             rank,
             world_size,
-            first_step,
-            first_sample,
+            self.first_step,
+            self.first_sample,
+            self.document_end,
         )
 
     @property
@@ -83,6 +90,28 @@ def prepare(
         emit(Note(f"Weights and shape from {source.id}; a new optimizer starts at step 0."))
         network = load_network(source, dtype=torch.float32)
     return Prepared(config, network, tokenizer, corpus)
+
+
+def prepare_again(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    done: int,
+    state: Mapping[str, Any],
+    on_tokenize: Callable[[TokenizeProgress], None] | None = None,
+) -> Prepared:
+    """What a run needs after step `done`; its weights are to be read from the checkpoint.
+
+    Args:
+        config: of the steps to come.
+        tokenizer: of the run.
+        done: steps behind it.
+        state: what the checkpoint keeps for us: how many samples those steps saw.
+        on_tokenize: hears how far the tokenization is, should the cached tokens be gone.
+    """
+    samples = state["samples"] + (config.train.steps - done) * config.train.batch_size
+    corpus = tokenize_corpus(config.data, tokenizer, on_progress=on_tokenize, samples=samples)
+    network = initialize(config.model, config.train.seed)
+    return Prepared(config, network, tokenizer, corpus, done, state["samples"])
 
 
 def _with_model_of(source: ModelSource, config: RunConfig) -> RunConfig:

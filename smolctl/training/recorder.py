@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -20,24 +21,25 @@ from smolctl.config import RunConfig
 from smolctl.config.dump import to_yaml
 from smolctl.data.tokenizer import Tokenizer
 from smolctl.errors import InputError, UsageError
-from smolctl.sources.run_folder import RunFolder
+from smolctl.sources.run_folder import RUNS, RunFolder
 from smolctl.training.events import Event, Prediction, Step, Validation, to_json
+from smolctl.training.guards import naming_the_disk
 
 RECORDED_PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "numpy", "safetensors")
 METRICS = "metrics.jsonl"
 PREDICTIONS = "predictions.jsonl"
 
 
-def new_run_folder(name: str, out: Path | None, force: bool) -> Path:
+def claim_run_folder(name: str, out: Path | None, force: bool) -> Path:
     """A fresh folder for a run: `out`, or the next free runs/NAME-001.
 
     Raises:
         UsageError: `out` holds something already and `force` is not set.
+        InputError: another process is training into it.
     """
     if out is None:
-        numbers = (number for number in range(1, 10**6))
-        out = next(path for number in numbers if not (path := Path("runs") / f"{name}-{number:03d}").exists())
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        return _next_free(name)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not force:
             raise UsageError(
                 f"{out} is not empty", "Choose another --out, resume it, or replace it with --force."
@@ -46,9 +48,21 @@ def new_run_folder(name: str, out: Path | None, force: bool) -> Path:
             raise UsageError(
                 f"{out} is no run of smolctl: --force will not delete it", "Choose another --out."
             )
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
+        with RunRecorder(out).lock():
+            shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
     return out
+
+
+def _next_free(name: str) -> Path:
+    for number in itertools.count(1):
+        path = RUNS / f"{name}-{number:03d}"
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue  # of an older run, or of one that starts at this very moment
+        return path
+    raise AssertionError("unreachable")
 
 
 @dataclass(frozen=True)
@@ -65,7 +79,8 @@ class RunRecorder:
         """
         lock = FileLock(self.folder / ".lock", timeout=0)
         try:
-            lock.acquire()
+            with naming_the_disk(self.folder):
+                lock.acquire()
         except Timeout:
             raise InputError(
                 f"{self.folder}: another process is training into this run",
@@ -74,7 +89,13 @@ class RunRecorder:
         return lock
 
     def describe(self, config: RunConfig, tokenizer: Tokenizer) -> None:
-        """Write config.yaml, environment.json and the tokenizer, and point runs/latest here."""
+        """Write config.yaml, environment.json and the tokenizer, and point runs/latest here.
+
+        Raises:
+            UsageError: another process was faster to make a run of this folder.
+        """
+        if RunFolder.is_run(self.folder):
+            raise UsageError(f"{self.folder} has become a run by now", "Choose another --out.")
         self.write_config(config)
         environment = json.dumps(_environment(), indent=2)
         (self.folder / "environment.json").write_text(environment + "\n", encoding="utf-8")
@@ -84,7 +105,9 @@ class RunRecorder:
 
     def write_config(self, config: RunConfig) -> None:
         """Write the resolved config."""
-        (self.folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        partial = self.folder / ".config.yaml.partial"
+        partial.write_text(to_yaml(config), encoding="utf-8")
+        partial.replace(self.folder / "config.yaml")
 
     def record(self, event: Event) -> None:
         """Append an event to the file it belongs to."""
@@ -102,6 +125,13 @@ class RunRecorder:
                 partial = path.with_name(f".{name}.partial")
                 partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
                 partial.replace(path)
+
+    def copy_records(self, parent: Path, step: int) -> None:
+        """Begin with the records of another run up to a step."""
+        for name in (METRICS, PREDICTIONS):
+            if (parent / name).exists():
+                shutil.copyfile(parent / name, self.folder / name)
+        self.forget_after(step)
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Every record of metrics.jsonl; a line cut off by a crash is left out."""

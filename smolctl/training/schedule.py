@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from smolctl.config.run import ScheduleConfig
+
+# What a resumed run's schedule does with steps that it was not planned for.
+LearningRatePolicy = Literal["hold", "extend", "rewarm"]
+# Of the steps to come, the longest share that a second warmup and a second decay may take.
+REWARM_SHARE, DECAY_SHARE = 0.1, 0.5
 
 
 def learning_rate(step: int, peak: float, schedule: ScheduleConfig) -> float:
     """The rate of optimizer step `step`, counted from 1.
 
-    It rises linearly to `peak` over `warmup_steps`, stays there until `decay_start`, and falls to
-    `min_learning_rate` over `decay_steps` in the shape that `name` says. Past the end it stays there.
+    It rises linearly from `begin_learning_rate` to `peak` over `warmup_steps`, stays there until
+    `decay_start`, and falls to `min_learning_rate` over `decay_steps` in the shape that `name` says.
+    Past the end it stays there.
 
     Args:
         step: of the whole run, whatever the run was resumed from.
@@ -19,10 +26,46 @@ def learning_rate(step: int, peak: float, schedule: ScheduleConfig) -> float:
         schedule: with whole numbers of steps (`RunConfig.with_whole_steps`).
     """
     warmup, start, length = schedule.warmup_steps, schedule.decay_start, schedule.decay_steps
-    if step < warmup:
-        return peak * step / warmup
+    risen = step - schedule.begin
+    if risen < warmup:
+        return schedule.begin_learning_rate + (peak - schedule.begin_learning_rate) * risen / warmup
     if schedule.name == "constant" or start is None or step <= start or not length:
         return peak
     progress = min(1.0, (step - start) / length)
     left = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.name == "cosine" else 1 - progress
     return schedule.min_learning_rate + (peak - schedule.min_learning_rate) * left
+
+
+def continue_schedule(
+    schedule: ScheduleConfig, peak: float, done: int, until: int, policy: LearningRatePolicy
+) -> ScheduleConfig:
+    """The schedule of a run that goes on from step `done` to step `until`.
+
+    Args:
+        schedule: so far, in whole steps.
+        peak: the learning rate so far.
+        done: steps behind the run.
+        until: step at which it will end.
+        policy: `hold` leaves the schedule as it is, so that past its end the rate stays at its last value;
+            `extend` moves the end of the decay to `until`, as if the run had been planned so;
+            `rewarm` begins another warmup, from the rate at hand, and another decay that ends at `until`.
+    """
+    length = int(schedule.decay_steps)
+    start = schedule.decay_start or 0
+    to_the_end = schedule.name in ("cosine", "linear")  # these fall all the way from the warmup
+    if policy == "hold" or (schedule.name == "constant" and policy == "extend"):
+        return schedule
+    if policy == "extend":
+        moved = {"decay_steps": until - start} if to_the_end else {"decay_start": max(0, until - length)}
+        return schedule.model_copy(update=moved)
+    left = until - done
+    warmup = min(int(schedule.warmup_steps), max(1, round(REWARM_SHARE * left)))
+    decay = left - warmup if to_the_end else min(length, round(DECAY_SHARE * left))
+    again = {
+        "begin": done,
+        "begin_learning_rate": learning_rate(done, peak, schedule),
+        "warmup_steps": warmup,
+        "decay_start": until - decay,
+        "decay_steps": decay,
+    }
+    return schedule.model_copy(update=again)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
     from rich.table import Table
+
+    from smolctl.training.verify import Verification
 
 # Where there is no terminal, a line of progress at most every so many seconds.
 PLAIN_INTERVAL = 5.0
@@ -95,6 +98,19 @@ class TrainingView:
         """The plan as a table, or as one JSON document."""
         self._end_tokenizing()
         self.out.show(plan_table(plan))
+
+    def show_verification(self, verification: Verification) -> None:
+        """Whether the repeated steps were the same, in one line, and what differed."""
+        self._end_tokenizing()
+        self.out.event({"event": "verification", **asdict(verification), "exact": verification.exact})
+        steps = f"Steps {verification.first + 1:,} to {verification.last:,} of {verification.run}"
+        compared = f"{verification.tensors:,} tensors and the losses of {verification.losses:,} steps"
+        if verification.exact:
+            self.out.show(f"{steps} repeat bit for bit: {compared} are equal.")
+            return
+        self.out.show(f"{steps} do NOT repeat ({compared} compared). What differs:")
+        for difference in verification.differences:
+            self.out.show(f"  {difference}")
 
     def _remember(self, event: Event) -> None:
         if not isinstance(event, Note):

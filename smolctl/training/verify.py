@@ -1,0 +1,178 @@
+"""`resume --verify`: the steps before a checkpoint once more, compared bit for bit with what is on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from smolctl.config import RunConfig
+from smolctl.data.shards import TokenizeProgress
+from smolctl.data.tokenizer import load_tokenizer
+from smolctl.errors import ExitCode, InputError, UsageError
+from smolctl.sources.run_folder import CheckpointFile, RunFolder
+from smolctl.training.checkpoint import find_damage, read_checkpoint
+from smolctl.training.events import Listener, Note
+from smolctl.training.fit import run_trainer
+from smolctl.training.module import StepResult, TrainingModule
+from smolctl.training.prepare import prepare_again
+from smolctl.training.recorder import METRICS
+from smolctl.training.resume import ResumeOptions, require_same_data, sound_checkpoint
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Whether a run, repeated from one checkpoint, arrives at the next one."""
+
+    run: str
+    first: int  # step that was started from
+    last: int  # step that was compared
+    tensors: int  # compared: weights, optimizer state, random states
+    losses: int  # steps whose loss, gradient norm and learning rate were compared
+    differences: tuple[str, ...]  # the first few; empty when everything is equal bit for bit
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing differs."""
+        return not self.differences
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """DONE, or GATE_NOT_MET when something differs."""
+        return ExitCode.DONE if self.exact else ExitCode.GATE_NOT_MET
+
+
+def verify(
+    run: Path,
+    options: ResumeOptions,
+    emit: Listener,
+    on_tokenize: Callable[[TokenizeProgress], None] | None = None,
+) -> Verification:
+    """Repeat the steps between two checkpoints and compare. Nothing is written.
+
+    Args:
+        run: its folder.
+        options: `step` to start from (default: the checkpoint before the last), `until` to end at
+            (default: the newest checkpoint). Changes are refused: they would prove nothing.
+        emit: hears what is done.
+        on_tokenize: hears how far the tokenization is, should the cached tokens be gone.
+
+    Raises:
+        UsageError: options that make no sense here.
+        InputError: there are no two good checkpoints, or the data or the tokenizer is another one.
+    """
+    if options.settings or options.extra or options.out:
+        raise UsageError(
+            "--verify repeats a run as it was", "Combine it with nothing but RUN@STEP and --until."
+        )
+    folder = RunFolder.open(run)
+    end = sound_checkpoint(folder, options.until)
+    start = _start(folder, end, options.step)
+    state, content = read_checkpoint(start.path)["smolctl"], read_checkpoint(end.path)
+    config = RunConfig.model_validate(content["hyper_parameters"]["config"])
+    steps = config.train.model_copy(update={"steps": end.step})
+    config = config.model_copy(update={"train": steps})
+    tokenizer = load_tokenizer(str(folder.path / "tokenizer"))
+    prepared = prepare_again(config, tokenizer, start.step, state, on_tokenize)
+    require_same_data(content["smolctl"], prepared, end)
+    emit(Note(f"Repeating steps {start.step + 1:,} to {end.step:,} from {start.path}."))
+    watcher = _Watcher()
+    trainer, module = run_trainer(prepared, watcher, start.path)
+    again = {
+        "weights": module.state_dict(),
+        "optimizer": trainer.optimizers[0].state_dict(),
+        "random states": watcher.smolctl["rng"],
+    }
+    before = {
+        "weights": content["state_dict"],
+        "optimizer": content["optimizer_states"][0],
+        "random states": content["smolctl"]["rng"],
+    }
+    recorded = _recorded(folder.path, start.step, end.step)
+    differences = [*_loss_differences(recorded, watcher.results), *_differences(before, again, "")]
+    compared = sum(isinstance(leaf, torch.Tensor) for leaf in _leaves(before))
+    return Verification(
+        str(folder.path), start.step, end.step, compared, len(recorded), tuple(differences[:10])
+    )
+
+
+def _start(folder: RunFolder, end: CheckpointFile, step: int | None) -> CheckpointFile:
+    if step is not None:
+        start = sound_checkpoint(folder, step)
+        if start.step >= end.step:
+            raise UsageError(f"step {start.step} does not lie before {end.step}", "Name an older step.")
+        return start
+    older = [file for file in folder.checkpoints() if file.step < end.step and not find_damage(file.path)]
+    if not older:
+        raise InputError(
+            f"{folder.path}: no good checkpoint before step {end.step:,} to repeat the run from",
+            "Keep more than one with checkpoint.keep_last.",
+        )
+    return older[-1]
+
+
+class _Watcher(pl.Callback):
+    """Remembers every step, and the state after the last one."""
+
+    def __init__(self) -> None:
+        self.results: dict[int, StepResult] = {}
+        self.smolctl: dict[str, Any] = {}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        assert pl_module.result is not None
+        self.results[trainer.global_step] = pl_module.result
+        if trainer.global_step == trainer.max_steps:
+            kept: dict[str, Any] = {}
+            pl_module.on_save_checkpoint(kept)
+            self.smolctl = kept["smolctl"]
+
+
+def _recorded(folder: Path, first: int, last: int) -> dict[int, StepResult]:
+    """What metrics.jsonl says of the steps after `first` up to `last`."""
+    path = folder / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    records = (json.loads(line) for line in lines)
+    return {
+        record["step"]: StepResult(record["loss"], record["gradient_norm"], record["learning_rate"])
+        for record in records
+        if record["event"] == "step" and first < record["step"] <= last
+    }
+
+
+def _loss_differences(recorded: Mapping[int, StepResult], results: Mapping[int, StepResult]) -> Iterator[str]:
+    for step, result in sorted(recorded.items()):
+        if result != results.get(step):
+            yield f"step {step:,}: recorded {result}, repeated {results.get(step)}"
+
+
+def _differences(before: Any, again: Any, path: str) -> Iterator[str]:
+    """Where two nested values differ in one bit or more."""
+    if isinstance(before, torch.Tensor) and isinstance(again, torch.Tensor):
+        if before.shape != again.shape or not torch.equal(before, again.cpu()):
+            yield path
+    elif isinstance(before, Mapping) and isinstance(again, Mapping) and before.keys() == again.keys():
+        for key in before:
+            yield from _differences(before[key], again[key], f"{path} {key}".strip())
+    elif isinstance(before, list | tuple) and isinstance(again, list | tuple) and len(before) == len(again):
+        for index, (one, two) in enumerate(zip(before, again, strict=True)):
+            yield from _differences(one, two, f"{path} {index}".strip())
+    elif before != again:
+        yield path
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value

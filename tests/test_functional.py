@@ -1,0 +1,116 @@
+"""The network's own operations against PyTorch's: the same values, the same gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smolctl.config import ModelConfig
+from smolctl.model.functional import linear_cross_entropy, rms_norm, rotate, swiglu_linear
+from smolctl.model.network import rotary_table
+from smolctl.model.weights import initialize
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def assert_same_gradients(
+    one: Callable[..., Tensor], two: Callable[..., Tensor], *inputs: Tensor, tolerance: float = 1e-6
+) -> None:
+    """Values and gradients of both functions agree on the same inputs, in float32."""
+    results = []
+    for function in (one, two):
+        leaves = [value.float().requires_grad_() for value in inputs]
+        out = function(*leaves)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, atol=tolerance, rtol=1e-5)
+
+
+def test_rms_norm_equals_pytorch() -> None:
+    assert_same_gradients(
+        lambda x, w: rms_norm(x, w, 1e-5),
+        lambda x, w: F.rms_norm(x, (24,), w, 1e-5),
+        draw(2, 5, 24),
+        draw(24, seed=1),
+    )
+
+
+def test_rotation_equals_its_definition() -> None:
+    config = ModelConfig(hidden_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    table = rotary_table(config, 6, torch.device("cpu"))
+
+    def defined(x: Tensor) -> Tensor:
+        cos, sin = table.repeat(1, 1, 1, 2)
+        left, right = x.chunk(2, -1)
+        return x * cos + torch.cat((-right, left), -1) * sin
+
+    assert_same_gradients(lambda x: rotate(x, table), defined, draw(2, 6, 2, 8))
+
+
+def test_swiglu_equals_its_definition() -> None:
+    assert_same_gradients(
+        swiglu_linear,
+        lambda gate, up, w: F.linear(F.silu(gate) * up, w),
+        draw(2, 5, 12),
+        draw(2, 5, 12, seed=1),
+        draw(7, 12, seed=2),
+        tolerance=1e-5,
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 4, 10, 64])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_chunked_cross_entropy_equals_the_whole_one(rows: int, z_loss: float) -> None:
+    targets = torch.randint(0, 30, (10,), generator=torch.Generator().manual_seed(3))
+
+    def whole(hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = hidden @ weight.mT
+        return F.cross_entropy(logits, targets, reduction="sum") + z_loss * logits.logsumexp(1).square().sum()
+
+    assert_same_gradients(
+        lambda h, w: linear_cross_entropy(h, w, targets, rows, z_loss),
+        whole,
+        draw(10, 8),
+        draw(30, 8, seed=1),
+        tolerance=1e-5,
+    )
+
+
+def test_cross_entropy_is_exact_where_a_target_is_all_but_impossible() -> None:
+    hidden, weight = torch.tensor([[200.0]]), torch.tensor([[1.0], [-1.0]])
+    assert linear_cross_entropy(hidden, weight, torch.tensor([1]), 1).item() == 400.0
+
+
+def test_operations_work_under_autocast() -> None:
+    shape = ModelConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=16,
+    )
+    network = initialize(shape, 0)
+    tokens = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(0))
+    exact = network.loss(tokens[:, :-1], tokens[:, 1:])
+    exact.backward()
+    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+    network.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = network.loss(tokens[:, :-1], tokens[:, 1:])
+    mixed.backward()
+    assert mixed.item() == pytest.approx(exact.item(), rel=1e-2)
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+        assert torch.linalg.vector_norm(parameter.grad - gradients[name]) < 0.05 * torch.linalg.vector_norm(
+            gradients[name]
+        )
