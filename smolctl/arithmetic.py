@@ -160,7 +160,7 @@ class TrainingMemory:
 
     weights: int
     gradients: int  # a tied table's twice: from the lookup and from the head, before they are added
-    optimizer: int  # AdamW's two moments
+    optimizer: int  # AdamW's two moments, or Muon's one for the matrices of the layers
     activations: int  # kept from forward for backward
     logits: int  # the chunk of logits and of their gradient that the loss holds at once
 
@@ -185,16 +185,29 @@ def activation_values_per_token(config: ModelConfig) -> int:
     return config.num_hidden_layers * layer + 3 * hidden + 1
 
 
+def optimizer_values(config: ModelConfig, optimizer: str) -> int:
+    """Numbers that AdamW or Muon keeps: two moments a parameter, or one of each layer's matrices."""
+    count = count_parameters(config)
+    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
+    matrices = count.non_embedding - norms if optimizer == "muon" else 0
+    return 2 * count.unique - matrices
+
+
 def training_memory(
-    config: ModelConfig, batch_size: int, sequence_length: int, dtype: str = "float32"
+    config: ModelConfig,
+    batch_size: int,
+    sequence_length: int,
+    dtype: str = "float32",
+    optimizer: str = "adamw",
 ) -> TrainingMemory:
-    """What a training step with AdamW holds at its peak, without the framework's own memory.
+    """What a training step holds at its peak, without the framework's own memory.
 
     Args:
         config: the network.
         batch_size: sequences in memory at once (the micro-batch).
         sequence_length: tokens of each.
         dtype: a key of `TRAINING_DTYPES`.
+        optimizer: "adamw" or "muon".
     """
     stored, computed = (BYTES_PER_VALUE[name] for name in TRAINING_DTYPES[dtype])
     count = count_parameters(config)
@@ -202,7 +215,7 @@ def training_memory(
     return TrainingMemory(
         weights=count.unique * stored,
         gradients=count.naive * stored,
-        optimizer=2 * count.unique * stored,
+        optimizer=optimizer_values(config, optimizer) * stored,
         activations=tokens * activation_values_per_token(config) * computed,
         logits=2 * min(LOSS_CHUNK_ROWS, tokens) * config.vocab_size * BYTES_PER_VALUE["float32"],
     )

@@ -44,6 +44,14 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return (x if wide else x.mT).to(matrices.dtype)
 
 
+def by_shape(parameters: Iterable[nn.Parameter]) -> dict[torch.Size, list[nn.Parameter]]:
+    """Parameters of one shape together: their products run as one batch."""
+    groups: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+    for parameter in parameters:
+        groups[parameter.shape].append(parameter)
+    return groups
+
+
 class MuonAdamW(Optimizer):
     """Parameter groups with `muon: True` are stepped by Muon, the others by fused AdamW.
 
@@ -84,10 +92,7 @@ class MuonAdamW(Optimizer):
         return loss
 
     def _muon_step(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        same_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
-        for parameter in parameters:
-            same_shape[parameter.shape].append(parameter)
-        for shape, members in same_shape.items():
+        for shape, members in by_shape(parameters).items():
             directions = []
             for parameter in members:
                 assert parameter.grad is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from smolctl.config.run import OptimizerConfig
 from smolctl.model.network import Transformer
@@ -22,21 +23,28 @@ def make_optimizer(network: Transformer, config: OptimizerConfig) -> torch.optim
         return torch.optim.AdamW(
             groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
         )
-    hidden = {id(parameter) for parameter in network.model.layers.parameters()}
-    split = {
-        muon: [parameter for parameter in matrices if (id(parameter) in hidden) == muon]
-        for muon in (True, False)
-    }
+    hidden = hidden_matrices(network)
+    known = set(map(id, hidden))
+    tables = [parameter for parameter in matrices if id(parameter) not in known]
     return MuonAdamW(
         [
-            {"params": split[True], "weight_decay": config.weight_decay, "muon": True},
-            {"params": split[False], "weight_decay": config.weight_decay, "muon": False},
+            {"params": hidden, "weight_decay": config.weight_decay, "muon": True},
+            {"params": tables, "weight_decay": config.weight_decay, "muon": False},
             {**others, "muon": False},
         ],
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
     )
+
+
+def hidden_matrices(network: Transformer) -> list[nn.Parameter]:
+    """The matrices between the embeddings and the head, which Muon steps."""
+    return [
+        parameter
+        for parameter in network.model.layers.parameters()
+        if parameter.requires_grad and parameter.dim() >= 2
+    ]
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:

@@ -13,9 +13,13 @@ from smolctl.arithmetic import TrainingMemory, count_parameters, training_memory
 from smolctl.config import RunConfig
 from smolctl.data.batches import document_ids
 from smolctl.model.network import Transformer
+from smolctl.training.device import resolved_precision
+from smolctl.training.muon import by_shape, orthogonalize
+from smolctl.training.optimizers import hidden_matrices
 
-# Bytes of a checkpoint for each parameter: the float32 weight and AdamW's two float32 moments.
-CHECKPOINT_BYTES_PER_PARAMETER = 12
+# Beyond what tensors hold, glibc's allocator keeps about as much as the gradients in gaps between them.
+# Measured on the 135M model; see benchmarks/README.md.
+GAPS_PER_GRADIENT_BYTE = 1.0
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Plan:
     passes: float  # over the corpus
     tokens_per_parameter: float
     memory: TrainingMemory
+    framework_bytes: int  # held by the process before the run: Python and its libraries; 0 on a GPU
+    gap_bytes: int  # lost in the allocator's gaps; 0 on a GPU
     checkpoint_bytes: int  # of one
     checkpoints_kept: int
     disk_bytes: int  # of all that stay
@@ -40,15 +46,42 @@ class Plan:
     tokens_per_second: float
     eta_s: float
 
+    @property
+    def memory_bytes(self) -> int:
+        """Expected peak of the process, or of the GPU's memory."""
+        return self.framework_bytes + self.memory.total + self.gap_bytes
+
 
 def make_plan(
-    config: RunConfig, done: int, corpus_tokens: int, tokens_per_second: float, disk_free: int, device: str
+    config: RunConfig,
+    done: int,
+    corpus_tokens: int,
+    tokens_per_second: float,
+    disk_free: int,
+    device: str,
+    framework: int,
 ) -> Plan:
-    """Put the numbers together. `done` steps lie behind the run already."""
+    """Put the numbers together.
+
+    Args:
+        config: of the run, for one device.
+        done: steps that lie behind it already.
+        corpus_tokens: to train on.
+        tokens_per_second: as measured.
+        disk_free: bytes where the checkpoints will go.
+        device: "cpu" or "cuda".
+        framework: bytes of main memory that the process holds without the run, where they count.
+    """
     parameters = count_parameters(config.model).unique
     steps = config.train.steps - done
     tokens = steps * config.tokens_per_step
-    checkpoint = parameters * CHECKPOINT_BYTES_PER_PARAMETER
+    memory = training_memory(
+        config.model,
+        config.micro_batch_size,
+        config.data.sequence_length,
+        optimizer=config.optimizer.name,
+    )
+    checkpoint = memory.weights + memory.optimizer
     written = 1 + math.ceil(steps / config.checkpoint.every)  # the first one before step 1
     kept = min(written, config.checkpoint.keep_last) if config.checkpoint.keep_last else written
     if config.checkpoint.keep_every:
@@ -63,7 +96,9 @@ def make_plan(
         corpus_tokens=corpus_tokens,
         passes=tokens / corpus_tokens,
         tokens_per_parameter=tokens / parameters,
-        memory=training_memory(config.model, config.micro_batch_size, config.data.sequence_length),
+        memory=memory,
+        framework_bytes=framework,
+        gap_bytes=round(GAPS_PER_GRADIENT_BYTE * memory.gradients) if device == "cpu" else 0,
         checkpoint_bytes=checkpoint,
         checkpoints_kept=kept,
         disk_bytes=kept * checkpoint,
@@ -74,22 +109,52 @@ def make_plan(
     )
 
 
-def measure_speed(network: Transformer, batch: Tensor, document_end: int | None = None) -> float:
-    """Tokens a second of a real forward and backward on a micro-batch (B, T + 1).
+def measure_speed(
+    network: Transformer, batch: Tensor, config: RunConfig, document_end: int | None = None
+) -> float:
+    """Tokens a second of a step, from one real forward and backward on a micro-batch (B, T + 1).
 
-    Run once to warm up when that is cheap, then timed. Gradients are dropped and the random state is put
-    back: the run that follows is the same with and without it.
+    Run once to warm up when that is cheap, then timed. Muon's orthogonalization is timed too; AdamW's
+    update, a few per cent of a step at most, is not. Gradients are dropped and the random state is put back:
+    the run that follows is the same with and without it.
+
+    Args:
+        network: on the device to measure.
+        batch: on the same device.
+        config: of the run.
+        document_end: token that ends a document, where attention stays within documents.
     """
     state = torch.get_rng_state()
     network.train()
     documents = document_ids(batch[:, :-1], document_end)
-    seconds = 0.0
+    device = batch.device
+    mixed = resolved_precision(config) == "bf16-mixed"
+    forward = update = 0.0
     for _ in range(2):
-        started = time.perf_counter()
-        network.loss(batch[:, :-1], batch[:, 1:], documents=documents).div(batch.numel()).backward()
+        started = _now(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+            loss = network.loss(batch[:, :-1], batch[:, 1:], documents=documents)
+        loss.div(batch.numel()).backward()
+        forward = _now(device) - started
+        if config.optimizer.name == "muon":
+            started = _now(device)
+            _orthogonalize_gradients(network)
+            update = _now(device) - started
         network.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - started
-        if seconds > 2:  # the allocations of a first run are a small part of it
+        if forward > 2:  # the allocations of a first run are a small part of it
             break
     torch.set_rng_state(state)
-    return batch.shape[0] * (batch.shape[1] - 1) / seconds
+    tokens = batch.shape[0] * (batch.shape[1] - 1)
+    return config.tokens_per_step / (forward * config.tokens_per_step / tokens + update)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _orthogonalize_gradients(network: Transformer) -> None:
+    """What Muon does to the gradients of a step, without the step."""
+    for gradients in by_shape([parameter for parameter in hidden_matrices(network)]).values():
+        orthogonalize(torch.stack([parameter.grad for parameter in gradients if parameter.grad is not None]))
