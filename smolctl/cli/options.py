@@ -19,6 +19,15 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the config; repeatable."),
 ]
+Loggers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--logger",
+        metavar="NAME",
+        help="Log also to csv, tensorboard, wandb or trackio; repeatable; none: to no other.",
+        show_default=False,
+    ),
+]
 Model = Annotated[
     str,
     typer.Argument(
@@ -27,6 +36,11 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+
+
+def logger_names(given: list[str] | None) -> list[str] | None:
+    """The values of `--logger`: None when it was not given, an empty list for `none`."""
+    return [] if given == ["none"] else given
 
 
 def command(function: Callable[..., int | None]) -> Callable[..., None]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from smolctl.cli.options import Debug, Json, Quiet, Verbose, command
+from smolctl.cli.options import Debug, Json, Loggers, Quiet, Verbose, command, logger_names
 from smolctl.views.output import Output
 
 
@@ -26,6 +26,7 @@ def resume(
         int | None,
         typer.Option("--until", min=1, help="Step of the whole run to end at.", show_default=False),
     ] = None,
+    logger: Loggers = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -44,5 +45,7 @@ def resume(
 
     path, step = split_step(run) if run else (latest_run(), None)
     with TrainingView(Output(json, quiet, verbose)) as view:
-        result = resume_run(Path(path), step, extra, until, view, view.tokenizing)
+        result = resume_run(
+            Path(path), step, extra, until, view, view.tokenizing, loggers=logger_names(logger)
+        )
     return result.exit_code

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from smolctl.cli.options import Debug, Json, Quiet, Settings, Verbose, command
+from smolctl.cli.options import Debug, Json, Loggers, Quiet, Settings, Verbose, command, logger_names
 from smolctl.views.output import Output
 
 DEFAULT_CONFIG = "smollm2-135m"
@@ -49,6 +49,7 @@ def train(
     strategy: Annotated[str | None, typer.Option("--strategy", help="Lightning's: ddp, fsdp.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run folder. Default: runs/CONFIG-NNN.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the run in --out.")] = False,
+    logger: Loggers = None,
     settings: Settings = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     json: Json = False,
@@ -81,6 +82,7 @@ def train(
             "trainer.devices": devices,
             "trainer.num_nodes": num_nodes,
             "trainer.strategy": strategy,
+            "trainer.loggers": logger_names(logger),
         }
     )
     name = config or (DEFAULT_FINETUNE_CONFIG if init_from else DEFAULT_CONFIG)

@@ -34,7 +34,7 @@ def draw_loss(records: Sequence[dict[str, Any]], target: Path) -> None:
     axes.set_ylabel("loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(target, dpi=120)
+    figure.savefig(target, format="png", dpi=120)
 
 
 def running_mean(values: Sequence[float], share: float = 0.05) -> list[float]:

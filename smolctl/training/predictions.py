@@ -13,18 +13,20 @@ from smolctl.generation.complete import CompletionSettings, complete
 from smolctl.generation.sampling import SamplingSettings
 from smolctl.model.network import Transformer
 from smolctl.training.events import Candidate, Prediction
+from smolctl.training.rng import keeping_rng
 
 TOP_TOKENS = 5
 
 
 @contextmanager
 def observing(network: Transformer) -> Iterator[None]:
-    """Evaluation mode, eager code and no gradients inside; the network's mode is put back after."""
+    """Evaluation mode and no gradients inside; after it, also after a failure, training finds the
+    network's mode and every random state as they were.
+    """
     was_training = network.training
     network.eval()
     try:
-        # A compiled block would be compiled again for every length of a prompt.
-        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+        with keeping_rng(), torch.inference_mode():
             yield
     finally:
         network.train(was_training)
@@ -37,7 +39,8 @@ def predict(
     settings = CompletionSettings(
         max_tokens=config.max_tokens, seed=step, sampling=SamplingSettings(temperature=config.temperature)
     )
-    with observing(network):
+    # A compiled block would be compiled again for every length of a prompt.
+    with observing(network), torch.compiler.set_stance("force_eager"):
         return tuple(_predict(network, tokenizer, prompt, settings, step) for prompt in config.prompts)
 
 

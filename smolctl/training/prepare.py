@@ -17,6 +17,7 @@ from smolctl.model.weights import initialize, load_network
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource
 from smolctl.training.events import Listener, Note
+from smolctl.training.loggers import require_packages
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def prepare(
     Raises:
         SmolError: the model, the tokenizer or the corpus cannot be used; each with its remedy.
     """
+    require_packages(config.trainer.loggers)
     source = open_source(init_from) if init_from else None
     if source is not None:
         config = _with_model_of(source, config)

@@ -6,7 +6,7 @@ import logging
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from smolctl.training.callbacks import RunCallback, RunContext, StopFlag
 from smolctl.training.checkpoint import DurableCheckpointIO, find_damage, read_checkpoint
 from smolctl.training.events import End, Listener, Note, Start
 from smolctl.training.guards import naming_the_memory_knob
+from smolctl.training.loggers import require_packages
 from smolctl.training.module import TrainingModule
 from smolctl.training.plan import Plan, make_plan, measure_speed
 from smolctl.training.prepare import Prepared
@@ -86,6 +87,8 @@ def resume(
     until: int | None,
     emit: Listener,
     on_tokenize: Callable[[TokenizeProgress], None] | None = None,
+    *,
+    loggers: Sequence[str] | None = None,
 ) -> RunResult:
     """Continue a run exactly where a checkpoint left it.
 
@@ -96,6 +99,7 @@ def resume(
         until: or the step to end at. With neither, the steps that the run was planned for.
         emit: hears every event.
         on_tokenize: hears how far the tokenization is, should the cached tokens be gone.
+        loggers: `trainer.loggers` from now on; None keeps the run's.
 
     Raises:
         UsageError: nothing would be left to do.
@@ -107,7 +111,8 @@ def resume(
         checkpoint = _sound_checkpoint(folder, step)
         content = read_checkpoint(checkpoint.path)
         config = RunConfig.model_validate(content["hyper_parameters"]["config"])
-        config = with_target(config, checkpoint.step, extra, until)
+        config = with_target(with_loggers(config, loggers), checkpoint.step, extra, until)
+        require_packages(config.trainer.loggers)
         tokenizer = load_tokenizer(str(folder.path / "tokenizer"))
         corpus = tokenize_corpus(config.data, tokenizer, on_progress=on_tokenize)
         _require_same_data(content["smolctl"], tokenizer, corpus, checkpoint)
@@ -163,6 +168,18 @@ def with_target(config: RunConfig, done: int, extra: int | None, until: int | No
     return resolve_run_config(
         {**config.model_dump(), "train": {**config.train.model_dump(), "steps": target}}, origin="resume"
     )
+
+
+def with_loggers(config: RunConfig, loggers: Sequence[str] | None) -> RunConfig:
+    """The config with other loggers; None keeps its own.
+
+    Raises:
+        InputError: there is no logger of that name.
+    """
+    if loggers is None:
+        return config
+    trainer = {**config.trainer.model_dump(), "loggers": tuple(loggers)}
+    return resolve_run_config({**config.model_dump(), "trainer": trainer}, origin="--logger")
 
 
 def _boundary(config: RunConfig, done: int) -> str:

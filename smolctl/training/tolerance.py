@@ -1,0 +1,42 @@
+"""What only looks at a run may fail without ending it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from smolctl.training.events import Listener, Note
+from smolctl.training.module import NonFiniteError
+
+
+class Tolerance:
+    """Turns the failure of an onlooker into a note, once for each kind."""
+
+    def __init__(self, emit: Listener) -> None:
+        self._emit = emit
+        self._told: set[str] = set()
+
+    @contextmanager
+    def __call__(self, onlooker: str, step: int) -> Iterator[None]:
+        """Whatever fails inside is told and otherwise forgotten.
+
+        Args:
+            onlooker: what fails, as the subject of a sentence.
+            step: at which.
+
+        Raises:
+            NonFiniteError: that is no onlooker's failure. So are signals and interrupts, which pass too.
+        """
+        try:
+            yield
+        except NonFiniteError:
+            raise
+        except Exception as error:
+            if onlooker not in self._told:
+                self._told.add(onlooker)
+                self._emit(Note(f"step {step:,}: {onlooker} failed ({reason(error)}); training goes on"))
+
+
+def reason(error: Exception) -> str:
+    """An exception in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
