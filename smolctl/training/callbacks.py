@@ -21,12 +21,12 @@ from smolctl.data.tokenizer import Tokenizer
 from smolctl.evaluation import bits_per_byte
 from smolctl.sources.run_folder import RunFolder
 from smolctl.training.device import flops_utilization, peak_memory, run_peak_flops
-from smolctl.training.events import Checkpoint, Event, Listener, Prediction, Step, Validation, to_json
+from smolctl.training.events import Checkpoint, Event, Listener, Step, Validation, to_json
 from smolctl.training.loggers import MetricLoggers, Opening
 from smolctl.training.module import TrainingModule
 from smolctl.training.predictions import observing, predict
 from smolctl.training.recorder import RunRecorder
-from smolctl.training.tolerance import Tolerance
+from smolctl.training.tolerance import Tolerance, shortened
 
 # Steps over which the displayed speed is averaged: enough to be calm, few enough to follow a change.
 SPEED_WINDOW = 20
@@ -203,13 +203,15 @@ class RunCallback(pl.Callback):
     def _predict(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, TrainingModule)
         context, step = self.context, trainer.global_step
-        if not context.config.predictions.every or not trainer.is_global_zero:
+        config = context.config.predictions
+        if not config.every or not trainer.is_global_zero:
             return
-        predictions: tuple[Prediction, ...] = ()
-        with self._tolerating("the prediction", step):
-            predictions = predict(module.network, context.tokenizer, context.config.predictions, step)
-        for prediction in predictions:
-            self._publish(trainer, prediction)
+        for prompt in config.prompts:
+            prediction = None
+            with self._tolerating(f"the prediction for {shortened(prompt)!r}", step):
+                prediction = predict(module.network, context.tokenizer, config, prompt, step)
+            if prediction is not None:
+                self._publish(trainer, prediction)
         with self._tolerating("writing predictions.md", step):
             context.recorder.write_story()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from smolctl.errors import SmolError
 from smolctl.training.events import Listener, Note
 from smolctl.training.module import NonFiniteError
 
@@ -39,4 +40,10 @@ class Tolerance:
 
 def reason(error: Exception) -> str:
     """An exception in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    name = "" if isinstance(error, SmolError) else f"{type(error).__name__}: "
+    return " ".join(f"{name}{error}".split())
+
+
+def shortened(text: str, most: int = 30) -> str:
+    """The beginning of a text, with an ellipsis where more follows."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"

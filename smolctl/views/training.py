@@ -253,13 +253,15 @@ class TrainingView:
         from rich.text import Text
 
         latest = [history[-1] for history in tuple(self.predictions.values())]
-        table = Table.grid(padding=(0, 2, 0, 0))
-        table.add_column(no_wrap=True, overflow="ellipsis", max_width=self.out.stdout.width * 2 // 5)
-        table.add_column(no_wrap=True, overflow="ellipsis")
+        prompts = [Text(one_line(prediction.prompt), style="bold") for prediction in latest]
         newest = max(prediction.step for prediction in latest)
-        table.add_row(Text("predictions", style="dim"), Text(f"at step {newest:,}", style="dim"))
-        for prediction in latest:
-            table.add_row(Text(one_line(prediction.prompt), style="bold"), Text(one_line(prediction.text)))
+        widest = max(prompt.cell_len for prompt in prompts)
+        table = Table.grid(expand=True, padding=(0, 2, 0, 0))
+        table.title = Text(f"predictions at step {newest:,}", style="dim", justify="left")
+        table.add_column(no_wrap=True, overflow="ellipsis", width=min(widest, self.out.stdout.width * 2 // 5))
+        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+        for prompt, prediction in zip(prompts, latest, strict=True):
+            table.add_row(prompt, Text(one_line(prediction.text)))
         return table
 
     def _predictions_table(self) -> RenderableType:
