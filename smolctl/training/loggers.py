@@ -6,12 +6,13 @@ of the run; a logger's files and pages are copies.
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -84,6 +85,9 @@ class Opening:
     records: Iterable[Mapping[str, Any]]
 
 
+Opened = tuple[Logger, str]  # and how to look at what it logs
+
+
 class MetricLoggers:
     """The loggers of a run. One that fails is left out from then on, and a note says so."""
 
@@ -92,13 +96,16 @@ class MetricLoggers:
         self._open: dict[str, Logger] = {}
 
     def open(self, names: Sequence[str], opening: Opening) -> None:
-        """Open loggers; a run that goes on continues its logs."""
+        """Open loggers and say how to look at each; a run that goes on continues its logs."""
         for name in dict.fromkeys(names):
+            chatter = io.StringIO()  # what a library says of itself would cut through the display
             try:
-                with keeping_rng(), redirect_stdout(sys.stderr):  # stdout is for data
-                    self._open[name] = OPENERS[name](opening)
+                with keeping_rng(), redirect_stdout(chatter), redirect_stderr(chatter):
+                    self._open[name], place = OPENERS[name](opening)
             except Exception as error:
                 self._drop(name, opening.done, error)
+            else:
+                self._emit(Note(f"Logging to {name}: {place}"))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Take the record of an event. With a checkpoint, what was logged so far goes to the disk."""
@@ -116,7 +123,7 @@ class MetricLoggers:
     def _each(self, step: int, act: Callable[[Logger], None]) -> None:
         for name, logger in tuple(self._open.items()):
             try:
-                with redirect_stdout(sys.stderr):
+                with keeping_rng(), redirect_stdout(sys.stderr):  # stdout is for data
                     act(logger)
             except Exception as error:
                 self._drop(name, step, error)
@@ -130,17 +137,18 @@ class MetricLoggers:
         )
 
 
-def _csv(opening: Opening) -> Logger:
+def _csv(opening: Opening) -> Opened:
     """logs/csv/metrics.csv, written anew from the records: Lightning's logger does not continue a file."""
-    (opening.folder / LOGS / "csv" / "metrics.csv").unlink(missing_ok=True)
+    path = opening.folder / LOGS / "csv" / "metrics.csv"
+    path.unlink(missing_ok=True)
     logger: Logger = CSVLogger(opening.folder, name=LOGS, version="csv", flush_logs_every_n_steps=FLUSH_EVERY)
     for record in opening.records:
         logger.log_metrics(metrics_of(record), record["step"])
     logger.save()
-    return logger
+    return logger, str(path)
 
 
-def _tensorboard(opening: Opening) -> Logger:
+def _tensorboard(opening: Opening) -> Opened:
     """logs/tensorboard; what an earlier session wrote beyond the step to go on from is hidden."""
     logger = TensorBoardLogger(
         opening.folder,
@@ -150,7 +158,7 @@ def _tensorboard(opening: Opening) -> Logger:
         purge_step=opening.done + 1 if opening.done else None,
     )
     _ = logger.experiment  # made at the first use otherwise, and only then known to fail
-    return logger
+    return logger, f"tensorboard --logdir {logger.log_dir}"
 
 
 class _WandbLogger(WandbLogger):
@@ -161,7 +169,7 @@ class _WandbLogger(WandbLogger):
         self.experiment.finish(exit_code=0 if status == "success" else 1)
 
 
-def _wandb(opening: Opening) -> Logger:
+def _wandb(opening: Opening) -> Opened:
     """The project $WANDB_PROJECT or "smolctl"; the files and the run's id lie in logs/.
 
     Neither the command line nor git's remote is recorded: both may hold a token.
@@ -185,8 +193,7 @@ def _wandb(opening: Opening) -> Logger:
         config=opening.config.model_dump(mode="json"),
         settings=settings,
     )
-    _ = logger.experiment
-    return logger
+    return logger, logger.experiment.url or f"offline, in {logs}"
 
 
 class TrackioLogger(Logger):
@@ -197,6 +204,7 @@ class TrackioLogger(Logger):
         import trackio
 
         self._project = project
+        self._trackio = trackio
         self._run = trackio.init(project=project, name=name, config=dict(config), resume="allow", embed=False)
 
     @property
@@ -218,16 +226,18 @@ class TrackioLogger(Logger):
 
     def finalize(self, status: str) -> None:
         """Send what is left and end the run."""
-        self._run.finish()
+        self._trackio.finish()  # the run's own finish() would be called once more at the process's end
 
 
-def _trackio(opening: Opening) -> Logger:
+def _trackio(opening: Opening) -> Opened:
     """A database in logs/trackio, unless $TRACKIO_DIR names another place."""
-    os.environ.setdefault("TRACKIO_DIR", str((opening.folder / LOGS / "trackio").absolute()))
-    return TrackioLogger(PROJECT, opening.folder.resolve().name, opening.config.model_dump(mode="json"))
+    folder = os.environ.setdefault("TRACKIO_DIR", str((opening.folder / LOGS / "trackio").absolute()))
+    config = opening.config.model_dump(mode="json")
+    logger = TrackioLogger(PROJECT, opening.folder.resolve().name, config)
+    return logger, f"TRACKIO_DIR={folder} trackio show --project {PROJECT}"
 
 
-OPENERS: dict[str, Callable[[Opening], Logger]] = {
+OPENERS: dict[str, Callable[[Opening], Opened]] = {
     "csv": _csv,
     "tensorboard": _tensorboard,
     "wandb": _wandb,

@@ -122,7 +122,7 @@ class RunRecorder:
     def draw_loss(self) -> None:
         """Draw loss.png anew from metrics.jsonl."""
         partial = self.folder / f".{LOSS_CURVE}.partial"
-        draw_loss(list(self.metrics()), partial)
+        draw_loss(self.metrics(), partial)
         partial.replace(self.folder / LOSS_CURVE)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from smolctl.errors import SmolError
 from smolctl.training.events import Listener, Note
 from smolctl.training.module import NonFiniteError
+from smolctl.training.rng import keeping_rng
 
 
 class Tolerance:
@@ -19,7 +20,7 @@ class Tolerance:
 
     @contextmanager
     def __call__(self, onlooker: str, step: int) -> Iterator[None]:
-        """Whatever fails inside is told and otherwise forgotten.
+        """Whatever fails inside is told and otherwise forgotten, as is what it drew by chance.
 
         Args:
             onlooker: what fails, as the subject of a sentence.
@@ -29,7 +30,8 @@ class Tolerance:
             NonFiniteError: that is no onlooker's failure. So are signals and interrupts, which pass too.
         """
         try:
-            yield
+            with keeping_rng():
+                yield
         except NonFiniteError:
             raise
         except Exception as error:
