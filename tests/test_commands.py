@@ -38,7 +38,10 @@ TINY: dict[str, Any] = {
 }
 EVENT_KEYS = {
     "start": {"run", "step", "until", "plan"},
-    "step": {"step", "loss", "learning_rate", "gradient_norm", "tokens", "tokens_per_second", "eta_s"},
+    "step": {
+        *("step", "loss", "learning_rate", "gradient_norm", "tokens", "tokens_per_second", "eta_s"),
+        *("memory_bytes", "mfu"),
+    },
     "prediction": {"step", "prompt", "text", "loss", "top"},
     "validation": {"step", "bits_per_byte", "standard_error", "loss"},
     "checkpoint": {"step", "path", "bytes", "seconds"},

@@ -34,6 +34,15 @@ KeepEvery = Annotated[
 Devices = Annotated[int | None, typer.Option("--devices", min=1, help="Devices on this machine.")]
 NumNodes = Annotated[int | None, typer.Option("--num-nodes", min=1, help="Machines.")]
 Strategy = Annotated[str | None, typer.Option("--strategy", help="Lightning's: ddp, fsdp.")]
+Loggers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--logger",
+        metavar="NAME",
+        help="Log also to csv, tensorboard, wandb or trackio; repeatable; none: to no other.",
+        show_default=False,
+    ),
+]
 Model = Annotated[
     str,
     typer.Argument(
@@ -42,6 +51,11 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+
+
+def logger_names(given: list[str] | None) -> list[str] | None:
+    """The values of `--logger`: None when it was not given, an empty list for `none`."""
+    return [] if given == ["none"] else given
 
 
 def command(function: Callable[..., int | None]) -> Callable[..., None]:

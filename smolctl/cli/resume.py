@@ -15,6 +15,7 @@ from smolctl.cli.options import (
     KeepEvery,
     KeepLast,
     LearningRate,
+    Loggers,
     MicroBatchSize,
     NumNodes,
     Quiet,
@@ -22,6 +23,7 @@ from smolctl.cli.options import (
     Strategy,
     Verbose,
     command,
+    logger_names,
     nested,
 )
 from smolctl.views.output import Output
@@ -69,6 +71,7 @@ def resume(
     num_nodes: NumNodes = None,
     strategy: Strategy = None,
     settings: Settings = None,
+    logger: Loggers = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -100,6 +103,7 @@ def resume(
             "trainer.devices": devices,
             "trainer.num_nodes": num_nodes,
             "trainer.strategy": strategy,
+            "trainer.loggers": logger_names(logger),
         }
     )
     path, step = split_step(run) if run else (latest_run(), None)

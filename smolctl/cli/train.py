@@ -16,6 +16,7 @@ from smolctl.cli.options import (
     KeepEvery,
     KeepLast,
     LearningRate,
+    Loggers,
     MicroBatchSize,
     NumNodes,
     Quiet,
@@ -23,6 +24,7 @@ from smolctl.cli.options import (
     Strategy,
     Verbose,
     command,
+    logger_names,
     nested,
 )
 from smolctl.views.output import Output
@@ -63,6 +65,7 @@ def train(
     strategy: Strategy = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run folder. Default: runs/CONFIG-NNN.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the run in --out.")] = False,
+    logger: Loggers = None,
     settings: Settings = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     json: Json = False,
@@ -98,6 +101,7 @@ def train(
             "trainer.devices": devices,
             "trainer.num_nodes": num_nodes,
             "trainer.strategy": strategy,
+            "trainer.loggers": logger_names(logger),
         }
     )
     name = config or (DEFAULT_FINETUNE_CONFIG if init_from else DEFAULT_CONFIG)

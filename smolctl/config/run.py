@@ -131,6 +131,9 @@ class TrainerConfig(Section):
     devices: int | Literal["auto"] = Field(1, description="on each machine; auto: all")
     num_nodes: int = Field(1, gt=0, description="machines")
     strategy: str = Field("auto", description="auto, ddp or fsdp")
+    loggers: tuple[Literal["csv", "tensorboard", "wandb", "trackio"], ...] = Field(
+        (), description="where the metrics also go, beside metrics.jsonl"
+    )
 
 
 class RunConfig(Section):

@@ -20,12 +20,14 @@ from smolctl.data.shards import TokenizedCorpus
 from smolctl.data.tokenizer import Tokenizer
 from smolctl.evaluation import bits_per_byte
 from smolctl.sources.run_folder import RunFolder
-from smolctl.training.chart import draw_loss
+from smolctl.training.device import flops_utilization, peak_memory, run_peak_flops
 from smolctl.training.distributed import from_main, gather
-from smolctl.training.events import Checkpoint, Event, Listener, Step, Validation
+from smolctl.training.events import Checkpoint, Event, Listener, Step, Validation, to_json
+from smolctl.training.loggers import MetricLoggers, Opening
 from smolctl.training.module import TrainingModule
-from smolctl.training.predictions import predict
+from smolctl.training.predictions import observing, predict
 from smolctl.training.recorder import RunRecorder
+from smolctl.training.tolerance import Tolerance, shortened
 
 # Steps over which the displayed speed is averaged: enough to be calm, few enough to follow a change.
 SPEED_WINDOW = 20
@@ -83,10 +85,21 @@ class RunCallback(pl.Callback):
         self.folder = context.recorder.folder  # the main process's, once training has started
         self._durations: deque[float] = deque(maxlen=SPEED_WINDOW)
         self._step_started = 0.0
+        self._peak_flops: float | None = None
+        self._tolerating = Tolerance(context.emit)
+        self._loggers = MetricLoggers(context.emit)
         lengths = context.tokenizer.token_byte_lengths()
         vocabulary = context.config.model.vocab_size
         self._token_bytes = torch.zeros(max(vocabulary, len(lengths)), dtype=torch.long)
         self._token_bytes[: len(lengths)] = torch.from_numpy(lengths)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        device, precision = trainer.strategy.root_device, str(trainer.precision)
+        self._peak_flops = run_peak_flops(device, precision, trainer.world_size)
+        if trainer.is_global_zero:
+            config, recorder = self.context.config, self.context.recorder
+            opening = Opening(recorder.folder, config, self.saved_at or 0, recorder.metrics())
+            self._loggers.open(config.trainer.loggers, opening)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.stop.install()  # after Lightning has installed its own
@@ -118,16 +131,25 @@ class RunCallback(pl.Callback):
         if _is_due(step, config.predictions.every, last and not stopping):
             self._predict(trainer, pl_module)
         if (last or stopping or step % config.checkpoint.every == 0) and trainer.is_global_zero:
-            draw_loss(list(self.context.recorder.metrics()), self.context.recorder.folder / "loss.png")
+            with self._tolerating("drawing loss.png", step):
+                self.context.recorder.draw_loss()
         if stopping:
             trainer.should_stop = True
 
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        if isinstance(exception, Exception):  # a second signal does not wait for anybody
+            self._loggers.close(trainer.global_step, "failed")
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._loggers.close(trainer.global_step, "success")
         self.stop.restore()
 
     def _publish(self, trainer: pl.Trainer, event: Event) -> None:
         if trainer.is_global_zero:
             self.context.recorder.record(event)
+            self._loggers.log(to_json(event))
             self.context.emit(event)
 
     def _record_step(self, trainer: pl.Trainer, module: TrainingModule) -> None:
@@ -136,6 +158,7 @@ class RunCallback(pl.Callback):
         self._durations.append(seconds)
         mean = sum(self._durations) / len(self._durations)
         config, step = self.context.config, trainer.global_step
+        speed = config.tokens_per_step / mean
         self._publish(
             trainer,
             Step(
@@ -145,8 +168,10 @@ class RunCallback(pl.Callback):
                 gradient_norm=module.result.gradient_norm,
                 tokens=module.dataset.samples_before(step) * config.data.sequence_length,
                 seconds=seconds,
-                tokens_per_second=config.tokens_per_step / mean,
+                tokens_per_second=speed,
                 eta_s=(config.train.steps - step) * mean,
+                memory_bytes=peak_memory(trainer.strategy.root_device),
+                mfu=flops_utilization(config, speed, self._peak_flops),
             ),
         )
 
@@ -175,20 +200,26 @@ class RunCallback(pl.Callback):
         batches = validation_batches(
             held_out, config.data.sequence_length, config.micro_batch_size, config.validation.batches
         )
-        result = bits_per_byte(module.network, batches, self._token_bytes, module.dataset.document_end)
-        self._publish(
-            trainer,
-            Validation(trainer.global_step, result.bits_per_byte, result.standard_error, result.loss),
-        )
+        step, result = trainer.global_step, None
+        with self._tolerating("the validation", step), observing(module.network):
+            result = bits_per_byte(module.network, batches, self._token_bytes, module.dataset.document_end)
+        if result is not None:
+            self._publish(trainer, Validation(step, result.bits_per_byte, result.standard_error, result.loss))
 
     def _predict(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, TrainingModule)
-        predictions = self.context.config.predictions
-        if predictions.every and trainer.is_global_zero:
-            for prediction in predict(
-                module.network, self.context.tokenizer, predictions, trainer.global_step
-            ):
+        context, step = self.context, trainer.global_step
+        config = context.config.predictions
+        if not config.every or not trainer.is_global_zero:
+            return
+        for prompt in config.prompts:
+            prediction = None
+            with self._tolerating(f"the prediction for {shortened(prompt)!r}", step):
+                prediction = predict(module.network, context.tokenizer, config, prompt, step)
+            if prediction is not None:
                 self._publish(trainer, prediction)
+        with self._tolerating("writing predictions.md", step):
+            context.recorder.write_story()
 
 
 def _is_due(step: int, every: int, last: bool) -> bool:

@@ -2,46 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 
-def draw_loss(records: Sequence[dict[str, Any]], target: Path) -> None:
-    """Draw training loss, its running mean and the validation loss over the steps into a PNG."""
+Series = NDArray[np.float64]
+
+POINTS = 4_000  # of a line at most: the picture has fewer columns, and its drawer a limit
+SMOOTHED_SHARE = 0.05  # of the run, that a point of the smooth line averages
+FIRST_SHARE = 0.05  # of the run, whose high losses may leave the picture at the top
+
+
+def draw_loss(records: Iterable[Mapping[str, Any]], target: Path) -> None:
+    """Draw the training loss, a smooth line through it, and the held-out loss into a PNG.
+
+    Args:
+        records: of metrics.jsonl, by rising step.
+        target: the file, whatever its suffix.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    steps = [record for record in records if record["event"] == "step"]
-    checks = [record for record in records if record["event"] == "validation"]
+    steps, losses, check_steps, check_losses, bits = [], [], [], [], None
+    for record in records:
+        if record["event"] == "step":
+            steps.append(record["step"])
+            losses.append(record["loss"])
+        elif record["event"] == "validation":
+            check_steps.append(record["step"])
+            check_losses.append(record["loss"])
+            bits = record["bits_per_byte"]
+    x, raw = thinned(np.array(steps, dtype=float)), thinned(np.array(losses, dtype=float))
+    smooth = smoothed(raw)
+
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    x = [record["step"] for record in steps]
-    losses = [record["loss"] for record in steps]
-    axes.plot(x, losses, color="#9ecae1", linewidth=0.8, label="training, each step")
-    axes.plot(x, running_mean(losses), color="#08519c", linewidth=1.6, label="training, running mean")
-    if checks:
-        axes.plot(
-            [record["step"] for record in checks],
-            [record["loss"] for record in checks],
-            "o-",
-            color="#d94801",
-            markersize=4,
-            label="held out",
-        )
+    axes.plot(x, raw, color="#9ecae1", linewidth=0.8, label="training")
+    axes.plot(x, smooth, color="#08519c", linewidth=1.6, label="training, smoothed")
+    if check_steps:
+        label = f"held out, last {bits:.4f} bits/byte"
+        axes.plot(check_steps, check_losses, "o-", color="#d94801", markersize=4, label=label)
+    settled = raw[round(FIRST_SHARE * len(raw)) :]
+    if len(raw) >= 100:
+        low, high = min([settled.min(), *check_losses]), max([settled.max(), *check_losses])
+        margin = 0.05 * (high - low) or 0.1
+        axes.set_ylim(low - margin, high + margin)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a token)")
+    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(target, dpi=120)
+    axes.legend(frameon=False)
+    figure.savefig(target, format="png", dpi=120)
 
 
-def running_mean(values: Sequence[float], share: float = 0.05) -> list[float]:
-    """Exponential mean whose memory is `share` of the series, without a bias at its beginning."""
-    keep = 1 - 1 / max(1.0, share * len(values))
-    mean, weight, smooth = 0.0, 0.0, []
-    for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        smooth.append(mean / weight)
-    return smooth
+def thinned(values: Series, most: int = POINTS) -> Series:
+    """A series (N,) as at most `most` means of neighbours."""
+    if len(values) <= most:
+        return values
+    edges = np.linspace(0, len(values), most + 1).astype(int)
+    return np.add.reduceat(values, edges[:-1]) / np.diff(edges)
+
+
+def smoothed(values: Series, share: float = SMOOTHED_SHARE) -> Series:
+    """The mean around every point of a series (N,), over `share` of it; over less near its beginning,
+    where a loss falls fast.
+    """
+    at = np.arange(len(values))
+    reach = np.minimum(at // 4, round(share * len(values) / 2))
+    sums = np.concatenate(([0.0], np.cumsum(values)))
+    first, end = at - reach, np.minimum(at + reach + 1, len(values))
+    return (sums[end] - sums[first]) / (end - first)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from smolctl.training.plan import Plan
+if TYPE_CHECKING:
+    from smolctl.training.plan import Plan  # imports torch; this file is read where torch is not wanted
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Step:
     seconds: float  # of this step
     tokens_per_second: float  # over the last steps
     eta_s: float  # left at that rate
+    memory_bytes: int | None  # most held so far; None where the system does not tell
+    mfu: float | None  # share of the devices' peak arithmetic; None where that is not known
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,9 @@ class End:
     seconds: float
 
 
+# JSON escapes the line ends of ASCII; these three it leaves as they are.
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+
 Event = Note | Start | Step | Prediction | Validation | Checkpoint | End
 Listener = Callable[[Event], None]
 
@@ -103,3 +110,9 @@ Listener = Callable[[Event], None]
 def to_json(event: Event) -> dict[str, Any]:
     """The event as one flat JSON object that begins with its name."""
     return {"event": event.event, **asdict(event)}
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """A JSON object as one line, also for readers to whom Unicode's other line ends are line ends."""
+    line = json.dumps(record, ensure_ascii=False)
+    return line.translate(_LINE_ENDS)

@@ -7,17 +7,16 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import lightning.pytorch as pl
 import torch
 
-from smolctl.config import RunConfig
 from smolctl.data.batches import StepLoader
 from smolctl.errors import ExitCode, InputError
 from smolctl.training.allocator import keep_freed_memory
 from smolctl.training.callbacks import RunCallback, RunContext, StopFlag
 from smolctl.training.checkpoint import DurableCheckpointIO
+from smolctl.training.device import resolved_precision
 from smolctl.training.distributed import is_main_process
 from smolctl.training.events import End, Listener, Start
 from smolctl.training.guards import naming_the_disk, naming_the_memory_knob
@@ -91,7 +90,7 @@ def run_trainer(
         devices=config.trainer.devices,
         num_nodes=config.trainer.num_nodes,
         strategy=config.trainer.strategy,
-        precision=_precision(config),
+        precision=resolved_precision(config),
         callbacks=[callback],
         plugins=[DurableCheckpointIO()],
         logger=False,
@@ -111,18 +110,6 @@ def run_trainer(
         warnings.filterwarnings("ignore", module="lightning")
         trainer.fit(module, loader, ckpt_path=start, weights_only=True)
     return trainer, module
-
-
-def on_gpu(config: RunConfig) -> bool:
-    """Whether the run will use CUDA."""
-    return torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda")
-
-
-def _precision(config: RunConfig) -> Literal["32-true", "bf16-mixed", "bf16-true"]:
-    """bf16 where the device computes in it, float32 elsewhere: a CPU emulates bf16, slowly."""
-    if config.train.precision != "auto":
-        return config.train.precision
-    return "bf16-mixed" if on_gpu(config) and torch.cuda.is_bf16_supported() else "32-true"
 
 
 def prepare_process() -> None:

@@ -36,6 +36,7 @@ class Plan:
     passes: float  # over the corpus
     tokens_per_parameter: float
     memory: TrainingMemory
+    memory_bytes: int  # expected peak of the process or of the GPU's memory: `memory`, libraries, gaps
     framework_bytes: int  # held by the process before the run: Python and its libraries; 0 on a GPU
     gap_bytes: int  # lost in the allocator's gaps; 0 on a GPU
     checkpoint_bytes: int  # of one
@@ -45,11 +46,6 @@ class Plan:
     device: str
     tokens_per_second: float
     eta_s: float
-
-    @property
-    def memory_bytes(self) -> int:
-        """Expected peak of the process, or of the GPU's memory."""
-        return self.framework_bytes + self.memory.total + self.gap_bytes
 
 
 def make_plan(
@@ -81,6 +77,7 @@ def make_plan(
         config.data.sequence_length,
         optimizer=config.optimizer.name,
     )
+    gaps = round(GAPS_PER_GRADIENT_BYTE * memory.gradients) if device == "cpu" else 0
     checkpoint = memory.weights + memory.optimizer
     written = 1 + math.ceil(steps / config.checkpoint.every)  # the first one before step 1
     kept = min(written, config.checkpoint.keep_last) if config.checkpoint.keep_last else written
@@ -97,8 +94,9 @@ def make_plan(
         passes=tokens / corpus_tokens,
         tokens_per_parameter=tokens / parameters,
         memory=memory,
+        memory_bytes=framework + memory.total + gaps,
         framework_bytes=framework,
-        gap_bytes=round(GAPS_PER_GRADIENT_BYTE * memory.gradients) if device == "cpu" else 0,
+        gap_bytes=gaps,
         checkpoint_bytes=checkpoint,
         checkpoints_kept=kept,
         disk_bytes=kept * checkpoint,
@@ -156,5 +154,5 @@ def _now(device: torch.device) -> float:
 
 def _orthogonalize_gradients(network: Transformer) -> None:
     """What Muon does to the gradients of a step, without the step."""
-    for gradients in by_shape([parameter for parameter in hidden_matrices(network)]).values():
+    for gradients in by_shape(hidden_matrices(network)).values():
         orthogonalize(torch.stack([parameter.grad for parameter in gradients if parameter.grad is not None]))

@@ -13,50 +13,50 @@ from smolctl.generation.complete import CompletionSettings, complete
 from smolctl.generation.sampling import SamplingSettings
 from smolctl.model.network import Transformer
 from smolctl.training.events import Candidate, Prediction
+from smolctl.training.rng import keeping_rng
 
 TOP_TOKENS = 5
 
 
 @contextmanager
 def observing(network: Transformer) -> Iterator[None]:
-    """Evaluation mode, eager code and no gradients inside; the network's mode is put back after."""
+    """Evaluation mode and no gradients inside; after it, also after a failure, training finds the
+    network's mode and every random state as they were.
+    """
     was_training = network.training
     network.eval()
     try:
-        # A compiled block would be compiled again for every length of a prompt.
-        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+        with keeping_rng(), torch.inference_mode():
             yield
     finally:
         network.train(was_training)
 
 
 def predict(
-    network: Transformer, tokenizer: Tokenizer, config: PredictionsConfig, step: int
-) -> tuple[Prediction, ...]:
-    """One prediction a prompt. Chance comes from a generator of its own, seeded by the step."""
+    network: Transformer, tokenizer: Tokenizer, config: PredictionsConfig, prompt: str, step: int
+) -> Prediction:
+    """How the model continues a prompt. Chance comes from a generator of its own, seeded by the step.
+
+    Raises:
+        InputError: the prompt does not fit the context.
+    """
     settings = CompletionSettings(
         max_tokens=config.max_tokens, seed=step, sampling=SamplingSettings(temperature=config.temperature)
     )
-    with observing(network):
-        return tuple(_predict(network, tokenizer, prompt, settings, step) for prompt in config.prompts)
-
-
-def _predict(
-    network: Transformer, tokenizer: Tokenizer, prompt: str, settings: CompletionSettings, step: int
-) -> Prediction:
-    ids = torch.tensor([tokenizer.encode(prompt)], device=network.head_weight.device)
-    logits = network.next_token_logits(ids)[0].float()
-    top = logits.softmax(-1).topk(min(TOP_TOKENS, len(logits)))
-    candidates = tuple(
-        Candidate(tokenizer.decode([token]), probability)
-        for token, probability in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    )
-    losses = network.token_losses(ids[:, :-1], ids[:, 1:]) if ids.shape[1] > 1 else None
-    completion = complete(network, tokenizer, prompt, settings).completions[0]
+    # A compiled block would be compiled again for every length of a prompt.
+    with observing(network), torch.compiler.set_stance("force_eager"):
+        completion = complete(network, tokenizer, prompt, settings).completions[0]
+        ids = torch.tensor([tokenizer.encode(prompt)], device=network.head_weight.device)
+        logits = network.next_token_logits(ids)[0].float()
+        top = logits.softmax(-1).topk(min(TOP_TOKENS, len(logits)))
+        losses = network.token_losses(ids[:, :-1], ids[:, 1:]) if ids.shape[1] > 1 else None
     return Prediction(
         step=step,
         prompt=prompt,
         text=completion.text,
         loss=losses.mean().item() if losses is not None else None,
-        top=candidates,
+        top=tuple(
+            Candidate(tokenizer.decode([token]), probability)
+            for token, probability in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        ),
     )

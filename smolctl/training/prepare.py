@@ -18,6 +18,7 @@ from smolctl.model.weights import initialize, load_network
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource
 from smolctl.training.events import Listener, Note
+from smolctl.training.loggers import require_packages
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def prepare(
     Raises:
         SmolError: the model, the tokenizer or the corpus cannot be used; each with its remedy.
     """
+    require_packages(config.trainer.loggers)
     source = open_source(init_from) if init_from else None
     if source is not None:
         config = _with_model_of(source, config)
@@ -108,6 +110,7 @@ def prepare_again(
         state: what the checkpoint keeps for us: how many samples those steps saw.
         on_tokenize: hears how far the tokenization is, should the cached tokens be gone.
     """
+    require_packages(config.trainer.loggers)
     samples = state["samples"] + (config.train.steps - done) * config.train.batch_size
     corpus = tokenize_corpus(config.data, tokenizer, on_progress=on_tokenize, samples=samples)
     network = initialize(config.model, config.train.seed)

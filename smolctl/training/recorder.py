@@ -22,12 +22,16 @@ from smolctl.config.dump import to_yaml
 from smolctl.data.tokenizer import Tokenizer
 from smolctl.errors import InputError, UsageError
 from smolctl.sources.run_folder import RUNS, RunFolder
-from smolctl.training.events import Event, Prediction, Step, Validation, to_json
+from smolctl.training.chart import draw_loss
+from smolctl.training.events import Event, Prediction, Step, Validation, json_line, to_json
 from smolctl.training.guards import naming_the_disk
+from smolctl.training.story import History, histories, to_markdown
 
 RECORDED_PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "numpy", "safetensors")
 METRICS = "metrics.jsonl"
 PREDICTIONS = "predictions.jsonl"
+STORY = "predictions.md"
+LOSS_CURVE = "loss.png"
 
 
 def claim_run_folder(name: str, out: Path | None, force: bool) -> Path:
@@ -118,13 +122,13 @@ class RunRecorder:
 
     def forget_after(self, step: int) -> None:
         """Drop records of steps that a resumed run is going to do again."""
+        last = step or -1  # a run that goes on from step 0 predicts there once more
         for name in (METRICS, PREDICTIONS):
-            path = self.folder / name
-            if path.exists():
-                kept = [line for line in path.read_text("utf-8").splitlines() if _step_of(line) <= step]
-                partial = path.with_name(f".{name}.partial")
-                partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-                partial.replace(path)
+            if (self.folder / name).exists():
+                kept = [line for line in self._lines(name) if _step_of(line) <= last]
+                self._replace(name, "".join(f"{line}\n" for line in kept))
+        if (self.folder / STORY).exists():
+            self.write_story()
 
     def copy_records(self, parent: Path, step: int) -> None:
         """Begin with the records of another run up to a step."""
@@ -135,15 +139,41 @@ class RunRecorder:
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Every record of metrics.jsonl; a line cut off by a crash is left out."""
-        path = self.folder / METRICS
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                if _step_of(line) < _NEVER:
-                    yield json.loads(line)
+        return self._records(METRICS)
+
+    def predictions(self) -> dict[str, History]:
+        """Every prediction of the run, by prompt."""
+        return histories(self._records(PREDICTIONS))
+
+    def write_story(self) -> None:
+        """Write predictions.md anew from predictions.jsonl."""
+        self._replace(STORY, to_markdown(self.predictions()))
+
+    def draw_loss(self) -> None:
+        """Draw loss.png anew from metrics.jsonl."""
+        partial = self.folder / f".{LOSS_CURVE}.partial"
+        draw_loss(self.metrics(), partial)
+        partial.replace(self.folder / LOSS_CURVE)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(json_line(record) + "\n")
+
+    def _lines(self, name: str) -> Iterator[str]:
+        path = self.folder / name
+        if path.exists():
+            with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+                for line in file:
+                    yield line.rstrip("\n")
+
+    def _records(self, name: str) -> Iterator[dict[str, Any]]:
+        return (json.loads(line) for line in self._lines(name) if _step_of(line) < _NEVER)
+
+    def _replace(self, name: str, text: str) -> None:
+        """Write a file whole or not at all."""
+        partial = self.folder / f".{name}.partial"
+        partial.write_text(text, encoding="utf-8", newline="\n")
+        partial.replace(self.folder / name)
 
 
 _NEVER = 1 << 62

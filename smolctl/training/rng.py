@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -36,3 +38,13 @@ def restore_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextmanager
+def keeping_rng() -> Iterator[None]:
+    """Whatever is drawn inside, every generator is put back after; also after a failure."""
+    state = capture_rng()
+    try:
+        yield
+    finally:
+        restore_rng(state)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from smolctl.arithmetic import training_memory
 from smolctl.sources.run_folder import RUNS
+from smolctl.training.device import on_gpu, resident_memory
 from smolctl.training.distributed import is_main_process
 from smolctl.training.events import Listener
-from smolctl.training.fit import RunResult, fit, on_gpu, prepare_process
+from smolctl.training.fit import RunResult, fit, prepare_process
 from smolctl.training.guards import naming_the_disk, naming_the_memory_knob
 from smolctl.training.plan import Plan, make_plan, measure_speed
 from smolctl.training.prepare import Prepared
@@ -24,13 +26,15 @@ def plan_run(prepared: Prepared, disk: Path) -> Plan:
     """
     prepare_process()
     config, done = prepared.config, prepared.first_step
-    batch = prepared.dataset()[done][: config.micro_batch_size]
+    device = "cuda" if on_gpu(config) else "cpu"
+    held = (resident_memory() or 0) - training_memory(config.model, 1, 1).weights if device == "cpu" else 0
     with naming_the_memory_knob(config.micro_batch_size):
-        speed = measure_speed(prepared.network, batch, prepared.document_end)
+        network = prepared.network.to(device)
+        batch = prepared.dataset()[done][: config.micro_batch_size].to(device)
+        speed = measure_speed(network, batch, config, prepared.document_end)
     existing = next(path for path in (disk.absolute(), *disk.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    device = "cuda" if on_gpu(config) else "cpu"
-    return make_plan(config, done, len(prepared.corpus.train), speed, free, device)
+    return make_plan(config, done, len(prepared.corpus.train), speed, free, device, max(0, held))
 
 
 def train(prepared: Prepared, name: str, out: Path | None, force: bool, emit: Listener) -> RunResult:

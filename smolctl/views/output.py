@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from smolctl.errors import SmolError
+from smolctl.training.events import json_line
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -59,7 +60,7 @@ class Output:
     def event(self, value: Mapping[str, Any]) -> None:
         """Print one JSON line of a stream; nothing without `--json`."""
         if self.json:
-            print(json.dumps(value, ensure_ascii=False), flush=True)
+            print(json_line(value), flush=True)
 
     def talk(self, text: str) -> None:
         """Say something beside the data; nothing under `--quiet`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ from smolctl.training.events import (
     to_json,
 )
 from smolctl.training.plan import Plan
+from smolctl.training.recorder import RunRecorder
+from smolctl.training.story import History, one_line, selection
 from smolctl.views.numbers import duration, quantity, size, sparkline
 from smolctl.views.output import Output
 
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 # Where there is no terminal, a line of progress at most every so many seconds.
 PLAIN_INTERVAL = 5.0
 REDRAWS_PER_SECOND = 4
+SPARKLINE_WIDTH = 60  # columns at most
+VERSIONS_SHOWN = 5  # of every prompt's answer, when the run has ended
 
 
 class TrainingView:
@@ -42,7 +47,8 @@ class TrainingView:
         self.out = out
         self.live: Live | None = None
         self.losses: list[float] = []
-        self.predictions: dict[str, list[Prediction]] = {}
+        self.predictions: dict[str, History] = {}
+        self.run = ""
         self.until = 0
         self.first = 0
         self.step: Step | None = None
@@ -67,16 +73,14 @@ class TrainingView:
         if self.out.json:
             return
         if isinstance(event, Note):
-            self.out.talk(event.text)
+            self._note(event)
         elif self.out.quiet:
             return
         elif isinstance(event, Start):
             self._start(event)
         elif isinstance(event, End):
             self._end(event)
-        elif self.live is not None:
-            self.live.update(self._panel())
-        else:
+        elif self.live is None:
             self._plain_line(event)
 
     def tokenizing(self, progress: TokenizeProgress) -> None:
@@ -116,12 +120,13 @@ class TrainingView:
         if not isinstance(event, Note):
             self._end_tokenizing()
         if isinstance(event, Start):
-            self.until, self.first = event.until, event.step
+            self.run, self.until, self.first = event.run, event.until, event.step
+            self.predictions = RunRecorder(Path(event.run)).predictions()  # of the sessions before
         elif isinstance(event, Step):
             self.step = event
             self.losses.append(event.loss)
         elif isinstance(event, Prediction):
-            self.predictions.setdefault(event.prompt, []).append(event)
+            self.predictions[event.prompt] = (*self.predictions.get(event.prompt, ()), event)
         elif isinstance(event, Validation):
             self.validation = event
         elif isinstance(event, Checkpoint):
@@ -135,14 +140,24 @@ class TrainingView:
     def _start(self, event: Start) -> None:
         self.show_plan(event.plan)
         goes_on = f"continues after step {event.step:,}" if event.step else "starts"
-        self.out.show(f"{event.run} {goes_on}, until step {event.until:,}")
+        self.out.line(f"{event.run} {goes_on}, until step {event.until:,}")
         if self.out.stdout.is_terminal:
             from rich.live import Live
 
             self.live = Live(
-                self._panel(), console=self.out.stdout, refresh_per_second=REDRAWS_PER_SECOND, transient=True
+                get_renderable=self._panel,
+                console=self.out.stdout,
+                refresh_per_second=REDRAWS_PER_SECOND,
+                transient=True,
             )
             self.live.start()
+
+    def _note(self, event: Note) -> None:
+        if self.live is not None and self.out.stderr.is_terminal:
+            if not self.out.quiet:  # above the display, which knows of no other console
+                self.live.console.print(event.text, markup=False, highlight=False)
+        else:
+            self.out.talk(event.text)
 
     def _close_live(self) -> None:
         if self.live is not None:
@@ -161,8 +176,9 @@ class TrainingView:
         )
         if self.predictions:
             self.out.show(self._predictions_table())
-        self.out.show(f"Ended{why} at step {event.step:,} after {duration(event.seconds)}{loss}{check}.")
-        self.out.show(f"{event.run}: checkpoints, metrics.jsonl, predictions.jsonl, loss.png")
+        self.out.line(f"Ended{why} at step {event.step:,} after {duration(event.seconds)}{loss}{check}.")
+        told = " predictions.md," if self.predictions else ""
+        self.out.line(f"{event.run}: checkpoints, metrics.jsonl,{told} loss.png")
         target = "" if event.reason == "done" else f"; go on with: smolctl resume {event.run}"
         self.out.talk(f"Try it: smolctl sample {event.run}{target}")
 
@@ -174,8 +190,7 @@ class TrainingView:
             self._last_line = now
             self.out.line(
                 f"step {event.step:,}/{self.until:,}  loss {event.loss:.4f}  lr {event.learning_rate:.3g}  "
-                f"gradient {event.gradient_norm:.3g}  {event.tokens_per_second:,.0f} tok/s  "
-                f"ETA {duration(event.eta_s)}"
+                f"gradient {event.gradient_norm:.3g}  {_speed(event, '  ')}  ETA {duration(event.eta_s)}"
             )
         elif isinstance(event, Validation):
             self.out.line(
@@ -190,79 +205,105 @@ class TrainingView:
             self.out.line(f"step {event.step:,}  {one_line(event.prompt)} → {one_line(event.text)}")
 
     def _panel(self) -> RenderableType:
+        """The display as it stands. Drawn from a thread of its own, four times a second."""
         from rich.console import Group
         from rich.panel import Panel
         from rich.progress_bar import ProgressBar
         from rich.table import Table
+        from rich.text import Text
 
         done = self.step.step if self.step else self.first
-        bar = Table.grid(expand=True)  # alone, a ProgressBar does not end its line
-        bar.add_row(ProgressBar(total=self.until, completed=done))
+        bar = Table.grid(expand=True, padding=(0, 2, 0, 0))
+        bar.add_column(no_wrap=True)
+        bar.add_column(ratio=1)
+        bar.add_column(no_wrap=True)
+        bar.add_row(
+            f"step {done:,} of {self.until:,}",
+            ProgressBar(total=self.until, completed=done),
+            f"{done / max(1, self.until):.1%}",
+        )
         rows: list[RenderableType] = [bar, self._numbers()]
         if self.predictions:
-            rows.append(self._latest_predictions())
-        return Panel(Group(*rows), title=f"step {done:,} of {self.until:,}", title_align="left")
+            rows += ["", self._latest_predictions()]
+        return Panel(Group(*rows), title=Text(self.run), title_align="left")
 
-    def _numbers(self) -> Table:
-        from rich.table import Table
-
-        table = Table.grid(padding=(0, 2))
-        step, check = self.step, self.validation
-        if step is None:
-            table.add_row("waiting for the first step …")
-            return table
-        width = max(10, self.out.stdout.width - 40)
-        table.add_row(
-            "loss", f"[bold]{step.loss:.4f}[/bold]  {sparkline(self.losses[-width * 4 :], min(width, 48))}"
-        )
-        if check:
-            table.add_row(
-                "held out",
-                f"{check.bits_per_byte:.4f} ± {check.standard_error:.4f} bits/byte at step {check.step:,}",
-            )
-        table.add_row("lr", f"{step.learning_rate:.3g}   gradient norm {step.gradient_norm:.3g}")
-        table.add_row(
-            "speed",
-            f"{step.tokens_per_second:,.0f} tok/s   {quantity(step.tokens)} tokens   "
-            f"ETA {duration(step.eta_s)}",
-        )
-        if self.checkpoint:
-            ago = duration(time.monotonic() - self.checkpoint_at)
-            table.add_row("saved", f"step {self.checkpoint.step:,}, {ago} ago")
-        return table
-
-    def _latest_predictions(self) -> Table:
+    def _numbers(self) -> RenderableType:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table.grid()
+        step, check, saved = self.step, self.validation, self.checkpoint
+        facts: list[tuple[str, str | Text]] = []
+        if step is not None:
+            width = max(8, min(self.out.stdout.width - 30, SPARKLINE_WIDTH))
+            bars = sparkline(self.losses[-width * 4 :], width)
+            facts.append(("loss", Text.assemble((f"{step.loss:.4f}", "bold"), f"   {bars}")))
+        if check is not None:
+            facts.append(
+                (
+                    "held out",
+                    f"{check.bits_per_byte:.4f} ± {check.standard_error:.4f} bits/byte "
+                    f"at step {check.step:,}",
+                )
+            )
+        if step is not None:
+            facts += [
+                ("update", f"lr {step.learning_rate:.3g}   gradient norm {step.gradient_norm:.3g}"),
+                ("speed", f"{_speed(step, '   ')}   {quantity(step.tokens)} tokens so far"),
+                ("ETA", duration(step.eta_s)),
+            ]
+        else:
+            facts.append(("", "waiting for the first step …"))
+        if saved is not None:
+            ago = duration(time.monotonic() - self.checkpoint_at)
+            facts.append(("saved", f"step {saved.step:,}, {ago} ago"))
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(style="dim", no_wrap=True)
         table.add_column(no_wrap=True, overflow="ellipsis")
-        newest = max(history[-1].step for history in self.predictions.values())
-        table.add_row(Text(f"predictions at step {newest:,}", style="dim"))
-        for prompt, history in self.predictions.items():
-            table.add_row(Text.assemble((one_line(prompt), "bold"), one_line(history[-1].text)))
+        for name, fact in facts:
+            table.add_row(name, fact)
         return table
 
-    def _predictions_table(self) -> Table:
-        """How the answer to every prompt changed: its first, middle and last version."""
+    def _latest_predictions(self) -> RenderableType:
+        """A line a prompt: the prompt, at most two fifths of the line, and how the model goes on."""
+        from rich.table import Table
+        from rich.text import Text
+
+        latest = [history[-1] for history in tuple(self.predictions.values())]
+        prompts = [Text(one_line(prediction.prompt), style="bold") for prediction in latest]
+        newest = max(prediction.step for prediction in latest)
+        widest = max(prompt.cell_len for prompt in prompts)
+        table = Table.grid(expand=True, padding=(0, 2, 0, 0))
+        table.title = Text(f"predictions at step {newest:,}", style="dim", justify="left")
+        table.add_column(no_wrap=True, overflow="ellipsis", width=min(widest, self.out.stdout.width * 2 // 5))
+        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+        for prompt, prediction in zip(prompts, latest, strict=True):
+            table.add_row(prompt, Text(one_line(prediction.text)))
+        return table
+
+    def _predictions_table(self) -> RenderableType:
+        """How the answer to every prompt changed: its first version, some in between, its last."""
         from rich.table import Table
         from rich.text import Text
 
         table = Table(title="Predictions", title_justify="left", box=None, padding=(0, 1))
-        table.add_column("step", justify="right")
-        table.add_column("prompt", style="bold", max_width=24, overflow="fold")
+        table.add_column("prompt", style="bold", max_width=24, no_wrap=True, overflow="ellipsis")
+        table.add_column("step", justify="right", no_wrap=True)
         table.add_column("continuation", overflow="fold")
         for prompt, history in self.predictions.items():
-            shown = {event.step: event for event in (history[0], history[len(history) // 2], history[-1])}
-            for number, event in enumerate(shown.values()):
+            for number, event in enumerate(selection(history, VERSIONS_SHOWN)):
                 name = Text(one_line(prompt)) if number == 0 else Text("")
-                table.add_row(f"{event.step:,}", name, Text(one_line(event.text)))
+                table.add_row(name, f"{event.step:,}", Text(one_line(event.text)))
         return table
 
 
-def one_line(text: str) -> str:
-    """Line breaks and tabs made visible, so that a text takes one line."""
-    return text.replace("\n", "⏎").replace("\t", "⇥")
+def _speed(step: Step, gap: str) -> str:
+    """Tokens a second, MFU and memory, as far as they are known."""
+    facts = [f"{step.tokens_per_second:,.0f} tok/s"]
+    if step.mfu is not None:
+        facts.append(f"MFU {step.mfu:.1%}")
+    if step.memory_bytes is not None:
+        facts.append(f"memory {size(step.memory_bytes)}")
+    return gap.join(facts)
 
 
 def plan_table(plan: Plan) -> Table:
@@ -285,7 +326,9 @@ def plan_table(plan: Plan) -> Table:
         f"{plan.corpus_tokens:,} tokens: {plan.passes:.3g} passes, "
         f"{plan.tokens_per_parameter:.3g} tokens a parameter",
     )
-    table.add_row("memory", f"about {size(memory.total)}: {shares}")
+    if plan.framework_bytes:
+        shares += f", libraries {size(plan.framework_bytes)}, allocator's gaps {size(plan.gap_bytes)}"
+    table.add_row("memory", f"about {size(plan.memory_bytes)}: {shares}")
     table.add_row(
         "disk",
         f"{plan.checkpoints_kept} checkpoints × {size(plan.checkpoint_bytes)} = {size(plan.disk_bytes)} "

@@ -1,0 +1,114 @@
+"""The device a run trains on: the arithmetic it is capable of, and the memory the run has taken."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from smolctl.arithmetic import training_flops_per_token
+from smolctl.config import RunConfig
+
+# Dense matrix products a second, in 10¹² operations: (bfloat16, float32 by way of TF32). From NVIDIA's
+# data sheets; where those quote the double for sparse matrices, halved. The first name that occurs as
+# words in the device's own decides, so that longer names stand before those they contain. Lightning's
+# table is not used: it has sparse figures for some chips, and no plain "H200".
+PEAK_TERAFLOPS = (
+    ("B200", 2250.0, 1125.0),
+    ("H200 NVL", 835.5, 417.7),
+    ("H200", 989.5, 494.7),
+    ("H100 NVL", 835.5, 417.7),
+    ("H100 PCIe", 756.0, 378.0),
+    ("H100 80GB HBM3", 989.5, 494.7),
+    ("A100", 312.0, 156.0),
+    ("L40S", 362.0, 183.0),
+    ("L40", 181.0, 90.5),
+    ("L4", 121.0, 60.0),
+    ("A40", 149.7, 74.8),
+    ("RTX A6000", 154.8, 77.4),
+    ("RTX 4090", 165.2, 82.6),
+    ("RTX 3090 Ti", 80.0, 40.0),
+    ("RTX 3090", 71.0, 35.6),
+)
+# A slice of a device, and chips that share a name with larger ones.
+NOT_THE_WHOLE_CHIP = re.compile(r"\b(MIG|Laptop|Max-Q)\b")
+
+
+def peak_flops(name: str, precision: str) -> float | None:
+    """Operations a second that a device's matrix units reach at most.
+
+    Args:
+        name: as `torch.cuda.get_device_name` has it.
+        precision: Lightning's name: "32-true", "bf16-mixed" or "bf16-true".
+
+    Returns:
+        None for a device that is not in the table, or for a part of one.
+    """
+    if NOT_THE_WHOLE_CHIP.search(name):
+        return None
+    for chip, bfloat16, float32 in PEAK_TERAFLOPS:
+        if re.search(rf"\b{chip}\b", name):
+            return 1e12 * (bfloat16 if precision.startswith("bf16") else float32)
+    return None
+
+
+def run_peak_flops(device: torch.device, precision: str, devices: int) -> float | None:
+    """`peak_flops` of all devices of a run together; None where it is not known, as for a CPU."""
+    if device.type != "cuda":
+        return None
+    one = peak_flops(torch.cuda.get_device_name(device), precision)
+    return one * devices if one is not None else None
+
+
+def flops_utilization(config: RunConfig, tokens_per_second: float, peak: float | None) -> float | None:
+    """MFU: the share of `peak` (operations a second) that goes into the model's own arithmetic.
+
+    The head's product counts also when its weights are tied; what is computed twice to save memory does
+    not count.
+    """
+    if peak is None:
+        return None
+    return tokens_per_second * training_flops_per_token(config.model, config.data.sequence_length) / peak
+
+
+def on_gpu(config: RunConfig) -> bool:
+    """Whether the run will use CUDA."""
+    return torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda")
+
+
+def resolved_precision(config: RunConfig) -> Literal["32-true", "bf16-mixed", "bf16-true"]:
+    """bf16 where the device computes in it, float32 elsewhere: a CPU emulates bf16, slowly."""
+    if config.train.precision != "auto":
+        return config.train.precision
+    return "bf16-mixed" if on_gpu(config) and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes held so far: by tensors on a CUDA device, else by this process in main memory.
+
+    None where the operating system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _process_memory("VmHWM")
+
+
+def resident_memory() -> int | None:
+    """Bytes of main memory that this process holds now; None where the operating system does not tell."""
+    return _process_memory("VmRSS")
+
+
+def _process_memory(field: str) -> int | None:
+    status = Path("/proc/self/status")  # Linux's getrusage would count what the parent process held
+    if status.exists():
+        lines = status.read_text(encoding="ascii", errors="replace").splitlines()
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held if sys.platform == "darwin" else held * 1024  # bytes on macOS, kilobytes elsewhere

@@ -1,0 +1,245 @@
+"""Where the metrics also go: Lightning's loggers, opened in the run folder and fed with its records.
+
+The trainer itself gets no logger: one that fails there would end the run. metrics.jsonl stays the record
+of the run; a logger's files and pages are copies.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import secrets
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+
+from smolctl.config import RunConfig
+from smolctl.errors import UsageError
+from smolctl.training.events import Listener, Note
+from smolctl.training.rng import keeping_rng
+from smolctl.training.tolerance import reason
+
+LOGS = "logs"  # the folder inside a run folder, with one folder a logger
+PROJECT = "smolctl"  # on the pages of wandb and trackio
+FLUSH_EVERY = 20  # steps between two writes of metrics.csv
+
+# Any one of the packages does; the extra that installs the first has the logger's name.
+PACKAGES = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb",), "trackio": ("trackio",)}
+
+# For each kind of record, its keys that are logged, and their names in the log.
+METRICS = {
+    "step": {
+        key: key
+        for key in ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "memory_bytes", "mfu")
+    },
+    "validation": {
+        "bits_per_byte": "validation_bits_per_byte",
+        "standard_error": "validation_standard_error",
+        "loss": "validation_loss",
+    },
+}
+
+
+def require_packages(loggers: Iterable[str]) -> None:
+    """Look for the packages that loggers need, without importing them.
+
+    Raises:
+        UsageError: one is missing, naming what to install.
+    """
+    for name in loggers:
+        packages = PACKAGES.get(name, ())
+        if packages and not any(find_spec(package) for package in packages):
+            raise UsageError(
+                f"--logger {name}: the package {packages[0]} is not installed",
+                f"pip install 'smolctl[{name}]', or leave the logger out.",
+            )
+
+
+def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a record of metrics.jsonl, or of an event, under their names in the log."""
+    names = METRICS.get(record["event"], {})
+    return {name: record[key] for key, name in names.items() if record.get(key) is not None}
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a logger needs to know when it is opened.
+
+    Args:
+        folder: of the run.
+        config: of the run.
+        done: steps behind it.
+        records: of metrics.jsonl up to there.
+    """
+
+    folder: Path
+    config: RunConfig
+    done: int
+    records: Iterable[Mapping[str, Any]]
+
+
+Opened = tuple[Logger, str]  # and how to look at what it logs
+
+
+class MetricLoggers:
+    """The loggers of a run. One that fails is left out from then on, and a note says so."""
+
+    def __init__(self, emit: Listener) -> None:
+        self._emit = emit
+        self._open: dict[str, Logger] = {}
+
+    def open(self, names: Sequence[str], opening: Opening) -> None:
+        """Open loggers and say how to look at each; a run that goes on continues its logs."""
+        for name in dict.fromkeys(names):
+            chatter = io.StringIO()  # what a library says of itself would cut through the display
+            try:
+                with keeping_rng(), redirect_stdout(chatter), redirect_stderr(chatter):
+                    self._open[name], place = OPENERS[name](opening)
+            except Exception as error:
+                self._drop(name, opening.done, error)
+            else:
+                self._emit(Note(f"Logging to {name}: {place}"))
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Take the record of an event. With a checkpoint, what was logged so far goes to the disk."""
+        metrics = metrics_of(record)
+        if metrics:
+            self._each(record["step"], lambda logger: logger.log_metrics(metrics, record["step"]))
+        elif record["event"] == "checkpoint":
+            self._each(record["step"], lambda logger: logger.save())
+
+    def close(self, step: int, status: str) -> None:
+        """Write what is left. `status` is Lightning's word: "success" or "failed"."""
+        self._each(step, lambda logger: logger.finalize(status))
+        self._open.clear()
+
+    def _each(self, step: int, act: Callable[[Logger], None]) -> None:
+        for name, logger in tuple(self._open.items()):
+            try:
+                with keeping_rng(), redirect_stdout(sys.stderr):  # stdout is for data
+                    act(logger)
+            except Exception as error:
+                self._drop(name, step, error)
+
+    def _drop(self, name: str, step: int, error: Exception) -> None:
+        self._open.pop(name, None)
+        self._emit(
+            Note(
+                f"step {step:,}: the {name} logger failed ({reason(error)}) and is left out; training goes on"
+            )
+        )
+
+
+def _csv(opening: Opening) -> Opened:
+    """logs/csv/metrics.csv, written anew from the records: Lightning's logger does not continue a file."""
+    path = opening.folder / LOGS / "csv" / "metrics.csv"
+    path.unlink(missing_ok=True)
+    logger: Logger = CSVLogger(opening.folder, name=LOGS, version="csv", flush_logs_every_n_steps=FLUSH_EVERY)
+    for record in opening.records:
+        logger.log_metrics(metrics_of(record), record["step"])
+    logger.save()
+    return logger, str(path)
+
+
+def _tensorboard(opening: Opening) -> Opened:
+    """logs/tensorboard; what an earlier session wrote beyond the step to go on from is hidden."""
+    logger = TensorBoardLogger(
+        opening.folder,
+        name=LOGS,
+        version="tensorboard",
+        default_hp_metric=False,
+        purge_step=opening.done + 1 if opening.done else None,
+    )
+    _ = logger.experiment  # made at the first use otherwise, and only then known to fail
+    return logger, f"tensorboard --logdir {logger.log_dir}"
+
+
+class _WandbLogger(WandbLogger):
+    """Ends its run with the training, not with the process."""
+
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        self.experiment.finish(exit_code=0 if status == "success" else 1)
+
+
+def _wandb(opening: Opening) -> Opened:
+    """The project $WANDB_PROJECT or "smolctl"; the files and the run's id lie in logs/.
+
+    Neither the command line nor git's remote is recorded: both may hold a token.
+    """
+    os.environ.setdefault("WANDB_SILENT", "true")  # no lines through the display, no question for a key
+    import wandb
+
+    logs = opening.folder / LOGS
+    logs.mkdir(exist_ok=True)
+    id_file = logs / "wandb-id"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(4), encoding="ascii")
+    settings = wandb.Settings(
+        console="off", disable_git=True, disable_code=True, x_disable_meta=True, x_save_requirements=False
+    )
+    logger = _WandbLogger(
+        name=opening.folder.resolve().name,
+        save_dir=logs,
+        version=id_file.read_text(encoding="ascii").strip(),
+        project=os.environ.get("WANDB_PROJECT", PROJECT),
+        config=opening.config.model_dump(mode="json"),
+        settings=settings,
+    )
+    return logger, logger.experiment.url or f"offline, in {logs}"
+
+
+class TrackioLogger(Logger):
+    """trackio as a logger of Lightning, which has none. Its database lies in $TRACKIO_DIR."""
+
+    def __init__(self, project: str, name: str, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        import trackio
+
+        self._project = project
+        self._trackio = trackio
+        self._run = trackio.init(project=project, name=name, config=dict(config), resume="allow", embed=False)
+
+    @property
+    def name(self) -> str:
+        """The project."""
+        return self._project
+
+    @property
+    def version(self) -> str:
+        """The run's name inside the project."""
+        return str(self._run.name)
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Log numbers at a step."""
+        self._run.log(metrics, step=step)
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
+        """Nothing: the config was given to trackio at the start."""
+
+    def finalize(self, status: str) -> None:
+        """Send what is left and end the run."""
+        self._trackio.finish()  # the run's own finish() would be called once more at the process's end
+
+
+def _trackio(opening: Opening) -> Opened:
+    """A database in logs/trackio, unless $TRACKIO_DIR names another place."""
+    folder = os.environ.setdefault("TRACKIO_DIR", str((opening.folder / LOGS / "trackio").absolute()))
+    config = opening.config.model_dump(mode="json")
+    logger = TrackioLogger(PROJECT, opening.folder.resolve().name, config)
+    return logger, f"TRACKIO_DIR={folder} trackio show --project {PROJECT}"
+
+
+OPENERS: dict[str, Callable[[Opening], Opened]] = {
+    "csv": _csv,
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "trackio": _trackio,
+}

@@ -1,0 +1,51 @@
+"""What only looks at a run may fail without ending it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from smolctl.errors import SmolError
+from smolctl.training.events import Listener, Note
+from smolctl.training.module import NonFiniteError
+from smolctl.training.rng import keeping_rng
+
+
+class Tolerance:
+    """Turns the failure of an onlooker into a note, once for each kind."""
+
+    def __init__(self, emit: Listener) -> None:
+        self._emit = emit
+        self._told: set[str] = set()
+
+    @contextmanager
+    def __call__(self, onlooker: str, step: int) -> Iterator[None]:
+        """Whatever fails inside is told and otherwise forgotten, as is what it drew by chance.
+
+        Args:
+            onlooker: what fails, as the subject of a sentence.
+            step: at which.
+
+        Raises:
+            NonFiniteError: that is no onlooker's failure. So are signals and interrupts, which pass too.
+        """
+        try:
+            with keeping_rng():
+                yield
+        except NonFiniteError:
+            raise
+        except Exception as error:
+            if onlooker not in self._told:
+                self._told.add(onlooker)
+                self._emit(Note(f"step {step:,}: {onlooker} failed ({reason(error)}); training goes on"))
+
+
+def reason(error: Exception) -> str:
+    """An exception in one line."""
+    name = "" if isinstance(error, SmolError) else f"{type(error).__name__}: "
+    return " ".join(f"{name}{error}".split())
+
+
+def shortened(text: str, most: int = 30) -> str:
+    """The beginning of a text, with an ellipsis where more follows."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
