@@ -104,7 +104,7 @@ class RunRecorder:
             if (self.folder / name).exists():
                 kept = [line for line in self._lines(name) if _step_of(line) <= last]
                 self._replace(name, "".join(f"{line}\n" for line in kept))
-        if (self.folder / STORY).exists():
+        if (self.folder / PREDICTIONS).exists():
             self.write_story()
 
     def metrics(self) -> Iterator[dict[str, Any]]:
