@@ -76,7 +76,7 @@ def flops_utilization(config: RunConfig, tokens_per_second: float, peak: float |
 def peak_memory(device: torch.device) -> int | None:
     """Most bytes held so far: by tensors on a CUDA device, else by this process in main memory.
 
-    None where the operating system does not tell.
+    None where the operating system does not tell. Linux counts roughly: by a few pages the peak may fall.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
