@@ -7,6 +7,7 @@ import json
 import random
 import struct
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,9 @@ def test_every_step_tells_the_memory_and_no_mfu_on_a_cpu() -> None:
     run("x")
     steps = [record for record in RunRecorder(Path("x")).metrics() if record["event"] == "step"]
     assert len(steps) == 6
-    assert all(record["memory_bytes"] > 50e6 for record in steps)  # PyTorch alone is larger
-    assert [record["memory_bytes"] for record in steps] == sorted(r["memory_bytes"] for r in steps)
+    held = [record["memory_bytes"] for record in steps]
+    assert min(held) > 50e6  # PyTorch alone is larger
+    assert all(later > 0.99 * earlier for earlier, later in pairwise(held))  # Linux counts roughly
     assert all(record["mfu"] is None for record in steps)
 
 

@@ -196,12 +196,11 @@ class RunCallback(pl.Callback):
         context, held_out = self.context, self.context.corpus.validation
         if held_out is None or not trainer.is_global_zero:
             return
-        config = context.config
-        batches = validation_batches(
-            held_out, config.data.sequence_length, config.micro_batch_size, config.validation.batches
-        )
-        step, result = trainer.global_step, None
+        config, step, result = context.config, trainer.global_step, None
         with self._tolerating("the validation", step), observing(module.network):
+            batches = validation_batches(
+                held_out, config.data.sequence_length, config.micro_batch_size, config.validation.batches
+            )
             result = bits_per_byte(module.network, batches, self._token_bytes, module.dataset.document_end)
         if result is not None:
             self._publish(trainer, Validation(step, result.bits_per_byte, result.standard_error, result.loss))

@@ -89,7 +89,7 @@ def resolved_precision(config: RunConfig) -> Literal["32-true", "bf16-mixed", "b
 def peak_memory(device: torch.device) -> int | None:
     """Most bytes held so far: by tensors on a CUDA device, else by this process in main memory.
 
-    None where the operating system does not tell.
+    None where the operating system does not tell. Linux counts roughly: by a few pages the peak may fall.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -127,7 +127,7 @@ class RunRecorder:
             if (self.folder / name).exists():
                 kept = [line for line in self._lines(name) if _step_of(line) <= last]
                 self._replace(name, "".join(f"{line}\n" for line in kept))
-        if (self.folder / STORY).exists():
+        if (self.folder / PREDICTIONS).exists():
             self.write_story()
 
     def copy_records(self, parent: Path, step: int) -> None:
