@@ -227,3 +227,30 @@ def test_resuming_a_run_that_is_training_is_refused() -> None:
     process.communicate()
     assert code == 3
     assert "another process is training into this run" in errors
+
+
+# --- the cost of a save ---------------------------------------------------------------------------
+
+SAVE = """
+import re, sys, torch
+from pathlib import Path
+from smolctl.training.checkpoint import DurableCheckpointIO
+
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+state = {str(number): torch.ones(25_000_000 // 4) for number in range(12)}  # 300 MB
+writer = DurableCheckpointIO()
+writer.save_checkpoint({"state_dict": {"warm": torch.ones(9)}}, "warm.ckpt")
+before = peak()
+writer.save_checkpoint({"state_dict": state}, "big.ckpt")
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_save_needs_no_second_copy_in_memory() -> None:
+    done = subprocess.run([sys.executable, "-c", SAVE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path("big.ckpt").stat().st_size > 300_000_000
+    assert int(done.stdout) < 60_000_000

@@ -166,6 +166,8 @@ class RunConfig(Section):
                 f"train.batch_size {train.batch_size} does not divide by "
                 f"train.micro_batch_size {train.micro_batch_size}"
             )
+        if self.optimizer.name == "muon" and self.trainer.strategy.startswith("fsdp"):
+            raise ValueError("optimizer.name muon needs whole matrices, which trainer.strategy fsdp cuts up")
         return self
 
     @property

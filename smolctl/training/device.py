@@ -79,6 +79,14 @@ def on_gpu(config: RunConfig) -> bool:
     return torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda")
 
 
+def process_count(config: RunConfig) -> int:
+    """Devices that share a step, over all machines."""
+    devices = config.trainer.devices
+    if devices == "auto":
+        devices = torch.cuda.device_count() if on_gpu(config) else 1
+    return devices * config.trainer.num_nodes
+
+
 def resolved_precision(config: RunConfig) -> Literal["32-true", "bf16-mixed", "bf16-true"]:
     """bf16 where the device computes in it, float32 elsewhere: a CPU emulates bf16, slowly."""
     if config.train.precision != "auto":

@@ -131,7 +131,8 @@ class TrainingModule(pl.LightningModule):
         windows = self.dataset.windows(self.global_step)
         bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
         if bad:
-            windows = windows[bad[0] * self._sequences : (bad[0] + 1) * self._sequences]
+            size = self._sequences
+            windows = windows[bad[0] * size : (bad[0] + 1) * size]
         length = self.config.data.sequence_length
         named = [self.dataset.tokens.describe(window) for window in windows[:8]]
         where = ", ".join(named) + (", …" if len(windows) > 8 else "")

@@ -55,17 +55,19 @@ def make_plan(
     tokens_per_second: float,
     disk_free: int,
     device: str,
+    sequences: int,
     framework: int,
 ) -> Plan:
     """Put the numbers together.
 
     Args:
-        config: of the run, for one device.
+        config: of the run.
         done: steps that lie behind it already.
         corpus_tokens: to train on.
         tokens_per_second: as measured.
         disk_free: bytes where the checkpoints will go.
         device: "cpu" or "cuda".
+        sequences: of one device in memory at once.
         framework: bytes of main memory that the process holds without the run, where they count.
     """
     parameters = count_parameters(config.model).unique
@@ -73,7 +75,7 @@ def make_plan(
     tokens = steps * config.tokens_per_step
     memory = training_memory(
         config.model,
-        config.micro_batch_size,
+        sequences,
         config.data.sequence_length,
         optimizer=config.optimizer.name,
     )

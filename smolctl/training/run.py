@@ -7,7 +7,7 @@ from pathlib import Path
 
 from smolctl.arithmetic import training_memory
 from smolctl.sources.run_folder import RUNS
-from smolctl.training.device import on_gpu, resident_memory
+from smolctl.training.device import on_gpu, process_count, resident_memory
 from smolctl.training.distributed import is_main_process
 from smolctl.training.events import Listener
 from smolctl.training.fit import RunResult, fit, prepare_process
@@ -27,14 +27,17 @@ def plan_run(prepared: Prepared, disk: Path) -> Plan:
     prepare_process()
     config, done = prepared.config, prepared.first_step
     device = "cuda" if on_gpu(config) else "cpu"
+    sequences = max(1, config.micro_batch_size // process_count(config))
     held = (resident_memory() or 0) - training_memory(config.model, 1, 1).weights if device == "cpu" else 0
     with naming_the_memory_knob(config.micro_batch_size):
         network = prepared.network.to(device)
-        batch = prepared.dataset()[done][: config.micro_batch_size].to(device)
+        batch = prepared.dataset()[done][:sequences].to(device)
         speed = measure_speed(network, batch, config, prepared.document_end)
+    if device == "cuda":  # processes on a CPU share its cores
+        speed *= process_count(config)
     existing = next(path for path in (disk.absolute(), *disk.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    return make_plan(config, done, len(prepared.corpus.train), speed, free, device, max(0, held))
+    return make_plan(config, done, len(prepared.corpus.train), speed, free, device, sequences, max(0, held))
 
 
 def train(prepared: Prepared, name: str, out: Path | None, force: bool, emit: Listener) -> RunResult:
