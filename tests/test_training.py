@@ -219,6 +219,25 @@ def test_non_finite_loss_stops_before_the_weights_are_touched(make: Callable[...
         assert torch.equal(parameter, state(Path("nan"), newest.step)["state_dict"][f"network.{name}"])
 
 
+def test_non_finite_loss_names_the_windows_of_the_bad_micro_batch(make: Callable[..., Prepared]) -> None:
+    prepared = make()
+    bad_step, size = 6, 2
+    bad = prepared.dataset()[bad_step][size:, :-1]  # the second micro-batch of step 7
+    windows = prepared.dataset().windows(bad_step)
+
+    def poison(_module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * float("nan") if torch.equal(inputs[0], bad) else output
+
+    prepared.network.model.register_forward_hook(poison)
+    with pytest.raises(NonFiniteError, match="step 7: loss nan") as error:
+        run(prepared, "bad")
+    named = error.value.message.split("It read windows ")[1]
+    assert named.startswith(
+        ", ".join(prepared.dataset().tokens.describe(window) for window in windows[size:])
+    )
+    assert len(windows) == 2 * size
+
+
 def test_a_run_is_not_overwritten_without_force(make: Callable[..., Prepared]) -> None:
     folder = run(make(), "mine")
     with pytest.raises(UsageError, match="not empty"):

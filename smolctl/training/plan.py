@@ -17,8 +17,8 @@ from smolctl.training.device import resolved_precision
 from smolctl.training.muon import by_shape, orthogonalize
 from smolctl.training.optimizers import hidden_matrices
 
-# Beyond what tensors hold, glibc's allocator keeps about as much as the gradients in gaps between them.
-# Measured on the 135M model; see benchmarks/README.md.
+# Beyond what tensors hold, glibc's allocator keeps gaps between them: about as much as the gradients, and
+# as much again where gradients wait for further micro-batches. Measured; see benchmarks/README.md.
 GAPS_PER_GRADIENT_BYTE = 1.0
 
 
@@ -79,7 +79,10 @@ def make_plan(
         config.data.sequence_length,
         optimizer=config.optimizer.name,
     )
-    gaps = round(GAPS_PER_GRADIENT_BYTE * memory.gradients) if device == "cpu" else 0
+    gaps = 0
+    if device == "cpu":
+        accumulates = config.micro_batch_size < config.train.batch_size
+        gaps = round(GAPS_PER_GRADIENT_BYTE * memory.gradients * (1 + accumulates))
     checkpoint = memory.weights + memory.optimizer
     written = 1 + math.ceil(steps / config.checkpoint.every)  # the first one before step 1
     kept = min(written, config.checkpoint.keep_last) if config.checkpoint.keep_last else written
