@@ -54,6 +54,11 @@ def partial_exists(out: Path) -> bool:
     return any(out.glob("checkpoints/.*.partial"))
 
 
+def is_finished(out: Path) -> bool:
+    files = RunFolder(out).checkpoints()
+    return bool(files) and files[-1].step == STEPS
+
+
 def kill_at_some_moment(child: int, out: Path, chance: random.Random) -> tuple[bool, bool]:
     """Whether the child was killed before it ended by itself, and while it wrote a checkpoint."""
     in_a_write = chance.random() < 0.5
@@ -80,7 +85,7 @@ def main() -> None:
         out = Path(f"killed-{number}")
         kills = writes = 0
         killed = True
-        while killed:
+        while killed and not is_finished(out):  # a kill may come after the last checkpoint
             begun = RunFolder.is_run(out) and RunFolder(out).checkpoints()
             child = fork(go_on if begun else start, out)
             if kills < 4:

@@ -34,7 +34,7 @@ def resume(
     run: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN]",
+            metavar="RUN",
             help="runs/NAME or runs/NAME@STEP. Default: the newest run.",
             show_default=False,
         ),

@@ -46,7 +46,10 @@ def train(
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimizer steps in all.")] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", help="File, folder, Hub dataset or 'python'; repeatable."),
+        typer.Option(
+            "--data",
+            help="File, folder, Hub dataset (org/name[@revision][:config]) or 'python'; repeatable.",
+        ),
     ] = None,
     tokenizer: Annotated[
         str | None, typer.Option("--tokenizer", help="Hub id, folder, file, GGUF, or train:N.")
