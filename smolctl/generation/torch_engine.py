@@ -53,11 +53,10 @@ class TorchEngine(Engine):
         rows = [slice(None)] if together else [slice(at, at + 1) for at, ids in enumerate(tokens) if ids]
         logits = []
         for row in rows:
-            ids = torch.tensor([list(ids) for ids in tokens[row]], dtype=torch.long, device=self.device)
+            batch = torch.tensor([list(ids) for ids in tokens[row]], dtype=torch.long, device=self.device)
             buffers = cache.buffers.rows(row, cache.lengths[row][0])
-            logits += [self._read(ids, buffers, every)]
-        for at, ids in enumerate(tokens):
-            cache.lengths[at] += len(ids)
+            logits.append(self._read(batch, buffers, every))
+        cache.lengths = [length + len(ids) for length, ids in zip(cache.lengths, tokens, strict=True)]
         return torch.cat(logits).float().cpu()
 
     def _read(self, ids: Tensor, buffers: KVCache, every: bool) -> Tensor:
