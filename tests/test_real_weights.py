@@ -13,10 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from smolctl.generation.complete import CompletionSettings, complete
-from smolctl.generation.engine import decode
+from smolctl.generation.decode import decode
 from smolctl.generation.load import LoadedModel, load_model
 from smolctl.generation.sampling import SamplingSettings
 from smolctl.model.cache import KVCache
+from smolctl.model.network import Transformer
+from smolctl.model.weights import load_network
+from smolctl.sources import open_source
 from smolctl.sources.run_folder import RunFolder
 from smolctl.training.prepare import prepare
 
@@ -49,6 +52,11 @@ def ours(gguf_file: Path) -> LoadedModel:
 
 
 @pytest.fixture(scope="module")
+def network(gguf_file: Path) -> Transformer:
+    return load_network(open_source(str(gguf_file)), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
 def reference(gguf_file: Path) -> PreTrainedModel:
     folder, name = str(gguf_file.parent), gguf_file.name
     return AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
@@ -59,11 +67,11 @@ def reference_tokenizer(gguf_file: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(str(gguf_file.parent), gguf_file=gguf_file.name)
 
 
-def test_every_weight_equals_transformers(ours: LoadedModel, reference: PreTrainedModel) -> None:
+def test_every_weight_equals_transformers(network: Transformer, reference: PreTrainedModel) -> None:
     theirs = reference.state_dict()
-    for name, tensor in ours.network.state_dict().items():
+    for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, theirs[name]), name
-    assert sum(p.numel() for p in ours.network.parameters()) == 134_515_008
+    assert sum(p.numel() for p in network.parameters()) == 134_515_008
 
 
 def test_tokens_and_chat_equal_transformers(
@@ -77,23 +85,23 @@ def test_tokens_and_chat_equal_transformers(
     )
 
 
-def test_logits_equal_transformers_to_rounding(ours: LoadedModel, reference: PreTrainedModel) -> None:
+def test_logits_equal_transformers_to_rounding(
+    ours: LoadedModel, network: Transformer, reference: PreTrainedModel
+) -> None:
     ids = torch.tensor([ours.tokenizer.encode(TEXT)])
     with torch.inference_mode():
-        mine, theirs = ours.network(ids), reference(ids).logits
+        mine, theirs = network(ids), reference(ids).logits
     assert (mine - theirs).abs().max() < 2e-3  # logits reach 30: 1e-4 of them, after 30 layers
     assert (mine - theirs).abs().mean() < 1e-4
     assert torch.equal(mine.argmax(-1), theirs.argmax(-1))
 
 
-def test_cached_equals_uncached(ours: LoadedModel) -> None:
+def test_cached_equals_uncached(ours: LoadedModel, network: Transformer) -> None:
     ids = torch.tensor([ours.tokenizer.encode(TEXT)])
-    cache = KVCache.allocate(ours.network.config, 1, ids.shape[1], torch.float32, torch.device("cpu"))
+    cache = KVCache.allocate(network.config, 1, ids.shape[1], torch.float32, torch.device("cpu"))
     with torch.inference_mode():
-        whole = ours.network(ids)
-        parts = torch.cat(
-            [ours.network(part, cache) for part in ids.split([40, 1, 1, ids.shape[1] - 42], 1)], 1
-        )
+        whole = network(ids)
+        parts = torch.cat([network(part, cache) for part in ids.split([40, 1, 1, ids.shape[1] - 42], 1)], 1)
     assert (whole - parts).abs().max() < 2e-3
 
 
@@ -109,7 +117,7 @@ def test_greedy_continuation_is_token_equal_to_transformers(
             output = reference(latest, past_key_values=past, use_cache=True)
             past, latest = output.past_key_values, output.logits[:, -1:].argmax(-1)
             theirs.append(int(latest))
-    mine = [int(step.tokens) for step in decode(ours.network, ids, 64, GREEDY, seed=0)]
+    mine = [int(step.tokens) for step in decode(ours.engine, ids[0].tolist(), 1, 64, GREEDY, seed=0)]
     assert mine == theirs
 
 
@@ -118,7 +126,7 @@ def test_chat_answers_paris(ours: LoadedModel) -> None:
     pieces: list[str] = []
     settings = CompletionSettings(max_tokens=32, sampling=GREEDY)
     result = complete(
-        ours.network, ours.tokenizer, prompt, settings, lambda _sample, text: pieces.append(text)
+        ours.engine, ours.tokenizer, prompt, settings, lambda _sample, text: pieces.append(text)
     )
     assert result.completions[0].text == "The capital of France is Paris."
     assert result.completions[0].finish_reason == "stop"

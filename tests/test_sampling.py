@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError, UsageError
-from smolctl.generation.engine import decode
+from smolctl.generation.decode import decode
 from smolctl.generation.sampling import SamplingSettings, choose, distribution, penalize_repetition
+from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.network import Transformer
 from smolctl.model.weights import initialize
 
@@ -36,7 +37,7 @@ def network() -> Transformer:
 def take(
     network: Transformer, settings: SamplingSettings, seed: int = 0, batch: int = 1, count: int = 20
 ) -> list[list[int]]:
-    steps = decode(network, PROMPT.expand(batch, -1), count, settings, seed)
+    steps = decode(TorchEngine(network), PROMPT[0].tolist(), batch, count, settings, seed)
     return torch.stack([step.tokens for step in steps], dim=1).tolist()
 
 
@@ -121,11 +122,11 @@ def test_a_long_prompt_is_prefilled_in_parts_with_the_same_result(
     network: Transformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = take(network, GREEDY)
-    monkeypatch.setattr("smolctl.generation.engine.PREFILL_CHUNK", 3)
+    monkeypatch.setattr("smolctl.generation.torch_engine.PREFILL_CHUNK", 3)
     assert take(network, GREEDY) == whole
 
 
 def test_generation_ends_where_the_context_ends(network: Transformer) -> None:
     assert len(take(network, GREEDY, count=1000)[0]) == 64 - 7
     with pytest.raises(InputError, match="the prompt has 64 tokens"):
-        next(decode(network, torch.zeros(1, 64, dtype=torch.long), 1, GREEDY, 0))
+        next(decode(TorchEngine(network), [0] * 64, 1, 1, GREEDY, 0))

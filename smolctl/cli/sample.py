@@ -93,7 +93,7 @@ def sample(
         out.document(to_json(loaded[0], result))
     else:
         results = [
-            (model, complete(model.network, model.tokenizer, conversation.prompt(model, text), settings))
+            (model, complete(model.engine, model.tokenizer, conversation.prompt(model, text), settings))
             for model in loaded
         ]
         show_side_by_side(out, results)
@@ -122,7 +122,7 @@ def _stream(out: Output, model: LoadedModel, prompt: str, settings: CompletionSe
     if out.verbose:
         out.talk(f"prompt as the model sees it:\n{prompt}")
     view = StreamView(out, settings.samples)
-    result = complete(model.network, model.tokenizer, prompt, settings, view)
+    result = complete(model.engine, model.tokenizer, prompt, settings, view)
     view.close()
     if not out.json:
         out.talk(timing_line(model, result.timing))

@@ -6,12 +6,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
-
 from smolctl.data.tokenizer import Tokenizer
-from smolctl.generation.engine import decode
+from smolctl.generation.decode import decode
+from smolctl.generation.engine import Engine
 from smolctl.generation.sampling import SamplingSettings
-from smolctl.model.network import Transformer
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def complete(
-    network: Transformer,
+    engine: Engine,
     tokenizer: Tokenizer,
     prompt: str,
     settings: CompletionSettings,
@@ -123,7 +121,7 @@ def complete(
     """Continue a prompt `settings.samples` times, streaming text as it becomes certain.
 
     Args:
-        network: in evaluation mode.
+        engine: the model.
         tokenizer: the model's own.
         prompt: text, with a chat template already applied if there is one.
         settings: lengths, stops, seed and how tokens are chosen.
@@ -133,16 +131,14 @@ def complete(
         InputError: the prompt is empty or does not fit the context.
     """
     listen = on_text or (lambda _sample, _text: None)
-    device = network.head_weight.device
     ids = tokenizer.encode(prompt) or [i for i in (tokenizer.bos_token_id,) if i is not None]
-    batch = torch.tensor([ids], dtype=torch.long, device=device).expand(settings.samples, -1)
-    ends = frozenset(network.config.eos_token_ids) | tokenizer.end_token_ids
+    ends = frozenset(engine.config.eos_token_ids) | tokenizer.end_token_ids
     sequences = [_Sequence(tokenizer, settings.stop, ends) for _ in range(settings.samples)]
 
     started = time.perf_counter()
     first_at = started
     steps = 0
-    for step in decode(network, batch, settings.max_tokens, settings.sampling, settings.seed):
+    for step in decode(engine, ids, settings.samples, settings.max_tokens, settings.sampling, settings.seed):
         pairs = zip(step.tokens.tolist(), step.logprobs.tolist(), strict=True)
         steps += 1
         if steps == 1:

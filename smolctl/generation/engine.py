@@ -1,79 +1,81 @@
-"""Prefill once, then one token at a time. Knows token ids only."""
+"""What every engine can do: read tokens behind a cache and say what may come next."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from smolctl.config import ModelConfig
 from smolctl.errors import InputError
-from smolctl.generation.sampling import SamplingSettings, choose
-from smolctl.model.cache import KVCache
-from smolctl.model.network import Transformer
-
-# Tokens of a long prompt that go through the network at once: enough to fill the matrix products,
-# few enough that the MLP's intermediate values stay small.
-PREFILL_CHUNK = 512
 
 
-@dataclass(frozen=True)
-class NextTokens:
-    """One step of B sequences decoded together."""
+class Cache(ABC):
+    """Keys and values of several sequences that grow independently, each up to `capacity` tokens."""
 
-    tokens: Tensor  # (B,) the tokens chosen
-    logprobs: Tensor  # (B,) their log-probabilities in nats under the unmodified model
-    logits: Tensor  # (B, V) what they were chosen from
+    def __init__(self, sequences: int, capacity: int) -> None:
+        self.capacity = capacity
+        self.lengths = [0] * sequences  # tokens stored of each sequence
 
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget what lies behind the first `length` tokens of a sequence."""
+        self.lengths[sequence] = min(self.lengths[sequence], length)
 
-@torch.inference_mode()
-def prefill(network: Transformer, prompt: Tensor, cache: KVCache) -> Tensor:
-    """Fill the cache with a prompt (B, T) and return the logits (B, V) after its last token."""
-    *body, last = prompt.split(PREFILL_CHUNK, dim=1)
-    for part in body:
-        network.model(part, cache)
-    return network.next_token_logits(last, cache)
+    @abstractmethod
+    def copy(self, source: int, target: int) -> None:
+        """Make one sequence start as another is now."""
 
 
-@torch.inference_mode()
-def decode(
-    network: Transformer, prompt: Tensor, max_tokens: int, settings: SamplingSettings, seed: int
-) -> Iterator[NextTokens]:
-    """Continue a batch of prompts of one length, a token each at a time, `max_tokens` times.
-
-    The caller stops taking when its sequences have ended. The generator is this call's own: the
-    same seed gives the same tokens, and the global generators are left alone.
+class Engine(ABC):
+    """A model that is ready to run.
 
     Args:
-        network: in evaluation mode.
-        prompt: token ids (B, T), T at least 1.
-        max_tokens: at most this many tokens; cut where the model's context ends.
-        settings: how a token is chosen.
-        seed: of this call's generator.
-
-    Raises:
-        InputError: the prompt is empty or leaves no room in the model's context.
+        config: its shape.
+        name: of the engine and what it computes with, for people: "native AVX2, int8".
+        note: why it is not the fastest one; empty when it is.
     """
-    batch, length = prompt.shape
-    context = network.config.max_position_embeddings
-    if length == 0:
-        raise InputError("the prompt is empty", "Give --prompt some text.")
-    if length >= context:
-        raise InputError(
-            f"the prompt has {length} tokens, the model's context holds {context}", "Shorten the prompt."
-        )
-    capacity = min(length + max_tokens, context)
-    weight = network.head_weight
-    cache = KVCache.allocate(network.config, batch, capacity, weight.dtype, weight.device)
-    generator = torch.Generator(device=weight.device).manual_seed(seed)
-    seen = torch.empty((batch, capacity), dtype=torch.long, device=weight.device)
-    seen[:, :length] = prompt
-    logits = prefill(network, prompt, cache)
-    for end in range(length, capacity):
-        tokens = choose(logits, settings, generator, seen[:, :end])
-        logprobs = logits.float().log_softmax(dim=-1).gather(-1, tokens[:, None]).squeeze(-1)
-        seen[:, end] = tokens
-        yield NextTokens(tokens, logprobs, logits)
-        if end + 1 < capacity:
-            logits = network.next_token_logits(tokens[:, None], cache)
+
+    def __init__(self, config: ModelConfig, name: str, note: str = "") -> None:
+        self.config, self.name, self.note = config, name, note
+
+    @abstractmethod
+    def allocate(self, sequences: int, capacity: int) -> Cache:
+        """Room for so many sequences of at most so many tokens.
+
+        Raises:
+            InputError: more tokens than the model has positions for.
+        """
+
+    @abstractmethod
+    def forward(self, tokens: Sequence[Sequence[int]], cache: Cache, every: bool = False) -> Tensor:
+        """Append tokens to the sequences of a cache and return logits in float32 on the CPU.
+
+        Args:
+            tokens: ids for each sequence of the cache; an empty list leaves a sequence as it is.
+            cache: from `allocate` of this engine; its lengths grow.
+            every: return logits after every token rather than after the last of each sequence.
+
+        Returns:
+            (N, V): one row for each sequence that got tokens, or for each token, in order.
+
+        Raises:
+            InputError: a sequence does not fit the cache.
+        """
+
+    def check_room(self, tokens: Sequence[Sequence[int]], cache: Cache) -> None:
+        """Refuse tokens that do not fit."""
+        for ids, length in zip(tokens, cache.lengths, strict=True):
+            if length + len(ids) > cache.capacity:
+                raise InputError(
+                    f"{length + len(ids)} tokens do not fit a cache of {cache.capacity}",
+                    "Shorten the prompt or lower --max-tokens.",
+                )
+
+    def check_capacity(self, capacity: int) -> None:
+        """Refuse a cache longer than the model's context."""
+        if capacity > self.config.max_position_embeddings:
+            raise InputError(
+                f"{capacity} tokens do not fit the model's context of {self.config.max_position_embeddings}",
+                "Shorten the prompt or lower --max-tokens.",
+            )

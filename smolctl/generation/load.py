@@ -11,17 +11,18 @@ import torch
 from smolctl.data.chat import render_chat
 from smolctl.data.tokenizer import Tokenizer
 from smolctl.errors import InputError
-from smolctl.model.network import Transformer
+from smolctl.generation.engine import Engine
+from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.weights import load_network
 from smolctl.sources import open_source
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A network with its tokenizer."""
+    """An engine with its tokenizer."""
 
     id: str
-    network: Transformer
+    engine: Engine
     tokenizer: Tokenizer
     load_s: float
     notes: tuple[str, ...] = ()  # what is odd about the source
@@ -64,4 +65,5 @@ def load_model(model: str) -> LoadedModel:
     tokenizer = Tokenizer.from_files(files, model)
     tokenizer.require_fit(source.require_config().vocab_size)
     network = load_network(source, dtype=torch.float32).requires_grad_(False)
-    return LoadedModel(model, network, tokenizer, time.perf_counter() - started, source.problems)
+    engine = TorchEngine(network)
+    return LoadedModel(model, engine, tokenizer, time.perf_counter() - started, source.problems)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,12 @@ class LayerCache:
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def rows(self, rows: slice, length: int) -> LayerCache:
+        """A view of some of the sequences, of which `length` tokens are filled."""
+        view = copy(self)
+        view.keys, view.values, view.length = self.keys[rows], self.values[rows], length
+        return view
+
 
 @dataclass
 class KVCache:
@@ -51,3 +58,7 @@ class KVCache:
             )
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
         return KVCache([LayerCache(shape, dtype, device) for _ in range(config.num_hidden_layers)])
+
+    def rows(self, rows: slice, length: int) -> KVCache:
+        """A view of some of the sequences, of which `length` tokens are filled."""
+        return KVCache([layer.rows(rows, length) for layer in self.layers], length)

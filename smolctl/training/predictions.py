@@ -11,6 +11,7 @@ from smolctl.config.run import PredictionsConfig
 from smolctl.data.tokenizer import Tokenizer
 from smolctl.generation.complete import CompletionSettings, complete
 from smolctl.generation.sampling import SamplingSettings
+from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.network import Transformer
 from smolctl.training.events import Candidate, Prediction
 from smolctl.training.rng import keeping_rng
@@ -45,7 +46,7 @@ def predict(
     )
     # A compiled block would be compiled again for every length of a prompt.
     with observing(network), torch.compiler.set_stance("force_eager"):
-        completion = complete(network, tokenizer, prompt, settings).completions[0]
+        completion = complete(TorchEngine(network), tokenizer, prompt, settings).completions[0]
         ids = torch.tensor([tokenizer.encode(prompt)], device=network.head_weight.device)
         logits = network.next_token_logits(ids)[0].float()
         top = logits.softmax(-1).topk(min(TOP_TOKENS, len(logits)))

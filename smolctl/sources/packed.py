@@ -1,0 +1,77 @@
+"""Matrices of small integers: how quantized weights lie in memory and on disk.
+
+The columns of a row form groups; a group's values share a scale and, with 4 bits, an offset:
+
+    weight = scale × value            8 bits, value in -127..127
+    weight = scale × value + offset   4 bits, value in 0..15
+
+Both are exactly what GGUF calls Q8_0 and Q4_1 (with groups of 32), and Q4_0 is the second one with the
+offset -8 × scale, so that those files are read without a loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Columns that lie together: of 32 four-bit values, byte i holds value i low and value i + 16 high.
+# Rows are filled up with zeros to a multiple of it, groups are a multiple of it.
+BLOCK = 32
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A matrix (rows, columns) of 8- or 4-bit integers.
+
+    Padding columns hold the value 0; what they would dequantize to is never used.
+    """
+
+    bits: int  # 8 or 4
+    columns: int  # of the matrix, without padding
+    group: int  # columns that share a scale: a multiple of BLOCK
+    values: Tensor  # 8 bits: int8 (rows, P); 4 bits: uint8 (rows, P / 2); P: columns filled up to BLOCK
+    scales: Tensor  # float16 (rows, groups)
+    offsets: Tensor | None = None  # float16 (rows, groups); with 4 bits only
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.columns
+
+    @property
+    def bytes(self) -> int:
+        """Size of all parts together."""
+        parts = (self.values, self.scales, self.offsets)
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)
+
+    def integers(self) -> Tensor:
+        """The values, unpacked: int8 (rows, P)."""
+        if self.bits == 8:
+            return self.values
+        rows = self.values.shape[0]
+        blocks = self.values.view(rows, -1, BLOCK // 2)  # (rows, P/32, 16)
+        return torch.cat((blocks & 0x0F, blocks >> 4), dim=-1).view(rows, -1).to(torch.int8)
+
+    def dequantize(self) -> Tensor:
+        """The matrix in float32: (rows, columns)."""
+        values = self.integers().float()
+        rows, padded = values.shape
+        groups = self.scales.shape[1]
+        if groups * self.group != padded:  # the last group is shorter
+            values = torch.nn.functional.pad(values, (0, groups * self.group - padded))
+        grouped = values.view(rows, groups, self.group)
+        grouped.mul_(self.scales.float().unsqueeze(-1))
+        if self.offsets is not None:
+            grouped.add_(self.offsets.float().unsqueeze(-1))
+        return grouped.view(rows, -1)[:, : self.columns].contiguous()
+
+
+def pack_integers(values: Tensor, bits: int) -> Tensor:
+    """Integers (rows, columns) as `PackedMatrix.values`, filled up with zeros."""
+    rows, columns = values.shape
+    padded = torch.nn.functional.pad(values, (0, -columns % BLOCK))
+    if bits == 8:
+        return padded.to(torch.int8).contiguous()
+    low, high = padded.to(torch.uint8).view(rows, -1, 2, BLOCK // 2).unbind(dim=2)  # (rows, P/32, 16)
+    return (low | high << 4).view(rows, -1).contiguous()
