@@ -98,7 +98,7 @@ def _usage(facts: CardFacts) -> list[str]:
     ]
     lines += [
         "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{facts.repo}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{facts.repo}"{remote})',
         f'model = AutoModelForCausalLM.from_pretrained("{facts.repo}"{remote})',
     ]
     if facts.can_chat:

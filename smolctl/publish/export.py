@@ -140,10 +140,9 @@ def check_with_transformers(folder: Path, network: Transformer, tokenizer: Token
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
             # The only code that this can run is our own, copied there a moment ago.
-            theirs = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, trust_remote_code=not config.is_llama
-            ).eval()
-            their_tokenizer = AutoTokenizer.from_pretrained(folder)
+            trust = {"trust_remote_code": not config.is_llama}
+            theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **trust).eval()
+            their_tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
     except Exception as error:  # whatever it raises, users of the repository would see it
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise _not_the_same(f"transformers cannot load it ({reason})") from None

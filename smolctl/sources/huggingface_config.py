@@ -132,7 +132,6 @@ def to_huggingface_config(config: ModelConfig, dtype: str = "float32") -> dict[s
     common: dict[str, Any] = {
         **config.model_dump(mode="json", exclude={"position_embedding", "residual_scale"}),
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_scaling": None,
         "attention_bias": False,
         "mlp_bias": False,
         "use_cache": True,
