@@ -303,15 +303,13 @@ def test_without_gradio_one_line_says_so(
 @pytest.mark.slow
 def test_the_requirements_install_together_and_run_the_page(space: Path, tmp_path: Path) -> None:
     """In a fresh environment, which has nothing of this project."""
+    if os.environ.get("CI") != "true" and "SMOLCTL_TEST_FRESH" not in os.environ:
+        pytest.skip("installs a gigabyte: set SMOLCTL_TEST_FRESH=1")
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
     python = tmp_path / "env" / "bin" / "python"
     wanted = [TORCH, *REQUIREMENTS, f"gradio=={SDK_VERSION}"]
     done = subprocess.run(
         [str(python), "-m", "pip", "install", "-q", *wanted], capture_output=True, text=True
     )
-    if done.returncode:
-        reason = f"the requirements cannot be installed: {done.stderr[-500:]}"
-        if os.environ.get("CI") == "true" or "No matching" not in reason:
-            pytest.fail(reason)
-        pytest.skip(reason)
+    assert done.returncode == 0, done.stderr[-2000:]
     assert smoke.smoke_test(space, str(python)).text.strip()

@@ -7,6 +7,7 @@ parts of smolctl that this needs. `gradio` is asked for here only.
 from __future__ import annotations
 
 import json
+import os
 import queue
 import random
 import threading
@@ -195,18 +196,21 @@ def _text_page(gradio: Any, facts: SpaceFacts, speaker: Speaker, controls: list[
 
 
 def main(folder: Path, on_start: Callable[[str], None] | None = None) -> None:
-    """Serve the page until the process is stopped."""
+    """Serve the page until the process is stopped.
+
+    Args:
+        folder: of the Space.
+        on_start: told the address once the page is there; None leaves that to Gradio.
+    """
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio
 
-    # Spaces set the address themselves; elsewhere it is this machine only.
+    # One visitor at a time: the model takes all cores. The address is Gradio's choice, on a Space the Hub's.
     page = build_page(folder).queue(default_concurrency_limit=1, max_size=16)
+    waits = on_start is None
     _, url, _ = page.launch(
-        theme=gradio.themes.Soft(),
-        css=STYLE,
-        share=False,
-        prevent_thread_lock=True,
-        quiet=on_start is not None,
+        theme=gradio.themes.Soft(), css=STYLE, share=False, prevent_thread_lock=not waits, quiet=not waits
     )
     if on_start is not None:
         on_start(url)
-    page.block_thread()
+        page.block_thread()
