@@ -65,7 +65,7 @@ def continue_in_browser(url: str, prompt: str, chromium: str, folder: Path) -> S
     with browsing(url, chromium, folder) as (page, foreign, errors):
         page.get_by_label("Prompt", exact=True).fill(prompt)
         page.get_by_role("button", name="Continue", exact=True).click()
-        box = page.get_by_label("Continuation", exact=True)
+        box = page.locator("#continuation textarea")
         answer, versions = _settled(page, lambda: box.input_value(), prompt)
         page.screenshot(path=folder / "space.png")
         return Seen(answer, versions, foreign, errors)

@@ -31,7 +31,8 @@ CONTROLS = (
     ("Repetition penalty", 1.0, 2.0, 0.05, 1.1, "above 1, tokens already there become less likely"),
     ("Seed", 0, 1_000_000, 1, 0, "0: another text every time; others repeat themselves"),
 )
-STYLE = "#facts, #facts * { font-size: 0.875rem; opacity: 0.85 }"
+STYLE = "#facts p { font-size: 0.875rem } #continuation textarea { font-family: ui-monospace, monospace }"
+FONTS = ("ui-sans-serif", "system-ui", "sans-serif")  # of the visitor's system: nothing is fetched
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,9 @@ def _text_page(gradio: Any, facts: SpaceFacts, speaker: Speaker, controls: list[
         with gradio.Row():
             start = gradio.Button("Continue", variant="primary")
             stop = gradio.Button("Stop")
-        answer = gradio.Textbox(label="Continuation", lines=8, max_lines=24, buttons=["copy"])
+        answer = gradio.Textbox(
+            label="Continuation", elem_id="continuation", lines=8, max_lines=24, buttons=["copy"]
+        )
         with gradio.Accordion("Sampling", open=False):
             for left, right in zip(controls[::2], controls[1::2], strict=True):
                 with gradio.Row():
@@ -209,7 +212,11 @@ def main(folder: Path, on_start: Callable[[str], None] | None = None) -> None:
     page = build_page(folder).queue(default_concurrency_limit=1, max_size=16)
     waits = on_start is None
     _, url, _ = page.launch(
-        theme=gradio.themes.Soft(), css=STYLE, share=False, prevent_thread_lock=not waits, quiet=not waits
+        theme=gradio.themes.Soft(font=FONTS),
+        css=STYLE,
+        share=False,
+        prevent_thread_lock=not waits,
+        quiet=not waits,
     )
     if on_start is not None:
         on_start(url)
