@@ -181,7 +181,7 @@ def test_a_visitor_who_leaves_stops_the_work(space: Path) -> None:
     next(stream)
     stream.close()
     for thread in threading.enumerate():
-        if thread.daemon and "work" in thread.name:
+        if thread.name == "answer":
             thread.join(10)
             assert not thread.is_alive()
 

@@ -100,7 +100,7 @@ class Speaker:
                 pieces.put(SmolError(f"{type(error).__name__}: {error}"))
                 raise
 
-        worker = threading.Thread(target=work, daemon=True)
+        worker = threading.Thread(target=work, name="answer", daemon=True)
         worker.start()
         text = ""
         try:
