@@ -21,9 +21,10 @@ from tiny_runs import (
 )
 
 from smolctl.config.run import ScheduleConfig
+from smolctl.durable import file_digest
 from smolctl.errors import ExitCode, InputError, UsageError
 from smolctl.sources.run_folder import RunFolder
-from smolctl.training.checkpoint import file_digest, find_damage
+from smolctl.training.checkpoint import find_damage
 from smolctl.training.events import Note
 from smolctl.training.prepare import Prepared
 from smolctl.training.resume import ResumeOptions

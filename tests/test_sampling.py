@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +11,13 @@ from hypothesis import strategies as st
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError, UsageError
 from smolctl.generation.decode import decode
-from smolctl.generation.sampling import SamplingSettings, choose, distribution, penalize_repetition
+from smolctl.generation.sampling import (
+    SamplingSettings,
+    choose,
+    distribution,
+    log_normalizer,
+    penalize_repetition,
+)
 from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.network import Transformer
 from smolctl.model.weights import initialize
@@ -27,6 +34,7 @@ CONFIG = ModelConfig(
 )
 PROMPT = torch.arange(7)[None]
 GREEDY = SamplingSettings(temperature=0)
+NOTHING_SEEN = torch.empty(20_000, 0).long()
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +67,50 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(seed: int, p: float) -> Non
     if p < 1 and len(inside) > 1:
         assert inside[1:].sum() < p + 1e-5  # without its least likely member it falls short
     assert plain[kept].min() >= plain[~kept].max() if (~kept).any() else True
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    p=st.floats(0.01, 0.999),
+    scale=st.sampled_from([0.0, 0.1, 1.0, 4.0]),
+    size=st.sampled_from([1, 50, 3000]),
+)
+def test_top_p_keeps_what_a_full_stable_sort_keeps(seed: int, p: float, scale: float, size: int) -> None:
+    logits = scale * torch.randn(1, size, generator=torch.Generator().manual_seed(seed))
+    logits = logits.mul(4).round().div(4)  # many are equally likely
+    kept = distribution(logits, SamplingSettings(top_p=p))[0] > 0
+    weights = (logits[0] - logits.max()).exp().double()
+    ordered, index = weights.sort(descending=True, stable=True)
+    before = ordered.cumsum(0) - ordered
+    expected = torch.zeros(size, dtype=torch.bool).scatter(0, index, before < p * weights.sum() - 1e-6)
+    surely = torch.zeros(size, dtype=torch.bool).scatter(0, index, before < p * weights.sum() + 1e-6)
+    assert (expected <= kept).all()  # the sums may round differently at the very edge
+    assert (kept <= surely).all()
+
+
+@given(seed=st.integers(0, 10**6), size=st.integers(1, 1000))
+def test_a_dropped_token_is_never_drawn(seed: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 5 * torch.randn(4, size, generator=generator)
+    settings = SamplingSettings(top_k=3, top_p=0.9)
+    chosen = choose(logits, settings, generator, torch.empty(4, 0).long())
+    assert (distribution(logits, settings).gather(1, chosen[:, None]) > 0).all()
+
+
+def test_draws_from_a_large_vocabulary_follow_the_distribution() -> None:
+    logits = 0.5 * torch.randn(1, 2000, generator=torch.Generator().manual_seed(1))
+    chosen = choose(
+        logits.expand(20_000, -1), SamplingSettings(), torch.Generator().manual_seed(0), NOTHING_SEEN
+    )
+    parts = torch.zeros(20).scatter_add(0, torch.arange(2000) // 100, logits.softmax(-1)[0])
+    shares = (chosen // 100).bincount(minlength=20) / 20_000
+    torch.testing.assert_close(shares, parts, atol=0.01, rtol=0)
+
+
+def test_output_that_is_not_finite_is_named() -> None:
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(InputError, match="not finite"):
+            log_normalizer(np.array([0.0, value], dtype=np.float32))
 
 
 def test_min_p_drops_what_is_far_below_the_likeliest() -> None:

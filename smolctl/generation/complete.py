@@ -1,13 +1,14 @@
-"""Text in, text out: tokens around the engine, stop rules, and timing."""
+"""Text in, text out: one prompt continued, with timing."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from smolctl.data.tokenizer import Tokenizer
-from smolctl.generation.decode import decode
+from smolctl.generation.answer import Answer, Completion
+from smolctl.generation.decode import Decoder, Job, Speculation, check_prompt, generator_for
 from smolctl.generation.engine import Engine
 from smolctl.generation.sampling import SamplingSettings
 
@@ -21,16 +22,8 @@ class CompletionSettings:
     stop: tuple[str, ...] = ()  # texts that end a completion and are not part of it
     seed: int = 0
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One continuation of the prompt."""
-
-    text: str
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]  # nats, under the unmodified model
-    finish_reason: str  # "stop": end of text or a stop text; "length": max_tokens or the context's end
+    speculation: Speculation = "off"
+    alternatives: int = 0  # likeliest other tokens to report with each token
 
 
 @dataclass(frozen=True)
@@ -38,9 +31,13 @@ class Timing:
     """Where the time went."""
 
     prompt_tokens: int
+    reused_tokens: int  # of the prompt: they were in the cache already
     first_token_s: float  # prefill and the first choice
-    prefill_tokens_per_s: float
+    prefill_tokens_per_s: float  # over the prompt tokens that were read
     decode_tokens_per_s: float | None  # over all samples; None when a single token came
+    decode_steps: int  # calls of the engine after the prompt
+    guessed_tokens: int  # read on a guess of the speculation
+    accepted_tokens: int  # of these, what the model chose indeed
 
 
 @dataclass(frozen=True)
@@ -56,67 +53,14 @@ class CompletionResult:
 TextListener = Callable[[int, str], None]
 
 
-class _Sequence:
-    """One completion while it grows."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], ends: frozenset[int]) -> None:
-        self.stream = tokenizer.stream()
-        self.stop, self.ends = stop, ends
-        self.text = ""  # decoded so far
-        self.emitted = 0  # characters of it that the listener has seen
-        self.tokens: list[int] = []
-        self.logprobs: list[float] = []
-        self.finish_reason = ""
-
-    def add(self, token: int, logprob: float) -> str:
-        """Take a token and return the text that it made certain."""
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        if token in self.ends:
-            self.finish_reason = "stop"
-            return self._rest()
-        self.text += self.stream.feed(token)
-        cuts = [at for at in (self.text.find(stop, self.emitted) for stop in self.stop) if at >= 0]
-        if cuts:
-            self.text = self.text[: min(cuts)]
-            self.finish_reason = "stop"
-            return self._rest(flush=False)
-        held = max((_overlap(self.text[self.emitted :], stop) for stop in self.stop), default=0)
-        return self._emit(len(self.text) - held)
-
-    def finish(self) -> str:
-        """End for lack of room and return what was held back."""
-        self.finish_reason = "length"
-        return self._rest()
-
-    def _rest(self, flush: bool = True) -> str:
-        if flush:
-            self.text += self.stream.finish()
-        return self._emit(len(self.text))
-
-    def _emit(self, end: int) -> str:
-        fresh = self.text[self.emitted : end]
-        self.emitted = max(self.emitted, end)
-        return fresh
-
-    def completion(self) -> Completion:
-        return Completion(self.text, tuple(self.tokens), tuple(self.logprobs), self.finish_reason)
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`: it may still become it."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if stop.startswith(text[-length:]):
-            return length
-    return 0
-
-
 def complete(
     engine: Engine,
     tokenizer: Tokenizer,
     prompt: str,
     settings: CompletionSettings,
     on_text: TextListener | None = None,
+    decoder: Decoder | None = None,
+    turn: int = 0,
 ) -> CompletionResult:
     """Continue a prompt `settings.samples` times, streaming text as it becomes certain.
 
@@ -126,40 +70,93 @@ def complete(
         prompt: text, with a chat template already applied if there is one.
         settings: lengths, stops, seed and how tokens are chosen.
         on_text: called with every piece of text, in order for each sample.
+        decoder: of an earlier call with the same settings; what it holds of the prompt is not read again.
+        turn: another number, other chances with the same seed.
 
     Raises:
         InputError: the prompt is empty or does not fit the context.
     """
-    listen = on_text or (lambda _sample, _text: None)
-    ids = tokenizer.encode(prompt) or [i for i in (tokenizer.bos_token_id,) if i is not None]
-    ends = frozenset(engine.config.eos_token_ids) | tokenizer.end_token_ids
-    sequences = [_Sequence(tokenizer, settings.stop, ends) for _ in range(settings.samples)]
-
+    ids = prompt_ids(tokenizer, prompt)
+    context = decoder.capacity if decoder else engine.config.max_position_embeddings
+    count = tokens_to_generate(len(ids), settings, context)
+    jobs = [Job(ids, count, generator_for(settings.seed, turn, sample)) for sample in range(settings.samples)]
+    answers = [new_answer(engine, tokenizer, settings) for _ in jobs]
+    keep = decoder is not None
     started = time.perf_counter()
-    first_at = started
-    steps = 0
-    for step in decode(engine, ids, settings.samples, settings.max_tokens, settings.sampling, settings.seed):
-        pairs = zip(step.tokens.tolist(), step.logprobs.tolist(), strict=True)
-        steps += 1
-        if steps == 1:
-            first_at = time.perf_counter()
-        for sample, (token, logprob) in enumerate(pairs):
-            if not sequences[sample].finish_reason:
-                text = sequences[sample].add(token, logprob)
-                if text:
-                    listen(sample, text)
-        if all(sequence.finish_reason for sequence in sequences):
-            break
+    decoder = decoder or new_decoder(engine, settings, settings.samples, len(ids) + count)
+    before = replace(decoder.counts)
+    first_at = None
+    for _ in answer_all(decoder, jobs, answers, on_text or (lambda _sample, _text: None), keep):
+        first_at = first_at or time.perf_counter()
     ended = time.perf_counter()
-    for sample, sequence in enumerate(sequences):
-        if not sequence.finish_reason and (text := sequence.finish()):
-            listen(sample, text)
-
-    decode_rate = settings.samples * (steps - 1) / (ended - first_at) if steps > 1 else None
+    first_at = first_at or ended
+    done = decoder.counts - before
+    later = sum(len(answer.tokens) - 1 for answer in answers)
     timing = Timing(
         prompt_tokens=len(ids),
+        reused_tokens=done.reused,
         first_token_s=first_at - started,
-        prefill_tokens_per_s=len(ids) / (first_at - started),
-        decode_tokens_per_s=decode_rate,
+        prefill_tokens_per_s=done.read / (first_at - started),
+        decode_tokens_per_s=later / (ended - first_at) if later else None,
+        decode_steps=done.steps,
+        guessed_tokens=done.guessed,
+        accepted_tokens=done.accepted,
     )
-    return CompletionResult(prompt, tuple(s.completion() for s in sequences), timing)
+    return CompletionResult(prompt, tuple(answer.completion() for answer in answers), timing)
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Tokens of a prompt; an empty one is the token that begins a text, where there is one."""
+    return tokenizer.encode(prompt) or [i for i in (tokenizer.bos_token_id,) if i is not None]
+
+
+def tokens_to_generate(prompt: int, settings: CompletionSettings, context: int) -> int:
+    """How many tokens may follow a prompt of so many.
+
+    Raises:
+        InputError: none, or the prompt is empty.
+    """
+    check_prompt(prompt, context)
+    return min(settings.max_tokens, context - prompt)
+
+
+def new_decoder(engine: Engine, settings: CompletionSettings, slots: int, capacity: int) -> Decoder:
+    return Decoder(engine, slots, capacity, settings.sampling, settings.speculation, settings.alternatives)
+
+
+def new_answer(engine: Engine, tokenizer: Tokenizer, settings: CompletionSettings) -> Answer:
+    ends = frozenset(engine.config.eos_token_ids) | tokenizer.end_token_ids
+    return Answer(tokenizer, settings.stop, ends)
+
+
+def answer_all(
+    decoder: Decoder,
+    jobs: Sequence[Job],
+    answers: Sequence[Answer],
+    listen: TextListener,
+    keep: bool = False,
+) -> Iterator[list[int]]:
+    """Give every job's tokens to its answer; after each call of the engine yield what ended with it.
+
+    Args:
+        decoder: runs the jobs.
+        jobs: what to continue; their `max_tokens` fit the decoder's capacity.
+        answers: one of each job.
+        listen: called with (job, new text).
+        keep: see `Decoder.run`.
+    """
+    for step in decoder.run(jobs, keep):
+        ended: list[int] = []
+        for index, token in step:
+            answer = answers[index]
+            if answer.finish_reason:
+                continue  # a guess that came true behind the end
+            text = answer.add(token)
+            if len(answer.tokens) == jobs[index].max_tokens:
+                text += answer.finish()
+            if text:
+                listen(index, text)
+            if answer.finish_reason:
+                decoder.end(index)
+                ended.append(index)
+        yield ended

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from smolctl.generation.complete import (
+    CompletionResult,
+    CompletionSettings,
+    TextListener,
+    complete,
+    new_decoder,
+)
+from smolctl.generation.decode import Decoder
 from smolctl.generation.load import LoadedModel
+
+# A session holds at most this many tokens, also where the model's context is longer: its cache is allocated
+# at once.
+MOST_TOKENS = 8192
+# When the context is full, the oldest turns go until this share of it is free: what follows them must be read
+# again, and not at every turn.
+FREE_SHARE = 0.25
 
 
 @dataclass
@@ -23,11 +39,83 @@ class Conversation:
         """
         if not self.chat:
             return text
-        first = [{"role": "system", "content": self.system}] if self.system else []
-        return model.chat_prompt([*first, *self.turns, {"role": "user", "content": text}])
+        return self.render(model, [*self.turns, {"role": "user", "content": text}])
+
+    def render(self, model: LoadedModel, messages: Sequence[Mapping[str, str]]) -> str:
+        """Messages in the model's template, the system message first where they bring none of their own.
+
+        Raises:
+            InputError: the model has no chat template, or it refuses the messages.
+        """
+        own = messages[0]["role"] == "system"
+        first = [{"role": "system", "content": self.system}] if self.system and not own else []
+        return model.chat_prompt([*first, *messages])
 
     def remember(self, text: str, answer: str) -> None:
         """Add a turn of each side."""
         if self.chat:
             self.turns.append({"role": "user", "content": text})
             self.turns.append({"role": "assistant", "content": answer})
+
+    def forget_oldest(self) -> None:
+        """Drop the oldest question and its answer."""
+        del self.turns[:2]
+
+
+class Session:
+    """A conversation that keeps what the model has read of it: a turn reads only what is new.
+
+    Args:
+        model: answers.
+        settings: how; of several samples the first is remembered.
+        conversation: may have turns already.
+    """
+
+    def __init__(self, model: LoadedModel, settings: CompletionSettings, conversation: Conversation) -> None:
+        self.model, self.settings, self.conversation = model, settings, conversation
+        self.capacity = min(model.engine.config.max_position_embeddings, MOST_TOKENS)
+        self.decoder: Decoder = new_decoder(model.engine, settings, settings.samples, self.capacity)
+        self.answers = 0
+
+    def make_room(self, text: str) -> int:
+        """Forget the oldest turns until `text` and an answer fit; how many were forgotten."""
+        forgotten = 0
+        free = min(self.settings.max_tokens, self.capacity // 2)
+        while self.conversation.turns and self._length(text) + free > self.capacity:
+            self.conversation.forget_oldest()
+            forgotten += 1
+            free = max(free, int(self.capacity * FREE_SHARE))
+        return forgotten
+
+    def answer(self, text: str, on_text: TextListener) -> CompletionResult:
+        """Answer and remember both; when it is interrupted, remember what was said until then.
+
+        Raises:
+            InputError: the text alone does not fit the context.
+        """
+        said: list[str] = []
+
+        def listen(sample: int, piece: str) -> None:
+            if sample == 0:
+                said.append(piece)
+            on_text(sample, piece)
+
+        prompt = self.conversation.prompt(self.model, text)
+        engine, tokenizer = self.model.engine, self.model.tokenizer
+        try:
+            result = complete(engine, tokenizer, prompt, self.settings, listen, self.decoder, self.answers)
+        except KeyboardInterrupt:
+            if said:
+                self.conversation.remember(text, "".join(said))
+            raise
+        finally:
+            self.answers += 1
+        self.conversation.remember(text, result.completions[0].text)
+        return result
+
+    def reset(self) -> None:
+        """Forget every turn."""
+        self.conversation.turns.clear()
+
+    def _length(self, text: str) -> int:
+        return len(self.model.tokenizer.encode(self.conversation.prompt(self.model, text)))

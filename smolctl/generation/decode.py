@@ -1,25 +1,257 @@
-"""The loop around an engine: prefill, then one token for every sequence at a time. Knows ids only."""
+"""The loop around an engine: read prompts, then give every sequence its next tokens. Knows ids only."""
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from smolctl.errors import InputError
-from smolctl.generation.engine import Cache, Engine
-from smolctl.generation.sampling import SamplingSettings, choose
+from smolctl.generation.engine import Engine
+from smolctl.generation.lookup import Lookup
+from smolctl.generation.sampling import SamplingSettings, choose, log_normalizer, margin, penalize_repetition
+
+Speculation = Literal["off", "lookup"]
+
+# Greedy only. Several tokens in one call may round differently from one by one. Where the likeliest two are
+# closer than this (in nats, ten times what rounding does), nothing is judged: the token is read again by
+# itself.
+NEAR_TIE = 0.01
 
 
 @dataclass(frozen=True)
-class NextTokens:
-    """One step of B sequences decoded together."""
+class Token:
+    """A token that was chosen."""
 
-    tokens: Tensor  # (B,) the tokens chosen
-    logprobs: Tensor  # (B,) their log-probabilities in nats under the unmodified model
-    logits: Tensor  # (B, V) what they were chosen from
+    id: int
+    logprob: float  # nats, under the unmodified model
+    # The likeliest others with their probabilities, under the unmodified model, where asked for.
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A sequence to continue.
+
+    Args:
+        prompt: token ids, at least one.
+        max_tokens: at most this many more; cut where the context ends.
+        generator: the only source of chance, this job's own.
+    """
+
+    prompt: Sequence[int]
+    max_tokens: int
+    generator: torch.Generator
+
+
+@dataclass
+class Counts:
+    """What a decoder has done so far."""
+
+    read: int = 0  # prompt tokens that went through the engine
+    reused: int = 0  # prompt tokens that were in the cache already
+    steps: int = 0  # calls of the engine after the prompts
+    guessed: int = 0  # tokens read on a guess
+    accepted: int = 0  # of these, what the model chose indeed
+
+    def __sub__(self, earlier: Counts) -> Counts:
+        return Counts(*(now - then for now, then in zip(astuple(self), astuple(earlier), strict=True)))
+
+
+@dataclass
+class _Slot:
+    """A place in the cache and the job that has it."""
+
+    number: int
+    job: Job
+    index: int  # of the job
+    limit: int  # tokens in all, prompt included
+    tokens: list[int]  # prompt and what was chosen
+    seen: Tensor  # (limit,) the same as `tokens` in its first places
+    lookup: Lookup | None
+    careful: bool = False  # no guesses in the next step
+    ended: bool = False
+    guesses: list[int] = field(default_factory=list)
+
+    def append(self, token: int) -> None:
+        self.seen[len(self.tokens)] = token
+        self.tokens.append(token)
+        if self.lookup is not None:
+            self.lookup.add(token)
+        self.ended = self.ended or len(self.tokens) >= self.limit
+
+
+class Decoder:
+    """Sequences of one engine that decode together; one that ends makes room for the next.
+
+    Args:
+        engine: the model.
+        slots: sequences at once.
+        capacity: tokens of the longest sequence, prompt included.
+        settings: how a token is chosen.
+        speculation: whether tokens are guessed and several checked in one call.
+        alternatives: how many other tokens to report with each.
+
+    Raises:
+        InputError: more tokens than the model has positions for.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        slots: int,
+        capacity: int,
+        settings: SamplingSettings,
+        speculation: Speculation = "off",
+        alternatives: int = 0,
+    ) -> None:
+        self.engine, self.settings = engine, settings
+        self.speculation, self.alternatives = speculation, alternatives
+        self.capacity = capacity
+        self.counts = Counts()
+        self._cache = engine.allocate(slots, capacity)
+        self._held: list[list[int]] = [[] for _ in range(slots)]  # what was last written to each slot
+        self._slots: list[_Slot | None] = [None] * slots
+
+    def run(self, jobs: Sequence[Job], keep: bool = False) -> Iterator[list[tuple[int, Token]]]:
+        """Continue every job; each item is what one call of the engine gave: (index of the job, token).
+
+        A job's tokens come in order and do not depend on the other jobs. Tokens that come in one item after
+        `end` of their job are to be ignored.
+
+        Args:
+            jobs: what to continue, started in order.
+            keep: do not read again what a slot holds of the new prompt already.
+
+        Raises:
+            InputError: a prompt is empty or leaves no room in the model's context.
+        """
+        for job in jobs:
+            check_prompt(len(job.prompt), min(self.capacity, self.engine.config.max_position_embeddings))
+        waiting = deque(enumerate(jobs))
+        self._slots = [None] * len(self._slots)
+        while True:
+            free = [number for number, slot in enumerate(self._slots) if slot is None or slot.ended]
+            started = [self._occupy(number, *waiting.popleft(), keep) for number in free if waiting]
+            for number in free[len(started) :]:
+                self._slots[number] = None
+            active = [slot for slot in self._slots if slot is not None]
+            if not active:
+                return
+            lengths = list(self._cache.lengths)
+            try:
+                step = self._prefill(started) if started else self._step(active)
+            except BaseException:  # Ctrl-C too: what the cache holds must stay what `_held` says
+                for number, length in enumerate(lengths):
+                    self._cache.truncate(number, length)
+                raise
+            yield step
+
+    def end(self, index: int) -> None:
+        """A job needs no more tokens."""
+        for slot in self._slots:
+            if slot is not None and slot.index == index:
+                slot.ended = True
+
+    def _occupy(self, number: int, index: int, job: Job, keep: bool) -> _Slot:
+        """Give a slot to a job."""
+        limit = min(len(job.prompt) + job.max_tokens, self.capacity)
+        seen = torch.zeros(limit, dtype=torch.long)
+        seen[: len(job.prompt)] = torch.tensor(job.prompt)
+        lookup = None
+        if self.speculation == "lookup":
+            lookup = Lookup()
+            for token in job.prompt:
+                lookup.learn(token)
+        held = self._held[number][: self._cache.lengths[number]]
+        # The last token of a prompt is always read: its logits are what comes next.
+        common = common_prefix(held, job.prompt[:-1]) if keep else 0
+        self._cache.truncate(number, common)
+        slot = _Slot(number, job, index, limit, list(job.prompt), seen, lookup)
+        self._slots[number], self._held[number] = slot, slot.tokens
+        return slot
+
+    def _prefill(self, slots: Sequence[_Slot]) -> list[tuple[int, Token]]:
+        """Read the prompts of fresh slots and choose their first tokens. A shared prompt is read once."""
+        lengths = self._cache.lengths
+        first: dict[tuple[int, ...], _Slot] = {}
+        for slot in slots:
+            first.setdefault(tuple(slot.tokens), slot)
+        self.counts.reused += sum(lengths[slot.number] for slot in first.values())
+        unread = {slot.number: slot.tokens[lengths[slot.number] :] for slot in first.values()}
+        self.counts.read += sum(map(len, unread.values()))
+        logits = self._forward(unread)
+        rows = dict(zip(sorted(unread), logits, strict=True))
+        chosen = []
+        for slot in slots:
+            source = first[tuple(slot.tokens)].number
+            if source != slot.number:
+                self._cache.copy(source, slot.number)
+            chosen.append((slot.index, self._choose(slot, rows[source])))
+        return chosen
+
+    def _step(self, slots: Sequence[_Slot]) -> list[tuple[int, Token]]:
+        """One call of the engine for all sequences and what it gave."""
+        for slot in slots:
+            room = slot.limit - len(slot.tokens) - 1
+            slot.guesses = slot.lookup.guess(room) if slot.lookup and not slot.careful else []
+            slot.careful = False
+        guessed = sum(len(slot.guesses) for slot in slots)
+        unread = {slot.number: [slot.tokens[-1], *slot.guesses] for slot in slots}
+        logits = iter(self._forward(unread, every=guessed > 0))
+        self.counts.steps += 1
+        self.counts.guessed += guessed
+        chosen = []
+        for slot in slots:
+            rows = [next(logits) for _ in unread[slot.number]]
+            chosen += [(slot.index, token) for token in self._judge(slot, rows)]
+        return chosen
+
+    def _judge(self, slot: _Slot, rows: Sequence[Tensor]) -> Iterator[Token]:
+        """Choose after the last token and after every guess that was the token chosen; forget the others."""
+        for row, guess in zip(rows, [*slot.guesses, None], strict=True):
+            if slot.guesses and self._is_near_tie(slot, row):
+                slot.careful = True
+                # The last token is read again, by itself.
+                self._cache.truncate(slot.number, len(slot.tokens) - 1)
+                return
+            token = self._choose(slot, row)
+            yield token
+            if token.id != guess:
+                break
+            self.counts.accepted += 1
+        self._cache.truncate(slot.number, len(slot.tokens) - 1)
+
+    def _forward(self, unread: dict[int, list[int]], every: bool = False) -> Tensor:
+        tokens = [unread.get(number, []) for number in range(len(self._slots))]
+        return self.engine.forward(tokens, self._cache, every)
+
+    def _choose(self, slot: _Slot, row: Tensor) -> Token:
+        """Choose a token by one row of logits, (V,), and append it."""
+        seen = slot.seen[None, : len(slot.tokens)]
+        # First, because it refuses logits that are not finite.
+        normalizer = log_normalizer(row.numpy())
+        chosen = int(choose(row[None], self.settings, slot.job.generator, seen))
+        others: tuple[tuple[int, float], ...] = ()
+        if self.alternatives:
+            top = row.topk(min(self.alternatives + 1, len(row)))
+            pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+            others = tuple((id, math.exp(value - normalizer)) for id, value in pairs if id != chosen)
+        slot.append(chosen)
+        return Token(chosen, min(float(row[chosen]) - normalizer, 0.0), others[: self.alternatives])
+
+    def _is_near_tie(self, slot: _Slot, row: Tensor) -> bool:
+        if self.settings.temperature > 0:
+            return False
+        seen = slot.seen[None, : len(slot.tokens)]
+        penalized = penalize_repetition(row[None], seen, self.settings.repetition_penalty)
+        return margin(penalized[0].numpy()) < NEAR_TIE
 
 
 def check_prompt(length: int, context: int) -> None:
@@ -32,6 +264,26 @@ def check_prompt(length: int, context: int) -> None:
         )
 
 
+def common_prefix(one: Sequence[object], other: Sequence[object]) -> int:
+    """How many items two sequences begin with in common."""
+    pairs = zip(one, other, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def generator_for(seed: int, *place: int) -> torch.Generator:
+    """A generator for one of many sequences: by the seed and by numbers that say which one it is."""
+    mixed = np.random.SeedSequence([seed % 2**64, *place]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(mixed[0]) % 2**63)
+
+
+@dataclass(frozen=True)
+class NextTokens:
+    """One step of B sequences decoded together."""
+
+    tokens: Tensor  # (B,) the tokens chosen
+    logprobs: Tensor  # (B,) their log-probabilities in nats under the unmodified model
+
+
 def decode(
     engine: Engine,
     prompt: Sequence[int],
@@ -42,8 +294,8 @@ def decode(
 ) -> Iterator[NextTokens]:
     """Continue a prompt `samples` times, a token each at a time, `max_tokens` times.
 
-    The prompt is read once. The caller stops taking when its sequences have ended. The generator is this
-    call's own: the same seed gives the same tokens, and the global generators are left alone.
+    The prompt is read once. The caller stops taking when its sequences have ended. Generators are this call's
+    own: the same seed gives the same tokens, and the global generators are left alone.
 
     Args:
         engine: the model.
@@ -51,32 +303,17 @@ def decode(
         samples: B, sequences that continue it.
         max_tokens: at most this many tokens; cut where the model's context ends.
         settings: how a token is chosen.
-        seed: of this call's generator.
+        seed: of this call's generators.
 
     Raises:
         InputError: the prompt is empty or leaves no room in the model's context.
     """
     context = engine.config.max_position_embeddings
     check_prompt(len(prompt), context)
-    capacity = min(len(prompt) + max_tokens, context)
-    cache = engine.allocate(samples, capacity)
-    generator = torch.Generator().manual_seed(seed)
-    seen = torch.empty((samples, capacity), dtype=torch.long)
-    seen[:, : len(prompt)] = torch.tensor(prompt)
-    logits = prefill(engine, prompt, cache)
-    for end in range(len(prompt), capacity):
-        tokens = choose(logits, settings, generator, seen[:, :end])
-        logprobs = logits.log_softmax(dim=-1).gather(-1, tokens[:, None]).squeeze(-1)
-        seen[:, end] = tokens
-        yield NextTokens(tokens, logprobs, logits)
-        if end + 1 < capacity:
-            logits = engine.forward([[token] for token in tokens.tolist()], cache)
-
-
-def prefill(engine: Engine, prompt: Sequence[int], cache: Cache) -> Tensor:
-    """Read a prompt once for all sequences of an empty cache; logits (B, V) after its last token."""
-    others = len(cache.lengths) - 1
-    logits = engine.forward([prompt, *([[]] * others)], cache)
-    for sequence in range(1, others + 1):
-        cache.copy(0, sequence)
-    return logits.expand(len(cache.lengths), -1)
+    decoder = Decoder(engine, samples, min(len(prompt) + max_tokens, context), settings)
+    jobs = [Job(prompt, max_tokens, generator_for(seed, 0, sample)) for sample in range(samples)]
+    for step in decoder.run(jobs):
+        tokens = [token for _, token in step]
+        yield NextTokens(
+            torch.tensor([token.id for token in tokens]), torch.tensor([token.logprob for token in tokens])
+        )

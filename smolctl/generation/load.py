@@ -13,8 +13,10 @@ from smolctl.data.tokenizer import Tokenizer
 from smolctl.errors import InputError
 from smolctl.generation.engine import Engine
 from smolctl.generation.torch_engine import TorchEngine
+from smolctl.model.dynamic import DynamicTransformer
 from smolctl.model.weights import load_network
 from smolctl.sources import open_source
+from smolctl.sources.base import ModelSource
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,16 @@ class LoadedModel:
         )
 
 
+def _engine(source: ModelSource) -> Engine:
+    """The engine for a source; matrices that PyTorch's `quantize_dynamic` made stay as they are."""
+    if source.quantization is not None and source.quantization.get("scheme") == "int8-dynamic":
+        parts = dict(source.require_weights().parts())  # type: ignore[attr-defined]
+        activations = str(source.quantization.get("activations", "per-tensor"))
+        network = DynamicTransformer(source.require_config(), parts, activations)
+        return TorchEngine(network, name=f"torch cpu, int8 weights, activations {activations}")
+    return TorchEngine(load_network(source, dtype=torch.float32).requires_grad_(False))
+
+
 def load_model(model: str) -> LoadedModel:
     """Read weights in float32 and the tokenizer.
 
@@ -64,6 +76,5 @@ def load_model(model: str) -> LoadedModel:
         )
     tokenizer = Tokenizer.from_files(files, model)
     tokenizer.require_fit(source.require_config().vocab_size)
-    network = load_network(source, dtype=torch.float32).requires_grad_(False)
-    engine = TorchEngine(network)
+    engine = _engine(source)
     return LoadedModel(model, engine, tokenizer, time.perf_counter() - started, source.problems)

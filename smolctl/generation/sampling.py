@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from smolctl.errors import UsageError
+from smolctl.errors import InputError, UsageError
+
+# Everything below works on one row of logits at a time in NumPy: at a vocabulary of 49,152 torch's operators
+# wake their threads for every call, which takes longer than the work, and a full sort takes longer than a
+# whole step of a small model.
+
+# Weights are summed in blocks of this size first, so that a draw looks into one block only.
+BLOCK = 256
+# The search for the edge of top-p starts at these shares of the likeliest token, goes on by splitting what is
+# between two of them at its mean, and sorts no more than a few tokens in the end.
+RUNGS = (0.1, 1e-2, 1e-3, 1e-4, 0.0)
+FEW = 1024
 
 
 @dataclass(frozen=True)
@@ -50,40 +64,126 @@ class SamplingSettings:
 def choose(logits: Tensor, settings: SamplingSettings, generator: torch.Generator, seen: Tensor) -> Tensor:
     """The next token of every sequence, (B,).
 
+    Every row takes one number from the generator, so a sequence's text depends on its logits and on its
+    generator, not on how its tokens were grouped into calls.
+
     Args:
-        logits: (B, V), any float dtype.
+        logits: (B, V), any float dtype, on the CPU.
         settings: how to choose.
         generator: the only source of chance; untouched when temperature is 0.
         seen: token ids already in each sequence, (B, S), for the repetition penalty.
     """
     logits = penalize_repetition(logits.float(), seen, settings.repetition_penalty)
     if settings.temperature == 0:
-        return logits.argmax(dim=-1)
-    probabilities = distribution(logits, settings)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+        return torch.from_numpy(logits.numpy().argmax(axis=-1))
+    draws = torch.rand(len(logits), dtype=torch.float64, generator=generator).tolist()
+    rows = distribution(logits, settings).numpy()
+    return torch.tensor([_draw(row, draw) for row, draw in zip(rows, draws, strict=True)])
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make tokens that were seen less likely: positive logits divided, negative ones multiplied."""
     if penalty == 1.0:
         return logits
-    at_seen = logits.gather(-1, seen)
-    return logits.scatter(-1, seen, torch.where(at_seen > 0, at_seen / penalty, at_seen * penalty))
+    penalized, ids = logits.numpy().copy(), seen.numpy()
+    at_seen = np.take_along_axis(penalized, ids, axis=-1)
+    changed = np.where(at_seen > 0, at_seen / penalty, at_seen * penalty)
+    np.put_along_axis(penalized, ids, changed, axis=-1)
+    return torch.from_numpy(penalized)
 
 
 def distribution(logits: Tensor, settings: SamplingSettings) -> Tensor:
-    """Probabilities (B, V) after temperature, top-k, top-p and min-p, in this order."""
-    probabilities = (logits / settings.temperature).softmax(dim=-1)
-    if settings.top_k:
-        kth = probabilities.topk(min(settings.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
-        probabilities = probabilities.where(probabilities >= kth, 0.0)
+    """Probabilities (B, V) in float32 after temperature, top-k, top-p and min-p, in this order."""
+    probabilities = np.empty(tuple(logits.shape), dtype=np.float32)
+    for row, weights in zip(logits.float().numpy(), probabilities, strict=True):
+        _weigh(row, settings, weights)
+    return torch.from_numpy(probabilities)
+
+
+def log_normalizer(logits: NDArray[np.float32]) -> float:
+    """What to subtract from one row of logits, (V,), to get log-probabilities in nats.
+
+    Raises:
+        InputError: the logits are not numbers to choose by.
+    """
+    top = float(logits.max())
+    total = float(np.exp(logits - top).sum()) if math.isfinite(top) else math.nan
+    if not math.isfinite(total):
+        raise InputError(
+            "the model's output is not finite", "Its weights are damaged, or its training has diverged."
+        )
+    return top + math.log(total)
+
+
+def margin(logits: NDArray[np.float32]) -> float:
+    """By how much the largest of one row of logits, (V,), exceeds every other."""
+    best = int(logits.argmax())
+    before, behind = logits[:best], logits[best + 1 :]
+    return float(logits[best] - max(before.max(initial=-np.inf), behind.max(initial=-np.inf)))
+
+
+def _weigh(logits: NDArray[np.float32], settings: SamplingSettings, out: NDArray[np.float32]) -> None:
+    """Write one row's probabilities, (V,), to `out`."""
+    np.subtract(logits, logits.max(), out=out)
+    out /= np.float32(settings.temperature)
+    np.exp(out, out=out)  # shares of the likeliest token
+    if 0 < settings.top_k < len(out):
+        smallest = float(torch.from_numpy(out).topk(settings.top_k).values[-1])
+        out *= out >= smallest
     if settings.top_p < 1:
-        ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
-        # A token stays when those before it have not yet reached top_p: the first always does.
-        before = ordered.cumsum(dim=-1) - ordered
-        kept = ordered.where(before < settings.top_p * ordered.sum(dim=-1, keepdim=True), 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter(-1, index, kept)
+        _keep_nucleus(out, settings.top_p)
     if settings.min_p:
-        floor = settings.min_p * probabilities.amax(dim=-1, keepdim=True)
-        probabilities = probabilities.where(probabilities >= floor, 0.0)
-    return probabilities / probabilities.sum(dim=-1, keepdim=True)
+        out *= out >= settings.min_p
+    out /= out.sum()
+
+
+def _keep_nucleus(weights: NDArray[np.float32], top_p: float) -> None:
+    """Set to 0 what does not belong to the smallest set with a share `top_p` of the weights, (V,).
+
+    A token stays when those before it, by weight and then by id, have not yet reached the share.
+    """
+    goal = top_p * float(weights.sum(dtype=np.float64))
+    ceiling = np.inf
+    for floor in RUNGS:  # few reach the first ones, and mostly they are enough
+        unsure = weights[weights >= floor]
+        if float(unsure.sum(dtype=np.float64)) >= goal or floor == 0:
+            break
+        ceiling = floor
+    surely = unsure[unsure >= ceiling]  # stay; those below `unsure` go
+    above, mass_above = len(surely), float(surely.sum(dtype=np.float64))
+    unsure = unsure[unsure < ceiling]
+    while len(unsure) > FEW:
+        high = unsure >= unsure.mean()
+        if high.all() or not high.any():
+            break  # all the same, up to the rounding of their mean
+        upper = unsure[high]
+        mass = float(upper.sum(dtype=np.float64))
+        if mass_above + mass >= goal:
+            unsure = upper
+        else:
+            above, mass_above, unsure = above + len(upper), mass_above + mass, unsure[~high]
+    ordered = np.sort(unsure)[::-1]
+    before = mass_above + ordered.cumsum(dtype=np.float64) - ordered
+    count = max(int(np.searchsorted(before, goal, side="left")), 1)
+    smallest = ordered[min(count, len(ordered)) - 1]
+    stays = weights >= smallest
+    surplus = int(np.count_nonzero(stays)) - above - count
+    if surplus > 0:  # of equally likely tokens at the edge those with the lower ids stay
+        stays[np.flatnonzero(weights == smallest)[-surplus:]] = False
+    weights *= stays
+
+
+def _draw(probabilities: NDArray[np.float32], draw: float) -> int:
+    """The token at which the running sum of (V,) probabilities passes `draw`, a share of their sum."""
+    edges = np.arange(0, len(probabilities), BLOCK)
+    ends = np.add.reduceat(probabilities, edges, dtype=np.float64).cumsum()
+    target = draw * ends[-1]
+    # The clips are for sums that round differently in blocks and one by one.
+    block = min(int(np.searchsorted(ends, target, side="right")), int(np.searchsorted(ends, ends[-1])))
+    part = probabilities[block * BLOCK : (block + 1) * BLOCK]
+    sums = part.cumsum(dtype=np.float64)
+    start = ends[block - 1] if block else 0.0
+    place = min(
+        int(np.searchsorted(sums, target - start, side="right")), int(np.searchsorted(sums, sums[-1]))
+    )
+    return block * BLOCK + place

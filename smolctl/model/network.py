@@ -204,6 +204,10 @@ class Transformer(nn.Module):
         """The matrix (V, C) that turns hidden states into logits."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (…, C) as logits (…, V)."""
+        return F.linear(hidden, self.head_weight)
+
     def forward(
         self, input_ids: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
     ) -> Tensor:
@@ -212,11 +216,11 @@ class Transformer(nn.Module):
         With `documents` (B, T), without a cache, a token attends to those of the same number only.
         Positions go on through the window all the same.
         """
-        return F.linear(self.model(input_ids, cache, documents), self.head_weight)
+        return self.logits(self.model(input_ids, cache, documents))
 
     def next_token_logits(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits (B, V) after the last token alone: a prompt needs no others."""
-        return F.linear(self.model(input_ids, cache)[:, -1], self.head_weight)
+        return self.logits(self.model(input_ids, cache)[:, -1])
 
     def loss(
         self, input_ids: Tensor, targets: Tensor, z_loss: float = 0.0, documents: Tensor | None = None

@@ -14,6 +14,8 @@ from smolctl.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+    from smolctl.sources.packed import PackedMatrix
+
 
 class SourceKind(StrEnum):
     """The kinds of MODEL, told apart by content."""
@@ -27,6 +29,7 @@ class SourceKind(StrEnum):
     GGUF = "gguf"
     CHECKPOINT = "checkpoint"
     RUN = "run"
+    QUANTIZED = "quantized"  # a folder that `quantize` wrote, or its `_quantized.ckpt`
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,10 @@ class Weights(ABC):
             InputError: the file is truncated or damaged.
         """
 
+    def stored(self) -> Iterator[tuple[str, torch.Tensor | PackedMatrix]]:
+        """Every tensor as it is stored, packed integers as such; else the same as `tensors`."""
+        yield from self.tensors()
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -86,6 +93,7 @@ class ModelSource:
     problems: tuple[str, ...] = ()  # what is odd about it, for a person to read
     step: int | None = None  # optimizer steps behind a checkpoint
     weights: Weights | None = None
+    quantization: Mapping[str, Any] | None = None  # quantization.json, of a quantized model
     # Called by `read_tokenizer`; None when the source carries no tokenizer.
     tokenizer_reader: Callable[[], TokenizerFiles | None] | None = field(default=None, repr=False)
 

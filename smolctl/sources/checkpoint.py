@@ -12,6 +12,7 @@ from smolctl.config import RunConfig
 from smolctl.config.load import resolve_run_config
 from smolctl.errors import InputError
 from smolctl.sources.base import ModelSource, SourceKind, TensorHeader, TokenizerFiles, Weights
+from smolctl.sources.dynamic_checkpoint import is_dynamic_checkpoint, open_dynamic_checkpoint
 from smolctl.sources.run_folder import CHECKPOINTS, RunFolder, damage_of
 from smolctl.sources.shapes import check_tensors, recover_config
 
@@ -36,6 +37,8 @@ def open_checkpoint(path: Path, name: str) -> ModelSource:
         InputError: the file is damaged, holds code, or no weights.
     """
     content = read_checkpoint(path)
+    if is_dynamic_checkpoint(content):
+        return open_dynamic_checkpoint(content, path, name)
     state = network_state(content, path)
     tensors = tuple(
         TensorHeader(key, tuple(value.shape), _dtype(value), value.numel() * value.element_size())

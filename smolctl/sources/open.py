@@ -31,6 +31,7 @@ from smolctl.sources.huggingface_folder import (
     open_safetensors,
 )
 from smolctl.sources.nanotron import is_nanotron, open_nanotron
+from smolctl.sources.quantized import DESCRIPTION, FILE, is_quantized_folder, open_quantized_folder
 from smolctl.sources.run_folder import RUNS, RunFolder, latest_run, split_step
 from smolctl.sources.safetensors_file import is_safetensors
 
@@ -38,7 +39,7 @@ HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?")
 # Endings of files: `models/x.gguf` that does not exist is a wrong path and no repository.
 FILE_ENDINGS = (".gguf", ".safetensors", ".ckpt", ".yaml", ".yml", ".json", ".bin", ".pt", ".pth")
 MAX_CONFIG_BYTES = 20_000_000  # larger texts are corpora
-KINDS = "Give a preset, YAML, Hub id, Hugging Face folder, .safetensors, .gguf, .ckpt or run."
+KINDS = "Give a preset, YAML, Hub id, Hugging Face or quantized folder, .safetensors, .gguf, .ckpt or run."
 
 
 def open_source(model: str, settings: Sequence[str] = ()) -> ModelSource:
@@ -97,6 +98,8 @@ def _open_path(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
 def _open_folder(folder: Path, name: str) -> ModelSource:
     if RunFolder.is_run(folder):
         return _open_run(folder, None, name)
+    if is_quantized_folder(folder):
+        return open_quantized_folder(folder, name)
     if is_huggingface_folder(folder):
         return open_folder(folder, name)
     inside = sorted(path.name for path in folder.iterdir())
@@ -113,6 +116,8 @@ def _open_file(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
         return _what_if(open_gguf(path, name), values)
     if is_checkpoint(path):
         return _what_if(open_checkpoint(path, name), values)
+    if path.name in (FILE, "config.json", DESCRIPTION) and is_quantized_folder(path.parent):
+        return _what_if(open_quantized_folder(path.parent, name), values)
     if is_safetensors(path):
         return _what_if(open_safetensors(path, name), values)
     if start.startswith(b"\x80"):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, cast
@@ -12,30 +10,15 @@ from typing import IO, Any, cast
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
+from smolctl.durable import HashingFile, file_digest, lack_of_room, sync_folder
 from smolctl.errors import InputError, SmolError
 from smolctl.sources.run_folder import damage_of
 
 CHECKSUM_SUFFIX = ".sha256"  # of the file beside a checkpoint, in sha256sum's format
-READ_BYTES = 1 << 22
 
 
 class SaveError(SmolError):
     """A checkpoint could not be written; the ones before it are as they were."""
-
-
-class _HashingFile:
-    """A file opened for writing that hashes what passes through."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.digest = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 class DurableCheckpointIO(CheckpointIO):
@@ -55,7 +38,7 @@ class DurableCheckpointIO(CheckpointIO):
             target.parent.mkdir(parents=True, exist_ok=True)
             _check_room(checkpoint, target)
             with partial.open("wb") as file:
-                hashing = _HashingFile(file)
+                hashing = HashingFile(file)
                 torch.save(checkpoint, cast(IO[bytes], hashing))
                 file.flush()
                 os.fsync(file.fileno())
@@ -68,7 +51,7 @@ class DurableCheckpointIO(CheckpointIO):
             Path(f"{target}{CHECKSUM_SUFFIX}").unlink(missing_ok=True)
             partial.replace(target)
             _write_checksum(target, digest)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
         except OSError as error:
             raise SaveError(
                 f"{target}: the checkpoint cannot be written ({error.strerror or error})",
@@ -128,12 +111,6 @@ def find_damage(path: Path) -> str:
     )
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def tensor_bytes(value: Any) -> int:
     """Bytes of all tensors inside nested dicts and lists."""
     if isinstance(value, torch.Tensor):
@@ -147,10 +124,9 @@ def tensor_bytes(value: Any) -> int:
 
 def _check_room(checkpoint: Mapping[str, Any], target: Path) -> None:
     needed = tensor_bytes(checkpoint) + (1 << 20)  # the rest is small: names, config, random states
-    free = shutil.disk_usage(target.parent).free
-    if free < needed:
+    if lack := lack_of_room(target.parent, needed):
         raise SaveError(
-            f"{target}: the checkpoint needs {needed / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB left",
+            f"{target}: the checkpoint {lack}",
             "Free some space or choose another --out; earlier checkpoints are untouched.",
         )
 
@@ -163,14 +139,3 @@ def _write_checksum(target: Path, digest: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(checksum)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable. Where folders cannot be synced (Windows) the rename has to do."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,11 +13,11 @@ from smolctl.config import RunConfig, resolve_run_config
 from smolctl.config.load import merge
 from smolctl.data.shards import TokenizeProgress
 from smolctl.data.tokenizer import load_tokenizer
+from smolctl.durable import file_digest
 from smolctl.errors import InputError, UsageError
 from smolctl.sources.run_folder import CheckpointFile, RunFolder
 from smolctl.training.checkpoint import (
     CHECKSUM_SUFFIX,
-    file_digest,
     find_damage,
     read_checkpoint,
     set_aside,

@@ -1,0 +1,134 @@
+"""smolctl quantize"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from smolctl.cli.options import Debug, Json, Quiet, Verbose, command
+from smolctl.errors import GateError
+from smolctl.views.output import Output
+
+
+@command
+def quantize(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Run, .ckpt, folder, .safetensors, .gguf or Hub id. Default: the newest run.",
+            show_default=False,
+        ),
+    ] = "runs/latest",
+    to: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--to",
+            metavar="SCHEME",
+            help="int8 (the default), int4, bf16, int8-dynamic, gguf-q8_0, gguf-q5_1, gguf-q5_0, gguf-q4_1, "
+            "gguf-q4_0; repeatable, or separated by commas.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Folder of the result; of several, the folder that holds them. "
+            "Default: RUN/quantized/SCHEME, or NAME-SCHEME here.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what an earlier call has written.")] = False,
+    group: Annotated[
+        int, typer.Option("--group", help="Columns that share a scale, a multiple of 32; int8 and int4.")
+    ] = 32,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--skip",
+            metavar="PATTERN",
+            help="Tensors that stay as they are: down_proj, 'layers.1*', 're:EXPRESSION'; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    bits_map: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--bits-map",
+            metavar="PATTERN=BITS",
+            help="4, 8, 16 or 32 bits for some tensors: 'down_proj=8,re:.*layers.0.*=8'; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Search the scales with activations of the training text.")
+    ] = False,
+    activations: Annotated[
+        Literal["per-tensor", "per-token"],
+        typer.Option("--activations", help="Scales of int8-dynamic's activations."),
+    ] = "per-tensor",
+    per_row: Annotated[
+        bool, typer.Option("--per-row", help="int8-dynamic: a scale for each row of a matrix.")
+    ] = False,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="Text to measure on; repeatable. Default: what was held out."),
+    ] = None,
+    windows: Annotated[
+        int, typer.Option("--windows", min=2, help="Windows of 256 tokens to measure on.")
+    ] = 24,
+    per_tensor: Annotated[
+        bool, typer.Option("--per-tensor", help="Also say which tensors cost most.")
+    ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Measure every variant beside the source.")
+    ] = True,
+    max_bpb_increase: Annotated[
+        float | None,
+        typer.Option("--max-bpb-increase", help="Exit with 5 when bits per byte rise by more."),
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option("--max-kl", help="Exit with 5 when the mean KL (nats) is above.")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+) -> None:
+    """Make a model smaller, and say what that costs and brings.
+
+    \b
+    smolctl quantize                                      the newest run in int8
+    smolctl quantize FILE.gguf --to int8,int4,gguf-q4_0   several in one go
+    smolctl quantize --to int4 --calibrate --per-tensor   searched scales; which tensors cost most
+    smolctl quantize --to int4 --bits-map down_proj=8     a mixed plan
+    smolctl quantize --to int8 --max-kl 0.01              a gate for scripts: exit code 5
+    """
+    from smolctl.quantization.run import QuantizeOptions
+    from smolctl.quantization.run import quantize as run
+    from smolctl.quantization.schemes import SchemeOptions, parse_bits_map, parse_skip
+    from smolctl.quantization.verdict import Gates
+    from smolctl.views.quantization import show_quantization
+
+    view = Output(json, quiet, verbose)
+    schemes = [part.strip() for item in to or ["int8"] for part in item.split(",") if part.strip()]
+    options = QuantizeOptions(
+        schemes=tuple(dict.fromkeys(schemes)),
+        scheme_options=SchemeOptions(
+            group, parse_skip(skip or ()), parse_bits_map(bits_map or ()), activations, per_row, calibrate
+        ),
+        out=out,
+        force=force,
+        measure=measure,
+        data=tuple(data or ()),
+        windows=windows,
+        per_tensor=per_tensor,
+        gates=Gates(max_bpb_increase, max_kl),
+    )
+    report = run(model, options, view.talk)
+    show_quantization(view, report)
+    if report.failed_gates:
+        raise GateError("; ".join(report.failed_gates), "Take more bits, --calibrate, --skip or --bits-map.")

@@ -1,0 +1,58 @@
+"""What files need that survive a crash and a full disk: room, checksums, bytes that are on the disk."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import IO, Any
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
+class HashingFile:
+    """A file opened for writing that hashes what passes through."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lack_of_room(folder: Path, needed: int) -> str:
+    """What is wrong with the disk under a folder for so many bytes; "" when they fit."""
+    free = shutil.disk_usage(folder).free
+    if free >= needed:
+        return ""
+    return f"needs {needed / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB left"
+
+
+def sync_file(path: Path) -> None:
+    """Have a file's bytes on the disk before anything is built on them."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename durable. Where folders cannot be synced (Windows) the rename has to do."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,114 @@
+"""One answer while it grows: its text, what of it is certain, and where it ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from smolctl.data.tokenizer import Tokenizer
+from smolctl.generation.decode import Token
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another token that could have stood there."""
+
+    token: int
+    text: str
+    probability: float  # under the unmodified model
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One continuation of a prompt."""
+
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]  # nats, under the unmodified model
+    finish_reason: str  # "stop": end of text or a stop text; "length": max_tokens or the context's end
+    # For every token the likeliest others, where they were asked for.
+    alternatives: tuple[tuple[Alternative, ...], ...] | None = None
+
+
+class Answer:
+    """Takes tokens and gives text as soon as it cannot change any more.
+
+    Args:
+        tokenizer: the model's own.
+        stop: texts that end the answer and are not part of it.
+        ends: ids that end it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], ends: frozenset[int]) -> None:
+        self._stream = tokenizer.stream()
+        self._tokenizer = tokenizer
+        self._stop, self._ends = tuple(text for text in stop if text), ends
+        self._emitted = 0  # characters of the text that were given out
+        self.text = ""  # decoded so far
+        self.tokens: list[Token] = []
+        self.finish_reason = ""
+
+    def add(self, token: Token) -> str:
+        """Take a token and return the text that it made certain."""
+        self.tokens.append(token)
+        if token.id in self._ends:
+            return self._finish("stop")
+        self.text += self._stream.feed(token.id)
+        if self._cut():
+            self.finish_reason = "stop"
+            return self._emit(len(self.text))
+        held = max((_overlap(self.text[self._emitted :], stop) for stop in self._stop), default=0)
+        return self._emit(len(self.text) - held)
+
+    def finish(self) -> str:
+        """End for lack of room and return what was held back; nothing when it has ended already."""
+        return "" if self.finish_reason else self._finish("length")
+
+    def completion(self) -> Completion:
+        alternatives = tuple(
+            tuple(
+                Alternative(id, spell(self._tokenizer, id), probability)
+                for id, probability in token.alternatives
+            )
+            for token in self.tokens
+        )
+        return Completion(
+            self.text,
+            tuple(token.id for token in self.tokens),
+            tuple(token.logprob for token in self.tokens),
+            self.finish_reason,
+            alternatives if any(alternatives) else None,
+        )
+
+    def _finish(self, reason: str) -> str:
+        self.finish_reason = reason
+        self.text += self._stream.finish()
+        self._cut()  # what was held back may complete a stop text
+        return self._emit(len(self.text))
+
+    def _cut(self) -> bool:
+        """Cut the text before the first stop text in it, if there is one."""
+        found = [(self.text.find(stop, self._emitted), stop) for stop in self._stop]
+        # The one that was complete first, however the text came in tokens.
+        places = [(at + len(stop), at) for at, stop in found if at >= 0]
+        if places:
+            self.text = self.text[: min(places)[1]]
+        return bool(places)
+
+    def _emit(self, end: int) -> str:
+        fresh = self.text[self._emitted : end]
+        self._emitted = max(self._emitted, end)
+        return fresh
+
+
+def spell(tokenizer: Tokenizer, token: int) -> str:
+    """The text of one token by itself; bytes that are no whole character show as \\xe2."""
+    known = 0 <= token < len(tokenizer.token_bytes)
+    return tokenizer.token_bytes[token].decode("utf-8", "backslashreplace") if known else f"<{token}>"
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`: it may still become it."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if stop.startswith(text[-length:]):
+            return length
+    return 0

@@ -1,0 +1,220 @@
+"""The engine that runs compiled code on a CPU: every format, from the bytes as they are stored."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from smolctl.config import ModelConfig
+from smolctl.errors import SmolError
+from smolctl.generation.engine import Cache, Engine
+from smolctl.model.network import rotary_table
+from smolctl.native.library import Batch, CacheBuffers, Layer, Library, Matrix, Model
+from smolctl.sources.packed import BLOCK, PackedMatrix
+
+Stored = Tensor | PackedMatrix
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+INT8, INT4 = 3, 4
+KEYS = 16  # positions in a tile of keys, and what heads of values are filled up to: attention.h
+# Tokens that go through the network at once: enough for the products, few enough for the caches.
+CHUNK = 256
+HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def matrix_of(stored: Stored, keep: list[Tensor]) -> Matrix:
+    """A matrix as the compiled code takes it, its columns filled up with zeros where they need it.
+
+    Args:
+        stored: (rows, columns), of a dtype in `KINDS` or packed.
+        keep: gets every tensor that must outlive the result.
+    """
+    if isinstance(stored, PackedMatrix):
+        parts = [stored.values, stored.scales, stored.offsets]
+        parts = [part.contiguous() if part is not None else None for part in parts]
+        keep += [part for part in parts if part is not None]
+        rows, columns = stored.shape
+        pointers = [part.data_ptr() if part is not None else None for part in parts]
+        kind = INT8 if stored.bits == 8 else INT4
+        return Matrix(kind, rows, columns + -columns % BLOCK, stored.group, *pointers)
+    rows, columns = stored.shape
+    filled = torch.nn.functional.pad(stored, (0, -columns % BLOCK)).contiguous()
+    keep.append(filled)
+    return Matrix(KINDS[filled.dtype], rows, filled.shape[1], BLOCK, filled.data_ptr(), None, None)
+
+
+class NativeCache(Cache):
+    """Keys in tiles and values in rows, as attention.h lays them out."""
+
+    def __init__(self, config: ModelConfig, sequences: int, capacity: int, dtype: torch.dtype) -> None:
+        super().__init__(sequences, capacity)
+        room = capacity + -capacity % KEYS
+        layers, heads, width = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        stride = width + -width % KEYS
+        self.keys = torch.empty(layers, sequences, heads, room // KEYS, width, KEYS, dtype=dtype)
+        self.values = torch.empty(layers, sequences, heads, room, stride, dtype=dtype)
+        self.buffers = CacheBuffers(
+            self.keys.data_ptr(),
+            self.values.data_ptr(),
+            dtype == torch.float16,
+            sequences,
+            room,
+            stride,
+        )
+
+    def copy(self, source: int, target: int) -> None:
+        length = self.lengths[source]
+        tiles = (length + KEYS - 1) // KEYS
+        self.keys[:, target, :, :tiles] = self.keys[:, source, :, :tiles]
+        self.values[:, target, :, :length] = self.values[:, source, :, :length]
+        self.lengths[target] = length
+
+
+class NativeEngine(Engine):
+    """Runs weights as they are stored, on `threads` threads of its own that sleep between calls.
+
+    Args:
+        library: the build to use.
+        config: the model's shape.
+        weights: every tensor by its Hugging Face name; a tied head is left out.
+        cache_dtype: of keys and values: float32, or float16 for half the memory.
+        threads: at most this many; torch's number by default.
+        kind: what the weights are, for people.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        config: ModelConfig,
+        weights: Mapping[str, Stored],
+        cache_dtype: torch.dtype = torch.float32,
+        threads: int | None = None,
+        kind: str = "",
+    ) -> None:
+        super().__init__(config, f"native {library.build}, {kind}")
+        self.library, self.cache_dtype = library, cache_dtype
+        self.threads = threads or torch.get_num_threads()
+        self._keep: list[Tensor] = []
+        self._model = self._describe(weights)
+        self._context: int | None = None
+        self._process = 0
+        self._open()
+
+    def _describe(self, weights: Mapping[str, Stored]) -> Model:
+        config, keep = self.config, self._keep
+
+        def vector(name: str) -> int:
+            tensor = weights[name]
+            assert isinstance(tensor, Tensor)
+            keep.append(tensor.float().contiguous())
+            return keep[-1].data_ptr()
+
+        def matrix(name: str) -> Matrix:
+            return matrix_of(weights[name], keep)
+
+        self._layers = (Layer * config.num_hidden_layers)()
+        for index in range(config.num_hidden_layers):
+            prefix = f"model.layers.{index}."
+            self._layers[index] = Layer(
+                *(matrix(f"{prefix}self_attn.{name}_proj.weight") for name in "qkvo"),
+                *(matrix(f"{prefix}mlp.{name}_proj.weight") for name in ("gate", "up", "down")),
+                vector(f"{prefix}input_layernorm.weight"),
+                vector(f"{prefix}post_attention_layernorm.weight"),
+            )
+        table = matrix(TABLE)
+        learned = config.position_embedding == "learned"
+        return Model(
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.intermediate_size,
+            config.rms_norm_eps,
+            config.residual_scale,
+            self._layers,
+            table,
+            matrix(HEAD) if HEAD in weights else table,
+            vector("model.norm.weight"),
+            self._positions(weights) if learned else None,
+            None,
+            0,
+        )
+
+    def _positions(self, weights: Mapping[str, Stored]) -> int:
+        stored = weights["model.embed_positions.weight"]
+        dense = stored.dequantize() if isinstance(stored, PackedMatrix) else stored.float()
+        self._keep.append(dense.contiguous())
+        return self._keep[-1].data_ptr()
+
+    def _open(self) -> None:
+        """Make the threads and buffers. A forked process has not inherited the threads: it makes its own."""
+        if self._context is not None and self._process == os.getpid():
+            return
+        self._context = self.library.functions.smolctl_create(ctypes.byref(self._model), CHUNK, self.threads)
+        self._process = os.getpid()
+        if self._context is None:
+            raise SmolError("out of memory for the buffers of the network", "Close other programs.")
+
+    def __del__(self) -> None:
+        if getattr(self, "_context", None) is not None and self._process == os.getpid():
+            self.library.functions.smolctl_destroy(self._context)
+
+    def allocate(self, sequences: int, capacity: int) -> NativeCache:
+        self.check_capacity(capacity)
+        if self.config.position_embedding == "rope" and capacity > self._model.rotary_positions:
+            self._make_rotary(capacity)
+        return NativeCache(self.config, sequences, capacity, self.cache_dtype)
+
+    def _make_rotary(self, capacity: int) -> None:
+        """A longer table of angles. The context holds a copy of the model's description: make it anew."""
+        self._rotary = rotary_table(self.config, capacity, torch.device("cpu")).contiguous()
+        self._model.rotary, self._model.rotary_positions = self._rotary.data_ptr(), capacity
+        if self._context is not None and self._process == os.getpid():
+            self.library.functions.smolctl_destroy(self._context)
+        self._context = None
+        self._open()
+
+    def forward(self, tokens: Sequence[Sequence[int]], cache: Cache, every: bool = False) -> Tensor:
+        assert isinstance(cache, NativeCache)
+        self.check_room(tokens, cache)
+        self._open()
+        rows = [
+            (token, sequence, cache.lengths[sequence] + at, every or at + 1 == len(ids))
+            for sequence, ids in enumerate(tokens)
+            for at, token in enumerate(ids)
+        ]
+        if any(not 0 <= row[0] < self.config.vocab_size for row in rows):
+            raise IndexError(f"a token is outside the vocabulary of {self.config.vocab_size}")
+        logits = torch.empty(sum(row[3] for row in rows), self.config.vocab_size)
+        filled = 0
+        for first, last in pairwise([*range(0, len(rows), CHUNK), len(rows)]):
+            filled += self._forward(rows[first:last], cache, logits[filled:])
+        for sequence, ids in enumerate(tokens):
+            cache.lengths[sequence] += len(ids)
+        return logits
+
+    def _forward(self, rows: list[tuple[int, int, int, bool]], cache: NativeCache, logits: Tensor) -> int:
+        count = len(rows)
+        wanted = [at for at, row in enumerate(rows) if row[3]]
+        ints = ctypes.c_int32 * count
+        tokens, sequences, positions = (ints(*column) for column in list(zip(*rows, strict=True))[:3])
+        chosen = (ctypes.c_int32 * len(wanted))(*wanted)
+        batch = Batch(
+            count,
+            ctypes.addressof(tokens),
+            ctypes.addressof(sequences),
+            ctypes.addressof(positions),
+            cache.buffers,
+            len(wanted),
+            ctypes.addressof(chosen),
+            logits.data_ptr(),
+        )
+        if self.library.functions.smolctl_forward(self._context, ctypes.byref(batch)):
+            raise SmolError("out of memory while reading tokens", "Shorten the prompt.")
+        return len(wanted)

@@ -1,0 +1,452 @@
+// A Llama-shaped network's forward pass on a CPU: new tokens of any sequences in, logits out.
+//
+// All threads run `run` together. Between barriers they claim pieces of work from a counter, so that a
+// thread whose core was taken away holds up no more than the piece it has.
+//
+// N tokens now, C hidden_size, H query heads, K key/value heads, D head_dim, F intermediate_size. Rows of
+// activations are filled up with zeros to a multiple of BLOCK.
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#include "attention.h"
+#include "matrix.h"
+#include "threads.h"
+
+typedef struct {
+    matrix q, k, v, o, gate, up, down;
+    const float *input_norm, *post_attention_norm;  // (C)
+} layer;
+
+typedef struct {
+    int32_t layer_count, hidden_size, heads, kv_heads, head_dim, intermediate_size;
+    float eps, residual_scale;
+    const layer *layers;
+    matrix table, head;
+    const float *norm;       // (C)
+    const float *positions;  // (context, C) where positions are learned, else NULL
+    const float *rotary;     // (2, rotary_positions, D / 2), cos and sin, where heads are rotated, else NULL
+    int32_t rotary_positions;
+} model;
+
+// The tokens of one call: those of a sequence stand together and in order.
+typedef struct {
+    int32_t count;
+    const int32_t *tokens, *sequences, *positions;  // (count)
+    cache cache;
+    int32_t wanted_count;
+    const int32_t *wanted;  // (wanted_count): tokens whose logits are asked for
+    float *logits;          // (wanted_count, vocab_size)
+} batch;
+
+#define MAX_SPLITS 16        // parts of a long context that threads share out
+#define SPLIT_POSITIONS 64   // a part is not shorter
+#define PHASES 8             // of a layer, each with a counter of claimed pieces
+#define PIECE_ROWS 16        // rows of a matrix in a piece of a product of many tokens
+#define PIECES 1
+#define PIECE_TOKENS 8       // tokens in a piece of attention
+
+typedef struct {
+    model m;
+    pool *pool;
+    int chunk;      // most tokens of a call
+    int narrows;    // whether products of many tokens want bfloat16
+    int C, A, F;    // widths of rows, filled up: hidden_size, heads × head_dim, intermediate_size
+    int widest;     // of them
+    float *x, *normed, *q, *k, *v, *attended, *hidden;  // (chunk, C, C, H × D, K × D, K × D, A, F)
+    uint16_t *narrow;      // (chunk, widest): what the next product of many reads, in bfloat16
+    float *scratch;        // (threads, scratch_size)
+    size_t scratch_size;
+    partial *partials;     // (tokens × H, splits)
+    float *partial_values; // (tokens × H, splits, value_stride)
+    size_t partial_room;   // floats in it
+    atomic_int *claimed;   // (layers × PHASES + PHASES)
+    const batch *b;        // the call under way
+    int splits;
+} context;
+
+INLINE int pieces_of(int total, int piece) { return (total + piece - 1) / piece; }
+INLINE int filled_to(int total, int piece) { return pieces_of(total, piece) * piece; }
+INLINE int least(int a, int b) { return a < b ? a : b; }
+
+// Rows in a piece of a product: a multiple of PIECE_ROWS.
+INLINE int rows_of_piece(const pool *p, int rows, int tokens) {
+    return tokens > 1 ? PIECE_ROWS : filled_to(pieces_of(rows, p->threads * PIECES), PIECE_ROWS);
+}
+
+// Claims pieces 0, 1, … of a phase until all are taken.
+#define EACH_PIECE(c, phase, pieces, piece) \
+    for (int piece; (piece = atomic_fetch_add_explicit(&(c)->claimed[phase], 1, memory_order_relaxed)) < (pieces);)
+
+// A thread's own room: a panel for `multiply`, forms of a vector, a row of attention, a piece of `up`.
+typedef struct { float *panel, *forms, *spare, *up; } room;
+
+static room room_of(const context *c, int thread) {
+    float *at = c->scratch + (size_t)thread * c->scratch_size;
+    return (room){at, at + (size_t)TILE * c->widest, at + (size_t)(TILE + VECTOR_ROOM) * c->widest,
+                  at + (size_t)(TILE + VECTOR_ROOM + 1) * c->widest};
+}
+
+// ---- products ----
+
+// What a product reads: one token in every form, or rows of many.
+typedef struct { int tokens; vector_in one; const float *floats; const uint16_t *narrow; } operand;
+
+static operand prepare(const context *c, const float *x, int columns, int tokens, const room *own) {
+    operand made = {tokens, {0}, x, c->narrow};
+    if (tokens == 1) made.one = prepare_vector(x, columns, own->forms);
+    return made;
+}
+
+// y[token × stride + row - first] = row of m · token.
+static void product(const matrix *m, int first, int last, const operand *x, const room *own, float *y, int stride) {
+    if (x->tokens > 1) {
+        multiply(m, first, last, x->floats, x->narrow, x->tokens, own->panel, y, stride);
+        return;
+    }
+    dot_rows(m, first, last, x->one, y);
+}
+
+// x += residual_scale × m · operand, shared out among the threads.
+static void add_branch(context *c, const matrix *m, const operand *x, int phase, const room *own) {
+    int most = rows_of_piece(c->pool, m->rows, x->tokens);
+    EACH_PIECE(c, phase, pieces_of(m->rows, most), piece) {
+        int first = piece * most, rows = least(most, m->rows - first);
+        product(m, first, first + rows, x, own, own->up, most);
+        for (int t = 0; t < x->tokens; t++)
+            for (int r = 0; r < rows; r++)
+                c->x[(size_t)t * c->C + first + r] += own->up[t * most + r] * c->m.residual_scale;
+    }
+    barrier(c->pool);
+}
+
+static void narrow_row(const context *c, const float *row, int width, int token) {
+    if (c->narrows) to_bf16(row, width, c->narrow + (size_t)token * width);
+}
+
+static void rms_norm(const float *x, const float *weight, int size, float eps, float *out) {
+    vec squares = {0};
+    int at = 0;
+    for (; at + LANES <= size; at += LANES) squares += load(x + at) * load(x + at);
+    float total = sum(squares);
+    for (; at < size; at++) total += x[at] * x[at];
+    float scale = 1.0f / sqrtf(total / (float)size + eps);
+    for (int i = 0; i < size; i++) out[i] = x[i] * scale * weight[i];
+}
+
+// The norm of some tokens (NULL: the first `count`), ready for a product. One token is normed by every
+// thread for itself, which is cheaper than to wait for each other.
+static operand normalize(context *c, const float *weight, const int32_t *tokens, int count, int phase, int thread,
+                         const room *own) {
+    const model *m = &c->m;
+    float *to = count == 1 ? c->normed + (size_t)thread * c->C : c->normed;
+    if (count == 1) {
+        rms_norm(c->x + (size_t)(tokens ? tokens[0] : 0) * c->C, weight, m->hidden_size, m->eps, to);
+    } else {
+        EACH_PIECE(c, phase, count, i) {
+            float *row = to + (size_t)i * c->C;
+            rms_norm(c->x + (size_t)(tokens ? tokens[i] : i) * c->C, weight, m->hidden_size, m->eps, row);
+            narrow_row(c, row, c->C, i);
+        }
+        barrier(c->pool);
+    }
+    return prepare(c, to, c->C, count, own);
+}
+
+// ---- attention ----
+
+INLINE size_t cached_head(const context *c, int index, int token, int kv_head) {
+    const batch *b = c->b;
+    return ((size_t)index * b->cache.sequences + (size_t)b->sequences[token]) * (size_t)c->m.kv_heads + (size_t)kv_head;
+}
+
+// Turn the halves of a head by the angles of its position.
+static void rotate(const model *m, int position, float *head) {
+    int half_dim = m->head_dim / 2;
+    const float *cos = m->rotary + (size_t)position * half_dim, *sin = cos + (size_t)m->rotary_positions * half_dim;
+    for (int i = 0; i < half_dim; i++) {
+        float left = head[i], right = head[i + half_dim];
+        head[i] = left * cos[i] - right * sin[i];
+        head[i + half_dim] = right * cos[i] + left * sin[i];
+    }
+}
+
+// One head of q, k or v for all tokens: product, rotation, and into the cache.
+static void project_head(context *c, int index, int piece, const operand *x, const room *own) {
+    const model *m = &c->m;
+    const layer *l = &m->layers[index];
+    const batch *b = c->b;
+    int D = m->head_dim, is_q = piece < m->heads, is_k = !is_q && piece < m->heads + m->kv_heads;
+    int heads = is_q ? m->heads : m->kv_heads, head = is_q ? piece : (piece - m->heads) % m->kv_heads;
+    float *to = (is_q ? c->q : is_k ? c->k : c->v) + (size_t)head * D, scale = 1.0f / sqrtf((float)D);
+    product(is_q ? &l->q : is_k ? &l->k : &l->v, head * D, head * D + D, x, own, to, heads * D);
+    for (int t = 0; t < b->count; t++) {
+        float *row = to + (size_t)t * heads * D;
+        if (m->rotary && (is_q || is_k)) rotate(m, b->positions[t], row);
+        if (is_q) for (int d = 0; d < D; d++) row[d] *= scale;
+        else if (is_k) remember_key(&b->cache, cached_head(c, index, t, head), D, b->positions[t], row);
+        else remember_value(&b->cache, cached_head(c, index, t, head), D, b->positions[t], row);
+    }
+}
+
+// All query heads that share kv_head, of `count` tokens of one sequence, over one part of the context.
+static void attend_group(context *c, int index, int token, int count, int kv_head, int split, float *spare) {
+    const model *m = &c->m;
+    const batch *b = c->b;
+    int D = m->head_dim, group = m->heads / m->kv_heads, stride = b->cache.value_stride, rows = count * group;
+    size_t head = cached_head(c, index, token, kv_head), width = b->cache.half_precision ? 2 : 4;
+    const char *keys = (const char *)b->cache.keys + head * head_keys(&b->cache, D) * width;
+    const char *values = (const char *)b->cache.values + head * head_values(&b->cache) * width;
+    for (int row = 0; row < rows; row += QUERIES) {
+        queries q;
+        partial out[QUERIES], *places[QUERIES];
+        int furthest = 0;
+        for (int r = 0; r < QUERIES; r++) {
+            int real = least(row + r, rows - 1), t = token + real / group;
+            size_t query = (size_t)t * m->heads + (size_t)(kv_head * group + real % group);
+            size_t place = query * (size_t)c->splits + (size_t)split;
+            q.query[r] = c->q + query * (size_t)D;
+            q.limit[r] = b->positions[t] + 1;
+            furthest = q.limit[r] > furthest ? q.limit[r] : furthest;
+            places[r] = row + r < rows ? &c->partials[place] : NULL;
+            out[r] = (partial){-INFINITY, 0, places[r] ? c->partial_values + place * (size_t)stride : spare};
+            memset(out[r].values, 0, sizeof(float) * (size_t)stride);
+        }
+        int span = pieces_of(pieces_of(furthest, c->splits), KEYS) * KEYS;
+        int first = split * span, last = least(first + span, furthest);
+        if (first < last) attend(&b->cache, keys, values, D, &q, first, last, out);
+        for (int r = 0; r < QUERIES; r++) if (places[r]) *places[r] = out[r];
+    }
+}
+
+// Put the parts of one head of one token together.
+static void merge(const context *c, int token, int head) {
+    int D = c->m.head_dim;
+    const partial *parts = c->partials + ((size_t)token * c->m.heads + (size_t)head) * (size_t)c->splits;
+    float *to = c->attended + (size_t)token * c->A + (size_t)head * D, highest = -INFINITY, total = 0;
+    for (int s = 0; s < c->splits; s++) highest = fmaxf(highest, parts[s].maximum);
+    memset(to, 0, sizeof *to * (size_t)D);
+    for (int s = 0; s < c->splits; s++) {
+        if (parts[s].total == 0) continue;
+        float factor = expf(parts[s].maximum - highest);
+        total += parts[s].total * factor;
+        for (int d = 0; d < D; d++) to[d] += parts[s].values[d] * factor;
+    }
+    for (int d = 0; d < D; d++) to[d] /= total;
+}
+
+static void run_attention(context *c, int index, int thread, int phase, const room *own) {
+    const model *m = &c->m;
+    const batch *b = c->b;
+    int N = b->count;
+    operand x = normalize(c, m->layers[index].input_norm, NULL, N, phase, thread, own);
+    EACH_PIECE(c, phase + 1, m->heads + 2 * m->kv_heads, piece) project_head(c, index, piece, &x, own);
+    barrier(c->pool);
+
+    int blocks = pieces_of(N, PIECE_TOKENS);
+    EACH_PIECE(c, phase + 2, blocks * m->kv_heads * c->splits, piece) {
+        int split = piece % c->splits, kv_head = piece / c->splits % m->kv_heads;
+        int token = (blocks - 1 - piece / c->splits / m->kv_heads) * PIECE_TOKENS;  // the longest context first
+        int end = least(token + PIECE_TOKENS, N);
+        while (token < end) {
+            int next = token + 1;
+            while (next < end && b->sequences[next] == b->sequences[token]) next++;
+            attend_group(c, index, token, next - token, kv_head, split, own->spare);
+            token = next;
+        }
+    }
+    barrier(c->pool);
+
+    if (N == 1) {
+        EACH_PIECE(c, phase + 3, m->heads, head) merge(c, 0, head);
+    } else {
+        EACH_PIECE(c, phase + 3, N, token) {
+            for (int head = 0; head < m->heads; head++) merge(c, token, head);
+            narrow_row(c, c->attended + (size_t)token * c->A, c->A, token);
+        }
+    }
+    barrier(c->pool);
+    x = prepare(c, c->attended, c->A, N, own);
+    add_branch(c, &m->layers[index].o, &x, phase + 4, own);
+}
+
+// ---- MLP ----
+
+static void run_mlp(context *c, int index, int thread, int phase, const room *own) {
+    const layer *l = &c->m.layers[index];
+    int N = c->b->count;
+    operand x = normalize(c, l->post_attention_norm, NULL, N, phase, thread, own);
+    int most = rows_of_piece(c->pool, l->gate.rows, N);
+    EACH_PIECE(c, phase + 1, pieces_of(l->gate.rows, most), piece) {
+        int first = piece * most, last = least(first + most, l->gate.rows);
+        product(&l->gate, first, last, &x, own, c->hidden + first, c->F);
+        product(&l->up, first, last, &x, own, own->up, most);
+        for (int t = 0; t < N; t++)
+            for (int r = 0; r < last - first; r += LANES) {
+                float *to = c->hidden + (size_t)t * c->F + first + r;
+                vec gate = load(to);
+                store(to, gate / (1.0f + exponential(-gate)) * load(own->up + t * most + r));
+            }
+    }
+    barrier(c->pool);
+    if (N > 1 && c->narrows) {
+        for (int t = thread; t < N; t += c->pool->threads) narrow_row(c, c->hidden + (size_t)t * c->F, c->F, t);
+        barrier(c->pool);
+    }
+    x = prepare(c, c->hidden, c->F, N, own);
+    add_branch(c, &l->down, &x, phase + 2, own);
+}
+
+// ---- the whole ----
+
+static void embed(const context *c, int token) {
+    const model *m = &c->m;
+    float *to = c->x + (size_t)token * c->C;
+    unpack_row(&m->table, c->b->tokens[token], to);
+    if (!m->positions) return;
+    const float *position = m->positions + (size_t)c->b->positions[token] * m->hidden_size;
+    for (int i = 0; i < m->hidden_size; i++) to[i] += position[i];
+}
+
+static void run(void *argument, int thread) {
+    context *c = argument;
+    const batch *b = c->b;
+    const matrix *head = &c->m.head;
+    room own = room_of(c, thread);
+    for (int t = thread; t < b->count; t += c->pool->threads) embed(c, t);
+    barrier(c->pool);
+    for (int index = 0; index < c->m.layer_count; index++) {
+        run_attention(c, index, thread, index * PHASES, &own);
+        run_mlp(c, index, thread, index * PHASES + 5, &own);
+    }
+    if (!b->wanted_count) return;
+    int phase = c->m.layer_count * PHASES;
+    operand x = normalize(c, c->m.norm, b->wanted, b->wanted_count, phase, thread, &own);
+    int most = rows_of_piece(c->pool, head->rows, b->wanted_count);
+    EACH_PIECE(c, phase + 1, pieces_of(head->rows, most), piece) {
+        int first = piece * most, last = least(first + most, head->rows);
+        product(head, first, last, &x, &own, b->logits + first, head->rows);
+    }
+}
+
+static void *zeros(size_t count, size_t size) {
+    size_t bytes = (count * size + 63) / 64 * 64;
+    void *memory = aligned_alloc(64, bytes ? bytes : 64);
+    return memory ? memset(memory, 0, bytes) : NULL;
+}
+
+#define EXPORT __attribute__((visibility("default")))
+
+EXPORT void smolctl_destroy(void *argument) {
+    context *c = argument;
+    if (c->pool) pool_destroy(c->pool);
+    void *parts[] = {c->x, c->normed, c->q, c->k, c->v, c->attended, c->hidden, c->narrow,
+                     c->scratch, c->partials, c->partial_values, c->claimed};
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) free(parts[i]);
+    free(c);
+}
+
+static int any_narrow(const model *m) {
+    int any = uses_bf16(&m->head);
+    for (int i = 0; i < m->layer_count; i++) {
+        const layer *l = &m->layers[i];
+        const matrix *all[] = {&l->q, &l->k, &l->v, &l->o, &l->gate, &l->up, &l->down};
+        for (int j = 0; j < 7; j++) any |= uses_bf16(all[j]);
+    }
+    return any;
+}
+
+// A context for at most `chunk` tokens a call; NULL when memory is short. The model's arrays stay the caller's.
+EXPORT void *smolctl_create(const model *m, int chunk, int threads) {
+    context *c = calloc(1, sizeof *c);
+    if (!c) return NULL;
+    c->m = *m;
+    c->chunk = chunk > threads ? chunk : threads;
+    c->C = filled_to(m->hidden_size, BLOCK), c->A = filled_to(m->heads * m->head_dim, BLOCK), c->F = filled_to(m->intermediate_size, BLOCK);
+    c->widest = c->C > c->A ? c->C : c->A;
+    c->widest = c->widest > c->F ? c->widest : c->F;
+    c->narrows = any_narrow(m);
+    size_t rows = (size_t)c->chunk, head = (size_t)m->head_dim;
+    c->scratch_size = (size_t)(TILE + VECTOR_ROOM + 2) * (size_t)c->widest + rows * PIECE_ROWS;
+    c->x = zeros(rows * (size_t)c->C, sizeof(float));
+    c->normed = zeros(rows * (size_t)c->C, sizeof(float));
+    c->q = zeros(rows * (size_t)m->heads * head, sizeof(float));
+    c->k = zeros(rows * (size_t)m->kv_heads * head, sizeof(float));
+    c->v = zeros(rows * (size_t)m->kv_heads * head, sizeof(float));
+    c->attended = zeros(rows * (size_t)c->A, sizeof(float));
+    c->hidden = zeros(rows * (size_t)c->F, sizeof(float));
+    c->narrow = zeros(c->narrows ? rows * (size_t)c->widest : 0, sizeof(uint16_t));
+    c->scratch = zeros((size_t)threads * c->scratch_size, sizeof(float));
+    c->claimed = zeros((size_t)(m->layer_count + 1) * PHASES, sizeof(atomic_int));
+    c->pool = pool_create(threads);
+    if (c->x && c->normed && c->q && c->k && c->v && c->attended && c->hidden && c->narrow && c->scratch
+        && c->claimed && c->pool)
+        return c;
+    smolctl_destroy(c);
+    return NULL;
+}
+
+// Read the tokens of a batch. Returns 0, or 1 when memory is short and nothing has changed.
+EXPORT int smolctl_forward(void *argument, const batch *b) {
+    context *c = argument;
+    int longest = 0;
+    for (int t = 0; t < b->count; t++) longest = b->positions[t] >= longest ? b->positions[t] + 1 : longest;
+    // Enough pieces that no thread waits long, none of them short.
+    int pieces = pieces_of(b->count, PIECE_TOKENS) * c->m.kv_heads;
+    int splits = least(least(pieces_of(4 * c->pool->threads, pieces), pieces_of(longest, SPLIT_POSITIONS)), MAX_SPLITS);
+    size_t rows = (size_t)b->count * (size_t)c->m.heads * (size_t)splits;
+    if (rows * (size_t)b->cache.value_stride > c->partial_room) {
+        free(c->partial_values);
+        free(c->partials);
+        c->partial_room = rows * (size_t)b->cache.value_stride;
+        c->partial_values = zeros(c->partial_room, sizeof(float));
+        c->partials = zeros(rows, sizeof(partial));
+        if (!c->partial_values || !c->partials) {
+            c->partial_room = 0;
+            return 1;
+        }
+    }
+    memset((void *)c->claimed, 0, sizeof *c->claimed * (size_t)(c->m.layer_count + 1) * PHASES);
+    c->b = b;
+    c->splits = splits;
+    pool_run(c->pool, run, c);
+    return 0;
+}
+
+// One product by itself, for tests: y (tokens, rows) = x (tokens, columns) · m transposed, on this thread.
+EXPORT int smolctl_multiply(const matrix *m, const float *x, int tokens, float *y) {
+    size_t columns = (size_t)m->columns;
+    float *memory = zeros((TILE + VECTOR_ROOM) * columns, sizeof *memory);
+    uint16_t *narrow = zeros((size_t)tokens * columns, sizeof *narrow);
+    if (memory && narrow) {
+        room own = {memory, memory + TILE * columns, NULL, NULL};
+        for (int t = 0; t < tokens; t++) to_bf16(x + (size_t)t * columns, m->columns, narrow + (size_t)t * columns);
+        operand operand = {tokens, {0}, x, narrow};
+        if (tokens == 1) operand.one = prepare_vector(x, m->columns, own.forms);
+        product(m, 0, m->rows, &operand, &own, y, m->rows);
+    }
+    int failed = !memory || !narrow;
+    free(memory);
+    free(narrow);
+    return failed;
+}
+
+// The most demanding build that this processor and system run: 0 baseline, 1 avx2, 2 avx512, 3 avx512bf16.
+// Asked of the processor itself, as the compiler's own runtime does not answer in every library.
+EXPORT int smolctl_level(void) {
+#if defined(__x86_64__)
+    unsigned a, b, c, d, xcr0, high;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
+    if (~c & (bit_FMA | bit_F16C | bit_OSXSAVE | bit_AVX)) return 0;
+    __asm__("xgetbv" : "=a"(xcr0), "=d"(high) : "c"(0));
+    if ((xcr0 & 0x6) != 0x6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;  // the system keeps ymm
+    if (~b & (bit_AVX2 | bit_BMI | bit_BMI2)) return 0;
+    if ((xcr0 & 0xE6) != 0xE6) return 1;  // and zmm
+    if (~b & (bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ | bit_AVX512CD)) return 1;
+    if (~c & (bit_AVX512VNNI | bit_AVX512VBMI2 | bit_AVX512BITALG | bit_AVX512VPOPCNTDQ)) return 2;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & bit_AVX512BF16 ? 3 : 2;
+#else
+    return 0;
+#endif
+}

@@ -1,0 +1,36 @@
+"""Hatchling's hook: compile before a wheel is packed, and leave a pure one where that fails."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+
+class NativeBuildHook(BuildHookInterface):  # type: ignore[type-arg]
+    """Runs build.py, which is loaded by its path: the package itself cannot be imported yet."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        if self.target_name != "wheel":
+            return
+        path = Path(self.root) / "smolctl" / "native" / "build.py"
+        spec = importlib.util.spec_from_file_location("smolctl_native_build", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        files = module.build()
+        if not files:
+            self.app.display_warning("no C compiler worked: smolctl will run on PyTorch alone, slower")
+            return
+        build_data["artifacts"] += [str(file.relative_to(self.root)) for file in files]
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-{self._platform()}"
+
+    @staticmethod
+    def _platform() -> str:
+        import sysconfig
+
+        return sysconfig.get_platform().replace("-", "_").replace(".", "_")

@@ -1,0 +1,126 @@
+// Vectors of floats in the compiler's own notation: one source for AVX-512, AVX2, SSE2 and NEON.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define BLOCK 32  // columns of a row are filled up to a multiple of it
+#define PARTS (BLOCK / LANES)
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef int8_t bytes_vec __attribute__((vector_size(LANES)));
+typedef uint8_t ubytes_vec __attribute__((vector_size(LANES)));
+typedef uint16_t halves_vec __attribute__((vector_size(2 * LANES)));
+typedef int16_t shorts_vec __attribute__((vector_size(2 * LANES)));
+typedef _Float16 half;
+typedef half half_vec __attribute__((vector_size(2 * LANES)));
+
+// Memory that a file lends us is aligned to nothing.
+#define LOAD(type, pointer) ({ type loaded_; memcpy(&loaded_, (pointer), sizeof loaded_); loaded_; })
+#define STORE(pointer, value) ({ __typeof__(value) stored_ = (value); memcpy((pointer), &stored_, sizeof stored_); })
+
+INLINE vec load(const float *p) { return LOAD(vec, p); }
+INLINE void store(float *p, vec v) { STORE(p, v); }
+INLINE vec all(float x) { return x - (vec){0}; }
+INLINE vec from_half(const half *p) { return __builtin_convertvector(LOAD(half_vec, p), vec); }
+
+INLINE float sum(vec v) {
+    float lanes[LANES];
+    store(lanes, v);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+    return lanes[0];
+}
+
+INLINE vec choose(ivec condition, vec yes, vec no) {
+    return (vec)((condition & (ivec)yes) | (~condition & (ivec)no));
+}
+
+INLINE vec maximum(vec a, vec b) { return choose(a > b, a, b); }
+
+INLINE float highest(vec v) {
+    float lanes[LANES], most;
+    store(lanes, v);
+    most = lanes[0];
+    for (int i = 1; i < LANES; i++) most = lanes[i] > most ? lanes[i] : most;
+    return most;
+}
+
+// ---- 16-bit integers in pairs; 256 bits are enough also for AVX-512 ----
+
+#if defined(__AVX2__)
+#define PAIRED 16
+#else
+#define PAIRED 8
+#endif
+
+typedef int16_t paired __attribute__((vector_size(2 * PAIRED)));
+typedef int8_t paired_bytes __attribute__((vector_size(PAIRED)));
+typedef uint8_t paired_ubytes __attribute__((vector_size(PAIRED)));
+typedef int32_t accumulator __attribute__((vector_size(2 * PAIRED)));
+typedef float paired_floats __attribute__((vector_size(2 * PAIRED)));
+
+// a[0] × b[0] + a[1] × b[1], a[2] × b[2] + a[3] × b[3], …
+INLINE accumulator multiply_pairs(paired a, paired b) {
+#if defined(__AVX2__)
+    return (accumulator)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    return (accumulator)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+    typedef int32_t wide __attribute__((vector_size(4 * PAIRED)));
+    wide products = __builtin_convertvector(a, wide) * __builtin_convertvector(b, wide);
+    return __builtin_shufflevector(products, products, 0, 2, 4, 6) + __builtin_shufflevector(products, products, 1, 3, 5, 7);
+#endif
+}
+
+INLINE float sum_paired(paired_floats v) {
+    float lanes[PAIRED / 2];
+    STORE(lanes, v);
+    for (int width = PAIRED / 4; width; width /= 2)
+        for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+    return lanes[0];
+}
+
+// e^x to about one unit in the last place; 0 below -87.
+INLINE vec exponential(vec x) {
+    const float magic = 12582912.0f;  // 1.5 × 2^23: adding it rounds to an integer
+    vec clamped = maximum(choose(x < 88.0f, x, all(88.0f)), all(-87.0f));
+    vec shifted = clamped * 1.44269504f + magic;
+    vec n = shifted - magic;
+    vec r = clamped - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
+    vec p = all(1.9875691500e-4f);  // Cephes' expf
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    ivec exponent = (ivec)shifted << 23;  // the low bits of shifted are n
+    return choose(x < -87.0f, all(0.0f), (vec)((ivec)p + exponent));
+}
+
+INLINE float bf16_to_float(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    return LOAD(float, &bits);
+}
+
+// Round to nearest, ties to even; inputs are finite.
+INLINE uint16_t float_to_bf16(float x) {
+    uint32_t bits = LOAD(uint32_t, &x);
+    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}

@@ -1,0 +1,80 @@
+"""From a source's tensors to what a plan stores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from smolctl.config import ModelConfig
+from smolctl.errors import InputError
+from smolctl.model.dynamic import quantize_dynamically
+from smolctl.quantization.folder import Item
+from smolctl.quantization.rounding import quantize_matrix
+from smolctl.quantization.schemes import DYNAMIC, Plan
+from smolctl.sources.base import ModelSource
+from smolctl.sources.shapes import HEAD
+
+Progress = Callable[[str], None]
+
+
+def read_tensors(source: ModelSource) -> dict[str, Tensor]:
+    """Every tensor in float32, a tied head left out; all of them finite.
+
+    Raises:
+        InputError: the weights cannot be read, or hold NaN or infinite values.
+    """
+    config = source.require_config()
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in source.require_weights().tensors():
+        if name == HEAD and config.tie_word_embeddings:
+            continue
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{source.id}: {name} holds NaN or infinite values", "Use another checkpoint.")
+        tensors[name] = tensor.detach().float().cpu()
+    return tensors
+
+
+def build_items(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    plan: Plan,
+    importance: Mapping[str, Tensor] | None = None,
+) -> dict[str, Item]:
+    """Every tensor as the plan stores it.
+
+    Args:
+        config: of the network.
+        tensors: in float32 under their Hugging Face names.
+        plan: of a scheme that becomes a folder.
+        importance: mean square of every matrix's input, (columns,), to search the scales with.
+    """
+    if plan.scheme == DYNAMIC:
+        kept = {tensor.name for tensor in plan.tensors if not tensor.packed}
+        parts = quantize_dynamically(config, tensors, kept, plan.options.per_row)
+        return {entry.name: parts[entry.name] for entry in plan.tensors}
+    items: dict[str, Item] = {}
+    for entry in plan.tensors:
+        tensor = tensors[entry.name]
+        if entry.packed and entry.group is not None:
+            weights = importance.get(entry.name) if importance is not None else None
+            items[entry.name] = quantize_matrix(tensor, entry.bits, entry.group, weights)
+        elif entry.bits == 16:
+            items[entry.name] = tensor.bfloat16()
+        else:
+            items[entry.name] = _smallest(tensor) if tensor.dim() > 1 else tensor
+    return items
+
+
+def _smallest(tensor: Tensor) -> Tensor:
+    """A matrix that is left alone: in bfloat16 where that holds every value of it, else in float32."""
+    short = tensor.bfloat16()
+    return short if torch.equal(short.float(), tensor) else tensor
+
+
+def dequantized(items: Mapping[str, Item]) -> dict[str, Tensor]:
+    """The items as tensors in float32."""
+    return {
+        name: item.float() if isinstance(item, Tensor) else item.dequantize() for name, item in items.items()
+    }

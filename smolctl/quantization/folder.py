@@ -1,0 +1,284 @@
+"""A model as a folder: written beside its place, read back and compared bit for bit, then renamed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smolctl import __version__
+from smolctl.config import ModelConfig
+from smolctl.data.tokenizer import Tokenizer
+from smolctl.durable import file_digest, lack_of_room, sync_file, sync_folder
+from smolctl.errors import SmolError, UsageError
+from smolctl.model.dynamic import DynamicTransformer, dynamic_state
+from smolctl.quantization.schemes import DYNAMIC, Plan
+from smolctl.sources import open_source
+from smolctl.sources.base import TokenizerFiles
+from smolctl.sources.huggingface_config import to_huggingface_config
+from smolctl.sources.packed import PackedMatrix
+from smolctl.sources.quantized import (
+    DESCRIPTION,
+    FILE,
+    FORMAT,
+    OFFSETS,
+    OWN_TYPE,
+    SCALES,
+    VALUES,
+    VERSION,
+    header_digest,
+)
+from smolctl.sources.scaled import ScaledMatrix
+
+Item = Tensor | PackedMatrix | ScaledMatrix
+SMALL_FILES = 32 << 20  # tokenizer, configs and the file system's own: room that is left for them
+OURS = {FILE, DESCRIPTION, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+CHECKPOINT_SUFFIX = "_quantized.ckpt"
+
+
+class WriteError(SmolError):
+    """A quantized model could not be written; what was there before is as it was."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What was quantized."""
+
+    id: str
+    kind: str
+    revision: str | None = None
+    step: int | None = None
+
+
+def write_folder(
+    target: Path,
+    config: ModelConfig,
+    plan: Plan,
+    items: Mapping[str, Item],
+    tokenizer: TokenizerFiles | None,
+    origin: Origin,
+    force: bool = False,
+    name: str = "model",
+) -> None:
+    """Write a model so that every command takes the folder as MODEL.
+
+    Args:
+        target: the folder.
+        config: of the network.
+        plan: what the items follow.
+        items: every tensor under its Hugging Face name, as it will be stored.
+        tokenizer: travels with the model.
+        origin: kept in the description.
+        force: replace what an earlier call has written there.
+        name: of the model, for `NAME_quantized.ckpt`.
+
+    Raises:
+        UsageError: something is there already.
+        WriteError: no room, no permission, or the disk returned other bytes than were written.
+    """
+    require_free(target, force)
+    stored = stored_tensors(items)
+    twice = 2 if plan.scheme == DYNAMIC else 1  # the .ckpt holds everything again
+    needed = twice * sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+    partial = target.with_name(f".{target.name}.partial")
+    with naming_the_disk(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        if lack := lack_of_room(target.parent, needed + min(SMALL_FILES, needed)):
+            raise WriteError(
+                f"{target}: the quantized model {lack}", "Free some space or choose another --out."
+            )
+        try:
+            partial.mkdir()
+            _write_files(partial, config, plan, items, stored, tokenizer, origin, name)
+            for path in partial.iterdir():
+                sync_file(path)
+            sync_folder(partial)
+            _compare(partial, items, target)
+            _put_in_place(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_free(target: Path, force: bool) -> None:
+    """Refuse to replace anything that is not asked to be, or not ours to replace.
+
+    Raises:
+        UsageError: with what stands there.
+    """
+    if not target.exists() and not target.is_symlink():
+        return
+    if not force:
+        raise UsageError(f"{target}: already there", "Give --force to replace it, or another --out.")
+    if target.is_dir() and not target.is_symlink():
+        foreign = sorted(
+            path.name
+            for path in target.iterdir()
+            if path.name not in OURS and not path.name.endswith(CHECKPOINT_SUFFIX)
+        )
+        if not foreign:
+            return
+        raise UsageError(f"{target}: holds other files ({foreign[0]}), not replaced", "Choose another --out.")
+    raise UsageError(f"{target}: is no folder, not replaced", "Choose another --out.")
+
+
+@contextmanager
+def naming_the_disk(target: Path) -> Iterator[None]:
+    """Turn the operating system's refusal into the reason and the remedy."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise WriteError(
+            f"{target}: cannot be written ({error})", "Free some space or choose another --out."
+        ) from error
+    except (OSError, RuntimeError) as error:
+        # torch.save turns a short write into a RuntimeError that names no cause.
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise WriteError(
+            f"{target}: cannot be written ({reason})", "Free some space or choose another --out."
+        ) from error
+
+
+def stored_tensors(items: Mapping[str, Item]) -> dict[str, Tensor]:
+    """The items as the tensors of one safetensors file."""
+    stored: dict[str, Tensor] = {}
+    for name, item in items.items():
+        if isinstance(item, Tensor):
+            stored[name] = item.contiguous()
+            continue
+        stored[name + VALUES], stored[name + SCALES] = item.values, item.scales
+        if isinstance(item, PackedMatrix) and item.offsets is not None:
+            stored[name + OFFSETS] = item.offsets
+    return stored
+
+
+def _write_files(
+    folder: Path,
+    config: ModelConfig,
+    plan: Plan,
+    items: Mapping[str, Item],
+    stored: Mapping[str, Tensor],
+    tokenizer: TokenizerFiles | None,
+    origin: Origin,
+    name: str,
+) -> None:
+    from safetensors.torch import save_file
+
+    save_file(dict(stored), folder / FILE, metadata={"format": "pt"})
+    plain = plan.scheme == "bf16" and config.is_llama  # transformers loads it as it is
+    if config.is_llama:
+        values = to_huggingface_config(config, "bfloat16" if plan.scheme == "bf16" else "float32")
+    else:
+        values = {"model_type": OWN_TYPE, **config.model_dump(mode="json")}
+    if not plain:
+        values["quantization_config"] = {"quant_method": FORMAT, "scheme": plan.scheme}
+    _write_json(folder / "config.json", values)
+    (folder / FILE).chmod((folder / "config.json").stat().st_mode)  # safetensors makes it its owner's alone
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": values["eos_token_id"]}
+    _write_json(
+        folder / "generation_config.json", {key: value for key, value in ids.items() if value is not None}
+    )
+    if tokenizer is not None:
+        Tokenizer.from_files(tokenizer).save(folder)
+    if plain:
+        return
+    description = describe(plan, items, origin)
+    _write_json(
+        folder / DESCRIPTION,
+        {
+            **description,
+            "config_sha256": file_digest(folder / "config.json"),
+            "file": {
+                "bytes": (folder / FILE).stat().st_size,
+                "sha256": file_digest(folder / FILE),
+                "header_sha256": header_digest(folder / FILE),
+            },
+        },
+    )
+    if plan.scheme == DYNAMIC:
+        summary = {key: value for key, value in description.items() if key != "tensors"}
+        _write_checkpoint(folder / f"{name}{CHECKPOINT_SUFFIX}", config, items, summary, tokenizer)
+
+
+def describe(plan: Plan, items: Mapping[str, Item], origin: Origin) -> dict[str, Any]:
+    """The content of quantization.json, without the checksums."""
+    description: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "smolctl": __version__,
+        "scheme": plan.scheme,
+        "source": asdict(origin),
+        "calibrated": plan.options.calibrate,
+        "skip": list(plan.options.skip),
+        "tensors": {name: _entry(item) for name, item in items.items()},
+    }
+    if plan.scheme == DYNAMIC:
+        description["activations"] = plan.options.activations
+    return description
+
+
+def _entry(item: Item) -> dict[str, Any]:
+    shape = list(item.shape)
+    if isinstance(item, Tensor):
+        return {"shape": shape, "stored": str(item.dtype).removeprefix("torch.")}
+    if isinstance(item, ScaledMatrix):
+        return {"shape": shape, "stored": "int8", "bits": 8, "group": None}
+    return {"shape": shape, "stored": f"int{item.bits}", "bits": item.bits, "group": item.group}
+
+
+def _write_checkpoint(
+    path: Path,
+    config: ModelConfig,
+    items: Mapping[str, Item],
+    summary: Mapping[str, Any],
+    tokenizer: TokenizerFiles | None,
+) -> None:
+    parts = {name: item for name, item in items.items() if not isinstance(item, PackedMatrix)}
+    network = DynamicTransformer(config, parts, str(summary["activations"]))
+    content = {
+        "state_dict": dynamic_state(network),
+        "config": config.model_dump(mode="json"),
+        "quantization": dict(summary),
+        "tokenizer": asdict(tokenizer) if tokenizer is not None else None,
+    }
+    torch.save(content, path)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _compare(partial: Path, items: Mapping[str, Item], target: Path) -> None:
+    """Read everything back, through the readers that every command uses."""
+    for path in (partial, *partial.glob(f"*{CHECKPOINT_SUFFIX}")):
+        weights: Any = open_source(str(path)).require_weights()
+        found = stored_tensors(dict(weights.parts() if hasattr(weights, "parts") else weights.tensors()))
+        expected = stored_tensors(items)
+        same = found.keys() == expected.keys() and all(
+            found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+            for name, tensor in expected.items()
+        )
+        if not same:
+            raise WriteError(f"{target}: the disk returned other values than were written", "Check the disk.")
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    old: Callable[[], None] | None = None
+    if target.exists():
+        aside = target.with_name(f".{target.name}.old")
+        shutil.rmtree(aside, ignore_errors=True)
+        target.rename(aside)
+        old = lambda: shutil.rmtree(aside)  # noqa: E731
+    partial.rename(target)
+    sync_folder(target.parent)
+    if old is not None:
+        old()

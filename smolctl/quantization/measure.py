@@ -1,0 +1,191 @@
+"""A variant beside its source: what it loses, what it gains, measured in turns on the same text."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from torch import Tensor
+
+from smolctl.data.tokenizer import Tokenizer
+from smolctl.evaluation import Estimate, WindowScores, ratio_estimate, score_window
+from smolctl.generation.engine import Engine
+from smolctl.quantization.texts import Windows
+
+# Text, code, a list and a question: the greedy continuations of source and variant are compared on them.
+PROMPTS = (
+    "Once upon a time, in a village by the sea, there lived",
+    "def fibonacci(n):\n    ",
+    "The capital of France is Paris. The capital of Italy is",
+    "What makes the sky blue? The light of the sun",
+)
+DECODED_TOKENS = 32  # of each prompt
+PREFILL_TOKENS = 256
+REPEATS = len(PROMPTS)
+NATS_PER_BIT = 0.6931471805599453
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of several measurements and what lies around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Spread:
+        return Spread(median(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What loading costs, seen from a process that does nothing else."""
+
+    load_s: float
+    peak_bytes: int | None  # Python and PyTorch included; None where the system does not tell
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How a variant predicts, beside its source."""
+
+    bits_per_byte: Estimate
+    source_bits_per_byte: Estimate
+    delta: Estimate  # of bits per byte; paired: both saw the same windows
+    kl: Estimate  # nats a token, KL(source ‖ variant)
+    kl_windows: tuple[float, ...]  # sum over each window, for comparing variants
+    top1_agreement: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second of a variant and of its source, in turns."""
+
+    decode: Spread
+    prefill: Spread
+    source_decode: Spread
+    source_prefill: Spread
+    speedup: Spread  # of decoding: a ratio for each turn
+    prefill_speedup: Spread
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where greedy text leaves the source's."""
+
+    first: tuple[int | None, ...]  # for each prompt the first token that differs; None: none does
+    tokens: int  # decoded of each
+
+
+def measure_quality(source: Engine, variant: Engine, windows: Windows) -> Quality:
+    """Read every window with both and compare the predictions."""
+    ours: list[WindowScores] = []
+    theirs: list[WindowScores] = []
+    for window in windows.measured:
+        inputs, targets = window[:-1].tolist(), window[1:]
+        size = int(windows.token_bytes[targets].sum())
+        reference = _logits(source, inputs)
+        theirs.append(score_window(reference, targets, size))
+        ours.append(score_window(_logits(variant, inputs), targets, size, reference))
+    sizes = [float(max(1, scores.bytes)) for scores in ours]
+    counts = [float(scores.tokens) for scores in ours]
+    bits = [scores.nats / NATS_PER_BIT for scores in ours]
+    source_bits = [scores.nats / NATS_PER_BIT for scores in theirs]
+    changes = [a - b for a, b in zip(bits, source_bits, strict=True)]
+    return Quality(
+        bits_per_byte=ratio_estimate(bits, sizes),
+        source_bits_per_byte=ratio_estimate(source_bits, sizes),
+        delta=ratio_estimate(changes, sizes),
+        kl=ratio_estimate([scores.kl for scores in ours], counts),
+        kl_windows=tuple(scores.kl for scores in ours),
+        top1_agreement=sum(scores.agreements for scores in ours) / sum(counts),
+        tokens=int(sum(counts)),
+    )
+
+
+def mean_kl(reference: Engine, variant: Engine, windows: Sequence[Tensor]) -> float:
+    """Nats a token of KL(reference ‖ variant)."""
+    total = tokens = 0.0
+    for window in windows:
+        inputs, targets = window[:-1].tolist(), window[1:]
+        scores = score_window(_logits(variant, inputs), targets, 1, _logits(reference, inputs))
+        total, tokens = total + scores.kl, tokens + scores.tokens
+    return total / tokens
+
+
+def _logits(engine: Engine, tokens: Sequence[int]) -> Tensor:
+    return engine.forward([tokens], engine.allocate(1, len(tokens)), every=True)
+
+
+def measure_speed(source: Engine, variant: Engine, tokenizer: Tokenizer) -> tuple[Speed, Divergence]:
+    """Continue the fixed prompts greedily and read a longer one, source and variant taking turns.
+
+    Which of the two goes first changes from turn to turn: a machine that slows down meanwhile favours none.
+    """
+    prompts = [_prompt(tokenizer, text, source) for text in PROMPTS]
+    length = min(PREFILL_TOKENS, source.config.max_position_embeddings)
+    long = [token for prompt in prompts * PREFILL_TOKENS for token in prompt][:length]
+    engines = (source, variant)
+    for engine in engines:  # a first call sets up threads and buffers
+        _greedy(engine, prompts[0], 2)
+    decode: tuple[list[float], list[float]] = ([], [])
+    prefill: tuple[list[float], list[float]] = ([], [])
+    first: list[int | None] = []
+    for turn, prompt in enumerate(prompts):
+        told: dict[int, list[int]] = {}
+        for index in (0, 1) if turn % 2 == 0 else (1, 0):
+            told[index], seconds = _greedy(engines[index], prompt, DECODED_TOKENS)
+            decode[index].append((len(told[index]) - 1) / seconds)
+            prefill[index].append(_prefill(engines[index], long))
+        differing = (at for at, (a, b) in enumerate(zip(told[0], told[1], strict=True)) if a != b)
+        first.append(next(differing, None))
+    speed = Speed(
+        decode=Spread.of(decode[1]),
+        prefill=Spread.of(prefill[1]),
+        source_decode=Spread.of(decode[0]),
+        source_prefill=Spread.of(prefill[0]),
+        speedup=Spread.of([b / a for a, b in zip(*decode, strict=True)]),
+        prefill_speedup=Spread.of([b / a for a, b in zip(*prefill, strict=True)]),
+    )
+    return speed, Divergence(tuple(first), DECODED_TOKENS)
+
+
+def _prompt(tokenizer: Tokenizer, text: str, engine: Engine) -> list[int]:
+    room = engine.config.max_position_embeddings
+    return (tokenizer.encode(text) or [0])[: max(1, min(room // 2, room - DECODED_TOKENS))]
+
+
+def _greedy(engine: Engine, prompt: Sequence[int], count: int) -> tuple[list[int], float]:
+    """The likeliest continuation, and the seconds that all but its first token took."""
+    capacity = min(len(prompt) + count, engine.config.max_position_embeddings)
+    cache = engine.allocate(1, capacity)
+    tokens = [int(engine.forward([prompt], cache).argmax())]
+    started = time.perf_counter()
+    while len(prompt) + len(tokens) < capacity:
+        tokens.append(int(engine.forward([tokens[-1:]], cache).argmax()))
+    return tokens, max(1e-9, time.perf_counter() - started)
+
+
+def _prefill(engine: Engine, tokens: Sequence[int]) -> float:
+    cache = engine.allocate(1, len(tokens))
+    started = time.perf_counter()
+    engine.forward([tokens], cache)
+    return len(tokens) / (time.perf_counter() - started)
+
+
+def measure_footprint(model: str) -> Footprint | None:
+    """Load a model and decode a few tokens in a process of its own; None when that is not possible."""
+    command = [sys.executable, "-m", "smolctl.quantization.probe", model]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=dict(os.environ))
+        return Footprint(**json.loads(done.stdout.splitlines()[-1]))
+    except (OSError, subprocess.SubprocessError, ValueError, TypeError, IndexError):
+        return None

@@ -1,0 +1,139 @@
+"""Matrices to small integers: rounded plainly, or with scales that were searched for.
+
+A group of columns of one row shares a scale (and, with 4 bits, an offset); see `sources/packed.py`. Scales
+are float16, and values are rounded against the scale as it is stored, so that nothing is lost twice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from smolctl.sources.packed import PackedMatrix, pack_integers
+
+ROWS_AT_ONCE = 4_096  # of a large table: the search keeps a few copies of what it looks at
+SMALLEST = 2**-24  # the smallest float16 above 0
+# Shares of a group's range that the search tries as the range of the scale.
+SHRINKS_8 = tuple(1 - step * 0.01 for step in range(0, 12))
+SHRINKS_4 = tuple(1.06 - step * 0.03 for step in range(0, 16))
+
+
+def quantize_matrix(weight: Tensor, bits: int, group: int, importance: Tensor | None = None) -> PackedMatrix:
+    """A matrix as packed integers.
+
+    Args:
+        weight: (rows, columns), any float type.
+        bits: 8 or 4.
+        group: columns that share a scale, a multiple of 32.
+        importance: (columns,) mean square of what each column is multiplied with; with it the scales are
+            searched for so that the squared error of the product is least.
+    """
+    columns = weight.shape[1]
+    parts = [
+        _quantize_rows(part.float(), bits, group, importance)
+        for part in weight.split(ROWS_AT_ONCE)  # each (rows, columns)
+    ]
+    values, scales, offsets = zip(*parts, strict=True)
+    return PackedMatrix(
+        bits,
+        columns,
+        group,
+        pack_integers(torch.cat(values)[:, :columns], bits),
+        torch.cat(scales),
+        torch.cat(offsets) if bits == 4 else None,
+    )
+
+
+def _quantize_rows(
+    weight: Tensor, bits: int, group: int, importance: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(values (rows, P), scales (rows, groups), offsets (rows, groups)) of one part."""
+    rows, columns = weight.shape
+    grouped = _grouped(weight, group)  # (rows, groups, group)
+    used = _grouped(torch.ones(1, columns), group)  # 0 for padding
+    low = grouped.where(used > 0, torch.inf).amin(-1)
+    high = grouped.where(used > 0, -torch.inf).amax(-1)
+    if importance is None:
+        scales, offsets = _plain(low, high, bits)
+    else:
+        weights = _grouped(importance.float()[None], group) + used * importance.float().mean() * 1e-3
+        scales, offsets = _searched(grouped, weights, low, high, bits)
+    values = _round(grouped, scales, offsets, bits)
+    return values.view(rows, -1), scales.half(), offsets.half()
+
+
+def _grouped(matrix: Tensor, group: int) -> Tensor:
+    """(rows, columns) as (rows, groups, group), filled up with zeros."""
+    padded = torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % group))
+    return padded.view(matrix.shape[0], -1, group)
+
+
+def _stored(scales: Tensor) -> Tensor:
+    """Scales as float16 keeps them; one that would vanish keeps the smallest."""
+    return scales.clamp(max=65_504).half().float().clamp(min=SMALLEST)
+
+
+def _plain(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scales and offsets that just cover every group's range."""
+    if bits == 8:
+        return _stored(torch.maximum(high, -low) / 127), torch.zeros_like(low)
+    offsets = low.half().float()
+    return _stored((high - offsets) / 15), offsets
+
+
+def _round(grouped: Tensor, scales: Tensor, offsets: Tensor, bits: int) -> Tensor:
+    values = ((grouped - offsets[..., None]) / scales[..., None]).round_()
+    return values.clamp_(-127, 127) if bits == 8 else values.clamp_(0, 15)
+
+
+def _searched(
+    grouped: Tensor, weights: Tensor, low: Tensor, high: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """The scales and offsets with the least weighted squared error among those tried.
+
+    Every candidate range is rounded to, then scale and offset are solved for by least squares with the
+    values held, as stored in float16. The plain ones are among the candidates: never worse.
+    """
+    best_scales, best_offsets = _plain(low, high, bits)
+    best = _error(grouped, weights, best_scales, best_offsets, bits)
+    for shrink in SHRINKS_8 if bits == 8 else SHRINKS_4:
+        if bits == 8:
+            scales, offsets = _stored(torch.maximum(high, -low) * shrink / 127), torch.zeros_like(low)
+        else:
+            middle, half = (high + low) / 2, (high - low) / 2 * shrink
+            offsets = (middle - half).half().float()
+            scales = _stored(2 * half / 15)
+        for _ in range(2):
+            values = _round(grouped, scales, offsets, bits)
+            scales, offsets = _least_squares(grouped, weights, values, scales, offsets, bits)
+            error = _error(grouped, weights, scales, offsets, bits)
+            better = error < best
+            best = best.where(~better, error)
+            best_scales = best_scales.where(~better, scales)
+            best_offsets = best_offsets.where(~better, offsets)
+    return best_scales, best_offsets
+
+
+def _error(grouped: Tensor, weights: Tensor, scales: Tensor, offsets: Tensor, bits: int) -> Tensor:
+    """Weighted squared error of every group, (rows, groups)."""
+    values = _round(grouped, scales, offsets, bits)
+    missed = values.mul_(scales[..., None]).add_(offsets[..., None]).sub_(grouped)
+    return missed.square_().mul_(weights).sum(-1)
+
+
+def _least_squares(
+    grouped: Tensor, weights: Tensor, values: Tensor, scales: Tensor, offsets: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """Scale and offset that fit best for given values; the given ones where they are not determined."""
+    weighted = weights * values
+    squares, product = (weighted * values).sum(-1), (weighted * grouped).sum(-1)
+    if bits == 8:
+        solved = product / squares
+        return _stored(solved.where(squares > 0, scales)), offsets
+    total = weights.sum(-1).expand_as(squares)
+    first, target = weighted.sum(-1), (weights * grouped).sum(-1)
+    determinant = total * squares - first.square()
+    found = determinant > 1e-12 * total * squares
+    solved = _stored(((total * product - first * target) / determinant).where(found, scales).clamp(min=0))
+    shift = ((target - solved * first) / total).half().float()
+    return solved, shift.where(found, offsets)

@@ -1,0 +1,216 @@
+"""What every scheme does with every tensor: a plan that can be shown before anything is computed."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from smolctl.arithmetic import parameter_rows
+from smolctl.config import ModelConfig
+from smolctl.errors import InputError, UsageError
+from smolctl.quantization.gguf import BLOCK_SCHEMES, require_gguf
+from smolctl.sources.packed import BLOCK
+from smolctl.sources.shapes import HEAD, TABLE
+
+GGUF_SCHEMES = tuple(f"gguf-{scheme}" for scheme in BLOCK_SCHEMES)
+PACKED_SCHEMES = ("int8", "int4")
+DYNAMIC = "int8-dynamic"
+SCHEMES = (*PACKED_SCHEMES, DYNAMIC, "bf16", *GGUF_SCHEMES)
+ACTIVATIONS = ("per-tensor", "per-token")
+K_BLOCK = 256  # values of a row that llama.cpp's K-quants pack together
+BITS = {"4": 4, "8": 8, "16": 16, "32": 32}
+DEFAULT_GROUP = 32
+
+
+@dataclass(frozen=True)
+class SchemeOptions:
+    """What can be asked for beside the name of a scheme."""
+
+    group: int = DEFAULT_GROUP  # columns that share a scale
+    skip: tuple[str, ...] = ()  # patterns of tensors that stay as they are
+    bits_map: tuple[tuple[str, int], ...] = ()  # pattern and bits; the first that matches counts
+    activations: str = "per-tensor"  # of int8-dynamic
+    per_row: bool = False  # int8-dynamic: a scale for each row of a matrix
+    calibrate: bool = False
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return (*self.skip, *(pattern for pattern, _ in self.bits_map))
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """How one tensor will be stored."""
+
+    name: str
+    shape: tuple[int, ...]
+    bits: int  # 4 or 8: packed; 16: bfloat16; 32: float32
+    group: int | None = None  # columns that share a scale, of a packed matrix
+
+    @property
+    def packed(self) -> bool:
+        return self.bits in (4, 8)
+
+    @property
+    def label(self) -> str:
+        return {4: "int4", 8: "int8", 16: "bfloat16", 32: "float32"}[self.bits]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a whole model will be stored."""
+
+    scheme: str
+    tensors: tuple[TensorPlan, ...]
+    options: SchemeOptions = field(default_factory=SchemeOptions)
+
+    def __getitem__(self, name: str) -> TensorPlan:
+        return next(tensor for tensor in self.tensors if tensor.name == name)
+
+    def summary(self) -> tuple[str, ...]:
+        """One line for each way of storing: how many tensors, which, in how many numbers."""
+        groups: dict[str, list[TensorPlan]] = {}
+        for tensor in self.tensors:
+            key = f"{tensor.label} in groups of {tensor.group}" if tensor.group else tensor.label
+            groups.setdefault(key, []).append(tensor)
+        return tuple(f"{key}: {_what(tensors)}" for key, tensors in groups.items())
+
+
+def _what(tensors: Sequence[TensorPlan]) -> str:
+    kinds = Counter(tensor.name.removesuffix(".weight").split(".")[-1] for tensor in tensors)
+    named = ", ".join(name if count == 1 else f"{name} × {count}" for name, count in kinds.items())
+    numbers = sum(_numbers(tensor.shape) for tensor in tensors)
+    return f"{numbers:,} numbers ({named})"
+
+
+def _numbers(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def check_scheme(scheme: str, config: ModelConfig) -> None:
+    """Refuse what there is not, with the reason.
+
+    Raises:
+        UsageError: no such scheme.
+        InputError: the model cannot have it.
+    """
+    name = scheme.removeprefix("gguf-")
+    if re.fullmatch(r"i?q\d_(k|k_[sml]|nl|xs|xxs|s|m)|i?q\d_\w*k\w*", name.lower()):
+        rows = (config.hidden_size, config.intermediate_size)
+        odd = [size for size in rows if size % K_BLOCK]
+        reason = f"{odd[0]} is no multiple of {K_BLOCK}" if odd else "they cannot be written from Python"
+        raise InputError(
+            f"{scheme}: K-quants pack {K_BLOCK} values of a row together, and {reason}",
+            f"Take one of {', '.join(GGUF_SCHEMES)}; their blocks are of {BLOCK}.",
+        )
+    if scheme not in SCHEMES:
+        raise UsageError(f"--to {scheme}: no such scheme", f"Schemes: {', '.join(SCHEMES)}.")
+    if scheme in GGUF_SCHEMES:
+        require_gguf(config, name)
+
+
+def make_plan(config: ModelConfig, scheme: str, options: SchemeOptions) -> Plan:
+    """The plan of a scheme for a model. A tied head has no entry of its own: its table serves both.
+
+    Raises:
+        UsageError: no such scheme, a pattern that matches nothing, a group that cannot be.
+        InputError: the model cannot have the scheme.
+    """
+    check_scheme(scheme, config)
+    if options.group < BLOCK or options.group % BLOCK:
+        raise UsageError(f"--group {options.group}: groups are multiples of {BLOCK}", "Take 32, 64 or 128.")
+    if options.patterns and (scheme in GGUF_SCHEMES or scheme == "bf16"):
+        raise UsageError(f"--skip and --bits-map do not apply to {scheme}", "They are for int8 and int4.")
+    if options.bits_map and scheme == DYNAMIC:
+        raise UsageError(f"--bits-map does not apply to {DYNAMIC}", "Use --skip: those layers stay float32.")
+    if options.calibrate and scheme not in PACKED_SCHEMES:
+        raise UsageError(f"--calibrate does not apply to {scheme}", "It is for int8 and int4.")
+    names = [f"{row.module}.weight" for row in parameter_rows(config) if not row.tied]
+    for pattern in options.patterns:
+        if not any(_matches(pattern, name, config) for name in names):
+            raise UsageError(f"{pattern}: no tensor has such a name", "Names: `smolctl count-params -d 9`.")
+    tensors = (
+        _tensor_plan(name, row.shape, config, scheme, options)
+        for name, row in ((f"{row.module}.weight", row) for row in parameter_rows(config) if not row.tied)
+    )
+    return Plan(scheme, tuple(tensors), options)
+
+
+def _tensor_plan(
+    name: str, shape: tuple[int, ...], config: ModelConfig, scheme: str, options: SchemeOptions
+) -> TensorPlan:
+    if scheme == "bf16":
+        return TensorPlan(name, shape, 16)
+    if len(shape) == 1 or any(_matches(pattern, name, config) for pattern in options.skip):
+        return TensorPlan(name, shape, 32)
+    if scheme == DYNAMIC:
+        # Tables that are only looked up are no linear layers; a tied one is the head's.
+        looked_up = "embed_positions" in name or (name == TABLE and not config.tie_word_embeddings)
+        return TensorPlan(name, shape, 32 if looked_up else 8)
+    asked = next((bits for pattern, bits in options.bits_map if _matches(pattern, name, config)), None)
+    if asked is None:
+        # Tables are read at both ends of the network: they keep 8 bits, as in published GGUF files.
+        asked = 8 if scheme == "int8" or name in (TABLE, HEAD) or "embed_positions" in name else 4
+    return TensorPlan(name, shape, asked, options.group if asked in (4, 8) else None)
+
+
+def _matches(pattern: str, name: str, config: ModelConfig) -> bool:
+    """Whether a pattern means a tensor: a part of its name with wildcards, or `re:` and an expression."""
+    names = [name.removesuffix(".weight"), name]
+    if name == TABLE and config.tie_word_embeddings:
+        names.append("lm_head")
+    if pattern.startswith("re:"):
+        return any(re.fullmatch(pattern[3:], candidate) for candidate in names)
+    return any(
+        fnmatch.fnmatchcase(candidate, wanted)
+        for candidate in names
+        for wanted in (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*")
+    )
+
+
+def parse_skip(items: Sequence[str]) -> tuple[str, ...]:
+    """Patterns of `--skip`, each an option of its own or separated by commas."""
+    patterns = tuple(part.strip() for item in items for part in item.split(",") if part.strip())
+    for pattern in patterns:
+        _check_pattern(pattern, "--skip")
+    return patterns
+
+
+def parse_bits_map(items: Sequence[str]) -> tuple[tuple[str, int], ...]:
+    """`PATTERN=8,re:EXPRESSION=4` as pairs.
+
+    Raises:
+        UsageError: not of this form.
+    """
+    pairs = []
+    for part in (part.strip() for item in items for part in item.split(",") if part.strip()):
+        pattern, _, bits = part.rpartition("=")
+        if not pattern or bits not in BITS:
+            raise UsageError(
+                f"--bits-map {part}: expected PATTERN=BITS with {', '.join(BITS)} bits",
+                "For example down_proj=8 or 're:.*layers.[0-3]..*=8'.",
+            )
+        _check_pattern(pattern, "--bits-map")
+        pairs.append((pattern, BITS[bits]))
+    return tuple(pairs)
+
+
+def _check_pattern(pattern: str, option: str) -> None:
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise UsageError(
+                f"{option} {pattern}: no regular expression ({error})", "Mend the expression."
+            ) from None
+
+
+def stored_as(plan: Plan) -> Mapping[str, TensorPlan]:
+    """The plan by name."""
+    return {tensor.name: tensor for tensor in plan.tensors}

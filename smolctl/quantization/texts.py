@@ -1,0 +1,88 @@
+"""Windows of text to measure on, and others to calibrate with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from smolctl.config import ModelConfig
+from smolctl.config.run import DataConfig
+from smolctl.data.batches import validation_batches
+from smolctl.data.shards import TokenizedCorpus, tokenize_corpus
+from smolctl.data.tokenizer import Tokenizer
+from smolctl.sources.base import ModelSource
+
+WINDOW = 256  # tokens that are predicted in one window, fewer where the context is shorter
+CALIBRATION_WINDOWS = 24
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Tokens that the model is measured on."""
+
+    name: str  # of the text, for people
+    measured: tuple[Tensor, ...]  # (T + 1,) each
+    calibration: tuple[Tensor, ...]  # (T + 1,) each; none of them is measured
+    token_bytes: Tensor  # (V,) bytes of text behind every id
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(window) - 1 for window in self.measured)
+
+
+def choose_windows(
+    source: ModelSource,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    data: Sequence[str],
+    count: int,
+    calibrate: bool,
+) -> Windows:
+    """Windows spread evenly over held-out text.
+
+    Without `data` that is what the run of the source held out, or the held-out documents of the embedded
+    corpus. Text that is named is measured on as a whole; when scales are to be calibrated they come from
+    one half of it and the measure from the other.
+
+    Args:
+        source: its recipe says what it was trained on.
+        config: its context limits the windows.
+        tokenizer: of the source.
+        data: what `--data` names.
+        count: windows at most.
+        calibrate: also choose windows to calibrate with.
+
+    Raises:
+        InputError: the text is missing, empty, or shorter than a window.
+    """
+    length = min(WINDOW, config.max_position_embeddings)
+    if data:
+        fraction = 0.5 if calibrate else 0.0
+        settings = DataConfig(source=tuple(data), validation_fraction=fraction, sequence_length=length)
+    elif source.run is not None:
+        settings = source.run.data.model_copy(update={"sequence_length": length, "workers": 0})
+    else:
+        settings = DataConfig(sequence_length=length)
+    samples = None
+    if source.run is not None and not data:
+        samples = source.run.train.steps * source.run.train.batch_size
+    corpus = tokenize_corpus(settings, tokenizer, samples=samples)
+    named = ", ".join(settings.source)
+    lengths = torch.zeros(config.vocab_size, dtype=torch.long)
+    known = torch.from_numpy(tokenizer.token_byte_lengths())
+    lengths[: len(known)] = known
+    return Windows(
+        name=f"held-out part of {named}" if corpus.validation is not None else named,
+        measured=_windows(corpus, length, count, held_out=True),
+        calibration=_windows(corpus, length, CALIBRATION_WINDOWS, held_out=False) if calibrate else (),
+        token_bytes=lengths,
+    )
+
+
+def _windows(corpus: TokenizedCorpus, length: int, count: int, held_out: bool) -> tuple[Tensor, ...]:
+    tokens = corpus.validation if held_out and corpus.validation is not None else corpus.train
+    batches = validation_batches(tokens, length, 1, count)
+    return tuple(batch[0].long() for batch in batches)

@@ -1,0 +1,181 @@
+"""What quantization cost and brought: a table, or JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from smolctl.quantization.measure import Divergence, Footprint
+from smolctl.quantization.run import QuantizeReport
+from smolctl.quantization.verdict import SourceFacts, Variant
+from smolctl.views.numbers import size
+from smolctl.views.output import Output
+
+COSTS_SHOWN = 10
+
+
+def show_quantization(out: Output, report: QuantizeReport) -> None:
+    """The verdict on every variant."""
+    out.document(quantization_document(report))
+    if out.json:
+        return
+    _show_quality(out, report)
+    if report.text:
+        _show_speed(out, report)
+    for scheme, costs in report.costs.items():
+        _show_costs(out, scheme, costs)
+    for variant in report.variants:
+        out.line(f"{variant.scheme}: {variant.verdict}")
+
+
+def _table(*columns: tuple[str, str]) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name, justify in columns:
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    return table
+
+
+def _show_quality(out: Output, report: QuantizeReport) -> None:
+    table = _table(
+        ("variant", "left"),
+        ("bytes", "right"),
+        ("bits/weight", "right"),
+        ("bits/byte", "right"),
+        ("change", "right"),
+        ("KL", "right"),
+        ("top-1", "right"),
+        ("greedy text", "left"),
+    )
+    first = next((variant.quality for variant in report.variants if variant.quality), None)
+    source_bpb = f"{first.source_bits_per_byte.mean:.4f}" if first else ""
+    source = report.source
+    table.add_row(_short(source), size(source.bytes), f"{source.bits_per_weight:.2f}", source_bpb)
+    for variant in report.variants:
+        cells = [variant.scheme, size(variant.bytes), f"{variant.bits_per_weight:.2f}"]
+        quality = variant.quality
+        if quality is not None:
+            cells += [
+                f"{quality.bits_per_byte.mean:.4f}",
+                f"{quality.delta.mean:+.4f} ± {quality.delta.standard_error:.4f}",
+                f"{quality.kl.mean:.4f}",
+                f"{quality.top1_agreement:.1%}",
+                _divergence(variant.divergence),
+            ]
+        table.add_row(*cells)
+    out.show(table)
+
+
+def _short(source: SourceFacts) -> str:
+    return f"{source.id.rstrip('/').rsplit('/', 1)[-1]} (source)"
+
+
+def _divergence(divergence: Divergence | None) -> str:
+    """`differs from token 3, 9 (2 of 4)`, or that it is the same."""
+    if divergence is None:
+        return ""
+    found = [first + 1 for first in divergence.first if first is not None]
+    if not found:
+        return f"the same for {divergence.tokens} tokens"
+    return f"{len(found)} of {len(divergence.first)} differ, first at token {min(found)}"
+
+
+def _show_speed(out: Output, report: QuantizeReport) -> None:
+    table = _table(
+        ("variant", "left"),
+        ("decode tok/s", "right"),
+        ("speed-up", "right"),
+        ("prefill tok/s", "right"),
+        ("load", "right"),
+        ("peak memory", "right"),
+        ("engine", "left"),
+    )
+    first = next((variant.speed for variant in report.variants if variant.speed), None)
+    source = report.source
+    if first is not None:
+        table.add_row(
+            _short(source),
+            f"{first.source_decode.median:.1f}",
+            "",
+            f"{first.source_prefill.median:.0f}",
+            *_footprint(source.footprint),
+            source.engine,
+        )
+    for variant in report.variants:
+        speed = variant.speed
+        if speed is not None:
+            spread = f"{speed.speedup.low:.2f} to {speed.speedup.high:.2f}"
+            table.add_row(
+                variant.scheme,
+                f"{speed.decode.median:.1f}",
+                f"× {speed.speedup.median:.2f} ({spread})",
+                f"{speed.prefill.median:.0f}",
+                *_footprint(variant.footprint),
+                variant.engine,
+            )
+    out.show("", table, "")
+
+
+def _footprint(footprint: Footprint | None) -> tuple[str, str]:
+    if footprint is None:
+        return "", ""
+    peak = size(footprint.peak_bytes) if footprint.peak_bytes is not None else ""
+    return f"{footprint.load_s:.2f} s", peak
+
+
+def _show_costs(out: Output, scheme: str, costs: Any) -> None:
+    table = _table(
+        (f"{scheme}: costliest tensors", "left"),
+        ("stored", "left"),
+        ("bytes", "right"),
+        ("output error", "right"),
+        ("KL alone", "right"),
+    )
+    for cost in costs[:COSTS_SHOWN]:
+        kl = "" if cost.kl is None else f"{cost.kl:.5f}"
+        table.add_row(cost.name, cost.stored, size(cost.bytes), f"{cost.output_error:.2%}", kl)
+    out.show(table, "")
+
+
+def quantization_document(report: QuantizeReport) -> Mapping[str, Any]:
+    """The JSON document; what was not measured is null."""
+    return {
+        "source": asdict(report.source),
+        "text": report.text or None,
+        "tokens": report.tokens,
+        "variants": [_variant(variant) for variant in report.variants],
+        "per_tensor": {scheme: [asdict(cost) for cost in costs] for scheme, costs in report.costs.items()},
+        "failed_gates": list(report.failed_gates),
+    }
+
+
+def _variant(variant: Variant) -> dict[str, Any]:
+    quality, speed, place = variant.quality, variant.speed, variant.footprint
+    return {
+        "scheme": variant.scheme,
+        "path": variant.path,
+        "bytes": variant.bytes,
+        "bits_per_weight": variant.bits_per_weight,
+        "bits_per_byte": quality and quality.bits_per_byte.mean,
+        "bits_per_byte_delta": quality and quality.delta.mean,
+        "bits_per_byte_delta_standard_error": quality and quality.delta.standard_error,
+        "source_bits_per_byte": quality and quality.source_bits_per_byte.mean,
+        "kl_mean": quality and quality.kl.mean,
+        "kl_standard_error": quality and quality.kl.standard_error,
+        "top1_agreement": quality and quality.top1_agreement,
+        "first_divergent_token": variant.divergence and list(variant.divergence.first),
+        "load_s": place and place.load_s,
+        "peak_rss_bytes": place and place.peak_bytes,
+        "decode_tokens_per_s": speed and speed.decode.median,
+        "prefill_tokens_per_s": speed and speed.prefill.median,
+        "speedup": speed and speed.speedup.median,
+        "speedup_spread": speed and [speed.speedup.low, speed.speedup.high],
+        "prefill_speedup": speed and speed.prefill_speedup.median,
+        "source_decode_tokens_per_s": speed and speed.source_decode.median,
+        "engine": variant.engine or None,
+        "plan": list(variant.plan),
+        "calibration": variant.calibration and asdict(variant.calibration),
+        "verdict": variant.verdict,
+    }
