@@ -191,6 +191,30 @@ def test_gguf_files_go_along_and_learned_positions_are_refused(
         build(open_model(str(learned)), tmp_path / "none", ("q8_0",))
 
 
+def test_what_quantize_has_made_and_measured_goes_along(tmp_path: Path, smolctl: Callable[..., Any]) -> None:
+    run = make_run(tmp_path, **LLAMA)
+    called = smolctl("quantize", run, "--to", "int8", "--windows", "2")
+    assert called.code == 0, called.err
+    target = tmp_path / "out"
+    target.mkdir()
+    built = build(open_model(str(run)), target, ())
+    card = built.write_card("me/tiny", None, None)
+    record = json.loads((run / "quantized" / "verdict.json").read_text())["variants"][0]
+    assert f"| int8 | {record['bytes'] / 1e6:,.1f} MB |" in card
+    assert f"{record['bits_per_byte']:.4f}" in card
+    assert "`quantized/int8/` is for smolctl" in card
+    assert load_model(str(target / "quantized" / "int8")).notes == ()
+    assert str(tmp_path).encode() not in (target / "quantized" / "int8" / "quantization.json").read_bytes()
+    older = build(open_model(f"{run}@10"), tmp_path_of(tmp_path), ())
+    assert older.quantized == ()  # they were made of another step
+    assert "quantized/" in older.left_out
+
+
+def tmp_path_of(folder: Path) -> Path:
+    (folder / "older").mkdir()
+    return folder / "older"
+
+
 def test_a_card_keeps_what_people_wrote() -> None:
     first = merge_card({"license": "mit", "tags": ["smolctl"]}, "one", None)
     edited = first.replace("license: mit", "# chosen by me\nlicense: apache-2.0\nlanguage: en")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from smolctl.errors import InputError
 from smolctl.model.weights import parameter_count
@@ -19,11 +20,14 @@ from smolctl.publish.hub import README
 from smolctl.publish.secrets import require_no_secrets, scan
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
+from smolctl.sources.quantized import DESCRIPTION, is_quantized_folder, read_description
 from smolctl.sources.run_folder import RunFolder, latest_run, split_step
+from smolctl.sources.tokenizer_files import read_json
 from smolctl.training.recorder import METRICS, PREDICTIONS, STORY
 
 # Texts beside the model that belong to it and are taken as they are.
 LICENCE_FILES = re.compile(r"(LICEN[CS]E|NOTICE)([.-].*)?", re.IGNORECASE)
+QUANTIZED = "quantized"
 # What of a run goes up in another form.
 USED = {README, "config.yaml", "environment.json", "tokenizer", METRICS, PREDICTIONS, STORY, "loss.png"}
 
@@ -56,6 +60,7 @@ class Built:
     export: Export
     facts: RunFacts | None
     left_out: tuple[str, ...]
+    quantized: tuple[str, ...] = ()  # schemes of the folders that go along
 
     def card_facts(self, repo: str, license: str | None) -> CardFacts:
         network = self.export.network
@@ -69,6 +74,7 @@ class Built:
             license=license or self.model.own_license,
             run=self.facts,
             ggufs=self.export.ggufs,
+            quantized=self.quantized,
         )
 
     def write_card(self, repo: str, license: str | None, on_hub: str | None) -> str:
@@ -145,15 +151,37 @@ def build(model: Model, folder: Path, schemes: Sequence[str]) -> Built:
     beside = None if model.is_run else model.folder
     export = export_model(model.source, folder, model.name, schemes, beside)
     facts = None
+    quantized: tuple[str, ...] = ()
     taken: set[str] = set(USED) if model.is_run else {path.name for path in folder.iterdir()} | {README}
     if model.is_run and model.folder is not None:
         facts = read_facts(model.source, model.folder)
         write_records(facts, model.folder, folder)
+        quantized = _add_quantized(model.folder / QUANTIZED, folder / QUANTIZED, facts.step)
+        taken |= {QUANTIZED} if quantized else set()
     for path in sorted(model.folder.iterdir()) if model.folder else ():
         if LICENCE_FILES.fullmatch(path.name) and path.is_file():
             shutil.copyfile(path, folder / path.name)
             taken.add(path.name)
-    return Built(model, folder, export, facts, _left_out(model, taken))
+    return Built(model, folder, export, facts, _left_out(model, taken), quantized)
+
+
+def _add_quantized(source: Path, target: Path, step: int) -> tuple[str, ...]:
+    """Copy the quantized folders that were made of the published step; GGUF files are written anew."""
+    taken = []
+    for folder in sorted(source.iterdir()) if source.is_dir() else ():
+        if is_quantized_folder(folder) and read_description(folder).get("source", {}).get("step") == step:
+            names = shutil.ignore_patterns("*.ckpt", ".*")  # the .ckpt holds the same again
+            shutil.copytree(folder, target / folder.name, ignore=names)
+            _forget_path(target / folder.name / DESCRIPTION)
+            taken.append(folder.name)
+    return tuple(taken)
+
+
+def _forget_path(path: Path) -> None:
+    """Name the source of a quantized folder without the folders of this machine."""
+    description = read_json(path)
+    description["source"]["id"] = PurePath(str(description["source"].get("id"))).name
+    path.write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _left_out(model: Model, taken: set[str]) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ class CardFacts:
     license: str | None = None
     run: RunFacts | None = None
     ggufs: tuple[GGUFResult, ...] = ()
+    quantized: tuple[str, ...] = ()  # names of folders in quantized/
 
 
 def card_metadata(facts: CardFacts) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def card_text(facts: CardFacts) -> str:
             sections.append(["## Evaluation", "", *_evaluation(facts.run)])
         if facts.run.histories:
             sections.append(["## Predictions while it learned", "", *_predictions(facts.run)])
-    if facts.ggufs or (facts.run and facts.run.variants):
+    if facts.ggufs or facts.quantized or (facts.run and facts.run.variants):
         sections.append(["## Smaller versions", "", *_variants(facts)])
     sections += [["## Data and licence", "", *_data(facts)], ["## Limits", "", *_limits(facts)]]
     return "\n\n".join("\n".join(lines) for lines in sections) + "\n"
@@ -248,6 +249,12 @@ def _variants(facts: CardFacts) -> list[str]:
             "speed-up",
         )
         lines += table(head, [_variant(variant) for variant in variants])
+    for name in facts.quantized:
+        lines += [
+            *([""] if lines else []),
+            f"`quantized/{name}/` is for smolctl: `hf download {facts.repo} --include 'quantized/{name}/*' "
+            f"--local-dir D`, then `smolctl sample D/quantized/{name}`.",
+        ]
     return lines
 
 

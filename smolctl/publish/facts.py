@@ -11,13 +11,13 @@ from typing import Any
 from smolctl.config import RunConfig
 from smolctl.config.dump import to_yaml
 from smolctl.data.hub import DatasetName
+from smolctl.quantization.record import read_record
 from smolctl.sources.base import ModelSource
 from smolctl.training.chart import draw_loss
 from smolctl.training.events import json_line, to_json
 from smolctl.training.recorder import LOSS_CURVE, METRICS, PREDICTIONS, STORY, RunRecorder
 from smolctl.training.story import History, to_markdown
 
-VARIANTS = "quantization.json"  # what `quantize --json` says of the variants of a run
 RECORDS = "training"  # the folder of the records in the repository
 EMBEDDED = "python"
 
@@ -89,7 +89,7 @@ def read_facts(source: ModelSource, folder: Path) -> RunFacts:
         validations=tuple(record for record in records if record["event"] == "validation"),
         histories={prompt: history for prompt, history in histories.items() if history},
         environment=_json(folder / "environment.json"),
-        variants=tuple(_json(folder / VARIANTS).get("variants") or ()),
+        variants=tuple(record for record in read_record(folder) if record.get("step") == step),
         curve=bool(steps),
     )
 

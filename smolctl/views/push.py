@@ -25,7 +25,8 @@ def show_plan(out: Output, plan: Plan) -> None:
 
 def show_offline(out: Output, plan: Plan, target: Path | None) -> None:
     """The plan of a dry run, or what was written into a folder."""
-    out.show(*_plan(plan, out.verbose > 0))
+    if target is None or not out.quiet:
+        out.show(*_plan(plan, out.verbose > 0))
     if target is not None:
         out.line(f"Written to {target}; nothing was sent.")
     else:
