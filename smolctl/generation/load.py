@@ -6,17 +6,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from smolctl.data.chat import render_chat
 from smolctl.data.tokenizer import Tokenizer
 from smolctl.errors import InputError
 from smolctl.generation.engine import Engine
-from smolctl.generation.torch_engine import TorchEngine
-from smolctl.model.dynamic import DynamicTransformer
-from smolctl.model.weights import load_network
+from smolctl.generation.engines import EngineOptions, make_engine
 from smolctl.sources import open_source
-from smolctl.sources.base import ModelSource
 
 
 @dataclass(frozen=True)
@@ -49,18 +44,8 @@ class LoadedModel:
         )
 
 
-def _engine(source: ModelSource) -> Engine:
-    """The engine for a source; matrices that PyTorch's `quantize_dynamic` made stay as they are."""
-    if source.quantization is not None and source.quantization.get("scheme") == "int8-dynamic":
-        parts = dict(source.require_weights().parts())  # type: ignore[attr-defined]
-        activations = str(source.quantization.get("activations", "per-tensor"))
-        network = DynamicTransformer(source.require_config(), parts, activations)
-        return TorchEngine(network, name=f"torch cpu, int8 weights, activations {activations}")
-    return TorchEngine(load_network(source, dtype=torch.float32).requires_grad_(False))
-
-
-def load_model(model: str) -> LoadedModel:
-    """Read weights in float32 and the tokenizer.
+def load_model(model: str, options: EngineOptions = EngineOptions()) -> LoadedModel:  # noqa: B008 - frozen
+    """Read weights, as they are stored where the engine can run that, and the tokenizer.
 
     Raises:
         SmolError: the model cannot be read or run, or it comes without a tokenizer.
@@ -76,5 +61,6 @@ def load_model(model: str) -> LoadedModel:
         )
     tokenizer = Tokenizer.from_files(files, model)
     tokenizer.require_fit(source.require_config().vocab_size)
-    engine = _engine(source)
-    return LoadedModel(model, engine, tokenizer, time.perf_counter() - started, source.problems)
+    engine = make_engine(source, options)
+    notes = (*source.problems, *([engine.note] if engine.note else []))
+    return LoadedModel(model, engine, tokenizer, time.perf_counter() - started, notes)

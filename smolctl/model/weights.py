@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,15 @@ from smolctl.errors import InputError
 from smolctl.model.network import Transformer
 from smolctl.sources.base import ModelSource
 
+
+class Shaped(Protocol):
+    """A tensor, or something that stands for one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+S = TypeVar("S", bound=Shaped)
 HEAD = "lm_head.weight"
 TABLE = "model.embed_tokens.weight"
 
@@ -60,28 +70,41 @@ def from_state(config: ModelConfig, tensors: Mapping[str, Tensor], origin: str) 
     Raises:
         InputError: as `load_network`.
     """
+    state = check_state(config, tensors, origin)
+    with torch.device("meta"):
+        network = Transformer(config)
+    network.load_state_dict(state, strict=True, assign=True)
+    return network.requires_grad_(True)
+
+
+def check_state(config: ModelConfig, tensors: Mapping[str, S], origin: str) -> dict[str, S]:
+    """The tensors that a network of this config takes, without a tied head's copy.
+
+    Raises:
+        InputError: as `load_network`.
+    """
     state = dict(tensors)
     if config.tie_word_embeddings and HEAD in state and TABLE in state:
-        head = state.pop(HEAD)
-        if head.shape != state[TABLE].shape or not torch.equal(head, state[TABLE]):
+        head, table = state.pop(HEAD), state[TABLE]
+        same = isinstance(head, Tensor) and isinstance(table, Tensor) and head.shape == table.shape
+        if not (same and torch.equal(head, table)):  # type: ignore[arg-type]
             raise InputError(
                 f"{origin}: the config ties lm_head to the token table, but the file holds another lm_head",
                 "Set tie_word_embeddings: false in the config if the head is meant to be its own.",
             )
     with torch.device("meta"):
-        network = Transformer(config)
-    _check_names_and_shapes(network.state_dict(), state, origin)
-    network.load_state_dict(state, strict=True, assign=True)
-    return network.requires_grad_(True)
+        expected = Transformer(config).state_dict()
+    _check_names_and_shapes(expected, state, origin)
+    return state
 
 
-def _check_names_and_shapes(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], origin: str) -> None:
+def _check_names_and_shapes(expected: Mapping[str, Tensor], given: Mapping[str, S], origin: str) -> None:
     problems = [f"missing {name}" for name in expected if name not in given]
     problems += [f"unexpected {name}" for name in given if name not in expected]
     problems += [
         f"{name} is {tuple(given[name].shape)}, expected {tuple(expected[name].shape)}"
         for name in expected
-        if name in given and given[name].shape != expected[name].shape
+        if name in given and tuple(given[name].shape) != tuple(expected[name].shape)
     ]
     if problems:
         raise InputError(

@@ -55,9 +55,10 @@ def _compile(compiler: list[str], name: str, level: str) -> Path | None:
     target = HERE / f"forward_{name}.so"
     partial = target.with_suffix(f".{os.getpid()}.partial")
     zig = "ziglang" in compiler
-    option = f"-mcpu={level}" if zig else f"-march={level.replace('_', '-')}"
+    march = level.replace("_v", "-v").replace("x86_64", "x86-64").replace("+", " -m")
+    options = [f"-mcpu={level}"] if zig else f"-march={march}".split()
     with tempfile.TemporaryDirectory() as folder:
-        command = [*compiler, *FLAGS, *([option] if level else []), str(HERE / "forward.c")]
+        command = [*compiler, *FLAGS, *(options if level else []), str(HERE / "forward.c")]
         caches = {"ZIG_GLOBAL_CACHE_DIR": folder, "ZIG_LOCAL_CACHE_DIR": folder}
         done = subprocess.run(
             [*command, "-o", str(partial), "-lm"],

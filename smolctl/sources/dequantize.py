@@ -15,8 +15,8 @@ from torch import Tensor
 
 from smolctl.errors import InputError
 from smolctl.sources.gguf import TensorType
+from smolctl.sources.packed import BLOCK, PackedMatrix
 
-BLOCK = 32
 # 32,000 values at once: the intermediate results stay in the cache, and torch does not wake its
 # threads (it does from 32,768 on). Their barriers cost more than they bring, and on a machine that is
 # busy with something else twenty times more: 0.7 s for 135 M values became 13 s.
@@ -47,6 +47,31 @@ def dequantize(raw: Tensor, kind: TensorType) -> Tensor:
         some = slice(start, start + BLOCKS_AT_ONCE)
         unpack(blocks[some], values[some])
     return values.view(raw.shape[0], -1)
+
+
+def as_stored(raw: Tensor, kind: TensorType) -> Tensor | PackedMatrix:
+    """Rows as they are: floats in their own type, and the block types that a `PackedMatrix` can hold.
+
+    Everything else is unpacked to float32, (rows, columns).
+
+    Raises:
+        InputError: as `dequantize`.
+    """
+    if kind.name in PLAIN:
+        plain = raw.view(PLAIN[kind.name])
+        return plain.clone() if plain.dtype != torch.float64 else plain.float()
+    if kind.name not in ("Q8_0", "Q4_0", "Q4_1") or raw.shape[0] == 1:
+        return dequantize(raw, kind)
+    rows = raw.shape[0]
+    blocks = raw.view(rows, -1, kind.bytes)  # (rows, groups, bytes)
+    halves = blocks[..., : 4 if kind.name == "Q4_1" else 2].contiguous().view(torch.float16)
+    bits, columns = (8 if kind.name == "Q8_0" else 4), blocks.shape[1] * BLOCK
+    values = blocks[..., -BLOCK * bits // 8 :].reshape(rows, -1)
+    scales = halves[..., 0].contiguous()
+    if bits == 8:
+        return PackedMatrix(8, columns, BLOCK, values.view(torch.int8), scales)
+    offsets = halves[..., 1].contiguous() if kind.name == "Q4_1" else scales * -8
+    return PackedMatrix(4, columns, BLOCK, values, scales, offsets)
 
 
 def _half(blocks: Tensor, start: int) -> Tensor:

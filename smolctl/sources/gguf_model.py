@@ -17,6 +17,8 @@ from smolctl.sources.shapes import check_tensors
 if TYPE_CHECKING:
     import torch
 
+    from smolctl.sources.packed import PackedMatrix
+
 NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -200,15 +202,28 @@ def _as_written(value: Any) -> Any:
 
 
 class GGUFWeights(Weights):
-    """Tensors unpacked to float32 one by one from the memory-mapped file."""
+    """Tensors one by one from the memory-mapped file: unpacked to float32, or as they are stored."""
 
     def __init__(self, header: GGUFHeader, config: ModelConfig) -> None:
         self.header, self.config = header, config
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        import torch
-
         from smolctl.sources.dequantize import dequantize
+
+        for tensor, raw in self._raw():
+            yield huggingface_name(tensor.name), dequantize(raw, tensor.type).view(tensor.shape)
+
+    def stored(self) -> Iterator[tuple[str, torch.Tensor | PackedMatrix]]:
+        from smolctl.sources.dequantize import as_stored
+
+        for tensor, raw in self._raw():
+            found = as_stored(raw, tensor.type)
+            matrix = len(tensor.shape) > 1
+            yield huggingface_name(tensor.name), found if matrix else found.view(tensor.shape)  # type: ignore[union-attr]
+
+    def _raw(self) -> Iterator[tuple[GGUFTensor, torch.Tensor]]:
+        """Every tensor's bytes, (rows, bytes per row)."""
+        import torch
 
         path = self.header.path
         try:
@@ -221,8 +236,7 @@ class GGUFWeights(Weights):
             if end > size:
                 raise InputError(f"{path}: truncated: {tensor.name} ends past the end of the file", REMEDY)
             rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
-            raw = self._reordered(tensor, data[tensor.offset : end].view(rows, -1))
-            yield huggingface_name(tensor.name), dequantize(raw, tensor.type).view(tensor.shape)
+            yield tensor, self._reordered(tensor, data[tensor.offset : end].view(rows, -1))
 
     def _reordered(self, tensor: GGUFTensor, raw: torch.Tensor) -> torch.Tensor:
         """Rows of Q and K in Hugging Face's order.

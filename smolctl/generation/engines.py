@@ -1,0 +1,111 @@
+"""Which engine runs a model: the compiled one where it can, PyTorch everywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from smolctl.config import ModelConfig
+from smolctl.errors import UsageError
+from smolctl.generation.engine import Engine
+from smolctl.generation.native_engine import NativeEngine
+from smolctl.generation.torch_engine import TorchEngine
+from smolctl.model.dynamic import DynamicTransformer
+from smolctl.model.weights import check_state, from_state
+from smolctl.native.library import Library, load_library
+from smolctl.sources.base import ModelSource
+from smolctl.sources.packed import PackedMatrix
+
+Stored = Tensor | PackedMatrix
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NATIVE_DTYPES = frozenset(DTYPES.values())
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to run a model.
+
+    Raises:
+        UsageError: a value that does not exist.
+    """
+
+    engine: Literal["auto", "native", "torch"] = "auto"
+    dtype: str | None = None  # of dense weights: a key of DTYPES; None keeps the file's
+    threads: int | None = None  # None: PyTorch's number
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UsageError(f"--dtype {self.dtype} does not exist", f"Take one of {', '.join(DTYPES)}.")
+
+
+def make_engine(source: ModelSource, options: EngineOptions) -> Engine:
+    """The engine for a source.
+
+    Matrices that PyTorch's `quantize_dynamic` made stay as they are and run there.
+
+    Raises:
+        SmolError: the weights are damaged, do not fit the config, or `options` asks for an engine that
+            this installation does not have.
+    """
+    config = source.require_config()
+    if (source.quantization or {}).get("scheme") == "int8-dynamic":
+        return _dynamic_engine(source)
+    weights: dict[str, Stored] = {}
+    for name, stored in source.require_weights().stored():
+        dense = isinstance(stored, Tensor) and options.dtype is not None and stored.dim() > 1
+        weights[name] = stored.to(DTYPES[options.dtype or ""]) if dense else stored  # type: ignore[union-attr]
+    weights = check_state(config, weights, source.id)
+    library = load_library() if options.engine != "torch" else ""
+    if isinstance(library, Library) and (dtypes := _dense_dtypes(weights)) <= NATIVE_DTYPES:
+        kind = kind_of(weights)
+        # Where all weights are float32, so is everything else: the same words as any other engine's.
+        cache = torch.float32 if kind == "float32" else torch.float16
+        return NativeEngine(library, config, weights, cache, options.threads, kind)
+    if options.engine == "native":
+        why = library if isinstance(library, str) else f"it does not read {', '.join(map(str, dtypes))}"
+        raise UsageError(f"the native engine cannot run here: {why}", "Leave out --engine.")
+    note = f"slower, on PyTorch: {library}" if isinstance(library, str) and library else ""
+    return _torch_engine(config, weights, source.id, note)
+
+
+def _torch_engine(config: ModelConfig, weights: Mapping[str, Stored], origin: str, note: str) -> TorchEngine:
+    dense = {
+        name: stored.dequantize() if isinstance(stored, PackedMatrix) else stored.float()
+        for name, stored in weights.items()
+    }
+    network = from_state(config, dense, origin).eval().requires_grad_(False)
+    packed = any(isinstance(stored, PackedMatrix) for stored in weights.values())
+    name = f"torch cpu, {kind_of(weights)} as float32" if packed else ""
+    return TorchEngine(network, note, name)
+
+
+def _dynamic_engine(source: ModelSource) -> TorchEngine:
+    parts = dict(source.require_weights().parts())  # type: ignore[attr-defined]
+    activations = str((source.quantization or {}).get("activations", "per-tensor"))
+    network = DynamicTransformer(source.require_config(), parts, activations)
+    return TorchEngine(network, name=f"torch cpu, int8 weights, activations {activations}")
+
+
+def _dense_dtypes(weights: Mapping[str, Stored]) -> frozenset[torch.dtype]:
+    return frozenset(
+        stored.dtype for stored in weights.values() if isinstance(stored, Tensor) and stored.dim() > 1
+    )
+
+
+def kind_of(weights: Mapping[str, Stored]) -> str:
+    """What the matrices are, the most numerous weights first: "int4 + int8"."""
+    sizes: dict[str, int] = {}
+    for stored in weights.values():
+        if isinstance(stored, PackedMatrix):
+            kind, size = f"int{stored.bits}", stored.shape[0] * stored.shape[1]
+        elif stored.dim() > 1:
+            kind, size = str(stored.dtype).removeprefix("torch."), stored.numel()
+        else:
+            continue
+        sizes[kind] = sizes.get(kind, 0) + size
+    return " + ".join(sorted(sizes, key=lambda kind: -sizes[kind]))
