@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from space_browser import chat_in_browser, continue_in_browser
 
+from smolctl.generation.load import load_model
 from smolctl.publish.push import PushOptions, build_preview
 from smolctl.publish.smoke import running
 
@@ -27,7 +28,7 @@ def main(run: str, prompt: str, target: str) -> None:
         sys.exit("no chromium: apt-get install chromium")
     with tempfile.TemporaryDirectory() as work:
         space = build_preview(PushOptions(run), Path(work))
-        chats = (space / "model" / "chat_template.jinja").exists()
+        chats = load_model(str(space / "model")).can_chat
         visit = chat_in_browser if chats else continue_in_browser
         with running(space) as url:
             seen = visit(url, prompt, chromium, Path(work))
