@@ -13,7 +13,8 @@ from smolctl.config import ModelConfig
 from smolctl.data.bpe import train_bpe
 from smolctl.data.tokenizer import Tokenizer
 from smolctl.errors import InputError, SmolError
-from smolctl.generation.engine import decode
+from smolctl.generation.decode import decode
+from smolctl.generation.engine import Engine
 from smolctl.generation.load import load_model
 from smolctl.generation.sampling import SamplingSettings
 from smolctl.model.network import Transformer
@@ -64,8 +65,8 @@ def written(path: Path, scheme: str, config: ModelConfig | None = None) -> tuple
     return network.eval().requires_grad_(False), path
 
 
-def greedy(network: Transformer, ids: list[int], tokens: int = 24) -> list[int]:
-    return [int(step.tokens) for step in decode(network, torch.tensor([ids]), tokens, GREEDY, seed=0)]
+def greedy(engine: Engine, ids: list[int], tokens: int = 24) -> list[int]:
+    return [int(step.tokens) for step in decode(engine, ids, 1, tokens, GREEDY, seed=0)]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -96,7 +97,7 @@ def test_transformers_reads_the_same_greedy_tokens(scheme: str, tmp_path: Path) 
         expected = theirs.generate(
             torch.tensor([ids]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=2
         )
-    assert greedy(ours.network, ids) == expected[0, len(ids) :].tolist()
+    assert greedy(ours.engine, ids) == expected[0, len(ids) :].tolist()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
     assert tokenizer("the cat saw 12 birds")["input_ids"] == ids
 
@@ -113,7 +114,7 @@ def test_llama_cpp_reads_the_same_tokens_and_logits(scheme: str, tmp_path: Path)
         theirs.reset()
         theirs.eval(ids)
         with torch.inference_mode():
-            logits = ours.network(torch.tensor([ids]))[0]
+            logits = ours.engine.forward([ids], ours.engine.allocate(1, 64), every=True)
         found = torch.from_numpy(theirs.scores[: len(ids)].copy())
         # llama.cpp also rounds activations, to 8 bits under q8_0 and its cache to float16.
         assert (found - logits).abs().max() < {"f32": 5e-3, "q8_0": 5e-2}[scheme]
@@ -215,4 +216,4 @@ def test_the_real_model_goes_through_unchanged(gguf_file: Path, scheme: str, tmp
     one, two = load_model(str(gguf_file)), load_model(str(path))
     ids = one.tokenizer.encode("The capital of France is")
     assert two.tokenizer.encode("The capital of France is") == ids
-    assert greedy(one.network, ids, 8) == greedy(two.network, ids, 8)
+    assert greedy(one.engine, ids, 8) == greedy(two.engine, ids, 8)

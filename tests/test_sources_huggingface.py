@@ -160,9 +160,11 @@ def test_written_config_is_read_by_transformers_and_by_us(tmp_path: Path) -> Non
         torch.testing.assert_close(network(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_learned_positions_are_no_llama() -> None:
-    with pytest.raises(InputError, match="no LlamaForCausalLM"):
-        to_huggingface_config(ModelConfig())
+def test_learned_positions_are_a_type_of_our_own_and_read_back() -> None:
+    written = to_huggingface_config(ModelConfig())
+    assert written["model_type"] == "smolctl"
+    assert set(written["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert from_huggingface_config(json.loads(json.dumps(written)), "config.json") == (ModelConfig(), "")
 
 
 def test_config_json_alone_is_a_model_without_weights(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import typer
 from smolctl import __version__
 from smolctl.cli.count_params import count_params
 from smolctl.cli.inspect_config import inspect_config
+from smolctl.cli.push import push
 from smolctl.cli.quantize import quantize
 from smolctl.cli.resume import resume
 from smolctl.cli.sample import sample
@@ -19,7 +20,7 @@ from smolctl.views.output import Output
 
 app = typer.Typer(
     name="smolctl",
-    help="From a config to a trained, resumed, sampled and quantized small language model.",
+    help="From a config to a trained, resumed, sampled, quantized and published small language model.",
     no_args_is_help=True,
     add_completion=True,
     rich_markup_mode=None,  # plain help: rich alone would take longer to load than all the rest
@@ -49,6 +50,7 @@ app.command("train")(train)
 app.command("resume")(resume)
 app.command("sample")(sample)
 app.command("quantize")(quantize)
+app.command("push")(push)
 
 
 def main() -> None:

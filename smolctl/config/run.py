@@ -136,6 +136,13 @@ class TrainerConfig(Section):
     )
 
 
+class PublishConfig(Section):
+    """Where `push` puts the run, and what its card says of the licence."""
+
+    repo: str | None = Field(None, description="org/name on the Hub; null: your name and the run's")
+    license: str | None = Field(None, description="of the weights, as the Hub spells it: apache-2.0, mit")
+
+
 class RunConfig(Section):
     """One training run: the model and all that shapes its training."""
 
@@ -152,6 +159,7 @@ class RunConfig(Section):
     predictions: PredictionsConfig = PredictionsConfig()
     validation: ValidationConfig = ValidationConfig()
     trainer: TrainerConfig = TrainerConfig()
+    publish: PublishConfig = PublishConfig()
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

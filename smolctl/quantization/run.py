@@ -22,6 +22,7 @@ from smolctl.quantization.calibrate import TensorCost, input_squares, output_err
 from smolctl.quantization.folder import Item, Origin, require_free, write_folder
 from smolctl.quantization.gguf import write_gguf
 from smolctl.quantization.measure import mean_kl, measure_footprint, measure_quality, measure_speed
+from smolctl.quantization.record import record_variants
 from smolctl.quantization.schemes import GGUF_SCHEMES, Plan, SchemeOptions, make_plan
 from smolctl.quantization.texts import Windows, choose_windows
 from smolctl.quantization.verdict import Calibration, Gates, SourceFacts, Variant, judge
@@ -117,6 +118,9 @@ def quantize(model: str, options: QuantizeOptions, note: Note = lambda _text: No
     if options.measure:
         facts, variants = _measure(job, model, facts, variants)
     judged = tuple(dataclasses.replace(one, verdict=judge(one, variants, facts)) for one in variants)
+    run = _run_of(source)
+    if run is not None and options.measure:
+        record_variants(run, source.step, judged)
     text, tokens = (job.windows.name, job.windows.tokens) if job.windows and options.measure else ("", 0)
     return QuantizeReport(facts, text, tokens, judged, costs, options.gates.broken_by(judged))
 
@@ -165,20 +169,26 @@ def _engine(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Engine:
 def _target(source: ModelSource, scheme: str, options: QuantizeOptions) -> Path:
     """Where a scheme goes: a folder, or a file for GGUF."""
     name = model_name(source)
-    path = Path(source.id.rpartition("@")[0] if source.step is not None and "@" in source.id else source.id)
+    run = _run_of(source)
     if options.out is not None:
         folder = options.out
         if scheme in GGUF_SCHEMES:
             return folder / f"{name}-{scheme.removeprefix('gguf-')}.gguf"
         return folder / scheme if len(options.schemes) > 1 else folder
-    if source.kind is SourceKind.RUN and RunFolder.is_run(path):
-        folder = RunFolder.open(path).path / "quantized"
+    if run is not None:
+        folder = run / "quantized"
         if scheme in GGUF_SCHEMES:
             return folder / f"{name}-{scheme.removeprefix('gguf-')}.gguf"
         return folder / scheme
     if scheme in GGUF_SCHEMES:
         return Path(f"{name}-{scheme.removeprefix('gguf-')}.gguf")
     return Path(f"{name}-{scheme}")
+
+
+def _run_of(source: ModelSource) -> Path | None:
+    """The folder of the run that a source is, if it is one."""
+    path = Path(source.id.rpartition("@")[0] if source.step is not None and "@" in source.id else source.id)
+    return RunFolder.open(path).path if source.kind is SourceKind.RUN and RunFolder.is_run(path) else None
 
 
 def model_name(source: ModelSource) -> str:

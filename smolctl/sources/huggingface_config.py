@@ -31,6 +31,10 @@ LLAMA_DEFAULTS: Mapping[str, Any] = {
     "pad_token_id": None,
 }
 DEFAULT_ROPE_THETA = 10_000.0
+# What `push` calls a network with learned positions or scaled branches, and what its config class assumes.
+OWN_TYPE, OWN_ARCHITECTURE = "smolctl", "SmolctlForCausalLM"
+OWN_DEFAULTS = {"position_embedding": "learned", "residual_scale": 1.0}
+OUR_ARCHITECTURES = ("llamaforcausallm", OWN_ARCHITECTURE.lower())
 # Features that are off when the key is absent, null, false or zero.
 OFF_SWITCHES = ("attention_bias", "mlp_bias", "quantization_config", "sliding_window", "rope_interleaved")
 
@@ -56,7 +60,10 @@ def from_huggingface_config(values: Mapping[str, Any], origin: str) -> tuple[Mod
     fields["head_dim"] = values.get("head_dim") or 0
     fields["rope_theta"] = _rope(values).get("rope_theta") or values.get("rope_theta") or DEFAULT_ROPE_THETA
     fields["attention_dropout"] = fields["attention_dropout"] or 0.0
-    return resolve_model_config(fields | {"position_embedding": "rope", "residual_scale": 1.0}, origin), ""
+    ours = {"position_embedding": "rope", "residual_scale": 1.0}
+    if values.get("model_type") == OWN_TYPE:
+        ours = {key: values.get(key, default) for key, default in OWN_DEFAULTS.items()}
+    return resolve_model_config(fields | ours, origin), ""
 
 
 def assumed_keys(values: Mapping[str, Any]) -> tuple[str, ...]:
@@ -72,10 +79,10 @@ def assumed_keys(values: Mapping[str, Any]) -> tuple[str, ...]:
 def unsupported_feature(values: Mapping[str, Any]) -> str:
     """The first feature of a config.json that this network does not have; "" when there is none."""
     model_type, architectures = values.get("model_type"), values.get("architectures") or ()
-    if model_type != "llama":
+    if model_type not in ("llama", OWN_TYPE):
         named = f"model_type {model_type}" if model_type else "a config.json without model_type"
         return f"{named} is not supported, only llama"
-    if architectures and not any(str(name).lower() == "llamaforcausallm" for name in architectures):
+    if architectures and not any(str(name).lower() in OUR_ARCHITECTURES for name in architectures):
         return f"architecture {architectures[0]} is not supported, only LlamaForCausalLM"
     activation = values.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
@@ -117,26 +124,31 @@ def _detail(value: Any) -> str:
 
 
 def to_huggingface_config(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
-    """The config.json of a Llama-shaped model, in both spellings, for old readers and new.
+    """The config.json of a network, in both spellings, for old readers and new.
 
-    Raises:
-        InputError: the network is no `LlamaForCausalLM` (learned positions or scaled residuals).
+    A Llama-shaped one is a `LlamaForCausalLM`. One with learned positions or scaled residual branches names
+    the two Python files that it needs beside it (`publish/transformers_code/`).
     """
-    if not config.is_llama:
-        raise InputError(
-            "a network with learned positions or scaled residual branches is no LlamaForCausalLM",
-            "Train a model with position_embedding: rope and residual_scale: 1, such as smollm2-135m-hub.",
-        )
-    fields = config.model_dump(mode="json", exclude={"position_embedding", "residual_scale"})
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **fields,
+    common: dict[str, Any] = {
+        **config.model_dump(mode="json", exclude={"position_embedding", "residual_scale"}),
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_scaling": None,
         "attention_bias": False,
         "mlp_bias": False,
         "use_cache": True,
         "dtype": dtype,
         "torch_dtype": dtype,
+    }
+    if config.is_llama:
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **common}
+    return {
+        "architectures": [OWN_ARCHITECTURE],
+        "model_type": OWN_TYPE,
+        "auto_map": {
+            "AutoConfig": "configuration_smolctl.SmolctlConfig",
+            "AutoModel": "modeling_smolctl.SmolctlModel",
+            "AutoModelForCausalLM": f"modeling_smolctl.{OWN_ARCHITECTURE}",
+        },
+        "position_embedding": config.position_embedding,
+        "residual_scale": config.residual_scale,
+        **common,
     }

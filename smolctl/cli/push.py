@@ -1,0 +1,94 @@
+"""smolctl push"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from smolctl.cli.options import Debug, Json, Quiet, Verbose, command
+from smolctl.errors import UsageError
+from smolctl.views.output import Output
+
+
+@command
+def push(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN or folder]",
+            help="Run, RUN@STEP, Hugging Face folder, .ckpt or .gguf. Default: newest run.",
+            show_default=False,
+        ),
+    ] = None,
+    repo: Annotated[
+        str | None,
+        typer.Option("--repo", metavar="ORG/NAME", help="Default: the run's publish.repo, or you/RUN."),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Anyone may see it. Default: private.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build and check, print the plan, send nothing; no network.")
+    ] = False,
+    local_dir: Annotated[
+        Path | None,
+        typer.Option("--local-dir", metavar="D", help="Write what would go up into D; no network."),
+    ] = None,
+    gguf: Annotated[
+        str | None,
+        typer.Option("--gguf", metavar="SCHEMES", help="Also GGUF files: q8_0,q4_0; f16, bf16, q5_1, ..."),
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option("--license", help="Of the weights, as the Hub spells it: apache-2.0, mit.")
+    ] = None,
+    revision: Annotated[str, typer.Option("--revision", help="Branch; made when it is not there.")] = "main",
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    space: Annotated[
+        str | None,
+        typer.Option("--space", metavar="ORG/NAME", help="Also a Space that answers from this model."),
+    ] = None,
+    space_sdk: Annotated[str, typer.Option("--space-sdk", help="Of the Space: gradio.")] = "gradio",
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Serve the Space's page on this machine; send nothing.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+) -> None:
+    """Publish a model on the Hugging Face Hub, with its card, in one verified commit.
+
+    \b
+    smolctl push --dry-run                             the newest run: what would go up
+    smolctl push --repo me/my-model --public
+    smolctl push runs/nano-001@300 --local-dir out     the same files, in a folder
+    smolctl push --space me/my-demo                    and a page to try it
+    smolctl push --preview                             that page on this machine
+    """
+    from smolctl.publish import push as publish
+    from smolctl.views import push as view
+
+    out = Output(json, quiet, verbose)
+    if space_sdk != "gradio":
+        raise UsageError(f"--space-sdk {space_sdk}: only gradio is made", "Leave it out, or say gradio.")
+    if create_pr and revision != "main":
+        raise UsageError("--create-pr and --revision exclude each other", "Give one of them.")
+    if dry_run + (local_dir is not None) + preview > 1:
+        raise UsageError("--dry-run, --local-dir and --preview exclude each other", "Give one of them.")
+    schemes = tuple(scheme.strip().lower() for scheme in (gguf or "").split(",") if scheme.strip())
+    options = publish.PushOptions(model, repo, public, license, schemes, revision, create_pr, space)
+    if preview:
+        with tempfile.TemporaryDirectory(prefix="smolctl-preview-") as work:
+            view.serve(out, publish.build_preview(options, Path(work)))
+    elif dry_run:
+        with tempfile.TemporaryDirectory(prefix="smolctl-push-") as work:
+            view.show_offline(out, publish.plan_offline(options, Path(work)), None)
+    elif local_dir is not None:
+        view.show_offline(out, publish.write_local(options, local_dir), local_dir)
+    else:
+        with view.progress_bars(out):
+            pushed = publish.push(options, out.talk, lambda plan: view.show_plan(out, plan))
+        view.show_pushed(out, pushed)
+        if pushed.space_error is not None:
+            raise pushed.space_error

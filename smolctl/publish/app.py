@@ -1,0 +1,223 @@
+"""The Space's app: a chat, or a box that continues text, streamed from the model that lies beside it.
+
+It runs as `python app.py` in the Space's folder, which holds the model, `space.json`, and a copy of the
+parts of smolctl that this needs. `gradio` is asked for here only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import random
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smolctl.errors import SmolError
+from smolctl.generation.complete import CompletionSettings, complete
+from smolctl.generation.load import LoadedModel, load_model
+from smolctl.generation.sampling import SamplingSettings
+
+MODEL, FACTS = "model", "space.json"
+# Sliders under the box: name, least, most, step, value, help.
+CONTROLS = (
+    ("Tokens at most", 1, 512, 1, 128, "where an answer is cut"),
+    ("Temperature", 0.0, 2.0, 0.05, 0.7, "0 always takes the likeliest token"),
+    ("Top-p", 0.05, 1.0, 0.05, 0.95, "likeliest tokens up to this sum of probability"),
+    ("Top-k", 0, 200, 1, 0, "this many likeliest tokens; 0 keeps all"),
+    ("Repetition penalty", 1.0, 2.0, 0.05, 1.1, "above 1, tokens already there become less likely"),
+    ("Seed", 0, 1_000_000, 1, 0, "0: another text every time; others repeat themselves"),
+)
+STYLE = "#facts p { font-size: 0.875rem } #continuation textarea { font-family: ui-monospace, monospace }"
+FONTS = ("ui-sans-serif", "system-ui", "sans-serif")  # of the visitor's system: nothing is fetched
+
+
+@dataclass(frozen=True)
+class SpaceFacts:
+    """What the page says about the model."""
+
+    title: str
+    summary: str  # Markdown
+    examples: tuple[str, ...]
+
+    @staticmethod
+    def read(folder: Path) -> SpaceFacts:
+        content = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        return SpaceFacts(content["title"], content["summary"], tuple(content["examples"]))
+
+
+class _AbandonedError(Exception):
+    """The visitor has gone or pressed stop."""
+
+
+class Speaker:
+    """One model that answers one visitor at a time."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.model = model
+
+    @property
+    def context(self) -> int:
+        return self.model.engine.config.max_position_embeddings
+
+    def chat(self, message: str, history: Sequence[Mapping[str, Any]], *controls: float) -> Iterator[str]:
+        """The answer so far, again and again as it grows. The oldest turns go when there is no room."""
+        turns = [{"role": str(turn["role"]), "content": _text(turn["content"])} for turn in history]
+        room = self.context - min(int(controls[0]), self.context // 2)
+        while True:
+            prompt = self.model.chat_prompt([*turns, {"role": "user", "content": message}])
+            if len(self.model.tokenizer.encode(prompt)) <= room or not turns:
+                break
+            turns = turns[2:]
+        yield from self._answers(prompt, controls)
+
+    def continue_text(self, prompt: str, *controls: float) -> Iterator[str]:
+        """The prompt and what follows it so far, again and again as it grows."""
+        for text in self._answers(prompt, controls):
+            yield prompt + text
+
+    def _answers(self, prompt: str, controls: Sequence[float]) -> Iterator[str]:
+        pieces: queue.Queue[str | SmolError | None] = queue.Queue()
+        gone = threading.Event()
+
+        def listen(_sample: int, text: str) -> None:
+            if gone.is_set():
+                raise _AbandonedError
+            pieces.put(text)
+
+        def work() -> None:
+            try:
+                complete(self.model.engine, self.model.tokenizer, prompt, _settings(controls), listen)
+                pieces.put(None)
+            except SmolError as error:
+                pieces.put(error)
+            except _AbandonedError:
+                pass
+            except BaseException as error:
+                pieces.put(SmolError(f"{type(error).__name__}: {error}"))
+                raise
+
+        worker = threading.Thread(target=work, name="answer", daemon=True)
+        worker.start()
+        text = ""
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, SmolError):
+                    import gradio
+
+                    raise gradio.Error(f"{piece.message}. {piece.hint}".strip(), print_exception=False)
+                text += piece
+                yield text
+            if not text:
+                yield "*(the model ended its answer at once)*"
+        finally:
+            gone.set()
+
+
+def _settings(controls: Sequence[float]) -> CompletionSettings:
+    tokens, temperature, top_p, top_k, penalty, seed = controls
+    sampling = SamplingSettings(
+        temperature=temperature, top_k=int(top_k), top_p=top_p, repetition_penalty=penalty
+    )
+    return CompletionSettings(
+        max_tokens=int(tokens), seed=int(seed) or random.randrange(1 << 31), sampling=sampling
+    )
+
+
+def _text(content: Any) -> str:
+    """A turn's text; Gradio's own page sends it in parts."""
+    if isinstance(content, str):
+        return content
+    return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content or ())
+
+
+def build_page(folder: Path) -> Any:
+    """The page of a Space's folder.
+
+    Raises:
+        SmolError: the model cannot be loaded.
+    """
+    import gradio
+
+    facts = SpaceFacts.read(folder)
+    speaker = Speaker(load_model(str(folder / MODEL)))
+    most = min(512, speaker.context - 1)
+    controls: list[Any] = []
+    for name, low, high, step, value, info in CONTROLS:
+        if name == CONTROLS[0][0]:
+            high, value = most, min(int(value), most)
+        controls.append(gradio.Slider(low, high, value=value, step=step, label=name, info=info, render=False))
+    page = _chat_page if speaker.model.can_chat else _text_page
+    return page(gradio, facts, speaker, controls)
+
+
+def _chat_page(gradio: Any, facts: SpaceFacts, speaker: Speaker, controls: list[Any]) -> Any:
+    with gradio.Blocks(title=facts.title) as page:
+        gradio.Markdown(f"# {facts.title}")
+        gradio.Markdown(facts.summary, elem_id="facts")
+        defaults = [control.value for control in controls]
+        gradio.ChatInterface(
+            speaker.chat,
+            additional_inputs=controls,
+            additional_inputs_accordion=gradio.Accordion("Sampling", open=False, render=False),
+            examples=[[example, *defaults] for example in facts.examples] or None,
+            cache_examples=False,
+            api_name="chat",
+        )
+    return page
+
+
+def _text_page(gradio: Any, facts: SpaceFacts, speaker: Speaker, controls: list[Any]) -> Any:
+    with gradio.Blocks(title=facts.title) as page:
+        gradio.Markdown(f"# {facts.title}")
+        gradio.Markdown(facts.summary, elem_id="facts")
+        prompt = gradio.Textbox(
+            label="Prompt", lines=2, max_lines=8, placeholder="The model continues what you write here."
+        )
+        with gradio.Row():
+            start = gradio.Button("Continue", variant="primary")
+            stop = gradio.Button("Stop")
+        answer = gradio.Textbox(
+            label="Continuation", elem_id="continuation", lines=8, max_lines=24, buttons=["copy"]
+        )
+        with gradio.Accordion("Sampling", open=False):
+            for left, right in zip(controls[::2], controls[1::2], strict=True):
+                with gradio.Row():
+                    left.render()
+                    right.render()
+        if facts.examples:
+            gradio.Examples([[example] for example in facts.examples], [prompt], label="Examples")
+        answering = [
+            start.click(speaker.continue_text, [prompt, *controls], answer, api_name="continue"),
+            prompt.submit(speaker.continue_text, [prompt, *controls], answer, api_visibility="private"),
+        ]
+        stop.click(None, cancels=answering)
+    return page
+
+
+def main(folder: Path, on_start: Callable[[str], None] | None = None) -> None:
+    """Serve the page until the process is stopped.
+
+    Args:
+        folder: of the Space.
+        on_start: told the address once the page is there; None leaves that to Gradio.
+    """
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    import gradio
+
+    # One visitor at a time: the model takes all cores. The address is Gradio's choice, on a Space the Hub's.
+    page = build_page(folder).queue(default_concurrency_limit=1, max_size=16)
+    waits = on_start is None
+    _, url, _ = page.launch(
+        theme=gradio.themes.Soft(font=FONTS),
+        css=STYLE,
+        share=False,
+        prevent_thread_lock=not waits,
+        quiet=not waits,
+    )
+    if on_start is not None:
+        on_start(url)
+        page.block_thread()

@@ -1,0 +1,205 @@
+"""The model repository as a folder: everything that goes up, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+from smolctl.errors import InputError
+from smolctl.model.weights import parameter_count
+from smolctl.publish.card import merge_card, read_metadata, require_valid, split_card
+from smolctl.publish.card_text import CardFacts, card_metadata, card_text
+from smolctl.publish.export import Export, export_model
+from smolctl.publish.facts import RunFacts, read_facts, write_records
+from smolctl.publish.files import PlannedFile, planned_files
+from smolctl.publish.hub import README
+from smolctl.publish.secrets import require_no_secrets, scan
+from smolctl.sources import open_source
+from smolctl.sources.base import ModelSource, SourceKind
+from smolctl.sources.quantized import DESCRIPTION, is_quantized_folder, read_description
+from smolctl.sources.run_folder import RunFolder, latest_run, split_step
+from smolctl.sources.tokenizer_files import read_json
+from smolctl.training.recorder import METRICS, PREDICTIONS, STORY
+
+# Texts beside the model that belong to it and are taken as they are.
+LICENCE_FILES = re.compile(r"(LICEN[CS]E|NOTICE)([.-].*)?", re.IGNORECASE)
+QUANTIZED = "quantized"
+# What of a run goes up in another form.
+USED = {README, "config.yaml", "environment.json", "tokenizer", METRICS, PREDICTIONS, STORY, "loss.png"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is to be published, before anything is written."""
+
+    source: ModelSource
+    name: str  # of the repository, when none is named
+    folder: Path | None  # the run, or the Hugging Face folder
+    is_run: bool
+
+    @property
+    def own_repo(self) -> str | None:
+        """The repository that the run's config names."""
+        return self.source.run.publish.repo if self.source.run else None
+
+    @property
+    def own_license(self) -> str | None:
+        return self.source.run.publish.license if self.source.run else None
+
+
+@dataclass(frozen=True)
+class Built:
+    """The folder of the repository, complete but for its card."""
+
+    model: Model
+    folder: Path
+    export: Export
+    facts: RunFacts | None
+    left_out: tuple[str, ...]
+    quantized: tuple[str, ...] = ()  # schemes of the folders that go along
+
+    def card_facts(self, repo: str, license: str | None) -> CardFacts:
+        network = self.export.network
+        return CardFacts(
+            repo=repo,
+            name=repo.split("/")[-1],
+            config=network.config,
+            parameters=parameter_count(network),
+            dtype=self.export.dtype,
+            can_chat=self.export.tokenizer.chat_template is not None,
+            license=license or self.model.own_license,
+            run=self.facts,
+            ggufs=self.export.ggufs,
+            quantized=self.quantized,
+        )
+
+    def write_card(self, repo: str, license: str | None, on_hub: str | None) -> str:
+        """Write README.md around what people have written in the one on the Hub, or else beside the model.
+
+        Raises:
+            InputError: the metadata of that card is damaged, or would not be taken.
+        """
+        facts = self.card_facts(repo, license)
+        existing = self.local_card() if on_hub is None else on_hub
+        forced = {"license": license} if license else {}
+        text = merge_card(card_metadata(facts), card_text(facts), existing, forced)
+        require_valid(read_metadata(split_card(text)[0]))
+        (self.folder / README).write_text(text, encoding="utf-8", newline="")
+        return text
+
+    def local_card(self) -> str | None:
+        """The card beside the model, if somebody has written one."""
+        path = self.model.folder / README if self.model.folder else None
+        if path is None or not path.is_file():
+            return None
+        with path.open(encoding="utf-8", errors="replace", newline="") as file:
+            return file.read()
+
+    def files(self) -> tuple[PlannedFile, ...]:
+        """Everything that goes up, after the scan for secrets.
+
+        Raises:
+            InputError: something looks like a secret.
+        """
+        files = planned_files(self.folder)
+        require_no_secrets(scan(self.folder, (file.path for file in files)))
+        return files
+
+
+def open_model(model: str | None) -> Model:
+    """What is to be published: by default the newest run.
+
+    Raises:
+        SmolError: there is no such model, or it has no weights.
+    """
+    reference = model or str(latest_run())
+    source = open_source(reference)
+    source.require_config()
+    source.require_weights()
+    if source.kind == SourceKind.RUN:
+        path, _ = split_step(reference)
+        folder = RunFolder.open(path).path
+        return Model(source, repository_name(folder.resolve().name), folder, is_run=True)
+    path = Path(reference)
+    folder = path if path.is_dir() else path.parent
+    name = path.stem if path.is_file() else path.resolve().name if path.is_dir() else reference.split("@")[0]
+    beside = folder if source.kind == SourceKind.FOLDER else None
+    return Model(source, repository_name(name.split("/")[-1]), beside, is_run=False)
+
+
+def repository_name(name: str) -> str:
+    """A name that the Hub takes: letters, digits, dots, hyphens, underscores, at most 96."""
+    text = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+    return re.sub(r"[-.]{2,}", "-", text).strip("-.")[:96] or "model"
+
+
+def build(model: Model, folder: Path, schemes: Sequence[str]) -> Built:
+    """Write everything but the card, and load the model back.
+
+    Args:
+        model: what is to be published.
+        folder: an empty folder.
+        schemes: of the GGUF files to add.
+
+    Raises:
+        SmolError: the model cannot be exported, or does not load back as the same one.
+    """
+    beside = None if model.is_run else model.folder
+    export = export_model(model.source, folder, model.name, schemes, beside)
+    facts = None
+    quantized: tuple[str, ...] = ()
+    taken: set[str] = set(USED) if model.is_run else {path.name for path in folder.iterdir()} | {README}
+    if model.is_run and model.folder is not None:
+        facts = read_facts(model.source, model.folder)
+        write_records(facts, model.folder, folder)
+        quantized = _add_quantized(model.folder / QUANTIZED, folder / QUANTIZED, facts.step)
+        taken |= {QUANTIZED} if quantized else set()
+    for path in sorted(model.folder.iterdir()) if model.folder else ():
+        if LICENCE_FILES.fullmatch(path.name) and path.is_file():
+            shutil.copyfile(path, folder / path.name)
+            taken.add(path.name)
+    return Built(model, folder, export, facts, _left_out(model, taken), quantized)
+
+
+def _add_quantized(source: Path, target: Path, step: int) -> tuple[str, ...]:
+    """Copy the quantized folders that were made of the published step; GGUF files are written anew."""
+    taken = []
+    for folder in sorted(source.iterdir()) if source.is_dir() else ():
+        if is_quantized_folder(folder) and read_description(folder).get("source", {}).get("step") == step:
+            names = shutil.ignore_patterns("*.ckpt", ".*")  # the .ckpt holds the same again
+            shutil.copytree(folder, target / folder.name, ignore=names)
+            _forget_path(target / folder.name / DESCRIPTION)
+            taken.append(folder.name)
+    return tuple(taken)
+
+
+def _forget_path(path: Path) -> None:
+    """Name the source of a quantized folder without the folders of this machine."""
+    description = read_json(path)
+    description["source"]["id"] = PurePath(str(description["source"].get("id"))).name
+    path.write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _left_out(model: Model, taken: set[str]) -> tuple[str, ...]:
+    """What lies beside the model and stays there."""
+    if model.folder is None:
+        return ()
+    names = (f"{path.name}/" if path.is_dir() else path.name for path in sorted(model.folder.iterdir()))
+    return tuple(name for name in names if name.rstrip("/") not in taken and name != ".lock")
+
+
+def require_repository(name: str, option: str) -> None:
+    """Check that a name is `org/name`.
+
+    Raises:
+        InputError: it is not.
+    """
+    namespace, _, rest = name.partition("/")
+    if not namespace or repository_name(rest) != rest or repository_name(namespace) != namespace:
+        raise InputError(
+            f"{option} {name}: not a repository name", "Write it as org/name, such as me/my-model."
+        )

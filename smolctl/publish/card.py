@@ -1,0 +1,125 @@
+"""The model card: written from the run's own files, around what people have written themselves.
+
+What is generated stands between two comments, and is written anew at every push. Everything else belongs
+to the people who edit the card, on the Hub or in the run's folder, and so do the values of the metadata.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from smolctl.errors import InputError
+
+BEGIN = (
+    "<!-- smolctl: generated from here on, written anew at every push. Edit outside of these comments. -->"
+)
+END = "<!-- smolctl: end of the generated part -->"
+_GENERATED = re.compile(r"<!-- smolctl: generated.*?-->.*?<!-- smolctl: end.*?-->", re.DOTALL)
+_FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+# Keys whose values on the Hub are lists to which both sides may add.
+UNITED = ("tags", "datasets")
+
+
+def merge_card(
+    metadata: Mapping[str, Any],
+    generated: str,
+    existing: str | None,
+    forced: Mapping[str, Any] | None = None,
+) -> str:
+    """The card with a new generated part.
+
+    Args:
+        metadata: for the front matter. A value that the existing card has under the same key wins; lists of
+            tags and datasets are united.
+        generated: Markdown.
+        existing: the card as it is now, if there is one.
+        forced: metadata that wins over the existing card's.
+
+    Raises:
+        InputError: the existing card's front matter is no YAML mapping.
+    """
+    block = f"{BEGIN}\n\n{generated.strip()}\n\n{END}"
+    if existing is None or not existing.strip():
+        return f"{_front_matter({**metadata, **(forced or {})})}{block}\n"
+    front, body = split_card(existing)
+    theirs = read_metadata(front)
+    merged = {**metadata, **theirs, **(forced or {})}
+    for key in UNITED:
+        if isinstance(theirs.get(key), list) and metadata.get(key):
+            merged[key] = list(dict.fromkeys([*theirs[key], *metadata[key]]))
+    head = front if merged == theirs else _front_matter(merged)
+    if _GENERATED.search(body):
+        return head + _GENERATED.sub(lambda _: block, body, count=1)
+    return f"{head}{block}\n\n{body.lstrip()}"
+
+
+def split_card(text: str) -> tuple[str, str]:
+    """The front matter, its fences included ("" when there is none), and the rest."""
+    match = _FRONT_MATTER.match(text)
+    return (match[0], text[match.end() :]) if match else ("", text)
+
+
+def read_metadata(front: str) -> dict[str, Any]:
+    """The mapping in a front matter.
+
+    Raises:
+        InputError: it is no YAML mapping.
+    """
+    try:
+        content = yaml.safe_load(front.replace("---", "", 1).rsplit("---", 1)[0]) if front else {}
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        raise InputError(
+            f"README.md{line}: the metadata is no YAML ({getattr(error, 'problem', error)})",
+            "Mend the part between the --- lines at its top, or delete it.",
+        ) from None
+    if content is not None and not isinstance(content, dict):
+        raise InputError(
+            "README.md: the metadata is no mapping", "Mend the part between the --- lines at its top."
+        )
+    return content or {}
+
+
+def require_valid(metadata: Mapping[str, Any]) -> None:
+    """Check the metadata as the Hub does, as far as that can be told without it.
+
+    Raises:
+        InputError: naming the key.
+    """
+    for key in ("license", "library_name", "pipeline_tag", "license_name", "license_link"):
+        value = metadata.get(key)
+        if value is not None and not (isinstance(value, str) or (key == "license" and _texts(value))):
+            raise _invalid(key, value, "a text")
+    for key in ("tags", "datasets", "language", "base_model"):
+        value = metadata.get(key)
+        if value is not None and not (isinstance(value, str) or _texts(value)):
+            raise _invalid(key, value, "a list of texts")
+    if metadata.get("license") == "other" and not metadata.get("license_name"):
+        raise InputError(
+            "README.md: license other needs license_name",
+            "Add license_name and license_link to the metadata.",
+        )
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _invalid(key: str, value: Any, expected: str) -> InputError:
+    return InputError(f"README.md: {key} must be {expected}, got {value!r}", "Mend the card's metadata.")
+
+
+def _front_matter(metadata: Mapping[str, Any]) -> str:
+    text = yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, width=10_000)
+    return f"---\n{text}---\n\n"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table; a bar in a cell cannot end it."""
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]

@@ -1,0 +1,135 @@
+"""What a run's own files tell about it: the facts of the card, and the records that go up with the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+from smolctl.config import RunConfig
+from smolctl.config.dump import to_yaml
+from smolctl.data.hub import DatasetName
+from smolctl.quantization.record import read_record
+from smolctl.sources.base import ModelSource
+from smolctl.training.chart import draw_loss
+from smolctl.training.events import json_line, to_json
+from smolctl.training.recorder import LOSS_CURVE, METRICS, PREDICTIONS, STORY, RunRecorder
+from smolctl.training.story import History, to_markdown
+
+RECORDS = "training"  # the folder of the records in the repository
+EMBEDDED = "python"
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A training run in numbers."""
+
+    config: RunConfig
+    step: int
+    tokens: int
+    seconds: float
+    loss: float | None  # nats a token, of the last step
+    validations: tuple[Mapping[str, Any], ...] = ()
+    histories: Mapping[str, History] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    variants: tuple[Mapping[str, Any], ...] = ()
+    curve: bool = False
+
+    @property
+    def hardware(self) -> str:
+        """Device and software, as far as the run recorded them."""
+        devices = list(self.environment.get("devices") or ())
+        threads = self.environment.get("threads")
+        where = ", ".join(f"{devices.count(name)} × {name}" for name in dict.fromkeys(devices))
+        if not where:
+            where = f"CPU, {threads} threads" if threads else "CPU"
+        torch = (self.environment.get("packages") or {}).get("torch")
+        return f"{where}; PyTorch {torch}" if torch else where
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Hub ids of the data."""
+        sources = (source for source in self.config.data.source if is_public_source(source))
+        return tuple(source.split(":")[0].split("@")[0] for source in sources if source != EMBEDDED)
+
+    def source_names(self) -> tuple[str, ...]:
+        """The data as strangers may read it: paths of this machine by their last part."""
+        return tuple(public_source(source) for source in self.config.data.source)
+
+
+def is_public_source(source: str) -> bool:
+    """Whether a source is the embedded text or a dataset on the Hub, and no path of this machine."""
+    return source == EMBEDDED or (DatasetName.parse(source) is not None and not Path(source).exists())
+
+
+def public_source(source: str) -> str:
+    """A data source without the folders of this machine that it lies in."""
+    return source if is_public_source(source) else PurePath(source).name or "files"
+
+
+def read_facts(source: ModelSource, folder: Path) -> RunFacts:
+    """The facts of a run up to the step that is published."""
+    assert source.run is not None
+    step = source.step or 0
+    recorder = RunRecorder(folder)
+    records = [record for record in recorder.metrics() if record["step"] <= step]
+    steps = [record for record in records if record["event"] == "step"]
+    histories = {
+        prompt: tuple(prediction for prediction in history if prediction.step <= step)
+        for prompt, history in recorder.predictions().items()
+    }
+    return RunFacts(
+        config=source.run,
+        step=step,
+        tokens=steps[-1]["tokens"] if steps else step * source.run.tokens_per_step,
+        seconds=sum(record["seconds"] for record in steps),
+        loss=steps[-1]["loss"] if steps else None,
+        validations=tuple(record for record in records if record["event"] == "validation"),
+        histories={prompt: history for prompt, history in histories.items() if history},
+        environment=_json(folder / "environment.json"),
+        variants=tuple(record for record in read_record(folder) if record.get("step") == step),
+        curve=bool(steps),
+    )
+
+
+def write_records(facts: RunFacts, run: Path, target: Path) -> None:
+    """The loss curve and, in a folder of their own, config, environment, metrics and predictions.
+
+    They end at the published step, and name no folder of this machine.
+    """
+    records = [record for record in RunRecorder(run).metrics() if record["step"] <= facts.step]
+    if facts.curve:
+        draw_loss(records, target / LOSS_CURVE)
+    folder = target / RECORDS
+    folder.mkdir()
+    data = facts.config.data.model_copy(update={"source": facts.source_names()})
+    tokenizer = facts.config.tokenizer
+    if tokenizer and Path(tokenizer).exists():
+        tokenizer = PurePath(tokenizer).name
+    shown = facts.config.model_copy(update={"data": data, "tokenizer": tokenizer})
+    _write(folder / "config.yaml", to_yaml(shown))
+    if facts.environment:
+        _write(folder / "environment.json", json.dumps(facts.environment, indent=2) + "\n")
+    _write_lines(folder / METRICS, records)
+    predictions = [to_json(prediction) for history in facts.histories.values() for prediction in history]
+    if predictions:
+        _write_lines(folder / PREDICTIONS, sorted(predictions, key=lambda record: record["step"]))
+        _write(folder / STORY, to_markdown(facts.histories))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    _write(path, "".join(f"{json_line(record)}\n" for record in records))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

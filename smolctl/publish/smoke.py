@@ -1,0 +1,161 @@
+"""A Space's folder started on this machine: one prompt is answered, then it is stopped again."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from smolctl.errors import SmolError
+from smolctl.publish.app import CONTROLS, SpaceFacts
+
+START_SECONDS = 180.0
+ANSWER_SECONDS = 300.0
+LOG_LINES = 15
+# Of this machine's environment only what a program needs to run: no token reaches the app.
+PASSED_ON = (
+    "PATH",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "TMPDIR",
+    "TEMP",
+    "SYSTEMROOT",
+    "LD_LIBRARY_PATH",
+    "VIRTUAL_ENV",
+)
+
+
+@dataclass(frozen=True)
+class SmokeTest:
+    """How the folder did."""
+
+    prompt: str
+    text: str
+    outputs: int  # pieces in which the text came
+    start_s: float  # until the page was there
+    answer_s: float
+
+
+def require_gradio() -> None:
+    """Check that Gradio is installed.
+
+    Raises:
+        SmolError: it is not.
+    """
+    if importlib.util.find_spec("gradio") is None or importlib.util.find_spec("gradio_client") is None:
+        raise SmolError(
+            "Gradio is not installed, so the Space cannot be tried", "pip install 'smolctl[space]'"
+        )
+
+
+def smoke_test(folder: Path, python: str = sys.executable) -> SmokeTest:
+    """Start the folder as the Hub would, ask it one prompt through its API, stop it.
+
+    Args:
+        folder: of the Space.
+        python: the interpreter; its environment has the Space's requirements and Gradio.
+
+    Raises:
+        SmolError: it does not start, fails, or says nothing; with the end of its log.
+    """
+    require_gradio()
+    started = time.perf_counter()
+    with running(folder, python) as url:
+        start_s = time.perf_counter() - started
+        return _ask(url, SpaceFacts.read(folder), start_s)
+
+
+@contextlib.contextmanager
+def running(folder: Path, python: str = sys.executable) -> Iterator[str]:
+    """The app of a folder on a port of this machine while the block runs; yields its address.
+
+    Raises:
+        SmolError: it does not start, with the end of its log.
+    """
+    port = free_port()
+    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    environment |= {
+        "GRADIO_SERVER_NAME": "127.0.0.1",
+        "GRADIO_SERVER_PORT": str(port),
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONNOUSERSITE": "1",
+        "PYTHONSAFEPATH": "",
+    }
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        process = subprocess.Popen(
+            [python, "app.py"], cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            _wait_until_up(process, port, log)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait_until_up(process: subprocess.Popen[bytes], port: int, log: object) -> None:
+    import httpx2
+
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise _failed(f"the Space's app ended with code {process.returncode}", log)
+        try:
+            if httpx2.get(f"http://127.0.0.1:{port}/", timeout=5, trust_env=False).is_success:
+                return
+        except httpx2.HTTPError:
+            time.sleep(0.2)
+    raise _failed(f"the Space's app did not start within {START_SECONDS:.0f} s", log)
+
+
+def _failed(what: str, log: object) -> SmolError:
+    log.seek(0)  # type: ignore[attr-defined]
+    lines = [line for line in log.read().splitlines() if line.strip()][-LOG_LINES:]  # type: ignore[attr-defined]
+    return SmolError(what, "Nothing of the Space was sent. The end of its log:\n" + "\n".join(lines))
+
+
+def _ask(url: str, facts: SpaceFacts, start_s: float) -> SmokeTest:
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # the argument alone does not switch it off
+    from gradio_client import Client
+
+    prompt = facts.examples[0] if facts.examples else "Hello"
+    values = [control[4] for control in CONTROLS]
+    values[0] = 16  # tokens are enough
+    try:
+        client = Client(url, verbose=False, analytics_enabled=False)
+        named = client.view_api(print_info=False, return_format="dict")["named_endpoints"]
+        endpoint = "/chat" if "/chat" in named else "/continue"
+        asked = time.perf_counter()
+        job = client.submit(prompt, *values, api_name=endpoint)
+        text = str(job.result(timeout=ANSWER_SECONDS))
+        outputs = job.outputs()
+    except Exception as error:  # whatever the client raises, the Space does not answer
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SmolError(
+            f"the Space's app does not answer ({reason})", "Nothing of the Space was sent."
+        ) from None
+    if not text.strip():
+        raise SmolError("the Space's app answers with nothing", "Nothing of the Space was sent.")
+    return SmokeTest(prompt, text, len(outputs), start_s, time.perf_counter() - asked)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

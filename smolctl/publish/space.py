@@ -1,0 +1,181 @@
+"""The Space as a folder: a page, the model that it speaks with, and all the code it needs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import smolctl
+from smolctl.config import ModelConfig
+from smolctl.publish.app import FACTS, MODEL
+from smolctl.publish.build import Built
+from smolctl.publish.card import merge_card
+from smolctl.publish.card_text import CardFacts
+from smolctl.publish.hub import README
+from smolctl.publish.secrets import require_no_secrets, scan
+from smolctl.quantization.build import build_items, read_tensors
+from smolctl.quantization.folder import Origin, write_folder
+from smolctl.quantization.schemes import SchemeOptions, make_plan
+from smolctl.sources import open_source
+
+SPACE_SCHEME = "int8"
+SDK_VERSION = "6.31.0"  # of Gradio; the Hub wants all three numbers
+PYTHON_VERSION = "3.12"  # the Hub's default is older than what this needs
+# What `import smolctl.publish.app` and a model in a folder need, in versions that were installed and tried
+# together. Gradio itself comes with sdk_version. Plain torch would bring gigabytes of CUDA.
+TORCH = "torch==2.13.0"
+REQUIREMENTS = (
+    "jinja2==3.1.6",
+    "numpy==2.4.6",
+    "pydantic==2.14.3",
+    "pyyaml==6.0.3",
+    "safetensors==0.8.0",
+    "tokenizers==0.23.3",
+)
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+# Parts of the package that go along; of `publish` only the app.
+PARTS = ("config", "data", "generation", "model", "native", "sources")
+SINGLE_FILES = (
+    "__init__.py",
+    "arithmetic.py",
+    "durable.py",
+    "errors.py",
+    "publish/__init__.py",
+    "publish/app.py",
+)
+SOURCE_SUFFIXES = {".py", ".c", ".h", ".cpp"}
+APP = '''\
+"""The page of this Space. What it does is in smolctl/publish/app.py."""
+
+from pathlib import Path
+
+from smolctl.publish.app import main
+
+main(Path(__file__).parent)
+'''
+EXAMPLES = 4
+
+
+def build_space(built: Built, folder: Path, facts: CardFacts, on_hub: str | None = None) -> None:
+    """Write the folder of a Space.
+
+    Args:
+        built: the model repository.
+        folder: an empty folder.
+        facts: of the model's card; its `repo` is where the model lies on the Hub.
+        on_hub: the Space's README.md as it is now.
+
+    Raises:
+        SmolError: something cannot be written, or looks like a secret.
+    """
+    write_space_model(built, folder / MODEL)
+    copy_package(folder / "smolctl")
+    (folder / "app.py").write_text(APP, encoding="utf-8")
+    (folder / "requirements.txt").write_text(requirements(), encoding="utf-8")
+    page = {
+        "title": facts.name,
+        "summary": _summary(facts),
+        "examples": list(_examples(facts))[:EXAMPLES],
+    }
+    (folder / FACTS).write_text(json.dumps(page, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_space_card(folder, facts, on_hub)
+    require_no_secrets(scan(folder, _paths(folder)))
+
+
+def write_space_model(built: Built, folder: Path) -> None:
+    """The model that the Space speaks with, in 8 bits: a quarter of the bytes to read for every token."""
+    source = open_source(str(built.folder))
+    config = source.require_config()
+    plan = make_plan(config, SPACE_SCHEME, SchemeOptions())
+    items = build_items(config, read_tensors(source), plan)
+    origin = Origin(built.model.name, built.model.source.kind.value, step=built.model.source.step)
+    write_folder(folder, config, plan, items, source.read_tokenizer(), origin)
+
+
+def copy_package(folder: Path) -> None:
+    """The source of the parts of smolctl that the app needs: nothing has to be on a package index."""
+    root = Path(smolctl.__file__).parent
+    sources = [root / name for name in SINGLE_FILES]
+    for part in PARTS:
+        sources += [path for path in (root / part).rglob("*") if path.suffix in SOURCE_SUFFIXES]
+    for source in sources:
+        if source.is_file():
+            target = folder / source.relative_to(root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+
+
+def requirements() -> str:
+    """requirements.txt, for the Space's CPU."""
+    return "\n".join((f"--extra-index-url {TORCH_INDEX}", f"{TORCH}+cpu", *REQUIREMENTS)) + "\n"
+
+
+def write_space_card(folder: Path, facts: CardFacts, on_hub: str | None) -> None:
+    """README.md, whose metadata tells the Hub how to build the Space."""
+    decided = {
+        "sdk": "gradio",
+        "sdk_version": SDK_VERSION,
+        "python_version": PYTHON_VERSION,
+        "app_file": "app.py",
+        "models": [facts.repo],
+    }
+    changeable: dict[str, Any] = {
+        "title": facts.name,
+        "emoji": "💬" if facts.can_chat else "✍️",
+        "colorFrom": "indigo",
+    }
+    changeable |= {"colorTo": "gray", "pinned": False, "short_description": _short(facts.parameters)}
+    if facts.license:
+        changeable["license"] = facts.license
+    text = (
+        f"# {facts.name}\n\n{_summary(facts)}\n\n"
+        "The page answers on the CPU of the Space, with the engine in `smolctl/`: a copy of parts of the "
+        f"source of smolctl {smolctl.__version__} (Apache-2.0)."
+    )
+    card = merge_card({**changeable, **decided}, text, on_hub, forced=decided)
+    (folder / README).write_text(card, encoding="utf-8", newline="")
+
+
+def _short(parameters: int) -> str:
+    return f"A language model of {parameters / 1e6:,.1f} million parameters"  # at most 60 characters
+
+
+def _summary(facts: CardFacts) -> str:
+    """The facts of the card in a line."""
+    parts = [f"{facts.parameters:,} parameters", *_shape(facts.config)]
+    if facts.run:
+        parts.append(f"{facts.run.tokens:,} tokens seen")
+        if facts.run.validations:
+            parts.append(f"{facts.run.validations[-1]['bits_per_byte']:.3f} bits per byte on held-out text")
+    parts.append(f"answers in {SPACE_SCHEME}")
+    line = " · ".join(parts)
+    where = f"[{facts.repo}](https://huggingface.co/{facts.repo})"
+    kind = "It chats." if facts.can_chat else "It continues text; it was not taught to answer questions."
+    return f"{line}. {kind} Small models make things up. Model: {where}"
+
+
+def _shape(config: ModelConfig) -> list[str]:
+    return [
+        f"{config.num_hidden_layers} layers of {config.hidden_size}",
+        f"context {config.max_position_embeddings:,}",
+    ]
+
+
+def _examples(facts: CardFacts) -> Sequence[str]:
+    """The prompts that the run was asked all along; questions for a chat model."""
+    if facts.can_chat:
+        return (
+            "What is the capital of France?",
+            "Explain gravity in two sentences.",
+            "Write a haiku about rain.",
+        )
+    if facts.run and facts.run.histories:
+        return tuple(facts.run.histories)
+    return ("Once upon a time", "The capital of France is", "def fibonacci(n):")
+
+
+def _paths(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,83 @@
+"""The Space on the Hub: what its account needs, and whether it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from smolctl.errors import HubError
+from smolctl.publish.hub import HubClient, Target
+from smolctl.publish.hub_errors import PaymentError, explained, first_line
+
+POLL_SECONDS = 5.0
+LONGEST_SECONDS = 30 * 60.0  # as long as the Hub itself lets a Space start
+RUNNING = "RUNNING"
+# Stages from which a Space does not get on by itself.
+ASLEEP = ("SLEEPING", "PAUSED", "STOPPED")
+BROKEN = ("BUILD_ERROR", "CONFIG_ERROR", "NO_APP_FILE", "RUNTIME_ERROR", "DELETING")
+LOG_LINES = 30
+
+
+@contextlib.contextmanager
+def explained_payment(target: Target) -> Iterator[None]:
+    """Say what kind of account a Gradio Space needs, where that is what is missing."""
+    try:
+        yield
+    except PaymentError as error:
+        raise HubError(
+            f"{error.message}; the model itself is published",
+            "A Gradio Space on cpu-basic needs a PRO, Team or Enterprise account (hf.co/pricing); what is "
+            "free for everybody is a static Space, and on good standing a ZeroGPU one. `smolctl push "
+            "--preview` shows the page here.",
+        ) from None
+
+
+def await_space(
+    client: HubClient, target: Target, note: Callable[[str], None], longest_s: float = LONGEST_SECONDS
+) -> str:
+    """Wait until a Space runs.
+
+    Returns:
+        Its stage: running, or asleep.
+
+    Raises:
+        HubError: it failed, with the end of its log, or is not there in time.
+    """
+    deadline = time.monotonic() + longest_s
+    last = ""
+    while True:
+        stage = str(
+            client.patiently(
+                target.shown, "look at its state", lambda: client.api.get_space_runtime(target.repo)
+            ).stage
+        )
+        if stage != last:
+            note(f"{target.shown}: {stage}")
+            last = stage
+        if stage == RUNNING or stage in ASLEEP:
+            return stage
+        if stage in BROKEN:
+            raise _broken(client, target, stage)
+        if time.monotonic() > deadline:
+            raise HubError(
+                f"{target.shown}: still {stage} after {longest_s / 60:.0f} min", f"See {client.url(target)}."
+            )
+        client.wait(POLL_SECONDS)
+
+
+def _broken(client: HubClient, target: Target, stage: str) -> HubError:
+    build = stage != "RUNTIME_ERROR"
+    try:
+        with explained(target.shown, "read its log"):
+            text = "".join(
+                line if line.endswith("\n") else f"{line}\n"
+                for line in client.api.fetch_space_logs(target.repo, build=build)
+            )
+        log = "\n".join(text.splitlines()[-LOG_LINES:])
+    except HubError as error:
+        log = f"(no log: {first_line(error)})"
+    return HubError(
+        f"{target.shown}: {stage}; the files are up, the app does not run",
+        f"See {client.url(target)}. The end of its {'build' if build else 'run'} log:\n{log}",
+    )

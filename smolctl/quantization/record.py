@@ -1,0 +1,50 @@
+"""What was measured on a run's quantized variants, kept beside them for the model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from smolctl.quantization.verdict import Variant
+
+RECORD = Path("quantized") / "verdict.json"  # in the run's folder
+
+
+def record_variants(run: Path, step: int | None, variants: Iterable[Variant]) -> None:
+    """Add variants to a run's record; of the same scheme and step the newest counts."""
+    fresh = [_facts(variant, step) for variant in variants]
+    replaced = {(facts["scheme"], facts["step"]) for facts in fresh}
+    kept = [facts for facts in read_record(run) if (facts.get("scheme"), facts.get("step")) not in replaced]
+    path = run / RECORD
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps({"variants": [*kept, *fresh]}, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_record(run: Path) -> list[Mapping[str, Any]]:
+    """Every variant that was recorded; an unreadable record is an empty one."""
+    try:
+        content = json.loads((run / RECORD).read_text(encoding="utf-8"))
+        return [facts for facts in content["variants"] if isinstance(facts, dict)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _facts(variant: Variant, step: int | None) -> dict[str, Any]:
+    quality, speed = variant.quality, variant.speed
+    return {
+        "scheme": variant.scheme,
+        "step": step,
+        "bytes": variant.bytes,
+        "bits_per_weight": variant.bits_per_weight,
+        "bits_per_byte": quality and quality.bits_per_byte.mean,
+        "bits_per_byte_delta": quality and quality.delta.mean,
+        "kl_mean": quality and quality.kl.mean,
+        "top1_agreement": quality and quality.top1_agreement,
+        "decode_tokens_per_s": speed and speed.decode.median,
+        "speedup": speed and speed.speedup.median,
+        "verdict": variant.verdict,
+    }

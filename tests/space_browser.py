@@ -1,0 +1,98 @@
+"""A real browser at the page of a Space."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# What keeps Chromium from looking for the network by itself.
+OFFLINE = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+PATIENCE_MS = 120_000  # for machines that do much else
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the visitor saw."""
+
+    answer: str
+    versions: int  # of the answer, as it grew
+    foreign_requests: list[str]
+    errors: list[str]
+
+
+@contextmanager
+def browsing(url: str, chromium: str, folder: Path) -> Iterator[tuple[Any, list[str], list[str]]]:
+    """A page of the browser, the requests to other hosts, and the errors of the console."""
+    from playwright.sync_api import sync_playwright
+
+    foreign: list[str] = []
+    errors: list[str] = []
+    with sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            str(folder / "profile"),
+            executable_path=chromium,
+            args=list(OFFLINE),
+            viewport={"width": 1000, "height": 860},
+            device_scale_factor=1,
+        )
+        page = context.pages[0]
+        page.set_default_timeout(PATIENCE_MS)
+        page.on("request", lambda request: _note_foreign(request.url, url, foreign))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(url)
+        yield page, foreign, errors
+        context.close()
+
+
+def _note_foreign(asked: str, url: str, foreign: list[str]) -> None:
+    if not asked.startswith((url, "data:", "blob:")):
+        foreign.append(asked)
+
+
+def continue_in_browser(url: str, prompt: str, chromium: str, folder: Path) -> Seen:
+    """Type a prompt into the completion page, press the button, wait for the end; leaves space.png."""
+    with browsing(url, chromium, folder) as (page, foreign, errors):
+        page.get_by_label("Prompt", exact=True).fill(prompt)
+        page.get_by_role("button", name="Continue", exact=True).click()
+        box = page.locator("#continuation textarea")
+        answer, versions = _settled(page, lambda: box.input_value(), prompt)
+        page.screenshot(path=folder / "space.png")
+        return Seen(answer, versions, foreign, errors)
+
+
+def chat_in_browser(url: str, message: str, chromium: str, folder: Path) -> Seen:
+    """Type a message into the chat page and wait for the end of the answer; leaves chat.png."""
+    with browsing(url, chromium, folder) as (page, foreign, errors):
+        page.get_by_role("textbox").last.fill(message)
+        page.keyboard.press("Enter")
+        bot = page.locator(".message.bot").last
+        bot.wait_for()
+        answer, versions = _settled(page, lambda: bot.inner_text(), "")
+        page.screenshot(path=folder / "chat.png")
+        return Seen(answer, versions, foreign, errors)
+
+
+def _settled(page: Any, read: Any, start: str) -> tuple[str, int]:
+    """A text once it has begun and then not changed for two seconds, and how many versions it had."""
+    versions = [read()]
+    quiet = 0
+    for _ in range(PATIENCE_MS // 100):
+        page.wait_for_timeout(100)
+        now = read()
+        quiet = quiet + 1 if now == versions[-1] else 0
+        if now != versions[-1]:
+            versions.append(now)
+        if now and now != start and quiet >= 20:
+            break
+    return versions[-1], len(versions)
