@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,8 +14,16 @@ from smolctl.views.output import Output
 
 if TYPE_CHECKING:
     from smolctl.generation.complete import CompletionResult, CompletionSettings
-    from smolctl.generation.conversation import Conversation
     from smolctl.generation.load import LoadedModel
+
+ALTERNATIVES = 5  # other tokens that --explain shows with each
+
+
+class Speculate(StrEnum):
+    """Values of --speculate."""
+
+    OFF = "off"
+    LOOKUP = "lookup"
 
 
 @command
@@ -33,7 +42,14 @@ def sample(
             "--prompt", "-p", help="Text to continue; '-' or a pipe reads stdin.", show_default=False
         ),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Use the model's chat template; without --prompt that is what a model with one does.",
+            show_default=False,
+        ),
+    ] = None,
     system: Annotated[
         str | None, typer.Option("--system", help="System message for --chat.", show_default=False)
     ] = None,
@@ -52,6 +68,30 @@ def sample(
         list[str] | None,
         typer.Option("--stop", help="Text that ends the answer; repeatable.", show_default=False),
     ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Mark where each MODEL leaves the first one.", show_default=False),
+    ] = False,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Show each token's probability and others.", show_default=False),
+    ] = False,
+    jsonl: Annotated[
+        str | None,
+        typer.Option(
+            "--jsonl",
+            metavar="FILE",
+            help='Prompts, one JSON object a line: {"prompt": ...} or {"messages": ...}; \'-\' reads stdin.',
+            show_default=False,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Sequences of --jsonl that decode together.")
+    ] = 8,
+    speculate: Annotated[
+        Speculate,
+        typer.Option("--speculate", help="Guess tokens from the text so far, check many at once."),
+    ] = Speculate.OFF,
     seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same text.")] = 0,
     json: Json = False,
     quiet: Quiet = False,
@@ -64,13 +104,16 @@ def sample(
     smolctl sample                                  the newest run, interactively
     smolctl sample runs/latest --prompt "Once upon a time"
     smolctl sample FILE.gguf --chat --prompt "What is the capital of France?"
-    smolctl sample runs/nano-001@100 runs/nano-001 --prompt "def main():"
+    smolctl sample runs/nano-001@100 runs/nano-001 --compare --prompt "def main():"
+    smolctl sample FILE.gguf --jsonl prompts.jsonl > answers.jsonl
     """
+    from smolctl.cli.sample_modes import check_usage, complete_jsonl, converse, read_jsonl
+    from smolctl.generation.compare import diverge
     from smolctl.generation.complete import CompletionSettings, complete
     from smolctl.generation.conversation import Conversation
     from smolctl.generation.load import load_model
     from smolctl.generation.sampling import SamplingSettings
-    from smolctl.views.samples import show_side_by_side, to_json
+    from smolctl.views.samples import show_explanation, show_side_by_side, to_json
 
     out = Output(json, quiet, verbose)
     settings = CompletionSettings(
@@ -79,25 +122,42 @@ def sample(
         stop=tuple(stop or ()),
         seed=seed,
         sampling=SamplingSettings(temperature, top_k, top_p, min_p, repetition_penalty),
+        speculation=speculate.value,
+        alternatives=ALTERNATIVES if explain else 0,
     )
-    text = _prompt_text(prompt, may_ask=not json and len(models or ()) < 2)
+    check_usage(models or [], compare, jsonl, prompt)
+    requests = read_jsonl(jsonl) if jsonl is not None else None
+    may_ask = not json and len(models or ()) < 2
+    text = _prompt_text(prompt, may_ask) if requests is None else None
     loaded = [load_model(model) for model in models or ["runs/latest"]]
     for model in loaded:
         for note in model.notes:
             out.talk(f"{model.id}: {note}")
-    conversation = Conversation(chat, system)
-    if text is None:
-        _converse(out, loaded[0], settings, conversation)
+    if requests is not None and jsonl is not None:
+        conversation = Conversation(bool(chat), system)
+        complete_jsonl(out, loaded[0], requests, settings, conversation, jsonl, batch_size)
+    elif text is None:
+        chats = loaded[0].can_chat if chat is None else chat
+        converse(out, loaded[0], settings, Conversation(chats, system))
     elif len(loaded) == 1:
-        result = _stream(out, loaded[0], conversation.prompt(loaded[0], text), settings)
+        result = _stream(out, loaded[0], Conversation(bool(chat), system).prompt(loaded[0], text), settings)
         out.document(to_json(loaded[0], result))
     else:
+        conversation = Conversation(bool(chat), system)
         results = [
             (model, complete(model.engine, model.tokenizer, conversation.prompt(model, text), settings))
             for model in loaded
         ]
-        show_side_by_side(out, results)
-        out.document({"models": [to_json(model, result) for model, result in results]})
+        divergences = diverge(results) if compare else None
+        show_side_by_side(out, results, divergences)
+        for model, result in results if explain else ():
+            out.line(model.id)
+            show_explanation(out, model, result)
+        documents = [
+            to_json(model, result, divergences[number] if divergences else None)
+            for number, (model, result) in enumerate(results)
+        ]
+        out.document({"models": documents})
 
 
 def _prompt_text(prompt: str | None, may_ask: bool) -> str | None:
@@ -117,31 +177,15 @@ def _prompt_text(prompt: str | None, may_ask: bool) -> str | None:
 def _stream(out: Output, model: LoadedModel, prompt: str, settings: CompletionSettings) -> CompletionResult:
     """Complete one prompt and print it as it comes."""
     from smolctl.generation.complete import complete
-    from smolctl.views.samples import StreamView, timing_line
+    from smolctl.views.samples import StreamView, show_explanation, timing_line
 
     if out.verbose:
         out.talk(f"prompt as the model sees it:\n{prompt}")
     view = StreamView(out, settings.samples)
     result = complete(model.engine, model.tokenizer, prompt, settings, view)
     view.close()
+    if settings.alternatives:
+        show_explanation(out, model, result)
     if not out.json:
         out.talk(timing_line(model, result.timing))
     return result
-
-
-def _converse(
-    out: Output, model: LoadedModel, settings: CompletionSettings, conversation: Conversation
-) -> None:
-    """Ask for prompts until the input ends. A chat goes on; without --chat every prompt stands alone."""
-    if model.can_chat and not conversation.chat:
-        out.talk("This model has a chat template: --chat uses it.")
-    out.talk(f"{model.id}: type a prompt, Ctrl-D ends.")
-    while True:
-        try:
-            text = input("> ")
-        except EOFError:
-            print()
-            return
-        if text.strip():
-            result = _stream(out, model, conversation.prompt(model, text), settings)
-            conversation.remember(text, result.completions[0].text)
