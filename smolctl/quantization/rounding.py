@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from smolctl.sources.packed import PackedMatrix, pack_integers
+from smolctl.sources.packed import VALUES_AT_ONCE, PackedMatrix, pack_integers
 
-ROWS_AT_ONCE = 4_096  # of a large table: the search keeps a few copies of what it looks at
+# A float32 near 1.5 × 2²³ has no room for fractions: adding and taking it away rounds, to even at the half.
+# `round_` does the same but wakes torch's threads even for this little.
+ROUNDS = 1.5 * 2**23
 SMALLEST = 2**-24  # the smallest float16 above 0
 # Shares of a group's range that the search tries as the range of the scale.
 SHRINKS_8 = tuple(1 - step * 0.01 for step in range(0, 12))
@@ -31,7 +33,7 @@ def quantize_matrix(weight: Tensor, bits: int, group: int, importance: Tensor | 
     columns = weight.shape[1]
     parts = [
         _quantize_rows(part.float(), bits, group, importance)
-        for part in weight.split(ROWS_AT_ONCE)  # each (rows, columns)
+        for part in weight.split(max(1, VALUES_AT_ONCE // columns))  # each (rows, columns)
     ]
     values, scales, offsets = zip(*parts, strict=True)
     return PackedMatrix(
@@ -82,8 +84,9 @@ def _plain(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _round(grouped: Tensor, scales: Tensor, offsets: Tensor, bits: int) -> Tensor:
-    values = ((grouped - offsets[..., None]) / scales[..., None]).round_()
-    return values.clamp_(-127, 127) if bits == 8 else values.clamp_(0, 15)
+    values = (grouped - offsets[..., None]).div_(scales[..., None])
+    values = values.clamp_(-127, 127) if bits == 8 else values.clamp_(0, 15)
+    return values.add_(ROUNDS).sub_(ROUNDS)
 
 
 def _searched(

@@ -19,6 +19,9 @@ from torch import Tensor
 # Columns that lie together: of 32 four-bit values, byte i holds value i low and value i + 16 high.
 # Rows are filled up with zeros to a multiple of it, groups are a multiple of it.
 BLOCK = 32
+# Few enough that the intermediate results stay in the cache and torch does not wake its threads, whose
+# barriers cost more than they bring (see `dequantize.py`).
+VALUES_AT_ONCE = 32_000
 
 
 @dataclass(frozen=True)
@@ -47,24 +50,33 @@ class PackedMatrix:
 
     def integers(self) -> Tensor:
         """The values, unpacked: int8 (rows, P)."""
-        if self.bits == 8:
-            return self.values
-        rows = self.values.shape[0]
-        blocks = self.values.view(rows, -1, BLOCK // 2)  # (rows, P/32, 16)
-        return torch.cat((blocks & 0x0F, blocks >> 4), dim=-1).view(rows, -1).to(torch.int8)
+        return self.values if self.bits == 8 else _unpacked(self.values).to(torch.int8)
 
     def dequantize(self) -> Tensor:
         """The matrix in float32: (rows, columns)."""
-        values = self.integers().float()
-        rows, padded = values.shape
-        groups = self.scales.shape[1]
-        if groups * self.group != padded:  # the last group is shorter
-            values = torch.nn.functional.pad(values, (0, groups * self.group - padded))
-        grouped = values.view(rows, groups, self.group)
-        grouped.mul_(self.scales.float().unsqueeze(-1))
+        rows = self.values.shape[0]
+        matrix = torch.empty(rows, self.columns)
+        at_once = max(1, VALUES_AT_ONCE // max(1, self.columns))
+        for start in range(0, rows, at_once):
+            some = slice(start, start + at_once)
+            matrix[some] = self._dequantized(some)
+        return matrix
+
+    def _dequantized(self, rows: slice) -> Tensor:
+        values = self.values[rows] if self.bits == 8 else _unpacked(self.values[rows])
+        scales = self.scales[rows].float().unsqueeze(-1)  # (rows, groups, 1)
+        padding = scales.shape[1] * self.group - values.shape[1]  # the last group may be shorter
+        grouped = torch.nn.functional.pad(values.float(), (0, padding)).view(len(values), -1, self.group)
+        grouped.mul_(scales)
         if self.offsets is not None:
-            grouped.add_(self.offsets.float().unsqueeze(-1))
-        return grouped.view(rows, -1)[:, : self.columns].contiguous()
+            grouped.add_(self.offsets[rows].float().unsqueeze(-1))
+        return grouped.view(len(values), -1)[:, : self.columns]
+
+
+def _unpacked(values: Tensor) -> Tensor:
+    """Four-bit values (rows, P / 2) as uint8 (rows, P)."""
+    blocks = values.view(values.shape[0], -1, BLOCK // 2)  # (rows, P/32, 16)
+    return torch.cat((blocks & 0x0F, blocks >> 4), dim=-1).view(values.shape[0], -1)
 
 
 def pack_integers(values: Tensor, bits: int) -> Tensor:
