@@ -167,9 +167,13 @@ def test_an_interrupted_step_leaves_a_cache_that_can_be_used() -> None:
     decoder = Decoder(Interrupted(TorchEngine(NETWORK)), 1, 90, GREEDY, "lookup")
     prompt = [5, 6, 7] * 4
     got: list[int] = []
-    with pytest.raises(KeyboardInterrupt):
+
+    def decode() -> None:
         for step in decoder.run([Job(prompt, 60, generator_for(0))], keep=True):
-            got += [token.id for _, token in step]
+            got.extend(token.id for _, token in step)
+
+    with pytest.raises(KeyboardInterrupt):
+        decode()
     assert got == uncached(NETWORK, prompt, len(got))
     longer = [*prompt, *got, 11]
     after = [t.id for step in decoder.run([Job(longer, 6, generator_for(0))], keep=True) for _, t in step]

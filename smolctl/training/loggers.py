@@ -10,6 +10,7 @@ import io
 import os
 import secrets
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -156,6 +157,8 @@ def _tensorboard(opening: Opening) -> Opened:
         version="tensorboard",
         default_hp_metric=False,
         purge_step=opening.done + 1 if opening.done else None,
+        # The writer names files by the second: two of one second would be one file, the first one emptied.
+        filename_suffix=f".{time.time_ns()}",
     )
     _ = logger.experiment  # made at the first use otherwise, and only then known to fail
     return logger, f"tensorboard --logdir {logger.log_dir}"
