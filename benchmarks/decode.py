@@ -44,10 +44,9 @@ class Runner:
 
 def smolctl_runner(name: str, model: str, threads: int) -> Runner:
     from smolctl.generation.engine import Cache
-    from smolctl.generation.engines import EngineOptions
     from smolctl.generation.load import load_model
 
-    engine = load_model(model, EngineOptions(threads=threads)).engine
+    engine = load_model(model).engine
     caches: list[Cache] = []
 
     def reset() -> None:

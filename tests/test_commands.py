@@ -155,6 +155,21 @@ def test_models_stand_side_by_side(smolctl: Smolctl) -> None:
     assert all(name in smolctl("sample", *pair, "--prompt", "the", "--max-tokens", "4").out for name in pair)
 
 
+def test_the_engine_can_be_chosen_and_is_named(smolctl: Smolctl) -> None:
+    smolctl("train", "tiny.yaml", "-q")
+    plain = ("sample", "--prompt", "the", "--temperature", "0", "--max-tokens", "20", "--json")
+    by_default, native, torch = (
+        smolctl(*plain, *more).json for more in ((), ("--engine", "native"), ("--engine", "torch"))
+    )
+    assert by_default["engine"] == native["engine"]
+    assert native["engine"].startswith("native ")
+    assert native["engine"].endswith(", float32")
+    assert torch["engine"] == "torch cpu, float32"
+    assert native["completions"][0]["tokens"] == torch["completions"][0]["tokens"]
+    assert smolctl(*plain, "--dtype", "bfloat16").json["engine"].endswith(", bfloat16")
+    assert smolctl(*plain, "--engine", "mps").code == 2
+
+
 def test_stop_text_ends_the_answer_and_is_not_part_of_it(smolctl: Smolctl) -> None:
     smolctl("train", "tiny.yaml", "--steps", "60", "-q")
     plain = ("sample", "--prompt", "the", "--temperature", "0", "--max-tokens", "20", "--json")

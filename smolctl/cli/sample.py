@@ -19,6 +19,22 @@ if TYPE_CHECKING:
 ALTERNATIVES = 5  # other tokens that --explain shows with each
 
 
+class EngineName(StrEnum):
+    """Values of --engine."""
+
+    AUTO = "auto"
+    NATIVE = "native"
+    TORCH = "torch"
+
+
+class Dtype(StrEnum):
+    """Values of --dtype."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
 class Speculate(StrEnum):
     """Values of --speculate."""
 
@@ -93,6 +109,24 @@ def sample(
         typer.Option("--speculate", help="Guess tokens from the text so far, check many at once."),
     ] = Speculate.OFF,
     seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same text.")] = 0,
+    engine: Annotated[
+        EngineName,
+        typer.Option(
+            "--engine", help="native: compiled for CPUs; torch: PyTorch; auto: native where it runs."
+        ),
+    ] = EngineName.AUTO,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            "--dtype",
+            help="Weights that are not quantized, as this; else as in the file.",
+            show_default=False,
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option("--threads", min=1, help="Threads; one a core by default.", show_default=False),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -107,10 +141,13 @@ def sample(
     smolctl sample runs/nano-001@100 runs/nano-001 --compare --prompt "def main():"
     smolctl sample FILE.gguf --jsonl prompts.jsonl > answers.jsonl
     """
+    import torch
+
     from smolctl.cli.sample_modes import check_usage, complete_jsonl, converse, read_jsonl
     from smolctl.generation.compare import diverge
     from smolctl.generation.complete import CompletionSettings, complete
     from smolctl.generation.conversation import Conversation
+    from smolctl.generation.engines import EngineOptions
     from smolctl.generation.load import load_model
     from smolctl.generation.sampling import SamplingSettings
     from smolctl.views.samples import show_explanation, show_side_by_side, to_json
@@ -129,7 +166,10 @@ def sample(
     requests = read_jsonl(jsonl) if jsonl is not None else None
     may_ask = not json and len(models or ()) < 2
     text = _prompt_text(prompt, may_ask) if requests is None else None
-    loaded = [load_model(model) for model in models or ["runs/latest"]]
+    if threads is not None:
+        torch.set_num_threads(threads)
+    options = EngineOptions(engine.value, dtype.value if dtype else None)
+    loaded = [load_model(model, options) for model in models or ["runs/latest"]]
     for model in loaded:
         for note in model.notes:
             out.talk(f"{model.id}: {note}")

@@ -28,7 +28,7 @@ NATIVE_DTYPES = frozenset(DTYPES.values())
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How to run a model.
+    """How to run a model; every engine takes as many threads as `torch.get_num_threads` says.
 
     Raises:
         UsageError: a value that does not exist.
@@ -36,7 +36,6 @@ class EngineOptions:
 
     engine: Literal["auto", "native", "torch"] = "auto"
     dtype: str | None = None  # of dense weights: a key of DTYPES; None keeps the file's
-    threads: int | None = None  # None: PyTorch's number
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -65,7 +64,7 @@ def make_engine(source: ModelSource, options: EngineOptions) -> Engine:
         kind = kind_of(weights)
         # Where all weights are float32, so is everything else: the same words as any other engine's.
         cache = torch.float32 if kind == "float32" else torch.float16
-        return NativeEngine(library, config, weights, cache, options.threads, kind)
+        return NativeEngine(library, config, weights, cache, kind=kind)
     if options.engine == "native":
         why = library if isinstance(library, str) else f"it does not read {', '.join(map(str, dtypes))}"
         raise UsageError(f"the native engine cannot run here: {why}", "Leave out --engine.")

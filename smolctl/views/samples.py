@@ -60,8 +60,8 @@ def timing_line(model: LoadedModel, timing: Timing) -> str:
         else ""
     )
     return (
-        f"loaded in {model.load_s:.1f} s, prompt of {timing.prompt_tokens:,} tokens{reused}, "
-        f"first token after {timing.first_token_s:.2f} s, "
+        f"{model.engine.name}: loaded in {model.load_s:.1f} s, "
+        f"prompt of {timing.prompt_tokens:,} tokens{reused}, first token after {timing.first_token_s:.2f} s, "
         f"prefill {timing.prefill_tokens_per_s:,.0f} tok/s{decode}{guessed}"
     )
 
@@ -167,6 +167,7 @@ def to_json(
     """
     document: dict[str, Any] = {
         "model": model.id,
+        "engine": model.engine.name,
         "prompt": result.prompt,
         "completions": [completion_json(completion) for completion in result.completions],
         "timing": {"load_s": model.load_s, **asdict(result.timing)},
