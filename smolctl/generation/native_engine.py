@@ -43,7 +43,9 @@ def matrix_of(stored: Stored, keep: list[Tensor]) -> Matrix:
         kind = INT8 if stored.bits == 8 else INT4
         return Matrix(kind, rows, columns + -columns % BLOCK, stored.group, *pointers)
     rows, columns = stored.shape
-    filled = torch.nn.functional.pad(stored, (0, -columns % BLOCK)).contiguous()
+    filled = stored.contiguous()  # of a mapped file: no copy
+    if columns % BLOCK:
+        filled = torch.nn.functional.pad(filled, (0, -columns % BLOCK))
     keep.append(filled)
     return Matrix(KINDS[filled.dtype], rows, filled.shape[1], BLOCK, filled.data_ptr(), None, None)
 

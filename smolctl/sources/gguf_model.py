@@ -222,21 +222,20 @@ class GGUFWeights(Weights):
             yield huggingface_name(tensor.name), found if matrix else found.view(tensor.shape)  # type: ignore[union-attr]
 
     def _raw(self) -> Iterator[tuple[GGUFTensor, torch.Tensor]]:
-        """Every tensor's bytes, (rows, bytes per row)."""
+        """Every tensor's bytes, (rows, bytes per row), read one by one: the file is never whole in memory."""
+        import numpy as np
         import torch
 
         path = self.header.path
-        try:
-            size = path.stat().st_size
-            data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"{path}: cannot be read ({error})", REMEDY) from None
         for tensor in self.header.tensors:
-            end = tensor.offset + tensor.bytes
-            if end > size:
+            try:
+                raw = np.fromfile(path, np.uint8, tensor.bytes, offset=tensor.offset)
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read ({error})", REMEDY) from None
+            if len(raw) < tensor.bytes:
                 raise InputError(f"{path}: truncated: {tensor.name} ends past the end of the file", REMEDY)
             rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
-            yield tensor, self._reordered(tensor, data[tensor.offset : end].view(rows, -1))
+            yield tensor, self._reordered(tensor, torch.from_numpy(raw).view(rows, -1))
 
     def _reordered(self, tensor: GGUFTensor, raw: torch.Tensor) -> torch.Tensor:
         """Rows of Q and K in Hugging Face's order.
