@@ -72,40 +72,43 @@ INLINE int least(int a, int b) { return a < b ? a : b; }
 
 // Rows in a piece of a product: a multiple of PIECE_ROWS.
 INLINE int rows_of_piece(const pool *p, int rows, int tokens) {
-    return tokens > 1 ? PIECE_ROWS : filled_to(pieces_of(rows, p->threads * PIECES), PIECE_ROWS);
+    return tokens > FEW ? PIECE_ROWS : filled_to(pieces_of(rows, p->threads * PIECES), PIECE_ROWS);
 }
 
 // Claims pieces 0, 1, … of a phase until all are taken.
 #define EACH_PIECE(c, phase, pieces, piece) \
     for (int piece; (piece = atomic_fetch_add_explicit(&(c)->claimed[phase], 1, memory_order_relaxed)) < (pieces);)
 
-// A thread's own room: a panel for `multiply`, forms of a vector, a row of attention, a piece of `up`.
+// A thread's own room: a panel for `multiply`, forms of vectors, a row of attention, a piece of `up`.
 typedef struct { float *panel, *forms, *spare, *up; } room;
 
 static room room_of(const context *c, int thread) {
     float *at = c->scratch + (size_t)thread * c->scratch_size;
-    return (room){at, at + (size_t)TILE * c->widest, at + (size_t)(TILE + VECTOR_ROOM) * c->widest,
-                  at + (size_t)(TILE + VECTOR_ROOM + 1) * c->widest};
+    return (room){at, at + (size_t)TILE * c->widest, at + (size_t)(TILE + FEW * VECTOR_ROOM) * c->widest,
+                  at + (size_t)(TILE + FEW * VECTOR_ROOM + 1) * c->widest};
 }
 
 // ---- products ----
 
-// What a product reads: one token in every form, or rows of many.
-typedef struct { int tokens; vector_in one; const float *floats; const uint16_t *narrow; } operand;
+// What a product reads: a few tokens in every form, or rows of many.
+typedef struct { int tokens; vector_in few[FEW]; const float *floats; const uint16_t *narrow; } operand;
+
+static void prepare_few(operand *x, int columns, float *forms) {
+    if (x->tokens > FEW) return;
+    for (int t = 0; t < x->tokens; t++)
+        x->few[t] = prepare_vector(x->floats + (size_t)t * columns, columns, forms + (size_t)t * VECTOR_ROOM * columns);
+}
 
 static operand prepare(const context *c, const float *x, int columns, int tokens, const room *own) {
-    operand made = {tokens, {0}, x, c->narrow};
-    if (tokens == 1) made.one = prepare_vector(x, columns, own->forms);
+    operand made = {tokens, {{0}}, x, c->narrow};
+    prepare_few(&made, columns, own->forms);
     return made;
 }
 
 // y[token × stride + row - first] = row of m · token.
 static void product(const matrix *m, int first, int last, const operand *x, const room *own, float *y, int stride) {
-    if (x->tokens > 1) {
-        multiply(m, first, last, x->floats, x->narrow, x->tokens, own->panel, y, stride);
-        return;
-    }
-    dot_rows(m, first, last, x->one, y);
+    if (x->tokens > FEW) multiply(m, first, last, x->floats, x->narrow, x->tokens, own->panel, y, stride);
+    else dot_rows(m, first, last, x->few, x->tokens, y, stride);
 }
 
 // x += residual_scale × m · operand, shared out among the threads.
@@ -122,7 +125,7 @@ static void add_branch(context *c, const matrix *m, const operand *x, int phase,
 }
 
 static void narrow_row(const context *c, const float *row, int width, int token) {
-    if (c->narrows) to_bf16(row, width, c->narrow + (size_t)token * width);
+    if (c->narrows && c->b->count > FEW) to_bf16(row, width, c->narrow + (size_t)token * width);
 }
 
 static void rms_norm(const float *x, const float *weight, int size, float eps, float *out) {
@@ -290,7 +293,7 @@ static void run_mlp(context *c, int index, int thread, int phase, const room *ow
             }
     }
     barrier(c->pool);
-    if (N > 1 && c->narrows) {
+    if (N > FEW && c->narrows) {
         for (int t = thread; t < N; t += c->pool->threads) narrow_row(c, c->hidden + (size_t)t * c->F, c->F, t);
         barrier(c->pool);
     }
@@ -368,7 +371,7 @@ EXPORT void *smolctl_create(const model *m, int chunk, int threads) {
     c->widest = c->widest > c->F ? c->widest : c->F;
     c->narrows = any_narrow(m);
     size_t rows = (size_t)c->chunk, head = (size_t)m->head_dim;
-    c->scratch_size = (size_t)(TILE + VECTOR_ROOM + 2) * (size_t)c->widest + rows * PIECE_ROWS;
+    c->scratch_size = (size_t)(TILE + FEW * VECTOR_ROOM + 1 + FEW) * (size_t)c->widest + rows * PIECE_ROWS;
     c->x = zeros(rows * (size_t)c->C, sizeof(float));
     c->normed = zeros(rows * (size_t)c->C, sizeof(float));
     c->q = zeros(rows * (size_t)m->heads * head, sizeof(float));
@@ -417,13 +420,13 @@ EXPORT int smolctl_forward(void *argument, const batch *b) {
 // One product by itself, for tests: y (tokens, rows) = x (tokens, columns) · m transposed, on this thread.
 EXPORT int smolctl_multiply(const matrix *m, const float *x, int tokens, float *y) {
     size_t columns = (size_t)m->columns;
-    float *memory = zeros((TILE + VECTOR_ROOM) * columns, sizeof *memory);
+    float *memory = zeros((TILE + FEW * VECTOR_ROOM) * columns, sizeof *memory);
     uint16_t *narrow = zeros((size_t)tokens * columns, sizeof *narrow);
     if (memory && narrow) {
         room own = {memory, memory + TILE * columns, NULL, NULL};
         for (int t = 0; t < tokens; t++) to_bf16(x + (size_t)t * columns, m->columns, narrow + (size_t)t * columns);
-        operand operand = {tokens, {0}, x, narrow};
-        if (tokens == 1) operand.one = prepare_vector(x, m->columns, own.forms);
+        operand operand = {tokens, {{0}}, x, narrow};
+        prepare_few(&operand, m->columns, own.forms);
         product(m, 0, m->rows, &operand, &own, y, m->rows);
     }
     int failed = !memory || !narrow;

@@ -42,7 +42,7 @@ INLINE vec load_part(int kind, const uint8_t *row, int block, int part) {
     }
 }
 
-// ---- one token: every weight is read once, straight from memory ----
+// ---- a few tokens: every row is read once, straight from memory, and multiplied with each ----
 //
 // One row after the other: the processor's prefetchers follow one stream at the memory's full speed, and
 // four interleaved ones at a third of it (measured on Zen 4).
@@ -57,6 +57,7 @@ typedef struct {
 } vector_in;
 
 #define VECTOR_ROOM 3  // floats a column that `prepare_vector` wants
+#define FEW 4          // tokens up to which this is faster than to unpack the rows
 
 // All forms of a vector; `room` holds VECTOR_ROOM × columns floats.
 static vector_in prepare_vector(const float *x, int columns, float *room) {
@@ -177,16 +178,20 @@ INLINE float dot_integers(int kind, const matrix *m, int index, const uint8_t *r
     return product;
 }
 
-// out[i] = row first + i of m, times x, for first..last.
-static void dot_rows(const matrix *m, int first, int last, vector_in x, float *out) {
+// y[token × stride + i] = row first + i of m, times x[token], for first..last.
+static void dot_rows(const matrix *m, int first, int last, const vector_in *x, int tokens, float *y, int stride) {
 #define EACH_ROW(value) \
-    for (int i = first; i < last; i++) { const uint8_t *row = row_of(m, i); out[i - first] = value; } break
+    for (int i = first; i < last; i++) { \
+        const uint8_t *row = row_of(m, i); \
+        for (int t = 0; t < tokens; t++) y[(size_t)t * (size_t)stride + (size_t)(i - first)] = value; \
+    } \
+    break
     switch (m->kind) {
-    case FLOAT32: EACH_ROW(dot_floats(FLOAT32, row, m->columns, x.values));
-    case BFLOAT16: EACH_ROW(dot_pairs(row, m->columns, x.pairs));
-    case FLOAT16: EACH_ROW(dot_floats(FLOAT16, row, m->columns, x.values));
-    case INT8: EACH_ROW(dot_integers(INT8, m, i, row, x));
-    default: EACH_ROW(dot_integers(INT4, m, i, row, x));
+    case FLOAT32: EACH_ROW(dot_floats(FLOAT32, row, m->columns, x[t].values));
+    case BFLOAT16: EACH_ROW(dot_pairs(row, m->columns, x[t].pairs));
+    case FLOAT16: EACH_ROW(dot_floats(FLOAT16, row, m->columns, x[t].values));
+    case INT8: EACH_ROW(dot_integers(INT8, m, i, row, x[t]));
+    default: EACH_ROW(dot_integers(INT4, m, i, row, x[t]));
     }
 #undef EACH_ROW
 }

@@ -1,0 +1,83 @@
+"""Prompt lookup against plain decoding: accepted tokens and speed on three kinds of text.
+
+    python benchmarks/speculation.py MODEL --rounds 5
+
+MODEL has a chat template. Each kind has prompts of its own; with and without guesses take turns, round by
+round, and must give the same greedy text. Prints a Markdown table: guessed and accepted tokens, tokens a
+call of the model, and the ratio of decoding speeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import statistics
+import textwrap
+from dataclasses import replace
+
+from smolctl.generation.complete import CompletionSettings, Timing, complete
+from smolctl.generation.load import LoadedModel, load_model
+from smolctl.generation.sampling import SamplingSettings
+
+TOKENS = 160
+
+
+def prompts(model: LoadedModel) -> dict[str, list[str]]:
+    """Three kinds: a text to give back changed, code to go on with, and free answers."""
+    passage = inspect.cleandoc(str.format.__doc__ or "") + " " + inspect.cleandoc(str.join.__doc__ or "")
+
+    def chat(request: str) -> str:
+        return model.chat_prompt([{"role": "user", "content": request}])
+
+    return {
+        "repeat and edit": [
+            chat(f"Repeat this text and correct its spelling, change nothing else:\n\n{passage}"),
+            chat("Rewrite this list in the same order, one a line: " + ", ".join(sorted(dir(str))[:12:-1])),
+        ],
+        "code": [
+            inspect.getsource(textwrap.dedent),
+            "class Stack:\n    def push(self, item):\n        self.items.append(item)\n",
+        ],
+        "free answer": [
+            chat("Tell me a story about a lighthouse keeper who finds a letter."),
+            chat("Why is the sky blue? Explain it to a child."),
+        ],
+    }
+
+
+def decode(model: LoadedModel, prompt: str, settings: CompletionSettings) -> tuple[tuple[int, ...], Timing]:
+    result = complete(model.engine, model.tokenizer, prompt, settings)
+    return tuple(result.completions[0].tokens), result.timing
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    model = load_model(options.model)
+    plain = CompletionSettings(max_tokens=TOKENS, sampling=SamplingSettings(temperature=0.0))
+    lookup = replace(plain, speculation="lookup")
+    print(f"{options.model}: {model.engine.name}\n")
+    print("| text | guessed | accepted | tokens a call | speed with / without guesses |")
+    print("|---|---|---|---|---|")
+    for kind, texts in prompts(model).items():
+        guessed = accepted = tokens = calls = 0
+        ratios = []
+        for prompt in texts:
+            for round_ in range(options.rounds + 1):  # the first warms up
+                expected, without = decode(model, prompt, plain)
+                got, with_guesses = decode(model, prompt, lookup)
+                assert got == expected, f"another text: {got} instead of {expected}"
+                speeds = with_guesses.decode_tokens_per_s, without.decode_tokens_per_s
+                if round_ and speeds[0] and speeds[1]:
+                    ratios.append(speeds[0] / speeds[1])
+            guessed += with_guesses.guessed_tokens
+            accepted += with_guesses.accepted_tokens
+            tokens, calls = tokens + len(got) - 1, calls + with_guesses.decode_steps
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+        print(f"| {kind} | {guessed} | {accepted} | {tokens / calls:.2f} | {spread} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
