@@ -3,7 +3,7 @@
     python benchmarks/speculation.py MODEL --rounds 5
 
 MODEL has a chat template. Each kind has prompts of its own; with and without guesses take turns, round by
-round, and must give the same greedy text. Prints a Markdown table: guessed and accepted tokens, tokens a
+round, and must give the same text. Prints a Markdown table: guessed and accepted tokens, tokens a
 call of the model, and the ratio of decoding speeds.
 """
 
@@ -54,9 +54,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--temperature", type=float, default=0.0)
     options = parser.parse_args()
     model = load_model(options.model)
-    plain = CompletionSettings(max_tokens=TOKENS, sampling=SamplingSettings(temperature=0.0))
+    plain = CompletionSettings(
+        speculation="off", max_tokens=TOKENS, sampling=SamplingSettings(temperature=options.temperature)
+    )
     lookup = replace(plain, speculation="lookup")
     print(f"{options.model}: {model.engine.name}\n")
     print("| text | guessed | accepted | tokens a call | speed with / without guesses |")

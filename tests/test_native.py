@@ -9,19 +9,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import run_jobs
 from torch import Tensor
 
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError, UsageError
+from smolctl.generation.decode import Decoder
 from smolctl.generation.engines import EngineOptions, kind_of, make_engine
-from smolctl.generation.native_engine import NativeEngine, Stored, matrix_of
+from smolctl.generation.native_engine import FEW, NativeEngine, Stored, matrix_of
+from smolctl.generation.sampling import SamplingSettings
 from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.weights import from_state, initialize
 from smolctl.native.library import BUILDS, OVERRIDE, Library, load_library
 from smolctl.sources.base import ModelSource, SourceKind, Weights
 from smolctl.sources.packed import PackedMatrix, pack_integers
-
-FEW = 4  # matrix.h: up to so many tokens, rows are multiplied as they are stored
 
 
 def library(build: str) -> Library:
@@ -207,6 +208,37 @@ def test_a_cut_or_copied_cache_goes_on_as_if_it_had_been_read_so() -> None:
     native.forward([prompt[:20]], fresh)
     assert torch.equal(both[0], both[1])
     torch.testing.assert_close(both[:1], native.forward([[3]], fresh), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("shape", ["grouped", "learned", "odd"])
+def test_a_few_tokens_in_a_call_have_the_bits_of_calls_with_one(shape: str, kind: str, build: str) -> None:
+    native, _ = engines(config_of(shape), kind, build)
+    tokens = ids(200)
+    one_by_one = logits_of(native, [[[token]] for token in tokens], 256)
+    for size in range(2, FEW + 1):  # also across the ends of the context's parts, at 64 and 128
+        parts = [[tokens[at : at + size]] for at in range(0, len(tokens), size)]
+        assert torch.equal(logits_of(native, parts, 256), one_by_one)
+    two = native.allocate(2, 256)
+    together = [
+        native.forward([[token], [other]], two) for token, other in zip(tokens, tokens[7:], strict=False)
+    ]
+    assert torch.equal(torch.stack(together)[:, 0], one_by_one[: len(together)])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+def test_guesses_change_no_token_drawn_or_not(kind: str, temperature: float) -> None:
+    native, _ = engines(config_of("grouped"), kind, "avx2" if kind == "int4" else "baseline")
+    prompt, chosen_by = ids(9) * 4, SamplingSettings(temperature, top_p=0.5)
+    tokens, guessed = {}, {}
+    for speculation in ("off", "auto"):
+        decoder = Decoder(native, 1, 400, chosen_by, speculation)  # type: ignore[arg-type]
+        tokens[speculation] = [token.id for token in run_jobs(decoder, [prompt], [300])[0]]
+        guessed[speculation] = decoder.counts.guessed
+    assert tokens["auto"] == tokens["off"]
+    assert guessed["off"] == 0 < guessed["auto"]
 
 
 def test_the_same_input_gives_the_same_bits() -> None:

@@ -38,6 +38,7 @@ class Dtype(StrEnum):
 class Speculate(StrEnum):
     """Values of --speculate."""
 
+    AUTO = "auto"
     OFF = "off"
     LOOKUP = "lookup"
 
@@ -106,8 +107,11 @@ def sample(
     ] = 8,
     speculate: Annotated[
         Speculate,
-        typer.Option("--speculate", help="Guess tokens from the text so far, check many at once."),
-    ] = Speculate.OFF,
+        typer.Option(
+            "--speculate",
+            help="lookup: guess tokens from the text so far, check several at once; auto: where it is exact.",
+        ),
+    ] = Speculate.AUTO,
     seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same text.")] = 0,
     engine: Annotated[
         EngineName,

@@ -22,7 +22,7 @@ class CompletionSettings:
     stop: tuple[str, ...] = ()  # texts that end a completion and are not part of it
     seed: int = 0
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
-    speculation: Speculation = "off"
+    speculation: Speculation = "auto"
     alternatives: int = 0  # likeliest other tokens to report with each token
 
 

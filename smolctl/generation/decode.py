@@ -14,14 +14,14 @@ from torch import Tensor
 
 from smolctl.errors import InputError
 from smolctl.generation.engine import Engine
-from smolctl.generation.lookup import Lookup
+from smolctl.generation.lookup import MOST, Lookup
 from smolctl.generation.sampling import SamplingSettings, choose, log_normalizer, margin, penalize_repetition
 
-Speculation = Literal["off", "lookup"]
+Speculation = Literal["auto", "off", "lookup"]
 
-# Greedy only. Several tokens in one call may round differently from one by one. Where the likeliest two are
-# closer than this (in nats, ten times what rounding does), nothing is judged: the token is read again by
-# itself.
+# For engines that round several tokens in one call differently from one by one, and greedy only. Where the
+# likeliest two are closer than this (in nats, ten times what rounding does), nothing is judged: the token is
+# read again by itself.
 NEAR_TIE = 0.01
 
 
@@ -95,7 +95,8 @@ class Decoder:
         slots: sequences at once.
         capacity: tokens of the longest sequence, prompt included.
         settings: how a token is chosen.
-        speculation: whether tokens are guessed and several checked in one call.
+        speculation: whether tokens are guessed and several checked in one call. "auto": where that gives
+            every token the bits it would have had without.
         alternatives: how many other tokens to report with each.
 
     Raises:
@@ -108,11 +109,12 @@ class Decoder:
         slots: int,
         capacity: int,
         settings: SamplingSettings,
-        speculation: Speculation = "off",
+        speculation: Speculation = "auto",
         alternatives: int = 0,
     ) -> None:
         self.engine, self.settings = engine, settings
-        self.speculation, self.alternatives = speculation, alternatives
+        self.alternatives = alternatives
+        self._guesses = speculation == "lookup" or (speculation == "auto" and engine.exact_tokens > 1)
         self.capacity = capacity
         self.counts = Counts()
         self._cache = engine.allocate(slots, capacity)
@@ -122,8 +124,8 @@ class Decoder:
     def run(self, jobs: Sequence[Job], keep: bool = False) -> Iterator[list[tuple[int, Token]]]:
         """Continue every job; each item is what one call of the engine gave: (index of the job, token).
 
-        A job's tokens come in order and do not depend on the other jobs. Tokens that come in one item after
-        `end` of their job are to be ignored.
+        A job's tokens come in order. The other jobs change no more than how the engine rounds. Tokens that
+        come in one item after `end` of their job are to be ignored.
 
         Args:
             jobs: what to continue, started in order.
@@ -165,7 +167,7 @@ class Decoder:
         seen = torch.zeros(limit, dtype=torch.long)
         seen[: len(job.prompt)] = torch.tensor(job.prompt)
         lookup = None
-        if self.speculation == "lookup":
+        if self._guesses:
             lookup = Lookup()
             for token in job.prompt:
                 lookup.learn(token)
@@ -198,8 +200,10 @@ class Decoder:
 
     def _step(self, slots: Sequence[_Slot]) -> list[tuple[int, Token]]:
         """One call of the engine for all sequences and what it gave."""
+        exact = self.engine.exact_tokens
+        most = exact // len(slots) - 1 if exact > 1 else MOST
         for slot in slots:
-            room = slot.limit - len(slot.tokens) - 1
+            room = min(most, slot.limit - len(slot.tokens) - 1)
             slot.guesses = slot.lookup.guess(room) if slot.lookup and not slot.careful else []
             slot.careful = False
         guessed = sum(len(slot.guesses) for slot in slots)
@@ -247,7 +251,7 @@ class Decoder:
         return Token(chosen, min(float(row[chosen]) - normalizer, 0.0), others[: self.alternatives])
 
     def _is_near_tie(self, slot: _Slot, row: Tensor) -> bool:
-        if self.settings.temperature > 0:
+        if self.settings.temperature > 0 or self.engine.exact_tokens > 1:
             return False
         seen = slot.seen[None, : len(slot.tokens)]
         penalized = penalize_repetition(row[None], seen, self.settings.repetition_penalty)

@@ -36,6 +36,9 @@ class Engine(ABC):
         note: why it is not the fastest one; empty when it is.
     """
 
+    # Tokens in one call whose logits have the very bits of calls with one token each.
+    exact_tokens = 1
+
     def __init__(self, config: ModelConfig, name: str, note: str = "") -> None:
         self.config, self.name, self.note = config, name, note
 

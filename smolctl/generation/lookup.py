@@ -11,7 +11,7 @@ FIRST_RATES = {8: 0.9, 5: 0.8, 3: 0.5, 2: 0.2}
 MEMORY = 8
 # What reading one more token in the same call costs, in calls for a single token. A guess is worth its place
 # when it will come true at least this often.
-COST_OF_A_GUESS = 0.4
+COST_OF_A_GUESS = 0.45
 MOST = 16  # tokens in one guess
 
 

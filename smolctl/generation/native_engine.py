@@ -21,6 +21,7 @@ Stored = Tensor | PackedMatrix
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT8, INT4 = 3, 4
+FEW = 4  # tokens that are multiplied one by one: matrix.h
 KEYS = 16  # positions in a tile of keys, and what heads of values are filled up to: attention.h
 # Tokens that go through the network at once: enough for the products, few enough for the caches.
 CHUNK = 256
@@ -88,6 +89,8 @@ class NativeEngine(Engine):
         threads: at most this many; torch's number by default.
         kind: what the weights are, for people.
     """
+
+    exact_tokens = FEW
 
     def __init__(
         self,

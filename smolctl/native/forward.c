@@ -5,6 +5,9 @@
 //
 // N tokens now, C hidden_size, H query heads, K key/value heads, D head_dim, F intermediate_size. Rows of
 // activations are filled up with zeros to a multiple of BLOCK.
+//
+// A call of at most FEW tokens gives each of them the very bits that it gets in a call of its own: guesses
+// of speculative decoding are judged by the logits that plain decoding would have seen.
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -40,8 +43,8 @@ typedef struct {
     float *logits;          // (wanted_count, vocab_size)
 } batch;
 
-#define MAX_SPLITS 16        // parts of a long context that threads share out
-#define SPLIT_POSITIONS 64   // a part is not shorter
+#define SPLIT_POSITIONS 64   // in a part of a long context: threads share the parts out
+#define MAX_SPLITS 16        // parts where many tokens share the work already
 #define PHASES 8             // of a layer, each with a counter of claimed pieces
 #define PIECE_ROWS 16        // rows of a matrix in a piece of a product of many tokens
 #define PIECES 1
@@ -216,7 +219,8 @@ static void attend_group(context *c, int index, int token, int count, int kv_hea
             out[r] = (partial){-INFINITY, 0, places[r] ? c->partial_values + place * (size_t)stride : spare};
             memset(out[r].values, 0, sizeof(float) * (size_t)stride);
         }
-        int span = pieces_of(pieces_of(furthest, c->splits), KEYS) * KEYS;
+        // A few tokens: the same parts whatever else the call reads, for the same bits.
+        int span = b->count <= FEW ? SPLIT_POSITIONS : pieces_of(pieces_of(furthest, c->splits), KEYS) * KEYS;
         int first = split * span, last = least(first + span, furthest);
         if (first < last) attend(&b->cache, keys, values, D, &q, first, last, out);
         for (int r = 0; r < QUERIES; r++) if (places[r]) *places[r] = out[r];
@@ -395,9 +399,9 @@ EXPORT int smolctl_forward(void *argument, const batch *b) {
     context *c = argument;
     int longest = 0;
     for (int t = 0; t < b->count; t++) longest = b->positions[t] >= longest ? b->positions[t] + 1 : longest;
+    int pieces = pieces_of(b->count, PIECE_TOKENS) * c->m.kv_heads, splits = pieces_of(longest, SPLIT_POSITIONS);
     // Enough pieces that no thread waits long, none of them short.
-    int pieces = pieces_of(b->count, PIECE_TOKENS) * c->m.kv_heads;
-    int splits = least(least(pieces_of(4 * c->pool->threads, pieces), pieces_of(longest, SPLIT_POSITIONS)), MAX_SPLITS);
+    if (b->count > FEW) splits = least(least(splits, pieces_of(4 * c->pool->threads, pieces)), MAX_SPLITS);
     size_t rows = (size_t)b->count * (size_t)c->m.heads * (size_t)splits;
     if (rows * (size_t)b->cache.value_stride > c->partial_room) {
         free(c->partial_values);

@@ -57,7 +57,7 @@ typedef struct {
 } vector_in;
 
 #define VECTOR_ROOM 3  // floats a column that `prepare_vector` wants
-#define FEW 4          // tokens up to which this is faster than to unpack the rows
+#define FEW 4          // tokens up to which this is faster than to unpack the rows; native_engine.py knows it too
 
 // All forms of a vector; `room` holds VECTOR_ROOM × columns floats.
 static vector_in prepare_vector(const float *x, int columns, float *room) {
