@@ -406,7 +406,7 @@ def variant(scheme: str, size: int, kl: float, speeds: tuple[float, float, float
 
     some = Estimate(1.0, 0.01)
     windows = tuple(kl * 100 * (1 + number / 100) for number in range(8))
-    quality = Quality(some, some, Estimate(kl, 0.001), Estimate(kl, kl / 10), windows, 0.9, 800)
+    quality = Quality(some, some, Estimate(kl, 0.001), Estimate(kl, kl / 10), windows, 0.9, 800, 53.0, 18.6)
     spread = Spread(1.0, 1.0, 1.0)
     speed = Speed(spread, spread, spread, spread, Spread.of(speeds), spread) if speeds else None
     return Variant(scheme, scheme, size, 8.0, (), quality, speed)
@@ -422,7 +422,7 @@ def test_verdict_says_worse_than_its_size_and_slower() -> None:
     )
     assert judge(good, [good, bad], SOURCE) == "as good as the source; 1.60 × as fast"
     said = judge(bad, [good, bad], SOURCE)
-    assert "broken" in said
+    assert "broken: perplexity 53, the source's 18.6" in said
     assert "worse than its size: int8 is no larger and better" in said
     assert "slower" in said
 
@@ -430,7 +430,7 @@ def test_verdict_says_worse_than_its_size_and_slower() -> None:
 def test_verdict_does_not_call_noise_a_speed() -> None:
     assert (
         judge(variant("int8", 300, 0.02, (0.9, 1.2, 1.5)), [], SOURCE)
-        == "a small loss; as fast as the source"
+        == "a small loss: perplexity 53, the source's 18.6; as fast as the source"
     )
 
 

@@ -43,7 +43,8 @@ def matrix_of(stored: Stored, keep: list[Tensor]) -> Matrix:
         kind = INT8 if stored.bits == 8 else INT4
         return Matrix(kind, rows, columns + -columns % BLOCK, stored.group, *pointers)
     rows, columns = stored.shape
-    filled = torch.nn.functional.pad(stored, (0, -columns % BLOCK)).contiguous()
+    missing = -columns % BLOCK  # `pad` copies even where nothing is missing: mapped weights stay mapped
+    filled = (torch.nn.functional.pad(stored, (0, missing)) if missing else stored).contiguous()
     keep.append(filled)
     return Matrix(KINDS[filled.dtype], rows, filled.shape[1], BLOCK, filled.data_ptr(), None, None)
 
