@@ -22,7 +22,7 @@ from smolctl.quantization.build import build_items, dequantized, read_tensors
 from smolctl.quantization.folder import WriteError
 from smolctl.quantization.run import QuantizeOptions, QuantizeReport, quantize
 from smolctl.quantization.schemes import SchemeOptions, make_plan
-from smolctl.quantization.verdict import Gates, SourceFacts, Variant, judge
+from smolctl.quantization.verdict import Gates, SourceFacts, Variant, advise, judge
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.packed import PackedMatrix
@@ -176,6 +176,30 @@ def test_dynamic_checkpoint_loads_as_plain_data_and_equals_the_folder(
         engine = load_model(model).engine
         logits.append(engine.forward(prompt, engine.allocate(1, 8), every=True))
     assert torch.equal(*logits)
+
+
+def test_dynamic_checkpoint_takes_nothing_of_its_source_along(here: Path) -> None:
+    """Norms of a GGUF are views of the mapped file, and torch.save keeps all that a view looks at."""
+    make("runs/llama", "gguf-q8_0", "files")
+    make("files/llama-q8_0.gguf", "int8-dynamic", "out")
+    state = torch.load("out/llama_quantized.ckpt", weights_only=True)["state_dict"]
+    plain = [value for value in state.values() if isinstance(value, torch.Tensor)]
+    assert plain
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in plain)
+
+
+def test_names_are_the_models_and_not_those_of_its_old_format(here: Path) -> None:
+    make("runs/llama", "gguf-q8_0", "files")
+    Path("files/llama-q8_0.gguf").rename("files/llama.Q8_0.gguf")
+    report = make("files/llama.Q8_0.gguf", "gguf-q4_0", "files")
+    assert report.variants[0].path == "files/llama-q4_0.gguf"
+
+
+def test_plan_of_a_gguf_names_its_blocks(here: Path) -> None:
+    plan = " ".join(make("runs/llama", "gguf-q4_0", "files").variants[0].plan)
+    assert "q8_0" in plan
+    assert "q4_0" in plan
+    assert "int4" not in plan
 
 
 def test_dynamic_scheme_is_what_quantize_dynamic_makes(here: Path) -> None:
@@ -339,6 +363,35 @@ def test_write_that_fails_half_way_leaves_nothing(here: Path, scheme: str) -> No
     assert [path.name for path in here.iterdir() if "partial" in path.name] == []
 
 
+@pytest.mark.parametrize("scheme", ["int8", "gguf-q8_0"])
+def test_rename_that_fails_loses_nothing(
+    here: Path, monkeypatch: pytest.MonkeyPatch, smolctl: Callable[..., Called], scheme: str
+) -> None:
+    """The old result stands as before, and nothing lies beside it."""
+    report = make(scheme=scheme, out="out")
+    target = Path(report.variants[0].path)
+    before = sorted((path.name, path.read_bytes()) for path in Path("out").iterdir())
+
+    def refused(move: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
+        def called(self: Path, to: Path) -> Path:
+            if self.name.endswith(".partial"):
+                raise PermissionError(13, "Permission denied")
+            return move(self, to)
+
+        return called
+
+    monkeypatch.setattr(Path, "rename", refused(Path.rename))
+    monkeypatch.setattr(Path, "replace", refused(Path.replace))
+    called = smolctl(
+        "quantize", "runs/learned" if scheme == "int8" else "runs/llama", "--to", scheme, "--out", "out",
+        "--force", "--no-measure",
+    )  # fmt: skip
+    assert called.code == 1
+    assert f"{target}: cannot be written (Permission denied)" in called.err
+    assert sorted((path.name, path.read_bytes()) for path in Path("out").iterdir()) == before
+    assert sorted(path.name for path in here.iterdir() if path.name.startswith(".")) == []
+
+
 # --- verdicts -------------------------------------------------------------------------------------
 
 KEYS = {
@@ -425,6 +478,27 @@ def test_verdict_says_worse_than_its_size_and_slower() -> None:
     assert "broken: perplexity 53, the source's 18.6" in said
     assert "worse than its size: int8 is no larger and better" in said
     assert "slower" in said
+
+
+def test_remedy_follows_from_what_was_asked_for() -> None:
+    bad = variant("int8-dynamic", 400, 1.0)
+    assert "--activations per-token" in advise(bad, SchemeOptions())
+    assert advise(bad, SchemeOptions(activations="per-token", per_row=True)) == ""
+    assert "--calibrate" in advise(variant("int4", 200, 0.05), SchemeOptions())
+    assert "--bits-map" in advise(variant("int4", 200, 0.2), SchemeOptions(calibrate=True))
+    assert advise(variant("int8", 300, 0.004), SchemeOptions()) == ""
+
+
+def test_costs_of_int8_dynamic_are_those_of_its_activations(here: Path) -> None:
+    options = QuantizeOptions(
+        ("int8-dynamic", "bf16"), SchemeOptions(), Path("out"), measure=False, per_tensor=True
+    )
+    report = quantize("runs/llama", options)
+    assert report.costs.keys() == {"int8-dynamic"}  # bf16 rounds nothing to integers
+    costs = report.costs["int8-dynamic"]
+    assert {cost.name for cost in costs} >= {TABLE, "model.layers.0.mlp.down_proj.weight"}
+    assert all(cost.largest_input and cost.median_input for cost in costs)
+    assert costs[0].output_error >= costs[-1].output_error > 0
 
 
 def test_verdict_does_not_call_noise_a_speed() -> None:

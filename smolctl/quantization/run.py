@@ -115,7 +115,7 @@ def quantize(model: str, options: QuantizeOptions, note: Note = lambda _text: No
         for line in plan.summary():
             note(f"{plan.scheme}  {line}")
         items, calibration = _build(job, plan)
-        if items is not None and options.per_tensor:
+        if items is not None and options.per_tensor and any(entry.packed for entry in plan.tensors):
             costs[plan.scheme] = _costs(job, plan, items)
         variants.append(_write(job, plan, items, targets[plan.scheme], calibration))
         note(f"{plan.scheme}  written: {targets[plan.scheme]}")

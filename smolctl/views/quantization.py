@@ -137,7 +137,7 @@ def _show_costs(out: Output, scheme: str, costs: Sequence[TensorCost]) -> None:
         *([("largest input", "right"), ("median input", "right")] if inputs else ()),
     )
     for cost in costs[:COSTS_SHOWN]:
-        kl = "" if cost.kl is None else f"{cost.kl:.4f}"
+        kl = "" if cost.kl is None else f"{cost.kl:.2g}"
         seen = (cost.largest_input, cost.median_input) if inputs else ()
         table.add_row(
             cost.name,
