@@ -62,7 +62,7 @@ def bench(gguf_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
         patch.setenv("SMOLCTL_CACHE", str(folder / "cache"))
         reports = {
             "all": make("all", "bf16", "int8", "int4", "int8-dynamic", *ggufs),
-            "skip": make("skip", "int8-dynamic", skip=("layers.11.mlp.down_proj", "layers.28.mlp.down_proj")),
+            "skip": make("skip", "int8-dynamic", skip=("down_proj",)),
             "token": make("token", "int8-dynamic", activations="per-token", per_row=True),
         }
     return Bench(folder, gguf_file, reports)
@@ -96,7 +96,7 @@ def test_what_the_verdict_advises_rescues_int8_dynamic(bench: Bench) -> None:
     per_tensor, skipping, per_token = (
         bench.kl(report, "int8-dynamic") for report in ("all", "skip", "token")
     )
-    assert per_token < skipping < per_tensor / 2  # two matrices of 210 are half of the harm
+    assert per_token < skipping < per_tensor / 2  # the outliers are in 30 of 211 matrices
     assert per_token < 0.1
     assert "broken" not in bench.variant("token", "int8-dynamic").verdict
 

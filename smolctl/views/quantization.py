@@ -45,20 +45,20 @@ def _table(*columns: tuple[str, str]) -> Any:
 
 
 def _show_quality(out: Output, report: QuantizeReport) -> None:
-    table = _table(
-        ("variant", "left"),
-        ("bytes", "right"),
-        ("bits/weight", "right"),
+    first = next((variant.quality for variant in report.variants if variant.quality), None)
+    measured = (
         ("bits/byte", "right"),
         ("change", "right"),
         ("KL", "right"),
         ("top-1", "right"),
         ("greedy text differs from token", "left"),
     )
-    first = next((variant.quality for variant in report.variants if variant.quality), None)
-    source_bpb = f"{first.source_bits_per_byte.mean:.4f}" if first else ""
+    table = _table(
+        ("variant", "left"), ("bytes", "right"), ("bits/weight", "right"), *(measured if first else ())
+    )
+    source_bpb = (f"{first.source_bits_per_byte.mean:.4f}",) if first else ()
     source = report.source
-    table.add_row(SOURCE, size(source.bytes), f"{source.bits_per_weight:.2f}", source_bpb)
+    table.add_row(SOURCE, size(source.bytes), f"{source.bits_per_weight:.2f}", *source_bpb)
     for variant in report.variants:
         cells = [variant.scheme, size(variant.bytes), f"{variant.bits_per_weight:.2f}"]
         quality = variant.quality
