@@ -101,16 +101,16 @@ def advise(variant: Variant, options: SchemeOptions) -> str:
     lossy = variant.quality.kl.mean >= SMALL
     if variant.scheme == DYNAMIC and options.activations == "per-tensor":
         return (
-            "one scale for all activations rounds them to the size of the largest: "
-            "--activations per-token --per-row gives each token its own; --per-tensor names the layers"
+            "--activations per-token --per-row: one scale for all tokens rounds them to the size of the "
+            "largest activation; --per-tensor names the layers"
         )
     if variant.scheme == DYNAMIC:
-        return "" if options.per_row else "--per-row gives each row of a matrix its own scale"
+        return "" if options.per_row else "--per-row: a scale for each row of a matrix"
     if variant.scheme == "int4" and not options.calibrate:
-        return "--calibrate searches better scales at the same size"
+        return "--calibrate: better scales at the same size"
     if lossy and variant.scheme in PACKED_SCHEMES:
-        return "--bits-map down_proj=8 gives the costliest tensors more bits; --per-tensor names them"
-    return "gguf-q8_0 keeps more" if lossy and variant.scheme in GGUF_SCHEMES else ""
+        return "--bits-map down_proj=8: more bits for the costliest tensors; --per-tensor names them"
+    return "gguf-q8_0, which keeps more" if lossy and variant.scheme in GGUF_SCHEMES else ""
 
 
 def _beaten(variant: Variant, others: Sequence[Variant], source: SourceFacts) -> str:

@@ -25,14 +25,17 @@ def show_quantization(out: Output, report: QuantizeReport) -> None:
     text = f", {report.tokens:,} tokens of the {report.text}" if report.text else ""
     out.line(f"{report.source.id}{text}")
     _show_quality(out, report)
+    out.show("")
     if report.text:
         _show_speed(out, report)
     for scheme, costs in report.costs.items():
         _show_costs(out, scheme, costs)
+    verdicts = _table(("variant", "left"), ("verdict", "left"))
     for variant in report.variants:
-        out.line(f"{variant.scheme}: {variant.verdict}")
+        verdicts.add_row(variant.scheme, variant.verdict)
         if variant.hint:
-            out.line(f"  try: {variant.hint}")
+            verdicts.add_row("", f"try {variant.hint}")
+    out.show(verdicts)
 
 
 def _table(*columns: tuple[str, str]) -> Any:
@@ -116,7 +119,7 @@ def _show_speed(out: Output, report: QuantizeReport) -> None:
                 *_footprint(variant.footprint),
                 variant.engine,
             )
-    out.show("", table, "")
+    out.show(table, "")
 
 
 def _footprint(footprint: Footprint | None) -> tuple[str, str]:
