@@ -116,7 +116,8 @@ def check_scheme(scheme: str, config: ModelConfig) -> None:
             f"Take one of {', '.join(GGUF_SCHEMES)}; their blocks are of {BLOCK}.",
         )
     if scheme not in SCHEMES:
-        raise UsageError(f"--to {scheme}: no such scheme", f"Schemes: {', '.join(SCHEMES)}.")
+        meant = f"Did you mean gguf-{scheme}? " if f"gguf-{scheme}" in SCHEMES else ""
+        raise UsageError(f"--to {scheme}: no such scheme", f"{meant}Schemes: {', '.join(SCHEMES)}.")
     if scheme in GGUF_SCHEMES:
         require_gguf(config, name)
 
