@@ -217,6 +217,7 @@ def _build(job: _Job, plan: Plan) -> tuple[dict[str, Item] | None, Calibration |
     plain = build_items(job.config, job.tensors, plan)
     if not plan.options.calibrate or job.windows is None or job.reference is None:
         return plain, None
+    job.note(f"{plan.scheme}  searching the scales: for a model of 135 million parameters a minute or two")
     searched = build_items(job.config, job.tensors, plan, job.squares)
     chosen = job.windows.calibration[-COST_WINDOWS:]
     kls = [
