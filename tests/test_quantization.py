@@ -16,13 +16,12 @@ import torch
 from conftest import Called
 from tiny_runs import prepare_tiny, run, write_corpus
 
-from smolctl.errors import InputError, UsageError
+from smolctl.errors import InputError, SmolError, UsageError
 from smolctl.generation.load import load_model
 from smolctl.quantization.build import build_items, dequantized, read_tensors
-from smolctl.quantization.folder import WriteError
 from smolctl.quantization.run import QuantizeOptions, QuantizeReport, quantize
 from smolctl.quantization.schemes import SchemeOptions, make_plan
-from smolctl.quantization.verdict import Gates, SourceFacts, Variant, judge
+from smolctl.quantization.verdict import Gates, SourceFacts, Variant, advise, judge
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.packed import PackedMatrix
@@ -178,6 +177,30 @@ def test_dynamic_checkpoint_loads_as_plain_data_and_equals_the_folder(
     assert torch.equal(*logits)
 
 
+def test_dynamic_checkpoint_takes_nothing_of_its_source_along(here: Path) -> None:
+    """Norms of a GGUF are views of the mapped file, and torch.save keeps all that a view looks at."""
+    make("runs/llama", "gguf-q8_0", "files")
+    make("files/llama-q8_0.gguf", "int8-dynamic", "out")
+    state = torch.load("out/llama_quantized.ckpt", weights_only=True)["state_dict"]
+    plain = [value for value in state.values() if isinstance(value, torch.Tensor)]
+    assert plain
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in plain)
+
+
+def test_names_are_the_models_and_not_those_of_its_old_format(here: Path) -> None:
+    make("runs/llama", "gguf-q8_0", "files")
+    Path("files/llama-q8_0.gguf").rename("files/llama.Q8_0.gguf")
+    report = make("files/llama.Q8_0.gguf", "gguf-q4_0", "files")
+    assert report.variants[0].path == "files/llama-q4_0.gguf"
+
+
+def test_plan_of_a_gguf_names_its_blocks(here: Path) -> None:
+    plan = " ".join(make("runs/llama", "gguf-q4_0", "files").variants[0].plan)
+    assert "q8_0" in plan
+    assert "q4_0" in plan
+    assert "int4" not in plan
+
+
 def test_dynamic_scheme_is_what_quantize_dynamic_makes(here: Path) -> None:
     """The stock call on a network of plain linear layers gives the same logits."""
     from torch import nn
@@ -310,20 +333,23 @@ def test_force_does_not_delete_other_peoples_files(here: Path) -> None:
 def small_disk(here: Path) -> Iterator[Path]:
     folder = here / "small"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", str(folder)]
     if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root may mount a file system")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_full_disk_is_seen_before_anything_is_written(small_disk: Path) -> None:
-    with pytest.raises(WriteError, match="the quantized model needs"):
-        make(out=str(small_disk / "out"))
-    assert list(small_disk.iterdir()) == []
+@pytest.mark.parametrize(
+    ("scheme", "said"), [("int8", "the quantized model needs"), ("gguf-q8_0", "the GGUF needs")]
+)
+def test_full_disk_is_seen_before_anything_is_written(small_disk: Path, scheme: str, said: str) -> None:
+    with pytest.raises(SmolError, match=said):
+        make(scheme=scheme, out=str(small_disk / "out"))
+    assert [path for path in small_disk.rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int8-dynamic"])
+@pytest.mark.parametrize("scheme", ["int8", "int8-dynamic", "gguf-q8_0"])
 def test_write_that_fails_half_way_leaves_nothing(here: Path, scheme: str) -> None:
     def small_files_only() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -333,10 +359,40 @@ def test_write_that_fails_half_way_leaves_nothing(here: Path, scheme: str) -> No
         [*command, "--no-measure"], preexec_fn=small_files_only, capture_output=True, text=True
     )
     assert done.returncode == 1, done.stderr
-    assert "out: cannot be written" in done.stderr
+    assert "cannot be written" in done.stderr
+    assert "None" not in done.stderr
     assert "unexpected" not in done.stderr
-    assert not Path("out").exists()
-    assert [path.name for path in here.iterdir() if "partial" in path.name] == []
+    assert [path for path in here.rglob("out/*") if path.is_file()] == []
+    assert [path.name for path in here.rglob("*partial*")] == []
+
+
+@pytest.mark.parametrize("scheme", ["int8", "gguf-q8_0"])
+def test_rename_that_fails_loses_nothing(
+    here: Path, monkeypatch: pytest.MonkeyPatch, smolctl: Callable[..., Called], scheme: str
+) -> None:
+    """The old result stands as before, and nothing lies beside it."""
+    report = make(scheme=scheme, out="out")
+    target = Path(report.variants[0].path)
+    before = sorted((path.name, path.read_bytes()) for path in Path("out").iterdir())
+
+    def refused(move: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
+        def called(self: Path, to: Path) -> Path:
+            if self.name.endswith(".partial"):
+                raise PermissionError(13, "Permission denied")
+            return move(self, to)
+
+        return called
+
+    monkeypatch.setattr(Path, "rename", refused(Path.rename))
+    monkeypatch.setattr(Path, "replace", refused(Path.replace))
+    called = smolctl(
+        "quantize", "runs/learned" if scheme == "int8" else "runs/llama", "--to", scheme, "--out", "out",
+        "--force", "--no-measure",
+    )  # fmt: skip
+    assert called.code == 1
+    assert f"{target}: cannot be written (Permission denied)" in called.err
+    assert sorted((path.name, path.read_bytes()) for path in Path("out").iterdir()) == before
+    assert sorted(path.name for path in here.iterdir() if path.name.startswith(".")) == []
 
 
 # --- verdicts -------------------------------------------------------------------------------------
@@ -406,7 +462,7 @@ def variant(scheme: str, size: int, kl: float, speeds: tuple[float, float, float
 
     some = Estimate(1.0, 0.01)
     windows = tuple(kl * 100 * (1 + number / 100) for number in range(8))
-    quality = Quality(some, some, Estimate(kl, 0.001), Estimate(kl, kl / 10), windows, 0.9, 800)
+    quality = Quality(some, some, Estimate(kl, 0.001), Estimate(kl, kl / 10), windows, 0.9, 800, 53.0, 18.6)
     spread = Spread(1.0, 1.0, 1.0)
     speed = Speed(spread, spread, spread, spread, Spread.of(speeds), spread) if speeds else None
     return Variant(scheme, scheme, size, 8.0, (), quality, speed)
@@ -422,15 +478,36 @@ def test_verdict_says_worse_than_its_size_and_slower() -> None:
     )
     assert judge(good, [good, bad], SOURCE) == "as good as the source; 1.60 × as fast"
     said = judge(bad, [good, bad], SOURCE)
-    assert "broken" in said
+    assert "broken: perplexity 53, the source's 18.6" in said
     assert "worse than its size: int8 is no larger and better" in said
     assert "slower" in said
+
+
+def test_remedy_follows_from_what_was_asked_for() -> None:
+    bad = variant("int8-dynamic", 400, 1.0)
+    assert "--activations per-token" in advise(bad, SchemeOptions())
+    assert advise(bad, SchemeOptions(activations="per-token", per_row=True)) == ""
+    assert "--calibrate" in advise(variant("int4", 200, 0.05), SchemeOptions())
+    assert "--bits-map" in advise(variant("int4", 200, 0.2), SchemeOptions(calibrate=True))
+    assert advise(variant("int8", 300, 0.004), SchemeOptions()) == ""
+
+
+def test_costs_of_int8_dynamic_are_those_of_its_activations(here: Path) -> None:
+    options = QuantizeOptions(
+        ("int8-dynamic", "bf16"), SchemeOptions(), Path("out"), measure=False, per_tensor=True
+    )
+    report = quantize("runs/llama", options)
+    assert report.costs.keys() == {"int8-dynamic"}  # bf16 rounds nothing to integers
+    costs = report.costs["int8-dynamic"]
+    assert {cost.name for cost in costs} >= {TABLE, "model.layers.0.mlp.down_proj.weight"}
+    assert all(cost.largest_input and cost.median_input for cost in costs)
+    assert costs[0].output_error >= costs[-1].output_error > 0
 
 
 def test_verdict_does_not_call_noise_a_speed() -> None:
     assert (
         judge(variant("int8", 300, 0.02, (0.9, 1.2, 1.5)), [], SOURCE)
-        == "a small loss; as fast as the source"
+        == "a small loss: perplexity 53, the source's 18.6; as fast as the source"
     )
 
 
@@ -451,6 +528,7 @@ def test_gates_name_the_variant_and_the_limit() -> None:
     ("arguments", "code", "said"),
     [
         (("--to", "int3"), 2, "no such scheme"),
+        (("--to", "q8_0"), 2, "Did you mean gguf-q8_0?"),
         (("--to", "gguf-q4_k"), 3, "K-quants pack 256 values of a row together, and 32 is no multiple"),
         (("--to", "gguf-Q4_K_M"), 3, "K-quants"),
         (("--to", "int8", "--group", "48"), 2, "multiples of 32"),

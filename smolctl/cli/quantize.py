@@ -131,4 +131,7 @@ def quantize(
     report = run(model, options, view.talk)
     show_quantization(view, report)
     if report.failed_gates:
-        raise GateError("; ".join(report.failed_gates), "Take more bits, --calibrate, --skip or --bits-map.")
+        failed = {line.partition(":")[0] for line in report.failed_gates}
+        hints = (f"Try {one.hint}." for one in report.variants if one.hint and one.scheme in failed)
+        hint = next(hints, "Take more bits, --calibrate, --skip or --bits-map.")
+        raise GateError("; ".join(report.failed_gates), hint)

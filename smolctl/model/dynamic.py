@@ -180,6 +180,14 @@ def _scales(matrix: Tensor) -> Tensor:
 
 
 def dynamic_state(network: DynamicTransformer) -> dict[str, Any]:
-    """PyTorch's state of the network, as a `_quantized.ckpt` keeps it."""
+    """PyTorch's state of the network, as a `_quantized.ckpt` keeps it.
+
+    Vectors are copied: one that is a view of a mapped file would take the whole file along.
+    """
     with silence():
-        return dict(network.state_dict())
+        state = network.state_dict()
+    return {key: value.clone() if _is_plain(value) else value for key, value in state.items()}
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_quantized

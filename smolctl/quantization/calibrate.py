@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from smolctl.config import ModelConfig
+from smolctl.model.dynamic import DynamicTransformer
 from smolctl.model.weights import from_state
 from smolctl.quantization.folder import Item
+from smolctl.sources.packed import PackedMatrix
+from smolctl.sources.scaled import ScaledMatrix
 from smolctl.sources.shapes import HEAD, TABLE
 
 
@@ -71,14 +76,19 @@ class TensorCost:
     name: str
     stored: str  # "int8", "int4"
     bytes: int
-    output_error: float  # relative: RMS error of the product over RMS of the product, inputs independent
+    output_error: float  # relative: RMS error of the product over RMS of the product
     kl: float | None = None  # nats a token when this tensor alone is rounded; only of the costliest
+    largest_input: float | None = None  # where inputs are rounded too, as int8-dynamic does
+    median_input: float | None = None  # of the absolute values; the mean of the windows' medians
 
 
 def output_errors(
     tensors: Mapping[str, Tensor], items: Mapping[str, Item], squares: Mapping[str, Tensor]
 ) -> list[TensorCost]:
-    """The relative error of every packed matrix's product, the costliest first."""
+    """The relative error of every packed matrix's product, the costliest first.
+
+    The columns of an input count as independent: their mean squares are all that is known of it.
+    """
     costs = []
     for name, item in items.items():
         if isinstance(item, Tensor) or name not in squares:
@@ -88,4 +98,72 @@ def output_errors(
         error = (missed @ weights).sum() / (weight.square() @ weights).sum().clamp(min=1e-30)
         bits = getattr(item, "bits", 8)
         costs.append(TensorCost(name, f"int{bits}", item.bytes, float(error.sqrt())))
+    return sorted(costs, key=lambda cost: -cost.output_error)
+
+
+@dataclass
+class _Seen:
+    """Sums over the windows of what one layer of int8-dynamic does."""
+
+    missed: float = 0.0
+    total: float = 0.0
+    largest: float = 0.0
+    medians: list[float] = field(default_factory=list)
+
+
+@torch.inference_mode()
+def dynamic_errors(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    items: Mapping[str, Item],
+    activations: str,
+    windows: Sequence[Tensor],
+) -> list[TensorCost]:
+    """The relative error of every layer of int8-dynamic on the source's own inputs, the costliest first.
+
+    The first token of a window is left out of the errors: its activations are the outliers in question,
+    and the layer that serves it well may give all others nothing.
+
+    Args:
+        config: of the network.
+        tensors: its weights in float32.
+        items: what int8-dynamic makes of them.
+        activations: "per-tensor" or "per-token".
+        windows: token ids (T + 1,) each.
+    """
+    exact = DynamicTransformer(config, tensors)
+    parts = {name: item for name, item in items.items() if not isinstance(item, PackedMatrix)}
+    rounded = DynamicTransformer(config, parts, activations)
+    seen: dict[str, _Seen] = {}
+
+    def watch(name: str, layer: nn.Module, found: _Seen) -> Any:
+        def hook(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            x, y = inputs[0].flatten(0, -2), output.flatten(0, -2)  # (T, columns), (T, rows)
+            found.missed += float((layer(x) - y)[1:].square().sum())
+            found.total += float(y[1:].square().sum())
+            found.largest = max(found.largest, float(x.abs().max()))
+            found.medians.append(float(x.abs().median()))
+
+        return hook
+
+    for name, module in exact.named_modules():
+        if type(module) is nn.Linear:
+            head = TABLE if config.tie_word_embeddings else HEAD
+            tensor = head if name == "lm_head" else f"{name}.weight"
+            if isinstance(items[tensor], ScaledMatrix):
+                found = seen[tensor] = _Seen()
+                module.register_forward_hook(watch(name, rounded.get_submodule(name), found))
+    for window in windows:
+        exact(window[None, :-1])
+    costs = [
+        TensorCost(
+            name,
+            "int8",
+            items[name].bytes,  # type: ignore[union-attr]
+            math.sqrt(found.missed / max(found.total, 1e-30)),
+            largest_input=found.largest,
+            median_input=fmean(found.medians),
+        )
+        for name, found in seen.items()
+    ]
     return sorted(costs, key=lambda cost: -cost.output_error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -272,13 +272,17 @@ def _compare(partial: Path, items: Mapping[str, Item], target: Path) -> None:
 
 
 def _put_in_place(partial: Path, target: Path) -> None:
-    old: Callable[[], None] | None = None
-    if target.exists():
-        aside = target.with_name(f".{target.name}.old")
+    """Rename into place; what stood there is deleted only when that is done, and put back when it fails."""
+    aside = target.with_name(f".{target.name}.old")
+    replaces = target.exists()
+    if replaces:
         shutil.rmtree(aside, ignore_errors=True)
         target.rename(aside)
-        old = lambda: shutil.rmtree(aside)  # noqa: E731
-    partial.rename(target)
+    try:
+        partial.rename(target)
+    except OSError:
+        if replaces:
+            aside.rename(target)
+        raise
     sync_folder(target.parent)
-    if old is not None:
-        old()
+    shutil.rmtree(aside, ignore_errors=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from smolctl.config import ModelConfig
+from smolctl.durable import lack_of_room
 from smolctl.errors import InputError, SmolError
 from smolctl.quantization.gguf_tokenizer import require_same_tokenizer, tokenizer_metadata
 from smolctl.sources.base import TokenizerFiles
@@ -123,10 +124,18 @@ def write_gguf(
     if config.tie_word_embeddings:
         state.pop(HEAD, None)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if lack := lack_of_room(path.parent, sum(_bytes(key, tensor, scheme) for key, tensor in state.items())):
+        raise SmolError(f"{path}: the GGUF {lack}", "Free some space or choose another place.")
     partial = path.with_name(f".{path.name}.partial")
     try:
         _write(partial, metadata, state, config, scheme)
-        error = _read_back(partial, state, config, tokenizer, scheme)
+        try:
+            error = _read_back(partial, state, config, tokenizer, scheme)
+        except InputError as damage:  # a disk that is full takes less than it was given, without a word
+            raise SmolError(
+                f"{path}: cannot be written (reads back as: {damage.message})",
+                "Look at the disk's space and health.",
+            ) from None
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
@@ -136,11 +145,21 @@ def write_gguf(
     return GGUFResult(path, scheme, path.stat().st_size, parameters, error)
 
 
-def stored_as(name: str, tensor: Tensor, scheme: str) -> str:
-    """The scheme of one tensor."""
-    if tensor.dim() == 1:
+def block_of(name: str, dimensions: int, scheme: str) -> str:
+    """What a tensor is stored as in a file of a scheme: tables keep 8 bits, vectors float32."""
+    if dimensions == 1:
         return "f32"
     return "q8_0" if scheme in BLOCK_SCHEMES and name in (TABLE, HEAD) else scheme
+
+
+def _bytes(name: str, tensor: Tensor, scheme: str) -> int:
+    """Size of a tensor in a file of a scheme."""
+    import gguf
+
+    values, size = gguf.GGML_QUANT_SIZES[
+        gguf.GGMLQuantizationType[block_of(name, tensor.dim(), scheme).upper()]
+    ]
+    return int(tensor.numel() // values * size)
 
 
 def _model_metadata(config: ModelConfig, scheme: str, name: str) -> dict[str, Any]:
@@ -176,7 +195,7 @@ def _write(
         for key, value in metadata.items():
             _add(writer, key, value)
         for name, tensor in state.items():
-            kind = gguf.GGMLQuantizationType[stored_as(name, tensor, scheme).upper()]
+            kind = gguf.GGMLQuantizationType[block_of(name, tensor.dim(), scheme).upper()]
             values = _interleaved(name, tensor.float().cpu(), config).contiguous().numpy()
             writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, kind), raw_dtype=kind)
         writer.write_header_to_file()
@@ -184,7 +203,8 @@ def _write(
         writer.write_tensors_to_file()
     except OSError as error:
         raise SmolError(
-            f"{path.parent}: the GGUF cannot be written ({error.strerror})", "Free some space and try again."
+            f"{path.parent}: the GGUF cannot be written ({error.strerror or error})",
+            "Free some space and try again.",
         ) from None
     finally:
         writer.close()
@@ -261,7 +281,7 @@ def _read_back(
 
 
 def _error(name: str, expected: Tensor, found: Tensor, scheme: str) -> float:
-    stored = stored_as(name, expected, scheme)
+    stored = block_of(name, expected.dim(), scheme)
     if expected.shape != found.shape:
         raise _differs(f"{name} is {tuple(found.shape)}, expected {tuple(expected.shape)}")
     largest = float(expected.abs().max())

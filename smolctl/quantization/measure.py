@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -27,7 +28,7 @@ PROMPTS = (
 )
 DECODED_TOKENS = 32  # of each prompt
 PREFILL_TOKENS = 256
-REPEATS = len(PROMPTS)
+TURN_SECONDS = 0.2  # of decoding: a small model says the same several times
 NATS_PER_BIT = 0.6931471805599453
 
 
@@ -63,6 +64,8 @@ class Quality:
     kl_windows: tuple[float, ...]  # sum over each window, for comparing variants
     top1_agreement: float
     tokens: int
+    perplexity: float  # of a token
+    source_perplexity: float
 
 
 @dataclass(frozen=True)
@@ -79,22 +82,27 @@ class Speed:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where greedy text leaves the source's."""
+    """Where greedy text leaves the source's; tokens count from 0."""
 
     first: tuple[int | None, ...]  # for each prompt the first token that differs; None: none does
     tokens: int  # decoded of each
 
 
-def measure_quality(source: Engine, variant: Engine, windows: Windows) -> Quality:
-    """Read every window with both and compare the predictions."""
-    ours: list[WindowScores] = []
+def measure_quality(source: Engine, variants: Sequence[Engine], windows: Windows) -> list[Quality]:
+    """Read every window with the source, once, and with each variant, and compare the predictions."""
     theirs: list[WindowScores] = []
+    ours: list[list[WindowScores]] = [[] for _ in variants]
     for window in windows.measured:
         inputs, targets = window[:-1].tolist(), window[1:]
         size = int(windows.token_bytes[targets].sum())
         reference = _logits(source, inputs)
         theirs.append(score_window(reference, targets, size))
-        ours.append(score_window(_logits(variant, inputs), targets, size, reference))
+        for scores, variant in zip(ours, variants, strict=True):
+            scores.append(score_window(_logits(variant, inputs), targets, size, reference))
+    return [_quality(scores, theirs) for scores in ours]
+
+
+def _quality(ours: Sequence[WindowScores], theirs: Sequence[WindowScores]) -> Quality:
     sizes = [float(max(1, scores.bytes)) for scores in ours]
     counts = [float(scores.tokens) for scores in ours]
     bits = [scores.nats / NATS_PER_BIT for scores in ours]
@@ -108,7 +116,14 @@ def measure_quality(source: Engine, variant: Engine, windows: Windows) -> Qualit
         kl_windows=tuple(scores.kl for scores in ours),
         top1_agreement=sum(scores.agreements for scores in ours) / sum(counts),
         tokens=int(sum(counts)),
+        perplexity=_perplexity(ours),
+        source_perplexity=_perplexity(theirs),
     )
+
+
+def _perplexity(windows: Sequence[WindowScores]) -> float:
+    loss = sum(scores.nats for scores in windows) / sum(scores.tokens for scores in windows)
+    return math.exp(min(loss, 700.0))  # beyond that a float is infinite
 
 
 def mean_kl(reference: Engine, variant: Engine, windows: Sequence[Tensor]) -> float:
@@ -125,37 +140,58 @@ def _logits(engine: Engine, tokens: Sequence[int]) -> Tensor:
     return engine.forward([tokens], engine.allocate(1, len(tokens)), every=True)
 
 
-def measure_speed(source: Engine, variant: Engine, tokenizer: Tokenizer) -> tuple[Speed, Divergence]:
-    """Continue the fixed prompts greedily and read a longer one, source and variant taking turns.
+def measure_speed(
+    source: Engine, variants: Sequence[Engine], tokenizer: Tokenizer
+) -> list[tuple[Speed, Divergence]]:
+    """Continue the fixed prompts greedily and read a longer one; in every turn each model has its go.
 
-    Which of the two goes first changes from turn to turn: a machine that slows down meanwhile favours none.
+    Who goes first changes from turn to turn: a machine that slows down meanwhile favours none.
     """
     prompts = [_prompt(tokenizer, text, source) for text in PROMPTS]
     length = min(PREFILL_TOKENS, source.config.max_position_embeddings)
     long = [token for prompt in prompts * PREFILL_TOKENS for token in prompt][:length]
-    engines = (source, variant)
+    engines = (source, *variants)
     for engine in engines:  # a first call sets up threads and buffers
         _greedy(engine, prompts[0], 2)
-    decode: tuple[list[float], list[float]] = ([], [])
-    prefill: tuple[list[float], list[float]] = ([], [])
-    first: list[int | None] = []
+    decode: list[list[float]] = [[] for _ in engines]
+    prefill: list[list[float]] = [[] for _ in engines]
+    first: list[list[int | None]] = [[] for _ in engines]
     for turn, prompt in enumerate(prompts):
         told: dict[int, list[int]] = {}
-        for index in (0, 1) if turn % 2 == 0 else (1, 0):
-            told[index], seconds = _greedy(engines[index], prompt, DECODED_TOKENS)
-            decode[index].append((len(told[index]) - 1) / seconds)
-            prefill[index].append(_prefill(engines[index], long))
-        differing = (at for at, (a, b) in enumerate(zip(told[0], told[1], strict=True)) if a != b)
-        first.append(next(differing, None))
-    speed = Speed(
-        decode=Spread.of(decode[1]),
-        prefill=Spread.of(prefill[1]),
-        source_decode=Spread.of(decode[0]),
-        source_prefill=Spread.of(prefill[0]),
-        speedup=Spread.of([b / a for a, b in zip(*decode, strict=True)]),
-        prefill_speedup=Spread.of([b / a for a, b in zip(*prefill, strict=True)]),
+        for place in range(len(engines)):
+            index = (place + turn) % len(engines)
+            engine, seconds, goes = engines[index], 0.0, 0
+            while seconds < TURN_SECONDS:
+                told[index], more = _greedy(engine, prompt, DECODED_TOKENS)
+                seconds, goes = seconds + more, goes + 1
+            decode[index].append(goes * (len(told[index]) - 1) / seconds)
+            prefill[index].append(_prefill(engine, long))
+        for index, tokens in told.items():
+            pairs = enumerate(zip(told[0], tokens, strict=True))
+            first[index].append(next((at for at, (a, b) in pairs if a != b), None))
+    return [
+        (
+            _speed(decode[index], prefill[index], decode[0], prefill[0]),
+            Divergence(tuple(first[index]), DECODED_TOKENS),
+        )
+        for index in range(1, len(engines))
+    ]
+
+
+def _speed(
+    decode: Sequence[float],
+    prefill: Sequence[float],
+    source_decode: Sequence[float],
+    source_prefill: Sequence[float],
+) -> Speed:
+    return Speed(
+        decode=Spread.of(decode),
+        prefill=Spread.of(prefill),
+        source_decode=Spread.of(source_decode),
+        source_prefill=Spread.of(source_prefill),
+        speedup=Spread.of([a / b for a, b in zip(decode, source_decode, strict=True)]),
+        prefill_speedup=Spread.of([a / b for a, b in zip(prefill, source_prefill, strict=True)]),
     )
-    return speed, Divergence(tuple(first), DECODED_TOKENS)
 
 
 def _prompt(tokenizer: Tokenizer, text: str, engine: Engine) -> list[int]:

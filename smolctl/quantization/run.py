@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -14,18 +16,19 @@ from smolctl.config import ModelConfig
 from smolctl.data.tokenizer import Tokenizer
 from smolctl.errors import InputError, UsageError
 from smolctl.generation.engine import Engine
-from smolctl.generation.load import LoadedModel, load_model
+from smolctl.generation.load import load_model
 from smolctl.generation.torch_engine import TorchEngine
+from smolctl.model.dynamic import DynamicTransformer
 from smolctl.model.weights import from_state
 from smolctl.quantization.build import build_items, dequantized, read_tensors
-from smolctl.quantization.calibrate import TensorCost, input_squares, output_errors
-from smolctl.quantization.folder import Item, Origin, require_free, write_folder
+from smolctl.quantization.calibrate import TensorCost, dynamic_errors, input_squares, output_errors
+from smolctl.quantization.folder import Item, Origin, naming_the_disk, require_free, write_folder
 from smolctl.quantization.gguf import write_gguf
 from smolctl.quantization.measure import mean_kl, measure_footprint, measure_quality, measure_speed
 from smolctl.quantization.record import record_variants
-from smolctl.quantization.schemes import GGUF_SCHEMES, Plan, SchemeOptions, make_plan
+from smolctl.quantization.schemes import DYNAMIC, GGUF_SCHEMES, Plan, SchemeOptions, make_plan
 from smolctl.quantization.texts import Windows, choose_windows
-from smolctl.quantization.verdict import Calibration, Gates, SourceFacts, Variant, judge
+from smolctl.quantization.verdict import Calibration, Gates, SourceFacts, Variant, advise, judge
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind, TokenizerFiles
 from smolctl.sources.quantized import FILE
@@ -33,6 +36,8 @@ from smolctl.sources.run_folder import RunFolder
 
 COSTLIEST = 5  # tensors whose KL is measured one by one
 COST_WINDOWS = 4
+# What people write behind a name to say how it is stored: it is stored otherwise now.
+FORMAT_ENDING = r"(?i)[.-](i?q\d(_\w+)?|bf16|f16|fp16|f32|fp32)$"
 Note = Callable[[str], None]
 
 
@@ -110,15 +115,19 @@ def quantize(model: str, options: QuantizeOptions, note: Note = lambda _text: No
         for line in plan.summary():
             note(f"{plan.scheme}  {line}")
         items, calibration = _build(job, plan)
-        if items is not None and options.per_tensor:
+        if items is not None and options.per_tensor and any(entry.packed for entry in plan.tensors):
             costs[plan.scheme] = _costs(job, plan, items)
         variants.append(_write(job, plan, items, targets[plan.scheme], calibration))
         note(f"{plan.scheme}  written: {targets[plan.scheme]}")
-    facts = SourceFacts(source.id, *_size(source, config))
+    run = _run_of(source)
+    name = source.id if run is None else f"{run}@{source.step}"
+    facts = SourceFacts(name, *_size(source, config))
     if options.measure:
         facts, variants = _measure(job, model, facts, variants)
-    judged = tuple(dataclasses.replace(one, verdict=judge(one, variants, facts)) for one in variants)
-    run = _run_of(source)
+    judged = tuple(
+        dataclasses.replace(one, verdict=judge(one, variants, facts), hint=advise(one, plan.options))
+        for one, plan in zip(variants, plans, strict=True)
+    )
     if run is not None and options.measure:
         record_variants(run, source.step, judged)
     text, tokens = (job.windows.name, job.windows.tokens) if job.windows and options.measure else ("", 0)
@@ -192,13 +201,14 @@ def _run_of(source: ModelSource) -> Path | None:
 
 
 def model_name(source: ModelSource) -> str:
-    """What to call files after a model: the last part of its name, without the ending of a file."""
+    """What to call files after a model: the last part of its name, without the endings of a file."""
     path = Path(source.id.partition("@")[0])
     if source.kind is SourceKind.RUN and RunFolder.is_run(path):
         return RunFolder.open(path).path.name
     if path.exists():
         path = path.resolve()
-    return path.stem if path.suffix in (".gguf", ".safetensors", ".ckpt") else path.name
+    name = path.stem if path.suffix in (".gguf", ".safetensors", ".ckpt") else path.name
+    return re.sub(FORMAT_ENDING, "", name) or name
 
 
 def _build(job: _Job, plan: Plan) -> tuple[dict[str, Item] | None, Calibration | None]:
@@ -207,6 +217,7 @@ def _build(job: _Job, plan: Plan) -> tuple[dict[str, Item] | None, Calibration |
     plain = build_items(job.config, job.tensors, plan)
     if not plan.options.calibrate or job.windows is None or job.reference is None:
         return plain, None
+    job.note(f"{plan.scheme}  searching the scales: for a model of 135 million parameters a minute or two")
     searched = build_items(job.config, job.tensors, plan, job.squares)
     chosen = job.windows.calibration[-COST_WINDOWS:]
     kls = [
@@ -225,12 +236,21 @@ def _costs(job: _Job, plan: Plan, items: Mapping[str, Item]) -> tuple[TensorCost
     assert job.squares is not None
     assert job.windows is not None
     assert job.reference is not None
-    costs = output_errors(job.tensors, items, job.squares)
     windows = job.windows.calibration[-COST_WINDOWS:]
+    dynamic = plan.scheme == DYNAMIC
+    if dynamic:
+        costs = dynamic_errors(job.config, job.tensors, items, plan.options.activations, windows)
+    else:
+        costs = output_errors(job.tensors, items, job.squares)
     for index, cost in enumerate(costs[:COSTLIEST]):
-        alone = {**job.tensors, **dequantized({cost.name: items[cost.name]})}
-        kl = mean_kl(job.reference, _engine(job.config, alone), windows)
-        costs[index] = dataclasses.replace(cost, kl=kl)
+        alone = {cost.name: items[cost.name]}
+        variant: Engine
+        if dynamic:
+            mixed: dict[str, Any] = {**job.tensors, **alone}
+            variant = TorchEngine(DynamicTransformer(job.config, mixed, plan.options.activations))
+        else:
+            variant = _engine(job.config, {**job.tensors, **dequantized(alone)})
+        costs[index] = dataclasses.replace(cost, kl=mean_kl(job.reference, variant, windows))
     return tuple(costs)
 
 
@@ -241,7 +261,8 @@ def _write(
     if items is None:
         assert job.files is not None
         scheme = plan.scheme.removeprefix("gguf-")
-        write_gguf(job.config, job.tensors.items(), job.files, scheme, target, name)
+        with naming_the_disk(target):
+            write_gguf(job.config, job.tensors.items(), job.files, scheme, target, name)
         weights = target
     else:
         origin = Origin(job.source.id, job.source.kind.value, job.source.revision, job.source.step)
@@ -262,25 +283,27 @@ def _size(source: ModelSource, config: ModelConfig) -> tuple[int, float]:
 def _measure(
     job: _Job, model: str, facts: SourceFacts, variants: Sequence[Variant]
 ) -> tuple[SourceFacts, list[Variant]]:
-    """Every variant, as it is loaded from its file, beside the source."""
+    """Every variant, as it is loaded from its file, beside the source and in turns with it."""
     assert job.windows is not None
     source = load_model(model)
-    facts = dataclasses.replace(facts, footprint=measure_footprint(model), engine=source.engine.name)
-    measured = []
-    for variant in variants:
-        job.note(f"{variant.scheme}  measuring on {job.windows.tokens:,} tokens of the {job.windows.name}")
-        measured.append(_measured(source, variant, job.windows))
-    return facts, measured
-
-
-def _measured(source: LoadedModel, variant: Variant, windows: Windows) -> Variant:
-    loaded = load_model(variant.path)
-    speed, divergence = measure_speed(source.engine, loaded.engine, source.tokenizer)
-    return dataclasses.replace(
-        variant,
-        quality=measure_quality(source.engine, loaded.engine, windows),
-        speed=speed,
-        divergence=divergence,
-        footprint=measure_footprint(variant.path),
-        engine=loaded.engine.name,
-    )
+    loaded = [load_model(variant.path).engine for variant in variants]
+    job.note(f"measuring {len(loaded)} of them on {job.windows.tokens:,} tokens of the {job.windows.name}")
+    qualities = measure_quality(source.engine, loaded, job.windows)
+    speeds = measure_speed(source.engine, loaded, source.tokenizer)
+    engines = [engine.name for engine in loaded]
+    facts = dataclasses.replace(facts, engine=source.engine.name)
+    del source, loaded  # what loads below has the memory for itself
+    facts = dataclasses.replace(facts, footprint=measure_footprint(model))
+    return facts, [
+        dataclasses.replace(
+            variant,
+            quality=quality,
+            speed=speed,
+            divergence=divergence,
+            footprint=measure_footprint(variant.path),
+            engine=engine,
+        )
+        for variant, quality, (speed, divergence), engine in zip(
+            variants, qualities, speeds, engines, strict=True
+        )
+    ]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from smolctl.arithmetic import parameter_rows
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError, UsageError
-from smolctl.quantization.gguf import BLOCK_SCHEMES, require_gguf
+from smolctl.quantization.gguf import BLOCK_SCHEMES, block_of, require_gguf
 from smolctl.sources.packed import BLOCK
 from smolctl.sources.shapes import HEAD, TABLE
 
@@ -47,8 +47,9 @@ class TensorPlan:
 
     name: str
     shape: tuple[int, ...]
-    bits: int  # 4 or 8: packed; 16: bfloat16; 32: float32
+    bits: int  # 4 or 8 (5 too in a GGUF): packed; 16: bfloat16; 32: float32
     group: int | None = None  # columns that share a scale, of a packed matrix
+    block: str = ""  # of a GGUF: the kind of its blocks, "q4_0"
 
     @property
     def packed(self) -> bool:
@@ -56,7 +57,7 @@ class TensorPlan:
 
     @property
     def label(self) -> str:
-        return {4: "int4", 8: "int8", 16: "bfloat16", 32: "float32"}[self.bits]
+        return self.block or {4: "int4", 8: "int8", 16: "bfloat16", 32: "float32"}[self.bits]
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,12 @@ class Plan:
 
 def _what(tensors: Sequence[TensorPlan]) -> str:
     kinds = Counter(tensor.name.removesuffix(".weight").split(".")[-1] for tensor in tensors)
-    named = ", ".join(name if count == 1 else f"{name} × {count}" for name, count in kinds.items())
+    names: dict[int, list[str]] = {}
+    for name, count in kinds.items():
+        names.setdefault(count, []).append(name)
+    named = "; ".join(
+        (f"{count} × " if count > 1 else "") + ", ".join(those) for count, those in names.items()
+    )
     numbers = sum(_numbers(tensor.shape) for tensor in tensors)
     return f"{numbers:,} numbers ({named})"
 
@@ -110,7 +116,8 @@ def check_scheme(scheme: str, config: ModelConfig) -> None:
             f"Take one of {', '.join(GGUF_SCHEMES)}; their blocks are of {BLOCK}.",
         )
     if scheme not in SCHEMES:
-        raise UsageError(f"--to {scheme}: no such scheme", f"Schemes: {', '.join(SCHEMES)}.")
+        meant = f"Did you mean gguf-{scheme}? " if f"gguf-{scheme}" in SCHEMES else ""
+        raise UsageError(f"--to {scheme}: no such scheme", f"{meant}Schemes: {', '.join(SCHEMES)}.")
     if scheme in GGUF_SCHEMES:
         require_gguf(config, name)
 
@@ -147,6 +154,13 @@ def _tensor_plan(
 ) -> TensorPlan:
     if scheme == "bf16":
         return TensorPlan(name, shape, 16)
+    if scheme in GGUF_SCHEMES:
+        block = block_of(name, len(shape), scheme.removeprefix("gguf-"))
+        return (
+            TensorPlan(name, shape, 32)
+            if block == "f32"
+            else TensorPlan(name, shape, int(block[1]), block=block)
+        )
     if len(shape) == 1 or any(_matches(pattern, name, config) for pattern in options.skip):
         return TensorPlan(name, shape, 32)
     if scheme == DYNAMIC:
@@ -209,8 +223,3 @@ def _check_pattern(pattern: str, option: str) -> None:
             raise UsageError(
                 f"{option} {pattern}: no regular expression ({error})", "Mend the expression."
             ) from None
-
-
-def stored_as(plan: Plan) -> Mapping[str, TensorPlan]:
-    """The plan by name."""
-    return {tensor.name: tensor for tensor in plan.tensors}

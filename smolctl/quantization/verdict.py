@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from smolctl.evaluation import ratio_estimate
 from smolctl.quantization.measure import Divergence, Footprint, Quality, Speed
+from smolctl.quantization.schemes import DYNAMIC, GGUF_SCHEMES, PACKED_SCHEMES, SchemeOptions
 
 # Mean KL in nats a token. On SmolLM2-135M 8 bits in groups of 32 cost 0.004 and nobody notices; at 1 the
 # perplexity has tripled.
@@ -32,6 +33,7 @@ class Variant:
     engine: str = ""
     calibration: Calibration | None = None
     verdict: str = ""
+    hint: str = ""  # what to ask for instead; empty when there is nothing to mend
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def judge(variant: Variant, others: Sequence[Variant], source: SourceFacts) -> s
             _quality(variant.quality),
             _beaten(variant, others, source),
             _speed(variant.speed),
+            _calibration(variant.calibration),
         )
         if word
     ]
@@ -77,9 +80,37 @@ def _quality(quality: Quality | None) -> str:
     kl = quality.kl.mean
     if kl < UNNOTICED:
         return "as good as the source"
-    if kl < SMALL:
-        return "a small loss"
-    return "a clear loss" if kl < LARGE else "broken"
+    word = "a small loss" if kl < SMALL else "a clear loss" if kl < LARGE else "broken"
+    return f"{word}: perplexity {quality.perplexity:.3g}, the source's {quality.source_perplexity:.3g}"
+
+
+def _calibration(calibration: Calibration | None) -> str:
+    if calibration is None:
+        return ""
+    if not calibration.helped:
+        return "searched scales did not help: the plain ones are kept"
+    return (
+        f"searched scales: {1 - calibration.searched_kl / calibration.plain_kl:.0%} less KL than plain ones"
+    )
+
+
+def advise(variant: Variant, options: SchemeOptions) -> str:
+    """What would mend a variant that lost too much, or nothing."""
+    if variant.quality is None or variant.quality.kl.mean < UNNOTICED:
+        return ""
+    lossy = variant.quality.kl.mean >= SMALL
+    if variant.scheme == DYNAMIC and options.activations == "per-tensor":
+        return (
+            "--activations per-token --per-row: one scale for all tokens rounds them to the size of the "
+            "largest activation; --per-tensor names the layers"
+        )
+    if variant.scheme == DYNAMIC:
+        return "" if options.per_row else "--per-row: a scale for each row of a matrix"
+    if variant.scheme == "int4" and not options.calibrate:
+        return "--calibrate: better scales at the same size"
+    if lossy and variant.scheme in PACKED_SCHEMES:
+        return "--bits-map down_proj=8: more bits for the costliest tensors; --per-tensor names them"
+    return "gguf-q8_0, which keeps more" if lossy and variant.scheme in GGUF_SCHEMES else ""
 
 
 def _beaten(variant: Variant, others: Sequence[Variant], source: SourceFacts) -> str:

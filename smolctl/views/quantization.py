@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from smolctl.quantization.calibrate import TensorCost
 from smolctl.quantization.measure import Divergence, Footprint
 from smolctl.quantization.run import QuantizeReport
-from smolctl.quantization.verdict import SourceFacts, Variant
+from smolctl.quantization.verdict import Variant
 from smolctl.views.numbers import size
 from smolctl.views.output import Output
 
 COSTS_SHOWN = 10
+SOURCE = "source"  # the row above the variants
 
 
 def show_quantization(out: Output, report: QuantizeReport) -> None:
@@ -20,13 +22,20 @@ def show_quantization(out: Output, report: QuantizeReport) -> None:
     out.document(quantization_document(report))
     if out.json:
         return
+    text = f", {report.tokens:,} tokens of the {report.text}" if report.text else ""
+    out.line(f"{report.source.id}{text}")
     _show_quality(out, report)
+    out.show("")
     if report.text:
         _show_speed(out, report)
     for scheme, costs in report.costs.items():
         _show_costs(out, scheme, costs)
+    verdicts = _table(("variant", "left"), ("verdict", "left"))
     for variant in report.variants:
-        out.line(f"{variant.scheme}: {variant.verdict}")
+        verdicts.add_row(variant.scheme, variant.verdict)
+        if variant.hint:
+            verdicts.add_row("", f"try {variant.hint}")
+    out.show(verdicts)
 
 
 def _table(*columns: tuple[str, str]) -> Any:
@@ -39,20 +48,20 @@ def _table(*columns: tuple[str, str]) -> Any:
 
 
 def _show_quality(out: Output, report: QuantizeReport) -> None:
-    table = _table(
-        ("variant", "left"),
-        ("bytes", "right"),
-        ("bits/weight", "right"),
+    first = next((variant.quality for variant in report.variants if variant.quality), None)
+    measured = (
         ("bits/byte", "right"),
         ("change", "right"),
         ("KL", "right"),
         ("top-1", "right"),
-        ("greedy text", "left"),
+        ("greedy text differs from token", "left"),
     )
-    first = next((variant.quality for variant in report.variants if variant.quality), None)
-    source_bpb = f"{first.source_bits_per_byte.mean:.4f}" if first else ""
+    table = _table(
+        ("variant", "left"), ("bytes", "right"), ("bits/weight", "right"), *(measured if first else ())
+    )
+    source_bpb = (f"{first.source_bits_per_byte.mean:.4f}",) if first else ()
     source = report.source
-    table.add_row(_short(source), size(source.bytes), f"{source.bits_per_weight:.2f}", source_bpb)
+    table.add_row(SOURCE, size(source.bytes), f"{source.bits_per_weight:.2f}", *source_bpb)
     for variant in report.variants:
         cells = [variant.scheme, size(variant.bytes), f"{variant.bits_per_weight:.2f}"]
         quality = variant.quality
@@ -68,18 +77,13 @@ def _show_quality(out: Output, report: QuantizeReport) -> None:
     out.show(table)
 
 
-def _short(source: SourceFacts) -> str:
-    return f"{source.id.rstrip('/').rsplit('/', 1)[-1]} (source)"
-
-
 def _divergence(divergence: Divergence | None) -> str:
-    """`differs from token 3, 9 (2 of 4)`, or that it is the same."""
+    """`1, 9, –, –`: for every prompt the first token that differs, a dash where none does."""
     if divergence is None:
         return ""
-    found = [first + 1 for first in divergence.first if first is not None]
-    if not found:
-        return f"the same for {divergence.tokens} tokens"
-    return f"{len(found)} of {len(divergence.first)} differ, first at token {min(found)}"
+    if all(first is None for first in divergence.first):
+        return f"none of {divergence.tokens}"
+    return ", ".join("–" if first is None else str(first + 1) for first in divergence.first)
 
 
 def _show_speed(out: Output, report: QuantizeReport) -> None:
@@ -96,7 +100,7 @@ def _show_speed(out: Output, report: QuantizeReport) -> None:
     source = report.source
     if first is not None:
         table.add_row(
-            _short(source),
+            SOURCE,
             f"{first.source_decode.median:.1f}",
             "",
             f"{first.source_prefill.median:.0f}",
@@ -115,7 +119,7 @@ def _show_speed(out: Output, report: QuantizeReport) -> None:
                 *_footprint(variant.footprint),
                 variant.engine,
             )
-    out.show("", table, "")
+    out.show(table, "")
 
 
 def _footprint(footprint: Footprint | None) -> tuple[str, str]:
@@ -125,17 +129,30 @@ def _footprint(footprint: Footprint | None) -> tuple[str, str]:
     return f"{footprint.load_s:.2f} s", peak
 
 
-def _show_costs(out: Output, scheme: str, costs: Any) -> None:
+def _show_costs(out: Output, scheme: str, costs: Sequence[TensorCost]) -> None:
+    inputs = any(cost.largest_input is not None for cost in costs)
     table = _table(
         (f"{scheme}: costliest tensors", "left"),
         ("stored", "left"),
         ("bytes", "right"),
         ("output error", "right"),
         ("KL alone", "right"),
+        *([("largest input", "right"), ("median input", "right")] if inputs else ()),
     )
     for cost in costs[:COSTS_SHOWN]:
-        kl = "" if cost.kl is None else f"{cost.kl:.5f}"
-        table.add_row(cost.name, cost.stored, size(cost.bytes), f"{cost.output_error:.2%}", kl)
+        kl = "" if cost.kl is None else f"{cost.kl:.2g}"
+        seen = (cost.largest_input, cost.median_input) if inputs else ()
+        table.add_row(
+            cost.name,
+            cost.stored,
+            size(cost.bytes),
+            f"{cost.output_error:.1%}",
+            kl,
+            *(
+                "" if value is None else f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
+                for value in seen
+            ),
+        )
     out.show(table, "")
 
 
@@ -165,6 +182,8 @@ def _variant(variant: Variant) -> dict[str, Any]:
         "kl_mean": quality and quality.kl.mean,
         "kl_standard_error": quality and quality.kl.standard_error,
         "top1_agreement": quality and quality.top1_agreement,
+        "perplexity": quality and quality.perplexity,
+        "source_perplexity": quality and quality.source_perplexity,
         "first_divergent_token": variant.divergence and list(variant.divergence.first),
         "load_s": place and place.load_s,
         "peak_rss_bytes": place and place.peak_bytes,
@@ -178,4 +197,5 @@ def _variant(variant: Variant) -> dict[str, Any]:
         "plan": list(variant.plan),
         "calibration": variant.calibration and asdict(variant.calibration),
         "verdict": variant.verdict,
+        "hint": variant.hint or None,
     }
