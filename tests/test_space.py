@@ -69,7 +69,7 @@ def untried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the start of the app, which other tests do."""
     from smolctl.publish import push
 
-    tried = smoke.SmokeTest("a", "b", 1, 0.1, 0.1)
+    tried = smoke.SmokeTest("a", "b", 1, 0.1, 0.1, "torch")
     monkeypatch.setattr(push, "smoke_test", lambda _folder: tried)
 
 

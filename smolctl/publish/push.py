@@ -259,7 +259,8 @@ def build_preview(options: PushOptions, folder: Path) -> Path:
     space = folder / "space"
     space.mkdir()
     built = build(model, folder / MODEL, ())
-    build_space(built, space, built.card_facts(repo, options.license))
+    license = options.license or stated_license(built.local_card() or "")
+    build_space(built, space, built.card_facts(repo, license))
     return space
 
 

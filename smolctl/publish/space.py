@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,8 @@ SINGLE_FILES = (
     "publish/__init__.py",
     "publish/app.py",
 )
-SOURCE_SUFFIXES = {".py", ".c", ".h", ".cpp"}
+SUFFIXES = {".py", ".c", ".h"}
+NOT_NEEDED = {"hatch_hook.py"}
 APP = '''\
 """The page of this Space. What it does is in smolctl/publish/app.py."""
 
@@ -57,6 +60,7 @@ from smolctl.publish.app import main
 main(Path(__file__).parent)
 '''
 EXAMPLES = 4
+HUB_MACHINE = ("linux", "x86_64")
 
 
 def build_space(built: Built, folder: Path, facts: CardFacts, on_hub: str | None = None) -> None:
@@ -96,13 +100,19 @@ def write_space_model(built: Built, folder: Path) -> None:
 
 
 def copy_package(folder: Path) -> None:
-    """The source of the parts of smolctl that the app needs: nothing has to be on a package index."""
+    """The parts of smolctl that the app needs: nothing has to be on a package index.
+
+    The compiled engine goes along where it was compiled for what the Hub's machines are, Linux on x86-64: a
+    Space has no step in which it could be compiled. Each build is for a kind of processor, and the Space
+    chooses at its start; without one that fits, PyTorch answers.
+    """
     root = Path(smolctl.__file__).parent
+    suffixes = SUFFIXES | {".so"} if (sys.platform, platform.machine()) == HUB_MACHINE else SUFFIXES
     sources = [root / name for name in SINGLE_FILES]
     for part in PARTS:
-        sources += [path for path in (root / part).rglob("*") if path.suffix in SOURCE_SUFFIXES]
+        sources += [path for path in (root / part).rglob("*") if path.suffix in suffixes]
     for source in sources:
-        if source.is_file():
+        if source.is_file() and source.name not in NOT_NEEDED:
             target = folder / source.relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
@@ -132,11 +142,21 @@ def write_space_card(folder: Path, facts: CardFacts, on_hub: str | None) -> None
         changeable["license"] = facts.license
     text = (
         f"# {facts.name}\n\n{_summary(facts)}\n\n"
-        "The page answers on the CPU of the Space, with the engine in `smolctl/`: a copy of parts of the "
-        f"source of smolctl {smolctl.__version__} (Apache-2.0)."
+        "The page answers on the CPU of the Space, with the engine in `smolctl/`: a copy of parts of "
+        f"smolctl {smolctl.__version__} (Apache-2.0).{_compiled(folder)}"
     )
     card = merge_card({**changeable, **decided}, text, on_hub, forced=decided)
     (folder / README).write_text(card, encoding="utf-8", newline="")
+
+
+def _compiled(folder: Path) -> str:
+    """What the binaries in the folder are."""
+    if not any((folder / "smolctl" / "native").glob("*.so")):
+        return " PyTorch computes: the machine it was pushed from had no compiled engine for the Hub's."
+    return (
+        " The `.so` files in `smolctl/native/` are its `forward.c`, compiled where this was pushed from; "
+        "`python -m smolctl.native.build` makes them anew. Where none of them runs, PyTorch computes, slower."
+    )
 
 
 def _short(parameters: int) -> str:

@@ -85,7 +85,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
             (
                 "Space",
                 f"tried here: up after {smoke.start_s:.0f} s, {smoke.prompt!r} answered in "
-                f"{smoke.outputs} pieces and {smoke.answer_s:.1f} s",
+                f"{smoke.outputs} pieces and {smoke.answer_s:.1f} s by {smoke.engine}",
             )
         )
     return rows
