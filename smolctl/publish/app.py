@@ -34,7 +34,11 @@ CONTROLS = (
     ("Repetition penalty", 1.0, 2.0, 0.05, 1.1, "above 1, tokens already there become less likely"),
     ("Seed", 0, 1_000_000, 1, 0, "0: another text every time; others repeat themselves"),
 )
-STYLE = "#facts p { font-size: 0.875rem } #continuation textarea { font-family: ui-monospace, monospace }"
+STYLE = """
+#facts p { font-size: 0.875rem }
+#continuation textarea { font-family: ui-monospace, monospace }
+button.example { border: 1px solid var(--border-color-primary) }
+"""
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 FONTS = ("ui-sans-serif", "system-ui", "sans-serif")  # of the visitor's system: nothing is fetched
 
