@@ -27,7 +27,7 @@ from smolctl.publish import smoke
 from smolctl.publish.app import Speaker, usable_cores
 from smolctl.publish.build import Built, build, open_model
 from smolctl.publish.card import split_card
-from smolctl.publish.space import HUB_MACHINE, REQUIREMENTS, SDK_VERSION, TORCH, build_space
+from smolctl.publish.space import ADDED_BY_THE_HUB, HUB_MACHINE, REQUIREMENTS, SDK_VERSION, TORCH, build_space
 
 CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>"
 
@@ -354,7 +354,7 @@ def test_the_requirements_install_together_and_run_the_page(space: Path, tmp_pat
         pytest.skip("installs a gigabyte: set SMOLCTL_TEST_FRESH=1")
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
     python = tmp_path / "env" / "bin" / "python"
-    wanted = [TORCH, *REQUIREMENTS, f"gradio=={SDK_VERSION}"]
+    wanted = [TORCH, *REQUIREMENTS, *ADDED_BY_THE_HUB]
     done = subprocess.run(
         [str(python), "-m", "pip", "install", "-q", *wanted], capture_output=True, text=True
     )

@@ -27,12 +27,14 @@ SPACE_SCHEME = "int8"
 SDK_VERSION = "6.31.0"  # of Gradio; the Hub wants all three numbers
 PYTHON_VERSION = "3.12"  # the Hub's default is older than what this needs
 # What `import smolctl.publish.app` and a model in a folder need, in versions that were installed and tried
-# together. Gradio itself comes with sdk_version. Plain torch would bring gigabytes of CUDA.
+# together with what the Hub adds: Gradio of sdk_version with the extras oauth and mcp, of which the second
+# allows no newer pydantic, and `spaces`. Plain torch would bring gigabytes of CUDA.
+ADDED_BY_THE_HUB = (f"gradio[oauth,mcp]=={SDK_VERSION}", "spaces")
 TORCH = "torch==2.13.0"
 REQUIREMENTS = (
     "jinja2==3.1.6",
     "numpy==2.4.6",
-    "pydantic==2.14.3",
+    "pydantic==2.12.5",
     "pyyaml==6.0.3",
     "safetensors==0.8.0",
     "tokenizers==0.23.3",
