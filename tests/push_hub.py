@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_" + "a1B2" * 9
-LFS_ENDINGS = (".safetensors", ".gguf", ".png")
+LFS_ENDINGS = (".safetensors", ".gguf", ".png", ".so")
 USER = {"name": "me", "orgs": [{"name": "lab"}]}
 
 

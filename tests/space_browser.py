@@ -71,6 +71,23 @@ def continue_in_browser(url: str, prompt: str, chromium: str, folder: Path) -> S
         return Seen(answer, versions, foreign, errors)
 
 
+def ask_example_in_browser(url: str, example: str, width: int, chromium: str, folder: Path) -> Seen:
+    """Click on an example in the empty chat; leaves empty.png and chat.png. The page must fit the width."""
+    with browsing(url, chromium, folder) as (page, foreign, errors):
+        page.set_viewport_size({"width": width, "height": 860})
+        button = page.locator("button.example", has_text=example)
+        button.wait_for()
+        page.screenshot(path=folder / "empty.png")
+        if page.evaluate("document.documentElement.scrollWidth") > width:
+            errors.append("the page is wider than the window")
+        button.click()
+        bot = page.locator(".message.bot").last
+        bot.wait_for()
+        answer, versions = _settled(page, lambda: bot.inner_text(), "")
+        page.screenshot(path=folder / "chat.png")
+        return Seen(answer, versions, foreign, errors)
+
+
 def chat_in_browser(url: str, message: str, chromium: str, folder: Path) -> Seen:
     """Type a message into the chat page and wait for the end of the answer; leaves chat.png."""
     with browsing(url, chromium, folder) as (page, foreign, errors):

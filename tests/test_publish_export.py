@@ -15,7 +15,9 @@ from publish_support import LLAMA, make_run
 
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError, SmolError
+from smolctl.generation.decode import decode
 from smolctl.generation.load import load_model
+from smolctl.generation.sampling import SamplingSettings
 from smolctl.model.weights import load_network
 from smolctl.publish import export
 from smolctl.publish.build import build, open_model, repository_name
@@ -42,6 +44,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # which is how transformers deprecates
 @pytest.mark.parametrize("kind", ["learned", "llama", "scaled", "untied"])
 def test_transformers_gives_the_same_logits_and_the_same_text(
     kind: str, tmp_path: Path, learned: Path, llama: Path
@@ -189,6 +192,21 @@ def test_gguf_files_go_along_and_learned_positions_are_refused(
     assert (tmp_path / "run-q8_0.gguf").exists()
     with pytest.raises(InputError, match="learned positions"):
         build(open_model(str(learned)), tmp_path / "none", ("q8_0",))
+
+
+@pytest.mark.parametrize("scheme", ["q8_0", "q4_0"])
+def test_llama_cpp_continues_a_published_gguf_as_we_do(scheme: str, llama: Path, tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    built = build(open_model(str(llama)), tmp_path, (scheme,))
+    path = built.export.ggufs[0].path
+    ours = load_model(str(path))
+    theirs = llama_cpp.Llama(str(path), n_ctx=32, verbose=False)
+    ids = theirs.tokenize(b"the cat sat", add_bos=False)
+    assert ids == ours.tokenizer.encode("the cat sat")
+    steps = decode(ours.engine, ids, 1, 12, SamplingSettings(temperature=0), seed=0)
+    expected = [int(step.tokens) for step in steps]
+    assert [token for token, _ in zip(theirs.generate(ids, temp=0.0), expected, strict=False)] == expected
+    assert len(expected) == 12
 
 
 def test_what_quantize_has_made_and_measured_goes_along(tmp_path: Path, smolctl: Callable[..., Any]) -> None:

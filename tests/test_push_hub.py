@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +81,27 @@ def test_a_changed_file_alone_is_sent(tiny_run: Path, hub: PushHub) -> None:
     again = publish(tiny_run, repo="me/tiny", license="mit")
     assert again.repo.commit.sent == ("README.md",)
     assert not hub.requests("store/")
+
+
+def test_the_plan_tells_what_is_there_already(
+    tiny_run: Path, hub: PushHub, smolctl: Callable[..., Any]
+) -> None:
+    publish(tiny_run, repo="me/tiny")
+    said = smolctl("push", tiny_run, "--repo", "me/tiny", "--public", "--license", "mit").err
+    lines = {line.split()[0]: line for line in said.splitlines() if line.split()}
+    assert "private already" in lines["goes"]
+    assert "there already" in lines["model.safetensors"]
+    assert "there already" not in lines["README.md"]
+    assert " 1 to send" in said
+
+
+def test_a_licence_that_was_stated_once_is_in_every_later_card(tiny_run: Path, hub: PushHub) -> None:
+    publish(tiny_run, repo="me/tiny", license="mit")
+    again = publish(tiny_run, repo="me/tiny")
+    assert again.repo.commit.sent == ()
+    card = (repository(hub)["README.md"].content or b"").decode()
+    assert "Licence: mit" in card
+    assert "license: mit" in card
 
 
 def test_private_unless_public(tiny_run: Path, hub: PushHub) -> None:
@@ -210,6 +232,23 @@ def test_a_branch_is_made_when_it_is_not_there(tiny_run: Path, hub: PushHub) -> 
     repo = hub.repos["models/me/tiny"]
     assert "model.safetensors" not in repo.head
     assert "model.safetensors" in repo.commits[repo.branches["step-15"]]
+
+
+def test_a_new_branch_starts_with_the_card_of_main(tiny_run: Path, hub: PushHub) -> None:
+    publish(tiny_run, repo="me/tiny")
+    repo = hub.repos["models/me/tiny"]
+    card = (repo.head["README.md"].content or b"") + b"\nMy own words.\n"
+    repo.commit("main", {**repo.head, "README.md": Blob(card, len(card))}, "edit")
+    pushed = publish(tiny_run, repo="me/tiny", revision="next")
+    assert pushed.repo.commit.sent == ()
+    assert b"My own words." in (repo.commits[repo.branches["next"]]["README.md"].content or b"")
+
+
+def test_a_pull_request_needs_a_repository(tiny_run: Path, hub: PushHub) -> None:
+    with pytest.raises(HubError, match="not on the Hub"):
+        publish(tiny_run, repo="them/none", create_pr=True)
+    assert not hub.requests("^POST")
+    assert hub.repos == {}
 
 
 REFUSALS = {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -20,11 +22,12 @@ from publish_support import make_run, publish, serving
 from push_hub import Fault, PushHub
 
 from smolctl.errors import ExitCode, SmolError
+from smolctl.native.library import Library, load_library
 from smolctl.publish import smoke
-from smolctl.publish.app import Speaker
+from smolctl.publish.app import Speaker, usable_cores
 from smolctl.publish.build import Built, build, open_model
 from smolctl.publish.card import split_card
-from smolctl.publish.space import REQUIREMENTS, SDK_VERSION, TORCH, build_space
+from smolctl.publish.space import ADDED_BY_THE_HUB, HUB_MACHINE, REQUIREMENTS, SDK_VERSION, TORCH, build_space
 
 CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>"
 
@@ -69,7 +72,7 @@ def untried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the start of the app, which other tests do."""
     from smolctl.publish import push
 
-    tried = smoke.SmokeTest("a", "b", 1, 0.1, 0.1)
+    tried = smoke.SmokeTest("a", "b", 1, 0.1, 0.1, "torch")
     monkeypatch.setattr(push, "smoke_test", lambda _folder: tried)
 
 
@@ -126,6 +129,36 @@ def test_the_code_goes_along_and_only_what_is_needed(space: Path) -> None:
     assert {path.name for path in space.iterdir()} == {
         *("README.md", "app.py", "requirements.txt", "space.json", "model", "smolctl")
     }
+
+
+@pytest.mark.slow
+def test_the_compiled_engine_goes_along_where_the_hub_can_run_it(
+    space: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = {path.name for path in (space / "smolctl" / "native").glob("*.so")}
+    if isinstance(load_library(), Library) and (sys.platform, platform.machine()) == HUB_MACHINE:
+        assert {"forward_baseline.so", "forward_avx2.so"} <= compiled
+        assert smoke.smoke_test(space).engine.startswith("native ")
+        assert "`forward.c`, compiled" in (space / "README.md").read_text()
+    monkeypatch.setattr("smolctl.publish.space.HUB_MACHINE", ("linux", "another"))
+    without = space_of(tiny_run, tmp_path)
+    assert not list(without.rglob("*.so"))
+    assert "PyTorch computes" in (without / "README.md").read_text()
+    engine = smoke.smoke_test(without).engine
+    assert engine.startswith("torch cpu, int8")
+    assert "slower, on PyTorch" in engine
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"),
+    [("max 100000\n", math.inf), ("200000 100000\n", 2.0), ("50000 100000", 0.5), ("", math.inf)],
+)
+def test_the_processors_of_a_container_are_counted_by_its_quota(
+    text: str, cores: float, tmp_path: Path
+) -> None:
+    (tmp_path / "cpu.max").write_text(text)
+    assert usable_cores(tmp_path / "cpu.max") == cores
+    assert usable_cores(tmp_path / "none") == math.inf
 
 
 def test_examples_are_the_runs_own_prompts(space: Path) -> None:
@@ -205,6 +238,20 @@ def test_a_browser_chats(chat_space: Path, chromium: str, tmp_path: Path) -> Non
 
     with smoke.running(chat_space) as url:
         seen = chat_in_browser(url, "the cat", chromium, tmp_path)
+    assert seen.answer.strip()
+    assert seen.foreign_requests == []
+    assert seen.errors == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1000, 390], ids=["desktop", "phone"])
+def test_an_empty_chat_offers_examples_that_are_answered(
+    width: int, chat_space: Path, chromium: str, tmp_path: Path
+) -> None:
+    from space_browser import ask_example_in_browser
+
+    with smoke.running(chat_space) as url:
+        seen = ask_example_in_browser(url, "Write a haiku about rain.", width, chromium, tmp_path)
     assert seen.answer.strip()
     assert seen.foreign_requests == []
     assert seen.errors == []
@@ -307,7 +354,7 @@ def test_the_requirements_install_together_and_run_the_page(space: Path, tmp_pat
         pytest.skip("installs a gigabyte: set SMOLCTL_TEST_FRESH=1")
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
     python = tmp_path / "env" / "bin" / "python"
-    wanted = [TORCH, *REQUIREMENTS, f"gradio=={SDK_VERSION}"]
+    wanted = [TORCH, *REQUIREMENTS, *ADDED_BY_THE_HUB]
     done = subprocess.run(
         [str(python), "-m", "pip", "install", "-q", *wanted], capture_output=True, text=True
     )

@@ -7,6 +7,7 @@ parts of smolctl that this needs. `gradio` is asked for here only.
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import random
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from smolctl.errors import SmolError
 from smolctl.generation.complete import CompletionSettings, complete
@@ -31,7 +34,12 @@ CONTROLS = (
     ("Repetition penalty", 1.0, 2.0, 0.05, 1.1, "above 1, tokens already there become less likely"),
     ("Seed", 0, 1_000_000, 1, 0, "0: another text every time; others repeat themselves"),
 )
-STYLE = "#facts p { font-size: 0.875rem } #continuation textarea { font-family: ui-monospace, monospace }"
+STYLE = """
+#facts p { font-size: 0.875rem }
+#continuation textarea { font-family: ui-monospace, monospace }
+button.example { border: 1px solid var(--border-color-primary) }
+"""
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 FONTS = ("ui-sans-serif", "system-ui", "sans-serif")  # of the visitor's system: nothing is fetched
 
 
@@ -62,6 +70,12 @@ class Speaker:
     @property
     def context(self) -> int:
         return self.model.engine.config.max_position_embeddings
+
+    def engine(self) -> str:
+        """What computes the answers here, and why not something faster where that is so."""
+        engine = self.model.engine
+        note = f" ({engine.note})" if engine.note else ""
+        return f"{engine.name}, {torch.get_num_threads()} threads{note}"
 
     def chat(self, message: str, history: Sequence[Mapping[str, Any]], *controls: float) -> Iterator[str]:
         """The answer so far, again and again as it grows. The oldest turns go when there is no room."""
@@ -150,52 +164,62 @@ def build_page(folder: Path) -> Any:
         if name == CONTROLS[0][0]:
             high, value = most, min(int(value), most)
         controls.append(gradio.Slider(low, high, value=value, step=step, label=name, info=info, render=False))
-    page = _chat_page if speaker.model.can_chat else _text_page
-    return page(gradio, facts, speaker, controls)
-
-
-def _chat_page(gradio: Any, facts: SpaceFacts, speaker: Speaker, controls: list[Any]) -> Any:
+    fill = _chat if speaker.model.can_chat else _continuation
     with gradio.Blocks(title=facts.title) as page:
         gradio.Markdown(f"# {facts.title}")
-        gradio.Markdown(facts.summary, elem_id="facts")
-        defaults = [control.value for control in controls]
-        gradio.ChatInterface(
-            speaker.chat,
-            additional_inputs=controls,
-            additional_inputs_accordion=gradio.Accordion("Sampling", open=False, render=False),
-            examples=[[example, *defaults] for example in facts.examples] or None,
-            cache_examples=False,
-            api_name="chat",
-        )
+        gradio.Markdown(f"{facts.summary}\n\nEngine: {speaker.engine()}", elem_id="facts")
+        fill(gradio, facts, speaker, controls)
+        gradio.api(speaker.engine, api_name="engine")  # type: ignore[attr-defined]
     return page
 
 
-def _text_page(gradio: Any, facts: SpaceFacts, speaker: Speaker, controls: list[Any]) -> Any:
-    with gradio.Blocks(title=facts.title) as page:
-        gradio.Markdown(f"# {facts.title}")
-        gradio.Markdown(facts.summary, elem_id="facts")
-        prompt = gradio.Textbox(
-            label="Prompt", lines=2, max_lines=8, placeholder="The model continues what you write here."
-        )
-        with gradio.Row():
-            start = gradio.Button("Continue", variant="primary")
-            stop = gradio.Button("Stop")
-        answer = gradio.Textbox(
-            label="Continuation", elem_id="continuation", lines=8, max_lines=24, buttons=["copy"]
-        )
-        with gradio.Accordion("Sampling", open=False):
-            for left, right in zip(controls[::2], controls[1::2], strict=True):
-                with gradio.Row():
-                    left.render()
-                    right.render()
-        if facts.examples:
-            gradio.Examples([[example] for example in facts.examples], [prompt], label="Examples")
-        answering = [
-            start.click(speaker.continue_text, [prompt, *controls], answer, api_name="continue"),
-            prompt.submit(speaker.continue_text, [prompt, *controls], answer, api_visibility="private"),
-        ]
-        stop.click(None, cancels=answering)
-    return page
+def _chat(gradio: Any, facts: SpaceFacts, speaker: Speaker, controls: list[Any]) -> None:
+    gradio.ChatInterface(
+        speaker.chat,
+        additional_inputs=controls,
+        additional_inputs_accordion=gradio.Accordion("Sampling", open=False, render=False),
+        # Without values for the controls the examples stand in the empty chat, else in a table under it.
+        examples=[[example] for example in facts.examples] or None,
+        cache_examples=False,
+        api_name="chat",
+    )
+
+
+def _continuation(gradio: Any, facts: SpaceFacts, speaker: Speaker, controls: list[Any]) -> None:
+    prompt = gradio.Textbox(
+        label="Prompt", lines=2, max_lines=8, placeholder="The model continues what you write here."
+    )
+    with gradio.Row():
+        start = gradio.Button("Continue", variant="primary")
+        stop = gradio.Button("Stop")
+    answer = gradio.Textbox(
+        label="Continuation", elem_id="continuation", lines=8, max_lines=24, buttons=["copy"]
+    )
+    with gradio.Accordion("Sampling", open=False):
+        for left, right in zip(controls[::2], controls[1::2], strict=True):
+            with gradio.Row():
+                left.render()
+                right.render()
+    if facts.examples:
+        gradio.Examples([[example] for example in facts.examples], [prompt], label="Examples")
+    answering = [
+        start.click(speaker.continue_text, [prompt, *controls], answer, api_name="continue"),
+        prompt.submit(speaker.continue_text, [prompt, *controls], answer, api_visibility="private"),
+    ]
+    stop.click(None, cancels=answering)
+
+
+def usable_cores(quota: Path = CPU_QUOTA) -> float:
+    """Processors' worth of time that this container gets; `inf` where nothing limits it.
+
+    Args:
+        quota: of Linux's control groups, "max 100000" or "200000 100000": microseconds in a period.
+    """
+    try:
+        most, period = quota.read_text(encoding="ascii").split()
+        return int(most) / int(period)
+    except (OSError, ValueError):  # no such limit, or "max"
+        return math.inf
 
 
 def main(folder: Path, on_start: Callable[[str], None] | None = None) -> None:
@@ -208,6 +232,8 @@ def main(folder: Path, on_start: Callable[[str], None] | None = None) -> None:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio
 
+    # A container sees all processors of its host. More threads than its share would wait for one another.
+    torch.set_num_threads(max(1, math.floor(min(torch.get_num_threads(), usable_cores()))))
     # One visitor at a time: the model takes all cores. The address is Gradio's choice, on a Space the Hub's.
     page = build_page(folder).queue(default_concurrency_limit=1, max_size=16)
     waits = on_start is None

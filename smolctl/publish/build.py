@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 
 from smolctl.errors import InputError
 from smolctl.model.weights import parameter_count
-from smolctl.publish.card import merge_card, read_metadata, require_valid, split_card
+from smolctl.publish.card import merge_card, read_metadata, require_valid, split_card, stated_license
 from smolctl.publish.card_text import CardFacts, card_metadata, card_text
 from smolctl.publish.export import Export, export_model
 from smolctl.publish.facts import RunFacts, read_facts, write_records
@@ -83,8 +83,8 @@ class Built:
         Raises:
             InputError: the metadata of that card is damaged, or would not be taken.
         """
-        facts = self.card_facts(repo, license)
         existing = self.local_card() if on_hub is None else on_hub
+        facts = self.card_facts(repo, license or stated_license(existing or ""))
         forced = {"license": license} if license else {}
         text = merge_card(card_metadata(facts), card_text(facts), existing, forced)
         require_valid(read_metadata(split_card(text)[0]))

@@ -85,6 +85,16 @@ def read_metadata(front: str) -> dict[str, Any]:
     return content or {}
 
 
+def stated_license(text: str) -> str | None:
+    """The licence that a card's metadata states.
+
+    Raises:
+        InputError: the metadata is no YAML mapping.
+    """
+    value = read_metadata(split_card(text)[0]).get("license")
+    return ", ".join(map(str, value)) if isinstance(value, list) else value and str(value)
+
+
 def require_valid(metadata: Mapping[str, Any]) -> None:
     """Check the metadata as the Hub does, as far as that can be told without it.
 

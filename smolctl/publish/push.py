@@ -6,12 +6,14 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from smolctl.errors import HubError, InputError, SmolError
 from smolctl.publish.app import MODEL
 from smolctl.publish.build import Built, Model, build, open_model, require_repository
+from smolctl.publish.card import stated_license
+from smolctl.publish.card_text import CardFacts
 from smolctl.publish.files import PlannedFile, planned_files
 from smolctl.publish.hub import README, Commit, Head, HubClient, Identity, Target
 from smolctl.publish.smoke import SmokeTest, require_gradio, smoke_test
@@ -50,14 +52,20 @@ class Plan:
     new_card: bool
     identity: Identity | None = None  # None: nobody was asked
     has_token: bool = False
+    head: Head | None = None  # of the repository, where it is there and was asked for
     space: str | None = None
     space_files: tuple[PlannedFile, ...] = ()
     smoke: SmokeTest | None = None
     url: str = ""
 
     @property
-    def bytes(self) -> int:
-        return sum(file.bytes for file in self.files)
+    def is_public(self) -> bool:
+        """What it will be: a repository that is there stays as it is."""
+        return self.public if self.head is None else not self.head.private
+
+    @property
+    def to_send(self) -> tuple[PlannedFile, ...]:
+        return tuple(file for file in self.files if self.head is None or not self.head.has(file))
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,7 @@ def plan_offline(options: PushOptions, folder: Path) -> Plan:
     space_files: tuple[PlannedFile, ...] = ()
     smoke = None
     if options.space and space_folder:
-        smoke = _make_space(options, built, repo, space_folder, None)
+        smoke = _make_space(built.card_facts(repo, stated_license(card)), built, space_folder, None)
         space_files = planned_files(space_folder)
     return Plan(
         repo,
@@ -168,6 +176,8 @@ def push(
     if options.space:
         identity.require_write(options.space)
     target = Target(repo, revision=options.revision)
+    if options.create_pr:
+        client.head(target)  # says what is wrong when there is nothing to propose a change to
     with _workplace() as work:
         built, space_folder = _build(options, model, work)
         head = _existing(client, target)
@@ -180,7 +190,8 @@ def push(
         if space_target and space_folder:
             space_head = _existing(client, space_target)
             space_card = client.card(space_target, space_head) if space_head else None
-            smoke = _make_space(options, built, repo, space_folder, space_card)
+            facts = built.card_facts(repo, stated_license(card))
+            smoke = _make_space(facts, built, space_folder, space_card)
         space_files = planned_files(space_folder) if space_folder else ()
         show_plan(
             Plan(
@@ -193,6 +204,7 @@ def push(
                 new_card=on_hub is None and built.local_card() is None,
                 identity=identity,
                 has_token=True,
+                head=head,
                 space=options.space,
                 space_files=space_files,
                 smoke=smoke,
@@ -247,7 +259,8 @@ def build_preview(options: PushOptions, folder: Path) -> Path:
     space = folder / "space"
     space.mkdir()
     built = build(model, folder / MODEL, ())
-    build_space(built, space, built.card_facts(repo, options.license))
+    license = options.license or stated_license(built.local_card() or "")
+    build_space(built, space, built.card_facts(repo, license))
     return space
 
 
@@ -288,19 +301,24 @@ def _build(options: PushOptions, model: Model, folder: Path) -> tuple[Built, Pat
     return build(model, folder / MODEL, options.schemes), folder / "space"
 
 
-def _make_space(options: PushOptions, built: Built, repo: str, folder: Path, on_hub: str | None) -> SmokeTest:
-    build_space(built, folder, built.card_facts(repo, options.license), on_hub)
+def _make_space(facts: CardFacts, built: Built, folder: Path, on_hub: str | None) -> SmokeTest:
+    build_space(built, folder, facts, on_hub)
     return smoke_test(folder)
 
 
 def _existing(client: HubClient, target: Target) -> Head | None:
-    """The head of a repository and branch; None when either is not there."""
+    """The head of a branch, or of main, from which a branch that is not there is made.
+
+    Returns:
+        None when there is no such repository.
+    """
     from smolctl.publish.hub_errors import MissingError
 
     try:
         return client.head(target)
     except MissingError:
-        return None
+        main = replace(target, revision="main")
+        return None if target == main else _existing(client, main)
 
 
 def _say_which_card(built: Built, on_hub: str | None, note: Note) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,14 @@ SPACE_SCHEME = "int8"
 SDK_VERSION = "6.31.0"  # of Gradio; the Hub wants all three numbers
 PYTHON_VERSION = "3.12"  # the Hub's default is older than what this needs
 # What `import smolctl.publish.app` and a model in a folder need, in versions that were installed and tried
-# together. Gradio itself comes with sdk_version. Plain torch would bring gigabytes of CUDA.
+# together with what the Hub adds: Gradio of sdk_version with the extras oauth and mcp, of which the second
+# allows no newer pydantic, and `spaces`. Plain torch would bring gigabytes of CUDA.
+ADDED_BY_THE_HUB = (f"gradio[oauth,mcp]=={SDK_VERSION}", "spaces")
 TORCH = "torch==2.13.0"
 REQUIREMENTS = (
     "jinja2==3.1.6",
     "numpy==2.4.6",
-    "pydantic==2.14.3",
+    "pydantic==2.12.5",
     "pyyaml==6.0.3",
     "safetensors==0.8.0",
     "tokenizers==0.23.3",
@@ -46,7 +50,8 @@ SINGLE_FILES = (
     "publish/__init__.py",
     "publish/app.py",
 )
-SOURCE_SUFFIXES = {".py", ".c", ".h", ".cpp"}
+SUFFIXES = {".py", ".c", ".h"}
+NOT_NEEDED = {"hatch_hook.py"}
 APP = '''\
 """The page of this Space. What it does is in smolctl/publish/app.py."""
 
@@ -57,6 +62,7 @@ from smolctl.publish.app import main
 main(Path(__file__).parent)
 '''
 EXAMPLES = 4
+HUB_MACHINE = ("linux", "x86_64")
 
 
 def build_space(built: Built, folder: Path, facts: CardFacts, on_hub: str | None = None) -> None:
@@ -96,13 +102,19 @@ def write_space_model(built: Built, folder: Path) -> None:
 
 
 def copy_package(folder: Path) -> None:
-    """The source of the parts of smolctl that the app needs: nothing has to be on a package index."""
+    """The parts of smolctl that the app needs: nothing has to be on a package index.
+
+    The compiled engine goes along where it was compiled for what the Hub's machines are, Linux on x86-64: a
+    Space has no step in which it could be compiled. Each build is for a kind of processor, and the Space
+    chooses at its start; without one that fits, PyTorch answers.
+    """
     root = Path(smolctl.__file__).parent
+    suffixes = SUFFIXES | {".so"} if (sys.platform, platform.machine()) == HUB_MACHINE else SUFFIXES
     sources = [root / name for name in SINGLE_FILES]
     for part in PARTS:
-        sources += [path for path in (root / part).rglob("*") if path.suffix in SOURCE_SUFFIXES]
+        sources += [path for path in (root / part).rglob("*") if path.suffix in suffixes]
     for source in sources:
-        if source.is_file():
+        if source.is_file() and source.name not in NOT_NEEDED:
             target = folder / source.relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
@@ -132,11 +144,21 @@ def write_space_card(folder: Path, facts: CardFacts, on_hub: str | None) -> None
         changeable["license"] = facts.license
     text = (
         f"# {facts.name}\n\n{_summary(facts)}\n\n"
-        "The page answers on the CPU of the Space, with the engine in `smolctl/`: a copy of parts of the "
-        f"source of smolctl {smolctl.__version__} (Apache-2.0)."
+        "The page answers on the CPU of the Space, with the engine in `smolctl/`: a copy of parts of "
+        f"smolctl {smolctl.__version__} (Apache-2.0).{_compiled(folder)}"
     )
     card = merge_card({**changeable, **decided}, text, on_hub, forced=decided)
     (folder / README).write_text(card, encoding="utf-8", newline="")
+
+
+def _compiled(folder: Path) -> str:
+    """What the binaries in the folder are."""
+    if not any((folder / "smolctl" / "native").glob("*.so")):
+        return " PyTorch computes: the machine it was pushed from had no compiled engine for the Hub's."
+    return (
+        " The `.so` files in `smolctl/native/` are its `forward.c`, compiled where this was pushed from; "
+        "`python -m smolctl.native.build` makes them anew. Where none of them runs, PyTorch computes, slower."
+    )
 
 
 def _short(parameters: int) -> str:

@@ -45,11 +45,14 @@ def _plan(plan: Plan, whole: bool) -> Sequence[Any]:
         Text("Plan", style="bold"),
         facts,
         Text("Files", style="bold"),
-        _files(plan.files, ()),
+        _files(plan.files, (), plan.to_send),
     ]
     if plan.space:
         folded = () if whole else SHOWN_SPACE_FOLDERS
-        shown += [Text(f"Files of the Space {plan.space}", style="bold"), _files(plan.space_files, folded)]
+        shown += [
+            Text(f"Files of the Space {plan.space}", style="bold"),
+            _files(plan.space_files, folded, None),
+        ]
     if whole:
         shown += [Text("Card", style="bold"), Text(plan.card)]
     return shown
@@ -82,14 +85,15 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
             (
                 "Space",
                 f"tried here: up after {smoke.start_s:.0f} s, {smoke.prompt!r} answered in "
-                f"{smoke.outputs} pieces and {smoke.answer_s:.1f} s",
+                f"{smoke.outputs} pieces and {smoke.answer_s:.1f} s by {smoke.engine}",
             )
         )
     return rows
 
 
 def _visibility(plan: Plan) -> str:
-    return "public" if plan.public else "private"
+    shown = "public" if plan.is_public else "private"
+    return shown if plan.head is None else f"{shown} already"
 
 
 def _identity(plan: Plan) -> str:
@@ -101,22 +105,33 @@ def _identity(plan: Plan) -> str:
     return f"{identity.user} ({token}role {identity.role}){organizations}"
 
 
-def _files(files: Sequence[PlannedFile], folded: Sequence[str]) -> Any:
+def _files(files: Sequence[PlannedFile], folded: Sequence[str], to_send: Sequence[PlannedFile] | None) -> Any:
+    """A table of files; `to_send` are those that the Hub does not have yet, None when that is not known."""
     from rich.table import Table
     from rich.text import Text
 
+    there = set() if to_send is None else {file.path for file in files} - {file.path for file in to_send}
     table = Table.grid(padding=(0, 2))
     table.add_column()
     table.add_column(justify="right")
     for file in files:
         if not file.path.startswith(tuple(folded)):
-            table.add_row(Text(f" {file.path}"), size(file.bytes), Text(file.sha256[:SHOWN_SHA], style="dim"))
+            note = "there already" if file.path in there else ""
+            sha = Text(file.sha256[:SHOWN_SHA], style="dim")
+            table.add_row(Text(f" {file.path}"), size(file.bytes), sha, note)
     for folder in folded:
         inside = [file for file in files if file.path.startswith(folder)]
         if inside:
-            table.add_row(Text(f" {folder}"), size(sum(f.bytes for f in inside)), f"{len(inside)} files")
-    table.add_row(Text(f" {len(files)} files", style="bold"), size(sum(file.bytes for file in files)), "")
+            table.add_row(Text(f" {folder}"), size(_bytes(inside)), f"{len(inside)} files")
+    table.add_row(Text(f" {len(files)} files", style="bold"), size(_bytes(files)))
+    if there:
+        sent = [file for file in files if file.path not in there]
+        table.add_row(Text(f" {len(sent)} to send", style="bold"), size(_bytes(sent)))
     return table
+
+
+def _bytes(files: Sequence[PlannedFile]) -> int:
+    return sum(file.bytes for file in files)
 
 
 def show_pushed(out: Output, pushed: Pushed) -> None:
