@@ -152,7 +152,7 @@ def make_models(source: Path, folder: Path) -> dict[str, tuple[Callable[..., Run
         for name in ("bf16", "q8_0", "q4_1", "q4_0")
     }
     return {
-        "float32": (smolctl_runner, str(source)),
+        "the file as it is": (smolctl_runner, str(source)),
         **ours,
         **theirs,
         "transformers float32": (transformers_runner, str(source)),

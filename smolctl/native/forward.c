@@ -43,7 +43,7 @@ typedef struct {
     float *logits;          // (wanted_count, vocab_size)
 } batch;
 
-#define SPLIT_POSITIONS 64   // in a part of a long context: threads share the parts out
+#define SPLIT_POSITIONS 128  // in a part of a long context: threads share the parts out
 #define MAX_SPLITS 16        // parts where many tokens share the work already
 #define PHASES 8             // of a layer, each with a counter of claimed pieces
 #define PIECE_ROWS 16        // rows of a matrix in a piece of a product of many tokens
