@@ -57,7 +57,7 @@ def bench(gguf_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
         asked = SchemeOptions(**options)
         return quantize(str(gguf_file), QuantizeOptions(schemes, asked, folder / name, data=TEXT, windows=3))
 
-    ggufs = ("gguf-q8_0", "gguf-q5_1", "gguf-q5_0", "gguf-q4_1", "gguf-q4_0")
+    ggufs = ("gguf-q8_0", "gguf-q5_0", "gguf-q4_1", "gguf-q4_0")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SMOLCTL_CACHE", str(folder / "cache"))
         reports = {

@@ -26,7 +26,7 @@ from smolctl.quantization.folder import Item, Origin, naming_the_disk, require_f
 from smolctl.quantization.gguf import write_gguf
 from smolctl.quantization.measure import mean_kl, measure_footprint, measure_quality, measure_speed
 from smolctl.quantization.record import record_variants
-from smolctl.quantization.schemes import DYNAMIC, GGUF_SCHEMES, Plan, SchemeOptions, make_plan
+from smolctl.quantization.schemes import DYNAMIC, GGUF_SCHEMES, PACKED_SCHEMES, Plan, SchemeOptions, make_plan
 from smolctl.quantization.texts import Windows, choose_windows
 from smolctl.quantization.verdict import Calibration, Gates, SourceFacts, Variant, advise, judge
 from smolctl.sources import open_source
@@ -166,7 +166,8 @@ def _prepare(
     tensors = read_tensors(source)
     if windows is not None and (calibrate or options.per_tensor):
         # The last few windows choose between the plain and the searched scales.
-        squares = input_squares(config, tensors, windows.calibration[:-COST_WINDOWS])
+        if calibrate or set(options.schemes) & set(PACKED_SCHEMES):
+            squares = input_squares(config, tensors, windows.calibration[:-COST_WINDOWS])
         reference = _engine(config, tensors)
     return _Job(source, config, tensors, files, windows, squares, reference, options, note)
 
@@ -233,7 +234,6 @@ def _build(job: _Job, plan: Plan) -> tuple[dict[str, Item] | None, Calibration |
 
 def _costs(job: _Job, plan: Plan, items: Mapping[str, Item]) -> tuple[TensorCost, ...]:
     """Every tensor's relative output error, and the KL of the costliest when each alone is rounded."""
-    assert job.squares is not None
     assert job.windows is not None
     assert job.reference is not None
     windows = job.windows.calibration[-COST_WINDOWS:]
@@ -241,6 +241,7 @@ def _costs(job: _Job, plan: Plan, items: Mapping[str, Item]) -> tuple[TensorCost
     if dynamic:
         costs = dynamic_errors(job.config, job.tensors, items, plan.options.activations, windows)
     else:
+        assert job.squares is not None
         costs = output_errors(job.tensors, items, job.squares)
     for index, cost in enumerate(costs[:COSTLIEST]):
         alone = {cost.name: items[cost.name]}
