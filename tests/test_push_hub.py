@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -184,6 +188,36 @@ def test_a_killed_push_is_repeated_and_ends_in_the_same_state(tiny_run: Path, hu
         push(PushOptions(str(tiny_run), "me/tiny"), lambda _n: None, lambda _p: None, client)
     publish(tiny_run, repo="me/tiny")
     assert_arrived(hub)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "after", "xet"),
+    [
+        ("store/", False, False),
+        ("/commit/", False, False),
+        ("/commit/", True, True),
+        ("xet-write-token", False, True),
+    ],
+)
+def test_a_push_killed_at_once_is_repeated_and_ends_in_the_same_state(
+    where: str, after: bool, xet: bool, tiny_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with serving(monkeypatch, tmp_path / "hub", xet=xet) as hub:
+        reached = threading.Event()
+        hub.faults = [Fault(where, act=reached.set, hang_s=60.0, after=after)]
+        command = [sys.executable, "-m", "smolctl", "push", str(tiny_run), "--repo", "me/tiny", "--quiet"]
+        process = subprocess.Popen(command, env={**os.environ, "HF_HUB_DISABLE_XET": str(int(not xet))})
+        try:
+            while not reached.wait(0.1):
+                assert process.poll() is None, "it ended before it came to this request"
+        finally:
+            process.kill()
+            process.wait()
+        hub.faults = []
+        publish(tiny_run, repo="me/tiny")
+        assert_arrived(hub)
+        assert publish(tiny_run, repo="me/tiny").repo.commit.sent == ()
 
 
 def test_a_commit_of_somebody_else_in_between_is_noticed(tiny_run: Path, hub: PushHub) -> None:
