@@ -251,7 +251,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--folder", type=Path, default=Path("build/benchmark-models"))
-    parser.add_argument("--windows", type=int, default=4, help="of 512 tokens, for KL")
+    parser.add_argument("--windows", type=int, default=4, help="of 512 tokens, for KL; 0: none")
+    parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--only", nargs="*", default=None, help="engines, by name")
     parser.add_argument("--json", type=Path, default=None, help="write all figures there")
     parser.add_argument("--memory-of", default=None, help=argparse.SUPPRESS)
@@ -275,13 +276,15 @@ def main() -> None:
 
     divergence: dict[str, tuple[float, float]] = {}
     judge = runners.get("transformers float32")
-    if judge is not None:
+    if judge is not None and options.windows:
         whole, single = log_probabilities(judge, tokens, options.windows)
         for name, runner in runners.items():
             own_whole, own_single = log_probabilities(runner, tokens, options.windows)
             divergence[name] = (kl(whole, own_whole), kl(single, own_single))
             del own_whole
-    memory = {name: peak_memory(name, options.source, options.folder, options.threads) for name in names}
+    memory = {}
+    for name in names if not options.no_memory else ():
+        memory[name] = peak_memory(name, options.source, options.folder, options.threads)
 
     whats = ["decode", "decode at 2k", "prefill 32", "prefill 512"]
     print(
@@ -295,8 +298,12 @@ def main() -> None:
             f"{statistics.median(results[name][what]):.0f}" if what in results[name] else "" for what in whats
         ]
         kls = [f"{value:.5f}" for value in divergence.get(name, ())] or ["", ""]
-        peak = f"{memory[name]['peak'] / 1e6:.0f} ({memory[name]['libraries'] / 1e6:.0f} before the model)"
-        print(f"| {name} | {' | '.join(rates)} | {' | '.join(kls)} | {peak} | {memory[name]['load_ms']} ms |")
+        peak = load = ""
+        if name in memory:
+            found = memory[name]
+            peak = f"{found['peak'] / 1e6:.0f} ({found['libraries'] / 1e6:.0f} before the model)"
+            load = f"{found['load_ms']} ms"
+        print(f"| {name} | {' | '.join(rates)} | {' | '.join(kls)} | {peak} | {load} |")
     print()
     print("| ours / llama.cpp | " + " | ".join(whats) + " |")
     print("|---" * (len(whats) + 1) + "|")
