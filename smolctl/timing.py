@@ -75,9 +75,7 @@ def in_turns(
     return results
 
 
-def median_interval(
-    values: Sequence[float], confidence: float = CONFIDENCE
-) -> tuple[float, float] | None:
+def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
     """An interval that holds the true median with this probability, whatever the distribution.
 
     A measurement lies below the true median with probability 1/2, so that the k-th smallest of N lies above

@@ -10,7 +10,7 @@ from typing import Any
 
 from smolctl.benchmark.parts import SECONDS
 from smolctl.benchmark.report import BenchReport, Result
-from smolctl.errors import InputError
+from smolctl.errors import InputError, SmolError
 from smolctl.timing import median_interval
 
 FORMAT, VERSION = "smolctl-bench", 1
@@ -66,6 +66,22 @@ def read_baseline(path: Path) -> dict[str, Any]:
     return content
 
 
+def save_record(document: Mapping[str, Any], path: Path) -> None:
+    """Write a bench's document; what stands under the name is whole.
+
+    Raises:
+        SmolError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise SmolError(f"{path}: cannot be written ({error.strerror})", "Name another file.") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def compare_with(report: BenchReport, path: Path, fail_below: float | None) -> Changes:
     """Put today's results beside a baseline's.
 
@@ -86,7 +102,9 @@ def _compare(
     machine, model = content["machine"], content["model"]
     then = (machine["cpu"], machine["logical_cpus"], machine["threads"])
     if then != report.machine.identity:
-        raise InputError(f"{path}: of another machine: {_named(then)}; here: {_named(report.machine.identity)}", REMEDY)
+        raise InputError(
+            f"{path}: of another machine: {_named(then)}; here: {_named(report.machine.identity)}", REMEDY
+        )
     if model["shape"] != report.model.shape:
         raise InputError(
             f"{path}: of another model: {model['id']}, {model['parameters']:,} parameters; "

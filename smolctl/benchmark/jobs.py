@@ -31,7 +31,7 @@ SUITES_OF = {
 # Work that does not depend on how the weights are stored: the first contender of an engine does it alone.
 ONCE = {"train", "tokenize", "checkpoint"}
 DOCUMENT_CHARACTERS = 400_000
-PROCESS_OF = {"prefill": "engine", "decode": "engine", "batch": "engine"}  # these share a loaded engine
+PROCESS_OF = {"prefill": "engine", "decode": "engine", "batch": "engine"}
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,12 @@ def prepare(jobs: Sequence[Job], source: ModelSource, stack: ExitStack) -> tuple
         SmolError: ours cannot run.
     """
     workers: dict[tuple[Contender, str], Worker] = {}
+    for job in jobs:  # all start before the first is waited for
+        if _place(job) not in workers:
+            workers[_place(job)] = stack.enter_context(Worker(job.contender))
     entries, left_out = [], []
     for job in jobs:
-        place = job.contender, PROCESS_OF.get(job.kind, job.kind)
-        if place not in workers:
-            workers[place] = stack.enter_context(Worker(job.contender))
-        worker = workers[place]
+        worker = workers[_place(job)]
         try:
             facts = worker.prepare(job)
         except SmolError as error:
@@ -150,6 +150,11 @@ def prepare(jobs: Sequence[Job], source: ModelSource, stack: ExitStack) -> tuple
             continue
         entries.append(_entry(job, worker, facts, source))
     return entries, left_out
+
+
+def _place(job: Job) -> tuple[Contender, str]:
+    """Whose process a job belongs to: work that uses a loaded engine shares it."""
+    return job.contender, PROCESS_OF.get(job.kind, job.kind)
 
 
 def _entry(job: Job, worker: Worker, facts: Facts, source: ModelSource) -> Entry:

@@ -15,7 +15,14 @@ from smolctl.config import ModelConfig
 from smolctl.timing import Ratio, median_interval, ratio_of
 
 # Fields of a config that change no time.
-NO_MATTER = {"bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "rope_theta", "rms_norm_eps"}
+NO_MATTER = {
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "initializer_range",
+    "rope_theta",
+    "rms_norm_eps",
+}
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,11 @@ def training_step(job: Job) -> Work:
             fused=True,
         )
         # With shift_labels the targets are taken as they are: the same tokens as on our side.
-        loss = lambda: theirs(  # noqa: E731
-            input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False
-        ).loss
+        loss = lambda: (
+            theirs(  # noqa: E731
+                input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False
+            ).loss
+        )
     return lambda: _step(loss, optimizer, parameters)
 
 

@@ -23,7 +23,11 @@ from smolctl.errors import SmolError
 from smolctl.generation.engine import Engine
 from smolctl.training.device import peak_memory
 
-ENGINE_WORK: dict[str, Callable[[Engine, Job], Work]] = {"prefill": prefill, "decode": decode, "batch": decode}
+ENGINE_WORK: dict[str, Callable[[Engine, Job], Work]] = {
+    "prefill": prefill,
+    "decode": decode,
+    "batch": decode,
+}
 OTHER_WORK: dict[str, Callable[[Job], Work]] = {
     "load": load,
     "train": training_step,
