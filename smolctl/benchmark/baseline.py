@@ -125,11 +125,10 @@ def _named(identity: tuple[str, int, int]) -> str:
 def _change(now: Result, then: Mapping[str, Any]) -> Change:
     before = float(then["median"])
     ratio = before / now.median if now.unit == SECONDS else now.median / before
-    intervals = now.interval, median_interval([float(value) for value in then["values"]])
+    today, that_day = now.interval, median_interval([float(value) for value in then["values"]])
     beyond = None
-    if intervals[0] is not None and intervals[1] is not None:
-        (low, high), (low_then, high_then) = intervals
-        beyond = low > high_then or high < low_then
+    if today is not None and that_day is not None:
+        beyond = today[0] > that_day[1] or today[1] < that_day[0]
     return Change(now, before, ratio, beyond)
 
 

@@ -87,7 +87,7 @@ def checkpoint(job: Job) -> Work:
         loaded = time.perf_counter()
         differing = sum(
             not torch.equal(tensor, found["state_dict"][name])
-            for name, tensor in content["state_dict"].items()  # type: ignore[attr-defined]
+            for name, tensor in content["state_dict"].items()
         )
         return Lap((saved - started, loaded - saved), torch.tensor([float(differing)]))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 # Larger than the last-level caches of today's processors, several times over for most of them.
 BUFFER_BYTES = 256 << 20
-# Rows and columns of the products: large enough to be bound by arithmetic, small enough for 0.2 s on a laptop.
+# Rows and columns of the products: large enough to be bound by arithmetic, small enough for a laptop.
 SIZE = 1024
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # A product of narrower numbers may be computed in any wider type, whichever is fastest here.

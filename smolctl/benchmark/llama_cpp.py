@@ -17,9 +17,8 @@ BATCH = 512  # tokens that are read at once: llama.cpp's own default
 REMEDY = "Leave out --against llama.cpp."
 
 
-@llama_cpp.llama_log_callback
-def _silence(_level: object, _text: object, _data: object) -> None:
-    """llama.cpp's notices would land in the middle of a table."""
+# llama.cpp's notices would land in the middle of a table.
+SILENCE = llama_cpp.llama_log_callback(lambda _level, _text, _data: None)
 
 
 class _LlamaCache(Cache):
@@ -55,7 +54,7 @@ class LlamaEngine(Engine):
     """llama.cpp with flash attention, which is its faster way on a CPU."""
 
     def __init__(self, model: str, threads: int) -> None:
-        llama_cpp.llama_log_set(_silence, None)
+        llama_cpp.llama_log_set(SILENCE, None)
         llama_cpp.llama_backend_init()
         self.threads = threads
         self.model = llama_cpp.llama_model_load_from_file(

@@ -26,7 +26,7 @@ class Worker:
 
     def __init__(self, contender: Contender) -> None:
         self.contender = contender
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
         self._process = subprocess.Popen(
             [sys.executable, "-m", "smolctl.benchmark.worker", str(contender.threads)],
             stdin=subprocess.PIPE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from smolctl.benchmark.work import Job, Lap, Work
 from smolctl.training.allocator import keep_freed_memory
 from smolctl.training.optimizers import make_optimizer
 
+Step = tuple[Callable[[], Tensor], torch.optim.Optimizer, list[nn.Parameter]]
 CLIP = 1.0  # norm of the gradient, as `train` clips by default
 
 
@@ -25,35 +26,40 @@ def training_step(job: Job) -> Work:
     """
     if job.contender.engine == "reference":
         return _reference(job)
+    step = _ours(job) if job.contender.engine == "smolctl" else _transformers(job)
+    return lambda: _timed(*step)
+
+
+def _ours(job: Job) -> Step:
+    keep_freed_memory()  # as `smolctl train` does
+    network = plain_network(job.contender.model).train()
     inputs, targets = batch(job)
-    loss: Callable[[], Tensor]
-    optimizer: torch.optim.Optimizer
-    if job.contender.engine == "smolctl":
-        keep_freed_memory()  # as `smolctl train` does
-        network = plain_network(job.contender.model)
-        optimizer = make_optimizer(network, job.optimizer.model_copy(update={"learning_rate": 0.0}))
-        parameters = list(network.parameters())
-        loss = lambda: network.loss(inputs, targets) / targets.numel()  # noqa: E731
-        network.train()
-    else:
-        theirs = _transformers(job)
-        parameters = list(theirs.parameters())
-        settings = job.optimizer
-        optimizer = torch.optim.AdamW(
-            parameters,
-            lr=0.0,
-            betas=settings.betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+    optimizer = make_optimizer(network, job.optimizer.model_copy(update={"learning_rate": 0.0}))
+    return lambda: network.loss(inputs, targets) / targets.numel(), optimizer, list(network.parameters())
+
+
+def _transformers(job: Job) -> Step:
+    from smolctl.benchmark.peers import load_transformers
+
+    network = load_transformers(job.contender.model).train()
+    inputs, targets = batch(job)
+    settings = job.optimizer
+    optimizer = torch.optim.AdamW(
+        network.parameters(),
+        lr=0.0,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+    def loss() -> Tensor:
         # With shift_labels the targets are taken as they are: the same tokens as on our side.
-        loss = lambda: (
-            theirs(  # noqa: E731
-                input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False
-            ).loss
-        )
-    return lambda: _step(loss, optimizer, parameters)
+        out = network(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False)
+        found: Tensor = out.loss
+        return found
+
+    return loss, optimizer, list(network.parameters())
 
 
 def batch(job: Job) -> tuple[Tensor, Tensor]:
@@ -63,20 +69,20 @@ def batch(job: Job) -> tuple[Tensor, Tensor]:
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-def _step(
+def _timed(
     loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]
 ) -> Lap:
     clock = time.perf_counter
     marks = [clock()]
     value = loss()
     marks.append(clock())
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward()
     marks.append(clock())
     torch.nn.utils.clip_grad_norm_(parameters, CLIP)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     marks.append(clock())
-    parts = [after - before for before, after in zip(marks, marks[1:], strict=False)]
+    parts = [after - before for before, after in pairwise(marks)]
     return Lap((marks[-1] - marks[0], *parts), value.detach().view(1))
 
 
@@ -90,9 +96,3 @@ def _reference(job: Job) -> Work:
         return Lap((0.0,), network.token_losses(inputs, targets).mean().view(1))
 
     return run
-
-
-def _transformers(job: Job) -> Any:
-    from smolctl.benchmark.peers import load_transformers
-
-    return load_transformers(job.contender.model).train()

@@ -121,9 +121,10 @@ def _lines(report: BenchReport, changes: Changes | None) -> list[str]:
     rates = ", ".join(f"{name} {quantity(rate)}FLOP/s" for name, rate in limits.products.items())
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     lines = [
-        f"{report.model.id}, {report.model.parameters:,} parameters; {report.repeats} repeats in turns after a "
-        f"warm-up. Answers are compared with plain PyTorch's in float32",
-        f"{machine.cpu}, {machine.logical_cpus} processors, {machine.threads} threads, {machine.instructions}",
+        f"{report.model.id}, {report.model.parameters:,} parameters; {report.repeats} repeats in turns after "
+        "a warm-up; answers compared with plain PyTorch's in float32",
+        f"{machine.cpu}, {machine.logical_cpus} processors, {machine.threads} threads, "
+        f"{machine.instructions}",
         f"limits measured meanwhile: memory {quantity(limits.bandwidth)}B/s, products {rates}",
         versions,
         *report.notes,
