@@ -76,7 +76,10 @@ def checkpoint(job: Job) -> Work:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # makes its state
     optimizer.zero_grad(set_to_none=True)
-    content = {"state_dict": network.state_dict(), "optimizer_states": [optimizer.state_dict()]}
+    content: dict[str, Any] = {
+        "state_dict": network.state_dict(),
+        "optimizer_states": [optimizer.state_dict()],
+    }
     path, io = Path(job.folder) / "step.ckpt", DurableCheckpointIO()
 
     def run() -> Lap:
@@ -113,7 +116,7 @@ def _encoder(contender: Contender) -> Callable[[Sequence[str]], Sequence[Sequenc
         from transformers import AutoTokenizer
 
         theirs: Any = AutoTokenizer.from_pretrained(contender.model)
-        return lambda texts: theirs(list(texts), add_special_tokens=False)["input_ids"]  # type: ignore[no-any-return]
+        return lambda texts: theirs(list(texts), add_special_tokens=False)["input_ids"]
     files = open_source(contender.model).read_tokenizer()
     if files is None:
         raise SmolError(f"{contender.model}: there is no tokenizer beside the weights")

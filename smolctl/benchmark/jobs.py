@@ -31,7 +31,14 @@ SUITES_OF = {
 # Work that does not depend on how the weights are stored: the first contender of an engine does it alone.
 ONCE = {"train", "tokenize", "checkpoint"}
 DOCUMENT_CHARACTERS = 400_000
-PROCESS_OF = {"prefill": "engine", "decode": "engine", "batch": "engine"}
+# Work that shares a process: a loaded engine, or none that stays loaded.
+PROCESS_OF = {
+    "prefill": "engine",
+    "decode": "engine",
+    "batch": "engine",
+    "load": "files",
+    "tokenize": "files",
+}
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,9 @@ class Worker:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the process: the closed pipe tells it to."""
+        """End the process: the closed pipe tells it to; after an error nobody waits for its work."""
+        if kind is not None:
+            self._process.kill()
         with contextlib.suppress(OSError):
             assert self._process.stdin is not None
             self._process.stdin.close()

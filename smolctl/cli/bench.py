@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -99,6 +101,8 @@ def bench(
     from smolctl.views.bench_chart import draw_bench
 
     view = Output(json, quiet, verbose)
+    # A stop is an exit: the contenders' processes and files go too.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(ExitCode.TERMINATED))
     if fail_below is not None and baseline is None:
         raise UsageError("--fail-below compares with nothing", "Name a record with --baseline.")
     if baseline is not None:
