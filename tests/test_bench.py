@@ -33,6 +33,7 @@ from smolctl.benchmark.worker import serve
 from smolctl.errors import InputError, SmolError, UsageError
 from smolctl.generation.engine import Cache, Engine
 from smolctl.generation.torch_engine import TorchEngine
+from smolctl.model.network import Transformer
 from smolctl.sources import open_source
 
 SUITES = {
@@ -52,8 +53,13 @@ Smolctl = Callable[..., Called]
 # --- work, in this process ------------------------------------------------------------------------
 
 
+def small_network(seed: int = 0) -> Transformer:
+    """With a context of few tokens, so that its suites take no time."""
+    return tiny_network(seed, context=24)
+
+
 def tiny_job(kind: str) -> Job:
-    config = tiny_network().config
+    config = small_network().config
     sizes = Sizes.fitting(config, None, batch=3)
     text = cut([(7 * at * at + 3 * at) % config.vocab_size for at in range(400)], sizes)
     return Job(kind, Contender("smolctl", "tiny", 1), sizes, text)
@@ -90,7 +96,7 @@ class Perturbed(Engine):
 def result_of(engine: Engine, kind: str, repeats: int = 2) -> Result:
     """A result as `bench` makes it, with the tiny network's answer as the expected one."""
     job = tiny_job(kind)
-    expected = WORK[kind](TorchEngine(tiny_network()), job)().answer
+    expected = WORK[kind](TorchEngine(small_network()), job)().answer
     work = WORK[kind](engine, job)
     facts = Facts(engine.name, "float32", 10_000)
     entry = Entry(job, lambda: Measured(work(), None), parts_of(job, engine.config, facts, 0), facts, 0)
@@ -100,7 +106,7 @@ def result_of(engine: Engine, kind: str, repeats: int = 2) -> Result:
 
 @pytest.mark.parametrize("kind", ["prefill", "decode", "batch"])
 def test_a_right_engine_is_called_right(kind: str) -> None:
-    found = result_of(TorchEngine(tiny_network()), kind)
+    found = result_of(TorchEngine(small_network()), kind)
     assert found.right
     assert found.median > 0
 
@@ -116,7 +122,7 @@ def test_a_right_engine_is_called_right(kind: str) -> None:
     ],
 )
 def test_a_fast_wrong_engine_is_caught(how: str, kind: str) -> None:
-    found = result_of(Perturbed(TorchEngine(tiny_network()), how), kind)
+    found = result_of(Perturbed(TorchEngine(small_network()), how), kind)
     assert not found.right
     assert found.answer_error is not None
     assert found.answer_error > 0.1
@@ -124,11 +130,11 @@ def test_a_fast_wrong_engine_is_caught(how: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["prefill", "decode", "batch"])
 def test_other_weights_are_caught(kind: str) -> None:
-    assert not result_of(TorchEngine(tiny_network(seed=1)), kind).right
+    assert not result_of(TorchEngine(small_network(seed=1)), kind).right
 
 
 def test_decoding_reads_one_given_token_a_step_and_every_repeat_the_same() -> None:
-    engine, job = CountingEngine(TorchEngine(tiny_network())), tiny_job("batch")
+    engine, job = CountingEngine(TorchEngine(small_network())), tiny_job("batch")
     work = decode(engine, job)
     work()
     first, engine.calls = engine.calls, []

@@ -251,7 +251,7 @@ def test_other_versions_are_said_and_not_refused(tmp_path: Path) -> None:
 def test_a_file_that_is_no_baseline_is_named(tmp_path: Path, content: str) -> None:
     path = tmp_path / "base.json"
     path.write_text(content)
-    with pytest.raises(InputError, match="base.json"):
+    with pytest.raises(InputError, match=r"base\.json"):
         compare_with(report(result()), path, 0.95)
 
 
@@ -267,7 +267,7 @@ def test_a_damaged_baseline_is_named(tmp_path: Path, missing: str) -> None:
 
 def test_nothing_in_common_is_an_error_and_not_a_pass(tmp_path: Path) -> None:
     path = saved(tmp_path / "base.json", report(result("prefill")))
-    with pytest.raises(InputError, match="nothing|no result in common"):
+    with pytest.raises(InputError, match="no result in common"):
         compare_with(report(result("decode")), path, 0.95)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from smolctl.cli.options import Debug, Json, Quiet, Verbose, command
-from smolctl.errors import GateError, UsageError
+from smolctl.errors import ExitCode, GateError, UsageError
 from smolctl.views.output import Output
 
 
