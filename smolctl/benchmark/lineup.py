@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from smolctl.benchmark.contenders import PEERS, Contender, EngineName, open_weighted
 from smolctl.benchmark.peers import is_installed
+from smolctl.data.tokenizer import Tokenizer
 from smolctl.errors import SmolError, UsageError
 from smolctl.model.weights import HEAD
 from smolctl.publish.export import CODE
@@ -103,7 +104,7 @@ def _peers(
 
 def huggingface_folder(source: ModelSource, folder: Path) -> str:
     """A folder that transformers loads: the source's own, or one with its weights in float32."""
-    if source.kind is SourceKind.FOLDER and Path(source.id).is_dir():
+    if source.kind is SourceKind.FOLDER and source.tensors and Path(source.id).is_dir():
         return source.id
     if folder.exists():
         return str(folder)
@@ -114,6 +115,8 @@ def huggingface_folder(source: ModelSource, folder: Path) -> str:
         tensors.pop(HEAD, None)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(to_huggingface_config(config, "float32")))
+    if (files := source.read_tokenizer()) is not None:
+        Tokenizer.from_files(files, source.id).save(folder)
     if not config.is_llama:
         for path in CODE.glob("*.py"):
             shutil.copyfile(path, folder / path.name)
