@@ -64,6 +64,9 @@ def test_transformers_gives_the_same_logits_and_the_same_text(
     ids = torch.randint(0, 290, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         torch.testing.assert_close(theirs(ids).logits, network(ids), rtol=1e-4, atol=1e-4)
+        begun = theirs(ids[:, :5], use_cache=True).past_key_values
+        rest = theirs(ids[:, 5:], past_key_values=begun).logits
+        torch.testing.assert_close(rest, network(ids)[:, 5:], rtol=1e-4, atol=1e-4)
         with_cache, without = (
             theirs.generate(ids, max_new_tokens=20, do_sample=False, use_cache=cached, eos_token_id=None)
             for cached in (True, False)

@@ -55,10 +55,12 @@ class SmolctlModel(LlamaModel):
             layer.mlp.down_proj = ScaledLinear(config.intermediate_size, width, scale)
         self.post_init()
 
-    def forward(self, input_ids=None, position_ids=None, past_key_values=None, inputs_embeds=None, **others):
+    def forward(self, input_ids=None, position_ids=None, inputs_embeds=None, **others):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        # transformers 5.24 renamed the argument, and translates the old name before it comes here.
+        cache = others.get("cache", others.get("past_key_values"))
+        seen = cache.get_seq_length() if cache is not None else 0
         end, context = seen + inputs_embeds.shape[1], self.config.max_position_embeddings
         if position_ids is None:
             position_ids = torch.arange(seen, end, device=inputs_embeds.device)[None]
@@ -66,9 +68,7 @@ class SmolctlModel(LlamaModel):
             if end > context and int(position_ids.max()) >= context:
                 raise ValueError(f"{end} tokens do not fit the model's context of {context}")
             inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
-        return super().forward(
-            position_ids=position_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **others
-        )
+        return super().forward(position_ids=position_ids, inputs_embeds=inputs_embeds, **others)
 
 
 class SmolctlForCausalLM(LlamaForCausalLM):
