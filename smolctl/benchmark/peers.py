@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,8 @@ class TransformersEngine(Engine):
     def __init__(self, model: str) -> None:
         self.network = load_transformers(model).eval().requires_grad_(False)
         super().__init__(open_source(model).require_config(), "transformers, float32")
+        names = inspect.signature(type(self.network).forward).parameters
+        self.cache_name = "cache" if "cache" in names else "past_key_values"  # before transformers 5.24
         self.weight_bytes = matrix_bytes(self.network, self.network.lm_head.weight)
 
     def allocate(self, sequences: int, capacity: int) -> _PastCache:
@@ -89,11 +92,11 @@ class TransformersEngine(Engine):
         assert isinstance(cache, _PastCache)
         out = self.network(
             torch.tensor([list(ids) for ids in tokens]),
-            past_key_values=cache.past,
             use_cache=True,
             logits_to_keep=0 if every else 1,
+            **{self.cache_name: cache.past},
         )
-        cache.past = out.past_key_values
+        cache.past = getattr(out, self.cache_name)
         cache.lengths = [length + len(ids) for length, ids in zip(cache.lengths, tokens, strict=True)]
         logits: Tensor = out.logits.flatten(0, 1)
         return logits
