@@ -165,6 +165,7 @@ def _place(job: Job) -> tuple[Contender, str]:
 
 
 def _entry(job: Job, worker: Worker, facts: Facts, source: ModelSource) -> Entry:
+    facts = replace(facts, precision=job.contender.precision or facts.precision or "float32")
     size = sum(Path(file).stat().st_size for file in job.files)
     parts = parts_of(job, source.require_config(), facts, size)
     return Entry(job, lambda: worker.run(job), parts, facts, worker.pid)

@@ -112,7 +112,7 @@ def results_of(
     job, contender = entry.job, entry.job.contender
     if any(one.lap.note for one in measured):
         return []
-    precision = contender.precision or entry.facts.precision or "float32"
+    precision = entry.facts.precision
     peaks = [one.peak_bytes for one in measured if one.peak_bytes is not None]
     error = max(error_of(job.kind, one.lap.answer, expected[job.kind]) for one in measured)
     found = []

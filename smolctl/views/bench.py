@@ -75,8 +75,8 @@ def _comparisons(comparisons: Sequence[Comparison]) -> Table:
         )
         for one in comparisons
     )
-    headers = ("suite", "", "against", "speed", "min to max", "verdict")
-    return Table(headers, rows, frozenset({"suite", "", "against", "verdict"}))
+    headers = ("suite", "contender", "against", "speed", "min to max", "verdict")
+    return Table(headers, rows, frozenset({"suite", "contender", "against", "verdict"}))
 
 
 def _speed(ratio: Ratio) -> tuple[str, str, str]:
@@ -104,8 +104,8 @@ def _changes(changes: Changes) -> Table:
         )
         for one in changes.changes
     )
-    headers = ("suite", "", "baseline", "now", "speed", "verdict")
-    return Table(headers, rows, frozenset({"suite", "", "verdict"}))
+    headers = ("suite", "contender", "baseline", "now", "speed", "verdict")
+    return Table(headers, rows, frozenset({"suite", "contender", "verdict"}))
 
 
 def _noise(change: Change) -> str:
