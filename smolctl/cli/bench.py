@@ -125,7 +125,7 @@ def bench(
         draw_bench(report, plot)
     if report.wrong:
         named = ", ".join(f"{one.suite} {one.engine} {one.precision}" for one in report.wrong)
-        raise GateError(f"wrong answers: {named}", "Their speed is of no use; report this.")
+        raise GateError(f"wrong answers: {named}", "Their speed says nothing: report this.")
     if changes is not None and changes.failed:
         named = ", ".join(f"{one.name} × {one.ratio:.2f}" for one in changes.failed)
         raise GateError(f"below {fail_below} of the baseline: {named}", "Repeat on a quiet machine.")
