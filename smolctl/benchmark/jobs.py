@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from smolctl.benchmark.contenders import Contender
-from smolctl.benchmark.lineup import weight_files
+from smolctl.benchmark.lineup import copy_apart, weight_files
 from smolctl.benchmark.parts import Part, parts_of
 from smolctl.benchmark.process import Worker
 from smolctl.benchmark.work import Facts, Job, Measured, Sizes, Tokens, cut
@@ -91,11 +91,21 @@ def make_jobs(
             seen.add(contender.engine)
             job = Job(suite, contender, sizes, text, optimizer, folder=str(folder))
             if suite == "load":
-                files = tuple(map(str, weight_files(contender.model)))
-                jobs += [replace(job, files=files, cold=cold) for cold in (True, False) if files or not cold]
+                jobs += _loads(job)
             else:
                 jobs.append(replace(job, document=document) if suite == "tokenize" else job)
     return tuple(jobs)
+
+
+def _loads(job: Job) -> list[Job]:
+    """A cold and a warm load; a warm one alone where it is not known which files are read."""
+    model = job.contender.model
+    files = weight_files(model)
+    warm = replace(job, files=tuple(map(str, files)))
+    if not files:
+        return [warm]
+    copy = copy_apart(model, files, Path(job.folder))
+    return [replace(job, files=tuple(map(str, weight_files(copy))), cold_copy=copy), warm]
 
 
 def _text(source: ModelSource, sizes: Sizes) -> tuple[str, Tokens]:
@@ -121,7 +131,7 @@ def expected_answers(jobs: Sequence[Job], source: ModelSource, threads: int) -> 
     with Worker(reference) as worker:
         for job in jobs:
             if job.kind not in expected:
-                asked = replace(job, contender=reference, cold=False)
+                asked = replace(job, contender=reference, cold_copy="")
                 worker.prepare(asked)
                 expected[job.kind] = worker.run(asked).lap.answer
     return expected

@@ -165,3 +165,22 @@ def weight_files(model: str) -> tuple[Path, ...]:
     if path.is_dir():
         return tuple(sorted(path.glob("*.safetensors")))
     return (path,) if source.tensors and path.is_file() else ()
+
+
+def copy_apart(model: str, files: Sequence[Path], folder: Path) -> str:
+    """A copy of a model that nobody else has open: the pages of a file that is mapped stay in memory.
+
+    Args:
+        model: of `weight_files`.
+        files: what that has found.
+        folder: gets the copy.
+
+    Returns:
+        The copy, as a MODEL.
+    """
+    target = folder / f"apart-{sum(1 for _ in folder.iterdir())}"
+    if Path(model).is_dir() and len(files) >= 1 and files[0].parent == Path(model):
+        shutil.copytree(model, target)
+        return str(target)
+    target.mkdir()
+    return str(shutil.copyfile(files[0], target / files[0].name))

@@ -26,6 +26,7 @@ class _LlamaCache(Cache):
 
     def __init__(self, engine: LlamaEngine, sequences: int, capacity: int) -> None:
         super().__init__(sequences, capacity)
+        self.engine = engine  # its model must outlive the context
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx = sequences * (capacity + -capacity % 256)
         settings.n_seq_max = sequences
@@ -47,6 +48,7 @@ class _LlamaCache(Cache):
 
     def __del__(self) -> None:
         if getattr(self, "context", None):
+            llama_cpp.llama_batch_free(self.batch)
             llama_cpp.llama_free(self.context)
 
 
@@ -64,6 +66,10 @@ class LlamaEngine(Engine):
             raise SmolError(f"{model}: llama.cpp cannot load it", REMEDY)
         super().__init__(open_source(model).require_config(), "llama.cpp, flash attention")
         self.weight_bytes = llama_cpp.llama_model_size(self.model)
+
+    def __del__(self) -> None:
+        if getattr(self, "model", None):
+            llama_cpp.llama_model_free(self.model)
 
     def allocate(self, sequences: int, capacity: int) -> _LlamaCache:
         return _LlamaCache(self, sequences, capacity)

@@ -42,8 +42,8 @@ def parts_of(job: Job, config: ModelConfig, facts: Facts, file_bytes: int) -> tu
     sizes = job.sizes
     if job.kind == "load":
         # The disk's own limit is not measured.
-        cost = Cost() if job.cold else Cost(bytes=file_bytes)
-        name = "load-cold" if job.cold else "load-warm"
+        cost = Cost() if job.cold_copy else Cost(bytes=file_bytes)
+        name = "load-cold" if job.cold_copy else "load-warm"
         return (Part(name, SECONDS, 1, "until the first token is there", cost),)
     if job.kind == "prefill":
         tokens = sizes.prefill

@@ -61,7 +61,7 @@ class Job:
     text: Tokens = ()  # what is read: for each sequence its tokens, prompt and continuation
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     document: str = ""  # text to tokenize
-    cold: bool = False  # forget the file's pages before it is loaded
+    cold_copy: str = ""  # the model to load from the disk, its pages forgotten before; "": as it comes
     files: tuple[str, ...] = ()  # that a load reads
     folder: str = ""  # where files may be written
 

@@ -53,17 +53,22 @@ class _Desk:
     def prepare(self, job: Job) -> Facts:
         if job.kind not in ENGINE_WORK:
             self.works[job] = OTHER_WORK[job.kind](job)
-            return Facts()
+            return told_by(open_engine(job.contender)) if job.kind == "load" else Facts()
         if job.contender not in self.engines:
             self.engines[job.contender] = open_engine(job.contender)
         engine = self.engines[job.contender]
         self.works[job] = ENGINE_WORK[job.kind](engine, job)
-        return Facts(engine.name, engine.precision, engine.weight_bytes)
+        return told_by(engine)
 
     def run(self, job: Job) -> Measured:
         reset_peak()
         lap = self.works[job]()
         return Measured(lap, peak_memory(torch.device("cpu")))
+
+
+def told_by(engine: Engine) -> Facts:
+    """What an engine says of itself."""
+    return Facts(engine.name, engine.precision, engine.weight_bytes)
 
 
 def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
