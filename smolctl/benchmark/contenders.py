@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from smolctl.config import ModelConfig
 from smolctl.generation.engine import Engine
 from smolctl.generation.engines import EngineOptions, make_engine
 from smolctl.model.network import Transformer
@@ -54,8 +55,12 @@ def plain_network(model: str) -> Transformer:
     return load_network(open_weighted(model), torch.float32)
 
 
-def open_engine(contender: Contender) -> Engine:
+def open_engine(contender: Contender, config: ModelConfig | None = None) -> Engine:
     """Load a contender.
+
+    Args:
+        contender: any.
+        config: of a peer's model, where it has been read already: a peer need not wait for our reader.
 
     Raises:
         SmolError: its model cannot be read.
@@ -69,4 +74,4 @@ def open_engine(contender: Contender) -> Engine:
         return TorchEngine(plain_network(contender.model).requires_grad_(False))
     from smolctl.benchmark.peers import open_peer
 
-    return open_peer(contender)
+    return open_peer(contender, config or open_source(contender.model).require_config())

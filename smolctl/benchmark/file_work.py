@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smolctl.benchmark.contenders import Contender, open_engine, plain_network
+from smolctl.benchmark.contenders import PEERS, Contender, open_engine, plain_network
 from smolctl.benchmark.work import Job, Lap, Work
 from smolctl.data.tokenizer import Tokenizer
 from smolctl.errors import SmolError
@@ -30,13 +30,14 @@ def load(job: Job) -> Work:
     """Open the model and read one token: by then every weight has been touched."""
 
     contender = replace(job.contender, model=job.cold_copy or job.contender.model)
+    config = open_source(contender.model).config if contender.engine in PEERS else None
 
     def run() -> Lap:
         gc.collect()  # an engine of the last repeat would keep its file in memory
         cold = not job.cold_copy or forget(job.files)
         read_before = bytes_from_disk()
         started = time.perf_counter()
-        engine = open_engine(contender)
+        engine = open_engine(contender, config)
         logits = engine.forward([[job.text[0][0]]], engine.allocate(1, 1))
         seconds = time.perf_counter() - started
         if job.cold_copy and cold and read_before is not None:

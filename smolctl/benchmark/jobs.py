@@ -26,7 +26,7 @@ SUITES_OF = {
     "smolctl": set(SUITES),
     "transformers": {"load", "prefill", "decode", "batch", "train", "tokenize"},
     "llama.cpp": {"load", "prefill", "decode", "batch"},
-    "litgpt": {"load", "prefill", "decode", "batch"},
+    "litgpt": {"prefill", "decode", "batch"},  # its weights come through our reader
 }
 # Work that does not depend on how the weights are stored: the first contender of an engine does it alone.
 ONCE = {"train", "tokenize", "checkpoint"}

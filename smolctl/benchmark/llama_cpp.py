@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smolctl.config import ModelConfig
 from smolctl.errors import SmolError
 from smolctl.generation.engine import Cache, Engine
-from smolctl.sources import open_source
 
 BATCH = 512  # tokens that are read at once: llama.cpp's own default
 REMEDY = "Leave out --against llama.cpp."
@@ -55,7 +55,7 @@ class _LlamaCache(Cache):
 class LlamaEngine(Engine):
     """llama.cpp with flash attention, which is its faster way on a CPU."""
 
-    def __init__(self, model: str, threads: int) -> None:
+    def __init__(self, model: str, config: ModelConfig, threads: int) -> None:
         llama_cpp.llama_log_set(SILENCE, None)
         llama_cpp.llama_backend_init()
         self.threads = threads
@@ -64,7 +64,7 @@ class LlamaEngine(Engine):
         )
         if not self.model:
             raise SmolError(f"{model}: llama.cpp cannot load it", REMEDY)
-        super().__init__(open_source(model).require_config(), "llama.cpp, flash attention")
+        super().__init__(config, "llama.cpp, flash attention")
         self.weight_bytes = llama_cpp.llama_model_size(self.model)
 
     def __del__(self) -> None:

@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 CODE = "modeling_smolctl.py"
 
 
-def open_peer(contender: Contender) -> Engine:
-    """Load a peer's model."""
+def open_peer(contender: Contender, config: ModelConfig) -> Engine:
+    """Load a peer's model, whose shape is known."""
     if contender.engine == "transformers":
-        return TransformersEngine(contender.model)
+        return TransformersEngine(contender.model, config)
     if contender.engine == "litgpt":
-        return LitgptEngine(contender.model)
+        return LitgptEngine(contender.model, config)
     from smolctl.benchmark.llama_cpp import LlamaEngine
 
-    return LlamaEngine(contender.model, contender.threads)
+    return LlamaEngine(contender.model, config, contender.threads)
 
 
 @contextlib.contextmanager
@@ -77,9 +77,9 @@ class TransformersEngine(Engine):
 
     precision = "float32"
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, config: ModelConfig) -> None:
         self.network = load_transformers(model).eval().requires_grad_(False)
-        super().__init__(open_source(model).require_config(), "transformers, float32")
+        super().__init__(config, "transformers, float32")
         names = inspect.signature(type(self.network).forward).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"  # before transformers 5.24
         self.weight_bytes = matrix_bytes(self.network, self.network.lm_head.weight)
@@ -114,15 +114,14 @@ class LitgptEngine(Engine):
 
     precision = "float32"
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, config: ModelConfig) -> None:
         from litgpt.config import Config
         from litgpt.model import GPT
         from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
 
-        source = open_source(folder)
-        config = source.require_config()
         state: dict[str, Tensor] = {}
-        given = {name: tensor.float() for name, tensor in source.require_weights().tensors()}
+        weights = open_source(folder).require_weights()
+        given = {name: tensor.float() for name, tensor in weights.tensors()}
         settings = Config(**litgpt_settings(config))
         copy_weights_hf_llama(settings, {}, state, given)
         with torch.device("meta"):
