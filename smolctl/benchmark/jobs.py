@@ -138,7 +138,7 @@ def expected_answers(jobs: Sequence[Job], source: ModelSource, threads: int) -> 
 
 
 def prepare(jobs: Sequence[Job], source: ModelSource, stack: ExitStack) -> tuple[list[Entry], list[str]]:
-    """Start the contenders' processes and load what they need.
+    """Start the contenders' processes, load what they need and do each job once to warm up.
 
     Args:
         jobs: of all contenders.
@@ -160,6 +160,7 @@ def prepare(jobs: Sequence[Job], source: ModelSource, stack: ExitStack) -> tuple
         worker = workers[_place(job)]
         try:
             facts = worker.prepare(job)
+            worker.run(job)
         except SmolError as error:
             if job.contender.engine == "smolctl":
                 raise

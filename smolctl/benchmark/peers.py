@@ -103,7 +103,16 @@ class TransformersEngine(Engine):
 
 
 class _GridCache(Cache):
-    """litgpt keeps keys and values inside its model, all sequences of one length."""
+    """litgpt keeps keys and values inside its model, all sequences of one length: one cache at a time."""
+
+    def __init__(self, engine: LitgptEngine, sequences: int, capacity: int) -> None:
+        super().__init__(sequences, capacity)
+        self.engine = engine
+
+    def truncate(self, sequence: int, length: int) -> None:
+        super().truncate(sequence, length)
+        if not any(self.lengths):
+            self.engine.use(self)
 
     def copy(self, source: int, target: int) -> None:
         raise NotImplementedError
@@ -113,6 +122,7 @@ class LitgptEngine(Engine):
     """litgpt's GPT in eager mode with its key/value cache, from a Hugging Face folder."""
 
     precision = "float32"
+    shape = (0, 0)  # sequences and capacity of the cache that the model has now
 
     def __init__(self, folder: str, config: ModelConfig) -> None:
         from litgpt.config import Config
@@ -132,16 +142,23 @@ class LitgptEngine(Engine):
         self.weight_bytes = matrix_bytes(self.network, self.network.lm_head.weight)
 
     def allocate(self, sequences: int, capacity: int) -> _GridCache:
-        self.network.max_seq_length = capacity
-        self.network.cos, self.network.sin = self.network.rope_cache(device=torch.device("cpu"))
-        return _GridCache(sequences, capacity)
+        cache = _GridCache(self, sequences, capacity)
+        self.use(cache)
+        return cache
+
+    def use(self, cache: Cache) -> None:
+        """Give the model room for a cache, unless it has just that."""
+        shape = len(cache.lengths), cache.capacity
+        if shape != self.shape:
+            self.shape = shape
+            self.network.clear_kv_cache()
+            self.network.max_seq_length = cache.capacity
+            self.network.cos, self.network.sin = self.network.rope_cache(device=torch.device("cpu"))
+            self.network.set_kv_cache(*shape, dtype=torch.float32)
 
     @torch.inference_mode()
     def forward(self, tokens: Sequence[Sequence[int]], cache: Cache, every: bool = False) -> Tensor:
         start, count = cache.lengths[0], len(tokens[0])
-        if start == 0:
-            self.network.clear_kv_cache()
-            self.network.set_kv_cache(len(tokens), cache.capacity, dtype=torch.float32)
         position = torch.arange(start, start + count)
         logits = self.network(torch.tensor([list(ids) for ids in tokens]), position, start + count)
         cache.lengths = [start + count] * len(tokens)

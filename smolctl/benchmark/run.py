@@ -72,18 +72,17 @@ def bench(model: str, options: BenchOptions, note: Note = lambda _text: None) ->
         jobs = make_jobs(source, lineup.contenders, suites, options.batch, Path(name))
         note("the plain PyTorch network gives the answers that are expected")
         expected = expected_answers(jobs, source, threads)
-        note(f"loading {', '.join(dict.fromkeys(job.contender.engine for job in jobs))}")
+        note(f"loading and warming up {', '.join(dict.fromkeys(job.contender.engine for job in jobs))}")
         entries, left_out = prepare(jobs, source, stack)
         processes = {entry.process for entry in entries}
 
         def after_round(number: int) -> None:
-            if number:
-                meter.measure()
+            meter.measure()
             marks.append(cpu_times(processes))
-            note(f"round {number} of {options.repeats}" if number else "warmed up")
+            note(f"round {number} of {options.repeats}")
 
-        works = [entry.run for entry in entries]
-        measured = in_turns(works, options.repeats, after_round=after_round)
+        marks.append(cpu_times(processes))
+        measured = in_turns([one.run for one in entries], options.repeats, 0, after_round)
     load, limits = load_between(marks[0], marks[-1], average), meter.limits()
     results = [
         result
