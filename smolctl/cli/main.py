@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from smolctl import __version__
+from smolctl.cli.bench import bench
 from smolctl.cli.count_params import count_params
 from smolctl.cli.inspect_config import inspect_config
 from smolctl.cli.push import push
@@ -50,6 +51,7 @@ app.command("train")(train)
 app.command("resume")(resume)
 app.command("sample")(sample)
 app.command("quantize")(quantize)
+app.command("bench")(bench)
 app.command("push")(push)
 
 

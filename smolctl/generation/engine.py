@@ -38,6 +38,8 @@ class Engine(ABC):
 
     # Tokens in one call whose logits have the very bits of calls with one token each.
     exact_tokens = 1
+    precision: str = ""  # of the matrices as they are computed with: "float32", "int4 + int8"
+    weight_bytes: int = 0  # of the matrices, which every new token reads once; 0: not known
 
     def __init__(self, config: ModelConfig, name: str, note: str = "") -> None:
         self.config, self.name, self.note = config, name, note

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from smolctl.generation.engine import Engine
 from smolctl.generation.native_engine import NativeEngine
 from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.dynamic import DynamicTransformer
-from smolctl.model.weights import check_state, from_state
+from smolctl.model.weights import HEAD, TABLE, check_state, from_state
 from smolctl.native.library import Library, load_library
 from smolctl.sources.base import ModelSource
 from smolctl.sources.packed import PackedMatrix
@@ -64,7 +64,7 @@ def make_engine(source: ModelSource, options: EngineOptions) -> Engine:
         kind = kind_of(weights)
         # Where all weights are float32, so is everything else: the same words as any other engine's.
         cache = torch.float32 if kind == "float32" else torch.float16
-        return NativeEngine(library, config, weights, cache, kind=kind)
+        return _described(NativeEngine(library, config, weights, cache, kind=kind), weights)
     if options.engine == "native":
         why = library if isinstance(library, str) else f"it does not read {', '.join(map(str, dtypes))}"
         raise UsageError(f"the native engine cannot run here: {why}", "Leave out --engine.")
@@ -80,14 +80,36 @@ def _torch_engine(config: ModelConfig, weights: Mapping[str, Stored], origin: st
     network = from_state(config, dense, origin).eval().requires_grad_(False)
     packed = any(isinstance(stored, PackedMatrix) for stored in weights.values())
     name = f"torch cpu, {kind_of(weights)} as float32" if packed else ""
-    return TorchEngine(network, note, name)
+    return _described(TorchEngine(network, note, name), dense)
 
 
 def _dynamic_engine(source: ModelSource) -> TorchEngine:
     parts = dict(source.require_weights().parts())  # type: ignore[attr-defined]
     activations = str((source.quantization or {}).get("activations", "per-tensor"))
     network = DynamicTransformer(source.require_config(), parts, activations)
-    return TorchEngine(network, name=f"torch cpu, int8 weights, activations {activations}")
+    engine = TorchEngine(network, name=f"torch cpu, int8 weights, activations {activations}")
+    engine.precision = "int8-dynamic"
+    engine.weight_bytes = sum(tensor.bytes for tensor in source.tensors or () if len(tensor.shape) > 1)
+    return engine
+
+
+E = TypeVar("E", bound=Engine)
+
+
+def _described(engine: E, weights: Mapping[str, Stored]) -> E:
+    """The engine, knowing what its matrices are and how much of them a token reads."""
+    engine.precision, engine.weight_bytes = kind_of(weights), read_bytes(weights)
+    return engine
+
+
+def read_bytes(weights: Mapping[str, Stored]) -> int:
+    """Bytes of the matrices that every token is multiplied with; of a table for lookup it reads a row."""
+    tables = {"model.embed_positions.weight"} | ({TABLE} if HEAD in weights else set())
+    return sum(
+        stored.bytes if isinstance(stored, PackedMatrix) else stored.numel() * stored.element_size()
+        for name, stored in weights.items()
+        if name not in tables and len(stored.shape) > 1
+    )
 
 
 def _dense_dtypes(weights: Mapping[str, Stored]) -> frozenset[torch.dtype]:

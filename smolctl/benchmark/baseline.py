@@ -1,0 +1,147 @@
+"""A bench that was saved, and one of today beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smolctl.benchmark.parts import SECONDS
+from smolctl.benchmark.report import BenchReport, Result
+from smolctl.errors import InputError, SmolError
+from smolctl.timing import median_interval
+
+FORMAT, VERSION = "smolctl-bench", 1
+REMEDY = "Make a new baseline here with --save."
+
+
+@dataclass(frozen=True)
+class Change:
+    """A result beside the same one of the baseline."""
+
+    result: Result
+    before: float  # its median
+    ratio: float  # of speeds: below 1 it has become slower
+    beyond_noise: bool | None  # the intervals of both medians do not touch; None: too few repeats
+
+    @property
+    def name(self) -> str:
+        return f"{self.result.suite} {self.result.engine} {self.result.precision}"
+
+
+@dataclass(frozen=True)
+class Changes:
+    """All of them."""
+
+    path: str
+    changes: tuple[Change, ...]
+    notes: tuple[str, ...]  # what makes the two differ that is not the code
+    fail_below: float | None
+
+    @property
+    def failed(self) -> tuple[Change, ...]:
+        """Changes below the limit that was set, whether noise or not: the user has set it for their noise."""
+        limit = self.fail_below
+        return tuple(one for one in self.changes if limit is not None and one.ratio < limit)
+
+
+def read_baseline(path: Path) -> dict[str, Any]:
+    """A document that `--save` has written.
+
+    Raises:
+        InputError: it is missing, or something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})", REMEDY) from None
+    except ValueError:
+        raise InputError(f"{path}: no JSON", REMEDY) from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError(f"{path}: not a file of `smolctl bench --save`", REMEDY)
+    if content.get("version") != VERSION:
+        raise InputError(f"{path}: version {content.get('version')}, this smolctl reads {VERSION}", REMEDY)
+    return content
+
+
+def save_record(document: Mapping[str, Any], path: Path) -> None:
+    """Write a bench's document; what stands under the name is whole.
+
+    Raises:
+        SmolError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise SmolError(f"{path}: cannot be written ({error.strerror})", "Name another file.") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def compare_with(report: BenchReport, path: Path, fail_below: float | None) -> Changes:
+    """Put today's results beside a baseline's.
+
+    Raises:
+        InputError: the baseline is damaged, of another machine or of another model, or has no result in
+            common.
+    """
+    content = read_baseline(path)
+    try:
+        return _compare(report, content, path, fail_below)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise InputError(f"{path}: damaged ({type(error).__name__}: {error})", REMEDY) from None
+
+
+def _compare(
+    report: BenchReport, content: Mapping[str, Any], path: Path, fail_below: float | None
+) -> Changes:
+    machine, model = content["machine"], content["model"]
+    then = (machine["cpu"], machine["logical_cpus"], machine["threads"])
+    if then != report.machine.identity:
+        raise InputError(
+            f"{path}: of another machine: {_named(then)}; here: {_named(report.machine.identity)}", REMEDY
+        )
+    if model["shape"] != report.model.shape:
+        raise InputError(
+            f"{path}: of another model: {model['id']}, {model['parameters']:,} parameters; "
+            f"this one is {report.model.id}, {report.model.parameters:,}",
+            REMEDY,
+        )
+    before = {(one["suite"], one["engine"], one["precision"], one["work"]): one for one in content["results"]}
+    changes = [_change(now, before[now.key]) for now in report.results if now.key in before]
+    if not changes:
+        raise InputError(f"{path}: has no result in common with this run", "Run the same suites.")
+    return Changes(str(path), tuple(changes), _notes(report, content), fail_below)
+
+
+def _named(identity: tuple[str, int, int]) -> str:
+    return f"{identity[0]}, {identity[1]} processors, {identity[2]} threads"
+
+
+def _change(now: Result, then: Mapping[str, Any]) -> Change:
+    before = float(then["median"])
+    ratio = before / now.median if now.unit == SECONDS else now.median / before
+    today, that_day = now.interval, median_interval([float(value) for value in then["values"]])
+    beyond = None
+    if today is not None and that_day is not None:
+        beyond = today[0] > that_day[1] or today[1] < that_day[0]
+    return Change(now, before, ratio, beyond)
+
+
+def _notes(report: BenchReport, content: Mapping[str, Any]) -> tuple[str, ...]:
+    then, now = content["machine"]["versions"], report.machine.versions
+    notes = [
+        f"{name} was {then.get(name, 'not there')}, is {now.get(name, 'not there')}"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    ]
+    if content.get("disturbed"):
+        notes.append(f"the baseline was disturbed: {content['disturbed']}")
+    old, new = content["machine"]["limits"]["bandwidth"], report.limits.bandwidth
+    if not 0.9 < new / old < 1.1:
+        notes.append(f"the machine itself reads memory at {new / old:.2f} × the baseline's rate")
+    return tuple(notes)

@@ -1,0 +1,122 @@
+"""What the machine can do at most, measured beside the work, and the share of it that the work reaches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Larger than the last-level caches of today's processors, several times over for most of them.
+BUFFER_BYTES = 256 << 20
+# Rows and columns of the products: large enough to be bound by arithmetic, small enough for a laptop.
+SIZE = 1024
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# A product of narrower numbers may be computed in any wider type, whichever is fastest here.
+WIDER = {
+    "float32": ("float32",),
+    "bfloat16": ("bfloat16", "float32"),
+    "int8": ("int8", "bfloat16", "float32"),
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Rates of the machine: the best of all rounds, since anything else only takes away from them."""
+
+    bandwidth: float  # bytes a second, reading memory
+    products: dict[str, float]  # operations a second of matrix products, two for each multiply-add
+    slowest_bandwidth: float  # of a round: how steady the machine was
+    slowest_products: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a piece of work cannot do without."""
+
+    bytes: float = 0.0  # to be read from memory
+    flops: float = 0.0
+    dtype: str = "float32"  # of the products: a key of WIDER
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """The limit that binds a piece of work, and the share of it that was reached."""
+
+    share: float
+    limit: str  # "memory" or "products in float32"
+
+
+class LimitMeter:
+    """Measures the machine once a round."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.ones(BUFFER_BYTES // 4)
+        generator = torch.Generator().manual_seed(0)
+        square = torch.randn(SIZE, SIZE, generator=generator)
+        self._squares = {name: square.to(dtype) for name, dtype in DTYPES.items()}
+        self._small = (square * 16).to(torch.int8)
+        self._rounds: list[tuple[float, dict[str, float]]] = []
+
+    def measure(self) -> None:
+        """One round: about half a second."""
+        reads = (self._buffer.sum, lambda: torch.linalg.vector_norm(self._buffer))
+        bandwidth = max(BUFFER_BYTES / _seconds(read, 3) for read in reads)
+        work = 2.0 * SIZE**3
+        products = {
+            name: work / _seconds(lambda one=square: one @ one, 3)  # type: ignore[misc]
+            for name, square in self._squares.items()
+        }
+        if (small := _int8_seconds(self._small)) is not None:
+            products["int8"] = work / small
+        self._rounds.append((bandwidth, products))
+
+    def limits(self) -> Limits:
+        """Of all rounds so far."""
+        return limits_of(self._rounds)
+
+
+def limits_of(rounds: Sequence[tuple[float, dict[str, float]]]) -> Limits:
+    """The best and the worst round of each rate."""
+    names = rounds[0][1].keys()
+    return Limits(
+        max(bandwidth for bandwidth, _ in rounds),
+        {name: max(products[name] for _, products in rounds) for name in names},
+        min(bandwidth for bandwidth, _ in rounds),
+        {name: min(products[name] for _, products in rounds) for name in names},
+    )
+
+
+def roofline(cost: Cost, seconds: float, limits: Limits) -> Roofline | None:
+    """The share of the binding limit; None when nothing is known of the cost.
+
+    Work needs at least the time to read its bytes and at least the time for its arithmetic: the longer of
+    the two binds it.
+    """
+    if not cost.bytes and not cost.flops:
+        return None
+    rates = {name: limits.products[name] for name in WIDER[cost.dtype] if name in limits.products}
+    fastest = max(rates, key=lambda name: rates[name])
+    reading, computing = cost.bytes / limits.bandwidth, cost.flops / rates[fastest]
+    if reading >= computing:
+        return Roofline(reading / seconds, "memory")
+    return Roofline(computing / seconds, f"products in {fastest}")
+
+
+def _seconds(work: Callable[[], Tensor], times: int) -> float:
+    """The fastest of several."""
+    best = float("inf")
+    for _ in range(times):
+        started = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def _int8_seconds(square: Tensor) -> float | None:
+    try:
+        return _seconds(lambda: torch._int_mm(square, square), 3)
+    except (RuntimeError, AttributeError):  # not in this build of PyTorch
+        return None

@@ -1,0 +1,186 @@
+"""Who takes part with which file: variants are made of the same weights, and peers get their own format."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from smolctl.benchmark.contenders import PEERS, Contender, EngineName, open_weighted
+from smolctl.benchmark.peers import is_installed
+from smolctl.data.tokenizer import Tokenizer
+from smolctl.errors import SmolError, UsageError
+from smolctl.model.weights import HEAD
+from smolctl.publish.export import CODE
+from smolctl.quantization.gguf import SCHEMES, require_gguf, write_gguf
+from smolctl.quantization.run import QuantizeOptions, quantize
+from smolctl.sources import open_source
+from smolctl.sources.base import ModelSource, SourceKind
+from smolctl.sources.huggingface_config import to_huggingface_config
+from smolctl.sources.run_folder import RunFolder, split_step
+
+PACKAGES = {"transformers": "transformers", "llama.cpp": "llama-cpp-python", "litgpt": "litgpt"}
+# What of llama.cpp's stores the same bits as what of ours.
+LLAMA_SCHEMES = {
+    "F32": "f32",
+    "F16": "f16",
+    "BF16": "bf16",
+    "bf16": "bf16",
+    "int8": "q8_0",
+    "int8-dynamic": "q8_0",
+    "int4": "q4_1",
+}
+
+
+@dataclass(frozen=True)
+class Lineup:
+    """All contenders, ours first: what is stored, then the variants, then the peers."""
+
+    contenders: tuple[Contender, ...]
+    left_out: tuple[str, ...]  # who does not take part, and why
+
+
+def check_peers(names: Sequence[str]) -> tuple[EngineName, ...]:
+    """The peers that were asked for.
+
+    Raises:
+        UsageError: one is not known, or not installed.
+    """
+    for name in names:
+        if name not in PEERS:
+            raise UsageError(f"--against {name} is not known", f"Take {', '.join(PEERS)}.")
+        if not is_installed(name):
+            raise UsageError(f"--against {name}: it is not installed", f"pip install {PACKAGES[name]}")
+    return tuple(peer for peer in PEERS if peer in names)
+
+
+def line_up(
+    source: ModelSource, schemes: Sequence[str], peers: Sequence[EngineName], threads: int, folder: Path
+) -> Lineup:
+    """Make what each contender reads.
+
+    Args:
+        source: with weights, or random ones.
+        schemes: of `quantize`, to measure beside what is stored.
+        peers: from `check_peers`.
+        threads: for all of them.
+        folder: an empty one for what has to be written.
+
+    Raises:
+        SmolError: a scheme is not for this model.
+    """
+    contenders = [Contender("smolctl", source.id, threads)]
+    if schemes:
+        options = QuantizeOptions(tuple(schemes), out=folder / "variants", measure=False)
+        made = quantize(source.id, options).variants
+        contenders += [Contender("smolctl", one.path, threads, one.scheme) for one in made]
+    left_out = []
+    for peer in peers:
+        try:
+            contenders += _peers(peer, source, contenders, threads, folder)
+        except SmolError as error:
+            left_out.append(f"{peer} is left out: {error.message}")
+    return Lineup(tuple(contenders), tuple(left_out))
+
+
+def _peers(
+    peer: EngineName, source: ModelSource, so_far: Sequence[Contender], threads: int, folder: Path
+) -> list[Contender]:
+    config = source.require_config()
+    if peer != "llama.cpp":
+        if peer == "litgpt" and not config.is_llama:
+            raise SmolError("it has no learned positions and no scaled residual branches")
+        return [Contender(peer, huggingface_folder(source, folder / "huggingface"), threads, "float32")]
+    found = []
+    for ours in (one for one in so_far if one.engine == "smolctl"):
+        path, scheme = _gguf(source, ours, folder)
+        found.append(Contender(peer, path, threads, scheme, rival_of=ours.model))
+    return found
+
+
+def huggingface_folder(source: ModelSource, folder: Path) -> str:
+    """A folder that transformers loads: the source's own, or one with its weights in float32."""
+    if source.kind is SourceKind.FOLDER and source.tensors and Path(source.id).is_dir():
+        return source.id
+    if folder.exists():
+        return str(folder)
+    config = source.require_config()
+    folder.mkdir(parents=True)
+    tensors = {name: tensor.float().contiguous() for name, tensor in source.require_weights().tensors()}
+    if config.tie_word_embeddings:
+        tensors.pop(HEAD, None)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(to_huggingface_config(config, "float32")))
+    if (files := source.read_tokenizer()) is not None:
+        Tokenizer.from_files(files, source.id).save(folder)
+    if not config.is_llama:
+        for path in CODE.glob("*.py"):
+            shutil.copyfile(path, folder / path.name)
+    return str(folder)
+
+
+def _gguf(source: ModelSource, ours: Contender, folder: Path) -> tuple[str, str]:
+    """The file that llama.cpp reads against one of ours, and its scheme."""
+    if Path(ours.model).suffix == ".gguf":
+        return ours.model, stored_scheme(open_source(ours.model)).lower()
+    scheme = ours.precision.removeprefix("gguf-") if ours.precision else _stored_kind(source)
+    scheme = LLAMA_SCHEMES.get(scheme, scheme)
+    if scheme not in SCHEMES:
+        raise SmolError(f"there is no GGUF scheme like {scheme}")
+    config = source.require_config()
+    require_gguf(config, scheme)
+    files = source.read_tokenizer()
+    if files is None:
+        raise SmolError("a GGUF needs a tokenizer, and there is none beside the weights")
+    path = folder / f"{scheme}.gguf"
+    if not path.exists():
+        write_gguf(config, source.require_weights().tensors(), files, scheme, path, "bench")
+    return str(path), scheme
+
+
+def _stored_kind(source: ModelSource) -> str:
+    quantized = (source.quantization or {}).get("scheme")
+    return str(quantized) if quantized else stored_scheme(source)
+
+
+def stored_scheme(source: ModelSource) -> str:
+    """The type of most of a source's numbers: "F32", "Q4_1"; float32 where nothing is stored."""
+    sizes: dict[str, int] = {}
+    for tensor in source.tensors or ():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.parameters
+    return max(sizes, key=lambda kind: sizes[kind]) if sizes else "F32"
+
+
+def weight_files(model: str) -> tuple[Path, ...]:
+    """The files that loading a model reads; none for a preset, and for what lies in the Hub's cache."""
+    source = open_weighted(model)
+    path = Path(split_step(model)[0])
+    if source.kind is SourceKind.RUN:
+        run = RunFolder.open(path.parent / path.readlink() if path.is_symlink() else path)
+        return (run.checkpoint(source.step).path,)
+    if path.is_dir():
+        return tuple(sorted(path.glob("*.safetensors")))
+    return (path,) if source.tensors and path.is_file() else ()
+
+
+def copy_apart(model: str, files: Sequence[Path], folder: Path) -> str:
+    """A copy of a model that nobody else has open: the pages of a file that is mapped stay in memory.
+
+    Args:
+        model: of `weight_files`.
+        files: what that has found.
+        folder: gets the copy.
+
+    Returns:
+        The copy, as a MODEL.
+    """
+    target = folder / f"apart-{sum(1 for _ in folder.iterdir())}"
+    if Path(model).is_dir() and len(files) >= 1 and files[0].parent == Path(model):
+        shutil.copytree(model, target)
+        return str(target)
+    target.mkdir()
+    return str(shutil.copyfile(files[0], target / files[0].name))

@@ -1,0 +1,157 @@
+"""The machine that numbers come from, and whether it did anything else meanwhile."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from smolctl import __version__
+
+PACKAGES = ("torch", "transformers", "tokenizers", "llama-cpp-python", "litgpt", "numpy", "lightning")
+# Above these a result is called disturbed: a twentieth of the machine's time is as much as a difference
+# that people would report.
+OTHERS_SHARE = 0.05
+STEAL_SHARE = 0.02
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What decides how fast something runs here."""
+
+    cpu: str
+    gpu: str | None  # there, and not used
+    logical_cpus: int  # that this process may use
+    threads: int  # that every engine was given
+    memory_bytes: int | None
+    instructions: str  # that PyTorch uses: AVX2, AVX512
+    os: str
+    versions: dict[str, str]  # of Python and of the packages that are installed
+
+    @property
+    def identity(self) -> tuple[str, int, int]:
+        """What has to be equal for times to be comparable."""
+        return self.cpu, self.logical_cpus, self.threads
+
+
+@dataclass(frozen=True)
+class CpuTimes:
+    """Seconds of CPU since some moment."""
+
+    total: float  # all processors, idle too
+    idle: float
+    steal: float  # that the host of a virtual machine took
+    own: float  # of this process and those it has started
+
+
+@dataclass(frozen=True)
+class Load:
+    """How busy the machine was with other things."""
+
+    load_average: float | None  # of the minute before we began
+    others: float | None  # share of all processors' time that other processes took meanwhile
+    steal: float | None
+
+
+def describe_machine(threads: int) -> Machine:
+    """Read what the system says of itself."""
+    found = {"python": platform.python_version(), "smolctl": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return Machine(
+        cpu=_cpu_name(),
+        gpu=torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        logical_cpus=usable_cpus(),
+        threads=threads,
+        memory_bytes=_memory(),
+        instructions=torch.backends.cpu.get_cpu_capability(),
+        os=f"{platform.system()} {platform.release()}",
+        versions=found,
+    )
+
+
+def usable_cpus() -> int:
+    """Logical processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load_average() -> float | None:
+    """Processes that wanted to run in the last minute; None where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def cpu_times(children: Iterable[int] = ()) -> CpuTimes | None:
+    """CPU time so far; None where there is no /proc/stat.
+
+    Args:
+        children: processes of ours that are still running.
+    """
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    ticks = os.sysconf("SC_CLK_TCK")
+    # user nice system idle iowait irq softirq steal; guest time is in user already
+    values = [int(value) / ticks for value in stat.read_text().splitlines()[0].split()[1:9]]
+    here = os.times()
+    own = here.user + here.system + here.children_user + here.children_system
+    own += sum(_process_seconds(child, ticks) for child in children)
+    return CpuTimes(sum(values), values[3] + values[4], values[7], own)
+
+
+def load_between(before: CpuTimes | None, after: CpuTimes | None, average: float | None) -> Load:
+    """What the machine did beside our work between two moments."""
+    if before is None or after is None or after.total <= before.total:
+        return Load(average, None, None)
+    total = after.total - before.total
+    steal = (after.steal - before.steal) / total
+    busy = total - (after.idle - before.idle)
+    others = (busy - (after.own - before.own)) / total - steal
+    return Load(average, max(0.0, others), steal)
+
+
+def disturbance(load: Load, cpus: int) -> str:
+    """Why numbers of this time are to be doubted; "" when nothing is known against them.
+
+    The load average before the start counts only where nothing better is known: it still holds what ended
+    half a minute ago.
+    """
+    found = []
+    if load.others is not None and load.others > OTHERS_SHARE:
+        found.append(f"other processes took {load.others:.0%} of the processors' time")
+    if load.steal is not None and load.steal > STEAL_SHARE:
+        found.append(f"the host took {load.steal:.0%} of it away")
+    if load.others is None and load.load_average is not None and load.load_average > 0.5 * cpus:
+        found.append(f"the load average was {load.load_average:.1f} on {cpus} processors before the start")
+    return " and ".join(found)
+
+
+def _process_seconds(process: int, ticks: int) -> float:
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / ticks  # utime, stime
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None

@@ -1,0 +1,211 @@
+"""Other engines behind this toolkit's interface, so that all of them do the same work."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from smolctl.config import ModelConfig
+from smolctl.generation.engine import Cache, Engine
+from smolctl.sources import open_source
+
+if TYPE_CHECKING:
+    from smolctl.benchmark.contenders import Contender
+
+CODE = "modeling_smolctl.py"
+
+
+def open_peer(contender: Contender, config: ModelConfig) -> Engine:
+    """Load a peer's model, whose shape is known."""
+    if contender.engine == "transformers":
+        return TransformersEngine(contender.model, config)
+    if contender.engine == "litgpt":
+        return LitgptEngine(contender.model, config)
+    from smolctl.benchmark.llama_cpp import LlamaEngine
+
+    return LlamaEngine(contender.model, config, contender.threads)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """transformers without its progress bars and notices."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    yield
+
+
+def load_transformers(model: str) -> Any:
+    """AutoModelForCausalLM of a folder or a GGUF, in float32.
+
+    The only code that this can run from a folder is this toolkit's own modelling file, which
+    `prepare.py` has put there.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = Path(model)
+    file = {"gguf_file": path.name} if path.is_file() else {}
+    folder = path.parent if path.is_file() else path
+    ours = {"trust_remote_code": True} if (folder / CODE).exists() and not file else {}
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file, **ours)
+
+
+class _PastCache(Cache):
+    """transformers' own cache, which grows as it is used."""
+
+    past: Any = None
+
+    def truncate(self, sequence: int, length: int) -> None:
+        super().truncate(sequence, length)
+        if not any(self.lengths):
+            self.past = None
+
+    def copy(self, source: int, target: int) -> None:
+        raise NotImplementedError
+
+
+class TransformersEngine(Engine):
+    """`transformers` in eager mode with SDPA, its default on a CPU."""
+
+    precision = "float32"
+
+    def __init__(self, model: str, config: ModelConfig) -> None:
+        self.network = load_transformers(model).eval().requires_grad_(False)
+        super().__init__(config, "transformers, float32")
+        names = inspect.signature(type(self.network).forward).parameters
+        self.cache_name = "cache" if "cache" in names else "past_key_values"  # before transformers 5.24
+        self.weight_bytes = matrix_bytes(self.network, self.network.lm_head.weight)
+
+    def allocate(self, sequences: int, capacity: int) -> _PastCache:
+        return _PastCache(sequences, capacity)
+
+    @torch.inference_mode()
+    def forward(self, tokens: Sequence[Sequence[int]], cache: Cache, every: bool = False) -> Tensor:
+        assert isinstance(cache, _PastCache)
+        out = self.network(
+            torch.tensor([list(ids) for ids in tokens]),
+            use_cache=True,
+            logits_to_keep=0 if every else 1,
+            **{self.cache_name: cache.past},
+        )
+        cache.past = getattr(out, self.cache_name)
+        cache.lengths = [length + len(ids) for length, ids in zip(cache.lengths, tokens, strict=True)]
+        logits: Tensor = out.logits.flatten(0, 1)
+        return logits
+
+
+class _GridCache(Cache):
+    """litgpt keeps keys and values inside its model, all sequences of one length: one cache at a time."""
+
+    def __init__(self, engine: LitgptEngine, sequences: int, capacity: int) -> None:
+        super().__init__(sequences, capacity)
+        self.engine = engine
+
+    def truncate(self, sequence: int, length: int) -> None:
+        super().truncate(sequence, length)
+        if not any(self.lengths):
+            self.engine.use(self)
+
+    def copy(self, source: int, target: int) -> None:
+        raise NotImplementedError
+
+
+class LitgptEngine(Engine):
+    """litgpt's GPT in eager mode with its key/value cache, from a Hugging Face folder."""
+
+    precision = "float32"
+    shape = (0, 0)  # sequences and capacity of the cache that the model has now
+
+    def __init__(self, folder: str, config: ModelConfig) -> None:
+        from litgpt.config import Config
+        from litgpt.model import GPT
+        from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
+
+        state: dict[str, Tensor] = {}
+        weights = open_source(folder).require_weights()
+        given = {name: tensor.float() for name, tensor in weights.tensors()}
+        settings = Config(**litgpt_settings(config))
+        copy_weights_hf_llama(settings, {}, state, given)
+        with torch.device("meta"):
+            self.network = GPT(settings)
+        self.network.load_state_dict(state, assign=True)
+        self.network.eval().requires_grad_(False)
+        super().__init__(config, "litgpt, float32")
+        self.weight_bytes = matrix_bytes(self.network, self.network.lm_head.weight)
+
+    def allocate(self, sequences: int, capacity: int) -> _GridCache:
+        cache = _GridCache(self, sequences, capacity)
+        self.use(cache)
+        return cache
+
+    def use(self, cache: Cache) -> None:
+        """Give the model room for a cache, unless it has just that."""
+        shape = len(cache.lengths), cache.capacity
+        if shape != self.shape:
+            self.shape = shape
+            self.network.clear_kv_cache()
+            self.network.max_seq_length = cache.capacity
+            self.network.cos, self.network.sin = self.network.rope_cache(device=torch.device("cpu"))
+            self.network.set_kv_cache(*shape, dtype=torch.float32)
+
+    @torch.inference_mode()
+    def forward(self, tokens: Sequence[Sequence[int]], cache: Cache, every: bool = False) -> Tensor:
+        start, count = cache.lengths[0], len(tokens[0])
+        position = torch.arange(start, start + count)
+        logits = self.network(torch.tensor([list(ids) for ids in tokens]), position, start + count)
+        cache.lengths = [start + count] * len(tokens)
+        kept: Tensor = logits if every else logits[:, -1:]
+        return kept.flatten(0, 1)
+
+
+def litgpt_settings(config: ModelConfig) -> dict[str, Any]:
+    """litgpt's words for a Llama."""
+    return {
+        "name": "smolctl",
+        "block_size": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
+        "padded_vocab_size": config.vocab_size,
+        "n_layer": config.num_hidden_layers,
+        "n_head": config.num_attention_heads,
+        "head_size": config.head_dim,
+        "n_embd": config.hidden_size,
+        "n_query_groups": config.num_key_value_heads,
+        "intermediate_size": config.intermediate_size,
+        "rope_base": int(config.rope_theta),
+        "norm_eps": config.rms_norm_eps,
+        "norm_class_name": "RMSNorm",
+        "mlp_class_name": "LLaMAMLP",
+        "rotary_percentage": 1.0,
+        "parallel_residual": False,
+        "bias": False,
+    }
+
+
+def matrix_bytes(network: torch.nn.Module, head: Tensor) -> int:
+    """Bytes of the matrices that every token is multiplied with: tables are looked up, unless tied."""
+    tables = {
+        id(module.weight)
+        for module in network.modules()
+        if isinstance(module, torch.nn.Embedding) and module.weight is not head
+    }
+    return sum(
+        one.numel() * one.element_size()
+        for one in network.parameters()
+        if one.dim() > 1 and id(one) not in tables
+    )
+
+
+def is_installed(engine: str) -> bool:
+    """Whether a peer can be imported."""
+    import importlib.util
+
+    module = {"llama.cpp": "llama_cpp"}.get(engine, engine)
+    return importlib.util.find_spec(module) is not None

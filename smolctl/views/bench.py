@@ -1,0 +1,209 @@
+"""What a bench has found: tables, Markdown, or JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from smolctl.benchmark.baseline import FORMAT, VERSION, Change, Changes
+from smolctl.benchmark.report import BenchReport, Comparison, Result
+from smolctl.timing import Ratio
+from smolctl.views.numbers import quantity, size
+from smolctl.views.output import Output
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headers and cells; which columns stand to the left."""
+
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    left: frozenset[str]
+
+
+def show_bench(out: Output, report: BenchReport, changes: Changes | None, markdown: bool) -> None:
+    """The results, who is faster, and the baseline."""
+    out.document(bench_document(report, changes))
+    if out.json:
+        return
+    tables = [_results(report), _comparisons(report.comparisons)]
+    if changes is not None:
+        tables.append(_changes(changes))
+    for table in tables:
+        if table.rows and markdown:
+            out.line("\n".join(_markdown(table)) + "\n")
+        elif table.rows:
+            out.show(_rich(table), "")
+    for line in _lines(report, changes):
+        out.line(f"- {line}" if markdown else line)
+
+
+def _results(report: BenchReport) -> Table:
+    rows = tuple(
+        (
+            result.suite,
+            result.engine,
+            result.precision,
+            _amount(result.median, result.unit),
+            f"{_number(result.min)} to {_number(result.max)}",
+            size(result.peak_rss_bytes) if result.peak_rss_bytes is not None else "",
+            f"{result.roofline_share:.0%} {result.limit}" if result.roofline_share is not None else "",
+            _answer(result),
+        )
+        for result in report.results
+    )
+    headers = ("suite", "engine", "precision", "median", "min to max", "memory", "of the limit", "answers")
+    return Table(headers, rows, frozenset({"suite", "engine", "precision", "of the limit", "answers"}))
+
+
+def _answer(result: Result) -> str:
+    if result.answer_error is None:
+        return ""
+    if not result.right:
+        return f"WRONG, off by {result.answer_error:.2g}"
+    return f"off by {result.answer_error:.1g}" if result.answer_error else "equal"
+
+
+def _comparisons(comparisons: Sequence[Comparison]) -> Table:
+    rows = tuple(
+        (
+            one.suite,
+            f"{one.engine} {one.precision}",
+            f"{one.against} {one.against_precision}",
+            *_speed(one.ratio),
+        )
+        for one in comparisons
+    )
+    headers = ("suite", "contender", "against", "speed", "min to max", "verdict")
+    return Table(headers, rows, frozenset({"suite", "contender", "against", "verdict"}))
+
+
+def _speed(ratio: Ratio) -> tuple[str, str, str]:
+    spread = ratio.spread
+    return f"× {spread.median:.2f}", f"{spread.low:.2f} to {spread.high:.2f}", _verdict(ratio)
+
+
+def _verdict(ratio: Ratio) -> str:
+    if ratio.beyond_noise is None:
+        return "too few repeats to tell"
+    if not ratio.beyond_noise:
+        return "no difference beyond the noise"
+    return "faster" if ratio.spread.median > 1 else "slower"
+
+
+def _changes(changes: Changes) -> Table:
+    rows = tuple(
+        (
+            one.result.suite,
+            f"{one.result.engine} {one.result.precision}",
+            _amount(one.before, one.result.unit),
+            _amount(one.result.median, one.result.unit),
+            f"× {one.ratio:.2f}",
+            _noise(one) + (", BELOW THE LIMIT" if one in changes.failed else ""),
+        )
+        for one in changes.changes
+    )
+    headers = ("suite", "contender", "baseline", "now", "speed", "verdict")
+    return Table(headers, rows, frozenset({"suite", "contender", "verdict"}))
+
+
+def _noise(change: Change) -> str:
+    if change.beyond_noise is None:
+        return "too few repeats to tell"
+    if not change.beyond_noise:
+        return "within the noise"
+    return "faster" if change.ratio > 1 else "slower"
+
+
+def _lines(report: BenchReport, changes: Changes | None) -> list[str]:
+    machine, limits = report.machine, report.limits
+    rates = ", ".join(f"{name} {quantity(rate)}FLOP/s" for name, rate in limits.products.items())
+    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+    lines = [
+        f"{report.model.id}, {report.model.parameters:,} parameters; {report.repeats} repeats in turns after "
+        "a warm-up; answers compared with plain PyTorch's in float32",
+        f"{machine.cpu}, {machine.logical_cpus} processors, {machine.threads} threads, "
+        f"{machine.instructions}",
+        f"limits measured meanwhile: memory {quantity(limits.bandwidth)}B/s, products {rates}",
+        versions,
+        *report.notes,
+        *(changes.notes if changes else ()),
+    ]
+    if report.disturbed:
+        lines.append(f"The machine was busy: {report.disturbed}. Times are too long, ratios less so.")
+    return lines
+
+
+def _amount(value: float, unit: str) -> str:
+    return f"{_number(value)} {unit}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _rich(table: Table) -> Any:
+    from rich.table import Table as RichTable
+
+    shown = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in table.headers:
+        shown.add_column(name, justify="left" if name in table.left else "right", overflow="fold")
+    for row in table.rows:
+        shown.add_row(*row)
+    return shown
+
+
+def _markdown(table: Table) -> list[str]:
+    rules = ["---" if name in table.left else "---:" for name in table.headers]
+    return [f"| {' | '.join(row)} |" for row in (table.headers, rules, *table.rows)]
+
+
+def bench_document(report: BenchReport, changes: Changes | None = None) -> Mapping[str, Any]:
+    """The JSON document, which `--save` keeps and `--baseline` reads."""
+    machine = asdict(report.machine) | asdict(report.load) | {"limits": asdict(report.limits)}
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "machine": machine,
+        "disturbed": report.disturbed,
+        "model": asdict(report.model),
+        "repeats": report.repeats,
+        "results": [
+            asdict(one) | {"answers_right": one.right, "interval": one.interval} for one in report.results
+        ],
+        "comparisons": [
+            {
+                "suite": one.suite,
+                "engine": one.engine,
+                "precision": one.precision,
+                "against": one.against,
+                "against_precision": one.against_precision,
+                "speed": one.ratio.spread.median,
+                "speed_spread": [one.ratio.spread.low, one.ratio.spread.high],
+                "speed_interval": one.ratio.interval,
+                "beyond_noise": one.ratio.beyond_noise,
+            }
+            for one in report.comparisons
+        ],
+        "notes": list(report.notes),
+        "baseline": changes
+        and {
+            "path": changes.path,
+            "fail_below": changes.fail_below,
+            "notes": list(changes.notes),
+            "changes": [
+                {
+                    "suite": one.result.suite,
+                    "engine": one.result.engine,
+                    "precision": one.result.precision,
+                    "before": one.before,
+                    "now": one.result.median,
+                    "speed": one.ratio,
+                    "beyond_noise": one.beyond_noise,
+                    "failed": one in changes.failed,
+                }
+                for one in changes.changes
+            ],
+        },
+    }

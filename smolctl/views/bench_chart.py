@@ -1,0 +1,51 @@
+"""A bench as a picture: a panel for each suite, a bar for each contender."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from smolctl.benchmark.report import BenchReport
+from smolctl.errors import SmolError
+
+COLUMNS = 3  # of panels
+OURS, THEIRS = "#08519c", "#9ecae1"
+
+
+def draw_bench(report: BenchReport, target: Path) -> None:
+    """Draw medians with the range of the repeats into a PNG.
+
+    Raises:
+        SmolError: the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    suites = list(dict.fromkeys(result.suite for result in report.results))
+    columns = max(1, min(COLUMNS, len(suites)))
+    lines = max(1, -(-len(suites) // columns))
+    most = max((sum(one.suite == suite for one in report.results) for suite in suites), default=1)
+    figure = Figure(figsize=(4.2 * columns, lines * (1.0 + 0.32 * most)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, suite in enumerate(suites, 1):
+        shown = [one for one in report.results if one.suite == suite]
+        axes = figure.add_subplot(lines, columns, number)
+        names = [f"{one.engine} {one.precision}" for one in shown]
+        medians = [one.median for one in shown]
+        around = [[one.median - one.min for one in shown], [one.max - one.median for one in shown]]
+        colors = [OURS if one.engine == "smolctl" else THEIRS for one in shown]
+        axes.barh(range(len(shown)), medians, xerr=around, color=colors, ecolor="#555555", capsize=2)
+        axes.set_yticks(range(len(shown)), names, fontsize=8)
+        axes.invert_yaxis()
+        better = "more is better" if "/" in shown[0].unit else "less is better"
+        axes.set_title(f"{suite}: {shown[0].unit}, {better}", fontsize=9)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"{report.model.id} on {report.machine.cpu}, {report.machine.threads} threads", fontsize=9
+    )
+    try:
+        figure.savefig(target, format="png", dpi=120)
+    except OSError as error:
+        raise SmolError(
+            f"{target}: the picture cannot be written ({error.strerror})", "Name another file with --plot."
+        ) from None
