@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 import time
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from loopback import Loopback
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_goodtoken"
@@ -40,7 +40,7 @@ class Request:
 
 
 @dataclass
-class HubServer:
+class HubServer(Loopback):
     """Serve repositories while in a `with` block.
 
     Attributes:
@@ -60,20 +60,8 @@ class HubServer:
         class Handler(_Handler):
             server_state = hub
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        self.serve(Handler)
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def bytes_sent(self, ending: str = "") -> int:
         """Bytes of all answers to paths with an ending."""

@@ -15,11 +15,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from loopback import Loopback
 
 TOKEN = "hf_" + "a1B2" * 9
 LFS_ENDINGS = (".safetensors", ".gguf", ".png", ".so")
@@ -87,7 +88,7 @@ class Fault:
 
 
 @dataclass
-class PushHub:
+class PushHub(Loopback):
     """Serve repositories while in a `with` block."""
 
     store: Path  # of hf_xet
@@ -107,20 +108,8 @@ class PushHub:
             state = hub
 
         self.lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        self.serve(Handler)
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def requests(self, pattern: str) -> list[str]:
         return [line for line in self.log if re.search(pattern, line)]

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
 
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from smolctl.data.tokenizer import Tokenizer
 from smolctl.evaluation import Estimate, WindowScores, ratio_estimate, score_window
 from smolctl.generation.engine import Engine
 from smolctl.quantization.texts import Windows
+from smolctl.timing import Spread, ratio_of
 
 # Text, code, a list and a question: the greedy continuations of source and variant are compared on them.
 PROMPTS = (
@@ -30,19 +30,6 @@ DECODED_TOKENS = 32  # of each prompt
 PREFILL_TOKENS = 256
 TURN_SECONDS = 0.2  # of decoding: a small model says the same several times
 NATS_PER_BIT = 0.6931471805599453
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The median of several measurements and what lies around it."""
-
-    median: float
-    low: float
-    high: float
-
-    @staticmethod
-    def of(values: Sequence[float]) -> Spread:
-        return Spread(median(values), min(values), max(values))
 
 
 @dataclass(frozen=True)
@@ -189,8 +176,8 @@ def _speed(
         prefill=Spread.of(prefill),
         source_decode=Spread.of(source_decode),
         source_prefill=Spread.of(source_prefill),
-        speedup=Spread.of([a / b for a, b in zip(decode, source_decode, strict=True)]),
-        prefill_speedup=Spread.of([a / b for a, b in zip(prefill, source_prefill, strict=True)]),
+        speedup=ratio_of(decode, source_decode).spread,
+        prefill_speedup=ratio_of(prefill, source_prefill).spread,
     )
 
 
