@@ -33,7 +33,7 @@ def test_sessions_show_what_the_program_prints(command: str, output: str, smolct
 
 def test_every_command_has_a_session() -> None:
     shown = set(re.findall(r"^\$ smolctl ([a-z-]+)", "\n".join(SESSIONS), flags=re.MULTILINE))
-    assert {"inspect-config", "count-params", "train", "resume", "sample", "push"} <= shown
+    assert {"inspect-config", "count-params", "train", "resume", "sample", "bench", "push"} <= shown
     assert len(exact_sessions()) >= 2
 
 
