@@ -15,7 +15,7 @@ typedef struct {
     const half *offsets;  // (rows, groups) of INT4
 } matrix;
 
-#define TILE 4          // rows of the matrix that a product of many tokens reads together
+#define TILE 4          // rows of the matrix that a product of many tokens reads together: `sum_four`
 #define TOKENS (LANES == 8 ? 2 : 4)  // tokens with them: AVX2 has 16 registers, the others 32
 #define MAX_BLOCKS 256  // blocks of a row whose scales are converted at once
 
@@ -234,8 +234,7 @@ INLINE void tile_floats(const float *const w[TILE], const float *const x[TOKENS]
             for (int r = 0; r < TILE; r++) total[t][r] += weights[r] * v;
         }
     }
-    for (int t = 0; t < TOKENS; t++)
-        for (int r = 0; r < TILE; r++) y[t][r] = sum(total[t][r]);
+    for (int t = 0; t < TOKENS; t++) sum_four(total[t], y[t]);
 }
 
 // Where the processor multiplies pairs of bfloat16 into float32, products of many tokens use it, except
@@ -244,19 +243,16 @@ INLINE void tile_floats(const float *const w[TILE], const float *const x[TOKENS]
 #define HAS_BF16_PRODUCTS 1
 INLINE void tile_bf16(const uint16_t *const w[TILE], const uint16_t *const x[TOKENS], int columns,
                       float y[TOKENS][TILE]) {
-    __m512 total[TOKENS][TILE];
-    for (int t = 0; t < TOKENS; t++)
-        for (int r = 0; r < TILE; r++) total[t][r] = _mm512_setzero_ps();
+    vec total[TOKENS][TILE] = {0};
     for (int at = 0; at < columns; at += BLOCK) {
         __m512bh weights[TILE];
         for (int r = 0; r < TILE; r++) weights[r] = LOAD(__m512bh, w[r] + at);
         for (int t = 0; t < TOKENS; t++) {
             __m512bh v = LOAD(__m512bh, x[t] + at);
-            for (int r = 0; r < TILE; r++) total[t][r] = _mm512_dpbf16_ps(total[t][r], weights[r], v);
+            for (int r = 0; r < TILE; r++) total[t][r] = (vec)_mm512_dpbf16_ps((__m512)total[t][r], weights[r], v);
         }
     }
-    for (int t = 0; t < TOKENS; t++)
-        for (int r = 0; r < TILE; r++) y[t][r] = _mm512_reduce_add_ps(total[t][r]);
+    for (int t = 0; t < TOKENS; t++) sum_four(total[t], y[t]);
 }
 
 static void to_bf16(const float *from, int count, uint16_t *to) {

@@ -47,6 +47,36 @@ INLINE float sum(vec v) {
     return lanes[0];
 }
 
+// Within every four lanes: the first two of a and b in turns, the last two, and the same with pairs of lanes.
+#if LANES == 16
+#define FIRST(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
+#define LAST(a, b) __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
+#define FIRST_PAIRS(a, b) __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+#define LAST_PAIRS(a, b) __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+#elif LANES == 8
+#define FIRST(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
+#define LAST(a, b) __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
+#define FIRST_PAIRS(a, b) __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13)
+#define LAST_PAIRS(a, b) __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
+#else
+#define FIRST(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
+#define LAST(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
+#define FIRST_PAIRS(a, b) __builtin_shufflevector(a, b, 0, 1, 4, 5)
+#define LAST_PAIRS(a, b) __builtin_shufflevector(a, b, 2, 3, 6, 7)
+#endif
+
+// The sums of four vectors at once: a third of the instructions of four times `sum`.
+INLINE void sum_four(const vec v[4], float out[4]) {
+    vec ab = FIRST(v[0], v[1]) + LAST(v[0], v[1]), cd = FIRST(v[2], v[3]) + LAST(v[2], v[3]);
+    vec abcd = FIRST_PAIRS(ab, cd) + LAST_PAIRS(ab, cd);  // every four lanes are a part of the four sums
+    typedef float four __attribute__((vector_size(16)));
+    four parts[LANES / 4], total;
+    memcpy(parts, &abcd, sizeof parts);
+    total = parts[0];
+    for (int i = 1; i < LANES / 4; i++) total += parts[i];
+    STORE(out, total);
+}
+
 INLINE vec choose(ivec condition, vec yes, vec no) {
     return (vec)((condition & (ivec)yes) | (~condition & (ivec)no));
 }
