@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from smolctl.generation.complete import CompletionSettings, complete
 from smolctl.generation.decode import decode
 from smolctl.generation.load import LoadedModel, load_model
+from smolctl.generation.native_engine import NativeEngine
 from smolctl.generation.sampling import SamplingSettings
 from smolctl.model.cache import KVCache
 from smolctl.model.network import Transformer
 from smolctl.model.weights import load_network
+from smolctl.native.library import Library, load_library
 from smolctl.sources import open_source
 from smolctl.sources.run_folder import RunFolder
 from smolctl.training.prepare import prepare
@@ -107,8 +109,11 @@ def test_cached_equals_uncached(ours: LoadedModel, network: Transformer) -> None
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_greedy_continuation_is_token_equal_to_transformers(
-    ours: LoadedModel, reference: PreTrainedModel, prompt: str
+    ours: LoadedModel, network: Transformer, reference: PreTrainedModel, prompt: str
 ) -> None:
+    library = load_library()
+    assert isinstance(library, Library), library
+    engine = NativeEngine(library, network.config, network.state_dict())  # all in float32
     ids = torch.tensor([ours.tokenizer.encode(prompt)])
     theirs: list[int] = []
     past, latest = None, ids
@@ -117,7 +122,7 @@ def test_greedy_continuation_is_token_equal_to_transformers(
             output = reference(latest, past_key_values=past, use_cache=True)
             past, latest = output.past_key_values, output.logits[:, -1:].argmax(-1)
             theirs.append(int(latest))
-    mine = [int(step.tokens) for step in decode(ours.engine, ids[0].tolist(), 1, 64, GREEDY, seed=0)]
+    mine = [int(step.tokens) for step in decode(engine, ids[0].tolist(), 1, 64, GREEDY, seed=0)]
     assert mine == theirs
 
 
