@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import Called
 from tiny_models import CountingEngine, tiny_network
-from tiny_runs import prepare_tiny, run, write_corpus
+from tiny_runs import make_workshop
 from torch import Tensor
 
 from smolctl.benchmark.contenders import Contender
@@ -46,7 +46,6 @@ RESULT_KEYS = {
     *("peak_rss_bytes", "roofline_share"),
 }
 LIMITS = Limits(10e9, {"float32": 100e9}, 10e9, {"float32": 100e9})
-ROPE = {"position_embedding": "rope", "residual_scale": 1.0}
 Smolctl = Callable[..., Called]
 
 
@@ -252,14 +251,7 @@ def test_a_peer_that_is_not_installed_is_said_before_anything_runs(
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two tiny runs: learned positions, and a Llama."""
-    folder = tmp_path_factory.mktemp("bench")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("SMOLCTL_CACHE", str(folder / "cache"))
-        write_corpus(folder / "corpus")
-        run(prepare_tiny(folder / "corpus", train={"steps": 2}), "runs/learned")
-        run(prepare_tiny(folder / "corpus", model=ROPE, train={"steps": 2}), "runs/llama")
-    return folder
+    return make_workshop(tmp_path_factory.mktemp("bench"), train={"steps": 2})
 
 
 @pytest.fixture

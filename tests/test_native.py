@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import run_jobs
+from tiny_runs import ROPE
 from torch import Tensor
 
 from smolctl.config import ModelConfig
@@ -92,7 +93,6 @@ def test_products_equal_the_dequantized_matrix(build: str, kind: str, data: st.D
     assert ((y - expected).abs() <= bound + 1e-6).all()
 
 
-ROPE = {"position_embedding": "rope", "residual_scale": 1.0}
 SHAPES = {
     "grouped": {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, **ROPE},
     "learned": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4},

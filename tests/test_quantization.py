@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Called
-from tiny_runs import prepare_tiny, run, write_corpus
+from tiny_runs import make_workshop
 
 from smolctl.errors import InputError, SmolError, UsageError
 from smolctl.generation.load import load_model
@@ -27,21 +27,13 @@ from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.packed import PackedMatrix
 from smolctl.sources.quantized import DESCRIPTION, FILE
 
-ROPE = {"position_embedding": "rope", "residual_scale": 1.0}
 TABLE = "model.embed_tokens.weight"
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two tiny runs: learned positions, and a Llama."""
-    folder = tmp_path_factory.mktemp("quantize")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("SMOLCTL_CACHE", str(folder / "cache"))
-        write_corpus(folder / "corpus")
-        run(prepare_tiny(folder / "corpus"), "runs/learned")
-        run(prepare_tiny(folder / "corpus", model=ROPE), "runs/llama")
-    return folder
+    return make_workshop(tmp_path_factory.mktemp("quantize"))
 
 
 @pytest.fixture

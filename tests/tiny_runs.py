@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from smolctl.config.load import merge, resolve_run_config
@@ -38,6 +39,9 @@ TINY: dict[str, Any] = {
 }
 
 
+ROPE = {"position_embedding": "rope", "residual_scale": 1.0}
+
+
 def write_corpus(folder: Path) -> Path:
     """Thirty small documents of a few invented words."""
     words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "birds", "fly", "over", "trees"]
@@ -61,6 +65,17 @@ def run(prepared: Prepared, out: str, events: list[Event] | None = None) -> Path
     )
     assert result.exit_code == ExitCode.DONE
     return result.folder
+
+
+def make_workshop(folder: Path, **changes: Any) -> Path:
+    """A folder with two tiny runs: learned positions, and a Llama; its caches stay in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("SMOLCTL_CACHE", str(folder / "cache"))
+        write_corpus(folder / "corpus")
+        run(prepare_tiny(folder / "corpus", **changes), "runs/learned")
+        run(prepare_tiny(folder / "corpus", model=ROPE, **changes), "runs/llama")
+    return folder
 
 
 def go_on(folder: Path, **options: Any) -> list[Event]:

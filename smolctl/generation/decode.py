@@ -315,9 +315,8 @@ def decode(
     context = engine.config.max_position_embeddings
     check_prompt(len(prompt), context)
     capacity = min(len(prompt) + max_tokens, context)
-    decoder = Decoder(
-        engine, samples, capacity, settings, "off"
-    )  # a guess would give several tokens at a time
+    # No guesses: they would give several tokens at a time.
+    decoder = Decoder(engine, samples, capacity, settings, "off")
     jobs = [Job(prompt, max_tokens, generator_for(seed, 0, sample)) for sample in range(samples)]
     for step in decoder.run(jobs):
         tokens = [token for _, token in step]

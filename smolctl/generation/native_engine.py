@@ -16,6 +16,7 @@ from smolctl.generation.engine import Cache, Engine
 from smolctl.model.network import rotary_table
 from smolctl.native.library import Batch, CacheBuffers, Layer, Library, Matrix, Model
 from smolctl.sources.packed import BLOCK, PackedMatrix
+from smolctl.sources.shapes import HEAD, TABLE
 
 Stored = Tensor | PackedMatrix
 
@@ -25,7 +26,6 @@ FEW = 4  # tokens that are multiplied one by one: matrix.h
 KEYS = 16  # positions in a tile of keys, and what heads of values are filled up to: attention.h
 # Tokens that go through the network at once: enough for the products, few enough for the caches.
 CHUNK = 256
-HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def matrix_of(stored: Stored, keep: list[Tensor]) -> Matrix:

@@ -47,7 +47,6 @@ typedef struct {
 #define MAX_SPLITS 16        // parts where many tokens share the work already
 #define PHASES 8             // of a layer, each with a counter of claimed pieces
 #define PIECE_ROWS 16        // rows of a matrix in a piece of a product of many tokens
-#define PIECES 1
 #define PIECE_TOKENS 8       // tokens in a piece of attention
 
 typedef struct {
@@ -75,7 +74,7 @@ INLINE int least(int a, int b) { return a < b ? a : b; }
 
 // Rows in a piece of a product: a multiple of PIECE_ROWS.
 INLINE int rows_of_piece(const pool *p, int rows, int tokens) {
-    return tokens > FEW ? PIECE_ROWS : filled_to(pieces_of(rows, p->threads * PIECES), PIECE_ROWS);
+    return tokens > FEW ? PIECE_ROWS : filled_to(pieces_of(rows, p->threads), PIECE_ROWS);
 }
 
 // Claims pieces 0, 1, … of a phase until all are taken.
