@@ -1,122 +1,88 @@
-"""A training step of SmolLM2-135M's shape: smolctl against transformers, interleaved.
+"""A training step of SmolLM2-135M's shape: smolctl against transformers, litgpt and nanoGPT's step.
 
-    python benchmarks/train_step.py --rounds 3
+    python benchmarks/train_step.py --rounds 5                # as they come
+    python benchmarks/train_step.py --rounds 5 --compiled     # everything through torch.compile
 
-Each round runs both sides one after the other, each in a process of its own so that its peak memory is
-its own. Same shape (134,515,008 parameters, RoPE), same tokens, float32, fused AdamW, clipped gradients.
-Prints one JSON document.
+134,515,008 parameters, float32, fused AdamW, clipped gradients. Each peer takes turns with smolctl, step by
+step; the losses have to agree while they do. litgpt joins in where it is installed. Prints one JSON document.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import platform
-import resource
-import statistics
-import subprocess
-import sys
-import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from importlib.metadata import version
+from statistics import median
 
-BATCH, LENGTH, VOCABULARY = 4, 512, 49_152
-SIDES = ("smolctl", "transformers")
+from training_sides import SIDES, Side
 
+from smolctl.timing import in_turns, ratio_of
 
-def step_function(side: str):  # type: ignore[no-untyped-def]
-    """The network of a side and its mean loss on the one batch that is trained on."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH + 1), generator=generator)
-    if side == "smolctl":
-        from smolctl.config import load_run_config
-        from smolctl.model.weights import initialize
-        from smolctl.training.allocator import keep_freed_memory
-
-        keep_freed_memory()  # as `smolctl train` does
-        network = initialize(load_run_config("smollm2-135m-hub").model, 0)
-        return network, lambda: network.loss(tokens[:, :-1], tokens[:, 1:]) / (BATCH * LENGTH)
-
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        attn_implementation="sdpa",
-    )
-    network = LlamaForCausalLM(config)
-    inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
-    # With shift_labels the targets are taken as they are: the same tokens as on our side.
-    return (
-        network,
-        lambda: network(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False).loss,
-    )
+TOLERANCE = 2e-3  # of the loss, relative: sums are added up in other orders
+WARM_UPS = 2  # allocations and AdamW's first step; compiling
 
 
-def measure(side: str, steps: int) -> dict[str, float]:
-    """Median seconds of a step after one that warms up, and the peak memory of this process."""
-    import torch
-
-    network, loss = step_function(side)
-    network.train()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
-    seconds = []
-    for _ in range(steps + 1):
-        started = time.perf_counter()
-        loss().backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - started)
-    scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-    return {"seconds": statistics.median(seconds[1:]), "peak_rss_bytes": peak}
-
-
-def compare(rounds: int, steps: int) -> dict[str, object]:
-    """Interleaved rounds of both sides and their ratios."""
-    results: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    for _ in range(rounds):
-        for side in SIDES:
-            command = [sys.executable, __file__, "--side", side, "--steps", str(steps)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            results[side].append(json.loads(done.stdout.splitlines()[-1]))
-            print(side, results[side][-1], file=sys.stderr)
-    rate = {
-        side: [round(BATCH * LENGTH / result["seconds"], 1) for result in results[side]] for side in SIDES
-    }
-    ratios = [ours / theirs for ours, theirs in zip(*rate.values(), strict=True)]
-    peaks = {side: statistics.median(result["peak_rss_bytes"] for result in results[side]) for side in SIDES}
+def duel(
+    ours: tuple[str, bool], theirs: tuple[str, bool], arguments: argparse.Namespace
+) -> dict[str, object]:
+    """Two sides, step by step in turns."""
+    with ExitStack() as stack:
+        sides = [
+            stack.enter_context(Side(name, compiled, arguments.batch, arguments.length))
+            for name, compiled in (ours, theirs)
+        ]
+        first = [side() for side in sides]  # compiles
+        steps = in_turns(sides, arguments.rounds, WARM_UPS - 1)
+    for one, other in zip(*steps, strict=True):
+        if abs(one["loss"] / other["loss"] - 1) > TOLERANCE:
+            raise SystemExit(f"losses differ: {one['loss']} and {other['loss']}")
+    seconds = [[step["seconds"] for step in of_side] for of_side in steps]
+    tokens = arguments.batch * arguments.length
+    peaks = [max(step["peak_bytes"] for step in of_side) for of_side in steps]
     return {
-        "tokens": [BATCH, LENGTH],
-        "machine": f"{platform.processor() or platform.machine()}, Python {platform.python_version()}",
-        "tokens_per_second": rate,
-        "speed_ratio": {
-            "median": round(statistics.median(ratios), 3),
-            "min": round(min(ratios), 3),
-            "max": round(max(ratios), 3),
-        },
-        "peak_rss_gb": {side: round(peak / 1e9, 2) for side, peak in peaks.items()},
-        "memory_ratio": round(peaks["smolctl"] / peaks["transformers"], 3),
+        "sides": [side.name for side in sides],
+        "tokens_per_second": [[round(tokens / one, 1) for one in of_side] for of_side in seconds],
+        "median_tokens_per_second": [round(tokens / median(of_side), 1) for of_side in seconds],
+        "first_step_seconds": [round(step["seconds"], 1) for step in first],
+        "speed_ratio": asdict(ratio_of(seconds[1], seconds[0])),
+        "peak_gb": [round(peak / 1e9, 2) for peak in peaks],
+        "memory_ratio": round(peaks[0] / peaks[1], 3),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2, help="timed steps a side and round")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=4, help="sequences")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--compiled", action="store_true", help="both sides through torch.compile")
+    parser.add_argument("--eager", action="store_true", help="with --compiled: smolctl stays eager")
+    parser.add_argument("--against", nargs="+", default=[side for side in SIDES if side != "smolctl"])
     arguments = parser.parse_args()
-    if arguments.side:
-        print(json.dumps(measure(arguments.side, arguments.steps)))
-    else:
-        print(json.dumps(compare(arguments.rounds, arguments.steps), indent=2))
+    results = [
+        duel(("smolctl", arguments.compiled and not arguments.eager), (side, arguments.compiled), arguments)
+        for side in arguments.against
+        if side == "nanogpt" or importlib.util.find_spec(side)
+    ]
+    packages = [
+        "torch",
+        *(side for side in arguments.against if side != "nanogpt" and importlib.util.find_spec(side)),
+    ]
+    print(
+        json.dumps(
+            {
+                "tokens": [arguments.batch, arguments.length],
+                "machine": f"{platform.machine()}, Python {platform.python_version()}",
+                "versions": {name: version(name) for name in packages},
+                "duels": results,
+            },
+            indent=2,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -169,20 +169,25 @@ class TrainingMemory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits
 
 
-def activation_values_per_token(config: ModelConfig) -> int:
+def activation_values_per_token(config: ModelConfig, checkpointed: bool = False) -> int:
     """Numbers that autograd keeps of one token between the forward and the backward pass.
 
-    A layer keeps of each of its two norms the input, the output and 1/rms (4 hidden + 2); the queries and
-    the attention's output (2 queries), keys and values (2 keys), the attention's log-sum-exp (heads); and
-    the SwiGLU's gate and up (2 FFN). After the layers come the final norm's and the gradient of the last
-    hidden state, which the chunked loss computes in the forward pass.
+    A layer keeps of each of its two norms the input and 1/rms (2 hidden + 2); the queries and the
+    attention's output (2 queries), keys and values (2 keys), the attention's log-sum-exp (heads); and
+    the SwiGLU's gate and up (2 FFN). After the layers come the final norm's input, output and 1/rms, and the
+    gradient of the last hidden state, which the chunked loss computes in the forward pass.
+
+    Args:
+        config: the network.
+        checkpointed: whether a layer keeps its input only, all but the one whose gradients are computed.
     """
     hidden = config.hidden_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     heads = config.num_attention_heads
-    layer = 4 * hidden + 2 * queries + 2 * keys + 2 * config.intermediate_size + heads + 2
-    return config.num_hidden_layers * layer + 3 * hidden + 1
+    layer = 2 * hidden + 2 * queries + 2 * keys + 2 * config.intermediate_size + heads + 2
+    layers = config.num_hidden_layers * hidden + layer if checkpointed else config.num_hidden_layers * layer
+    return layers + 3 * hidden + 1
 
 
 def optimizer_values(config: ModelConfig, optimizer: str) -> int:
@@ -199,6 +204,7 @@ def training_memory(
     sequence_length: int,
     dtype: str = "float32",
     optimizer: str = "adamw",
+    checkpointed: bool = False,
 ) -> TrainingMemory:
     """What a training step holds at its peak, without the framework's own memory.
 
@@ -208,6 +214,7 @@ def training_memory(
         sequence_length: tokens of each.
         dtype: a key of `TRAINING_DTYPES`.
         optimizer: "adamw" or "muon".
+        checkpointed: whether layers keep their input only (train.checkpoint_activations).
     """
     stored, computed = (BYTES_PER_VALUE[name] for name in TRAINING_DTYPES[dtype])
     count = count_parameters(config)
@@ -216,7 +223,7 @@ def training_memory(
         weights=count.unique * stored,
         gradients=count.naive * stored,
         optimizer=optimizer_values(config, optimizer) * stored,
-        activations=tokens * activation_values_per_token(config) * computed,
+        activations=tokens * activation_values_per_token(config, checkpointed) * computed,
         logits=2 * min(LOSS_CHUNK_ROWS, tokens) * config.vocab_size * BYTES_PER_VALUE["float32"],
     )
 

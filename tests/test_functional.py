@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smolctl.config import ModelConfig
-from smolctl.model.functional import linear_cross_entropy, rms_norm, rotate, swiglu_linear
+from smolctl.model import products
+from smolctl.model.functional import (
+    linear,
+    linear_cross_entropy,
+    rms_norm,
+    rms_norm_linears,
+    rotate,
+    swiglu_linear,
+)
 from smolctl.model.network import rotary_table
 from smolctl.model.weights import initialize
 
@@ -40,6 +48,45 @@ def test_rms_norm_equals_pytorch() -> None:
         draw(2, 5, 24),
         draw(24, seed=1),
     )
+
+
+@pytest.fixture(params=["onednn", "default"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Products on both libraries, whatever processor this is."""
+    monkeypatch.setattr(products, "PREFERS_ONEDNN", request.param == "onednn")
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("rows", [3, 40])  # oneDNN takes many rows only
+def test_linear_equals_pytorch(rows: int) -> None:
+    assert_same_gradients(linear, F.linear, draw(2, rows, 24), draw(7, 24, seed=1), tolerance=1e-4)
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("rows", [3, 40])
+def test_products_after_a_norm_equal_their_definition(rows: int) -> None:
+    def joined(*outputs: Tensor) -> Tensor:
+        return torch.cat(outputs, -1)
+
+    assert_same_gradients(
+        lambda x, norm, *weights: joined(*rms_norm_linears(x, norm, 1e-5, *weights)),
+        lambda x, norm, *weights: joined(
+            *(F.linear(F.rms_norm(x, (24,), norm, 1e-5), weight) for weight in weights)
+        ),
+        draw(2, rows, 24),
+        draw(24, seed=1),
+        *(draw(size, 24, seed=size) for size in (5, 6, 9)),
+        tolerance=1e-4,
+    )
+
+
+def test_a_second_backward_pass_over_one_loss_is_refused() -> None:
+    hidden, weight = draw(10, 8).float().requires_grad_(), draw(30, 8, seed=1).float().requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, torch.zeros(10, dtype=torch.long), 4)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_rotation_equals_its_definition() -> None:

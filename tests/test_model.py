@@ -177,3 +177,25 @@ def test_a_tied_head_is_accepted_only_when_it_is_the_table() -> None:
 def test_context_is_a_limit_with_a_message() -> None:
     with pytest.raises(InputError, match="context of 64"):
         KVCache.allocate(ModelConfig(**TINY), 1, 65, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_checkpointed_activations_change_no_bit(dropout: float) -> None:
+    config = ModelConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        attention_dropout=dropout,
+    )
+    tokens = torch.randint(0, 50, (2, 17), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for checkpointed in (False, True):
+        network = initialize(config, 0).train()
+        network.model.checkpoint_activations = checkpointed
+        torch.manual_seed(1)
+        network.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+        gradients.append([parameter.grad for parameter in network.parameters()])
+    assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))

@@ -210,7 +210,8 @@ def test_dynamic_scheme_is_what_quantize_dynamic_makes(here: Path) -> None:
     # Only the lookup differs: ours reads the head's integers, the stock network keeps the table in float32.
     hidden = torch.randn(1, 4, 32)
     layer, ours = (one.model.layers[0].mlp for one in (stock, engine.network))  # type: ignore[attr-defined]
-    assert torch.equal(layer(hidden), ours(hidden))
+    norm = network.model.layers[0].post_attention_layernorm  # type: ignore[union-attr]
+    assert torch.equal(layer(hidden, norm), ours(hidden, norm))  # type: ignore[operator]
     assert stock(ids).shape == engine.network(ids).shape  # type: ignore[attr-defined]
 
 

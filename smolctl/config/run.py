@@ -69,7 +69,12 @@ class TrainConfig(Section):
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = Field(
         "auto", description="auto: bf16-mixed where a GPU has bfloat16, else 32-true"
     )
-    compile: bool = Field(False, description="torch.compile, block by block")
+    compile: bool | Literal["auto"] = Field(
+        "auto", description="torch.compile, block by block; auto: on a GPU, if there are steps enough to pay"
+    )
+    checkpoint_activations: bool = Field(
+        False, description="compute each block again for its gradients instead of keeping it: slower, smaller"
+    )
     seed: int = Field(8, ge=0, description="initial weights and dropout")
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smolctl.config import ModelConfig
-from smolctl.model.network import Linear, Transformer
+from smolctl.model.network import Linear, RMSNorm, Transformer
 from smolctl.sources.scaled import ScaledMatrix
 from smolctl.sources.shapes import HEAD, TABLE
 
@@ -51,7 +51,8 @@ class DynamicMLP(nn.Module):
         for name in ("gate_proj", "up_proj", "down_proj"):
             self.add_module(name, mlp.get_submodule(name))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        x = norm(x)
         activated = F.silu(self.gate_proj(x)).mul_(self.up_proj(x))
         return self.down_proj(activated)
 

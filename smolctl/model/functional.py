@@ -3,8 +3,8 @@
 Autograd keeps every intermediate result for the backward pass. These keep what cannot be had again
 cheaply and compute the rest anew, in place where they can: less memory, and less traffic with it.
 
-All of them compute in the dtype of their inputs, so they work under autocast, where the products before
-them return bfloat16. Shapes as in `network.py`.
+Under autocast products are computed in autocast's dtype, everything else in the dtype of its input.
+Shapes as in `network.py`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,68 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from smolctl.model.products import add_product, product
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that products with x are computed in."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class _Linear(Function):
+    """A product that keeps its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        dtype = _product_dtype(x)
+        ctx.dtype, x = x.dtype, x.to(dtype)
+        ctx.save_for_backward(x, weight)
+        return product(x, weight.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        dx = product(gradient, weight.to(gradient.dtype).mT)
+        return dx.to(ctx.dtype), _weight_gradient(gradient, x).to(weight.dtype)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weightᵀ: x is (…, I), weight (O, I), the result (…, O)."""
+    return _Linear.apply(x, weight)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient (O, I) of a matrix whose product with x (…, I) has the gradient (…, O)."""
+    found: Tensor = gradient.flatten(0, -2).mT @ x.flatten(0, -2)
+    return found
+
+
+def _rms_scale(x: Tensor, eps: float) -> Tensor:
+    """1 / rms(x) of every row, (…, 1) in float32."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale: Tensor = norm.square().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return scale
+
+
+def _rms_norm_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor, normed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight; `normed` is x × scale."""
+    product = gradient * normed
+    rows = product.flatten(0, -2)
+    # What the step along x takes away again, as scaling x changes nothing: its share in every row.
+    share = (rows @ weight.to(rows.dtype)).view_as(scale).div_(x.shape[-1])
+    dx = (gradient * weight).addcmul_(normed, share, value=-1).mul_(scale)
+    return dx.to(x.dtype), rows.sum(0).to(weight.dtype)
+
 
 class _RMSNorm(Function):
     """Keeps the input and one number a row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # (…, 1)
-        scale = norm.square().div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale = _rms_scale(x, eps)
         ctx.save_for_backward(x, weight, scale)
         normed: Tensor = (x * scale).to(x.dtype)
         return normed * weight
@@ -31,13 +85,7 @@ class _RMSNorm(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        normed = x * scale
-        product = gradient * normed
-        rows = product.flatten(0, -2)
-        # What the step along x takes away again, as scaling x changes nothing: its share in every row.
-        share = (rows @ weight.to(rows.dtype)).view_as(scale).div_(x.shape[-1])
-        dx = (gradient * weight).addcmul_(normed, share, value=-1).mul_(scale)
-        return dx.to(x.dtype), rows.sum(0).to(weight.dtype), None
+        return *_rms_norm_backward(gradient, x, weight, scale, x * scale), None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -45,8 +93,42 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
+class _RMSNormLinears(Function):
+    """Keeps x, which the residual stream keeps anyway; what all the products read is computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Tensor, eps: float, *weights: Tensor) -> tuple[Tensor, ...]:
+        scale = _rms_scale(x, eps)
+        ctx.save_for_backward(x, norm, scale, *weights)
+        dtype = _product_dtype(x)
+        normed = (x * scale).to(x.dtype).mul_(norm).to(dtype)
+        return tuple(product(normed, weight.to(dtype)) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm, scale, *weights = ctx.saved_tensors
+        dtype = gradients[0].dtype
+        normed = x * scale
+        inputs = (normed * norm).to(dtype)
+        dinputs: Tensor | None = None
+        dweights = []
+        for gradient, weight in zip(gradients, weights, strict=True):
+            dweights.append(_weight_gradient(gradient, inputs).to(weight.dtype))
+            matrix = weight.to(dtype).mT
+            dinputs = product(gradient, matrix) if dinputs is None else add_product(dinputs, gradient, matrix)
+        assert dinputs is not None
+        return *_rms_norm_backward(dinputs.to(x.dtype), x, norm, scale, normed), None, *dweights
+
+
+def rms_norm_linears(x: Tensor, norm: Tensor, eps: float, *weights: Tensor) -> tuple[Tensor, ...]:
+    """Products of rms_norm(x, norm, eps) with several matrices: (…, I) with (O, I) gives (…, O)."""
+    return _RMSNormLinears.apply(x, norm, eps, *weights)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     left, right = x.chunk(2, dim=-1)
+    if torch.compiler.is_compiling():  # which makes one pass of it, and cannot write into parts of a tensor
+        return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
     out = torch.empty_like(x)
     out_left, out_right = out.chunk(2, dim=-1)
     torch.mul(left, cos, out=out_left).addcmul_(right, sin, value=-1)
@@ -83,17 +165,17 @@ class _SwiGLULinear(Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
-        return F.linear(F.silu(gate).mul_(up), weight.to(gate.dtype))
+        return product(F.silu(gate).mul_(up), weight.to(gate.dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gate, up, weight = ctx.saved_tensors
         activated = F.silu(gate)
-        product = activated * up
-        dweight = gradient.flatten(0, -2).mT @ product.flatten(0, -2)
-        dproduct = gradient @ weight.to(gradient.dtype)
-        dup = torch.mul(dproduct, activated, out=product)
-        dgate = torch.ops.aten.silu_backward(dproduct.mul_(up), gate)
+        inputs = activated * up
+        dweight = _weight_gradient(gradient, inputs)
+        dinputs = product(gradient, weight.to(gradient.dtype).mT)
+        dup = torch.mul(dinputs, activated, out=inputs)
+        dgate = torch.ops.aten.silu_backward(dinputs.mul_(up), gate)
         return dgate, dup, dweight.to(weight.dtype)
 
 
@@ -116,7 +198,7 @@ class _LinearCrossEntropy(Function):
         matrix = weight.to(hidden.dtype)
         for start in range(0, hidden.shape[0], rows):
             part, target = hidden[start : start + rows], targets[start : start + rows, None]
-            logits = F.linear(part, matrix).float()  # (rows, V)
+            logits = product(part, matrix).float()  # (rows, V)
             chosen = logits.gather(1, target)
             largest = logits.amax(1, keepdim=True)
             probabilities = torch.softmax(logits, dim=1, out=logits)
@@ -129,7 +211,7 @@ class _LinearCrossEntropy(Function):
                 probabilities.mul_(1 + 2 * z_loss * logsumexp)
             probabilities.scatter_add_(1, target, torch.full_like(chosen, -1))
             dlogits = probabilities.to(hidden.dtype)
-            torch.mm(dlogits, matrix, out=dhidden[start : start + rows])
+            dhidden[start : start + rows] = product(dlogits, matrix.mT)
             if dlogits.dtype == torch.float32:
                 dweight.addmm_(dlogits.mT, part)
             else:
@@ -141,7 +223,9 @@ class _LinearCrossEntropy(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         dhidden, dweight = ctx.saved_tensors
-        return dhidden * gradient, (dweight * gradient).to(ctx.dtype), None, None, None
+        # In place: at this moment memory is fullest. PyTorch counts the changes of what it saved, so that a
+        # second backward pass over the same loss fails instead of multiplying once more.
+        return dhidden.mul_(gradient), dweight.mul_(gradient).to(ctx.dtype), None, None, None
 
 
 def linear_cross_entropy(

@@ -9,14 +9,24 @@ and loads. A tied head has no tensor of its own: the token table is used twice.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from smolctl.arithmetic import LOSS_CHUNK_ROWS
 from smolctl.config import ModelConfig
 from smolctl.model.cache import KVCache, LayerCache
-from smolctl.model.functional import linear_cross_entropy, rms_norm, rotate, swiglu_linear
+from smolctl.model.functional import (
+    linear,
+    linear_cross_entropy,
+    rms_norm,
+    rms_norm_linears,
+    rotate,
+    swiglu_linear,
+)
 
 
 class Linear(nn.Linear):
@@ -24,6 +34,9 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Draw nothing: for 135 million parameters that would take seconds and be thrown away."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
 
 
 class Embedding(nn.Embedding):
@@ -43,6 +56,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+def normed_linears(x: Tensor, norm: RMSNorm, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """Each of the layers after the norm; where gradients are wanted, as one operation that keeps less."""
+    if torch.is_grad_enabled() and norm.weight.requires_grad:
+        return rms_norm_linears(x, norm.weight, norm.eps, *(cast(Linear, layer).weight for layer in layers))
+    normed = norm(x)
+    return tuple(layer(normed) for layer in layers)
 
 
 def rotary_table(config: ModelConfig, positions: int, device: torch.device) -> Tensor:
@@ -69,12 +90,18 @@ class Attention(nn.Module):
         self.o_proj = Linear(queries, config.hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, rotary: Tensor | None, cache: LayerCache | None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        norm: RMSNorm,
+        rotary: Tensor | None,
+        cache: LayerCache | None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
+        q, k, v = (
+            projected.view(B, T, -1, self.head_dim)  # (B, T, H or K, D)
+            for projected in normed_linears(x, norm, self.q_proj, self.k_proj, self.v_proj)
+        )
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
@@ -114,8 +141,9 @@ class MLP(nn.Module):
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return swiglu_linear(self.gate_proj(x), self.up_proj(x), self.down_proj.weight)
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        gate, up = normed_linears(x, norm, self.gate_proj, self.up_proj)  # (B, T, F)
+        return swiglu_linear(gate, up, self.down_proj.weight)
 
 
 class Block(nn.Module):
@@ -132,9 +160,9 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rotary: Tensor | None, cache: LayerCache | None, mask: Tensor | None = None
     ) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), rotary, cache, mask)
+        attended = self.self_attn(x, self.input_layernorm, rotary, cache, mask)
         x = torch.add(x, attended, alpha=self.residual_scale)
-        return torch.add(x, self.mlp(self.post_attention_layernorm(x)), alpha=self.residual_scale)
+        return torch.add(x, self.mlp(x, self.post_attention_layernorm), alpha=self.residual_scale)
 
 
 class Decoder(nn.Module):
@@ -149,6 +177,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.config = config
+        self.checkpoint_activations = False  # keep a block's input only, and compute the block again
         self.uses_rope = config.position_embedding == "rope"
         self._rotary: Tensor | None = None
 
@@ -176,7 +205,11 @@ class Decoder(nn.Module):
         rotary = self._angles(positions.stop, x.device)[:, positions] if self.uses_rope else None
         mask = _document_mask(documents) if documents is not None else None  # (B, 1, T, T)
         for index, block in enumerate(self.layers):
-            x = block(x, rotary, cache.layers[index] if cache is not None else None, mask)
+            layer_cache = cache.layers[index] if cache is not None else None
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, layer_cache, mask, use_reentrant=False)
+            else:
+                x = block(x, rotary, layer_cache, mask)
         if cache is not None:
             cache.length = positions.stop
         return self.norm(x)
@@ -204,9 +237,17 @@ class Transformer(nn.Module):
         """The matrix (V, C) that turns hidden states into logits."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
+    def compile_blocks(self) -> None:
+        """Let torch.compile translate the blocks, in place: the names of their tensors stay as they are.
+
+        All have the same shape, so that one translation serves them all.
+        """
+        for block in self.model.layers:
+            block.compile()
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (…, C) as logits (…, V)."""
-        return F.linear(hidden, self.head_weight)
+        return linear(hidden, self.head_weight)
 
     def forward(
         self, input_ids: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
@@ -239,7 +280,7 @@ class Transformer(nn.Module):
         """Cross entropy in nats of every token, (B, T); for evaluation, without gradients."""
         hidden = self.model(input_ids, documents=documents).flatten(0, 1)  # (B·T, C)
         losses = [
-            F.cross_entropy(F.linear(part, self.head_weight).float(), target, reduction="none")
+            F.cross_entropy(linear(part, self.head_weight).float(), target, reduction="none")
             for part, target in zip(
                 hidden.split(LOSS_CHUNK_ROWS), targets.flatten().split(LOSS_CHUNK_ROWS), strict=True
             )

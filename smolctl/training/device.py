@@ -74,6 +74,22 @@ def flops_utilization(config: RunConfig, tokens_per_second: float, peak: float |
     return tokens_per_second * training_flops_per_token(config.model, config.data.sequence_length) / peak
 
 
+# Compiling takes about a minute, and a step of a 135M model on a large GPU some tens of milliseconds, of
+# which it saves a quarter or so: the steps that win the minute back. To be measured by benchmarks/gpu.py.
+STEPS_WORTH_COMPILING = 2_000
+
+
+def resolved_compile(config: RunConfig) -> bool:
+    """Whether to use torch.compile: as the config says; with "auto", where it pays.
+
+    On a CPU it does not: the blocks' operations are fused by hand, and compiled blocks took 0.93 to 1.01
+    of the time but a fifth more memory (benchmarks/README.md).
+    """
+    if config.train.compile != "auto":
+        return config.train.compile
+    return on_gpu(config) and config.train.steps >= STEPS_WORTH_COMPILING
+
+
 def on_gpu(config: RunConfig) -> bool:
     """Whether the run will use CUDA."""
     return torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda")

@@ -103,8 +103,7 @@ def run_trainer(
     dataset = prepared.dataset(trainer.global_rank, trainer.world_size)
     module = TrainingModule(prepared.network.train(), config, dataset, prepared.fingerprints)
     if config.train.compile:
-        for block in prepared.network.model.layers:
-            block.compile()  # in place: the names in the checkpoint stay clean
+        prepared.network.compile_blocks()
     loader = StepLoader(dataset, prepared.first_step, config.train.steps, config.data.workers)
     with warnings.catch_warnings(), naming_the_memory_knob(config.micro_batch_size):
         warnings.filterwarnings("ignore", module="lightning")

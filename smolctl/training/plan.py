@@ -78,6 +78,7 @@ def make_plan(
         sequences,
         config.data.sequence_length,
         optimizer=config.optimizer.name,
+        checkpointed=config.train.checkpoint_activations,
     )
     gaps = 0
     if device == "cpu":

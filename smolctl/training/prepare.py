@@ -17,6 +17,7 @@ from smolctl.model.network import Transformer
 from smolctl.model.weights import initialize, load_network
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource
+from smolctl.training.device import on_gpu, resolved_compile
 from smolctl.training.events import Listener, Note
 from smolctl.training.loggers import require_packages
 
@@ -80,7 +81,7 @@ def prepare(
     source = open_source(init_from) if init_from else None
     if source is not None:
         config = _with_model_of(source, config)
-    config = _with_pinned_datasets(config.with_whole_steps())
+    config = _with_pinned_datasets(with_compile_decided(config.with_whole_steps(), emit))
     tokenizer = _tokenizer(source, config, emit)
     samples = config.train.steps * config.train.batch_size
     corpus = tokenize_corpus(config.data, tokenizer, on_progress=on_tokenize, samples=samples)
@@ -91,7 +92,7 @@ def prepare(
     else:
         emit(Note(f"Weights and shape from {source.id}; a new optimizer starts at step 0."))
         network = load_network(source, dtype=torch.float32)
-    return Prepared(config, network, tokenizer, corpus)
+    return Prepared(config, _as_trained(network, config), tokenizer, corpus)
 
 
 def prepare_again(
@@ -113,8 +114,29 @@ def prepare_again(
     require_packages(config.trainer.loggers)
     samples = state["samples"] + (config.train.steps - done) * config.train.batch_size
     corpus = tokenize_corpus(config.data, tokenizer, on_progress=on_tokenize, samples=samples)
-    network = initialize(config.model, config.train.seed)
+    network = _as_trained(initialize(config.model, config.train.seed), config)
     return Prepared(config, network, tokenizer, corpus, done, state["samples"])
+
+
+def _as_trained(network: Transformer, config: RunConfig) -> Transformer:
+    """The network with what the config says of how it is computed."""
+    network.model.checkpoint_activations = config.train.checkpoint_activations
+    return network
+
+
+def with_compile_decided(config: RunConfig, emit: Listener) -> RunConfig:
+    """The config with "auto" resolved, so that the run stays with it when it is resumed."""
+    decided = resolved_compile(config)
+    if config.train.compile == "auto":
+        if decided:
+            emit(Note("The blocks are compiled (train.compile): the first step takes about a minute longer."))
+        elif on_gpu(config):
+            emit(
+                Note(
+                    f"Not compiled (train.compile): {config.train.steps:,} steps would not win the time back."
+                )
+            )
+    return config.model_copy(update={"train": config.train.model_copy(update={"compile": decided})})
 
 
 def _with_model_of(source: ModelSource, config: RunConfig) -> RunConfig:

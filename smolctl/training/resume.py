@@ -26,7 +26,7 @@ from smolctl.training.distributed import is_main_process
 from smolctl.training.events import Listener, Note
 from smolctl.training.fit import RunResult, fit
 from smolctl.training.guards import naming_the_disk
-from smolctl.training.prepare import Prepared, prepare_again
+from smolctl.training.prepare import Prepared, prepare_again, with_compile_decided
 from smolctl.training.recorder import RunRecorder, claim_run_folder
 from smolctl.training.run import plan_run
 from smolctl.training.schedule import LearningRatePolicy, continue_schedule, learning_rate
@@ -109,7 +109,7 @@ def _prepare(
     checkpoint = sound_checkpoint(parent, options.step)
     content = read_checkpoint(checkpoint.path)
     before = RunConfig.model_validate(content["hyper_parameters"]["config"])
-    config = changed_config(before, checkpoint.step, options)
+    config = with_compile_decided(changed_config(before, checkpoint.step, options), emit)
     state = content["smolctl"]
     del content  # Lightning reads the file again; two copies need not be in memory
     prepared = prepare_again(
