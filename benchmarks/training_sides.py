@@ -26,6 +26,7 @@ from smolctl.model.weights import initialize
 from smolctl.training.allocator import keep_freed_memory
 from smolctl.training.device import peak_memory
 
+PRESET = "smollm2-135m-hub"
 SIDES = ("smolctl", "transformers", "litgpt", "nanogpt")
 Loss = Callable[[Tensor, Tensor], Tensor]  # mean over tokens (B, T) and the tokens after them
 
@@ -196,7 +197,7 @@ class Step:
         batch: int,
         length: int,
         device: str = "cpu",
-        preset: str = "smollm2-135m-hub",
+        preset: str = PRESET,
     ) -> None:
         config = load_run_config(preset).model
         config = config.model_copy(update={"position_embedding": "rope", "residual_scale": 1.0})
@@ -232,8 +233,11 @@ class Step:
 class Side:
     """The process of a side. Called, it takes a step."""
 
-    def __init__(self, side: str, compiled: bool, batch: int, length: int) -> None:
+    def __init__(
+        self, side: str, compiled: bool, batch: int, length: int, device: str = "cpu", preset: str = PRESET
+    ) -> None:
         arguments = ["--side", side, "--batch", str(batch), "--length", str(length)]
+        arguments += ["--device", device, "--preset", preset]
         arguments += ["--compiled"] if compiled else []
         self.name = side + (", compiled" if compiled else "")
         self._process = subprocess.Popen(
@@ -269,8 +273,17 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--length", type=int)
+    parser.add_argument("--device")
+    parser.add_argument("--preset")
     arguments = parser.parse_args()
-    step = Step(arguments.side, arguments.compiled, arguments.batch, arguments.length)
+    step = Step(
+        arguments.side,
+        arguments.compiled,
+        arguments.batch,
+        arguments.length,
+        arguments.device,
+        arguments.preset,
+    )
     for _line in sys.stdin:
         print(json.dumps(step()), flush=True)
 

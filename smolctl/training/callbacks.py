@@ -11,7 +11,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 
 from smolctl.config import RunConfig
@@ -23,6 +22,7 @@ from smolctl.sources.run_folder import RunFolder
 from smolctl.training.device import flops_utilization, peak_memory, run_peak_flops
 from smolctl.training.distributed import from_main, gather
 from smolctl.training.events import Checkpoint, Event, Listener, Step, Validation, to_json
+from smolctl.training.lightning import pl
 from smolctl.training.loggers import MetricLoggers, Opening
 from smolctl.training.module import TrainingModule
 from smolctl.training.predictions import observing, predict

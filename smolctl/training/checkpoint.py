@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from lightning.pytorch.plugins.io import CheckpointIO
 
 from smolctl.durable import HashingFile, file_digest, lack_of_room, sync_folder
 from smolctl.errors import InputError, SmolError
 from smolctl.sources.run_folder import damage_of
+from smolctl.training.lightning import CheckpointIO
 
 CHECKSUM_SUFFIX = ".sha256"  # of the file beside a checkpoint, in sha256sum's format
 

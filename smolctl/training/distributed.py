@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 from typing import TypeVar
 
-import lightning.pytorch as pl
 import torch.distributed
-from lightning.pytorch.utilities import rank_zero_only
+
+from smolctl.training.lightning import pl, rank_zero_only
 
 T = TypeVar("T")
 

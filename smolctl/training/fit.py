@@ -8,7 +8,6 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import lightning.pytorch as pl
 import torch
 
 from smolctl.data.batches import StepLoader
@@ -20,6 +19,7 @@ from smolctl.training.device import resolved_precision
 from smolctl.training.distributed import is_main_process
 from smolctl.training.events import End, Listener, Start
 from smolctl.training.guards import naming_the_disk, naming_the_memory_knob
+from smolctl.training.lightning import pl
 from smolctl.training.module import TrainingModule
 from smolctl.training.plan import Plan
 from smolctl.training.prepare import Prepared

@@ -19,11 +19,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-
 from smolctl.config import RunConfig
 from smolctl.errors import UsageError
 from smolctl.training.events import Listener, Note
+from smolctl.training.lightning import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from smolctl.training.rng import keeping_rng
 from smolctl.training.tolerance import reason
 

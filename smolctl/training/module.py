@@ -7,10 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
 from smolctl.config import RunConfig
@@ -18,6 +15,7 @@ from smolctl.data.batches import StepDataset, document_ids
 from smolctl.errors import SmolError
 from smolctl.model.network import Transformer
 from smolctl.training.distributed import gather
+from smolctl.training.lightning import LightningOptimizer, ParallelStrategy, pl
 from smolctl.training.optimizers import apply_settings, make_optimizer
 from smolctl.training.rng import capture_rng, restore_rng
 from smolctl.training.schedule import learning_rate

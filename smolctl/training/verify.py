@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 
 from smolctl.config import RunConfig
@@ -19,6 +18,7 @@ from smolctl.sources.run_folder import CheckpointFile, RunFolder
 from smolctl.training.checkpoint import find_damage, read_checkpoint
 from smolctl.training.events import Listener, Note
 from smolctl.training.fit import run_trainer
+from smolctl.training.lightning import pl
 from smolctl.training.module import StepResult, TrainingModule
 from smolctl.training.prepare import prepare_again
 from smolctl.training.recorder import METRICS

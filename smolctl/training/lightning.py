@@ -1,0 +1,55 @@
+"""Lightning without torchmetrics, which it imports and which nothing here uses.
+
+torchmetrics takes 1.3 s to import, transformers with it: a third of what `smolctl train` does before its
+first step. Lightning itself needs its two base classes only, to see whether a logged value is a metric.
+Every module takes Lightning's names from here, so that none of them imports it first.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from importlib.metadata import version
+from types import ModuleType
+from typing import Any
+
+
+@contextmanager
+def _without_torchmetrics() -> Iterator[None]:
+    """Give Lightning two empty classes for `torchmetrics`; whoever imports it later gets the real one."""
+    if any(name in sys.modules for name in ("torchmetrics", "lightning")):
+        yield
+        return
+    stand_in: Any = ModuleType("torchmetrics")
+    stand_in.__spec__ = ModuleSpec("torchmetrics", None)
+    stand_in.__version__ = version("torchmetrics")
+    stand_in.Metric = type("Metric", (), {})
+    stand_in.MetricCollection = type("MetricCollection", (), {})
+    sys.modules["torchmetrics"] = stand_in
+    try:
+        yield
+    finally:
+        del sys.modules["torchmetrics"]
+
+
+with _without_torchmetrics():
+    import lightning.pytorch as pl
+    from lightning.pytorch.core.optimizer import LightningOptimizer
+    from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+    from lightning.pytorch.plugins.io import CheckpointIO
+    from lightning.pytorch.strategies import ParallelStrategy
+    from lightning.pytorch.utilities import rank_zero_only
+
+__all__ = [
+    "CSVLogger",
+    "CheckpointIO",
+    "LightningOptimizer",
+    "Logger",
+    "ParallelStrategy",
+    "TensorBoardLogger",
+    "WandbLogger",
+    "pl",
+    "rank_zero_only",
+]
