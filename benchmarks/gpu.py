@@ -20,13 +20,13 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from training_sides import PRESET, Side
+from training_sides import Case, Side
 
 from smolctl.arithmetic import training_flops_per_token
 from smolctl.config import load_run_config
@@ -36,30 +36,29 @@ from smolctl.training.device import peak_flops
 TOLERANCE = 2e-2  # of the loss, relative: bfloat16 rounds to 0.4 %
 
 
-def measure_steps(device: str, preset: str, batch: int, length: int, rounds: int) -> list[dict[str, Any]]:
+def measure_steps(base: Case, rounds: int) -> list[dict[str, Any]]:
     """All sides step by step in turns; ratios are against ours, compiled."""
     names = ["transformers", "nanogpt"] if importlib.util.find_spec("transformers") else ["nanogpt"]
-    asked = [("smolctl", True), ("smolctl", False), *((name, True) for name in names), (names[0], False)]
+    cases = [replace(base, compiled=True), base]
+    cases += [replace(base, side=name, compiled=True) for name in names]
+    cases += [replace(base, side=names[0])]
     with ExitStack() as stack:
-        sides = [
-            stack.enter_context(Side(name, compiled, batch, length, device, preset))
-            for name, compiled in asked
-        ]
+        sides = [stack.enter_context(Side(case)) for case in cases]
         first = [side()["seconds"] for side in sides]  # compiles
         results = in_turns(sides, rounds, warmups=3)
     losses = [steps[-1]["loss"] for steps in results]
     if any(abs(loss / losses[0] - 1) > TOLERANCE for loss in losses):
         raise SystemExit(f"losses differ: {losses}")
     seconds = [[step["seconds"] for step in steps] for steps in results]
-    flops = training_flops_per_token(load_run_config(preset).model, length)
-    peak = peak_flops(torch.cuda.get_device_name(), "bf16-mixed") if device == "cuda" else None
+    flops = training_flops_per_token(load_run_config(base.preset).model, base.length)
+    peak = peak_flops(torch.cuda.get_device_name(), "bf16-mixed") if base.device == "cuda" else None
     rows = []
     for side, before, steps, times in zip(sides, first, results, seconds, strict=True):
-        speed = batch * length / median(times)
+        speed = base.batch * base.length / median(times)
         rows.append(
             {
                 "side": side.name,
-                "tokens": [batch, length],
+                "tokens": [base.batch, base.length],
                 "tokens_per_second": round(speed, 1),
                 "mfu": round(speed * flops / peak, 4) if peak else None,
                 "ours_is_faster": asdict(ratio_of(times, seconds[0])),
@@ -110,18 +109,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the JSON document; default: standard output")
     arguments = parser.parse_args()
     gpu = torch.cuda.is_available()
-    shapes = [(32, 1_024), (16, 2_048)] if gpu else [(4, 64), (2, 128)]
-    steps = [
-        row
-        for batch, length in shapes
-        for row in measure_steps(
-            "cuda" if gpu else "cpu",
-            PRESET if gpu else "nano",
-            batch,
-            length,
-            arguments.rounds if gpu else 2,
-        )
-    ]
+    if gpu:
+        base = Case("smolctl", bfloat16=True, device="cuda")
+        shapes, rounds = [(32, 1_024), (16, 2_048)], arguments.rounds
+    else:
+        base, shapes, rounds = Case("smolctl", preset="nano"), [(4, 64), (2, 128)], 2
+    cases = [replace(base, batch=batch, length=length) for batch, length in shapes]
+    steps = [row for case in cases for row in measure_steps(case, rounds)]
     with tempfile.TemporaryDirectory() as folder:
         job = real_job(*(("smollm2-135m", 5_000, 50) if gpu else ("nano", 20, 5)), Path(folder))
     found = {

@@ -3,8 +3,8 @@
     python benchmarks/run_costs.py --rounds 3
 
 Every figure comes from real runs of `smolctl train --json`, by the moments at which their events arrive.
-Three kinds of run take turns: one process with one thread, one with two, and two processes (DDP) with a thread
-each. Prints one JSON document.
+Three kinds of run take turns: one process with one thread, one with two, and two processes (DDP) with a
+thread each. Prints one JSON document.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -65,7 +66,7 @@ def between_steps(moments: Moments) -> float:
     """Median time from the end of a step to the beginning of the next: reading the batch, Lightning's loop,
     the records."""
     steps = [(moment, event["seconds"]) for moment, event in moments if event["event"] == "step"]
-    gaps = [after - before - seconds for (before, _), (after, seconds) in zip(steps, steps[1:], strict=False)]
+    gaps = [after - before - seconds for (before, _), (after, seconds) in pairwise(steps)]
     return median(gaps)
 
 

@@ -9,12 +9,12 @@ outside.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ from smolctl.model.weights import initialize
 from smolctl.training.allocator import keep_freed_memory
 from smolctl.training.device import peak_memory
 
-PRESET = "smollm2-135m-hub"
 SIDES = ("smolctl", "transformers", "litgpt", "nanogpt")
 Loss = Callable[[Tensor, Tensor], Tensor]  # mean over tokens (B, T) and the tokens after them
 
@@ -179,43 +178,49 @@ def nanogpt(config: ModelConfig, weights: dict[str, Tensor], compiled: bool) -> 
 BUILDERS = {"smolctl": smolctl, "transformers": transformers, "litgpt": litgpt, "nanogpt": nanogpt}
 
 
+@dataclass(frozen=True)
+class Case:
+    """What is measured."""
+
+    side: str  # one of SIDES
+    compiled: bool = False  # with torch.compile, as that side does it
+    checkpointed: bool = False  # smolctl alone: blocks are computed again instead of kept
+    bfloat16: bool = False  # products in bfloat16, by autocast
+    batch: int = 4  # sequences
+    length: int = 512  # tokens of each
+    device: str = "cpu"
+    preset: str = "smollm2-135m-hub"  # the model's shape; a smaller one for a trial
+
+    @property
+    def name(self) -> str:
+        flags = ("compiled", "checkpointed", "bfloat16")
+        return ", ".join([self.side, *(flag for flag in flags if getattr(self, flag))])
+
+
 class Step:
-    """One side's training step on one fixed batch.
+    """One side's training step on one fixed batch. Called, it takes it."""
 
-    Args:
-        side: one of SIDES.
-        compiled: with torch.compile, as that side does it.
-        batch, length: sequences and tokens each.
-        device: "cpu" or "cuda"; there, in bfloat16 by autocast.
-        preset: the model's shape; SmolLM2-135M's, or a small one for a trial.
-    """
-
-    def __init__(
-        self,
-        side: str,
-        compiled: bool,
-        batch: int,
-        length: int,
-        device: str = "cpu",
-        preset: str = PRESET,
-    ) -> None:
-        config = load_run_config(preset).model
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        config = load_run_config(case.preset).model
         config = config.model_copy(update={"position_embedding": "rope", "residual_scale": 1.0})
         weights = {name: tensor.clone() for name, tensor in initialize(config, 8).state_dict().items()}
-        self.network, self.loss = BUILDERS[side](config, weights, compiled)
+        self.network, self.loss = BUILDERS[case.side](config, weights, case.compiled)
         del weights
-        self.network.to(device).train()
+        if case.checkpointed:
+            self.network.model.checkpoint_activations = True
+        self.device = torch.device(case.device)
+        self.network.to(self.device).train()
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(0, config.vocab_size, (batch, length + 1), generator=generator).to(device)
-        self.inputs, self.targets = tokens[:, :-1], tokens[:, 1:]
-        self.device = torch.device(device)
+        tokens = torch.randint(0, config.vocab_size, (case.batch, case.length + 1), generator=generator)
+        self.inputs, self.targets = tokens[:, :-1].to(self.device), tokens[:, 1:].to(self.device)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-4, fused=True)
 
     def __call__(self) -> dict[str, Any]:
-        """Take a step: its seconds, its loss and the most bytes held so far."""
+        """Its seconds, its loss and the most bytes held so far."""
         self._wait()
         started = time.perf_counter()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.case.bfloat16):
             loss = self.loss(self.inputs, self.targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
@@ -233,15 +238,10 @@ class Step:
 class Side:
     """The process of a side. Called, it takes a step."""
 
-    def __init__(
-        self, side: str, compiled: bool, batch: int, length: int, device: str = "cpu", preset: str = PRESET
-    ) -> None:
-        arguments = ["--side", side, "--batch", str(batch), "--length", str(length)]
-        arguments += ["--device", device, "--preset", preset]
-        arguments += ["--compiled"] if compiled else []
-        self.name = side + (", compiled" if compiled else "")
+    def __init__(self, case: Case) -> None:
+        self.name = case.name
         self._process = subprocess.Popen(
-            [sys.executable, __file__, *arguments],
+            [sys.executable, __file__, json.dumps(asdict(case))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -268,22 +268,7 @@ class Side:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--side", choices=SIDES)
-    parser.add_argument("--compiled", action="store_true")
-    parser.add_argument("--batch", type=int)
-    parser.add_argument("--length", type=int)
-    parser.add_argument("--device")
-    parser.add_argument("--preset")
-    arguments = parser.parse_args()
-    step = Step(
-        arguments.side,
-        arguments.compiled,
-        arguments.batch,
-        arguments.length,
-        arguments.device,
-        arguments.preset,
-    )
+    step = Step(Case(**json.loads(sys.argv[1])))
     for _line in sys.stdin:
         print(json.dumps(step()), flush=True)
 

@@ -251,3 +251,20 @@ def test_real_tokenizer_streams_what_it_decodes(gguf_file: Path) -> None:
     text = "Größe 🎉 12345 界面\n\n\tdef f(): pass"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.token_byte_lengths()[tokenizer.encode(text)].sum() == len(text.encode())
+
+
+def test_a_learned_tokenizer_is_kept_and_a_damaged_copy_is_learned_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOLCTL_CACHE", str(tmp_path))
+    learned = train_tokenizer(texts(), 400)
+    (kept,) = (tmp_path / "tokenizers").iterdir()
+    content = kept.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("smolctl.data.bpe._learn", None)  # would fail if it were called
+        assert train_tokenizer(texts(), 400).sha256 == learned.sha256
+    kept.write_bytes(content[:100])
+    assert train_tokenizer(texts(), 400).sha256 == learned.sha256
+    assert kept.read_bytes() == content
+    train_tokenizer(texts(), 401)
+    assert len(list((tmp_path / "tokenizers").iterdir())) == 2

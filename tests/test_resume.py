@@ -72,7 +72,16 @@ def check(folder: Path, **options: Any) -> Any:
     return verify(folder, ResumeOptions(**options), lambda _event: None)
 
 
-@pytest.mark.parametrize("changes", [{}, MUON, {"model": {"attention_dropout": 0.3}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        MUON,
+        {"model": {"attention_dropout": 0.3}},
+        {"train": {"precision": "bf16-mixed"}},
+        {"train": {"checkpoint_activations": True}},
+    ],
+)
 def test_verification_finds_a_run_exact_and_writes_nothing(make: Make, changes: dict[str, Any]) -> None:
     folder = run(make(**changes), "run")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

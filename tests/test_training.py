@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from tiny_runs import (
     TINY,
     assert_same,
@@ -22,11 +26,12 @@ from tiny_runs import (
     write_corpus,
 )
 
-from smolctl.config import RunConfig
+from smolctl.config import RunConfig, load_run_config
 from smolctl.config.load import merge, resolve_run_config
 from smolctl.data.batches import StepLoader
 from smolctl.errors import ExitCode, InputError, SmolError, UsageError
 from smolctl.sources.run_folder import RunFolder
+from smolctl.training.device import resolved_compile
 from smolctl.training.events import Checkpoint, End, Event, Note, Prediction, Step, Validation
 from smolctl.training.module import NonFiniteError
 from smolctl.training.prepare import Prepared, prepare
@@ -305,3 +310,44 @@ def test_resuming_says_what_the_learning_rate_does(make: Callable[..., Prepared]
     assert any("0.003 at step 10, 0.0024 at step 11, 0 at step 15" in note for note in notes)
     notes = [event.text for event in go_on(folder, extra=2) if isinstance(event, Note)]
     assert any("Nothing will be learned" in note for note in notes)
+
+
+def test_activations_computed_again_change_no_bit(make: Callable[..., Prepared]) -> None:
+    kept = run(make(model={"attention_dropout": 0.3}), "kept")
+    again = run(
+        make(model={"attention_dropout": 0.3}, train={"checkpoint_activations": True}), "computed-again"
+    )
+    assert losses(kept) == losses(again)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_blocks_train_alike_and_leave_the_same_names(make: Callable[..., Prepared]) -> None:
+    eager, compiled = run(make(), "eager"), run(make(train={"compile": True}), "compiled")
+    assert [row[1] for row in losses(compiled)] == pytest.approx([row[1] for row in losses(eager)], rel=1e-4)
+    one, other = (state(folder, 15)["state_dict"] for folder in (eager, compiled))
+    assert one.keys() == other.keys()
+
+
+def test_whether_to_compile_is_decided_once_and_kept(make: Callable[..., Prepared]) -> None:
+    folder = run(make(train={"compile": "auto"}), "run")
+    assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["compile"] is False  # 15 steps
+
+
+def test_long_runs_on_a_gpu_are_compiled_and_short_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    long, short = (load_run_config("nano", [f"train.steps={steps}"]) for steps in (5_000, 50))
+    assert resolved_compile(long)
+    assert not resolved_compile(short)
+    assert not resolved_compile(load_run_config("nano", ["train.compile=false", "train.steps=5000"]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not resolved_compile(long)
+
+
+def test_training_imports_neither_torchmetrics_nor_transformers() -> None:
+    code = (
+        "import sys, smolctl.training.run; "
+        "print([name for name in ('torchmetrics', 'transformers', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -111,10 +111,12 @@ def train(
     run_config = load_run_config(name, settings or (), flags)
     out_view = Output(json, quiet, verbose) if is_main_process() else Output(quiet=True)
     with TrainingView(out_view) as view:
-        prepared = prepare(run_config, init_from, view, view.tokenizing)
+        notes: list[str] = []  # of a dry run, which prints one document and no events
+        hears = (lambda event: notes.append(event.text)) if dry_run and json else view
+        prepared = prepare(run_config, init_from, hears, view.tokenizing)
         if dry_run:
             plan = plan_run(prepared, out or Path("runs"))
-            out_view.document({"plan": asdict(plan)})
+            out_view.document({"plan": asdict(plan), "notes": notes})
             view.show_plan(plan)
             return None
         result = run_training(prepared, Path(name).stem, out, force, view)

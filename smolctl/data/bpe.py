@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from smolctl.data.place import cache_folder
+from smolctl.data.token_files import write_synced
 from smolctl.errors import InputError
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2, as in SmolLM2
@@ -18,8 +24,8 @@ SAMPLE_BYTES = 64 * 1024 * 1024
 def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     """Learn merges the way SmolLM's were: digits one by one, then GPT-2's regex, then bytes.
 
-    The result is a pure function of the texts. Memory is bounded: of a corpus above 64 MiB an
-    evenly spread sample is used.
+    The result is a pure function of the texts, and kept in the cache: another run over them reads it. Memory
+    is bounded: of a corpus above 64 MiB an evenly spread sample is used.
 
     Args:
         texts: in any portions.
@@ -40,6 +46,27 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
         raise InputError(
             "the corpus is empty: there is no text to train a tokenizer on", "Check data.source."
         )
+    file = _cached(sample, vocab_size)
+    with suppress(Exception):  # absent, or damaged: tokenizers raises nothing narrower
+        return tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    backend = _learn(sample, vocab_size)
+    with suppress(OSError, InputError):  # a cache that cannot be written costs the next run two seconds
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        write_synced(partial, backend.to_str().encode())
+        partial.replace(file)
+    return backend
+
+
+def _cached(sample: list[str], vocab_size: int) -> Path:
+    """Where the merges learned from these very texts are kept."""
+    content = hashlib.sha256(f"{tokenizers.__version__} {vocab_size}".encode())
+    for text in sample:
+        content.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+    return cache_folder() / "tokenizers" / f"{content.hexdigest()}.json"
+
+
+def _learn(sample: list[str], vocab_size: int) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [

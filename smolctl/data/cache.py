@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -52,12 +51,6 @@ class TokenizedSource:
     block: int | None = None
     repeats: bool = True
     notes: tuple[str, ...] = ()
-
-
-def cache_folder() -> Path:
-    """`$SMOLCTL_CACHE`, or `~/.cache/smolctl`."""
-    named = os.environ.get("SMOLCTL_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "smolctl"
 
 
 def digest(parts: object) -> str:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smolctl.config.run import DataConfig
-from smolctl.data.cache import OnProgress, TokenizedSource, cache_folder, digest
+from smolctl.data.cache import OnProgress, TokenizedSource, digest
 from smolctl.data.corpus import open_sources, pin_sources
 from smolctl.data.encoding import TokenizeProgress
 from smolctl.data.mixture import Mixture, Part
 from smolctl.data.order import MIXTURE, shares_of
+from smolctl.data.place import cache_folder
 from smolctl.data.streamed import tokenize_stream
 from smolctl.data.token_files import TokenStream
 from smolctl.data.tokenizer import Tokenizer

@@ -104,10 +104,20 @@ def process_count(config: RunConfig) -> int:
 
 
 def resolved_precision(config: RunConfig) -> Literal["32-true", "bf16-mixed", "bf16-true"]:
-    """bf16 where the device computes in it, float32 elsewhere: a CPU emulates bf16, slowly."""
+    """bf16 where a GPU computes in it, float32 elsewhere.
+
+    Most CPUs emulate bf16, slowly. Those that do not are told of in a note: the same config shall give the
+    same numbers on both.
+    """
     if config.train.precision != "auto":
         return config.train.precision
     return "bf16-mixed" if on_gpu(config) and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for products of bfloat16: AVX-512 BF16 or AMX."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def peak_memory(device: torch.device) -> int | None:

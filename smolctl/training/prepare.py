@@ -17,7 +17,7 @@ from smolctl.model.network import Transformer
 from smolctl.model.weights import initialize, load_network
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource
-from smolctl.training.device import on_gpu, resolved_compile
+from smolctl.training.device import cpu_multiplies_bfloat16, on_gpu, resolved_compile
 from smolctl.training.events import Listener, Note
 from smolctl.training.loggers import require_packages
 
@@ -87,6 +87,8 @@ def prepare(
     corpus = tokenize_corpus(config.data, tokenizer, on_progress=on_tokenize, samples=samples)
     for note in corpus.notes:
         emit(Note(note))
+    if config.train.precision == "auto" and not on_gpu(config) and cpu_multiplies_bfloat16():
+        emit(Note("This processor multiplies bfloat16: --set train.precision=bf16-mixed trains faster."))
     if source is None:
         network = initialize(config.model, config.train.seed)
     else:
