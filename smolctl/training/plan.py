@@ -17,9 +17,9 @@ from smolctl.training.device import resolved_precision
 from smolctl.training.muon import by_shape, orthogonalize
 from smolctl.training.optimizers import hidden_matrices
 
-# Beyond what tensors hold, glibc's allocator keeps gaps between them: about as much as the gradients, and
-# as much again where gradients wait for further micro-batches. Measured; see benchmarks/README.md.
-GAPS_PER_GRADIENT_BYTE = 1.0
+# Where gradients wait for further micro-batches, glibc's allocator keeps gaps between tensors: about half as
+# much as the gradients. Measured; see benchmarks/README.md.
+GAPS_PER_GRADIENT_BYTE = 0.5
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,8 @@ def make_plan(
         optimizer=config.optimizer.name,
         checkpointed=config.train.checkpoint_activations,
     )
-    gaps = 0
-    if device == "cpu":
-        accumulates = config.micro_batch_size < config.train.batch_size
-        gaps = round(GAPS_PER_GRADIENT_BYTE * memory.gradients * (1 + accumulates))
+    accumulates = config.micro_batch_size < config.train.batch_size
+    gaps = round(GAPS_PER_GRADIENT_BYTE * memory.gradients) if device == "cpu" and accumulates else 0
     checkpoint = memory.weights + memory.optimizer
     written = 1 + math.ceil(steps / config.checkpoint.every)  # the first one before step 1
     kept = min(written, config.checkpoint.keep_last) if config.checkpoint.keep_last else written

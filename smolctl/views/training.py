@@ -327,7 +327,9 @@ def plan_table(plan: Plan) -> Table:
         f"{plan.tokens_per_parameter:.3g} tokens a parameter",
     )
     if plan.framework_bytes:
-        shares += f", libraries {size(plan.framework_bytes)}, allocator's gaps {size(plan.gap_bytes)}"
+        shares += f", libraries {size(plan.framework_bytes)}"
+    if plan.gap_bytes:
+        shares += f", allocator's gaps {size(plan.gap_bytes)}"
     table.add_row("memory", f"about {size(plan.memory_bytes)}: {shares}")
     table.add_row(
         "disk",
