@@ -64,8 +64,7 @@ def _rms_norm_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor, normed: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight; `normed` is x × scale."""
-    product = gradient * normed
-    rows = product.flatten(0, -2)
+    rows = (gradient * normed).flatten(0, -2)
     # What the step along x takes away again, as scaling x changes nothing: its share in every row.
     share = (rows @ weight.to(rows.dtype)).view_as(scale).div_(x.shape[-1])
     dx = (gradient * weight).addcmul_(normed, share, value=-1).mul_(scale)
@@ -195,9 +194,10 @@ class _LinearCrossEntropy(Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         dhidden = torch.empty_like(hidden) if needs_gradient else None
         dweight = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
-        matrix = weight.to(hidden.dtype)
+        dtype = _product_dtype(hidden)
+        matrix = weight.to(dtype)
         for start in range(0, hidden.shape[0], rows):
-            part, target = hidden[start : start + rows], targets[start : start + rows, None]
+            part, target = hidden[start : start + rows].to(dtype), targets[start : start + rows, None]
             logits = product(part, matrix).float()  # (rows, V)
             chosen = logits.gather(1, target)
             largest = logits.amax(1, keepdim=True)
@@ -210,7 +210,7 @@ class _LinearCrossEntropy(Function):
             if z_loss:
                 probabilities.mul_(1 + 2 * z_loss * logsumexp)
             probabilities.scatter_add_(1, target, torch.full_like(chosen, -1))
-            dlogits = probabilities.to(hidden.dtype)
+            dlogits = probabilities.to(dtype)
             dhidden[start : start + rows] = product(dlogits, matrix.mT)
             if dlogits.dtype == torch.float32:
                 dweight.addmm_(dlogits.mT, part)
