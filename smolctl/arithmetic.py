@@ -25,6 +25,9 @@ TRAINING_DTYPES = {
 # Rows of logits that the loss holds at once: 256 × 49,152 in float32 are 48 MiB. Larger chunks are not
 # faster (the product is as wide as the vocabulary), smaller ones lose some speed.
 LOSS_CHUNK_ROWS = 256
+# On a GPU such chunks are over sooner than their kernels are launched, and each adds to a gradient as large
+# as the head: 4,096 rows hold 805 MB twice. By reckoning, not measured yet.
+GPU_LOSS_CHUNK_ROWS = 4_096
 
 # What token tables, position tables and heads are called: Llama and most others, GPT-2, GPT-NeoX, BERT,
 # T5, llama.cpp.
@@ -205,6 +208,7 @@ def training_memory(
     dtype: str = "float32",
     optimizer: str = "adamw",
     checkpointed: bool = False,
+    loss_rows: int = LOSS_CHUNK_ROWS,
 ) -> TrainingMemory:
     """What a training step holds at its peak, without the framework's own memory.
 
@@ -215,6 +219,7 @@ def training_memory(
         dtype: a key of `TRAINING_DTYPES`.
         optimizer: "adamw" or "muon".
         checkpointed: whether layers keep their input only (train.checkpoint_activations).
+        loss_rows: tokens whose logits exist at once.
     """
     stored, computed = (BYTES_PER_VALUE[name] for name in TRAINING_DTYPES[dtype])
     count = count_parameters(config)
@@ -224,7 +229,7 @@ def training_memory(
         gradients=count.naive * stored,
         optimizer=optimizer_values(config, optimizer) * stored,
         activations=tokens * activation_values_per_token(config, checkpointed) * computed,
-        logits=2 * min(LOSS_CHUNK_ROWS, tokens) * config.vocab_size * BYTES_PER_VALUE["float32"],
+        logits=2 * min(loss_rows, tokens) * config.vocab_size * BYTES_PER_VALUE["float32"],
     )
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from smolctl.arithmetic import LOSS_CHUNK_ROWS
+from smolctl.arithmetic import GPU_LOSS_CHUNK_ROWS, LOSS_CHUNK_ROWS
 from smolctl.config import ModelConfig
 from smolctl.model.cache import KVCache, LayerCache
 from smolctl.model.functional import (
@@ -274,7 +274,8 @@ class Transformer(nn.Module):
         numbers a token, more than everything else that a layer keeps.
         """
         hidden = self.model(input_ids, documents=documents).flatten(0, 1)  # (B·T, C)
-        return linear_cross_entropy(hidden, self.head_weight, targets.flatten(), LOSS_CHUNK_ROWS, z_loss)
+        rows = GPU_LOSS_CHUNK_ROWS if hidden.is_cuda else LOSS_CHUNK_ROWS
+        return linear_cross_entropy(hidden, self.head_weight, targets.flatten(), rows, z_loss)
 
     def token_losses(self, input_ids: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
         """Cross entropy in nats of every token, (B, T); for evaluation, without gradients."""

@@ -82,7 +82,7 @@ STEPS_WORTH_COMPILING = 2_000
 def resolved_compile(config: RunConfig) -> bool:
     """Whether to use torch.compile: as the config says; with "auto", where it pays.
 
-    On a CPU it does not: the blocks' operations are fused by hand, and compiled blocks took 0.93 to 1.01
+    On a CPU it does not: the blocks' operations are fused by hand, and compiled blocks took 0.93 to 0.99
     of the time but a fifth more memory (benchmarks/README.md).
     """
     if config.train.compile != "auto":

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from smolctl.arithmetic import TrainingMemory, count_parameters, training_memory
+from smolctl.arithmetic import (
+    GPU_LOSS_CHUNK_ROWS,
+    LOSS_CHUNK_ROWS,
+    TrainingMemory,
+    count_parameters,
+    training_memory,
+)
 from smolctl.config import RunConfig
 from smolctl.data.batches import document_ids
 from smolctl.model.network import Transformer
@@ -79,6 +85,7 @@ def make_plan(
         config.data.sequence_length,
         optimizer=config.optimizer.name,
         checkpointed=config.train.checkpoint_activations,
+        loss_rows=GPU_LOSS_CHUNK_ROWS if device == "cuda" else LOSS_CHUNK_ROWS,
     )
     accumulates = config.micro_batch_size < config.train.batch_size
     gaps = round(GAPS_PER_GRADIENT_BYTE * memory.gradients) if device == "cpu" and accumulates else 0
