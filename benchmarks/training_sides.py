@@ -202,6 +202,7 @@ class Step:
 
     def __init__(self, case: Case) -> None:
         self.case = case
+        torch.set_float32_matmul_precision("high")  # as `smolctl train` does, for all sides
         config = load_run_config(case.preset).model
         config = config.model_copy(update={"position_embedding": "rope", "residual_scale": 1.0})
         weights = {name: tensor.clone() for name, tensor in initialize(config, 8).state_dict().items()}
