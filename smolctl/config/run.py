@@ -69,7 +69,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = Field(
         "auto", description="auto: bf16-mixed where a GPU has bfloat16, else 32-true"
     )
-    compile: bool | Literal["auto"] = Field(
+    compile: Literal[True, False, "auto"] = Field(
         "auto", description="torch.compile, block by block; auto: on a GPU, if there are steps enough to pay"
     )
     checkpoint_activations: bool = Field(
