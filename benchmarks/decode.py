@@ -163,7 +163,7 @@ def held_out_tokens(source: Path, count: int) -> list[int]:
     """Tokens of Python's own language reference."""
     from pydoc_data.topics import topics
 
-    from smolctl.data.tokenizer import Tokenizer
+    from smolctl.data.tokenizer.tokenizer import Tokenizer
     from smolctl.sources import open_source
 
     files = open_source(str(source)).read_tokenizer()

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from smolctl.generation.native_engine import matrix_of
 from smolctl.native.library import load_library
-from smolctl.sources.packed import PackedMatrix, pack_integers
+from smolctl.sources.quantized.packed import PackedMatrix, pack_integers
 
 ROWS, COLUMNS, GROUP = 49_152, 576, 32
 

@@ -12,13 +12,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
-from space_browser import chat_in_browser, continue_in_browser
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from smolctl.generation.load import load_model
 from smolctl.publish.push import PushOptions, build_preview
 from smolctl.publish.smoke import running
+from tests.support.space_browser import chat_in_browser, continue_in_browser
 
 
 def main(run: str, prompt: str, target: str) -> None:

@@ -31,8 +31,8 @@ import torch
 from smolctl.config import RunConfig, load_run_config
 from smolctl.model.weights import initialize
 from smolctl.timing import in_turns
-from smolctl.training.allocator import keep_freed_memory
-from smolctl.training.optimizers import make_optimizer
+from smolctl.training.fit import keep_freed_memory
+from smolctl.training.optim.optimizers import make_optimizer
 
 SCHEDULES = {
     "adamw": ["schedule.name=cosine", "schedule.warmup_steps=0.05", "optimizer.weight_decay=0.1"],

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 from smolctl.config.run import DataConfig
-from smolctl.data.corpus import iter_documents
-from smolctl.data.shards import tokenize_corpus
-from smolctl.data.tokenizer import train_tokenizer
+from smolctl.data.text.corpus import iter_documents
+from smolctl.data.tokenizer.tokenizer import train_tokenizer
+from smolctl.data.tokens.corpus import tokenize_corpus
 
 
 def main() -> None:

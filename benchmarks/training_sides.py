@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from smolctl.config import ModelConfig, load_run_config
 from smolctl.model.weights import initialize
-from smolctl.training.allocator import keep_freed_memory
-from smolctl.training.device import peak_memory
+from smolctl.timing import peak_memory
+from smolctl.training.fit import keep_freed_memory
 
 SIDES = ("smolctl", "transformers", "litgpt", "nanogpt")
 Loss = Callable[[Tensor, Tensor], Tensor]  # mean over tokens (B, T) and the tokens after them

@@ -6,8 +6,12 @@ import errno
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from smolctl.errors import SmolError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
@@ -56,3 +60,31 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def cache_folder() -> Path:
+    """Where tokens and tokenizers are kept for the next run: `$SMOLCTL_CACHE`, or `~/.cache/smolctl`."""
+    named = os.environ.get("SMOLCTL_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "smolctl"
+
+
+class DiskError(SmolError):
+    """A file of the run cannot be written."""
+
+
+@contextmanager
+def naming_the_disk(folder: Path) -> Iterator[None]:
+    """Turn a failed write into a run folder into the reason and the remedy.
+
+    Raises:
+        DiskError: in place of the operating system's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise DiskError(
+            f"{error.filename or folder}: cannot be written ({error.strerror})",
+            "Free some space or mend the rights, then resume: the checkpoints are untouched.",
+        ) from error

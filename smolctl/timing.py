@@ -1,4 +1,4 @@
-"""Timing on machines that others use too: work in turns, and what may be said of the numbers.
+"""Measuring on machines that others use too: work in turns, what may be said of the numbers, and memory.
 
 A single time on a shared machine means little. Here several pieces of work take turns, round by round, so
 that the numbers of one round are neighbours in time and their ratio cancels most of what disturbs them both.
@@ -8,11 +8,16 @@ assumes nothing about how times are distributed (see `median_interval`).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import comb
+from pathlib import Path
 from statistics import median
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 CONFIDENCE = 0.95
@@ -96,3 +101,33 @@ def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
     """Ours over theirs, round by round."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return Ratio(Spread.of(ratios), median_interval(ratios))
+
+
+def peak_memory(device: torch.device | None = None) -> int | None:
+    """Most bytes held so far: by tensors on a CUDA device, else by this process in main memory.
+
+    None where the operating system does not tell. Linux counts roughly: by a few pages the peak may fall.
+    """
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    return _process_memory("VmHWM")
+
+
+def resident_memory() -> int | None:
+    """Bytes of main memory that this process holds now; None where the operating system does not tell."""
+    return _process_memory("VmRSS")
+
+
+def _process_memory(field: str) -> int | None:
+    status = Path("/proc/self/status")  # Linux's getrusage would count what the parent process held
+    if status.exists():
+        lines = status.read_text(encoding="ascii", errors="replace").splitlines()
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held if sys.platform == "darwin" else held * 1024  # bytes on macOS, kilobytes elsewhere

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import HubServer
 from hypothesis import settings
+
+from tests.support.hub_server import HubServer
 
 # No test is judged by the clock: these machines are shared.
 settings.register_profile("smolctl", deadline=None)
@@ -40,7 +41,7 @@ def _no_real_hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
 @pytest.fixture
 def dataset_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     """A loopback Hub for `datasets`."""
-    from dataset_hub import serving_datasets
+    from tests.support.dataset_hub import serving_datasets
 
     with serving_datasets(monkeypatch, tmp_path / "client") as server:
         yield server

@@ -21,8 +21,8 @@ from smolctl.model.cache import KVCache
 from smolctl.model.network import Transformer
 from smolctl.model.weights import load_network
 from smolctl.native.library import Library, load_library
+from smolctl.runs.folder import RunFolder
 from smolctl.sources import open_source
-from smolctl.sources.run_folder import RunFolder
 from smolctl.training.prepare import prepare
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_weights]

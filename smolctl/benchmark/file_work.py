@@ -16,10 +16,10 @@ from torch import Tensor
 
 from smolctl.benchmark.contenders import PEERS, Contender, open_engine, plain_network
 from smolctl.benchmark.work import Job, Lap, Work
-from smolctl.data.tokenizer import Tokenizer
+from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.errors import SmolError
 from smolctl.sources import open_source
-from smolctl.training.optimizers import make_optimizer
+from smolctl.training.optim.optimizers import make_optimizer
 
 # Of its files that a cold load reads from the disk at least: two thirds of a checkpoint are the optimizer's.
 SHARE_READ = 0.2

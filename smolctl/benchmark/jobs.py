@@ -16,7 +16,7 @@ from smolctl.benchmark.parts import Part, parts_of
 from smolctl.benchmark.process import Worker
 from smolctl.benchmark.work import Facts, Job, Measured, Sizes, Tokens, cut
 from smolctl.config.run import OptimizerConfig
-from smolctl.data.tokenizer import Tokenizer
+from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.errors import InputError, SmolError, UsageError
 from smolctl.sources.base import ModelSource
 

@@ -12,16 +12,16 @@ from safetensors.torch import save_file
 
 from smolctl.benchmark.contenders import PEERS, Contender, EngineName, open_weighted
 from smolctl.benchmark.peers import is_installed
-from smolctl.data.tokenizer import Tokenizer
+from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.errors import SmolError, UsageError
 from smolctl.model.weights import HEAD
 from smolctl.publish.export import CODE
-from smolctl.quantization.gguf import SCHEMES, require_gguf, write_gguf
-from smolctl.quantization.run import QuantizeOptions, quantize
+from smolctl.quantization.quantize import QuantizeOptions, quantize
+from smolctl.runs.folder import RunFolder, split_step
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
-from smolctl.sources.huggingface_config import to_huggingface_config
-from smolctl.sources.run_folder import RunFolder, split_step
+from smolctl.sources.gguf.write import SCHEMES, require_gguf, write_gguf
+from smolctl.sources.huggingface.config import to_huggingface_config
 
 PACKAGES = {"transformers": "transformers", "llama.cpp": "llama-cpp-python", "litgpt": "litgpt"}
 # What of llama.cpp's stores the same bits as what of ours.

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from smolctl.benchmark.contenders import plain_network
 from smolctl.benchmark.work import Job, Lap, Work
-from smolctl.training.allocator import keep_freed_memory
-from smolctl.training.optimizers import make_optimizer
+from smolctl.training.fit import keep_freed_memory
+from smolctl.training.optim.optimizers import make_optimizer
 
 Step = tuple[Callable[[], Tensor], torch.optim.Optimizer, list[nn.Parameter]]
 CLIP = 1.0  # norm of the gradient, as `train` clips by default

@@ -21,7 +21,7 @@ from smolctl.benchmark.train_work import training_step
 from smolctl.benchmark.work import Facts, Job, Measured, Work, decode, prefill
 from smolctl.errors import SmolError
 from smolctl.generation.engine import Engine
-from smolctl.training.device import peak_memory
+from smolctl.timing import peak_memory
 
 ENGINE_WORK: dict[str, Callable[[Engine, Job], Work]] = {
     "prefill": prefill,

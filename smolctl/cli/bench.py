@@ -95,8 +95,8 @@ def bench(
     smolctl bench --baseline base.json --fail-below 0.95
     """
     from smolctl.benchmark.baseline import compare_with, read_baseline, save_record
-    from smolctl.benchmark.run import BenchOptions
-    from smolctl.benchmark.run import bench as run
+    from smolctl.benchmark.bench import BenchOptions
+    from smolctl.benchmark.bench import bench as run
     from smolctl.views.bench import bench_document, show_bench
     from smolctl.views.bench_chart import draw_bench
 

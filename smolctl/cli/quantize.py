@@ -107,8 +107,8 @@ def quantize(
     smolctl quantize --to int4 --bits-map down_proj=8     a mixed plan
     smolctl quantize --to int8 --max-kl 0.01              a gate for scripts: exit code 5
     """
-    from smolctl.quantization.run import QuantizeOptions
-    from smolctl.quantization.run import quantize as run
+    from smolctl.quantization.quantize import QuantizeOptions
+    from smolctl.quantization.quantize import quantize as run
     from smolctl.quantization.schemes import SchemeOptions, parse_bits_map, parse_skip
     from smolctl.quantization.verdict import Gates
     from smolctl.views.quantization import show_quantization

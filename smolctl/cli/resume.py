@@ -86,7 +86,7 @@ def resume(
     smolctl resume --verify                         prove that resuming is exact
     """
     from smolctl.config.load import merge, parse_settings
-    from smolctl.sources.run_folder import latest_run, split_step
+    from smolctl.runs.folder import latest_run, split_step
     from smolctl.training.distributed import is_main_process
     from smolctl.training.resume import ResumeOptions
     from smolctl.training.resume import resume as resume_run

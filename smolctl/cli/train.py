@@ -86,8 +86,8 @@ def train(
     from smolctl.config import load_run_config
     from smolctl.training.distributed import is_main_process
     from smolctl.training.prepare import prepare
-    from smolctl.training.run import plan_run
-    from smolctl.training.run import train as run_training
+    from smolctl.training.train import plan_run
+    from smolctl.training.train import train as run_training
     from smolctl.views.training import TrainingView
 
     flags = nested(

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smolctl.data.order import MIXTURE, sources_of_samples, window_count, windows_of_samples
-from smolctl.data.token_files import TokenStream
+from smolctl.data.tokens.shards import TokenStream
 
 
 class Window(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from smolctl.data.tokenizer import Tokenizer
+from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.generation.answer import Completion, spell
 from smolctl.generation.complete import CompletionResult
 from smolctl.generation.decode import common_prefix

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from smolctl.data.tokenizer import Tokenizer
+from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.generation.answer import Answer, Completion
 from smolctl.generation.decode import Decoder, Job, Speculation, check_prompt, generator_for
 from smolctl.generation.engine import Engine

@@ -18,7 +18,7 @@ from smolctl.model.dynamic import DynamicTransformer
 from smolctl.model.weights import HEAD, TABLE, check_state, from_state
 from smolctl.native.library import Library, load_library
 from smolctl.sources.base import ModelSource
-from smolctl.sources.packed import PackedMatrix
+from smolctl.sources.quantized.packed import PackedMatrix
 
 Stored = Tensor | PackedMatrix
 

@@ -6,8 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from smolctl.data.chat import render_chat
-from smolctl.data.tokenizer import Tokenizer
+from smolctl.data.tokenizer.chat import render_chat
+from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.errors import InputError
 from smolctl.generation.engine import Engine
 from smolctl.generation.engines import EngineOptions, make_engine

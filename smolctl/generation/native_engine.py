@@ -15,7 +15,7 @@ from smolctl.errors import SmolError
 from smolctl.generation.engine import Cache, Engine
 from smolctl.model.network import rotary_table
 from smolctl.native.library import Batch, CacheBuffers, Layer, Library, Matrix, Model
-from smolctl.sources.packed import BLOCK, PackedMatrix
+from smolctl.sources.quantized.packed import BLOCK, PackedMatrix
 from smolctl.sources.shapes import HEAD, TABLE
 
 Stored = Tensor | PackedMatrix

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from smolctl.config import ModelConfig
 from smolctl.model.network import Linear, RMSNorm, Transformer
-from smolctl.sources.scaled import ScaledMatrix
+from smolctl.sources.quantized.scaled import ScaledMatrix
 from smolctl.sources.shapes import HEAD, TABLE
 
 Part = Tensor | ScaledMatrix

@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from smolctl.errors import InputError
+from smolctl.hub.client import README
+from smolctl.hub.files import PlannedFile, planned_files
 from smolctl.model.weights import parameter_count
 from smolctl.publish.card import merge_card, read_metadata, require_valid, split_card, stated_license
 from smolctl.publish.card_text import CardFacts, card_metadata, card_text
 from smolctl.publish.export import Export, export_model
 from smolctl.publish.facts import RunFacts, read_facts, write_records
-from smolctl.publish.files import PlannedFile, planned_files
-from smolctl.publish.hub import README
 from smolctl.publish.secrets import require_no_secrets, scan
+from smolctl.runs.folder import RunFolder, latest_run, split_step
+from smolctl.runs.records import METRICS, PREDICTIONS, STORY
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
-from smolctl.sources.quantized import DESCRIPTION, is_quantized_folder, read_description
-from smolctl.sources.run_folder import RunFolder, latest_run, split_step
-from smolctl.sources.tokenizer_files import read_json
-from smolctl.training.recorder import METRICS, PREDICTIONS, STORY
+from smolctl.sources.huggingface.tokenizer import read_json
+from smolctl.sources.quantized.folder import DESCRIPTION, is_quantized_folder, read_description
 
 # Texts beside the model that belong to it and are taken as they are.
 LICENCE_FILES = re.compile(r"(LICEN[CS]E|NOTICE)([.-].*)?", re.IGNORECASE)

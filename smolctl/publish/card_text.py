@@ -8,11 +8,12 @@ from typing import Any
 
 from smolctl import __version__
 from smolctl.config import ModelConfig
+from smolctl.escaping import code_span, fenced
 from smolctl.publish.card import table
 from smolctl.publish.facts import EMBEDDED, RECORDS, RunFacts
-from smolctl.quantization.gguf import GGUFResult
-from smolctl.training.recorder import LOSS_CURVE, STORY
-from smolctl.training.story import code_span, fenced, selection
+from smolctl.runs.records import LOSS_CURVE, STORY
+from smolctl.runs.story import selection
+from smolctl.sources.gguf.write import GGUFResult
 
 SHOWN_PREDICTIONS = 4  # of each prompt
 SHOWN_PROMPTS = 3

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from smolctl.data.tokenizer import Tokenizer
+from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.errors import InputError, SmolError
 from smolctl.model.network import Transformer
 from smolctl.model.weights import load_network
-from smolctl.quantization.gguf import GGUFResult, require_gguf, write_gguf
-from smolctl.quantization.gguf_tokenizer import SAMPLES
 from smolctl.sources.base import ModelSource, TokenizerFiles
-from smolctl.sources.huggingface_config import to_huggingface_config
+from smolctl.sources.gguf.write import GGUFResult, require_gguf, write_gguf
+from smolctl.sources.gguf.write_tokenizer import SAMPLES
+from smolctl.sources.huggingface.config import to_huggingface_config
 
 CODE = Path(__file__).parent / "transformers_code"
 # Float32 sums in another order: the logits of a 135M model differ by 1e-4 of the largest one at most.

@@ -10,13 +10,14 @@ from typing import Any
 
 from smolctl.config import RunConfig
 from smolctl.config.dump import to_yaml
-from smolctl.data.hub import DatasetName
+from smolctl.data.text.hub import DatasetName
+from smolctl.escaping import json_line
 from smolctl.quantization.record import read_record
+from smolctl.runs.chart import draw_loss
+from smolctl.runs.events import to_json
+from smolctl.runs.records import LOSS_CURVE, METRICS, PREDICTIONS, STORY, RunRecorder
+from smolctl.runs.story import History, to_markdown
 from smolctl.sources.base import ModelSource
-from smolctl.training.chart import draw_loss
-from smolctl.training.events import json_line, to_json
-from smolctl.training.recorder import LOSS_CURVE, METRICS, PREDICTIONS, STORY, RunRecorder
-from smolctl.training.story import History, to_markdown
 
 RECORDS = "training"  # the folder of the records in the repository
 EMBEDDED = "python"

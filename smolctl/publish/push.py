@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from smolctl.errors import HubError, InputError, SmolError
+from smolctl.hub.client import README, Commit, Head, HubClient, Identity, Target
+from smolctl.hub.files import PlannedFile, planned_files
 from smolctl.publish.app import MODEL
 from smolctl.publish.build import Built, Model, build, open_model, require_repository
 from smolctl.publish.card import stated_license
 from smolctl.publish.card_text import CardFacts
-from smolctl.publish.files import PlannedFile, planned_files
-from smolctl.publish.hub import README, Commit, Head, HubClient, Identity, Target
 from smolctl.publish.smoke import SmokeTest, require_gradio, smoke_test
 from smolctl.publish.space import build_space
 from smolctl.publish.space_hub import await_space, explained_payment
-from smolctl.quantization.gguf import require_gguf
+from smolctl.sources.gguf.write import require_gguf
 
 Note = Callable[[str], None]
 SOMEBODY = "you"  # in front of the run's name, while nobody has been asked who that is
@@ -312,7 +312,7 @@ def _existing(client: HubClient, target: Target) -> Head | None:
     Returns:
         None when there is no such repository.
     """
-    from smolctl.publish.hub_errors import MissingError
+    from smolctl.hub.errors import MissingError
 
     try:
         return client.head(target)

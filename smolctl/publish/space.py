@@ -12,11 +12,11 @@ from typing import Any
 
 import smolctl
 from smolctl.config import ModelConfig
+from smolctl.hub.client import README
 from smolctl.publish.app import FACTS, MODEL
 from smolctl.publish.build import Built
 from smolctl.publish.card import merge_card
 from smolctl.publish.card_text import CardFacts
-from smolctl.publish.hub import README
 from smolctl.publish.secrets import require_no_secrets, scan
 from smolctl.quantization.build import build_items, read_tensors
 from smolctl.quantization.folder import Origin, write_folder
@@ -41,12 +41,13 @@ REQUIREMENTS = (
 )
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 # Parts of the package that go along; of `publish` only the app.
-PARTS = ("config", "data", "generation", "model", "native", "sources")
+PARTS = ("config", "data", "generation", "hub", "model", "native", "runs", "sources")
 SINGLE_FILES = (
     "__init__.py",
     "arithmetic.py",
     "durable.py",
     "errors.py",
+    "escaping.py",
     "publish/__init__.py",
     "publish/app.py",
 )

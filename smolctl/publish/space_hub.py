@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 
 from smolctl.errors import HubError
-from smolctl.publish.hub import HubClient, Target
-from smolctl.publish.hub_errors import PaymentError, explained, first_line
+from smolctl.hub.client import HubClient, Target
+from smolctl.hub.errors import PaymentError, explained, first_line
 
 POLL_SECONDS = 5.0
 LONGEST_SECONDS = 30 * 60.0  # as long as the Hub itself lets a Space start

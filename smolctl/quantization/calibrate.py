@@ -15,8 +15,8 @@ from smolctl.config import ModelConfig
 from smolctl.model.dynamic import DynamicTransformer
 from smolctl.model.weights import from_state
 from smolctl.quantization.folder import Item
-from smolctl.sources.packed import PackedMatrix
-from smolctl.sources.scaled import ScaledMatrix
+from smolctl.sources.quantized.packed import PackedMatrix
+from smolctl.sources.quantized.scaled import ScaledMatrix
 from smolctl.sources.shapes import HEAD, TABLE
 
 

@@ -15,16 +15,15 @@ from torch import Tensor
 
 from smolctl import __version__
 from smolctl.config import ModelConfig
-from smolctl.data.tokenizer import Tokenizer
+from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.durable import file_digest, lack_of_room, sync_file, sync_folder
 from smolctl.errors import SmolError, UsageError
 from smolctl.model.dynamic import DynamicTransformer, dynamic_state
 from smolctl.quantization.schemes import DYNAMIC, Plan
 from smolctl.sources import open_source
 from smolctl.sources.base import TokenizerFiles
-from smolctl.sources.huggingface_config import to_huggingface_config
-from smolctl.sources.packed import PackedMatrix
-from smolctl.sources.quantized import (
+from smolctl.sources.huggingface.config import to_huggingface_config
+from smolctl.sources.quantized.folder import (
     DESCRIPTION,
     FILE,
     FORMAT,
@@ -35,7 +34,8 @@ from smolctl.sources.quantized import (
     VERSION,
     header_digest,
 )
-from smolctl.sources.scaled import ScaledMatrix
+from smolctl.sources.quantized.packed import PackedMatrix
+from smolctl.sources.quantized.scaled import ScaledMatrix
 
 Item = Tensor | PackedMatrix | ScaledMatrix
 SMALL_FILES = 32 << 20  # tokenizer, configs and the file system's own: room that is left for them

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from smolctl.data.tokenizer import Tokenizer
+from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.evaluation import Estimate, WindowScores, ratio_estimate, score_window
 from smolctl.generation.engine import Engine
 from smolctl.quantization.texts import Windows

@@ -9,7 +9,7 @@ import json
 import sys
 
 from smolctl.generation.load import load_model
-from smolctl.training.device import peak_memory
+from smolctl.timing import peak_memory
 
 TOKENS = 8
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from smolctl.sources.packed import VALUES_AT_ONCE, PackedMatrix, pack_integers
+from smolctl.sources.quantized.packed import VALUES_AT_ONCE, PackedMatrix, pack_integers
 
 # A float32 near 1.5 × 2²³ has no room for fractions: adding and taking it away rounds, to even at the half.
 # `round_` does the same but wakes torch's threads even for this little.

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from smolctl.arithmetic import parameter_rows
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError, UsageError
-from smolctl.quantization.gguf import BLOCK_SCHEMES, block_of, require_gguf
-from smolctl.sources.packed import BLOCK
+from smolctl.sources.gguf.write import BLOCK_SCHEMES, block_of, require_gguf
+from smolctl.sources.quantized.packed import BLOCK
 from smolctl.sources.shapes import HEAD, TABLE
 
 GGUF_SCHEMES = tuple(f"gguf-{scheme}" for scheme in BLOCK_SCHEMES)

@@ -11,8 +11,8 @@ from torch import Tensor
 from smolctl.config import ModelConfig
 from smolctl.config.run import DataConfig
 from smolctl.data.batches import validation_batches
-from smolctl.data.shards import TokenizedCorpus, tokenize_corpus
-from smolctl.data.tokenizer import Tokenizer
+from smolctl.data.tokenizer.tokenizer import Tokenizer
+from smolctl.data.tokens.corpus import TokenizedCorpus, tokenize_corpus
 from smolctl.sources.base import ModelSource
 
 WINDOW = 256  # tokens that are predicted in one window, fewer where the context is shorter

@@ -14,7 +14,7 @@ from smolctl.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from smolctl.sources.packed import PackedMatrix
+    from smolctl.sources.quantized.packed import PackedMatrix
 
 
 class SourceKind(StrEnum):

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from smolctl.config import RunConfig
 from smolctl.config.load import resolve_run_config
 from smolctl.errors import InputError
+from smolctl.runs.folder import CHECKPOINTS, RunFolder, damage_of
 from smolctl.sources.base import ModelSource, SourceKind, TensorHeader, TokenizerFiles, Weights
-from smolctl.sources.dynamic_checkpoint import is_dynamic_checkpoint, open_dynamic_checkpoint
-from smolctl.sources.run_folder import CHECKPOINTS, RunFolder, damage_of
+from smolctl.sources.huggingface.tokenizer import tokenizer_reader
+from smolctl.sources.quantized.dynamic_checkpoint import is_dynamic_checkpoint, open_dynamic_checkpoint
 from smolctl.sources.shapes import check_tensors, recover_config
 
 if TYPE_CHECKING:
@@ -159,8 +160,7 @@ def _tokenizer_beside(path: Path) -> Callable[[], TokenizerFiles | None] | None:
     """The tokenizer of the run that a checkpoint lies in."""
     if path.resolve().parent.name != CHECKPOINTS:
         return None
-    run = RunFolder(path.resolve().parent.parent)
-    return run.tokenizer if run.has_tokenizer() else None
+    return tokenizer_reader(RunFolder(path.resolve().parent.parent).tokenizer)
 
 
 def _dtype(tensor: torch.Tensor) -> str:

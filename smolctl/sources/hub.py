@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolctl.errors import HubError
+from smolctl.hub.read_errors import UnreachableError, explained
 from smolctl.sources.base import ModelSource, SourceKind, TensorHeader, Weights
-from smolctl.sources.hub_errors import UnreachableError, explained
-from smolctl.sources.huggingface_folder import INDEX, SINGLE, describe, is_huggingface_folder, open_folder
-from smolctl.sources.safetensors_file import (
+from smolctl.sources.huggingface.folder import INDEX, SINGLE, describe, is_huggingface_folder, open_folder
+from smolctl.sources.huggingface.safetensors_file import (
     SafetensorsWeights,
     check_header_length,
     parse_header,
     read_weight_map,
 )
-from smolctl.sources.tokenizer_files import (
+from smolctl.sources.huggingface.tokenizer import (
     SIDE_FILES,
     SLOW_FILES,
     has_tokenizer,

@@ -13,7 +13,7 @@ from typing import Any
 from smolctl.config.load import resolve_run_config
 from smolctl.errors import InputError
 from smolctl.sources.base import ModelSource, SourceKind
-from smolctl.sources.huggingface_config import OFF_SWITCHES
+from smolctl.sources.huggingface.config import OFF_SWITCHES
 
 MODEL_KEYS = (
     "vocab_size",

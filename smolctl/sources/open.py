@@ -20,20 +20,21 @@ from smolctl.config.load import (
     resolve_run_config,
 )
 from smolctl.errors import InputError, UsageError
+from smolctl.runs.folder import RUNS, RunFolder, latest_run, split_step
 from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.checkpoint import is_checkpoint, open_checkpoint
-from smolctl.sources.gguf import is_gguf
-from smolctl.sources.gguf_model import open_gguf
-from smolctl.sources.huggingface_folder import (
+from smolctl.sources.gguf.header import is_gguf
+from smolctl.sources.gguf.model import open_gguf
+from smolctl.sources.huggingface.folder import (
     is_huggingface_folder,
     open_config_json,
     open_folder,
     open_safetensors,
 )
+from smolctl.sources.huggingface.safetensors_file import is_safetensors
+from smolctl.sources.huggingface.tokenizer import tokenizer_reader
 from smolctl.sources.nanotron import is_nanotron, open_nanotron
-from smolctl.sources.quantized import DESCRIPTION, FILE, is_quantized_folder, open_quantized_folder
-from smolctl.sources.run_folder import RUNS, RunFolder, latest_run, split_step
-from smolctl.sources.safetensors_file import is_safetensors
+from smolctl.sources.quantized.folder import DESCRIPTION, FILE, is_quantized_folder, open_quantized_folder
 
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?")
 # Endings of files: `models/x.gguf` that does not exist is a wrong path and no repository.
@@ -162,7 +163,7 @@ def _open_run(path: Path, step: int | None, name: str) -> ModelSource:
     """A run with its newest sound checkpoint; a run that has none yet is a config."""
     folder = RunFolder.open(path)
     config = folder.config()
-    reader = folder.tokenizer if folder.has_tokenizer() else None
+    reader = tokenizer_reader(folder.tokenizer)
     if step is None and not folder.checkpoints():
         return ModelSource(
             SourceKind.RUN,

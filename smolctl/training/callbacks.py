@@ -15,18 +15,19 @@ import torch
 
 from smolctl.config import RunConfig
 from smolctl.data.batches import validation_batches
-from smolctl.data.shards import TokenizedCorpus
-from smolctl.data.tokenizer import Tokenizer
+from smolctl.data.tokenizer.tokenizer import Tokenizer
+from smolctl.data.tokens.corpus import TokenizedCorpus
 from smolctl.evaluation import bits_per_byte
-from smolctl.sources.run_folder import RunFolder
-from smolctl.training.device import flops_utilization, peak_memory, run_peak_flops
+from smolctl.runs.events import Checkpoint, Event, Listener, Step, Validation, to_json
+from smolctl.runs.folder import RunFolder
+from smolctl.runs.records import RunRecorder
+from smolctl.timing import peak_memory
+from smolctl.training.device import flops_utilization, run_peak_flops
 from smolctl.training.distributed import from_main, gather
-from smolctl.training.events import Checkpoint, Event, Listener, Step, Validation, to_json
 from smolctl.training.lightning import pl
 from smolctl.training.loggers import MetricLoggers, Opening
 from smolctl.training.module import TrainingModule
 from smolctl.training.predictions import observing, predict
-from smolctl.training.recorder import RunRecorder
 from smolctl.training.tolerance import Tolerance, shortened
 
 # Steps over which the displayed speed is averaged: enough to be calm, few enough to follow a change.

@@ -11,7 +11,7 @@ import torch
 
 from smolctl.durable import HashingFile, file_digest, lack_of_room, sync_folder
 from smolctl.errors import InputError, SmolError
-from smolctl.sources.run_folder import damage_of
+from smolctl.runs.folder import damage_of
 from smolctl.training.lightning import CheckpointIO
 
 CHECKSUM_SUFFIX = ".sha256"  # of the file beside a checkpoint, in sha256sum's format

@@ -1,10 +1,8 @@
-"""The device a run trains on: the arithmetic it is capable of, and the memory the run has taken."""
+"""The device a run trains on: the arithmetic it is capable of."""
 
 from __future__ import annotations
 
 import re
-import sys
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -118,31 +116,3 @@ def cpu_multiplies_bfloat16() -> bool:
     """Whether this processor has instructions for products of bfloat16: AVX-512 BF16 or AMX."""
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Most bytes held so far: by tensors on a CUDA device, else by this process in main memory.
-
-    None where the operating system does not tell. Linux counts roughly: by a few pages the peak may fall.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _process_memory("VmHWM")
-
-
-def resident_memory() -> int | None:
-    """Bytes of main memory that this process holds now; None where the operating system does not tell."""
-    return _process_memory("VmRSS")
-
-
-def _process_memory(field: str) -> int | None:
-    status = Path("/proc/self/status")  # Linux's getrusage would count what the parent process held
-    if status.exists():
-        lines = status.read_text(encoding="ascii", errors="replace").splitlines()
-        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return held if sys.platform == "darwin" else held * 1024  # bytes on macOS, kilobytes elsewhere

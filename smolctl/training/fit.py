@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -11,19 +13,22 @@ from pathlib import Path
 import torch
 
 from smolctl.data.batches import StepLoader
+from smolctl.durable import naming_the_disk
 from smolctl.errors import ExitCode, InputError
-from smolctl.training.allocator import keep_freed_memory
+from smolctl.runs.events import End, Listener, RunPlan, Start
+from smolctl.runs.records import RunRecorder
 from smolctl.training.callbacks import RunCallback, RunContext, StopFlag
 from smolctl.training.checkpoint import DurableCheckpointIO
 from smolctl.training.device import resolved_precision
 from smolctl.training.distributed import is_main_process
-from smolctl.training.events import End, Listener, Start
-from smolctl.training.guards import naming_the_disk, naming_the_memory_knob
+from smolctl.training.guards import naming_the_memory_knob
 from smolctl.training.lightning import pl
 from smolctl.training.module import TrainingModule
-from smolctl.training.plan import Plan
 from smolctl.training.prepare import Prepared
-from smolctl.training.recorder import RunRecorder
+
+# Parameters of glibc's mallopt(3).
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
 
 EXIT_CODES = {"SIGINT": ExitCode.INTERRUPTED, "SIGTERM": ExitCode.TERMINATED}
 
@@ -40,7 +45,7 @@ class RunResult:
 def fit(
     prepared: Prepared,
     recorder: RunRecorder,
-    plan: Plan | None,
+    plan: RunPlan | None,
     start: Path | None,
     emit: Listener,
 ) -> RunResult:
@@ -120,3 +125,17 @@ def prepare_process() -> None:
     torch.set_float32_matmul_precision("high")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what a step frees for the next step instead of giving it back to the system.
+
+    By default every large tensor is mapped and unmapped anew, and the system clears every page of it:
+    over a tenth of a step's time on a CPU (benchmarks/README.md). Elsewhere than on glibc it does nothing.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(M_TRIM_THRESHOLD, -1)  # never

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
-from smolctl.durable import DISK_ERRORS
 from smolctl.errors import SmolError
 
 
@@ -37,26 +35,4 @@ def naming_the_memory_knob(micro_batch_size: int) -> Iterator[None]:
         )
         raise MemoryShortageError(
             f"out of memory with {micro_batch_size} sequences at once; the checkpoints are untouched", hint
-        ) from error
-
-
-class DiskError(SmolError):
-    """A file of the run cannot be written."""
-
-
-@contextmanager
-def naming_the_disk(folder: Path) -> Iterator[None]:
-    """Turn a failed write into a run folder into the reason and the remedy.
-
-    Raises:
-        DiskError: in place of the operating system's error.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        raise DiskError(
-            f"{error.filename or folder}: cannot be written ({error.strerror})",
-            "Free some space or mend the rights, then resume: the checkpoints are untouched.",
         ) from error

@@ -21,7 +21,7 @@ from typing import Any
 
 from smolctl.config import RunConfig
 from smolctl.errors import UsageError
-from smolctl.training.events import Listener, Note
+from smolctl.runs.events import Listener, Note
 from smolctl.training.lightning import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from smolctl.training.rng import keeping_rng
 from smolctl.training.tolerance import reason

@@ -16,9 +16,9 @@ from smolctl.errors import SmolError
 from smolctl.model.network import Transformer
 from smolctl.training.distributed import gather
 from smolctl.training.lightning import LightningOptimizer, ParallelStrategy, pl
-from smolctl.training.optimizers import apply_settings, make_optimizer
+from smolctl.training.optim.optimizers import apply_settings, make_optimizer
+from smolctl.training.optim.schedule import learning_rate
 from smolctl.training.rng import capture_rng, restore_rng
-from smolctl.training.schedule import learning_rate
 
 
 class NonFiniteError(SmolError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,46 +11,20 @@ from torch import Tensor
 from smolctl.arithmetic import (
     GPU_LOSS_CHUNK_ROWS,
     LOSS_CHUNK_ROWS,
-    TrainingMemory,
     count_parameters,
     training_memory,
 )
 from smolctl.config import RunConfig
 from smolctl.data.batches import document_ids
 from smolctl.model.network import Transformer
+from smolctl.runs.events import RunPlan
 from smolctl.training.device import resolved_precision
-from smolctl.training.muon import by_shape, orthogonalize
-from smolctl.training.optimizers import hidden_matrices
+from smolctl.training.optim.muon import by_shape, orthogonalize
+from smolctl.training.optim.optimizers import hidden_matrices
 
 # Where gradients wait for further micro-batches, glibc's allocator keeps gaps between tensors: about half as
 # much as the gradients. Measured; see benchmarks/README.md.
 GAPS_PER_GRADIENT_BYTE = 0.5
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The run in numbers. Times are measured on this machine with one real forward and backward."""
-
-    parameters: int
-    steps: int  # still to do
-    batch_size: int
-    sequence_length: int
-    tokens_per_step: int
-    tokens: int
-    corpus_tokens: int
-    passes: float  # over the corpus
-    tokens_per_parameter: float
-    memory: TrainingMemory
-    memory_bytes: int  # expected peak of the process or of the GPU's memory: `memory`, libraries, gaps
-    framework_bytes: int  # held by the process before the run: Python and its libraries; 0 on a GPU
-    gap_bytes: int  # lost in the allocator's gaps; 0 on a GPU
-    checkpoint_bytes: int  # of one
-    checkpoints_kept: int
-    disk_bytes: int  # of all that stay
-    disk_free_bytes: int
-    device: str
-    tokens_per_second: float
-    eta_s: float
 
 
 def make_plan(
@@ -63,7 +36,7 @@ def make_plan(
     device: str,
     sequences: int,
     framework: int,
-) -> Plan:
+) -> RunPlan:
     """Put the numbers together.
 
     Args:
@@ -94,7 +67,7 @@ def make_plan(
     kept = min(written, config.checkpoint.keep_last) if config.checkpoint.keep_last else written
     if config.checkpoint.keep_every:
         kept += steps // config.checkpoint.keep_every
-    return Plan(
+    return RunPlan(
         parameters=parameters,
         steps=steps,
         batch_size=config.train.batch_size,

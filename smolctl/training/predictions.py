@@ -8,12 +8,12 @@ from contextlib import contextmanager
 import torch
 
 from smolctl.config.run import PredictionsConfig
-from smolctl.data.tokenizer import Tokenizer
+from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.generation.complete import CompletionSettings, complete
 from smolctl.generation.sampling import SamplingSettings
 from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.network import Transformer
-from smolctl.training.events import Candidate, Prediction
+from smolctl.runs.events import Candidate, Prediction
 from smolctl.training.rng import keeping_rng
 
 TOP_TOKENS = 5

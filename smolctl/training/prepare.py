@@ -10,15 +10,15 @@ import torch
 
 from smolctl.config import RunConfig, resolve_run_config
 from smolctl.data.batches import StepDataset
-from smolctl.data.corpus import iter_texts, pin_sources
-from smolctl.data.shards import TokenizedCorpus, TokenizeProgress, tokenize_corpus
-from smolctl.data.tokenizer import Tokenizer, choose_tokenizer
+from smolctl.data.text.corpus import iter_texts, pin_sources
+from smolctl.data.tokenizer.tokenizer import Tokenizer, choose_tokenizer
+from smolctl.data.tokens.corpus import TokenizedCorpus, TokenizeProgress, tokenize_corpus
 from smolctl.model.network import Transformer
 from smolctl.model.weights import initialize, load_network
+from smolctl.runs.events import Listener, Note
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource
 from smolctl.training.device import cpu_multiplies_bfloat16, on_gpu, resolved_compile
-from smolctl.training.events import Listener, Note
 from smolctl.training.loggers import require_packages
 
 

@@ -11,11 +11,13 @@ from typing import Any
 
 from smolctl.config import RunConfig, resolve_run_config
 from smolctl.config.load import merge
-from smolctl.data.shards import TokenizeProgress
-from smolctl.data.tokenizer import load_tokenizer
-from smolctl.durable import file_digest
+from smolctl.data.tokenizer.tokenizer import load_tokenizer
+from smolctl.data.tokens.corpus import TokenizeProgress
+from smolctl.durable import file_digest, naming_the_disk
 from smolctl.errors import InputError, UsageError
-from smolctl.sources.run_folder import CheckpointFile, RunFolder
+from smolctl.runs.events import Listener, Note
+from smolctl.runs.folder import CheckpointFile, RunFolder
+from smolctl.runs.records import RunRecorder, claim_run_folder
 from smolctl.training.checkpoint import (
     CHECKSUM_SUFFIX,
     find_damage,
@@ -23,13 +25,10 @@ from smolctl.training.checkpoint import (
     set_aside,
 )
 from smolctl.training.distributed import is_main_process
-from smolctl.training.events import Listener, Note
 from smolctl.training.fit import RunResult, fit
-from smolctl.training.guards import naming_the_disk
+from smolctl.training.optim.schedule import LearningRatePolicy, continue_schedule, learning_rate
 from smolctl.training.prepare import Prepared, prepare_again, with_compile_decided
-from smolctl.training.recorder import RunRecorder, claim_run_folder
-from smolctl.training.run import plan_run
-from smolctl.training.schedule import LearningRatePolicy, continue_schedule, learning_rate
+from smolctl.training.train import plan_run
 
 LINEAGE = "lineage.json"
 
@@ -253,7 +252,7 @@ def _clear_newer(folder: RunFolder, checkpoint: CheckpointFile, force: bool) -> 
 
 def _branch(parent: RunFolder, checkpoint: CheckpointFile, recorder: RunRecorder, prepared: Prepared) -> None:
     """A new run that begins with a copy of the parent's checkpoint and of its records up to there."""
-    recorder.describe(prepared.config, prepared.tokenizer)
+    recorder.describe(prepared.config, prepared.tokenizer.save)
     copy = recorder.folder / "checkpoints" / checkpoint.path.name
     shutil.copyfile(checkpoint.path, copy)
     checksum = Path(f"{checkpoint.path}{CHECKSUM_SUFFIX}")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from smolctl.errors import SmolError
-from smolctl.training.events import Listener, Note
+from smolctl.runs.events import Listener, Note
 from smolctl.training.module import NonFiniteError
 from smolctl.training.rng import keeping_rng
 

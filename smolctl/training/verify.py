@@ -11,17 +11,17 @@ from typing import Any
 import torch
 
 from smolctl.config import RunConfig
-from smolctl.data.shards import TokenizeProgress
-from smolctl.data.tokenizer import load_tokenizer
+from smolctl.data.tokenizer.tokenizer import load_tokenizer
+from smolctl.data.tokens.corpus import TokenizeProgress
 from smolctl.errors import ExitCode, InputError, UsageError
-from smolctl.sources.run_folder import CheckpointFile, RunFolder
+from smolctl.runs.events import Listener, Note
+from smolctl.runs.folder import CheckpointFile, RunFolder
+from smolctl.runs.records import METRICS
 from smolctl.training.checkpoint import find_damage, read_checkpoint
-from smolctl.training.events import Listener, Note
 from smolctl.training.fit import run_trainer
 from smolctl.training.lightning import pl
 from smolctl.training.module import StepResult, TrainingModule
 from smolctl.training.prepare import prepare_again
-from smolctl.training.recorder import METRICS
 from smolctl.training.resume import ResumeOptions, require_same_data, sound_checkpoint
 
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from smolctl.errors import SmolError
-from smolctl.training.events import json_line
+from smolctl.escaping import json_line
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

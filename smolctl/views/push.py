@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from smolctl.publish.files import PlannedFile
+from smolctl.hub.files import PlannedFile
 from smolctl.publish.push import Plan, Pushed, PushedRepo
 from smolctl.views.numbers import size
 from smolctl.views.output import Output

@@ -8,7 +8,7 @@ from typing import Any
 
 from smolctl.quantization.calibrate import TensorCost
 from smolctl.quantization.measure import Divergence, Footprint
-from smolctl.quantization.run import QuantizeReport
+from smolctl.quantization.quantize import QuantizeReport
 from smolctl.quantization.verdict import Variant
 from smolctl.views.numbers import size
 from smolctl.views.output import Output

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from smolctl.escaping import one_line
 from smolctl.generation.answer import Completion, spell
 from smolctl.generation.compare import Divergence
 from smolctl.generation.complete import CompletionResult, Timing
 from smolctl.generation.load import LoadedModel
-from smolctl.training.story import one_line
 from smolctl.views.output import Output
 
 if TYPE_CHECKING:

@@ -8,21 +8,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from smolctl.data.shards import TokenizeProgress
-from smolctl.training.events import (
+from smolctl.data.tokens.corpus import TokenizeProgress
+from smolctl.escaping import one_line
+from smolctl.runs.events import (
     Checkpoint,
     End,
     Event,
     Note,
     Prediction,
+    RunPlan,
     Start,
     Step,
     Validation,
     to_json,
 )
-from smolctl.training.plan import Plan
-from smolctl.training.recorder import RunRecorder
-from smolctl.training.story import History, one_line, selection
+from smolctl.runs.records import RunRecorder
+from smolctl.runs.story import History, selection
 from smolctl.views.numbers import duration, quantity, size, sparkline
 from smolctl.views.output import Output
 
@@ -98,7 +99,7 @@ class TrainingView:
             self._last_line = now
             self.out.talk(text)
 
-    def show_plan(self, plan: Plan) -> None:
+    def show_plan(self, plan: RunPlan) -> None:
         """The plan as a table, or as one JSON document."""
         self._end_tokenizing()
         self.out.show(plan_table(plan))
@@ -306,7 +307,7 @@ def _speed(step: Step, gap: str) -> str:
     return gap.join(facts)
 
 
-def plan_table(plan: Plan) -> Table:
+def plan_table(plan: RunPlan) -> Table:
     """What the run will cost, one line a fact."""
     from rich.table import Table
 

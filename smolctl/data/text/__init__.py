@@ -1,0 +1,1 @@
+"""Files, datasets and the embedded corpus as documents."""

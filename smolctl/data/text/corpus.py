@@ -1,0 +1,131 @@
+"""What `--data` names, as a stream of documents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smolctl.data.text import python_library as library
+from smolctl.data.text.documents import Document, OnRead
+from smolctl.data.text.files import files_in, is_file_name, read_file
+from smolctl.data.text.hub import DatasetName, DatasetReader
+from smolctl.errors import InputError
+
+__all__ = ["Document", "Source", "iter_documents", "iter_texts", "open_sources", "pin_sources"]
+
+# Of a Hub dataset no more is downloaded to train a tokenizer than it is trained on.
+_HUB_SAMPLE = 64 * 1024 * 1024  # characters
+
+
+@dataclass(frozen=True)
+class Source:
+    """One item of `--data`; nothing of its text is read yet.
+
+    Attributes:
+        name: as the user gave it.
+        size: bytes that will be read, or None when nobody knows before (a Hub dataset).
+        identity: what tells it from another source without reading it: sizes, times of change.
+        read: its documents; told a function that is called with the bytes read.
+        dataset: its name, when it is a Hub dataset.
+    """
+
+    name: str
+    size: int | None
+    identity: list[Any]
+    read: Callable[[OnRead], Iterator[Document]]
+    dataset: DatasetName | None = None
+
+
+def pin_sources(names: Sequence[str]) -> tuple[str, ...]:
+    """The names with every Hub dataset's revision replaced by the commit that it stands for now.
+
+    A run that keeps these names goes on with the same rows when the dataset has moved on.
+
+    Raises:
+        InputError: `datasets` is not installed.
+        HubError: a dataset cannot be had.
+    """
+    return tuple(str(dataset.pinned()) if (dataset := _dataset(name)) else name for name in names)
+
+
+def open_sources(names: Sequence[str], text_field: str) -> list[Source]:
+    """Find what each name stands for: the embedded `python`, a file, a folder, or a Hub dataset.
+
+    Raises:
+        InputError: no such file, or a folder without text.
+    """
+    if not names:
+        raise InputError("data.source is empty", "Name files, folders, a Hub dataset, or 'python'.")
+    return [_open_source(name, text_field) for name in names]
+
+
+def _open_source(name: str, text_field: str) -> Source:
+    path = Path(name).expanduser()
+    if name == library.NAME:
+        return Source(
+            name,
+            library.library_size(),
+            library.library_identity(),
+            library.library_documents,
+        )
+    if path.exists():
+        return _local_source(name, files_in(path), text_field)
+    if dataset := _dataset(name):
+        return Source(
+            name, None, [str(dataset)], lambda _: DatasetReader(dataset, text_field).documents(), dataset
+        )
+    raise InputError(
+        f"{name}: no such file or folder",
+        "Name files, folders, a Hub dataset (org/name[@revision][:config]), or 'python'.",
+    )
+
+
+def _dataset(name: str) -> DatasetName | None:
+    """The name as that of a Hub dataset, unless it stands for something on this machine."""
+    path = Path(name).expanduser()
+    return None if path.exists() or is_file_name(path) else DatasetName.parse(name)
+
+
+def _local_source(name: str, files: tuple[Path, ...], text_field: str) -> Source:
+    stats = [path.stat() for path in files]
+    identity = [
+        [str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in zip(files, stats, strict=True)
+    ]
+
+    def read(on_read: OnRead) -> Iterator[Document]:
+        for path in files:
+            yield from read_file(path, text_field, on_read)
+
+    return Source(name, sum(stat.st_size for stat in stats), identity, read)
+
+
+def iter_documents(
+    sources: Sequence[str], text_field: str = "text", on_read: OnRead = lambda _: None
+) -> Iterator[Document]:
+    """Every document of the sources, in order, streamed: no file is ever held whole.
+
+    Args:
+        sources: 'python', files, folders, Hub datasets `org/name[@revision][:config]`.
+        text_field: the column that holds the text in JSON lines, Parquet and datasets.
+        on_read: told the bytes of the sources as they are read.
+
+    Raises:
+        InputError: a source is missing, binary or damaged, or lacks the text field; names file and place.
+        HubError: a dataset cannot be had.
+    """
+    for source in open_sources(sources, text_field):
+        yield from source.read(on_read)
+
+
+def iter_texts(sources: Sequence[str], text_field: str = "text") -> Iterator[str]:
+    """The pieces of all documents, to train a tokenizer on; of a Hub dataset only its beginning."""
+    for source in open_sources(sources, text_field):
+        seen = 0
+        for document in source.read(lambda _: None):
+            for piece in document.pieces:
+                yield piece
+                seen += len(piece)
+            if source.size is None and seen >= _HUB_SAMPLE:
+                break

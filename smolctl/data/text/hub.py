@@ -1,0 +1,148 @@
+"""A dataset on the Hub as documents, streamed: what is not asked for is not downloaded."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any
+
+from smolctl.data.text.documents import Document, cut
+from smolctl.errors import HubError, InputError
+from smolctl.hub.read_errors import explained
+from smolctl.sources.hub import CONNECT_SECONDS, limited_session
+
+_NAME = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@(\w[\w./-]*))?(?::([\w.-]+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class DatasetName:
+    """`org/name[@revision][:config]`."""
+
+    repository: str
+    revision: str | None = None  # branch, tag or commit; None: the main branch
+    config: str | None = None
+
+    @staticmethod
+    def parse(name: str) -> DatasetName | None:
+        """The parts of a name, or None when it does not read like one."""
+        match = _NAME.fullmatch(name)
+        return DatasetName(*match.groups()) if match else None
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"{self.repository}{revision}" + (f":{self.config}" if self.config else "")
+
+    def pinned(self) -> DatasetName:
+        """This name with the commit that its revision stands for now. A commit is not asked about.
+
+        Raises:
+            InputError: `datasets` is not installed.
+            HubError: there is no such dataset, or the Hub does not answer.
+        """
+        if self.revision and _COMMIT.fullmatch(self.revision):
+            return self
+        _require_datasets(self)
+        return replace(self, revision=_commit(self))
+
+
+class DatasetReader:
+    """The rows of split `train` in their order, from a place on; each text that is not empty a document.
+
+    Args:
+        name: of the dataset; best with a commit, as other revisions may move.
+        text_field: the column that holds the text.
+        state: where an earlier reader of the same dataset was, from its `state`; None: the beginning.
+    """
+
+    def __init__(self, name: DatasetName, text_field: str, state: dict[str, Any] | None = None) -> None:
+        self.name, self.text_field = name, text_field
+        self._state = state
+        self._rows: Any = None  # the iterable of `datasets`, once it is opened
+        self._row = state["row"] if state else 0
+
+    def documents(self) -> Iterator[Document]:
+        """Stream the rows.
+
+        Raises:
+            InputError: `datasets` is not installed, or there is no such column.
+            HubError: there is no such dataset, or the Hub did not give it.
+        """
+        _require_datasets(self.name)
+        with _explained(self.name):
+            self._rows = self._open()
+            for row in self._rows:
+                self._row += 1
+                if text := self._text(row):
+                    yield Document(f"{self.name}, row {self._row}", cut([text]))
+
+    def state(self) -> dict[str, Any] | None:
+        """Where it is, between two documents, as plain data; None at the beginning."""
+        if self._rows is None:
+            return self._state
+        return {"row": self._row, "rows": self._rows.state_dict()}
+
+    def _open(self) -> Any:
+        """The iterable of `datasets`, told to begin at our place."""
+        # One question with a time limit: the library itself would knock for half a minute at a closed door.
+        commit = _commit(self.name)
+        import datasets
+
+        datasets.disable_progress_bars()
+        rows = datasets.load_dataset(
+            self.name.repository, self.name.config, split="train", revision=commit, streaming=True
+        )
+        if self._state is not None:
+            rows.load_state_dict(self._state["rows"])
+        return rows
+
+    def _text(self, row: dict[str, Any]) -> str:
+        text = row.get(self.text_field, 0)
+        if text is not None and not isinstance(text, str):
+            raise InputError(
+                f"{self.name}, row {self._row}: no text in column {self.text_field!r}; "
+                f"it has {', '.join(map(repr, row))}",
+                "Set data.text_field to the column that holds the text.",
+            )
+        return text or ""
+
+
+def _require_datasets(name: DatasetName) -> None:
+    if find_spec("datasets") is None:
+        raise InputError(
+            f"{name}: no such file or folder, and reading it as a Hub dataset needs datasets",
+            "Check the path, or pip install 'smolctl[data]'.",
+        )
+
+
+def _commit(name: DatasetName) -> str:
+    """The commit that a revision stands for now: one request, without retries."""
+    from huggingface_hub import HfApi, constants
+
+    limited_session()
+    endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+    with explained(str(name), f"{endpoint}/datasets/{name.repository}"):
+        info = HfApi(endpoint=endpoint).dataset_info(
+            name.repository, revision=name.revision, timeout=2 * CONNECT_SECONDS
+        )
+    return str(info.sha)
+
+
+@contextmanager
+def _explained(name: DatasetName) -> Iterator[None]:
+    """Turn what `datasets` and the Hub's client raise into `HubError`."""
+    import httpx2
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (DatasetsError, httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise HubError(
+            f"{name}: the dataset cannot be read ({reason})",
+            "Check the name and the network; `--data python` needs neither.",
+        ) from None

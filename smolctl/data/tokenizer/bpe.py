@@ -1,0 +1,104 @@
+"""A byte-level BPE learned from a corpus."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from smolctl.data.tokens.shards import write_synced
+from smolctl.durable import cache_folder
+from smolctl.errors import InputError
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2, as in SmolLM2
+SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256  # every byte has a token
+# More text teaches a vocabulary of this size hardly anything, but fills the memory.
+SAMPLE_BYTES = 64 * 1024 * 1024
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """Learn merges the way SmolLM's were: digits one by one, then GPT-2's regex, then bytes.
+
+    The result is a pure function of the texts, and kept in the cache: another run over them reads it. Memory
+    is bounded: of a corpus above 64 MiB an evenly spread sample is used.
+
+    Args:
+        texts: in any portions.
+        vocab_size: entries including 3 special tokens and 256 bytes; fewer when the text has
+            nothing left to merge.
+
+    Raises:
+        InputError: `vocab_size` is too small, or there is no text.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise InputError(
+            f"a tokenizer of {vocab_size} entries: at least {SMALLEST_VOCABULARY} are needed "
+            f"(256 bytes and {len(SPECIAL_TOKENS)} special tokens)",
+            "Ask for a larger one, for example --tokenizer train:4096.",
+        )
+    sample = evenly_spread(texts, SAMPLE_BYTES)
+    if not sample:
+        raise InputError(
+            "the corpus is empty: there is no text to train a tokenizer on", "Check data.source."
+        )
+    file = _cached(sample, vocab_size)
+    with suppress(Exception):  # absent, or damaged: tokenizers raises nothing narrower
+        return tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    backend = _learn(sample, vocab_size)
+    with suppress(OSError, InputError):  # a cache that cannot be written costs the next run two seconds
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        write_synced(partial, backend.to_str().encode())
+        partial.replace(file)
+    return backend
+
+
+def _cached(sample: list[str], vocab_size: int) -> Path:
+    """Where the merges learned from these very texts are kept."""
+    content = hashlib.sha256(f"{tokenizers.__version__} {vocab_size}".encode())
+    for text in sample:
+        content.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+    return cache_folder() / "tokenizers" / f"{content.hexdigest()}.json"
+
+
+def _learn(sample: list[str], vocab_size: int) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(sample, trainer)
+    return backend
+
+
+def evenly_spread(texts: Iterable[str], limit: int) -> list[str]:
+    """Every text, or every 2nd, 4th, 8th ... so that about `limit` bytes are not exceeded."""
+    kept: list[str] = []
+    size, stride = 0, 1
+    for number, text in enumerate(texts):
+        if number % stride or not text:
+            continue
+        kept.append(text)
+        size += _bytes(text)
+        while size > limit and len(kept) > 1:
+            kept, stride = kept[::2], stride * 2
+            size = sum(_bytes(text) for text in kept)
+    return kept
+
+
+def _bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())

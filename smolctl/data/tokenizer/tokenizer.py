@@ -1,0 +1,267 @@
+"""Text to token ids and back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+from smolctl.data.tokenizer.bpe import train_bpe
+from smolctl.data.tokenizer.decoding import TextStream, bytes_of_token, is_byte_level
+from smolctl.errors import HubError, InputError
+from smolctl.sources import open_source
+from smolctl.sources.base import TokenizerFiles
+from smolctl.sources.huggingface.tokenizer import has_tokenizer, read_tokenizer_folder
+
+DEFAULT_TOKENIZER = "HuggingFaceTB/SmolLM2-135M"
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer:
+    """A tokenizer with the facts that training and sampling need.
+
+    Args:
+        backend: does the work; its truncation and padding are switched off.
+        chat_template: Jinja source, where the model has one.
+        bos_token_id: begins a text; None when unknown.
+        eos_token_id: ends one; `<|endoftext|>`, where there is one, when not given.
+        pad_token_id: fills up a batch; None when unknown.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        chat_template: str | None = None,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.chat_template = chat_template
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = backend.token_to_id(END_OF_TEXT) if eos_token_id is None else eos_token_id
+        self.pad_token_id = pad_token_id
+
+    @staticmethod
+    def from_files(files: TokenizerFiles, origin: str = "tokenizer.json") -> Tokenizer:
+        """Build it from plain data.
+
+        Raises:
+            InputError: this is no tokenizer.json, naming `origin`.
+        """
+        try:
+            backend = tokenizers.Tokenizer.from_str(files.tokenizer_json)
+        except Exception as error:  # the library raises nothing more special
+            raise InputError(
+                f"{origin}: not a tokenizer.json ({error})", "Fetch or save the tokenizer again."
+            ) from None
+        ids = files.bos_token_id, files.eos_token_id, files.pad_token_id
+        return Tokenizer(backend, files.chat_template, *ids)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text. No special token is added; those that the text spells out are recognised."""
+        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many texts, on all cores."""
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of ids; bytes that are not UTF-8 become U+FFFD."""
+        text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special)
+        return text
+
+    def stream(self, skip_special: bool = True) -> TextStream:
+        """A decoder that is fed ids one by one and never shows half a character."""
+        return TextStream(self.backend, self.token_bytes if self._byte_level else None, skip_special)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Rows that a model's token table needs: the largest id plus one."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def token(self, token_id: int | None) -> str | None:
+        """How an id is spelled; None when there is no such id."""
+        spelled: str | None = None if token_id is None else self.backend.id_to_token(token_id)
+        return spelled
+
+    @property
+    def bos_token(self) -> str | None:
+        return self.token(self.bos_token_id)
+
+    @property
+    def eos_token(self) -> str | None:
+        return self.token(self.eos_token_id)
+
+    @property
+    def end_of_text_id(self) -> int:
+        """The id between two documents: `<|endoftext|>`, or the end-of-sequence token.
+
+        Raises:
+            InputError: the tokenizer has neither.
+        """
+        named: int | None = self.backend.token_to_id(END_OF_TEXT)
+        found = self.eos_token_id if named is None else named
+        if found is None:
+            raise InputError(
+                f"the tokenizer has neither {END_OF_TEXT} nor an end-of-sequence token",
+                "Name its eos_token in tokenizer_config.json, or train one with --tokenizer train:N.",
+            )
+        return found
+
+    @cached_property
+    def end_token_ids(self) -> frozenset[int]:
+        """Every id at which generated text ends."""
+        candidates = (self.eos_token_id, self.backend.token_to_id(END_OF_TEXT))
+        return frozenset(token_id for token_id in candidates if token_id is not None)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the tokenizer.json in one canonical spelling: equal for tokenizers that do the same."""
+        canonical = json.dumps(json.loads(self.backend.to_str()), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that stand for no text."""
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        return is_byte_level(self.backend)
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes that every id stands for, special tokens by their names."""
+        table = [b""] * self.vocab_size
+        for token, token_id in self.backend.get_vocab(with_added_tokens=True).items():
+            table[token_id] = bytes_of_token(token, self._byte_level)
+        return table
+
+    def token_byte_lengths(self) -> NDArray[np.int32]:
+        """Bytes of text that every id stands for, 0 for special tokens: (vocab_size,), for bits per byte."""
+        lengths = np.array([len(spelled) for spelled in self.token_bytes], dtype=np.int32)
+        for token_id, token in self.backend.get_added_tokens_decoder().items():
+            lengths[token_id] = 0 if token.special else len(token.content.encode())
+        return lengths
+
+    def require_fit(self, vocab_size: int) -> None:
+        """Check that a model has a row for every id.
+
+        Raises:
+            InputError: naming both numbers.
+        """
+        if self.vocab_size > vocab_size:
+            raise InputError(
+                f"the tokenizer has ids up to {self.vocab_size - 1:,}, "
+                f"the model's vocab_size is {vocab_size:,}",
+                f"Set model.vocab_size={self.vocab_size}, or take --tokenizer train:{vocab_size}.",
+            )
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(folder / "tokenizer.json"))
+        config = json.dumps(self._config(), indent=2, ensure_ascii=False)
+        (folder / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
+
+    def _config(self) -> dict[str, Any]:
+        named = {
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+            "pad_token": self.token(self.pad_token_id),
+            "chat_template": self.chat_template,
+        }
+        given = {key: value for key, value in named.items() if value is not None}
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **given,
+        }
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, a folder, a GGUF, a run or a Hub id.
+
+    Raises:
+        InputError: nothing is there, it has no tokenizer, or it is damaged.
+        HubError: the Hub did not give it.
+    """
+    path = Path(name).expanduser()
+    files: TokenizerFiles | None
+    if path.name == "tokenizer.json" and path.is_file():
+        files = read_tokenizer_folder(path.parent)
+    elif path.is_file() and path.suffix == ".json":
+        files = TokenizerFiles(path.read_text(encoding="utf-8", errors="replace"))
+    elif path.is_dir() and has_tokenizer(path):
+        files = read_tokenizer_folder(path)
+    else:
+        files = open_source(name).read_tokenizer()
+    if files is None:
+        raise InputError(
+            f"{name}: there is no tokenizer in it", "Name a tokenizer.json, a folder, a GGUF or a Hub id."
+        )
+    return Tokenizer.from_files(files, name)
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of at most `vocab_size` entries learned from texts. See `train_bpe`."""
+    return Tokenizer(train_bpe(texts, vocab_size), bos_token_id=0, eos_token_id=0, pad_token_id=2)
+
+
+def choose_tokenizer(
+    name: str | None,
+    texts: Callable[[], Iterator[str]],
+    vocab_size: int,
+    on_note: Callable[[str], None],
+) -> Tokenizer:
+    """The tokenizer of a run.
+
+    Args:
+        name: what `load_tokenizer` takes, `train:N`, or None for SmolLM2's, in whose place one is
+            trained when the Hub cannot be reached.
+        texts: the corpus to train on, called only when needed.
+        vocab_size: rows of the model's token table.
+        on_note: told what was decided for the user.
+
+    Raises:
+        InputError: the tokenizer does not fit the model, or cannot be loaded.
+    """
+    if name is not None and name.startswith("train:"):
+        return train_tokenizer(texts(), _entries(name, vocab_size))
+    try:
+        tokenizer = load_tokenizer(DEFAULT_TOKENIZER if name is None else name)
+    except HubError as error:
+        if name is not None:
+            raise
+        on_note(
+            f"No tokenizer was named and the default cannot be had ({error.message}): "
+            f"training one of {vocab_size:,} entries on the corpus."
+        )
+        tokenizer = train_tokenizer(texts(), vocab_size)
+    tokenizer.require_fit(vocab_size)
+    return tokenizer
+
+
+def _entries(name: str, vocab_size: int) -> int:
+    digits = name.removeprefix("train:").replace("_", "")
+    if not digits.isdecimal():
+        raise InputError(f"tokenizer {name}: expected train:N", "For example train:4096.")
+    if int(digits) > vocab_size:
+        raise InputError(
+            f"tokenizer {name}: {int(digits):,} entries do not fit the model's vocab_size of {vocab_size:,}",
+            f"Set model.vocab_size={int(digits)}, or ask for train:{vocab_size}.",
+        )
+    return int(digits)

@@ -1,0 +1,152 @@
+"""Documents to token ids on all cores, a few megabytes at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from smolctl.data.text.documents import Document, OnRead
+from smolctl.data.tokenizer.tokenizer import Tokenizer
+
+# Text that is encoded at once: enough for every core, little enough for any memory (a token takes
+# about 100 bytes on its way).
+BATCH_CHARACTERS = 2 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class TokenizeProgress:
+    """How far the work has come.
+
+    Attributes:
+        bytes_read: of the sources; compressed ones count as they lie on the disk.
+        bytes_total: of the sources; None for a Hub dataset.
+        documents: encoded so far.
+        tokens: so far.
+        bytes: of UTF-8 text that these tokens stand for.
+    """
+
+    bytes_read: int = 0
+    bytes_total: int | None = None
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+
+
+class Piece(NamedTuple):
+    """Ids of a part of a document."""
+
+    ids: list[int]  # with the end-of-text token where the document ends
+    document: int  # number of the document; empty ones are not counted
+    ends: bool  # the document
+    size: int  # bytes of UTF-8 text
+
+
+@dataclass(frozen=True)
+class Bookmark:
+    """A place between two documents, from which reading can go on later."""
+
+    documents: int = 0  # before it; empty ones are not counted
+    state: dict[str, Any] | None = None  # of the reader; None: its beginning
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The ids of a batch, and how far the work has come with it."""
+
+    pieces: list[Piece]
+    bookmark: Bookmark | None  # before the first document that begins in this batch
+    progress: TokenizeProgress
+
+
+@dataclass
+class _Batch:
+    """Pieces of documents; a document may go on in the next batch."""
+
+    texts: list[str] = field(default_factory=list)
+    documents: list[int] = field(default_factory=list)
+    ends_document: list[bool] = field(default_factory=list)
+    bookmark: Bookmark | None = None
+    bytes_read: int = 0
+
+
+def encode_documents(
+    read: Callable[[OnRead], Iterator[Document]],
+    tokenizer: Tokenizer,
+    bytes_total: int | None = None,
+    first: int = 0,
+    state: Callable[[], dict[str, Any] | None] = lambda: None,
+) -> Generator[Encoded, None, None]:
+    """Encode every document, with the end-of-text token after each.
+
+    The next batch is read and the previous one is written while one is encoded.
+
+    Args:
+        read: gives the documents; told a function that is called with the bytes read.
+        tokenizer: gives the ids.
+        bytes_total: that will be read, where it is known.
+        first: number of the first document that is not empty.
+        state: of what is read, for bookmarks; asked for between two documents.
+    """
+    progress = TokenizeProgress(bytes_total=bytes_total)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting: tuple[_Batch, Future[list[Any]]] | None = None
+        for batch in _batches(read, first, state):
+            future = pool.submit(tokenizer.backend.encode_batch_fast, batch.texts, add_special_tokens=False)
+            if waiting is not None:
+                encoded = _collect(*waiting, tokenizer.end_of_text_id, progress)
+                progress = encoded.progress
+                yield encoded
+            waiting = batch, future
+        if waiting is not None:
+            yield _collect(*waiting, tokenizer.end_of_text_id, progress)
+
+
+def _batches(
+    read: Callable[[OnRead], Iterator[Document]], number: int, state: Callable[[], dict[str, Any] | None]
+) -> Iterator[_Batch]:
+    batch, size = _Batch(bookmark=Bookmark(number, state())), 0
+
+    def on_read(count: int) -> None:
+        batch.bytes_read += count
+
+    for document in read(on_read):
+        begun = False
+        for piece in document.pieces:
+            if size >= BATCH_CHARACTERS:
+                yield batch
+                batch, size = _Batch(), 0
+            batch.texts.append(piece)
+            batch.documents.append(number)
+            batch.ends_document.append(False)
+            size += len(piece)
+            begun = True
+        if begun:
+            batch.ends_document[-1] = True
+            number += 1
+        if batch.bookmark is None:
+            batch.bookmark = Bookmark(number, state())
+    if batch.texts:
+        yield batch
+
+
+def _collect(batch: _Batch, future: Future[list[Any]], end_of_text: int, before: TokenizeProgress) -> Encoded:
+    pieces = [
+        Piece([*encoding.ids, end_of_text] if ends else encoding.ids, document, ends, _bytes(text))
+        for encoding, text, document, ends in zip(
+            future.result(), batch.texts, batch.documents, batch.ends_document, strict=True
+        )
+    ]
+    progress = TokenizeProgress(
+        bytes_read=before.bytes_read + batch.bytes_read,
+        bytes_total=before.bytes_total,
+        documents=before.documents + sum(batch.ends_document),
+        tokens=before.tokens + sum(len(piece.ids) for piece in pieces),
+        bytes=before.bytes + sum(piece.size for piece in pieces),
+    )
+    return Encoded(pieces, batch.bookmark, progress)
+
+
+def _bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())

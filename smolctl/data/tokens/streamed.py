@@ -1,0 +1,267 @@
+"""A Hub dataset, tokenized as far as a run reads it and further when a run goes on.
+
+The cache holds the beginning of the stream in segments of whole documents. What a segment holds depends
+on the rows before its end alone, never on how much a run asked for: a longer run reads the same segments
+and adds others behind them. Validation is held out of the first segment only, so it stays the same too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from smolctl.config.run import DataConfig
+from smolctl.data.text.hub import DatasetName, DatasetReader
+from smolctl.data.tokenizer.tokenizer import Tokenizer
+from smolctl.data.tokens.cache import (
+    FORMAT,
+    OnProgress,
+    TokenizedSource,
+    digest,
+    held_out_rule,
+    locked,
+    read_manifest,
+    whole_or_absent,
+    write_manifest,
+)
+from smolctl.data.tokens.encoding import Bookmark, Encoded, Piece, encode_documents
+from smolctl.data.tokens.shards import Shard, ShardWriter, TokenStream, token_dtype
+from smolctl.errors import InputError
+
+# Windows that are shuffled among themselves. A run reads whole blocks: their order must not depend on
+# how many follow.
+BLOCK_WINDOWS = 2_048
+# Training tokens of a segment: an eighth of what lies before it, so that little is read in vain and a
+# long stream does not become many thousands of files, but at least and at most so many.
+SEGMENT_TOKENS = 2**21, 2**25
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What the manifest of a segment says.
+
+    Attributes:
+        documents: from the beginning of the stream to the end of this segment.
+        tokens, bytes: of this segment.
+        bookmark: where to go on reading; up to a batch of documents before the segment's end.
+        ended: the stream has no more.
+    """
+
+    tokenizer: str  # sha256
+    source: str
+    dtype: str
+    documents: int
+    tokens: int
+    bytes: int
+    train: tuple[Shard, ...]
+    held_out: tuple[Shard, ...]
+    bookmark: Bookmark
+    ended: bool
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens of this segment to train on."""
+        return sum(shard.tokens for shard in self.train)
+
+
+def tokenize_stream(
+    dataset: DatasetName,
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    cache: Path,
+    samples: int | None,
+    on_progress: OnProgress | None = None,
+) -> TokenizedSource:
+    """Encode the beginning of a dataset, or find it in the cache, in whole or in part.
+
+    Args:
+        dataset: with a commit, so that its rows stay the same.
+        data: text field, window length, held-out share and seed.
+        tokenizer: gives the ids.
+        cache: folder of the results.
+        samples: windows that the run reads in all; None reads the dataset to its end.
+        on_progress: called after every batch of new text.
+
+    Raises:
+        InputError: the dataset is empty or shorter than one window; the disk is full.
+        HubError: the dataset cannot be had.
+    """
+    folder = cache / "tokens" / _key(dataset, data, tokenizer)
+    needed = None
+    if samples is not None:
+        blocks = -(-samples // BLOCK_WINDOWS)
+        needed = blocks * BLOCK_WINDOWS * data.sequence_length + 1
+    segments = _read(folder)
+    if not _suffice(segments, needed):
+        with locked(folder):
+            segments = _read(folder)
+            work = _Work(folder, dataset, data, tokenizer, on_progress)
+            if not _suffice(segments, needed):
+                segments = work.extend(segments, needed)
+    return _cut(folder, dataset, segments, data, needed)
+
+
+def _key(dataset: DatasetName, data: DataConfig, tokenizer: Tokenizer) -> str:
+    """A name for the result that changes with everything that changes its beginning."""
+    parts = [
+        [FORMAT, *SEGMENT_TOKENS],
+        str(dataset),
+        [tokenizer.sha256, tokenizer.end_of_text_id],
+        [data.validation_fraction, data.seed, data.text_field],
+    ]
+    return digest(parts)[:32]
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"segment-{number:05d}"
+
+
+def _read(folder: Path) -> list[Segment]:
+    """The segments up to the first that is missing or damaged."""
+    segments: list[Segment] = []
+    while (content := read_manifest(_path(folder, len(segments)))) is not None:
+        segments.append(Segment(**content | {"bookmark": Bookmark(**content["bookmark"])}))
+    return segments
+
+
+def _suffice(segments: list[Segment], needed: int | None) -> bool:
+    if segments and segments[-1].ended:
+        return True
+    return needed is not None and sum(segment.train_tokens for segment in segments) >= needed
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Adds segments to a folder. The lock is held."""
+
+    folder: Path
+    dataset: DatasetName
+    data: DataConfig
+    tokenizer: Tokenizer
+    on_progress: OnProgress | None
+
+    def extend(self, segments: list[Segment], needed: int | None) -> list[Segment]:
+        """Read on behind the last segment until there is enough, or no more."""
+        start = segments[-1].bookmark if segments else Bookmark()
+        reader = DatasetReader(self.dataset, self.data.text_field, start.state)
+        batches = encode_documents(
+            lambda _: reader.documents(), self.tokenizer, first=start.documents, state=reader.state
+        )
+        segments = list(segments)
+        with closing(batches):
+            done = segments[-1].documents if segments else 0
+            pieces = (item for item in self._pieces(batches) if item[0].document >= done)
+            while not _suffice(segments, needed):
+                segments.append(self._write(segments, pieces))
+        return segments
+
+    def _pieces(self, batches: Iterator[Encoded]) -> Iterator[tuple[Piece, Bookmark]]:
+        """Every piece with the last bookmark before its end."""
+        bookmark = Bookmark()
+        for batch in batches:
+            if self.on_progress is not None:
+                self.on_progress(batch.progress)
+            bookmark = batch.bookmark or bookmark
+            for piece in batch.pieces:
+                yield piece, bookmark
+
+    def _write(self, before: list[Segment], pieces: Iterator[tuple[Piece, Bookmark]]) -> Segment:
+        """The next segment: documents until it has tokens enough, or the stream has no more."""
+        least, most = SEGMENT_TOKENS
+        target = min(most, max(least, sum(segment.train_tokens for segment in before) // 8))
+        is_held_out = held_out_rule(self.data) if not before else lambda _: False
+        documents = before[-1].documents if before else 0
+        bookmark = before[-1].bookmark if before else Bookmark()
+        dtype = token_dtype(self.tokenizer.vocab_size)
+        size, ended = 0, True
+        with (
+            whole_or_absent(_path(self.folder, len(before))) as partial,
+            closing(ShardWriter(partial, "train", dtype)) as train,
+            closing(ShardWriter(partial, "held-out", dtype)) as held_out,
+        ):
+            for piece, last_bookmark in pieces:
+                bookmark = last_bookmark
+                (held_out if is_held_out(piece.document) else train).append(piece.ids)
+                size += piece.size
+                documents += piece.ends
+                if piece.ends and train.tokens >= target:
+                    ended = False
+                    break
+            if not documents:
+                raise InputError(
+                    f"{self.dataset}: the dataset has no text", "Name one that has, or another text_field."
+                )
+            segment = Segment(
+                tokenizer=self.tokenizer.sha256,
+                source=str(self.dataset),
+                dtype=dtype.str,
+                documents=documents,
+                tokens=train.tokens + held_out.tokens,
+                bytes=size,
+                train=train.finish(),
+                held_out=held_out.finish(),
+                bookmark=bookmark,
+                ended=ended,
+            )
+            write_manifest(partial, asdict(segment))
+        return segment
+
+
+def _cut(
+    folder: Path, dataset: DatasetName, segments: list[Segment], data: DataConfig, needed: int | None
+) -> TokenizedSource:
+    """What a run trains on: whole blocks of windows, or all that there is."""
+    window = data.sequence_length + 1
+    total = sum(segment.train_tokens for segment in segments)
+    length = total if needed is None else min(total, needed)
+    if length < window:
+        raise InputError(
+            f"{dataset}: {length:,} tokens to train on, a window of data.sequence_length + 1 has {window:,}",
+            "Name a larger dataset, or lower data.sequence_length or data.validation_fraction.",
+        )
+    dtype, numbered = segments[0].dtype, [(number, segment.train) for number, segment in enumerate(segments)]
+    held_out = sum(shard.tokens for shard in segments[0].held_out)
+    return TokenizedSource(
+        folder=folder,
+        fingerprint=_fingerprint(dataset, segments[0]),
+        train=_stream(folder, numbered, dtype, length),
+        validation=_stream(folder, [(0, segments[0].held_out)], dtype, held_out)
+        if held_out >= window
+        else None,
+        documents=segments[-1].documents,
+        tokens=sum(segment.tokens for segment in segments),
+        bytes=sum(segment.bytes for segment in segments),
+        block=BLOCK_WINDOWS,
+        repeats=segments[-1].ended and length == total,
+        notes=_notes(dataset, data, held_out),
+    )
+
+
+def _stream(
+    folder: Path, segments: list[tuple[int, tuple[Shard, ...]]], dtype: str, length: int
+) -> TokenStream:
+    files = [
+        (_path(folder, number) / shard.file, shard.tokens) for number, shards in segments for shard in shards
+    ]
+    return TokenStream(files, np.dtype(dtype), 0, length)
+
+
+def _fingerprint(dataset: DatasetName, first: Segment) -> str:
+    """Of the dataset's commit and its first segment, as it must not change when more is streamed.
+
+    The commit vouches for the rows behind them.
+    """
+    return digest([str(dataset), first.dtype, [shard.sha256 for shard in first.train + first.held_out]])
+
+
+def _notes(dataset: DatasetName, data: DataConfig, held_out: int) -> tuple[str, ...]:
+    if not data.validation_fraction or held_out > data.sequence_length:
+        return ()
+    return (
+        f"{dataset}: the documents held out of its beginning have {held_out:,} tokens, less than a window: "
+        "there is no validation on it. Raise data.validation_fraction.",
+    )

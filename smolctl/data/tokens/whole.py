@@ -1,0 +1,192 @@
+"""Sources whose size is known, tokenized to their end: files, folders and the embedded corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from smolctl.config.run import DataConfig
+from smolctl.data.text.corpus import Source, open_sources
+from smolctl.data.text.documents import Document, OnRead
+from smolctl.data.tokenizer.tokenizer import Tokenizer
+from smolctl.data.tokens.cache import (
+    FORMAT,
+    OnProgress,
+    TokenizedSource,
+    digest,
+    held_out_rule,
+    locked,
+    read_manifest,
+    whole_or_absent,
+    write_manifest,
+)
+from smolctl.data.tokens.encoding import TokenizeProgress, encode_documents
+from smolctl.data.tokens.shards import Shard, ShardWriter, TokenStream, token_dtype
+from smolctl.errors import InputError
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says."""
+
+    tokenizer: str  # sha256
+    sources: tuple[str, ...]
+    dtype: str
+    documents: int
+    tokens: int
+    bytes: int
+    train: tuple[Shard, ...]
+    held_out: tuple[Shard, ...]
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """All shards, those held out last."""
+        return self.train + self.held_out
+
+
+def tokenize_whole(
+    sources: Sequence[Source],
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    cache: Path,
+    on_progress: OnProgress | None = None,
+) -> TokenizedSource:
+    """Encode all documents of the sources, one source after another, or find them in the cache.
+
+    Raises:
+        InputError: a source is binary, damaged or empty, or shorter than one window; the disk is full.
+    """
+    folder = cache / "tokens" / _key(data, sources, tokenizer)
+    manifest = _open(folder)
+    if manifest is None:
+        with locked(folder):
+            manifest = _open(folder) or _build(folder, data, sources, tokenizer, on_progress)
+    return _split(folder, manifest, data)
+
+
+def _key(data: DataConfig, sources: Sequence[Source], tokenizer: Tokenizer) -> str:
+    """A name for the result that changes with everything that changes the result."""
+    parts = [
+        FORMAT,
+        [[source.name, source.identity] for source in sources],
+        [tokenizer.sha256, tokenizer.end_of_text_id],
+        [data.validation_fraction, data.seed, data.text_field],
+    ]
+    return digest(parts)[:32]
+
+
+def _open(folder: Path) -> Manifest | None:
+    """The manifest of a finished result, or None when there is none or its files do not agree with it."""
+    content = read_manifest(folder)
+    try:
+        return Manifest(**content | {"sources": tuple(content["sources"])}) if content else None
+    except (TypeError, KeyError):
+        return None
+
+
+def _build(
+    folder: Path,
+    data: DataConfig,
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    on_progress: OnProgress | None,
+) -> Manifest:
+    dtype = token_dtype(tokenizer.vocab_size)
+    is_held_out = held_out_rule(data)
+    last = TokenizeProgress()
+    total = sum(source.size or 0 for source in sources)
+
+    def read(on_read: OnRead) -> Iterator[Document]:
+        for source in sources:
+            yield from source.read(on_read)
+
+    with (
+        whole_or_absent(folder) as partial,
+        closing(ShardWriter(partial, "train", dtype)) as train,
+        closing(ShardWriter(partial, "held-out", dtype)) as held_out,
+        closing(encode_documents(read, tokenizer, total)) as batches,
+    ):
+        for batch in batches:
+            ids: tuple[list[int], list[int]] = ([], [])  # to train on, held out
+            for piece in batch.pieces:
+                ids[is_held_out(piece.document)].extend(piece.ids)
+            train.append(ids[0])
+            held_out.append(ids[1])
+            last = batch.progress
+            if on_progress is not None:
+                on_progress(last)
+        _check_read(sources, data, last)
+        manifest = Manifest(
+            tokenizer=tokenizer.sha256,
+            sources=tuple(source.name for source in sources),
+            dtype=dtype.str,
+            documents=last.documents,
+            tokens=last.tokens,
+            bytes=last.bytes,
+            train=train.finish(),
+            held_out=held_out.finish(),
+        )
+        write_manifest(partial, asdict(manifest))
+    return manifest
+
+
+def _check_read(sources: Sequence[Source], data: DataConfig, last: TokenizeProgress) -> None:
+    """Something was read, and it is still what it was when its identity was taken."""
+    names = ", ".join(source.name for source in sources)
+    if not last.documents:
+        raise InputError(f"the corpus is empty: no text in {names}", "Name files that hold text.")
+    now = open_sources([source.name for source in sources], data.text_field)
+    if [source.identity for source in now] != [source.identity for source in sources]:
+        raise InputError(f"{names}: changed while it was read", "Run again when nobody writes to it.")
+
+
+def _split(folder: Path, manifest: Manifest, data: DataConfig) -> TokenizedSource:
+    """Decide what is trained on: all but the documents held out, or all but the last tokens.
+
+    Documents that were held out lie behind the others, so both are a range of the same files.
+    """
+    window = data.sequence_length + 1
+    if manifest.tokens < window:
+        raise InputError(
+            f"the corpus has {manifest.tokens:,} tokens, a window of data.sequence_length + 1 has {window:,}",
+            "Add text, or lower data.sequence_length.",
+        )
+    held_out, notes = _held_out_tokens(manifest, data, window)
+    length = manifest.tokens - held_out
+    files = [(folder / shard.file, shard.tokens) for shard in manifest.shards]
+    dtype = np.dtype(manifest.dtype)
+    return TokenizedSource(
+        folder=folder,
+        fingerprint=digest([manifest.dtype, length, [shard.sha256 for shard in manifest.shards]]),
+        train=TokenStream(files, dtype, 0, length),
+        validation=TokenStream(files, dtype, length, held_out) if held_out else None,
+        documents=manifest.documents,
+        tokens=manifest.tokens,
+        bytes=manifest.bytes,
+        notes=notes,
+    )
+
+
+def _held_out_tokens(manifest: Manifest, data: DataConfig, window: int) -> tuple[int, tuple[str, ...]]:
+    """How many tokens at the end are held out, and what to tell the user about it.
+
+    With few documents chance may hold out none, or nearly all of the text. Then the last tokens are
+    held out instead, wherever in a document they begin.
+    """
+    fraction = data.validation_fraction
+    if not fraction:
+        return 0, ()
+    by_document = sum(shard.tokens for shard in manifest.held_out)
+    if window <= by_document <= min(10 * fraction * manifest.tokens, manifest.tokens - window):
+        return by_document, ()
+    last = max(window, round(fraction * manifest.tokens))
+    if last > manifest.tokens / 2:
+        return 0, ("The corpus is too short to hold out a window of it: there is no validation.",)
+    return last, (
+        f"Too few documents ({manifest.documents:,}) to hold some of them out: "
+        f"the last {last:,} tokens of the corpus are held out.",
+    )

@@ -1,0 +1,58 @@
+"""Text of a model or a user, escaped for a terminal, for Markdown, and for one line of JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+# Characters that a terminal or a renderer would obey instead of showing them. For ASCII's, Unicode has
+# symbols; its own (C1, line and paragraph ends, changes of direction) become the replacement character.
+_VISIBLE: dict[int, int | str] = {
+    **{code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"},
+    127: 0x2421,
+    **dict.fromkeys(
+        (*range(0x80, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A)), "\N{REPLACEMENT CHARACTER}"
+    ),
+}
+
+
+# JSON escapes the line ends of ASCII; these three it leaves as they are.
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+
+
+def fenced(text: str) -> list[str]:
+    """A text as the lines of a code block whose fence is longer than any run of backticks in it."""
+    if not text:
+        return ["*(ended at once)*"]
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return [f"{fence}text", text.translate(_VISIBLE), fence]
+
+
+def code_span(text: str) -> str:
+    """A text as inline code on one line; line ends, tabs and outer spaces are made visible."""
+    text = one_line(text)
+    inner = text.strip(" ")
+    before = len(text) - len(text.lstrip(" "))
+    text = "␣" * before + inner + "␣" * (len(text) - before - len(inner)) if inner else "␣" * len(text)
+    if not text:
+        return "(nothing)"
+    ticks = "`" * (_longest_run(text) + 1)
+    gap = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{ticks}{gap}{text}{gap}{ticks}"
+
+
+def one_line(text: str) -> str:
+    """A text on one line, with line ends, tabs and control characters made visible."""
+    return text.replace("\n", "⏎").replace("\t", "⇥").translate(_VISIBLE)
+
+
+def _longest_run(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """A JSON object as one line, also for readers to whom Unicode's other line ends are line ends."""
+    line = json.dumps(record, ensure_ascii=False)
+    return line.translate(_LINE_ENDS)

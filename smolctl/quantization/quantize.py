@@ -1,0 +1,310 @@
+"""One call of `quantize`: a source read once, every scheme written, each measured beside the source."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from smolctl.arithmetic import count_parameters
+from smolctl.config import ModelConfig
+from smolctl.data.tokenizer.tokenizer import Tokenizer
+from smolctl.errors import InputError, UsageError
+from smolctl.generation.engine import Engine
+from smolctl.generation.load import load_model
+from smolctl.generation.torch_engine import TorchEngine
+from smolctl.model.dynamic import DynamicTransformer
+from smolctl.model.weights import from_state
+from smolctl.quantization.build import build_items, dequantized, read_tensors
+from smolctl.quantization.calibrate import TensorCost, dynamic_errors, input_squares, output_errors
+from smolctl.quantization.folder import Item, Origin, naming_the_disk, require_free, write_folder
+from smolctl.quantization.measure import mean_kl, measure_footprint, measure_quality, measure_speed
+from smolctl.quantization.record import record_variants
+from smolctl.quantization.schemes import DYNAMIC, GGUF_SCHEMES, PACKED_SCHEMES, Plan, SchemeOptions, make_plan
+from smolctl.quantization.texts import Windows, choose_windows
+from smolctl.quantization.verdict import Calibration, Gates, SourceFacts, Variant, advise, judge
+from smolctl.runs.folder import RunFolder
+from smolctl.sources import open_source
+from smolctl.sources.base import ModelSource, SourceKind, TokenizerFiles
+from smolctl.sources.gguf.write import write_gguf
+from smolctl.sources.quantized.folder import FILE
+
+COSTLIEST = 5  # tensors whose KL is measured one by one
+COST_WINDOWS = 4
+# What people write behind a name to say how it is stored: it is stored otherwise now.
+FORMAT_ENDING = r"(?i)[.-](i?q\d(_\w+)?|bf16|f16|fp16|f32|fp32)$"
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What a call asks for."""
+
+    schemes: tuple[str, ...] = ("int8",)
+    scheme_options: SchemeOptions = dataclasses.field(default_factory=SchemeOptions)
+    out: Path | None = None
+    force: bool = False
+    measure: bool = True
+    data: tuple[str, ...] = ()  # text to measure on; empty: what was held out
+    windows: int = 24
+    per_tensor: bool = False
+    gates: Gates = dataclasses.field(default_factory=Gates)
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """Everything that a call has found."""
+
+    source: SourceFacts
+    text: str  # that was measured on; "" when nothing was
+    tokens: int
+    variants: tuple[Variant, ...]
+    costs: Mapping[str, tuple[TensorCost, ...]]  # by scheme, when asked for
+    failed_gates: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all schemes of a call share."""
+
+    source: ModelSource
+    config: ModelConfig
+    tensors: Mapping[str, Tensor]
+    files: TokenizerFiles | None
+    windows: Windows | None
+    squares: Mapping[str, Tensor] | None
+    reference: Engine | None  # the source in float32
+    options: QuantizeOptions
+    note: Note
+
+
+def quantize(model: str, options: QuantizeOptions, note: Note = lambda _text: None) -> QuantizeReport:
+    """Write a model in smaller schemes and say what each costs and brings.
+
+    Args:
+        model: any MODEL with weights.
+        options: schemes, where to, and how to measure.
+        note: told what goes on, one line at a time.
+
+    Raises:
+        SmolError: the model cannot be read, a scheme is not for it, or a file cannot be written; nothing
+            is written before everything that can be checked is.
+    """
+    source = open_source(model)
+    config = source.require_config()
+    source.require_weights()
+    if source.quantization is not None:
+        note(f"{source.id} is quantized already: what its {source.quantization['scheme']} lost stays lost.")
+    plans = [
+        make_plan(config, scheme, _options_for(options, scheme)) for scheme in dict.fromkeys(options.schemes)
+    ]
+    targets = {plan.scheme: _target(source, plan.scheme, options) for plan in plans}
+    for scheme, target in targets.items():
+        if scheme in GGUF_SCHEMES and target.exists() and not options.force:
+            raise UsageError(f"{target}: already there", "Give --force to replace it, or another --out.")
+        if scheme not in GGUF_SCHEMES:
+            require_free(target, options.force)
+    job = _prepare(source, config, options, any(plan.options.calibrate for plan in plans), note)
+    variants, costs = [], {}
+    for plan in plans:
+        for line in plan.summary():
+            note(f"{plan.scheme}  {line}")
+        items, calibration = _build(job, plan)
+        if items is not None and options.per_tensor and any(entry.packed for entry in plan.tensors):
+            costs[plan.scheme] = _costs(job, plan, items)
+        variants.append(_write(job, plan, items, targets[plan.scheme], calibration))
+        note(f"{plan.scheme}  written: {targets[plan.scheme]}")
+    run = _run_of(source)
+    name = source.id if run is None else f"{run}@{source.step}"
+    facts = SourceFacts(name, *_size(source, config))
+    if options.measure:
+        facts, variants = _measure(job, model, facts, variants)
+    judged = tuple(
+        dataclasses.replace(one, verdict=judge(one, variants, facts), hint=advise(one, plan.options))
+        for one, plan in zip(variants, plans, strict=True)
+    )
+    if run is not None and options.measure:
+        record_variants(run, source.step, judged)
+    text, tokens = (job.windows.name, job.windows.tokens) if job.windows and options.measure else ("", 0)
+    return QuantizeReport(facts, text, tokens, judged, costs, options.gates.broken_by(judged))
+
+
+def _options_for(options: QuantizeOptions, scheme: str) -> SchemeOptions:
+    """The options that apply to a scheme, where several were named; alone it is told what does not."""
+    asked = options.scheme_options
+    if len(options.schemes) == 1:
+        return asked
+    if scheme in GGUF_SCHEMES or scheme == "bf16":
+        return dataclasses.replace(asked, skip=(), bits_map=(), calibrate=False)
+    if scheme == "int8-dynamic":
+        return dataclasses.replace(asked, bits_map=(), calibrate=False)
+    return asked
+
+
+def _prepare(
+    source: ModelSource, config: ModelConfig, options: QuantizeOptions, calibrate: bool, note: Note
+) -> _Job:
+    files = source.read_tokenizer()
+    needs_text = options.measure or calibrate or options.per_tensor
+    needs_tokenizer = needs_text or any(scheme in GGUF_SCHEMES for scheme in options.schemes)
+    if files is None and needs_tokenizer:
+        raise InputError(
+            f"{source.id}: there is no tokenizer beside the weights",
+            "Put its tokenizer.json there, or give --no-measure.",
+        )
+    windows = squares = reference = None
+    if files is not None and needs_text:
+        tokenizer = Tokenizer.from_files(files, source.id)
+        tokenizer.require_fit(config.vocab_size)
+        wanted = calibrate or options.per_tensor
+        windows = choose_windows(source, config, tokenizer, options.data, options.windows, wanted)
+    tensors = read_tensors(source)
+    if windows is not None and (calibrate or options.per_tensor):
+        # The last few windows choose between the plain and the searched scales.
+        if calibrate or set(options.schemes) & set(PACKED_SCHEMES):
+            squares = input_squares(config, tensors, windows.calibration[:-COST_WINDOWS])
+        reference = _engine(config, tensors)
+    return _Job(source, config, tensors, files, windows, squares, reference, options, note)
+
+
+def _engine(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Engine:
+    return TorchEngine(from_state(config, tensors, "in memory").requires_grad_(False).eval())
+
+
+def _target(source: ModelSource, scheme: str, options: QuantizeOptions) -> Path:
+    """Where a scheme goes: a folder, or a file for GGUF."""
+    name = model_name(source)
+    run = _run_of(source)
+    if options.out is not None:
+        folder = options.out
+        if scheme in GGUF_SCHEMES:
+            return folder / f"{name}-{scheme.removeprefix('gguf-')}.gguf"
+        return folder / scheme if len(options.schemes) > 1 else folder
+    if run is not None:
+        folder = run / "quantized"
+        if scheme in GGUF_SCHEMES:
+            return folder / f"{name}-{scheme.removeprefix('gguf-')}.gguf"
+        return folder / scheme
+    if scheme in GGUF_SCHEMES:
+        return Path(f"{name}-{scheme.removeprefix('gguf-')}.gguf")
+    return Path(f"{name}-{scheme}")
+
+
+def _run_of(source: ModelSource) -> Path | None:
+    """The folder of the run that a source is, if it is one."""
+    path = Path(source.id.rpartition("@")[0] if source.step is not None and "@" in source.id else source.id)
+    return RunFolder.open(path).path if source.kind is SourceKind.RUN and RunFolder.is_run(path) else None
+
+
+def model_name(source: ModelSource) -> str:
+    """What to call files after a model: the last part of its name, without the endings of a file."""
+    path = Path(source.id.partition("@")[0])
+    if source.kind is SourceKind.RUN and RunFolder.is_run(path):
+        return RunFolder.open(path).path.name
+    if path.exists():
+        path = path.resolve()
+    name = path.stem if path.suffix in (".gguf", ".safetensors", ".ckpt") else path.name
+    return re.sub(FORMAT_ENDING, "", name) or name
+
+
+def _build(job: _Job, plan: Plan) -> tuple[dict[str, Item] | None, Calibration | None]:
+    if plan.scheme in GGUF_SCHEMES:
+        return None, None
+    plain = build_items(job.config, job.tensors, plan)
+    if not plan.options.calibrate or job.windows is None or job.reference is None:
+        return plain, None
+    job.note(f"{plan.scheme}  searching the scales: for a model of 135 million parameters a minute or two")
+    searched = build_items(job.config, job.tensors, plan, job.squares)
+    chosen = job.windows.calibration[-COST_WINDOWS:]
+    kls = [
+        mean_kl(job.reference, _engine(job.config, dequantized(items)), chosen) for items in (plain, searched)
+    ]
+    calibration = Calibration(*kls)
+    job.note(
+        f"{plan.scheme}  searched scales: KL {kls[1]:.5f}, plain rounding {kls[0]:.5f}, the same bytes"
+        + ("" if calibration.helped else "; the search did not help, so the plain ones are kept")
+    )
+    return (searched if calibration.helped else plain), calibration
+
+
+def _costs(job: _Job, plan: Plan, items: Mapping[str, Item]) -> tuple[TensorCost, ...]:
+    """Every tensor's relative output error, and the KL of the costliest when each alone is rounded."""
+    assert job.windows is not None
+    assert job.reference is not None
+    windows = job.windows.calibration[-COST_WINDOWS:]
+    dynamic = plan.scheme == DYNAMIC
+    if dynamic:
+        costs = dynamic_errors(job.config, job.tensors, items, plan.options.activations, windows)
+    else:
+        assert job.squares is not None
+        costs = output_errors(job.tensors, items, job.squares)
+    for index, cost in enumerate(costs[:COSTLIEST]):
+        alone = {cost.name: items[cost.name]}
+        variant: Engine
+        if dynamic:
+            mixed: dict[str, Any] = {**job.tensors, **alone}
+            variant = TorchEngine(DynamicTransformer(job.config, mixed, plan.options.activations))
+        else:
+            variant = _engine(job.config, {**job.tensors, **dequantized(alone)})
+        costs[index] = dataclasses.replace(cost, kl=mean_kl(job.reference, variant, windows))
+    return tuple(costs)
+
+
+def _write(
+    job: _Job, plan: Plan, items: Mapping[str, Item] | None, target: Path, calibration: Calibration | None
+) -> Variant:
+    name = model_name(job.source)
+    if items is None:
+        assert job.files is not None
+        scheme = plan.scheme.removeprefix("gguf-")
+        with naming_the_disk(target):
+            write_gguf(job.config, job.tensors.items(), job.files, scheme, target, name)
+        weights = target
+    else:
+        origin = Origin(job.source.id, job.source.kind.value, job.source.revision, job.source.step)
+        write_folder(target, job.config, plan, items, job.files, origin, job.options.force, name)
+        weights = target / FILE
+    bits = _size(open_source(str(target)), job.config)[1]
+    return Variant(
+        plan.scheme, str(target), weights.stat().st_size, bits, plan.summary(), calibration=calibration
+    )
+
+
+def _size(source: ModelSource, config: ModelConfig) -> tuple[int, float]:
+    """Bytes of the weights as they are stored, and bits for each of the model's parameters."""
+    stored = sum(tensor.bytes for tensor in source.tensors or ())
+    return stored, 8 * stored / count_parameters(config).unique
+
+
+def _measure(
+    job: _Job, model: str, facts: SourceFacts, variants: Sequence[Variant]
+) -> tuple[SourceFacts, list[Variant]]:
+    """Every variant, as it is loaded from its file, beside the source and in turns with it."""
+    assert job.windows is not None
+    source = load_model(model)
+    loaded = [load_model(variant.path).engine for variant in variants]
+    job.note(f"measuring {len(loaded)} of them on {job.windows.tokens:,} tokens of the {job.windows.name}")
+    qualities = measure_quality(source.engine, loaded, job.windows)
+    speeds = measure_speed(source.engine, loaded, source.tokenizer)
+    engines = [engine.name for engine in loaded]
+    facts = dataclasses.replace(facts, engine=source.engine.name)
+    del source, loaded  # what loads below has the memory for itself
+    facts = dataclasses.replace(facts, footprint=measure_footprint(model))
+    return facts, [
+        dataclasses.replace(
+            variant,
+            quality=quality,
+            speed=speed,
+            divergence=divergence,
+            footprint=measure_footprint(variant.path),
+            engine=engine,
+        )
+        for variant, quality, (speed, divergence), engine in zip(
+            variants, qualities, speeds, engines, strict=True
+        )
+    ]

@@ -1,0 +1,133 @@
+"""What happens during a run, as plain data: for the display, the JSON stream and the run's records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from smolctl.arithmetic import TrainingMemory
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something that was decided or found out, in one sentence for a person."""
+
+    event: ClassVar[str] = "note"
+    text: str
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The run in numbers. Times are measured on this machine with one real forward and backward."""
+
+    parameters: int
+    steps: int  # still to do
+    batch_size: int
+    sequence_length: int
+    tokens_per_step: int
+    tokens: int
+    corpus_tokens: int
+    passes: float  # over the corpus
+    tokens_per_parameter: float
+    memory: TrainingMemory
+    memory_bytes: int  # expected peak of the process or of the GPU's memory: `memory`, libraries, gaps
+    framework_bytes: int  # held by the process before the run: Python and its libraries; 0 on a GPU
+    gap_bytes: int  # lost in the allocator's gaps; 0 on a GPU
+    checkpoint_bytes: int  # of one
+    checkpoints_kept: int
+    disk_bytes: int  # of all that stay
+    disk_free_bytes: int
+    device: str
+    tokens_per_second: float
+    eta_s: float
+
+
+@dataclass(frozen=True)
+class Start:
+    """The first step is about to run."""
+
+    event: ClassVar[str] = "start"
+    run: str  # folder
+    step: int  # steps already behind this run
+    until: int  # step at which it ends
+    plan: RunPlan
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step is done."""
+
+    event: ClassVar[str] = "step"
+    step: int  # counted from 1
+    loss: float  # nats a token, mean over the step's tokens, before the update
+    learning_rate: float
+    gradient_norm: float  # before clipping
+    tokens: int  # seen by the run so far
+    seconds: float  # of this step
+    tokens_per_second: float  # over the last steps
+    eta_s: float  # left at that rate
+    memory_bytes: int | None  # most held so far; None where the system does not tell
+    mfu: float | None  # share of the devices' peak arithmetic; None where that is not known
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token that could come next."""
+
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How the model continues a fixed prompt at this step."""
+
+    event: ClassVar[str] = "prediction"
+    step: int
+    prompt: str
+    text: str
+    loss: float | None  # nats a token on the prompt itself; None for a prompt of one token
+    top: tuple[Candidate, ...]  # most likely tokens right after the prompt
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Bits per byte on the held-out documents."""
+
+    event: ClassVar[str] = "validation"
+    step: int
+    bits_per_byte: float
+    standard_error: float
+    loss: float  # nats a token
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint is on disk and was read back."""
+
+    event: ClassVar[str] = "checkpoint"
+    step: int
+    path: str
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class End:
+    """The run has ended, as planned or by a signal."""
+
+    event: ClassVar[str] = "end"
+    step: int
+    run: str
+    reason: str  # "done", "SIGINT" or "SIGTERM"
+    seconds: float
+
+
+Event = Note | Start | Step | Prediction | Validation | Checkpoint | End
+Listener = Callable[[Event], None]
+
+
+def to_json(event: Event) -> dict[str, Any]:
+    """The event as one flat JSON object that begins with its name."""
+    return {"event": event.event, **asdict(event)}

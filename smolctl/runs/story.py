@@ -1,0 +1,64 @@
+"""How the answers to the fixed prompts changed: predictions.jsonl as a text to read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from smolctl.escaping import code_span, fenced
+from smolctl.runs.events import Candidate, Prediction
+
+History = tuple[Prediction, ...]
+
+
+def histories(records: Iterable[Mapping[str, Any]]) -> dict[str, History]:
+    """Every prompt's predictions by rising step, the prompts in the order they first came.
+
+    Args:
+        records: of predictions.jsonl. Of two with the same prompt and step the later one counts.
+    """
+    by_prompt: dict[str, dict[int, Prediction]] = {}
+    for record in records:
+        prediction = Prediction(
+            step=record["step"],
+            prompt=record["prompt"],
+            text=record["text"],
+            loss=record["loss"],
+            top=tuple(Candidate(**candidate) for candidate in record["top"]),
+        )
+        by_prompt.setdefault(prediction.prompt, {})[prediction.step] = prediction
+    return {prompt: tuple(steps[step] for step in sorted(steps)) for prompt, steps in by_prompt.items()}
+
+
+def selection(history: History, most: int) -> History:
+    """The first prediction, the last, and some evenly between: at most `most`, which is 2 or more."""
+    if len(history) <= most:
+        return history
+    return tuple(history[round(number * (len(history) - 1) / (most - 1))] for number in range(most))
+
+
+def to_markdown(by_prompt: Mapping[str, History]) -> str:
+    """One section a prompt, one block a step. No text can break out of its block."""
+    steps = [prediction.step for history in by_prompt.values() for prediction in history]
+    lines = [
+        "# Predictions",
+        "",
+        f"How the model went on from each prompt, from step {min(steps, default=0):,} "
+        f"to step {max(steps, default=0):,}. Written anew from predictions.jsonl after every round.",
+    ]
+    for prompt, history in by_prompt.items():
+        lines += ["", f"## {code_span(prompt)}"]
+        for prediction in history:
+            lines += ["", *_block(prediction)]
+    return "\n".join(lines) + "\n"
+
+
+def _block(prediction: Prediction) -> list[str]:
+    facts = [f"**Step {prediction.step:,}**"]
+    if prediction.loss is not None:
+        facts.append(f"loss on the prompt {prediction.loss:.3f}")
+    likely = ", ".join(
+        f"{code_span(candidate.text)} {candidate.probability:.1%}" for candidate in prediction.top
+    )
+    facts.append(f"next: {likely}")
+    return [" · ".join(facts), "", *fenced(prediction.text)]

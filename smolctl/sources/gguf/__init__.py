@@ -1,0 +1,1 @@
+"""GGUF files: header, blocks, model and tokenizer, read and written."""

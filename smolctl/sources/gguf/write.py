@@ -1,0 +1,296 @@
+"""A Llama-shaped network with its tokenizer as one GGUF file, as llama.cpp's converter writes it.
+
+The file is written beside its place, read back by the toolkit's own reader and compared with what went in,
+and only then renamed: what stands under the name is whole and right.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smolctl.config import ModelConfig
+from smolctl.durable import lack_of_room
+from smolctl.errors import InputError, SmolError
+from smolctl.sources.base import TokenizerFiles
+from smolctl.sources.gguf.model import NAMES, open_gguf
+from smolctl.sources.gguf.write_tokenizer import require_same_tokenizer, tokenizer_metadata
+
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+BLOCK = 32  # values of a row that share a scale
+# Rounding cannot move a value further than this share of the tensor's largest one. Half a step, and a whole
+# one where the scale is set by one end of the range and the other end is cut.
+LARGEST_ERROR = {
+    "f32": 0.0,
+    "f16": 2**-11,
+    "bf16": 2**-8,
+    "q8_0": 1 / 127,
+    "q5_1": 1.02 / 31,
+    "q5_0": 1.02 / 16,
+    "q4_1": 1.02 / 15,
+    "q4_0": 1.02 / 8,
+}
+SCALE_UNDERFLOW = 8e-6  # scales are float16, whose smallest step is 6e-8, times up to 127
+SCHEMES = tuple(LARGEST_ERROR)
+BLOCK_SCHEMES = tuple(scheme for scheme in SCHEMES if scheme.startswith("q"))
+# Fields of a config that the file's keys do not hold, or hold in the tokenizer's words.
+NOT_IN_THE_FILE = {"attention_dropout", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"}
+
+
+@dataclass(frozen=True)
+class GGUFResult:
+    """A file that was written and read back."""
+
+    path: Path
+    scheme: str
+    bytes: int
+    parameters: int
+    largest_error: float  # of a value, as a share of its tensor's largest one
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes / self.parameters
+
+
+def require_gguf(config: ModelConfig, scheme: str) -> None:
+    """Check that a network can be a GGUF of this scheme, before anything is read.
+
+    Raises:
+        InputError: with the reason.
+    """
+    if scheme not in SCHEMES:
+        raise InputError(f"GGUF scheme {scheme} is not known", f"Schemes: {', '.join(SCHEMES)}.")
+    if config.position_embedding == "learned":
+        raise InputError(
+            "a model with learned positions cannot be a GGUF: llama.cpp's llama architecture rotates (RoPE)",
+            "Train with position_embedding: rope and residual_scale: 1, such as smollm2-135m-hub.",
+        )
+    if config.residual_scale != 1.0:
+        raise InputError(
+            f"a model with residual_scale {config.residual_scale:g} cannot be a GGUF: "
+            "llama.cpp's llama architecture adds its branches unscaled",
+            "Train with residual_scale: 1, such as smollm2-135m-hub.",
+        )
+    rows = {
+        "hidden_size": config.hidden_size,
+        "num_attention_heads × head_dim": config.num_attention_heads * config.head_dim,
+        "intermediate_size": config.intermediate_size,
+    }
+    for name, size in rows.items():
+        if scheme in BLOCK_SCHEMES and size % BLOCK:
+            raise InputError(
+                f"GGUF {scheme} packs rows in blocks of {BLOCK}: {name} {size} does not divide",
+                "Take f16 or bf16, which have no blocks.",
+            )
+
+
+def write_gguf(
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    tokenizer: TokenizerFiles,
+    scheme: str,
+    path: Path,
+    name: str,
+) -> GGUFResult:
+    """Write a network as GGUF.
+
+    Matrices are stored in `scheme`, norms in float32. The 4- and 5-bit schemes keep the token table (and a
+    head of its own) at q8_0, as published files do: it is read at both ends of the network.
+
+    Args:
+        config: of the network.
+        tensors: every tensor under its Hugging Face name; a head that equals a tied table may be there.
+        tokenizer: goes into the file, chat template included.
+        scheme: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.
+        path: of the file; replaced when it exists.
+        name: of the model, `general.name`.
+
+    Returns:
+        What was written, after it was read back and compared.
+
+    Raises:
+        InputError: llama.cpp has no such network, tokenizer or block size.
+        SmolError: the file does not read back as what went in; nothing stands under `path` then.
+    """
+    require_gguf(config, scheme)
+    metadata = {**_model_metadata(config, scheme, name), **tokenizer_metadata(tokenizer, config)}
+    state = {key: tensor.detach() for key, tensor in tensors}
+    if config.tie_word_embeddings:
+        state.pop(HEAD, None)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if lack := lack_of_room(path.parent, sum(_bytes(key, tensor, scheme) for key, tensor in state.items())):
+        raise SmolError(f"{path}: the GGUF {lack}", "Free some space or choose another place.")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        _write(partial, metadata, state, config, scheme)
+        try:
+            error = _read_back(partial, state, config, tokenizer, scheme)
+        except InputError as damage:  # a disk that is full takes less than it was given, without a word
+            raise SmolError(
+                f"{path}: cannot be written (reads back as: {damage.message})",
+                "Look at the disk's space and health.",
+            ) from None
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    parameters = sum(tensor.numel() for tensor in state.values())
+    return GGUFResult(path, scheme, path.stat().st_size, parameters, error)
+
+
+def block_of(name: str, dimensions: int, scheme: str) -> str:
+    """What a tensor is stored as in a file of a scheme: tables keep 8 bits, vectors float32."""
+    if dimensions == 1:
+        return "f32"
+    return "q8_0" if scheme in BLOCK_SCHEMES and name in (TABLE, HEAD) else scheme
+
+
+def _bytes(name: str, tensor: Tensor, scheme: str) -> int:
+    """Size of a tensor in a file of a scheme."""
+    import gguf
+
+    values, size = gguf.GGML_QUANT_SIZES[
+        gguf.GGMLQuantizationType[block_of(name, tensor.dim(), scheme).upper()]
+    ]
+    return int(tensor.numel() // values * size)
+
+
+def _model_metadata(config: ModelConfig, scheme: str, name: str) -> dict[str, Any]:
+    import gguf
+
+    file_type = gguf.LlamaFileType["ALL_F32" if scheme == "f32" else f"MOSTLY_{scheme.upper()}"]
+    return {
+        "general.name": name,
+        "general.file_type": int(file_type),
+        "general.quantization_version": gguf.GGML_QUANT_VERSION,
+        "llama.vocab_size": config.vocab_size,
+        "llama.block_count": config.num_hidden_layers,
+        "llama.context_length": config.max_position_embeddings,
+        "llama.embedding_length": config.hidden_size,
+        "llama.feed_forward_length": config.intermediate_size,
+        "llama.attention.head_count": config.num_attention_heads,
+        "llama.attention.head_count_kv": config.num_key_value_heads,
+        "llama.attention.key_length": config.head_dim,
+        "llama.attention.value_length": config.head_dim,
+        "llama.rope.dimension_count": config.head_dim,
+        "llama.rope.freq_base": config.rope_theta,
+        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+    }
+
+
+def _write(
+    path: Path, metadata: Mapping[str, Any], state: Mapping[str, Tensor], config: ModelConfig, scheme: str
+) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    try:
+        for key, value in metadata.items():
+            _add(writer, key, value)
+        for name, tensor in state.items():
+            kind = gguf.GGMLQuantizationType[block_of(name, tensor.dim(), scheme).upper()]
+            values = _interleaved(name, tensor.float().cpu(), config).contiguous().numpy()
+            writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, kind), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    except OSError as error:
+        raise SmolError(
+            f"{path.parent}: the GGUF cannot be written ({error.strerror or error})",
+            "Free some space and try again.",
+        ) from None
+    finally:
+        writer.close()
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    add: Callable[[str, Any], None]
+    if isinstance(value, bool):
+        add = writer.add_bool
+    elif isinstance(value, int):
+        add = writer.add_uint32
+    elif isinstance(value, float):
+        add = writer.add_float32
+    elif isinstance(value, str):
+        add = writer.add_string
+    else:
+        add = writer.add_array
+    add(key, value)
+
+
+def gguf_name(name: str) -> str:
+    """`model.layers.0.mlp.up_proj.weight` as `blk.0.ffn_up.weight`.
+
+    Raises:
+        InputError: a Llama has no such tensor.
+    """
+    back = {ours: theirs for theirs, ours in NAMES.items()}
+    stem, _, suffix = name.rpartition(".")
+    prefix = ""
+    if stem.startswith("model.layers."):
+        _, _, layer, stem = stem.split(".", 3)
+        prefix = f"blk.{layer}."
+    if stem not in back or suffix != "weight":
+        raise InputError(f"{name}: a GGUF of a Llama has no such tensor", "Export a Llama-shaped model.")
+    return f"{prefix}{back[stem]}.{suffix}"
+
+
+def _interleaved(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """Rows of Q and K in llama.cpp's order: the two halves of every head take turns, as it rotates pairs."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
+        name.split(".")[-2]
+    )
+    if heads is None:
+        return tensor
+    rows, width = tensor.shape
+    return tensor.view(heads, 2, rows // heads // 2, width).transpose(1, 2).reshape(rows, width)
+
+
+def _read_back(
+    path: Path, state: Mapping[str, Tensor], config: ModelConfig, tokenizer: TokenizerFiles, scheme: str
+) -> float:
+    """The largest error of a value as a share of its tensor's largest one, after checking all of the file."""
+    source = open_gguf(path, path.name)
+    if source.config is None or source.weights is None:
+        raise _differs(source.unsupported)
+    ours, theirs = (one.model_dump(exclude=NOT_IN_THE_FILE) for one in (config, source.config))
+    for key, value in ours.items():
+        # The file's numbers are float32.
+        same = theirs[key] == value or (isinstance(value, float) and abs(theirs[key] / value - 1) < 1e-6)
+        if not same:
+            raise _differs(f"{key} is {theirs[key]}, expected {value}")
+    missing = set(state)
+    worst = 0.0
+    for name, tensor in source.weights.tensors():
+        missing.discard(name)
+        worst = max(worst, _error(name, state[name].float().cpu(), tensor, scheme))
+    if missing:
+        raise _differs(f"{sorted(missing)[0]} is missing")
+    back = source.read_tokenizer()
+    if back is None:
+        raise _differs("the tokenizer is missing")
+    require_same_tokenizer(tokenizer, back, _differs)
+    return worst
+
+
+def _error(name: str, expected: Tensor, found: Tensor, scheme: str) -> float:
+    stored = block_of(name, expected.dim(), scheme)
+    if expected.shape != found.shape:
+        raise _differs(f"{name} is {tuple(found.shape)}, expected {tuple(expected.shape)}")
+    largest = float(expected.abs().max())
+    error = float((found - expected).abs().max())
+    allowed = LARGEST_ERROR[stored] * largest + (0.0 if stored == "f32" else SCALE_UNDERFLOW)
+    if not torch.isfinite(found).all() or not error <= allowed:
+        raise _differs(f"{name} is off by {error:.3g} where {stored} allows {allowed:.3g}")
+    return error / largest if largest else 0.0
+
+
+def _differs(what: str) -> SmolError:
+    return SmolError(f"the GGUF does not read back as the model: {what}", "Nothing was written; report this.")

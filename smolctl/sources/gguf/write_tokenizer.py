@@ -1,0 +1,146 @@
+"""A byte-level BPE as the keys of a GGUF, and the check that it still is the same tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from smolctl.config import ModelConfig
+from smolctl.errors import InputError, SmolError
+from smolctl.sources.base import TokenizerFiles
+from smolctl.sources.gguf.tokenizer import CONTROL, USER_DEFINED
+from smolctl.sources.huggingface.tokenizer import parse_json, token_ids
+
+NORMAL, UNUSED = 1, 5  # token types of llama.cpp's vocabulary
+# What a tokenizer may do differently in spite of equal entries: digits, contractions, spaces, line ends,
+# scripts, marks of their own, special tokens within a text.
+SAMPLES = (
+    "In 2026 they'll sell 1,234.5 of them; we've 12345 left.",
+    "def f(x):\n    return  x**2  # twice   as much\n\n\n\treturn\r\n",
+    "Grüße, naïve café — ½ ²³ Ⅻ; \u00a0\u2003 Привет, мир! 你好 こんにちは 🙂👩‍👩‍👧",
+    "<|endoftext|>a<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n  ",
+    "HTTPServer_v2.parse('x')?!... 'tis I'M don't   ",
+)
+REMEDY = "Leave out the GGUF, or train with --tokenizer train:N."
+
+
+def tokenizer_metadata(files: TokenizerFiles, config: ModelConfig) -> dict[str, Any]:
+    """The `tokenizer.*` keys.
+
+    The vocabulary is filled up to the rows of the model's table, as llama.cpp wants one entry a row.
+
+    Raises:
+        InputError: llama.cpp has no tokenizer that does the same.
+    """
+    content = parse_json(files.tokenizer_json, "tokenizer.json")
+    pre = pre_tokenizer_name(content)
+    names = {token_id: token for token, token_id in token_ids(files.tokenizer_json, "tokenizer.json").items()}
+    if names and max(names) >= config.vocab_size:
+        raise InputError(
+            f"the tokenizer has ids up to {max(names):,}, the model's vocab_size is {config.vocab_size:,}",
+            "Give the model the tokenizer that it was trained with.",
+        )
+    kinds = {
+        token["id"]: CONTROL if token.get("special") else USER_DEFINED
+        for token in content.get("added_tokens") or ()
+    }
+    rows = range(config.vocab_size)
+    metadata: dict[str, Any] = {
+        "tokenizer.ggml.model": "gpt2",  # llama.cpp's name of byte-level BPE
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": [names.get(row, f"[PAD{row}]") for row in rows],
+        "tokenizer.ggml.token_type": [kinds.get(row, NORMAL) if row in names else UNUSED for row in rows],
+        "tokenizer.ggml.merges": _merges(content),
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.add_bos_token": _begins_with_bos(files),
+    }
+    eos = files.eos_token_id
+    ids = {
+        "bos": files.bos_token_id if files.bos_token_id is not None else config.bos_token_id,
+        "eos": eos if eos is not None else next(iter(config.eos_token_ids), None),
+        "padding": files.pad_token_id if files.pad_token_id is not None else config.pad_token_id,
+    }
+    metadata |= {f"tokenizer.ggml.{key}_token_id": value for key, value in ids.items() if value is not None}
+    if files.chat_template:
+        metadata["tokenizer.chat_template"] = files.chat_template
+    return metadata
+
+
+def pre_tokenizer_name(content: Mapping[str, Any]) -> str:
+    """llama.cpp's name of the way in which a tokenizer.json cuts text before the merges.
+
+    `gpt-2` is GPT-2's regular expression alone; `smollm` cuts out every digit first.
+
+    Raises:
+        InputError: it does anything else.
+    """
+    model = content.get("model") or {}
+    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
+        raise _unsupported("no byte-level BPE")
+    if content.get("normalizer"):
+        raise _unsupported("a normalizer")
+    if model.get("ignore_merges"):
+        raise _unsupported("ignore_merges")
+    outer = content.get("pre_tokenizer") or {}
+    parts = list(outer.get("pretokenizers", [])) if outer.get("type") == "Sequence" else [outer]
+    *before, last = parts or [{}]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space") or not last.get("use_regex", True):
+        raise _unsupported(f"the pre-tokenizer {last.get('type')}")
+    if not before:
+        return "gpt-2"
+    if len(before) == 1 and before[0].get("type") == "Digits" and before[0].get("individual_digits"):
+        return "smollm"
+    raise _unsupported(f"the pre-tokenizer {before[0].get('type')}")
+
+
+def require_same_tokenizer(
+    given: TokenizerFiles, back: TokenizerFiles, differs: Callable[[str], SmolError]
+) -> None:
+    """Check that two tokenizers turn the same texts into the same ids, and have the same template.
+
+    Raises:
+        SmolError: what `differs` makes of the first difference.
+    """
+    import tokenizers
+
+    one, two = (tokenizers.Tokenizer.from_str(files.tokenizer_json) for files in (given, back))
+    for sample in SAMPLES:
+        for special in (False, True):
+            expected, found = (one_.encode(sample, add_special_tokens=special).ids for one_ in (one, two))
+            if expected != found:
+                raise differs(f"the tokenizer reads {sample[:30]!r} as {found[:8]}, not as {expected[:8]}")
+    if (given.chat_template or None) != back.chat_template:
+        raise differs("the chat template is another")
+
+
+def _merges(content: Mapping[str, Any]) -> list[str]:
+    """Both spellings of tokenizer.json, "a b" and ["a", "b"], as GGUF's "a b".
+
+    Raises:
+        InputError: there are none, which llama.cpp does not load.
+    """
+    merges = (content.get("model") or {}).get("merges") or ()
+    if not merges:
+        raise _unsupported("no merges")
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+
+
+def _begins_with_bos(files: TokenizerFiles) -> bool:
+    """Whether the tokenizer puts its first token before every text.
+
+    Raises:
+        InputError: it adds something else.
+    """
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_str(files.tokenizer_json)
+    bare, full = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+    if full == bare:
+        return False
+    if full == [files.bos_token_id, *bare]:
+        return True
+    raise _unsupported(f"special tokens around every text ({full})")
+
+
+def _unsupported(what: str) -> InputError:
+    return InputError(f"this tokenizer cannot go into a GGUF: it has {what}", REMEDY)

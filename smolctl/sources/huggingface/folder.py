@@ -1,0 +1,118 @@
+"""A Hugging Face folder, its config.json, or a lone .safetensors file as a MODEL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from smolctl.config import ModelConfig
+from smolctl.errors import InputError
+from smolctl.sources.base import ModelSource, SourceKind, TensorHeader
+from smolctl.sources.huggingface.config import assumed_keys, from_huggingface_config
+from smolctl.sources.huggingface.safetensors_file import SafetensorsWeights, read_header, read_shards
+from smolctl.sources.huggingface.tokenizer import read_json, tokenizer_reader
+from smolctl.sources.shapes import check_tensors, recover_config, require_tensors
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def is_huggingface_folder(folder: Path) -> bool:
+    """Whether a folder holds a config.json or safetensors."""
+    return (folder / "config.json").is_file() or any(folder.glob("*.safetensors"))
+
+
+def open_folder(folder: Path, name: str, kind: SourceKind = SourceKind.FOLDER) -> ModelSource:
+    """Open a folder as transformers saves it.
+
+    Raises:
+        InputError: a file is damaged or missing.
+    """
+    weights, tensors, problems = _folder_weights(folder)
+    config_path = folder / "config.json"
+    declared = read_json(config_path) if config_path.is_file() else None
+    return describe(kind, name, declared, tensors, weights, problems, folder)
+
+
+def open_config_json(path: Path, name: str) -> ModelSource:
+    """Open a config.json, with the weights that lie beside it."""
+    if path.name == "config.json":
+        return open_folder(path.parent, name)
+    return describe(SourceKind.FOLDER, name, read_json(path), None, None, (), None)
+
+
+def open_safetensors(path: Path, name: str) -> ModelSource:
+    """Open one file; its config is the config.json beside it, or is recovered from the shapes."""
+    tensors = read_header(path)
+    require_tensors(tensors, str(path))
+    beside = path.parent / "config.json"
+    declared = read_json(beside) if beside.is_file() else None
+    weights = SafetensorsWeights({path: None})
+    return describe(SourceKind.SAFETENSORS, name, declared, tensors, weights, (), path.parent)
+
+
+def describe(
+    kind: SourceKind,
+    name: str,
+    declared: Mapping[str, Any] | None,
+    tensors: tuple[TensorHeader, ...] | None,
+    weights: SafetensorsWeights | None,
+    problems: tuple[str, ...],
+    folder: Path | None,
+) -> ModelSource:
+    """A source from the config.json's content (None: recover it from shapes) and the header."""
+    config, unsupported, notes = read_config(declared, tensors, name)
+    if config and tensors and declared is not None:
+        notes += check_tensors(config, tensors)
+    return ModelSource(
+        kind=kind,
+        id=name,
+        config=config,
+        unsupported=unsupported,
+        declared=declared or {},
+        recovered_from_shapes=declared is None,
+        tensors=tensors,
+        problems=problems + notes,
+        weights=weights,
+        tokenizer_reader=tokenizer_reader(folder),
+    )
+
+
+def read_config(
+    declared: Mapping[str, Any] | None, tensors: tuple[TensorHeader, ...] | None, name: str
+) -> tuple[ModelConfig | None, str, tuple[str, ...]]:
+    """The config, why there is none, and what is odd about it."""
+    if declared is not None:
+        config, unsupported = from_huggingface_config(declared, name)
+        notes = assumed_keys(declared) if config else ()
+        if declared.get("quantization_config") and tensors:
+            notes += ("quantized: its tensors are packed, so that header counts are not parameter counts",)
+        return config, unsupported, notes
+    if tensors is None:
+        return None, "there is no config.json and there are no weights", ()
+    recovered = recover_config(tensors)
+    return recovered.config, recovered.unsupported, recovered.assumptions
+
+
+def _folder_weights(
+    folder: Path,
+) -> tuple[SafetensorsWeights | None, tuple[TensorHeader, ...] | None, tuple[str, ...]]:
+    if (folder / INDEX).is_file():
+        shards, tensors = read_shards(folder, folder / INDEX)
+        return SafetensorsWeights(shards), tensors, ()
+    files = sorted(folder.glob("*.safetensors"))
+    if (folder / SINGLE) in files:
+        files = [folder / SINGLE]
+    if len(files) > 1:
+        raise InputError(
+            f"{folder}: {len(files)} safetensors files and no {INDEX}",
+            "Name one of the files, or add the index.",
+        )
+    if files:
+        tensors = read_header(files[0])
+        require_tensors(tensors, str(files[0]))
+        return SafetensorsWeights({files[0]: None}), tensors, ()
+    others = sorted(path.name for pattern in ("*.bin", "*.gguf", "*.pth") for path in folder.glob(pattern))
+    notes = (f"no safetensors here; {', '.join(others)} is not read from a folder",) if others else ()
+    return None, None, notes

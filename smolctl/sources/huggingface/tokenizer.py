@@ -1,0 +1,143 @@
+"""The tokenizer that lies in a Hugging Face folder, as plain data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from smolctl.errors import InputError
+from smolctl.sources.base import TokenizerFiles
+
+# Files that hold a tokenizer in formats older than tokenizer.json.
+SLOW_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+# Everything of a repository that a tokenizer may need, tokenizer.json aside.
+SIDE_FILES = ("tokenizer_config.json", "generation_config.json", "config.json", "chat_template.jinja")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        InputError: the file is missing, is no JSON, or no object.
+    """
+    try:
+        return parse_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror})", "Check the path and its rights."
+        ) from None
+
+
+def parse_json(text: bytes | str, origin: str) -> dict[str, Any]:
+    """The object in a JSON text; raises as `read_json`."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{origin}: not JSON ({error})", "Mend the file or download it again.") from None
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{origin}: the top level must be a JSON object", "Mend the file or download it again."
+        )
+    return content
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer in any format."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", *SLOW_FILES))
+
+
+def tokenizer_reader(folder: Path | None) -> Callable[[], TokenizerFiles | None] | None:
+    """What `ModelSource.tokenizer_reader` is for the tokenizer in a folder; None where there is none."""
+    if folder is None or not has_tokenizer(folder):
+        return None
+    return lambda: read_tokenizer_folder(folder)
+
+
+def read_tokenizer_folder(folder: Path) -> TokenizerFiles | None:
+    """The tokenizer of a folder; None when it holds none.
+
+    Raises:
+        InputError: a file is damaged, or only a format is there that cannot be converted.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        if not has_tokenizer(folder):
+            return None
+        text = _converted(folder)
+    else:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: cannot be read ({error})", "Download the file again.") from None
+    settings, generation, model = (
+        read_json(folder / name) if (folder / name).is_file() else {}
+        for name in ("tokenizer_config.json", "generation_config.json", "config.json")
+    )
+    ids = token_ids(text, str(path))
+    special = {name: _special_id(name, settings, ids, (generation, model)) for name in ("bos", "eos", "pad")}
+    return TokenizerFiles(
+        tokenizer_json=text,
+        chat_template=_chat_template(folder, settings),
+        bos_token_id=special["bos"],
+        eos_token_id=special["eos"],
+        pad_token_id=special["pad"],
+    )
+
+
+def token_ids(tokenizer_json: str, origin: str) -> Mapping[str, int]:
+    """Token to id: the added tokens of a tokenizer.json over its vocabulary."""
+    content = parse_json(tokenizer_json, origin)
+    model = content.get("model")
+    vocab = (isinstance(model, dict) and model.get("vocab")) or {}
+    if isinstance(vocab, list):  # a unigram model lists [token, score]
+        vocab = {entry[0]: index for index, entry in enumerate(vocab) if isinstance(entry, list) and entry}
+    added = content.get("added_tokens") or ()
+    return vocab | {
+        token["content"]: token["id"] for token in added if isinstance(token, dict) and "id" in token
+    }
+
+
+def _special_id(
+    name: str, settings: Mapping[str, Any], ids: Mapping[str, int], configs: tuple[Mapping[str, Any], ...]
+) -> int | None:
+    """tokenizer_config.json names the token; the other files give its id, or several."""
+    token = settings.get(f"{name}_token")
+    if isinstance(token, Mapping):
+        token = token.get("content")
+    if isinstance(token, str) and token in ids:
+        return ids[token]
+    for config in configs:
+        value = config.get(f"{name}_token_id")
+        if isinstance(value, list) and value:
+            value = value[0]
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """The template file, else the one within tokenizer_config.json; of several the default one."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8", errors="replace")
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _converted(folder: Path) -> str:
+    """tokenizer.json's text from an older format, through transformers; its own code only."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return str(tokenizer.backend_tokenizer.to_str())
+    except Exception as error:  # whatever a converter raises, the remedy is the same
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{folder}: its tokenizer cannot be converted ({reason})", "Save it as tokenizer.json first."
+        ) from None

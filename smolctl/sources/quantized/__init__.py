@@ -1,0 +1,1 @@
+"""What `smolctl quantize` writes: matrices of small integers, their folder, their checkpoint."""

@@ -1,0 +1,229 @@
+"""Quantized models as a MODEL: the folder that `quantize` writes, and its `_quantized.ckpt`.
+
+A folder holds `model.safetensors` and `quantization.json`, which says what every tensor in it stands for.
+A packed matrix NAME lies as `NAME.values`, `NAME.scales` and, with 4 bits, `NAME.offsets`
+(see `packed.py`); of the scheme int8-dynamic as `NAME.values` and `NAME.scales` in float32, a single one or
+one a row. Everything else lies under its own name.
+
+Opening reads the headers and compares the size and the SHA-256 of the header with what was written.
+Asking for weights compares the SHA-256 of the whole file first (about a millisecond a megabyte), then
+maps it into memory: a model that was cut off, exchanged or changed in a single bit never runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smolctl.config import ModelConfig
+from smolctl.config.load import resolve_model_config
+from smolctl.durable import file_digest
+from smolctl.errors import InputError
+from smolctl.sources.base import ModelSource, SourceKind, TensorHeader, Weights
+from smolctl.sources.huggingface.config import from_huggingface_config
+from smolctl.sources.huggingface.safetensors_file import read_header
+from smolctl.sources.huggingface.tokenizer import read_json, tokenizer_reader
+from smolctl.sources.shapes import check_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+    from smolctl.sources.quantized.packed import PackedMatrix
+
+DESCRIPTION = "quantization.json"
+FILE = "model.safetensors"
+FORMAT, VERSION = "smolctl-quantized", 1
+OWN_TYPE = "smolctl"  # model_type of networks that are no LlamaForCausalLM
+REMEDY = "Copy the folder again, or run `smolctl quantize` again: it is damaged, changed or not complete."
+VALUES, SCALES, OFFSETS = ".values", ".scales", ".offsets"
+
+
+def is_quantized_folder(folder: Path) -> bool:
+    """Whether a folder was written by `quantize`."""
+    return (folder / DESCRIPTION).is_file()
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The content of quantization.json.
+
+    Raises:
+        InputError: it is damaged, or of a newer smolctl.
+    """
+    path = folder / DESCRIPTION
+    content = read_json(path)
+    if content.get("format") != FORMAT:
+        raise InputError(f"{path}: not a description of a quantized model", REMEDY)
+    if content.get("version") != VERSION:
+        raise InputError(
+            f"{path}: format version {content.get('version')}, this smolctl reads {VERSION}",
+            "Update smolctl, or quantize the model again.",
+        )
+    return content
+
+
+def open_quantized_folder(folder: Path, name: str) -> ModelSource:
+    """Open a folder by its headers.
+
+    Raises:
+        InputError: a file is missing, cut off, exchanged or damaged.
+    """
+    description = read_description(folder)
+    path = folder / FILE
+    if not path.is_file():
+        raise InputError(f"{path}: missing, though {DESCRIPTION} describes it", REMEDY)
+    tensors = _described(description, read_header(path), path)
+    _check_header(description, path)
+    config_path = folder / "config.json"
+    config = _read_config(config_path)
+    if file_digest(config_path) != description.get("config_sha256"):
+        raise InputError(f"{config_path}: is not the one that was written (checksum differs)", REMEDY)
+    mismatches = check_tensors(config, tensors)
+    if mismatches:
+        raise InputError(f"{folder}: config.json is not this model's: {mismatches[0]}", REMEDY)
+    return ModelSource(
+        kind=SourceKind.QUANTIZED,
+        id=name,
+        config=config,
+        declared=read_json(config_path),
+        tensors=tensors,
+        weights=QuantizedWeights(path, description),
+        quantization=description,
+        tokenizer_reader=tokenizer_reader(folder),
+    )
+
+
+def header_digest(path: Path) -> str:
+    """SHA-256 of a safetensors file's header, with its length."""
+    with path.open("rb") as file:
+        start = file.read(8)
+        return hashlib.sha256(start + file.read(int.from_bytes(start, "little"))).hexdigest()
+
+
+def _check_header(description: Mapping[str, Any], path: Path) -> None:
+    recorded = _entry(description, "file", path)
+    size = path.stat().st_size
+    if recorded.get("bytes") != size:
+        raise InputError(f"{path}: has {size:,} bytes, {recorded.get('bytes'):,} were written", REMEDY)
+    if recorded.get("header_sha256") != header_digest(path):
+        raise InputError(f"{path}: its header is not the one that was written (checksum differs)", REMEDY)
+
+
+def _read_config(path: Path) -> ModelConfig:
+    values = {key: value for key, value in read_json(path).items() if key != "quantization_config"}
+    if values.get("model_type") == OWN_TYPE:
+        known = {key: values[key] for key in ModelConfig.model_fields if key in values}
+        return resolve_model_config(known, str(path))
+    config, unsupported = from_huggingface_config(values, str(path))
+    if config is None:
+        raise InputError(f"{path}: {unsupported}", REMEDY)
+    return config
+
+
+def _entry(description: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
+    value = description.get(key)
+    if not isinstance(value, Mapping):
+        raise InputError(f"{path.parent / DESCRIPTION}: {key} is damaged", REMEDY)
+    return value
+
+
+def parts_of(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """The stored tensors that make up one of the model's."""
+    bits = entry.get("bits")
+    if bits not in (4, 8):
+        return (name,)
+    return (name + VALUES, name + SCALES) + ((name + OFFSETS,) if bits == 4 else ())
+
+
+def _described(
+    description: Mapping[str, Any], stored: tuple[TensorHeader, ...], path: Path
+) -> tuple[TensorHeader, ...]:
+    """The model's own tensors as the plan describes them, checked against what the file holds."""
+    found = {tensor.name: tensor for tensor in stored}
+    plan = _entry(description, "tensors", path)
+    tensors = []
+    for name, entry in plan.items():
+        try:
+            shape, parts = tuple(int(size) for size in entry["shape"]), parts_of(name, entry)
+            kind = str(entry["stored"])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise InputError(f"{path.parent / DESCRIPTION}: the entry of {name} is damaged", REMEDY) from None
+        missing = [part for part in parts if part not in found]
+        if missing:
+            raise InputError(f"{path}: has no {missing[0]}, though {DESCRIPTION} describes it", REMEDY)
+        tensors.append(TensorHeader(name, shape, kind, sum(found.pop(part).bytes for part in parts)))
+    if found:
+        raise InputError(f"{path}: holds {next(iter(found))}, which {DESCRIPTION} does not describe", REMEDY)
+    return tuple(tensors)
+
+
+class QuantizedWeights(Weights):
+    """The tensors of a quantized folder, mapped into memory after the file's checksum was compared."""
+
+    def __init__(self, path: Path, description: Mapping[str, Any]) -> None:
+        self.path, self.description = path, description
+
+    def verify(self) -> None:
+        """Compare the file with the checksum that was written.
+
+        Raises:
+            InputError: it differs.
+        """
+        try:
+            digest = file_digest(self.path)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read ({error.strerror})", REMEDY) from None
+        if digest != _entry(self.description, "file", self.path).get("sha256"):
+            raise InputError(
+                f"{self.path}: its bytes are not the ones that were written (checksum differs)", REMEDY
+            )
+
+    def stored(self) -> Iterator[tuple[str, torch.Tensor | PackedMatrix]]:
+        from smolctl.sources.quantized.scaled import ScaledMatrix
+
+        for name, item in self.parts():
+            yield name, item.dequantize() if isinstance(item, ScaledMatrix) else item
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        import torch
+
+        for name, item in self.parts():
+            yield name, item.float() if isinstance(item, torch.Tensor) else item.dequantize()
+
+    def parts(self) -> Iterator[tuple[str, Any]]:
+        """Every tensor as it lies in the file: a tensor, a `PackedMatrix` or a `ScaledMatrix`.
+
+        Raises:
+            InputError: the file is not the one that was written.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        self.verify()
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                for name, entry in self.description["tensors"].items():
+                    found = [file.get_tensor(part) for part in parts_of(name, entry)]
+                    yield name, found[0] if len(found) == 1 else _matrix(entry, found)
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.path}: cannot be read ({error})", REMEDY) from None
+
+
+def _matrix(entry: Mapping[str, Any], parts: list[torch.Tensor]) -> Any:
+    from smolctl.sources.quantized.packed import BLOCK, PackedMatrix
+    from smolctl.sources.quantized.scaled import ScaledMatrix
+
+    rows, columns = entry["shape"]
+    values, scales = parts[:2]
+    if entry.get("group") is None:
+        if tuple(values.shape) != (rows, columns) or scales.numel() not in (1, rows):
+            raise ValueError(f"values of shape {tuple(values.shape)} for a matrix of {rows} × {columns}")
+        return ScaledMatrix(values, scales)
+    bits, group = entry["bits"], entry["group"]
+    padded = columns + -columns % BLOCK
+    if group < BLOCK or group % BLOCK:
+        raise ValueError(f"groups of {group}")
+    shapes = [(rows, padded * bits // 8), *[(rows, -(-padded // group))] * (len(parts) - 1)]
+    if [tuple(part.shape) for part in parts] != shapes:
+        raise ValueError(f"values of shape {tuple(values.shape)} for a matrix of {rows} × {columns}")
+    return PackedMatrix(bits, columns, group, values, scales, parts[2] if bits == 4 else None)

@@ -1,0 +1,55 @@
+"""The optimizer of a run."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from smolctl.config.run import OptimizerConfig
+from smolctl.model.network import Transformer
+from smolctl.training.optim.muon import MuonAdamW
+
+
+def make_optimizer(network: Transformer, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW in its fused form, or Muon for the blocks' matrices and AdamW for the rest.
+
+    Matrices decay; norms, which have one dimension, do not.
+    """
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
+    others = {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0}
+    if config.name == "adamw":
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, others]
+        return torch.optim.AdamW(
+            groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
+        )
+    hidden = hidden_matrices(network)
+    known = set(map(id, hidden))
+    tables = [parameter for parameter in matrices if id(parameter) not in known]
+    return MuonAdamW(
+        [
+            {"params": hidden, "weight_decay": config.weight_decay, "muon": True},
+            {"params": tables, "weight_decay": config.weight_decay, "muon": False},
+            {**others, "muon": False},
+        ],
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+    )
+
+
+def hidden_matrices(network: Transformer) -> list[nn.Parameter]:
+    """The matrices between the embeddings and the head, which Muon steps."""
+    return [
+        parameter
+        for parameter in network.model.layers.parameters()
+        if parameter.requires_grad and parameter.dim() >= 2
+    ]
+
+
+def apply_settings(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
+    """Give an optimizer that was loaded from a checkpoint the config's settings; its state stays."""
+    for group in optimizer.param_groups:
+        decays = any(parameter.dim() >= 2 for parameter in group["params"])
+        group["weight_decay"] = config.weight_decay if decays else 0.0
+        group["betas"], group["eps"] = config.betas, config.eps

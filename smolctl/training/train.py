@@ -1,0 +1,66 @@
+"""`train`: a run folder from the first step to the last."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from smolctl.arithmetic import training_memory
+from smolctl.durable import naming_the_disk
+from smolctl.runs.events import Listener, RunPlan
+from smolctl.runs.folder import RUNS
+from smolctl.runs.records import RunRecorder, claim_run_folder
+from smolctl.timing import resident_memory
+from smolctl.training.device import on_gpu, process_count
+from smolctl.training.distributed import is_main_process
+from smolctl.training.fit import RunResult, fit, prepare_process
+from smolctl.training.guards import naming_the_memory_knob
+from smolctl.training.plan import make_plan, measure_speed
+from smolctl.training.prepare import Prepared
+
+
+def plan_run(prepared: Prepared, disk: Path) -> RunPlan:
+    """What the steps to come will cost, measured on the run's own first micro-batch.
+
+    Args:
+        prepared: the run.
+        disk: where checkpoints will go; its free space is looked up.
+    """
+    prepare_process()
+    config, done = prepared.config, prepared.first_step
+    device = "cuda" if on_gpu(config) else "cpu"
+    sequences = max(1, config.micro_batch_size // process_count(config))
+    held = (resident_memory() or 0) - training_memory(config.model, 1, 1).weights if device == "cpu" else 0
+    with naming_the_memory_knob(config.micro_batch_size):
+        network = prepared.network.to(device)
+        batch = prepared.dataset()[done][:sequences].to(device)
+        speed = measure_speed(network, batch, config, prepared.document_end)
+    if device == "cuda":  # processes on a CPU share its cores
+        speed *= process_count(config)
+    existing = next(path for path in (disk.absolute(), *disk.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    return make_plan(config, done, len(prepared.corpus.train), speed, free, device, sequences, max(0, held))
+
+
+def train(prepared: Prepared, name: str, out: Path | None, force: bool, emit: Listener) -> RunResult:
+    """Start a run in a new folder.
+
+    Args:
+        prepared: config, weights, tokenizer and tokens.
+        name: of the config; names the folder when `out` is None.
+        out: the run folder.
+        force: replace the run that `out` holds.
+        emit: hears every event.
+
+    Raises:
+        SmolError: with the cause; the checkpoints written so far stay.
+    """
+    if not is_main_process():  # the main process keeps the records, and says where
+        return fit(prepared, RunRecorder(out or RUNS), None, None, emit)
+    plan = plan_run(prepared, out or RUNS)
+    with naming_the_disk(out or RUNS):
+        recorder = RunRecorder(claim_run_folder(name, out, force))
+    with recorder.lock():
+        with naming_the_disk(recorder.folder):
+            recorder.describe(prepared.config, prepared.tokenizer.save)
+        return fit(prepared, recorder, plan, None, emit)

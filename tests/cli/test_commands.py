@@ -1,0 +1,287 @@
+"""train, resume and sample as a user calls them: events, exit codes, signals, JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from smolctl.runs.folder import RunFolder
+
+TINY: dict[str, Any] = {
+    "model": {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 32,
+    },
+    "tokenizer": "train:300",
+    "data": {"source": "corpus", "sequence_length": 32, "validation_fraction": 0.2},
+    "train": {"steps": 6, "batch_size": 4},
+    "schedule": {"warmup_steps": 2, "decay_start": 10_000, "decay_steps": 10},
+    "checkpoint": {"every": 3, "keep_last": 0},
+    "predictions": {"every": 3, "prompts": ["the cat"], "max_tokens": 4},
+    "validation": {"every": 3, "batches": 2},
+}
+EVENT_KEYS = {
+    "start": {"run", "step", "until", "plan"},
+    "step": {
+        *("step", "loss", "learning_rate", "gradient_norm", "tokens", "tokens_per_second", "eta_s"),
+        *("memory_bytes", "mfu"),
+    },
+    "prediction": {"step", "prompt", "text", "loss", "top"},
+    "validation": {"step", "bits_per_byte", "standard_error", "loss"},
+    "checkpoint": {"step", "path", "bytes", "seconds"},
+    "end": {"step", "run", "reason", "seconds"},
+}
+Smolctl = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def _tiny_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with tiny.yaml and a corpus, as the working directory."""
+    monkeypatch.chdir(tmp_path)
+    chance = random.Random(0)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "birds"]
+    Path("corpus").mkdir()
+    for number in range(20):
+        Path(f"corpus/{number}.txt").write_text(" ".join(chance.choice(words) for _ in range(150)))
+    Path("tiny.yaml").write_text(yaml.safe_dump(TINY))
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_train_streams_one_json_object_a_line(smolctl: Smolctl) -> None:
+    done = smolctl("train", "tiny.yaml", "--json")
+    assert done.code == 0
+    seen = events(done.out)
+    assert {event["event"] for event in seen} - {"note"} == EVENT_KEYS.keys()
+    for event in seen:
+        assert EVENT_KEYS.get(event["event"], set()) <= event.keys()
+    assert [event["step"] for event in seen if event["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert seen[-1]["event"] == "end"
+    assert seen[-1]["reason"] == "done"
+
+
+def test_plain_output_is_calm_and_says_where_the_run_is(smolctl: Smolctl) -> None:
+    done = smolctl("train", "tiny.yaml", "--steps", "40")
+    assert done.code == 0
+    lines = [line for line in done.out.splitlines() if line.startswith("step ") and "loss" in line]
+    assert lines[0].startswith("step 1/40")
+    assert any(line.startswith("step 40/40") for line in lines)
+    assert len([line for line in lines if "lr" in line]) < 10  # not one for every step
+    assert "\x1b" not in done.out
+    assert "runs/tiny-001" in done.out
+
+
+def test_runs_are_numbered_and_the_newest_is_the_default(smolctl: Smolctl) -> None:
+    for number in (1, 2):
+        assert smolctl("train", "tiny.yaml", "-q").code == 0
+        assert Path("runs/latest").resolve().name == f"tiny-00{number}"
+    resumed = smolctl("resume", "--extra", "2", "--json")
+    assert [event["step"] for event in events(resumed.out) if event["event"] == "step"] == [7, 8]
+    assert RunFolder(Path("runs/tiny-002")).checkpoints()[-1].step == 8
+    sampled = smolctl("sample", "--prompt", "the", "--max-tokens", "3", "--json")
+    assert sampled.json["model"] == "runs/latest"
+
+
+def test_flags_beat_set_and_set_beats_the_file(smolctl: Smolctl) -> None:
+    command = ("train", "tiny.yaml", "--set", "train.steps=2", "--set", "train.batch_size=2", "--steps", "3")
+    assert smolctl(*command, "--out", "x", "-q").code == 0
+    saved = RunFolder.open(Path("x")).config()
+    assert (saved.train.steps, saved.train.batch_size, saved.checkpoint.every) == (3, 2, 3)
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(smolctl: Smolctl) -> None:
+    done = smolctl("train", "tiny.yaml", "--dry-run", "--json")
+    assert done.code == 0
+    plan = events(" ".join(done.out.split()))[-1]["plan"]
+    assert plan["steps"] == 6
+    assert plan["tokens"] == 6 * 4 * 32
+    assert plan["parameters"] == 29_216  # 9,600 + 1,024 + 2 × 9,280 + 32, by hand
+    assert plan["eta_s"] > 0
+    assert not Path("runs").exists()
+    assert "tok/s" in smolctl("train", "tiny.yaml", "--dry-run").out
+
+
+def test_no_step_left_is_a_usage_error(smolctl: Smolctl) -> None:
+    smolctl("train", "tiny.yaml", "-q")
+    done = smolctl("resume", "--json")
+    assert done.code == 2
+    assert json.loads(done.err.splitlines()[-1])["error"]["code"] == 2
+    assert "--extra" in done.err
+
+
+def test_resume_without_a_run_says_how_to_make_one(smolctl: Smolctl) -> None:
+    done = smolctl("resume")
+    assert done.code == 3
+    assert "smolctl train nano" in done.err
+
+
+def test_sample_json_has_its_keys(smolctl: Smolctl) -> None:
+    smolctl("train", "tiny.yaml", "-q")
+    done = smolctl("sample", "runs/tiny-001", "--prompt", "the cat", "-n", "2", "--max-tokens", "5", "--json")
+    document = done.json
+    assert len(document["completions"]) == 2
+    for completion in document["completions"]:
+        assert completion.keys() == {"text", "tokens", "logprobs", "finish_reason"}
+        assert len(completion["tokens"]) == len(completion["logprobs"])
+        assert all(value <= 0 for value in completion["logprobs"])
+    assert {"load_s", "first_token_s", "prefill_tokens_per_s", "decode_tokens_per_s"} <= document[
+        "timing"
+    ].keys()
+
+
+def test_models_stand_side_by_side(smolctl: Smolctl) -> None:
+    smolctl("train", "tiny.yaml", "-q")
+    pair = ("runs/tiny-001@3", "runs/tiny-001")
+    done = smolctl("sample", *pair, "--prompt", "the", "--max-tokens", "4", "--json")
+    assert [model["model"] for model in done.json["models"]] == list(pair)
+    assert all(name in smolctl("sample", *pair, "--prompt", "the", "--max-tokens", "4").out for name in pair)
+
+
+def test_the_engine_can_be_chosen_and_is_named(smolctl: Smolctl) -> None:
+    smolctl("train", "tiny.yaml", "-q")
+    plain = ("sample", "--prompt", "the", "--temperature", "0", "--max-tokens", "20", "--json")
+    by_default, native, torch = (
+        smolctl(*plain, *more).json for more in ((), ("--engine", "native"), ("--engine", "torch"))
+    )
+    assert by_default["engine"] == native["engine"]
+    assert native["engine"].startswith("native ")
+    assert native["engine"].endswith(", float32")
+    assert torch["engine"] == "torch cpu, float32"
+    assert native["completions"][0]["tokens"] == torch["completions"][0]["tokens"]
+    assert smolctl(*plain, "--dtype", "bfloat16").json["engine"].endswith(", bfloat16")
+    assert smolctl(*plain, "--engine", "mps").code == 2
+
+
+def test_stop_text_ends_the_answer_and_is_not_part_of_it(smolctl: Smolctl) -> None:
+    smolctl("train", "tiny.yaml", "--steps", "60", "-q")
+    plain = ("sample", "--prompt", "the", "--temperature", "0", "--max-tokens", "20", "--json")
+    whole = smolctl(*plain).json["completions"][0]
+    stop = whole["text"][4:7]
+    assert len(stop) == 3
+    cut = smolctl(*plain, "--stop", stop).json["completions"][0]
+    assert cut["text"] == whole["text"][: whole["text"].index(stop)]
+    assert cut["finish_reason"] == "stop"
+
+
+def test_chat_without_a_template_says_so(smolctl: Smolctl) -> None:
+    smolctl("train", "tiny.yaml", "-q")
+    done = smolctl("sample", "--chat", "--prompt", "hello")
+    assert done.code == 3
+    assert "no chat template" in done.err
+
+
+def test_prompt_comes_from_stdin_too(smolctl: Smolctl) -> None:
+    smolctl("train", "tiny.yaml", "-q")
+    command = [sys.executable, "-m", "smolctl", "sample", "--max-tokens", "3", "--json"]
+    done = subprocess.run(command, input="the cat\n", capture_output=True, text=True)
+    assert json.loads(done.stdout)["prompt"] == "the cat"
+    empty = subprocess.run(command, input="", capture_output=True, text=True)
+    assert empty.returncode == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_the_step_and_the_run_goes_on(number: signal.Signals, code: int) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "smolctl",
+        "train",
+        "tiny.yaml",
+        "--steps",
+        "100000",
+        "--json",
+        "--out",
+        "x",
+    ]
+    command += ["--set", "checkpoint.every=100000", "--set", "validation.every=0"]
+    process = subprocess.Popen([*command, "--set", "predictions.every=0"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    seen = []
+    for line in process.stdout:
+        seen.append(json.loads(line))
+        if seen[-1]["event"] == "step" and seen[-1]["step"] == 5:
+            process.send_signal(number)
+    assert process.wait() == code
+    assert seen[-1]["event"] == "end"
+    assert seen[-1]["reason"] == number.name
+    last = [event["step"] for event in seen if event["event"] == "step"][-1]
+    assert RunFolder(Path("x")).checkpoints()[-1].step == last
+
+    resumed = [sys.executable, "-m", "smolctl", "resume", "x", "--extra", "2", "--json"]
+    done = subprocess.run(resumed, capture_output=True, text=True, check=True)
+    steps = [event["step"] for event in events(done.stdout) if event["event"] == "step"]
+    assert steps == [last + 1, last + 2]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_from_its_last_checkpoint_as_if_nothing_had_happened(smolctl: Smolctl) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "smolctl",
+        "train",
+        "tiny.yaml",
+        "--steps",
+        "30",
+        "--json",
+        "--out",
+        "killed",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        event = json.loads(line)
+        if event["event"] == "step" and event["step"] == 11:
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    process.wait()
+    assert smolctl("resume", "killed", "-q").code == 0
+    assert smolctl("train", "tiny.yaml", "--steps", "30", "--out", "whole", "-q").code == 0
+    assert_equal_runs(Path("killed"), Path("whole"), 30)
+
+
+@pytest.mark.slow
+def test_nano_ten_steps_and_five_more_equal_fifteen(smolctl: Smolctl) -> None:
+    quiet = ("--set", "predictions.every=0", "--set", "validation.every=0", "-q")
+    assert smolctl("train", "nano", "--steps", "10", "--out", "parts", *quiet).code == 0
+    assert smolctl("resume", "parts", "--extra", "5", "-q").code == 0
+    assert smolctl("train", "nano", "--steps", "15", "--out", "whole", *quiet).code == 0
+    assert_equal_runs(Path("parts"), Path("whole"), 15)
+
+
+def assert_equal_runs(one: Path, two: Path, step: int) -> None:
+    """Weights, optimizer state and the loss of every step, bit for bit."""
+    name = f"checkpoints/step-{step:06d}.ckpt"
+    first, second = (torch.load(folder / name, weights_only=True) for folder in (one, two))
+    for key, tensor in first["state_dict"].items():
+        assert torch.equal(tensor, second["state_dict"][key]), key
+    states = [content["optimizer_states"][0]["state"] for content in (first, second)]
+    assert states[0].keys() == states[1].keys()
+    for number, state in states[0].items():
+        for key, tensor in state.items():
+            assert torch.equal(tensor, states[1][number][key]), (number, key)
+    curves = []
+    for folder in (one, two):
+        lines = events((folder / "metrics.jsonl").read_text())
+        curves.append([(line["step"], line["loss"]) for line in lines if line["event"] == "step"])
+    assert curves[0] == curves[1]
+    assert len(curves[0]) == step

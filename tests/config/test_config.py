@@ -1,0 +1,237 @@
+"""Config files: what they may say, who wins, and that the shipped ones are found."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from smolctl.config import RunConfig, load_run_config, preset_names, presets_folder
+from smolctl.errors import InputError, UsageError
+
+KEY = re.compile(r"^ *[a-z_]+:")
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_the_presets_of_the_design_are_there() -> None:
+    assert {"nano", "smollm2-135m", "smollm2-135m-hub", "smollm2-135m-pretrain"} <= set(preset_names())
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_shipped_config_loads_and_comments_every_key(preset: str) -> None:
+    config = load_run_config(preset)
+    path = presets_folder() / f"{preset}.yaml"
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    # A fine-tuning recipe has no model of its own: it comes with --init-from.
+    absent = {"model", "tokenizer"} if preset == "finetune" else set()
+    assert set(content) == set(RunConfig.model_fields) - absent
+    for name, section in content.items():
+        schema = getattr(config, name)
+        if isinstance(schema, BaseModel):
+            assert set(section) == set(type(schema).model_fields), name
+    before = ""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        is_section = line.split(":")[0] in content and line.split("#")[0].rstrip().endswith(":")
+        if KEY.match(line) and not is_section:
+            assert "#" in line or before.lstrip().startswith("#"), f"{preset}: no comment on {line.strip()}"
+        before = line
+
+
+def test_smollm2_135m_is_the_brief() -> None:
+    config = load_run_config("smollm2-135m").with_whole_steps()
+    model, schedule = config.model, config.schedule
+    assert (model.position_embedding, model.max_position_embeddings) == ("learned", 1_024)
+    assert model.residual_scale == 2**-0.5
+    assert (schedule.warmup_steps, schedule.decay_start, schedule.decay_steps) == (2_000, 1_600_000, 400_000)
+    assert (config.train.steps, config.checkpoint.every, config.predictions.every) == (5_000, 500, 500)
+
+
+def test_smollm2_135m_hub_is_the_published_model() -> None:
+    model = load_run_config("smollm2-135m-hub").model
+    assert model.is_llama
+    assert (model.rope_theta, model.max_position_embeddings) == (100_000, 8_192)
+
+
+def test_smollm2_135m_pretrain_is_the_published_recipe() -> None:
+    config = load_run_config("smollm2-135m-pretrain")
+    assert config.model.is_llama
+    assert (config.model.rope_theta, config.model.max_position_embeddings) == (10_000, 2_048)
+    assert config.tokens_per_step == 1_048_576
+    assert config.train.steps == 2_000_000
+    assert config.optimizer.learning_rate == 3e-3
+
+
+def test_flags_beat_set_beats_file_beats_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", "train: {steps: 11, batch_size: 12, seed: 13}\n")
+    config = load_run_config(path, ["train.steps=21", "train.batch_size=22"], {"train": {"steps": 31}})
+    assert (config.train.steps, config.train.batch_size, config.train.seed) == (31, 22, 13)
+    assert config.train.gradient_clip == RunConfig().train.gradient_clip
+
+
+def test_set_keeps_the_other_keys_of_its_section() -> None:
+    changed = load_run_config("nano", ["model.num_hidden_layers=2"])
+    assert changed.model.num_hidden_layers == 2
+    assert changed.model.hidden_size == load_run_config("nano").model.hidden_size
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("3e-4", 3e-4), ("1E-5", 1e-5), ("3.0e-4", 3e-4), ("1_000", 1000.0), (".5", 0.5)]
+)
+def test_numbers_may_be_written_as_people_write_them(tmp_path: Path, text: str, value: float) -> None:
+    path = write(tmp_path / "c.yaml", f"optimizer: {{learning_rate: {text}}}\n")
+    assert load_run_config(path).optimizer.learning_rate == value
+    assert load_run_config("nano", [f"optimizer.learning_rate={text}"]).optimizer.learning_rate == value
+
+
+def test_shares_become_whole_steps_of_the_run() -> None:
+    settings = ["train.steps=1000", "schedule.warmup_steps=0.05", "schedule.decay_steps=0.2"]
+    schedule = load_run_config("smollm2-135m-hub", settings).with_whole_steps().schedule
+    assert (schedule.warmup_steps, schedule.decay_start, schedule.decay_steps) == (50, 800, 200)
+    cosine = load_run_config(
+        "smollm2-135m-hub", [*settings, "schedule.name=cosine", "schedule.decay_steps=0"]
+    )
+    resolved = cosine.with_whole_steps().schedule
+    assert (resolved.decay_start, resolved.decay_steps) == (50, 950)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message", "hint"),
+    [
+        ("train.stepz=1", "unknown key train.stepz", "Did you mean steps?"),
+        ("optimiser.eps=1", "unknown key optimiser", "Did you mean optimizer?"),
+        ("model.n_layers=3", "unknown key model.n_layers", "num_hidden_layers"),
+        ("train.steps=many", "train.steps", "Change the value"),
+        ("train.steps=0", "train.steps", "Change the value"),
+        ("schedule.name=wobbly", "schedule.name", "Change the value"),
+        ("model.num_key_value_heads=2", "does not divide by num_key_value_heads 2", "Change the value"),
+        ("data.sequence_length=4096", "exceeds model.max_position_embeddings", "Change the value"),
+        ("train.micro_batch_size=3", "does not divide by train.micro_batch_size 3", "Change the value"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_with_a_remedy(setting: str, message: str, hint: str) -> None:
+    with pytest.raises(InputError) as raised:
+        load_run_config("smollm2-135m", [setting])
+    assert message in raised.value.message
+    assert hint in raised.value.hint
+
+
+@pytest.mark.parametrize("setting", ["train.steps", "=3"])
+def test_a_setting_without_key_or_value_is_a_usage_error(setting: str) -> None:
+    with pytest.raises(UsageError, match="expected key=value"):
+        load_run_config("nano", [setting])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"model: [1, 2\n", "line"),
+        (b"just words\n", "must be a mapping"),
+        (b"", "must be a mapping"),
+        (b"\xff\xfe\x00", "cannot be read as text"),
+        (b"train: 3\n", "train"),
+    ],
+)
+def test_a_file_that_is_no_config_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as raised:
+        load_run_config(str(path))
+    assert "bad.yaml" in raised.value.message
+    assert message in raised.value.message
+
+
+def test_a_file_that_is_not_there_lists_the_presets() -> None:
+    with pytest.raises(InputError) as raised:
+        load_run_config("nowhere.yaml")
+    assert "no such file" in raised.value.message
+    assert "nano" in raised.value.hint
+
+
+def test_a_yaml_tag_is_never_executed(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", f"train: !!python/object/apply:os.mkdir ['{tmp_path / 'made'}']\n")
+    with pytest.raises(InputError):
+        load_run_config(path)
+    assert not (tmp_path / "made").exists()
+
+
+STARTS = {
+    "help": ["--help"],
+    "help of count-params": ["count-params", "--help"],
+    "help of train": ["train", "--help"],
+    "version": ["--version"],
+}
+READS = {
+    "count-params": ["count-params", "smollm2-135m"],
+    "inspect-config": ["inspect-config", "smollm2-135m"],
+    "yaml": ["inspect-config", "smollm2-135m", "--yaml"],
+}
+HEAVY = ("torch", "transformers", "lightning", "numpy", "huggingface_hub", "matplotlib", "tokenizers")
+
+
+@pytest.mark.parametrize("arguments", [*STARTS.values(), *READS.values()], ids=[*STARTS, *READS])
+def test_nothing_heavy_is_imported(arguments: list[str]) -> None:
+    assert not imported_by(arguments) & set(HEAVY)
+
+
+@pytest.mark.parametrize("arguments", STARTS.values(), ids=STARTS)
+def test_help_imports_neither_rich_nor_yaml(arguments: list[str]) -> None:
+    assert not imported_by(arguments) & {"rich", "yaml"}
+
+
+@pytest.mark.real_weights
+@pytest.mark.parametrize("command", ["count-params", "inspect-config"])
+def test_a_gguf_is_read_without_torch(command: str, gguf_file: Path) -> None:
+    assert not imported_by([command, str(gguf_file)]) & {"torch", "transformers", "lightning"}
+
+
+def imported_by(arguments: list[str]) -> set[str]:
+    """Top-level packages that a command line has imported when it ends."""
+    script = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print('MODULES', *{name.split('.')[0] for name in sys.modules}))\n"
+        f"sys.argv = ['smolctl', *{arguments!r}]\n"
+        "from smolctl.cli.main import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.rpartition("MODULES ")[2].split())
+
+
+@pytest.mark.slow
+def test_presets_are_found_in_an_installed_wheel(tmp_path: Path) -> None:
+    checkout = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(tmp_path), str(checkout)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    if built.returncode:
+        reason = f"the wheel cannot be built: {built.stderr.strip()[-300:]}"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    installed = tmp_path / "installed"
+    (wheel,) = tmp_path.glob("smolctl-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    # -P keeps the working folder off sys.path, PYTHONPATH comes before the checkout.
+    script = (
+        "import smolctl, smolctl.config as c; print(smolctl.__file__, c.presets_folder(), *c.preset_names())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    command = [sys.executable, "-P", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    package, folder, *names = done.stdout.split()
+    assert Path(package).is_relative_to(installed)
+    assert Path(folder).is_relative_to(installed)
+    assert names == preset_names()

@@ -1,0 +1,315 @@
+"""The compiled engine computes what the reference path computes: products, logits, caches."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from smolctl.config import ModelConfig
+from smolctl.errors import InputError, UsageError
+from smolctl.generation.decode import Decoder
+from smolctl.generation.engines import EngineOptions, kind_of, make_engine
+from smolctl.generation.native_engine import FEW, NativeEngine, Stored, matrix_of
+from smolctl.generation.sampling import SamplingSettings
+from smolctl.generation.torch_engine import TorchEngine
+from smolctl.model.weights import from_state, initialize
+from smolctl.native.library import BUILDS, OVERRIDE, Library, load_library
+from smolctl.sources.base import ModelSource, SourceKind, Weights
+from smolctl.sources.quantized.packed import PackedMatrix, pack_integers
+from tests.support.tiny_models import run_jobs
+from tests.support.tiny_runs import ROPE
+
+
+def library(build: str) -> Library:
+    """A build of this installation, or a skip where the processor does not run it."""
+    os.environ[OVERRIDE] = build
+    try:
+        found = load_library.__wrapped__()
+    finally:
+        del os.environ[OVERRIDE]
+    if isinstance(found, str):
+        assert build != "baseline", f"the compiled engine is part of an installation: {found}"
+        pytest.skip(found)
+    return found
+
+
+def pack(weight: Tensor, bits: int, group: int) -> PackedMatrix:
+    """Plain rounding of (rows, columns) by groups."""
+    rows, columns = weight.shape
+    groups = -(-columns // group)
+    grouped = torch.nn.functional.pad(weight, (0, groups * group - columns)).view(rows, groups, group)
+    low = grouped.amin(-1, keepdim=True) if bits == 4 else torch.zeros(rows, groups, 1)
+    top = (grouped - low).abs().amax(-1, keepdim=True) / (15 if bits == 4 else 127)
+    scales, offsets = top.half(), low.half()
+    limits = (0, 15) if bits == 4 else (-127, 127)
+    integers = ((grouped - offsets.float()) / scales.float().clamp_min(1e-6)).round().clamp(*limits)
+    values = pack_integers(integers.view(rows, -1)[:, :columns], bits)
+    offset = offsets.squeeze(-1).contiguous() if bits == 4 else None
+    return PackedMatrix(bits, columns, group, values, scales.squeeze(-1).contiguous(), offset)
+
+
+def store(weight: Tensor, kind: str, group: int = 32) -> Stored:
+    dense = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return weight.to(dense[kind]) if kind in dense else pack(weight, int(kind.removeprefix("int")), group)
+
+
+def dense(stored: Stored) -> Tensor:
+    return stored.dequantize() if isinstance(stored, PackedMatrix) else stored.float()
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "int8", "int4"])
+@given(data=st.data())
+@settings(max_examples=25)
+def test_products_equal_the_dequantized_matrix(build: str, kind: str, data: st.DataObject) -> None:
+    rows, columns = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 300))
+    tokens, group = data.draw(st.integers(1, 9)), 32 * data.draw(st.integers(1, 4))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    weight = torch.randn(rows, columns, generator=generator)
+    x = torch.randn(tokens, columns, generator=generator)
+    x[:, columns // 2] *= 100  # as real activations have it
+    keep: list[Tensor] = []
+    stored = store(weight, kind, group)
+    matrix = matrix_of(stored, keep)
+    filled = torch.nn.functional.pad(x, (0, matrix.columns - columns)).contiguous()
+    y = torch.empty(tokens, rows)
+    functions = library(build).functions
+    assert not functions.smolctl_multiply(ctypes.byref(matrix), filled.data_ptr(), tokens, y.data_ptr())
+
+    expected = x.double() @ dense(stored).double().T
+    # What the terms of a sum could add up to, times the rounding of one of them: bfloat16 where products
+    # of many tokens use it, else float32.
+    size = dense(stored).double().abs()
+    narrow = build == "avx512bf16" and kind != "float32" and tokens > FEW
+    bound = (2**-7 if narrow else 2**-20) * (x.double().abs() @ size.T)
+    if kind.startswith("int") and tokens <= FEW:  # x in 16-bit integers of its largest value
+        bound += 2**-15 * x.abs().max() * size.sum(-1)
+    assert ((y - expected).abs() <= bound + 1e-6).all()
+
+
+SHAPES = {
+    "grouped": {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, **ROPE},
+    "learned": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4},
+    "odd": {"hidden_size": 50, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 10, **ROPE},
+    "odd head": {"hidden_size": 45, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 15},
+    "wide heads": {
+        "hidden_size": 40,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 80,
+        **ROPE,
+    },
+    "untied": {
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def config_of(shape: str) -> ModelConfig:
+    values = {
+        "vocab_size": 131,
+        "intermediate_size": 70,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 1500,
+        "initializer_range": 0.15,
+    }
+    return ModelConfig(**{**values, **SHAPES[shape]})
+
+
+def engines(config: ModelConfig, kind: str, build: str, threads: int = 2) -> tuple[NativeEngine, TorchEngine]:
+    """The compiled engine, and PyTorch on the very same numbers."""
+    state = initialize(config, 3).eval().requires_grad_(False).state_dict()
+    weights = {name: store(t, kind) if t.dim() > 1 else t for name, t in state.items()}
+    network = from_state(config, {name: dense(stored) for name, stored in weights.items()}, "test").eval()
+    cache = torch.float32 if kind == "float32" else torch.float16
+    native = NativeEngine(library(build), config, weights, cache, threads, kind)
+    return native, TorchEngine(network.requires_grad_(False))
+
+
+def logits_of(engine: NativeEngine | TorchEngine, parts: list[list[list[int]]], capacity: int) -> Tensor:
+    cache = engine.allocate(len(parts[0]), capacity)
+    return torch.cat([engine.forward(part, cache, every=True) for part in parts])
+
+
+def ids(count: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, 131, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float32_logits_equal_the_reference_network(shape: str, build: str) -> None:
+    native, reference = engines(config_of(shape), "float32", build)
+    prompt = ids(41)
+    parts = [[prompt[:30]], [prompt[30:31]], [prompt[31:32]], [prompt[32:]]]
+    ours, theirs = (logits_of(engine, parts, 64) for engine in (native, reference))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "int8", "int4"])
+@pytest.mark.parametrize("shape", ["grouped", "learned", "odd"])
+def test_stored_formats_give_the_logits_of_their_dequantized_weights(shape: str, kind: str) -> None:
+    for build in BUILDS:
+        native, reference = engines(config_of(shape), kind, build)
+        parts = [[ids(20)], [ids(1, 1)], [ids(1, 2)]]
+        ours, theirs = (logits_of(engine, parts, 32) for engine in (native, reference))
+        # Activations in bfloat16 and a cache in float16 move logits a little.
+        assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
+        assert (ours.argmax(-1) == theirs.argmax(-1)).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_long_contexts_are_split_and_put_together(threads: int) -> None:
+    native, reference = engines(config_of("grouped"), "float32", load_build(), threads)
+    prompt = ids(1300)
+    parts = [[prompt[:700]], [prompt[700:701]], [prompt[701:1299]], [prompt[1299:]]]
+    ours, theirs = (logits_of(engine, parts, 1300) for engine in (native, reference))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-4 * theirs.abs().max().item())
+
+
+def load_build() -> str:
+    found = load_library()
+    assert isinstance(found, Library), found
+    return found.build
+
+
+def test_sequences_of_different_length_do_not_see_each_other() -> None:
+    native, reference = engines(config_of("grouped"), "float32", load_build())
+    prompts = [ids(5, 1), ids(17, 2), ids(1, 3)]
+    cache = native.allocate(3, 40)
+    first = native.forward(prompts, cache)
+    second = native.forward([[7], [], [9]], cache)
+    assert cache.lengths == [6, 17, 2]
+    for row, prompt in enumerate(prompts):
+        alone = reference.forward([prompt], reference.allocate(1, 40))
+        torch.testing.assert_close(first[row : row + 1], alone, rtol=1e-4, atol=1e-3)
+    for row, prompt in ((0, [*prompts[0], 7]), (1, [*prompts[2], 9])):
+        alone = reference.forward([prompt], reference.allocate(1, 40))
+        torch.testing.assert_close(second[row : row + 1], alone, rtol=1e-4, atol=1e-3)
+
+
+def test_a_cut_or_copied_cache_goes_on_as_if_it_had_been_read_so() -> None:
+    native, _ = engines(config_of("grouped"), "float32", load_build())
+    prompt = ids(30)
+    cache = native.allocate(2, 60)
+    native.forward([prompt, ids(9, 5)], cache)
+    cache.truncate(0, 20)
+    cache.copy(0, 1)
+    both = native.forward([[3], [3]], cache)
+    fresh = native.allocate(1, 60)
+    native.forward([prompt[:20]], fresh)
+    assert torch.equal(both[0], both[1])
+    torch.testing.assert_close(both[:1], native.forward([[3]], fresh), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("shape", ["grouped", "learned", "odd"])
+def test_a_few_tokens_in_a_call_have_the_bits_of_calls_with_one(shape: str, kind: str, build: str) -> None:
+    native, _ = engines(config_of(shape), kind, build)
+    tokens = ids(200)
+    one_by_one = logits_of(native, [[[token]] for token in tokens], 256)
+    for size in range(2, FEW + 1):  # also across the end of the context's first part, at 128
+        parts = [[tokens[at : at + size]] for at in range(0, len(tokens), size)]
+        assert torch.equal(logits_of(native, parts, 256), one_by_one)
+    two = native.allocate(2, 256)
+    together = [
+        native.forward([[token], [other]], two) for token, other in zip(tokens, tokens[7:], strict=False)
+    ]
+    assert torch.equal(torch.stack(together)[:, 0], one_by_one[: len(together)])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+def test_guesses_change_no_token_drawn_or_not(kind: str, temperature: float) -> None:
+    native, _ = engines(config_of("grouped"), kind, "avx2" if kind == "int4" else "baseline")
+    prompt, chosen_by = ids(9) * 4, SamplingSettings(temperature, top_p=0.5)
+    tokens, guessed = {}, {}
+    for speculation in ("off", "auto"):
+        decoder = Decoder(native, 1, 400, chosen_by, speculation)  # type: ignore[arg-type]
+        tokens[speculation] = [token.id for token in run_jobs(decoder, [prompt], [300])[0]]
+        guessed[speculation] = decoder.counts.guessed
+    assert tokens["auto"] == tokens["off"]
+    assert guessed["off"] == 0 < guessed["auto"]
+
+
+def test_the_same_input_gives_the_same_bits() -> None:
+    native, _ = engines(config_of("grouped"), "int4", load_build())
+    one, two = (logits_of(native, [[ids(300)], [ids(1, 1)]], 320) for _ in range(2))
+    assert torch.equal(one, two)
+
+
+def test_a_full_cache_and_a_long_context_are_refused() -> None:
+    native, _ = engines(config_of("grouped"), "float32", load_build())
+    with pytest.raises(InputError, match="do not fit the model's context of 1500"):
+        native.allocate(1, 1501)
+    with pytest.raises(InputError, match="do not fit a cache of 4"):
+        native.forward([ids(5)], native.allocate(1, 4))
+    with pytest.raises(IndexError, match="outside the vocabulary"):
+        native.forward([[131]], native.allocate(1, 4))
+
+
+def test_a_forked_process_makes_threads_of_its_own() -> None:
+    native, _ = engines(config_of("grouped"), "float32", load_build())
+    expected = native.forward([[5]], native.allocate(1, 4))
+    child = os.fork()
+    if child == 0:
+        same = torch.equal(native.forward([[5]], native.allocate(1, 4)), expected)
+        os._exit(0 if same else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert torch.equal(native.forward([[5]], native.allocate(1, 4)), expected)
+
+
+class _InMemory(Weights):
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        self.state = state
+
+    def tensors(self):  # type: ignore[no-untyped-def]
+        yield from self.state.items()
+
+
+def source() -> ModelSource:
+    config = config_of("grouped")
+    state = initialize(config, 0).requires_grad_(False).state_dict()
+    return ModelSource(SourceKind.FOLDER, "model", config, weights=_InMemory(dict(state)))
+
+
+def test_without_a_compiled_build_pytorch_runs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = make_engine(source(), EngineOptions())
+    assert isinstance(compiled, NativeEngine)
+    assert not compiled.note
+    monkeypatch.setenv(OVERRIDE, "none")
+    load_library.cache_clear()
+    try:
+        fallback = make_engine(source(), EngineOptions())
+        assert isinstance(fallback, TorchEngine)
+        assert fallback.note == f"slower, on PyTorch: {OVERRIDE}=none"
+        with pytest.raises(UsageError, match="native engine cannot run here"):
+            make_engine(source(), EngineOptions(engine="native"))
+    finally:
+        load_library.cache_clear()
+    one, two = (logits_of(engine, [[ids(9)]], 9) for engine in (compiled, fallback))
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-3)
+    chosen = make_engine(source(), EngineOptions(engine="torch"))
+    assert isinstance(chosen, TorchEngine)
+    assert not chosen.note
+
+
+def test_dense_weights_can_be_rounded_when_they_are_loaded() -> None:
+    engine = make_engine(source(), EngineOptions(dtype="bfloat16"))
+    assert engine.name.endswith("bfloat16")
+    with pytest.raises(UsageError, match="--dtype int9 does not exist"):
+        EngineOptions(dtype="int9")
+
+
+def test_the_kind_names_the_most_numerous_weights_first() -> None:
+    weights = {"a": torch.zeros(2, 2), "b": pack(torch.randn(8, 64), 4, 32), "c": torch.zeros(5)}
+    assert kind_of(weights) == "int4 + float32"

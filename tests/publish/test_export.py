@@ -1,0 +1,368 @@
+"""The model repository: stock tools load it, its card is true, its files hold no secret."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from smolctl.config import ModelConfig
+from smolctl.errors import InputError, SmolError
+from smolctl.generation.decode import decode
+from smolctl.generation.load import load_model
+from smolctl.generation.sampling import SamplingSettings
+from smolctl.model.weights import load_network
+from smolctl.publish import export
+from smolctl.publish.build import build, open_model, repository_name
+from smolctl.publish.card import BEGIN, END, merge_card, require_valid, split_card
+from smolctl.publish.secrets import scan
+from smolctl.sources import open_source
+from tests.support.publishing import LLAMA, make_run
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("learned"))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("llama"), **LLAMA)
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")  # which is how transformers deprecates
+@pytest.mark.parametrize("kind", ["learned", "llama", "scaled", "untied"])
+def test_transformers_gives_the_same_logits_and_the_same_text(
+    kind: str, tmp_path: Path, learned: Path, llama: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    changes = {
+        "scaled": {"model": {"position_embedding": "rope", "residual_scale": 0.5}},
+        "untied": {"model": {**LLAMA["model"], "tie_word_embeddings": False}},
+    }
+    run = {"learned": learned, "llama": llama}.get(kind) or make_run(tmp_path, **changes[kind])
+    target = tmp_path / "out"
+    target.mkdir()
+    built = build(open_model(str(run)), target, ())
+    trust = {"trust_remote_code": kind in ("learned", "scaled")}
+    assert built.export.needs_remote_code is trust["trust_remote_code"]
+    assert (target / "modeling_smolctl.py").exists() is trust["trust_remote_code"]
+    theirs = AutoModelForCausalLM.from_pretrained(target, **trust).eval()
+    network = load_network(open_source(str(run)))
+    ids = torch.randint(0, 290, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        torch.testing.assert_close(theirs(ids).logits, network(ids), rtol=1e-4, atol=1e-4)
+        with_cache, without = (
+            theirs.generate(ids, max_new_tokens=20, do_sample=False, use_cache=cached, eos_token_id=None)
+            for cached in (True, False)
+        )
+    assert torch.equal(with_cache, without)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0  # filled up on the left
+    with torch.inference_mode():
+        padded = theirs.generate(
+            ids, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None
+        )
+        alone = theirs.generate(ids[:1, 4:], max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert torch.equal(padded[0, 9:], alone[0, 5:])
+    tokenizer = AutoTokenizer.from_pretrained(target, **trust)
+    assert tokenizer("the cat sat")["input_ids"] == built.export.tokenizer.encode("the cat sat")
+    assert theirs.generation_config.eos_token_id == 0
+
+
+def test_a_position_past_the_context_is_an_error_with_words(learned: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    build(open_model(str(learned)), tmp_path, ())
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    with pytest.raises(ValueError, match="do not fit the model's context of 32"):
+        theirs(torch.zeros((1, 40), dtype=torch.long))
+
+
+@pytest.mark.parametrize("kind", ["learned", "llama"])
+def test_smolctl_reads_what_it_publishes(kind: str, learned: Path, llama: Path, tmp_path: Path) -> None:
+    run = learned if kind == "learned" else llama
+    build(open_model(str(run)), tmp_path, ())
+    one, two = load_model(str(run)), load_model(str(tmp_path))
+    assert two.engine.config == one.engine.config
+    assert two.notes == ()
+
+
+def test_a_folder_that_loads_as_another_model_stops_the_push(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = export.to_huggingface_config
+
+    def wrong(config: ModelConfig, dtype: str) -> dict[str, Any]:
+        return right(config, dtype) | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
+
+    monkeypatch.setattr(export, "to_huggingface_config", wrong)
+    with pytest.raises(SmolError, match="logits in transformers are off by"):
+        build(open_model(str(llama)), tmp_path, ())
+
+
+def test_a_chat_template_goes_along_and_does_the_same(llama: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    build(open_model(str(llama)), first, ())
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    (first / "chat_template.jinja").write_text(template)
+    (first / "generation_config.json").write_text(
+        '{"eos_token_id": [0, 2], "temperature": 0.4, "do_sample": true}'
+    )
+    (first / ".env").write_text("X=1")
+    built = build(open_model(str(first)), second, ())
+    assert (second / "chat_template.jinja").read_text() == template
+    assert json.loads((second / "generation_config.json").read_text())["temperature"] == 0.4
+    messages = [{"role": "user", "content": "hi"}]
+    rendered = AutoTokenizer.from_pretrained(second).apply_chat_template(messages, tokenize=False)
+    assert rendered == "<|im_start|>user\nhi<|im_end|>\n"
+    assert "apply_chat_template" in built.write_card("me/x", None, None)
+    assert ".env" in built.left_out
+    assert not (second / ".env").exists()
+
+
+def test_the_card_states_what_the_run_recorded(learned: Path, tmp_path: Path) -> None:
+    built = build(open_model(str(learned)), tmp_path, ())
+    card = built.write_card("me/tiny", "apache-2.0", None)
+    metadata = yaml.safe_load(split_card(card)[0].strip().strip("-"))
+    assert metadata["license"] == "apache-2.0"
+    assert metadata["library_name"] == "transformers"
+    parameters = sum(parameter.numel() for parameter in built.export.network.parameters())
+    records = [json.loads(line) for line in (learned / "metrics.jsonl").read_text().splitlines()]
+    checks = [record for record in records if record["event"] == "validation"]
+    for fact in (
+        f"{parameters:,} parameters",
+        "1,920 (15 steps × 4 × 32)",
+        f"{checks[-1]['bits_per_byte']:.4f} ± {checks[-1]['standard_error']:.4f}",
+        "![Training and held-out loss](loss.png)",
+        "`the cat` goes on with",
+        "at step 15",
+        'from_pretrained("me/tiny", trust_remote_code=True)',
+        "smolctl sample me/tiny",
+        "- corpus",
+        "Licence: apache-2.0",
+    ):
+        assert fact in card
+    assert "llama.cpp" not in card
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_names_a_folder_of_this_machine(learned: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    built = build(open_model(str(learned)), target, ())
+    built.write_card("me/tiny", None, None)
+    for path in target.rglob("*"):
+        if path.is_file():
+            assert str(learned.parent).encode() not in path.read_bytes(), path
+
+
+def test_an_older_step_is_published_with_its_own_records(learned: Path, tmp_path: Path) -> None:
+    build(open_model(f"{learned}@10"), tmp_path, ())
+    for name in ("metrics.jsonl", "predictions.jsonl"):
+        lines = (tmp_path / "training" / name).read_text().splitlines()
+        assert max(json.loads(line)["step"] for line in lines) == 10
+
+
+def test_gguf_files_go_along_and_learned_positions_are_refused(
+    learned: Path, llama: Path, tmp_path: Path
+) -> None:
+    built = build(open_model(str(llama)), tmp_path, ("q8_0", "f16"))
+    card = built.write_card("me/tiny", None, None)
+    assert "llama-cli -hf me/tiny:Q8_0" in card
+    assert (tmp_path / "run-q8_0.gguf").exists()
+    with pytest.raises(InputError, match="learned positions"):
+        build(open_model(str(learned)), tmp_path / "none", ("q8_0",))
+
+
+@pytest.mark.parametrize("scheme", ["q8_0", "q4_0"])
+def test_llama_cpp_continues_a_published_gguf_as_we_do(scheme: str, llama: Path, tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    built = build(open_model(str(llama)), tmp_path, (scheme,))
+    path = built.export.ggufs[0].path
+    ours = load_model(str(path))
+    theirs = llama_cpp.Llama(str(path), n_ctx=32, verbose=False)
+    ids = theirs.tokenize(b"the cat sat", add_bos=False)
+    assert ids == ours.tokenizer.encode("the cat sat")
+    steps = decode(ours.engine, ids, 1, 12, SamplingSettings(temperature=0), seed=0)
+    expected = [int(step.tokens) for step in steps]
+    assert [token for token, _ in zip(theirs.generate(ids, temp=0.0), expected, strict=False)] == expected
+    assert len(expected) == 12
+
+
+def test_what_quantize_has_made_and_measured_goes_along(tmp_path: Path, smolctl: Callable[..., Any]) -> None:
+    run = make_run(tmp_path, **LLAMA)
+    called = smolctl("quantize", run, "--to", "int8", "--windows", "2")
+    assert called.code == 0, called.err
+    target = tmp_path / "out"
+    target.mkdir()
+    built = build(open_model(str(run)), target, ())
+    card = built.write_card("me/tiny", None, None)
+    record = json.loads((run / "quantized" / "verdict.json").read_text())["variants"][0]
+    assert f"| int8 | {record['bytes'] / 1e6:,.1f} MB |" in card
+    assert f"{record['bits_per_byte']:.4f}" in card
+    assert "`quantized/int8/` is for smolctl" in card
+    assert load_model(str(target / "quantized" / "int8")).notes == ()
+    assert str(tmp_path).encode() not in (target / "quantized" / "int8" / "quantization.json").read_bytes()
+    older = build(open_model(f"{run}@10"), tmp_path_of(tmp_path), ())
+    assert older.quantized == ()  # they were made of another step
+    assert "quantized/" in older.left_out
+
+
+def tmp_path_of(folder: Path) -> Path:
+    (folder / "older").mkdir()
+    return folder / "older"
+
+
+def test_a_card_keeps_what_people_wrote() -> None:
+    first = merge_card({"license": "mit", "tags": ["smolctl"]}, "one", None)
+    edited = first.replace("license: mit", "# chosen by me\nlicense: apache-2.0\nlanguage: en")
+    edited = edited.replace(BEGIN, f"before\n\n{BEGIN}") + "after \\1\n"
+    second = merge_card({"license": "mit", "tags": ["smolctl"]}, r"two \1", edited)
+    assert second == edited.replace(f"\n\none\n\n{END}", f"\n\ntwo \\1\n\n{END}")
+    third = merge_card({"license": "mit", "tags": ["smolctl", "gguf"]}, "3", second, {"license": "bsd"})
+    assert yaml.safe_load(split_card(third)[0].strip().strip("-")) == {
+        "license": "bsd",
+        "language": "en",
+        "tags": ["smolctl", "gguf"],
+    }
+
+
+def test_a_card_without_our_marks_is_kept_whole() -> None:
+    merged = merge_card({"tags": ["smolctl"]}, "ours", "# Their card\n\nwords\n")
+    assert merged.endswith(f"{END}\n\n# Their card\n\nwords\n")
+
+
+@pytest.mark.parametrize("front", ["---\na: [\n---\n", "---\n- a\n---\n"])
+def test_damaged_metadata_is_refused_with_the_place(front: str) -> None:
+    with pytest.raises(InputError, match=r"README\.md"):
+        merge_card({"tags": ["smolctl"]}, "ours", front + "text")
+
+
+@pytest.mark.parametrize("metadata", [{"tags": "x", "license": 5}, {"datasets": [1]}, {"license": "other"}])
+def test_metadata_that_the_hub_would_refuse_is_refused_here(metadata: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=r"README\.md"):
+        require_valid(metadata)
+
+
+SECRETS = {
+    "Hugging Face token": "hf_" + "AbCd1234" * 5,
+    "GitHub token": "ghp_" + "a1" * 18,
+    "OpenAI or Anthropic key": "sk-proj-" + "a1" * 20,
+    "AWS access key": "AKIA" + "ABCD1234" * 2,
+    "Google API key": "AIza" + "a" * 35,
+    "Slack token": "xoxb-" + "1234567890" * 3,
+    "private key": "-----BEGIN RSA PRIVATE KEY-----",
+    "Weights & Biases key": "wandb login " + "0a" * 20,
+    "password in an address": "postgres://me:hunter22@db/x",
+    "key that is assigned": "MY_API_KEY=" + "abcd1234" * 4,
+}
+
+
+@pytest.mark.parametrize("kind", SECRETS)
+def test_a_secret_is_found_by_file_and_line_and_not_repeated(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text(f"one\ntwo {SECRETS[kind]} three\n")
+    findings = scan(tmp_path, ["notes.md"])
+    assert (findings[0].path, findings[0].line) == ("notes.md", 2)
+    assert kind in [finding.kind for finding in findings]
+    assert SECRETS[kind] not in str(findings)
+
+
+def test_the_value_of_a_secret_variable_is_found_whatever_its_shape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPANY_TOKEN", "correct-horse-battery")
+    (tmp_path / "a.txt").write_text("x\n\ncorrect-horse-battery\n")
+    assert [str(finding) for finding in scan(tmp_path, ["a.txt"])] == ["a.txt:3: the value of COMPANY_TOKEN"]
+
+
+@pytest.mark.parametrize("name", [".env", ".env.local", "prod.env", ".netrc", "id_rsa", "key.pem"])
+def test_a_file_of_secrets_is_found_by_its_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("x")
+    assert scan(tmp_path, [name])[0].line == 0
+
+
+def test_ordinary_text_is_no_secret(tmp_path: Path) -> None:
+    text = (
+        "sk-learn, hf_hub_download, AKIA, commit 0123456789abcdef0123456789abcdef01234567\n"
+        "API_KEY = os.environ['API_KEY']\npassword = getpass.getpass()\nhttp://user@host/\n"
+        "self.access_token = access_token\n"
+    )
+    (tmp_path / "a.py").write_text(text)
+    (tmp_path / "b.bin").write_bytes(b"\0" + SECRETS["GitHub token"].encode())
+    assert scan(tmp_path, ["a.py", "b.bin"]) == ()
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_dry_run_needs_no_network_and_no_token(
+    llama: Path, smolctl: Callable[..., object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    called = smolctl("push", llama, "--dry-run", "--gguf", "q8_0")
+    assert called.code == 0, called.err  # type: ignore[attr-defined]
+    for words in ("you/run, private", "no token: `hf auth login`", "model.safetensors", "run-q8_0.gguf"):
+        assert words in called.out  # type: ignore[attr-defined]
+    document = smolctl("push", llama, "--dry-run", "--json").json  # type: ignore[attr-defined]
+    assert document["repo"]["verified"] is False
+    assert {"path", "bytes", "sha256"} == set(document["repo"]["files"][0])
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_local_dir_holds_exactly_what_the_plan_names(
+    llama: Path, smolctl: Callable[..., object], tmp_path: Path
+) -> None:
+    import hashlib
+
+    out = tmp_path / "deep" / "out"
+    document = smolctl("push", llama, "--local-dir", out, "--json").json  # type: ignore[attr-defined]
+    planned = {file["path"]: file["sha256"] for file in document["repo"]["files"]}
+    there = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
+    assert {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in there.items()} == planned
+    assert smolctl("push", llama, "--local-dir", out).code == 0  # type: ignore[attr-defined]
+    (out / "diary.txt").write_text("mine")
+    called = smolctl("push", llama, "--local-dir", out)
+    assert called.code == 3  # type: ignore[attr-defined]
+    assert "diary.txt, which is no part of this" in called.err  # type: ignore[attr-defined]
+    assert (out / "diary.txt").read_text() == "mine"
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        (("--repo", "no-slash"), 3),
+        (("--gguf", "q4_k_m"), 3),
+        (("--space-sdk", "docker"), 2),
+        (("--dry-run", "--preview"), 2),
+        (("--create-pr", "--revision", "x"), 2),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(
+    options: tuple[str, ...], code: int, llama: Path, smolctl: Callable[..., object]
+) -> None:
+    assert smolctl("push", llama, "--dry-run", *options).code == code  # type: ignore[attr-defined]
+
+
+def test_names_become_what_the_hub_takes() -> None:
+    assert repository_name("nano run (2)") == "nano-run-2"
+    assert repository_name("...") == "model"

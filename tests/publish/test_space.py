@@ -1,0 +1,362 @@
+"""The Space: its folder answers by itself, in a browser too, and what the Hub says about it is passed on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import snapshot_download
+
+from smolctl.errors import ExitCode, SmolError
+from smolctl.native.library import Library, load_library
+from smolctl.publish import smoke
+from smolctl.publish.app import Speaker, usable_cores
+from smolctl.publish.build import Built, build, open_model
+from smolctl.publish.card import split_card
+from smolctl.publish.space import ADDED_BY_THE_HUB, HUB_MACHINE, REQUIREMENTS, SDK_VERSION, TORCH, build_space
+from tests.support.publishing import make_run, publish, serving
+from tests.support.push_hub import Fault, PushHub
+
+CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>"
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def space(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Space's folder of a model that continues text."""
+    return space_of(tiny_run, tmp_path_factory.mktemp("space"))
+
+
+@pytest.fixture(scope="module")
+def chat_space(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Space's folder of a model with a chat template."""
+    run = make_run(tmp_path_factory.mktemp("chat-run"), model={"max_position_embeddings": 128})
+    folder = tmp_path_factory.mktemp("folder")
+    build(open_model(str(run)), folder, ())
+    (folder / "chat_template.jinja").write_text(CHAT)
+    return space_of(folder, tmp_path_factory.mktemp("chat-space"))
+
+
+def space_of(model: Path, work: Path) -> Path:
+    (work / "model").mkdir()
+    (work / "space").mkdir()
+    built: Built = build(open_model(str(model)), work / "model", ())
+    build_space(built, work / "space", built.card_facts("me/tiny", "mit"))
+    return work / "space"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[PushHub]:
+    with serving(monkeypatch, tmp_path / "hub") as server:
+        yield server
+
+
+@pytest.fixture
+def untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the start of the app, which other tests do."""
+    from smolctl.publish import push
+
+    tried = smoke.SmokeTest("a", "b", 1, 0.1, 0.1, "torch")
+    monkeypatch.setattr(push, "smoke_test", lambda _folder: tried)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Debian's Chromium."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        reason = "no chromium: apt-get install -y chromium"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
+
+
+def test_the_metadata_is_pinned_and_complete(space: Path) -> None:
+    metadata = yaml.safe_load(split_card((space / "README.md").read_text())[0].strip().strip("-"))
+    assert metadata["sdk"] == "gradio"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", metadata["sdk_version"])
+    assert metadata["sdk_version"] == SDK_VERSION
+    assert metadata["python_version"] == "3.12"
+    assert metadata["app_file"] == "app.py"
+    assert metadata["models"] == ["me/tiny"]
+    assert len(metadata["short_description"]) <= 60
+
+
+def test_every_requirement_is_pinned_and_torch_comes_for_the_cpu(space: Path) -> None:
+    lines = (space / "requirements.txt").read_text().splitlines()
+    assert lines[0] == "--extra-index-url https://download.pytorch.org/whl/cpu"
+    assert lines[1] == f"{TORCH}+cpu"
+    assert all(re.fullmatch(r"[a-z0-9_-]+==[0-9.]+(\+cpu)?", line) for line in lines[1:])
+    assert not any(line.startswith("gradio") for line in lines)
+
+
+def test_the_app_imports_what_its_requirements_name_and_nothing_else(space: Path) -> None:
+    code = (
+        "import sys; from smolctl.generation.load import load_model; import smolctl.publish.app;"
+        "load_model('model'); print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(space), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=space, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert {"torch", "tokenizers", "smolctl"} <= loaded
+    assert not loaded & {"lightning", "matplotlib", "gguf", "datasets", "transformers", "rich", "typer"}
+
+
+def test_the_code_goes_along_and_only_what_is_needed(space: Path) -> None:
+    assert (space / "smolctl" / "generation" / "complete.py").is_file()
+    assert not (space / "smolctl" / "training").exists()
+    assert not (space / "smolctl" / "cli").exists()
+    assert {path.name for path in space.iterdir()} == {
+        *("README.md", "app.py", "requirements.txt", "space.json", "model", "smolctl")
+    }
+
+
+@pytest.mark.slow
+def test_the_compiled_engine_goes_along_where_the_hub_can_run_it(
+    space: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = {path.name for path in (space / "smolctl" / "native").glob("*.so")}
+    if isinstance(load_library(), Library) and (sys.platform, platform.machine()) == HUB_MACHINE:
+        assert {"forward_baseline.so", "forward_avx2.so"} <= compiled
+        assert smoke.smoke_test(space).engine.startswith("native ")
+        assert "`forward.c`, compiled" in (space / "README.md").read_text()
+    monkeypatch.setattr("smolctl.publish.space.HUB_MACHINE", ("linux", "another"))
+    without = space_of(tiny_run, tmp_path)
+    assert not list(without.rglob("*.so"))
+    assert "PyTorch computes" in (without / "README.md").read_text()
+    engine = smoke.smoke_test(without).engine
+    assert engine.startswith("torch cpu, int8")
+    assert "slower, on PyTorch" in engine
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"),
+    [("max 100000\n", math.inf), ("200000 100000\n", 2.0), ("50000 100000", 0.5), ("", math.inf)],
+)
+def test_the_processors_of_a_container_are_counted_by_its_quota(
+    text: str, cores: float, tmp_path: Path
+) -> None:
+    (tmp_path / "cpu.max").write_text(text)
+    assert usable_cores(tmp_path / "cpu.max") == cores
+    assert usable_cores(tmp_path / "none") == math.inf
+
+
+def test_examples_are_the_runs_own_prompts(space: Path) -> None:
+    page = json.loads((space / "space.json").read_text())
+    assert page["examples"] == ["the cat", "a"]
+    assert "bits per byte" in page["summary"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["space", "chat_space"])
+def test_the_folder_answers_through_its_api_and_stops(kind: str, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(kind)
+    before = sorted(folder.rglob("*"))
+    result = smoke.smoke_test(folder)
+    assert result.text.strip()
+    assert result.outputs > 1  # it streams
+    assert sorted(folder.rglob("*")) == before  # nothing is left in what goes up
+
+
+@pytest.mark.slow
+def test_an_app_that_does_not_start_is_reported_with_its_log(space: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(space, broken)
+    (broken / "space.json").write_text("{}")
+    with pytest.raises(SmolError) as caught:
+        smoke.smoke_test(broken)
+    assert "ended with code 1" in caught.value.message
+    assert "KeyError" in caught.value.hint
+
+
+def test_a_chat_forgets_its_oldest_turns_rather_than_fail(chat_space: Path) -> None:
+    from smolctl.generation.load import load_model
+
+    speaker = Speaker(load_model(str(chat_space / "model")))
+    history = [
+        {"role": role, "content": [{"type": "text", "text": "the cat sat on a mat " * 3}]}
+        for _ in range(20)
+        for role in ("user", "assistant")
+    ]
+    answers = list(speaker.chat("the cat", history, 8, 0.7, 0.95, 0, 1.0, 1))
+    assert answers
+    assert answers == list(speaker.chat("the cat", history, 8, 0.7, 0.95, 0, 1.0, 1))  # the seed's text
+
+
+@pytest.mark.slow
+def test_a_visitor_who_leaves_stops_the_work(space: Path) -> None:
+    import threading
+
+    from smolctl.generation.load import load_model
+
+    speaker = Speaker(load_model(str(space / "model")))
+    stream = speaker.continue_text("the cat", 24, 0.7, 0.95, 0, 1.0, 1)
+    next(stream)
+    stream.close()
+    for thread in threading.enumerate():
+        if thread.name == "answer":
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+@pytest.mark.slow
+def test_a_browser_sees_the_streamed_answer(space: Path, chromium: str, tmp_path: Path) -> None:
+    from tests.support.space_browser import continue_in_browser
+
+    with smoke.running(space) as url:
+        seen = continue_in_browser(url, "the cat", chromium, tmp_path)
+    assert seen.answer.startswith("the cat")
+    assert len(seen.answer) > len("the cat")
+    assert seen.foreign_requests == []
+    assert seen.errors == []
+    assert (tmp_path / "space.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_browser_chats(chat_space: Path, chromium: str, tmp_path: Path) -> None:
+    from tests.support.space_browser import chat_in_browser
+
+    with smoke.running(chat_space) as url:
+        seen = chat_in_browser(url, "the cat", chromium, tmp_path)
+    assert seen.answer.strip()
+    assert seen.foreign_requests == []
+    assert seen.errors == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1000, 390], ids=["desktop", "phone"])
+def test_an_empty_chat_offers_examples_that_are_answered(
+    width: int, chat_space: Path, chromium: str, tmp_path: Path
+) -> None:
+    from tests.support.space_browser import ask_example_in_browser
+
+    with smoke.running(chat_space) as url:
+        seen = ask_example_in_browser(url, "Write a haiku about rain.", width, chromium, tmp_path)
+    assert seen.answer.strip()
+    assert seen.foreign_requests == []
+    assert seen.errors == []
+
+
+@pytest.mark.slow
+def test_from_a_run_to_a_page_in_a_browser(
+    tiny_run: Path, hub: PushHub, chromium: str, tmp_path: Path
+) -> None:
+    """Run, push to the Hub, download with the real client, transformers, the Space in a browser."""
+    from transformers import AutoModelForCausalLM
+
+    from smolctl.model.weights import load_network
+    from smolctl.sources import open_source
+    from tests.support.space_browser import continue_in_browser
+
+    pushed = publish(tiny_run, repo="me/tiny", space="me/demo")
+    assert pushed.space is not None
+    assert pushed.space_stage == "RUNNING"
+    assert hub.repos["spaces/me/demo"].sdk == "gradio"
+    assert hub.repos["spaces/me/demo"].private
+    model = snapshot_download("me/tiny", local_dir=tmp_path / "model", endpoint=hub.url)
+    theirs = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True).eval()
+    ids = torch.arange(12)[None]
+    with torch.inference_mode():
+        ours = load_network(open_source(str(tiny_run)))(ids)
+        torch.testing.assert_close(theirs(ids).logits, ours, rtol=1e-4, atol=1e-4)
+    folder = Path(
+        snapshot_download("me/demo", repo_type="space", local_dir=tmp_path / "demo", endpoint=hub.url)
+    )
+    with smoke.running(folder) as url:
+        assert len(continue_in_browser(url, "the cat", chromium, tmp_path).answer) > 7
+
+
+@pytest.mark.usefixtures("untried")
+@pytest.mark.parametrize("status", [402, 403])
+def test_an_account_without_a_plan_is_told_what_it_needs_and_the_model_is_up(
+    status: int, tiny_run: Path, hub: PushHub, smolctl: Callable[..., Any]
+) -> None:
+    said = "hosting Gradio Spaces on free cpu-basic requires a PRO subscription"
+    hub.make("models/me/tiny")
+    hub.faults = [Fault("repos/create", status, message=said)]
+    called = smolctl("push", tiny_run, "--repo", "me/tiny", "--space", "me/demo", "--json")
+    assert called.code == ExitCode.HUB
+    document = json.loads(called.out)
+    assert document["repo"]["verified"] is True
+    assert document["space"] is None
+    error = json.loads(called.err.splitlines()[-1])["error"]
+    assert "the model itself is published" in error["message"]
+    assert "static Space" in error["hint"]
+    assert "PRO" in error["hint"]
+    assert "model.safetensors" in hub.repos["models/me/tiny"].head
+
+
+@pytest.mark.usefixtures("untried")
+@pytest.mark.parametrize("stage", ["BUILD_ERROR", "RUNTIME_ERROR", "CONFIG_ERROR"])
+def test_a_space_that_does_not_build_shows_its_log(stage: str, tiny_run: Path, hub: PushHub) -> None:
+    repo = hub.make("spaces/me/demo", sdk="gradio")
+    repo.stages, repo.logs = ["BUILDING", "APP_STARTING", stage], ["step 1\n", "ERROR: no torch\n"]
+    notes: list[str] = []
+    pushed = publish(tiny_run, notes, repo="me/tiny", space="me/demo")
+    assert pushed.space_error is not None
+    assert stage in pushed.space_error.message
+    assert "ERROR: no torch" in pushed.space_error.hint
+    wanted = "logs/run" if stage == "RUNTIME_ERROR" else "logs/build"
+    assert hub.requests(wanted)
+    assert "spaces/me/demo: BUILDING" in notes
+
+
+@pytest.mark.usefixtures("untried")
+def test_pushing_the_space_again_sends_nothing(tiny_run: Path, hub: PushHub) -> None:
+    publish(tiny_run, repo="me/tiny", space="me/demo")
+    again = publish(tiny_run, repo="me/tiny", space="me/demo")
+    assert again.space is not None
+    assert again.space.commit.sent == ()
+    repo = hub.repos["spaces/me/demo"]
+    assert len(repo.commits) == 2
+    card = (repo.head["README.md"].content or b"").decode().replace("title: tiny", "title: My page")
+    repo.commit(
+        "main", {**repo.head, "README.md": type(repo.head["README.md"])(card.encode(), len(card))}, "t"
+    )
+    third = publish(tiny_run, repo="me/tiny", space="me/demo")
+    assert third.space is not None
+    assert third.space.commit.sent == ()  # the title that somebody chose stays
+
+
+def test_without_gradio_one_line_says_so(
+    tiny_run: Path, smolctl: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smoke.importlib.util, "find_spec", lambda _name: None)
+    called = smolctl("push", tiny_run, "--preview")
+    assert called.code == 1
+    assert "pip install 'smolctl[space]'" in called.err
+
+
+@pytest.mark.slow
+def test_the_requirements_install_together_and_run_the_page(space: Path, tmp_path: Path) -> None:
+    """In a fresh environment, which has nothing of this project."""
+    if os.environ.get("CI") != "true" and "SMOLCTL_TEST_FRESH" not in os.environ:
+        pytest.skip("installs a gigabyte: set SMOLCTL_TEST_FRESH=1")
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
+    python = tmp_path / "env" / "bin" / "python"
+    wanted = [TORCH, *REQUIREMENTS, *ADDED_BY_THE_HUB]
+    done = subprocess.run(
+        [str(python), "-m", "pip", "install", "-q", *wanted], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert smoke.smoke_test(space, str(python)).text.strip()

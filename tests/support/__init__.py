@@ -1,0 +1,1 @@
+"""What several tests use: tiny models and runs, loopback servers, files to read."""

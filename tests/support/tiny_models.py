@@ -1,0 +1,97 @@
+"""Tiny random models that can speak, and an engine that counts what it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from smolctl.config import ModelConfig
+from smolctl.data.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from smolctl.generation.decode import Decoder, Job, Token, generator_for
+from smolctl.generation.engine import Cache, Engine
+from smolctl.generation.load import LoadedModel
+from smolctl.generation.sampling import SamplingSettings
+from smolctl.generation.torch_engine import TorchEngine
+from smolctl.model.network import Transformer
+from smolctl.model.weights import initialize
+
+TEXTS = ["the cat sat on the mat, and the dog saw the cat. " * 4, "Größe 界面 🎉👩‍👧 e\u0301 12"]
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer() -> Tokenizer:
+    trained = train_tokenizer(iter(TEXTS), 320)
+    return Tokenizer(trained.backend, TEMPLATE, bos_token_id=0, eos_token_id=2, pad_token_id=2)
+
+
+def tiny_network(seed: int = 0, context: int = 96, **changes: object) -> Transformer:
+    values = {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": context,
+        "initializer_range": 0.4,
+        "eos_token_id": 2,
+    }
+    return initialize(ModelConfig(**(values | changes)), seed).eval()  # type: ignore[arg-type]
+
+
+class CountingEngine(Engine):
+    """Another engine, with a record of every call."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine.config, engine.name)
+        self.engine = engine
+        self.calls: list[list[list[int]]] = []
+
+    @property
+    def tokens_read(self) -> int:
+        return sum(len(ids) for call in self.calls for ids in call)
+
+    def allocate(self, sequences: int, capacity: int) -> Cache:
+        return self.engine.allocate(sequences, capacity)
+
+    def forward(self, tokens: Sequence[Sequence[int]], cache: Cache, every: bool = False) -> Tensor:
+        self.calls.append([list(ids) for ids in tokens])
+        return self.engine.forward(tokens, cache, every)
+
+
+def tiny_model(seed: int = 0, context: int = 96) -> LoadedModel:
+    engine = CountingEngine(TorchEngine(tiny_network(seed, context)))
+    return LoadedModel(f"tiny-{seed}", engine, tiny_tokenizer(), 0.0)
+
+
+def run_jobs(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], counts: Sequence[int], seed: int = 0
+) -> list[list[Token]]:
+    """All tokens of every prompt."""
+    jobs = [
+        Job(prompt, count, generator_for(seed, index))
+        for index, (prompt, count) in enumerate(zip(prompts, counts, strict=True))
+    ]
+    found: list[list[Token]] = [[] for _ in jobs]
+    for step in decoder.run(jobs):
+        for index, token in step:
+            found[index].append(token)
+    return found
+
+
+def uncached(network: Transformer, prompt: Sequence[int], count: int) -> list[int]:
+    """Greedy tokens by reading everything again for each."""
+    ids = list(prompt)
+    with torch.inference_mode():
+        for _ in range(count):
+            ids.append(int(network(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def plain_settings(temperature: float) -> SamplingSettings:
+    return SamplingSettings(temperature, top_p=0.95 if temperature else 1.0)

@@ -1,0 +1,256 @@
+"""Faults made for real: a full disk, a folder that cannot be written, kills, two runs in one folder."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from smolctl.config.load import merge
+from smolctl.errors import InputError
+from smolctl.runs.folder import RunFolder
+from smolctl.training.checkpoint import SaveError, find_damage
+from smolctl.training.prepare import Prepared
+from tests.support.tiny_runs import TINY, assert_same_run, go_on, prepare_tiny, run, with_steps, write_corpus
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path / "corpus")
+    Path("tiny.yaml").write_text(yaml.safe_dump(merge(TINY, {"data": {"source": "corpus"}})))
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., Prepared]:
+    return functools.partial(prepare_tiny, Path("corpus"))
+
+
+def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """The command line in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "smolctl", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)},
+        **options,
+    )
+
+
+def call(*arguments: str, **options: Any) -> tuple[int, str]:
+    process = start(*arguments, **options)
+    _, errors = process.communicate(timeout=300)
+    return process.returncode, errors
+
+
+def good_steps(folder: Path) -> list[int]:
+    files = RunFolder(folder).checkpoints()
+    assert not [file for file in files if find_damage(file.path)]
+    return [file.step for file in files]
+
+
+# --- the disk -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of two megabytes: room for three of the tiny checkpoints."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_full_disk_is_seen_before_the_checkpoint_is_written(
+    make: Callable[..., Prepared], small_disk: Path
+) -> None:
+    with pytest.raises(SaveError, match=r"step-000015\.ckpt: the checkpoint needs") as error:
+        run(make(), str(small_disk / "run"))
+    assert "earlier checkpoints are untouched" in error.value.hint
+    assert good_steps(small_disk / "run") == [0, 5, 10]
+    whole = run(make(), "whole")
+    go_on(small_disk / "run", out=Path("elsewhere"), until=15)
+    assert_same_run(whole, Path("elsewhere"))
+
+
+def test_disk_that_is_full_to_the_last_byte_stops_the_run_with_its_reason(
+    make: Callable[..., Prepared], small_disk: Path
+) -> None:
+    folder = run(make(**with_steps(5)), str(small_disk / "run"))
+    with pytest.raises(OSError, match="No space left"):
+        (small_disk / "ballast").write_bytes(bytes(4 << 20))
+    code, errors = call("resume", str(folder), "--extra", "5")
+    assert code == 1
+    assert "No space left on device" in errors or "disk has" in errors
+    assert "unexpected" not in errors
+    (small_disk / "ballast").unlink()
+    assert good_steps(folder) == [0, 5]
+    go_on(folder, until=7)
+    assert good_steps(folder) == [0, 5, 7]
+
+
+@pytest.mark.slow
+def test_write_that_fails_half_way_leaves_the_older_checkpoint(make: Callable[..., Prepared]) -> None:
+    def small_files_only() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+    code, errors = call("train", "tiny.yaml", "--out", "run", preexec_fn=small_files_only)
+    assert code == 1
+    assert "step-000005.ckpt: the checkpoint cannot be written (File too large)" in errors
+    assert "unexpected" not in errors
+    assert good_steps(Path("run")) == [0]
+    assert not list(Path("run/checkpoints").glob(".*"))
+    go_on(Path("run"))
+    assert_same_run(run(make(), "whole"), Path("run"))
+
+
+def test_folder_that_cannot_be_written_is_refused_with_the_reason(
+    make: Callable[..., Prepared], small_disk: Path
+) -> None:
+    folder = run(make(**with_steps(5)), str(small_disk / "run"))
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for arguments in (
+        ("resume", str(folder), "--extra", "1"),
+        ("train", "tiny.yaml", "--out", f"{folder}-2"),
+    ):
+        code, errors = call(*arguments)
+        assert code == 1
+        assert "Read-only file system" in errors
+        assert "unexpected" not in errors
+        assert "hint:" in errors
+    go_on(folder, out=Path("branch"), extra=1)
+    assert good_steps(Path("branch")) == [5, 6]
+
+
+def test_emptied_checkpoint_folder_is_said(make: Callable[..., Prepared]) -> None:
+    folder = run(make(**with_steps(2)), "run")
+    for path in (folder / "checkpoints").iterdir():
+        path.unlink()
+    with pytest.raises(InputError, match="no checkpoint yet"):
+        go_on(folder, extra=1)
+
+
+# --- kills and signals ----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
+def test_run_killed_at_random_moments_equals_the_run_that_was_left_alone() -> None:
+    runs = 6
+    command = [sys.executable, "-m", "tests.support.kill_at_random", str(runs), "7"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr
+    killed = [json.loads(line) for line in done.stdout.splitlines()]
+    assert sum(line["kills"] for line in killed) >= 2 * runs
+    assert sum(line["during_a_write"] for line in killed) >= 3
+    every_step = {"checkpoint": {"every": 1}, "validation": {"every": 0}}
+    whole = run(prepare_tiny(Path("corpus"), **every_step, **with_steps(12)), "whole")
+    for line in killed:
+        assert_same_run(whole, Path(line["run"]), 12)
+        assert good_steps(Path(line["run"]))[-1] == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_second_signal_stops_at_once_and_the_checkpoints_stay(number: signal.Signals, code: int) -> None:
+    # A step of many micro-batches takes long: the second signal arrives within it.
+    long_steps = ("--batch-size", "20000", "--micro-batch-size", "20", "--set", "validation.every=0")
+    process = start("train", "tiny.yaml", *long_steps, "--json", "--out", "run")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if json.loads(line)["event"] == "checkpoint":  # of step 0: training begins
+            break
+    time.sleep(2)
+    process.send_signal(number)
+    time.sleep(1)
+    process.send_signal(number)
+    rest = [json.loads(line) for line in process.stdout.read().splitlines()]
+    assert process.wait() == code
+    assert not [event for event in rest if event["event"] in ("step", "end")]
+    assert good_steps(Path("run")) == [0]
+
+
+# --- two at once ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_of_two_runs_started_into_one_folder_one_is_refused() -> None:
+    both = [start("train", "tiny.yaml", "--steps", "150", "--out", "same") for _ in range(2)]
+    said = [process.communicate(timeout=300)[1] for process in both]
+    codes = [process.returncode for process in both]
+    assert sorted(codes)[0] == 0
+    loser = codes.index(max(codes))
+    assert codes[loser] in (2, 3)
+    assert "same" in said[loser]
+    assert "hint:" in said[loser]
+    assert good_steps(Path("same"))[-1] == 150
+    lines = Path("same/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if '"step"' in line and '"loss"' in line][-1] == 150
+
+
+@pytest.mark.slow
+def test_runs_started_at_once_without_a_folder_get_folders_of_their_own() -> None:
+    both = [start("train", "tiny.yaml", "--steps", "3") for _ in range(2)]
+    for process in both:
+        process.communicate(timeout=300)
+        assert process.returncode == 0
+    assert good_steps(Path("runs/tiny-001")) == good_steps(Path("runs/tiny-002")) == [0, 3]
+
+
+@pytest.mark.slow
+def test_resuming_a_run_that_is_training_is_refused() -> None:
+    process = start("train", "tiny.yaml", "--steps", "100000", "--json", "--out", "busy")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if json.loads(line)["event"] == "step":
+            break
+    code, errors = call("resume", "busy", "--extra", "1")
+    process.kill()
+    process.communicate()
+    assert code == 3
+    assert "another process is training into this run" in errors
+
+
+# --- the cost of a save ---------------------------------------------------------------------------
+
+SAVE = """
+import re, sys, torch
+from pathlib import Path
+from smolctl.training.checkpoint import DurableCheckpointIO
+
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+state = {str(number): torch.ones(25_000_000 // 4) for number in range(12)}  # 300 MB
+writer = DurableCheckpointIO()
+writer.save_checkpoint({"state_dict": {"warm": torch.ones(9)}}, "warm.ckpt")
+before = peak()
+writer.save_checkpoint({"state_dict": state}, "big.ckpt")
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_save_needs_no_second_copy_in_memory() -> None:
+    done = subprocess.run([sys.executable, "-c", SAVE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path("big.ckpt").stat().st_size > 300_000_000
+    assert int(done.stdout) < 60_000_000

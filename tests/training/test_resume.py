@@ -1,0 +1,270 @@
+"""What `resume` may change, what it refuses, how it branches, and that it can prove itself exact."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smolctl.config.run import ScheduleConfig
+from smolctl.durable import file_digest
+from smolctl.errors import ExitCode, InputError, UsageError
+from smolctl.runs.events import Note
+from smolctl.runs.folder import RunFolder
+from smolctl.training.checkpoint import find_damage
+from smolctl.training.optim.schedule import continue_schedule, learning_rate
+from smolctl.training.prepare import Prepared
+from smolctl.training.resume import ResumeOptions
+from smolctl.training.verify import verify
+from tests.support.tiny_runs import (
+    assert_same_run,
+    go_on,
+    losses,
+    prepare_tiny,
+    run,
+    state,
+    with_steps,
+    write_corpus,
+)
+
+MUON = {"optimizer": {"name": "muon"}}
+Make = Callable[..., Prepared]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    return functools.partial(prepare_tiny, write_corpus(tmp_path / "corpus"))
+
+
+def notes(events: list[Any]) -> list[str]:
+    return [event.text for event in events if isinstance(event, Note)]
+
+
+@pytest.mark.parametrize("split", [1, 5, 14])
+def test_interrupted_run_with_muon_equals_continuous_run(make: Make, split: int) -> None:
+    whole = run(make(**MUON), "whole")
+    parts = run(make(**MUON, **with_steps(split)), "parts")
+    go_on(parts, until=15)
+    assert_same_run(whole, parts)
+    assert losses(whole) != losses(run(make(), "adamw"))
+
+
+def test_interrupted_run_with_z_loss_equals_continuous_run(make: Make) -> None:
+    whole = run(make(train={"z_loss": 1e-3}), "whole")
+    parts = run(make(train={"z_loss": 1e-3, "steps": 8}), "parts")
+    go_on(parts, until=15)
+    assert_same_run(whole, parts)
+
+
+# --- verification ---------------------------------------------------------------------------------
+
+
+def check(folder: Path, **options: Any) -> Any:
+    return verify(folder, ResumeOptions(**options), lambda _event: None)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        MUON,
+        {"model": {"attention_dropout": 0.3}},
+        {"train": {"precision": "bf16-mixed"}},
+        {"train": {"checkpoint_activations": True}},
+    ],
+)
+def test_verification_finds_a_run_exact_and_writes_nothing(make: Make, changes: dict[str, Any]) -> None:
+    folder = run(make(**changes), "run")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    result = check(folder)
+    assert result.exact
+    assert (result.first, result.last, result.losses) == (10, 15, 5)
+    assert result.tensors > 2 * len(state(folder, 15)["state_dict"])
+    assert check(folder, step=0).losses == 15
+    assert check(folder, until=10).last == 10
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_verification_sees_one_changed_bit(make: Make) -> None:
+    folder = run(make(), "run")
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    steps = [number for number, line in enumerate(lines) if json.loads(line)["event"] == "step"]
+    record = json.loads(lines[steps[12]])
+    record["loss"] *= 1 + 1e-7
+    lines[steps[12]] = json.dumps(record)
+    path.write_text("\n".join(lines) + "\n")
+    result = check(folder)
+    assert not result.exact
+    assert result.exit_code == ExitCode.GATE_NOT_MET
+    assert "step 13" in result.differences[0]
+
+
+def test_verification_sees_that_a_run_went_another_way(make: Make) -> None:
+    one, two = run(make(), "one"), run(make(optimizer={"learning_rate": 4e-3}), "two")
+    foreign = two / "checkpoints" / "step-000010.ckpt"
+    for suffix in ("", ".sha256"):
+        Path(f"{one}/checkpoints/step-000010.ckpt{suffix}").write_bytes(
+            Path(f"{foreign}{suffix}").read_bytes()
+        )
+    result = check(one)
+    assert any("weights" in difference for difference in result.differences)
+    assert any("step 11" in difference for difference in result.differences)
+
+
+def test_verification_needs_two_checkpoints_and_no_changes(make: Make) -> None:
+    folder = run(make(checkpoint={"every": 100, "keep_last": 1}), "run")
+    with pytest.raises(InputError, match="no good checkpoint before"):
+        check(folder)
+    with pytest.raises(UsageError, match="as it was"):
+        check(folder, settings={"optimizer": {"learning_rate": 1.0}})
+
+
+# --- changes --------------------------------------------------------------------------------------
+
+
+def test_changed_settings_are_named_and_take_effect(make: Make) -> None:
+    folder = run(make(**with_steps(10)), "run")
+    settings = {
+        "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.2},
+        "checkpoint": {"keep_last": 2},
+    }
+    said = notes(go_on(folder, extra=2, settings=settings))
+    assert any("optimizer.learning_rate 0.003 → 0.001" in note for note in said)
+    assert any("checkpoint.keep_last 0 → 2" in note for note in said)
+    assert losses(folder)[10][2] == pytest.approx(1e-3)
+    assert [file.step for file in RunFolder(folder).checkpoints()] == [10, 12]
+    groups = state(folder, 12)["optimizer_states"][0]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.2, 0.0]
+    assert RunFolder.open(folder).config().optimizer.learning_rate == 1e-3
+    assert not any("Changed" in note for note in notes(go_on(folder, extra=1)))  # it stays changed
+
+
+def test_another_batch_size_goes_on_behind_the_samples_seen(make: Make) -> None:
+    prepared = make(**with_steps(10))
+    folder = run(prepared, "run")
+    go_on(folder, extra=3, settings={"train": {"batch_size": 8}})
+    assert state(folder, 13)["smolctl"]["samples"] == 10 * 4 + 3 * 8
+    tokens = [
+        json.loads(line)["tokens"]
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+        if json.loads(line)["event"] == "step"
+    ]
+    assert tokens == [*range(128, 1281, 128), 1536, 1792, 2048]
+    go_on(folder, extra=1, settings={"train": {"batch_size": 4}})
+    assert state(folder, 14)["smolctl"]["samples"] == 68
+    assert check(folder).exact
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"model": {"num_hidden_layers": 3}}, "model.num_hidden_layers 2 → 3"),
+        ({"data": {"sequence_length": 16}}, "data.sequence_length 32 → 16"),
+        ({"data": {"seed": 9}}, "data.seed 8 → 9"),
+        ({"tokenizer": "train:290"}, "tokenizer train:300 → train:290"),
+        ({"optimizer": {"name": "muon"}}, "optimizer.name adamw → muon"),
+    ],
+)
+def test_what_makes_it_another_run_is_refused(make: Make, settings: dict[str, Any], key: str) -> None:
+    folder = run(make(**with_steps(2)), "run")
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(InputError) as error:
+        go_on(folder, extra=1, settings=settings)
+    assert key in error.value.message
+    assert "--init-from" in error.value.hint
+    assert (folder / "config.yaml").read_text() == before
+
+
+# --- where to go on -------------------------------------------------------------------------------
+
+
+def test_branch_leaves_the_run_alone_and_remembers_where_it_came_from(make: Make) -> None:
+    whole = run(make(), "whole")
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file() and path.name != ".lock"}
+    go_on(whole, step=5, out=Path("branch"))
+    assert_same_run(whole, Path("branch"))
+    lineage = json.loads(Path("branch/lineage.json").read_text())
+    assert (lineage["parent"], lineage["step"]) == ("whole", 5)
+    assert lineage["checkpoint_sha256"] == file_digest(whole / "checkpoints" / "step-000005.ckpt")
+    go_on(Path("branch"), out=Path("twig"), extra=1, settings={"optimizer": {"learning_rate": 1e-3}})
+    assert json.loads(Path("twig/lineage.json").read_text())["parent_lineage"] == lineage
+    assert [loss[0] for loss in losses(Path("twig"))] == list(range(1, 17))
+    assert check(Path("twig"), step=15).exact
+    after = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert before == after
+
+
+def test_newer_checkpoints_are_not_replaced_without_force(make: Make) -> None:
+    folder = run(make(), "run")
+    with pytest.raises(UsageError, match="newer checkpoints") as error:
+        go_on(folder, step=5, extra=1)
+    assert "--out" in error.value.hint
+    assert [file.step for file in RunFolder(folder).checkpoints()] == [0, 5, 10, 15]
+    go_on(folder, step=5, extra=1, force=True)
+    assert [file.step for file in RunFolder(folder).checkpoints()] == [0, 5, 6]
+
+
+def test_damaged_newer_checkpoints_are_set_aside_not_deleted(make: Make) -> None:
+    folder = run(make(), "run")
+    newest = folder / "checkpoints" / "step-000015.ckpt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    go_on(folder, step=10, until=12)
+    assert [file.step for file in RunFolder(folder).checkpoints()] == [0, 5, 10, 12]
+    assert Path(f"{newest}.damaged").is_file()
+    assert not any(find_damage(file.path) for file in RunFolder(folder).checkpoints())
+
+
+# --- the learning rate past the end ---------------------------------------------------------------
+
+WSD = ScheduleConfig(name="wsd", warmup_steps=10, decay_start=80, decay_steps=20, min_learning_rate=0.1)
+COSINE = ScheduleConfig(name="cosine", warmup_steps=10, decay_start=10, decay_steps=90, min_learning_rate=0.1)
+
+
+@pytest.mark.parametrize("schedule", [WSD, COSINE])
+def test_hold_keeps_the_schedule_and_stays_at_its_end(schedule: ScheduleConfig) -> None:
+    held = continue_schedule(schedule, 1.0, 100, 150, "hold")
+    assert held == schedule
+    assert {learning_rate(step, 1.0, held) for step in range(101, 151)} == {0.1}
+
+
+@pytest.mark.parametrize("schedule", [WSD, COSINE])
+def test_extend_is_what_a_longer_plan_would_have_been(schedule: ScheduleConfig) -> None:
+    extended = continue_schedule(schedule, 1.0, 60, 150, "extend")
+    planned = schedule.model_copy(update={"decay_start": 130} if schedule is WSD else {"decay_steps": 140})
+    assert extended == planned
+    assert learning_rate(150, 1.0, extended) == pytest.approx(0.1)
+    assert learning_rate(149, 1.0, extended) > 0.1
+
+
+@pytest.mark.parametrize("schedule", [WSD, COSINE])
+def test_rewarm_rises_from_the_rate_at_hand_and_falls_to_the_new_end(schedule: ScheduleConfig) -> None:
+    again = continue_schedule(schedule, 1.0, 100, 200, "rewarm")
+    rates = [learning_rate(step, 1.0, again) for step in range(101, 201)]
+    top = max(rates)
+    assert top == pytest.approx(1.0)
+    assert 0.1 < rates[0] < 0.3
+    assert rates[: rates.index(top)] == sorted(rates[: rates.index(top)])
+    assert rates[-1] == pytest.approx(0.1)
+
+
+def test_policies_are_exact_when_they_are_interrupted_again(make: Make) -> None:
+    start = make(schedule={"decay_start": 6, "decay_steps": 4}, **with_steps(10))
+    one, two = (
+        run(start, "one"),
+        run(make(schedule={"decay_start": 6, "decay_steps": 4}, **with_steps(10)), "two"),
+    )
+    go_on(one, until=30, policy="rewarm")
+    go_on(two, until=30, policy="rewarm", settings={"checkpoint": {"every": 10}})
+    go_on(two, step=20, until=30, force=True)
+    assert losses(one) == losses(two)
+    assert losses(one)[11][2] > losses(one)[9][2]

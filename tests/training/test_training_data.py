@@ -1,0 +1,158 @@
+"""A stop and a resume change nothing, wherever the text comes from and however it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smolctl.config.load import merge, resolve_run_config
+from smolctl.data.tokens import encoding, streamed
+from smolctl.errors import InputError
+from smolctl.runs.folder import RunFolder
+from smolctl.training.prepare import Prepared, prepare
+from smolctl.training.resume import ResumeOptions
+from smolctl.training.verify import verify
+from tests.support.dataset_hub import dataset
+from tests.support.hub_server import HubServer
+from tests.support.tiny_runs import (
+    TINY,
+    assert_same_run,
+    go_on,
+    losses,
+    prepare_tiny,
+    run,
+    with_steps,
+    write_corpus,
+)
+
+Make = Callable[..., Prepared]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SMOLCTL_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    return write_corpus(tmp_path / "corpus")
+
+
+@pytest.fixture
+def small_stream(
+    dataset_hub: HubServer, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> HubServer:
+    """A dataset on a loopback Hub, org/rows, of which a run of ten steps reads a part."""
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 2_000)
+    monkeypatch.setattr(streamed, "BLOCK_WINDOWS", 10)
+    monkeypatch.setattr(streamed, "SEGMENT_TOKENS", (500, 500))
+    texts = [path.read_text() for path in sorted(corpus.iterdir())]
+    dataset_hub.repositories["datasets/org/rows"] = dataset(
+        [f"{text} {n}" for n in range(6) for text in texts]
+    )
+    return dataset_hub
+
+
+def make(*sources: str, weights: tuple[float, ...] | None = None, **changes: Any) -> Prepared:
+    """A tiny run on sources."""
+    values = merge(merge(TINY, {"data": {"source": list(sources), "weights": weights}}), changes)
+    return prepare(resolve_run_config(values, "test"), None, lambda _event: None)
+
+
+def assert_exact(prepared: Callable[..., Prepared]) -> Path:
+    """15 steps, and 7 with 8 more, are the same run; returns the folder of the resumed one."""
+    parts = run(prepared(**with_steps(7)), "parts")
+    go_on(parts, extra=8)
+    whole = run(prepared(), "whole")
+    assert_same_run(whole, parts)
+    assert verify(parts, ResumeOptions(), lambda _event: None).exact
+    return parts
+
+
+def test_interrupted_run_on_text_files_equals_continuous_run(corpus: Path) -> None:
+    assert_exact(lambda **changes: prepare_tiny(corpus, **changes))
+
+
+def test_interrupted_run_on_a_hub_dataset_equals_continuous_run(small_stream: HubServer) -> None:
+    streamed_tokens = []
+
+    def prepared(**changes: Any) -> Prepared:
+        ready = make("org/rows", **changes)
+        streamed_tokens.append(ready.corpus.tokens)
+        return ready
+
+    folder = assert_exact(prepared)
+    assert streamed_tokens[0] < streamed_tokens[1]  # the longer run has streamed more
+    assert RunFolder(folder).config().data.source == (
+        f"org/rows@{small_stream.repositories['datasets/org/rows'].commit}",
+    )
+
+
+def test_a_resumed_run_streams_on_without_the_cache(
+    small_stream: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(make("org/rows"), "whole")
+    parts = run(make("org/rows", **with_steps(7)), "parts")
+    monkeypatch.setenv("SMOLCTL_CACHE", str(tmp_path / "empty"))
+    go_on(parts, until=15)
+    assert_same_run(whole, parts)
+
+
+def test_a_resumed_run_needs_no_hub_for_what_is_cached(small_stream: HubServer) -> None:
+    whole = run(make("org/rows"), "whole")  # fills the cache
+    parts = run(make("org/rows", **with_steps(7)), "parts")
+    small_stream.fails_with = 503
+    go_on(parts, until=15)
+    assert_same_run(whole, parts)
+
+
+def test_a_resumed_run_stays_on_its_commit_when_the_dataset_moves(small_stream: HubServer) -> None:
+    folder = run(make("org/rows", **with_steps(6)), "moved")
+    repository = small_stream.repositories["datasets/org/rows"]
+    repository.commit = "fedcba98" * 5
+    go_on(folder, extra=1)  # from the cache
+    with pytest.raises(InputError, match=r"cannot change data\.source"):
+        go_on(folder, extra=1, settings={"data": {"source": ["org/rows"]}})
+
+
+def test_a_dataset_shorter_than_the_run_is_passed_over_again_exactly(small_stream: HubServer) -> None:
+    small_stream.repositories["datasets/org/few"] = dataset(["the cat sat on a mat and saw birds " * 12] * 8)
+    short = {"data": {"validation_fraction": 0.0}}
+    assert make("org/few", **short).corpus.train.parts[0].repeats
+    assert_exact(lambda **changes: make("org/few", **merge(short, changes)))
+
+
+def test_interrupted_run_on_a_mixture_equals_continuous_run(small_stream: HubServer, corpus: Path) -> None:
+    mixture = (str(corpus), "org/rows")
+    folder = assert_exact(lambda **changes: make(*mixture, weights=(0.6, 0.4), **changes))
+    assert losses(folder) != losses(run(make(*mixture, weights=(0.4, 0.6)), "other"))
+
+
+def test_interrupted_run_with_document_masking_equals_continuous_run(corpus: Path) -> None:
+    masked = {"data": {"document_masking": True}, "model": {"attention_dropout": 0.2}}
+    folder = assert_exact(lambda **changes: prepare_tiny(corpus, **merge(masked, changes)))
+    plain = run(prepare_tiny(corpus, model={"attention_dropout": 0.2}), "plain")
+    assert losses(folder) != losses(plain)
+
+
+@pytest.mark.slow
+def test_interrupted_run_on_the_embedded_corpus_equals_continuous_run(corpus: Path, tmp_path: Path) -> None:
+    prepare_tiny(corpus).tokenizer.save(tmp_path / "tokenizer")  # training one on all of it takes long
+    assert_exact(lambda **changes: make("python", tokenizer=str(tmp_path / "tokenizer"), **changes))
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_gives_the_same_run(small_stream: HubServer, corpus: Path) -> None:
+    def prepared(workers: int, steps: int) -> Prepared:
+        changes = {"data": {"workers": workers, "document_masking": True}, "train": {"steps": steps}}
+        return make(str(corpus), "org/rows", weights=(1, 1), **changes)
+
+    none = run(prepared(0, 15), "none")
+    for workers in (1, 2):
+        parts = run(prepared(workers, 6), f"workers-{workers}")
+        go_on(parts, until=15)
+        assert_same_run(none, parts)
