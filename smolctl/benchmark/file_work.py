@@ -74,7 +74,8 @@ def checkpoint(job: Job) -> Work:
     Saving writes, syncs, reads back, compares checksums and renames. Reading finds the file in memory.
     """
     # Lightning, behind these, takes seconds to import; no other work waits for it.
-    from smolctl.training.checkpoint import DurableCheckpointIO, read_checkpoint
+    from smolctl.runs.checkpoint_file import read_checkpoint
+    from smolctl.training.checkpoint import DurableCheckpointIO
 
     network = plain_network(job.contender.model)
     optimizer = make_optimizer(network, job.optimizer)

@@ -34,7 +34,7 @@ TINY: dict[str, Any] = {
     "schedule": {"warmup_steps": 2, "decay_start": 10_000, "decay_steps": 10},
     "checkpoint": {"every": 3, "keep_last": 0},
     "predictions": {"every": 3, "prompts": ["the cat"], "max_tokens": 4},
-    "validation": {"every": 3, "batches": 2},
+    "validation": {"every": 3, "sequences": 4},
 }
 EVENT_KEYS = {
     "start": {"run", "step", "until", "plan"},

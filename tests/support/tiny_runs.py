@@ -12,8 +12,8 @@ import torch
 
 from smolctl.config.load import merge, resolve_run_config
 from smolctl.errors import ExitCode
+from smolctl.runs.checkpoint_file import read_checkpoint
 from smolctl.runs.events import Event
-from smolctl.training.checkpoint import read_checkpoint
 from smolctl.training.prepare import Prepared, prepare
 from smolctl.training.resume import ResumeOptions, resume
 from smolctl.training.train import train
@@ -35,7 +35,7 @@ TINY: dict[str, Any] = {
     "schedule": {"warmup_steps": 4, "decay_start": 12, "decay_steps": 10},
     "checkpoint": {"every": 5, "keep_last": 0},
     "predictions": {"every": 5, "prompts": ["the cat", "a"], "max_tokens": 5},
-    "validation": {"every": 5, "batches": 2},
+    "validation": {"every": 5, "sequences": 4},
 }
 
 

@@ -19,8 +19,9 @@ import yaml
 
 from smolctl.config.load import merge
 from smolctl.errors import InputError
+from smolctl.runs.checkpoint_file import find_damage
 from smolctl.runs.folder import RunFolder
-from smolctl.training.checkpoint import SaveError, find_damage
+from smolctl.training.checkpoint import SaveError
 from smolctl.training.prepare import Prepared
 from tests.support.tiny_runs import TINY, assert_same_run, go_on, prepare_tiny, run, with_steps, write_corpus
 

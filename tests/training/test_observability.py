@@ -24,12 +24,12 @@ from smolctl.config.load import merge, resolve_run_config
 from smolctl.errors import ExitCode, InputError, UsageError
 from smolctl.escaping import json_line, one_line
 from smolctl.runs.chart import smoothed, thinned
+from smolctl.runs.checkpoint_file import read_checkpoint
 from smolctl.runs.events import Candidate, End, Event, Note, Prediction, Step, Validation
-from smolctl.runs.records import RunRecorder
+from smolctl.runs.folder import RunFolder
 from smolctl.runs.story import selection, to_markdown
 from smolctl.timing import peak_memory
 from smolctl.training import loggers as loggers_module
-from smolctl.training.checkpoint import read_checkpoint
 from smolctl.training.device import flops_utilization, peak_flops, run_peak_flops
 from smolctl.training.module import NonFiniteError
 from smolctl.training.prepare import Prepared, prepare
@@ -55,7 +55,7 @@ TINY: dict[str, Any] = {
     "schedule": {"warmup_steps": 2, "decay_start": 100, "decay_steps": 10},
     "checkpoint": {"every": 2, "keep_last": 0},
     "predictions": {"every": 2, "prompts": ["the cat", "a"], "max_tokens": 3},
-    "validation": {"every": 2, "batches": 2},
+    "validation": {"every": 2, "sequences": 4},
 }
 Make = Callable[..., Prepared]
 
@@ -113,7 +113,7 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 def losses(out: str) -> list[tuple[int, float]]:
-    return [(r["step"], r["loss"]) for r in RunRecorder(Path(out)).metrics() if r["event"] == "step"]
+    return [(r["step"], r["loss"]) for r in RunFolder(Path(out)).metrics() if r["event"] == "step"]
 
 
 # Memory and MFU
@@ -121,7 +121,7 @@ def losses(out: str) -> list[tuple[int, float]]:
 
 def test_every_step_tells_the_memory_and_no_mfu_on_a_cpu() -> None:
     run("x")
-    steps = [record for record in RunRecorder(Path("x")).metrics() if record["event"] == "step"]
+    steps = [record for record in RunFolder(Path("x")).metrics() if record["event"] == "step"]
     assert len(steps) == 6
     held = [record["memory_bytes"] for record in steps]
     assert min(held) > 50e6  # PyTorch alone is larger
@@ -178,9 +178,12 @@ def test_peaks_are_of_the_chip_that_is_named(
     ("target", "told"),
     [
         ("training.callbacks.bits_per_byte", ["the validation failed"]),
-        ("training.predictions.complete", ["the prediction for 'the cat' failed", "the prediction for 'a' failed"]),
-        ("runs.records.to_markdown", ["writing predictions.md failed"]),
-        ("runs.records.draw_loss", ["drawing loss.png failed"]),
+        (
+            "training.predictions.complete",
+            ["the prediction for 'the cat' failed", "the prediction for 'a' failed"],
+        ),
+        ("runs.folder.to_markdown", ["writing predictions.md failed"]),
+        ("runs.chart.draw_loss", ["drawing loss.png failed"]),
     ],
 )
 def test_an_onlooker_that_fails_is_told_once_and_leaves_no_trace(
@@ -388,7 +391,7 @@ def test_predictions_md_tells_every_round_also_after_going_back() -> None:
 
 def test_predictions_of_steps_to_come_are_gone_as_soon_as_a_run_goes_back() -> None:
     run("x")
-    RunRecorder(Path("x")).forget_after(2)
+    RunFolder(Path("x")).keep_records(2)
     assert "**Step 2**" in story("x")
     assert "**Step 4**" not in story("x")
 
@@ -422,13 +425,13 @@ def test_a_record_is_one_line_for_every_reader_of_lines(text: str) -> None:
 
 
 def test_records_with_any_text_and_a_line_that_was_cut_off_survive_a_resume(tmp_path: Path) -> None:
-    recorder = RunRecorder(tmp_path)
+    recorder = RunFolder(tmp_path)
     texts = ["a\u2028b", "c\x85d", "\ud7ff\U0001f600", '"\\\n']
     for step, text in enumerate(texts, start=1):
         recorder.record(Prediction(step, "p", text, None, ()))
     with (tmp_path / "predictions.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"event": "prediction", "step": 1, "pro')
-    recorder.forget_after(3)
+    recorder.keep_records(3)
     assert [prediction.text for prediction in recorder.predictions()["p"]] == texts[:3]
 
 
@@ -459,7 +462,7 @@ def test_a_long_run_is_drawn_with_few_points_of_the_same_mean() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 5, 300])
 def test_a_loss_curve_can_be_drawn_of_any_run(tmp_path: Path, count: int) -> None:
-    recorder = RunRecorder(tmp_path)
+    recorder = RunFolder(tmp_path)
     for step in range(1, count + 1):
         recorder.record(Step(step, 3.0, 1e-3, 1.0, step * 10, 0.1, 100.0, 1.0, None, None))
     if count:

@@ -20,7 +20,7 @@ from smolctl.data.batches import StepLoader
 from smolctl.errors import ExitCode, InputError, SmolError, UsageError
 from smolctl.runs.events import Checkpoint, End, Event, Note, Prediction, Step, Validation
 from smolctl.runs.folder import RunFolder
-from smolctl.training.device import resolved_compile
+from smolctl.training.device import decide
 from smolctl.training.module import NonFiniteError
 from smolctl.training.prepare import Prepared, prepare
 from smolctl.training.train import train
@@ -158,7 +158,9 @@ def test_old_checkpoints_make_room(make: Callable[..., Prepared]) -> None:
     folder = run(make(checkpoint={"every": 2, "keep_last": 2, "keep_every": 6}), "room")
     assert [file.step for file in RunFolder(folder).checkpoints()] == [6, 12, 14, 15]
     names = {path.name for path in (folder / "checkpoints").iterdir()}
-    assert names == {f"step-{step:06d}.ckpt{end}" for step in (6, 12, 14, 15) for end in ("", ".sha256")}
+    kept = (*(f"step-{step:06d}.ckpt" for step in (6, 12, 14, 15)), "final.ckpt")
+    assert names == {f"{name}{end}" for name in kept for end in ("", ".sha256")}
+    assert (folder / "checkpoints" / "final.ckpt").samefile(folder / "checkpoints" / "step-000015.ckpt")
 
 
 def test_nothing_left_to_do_is_an_error(make: Callable[..., Prepared]) -> None:
@@ -336,12 +338,14 @@ def test_whether_to_compile_is_decided_once_and_kept(make: Callable[..., Prepare
 
 def test_long_runs_on_a_gpu_are_compiled_and_short_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     long, short = (load_run_config("nano", [f"train.steps={steps}"]) for steps in (5_000, 50))
-    assert resolved_compile(long)
-    assert not resolved_compile(short)
-    assert not resolved_compile(load_run_config("nano", ["train.compile=false", "train.steps=5000"]))
+    asked = load_run_config("nano", ["train.compile=false", "train.steps=5000"])
+    compiles = [decide(config, lambda _: None)[0].train.compile for config in (long, short, asked)]
+    assert compiles == [True, False, False]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert not resolved_compile(long)
+    assert decide(long, lambda _: None)[0].train.compile is False
 
 
 def test_training_imports_neither_torchmetrics_nor_transformers() -> None:
