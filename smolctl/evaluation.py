@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from smolctl.data.batches import document_ids
+from smolctl.errors import InputError
 from smolctl.model.network import Transformer
+from smolctl.sources.base import RecordedLoss
 
 
 @dataclass(frozen=True)
@@ -132,3 +134,21 @@ def mean_loss(network: Transformer, tokens: Tensor, document_end: int | None = N
             losses.append(wide.token_losses(sequence[:, :-1], sequence[:, 1:], documents).double().mean())
     network.train(was_training)
     return torch.stack(losses).mean().item()
+
+
+LARGEST_LOSS_CHANGE = 1e-3  # nats a token, between a run's own record and an export of the same weights
+
+
+def require_recorded_loss(network: Transformer, recorded: RecordedLoss, origin: str) -> None:
+    """Check that weights give the loss that their run recorded when it wrote the checkpoint.
+
+    Raises:
+        InputError: they do not: the weights are not the ones that were trained.
+    """
+    loss = mean_loss(network, recorded.tokens, recorded.document_end)
+    if not abs(loss - recorded.loss) <= LARGEST_LOSS_CHANGE:
+        raise InputError(
+            f"{origin}: the weights give a loss of {loss:.4f} on the run's held-out sequences, "
+            f"the run recorded {recorded.loss:.4f}",
+            "The weights are not the ones that were trained: use another checkpoint.",
+        )

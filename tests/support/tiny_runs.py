@@ -14,6 +14,7 @@ from smolctl.config.load import merge, resolve_run_config
 from smolctl.errors import ExitCode
 from smolctl.runs.checkpoint_file import read_checkpoint
 from smolctl.runs.events import Event
+from smolctl.runs.folder import RunFolder
 from smolctl.training.prepare import Prepared, prepare
 from smolctl.training.resume import ResumeOptions, resume
 from smolctl.training.train import train
@@ -85,7 +86,7 @@ def go_on(folder: Path, **options: Any) -> list[Event]:
 
 
 def state(folder: Path, step: int) -> dict[str, Any]:
-    return read_checkpoint(folder / "checkpoints" / f"step-{step:06d}.ckpt")
+    return read_checkpoint(RunFolder(folder).checkpoint_path(step), mmap=False)
 
 
 def losses(folder: Path) -> list[tuple[int, float, float, float]]:
