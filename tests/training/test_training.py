@@ -16,8 +16,9 @@ import yaml
 
 from smolctl.config import RunConfig, load_run_config
 from smolctl.config.load import merge, resolve_run_config
-from smolctl.data.batches import StepLoader
+from smolctl.data.batches import StepLoader, validation_batches
 from smolctl.errors import ExitCode, InputError, SmolError, UsageError
+from smolctl.evaluation import bits_per_byte
 from smolctl.runs.events import Checkpoint, End, Event, Note, Prediction, Step, Validation
 from smolctl.runs.folder import RunFolder
 from smolctl.training.device import decide
@@ -99,6 +100,32 @@ def test_micro_batches_change_nothing_but_rounding(make: Callable[..., Prepared]
     for other in curves[1:]:
         for one, two in zip(curves[0], other, strict=True):
             assert one == pytest.approx(two, rel=1e-4)
+
+
+def test_the_held_out_score_does_not_depend_on_the_micro_batch(make: Callable[..., Prepared]) -> None:
+    prepared = make()
+    assert prepared.corpus.validation is not None
+    lengths = torch.from_numpy(prepared.tokenizer.token_byte_lengths()).long()
+    scores = set()
+    for size in (1, 2, 3, 4, 8):
+        batches = list(validation_batches(prepared.corpus.validation, 32, size, 7))
+        assert sum(len(batch) for batch in batches) == 7
+        scores.add(round(bits_per_byte(prepared.network, batches, lengths).bits_per_byte, 5))
+    assert len(scores) == 1
+    found = []
+    for size in (1, 2, 4):
+        events: list[Event] = []
+        run(make(train={"micro_batch_size": size, "steps": 5}), f"micro-{size}", events)
+        found += [event.bits_per_byte for event in events if isinstance(event, Validation)]
+    assert found == pytest.approx([found[0]] * 3, abs=1e-4)
+
+
+def test_a_config_that_counts_held_out_batches_is_still_read() -> None:
+    old = merge(TINY, {"validation": {"every": 5, "batches": 3}, "train": {"batch_size": 4}})
+    with pytest.raises(InputError, match=r"validation\.batches"):
+        resolve_run_config(old, "both")
+    del old["validation"]["sequences"]
+    assert resolve_run_config(old, "old").validation.sequences == 12
 
 
 @pytest.mark.slow
