@@ -21,7 +21,7 @@ from smolctl.sources import open_source
 from smolctl.training.module import TrainingModule
 from smolctl.training.prepare import Prepared
 from tests.conftest import Called
-from tests.support.tiny_runs import assert_same, go_on, prepare_tiny, run, with_steps, write_corpus
+from tests.support.tiny_runs import assert_same, go_on, prepare_tiny, run, state, with_steps, write_corpus
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +134,6 @@ def test_a_checkpoint_alone_goes_on_exactly(checkpoint: Path) -> None:
         RunFolder(result.folder).checkpoint(8).path.stat().st_size,
         RunFolder(Path("run")).checkpoint(8).path.stat().st_size,
     )
-    from tests.support.tiny_runs import state
 
     for part in ("state_dict", "optimizer_states"):
         assert_same(state(result.folder, 8)[part], state(Path("run"), 8)[part])
