@@ -178,7 +178,10 @@ def test_peaks_are_of_the_chip_that_is_named(
     ("target", "told"),
     [
         ("training.callbacks.bits_per_byte", ["the validation failed"]),
-        ("training.predictions.complete", ["the prediction for 'the cat' failed", "the prediction for 'a' failed"]),
+        (
+            "training.predictions.complete",
+            ["the prediction for 'the cat' failed", "the prediction for 'a' failed"],
+        ),
         ("runs.records.to_markdown", ["writing predictions.md failed"]),
         ("runs.records.draw_loss", ["drawing loss.png failed"]),
     ],
