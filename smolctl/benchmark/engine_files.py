@@ -112,8 +112,9 @@ def huggingface_folder(source: ModelSource, folder: Path) -> str:
 
 def _gguf(source: ModelSource, ours: EngineSpec, folder: Path) -> tuple[str, str]:
     """The file that llama.cpp reads in comparison with one of ours, and its scheme."""
-    if Path(ours.model).suffix == ".gguf":
-        return ours.model, stored_scheme(open_source(ours.model)).lower()
+    stored = open_source(ours.model)
+    if stored.kind is SourceKind.GGUF:
+        return ours.model, stored_scheme(stored).lower()
     scheme = ours.precision.removeprefix("gguf-") if ours.precision else _stored_kind(source)
     scheme = LLAMA_SCHEMES.get(scheme, scheme.lower())
     if scheme not in SCHEMES:
@@ -135,7 +136,7 @@ def _stored_kind(source: ModelSource) -> str:
 
 
 def stored_scheme(source: ModelSource) -> str:
-    """The type of most of a source's numbers: "F32", "Q4_1"; float32 where nothing is stored."""
+    """The type of most of a source's parameters: "F32", "Q4_1"; float32 where nothing is stored."""
     sizes: dict[str, int] = {}
     for tensor in source.tensors or ():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.parameters
@@ -143,7 +144,7 @@ def stored_scheme(source: ModelSource) -> str:
 
 
 def weight_files(model: str) -> tuple[Path, ...]:
-    """The files that loading a model reads; none for a preset, and for what lies in the Hub's cache."""
+    """The files that loading a model reads; none for a preset or for a model in the Hub's cache."""
     source, path = open_source(model), split_step(model)[0]
     if source.kind is SourceKind.RUN:
         return (RunFolder.open(path).checkpoint(source.step).path,)
@@ -164,7 +165,7 @@ def copy_apart(model: str, files: Sequence[Path], folder: Path) -> str:
         The copy, as a MODEL.
     """
     target = folder / f"apart-{sum(1 for _ in folder.iterdir())}"
-    if Path(model).is_dir() and len(files) >= 1 and files[0].parent == Path(model):
+    if Path(model).is_dir() and files[0].parent == Path(model):
         shutil.copytree(model, target)
         return str(target)
     target.mkdir()

@@ -20,7 +20,8 @@ from torch import Tensor
 from smolctl.benchmark import measure
 from smolctl.benchmark.bench import BenchOptions, bench, results_of
 from smolctl.benchmark.correctness import bits_of
-from smolctl.benchmark.engines import EngineSpec
+from smolctl.benchmark.engine_files import huggingface_folder, make_engine_files
+from smolctl.benchmark.engines import EngineSpec, RandomWeights, open_engine, open_weighted
 from smolctl.benchmark.file_suites import drop_from_page_cache
 from smolctl.benchmark.inference_suites import decode, prefill
 from smolctl.benchmark.limits import Limits
@@ -34,6 +35,7 @@ from smolctl.generation.engine import Cache, Engine
 from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.network import Transformer
 from smolctl.sources import open_source
+from smolctl.sources.base import ModelSource, SourceKind
 from tests.conftest import Called
 from tests.support.tiny_models import CountingEngine, tiny_network
 from tests.support.tiny_runs import make_workshop
@@ -201,6 +203,26 @@ def test_a_crashed_process_is_named_and_not_waited_for() -> None:
         worker._process.kill()
         with pytest.raises(SmolError, match=r"llama\.cpp: its process ended \(exit code -9\)"):
             worker.call(divmod, 7, 2)
+
+
+@pytest.mark.parametrize(
+    "shape", [{"position_embedding": "rope", "residual_scale": 1.0}, {"position_embedding": "learned"}]
+)
+def test_a_peer_runs_no_code_of_the_folder_that_is_measured(tmp_path: Path, shape: dict[str, Any]) -> None:
+    """transformers runs what a folder brings when it is trusted: only this toolkit's files may be."""
+    config = tiny_network(**shape).config
+    source = ModelSource(SourceKind.CONFIG, "tiny", config, weights=RandomWeights(config))
+    folder = Path(huggingface_folder(source, tmp_path / "foreign"))
+    for name in ("modeling_smolctl", "configuration_smolctl"):
+        (folder / f"{name}.py").write_text("raise SystemExit('code of the folder ran')")
+    described = json.loads((folder / "config.json").read_text())
+    described.setdefault("auto_map", {"AutoModelForCausalLM": "modeling_smolctl.SmolctlForCausalLM"})
+    (folder / "config.json").write_text(json.dumps(described))
+    weighted = open_weighted(str(folder))
+    engines, left_out = make_engine_files(weighted, (), ("transformers",), 1, tmp_path / "work")
+    assert not left_out
+    engine = open_engine(engines[-1])
+    assert engine.forward([[3, 5]], engine.allocate(1, 2)).shape == (1, config.vocab_size)
 
 
 def test_suites_that_the_model_cannot_run_are_left_out_or_refused() -> None:
