@@ -15,9 +15,9 @@ from smolctl.config import RunConfig, load_run_config, preset_names
 from smolctl.config.dump import to_yaml
 from smolctl.inspection import inspect
 from smolctl.sources import ModelSource, SourceKind, TokenizerFiles
-from tests.conftest import Called
-from tests.inspection.test_count_params import llama_folder, other_architecture
 from tests.support.hub_server import COMMIT, HubRepository, HubServer
+from tests.support.model_folders import llama_folder, other_architecture
+from tests.support.processes import Called
 
 Call = Callable[..., Called]
 
