@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,8 +33,6 @@ from smolctl.inspection import ModuleNode, module_tree
 from smolctl.model import network, products
 from smolctl.model.cache import KVCache
 from smolctl.model.network import Transformer
-
-EXAMPLES = settings(max_examples=40, deadline=None)
 
 
 @st.composite
@@ -78,7 +76,6 @@ def test_the_three_totals_of_the_presets(preset: str, unique: int, naive: int, n
     assert (count.unique, count.naive, count.non_embedding) == (unique, naive, non_embedding)
 
 
-@EXAMPLES
 @given(configs())
 def test_names_shapes_and_counts_equal_the_network(config: ModelConfig) -> None:
     rows = parameter_rows(config)
@@ -91,7 +88,6 @@ def test_names_shapes_and_counts_equal_the_network(config: ModelConfig) -> None:
 def test_counts_equal_llama_for_causal_lm() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    @EXAMPLES
     @given(configs(position="rope"))
     def check(config: ModelConfig) -> None:
         fields = config.model_dump(exclude={"position_embedding", "residual_scale", "rope_theta"})
@@ -107,7 +103,6 @@ def test_counts_equal_llama_for_causal_lm() -> None:
     check()
 
 
-@EXAMPLES
 @given(configs(), st.integers(1, 6))
 def test_tree_adds_up_at_every_depth(config: ModelConfig, depth: int) -> None:
     count = count_parameters(config)
@@ -116,7 +111,6 @@ def test_tree_adds_up_at_every_depth(config: ModelConfig, depth: int) -> None:
     assert sum(node.parameters for node in nodes) == count.naive
 
 
-@EXAMPLES
 @given(configs(), st.integers(2, 6))
 def test_every_formula_gives_its_number(config: ModelConfig, depth: int) -> None:
     for node in cut(module_tree(parameter_rows(config), "num_hidden_layers"), depth):
@@ -125,7 +119,6 @@ def test_every_formula_gives_its_number(config: ModelConfig, depth: int) -> None
             assert prod(node.shape) * node.copies == node.parameters, node.module
 
 
-@EXAMPLES
 @given(configs(), st.integers(1, 5), st.integers(1, 400), st.sampled_from(sorted(TRAINING_DTYPES)))
 def test_every_memory_formula_gives_its_number(
     config: ModelConfig, batch_size: int, sequence_length: int, dtype: str
@@ -185,7 +178,6 @@ def test_embeddings_of_other_architectures_are_known_by_name(module: str, embedd
     assert is_embedding(module) is embedding
 
 
-@EXAMPLES
 @given(configs(), st.integers(1, 3))
 def test_kv_cache_bytes_equal_the_cache_that_is_allocated(config: ModelConfig, batch: int) -> None:
     capacity = config.max_position_embeddings
@@ -195,7 +187,6 @@ def test_kv_cache_bytes_equal_the_cache_that_is_allocated(config: ModelConfig, b
         assert held == batch * capacity * kv_cache_bytes_per_token(config, name)
 
 
-@EXAMPLES
 @given(configs(), st.integers(1, 3))
 def test_matrix_flops_equal_what_pytorch_counts(config: ModelConfig, batch: int) -> None:
     tokens = torch.zeros(batch, config.max_position_embeddings, dtype=torch.long)

@@ -6,7 +6,6 @@ import io
 import json
 import pickle
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -36,7 +35,7 @@ from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.network import Transformer
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
-from tests.conftest import Called
+from tests.support.processes import Called, start
 from tests.support.tiny_models import CountingEngine, tiny_network
 from tests.support.tiny_runs import make_workshop
 
@@ -434,15 +433,14 @@ def test_learned_positions_leave_llama_cpp_out_with_the_reason(here: Path) -> No
 
 @pytest.mark.slow
 def test_a_signal_ends_every_process_and_leaves_no_file(here: Path) -> None:
-    command = [sys.executable, "-m", "smolctl", "bench", "runs/llama", "--suite", "checkpoint"]
-    process = subprocess.Popen([*command, "--repeats", "100000"], stderr=subprocess.PIPE, text=True)
+    process = start("bench", "runs/llama", "--suite", "checkpoint", "--repeats", "100000")
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("round 2 "):
             break
     process.send_signal(signal.SIGTERM)
-    assert process.wait() == 143
-    assert process.stderr.read().count("Traceback") == 0
+    assert "Traceback" not in process.communicate()[1]
+    assert process.returncode == 143
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from smolctl.errors import InputError
@@ -25,7 +25,6 @@ def ids(tokens):  # type: ignore[no-untyped-def]
     return [[token.id for token in sequence] for sequence in tokens]
 
 
-@settings(max_examples=25)
 @given(
     work=st.lists(st.tuples(prompts, st.integers(1, 20)), min_size=1, max_size=6),
     slots=st.integers(1, 4),
@@ -43,7 +42,6 @@ def test_a_prompt_gets_the_same_tokens_in_any_batch(work, slots, temperature, sp
         assert together[index] == [token.id for step in alone.run([job]) for _, token in step]
 
 
-@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10_000),
     prompt=prompts,

@@ -16,9 +16,9 @@ from smolctl.config.dump import to_yaml
 from smolctl.inspection import inspect
 from smolctl.sources import ModelSource, SourceKind, TokenizerFiles, open_source
 from smolctl.training.plan import make_plan
-from tests.conftest import Called
-from tests.inspection.test_count_params import llama_folder, other_architecture
 from tests.support.hub_server import COMMIT, HubRepository, HubServer
+from tests.support.model_folders import llama_folder, other_architecture
+from tests.support.processes import Called
 
 Call = Callable[..., Called]
 

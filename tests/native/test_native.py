@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -66,7 +66,6 @@ def dense(stored: Stored) -> Tensor:
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "int8", "int4"])
 @given(data=st.data())
-@settings(max_examples=25)
 def test_products_equal_the_dequantized_matrix(build: str, kind: str, data: st.DataObject) -> None:
     rows, columns = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 300))
     tokens, group = data.draw(st.integers(1, 9)), 32 * data.draw(st.integers(1, 4))

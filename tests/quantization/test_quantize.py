@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import resource
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,8 @@ from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.quantized.folder import DESCRIPTION, FILE
 from smolctl.sources.quantized.packed import PackedMatrix
-from tests.conftest import Called
+from tests.support.disks import small_disk
+from tests.support.processes import Called, call
 from tests.support.tiny_runs import make_workshop
 
 TABLE = "model.embed_tokens.weight"
@@ -323,38 +321,28 @@ def test_force_does_not_delete_other_peoples_files(here: Path) -> None:
 
 
 @pytest.fixture
-def small_disk(here: Path) -> Iterator[Path]:
-    folder = here / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", str(folder)]
-    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root may mount a file system")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+def small(here: Path) -> Iterator[Path]:
+    with small_disk(here / "small", "24k") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize(
     ("scheme", "said"), [("int8", "the quantized model needs"), ("gguf-q8_0", "the GGUF needs")]
 )
-def test_full_disk_is_seen_before_anything_is_written(small_disk: Path, scheme: str, said: str) -> None:
+def test_full_disk_is_seen_before_anything_is_written(small: Path, scheme: str, said: str) -> None:
     with pytest.raises(SmolError, match=said):
-        make(scheme=scheme, out=str(small_disk / "out"))
-    assert [path for path in small_disk.rglob("*") if path.is_file()] == []
+        make(scheme=scheme, out=str(small / "out"))
+    assert [path for path in small.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int8-dynamic", "gguf-q8_0"])
 def test_write_that_fails_half_way_leaves_nothing(here: Path, scheme: str) -> None:
-    def small_files_only() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    command = [sys.executable, "-m", "smolctl", "quantize", "runs/llama", "--to", scheme, "--out", "out"]
-    done = subprocess.run(
-        [*command, "--no-measure"], preexec_fn=small_files_only, capture_output=True, text=True
-    )
-    assert done.returncode == 1, done.stderr
-    assert "cannot be written" in done.stderr
-    assert "None" not in done.stderr
-    assert "unexpected" not in done.stderr
+    command = ("quantize", "runs/llama", "--to", scheme, "--out", "out", "--no-measure")
+    done = call(20_000, *command, module="tests.support.small_files")
+    assert done.code == 1, done.err
+    assert "cannot be written" in done.err
+    assert "None" not in done.err
+    assert "unexpected" not in done.err
     assert [path for path in here.rglob("out/*") if path.is_file()] == []
     assert [path.name for path in here.rglob("*partial*")] == []
 

@@ -16,7 +16,7 @@ from smolctl.errors import ExitCode, InputError
 from smolctl.runs.checkpoint_file import find_damage, read_checkpoint
 from smolctl.runs.folder import RunFolder
 from smolctl.sources import open_source
-from tests.conftest import Called
+from tests.support.processes import Called
 from tests.support.tiny_runs import prepare_tiny, run, with_steps, write_corpus
 
 Damage = Callable[[Path], None]

@@ -12,7 +12,7 @@ from smolctl.runs.events import Prediction, Step
 from smolctl.runs.folder import NAMES, RunFolder
 from smolctl.training.resume import ResumeOptions
 from smolctl.training.verify import verify
-from tests.conftest import Called
+from tests.support.processes import Called
 from tests.support.tiny_runs import assert_same_run, go_on, prepare_tiny, run, with_steps, write_corpus
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from smolctl.config import RunConfig
@@ -163,7 +163,6 @@ def test_truncated_checkpoint_is_named(tmp_path: Path) -> None:
         open_source(str(path))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_truncating_a_checkpoint_anywhere_is_an_input_error(run: Path, share: float) -> None:
     whole = (run / "checkpoints" / "step-000500.ckpt").read_bytes()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from smolctl.config.load import merge, resolve_run_config
 from smolctl.errors import ExitCode
@@ -54,10 +56,19 @@ def write_corpus(folder: Path) -> Path:
     return folder
 
 
-def prepare_tiny(corpus: Path, **changes: Any) -> Prepared:
+def write_project(folder: Path, **changes: Any) -> None:
+    """corpus/, and tiny.yaml: the tiny run with some settings changed, for the command line."""
+    write_corpus(folder / "corpus")
+    config = merge(merge(TINY, {"data": {"source": "corpus"}}), changes)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+
+
+def prepare_tiny(
+    corpus: Path, emit: Callable[[Event], None] = lambda _event: None, **changes: Any
+) -> Prepared:
     """A prepared tiny run with some settings changed."""
     values = merge(merge(TINY, {"data": {"source": str(corpus)}}), changes)
-    return prepare(resolve_run_config(values, "test"), None, lambda _event: None)
+    return prepare(resolve_run_config(values, "test"), None, emit)
 
 
 def run(prepared: Prepared, out: str, events: list[Event] | None = None) -> Path:

@@ -20,7 +20,7 @@ from smolctl.runs.folder import RunFolder
 from smolctl.sources import open_source
 from smolctl.training.module import TrainingModule
 from smolctl.training.prepare import Prepared
-from tests.conftest import Called
+from tests.support.processes import Called
 from tests.support.tiny_runs import assert_same, go_on, prepare_tiny, run, state, with_steps, write_corpus
 
 

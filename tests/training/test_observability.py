@@ -20,11 +20,10 @@ from markdown_it import MarkdownIt
 
 from smolctl.arithmetic import training_flops_per_token
 from smolctl.config import RunConfig, load_run_config
-from smolctl.config.load import merge, resolve_run_config
+from smolctl.config.load import merge
 from smolctl.errors import ExitCode, InputError, UsageError
 from smolctl.escaping import json_line, one_line
 from smolctl.runs.chart import smoothed, thinned
-from smolctl.runs.checkpoint_file import read_checkpoint
 from smolctl.runs.events import Candidate, End, Event, Note, Prediction, Step, Validation
 from smolctl.runs.folder import RunFolder
 from smolctl.runs.story import selection, to_markdown
@@ -32,30 +31,20 @@ from smolctl.timing import peak_memory
 from smolctl.training import loggers as loggers_module
 from smolctl.training.device import flops_utilization, peak_flops, run_peak_flops
 from smolctl.training.module import NonFiniteError
-from smolctl.training.prepare import Prepared, prepare
+from smolctl.training.prepare import Prepared
 from smolctl.training.resume import ResumeOptions, resume
 from smolctl.training.tolerance import Tolerance
 from smolctl.training.train import train
+from tests.support import tiny_runs
+from tests.support.tiny_runs import assert_same_run, prepare_tiny, write_project
 
-# Dropout draws from the generators that an onlooker must not touch.
-TINY: dict[str, Any] = {
-    "model": {
-        "vocab_size": 280,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 24,
-        "attention_dropout": 0.2,
-    },
-    "tokenizer": "train:280",
-    "data": {"source": "corpus", "sequence_length": 24, "validation_fraction": 0.2},
-    "train": {"steps": 6, "batch_size": 2},
-    "schedule": {"warmup_steps": 2, "decay_start": 100, "decay_steps": 10},
-    "checkpoint": {"every": 2, "keep_last": 0},
-    "predictions": {"every": 2, "prompts": ["the cat", "a"], "max_tokens": 3},
-    "validation": {"every": 2, "sequences": 4},
+# Six steps, with everything that a run does every second. Dropout draws from the generators that an
+# observer must not touch.
+SIX_STEPS: dict[str, Any] = {
+    "model": {"attention_dropout": 0.2},
+    "train": {"steps": 6},
+    "schedule": {"decay_start": 100},
+    **{part: {"every": 2} for part in ("checkpoint", "predictions", "validation")},
 }
 Make = Callable[..., Prepared]
 
@@ -63,15 +52,11 @@ Make = Callable[..., Prepared]
 @pytest.fixture(autouse=True)
 def _in_a_folder_with_a_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    chance = random.Random(0)
-    Path("corpus").mkdir()
-    for number in range(20):
-        words = (chance.choice(["the", "cat", "sat", "on", "a", "mat"]) for _ in range(80))
-        Path(f"corpus/{number:02d}.txt").write_text(" ".join(words))
+    write_project(tmp_path, **SIX_STEPS)
 
 
 def prepared(**changes: Any) -> Prepared:
-    return prepare(resolve_run_config(merge(TINY, changes), "test"), None, lambda _event: None)
+    return prepare_tiny(Path("corpus"), **merge(SIX_STEPS, changes))
 
 
 def run(out: str, **changes: Any) -> list[Event]:
@@ -95,25 +80,8 @@ def notes(events: list[Event]) -> list[str]:
     return [event.text for event in events if isinstance(event, Note) and " failed (" in event.text]
 
 
-def assert_same_training(one: str, two: str, step: int = 6) -> None:
-    """Weights, optimizer, random states and losses, bit for bit."""
-    first, second = (read_checkpoint(Path(out, f"checkpoints/step-{step:06d}.ckpt")) for out in (one, two))
-    for part in ("state_dict", "optimizer_states", "smolctl"):
-        for a, b in zip(leaves(first[part]), leaves(second[part]), strict=True):
-            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, part
-    assert losses(one) == losses(two)
-
-
-def leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from leaves(item)
-    else:
-        yield value
-
-
 def losses(out: str) -> list[tuple[int, float]]:
-    return [(r["step"], r["loss"]) for r in RunFolder(Path(out)).metrics() if r["event"] == "step"]
+    return [(step, loss) for step, loss, *_ in tiny_runs.losses(Path(out))]
 
 
 # Memory and MFU
@@ -200,14 +168,14 @@ def test_an_onlooker_that_fails_is_told_once_and_leaves_no_trace(
     assert [note.split(": ", 1)[1] for note in notes(events)] == [
         f"{what} (RuntimeError: boom and more); training goes on" for what in told
     ]
-    assert_same_training("whole", "broken")
+    assert_same_run(Path("whole"), Path("broken"), 6)
 
 
 def test_a_prompt_that_does_not_fit_costs_only_itself() -> None:
     events = run("x", predictions={"prompts": ["the cat", "on a mat " * 20]})
     assert [event.step for event in events if isinstance(event, Prediction)] == [0, 2, 4, 6]
     (note,) = notes(events)
-    assert "the model's context holds 24" in note
+    assert "the model's context holds 32" in note
 
 
 def test_a_logger_that_fails_is_left_out_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +250,7 @@ def scalars(out: str) -> dict[str, list[tuple[int, float]]]:
 def test_loggers_write_into_the_run_folder_and_change_nothing() -> None:
     run("without")
     events = run("with", trainer={"loggers": ["csv", "tensorboard"]})
-    assert_same_training("without", "with")
+    assert_same_run(Path("without"), Path("with"), 6)
     told = [event.text for event in events if isinstance(event, Note) and event.text.startswith("Logging")]
     assert told == [
         "Logging to csv: with/logs/csv/metrics.csv",
@@ -336,9 +304,8 @@ def test_a_missing_package_is_named_before_anything_is_done(
     run("x")
     monkeypatch.setattr(loggers_module, "find_spec", lambda _name: None)
     heard: list[Event] = []
-    values = merge(TINY, {"trainer": {"loggers": ["wandb"]}, "data": {"source": "no such folder"}})
     begin = {
-        "train": lambda: prepare(resolve_run_config(values, "test"), None, heard.append),
+        "train": lambda: prepare_tiny(Path("none"), heard.append, trainer={"loggers": ["wandb"]}),
         "resume": lambda: go_on("x", extra=1, loggers=["csv", "wandb"]),
     }
     with pytest.raises(UsageError, match="wandb is not installed") as error:
@@ -355,7 +322,6 @@ def test_an_unknown_logger_is_an_error_that_names_the_known_ones() -> None:
 
 
 def test_command_line_names_loggers_and_remembers_them(smolctl: Callable[..., Any]) -> None:
-    Path("tiny.yaml").write_text(json.dumps(TINY))
     done = smolctl("train", "tiny.yaml", "--logger", "csv", "--logger", "tensorboard", "--out", "x", "--json")
     assert done.code == 0
     assert all(isinstance(json.loads(line), dict) for line in done.out.splitlines())
@@ -469,4 +435,4 @@ def test_a_loss_curve_can_be_drawn_of_any_run(tmp_path: Path, count: int) -> Non
         recorder.record(Validation(count, 1.0, 0.1, 3.0))
     recorder.draw_loss()
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert {path.name for path in tmp_path.iterdir()} <= {"loss.png", "metrics.jsonl", "corpus"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"loss.png", "metrics.jsonl", "corpus", "tiny.yaml"}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from smolctl.config.run import DataConfig
@@ -346,7 +346,6 @@ def test_progress_reaches_the_end(tmp_path: Path) -> None:
     assert (seen[-1].documents, seen[-1].tokens) == (corpus.documents, corpus.tokens)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_stream_reads_any_range_across_shards(
     tmp_path_factory: pytest.TempPathFactory, draw: st.DataObject
