@@ -10,6 +10,7 @@ from typing import Any
 
 from smolctl.benchmark.metrics import SECONDS
 from smolctl.benchmark.report import BenchReport, Result
+from smolctl.durable import write_text
 from smolctl.errors import InputError, SmolError
 from smolctl.timing import median_interval
 
@@ -72,14 +73,10 @@ def save_record(document: Mapping[str, Any], path: Path) -> None:
     Raises:
         SmolError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_text(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise SmolError(f"{path}: cannot be written ({error.strerror})", "Name another file.") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def compare_with(report: BenchReport, path: Path, fail_below: float | None) -> Changes:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from smolctl.config import RunConfig
 from smolctl.data.batches import document_ids
 from smolctl.data.tokenizer.tokenizer import Tokenizer
-from smolctl.errors import SmolError
 from smolctl.evaluation import mean_loss
 from smolctl.model.network import Transformer
 from smolctl.model.weights import initialize
 from smolctl.runs.checkpoint_file import FORMAT
 from smolctl.sources.base import TokenizerFiles
 from smolctl.training.distributed import gather
+from smolctl.training.guards import NonFiniteError
 from smolctl.training.lightning import LightningOptimizer, ParallelStrategy, pl
 from smolctl.training.optim.optimizers import apply_settings, make_optimizer
 from smolctl.training.optim.schedule import learning_rate
@@ -29,10 +29,6 @@ if TYPE_CHECKING:
     from smolctl.training.prepare import Prepared
 
 MOST_SKIPPED = 10  # steps in a row whose float16 gradients overflow: after these the scaler has not helped
-
-
-class NonFiniteError(SmolError):
-    """The loss or the gradient is not a number; the weights were left as they were."""
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:

@@ -236,7 +236,7 @@ def test_steps_that_overflow_are_skipped_and_counted_and_leave_the_weights_alone
 
 
 def test_ten_skipped_steps_in_a_row_stop_the_run(corpus: Path) -> None:
-    from smolctl.training.module import NonFiniteError
+    from smolctl.training.guards import NonFiniteError
 
     prepared = prepare_tiny(corpus, train={"precision": "16-mixed", "steps": 15})
     with torch.no_grad():

@@ -30,7 +30,7 @@ from smolctl.runs.story import selection, to_markdown
 from smolctl.timing import peak_memory
 from smolctl.training import loggers as loggers_module
 from smolctl.training.device import flops_utilization, peak_flops, run_peak_flops
-from smolctl.training.module import NonFiniteError
+from smolctl.training.guards import NonFiniteError
 from smolctl.training.prepare import Prepared
 from smolctl.training.resume import ResumeOptions, resume
 from smolctl.training.tolerance import Tolerance

@@ -22,7 +22,7 @@ from smolctl.evaluation import bits_per_byte
 from smolctl.runs.events import Checkpoint, End, Event, Note, Prediction, Step, Validation
 from smolctl.runs.folder import RunFolder
 from smolctl.training.device import decide
-from smolctl.training.module import NonFiniteError
+from smolctl.training.guards import NonFiniteError
 from smolctl.training.prepare import Prepared, prepare
 from smolctl.training.train import train
 from tests.support.tiny_runs import (
