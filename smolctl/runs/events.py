@@ -28,7 +28,7 @@ class RunPlan:
     tokens_per_step: int
     tokens: int
     corpus_tokens: int
-    passes: float  # over the corpus
+    epochs: float  # passes over the corpus
     tokens_per_parameter: float
     memory: TrainingMemory
     memory_bytes: int  # expected peak of the process or of the GPU's memory: `memory`, libraries, gaps

@@ -203,7 +203,7 @@ class TrainingModule(pl.LightningModule):
         return torch.nn.utils.clip_grad_norm_(self.network.parameters(), largest)
 
     def _non_finite(self, losses: Tensor, loss: Tensor, norm: Tensor) -> NonFiniteError:
-        """The error that names the step and the windows it read, those of the first bad micro-batch."""
+        """The error that names the step and the sequences it read, those of the first bad micro-batch."""
         where = ""
         if self.dataset is not None:
             windows = self.dataset.windows(self.global_step)
@@ -213,12 +213,12 @@ class TrainingModule(pl.LightningModule):
                 windows = windows[bad[0] * size : (bad[0] + 1) * size]
             named = [self.dataset.tokens.describe(window) for window in windows[:8]]
             names = ", ".join(named) + (", …" if len(windows) > 8 else "")
-            where = f". It read windows {names} of {self.config.data.sequence_length:,} tokens"
+            where = f". It read sequences {names} of {self.config.data.sequence_length:,} tokens"
         times = f" for the {MOST_SKIPPED}th time in a row" if self._scaler is not None else ""
         return NonFiniteError(
             f"step {self.global_step + 1}: loss {loss.item()}, gradient norm {norm.item()}{times}; the step "
             f"was not taken{where}",
-            "Lower optimizer.learning_rate or look at these windows; the checkpoints are untouched.",
+            "Lower optimizer.learning_rate or look at these sequences; the checkpoints are untouched.",
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -63,7 +63,7 @@ def make_plan(
         tokens_per_step=config.tokens_per_step,
         tokens=tokens,
         corpus_tokens=corpus_tokens,
-        passes=tokens / corpus_tokens,
+        epochs=tokens / corpus_tokens,
         tokens_per_parameter=tokens / parameters,
         memory=memory,
         memory_bytes=framework + memory.total + gaps,

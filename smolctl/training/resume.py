@@ -232,10 +232,10 @@ def require_same_data(state: Mapping[str, Any], prepared: Prepared, checkpoint: 
     if state["tokenizer"] != prepared.fingerprints["tokenizer"]:
         raise InputError(
             f"{checkpoint.path}: the run's tokenizer folder holds another tokenizer than it was trained with",
-            "Put the tokenizer back, or start anew from these weights: smolctl train --init-from RUN.",
+            "Put the tokenizer back, or start a new run from these weights: smolctl train --init-from RUN.",
         )
     if state["data"] != prepared.fingerprints["data"]:
         raise InputError(
             f"{checkpoint.path}: the corpus is not the one that the run was trained on",
-            "Put the files back, or start anew from these weights: smolctl train --init-from RUN --data …",
+            "Put the files back, or start a new run from these weights: smolctl train --init-from RUN --data …",
         )

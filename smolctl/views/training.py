@@ -335,7 +335,7 @@ def plan_table(plan: RunPlan) -> Table:
     )
     table.add_row(
         "data",
-        f"{plan.corpus_tokens:,} tokens: {plan.passes:.3g} passes, "
+        f"{plan.corpus_tokens:,} tokens: {plan.epochs:.3g} epochs, "
         f"{plan.tokens_per_parameter:.3g} tokens a parameter",
     )
     if plan.framework_bytes:

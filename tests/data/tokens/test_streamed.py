@@ -156,7 +156,7 @@ def test_a_dataset_that_ends_is_read_again(rows: HubRepository, tmp_path: Path) 
 
 def test_a_sample_beyond_what_was_streamed_is_an_error(rows: HubRepository, tmp_path: Path) -> None:
     corpus = tokenize(tmp_path, samples=BLOCK)
-    with pytest.raises(IndexError, match=f"sample {BLOCK} of a stream of which {BLOCK} windows"):
+    with pytest.raises(IndexError, match=f"sample {BLOCK} of a stream of which {BLOCK} sequences"):
         corpus.train.windows(np.arange(1, BLOCK + 1), LENGTH, seed=8)
 
 
