@@ -237,5 +237,5 @@ def require_same_data(state: Mapping[str, Any], prepared: Prepared, checkpoint: 
     if state["data"] != prepared.fingerprints["data"]:
         raise InputError(
             f"{checkpoint.path}: the corpus is not the one that the run was trained on",
-            "Put the files back, or start a new run from these weights: smolctl train --init-from RUN --data …",
+            "Put the files back, or start a new run: smolctl train --init-from RUN --data …",
         )

@@ -265,7 +265,7 @@ def test_non_finite_loss_names_the_windows_of_the_bad_micro_batch(make: Callable
     prepared.network.model.register_forward_hook(poison)
     with pytest.raises(NonFiniteError, match="step 7: loss nan") as error:
         run(prepared, "bad")
-    named = error.value.message.split("It read windows ")[1]
+    named = error.value.message.split("It read sequences ")[1]
     assert named.startswith(
         ", ".join(prepared.dataset().tokens.describe(window) for window in windows[size:])
     )

@@ -220,7 +220,7 @@ def _cut(
     length = total if needed is None else min(total, needed)
     if length < window:
         raise InputError(
-            f"{dataset}: {length:,} tokens to train on; one sequence takes data.sequence_length + 1 = {window:,}",
+            f"{dataset}: {length:,} tokens to train on; a sequence takes sequence_length + 1 = {window:,}",
             "Name a larger dataset, or lower data.sequence_length or data.validation_fraction.",
         )
     dtype, numbered = segments[0].dtype, [(number, segment.train) for number, segment in enumerate(segments)]

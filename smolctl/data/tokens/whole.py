@@ -152,7 +152,7 @@ def _split(folder: Path, manifest: Manifest, data: DataConfig) -> TokenizedSourc
     window = data.sequence_length + 1
     if manifest.tokens < window:
         raise InputError(
-            f"the corpus has {manifest.tokens:,} tokens; one sequence takes data.sequence_length + 1 = {window:,}",
+            f"the corpus has {manifest.tokens:,} tokens; a sequence takes sequence_length + 1 = {window:,}",
             "Add text, or lower data.sequence_length.",
         )
     held_out, notes = _held_out_tokens(manifest, data, window)

@@ -277,7 +277,7 @@ def test_refusals_say_what_is_wrong(dataset_hub: HubServer, rows: HubRepository,
 def test_too_short_a_dataset_names_both_numbers(dataset_hub: HubServer, tmp_path: Path) -> None:
     dataset_hub.repositories["datasets/org/short"] = HubRepository({"train.parquet": parquet(["cat"])})
     error = refusal("org/short", tmp_path, fraction=0)
-    assert f"tokens to train on, a window of data.sequence_length + 1 has {LENGTH + 1}" in error.message
+    assert f"tokens to train on; a sequence takes sequence_length + 1 = {LENGTH + 1}" in error.message
 
 
 def test_a_dataset_beside_other_sources_needs_weights(rows: HubRepository, tmp_path: Path) -> None:
