@@ -33,9 +33,23 @@ def result(
 ) -> Result:
     spread = Spread.of(values)
     return Result(
-        *(suite, f"{engine}-model", engine, precision, "build", "64 tokens", unit, values),
-        *(spread.median, spread.low, spread.high),
-        *(10**9, 0.5, "memory", error, 0.005, rival_of),
+        suite=suite,
+        model=f"{engine}-model",
+        engine=engine,
+        precision=precision,
+        build="build",
+        work="64 tokens",
+        unit=unit,
+        values=values,
+        median=spread.median,
+        min=spread.low,
+        max=spread.high,
+        peak_rss_bytes=10**9,
+        roofline_share=0.5,
+        limit="memory",
+        answer_error=error,
+        allowed_error=0.005,
+        rival_of=rival_of,
     )
 
 
@@ -83,7 +97,7 @@ def test_other_processes_are_what_was_busy_and_not_ours() -> None:
     before = CpuTimes(total=1000, idle=600, steal=0, own=100)
     after = CpuTimes(total=1100, idle=640, steal=2, own=130)  # 60 s busy: 2 stolen, 30 ours
     load = load_between(before, after, 0.4)
-    assert load == Load(0.4, pytest.approx(0.28), pytest.approx(0.02))
+    assert load == Load(0.4, 0.28, 0.02)
     assert "28%" in disturbance(load, 2)
     assert load_between(None, after, 0.4) == Load(0.4, None, None)
     assert load_between(after, after, 0.4).others is None
@@ -221,7 +235,9 @@ def test_a_change_within_the_noise_is_called_so_and_fails_all_the_same(tmp_path:
     noisy = (60.0, 80.0, 90.0, 100.0, 110.0, 120.0, 140.0)
     path = saved(tmp_path / "base.json", report(result(values=noisy)))
     changes = compare_with(report(result(values=tuple(0.9 * value for value in noisy))), path, 0.95)
-    assert [(one.ratio, one.beyond_noise) for one in changes.failed] == [(pytest.approx(0.9), False)]
+    (failed,) = changes.failed
+    assert failed.ratio == pytest.approx(0.9)
+    assert not failed.beyond_noise
 
 
 def test_a_baseline_of_another_machine_or_model_is_refused(tmp_path: Path) -> None:
