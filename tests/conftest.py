@@ -8,14 +8,17 @@ every tier and try more examples in the later ones.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 from tests.support import processes
@@ -57,9 +60,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(os, "fork"):
         processes.install()
         if not hasattr(config, "workerinput"):  # one server for all processes of xdist
-            server = processes.serving()
-            server.__enter__()
-            config.add_cleanup(lambda: server.__exit__(None, None, None))
+            stack = ExitStack()
+            stack.enter_context(processes.serving())
+            config.add_cleanup(stack.close)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -119,11 +122,65 @@ def _cold_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.delenv(processes.ADDRESS, raising=False)
 
 
-@pytest.fixture(autouse=True)
-def _no_real_hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all processes of the session."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_real_hub(session_folder: Path) -> Iterator[None]:
     """No test leaves this machine or writes into the user's caches."""
-    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
-    monkeypatch.setenv("SMOLCTL_CACHE", str(tmp_path_factory.getbasetemp() / "smolctl-cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+        patch.setenv("SMOLCTL_CACHE", str(session_folder / "smolctl-cache"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def once(session_folder: Path) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`once(name, make)`: a folder that is made by the first test of the session that needs it."""
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, mark = session_folder / name, session_folder / f"{name}.made"
+        with FileLock(session_folder / f"{name}.lock"):
+            if not mark.exists():
+                folder.mkdir()
+                make(folder)
+                mark.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def workshop(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """corpus/, and two finished tiny runs: runs/learned, and the Llama runs/llama. Only to be read."""
+    from tests.support.tiny_runs import make_workshop  # with PyTorch, which xdist's first process can spare
+
+    return once("workshop", make_workshop)
+
+
+@pytest.fixture
+def whole(workshop: Path) -> Path:
+    """The reference run: fifteen steps of TINY without a stop. Only to be read."""
+    return workshop / "runs" / "learned"
+
+
+@pytest.fixture
+def finished(whole: Path) -> Callable[[str], Path]:
+    """`finished(out)`: the reference run once more, to be changed."""
+    return lambda out: shutil.copytree(whole, Path(out))
+
+
+@pytest.fixture
+def here(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a copy of the workshop's runs, and its corpus."""
+    shutil.copytree(workshop / "runs", tmp_path / "runs", symlinks=True)
+    (tmp_path / "corpus").symlink_to(workshop / "corpus")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture

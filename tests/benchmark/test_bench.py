@@ -37,7 +37,6 @@ from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
 from tests.support.processes import Called, start
 from tests.support.tiny_models import CountingEngine, tiny_network
-from tests.support.tiny_runs import make_workshop
 
 SUITES = {
     *("load-cold", "load-warm", "prefill", "decode", "decode-batch", "tokenize"),
@@ -283,18 +282,10 @@ def test_a_peer_that_is_not_installed_is_said_before_anything_runs(
 # --- whole runs -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two tiny runs: learned positions, and a Llama."""
-    return make_workshop(tmp_path_factory.mktemp("bench"), train={"steps": 2})
-
-
-@pytest.fixture
-def here(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of the runs, which must hold nothing new afterwards."""
-    monkeypatch.chdir(workshop)
-    yield workshop
-    assert not list(workshop.glob(".smolctl-bench-*"))
+@pytest.fixture(autouse=True)
+def _nothing_is_left(tmp_path: Path) -> Iterator[None]:
+    yield
+    assert not list(tmp_path.glob(".smolctl-bench-*"))
 
 
 def rows(document: Any) -> dict[str, Any]:

@@ -18,22 +18,22 @@ from smolctl.generation.decode import decode
 from smolctl.generation.load import load_model
 from smolctl.generation.sampling import SamplingSettings
 from smolctl.model.weights import load_network
-from smolctl.publish import export
 from smolctl.publish.build import build, open_model, repository_name
 from smolctl.publish.card import BEGIN, END, merge_card, require_valid, split_card
 from smolctl.publish.secrets import scan
 from smolctl.sources import open_source
+from smolctl.sources.huggingface.config import to_huggingface_config
 from tests.support.publishing import LLAMA, make_run
 
 
-@pytest.fixture(scope="module")
-def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("learned"))
+@pytest.fixture
+def learned(workshop: Path) -> Path:
+    return workshop / "runs" / "learned"
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("llama"), **LLAMA)
+@pytest.fixture
+def llama(workshop: Path) -> Path:
+    return workshop / "runs" / "llama"
 
 
 @pytest.fixture
@@ -106,12 +106,12 @@ def test_smolctl_reads_what_it_publishes(kind: str, learned: Path, llama: Path, 
 def test_a_folder_that_loads_as_another_model_stops_the_push(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = export.to_huggingface_config
+    right = to_huggingface_config
 
     def wrong(config: ModelConfig, dtype: str) -> dict[str, Any]:
         return right(config, dtype) | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
 
-    monkeypatch.setattr(export, "to_huggingface_config", wrong)
+    monkeypatch.setattr("smolctl.publish.export.to_huggingface_config", wrong)
     with pytest.raises(SmolError, match="logits in transformers are off by"):
         build(open_model(str(llama)), tmp_path, ())
 
@@ -189,7 +189,7 @@ def test_gguf_files_go_along_and_learned_positions_are_refused(
     built = build(open_model(str(llama)), tmp_path, ("q8_0", "f16"))
     card = built.write_card("me/tiny", None, None)
     assert "llama-cli -hf me/tiny:Q8_0" in card
-    assert (tmp_path / "run-q8_0.gguf").exists()
+    assert (tmp_path / "llama-q8_0.gguf").exists()
     with pytest.raises(InputError, match="learned positions"):
         build(open_model(str(learned)), tmp_path / "none", ("q8_0",))
 
@@ -320,7 +320,7 @@ def test_a_dry_run_needs_no_network_and_no_token(
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
     called = smolctl("push", llama, "--dry-run", "--gguf", "q8_0")
     assert called.code == 0, called.err  # type: ignore[attr-defined]
-    for words in ("you/run, private", "no token: `hf auth login`", "model.safetensors", "run-q8_0.gguf"):
+    for words in ("you/llama, private", "no token: `hf auth login`", "model.safetensors", "llama-q8_0.gguf"):
         assert words in called.out  # type: ignore[attr-defined]
     document = smolctl("push", llama, "--dry-run", "--json").json  # type: ignore[attr-defined]
     assert document["repo"]["verified"] is False

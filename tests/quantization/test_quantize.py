@@ -23,24 +23,8 @@ from smolctl.sources.quantized.folder import DESCRIPTION, FILE
 from smolctl.sources.quantized.packed import PackedMatrix
 from tests.support.disks import small_disk
 from tests.support.processes import Called, call
-from tests.support.tiny_runs import make_workshop
 
 TABLE = "model.embed_tokens.weight"
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two tiny runs: learned positions, and a Llama."""
-    return make_workshop(tmp_path_factory.mktemp("quantize"))
-
-
-@pytest.fixture
-def here(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory beside the runs."""
-    (tmp_path / "runs").symlink_to(workshop / "runs")
-    (tmp_path / "corpus").symlink_to(workshop / "corpus")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def make(model: str = "runs/llama", scheme: str = "int8", out: str = "out", **options: Any) -> QuantizeReport:
@@ -207,7 +191,7 @@ def test_dynamic_scheme_is_what_quantize_dynamic_makes(here: Path) -> None:
     ids = torch.tensor([[5, 6, 7, 8]])
     # Only the lookup differs: ours reads the head's integers, the stock network keeps the table in float32.
     hidden = torch.randn(1, 4, 32)
-    layer, ours = (one.model.layers[0].mlp for one in (stock, engine.network))  # type: ignore[attr-defined]
+    layer, ours = (one.model.layers[0].mlp for one in (stock, engine.network))
     norm = network.model.layers[0].post_attention_layernorm  # type: ignore[union-attr]
     assert torch.equal(layer(hidden, norm), ours(hidden, norm))  # type: ignore[operator]
     assert stock(ids).shape == engine.network(ids).shape  # type: ignore[attr-defined]
@@ -439,7 +423,8 @@ def test_calibrated_scales_are_kept_only_where_they_help(here: Path) -> None:
 
 def variant(scheme: str, size: int, kl: float, speeds: tuple[float, float, float] | None = None) -> Variant:
     from smolctl.evaluation import Estimate
-    from smolctl.quantization.measure import Quality, Speed, Spread
+    from smolctl.quantization.measure import Quality, Speed
+    from smolctl.timing import Spread
 
     some = Estimate(1.0, 0.01)
     windows = tuple(kl * 100 * (1 + number / 100) for number in range(8))

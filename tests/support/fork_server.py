@@ -137,7 +137,7 @@ def become(request: Request) -> None:
     os.environ.clear()
     os.environ.update(request.environment)
     np.random.seed()
-    rank_zero_only.rank = _get_rank() or 0  # read from the environment when it is imported
+    setattr(rank_zero_only, "rank", _get_rank() or 0)  # noqa: B010 - read from the environment when it is imported
     module, *arguments = request.arguments
     sys.argv = [module, *arguments]
     sys.path[0] = request.folder

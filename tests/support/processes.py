@@ -41,13 +41,13 @@ def start(*arguments: object, module: str = "smolctl", **options: Any) -> subpro
     return subprocess.Popen(command, **pipes | options)
 
 
-def call(*arguments: object, input: str | None = None, **options: Any) -> Called:
-    """The same, and wait for its end; at most five minutes."""
+def call(*arguments: object, input: str | None = None, timeout: float | None = 300, **options: Any) -> Called:
+    """The same, and wait for its end; at most five minutes where nothing else is said."""
     if input is not None:
         options["stdin"] = subprocess.PIPE
     with start(*arguments, **options) as process:
         try:
-            out, err = process.communicate(input, timeout=300)
+            out, err = process.communicate(input, timeout)
         except BaseException:
             process.kill()
             raise
@@ -82,7 +82,7 @@ class Popen(subprocess.Popen[Any]):
 
     def _try_wait(self, wait_flags: int) -> tuple[int, int]:
         if self._server is None:
-            return super()._try_wait(wait_flags)  # type: ignore[misc, no-any-return]
+            return super()._try_wait(wait_flags)  # type: ignore[misc]
         try:
             status = self._server.recv(NUMBER.size, socket.MSG_DONTWAIT if wait_flags else socket.MSG_WAITALL)
         except BlockingIOError:
@@ -92,7 +92,7 @@ class Popen(subprocess.Popen[Any]):
 
     def _internal_poll(self, *arguments: Any, **options: Any) -> int | None:
         if self._server is None:
-            return super()._internal_poll(*arguments, **options)  # type: ignore[misc, no-any-return]
+            return super()._internal_poll(*arguments, **options)  # type: ignore[misc]
         if self.returncode is None:
             pid, status = self._try_wait(os.WNOHANG)
             if pid:

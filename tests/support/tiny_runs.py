@@ -79,15 +79,13 @@ def run(prepared: Prepared, out: str, events: list[Event] | None = None) -> Path
     return result.folder
 
 
-def make_workshop(folder: Path, **changes: Any) -> Path:
-    """A folder with two tiny runs: learned positions, and a Llama; its caches stay in it."""
+def make_workshop(folder: Path) -> None:
+    """Two finished tiny runs: learned positions, and a Llama."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("SMOLCTL_CACHE", str(folder / "cache"))
         write_corpus(folder / "corpus")
-        run(prepare_tiny(folder / "corpus", **changes), "runs/learned")
-        run(prepare_tiny(folder / "corpus", model=ROPE, **changes), "runs/llama")
-    return folder
+        run(prepare_tiny(folder / "corpus"), "runs/learned")
+        run(prepare_tiny(folder / "corpus", model=ROPE), "runs/llama")
 
 
 def go_on(folder: Path, **options: Any) -> list[Event]:

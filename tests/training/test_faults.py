@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,13 +53,12 @@ def small(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_full_disk_is_seen_before_the_checkpoint_is_written(
-    make: Callable[..., Prepared], small: Path
+    make: Callable[..., Prepared], small: Path, whole: Path
 ) -> None:
     with pytest.raises(SaveError, match=r"step-000015\.ckpt: the checkpoint needs") as error:
         run(make(), str(small / "run"))
     assert "earlier checkpoints are untouched" in error.value.hint
     assert good_steps(small / "run") == [0, 5, 10]
-    whole = run(make(), "whole")
     go_on(small / "run", out=Path("elsewhere"), until=15)
     assert_same_run(whole, Path("elsewhere"))
 
@@ -80,7 +80,7 @@ def test_disk_that_is_full_to_the_last_byte_stops_the_run_with_its_reason(
 
 
 @pytest.mark.slow
-def test_write_that_fails_half_way_leaves_the_older_checkpoint(make: Callable[..., Prepared]) -> None:
+def test_write_that_fails_half_way_leaves_the_older_checkpoint(whole: Path) -> None:
     done = call(300_000, "train", "tiny.yaml", "--out", "run", module="tests.support.small_files")
     assert done.code == 1
     assert "step-000005.ckpt: the checkpoint cannot be written (File too large)" in done.err
@@ -88,7 +88,7 @@ def test_write_that_fails_half_way_leaves_the_older_checkpoint(make: Callable[..
     assert good_steps(Path("run")) == [0]
     assert not list(Path("run/checkpoints").glob(".*"))
     go_on(Path("run"))
-    assert_same_run(run(make(), "whole"), Path("run"))
+    assert_same_run(whole, Path("run"))
 
 
 def test_folder_that_cannot_be_written_is_refused_with_the_reason(
@@ -120,16 +120,17 @@ def test_emptied_checkpoint_folder_is_said(make: Callable[..., Prepared]) -> Non
 # --- kills and signals ----------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "runs", [pytest.param(6, marks=pytest.mark.slow), pytest.param(1_000, marks=pytest.mark.proof)]
+)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
-def test_run_killed_at_random_moments_equals_the_run_that_was_left_alone() -> None:
-    runs = 6
-    done = call(runs, 7, module="tests.support.kill_at_random")
+def test_run_killed_at_random_moments_equals_the_run_that_was_left_alone(runs: int) -> None:
+    done = call(runs, 7, module="tests.support.kill_at_random", timeout=None)
     assert done.code == 0, done.err
     killed = [json.loads(line) for line in done.out.splitlines()]
     assert sum(line["kills"] for line in killed) >= 2 * runs
-    assert sum(line["during_a_write"] for line in killed) >= 3
-    every_step = {"checkpoint": {"every": 1}, "validation": {"every": 0}}
+    assert sum(line["during_a_write"] for line in killed) >= runs // 2
+    every_step: dict[str, Any] = {"checkpoint": {"every": 1}, "validation": {"every": 0}}
     whole = run(prepare_tiny(Path("corpus"), **every_step, **with_steps(12)), "whole")
     for line in killed:
         assert_same_run(whole, Path(line["run"]), 12)
@@ -202,6 +203,7 @@ def test_resuming_a_run_that_is_training_is_refused() -> None:
 SAVE = """
 import re, sys, torch
 from pathlib import Path
+from typing import Any
 from smolctl.training.checkpoint import DurableCheckpointIO
 
 def peak():

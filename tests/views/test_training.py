@@ -161,8 +161,9 @@ def test_the_end_tells_how_the_answers_changed_over_all_sessions(width: int) -> 
     stdout, _ = consoles(out, width, terminal=False)
     with TrainingView(out) as view:
         view(Start("x", 2_500, 4_000, PLAN))
-        for event in (*rounds(3_000, 3_500, 4_000), End(4_000, "x", "done", 60.0)):
-            view(event)
+        for prediction in rounds(3_000, 3_500, 4_000):
+            view(prediction)
+        view(End(4_000, "x", "done", 60.0))
     table = stdout.getvalue().split("Predictions")[1]
     assert [line.split()[-1] for line in table.splitlines() if " at " in line and "step" not in line] == [
         "0",
@@ -213,4 +214,4 @@ def test_a_display_that_fails_ends_the_run() -> None:
     consoles(out, 80, terminal=False)
     view: Callable[[Event], None] = TrainingView(out)
     with pytest.raises(AttributeError):
-        view(replace(STORY[0], plan=None))
+        view(Start("x", 0, 1, None))  # type: ignore[arg-type]

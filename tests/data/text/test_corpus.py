@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
@@ -40,7 +41,7 @@ def zstd(content: bytes) -> bytes:
     return zstandard.ZstdCompressor(write_checksum=True).compress(content)
 
 
-PACKERS = {"gz": gzip.compress, "zst": zstd}
+PACKERS: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "zst": zstd}
 
 
 def read(*sources: Path | str, text_field: str = "text") -> list[str]:

@@ -7,6 +7,7 @@ import random
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def rows(dataset_hub: HubServer) -> HubRepository:
     return repository
 
 
-def data(source: str = "org/rows", fraction: float = 0.3, **changes: object) -> DataConfig:
+def data(source: str = "org/rows", fraction: float = 0.3, **changes: Any) -> DataConfig:
     settings = {"source": (source,), "sequence_length": LENGTH, "validation_fraction": fraction} | changes
     return DataConfig.model_validate(settings)
 
@@ -125,7 +126,8 @@ def test_what_is_cached_is_not_tokenized_again(
 def test_a_pinned_dataset_in_the_cache_needs_no_network(
     dataset_hub: HubServer, rows: HubRepository, tmp_path: Path
 ) -> None:
-    config = data(*pin_sources(["org/rows"]))
+    (pinned,) = pin_sources(["org/rows"])
+    config = data(pinned)
     first = tokenize(tmp_path, 50, config)
     dataset_hub.log.clear()
     assert tokenize(tmp_path, 50, config).fingerprint == first.fingerprint
@@ -236,7 +238,7 @@ def test_names_of_datasets(name: str, parts: tuple[str, str | None, str | None])
         assert DatasetName.parse(other) is None
 
 
-def refusal(source: str, tmp_path: Path, **changes: object) -> SmolError:
+def refusal(source: str, tmp_path: Path, **changes: Any) -> SmolError:
     with pytest.raises(SmolError) as caught:
         tokenize(tmp_path, 50, data(source, **changes))
     error = caught.value
