@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import time
@@ -130,7 +131,7 @@ def test_a_file_is_read_once_for_each_identity_of_it(copy: Path, monkeypatch: py
     monkeypatch.setattr(durable, "file_digest", digest)
     path = RunFolder(copy).checkpoint_path(2)
     old = time.time_ns() - 5_000_000_000
-    durable.os.utime(path, ns=(old, old))
+    os.utime(path, ns=(old, old))
     for _ in range(3):
         assert not find_damage(path)
     assert hashed == [path]
@@ -146,7 +147,7 @@ def test_a_change_within_the_clocks_resolution_is_seen(copy: Path) -> None:
     stat = path.stat()
     assert not find_damage(path)
     flip_one_bit(path)
-    durable.os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert find_damage(path)
 
 
