@@ -256,7 +256,6 @@ def rows(document: Any) -> dict[str, Any]:
     return {row["suite"]: row for row in document["results"]}
 
 
-@pytest.mark.slow
 def test_every_suite_runs_on_a_run_and_the_record_is_complete(here: Path, smolctl: Smolctl) -> None:
     done = smolctl(
         "bench", "runs/learned", "--repeats", "2", "--json", "--save", "base.json", "--plot", "x.png"
@@ -287,7 +286,6 @@ def test_every_suite_runs_on_a_run_and_the_record_is_complete(here: Path, smolct
     assert Path("x.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
 def test_a_baseline_passes_until_it_was_faster(here: Path, smolctl: Smolctl) -> None:
     command = ("bench", "runs/llama", "--suite", "decode,checkpoint", "--repeats", "1")
     assert smolctl(*command, "--save", "base.json", "-q").code == 0
@@ -318,7 +316,6 @@ def test_a_baseline_passes_until_it_was_faster(here: Path, smolctl: Smolctl) -> 
     assert smolctl(*command, *gate).code == 3
 
 
-@pytest.mark.slow
 def test_a_preset_runs_with_random_weights_and_prints_markdown(here: Path, smolctl: Smolctl) -> None:
     done = smolctl("bench", "nano", "--repeats", "1", "--suite", "train,batch", "--batch", "2", "--markdown")
     assert done.code == 0, done.err
@@ -327,7 +324,6 @@ def test_a_preset_runs_with_random_weights_and_prints_markdown(here: Path, smolc
     assert "| train-optimizer | smolctl |" in done.out
 
 
-@pytest.mark.slow
 def test_variants_stand_beside_what_is_stored(here: Path) -> None:
     report = bench("runs/llama", BenchOptions(("prefill", "decode"), ("int8", "int4", "bf16"), repeats=1))
     found = {(one.suite, one.precision) for one in report.results}
@@ -386,7 +382,6 @@ def test_learned_positions_leave_llama_cpp_out_with_the_reason(here: Path) -> No
     assert any("llama.cpp is left out" in note and "learned positions" in note for note in report.notes)
 
 
-@pytest.mark.slow
 def test_a_signal_ends_every_process_and_leaves_no_file(here: Path) -> None:
     process = start("bench", "runs/llama", "--suite", "checkpoint", "--repeats", "100000")
     assert process.stderr is not None

@@ -176,7 +176,6 @@ def test_prompt_comes_from_stdin_too(smolctl: Smolctl) -> None:
     assert call("sample", "--max-tokens", "3", "--json", input="").code == 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_the_step_and_the_run_goes_on(number: signal.Signals, code: int) -> None:
     forever = ("--steps", "100000", "--set", "checkpoint.every=100000", "--set", "validation.every=0")
@@ -199,7 +198,6 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(number: signal.Signals, cod
     assert steps == [last + 1, last + 2]
 
 
-@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint_as_if_nothing_had_happened(smolctl: Smolctl) -> None:
     process = start("train", "tiny.yaml", "--steps", "30", "--json", "--out", "killed")
     assert process.stdout is not None

@@ -77,7 +77,6 @@ def test_disk_that_is_full_to_the_last_byte_stops_the_run_with_its_reason(
     assert good_steps(folder) == [0, 5, 7]
 
 
-@pytest.mark.slow
 def test_write_that_fails_half_way_leaves_the_older_checkpoint(whole: Path) -> None:
     done = call(300_000, "train", "tiny.yaml", "--out", "run", module="tests.support.small_files")
     assert done.code == 1
@@ -164,8 +163,10 @@ def test_run_killed_at_random_moments_equals_the_run_that_was_left_alone(runs: i
         assert good_steps(out)[-1] == 12
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_second_signal_stops_at_once_and_the_checkpoints_stay(number: signal.Signals, code: int) -> None:
     # A step of many micro-batches takes long: the second signal arrives within it.
     long_steps = ("--batch-size", "20000", "--micro-batch-size", "20", "--set", "validation.every=0")
@@ -202,7 +203,6 @@ def test_of_two_runs_started_into_one_folder_one_is_refused() -> None:
     assert [json.loads(line)["step"] for line in lines if '"step"' in line and '"loss"' in line][-1] == 150
 
 
-@pytest.mark.slow
 def test_runs_started_at_once_without_a_folder_get_folders_of_their_own() -> None:
     both = [start("train", "tiny.yaml", "--steps", "3") for _ in range(2)]
     for process in both:
@@ -211,7 +211,6 @@ def test_runs_started_at_once_without_a_folder_get_folders_of_their_own() -> Non
     assert good_steps(Path("runs/tiny-001")) == good_steps(Path("runs/tiny-002")) == [0, 3]
 
 
-@pytest.mark.slow
 def test_resuming_a_run_that_is_training_is_refused() -> None:
     process = start("train", "tiny.yaml", "--steps", "100000", "--json", "--out", "busy")
     assert process.stdout is not None

@@ -103,7 +103,6 @@ def test_micro_batches_change_nothing_but_rounding(make: Make) -> None:
             assert one == pytest.approx(two, rel=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_any_number_of_workers_gives_the_same_batches(make: Make, workers: int) -> None:
     dataset = make().dataset()
