@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.support import processes
 from tests.support.hub_server import HubServer
-from tests.support.processes import CHECKOUT, Called
+from tests.support.processes import CHECKOUT, Called, Smolctl
 
 # Children import the checkout too. Read when PyTorch is imported: one thread is best for tiny models.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -193,7 +193,7 @@ def dataset_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub
 
 
 @pytest.fixture
-def smolctl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Called]:
+def smolctl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Smolctl:
     """Calls the command line in this process: `smolctl("count-params", "nano", "--json").json`."""
     from smolctl.cli.main import main
 

@@ -7,7 +7,7 @@ import json
 import pickle
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from smolctl.generation.engine import Cache, Engine
 from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.network import Transformer
 from smolctl.sources import open_source
-from tests.support.processes import Called, start
+from tests.support.processes import Smolctl, start
 from tests.support.tiny_models import CountingEngine, tiny_network
 
 SUITES = {
@@ -44,7 +44,6 @@ RESULT_KEYS = {
     *("peak_rss_bytes", "roofline_share"),
 }
 LIMITS = Limits(10e9, {"float32": 100e9}, 10e9, {"float32": 100e9})
-Smolctl = Callable[..., Called]
 
 
 @pytest.fixture(autouse=True)

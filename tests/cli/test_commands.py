@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from smolctl.runs.folder import RunFolder
-from tests.support.processes import Called, call, start
+from tests.support.processes import Smolctl, call, start
 from tests.support.tiny_runs import assert_same_run, write_project
 
 # Six steps, with everything that a run does every third.
@@ -33,7 +32,6 @@ EVENT_KEYS = {
     "checkpoint": {"step", "path", "bytes", "seconds"},
     "end": {"step", "run", "reason", "seconds"},
 }
-Smolctl = Callable[..., Called]
 
 
 @pytest.fixture(autouse=True)

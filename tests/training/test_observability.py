@@ -36,6 +36,7 @@ from smolctl.training.resume import ResumeOptions, resume
 from smolctl.training.tolerance import Tolerance
 from smolctl.training.train import train
 from tests.support import tiny_runs
+from tests.support.processes import Smolctl
 from tests.support.tiny_runs import assert_same_run, prepare_tiny, write_project
 
 # Six steps, with everything that a run does every second. Dropout draws from the generators that an
@@ -322,7 +323,7 @@ def test_an_unknown_logger_is_an_error_that_names_the_known_ones() -> None:
         go_on("x", extra=1, loggers=["tensorbord"])
 
 
-def test_command_line_names_loggers_and_remembers_them(smolctl: Callable[..., Any]) -> None:
+def test_command_line_names_loggers_and_remembers_them(smolctl: Smolctl) -> None:
     done = smolctl("train", "tiny.yaml", "--logger", "csv", "--logger", "tensorboard", "--out", "x", "--json")
     assert done.code == 0
     assert all(isinstance(json.loads(line), dict) for line in done.out.splitlines())
