@@ -23,7 +23,6 @@ from smolctl.arithmetic import (
     forward_flops_per_token,
     is_embedding,
     kv_cache_bytes_per_token,
-    memory_formulas,
     parameter_rows,
     tensor_rows,
     training_flops_per_token,
@@ -125,7 +124,7 @@ def test_every_memory_formula_gives_its_number(
     config: ModelConfig, batch_size: int, sequence_length: int, dtype: str
 ) -> None:
     memory = training_memory(config, batch_size, sequence_length, dtype)
-    for part, formula in memory_formulas(config, batch_size, sequence_length, dtype).items():
+    for part, formula in memory.formulas.items():
         numbers = re.sub(r"bytes|tokens|values", "", formula)
         assert evaluate(numbers, {}) == getattr(memory, part), part
     parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.logits)

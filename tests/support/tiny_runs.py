@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,12 @@ import pytest
 import torch
 import yaml
 
+from smolctl.config import RunConfig
 from smolctl.config.load import merge, resolve_run_config
 from smolctl.errors import ExitCode
+from smolctl.runs.checkpoint_file import read_checkpoint
 from smolctl.runs.events import Event
-from smolctl.training.checkpoint import read_checkpoint
+from smolctl.runs.folder import RunFolder
 from smolctl.training.prepare import Prepared, prepare
 from smolctl.training.resume import ResumeOptions, resume
 from smolctl.training.train import train
@@ -37,7 +38,7 @@ TINY: dict[str, Any] = {
     "schedule": {"warmup_steps": 4, "decay_start": 12, "decay_steps": 10},
     "checkpoint": {"every": 5, "keep_last": 0},
     "predictions": {"every": 5, "prompts": ["the cat", "a"], "max_tokens": 5},
-    "validation": {"every": 5, "batches": 2},
+    "validation": {"every": 5, "sequences": 4},
 }
 
 
@@ -62,12 +63,14 @@ def write_project(folder: Path, **changes: Any) -> None:
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
 
 
-def prepare_tiny(
-    corpus: Path, emit: Callable[[Event], None] = lambda _event: None, **changes: Any
-) -> Prepared:
-    """A prepared tiny run with some settings changed."""
+def tiny_config(corpus: Path, **changes: Any) -> RunConfig:
+    """The config of the tiny run on a corpus, with some settings changed."""
     values = merge(merge(TINY, {"data": {"source": str(corpus)}}), changes)
-    return prepare(resolve_run_config(values, "test"), None, emit)
+    return resolve_run_config(values, "test")
+
+
+def prepare_tiny(corpus: Path, **changes: Any) -> Prepared:
+    return prepare(tiny_config(corpus, **changes), None, lambda _event: None)
 
 
 def run(prepared: Prepared, out: str, events: list[Event] | None = None) -> Path:
@@ -94,7 +97,7 @@ def go_on(folder: Path, **options: Any) -> list[Event]:
 
 
 def state(folder: Path, step: int) -> dict[str, Any]:
-    return read_checkpoint(folder / "checkpoints" / f"step-{step:06d}.ckpt")
+    return read_checkpoint(RunFolder(folder).checkpoint_path(step), mmap=False)
 
 
 def losses(folder: Path) -> list[tuple[int, float, float, float]]:

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from smolctl.errors import InputError
+from smolctl.runs.checkpoint_file import find_damage
 from smolctl.runs.folder import RunFolder
-from smolctl.training.checkpoint import SaveError, find_damage
+from smolctl.training.checkpoint import SaveError
 from smolctl.training.prepare import Prepared
 from tests.support.disks import small_disk
 from tests.support.processes import call, start

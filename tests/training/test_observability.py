@@ -25,19 +25,19 @@ from smolctl.errors import ExitCode, InputError, UsageError
 from smolctl.escaping import json_line, one_line
 from smolctl.runs.chart import smoothed, thinned
 from smolctl.runs.events import Candidate, End, Event, Note, Prediction, Step, Validation
-from smolctl.runs.records import RunRecorder
+from smolctl.runs.folder import RunFolder
 from smolctl.runs.story import selection, to_markdown
 from smolctl.timing import peak_memory
 from smolctl.training import loggers as loggers_module
 from smolctl.training.device import flops_utilization, peak_flops, run_peak_flops
-from smolctl.training.module import NonFiniteError
-from smolctl.training.prepare import Prepared
+from smolctl.training.guards import NonFiniteError
+from smolctl.training.prepare import Prepared, prepare
 from smolctl.training.resume import ResumeOptions, resume
 from smolctl.training.tolerance import Tolerance
 from smolctl.training.train import train
 from tests.support import tiny_runs
 from tests.support.processes import Smolctl
-from tests.support.tiny_runs import assert_same_run, prepare_tiny, write_project
+from tests.support.tiny_runs import assert_same_run, prepare_tiny, tiny_config, write_project
 
 # Six steps, with everything that a run does every second. Dropout draws from the generators that an
 # observer must not touch.
@@ -90,7 +90,7 @@ def losses(out: str) -> list[tuple[int, float]]:
 
 def test_every_step_tells_the_memory_and_no_mfu_on_a_cpu() -> None:
     run("x")
-    steps = [record for record in RunRecorder(Path("x")).metrics() if record["event"] == "step"]
+    steps = [record for record in RunFolder(Path("x")).metrics() if record["event"] == "step"]
     assert len(steps) == 6
     held = [record["memory_bytes"] for record in steps]
     assert min(held) > 50e6  # PyTorch alone is larger
@@ -151,8 +151,8 @@ def test_peaks_are_of_the_chip_that_is_named(
             "training.predictions.complete",
             ["the prediction for 'the cat' failed", "the prediction for 'a' failed"],
         ),
-        ("runs.records.to_markdown", ["writing predictions.md failed"]),
-        ("runs.records.draw_loss", ["drawing loss.png failed"]),
+        ("runs.folder.to_markdown", ["writing predictions.md failed"]),
+        ("runs.chart.draw_loss", ["drawing loss.png failed"]),
     ],
 )
 def test_an_onlooker_that_fails_is_told_once_and_leaves_no_trace(
@@ -306,8 +306,9 @@ def test_a_missing_package_is_named_before_anything_is_done(
     run("x")
     monkeypatch.setattr(loggers_module, "find_spec", lambda _name: None)
     heard: list[Event] = []
+    config = tiny_config(Path("none"), trainer={"loggers": ["wandb"]})
     begin: dict[str, Callable[[], object]] = {
-        "train": lambda: prepare_tiny(Path("none"), heard.append, trainer={"loggers": ["wandb"]}),
+        "train": lambda: prepare(config, None, heard.append),
         "resume": lambda: go_on("x", extra=1, loggers=["csv", "wandb"]),
     }
     with pytest.raises(UsageError, match="wandb is not installed") as error:
@@ -359,7 +360,7 @@ def test_predictions_md_tells_every_round_also_after_going_back() -> None:
 
 def test_predictions_of_steps_to_come_are_gone_as_soon_as_a_run_goes_back() -> None:
     run("x")
-    RunRecorder(Path("x")).forget_after(2)
+    RunFolder(Path("x")).keep_records(2)
     assert "**Step 2**" in story("x")
     assert "**Step 4**" not in story("x")
 
@@ -393,13 +394,13 @@ def test_a_record_is_one_line_for_every_reader_of_lines(text: str) -> None:
 
 
 def test_records_with_any_text_and_a_line_that_was_cut_off_survive_a_resume(tmp_path: Path) -> None:
-    recorder = RunRecorder(tmp_path)
+    recorder = RunFolder(tmp_path)
     texts = ["a\u2028b", "c\x85d", "\ud7ff\U0001f600", '"\\\n']
     for step, text in enumerate(texts, start=1):
         recorder.record(Prediction(step, "p", text, None, ()))
     with (tmp_path / "predictions.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"event": "prediction", "step": 1, "pro')
-    recorder.forget_after(3)
+    recorder.keep_records(3)
     assert [prediction.text for prediction in recorder.predictions()["p"]] == texts[:3]
 
 
@@ -430,7 +431,7 @@ def test_a_long_run_is_drawn_with_few_points_of_the_same_mean() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 5, 300])
 def test_a_loss_curve_can_be_drawn_of_any_run(tmp_path: Path, count: int) -> None:
-    recorder = RunRecorder(tmp_path)
+    recorder = RunFolder(tmp_path)
     for step in range(1, count + 1):
         recorder.record(Step(step, 3.0, 1e-3, 1.0, step * 10, 0.1, 100.0, 1.0, None, None))
     if count:

@@ -13,9 +13,9 @@ import pytest
 from smolctl.config.run import ScheduleConfig
 from smolctl.durable import file_digest
 from smolctl.errors import ExitCode, InputError, UsageError
+from smolctl.runs.checkpoint_file import find_damage
 from smolctl.runs.events import Note
 from smolctl.runs.folder import RunFolder
-from smolctl.training.checkpoint import find_damage
 from smolctl.training.optim.schedule import continue_schedule, learning_rate
 from smolctl.training.prepare import Prepared
 from smolctl.training.resume import ResumeOptions

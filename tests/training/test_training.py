@@ -16,12 +16,13 @@ import yaml
 
 from smolctl.config import RunConfig, load_run_config
 from smolctl.config.load import merge, resolve_run_config
-from smolctl.data.batches import StepLoader
+from smolctl.data.batches import StepLoader, validation_batches
 from smolctl.errors import ExitCode, InputError, SmolError, UsageError
+from smolctl.evaluation import bits_per_byte
 from smolctl.runs.events import Checkpoint, End, Event, Note, Prediction, Step, Validation
 from smolctl.runs.folder import RunFolder
-from smolctl.training.device import resolved_compile
-from smolctl.training.module import NonFiniteError
+from smolctl.training.device import decide
+from smolctl.training.guards import NonFiniteError
 from smolctl.training.prepare import Prepared, prepare
 from smolctl.training.train import train
 from tests.support.tiny_runs import (
@@ -103,6 +104,32 @@ def test_micro_batches_change_nothing_but_rounding(make: Make) -> None:
             assert one == pytest.approx(two, rel=1e-4)
 
 
+def test_the_held_out_score_does_not_depend_on_the_micro_batch(make: Make) -> None:
+    prepared = make()
+    assert prepared.corpus.validation is not None
+    lengths = torch.from_numpy(prepared.tokenizer.token_byte_lengths()).long()
+    scores = set()
+    for size in (1, 2, 3, 4, 8):
+        batches = list(validation_batches(prepared.corpus.validation, 32, size, 7))
+        assert sum(len(batch) for batch in batches) == 7
+        scores.add(round(bits_per_byte(prepared.network, batches, lengths).bits_per_byte, 5))
+    assert len(scores) == 1
+    found = []
+    for size in (1, 2, 4):
+        events: list[Event] = []
+        run(make(train={"micro_batch_size": size, "steps": 5}), f"micro-{size}", events)
+        found += [event.bits_per_byte for event in events if isinstance(event, Validation)]
+    assert found == pytest.approx([found[0]] * 3, abs=1e-4)
+
+
+def test_a_config_that_counts_held_out_batches_is_still_read() -> None:
+    old = merge(TINY, {"validation": {"every": 5, "batches": 3}, "train": {"batch_size": 4}})
+    with pytest.raises(InputError, match=r"validation\.batches"):
+        resolve_run_config(old, "both")
+    del old["validation"]["sequences"]
+    assert resolve_run_config(old, "old").validation.sequences == 12
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_any_number_of_workers_gives_the_same_batches(make: Make, workers: int) -> None:
     dataset = make().dataset()
@@ -123,7 +150,10 @@ def test_loss_goes_down_and_events_tell_the_story(make: Make) -> None:
     folder = run(make(**with_steps(60), schedule={"decay_start": 50}), "story", events)
     steps = [event for event in events if isinstance(event, Step)]
     assert [event.step for event in steps] == list(range(1, 61))
-    assert steps[-1].loss < 0.7 * steps[0].loss
+    first, last = steps[0].loss, steps[-1].loss
+    assert first is not None
+    assert last is not None
+    assert last < 0.7 * first
     assert [event.step for event in events if isinstance(event, Checkpoint)] == [0, *range(5, 61, 5)]
     checks = [event for event in events if isinstance(event, Validation)]
     assert checks[-1].bits_per_byte < checks[0].bits_per_byte
@@ -158,7 +188,9 @@ def test_old_checkpoints_make_room(make: Make) -> None:
     folder = run(make(checkpoint={"every": 2, "keep_last": 2, "keep_every": 6}), "room")
     assert [file.step for file in RunFolder(folder).checkpoints()] == [6, 12, 14, 15]
     names = {path.name for path in (folder / "checkpoints").iterdir()}
-    assert names == {f"step-{step:06d}.ckpt{end}" for step in (6, 12, 14, 15) for end in ("", ".sha256")}
+    kept = (*(f"step-{step:06d}.ckpt" for step in (6, 12, 14, 15)), "final.ckpt")
+    assert names == {f"{name}{end}" for name in kept for end in ("", ".sha256")}
+    assert (folder / "checkpoints" / "final.ckpt").samefile(folder / "checkpoints" / "step-000015.ckpt")
 
 
 def test_nothing_left_to_do_is_an_error(finished: Finished) -> None:
@@ -234,7 +266,7 @@ def test_non_finite_loss_names_the_windows_of_the_bad_micro_batch(make: Make) ->
     prepared.network.model.register_forward_hook(poison)
     with pytest.raises(NonFiniteError, match="step 7: loss nan") as error:
         run(prepared, "bad")
-    named = error.value.message.split("It read windows ")[1]
+    named = error.value.message.split("It read sequences ")[1]
     assert named.startswith(
         ", ".join(prepared.dataset().tokens.describe(window) for window in windows[size:])
     )
@@ -335,12 +367,14 @@ def test_whether_to_compile_is_decided_once_and_kept(make: Make) -> None:
 
 def test_long_runs_on_a_gpu_are_compiled_and_short_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     long, short = (load_run_config("nano", [f"train.steps={steps}"]) for steps in (5_000, 50))
-    assert resolved_compile(long)
-    assert not resolved_compile(short)
-    assert not resolved_compile(load_run_config("nano", ["train.compile=false", "train.steps=5000"]))
+    asked = load_run_config("nano", ["train.compile=false", "train.steps=5000"])
+    compiles = [decide(config, lambda _: None)[0].train.compile for config in (long, short, asked)]
+    assert compiles == [True, False, False]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert not resolved_compile(long)
+    assert decide(long, lambda _: None)[0].train.compile is False
 
 
 def test_training_imports_neither_torchmetrics_nor_transformers() -> None:

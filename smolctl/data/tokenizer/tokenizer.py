@@ -170,6 +170,11 @@ class Tokenizer:
                 f"Set model.vocab_size={self.vocab_size}, or take --tokenizer train:{vocab_size}.",
             )
 
+    def files(self) -> TokenizerFiles:
+        """The tokenizer as plain data, which `from_files` reads."""
+        ids = self.bos_token_id, self.eos_token_id, self.pad_token_id
+        return TokenizerFiles(self.backend.to_str(), self.chat_template, *ids)
+
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads."""
         folder.mkdir(parents=True, exist_ok=True)

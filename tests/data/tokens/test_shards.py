@@ -144,7 +144,7 @@ def test_corpus_too_short_to_hold_anything_out_says_so(tmp_path: Path) -> None:
 def test_corpus_shorter_than_a_window_names_both_numbers(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("cat")
     count = len(TOKENIZER.encode("cat")) + 1
-    with pytest.raises(InputError, match=rf"has {count} tokens, .* has 1,025"):
+    with pytest.raises(InputError, match=rf"has {count} tokens; .* = 1,025"):
         tokenize_corpus(data(tmp_path / "a.txt", length=1024), TOKENIZER, tmp_path)
 
 

@@ -158,7 +158,7 @@ def test_a_dataset_that_ends_is_read_again(rows: HubRepository, tmp_path: Path) 
 
 def test_a_sample_beyond_what_was_streamed_is_an_error(rows: HubRepository, tmp_path: Path) -> None:
     corpus = tokenize(tmp_path, samples=BLOCK)
-    with pytest.raises(IndexError, match=f"sample {BLOCK} of a stream of which {BLOCK} windows"):
+    with pytest.raises(IndexError, match=f"sample {BLOCK} of a stream of which {BLOCK} sequences"):
         corpus.train.windows(np.arange(1, BLOCK + 1), LENGTH, seed=8)
 
 
@@ -279,7 +279,7 @@ def test_refusals_say_what_is_wrong(dataset_hub: HubServer, rows: HubRepository,
 def test_too_short_a_dataset_names_both_numbers(dataset_hub: HubServer, tmp_path: Path) -> None:
     dataset_hub.repositories["datasets/org/short"] = HubRepository({"train.parquet": parquet(["cat"])})
     error = refusal("org/short", tmp_path, fraction=0)
-    assert f"tokens to train on, a window of data.sequence_length + 1 has {LENGTH + 1}" in error.message
+    assert f"tokens to train on; a sequence takes sequence_length + 1 = {LENGTH + 1}" in error.message
 
 
 def test_a_dataset_beside_other_sources_needs_weights(rows: HubRepository, tmp_path: Path) -> None:
