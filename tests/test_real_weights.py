@@ -24,7 +24,8 @@ from smolctl.sources import open_source
 from smolctl.training.prepare import prepare
 from tests.support.processes import call
 
-pytestmark = [pytest.mark.slow, pytest.mark.real_weights]
+# One process loads the models for all tests.
+pytestmark = [pytest.mark.real_weights, pytest.mark.xdist_group("real weights")]
 
 PROMPTS = [
     "The capital of France is",
@@ -68,6 +69,7 @@ def reference_tokenizer(gguf_file: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(str(gguf_file.parent), gguf_file=gguf_file.name)
 
 
+@pytest.mark.slow
 def test_every_weight_equals_transformers(network: Transformer, reference: PreTrainedModel) -> None:
     theirs = reference.state_dict()
     for name, tensor in network.state_dict().items():
@@ -75,6 +77,7 @@ def test_every_weight_equals_transformers(network: Transformer, reference: PreTr
     assert sum(p.numel() for p in network.parameters()) == 134_515_008
 
 
+@pytest.mark.slow
 def test_tokens_and_chat_equal_transformers(
     ours: LoadedModel, reference_tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -97,6 +100,7 @@ def test_logits_equal_transformers_to_rounding(
     assert torch.equal(mine.argmax(-1), theirs.argmax(-1))
 
 
+@pytest.mark.slow
 def test_cached_equals_uncached(ours: LoadedModel, network: Transformer) -> None:
     ids = torch.tensor([ours.tokenizer.encode(TEXT)])
     cache = KVCache.allocate(network.config, 1, ids.shape[1], torch.float32, torch.device("cpu"))
@@ -106,6 +110,7 @@ def test_cached_equals_uncached(ours: LoadedModel, network: Transformer) -> None
     assert (whole - parts).abs().max() < 2e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_greedy_continuation_is_token_equal_to_transformers(
     ours: LoadedModel, network: Transformer, reference: PreTrainedModel, prompt: str
@@ -138,6 +143,7 @@ def test_chat_answers_paris(ours: LoadedModel) -> None:
     assert len(pieces) > 3  # it streams
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_at_the_loss_of_transformers_and_goes_down(
     gguf_file: Path, reference: PreTrainedModel, ours: LoadedModel, tmp_path: Path
 ) -> None:

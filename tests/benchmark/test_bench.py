@@ -7,7 +7,7 @@ import json
 import pickle
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.network import Transformer
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
-from tests.support.processes import Called, start
+from tests.support.processes import Smolctl, start
 from tests.support.tiny_models import CountingEngine, tiny_network
 
 SUITES = {
@@ -48,7 +48,6 @@ RESULT_KEYS = {
     *("peak_rss_bytes", "roofline_share"),
 }
 LIMITS = Limits(10e9, {"float32": 100e9}, 10e9, {"float32": 100e9})
-Smolctl = Callable[..., Called]
 
 
 @pytest.fixture(autouse=True)
@@ -292,7 +291,6 @@ def rows(document: Any) -> dict[str, Any]:
     return {row["suite"]: row for row in document["results"]}
 
 
-@pytest.mark.slow
 def test_every_suite_runs_on_a_run_and_the_record_is_complete(here: Path, smolctl: Smolctl) -> None:
     done = smolctl(
         "bench", "runs/learned", "--repeats", "2", "--json", "--save", "base.json", "--plot", "x.png"
@@ -323,7 +321,6 @@ def test_every_suite_runs_on_a_run_and_the_record_is_complete(here: Path, smolct
     assert Path("x.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
 def test_a_baseline_passes_until_it_was_faster(here: Path, smolctl: Smolctl) -> None:
     command = ("bench", "runs/llama", "--suite", "decode,checkpoint", "--repeats", "1")
     assert smolctl(*command, "--save", "base.json", "-q").code == 0
@@ -354,7 +351,6 @@ def test_a_baseline_passes_until_it_was_faster(here: Path, smolctl: Smolctl) -> 
     assert smolctl(*command, *gate).code == 3
 
 
-@pytest.mark.slow
 def test_a_preset_runs_with_random_weights_and_prints_markdown(here: Path, smolctl: Smolctl) -> None:
     done = smolctl("bench", "nano", "--repeats", "1", "--suite", "train,batch", "--batch", "2", "--markdown")
     assert done.code == 0, done.err
@@ -363,7 +359,6 @@ def test_a_preset_runs_with_random_weights_and_prints_markdown(here: Path, smolc
     assert "| train-optimizer | smolctl |" in done.out
 
 
-@pytest.mark.slow
 def test_variants_stand_beside_what_is_stored(here: Path) -> None:
     report = bench("runs/llama", BenchOptions(("prefill", "decode"), ("int8", "int4", "bf16"), repeats=1))
     found = {(one.suite, one.precision) for one in report.results}
@@ -422,7 +417,6 @@ def test_learned_positions_leave_llama_cpp_out_with_the_reason(here: Path) -> No
     assert any("llama.cpp is left out" in note and "learned positions" in note for note in report.notes)
 
 
-@pytest.mark.slow
 def test_a_signal_ends_every_process_and_leaves_no_file(here: Path) -> None:
     process = start("bench", "runs/llama", "--suite", "checkpoint", "--repeats", "100000")
     assert process.stderr is not None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from smolctl.runs.folder import RunFolder
-from tests.support.processes import Called, call, start
+from tests.support.processes import Smolctl, call, start
 from tests.support.tiny_runs import assert_same_run, write_project
 
 # Six steps, with everything that a run does every third.
@@ -33,7 +32,6 @@ EVENT_KEYS = {
     "checkpoint": {"step", "path", "bytes", "seconds"},
     "end": {"step", "run", "reason", "seconds"},
 }
-Smolctl = Callable[..., Called]
 
 
 @pytest.fixture(autouse=True)
@@ -176,7 +174,6 @@ def test_prompt_comes_from_stdin_too(smolctl: Smolctl) -> None:
     assert call("sample", "--max-tokens", "3", "--json", input="").code == 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_the_step_and_the_run_goes_on(number: signal.Signals, code: int) -> None:
     forever = ("--steps", "100000", "--set", "checkpoint.every=100000", "--set", "validation.every=0")
@@ -199,7 +196,6 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(number: signal.Signals, cod
     assert steps == [last + 1, last + 2]
 
 
-@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint_as_if_nothing_had_happened(smolctl: Smolctl) -> None:
     process = start("train", "tiny.yaml", "--steps", "30", "--json", "--out", "killed")
     assert process.stdout is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.support.model_folders import llama_folder, other_architecture
-from tests.support.processes import Called
-
-Call = Callable[..., Called]
+from tests.support.processes import Smolctl
 
 
 @pytest.mark.parametrize(
@@ -24,7 +21,7 @@ Call = Callable[..., Called]
     ],
 )
 def test_three_labelled_totals(
-    smolctl: Call, preset: str, unique: int, naive: int, non_embedding: int
+    smolctl: Smolctl, preset: str, unique: int, naive: int, non_embedding: int
 ) -> None:
     called = smolctl("count-params", preset)
     assert called.code == 0
@@ -36,7 +33,7 @@ def test_three_labelled_totals(
 
 
 @pytest.mark.real_weights
-def test_the_real_gguf_is_counted_from_its_header_and_agrees(smolctl: Call, gguf_file: Path) -> None:
+def test_the_real_gguf_is_counted_from_its_header_and_agrees(smolctl: Smolctl, gguf_file: Path) -> None:
     counted = smolctl("count-params", gguf_file, "--json").json
     assert counted["unique"] == 134_515_008
     assert counted["naive"] == 162_826_560
@@ -46,7 +43,7 @@ def test_the_real_gguf_is_counted_from_its_header_and_agrees(smolctl: Call, gguf
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 9])
-def test_json_rows_have_their_keys_and_add_up_to_unique(smolctl: Call, depth: int) -> None:
+def test_json_rows_have_their_keys_and_add_up_to_unique(smolctl: Smolctl, depth: int) -> None:
     counted = smolctl("count-params", "smollm2-135m", "--depth", depth, "--json").json
     keys = {"module", "shape", "copies", "formula", "parameters", "tied"}
     assert all(set(row) == keys for row in counted["rows"])
@@ -54,7 +51,7 @@ def test_json_rows_have_their_keys_and_add_up_to_unique(smolctl: Call, depth: in
     assert [row["module"] for row in counted["rows"] if row["tied"]] == ["lm_head"]
 
 
-def test_depth_opens_the_layers(smolctl: Call) -> None:
+def test_depth_opens_the_layers(smolctl: Smolctl) -> None:
     def modules(depth: int) -> list[str]:
         rows = smolctl("count-params", "smollm2-135m", "--depth", depth, "--json").json["rows"]
         return [row["module"] for row in rows]
@@ -72,7 +69,9 @@ def test_depth_opens_the_layers(smolctl: Call) -> None:
 
 @pytest.mark.parametrize("width", [80, 140])
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_nothing_is_cut_off(smolctl: Call, monkeypatch: pytest.MonkeyPatch, width: int, depth: int) -> None:
+def test_nothing_is_cut_off(
+    smolctl: Smolctl, monkeypatch: pytest.MonkeyPatch, width: int, depth: int
+) -> None:
     monkeypatch.setattr("smolctl.views.output.PIPE_WIDTH", width)
     out = smolctl("count-params", "smollm2-135m", "--depth", depth).out
     assert "…" not in out
@@ -83,20 +82,20 @@ def test_nothing_is_cut_off(smolctl: Call, monkeypatch: pytest.MonkeyPatch, widt
         assert row["formula"] in words, "the formula is reachable at every width"
 
 
-def test_formulas_name_their_values(smolctl: Call) -> None:
+def test_formulas_name_their_values(smolctl: Smolctl) -> None:
     out = smolctl("count-params", "smollm2-135m", "--depth", 4).out
     assert "num_attention_heads 9" in out
     assert "head_dim 64" in out
 
 
-def test_what_if_changes_the_count_and_says_so(smolctl: Call) -> None:
+def test_what_if_changes_the_count_and_says_so(smolctl: Smolctl) -> None:
     twelve = ("count-params", "smollm2-135m", "--set", "num_hidden_layers=12")
     full = smolctl("count-params", "smollm2-135m", "--json").json["unique"]
     assert smolctl(*twelve, "--json").json["unique"] == full - 18 * 3_540_096
     assert "What if: num_hidden_layers=12" in smolctl(*twelve).out
 
 
-def test_what_if_works_on_a_model_with_weights(smolctl: Call, tmp_path: Path) -> None:
+def test_what_if_works_on_a_model_with_weights(smolctl: Smolctl, tmp_path: Path) -> None:
     folder = llama_folder(tmp_path / "llama")
     one = smolctl("count-params", folder, "--set", "num_hidden_layers=1", "--json").json
     three = smolctl("count-params", folder, "--json").json
@@ -105,7 +104,7 @@ def test_what_if_works_on_a_model_with_weights(smolctl: Call, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_folder_header_agrees_with_its_config(smolctl: Call, tmp_path: Path, tied: bool) -> None:
+def test_folder_header_agrees_with_its_config(smolctl: Smolctl, tmp_path: Path, tied: bool) -> None:
     folder = llama_folder(tmp_path / "llama", tie_word_embeddings=tied)
     counted = smolctl("count-params", folder, "--json").json
     assert counted["header_agrees"] is True
@@ -113,7 +112,7 @@ def test_folder_header_agrees_with_its_config(smolctl: Call, tmp_path: Path, tie
     assert "agree with the config" in smolctl("count-params", folder).out
 
 
-def test_a_header_that_contradicts_the_config_is_said(smolctl: Call, tmp_path: Path) -> None:
+def test_a_header_that_contradicts_the_config_is_said(smolctl: Smolctl, tmp_path: Path) -> None:
     folder = llama_folder(tmp_path / "llama")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 25}))
@@ -123,7 +122,7 @@ def test_a_header_that_contradicts_the_config_is_said(smolctl: Call, tmp_path: P
     assert "does not agree" in smolctl("count-params", folder).out
 
 
-def test_another_architecture_is_counted_from_its_header(smolctl: Call, tmp_path: Path) -> None:
+def test_another_architecture_is_counted_from_its_header(smolctl: Smolctl, tmp_path: Path) -> None:
     folder = other_architecture(tmp_path / "qwen", tie_word_embeddings=True)
     called = smolctl("count-params", folder)
     assert called.code == 0
@@ -139,7 +138,7 @@ def test_another_architecture_is_counted_from_its_header(smolctl: Call, tmp_path
     assert copies["model.layers.0-1.self_attn.q_proj.bias"] == 2
 
 
-def test_packed_integers_are_not_passed_off_as_parameters(smolctl: Call, tmp_path: Path) -> None:
+def test_packed_integers_are_not_passed_off_as_parameters(smolctl: Smolctl, tmp_path: Path) -> None:
     folder = other_architecture(tmp_path / "gptq")
     save_file({"model.layers.0.q.qweight": np.zeros((4, 4), np.int32)}, folder / "model.safetensors")
     notes = smolctl("count-params", folder, "--json").json["notes"]
@@ -159,7 +158,7 @@ def test_packed_integers_are_not_passed_off_as_parameters(smolctl: Call, tmp_pat
     ],
 )
 def test_bad_calls_end_with_one_cause_one_remedy_and_their_code(
-    smolctl: Call, arguments: list[str], code: int, words: str
+    smolctl: Smolctl, arguments: list[str], code: int, words: str
 ) -> None:
     called = smolctl("count-params", *arguments)
     assert called.code == code

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,7 @@ from smolctl.sources import ModelSource, SourceKind, TokenizerFiles, open_source
 from smolctl.training.plan import make_plan
 from tests.support.hub_server import COMMIT, HubRepository, HubServer
 from tests.support.model_folders import llama_folder, other_architecture
-from tests.support.processes import Called
-
-Call = Callable[..., Called]
+from tests.support.processes import Smolctl
 
 
 def write(path: Path, **sections: Any) -> Path:
@@ -80,7 +77,7 @@ def nanotron_recipe(path: Path) -> Path:
     )
 
 
-def test_json_document_of_a_preset(smolctl: Call) -> None:
+def test_json_document_of_a_preset(smolctl: Smolctl) -> None:
     document = smolctl("inspect-config", "smollm2-135m-hub", "--json").json
     assert document["source"] == {
         "kind": "preset",
@@ -103,7 +100,7 @@ def test_json_document_of_a_preset(smolctl: Call) -> None:
     assert document["checkpoint"] is None
 
 
-def test_memory_follows_batch_length_and_dtype(smolctl: Call) -> None:
+def test_memory_follows_batch_length_and_dtype(smolctl: Smolctl) -> None:
     def memory(*options: object) -> dict[str, Any]:
         document = smolctl("inspect-config", "smollm2-135m", *options, "--json").json
         return dict(document["derived"]["memory"])
@@ -120,7 +117,9 @@ def test_memory_follows_batch_length_and_dtype(smolctl: Call) -> None:
 
 @pytest.mark.parametrize("width", [80, 140])
 @pytest.mark.parametrize("model", ["smollm2-135m", "smollm2-135m-pretrain"])
-def test_nothing_is_cut_off(smolctl: Call, monkeypatch: pytest.MonkeyPatch, width: int, model: str) -> None:
+def test_nothing_is_cut_off(
+    smolctl: Smolctl, monkeypatch: pytest.MonkeyPatch, width: int, model: str
+) -> None:
     monkeypatch.setattr("smolctl.views.output.PIPE_WIDTH", width)
     out = smolctl("inspect-config", model).out
     assert "…" not in out
@@ -129,7 +128,7 @@ def test_nothing_is_cut_off(smolctl: Call, monkeypatch: pytest.MonkeyPatch, widt
         assert fact in out
 
 
-def test_nanotron_recipe_equals_the_shipped_preset(smolctl: Call, tmp_path: Path) -> None:
+def test_nanotron_recipe_equals_the_shipped_preset(smolctl: Smolctl, tmp_path: Path) -> None:
     recipe = nanotron_recipe(tmp_path / "config_smollm2_135M.yaml")
     document = smolctl("inspect-config", recipe, "--json").json
     assert document["source"]["kind"] == "nanotron"
@@ -158,7 +157,7 @@ def test_nanotron_recipe_equals_the_shipped_preset(smolctl: Call, tmp_path: Path
 
 
 @pytest.mark.parametrize("preset", preset_names())
-def test_yaml_of_a_preset_is_a_config_that_equals_it(smolctl: Call, tmp_path: Path, preset: str) -> None:
+def test_yaml_of_a_preset_is_a_config_that_equals_it(smolctl: Smolctl, tmp_path: Path, preset: str) -> None:
     written = tmp_path / "written.yaml"
     written.write_text(smolctl("inspect-config", preset, "--yaml").out)
     assert load_run_config(str(written)) == load_run_config(preset)
@@ -169,7 +168,7 @@ def test_yaml_of_a_preset_is_a_config_that_equals_it(smolctl: Call, tmp_path: Pa
     assert set(content) == set(RunConfig.model_fields)
 
 
-def test_yaml_of_a_folder_trains_its_model(smolctl: Call, tmp_path: Path) -> None:
+def test_yaml_of_a_folder_trains_its_model(smolctl: Smolctl, tmp_path: Path) -> None:
     folder = llama_folder(tmp_path / "llama")
     written = tmp_path / "written.yaml"
     written.write_text(smolctl("inspect-config", folder, "--yaml").out)
@@ -193,7 +192,7 @@ def test_yaml_keeps_awkward_values(tmp_path: Path) -> None:
     assert load_run_config(str(path)) == config
 
 
-def test_folder_is_checked_against_its_header(smolctl: Call, tmp_path: Path) -> None:
+def test_folder_is_checked_against_its_header(smolctl: Smolctl, tmp_path: Path) -> None:
     folder = llama_folder(tmp_path / "llama")
     sound = smolctl("inspect-config", folder, "--json").json
     assert sound["checkpoint"]["matches"] is True
@@ -206,7 +205,7 @@ def test_folder_is_checked_against_its_header(smolctl: Call, tmp_path: Path) -> 
     assert any("model.embed_tokens.weight" in p and "41" in p for p in broken["problems"])
 
 
-def test_config_is_recovered_from_the_shapes_of_a_lone_safetensors(smolctl: Call, tmp_path: Path) -> None:
+def test_config_is_recovered_from_the_shapes_of_a_lone_safetensors(smolctl: Smolctl, tmp_path: Path) -> None:
     folder = llama_folder(tmp_path / "llama", head_dim=64, hidden_size=32)
     (folder / "config.json").unlink()
     document = smolctl("inspect-config", folder / "model.safetensors", "--json").json
@@ -215,7 +214,7 @@ def test_config_is_recovered_from_the_shapes_of_a_lone_safetensors(smolctl: Call
     assert any("recovered" in problem for problem in document["problems"])
 
 
-def test_another_architecture_is_shown_as_it_spells_itself(smolctl: Call, tmp_path: Path) -> None:
+def test_another_architecture_is_shown_as_it_spells_itself(smolctl: Smolctl, tmp_path: Path) -> None:
     folder = other_architecture(tmp_path / "qwen", hidden_size=4)
     document = smolctl("inspect-config", folder, "--json").json
     assert document["supported"] is False
@@ -237,7 +236,7 @@ def test_another_architecture_is_shown_as_it_spells_itself(smolctl: Call, tmp_pa
         ([], "hidden_size 576 is not a multiple of 256"),
     ],
 )
-def test_problems_are_named(smolctl: Call, settings: list[str], words: str) -> None:
+def test_problems_are_named(smolctl: Smolctl, settings: list[str], words: str) -> None:
     options = [part for setting in settings for part in ("--set", setting)]
     document = smolctl("inspect-config", "smollm2-135m", *options, "--json").json
     assert any(words in problem for problem in document["problems"]), document["problems"]
@@ -245,7 +244,7 @@ def test_problems_are_named(smolctl: Call, settings: list[str], words: str) -> N
     assert words in shown
 
 
-def test_sound_recipe_of_fitting_sizes_has_no_problems(smolctl: Call, tmp_path: Path) -> None:
+def test_sound_recipe_of_fitting_sizes_has_no_problems(smolctl: Smolctl, tmp_path: Path) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
     path = write(tmp_path / "sound.yaml", model=sizes, schedule={"warmup_steps": 10})
     document = smolctl("inspect-config", path, "--json").json
@@ -254,7 +253,7 @@ def test_sound_recipe_of_fitting_sizes_has_no_problems(smolctl: Call, tmp_path: 
     assert "no problems found" in smolctl("inspect-config", path).out
 
 
-def test_a_decay_that_never_comes_is_a_note(smolctl: Call) -> None:
+def test_a_decay_that_never_comes_is_a_note(smolctl: Smolctl) -> None:
     notes = smolctl("inspect-config", "smollm2-135m", "--json").json["notes"]
     assert any("does not fall within 5,000 steps" in note for note in notes)
 
@@ -276,7 +275,7 @@ def test_a_tokenizer_that_is_larger_than_the_model_is_a_problem() -> None:
     assert not any("token" in problem for problem in inspect(source).problems)
 
 
-def test_against_shows_only_what_differs(smolctl: Call) -> None:
+def test_against_shows_only_what_differs(smolctl: Smolctl) -> None:
     document = smolctl("inspect-config", "smollm2-135m", "--against", "smollm2-135m-hub", "--json").json
     assert {item["key"] for item in document["config"]} == {
         "max_position_embeddings",
@@ -292,7 +291,7 @@ def test_against_shows_only_what_differs(smolctl: Call) -> None:
     assert "vocab_size" not in out
 
 
-def test_against_compares_kinds_with_each_other_and_merges_layers(smolctl: Call, tmp_path: Path) -> None:
+def test_against_compares_kinds_with_each_other_and_merges_layers(smolctl: Smolctl, tmp_path: Path) -> None:
     one = llama_folder(tmp_path / "one")
     two = llama_folder(tmp_path / "two", intermediate_size=32, num_hidden_layers=2)
     document = smolctl("inspect-config", one, "--against", two / "model.safetensors", "--json").json
@@ -303,13 +302,13 @@ def test_against_compares_kinds_with_each_other_and_merges_layers(smolctl: Call,
     assert "model.layers.*.mlp.up_proj.weight (× 2)" in out
 
 
-def test_a_model_does_not_differ_from_itself(smolctl: Call, tmp_path: Path) -> None:
+def test_a_model_does_not_differ_from_itself(smolctl: Smolctl, tmp_path: Path) -> None:
     folder = llama_folder(tmp_path / "llama")
     assert smolctl("inspect-config", folder, "--against", folder, "--json").json["same"] is True
 
 
 def test_a_hub_model_is_inspected_and_counted_without_its_weights(
-    smolctl: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    smolctl: Smolctl, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from huggingface_hub import constants
 
@@ -335,7 +334,7 @@ def test_a_hub_model_is_inspected_and_counted_without_its_weights(
 
 
 @pytest.mark.real_weights
-def test_the_real_gguf(smolctl: Call, gguf_file: Path) -> None:
+def test_the_real_gguf(smolctl: Smolctl, gguf_file: Path) -> None:
     document = smolctl("inspect-config", gguf_file, "--json").json
     assert document["source"]["kind"] == "gguf"
     assert document["config"]["rms_norm_eps"] == 1e-5
@@ -355,14 +354,14 @@ def test_the_real_gguf(smolctl: Call, gguf_file: Path) -> None:
         (["nowhere.yaml"], 3, "no such file"),
     ],
 )
-def test_bad_calls_end_with_their_code(smolctl: Call, arguments: list[str], code: int, words: str) -> None:
+def test_bad_calls_end_with_their_code(smolctl: Smolctl, arguments: list[str], code: int, words: str) -> None:
     called = smolctl("inspect-config", *arguments)
     assert called.code == code
     assert words in called.err
     assert called.out == ""
 
 
-def test_yaml_that_is_no_config_is_named(smolctl: Call, tmp_path: Path) -> None:
+def test_yaml_that_is_no_config_is_named(smolctl: Smolctl, tmp_path: Path) -> None:
     path = tmp_path / "notes.yaml"
     path.write_text("- just\n- a list\n")
     called = smolctl("inspect-config", path)
@@ -390,7 +389,7 @@ def test_memory_is_the_plans_of_train(optimizer: str, precision: str, checkpoint
     assert report.derived.memory.bytes == plan.memory
 
 
-def test_what_changes_the_memory_changes_what_is_shown(smolctl: Call) -> None:
+def test_what_changes_the_memory_changes_what_is_shown(smolctl: Smolctl) -> None:
     def memory(*settings: str) -> dict[str, Any]:
         options = [word for setting in settings for word in ("--set", setting)]
         return dict(smolctl("inspect-config", "nano", *options, "--json").json["derived"]["memory"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from smolctl.publish.card import BEGIN, END, merge_card, require_valid, split_ca
 from smolctl.publish.secrets import scan
 from smolctl.sources import open_source
 from smolctl.sources.huggingface.config import to_huggingface_config
+from tests.support.processes import Smolctl
 from tests.support.publishing import LLAMA, make_run
 
 
@@ -209,7 +209,7 @@ def test_llama_cpp_continues_a_published_gguf_as_we_do(scheme: str, llama: Path,
     assert len(expected) == 12
 
 
-def test_what_quantize_has_made_and_measured_goes_along(tmp_path: Path, smolctl: Callable[..., Any]) -> None:
+def test_what_quantize_has_made_and_measured_goes_along(tmp_path: Path, smolctl: Smolctl) -> None:
     run = make_run(tmp_path, **LLAMA)
     called = smolctl("quantize", run, "--to", "int8", "--windows", "2")
     assert called.code == 0, called.err
@@ -314,35 +314,33 @@ def test_ordinary_text_is_no_secret(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_network")
 def test_a_dry_run_needs_no_network_and_no_token(
-    llama: Path, smolctl: Callable[..., object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    llama: Path, smolctl: Smolctl, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
     called = smolctl("push", llama, "--dry-run", "--gguf", "q8_0")
-    assert called.code == 0, called.err  # type: ignore[attr-defined]
+    assert called.code == 0, called.err
     for words in ("you/llama, private", "no token: `hf auth login`", "model.safetensors", "llama-q8_0.gguf"):
-        assert words in called.out  # type: ignore[attr-defined]
-    document = smolctl("push", llama, "--dry-run", "--json").json  # type: ignore[attr-defined]
+        assert words in called.out
+    document = smolctl("push", llama, "--dry-run", "--json").json
     assert document["repo"]["verified"] is False
     assert {"path", "bytes", "sha256"} == set(document["repo"]["files"][0])
 
 
 @pytest.mark.usefixtures("no_network")
-def test_a_local_dir_holds_exactly_what_the_plan_names(
-    llama: Path, smolctl: Callable[..., object], tmp_path: Path
-) -> None:
+def test_a_local_dir_holds_exactly_what_the_plan_names(llama: Path, smolctl: Smolctl, tmp_path: Path) -> None:
     import hashlib
 
     out = tmp_path / "deep" / "out"
-    document = smolctl("push", llama, "--local-dir", out, "--json").json  # type: ignore[attr-defined]
+    document = smolctl("push", llama, "--local-dir", out, "--json").json
     planned = {file["path"]: file["sha256"] for file in document["repo"]["files"]}
     there = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
     assert {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in there.items()} == planned
-    assert smolctl("push", llama, "--local-dir", out).code == 0  # type: ignore[attr-defined]
+    assert smolctl("push", llama, "--local-dir", out).code == 0
     (out / "diary.txt").write_text("mine")
     called = smolctl("push", llama, "--local-dir", out)
-    assert called.code == 3  # type: ignore[attr-defined]
-    assert "diary.txt, which is no part of this" in called.err  # type: ignore[attr-defined]
+    assert called.code == 3
+    assert "diary.txt, which is no part of this" in called.err
     assert (out / "diary.txt").read_text() == "mine"
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
@@ -358,9 +356,9 @@ def test_a_local_dir_holds_exactly_what_the_plan_names(
     ],
 )
 def test_what_cannot_be_meant_is_refused(
-    options: tuple[str, ...], code: int, llama: Path, smolctl: Callable[..., object]
+    options: tuple[str, ...], code: int, llama: Path, smolctl: Smolctl
 ) -> None:
-    assert smolctl("push", llama, "--dry-run", *options).code == code  # type: ignore[attr-defined]
+    assert smolctl("push", llama, "--dry-run", *options).code == code
 
 
 def test_names_become_what_the_hub_takes() -> None:

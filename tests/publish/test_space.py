@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +212,7 @@ def test_a_visitor_who_leaves_stops_the_work(space: Path) -> None:
     speaker = Speaker(load_model(str(space / "model")))
     stream = speaker.continue_text("the cat", 24, 0.7, 0.95, 0, 1.0, 1)
     next(stream)
+    assert isinstance(stream, Generator)
     stream.close()
     for thread in threading.enumerate():
         if thread.name == "answer":

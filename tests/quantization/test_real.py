@@ -25,7 +25,8 @@ from smolctl.quantization.verdict import Variant
 from smolctl.sources import open_source
 from smolctl.sources.quantized.folder import FILE
 
-pytestmark = [pytest.mark.slow, pytest.mark.real_weights]
+# One process makes the variants for all tests.
+pytestmark = [pytest.mark.slow, pytest.mark.real_weights, pytest.mark.xdist_group("real variants")]
 
 TEXT = (str(argparse.__file__), str(statistics.__file__))  # everybody has it
 OUTLIER = "model.layers.11.mlp.down_proj.weight"

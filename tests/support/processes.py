@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,9 @@ class Called:
     @property
     def json(self) -> Any:
         return json.loads(self.out)
+
+
+Smolctl = Callable[..., Called]  # the fixture of that name: the command line, called in this process
 
 
 def start(*arguments: object, module: str = "smolctl", **options: Any) -> subprocess.Popen[str]:

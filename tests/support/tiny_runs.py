@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from smolctl.config import RunConfig
 from smolctl.config.load import merge, resolve_run_config
 from smolctl.errors import ExitCode
 from smolctl.runs.checkpoint_file import read_checkpoint
@@ -63,12 +63,14 @@ def write_project(folder: Path, **changes: Any) -> None:
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
 
 
-def prepare_tiny(
-    corpus: Path, emit: Callable[[Event], None] = lambda _event: None, **changes: Any
-) -> Prepared:
-    """A prepared tiny run with some settings changed."""
+def tiny_config(corpus: Path, **changes: Any) -> RunConfig:
+    """The config of the tiny run on a corpus, with some settings changed."""
     values = merge(merge(TINY, {"data": {"source": str(corpus)}}), changes)
-    return prepare(resolve_run_config(values, "test"), None, emit)
+    return resolve_run_config(values, "test")
+
+
+def prepare_tiny(corpus: Path, **changes: Any) -> Prepared:
+    return prepare(tiny_config(corpus, **changes), None, lambda _event: None)
 
 
 def run(prepared: Prepared, out: str, events: list[Event] | None = None) -> Path:

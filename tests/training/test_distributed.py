@@ -9,8 +9,6 @@ import pytest
 from tests.support.processes import call
 from tests.support.tiny_runs import assert_same_run, losses, state, write_project
 
-pytestmark = pytest.mark.slow
-
 TWO = ("--devices", "2", "--strategy", "ddp", "--set", "trainer.accelerator=cpu")
 TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "2", "-m", "smolctl")
 
@@ -41,6 +39,7 @@ def test_two_processes_interrupted_equal_two_processes_continuous() -> None:
     assert told_by("resume", "parts", "--verify").count("repeat bit for bit") == 1
 
 
+@pytest.mark.slow
 def test_two_processes_see_what_one_with_accumulation_sees() -> None:
     still = ("--set", "model.attention_dropout=0")
     told_by("train", "tiny.yaml", *TWO, *still, "--micro-batch-size", "4", "--out", "two")
@@ -50,12 +49,14 @@ def test_two_processes_see_what_one_with_accumulation_sees() -> None:
     assert state(Path("two"), 15)["smolctl"]["samples"] == state(Path("one"), 15)["smolctl"]["samples"]
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_same_run() -> None:
     told_by("train", "tiny.yaml", *TWO, "--out", "lightning")
     told_by("train", "tiny.yaml", *TWO, "--out", "torchrun", launcher=TORCHRUN)
     assert_same_run(Path("lightning"), Path("torchrun"))
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_in_one() -> None:
     told_by("train", "tiny.yaml", *TWO, "--steps", "6", "--out", "run")
     told = told_by("resume", "run", "--extra", "2", "--devices", "1", "--set", "trainer.strategy=auto")

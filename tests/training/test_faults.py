@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -79,7 +78,6 @@ def test_disk_that_is_full_to_the_last_byte_stops_the_run_with_its_reason(
     assert good_steps(folder) == [0, 5, 7]
 
 
-@pytest.mark.slow
 def test_write_that_fails_half_way_leaves_the_older_checkpoint(whole: Path) -> None:
     done = call(300_000, "train", "tiny.yaml", "--out", "run", module="tests.support.small_files")
     assert done.code == 1
@@ -120,25 +118,56 @@ def test_emptied_checkpoint_folder_is_said(make: Callable[..., Prepared]) -> Non
 # --- kills and signals ----------------------------------------------------------------------------
 
 
+EVERY_STEP = ("--steps", "12", *("--set", "checkpoint.every=1"), *("--set", "validation.every=0"), "-q")
+
+
+def saved_steps(folder: Path) -> list[int]:
+    return [file.step for file in RunFolder(folder).checkpoints()] if RunFolder.is_run(folder) else []
+
+
+def kill_at_random(out: Path, chance: random.Random) -> tuple[int, int]:
+    """Train to the end, killed without warning up to four times on the way.
+
+    Returns:
+        how often it was killed, and how often of these while a checkpoint was being written.
+    """
+    kills = writes = 0
+    train = ("train", "tiny.yaml", "--out", out, "--force", *EVERY_STEP)
+    while 12 not in saved_steps(out):
+        with start(*(("resume", out, "-q") if saved_steps(out) else train)) as process:
+            in_a_write, passed = chance.random() < 0.5, chance.randrange(12)
+            deadline = time.monotonic() + chance.uniform(0.05, 1.0)
+            while process.poll() is None and kills < 4:
+                writing = any(out.glob("checkpoints/.*.partial"))
+                enough = len(saved_steps(out)) > passed
+                if writing and enough if in_a_write else time.monotonic() > deadline:
+                    process.kill()
+            _, errors = process.communicate()
+        killed = process.returncode == -signal.SIGKILL
+        assert killed or process.returncode == 0, errors
+        kills += killed
+        writes += killed and any(out.glob("checkpoints/.*.partial"))
+    return kills, writes
+
+
 @pytest.mark.parametrize(
     "runs", [pytest.param(6, marks=pytest.mark.slow), pytest.param(1_000, marks=pytest.mark.proof)]
 )
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
 def test_run_killed_at_random_moments_equals_the_run_that_was_left_alone(runs: int) -> None:
-    done = call(runs, 7, module="tests.support.kill_at_random", timeout=None)
-    assert done.code == 0, done.err
-    killed = [json.loads(line) for line in done.out.splitlines()]
-    assert sum(line["kills"] for line in killed) >= 2 * runs
-    assert sum(line["during_a_write"] for line in killed) >= runs // 2
-    every_step: dict[str, Any] = {"checkpoint": {"every": 1}, "validation": {"every": 0}}
-    whole = run(prepare_tiny(Path("corpus"), **every_step, **with_steps(12)), "whole")
-    for line in killed:
-        assert_same_run(whole, Path(line["run"]), 12)
-        assert good_steps(Path(line["run"]))[-1] == 12
+    folders = [Path(f"killed-{number}") for number in range(runs)]
+    found = [kill_at_random(out, random.Random(7 + number)) for number, out in enumerate(folders)]
+    assert sum(kills for kills, _ in found) >= 2 * runs
+    assert sum(writes for _, writes in found) >= runs // 2
+    assert call("train", "tiny.yaml", "--out", "whole", *EVERY_STEP).code == 0
+    for out in folders:
+        assert_same_run(Path("whole"), out, 12)
+        assert good_steps(out)[-1] == 12
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_second_signal_stops_at_once_and_the_checkpoints_stay(number: signal.Signals, code: int) -> None:
     # A step of many micro-batches takes long: the second signal arrives within it.
     long_steps = ("--batch-size", "20000", "--micro-batch-size", "20", "--set", "validation.every=0")
@@ -175,7 +204,6 @@ def test_of_two_runs_started_into_one_folder_one_is_refused() -> None:
     assert [json.loads(line)["step"] for line in lines if '"step"' in line and '"loss"' in line][-1] == 150
 
 
-@pytest.mark.slow
 def test_runs_started_at_once_without_a_folder_get_folders_of_their_own() -> None:
     both = [start("train", "tiny.yaml", "--steps", "3") for _ in range(2)]
     for process in both:
@@ -184,7 +212,6 @@ def test_runs_started_at_once_without_a_folder_get_folders_of_their_own() -> Non
     assert good_steps(Path("runs/tiny-001")) == good_steps(Path("runs/tiny-002")) == [0, 3]
 
 
-@pytest.mark.slow
 def test_resuming_a_run_that_is_training_is_refused() -> None:
     process = start("train", "tiny.yaml", "--steps", "100000", "--json", "--out", "busy")
     assert process.stdout is not None

@@ -31,12 +31,13 @@ from smolctl.timing import peak_memory
 from smolctl.training import loggers as loggers_module
 from smolctl.training.device import flops_utilization, peak_flops, run_peak_flops
 from smolctl.training.guards import NonFiniteError
-from smolctl.training.prepare import Prepared
+from smolctl.training.prepare import Prepared, prepare
 from smolctl.training.resume import ResumeOptions, resume
 from smolctl.training.tolerance import Tolerance
 from smolctl.training.train import train
 from tests.support import tiny_runs
-from tests.support.tiny_runs import assert_same_run, prepare_tiny, write_project
+from tests.support.processes import Smolctl
+from tests.support.tiny_runs import assert_same_run, prepare_tiny, tiny_config, write_project
 
 # Six steps, with everything that a run does every second. Dropout draws from the generators that an
 # observer must not touch.
@@ -305,8 +306,9 @@ def test_a_missing_package_is_named_before_anything_is_done(
     run("x")
     monkeypatch.setattr(loggers_module, "find_spec", lambda _name: None)
     heard: list[Event] = []
+    config = tiny_config(Path("none"), trainer={"loggers": ["wandb"]})
     begin: dict[str, Callable[[], object]] = {
-        "train": lambda: prepare_tiny(Path("none"), heard.append, trainer={"loggers": ["wandb"]}),
+        "train": lambda: prepare(config, None, heard.append),
         "resume": lambda: go_on("x", extra=1, loggers=["csv", "wandb"]),
     }
     with pytest.raises(UsageError, match="wandb is not installed") as error:
@@ -322,7 +324,7 @@ def test_an_unknown_logger_is_an_error_that_names_the_known_ones() -> None:
         go_on("x", extra=1, loggers=["tensorbord"])
 
 
-def test_command_line_names_loggers_and_remembers_them(smolctl: Callable[..., Any]) -> None:
+def test_command_line_names_loggers_and_remembers_them(smolctl: Smolctl) -> None:
     done = smolctl("train", "tiny.yaml", "--logger", "csv", "--logger", "tensorboard", "--out", "x", "--json")
     assert done.code == 0
     assert all(isinstance(json.loads(line), dict) for line in done.out.splitlines())

@@ -104,7 +104,7 @@ def test_micro_batches_change_nothing_but_rounding(make: Make) -> None:
             assert one == pytest.approx(two, rel=1e-4)
 
 
-def test_the_held_out_score_does_not_depend_on_the_micro_batch(make: Callable[..., Prepared]) -> None:
+def test_the_held_out_score_does_not_depend_on_the_micro_batch(make: Make) -> None:
     prepared = make()
     assert prepared.corpus.validation is not None
     lengths = torch.from_numpy(prepared.tokenizer.token_byte_lengths()).long()
@@ -130,7 +130,6 @@ def test_a_config_that_counts_held_out_batches_is_still_read() -> None:
     assert resolve_run_config(old, "old").validation.sequences == 12
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_any_number_of_workers_gives_the_same_batches(make: Make, workers: int) -> None:
     dataset = make().dataset()
