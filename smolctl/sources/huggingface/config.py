@@ -127,7 +127,7 @@ def to_huggingface_config(config: ModelConfig, dtype: str = "float32") -> dict[s
     """The config.json of a network, in both spellings, for old readers and new.
 
     A Llama-shaped one is a `LlamaForCausalLM`. One with learned positions or scaled residual branches names
-    the two Python files that it needs beside it (`publish/transformers_code/`).
+    the two Python files that it needs beside it (`transformers_code/`).
     """
     common: dict[str, Any] = {
         **config.model_dump(mode="json", exclude={"position_embedding", "residual_scale"}),
