@@ -66,6 +66,7 @@ def push(
     smolctl push --space me/my-demo                    and a page to try it
     smolctl push --preview                             that page on this machine
     """
+    from smolctl.hub.client import HubClient
     from smolctl.publish import push as publish
     from smolctl.views import push as view
 
@@ -83,12 +84,12 @@ def push(
             view.serve(out, publish.build_preview(options, Path(work)))
     elif dry_run:
         with tempfile.TemporaryDirectory(prefix="smolctl-push-") as work:
-            view.show_offline(out, publish.plan_offline(options, Path(work)), None)
+            view.show_offline(out, publish.plan_push(options, Path(work)), None)
     elif local_dir is not None:
         view.show_offline(out, publish.write_local(options, local_dir), local_dir)
     else:
-        with view.progress_bars(out):
-            pushed = publish.push(options, out.talk, lambda plan: view.show_plan(out, plan))
+        view.limit_progress_bars(out)
+        pushed = publish.push(options, HubClient(out.talk), lambda plan: view.show_plan(out, plan))
         view.show_pushed(out, pushed)
         if pushed.space_error is not None:
             raise pushed.space_error
