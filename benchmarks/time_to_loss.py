@@ -104,7 +104,7 @@ def trial(recipe: Recipe, steps: int, folder: Path) -> dict[str, object]:
         *recipe.settings,
         "predictions.every=0",
         f"validation.every={steps}",
-        f"validation.batches={256 // recipe.sequences}",
+        "validation.sequences=256",
         f"checkpoint.every={steps}",
         "checkpoint.keep_last=1",
     ]

@@ -5,11 +5,12 @@ Everything here is a function of a config and a few sizes. Nothing is allocated.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from math import prod
 
 from smolctl.config.model import ModelConfig
+from smolctl.config.run import RunConfig
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -20,6 +21,15 @@ TRAINING_DTYPES = {
     "bfloat16": ("bfloat16", "bfloat16"),
     "float16": ("float16", "float16"),
     "bf16-mixed": ("float32", "bfloat16"),
+    "fp16-mixed": ("float32", "float16"),
+}
+# Lightning's names of a run's precision. "auto" is float32 until a device decides otherwise.
+DTYPE_OF_PRECISION = {
+    "auto": "float32",
+    "32-true": "float32",
+    "bf16-mixed": "bf16-mixed",
+    "bf16-true": "bfloat16",
+    "16-mixed": "fp16-mixed",
 }
 
 # Rows of logits that the loss holds at once: 256 × 49,152 in float32 are 48 MiB. Larger chunks are not
@@ -166,6 +176,7 @@ class TrainingMemory:
     optimizer: int  # AdamW's two moments, or Muon's one for the matrices of the layers
     activations: int  # kept from forward for backward
     logits: int  # the chunk of logits and of their gradient that the loss holds at once
+    formulas: Mapping[str, str] = field(compare=False)  # of each number, with the values put in
 
     @property
     def total(self) -> int:
@@ -224,27 +235,50 @@ def training_memory(
     stored, computed = (BYTES_PER_VALUE[name] for name in TRAINING_DTYPES[dtype])
     count = count_parameters(config)
     tokens = batch_size * sequence_length
+    moments = optimizer_values(config, optimizer)
+    values, rows = activation_values_per_token(config, checkpointed), min(loss_rows, tokens)
+    float32 = BYTES_PER_VALUE["float32"]
+    saved = 2 * count.unique - moments
     return TrainingMemory(
         weights=count.unique * stored,
         gradients=count.naive * stored,
-        optimizer=optimizer_values(config, optimizer) * stored,
-        activations=tokens * activation_values_per_token(config, checkpointed) * computed,
-        logits=2 * min(loss_rows, tokens) * config.vocab_size * BYTES_PER_VALUE["float32"],
+        optimizer=moments * stored,
+        activations=tokens * values * computed,
+        logits=2 * rows * config.vocab_size * float32,
+        formulas={
+            "weights": f"{count.unique:,} × {stored} bytes",
+            "gradients": f"{count.naive:,} × {stored} bytes",
+            "optimizer": (f"(2 × {count.unique:,} - {saved:,})" if saved else f"2 × {count.unique:,}")
+            + f" × {stored} bytes",
+            "activations": f"{tokens:,} tokens × {values:,} values × {computed} bytes",
+            "logits": f"2 × {rows:,} tokens × {config.vocab_size:,} × {float32} bytes",
+        },
     )
 
 
-def memory_formulas(
-    config: ModelConfig, batch_size: int, sequence_length: int, dtype: str = "float32"
-) -> dict[str, str]:
-    """How each number of `training_memory` comes about, with the values put in. Arguments as there."""
-    stored, computed = (BYTES_PER_VALUE[name] for name in TRAINING_DTYPES[dtype])
-    count = count_parameters(config)
-    tokens = batch_size * sequence_length
-    values = activation_values_per_token(config)
-    return {
-        "weights": f"{count.unique:,} × {stored} bytes",
-        "gradients": f"{count.naive:,} × {stored} bytes",
-        "optimizer": f"2 × {count.unique:,} × {stored} bytes",
-        "activations": f"{tokens:,} tokens × {values:,} values × {computed} bytes",
-        "logits": f"2 × {min(LOSS_CHUNK_ROWS, tokens):,} tokens × {config.vocab_size:,} × 4 bytes",
-    }
+def run_memory(
+    run: RunConfig,
+    sequences: int | None = None,
+    sequence_length: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> TrainingMemory:
+    """`training_memory` of a run's step; every argument but the run stands in for what its config says.
+
+    Args:
+        run: the model, the batch, the precision, the optimizer, and whether activations are kept.
+        sequences: of one device in memory at once.
+        sequence_length: tokens of each.
+        dtype: a key of `TRAINING_DTYPES`.
+        device: "cpu" or "cuda", where "auto" has been decided.
+    """
+    on_gpu = (device or run.trainer.accelerator) in ("cuda", "gpu")
+    return training_memory(
+        run.model,
+        sequences or run.micro_batch_size,
+        sequence_length or run.data.sequence_length,
+        dtype or DTYPE_OF_PRECISION[run.train.precision],
+        run.optimizer.name,
+        run.train.checkpoint_activations,
+        GPU_LOSS_CHUNK_ROWS if on_gpu else LOSS_CHUNK_ROWS,
+    )

@@ -1,4 +1,4 @@
-"""What files need that survive a crash and a full disk: room, checksums, bytes that are on the disk."""
+"""Files that survive a crash and a full disk: written beside their place, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from smolctl.errors import SmolError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+# A file that was written less than so many nanoseconds ago may change once more within the resolution of its
+# time of change.
+SETTLED_NS = 1_000_000_000
 
 
 class HashingFile:
@@ -37,6 +41,36 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def has_digest(path: Path, expected: str) -> bool:
+    """Whether a file's SHA-256 is the expected one. The file is read once for each identity of it."""
+    return holds_once(path, f"sha256 {expected}", lambda: file_digest(path) == expected)
+
+
+def holds_once(path: Path, claim: str, check: Callable[[], bool]) -> bool:
+    """Whether a claim about a file's content holds, checked once as long as the file is the same one.
+
+    A file counts as the same while its device, inode, size and time of change are. That the claim holds is
+    remembered in the user's cache; that it does not is never remembered.
+
+    Args:
+        path: the file.
+        claim: names what is checked.
+        check: reads the file.
+    """
+    before = path.stat()
+    identity = (before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns)
+    name = hashlib.sha256(f"{identity} {claim}".encode()).hexdigest()
+    marker = cache_folder() / "checked" / name
+    if marker.exists():
+        return True
+    holds = check()
+    if holds and time.time_ns() - before.st_mtime_ns > SETTLED_NS:
+        with suppress(OSError):  # a cache that cannot be written costs another reading
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.touch()
+    return holds
+
+
 def lack_of_room(folder: Path, needed: int) -> str:
     """What is wrong with the disk under a folder for so many bytes; "" when they fit."""
     free = shutil.disk_usage(folder).free
@@ -45,25 +79,52 @@ def lack_of_room(folder: Path, needed: int) -> str:
     return f"needs {needed / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB left"
 
 
+@contextmanager
+def replacing(target: Path, concurrent: bool = False) -> Iterator[Path]:
+    """A path beside `target` to write a file to. It takes the place of `target` when nothing fails.
+
+    Whenever the process dies, `target` is either the old file or the new one, whole and on the disk.
+
+    Args:
+        target: the file to be.
+        concurrent: whether several processes may write the same target at once.
+    """
+    process = f".{os.getpid()}" if concurrent else ""
+    partial = target.with_name(f".{target.name}{process}.partial")
+    try:
+        yield partial
+        sync_file(partial)
+        partial.replace(target)
+        sync_folder(target.parent)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write a text file whole or not at all, in UTF-8 with line ends as they are."""
+    with replacing(target) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+
+
 def sync_file(path: Path) -> None:
-    """Have a file's bytes on the disk before anything is built on them."""
+    """Wait until a file's bytes are on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename durable. Where folders cannot be synced (Windows) the rename has to do."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Make the renames in a folder outlive a power cut, on systems that can sync a folder."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def cache_folder() -> Path:
-    """Where tokens and tokenizers are kept for the next run: `$SMOLCTL_CACHE`, or `~/.cache/smolctl`."""
+    """Where tokens, tokenizers and checked identities are kept: `$SMOLCTL_CACHE` or `~/.cache/smolctl`."""
     named = os.environ.get("SMOLCTL_CACHE")
     return Path(named).expanduser() if named else Path.home() / ".cache" / "smolctl"
 
@@ -86,5 +147,5 @@ def naming_the_disk(folder: Path) -> Iterator[None]:
             raise
         raise DiskError(
             f"{error.filename or folder}: cannot be written ({error.strerror})",
-            "Free some space or mend the rights, then resume: the checkpoints are untouched.",
+            "Free some space or correct the permissions, then resume: the checkpoints are untouched.",
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 from smolctl.data.batches import document_ids
+from smolctl.errors import InputError
 from smolctl.model.network import Transformer
+from smolctl.sources.base import RecordedLoss
 
 
 @dataclass(frozen=True)
@@ -113,3 +116,39 @@ def bits_per_byte(
     error = math.sqrt(spread / windows) / size.mean().item()
     loss = bits.sum().item() * math.log(2) / tokens
     return BitsPerByte(ratio, error, loss, tokens, int(size.sum().item()))
+
+
+@torch.inference_mode()
+def mean_loss(network: Transformer, tokens: Tensor, document_end: int | None = None) -> float:
+    """Cross entropy in nats a token of sequences (N, T + 1), one at a time, computed in float32.
+
+    Evaluation mode; the network's own mode is put back. Arguments as in `bits_per_byte`.
+    """
+    was_training = network.training
+    network.eval()
+    wide = network if network.head_weight.dtype == torch.float32 else copy.deepcopy(network).float()
+    losses = []
+    with torch.autocast(network.head_weight.device.type, enabled=False):
+        for sequence in tokens.to(network.head_weight.device).long().split(1):
+            documents = document_ids(sequence[:, :-1], document_end)
+            losses.append(wide.token_losses(sequence[:, :-1], sequence[:, 1:], documents).double().mean())
+    network.train(was_training)
+    return torch.stack(losses).mean().item()
+
+
+LARGEST_LOSS_CHANGE = 1e-3  # nats a token, between a run's own record and an export of the same weights
+
+
+def require_recorded_loss(network: Transformer, recorded: RecordedLoss, origin: str) -> None:
+    """Check that weights give the loss that their run recorded when it wrote the checkpoint.
+
+    Raises:
+        InputError: they do not: the weights are not the ones that were trained.
+    """
+    loss = mean_loss(network, recorded.tokens, recorded.document_end)
+    if not abs(loss - recorded.loss) <= LARGEST_LOSS_CHANGE:
+        raise InputError(
+            f"{origin}: the weights give a loss of {loss:.4f} on the run's held-out sequences, "
+            f"the run recorded {recorded.loss:.4f}",
+            "The weights are not the ones that were trained: use another checkpoint.",
+        )

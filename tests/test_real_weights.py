@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +22,7 @@ from smolctl.native.library import Library, load_library
 from smolctl.runs.folder import RunFolder
 from smolctl.sources import open_source
 from smolctl.training.prepare import prepare
+from tests.support.processes import call
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_weights]
 
@@ -144,15 +143,13 @@ def test_fine_tuning_starts_at_the_loss_of_transformers_and_goes_down(
 ) -> None:
     text = tmp_path / "notes.txt"
     text.write_text(TEXT * 12)
-    command = [
-        *(sys.executable, "-m", "smolctl", "train", "--init-from", str(gguf_file), "--data", str(text)),
-        *("--steps", "20", "--batch-size", "2", "--set", "data.sequence_length=128", "--json"),
+    done = call(
+        *("train", "--init-from", gguf_file, "--data", text, "--out", tmp_path / "run", "--json"),
+        *("--steps", "20", "--batch-size", "2", "--set", "data.sequence_length=128"),
         *("--set", "data.validation_fraction=0", "--set", "predictions.every=0"),
-        *("--out", str(tmp_path / "run")),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    steps = [event for event in map(json.loads, done.stdout.splitlines()) if event["event"] == "step"]
+    )
+    assert done.code == 0, done.err
+    steps = [event for event in map(json.loads, done.out.splitlines()) if event["event"] == "step"]
     assert [event["step"] for event in steps] == list(range(1, 21))
 
     config = RunFolder.open(tmp_path / "run").config()

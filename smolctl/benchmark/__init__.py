@@ -1,1 +1,1 @@
-"""`smolctl bench`: what a model does in a second, beside what this machine could do and what others do."""
+"""`smolctl bench`: the speed and memory of a model, compared with the machine's limits and other engines."""

@@ -1,4 +1,4 @@
-"""A bench that was saved, and one of today beside it."""
+"""A saved bench, and the comparison of a new one with it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smolctl.benchmark.parts import SECONDS
+from smolctl.benchmark.metrics import SECONDS
 from smolctl.benchmark.report import BenchReport, Result
+from smolctl.durable import write_text
 from smolctl.errors import InputError, SmolError
 from smolctl.timing import median_interval
 
@@ -19,11 +20,11 @@ REMEDY = "Make a new baseline here with --save."
 
 @dataclass(frozen=True)
 class Change:
-    """A result beside the same one of the baseline."""
+    """A result and the same one of the baseline."""
 
     result: Result
     before: float  # its median
-    ratio: float  # of speeds: below 1 it has become slower
+    ratio: float  # of speeds: below 1 it is slower now
     beyond_noise: bool | None  # the intervals of both medians do not touch; None: too few repeats
 
     @property
@@ -33,16 +34,16 @@ class Change:
 
 @dataclass(frozen=True)
 class Changes:
-    """All of them."""
+    """The comparison with a baseline."""
 
     path: str
     changes: tuple[Change, ...]
-    notes: tuple[str, ...]  # what makes the two differ that is not the code
+    notes: tuple[str, ...]  # differences that are not of this toolkit's code
     fail_below: float | None
 
     @property
     def failed(self) -> tuple[Change, ...]:
-        """Changes below the limit that was set, whether noise or not: the user has set it for their noise."""
+        """Changes below the limit, beyond the noise or not: whoever sets the limit knows the noise."""
         limit = self.fail_below
         return tuple(one for one in self.changes if limit is not None and one.ratio < limit)
 
@@ -51,14 +52,14 @@ def read_baseline(path: Path) -> dict[str, Any]:
     """A document that `--save` has written.
 
     Raises:
-        InputError: it is missing, or something else.
+        InputError: it is missing, or is not such a document.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})", REMEDY) from None
     except ValueError:
-        raise InputError(f"{path}: no JSON", REMEDY) from None
+        raise InputError(f"{path}: not JSON", REMEDY) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path}: not a file of `smolctl bench --save`", REMEDY)
     if content.get("version") != VERSION:
@@ -67,23 +68,19 @@ def read_baseline(path: Path) -> dict[str, Any]:
 
 
 def save_record(document: Mapping[str, Any], path: Path) -> None:
-    """Write a bench's document; what stands under the name is whole.
+    """Write a bench's document: completely, or not at all.
 
     Raises:
         SmolError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_text(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise SmolError(f"{path}: cannot be written ({error.strerror})", "Name another file.") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def compare_with(report: BenchReport, path: Path, fail_below: float | None) -> Changes:
-    """Put today's results beside a baseline's.
+    """Compare new results with a baseline.
 
     Raises:
         InputError: the baseline is damaged, of another machine or of another model, or has no result in
@@ -103,11 +100,11 @@ def _compare(
     then = (machine["cpu"], machine["logical_cpus"], machine["threads"])
     if then != report.machine.identity:
         raise InputError(
-            f"{path}: of another machine: {_named(then)}; here: {_named(report.machine.identity)}", REMEDY
+            f"{path}: from another machine: {_named(then)}; here: {_named(report.machine.identity)}", REMEDY
         )
     if model["shape"] != report.model.shape:
         raise InputError(
-            f"{path}: of another model: {model['id']}, {model['parameters']:,} parameters; "
+            f"{path}: from another model: {model['id']}, {model['parameters']:,} parameters; "
             f"this one is {report.model.id}, {report.model.parameters:,}",
             REMEDY,
         )
@@ -135,7 +132,7 @@ def _change(now: Result, then: Mapping[str, Any]) -> Change:
 def _notes(report: BenchReport, content: Mapping[str, Any]) -> tuple[str, ...]:
     then, now = content["machine"]["versions"], report.machine.versions
     notes = [
-        f"{name} was {then.get(name, 'not there')}, is {now.get(name, 'not there')}"
+        f"{name} was {then.get(name, 'not installed')}, is {now.get(name, 'not installed')}"
         for name in sorted(then.keys() | now.keys())
         if then.get(name) != now.get(name)
     ]

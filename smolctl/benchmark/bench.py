@@ -1,4 +1,4 @@
-"""One call of `bench`: who takes part, what they do in turns, and what came out."""
+"""One call of `bench`: its engines and workloads, the measurements in turns, and the results."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from smolctl.benchmark.answers import allowed_error, error_of
-from smolctl.benchmark.contenders import open_weighted
-from smolctl.benchmark.jobs import Entry, choose_suites, expected_answers, make_jobs, prepare
+from smolctl.benchmark.correctness import allowed_error, error_of
+from smolctl.benchmark.engine_files import check_peers, make_engine_files
+from smolctl.benchmark.engines import open_weighted
 from smolctl.benchmark.limits import LimitMeter, Limits, roofline
-from smolctl.benchmark.lineup import check_peers, line_up
 from smolctl.benchmark.machine import (
     CpuTimes,
     cpu_times,
@@ -25,39 +24,48 @@ from smolctl.benchmark.machine import (
     load_between,
 )
 from smolctl.benchmark.report import BenchReport, ModelFacts, Result, compare
-from smolctl.benchmark.work import BATCH, Measured
+from smolctl.benchmark.suites import (
+    PreparedWorkload,
+    choose_suites,
+    expected_outputs,
+    make_workloads,
+    prepare,
+)
+from smolctl.benchmark.workload import BATCH, Measurement
 from smolctl.timing import Spread, in_turns
 
 REPEATS = 7  # of six the smallest and the largest bound the median; one more makes the median a value
 ABOVE_THE_LIMIT = (
-    "above 100 % of the memory's rate the weights stay in the processor's cache; above that of the products "
-    "they are faster than PyTorch's"
+    "above 100 % of the memory bandwidth the weights stay in the processor's cache; above 100 % of the "
+    "matmul rate the engine's matmuls are faster than PyTorch's"
 )
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class BenchOptions:
     """What a call asks for."""
 
-    suites: tuple[str, ...] = ()  # empty: all that the model has what they need
-    schemes: tuple[str, ...] = ()  # of `quantize`, measured beside what is stored
+    suites: tuple[str, ...] = ()  # empty: every one that the model supports
+    schemes: tuple[str, ...] = ()  # of `quantize`, measured beside the stored weights
     against: tuple[str, ...] = ()  # peers
     repeats: int = REPEATS
     threads: int | None = None  # None: PyTorch's number
     batch: int = BATCH  # sequences of batched decoding
 
 
-def bench(model: str, options: BenchOptions, note: Note = lambda _text: None) -> BenchReport:
+def bench(
+    model: str, options: BenchOptions, progress: Callable[[str], None] = lambda _line: None
+) -> BenchReport:
     """Measure a model on this machine.
 
     Args:
         model: any MODEL; one without weights, such as a preset, is measured with random ones.
-        options: what, beside whom, how often.
-        note: told what goes on, one line at a time.
+        options: what is measured, against which peers, how often.
+        progress: called with a line of text at every stage.
 
     Raises:
-        SmolError: the model cannot be read, a suite or a peer is not known, or ours cannot run.
+        SmolError: the model cannot be read, a suite or a peer is not known, or smolctl's own engine cannot
+            run.
     """
     average = load_average()  # before we add to it
     peers = check_peers(options.against)
@@ -68,28 +76,28 @@ def bench(model: str, options: BenchOptions, note: Note = lambda _text: None) ->
     machine = describe_machine(threads)
     meter, marks = LimitMeter(), list[CpuTimes | None]()
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".smolctl-bench-") as name, ExitStack() as stack:
-        lineup = line_up(source, options.schemes, peers, threads, Path(name))
-        jobs = make_jobs(source, lineup.contenders, suites, options.batch, Path(name))
-        note("the plain PyTorch network gives the answers that are expected")
-        expected = expected_answers(jobs, source, threads)
-        note(f"loading and warming up {', '.join(dict.fromkeys(job.contender.engine for job in jobs))}")
-        entries, left_out = prepare(jobs, source, stack)
-        processes = {entry.process for entry in entries}
+        engines, left_out = make_engine_files(source, options.schemes, peers, threads, Path(name))
+        workloads = make_workloads(source, engines, suites, options.batch, Path(name))
+        progress("computing the expected outputs with the plain PyTorch network")
+        expected = expected_outputs(workloads, source, threads)
+        progress(f"loading and warming up {', '.join(dict.fromkeys(one.engine.engine for one in workloads))}")
+        prepared, left_out_of_suites = prepare(workloads, source, stack)
+        processes = {one.process for one in prepared}
 
         def after_round(number: int) -> None:
             meter.measure()
             marks.append(cpu_times(processes))
-            note(f"round {number} of {options.repeats}")
+            progress(f"round {number} of {options.repeats}")
 
         marks.append(cpu_times(processes))
-        measured = in_turns([one.run for one in entries], options.repeats, 0, after_round)
+        measured = in_turns([one.run for one in prepared], options.repeats, 0, after_round)
     load, limits = load_between(marks[0], marks[-1], average), meter.limits()
     results = [
         result
-        for entry, laps in zip(entries, measured, strict=True)
-        for result in results_of(entry, laps, expected, limits)
+        for one, measurements in zip(prepared, measured, strict=True)
+        for result in results_of(one, measurements, expected, limits)
     ]
-    notes = [*lineup.left_out, *left_out, *(lap.lap.note for laps in measured for lap in laps)]
+    notes = [*left_out, *left_out_of_suites, *(one.note for measurements in measured for one in measurements)]
     if any((result.roofline_share or 0.0) > 1.0 for result in results):
         notes.append(ABOVE_THE_LIMIT)
     if machine.gpu:
@@ -108,32 +116,35 @@ def bench(model: str, options: BenchOptions, note: Note = lambda _text: None) ->
 
 
 def results_of(
-    entry: Entry, measured: Sequence[Measured], expected: Mapping[str, Tensor], limits: Limits
+    prepared: PreparedWorkload,
+    measurements: Sequence[Measurement],
+    expected: Mapping[str, Tensor],
+    limits: Limits,
 ) -> list[Result]:
-    """A result for each part of a job; none where a repeat could not be measured.
+    """A result for each metric of a workload; none where a repeat could not be measured.
 
-    The answer of every repeat is compared with the expected one, and the worst of them counts.
+    The output of every repeat is compared with the expected one, and the largest error counts.
     """
-    job, contender = entry.job, entry.job.contender
-    if any(one.lap.note for one in measured):
+    suite, spec = prepared.workload.suite, prepared.workload.engine
+    if any(one.note for one in measurements):
         return []
-    precision = entry.facts.precision
-    peaks = [one.peak_bytes for one in measured if one.peak_bytes is not None]
-    error = max(error_of(job.kind, one.lap.answer, expected[job.kind]) for one in measured)
+    precision = prepared.facts.precision
+    peaks = [one.peak_bytes for one in measurements if one.peak_bytes is not None]
+    error = max(error_of(suite, one.output, expected[suite]) for one in measurements)
     found = []
-    for index, part in enumerate(entry.parts):
-        seconds = [one.lap.seconds[index] for one in measured]
-        values = tuple(part.value(one) for one in seconds)
-        spread, roof = Spread.of(values), roofline(part.cost, Spread.of(seconds).median, limits)
+    for index, metric in enumerate(prepared.metrics):
+        seconds = [one.seconds[index] for one in measurements]
+        values = tuple(metric.value(one) for one in seconds)
+        spread, roof = Spread.of(values), roofline(metric.cost, Spread.of(seconds).median, limits)
         found.append(
             Result(
-                suite=part.suite,
-                model=contender.model,
-                engine=contender.engine,
+                suite=metric.name,
+                model=spec.model,
+                engine=spec.engine,
                 precision=precision,
-                build=entry.facts.engine,
-                work=part.work,
-                unit=part.unit,
+                build=prepared.facts.name,
+                work=metric.work,
+                unit=metric.unit,
                 values=values,
                 median=spread.median,
                 min=spread.low,
@@ -142,8 +153,8 @@ def results_of(
                 roofline_share=roof.share if roof else None,
                 limit=roof.limit if roof else None,
                 answer_error=error,
-                allowed_error=allowed_error(job.kind, precision),
-                rival_of=contender.rival_of,
+                allowed_error=allowed_error(suite, precision),
+                rival_of=spec.rival_of,
             )
         )
     return found

@@ -1,7 +1,8 @@
-"""What the machine can do at most, measured beside the work, and the share of it that the work reaches."""
+"""The machine's limits, measured in every round, and the share of them that a workload reaches."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,10 @@ from torch import Tensor
 
 # Larger than the last-level caches of today's processors, several times over for most of them.
 BUFFER_BYTES = 256 << 20
-# Rows and columns of the products: large enough to be bound by arithmetic, small enough for a laptop.
+# Rows and columns of the matmuls: large enough to be bound by arithmetic, small enough for a laptop.
 SIZE = 1024
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# A product of narrower numbers may be computed in any wider type, whichever is fastest here.
+# A matmul of a narrow type may be computed in any wider one, whichever is fastest here.
 WIDER = {
     "float32": ("float32",),
     "bfloat16": ("bfloat16", "float32"),
@@ -24,26 +25,26 @@ WIDER = {
 
 @dataclass(frozen=True)
 class Limits:
-    """Rates of the machine: the best of all rounds, since anything else only takes away from them."""
+    """Rates of the machine: the best of all rounds, since disturbances only lower them."""
 
     bandwidth: float  # bytes a second, reading memory
-    products: dict[str, float]  # operations a second of matrix products, two for each multiply-add
-    slowest_bandwidth: float  # of a round: how steady the machine was
+    products: dict[str, float]  # FLOP/s of matmuls by type, two operations for each multiply-add
+    slowest_bandwidth: float  # of any round: shows how steady the machine was
     slowest_products: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a piece of work cannot do without."""
+    """The least that a workload reads and computes."""
 
-    bytes: float = 0.0  # to be read from memory
+    bytes: float = 0.0  # read from memory
     flops: float = 0.0
-    dtype: str = "float32"  # of the products: a key of WIDER
+    dtype: str = "float32"  # of the matmuls: a key of WIDER
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """The limit that binds a piece of work, and the share of it that was reached."""
+    """The limit that applies to a workload, and the share of it that was reached."""
 
     share: float
     limit: str  # "memory" or "products in float32"
@@ -69,8 +70,8 @@ class LimitMeter:
             name: work / _seconds(lambda one=square: one @ one, 3)  # type: ignore[misc]
             for name, square in self._squares.items()
         }
-        if (small := _int8_seconds(self._small)) is not None:
-            products["int8"] = work / small
+        with contextlib.suppress(RuntimeError, AttributeError):  # not in every build of PyTorch
+            products["int8"] = work / _seconds(lambda: torch._int_mm(self._small, self._small), 3)
         self._rounds.append((bandwidth, products))
 
     def limits(self) -> Limits:
@@ -90,10 +91,10 @@ def limits_of(rounds: Sequence[tuple[float, dict[str, float]]]) -> Limits:
 
 
 def roofline(cost: Cost, seconds: float, limits: Limits) -> Roofline | None:
-    """The share of the binding limit; None when nothing is known of the cost.
+    """The share of the limit that applies; None if the cost is not known.
 
-    Work needs at least the time to read its bytes and at least the time for its arithmetic: the longer of
-    the two binds it.
+    A workload needs at least the time to read its bytes and at least the time for its arithmetic: the
+    longer of the two applies.
     """
     if not cost.bytes and not cost.flops:
         return None
@@ -113,10 +114,3 @@ def _seconds(work: Callable[[], Tensor], times: int) -> float:
         work()
         best = min(best, time.perf_counter() - started)
     return best
-
-
-def _int8_seconds(square: Tensor) -> float | None:
-    try:
-        return _seconds(lambda: torch._int_mm(square, square), 3)
-    except (RuntimeError, AttributeError):  # not in this build of PyTorch
-        return None

@@ -1,4 +1,4 @@
-"""llama.cpp behind this toolkit's interface, through llama-cpp-python's C functions: no layer in between."""
+"""llama.cpp behind this toolkit's interface, through the C functions of llama-cpp-python alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BATCH = 512  # tokens that are read at once: llama.cpp's own default
 REMEDY = "Leave out --against llama.cpp."
 
 
-# llama.cpp's notices would land in the middle of a table.
+# llama.cpp would print its messages into the middle of a table.
 SILENCE = llama_cpp.llama_log_callback(lambda _level, _text, _data: None)
 
 

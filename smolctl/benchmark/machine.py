@@ -1,4 +1,4 @@
-"""The machine that numbers come from, and whether it did anything else meanwhile."""
+"""The machine that was measured on, and how busy it was with other work."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ import torch
 from smolctl import __version__
 
 PACKAGES = ("torch", "transformers", "tokenizers", "llama-cpp-python", "litgpt", "numpy", "lightning")
-# Above these a result is called disturbed: a twentieth of the machine's time is as much as a difference
-# that people would report.
+# Above these shares results are called disturbed: 5 % of the machine's time is as much as a difference in
+# speed that people would report.
 OTHERS_SHARE = 0.05
 STEAL_SHARE = 0.02
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What decides how fast something runs here."""
+    """What the speed depends on."""
 
     cpu: str
-    gpu: str | None  # there, and not used
+    gpu: str | None  # present, but not used
     logical_cpus: int  # that this process may use
     threads: int  # that every engine was given
     memory_bytes: int | None
-    instructions: str  # that PyTorch uses: AVX2, AVX512
+    instructions: str  # the set that PyTorch uses: AVX2, AVX512
     os: str
     versions: dict[str, str]  # of Python and of the packages that are installed
 
     @property
     def identity(self) -> tuple[str, int, int]:
-        """What has to be equal for times to be comparable."""
+        """Times are comparable where this is equal."""
         return self.cpu, self.logical_cpus, self.threads
 
 
@@ -50,16 +50,16 @@ class CpuTimes:
 
 
 @dataclass(frozen=True)
-class Load:
-    """How busy the machine was with other things."""
+class SystemLoad:
+    """How busy the machine was with other work."""
 
-    load_average: float | None  # of the minute before we began
+    load_average: float | None  # of the minute before the start
     others: float | None  # share of all processors' time that other processes took meanwhile
     steal: float | None
 
 
 def describe_machine(threads: int) -> Machine:
-    """Read what the system says of itself."""
+    """What the operating system reports about the machine."""
     found = {"python": platform.python_version(), "smolctl": __version__}
     for package in PACKAGES:
         try:
@@ -84,7 +84,7 @@ def usable_cpus() -> int:
 
 
 def load_average() -> float | None:
-    """Processes that wanted to run in the last minute; None where the system does not say."""
+    """Runnable processes in the last minute; None where the system does not report it."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
@@ -106,22 +106,22 @@ def cpu_times(children: Iterable[int] = ()) -> CpuTimes | None:
     return CpuTimes(sum(values), values[3] + values[4], values[7], own)
 
 
-def load_between(before: CpuTimes | None, after: CpuTimes | None, average: float | None) -> Load:
-    """What the machine did beside our work between two moments."""
+def load_between(before: CpuTimes | None, after: CpuTimes | None, average: float | None) -> SystemLoad:
+    """The machine's other work between two moments."""
     if before is None or after is None or after.total <= before.total:
-        return Load(average, None, None)
+        return SystemLoad(average, None, None)
     total = after.total - before.total
     steal = (after.steal - before.steal) / total
     busy = total - (after.idle - before.idle)
     others = (busy - (after.own - before.own)) / total - steal
-    return Load(average, max(0.0, others), steal)
+    return SystemLoad(average, max(0.0, others), steal)
 
 
-def disturbance(load: Load, cpus: int) -> str:
-    """Why numbers of this time are to be doubted; "" when nothing is known against them.
+def disturbance(load: SystemLoad, cpus: int) -> str:
+    """Why numbers measured meanwhile are doubtful; "" if they are not.
 
-    The load average before the start counts only where nothing better is known: it still holds what ended
-    half a minute ago.
+    The load average before the start counts only where nothing better is known: it still includes processes
+    that ended half a minute ago.
     """
     found = []
     if load.others is not None and load.others > OTHERS_SHARE:

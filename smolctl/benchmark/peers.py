@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import importlib.util
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,47 +15,40 @@ from smolctl.config import ModelConfig
 from smolctl.generation.engine import Cache, Engine
 from smolctl.sources import open_source
 
-if TYPE_CHECKING:
-    from smolctl.benchmark.contenders import Contender
 
-CODE = "modeling_smolctl.py"
+def is_installed(peer: str) -> bool:
+    """Whether a peer can be imported."""
+    return importlib.util.find_spec(peer.replace("llama.cpp", "llama_cpp")) is not None
 
 
-def open_peer(contender: Contender, config: ModelConfig) -> Engine:
-    """Load a peer's model, whose shape is known."""
-    if contender.engine == "transformers":
-        return TransformersEngine(contender.model, config)
-    if contender.engine == "litgpt":
-        return LitgptEngine(contender.model, config)
+def open_peer(peer: str, model: str, config: ModelConfig, threads: int) -> Engine:
+    """Load a model with a peer; the number of threads is llama.cpp's, the others take PyTorch's."""
+    if peer == "transformers":
+        return TransformersEngine(model, config)
+    if peer == "litgpt":
+        return LitgptEngine(model, config)
     from smolctl.benchmark.llama_cpp import LlamaEngine
 
-    return LlamaEngine(contender.model, config, contender.threads)
+    return LlamaEngine(model, config, threads)
 
 
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """transformers without its progress bars and notices."""
+def load_transformers(model: str, config: ModelConfig) -> Any:
+    """AutoModelForCausalLM of a folder or a GGUF, in float32, without progress bars and warnings.
+
+    A model that is not a Llama needs this toolkit's modelling file: its folder must come from
+    `engine_files.huggingface_folder`, since transformers runs the code that it finds there.
+    """
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    yield
-
-
-def load_transformers(model: str) -> Any:
-    """AutoModelForCausalLM of a folder or a GGUF, in float32.
-
-    The only code that this can run from a folder is this toolkit's own modelling file, which
-    `prepare.py` has put there.
-    """
-    from transformers import AutoModelForCausalLM
-
     path = Path(model)
-    file = {"gguf_file": path.name} if path.is_file() else {}
-    folder = path.parent if path.is_file() else path
-    ours = {"trust_remote_code": True} if (folder / CODE).exists() and not file else {}
-    with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file, **ours)
+    if path.is_file():
+        return AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, gguf_file=path.name)
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, trust_remote_code=not config.is_llama
+    )
 
 
 class _PastCache(Cache):
@@ -78,7 +71,7 @@ class TransformersEngine(Engine):
     precision = "float32"
 
     def __init__(self, model: str, config: ModelConfig) -> None:
-        self.network = load_transformers(model).eval().requires_grad_(False)
+        self.network = load_transformers(model, config).eval().requires_grad_(False)
         super().__init__(config, "transformers, float32")
         names = inspect.signature(type(self.network).forward).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"  # before transformers 5.24
@@ -125,19 +118,7 @@ class LitgptEngine(Engine):
     shape = (0, 0)  # sequences and capacity of the cache that the model has now
 
     def __init__(self, folder: str, config: ModelConfig) -> None:
-        from litgpt.config import Config
-        from litgpt.model import GPT
-        from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
-
-        state: dict[str, Tensor] = {}
-        weights = open_source(folder).require_weights()
-        given = {name: tensor.float() for name, tensor in weights.tensors()}
-        settings = Config(**litgpt_settings(config))
-        copy_weights_hf_llama(settings, {}, state, given)
-        with torch.device("meta"):
-            self.network = GPT(settings)
-        self.network.load_state_dict(state, assign=True)
-        self.network.eval().requires_grad_(False)
+        self.network = load_litgpt(folder, config).eval().requires_grad_(False)
         super().__init__(config, "litgpt, float32")
         self.weight_bytes = matrix_bytes(self.network, self.network.lm_head.weight)
 
@@ -166,8 +147,26 @@ class LitgptEngine(Engine):
         return kept.flatten(0, 1)
 
 
+def load_litgpt(folder: str, config: ModelConfig) -> Any:
+    """litgpt's GPT in float32 from a Hugging Face folder."""
+    from litgpt.config import Config
+    from litgpt.model import GPT
+    from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
+
+    state: dict[str, Tensor] = {}
+    weights = open_source(folder).require_weights()
+    given = {name: tensor.float() for name, tensor in weights.tensors()}
+    settings = Config(**litgpt_settings(config))
+    copy_weights_hf_llama(settings, {}, state, given)
+    with torch.device("meta"):
+        network = GPT(settings)
+    network.load_state_dict(state, assign=True)
+    network.cos, network.sin = network.rope_cache(device=torch.device("cpu"))
+    return network
+
+
 def litgpt_settings(config: ModelConfig) -> dict[str, Any]:
-    """litgpt's words for a Llama."""
+    """A Llama's config under litgpt's names."""
     return {
         "name": "smolctl",
         "block_size": config.max_position_embeddings,
@@ -196,16 +195,4 @@ def matrix_bytes(network: torch.nn.Module, head: Tensor) -> int:
         for module in network.modules()
         if isinstance(module, torch.nn.Embedding) and module.weight is not head
     }
-    return sum(
-        one.numel() * one.element_size()
-        for one in network.parameters()
-        if one.dim() > 1 and id(one) not in tables
-    )
-
-
-def is_installed(engine: str) -> bool:
-    """Whether a peer can be imported."""
-    import importlib.util
-
-    module = {"llama.cpp": "llama_cpp"}.get(engine, engine)
-    return importlib.util.find_spec(module) is not None
+    return sum(one.nbytes for one in network.parameters() if one.dim() > 1 and id(one) not in tables)

@@ -1,4 +1,4 @@
-"""What a bench has found."""
+"""What a bench has measured."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 from smolctl.arithmetic import count_parameters
 from smolctl.benchmark.limits import Limits
-from smolctl.benchmark.machine import Load, Machine
-from smolctl.benchmark.parts import SECONDS
+from smolctl.benchmark.machine import Machine, SystemLoad
+from smolctl.benchmark.metrics import SECONDS
 from smolctl.config import ModelConfig
 from smolctl.timing import Ratio, median_interval, ratio_of
 
-# Fields of a config that change no time.
-NO_MATTER = {
+# Fields of a config that no time depends on.
+IRRELEVANT_FIELDS = {
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
@@ -27,7 +27,7 @@ NO_MATTER = {
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The model that was measured; equal shapes take equal times, whatever their weights are."""
+    """The model that was measured; models of equal shape take equal times, whatever their weights are."""
 
     id: str
     parameters: int
@@ -35,36 +35,36 @@ class ModelFacts:
 
     @staticmethod
     def of(model: str, config: ModelConfig) -> ModelFacts:
-        sizes = json.dumps(config.model_dump(mode="json", exclude=NO_MATTER), sort_keys=True)
+        sizes = json.dumps(config.model_dump(mode="json", exclude=IRRELEVANT_FIELDS), sort_keys=True)
         digest = hashlib.sha256(sizes.encode()).hexdigest()[:16]
         return ModelFacts(model, count_parameters(config).unique, digest)
 
 
 @dataclass(frozen=True)
 class Result:
-    """One number of one contender over all repeats."""
+    """One metric of one engine and model over all repeats."""
 
     suite: str
     model: str
     engine: str
     precision: str
-    build: str  # the engine's own words
+    build: str  # as the engine describes itself
     work: str
     unit: str
     values: tuple[float, ...]  # round by round
     median: float
     min: float
     max: float
-    peak_rss_bytes: int | None  # most that the contender's process held; None where that is not told
+    peak_rss_bytes: int | None  # of the engine's process; None where the system does not report it
     roofline_share: float | None  # of the limit below; None where no limit was measured
     limit: str | None
-    answer_error: float | None  # distance from the plain PyTorch network's answer; None: no answer
+    answer_error: float | None  # distance from the plain PyTorch network's output; None: no output
     allowed_error: float | None
-    rival_of: str = ""  # the model of ours that stores the same bits; "": all of them
+    rival_of: str = ""  # the model of smolctl that stores the same bits; "": a rival of every one
 
     @property
     def right(self) -> bool:
-        """Whether the answers were what they should be, in every repeat."""
+        """Whether the output was right in every repeat."""
         return self.answer_error is None or self.answer_error <= (self.allowed_error or 0.0)
 
     @property
@@ -73,13 +73,13 @@ class Result:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What a result is the same as in another run."""
+        """Equal for results of another run that this one is comparable with."""
         return self.suite, self.engine, self.precision, self.work
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How many times as fast one is as another, in the same rounds."""
+    """The speed of one result relative to another of the same rounds."""
 
     suite: str
     engine: str
@@ -91,11 +91,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """Everything."""
+    """Everything that a bench has measured."""
 
     machine: Machine
-    load: Load
-    disturbed: str  # why the numbers are to be doubted; ""
+    load: SystemLoad
+    disturbed: str  # why the numbers are doubtful; "" if they are not
     limits: Limits
     model: ModelFacts
     repeats: int
@@ -105,14 +105,14 @@ class BenchReport:
 
     @property
     def wrong(self) -> tuple[Result, ...]:
-        """Results with answers that are not what they should be."""
+        """Results whose output was wrong."""
         return tuple(result for result in self.results if not result.right)
 
 
 def compare(results: Sequence[Result]) -> tuple[Comparison, ...]:
-    """Every result of ours beside the peers' and beside ours of the stored weights.
+    """Every result of smolctl compared with the peers' and with smolctl's of the stored weights.
 
-    Only equal work is compared, and a contender whose answers are wrong is not.
+    Only equal work is compared, and only where both outputs are right.
     """
     found = []
     for ours in results:
@@ -122,19 +122,11 @@ def compare(results: Sequence[Result]) -> tuple[Comparison, ...]:
         peers = [one for one in results if one.engine != "smolctl" and one.rival_of in ("", ours.model)]
         for other in [*([stored] if stored is not ours else []), *peers]:
             if (other.suite, other.work) == (ours.suite, ours.work) and other.right:
-                found.append(
-                    Comparison(
-                        ours.suite,
-                        ours.engine,
-                        ours.precision,
-                        other.engine,
-                        other.precision,
-                        speed_ratio(ours.unit, ours.values, other.values),
-                    )
-                )
+                pair = ours.suite, ours.engine, ours.precision, other.engine, other.precision
+                found.append(Comparison(*pair, speed_ratio(ours.unit, ours.values, other.values)))
     return tuple(found)
 
 
 def speed_ratio(unit: str, ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
-    """Above 1 where ours are faster: more of something a second, or fewer seconds."""
+    """Above 1 where ours are faster: a higher rate, or fewer seconds."""
     return ratio_of(theirs, ours) if unit == SECONDS else ratio_of(ours, theirs)

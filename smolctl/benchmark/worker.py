@@ -1,102 +1,117 @@
-"""`python -m smolctl.benchmark.worker THREADS`: what runs in the process of a contender.
+"""A process of its own that runs functions, one at a time.
 
-Requests come as pickles on stdin and are answered on stdout: (what, job), see `process.py`.
+Every engine has one. Its peak memory is then its own, its threads disturb no other engine while it waits, a
+file that it has closed can be loaded cold, and an engine that crashes takes nothing with it.
+
+Requests go to its standard input and answers come from its standard output, both as pickles.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
-from pathlib import Path
-from typing import IO
+from typing import IO, Self, TypeVar, TypeVarTuple
 
-import torch
-
-from smolctl.benchmark.contenders import Contender, open_engine
-from smolctl.benchmark.file_work import checkpoint, load, tokenize
-from smolctl.benchmark.train_work import training_step
-from smolctl.benchmark.work import Facts, Job, Measured, Work, decode, prefill
 from smolctl.errors import SmolError
-from smolctl.generation.engine import Engine
-from smolctl.timing import peak_memory
 
-ENGINE_WORK: dict[str, Callable[[Engine, Job], Work]] = {
-    "prefill": prefill,
-    "decode": decode,
-    "batch": decode,
-}
-OTHER_WORK: dict[str, Callable[[Job], Work]] = {
-    "load": load,
-    "train": training_step,
-    "tokenize": tokenize,
-    "checkpoint": checkpoint,
-}
-RESET_PEAK = "5"  # what proc(5) wants in clear_refs for a new VmHWM
+A = TypeVarTuple("A")
+T = TypeVar("T")
+START = "from smolctl.benchmark.worker import main; main()"
 
 
-def reset_peak() -> None:
-    """Let the peak of this process begin anew; where the system cannot, it stays that of all so far."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text(RESET_PEAK)
+class Worker:
+    """The process, seen from the one that asks.
 
+    Args:
+        name: of its engine, for messages.
+        threads: of PyTorch and of the tokenizer there.
+    """
 
-class _Desk:
-    """What the contender's process keeps between requests."""
+    def __init__(self, name: str, threads: int) -> None:
+        self.name = name
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
+        self._process = subprocess.Popen(
+            # -P: modules of the working folder do not stand in for those of a library.
+            [sys.executable, "-P", "-c", START, str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+                "RAYON_NUM_THREADS": str(threads),
+            },
+        )
 
-    def __init__(self) -> None:
-        self.works: dict[Job, Work] = {}
-        self.engines: dict[Contender, Engine] = {}
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
-    def prepare(self, job: Job) -> Facts:
-        if job.kind not in ENGINE_WORK:
-            self.works[job] = OTHER_WORK[job.kind](job)
-            return told_by(open_engine(job.contender)) if job.kind == "load" else Facts()
-        if job.contender not in self.engines:
-            self.engines[job.contender] = open_engine(job.contender)
-        engine = self.engines[job.contender]
-        self.works[job] = ENGINE_WORK[job.kind](engine, job)
-        return told_by(engine)
+    def call(self, function: Callable[[*A], T], *arguments: *A) -> T:
+        """What a function returns in the process.
 
-    def run(self, job: Job) -> Measured:
-        reset_peak()
-        lap = self.works[job]()
-        return Measured(lap, peak_memory(torch.device("cpu")))
+        Args:
+            function: one that a module of `sys.path` has at its top level.
+            arguments: that can be pickled, like the result.
 
+        Raises:
+            SmolError: the function has failed or the process has ended, with the reason.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            pickle.dump((function, arguments), self._process.stdin)
+            self._process.stdin.flush()
+            result, error = pickle.load(self._process.stdout)
+        except (EOFError, OSError, pickle.UnpicklingError):
+            raise SmolError(f"{self.name}: its process ended ({self._last_words()})") from None
+        if error:
+            raise SmolError(f"{self.name}: {error}")
+        found: T = result
+        return found
 
-def told_by(engine: Engine) -> Facts:
-    """What an engine says of itself."""
-    return Facts(engine.name, engine.precision, engine.weight_bytes)
+    def _last_words(self) -> str:
+        code = self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return lines[-1][:200] if lines else f"exit code {code}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """End the process: it has nothing to save."""
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
 
 
 def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Answer requests until the other end closes; an error is answered with its text."""
-    desk = _Desk()
+    """Run what is asked for until the other end closes; answer with (result, "") or (None, error)."""
     while True:
         try:
-            what, job = pickle.load(requests)
+            function, arguments = pickle.load(requests)
         except EOFError:
             return
-        answer: Facts | Measured | str
         try:
-            answer = desk.prepare(job) if what == "prepare" else desk.run(job)
+            answer = function(*arguments), ""
         except SmolError as error:
-            answer = error.message
+            answer = None, error.message
         except Exception as error:  # whatever a peer raises is a reason to leave it out
-            answer = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            answer = None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         pickle.dump(answer, answers)
         answers.flush()
 
 
 def main() -> None:
     """Serve on stdin and stdout; what libraries print goes to stderr."""
+    import torch
+
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     torch.set_num_threads(int(sys.argv[1]))
     serve(sys.stdin.buffer, answers)
-
-
-if __name__ == "__main__":
-    main()

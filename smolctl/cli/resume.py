@@ -35,7 +35,7 @@ def resume(
         str | None,
         typer.Argument(
             metavar="RUN",
-            help="runs/NAME or runs/NAME@STEP. Default: the newest run.",
+            help="runs/NAME, runs/NAME@STEP or a .ckpt file. Default: the newest run.",
             show_default=False,
         ),
     ] = None,
@@ -50,8 +50,8 @@ def resume(
         Literal["hold", "extend", "rewarm"],
         typer.Option(
             "--lr-policy",
-            help="Schedule of the steps to come. hold: as it is, its last value past its end; "
-            "extend: its end moves to the new one; rewarm: another warmup and decay.",
+            help="Learning rate of the steps to come. hold: keep the schedule, constant after its end; "
+            "extend: move its end to the new last step; rewarm: another warmup and decay.",
         ),
     ] = "hold",
     verify: Annotated[

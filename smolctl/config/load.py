@@ -63,7 +63,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         line = f", line {where.line + 1}" if where else ""
         problem = getattr(error, "problem", None) or "not YAML"
         raise InputError(
-            f"{path}{line}: {problem}", "Mend the YAML; `smolctl inspect-config nano --yaml` shows one."
+            f"{path}{line}: {problem}", "Correct the YAML; `smolctl inspect-config nano --yaml` shows one."
         ) from None
     if not isinstance(content, dict):
         raise InputError(

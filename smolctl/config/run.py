@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -31,10 +31,10 @@ class DataConfig(Section):
         None, description="share of the samples from each source, in any unit; null: sources are concatenated"
     )
     text_field: str = Field("text", description="column that holds the text in jsonl, parquet and datasets")
-    sequence_length: int = Field(1_024, gt=0, description="tokens a window")
+    sequence_length: int = Field(1_024, gt=0, description="tokens of a sequence")
     document_masking: bool = Field(False, description="a token attends to its own document only")
     validation_fraction: float = Field(0.01, ge=0, lt=1, description="share of documents held out")
-    seed: int = Field(8, ge=0, lt=2**63, description="order of the windows and choice of held-out documents")
+    seed: int = Field(8, ge=0, lt=2**63, description="order of sequences, choice of held-out documents")
     workers: int = Field(0, ge=0, description="processes that read batches; the batches are the same")
 
     @model_validator(mode="before")
@@ -66,7 +66,7 @@ class TrainConfig(Section):
     micro_batch_size: int = Field(0, ge=0, description="sequences in memory at once; 0 is batch_size")
     gradient_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 switches clipping off")
     z_loss: float = Field(0.0, ge=0, description="weight of logsumexp² in the loss; PaLM: 1e-4")
-    precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = Field(
+    precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed"] = Field(
         "auto", description="auto: bf16-mixed where a GPU has bfloat16, else 32-true"
     )
     compile: Literal[True, False, "auto"] = Field(
@@ -126,7 +126,9 @@ class ValidationConfig(Section):
     """Bits per byte on the held-out documents."""
 
     every: int = Field(500, ge=0, description="steps; 0 switches validation off")
-    batches: int = Field(20, gt=0, description="batches of train.batch_size windows")
+    sequences: int = Field(
+        160, gt=0, description="held-out sequences that are scored, the same ones each time"
+    )
 
 
 class TrainerConfig(Section):
@@ -165,6 +167,18 @@ class RunConfig(Section):
     validation: ValidationConfig = ValidationConfig()
     trainer: TrainerConfig = TrainerConfig()
     publish: PublishConfig = PublishConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _batches_are_sequences(cls, values: Any) -> Any:
+        """Configs of smolctl 0.1 counted held-out batches of train.batch_size sequences."""
+        section = values.get("validation") if isinstance(values, dict) else None
+        if not isinstance(section, dict) or "sequences" in section or type(section.get("batches")) is not int:
+            return values
+        train = values.get("train")
+        size = (train if isinstance(train, dict) else {}).get("batch_size", TrainConfig().batch_size)
+        kept = {key: value for key, value in section.items() if key != "batches"}
+        return {**values, "validation": {**kept, "sequences": section["batches"] * size}}
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

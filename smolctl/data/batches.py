@@ -85,14 +85,14 @@ class StepLoader:
 
 
 def validation_batches(
-    held_out: Mixture, sequence_length: int, batch_size: int, limit: int
+    held_out: Mixture, sequence_length: int, batch_size: int, sequences: int
 ) -> Iterator[Tensor]:
-    """At most `limit` batches (batch_size or fewer, sequence_length + 1), the same ones every time.
+    """Held-out sequences in batches (batch_size or fewer, sequence_length + 1), the same ones every time.
 
-    Every source gives windows by its share, spread evenly over its held-out tokens; fewer where it has
-    not so many.
+    Which they are does not depend on `batch_size`. Every source gives sequences by its share, spread evenly
+    over its held-out tokens; fewer where it has not so many.
     """
-    windows = _validation_windows(held_out, sequence_length, limit * batch_size)
+    windows = _validation_windows(held_out, sequence_length, sequences)
     for first in range(0, len(windows), batch_size):
         rows = [held_out.read(window, sequence_length) for window in windows[first : first + batch_size]]
         yield torch.from_numpy(np.stack(rows))

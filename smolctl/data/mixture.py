@@ -43,7 +43,7 @@ class Part:
         """
         count = window_count(len(self.tokens), sequence_length)
         if not self.repeats and len(samples) and samples.max() >= count:
-            raise IndexError(f"sample {samples.max()} of a stream of which {count} windows were read")
+            raise IndexError(f"sample {samples.max()} of a stream of which {count} sequences were read")
         return windows_of_samples(samples, count, seed, self.block)
 
 

@@ -38,7 +38,7 @@ def find_notes(source: ModelSource) -> tuple[str, ...]:
     if source.kind in (SourceKind.PRESET, SourceKind.CONFIG) and not source.declared:
         notes.append("no model section: `train` takes --init-from's model, shown is the default one")
     if config.pad_token_id is None:
-        notes.append("no pad token: none is needed, smolctl trains on full windows")
+        notes.append("no pad token: none is needed, smolctl trains on full sequences")
     if not config.eos_token_ids:
         notes.append("no eos token: generation ends at --max-tokens only")
     if not config.is_llama:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 from smolctl.arithmetic import (
     BYTES_PER_VALUE,
+    DTYPE_OF_PRECISION,
     TRAINING_DTYPES,
     ParameterCount,
     TrainingMemory,
     count_parameters,
     forward_flops_per_token,
     kv_cache_bytes_per_token,
-    memory_formulas,
+    run_memory,
     training_flops_per_token,
     training_memory,
 )
@@ -27,7 +28,6 @@ from smolctl.sources.shapes import check_tensors
 
 # Where neither the command line nor a recipe says: one sequence of at most this many tokens.
 DEFAULT_SEQUENCE_LENGTH = 2_048
-DTYPE_OF_PRECISION = {"32-true": "float32", "bf16-mixed": "bf16-mixed", "bf16-true": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class MemoryPlan:
     sequence_length: int
     dtype: str
     bytes: TrainingMemory
-    formulas: Mapping[str, str]  # of each part, with the values put in
+    optimizer: str  # whose state is counted
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def inspect(
     plan = _plan_sizes(source, batch_size, sequence_length, dtype)
     return ModelReport(
         source=source,
-        derived=_derive(source.config, *plan) if source.config is not None and plan else None,
+        derived=_derive(source.config, source.run, *plan) if source.config is not None and plan else None,
         recipe=_recipe(source.run) if source.run is not None else None,
         checkpoint=_checkpoint(source),
         problems=find_problems(source),
@@ -126,7 +126,7 @@ def _plan_sizes(
     if run is not None:
         batch_size = batch_size or run.micro_batch_size
         sequence_length = sequence_length or run.data.sequence_length
-        dtype = dtype or DTYPE_OF_PRECISION.get(run.train.precision)
+        dtype = dtype or DTYPE_OF_PRECISION[run.train.precision]
     batch_size = batch_size or 1
     sequence_length = sequence_length or min(context, DEFAULT_SEQUENCE_LENGTH)
     dtype = dtype or "float32"
@@ -142,7 +142,11 @@ def _plan_sizes(
     return batch_size, sequence_length, dtype
 
 
-def _derive(config: ModelConfig, batch_size: int, sequence_length: int, dtype: str) -> Derived:
+def _derive(
+    config: ModelConfig, run: RunConfig | None, batch_size: int, sequence_length: int, dtype: str
+) -> Derived:
+    sizes = (batch_size, sequence_length, dtype)
+    memory = run_memory(run, *sizes) if run else training_memory(config, *sizes)
     return Derived(
         parameters=count_parameters(config),
         head_dim=config.head_dim,
@@ -154,8 +158,8 @@ def _derive(config: ModelConfig, batch_size: int, sequence_length: int, dtype: s
             batch_size,
             sequence_length,
             dtype,
-            training_memory(config, batch_size, sequence_length, dtype),
-            memory_formulas(config, batch_size, sequence_length, dtype),
+            memory,
+            run.optimizer.name if run else "adamw",
         ),
     )
 

@@ -18,8 +18,7 @@ from smolctl.publish.export import Export, export_model
 from smolctl.publish.facts import RunFacts, read_facts, write_records
 from smolctl.publish.secrets import require_no_secrets, scan
 from smolctl.publish.smoke import SmokeTest
-from smolctl.runs.folder import RunFolder, latest_run, split_step
-from smolctl.runs.records import METRICS, PREDICTIONS, STORY
+from smolctl.runs.folder import METRICS, PREDICTIONS, STORY, RunFolder, latest_run, split_step
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.huggingface.tokenizer import read_json

@@ -11,7 +11,7 @@ from smolctl.config import ModelConfig
 from smolctl.escaping import code_span, fenced
 from smolctl.publish.card import table
 from smolctl.publish.facts import EMBEDDED, RECORDS, RunFacts
-from smolctl.runs.records import LOSS_CURVE, STORY
+from smolctl.runs.folder import LOSS_CURVE, STORY
 from smolctl.runs.story import selection
 from smolctl.sources.gguf.write import GGUFResult
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.errors import InputError, SmolError
+from smolctl.evaluation import require_recorded_loss
 from smolctl.model.network import Transformer
 from smolctl.model.weights import finite_tensors, from_state
 from smolctl.sources.base import ModelSource
@@ -55,7 +56,8 @@ def export_model(
         beside: the Hugging Face folder that the source was read from, if it was.
 
     Raises:
-        InputError: the source has no tokenizer, cannot be a GGUF, or holds NaN or infinite values.
+        InputError: the source has no tokenizer, cannot be a GGUF, holds NaN or infinite values, or does not
+            give the loss that its run recorded.
         SmolError: what was written does not load as the same model.
     """
     config = source.require_config()
@@ -81,7 +83,8 @@ def export_model(
             f"{folder}: the model cannot be written ({error})", "Free some space and try again."
         ) from None
     difference = check_with_transformers(folder, network, tokenizer)
-    # Here the loss that the run recorded on its eight sequences is compared with the export's.
+    if source.recorded_loss is not None:
+        require_recorded_loss(network, source.recorded_loss, source.id)
     ggufs = tuple(
         write_gguf(config, state.items(), files, scheme, folder / f"{name}-{scheme}.gguf", name)
         for scheme in schemes

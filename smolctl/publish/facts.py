@@ -15,7 +15,7 @@ from smolctl.escaping import json_line
 from smolctl.quantization.record import read_record
 from smolctl.runs.chart import draw_loss
 from smolctl.runs.events import to_json
-from smolctl.runs.records import LOSS_CURVE, METRICS, PREDICTIONS, STORY, RunRecorder
+from smolctl.runs.folder import LOSS_CURVE, METRICS, PREDICTIONS, STORY, RunFolder
 from smolctl.runs.story import History, to_markdown
 from smolctl.sources.base import ModelSource
 
@@ -74,12 +74,12 @@ def read_facts(source: ModelSource, folder: Path) -> RunFacts:
     """The facts of a run up to the step that is published."""
     assert source.run is not None
     step = source.step or 0
-    recorder = RunRecorder(folder)
-    records = [record for record in recorder.metrics() if record["step"] <= step]
+    run = RunFolder(folder)
+    records = [record for record in run.metrics() if record["step"] <= step]
     steps = [record for record in records if record["event"] == "step"]
     histories = {
         prompt: tuple(prediction for prediction in history if prediction.step <= step)
-        for prompt, history in recorder.predictions().items()
+        for prompt, history in run.predictions().items()
     }
     return RunFacts(
         config=source.run,
@@ -89,7 +89,7 @@ def read_facts(source: ModelSource, folder: Path) -> RunFacts:
         loss=steps[-1]["loss"] if steps else None,
         validations=tuple(record for record in records if record["event"] == "validation"),
         histories={prompt: history for prompt, history in histories.items() if history},
-        environment=_json(folder / "environment.json"),
+        environment=run.environment(),
         variants=tuple(record for record in read_record(folder) if record.get("step") == step),
         curve=bool(steps),
     )
@@ -100,7 +100,7 @@ def write_records(facts: RunFacts, run: Path, target: Path) -> None:
 
     They end at the published step, and name no folder of this machine.
     """
-    records = [record for record in RunRecorder(run).metrics() if record["step"] <= facts.step]
+    records = [record for record in RunFolder(run).metrics() if record["step"] <= facts.step]
     if facts.curve:
         draw_loss(records, target / LOSS_CURVE)
     folder = target / RECORDS
@@ -126,11 +126,3 @@ def _write(path: Path, text: str) -> None:
 
 def _write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     _write(path, "".join(f"{json_line(record)}\n" for record in records))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

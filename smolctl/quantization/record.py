@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from smolctl.durable import write_text
 from smolctl.quantization.verdict import Variant
+from smolctl.runs.folder import QUANTIZED
 
-RECORD = Path("quantized") / "verdict.json"  # in the run's folder
+RECORD = Path(QUANTIZED) / "verdict.json"  # in the run's folder
 
 
 def record_variants(run: Path, step: int | None, variants: Iterable[Variant]) -> None:
@@ -19,9 +21,7 @@ def record_variants(run: Path, step: int | None, variants: Iterable[Variant]) ->
     kept = [facts for facts in read_record(run) if (facts.get("scheme"), facts.get("step")) not in replaced]
     path = run / RECORD
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps({"variants": [*kept, *fresh]}, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps({"variants": [*kept, *fresh]}, indent=2) + "\n")
 
 
 def read_record(run: Path) -> list[Mapping[str, Any]]:

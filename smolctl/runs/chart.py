@@ -29,6 +29,8 @@ def draw_loss(records: Iterable[Mapping[str, Any]], target: Path) -> None:
 
     steps, losses, check_steps, check_losses, bits = [], [], [], [], None
     for record in records:
+        if record["loss"] is None:  # a step that float16 has overflowed in
+            continue
         if record["event"] == "step":
             steps.append(record["step"])
             losses.append(record["loss"])

@@ -28,7 +28,7 @@ class RunPlan:
     tokens_per_step: int
     tokens: int
     corpus_tokens: int
-    passes: float  # over the corpus
+    epochs: float  # passes over the corpus
     tokens_per_parameter: float
     memory: TrainingMemory
     memory_bytes: int  # expected peak of the process or of the GPU's memory: `memory`, libraries, gaps
@@ -60,15 +60,16 @@ class Step:
 
     event: ClassVar[str] = "step"
     step: int  # counted from 1
-    loss: float  # nats a token, mean over the step's tokens, before the update
+    loss: float | None  # nats a token, mean over the step's tokens, before the update; None: float16 overflow
     learning_rate: float
-    gradient_norm: float  # before clipping
+    gradient_norm: float | None  # before clipping
     tokens: int  # seen by the run so far
     seconds: float  # of this step
     tokens_per_second: float  # over the last steps
     eta_s: float  # left at that rate
     memory_bytes: int | None  # most held so far; None where the system does not tell
     mfu: float | None  # share of the devices' peak arithmetic; None where that is not known
+    skipped: int = 0  # steps so far whose float16 gradients overflowed; their updates were not made
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,64 @@
-"""A run folder: `config.yaml`, `tokenizer/`, `checkpoints/step-000500.ckpt`, ..."""
+"""A run folder: what lies where in it, and how it is read, written, branched and continued.
+
+config.yaml       the resolved config        checkpoints/step-000500.ckpt and final.ckpt
+environment.json  machine and versions       tokenizer/
+metrics.jsonl     steps and validations      lineage.json, of a branch
+predictions.jsonl, predictions.md            quantized/, logs/
+loss.png
+"""
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
 import re
-import zipfile
-from dataclasses import dataclass, replace
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from smolctl.config import RunConfig
+from smolctl.config.dump import to_yaml
 from smolctl.config.load import read_yaml, resolve_run_config
-from smolctl.errors import InputError
+from smolctl.durable import file_digest, naming_the_disk, replacing, write_text
+from smolctl.errors import InputError, UsageError
+from smolctl.runs.checkpoint_file import (
+    CheckpointFile,
+    link_checkpoint,
+    remove_checkpoint,
+    set_aside,
+    write_checksum,
+)
+from smolctl.runs.events import Event, Prediction, Step, Validation, to_json
+from smolctl.runs.records import append_record, keep_records, read_records
+from smolctl.runs.story import History, histories, to_markdown
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 RUNS = Path("runs")
+LATEST = "latest"  # in `runs`: a link to the newest run
 CONFIG = "config.yaml"
-CHECKPOINTS = "checkpoints"
+ENVIRONMENT = "environment.json"
 TOKENIZER = "tokenizer"
+CHECKPOINTS = "checkpoints"
+FINAL = "final.ckpt"
+METRICS = "metrics.jsonl"
+PREDICTIONS = "predictions.jsonl"
+STORY = "predictions.md"
+LOSS_CURVE = "loss.png"
+LINEAGE = "lineage.json"
+QUANTIZED = "quantized"
+LOGS = "logs"
+LOCK = ".lock"
+# Everything that belongs to a run; whatever else lies in its folder is somebody else's.
+NAMES = (
+    *(CONFIG, ENVIRONMENT, TOKENIZER, CHECKPOINTS, METRICS, PREDICTIONS, STORY, LOSS_CURVE),
+    *(LINEAGE, QUANTIZED, LOGS, LOCK),
+)
 CHECKPOINT_NAME = re.compile(r"step-(\d+)\.ckpt")
-
-
-@dataclass(frozen=True)
-class CheckpointFile:
-    """A checkpoint by its name; its content may still be damaged."""
-
-    step: int
-    path: Path
-    problems: tuple[str, ...] = ()  # newer checkpoints that were passed over, and why
 
 
 def split_step(reference: str) -> tuple[Path, int | None]:
@@ -45,7 +79,7 @@ def split_step(reference: str) -> tuple[Path, int | None]:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The files of one run. Everything is read when asked, nothing is cached."""
+    """The files of one run. They are read when asked for; nothing is kept in memory."""
 
     path: Path
 
@@ -67,15 +101,115 @@ class RunFolder:
             raise InputError(f"{path}: not a run: it has no {CONFIG}", _runs_hint(path.parent))
         return cls(path.parent / path.readlink() if path.is_symlink() else path)
 
+    @classmethod
+    def around(cls, checkpoint: Path) -> RunFolder | None:
+        """The run that a checkpoint file lies in; None for a file that was moved elsewhere."""
+        folder = checkpoint.absolute().parent
+        is_inside = folder.name == CHECKPOINTS and cls.is_run(folder.parent)
+        return cls(checkpoint.parent.parent) if is_inside else None
+
+    @classmethod
+    def claim(cls, name: str, out: Path | None, force: bool) -> RunFolder:
+        """A fresh folder for a run: `out`, or the next free runs/NAME-001.
+
+        Raises:
+            UsageError: `out` holds something already and `force` is not set.
+            InputError: another process is training into it.
+        """
+        if out is None:
+            return cls(_next_free(name))
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            if not force:
+                raise UsageError(
+                    f"{out} is not empty", "Choose another --out, resume it, or replace it with --force."
+                )
+            if not cls.is_run(out):
+                raise UsageError(
+                    f"{out} is no run of smolctl: --force will not delete it", "Choose another --out."
+                )
+            with cls(out).lock():
+                shutil.rmtree(out)
+        out.mkdir(parents=True, exist_ok=True)
+        return cls(out)
+
+    def lock(self) -> FileLock:
+        """The lock of the folder, held while a process trains into it.
+
+        Raises:
+            InputError: another process holds it.
+        """
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.path / LOCK, timeout=0)
+        try:
+            with naming_the_disk(self.path):
+                lock.acquire()
+        except Timeout:
+            raise InputError(
+                f"{self.path}: another process is training into this run",
+                "Wait for it, or start a run of your own with --out.",
+            ) from None
+        return lock
+
+    # What the run is
+
+    def describe(
+        self, config: RunConfig, environment: Mapping[str, Any], save_tokenizer: Callable[[Path], None]
+    ) -> None:
+        """Write what a run is before its first step, and point runs/latest here.
+
+        Args:
+            config: of the run.
+            environment: the machine, the versions, and what was decided for them.
+            save_tokenizer: writes the tokenizer into a folder.
+
+        Raises:
+            UsageError: another process was faster to make a run of this folder.
+        """
+        if self.is_run(self.path):
+            raise UsageError(
+                f"{self.path}: another process has just started a run there", "Choose another --out."
+            )
+        self.write_config(config)
+        self.write_environment(environment)
+        save_tokenizer(self.tokenizer)
+        (self.path / CHECKPOINTS).mkdir(exist_ok=True)
+        _point_latest_at(self.path)
+
     def config(self) -> RunConfig:
         """The resolved config that the run was started with."""
         path = self.path / CONFIG
         return resolve_run_config(read_yaml(path), str(path))
 
+    def write_config(self, config: RunConfig) -> None:
+        """Write the resolved config."""
+        write_text(self.path / CONFIG, to_yaml(config))
+
+    def environment(self) -> dict[str, Any]:
+        """The machine, the versions, and what was decided for them; empty where it was not recorded."""
+        return _read_json(self.path / ENVIRONMENT)
+
+    def write_environment(self, environment: Mapping[str, Any]) -> None:
+        """Write environment.json."""
+        write_text(self.path / ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
+
+    def update_environment(self, environment: Mapping[str, Any]) -> None:
+        """Record that the run goes on elsewhere or otherwise; what was recorded before stays in `earlier`."""
+        before = self.environment()
+        earlier = before.pop("earlier", [])
+        if before != environment:
+            self.write_environment({**environment, "earlier": [*earlier, before]} if before else environment)
+
     @property
     def tokenizer(self) -> Path:
         """Folder of the run's tokenizer."""
         return self.path / TOKENIZER
+
+    # Checkpoints
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint of a step lies, be it there or not."""
+        return self.path / CHECKPOINTS / f"step-{step:06d}.ckpt"
 
     def checkpoints(self) -> tuple[CheckpointFile, ...]:
         """Every checkpoint by rising step; files that are still being written are left out."""
@@ -88,52 +222,148 @@ class RunFolder:
         return tuple(sorted(found, key=lambda file: file.step))
 
     def checkpoint(self, step: int | None = None) -> CheckpointFile:
-        """The newest sound checkpoint, or the one of a step.
+        """The newest checkpoint, or the one of a step, if it is sound.
 
         Raises:
-            InputError: there is none, none of that step, or it is damaged.
+            InputError: there is none, none of that step, or it is damaged, naming the newest sound one.
         """
         files = self.checkpoints()
-        steps = ", ".join(str(file.step) for file in files)
         if not files:
             raise InputError(f"{self.path}: no checkpoint yet", "Train on, or name another run.")
-        if step is not None:
-            chosen = next((file for file in files if file.step == step), None)
-            if chosen is None:
-                raise InputError(f"{self.path}: no checkpoint of step {step}", f"There are: {steps}.")
-            damage = damage_of(chosen.path)
-            if damage:
-                raise InputError(f"{chosen.path}: {damage}", self._sound_ones(files))
-            return chosen
-        problems: list[str] = []
-        for file in reversed(files):
-            damage = damage_of(file.path)
-            if not damage:
-                return replace(file, problems=tuple(problems))
-            problems.append(f"{file.path.name} is passed over: {damage}")
-        raise InputError(
-            f"{self.path}: every checkpoint is damaged ({steps})", "Train again, or restore a copy."
-        )
+        chosen = files[-1] if step is None else next((file for file in files if file.step == step), None)
+        if chosen is None:
+            steps = ", ".join(str(file.step) for file in files)
+            raise InputError(f"{self.path}: no checkpoint of step {step}", f"There are: {steps}.")
+        if damage := chosen.damage:
+            others = (file.step for file in reversed(files) if file != chosen and not file.damage)
+            good = next(others, None)
+            hint = (
+                "No other checkpoint is sound."
+                if good is None
+                else f"The newest sound one: {self.path}@{good}"
+            )
+            raise InputError(f"{chosen.path}: {damage}", hint)
+        return chosen
 
-    def _sound_ones(self, files: tuple[CheckpointFile, ...]) -> str:
-        sound = [str(file.step) for file in files if not damage_of(file.path)]
-        return f"Good ones: step {', '.join(sound)}." if sound else "No other checkpoint is sound either."
+    def remove_old_checkpoints(self, keep_last: int, keep_every: int) -> None:
+        """Keep the newest `keep_last` checkpoints (0: all) and those at multiples of `keep_every`."""
+        for file in self.checkpoints()[:-keep_last] if keep_last else ():
+            if not (keep_every and file.step and file.step % keep_every == 0):
+                remove_checkpoint(file.path)
+
+    def clear_after(self, step: int, force: bool) -> None:
+        """Make room for the steps after `step`: damaged files are set aside, sound ones go only by force.
+
+        The name final.ckpt goes too: its checkpoint keeps the name of its step.
+
+        Raises:
+            UsageError: a newer sound checkpoint would be replaced.
+        """
+        newer = {file: not file.damage for file in self.checkpoints() if file.step > step}
+        sound = [file for file, is_sound in newer.items() if is_sound]
+        if sound and not force:
+            raise UsageError(
+                f"{self.path} has newer checkpoints (up to step {sound[-1].step:,}) "
+                f"that going on from step {step:,} would replace",
+                "Branch into a folder of its own with --out NEW, or replace them with --force.",
+            )
+        for file in newer:
+            (remove_checkpoint if file in sound else set_aside)(file.path)
+        remove_checkpoint(self.path / CHECKPOINTS / FINAL)
+
+    def name_final(self, step: int) -> None:
+        """Give the checkpoint of the last step the name final.ckpt as well."""
+        link_checkpoint(self.checkpoint_path(step), self.path / CHECKPOINTS / FINAL)
+
+    # Records
+
+    def record(self, event: Event) -> None:
+        """Append an event to the file it belongs to."""
+        if isinstance(event, Step | Validation):
+            append_record(self.path / METRICS, to_json(event))
+        elif isinstance(event, Prediction):
+            append_record(self.path / PREDICTIONS, to_json(event))
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """Every record of metrics.jsonl."""
+        return read_records(self.path / METRICS)
+
+    def predictions(self) -> dict[str, History]:
+        """Every prediction of the run, by prompt."""
+        return histories(read_records(self.path / PREDICTIONS))
+
+    def write_story(self) -> None:
+        """Write predictions.md anew from predictions.jsonl."""
+        write_text(self.path / STORY, to_markdown(self.predictions()))
+
+    def draw_loss(self) -> None:
+        """Draw loss.png anew from metrics.jsonl."""
+        from smolctl.runs.chart import draw_loss
+
+        with replacing(self.path / LOSS_CURVE) as partial:
+            draw_loss(self.metrics(), partial)
+
+    def keep_records(self, step: int, parent: RunFolder | None = None) -> None:
+        """Keep the records up to a step, or take over those of a parent: later steps come again."""
+        last = step or -1  # a run that goes on from step 0 predicts there once more
+        for name in (METRICS, PREDICTIONS):
+            keep_records((parent or self).path / name, last, self.path / name)
+        if (self.path / PREDICTIONS).exists():
+            self.write_story()
+
+    # Lineage
+
+    def branch_from(self, checkpoint: Path, step: int, parent: RunFolder | None) -> None:
+        """Begin with a copy of a checkpoint and, of a parent run, the records up to its step.
+
+        Args:
+            checkpoint: the file to go on from.
+            step: its step.
+            parent: the run that it lies in; None for a file that was moved elsewhere.
+        """
+        copy, digest = self.checkpoint_path(step), file_digest(checkpoint)
+        with replacing(copy) as partial:
+            shutil.copyfile(checkpoint, partial)
+        write_checksum(copy, digest)
+        if parent is not None:
+            self.keep_records(step, parent)
+        lineage = {
+            "parent": str(parent.path if parent else checkpoint),
+            "step": step,
+            "checkpoint_sha256": digest,
+            "parent_lineage": (_read_json(parent.path / LINEAGE) or None) if parent else None,
+        }
+        write_text(self.path / LINEAGE, json.dumps(lineage, indent=2) + "\n")
 
 
-def damage_of(path: Path) -> str:
-    """What is structurally wrong with a checkpoint; "" when nothing is.
-
-    A zip's directory stands at its end: a file that was cut off has none. Contents are not read.
-    """
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when the file is missing or damaged."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        size = path.stat().st_size if path.exists() else 0
-        return f"damaged or cut off after {size:,} bytes ({error})"
-    return (
-        "" if any(name.endswith("/data.pkl") for name in names) else "not a PyTorch checkpoint (no data.pkl)"
-    )
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _next_free(name: str) -> Path:
+    for number in itertools.count(1):
+        path = RUNS / f"{name}-{number:03d}"
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue  # of an older run, or of one that starts at this very moment
+        return path
+    raise AssertionError("unreachable")
+
+
+def _point_latest_at(folder: Path) -> None:
+    """Make runs/latest a link to a run, replacing an older link in one move."""
+    RUNS.mkdir(exist_ok=True)
+    inside = folder.resolve().parent == RUNS.resolve()
+    partial = RUNS / f".{LATEST}.{os.getpid()}"
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(folder.name if inside else folder.resolve(), target_is_directory=True)
+    partial.replace(RUNS / LATEST)
 
 
 def latest_run(root: Path = RUNS) -> Path:
@@ -142,7 +372,7 @@ def latest_run(root: Path = RUNS) -> Path:
     Raises:
         InputError: there is no run.
     """
-    link = root / "latest"
+    link = root / LATEST
     if RunFolder.is_run(link):
         return RunFolder.open(link).path
     runs = [path for path in (root.iterdir() if root.is_dir() else ()) if RunFolder.is_run(path)]

@@ -44,7 +44,7 @@ def to_markdown(by_prompt: Mapping[str, History]) -> str:
         "# Predictions",
         "",
         f"How the model went on from each prompt, from step {min(steps, default=0):,} "
-        f"to step {max(steps, default=0):,}. Written anew from predictions.jsonl after every round.",
+        f"to step {max(steps, default=0):,}. Rewritten from predictions.jsonl after every round.",
     ]
     for prompt, history in by_prompt.items():
         lines += ["", f"## {code_span(prompt)}"]

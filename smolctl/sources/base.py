@@ -60,6 +60,15 @@ class TokenizerFiles:
     pad_token_id: int | None = None
 
 
+@dataclass(frozen=True)
+class RecordedLoss:
+    """What a run recorded of a checkpoint's weights: whoever exports them must find the same loss."""
+
+    tokens: torch.Tensor  # int32 (N, T + 1): sequences that were held out
+    loss: float  # mean cross entropy in nats a token, computed in float32
+    document_end: int | None = None  # the token that attention does not cross
+
+
 class Weights(ABC):
     """Access to the tensors behind a header. Nothing is read before it is asked for."""
 
@@ -94,6 +103,7 @@ class ModelSource:
     step: int | None = None  # optimizer steps behind a checkpoint
     weights: Weights | None = None
     quantization: Mapping[str, Any] | None = None  # quantization.json, of a quantized model
+    recorded_loss: RecordedLoss | None = None  # of a checkpoint that a run wrote
     # Called by `read_tokenizer`; None when the source carries no tokenizer.
     tokenizer_reader: Callable[[], TokenizerFiles | None] | None = field(default=None, repr=False)
 

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import pickle
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolctl.config import RunConfig
-from smolctl.config.load import resolve_run_config
 from smolctl.errors import InputError
-from smolctl.runs.folder import CHECKPOINTS, RunFolder, damage_of
-from smolctl.sources.base import ModelSource, SourceKind, TensorHeader, TokenizerFiles, Weights
+from smolctl.runs.checkpoint_file import read_checkpoint, recorded_config
+from smolctl.runs.folder import RunFolder
+from smolctl.sources.base import ModelSource, RecordedLoss, SourceKind, TensorHeader, TokenizerFiles, Weights
 from smolctl.sources.huggingface.tokenizer import tokenizer_reader
-from smolctl.sources.quantized.dynamic_checkpoint import is_dynamic_checkpoint, open_dynamic_checkpoint
+from smolctl.sources.quantized.dynamic_checkpoint import (
+    is_dynamic_checkpoint,
+    open_dynamic_checkpoint,
+    tokenizer_inside,
+)
 from smolctl.sources.shapes import check_tensors, recover_config
 
 if TYPE_CHECKING:
     import torch
 
-REMEDY = "Use another checkpoint of the run: it is damaged or not complete."
 # What torch.compile, DDP and FSDP put before the names of the modules they wrap.
 WRAPPERS = {"_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module"}
 
@@ -52,9 +52,10 @@ def open_checkpoint(path: Path, name: str) -> ModelSource:
         "tensors": tensors,
         "step": step if type(step) is int else None,
         "weights": StateWeights(state),
-        "tokenizer_reader": _tokenizer_beside(path),
+        "tokenizer_reader": _tokenizer_of(content, path),
+        "recorded_loss": _recorded_loss(content),
     }
-    run = _recipe(content, path)
+    run = recorded_config(content, path)
     if run is None:
         recovered = recover_config(tensors)
         return ModelSource(
@@ -71,45 +72,6 @@ def open_checkpoint(path: Path, name: str) -> ModelSource:
         declared=run.model.model_dump(mode="json"),
         problems=check_tensors(run.model, tensors),
     )
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The dictionary in a checkpoint, its tensors memory-mapped.
-
-    Raises:
-        InputError: the file is truncated or damaged, no checkpoint, or holds code.
-    """
-    import torch
-
-    damage = damage_of(path)
-    if damage:
-        raise InputError(f"{path}: {damage}", REMEDY)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # torch's guesses about a damaged pickle
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged pickle can fail in any way
-        raise _load_error(path, error) from None
-    if not isinstance(content, dict):
-        raise InputError(
-            f"{path}: no checkpoint of a training run", "Name a run folder or one of its checkpoints."
-        )
-    return content
-
-
-def _load_error(path: Path, error: Exception) -> InputError:
-    from torch.serialization import get_unsafe_globals_in_checkpoint
-
-    try:
-        unsafe = sorted(get_unsafe_globals_in_checkpoint(str(path)))  # reads the pickle, does not run it
-    except Exception:
-        unsafe = []
-    if unsafe and isinstance(error, pickle.UnpicklingError):
-        return InputError(
-            f"{path}: refused, because it holds code: {', '.join(unsafe[:3])}; nothing was executed",
-            "Ask its author for safetensors, or for a checkpoint that holds tensors and plain values only.",
-        )
-    reason = (str(error) or type(error).__name__).strip().splitlines()[0][:120]
-    return InputError(f"{path}: damaged checkpoint ({reason})", REMEDY)
 
 
 def network_state(content: Mapping[str, Any], path: Path) -> dict[str, torch.Tensor]:
@@ -147,20 +109,20 @@ def clean_name(name: str) -> str:
     return ".".join(parts)
 
 
-def _recipe(content: Mapping[str, Any], path: Path) -> RunConfig | None:
-    """The resolved config that smolctl keeps in a checkpoint; None in those of others."""
-    parameters = content.get("hyper_parameters")
-    values = parameters.get("config") if isinstance(parameters, Mapping) else None
-    if not isinstance(values, Mapping) or "model" not in values:
-        return None
-    return resolve_run_config(values, str(path))
+def _tokenizer_of(content: Mapping[str, Any], path: Path) -> Callable[[], TokenizerFiles | None] | None:
+    """The tokenizer of the run that a checkpoint lies in, else the one in the checkpoint itself."""
+    run = RunFolder.around(path)
+    beside = tokenizer_reader(run.tokenizer) if run else None
+    return beside or tokenizer_inside(content, path)
 
 
-def _tokenizer_beside(path: Path) -> Callable[[], TokenizerFiles | None] | None:
-    """The tokenizer of the run that a checkpoint lies in."""
-    if path.resolve().parent.name != CHECKPOINTS:
+def _recorded_loss(content: Mapping[str, Any]) -> RecordedLoss | None:
+    """What the run recorded when it wrote the checkpoint."""
+    state = content.get("smolctl")
+    held_out = state.get("held_out") if isinstance(state, Mapping) else None
+    if not isinstance(held_out, Mapping) or "loss" not in held_out:
         return None
-    return tokenizer_reader(RunFolder(path.resolve().parent.parent).tokenizer)
+    return RecordedLoss(held_out["tokens"], held_out["loss"], held_out.get("document_end"))
 
 
 def _dtype(tensor: torch.Tensor) -> str:

@@ -92,7 +92,7 @@ class _Node:
         value = self.get(dotted, default)
         if type(value) is not int:
             raise InputError(
-                f"{self.origin}: {dotted} must be a whole number, got {value!r}", "Mend the YAML."
+                f"{self.origin}: {dotted} must be a whole number, got {value!r}", "Correct the YAML."
             )
         return value
 

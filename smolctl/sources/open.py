@@ -181,8 +181,7 @@ def _open_run(path: Path, step: int | None, name: str) -> ModelSource:
         kind=SourceKind.RUN,
         run=source.run or config,
         step=file.step,
-        tokenizer_reader=reader,
-        problems=(*file.problems, *source.problems),
+        tokenizer_reader=reader or source.tokenizer_reader,
     )
 
 

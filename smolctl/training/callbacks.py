@@ -5,22 +5,16 @@ from __future__ import annotations
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 
-from smolctl.config import RunConfig
 from smolctl.data.batches import validation_batches
-from smolctl.data.tokenizer.tokenizer import Tokenizer
-from smolctl.data.tokens.corpus import TokenizedCorpus
 from smolctl.evaluation import bits_per_byte
 from smolctl.runs.events import Checkpoint, Event, Listener, Step, Validation, to_json
 from smolctl.runs.folder import RunFolder
-from smolctl.runs.records import RunRecorder
 from smolctl.timing import peak_memory
 from smolctl.training.device import flops_utilization, run_peak_flops
 from smolctl.training.distributed import from_main, gather
@@ -28,21 +22,11 @@ from smolctl.training.lightning import pl
 from smolctl.training.loggers import MetricLoggers, Opening
 from smolctl.training.module import TrainingModule
 from smolctl.training.predictions import observing, predict
+from smolctl.training.prepare import Prepared
 from smolctl.training.tolerance import Tolerance, shortened
 
 # Steps over which the displayed speed is averaged: enough to be calm, few enough to follow a change.
 SPEED_WINDOW = 20
-
-
-@dataclass(frozen=True)
-class RunContext:
-    """What the callbacks need to know about the run around them."""
-
-    config: RunConfig
-    recorder: RunRecorder
-    tokenizer: Tokenizer
-    corpus: TokenizedCorpus
-    emit: Listener
 
 
 class StopFlag:
@@ -79,32 +63,32 @@ class RunCallback(pl.Callback):
     Saving comes first: nothing that can fail afterwards costs more than itself.
     """
 
-    def __init__(self, context: RunContext, stop: StopFlag, saved_at: int | None = None) -> None:
-        self.context = context
+    def __init__(self, prepared: Prepared, run: RunFolder, emit: Listener, stop: StopFlag) -> None:
+        self.prepared, self.config = prepared, prepared.config
+        self.run = run  # the main process's, once training has started
+        self.emit = emit
         self.stop = stop
-        self.saved_at = saved_at  # step of the newest checkpoint
-        self.folder = context.recorder.folder  # the main process's, once training has started
+        self.saved_at = prepared.first_step or None  # step of the newest checkpoint
         self._durations: deque[float] = deque(maxlen=SPEED_WINDOW)
         self._step_started = 0.0
         self._peak_flops: float | None = None
-        self._tolerating = Tolerance(context.emit)
-        self._loggers = MetricLoggers(context.emit)
-        lengths = context.tokenizer.token_byte_lengths()
-        vocabulary = context.config.model.vocab_size
+        self._tolerating = Tolerance(emit)
+        self._loggers = MetricLoggers(emit)
+        lengths = prepared.tokenizer.token_byte_lengths()
+        vocabulary = self.config.model.vocab_size
         self._token_bytes = torch.zeros(max(vocabulary, len(lengths)), dtype=torch.long)
         self._token_bytes[: len(lengths)] = torch.from_numpy(lengths)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        device, precision = trainer.strategy.root_device, str(trainer.precision)
+        device, precision = trainer.strategy.root_device, self.config.train.precision
         self._peak_flops = run_peak_flops(device, precision, trainer.world_size)
         if trainer.is_global_zero:
-            config, recorder = self.context.config, self.context.recorder
-            opening = Opening(recorder.folder, config, self.saved_at or 0, recorder.metrics())
-            self._loggers.open(config.trainer.loggers, opening)
+            opening = Opening(self.run.path, self.config, self.saved_at or 0, self.run.metrics())
+            self._loggers.open(self.config.trainer.loggers, opening)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.stop.install()  # after Lightning has installed its own
-        self.folder = Path(from_main(str(self.context.recorder.folder), trainer))
+        self.run = RunFolder(Path(from_main(str(self.run.path), trainer)))
         if trainer.global_step == 0:
             self._save(trainer)  # shows before step 1 that a checkpoint can be written and read
             self._predict(trainer, pl_module)
@@ -119,7 +103,7 @@ class RunCallback(pl.Callback):
     ) -> None:
         assert isinstance(pl_module, TrainingModule)
         self._record_step(trainer, pl_module)
-        step, config = trainer.global_step, self.context.config
+        step, config = trainer.global_step, self.config
         last = step >= config.train.steps
         # A signal may reach one process only; all of them stop for the same one.
         signals = [name for name in gather(self.stop.received, trainer) if name]
@@ -133,7 +117,7 @@ class RunCallback(pl.Callback):
             self._predict(trainer, pl_module)
         if (last or stopping or step % config.checkpoint.every == 0) and trainer.is_global_zero:
             with self._tolerating("drawing loss.png", step):
-                self.context.recorder.draw_loss()
+                self.run.draw_loss()
         if stopping:
             trainer.should_stop = True
 
@@ -149,16 +133,17 @@ class RunCallback(pl.Callback):
 
     def _publish(self, trainer: pl.Trainer, event: Event) -> None:
         if trainer.is_global_zero:
-            self.context.recorder.record(event)
+            self.run.record(event)
             self._loggers.log(to_json(event))
-            self.context.emit(event)
+            self.emit(event)
 
     def _record_step(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         assert module.result is not None
+        assert module.dataset is not None
         seconds = time.perf_counter() - self._step_started
         self._durations.append(seconds)
         mean = sum(self._durations) / len(self._durations)
-        config, step = self.context.config, trainer.global_step
+        config, step = self.config, trainer.global_step
         speed = config.tokens_per_step / mean
         self._publish(
             trainer,
@@ -173,6 +158,7 @@ class RunCallback(pl.Callback):
                 eta_s=(config.train.steps - step) * mean,
                 memory_bytes=peak_memory(trainer.strategy.root_device),
                 mfu=flops_utilization(config, speed, self._peak_flops),
+                skipped=module.skipped,
             ),
         )
 
@@ -181,56 +167,42 @@ class RunCallback(pl.Callback):
         if self.saved_at == step:
             return
         started = time.perf_counter()
-        path = self.folder / "checkpoints" / f"step-{step:06d}.ckpt"
+        path = self.run.checkpoint_path(step)
         trainer.save_checkpoint(path)
         self.saved_at = step
         if trainer.is_global_zero:
-            remove_old_checkpoints(
-                self.context.recorder.folder,
-                self.context.config,
-                trainer.strategy.checkpoint_io.remove_checkpoint,
-            )
+            kept = self.config.checkpoint
+            self.run.remove_old_checkpoints(kept.keep_last, kept.keep_every)
             seconds = time.perf_counter() - started
             self._publish(trainer, Checkpoint(step, str(path), path.stat().st_size, seconds))
 
     def _validate(self, trainer: pl.Trainer, module: TrainingModule) -> None:
-        context, held_out = self.context, self.context.corpus.validation
+        held_out = self.prepared.corpus.validation
         if held_out is None or not trainer.is_global_zero:
             return
-        config, step, result = context.config, trainer.global_step, None
+        config, step, result = self.config, trainer.global_step, None
         with self._tolerating("the validation", step), observing(module.network):
             batches = validation_batches(
-                held_out, config.data.sequence_length, config.micro_batch_size, config.validation.batches
+                held_out, config.data.sequence_length, config.micro_batch_size, config.validation.sequences
             )
-            result = bits_per_byte(module.network, batches, self._token_bytes, module.dataset.document_end)
+            result = bits_per_byte(module.network, batches, self._token_bytes, self.prepared.document_end)
         if result is not None:
             self._publish(trainer, Validation(step, result.bits_per_byte, result.standard_error, result.loss))
 
     def _predict(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, TrainingModule)
-        context, step = self.context, trainer.global_step
-        config = context.config.predictions
+        config, step = self.config.predictions, trainer.global_step
         if not config.every or not trainer.is_global_zero:
             return
         for prompt in config.prompts:
             prediction = None
             with self._tolerating(f"the prediction for {shortened(prompt)!r}", step):
-                prediction = predict(module.network, context.tokenizer, config, prompt, step)
+                prediction = predict(module.network, self.prepared.tokenizer, config, prompt, step)
             if prediction is not None:
                 self._publish(trainer, prediction)
         with self._tolerating("writing predictions.md", step):
-            context.recorder.write_story()
+            self.run.write_story()
 
 
 def _is_due(step: int, every: int, last: bool) -> bool:
     return bool(every) and (last or step % every == 0)
-
-
-def remove_old_checkpoints(folder: Path, config: RunConfig, remove: Callable[[Path], None]) -> None:
-    """Keep the newest `keep_last` checkpoints and those at multiples of `keep_every`."""
-    keep_last, keep_every = config.checkpoint.keep_last, config.checkpoint.keep_every
-    if not keep_last:
-        return
-    for checkpoint in RunFolder(folder).checkpoints()[:-keep_last]:
-        if not (keep_every and checkpoint.step and checkpoint.step % keep_every == 0):
-            remove(checkpoint.path)

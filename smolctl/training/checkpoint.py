@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 
-from smolctl.durable import HashingFile, file_digest, lack_of_room, sync_folder
-from smolctl.errors import InputError, SmolError
-from smolctl.runs.folder import damage_of
+from smolctl.durable import HashingFile, file_digest, lack_of_room, replacing, sync_file
+from smolctl.errors import SmolError
+from smolctl.runs.checkpoint_file import read_checkpoint, remove_checkpoint, remove_checksum, write_checksum
 from smolctl.training.lightning import CheckpointIO
 
-CHECKSUM_SUFFIX = ".sha256"  # of the file beside a checkpoint, in sha256sum's format
+FREE_SOME = "Free some space or choose another --out; earlier checkpoints are untouched."
 
 
 class SaveError(SmolError):
@@ -33,82 +32,36 @@ class DurableCheckpointIO(CheckpointIO):
             SaveError: no room, no permission, or the disk returned other bytes than were written.
         """
         target = Path(path)
-        partial = target.with_name(f".{target.name}.partial")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             _check_room(checkpoint, target)
-            with partial.open("wb") as file:
-                hashing = HashingFile(file)
-                torch.save(checkpoint, cast(IO[bytes], hashing))
-                file.flush()
-                os.fsync(file.fileno())
-            digest = hashing.digest.hexdigest()
-            if file_digest(partial) != digest:
-                raise SaveError(
-                    f"{target}: the disk returned other bytes than were written", "Check the disk."
-                )
-            # A checksum never stands beside other bytes than its own, whenever the process dies.
-            Path(f"{target}{CHECKSUM_SUFFIX}").unlink(missing_ok=True)
-            partial.replace(target)
-            _write_checksum(target, digest)
-            sync_folder(target.parent)
+            with replacing(target) as partial:
+                with partial.open("wb") as file:
+                    hashing = HashingFile(file)
+                    torch.save(checkpoint, cast(IO[bytes], hashing))
+                sync_file(partial)
+                digest = hashing.digest.hexdigest()
+                if file_digest(partial) != digest:
+                    raise SaveError(
+                        f"{target}: the disk returned other bytes than were written", "Check the disk."
+                    )
+                # A checksum never stands beside other bytes than its own, whenever the process dies.
+                remove_checksum(target)
+            write_checksum(target, digest)
         except OSError as error:
             raise SaveError(
-                f"{target}: the checkpoint cannot be written ({error.strerror or error})",
-                "Free some space or choose another --out; earlier checkpoints are untouched.",
+                f"{target}: the checkpoint cannot be written ({error.strerror or error})", FREE_SOME
             ) from error
-        finally:
-            partial.unlink(missing_ok=True)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint as plain data; no code in it is executed."""
-        return read_checkpoint(Path(path))
+        """Read a sound checkpoint as plain data; no code in it is executed."""
+        return read_checkpoint(Path(path), mmap=False)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint and its checksum."""
-        Path(path).unlink(missing_ok=True)
-        Path(f"{path}{CHECKSUM_SUFFIX}").unlink(missing_ok=True)
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint on the CPU.
-
-    Raises:
-        InputError: it is missing, damaged, or holds more than plain data.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(
-            f"{path}: not a readable checkpoint ({type(error).__name__})", "Choose another one."
-        ) from None
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise InputError(
-            f"{path}: no checkpoint of a training run", "Name a run folder or one of its checkpoints."
-        )
-    return content
-
-
-def set_aside(path: Path) -> None:
-    """Rename a damaged checkpoint, so that it is no longer taken for one and can still be looked at."""
-    path.replace(f"{path}.damaged")
-    Path(f"{path}{CHECKSUM_SUFFIX}").unlink(missing_ok=True)
-
-
-def find_damage(path: Path) -> str:
-    """Why a checkpoint must not be trusted; empty when its bytes are those that were written."""
-    damage = damage_of(path)
-    checksum = Path(f"{path}{CHECKSUM_SUFFIX}")
-    if damage or not checksum.is_file():
-        return damage
-    expected = checksum.read_text(encoding="ascii", errors="replace").split(" ")[0]
-    return (
-        ""
-        if file_digest(path) == expected
-        else "its bytes are not the ones that were written (checksum differs)"
-    )
+        remove_checkpoint(Path(path))
 
 
 def tensor_bytes(value: Any) -> int:
@@ -125,17 +78,4 @@ def tensor_bytes(value: Any) -> int:
 def _check_room(checkpoint: Mapping[str, Any], target: Path) -> None:
     needed = tensor_bytes(checkpoint) + (1 << 20)  # the rest is small: names, config, random states
     if lack := lack_of_room(target.parent, needed):
-        raise SaveError(
-            f"{target}: the checkpoint {lack}",
-            "Free some space or choose another --out; earlier checkpoints are untouched.",
-        )
-
-
-def _write_checksum(target: Path, digest: str) -> None:
-    checksum = Path(f"{target}{CHECKSUM_SUFFIX}")
-    partial = checksum.with_name(f".{checksum.name}.partial")
-    with partial.open("w", encoding="ascii") as file:
-        file.write(f"{digest}  {target.name}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(checksum)
+        raise SaveError(f"{target}: the checkpoint {lack}", FREE_SOME)

@@ -1,38 +1,87 @@
-"""The device a run trains on: the arithmetic it is capable of."""
+"""The device a run trains on: what it can compute, how fast, and what is decided for it."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
 import re
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from smolctl import __version__
 from smolctl.arithmetic import training_flops_per_token
 from smolctl.config import RunConfig
+from smolctl.errors import InputError
+from smolctl.runs.events import Listener, Note
 
-# Dense matrix products a second, in 10¹² operations: (bfloat16, float32 by way of TF32). From NVIDIA's
-# data sheets; where those quote the double for sparse matrices, halved. The first name that occurs as
-# words in the device's own decides, so that longer names stand before those they contain. Lightning's
-# table is not used: it has sparse figures for some chips, and no plain "H200".
+# Dense matrix multiplications, in 10¹² operations a second: (16 bits, float32). 16 bits: bfloat16 and
+# float16 with sums in float32. float32: by way of TF32 where the chip has it (SM 8.0 on), else on CUDA cores.
+# Sources: NVIDIA's data sheets of the data-centre chips (where those quote the double for sparse matrices,
+# halved) and its architecture whitepapers for GeForce: Turing (2018; reference clocks), Ampere GA102 (2020),
+# Ada (2022), RTX Blackwell (2025). GB10: an eighth of the FP4 figure with sparsity, the only one published.
+# The first name that occurs as words in the device's own decides, so that longer names come before those they
+# contain. Lightning's table is not used: it has sparse figures for some chips, and no plain "H200".
 PEAK_TERAFLOPS = (
     ("B200", 2250.0, 1125.0),
+    ("GB10", 125.0, 62.5),
     ("H200 NVL", 835.5, 417.7),
     ("H200", 989.5, 494.7),
     ("H100 NVL", 835.5, 417.7),
     ("H100 PCIe", 756.0, 378.0),
     ("H100 80GB HBM3", 989.5, 494.7),
     ("A100", 312.0, 156.0),
+    ("A10", 125.0, 62.5),
+    ("A40", 149.7, 74.8),
     ("L40S", 362.0, 183.0),
     ("L40", 181.0, 90.5),
     ("L4", 121.0, 60.0),
-    ("A40", 149.7, 74.8),
+    ("V100-SXM2", 125.0, 15.7),
+    ("V100-PCIE", 112.0, 14.0),
+    ("T4", 65.0, 8.1),
     ("RTX A6000", 154.8, 77.4),
+    ("RTX 5090", 209.5, 104.8),
+    ("RTX 5080", 112.6, 56.3),
+    ("RTX 5070 Ti", 87.9, 43.9),
+    ("RTX 5070", 61.7, 30.9),
     ("RTX 4090", 165.2, 82.6),
+    ("RTX 4080 SUPER", 104.4, 52.2),
+    ("RTX 4080", 97.5, 48.7),
+    ("RTX 4070 Ti SUPER", 88.2, 44.1),
+    ("RTX 4070 Ti", 80.2, 40.1),
+    ("RTX 4070 SUPER", 71.0, 35.5),
+    ("RTX 4070", 58.3, 29.1),
+    ("RTX 4060 Ti", 44.1, 22.1),
+    ("RTX 4060", 30.2, 15.1),
     ("RTX 3090 Ti", 80.0, 40.0),
     ("RTX 3090", 71.0, 35.6),
+    ("RTX 3080 Ti", 68.2, 34.1),
+    ("RTX 3080", 59.5, 29.8),
+    ("RTX 3070 Ti", 43.5, 21.7),
+    ("RTX 3070", 40.6, 20.3),
+    ("RTX 3060 Ti", 32.4, 16.2),
+    ("RTX 3060", 25.5, 12.7),
+    ("RTX 2080 Ti", 53.8, 13.4),
+    ("RTX 2080 SUPER", 44.6, 11.2),
+    ("RTX 2080", 40.3, 10.1),
+    ("RTX 2070 SUPER", 36.3, 9.1),
+    ("RTX 2070", 29.9, 7.5),
+    ("RTX 2060", 25.8, 6.5),
 )
+# Chips whose 16 bits are float16 alone: a bfloat16 run has no peak there.
+WITHOUT_BFLOAT16 = ("V100-SXM2", "V100-PCIE", "T4", "RTX 20")
 # A slice of a device, and chips that share a name with larger ones.
 NOT_THE_WHOLE_CHIP = re.compile(r"\b(MIG|Laptop|Max-Q)\b")
+
+# Compiling takes about a minute, and a step of a 135M model on a large GPU some tens of milliseconds, of
+# which it saves a quarter or so: below so many steps, compiling costs more time than it saves. To be measured
+# by benchmarks/gpu.py.
+STEPS_WORTH_COMPILING = 2_000
+# Settings of which "auto" is replaced by what is decided for the device.
+DECIDED = ("train.precision", "train.compile", "trainer.accelerator")
+RECORDED_PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "numpy", "safetensors")
 
 
 def peak_flops(name: str, precision: str) -> float | None:
@@ -40,16 +89,19 @@ def peak_flops(name: str, precision: str) -> float | None:
 
     Args:
         name: as `torch.cuda.get_device_name` has it.
-        precision: Lightning's name: "32-true", "bf16-mixed" or "bf16-true".
+        precision: Lightning's name: "32-true", "bf16-mixed", "bf16-true" or "16-mixed".
 
     Returns:
-        None for a device that is not in the table, or for a part of one.
+        None for a device that is not in the table, for a part of one, and for bfloat16 on a device that
+        emulates it.
     """
     if NOT_THE_WHOLE_CHIP.search(name):
         return None
-    for chip, bfloat16, float32 in PEAK_TERAFLOPS:
+    for chip, half, float32 in PEAK_TERAFLOPS:
         if re.search(rf"\b{chip}\b", name):
-            return 1e12 * (bfloat16 if precision.startswith("bf16") else float32)
+            if precision.startswith("bf16") and chip.startswith(WITHOUT_BFLOAT16):
+                return None
+            return 1e12 * (float32 if precision == "32-true" else half)
     return None
 
 
@@ -64,7 +116,7 @@ def run_peak_flops(device: torch.device, precision: str, devices: int) -> float 
 def flops_utilization(config: RunConfig, tokens_per_second: float, peak: float | None) -> float | None:
     """MFU: the share of `peak` (operations a second) that goes into the model's own arithmetic.
 
-    The head's product counts also when its weights are tied; what is computed twice to save memory does
+    The head's matmul counts also when its weights are tied; what is computed twice to save memory does
     not count.
     """
     if peak is None:
@@ -72,47 +124,154 @@ def flops_utilization(config: RunConfig, tokens_per_second: float, peak: float |
     return tokens_per_second * training_flops_per_token(config.model, config.data.sequence_length) / peak
 
 
-# Compiling takes about a minute, and a step of a 135M model on a large GPU some tens of milliseconds, of
-# which it saves a quarter or so: the steps that win the minute back. To be measured by benchmarks/gpu.py.
-STEPS_WORTH_COMPILING = 2_000
+@dataclass(frozen=True)
+class Device:
+    """What a run computes on."""
+
+    kind: str  # PyTorch's: "cpu", "cuda", "mps"
+    name: str  # "cpu", or the GPU's own
+    bfloat16: bool  # multiplies bfloat16 in hardware, without emulation
 
 
-def resolved_compile(config: RunConfig) -> bool:
-    """Whether to use torch.compile: as the config says; with "auto", where it pays.
+def find_device(accelerator: str) -> Device:
+    """The device that Lightning's `accelerator` stands for on this machine.
 
-    On a CPU it does not: the blocks' operations are fused by hand, and compiled blocks took 0.93 to 0.99
-    of the time but a fifth more memory (benchmarks/README.md).
+    Whether a GPU has bfloat16 is asked without emulation: a T4 or V100 (SM below 8.0) emulates it, slowly.
+
+    Raises:
+        InputError: the machine has no such device.
     """
-    if config.train.compile != "auto":
-        return config.train.compile
-    return on_gpu(config) and config.train.steps >= STEPS_WORTH_COMPILING
-
-
-def on_gpu(config: RunConfig) -> bool:
-    """Whether the run will use CUDA."""
-    return torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda")
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if accelerator in ("auto", "gpu", "cuda") and has_cuda:
+        return Device(
+            "cuda", torch.cuda.get_device_name(0), torch.cuda.is_bf16_supported(including_emulation=False)
+        )
+    if accelerator in ("auto", "gpu", "mps") and has_mps:
+        return Device("mps", platform.processor() or "mps", False)  # float32 there is not slower
+    if accelerator in ("gpu", "cuda", "mps"):
+        raise InputError(
+            f"trainer.accelerator {accelerator}: this machine has no such device",
+            "Take --set trainer.accelerator=auto, or cpu.",
+        )
+    capabilities = torch.cpu.get_capabilities()
+    return Device("cpu", "cpu", bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")))
 
 
 def process_count(config: RunConfig) -> int:
     """Devices that share a step, over all machines."""
     devices = config.trainer.devices
     if devices == "auto":
-        devices = torch.cuda.device_count() if on_gpu(config) else 1
+        devices = torch.cuda.device_count() if config.trainer.accelerator == "cuda" else 1
     return devices * config.trainer.num_nodes
 
 
-def resolved_precision(config: RunConfig) -> Literal["32-true", "bf16-mixed", "bf16-true"]:
-    """bf16 where a GPU computes in it, float32 elsewhere.
+@dataclass(frozen=True)
+class Decisions:
+    """What was decided for a device, kept in the run's checkpoints."""
 
-    Most CPUs emulate bf16, slowly. Those that do not are told of in a note: the same config shall give the
-    same numbers on both.
+    device: str
+    asked: tuple[str, ...]  # the settings that were "auto"
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """The settings that are decided where they are "auto", by name."""
+    return {
+        "train.precision": config.train.precision,
+        "train.compile": config.train.compile,
+        "trainer.accelerator": config.trainer.accelerator,
+    }
+
+
+def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """The config with other values of `DECIDED`."""
+    values = config.model_dump()
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        values[section][name] = value
+    return RunConfig.model_validate(values)
+
+
+def decide(config: RunConfig, emit: Listener) -> tuple[RunConfig, Decisions]:
+    """Replace "auto" in precision, compile and accelerator by what suits the device, and say why.
+
+    On a CPU, blocks are not compiled: their operations are fused by hand, and compiled blocks took 0.93 to
+    0.99 of the time but a fifth more memory (benchmarks/README.md). A CPU that multiplies bfloat16 still gets
+    float32: the same config shall give the same numbers on every CPU.
+
+    Raises:
+        InputError: the device that the config names is not there.
     """
-    if config.train.precision != "auto":
-        return config.train.precision
-    return "bf16-mixed" if on_gpu(config) and torch.cuda.is_bf16_supported() else "32-true"
+    device = find_device(config.trainer.accelerator)
+    asked = tuple(key for key, value in settings_of(config).items() if value == "auto")
+    compiles = device.kind == "cuda" and config.train.steps >= STEPS_WORTH_COMPILING
+    best = {
+        "train.precision": "bf16-mixed" if device.kind == "cuda" and device.bfloat16 else "32-true",
+        "train.compile": compiles,
+        "trainer.accelerator": device.kind,
+    }
+    decided = with_settings(config, {key: best[key] for key in asked})
+    if "train.compile" in asked and device.kind == "cuda":
+        emit(Note(_compile_note(compiles, config.train.steps)))
+    if "train.precision" in asked and device.kind == "cpu" and device.bfloat16:
+        emit(Note("This CPU multiplies bfloat16: --set train.precision=bf16-mixed trains faster."))
+    if config.train.precision.startswith("bf16") and device.kind == "cuda" and not device.bfloat16:
+        emit(Note(f"{device.name} emulates bfloat16, which is slow: 32-true or 16-mixed is faster there."))
+    return decided, Decisions(device.name, asked)
 
 
-def cpu_multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for products of bfloat16: AVX-512 BF16 or AMX."""
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+def _compile_note(compiles: bool, steps: int) -> str:
+    if compiles:
+        return "The blocks are compiled (train.compile): the first step takes about a minute longer."
+    return f"Not compiled (train.compile): for {steps:,} steps compiling costs more time than it saves."
+
+
+def decide_again(
+    config: RunConfig, before: Decisions, changed: Mapping[str, Any], emit: Listener
+) -> tuple[RunConfig, Decisions]:
+    """What a resumed run computes with: as before on the same device, decided anew on another one.
+
+    Args:
+        config: of the steps to come, with what was decided before.
+        before: what was decided then.
+        changed: nested settings that the user has given now; they are not decided.
+        emit: gets a note when the device is another one.
+
+    Raises:
+        InputError: the device that the config names is not there.
+    """
+    current = settings_of(config)
+
+    def is_asked(key: str) -> bool:
+        section, _, name = key.partition(".")
+        return current[key] == "auto" or (key in before.asked and name not in changed.get(section, ()))
+
+    asked = tuple(key for key in DECIDED if is_asked(key))
+    device = find_device("auto" if "trainer.accelerator" in asked else config.trainer.accelerator)
+    if device.name == before.device:
+        return decide(config, emit)[0], Decisions(device.name, asked)
+    emit(
+        Note(f"The run was trained on {before.device or 'an unknown device'}; this device is {device.name}.")
+    )
+    return decide(with_settings(config, dict.fromkeys(asked, "auto")), emit)
+
+
+def describe_environment(config: RunConfig, decisions: Decisions) -> dict[str, Any]:
+    """The machine, the versions, and what was decided, for environment.json."""
+    packages: dict[str, str | None] = {}
+    for package in RECORDED_PACKAGES:
+        try:
+            packages[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            packages[package] = None
+    return {
+        "smolctl": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "device": decisions.device,
+        "decided": settings_of(config),
+        "decided_from_auto": list(decisions.asked),
+    }

@@ -7,19 +7,20 @@ import logging
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from smolctl.data.batches import StepLoader
 from smolctl.durable import naming_the_disk
 from smolctl.errors import ExitCode, InputError
-from smolctl.runs.events import End, Listener, RunPlan, Start
-from smolctl.runs.records import RunRecorder
-from smolctl.training.callbacks import RunCallback, RunContext, StopFlag
+from smolctl.runs.events import End, Listener
+from smolctl.runs.folder import RunFolder
+from smolctl.training.callbacks import RunCallback, StopFlag
 from smolctl.training.checkpoint import DurableCheckpointIO
-from smolctl.training.device import resolved_precision
 from smolctl.training.distributed import is_main_process
 from smolctl.training.guards import naming_the_memory_knob
 from smolctl.training.lightning import pl
@@ -30,6 +31,13 @@ from smolctl.training.prepare import Prepared
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 
+# The module itself scales float16's gradients: clipping needs them unscaled.
+LIGHTNING_PRECISION: Mapping[str, Literal["32-true", "bf16-mixed", "bf16-true"]] = {
+    "32-true": "32-true",
+    "bf16-mixed": "bf16-mixed",
+    "bf16-true": "bf16-true",
+    "16-mixed": "32-true",
+}
 EXIT_CODES = {"SIGINT": ExitCode.INTERRUPTED, "SIGTERM": ExitCode.TERMINATED}
 
 
@@ -42,38 +50,28 @@ class RunResult:
     exit_code: ExitCode  # DONE, or INTERRUPTED or TERMINATED by a signal after saving
 
 
-def fit(
-    prepared: Prepared,
-    recorder: RunRecorder,
-    plan: RunPlan | None,
-    start: Path | None,
-    emit: Listener,
-) -> RunResult:
+def fit(prepared: Prepared, run: RunFolder, start: Path | None, emit: Listener) -> RunResult:
     """Train from the first step, or from a checkpoint, to the config's last step.
 
     Args:
         prepared: the run.
-        recorder: of its folder.
-        plan: what the steps will cost; None in processes that keep no records.
+        run: its folder.
         start: the checkpoint; None begins at step 0.
-        emit: hears every event, in the main process.
+        emit: gets every event, in the main process.
     """
-    config = prepared.config
     stop = StopFlag()
-    context = RunContext(config, recorder, prepared.tokenizer, prepared.corpus, emit)
-    callback = RunCallback(context, stop, saved_at=prepared.first_step or None)
-    if plan is not None:
-        emit(Start(str(recorder.folder), prepared.first_step, config.train.steps, plan))
     started = time.perf_counter()
-    with naming_the_disk(recorder.folder):
-        trainer, _ = run_trainer(prepared, callback, start)
-    step = trainer.global_step
-    reason = stop.received or "done"
-    if is_main_process():
-        emit(End(step, str(recorder.folder), reason, time.perf_counter() - started))
-    if reason == "done" and step != config.train.steps:
-        raise InputError(f"the run ended at step {step} of {config.train.steps}", "Resume it; this is a bug.")
-    return RunResult(recorder.folder, step, EXIT_CODES.get(reason, ExitCode.DONE))
+    with naming_the_disk(run.path):
+        trainer, _ = run_trainer(prepared, RunCallback(prepared, run, emit, stop), start)
+        step, last = trainer.global_step, prepared.config.train.steps
+        reason = stop.received or "done"
+        if is_main_process():
+            if step == last:
+                run.name_final(step)
+            emit(End(step, str(run.path), reason, time.perf_counter() - started))
+    if reason == "done" and step != last:
+        raise InputError(f"the run ended at step {step} of {last}", "Resume it; this is a bug.")
+    return RunResult(run.path, step, EXIT_CODES.get(reason, ExitCode.DONE))
 
 
 def run_trainer(
@@ -95,7 +93,7 @@ def run_trainer(
         devices=config.trainer.devices,
         num_nodes=config.trainer.num_nodes,
         strategy=config.trainer.strategy,
-        precision=resolved_precision(config),
+        precision=LIGHTNING_PRECISION[config.train.precision],
         callbacks=[callback],
         plugins=[DurableCheckpointIO()],
         logger=False,
@@ -105,11 +103,11 @@ def run_trainer(
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
     )
-    dataset = prepared.dataset(trainer.global_rank, trainer.world_size)
-    module = TrainingModule(prepared.network.train(), config, dataset, prepared.fingerprints)
+    module = TrainingModule(config, prepared, trainer.global_rank, trainer.world_size)
+    assert module.dataset is not None
     if config.train.compile:
         prepared.network.compile_blocks()
-    loader = StepLoader(dataset, prepared.first_step, config.train.steps, config.data.workers)
+    loader = StepLoader(module.dataset, prepared.first_step, config.train.steps, config.data.workers)
     with warnings.catch_warnings(), naming_the_memory_knob(config.micro_batch_size):
         warnings.filterwarnings("ignore", module="lightning")
         trainer.fit(module, loader, ckpt_path=start, weights_only=True)

@@ -10,6 +10,10 @@ import torch
 from smolctl.errors import SmolError
 
 
+class NonFiniteError(SmolError):
+    """The loss or the gradient is not a number; the weights were left as they were."""
+
+
 class MemoryShortageError(SmolError):
     """A step does not fit into memory."""
 

@@ -4,33 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smolctl.config import RunConfig
-from smolctl.data.batches import StepDataset, document_ids
-from smolctl.errors import SmolError
+from smolctl.data.batches import document_ids
+from smolctl.data.tokenizer.tokenizer import Tokenizer
+from smolctl.evaluation import mean_loss
 from smolctl.model.network import Transformer
+from smolctl.model.weights import initialize
+from smolctl.runs.checkpoint_file import FORMAT
+from smolctl.sources.base import TokenizerFiles
 from smolctl.training.distributed import gather
+from smolctl.training.guards import NonFiniteError
 from smolctl.training.lightning import LightningOptimizer, ParallelStrategy, pl
 from smolctl.training.optim.optimizers import apply_settings, make_optimizer
 from smolctl.training.optim.schedule import learning_rate
 from smolctl.training.rng import capture_rng, restore_rng
 
+if TYPE_CHECKING:
+    from smolctl.training.prepare import Prepared
 
-class NonFiniteError(SmolError):
-    """The loss or the gradient is not a number; the weights were left as they were."""
+MOST_SKIPPED = 10  # steps in a row whose float16 gradients overflow: after these the scaler has not helped
+
+
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """The context in which a run's precision computes forward passes."""
+    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config.train.precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 @dataclass(frozen=True)
 class StepResult:
     """Numbers of the step just done."""
 
-    loss: float  # nats a token over all devices
-    gradient_norm: float
+    loss: float | None  # nats a token over all devices; None where float16 has overflowed
+    gradient_norm: float | None
     learning_rate: float
 
 
@@ -40,58 +52,121 @@ class TrainingModule(pl.LightningModule):
     The loss of every micro-batch is divided by the tokens of the whole step: any cut of the step
     gives the same gradient.
 
+    A checkpoint alone is enough to make one: `TrainingModule.load_from_checkpoint("final.ckpt")`. Calling it
+    with tokens (B, T) gives logits (B, T, V), `generate` continues a text, and a stock `Trainer` goes on
+    training it on batches of tokens (B, T + 1), with the learning rate of the checkpoint's step.
+
     Args:
-        network: with its weights.
-        config: of the run.
-        dataset: of this device; says which windows a step read.
-        fingerprints: of data and tokenizer, kept in every checkpoint.
+        config: of the run, or its values as a checkpoint keeps them.
+        prepared: weights, tokenizer and tokens of the run; None draws new weights.
+        rank, world_size: of this device.
     """
 
     def __init__(
         self,
-        network: Transformer,
-        config: RunConfig,
-        dataset: StepDataset,
-        fingerprints: Mapping[str, str],
+        config: RunConfig | Mapping[str, Any],
+        prepared: Prepared | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.network = network
-        self.config = config
-        self.dataset = dataset
-        self.fingerprints = dict(fingerprints)
+        self.config = config if isinstance(config, RunConfig) else RunConfig.model_validate(config)
+        self.prepared = prepared
+        self.tokenizer: Tokenizer | None = prepared.tokenizer if prepared else None
+        self.dataset = prepared.dataset(rank, world_size) if prepared else None
+        self.network: Transformer = (
+            prepared.network if prepared else initialize(self.config.model, self.config.train.seed)
+        )
         self.result: StepResult | None = None
+        self.skipped = 0  # steps so far whose float16 gradients overflowed
+        self._skipped_in_a_row = 0
+        self._scaler: torch.amp.GradScaler | None = None
+        self._kept: dict[str, Any] = {}  # what the checkpoint that this was loaded from says of the run
+        self._first_step = 0  # step of the checkpoint, where a new Trainer counts from 0
         self._rng: list[dict[str, Any]] = []  # of every process, to restore before the first resumed step
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__("network" if name == "model" else name, value)
+
+    @property
+    def model(self) -> nn.Module:
+        """The network, by the name that it often has in a LightningModule."""
+        return self.network
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits (B, T, V) of the token after each of `input_ids` (B, T)."""
+        logits: Tensor = self.network(input_ids)
+        return logits
+
+    def generate(self, prompt: str, max_tokens: int = 32) -> str:
+        """The likeliest continuation of a text.
+
+        Raises:
+            InputError: the prompt does not fit the context.
+        """
+        from smolctl.generation.complete import CompletionSettings, complete
+        from smolctl.generation.torch_engine import TorchEngine
+
+        assert self.tokenizer is not None, "a module that was loaded from a checkpoint has its tokenizer"
+        engine, settings = TorchEngine(self.network.eval()), CompletionSettings(max_tokens=max_tokens)
+        return complete(engine, self.tokenizer, prompt, settings).completions[0].text
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return make_optimizer(self.network, self.config.optimizer)
 
     def on_train_start(self) -> None:
+        self.network.train()
+        # A resumed optimizer comes with the settings it was saved with; the config may have changed them.
+        apply_settings(self._optimizer.optimizer, self.config.optimizer)
+        if self.config.train.precision == "16-mixed":
+            self._scaler = torch.amp.GradScaler(self.device.type)
+            if state := self._kept.get("scaler"):
+                self._scaler.load_state_dict(state)
+
+    @property
+    def _optimizer(self) -> LightningOptimizer:
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
-        # A resumed optimizer comes with the settings it was saved with; the config may have changed them.
-        apply_settings(optimizer.optimizer, self.config.optimizer)
+        return optimizer
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         """Run one step on tokens (sequences of this device, sequence_length + 1)."""
-        optimizer = self.optimizers()
-        assert isinstance(optimizer, LightningOptimizer)
-        rate = learning_rate(self.global_step + 1, self.config.optimizer.learning_rate, self.config.schedule)
+        optimizer, step = self._optimizer, self._first_step + self.global_step + 1
+        rate = learning_rate(step, self.config.optimizer.learning_rate, self.config.schedule)
         for group in optimizer.param_groups:
             group["lr"] = rate
         losses = self._accumulate(batch)
-        loss, norm = self._mean_over_devices(losses.sum()), self._clip()
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+        loss, norm = self._mean_over_devices(losses.sum()), self._clip(optimizer)
+        if finite := bool(torch.isfinite(loss) and torch.isfinite(norm)):
+            self._skipped_in_a_row = 0
+        else:
             optimizer.zero_grad(set_to_none=True)
-            raise self._non_finite(losses, loss, norm)
-        optimizer.step()
+            self._count_skipped(losses, loss, norm)
+        optimizer.step()  # without gradients it counts the step and leaves the weights alone
         optimizer.zero_grad(set_to_none=True)
-        self.result = StepResult(loss.item(), norm.item(), rate)
+        if self._scaler is not None:
+            self._scaler.update()
+        self.result = StepResult(loss.item() if finite else None, norm.item() if finite else None, rate)
+
+    def _count_skipped(self, losses: Tensor, loss: Tensor, norm: Tensor) -> None:
+        """Skip a step whose float16 gradients have overflowed: the scaler then lowers its scale.
+
+        Raises:
+            NonFiniteError: without a scaler, or after `MOST_SKIPPED` of them in a row.
+        """
+        self.skipped, self._skipped_in_a_row = self.skipped + 1, self._skipped_in_a_row + 1
+        if self._scaler is None or self._skipped_in_a_row >= MOST_SKIPPED:
+            raise self._non_finite(losses, loss, norm)
 
     @property
     def _sequences(self) -> int:
         """Sequences of this device in memory at once."""
         return max(1, self.config.micro_batch_size // self.trainer.world_size)
+
+    @property
+    def _document_end(self) -> int | None:
+        return self.dataset.document_end if self.dataset else None
 
     def _accumulate(self, batch: Tensor) -> Tensor:
         """Gradients of the mean loss over all tokens of the step.
@@ -108,10 +183,11 @@ class TrainingModule(pl.LightningModule):
             # Several devices exchange gradients once a step, with the last micro-batch.
             waits = not last and isinstance(strategy, ParallelStrategy)
             with cast(ParallelStrategy, strategy).block_backward_sync() if waits else nullcontext():
-                documents = document_ids(part[:, :-1], self.dataset.document_end)
-                loss = self.network.loss(part[:, :-1], part[:, 1:], self.config.train.z_loss, documents)
+                documents = document_ids(part[:, :-1], self._document_end)
+                with autocast(self.config, batch.device):
+                    loss = self.network.loss(part[:, :-1], part[:, 1:], self.config.train.z_loss, documents)
                 loss = loss / tokens
-                self.manual_backward(loss)
+                self.manual_backward(loss if self._scaler is None else self._scaler.scale(loss))
             losses.append(loss.detach().float())
         return torch.stack(losses)
 
@@ -119,38 +195,61 @@ class TrainingModule(pl.LightningModule):
         reduced = self.trainer.strategy.reduce(loss, reduce_op="mean")
         return reduced if isinstance(reduced, Tensor) else loss
 
-    def _clip(self) -> Tensor:
+    def _clip(self, optimizer: LightningOptimizer) -> Tensor:
         """Scale the gradients to the largest allowed norm; returns the norm before, ()."""
+        if self._scaler is not None:
+            self._scaler.unscale_(optimizer.optimizer)
         largest = self.config.train.gradient_clip or float("inf")
         return torch.nn.utils.clip_grad_norm_(self.network.parameters(), largest)
 
     def _non_finite(self, losses: Tensor, loss: Tensor, norm: Tensor) -> NonFiniteError:
-        """The error that names the step and the windows it read, those of the first bad micro-batch."""
-        windows = self.dataset.windows(self.global_step)
-        bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
-        if bad:
-            size = self._sequences
-            windows = windows[bad[0] * size : (bad[0] + 1) * size]
-        length = self.config.data.sequence_length
-        named = [self.dataset.tokens.describe(window) for window in windows[:8]]
-        where = ", ".join(named) + (", …" if len(windows) > 8 else "")
+        """The error that names the step and the sequences it read, those of the first bad micro-batch."""
+        where = ""
+        if self.dataset is not None:
+            windows = self.dataset.windows(self.global_step)
+            bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+            if bad:
+                size = self._sequences
+                windows = windows[bad[0] * size : (bad[0] + 1) * size]
+            named = [self.dataset.tokens.describe(window) for window in windows[:8]]
+            names = ", ".join(named) + (", …" if len(windows) > 8 else "")
+            where = f". It read sequences {names} of {self.config.data.sequence_length:,} tokens"
+        times = f" for the {MOST_SKIPPED}th time in a row" if self._scaler is not None else ""
         return NonFiniteError(
-            f"step {self.global_step + 1}: loss {loss.item()}, gradient norm {norm.item()}; the step was not "
-            f"taken. It read windows {where} of {length:,} tokens",
-            "Lower optimizer.learning_rate or look at these windows; the checkpoints are untouched.",
+            f"step {self.global_step + 1}: loss {loss.item()}, gradient norm {norm.item()}{times}; the step "
+            f"was not taken{where}",
+            "Lower optimizer.learning_rate or look at these sequences; the checkpoints are untouched.",
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What Lightning leaves out: the config, the random states, what the data was. Plain values."""
+        """What Lightning leaves out: config, tokenizer, random states, what the data was. Plain values."""
         checkpoint["hyper_parameters"] = {"config": self.config.model_dump(mode="json")}
-        checkpoint["smolctl"] = {
-            **self.fingerprints,
-            "samples": self.dataset.samples_before(self.global_step),
-            "rng": gather(capture_rng(), self.trainer),
-        }
+        if self.tokenizer is not None:
+            checkpoint["tokenizer"] = asdict(self.tokenizer.files())
+        kept = {**self._kept, "format": FORMAT, "rng": gather(capture_rng(), self.trainer)}
+        if self.prepared is not None and self.dataset is not None:
+            kept |= self.prepared.fingerprints
+            kept["samples"] = self.dataset.samples_before(self.global_step)
+            kept["decisions"] = asdict(self.prepared.decisions)
+            kept["held_out"] = {"tokens": self.prepared.held_out, "document_end": self._document_end}
+        whole = not self.config.trainer.strategy.startswith("fsdp")  # one process has all the weights
+        if (held_out := kept.get("held_out")) and self.trainer.is_global_zero and whole:
+            with torch.compiler.set_stance("force_eager"):
+                loss = mean_loss(self.network, held_out["tokens"], held_out["document_end"])
+            kept["held_out"] = {**held_out, "loss": loss}
+        if self._scaler is not None:
+            kept["scaler"] = self._scaler.state_dict()
+            kept["skipped"] = [self.skipped, self._skipped_in_a_row]
+        checkpoint["smolctl"] = kept
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._rng = checkpoint["smolctl"]["rng"]
+        self._kept = dict(checkpoint.get("smolctl") or {})
+        self._rng = self._kept.get("rng", [])
+        self.skipped, self._skipped_in_a_row = self._kept.get("skipped", (0, 0))
+        if self.tokenizer is None and (files := checkpoint.get("tokenizer")):
+            self.tokenizer = Tokenizer.from_files(TokenizerFiles(**files))
+        if self._trainer is None:  # by load_from_checkpoint: no Trainer restores the step
+            self._first_step = checkpoint.get("global_step", 0)
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Put the random states back at the last moment: what comes before may have drawn from them."""

@@ -8,17 +8,12 @@ import time
 import torch
 from torch import Tensor
 
-from smolctl.arithmetic import (
-    GPU_LOSS_CHUNK_ROWS,
-    LOSS_CHUNK_ROWS,
-    count_parameters,
-    training_memory,
-)
+from smolctl.arithmetic import count_parameters, run_memory
 from smolctl.config import RunConfig
 from smolctl.data.batches import document_ids
 from smolctl.model.network import Transformer
 from smolctl.runs.events import RunPlan
-from smolctl.training.device import resolved_precision
+from smolctl.training.module import autocast
 from smolctl.training.optim.muon import by_shape, orthogonalize
 from smolctl.training.optim.optimizers import hidden_matrices
 
@@ -52,14 +47,7 @@ def make_plan(
     parameters = count_parameters(config.model).unique
     steps = config.train.steps - done
     tokens = steps * config.tokens_per_step
-    memory = training_memory(
-        config.model,
-        sequences,
-        config.data.sequence_length,
-        optimizer=config.optimizer.name,
-        checkpointed=config.train.checkpoint_activations,
-        loss_rows=GPU_LOSS_CHUNK_ROWS if device == "cuda" else LOSS_CHUNK_ROWS,
-    )
+    memory = run_memory(config, sequences, device=device)
     accumulates = config.micro_batch_size < config.train.batch_size
     gaps = round(GAPS_PER_GRADIENT_BYTE * memory.gradients) if device == "cpu" and accumulates else 0
     checkpoint = memory.weights + memory.optimizer
@@ -75,7 +63,7 @@ def make_plan(
         tokens_per_step=config.tokens_per_step,
         tokens=tokens,
         corpus_tokens=corpus_tokens,
-        passes=tokens / corpus_tokens,
+        epochs=tokens / corpus_tokens,
         tokens_per_parameter=tokens / parameters,
         memory=memory,
         memory_bytes=framework + memory.total + gaps,
@@ -110,11 +98,10 @@ def measure_speed(
     network.train()
     documents = document_ids(batch[:, :-1], document_end)
     device = batch.device
-    mixed = resolved_precision(config) == "bf16-mixed"
     forward = update = 0.0
     for _ in range(2):
         started = _now(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+        with autocast(config, device):
             loss = network.loss(batch[:, :-1], batch[:, 1:], documents=documents)
         loss.div(batch.numel()).backward()
         forward = _now(device) - started

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from smolctl.config import RunConfig, resolve_run_config
-from smolctl.data.batches import StepDataset
+from smolctl.data.batches import StepDataset, validation_batches
 from smolctl.data.text.corpus import iter_texts, pin_sources
 from smolctl.data.tokenizer.tokenizer import Tokenizer, choose_tokenizer
 from smolctl.data.tokens.corpus import TokenizedCorpus, TokenizeProgress, tokenize_corpus
@@ -18,8 +20,11 @@ from smolctl.model.weights import initialize, load_network
 from smolctl.runs.events import Listener, Note
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource
-from smolctl.training.device import cpu_multiplies_bfloat16, on_gpu, resolved_compile
+from smolctl.training.device import Decisions, decide
 from smolctl.training.loggers import require_packages
+
+# What every checkpoint records its loss on: seconds of a 135M model's time on a CPU.
+RECORDED_SEQUENCES, RECORDED_TOKENS = 8, 256
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Prepared:
     network: Transformer
     tokenizer: Tokenizer
     corpus: TokenizedCorpus
+    decisions: Decisions  # of what was "auto" in the config
     first_step: int = 0  # steps behind the run
     first_sample: int = 0  # samples that they saw
 
@@ -52,6 +58,17 @@ class Prepared:
             self.first_sample,
             self.document_end,
         )
+
+    @cached_property
+    def held_out(self) -> Tensor:
+        """Sequences (at most 8, at most 257 tokens) whose loss every checkpoint records; int32.
+
+        They are held out, or the run's own where nothing is held out.
+        """
+        length = min(RECORDED_TOKENS, self.config.data.sequence_length)
+        source = self.corpus.validation or self.corpus.train
+        (batch,) = validation_batches(source, length, RECORDED_SEQUENCES, RECORDED_SEQUENCES)
+        return batch.int()
 
     @property
     def document_end(self) -> int | None:
@@ -81,25 +98,24 @@ def prepare(
     source = open_source(init_from) if init_from else None
     if source is not None:
         config = _with_model_of(source, config)
-    config = _with_pinned_datasets(with_compile_decided(config.with_whole_steps(), emit))
+    config, decisions = decide(_with_pinned_datasets(config.with_whole_steps()), emit)
     tokenizer = _tokenizer(source, config, emit)
     samples = config.train.steps * config.train.batch_size
     corpus = tokenize_corpus(config.data, tokenizer, on_progress=on_tokenize, samples=samples)
     for note in corpus.notes:
         emit(Note(note))
-    if config.train.precision == "auto" and not on_gpu(config) and cpu_multiplies_bfloat16():
-        emit(Note("This processor multiplies bfloat16: --set train.precision=bf16-mixed trains faster."))
     if source is None:
         network = initialize(config.model, config.train.seed)
     else:
         emit(Note(f"Weights and shape from {source.id}; a new optimizer starts at step 0."))
         network = load_network(source, dtype=torch.float32)
-    return Prepared(config, _as_trained(network, config), tokenizer, corpus)
+    return Prepared(config, _as_trained(network, config), tokenizer, corpus, decisions)
 
 
 def prepare_again(
     config: RunConfig,
     tokenizer: Tokenizer,
+    decisions: Decisions,
     done: int,
     state: Mapping[str, Any],
     on_tokenize: Callable[[TokenizeProgress], None] | None = None,
@@ -109,6 +125,7 @@ def prepare_again(
     Args:
         config: of the steps to come.
         tokenizer: of the run.
+        decisions: of what was "auto" in its config.
         done: steps behind it.
         state: what the checkpoint keeps for us: how many samples those steps saw.
         on_tokenize: hears how far the tokenization is, should the cached tokens be gone.
@@ -117,28 +134,13 @@ def prepare_again(
     samples = state["samples"] + (config.train.steps - done) * config.train.batch_size
     corpus = tokenize_corpus(config.data, tokenizer, on_progress=on_tokenize, samples=samples)
     network = _as_trained(initialize(config.model, config.train.seed), config)
-    return Prepared(config, network, tokenizer, corpus, done, state["samples"])
+    return Prepared(config, network, tokenizer, corpus, decisions, done, state["samples"])
 
 
 def _as_trained(network: Transformer, config: RunConfig) -> Transformer:
     """The network with what the config says of how it is computed."""
     network.model.checkpoint_activations = config.train.checkpoint_activations
     return network
-
-
-def with_compile_decided(config: RunConfig, emit: Listener) -> RunConfig:
-    """The config with "auto" resolved, so that the run stays with it when it is resumed."""
-    decided = resolved_compile(config)
-    if config.train.compile == "auto":
-        if decided:
-            emit(Note("The blocks are compiled (train.compile): the first step takes about a minute longer."))
-        elif on_gpu(config):
-            emit(
-                Note(
-                    f"Not compiled (train.compile): {config.train.steps:,} steps would not win the time back."
-                )
-            )
-    return config.model_copy(update={"train": config.train.model_copy(update={"compile": decided})})
 
 
 def _with_model_of(source: ModelSource, config: RunConfig) -> RunConfig:

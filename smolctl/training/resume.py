@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,26 +9,20 @@ from typing import Any
 
 from smolctl.config import RunConfig, resolve_run_config
 from smolctl.config.load import merge
-from smolctl.data.tokenizer.tokenizer import load_tokenizer
+from smolctl.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from smolctl.data.tokens.corpus import TokenizeProgress
-from smolctl.durable import file_digest, naming_the_disk
+from smolctl.durable import naming_the_disk
 from smolctl.errors import InputError, UsageError
-from smolctl.runs.events import Listener, Note
-from smolctl.runs.folder import CheckpointFile, RunFolder
-from smolctl.runs.records import RunRecorder, claim_run_folder
-from smolctl.training.checkpoint import (
-    CHECKSUM_SUFFIX,
-    find_damage,
-    read_checkpoint,
-    set_aside,
-)
+from smolctl.runs.checkpoint_file import CheckpointFile, read_checkpoint, recorded_config
+from smolctl.runs.events import Listener, Note, Start
+from smolctl.runs.folder import CHECKPOINT_NAME, RUNS, RunFolder
+from smolctl.sources.base import TokenizerFiles
+from smolctl.training.device import Decisions, decide_again, describe_environment
 from smolctl.training.distributed import is_main_process
 from smolctl.training.fit import RunResult, fit
 from smolctl.training.optim.schedule import LearningRatePolicy, continue_schedule, learning_rate
-from smolctl.training.prepare import Prepared, prepare_again, with_compile_decided
+from smolctl.training.prepare import Prepared, prepare_again
 from smolctl.training.train import plan_run
-
-LINEAGE = "lineage.json"
 
 # A run cannot change these and be the same run. What the optimizer keeps belongs to one optimizer.
 FIXED_SECTIONS = ("model", "tokenizer", "data")
@@ -52,7 +44,7 @@ class ResumeOptions:
 
 
 def resume(
-    run: Path,
+    reference: Path,
     options: ResumeOptions,
     emit: Listener,
     on_tokenize: Callable[[TokenizeProgress], None] | None = None,
@@ -60,60 +52,72 @@ def resume(
     """Continue a run exactly where a checkpoint left it.
 
     Args:
-        run: its folder.
+        reference: its folder, or a checkpoint file. A file that lies in no run becomes a new run.
         options: target, changes, and where to go on.
-        emit: hears every event.
-        on_tokenize: hears how far the tokenization is, should the cached tokens be gone.
+        emit: gets every event.
+        on_tokenize: gets how far the tokenization is, should the cached tokens be gone.
 
     Raises:
         UsageError: nothing would be left to do, or newer checkpoints would be replaced.
         InputError: the checkpoint is damaged, or the data, the tokenizer or the shape would be another one.
     """
-    parent = RunFolder.open(run)
-    recorder = RunRecorder(parent.path)
+    parent, step = find_run(reference, options.step)
     if not is_main_process():
-        prepared, checkpoint = _prepare(parent, options, lambda _event: None, None)
-        return fit(prepared, recorder, None, checkpoint.path, emit)
-    if options.out is not None:
-        prepared, checkpoint = _prepare(parent, options, emit, on_tokenize)
-        with naming_the_disk(options.out):
-            recorder = RunRecorder(claim_run_folder(options.out.name, options.out, options.force))
-        with recorder.lock():
-            with naming_the_disk(options.out):
-                _branch(parent, checkpoint, recorder, prepared)
-            return _go_on(prepared, recorder, checkpoint, emit)
-    with recorder.lock():
-        prepared, checkpoint = _prepare(parent, options, emit, on_tokenize)
+        prepared, checkpoint = _prepare(parent, reference, step, options, lambda _event: None, None)
+        return fit(prepared, parent or RunFolder(options.out or RUNS), checkpoint.path, emit)
+    if parent is None or options.out is not None:
+        prepared, checkpoint = _prepare(parent, reference, step, options, emit, on_tokenize)
+        with naming_the_disk(options.out or RUNS):
+            run = RunFolder.claim(reference.stem, options.out, options.force)
+        with run.lock():
+            with naming_the_disk(run.path):
+                environment = describe_environment(prepared.config, prepared.decisions)
+                run.describe(prepared.config, environment, prepared.tokenizer.save)
+                run.branch_from(checkpoint.path, checkpoint.step, parent)
+            return _go_on(prepared, run, checkpoint, emit)
+    with parent.lock():
+        prepared, checkpoint = _prepare(parent, reference, step, options, emit, on_tokenize)
         with naming_the_disk(parent.path):
-            _clear_newer(parent, checkpoint, options.force)
-            recorder.forget_after(checkpoint.step)
-            recorder.write_config(prepared.config)
-        return _go_on(prepared, recorder, checkpoint, emit)
+            parent.clear_after(checkpoint.step, options.force)
+            parent.keep_records(checkpoint.step)
+            parent.write_config(prepared.config)
+            parent.update_environment(describe_environment(prepared.config, prepared.decisions))
+        return _go_on(prepared, parent, checkpoint, emit)
 
 
-def _go_on(
-    prepared: Prepared, recorder: RunRecorder, checkpoint: CheckpointFile, emit: Listener
-) -> RunResult:
-    plan = plan_run(prepared, recorder.folder)
-    return fit(prepared, recorder, plan, checkpoint.path, emit)
+def find_run(reference: Path, step: int | None) -> tuple[RunFolder | None, int | None]:
+    """The run that a folder or a checkpoint file names, and the step; no run for a file that lies in none."""
+    if not reference.is_file():
+        return RunFolder.open(reference), step
+    run = RunFolder.around(reference)
+    name = CHECKPOINT_NAME.fullmatch(reference.name)
+    return run, int(name[1]) if run and name else None
+
+
+def _go_on(prepared: Prepared, run: RunFolder, checkpoint: CheckpointFile, emit: Listener) -> RunResult:
+    plan = plan_run(prepared, run.path)
+    emit(Start(str(run.path), prepared.first_step, prepared.config.train.steps, plan))
+    return fit(prepared, run, checkpoint.path, emit)
 
 
 def _prepare(
-    parent: RunFolder,
+    parent: RunFolder | None,
+    reference: Path,
+    step: int | None,
     options: ResumeOptions,
     emit: Listener,
     on_tokenize: Callable[[TokenizeProgress], None] | None,
 ) -> tuple[Prepared, CheckpointFile]:
     """Everything that can be refused, before anything is touched."""
-    checkpoint = sound_checkpoint(parent, options.step)
-    content = read_checkpoint(checkpoint.path)
-    before = RunConfig.model_validate(content["hyper_parameters"]["config"])
-    config = with_compile_decided(changed_config(before, checkpoint.step, options), emit)
-    state = content["smolctl"]
+    path = parent.checkpoint(step).path if parent else reference
+    content = read_checkpoint(path)
+    checkpoint = CheckpointFile(int(content.get("global_step", 0)), path)
+    before, state = run_of(content, path)
+    changed = changed_config(before, checkpoint.step, options)
+    config, decisions = decide_again(changed, decisions_of(state), options.settings, emit)
+    tokenizer = tokenizer_of(content, parent, path)
     del content  # Lightning reads the file again; two copies need not be in memory
-    prepared = prepare_again(
-        config, load_tokenizer(str(parent.path / "tokenizer")), checkpoint.step, state, on_tokenize
-    )
+    prepared = prepare_again(config, tokenizer, decisions, checkpoint.step, state, on_tokenize)
     require_same_data(state, prepared, checkpoint)
     for line in changes(before, config):
         emit(Note(f"Changed: {line}"))
@@ -121,30 +125,39 @@ def _prepare(
     return prepared, checkpoint
 
 
-def sound_checkpoint(folder: RunFolder, step: int | None) -> CheckpointFile:
-    """The newest checkpoint or the one asked for, if its bytes are whole.
+def run_of(content: Mapping[str, Any], path: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """The config of a checkpoint and what smolctl keeps of the run in it.
 
     Raises:
-        InputError: it is damaged, naming the newest one that is not.
+        InputError: no run can go on from it.
     """
-    files = folder.checkpoints()
-    newest = files[-1].step if files else None
-    wanted = newest if step is None else step
-    chosen = next((file for file in files if file.step == wanted), None)
-    if chosen is None:
-        return folder.checkpoint(step)  # raises, saying which steps there are
-    damage = find_damage(chosen.path)
-    if not damage:
-        return chosen
-    good = next(
-        (file.step for file in reversed(files) if file != chosen and not find_damage(file.path)), None
-    )
-    hint = (
-        "No other checkpoint is whole."
-        if good is None
-        else f"Go on from: smolctl resume {folder.path}@{good}"
-    )
-    raise InputError(f"{chosen.path}: {damage}", hint)
+    config, state = recorded_config(content, path), content.get("smolctl")
+    if config is None or not isinstance(state, Mapping) or "samples" not in state:
+        raise InputError(
+            f"{path}: no run can be resumed from it: it does not say what it was trained on",
+            "Start a new run from its weights instead: smolctl train --init-from FILE.",
+        )
+    return config, dict(state)
+
+
+def decisions_of(state: Mapping[str, Any]) -> Decisions:
+    """What was decided for the device that a checkpoint was written on."""
+    kept = state.get("decisions") or {"device": "", "asked": ()}
+    return Decisions(kept["device"], tuple(kept["asked"]))
+
+
+def tokenizer_of(content: Mapping[str, Any], parent: RunFolder | None, path: Path) -> Tokenizer:
+    """The tokenizer of a run's folder, or the one in the checkpoint itself.
+
+    Raises:
+        InputError: there is neither.
+    """
+    if parent is not None and parent.tokenizer.is_dir():
+        return load_tokenizer(str(parent.tokenizer))
+    files = content.get("tokenizer")
+    if not isinstance(files, Mapping):
+        raise InputError(f"{path}: there is no tokenizer in it", "Put the file back into its run folder.")
+    return Tokenizer.from_files(TokenizerFiles(**files), str(path))
 
 
 def changed_config(before: RunConfig, done: int, options: ResumeOptions) -> RunConfig:
@@ -219,56 +232,10 @@ def require_same_data(state: Mapping[str, Any], prepared: Prepared, checkpoint: 
     if state["tokenizer"] != prepared.fingerprints["tokenizer"]:
         raise InputError(
             f"{checkpoint.path}: the run's tokenizer folder holds another tokenizer than it was trained with",
-            "Put the tokenizer back, or start anew from these weights: smolctl train --init-from RUN.",
+            "Put the tokenizer back, or start a new run from these weights: smolctl train --init-from RUN.",
         )
     if state["data"] != prepared.fingerprints["data"]:
         raise InputError(
             f"{checkpoint.path}: the corpus is not the one that the run was trained on",
-            "Put the files back, or start anew from these weights: smolctl train --init-from RUN --data …",
+            "Put the files back, or start a new run: smolctl train --init-from RUN --data …",
         )
-
-
-def _clear_newer(folder: RunFolder, checkpoint: CheckpointFile, force: bool) -> None:
-    """Make room for the steps to come: damaged files are set aside, good ones only by force.
-
-    Raises:
-        UsageError: a newer good checkpoint would be replaced.
-    """
-    newer = [file for file in folder.checkpoints() if file.step > checkpoint.step]
-    good = [file for file in newer if not find_damage(file.path)]
-    if good and not force:
-        raise UsageError(
-            f"{folder.path} has newer checkpoints (up to step {good[-1].step:,}) "
-            f"that going on from step {checkpoint.step:,} would replace",
-            "Branch into a folder of its own with --out NEW, or replace them with --force.",
-        )
-    for file in newer:
-        if file in good:
-            file.path.unlink()
-            Path(f"{file.path}{CHECKSUM_SUFFIX}").unlink(missing_ok=True)
-        else:
-            set_aside(file.path)
-
-
-def _branch(parent: RunFolder, checkpoint: CheckpointFile, recorder: RunRecorder, prepared: Prepared) -> None:
-    """A new run that begins with a copy of the parent's checkpoint and of its records up to there."""
-    recorder.describe(prepared.config, prepared.tokenizer.save)
-    copy = recorder.folder / "checkpoints" / checkpoint.path.name
-    shutil.copyfile(checkpoint.path, copy)
-    checksum = Path(f"{checkpoint.path}{CHECKSUM_SUFFIX}")
-    if checksum.is_file():
-        shutil.copyfile(checksum, f"{copy}{CHECKSUM_SUFFIX}")
-    recorder.copy_records(parent.path, checkpoint.step)
-    lineage = {
-        "parent": str(parent.path),
-        "step": checkpoint.step,
-        "checkpoint_sha256": file_digest(checkpoint.path),
-        "parent_lineage": _lineage_of(parent),
-    }
-    (recorder.folder / LINEAGE).write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
-
-
-def _lineage_of(run: RunFolder) -> dict[str, Any] | None:
-    path = run.path / LINEAGE
-    content: dict[str, Any] | None = json.loads(path.read_text("utf-8")) if path.is_file() else None
-    return content

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from smolctl.errors import SmolError
 from smolctl.runs.events import Listener, Note
-from smolctl.training.module import NonFiniteError
+from smolctl.training.guards import NonFiniteError
 from smolctl.training.rng import keeping_rng
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from smolctl.arithmetic import training_memory
+from smolctl.arithmetic import run_memory
 from smolctl.durable import naming_the_disk
-from smolctl.runs.events import Listener, RunPlan
-from smolctl.runs.folder import RUNS
-from smolctl.runs.records import RunRecorder, claim_run_folder
+from smolctl.runs.events import Listener, RunPlan, Start
+from smolctl.runs.folder import RUNS, RunFolder
 from smolctl.timing import resident_memory
-from smolctl.training.device import on_gpu, process_count
+from smolctl.training.device import describe_environment, process_count
 from smolctl.training.distributed import is_main_process
 from smolctl.training.fit import RunResult, fit, prepare_process
 from smolctl.training.guards import naming_the_memory_knob
@@ -28,9 +27,9 @@ def plan_run(prepared: Prepared, disk: Path) -> RunPlan:
     """
     prepare_process()
     config, done = prepared.config, prepared.first_step
-    device = "cuda" if on_gpu(config) else "cpu"
+    device = config.trainer.accelerator
     sequences = max(1, config.micro_batch_size // process_count(config))
-    held = (resident_memory() or 0) - training_memory(config.model, 1, 1).weights if device == "cpu" else 0
+    held = (resident_memory() or 0) - run_memory(config).weights if device == "cpu" else 0
     with naming_the_memory_knob(config.micro_batch_size):
         network = prepared.network.to(device)
         batch = prepared.dataset()[done][:sequences].to(device)
@@ -50,17 +49,19 @@ def train(prepared: Prepared, name: str, out: Path | None, force: bool, emit: Li
         name: of the config; names the folder when `out` is None.
         out: the run folder.
         force: replace the run that `out` holds.
-        emit: hears every event.
+        emit: gets every event.
 
     Raises:
         SmolError: with the cause; the checkpoints written so far stay.
     """
     if not is_main_process():  # the main process keeps the records, and says where
-        return fit(prepared, RunRecorder(out or RUNS), None, None, emit)
+        return fit(prepared, RunFolder(out or RUNS), None, emit)
     plan = plan_run(prepared, out or RUNS)
     with naming_the_disk(out or RUNS):
-        recorder = RunRecorder(claim_run_folder(name, out, force))
-    with recorder.lock():
-        with naming_the_disk(recorder.folder):
-            recorder.describe(prepared.config, prepared.tokenizer.save)
-        return fit(prepared, recorder, plan, None, emit)
+        run = RunFolder.claim(name, out, force)
+    with run.lock():
+        with naming_the_disk(run.path):
+            environment = describe_environment(prepared.config, prepared.decisions)
+            run.describe(prepared.config, environment, prepared.tokenizer.save)
+        emit(Start(str(run.path), 0, prepared.config.train.steps, plan))
+        return fit(prepared, run, None, emit)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,19 +9,23 @@ from typing import Any
 
 import torch
 
-from smolctl.config import RunConfig
-from smolctl.data.tokenizer.tokenizer import load_tokenizer
 from smolctl.data.tokens.corpus import TokenizeProgress
 from smolctl.errors import ExitCode, InputError, UsageError
+from smolctl.runs.checkpoint_file import CheckpointFile, read_checkpoint
 from smolctl.runs.events import Listener, Note
-from smolctl.runs.folder import CheckpointFile, RunFolder
-from smolctl.runs.records import METRICS
-from smolctl.training.checkpoint import find_damage, read_checkpoint
+from smolctl.runs.folder import RunFolder
 from smolctl.training.fit import run_trainer
 from smolctl.training.lightning import pl
 from smolctl.training.module import StepResult, TrainingModule
 from smolctl.training.prepare import prepare_again
-from smolctl.training.resume import ResumeOptions, require_same_data, sound_checkpoint
+from smolctl.training.resume import (
+    ResumeOptions,
+    decisions_of,
+    find_run,
+    require_same_data,
+    run_of,
+    tokenizer_of,
+)
 
 
 @dataclass(frozen=True)
@@ -70,16 +73,20 @@ def verify(
         raise UsageError(
             "--verify repeats a run as it was", "Combine it with nothing but RUN@STEP and --until."
         )
-    folder = RunFolder.open(run)
-    end = sound_checkpoint(folder, options.until)
-    start = _start(folder, end, options.step)
+    folder, step = find_run(run, options.step)
+    if folder is None:
+        raise UsageError(
+            f"{run}: --verify needs the run folder that the checkpoint was written in", "Name the run."
+        )
+    end = folder.checkpoint(options.until)
+    start = _start(folder, end, step)
     state, content = read_checkpoint(start.path)["smolctl"], read_checkpoint(end.path)
-    config = RunConfig.model_validate(content["hyper_parameters"]["config"])
+    config, recorded_state = run_of(content, end.path)
     steps = config.train.model_copy(update={"steps": end.step})
     config = config.model_copy(update={"train": steps})
-    tokenizer = load_tokenizer(str(folder.path / "tokenizer"))
-    prepared = prepare_again(config, tokenizer, start.step, state, on_tokenize)
-    require_same_data(content["smolctl"], prepared, end)
+    tokenizer = tokenizer_of(content, folder, end.path)
+    prepared = prepare_again(config, tokenizer, decisions_of(state), start.step, state, on_tokenize)
+    require_same_data(recorded_state, prepared, end)
     emit(Note(f"Repeating steps {start.step + 1:,} to {end.step:,} from {start.path}."))
     watcher = _Watcher()
     trainer, module = run_trainer(prepared, watcher, start.path)
@@ -91,9 +98,9 @@ def verify(
     before = {
         "weights": content["state_dict"],
         "optimizer": content["optimizer_states"][0],
-        "random states": content["smolctl"]["rng"],
+        "random states": recorded_state["rng"],
     }
-    recorded = _recorded(folder.path, start.step, end.step)
+    recorded = _recorded(folder, start.step, end.step)
     differences = [*_loss_differences(recorded, watcher.results), *_differences(before, again, "")]
     compared = sum(isinstance(leaf, torch.Tensor) for leaf in _leaves(before))
     return Verification(
@@ -103,11 +110,11 @@ def verify(
 
 def _start(folder: RunFolder, end: CheckpointFile, step: int | None) -> CheckpointFile:
     if step is not None:
-        start = sound_checkpoint(folder, step)
+        start = folder.checkpoint(step)
         if start.step >= end.step:
             raise UsageError(f"step {start.step} does not lie before {end.step}", "Name an older step.")
         return start
-    older = [file for file in folder.checkpoints() if file.step < end.step and not find_damage(file.path)]
+    older = [file for file in folder.checkpoints() if file.step < end.step and not file.damage]
     if not older:
         raise InputError(
             f"{folder.path}: no good checkpoint before step {end.step:,} to repeat the run from",
@@ -135,14 +142,11 @@ class _Watcher(pl.Callback):
             self.smolctl = kept["smolctl"]
 
 
-def _recorded(folder: Path, first: int, last: int) -> dict[int, StepResult]:
+def _recorded(folder: RunFolder, first: int, last: int) -> dict[int, StepResult]:
     """What metrics.jsonl says of the steps after `first` up to `last`."""
-    path = folder / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    records = (json.loads(line) for line in lines)
     return {
         record["step"]: StepResult(record["loss"], record["gradient_norm"], record["learning_rate"])
-        for record in records
+        for record in folder.metrics()
         if record["event"] == "step" and first < record["step"] <= last
     }
 

@@ -27,6 +27,8 @@ MEMORY_MEANINGS = {
     "logits": "the loss works in chunks: one of them, and its gradient",
 }
 
+MUON_STATE = "AdamW's two moments of each parameter, Muon's one for the matrices of the layers"
+
 Row = tuple[str, str, str]  # name, value, what it means
 
 
@@ -78,7 +80,6 @@ def _derived_document(derived: Derived | None, recipe: RecipeFacts | None) -> Ma
             "dtype": plan.dtype,
             **asdict(plan.bytes),
             "total": plan.bytes.total,
-            "formulas": dict(plan.formulas),
         },
     }
     if recipe is not None:
@@ -182,8 +183,9 @@ def _checkpoint_rows(checkpoint: CheckpointFacts) -> Iterator[Row]:
 
 
 def _memory_rows(plan: MemoryPlan) -> Iterator[Row]:
-    for name, value in asdict(plan.bytes).items():
-        yield name, size(value), f"{plan.formulas[name]}: {MEMORY_MEANINGS[name]}"
+    for name, formula in plan.bytes.formulas.items():
+        meaning = MUON_STATE if (name, plan.optimizer) == ("optimizer", "muon") else MEMORY_MEANINGS[name]
+        yield name, size(getattr(plan.bytes, name)), f"{formula}: {meaning}"
     yield "total", size(plan.bytes.total), "at the peak; Python and PyTorch themselves come on top"
 
 

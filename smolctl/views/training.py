@@ -22,7 +22,7 @@ from smolctl.runs.events import (
     Validation,
     to_json,
 )
-from smolctl.runs.records import RunRecorder
+from smolctl.runs.folder import RunFolder
 from smolctl.runs.story import History, selection
 from smolctl.views.numbers import duration, quantity, size, sparkline
 from smolctl.views.output import Output
@@ -122,10 +122,11 @@ class TrainingView:
             self._end_tokenizing()
         if isinstance(event, Start):
             self.run, self.until, self.first = event.run, event.until, event.step
-            self.predictions = RunRecorder(Path(event.run)).predictions()  # of the sessions before
+            self.predictions = RunFolder(Path(event.run)).predictions()  # of the sessions before
         elif isinstance(event, Step):
             self.step = event
-            self.losses.append(event.loss)
+            if event.loss is not None:
+                self.losses.append(event.loss)
         elif isinstance(event, Prediction):
             self.predictions[event.prompt] = (*self.predictions.get(event.prompt, ()), event)
         elif isinstance(event, Validation):
@@ -168,7 +169,7 @@ class TrainingView:
     def _end(self, event: End) -> None:
         self._close_live()
         why = "" if event.reason == "done" else f" by {event.reason}"
-        loss = f", loss {self.step.loss:.4f}" if self.step else ""
+        loss = f", loss {_number(self.step.loss, '.4f')}" if self.step else ""
         held_out = self.validation
         check = (
             f", held out {held_out.bits_per_byte:.4f} ± {held_out.standard_error:.4f} bits/byte"
@@ -190,8 +191,9 @@ class TrainingView:
                 return
             self._last_line = now
             self.out.line(
-                f"step {event.step:,}/{self.until:,}  loss {event.loss:.4f}  lr {event.learning_rate:.3g}  "
-                f"gradient {event.gradient_norm:.3g}  {_speed(event, '  ')}  ETA {duration(event.eta_s)}"
+                f"step {event.step:,}/{self.until:,}  loss {_number(event.loss, '.4f')}  "
+                f"lr {event.learning_rate:.3g}  gradient {_number(event.gradient_norm, '.3g')}  "
+                f"{_speed(event, '  ')}  ETA {duration(event.eta_s)}"
             )
         elif isinstance(event, Validation):
             self.out.line(
@@ -237,7 +239,7 @@ class TrainingView:
         if step is not None:
             width = max(8, min(self.out.stdout.width - 30, SPARKLINE_WIDTH))
             bars = sparkline(self.losses[-width * 4 :], width)
-            facts.append(("loss", Text.assemble((f"{step.loss:.4f}", "bold"), f"   {bars}")))
+            facts.append(("loss", Text.assemble((_number(step.loss, ".4f"), "bold"), f"   {bars}")))
         if check is not None:
             facts.append(
                 (
@@ -248,7 +250,11 @@ class TrainingView:
             )
         if step is not None:
             facts += [
-                ("update", f"lr {step.learning_rate:.3g}   gradient norm {step.gradient_norm:.3g}"),
+                (
+                    "update",
+                    f"lr {step.learning_rate:.3g}   gradient norm {_number(step.gradient_norm, '.3g')}"
+                    + (f"   {step.skipped:,} steps skipped" if step.skipped else ""),
+                ),
                 ("speed", f"{_speed(step, '   ')}   {quantity(step.tokens)} tokens so far"),
                 ("ETA", duration(step.eta_s)),
             ]
@@ -297,6 +303,11 @@ class TrainingView:
         return table
 
 
+def _number(value: float | None, form: str) -> str:
+    """A number of a step, or that float16 has overflowed in it."""
+    return "overflow" if value is None else format(value, form)
+
+
 def _speed(step: Step, gap: str) -> str:
     """Tokens a second, MFU and memory, as far as they are known."""
     facts = [f"{step.tokens_per_second:,.0f} tok/s"]
@@ -324,7 +335,7 @@ def plan_table(plan: RunPlan) -> Table:
     )
     table.add_row(
         "data",
-        f"{plan.corpus_tokens:,} tokens: {plan.passes:.3g} passes, "
+        f"{plan.corpus_tokens:,} tokens: {plan.epochs:.3g} epochs, "
         f"{plan.tokens_per_parameter:.3g} tokens a parameter",
     )
     if plan.framework_bytes:

@@ -6,7 +6,6 @@ import io
 import json
 import pickle
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -17,24 +16,27 @@ import pytest
 import torch
 from torch import Tensor
 
+from smolctl.benchmark import measure
 from smolctl.benchmark.bench import BenchOptions, bench, results_of
-from smolctl.benchmark.contenders import Contender
-from smolctl.benchmark.file_work import forget
-from smolctl.benchmark.jobs import Entry, choose_suites
+from smolctl.benchmark.correctness import bits_of
+from smolctl.benchmark.engine_files import huggingface_folder, make_engine_files
+from smolctl.benchmark.engines import EngineSpec, RandomWeights, open_engine, open_weighted
+from smolctl.benchmark.file_suites import drop_from_page_cache
+from smolctl.benchmark.inference_suites import decode, prefill
 from smolctl.benchmark.limits import Limits
-from smolctl.benchmark.parts import parts_of
-from smolctl.benchmark.process import Worker
+from smolctl.benchmark.metrics import metrics_of
 from smolctl.benchmark.report import Result
-from smolctl.benchmark.work import Facts, Job, Measured, Sizes, cut, decode, prefill
-from smolctl.benchmark.worker import serve
+from smolctl.benchmark.suites import PreparedWorkload, choose_suites
+from smolctl.benchmark.worker import Worker, serve
+from smolctl.benchmark.workload import EngineFacts, Sizes, Workload, cut
 from smolctl.errors import InputError, SmolError, UsageError
 from smolctl.generation.engine import Cache, Engine
 from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.network import Transformer
 from smolctl.sources import open_source
-from tests.conftest import Called
+from smolctl.sources.base import ModelSource, SourceKind
+from tests.support.processes import Called, start
 from tests.support.tiny_models import CountingEngine, tiny_network
-from tests.support.tiny_runs import make_workshop
 
 SUITES = {
     *("load-cold", "load-warm", "prefill", "decode", "decode-batch", "tokenize"),
@@ -66,14 +68,14 @@ def small_network(seed: int = 0) -> Transformer:
     return tiny_network(seed, context=24)
 
 
-def tiny_job(kind: str) -> Job:
+def tiny_workload(suite: str) -> Workload:
     config = small_network().config
     sizes = Sizes.fitting(config, None, batch=3)
     text = cut([(7 * at * at + 3 * at) % config.vocab_size for at in range(400)], sizes)
-    return Job(kind, Contender("smolctl", "tiny", 1), sizes, text)
+    return Workload(suite, EngineSpec("smolctl", "tiny", 1), sizes, text)
 
 
-WORK = {"prefill": prefill, "decode": decode, "batch": decode}
+SUITE = {"prefill": prefill, "decode": decode, "batch": decode}
 
 
 class Perturbed(Engine):
@@ -101,15 +103,15 @@ class Perturbed(Engine):
         return logits
 
 
-def result_of(engine: Engine, kind: str, repeats: int = 2) -> Result:
-    """A result as `bench` makes it, with the tiny network's answer as the expected one."""
-    job = tiny_job(kind)
-    expected = WORK[kind](TorchEngine(small_network()), job)().answer
-    work = WORK[kind](engine, job)
-    facts = Facts(engine.name, "float32", 10_000)
-    entry = Entry(job, lambda: Measured(work(), None), parts_of(job, engine.config, facts, 0), facts, 0)
-    laps = [entry.run() for _ in range(repeats)]
-    return results_of(entry, laps, {kind: expected}, LIMITS)[0]
+def result_of(engine: Engine, suite: str, repeats: int = 2) -> Result:
+    """A result as `bench` makes it, with the tiny network's output as the expected one."""
+    workload = tiny_workload(suite)
+    expected = SUITE[suite](TorchEngine(small_network()), workload)().output
+    facts = EngineFacts(engine.name, "float32", 10_000)
+    metrics = metrics_of(workload, engine.config, facts, 0)
+    prepared = PreparedWorkload(workload, SUITE[suite](engine, workload), metrics, facts, 0)
+    measurements = [prepared.run() for _ in range(repeats)]
+    return results_of(prepared, measurements, {suite: expected}, LIMITS)[0]
 
 
 @pytest.mark.parametrize("kind", ["prefill", "decode", "batch"])
@@ -142,15 +144,15 @@ def test_other_weights_are_caught(kind: str) -> None:
 
 
 def test_decoding_reads_one_given_token_a_step_and_every_repeat_the_same() -> None:
-    engine, job = CountingEngine(TorchEngine(small_network())), tiny_job("batch")
-    work = decode(engine, job)
-    work()
+    engine, workload = CountingEngine(TorchEngine(small_network())), tiny_workload("batch")
+    run = decode(engine, workload)
+    run()
     first, engine.calls = engine.calls, []
-    work()
+    run()
     assert engine.calls == first
     prompt, *steps = first
-    assert [len(ids) for ids in prompt] == [job.sizes.prompt] * 3
-    assert len(steps) == job.sizes.decoded
+    assert [len(ids) for ids in prompt] == [workload.sizes.prompt] * 3
+    assert len(steps) == workload.sizes.decoded
     assert all(len(ids) == 1 for step in steps for ids in step)
     assert len({tuple(ids) for ids in prompt}) == 3  # the sequences differ, or mixing them up would not show
 
@@ -168,25 +170,57 @@ def test_sizes_follow_the_context_and_the_recipe() -> None:
 # --- processes ------------------------------------------------------------------------------------
 
 
-def test_an_error_of_a_contender_is_an_answer_and_the_process_goes_on() -> None:
+def test_an_error_of_an_engine_is_an_answer_and_the_process_goes_on() -> None:
     requests, answers = io.BytesIO(), io.BytesIO()
-    job = replace(tiny_job("decode"), contender=Contender("smolctl", "no/such/file.gguf", 1))
-    for what in ("prepare", "run"):
-        pickle.dump((what, job), requests)
+    workload = replace(tiny_workload("decode"), engine=EngineSpec("smolctl", "no/such/file.gguf", 1))
+    pickle.dump((measure.prepare, (workload,)), requests)
+    pickle.dump((divmod, (7, 0)), requests)
+    pickle.dump((divmod, (7, 2)), requests)
     requests.seek(0)
     serve(requests, answers)
     answers.seek(0)
-    first, second = pickle.load(answers), pickle.load(answers)
-    assert "no such file" in first
-    assert "KeyError" in second  # it was never prepared
+    (_, error), (_, unforeseen), (result, nothing) = (pickle.load(answers) for _ in range(3))
+    assert "no such file" in error
+    assert unforeseen.startswith("ZeroDivisionError: ")
+    assert (result, nothing) == ((3, 1), "")
+
+
+def test_a_process_runs_our_modules_and_not_those_of_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """People bench in folders with a `random.py` or a `tokenizers.py` of their own."""
+    for module in ("torch", "tokenizers", "random", "smolctl"):
+        (tmp_path / f"{module}.py").write_text(f"raise SystemExit('{module}.py of the working folder')")
+    monkeypatch.chdir(tmp_path)
+    with Worker("smolctl", 1) as worker:
+        assert worker.call(bits_of, "int8") == 8
 
 
 def test_a_crashed_process_is_named_and_not_waited_for() -> None:
-    contender = Contender("llama.cpp", "no/such/file.gguf", 1)
-    with Worker(contender) as worker:
+    with Worker("llama.cpp", 1) as worker:
         worker._process.kill()
         with pytest.raises(SmolError, match=r"llama\.cpp: its process ended \(exit code -9\)"):
-            worker.prepare(replace(tiny_job("decode"), contender=contender))
+            worker.call(divmod, 7, 2)
+
+
+@pytest.mark.parametrize(
+    "shape", [{"position_embedding": "rope", "residual_scale": 1.0}, {"position_embedding": "learned"}]
+)
+def test_a_peer_runs_no_code_of_the_folder_that_is_measured(tmp_path: Path, shape: dict[str, Any]) -> None:
+    """transformers runs what a folder brings when it is trusted: only this toolkit's files may be."""
+    config = tiny_network(**shape).config
+    source = ModelSource(SourceKind.CONFIG, "tiny", config, weights=RandomWeights(config))
+    folder = Path(huggingface_folder(source, tmp_path / "foreign"))
+    for name in ("modeling_smolctl", "configuration_smolctl"):
+        (folder / f"{name}.py").write_text("raise SystemExit('code of the folder ran')")
+    described = json.loads((folder / "config.json").read_text())
+    described.setdefault("auto_map", {"AutoModelForCausalLM": "modeling_smolctl.SmolctlForCausalLM"})
+    (folder / "config.json").write_text(json.dumps(described))
+    weighted = open_weighted(str(folder))
+    engines, left_out = make_engine_files(weighted, (), ("transformers",), 1, tmp_path / "work")
+    assert not left_out
+    engine = open_engine(engines[-1])
+    assert engine.forward([[3, 5]], engine.allocate(1, 2)).shape == (1, config.vocab_size)
 
 
 def test_suites_that_the_model_cannot_run_are_left_out_or_refused() -> None:
@@ -199,10 +233,10 @@ def test_suites_that_the_model_cannot_run_are_left_out_or_refused() -> None:
         choose_suites(preset, ("flops",))
 
 
-def test_forgetting_a_file_leaves_its_content(tmp_path: Path) -> None:
+def test_dropping_a_file_from_the_page_cache_leaves_its_content(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(b"x" * 100_000)
-    forget((str(path),))
+    drop_from_page_cache((str(path),))
     assert path.read_bytes() == b"x" * 100_000
 
 
@@ -239,7 +273,7 @@ def test_what_cannot_be_meant_gets_a_cause_and_a_remedy(
 def test_a_peer_that_is_not_installed_is_said_before_anything_runs(
     smolctl: Smolctl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smolctl.benchmark.lineup.is_installed", lambda _name: False)
+    monkeypatch.setattr("smolctl.benchmark.engine_files.is_installed", lambda _name: False)
     done = smolctl("bench", "nano", "--against", "llama.cpp")
     assert done.code == 2
     assert "pip install llama-cpp-python" in done.err
@@ -248,18 +282,10 @@ def test_a_peer_that_is_not_installed_is_said_before_anything_runs(
 # --- whole runs -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two tiny runs: learned positions, and a Llama."""
-    return make_workshop(tmp_path_factory.mktemp("bench"), train={"steps": 2})
-
-
-@pytest.fixture
-def here(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of the runs, which must hold nothing new afterwards."""
-    monkeypatch.chdir(workshop)
-    yield workshop
-    assert not list(workshop.glob(".smolctl-bench-*"))
+@pytest.fixture(autouse=True)
+def _nothing_is_left(tmp_path: Path) -> Iterator[None]:
+    yield
+    assert not list(tmp_path.glob(".smolctl-bench-*"))
 
 
 def rows(document: Any) -> dict[str, Any]:
@@ -398,15 +424,14 @@ def test_learned_positions_leave_llama_cpp_out_with_the_reason(here: Path) -> No
 
 @pytest.mark.slow
 def test_a_signal_ends_every_process_and_leaves_no_file(here: Path) -> None:
-    command = [sys.executable, "-m", "smolctl", "bench", "runs/llama", "--suite", "checkpoint"]
-    process = subprocess.Popen([*command, "--repeats", "100000"], stderr=subprocess.PIPE, text=True)
+    process = start("bench", "runs/llama", "--suite", "checkpoint", "--repeats", "100000")
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("round 2 "):
             break
     process.send_signal(signal.SIGTERM)
-    assert process.wait() == 143
-    assert process.stderr.read().count("Traceback") == 0
+    assert "Traceback" not in process.communicate()[1]
+    assert process.returncode == 143
 
 
 @pytest.mark.slow

@@ -3,38 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import yaml
 
 from smolctl.runs.folder import RunFolder
+from tests.support.processes import Called, call, start
+from tests.support.tiny_runs import assert_same_run, write_project
 
-TINY: dict[str, Any] = {
-    "model": {
-        "vocab_size": 300,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 32,
-    },
-    "tokenizer": "train:300",
-    "data": {"source": "corpus", "sequence_length": 32, "validation_fraction": 0.2},
-    "train": {"steps": 6, "batch_size": 4},
-    "schedule": {"warmup_steps": 2, "decay_start": 10_000, "decay_steps": 10},
-    "checkpoint": {"every": 3, "keep_last": 0},
+# Six steps, with everything that a run does every third.
+SIX_STEPS: dict[str, Any] = {
+    "train": {"steps": 6},
+    "schedule": {"warmup_steps": 2, "decay_start": 10_000},
+    "checkpoint": {"every": 3},
     "predictions": {"every": 3, "prompts": ["the cat"], "max_tokens": 4},
-    "validation": {"every": 3, "batches": 2},
+    "validation": {"every": 3},
 }
 EVENT_KEYS = {
     "start": {"run", "step", "until", "plan"},
@@ -47,19 +33,14 @@ EVENT_KEYS = {
     "checkpoint": {"step", "path", "bytes", "seconds"},
     "end": {"step", "run", "reason", "seconds"},
 }
-Smolctl = Callable[..., Any]
+Smolctl = Callable[..., Called]
 
 
 @pytest.fixture(autouse=True)
 def _tiny_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder with tiny.yaml and a corpus, as the working directory."""
     monkeypatch.chdir(tmp_path)
-    chance = random.Random(0)
-    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "birds"]
-    Path("corpus").mkdir()
-    for number in range(20):
-        Path(f"corpus/{number}.txt").write_text(" ".join(chance.choice(words) for _ in range(150)))
-    Path("tiny.yaml").write_text(yaml.safe_dump(TINY))
+    write_project(tmp_path, **SIX_STEPS)
 
 
 def events(text: str) -> list[dict[str, Any]]:
@@ -190,30 +171,16 @@ def test_chat_without_a_template_says_so(smolctl: Smolctl) -> None:
 
 def test_prompt_comes_from_stdin_too(smolctl: Smolctl) -> None:
     smolctl("train", "tiny.yaml", "-q")
-    command = [sys.executable, "-m", "smolctl", "sample", "--max-tokens", "3", "--json"]
-    done = subprocess.run(command, input="the cat\n", capture_output=True, text=True)
-    assert json.loads(done.stdout)["prompt"] == "the cat"
-    empty = subprocess.run(command, input="", capture_output=True, text=True)
-    assert empty.returncode == 2
+    done = call("sample", "--max-tokens", "3", "--json", input="the cat\n")
+    assert done.json["prompt"] == "the cat"
+    assert call("sample", "--max-tokens", "3", "--json", input="").code == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_the_step_and_the_run_goes_on(number: signal.Signals, code: int) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "smolctl",
-        "train",
-        "tiny.yaml",
-        "--steps",
-        "100000",
-        "--json",
-        "--out",
-        "x",
-    ]
-    command += ["--set", "checkpoint.every=100000", "--set", "validation.every=0"]
-    process = subprocess.Popen([*command, "--set", "predictions.every=0"], stdout=subprocess.PIPE, text=True)
+    forever = ("--steps", "100000", "--set", "checkpoint.every=100000", "--set", "validation.every=0")
+    process = start("train", "tiny.yaml", *forever, "--set", "predictions.every=0", "--json", "--out", "x")
     assert process.stdout is not None
     seen = []
     for line in process.stdout:
@@ -221,42 +188,30 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(number: signal.Signals, cod
         if seen[-1]["event"] == "step" and seen[-1]["step"] == 5:
             process.send_signal(number)
     assert process.wait() == code
+    process.communicate()
     assert seen[-1]["event"] == "end"
     assert seen[-1]["reason"] == number.name
     last = [event["step"] for event in seen if event["event"] == "step"][-1]
     assert RunFolder(Path("x")).checkpoints()[-1].step == last
 
-    resumed = [sys.executable, "-m", "smolctl", "resume", "x", "--extra", "2", "--json"]
-    done = subprocess.run(resumed, capture_output=True, text=True, check=True)
-    steps = [event["step"] for event in events(done.stdout) if event["event"] == "step"]
+    done = call("resume", "x", "--extra", "2", "--json")
+    steps = [event["step"] for event in events(done.out) if event["event"] == "step"]
     assert steps == [last + 1, last + 2]
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint_as_if_nothing_had_happened(smolctl: Smolctl) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "smolctl",
-        "train",
-        "tiny.yaml",
-        "--steps",
-        "30",
-        "--json",
-        "--out",
-        "killed",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = start("train", "tiny.yaml", "--steps", "30", "--json", "--out", "killed")
     assert process.stdout is not None
     for line in process.stdout:
         event = json.loads(line)
         if event["event"] == "step" and event["step"] == 11:
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             break
-    process.wait()
+    process.communicate()
     assert smolctl("resume", "killed", "-q").code == 0
     assert smolctl("train", "tiny.yaml", "--steps", "30", "--out", "whole", "-q").code == 0
-    assert_equal_runs(Path("killed"), Path("whole"), 30)
+    assert_same_run(Path("killed"), Path("whole"), 30)
 
 
 @pytest.mark.slow
@@ -265,23 +220,4 @@ def test_nano_ten_steps_and_five_more_equal_fifteen(smolctl: Smolctl) -> None:
     assert smolctl("train", "nano", "--steps", "10", "--out", "parts", *quiet).code == 0
     assert smolctl("resume", "parts", "--extra", "5", "-q").code == 0
     assert smolctl("train", "nano", "--steps", "15", "--out", "whole", *quiet).code == 0
-    assert_equal_runs(Path("parts"), Path("whole"), 15)
-
-
-def assert_equal_runs(one: Path, two: Path, step: int) -> None:
-    """Weights, optimizer state and the loss of every step, bit for bit."""
-    name = f"checkpoints/step-{step:06d}.ckpt"
-    first, second = (torch.load(folder / name, weights_only=True) for folder in (one, two))
-    for key, tensor in first["state_dict"].items():
-        assert torch.equal(tensor, second["state_dict"][key]), key
-    states = [content["optimizer_states"][0]["state"] for content in (first, second)]
-    assert states[0].keys() == states[1].keys()
-    for number, state in states[0].items():
-        for key, tensor in state.items():
-            assert torch.equal(tensor, states[1][number][key]), (number, key)
-    curves = []
-    for folder in (one, two):
-        lines = events((folder / "metrics.jsonl").read_text())
-        curves.append([(line["step"], line["loss"]) for line in lines if line["event"] == "step"])
-    assert curves[0] == curves[1]
-    assert len(curves[0]) == step
+    assert_same_run(Path("parts"), Path("whole"), 15)

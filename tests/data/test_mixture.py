@@ -70,7 +70,7 @@ def test_validation_has_the_sources_in_their_shares(tmp_path: Path) -> None:
     corpus = mixed(tmp_path, (0.75, 0.25))
     assert corpus.validation is not None
     seen = Counter(
-        letter for batch in validation_batches(corpus.validation, LENGTH, 4, 5) for letter in letters(batch)
+        letter for batch in validation_batches(corpus.validation, LENGTH, 4, 20) for letter in letters(batch)
     )
     assert seen == {"a": 15, "b": 5}
 

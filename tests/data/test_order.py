@@ -7,7 +7,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -34,7 +34,6 @@ def test_every_pass_is_a_permutation(size: int, seed: int, number: int) -> None:
     assert sorted(images.tolist()) == list(range(size))
 
 
-@settings(max_examples=50)
 @given(windows=st.integers(1, 300), batch=st.integers(1, 40), seed=st.integers(0, 1000))
 def test_every_window_is_seen_once_a_pass_whatever_the_batch_size(
     windows: int, batch: int, seed: int
@@ -88,7 +87,6 @@ def test_no_window_of_a_billion_is_seen_twice_in_a_pass(block: int | None) -> No
         assert (one == other).mean() < 0.01
 
 
-@settings(max_examples=30)
 @given(
     windows=st.integers(1, 300),
     more=st.integers(0, 300),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from smolctl.errors import InputError
-from smolctl.generation.decode import Decoder, Job, generator_for
+from smolctl.generation.decode import Decoder, Job, Speculation, Token, generator_for
 from smolctl.generation.lookup import Lookup
 from smolctl.generation.sampling import SamplingSettings
 from smolctl.generation.torch_engine import TorchEngine
@@ -21,18 +22,19 @@ GREEDY = plain_settings(0)
 prompts = st.lists(st.integers(3, 319), min_size=1, max_size=9)
 
 
-def ids(tokens):  # type: ignore[no-untyped-def]
+def ids(tokens: Sequence[Sequence[Token]]) -> list[list[int]]:
     return [[token.id for token in sequence] for sequence in tokens]
 
 
-@settings(max_examples=25)
 @given(
     work=st.lists(st.tuples(prompts, st.integers(1, 20)), min_size=1, max_size=6),
     slots=st.integers(1, 4),
     temperature=st.sampled_from([0.0, 1.2]),
     speculation=st.sampled_from(["off", "lookup"]),
 )
-def test_a_prompt_gets_the_same_tokens_in_any_batch(work, slots, temperature, speculation) -> None:  # type: ignore[no-untyped-def]
+def test_a_prompt_gets_the_same_tokens_in_any_batch(
+    work: list[tuple[list[int], int]], slots: int, temperature: float, speculation: Speculation
+) -> None:
     many, counts = zip(*work, strict=True)
     decoder = Decoder(TorchEngine(NETWORK), slots, 40, plain_settings(temperature), speculation)
     together = ids(run_jobs(decoder, many, counts))
@@ -43,7 +45,6 @@ def test_a_prompt_gets_the_same_tokens_in_any_batch(work, slots, temperature, sp
         assert together[index] == [token.id for step in alone.run([job]) for _, token in step]
 
 
-@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10_000),
     prompt=prompts,
@@ -58,9 +59,10 @@ def test_lookup_never_changes_greedy_tokens(
         with torch.no_grad():
             network.head_weight[1::2] = network.head_weight[::2]
     tokens = {}
+    speculation: Speculation
     for speculation in ("off", "lookup"):
         chosen_by = SamplingSettings(0, repetition_penalty=penalty)
-        decoder = Decoder(TorchEngine(network), 1, 90, chosen_by, speculation)  # type: ignore[arg-type]
+        decoder = Decoder(TorchEngine(network), 1, 90, chosen_by, speculation)
         tokens[speculation] = ids(run_jobs(decoder, [prompt * 3], [60]))
     assert tokens["lookup"] == tokens["off"]
     if penalty == 1 and not twins:

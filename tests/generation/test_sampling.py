@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -143,7 +145,7 @@ def test_samples_follow_the_distribution() -> None:
 
 
 @pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_p": 0}, {"min_p": 2}, {"top_k": -1}])
-def test_values_out_of_range_are_usage_errors(bad: dict[str, float]) -> None:
+def test_values_out_of_range_are_usage_errors(bad: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(bad)).replace("_", "-")):
         SamplingSettings(**bad)
 

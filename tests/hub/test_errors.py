@@ -163,7 +163,7 @@ def test_a_wait_that_the_hub_asks_for_is_known_however_deep_its_answer_lies() ->
         (errors.LocalTokenNotFoundError("no"), HubError, "no Hugging Face token was found"),
     ],
 )
-def test_what_the_client_raises_without_an_answer(error: Exception, kind: type, words: str) -> None:
+def test_what_the_client_raises_without_an_answer(error: Exception, kind: type[HubError], words: str) -> None:
     with pytest.raises(kind, match=r"cannot make \{it\}: ") as caught, explained("x", READING, "make {it}"):
         raise error
     assert type(caught.value) is kind

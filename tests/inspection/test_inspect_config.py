@@ -14,10 +14,11 @@ import yaml
 from smolctl.config import RunConfig, load_run_config, preset_names
 from smolctl.config.dump import to_yaml
 from smolctl.inspection import inspect
-from smolctl.sources import ModelSource, SourceKind, TokenizerFiles
-from tests.conftest import Called
-from tests.inspection.test_count_params import llama_folder, other_architecture
+from smolctl.sources import ModelSource, SourceKind, TokenizerFiles, open_source
+from smolctl.training.plan import make_plan
 from tests.support.hub_server import COMMIT, HubRepository, HubServer
+from tests.support.model_folders import llama_folder, other_architecture
+from tests.support.processes import Called
 
 Call = Callable[..., Called]
 
@@ -369,3 +370,33 @@ def test_yaml_that_is_no_config_is_named(smolctl: Call, tmp_path: Path) -> None:
     assert "notes.yaml" in called.err
     path.write_text("model: {hidden_size: 576\n")
     assert "line" in smolctl("inspect-config", path).err
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("precision", ["auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed"])
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_memory_is_the_plans_of_train(optimizer: str, precision: str, checkpointed: bool) -> None:
+    settings = [
+        f"optimizer.name={optimizer}",
+        f"train.precision={precision}",
+        f"train.checkpoint_activations={checkpointed}",
+        "train.micro_batch_size=4",
+    ]
+    source = open_source("nano", settings)
+    assert source.run is not None
+    report = inspect(source)
+    assert report.derived is not None
+    plan = make_plan(source.run, 0, 10**6, 1.0, 10**12, "cpu", source.run.micro_batch_size, 0)
+    assert report.derived.memory.bytes == plan.memory
+
+
+def test_what_changes_the_memory_changes_what_is_shown(smolctl: Call) -> None:
+    def memory(*settings: str) -> dict[str, Any]:
+        options = [word for setting in settings for word in ("--set", setting)]
+        return dict(smolctl("inspect-config", "nano", *options, "--json").json["derived"]["memory"])
+
+    muon, adamw = memory(), memory("optimizer.name=adamw")
+    assert muon["optimizer"] < adamw["optimizer"]
+    assert memory("train.checkpoint_activations=true")["activations"] < muon["activations"]
+    assert memory("train.precision=bf16-true")["weights"] * 2 == muon["weights"]
+    assert "Muon" in smolctl("inspect-config", "nano").out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from smolctl.model.cache import KVCache
 from smolctl.model.network import Transformer
 from smolctl.model.weights import from_state, initialize
 
-TINY = {
+TINY: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 48,
     "intermediate_size": 80,

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import os
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError, UsageError
-from smolctl.generation.decode import Decoder
+from smolctl.generation.decode import Decoder, Speculation
 from smolctl.generation.engines import EngineOptions, kind_of, make_engine
 from smolctl.generation.native_engine import FEW, NativeEngine, Stored, matrix_of
 from smolctl.generation.sampling import SamplingSettings
@@ -66,7 +67,6 @@ def dense(stored: Stored) -> Tensor:
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "int8", "int4"])
 @given(data=st.data())
-@settings(max_examples=25)
 def test_products_equal_the_dequantized_matrix(build: str, kind: str, data: st.DataObject) -> None:
     rows, columns = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 300))
     tokens, group = data.draw(st.integers(1, 9)), 32 * data.draw(st.integers(1, 4))
@@ -93,7 +93,7 @@ def test_products_equal_the_dequantized_matrix(build: str, kind: str, data: st.D
     assert ((y - expected).abs() <= bound + 1e-6).all()
 
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "grouped": {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, **ROPE},
     "learned": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4},
     "odd": {"hidden_size": 50, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 10, **ROPE},
@@ -115,7 +115,7 @@ SHAPES = {
 
 
 def config_of(shape: str) -> ModelConfig:
-    values = {
+    values: dict[str, Any] = {
         "vocab_size": 131,
         "intermediate_size": 70,
         "num_hidden_layers": 2,
@@ -233,8 +233,9 @@ def test_guesses_change_no_token_drawn_or_not(kind: str, temperature: float) -> 
     native, _ = engines(config_of("grouped"), kind, "avx2" if kind == "int4" else "baseline")
     prompt, chosen_by = ids(9) * 4, SamplingSettings(temperature, top_p=0.5)
     tokens, guessed = {}, {}
+    speculation: Speculation
     for speculation in ("off", "auto"):
-        decoder = Decoder(native, 1, 400, chosen_by, speculation)  # type: ignore[arg-type]
+        decoder = Decoder(native, 1, 400, chosen_by, speculation)
         tokens[speculation] = [token.id for token in run_jobs(decoder, [prompt], [300])[0]]
         guessed[speculation] = decoder.counts.guessed
     assert tokens["auto"] == tokens["off"]
@@ -311,5 +312,9 @@ def test_dense_weights_can_be_rounded_when_they_are_loaded() -> None:
 
 
 def test_the_kind_names_the_most_numerous_weights_first() -> None:
-    weights = {"a": torch.zeros(2, 2), "b": pack(torch.randn(8, 64), 4, 32), "c": torch.zeros(5)}
+    weights: dict[str, Stored] = {
+        "a": torch.zeros(2, 2),
+        "b": pack(torch.randn(8, 64), 4, 32),
+        "c": torch.zeros(5),
+    }
     assert kind_of(weights) == "int4 + float32"

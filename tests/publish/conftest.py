@@ -9,21 +9,21 @@ import pytest
 
 from smolctl.publish.build import Built, build, open_model
 from smolctl.publish.space import add_space
-from tests.support.publishing import LLAMA, make_run, serving
+from tests.support.publishing import make_run, serving
 from tests.support.push_hub import PushHub
 from tests.support.tiny_models import TEMPLATE
 
 
 @pytest.fixture(scope="session")
-def learned_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with learned positions, which transformers reads with code of ours."""
-    return make_run(tmp_path_factory.mktemp("learned"))
+def learned_run(workshop: Path) -> Path:
+    """A run with learned positions, which transformers reads with code of ours. Only to be read."""
+    return workshop / "runs" / "learned"
 
 
 @pytest.fixture(scope="session")
-def llama_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that is a Llama."""
-    return make_run(tmp_path_factory.mktemp("llama"), **LLAMA)
+def llama_run(workshop: Path) -> Path:
+    """A run that is a Llama. Only to be read."""
+    return workshop / "runs" / "llama"
 
 
 @pytest.fixture(scope="session")

@@ -25,8 +25,10 @@ from smolctl.model.weights import finite_tensors, load_network
 from smolctl.publish.build import Built, build, open_model, repository_name
 from smolctl.publish.card import BEGIN, END, merge_card, require_valid, split_card
 from smolctl.publish.secrets import scan
+from smolctl.runs.checkpoint_file import read_checkpoint
+from smolctl.runs.folder import RunFolder
 from smolctl.sources.base import Weights
-from smolctl.sources.huggingface import write
+from smolctl.sources.huggingface.config import to_huggingface_config
 from tests.support.publishing import LLAMA, build_folder, make_run
 
 
@@ -121,15 +123,27 @@ def test_the_step_of_damaged_weights_is_named(llama: Built) -> None:
         list(finite_tensors(source))
 
 
+def test_weights_without_the_loss_that_their_run_recorded_are_not_published(
+    llama_run: Path, tmp_path: Path, smolctl: Callable[..., Any]
+) -> None:
+    content = read_checkpoint(RunFolder(llama_run).checkpoint_path(15), mmap=False)
+    content["state_dict"] = {name: tensor * 1.1 for name, tensor in content["state_dict"].items()}
+    torch.save(content, tmp_path / "altered.ckpt")
+    called = smolctl("push", tmp_path / "altered.ckpt", "--local-dir", tmp_path / "out")
+    assert called.code == ExitCode.BAD_INPUT
+    assert "held-out sequences, the run recorded" in called.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_loads_as_another_model_stops_the_push(
     llama_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = write.to_huggingface_config
+    right = to_huggingface_config
 
     def wrong(config: ModelConfig, dtype: str) -> dict[str, Any]:
         return right(config, dtype) | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
 
-    monkeypatch.setattr(write, "to_huggingface_config", wrong)
+    monkeypatch.setattr("smolctl.sources.huggingface.write.to_huggingface_config", wrong)
     with pytest.raises(SmolError, match="logits in transformers are off by"):
         build(open_model(str(llama_run)), tmp_path, ())
 
@@ -201,7 +215,7 @@ def test_gguf_files_go_along_and_learned_positions_are_refused(
 ) -> None:
     card = with_ggufs.write_card("me/tiny", None, None)
     assert "llama-cli -hf me/tiny:Q8_0" in card
-    assert (with_ggufs.folder / "run-q8_0.gguf").exists()
+    assert (with_ggufs.folder / "llama-q8_0.gguf").exists()
     with pytest.raises(InputError, match="learned positions"):
         build(open_model(str(learned_run)), tmp_path / "none", ("q8_0",))
 
@@ -333,7 +347,7 @@ def test_a_dry_run_needs_no_network_and_no_token(
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
     called = smolctl("push", llama_run, "--dry-run", "--gguf", "q8_0")
     assert called.code == 0, called.err  # type: ignore[attr-defined]
-    for words in ("you/run, private", "no token: `hf auth login`", "model.safetensors", "run-q8_0.gguf"):
+    for words in ("you/llama, private", "no token: `hf auth login`", "model.safetensors", "llama-q8_0.gguf"):
         assert words in called.out  # type: ignore[attr-defined]
     document = smolctl("push", llama_run, "--dry-run", "--json").json  # type: ignore[attr-defined]
     assert document["repo"]["verified"] is False

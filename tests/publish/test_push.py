@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -126,7 +128,7 @@ def test_private_unless_public(llama: Built, hub: PushHub) -> None:
 
 
 def test_the_repository_is_taken_from_the_user_and_the_run(llama: Built, hub: PushHub) -> None:
-    assert publish(llama).repo.id == "me/run"
+    assert publish(llama).repo.id == "me/llama"
 
 
 BREAKS: dict[str, Callable[[], list[Fault]]] = {
@@ -418,7 +420,7 @@ def test_edits_of_the_card_on_the_hub_survive(llama: Built, with_ggufs: Built, h
     assert "My own words." in now
     assert now.endswith("\n## Thanks\n\nto all\n")
     assert "language: en\n" in now
-    assert "run-f16.gguf" in now
+    assert "llama-f16.gguf" in now
 
 
 def test_the_token_is_nowhere_but_in_the_header(
@@ -445,11 +447,12 @@ def test_the_json_says_what_stands_on_the_hub(
     assert document["space"] is None
 
 
-def test_a_secret_stops_the_push_before_anything_is_sent(llama: Built, llama_run: Path, hub: PushHub) -> None:
-    (llama_run / "README.md").write_text(f"my notes\n\ntoken {TOKEN}\n")
-    try:
-        with pytest.raises(SmolError, match=r"README\.md:\d+: Hugging Face token"):
-            publish(llama, repo="me/tiny")
-    finally:
-        (llama_run / "README.md").unlink()
+def test_a_secret_stops_the_push_before_anything_is_sent(
+    llama: Built, llama_run: Path, hub: PushHub, tmp_path: Path
+) -> None:
+    run = shutil.copytree(llama_run, tmp_path / "run")
+    (run / "README.md").write_text(f"my notes\n\ntoken {TOKEN}\n")
+    built = dataclasses.replace(llama, model=dataclasses.replace(llama.model, folder=run))
+    with pytest.raises(SmolError, match=r"README\.md:\d+: Hugging Face token"):
+        publish(built, repo="me/tiny")
     assert not hub.requests("^(POST|PUT)")

@@ -332,7 +332,7 @@ def test_pushing_the_space_again_sends_nothing(with_space: Built, hub: PushHub) 
 def test_without_gradio_one_line_says_so(
     learned_run: Path, smolctl: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(smoke.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr("smolctl.publish.smoke.importlib.util.find_spec", lambda _name: None)
     called = smolctl("push", learned_run, "--preview")
     assert called.code == 1
     assert "pip install 'smolctl[space]'" in called.err

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import resource
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,25 +21,10 @@ from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.quantized.folder import DESCRIPTION, FILE
 from smolctl.sources.quantized.packed import PackedMatrix
-from tests.conftest import Called
-from tests.support.tiny_runs import make_workshop
+from tests.support.disks import small_disk
+from tests.support.processes import Called, call
 
 TABLE = "model.embed_tokens.weight"
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two tiny runs: learned positions, and a Llama."""
-    return make_workshop(tmp_path_factory.mktemp("quantize"))
-
-
-@pytest.fixture
-def here(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory beside the runs."""
-    (tmp_path / "runs").symlink_to(workshop / "runs")
-    (tmp_path / "corpus").symlink_to(workshop / "corpus")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def make(model: str = "runs/llama", scheme: str = "int8", out: str = "out", **options: Any) -> QuantizeReport:
@@ -209,7 +191,7 @@ def test_dynamic_scheme_is_what_quantize_dynamic_makes(here: Path) -> None:
     ids = torch.tensor([[5, 6, 7, 8]])
     # Only the lookup differs: ours reads the head's integers, the stock network keeps the table in float32.
     hidden = torch.randn(1, 4, 32)
-    layer, ours = (one.model.layers[0].mlp for one in (stock, engine.network))  # type: ignore[attr-defined]
+    layer, ours = (one.model.layers[0].mlp for one in (stock, engine.network))
     norm = network.model.layers[0].post_attention_layernorm  # type: ignore[union-attr]
     assert torch.equal(layer(hidden, norm), ours(hidden, norm))  # type: ignore[operator]
     assert stock(ids).shape == engine.network(ids).shape  # type: ignore[attr-defined]
@@ -323,38 +305,28 @@ def test_force_does_not_delete_other_peoples_files(here: Path) -> None:
 
 
 @pytest.fixture
-def small_disk(here: Path) -> Iterator[Path]:
-    folder = here / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", str(folder)]
-    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root may mount a file system")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+def small(here: Path) -> Iterator[Path]:
+    with small_disk(here / "small", "24k") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize(
     ("scheme", "said"), [("int8", "the quantized model needs"), ("gguf-q8_0", "the GGUF needs")]
 )
-def test_full_disk_is_seen_before_anything_is_written(small_disk: Path, scheme: str, said: str) -> None:
+def test_full_disk_is_seen_before_anything_is_written(small: Path, scheme: str, said: str) -> None:
     with pytest.raises(SmolError, match=said):
-        make(scheme=scheme, out=str(small_disk / "out"))
-    assert [path for path in small_disk.rglob("*") if path.is_file()] == []
+        make(scheme=scheme, out=str(small / "out"))
+    assert [path for path in small.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int8-dynamic", "gguf-q8_0"])
 def test_write_that_fails_half_way_leaves_nothing(here: Path, scheme: str) -> None:
-    def small_files_only() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    command = [sys.executable, "-m", "smolctl", "quantize", "runs/llama", "--to", scheme, "--out", "out"]
-    done = subprocess.run(
-        [*command, "--no-measure"], preexec_fn=small_files_only, capture_output=True, text=True
-    )
-    assert done.returncode == 1, done.stderr
-    assert "cannot be written" in done.stderr
-    assert "None" not in done.stderr
-    assert "unexpected" not in done.stderr
+    command = ("quantize", "runs/llama", "--to", scheme, "--out", "out", "--no-measure")
+    done = call(20_000, *command, module="tests.support.small_files")
+    assert done.code == 1, done.err
+    assert "cannot be written" in done.err
+    assert "None" not in done.err
+    assert "unexpected" not in done.err
     assert [path for path in here.rglob("out/*") if path.is_file()] == []
     assert [path.name for path in here.rglob("*partial*")] == []
 
@@ -451,7 +423,8 @@ def test_calibrated_scales_are_kept_only_where_they_help(here: Path) -> None:
 
 def variant(scheme: str, size: int, kl: float, speeds: tuple[float, float, float] | None = None) -> Variant:
     from smolctl.evaluation import Estimate
-    from smolctl.quantization.measure import Quality, Speed, Spread
+    from smolctl.quantization.measure import Quality, Speed
+    from smolctl.timing import Spread
 
     some = Estimate(1.0, 0.01)
     windows = tuple(kl * 100 * (1 + number / 100) for number in range(8))

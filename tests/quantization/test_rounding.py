@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from smolctl.quantization.rounding import quantize_matrix
@@ -73,7 +73,6 @@ def test_matrices_of_one_value(bits: int, value: float) -> None:
     assert torch.allclose(found, torch.full((3, 50), value), rtol=5e-3, atol=1e-7)
 
 
-@settings(max_examples=25)
 @given(shapes, bits, st.integers(0, 1000))
 def test_searched_scales_never_have_a_larger_weighted_error(
     shape: tuple[int, int], bits: int, seed: int

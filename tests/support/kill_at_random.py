@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +27,11 @@ from smolctl.training.train import train
 from tests.support.tiny_runs import prepare_tiny
 
 STEPS = 12
-EVERY_STEP = {"checkpoint": {"every": 1}, "train": {"steps": STEPS}, "validation": {"every": 0}}
+EVERY_STEP: dict[str, Any] = {
+    "checkpoint": {"every": 1},
+    "train": {"steps": STEPS},
+    "validation": {"every": 0},
+}
 
 
 def start(out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,10 +59,8 @@ def serving(
             "HF_HUB_DISABLE_TELEMETRY": True,
         }.items():
             monkeypatch.setattr(huggingface_hub.constants, constant, value)
-        from huggingface_hub.utils import _http
-
-        clock = SimpleNamespace(sleep=lambda _s: None, time=_http.time.time, monotonic=_http.time.monotonic)
-        monkeypatch.setattr(_http, "time", clock)
+        clock = SimpleNamespace(sleep=lambda _s: None, time=time.time, monotonic=time.monotonic)
+        monkeypatch.setattr("huggingface_hub.utils._http.time", clock)
         yield hub
 
 

@@ -380,10 +380,10 @@ class _Handler(BaseHTTPRequestHandler):
                 content = base64.b64decode(value["content"])
                 files[value["path"]] = Blob(content, len(content))
             elif line["key"] == "lfsFile":
-                content = self.state.lfs.get(value["oid"])
-                if content is None and value["oid"] not in self.state.xet_hashes():
+                stored = self.state.lfs.get(value["oid"])
+                if stored is None and value["oid"] not in self.state.xet_hashes():
                     return self._error(400, f"LFS object {value['oid']} was never uploaded")
-                files[value["path"]] = Blob(content, value["size"], value["oid"])
+                files[value["path"]] = Blob(stored, value["size"], value["oid"])
         extra = {}
         if self.query.get("create_pr") == ["1"]:
             number = 1 + sum(one.startswith("refs/pr/") for one in repo.branches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def tiny_tokenizer() -> Tokenizer:
 
 
 def tiny_network(seed: int = 0, context: int = 96, **changes: object) -> Transformer:
-    values = {
+    values: dict[str, Any] = {
         "vocab_size": 320,
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -41,7 +42,7 @@ def tiny_network(seed: int = 0, context: int = 96, **changes: object) -> Transfo
         "initializer_range": 0.4,
         "eos_token_id": 2,
     }
-    return initialize(ModelConfig(**(values | changes)), seed).eval()  # type: ignore[arg-type]
+    return initialize(ModelConfig(**(values | changes)), seed).eval()
 
 
 class CountingEngine(Engine):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from smolctl.config.load import merge, resolve_run_config
 from smolctl.errors import ExitCode
+from smolctl.runs.checkpoint_file import read_checkpoint
 from smolctl.runs.events import Event
-from smolctl.training.checkpoint import read_checkpoint
+from smolctl.runs.folder import RunFolder
 from smolctl.training.prepare import Prepared, prepare
 from smolctl.training.resume import ResumeOptions, resume
 from smolctl.training.train import train
@@ -35,7 +38,7 @@ TINY: dict[str, Any] = {
     "schedule": {"warmup_steps": 4, "decay_start": 12, "decay_steps": 10},
     "checkpoint": {"every": 5, "keep_last": 0},
     "predictions": {"every": 5, "prompts": ["the cat", "a"], "max_tokens": 5},
-    "validation": {"every": 5, "batches": 2},
+    "validation": {"every": 5, "sequences": 4},
 }
 
 
@@ -53,10 +56,19 @@ def write_corpus(folder: Path) -> Path:
     return folder
 
 
-def prepare_tiny(corpus: Path, **changes: Any) -> Prepared:
+def write_project(folder: Path, **changes: Any) -> None:
+    """corpus/, and tiny.yaml: the tiny run with some settings changed, for the command line."""
+    write_corpus(folder / "corpus")
+    config = merge(merge(TINY, {"data": {"source": "corpus"}}), changes)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+
+
+def prepare_tiny(
+    corpus: Path, emit: Callable[[Event], None] = lambda _event: None, **changes: Any
+) -> Prepared:
     """A prepared tiny run with some settings changed."""
     values = merge(merge(TINY, {"data": {"source": str(corpus)}}), changes)
-    return prepare(resolve_run_config(values, "test"), None, lambda _event: None)
+    return prepare(resolve_run_config(values, "test"), None, emit)
 
 
 def run(prepared: Prepared, out: str, events: list[Event] | None = None) -> Path:
@@ -67,15 +79,13 @@ def run(prepared: Prepared, out: str, events: list[Event] | None = None) -> Path
     return result.folder
 
 
-def make_workshop(folder: Path, **changes: Any) -> Path:
-    """A folder with two tiny runs: learned positions, and a Llama; its caches stay in it."""
+def make_workshop(folder: Path) -> None:
+    """Two finished tiny runs: learned positions, and a Llama."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("SMOLCTL_CACHE", str(folder / "cache"))
         write_corpus(folder / "corpus")
-        run(prepare_tiny(folder / "corpus", **changes), "runs/learned")
-        run(prepare_tiny(folder / "corpus", model=ROPE, **changes), "runs/llama")
-    return folder
+        run(prepare_tiny(folder / "corpus"), "runs/learned")
+        run(prepare_tiny(folder / "corpus", model=ROPE), "runs/llama")
 
 
 def go_on(folder: Path, **options: Any) -> list[Event]:
@@ -85,7 +95,7 @@ def go_on(folder: Path, **options: Any) -> list[Event]:
 
 
 def state(folder: Path, step: int) -> dict[str, Any]:
-    return read_checkpoint(folder / "checkpoints" / f"step-{step:06d}.ckpt")
+    return read_checkpoint(RunFolder(folder).checkpoint_path(step), mmap=False)
 
 
 def losses(folder: Path) -> list[tuple[int, float, float, float]]:

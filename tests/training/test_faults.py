@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -15,46 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from smolctl.config.load import merge
 from smolctl.errors import InputError
+from smolctl.runs.checkpoint_file import find_damage
 from smolctl.runs.folder import RunFolder
-from smolctl.training.checkpoint import SaveError, find_damage
+from smolctl.training.checkpoint import SaveError
 from smolctl.training.prepare import Prepared
-from tests.support.tiny_runs import TINY, assert_same_run, go_on, prepare_tiny, run, with_steps, write_corpus
-
-CHECKOUT = Path(__file__).parents[2]
+from tests.support.disks import small_disk
+from tests.support.processes import call, start
+from tests.support.tiny_runs import assert_same_run, go_on, prepare_tiny, run, with_steps, write_project
 
 
 @pytest.fixture(autouse=True)
 def _project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    write_corpus(tmp_path / "corpus")
-    Path("tiny.yaml").write_text(yaml.safe_dump(merge(TINY, {"data": {"source": "corpus"}})))
+    write_project(tmp_path)
 
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., Prepared]:
     return functools.partial(prepare_tiny, Path("corpus"))
-
-
-def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
-    """The command line in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "smolctl", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)},
-        **options,
-    )
-
-
-def call(*arguments: str, **options: Any) -> tuple[int, str]:
-    process = start(*arguments, **options)
-    _, errors = process.communicate(timeout=300)
-    return process.returncode, errors
 
 
 def good_steps(folder: Path) -> list[int]:
@@ -67,74 +46,65 @@ def good_steps(folder: Path) -> list[int]:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of two megabytes: room for three of the tiny checkpoints."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root may mount a file system")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+def small(tmp_path: Path) -> Iterator[Path]:
+    """Room for three of the tiny checkpoints."""
+    with small_disk(tmp_path / "small", "2m") as folder:
+        yield folder
 
 
 def test_full_disk_is_seen_before_the_checkpoint_is_written(
-    make: Callable[..., Prepared], small_disk: Path
+    make: Callable[..., Prepared], small: Path, whole: Path
 ) -> None:
     with pytest.raises(SaveError, match=r"step-000015\.ckpt: the checkpoint needs") as error:
-        run(make(), str(small_disk / "run"))
+        run(make(), str(small / "run"))
     assert "earlier checkpoints are untouched" in error.value.hint
-    assert good_steps(small_disk / "run") == [0, 5, 10]
-    whole = run(make(), "whole")
-    go_on(small_disk / "run", out=Path("elsewhere"), until=15)
+    assert good_steps(small / "run") == [0, 5, 10]
+    go_on(small / "run", out=Path("elsewhere"), until=15)
     assert_same_run(whole, Path("elsewhere"))
 
 
 def test_disk_that_is_full_to_the_last_byte_stops_the_run_with_its_reason(
-    make: Callable[..., Prepared], small_disk: Path
+    make: Callable[..., Prepared], small: Path
 ) -> None:
-    folder = run(make(**with_steps(5)), str(small_disk / "run"))
+    folder = run(make(**with_steps(5)), str(small / "run"))
     with pytest.raises(OSError, match="No space left"):
-        (small_disk / "ballast").write_bytes(bytes(4 << 20))
-    code, errors = call("resume", str(folder), "--extra", "5")
-    assert code == 1
-    assert "No space left on device" in errors or "disk has" in errors
-    assert "unexpected" not in errors
-    (small_disk / "ballast").unlink()
+        (small / "ballast").write_bytes(bytes(4 << 20))
+    done = call("resume", folder, "--extra", "5")
+    assert done.code == 1
+    assert "No space left on device" in done.err or "disk has" in done.err
+    assert "unexpected" not in done.err
+    (small / "ballast").unlink()
     assert good_steps(folder) == [0, 5]
     go_on(folder, until=7)
     assert good_steps(folder) == [0, 5, 7]
 
 
 @pytest.mark.slow
-def test_write_that_fails_half_way_leaves_the_older_checkpoint(make: Callable[..., Prepared]) -> None:
-    def small_files_only() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-
-    code, errors = call("train", "tiny.yaml", "--out", "run", preexec_fn=small_files_only)
-    assert code == 1
-    assert "step-000005.ckpt: the checkpoint cannot be written (File too large)" in errors
-    assert "unexpected" not in errors
+def test_write_that_fails_half_way_leaves_the_older_checkpoint(whole: Path) -> None:
+    done = call(300_000, "train", "tiny.yaml", "--out", "run", module="tests.support.small_files")
+    assert done.code == 1
+    assert "step-000005.ckpt: the checkpoint cannot be written (File too large)" in done.err
+    assert "unexpected" not in done.err
     assert good_steps(Path("run")) == [0]
     assert not list(Path("run/checkpoints").glob(".*"))
     go_on(Path("run"))
-    assert_same_run(run(make(), "whole"), Path("run"))
+    assert_same_run(whole, Path("run"))
 
 
 def test_folder_that_cannot_be_written_is_refused_with_the_reason(
-    make: Callable[..., Prepared], small_disk: Path
+    make: Callable[..., Prepared], small: Path
 ) -> None:
-    folder = run(make(**with_steps(5)), str(small_disk / "run"))
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    folder = run(make(**with_steps(5)), str(small / "run"))
+    subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
     for arguments in (
         ("resume", str(folder), "--extra", "1"),
         ("train", "tiny.yaml", "--out", f"{folder}-2"),
     ):
-        code, errors = call(*arguments)
-        assert code == 1
-        assert "Read-only file system" in errors
-        assert "unexpected" not in errors
-        assert "hint:" in errors
+        done = call(*arguments)
+        assert done.code == 1
+        assert "Read-only file system" in done.err
+        assert "unexpected" not in done.err
+        assert "hint:" in done.err
     go_on(folder, out=Path("branch"), extra=1)
     assert good_steps(Path("branch")) == [5, 6]
 
@@ -150,18 +120,17 @@ def test_emptied_checkpoint_folder_is_said(make: Callable[..., Prepared]) -> Non
 # --- kills and signals ----------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "runs", [pytest.param(6, marks=pytest.mark.slow), pytest.param(1_000, marks=pytest.mark.proof)]
+)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
-def test_run_killed_at_random_moments_equals_the_run_that_was_left_alone() -> None:
-    runs = 6
-    command = [sys.executable, "-m", "tests.support.kill_at_random", str(runs), "7"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
-    assert done.returncode == 0, done.stderr
-    killed = [json.loads(line) for line in done.stdout.splitlines()]
+def test_run_killed_at_random_moments_equals_the_run_that_was_left_alone(runs: int) -> None:
+    done = call(runs, 7, module="tests.support.kill_at_random", timeout=None)
+    assert done.code == 0, done.err
+    killed = [json.loads(line) for line in done.out.splitlines()]
     assert sum(line["kills"] for line in killed) >= 2 * runs
-    assert sum(line["during_a_write"] for line in killed) >= 3
-    every_step = {"checkpoint": {"every": 1}, "validation": {"every": 0}}
+    assert sum(line["during_a_write"] for line in killed) >= runs // 2
+    every_step: dict[str, Any] = {"checkpoint": {"every": 1}, "validation": {"every": 0}}
     whole = run(prepare_tiny(Path("corpus"), **every_step, **with_steps(12)), "whole")
     for line in killed:
         assert_same_run(whole, Path(line["run"]), 12)
@@ -222,11 +191,11 @@ def test_resuming_a_run_that_is_training_is_refused() -> None:
     for line in process.stdout:
         if json.loads(line)["event"] == "step":
             break
-    code, errors = call("resume", "busy", "--extra", "1")
+    done = call("resume", "busy", "--extra", "1")
     process.kill()
     process.communicate()
-    assert code == 3
-    assert "another process is training into this run" in errors
+    assert done.code == 3
+    assert "another process is training into this run" in done.err
 
 
 # --- the cost of a save ---------------------------------------------------------------------------
@@ -234,6 +203,7 @@ def test_resuming_a_run_that_is_training_is_refused() -> None:
 SAVE = """
 import re, sys, torch
 from pathlib import Path
+from typing import Any
 from smolctl.training.checkpoint import DurableCheckpointIO
 
 def peak():

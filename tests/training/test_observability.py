@@ -20,42 +20,31 @@ from markdown_it import MarkdownIt
 
 from smolctl.arithmetic import training_flops_per_token
 from smolctl.config import RunConfig, load_run_config
-from smolctl.config.load import merge, resolve_run_config
+from smolctl.config.load import merge
 from smolctl.errors import ExitCode, InputError, UsageError
 from smolctl.escaping import json_line, one_line
 from smolctl.runs.chart import smoothed, thinned
 from smolctl.runs.events import Candidate, End, Event, Note, Prediction, Step, Validation
-from smolctl.runs.records import RunRecorder
+from smolctl.runs.folder import RunFolder
 from smolctl.runs.story import selection, to_markdown
 from smolctl.timing import peak_memory
 from smolctl.training import loggers as loggers_module
-from smolctl.training.checkpoint import read_checkpoint
 from smolctl.training.device import flops_utilization, peak_flops, run_peak_flops
-from smolctl.training.module import NonFiniteError
-from smolctl.training.prepare import Prepared, prepare
+from smolctl.training.guards import NonFiniteError
+from smolctl.training.prepare import Prepared
 from smolctl.training.resume import ResumeOptions, resume
 from smolctl.training.tolerance import Tolerance
 from smolctl.training.train import train
+from tests.support import tiny_runs
+from tests.support.tiny_runs import assert_same_run, prepare_tiny, write_project
 
-# Dropout draws from the generators that an onlooker must not touch.
-TINY: dict[str, Any] = {
-    "model": {
-        "vocab_size": 280,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 24,
-        "attention_dropout": 0.2,
-    },
-    "tokenizer": "train:280",
-    "data": {"source": "corpus", "sequence_length": 24, "validation_fraction": 0.2},
-    "train": {"steps": 6, "batch_size": 2},
-    "schedule": {"warmup_steps": 2, "decay_start": 100, "decay_steps": 10},
-    "checkpoint": {"every": 2, "keep_last": 0},
-    "predictions": {"every": 2, "prompts": ["the cat", "a"], "max_tokens": 3},
-    "validation": {"every": 2, "batches": 2},
+# Six steps, with everything that a run does every second. Dropout draws from the generators that an
+# observer must not touch.
+SIX_STEPS: dict[str, Any] = {
+    "model": {"attention_dropout": 0.2},
+    "train": {"steps": 6},
+    "schedule": {"decay_start": 100},
+    **{part: {"every": 2} for part in ("checkpoint", "predictions", "validation")},
 }
 Make = Callable[..., Prepared]
 
@@ -63,15 +52,11 @@ Make = Callable[..., Prepared]
 @pytest.fixture(autouse=True)
 def _in_a_folder_with_a_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    chance = random.Random(0)
-    Path("corpus").mkdir()
-    for number in range(20):
-        words = (chance.choice(["the", "cat", "sat", "on", "a", "mat"]) for _ in range(80))
-        Path(f"corpus/{number:02d}.txt").write_text(" ".join(words))
+    write_project(tmp_path, **SIX_STEPS)
 
 
 def prepared(**changes: Any) -> Prepared:
-    return prepare(resolve_run_config(merge(TINY, changes), "test"), None, lambda _event: None)
+    return prepare_tiny(Path("corpus"), **merge(SIX_STEPS, changes))
 
 
 def run(out: str, **changes: Any) -> list[Event]:
@@ -95,25 +80,8 @@ def notes(events: list[Event]) -> list[str]:
     return [event.text for event in events if isinstance(event, Note) and " failed (" in event.text]
 
 
-def assert_same_training(one: str, two: str, step: int = 6) -> None:
-    """Weights, optimizer, random states and losses, bit for bit."""
-    first, second = (read_checkpoint(Path(out, f"checkpoints/step-{step:06d}.ckpt")) for out in (one, two))
-    for part in ("state_dict", "optimizer_states", "smolctl"):
-        for a, b in zip(leaves(first[part]), leaves(second[part]), strict=True):
-            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, part
-    assert losses(one) == losses(two)
-
-
-def leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from leaves(item)
-    else:
-        yield value
-
-
 def losses(out: str) -> list[tuple[int, float]]:
-    return [(r["step"], r["loss"]) for r in RunRecorder(Path(out)).metrics() if r["event"] == "step"]
+    return [(step, loss) for step, loss, *_ in tiny_runs.losses(Path(out))]
 
 
 # Memory and MFU
@@ -121,7 +89,7 @@ def losses(out: str) -> list[tuple[int, float]]:
 
 def test_every_step_tells_the_memory_and_no_mfu_on_a_cpu() -> None:
     run("x")
-    steps = [record for record in RunRecorder(Path("x")).metrics() if record["event"] == "step"]
+    steps = [record for record in RunFolder(Path("x")).metrics() if record["event"] == "step"]
     assert len(steps) == 6
     held = [record["memory_bytes"] for record in steps]
     assert min(held) > 50e6  # PyTorch alone is larger
@@ -178,9 +146,12 @@ def test_peaks_are_of_the_chip_that_is_named(
     ("target", "told"),
     [
         ("training.callbacks.bits_per_byte", ["the validation failed"]),
-        ("training.predictions.complete", ["the prediction for 'the cat' failed", "the prediction for 'a' failed"]),
-        ("runs.records.to_markdown", ["writing predictions.md failed"]),
-        ("runs.records.draw_loss", ["drawing loss.png failed"]),
+        (
+            "training.predictions.complete",
+            ["the prediction for 'the cat' failed", "the prediction for 'a' failed"],
+        ),
+        ("runs.folder.to_markdown", ["writing predictions.md failed"]),
+        ("runs.chart.draw_loss", ["drawing loss.png failed"]),
     ],
 )
 def test_an_onlooker_that_fails_is_told_once_and_leaves_no_trace(
@@ -197,27 +168,28 @@ def test_an_onlooker_that_fails_is_told_once_and_leaves_no_trace(
     assert [note.split(": ", 1)[1] for note in notes(events)] == [
         f"{what} (RuntimeError: boom and more); training goes on" for what in told
     ]
-    assert_same_training("whole", "broken")
+    assert_same_run(Path("whole"), Path("broken"), 6)
 
 
 def test_a_prompt_that_does_not_fit_costs_only_itself() -> None:
     events = run("x", predictions={"prompts": ["the cat", "on a mat " * 20]})
     assert [event.step for event in events if isinstance(event, Prediction)] == [0, 2, 4, 6]
     (note,) = notes(events)
-    assert "the model's context holds 24" in note
+    assert "the model's context holds 32" in note
 
 
 def test_a_logger_that_fails_is_left_out_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     run("whole")
-    log = loggers_module.CSVLogger.log_metrics
+    CSVLogger = vars(loggers_module)["CSVLogger"]
+    log = CSVLogger.log_metrics
 
-    def fail_at_three(self: Any, metrics: dict[str, float], step: int) -> None:
+    def fail_at_three(self: Any, metrics: Any, step: int) -> None:
         if step == 3:
             torch.rand(1)
             raise OSError("no space left")
         log(self, metrics, step)
 
-    monkeypatch.setattr(loggers_module.CSVLogger, "log_metrics", fail_at_three)
+    monkeypatch.setattr(CSVLogger, "log_metrics", fail_at_three)
     events = run("broken", trainer={"loggers": ["csv", "tensorboard"]})
     expected = "step 3: the csv logger failed (OSError: no space left) and is left out; training goes on"
     assert notes(events) == [expected]
@@ -279,7 +251,7 @@ def scalars(out: str) -> dict[str, list[tuple[int, float]]]:
 def test_loggers_write_into_the_run_folder_and_change_nothing() -> None:
     run("without")
     events = run("with", trainer={"loggers": ["csv", "tensorboard"]})
-    assert_same_training("without", "with")
+    assert_same_run(Path("without"), Path("with"), 6)
     told = [event.text for event in events if isinstance(event, Note) and event.text.startswith("Logging")]
     assert told == [
         "Logging to csv: with/logs/csv/metrics.csv",
@@ -291,7 +263,7 @@ def test_loggers_write_into_the_run_folder_and_change_nothing() -> None:
     checks = {int(row["step"]): row for row in rows("with") if row["validation_bits_per_byte"]}
     assert list(checks) == [2, 4, 6]
     logged = scalars("with")
-    assert logged["loss"] == [(step, np.float32(loss)) for step, loss in losses("with")]
+    assert logged["loss"] == [(step, float(np.float32(loss))) for step, loss in losses("with")]
     assert [step for step, _ in logged["validation_bits_per_byte"]] == [2, 4, 6]
     assert "mfu" not in logged
 
@@ -333,9 +305,8 @@ def test_a_missing_package_is_named_before_anything_is_done(
     run("x")
     monkeypatch.setattr(loggers_module, "find_spec", lambda _name: None)
     heard: list[Event] = []
-    values = merge(TINY, {"trainer": {"loggers": ["wandb"]}, "data": {"source": "no such folder"}})
-    begin = {
-        "train": lambda: prepare(resolve_run_config(values, "test"), None, heard.append),
+    begin: dict[str, Callable[[], object]] = {
+        "train": lambda: prepare_tiny(Path("none"), heard.append, trainer={"loggers": ["wandb"]}),
         "resume": lambda: go_on("x", extra=1, loggers=["csv", "wandb"]),
     }
     with pytest.raises(UsageError, match="wandb is not installed") as error:
@@ -352,7 +323,6 @@ def test_an_unknown_logger_is_an_error_that_names_the_known_ones() -> None:
 
 
 def test_command_line_names_loggers_and_remembers_them(smolctl: Callable[..., Any]) -> None:
-    Path("tiny.yaml").write_text(json.dumps(TINY))
     done = smolctl("train", "tiny.yaml", "--logger", "csv", "--logger", "tensorboard", "--out", "x", "--json")
     assert done.code == 0
     assert all(isinstance(json.loads(line), dict) for line in done.out.splitlines())
@@ -388,7 +358,7 @@ def test_predictions_md_tells_every_round_also_after_going_back() -> None:
 
 def test_predictions_of_steps_to_come_are_gone_as_soon_as_a_run_goes_back() -> None:
     run("x")
-    RunRecorder(Path("x")).forget_after(2)
+    RunFolder(Path("x")).keep_records(2)
     assert "**Step 2**" in story("x")
     assert "**Step 4**" not in story("x")
 
@@ -422,13 +392,13 @@ def test_a_record_is_one_line_for_every_reader_of_lines(text: str) -> None:
 
 
 def test_records_with_any_text_and_a_line_that_was_cut_off_survive_a_resume(tmp_path: Path) -> None:
-    recorder = RunRecorder(tmp_path)
+    recorder = RunFolder(tmp_path)
     texts = ["a\u2028b", "c\x85d", "\ud7ff\U0001f600", '"\\\n']
     for step, text in enumerate(texts, start=1):
         recorder.record(Prediction(step, "p", text, None, ()))
     with (tmp_path / "predictions.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"event": "prediction", "step": 1, "pro')
-    recorder.forget_after(3)
+    recorder.keep_records(3)
     assert [prediction.text for prediction in recorder.predictions()["p"]] == texts[:3]
 
 
@@ -459,11 +429,11 @@ def test_a_long_run_is_drawn_with_few_points_of_the_same_mean() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 5, 300])
 def test_a_loss_curve_can_be_drawn_of_any_run(tmp_path: Path, count: int) -> None:
-    recorder = RunRecorder(tmp_path)
+    recorder = RunFolder(tmp_path)
     for step in range(1, count + 1):
         recorder.record(Step(step, 3.0, 1e-3, 1.0, step * 10, 0.1, 100.0, 1.0, None, None))
     if count:
         recorder.record(Validation(count, 1.0, 0.1, 3.0))
     recorder.draw_loss()
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert {path.name for path in tmp_path.iterdir()} <= {"loss.png", "metrics.jsonl", "corpus"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"loss.png", "metrics.jsonl", "corpus", "tiny.yaml"}

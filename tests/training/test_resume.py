@@ -13,9 +13,9 @@ import pytest
 from smolctl.config.run import ScheduleConfig
 from smolctl.durable import file_digest
 from smolctl.errors import ExitCode, InputError, UsageError
+from smolctl.runs.checkpoint_file import find_damage
 from smolctl.runs.events import Note
 from smolctl.runs.folder import RunFolder
-from smolctl.training.checkpoint import find_damage
 from smolctl.training.optim.schedule import continue_schedule, learning_rate
 from smolctl.training.prepare import Prepared
 from smolctl.training.resume import ResumeOptions
@@ -28,11 +28,11 @@ from tests.support.tiny_runs import (
     run,
     state,
     with_steps,
-    write_corpus,
 )
 
 MUON = {"optimizer": {"name": "muon"}}
 Make = Callable[..., Prepared]
+Finished = Callable[[str], Path]
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +41,8 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Make:
-    return functools.partial(prepare_tiny, write_corpus(tmp_path / "corpus"))
+def make(workshop: Path) -> Make:
+    return functools.partial(prepare_tiny, workshop / "corpus")
 
 
 def notes(events: list[Any]) -> list[str]:
@@ -50,12 +50,12 @@ def notes(events: list[Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("split", [1, 5, 14])
-def test_interrupted_run_with_muon_equals_continuous_run(make: Make, split: int) -> None:
-    whole = run(make(**MUON), "whole")
+def test_interrupted_run_with_muon_equals_continuous_run(make: Make, whole: Path, split: int) -> None:
+    muon = run(make(**MUON), "muon")
     parts = run(make(**MUON, **with_steps(split)), "parts")
     go_on(parts, until=15)
-    assert_same_run(whole, parts)
-    assert losses(whole) != losses(run(make(), "adamw"))
+    assert_same_run(muon, parts)
+    assert losses(muon) != losses(whole)
 
 
 def test_interrupted_run_with_z_loss_equals_continuous_run(make: Make) -> None:
@@ -94,8 +94,8 @@ def test_verification_finds_a_run_exact_and_writes_nothing(make: Make, changes: 
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_verification_sees_one_changed_bit(make: Make) -> None:
-    folder = run(make(), "run")
+def test_verification_sees_one_changed_bit(finished: Finished) -> None:
+    folder = finished("run")
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines()
     steps = [number for number, line in enumerate(lines) if json.loads(line)["event"] == "step"]
@@ -109,8 +109,8 @@ def test_verification_sees_one_changed_bit(make: Make) -> None:
     assert "step 13" in result.differences[0]
 
 
-def test_verification_sees_that_a_run_went_another_way(make: Make) -> None:
-    one, two = run(make(), "one"), run(make(optimizer={"learning_rate": 4e-3}), "two")
+def test_verification_sees_that_a_run_went_another_way(make: Make, finished: Finished) -> None:
+    one, two = finished("one"), run(make(optimizer={"learning_rate": 4e-3}), "two")
     foreign = two / "checkpoints" / "step-000010.ckpt"
     for suffix in ("", ".sha256"):
         Path(f"{one}/checkpoints/step-000010.ckpt{suffix}").write_bytes(
@@ -188,8 +188,8 @@ def test_what_makes_it_another_run_is_refused(make: Make, settings: dict[str, An
 # --- where to go on -------------------------------------------------------------------------------
 
 
-def test_branch_leaves_the_run_alone_and_remembers_where_it_came_from(make: Make) -> None:
-    whole = run(make(), "whole")
+def test_branch_leaves_the_run_alone_and_remembers_where_it_came_from(finished: Finished) -> None:
+    whole = finished("whole")
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file() and path.name != ".lock"}
     go_on(whole, step=5, out=Path("branch"))
     assert_same_run(whole, Path("branch"))
@@ -204,8 +204,8 @@ def test_branch_leaves_the_run_alone_and_remembers_where_it_came_from(make: Make
     assert before == after
 
 
-def test_newer_checkpoints_are_not_replaced_without_force(make: Make) -> None:
-    folder = run(make(), "run")
+def test_newer_checkpoints_are_not_replaced_without_force(finished: Finished) -> None:
+    folder = finished("run")
     with pytest.raises(UsageError, match="newer checkpoints") as error:
         go_on(folder, step=5, extra=1)
     assert "--out" in error.value.hint
@@ -214,8 +214,8 @@ def test_newer_checkpoints_are_not_replaced_without_force(make: Make) -> None:
     assert [file.step for file in RunFolder(folder).checkpoints()] == [0, 5, 6]
 
 
-def test_damaged_newer_checkpoints_are_set_aside_not_deleted(make: Make) -> None:
-    folder = run(make(), "run")
+def test_damaged_newer_checkpoints_are_set_aside_not_deleted(finished: Finished) -> None:
+    folder = finished("run")
     newest = folder / "checkpoints" / "step-000015.ckpt"
     newest.write_bytes(newest.read_bytes()[:-100])
     go_on(folder, step=10, until=12)

@@ -16,12 +16,13 @@ import yaml
 
 from smolctl.config import RunConfig, load_run_config
 from smolctl.config.load import merge, resolve_run_config
-from smolctl.data.batches import StepLoader
+from smolctl.data.batches import StepLoader, validation_batches
 from smolctl.errors import ExitCode, InputError, SmolError, UsageError
+from smolctl.evaluation import bits_per_byte
 from smolctl.runs.events import Checkpoint, End, Event, Note, Prediction, Step, Validation
 from smolctl.runs.folder import RunFolder
-from smolctl.training.device import resolved_compile
-from smolctl.training.module import NonFiniteError
+from smolctl.training.device import decide
+from smolctl.training.guards import NonFiniteError
 from smolctl.training.prepare import Prepared, prepare
 from smolctl.training.train import train
 from tests.support.tiny_runs import (
@@ -37,6 +38,9 @@ from tests.support.tiny_runs import (
     write_corpus,
 )
 
+Make = Callable[..., Prepared]
+Finished = Callable[[str], Path]
+
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,47 +48,46 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    return write_corpus(tmp_path / "corpus")
+def make(workshop: Path) -> Make:
+    return functools.partial(prepare_tiny, workshop / "corpus")
 
 
 @pytest.fixture
-def make(corpus: Path) -> Callable[..., Prepared]:
-    return functools.partial(prepare_tiny, corpus)
+def corpus(tmp_path: Path) -> Path:
+    """A corpus to be changed."""
+    return write_corpus(tmp_path / "corpus")
 
 
-def test_interrupted_run_equals_continuous_run(make: Callable[..., Prepared]) -> None:
-    whole = run(make(), "whole")
+def test_interrupted_run_equals_continuous_run(make: Make, whole: Path) -> None:
     parts = run(make(**with_steps(10)), "parts")
     events = go_on(parts, extra=5)
     assert [event.step for event in events if isinstance(event, Step)] == [11, 12, 13, 14, 15]
     assert_same_run(whole, parts)
 
 
-def test_resuming_twice_equals_continuous_run(make: Callable[..., Prepared]) -> None:
-    whole = run(make(), "whole")
+def test_resuming_twice_equals_continuous_run(make: Make, whole: Path) -> None:
     parts = run(make(**with_steps(3)), "parts")
     go_on(parts, extra=4)
     go_on(parts, until=15)
     assert_same_run(whole, parts)
 
 
-def test_interrupted_run_equals_continuous_run_with_dropout(make: Callable[..., Prepared]) -> None:
+def test_interrupted_run_equals_continuous_run_with_dropout(make: Make, whole: Path) -> None:
     dropout = {"model": {"attention_dropout": 0.3}}
-    whole = run(make(**dropout), "whole")
+    dropped = run(make(**dropout), "dropped")
     parts = run(make(**dropout, **with_steps(7)), "parts")
     go_on(parts, until=15)
-    assert_same_run(whole, parts)
-    assert losses(whole) != losses(run(make(), "without"))
+    assert_same_run(dropped, parts)
+    assert losses(dropped) != losses(whole)
 
 
-def test_going_back_to_an_older_step_repeats_the_run(make: Callable[..., Prepared]) -> None:
-    whole, again = run(make(), "whole"), run(make(), "again")
+def test_going_back_to_an_older_step_repeats_the_run(finished: Finished, whole: Path) -> None:
+    again = finished("again")
     go_on(again, step=5, force=True)
     assert_same_run(whole, again)
 
 
-def test_predictions_and_validation_do_not_change_the_training(make: Callable[..., Prepared]) -> None:
+def test_predictions_and_validation_do_not_change_the_training(make: Make) -> None:
     off = {"predictions": {"every": 0}, "validation": {"every": 0}}
     dropout = {"model": {"attention_dropout": 0.3}}
     one, two = run(make(**dropout), "on"), run(make(**dropout, **off), "off")
@@ -94,30 +97,56 @@ def test_predictions_and_validation_do_not_change_the_training(make: Callable[..
     assert not (two / "predictions.jsonl").exists()
 
 
-def test_micro_batches_change_nothing_but_rounding(make: Callable[..., Prepared]) -> None:
+def test_micro_batches_change_nothing_but_rounding(make: Make) -> None:
     curves = [losses(run(make(train={"micro_batch_size": size}), f"micro-{size}")) for size in (1, 2, 4)]
     for other in curves[1:]:
         for one, two in zip(curves[0], other, strict=True):
             assert one == pytest.approx(two, rel=1e-4)
 
 
+def test_the_held_out_score_does_not_depend_on_the_micro_batch(make: Callable[..., Prepared]) -> None:
+    prepared = make()
+    assert prepared.corpus.validation is not None
+    lengths = torch.from_numpy(prepared.tokenizer.token_byte_lengths()).long()
+    scores = set()
+    for size in (1, 2, 3, 4, 8):
+        batches = list(validation_batches(prepared.corpus.validation, 32, size, 7))
+        assert sum(len(batch) for batch in batches) == 7
+        scores.add(round(bits_per_byte(prepared.network, batches, lengths).bits_per_byte, 5))
+    assert len(scores) == 1
+    found = []
+    for size in (1, 2, 4):
+        events: list[Event] = []
+        run(make(train={"micro_batch_size": size, "steps": 5}), f"micro-{size}", events)
+        found += [event.bits_per_byte for event in events if isinstance(event, Validation)]
+    assert found == pytest.approx([found[0]] * 3, abs=1e-4)
+
+
+def test_a_config_that_counts_held_out_batches_is_still_read() -> None:
+    old = merge(TINY, {"validation": {"every": 5, "batches": 3}, "train": {"batch_size": 4}})
+    with pytest.raises(InputError, match=r"validation\.batches"):
+        resolve_run_config(old, "both")
+    del old["validation"]["sequences"]
+    assert resolve_run_config(old, "old").validation.sequences == 12
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_any_number_of_workers_gives_the_same_batches(make: Callable[..., Prepared], workers: int) -> None:
+def test_any_number_of_workers_gives_the_same_batches(make: Make, workers: int) -> None:
     dataset = make().dataset()
     direct = list(StepLoader(dataset, 3, 12))
     with_workers = list(StepLoader(dataset, 3, 12, workers))
     assert all(torch.equal(one, two) for one, two in zip(direct, with_workers, strict=True))
 
 
-def test_devices_share_the_step_that_one_device_would_do(make: Callable[..., Prepared]) -> None:
+def test_devices_share_the_step_that_one_device_would_do(make: Make) -> None:
     prepared = make()
     whole = prepared.dataset()[7]
     shares = [prepared.dataset(rank, 2)[7] for rank in (0, 1)]
     assert torch.equal(whole, torch.cat(shares))
 
 
-def test_loss_goes_down_and_events_tell_the_story(make: Callable[..., Prepared]) -> None:
+def test_loss_goes_down_and_events_tell_the_story(make: Make) -> None:
     events: list[Event] = []
     folder = run(make(**with_steps(60), schedule={"decay_start": 50}), "story", events)
     steps = [event for event in events if isinstance(event, Step)]
@@ -138,7 +167,7 @@ def test_loss_goes_down_and_events_tell_the_story(make: Callable[..., Prepared])
     assert Path("runs/latest").resolve() == folder.resolve()
 
 
-def test_saved_config_is_resolved_and_loads_again(make: Callable[..., Prepared]) -> None:
+def test_saved_config_is_resolved_and_loads_again(make: Make) -> None:
     prepared = make(schedule={"warmup_steps": 0.2, "decay_start": None, "decay_steps": 0.4})
     folder = run(prepared, "resolved")
     saved = RunFolder.open(folder).config()
@@ -146,38 +175,39 @@ def test_saved_config_is_resolved_and_loads_again(make: Callable[..., Prepared])
     assert (saved.schedule.warmup_steps, saved.schedule.decay_start, saved.schedule.decay_steps) == (3, 9, 6)
 
 
-def test_checkpoints_load_as_plain_data(make: Callable[..., Prepared]) -> None:
-    folder = run(make(), "plain")
-    content = torch.load(folder / "checkpoints" / "step-000015.ckpt", weights_only=True)
+def test_checkpoints_load_as_plain_data(whole: Path) -> None:
+    content = torch.load(whole / "checkpoints" / "step-000015.ckpt", weights_only=True)
     assert content["global_step"] == 15
     assert RunConfig.model_validate(content["hyper_parameters"]["config"]).train.steps == 15
     assert {"rng", "data", "tokenizer"} <= content["smolctl"].keys()
 
 
-def test_old_checkpoints_make_room(make: Callable[..., Prepared]) -> None:
+def test_old_checkpoints_make_room(make: Make) -> None:
     folder = run(make(checkpoint={"every": 2, "keep_last": 2, "keep_every": 6}), "room")
     assert [file.step for file in RunFolder(folder).checkpoints()] == [6, 12, 14, 15]
     names = {path.name for path in (folder / "checkpoints").iterdir()}
-    assert names == {f"step-{step:06d}.ckpt{end}" for step in (6, 12, 14, 15) for end in ("", ".sha256")}
+    kept = (*(f"step-{step:06d}.ckpt" for step in (6, 12, 14, 15)), "final.ckpt")
+    assert names == {f"{name}{end}" for name in kept for end in ("", ".sha256")}
+    assert (folder / "checkpoints" / "final.ckpt").samefile(folder / "checkpoints" / "step-000015.ckpt")
 
 
-def test_nothing_left_to_do_is_an_error(make: Callable[..., Prepared]) -> None:
-    folder = run(make(), "done")
+def test_nothing_left_to_do_is_an_error(finished: Finished) -> None:
+    folder = finished("done")
     with pytest.raises(UsageError, match="at step 15 already"):
         go_on(folder)
     with pytest.raises(UsageError, match="nothing to do"):
         go_on(folder, until=15)
 
 
-def test_other_data_is_refused(make: Callable[..., Prepared], corpus: Path) -> None:
-    folder = run(make(), "data")
+def test_other_data_is_refused(corpus: Path) -> None:
+    folder = run(prepare_tiny(corpus), "data")
     (corpus / "00.txt").write_text("the cat saw other birds " * 40)
     with pytest.raises(InputError, match="the corpus is not the one"):
         go_on(folder, extra=1)
 
 
-def test_other_tokenizer_is_refused(make: Callable[..., Prepared]) -> None:
-    folder = run(make(), "tokens")
+def test_other_tokenizer_is_refused(make: Make, finished: Finished) -> None:
+    folder = finished("tokens")
     other = make(tokenizer="train:280").tokenizer
     other.save(folder / "tokenizer")
     with pytest.raises(InputError, match="another tokenizer"):
@@ -185,10 +215,8 @@ def test_other_tokenizer_is_refused(make: Callable[..., Prepared]) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
-def test_damaged_checkpoint_is_named_and_the_newest_good_one_offered(
-    make: Callable[..., Prepared], damage: str
-) -> None:
-    folder = run(make(), "damaged")
+def test_damaged_checkpoint_is_named_and_the_newest_good_one_offered(finished: Finished, damage: str) -> None:
+    folder = finished("damaged")
     path = folder / "checkpoints" / "step-000015.ckpt"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -200,9 +228,9 @@ def test_damaged_checkpoint_is_named_and_the_newest_good_one_offered(
     assert [event.step for event in go_on(folder, step=10, until=12) if isinstance(event, Step)] == [11, 12]
 
 
-def test_non_finite_loss_stops_before_the_weights_are_touched(make: Callable[..., Prepared]) -> None:
+def test_non_finite_loss_stops_before_the_weights_are_touched(make: Make) -> None:
     prepared = make(checkpoint={"every": 1})
-    module = prepared.network.model.layers[0].mlp
+    module = prepared.network.get_submodule("model.layers.0.mlp")
 
     def poison(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
         return output * float("nan") if module.training and poison_now() else output
@@ -224,7 +252,7 @@ def test_non_finite_loss_stops_before_the_weights_are_touched(make: Callable[...
         assert torch.equal(parameter, state(Path("nan"), newest.step)["state_dict"][f"network.{name}"])
 
 
-def test_non_finite_loss_names_the_windows_of_the_bad_micro_batch(make: Callable[..., Prepared]) -> None:
+def test_non_finite_loss_names_the_windows_of_the_bad_micro_batch(make: Make) -> None:
     prepared = make()
     bad_step, size = 6, 2
     bad = prepared.dataset()[bad_step][size:, :-1]  # the second micro-batch of step 7
@@ -236,15 +264,15 @@ def test_non_finite_loss_names_the_windows_of_the_bad_micro_batch(make: Callable
     prepared.network.model.register_forward_hook(poison)
     with pytest.raises(NonFiniteError, match="step 7: loss nan") as error:
         run(prepared, "bad")
-    named = error.value.message.split("It read windows ")[1]
+    named = error.value.message.split("It read sequences ")[1]
     assert named.startswith(
         ", ".join(prepared.dataset().tokens.describe(window) for window in windows[size:])
     )
     assert len(windows) == 2 * size
 
 
-def test_a_run_is_not_overwritten_without_force(make: Callable[..., Prepared]) -> None:
-    folder = run(make(), "mine")
+def test_a_run_is_not_overwritten_without_force(make: Make, finished: Finished) -> None:
+    folder = finished("mine")
     with pytest.raises(UsageError, match="not empty"):
         run(make(), "mine")
     train(make(**with_steps(5)), "tiny", folder, force=True, emit=lambda _event: None)
@@ -257,7 +285,7 @@ def test_a_run_is_not_overwritten_without_force(make: Callable[..., Prepared]) -
     assert (other / "thesis.txt").read_text() == "precious"
 
 
-def test_a_failing_listener_costs_nothing_that_was_saved(make: Callable[..., Prepared]) -> None:
+def test_a_failing_listener_costs_nothing_that_was_saved(make: Make, whole: Path) -> None:
     def fail_at_ten(event: Event) -> None:
         if isinstance(event, Validation) and event.step == 10:
             raise RuntimeError("the display broke")
@@ -266,33 +294,34 @@ def test_a_failing_listener_costs_nothing_that_was_saved(make: Callable[..., Pre
         train(make(), "tiny", Path("listener"), force=False, emit=fail_at_ten)
     assert RunFolder(Path("listener")).checkpoints()[-1].step == 10
     go_on(Path("listener"))
-    assert_same_run(run(make(), "whole"), Path("listener"))
+    assert_same_run(whole, Path("listener"))
 
 
-def test_fine_tuning_starts_from_the_weights_of_a_run(make: Callable[..., Prepared], corpus: Path) -> None:
-    first = run(make(), "first")
-    values = merge(TINY, {"data": {"source": str(corpus)}, "train": {"steps": 2}, "tokenizer": None})
+def test_fine_tuning_starts_from_the_weights_of_a_run(make: Make, workshop: Path, whole: Path) -> None:
+    values = merge(
+        TINY, {"data": {"source": str(workshop / "corpus")}, "train": {"steps": 2}, "tokenizer": None}
+    )
     values = {key: value for key, value in values.items() if key != "model"}
     values["data"]["sequence_length"] = 16
-    prepared = prepare(resolve_run_config(values, "test"), str(first), lambda _event: None)
-    trained = state(first, 15)["state_dict"]
+    prepared = prepare(resolve_run_config(values, "test"), str(whole), lambda _event: None)
+    trained = state(whole, 15)["state_dict"]
     assert all(torch.equal(trained[f"network.{n}"], p) for n, p in prepared.network.named_parameters())
     assert prepared.tokenizer.sha256 == make().tokenizer.sha256
     second = run(prepared, "second")
-    assert losses(second)[0][1] == pytest.approx(losses(first)[-1][1], rel=0.2)
+    assert losses(second)[0][1] == pytest.approx(losses(whole)[-1][1], rel=0.2)
 
 
-def test_a_corpus_shorter_than_a_window_is_refused(make: Callable[..., Prepared], corpus: Path) -> None:
+def test_a_corpus_shorter_than_a_window_is_refused(corpus: Path) -> None:
     for path in corpus.iterdir():
         path.unlink()
     (corpus / "short.txt").write_text("the cat")
     with pytest.raises(SmolError) as error:
-        run(make(), "short")
+        run(prepare_tiny(corpus), "short")
     assert error.value.exit_code == ExitCode.BAD_INPUT
     assert "33" in error.value.message
 
 
-def test_out_of_memory_names_the_setting_to_change(make: Callable[..., Prepared]) -> None:
+def test_out_of_memory_names_the_setting_to_change(make: Make) -> None:
     prepared = make()
 
     def exhaust(*_: Any) -> None:
@@ -304,7 +333,7 @@ def test_out_of_memory_names_the_setting_to_change(make: Callable[..., Prepared]
     assert "--micro-batch-size 1" in error.value.hint
 
 
-def test_resuming_says_what_the_learning_rate_does(make: Callable[..., Prepared]) -> None:
+def test_resuming_says_what_the_learning_rate_does(make: Make) -> None:
     folder = run(make(schedule={"decay_start": 10, "decay_steps": 5}), "rates")
     notes = [event.text for event in go_on(folder, step=10, force=True) if isinstance(event, Note)]
     assert any("0.003 at step 10, 0.0024 at step 11, 0 at step 15" in note for note in notes)
@@ -312,7 +341,7 @@ def test_resuming_says_what_the_learning_rate_does(make: Callable[..., Prepared]
     assert any("Nothing will be learned" in note for note in notes)
 
 
-def test_activations_computed_again_change_no_bit(make: Callable[..., Prepared]) -> None:
+def test_activations_computed_again_change_no_bit(make: Make) -> None:
     kept = run(make(model={"attention_dropout": 0.3}), "kept")
     again = run(
         make(model={"attention_dropout": 0.3}, train={"checkpoint_activations": True}), "computed-again"
@@ -322,26 +351,28 @@ def test_activations_computed_again_change_no_bit(make: Callable[..., Prepared])
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_blocks_train_alike_and_leave_the_same_names(make: Callable[..., Prepared]) -> None:
-    eager, compiled = run(make(), "eager"), run(make(train={"compile": True}), "compiled")
-    assert [row[1] for row in losses(compiled)] == pytest.approx([row[1] for row in losses(eager)], rel=1e-4)
-    one, other = (state(folder, 15)["state_dict"] for folder in (eager, compiled))
+def test_compiled_blocks_train_alike_and_leave_the_same_names(make: Make, whole: Path) -> None:
+    compiled = run(make(train={"compile": True}), "compiled")
+    assert [row[1] for row in losses(compiled)] == pytest.approx([row[1] for row in losses(whole)], rel=1e-4)
+    one, other = (state(folder, 15)["state_dict"] for folder in (whole, compiled))
     assert one.keys() == other.keys()
 
 
-def test_whether_to_compile_is_decided_once_and_kept(make: Callable[..., Prepared]) -> None:
+def test_whether_to_compile_is_decided_once_and_kept(make: Make) -> None:
     folder = run(make(train={"compile": "auto"}), "run")
     assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["compile"] is False  # 15 steps
 
 
 def test_long_runs_on_a_gpu_are_compiled_and_short_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     long, short = (load_run_config("nano", [f"train.steps={steps}"]) for steps in (5_000, 50))
-    assert resolved_compile(long)
-    assert not resolved_compile(short)
-    assert not resolved_compile(load_run_config("nano", ["train.compile=false", "train.steps=5000"]))
+    asked = load_run_config("nano", ["train.compile=false", "train.steps=5000"])
+    compiles = [decide(config, lambda _: None)[0].train.compile for config in (long, short, asked)]
+    assert compiles == [True, False, False]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert not resolved_compile(long)
+    assert decide(long, lambda _: None)[0].train.compile is False
 
 
 def test_training_imports_neither_torchmetrics_nor_transformers() -> None:

@@ -121,7 +121,7 @@ def test_a_resumed_run_stays_on_its_commit_when_the_dataset_moves(small_stream: 
 
 def test_a_dataset_shorter_than_the_run_is_passed_over_again_exactly(small_stream: HubServer) -> None:
     small_stream.repositories["datasets/org/few"] = dataset(["the cat sat on a mat and saw birds " * 12] * 8)
-    short = {"data": {"validation_fraction": 0.0}}
+    short: dict[str, Any] = {"data": {"validation_fraction": 0.0}}
     assert make("org/few", **short).corpus.train.parts[0].repeats
     assert_exact(lambda **changes: make("org/few", **merge(short, changes)))
 

@@ -25,7 +25,7 @@ from smolctl.runs.events import (
     Step,
     Validation,
 )
-from smolctl.runs.records import RunRecorder
+from smolctl.runs.folder import RunFolder
 from smolctl.views.output import Output
 from smolctl.views.training import TrainingView
 
@@ -37,9 +37,9 @@ PLAN = RunPlan(
     tokens_per_step=8_192,
     tokens=40_960_000,
     corpus_tokens=12_000_000,
-    passes=3.41,
+    epochs=3.41,
     tokens_per_parameter=0.303,
-    memory=TrainingMemory(1, 2, 3, 4, 5),
+    memory=TrainingMemory(1, 2, 3, 4, 5, {}),
     memory_bytes=500_000_000,
     framework_bytes=400_000_000,
     gap_bytes=10_000_000,
@@ -153,16 +153,17 @@ def rounds(*steps: int) -> Iterator[Prediction]:
 
 @pytest.mark.parametrize("width", [80, 140])
 def test_the_end_tells_how_the_answers_changed_over_all_sessions(width: int) -> None:
-    recorder = RunRecorder(Path("x"))
-    recorder.folder.mkdir()
+    recorder = RunFolder(Path("x"))
+    recorder.path.mkdir()
     for prediction in rounds(0, 500, 1_000, 1_500, 2_000, 2_500):  # by the sessions before this one
         recorder.record(prediction)
     out = Output()
     stdout, _ = consoles(out, width, terminal=False)
     with TrainingView(out) as view:
         view(Start("x", 2_500, 4_000, PLAN))
-        for event in (*rounds(3_000, 3_500, 4_000), End(4_000, "x", "done", 60.0)):
-            view(event)
+        for prediction in rounds(3_000, 3_500, 4_000):
+            view(prediction)
+        view(End(4_000, "x", "done", 60.0))
     table = stdout.getvalue().split("Predictions")[1]
     assert [line.split()[-1] for line in table.splitlines() if " at " in line and "step" not in line] == [
         "0",
@@ -213,4 +214,4 @@ def test_a_display_that_fails_ends_the_run() -> None:
     consoles(out, 80, terminal=False)
     view: Callable[[Event], None] = TrainingView(out)
     with pytest.raises(AttributeError):
-        view(replace(STORY[0], plan=None))
+        view(Start("x", 0, 1, None))  # type: ignore[arg-type]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -11,8 +10,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from smolctl.data.tokens.shards import write_synced
-from smolctl.durable import cache_folder
+from smolctl.durable import cache_folder, replacing
 from smolctl.errors import InputError
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2, as in SmolLM2
@@ -52,9 +50,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     backend = _learn(sample, vocab_size)
     with suppress(OSError, InputError):  # a cache that cannot be written costs the next run two seconds
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        write_synced(partial, backend.to_str().encode())
-        partial.replace(file)
+        with replacing(file, concurrent=True) as partial:
+            partial.write_text(backend.to_str(), encoding="utf-8")
     return backend
 
 

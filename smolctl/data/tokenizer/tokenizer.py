@@ -171,11 +171,9 @@ class Tokenizer:
             )
 
     def files(self) -> TokenizerFiles:
-        """The tokenizer as plain data."""
-        text = self.backend.to_str(pretty=True)
-        return TokenizerFiles(
-            text, self.chat_template, self.bos_token_id, self.eos_token_id, self.pad_token_id
-        )
+        """The tokenizer as plain data, which `from_files` reads."""
+        ids = self.bos_token_id, self.eos_token_id, self.pad_token_id
+        return TokenizerFiles(self.backend.to_str(), self.chat_template, *ids)
 
     def save(self, folder: Path) -> None:
         """Write the files that transformers' AutoTokenizer loads."""

@@ -17,7 +17,8 @@ from filelock import FileLock
 
 from smolctl.config.run import DataConfig
 from smolctl.data.tokens.encoding import TokenizeProgress
-from smolctl.data.tokens.shards import Shard, TokenStream, disk_errors, sync_folder, write_synced
+from smolctl.data.tokens.shards import Shard, TokenStream, disk_errors
+from smolctl.durable import sync_folder, write_text
 
 FORMAT = 1  # of the folders; an older one is never read
 MANIFEST = "manifest.json"
@@ -105,7 +106,7 @@ def whole_or_absent(folder: Path) -> Iterator[Path]:
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     """Say what a folder holds. Raises InputError as `disk_errors` does."""
     with disk_errors(folder):
-        write_synced(folder / MANIFEST, json.dumps(content | {"format": FORMAT}, indent=2).encode())
+        write_text(folder / MANIFEST, json.dumps(content | {"format": FORMAT}, indent=2))
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

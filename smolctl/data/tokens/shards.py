@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from smolctl.durable import sync_file
 from smolctl.errors import InputError
 
 SHARD_BYTES = 256 * 1024 * 1024
@@ -82,8 +82,8 @@ class ShardWriter:
         if self._file is None:
             return
         with disk_errors(self._folder):
-            _sync(self._file)
             self._file.close()
+            sync_file(self._folder / self._next_name())
         self._shards.append(Shard(self._next_name(), self._in_shard, self._hash.hexdigest()))
         self._file, self._in_shard, self._hash = None, 0, hashlib.sha256()
 
@@ -132,28 +132,6 @@ def _disk_full(folder: Path, free: int) -> InputError:
         f"{folder}: the disk is full ({free / 1e6:,.0f} MB free) while the corpus is tokenized",
         "Make room, or set SMOLCTL_CACHE to a folder on another disk.",
     )
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a new file that outlives a power cut from now on."""
-    with path.open("xb") as file:
-        file.write(content)
-        _sync(file)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the renames in a folder outlive a power cut, where the system can."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 class TokenStream:

@@ -220,7 +220,7 @@ def _cut(
     length = total if needed is None else min(total, needed)
     if length < window:
         raise InputError(
-            f"{dataset}: {length:,} tokens to train on, a window of data.sequence_length + 1 has {window:,}",
+            f"{dataset}: {length:,} tokens to train on; a sequence takes sequence_length + 1 = {window:,}",
             "Name a larger dataset, or lower data.sequence_length or data.validation_fraction.",
         )
     dtype, numbered = segments[0].dtype, [(number, segment.train) for number, segment in enumerate(segments)]
@@ -262,6 +262,6 @@ def _notes(dataset: DatasetName, data: DataConfig, held_out: int) -> tuple[str, 
     if not data.validation_fraction or held_out > data.sequence_length:
         return ()
     return (
-        f"{dataset}: the documents held out of its beginning have {held_out:,} tokens, less than a window: "
+        f"{dataset}: the documents held out of its beginning have {held_out:,} tokens, less than a sequence: "
         "there is no validation on it. Raise data.validation_fraction.",
     )

@@ -152,7 +152,7 @@ def _split(folder: Path, manifest: Manifest, data: DataConfig) -> TokenizedSourc
     window = data.sequence_length + 1
     if manifest.tokens < window:
         raise InputError(
-            f"the corpus has {manifest.tokens:,} tokens, a window of data.sequence_length + 1 has {window:,}",
+            f"the corpus has {manifest.tokens:,} tokens; a sequence takes sequence_length + 1 = {window:,}",
             "Add text, or lower data.sequence_length.",
         )
     held_out, notes = _held_out_tokens(manifest, data, window)
@@ -185,7 +185,7 @@ def _held_out_tokens(manifest: Manifest, data: DataConfig, window: int) -> tuple
         return by_document, ()
     last = max(window, round(fraction * manifest.tokens))
     if last > manifest.tokens / 2:
-        return 0, ("The corpus is too short to hold out a window of it: there is no validation.",)
+        return 0, ("The corpus is too short to hold out one sequence: there is no validation.",)
     return last, (
         f"Too few documents ({manifest.documents:,}) to hold some of them out: "
         f"the last {last:,} tokens of the corpus are held out.",

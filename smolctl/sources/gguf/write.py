@@ -6,7 +6,6 @@ and only then renamed: what stands under the name is whole and right.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from smolctl.config import ModelConfig
-from smolctl.durable import lack_of_room
+from smolctl.durable import lack_of_room, replacing
 from smolctl.errors import InputError, SmolError
 from smolctl.sources.base import TokenizerFiles
 from smolctl.sources.gguf.model import NAMES, open_gguf
@@ -126,8 +125,7 @@ def write_gguf(
     path.parent.mkdir(parents=True, exist_ok=True)
     if lack := lack_of_room(path.parent, sum(_bytes(key, tensor, scheme) for key, tensor in state.items())):
         raise SmolError(f"{path}: the GGUF {lack}", "Free some space or choose another place.")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with replacing(path) as partial:
         _write(partial, metadata, state, config, scheme)
         try:
             error = _read_back(partial, state, config, tokenizer, scheme)
@@ -136,11 +134,6 @@ def write_gguf(
                 f"{path}: cannot be written (reads back as: {damage.message})",
                 "Look at the disk's space and health.",
             ) from None
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     parameters = sum(tensor.numel() for tensor in state.values())
     return GGUFResult(path, scheme, path.stat().st_size, parameters, error)
 

@@ -6,7 +6,7 @@ bias. The tied head is stored once, as `lm_head`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,7 @@ def open_dynamic_checkpoint(content: Mapping[str, Any], path: Path, name: str) -
         tensors=tensors,
         weights=weights,
         quantization=dict(content["quantization"]),
-        tokenizer_reader=_tokenizer(content.get("tokenizer"), path),
+        tokenizer_reader=tokenizer_inside(content, path),
     )
 
 
@@ -102,7 +102,9 @@ def _header(name: str, value: torch.Tensor | ScaledMatrix) -> TensorHeader:
     return TensorHeader(name, value.shape, "int8", value.bytes)
 
 
-def _tokenizer(values: Any, path: Path) -> Any:
+def tokenizer_inside(content: Mapping[str, Any], path: Path) -> Callable[[], TokenizerFiles] | None:
+    """Reads the tokenizer that a checkpoint carries; None where it carries none."""
+    values = content.get("tokenizer")
     if not isinstance(values, Mapping):
         return None
 
@@ -110,7 +112,7 @@ def _tokenizer(values: Any, path: Path) -> Any:
         try:
             return TokenizerFiles(**values)
         except TypeError:
-            raise InputError(f"{path}: its tokenizer is damaged", REMEDY) from None
+            raise InputError(f"{path}: the tokenizer in it is damaged", REMEDY) from None
 
     return read
 

@@ -6,11 +6,12 @@ import gzip
 import json
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -40,7 +41,7 @@ def zstd(content: bytes) -> bytes:
     return zstandard.ZstdCompressor(write_checksum=True).compress(content)
 
 
-PACKERS = {"gz": gzip.compress, "zst": zstd}
+PACKERS: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "zst": zstd}
 
 
 def read(*sources: Path | str, text_field: str = "text") -> list[str]:
@@ -85,7 +86,6 @@ TOKENIZERS = {
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-@settings(max_examples=400, deadline=None)
 @given(text=SPITEFUL, size=st.integers(1, 8))
 def test_pieces_tokenize_as_the_whole_text_does(kind: str, text: str, size: int) -> None:
     backend = TOKENIZERS[kind]
@@ -99,7 +99,6 @@ def test_safe_cuts_are_found() -> None:
     assert list(cut([text], 1)) == ["one\n", "two\n\nthree\n four\n", "five", " six  seven"]
 
 
-@settings(max_examples=200, deadline=None)
 @given(chunks=st.lists(SPITEFUL, max_size=6), size=st.integers(1, 8), longest=st.integers(8, 20))
 def test_no_piece_is_longer_than_the_limit(chunks: list[str], size: int, longest: int) -> None:
     pieces = list(cut(chunks, size, longest))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
@@ -54,13 +54,11 @@ def sentencepiece_like() -> Tokenizer:
     return Tokenizer(backend, bos_token_id=1, eos_token_id=2)
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_decode_undoes_encode(text: str) -> None:
     assert TRAINED.decode(TRAINED.encode(text), skip_special=False) == text
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.text(st.sampled_from("aé界🎉👩‍👧 \n")))
 def test_stream_shows_whole_characters_only(text: str) -> None:
     stream = TRAINED.stream()
@@ -72,7 +70,6 @@ def test_stream_shows_whole_characters_only(text: str) -> None:
 
 @pytest.mark.parametrize("tokenizer", [TRAINED, sentencepiece_like()], ids=["byte-level", "sentencepiece"])
 @pytest.mark.parametrize("skip_special", [True, False])
-@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_stream_of_any_ids_equals_their_decoding(
     tokenizer: Tokenizer, skip_special: bool, data: st.DataObject
@@ -101,7 +98,6 @@ def test_byte_alphabet_is_the_librarys() -> None:
             assert decoders.ByteLevel().decode([character]) == chr(byte)
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_byte_lengths_add_up_to_the_text(text: str) -> None:
     lengths = TRAINED.token_byte_lengths()

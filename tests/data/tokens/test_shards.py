@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from smolctl.config.run import DataConfig
@@ -144,7 +144,7 @@ def test_corpus_too_short_to_hold_anything_out_says_so(tmp_path: Path) -> None:
 def test_corpus_shorter_than_a_window_names_both_numbers(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("cat")
     count = len(TOKENIZER.encode("cat")) + 1
-    with pytest.raises(InputError, match=rf"has {count} tokens, .* has 1,025"):
+    with pytest.raises(InputError, match=rf"has {count} tokens; .* = 1,025"):
         tokenize_corpus(data(tmp_path / "a.txt", length=1024), TOKENIZER, tmp_path)
 
 
@@ -346,7 +346,6 @@ def test_progress_reaches_the_end(tmp_path: Path) -> None:
     assert (seen[-1].documents, seen[-1].tokens) == (corpus.documents, corpus.tokens)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_stream_reads_any_range_across_shards(
     tmp_path_factory: pytest.TempPathFactory, draw: st.DataObject

@@ -7,6 +7,7 @@ import random
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def rows(dataset_hub: HubServer) -> HubRepository:
     return repository
 
 
-def data(source: str = "org/rows", fraction: float = 0.3, **changes: object) -> DataConfig:
+def data(source: str = "org/rows", fraction: float = 0.3, **changes: Any) -> DataConfig:
     settings = {"source": (source,), "sequence_length": LENGTH, "validation_fraction": fraction} | changes
     return DataConfig.model_validate(settings)
 
@@ -125,7 +126,8 @@ def test_what_is_cached_is_not_tokenized_again(
 def test_a_pinned_dataset_in_the_cache_needs_no_network(
     dataset_hub: HubServer, rows: HubRepository, tmp_path: Path
 ) -> None:
-    config = data(*pin_sources(["org/rows"]))
+    (pinned,) = pin_sources(["org/rows"])
+    config = data(pinned)
     first = tokenize(tmp_path, 50, config)
     dataset_hub.log.clear()
     assert tokenize(tmp_path, 50, config).fingerprint == first.fingerprint
@@ -156,7 +158,7 @@ def test_a_dataset_that_ends_is_read_again(rows: HubRepository, tmp_path: Path) 
 
 def test_a_sample_beyond_what_was_streamed_is_an_error(rows: HubRepository, tmp_path: Path) -> None:
     corpus = tokenize(tmp_path, samples=BLOCK)
-    with pytest.raises(IndexError, match=f"sample {BLOCK} of a stream of which {BLOCK} windows"):
+    with pytest.raises(IndexError, match=f"sample {BLOCK} of a stream of which {BLOCK} sequences"):
         corpus.train.windows(np.arange(1, BLOCK + 1), LENGTH, seed=8)
 
 
@@ -236,7 +238,7 @@ def test_names_of_datasets(name: str, parts: tuple[str, str | None, str | None])
         assert DatasetName.parse(other) is None
 
 
-def refusal(source: str, tmp_path: Path, **changes: object) -> SmolError:
+def refusal(source: str, tmp_path: Path, **changes: Any) -> SmolError:
     with pytest.raises(SmolError) as caught:
         tokenize(tmp_path, 50, data(source, **changes))
     error = caught.value
@@ -277,7 +279,7 @@ def test_refusals_say_what_is_wrong(dataset_hub: HubServer, rows: HubRepository,
 def test_too_short_a_dataset_names_both_numbers(dataset_hub: HubServer, tmp_path: Path) -> None:
     dataset_hub.repositories["datasets/org/short"] = HubRepository({"train.parquet": parquet(["cat"])})
     error = refusal("org/short", tmp_path, fraction=0)
-    assert f"tokens to train on, a window of data.sequence_length + 1 has {LENGTH + 1}" in error.message
+    assert f"tokens to train on; a sequence takes sequence_length + 1 = {LENGTH + 1}" in error.message
 
 
 def test_a_dataset_beside_other_sources_needs_weights(rows: HubRepository, tmp_path: Path) -> None:

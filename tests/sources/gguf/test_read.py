@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -260,7 +260,6 @@ def test_truncated_gguf_is_named_and_refused(tiny: Path) -> None:
         open_source(str(tiny))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_truncating_anywhere_is_an_input_error(tiny: Path, share: float) -> None:
     whole = tiny.read_bytes()
@@ -270,7 +269,6 @@ def test_truncating_anywhere_is_an_input_error(tiny: Path, share: float) -> None
         dict(open_source(str(cut)).require_weights().tensors())
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 2_500), value=st.integers(0, 255))
 def test_flipping_a_header_byte_raises_nothing_but_our_errors(tiny: Path, at: int, value: int) -> None:
     data = bytearray(tiny.read_bytes())

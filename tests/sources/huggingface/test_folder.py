@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -329,7 +329,6 @@ def test_damaged_safetensors_header_is_named(tmp_path: Path, header: Any, cause:
     assert str(path) in caught.value.message
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_truncating_safetensors_anywhere_is_an_input_error(lone: Path, share: float) -> None:
     whole = lone.read_bytes()
@@ -339,7 +338,6 @@ def test_truncating_safetensors_anywhere_is_an_input_error(lone: Path, share: fl
         open_source(str(cut))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 2_000), value=st.integers(0, 255))
 def test_flipping_a_safetensors_header_byte_raises_only_our_errors(lone: Path, at: int, value: int) -> None:
     data = bytearray(lone.read_bytes())

@@ -1,13 +1,12 @@
-"""Who takes part with which file: variants are made of the same weights, and peers get their own format."""
+"""The file that each engine reads: variants come from the same weights, and peers get their own format."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from smolctl.benchmark.contenders import PEERS, Contender, EngineName, open_weighted
+from smolctl.benchmark.engines import PEERS, EngineName, EngineSpec
 from smolctl.benchmark.peers import is_installed
 from smolctl.errors import SmolError, UsageError
 from smolctl.model.weights import HEAD
@@ -18,29 +17,12 @@ from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.gguf.write import SCHEMES, require_gguf, write_gguf
 from smolctl.sources.huggingface.write import write_model
 
-PACKAGES = {"transformers": "transformers", "llama.cpp": "llama-cpp-python", "litgpt": "litgpt"}
-# What of llama.cpp's stores the same bits as what of ours.
-LLAMA_SCHEMES = {
-    "F32": "f32",
-    "F16": "f16",
-    "BF16": "bf16",
-    "bf16": "bf16",
-    "int8": "q8_0",
-    "int8-dynamic": "q8_0",
-    "int4": "q4_1",
-}
-
-
-@dataclass(frozen=True)
-class Lineup:
-    """All contenders, ours first: what is stored, then the variants, then the peers."""
-
-    contenders: tuple[Contender, ...]
-    left_out: tuple[str, ...]  # who does not take part, and why
+# llama.cpp's scheme with the same bits as one of ours, where it has another name.
+LLAMA_SCHEMES = {"int8": "q8_0", "int8-dynamic": "q8_0", "int4": "q4_1"}
 
 
 def check_peers(names: Sequence[str]) -> tuple[EngineName, ...]:
-    """The peers that were asked for.
+    """The peers that were asked for, each once.
 
     Raises:
         UsageError: one is not known, or not installed.
@@ -49,14 +31,14 @@ def check_peers(names: Sequence[str]) -> tuple[EngineName, ...]:
         if name not in PEERS:
             raise UsageError(f"--against {name} is not known", f"Take {', '.join(PEERS)}.")
         if not is_installed(name):
-            raise UsageError(f"--against {name}: it is not installed", f"pip install {PACKAGES[name]}")
+            raise UsageError(f"--against {name}: it is not installed", f"pip install {PEERS[name]}")
     return tuple(peer for peer in PEERS if peer in names)
 
 
-def line_up(
+def make_engine_files(
     source: ModelSource, schemes: Sequence[str], peers: Sequence[EngineName], threads: int, folder: Path
-) -> Lineup:
-    """Make what each contender reads.
+) -> tuple[list[EngineSpec], list[str]]:
+    """Write the files that the engines read.
 
     Args:
         source: with weights, or random ones.
@@ -65,45 +47,50 @@ def line_up(
         threads: for all of them.
         folder: an empty one for what has to be written.
 
+    Returns:
+        The engines, smolctl's first: the stored weights, the variants, the peers. And a line for each peer
+        that is left out, with the reason.
+
     Raises:
         SmolError: a scheme is not for this model.
     """
-    contenders = [Contender("smolctl", source.id, threads)]
+    engines = [EngineSpec("smolctl", source.id, threads)]
     if schemes:
         options = QuantizeOptions(tuple(schemes), out=folder / "variants", measure=False)
         made = quantize(source.id, options).variants
-        contenders += [Contender("smolctl", one.path, threads, one.scheme) for one in made]
+        engines += [EngineSpec("smolctl", one.path, threads, one.scheme) for one in made]
     left_out = []
     for peer in peers:
         try:
-            contenders += _peers(peer, source, contenders, threads, folder)
+            engines += _peers(peer, source, engines, threads, folder)
         except SmolError as error:
             left_out.append(f"{peer} is left out: {error.message}")
-    return Lineup(tuple(contenders), tuple(left_out))
+    return engines, left_out
 
 
 def _peers(
-    peer: EngineName, source: ModelSource, so_far: Sequence[Contender], threads: int, folder: Path
-) -> list[Contender]:
+    peer: EngineName, source: ModelSource, so_far: Sequence[EngineSpec], threads: int, folder: Path
+) -> list[EngineSpec]:
     config = source.require_config()
     if peer != "llama.cpp":
         if peer == "litgpt" and not config.is_llama:
             raise SmolError("it has no learned positions and no scaled residual branches")
-        return [Contender(peer, huggingface_folder(source, folder / "huggingface"), threads, "float32")]
+        return [EngineSpec(peer, huggingface_folder(source, folder / "huggingface"), threads, "float32")]
     found = []
     for ours in (one for one in so_far if one.engine == "smolctl"):
         path, scheme = _gguf(source, ours, folder)
-        found.append(Contender(peer, path, threads, scheme, rival_of=ours.model))
+        found.append(EngineSpec(peer, path, threads, scheme, rival_of=ours.model))
     return found
 
 
 def huggingface_folder(source: ModelSource, folder: Path) -> str:
     """A folder that transformers loads: the source's own, or one with its weights in float32."""
-    if source.kind is SourceKind.FOLDER and source.tensors and Path(source.id).is_dir():
+    config = source.require_config()
+    # transformers runs the code in the folder of a model that is not a Llama: only this toolkit's.
+    if source.kind is SourceKind.FOLDER and source.tensors and Path(source.id).is_dir() and config.is_llama:
         return source.id
     if folder.exists():
         return str(folder)
-    config = source.require_config()
     folder.mkdir(parents=True)
     tensors = {name: tensor.float().contiguous() for name, tensor in source.require_weights().tensors()}
     if config.tie_word_embeddings:
@@ -112,12 +99,13 @@ def huggingface_folder(source: ModelSource, folder: Path) -> str:
     return str(folder)
 
 
-def _gguf(source: ModelSource, ours: Contender, folder: Path) -> tuple[str, str]:
-    """The file that llama.cpp reads against one of ours, and its scheme."""
-    if Path(ours.model).suffix == ".gguf":
-        return ours.model, stored_scheme(open_source(ours.model)).lower()
+def _gguf(source: ModelSource, ours: EngineSpec, folder: Path) -> tuple[str, str]:
+    """The file that llama.cpp reads in comparison with one of ours, and its scheme."""
+    stored = open_source(ours.model)
+    if stored.kind is SourceKind.GGUF:
+        return ours.model, stored_scheme(stored).lower()
     scheme = ours.precision.removeprefix("gguf-") if ours.precision else _stored_kind(source)
-    scheme = LLAMA_SCHEMES.get(scheme, scheme)
+    scheme = LLAMA_SCHEMES.get(scheme, scheme.lower())
     if scheme not in SCHEMES:
         raise SmolError(f"there is no GGUF scheme like {scheme}")
     config = source.require_config()
@@ -137,7 +125,7 @@ def _stored_kind(source: ModelSource) -> str:
 
 
 def stored_scheme(source: ModelSource) -> str:
-    """The type of most of a source's numbers: "F32", "Q4_1"; float32 where nothing is stored."""
+    """The type of most of a source's parameters: "F32", "Q4_1"; float32 where nothing is stored."""
     sizes: dict[str, int] = {}
     for tensor in source.tensors or ():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.parameters
@@ -145,19 +133,17 @@ def stored_scheme(source: ModelSource) -> str:
 
 
 def weight_files(model: str) -> tuple[Path, ...]:
-    """The files that loading a model reads; none for a preset, and for what lies in the Hub's cache."""
-    source = open_weighted(model)
-    path = Path(split_step(model)[0])
+    """The files that loading a model reads; none for a preset or for a model in the Hub's cache."""
+    source, path = open_source(model), split_step(model)[0]
     if source.kind is SourceKind.RUN:
-        run = RunFolder.open(path.parent / path.readlink() if path.is_symlink() else path)
-        return (run.checkpoint(source.step).path,)
+        return (RunFolder.open(path).checkpoint(source.step).path,)
     if path.is_dir():
         return tuple(sorted(path.glob("*.safetensors")))
     return (path,) if source.tensors and path.is_file() else ()
 
 
 def copy_apart(model: str, files: Sequence[Path], folder: Path) -> str:
-    """A copy of a model that nobody else has open: the pages of a file that is mapped stay in memory.
+    """A copy of a model that no other process has open: a mapped file stays in the page cache.
 
     Args:
         model: of `weight_files`.
@@ -168,7 +154,7 @@ def copy_apart(model: str, files: Sequence[Path], folder: Path) -> str:
         The copy, as a MODEL.
     """
     target = folder / f"apart-{sum(1 for _ in folder.iterdir())}"
-    if Path(model).is_dir() and len(files) >= 1 and files[0].parent == Path(model):
+    if Path(model).is_dir() and files[0].parent == Path(model):
         shutil.copytree(model, target)
         return str(target)
     target.mkdir()

@@ -1,4 +1,4 @@
-"""Whether what came out is right: a fast wrong answer must not win."""
+"""Whether an output is right: a fast wrong answer must not win."""
 
 from __future__ import annotations
 
@@ -15,37 +15,36 @@ LOSS_ERROR = 1e-3  # of a mean loss, relative
 
 
 def bits_of(precision: str) -> int:
-    """The fewest bits that a precision's name speaks of: 4 of "int4 + int8", 8 of "q8_0"."""
-    narrow = {"int4": 4, "q4": 4, "int8": 8, "q8": 8, "q5": 4, "bf16": 16, "f16": 16, "float16": 16}
-    name = precision.lower()
-    return min([bits for part, bits in (narrow | {"bfloat16": 16}).items() if part in name], default=32)
+    """The fewest bits that a precision's name contains: 4 in "int4 + int8", 8 in "q8_0"."""
+    narrow = {"int4": 4, "q4": 4, "q5": 4, "int8": 8, "q8": 8, "f16": 16, "float16": 16}
+    return min([bits for name, bits in narrow.items() if name in precision.lower()], default=32)
 
 
-def error_of(kind: str, answer: Tensor, expected: Tensor) -> float:
-    """How far an answer is from the expected one; infinite when it has another shape or is not finite.
+def error_of(suite: str, output: Tensor, expected: Tensor) -> float:
+    """How far an output is from the expected one; infinite when it has another shape or is not finite.
 
     Args:
-        kind: of the work that it came out of.
-        answer: logits (N, V), a mean loss (1,), or numbers that must be equal.
+        suite: that it comes from.
+        output: logits (N, V), a mean loss (1,), or numbers that must be equal.
         expected: of the same shape.
     """
-    if answer.shape != expected.shape or not answer.isfinite().all():
+    if output.shape != expected.shape or not output.isfinite().all():
         return float("inf")
-    if kind in ("tokenize", "checkpoint"):
-        return float((answer != expected).any())
-    if kind == "train":
-        return float((answer - expected).abs() / expected.abs())
+    if suite in ("tokenize", "checkpoint"):
+        return float((output != expected).any())
+    if suite == "train":
+        return float((output - expected).abs() / expected.abs())
     wanted = expected - expected.mean(dim=-1, keepdim=True)
-    found = answer - answer.mean(dim=-1, keepdim=True)  # a constant changes no probability
+    found = output - output.mean(dim=-1, keepdim=True)  # a constant changes no probability
     errors = (found - wanted).square().mean(dim=-1).sqrt() / wanted.square().mean(dim=-1).sqrt()
     return float(errors.max())
 
 
-def allowed_error(kind: str, precision: str) -> float:
-    """What `error_of` may be at most."""
-    if kind in ("tokenize", "checkpoint"):
+def allowed_error(suite: str, precision: str) -> float:
+    """The largest `error_of` that counts as right."""
+    if suite in ("tokenize", "checkpoint"):
         return 0.0
-    if kind == "train":
+    if suite == "train":
         return LOSS_ERROR
     dynamic = precision == "int8-dynamic"
     return LARGEST_DYNAMIC_ERROR if dynamic else LARGEST_ERROR[bits_of(precision)]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from smolctl.benchmark.answers import allowed_error, bits_of, error_of
 from smolctl.benchmark.baseline import compare_with, save_record
+from smolctl.benchmark.correctness import allowed_error, bits_of, error_of
 from smolctl.benchmark.limits import Cost, Limits, limits_of, roofline
-from smolctl.benchmark.machine import CpuTimes, Load, Machine, cpu_times, disturbance, load_between
+from smolctl.benchmark.machine import CpuTimes, Machine, SystemLoad, cpu_times, disturbance, load_between
 from smolctl.benchmark.report import BenchReport, ModelFacts, Result, compare
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError, SmolError
@@ -35,7 +35,12 @@ def result(
     return Result(
         *(suite, f"{engine}-model", engine, precision, "build", "64 tokens", unit, values),
         *(spread.median, spread.low, spread.high),
-        *(10**9, 0.5, "memory", error, 0.005, rival_of),
+        peak_rss_bytes=10**9,
+        roofline_share=0.5,
+        limit="memory",
+        answer_error=error,
+        allowed_error=0.005,
+        rival_of=rival_of,
     )
 
 
@@ -43,7 +48,7 @@ def report(*results: Result, config: ModelConfig | None = None, threads: int = 2
     machine = Machine("A CPU", None, 2, threads, 8 * 10**9, "AVX2", "Linux", {"torch": "2.13.0"})
     facts = ModelFacts.of("runs/nano", config or ModelConfig())
     rows = tuple(results)
-    return BenchReport(machine, Load(0.1, 0.0, 0.0), "", LIMITS, facts, 7, rows, compare(rows), ())
+    return BenchReport(machine, SystemLoad(0.1, 0.0, 0.0), "", LIMITS, facts, 7, rows, compare(rows), ())
 
 
 def saved(path: Path, one: BenchReport) -> Path:
@@ -83,19 +88,21 @@ def test_other_processes_are_what_was_busy_and_not_ours() -> None:
     before = CpuTimes(total=1000, idle=600, steal=0, own=100)
     after = CpuTimes(total=1100, idle=640, steal=2, own=130)  # 60 s busy: 2 stolen, 30 ours
     load = load_between(before, after, 0.4)
-    assert load == Load(0.4, pytest.approx(0.28), pytest.approx(0.02))
+    assert load.load_average == 0.4
+    assert load.others == pytest.approx(0.28)
+    assert load.steal == pytest.approx(0.02)
     assert "28%" in disturbance(load, 2)
-    assert load_between(None, after, 0.4) == Load(0.4, None, None)
+    assert load_between(None, after, 0.4) == SystemLoad(0.4, None, None)
     assert load_between(after, after, 0.4).others is None
 
 
 def test_a_quiet_machine_is_not_called_busy_and_a_busy_one_is() -> None:
-    assert disturbance(Load(7.0, 0.01, 0.0), 2) == ""  # the load average is of the minute before
-    assert "12% of the processors' time" in disturbance(Load(0.0, 0.12, 0.0), 2)
-    assert "host took 5%" in disturbance(Load(0.0, 0.0, 0.05), 2)
-    assert disturbance(Load(0.5, None, None), 2) == ""
-    assert "load average was 1.5" in disturbance(Load(1.5, None, None), 2)
-    assert disturbance(Load(None, None, None), 2) == ""
+    assert disturbance(SystemLoad(7.0, 0.01, 0.0), 2) == ""  # the load average is of the minute before
+    assert "12% of the processors' time" in disturbance(SystemLoad(0.0, 0.12, 0.0), 2)
+    assert "host took 5%" in disturbance(SystemLoad(0.0, 0.0, 0.05), 2)
+    assert disturbance(SystemLoad(0.5, None, None), 2) == ""
+    assert "load average was 1.5" in disturbance(SystemLoad(1.5, None, None), 2)
+    assert disturbance(SystemLoad(None, None, None), 2) == ""
 
 
 def test_own_work_counts_as_own() -> None:
@@ -221,7 +228,9 @@ def test_a_change_within_the_noise_is_called_so_and_fails_all_the_same(tmp_path:
     noisy = (60.0, 80.0, 90.0, 100.0, 110.0, 120.0, 140.0)
     path = saved(tmp_path / "base.json", report(result(values=noisy)))
     changes = compare_with(report(result(values=tuple(0.9 * value for value in noisy))), path, 0.95)
-    assert [(one.ratio, one.beyond_noise) for one in changes.failed] == [(pytest.approx(0.9), False)]
+    (change,) = changes.failed
+    assert change.ratio == pytest.approx(0.9)
+    assert change.beyond_noise is False
 
 
 def test_a_baseline_of_another_machine_or_model_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Work with files: loading a model, saving and reading a checkpoint; and cutting text into tokens."""
+"""The suites load, checkpoint and tokenize, which work with files and with text."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smolctl.benchmark.contenders import PEERS, Contender, open_engine, plain_network
-from smolctl.benchmark.work import Job, Lap, Work
+from smolctl.benchmark.engines import PEERS, EngineSpec, open_engine, plain_network
+from smolctl.benchmark.workload import Measurement, Run, Workload
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.errors import SmolError
 from smolctl.sources import open_source
@@ -26,30 +26,29 @@ SHARE_READ = 0.2
 NOT_COLD = "the system kept the file in memory: a cold load could not be measured here"
 
 
-def load(job: Job) -> Work:
-    """Open the model and read one token: by then every weight has been touched."""
+def load(workload: Workload) -> Run:
+    """Open the model and read one token: by then every weight has been read."""
+    spec = replace(workload.engine, model=workload.cold_copy or workload.engine.model)
+    config = open_source(spec.model).config if spec.engine in PEERS else None
 
-    contender = replace(job.contender, model=job.cold_copy or job.contender.model)
-    config = open_source(contender.model).config if contender.engine in PEERS else None
-
-    def run() -> Lap:
-        gc.collect()  # an engine of the last repeat would keep its file in memory
-        cold = not job.cold_copy or forget(job.files)
+    def run() -> Measurement:
+        gc.collect()  # the engine of the last run would keep its file in memory
+        cold = not workload.cold_copy or drop_from_page_cache(workload.files)
         read_before = bytes_from_disk()
         started = time.perf_counter()
-        engine = open_engine(contender, config)
-        logits = engine.forward([[job.text[0][0]]], engine.allocate(1, 1))
+        engine = open_engine(spec, config)
+        logits = engine.forward([[workload.text[0][0]]], engine.allocate(1, 1))
         seconds = time.perf_counter() - started
-        if job.cold_copy and cold and read_before is not None:
-            size = sum(Path(file).stat().st_size for file in job.files)
+        if workload.cold_copy and cold and read_before is not None:
+            size = sum(Path(file).stat().st_size for file in workload.files)
             cold = (bytes_from_disk() or 0) - read_before > SHARE_READ * size
-        return Lap((seconds,), logits.clone(), "" if cold else NOT_COLD)
+        return Measurement((seconds,), logits.clone(), "" if cold else NOT_COLD)
 
     return run
 
 
-def forget(files: Sequence[str]) -> bool:
-    """Ask the system to drop the pages of files from its memory; False where it cannot be asked."""
+def drop_from_page_cache(files: Sequence[str]) -> bool:
+    """Ask the system to drop files from its page cache; False where it cannot be asked."""
     if not hasattr(os, "posix_fadvise"):
         return False
     for file in files:
@@ -60,7 +59,7 @@ def forget(files: Sequence[str]) -> bool:
 
 
 def bytes_from_disk() -> int | None:
-    """What this process has had read from storage so far; None where the system does not say."""
+    """Bytes that were read from storage for this process so far; None where the system does not count."""
     try:
         lines = Path("/proc/self/io").read_text().splitlines()
     except OSError:
@@ -68,16 +67,17 @@ def bytes_from_disk() -> int | None:
     return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), None)
 
 
-def checkpoint(job: Job) -> Work:
+def checkpoint(workload: Workload) -> Run:
     """Save weights and optimizer state as a run does, and read them back.
 
     Saving writes, syncs, reads back, compares checksums and renames. Reading finds the file in memory.
     """
-    # Lightning, behind these, takes seconds to import; no other work waits for it.
-    from smolctl.training.checkpoint import DurableCheckpointIO, read_checkpoint
+    # These import Lightning, which takes seconds: no other suite waits for it.
+    from smolctl.runs.checkpoint_file import read_checkpoint
+    from smolctl.training.checkpoint import DurableCheckpointIO
 
-    network = plain_network(job.contender.model)
-    optimizer = make_optimizer(network, job.optimizer)
+    network = plain_network(workload.engine.model)
+    optimizer = make_optimizer(network, workload.optimizer)
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # makes its state
@@ -86,9 +86,9 @@ def checkpoint(job: Job) -> Work:
         "state_dict": network.state_dict(),
         "optimizer_states": [optimizer.state_dict()],
     }
-    path, io = Path(job.folder) / "step.ckpt", DurableCheckpointIO()
+    path, io = Path(workload.folder) / "step.ckpt", DurableCheckpointIO()
 
-    def run() -> Lap:
+    def run() -> Measurement:
         started = time.perf_counter()
         io.save_checkpoint(content, path)
         saved = time.perf_counter()
@@ -98,36 +98,36 @@ def checkpoint(job: Job) -> Work:
             not torch.equal(tensor, found["state_dict"][name])
             for name, tensor in content["state_dict"].items()
         )
-        return Lap((saved - started, loaded - saved), torch.tensor([float(differing)]))
+        return Measurement((saved - started, loaded - saved), torch.tensor([float(differing)]))
 
     return run
 
 
-def tokenize(job: Job) -> Work:
-    """Cut a text into tokens, in documents of a few kilobytes on all cores, as a corpus is."""
-    texts = [job.document[at : at + 4096] for at in range(0, len(job.document), 4096)]
-    encode = _encoder(job.contender)
+def tokenize(workload: Workload) -> Run:
+    """Tokenize a text in documents of a few kilobytes on all cores, as a corpus is."""
+    texts = [workload.document[at : at + 4096] for at in range(0, len(workload.document), 4096)]
+    encode = _encoder(workload.engine)
 
-    def run() -> Lap:
+    def run() -> Measurement:
         started = time.perf_counter()
         found = encode(texts)
         seconds = time.perf_counter() - started
-        return Lap((seconds,), token_digest(found))
+        return Measurement((seconds,), token_digest(found))
 
     return run
 
 
-def _encoder(contender: Contender) -> Callable[[Sequence[str]], Sequence[Sequence[int]]]:
-    if contender.engine == "transformers":
+def _encoder(spec: EngineSpec) -> Callable[[Sequence[str]], Sequence[Sequence[int]]]:
+    if spec.engine == "transformers":
         from transformers import AutoTokenizer
 
-        theirs: Any = AutoTokenizer.from_pretrained(contender.model)
+        theirs: Any = AutoTokenizer.from_pretrained(spec.model)
         return lambda texts: theirs(list(texts), add_special_tokens=False)["input_ids"]
-    files = open_source(contender.model).read_tokenizer()
+    files = open_source(spec.model).read_tokenizer()
     if files is None:
-        raise SmolError(f"{contender.model}: there is no tokenizer beside the weights")
-    tokenizer = Tokenizer.from_files(files, contender.model)
-    if contender.engine == "reference":
+        raise SmolError(f"{spec.model}: there is no tokenizer beside the weights")
+    tokenizer = Tokenizer.from_files(files, spec.model)
+    if spec.engine == "reference":
         return lambda texts: [tokenizer.encode(text) for text in texts]
     return tokenizer.encode_batch
 

@@ -1,0 +1,82 @@
+"""The engines: smolctl's, the plain PyTorch network that all outputs are compared with, and peers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from smolctl.benchmark.peers import open_peer
+from smolctl.config import ModelConfig
+from smolctl.generation.engine import Engine
+from smolctl.generation.engines import EngineOptions, make_engine
+from smolctl.generation.torch_engine import TorchEngine
+from smolctl.model.network import Transformer
+from smolctl.model.weights import initialize, load_network
+from smolctl.sources import open_source
+from smolctl.sources.base import ModelSource, Weights
+
+EngineName = Literal["smolctl", "reference", "transformers", "llama.cpp", "litgpt"]
+# What pip calls the packages of the peers.
+PEERS: dict[EngineName, str] = {
+    "transformers": "transformers",
+    "llama.cpp": "llama-cpp-python",
+    "litgpt": "litgpt",
+}
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """An engine with the model that it opens in a process of its own."""
+
+    engine: EngineName
+    model: str  # a MODEL for smolctl, the file or folder of a peer
+    threads: int
+    precision: str = ""  # as users name it; "": what the engine reports
+    rival_of: str = ""  # the model of smolctl that stores the same bits; "": a rival of every one
+
+
+class RandomWeights(Weights):
+    """The weights of a new network: they take as much time as trained ones."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in initialize(self.config, 0).state_dict().items():
+            yield name, tensor.detach()
+
+
+def open_weighted(model: str) -> ModelSource:
+    """A source; one without weights, such as a preset, gets random ones."""
+    source = open_source(model)
+    weights = source.weights or RandomWeights(source.require_config())
+    return dataclasses.replace(source, weights=weights)
+
+
+def plain_network(model: str) -> Transformer:
+    """The network in float32, as PyTorch runs it."""
+    return load_network(open_weighted(model), torch.float32)
+
+
+def open_engine(spec: EngineSpec, config: ModelConfig | None = None) -> Engine:
+    """Load an engine's model.
+
+    Args:
+        spec: any.
+        config: of a peer's model, where it has been read already: our reader's time is not the peer's.
+
+    Raises:
+        SmolError: the model cannot be read.
+        ImportError: the peer is not installed.
+    """
+    if spec.engine == "smolctl":
+        return make_engine(open_weighted(spec.model), EngineOptions())
+    if spec.engine == "reference":
+        return TorchEngine(plain_network(spec.model).requires_grad_(False))
+    return open_peer(
+        spec.engine, spec.model, config or open_source(spec.model).require_config(), spec.threads
+    )

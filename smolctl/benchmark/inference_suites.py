@@ -1,0 +1,55 @@
+"""The suites prefill, decode and batch, which need a loaded engine."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from smolctl.benchmark.workload import Measurement, Run, Workload
+from smolctl.generation.engine import Engine
+
+KEEP_EVERY = 8  # the logits of every eighth decoded token are compared
+
+
+def prefill(engine: Engine, workload: Workload) -> Run:
+    """Read a text and return the logits after it."""
+    tokens = [list(workload.text[0][: workload.sizes.prefill])]
+    cache = engine.allocate(1, len(tokens[0]))
+
+    def run() -> Measurement:
+        cache.truncate(0, 0)
+        started = time.perf_counter()
+        logits = engine.forward(tokens, cache)
+        return Measurement((time.perf_counter() - started,), logits.clone())
+
+    return run
+
+
+def decode(engine: Engine, workload: Workload) -> Run:
+    """Continue each sequence token by token, looking up the most probable token each time.
+
+    The continuation is given, so that all engines read the same tokens even where they would have chosen
+    others; the prompt is read before the clock starts.
+    """
+    sizes = workload.sizes
+    text = workload.text[: sizes.batch if workload.suite == "batch" else 1]
+    prompts = [list(ids[: sizes.prompt]) for ids in text]
+    steps = [[[ids[sizes.prompt + at]] for ids in text] for at in range(sizes.decoded)]
+    cache = engine.allocate(len(text), sizes.prompt + sizes.decoded)
+
+    def run() -> Measurement:
+        for sequence in range(len(text)):
+            cache.truncate(sequence, 0)
+        engine.forward(prompts, cache)
+        kept: list[Tensor] = []
+        started = time.perf_counter()
+        for at, step in enumerate(steps, 1):
+            logits = engine.forward(step, cache)
+            logits.argmax(dim=-1).tolist()
+            if at % KEEP_EVERY == 0 or at == len(steps):
+                kept.append(logits)
+        return Measurement((time.perf_counter() - started,), torch.cat(kept))
+
+    return run

@@ -1,0 +1,69 @@
+"""A run folder's records after a crash, and its names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from smolctl.runs.events import Prediction, Step
+from smolctl.runs.folder import NAMES, RunFolder
+from smolctl.training.resume import ResumeOptions
+from smolctl.training.verify import verify
+from tests.support.processes import Called
+from tests.support.tiny_runs import assert_same_run, go_on, prepare_tiny, run, with_steps, write_corpus
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [1, 20, -2])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "predictions.jsonl"])
+def test_a_line_that_a_crash_has_cut_off_costs_nothing(name: str, kept: int) -> None:
+    corpus = write_corpus(Path("corpus"))
+    whole = run(prepare_tiny(corpus), "whole")
+    folder = run(prepare_tiny(corpus, **with_steps(10)), "cut")
+    path = folder / name
+    last = path.read_text().splitlines()[-1]
+    with path.open("a") as file:  # as kill -9 leaves it: the record of a step to come, without its end
+        file.write(last[:kept])
+    run_folder = RunFolder(folder)
+    assert [record["step"] for record in run_folder.metrics() if record["event"] == "step"] == [*range(1, 11)]
+    assert len(run_folder.predictions()) == 2
+    result = verify(folder, ResumeOptions(), lambda _event: None)
+    assert result.exact
+    assert result.losses == 5
+    go_on(folder, until=15)
+    assert_same_run(whole, folder)
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_everything_that_a_run_writes_has_its_name_in_one_place(smolctl: Callable[..., Called]) -> None:
+    folder = run(prepare_tiny(write_corpus(Path("corpus")), trainer={"loggers": ["csv"]}), "run")
+    assert smolctl("quantize", folder, "--to", "int8", "--skip", "*").code in (0, 2, 3)
+    go_on(folder, extra=1)
+    assert {path.name for path in folder.iterdir()} <= set(NAMES)
+    go_on(folder, out=Path("branch"), extra=1)
+    assert {path.name for path in Path("branch").iterdir()} <= set(NAMES)
+
+
+def test_the_last_checkpoint_is_called_final_as_long_as_it_is_the_last() -> None:
+    folder = run(prepare_tiny(write_corpus(Path("corpus")), **with_steps(5)), "run")
+    final = folder / "checkpoints" / "final.ckpt"
+    assert final.samefile(folder / "checkpoints" / "step-000005.ckpt")
+    assert [file.step for file in RunFolder(folder).checkpoints()] == [0, 5]
+    go_on(folder, extra=2)
+    assert final.samefile(folder / "checkpoints" / "step-000007.ckpt")
+
+
+def test_an_event_of_any_kind_finds_its_file(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.record(Step(1, None, 1e-3, None, 10, 0.1, 100.0, 1.0, None, None, skipped=1))
+    folder.record(Prediction(1, "p", "text", None, ()))
+    assert [record["skipped"] for record in folder.metrics()] == [1]
+    folder.draw_loss()  # of a run whose only step has overflowed
+    assert list(folder.predictions()) == ["p"]
