@@ -22,7 +22,7 @@ MAX_CARD_BYTES = 10_000_000
 
 @dataclass(frozen=True)
 class Identity:
-    """Who a token speaks for."""
+    """Whose a token is, and what it allows."""
 
     user: str
     organizations: tuple[str, ...]
@@ -31,7 +31,7 @@ class Identity:
     writable: tuple[str, ...] | None = None  # names that a fine-grained token may write to; None: all
 
     def require_write(self, repo: str) -> None:
-        """Check that this token can write to a repository, as far as it tells.
+        """Check that this token can write to a repository, as far as the Hub describes it.
 
         Raises:
             HubError: a read-only token, somebody else's namespace, or one outside the token's scope.
@@ -196,7 +196,7 @@ class HubClient:
             try:
                 return self._commit(target, head, changed, message, create_pr)
             except PassingError:
-                # Of a pull request it cannot be told from here whether it was opened.
+                # Whether a pull request was opened cannot be seen from here.
                 landed = None if create_pr else self._landed(target, head, files)
                 if landed is None:
                     raise

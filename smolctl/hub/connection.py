@@ -85,7 +85,7 @@ class Fetched:
     """The answer to a GET."""
 
     content: bytes
-    size: int  # of the whole file; 0 when the Hub does not say
+    size: int  # of the whole file; 0 when the Hub does not give it
     downloaded: int  # bytes over the network
 
 

@@ -24,7 +24,7 @@ from smolctl.sources.huggingface.write import write_model
 # Float32 sums in another order: the logits of a 135M model differ by 1e-4 of the largest one at most.
 TOLERANCE = 2e-4
 CHECKED_TOKENS = 96
-# Files of a Hugging Face folder that say more than could be rebuilt.
+# Files of a Hugging Face folder with settings that cannot be rebuilt from the model.
 CARRIED_OVER = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 
 

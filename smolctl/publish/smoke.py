@@ -66,7 +66,7 @@ def smoke_test(folder: Path, python: str = sys.executable) -> SmokeTest:
         python: the interpreter; its environment has the Space's requirements and Gradio.
 
     Raises:
-        SmolError: it does not start, fails, or says nothing; with the end of its log.
+        SmolError: it does not start, fails, or gives no answer; with the end of its log.
     """
     require_gradio()
     started = time.perf_counter()

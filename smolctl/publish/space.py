@@ -1,4 +1,4 @@
-"""The Space as a folder: a page, the model that it speaks with, and all the code it needs."""
+"""The Space as a folder: a page, the model that answers on it, and all the code it needs."""
 
 from __future__ import annotations
 
@@ -85,13 +85,13 @@ def add_space(built: Built, folder: Path) -> Built:
 
 
 def _write_page(folder: Path, facts: CardFacts) -> None:
-    """What the page says of the model, with a link once it is known where the model goes."""
+    """Write the page's facts of the model, with a link once the repository is known."""
     examples = list(_examples(facts))[:EXAMPLES]
     write_json(folder / FACTS, {"title": facts.name, "summary": _summary(facts), "examples": examples})
 
 
 def write_space_model(built: Built, folder: Path) -> None:
-    """The model that the Space speaks with, in 8 bits: a quarter of the bytes to read for every token."""
+    """The Space's model, in 8 bits: a quarter of the bytes to read for every token."""
     source = open_source(str(built.folder))
     config = source.require_config()
     plan = make_plan(config, SPACE_SCHEME, SchemeOptions())

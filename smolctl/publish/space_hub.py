@@ -21,7 +21,7 @@ LOG_LINES = 30
 
 @contextlib.contextmanager
 def explained_payment(target: Target) -> Iterator[None]:
-    """Say what kind of account a Gradio Space needs, where that is what is missing."""
+    """Explain what kind of account a Gradio Space needs, when the account is what is missing."""
     try:
         yield
     except PaymentError as error:

@@ -90,8 +90,8 @@ class DatasetReader:
         return {"row": self._row, "rows": self._rows.state_dict()}
 
     def _open(self) -> Any:
-        """The iterable of `datasets`, told to begin at our place."""
-        # One question with a time limit: the library itself would knock for half a minute at a closed door.
+        """The iterable of `datasets`, set to begin at our place."""
+        # One question with a time limit: the library itself tries for half a minute to reach a dead server.
         commit = _commit(self.name)
         import datasets
 

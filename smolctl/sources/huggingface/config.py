@@ -109,7 +109,7 @@ def _rope(values: Mapping[str, Any]) -> Mapping[str, Any]:
     for key in ("rope_parameters", "rope_scaling"):
         rope = values.get(key)
         if rope is not None and not isinstance(rope, Mapping):
-            raise InputError(f"config.json: {key} is no mapping, got {rope!r}", "Mend config.json.")
+            raise InputError(f"config.json: {key} is no mapping, got {rope!r}", "Correct config.json.")
         if rope:
             return dict(rope)
     return {}

@@ -35,10 +35,10 @@ def parse_json(text: bytes | str, origin: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{origin}: not JSON ({error})", "Mend the file or download it again.") from None
+        raise InputError(f"{origin}: not JSON ({error})", "Correct the file or download it again.") from None
     if not isinstance(content, dict):
         raise InputError(
-            f"{origin}: the top level must be a JSON object", "Mend the file or download it again."
+            f"{origin}: the top level must be a JSON object", "Correct the file or download it again."
         )
     return content
 
