@@ -1,4 +1,4 @@
-"""What a run's own files tell about it: the facts of the card, and the records that go up with the model."""
+"""What a run's own files record: the facts of the card, and the records that go up with the model."""
 
 from __future__ import annotations
 
