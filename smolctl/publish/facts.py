@@ -40,14 +40,9 @@ class RunFacts:
 
     @property
     def hardware(self) -> str:
-        """Device and software, as far as the run recorded them."""
-        devices = list(self.environment.get("devices") or ())
-        threads = self.environment.get("threads")
-        where = ", ".join(f"{devices.count(name)} × {name}" for name in dict.fromkeys(devices))
-        if not where:
-            where = f"CPU, {threads} threads" if threads else "CPU"
-        torch = (self.environment.get("packages") or {}).get("torch")
-        return f"{where}; PyTorch {torch}" if torch else where
+        """Devices and software of the run's sessions, as far as they were recorded, in their order."""
+        sessions = [*(self.environment.get("earlier") or ()), self.environment]
+        return "; then ".join(dict.fromkeys(map(_hardware, sessions)))
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -58,6 +53,18 @@ class RunFacts:
     def source_names(self) -> tuple[str, ...]:
         """The data as strangers may read it: paths of this machine by their last part."""
         return tuple(public_source(source) for source in self.config.data.source)
+
+
+def _hardware(environment: Mapping[str, Any]) -> str:
+    devices = list(environment.get("devices") or ())
+    if environment.get("device") == "cpu":  # whatever else the machine has was not used
+        devices = []
+    threads = environment.get("threads")
+    where = ", ".join(f"{devices.count(name)} × {name}" for name in dict.fromkeys(devices))
+    if not where:
+        where = f"CPU, {threads} threads" if threads else "CPU"
+    torch = (environment.get("packages") or {}).get("torch")
+    return f"{where}; PyTorch {torch}" if torch else where
 
 
 def is_public_source(source: str) -> bool:
