@@ -106,9 +106,10 @@ class HubClient:
     def __init__(self, note: Callable[[str], None], wait: Callable[[float], None] = time.sleep) -> None:
         from huggingface_hub import get_token
 
-        if get_token() is None:
+        token = get_token()
+        if token is None:
             raise no_token()
-        self.api = api()
+        self.api = api(token)
         self.note, self.wait = note, wait
 
     def url(self, target: Target) -> str:
@@ -173,8 +174,9 @@ class HubClient:
         if README not in head.checksums:
             return None
         url = f"{self.url(target)}/resolve/{head.sha}/{README}"
-        fetched = self.patiently(target.shown, "read its card", lambda: fetch(url, MAX_CARD_BYTES))
-        return fetched.content.decode("utf-8", errors="replace")
+        token = self.api.token
+        card = self.patiently(target.shown, "read its card", lambda: fetch(url, MAX_CARD_BYTES, token=token))
+        return card.content.decode("utf-8", errors="replace")
 
     def push(
         self, target: Target, head: Head, files: Sequence[PlannedFile], message: str, create_pr: bool = False

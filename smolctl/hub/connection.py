@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 120.0  # without a byte: the Hub works that long on a large commit
-TIMEOUT_VARIABLE = "SMOLCTL_HUB_TIMEOUT"  # seconds, in place of every other time limit
+TIMEOUT_VARIABLE = "SMOLCTL_HUB_TIMEOUT"  # seconds, in place of ANSWER_SECONDS and HF_HUB_ETAG_TIMEOUT
 
 
 def endpoint() -> str:
@@ -25,12 +25,16 @@ def endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
 
-def api() -> HfApi:
-    """The Hub's own client at our address, with our time limit and the user's token."""
+def api(token: str | None = None) -> HfApi:
+    """The Hub's own client at our address, with our time limit.
+
+    Args:
+        token: sent with every request; None leaves it to the client, which may be set to send none.
+    """
     from huggingface_hub import HfApi
 
     session()
-    return HfApi(endpoint=endpoint())
+    return HfApi(endpoint=endpoint(), token=token)
 
 
 def session() -> httpx2.Client:
@@ -89,13 +93,14 @@ class Fetched:
     downloaded: int  # bytes over the network
 
 
-def fetch(url: str, limit: int, start: int | None = None) -> Fetched:
+def fetch(url: str, limit: int, start: int | None = None, token: bool | str | None = None) -> Fetched:
     """One GET without retries; reads no more than it needs even where Range is ignored.
 
     Args:
         url: at the Hub.
         limit: bytes to read at most.
         start: first of them, asked for by Range; None asks for the whole file.
+        token: as of `api`.
 
     Raises:
         HTTPError, OSError: what `explained` turns into `HubError`.
@@ -103,7 +108,7 @@ def fetch(url: str, limit: int, start: int | None = None) -> Fetched:
     from huggingface_hub import hf_raise_for_status
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-    headers = build_hf_headers() | {"accept-encoding": "identity"}
+    headers = build_hf_headers(token=token) | {"accept-encoding": "identity"}
     if start is not None:
         headers["range"] = f"bytes={start}-{start + limit - 1}"
     with session().stream("GET", url, headers=headers, timeout=question_seconds()) as response:

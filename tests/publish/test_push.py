@@ -430,6 +430,14 @@ def test_the_token_is_nowhere_but_in_the_header(llama_run: Path, hub: PushHub, s
     assert not any(TOKEN.encode() in body for body in hub.bodies)
 
 
+def test_a_client_that_sends_no_token_by_itself_pushes_with_it(
+    llama: Built, hub: PushHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    publish(llama, repo="me/tiny")
+    assert publish(llama, repo="me/tiny").repo.commit.sent == ()  # with the card read from the Hub
+
+
 def test_the_json_says_what_stands_on_the_hub(llama_run: Path, hub: PushHub, smolctl: Smolctl) -> None:
     called = smolctl("push", llama_run, "--repo", "me/tiny", "--json")
     document = json.loads(called.out)
