@@ -21,6 +21,7 @@ SIX_STEPS: dict[str, Any] = {
     "predictions": {"every": 3, "prompts": ["the cat"], "max_tokens": 4},
     "validation": {"every": 3},
 }
+SELDOM = [f"--set={part}.every=10" for part in ("checkpoint", "predictions", "validation")]
 EVENT_KEYS = {
     "start": {"run", "step", "until", "plan"},
     "step": {
@@ -58,7 +59,7 @@ def test_train_streams_one_json_object_a_line(smolctl: Smolctl) -> None:
 
 
 def test_plain_output_is_calm_and_says_where_the_run_is(smolctl: Smolctl) -> None:
-    done = smolctl("train", "tiny.yaml", "--steps", "40")
+    done = smolctl("train", "tiny.yaml", "--steps", "40", *SELDOM)
     assert done.code == 0
     lines = [line for line in done.out.splitlines() if line.startswith("step ") and "loss" in line]
     assert lines[0].startswith("step 1/40")
@@ -150,7 +151,7 @@ def test_the_engine_can_be_chosen_and_is_named(smolctl: Smolctl) -> None:
 
 
 def test_stop_text_ends_the_answer_and_is_not_part_of_it(smolctl: Smolctl) -> None:
-    smolctl("train", "tiny.yaml", "--steps", "60", "-q")
+    smolctl("train", "tiny.yaml", "--steps", "60", *SELDOM, "-q")
     plain = ("sample", "--prompt", "the", "--temperature", "0", "--max-tokens", "20", "--json")
     whole = smolctl(*plain).json["completions"][0]
     stop = whole["text"][4:7]
@@ -197,7 +198,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(number: signal.Signals, cod
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint_as_if_nothing_had_happened(smolctl: Smolctl) -> None:
-    process = start("train", "tiny.yaml", "--steps", "30", "--json", "--out", "killed")
+    process = start("train", "tiny.yaml", "--steps", "30", *SELDOM, "--json", "--out", "killed")
     assert process.stdout is not None
     for line in process.stdout:
         event = json.loads(line)
@@ -206,7 +207,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_as_if_nothing_had_happene
             break
     process.communicate()
     assert smolctl("resume", "killed", "-q").code == 0
-    assert smolctl("train", "tiny.yaml", "--steps", "30", "--out", "whole", "-q").code == 0
+    assert smolctl("train", "tiny.yaml", "--steps", "30", *SELDOM, "--out", "whole", "-q").code == 0
     assert_same_run(Path("killed"), Path("whole"), 30)
 
 

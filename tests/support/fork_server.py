@@ -25,6 +25,7 @@ import signal
 import socket
 import struct
 import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,17 +33,24 @@ from pathlib import Path
 PRELOADED = (
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "numpy.ctypeslib", "safetensors.torch"),
     *("smolctl.training.train", "smolctl.training.resume", "smolctl.training.verify", "smolctl.cli.main"),
-    *("smolctl.quantization.quantize", "smolctl.quantization.probe", "smolctl.benchmark.worker"),
+    *("smolctl.quantization.quantize", "smolctl.quantization.probe", "smolctl.benchmark.bench"),
 )
+
+
+def _named_folders() -> list[str]:
+    return [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+
+
+INHERITED = _named_folders()
 NUMBER = struct.Struct("i")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `python -m MODULE ARGUMENTS` is to be.
+    """What `python [-P] -m MODULE ARGUMENTS` or `python [-P] -c CODE ARGUMENTS` is to be.
 
     Attributes:
-        arguments: the module, and the arguments behind it.
+        arguments: all behind `python`.
         streams: descriptors of the child's stdin, stdout and stderr; not part of the JSON.
     """
 
@@ -138,11 +146,16 @@ def become(request: Request) -> None:
     os.environ.update(request.environment)
     np.random.seed()
     setattr(rank_zero_only, "rank", _get_rank() or 0)  # noqa: B010 - read from the environment when it is imported
-    module, *arguments = request.arguments
-    sys.argv = [module, *arguments]
-    sys.path[0] = request.folder
+    option, what, *arguments = (word for word in request.arguments if word != "-P")
+    own = [] if "-P" in request.arguments else [request.folder if option == "-m" else ""]
+    sys.path[:] = [*own, *_named_folders(), *(path for path in sys.path[1:] if path not in INHERITED)]
+    sys.argv = [option, *arguments]
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if option == "-m":
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+        else:
+            sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(what, vars(sys.modules["__main__"]))
     except SystemExit as exit:
         if not isinstance(exit.code, str):
             _codes.append(int(exit.code or 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def call(*arguments: object, input: str | None = None, timeout: float | None = 3
 
 
 class Popen(subprocess.Popen[Any]):
-    """`subprocess.Popen` that has `python -m smolctl…` and `python -m tests…` forked by the server."""
+    """`subprocess.Popen` that has main modules of smolctl and of these tests forked by the server."""
 
     def _execute_child(
         self, args: Any, executable: Any, preexec_fn: Any, close_fds: Any, pass_fds: Any, cwd: Any, env: Any,
@@ -77,7 +78,7 @@ class Popen(subprocess.Popen[Any]):
             self._server.connect(os.environ[ADDRESS])
             folder = os.path.abspath(os.fspath(cwd)) if cwd else os.getcwd()  # noqa: PTH100, PTH109
             environment = dict(os.environ if env is None else env)
-            Request(list(map(os.fspath, args[2:])), environment, folder, tuple(streams)).send(self._server)
+            Request(list(map(os.fspath, args[1:])), environment, folder, tuple(streams)).send(self._server)
             (self.pid,) = NUMBER.unpack(self._server.recv(NUMBER.size, socket.MSG_WAITALL))
             self._child_created = True
         finally:
@@ -104,10 +105,10 @@ class Popen(subprocess.Popen[Any]):
 
 
 def _is_forked(args: Any) -> bool:
-    if isinstance(args, str | bytes) or len(args) < 3:
-        return False
-    program, option, module = map(str, args[:3])
-    return program == sys.executable and option == "-m" and module.split(".")[0] in ("smolctl", "tests")
+    """Whether it is a main module of ours, and no code that a test makes up."""
+    command = " ".join(map(str, args)) if isinstance(args, list | tuple) else ""
+    ours = r"(-P )?(-m (smolctl|tests)\b|-c from smolctl\.[\w.]+ import main; main\(\))"
+    return re.match(re.escape(sys.executable) + " " + ours, command) is not None
 
 
 def install() -> None:
