@@ -25,10 +25,10 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("kept", [1, 20, -2])
 @pytest.mark.parametrize("name", ["metrics.jsonl", "predictions.jsonl"])
-def test_a_line_that_a_crash_has_cut_off_costs_nothing(name: str, kept: int) -> None:
-    corpus = write_corpus(Path("corpus"))
-    whole = run(prepare_tiny(corpus), "whole")
-    folder = run(prepare_tiny(corpus, **with_steps(10)), "cut")
+def test_a_line_that_a_crash_has_cut_off_costs_nothing(
+    name: str, kept: int, workshop: Path, whole: Path
+) -> None:
+    folder = run(prepare_tiny(workshop / "corpus", **with_steps(10)), "cut")
     path = folder / name
     last = path.read_text().splitlines()[-1]
     with path.open("a") as file:  # as kill -9 leaves it: the record of a step to come, without its end
