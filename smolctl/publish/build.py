@@ -18,7 +18,19 @@ from smolctl.publish.export import Export, export_model
 from smolctl.publish.facts import RunFacts, read_facts, write_records
 from smolctl.publish.secrets import require_no_secrets, scan
 from smolctl.publish.smoke import SmokeTest
-from smolctl.runs.folder import METRICS, PREDICTIONS, STORY, RunFolder, latest_run, split_step
+from smolctl.runs.folder import (
+    CONFIG,
+    ENVIRONMENT,
+    LOSS_CURVE,
+    METRICS,
+    PREDICTIONS,
+    QUANTIZED,
+    STORY,
+    TOKENIZER,
+    RunFolder,
+    latest_run,
+    split_step,
+)
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.huggingface.tokenizer import read_json
@@ -27,9 +39,8 @@ from smolctl.sources.quantized.folder import DESCRIPTION, is_quantized_folder, r
 
 # Texts beside the model that belong to it and are taken as they are.
 LICENCE_FILES = re.compile(r"(LICEN[CS]E|NOTICE)([.-].*)?", re.IGNORECASE)
-QUANTIZED = "quantized"
 # What of a run goes up in another form.
-USED = {README, "config.yaml", "environment.json", "tokenizer", METRICS, PREDICTIONS, STORY, "loss.png"}
+USED = {README, CONFIG, ENVIRONMENT, TOKENIZER, METRICS, PREDICTIONS, STORY, LOSS_CURVE}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from smolctl.escaping import json_line
 from smolctl.quantization.record import read_record
 from smolctl.runs.chart import draw_loss
 from smolctl.runs.events import to_json
-from smolctl.runs.folder import LOSS_CURVE, METRICS, PREDICTIONS, STORY, RunFolder
+from smolctl.runs.folder import CONFIG, ENVIRONMENT, LOSS_CURVE, METRICS, PREDICTIONS, STORY, RunFolder
 from smolctl.runs.story import History, to_markdown
 from smolctl.sources.base import ModelSource
 
@@ -117,9 +117,9 @@ def write_records(facts: RunFacts, run: Path, target: Path) -> None:
     if tokenizer and Path(tokenizer).exists():
         tokenizer = PurePath(tokenizer).name
     shown = facts.config.model_copy(update={"data": data, "tokenizer": tokenizer})
-    _write(folder / "config.yaml", to_yaml(shown))
+    _write(folder / CONFIG, to_yaml(shown))
     if facts.environment:
-        _write(folder / "environment.json", json.dumps(facts.environment, indent=2) + "\n")
+        _write(folder / ENVIRONMENT, json.dumps(facts.environment, indent=2) + "\n")
     _write_lines(folder / METRICS, records)
     predictions = [to_json(prediction) for history in facts.histories.values() for prediction in history]
     if predictions:
