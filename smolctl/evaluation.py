@@ -45,7 +45,7 @@ class WindowScores:
 
     nats: float  # sum over the tokens
     kl: float  # sum of KL(reference ‖ model) in nats
-    agreements: int  # positions at which both think the same token the likeliest
+    agreements: int  # positions at which both rank the same token first
     tokens: int
     bytes: int
 
@@ -75,9 +75,13 @@ def score_window(
     return WindowScores(nats, max(0.0, kl), agreements, len(targets), size)
 
 
-def ratio_estimate(amounts: Sequence[float], sizes: Sequence[float]) -> Estimate:
-    """Sum of amounts over sum of sizes; its standard error from the spread over the windows."""
-    amount, size = torch.tensor(amounts).double(), torch.tensor(sizes).double()
+def ratio_estimate(amounts: Sequence[float] | Tensor, sizes: Sequence[float] | Tensor) -> Estimate:
+    """Sum of amounts over sum of sizes, one of each for every window.
+
+    The standard error is that of a ratio estimate, from the spread of (amount - ratio × size) over the
+    windows, which are treated as independent.
+    """
+    amount, size = (torch.as_tensor(values, dtype=torch.float64) for values in (amounts, sizes))
     ratio = (amount.sum() / size.sum()).item()
     spread = (amount - ratio * size).square().sum().item() / max(1, len(amounts) - 1)
     return Estimate(ratio, math.sqrt(spread / len(amounts)) / size.mean().item())
@@ -87,10 +91,7 @@ def ratio_estimate(amounts: Sequence[float], sizes: Sequence[float]) -> Estimate
 def bits_per_byte(
     network: Transformer, batches: Iterable[Tensor], token_bytes: Tensor, document_end: int | None = None
 ) -> BitsPerByte:
-    """Evaluate windows of tokens.
-
-    Bits per byte is a ratio of two sums over windows; its standard error is that of a ratio estimate:
-    the spread of (bits - ratio × bytes) over the windows. Windows are treated as independent.
+    """Evaluate windows of tokens; the standard error is `ratio_estimate`'s.
 
     Args:
         network: any mode; dropout is switched off meanwhile.
@@ -110,12 +111,9 @@ def bits_per_byte(
         tokens += losses.numel()
     network.train(was_training)
     bits, size = torch.cat(nats) / math.log(2), torch.cat(sizes)
-    ratio = (bits.sum() / size.sum()).item()
-    windows = len(bits)
-    spread = (bits - ratio * size).square().sum().item() / max(1, windows - 1)
-    error = math.sqrt(spread / windows) / size.mean().item()
+    estimate = ratio_estimate(bits, size)
     loss = bits.sum().item() * math.log(2) / tokens
-    return BitsPerByte(ratio, error, loss, tokens, int(size.sum().item()))
+    return BitsPerByte(estimate.mean, estimate.standard_error, loss, tokens, int(size.sum().item()))
 
 
 @torch.inference_mode()

@@ -9,13 +9,13 @@ from pathlib import Path
 from smolctl.benchmark.engines import PEERS, EngineName, EngineSpec
 from smolctl.benchmark.peers import is_installed
 from smolctl.errors import SmolError, UsageError
-from smolctl.model.weights import HEAD
 from smolctl.quantization.quantize import QuantizeOptions, quantize
 from smolctl.runs.folder import RunFolder, split_step
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.gguf.write import SCHEMES, require_gguf, write_gguf
 from smolctl.sources.huggingface.write import write_model
+from smolctl.sources.shapes import HEAD
 
 # llama.cpp's scheme with the same bits as one of ours, where it has another name.
 LLAMA_SCHEMES = {"int8": "q8_0", "int8-dynamic": "q8_0", "int4": "q4_1"}

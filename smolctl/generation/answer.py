@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from smolctl.data.tokenizer.tokenizer import Tokenizer
-from smolctl.generation.decode import Token
+from smolctl.generation.scheduler import Token
 
 
 @dataclass(frozen=True)

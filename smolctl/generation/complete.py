@@ -1,4 +1,4 @@
-"""Text in, text out: one prompt continued, with timing."""
+"""Text in, text out: one prompt continued, with its timing."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.generation.answer import Answer, Completion
-from smolctl.generation.decode import Decoder, Job, Speculation, check_prompt, generator_for
-from smolctl.generation.engine import Engine
+from smolctl.generation.engine import Cancellation, Engine
 from smolctl.generation.sampling import SamplingSettings
+from smolctl.generation.scheduler import Request, Scheduler, Speculation, check_prompt, generator_for
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class CompletionSettings:
     seed: int = 0
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     speculation: Speculation = "auto"
-    alternatives: int = 0  # likeliest other tokens to report with each token
+    alternatives: int = 0  # how many of the likeliest other tokens to report with each token
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Timing:
     prefill_tokens_per_s: float  # over the prompt tokens that were read
     decode_tokens_per_s: float | None  # over all samples; None when a single token came
     decode_steps: int  # calls of the engine after the prompt
-    guessed_tokens: int  # read on a guess of the speculation
-    accepted_tokens: int  # of these, what the model chose indeed
+    guessed_tokens: int  # draft tokens that the engine checked
+    accepted_tokens: int  # of these, the tokens that the model chose too
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,9 @@ def complete(
     prompt: str,
     settings: CompletionSettings,
     on_text: TextListener | None = None,
-    decoder: Decoder | None = None,
+    scheduler: Scheduler | None = None,
     turn: int = 0,
+    cancellation: Cancellation | None = None,
 ) -> CompletionResult:
     """Continue a prompt `settings.samples` times, streaming text as it becomes certain.
 
@@ -70,39 +71,39 @@ def complete(
         prompt: text, with a chat template already applied if there is one.
         settings: lengths, stops, seed and how tokens are chosen.
         on_text: called with every piece of text, in order for each sample.
-        decoder: of an earlier call with the same settings; what it holds of the prompt is not read again.
-        turn: another number, other chances with the same seed.
+        scheduler: of an earlier call with the same settings; what it holds of the prompt is not read again.
+        turn: another number draws other tokens with the same seed.
+        cancellation: lets another thread end this call.
 
     Raises:
         InputError: the prompt is empty or does not fit the context.
+        CancelledError: `cancellation` was set, or another call with this scheduler began.
     """
     ids = prompt_ids(tokenizer, prompt)
-    context = decoder.capacity if decoder else engine.config.max_position_embeddings
-    count = tokens_to_generate(len(ids), settings, context)
-    jobs = [Job(ids, count, generator_for(settings.seed, turn, sample)) for sample in range(settings.samples)]
-    answers = [new_answer(engine, tokenizer, settings) for _ in jobs]
-    keep = decoder is not None
+    context = scheduler.capacity if scheduler else engine.config.max_position_embeddings
+    generation = Generation(engine, tokenizer, [ids], settings, context, turn)
+    keep = scheduler is not None
     started = time.perf_counter()
-    decoder = decoder or new_decoder(engine, settings, settings.samples, len(ids) + count)
-    before = replace(decoder.counts)
+    scheduler = scheduler or generation.scheduler(settings.samples)
+    before = replace(scheduler.counts)
     first_at = None
-    for _ in answer_all(decoder, jobs, answers, on_text or (lambda _sample, _text: None), keep):
+    for _ in generation.run(scheduler, on_text, keep, cancellation):
         first_at = first_at or time.perf_counter()
     ended = time.perf_counter()
     first_at = first_at or ended
-    done = decoder.counts - before
-    later = sum(len(answer.tokens) - 1 for answer in answers)
+    done = scheduler.counts - before
+    later = sum(len(answer.tokens) - 1 for answer in generation.answers)
     timing = Timing(
         prompt_tokens=len(ids),
         reused_tokens=done.reused,
         first_token_s=first_at - started,
-        prefill_tokens_per_s=done.read / (first_at - started),
+        prefill_tokens_per_s=done.prefilled / (first_at - started),
         decode_tokens_per_s=later / (ended - first_at) if later else None,
         decode_steps=done.steps,
-        guessed_tokens=done.guessed,
+        guessed_tokens=done.drafted,
         accepted_tokens=done.accepted,
     )
-    return CompletionResult(prompt, tuple(answer.completion() for answer in answers), timing)
+    return CompletionResult(prompt, generation.completions(0), timing)
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -110,53 +111,87 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return tokenizer.encode(prompt) or [i for i in (tokenizer.bos_token_id,) if i is not None]
 
 
-def tokens_to_generate(prompt: int, settings: CompletionSettings, context: int) -> int:
-    """How many tokens may follow a prompt of so many.
-
-    Raises:
-        InputError: none, or the prompt is empty.
-    """
-    check_prompt(prompt, context)
-    return min(settings.max_tokens, context - prompt)
+def new_scheduler(engine: Engine, settings: CompletionSettings, slots: int, capacity: int) -> Scheduler:
+    return Scheduler(engine, slots, capacity, settings.sampling, settings.speculation, settings.alternatives)
 
 
-def new_decoder(engine: Engine, settings: CompletionSettings, slots: int, capacity: int) -> Decoder:
-    return Decoder(engine, slots, capacity, settings.sampling, settings.speculation, settings.alternatives)
+class Generation:
+    """Prompts and their answers, `settings.samples` of each, that grow together.
 
-
-def new_answer(engine: Engine, tokenizer: Tokenizer, settings: CompletionSettings) -> Answer:
-    ends = frozenset(engine.config.eos_token_ids) | tokenizer.end_token_ids
-    return Answer(tokenizer, settings.stop, ends)
-
-
-def answer_all(
-    decoder: Decoder,
-    jobs: Sequence[Job],
-    answers: Sequence[Answer],
-    listen: TextListener,
-    keep: bool = False,
-) -> Iterator[list[int]]:
-    """Give every job's tokens to its answer; after each call of the engine yield what ended with it.
+    Every sequence has a generator of its own, by the seed and the numbers of its prompt and of the sample, so
+    that its text does not depend on the other sequences.
 
     Args:
-        decoder: runs the jobs.
-        jobs: what to continue; their `max_tokens` fit the decoder's capacity.
-        answers: one of each job.
-        listen: called with (job, new text).
-        keep: see `Decoder.run`.
+        engine: the model.
+        tokenizer: the model's own.
+        prompts: token ids of each.
+        settings: the same for all.
+        context: most tokens of a sequence, prompt included.
+        turn: number of the first prompt.
+
+    Raises:
+        InputError: a prompt is empty or leaves no room in the context.
     """
-    for step in decoder.run(jobs, keep):
-        ended: list[int] = []
-        for index, token in step:
-            answer = answers[index]
-            if answer.finish_reason:
-                continue  # a guess that came true behind the end
-            text = answer.add(token)
-            if len(answer.tokens) == jobs[index].max_tokens:
-                text += answer.finish()
-            if text:
-                listen(index, text)
-            if answer.finish_reason:
-                decoder.end(index)
-                ended.append(index)
-        yield ended
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Sequence[int]],
+        settings: CompletionSettings,
+        context: int,
+        turn: int = 0,
+    ) -> None:
+        self._engine, self._settings = engine, settings
+        ends = frozenset(engine.config.eos_token_ids) | tokenizer.end_token_ids
+        self.answers: list[Answer] = []
+        self._requests: list[Request] = []
+        for number, ids in enumerate(prompts, start=turn):
+            check_prompt(len(ids), context)
+            count = min(settings.max_tokens, context - len(ids))
+            for sample in range(settings.samples):
+                self._requests.append(Request(ids, count, generator_for(settings.seed, number, sample)))
+                self.answers.append(Answer(tokenizer, settings.stop, ends))
+
+    def scheduler(self, slots: int) -> Scheduler:
+        """One with room for all prompts and answers, of which at most `slots` decode together."""
+        capacity = max(len(request.prompt) + request.max_tokens for request in self._requests)
+        return new_scheduler(self._engine, self._settings, min(slots, len(self._requests)), capacity)
+
+    def run(
+        self,
+        scheduler: Scheduler,
+        on_text: TextListener | None = None,
+        keep: bool = False,
+        cancellation: Cancellation | None = None,
+    ) -> Iterator[list[int]]:
+        """After each call of the engine, the numbers of the prompts whose last answer ended with it.
+
+        Args:
+            scheduler: runs the sequences.
+            on_text: called with (number of the sequence, new text).
+            keep: see `Scheduler.run`.
+            cancellation: see `Scheduler.run`.
+        """
+        for step in scheduler.run(self._requests, keep, cancellation):
+            ended: set[int] = set()
+            for index, token in step:
+                answer, request = self.answers[index], self._requests[index]
+                if answer.finish_reason:
+                    continue  # an accepted draft token after the end
+                text = answer.add(token)
+                if len(answer.tokens) == request.max_tokens:
+                    text += answer.finish()
+                if text and on_text:
+                    on_text(index, text)
+                if answer.finish_reason:
+                    scheduler.end(request)
+                    ended.add(index // self._settings.samples)
+            yield [prompt for prompt in ended if all(answer.finish_reason for answer in self._of(prompt))]
+
+    def completions(self, prompt: int) -> tuple[Completion, ...]:
+        """The answers to a prompt, by its number from 0."""
+        return tuple(answer.completion() for answer in self._of(prompt))
+
+    def _of(self, prompt: int) -> list[Answer]:
+        return self.answers[prompt * self._settings.samples :][: self._settings.samples]

@@ -10,9 +10,8 @@ from smolctl.generation.complete import (
     CompletionSettings,
     TextListener,
     complete,
-    new_decoder,
+    new_scheduler,
 )
-from smolctl.generation.decode import Decoder
 from smolctl.generation.load import LoadedModel
 
 # A session holds at most this many tokens, also where the model's context is longer: its cache is allocated
@@ -57,9 +56,23 @@ class Conversation:
             self.turns.append({"role": "user", "content": text})
             self.turns.append({"role": "assistant", "content": answer})
 
-    def forget_oldest(self) -> None:
-        """Drop the oldest question and its answer."""
-        del self.turns[:2]
+    def make_room(self, model: LoadedModel, text: str, capacity: int, max_tokens: int) -> int:
+        """Forget the oldest turns until `text` and its answer fit.
+
+        Args:
+            model: whose template and tokenizer count.
+            text: the next prompt.
+            capacity: tokens of a conversation.
+            max_tokens: of the answer; half of the capacity at most is kept free for it.
+
+        Returns:
+            How many turns were forgotten.
+        """
+        before, free = len(self.turns), min(max_tokens, capacity // 2)
+        while self.turns and len(model.tokenizer.encode(self.prompt(model, text))) + free > capacity:
+            del self.turns[:2]
+            free = max(free, int(capacity * FREE_SHARE))
+        return (before - len(self.turns)) // 2
 
 
 class Session:
@@ -74,18 +87,12 @@ class Session:
     def __init__(self, model: LoadedModel, settings: CompletionSettings, conversation: Conversation) -> None:
         self.model, self.settings, self.conversation = model, settings, conversation
         self.capacity = min(model.engine.config.max_position_embeddings, MOST_TOKENS)
-        self.decoder: Decoder = new_decoder(model.engine, settings, settings.samples, self.capacity)
+        self.scheduler = new_scheduler(model.engine, settings, settings.samples, self.capacity)
         self.answers = 0
 
     def make_room(self, text: str) -> int:
-        """Forget the oldest turns until `text` and an answer fit; how many were forgotten."""
-        forgotten = 0
-        free = min(self.settings.max_tokens, self.capacity // 2)
-        while self.conversation.turns and self._length(text) + free > self.capacity:
-            self.conversation.forget_oldest()
-            forgotten += 1
-            free = max(free, int(self.capacity * FREE_SHARE))
-        return forgotten
+        """See `Conversation.make_room`."""
+        return self.conversation.make_room(self.model, text, self.capacity, self.settings.max_tokens)
 
     def answer(self, text: str, on_text: TextListener) -> CompletionResult:
         """Answer and remember both; when it is interrupted, remember what was said until then.
@@ -103,7 +110,7 @@ class Session:
         prompt = self.conversation.prompt(self.model, text)
         engine, tokenizer = self.model.engine, self.model.tokenizer
         try:
-            result = complete(engine, tokenizer, prompt, self.settings, listen, self.decoder, self.answers)
+            result = complete(engine, tokenizer, prompt, self.settings, listen, self.scheduler, self.answers)
         except KeyboardInterrupt:
             if said:
                 self.conversation.remember(text, "".join(said))
@@ -112,10 +119,3 @@ class Session:
             self.answers += 1
         self.conversation.remember(text, result.completions[0].text)
         return result
-
-    def reset(self) -> None:
-        """Forget every turn."""
-        self.conversation.turns.clear()
-
-    def _length(self, text: str) -> int:
-        return len(self.model.tokenizer.encode(self.conversation.prompt(self.model, text)))

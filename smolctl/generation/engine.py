@@ -1,14 +1,45 @@
-"""What every engine can do: read tokens behind a cache and say what may come next."""
+"""What every engine does: append tokens to the sequences of a cache and return logits."""
 
 from __future__ import annotations
 
+import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from smolctl.config import ModelConfig
-from smolctl.errors import InputError
+from smolctl.errors import InputError, SmolError
+
+
+class EngineBusyError(SmolError):
+    """An engine was called while another call was under way in it."""
+
+    def __init__(self) -> None:
+        super().__init__("the engine is busy with another call", "Wait until that call has returned.")
+
+
+class CancelledError(SmolError):
+    """Another thread cancelled this work."""
+
+    def __init__(self) -> None:
+        super().__init__("the generation was cancelled", "Send the prompt again.")
+
+
+class Cancellation:
+    """Lets any thread cancel work that goes on in another one."""
+
+    def __init__(self) -> None:
+        self.flag = ctypes.c_int32(0)  # the compiled engine reads it between layers
+
+    def set(self) -> None:
+        """Cancel the work; it ends soon, with CancelledError."""
+        self.flag.value = 1
+
+    def check(self) -> None:
+        """Raise CancelledError if the work was cancelled."""
+        if self.flag.value:
+            raise CancelledError
 
 
 class Cache(ABC):
@@ -17,6 +48,7 @@ class Cache(ABC):
     def __init__(self, sequences: int, capacity: int) -> None:
         self.capacity = capacity
         self.lengths = [0] * sequences  # tokens stored of each sequence
+        self.cancellation = Cancellation()  # of the calls that read into this cache
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget what lies behind the first `length` tokens of a sequence."""
@@ -28,17 +60,17 @@ class Cache(ABC):
 
 
 class Engine(ABC):
-    """A model that is ready to run.
+    """A model that is ready to run. Several threads may use it, each with a cache of its own.
 
     Args:
         config: its shape.
-        name: of the engine and what it computes with, for people: "native AVX2, int8".
+        name: of the engine and its precision, for people: "native AVX2, int8".
         note: why it is not the fastest one; empty when it is.
     """
 
     # Tokens in one call whose logits have the very bits of calls with one token each.
     exact_tokens = 1
-    precision: str = ""  # of the matrices as they are computed with: "float32", "int4 + int8"
+    precision: str = ""  # of the matrices in the products: "float32", "int4 + int8"
     weight_bytes: int = 0  # of the matrices, which every new token reads once; 0: not known
 
     def __init__(self, config: ModelConfig, name: str, note: str = "") -> None:
@@ -66,6 +98,7 @@ class Engine(ABC):
 
         Raises:
             InputError: a sequence does not fit the cache.
+            CancelledError: the cache's cancellation was set; its lengths are what they were.
         """
 
     def check_room(self, tokens: Sequence[Sequence[int]], cache: Cache) -> None:
@@ -76,11 +109,3 @@ class Engine(ABC):
                     f"{length + len(ids)} tokens do not fit a cache of {cache.capacity}",
                     "Shorten the prompt or lower --max-tokens.",
                 )
-
-    def check_capacity(self, capacity: int) -> None:
-        """Refuse a cache longer than the model's context."""
-        if capacity > self.config.max_position_embeddings:
-            raise InputError(
-                f"{capacity} tokens do not fit the model's context of {self.config.max_position_embeddings}",
-                "Shorten the prompt or lower --max-tokens.",
-            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,34 +12,22 @@ from torch import Tensor
 from smolctl.config import ModelConfig
 from smolctl.errors import UsageError
 from smolctl.generation.engine import Engine
-from smolctl.generation.native_engine import NativeEngine
+from smolctl.generation.native_engine import KINDS, NativeEngine, Stored
 from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.dynamic import DynamicTransformer
-from smolctl.model.weights import HEAD, TABLE, check_state, from_state
+from smolctl.model.weights import check_state, from_state
 from smolctl.native.library import Library, load_library
 from smolctl.sources.base import ModelSource
 from smolctl.sources.quantized.packed import PackedMatrix
-
-Stored = Tensor | PackedMatrix
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-NATIVE_DTYPES = frozenset(DTYPES.values())
+from smolctl.sources.shapes import HEAD, TABLE
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How to run a model; every engine takes as many threads as `torch.get_num_threads` says.
-
-    Raises:
-        UsageError: a value that does not exist.
-    """
+    """How to run a model; every engine takes as many threads as `torch.get_num_threads` says."""
 
     engine: Literal["auto", "native", "torch"] = "auto"
-    dtype: str | None = None  # of dense weights: a key of DTYPES; None keeps the file's
-
-    def __post_init__(self) -> None:
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise UsageError(f"--dtype {self.dtype} does not exist", f"Take one of {', '.join(DTYPES)}.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of dense weights; None keeps the file's
 
 
 def make_engine(source: ModelSource, options: EngineOptions) -> Engine:
@@ -56,15 +44,16 @@ def make_engine(source: ModelSource, options: EngineOptions) -> Engine:
         return _dynamic_engine(source)
     weights: dict[str, Stored] = {}
     for name, stored in source.require_weights().stored():
-        dense = isinstance(stored, Tensor) and options.dtype is not None and stored.dim() > 1
-        weights[name] = stored.to(DTYPES[options.dtype or ""]) if dense else stored  # type: ignore[union-attr]
+        if options.dtype and isinstance(stored, Tensor) and stored.dim() > 1:
+            stored = stored.to(getattr(torch, options.dtype))
+        weights[name] = stored
     weights = check_state(config, weights, source.id)
     library = load_library() if options.engine != "torch" else ""
-    if isinstance(library, Library) and (dtypes := _dense_dtypes(weights)) <= NATIVE_DTYPES:
+    if isinstance(library, Library) and (dtypes := _dense_dtypes(weights)) <= KINDS.keys():
         kind = kind_of(weights)
         # Where all weights are float32, so is everything else: the same words as any other engine's.
         cache = torch.float32 if kind == "float32" else torch.float16
-        return _described(NativeEngine(library, config, weights, cache, kind=kind), weights)
+        return _describe(NativeEngine(library, config, weights, cache, kind=kind), weights)
     if options.engine == "native":
         why = library if isinstance(library, str) else f"it does not read {', '.join(map(str, dtypes))}"
         raise UsageError(f"the native engine cannot run here: {why}", "Leave out --engine.")
@@ -72,7 +61,7 @@ def make_engine(source: ModelSource, options: EngineOptions) -> Engine:
     return _torch_engine(config, weights, source.id, note)
 
 
-def _torch_engine(config: ModelConfig, weights: Mapping[str, Stored], origin: str, note: str) -> TorchEngine:
+def _torch_engine(config: ModelConfig, weights: Mapping[str, Stored], origin: str, note: str) -> Engine:
     dense = {
         name: stored.dequantize() if isinstance(stored, PackedMatrix) else stored.float()
         for name, stored in weights.items()
@@ -80,7 +69,7 @@ def _torch_engine(config: ModelConfig, weights: Mapping[str, Stored], origin: st
     network = from_state(config, dense, origin).eval().requires_grad_(False)
     packed = any(isinstance(stored, PackedMatrix) for stored in weights.values())
     name = f"torch cpu, {kind_of(weights)} as float32" if packed else ""
-    return _described(TorchEngine(network, note, name), dense)
+    return _describe(TorchEngine(network, note, name), dense)
 
 
 def _dynamic_engine(source: ModelSource) -> TorchEngine:
@@ -93,11 +82,8 @@ def _dynamic_engine(source: ModelSource) -> TorchEngine:
     return engine
 
 
-E = TypeVar("E", bound=Engine)
-
-
-def _described(engine: E, weights: Mapping[str, Stored]) -> E:
-    """The engine, knowing what its matrices are and how much of them a token reads."""
+def _describe(engine: Engine, weights: Mapping[str, Stored]) -> Engine:
+    """Record the precision of an engine's matrices and how many of their bytes a token reads."""
     engine.precision, engine.weight_bytes = kind_of(weights), read_bytes(weights)
     return engine
 

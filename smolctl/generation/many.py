@@ -3,127 +3,103 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
 
 from smolctl.errors import InputError
 from smolctl.generation.answer import Completion
-from smolctl.generation.complete import (
-    CompletionSettings,
-    answer_all,
-    new_answer,
-    new_decoder,
-    prompt_ids,
-    tokens_to_generate,
-)
-from smolctl.generation.decode import Job, generator_for
+from smolctl.generation.complete import CompletionSettings, Generation, prompt_ids
+from smolctl.generation.conversation import Conversation
 from smolctl.generation.load import LoadedModel
+from smolctl.generation.scheduler import check_prompt
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-NAMED_LINES = 3  # faulty lines that an error message spells out
+NAMED_LINES = 3  # faulty lines that an error message names
+STDIN = "-"
 
 
 @dataclass(frozen=True)
-class Request:
-    """One line of the input."""
+class PromptFile:
+    """Prompts of a file of JSON lines."""
 
-    line: int  # counted from 1
-    fields: Mapping[str, Any]  # the whole object, passed through to the output
-    text: str | None  # a prompt, or
-    messages: tuple[Mapping[str, str], ...] | None  # a conversation to answer
+    name: str
+    lines: Mapping[int, Mapping[str, Any]]  # by number from 1: an object with either "prompt" or "messages"
 
 
-def read_requests(lines: Sequence[str], name: str) -> list[Request]:
-    """Requests of JSON lines: objects with "prompt" or "messages", or bare strings. Empty lines are skipped.
+@dataclass(frozen=True)
+class Batch:
+    """Prompts and their completions, which are computed while they are iterated over."""
+
+    prompts: tuple[Mapping[str, Any], ...]  # the objects of the file, with all their fields
+    completions: Iterator[tuple[int, tuple[Completion, ...]]]  # (index of the prompt, its completions)
+
+
+def read_prompts(name: str, stdin: TextIO) -> PromptFile:
+    """The prompts of JSON lines: objects with "prompt" or "messages", or strings. Empty lines are skipped.
 
     Args:
-        lines: the file's.
-        name: of the file, for messages.
+        name: of the file; "-" reads stdin.
+        stdin: what "-" reads.
 
     Raises:
-        InputError: lines that are no requests, by number; or there is none.
+        InputError: it cannot be read or has no prompts; lines that are not prompts, by number.
     """
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    requests = _of_every_line(name, numbered, _request)
-    if not requests:
+    try:
+        text = stdin.read() if name == STDIN else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise InputError(f"{name}: {reason}", "Name a file of JSON lines, or '-' for stdin.") from None
+    name = "stdin" if name == STDIN else name
+    lines = {number: line for number, line in enumerate(text.split("\n"), start=1) if line.strip()}
+    if not lines:
         raise InputError(f"{name}: no prompts in it", 'Write one JSON object a line: {"prompt": "..."}.')
-    return requests
+    return PromptFile(name, _convert_lines(name, lines, _parse))
 
 
 def complete_many(
     model: LoadedModel,
-    prompts: Sequence[Sequence[int]],
+    file: PromptFile,
+    conversation: Conversation,
     settings: CompletionSettings,
     batch_size: int,
-) -> Iterator[tuple[int, tuple[Completion, ...]]]:
-    """Continue many prompts together; (index of the prompt, its completions) as they get done.
-
-    `batch_size` sequences decode at once. Each prompt's text is what it would be alone: every sequence has
-    its own generator, by the seed, the prompt's index and the number of the sample.
+) -> Batch:
+    """Continue the prompts of a file together; each text is what it would be alone.
 
     Args:
         model: continues them.
-        prompts: token ids of each, from `tokenize_requests`.
+        file: the prompts.
+        conversation: how a prompt and messages become the text that the model reads.
         settings: the same for all.
-        batch_size: sequences at once, however many samples a prompt has.
+        batch_size: sequences that decode at once, however many samples a prompt has.
 
     Raises:
-        InputError: a prompt is empty or does not fit the context.
-    """
-    context = model.engine.config.max_position_embeddings
-    counts = [tokens_to_generate(len(ids), settings, context) for ids in prompts]
-    places = [(index, sample) for index in range(len(prompts)) for sample in range(settings.samples)]
-    jobs = [
-        Job(prompts[index], counts[index], generator_for(settings.seed, index, sample))
-        for index, sample in places
-    ]
-    answers = [new_answer(model.engine, model.tokenizer, settings) for _ in jobs]
-    capacity = max(len(ids) + count for ids, count in zip(prompts, counts, strict=True))
-    decoder = new_decoder(model.engine, settings, min(batch_size, len(jobs)), capacity)
-    left = [settings.samples] * len(prompts)
-    for ended in answer_all(decoder, jobs, answers, lambda _job, _text: None):
-        for job in ended:
-            index = places[job][0]
-            left[index] -= 1
-            if not left[index]:
-                own = answers[index * settings.samples : (index + 1) * settings.samples]
-                yield index, tuple(answer.completion() for answer in own)
-
-
-def tokenize_requests(
-    model: LoadedModel,
-    requests: Sequence[Request],
-    render: Callable[[Request], str],
-    name: str,
-    settings: CompletionSettings,
-) -> list[list[int]]:
-    """Token ids of every request, checked against the model's context.
-
-    Args:
-        model: that will read them.
-        requests: from `read_requests`.
-        render: a request as the text that the model reads.
-        name: of the file, for messages.
-        settings: what will be generated.
-
-    Raises:
-        InputError: requests that the template refuses or that do not fit, by number of the line.
+        InputError: prompts that the template refuses or that do not fit the context, by number of the line.
     """
     context = model.engine.config.max_position_embeddings
 
-    def tokenize(_line: int, request: Request) -> list[int]:
-        ids = prompt_ids(model.tokenizer, render(request))
-        tokens_to_generate(len(ids), settings, context)
+    def tokenize(line: Mapping[str, Any]) -> list[int]:
+        chat = "messages" in line
+        text = (
+            conversation.render(model, line["messages"])
+            if chat
+            else conversation.prompt(model, line["prompt"])
+        )
+        ids = prompt_ids(model.tokenizer, text)
+        check_prompt(len(ids), context)
         return ids
 
-    return _of_every_line(name, [(request.line, request) for request in requests], tokenize)
+    prompts = _convert_lines(file.name, file.lines, tokenize)
+    generation = Generation(model.engine, model.tokenizer, [*prompts.values()], settings, context)
+    ended = (index for step in generation.run(generation.scheduler(batch_size)) for index in step)
+    return Batch(tuple(file.lines.values()), ((index, generation.completions(index)) for index in ended))
 
 
-def _request(line: int, text: str) -> Request:
-    """One line of the input; raises InputError with what is wrong in it."""
+def _parse(text: str) -> Mapping[str, Any]:
+    """One line of a file; raises InputError with what is wrong in it."""
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -132,30 +108,33 @@ def _request(line: int, text: str) -> Request:
         value = {"prompt": value}
     if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
         raise InputError('neither a string nor an object with either "prompt" or "messages"')
-    if "prompt" in value:
-        if not isinstance(value["prompt"], str):
-            raise InputError('"prompt" is no string')
-        return Request(line, value, value["prompt"], None)
-    messages = value["messages"]
-    if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
-        raise InputError('"messages" is no list of {"role": "...", "content": "..."}')
-    return Request(line, value, None, tuple(messages))
+    if "prompt" in value and not isinstance(value["prompt"], str):
+        raise InputError('"prompt" is not a string')
+    if "messages" in value and not _are_messages(value["messages"]):
+        raise InputError('"messages" is not a list of {"role": "...", "content": "..."}')
+    return value
 
 
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+def _are_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(one, dict) for one in value)
+        and all(isinstance(one.get(key), str) for one in value for key in ("role", "content"))
+    )
 
 
-def _of_every_line(name: str, numbered: Sequence[tuple[int, T]], convert: Callable[[int, T], R]) -> list[R]:
-    """Convert every line, or say which of them cannot be converted."""
-    converted, faults = [], []
-    for line, value in numbered:
+def _convert_lines(name: str, lines: Mapping[int, T], convert: Callable[[T], R]) -> dict[int, R]:
+    """Convert every line, or name the lines that cannot be converted."""
+    converted: dict[int, R] = {}
+    faults: list[tuple[int, InputError]] = []
+    for number, line in lines.items():
         try:
-            converted.append(convert(line, value))
+            converted[number] = convert(line)
         except InputError as error:
-            faults.append((line, error))
+            faults.append((number, error))
     if faults:
-        named = "; ".join(f"line {line}: {error.message}" for line, error in faults[:NAMED_LINES])
+        named = "; ".join(f"line {number}: {error.message}" for number, error in faults[:NAMED_LINES])
         more = f"; and {len(faults) - NAMED_LINES} more lines" if len(faults) > NAMED_LINES else ""
         hint = faults[0][1].hint or 'Each line is {"prompt": "..."}, {"messages": [...]} or a string.'
         raise InputError(f"{name}: {named}{more}", hint)

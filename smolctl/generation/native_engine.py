@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -12,9 +14,10 @@ from torch import Tensor
 
 from smolctl.config import ModelConfig
 from smolctl.errors import SmolError
-from smolctl.generation.engine import Cache, Engine
+from smolctl.generation.engine import Cache, CancelledError, Engine, EngineBusyError
+from smolctl.model.cache import check_capacity
 from smolctl.model.network import rotary_table
-from smolctl.native.library import Batch, CacheBuffers, Layer, Library, Matrix, Model
+from smolctl.native.library import Batch, CacheBuffers, Layer, Library, Matrix, Model, Status
 from smolctl.sources.quantized.packed import BLOCK, PackedMatrix
 from smolctl.sources.shapes import HEAD, TABLE
 
@@ -81,6 +84,9 @@ class NativeCache(Cache):
 class NativeEngine(Engine):
     """Runs weights as they are stored, on `threads` threads of its own that sleep between calls.
 
+    The compiled code works on one call at a time: calls from several Python threads take turns, a chunk of
+    tokens each.
+
     Args:
         library: the build to use.
         config: the model's shape.
@@ -106,9 +112,14 @@ class NativeEngine(Engine):
         self.threads = threads or torch.get_num_threads()
         self._keep: list[Tensor] = []
         self._model = self._describe(weights)
-        self._context: int | None = None
-        self._process = 0
+        self._reset()
         self._open()
+        _ENGINES.add(self)
+
+    def _reset(self) -> None:
+        """No threads and buffers yet: in a new engine, and in a forked process, which inherits none."""
+        self._turn = threading.Lock()  # held by the thread that is in the compiled code
+        self._context: int | None = None
 
     def _describe(self, weights: Mapping[str, Stored]) -> Model:
         config, keep = self.config, self._keep
@@ -157,38 +168,41 @@ class NativeEngine(Engine):
         self._keep.append(dense.contiguous())
         return self._keep[-1].data_ptr()
 
-    def _open(self) -> None:
-        """Make the threads and buffers. A forked process has not inherited the threads: it makes its own."""
-        if self._context is not None and self._process == os.getpid():
-            return
-        self._context = self.library.functions.smolctl_create(ctypes.byref(self._model), CHUNK, self.threads)
-        self._process = os.getpid()
+    def _open(self) -> int:
+        """The threads and buffers, made where there are none."""
+        if self._context is None:
+            create = self.library.functions.smolctl_create
+            self._context = create(ctypes.byref(self._model), CHUNK, self.threads)
         if self._context is None:
             raise SmolError("out of memory for the buffers of the network", "Close other programs.")
+        return self._context
+
+    def _close(self) -> None:
+        if self._context is not None and self.library.functions.smolctl_destroy(self._context) == Status.BUSY:
+            raise EngineBusyError
+        self._context = None
 
     def __del__(self) -> None:
-        if getattr(self, "_context", None) is not None and self._process == os.getpid():
-            self.library.functions.smolctl_destroy(self._context)
+        if hasattr(self, "_context"):
+            self._close()
 
     def allocate(self, sequences: int, capacity: int) -> NativeCache:
-        self.check_capacity(capacity)
-        if self.config.position_embedding == "rope" and capacity > self._model.rotary_positions:
-            self._make_rotary(capacity)
+        check_capacity(self.config, capacity)
+        with self._turn:
+            if self.config.position_embedding == "rope" and capacity > self._model.rotary_positions:
+                self._make_rotary(capacity)
         return NativeCache(self.config, sequences, capacity, self.cache_dtype)
 
     def _make_rotary(self, capacity: int) -> None:
         """A longer table of angles. The context holds a copy of the model's description: make it anew."""
+        self._close()
         self._rotary = rotary_table(self.config, capacity, torch.device("cpu")).contiguous()
         self._model.rotary, self._model.rotary_positions = self._rotary.data_ptr(), capacity
-        if self._context is not None and self._process == os.getpid():
-            self.library.functions.smolctl_destroy(self._context)
-        self._context = None
         self._open()
 
     def forward(self, tokens: Sequence[Sequence[int]], cache: Cache, every: bool = False) -> Tensor:
         assert isinstance(cache, NativeCache)
         self.check_room(tokens, cache)
-        self._open()
         rows = [
             (token, sequence, cache.lengths[sequence] + at, every or at + 1 == len(ids))
             for sequence, ids in enumerate(tokens)
@@ -219,7 +233,25 @@ class NativeEngine(Engine):
             len(wanted),
             ctypes.addressof(chosen),
             logits.data_ptr(),
+            ctypes.addressof(cache.cancellation.flag),
         )
-        if self.library.functions.smolctl_forward(self._context, ctypes.byref(batch)):
+        with self._turn:
+            status = self.library.functions.smolctl_forward(self._open(), ctypes.byref(batch))
+        if status == Status.NO_MEMORY:
             raise SmolError("out of memory while reading tokens", "Shorten the prompt.")
+        if status == Status.BUSY:
+            raise EngineBusyError
+        if status == Status.CANCELLED:
+            raise CancelledError
         return len(wanted)
+
+
+_ENGINES: weakref.WeakSet[NativeEngine] = weakref.WeakSet()
+
+
+def _reset_all() -> None:
+    for engine in _ENGINES:
+        engine._reset()
+
+
+os.register_at_fork(after_in_child=_reset_all)

@@ -39,26 +39,16 @@ class SamplingSettings:
     repetition_penalty: float = 1.0  # divide the logits of tokens already there (Keskar et al., 2019)
 
     def __post_init__(self) -> None:
-        ranges = {
-            "temperature": self.temperature >= 0,
-            "top_k": self.top_k >= 0,
-            "top_p": 0 < self.top_p <= 1,
-            "min_p": 0 <= self.min_p <= 1,
-            "repetition_penalty": self.repetition_penalty > 0,
-        }
-        limits = {
-            "temperature": "0 or more",
-            "top_k": "0 or more",
-            "top_p": "above 0 and at most 1",
-            "min_p": "between 0 and 1",
-            "repetition_penalty": "above 0",
-        }
-        for name, fits in ranges.items():
+        ranges = (
+            ("temperature", self.temperature, self.temperature >= 0, "0 or more"),
+            ("top-k", self.top_k, self.top_k >= 0, "0 or more"),
+            ("top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min-p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("repetition-penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0"),
+        )
+        for option, value, fits, limits in ranges:
             if not fits:
-                option = name.replace("_", "-")
-                raise UsageError(
-                    f"--{option} {getattr(self, name)} is out of range", f"It must be {limits[name]}."
-                )
+                raise UsageError(f"--{option} {value} is out of range", f"It must be {limits}.")
 
 
 def choose(logits: Tensor, settings: SamplingSettings, generator: torch.Generator, seen: Tensor) -> Tensor:

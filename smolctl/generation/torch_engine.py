@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from smolctl.generation.engine import Cache, Engine
+from smolctl.generation.engine import Cache, Cancellation, Engine
 from smolctl.model.cache import KVCache
 from smolctl.model.network import Transformer
 
@@ -55,15 +55,20 @@ class TorchEngine(Engine):
         for row in rows:
             batch = torch.tensor([list(ids) for ids in tokens[row]], dtype=torch.long, device=self.device)
             buffers = cache.buffers.rows(row, cache.lengths[row][0])
-            logits.append(self._read(batch, buffers, every))
+            logits.append(self._read(batch, buffers, cache.cancellation, every))
         cache.lengths = [length + len(ids) for length, ids in zip(cache.lengths, tokens, strict=True)]
         return torch.cat(logits).float().cpu()
 
-    def _read(self, ids: Tensor, buffers: KVCache, every: bool) -> Tensor:
+    def _read(self, ids: Tensor, buffers: KVCache, cancellation: Cancellation, every: bool) -> Tensor:
         *body, last = ids.split(PREFILL_CHUNK, dim=1)
-        if every:
-            parts = [self.network(part, buffers) for part in (*body, last)]
-            return torch.cat(parts, dim=1).flatten(0, 1)
+        logits = []
         for part in body:
-            self.network.model(part, buffers)
+            cancellation.check()
+            if every:
+                logits.append(self.network(part, buffers))
+            else:
+                self.network.model(part, buffers)
+        cancellation.check()
+        if every:
+            return torch.cat([*logits, self.network(last, buffers)], dim=1).flatten(0, 1)
         return self.network.next_token_logits(last, buffers)

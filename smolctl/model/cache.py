@@ -12,6 +12,15 @@ from smolctl.config import ModelConfig
 from smolctl.errors import InputError
 
 
+def check_capacity(config: ModelConfig, capacity: int) -> None:
+    """Refuse a cache longer than the model's context."""
+    if capacity > config.max_position_embeddings:
+        raise InputError(
+            f"{capacity} tokens do not fit the model's context of {config.max_position_embeddings}",
+            "Shorten the prompt or lower --max-tokens.",
+        )
+
+
 class LayerCache:
     """One layer's keys and values, each (B, K, capacity, D), filled up to `length`."""
 
@@ -51,11 +60,7 @@ class KVCache:
         Raises:
             InputError: more tokens than the model has positions for.
         """
-        if capacity > config.max_position_embeddings:
-            raise InputError(
-                f"{capacity} tokens do not fit the model's context of {config.max_position_embeddings}",
-                "Shorten the prompt or lower --max-tokens.",
-            )
+        check_capacity(config, capacity)
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
         return KVCache([LayerCache(shape, dtype, device) for _ in range(config.num_hidden_layers)])
 

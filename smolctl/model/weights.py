@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol, TypeVar
 
 import torch
@@ -12,6 +12,7 @@ from smolctl.config import ModelConfig
 from smolctl.errors import InputError
 from smolctl.model.network import Transformer
 from smolctl.sources.base import ModelSource
+from smolctl.sources.shapes import HEAD, TABLE, check_shapes, is_derived
 
 
 class Shaped(Protocol):
@@ -22,8 +23,7 @@ class Shaped(Protocol):
 
 
 S = TypeVar("S", bound=Shaped)
-HEAD = "lm_head.weight"
-TABLE = "model.embed_tokens.weight"
+NAMED_PROBLEMS = 5  # that an error message names
 
 
 def initialize(config: ModelConfig, seed: int) -> Transformer:
@@ -94,12 +94,12 @@ def from_state(config: ModelConfig, tensors: Mapping[str, Tensor], origin: str) 
 
 
 def check_state(config: ModelConfig, tensors: Mapping[str, S], origin: str) -> dict[str, S]:
-    """The tensors that a network of this config takes, without a tied head's copy.
+    """The tensors that a network of this config takes, without a tied head's copy and derived ones.
 
     Raises:
         InputError: as `load_network`.
     """
-    state = dict(tensors)
+    state = {name: tensor for name, tensor in tensors.items() if not is_derived(name)}
     if config.tie_word_embeddings and HEAD in state and TABLE in state:
         head, table = state.pop(HEAD), state[TABLE]
         same = isinstance(head, Tensor) and isinstance(table, Tensor) and head.shape == table.shape
@@ -108,31 +108,15 @@ def check_state(config: ModelConfig, tensors: Mapping[str, S], origin: str) -> d
                 f"{origin}: the config ties lm_head to the token table, but the file holds another lm_head",
                 "Set tie_word_embeddings: false in the config if the head is meant to be its own.",
             )
-    with torch.device("meta"):
-        expected = Transformer(config).state_dict()
-    _check_names_and_shapes(expected, state, origin)
-    return state
-
-
-def _check_names_and_shapes(expected: Mapping[str, Tensor], given: Mapping[str, S], origin: str) -> None:
-    problems = [f"missing {name}" for name in expected if name not in given]
-    problems += [f"unexpected {name}" for name in given if name not in expected]
-    problems += [
-        f"{name} is {tuple(given[name].shape)}, expected {tuple(expected[name].shape)}"
-        for name in expected
-        if name in given and tuple(given[name].shape) != tuple(expected[name].shape)
-    ]
+    problems = check_shapes(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
     if problems:
+        more = len(problems) - NAMED_PROBLEMS
         raise InputError(
-            f"{origin}: the weights do not fit the config: {_shortened(problems)}",
+            f"{origin}: the weights do not fit the config: {', '.join(problems[:NAMED_PROBLEMS])}"
+            + (f" and {more} more" if more > 0 else ""),
             "Is this the right config for these weights? `smolctl inspect-config` compares both.",
         )
-
-
-def _shortened(problems: Iterable[str], limit: int = 5) -> str:
-    shown = list(problems)
-    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
-    return ", ".join(shown[:limit]) + more
+    return state
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -6,8 +6,11 @@
 // N tokens now, C hidden_size, H query heads, K key/value heads, D head_dim, F intermediate_size. Rows of
 // activations are filled up with zeros to a multiple of BLOCK.
 //
-// A call of at most FEW tokens gives each of them the very bits that it gets in a call of its own: guesses
-// of speculative decoding are judged by the logits that plain decoding would have seen.
+// A call of at most FEW tokens gives each of them the very bits that it gets in a call of its own: draft
+// tokens of speculative decoding are judged by the logits that plain decoding would have seen.
+//
+// A context works on one call at a time. A second call made meanwhile returns BUSY and touches nothing; a
+// call whose `cancelled` flag is set by another thread returns CANCELLED after the layer it is in.
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -16,6 +19,11 @@
 #include "attention.h"
 #include "matrix.h"
 #include "threads.h"
+
+// What the functions return; library.py knows the numbers too.
+enum status { DONE, NO_MEMORY, BUSY, CANCELLED };
+// Counts changes of the structures and functions that library.py describes.
+#define INTERFACE 2
 
 typedef struct {
     matrix q, k, v, o, gate, up, down;
@@ -41,6 +49,7 @@ typedef struct {
     int32_t wanted_count;
     const int32_t *wanted;  // (wanted_count): tokens whose logits are asked for
     float *logits;          // (wanted_count, vocab_size)
+    const atomic_int *cancelled;  // not 0: leave; any thread may set it
 } batch;
 
 #define SPLIT_POSITIONS 128  // in a part of a long context: threads share the parts out
@@ -64,8 +73,10 @@ typedef struct {
     float *partial_values; // (tokens × H, splits, value_stride)
     size_t partial_room;   // floats in it
     atomic_int *claimed;   // (layers × PHASES + PHASES)
-    const batch *b;        // the call under way
+    atomic_int busy;       // whether a call is under way, or `smolctl_destroy`
+    const batch *b;        // that call
     int splits;
+    int leaving;           // whether it was cancelled
 } context;
 
 INLINE int pieces_of(int total, int piece) { return (total + piece - 1) / piece; }
@@ -324,7 +335,10 @@ static void run(void *argument, int thread) {
     barrier(c->pool);
     for (int index = 0; index < c->m.layer_count; index++) {
         run_attention(c, index, thread, index * PHASES, &own);
+        // One thread looks, and the barriers of `run_mlp` show the others what it saw: all leave together.
+        if (thread == 0) c->leaving = atomic_load_explicit(b->cancelled, memory_order_relaxed);
         run_mlp(c, index, thread, index * PHASES + 5, &own);
+        if (c->leaving) return;
     }
     if (!b->wanted_count) return;
     int phase = c->m.layer_count * PHASES;
@@ -344,13 +358,20 @@ static void *zeros(size_t count, size_t size) {
 
 #define EXPORT __attribute__((visibility("default")))
 
-EXPORT void smolctl_destroy(void *argument) {
-    context *c = argument;
+static void free_context(context *c) {
     if (c->pool) pool_destroy(c->pool);
     void *parts[] = {c->x, c->normed, c->q, c->k, c->v, c->attended, c->hidden, c->narrow,
                      c->scratch, c->partials, c->partial_values, c->claimed};
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) free(parts[i]);
     free(c);
+}
+
+// Free a context. Returns BUSY, and frees nothing, while a call is under way.
+EXPORT int smolctl_destroy(void *argument) {
+    context *c = argument;
+    if (atomic_exchange(&c->busy, 1)) return BUSY;
+    free_context(c);
+    return DONE;
 }
 
 static int any_narrow(const model *m) {
@@ -389,13 +410,11 @@ EXPORT void *smolctl_create(const model *m, int chunk, int threads) {
     if (c->x && c->normed && c->q && c->k && c->v && c->attended && c->hidden && c->narrow && c->scratch
         && c->claimed && c->pool)
         return c;
-    smolctl_destroy(c);
+    free_context(c);
     return NULL;
 }
 
-// Read the tokens of a batch. Returns 0, or 1 when memory is short and nothing has changed.
-EXPORT int smolctl_forward(void *argument, const batch *b) {
-    context *c = argument;
+static int forward(context *c, const batch *b) {
     int longest = 0;
     for (int t = 0; t < b->count; t++) longest = b->positions[t] >= longest ? b->positions[t] + 1 : longest;
     int pieces = pieces_of(b->count, PIECE_TOKENS) * c->m.kv_heads, splits = pieces_of(longest, SPLIT_POSITIONS);
@@ -410,15 +429,28 @@ EXPORT int smolctl_forward(void *argument, const batch *b) {
         c->partials = zeros(rows, sizeof(partial));
         if (!c->partial_values || !c->partials) {
             c->partial_room = 0;
-            return 1;
+            return NO_MEMORY;
         }
     }
     memset((void *)c->claimed, 0, sizeof *c->claimed * (size_t)(c->m.layer_count + 1) * PHASES);
     c->b = b;
     c->splits = splits;
+    c->leaving = 0;
     pool_run(c->pool, run, c);
-    return 0;
+    return c->leaving ? CANCELLED : DONE;
 }
+
+// Read the tokens of a batch: their keys and values go into its cache, and logits into its `logits`. Unless
+// it returns DONE, the logits and the cache at the positions of these tokens are undefined.
+EXPORT int smolctl_forward(void *argument, const batch *b) {
+    context *c = argument;
+    if (atomic_exchange(&c->busy, 1)) return BUSY;
+    int status = forward(c, b);
+    atomic_store(&c->busy, 0);
+    return status;
+}
+
+EXPORT int smolctl_interface(void) { return INTERFACE; }
 
 // One product by itself, for tests: y (tokens, rows) = x (tokens, columns) · m transposed, on this thread.
 EXPORT int smolctl_multiply(const matrix *m, const float *x, int tokens, float *y) {
@@ -435,7 +467,7 @@ EXPORT int smolctl_multiply(const matrix *m, const float *x, int tokens, float *
     int failed = !memory || !narrow;
     free(memory);
     free(narrow);
-    return failed;
+    return failed ? NO_MEMORY : DONE;
 }
 
 // The most demanding build that this processor and system run: 0 baseline, 1 avx2, 2 avx512, 3 avx512bf16.

@@ -6,6 +6,7 @@ import ctypes
 import os
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_void_p
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +14,13 @@ from pathlib import Path
 BUILDS = ("baseline", "avx2", "avx512", "avx512bf16")
 # For trying a lesser build than the processor allows, or `none` for no build at all.
 OVERRIDE = "SMOLCTL_NATIVE"
+INTERFACE = 2  # of forward.c, with the structures below
+
+
+class Status(IntEnum):
+    """`status` of forward.c."""
+
+    DONE, NO_MEMORY, BUSY, CANCELLED = range(4)
 
 
 class Matrix(Structure):
@@ -86,6 +94,7 @@ class Batch(Structure):
         ("wanted_count", c_int32),
         ("wanted", c_void_p),
         ("logits", c_void_p),
+        ("cancelled", c_void_p),
     ]
 
 
@@ -118,16 +127,17 @@ def load_library() -> Library | str:
             return f"{OVERRIDE}={wanted} is not among {', '.join(usable)}"
         build = wanted or usable[-1]
         return Library(build, _open(library_path(build)))
-    except (OSError, AttributeError) as error:
+    except OSError as error:
         return f"the compiled engine cannot be loaded ({error})"
 
 
 def _open(path: Path) -> ctypes.CDLL:
     functions = ctypes.CDLL(str(path))
+    if getattr(functions, "smolctl_interface", int)() != INTERFACE:
+        raise OSError("it was compiled from other sources: run `python -m smolctl.native.build`")
     functions.smolctl_create.argtypes = [POINTER(Model), c_int, c_int]
     functions.smolctl_create.restype = c_void_p
     functions.smolctl_forward.argtypes = [c_void_p, POINTER(Batch)]
     functions.smolctl_destroy.argtypes = [c_void_p]
-    functions.smolctl_destroy.restype = None
     functions.smolctl_multiply.argtypes = [POINTER(Matrix), c_void_p, c_int, c_void_p]
     return functions

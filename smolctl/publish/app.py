@@ -6,13 +6,13 @@ parts of smolctl that this needs. `gradio` is asked for here only.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
-import queue
 import random
-import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ import torch
 
 from smolctl.errors import SmolError
 from smolctl.generation.complete import CompletionSettings, complete
+from smolctl.generation.conversation import Conversation
+from smolctl.generation.engine import Cancellation
 from smolctl.generation.load import LoadedModel, load_model
 from smolctl.generation.sampling import SamplingSettings
 
@@ -57,12 +59,12 @@ class SpaceFacts:
         return SpaceFacts(content["title"], content["summary"], tuple(content["examples"]))
 
 
-class _AbandonedError(Exception):
-    """The visitor has gone or pressed stop."""
-
-
 class Speaker:
-    """One model that answers one visitor at a time."""
+    """A model that answers visitors; one who leaves or presses stop ends the work on their answer.
+
+    The answers are asynchronous generators: Gradio cancels these at once, but others only after their next
+    piece of text, which may be a long prompt away.
+    """
 
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
@@ -72,63 +74,57 @@ class Speaker:
         return self.model.engine.config.max_position_embeddings
 
     def engine(self) -> str:
-        """What computes the answers here, and why not something faster where that is so."""
+        """The engine that runs here, and why it is not a faster one where that is so."""
         engine = self.model.engine
         note = f" ({engine.note})" if engine.note else ""
         return f"{engine.name}, {torch.get_num_threads()} threads{note}"
 
-    def chat(self, message: str, history: Sequence[Mapping[str, Any]], *controls: float) -> Iterator[str]:
+    async def chat(
+        self, message: str, history: Sequence[Mapping[str, Any]], *controls: float
+    ) -> AsyncGenerator[str, None]:
         """The answer so far, again and again as it grows. The oldest turns go when there is no room."""
         turns = [{"role": str(turn["role"]), "content": _text(turn["content"])} for turn in history]
-        room = self.context - min(int(controls[0]), self.context // 2)
-        while True:
-            prompt = self.model.chat_prompt([*turns, {"role": "user", "content": message}])
-            if len(self.model.tokenizer.encode(prompt)) <= room or not turns:
-                break
-            turns = turns[2:]
-        yield from self._answers(prompt, controls)
+        conversation = Conversation(chat=True, turns=turns)
+        conversation.make_room(self.model, message, self.context, int(controls[0]))
+        prompt = conversation.prompt(self.model, message)
+        async with aclosing(self._answers(prompt, controls)) as answers:
+            async for text in answers:
+                yield text
 
-    def continue_text(self, prompt: str, *controls: float) -> Generator[str]:
+    async def continue_text(self, prompt: str, *controls: float) -> AsyncGenerator[str, None]:
         """The prompt and what follows it so far, again and again as it grows."""
-        for text in self._answers(prompt, controls):
-            yield prompt + text
+        async with aclosing(self._answers(prompt, controls)) as answers:
+            async for text in answers:
+                yield prompt + text
 
-    def _answers(self, prompt: str, controls: Sequence[float]) -> Iterator[str]:
-        pieces: queue.Queue[str | SmolError | None] = queue.Queue()
-        gone = threading.Event()
+    async def _answers(self, prompt: str, controls: Sequence[float]) -> AsyncGenerator[str, None]:
+        loop, cancellation = asyncio.get_running_loop(), Cancellation()
+        pieces: asyncio.Queue[str | BaseException | None] = asyncio.Queue()
 
         def listen(_sample: int, text: str) -> None:
-            if gone.is_set():
-                raise _AbandonedError
-            pieces.put(text)
+            loop.call_soon_threadsafe(pieces.put_nowait, text)
 
         def work() -> None:
-            try:
-                complete(self.model.engine, self.model.tokenizer, prompt, _settings(controls), listen)
-                pieces.put(None)
-            except SmolError as error:
-                pieces.put(error)
-            except _AbandonedError:
-                pass
-            except BaseException as error:
-                pieces.put(SmolError(f"{type(error).__name__}: {error}"))
-                raise
+            engine, tokenizer = self.model.engine, self.model.tokenizer
+            complete(engine, tokenizer, prompt, _settings(controls), listen, cancellation=cancellation)
 
-        worker = threading.Thread(target=work, name="answer", daemon=True)
-        worker.start()
+        worker = loop.run_in_executor(None, work)
+        worker.add_done_callback(lambda done: pieces.put_nowait(done.exception()))
         text = ""
         try:
-            while (piece := pieces.get()) is not None:
-                if isinstance(piece, SmolError):
-                    import gradio
-
-                    raise gradio.Error(f"{piece.message}. {piece.hint}".strip(), print_exception=False)
+            while isinstance(piece := await pieces.get(), str):
                 text += piece
                 yield text
+            if isinstance(piece, SmolError):
+                import gradio
+
+                raise gradio.Error(f"{piece.message}. {piece.hint}".strip(), print_exception=False)
+            if piece is not None:
+                raise piece
             if not text:
                 yield "*(the model ended its answer at once)*"
         finally:
-            gone.set()
+            cancellation.set()
 
 
 def _settings(controls: Sequence[float]) -> CompletionSettings:

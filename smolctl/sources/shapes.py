@@ -22,13 +22,18 @@ MAX_LAYERS = 10_000  # more would be a damaged file
 
 
 def check_tensors(config: ModelConfig, tensors: Iterable[TensorHeader]) -> tuple[str, ...]:
-    """Every missing, unexpected or mis-shaped tensor, named; empty when the header fits the config.
+    """`check_shapes` of a file's header."""
+    return check_shapes(config, {tensor.name: tensor.shape for tensor in tensors})
+
+
+def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    """Every missing, unexpected or mis-shaped tensor, named; empty when the shapes fit the config.
 
     A stored `lm_head.weight` of a tied model is accepted here: whether its values are the table's is
     checked when the weights are read.
     """
     rows = {f"{row.module}.weight": row for row in parameter_rows(config)}
-    given = {tensor.name: tensor.shape for tensor in tensors if not is_derived(tensor.name)}
+    given = {name: shape for name, shape in shapes.items() if not is_derived(name)}
     missing = [f"missing {name}" for name, row in rows.items() if name not in given and not row.tied]
     unexpected = [f"unexpected {name}" for name in given if name not in rows]
     misshaped = [
@@ -90,8 +95,7 @@ def recover_config(tensors: Iterable[TensorHeader]) -> Recovered:
         config = ModelConfig.model_validate(fields)
     except ValueError:
         return Recovered(None, "no config.json, and the tensor shapes are no Llama's")
-    problems = check_tensors(config, [TensorHeader(name, shape, "", 0) for name, shape in shapes.items()])
-    if problems:
+    if problems := check_shapes(config, shapes):
         return Recovered(None, f"no config.json, and the tensors are no Llama's ({problems[0]})")
     return Recovered(config, "", _assumptions(config))
 

@@ -1,25 +1,70 @@
-"""Completions as they stream, side by side, and as JSON."""
+"""What `smolctl sample` prints: text as it streams, a line of JSON for every prompt of a file, a session."""
 
 from __future__ import annotations
 
-import math
+import contextlib
+import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Iterator
 
-from smolctl.escaping import one_line
-from smolctl.generation.answer import Completion, spell
-from smolctl.generation.compare import Divergence
-from smolctl.generation.complete import CompletionResult, Timing
+from smolctl.errors import InputError
+from smolctl.generation.answer import Completion
+from smolctl.generation.complete import CompletionResult, CompletionSettings
+from smolctl.generation.conversation import Session
 from smolctl.generation.load import LoadedModel
+from smolctl.generation.many import Batch
+from smolctl.generation.sample import Loaded, Rendered, SampleResult, Streamed
+from smolctl.views.completions import (
+    completion_json,
+    show_explanation,
+    show_side_by_side,
+    timing_line,
+    to_json,
+)
 from smolctl.views.output import Output
 
-if TYPE_CHECKING:
-    from rich.text import Text
+PROGRESS_S = 5.0  # seconds between two lines of progress
+HELP = "/reset starts a new conversation, /help shows this, Ctrl-C stops an answer, Ctrl-D ends."
 
-MARK = "▶"  # before the first difference, for where there is no colour
-SURE, UNSURE = 0.5, 0.1  # probabilities of a token, for its colour
+
+class SampleView:
+    """Prints events as they come, and the result."""
+
+    def __init__(self, out: Output, settings: CompletionSettings) -> None:
+        self.out, self.settings = out, settings
+        self._stream = StreamView(out, settings.samples)
+
+    def __call__(self, event: Loaded | Rendered | Streamed) -> None:
+        match event:
+            case Loaded(model):
+                for note in model.notes:
+                    self.out.talk(f"{model.id}: {note}")
+            case Rendered(prompt) if self.out.verbose:
+                self.out.talk(f"prompt as the model sees it:\n{prompt}")
+            case Streamed(sample, text):
+                self._stream(sample, text)
+
+    def show(self, result: SampleResult | Batch | Session) -> None:
+        match result:
+            case Batch():
+                _show_batch(self.out, result)
+            case Session():
+                _converse(self.out, result)
+            case SampleResult(((model, completions),)):
+                self._stream.close()
+                _show_facts(self.out, model, completions)
+                self.out.document(to_json(model, completions))
+            case SampleResult(by_model, divergences):
+                show_side_by_side(self.out, by_model, divergences)
+                for model, completions in by_model if self.settings.alternatives else ():
+                    self.out.line(model.id)
+                    show_explanation(self.out, model, completions)
+                documents = [
+                    to_json(model, completions, divergences[number] if divergences else None)
+                    for number, (model, completions) in enumerate(by_model)
+                ]
+                self.out.document({"models": documents})
 
 
 class StreamView:
@@ -31,7 +76,7 @@ class StreamView:
         self.pieces: list[list[str]] = [[] for _ in range(samples)]
 
     def __call__(self, sample: int, text: str) -> None:
-        """Take a piece of text. Several samples are kept apart and printed when they are whole."""
+        """Take a piece of text. Several samples are printed one after the other when all are complete."""
         self.pieces[sample].append(text)
         if self.samples == 1 and not self.out.json:
             sys.stdout.write(text)
@@ -49,137 +94,99 @@ class StreamView:
             print("".join(pieces))
 
 
-def timing_line(model: LoadedModel, timing: Timing) -> str:
-    """One line of how fast it went."""
-    reused = f" ({timing.reused_tokens:,} of them known already)" if timing.reused_tokens else ""
-    decode = f", decode {timing.decode_tokens_per_s:,.1f} tok/s" if timing.decode_tokens_per_s else ""
-    guessed = (
-        f", {timing.accepted_tokens:,} of {timing.guessed_tokens:,} guessed tokens accepted in "
-        f"{timing.decode_steps:,} steps"
-        if timing.guessed_tokens
-        else ""
-    )
-    return (
-        f"{model.engine.name}: loaded in {model.load_s:.1f} s, "
-        f"prompt of {timing.prompt_tokens:,} tokens{reused}, first token after {timing.first_token_s:.2f} s, "
-        f"prefill {timing.prefill_tokens_per_s:,.0f} tok/s{decode}{guessed}"
-    )
+def _show_facts(out: Output, model: LoadedModel, result: CompletionResult) -> None:
+    """The tokens of an answer, where they were asked for, and how long it took."""
+    if result.completions[0].alternatives is not None:
+        show_explanation(out, model, result)
+    if not out.json:
+        out.talk(timing_line(model, result.timing))
 
 
-def show_side_by_side(
-    out: Output,
-    results: Sequence[tuple[LoadedModel, CompletionResult]],
-    divergences: Sequence[Sequence[Divergence | None]] | None = None,
-) -> None:
-    """One column a model: the same prompt, the same seed.
+def _show_batch(out: Output, batch: Batch) -> None:
+    """A line of JSON for every prompt, in the order of the file, with progress beside them.
 
-    Args:
-        out: where to.
-        results: of every model.
-        divergences: from `diverge`, to mark where a model leaves the first one.
+    A line holds the fields of its prompt and the completions. An interrupt loses none that are finished.
     """
-    from rich.table import Table
-    from rich.text import Text
+    started = told = time.perf_counter()
+    done = tokens = printed = 0
+    waiting: dict[int, tuple[Completion, ...]] = {}
 
-    table = Table(expand=True, show_lines=True)
-    for model, _ in results:
-        table.add_column(Text(model.id), ratio=1, overflow="fold")
-    for number in range(len(results[0][1].completions)):
-        completions = [result.completions[number] for _, result in results]
-        if divergences is None:
-            table.add_row(*(Text(completion.text) for completion in completions))
+    def write(index: int) -> None:
+        completions = [completion_json(completion) for completion in waiting.pop(index)]
+        line = {**batch.prompts[index], "completions": completions}
+        print(json.dumps(line, ensure_ascii=False), flush=True)
+
+    def tell_progress(now: float) -> None:
+        seconds = now - started
+        out.talk(
+            f"{done:,} of {len(batch.prompts):,} prompts, {tokens:,} tokens in "
+            f"{seconds:.1f} s, {tokens / seconds:,.1f} tok/s"
+        )
+
+    try:
+        for index, completions in batch.completions:
+            waiting[index] = completions
+            done += 1
+            tokens += sum(len(completion.tokens) for completion in completions)
+            while printed in waiting:
+                write(printed)
+                printed += 1
+            now = time.perf_counter()
+            if now - told >= PROGRESS_S and done < len(batch.prompts):
+                told = now
+                tell_progress(now)
+    finally:
+        for index in sorted(waiting):
+            write(index)
+        tell_progress(time.perf_counter())
+
+
+def _converse(out: Output, session: Session) -> None:
+    """Answer questions until the input ends."""
+    mode = "chatting with the model's template" if session.conversation.chat else "each prompt stands alone"
+    out.talk(f"{session.model.id}: {mode}. {HELP}")
+    for text in _questions(out):
+        if text.strip() == "/help":
+            out.talk(HELP)
+        elif text.strip() == "/reset":
+            session.conversation.turns.clear()
+            out.talk("New conversation.")
+        else:
+            _answer(out, session, text)
+
+
+def _questions(out: Output) -> Iterator[str]:
+    """What the user types, line by line."""
+    with contextlib.suppress(ImportError):  # not on Windows
+        import readline  # noqa: F401 - gives `input` arrow keys and a history
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            out.talk("Ctrl-D ends.")
             continue
-        places = [of_model[number] for of_model in divergences]
-        pairs = list(zip(completions, places, strict=True))
-        table.add_row(*(_marked(completion.text, place) for completion, place in pairs))
-        words = [_in_words(completion, place) for completion, place in pairs]
-        table.add_row(*(Text(text) for text in ["the first model", *words[1:]]))
-    table.add_row(*(Text(timing_line(model, result.timing), style="dim") for model, result in results))
-    out.show(table)
+        if text.strip():
+            yield text
 
 
-def _marked(text: str, divergence: Divergence | None) -> Text:
-    """A text with a mark before the place where it leaves the first model's, in colour from there on."""
-    from rich.text import Text
-
-    if divergence is None:
-        return Text(text)
-    same, other = text[: divergence.character], text[divergence.character :]
-    return Text.assemble(same, (MARK, "bold red"), (other, "yellow"))
-
-
-def _in_words(completion: Completion, divergence: Divergence | None) -> str:
-    if divergence is None:
-        return f"the same {len(completion.tokens):,} tokens"
-    at = (
-        f"character {divergence.character:,} (the tokenizers differ)"
-        if divergence.token is None
-        else f"token {divergence.token:,}"
-    )
-    expected, found = (
-        "the end" if text is None else f"“{visible(text)}”"
-        for text in (divergence.expected, divergence.found)
-    )
-    return f"differs from {at} on: {found} instead of {expected}"
-
-
-def show_explanation(out: Output, model: LoadedModel, result: CompletionResult) -> None:
-    """Every token with its probability and what else could have stood there."""
-    from rich.table import Table
-    from rich.text import Text
-
-    for number, completion in enumerate(result.completions, start=1):
-        table = Table(box=None, pad_edge=False)
-        heading = "token" if len(result.completions) == 1 else f"token of sample {number}"
-        for name, justify in (("", "right"), (heading, "left"), ("probability", "right")):
-            table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-        table.add_column("others", overflow="fold")
-        rows = zip(completion.tokens, completion.logprobs, completion.alternatives or (), strict=True)
-        for place, (token, logprob, others) in enumerate(rows):
-            listed = "  ".join(f"{visible(other.text)} {_percent(other.probability)}" for other in others)
-            spelled = visible(spell(model.tokenizer, token))
-            probability = math.exp(logprob)
-            sure = "green" if probability >= SURE else "red" if probability < UNSURE else "yellow"
-            table.add_row(
-                str(place), Text(spelled), Text(_percent(probability), style=sure), Text(listed, style="dim")
-            )
-        out.show(table)
-
-
-def visible(text: str) -> str:
-    """A token's text with its spaces, line breaks and control characters to be seen."""
-    return one_line(text).replace(" ", "␣")
-
-
-def _percent(share: float) -> str:
-    return "< 0.1 %" if share < 0.0005 else f"{share:.1%}".replace("%", " %")
-
-
-def to_json(
-    model: LoadedModel, result: CompletionResult, divergences: Sequence[Divergence | None] | None = None
-) -> dict[str, Any]:
-    """The JSON document of one model's completions.
-
-    Args:
-        model: that made them.
-        result: its completions and timing.
-        divergences: where each completion leaves the first model's, when models are compared.
-    """
-    document: dict[str, Any] = {
-        "model": model.id,
-        "engine": model.engine.name,
-        "prompt": result.prompt,
-        "completions": [completion_json(completion) for completion in result.completions],
-        "timing": {"load_s": model.load_s, **asdict(result.timing)},
-    }
-    if divergences is not None:
-        document["divergence"] = [asdict(place) if place else None for place in divergences]
-    return document
-
-
-def completion_json(completion: Completion) -> dict[str, Any]:
-    """One completion; `alternatives` only where they were asked for."""
-    values = asdict(completion)
-    if completion.alternatives is None:
-        del values["alternatives"]
-    return values
+def _answer(out: Output, session: Session, text: str) -> None:
+    """One turn of a session; its errors and Ctrl-C end the turn only."""
+    view = StreamView(out, session.settings.samples)
+    try:
+        if forgotten := session.make_room(text):
+            turns = "turn was" if forgotten == 1 else f"{forgotten} turns were"
+            out.talk(f"The context of {session.capacity:,} tokens is full: the oldest {turns} dropped.")
+        result = session.answer(text, view)
+    except InputError as error:
+        out.error(error)
+        return
+    except KeyboardInterrupt:
+        view.close()
+        out.talk("Stopped.")
+        return
+    view.close()
+    _show_facts(out, session.model, result)

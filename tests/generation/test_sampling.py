@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError, UsageError
-from smolctl.generation.decode import decode
 from smolctl.generation.sampling import (
     SamplingSettings,
     choose,
@@ -23,6 +22,7 @@ from smolctl.generation.sampling import (
 from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.network import Transformer
 from smolctl.model.weights import initialize
+from tests.support.tiny_models import continue_prompt
 
 CONFIG = ModelConfig(
     vocab_size=97,
@@ -47,8 +47,7 @@ def network() -> Transformer:
 def take(
     network: Transformer, settings: SamplingSettings, seed: int = 0, batch: int = 1, count: int = 20
 ) -> list[list[int]]:
-    steps = decode(TorchEngine(network), PROMPT[0].tolist(), batch, count, settings, seed)
-    return torch.stack([step.tokens for step in steps], dim=1).tolist()
+    return continue_prompt(TorchEngine(network), PROMPT[0].tolist(), count, settings, batch, seed)
 
 
 @given(seed=st.integers(0, 10**6), k=st.integers(1, 60))
@@ -183,4 +182,4 @@ def test_a_long_prompt_is_prefilled_in_parts_with_the_same_result(
 def test_generation_ends_where_the_context_ends(network: Transformer) -> None:
     assert len(take(network, GREEDY, count=1000)[0]) == 64 - 7
     with pytest.raises(InputError, match="the prompt has 64 tokens"):
-        next(decode(TorchEngine(network), [0] * 64, 1, 1, GREEDY, 0))
+        continue_prompt(TorchEngine(network), [0] * 64, 1)

@@ -14,30 +14,18 @@ from torch import Tensor
 
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError, UsageError
-from smolctl.generation.decode import Decoder, Speculation
 from smolctl.generation.engines import EngineOptions, kind_of, make_engine
 from smolctl.generation.native_engine import FEW, NativeEngine, Stored, matrix_of
 from smolctl.generation.sampling import SamplingSettings
+from smolctl.generation.scheduler import Scheduler, Speculation
 from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.weights import from_state, initialize
 from smolctl.native.library import BUILDS, OVERRIDE, Library, load_library
 from smolctl.sources.base import ModelSource, SourceKind, Weights
 from smolctl.sources.quantized.packed import PackedMatrix, pack_integers
-from tests.support.tiny_models import run_jobs
+from tests.support.native import library
+from tests.support.tiny_models import run_requests
 from tests.support.tiny_runs import ROPE
-
-
-def library(build: str) -> Library:
-    """A build of this installation, or a skip where the processor does not run it."""
-    os.environ[OVERRIDE] = build
-    try:
-        found = load_library.__wrapped__()
-    finally:
-        del os.environ[OVERRIDE]
-    if isinstance(found, str):
-        assert build != "baseline", f"the compiled engine is part of an installation: {found}"
-        pytest.skip(found)
-    return found
 
 
 def pack(weight: Tensor, bits: int, group: int) -> PackedMatrix:
@@ -229,17 +217,17 @@ def test_a_few_tokens_in_a_call_have_the_bits_of_calls_with_one(shape: str, kind
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
-def test_guesses_change_no_token_drawn_or_not(kind: str, temperature: float) -> None:
+def test_speculation_changes_no_token_sampled_or_greedy(kind: str, temperature: float) -> None:
     native, _ = engines(config_of("grouped"), kind, "avx2" if kind == "int4" else "baseline")
     prompt, chosen_by = ids(9) * 4, SamplingSettings(temperature, top_p=0.5)
-    tokens, guessed = {}, {}
+    tokens, drafted = {}, {}
     speculation: Speculation
     for speculation in ("off", "auto"):
-        decoder = Decoder(native, 1, 400, chosen_by, speculation)
-        tokens[speculation] = [token.id for token in run_jobs(decoder, [prompt], [300])[0]]
-        guessed[speculation] = decoder.counts.guessed
+        scheduler = Scheduler(native, 1, 400, chosen_by, speculation)
+        tokens[speculation] = [token.id for token in run_requests(scheduler, [prompt], [300])[0]]
+        drafted[speculation] = scheduler.counts.drafted
     assert tokens["auto"] == tokens["off"]
-    assert guessed["off"] == 0 < guessed["auto"]
+    assert drafted["off"] == 0 < drafted["auto"]
 
 
 def test_the_same_input_gives_the_same_bits() -> None:
@@ -304,11 +292,14 @@ def test_without_a_compiled_build_pytorch_runs_and_says_so(monkeypatch: pytest.M
     assert not chosen.note
 
 
+def test_a_build_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smolctl.native.library.INTERFACE", 0)
+    assert "python -m smolctl.native.build" in str(load_library.__wrapped__())
+
+
 def test_dense_weights_can_be_rounded_when_they_are_loaded() -> None:
     engine = make_engine(source(), EngineOptions(dtype="bfloat16"))
     assert engine.name.endswith("bfloat16")
-    with pytest.raises(UsageError, match="--dtype int9 does not exist"):
-        EngineOptions(dtype="int9")
 
 
 def test_the_kind_names_the_most_numerous_weights_first() -> None:

@@ -18,9 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from smolctl.config import ModelConfig
 from smolctl.errors import ExitCode, InputError, SmolError
-from smolctl.generation.decode import decode
 from smolctl.generation.load import load_model
-from smolctl.generation.sampling import SamplingSettings
 from smolctl.model.weights import finite_tensors, load_network
 from smolctl.publish.build import Built, build, open_model, repository_name
 from smolctl.publish.card import BEGIN, END, merge_card, require_valid, split_card
@@ -31,6 +29,7 @@ from smolctl.sources.base import Weights
 from smolctl.sources.huggingface.config import to_huggingface_config
 from tests.support.processes import Smolctl
 from tests.support.publishing import LLAMA, build_folder, make_run
+from tests.support.tiny_models import continue_prompt
 
 
 @pytest.fixture
@@ -230,8 +229,7 @@ def test_llama_cpp_continues_a_published_gguf_as_we_do(scheme: str, llama_run: P
     theirs = llama_cpp.Llama(str(path), n_ctx=32, verbose=False)
     ids = theirs.tokenize(b"the cat sat", add_bos=False)
     assert ids == ours.tokenizer.encode("the cat sat")
-    steps = decode(ours.engine, ids, 1, 12, SamplingSettings(temperature=0), seed=0)
-    expected = [int(step.tokens) for step in steps]
+    (expected,) = continue_prompt(ours.engine, ids, 12)
     assert [token for token, _ in zip(theirs.generate(ids, temp=0.0), expected, strict=False)] == expected
     assert len(expected) == 12
 

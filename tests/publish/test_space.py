@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Generator
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import yaml
 from huggingface_hub import snapshot_download
 
 from smolctl.errors import ExitCode, SmolError
+from smolctl.generation.load import LoadedModel
 from smolctl.hub.client import HubClient
 from smolctl.native.library import Library, load_library
 from smolctl.publish import smoke
@@ -35,9 +37,11 @@ from smolctl.publish.space import (
     add_space,
     write_space_card,
 )
+from tests.support.native import watched_engine
 from tests.support.processes import Smolctl
 from tests.support.publishing import publish
 from tests.support.push_hub import Fault, PushHub
+from tests.support.tiny_models import tiny_network, tiny_tokenizer
 
 
 @pytest.fixture
@@ -170,26 +174,46 @@ def test_a_chat_forgets_its_oldest_turns_rather_than_fail(chat_space: Path) -> N
         for _ in range(20)
         for role in ("user", "assistant")
     ]
-    answers = list(speaker.chat("the cat", history, 8, 0.7, 0.95, 0, 1.0, 1))
+
+    async def ask() -> list[str]:
+        return [text async for text in speaker.chat("the cat", history, 8, 0.7, 0.95, 0, 1.0, 1)]
+
+    answers = asyncio.run(ask())
     assert answers
-    assert answers == list(speaker.chat("the cat", history, 8, 0.7, 0.95, 0, 1.0, 1))  # the seed's text
+    assert answers == asyncio.run(ask())  # the seed's text
 
 
-@pytest.mark.slow
-def test_a_visitor_who_leaves_stops_the_work(space: Path) -> None:
-    import threading
+@pytest.mark.parametrize("calls", [0, 9], ids=["while the prompt is read", "while text comes"])
+def test_a_visitor_who_leaves_stops_the_work_and_the_next_is_answered_at_once(calls: int) -> None:
+    engine, watched = watched_engine(tiny_network(context=1600))
+    speaker = Speaker(LoadedModel("tiny", engine, tiny_tokenizer(), 0.0))
+    controls = (1000, 0.0, 1.0, 0, 1.0, 1)
 
-    from smolctl.generation.load import load_model
+    async def next_visitor() -> list[str]:
+        return [text async for text in speaker.continue_text("the dog", 8, *controls[1:])]
 
-    speaker = Speaker(load_model(str(space / "model")))
-    stream = speaker.continue_text("the cat", 24, 0.7, 0.95, 0, 1.0, 1)
-    next(stream)
-    assert isinstance(stream, Generator)
-    stream.close()
-    for thread in threading.enumerate():
-        if thread.name == "answer":
-            thread.join(10)
-            assert not thread.is_alive()
+    expected = asyncio.run(next_visitor())
+    needed, watched.entries = watched.entries, 0
+    permits = threading.Semaphore(calls)  # of calls of the engine, before it waits for the visitor to leave
+    watched.on_entry = permits.acquire
+
+    async def leave() -> None:
+        stream = speaker.continue_text("the cat", *controls)
+        waiting = asyncio.create_task(anext(stream))
+        while watched.entries <= calls:
+            await asyncio.sleep(0.001)
+        if calls:
+            assert (await waiting).startswith("the cat")
+            await stream.aclose()
+        else:
+            waiting.cancel()  # as Gradio does
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+        permits.release(1000)
+        assert await next_visitor() == expected
+
+    asyncio.run(leave())
+    assert watched.entries == calls + 1 + needed
 
 
 @pytest.mark.slow

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from smolctl.config import ModelConfig
 from smolctl.data.tokenizer.tokenizer import Tokenizer, train_tokenizer
-from smolctl.generation.decode import Decoder, Job, Token, generator_for
 from smolctl.generation.engine import Cache, Engine
 from smolctl.generation.load import LoadedModel
 from smolctl.generation.sampling import SamplingSettings
+from smolctl.generation.scheduler import Request, Scheduler, Token, generator_for
 from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.network import Transformer
 from smolctl.model.weights import initialize
+from smolctl.sources.huggingface.config import to_huggingface_config
 
 TEXTS = ["the cat sat on the mat, and the dog saw the cat. " * 4, "Größe 界面 🎉👩‍👧 e\u0301 12"]
 TEMPLATE = (
@@ -70,19 +74,34 @@ def tiny_model(seed: int = 0, context: int = 96) -> LoadedModel:
     return LoadedModel(f"tiny-{seed}", engine, tiny_tokenizer(), 0.0)
 
 
-def run_jobs(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], counts: Sequence[int], seed: int = 0
+def run_requests(
+    scheduler: Scheduler, prompts: Sequence[Sequence[int]], counts: Sequence[int], seed: int = 0
 ) -> list[list[Token]]:
     """All tokens of every prompt."""
-    jobs = [
-        Job(prompt, count, generator_for(seed, index))
+    requests = [
+        Request(prompt, count, generator_for(seed, index))
         for index, (prompt, count) in enumerate(zip(prompts, counts, strict=True))
     ]
-    found: list[list[Token]] = [[] for _ in jobs]
-    for step in decoder.run(jobs):
+    found: list[list[Token]] = [[] for _ in requests]
+    for step in scheduler.run(requests):
         for index, token in step:
             found[index].append(token)
     return found
+
+
+def continue_prompt(
+    engine: Engine,
+    prompt: Sequence[int],
+    count: int,
+    settings: SamplingSettings | None = None,
+    samples: int = 1,
+    seed: int = 0,
+) -> list[list[int]]:
+    """Token ids of `samples` continuations of a prompt without speculation, greedy by default."""
+    capacity = min(len(prompt) + count, engine.config.max_position_embeddings)
+    scheduler = Scheduler(engine, samples, capacity, settings or plain_settings(0), "off")
+    rows = run_requests(scheduler, [prompt] * samples, [count] * samples, seed)
+    return [[token.id for token in row] for row in rows]
 
 
 def uncached(network: Transformer, prompt: Sequence[int], count: int) -> list[int]:
@@ -96,3 +115,15 @@ def uncached(network: Transformer, prompt: Sequence[int], count: int) -> list[in
 
 def plain_settings(temperature: float) -> SamplingSettings:
     return SamplingSettings(temperature, top_p=0.95 if temperature else 1.0)
+
+
+def write_folder(path: Path, seed: int = 0, template: str | None = TEMPLATE, context: int = 96) -> Path:
+    """A tiny random model as a Hugging Face folder with its tokenizer."""
+    path.mkdir(parents=True)
+    network = tiny_network(seed, context, position_embedding="rope", residual_scale=1.0)
+    save_file(network.state_dict(), path / "model.safetensors", {"format": "pt"})
+    (path / "config.json").write_text(json.dumps(to_huggingface_config(network.config, "float32")))
+    (path / "tokenizer.json").write_text(tiny_tokenizer().backend.to_str())
+    if template is not None:
+        (path / "chat_template.jinja").write_text(template)
+    return path

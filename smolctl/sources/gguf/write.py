@@ -20,8 +20,8 @@ from smolctl.errors import InputError, SmolError
 from smolctl.sources.base import TokenizerFiles
 from smolctl.sources.gguf.model import NAMES, open_gguf
 from smolctl.sources.gguf.write_tokenizer import require_same_tokenizer, tokenizer_metadata
+from smolctl.sources.shapes import HEAD, TABLE
 
-TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BLOCK = 32  # values of a row that share a scale
 # Rounding cannot move a value further than this share of the tensor's largest one. Half a step, and a whole
 # one where the scale is set by one end of the range and the other end is cut.

@@ -13,10 +13,8 @@ from smolctl.config import ModelConfig
 from smolctl.data.tokenizer.bpe import train_bpe
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.errors import InputError, SmolError
-from smolctl.generation.decode import decode
 from smolctl.generation.engine import Engine
 from smolctl.generation.load import load_model
-from smolctl.generation.sampling import SamplingSettings
 from smolctl.model.network import Transformer
 from smolctl.model.weights import initialize, load_network
 from smolctl.sources import open_source
@@ -24,8 +22,8 @@ from smolctl.sources.base import TokenizerFiles
 from smolctl.sources.gguf import write as writer
 from smolctl.sources.gguf.header import read_header
 from smolctl.sources.gguf.write import SCHEMES, write_gguf
+from tests.support.tiny_models import continue_prompt
 
-GREEDY = SamplingSettings(temperature=0)
 CORPUS = ["the cat sat on 12 mats and saw 345 birds; it's over trees\n\n  by the sea" for _ in range(20)]
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
@@ -66,7 +64,7 @@ def written(path: Path, scheme: str, config: ModelConfig | None = None) -> tuple
 
 
 def greedy(engine: Engine, ids: list[int], tokens: int = 24) -> list[int]:
-    return [int(step.tokens) for step in decode(engine, ids, 1, tokens, GREEDY, seed=0)]
+    return continue_prompt(engine, ids, tokens)[0]
 
 
 @pytest.mark.parametrize("tied", [True, False])

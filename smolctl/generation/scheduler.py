@@ -1,8 +1,9 @@
-"""The loop around an engine: read prompts, then give every sequence its next tokens. Knows ids only."""
+"""Continuous batching: prefill prompts, decode their sequences together. Knows token ids only."""
 
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, field
@@ -13,15 +14,15 @@ import torch
 from torch import Tensor
 
 from smolctl.errors import InputError
-from smolctl.generation.engine import Engine
+from smolctl.generation.engine import Cancellation, Engine
 from smolctl.generation.lookup import MOST, Lookup
 from smolctl.generation.sampling import SamplingSettings, choose, log_normalizer, margin, penalize_repetition
 
 Speculation = Literal["auto", "off", "lookup"]
 
-# For engines that round several tokens in one call differently from one by one, and greedy only. Where the
-# likeliest two are closer than this (in nats, ten times what rounding does), nothing is judged: the token is
-# read again by itself.
+# For greedy decoding on engines that round the logits of several tokens in one call differently from those of
+# one. Where the likeliest two tokens are closer than this (in nats, ten times what rounding does), no draft
+# token is accepted or rejected: the last token is read again by itself.
 NEAR_TIE = 0.01
 
 
@@ -36,13 +37,13 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A sequence to continue.
+class Request:
+    """A prompt to continue.
 
     Args:
         prompt: token ids, at least one.
         max_tokens: at most this many more; cut where the context ends.
-        generator: the only source of chance, this job's own.
+        generator: the only source of randomness, this request's own.
     """
 
     prompt: Sequence[int]
@@ -52,13 +53,13 @@ class Job:
 
 @dataclass
 class Counts:
-    """What a decoder has done so far."""
+    """What a scheduler has done so far."""
 
-    read: int = 0  # prompt tokens that went through the engine
+    prefilled: int = 0  # prompt tokens that went through the engine
     reused: int = 0  # prompt tokens that were in the cache already
     steps: int = 0  # calls of the engine after the prompts
-    guessed: int = 0  # tokens read on a guess
-    accepted: int = 0  # of these, what the model chose indeed
+    drafted: int = 0  # draft tokens that went through the engine
+    accepted: int = 0  # of these, the tokens that the model chose too
 
     def __sub__(self, earlier: Counts) -> Counts:
         return Counts(*(now - then for now, then in zip(astuple(self), astuple(earlier), strict=True)))
@@ -66,18 +67,18 @@ class Counts:
 
 @dataclass
 class _Slot:
-    """A place in the cache and the job that has it."""
+    """A sequence of the cache and the request that it continues."""
 
     number: int
-    job: Job
-    index: int  # of the job
+    request: Request
+    index: int  # of the request
     limit: int  # tokens in all, prompt included
     tokens: list[int]  # prompt and what was chosen
     seen: Tensor  # (limit,) the same as `tokens` in its first places
     lookup: Lookup | None
-    careful: bool = False  # no guesses in the next step
+    careful: bool = False  # no draft in the next step
     ended: bool = False
-    guesses: list[int] = field(default_factory=list)
+    draft: list[int] = field(default_factory=list)
 
     def append(self, token: int) -> None:
         self.seen[len(self.tokens)] = token
@@ -87,7 +88,7 @@ class _Slot:
         self.ended = self.ended or len(self.tokens) >= self.limit
 
 
-class Decoder:
+class Scheduler:
     """Sequences of one engine that decode together; one that ends makes room for the next.
 
     Args:
@@ -95,8 +96,8 @@ class Decoder:
         slots: sequences at once.
         capacity: tokens of the longest sequence, prompt included.
         settings: how a token is chosen.
-        speculation: whether tokens are guessed and several checked in one call. "auto": where that gives
-            every token the bits it would have had without.
+        speculation: whether draft tokens are looked up in the text so far and several checked in one call.
+            "auto": where that gives every token the bits it would have had without.
         alternatives: how many other tokens to report with each.
 
     Raises:
@@ -114,80 +115,100 @@ class Decoder:
     ) -> None:
         self.engine, self.settings = engine, settings
         self.alternatives = alternatives
-        self._guesses = speculation == "lookup" or (speculation == "auto" and engine.exact_tokens > 1)
+        self._speculates = speculation == "lookup" or (speculation == "auto" and engine.exact_tokens > 1)
         self.capacity = capacity
         self.counts = Counts()
         self._cache = engine.allocate(slots, capacity)
         self._held: list[list[int]] = [[] for _ in range(slots)]  # what was last written to each slot
         self._slots: list[_Slot | None] = [None] * slots
+        self._step_lock = threading.Lock()
 
-    def run(self, jobs: Sequence[Job], keep: bool = False) -> Iterator[list[tuple[int, Token]]]:
-        """Continue every job; each item is what one call of the engine gave: (index of the job, token).
+    def run(
+        self, requests: Sequence[Request], keep: bool = False, cancellation: Cancellation | None = None
+    ) -> Iterator[list[tuple[int, Token]]]:
+        """Continue every request; an item holds what one call of the engine gave: (index of request, token).
 
-        A job's tokens come in order. The other jobs change no more than how the engine rounds. Tokens that
-        come in one item after `end` of their job are to be ignored.
+        A request's tokens come in order. The other requests change no more than how the engine rounds. Tokens
+        that come in one item after `end` of their request are to be ignored.
+
+        A run cancels the one before it and waits until that has left the engine: an abandoned run, in this
+        thread or another, never disturbs the next.
 
         Args:
-            jobs: what to continue, started in order.
+            requests: what to continue, started in order.
             keep: do not read again what a slot holds of the new prompt already.
+            cancellation: of this run only.
 
         Raises:
             InputError: a prompt is empty or leaves no room in the model's context.
+            CancelledError: `cancellation` was set, or another run began.
         """
-        for job in jobs:
-            check_prompt(len(job.prompt), min(self.capacity, self.engine.config.max_position_embeddings))
-        waiting = deque(enumerate(jobs))
-        self._slots = [None] * len(self._slots)
+        for request in requests:
+            check_prompt(len(request.prompt), min(self.capacity, self.engine.config.max_position_embeddings))
+        waiting = deque(enumerate(requests))
+        cancellation = cancellation or Cancellation()
+        self._cache.cancellation.set()
+        with self._step_lock:
+            self._cache.cancellation.set()  # another one, if a third thread was faster
+            self._cache.cancellation = cancellation
+            self._slots = [None] * len(self._slots)
         while True:
-            free = [number for number, slot in enumerate(self._slots) if slot is None or slot.ended]
-            started = [self._occupy(number, *waiting.popleft(), keep) for number in free if waiting]
-            for number in free[len(started) :]:
-                self._slots[number] = None
-            active = [slot for slot in self._slots if slot is not None]
-            if not active:
+            with self._step_lock:
+                cancellation.check()
+                chosen = self._step(waiting, keep)
+                ended = not any(self._slots)
+            if ended:
                 return
-            lengths = list(self._cache.lengths)
-            try:
-                step = self._prefill(started) if started else self._step(active)
-            except BaseException:  # Ctrl-C too: what the cache holds must stay what `_held` says
-                for number, length in enumerate(lengths):
-                    self._cache.truncate(number, length)
-                raise
-            yield step
+            yield chosen
 
-    def end(self, index: int) -> None:
-        """A job needs no more tokens."""
+    def end(self, request: Request) -> None:
+        """A request needs no more tokens."""
         for slot in self._slots:
-            if slot is not None and slot.index == index:
+            if slot is not None and slot.request is request:
                 slot.ended = True
 
-    def _occupy(self, number: int, index: int, job: Job, keep: bool) -> _Slot:
-        """Give a slot to a job."""
-        limit = min(len(job.prompt) + job.max_tokens, self.capacity)
+    def _step(self, waiting: deque[tuple[int, Request]], keep: bool) -> list[tuple[int, Token]]:
+        """Call the engine once for the sequences in the slots and choose tokens; none when all have ended."""
+        free = [number for number, slot in enumerate(self._slots) if slot is None or slot.ended]
+        started = [self._occupy(number, *waiting.popleft(), keep) for number in free if waiting]
+        for number in free[len(started) :]:
+            self._slots[number] = None
+        active = [slot for slot in self._slots if slot is not None]
+        lengths = list(self._cache.lengths)
+        try:
+            return self._prefill(started) if started else self._decode(active) if active else []
+        except BaseException:  # Ctrl-C too: what the cache holds must stay what `_held` says
+            for number, length in enumerate(lengths):
+                self._cache.truncate(number, length)
+            raise
+
+    def _occupy(self, number: int, index: int, request: Request, keep: bool) -> _Slot:
+        """Give a slot to a request."""
+        limit = min(len(request.prompt) + request.max_tokens, self.capacity)
         seen = torch.zeros(limit, dtype=torch.long)
-        seen[: len(job.prompt)] = torch.tensor(job.prompt)
+        seen[: len(request.prompt)] = torch.tensor(request.prompt)
         lookup = None
-        if self._guesses:
+        if self._speculates:
             lookup = Lookup()
-            for token in job.prompt:
+            for token in request.prompt:
                 lookup.learn(token)
         held = self._held[number][: self._cache.lengths[number]]
         # The last token of a prompt is always read: its logits are what comes next.
-        common = common_prefix(held, job.prompt[:-1]) if keep else 0
+        common = common_prefix(held, request.prompt[:-1]) if keep else 0
         self._cache.truncate(number, common)
-        slot = _Slot(number, job, index, limit, list(job.prompt), seen, lookup)
+        slot = _Slot(number, request, index, limit, list(request.prompt), seen, lookup)
         self._slots[number], self._held[number] = slot, slot.tokens
         return slot
 
     def _prefill(self, slots: Sequence[_Slot]) -> list[tuple[int, Token]]:
-        """Read the prompts of fresh slots and choose their first tokens. A shared prompt is read once."""
+        """Read the prompts of new slots and choose their first tokens. A shared prompt is read once."""
         lengths = self._cache.lengths
         first: dict[tuple[int, ...], _Slot] = {}
         for slot in slots:
             first.setdefault(tuple(slot.tokens), slot)
         self.counts.reused += sum(lengths[slot.number] for slot in first.values())
         unread = {slot.number: slot.tokens[lengths[slot.number] :] for slot in first.values()}
-        self.counts.read += sum(map(len, unread.values()))
+        self.counts.prefilled += sum(map(len, unread.values()))
         logits = self._forward(unread)
         rows = dict(zip(sorted(unread), logits, strict=True))
         chosen = []
@@ -198,36 +219,36 @@ class Decoder:
             chosen.append((slot.index, self._choose(slot, rows[source])))
         return chosen
 
-    def _step(self, slots: Sequence[_Slot]) -> list[tuple[int, Token]]:
-        """One call of the engine for all sequences and what it gave."""
+    def _decode(self, slots: Sequence[_Slot]) -> list[tuple[int, Token]]:
+        """Read the last token and the draft of every sequence, and choose the tokens that follow."""
         exact = self.engine.exact_tokens
         most = exact // len(slots) - 1 if exact > 1 else MOST
         for slot in slots:
             room = min(most, slot.limit - len(slot.tokens) - 1)
-            slot.guesses = slot.lookup.guess(room) if slot.lookup and not slot.careful else []
+            slot.draft = slot.lookup.draft(room) if slot.lookup and not slot.careful else []
             slot.careful = False
-        guessed = sum(len(slot.guesses) for slot in slots)
-        unread = {slot.number: [slot.tokens[-1], *slot.guesses] for slot in slots}
-        logits = iter(self._forward(unread, every=guessed > 0))
+        drafted = sum(len(slot.draft) for slot in slots)
+        unread = {slot.number: [slot.tokens[-1], *slot.draft] for slot in slots}
+        logits = iter(self._forward(unread, every=drafted > 0))
         self.counts.steps += 1
-        self.counts.guessed += guessed
+        self.counts.drafted += drafted
         chosen = []
         for slot in slots:
             rows = [next(logits) for _ in unread[slot.number]]
-            chosen += [(slot.index, token) for token in self._judge(slot, rows)]
+            chosen += [(slot.index, token) for token in self._verify(slot, rows)]
         return chosen
 
-    def _judge(self, slot: _Slot, rows: Sequence[Tensor]) -> Iterator[Token]:
-        """Choose after the last token and after every guess that was the token chosen; forget the others."""
-        for row, guess in zip(rows, [*slot.guesses, None], strict=True):
-            if slot.guesses and self._is_near_tie(slot, row):
+    def _verify(self, slot: _Slot, rows: Sequence[Tensor]) -> Iterator[Token]:
+        """Choose after the last token and after every draft token that was accepted; forget the others."""
+        for row, drafted in zip(rows, [*slot.draft, None], strict=True):
+            if slot.draft and self._is_near_tie(slot, row):
                 slot.careful = True
                 # The last token is read again, by itself.
                 self._cache.truncate(slot.number, len(slot.tokens) - 1)
                 return
             token = self._choose(slot, row)
             yield token
-            if token.id != guess:
+            if token.id != drafted:
                 break
             self.counts.accepted += 1
         self._cache.truncate(slot.number, len(slot.tokens) - 1)
@@ -241,7 +262,7 @@ class Decoder:
         seen = slot.seen[None, : len(slot.tokens)]
         # First, because it refuses logits that are not finite.
         normalizer = log_normalizer(row.numpy())
-        chosen = int(choose(row[None], self.settings, slot.job.generator, seen))
+        chosen = int(choose(row[None], self.settings, slot.request.generator, seen))
         others: tuple[tuple[int, float], ...] = ()
         if self.alternatives:
             top = row.topk(min(self.alternatives + 1, len(row)))
@@ -278,48 +299,3 @@ def generator_for(seed: int, *place: int) -> torch.Generator:
     """A generator for one of many sequences: by the seed and by numbers that say which one it is."""
     mixed = np.random.SeedSequence([seed % 2**64, *place]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(mixed[0]) % 2**63)
-
-
-@dataclass(frozen=True)
-class NextTokens:
-    """One step of B sequences decoded together."""
-
-    tokens: Tensor  # (B,) the tokens chosen
-    logprobs: Tensor  # (B,) their log-probabilities in nats under the unmodified model
-
-
-def decode(
-    engine: Engine,
-    prompt: Sequence[int],
-    samples: int,
-    max_tokens: int,
-    settings: SamplingSettings,
-    seed: int,
-) -> Iterator[NextTokens]:
-    """Continue a prompt `samples` times, a token each at a time, `max_tokens` times.
-
-    The prompt is read once. The caller stops taking when its sequences have ended. Generators are this call's
-    own: the same seed gives the same tokens, and the global generators are left alone.
-
-    Args:
-        engine: the model.
-        prompt: token ids, at least one.
-        samples: B, sequences that continue it.
-        max_tokens: at most this many tokens; cut where the model's context ends.
-        settings: how a token is chosen.
-        seed: of this call's generators.
-
-    Raises:
-        InputError: the prompt is empty or leaves no room in the model's context.
-    """
-    context = engine.config.max_position_embeddings
-    check_prompt(len(prompt), context)
-    capacity = min(len(prompt) + max_tokens, context)
-    # No guesses: they would give several tokens at a time.
-    decoder = Decoder(engine, samples, capacity, settings, "off")
-    jobs = [Job(prompt, max_tokens, generator_for(seed, 0, sample)) for sample in range(samples)]
-    for step in decoder.run(jobs):
-        tokens = [token for _, token in step]
-        yield NextTokens(
-            torch.tensor([token.id for token in tokens]), torch.tensor([token.logprob for token in tokens])
-        )

@@ -1,4 +1,4 @@
-"""Sequences that decode together: what each says does not depend on the others, nor on guesses."""
+"""Sequences that decode together: the tokens of each depend neither on the others nor on speculation."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolctl.errors import InputError
-from smolctl.generation.decode import Decoder, Job, Speculation, Token, generator_for
 from smolctl.generation.lookup import Lookup
 from smolctl.generation.sampling import SamplingSettings
+from smolctl.generation.scheduler import Request, Scheduler, Speculation, Token, generator_for
 from smolctl.generation.torch_engine import TorchEngine
-from tests.support.tiny_models import CountingEngine, plain_settings, run_jobs, tiny_network, uncached
+from tests.support.tiny_models import CountingEngine, plain_settings, run_requests, tiny_network, uncached
 
 NETWORK = tiny_network()
 GREEDY = plain_settings(0)
@@ -24,6 +24,12 @@ prompts = st.lists(st.integers(3, 319), min_size=1, max_size=9)
 
 def ids(tokens: Sequence[Sequence[Token]]) -> list[list[int]]:
     return [[token.id for token in sequence] for sequence in tokens]
+
+
+def continued(scheduler: Scheduler, prompt: list[int], count: int = 6) -> list[int]:
+    """Token ids of a run that reads only what the cache does not hold."""
+    steps = scheduler.run([Request(prompt, count, generator_for(0))], keep=True)
+    return [token.id for step in steps for _, token in step]
 
 
 @given(
@@ -36,13 +42,13 @@ def test_a_prompt_gets_the_same_tokens_in_any_batch(
     work: list[tuple[list[int], int]], slots: int, temperature: float, speculation: Speculation
 ) -> None:
     many, counts = zip(*work, strict=True)
-    decoder = Decoder(TorchEngine(NETWORK), slots, 40, plain_settings(temperature), speculation)
-    together = ids(run_jobs(decoder, many, counts))
+    scheduler = Scheduler(TorchEngine(NETWORK), slots, 40, plain_settings(temperature), speculation)
+    together = ids(run_requests(scheduler, many, counts))
     assert list(map(len, together)) == list(counts)
     for index, (prompt, count) in enumerate(work):
-        alone = Decoder(TorchEngine(NETWORK), 1, 40, plain_settings(temperature))
-        job = Job(prompt, count, generator_for(0, index))
-        assert together[index] == [token.id for step in alone.run([job]) for _, token in step]
+        alone = Scheduler(TorchEngine(NETWORK), 1, 40, plain_settings(temperature))
+        request = Request(prompt, count, generator_for(0, index))
+        assert together[index] == [token.id for step in alone.run([request]) for _, token in step]
 
 
 @given(
@@ -62,32 +68,32 @@ def test_lookup_never_changes_greedy_tokens(
     speculation: Speculation
     for speculation in ("off", "lookup"):
         chosen_by = SamplingSettings(0, repetition_penalty=penalty)
-        decoder = Decoder(TorchEngine(network), 1, 90, chosen_by, speculation)
-        tokens[speculation] = ids(run_jobs(decoder, [prompt * 3], [60]))
+        scheduler = Scheduler(TorchEngine(network), 1, 90, chosen_by, speculation)
+        tokens[speculation] = ids(run_requests(scheduler, [prompt * 3], [60]))
     assert tokens["lookup"] == tokens["off"]
     if penalty == 1 and not twins:
         assert tokens["off"][0] == uncached(network, prompt * 3, 60)
 
 
-def test_accepted_guesses_save_calls() -> None:
+def test_accepted_draft_tokens_save_calls() -> None:
     for seed in range(20):
         network = tiny_network(seed, initializer_range=0.2)
         engine = CountingEngine(TorchEngine(network))
-        decoder = Decoder(engine, 1, 90, GREEDY, "lookup")
-        run_jobs(decoder, [[5, 6, 7, 8] * 5], [60])
-        counts = decoder.counts
+        scheduler = Scheduler(engine, 1, 90, GREEDY, "lookup")
+        run_requests(scheduler, [[5, 6, 7, 8] * 5], [60])
+        counts = scheduler.counts
         assert counts.steps + 1 == len(engine.calls)
-        assert counts.accepted <= counts.guessed
+        assert counts.accepted <= counts.drafted
         if counts.accepted > 30:  # most of these models soon repeat themselves
             assert counts.steps < 40
             return
     pytest.fail("no model repeated itself")
 
 
-def test_a_guess_never_reads_past_the_last_token() -> None:
+def test_a_draft_never_reads_past_the_last_token() -> None:
     engine = CountingEngine(TorchEngine(NETWORK))
-    decoder = Decoder(engine, 1, 30, GREEDY, "lookup")
-    assert len(run_jobs(decoder, [[5, 6] * 10], [10])[0]) == 10  # the cache holds no more than 30
+    scheduler = Scheduler(engine, 1, 30, GREEDY, "lookup")
+    assert len(run_requests(scheduler, [[5, 6] * 10], [10])[0]) == 10  # the cache holds no more than 30
 
 
 def test_lookup_continues_the_latest_match_and_runs_on_into_itself() -> None:
@@ -95,32 +101,32 @@ def test_lookup_continues_the_latest_match_and_runs_on_into_itself() -> None:
     for token in [1, 2, 3, 9, 1, 2, 3, 4, 5, 1, 2, 3]:
         lookup.learn(token)
     lookup.rates = dict.fromkeys(lookup.rates, 1.0)
-    assert lookup.guess(4) == [4, 5, 1, 2]
+    assert lookup.draft(4) == [4, 5, 1, 2]
     repeating = Lookup()
     for token in [7, 8, 7, 8]:
         repeating.learn(token)
     repeating.rates = dict.fromkeys(repeating.rates, 1.0)
-    assert repeating.guess(7) == [7, 8, 7, 8, 7, 8, 7]
-    assert Lookup().guess(4) == []
+    assert repeating.draft(7) == [7, 8, 7, 8, 7, 8, 7]
+    assert Lookup().draft(4) == []
 
 
-def test_guesses_that_fail_are_given_up_and_taken_up_again() -> None:
+def test_rejected_drafts_are_given_up_and_taken_up_again() -> None:
     lookup = Lookup()
     chance = torch.Generator().manual_seed(0)
     for token in torch.randint(0, 3, (200,), generator=chance).tolist():
         lookup.add(token)
     # Three random tokens: what stood behind a match is right a third of the time.
-    assert len(lookup.guess(16)) <= 1
+    assert len(lookup.draft(16)) <= 1
     for token in [0, 1, 2, 2, 1] * 20:
         lookup.add(token)
-    assert len(lookup.guess(16)) == 16
+    assert len(lookup.draft(16)) == 16
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_alternatives_are_the_likeliest_others_in_the_models_own_distribution(temperature: float) -> None:
     prompt = [5, 6, 7]
-    decoder = Decoder(TorchEngine(NETWORK), 1, 20, plain_settings(temperature), alternatives=4)
-    tokens = run_jobs(decoder, [prompt], [8])[0]
+    scheduler = Scheduler(TorchEngine(NETWORK), 1, 20, plain_settings(temperature), alternatives=4)
+    tokens = run_requests(scheduler, [prompt], [8])[0]
     read = torch.tensor([prompt + [token.id for token in tokens]])
     with torch.inference_mode():
         probabilities = NETWORK(read)[0, len(prompt) - 1 : -1].softmax(-1)
@@ -133,29 +139,35 @@ def test_alternatives_are_the_likeliest_others_in_the_models_own_distribution(te
 
 def test_a_shared_prompt_is_read_once() -> None:
     engine = CountingEngine(TorchEngine(NETWORK))
-    run_jobs(Decoder(engine, 3, 20, GREEDY), [[5, 6, 7, 8]] * 3, [5] * 3)
+    run_requests(Scheduler(engine, 3, 20, GREEDY), [[5, 6, 7, 8]] * 3, [5] * 3)
     assert engine.tokens_read == 4 + 3 * 4  # the last token of each is chosen and not read
 
 
 def test_a_sequence_that_ends_makes_room_for_the_next() -> None:
     engine = CountingEngine(TorchEngine(NETWORK))
-    run_jobs(Decoder(engine, 2, 30, GREEDY), [[5], [6], [7]], [20, 5, 5])
+    run_requests(Scheduler(engine, 2, 30, GREEDY), [[5], [6], [7]], [20, 5, 5])
     assert len(engine.calls) <= 20 + 1  # the third runs beside the first
 
 
 def test_what_the_cache_holds_is_not_read_again() -> None:
     engine = CountingEngine(TorchEngine(NETWORK))
-    decoder = Decoder(engine, 1, 60, GREEDY)
+    scheduler = Scheduler(engine, 1, 60, GREEDY)
     prompt = [5, 6, 7, 8, 9]
-    first = [t.id for step in decoder.run([Job(prompt, 6, generator_for(0))], keep=True) for _, t in step]
+    first = [
+        t.id for step in scheduler.run([Request(prompt, 6, generator_for(0))], keep=True) for _, t in step
+    ]
     longer = [*prompt, *first, 11, 12]
     read = engine.tokens_read
-    second = [t.id for step in decoder.run([Job(longer, 6, generator_for(0))], keep=True) for _, t in step]
+    second = [
+        t.id for step in scheduler.run([Request(longer, 6, generator_for(0))], keep=True) for _, t in step
+    ]
     assert engine.tokens_read - read == 3 + 5  # the last answer's last token, the two new ones, five chosen
     assert second == uncached(NETWORK, longer, 6)
-    again = [t.id for step in decoder.run([Job(prompt, 6, generator_for(0))], keep=True) for _, t in step]
+    again = [
+        t.id for step in scheduler.run([Request(prompt, 6, generator_for(0))], keep=True) for _, t in step
+    ]
     assert again == first
-    assert decoder.counts.reused == len(longer) - 3 + len(prompt) - 1
+    assert scheduler.counts.reused == len(longer) - 3 + len(prompt) - 1
 
 
 def test_an_interrupted_step_leaves_a_cache_that_can_be_used() -> None:
@@ -166,26 +178,28 @@ def test_an_interrupted_step_leaves_a_cache_that_can_be_used() -> None:
                 raise KeyboardInterrupt  # behind the work, before anybody has seen it
             return logits
 
-    decoder = Decoder(Interrupted(TorchEngine(NETWORK)), 1, 90, GREEDY, "lookup")
+    scheduler = Scheduler(Interrupted(TorchEngine(NETWORK)), 1, 90, GREEDY, "lookup")
     prompt = [5, 6, 7] * 4
     got: list[int] = []
 
     def decode() -> None:
-        for step in decoder.run([Job(prompt, 60, generator_for(0))], keep=True):
+        for step in scheduler.run([Request(prompt, 60, generator_for(0))], keep=True):
             got.extend(token.id for _, token in step)
 
     with pytest.raises(KeyboardInterrupt):
         decode()
     assert got == uncached(NETWORK, prompt, len(got))
     longer = [*prompt, *got, 11]
-    after = [t.id for step in decoder.run([Job(longer, 6, generator_for(0))], keep=True) for _, t in step]
+    after = [
+        t.id for step in scheduler.run([Request(longer, 6, generator_for(0))], keep=True) for _, t in step
+    ]
     assert after == uncached(NETWORK, longer, 6)
 
 
 def test_prompts_that_do_not_fit_are_refused_before_any_work() -> None:
     engine = CountingEngine(TorchEngine(NETWORK))
-    decoder = Decoder(engine, 1, 20, GREEDY)
+    scheduler = Scheduler(engine, 1, 20, GREEDY)
     for bad, named in (([], "empty"), ([1] * 20, "20 tokens")):
         with pytest.raises(InputError, match=named):
-            run_jobs(decoder, [[5], bad], [3, 3])
+            run_requests(scheduler, [[5], bad], [3, 3])
     assert engine.calls == []

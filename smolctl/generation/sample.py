@@ -1,0 +1,135 @@
+"""`smolctl sample`: one prompt by one model or by several, a file of prompts, or a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TextIO
+
+import torch
+
+from smolctl.errors import UsageError
+from smolctl.generation.compare import Divergence, diverge
+from smolctl.generation.complete import CompletionResult, CompletionSettings, complete
+from smolctl.generation.conversation import Conversation, Session
+from smolctl.generation.engines import EngineOptions
+from smolctl.generation.load import LoadedModel, load_model
+from smolctl.generation.many import STDIN, Batch, complete_many, read_prompts
+
+NO_PROMPT = "Give --prompt TEXT or pipe one in."
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """What to generate, and with which models.
+
+    Raises:
+        UsageError: values that exclude each other.
+    """
+
+    models: tuple[str, ...] = ()  # none: the newest run
+    prompt: str | None = None  # "-" and a pipe read stdin
+    jsonl: str | None = None  # a file of prompts; "-" reads stdin
+    interactive: bool = True  # whether a terminal without a prompt opens a session
+    chat: bool | None = None  # use the chat template; None: in a session where the model has one
+    system: str | None = None  # the system message of a chat
+    compare: bool = False  # find where the other models leave the first one
+    batch_size: int = 8  # sequences of `jsonl` that decode together
+    threads: int | None = None
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    settings: CompletionSettings = field(default_factory=CompletionSettings)
+
+    def __post_init__(self) -> None:
+        if self.compare and len(self.models) < 2:
+            raise UsageError("--compare needs two MODELs or more", "Name them one after the other.")
+        if self.jsonl is not None and self.prompt is not None:
+            raise UsageError("--jsonl and --prompt exclude each other", "Write the prompt into the file.")
+        if self.jsonl is not None and len(self.models) > 1:
+            raise UsageError("--jsonl takes one MODEL", "Run it once for every model.")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model is ready."""
+
+    model: LoadedModel
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The prompt as the model reads it, the chat template applied."""
+
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A piece of text of a sample that will not change any more."""
+
+    sample: int
+    text: str
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """The completions of one prompt by every model."""
+
+    by_model: tuple[tuple[LoadedModel, CompletionResult], ...]
+    # For every model and completion where it leaves the first model's; None where models are not compared.
+    divergences: list[list[Divergence | None]] | None
+
+
+def sample(
+    request: SampleRequest, on_event: Callable[[Loaded | Rendered | Streamed], None], stdin: TextIO
+) -> SampleResult | Batch | Session:
+    """Generate text.
+
+    Args:
+        request: what to generate.
+        on_event: called when a model is ready and, with one model and one prompt, with the text as it grows.
+        stdin: where a prompt is read from.
+
+    Returns:
+        The completions of one prompt; of a file of prompts a batch to iterate over; without a prompt on a
+        terminal a session that answers the questions put to it.
+
+    Raises:
+        SmolError: a model cannot be read or run, or there is no prompt, or it does not fit the context.
+    """
+    file = read_prompts(request.jsonl, stdin) if request.jsonl is not None else None
+    text = _prompt(request, stdin) if file is None else None
+    if request.threads is not None:
+        torch.set_num_threads(request.threads)
+    models = [load_model(name, request.engine) for name in request.models or ("runs/latest",)]
+    for model in models:
+        on_event(Loaded(model))
+    first, settings = models[0], request.settings
+    conversation = Conversation(bool(request.chat), request.system)
+    if file is not None:
+        return complete_many(first, file, conversation, settings, request.batch_size)
+    if text is None:
+        chat = first.can_chat if request.chat is None else request.chat
+        return Session(first, settings, Conversation(chat, request.system))
+    streams = len(models) == 1
+    results = []
+    for model in models:
+        prompt = conversation.prompt(model, text)
+        if streams:
+            on_event(Rendered(prompt))
+        on_text = (lambda number, piece: on_event(Streamed(number, piece))) if streams else None
+        results.append((model, complete(model.engine, model.tokenizer, prompt, settings, on_text)))
+    return SampleResult(tuple(results), diverge(results) if request.compare else None)
+
+
+def _prompt(request: SampleRequest, stdin: TextIO) -> str | None:
+    """The prompt; None for a session on a terminal."""
+    if request.prompt not in (None, STDIN):
+        return request.prompt
+    if request.prompt is None and stdin.isatty():
+        if not request.interactive or len(request.models) > 1:
+            raise UsageError("no prompt", NO_PROMPT)
+        return None
+    text = stdin.read()
+    if not text.strip():
+        raise UsageError("no prompt: stdin is empty", NO_PROMPT)
+    return text.removesuffix("\n")

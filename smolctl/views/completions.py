@@ -1,0 +1,157 @@
+"""Completions side by side, token by token, and as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from smolctl.escaping import one_line
+from smolctl.generation.answer import Completion, spell
+from smolctl.generation.compare import Divergence
+from smolctl.generation.complete import CompletionResult, Timing
+from smolctl.generation.load import LoadedModel
+from smolctl.views.output import Output
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+MARK = "▶"  # before the first difference, for where there is no colour
+SURE, UNSURE = 0.5, 0.1  # probabilities of a token, for its colour
+
+
+def timing_line(model: LoadedModel, timing: Timing) -> str:
+    """One line of how fast it went."""
+    reused = f" ({timing.reused_tokens:,} of them cached)" if timing.reused_tokens else ""
+    decode = f", decode {timing.decode_tokens_per_s:,.1f} tok/s" if timing.decode_tokens_per_s else ""
+    drafted = (
+        f", {timing.accepted_tokens:,} of {timing.guessed_tokens:,} draft tokens accepted in "
+        f"{timing.decode_steps:,} steps"
+        if timing.guessed_tokens
+        else ""
+    )
+    return (
+        f"{model.engine.name}: loaded in {model.load_s:.1f} s, "
+        f"prompt of {timing.prompt_tokens:,} tokens{reused}, first token after {timing.first_token_s:.2f} s, "
+        f"prefill {timing.prefill_tokens_per_s:,.0f} tok/s{decode}{drafted}"
+    )
+
+
+def show_side_by_side(
+    out: Output,
+    results: Sequence[tuple[LoadedModel, CompletionResult]],
+    divergences: Sequence[Sequence[Divergence | None]] | None = None,
+) -> None:
+    """One column a model: the same prompt, the same seed.
+
+    Args:
+        out: where to.
+        results: of every model.
+        divergences: from `diverge`, to mark where a model leaves the first one.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(expand=True, show_lines=True)
+    for model, _ in results:
+        table.add_column(Text(model.id), ratio=1, overflow="fold")
+    for number in range(len(results[0][1].completions)):
+        completions = [result.completions[number] for _, result in results]
+        if divergences is None:
+            table.add_row(*(Text(completion.text) for completion in completions))
+            continue
+        places = [of_model[number] for of_model in divergences]
+        pairs = list(zip(completions, places, strict=True))
+        table.add_row(*(_marked(completion.text, place) for completion, place in pairs))
+        words = [_in_words(completion, place) for completion, place in pairs]
+        table.add_row(*(Text(text) for text in ["the first model", *words[1:]]))
+    table.add_row(*(Text(timing_line(model, result.timing), style="dim") for model, result in results))
+    out.show(table)
+
+
+def _marked(text: str, divergence: Divergence | None) -> Text:
+    """A text with a mark before the place where it leaves the first model's, in colour from there on."""
+    from rich.text import Text
+
+    if divergence is None:
+        return Text(text)
+    same, other = text[: divergence.character], text[divergence.character :]
+    return Text.assemble(same, (MARK, "bold red"), (other, "yellow"))
+
+
+def _in_words(completion: Completion, divergence: Divergence | None) -> str:
+    if divergence is None:
+        return f"the same {len(completion.tokens):,} tokens"
+    at = (
+        f"character {divergence.character:,} (the tokenizers differ)"
+        if divergence.token is None
+        else f"token {divergence.token:,}"
+    )
+    expected, found = (
+        "the end" if text is None else f"“{visible(text)}”"
+        for text in (divergence.expected, divergence.found)
+    )
+    return f"differs from {at} on: {found} instead of {expected}"
+
+
+def show_explanation(out: Output, model: LoadedModel, result: CompletionResult) -> None:
+    """Every token with its probability and what else could have stood there."""
+    from rich.table import Table
+    from rich.text import Text
+
+    for number, completion in enumerate(result.completions, start=1):
+        table = Table(box=None, pad_edge=False)
+        heading = "token" if len(result.completions) == 1 else f"token of sample {number}"
+        for name, justify in (("", "right"), (heading, "left"), ("probability", "right")):
+            table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        table.add_column("others", overflow="fold")
+        rows = zip(completion.tokens, completion.logprobs, completion.alternatives or (), strict=True)
+        for place, (token, logprob, others) in enumerate(rows):
+            listed = "  ".join(f"{visible(other.text)} {_percent(other.probability)}" for other in others)
+            spelled = visible(spell(model.tokenizer, token))
+            probability = math.exp(logprob)
+            sure = "green" if probability >= SURE else "red" if probability < UNSURE else "yellow"
+            table.add_row(
+                str(place), Text(spelled), Text(_percent(probability), style=sure), Text(listed, style="dim")
+            )
+        out.show(table)
+
+
+def visible(text: str) -> str:
+    """A token's text with its spaces, line breaks and control characters to be seen."""
+    return one_line(text).replace(" ", "␣")
+
+
+def _percent(share: float) -> str:
+    return "< 0.1 %" if share < 0.0005 else f"{share:.1%}".replace("%", " %")
+
+
+def to_json(
+    model: LoadedModel, result: CompletionResult, divergences: Sequence[Divergence | None] | None = None
+) -> dict[str, Any]:
+    """The JSON document of one model's completions.
+
+    Args:
+        model: that made them.
+        result: its completions and timing.
+        divergences: where each completion leaves the first model's, when models are compared.
+    """
+    document: dict[str, Any] = {
+        "model": model.id,
+        "engine": model.engine.name,
+        "prompt": result.prompt,
+        "completions": [completion_json(completion) for completion in result.completions],
+        "timing": {"load_s": model.load_s, **asdict(result.timing)},
+    }
+    if divergences is not None:
+        document["divergence"] = [asdict(place) if place else None for place in divergences]
+    return document
+
+
+def completion_json(completion: Completion) -> dict[str, Any]:
+    """One completion; `alternatives` only where they were asked for."""
+    values = asdict(completion)
+    if completion.alternatives is None:
+        del values["alternatives"]
+    return values

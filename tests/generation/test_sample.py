@@ -1,0 +1,218 @@
+"""`smolctl sample`: one prompt, several models, a file of prompts, and a session on a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import select
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.tiny_models import write_folder
+
+Smolctl = Callable[..., Any]
+SHORT = ("--max-tokens", "5", "--temperature", "0", "--threads", "1")
+LIMIT_S = 120  # what a terminal does not show by then will never come
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("models") / "other", seed=1, template=None)
+
+
+def test_text_goes_to_stdout_and_what_is_said_of_it_to_stderr(smolctl: Smolctl, model: Path) -> None:
+    document = smolctl("sample", model, "--prompt", "the cat", *SHORT, "--json").json
+    done = smolctl("sample", model, "--prompt", "the cat", *SHORT, "-v")
+    assert (done.code, done.out) == (0, document["completions"][0]["text"] + "\n")
+    assert "prompt as the model sees it:\nthe cat" in done.err
+    assert "prefill" in done.err
+    quiet = smolctl("sample", model, "--prompt", "the cat", *SHORT, "--quiet")
+    assert (quiet.out, quiet.err) == (done.out, "")
+
+
+def test_several_samples_are_printed_one_after_the_other(smolctl: Smolctl, model: Path) -> None:
+    done = smolctl("sample", model, "--prompt", "the", "-n", "3", "--max-tokens", "4", "--explain")
+    places = [done.out.index(f"— {number} of 3 —") for number in (1, 2, 3)]
+    assert places == sorted(places)
+    assert done.out.count("probability") == 3
+
+
+def test_two_models_are_compared_where_they_part(smolctl: Smolctl, model: Path, other: Path) -> None:
+    command = ("sample", model, other, "--prompt", "the", "--compare", *SHORT)
+    first, second = smolctl(*command, "--json").json["models"]
+    assert first["divergence"] == [None]
+    (place,) = second["divergence"]
+    at = place["token"]
+    ours, theirs = (one["completions"][0]["tokens"] for one in (first, second))
+    assert ours[:at] == theirs[:at]
+    assert ours[at] != theirs[at]
+    assert f"differs from token {at} on" in " ".join(smolctl(*command).out.split())
+    assert "divergence" not in smolctl(*command[:5], *SHORT, "--json").json["models"][0]
+
+
+def answers_of(smolctl: Smolctl, path: Path, model: Path, *options: str) -> list[dict[str, Any]]:
+    done = smolctl("sample", model, "--jsonl", path, *SHORT, *options)
+    assert done.code == 0, done.err
+    return [json.loads(line) for line in done.out.splitlines()]
+
+
+def texts(answer: dict[str, Any]) -> list[str]:
+    return [completion["text"] for completion in answer["completions"]]
+
+
+def test_a_file_of_prompts_is_answered_in_its_order(smolctl: Smolctl, model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    chat = {"messages": [{"role": "user", "content": "the dog"}], "id": 7}
+    prompts = [{"prompt": "the cat", "kept": [1]}, "a longer prompt about the dog", "on", chat]
+    path.write_text("\n\n".join(map(json.dumps, prompts)))
+    answers = answers_of(smolctl, path, model, "-n", "2", "--batch-size", "2", "--temperature", "1")
+    assert [answer.get("prompt") for answer in answers] == ["the cat", *prompts[1:3], None]
+    assert (answers[0]["kept"], answers[3]["id"]) == ([1], 7)
+    assert all(len(answer["completions"]) == 2 for answer in answers)
+    others = answers_of(smolctl, path, model, "-n", "2", "--temperature", "1")  # in another batch
+    assert list(map(texts, answers)) == list(map(texts, others))
+    greedy = answers_of(smolctl, path, model)
+    alone = smolctl("sample", model, "--prompt", "on", *SHORT, "--json").json
+    asked = smolctl("sample", model, "--chat", "--prompt", "the dog", *SHORT, "--json").json
+    assert [texts(greedy[2]), texts(greedy[3])] == [texts(alone), texts(asked)]
+
+
+def test_lines_that_are_no_prompts_are_named_before_anything_is_generated(
+    smolctl: Smolctl, model: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = '{"prompt": "fine"}\n{"prompt": 3}\n{"messages": []}\n{"a": 1}\nnot json\n{"prompt": "fine"}\n'
+    monkeypatch.setattr(sys, "stdin", io.StringIO(bad))
+    done = smolctl("sample", model, "--jsonl", "-")
+    assert (done.code, done.out) == (3, "")
+    assert 'stdin: line 2: "prompt" is not a string; line 3: ' in done.err
+    assert "and 1 more lines" in done.err
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('"fine"\n' + json.dumps("the cat " * 200))
+    done = smolctl("sample", model, "--jsonl", path)
+    assert (done.code, done.out) == (3, "")
+    assert "line 2: the prompt has" in done.err
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
+    assert "line 1" in smolctl("sample", other, "--jsonl", path).err  # it has no chat template
+    for content, cause in (("\n", "no prompts in it"), (None, "No such file")):
+        path.unlink()
+        if content is not None:
+            path.write_text(content)
+        done = smolctl("sample", model, "--jsonl", path)
+        assert done.code == 3
+        assert cause in done.err
+        path.touch()
+
+
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [
+        (("--compare",), "two MODELs"),
+        (("--jsonl", "x", "--prompt", "y"), "exclude each other"),
+        (("--jsonl", "x", "second"), "takes one MODEL"),
+        (("--top-p", "3"), "--top-p 3.0 is out of range"),
+        (("--json",), "no prompt"),
+        (("second",), "no prompt"),
+        (("--speculate", "guess"), "--speculate"),
+    ],
+)
+def test_options_that_do_not_go_together_are_usage_errors(
+    options: tuple[str, ...], cause: str, smolctl: Smolctl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def read(self, size: int | None = -1) -> str:
+            pytest.fail("waits for input that nobody was asked for")
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    done = smolctl("sample", "first", *options)
+    assert done.code == 2
+    assert cause in done.err
+
+
+class Terminal:
+    """The command line in another process, on a terminal of its own."""
+
+    def __init__(self, child: int, screen: int) -> None:
+        self.child, self.screen = child, screen
+        self.shown = ""
+
+    def type(self, keys: str) -> None:
+        os.write(self.screen, keys.encode())
+
+    def read_until(self, text: str) -> str:
+        """What is shown up to a text, from where the last call ended."""
+        deadline = time.monotonic() + LIMIT_S
+        while text not in self.shown:
+            assert select.select([self.screen], [], [], max(0.0, deadline - time.monotonic()))[0], self.shown
+            self.shown += os.read(self.screen, 4096).decode()
+        before, _, self.shown = self.shown.partition(text)
+        return before
+
+
+@contextmanager
+def on_a_terminal(*arguments: object) -> Iterator[Terminal]:
+    command = [sys.executable, "-m", "smolctl", *map(str, arguments)]
+    child, screen = pty.fork()
+    if child == 0:  # a new interpreter: pytest has imported readline into this one
+        os.execve(command[0], command, {**os.environ, "TERM": "dumb"})
+    try:
+        yield Terminal(child, screen)
+        with suppress(OSError):  # what a terminal gives when its last process has ended
+            while os.read(screen, 4096):
+                pass
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        os.close(screen)  # hangs up on what is still there
+
+
+@pytest.mark.slow
+def test_a_session_edits_lines_remembers_and_goes_on_after_errors(model: Path) -> None:
+    with on_a_terminal("sample", model, *SHORT, "-v") as terminal:
+        assert "chatting with the model's template" in terminal.read_until("> ")
+        terminal.type("the ct\x1b[Da\r")  # an arrow key goes back by one
+        assert "\x1b[D" not in terminal.read_until("prefill")
+        terminal.read_until("> ")
+        terminal.type("\x1b[A\r")  # the line before, out of the history
+        assert "the cat" in terminal.read_until("of them cached")
+        terminal.read_until("> ")
+        terminal.type("cat " * 80 + "\r")
+        terminal.read_until("error: ")
+        terminal.read_until("> ")
+        terminal.type("/help\r")
+        terminal.read_until("Ctrl-D ends.")
+        terminal.read_until("> ")
+        terminal.type("/reset\r")
+        terminal.read_until("New conversation.")
+        terminal.read_until("> ")
+        terminal.type("\x03")
+        terminal.read_until("Ctrl-D ends.")
+        terminal.read_until("> ")
+        terminal.type("\x04")
+
+
+@pytest.mark.slow
+def test_without_a_template_every_prompt_of_a_session_stands_alone(other: Path) -> None:
+    with on_a_terminal("sample", other, *SHORT) as terminal:
+        assert "each prompt stands alone" in terminal.read_until("> ")
+        answers = []
+        for _ in range(2):
+            terminal.type("the cat\r")
+            answers.append(terminal.read_until("native"))
+            terminal.read_until("> ")
+        assert answers[0] == answers[1]
+        terminal.type("\x04")
