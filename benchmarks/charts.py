@@ -1,4 +1,4 @@
-"""Draws the results that lie in benchmarks/results.
+"""Draws the results in benchmarks/results.
 
 python benchmarks/train_step.py > benchmarks/results/train_step.json
 python benchmarks/train_step.py --compiled > benchmarks/results/train_step_compiled.json
@@ -16,38 +16,37 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
+plt.rcParams.update({"figure.constrained_layout.use": True, "savefig.dpi": 110})
 RESULTS = Path(__file__).parent / "results"
 OURS, THEIRS = "#2a6f97", "#b0b0b0"
 
 
 def draw_train_step() -> None:
-    """Speed and memory of every side, those of smolctl from all of its duels."""
+    """Speed and memory of every engine, those of smolctl from all of its duels."""
     duels = [
         duel
         for name in ("train_step.json", "train_step_compiled.json")
         for duel in json.loads((RESULTS / name).read_text())["duels"]
     ]
     labels = ["smolctl", *(duel["sides"][1] for duel in duels)]
-    # Relative to the opponent of the same moments: single speeds of different minutes compare badly.
+    # Relative to smolctl in the same rounds: speeds of different minutes compare badly.
     speeds = [1.0, *(1 / duel["speed_ratio"]["spread"]["median"] for duel in duels)]
     memory = [1.0, *(1 / duel["memory_ratio"] for duel in duels)]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3), sharey=True, layout="constrained")
-    for axis, values, title in zip(
-        axes, (speeds, memory), ("speed, smolctl = 1", "peak memory, smolctl = 1"), strict=True
-    ):
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3), sharey=True)
+    for axis, values, title in zip(axes, (speeds, memory), ("speed", "peak memory"), strict=True):
         bars = axis.barh(labels, values, color=[OURS, *[THEIRS] * len(duels)])
         axis.bar_label(bars, fmt="%.2f", padding=2)
-        axis.set_title(title)
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_title(f"{title}, smolctl = 1")
         axis.margins(x=0.12)
     axes[0].invert_yaxis()
-    figure.savefig(RESULTS.parent / "train_step.png", dpi=110)
+    figure.savefig(RESULTS.parent / "train_step.png")
 
 
 def draw_time_to_loss() -> None:
-    """Bits per byte of every trial over the seconds of its steps."""
+    """Bits per byte of every trial against the seconds of its steps."""
     rows = [json.loads(line) for line in (RESULTS / "time_to_loss.jsonl").read_text().splitlines()]
-    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7, 3.6))
     for optimizer, color in (("muon", OURS), ("adamw", THEIRS)):
         for sequences, marker in ((8, "o"), (4, "s")):
             chosen = [row for row in rows if (row["optimizer"], row["sequences"]) == (optimizer, sequences)]
@@ -58,14 +57,13 @@ def draw_time_to_loss() -> None:
                 fmt=marker,
                 color=color,
                 capsize=2,
-                label=f"{optimizer}, {sequences} windows a step",
+                label=f"{optimizer}, {sequences} sequences a step",
             )
     axis.set_xlim(left=0)
     axis.set_xlabel("seconds of steps on two cores")
     axis.set_ylabel("held-out bits per byte")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
-    figure.savefig(RESULTS.parent / "time_to_loss.png", dpi=110)
+    axis.legend()
+    figure.savefig(RESULTS.parent / "time_to_loss.png")
 
 
 if __name__ == "__main__":

@@ -1,29 +1,31 @@
-"""The product of decoding, a packed matrix times one vector, as Numba compiles it and as smolctl's C does.
+"""The matmul of decoding, a packed matrix times one vector, compiled by Numba and by smolctl's C compiler.
 
     pip install numba
     python benchmarks/numba_product.py --rounds 15
 
 49,152 × 576 values in groups of 32, as in SmolLM2's head, on one thread. Numba's loops use integers of 16
-bits for the vector as the C does. Prints milliseconds and ratios of interleaved rounds. This decided how
-the compiled engine is shipped.
+bits for the vector, as the C does. Prints milliseconds and ratios of interleaved rounds. It was the reason to
+ship C.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
+from statistics import median
 
 import numpy as np
 import torch
 from numba import njit
 from numpy.typing import NDArray
 
+from smolctl.benchmark.limits import fastest_run
 from smolctl.generation.native_engine import matrix_of
 from smolctl.native.library import load_library
 from smolctl.sources.quantized.packed import PackedMatrix, pack_integers
+from smolctl.timing import in_turns, ratio_of
 
 ROWS, COLUMNS, GROUP = 49_152, 576, 32
 
@@ -78,12 +80,8 @@ def main() -> None:
 
     def compiled(packed: PackedMatrix) -> Callable[[], NDArray[np.float32]]:
         matrix, y = matrix_of(packed, keep), torch.empty(1, ROWS)
-
-        def run() -> NDArray[np.float32]:
-            library.functions.smolctl_multiply(ctypes.byref(matrix), x.data_ptr(), 1, y.data_ptr())
-            return y[0].numpy()
-
-        return run
+        pointers = ctypes.byref(matrix), x.data_ptr(), 1, y.data_ptr()
+        return lambda: (library.functions.smolctl_multiply(*pointers), y[0].numpy())[1]
 
     def numba(packed: PackedMatrix) -> Callable[[], NDArray[np.float32]]:
         scales, y = packed.scales.float().numpy(), np.empty(ROWS, np.float32)
@@ -91,8 +89,8 @@ def main() -> None:
             values = packed.values.numpy().view(np.int8).reshape(ROWS, COLUMNS)
             arguments = (values, scales, integers.ravel(), units, y)
             return lambda: (int8_product(*arguments), y)[1]
-        values = packed.values.numpy().view(np.uint8).reshape(ROWS, COLUMNS // 2)
-        packed_arguments = (values, scales, packed.offsets.float().numpy(), low, high, units, sums, y)
+        pairs = packed.values.numpy().view(np.uint8).reshape(ROWS, COLUMNS // 2)
+        packed_arguments = (pairs, scales, packed.offsets.float().numpy(), low, high, units, sums, y)
         return lambda: (int4_product(*packed_arguments), y)[1]
 
     for bits in (8, 4):
@@ -100,18 +98,10 @@ def main() -> None:
         ours, theirs = compiled(packed), numba(packed)
         # Both round x to 16 bits; what is left is the order of the sums.
         np.testing.assert_allclose(ours(), theirs(), rtol=1e-3, atol=0.05)
-        times: dict[Callable[[], object], list[float]] = {ours: [], theirs: []}
-        for _ in range(options.rounds):
-            for run, taken in times.items():
-                started = time.perf_counter()
-                run()
-                taken.append(time.perf_counter() - started)
-        ratios = [slow / fast for fast, slow in zip(times[ours], times[theirs], strict=True)]
-        print(
-            f"int{bits}: C {statistics.median(times[ours]) * 1e3:.2f} ms ({library.build}), "
-            f"Numba {statistics.median(times[theirs]) * 1e3:.2f} ms, "
-            f"ratio {statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
-        )
+        fast, slow = in_turns([partial(fastest_run, one) for one in (ours, theirs)], options.rounds, 0)
+        of, (ours_ms, theirs_ms) = ratio_of(slow, fast).spread, (1e3 * median(one) for one in (fast, slow))
+        print(f"int{bits}: C {ours_ms:.2f} ms ({library.build}), Numba {theirs_ms:.2f} ms", end=", ")
+        print(f"ratio {of.median:.1f} ({of.low:.1f} to {of.high:.1f})")
 
 
 if __name__ == "__main__":

@@ -2,28 +2,29 @@
 
     python benchmarks/speculation.py MODEL --rounds 5
 
-MODEL has a chat template. Each kind has prompts of its own; with and without guesses take turns, round by
-round, and must give the same text. Prints a Markdown table: guessed and accepted tokens, tokens a
-call of the model, and the ratio of decoding speeds.
+MODEL has a chat template. Each kind of text has prompts of its own; decoding with and without guesses takes
+turns, round by round, and must give the same text. Prints a Markdown table: guessed and accepted tokens,
+tokens a call of the model, and the ratio of decoding speeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
-import statistics
 import textwrap
 from dataclasses import replace
+from functools import partial
 
-from smolctl.generation.complete import CompletionSettings, Timing, complete
+from smolctl.generation.complete import CompletionSettings, complete
 from smolctl.generation.load import LoadedModel, load_model
 from smolctl.generation.sampling import SamplingSettings
+from smolctl.timing import Spread, in_turns
 
 TOKENS = 160
 
 
 def prompts(model: LoadedModel) -> dict[str, list[str]]:
-    """Three kinds: a text to give back changed, code to go on with, and free answers."""
+    """Three kinds: a text to repeat with changes, code to continue, and free answers."""
     passage = inspect.cleandoc(str.format.__doc__ or "") + " " + inspect.cleandoc(str.join.__doc__ or "")
 
     def chat(request: str) -> str:
@@ -45,11 +46,6 @@ def prompts(model: LoadedModel) -> dict[str, list[str]]:
     }
 
 
-def decode(model: LoadedModel, prompt: str, settings: CompletionSettings) -> tuple[tuple[int, ...], Timing]:
-    result = complete(model.engine, model.tokenizer, prompt, settings)
-    return tuple(result.completions[0].tokens), result.timing
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model")
@@ -68,17 +64,18 @@ def main() -> None:
         guessed = accepted = tokens = calls = 0
         ratios = []
         for prompt in texts:
-            for round_ in range(options.rounds + 1):  # the first warms up
-                expected, without = decode(model, prompt, plain)
-                got, with_guesses = decode(model, prompt, lookup)
-                assert got == expected, f"another text: {got} instead of {expected}"
-                speeds = with_guesses.decode_tokens_per_s, without.decode_tokens_per_s
-                if round_ and speeds[0] and speeds[1]:
+            works = [partial(complete, model.engine, model.tokenizer, prompt, one) for one in (plain, lookup)]
+            for without, guessing in zip(*in_turns(works, options.rounds), strict=True):
+                text, expected = guessing.completions[0].tokens, without.completions[0].tokens
+                assert text == expected, f"another text: {text} instead of {expected}"
+                speeds = guessing.timing.decode_tokens_per_s, without.timing.decode_tokens_per_s
+                if speeds[0] and speeds[1]:
                     ratios.append(speeds[0] / speeds[1])
-            guessed += with_guesses.guessed_tokens
-            accepted += with_guesses.accepted_tokens
-            tokens, calls = tokens + len(got) - 1, calls + with_guesses.decode_steps
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+            guessed += guessing.timing.guessed_tokens
+            accepted += guessing.timing.accepted_tokens
+            tokens, calls = tokens + len(text) - 1, calls + guessing.timing.decode_steps
+        of = Spread.of(ratios)
+        spread = f"{of.median:.2f} ({of.low:.2f}–{of.high:.2f})"
         print(f"| {kind} | {guessed} | {accepted} | {tokens / calls:.2f} | {spread} |", flush=True)
 
 

@@ -1,42 +1,39 @@
-"""Where a training step of SmolLM2-135M's shape spends its time, and how near the products are to the limit.
+"""Where a training step of SmolLM2-135M's shape spends its time, and how near its matmuls are to the limit.
 
     python benchmarks/step_profile.py
 
-The limit is the fastest product of square matrices that PyTorch's libraries reach on this machine, measured
-around the step. Then the step's own shapes, on MKL and on oneDNN in turns: why `smolctl/model/products.py`
-chooses. Float32, 4 × 512 tokens. Prints one JSON document.
+The limit is the fastest matmul of square matrices that PyTorch's libraries reach on this machine, measured
+before and after the step. Then the step's own shapes, on MKL and on oneDNN in turns: the reason why
+`smolctl/model/products.py` chooses. Float32, 4 × 512 tokens. Prints one JSON document.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from training_sides import Case, Step
+from training_engines import Case, llama_folder, training_step
 
 from smolctl.arithmetic import forward_flops_per_token
-from smolctl.config import load_run_config
+from smolctl.benchmark.limits import fastest_run
+from smolctl.sources import open_source
 from smolctl.timing import in_turns, ratio_of
 
-CASE = Case("smolctl")
-TOKENS = CASE.batch * CASE.length
+BATCH, LENGTH = 4, 512
+TOKENS = BATCH * LENGTH
 SQUARE = 2_048
-# PyTorch's operations by what they do; what is not here passes over memory and computes little.
+# The names of PyTorch's operations begin like this; all others move memory and compute little.
 KINDS = {
-    "mkldnn::_linear_pointwise": "products",
-    "aten::mm": "products",
-    "aten::addmm": "products",
-    "aten::addmm_": "products",
-    "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
-    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "attention",
-    "aten::_fused_adamw_": "optimizer",
+    "products": ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm"),
+    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
+    "optimizer": ("aten::_fused_adamw_",),
 }
-# (rows, inputs, outputs) of the step's products.
+# (rows, inputs, outputs) of the step's matmuls.
 SHAPES = {
     "q_proj, o_proj": (TOKENS, 576, 576),
     "k_proj, v_proj": (TOKENS, 576, 192),
@@ -46,61 +43,49 @@ SHAPES = {
 }
 
 
-def timed(work: Callable[[], object]) -> Callable[[], float]:
-    def run() -> float:
-        started = time.perf_counter()
-        work()
-        return time.perf_counter() - started
-
-    return run
-
-
 def onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return found
 
 
 def limit() -> float:
-    """FLOP/s of the faster library on square matrices."""
-    one, two = torch.randn(SQUARE, SQUARE), torch.randn(SQUARE, SQUARE)
-    runs = in_turns([timed(lambda: one @ two), timed(lambda: onednn(one, two))], 9)
-    return 2 * SQUARE**3 / min(median(seconds) for seconds in runs)
+    """GFLOP/s of the faster library on square matrices."""
+    found = compare_libraries(SQUARE, SQUARE, SQUARE)["forward"]
+    return max(found["mkl_gflops"], found["onednn_gflops"])
 
 
-def profile_step() -> dict[str, object]:
-    """Seconds by kind, and the rate of those that multiply matrices."""
-    step = Step(CASE)
+def profile_step(model: str) -> dict[str, object]:
+    """Seconds by kind, and the rate of the kinds that multiply matrices."""
+    step = training_step(Case("smolctl", model, batch=BATCH, length=LENGTH))
     step()
     before = limit()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()
-    peak = (before + limit()) / 2
+    peak = 1e9 * (before + limit()) / 2
     seconds: dict[str, float] = defaultdict(float)
     for event in profiler.key_averages():
-        seconds[KINDS.get(event.key, "everything else")] += event.self_cpu_time_total / 1e6
-    model, tokens = load_run_config(CASE.preset).model, TOKENS
-    matrices = 3 * tokens * forward_flops_per_token(model, 0)
-    attention = 3 * tokens * forward_flops_per_token(model, CASE.length) - matrices
-    flops = {"products": matrices, "attention": attention}
-    total = sum(seconds.values())
-    return {
-        "limit_gflops": round(peak / 1e9),
-        "step_seconds": round(total, 2),
-        "share_of_limit": round((matrices + attention) / total / peak, 3),
-        "parts": [
-            {
-                "part": kind,
-                "seconds": round(of_kind, 3),
-                "share": round(of_kind / total, 3),
-                "gflops": round(flops[kind] / of_kind / 1e9) if kind in flops else None,
-                "share_of_limit": round(flops[kind] / of_kind / peak, 3) if kind in flops else None,
-            }
-            for kind, of_kind in sorted(seconds.items(), key=lambda item: -item[1])
-        ],
+        kind = next((kind for kind, names in KINDS.items() if event.key.startswith(names)), "everything else")
+        seconds[kind] += event.self_cpu_time_total / 1e6
+    config = open_source(model).require_config()
+    matrices = 3 * TOKENS * forward_flops_per_token(config, 0)
+    flops = {
+        "products": matrices,
+        "attention": 3 * TOKENS * forward_flops_per_token(config, LENGTH) - matrices,
     }
+    total = sum(seconds.values())
+    parts: list[dict[str, object]] = []
+    for kind, of_kind in sorted(seconds.items(), key=lambda item: -item[1]):
+        parts.append({"part": kind, "seconds": round(of_kind, 3), "share": round(of_kind / total, 3)})
+        if kind in flops:
+            rate = flops[kind] / of_kind
+            parts[-1] |= {"gflops": round(rate / 1e9), "share_of_limit": round(rate / peak, 3)}
+    share = round(sum(flops.values()) / total / peak, 3)
+    facts = {"limit_gflops": round(peak / 1e9), "step_seconds": round(total, 2), "share_of_limit": share}
+    return {**facts, "parts": parts}
 
 
 def compare_libraries(rows: int, inputs: int, outputs: int) -> dict[str, dict[str, float]]:
-    """The three products of a layer on both libraries."""
+    """The three matmuls of a layer on both libraries."""
     x, weight, gradient = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(rows, outputs)
     works: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
         "forward": (lambda: x @ weight.T, lambda: onednn(x, weight)),
@@ -110,7 +95,7 @@ def compare_libraries(rows: int, inputs: int, outputs: int) -> dict[str, dict[st
     flops = 2 * rows * inputs * outputs
     found = {}
     for name, pair in works.items():
-        mkl, other = in_turns([timed(work) for work in pair], 11, warmups=2)
+        mkl, other = in_turns([partial(fastest_run, work) for work in pair], 11, warmups=2)
         found[name] = {
             "mkl_gflops": round(flops / median(mkl) / 1e9),
             "onednn_gflops": round(flops / median(other) / 1e9),
@@ -121,7 +106,8 @@ def compare_libraries(rows: int, inputs: int, outputs: int) -> dict[str, dict[st
 
 def main() -> None:
     libraries = {name: compare_libraries(*shape) for name, shape in SHAPES.items()}
-    print(json.dumps({"step": profile_step(), "libraries": libraries}, indent=2))
+    with llama_folder("smollm2-135m-hub") as model:
+        print(json.dumps({"step": profile_step(model), "libraries": libraries}, indent=2))
 
 
 if __name__ == "__main__":

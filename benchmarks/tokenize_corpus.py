@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
+from smolctl.benchmark.limits import fastest_run
 from smolctl.config.run import DataConfig
 from smolctl.data.text.corpus import iter_documents
 from smolctl.data.tokenizer.tokenizer import train_tokenizer
 from smolctl.data.tokens.corpus import tokenize_corpus
+from smolctl.timing import in_turns, ratio_of
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vocab-size", type=int, default=4096)
     arguments = parser.parse_args()
@@ -29,25 +30,22 @@ def main() -> None:
     texts = ["".join(document.pieces) for document in iter_documents(data.source, data.text_field)]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     tokenizer = train_tokenizer(iter(texts), arguments.vocab_size)
-    ours, theirs = [], []
-    for _ in range(arguments.rounds):
+
+    def ours() -> None:
         with tempfile.TemporaryDirectory() as cache:
-            started = time.perf_counter()
             tokenize_corpus(data, tokenizer, Path(cache))
-            ours.append(time.perf_counter() - started)
-        started = time.perf_counter()
+
+    def theirs() -> None:
         tokenizer.backend.encode_batch(texts, add_special_tokens=False)
-        theirs.append(time.perf_counter() - started)
-    ratios = [other / own for own, other in zip(ours, theirs, strict=True)]
+
+    works = [partial(fastest_run, work) for work in (ours, theirs)]
+    own, other = in_turns(works, arguments.rounds, warmups=0)
+    of = ratio_of(other, own).spread
     result = {
         "megabytes": round(megabytes, 2),
-        "smolctl_mb_per_s": [round(megabytes / seconds, 2) for seconds in ours],
-        "encode_batch_mb_per_s": [round(megabytes / seconds, 2) for seconds in theirs],
-        "ratio": {
-            "median": round(statistics.median(ratios), 2),
-            "min": round(min(ratios), 2),
-            "max": round(max(ratios), 2),
-        },
+        "smolctl_mb_per_s": [round(megabytes / seconds, 2) for seconds in own],
+        "encode_batch_mb_per_s": [round(megabytes / seconds, 2) for seconds in other],
+        "ratio": {"median": round(of.median, 2), "min": round(of.low, 2), "max": round(of.high, 2)},
     }
     print(json.dumps(result, indent=2))
 

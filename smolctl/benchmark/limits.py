@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 # Larger than the last-level caches of today's processors, several times over for most of them.
 BUFFER_BYTES = 256 << 20
@@ -64,14 +63,14 @@ class LimitMeter:
     def measure(self) -> None:
         """One round: about half a second."""
         reads = (self._buffer.sum, lambda: torch.linalg.vector_norm(self._buffer))
-        bandwidth = max(BUFFER_BYTES / _seconds(read, 3) for read in reads)
+        bandwidth = max(BUFFER_BYTES / fastest_run(read, 3) for read in reads)
         work = 2.0 * SIZE**3
         products = {
-            name: work / _seconds(lambda one=square: one @ one, 3)  # type: ignore[misc]
+            name: work / fastest_run(lambda one=square: one @ one, 3)  # type: ignore[misc]
             for name, square in self._squares.items()
         }
         with contextlib.suppress(RuntimeError, AttributeError):  # not in every build of PyTorch
-            products["int8"] = work / _seconds(lambda: torch._int_mm(self._small, self._small), 3)
+            products["int8"] = work / fastest_run(lambda: torch._int_mm(self._small, self._small), 3)
         self._rounds.append((bandwidth, products))
 
     def limits(self) -> Limits:
@@ -106,8 +105,8 @@ def roofline(cost: Cost, seconds: float, limits: Limits) -> Roofline | None:
     return Roofline(computing / seconds, f"products in {fastest}")
 
 
-def _seconds(work: Callable[[], Tensor], times: int) -> float:
-    """The fastest of several."""
+def fastest_run(work: Callable[[], object], times: int = 1) -> float:
+    """Seconds of the fastest of several runs."""
     best = float("inf")
     for _ in range(times):
         started = time.perf_counter()

@@ -35,7 +35,7 @@ class _LlamaCache(Cache):
         settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         self.context = llama_cpp.llama_init_from_model(engine.model, settings)
         if not self.context:
-            raise SmolError("llama.cpp made no context for this model", REMEDY)
+            raise SmolError("llama.cpp could not create a context for this model", REMEDY)
         self.memory = llama_cpp.llama_get_memory(self.context)
         self.batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
 

@@ -31,7 +31,7 @@ def bench(
             "--suite",
             metavar="NAME",
             help="load, prefill, decode, batch, train, tokenize, checkpoint; repeatable, or separated by "
-            "commas. Default: all that the model has what they need.",
+            "commas. Default: every suite that this model supports.",
             show_default=False,
         ),
     ] = None,
@@ -40,7 +40,7 @@ def bench(
         typer.Option(
             "--to",
             metavar="SCHEME",
-            help="Also measure the model in a scheme of `smolctl quantize`; repeatable.",
+            help="Also measure the model quantized to a scheme of `smolctl quantize`; repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -49,49 +49,51 @@ def bench(
         typer.Option(
             "--against",
             metavar="PEER",
-            help="transformers, llama.cpp, litgpt, where installed: same weights, same work, in turns.",
+            help="Also measure transformers, llama.cpp or litgpt, if installed, on the same weights.",
             show_default=False,
         ),
     ] = None,
     repeats: Annotated[
-        int, typer.Option("--repeats", min=1, help="Rounds that count; below 6 none can speak of noise.")
+        int,
+        typer.Option("--repeats", min=1, help="Rounds after the warm-up; at least 6 to test significance."),
     ] = 7,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Of every engine. Default: one a core.")
+        int | None, typer.Option("--threads", min=1, help="Threads of every engine. Default: one per core.")
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences of batched decoding.")] = 8,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences in batched decoding.")] = 8,
     save: Annotated[
         Path | None,
-        typer.Option("--save", help="Write the record there, to be a baseline.", show_default=False),
+        typer.Option("--save", help="Write the results to a file, for --baseline.", show_default=False),
     ] = None,
     baseline: Annotated[
-        Path | None, typer.Option("--baseline", help="Compare with a saved record.", show_default=False)
+        Path | None,
+        typer.Option("--baseline", help="Compare with results that --save wrote.", show_default=False),
     ] = None,
     fail_below: Annotated[
         float | None,
         typer.Option(
             "--fail-below",
             min=0.0,
-            help="Exit with 5 when anything has less than this share of its baseline's speed.",
+            help="Exit with code 5 if any result is below this share of its baseline speed.",
             show_default=False,
         ),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="Draw the results into a PNG.", show_default=False)
+        Path | None, typer.Option("--plot", help="Draw the results to a PNG file.", show_default=False)
     ] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Tables in Markdown.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
     debug: Debug = False,
 ) -> None:
-    """Measure a model's speed and memory here, beside the machine's limits and other engines.
+    """Measure a model's speed and memory, and compare with the machine's limits and other engines.
 
     \b
-    smolctl bench                                       the newest run, everything
-    smolctl bench FILE.gguf --against llama.cpp         who is faster, and whether it is more than noise
-    smolctl bench --to int8,int4 --suite decode         what quantizing brings
-    smolctl bench --save base.json                      and later:
+    smolctl bench                                       the newest run, every suite
+    smolctl bench FILE.gguf --against llama.cpp         which is faster, and is it more than noise
+    smolctl bench --to int8,int4 --suite decode         the gain from quantizing
+    smolctl bench --save base.json                      save a baseline, then compare with it:
     smolctl bench --baseline base.json --fail-below 0.95
     """
     from smolctl.benchmark.baseline import compare_with, read_baseline, save_record
@@ -101,12 +103,12 @@ def bench(
     from smolctl.views.bench_chart import draw_bench
 
     view = Output(json, quiet, verbose)
-    # A stop is an exit: the contenders' processes and files go too.
+    # A signal exits like an error, so that the engines' processes and files are removed.
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(ExitCode.TERMINATED))
     if fail_below is not None and baseline is None:
-        raise UsageError("--fail-below compares with nothing", "Name a record with --baseline.")
+        raise UsageError("--fail-below needs a baseline to compare with", "Name one with --baseline.")
     if baseline is not None:
-        read_baseline(baseline)  # rather now than after minutes
+        read_baseline(baseline)  # fail now rather than after minutes
     options = BenchOptions(
         suites=_listed(suite),
         schemes=_listed(to),
@@ -125,10 +127,10 @@ def bench(
         draw_bench(report, plot)
     if report.wrong:
         named = ", ".join(f"{one.suite} {one.engine} {one.precision}" for one in report.wrong)
-        raise GateError(f"wrong answers: {named}", "Their speed says nothing: report this.")
+        raise GateError(f"wrong output: {named}", "Ignore their speed, and report this.")
     if changes is not None and changes.failed:
         named = ", ".join(f"{one.name} × {one.ratio:.2f}" for one in changes.failed)
-        raise GateError(f"below {fail_below} of the baseline: {named}", "Repeat on a quiet machine.")
+        raise GateError(f"below {fail_below} of the baseline: {named}", "Repeat on an idle machine.")
 
 
 def _listed(given: list[str] | None) -> tuple[str, ...]:

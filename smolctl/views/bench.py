@@ -1,4 +1,4 @@
-"""What a bench has found: tables, Markdown, or JSON."""
+"""The results of a bench: tables, Markdown, or JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from smolctl.views.output import Output
 
 @dataclass(frozen=True)
 class Table:
-    """Headers and cells; which columns stand to the left."""
+    """Headers and cells; columns in `left` are aligned to the left."""
 
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -23,7 +23,7 @@ class Table:
 
 
 def show_bench(out: Output, report: BenchReport, changes: Changes | None, markdown: bool) -> None:
-    """The results, who is faster, and the baseline."""
+    """Show the results, the comparisons between engines, and the comparison with a baseline."""
     out.document(bench_document(report, changes))
     if out.json:
         return
@@ -48,16 +48,22 @@ def _results(report: BenchReport) -> Table:
             _amount(result.median, result.unit),
             f"{_number(result.min)} to {_number(result.max)}",
             size(result.peak_rss_bytes) if result.peak_rss_bytes is not None else "",
-            f"{result.roofline_share:.0%} {result.limit}" if result.roofline_share is not None else "",
-            _answer(result),
+            _share(result),
+            _output(result),
         )
         for result in report.results
     )
-    headers = ("suite", "engine", "precision", "median", "min to max", "memory", "of the limit", "answers")
-    return Table(headers, rows, frozenset({"suite", "engine", "precision", "of the limit", "answers"}))
+    headers = ("suite", "engine", "precision", "median", "min to max", "memory", "of the limit", "output")
+    return Table(headers, rows, frozenset({"suite", "engine", "precision", "of the limit", "output"}))
 
 
-def _answer(result: Result) -> str:
+def _share(result: Result) -> str:
+    if result.roofline_share is None or result.limit is None:
+        return ""
+    return f"{result.roofline_share:.0%} {result.limit.replace('products', 'matmul')}"
+
+
+def _output(result: Result) -> str:
     if result.answer_error is None:
         return ""
     if not result.right:
@@ -75,8 +81,8 @@ def _comparisons(comparisons: Sequence[Comparison]) -> Table:
         )
         for one in comparisons
     )
-    headers = ("suite", "contender", "against", "speed", "min to max", "verdict")
-    return Table(headers, rows, frozenset({"suite", "contender", "against", "verdict"}))
+    headers = ("suite", "engine", "against", "speed", "min to max", "verdict")
+    return Table(headers, rows, frozenset({"suite", "engine", "against", "verdict"}))
 
 
 def _speed(ratio: Ratio) -> tuple[str, str, str]:
@@ -86,9 +92,9 @@ def _speed(ratio: Ratio) -> tuple[str, str, str]:
 
 def _verdict(ratio: Ratio) -> str:
     if ratio.beyond_noise is None:
-        return "too few repeats to tell"
+        return "too few repeats to test"
     if not ratio.beyond_noise:
-        return "no difference beyond the noise"
+        return "no significant difference"
     return "faster" if ratio.spread.median > 1 else "slower"
 
 
@@ -104,13 +110,13 @@ def _changes(changes: Changes) -> Table:
         )
         for one in changes.changes
     )
-    headers = ("suite", "contender", "baseline", "now", "speed", "verdict")
-    return Table(headers, rows, frozenset({"suite", "contender", "verdict"}))
+    headers = ("suite", "engine", "baseline", "now", "speed", "verdict")
+    return Table(headers, rows, frozenset({"suite", "engine", "verdict"}))
 
 
 def _noise(change: Change) -> str:
     if change.beyond_noise is None:
-        return "too few repeats to tell"
+        return "too few repeats to test"
     if not change.beyond_noise:
         return "within the noise"
     return "faster" if change.ratio > 1 else "slower"
@@ -122,16 +128,18 @@ def _lines(report: BenchReport, changes: Changes | None) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     lines = [
         f"{report.model.id}, {report.model.parameters:,} parameters; {report.repeats} repeats in turns after "
-        "a warm-up; answers compared with plain PyTorch's in float32",
+        "a warm-up; outputs compared with plain PyTorch in float32",
         f"{machine.cpu}, {machine.logical_cpus} processors, {machine.threads} threads, "
         f"{machine.instructions}",
-        f"limits measured meanwhile: memory {quantity(limits.bandwidth)}B/s, products {rates}",
+        f"limits measured in the same rounds: memory {quantity(limits.bandwidth)}B/s, matmul {rates}",
         versions,
         *report.notes,
         *(changes.notes if changes else ()),
     ]
     if report.disturbed:
-        lines.append(f"The machine was busy: {report.disturbed}. Times are too long, ratios less so.")
+        lines.append(
+            f"The machine was busy: {report.disturbed}. Times are too long; ratios are affected less."
+        )
     return lines
 
 
@@ -160,7 +168,7 @@ def _markdown(table: Table) -> list[str]:
 
 
 def bench_document(report: BenchReport, changes: Changes | None = None) -> Mapping[str, Any]:
-    """The JSON document, which `--save` keeps and `--baseline` reads."""
+    """The JSON document, which `--save` writes and `--baseline` reads."""
     machine = asdict(report.machine) | asdict(report.load) | {"limits": asdict(report.limits)}
     return {
         "format": FORMAT,

@@ -1,4 +1,4 @@
-"""A bench as a picture: a panel for each suite, a bar for each contender."""
+"""A bench as a chart: a panel for each suite, a bar for each engine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OURS, THEIRS = "#08519c", "#9ecae1"
 
 
 def draw_bench(report: BenchReport, target: Path) -> None:
-    """Draw medians with the range of the repeats into a PNG.
+    """Draw medians with the range of the repeats to a PNG.
 
     Raises:
         SmolError: the file cannot be written.
@@ -47,5 +47,5 @@ def draw_bench(report: BenchReport, target: Path) -> None:
         figure.savefig(target, format="png", dpi=120)
     except OSError as error:
         raise SmolError(
-            f"{target}: the picture cannot be written ({error.strerror})", "Name another file with --plot."
+            f"{target}: the chart cannot be written ({error.strerror})", "Name another file with --plot."
         ) from None

@@ -254,7 +254,7 @@ def test_help_names_every_option(smolctl: Smolctl) -> None:
     [
         (("--suite", "flops"), 2, "--suite flops does not exist", "load, prefill, decode"),
         (("--against", "vllm"), 2, "--against vllm is not known", "transformers, llama.cpp, litgpt"),
-        (("--fail-below", "0.9"), 2, "compares with nothing", "--baseline"),
+        (("--fail-below", "0.9"), 2, "needs a baseline", "--baseline"),
         (("--baseline", "missing.json"), 3, "missing.json: cannot be read", "--save"),
         (("--suite", "load"), 3, "a preset has no weights to load", "Leave out"),
     ],

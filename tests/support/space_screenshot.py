@@ -1,8 +1,8 @@
 """The picture of a Space's page in README.md: a real browser at a run's page.
 
-    python benchmarks/space_screenshot.py runs/nano-001 "def __init__(self" benchmarks/space.png
+    python -m tests.support.space_screenshot runs/nano-001 "def __init__(self" benchmarks/space.png
 
-Needs Chromium (`apt-get install chromium`) and `pip install 'smolctl[space]' playwright`.
+Needs Chromium (`apt-get install chromium`) and `pip install '.[space]' playwright`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from smolctl.generation.load import load_model
 from smolctl.publish.push import PushOptions, build_preview
@@ -31,8 +29,7 @@ def main(run: str, prompt: str, target: str) -> None:
         visit = chat_in_browser if chats else continue_in_browser
         with running(space) as url:
             seen = visit(url, prompt, chromium, Path(work))
-        picture = Path(work) / ("chat.png" if chats else "space.png")
-        shutil.copyfile(picture, target)
+        shutil.copyfile(Path(work) / ("chat.png" if chats else "space.png"), target)
     print(f"{target}: {Path(target).stat().st_size:,} bytes; the answer came in {seen.versions} versions")
     print(seen.answer)
 
