@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from smolctl.benchmark.engines import PEERS, EngineName, EngineSpec
 from smolctl.benchmark.peers import is_installed
-from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.errors import SmolError, UsageError
 from smolctl.model.weights import HEAD
-from smolctl.publish.export import CODE
 from smolctl.quantization.quantize import QuantizeOptions, quantize
 from smolctl.runs.folder import RunFolder, split_step
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.gguf.write import SCHEMES, require_gguf, write_gguf
-from smolctl.sources.huggingface.config import to_huggingface_config
+from smolctl.sources.huggingface.write import write_model
 
 # llama.cpp's scheme with the same bits as one of ours, where it has another name.
 LLAMA_SCHEMES = {"int8": "q8_0", "int8-dynamic": "q8_0", "int4": "q4_1"}
@@ -100,13 +95,7 @@ def huggingface_folder(source: ModelSource, folder: Path) -> str:
     tensors = {name: tensor.float().contiguous() for name, tensor in source.require_weights().tensors()}
     if config.tie_word_embeddings:
         tensors.pop(HEAD, None)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(to_huggingface_config(config, "float32")))
-    if (files := source.read_tokenizer()) is not None:
-        Tokenizer.from_files(files, source.id).save(folder)
-    if not config.is_llama:
-        for path in CODE.glob("*.py"):
-            shutil.copyfile(path, folder / path.name)
+    write_model(folder, config, tensors, "float32", source.read_tokenizer())
     return str(folder)
 
 

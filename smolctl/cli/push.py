@@ -27,7 +27,7 @@ def push(
         str | None,
         typer.Option("--repo", metavar="ORG/NAME", help="Default: the run's publish.repo, or you/RUN."),
     ] = None,
-    public: Annotated[bool, typer.Option("--public", help="Anyone may see it. Default: private.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Public repository. Default: private.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Build and check, print the plan, send nothing; no network.")
     ] = False,
@@ -40,15 +40,15 @@ def push(
         typer.Option("--gguf", metavar="SCHEMES", help="Also GGUF files: q8_0,q4_0; f16, bf16, q5_1, ..."),
     ] = None,
     license: Annotated[
-        str | None, typer.Option("--license", help="Of the weights, as the Hub spells it: apache-2.0, mit.")
+        str | None, typer.Option("--license", help="License of the weights, such as apache-2.0 or mit.")
     ] = None,
-    revision: Annotated[str, typer.Option("--revision", help="Branch; made when it is not there.")] = "main",
+    revision: Annotated[str, typer.Option("--revision", help="Branch; created if missing.")] = "main",
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     space: Annotated[
         str | None,
         typer.Option("--space", metavar="ORG/NAME", help="Also a Space that answers from this model."),
     ] = None,
-    space_sdk: Annotated[str, typer.Option("--space-sdk", help="Of the Space: gradio.")] = "gradio",
+    space_sdk: Annotated[str, typer.Option("--space-sdk", help="SDK of the Space: gradio.")] = "gradio",
     preview: Annotated[
         bool, typer.Option("--preview", help="Serve the Space's page on this machine; send nothing.")
     ] = False,
@@ -66,12 +66,13 @@ def push(
     smolctl push --space me/my-demo                    and a page to try it
     smolctl push --preview                             that page on this machine
     """
+    from smolctl.hub.client import HubClient
     from smolctl.publish import push as publish
     from smolctl.views import push as view
 
     out = Output(json, quiet, verbose)
     if space_sdk != "gradio":
-        raise UsageError(f"--space-sdk {space_sdk}: only gradio is made", "Leave it out, or say gradio.")
+        raise UsageError(f"--space-sdk {space_sdk}: only gradio is supported", "Leave it out.")
     if create_pr and revision != "main":
         raise UsageError("--create-pr and --revision exclude each other", "Give one of them.")
     if dry_run + (local_dir is not None) + preview > 1:
@@ -83,12 +84,12 @@ def push(
             view.serve(out, publish.build_preview(options, Path(work)))
     elif dry_run:
         with tempfile.TemporaryDirectory(prefix="smolctl-push-") as work:
-            view.show_offline(out, publish.plan_offline(options, Path(work)), None)
+            view.show_offline(out, publish.plan_push(options, Path(work)), None)
     elif local_dir is not None:
         view.show_offline(out, publish.write_local(options, local_dir), local_dir)
     else:
-        with view.progress_bars(out):
-            pushed = publish.push(options, out.talk, lambda plan: view.show_plan(out, plan))
+        view.limit_progress_bars(out)
+        pushed = publish.push(options, HubClient(out.talk), lambda plan: view.show_plan(out, plan))
         view.show_pushed(out, pushed)
         if pushed.space_error is not None:
             raise pushed.space_error

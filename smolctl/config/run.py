@@ -207,6 +207,18 @@ class RunConfig(Section):
         """Tokens an optimizer step sees over all devices."""
         return self.train.batch_size * self.data.sequence_length
 
+    def settings(self) -> dict[str, Any]:
+        """Every setting by the dotted name that `--set` takes."""
+        flat: dict[str, Any] = {}
+        for name, section in self.model_dump().items():
+            values = (
+                {f"{name}.{key}": value for key, value in section.items()}
+                if isinstance(section, dict)
+                else {}
+            )
+            flat |= values or {name: section}
+        return flat
+
     def with_whole_steps(self) -> RunConfig:
         """This run with every share of `train.steps` turned into a number of steps."""
         steps, schedule = self.train.steps, self.schedule

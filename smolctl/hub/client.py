@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from smolctl.errors import HubError
-from smolctl.hub.errors import ChangedError, MissingError, PassingError, explained, no_token
+from smolctl.hub.connection import api, endpoint, fetch
+from smolctl.hub.errors import WRITING, ChangedError, MissingError, PassingError, explained, no_token
 from smolctl.hub.files import PlannedFile
 
-if TYPE_CHECKING:
-    import httpx2
-    from huggingface_hub import HfApi
-
 T = TypeVar("T")
-CONNECT_SECONDS = 10.0
-ANSWER_SECONDS = 120.0  # without a byte; $SMOLCTL_HUB_TIMEOUT is another
 WAITS = (1.0, 2.0, 4.0)  # seconds before another attempt, unless the Hub says how long
 LONGEST_WAIT = 300.0
 README = "README.md"
+SENDING = "send the files"
+MAX_CARD_BYTES = 10_000_000
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Who a token speaks for."""
+    """Whose a token is, and what it allows."""
 
     user: str
     organizations: tuple[str, ...]
@@ -37,7 +31,7 @@ class Identity:
     writable: tuple[str, ...] | None = None  # names that a fine-grained token may write to; None: all
 
     def require_write(self, repo: str) -> None:
-        """Check that this token can write to a repository, as far as it tells.
+        """Check that this token can write to a repository, as far as the Hub describes it.
 
         Raises:
             HubError: a read-only token, somebody else's namespace, or one outside the token's scope.
@@ -99,29 +93,27 @@ class Commit:
 
 
 class HubClient:
-    """The real client with time limits, patience, and errors in our words.
+    """The Hub's client for writing: with patience, and with errors in our words.
 
     Args:
-        note: told what takes time or was decided.
+        note: receives what takes time or was decided.
         wait: sleeps so many seconds.
+
+    Raises:
+        HubError: there is no token.
     """
 
     def __init__(self, note: Callable[[str], None], wait: Callable[[float], None] = time.sleep) -> None:
-        from huggingface_hub import HfApi, constants, get_token, set_client_factory
+        from huggingface_hub import get_token
 
-        set_client_factory(client_with_limits)
-        self._token = get_token()
-        if self._token is None:
+        token = get_token()
+        if token is None:
             raise no_token()
-        self.endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-        self.api: HfApi = HfApi(endpoint=self.endpoint, token=self._token)
+        self.api = api(token)
         self.note, self.wait = note, wait
 
-    def __repr__(self) -> str:
-        return f"HubClient({self.endpoint!r})"
-
     def url(self, target: Target) -> str:
-        return f"{self.endpoint}/{target.shown}"
+        return f"{endpoint()}/{target.shown}"
 
     def identity(self) -> Identity:
         """Whose token this is, and what it may do.
@@ -129,7 +121,7 @@ class HubClient:
         Raises:
             HubError: there is none, or the Hub does not accept it.
         """
-        answer = self.patiently("the Hub", "ask who this token belongs to", self.api.whoami)
+        answer = self.patiently("", "ask who this token belongs to", self.api.whoami)
         return read_identity(answer)
 
     def head(self, target: Target, revision: str | None = None) -> Head:
@@ -138,21 +130,17 @@ class HubClient:
         Raises:
             MissingError: no such repository or revision.
         """
-
-        def look() -> Head:
-            at = revision or target.revision
-            info = self.api.repo_info(target.repo, repo_type=target.kind, revision=at)
-            tree = self.api.list_repo_tree(
-                target.repo, repo_type=target.kind, revision=str(info.sha), recursive=True
-            )
-            checksums: dict[str, str] = {}
-            for entry in tree:
-                lfs, blob = getattr(entry, "lfs", None), getattr(entry, "blob_id", None)
-                if blob is not None:
-                    checksums[entry.path] = lfs.sha256 if lfs is not None else blob
-            return Head(str(info.sha), bool(info.private), checksums)
-
-        return self.patiently(target.shown, "look at the repository", look)
+        at = revision or target.revision
+        info = self._ask(target, "look at the repository", self.api.repo_info, revision=at)
+        tree = self._list(
+            target, "list its files", self.api.list_repo_tree, revision=info.sha, recursive=True
+        )
+        checksums: dict[str, str] = {}
+        for entry in tree:
+            lfs, blob = getattr(entry, "lfs", None), getattr(entry, "blob_id", None)
+            if blob is not None:
+                checksums[entry.path] = lfs.sha256 if lfs is not None else blob
+        return Head(str(info.sha), bool(info.private), checksums)
 
     def ensure(self, target: Target, public: bool) -> Head:
         """The head of a repository that is made when it is not there, and of a branch likewise.
@@ -163,55 +151,32 @@ class HubClient:
         main = Target(target.repo, target.kind)
         try:
             head = self.head(main)
-        except MissingError:
-            self._create(target, public)
-            head = self.head(main)
-        else:
             if head.private == public:
-                self.note(
-                    f"{target.shown} is {'private' if head.private else 'public'} already and stays so."
-                )
+                shown = "private" if head.private else "public"
+                self.note(f"{target.shown} is {shown} already and stays so.")
+        except MissingError:
+            sdk = "gradio" if target.kind == "space" else None
+            of: dict[str, Any] = {"private": not public, "exist_ok": True, "space_sdk": sdk}
+            self._ask(target, "make the repository", self.api.create_repo, **of)
+            head = self.head(main)
         if target.revision == "main":
             return head
         try:
             return self.head(target)
         except MissingError:
-            self.note(f"{target.shown}: branch {target.revision} is made.")
-            self.patiently(
-                target.shown,
-                f"make the branch {target.revision}",
-                lambda: self.api.create_branch(target.repo, repo_type=target.kind, branch=target.revision),
-            )
+            branch = target.revision
+            self.note(f"{target.shown}: branch {branch} is made.")
+            self._ask(target, f"make the branch {branch}", self.api.create_branch, branch=branch)
             return self.head(target)
-
-    def _create(self, target: Target, public: bool) -> None:
-        is_space = target.kind == "space"
-        self.patiently(
-            target.shown,
-            "make the Space" if is_space else "make the repository",
-            lambda: self.api.create_repo(
-                target.repo,
-                repo_type=target.kind,
-                private=not public,
-                exist_ok=True,
-                space_sdk="gradio" if is_space else None,
-            ),
-        )
 
     def card(self, target: Target, head: Head) -> str | None:
         """README.md at a commit; None when there is none."""
         if README not in head.checksums:
             return None
-
-        def fetch() -> str:
-            with tempfile.TemporaryDirectory() as cache:
-                path = self.api.hf_hub_download(
-                    target.repo, README, repo_type=target.kind, revision=head.sha, cache_dir=cache
-                )
-                with Path(path).open(encoding="utf-8", newline="") as file:  # its line ends as they are
-                    return file.read()
-
-        return self.patiently(target.shown, "read its card", fetch)
+        url = f"{self.url(target)}/resolve/{head.sha}/{README}"
+        token = self.api.token
+        card = self.patiently(target.shown, "read its card", lambda: fetch(url, MAX_CARD_BYTES, token=token))
+        return card.content.decode("utf-8", errors="replace")
 
     def push(
         self, target: Target, head: Head, files: Sequence[PlannedFile], message: str, create_pr: bool = False
@@ -227,21 +192,27 @@ class HubClient:
             return Commit(head.sha, ())
         if create_pr and (proposed := self._proposed(target, files)):
             return proposed
-        for wait_s in (*WAITS, None):
+        sent = tuple(file.path for file in changed)
+
+        def attempt() -> Commit:
             try:
-                commit = self._commit(target, head, changed, message, create_pr)
-                break
-            except PassingError as error:
-                if create_pr:  # whether it was opened cannot be told from here
+                return self._commit(target, head, changed, message, create_pr)
+            except PassingError:
+                # Whether a pull request was opened cannot be seen from here.
+                landed = None if create_pr else self._landed(target, head, files)
+                if landed is None:
                     raise
-                landed = self._landed(target, head, files)
-                if landed is not None:
-                    commit = Commit(landed.sha, tuple(file.path for file in changed))
-                    break
-                if wait_s is None:
-                    raise
-                self._pause(error, wait_s)
-        self._verify(target, commit, files)
+                return Commit(landed.sha, sent)
+
+        commit = attempt() if create_pr else self.patiently(target.shown, SENDING, attempt)
+        there = self.head(target, commit.sha)
+        wrong = [file.path for file in files if not there.has(file)]
+        if wrong:
+            raise HubError(
+                f"{target.shown}: after the commit {commit.sha[:8]} the Hub holds another "
+                f"{', '.join(wrong[:5])}",
+                "Run the same command again; if it stays so, delete the file on the Hub first.",
+            )
         return commit
 
     def _commit(
@@ -249,11 +220,10 @@ class HubClient:
     ) -> Commit:
         from huggingface_hub import CommitOperationAdd
 
-        operations = [CommitOperationAdd(file.path, str(file.local)) for file in files]
-        with explained(target.shown, "send the files"):
+        with explained(target.shown, WRITING, SENDING):
             info = self.api.create_commit(
                 target.repo,
-                operations,
+                [CommitOperationAdd(file.path, str(file.local)) for file in files],
                 commit_message=message,
                 repo_type=target.kind,
                 revision=target.revision,
@@ -276,65 +246,48 @@ class HubClient:
 
     def _proposed(self, target: Target, files: Sequence[PlannedFile]) -> Commit | None:
         """An open pull request that has all of this already."""
+        wanted = {"discussion_type": "pull_request", "discussion_status": "open"}
+        listed = self.api.get_repo_discussions
+        for discussion in self._list(target, "look at its pull requests", listed, **wanted):
+            there = self.head(target, f"refs/pr/{discussion.num}")
+            if all(there.has(file) for file in files):
+                return Commit(there.sha, (), f"{self.url(target)}/discussions/{discussion.num}")
+        return None
 
-        def look() -> Commit | None:
-            open_ones = self.api.get_repo_discussions(
-                target.repo,
-                repo_type=target.kind,
-                discussion_type="pull_request",
-                discussion_status="open",
-            )
-            for discussion in open_ones:
-                revision = f"refs/pr/{discussion.num}"
-                there = self.head(target, revision)
-                if all(there.has(file) for file in files):
-                    return Commit(there.sha, (), f"{self.url(target)}/discussions/{discussion.num}")
-            return None
+    def _ask(self, target: Target, doing: str, method: Callable[..., T], **options: Any) -> T:
+        """Call a method of the Hub's client on a repository, `patiently`."""
+        kind = target.kind
+        return self.patiently(target.shown, doing, lambda: method(target.repo, repo_type=kind, **options))
 
-        return self.patiently(target.shown, "look at its pull requests", look)
-
-    def _verify(self, target: Target, commit: Commit, files: Sequence[PlannedFile]) -> None:
-        there = self.head(target, commit.sha)
-        wrong = [file.path for file in files if not there.has(file)]
-        if wrong:
-            raise HubError(
-                f"{target.shown}: after the commit {commit.sha[:8]} the Hub holds another "
-                f"{', '.join(wrong[:5])}",
-                "Run the same command again; if it stays so, delete the file on the Hub first.",
-            )
+    def _list(
+        self, target: Target, doing: str, method: Callable[..., Iterable[T]], **options: Any
+    ) -> list[T]:
+        """All that a method gives which asks the Hub again for every page."""
+        return self._ask(target, doing, lambda *repo, **of: list(method(*repo, **of)), **options)
 
     def patiently(self, name: str, doing: str, call: Callable[[], T]) -> T:
         """A call that may be repeated, several times where the Hub is out of order for a moment.
 
+        Args:
+            name: the repository, as its page's address ends; "" for the Hub itself.
+            doing: what is tried, as in "cannot {doing}".
+            call: does it.
+
         Raises:
             HubError: as `explained`, after the last attempt.
         """
-        for wait_s in WAITS:
+        waits = iter((*WAITS, None))
+        while True:
             try:
-                with explained(name, doing):
+                with explained(name or "the Hub", WRITING, doing, name):
                     return call()
             except PassingError as error:
-                self._pause(error, wait_s)
-        with explained(name, doing):
-            return call()
-
-    def _pause(self, error: PassingError, wait_s: float) -> None:
-        asked = wait_s if error.wait_s is None else error.wait_s
-        if asked > LONGEST_WAIT:
-            raise error
-        self.note(f"{error.message}; trying again in {asked:.0f} s.")
-        self.wait(asked)
-
-
-def client_with_limits() -> httpx2.Client:
-    """The Hub client's session, which by itself waits for ever."""
-    import httpx2
-    from huggingface_hub.utils._http import default_client_factory
-
-    client = default_client_factory()
-    answer = float(os.environ.get("SMOLCTL_HUB_TIMEOUT") or ANSWER_SECONDS)
-    client.timeout = httpx2.Timeout(answer, connect=min(answer, CONNECT_SECONDS))
-    return client
+                wait_s = next(waits)
+                asked_s = error.wait_s or wait_s
+                if wait_s is None or asked_s is None or asked_s > LONGEST_WAIT:
+                    raise
+                self.note(f"{error.message}; trying again in {asked_s:.0f} s.")
+                self.wait(asked_s)
 
 
 def read_identity(answer: Mapping[str, Any]) -> Identity:

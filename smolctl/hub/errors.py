@@ -1,28 +1,30 @@
-"""What the Hub answers to somebody who wants to write, as one line of cause and one of remedy."""
+"""Whatever the Hub answers and its client raises, decided once: one line of cause, one line of remedy.
+
+Reading a model, reading a dataset and writing share the table. Their remedies differ (`Purpose`).
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from smolctl.errors import HubError, SmolError
+from smolctl.hub.connection import TIMEOUT_VARIABLE, endpoint
 
-LOGIN = "Run `hf auth login`, or set HF_TOKEN to a token that may write."
-AGAIN = "Run the same command again: what has arrived is not sent twice."
-_TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{8,}")
+# Tokens, and the user and password in an address.
+_SECRETS = re.compile(r"\b(?:hf|api_org)_(?:oauth_)?[A-Za-z0-9.-]{8,}|(?<=://)[^/@\s]+(?=@)")
 
 
 class PassingError(HubError):
-    """The Hub may do it in a moment: too busy, out of order, or the connection broke."""
+    """The Hub may do it in a moment: it is too busy or out of order, or the connection broke."""
 
-    def __init__(self, message: str, hint: str = AGAIN, wait_s: float | None = None) -> None:
-        super().__init__(message, hint)
-        self.wait_s = wait_s  # as the Hub asks for
+    wait_s: float | None = None  # as the Hub asks for
 
 
 class MissingError(HubError):
-    """There is no such repository, or the token may not see it."""
+    """There is no such repository, revision or file, or the token may not see it."""
 
 
 class ChangedError(HubError):
@@ -33,118 +35,179 @@ class PaymentError(HubError):
     """The account's plan does not cover it (402), or its rights do not (403)."""
 
 
+@dataclass(frozen=True)
+class Purpose:
+    """What the Hub is asked for, as far as remedies differ."""
+
+    right: str  # that a token needs: read or write
+    offline: str  # what can be done without the Hub
+    besides: str = ""  # where else a name was looked for
+    elsewhere: str = ""  # what helps where rights are missing
+    kept: str = ""  # what a failure does not undo
+
+
+READING = Purpose("read", "name a local file or folder", ", and no local file or folder")
+READING_DATA = Purpose("read", "use --data python or local files", READING.besides)
+WRITING = Purpose(
+    "write",
+    "use --dry-run or --local-dir",
+    elsewhere=", or name another --repo",
+    kept=" What has arrived is not sent twice.",
+)
+Verdict = tuple[type[HubError], str, str]  # cause and remedy
+LOGIN = "Run `hf auth login`, or set HF_TOKEN to a token that may {right}"
+AGAIN = "Try again in a few minutes.{kept}"
+_LATE: Verdict = (
+    PassingError,
+    "{host} did not answer in time",
+    f"{AGAIN} {TIMEOUT_VARIABLE}=S waits S seconds.",
+)
+_CUT_OFF: Verdict = (
+    PassingError,
+    "{host} cannot be reached ({said})",
+    "Check the network, HF_ENDPOINT and proxies; or {offline}.{kept}",
+)
+_MISSING: Verdict = (
+    MissingError,
+    "not on the Hub, or private{besides} ({status})",
+    f"Check the name. If it is private: {LOGIN} it.",
+)
+# Exceptions by the name of their class; other answers by their status.
+TABLE: Mapping[str | int, Verdict] = {
+    "OfflineModeIsEnabled": (HubError, "HF_HUB_OFFLINE is set", "Unset it, or {offline}."),
+    "LocalTokenNotFoundError": (HubError, "no Hugging Face token was found", f"{LOGIN}."),
+    "TimeoutException": _LATE,
+    "TimeoutError": _LATE,
+    "HTTPError": _CUT_OFF,
+    "ConnectionError": _CUT_OFF,
+    "GatedRepoError": (
+        HubError,
+        "gated: its authors ask for consent first",
+        "Accept its licence at {page}, then set HF_TOKEN; with a token, wait until they have let you in.",
+    ),
+    "RevisionNotFoundError": (
+        MissingError,
+        "no such revision",
+        "See its branches and commits at {page}/commits, or leave the revision out.",
+    ),
+    "RemoteEntryNotFoundError": (
+        MissingError,
+        "a file is missing ({at})",
+        "See its files at {page}/tree/main.",
+    ),
+    "DisabledRepoError": (HubError, "the Hub has disabled this repository", "See {page}."),
+    "RepositoryNotFoundError": _MISSING,
+    404: _MISSING,
+    400: (HubError, "the Hub refuses it ({said})", "Correct what it names."),
+    401: (HubError, "the Hub does not accept the token (401)", f"{LOGIN}."),
+    402: (PaymentError, "the account's plan does not cover it (402)", "{said}"),
+    403: (
+        PaymentError,
+        "permission denied (403: {said})",
+        "Give the token {right} access to it (hf.co/settings/tokens){elsewhere}.",
+    ),
+    429: (
+        PassingError,
+        "too many requests (429)",
+        f"{AGAIN} With a token (`hf auth login`) the limit is higher.",
+    ),
+    500: (PassingError, "{host} has a problem of its own ({status})", AGAIN),
+    409: (
+        HubError,
+        "it conflicts with what is there already (409: {said})",
+        "Look at {page}, and remove what is there{elsewhere}.",
+    ),
+    412: (
+        ChangedError,
+        "somebody else committed meanwhile, so nothing was changed (412)",
+        "Look at their commit at {page}/commits, then run the same command again: it goes on top of it.",
+    ),
+    413: (HubError, "too large for the Hub (413)", "Leave out a file, see hf.co/docs."),
+}
+OTHERWISE: Verdict = (HubError, "{host} answers {status} ({said})", "See {page}.")
+
+
+def no_token() -> HubError:
+    kind, cause, remedy = TABLE["LocalTokenNotFoundError"]
+    return kind(cause, remedy.format(right=WRITING.right))
+
+
 @contextmanager
-def explained(name: str, doing: str) -> Iterator[None]:
+def explained(
+    name: str,
+    purpose: Purpose,
+    doing: str = "",
+    path: str | None = None,
+    wrappers: tuple[type[Exception], ...] = (),
+) -> Iterator[None]:
     """Turn the client's exceptions into `HubError`.
 
     Args:
         name: the repository, or the Hub itself.
+        purpose: reading or writing.
         doing: what was tried, as in "cannot {doing}".
+        path: of its page on the Hub; None when that is its name.
+        wrappers: exceptions of other libraries in which those of the client may be wrapped.
 
     Raises:
-        HubError: with cause and remedy; never with a token in it.
+        HubError: with cause and remedy, and never with a token in it. A `PassingError` may be tried again.
     """
     import httpx2
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
+    caught: tuple[type[Exception], ...] = (httpx2.HTTPError, OSError, RuntimeError, ValueError, *wrappers)
     try:
         yield
     except SmolError:
         raise
-    except OfflineModeIsEnabled:
-        raise HubError(
-            f"{name}: HF_HUB_OFFLINE is set", "Unset it; --dry-run and --local-dir need no network."
-        ) from None
-    except LocalTokenNotFoundError:
-        raise no_token() from None
-    except HfHubHTTPError as error:
-        raise refusal(error, name, doing) from None
-    except httpx2.TimeoutException:
-        raise PassingError(f"{name}: cannot {doing}: the Hub did not answer in time") from None
-    except (httpx2.HTTPError, ConnectionError) as error:
-        raise PassingError(
-            f"{name}: cannot {doing}: the connection failed ({first_line(error)})",
-            f"Check the network, HF_ENDPOINT and proxies. {AGAIN}",
-        ) from None
-    except ValueError as error:
-        raise HubError(
-            f"{name}: cannot {doing}: the Hub refuses it ({first_line(error)})", "Mend what it names."
-        ) from None
-    except (OSError, RuntimeError) as error:  # the client wraps failed uploads in these
-        cause = error.__cause__ or error.__context__
-        if isinstance(cause, HfHubHTTPError):
-            raise refusal(cause, name, doing) from None
-        raise PassingError(f"{name}: cannot {doing} ({first_line(error)})") from None
+    except caught as error:
+        (kind, cause, remedy), link = _verdict(error)
+        answer = getattr(link, "response", None)
+        facts = vars(purpose) | {
+            "page": f"{endpoint()}/{name if path is None else path}".rstrip("/"),
+            "host": endpoint(),
+            "said": first_line(link),
+            "status": getattr(answer, "status_code", 0),
+            "at": getattr(getattr(answer, "url", None), "path", ""),
+        }
+        lead = f"{name}: cannot {doing}: " if doing else f"{name}: "
+        explanation = kind(
+            _without_secrets(lead + cause.format(**facts)), _without_secrets(remedy.format(**facts))
+        )
+        wait = getattr(answer, "headers", {}).get("Retry-After", "")
+        if isinstance(explanation, PassingError) and wait.isdecimal():
+            explanation.wait_s = float(wait)
+        raise explanation from None
 
 
-def no_token() -> HubError:
-    return HubError("no Hugging Face token was found", LOGIN)
+def _verdict(error: BaseException) -> tuple[Verdict, BaseException]:
+    """The table's line for an exception, and the link in its chain of causes that the line is about."""
+    from huggingface_hub.errors import HfHubHTTPError
 
-
-def refusal(error: Exception, name: str, doing: str) -> HubError:
-    """An answer that says no."""
-    from huggingface_hub import errors
-
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", 0)
-    said = first_line(error)
-    if isinstance(error, errors.RevisionNotFoundError):
-        return MissingError(
-            f"{name}: no such revision", "Name a branch that exists, or leave out --revision."
-        )
-    if isinstance(error, errors.GatedRepoError):
-        return HubError(
-            f"{name}: gated: its authors ask for consent first",
-            "Accept its terms on its page, then try again.",
-        )
-    if status == 401 and not isinstance(error, errors.RepositoryNotFoundError):
-        return HubError(f"{name}: the Hub does not accept the token (401)", LOGIN)
-    if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
-        return MissingError(
-            f"{name}: cannot {doing}: not on the Hub, or this token may not see it (404)",
-            "Check the name and the token's rights.",
-        )
-    if status == 402:
-        return PaymentError(f"{name}: cannot {doing}: the account's plan does not cover it (402)", said)
-    if status == 403:
-        return PaymentError(
-            f"{name}: cannot {doing}: the token may not do this (403: {said})",
-            "Give the token write access to this namespace (hf.co/settings/tokens), or name another --repo.",
-        )
-    if status == 409:
-        return HubError(
-            f"{name}: cannot {doing}: there is something of that name already (409: {said})",
-            "Choose another --repo, or remove what is there.",
-        )
-    if status == 412:
-        return ChangedError(
-            f"{name}: somebody else committed while this was being sent (412); nothing of yours is in",
-            "Look at their commit, then run the same command again: it goes on top of it.",
-        )
-    if status == 413:
-        return HubError(
-            f"{name}: cannot {doing}: too large for the Hub (413)", "Leave out a file, see hf.co/docs."
-        )
-    if status == 429:
-        return PassingError(
-            f"{name}: too many requests (429)", f"Wait a few minutes. {AGAIN}", _retry_after(response)
-        )
-    if status >= 500:
-        return PassingError(
-            f"{name}: cannot {doing}: the Hub has a problem of its own ({status})",
-            AGAIN,
-            _retry_after(response),
-        )
-    return HubError(f"{name}: cannot {doing}: the Hub answers {status or said}", said if status else AGAIN)
-
-
-def _retry_after(response: object) -> float | None:
-    value = getattr(response, "headers", {}).get("Retry-After", "")
-    return float(value) if value.isdecimal() else None
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    for link in sorted(chain, key=lambda link: not isinstance(link, HfHubHTTPError)):  # answers first
+        for kind in type(link).__mro__:
+            if kind.__name__ in TABLE:
+                return TABLE[kind.__name__], link
+            if isinstance(link, HfHubHTTPError) and kind is HfHubHTTPError:
+                status = link.response.status_code
+                return TABLE.get(500 if status == 408 or status >= 500 else status, OTHERWISE), link
+    if isinstance(error, OSError) and error.errno is not None:
+        return (HubError, "{said}", "Check the disk and the rights of its files."), error
+    if isinstance(error, (RuntimeError, OSError)):  # the client wraps failed transfers in these
+        return (PassingError, "{said}", AGAIN), error
+    return (HubError, "{said}", "Correct what it names, or {offline}."), error
 
 
 def first_line(error: BaseException) -> str:
-    """The server's own words where there are any, else the exception's first line; without tokens."""
+    """The server's own words where there are any, else the exception's first line; without secrets."""
     text = str(getattr(error, "server_message", None) or error).strip()
-    line = text.splitlines()[0][:300] if text else type(error).__name__
-    return _TOKEN.sub(r"\1_…", line)
+    return _without_secrets(text.splitlines()[0][:300] if text else type(error).__name__)
+
+
+def _without_secrets(text: str) -> str:
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return _SECRETS.sub("…", text.replace(token, "…") if token and len(token) >= 8 else text)

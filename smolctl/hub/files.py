@@ -17,7 +17,7 @@ class PlannedFile:
     local: Path
     bytes: int
     sha256: str
-    git_sha1: str  # of git's blob, which the Hub tells of files that are not in LFS
+    git_sha1: str  # of git's blob, which the Hub gives for files that are not in LFS
 
 
 def planned_files(folder: Path) -> tuple[PlannedFile, ...]:

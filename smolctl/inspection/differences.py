@@ -43,7 +43,7 @@ def compare(this: ModelSource, other: ModelSource) -> Differences:
     """
     recipe = None
     if this.run is not None and other.run is not None:
-        recipe = _differences(_flat_recipe(this.run), _flat_recipe(other.run))
+        recipe = _differences(_recipe(this.run), _recipe(other.run))
     tensors = None
     if this.tensors is not None and other.tensors is not None:
         tensors = _differences(_tensors(this), _tensors(other))
@@ -61,14 +61,8 @@ def _differences(this: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[Dif
     )
 
 
-def _flat_recipe(run: RunConfig) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, section in run.model_dump(exclude={"model"}).items():
-        if isinstance(section, dict):
-            flat |= {f"{name}.{key}": value for key, value in section.items()}
-        else:
-            flat[name] = section
-    return flat
+def _recipe(run: RunConfig) -> dict[str, Any]:
+    return {key: value for key, value in run.settings().items() if not key.startswith("model.")}
 
 
 def _tensors(source: ModelSource) -> dict[str, str]:

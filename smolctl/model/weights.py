@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol, TypeVar
 
 import torch
@@ -62,6 +62,22 @@ def load_network(source: ModelSource, dtype: torch.dtype | None = None, device: 
     config, weights = source.require_config(), source.require_weights()
     tensors = {name: tensor.to(device, dtype) for name, tensor in weights.tensors()}
     return from_state(config, tensors, source.id).eval()
+
+
+def finite_tensors(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a source that is about to be written in another form.
+
+    Raises:
+        InputError: the weights cannot be read, or hold NaN or infinite values: with the tensor's name.
+    """
+    step = "" if source.step is None else f" at step {source.step:,}"
+    for name, tensor in source.require_weights().tensors():
+        if not torch.isfinite(tensor).all():
+            raise InputError(
+                f"{source.id}{step}: {name} holds NaN or infinite values",
+                "Use another checkpoint: this one is damaged, or its training diverged.",
+            )
+        yield name, tensor
 
 
 def from_state(config: ModelConfig, tensors: Mapping[str, Tensor], origin: str) -> Transformer:

@@ -12,7 +12,7 @@ import os
 import queue
 import random
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ class Speaker:
             turns = turns[2:]
         yield from self._answers(prompt, controls)
 
-    def continue_text(self, prompt: str, *controls: float) -> Iterator[str]:
+    def continue_text(self, prompt: str, *controls: float) -> Generator[str]:
         """The prompt and what follows it so far, again and again as it grows."""
         for text in self._answers(prompt, controls):
             yield prompt + text
@@ -227,7 +227,7 @@ def main(folder: Path, on_start: Callable[[str], None] | None = None) -> None:
 
     Args:
         folder: of the Space.
-        on_start: told the address once the page is there; None leaves that to Gradio.
+        on_start: receives the address once the page is there; None leaves that to Gradio.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio

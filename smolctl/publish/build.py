@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -18,22 +17,35 @@ from smolctl.publish.card_text import CardFacts, card_metadata, card_text
 from smolctl.publish.export import Export, export_model
 from smolctl.publish.facts import RunFacts, read_facts, write_records
 from smolctl.publish.secrets import require_no_secrets, scan
-from smolctl.runs.folder import METRICS, PREDICTIONS, STORY, RunFolder, latest_run, split_step
+from smolctl.publish.smoke import SmokeTest
+from smolctl.runs.folder import (
+    CONFIG,
+    ENVIRONMENT,
+    LOSS_CURVE,
+    METRICS,
+    PREDICTIONS,
+    QUANTIZED,
+    STORY,
+    TOKENIZER,
+    RunFolder,
+    latest_run,
+    split_step,
+)
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.huggingface.tokenizer import read_json
+from smolctl.sources.huggingface.write import write_json
 from smolctl.sources.quantized.folder import DESCRIPTION, is_quantized_folder, read_description
 
 # Texts beside the model that belong to it and are taken as they are.
 LICENCE_FILES = re.compile(r"(LICEN[CS]E|NOTICE)([.-].*)?", re.IGNORECASE)
-QUANTIZED = "quantized"
 # What of a run goes up in another form.
-USED = {README, "config.yaml", "environment.json", "tokenizer", METRICS, PREDICTIONS, STORY, "loss.png"}
+USED = {README, CONFIG, ENVIRONMENT, TOKENIZER, METRICS, PREDICTIONS, STORY, LOSS_CURVE}
 
 
 @dataclass(frozen=True)
-class Model:
-    """What is to be published, before anything is written."""
+class ModelToPublish:
+    """A model that was opened, before anything is written."""
 
     source: ModelSource
     name: str  # of the repository, when none is named
@@ -52,14 +64,16 @@ class Model:
 
 @dataclass(frozen=True)
 class Built:
-    """The folder of the repository, complete but for its card."""
+    """The folders that go up, complete but for what depends on where they go: the cards."""
 
-    model: Model
+    model: ModelToPublish
     folder: Path
     export: Export
     facts: RunFacts | None
     left_out: tuple[str, ...]
     quantized: tuple[str, ...] = ()  # schemes of the folders that go along
+    space: Path | None = None  # folder of the Space
+    smoke: SmokeTest | None = None  # how the Space's page did on this machine
 
     def card_facts(self, repo: str, license: str | None) -> CardFacts:
         network = self.export.network
@@ -98,18 +112,19 @@ class Built:
         with path.open(encoding="utf-8", errors="replace", newline="") as file:
             return file.read()
 
-    def files(self) -> tuple[PlannedFile, ...]:
-        """Everything that goes up, after the scan for secrets.
 
-        Raises:
-            InputError: something looks like a secret.
-        """
-        files = planned_files(self.folder)
-        require_no_secrets(scan(self.folder, (file.path for file in files)))
-        return files
+def scanned_files(folder: Path) -> tuple[PlannedFile, ...]:
+    """Everything in a folder that goes up.
+
+    Raises:
+        InputError: something looks like a secret.
+    """
+    files = planned_files(folder)
+    require_no_secrets(scan(folder, (file.path for file in files)))
+    return files
 
 
-def open_model(model: str | None) -> Model:
+def open_model(model: str | None) -> ModelToPublish:
     """What is to be published: by default the newest run.
 
     Raises:
@@ -122,12 +137,12 @@ def open_model(model: str | None) -> Model:
     if source.kind == SourceKind.RUN:
         path, _ = split_step(reference)
         folder = RunFolder.open(path).path
-        return Model(source, repository_name(folder.resolve().name), folder, is_run=True)
+        return ModelToPublish(source, repository_name(folder.resolve().name), folder, is_run=True)
     path = Path(reference)
     folder = path if path.is_dir() else path.parent
     name = path.stem if path.is_file() else path.resolve().name if path.is_dir() else reference.split("@")[0]
     beside = folder if source.kind == SourceKind.FOLDER else None
-    return Model(source, repository_name(name.split("/")[-1]), beside, is_run=False)
+    return ModelToPublish(source, repository_name(name.split("/")[-1]), beside, is_run=False)
 
 
 def repository_name(name: str) -> str:
@@ -136,7 +151,7 @@ def repository_name(name: str) -> str:
     return re.sub(r"[-.]{2,}", "-", text).strip("-.")[:96] or "model"
 
 
-def build(model: Model, folder: Path, schemes: Sequence[str]) -> Built:
+def build(model: ModelToPublish, folder: Path, schemes: Sequence[str]) -> Built:
     """Write everything but the card, and load the model back.
 
     Args:
@@ -180,10 +195,10 @@ def _forget_path(path: Path) -> None:
     """Name the source of a quantized folder without the folders of this machine."""
     description = read_json(path)
     description["source"]["id"] = PurePath(str(description["source"].get("id"))).name
-    path.write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, description)
 
 
-def _left_out(model: Model, taken: set[str]) -> tuple[str, ...]:
+def _left_out(model: ModelToPublish, taken: set[str]) -> tuple[str, ...]:
     """What lies beside the model and stays there."""
     if model.folder is None:
         return ()

@@ -76,11 +76,11 @@ def read_metadata(front: str) -> dict[str, Any]:
         line = f", line {where.line + 1}" if where else ""
         raise InputError(
             f"README.md{line}: the metadata is no YAML ({getattr(error, 'problem', error)})",
-            "Mend the part between the --- lines at its top, or delete it.",
+            "Correct the part between the --- lines at its top, or delete it.",
         ) from None
     if content is not None and not isinstance(content, dict):
         raise InputError(
-            "README.md: the metadata is no mapping", "Mend the part between the --- lines at its top."
+            "README.md: the metadata is no mapping", "Correct the part between the --- lines at its top."
         )
     return content or {}
 
@@ -96,7 +96,7 @@ def stated_license(text: str) -> str | None:
 
 
 def require_valid(metadata: Mapping[str, Any]) -> None:
-    """Check the metadata as the Hub does, as far as that can be told without it.
+    """Check the metadata as the Hub does, as far as that is possible without it.
 
     Raises:
         InputError: naming the key.
@@ -121,7 +121,7 @@ def _texts(value: Any) -> bool:
 
 
 def _invalid(key: str, value: Any, expected: str) -> InputError:
-    return InputError(f"README.md: {key} must be {expected}, got {value!r}", "Mend the card's metadata.")
+    return InputError(f"README.md: {key} must be {expected}, got {value!r}", "Correct the card's metadata.")
 
 
 def _front_matter(metadata: Mapping[str, Any]) -> str:

@@ -184,7 +184,7 @@ def _training(run: RunFacts) -> list[str]:
             f"warmup {schedule.warmup_steps:g} steps, least {schedule.min_learning_rate:g}",
         ),
         ("gradient clipping", f"{train.gradient_clip:g}"),
-        ("precision", train.precision),
+        ("precision", f"{train.precision}, blocks {'compiled' if train.compile is True else 'not compiled'}"),
         ("seeds", f"{train.seed} (weights), {config.data.seed} (order of the data)"),
         *loss,
         ("hardware", run.hardware),

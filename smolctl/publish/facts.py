@@ -1,4 +1,4 @@
-"""What a run's own files tell about it: the facts of the card, and the records that go up with the model."""
+"""What a run's own files record: the facts of the card, and the records that go up with the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from smolctl.escaping import json_line
 from smolctl.quantization.record import read_record
 from smolctl.runs.chart import draw_loss
 from smolctl.runs.events import to_json
-from smolctl.runs.folder import LOSS_CURVE, METRICS, PREDICTIONS, STORY, RunFolder
+from smolctl.runs.folder import CONFIG, ENVIRONMENT, LOSS_CURVE, METRICS, PREDICTIONS, STORY, RunFolder
 from smolctl.runs.story import History, to_markdown
 from smolctl.sources.base import ModelSource
 
@@ -40,14 +40,9 @@ class RunFacts:
 
     @property
     def hardware(self) -> str:
-        """Device and software, as far as the run recorded them."""
-        devices = list(self.environment.get("devices") or ())
-        threads = self.environment.get("threads")
-        where = ", ".join(f"{devices.count(name)} × {name}" for name in dict.fromkeys(devices))
-        if not where:
-            where = f"CPU, {threads} threads" if threads else "CPU"
-        torch = (self.environment.get("packages") or {}).get("torch")
-        return f"{where}; PyTorch {torch}" if torch else where
+        """Devices and software of the run's sessions, as far as they were recorded, in their order."""
+        sessions = [*(self.environment.get("earlier") or ()), self.environment]
+        return "; then ".join(dict.fromkeys(map(_hardware, sessions)))
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -58,6 +53,18 @@ class RunFacts:
     def source_names(self) -> tuple[str, ...]:
         """The data as strangers may read it: paths of this machine by their last part."""
         return tuple(public_source(source) for source in self.config.data.source)
+
+
+def _hardware(environment: Mapping[str, Any]) -> str:
+    devices = list(environment.get("devices") or ())
+    if environment.get("device") == "cpu":  # whatever else the machine has was not used
+        devices = []
+    threads = environment.get("threads")
+    where = ", ".join(f"{devices.count(name)} × {name}" for name in dict.fromkeys(devices))
+    if not where:
+        where = f"CPU, {threads} threads" if threads else "CPU"
+    torch = (environment.get("packages") or {}).get("torch")
+    return f"{where}; PyTorch {torch}" if torch else where
 
 
 def is_public_source(source: str) -> bool:
@@ -110,9 +117,9 @@ def write_records(facts: RunFacts, run: Path, target: Path) -> None:
     if tokenizer and Path(tokenizer).exists():
         tokenizer = PurePath(tokenizer).name
     shown = facts.config.model_copy(update={"data": data, "tokenizer": tokenizer})
-    _write(folder / "config.yaml", to_yaml(shown))
+    _write(folder / CONFIG, to_yaml(shown))
     if facts.environment:
-        _write(folder / "environment.json", json.dumps(facts.environment, indent=2) + "\n")
+        _write(folder / ENVIRONMENT, json.dumps(facts.environment, indent=2) + "\n")
     _write_lines(folder / METRICS, records)
     predictions = [to_json(prediction) for history in facts.histories.values() for prediction in history]
     if predictions:

@@ -1,12 +1,12 @@
-"""The Space as a folder: a page, the model that it speaks with, and all the code it needs."""
+"""The Space as a folder: a page, the model that answers on it, and all the code it needs."""
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from smolctl.publish.app import FACTS, MODEL
 from smolctl.publish.build import Built
 from smolctl.publish.card import merge_card
 from smolctl.publish.card_text import CardFacts
-from smolctl.publish.secrets import require_no_secrets, scan
 from smolctl.quantization.build import build_items, read_tensors
 from smolctl.quantization.folder import Origin, write_folder
 from smolctl.quantization.schemes import SchemeOptions, make_plan
 from smolctl.sources import open_source
+from smolctl.sources.huggingface.write import CODE, write_json
 
 SPACE_SCHEME = "int8"
 SDK_VERSION = "6.31.0"  # of Gradio; the Hub wants all three numbers
@@ -52,7 +52,7 @@ SINGLE_FILES = (
     "publish/app.py",
 )
 SUFFIXES = {".py", ".c", ".h"}
-NOT_NEEDED = {"hatch_hook.py"}
+NOT_NEEDED = {"hatch_hook.py", *(path.name for path in CODE.glob("*.py"))}
 APP = '''\
 """The page of this Space. What it does is in smolctl/publish/app.py."""
 
@@ -66,34 +66,32 @@ EXAMPLES = 4
 HUB_MACHINE = ("linux", "x86_64")
 
 
-def build_space(built: Built, folder: Path, facts: CardFacts, on_hub: str | None = None) -> None:
-    """Write the folder of a Space.
+def add_space(built: Built, folder: Path) -> Built:
+    """Write the folder of a Space, complete but for its card.
 
     Args:
         built: the model repository.
         folder: an empty folder.
-        facts: of the model's card; its `repo` is where the model lies on the Hub.
-        on_hub: the Space's README.md as it is now.
 
     Raises:
-        SmolError: something cannot be written, or looks like a secret.
+        SmolError: something cannot be written.
     """
     write_space_model(built, folder / MODEL)
     copy_package(folder / "smolctl")
     (folder / "app.py").write_text(APP, encoding="utf-8")
     (folder / "requirements.txt").write_text(requirements(), encoding="utf-8")
-    page = {
-        "title": facts.name,
-        "summary": _summary(facts),
-        "examples": list(_examples(facts))[:EXAMPLES],
-    }
-    (folder / FACTS).write_text(json.dumps(page, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_space_card(folder, facts, on_hub)
-    require_no_secrets(scan(folder, _paths(folder)))
+    _write_page(folder, built.card_facts(built.model.name, None))
+    return replace(built, space=folder)
+
+
+def _write_page(folder: Path, facts: CardFacts) -> None:
+    """Write the page's facts of the model, with a link once the repository is known."""
+    examples = list(_examples(facts))[:EXAMPLES]
+    write_json(folder / FACTS, {"title": facts.name, "summary": _summary(facts), "examples": examples})
 
 
 def write_space_model(built: Built, folder: Path) -> None:
-    """The model that the Space speaks with, in 8 bits: a quarter of the bytes to read for every token."""
+    """The Space's model, in 8 bits: a quarter of the bytes to read for every token."""
     source = open_source(str(built.folder))
     config = source.require_config()
     plan = make_plan(config, SPACE_SCHEME, SchemeOptions())
@@ -127,7 +125,14 @@ def requirements() -> str:
 
 
 def write_space_card(folder: Path, facts: CardFacts, on_hub: str | None) -> None:
-    """README.md, whose metadata tells the Hub how to build the Space."""
+    """Write what depends on where the model goes: the page's facts, and README.md.
+
+    Args:
+        folder: of the Space, from `add_space`.
+        facts: of the model's card; its `repo` is where the model lies on the Hub.
+        on_hub: the Space's README.md as it is now.
+    """
+    _write_page(folder, facts)
     decided = {
         "sdk": "gradio",
         "sdk_version": SDK_VERSION,
@@ -175,9 +180,9 @@ def _summary(facts: CardFacts) -> str:
             parts.append(f"{facts.run.validations[-1]['bits_per_byte']:.3f} bits per byte on held-out text")
     parts.append(f"answers in {SPACE_SCHEME}")
     line = " · ".join(parts)
-    where = f"[{facts.repo}](https://huggingface.co/{facts.repo})"
+    where = f" Model: [{facts.repo}](https://huggingface.co/{facts.repo})" if "/" in facts.repo else ""
     kind = "It chats." if facts.can_chat else "It continues text; it was not taught to answer questions."
-    return f"{line}. {kind} Small models make things up. Model: {where}"
+    return f"{line}. {kind} Small models make things up.{where}"
 
 
 def _shape(config: ModelConfig) -> list[str]:
@@ -198,7 +203,3 @@ def _examples(facts: CardFacts) -> Sequence[str]:
     if facts.run and facts.run.histories:
         return tuple(facts.run.histories)
     return ("Once upon a time", "The capital of France is", "def fibonacci(n):")
-
-
-def _paths(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

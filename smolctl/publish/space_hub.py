@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from smolctl.errors import HubError
 from smolctl.hub.client import HubClient, Target
-from smolctl.hub.errors import PaymentError, explained, first_line
+from smolctl.hub.errors import WRITING, PaymentError, explained, first_line
 
 POLL_SECONDS = 5.0
 LONGEST_SECONDS = 30 * 60.0  # as long as the Hub itself lets a Space start
@@ -21,7 +21,7 @@ LOG_LINES = 30
 
 @contextlib.contextmanager
 def explained_payment(target: Target) -> Iterator[None]:
-    """Say what kind of account a Gradio Space needs, where that is what is missing."""
+    """Explain what kind of account a Gradio Space needs, when the account is what is missing."""
     try:
         yield
     except PaymentError as error:
@@ -33,9 +33,7 @@ def explained_payment(target: Target) -> Iterator[None]:
         ) from None
 
 
-def await_space(
-    client: HubClient, target: Target, note: Callable[[str], None], longest_s: float = LONGEST_SECONDS
-) -> str:
+def await_space(client: HubClient, target: Target, longest_s: float = LONGEST_SECONDS) -> str:
     """Wait until a Space runs.
 
     Returns:
@@ -53,7 +51,7 @@ def await_space(
             ).stage
         )
         if stage != last:
-            note(f"{target.shown}: {stage}")
+            client.note(f"{target.shown}: {stage}")
             last = stage
         if stage == RUNNING or stage in ASLEEP:
             return stage
@@ -69,7 +67,7 @@ def await_space(
 def _broken(client: HubClient, target: Target, stage: str) -> HubError:
     build = stage != "RUNTIME_ERROR"
     try:
-        with explained(target.shown, "read its log"):
+        with explained(target.shown, WRITING, "read its log"):
             text = "".join(
                 line if line.endswith("\n") else f"{line}\n"
                 for line in client.api.fetch_space_logs(target.repo, build=build)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from smolctl.config import ModelConfig
-from smolctl.errors import InputError
 from smolctl.model.dynamic import quantize_dynamically
+from smolctl.model.weights import finite_tensors
 from smolctl.quantization.folder import Item
 from smolctl.quantization.rounding import quantize_matrix
 from smolctl.quantization.schemes import DYNAMIC, Plan
@@ -25,15 +25,12 @@ def read_tensors(source: ModelSource) -> dict[str, Tensor]:
     Raises:
         InputError: the weights cannot be read, or hold NaN or infinite values.
     """
-    config = source.require_config()
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in source.require_weights().tensors():
-        if name == HEAD and config.tie_word_embeddings:
-            continue
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"{source.id}: {name} holds NaN or infinite values", "Use another checkpoint.")
-        tensors[name] = tensor.detach().float().cpu()
-    return tensors
+    tied = source.require_config().tie_word_embeddings
+    return {
+        name: tensor.detach().float().cpu()
+        for name, tensor in finite_tensors(source)
+        if not (name == HEAD and tied)
+    }
 
 
 def build_items(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,20 +14,18 @@ from torch import Tensor
 
 from smolctl import __version__
 from smolctl.config import ModelConfig
-from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.durable import file_digest, lack_of_room, sync_file, sync_folder
 from smolctl.errors import SmolError, UsageError
 from smolctl.model.dynamic import DynamicTransformer, dynamic_state
 from smolctl.quantization.schemes import DYNAMIC, Plan
 from smolctl.sources import open_source
 from smolctl.sources.base import TokenizerFiles
-from smolctl.sources.huggingface.config import to_huggingface_config
+from smolctl.sources.huggingface.write import WRITTEN, write_json, write_model
 from smolctl.sources.quantized.folder import (
     DESCRIPTION,
     FILE,
     FORMAT,
     OFFSETS,
-    OWN_TYPE,
     SCALES,
     VALUES,
     VERSION,
@@ -39,7 +36,7 @@ from smolctl.sources.quantized.scaled import ScaledMatrix
 
 Item = Tensor | PackedMatrix | ScaledMatrix
 SMALL_FILES = 32 << 20  # tokenizer, configs and the file system's own: room that is left for them
-OURS = {FILE, DESCRIPTION, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+OURS = {DESCRIPTION, *WRITTEN}
 CHECKPOINT_SUFFIX = "_quantized.ckpt"
 
 
@@ -171,28 +168,19 @@ def _write_files(
     origin: Origin,
     name: str,
 ) -> None:
-    from safetensors.torch import save_file
-
-    save_file(dict(stored), folder / FILE, metadata={"format": "pt"})
     plain = plan.scheme == "bf16" and config.is_llama  # transformers loads it as it is
-    if config.is_llama:
-        values = to_huggingface_config(config, "bfloat16" if plan.scheme == "bf16" else "float32")
-    else:
-        values = {"model_type": OWN_TYPE, **config.model_dump(mode="json")}
-    if not plain:
-        values["quantization_config"] = {"quant_method": FORMAT, "scheme": plan.scheme}
-    _write_json(folder / "config.json", values)
-    (folder / FILE).chmod((folder / "config.json").stat().st_mode)  # safetensors makes it its owner's alone
-    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": values["eos_token_id"]}
-    _write_json(
-        folder / "generation_config.json", {key: value for key, value in ids.items() if value is not None}
+    write_model(
+        folder,
+        config,
+        stored,
+        "bfloat16" if plan.scheme == "bf16" else "float32",
+        tokenizer,
+        quantization=None if plain else {"quant_method": FORMAT, "scheme": plan.scheme},
     )
-    if tokenizer is not None:
-        Tokenizer.from_files(tokenizer).save(folder)
     if plain:
         return
     description = describe(plan, items, origin)
-    _write_json(
+    write_json(
         folder / DESCRIPTION,
         {
             **description,
@@ -251,10 +239,6 @@ def _write_checkpoint(
         "tokenizer": asdict(tokenizer) if tokenizer is not None else None,
     }
     torch.save(content, path)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _compare(partial: Path, items: Mapping[str, Item], target: Path) -> None:

@@ -149,6 +149,6 @@ def link_checkpoint(path: Path, link: Path) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Rename a damaged checkpoint, so that no command uses it and it can still be looked at."""
-    path.replace(f"{path}.damaged")
+    """Rename a checkpoint, so that no command uses it and it can still be looked at."""
+    path.replace(f"{path}.damaged" if find_damage(path) else f"{path}.kept")
     remove_checksum(path)

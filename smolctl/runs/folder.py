@@ -254,7 +254,8 @@ class RunFolder:
     def clear_after(self, step: int, force: bool) -> None:
         """Make room for the steps after `step`: damaged files are set aside, sound ones go only by force.
 
-        The name final.ckpt goes too: its checkpoint keeps the name of its step.
+        The name final.ckpt goes too: its checkpoint keeps the name of its step. A final.ckpt that is a copy
+        is set aside.
 
         Raises:
             UsageError: a newer sound checkpoint would be replaced.
@@ -267,9 +268,12 @@ class RunFolder:
                 f"that going on from step {step:,} would replace",
                 "Branch into a folder of its own with --out NEW, or replace them with --force.",
             )
+        final = self.path / CHECKPOINTS / FINAL
+        if final.exists():  # in a copied folder it may be a file of its own, perhaps the only sound one
+            is_a_name = any(final.samefile(file.path) for file in self.checkpoints())
+            (remove_checkpoint if is_a_name else set_aside)(final)
         for file in newer:
             (remove_checkpoint if file in sound else set_aside)(file.path)
-        remove_checkpoint(self.path / CHECKPOINTS / FINAL)
 
     def name_final(self, step: int) -> None:
         """Give the checkpoint of the last step the name final.ckpt as well."""

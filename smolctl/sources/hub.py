@@ -9,17 +9,17 @@ Hub cannot be reached.
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolctl.errors import HubError
-from smolctl.hub.read_errors import UnreachableError, explained
+from smolctl.hub.connection import Fetched, api, endpoint, fetch
+from smolctl.hub.errors import READING, PassingError, explained
 from smolctl.sources.base import ModelSource, SourceKind, TensorHeader, Weights
 from smolctl.sources.huggingface.folder import INDEX, SINGLE, describe, is_huggingface_folder, open_folder
 from smolctl.sources.huggingface.safetensors_file import (
@@ -37,10 +37,8 @@ from smolctl.sources.huggingface.tokenizer import (
 )
 
 if TYPE_CHECKING:
-    import httpx2
     import torch
 
-CONNECT_SECONDS = 5.0
 HEADER_GUESS = 100_000  # bytes of the first Range request; longer headers take a second one
 MAX_CONFIG_BYTES = 20_000_000  # of a config or an index; a repository may hold anything
 PARALLEL_REQUESTS = 8
@@ -58,16 +56,18 @@ def open_hub(model: str) -> ModelSource:
         HubError: not there, private, gated, refused, unreachable, or without anything to read.
         InputError: the repository's files are damaged.
     """
+    from huggingface_hub import is_offline_mode
+
     name, _, revision = model.partition("@")
     repository = Repository(name, revision or None)
-    if repository.offline:
-        return _open_cached(repository, model, "HF_HUB_OFFLINE is set")
+    if is_offline_mode():
+        return _open_cached(repository, model, f"{model}: HF_HUB_OFFLINE is set")
     try:
-        with explained(repository.name, repository.url):
+        with explained(name, READING):
             return _open_online(repository, model)
-    except UnreachableError as error:
+    except PassingError as error:
         try:
-            return _open_cached(repository, model, "the Hub cannot be reached")
+            return _open_cached(repository, model, error.message)
         except HubError:
             raise error from None
 
@@ -84,60 +84,27 @@ class Repository:
         self._lock = threading.Lock()  # headers of shards are read side by side
 
     @property
-    def endpoint(self) -> str:
-        from huggingface_hub import constants
-
-        return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-
-    @property
-    def offline(self) -> bool:
-        from huggingface_hub import constants
-
-        return constants.is_offline_mode()
-
-    @property
     def url(self) -> str:
-        return f"{self.endpoint}/{self.name}"
+        return f"{endpoint()}/{self.name}"
 
     def info(self) -> dict[str, Any]:
         """The Hub's description of the repository: its commit and its files."""
-        revision = f"/revision/{_quoted(self.revision)}" if self.revision else ""
-        text, _ = self.get(f"{self.endpoint}/api/models/{self.name}{revision}", MAX_CONFIG_BYTES)
-        return parse_json(text, self.url)
+        revision = f"/revision/{self.revision.replace('/', '%2F')}" if self.revision else ""
+        answer = self._fetch(f"{endpoint()}/api/models/{self.name}{revision}", MAX_CONFIG_BYTES)
+        return parse_json(answer.content, self.url)
 
     def file(
-        self, commit: str, path: str, limit: int = MAX_CONFIG_BYTES, start: int = 0
+        self, commit: str, path: str, limit: int = MAX_CONFIG_BYTES, start: int | None = None
     ) -> tuple[bytes, int]:
-        """Bytes of a file from `start`, at most `limit`, and the size of the whole file (0: not told)."""
-        ranged = start > 0 or limit < MAX_CONFIG_BYTES
-        headers = {"range": f"bytes={start}-{start + limit - 1}"} if ranged else {}
-        return self.get(f"{self.url}/resolve/{commit}/{path}", limit, headers, start)
+        """Bytes of a file, by Range from `start` on, and the size of the whole file (0: unknown)."""
+        answer = self._fetch(f"{self.url}/resolve/{commit}/{path}", limit, start)
+        return answer.content, answer.size
 
-    def get(
-        self, url: str, limit: int, headers: Mapping[str, str] | None = None, start: int = 0
-    ) -> tuple[bytes, int]:
-        """One GET without retries; reads no more than it needs even where Range is ignored."""
-        from huggingface_hub import hf_raise_for_status
-        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
-
-        plain = {"accept-encoding": "identity"}
-        with limited_session().stream(
-            "GET", url, headers=build_hf_headers() | plain | dict(headers or {})
-        ) as response:
-            if response.is_error:
-                response.read()
-            hf_raise_for_status(response)
-            skip = 0 if response.status_code == 206 else start
-            content = bytearray()
-            for piece in response.iter_raw():
-                content += piece
-                if len(content) >= skip + limit:
-                    break
-            with self._lock:
-                self.bytes_fetched += response.num_bytes_downloaded
-            told = response.headers.get("content-range", "").rpartition("/")[2]
-            size = int(told) if told.isdecimal() else int(response.headers.get("content-length") or 0)
-        return bytes(content[skip : skip + limit]), size
+    def _fetch(self, url: str, limit: int, start: int | None = None) -> Fetched:
+        answer = fetch(url, limit, start)
+        with self._lock:
+            self.bytes_fetched += answer.downloaded
+        return answer
 
     def download(self, patterns: list[str]) -> Path:
         """Files of the repository in the client's own cache; the folder of the snapshot.
@@ -145,28 +112,8 @@ class Repository:
         Raises:
             HubError: they cannot be had.
         """
-        from huggingface_hub import snapshot_download
-
-        limited_session()
-        with explained(self.name, self.url):
-            folder = snapshot_download(
-                self.name, revision=self.revision, allow_patterns=patterns, endpoint=self.endpoint
-            )
-        return Path(folder)
-
-
-def limited_session() -> httpx2.Client:
-    """The Hub client's session with a time limit: by default it waits for ever."""
-    import httpx2
-    from huggingface_hub import constants, get_session
-
-    session = get_session()
-    session.timeout = httpx2.Timeout(constants.HF_HUB_ETAG_TIMEOUT, connect=CONNECT_SECONDS)
-    return session
-
-
-def _quoted(revision: str | None) -> str:
-    return (revision or "main").replace("/", "%2F")
+        with explained(self.name, READING):
+            return Path(api().snapshot_download(self.name, revision=self.revision, allow_patterns=patterns))
 
 
 def _open_online(repository: Repository, model: str) -> ModelSource:
@@ -210,7 +157,7 @@ def _open_cached(repository: Repository, model: str, why: str) -> ModelSource:
         pass
     if folder is None or not (is_huggingface_folder(folder) or has_tokenizer(folder)):
         raise HubError(
-            f"{model}: {why}, and the model is not in the cache",
+            f"{why}, and the model is not in the cache",
             "Connect once and unset HF_HUB_OFFLINE, or name a local file or folder.",
         )
     source = open_folder(folder, model, SourceKind.HUB)
@@ -251,7 +198,7 @@ def _read_headers(repository: Repository, commit: str, shards: Shards) -> tuple[
 
 def _read_header(repository: Repository, commit: str, path: str) -> tuple[TensorHeader, ...]:
     origin = f"{repository.name}/{path}"
-    start, size = repository.file(commit, path, HEADER_GUESS)
+    start, size = repository.file(commit, path, HEADER_GUESS, 0)
     length = int.from_bytes(start[:8], "little")
     check_header_length(length, size or None, origin)
     header = start[8 : 8 + length]

@@ -173,13 +173,10 @@ class Decisions:
     asked: tuple[str, ...]  # the settings that were "auto"
 
 
-def settings_of(config: RunConfig) -> dict[str, Any]:
-    """The settings that are decided where they are "auto", by name."""
-    return {
-        "train.precision": config.train.precision,
-        "train.compile": config.train.compile,
-        "trainer.accelerator": config.trainer.accelerator,
-    }
+def decided_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings of `DECIDED` by name."""
+    settings = config.settings()
+    return {key: settings[key] for key in DECIDED}
 
 
 def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
@@ -202,7 +199,7 @@ def decide(config: RunConfig, emit: Listener) -> tuple[RunConfig, Decisions]:
         InputError: the device that the config names is not there.
     """
     device = find_device(config.trainer.accelerator)
-    asked = tuple(key for key, value in settings_of(config).items() if value == "auto")
+    asked = tuple(key for key, value in decided_settings(config).items() if value == "auto")
     compiles = device.kind == "cuda" and config.train.steps >= STEPS_WORTH_COMPILING
     best = {
         "train.precision": "bf16-mixed" if device.kind == "cuda" and device.bfloat16 else "32-true",
@@ -239,7 +236,7 @@ def decide_again(
     Raises:
         InputError: the device that the config names is not there.
     """
-    current = settings_of(config)
+    current = decided_settings(config)
 
     def is_asked(key: str) -> bool:
         section, _, name = key.partition(".")
@@ -272,6 +269,6 @@ def describe_environment(config: RunConfig, decisions: Decisions) -> dict[str, A
         "threads": torch.get_num_threads(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "device": decisions.device,
-        "decided": settings_of(config),
+        "decided": decided_settings(config),
         "decided_from_auto": list(decisions.asked),
     }

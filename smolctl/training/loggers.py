@@ -22,11 +22,11 @@ from typing import Any
 from smolctl.config import RunConfig
 from smolctl.errors import UsageError
 from smolctl.runs.events import Listener, Note
+from smolctl.runs.folder import LOGS
 from smolctl.training.lightning import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from smolctl.training.rng import keeping_rng
 from smolctl.training.tolerance import reason
 
-LOGS = "logs"  # the folder inside a run folder, with one folder a logger
 PROJECT = "smolctl"  # on the pages of wandb and trackio
 FLUSH_EVERY = 20  # steps between two writes of metrics.csv
 
@@ -34,7 +34,7 @@ FLUSH_EVERY = 20  # steps between two writes of metrics.csv
 PACKAGES = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb",), "trackio": ("trackio",)}
 
 # For each kind of record, its keys that are logged, and their names in the log.
-METRICS = {
+LOGGED = {
     "step": {
         key: key
         for key in ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "memory_bytes", "mfu")
@@ -64,7 +64,7 @@ def require_packages(loggers: Iterable[str]) -> None:
 
 def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a record of metrics.jsonl, or of an event, under their names in the log."""
-    names = METRICS.get(record["event"], {})
+    names = LOGGED.get(record["event"], {})
     return {name: record[key] for key, name in names.items() if record.get(key) is not None}
 
 

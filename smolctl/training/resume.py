@@ -195,16 +195,8 @@ def _is_fixed(key: str) -> bool:
 
 def changes(before: RunConfig, after: RunConfig) -> list[str]:
     """Every setting that differs, as "section.key old → new"; the number of steps is no such change."""
-    old, new = _flat(before), _flat(after)
+    old, new = before.settings(), after.settings()
     return [f"{key} {old[key]} → {new[key]}" for key in old if old[key] != new[key] and key != "train.steps"]
-
-
-def _flat(config: RunConfig) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, section in config.model_dump().items():
-        inner = section if isinstance(section, dict) else {"": section}
-        flat |= {f"{name}.{key}".rstrip("."): value for key, value in inner.items()}
-    return flat
 
 
 def learning_rate_at_boundary(before: RunConfig, after: RunConfig, done: int) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from smolctl.hub.client import Head
+from smolctl.hub.connection import endpoint
 from smolctl.hub.files import PlannedFile
-from smolctl.publish.push import Plan, Pushed, PushedRepo
+from smolctl.publish.push import Pushed, PushedRepo, PushPlan
 from smolctl.views.numbers import size
 from smolctl.views.output import Output
 
@@ -16,14 +17,14 @@ SHOWN_SHA = 12
 SHOWN_SPACE_FOLDERS = ("smolctl/",)  # many small files, shown as one line
 
 
-def show_plan(out: Output, plan: Plan) -> None:
+def show_plan(out: Output, plan: PushPlan) -> None:
     """The plan of a push that is about to happen; beside the data, as the result is still to come."""
     if out.json or out.quiet:
         return
     out.stderr.print(*_plan(plan, out.verbose > 0), sep="\n")
 
 
-def show_offline(out: Output, plan: Plan, target: Path | None) -> None:
+def show_offline(out: Output, plan: PushPlan, target: Path | None) -> None:
     """The plan of a dry run, or what was written into a folder."""
     if target is None or not out.quiet:
         out.show(*_plan(plan, out.verbose > 0))
@@ -34,7 +35,7 @@ def show_offline(out: Output, plan: Plan, target: Path | None) -> None:
     out.document(_document(plan))
 
 
-def _plan(plan: Plan, whole: bool) -> Sequence[Any]:
+def _plan(plan: PushPlan, whole: bool) -> Sequence[Any]:
     from rich.table import Table
     from rich.text import Text
 
@@ -45,12 +46,12 @@ def _plan(plan: Plan, whole: bool) -> Sequence[Any]:
         Text("Plan", style="bold"),
         facts,
         Text("Files", style="bold"),
-        _files(plan.files, (), plan.to_send),
+        _files(plan.files, (), plan.head),
     ]
-    if plan.space:
+    if plan.options.space:
         folded = () if whole else SHOWN_SPACE_FOLDERS
         shown += [
-            Text(f"Files of the Space {plan.space}", style="bold"),
+            Text(f"Files of the Space {plan.options.space}", style="bold"),
             _files(plan.space_files, folded, None),
         ]
     if whole:
@@ -58,7 +59,7 @@ def _plan(plan: Plan, whole: bool) -> Sequence[Any]:
     return shown
 
 
-def _facts(plan: Plan) -> list[tuple[str, str]]:
+def _facts(plan: PushPlan) -> list[tuple[str, str]]:
     built = plan.built
     source = built.model.source
     step = f" at step {source.step:,}" if source.step is not None else ""
@@ -66,12 +67,11 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     how = "trust_remote_code=True" if export.needs_remote_code else "no code of its own"
     card = "new" if plan.new_card else "what people wrote stays, the generated part is new"
     licence = "" if "\nlicense:" in plan.card else "; no licence stated (--license)"
+    decided = f" ({plan.destination.decided})" if plan.destination.decided else ""
+    place = plan.repo if plan.destination.identity is None else f"{endpoint()}/{plan.repo}"
     rows = [
-        ("model", f"{source.id}{step}, {plan.built.card_facts(plan.repo, None).parameters:,} parameters"),
-        (
-            "goes to",
-            f"{plan.url or plan.repo}, {_visibility(plan)}" + (f" ({plan.decided})" if plan.decided else ""),
-        ),
+        ("model", f"{source.id}{step}, {built.card_facts(plan.repo, None).parameters:,} parameters"),
+        ("goes to", f"{place}, {_visibility(plan)}{decided}"),
         ("as", _identity(plan)),
         ("loads in", f"transformers with {how}; logits differ by {export.largest_difference:.2g} at most"),
         ("card", f"{card}, {len(plan.card.splitlines())} lines{licence}"),
@@ -79,8 +79,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     ]
     if built.left_out:
         rows.append(("stays here", ", ".join(built.left_out)))
-    if plan.smoke:
-        smoke = plan.smoke
+    if smoke := built.smoke:
         rows.append(
             (
                 "Space",
@@ -91,32 +90,34 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     return rows
 
 
-def _visibility(plan: Plan) -> str:
+def _visibility(plan: PushPlan) -> str:
     shown = "public" if plan.is_public else "private"
     return shown if plan.head is None else f"{shown} already"
 
 
-def _identity(plan: Plan) -> str:
-    if plan.identity is None:
-        return "not asked: a token is there" if plan.has_token else "no token: `hf auth login` before a push"
-    identity = plan.identity
+def _identity(plan: PushPlan) -> str:
+    identity = plan.destination.identity
+    if identity is None and plan.destination.has_token:
+        return "not asked: a token is there"
+    if identity is None:
+        return "no token: `hf auth login` before a push"
     token = f"token {identity.token_name!r}, " if identity.token_name else ""
     organizations = f"; member of {', '.join(identity.organizations)}" if identity.organizations else ""
     return f"{identity.user} ({token}role {identity.role}){organizations}"
 
 
-def _files(files: Sequence[PlannedFile], folded: Sequence[str], to_send: Sequence[PlannedFile] | None) -> Any:
-    """A table of files; `to_send` are those that the Hub does not have yet, None when that is not known."""
+def _files(files: Sequence[PlannedFile], folded: Sequence[str], head: Head | None) -> Any:
+    """A table of files, with those marked that a repository on the Hub has already."""
     from rich.table import Table
     from rich.text import Text
 
-    there = set() if to_send is None else {file.path for file in files} - {file.path for file in to_send}
+    to_send = [file for file in files if head is None or not head.has(file)]
     table = Table.grid(padding=(0, 2))
     table.add_column()
     table.add_column(justify="right")
     for file in files:
         if not file.path.startswith(tuple(folded)):
-            note = "there already" if file.path in there else ""
+            note = "" if file in to_send else "there already"
             sha = Text(file.sha256[:SHOWN_SHA], style="dim")
             table.add_row(Text(f" {file.path}"), size(file.bytes), sha, note)
     for folder in folded:
@@ -124,9 +125,8 @@ def _files(files: Sequence[PlannedFile], folded: Sequence[str], to_send: Sequenc
         if inside:
             table.add_row(Text(f" {folder}"), size(_bytes(inside)), f"{len(inside)} files")
     table.add_row(Text(f" {len(files)} files", style="bold"), size(_bytes(files)))
-    if there:
-        sent = [file for file in files if file.path not in there]
-        table.add_row(Text(f" {len(sent)} to send", style="bold"), size(_bytes(sent)))
+    if len(to_send) < len(files):
+        table.add_row(Text(f" {len(to_send)} to send", style="bold"), size(_bytes(to_send)))
     return table
 
 
@@ -176,7 +176,7 @@ def _file_documents(files: Sequence[PlannedFile]) -> list[dict[str, Any]]:
     return [{"path": file.path, "bytes": file.bytes, "sha256": file.sha256} for file in files]
 
 
-def _document(plan: Plan) -> dict[str, Any]:
+def _document(plan: PushPlan) -> dict[str, Any]:
     """A plan as JSON: nothing is on the Hub yet."""
     repo = {
         "id": plan.repo,
@@ -184,32 +184,19 @@ def _document(plan: Plan) -> dict[str, Any]:
         "commit": None,
         "files": _file_documents(plan.files),
         "verified": False,
-        "public": plan.public,
+        "public": plan.options.public,
         "largest_logit_difference": plan.built.export.largest_difference,
     }
-    space = {"id": plan.space, "files": _file_documents(plan.space_files)} if plan.space else None
-    return {"repo": repo, "space": space}
+    space = {"id": plan.options.space, "files": _file_documents(plan.space_files)}
+    return {"repo": repo, "space": space if plan.options.space else None}
 
 
-@contextlib.contextmanager
-def progress_bars(out: Output) -> Iterator[None]:
-    """The Hub client's own bars while files are sent, on a terminal only."""
-    from huggingface_hub.utils.tqdm import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
+def limit_progress_bars(out: Output) -> None:
+    """Leave the Hub client's own bars to a terminal."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if out.json or out.quiet or not out.stderr.is_terminal:
-        were_off = are_progress_bars_disabled()
         disable_progress_bars()
-        try:
-            yield
-        finally:
-            if not were_off:
-                enable_progress_bars()
-    else:
-        yield
 
 
 def serve(out: Output, folder: Path) -> None:

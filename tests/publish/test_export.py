@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+import shutil
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from smolctl.config import ModelConfig
-from smolctl.errors import InputError, SmolError
+from smolctl.errors import ExitCode, InputError, SmolError
 from smolctl.generation.decode import decode
 from smolctl.generation.load import load_model
 from smolctl.generation.sampling import SamplingSettings
-from smolctl.model.weights import load_network
-from smolctl.publish.build import build, open_model, repository_name
+from smolctl.model.weights import finite_tensors, load_network
+from smolctl.publish.build import Built, build, open_model, repository_name
 from smolctl.publish.card import BEGIN, END, merge_card, require_valid, split_card
 from smolctl.publish.secrets import scan
-from smolctl.sources import open_source
+from smolctl.runs.checkpoint_file import read_checkpoint
+from smolctl.runs.folder import RunFolder
+from smolctl.sources.base import Weights
 from smolctl.sources.huggingface.config import to_huggingface_config
 from tests.support.processes import Smolctl
-from tests.support.publishing import LLAMA, make_run
-
-
-@pytest.fixture
-def learned(workshop: Path) -> Path:
-    return workshop / "runs" / "learned"
-
-
-@pytest.fixture
-def llama(workshop: Path) -> Path:
-    return workshop / "runs" / "llama"
+from tests.support.publishing import LLAMA, build_folder, make_run
 
 
 @pytest.fixture
@@ -47,23 +44,22 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("error::FutureWarning")  # which is how transformers deprecates
 @pytest.mark.parametrize("kind", ["learned", "llama", "scaled", "untied"])
 def test_transformers_gives_the_same_logits_and_the_same_text(
-    kind: str, tmp_path: Path, learned: Path, llama: Path
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    changes = {
-        "scaled": {"model": {"position_embedding": "rope", "residual_scale": 0.5}},
-        "untied": {"model": {**LLAMA["model"], "tie_word_embeddings": False}},
-    }
-    run = {"learned": learned, "llama": llama}.get(kind) or make_run(tmp_path, **changes[kind])
-    target = tmp_path / "out"
-    target.mkdir()
-    built = build(open_model(str(run)), target, ())
+    if kind in ("learned", "llama"):
+        built: Built = request.getfixturevalue(kind)
+    else:
+        odd: dict[str, Any] = {"tie_word_embeddings": False}
+        if kind == "scaled":
+            odd = {"residual_scale": 0.5}
+        built = build_folder(tmp_path, **LLAMA["model"] | odd)
     trust = {"trust_remote_code": kind in ("learned", "scaled")}
     assert built.export.needs_remote_code is trust["trust_remote_code"]
-    assert (target / "modeling_smolctl.py").exists() is trust["trust_remote_code"]
-    theirs = AutoModelForCausalLM.from_pretrained(target, **trust).eval()
-    network = load_network(open_source(str(run)))
+    assert (built.folder / "modeling_smolctl.py").exists() is trust["trust_remote_code"]
+    theirs = AutoModelForCausalLM.from_pretrained(built.folder, **trust).eval()
+    network = load_network(built.model.source)
     ids = torch.randint(0, 290, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         torch.testing.assert_close(theirs(ids).logits, network(ids), rtol=1e-4, atol=1e-4)
@@ -80,49 +76,85 @@ def test_transformers_gives_the_same_logits_and_the_same_text(
         )
         alone = theirs.generate(ids[:1, 4:], max_new_tokens=8, do_sample=False, eos_token_id=None)
     assert torch.equal(padded[0, 9:], alone[0, 5:])
-    tokenizer = AutoTokenizer.from_pretrained(target, **trust)
+    tokenizer = AutoTokenizer.from_pretrained(built.folder, **trust)
     assert tokenizer("the cat sat")["input_ids"] == built.export.tokenizer.encode("the cat sat")
     assert theirs.generation_config.eos_token_id == 0
 
 
-def test_a_position_past_the_context_is_an_error_with_words(learned: Path, tmp_path: Path) -> None:
+def test_a_position_past_the_context_is_an_error_with_words(learned: Built) -> None:
     from transformers import AutoModelForCausalLM
 
-    build(open_model(str(learned)), tmp_path, ())
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    theirs = AutoModelForCausalLM.from_pretrained(learned.folder, trust_remote_code=True)
     with pytest.raises(ValueError, match="do not fit the model's context of 32"):
         theirs(torch.zeros((1, 40), dtype=torch.long))
 
 
 @pytest.mark.parametrize("kind", ["learned", "llama"])
-def test_smolctl_reads_what_it_publishes(kind: str, learned: Path, llama: Path, tmp_path: Path) -> None:
-    run = learned if kind == "learned" else llama
-    build(open_model(str(run)), tmp_path, ())
-    one, two = load_model(str(run)), load_model(str(tmp_path))
+def test_smolctl_reads_what_it_publishes(kind: str, request: pytest.FixtureRequest) -> None:
+    built: Built = request.getfixturevalue(kind)
+    one, two = load_model(built.model.source.id), load_model(str(built.folder))
     assert two.engine.config == one.engine.config
     assert two.notes == ()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("command", ["push --dry-run", "quantize --no-measure --out"])
+def test_numbers_that_are_not_finite_are_not_published(
+    value: float, command: str, llama: Built, tmp_path: Path, smolctl: Smolctl
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(llama.folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    verb, *options = command.split()
+    called = smolctl(verb, folder, *options, *([tmp_path / "out"] if "--out" in options else []))
+    assert called.code == ExitCode.BAD_INPUT
+    assert f"{folder}: model.layers.1.mlp.up_proj.weight holds NaN or infinite values" in called.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_step_of_damaged_weights_is_named(llama: Built) -> None:
+    class Damaged(Weights):
+        def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+            yield "model.norm.weight", torch.tensor([1.0, math.nan])
+
+    source = dataclasses.replace(llama.model.source, id="runs/x", step=1500, weights=Damaged())
+    with pytest.raises(InputError, match=r"^runs/x at step 1,500: model\.norm\.weight holds NaN"):
+        list(finite_tensors(source))
+
+
+def test_weights_without_the_loss_that_their_run_recorded_are_not_published(
+    llama_run: Path, tmp_path: Path, smolctl: Smolctl
+) -> None:
+    content = read_checkpoint(RunFolder(llama_run).checkpoint_path(15), mmap=False)
+    content["state_dict"] = {name: tensor * 1.1 for name, tensor in content["state_dict"].items()}
+    torch.save(content, tmp_path / "altered.ckpt")
+    called = smolctl("push", tmp_path / "altered.ckpt", "--local-dir", tmp_path / "out")
+    assert called.code == ExitCode.BAD_INPUT
+    assert "held-out sequences, the run recorded" in called.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_loads_as_another_model_stops_the_push(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = to_huggingface_config
 
     def wrong(config: ModelConfig, dtype: str) -> dict[str, Any]:
         return right(config, dtype) | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
 
-    monkeypatch.setattr("smolctl.publish.export.to_huggingface_config", wrong)
+    monkeypatch.setattr("smolctl.sources.huggingface.write.to_huggingface_config", wrong)
     with pytest.raises(SmolError, match="logits in transformers are off by"):
-        build(open_model(str(llama)), tmp_path, ())
+        build(open_model(str(llama_run)), tmp_path, ())
 
 
-def test_a_chat_template_goes_along_and_does_the_same(llama: Path, tmp_path: Path) -> None:
+def test_a_chat_template_goes_along_and_does_the_same(llama: Built, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     first, second = tmp_path / "first", tmp_path / "second"
-    first.mkdir()
+    shutil.copytree(llama.folder, first)
     second.mkdir()
-    build(open_model(str(llama)), first, ())
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     (first / "chat_template.jinja").write_text(template)
     (first / "generation_config.json").write_text(
@@ -140,14 +172,13 @@ def test_a_chat_template_goes_along_and_does_the_same(llama: Path, tmp_path: Pat
     assert not (second / ".env").exists()
 
 
-def test_the_card_states_what_the_run_recorded(learned: Path, tmp_path: Path) -> None:
-    built = build(open_model(str(learned)), tmp_path, ())
-    card = built.write_card("me/tiny", "apache-2.0", None)
+def test_the_card_states_what_the_run_recorded(learned: Built, learned_run: Path) -> None:
+    card = learned.write_card("me/tiny", "apache-2.0", None)
     metadata = yaml.safe_load(split_card(card)[0].strip().strip("-"))
     assert metadata["license"] == "apache-2.0"
     assert metadata["library_name"] == "transformers"
-    parameters = sum(parameter.numel() for parameter in built.export.network.parameters())
-    records = [json.loads(line) for line in (learned / "metrics.jsonl").read_text().splitlines()]
+    parameters = sum(parameter.numel() for parameter in learned.export.network.parameters())
+    records = [json.loads(line) for line in (learned_run / "metrics.jsonl").read_text().splitlines()]
     checks = [record for record in records if record["event"] == "validation"]
     for fact in (
         f"{parameters:,} parameters",
@@ -163,41 +194,37 @@ def test_the_card_states_what_the_run_recorded(learned: Path, tmp_path: Path) ->
     ):
         assert fact in card
     assert "llama.cpp" not in card
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (learned.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_nothing_names_a_folder_of_this_machine(learned: Path, tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    target.mkdir()
-    built = build(open_model(str(learned)), target, ())
-    built.write_card("me/tiny", None, None)
-    for path in target.rglob("*"):
+def test_nothing_names_a_folder_of_this_machine(learned: Built, learned_run: Path) -> None:
+    learned.write_card("me/tiny", None, None)
+    for path in learned.folder.rglob("*"):
         if path.is_file():
-            assert str(learned.parent).encode() not in path.read_bytes(), path
+            assert str(learned_run.parent).encode() not in path.read_bytes(), path
 
 
-def test_an_older_step_is_published_with_its_own_records(learned: Path, tmp_path: Path) -> None:
-    build(open_model(f"{learned}@10"), tmp_path, ())
+def test_an_older_step_is_published_with_its_own_records(learned_run: Path, tmp_path: Path) -> None:
+    build(open_model(f"{learned_run}@10"), tmp_path, ())
     for name in ("metrics.jsonl", "predictions.jsonl"):
         lines = (tmp_path / "training" / name).read_text().splitlines()
         assert max(json.loads(line)["step"] for line in lines) == 10
 
 
 def test_gguf_files_go_along_and_learned_positions_are_refused(
-    learned: Path, llama: Path, tmp_path: Path
+    with_ggufs: Built, learned_run: Path, tmp_path: Path
 ) -> None:
-    built = build(open_model(str(llama)), tmp_path, ("q8_0", "f16"))
-    card = built.write_card("me/tiny", None, None)
+    card = with_ggufs.write_card("me/tiny", None, None)
     assert "llama-cli -hf me/tiny:Q8_0" in card
-    assert (tmp_path / "llama-q8_0.gguf").exists()
+    assert (with_ggufs.folder / "llama-q8_0.gguf").exists()
     with pytest.raises(InputError, match="learned positions"):
-        build(open_model(str(learned)), tmp_path / "none", ("q8_0",))
+        build(open_model(str(learned_run)), tmp_path / "none", ("q8_0",))
 
 
 @pytest.mark.parametrize("scheme", ["q8_0", "q4_0"])
-def test_llama_cpp_continues_a_published_gguf_as_we_do(scheme: str, llama: Path, tmp_path: Path) -> None:
+def test_llama_cpp_continues_a_published_gguf_as_we_do(scheme: str, llama_run: Path, tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
-    built = build(open_model(str(llama)), tmp_path, (scheme,))
+    built = build(open_model(str(llama_run)), tmp_path, (scheme,))
     path = built.export.ggufs[0].path
     ours = load_model(str(path))
     theirs = llama_cpp.Llama(str(path), n_ctx=32, verbose=False)
@@ -209,6 +236,7 @@ def test_llama_cpp_continues_a_published_gguf_as_we_do(scheme: str, llama: Path,
     assert len(expected) == 12
 
 
+@pytest.mark.slow
 def test_what_quantize_has_made_and_measured_goes_along(tmp_path: Path, smolctl: Smolctl) -> None:
     run = make_run(tmp_path, **LLAMA)
     called = smolctl("quantize", run, "--to", "int8", "--windows", "2")
@@ -314,31 +342,34 @@ def test_ordinary_text_is_no_secret(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_network")
 def test_a_dry_run_needs_no_network_and_no_token(
-    llama: Path, smolctl: Smolctl, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    llama_run: Path, smolctl: Smolctl, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
-    called = smolctl("push", llama, "--dry-run", "--gguf", "q8_0")
+    called = smolctl("push", llama_run, "--dry-run", "--gguf", "q8_0")
     assert called.code == 0, called.err
     for words in ("you/llama, private", "no token: `hf auth login`", "model.safetensors", "llama-q8_0.gguf"):
         assert words in called.out
-    document = smolctl("push", llama, "--dry-run", "--json").json
+    document = smolctl("push", llama_run, "--dry-run", "--json").json
     assert document["repo"]["verified"] is False
     assert {"path", "bytes", "sha256"} == set(document["repo"]["files"][0])
 
 
 @pytest.mark.usefixtures("no_network")
-def test_a_local_dir_holds_exactly_what_the_plan_names(llama: Path, smolctl: Smolctl, tmp_path: Path) -> None:
+def test_a_local_dir_holds_exactly_what_the_plan_names(
+    llama_run: Path, smolctl: Smolctl, tmp_path: Path
+) -> None:
     import hashlib
 
     out = tmp_path / "deep" / "out"
-    document = smolctl("push", llama, "--local-dir", out, "--json").json
+    document = smolctl("push", llama_run, "--local-dir", out, "--json").json
     planned = {file["path"]: file["sha256"] for file in document["repo"]["files"]}
     there = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
     assert {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in there.items()} == planned
-    assert smolctl("push", llama, "--local-dir", out).code == 0
+    assert len({path.stat().st_mode for path in there.values()}) == 1  # whoever may read one may read all
+    assert smolctl("push", llama_run, "--local-dir", out).code == 0
     (out / "diary.txt").write_text("mine")
-    called = smolctl("push", llama, "--local-dir", out)
+    called = smolctl("push", llama_run, "--local-dir", out)
     assert called.code == 3
     assert "diary.txt, which is no part of this" in called.err
     assert (out / "diary.txt").read_text() == "mine"
@@ -356,9 +387,9 @@ def test_a_local_dir_holds_exactly_what_the_plan_names(llama: Path, smolctl: Smo
     ],
 )
 def test_what_cannot_be_meant_is_refused(
-    options: tuple[str, ...], code: int, llama: Path, smolctl: Smolctl
+    options: tuple[str, ...], code: int, llama_run: Path, smolctl: Smolctl
 ) -> None:
-    assert smolctl("push", llama, "--dry-run", *options).code == code
+    assert smolctl("push", llama_run, "--dry-run", *options).code == code
 
 
 def test_names_become_what_the_hub_takes() -> None:

@@ -10,9 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,60 +19,33 @@ import yaml
 from huggingface_hub import snapshot_download
 
 from smolctl.errors import ExitCode, SmolError
+from smolctl.hub.client import HubClient
 from smolctl.native.library import Library, load_library
 from smolctl.publish import smoke
 from smolctl.publish.app import Speaker, usable_cores
-from smolctl.publish.build import Built, build, open_model
+from smolctl.publish.build import Built
 from smolctl.publish.card import split_card
-from smolctl.publish.space import ADDED_BY_THE_HUB, HUB_MACHINE, REQUIREMENTS, SDK_VERSION, TORCH, build_space
-from tests.support.publishing import make_run, publish, serving
+from smolctl.publish.push import PushOptions, PushPlan, push
+from smolctl.publish.space import (
+    ADDED_BY_THE_HUB,
+    HUB_MACHINE,
+    REQUIREMENTS,
+    SDK_VERSION,
+    TORCH,
+    add_space,
+    write_space_card,
+)
+from tests.support.processes import Smolctl
+from tests.support.publishing import publish
 from tests.support.push_hub import Fault, PushHub
 
-CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>"
-
-
-@pytest.fixture(scope="module")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
-def space(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Space's folder of a model that continues text."""
-    return space_of(tiny_run, tmp_path_factory.mktemp("space"))
-
-
-@pytest.fixture(scope="module")
-def chat_space(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Space's folder of a model with a chat template."""
-    run = make_run(tmp_path_factory.mktemp("chat-run"), model={"max_position_embeddings": 128})
-    folder = tmp_path_factory.mktemp("folder")
-    build(open_model(str(run)), folder, ())
-    (folder / "chat_template.jinja").write_text(CHAT)
-    return space_of(folder, tmp_path_factory.mktemp("chat-space"))
-
-
-def space_of(model: Path, work: Path) -> Path:
-    (work / "model").mkdir()
-    (work / "space").mkdir()
-    built: Built = build(open_model(str(model)), work / "model", ())
-    build_space(built, work / "space", built.card_facts("me/tiny", "mit"))
-    return work / "space"
-
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[PushHub]:
-    with serving(monkeypatch, tmp_path / "hub") as server:
-        yield server
-
-
-@pytest.fixture
-def untried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the start of the app, which other tests do."""
-    from smolctl.publish import push
-
-    tried = smoke.SmokeTest("a", "b", 1, 0.1, 0.1, "torch")
-    monkeypatch.setattr(push, "smoke_test", lambda _folder: tried)
+def space(with_space: Built) -> Path:
+    """The Space's folder of a model that continues text, as it goes up."""
+    assert with_space.space is not None
+    write_space_card(with_space.space, with_space.card_facts("me/tiny", "mit"), None)
+    return with_space.space
 
 
 @pytest.fixture(scope="session")
@@ -133,7 +105,7 @@ def test_the_code_goes_along_and_only_what_is_needed(space: Path) -> None:
 
 @pytest.mark.slow
 def test_the_compiled_engine_goes_along_where_the_hub_can_run_it(
-    space: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    space: Path, learned: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled = {path.name for path in (space / "smolctl" / "native").glob("*.so")}
     if isinstance(load_library(), Library) and (sys.platform, platform.machine()) == HUB_MACHINE:
@@ -141,10 +113,10 @@ def test_the_compiled_engine_goes_along_where_the_hub_can_run_it(
         assert smoke.smoke_test(space).engine.startswith("native ")
         assert "`forward.c`, compiled" in (space / "README.md").read_text()
     monkeypatch.setattr("smolctl.publish.space.HUB_MACHINE", ("linux", "another"))
-    without = space_of(tiny_run, tmp_path)
-    assert not list(without.rglob("*.so"))
-    assert "PyTorch computes" in (without / "README.md").read_text()
-    engine = smoke.smoke_test(without).engine
+    write_space_card(tmp_path, add_space(learned, tmp_path).card_facts("me/tiny", "mit"), None)
+    assert not list(tmp_path.rglob("*.so"))
+    assert "PyTorch computes" in (tmp_path / "README.md").read_text()
+    engine = smoke.smoke_test(tmp_path).engine
     assert engine.startswith("torch cpu, int8")
     assert "slower, on PyTorch" in engine
 
@@ -260,7 +232,7 @@ def test_an_empty_chat_offers_examples_that_are_answered(
 
 @pytest.mark.slow
 def test_from_a_run_to_a_page_in_a_browser(
-    tiny_run: Path, hub: PushHub, chromium: str, tmp_path: Path
+    learned_run: Path, hub: PushHub, chromium: str, tmp_path: Path
 ) -> None:
     """Run, push to the Hub, download with the real client, transformers, the Space in a browser."""
     from transformers import AutoModelForCausalLM
@@ -269,7 +241,10 @@ def test_from_a_run_to_a_page_in_a_browser(
     from smolctl.sources import open_source
     from tests.support.space_browser import continue_in_browser
 
-    pushed = publish(tiny_run, repo="me/tiny", space="me/demo")
+    options = PushOptions(str(learned_run), "me/tiny", space="me/demo")
+    plans: list[PushPlan] = []
+    pushed = push(options, HubClient(print), plans.append)
+    assert plans[0].built.smoke is not None  # it was tried before anything was sent
     assert pushed.space is not None
     assert pushed.space_stage == "RUNNING"
     assert hub.repos["spaces/me/demo"].sdk == "gradio"
@@ -278,7 +253,7 @@ def test_from_a_run_to_a_page_in_a_browser(
     theirs = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True).eval()
     ids = torch.arange(12)[None]
     with torch.inference_mode():
-        ours = load_network(open_source(str(tiny_run)))(ids)
+        ours = load_network(open_source(str(learned_run)))(ids)
         torch.testing.assert_close(theirs(ids).logits, ours, rtol=1e-4, atol=1e-4)
     folder = Path(
         snapshot_download("me/demo", repo_type="space", local_dir=tmp_path / "demo", endpoint=hub.url)
@@ -287,33 +262,50 @@ def test_from_a_run_to_a_page_in_a_browser(
         assert len(continue_in_browser(url, "the cat", chromium, tmp_path).answer) > 7
 
 
-@pytest.mark.usefixtures("untried")
+PLAN_MISSING = "hosting Gradio Spaces on free cpu-basic requires a PRO subscription"
+
+
+def assert_says_what_an_account_needs(message: str, hint: str, hub: PushHub) -> None:
+    assert "the model itself is published" in message
+    assert "static Space" in hint
+    assert "PRO" in hint
+    assert "model.safetensors" in hub.repos["models/me/tiny"].head
+
+
 @pytest.mark.parametrize("status", [402, 403])
 def test_an_account_without_a_plan_is_told_what_it_needs_and_the_model_is_up(
-    status: int, tiny_run: Path, hub: PushHub, smolctl: Callable[..., Any]
+    status: int, with_space: Built, hub: PushHub
 ) -> None:
-    said = "hosting Gradio Spaces on free cpu-basic requires a PRO subscription"
     hub.make("models/me/tiny")
-    hub.faults = [Fault("repos/create", status, message=said)]
-    called = smolctl("push", tiny_run, "--repo", "me/tiny", "--space", "me/demo", "--json")
+    hub.faults = [Fault("repos/create", status, message=PLAN_MISSING)]
+    pushed = publish(with_space, repo="me/tiny", space="me/demo")
+    assert pushed.space is None
+    assert pushed.space_error is not None
+    assert pushed.space_error.exit_code == ExitCode.HUB
+    assert_says_what_an_account_needs(pushed.space_error.message, pushed.space_error.hint, hub)
+
+
+@pytest.mark.slow
+def test_the_command_ends_with_the_hubs_code_when_only_the_space_was_refused(
+    learned_run: Path, hub: PushHub, smolctl: Smolctl
+) -> None:
+    hub.make("models/me/tiny")
+    hub.faults = [Fault("repos/create", 402, message=PLAN_MISSING)]
+    called = smolctl("push", learned_run, "--repo", "me/tiny", "--space", "me/demo", "--json")
     assert called.code == ExitCode.HUB
     document = json.loads(called.out)
     assert document["repo"]["verified"] is True
     assert document["space"] is None
     error = json.loads(called.err.splitlines()[-1])["error"]
-    assert "the model itself is published" in error["message"]
-    assert "static Space" in error["hint"]
-    assert "PRO" in error["hint"]
-    assert "model.safetensors" in hub.repos["models/me/tiny"].head
+    assert_says_what_an_account_needs(error["message"], error["hint"], hub)
 
 
-@pytest.mark.usefixtures("untried")
 @pytest.mark.parametrize("stage", ["BUILD_ERROR", "RUNTIME_ERROR", "CONFIG_ERROR"])
-def test_a_space_that_does_not_build_shows_its_log(stage: str, tiny_run: Path, hub: PushHub) -> None:
+def test_a_space_that_does_not_build_shows_its_log(stage: str, with_space: Built, hub: PushHub) -> None:
     repo = hub.make("spaces/me/demo", sdk="gradio")
     repo.stages, repo.logs = ["BUILDING", "APP_STARTING", stage], ["step 1\n", "ERROR: no torch\n"]
     notes: list[str] = []
-    pushed = publish(tiny_run, notes, repo="me/tiny", space="me/demo")
+    pushed = publish(with_space, notes, repo="me/tiny", space="me/demo")
     assert pushed.space_error is not None
     assert stage in pushed.space_error.message
     assert "ERROR: no torch" in pushed.space_error.hint
@@ -322,10 +314,9 @@ def test_a_space_that_does_not_build_shows_its_log(stage: str, tiny_run: Path, h
     assert "spaces/me/demo: BUILDING" in notes
 
 
-@pytest.mark.usefixtures("untried")
-def test_pushing_the_space_again_sends_nothing(tiny_run: Path, hub: PushHub) -> None:
-    publish(tiny_run, repo="me/tiny", space="me/demo")
-    again = publish(tiny_run, repo="me/tiny", space="me/demo")
+def test_pushing_the_space_again_sends_nothing(with_space: Built, hub: PushHub) -> None:
+    publish(with_space, repo="me/tiny", space="me/demo")
+    again = publish(with_space, repo="me/tiny", space="me/demo")
     assert again.space is not None
     assert again.space.commit.sent == ()
     repo = hub.repos["spaces/me/demo"]
@@ -334,16 +325,16 @@ def test_pushing_the_space_again_sends_nothing(tiny_run: Path, hub: PushHub) -> 
     repo.commit(
         "main", {**repo.head, "README.md": type(repo.head["README.md"])(card.encode(), len(card))}, "t"
     )
-    third = publish(tiny_run, repo="me/tiny", space="me/demo")
+    third = publish(with_space, repo="me/tiny", space="me/demo")
     assert third.space is not None
     assert third.space.commit.sent == ()  # the title that somebody chose stays
 
 
 def test_without_gradio_one_line_says_so(
-    tiny_run: Path, smolctl: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    learned_run: Path, smolctl: Smolctl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("smolctl.publish.smoke.importlib.util.find_spec", lambda _name: None)
-    called = smolctl("push", tiny_run, "--preview")
+    called = smolctl("push", learned_run, "--preview")
     assert called.code == 1
     assert "pip install 'smolctl[space]'" in called.err
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from smolctl.runs.checkpoint_file import find_damage
 from smolctl.runs.events import Prediction, Step
 from smolctl.runs.folder import NAMES, RunFolder
 from smolctl.training.resume import ResumeOptions
@@ -58,6 +60,16 @@ def test_the_last_checkpoint_is_called_final_as_long_as_it_is_the_last() -> None
     assert [file.step for file in RunFolder(folder).checkpoints()] == [0, 5]
     go_on(folder, extra=2)
     assert final.samefile(folder / "checkpoints" / "step-000007.ckpt")
+
+
+def test_a_final_checkpoint_that_is_a_copy_is_kept() -> None:
+    folder = run(prepare_tiny(write_corpus(Path("corpus")), **with_steps(5)), "run")
+    copied = Path(shutil.copytree(folder, "copied"))  # copies hard links as files of their own
+    step = copied / "checkpoints" / "step-000005.ckpt"
+    step.write_bytes(step.read_bytes()[:-100])
+    go_on(copied, step=0, until=2)
+    assert find_damage(copied / "checkpoints" / "step-000005.ckpt.damaged")
+    assert not find_damage(copied / "checkpoints" / "final.ckpt.kept")
 
 
 def test_an_event_of_any_kind_finds_its_file(tmp_path: Path) -> None:

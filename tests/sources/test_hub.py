@@ -271,8 +271,19 @@ def test_hanging_hub_is_given_up(hub: HubServer, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
     hub.hangs_for = 2
-    with pytest.raises(HubError, match="no answer"):
+    with pytest.raises(HubError, match="did not answer in time"):
         open_source("org/tiny")
+
+
+def test_a_hub_that_hangs_once_the_weights_are_asked_for_is_given_up(
+    hub: HubServer, state: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_model(hub, state)
+    source = open_source("org/tiny")
+    monkeypatch.setenv("SMOLCTL_HUB_TIMEOUT", "0.2")
+    hub.hangs_for = 2
+    with pytest.raises(HubError, match="did not answer in time"):
+        list(source.require_weights().tensors())
 
 
 def test_offline_without_a_cached_copy_is_named(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,12 +44,16 @@ class HubServer(Loopback):
     """Serve repositories while in a `with` block.
 
     Attributes:
-        fails_with: answer every request with this status.
+        fails_with: answer every request with this status,
+        error_code: with this code of the Hub's own,
+        error_message: and with these words.
         hangs_for: seconds that every answer waits.
     """
 
     repositories: dict[str, HubRepository] = field(default_factory=dict)
     fails_with: int | None = None
+    error_code: str = ""
+    error_message: str = "the Hub is out of order"
     hangs_for: float = 0.0
     ignores_range: bool = False
     log: list[Request] = field(default_factory=list)
@@ -102,8 +106,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, body, headers, with_body)
 
     def _route(self, parts: list[str]) -> tuple[int, bytes, dict[str, str]]:
-        if self.server_state.fails_with:
-            return self._error(self.server_state.fails_with, "", "the Hub is out of order")
+        state = self.server_state
+        if state.fails_with:
+            return self._error(state.fails_with, state.error_code, state.error_message)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token not in ("", TOKEN):
             return self._error(401, "", "Invalid credentials in Authorization header")

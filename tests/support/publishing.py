@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +12,13 @@ from typing import Any
 import huggingface_hub
 import pytest
 
+from smolctl.data.tokenizer.tokenizer import train_tokenizer
 from smolctl.hub.client import HubClient
-from smolctl.publish.push import Pushed, PushOptions, push
+from smolctl.publish.build import Built, build, open_model
+from smolctl.publish.push import Pushed, PushOptions, choose_destination, make_plan, send
+from smolctl.sources.huggingface.write import write_model
 from tests.support.push_hub import TOKEN, PushHub
+from tests.support.tiny_models import TEXTS, tiny_network
 from tests.support.tiny_runs import prepare_tiny, run, write_corpus
 
 LLAMA = {"model": {"position_embedding": "rope", "residual_scale": 1.0}}
@@ -25,6 +29,18 @@ def make_run(folder: Path, **changes: Any) -> Path:
     if not (folder / "corpus").exists():
         write_corpus(folder / "corpus")
     return run(prepare_tiny(folder / "corpus", **changes), str(folder / "run"))
+
+
+def build_folder(work: Path, **changes: Any) -> Built:
+    """The repository of a model that was never trained, read from a Hugging Face folder."""
+    source, target = work / "source", work / "out"
+    source.mkdir()
+    target.mkdir()
+    network = tiny_network(vocab_size=320, eos_token_id=0, **changes)
+    state = {name: tensor.detach() for name, tensor in network.state_dict().items()}
+    tokenizer = train_tokenizer(iter(TEXTS), 320)
+    write_model(source, network.config, state, "float32", tokenizer.files())
+    return build(open_model(str(source)), target, ())
 
 
 @contextmanager
@@ -48,8 +64,15 @@ def serving(
         yield hub
 
 
-def publish(run: Path | str, notes: list[str] | None = None, **options: Any) -> Pushed:
-    """`smolctl push` without its command line; nothing waits."""
+def publish(
+    built: Built,
+    notes: list[str] | None = None,
+    wait: Callable[[float], None] | None = None,
+    **options: Any,
+) -> Pushed:
+    """Plan and send what was built; nothing waits."""
     said = notes if notes is not None else []
-    client = HubClient(said.append, wait=lambda s: said.append(f"waits {s:g} s"))
-    return push(PushOptions(model=str(run), **options), said.append, lambda _plan: None, client)
+    client = HubClient(said.append, wait or (lambda s: said.append(f"waits {s:g} s")))
+    asked = PushOptions(**options)
+    destination = choose_destination(asked, built.model, client)
+    return send(make_plan(asked, destination, built, client), client)

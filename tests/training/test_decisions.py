@@ -202,7 +202,7 @@ def steps(folder: Path) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == "step"]
 
 
-FLOAT16 = {"train": {"precision": "16-mixed", "steps": 6}}
+FLOAT16: dict[str, Any] = {"train": {"precision": "16-mixed", "steps": 6}}
 
 
 def test_float16_trains_and_resumes_bit_for_bit_with_its_scaler(corpus: Path) -> None:
@@ -223,7 +223,7 @@ def test_float16_trains_and_resumes_bit_for_bit_with_its_scaler(corpus: Path) ->
 def test_steps_that_overflow_are_skipped_and_counted_and_leave_the_weights_alone(corpus: Path) -> None:
     from tests.support.tiny_runs import assert_same
 
-    overflow = {"optimizer": {"learning_rate": 1e-3}, "checkpoint": {"every": 1}}
+    overflow: dict[str, Any] = {"optimizer": {"learning_rate": 1e-3}, "checkpoint": {"every": 1}}
     prepared = prepare_tiny(corpus, train={"precision": "16-mixed", "steps": 4, "z_loss": 1e7}, **overflow)
     folder = run(prepared, "run")
     lines = steps(folder)

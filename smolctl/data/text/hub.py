@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
 from smolctl.data.text.documents import Document, cut
-from smolctl.errors import HubError, InputError
-from smolctl.hub.read_errors import explained
-from smolctl.sources.hub import CONNECT_SECONDS, limited_session
+from smolctl.errors import InputError
+from smolctl.hub.connection import api, question_seconds
+from smolctl.hub.errors import READING_DATA, explained
 
 _NAME = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@(\w[\w./-]*))?(?::([\w.-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -73,7 +72,11 @@ class DatasetReader:
             HubError: there is no such dataset, or the Hub did not give it.
         """
         _require_datasets(self.name)
-        with _explained(self.name):
+        from datasets.exceptions import DatasetsError
+
+        with explained(
+            str(self.name), READING_DATA, "", f"datasets/{self.name.repository}", (DatasetsError,)
+        ):
             self._rows = self._open()
             for row in self._rows:
                 self._row += 1
@@ -87,8 +90,8 @@ class DatasetReader:
         return {"row": self._row, "rows": self._rows.state_dict()}
 
     def _open(self) -> Any:
-        """The iterable of `datasets`, told to begin at our place."""
-        # One question with a time limit: the library itself would knock for half a minute at a closed door.
+        """The iterable of `datasets`, set to begin at our place."""
+        # One question with a time limit: the library itself tries for half a minute to reach a dead server.
         commit = _commit(self.name)
         import datasets
 
@@ -121,28 +124,10 @@ def _require_datasets(name: DatasetName) -> None:
 
 def _commit(name: DatasetName) -> str:
     """The commit that a revision stands for now: one request, without retries."""
-    from huggingface_hub import HfApi, constants
-
-    limited_session()
-    endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-    with explained(str(name), f"{endpoint}/datasets/{name.repository}"):
-        info = HfApi(endpoint=endpoint).dataset_info(
-            name.repository, revision=name.revision, timeout=2 * CONNECT_SECONDS
-        )
+    with _explained(name):
+        info = api().dataset_info(name.repository, revision=name.revision, timeout=question_seconds())
     return str(info.sha)
 
 
-@contextmanager
-def _explained(name: DatasetName) -> Iterator[None]:
-    """Turn what `datasets` and the Hub's client raise into `HubError`."""
-    import httpx2
-    from datasets.exceptions import DatasetsError
-
-    try:
-        yield
-    except (DatasetsError, httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise HubError(
-            f"{name}: the dataset cannot be read ({reason})",
-            "Check the name and the network; `--data python` needs neither.",
-        ) from None
+def _explained(name: DatasetName, *wrappers: type[Exception]) -> AbstractContextManager[None]:
+    return explained(str(name), READING_DATA, path=f"datasets/{name.repository}", wrappers=wrappers)

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
@@ -19,6 +18,7 @@ from smolctl.errors import HubError, InputError
 from smolctl.sources import open_source
 from smolctl.sources.base import TokenizerFiles
 from smolctl.sources.huggingface.tokenizer import has_tokenizer, read_tokenizer_folder
+from smolctl.sources.huggingface.write import write_tokenizer
 
 DEFAULT_TOKENIZER = "HuggingFaceTB/SmolLM2-135M"
 END_OF_TEXT = "<|endoftext|>"
@@ -176,25 +176,8 @@ class Tokenizer:
         return TokenizerFiles(self.backend.to_str(), self.chat_template, *ids)
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / "tokenizer.json"))
-        config = json.dumps(self._config(), indent=2, ensure_ascii=False)
-        (folder / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
-
-    def _config(self) -> dict[str, Any]:
-        named = {
-            "bos_token": self.bos_token,
-            "eos_token": self.eos_token,
-            "pad_token": self.token(self.pad_token_id),
-            "chat_template": self.chat_template,
-        }
-        given = {key: value for key, value in named.items() if value is not None}
-        return {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            **given,
-        }
+        """Write the files that transformers' AutoTokenizer loads."""
+        write_tokenizer(folder, self.files())
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -109,7 +109,7 @@ def _rope(values: Mapping[str, Any]) -> Mapping[str, Any]:
     for key in ("rope_parameters", "rope_scaling"):
         rope = values.get(key)
         if rope is not None and not isinstance(rope, Mapping):
-            raise InputError(f"config.json: {key} is no mapping, got {rope!r}", "Mend config.json.")
+            raise InputError(f"config.json: {key} is no mapping, got {rope!r}", "Correct config.json.")
         if rope:
             return dict(rope)
     return {}
@@ -127,7 +127,7 @@ def to_huggingface_config(config: ModelConfig, dtype: str = "float32") -> dict[s
     """The config.json of a network, in both spellings, for old readers and new.
 
     A Llama-shaped one is a `LlamaForCausalLM`. One with learned positions or scaled residual branches names
-    the two Python files that it needs beside it (`publish/transformers_code/`).
+    the two Python files that it needs beside it (`transformers_code/`).
     """
     common: dict[str, Any] = {
         **config.model_dump(mode="json", exclude={"position_embedding", "residual_scale"}),

@@ -35,10 +35,10 @@ def parse_json(text: bytes | str, origin: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{origin}: not JSON ({error})", "Mend the file or download it again.") from None
+        raise InputError(f"{origin}: not JSON ({error})", "Correct the file or download it again.") from None
     if not isinstance(content, dict):
         raise InputError(
-            f"{origin}: the top level must be a JSON object", "Mend the file or download it again."
+            f"{origin}: the top level must be a JSON object", "Correct the file or download it again."
         )
     return content
 
@@ -121,7 +121,7 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """The template file, else the one within tokenizer_config.json; of several the default one."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8", errors="replace")
+        return path.read_bytes().decode("utf-8", errors="replace")  # its line ends as they are
     template = settings.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}

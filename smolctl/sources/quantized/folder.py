@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolctl.config import ModelConfig
-from smolctl.config.load import resolve_model_config
 from smolctl.durable import file_digest
 from smolctl.errors import InputError
 from smolctl.sources.base import ModelSource, SourceKind, TensorHeader, Weights
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 DESCRIPTION = "quantization.json"
 FILE = "model.safetensors"
 FORMAT, VERSION = "smolctl-quantized", 1
-OWN_TYPE = "smolctl"  # model_type of networks that are no LlamaForCausalLM
 REMEDY = "Copy the folder again, or run `smolctl quantize` again: it is damaged, changed or not complete."
 VALUES, SCALES, OFFSETS = ".values", ".scales", ".offsets"
 
@@ -112,9 +110,6 @@ def _check_header(description: Mapping[str, Any], path: Path) -> None:
 
 def _read_config(path: Path) -> ModelConfig:
     values = {key: value for key, value in read_json(path).items() if key != "quantization_config"}
-    if values.get("model_type") == OWN_TYPE:
-        known = {key: values[key] for key in ModelConfig.model_fields if key in values}
-        return resolve_model_config(known, str(path))
     config, unsupported = from_huggingface_config(values, str(path))
     if config is None:
         raise InputError(f"{path}: {unsupported}", REMEDY)

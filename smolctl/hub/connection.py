@@ -1,0 +1,126 @@
+"""How this program reaches the Hub: at which address, with which client, and for how long it waits."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from smolctl.errors import InputError
+
+if TYPE_CHECKING:
+    import httpx2
+    from huggingface_hub import HfApi
+
+CONNECT_SECONDS = 10.0
+ANSWER_SECONDS = 120.0  # without a byte: the Hub works that long on a large commit
+TIMEOUT_VARIABLE = "SMOLCTL_HUB_TIMEOUT"  # seconds, in place of ANSWER_SECONDS and HF_HUB_ETAG_TIMEOUT
+
+
+def endpoint() -> str:
+    """The Hub's address, of the environment as it is now: the client reads it once, at its import."""
+    from huggingface_hub import constants
+
+    return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+
+
+def api(token: str | None = None) -> HfApi:
+    """The Hub's own client at our address, with our time limit.
+
+    Args:
+        token: sent with every request; None leaves it to the client, which may be set to send none.
+    """
+    from huggingface_hub import HfApi
+
+    session()
+    return HfApi(endpoint=endpoint(), token=token)
+
+
+def session() -> httpx2.Client:
+    """The HTTP session that all of the Hub's client shares, with a time limit.
+
+    The client's default session waits for ever. A session with a limit of its own, which a program that uses
+    this library may have set up with its proxies, stays as it is.
+    """
+    import httpx2
+    from huggingface_hub import get_session, set_client_factory
+
+    default = get_session()
+    if default.timeout == httpx2.Timeout(None) and _limit not in default.event_hooks["request"]:
+        hooks = {**default.event_hooks, "request": [*default.event_hooks["request"], _limit]}
+        set_client_factory(lambda: httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=None))
+    return get_session()
+
+
+def _limit(request: httpx2.Request) -> None:
+    """Give a request the limits that it does not name; many of the client's ask for none at all."""
+    seconds = answer_seconds()
+    limits = {"connect": min(seconds, CONNECT_SECONDS), "read": seconds, "write": seconds, "pool": seconds}
+    named = {key: limit for key, limit in request.extensions["timeout"].items() if limit is not None}
+    request.extensions["timeout"] = limits | named
+
+
+def answer_seconds(otherwise: float = ANSWER_SECONDS) -> float:
+    """The time from one byte of an answer to the next.
+
+    Raises:
+        InputError: $SMOLCTL_HUB_TIMEOUT is not a number of seconds.
+    """
+    named = os.environ.get(TIMEOUT_VARIABLE)
+    try:
+        seconds = float(named) if named else otherwise
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise InputError(f"{TIMEOUT_VARIABLE}={named}: not a number of seconds", "Set it to 60, or unset it.")
+    return seconds
+
+
+def question_seconds() -> float:
+    """The time that a short question has, by the client's own $HF_HUB_ETAG_TIMEOUT."""
+    from huggingface_hub import constants
+
+    return answer_seconds(constants.HF_HUB_ETAG_TIMEOUT)
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """The answer to a GET."""
+
+    content: bytes
+    size: int  # of the whole file; 0 when the Hub does not give it
+    downloaded: int  # bytes over the network
+
+
+def fetch(url: str, limit: int, start: int | None = None, token: bool | str | None = None) -> Fetched:
+    """One GET without retries; reads no more than it needs even where Range is ignored.
+
+    Args:
+        url: at the Hub.
+        limit: bytes to read at most.
+        start: first of them, asked for by Range; None asks for the whole file.
+        token: as of `api`.
+
+    Raises:
+        HTTPError, OSError: what `explained` turns into `HubError`.
+    """
+    from huggingface_hub import hf_raise_for_status
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    headers = build_hf_headers(token=token) | {"accept-encoding": "identity"}
+    if start is not None:
+        headers["range"] = f"bytes={start}-{start + limit - 1}"
+    with session().stream("GET", url, headers=headers, timeout=question_seconds()) as response:
+        if response.is_error:
+            response.read()
+        hf_raise_for_status(response)
+        skip = 0 if start is None or response.status_code == 206 else start
+        content = bytearray()
+        for piece in response.iter_raw():
+            content += piece
+            if len(content) >= skip + limit:
+                break
+        whole = response.headers.get("content-range", "").rpartition("/")[2]
+        size = int(whole) if whole.isdecimal() else int(response.headers.get("content-length") or 0)
+        return Fetched(bytes(content[skip : skip + limit]), size, response.num_bytes_downloaded)

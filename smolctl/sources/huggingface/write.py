@@ -1,0 +1,105 @@
+"""A model as a folder that transformers loads: weights, configs, tokenizer, and code where it needs some."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smolctl.config import ModelConfig
+from smolctl.sources.base import TokenizerFiles
+from smolctl.sources.huggingface.config import to_huggingface_config
+from smolctl.sources.huggingface.folder import SINGLE
+from smolctl.sources.huggingface.tokenizer import token_ids
+
+if TYPE_CHECKING:
+    import torch
+
+CODE = Path(__file__).parent / "transformers_code"
+CONFIG, GENERATION, TEMPLATE = "config.json", "generation_config.json", "chat_template.jinja"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+WRITTEN = (SINGLE, CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE)  # and code, where it needs some
+
+
+def write_model(
+    folder: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, torch.Tensor],
+    dtype: str,
+    tokenizer: TokenizerFiles | None,
+    end_ids: Iterable[int] = (),
+    quantization: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model into a folder that is there.
+
+    Args:
+        folder: what it holds under the same names is replaced.
+        config: of the network.
+        tensors: under their Hugging Face names, without a tied head.
+        dtype: that config.json names.
+        tokenizer: goes along, with its chat template.
+        end_ids: tokens at which text ends, beside those of the config.
+        quantization: of config.json, when the tensors are packed; transformers does not read such a model.
+
+    Raises:
+        OSError, SafetensorError: the disk does not take it.
+    """
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), folder / SINGLE, metadata={"format": "pt"})
+    values = to_huggingface_config(config, dtype)
+    if quantization is not None:
+        values.pop("auto_map", None)
+        values["quantization_config"] = dict(quantization)
+    elif not config.is_llama:
+        for path in CODE.glob("*.py"):
+            shutil.copyfile(path, folder / path.name)
+    write_json(folder / CONFIG, values)
+    (folder / SINGLE).chmod((folder / CONFIG).stat().st_mode)  # safetensors makes it its owner's alone
+    write_json(folder / GENERATION, _generation_config(config, tokenizer, end_ids))
+    if tokenizer is not None:
+        write_tokenizer(folder, tokenizer, config.max_position_embeddings)
+
+
+def write_tokenizer(folder: Path, files: TokenizerFiles, context: int | None = None) -> None:
+    """Write what transformers' AutoTokenizer loads, the chat template in a file of its own.
+
+    Args:
+        folder: made when it is not there.
+        files: the tokenizer.
+        context: tokens that the model reads at once; None when that is not known.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / TOKENIZER).write_text(files.tokenizer_json, encoding="utf-8", newline="\n")
+    spelled = {token_id: token for token, token_id in token_ids(files.tokenizer_json, TOKENIZER).items()}
+    ids = {"bos_token": files.bos_token_id, "eos_token": files.eos_token_id, "pad_token": files.pad_token_id}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **{name: spelled[token_id] for name, token_id in ids.items() if token_id in spelled},
+        **({} if context is None else {"model_max_length": context}),
+    }
+    write_json(folder / TOKENIZER_CONFIG, settings)
+    if files.chat_template is not None:
+        (folder / TEMPLATE).write_text(files.chat_template, encoding="utf-8", newline="")
+
+
+def _generation_config(
+    config: ModelConfig, tokenizer: TokenizerFiles | None, end_ids: Iterable[int]
+) -> dict[str, Any]:
+    """Where text begins and ends. Sampling is left to the caller: nothing here was tuned."""
+    first, ends, pad = config.bos_token_id, {*config.eos_token_ids, *end_ids}, config.pad_token_id
+    if tokenizer is not None:
+        first = first if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        ends |= set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+        pad = pad if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    last = sorted(ends)
+    ids = {"bos_token_id": first, "eos_token_id": last[0] if len(last) == 1 else last, "pad_token_id": pad}
+    return {key: value for key, value in ids.items() if value not in (None, [])}
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write an object as people read it: indented, and in UTF-8."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
