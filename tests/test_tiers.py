@@ -97,3 +97,9 @@ def test_a_signal_ends_a_forked_process_as_it_ends_a_new_one(number: signal.Sign
 
 def test_two_forks_draw_different_random_numbers(tmp_path: Path) -> None:
     assert seen(tmp_path, "end")[2]["random"] != seen(tmp_path, "end")[2]["random"]
+
+
+def test_test_modules_take_nothing_from_each_other() -> None:
+    foreign = re.compile(r"^ *(?:from|import) tests(?!\.support\b).*", re.MULTILINE)
+    for path in (CHECKOUT / "tests").rglob("test_*.py"):
+        assert not foreign.findall(path.read_text()), path
