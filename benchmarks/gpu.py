@@ -27,7 +27,7 @@ import torch
 from training_engines import Case, llama_folder, steps_in_turns
 
 from smolctl.arithmetic import training_flops_per_token
-from smolctl.runs.records import RunRecorder
+from smolctl.runs.folder import RunFolder
 from smolctl.sources import open_source
 from smolctl.timing import ratio_of
 from smolctl.training.device import peak_flops
@@ -76,7 +76,7 @@ def real_job(preset: str, steps: int, extra: int, folder: Path) -> dict[str, Any
         started = time.perf_counter()
         subprocess.run([sys.executable, "-m", "smolctl", *command, "-q"], check=True, stdout=sys.stderr)
         seconds.append(round(time.perf_counter() - started, 1))
-    records = list(RunRecorder(run).metrics())
+    records = list(RunFolder(run).metrics())
     taken = [record for record in records if record["event"] == "step"]
     checks = [record for record in records if record["event"] == "validation"]
     assert [record["step"] for record in taken] == list(range(1, steps + extra + 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -14,11 +14,12 @@ from smolctl.errors import UsageError
 from smolctl.generation.engine import Engine
 from smolctl.generation.native_engine import KINDS, NativeEngine, Stored
 from smolctl.generation.torch_engine import TorchEngine
-from smolctl.model.dynamic import DynamicTransformer
+from smolctl.model.dynamic import dynamic_network
 from smolctl.model.weights import check_state, from_state
 from smolctl.native.library import Library, load_library
 from smolctl.sources.base import ModelSource
 from smolctl.sources.quantized.packed import PackedMatrix
+from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor
 from smolctl.sources.shapes import HEAD, TABLE
 
 
@@ -40,14 +41,15 @@ def make_engine(source: ModelSource, options: EngineOptions) -> Engine:
             this installation does not have.
     """
     config = source.require_config()
-    if (source.quantization or {}).get("scheme") == "int8-dynamic":
-        return _dynamic_engine(source)
-    weights: dict[str, Stored] = {}
+    given: dict[str, StoredTensor] = {}
     for name, stored in source.require_weights().stored():
         if options.dtype and isinstance(stored, Tensor) and stored.dim() > 1:
             stored = stored.to(getattr(torch, options.dtype))
-        weights[name] = stored
-    weights = check_state(config, weights, source.id)
+        given[name] = stored
+    given = check_state(config, given, source.id)
+    if any(isinstance(stored, ScaledMatrix) for stored in given.values()):
+        return _dynamic_engine(source, given)
+    weights = cast(dict[str, Stored], given)
     library = load_library() if options.engine != "torch" else ""
     if isinstance(library, Library) and (dtypes := _dense_dtypes(weights)) <= KINDS.keys():
         kind = kind_of(weights)
@@ -72,10 +74,9 @@ def _torch_engine(config: ModelConfig, weights: Mapping[str, Stored], origin: st
     return _describe(TorchEngine(network, note, name), dense)
 
 
-def _dynamic_engine(source: ModelSource) -> TorchEngine:
-    parts = dict(source.require_weights().parts())  # type: ignore[attr-defined]
+def _dynamic_engine(source: ModelSource, stored: Mapping[str, StoredTensor]) -> TorchEngine:
     activations = str((source.quantization or {}).get("activations", "per-tensor"))
-    network = DynamicTransformer(source.require_config(), parts, activations)
+    network = dynamic_network(source.require_config(), stored, activations)
     engine = TorchEngine(network, name=f"torch cpu, int8 weights, activations {activations}")
     engine.precision = "int8-dynamic"
     engine.weight_bytes = sum(tensor.bytes for tensor in source.tensors or () if len(tensor.shape) > 1)

@@ -9,7 +9,8 @@ and loads. A tied head has no tensor of its own: the token table is used twice.
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,22 +29,36 @@ from smolctl.model.functional import (
     swiglu_linear,
 )
 
-
-class Linear(nn.Linear):
-    """A product with a matrix whose values are still to come: `weights.py` draws or loads them."""
-
-    def reset_parameters(self) -> None:
-        """Draw nothing: for 135 million parameters that would take seconds and be thrown away."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+M = TypeVar("M", bound=nn.Module)
 
 
-class Embedding(nn.Embedding):
-    """A table whose values are still to come, as in `Linear`."""
+def uninitialized(kind: Callable[..., M], *sizes: int, **options: Any) -> M:
+    """A layer whose values are still to come: `weights.py` draws or loads them.
 
-    def reset_parameters(self) -> None:
-        """Draw nothing."""
+    PyTorch's own draw would take seconds for 135 million parameters and be thrown away.
+    """
+    with torch.device("meta"):
+        layer = kind(*sizes, **options)
+    return layer.to_empty(device=torch.get_default_device())
+
+
+def linear_layer(inputs: int, outputs: int) -> nn.Linear:
+    """A matrix (outputs, inputs), as the stock layer: tools that replace `nn.Linear` find it."""
+    return uninitialized(nn.Linear, inputs, outputs, bias=False)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is a matrix and nothing else, so that its product may be fused with what surrounds it.
+
+    A layer that was replaced, by PyTorch's `quantize_dynamic` or by an adapter, or that has hooks, is called.
+    """
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    return type(layer) is nn.Linear and layer.bias is None and not hooked
+
+
+def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """The product of x (…, I) with a layer (O, I): (…, O)."""
+    return linear(x, layer.weight) if is_plain(layer) else cast(Tensor, layer(x))  # type: ignore[arg-type]
 
 
 class RMSNorm(nn.Module):
@@ -58,12 +73,12 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def normed_linears(x: Tensor, norm: RMSNorm, *layers: nn.Module) -> tuple[Tensor, ...]:
+def normed_linears(x: Tensor, norm: RMSNorm, *layers: nn.Linear) -> tuple[Tensor, ...]:
     """Each of the layers after the norm; where gradients are wanted, as one operation that keeps less."""
-    if torch.is_grad_enabled() and norm.weight.requires_grad:
-        return rms_norm_linears(x, norm.weight, norm.eps, *(cast(Linear, layer).weight for layer in layers))
+    if torch.is_grad_enabled() and norm.weight.requires_grad and all(map(is_plain, layers)):
+        return rms_norm_linears(x, norm.weight, norm.eps, *(layer.weight for layer in layers))
     normed = norm(x)
-    return tuple(layer(normed) for layer in layers)
+    return tuple(apply_linear(layer, normed) for layer in layers)
 
 
 def rotary_table(config: ModelConfig, positions: int, device: torch.device) -> Tensor:
@@ -84,10 +99,10 @@ class Attention(nn.Module):
         self.dropout = config.attention_dropout
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = Linear(config.hidden_size, keys, bias=False)
-        self.v_proj = Linear(config.hidden_size, keys, bias=False)
-        self.o_proj = Linear(queries, config.hidden_size, bias=False)
+        self.q_proj = linear_layer(config.hidden_size, queries)
+        self.k_proj = linear_layer(config.hidden_size, keys)
+        self.v_proj = linear_layer(config.hidden_size, keys)
+        self.o_proj = linear_layer(queries, config.hidden_size)
 
     def forward(
         self,
@@ -116,7 +131,7 @@ class Attention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+        return apply_linear(self.o_proj, y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 
 def _continuation_mask(T: int, S: int, device: torch.device) -> Tensor | None:
@@ -137,13 +152,15 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = linear_layer(config.hidden_size, config.intermediate_size)
+        self.up_proj = linear_layer(config.hidden_size, config.intermediate_size)
+        self.down_proj = linear_layer(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         gate, up = normed_linears(x, norm, self.gate_proj, self.up_proj)  # (B, T, F)
-        return swiglu_linear(gate, up, self.down_proj.weight)
+        if is_plain(self.down_proj):
+            return swiglu_linear(gate, up, self.down_proj.weight)
+        return cast(Tensor, self.down_proj(F.silu(gate).mul_(up)))
 
 
 class Block(nn.Module):
@@ -170,10 +187,12 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.embed_positions: Embedding | None = None
+        self.embed_tokens = uninitialized(nn.Embedding, config.vocab_size, config.hidden_size)
+        self.embed_positions: nn.Embedding | None = None
         if config.position_embedding == "learned":
-            self.embed_positions = Embedding(config.max_position_embeddings, config.hidden_size)
+            self.embed_positions = uninitialized(
+                nn.Embedding, config.max_position_embeddings, config.hidden_size
+            )
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.config = config
@@ -228,9 +247,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head: Linear | None = None
+        self.lm_head: nn.Linear | None = None
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = linear_layer(config.hidden_size, config.vocab_size)
 
     @property
     def head_weight(self) -> Tensor:
@@ -247,7 +266,9 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (…, C) as logits (…, V)."""
-        return linear(hidden, self.head_weight)
+        if self.lm_head is None:
+            return linear(hidden, self.model.embed_tokens.weight)
+        return apply_linear(self.lm_head, hidden)
 
     def forward(
         self, input_ids: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
@@ -281,7 +302,7 @@ class Transformer(nn.Module):
         """Cross entropy in nats of every token, (B, T); for evaluation, without gradients."""
         hidden = self.model(input_ids, documents=documents).flatten(0, 1)  # (B·T, C)
         losses = [
-            F.cross_entropy(linear(part, self.head_weight).float(), target, reduction="none")
+            F.cross_entropy(self.logits(part).float(), target, reduction="none")
             for part, target in zip(
                 hidden.split(LOSS_CHUNK_ROWS), targets.flatten().split(LOSS_CHUNK_ROWS), strict=True
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -10,13 +10,11 @@ from torch import Tensor
 from smolctl.config import ModelConfig
 from smolctl.model.dynamic import quantize_dynamically
 from smolctl.model.weights import finite_tensors
-from smolctl.quantization.folder import Item
 from smolctl.quantization.rounding import quantize_matrix
-from smolctl.quantization.schemes import DYNAMIC, Plan
+from smolctl.quantization.schemes import DYNAMIC, QuantizationPlan
 from smolctl.sources.base import ModelSource
+from smolctl.sources.quantized.scaled import StoredTensor
 from smolctl.sources.shapes import HEAD
-
-Progress = Callable[[str], None]
 
 
 def read_tensors(source: ModelSource) -> dict[str, Tensor]:
@@ -36,9 +34,9 @@ def read_tensors(source: ModelSource) -> dict[str, Tensor]:
 def build_items(
     config: ModelConfig,
     tensors: Mapping[str, Tensor],
-    plan: Plan,
+    plan: QuantizationPlan,
     importance: Mapping[str, Tensor] | None = None,
-) -> dict[str, Item]:
+) -> dict[str, StoredTensor]:
     """Every tensor as the plan stores it.
 
     Args:
@@ -51,7 +49,7 @@ def build_items(
         kept = {tensor.name for tensor in plan.tensors if not tensor.packed}
         parts = quantize_dynamically(config, tensors, kept, plan.options.per_row)
         return {entry.name: parts[entry.name] for entry in plan.tensors}
-    items: dict[str, Item] = {}
+    items: dict[str, StoredTensor] = {}
     for entry in plan.tensors:
         tensor = tensors[entry.name]
         if entry.packed and entry.group is not None:
@@ -70,7 +68,7 @@ def _smallest(tensor: Tensor) -> Tensor:
     return short if torch.equal(short.float(), tensor) else tensor
 
 
-def dequantized(items: Mapping[str, Item]) -> dict[str, Tensor]:
+def dequantized(items: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
     """The items as tensors in float32."""
     return {
         name: item.float() if isinstance(item, Tensor) else item.dequantize() for name, item in items.items()

@@ -12,12 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from smolctl.config import ModelConfig
-from smolctl.model.dynamic import DynamicTransformer
-from smolctl.model.weights import from_state
-from smolctl.quantization.folder import Item
-from smolctl.sources.quantized.packed import PackedMatrix
-from smolctl.sources.quantized.scaled import ScaledMatrix
-from smolctl.sources.shapes import HEAD, TABLE
+from smolctl.model.dynamic import dynamic_network
+from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor
+from smolctl.sources.shapes import tensor_name
 
 
 @torch.inference_mode()
@@ -31,40 +28,22 @@ def input_squares(
         tensors: its weights in float32.
         windows: token ids (T + 1,) each.
     """
-    network = from_state(config, dict(tensors), "calibration").eval()
+    network = dynamic_network(config, tensors)  # its head is a layer too
     sums: dict[str, Tensor] = {}
-    gates: dict[str, Tensor] = {}
 
-    def add(name: str, inputs: Tensor) -> None:
-        squares = inputs.flatten(0, -2).double().square().sum(0)
-        sums[name] = sums[name] + squares if name in sums else squares
-
-    def before(name: str) -> Any:
-        return lambda _module, inputs: add(name, inputs[0])
-
-    def gate(layer: str) -> Any:
-        return lambda _module, _inputs, output: gates.__setitem__(layer, output)
-
-    def up(layer: str) -> Any:
-        # The network multiplies with down_proj's matrix itself: its input is made again here.
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            add(f"{layer}.down_proj.weight", torch.nn.functional.silu(gates.pop(layer)) * output)
+    def add(name: str) -> Any:
+        def hook(_module: nn.Module, inputs: tuple[Tensor]) -> None:
+            squares = inputs[0].flatten(0, -2).double().square().sum(0)
+            sums[name] = sums[name] + squares if name in sums else squares
 
         return hook
 
     for name, module in network.named_modules():
-        layer = name.rpartition(".")[0]
-        if isinstance(module, nn.Linear) and name.split(".")[-1] != "down_proj":
-            module.register_forward_pre_hook(before(f"{name}.weight"))
-        if name.endswith("gate_proj"):
-            module.register_forward_hook(gate(layer))
-        if name.endswith("up_proj"):
-            module.register_forward_hook(up(layer))
-    head = TABLE if config.tie_word_embeddings else HEAD
-    network.model.norm.register_forward_hook(lambda _module, _inputs, output: add(head, output))
+        if type(module) is nn.Linear:
+            module.register_forward_pre_hook(add(tensor_name(name, config)))
     tokens = 0
     for window in windows:
-        network.model(window[None, :-1])
+        network(window[None, :-1])
         tokens += len(window) - 1
     return {name: (squares / tokens).float() for name, squares in sums.items()}
 
@@ -83,7 +62,7 @@ class TensorCost:
 
 
 def output_errors(
-    tensors: Mapping[str, Tensor], items: Mapping[str, Item], squares: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor], items: Mapping[str, StoredTensor], squares: Mapping[str, Tensor]
 ) -> list[TensorCost]:
     """The relative error of every packed matrix's product, the costliest first.
 
@@ -115,7 +94,7 @@ class _Seen:
 def dynamic_errors(
     config: ModelConfig,
     tensors: Mapping[str, Tensor],
-    items: Mapping[str, Item],
+    items: Mapping[str, StoredTensor],
     activations: str,
     windows: Sequence[Tensor],
 ) -> list[TensorCost]:
@@ -131,9 +110,8 @@ def dynamic_errors(
         activations: "per-tensor" or "per-token".
         windows: token ids (T + 1,) each.
     """
-    exact = DynamicTransformer(config, tensors)
-    parts = {name: item for name, item in items.items() if not isinstance(item, PackedMatrix)}
-    rounded = DynamicTransformer(config, parts, activations)
+    exact = dynamic_network(config, tensors)
+    rounded = dynamic_network(config, items, activations)
     seen: dict[str, _Seen] = {}
 
     def watch(name: str, layer: nn.Module, found: _Seen) -> Any:
@@ -148,8 +126,7 @@ def dynamic_errors(
 
     for name, module in exact.named_modules():
         if type(module) is nn.Linear:
-            head = TABLE if config.tie_word_embeddings else HEAD
-            tensor = head if name == "lm_head" else f"{name}.weight"
+            tensor = tensor_name(name, config)
             if isinstance(items[tensor], ScaledMatrix):
                 found = seen[tensor] = _Seen()
                 module.register_forward_hook(watch(name, rounded.get_submodule(name), found))

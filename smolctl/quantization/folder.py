@@ -16,8 +16,8 @@ from smolctl import __version__
 from smolctl.config import ModelConfig
 from smolctl.durable import file_digest, lack_of_room, sync_file, sync_folder
 from smolctl.errors import SmolError, UsageError
-from smolctl.model.dynamic import DynamicTransformer, dynamic_state
-from smolctl.quantization.schemes import DYNAMIC, Plan
+from smolctl.model.dynamic import dynamic_network, dynamic_state
+from smolctl.quantization.schemes import DYNAMIC, QuantizationPlan
 from smolctl.sources import open_source
 from smolctl.sources.base import TokenizerFiles
 from smolctl.sources.huggingface.write import WRITTEN, write_json, write_model
@@ -32,9 +32,8 @@ from smolctl.sources.quantized.folder import (
     header_digest,
 )
 from smolctl.sources.quantized.packed import PackedMatrix
-from smolctl.sources.quantized.scaled import ScaledMatrix
+from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor
 
-Item = Tensor | PackedMatrix | ScaledMatrix
 SMALL_FILES = 32 << 20  # tokenizer, configs and the file system's own: room that is left for them
 OURS = {DESCRIPTION, *WRITTEN}
 CHECKPOINT_SUFFIX = "_quantized.ckpt"
@@ -57,8 +56,8 @@ class Origin:
 def write_folder(
     target: Path,
     config: ModelConfig,
-    plan: Plan,
-    items: Mapping[str, Item],
+    plan: QuantizationPlan,
+    items: Mapping[str, StoredTensor],
     tokenizer: TokenizerFiles | None,
     origin: Origin,
     force: bool = False,
@@ -145,7 +144,7 @@ def naming_the_disk(target: Path) -> Iterator[None]:
         ) from error
 
 
-def stored_tensors(items: Mapping[str, Item]) -> dict[str, Tensor]:
+def stored_tensors(items: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
     """The items as the tensors of one safetensors file."""
     stored: dict[str, Tensor] = {}
     for name, item in items.items():
@@ -161,8 +160,8 @@ def stored_tensors(items: Mapping[str, Item]) -> dict[str, Tensor]:
 def _write_files(
     folder: Path,
     config: ModelConfig,
-    plan: Plan,
-    items: Mapping[str, Item],
+    plan: QuantizationPlan,
+    items: Mapping[str, StoredTensor],
     stored: Mapping[str, Tensor],
     tokenizer: TokenizerFiles | None,
     origin: Origin,
@@ -197,7 +196,7 @@ def _write_files(
         _write_checkpoint(folder / f"{name}{CHECKPOINT_SUFFIX}", config, items, summary, tokenizer)
 
 
-def describe(plan: Plan, items: Mapping[str, Item], origin: Origin) -> dict[str, Any]:
+def describe(plan: QuantizationPlan, items: Mapping[str, StoredTensor], origin: Origin) -> dict[str, Any]:
     """The content of quantization.json, without the checksums."""
     description: dict[str, Any] = {
         "format": FORMAT,
@@ -214,7 +213,7 @@ def describe(plan: Plan, items: Mapping[str, Item], origin: Origin) -> dict[str,
     return description
 
 
-def _entry(item: Item) -> dict[str, Any]:
+def _entry(item: StoredTensor) -> dict[str, Any]:
     shape = list(item.shape)
     if isinstance(item, Tensor):
         return {"shape": shape, "stored": str(item.dtype).removeprefix("torch.")}
@@ -226,12 +225,11 @@ def _entry(item: Item) -> dict[str, Any]:
 def _write_checkpoint(
     path: Path,
     config: ModelConfig,
-    items: Mapping[str, Item],
+    items: Mapping[str, StoredTensor],
     summary: Mapping[str, Any],
     tokenizer: TokenizerFiles | None,
 ) -> None:
-    parts = {name: item for name, item in items.items() if not isinstance(item, PackedMatrix)}
-    network = DynamicTransformer(config, parts, str(summary["activations"]))
+    network = dynamic_network(config, items, str(summary["activations"]))
     content = {
         "state_dict": dynamic_state(network),
         "config": config.model_dump(mode="json"),
@@ -241,11 +239,10 @@ def _write_checkpoint(
     torch.save(content, path)
 
 
-def _compare(partial: Path, items: Mapping[str, Item], target: Path) -> None:
+def _compare(partial: Path, items: Mapping[str, StoredTensor], target: Path) -> None:
     """Read everything back, through the readers that every command uses."""
     for path in (partial, *partial.glob(f"*{CHECKPOINT_SUFFIX}")):
-        weights: Any = open_source(str(path)).require_weights()
-        found = stored_tensors(dict(weights.parts() if hasattr(weights, "parts") else weights.tensors()))
+        found = stored_tensors(dict(open_source(str(path)).require_weights().stored()))
         expected = stored_tensors(items)
         same = found.keys() == expected.keys() and all(
             found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)

@@ -144,17 +144,17 @@ def measure_speed(
     prefill: list[list[float]] = [[] for _ in engines]
     first: list[list[int | None]] = [[] for _ in engines]
     for turn, prompt in enumerate(prompts):
-        told: dict[int, list[int]] = {}
+        texts: dict[int, list[int]] = {}
         for place in range(len(engines)):
             index = (place + turn) % len(engines)
             engine, seconds, goes = engines[index], 0.0, 0
             while seconds < TURN_SECONDS:
-                told[index], more = _greedy(engine, prompt, DECODED_TOKENS)
+                texts[index], more = _greedy(engine, prompt, DECODED_TOKENS)
                 seconds, goes = seconds + more, goes + 1
-            decode[index].append(goes * (len(told[index]) - 1) / seconds)
+            decode[index].append(goes * (len(texts[index]) - 1) / seconds)
             prefill[index].append(_prefill(engine, long))
-        for index, tokens in told.items():
-            pairs = enumerate(zip(told[0], tokens, strict=True))
+        for index, tokens in texts.items():
+            pairs = enumerate(zip(texts[0], tokens, strict=True))
             first[index].append(next((at for at, (a, b) in pairs if a != b), None))
     return [
         (

@@ -18,14 +18,27 @@ from smolctl.errors import InputError, UsageError
 from smolctl.generation.engine import Engine
 from smolctl.generation.load import load_model
 from smolctl.generation.torch_engine import TorchEngine
-from smolctl.model.dynamic import DynamicTransformer
+from smolctl.model.dynamic import dynamic_network
 from smolctl.model.weights import from_state
 from smolctl.quantization.build import build_items, dequantized, read_tensors
 from smolctl.quantization.calibrate import TensorCost, dynamic_errors, input_squares, output_errors
-from smolctl.quantization.folder import Item, Origin, naming_the_disk, require_free, write_folder
+from smolctl.quantization.folder import (
+    CHECKPOINT_SUFFIX,
+    Origin,
+    naming_the_disk,
+    require_free,
+    write_folder,
+)
 from smolctl.quantization.measure import mean_kl, measure_footprint, measure_quality, measure_speed
 from smolctl.quantization.record import record_variants
-from smolctl.quantization.schemes import DYNAMIC, GGUF_SCHEMES, PACKED_SCHEMES, Plan, SchemeOptions, make_plan
+from smolctl.quantization.schemes import (
+    DYNAMIC,
+    GGUF_SCHEMES,
+    PACKED_SCHEMES,
+    QuantizationPlan,
+    SchemeOptions,
+    make_plan,
+)
 from smolctl.quantization.texts import Windows, choose_windows
 from smolctl.quantization.verdict import Calibration, Gates, SourceFacts, Variant, advise, judge
 from smolctl.runs.folder import RunFolder
@@ -33,12 +46,12 @@ from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind, TokenizerFiles
 from smolctl.sources.gguf.write import write_gguf
 from smolctl.sources.quantized.folder import FILE
+from smolctl.sources.quantized.scaled import StoredTensor
 
 COSTLIEST = 5  # tensors whose KL is measured one by one
 COST_WINDOWS = 4
 # What people write behind a name to say how it is stored: it is stored otherwise now.
 FORMAT_ENDING = r"(?i)[.-](i?q\d(_\w+)?|bf16|f16|fp16|f32|fp32)$"
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -80,16 +93,18 @@ class _Job:
     squares: Mapping[str, Tensor] | None
     reference: Engine | None  # the source in float32
     options: QuantizeOptions
-    note: Note
+    note: Callable[[str], None]
 
 
-def quantize(model: str, options: QuantizeOptions, note: Note = lambda _text: None) -> QuantizeReport:
+def quantize(
+    model: str, options: QuantizeOptions, note: Callable[[str], None] = lambda _text: None
+) -> QuantizeReport:
     """Write a model in smaller schemes and say what each costs and brings.
 
     Args:
         model: any MODEL with weights.
         options: schemes, where to, and how to measure.
-        note: told what goes on, one line at a time.
+        note: called with each line of progress.
 
     Raises:
         SmolError: the model cannot be read, a scheme is not for it, or a file cannot be written; nothing
@@ -118,7 +133,8 @@ def quantize(model: str, options: QuantizeOptions, note: Note = lambda _text: No
         if items is not None and options.per_tensor and any(entry.packed for entry in plan.tensors):
             costs[plan.scheme] = _costs(job, plan, items)
         variants.append(_write(job, plan, items, targets[plan.scheme], calibration))
-        note(f"{plan.scheme}  written: {targets[plan.scheme]}")
+        for path in filter(None, (variants[-1].path, variants[-1].checkpoint)):
+            note(f"{plan.scheme}  written: {path}")
     run = _run_of(source)
     name = source.id if run is None else f"{run}@{source.step}"
     facts = SourceFacts(name, *_size(source, config))
@@ -135,7 +151,7 @@ def quantize(model: str, options: QuantizeOptions, note: Note = lambda _text: No
 
 
 def _options_for(options: QuantizeOptions, scheme: str) -> SchemeOptions:
-    """The options that apply to a scheme, where several were named; alone it is told what does not."""
+    """The options that apply to a scheme, where several were named; a single one gets all of them."""
     asked = options.scheme_options
     if len(options.schemes) == 1:
         return asked
@@ -147,7 +163,11 @@ def _options_for(options: QuantizeOptions, scheme: str) -> SchemeOptions:
 
 
 def _prepare(
-    source: ModelSource, config: ModelConfig, options: QuantizeOptions, calibrate: bool, note: Note
+    source: ModelSource,
+    config: ModelConfig,
+    options: QuantizeOptions,
+    calibrate: bool,
+    note: Callable[[str], None],
 ) -> _Job:
     files = source.read_tokenizer()
     needs_text = options.measure or calibrate or options.per_tensor
@@ -212,7 +232,7 @@ def model_name(source: ModelSource) -> str:
     return re.sub(FORMAT_ENDING, "", name) or name
 
 
-def _build(job: _Job, plan: Plan) -> tuple[dict[str, Item] | None, Calibration | None]:
+def _build(job: _Job, plan: QuantizationPlan) -> tuple[dict[str, StoredTensor] | None, Calibration | None]:
     if plan.scheme in GGUF_SCHEMES:
         return None, None
     plain = build_items(job.config, job.tensors, plan)
@@ -232,7 +252,7 @@ def _build(job: _Job, plan: Plan) -> tuple[dict[str, Item] | None, Calibration |
     return (searched if calibration.helped else plain), calibration
 
 
-def _costs(job: _Job, plan: Plan, items: Mapping[str, Item]) -> tuple[TensorCost, ...]:
+def _costs(job: _Job, plan: QuantizationPlan, items: Mapping[str, StoredTensor]) -> tuple[TensorCost, ...]:
     """Every tensor's relative output error, and the KL of the costliest when each alone is rounded."""
     assert job.windows is not None
     assert job.reference is not None
@@ -248,7 +268,7 @@ def _costs(job: _Job, plan: Plan, items: Mapping[str, Item]) -> tuple[TensorCost
         variant: Engine
         if dynamic:
             mixed: dict[str, Any] = {**job.tensors, **alone}
-            variant = TorchEngine(DynamicTransformer(job.config, mixed, plan.options.activations))
+            variant = TorchEngine(dynamic_network(job.config, mixed, plan.options.activations))
         else:
             variant = _engine(job.config, {**job.tensors, **dequantized(alone)})
         costs[index] = dataclasses.replace(cost, kl=mean_kl(job.reference, variant, windows))
@@ -256,7 +276,11 @@ def _costs(job: _Job, plan: Plan, items: Mapping[str, Item]) -> tuple[TensorCost
 
 
 def _write(
-    job: _Job, plan: Plan, items: Mapping[str, Item] | None, target: Path, calibration: Calibration | None
+    job: _Job,
+    plan: QuantizationPlan,
+    items: Mapping[str, StoredTensor] | None,
+    target: Path,
+    calibration: Calibration | None,
 ) -> Variant:
     name = model_name(job.source)
     if items is None:
@@ -271,7 +295,13 @@ def _write(
         weights = target / FILE
     bits = _size(open_source(str(target)), job.config)[1]
     return Variant(
-        plan.scheme, str(target), weights.stat().st_size, bits, plan.summary(), calibration=calibration
+        plan.scheme,
+        str(target),
+        weights.stat().st_size,
+        bits,
+        plan.summary(),
+        checkpoint=str(target / f"{name}{CHECKPOINT_SUFFIX}") if plan.scheme == DYNAMIC else "",
+        calibration=calibration,
     )
 
 

@@ -61,7 +61,7 @@ class TensorPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class QuantizationPlan:
     """How a whole model will be stored."""
 
     scheme: str
@@ -122,7 +122,7 @@ def check_scheme(scheme: str, config: ModelConfig) -> None:
         require_gguf(config, name)
 
 
-def make_plan(config: ModelConfig, scheme: str, options: SchemeOptions) -> Plan:
+def make_plan(config: ModelConfig, scheme: str, options: SchemeOptions) -> QuantizationPlan:
     """The plan of a scheme for a model. A tied head has no entry of its own: its table serves both.
 
     Raises:
@@ -146,7 +146,7 @@ def make_plan(config: ModelConfig, scheme: str, options: SchemeOptions) -> Plan:
         _tensor_plan(name, row.shape, config, scheme, options)
         for name, row in ((f"{row.module}.weight", row) for row in parameter_rows(config) if not row.tied)
     )
-    return Plan(scheme, tuple(tensors), options)
+    return QuantizationPlan(scheme, tuple(tensors), options)
 
 
 def _tensor_plan(
@@ -221,5 +221,5 @@ def _check_pattern(pattern: str, option: str) -> None:
             re.compile(pattern[3:])
         except re.error as error:
             raise UsageError(
-                f"{option} {pattern}: no regular expression ({error})", "Mend the expression."
+                f"{option} {pattern}: no regular expression ({error})", "Correct the expression."
             ) from None

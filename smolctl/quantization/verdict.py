@@ -32,8 +32,9 @@ class Variant:
     footprint: Footprint | None = None
     engine: str = ""
     calibration: Calibration | None = None
+    checkpoint: str = ""  # of int8-dynamic: the `_quantized.ckpt` in the folder
     verdict: str = ""
-    hint: str = ""  # what to ask for instead; empty when there is nothing to mend
+    hint: str = ""  # what to ask for instead; empty when nothing has to change
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _calibration(calibration: Calibration | None) -> str:
 
 
 def advise(variant: Variant, options: SchemeOptions) -> str:
-    """What would mend a variant that lost too much, or nothing."""
+    """What to try when a variant has lost too much; empty when it has not."""
     if variant.quality is None or variant.quality.kl.mean < UNNOTICED:
         return ""
     lossy = variant.quality.kl.mean >= SMALL

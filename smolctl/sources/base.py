@@ -14,7 +14,7 @@ from smolctl.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from smolctl.sources.quantized.packed import PackedMatrix
+    from smolctl.sources.quantized.scaled import StoredTensor
 
 
 class SourceKind(StrEnum):
@@ -80,9 +80,25 @@ class Weights(ABC):
             InputError: the file is truncated or damaged.
         """
 
-    def stored(self) -> Iterator[tuple[str, torch.Tensor | PackedMatrix]]:
-        """Every tensor as it is stored, packed integers as such; else the same as `tensors`."""
+    def stored(self) -> Iterator[tuple[str, StoredTensor]]:
+        """Every tensor as it is stored, matrices of integers as such; else the same as `tensors`."""
         yield from self.tensors()
+
+
+class StateWeights(Weights):
+    """Tensors that are in memory, or mapped into it, already."""
+
+    def __init__(self, state: Mapping[str, StoredTensor]) -> None:
+        self.state = state
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        import torch
+
+        for name, item in self.state.items():
+            yield name, item if isinstance(item, torch.Tensor) else item.dequantize()
+
+    def stored(self) -> Iterator[tuple[str, StoredTensor]]:
+        yield from self.state.items()
 
 
 @dataclass(frozen=True)

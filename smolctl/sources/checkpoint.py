@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolctl.errors import InputError
 from smolctl.runs.checkpoint_file import read_checkpoint, recorded_config
 from smolctl.runs.folder import RunFolder
-from smolctl.sources.base import ModelSource, RecordedLoss, SourceKind, TensorHeader, TokenizerFiles, Weights
+from smolctl.sources.base import ModelSource, RecordedLoss, SourceKind, StateWeights, TokenizerFiles
 from smolctl.sources.huggingface.tokenizer import tokenizer_reader
 from smolctl.sources.quantized.dynamic_checkpoint import (
+    header_of,
     is_dynamic_checkpoint,
     open_dynamic_checkpoint,
     tokenizer_inside,
+    unpacked,
 )
 from smolctl.sources.shapes import check_tensors, recover_config
 
 if TYPE_CHECKING:
     import torch
+
+    from smolctl.sources.quantized.scaled import ScaledMatrix
 
 # What torch.compile, DDP and FSDP put before the names of the modules they wrap.
 WRAPPERS = {"_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module"}
@@ -37,23 +41,24 @@ def open_checkpoint(path: Path, name: str) -> ModelSource:
     Raises:
         InputError: the file is damaged, holds code, or no weights.
     """
+    import torch
+
     content = read_checkpoint(path)
     if is_dynamic_checkpoint(content):
         return open_dynamic_checkpoint(content, path, name)
     state = network_state(content, path)
-    tensors = tuple(
-        TensorHeader(key, tuple(value.shape), _dtype(value), value.numel() * value.element_size())
-        for key, value in state.items()
-    )
+    tensors = tuple(header_of(key, value) for key, value in state.items())
+    quantized = not all(isinstance(value, torch.Tensor) for value in state.values())
     step = content.get("global_step")
     common: dict[str, Any] = {
-        "kind": SourceKind.CHECKPOINT,
+        "kind": SourceKind.QUANTIZED if quantized else SourceKind.CHECKPOINT,
         "id": name,
         "tensors": tensors,
         "step": step if type(step) is int else None,
         "weights": StateWeights(state),
         "tokenizer_reader": _tokenizer_of(content, path),
         "recorded_loss": _recorded_loss(content),
+        "quantization": {"scheme": "int8-dynamic"} if quantized else None,
     }
     run = recorded_config(content, path)
     if run is None:
@@ -74,21 +79,25 @@ def open_checkpoint(path: Path, name: str) -> ModelSource:
     )
 
 
-def network_state(content: Mapping[str, Any], path: Path) -> dict[str, torch.Tensor]:
-    """The network's tensors under their Hugging Face names.
+def network_state(content: Mapping[str, Any], path: Path) -> dict[str, torch.Tensor | ScaledMatrix]:
+    """The network's tensors under their Hugging Face names, and what `quantize_dynamic` made of some.
 
     Raises:
         InputError: there are none, or two tensors have the same name once wrappers are taken off.
     """
     import torch
 
-    bare = all(isinstance(value, torch.Tensor) for value in content.values())  # torch.save(state_dict)
+    from smolctl.sources.quantized.scaled import ScaledMatrix
+
+    kinds = (torch.Tensor, ScaledMatrix)
+    content = unpacked(content, path)
+    bare = all(isinstance(value, kinds) for value in content.values())  # torch.save(state_dict)
     state = content if bare else content.get("state_dict")
     if not isinstance(state, Mapping):
         raise InputError(f"{path}: has no state_dict", "Name a checkpoint that a training run has written.")
-    tensors: dict[str, torch.Tensor] = {}
-    for key, value in state.items():
-        if not isinstance(value, torch.Tensor):
+    tensors: dict[str, torch.Tensor | ScaledMatrix] = {}
+    for key, value in unpacked(state, path).items():
+        if not isinstance(value, kinds):
             continue
         name = clean_name(str(key))
         if name in tensors:
@@ -110,10 +119,10 @@ def clean_name(name: str) -> str:
 
 
 def _tokenizer_of(content: Mapping[str, Any], path: Path) -> Callable[[], TokenizerFiles | None] | None:
-    """The tokenizer of the run that a checkpoint lies in, else the one in the checkpoint itself."""
+    """The tokenizer of the run that a checkpoint lies in, else the one in it, else the one beside it."""
     run = RunFolder.around(path)
-    beside = tokenizer_reader(run.tokenizer) if run else None
-    return beside or tokenizer_inside(content, path)
+    of_run = tokenizer_reader(run.tokenizer) if run else None
+    return of_run or tokenizer_inside(content, path) or tokenizer_reader(path.parent)
 
 
 def _recorded_loss(content: Mapping[str, Any]) -> RecordedLoss | None:
@@ -123,19 +132,3 @@ def _recorded_loss(content: Mapping[str, Any]) -> RecordedLoss | None:
     if not isinstance(held_out, Mapping) or "loss" not in held_out:
         return None
     return RecordedLoss(held_out["tokens"], held_out["loss"], held_out.get("document_end"))
-
-
-def _dtype(tensor: torch.Tensor) -> str:
-    """Safetensors' short names, so that every header speaks the same."""
-    names = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float64": "F64"}
-    return names.get(str(tensor.dtype), str(tensor.dtype).removeprefix("torch."))
-
-
-class StateWeights(Weights):
-    """Tensors that torch has mapped from a checkpoint already."""
-
-    def __init__(self, state: Mapping[str, torch.Tensor]) -> None:
-        self.state = state
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from self.state.items()

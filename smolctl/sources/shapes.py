@@ -44,6 +44,11 @@ def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
     return (*missing, *unexpected, *misshaped)
 
 
+def tensor_name(module: str, config: ModelConfig) -> str:
+    """The tensor behind a module that multiplies or looks up; a tied head's is the token table."""
+    return TABLE if module == "lm_head" and config.tie_word_embeddings else f"{module}.weight"
+
+
 def is_derived(name: str) -> bool:
     """Whether a stored tensor is no weight but follows from the config."""
     return DERIVED.fullmatch(name) is not None

@@ -173,6 +173,7 @@ def _variant(variant: Variant) -> dict[str, Any]:
     return {
         "scheme": variant.scheme,
         "path": variant.path,
+        "checkpoint": variant.checkpoint or None,
         "bytes": variant.bytes,
         "bits_per_weight": variant.bits_per_weight,
         "bits_per_byte": quality and quality.bits_per_byte.mean,

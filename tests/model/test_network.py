@@ -159,9 +159,16 @@ def test_weights_that_do_not_fit_are_named() -> None:
     for part in (
         "missing model.layers.1.mlp.up_proj.weight",
         "unexpected model.layers.0.self_attn.q_proj.bias",
-        "(7,)",
+        "model.norm.weight is [7], the config says [48]",
     ):
         assert part in error.value.message
+
+
+def test_tensors_that_follow_from_the_config_are_left_out() -> None:
+    config = ModelConfig(**LLAMA)
+    state = initialize(config, 0).state_dict()
+    old = {**state, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+    assert from_state(config, old, "file").state_dict().keys() == state.keys()
 
 
 def test_a_tied_head_is_accepted_only_when_it_is_the_table() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from smolctl.errors import InputError, SmolError, UsageError
 from smolctl.generation.load import load_model
+from smolctl.generation.torch_engine import TorchEngine
 from smolctl.quantization.build import build_items, dequantized, read_tensors
 from smolctl.quantization.quantize import QuantizeOptions, QuantizeReport, quantize
 from smolctl.quantization.schemes import SchemeOptions, make_plan
@@ -25,6 +27,7 @@ from tests.support.disks import small_disk
 from tests.support.processes import Called, call
 
 TABLE = "model.embed_tokens.weight"
+SHORT = "data.sequence_length=16"  # what a tiny context holds
 
 
 def make(model: str = "runs/llama", scheme: str = "int8", out: str = "out", **options: Any) -> QuantizeReport:
@@ -63,7 +66,7 @@ def test_every_command_takes_the_folder(here: Path, smolctl: Callable[..., Calle
     answer = smolctl("sample", "out", "--prompt", "the cat", "--max-tokens", "4", "--json")
     assert answer.code == 0
     assert len(answer.json["completions"][0]["tokens"]) == 4
-    short = ("--set", "data.sequence_length=16", "--dry-run")
+    short = ("--set", SHORT, "--dry-run")
     tuned = smolctl("train", "--init-from", "out", "--steps", "1", "--data", "corpus", *short)
     assert tuned.code == 0, tuned.err
 
@@ -151,6 +154,49 @@ def test_dynamic_checkpoint_loads_as_plain_data_and_equals_the_folder(
     assert torch.equal(*logits)
 
 
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("runs/llama", "runs/llama/quantized/int8-dynamic/llama_quantized.ckpt"),
+        ("smollm2_135m.ckpt", "smollm2_135m-int8-dynamic/smollm2_135m_quantized.ckpt"),
+    ],
+)
+def test_dynamic_checkpoint_lies_where_the_command_says(
+    here: Path, smolctl: Callable[..., Called], model: str, expected: str
+) -> None:
+    shutil.copy("runs/llama/checkpoints/final.ckpt", "smollm2_135m.ckpt")
+    called = smolctl("quantize", model, "--to", "int8-dynamic", "--no-measure", "--force", "--json")
+    assert called.code == 0, called.err
+    assert called.json["variants"][0]["checkpoint"] == expected
+    assert f"written: {expected}" in called.err
+    torch.load(expected, weights_only=True)
+    assert smolctl("sample", expected, "--prompt", "the cat", "--max-tokens", "3").code == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("inspect-config", "alone.ckpt"),
+        ("count-params", "alone.ckpt"),
+        ("sample", "alone.ckpt", "runs/llama", "--prompt", "the cat", "--max-tokens", "3"),
+        ("quantize", "alone.ckpt", "--to", "int8", "--out", "again", "--windows", "2"),
+        ("train", "--init-from", "alone.ckpt", "--data", "corpus", "--steps", "1", "--set", SHORT),
+        ("push", "alone.ckpt", "--local-dir", "page"),
+        ("bench", "alone.ckpt", "--suite", "decode", "--repeats", "1"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_every_command_takes_a_dynamic_checkpoint_alone(
+    here: Path, smolctl: Callable[..., Called], command: tuple[str, ...]
+) -> None:
+    make("runs/llama", "int8-dynamic")
+    shutil.move("out/llama_quantized.ckpt", "alone.ckpt")
+    shutil.rmtree("out")
+    called = smolctl(*command)
+    assert called.code == 0, called.err
+
+
 def test_dynamic_checkpoint_takes_nothing_of_its_source_along(here: Path) -> None:
     """Norms of a GGUF are views of the mapped file, and torch.save keeps all that a view looks at."""
     make("runs/llama", "gguf-q8_0", "files")
@@ -176,45 +222,22 @@ def test_plan_of_a_gguf_names_its_blocks(here: Path) -> None:
 
 
 def test_dynamic_scheme_is_what_quantize_dynamic_makes(here: Path) -> None:
-    """The stock call on a network of plain linear layers gives the same logits."""
+    """The stock call on the network of the source gives the same layers, and the layers the same output."""
     from torch import nn
     from torch.ao.quantization import quantize_dynamic
 
-    from smolctl.model.dynamic import DynamicTransformer, silence
+    from smolctl.model.dynamic import silence
+    from smolctl.model.weights import load_network
 
     make("runs/llama", "int8-dynamic")
-    source = open_source("runs/llama")
-    network = DynamicTransformer(source.require_config(), read_tensors(source))
     with silence():
-        stock = quantize_dynamic(network, {nn.Linear}, dtype=torch.qint8)
+        stock = quantize_dynamic(load_network(open_source("runs/llama")), {nn.Linear}, dtype=torch.qint8)
     engine = load_model("out").engine
-    ids = torch.tensor([[5, 6, 7, 8]])
-    # Only the lookup differs: ours reads the head's integers, the stock network keeps the table in float32.
+    assert isinstance(engine, TorchEngine)
+    # Only the tied head differs: ours is quantized, the stock call keeps the table in float32.
     hidden = torch.randn(1, 4, 32)
-    layer, ours = (one.model.layers[0].mlp for one in (stock, engine.network))
-    norm = network.model.layers[0].post_attention_layernorm  # type: ignore[union-attr]
-    assert torch.equal(layer(hidden, norm), ours(hidden, norm))  # type: ignore[operator]
-    assert stock(ids).shape == engine.network(ids).shape  # type: ignore[attr-defined]
-
-
-def test_activation_scales_per_token_survive_an_outlier() -> None:
-    from smolctl.model.dynamic import PerTokenLinear, _quantized_tensor, quantized, silence
-    from smolctl.sources.quantized.scaled import ScaledMatrix
-
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randint(-127, 128, (16, 32), generator=generator, dtype=torch.int8)
-    matrix = ScaledMatrix(weight, torch.tensor([0.01]))
-    x = torch.randn(10, 32, generator=generator)
-    x[0, 3] = 3_000.0  # what the first token does to down_proj's input in SmolLM2
-    exact = x @ matrix.dequantize().T
-    errors = []
-    for kind in (quantized.Linear, PerTokenLinear):
-        with silence():
-            layer = kind(32, 16, bias_=False, dtype=torch.qint8)
-            layer.set_weight_bias(_quantized_tensor(matrix), None)
-        errors.append(float((layer(x) - exact)[1:].norm() / exact[1:].norm()))
-    assert errors[0] > 0.9  # everything but the outlier rounds to nothing
-    assert errors[1] < 0.05
+    theirs, ours = (network.model.layers[0] for network in (stock, engine.network))
+    assert torch.equal(theirs(hidden, None, None), ours(hidden, None, None))
 
 
 def test_foreign_pickles_are_not_taken_for_a_quantized_checkpoint(here: Path) -> None:

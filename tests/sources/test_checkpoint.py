@@ -18,10 +18,13 @@ from hypothesis import strategies as st
 from smolctl.config import RunConfig
 from smolctl.config.dump import to_yaml
 from smolctl.errors import InputError, SmolError
+from smolctl.generation.engines import EngineOptions, make_engine
 from smolctl.model.weights import initialize, load_network
 from smolctl.runs.folder import RunFolder, latest_run, split_step
 from smolctl.sources import SourceKind, open_source
 from smolctl.sources.checkpoint import clean_name
+from smolctl.sources.huggingface.write import write_tokenizer
+from tests.support.tiny_models import tiny_tokenizer
 
 MODEL = {
     "vocab_size": 96,
@@ -117,6 +120,45 @@ class Attack:
         return os.mkdir, (str(self.trace),)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("saved_as", ["state", "state_dict", "checkpoint of a module"])
+def test_what_stock_quantize_dynamic_made_is_a_model(tmp_path: Path, saved_as: str, tied: bool) -> None:
+    from torch.ao.quantization import quantize_dynamic
+
+    # Shapes do not show the size of heads: these have the one that is taken for it.
+    config = RUN.model.model_copy(
+        update={
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+            "head_dim": 64,
+            "tie_word_embeddings": tied,
+        }
+    )
+    network = initialize(config, 0).eval()
+    stock = quantize_dynamic(network, {torch.nn.Linear}, dtype=torch.qint8)
+    state = stock.state_dict()
+    recipe = RUN.model_copy(update={"model": config}).model_dump(mode="json")
+    content = {
+        "state": state,
+        "state_dict": {"state_dict": state},
+        "checkpoint of a module": {
+            "state_dict": {f"network.{name}": value for name, value in state.items()},
+            "hyper_parameters": {"config": recipe},
+        },
+    }[saved_as]
+    torch.save(content, tmp_path / "smollm2_135m_quantized.ckpt")
+    source = open_source(str(tmp_path / "smollm2_135m_quantized.ckpt"))
+    assert source.kind is SourceKind.QUANTIZED
+    ids = torch.arange(12)
+    engine = make_engine(source, EngineOptions())
+    assert torch.equal(
+        engine.forward([ids.tolist()], engine.allocate(1, 12), every=True), stock(ids[None])[0]
+    )
+    with torch.inference_mode():
+        dense, exact = load_network(source)(ids[None]), network(ids[None])
+    assert (dense - exact).norm() < 0.05 * exact.norm()
+
+
 def test_code_in_a_checkpoint_is_named_and_never_executed(tmp_path: Path) -> None:
     trace = tmp_path / "executed"
     path = save_checkpoint(tmp_path / "bad.ckpt", callbacks=Attack(trace))
@@ -210,6 +252,16 @@ def test_step_of_a_run_can_be_named(run: Path) -> None:
     with pytest.raises(InputError, match="no checkpoint of step 7") as caught:
         open_source(f"{run}@7")
     assert caught.value.hint == "There are: 500, 1000."
+
+
+def test_weights_alone_take_the_tokenizer_beside_them(run: Path, tmp_path: Path) -> None:
+    torch.save({"state_dict": initialize(RUN.model, 0).state_dict()}, tmp_path / "bare.ckpt")
+    assert open_source(str(tmp_path / "bare.ckpt")).read_tokenizer() is None
+    tokenizer = tiny_tokenizer()
+    write_tokenizer(tmp_path, tokenizer.files())
+    found = open_source(str(tmp_path / "bare.ckpt")).read_tokenizer()
+    assert found is not None
+    assert found.tokenizer_json == tokenizer.files().tokenizer_json
 
 
 def test_checkpoint_inside_a_run_finds_the_runs_tokenizer(run: Path) -> None:

@@ -6,15 +6,14 @@ bias. The tied head is stored once, as `lm_head`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolctl.config import ModelConfig
 from smolctl.config.load import resolve_model_config
 from smolctl.errors import InputError
-from smolctl.sources.base import ModelSource, SourceKind, TensorHeader, TokenizerFiles, Weights
-from smolctl.sources.shapes import HEAD, TABLE, check_tensors
+from smolctl.sources.base import ModelSource, SourceKind, StateWeights, TensorHeader, TokenizerFiles
+from smolctl.sources.shapes import check_tensors, tensor_name
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from smolctl.sources.quantized.scaled import ScaledMatrix
 
 PACKED = "._packed_params._packed_params"
+BESIDE = ("._packed_params.dtype", ".scale", ".zero_point")  # says nothing that the packed matrix does not
 REMEDY = "Run `smolctl quantize --to int8-dynamic` again."
 
 
@@ -40,8 +40,11 @@ def open_dynamic_checkpoint(content: Mapping[str, Any], path: Path, name: str) -
     if not isinstance(values, Mapping) or not isinstance(state, Mapping):
         raise InputError(f"{path}: has no config or no state_dict", REMEDY)
     config = resolve_model_config(dict(values), str(path))
-    weights = DynamicWeights(plain_state(config, state, path))
-    tensors = tuple(_header(key, value) for key, value in weights.state.items())
+    named = {
+        tensor_name(key.removesuffix(".weight"), config): value
+        for key, value in unpacked(state, path).items()
+    }
+    tensors = tuple(header_of(key, value) for key, value in named.items())
     mismatches = check_tensors(config, tensors)
     if mismatches:
         raise InputError(f"{path}: the tensors do not fit the config: {mismatches[0]}", REMEDY)
@@ -51,16 +54,14 @@ def open_dynamic_checkpoint(content: Mapping[str, Any], path: Path, name: str) -
         config=config,
         declared=dict(values),
         tensors=tensors,
-        weights=weights,
+        weights=StateWeights(named),
         quantization=dict(content["quantization"]),
         tokenizer_reader=tokenizer_inside(content, path),
     )
 
 
-def plain_state(
-    config: ModelConfig, state: Mapping[str, Any], origin: Path | str
-) -> dict[str, torch.Tensor | ScaledMatrix]:
-    """PyTorch's quantized state as tensors and scaled matrices under Hugging Face names.
+def unpacked(state: Mapping[str, Any], origin: Path | str) -> dict[str, Any]:
+    """A state in which what `quantize_dynamic` has packed is a `ScaledMatrix` under the layer's name.
 
     Raises:
         InputError: a packed matrix is not what `quantize_dynamic` makes.
@@ -69,37 +70,29 @@ def plain_state(
 
     from smolctl.sources.quantized.scaled import ScaledMatrix
 
-    plain: dict[str, torch.Tensor | ScaledMatrix] = {}
+    found = dict(state)
     for key, value in state.items():
-        if key.endswith(PACKED):
-            matrix = value[0] if isinstance(value, tuple) and value else None
-            if not isinstance(matrix, torch.Tensor) or not matrix.is_quantized or matrix.dim() != 2:
-                raise InputError(f"{origin}: {key} is no quantized matrix", REMEDY)
-            plain[_name(key.removesuffix(PACKED), config)] = ScaledMatrix(matrix.int_repr(), _scales(matrix))
-        elif isinstance(value, torch.Tensor) and key.endswith(".weight"):
-            plain[_name(key.removesuffix(".weight"), config)] = value
-    return plain
+        if not str(key).endswith(PACKED):
+            continue
+        layer = key.removesuffix(PACKED)
+        matrix = value[0] if isinstance(value, tuple) and value else None
+        if not isinstance(matrix, torch.Tensor) or not matrix.is_quantized or matrix.dim() != 2:
+            raise InputError(f"{origin}: {key} is no quantized matrix", REMEDY)
+        for ending in (PACKED, *BESIDE):
+            found.pop(layer + ending, None)
+        found[f"{layer}.weight"] = ScaledMatrix.of(matrix)
+    return found
 
 
-def _name(module: str, config: ModelConfig) -> str:
-    name = f"{module}.weight"
-    return TABLE if name == HEAD and config.tie_word_embeddings else name
-
-
-def _scales(matrix: torch.Tensor) -> torch.Tensor:
+def header_of(name: str, value: torch.Tensor | ScaledMatrix) -> TensorHeader:
+    """The header of a tensor in memory, with safetensors' short names of the float types."""
     import torch
 
-    if matrix.qscheme() == torch.per_tensor_affine:
-        return torch.tensor([matrix.q_scale()], dtype=torch.float32)
-    return matrix.q_per_channel_scales().float()
-
-
-def _header(name: str, value: torch.Tensor | ScaledMatrix) -> TensorHeader:
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return TensorHeader(name, tuple(value.shape), "float32", value.numel() * value.element_size())
-    return TensorHeader(name, value.shape, "int8", value.bytes)
+    if not isinstance(value, torch.Tensor):
+        return TensorHeader(name, value.shape, "int8", value.bytes)
+    names = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+    dtype = str(value.dtype).removeprefix("torch.")
+    return TensorHeader(name, tuple(value.shape), names.get(dtype, dtype), value.nbytes)
 
 
 def tokenizer_inside(content: Mapping[str, Any], path: Path) -> Callable[[], TokenizerFiles] | None:
@@ -115,20 +108,3 @@ def tokenizer_inside(content: Mapping[str, Any], path: Path) -> Callable[[], Tok
             raise InputError(f"{path}: the tokenizer in it is damaged", REMEDY) from None
 
     return read
-
-
-class DynamicWeights(Weights):
-    """The matrices of a `_quantized.ckpt`, already unpacked."""
-
-    def __init__(self, state: Mapping[str, torch.Tensor | ScaledMatrix]) -> None:
-        self.state = state
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        from smolctl.sources.quantized.scaled import ScaledMatrix
-
-        for name, item in self.parts():
-            yield name, item.dequantize() if isinstance(item, ScaledMatrix) else item
-
-    def parts(self) -> Iterator[tuple[str, Any]]:
-        """Every tensor as it is stored: a tensor or a `ScaledMatrix`."""
-        yield from self.state.items()

@@ -29,7 +29,7 @@ from smolctl.sources.shapes import check_tensors
 if TYPE_CHECKING:
     import torch
 
-    from smolctl.sources.quantized.packed import PackedMatrix
+    from smolctl.sources.quantized.scaled import StoredTensor
 
 DESCRIPTION = "quantization.json"
 FILE = "model.safetensors"
@@ -174,24 +174,13 @@ class QuantizedWeights(Weights):
                 f"{self.path}: its bytes are not the ones that were written (checksum differs)", REMEDY
             )
 
-    def stored(self) -> Iterator[tuple[str, torch.Tensor | PackedMatrix]]:
-        from smolctl.sources.quantized.scaled import ScaledMatrix
-
-        for name, item in self.parts():
-            yield name, item.dequantize() if isinstance(item, ScaledMatrix) else item
-
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         import torch
 
-        for name, item in self.parts():
+        for name, item in self.stored():
             yield name, item.float() if isinstance(item, torch.Tensor) else item.dequantize()
 
-    def parts(self) -> Iterator[tuple[str, Any]]:
-        """Every tensor as it lies in the file: a tensor, a `PackedMatrix` or a `ScaledMatrix`.
-
-        Raises:
-            InputError: the file is not the one that was written.
-        """
+    def stored(self) -> Iterator[tuple[str, StoredTensor]]:
         from safetensors import SafetensorError, safe_open
 
         self.verify()
@@ -204,7 +193,7 @@ class QuantizedWeights(Weights):
             raise InputError(f"{self.path}: cannot be read ({error})", REMEDY) from None
 
 
-def _matrix(entry: Mapping[str, Any], parts: list[torch.Tensor]) -> Any:
+def _matrix(entry: Mapping[str, Any], parts: list[torch.Tensor]) -> StoredTensor:
     from smolctl.sources.quantized.packed import BLOCK, PackedMatrix
     from smolctl.sources.quantized.scaled import ScaledMatrix
 

@@ -165,6 +165,8 @@ def test_learned_positions_are_a_type_of_our_own_and_read_back() -> None:
     assert written["model_type"] == "smolctl"
     assert set(written["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     assert from_huggingface_config(json.loads(json.dumps(written)), "config.json") == (ModelConfig(), "")
+    earlier = {"model_type": "smolctl", **ModelConfig().model_dump(mode="json")}  # as `quantize` wrote it
+    assert from_huggingface_config(earlier, "config.json") == (ModelConfig(), "")
 
 
 def test_config_json_alone_is_a_model_without_weights(tmp_path: Path) -> None:
