@@ -180,10 +180,7 @@ def _weight_files(repository: Repository, commit: str, files: set[str]) -> Shard
     """The safetensors files of a model: the sharded ones, the usual one, or the only one."""
     if INDEX in files:
         index, _ = repository.file(commit, INDEX)
-        by_file: dict[str, list[str]] = {}
-        for tensor, path in read_weight_map(index, f"{repository.name}/{INDEX}").items():
-            by_file.setdefault(path, []).append(tensor)
-        return dict(by_file)
+        return dict(read_weight_map(index, f"{repository.name}/{INDEX}"))
     if SINGLE in files:
         return {SINGLE: None}
     others = [path for path in files if path.endswith(".safetensors") and "/" not in path]
