@@ -58,6 +58,11 @@ def cut(chunks: Iterable[str], size: int = PIECE, longest: int = LONGEST_PIECE) 
         yield buffer
 
 
+def utf8_size(text: str) -> int:
+    """Bytes of a text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
+
+
 def _end_of_piece(text: str, start: int, size: int, longest: int) -> int:
     """Where the piece that begins at `start` ends, or 0 when more text must be seen first."""
     safe = _SAFE_CUT.search(text, start + size, start + longest)
