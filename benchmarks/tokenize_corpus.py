@@ -15,7 +15,7 @@ from pathlib import Path
 
 from smolctl.benchmark.limits import fastest_run
 from smolctl.config.run import DataConfig
-from smolctl.data.text.corpus import iter_documents
+from smolctl.data.text.corpus import open_sources
 from smolctl.data.tokenizer.tokenizer import train_tokenizer
 from smolctl.data.tokens.corpus import tokenize_corpus
 from smolctl.timing import in_turns, ratio_of
@@ -27,7 +27,8 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=4096)
     arguments = parser.parse_args()
     data = DataConfig()
-    texts = ["".join(document.pieces) for document in iter_documents(data.source, data.text_field)]
+    sources = open_sources(data.source, data.text_field)
+    texts = ["".join(document.pieces) for source in sources for document in source.read(lambda _: None)]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     tokenizer = train_tokenizer(iter(texts), arguments.vocab_size)
 

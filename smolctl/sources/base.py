@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     import torch
 
     from smolctl.sources.quantized.scaled import StoredTensor
+
+DAMAGED = "Download or copy the file again: it is damaged or not complete."
 
 
 class SourceKind(StrEnum):
@@ -43,10 +46,7 @@ class TensorHeader:
 
     @property
     def parameters(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)

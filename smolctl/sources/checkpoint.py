@@ -25,14 +25,9 @@ if TYPE_CHECKING:
 
     from smolctl.sources.quantized.scaled import ScaledMatrix
 
+ZIP_MAGIC = b"PK\x03\x04"  # of a zip, which is what torch.save writes
 # What torch.compile, DDP and FSDP put before the names of the modules they wrap.
 WRAPPERS = {"_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module"}
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether a file is a zip, which is what torch.save writes."""
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
 
 
 def open_checkpoint(path: Path, name: str) -> ModelSource:
@@ -50,32 +45,25 @@ def open_checkpoint(path: Path, name: str) -> ModelSource:
     tensors = tuple(header_of(key, value) for key, value in state.items())
     quantized = not all(isinstance(value, torch.Tensor) for value in state.values())
     step = content.get("global_step")
-    common: dict[str, Any] = {
-        "kind": SourceKind.QUANTIZED if quantized else SourceKind.CHECKPOINT,
-        "id": name,
-        "tensors": tensors,
-        "step": step if type(step) is int else None,
-        "weights": StateWeights(state),
-        "tokenizer_reader": _tokenizer_of(content, path),
-        "recorded_loss": _recorded_loss(content),
-        "quantization": {"scheme": "int8-dynamic"} if quantized else None,
-    }
     run = recorded_config(content, path)
-    if run is None:
-        recovered = recover_config(tensors)
-        return ModelSource(
-            **common,
-            config=recovered.config,
-            unsupported=recovered.unsupported,
-            recovered_from_shapes=True,
-            problems=recovered.assumptions,
-        )
+    config, unsupported, problems = (
+        (run.model, "", check_tensors(run.model, tensors)) if run else recover_config(tensors)
+    )
     return ModelSource(
-        **common,
-        config=run.model,
+        kind=SourceKind.QUANTIZED if quantized else SourceKind.CHECKPOINT,
+        id=name,
+        config=config,
+        unsupported=unsupported,
+        declared=run.model.model_dump(mode="json") if run else {},
+        recovered_from_shapes=run is None,
+        tensors=tensors,
         run=run,
-        declared=run.model.model_dump(mode="json"),
-        problems=check_tensors(run.model, tensors),
+        problems=problems,
+        step=step if type(step) is int else None,
+        weights=StateWeights(state),
+        recorded_loss=_recorded_loss(content),
+        quantization={"scheme": "int8-dynamic"} if quantized else None,
+        tokenizer_reader=_tokenizer_of(content, path),
     )
 
 

@@ -133,7 +133,7 @@ def _open_online(repository: Repository, model: str) -> ModelSource:
     missing = () if shards else (f"no safetensors in the repository{_others(files)}",)
     source = dataclasses.replace(
         describe(SourceKind.HUB, model, declared, tensors, None, missing, None),
-        weights=HubWeights(repository, shards) if shards else NoHubWeights(repository.name, files),
+        weights=HubWeights(repository, shards, files),
         tokenizer_reader=lambda: read_tokenizer_folder(repository.download(list(TOKENIZER_FILES))),
     )
     return _as_hub(source, commit, repository)
@@ -180,10 +180,7 @@ def _weight_files(repository: Repository, commit: str, files: set[str]) -> Shard
     """The safetensors files of a model: the sharded ones, the usual one, or the only one."""
     if INDEX in files:
         index, _ = repository.file(commit, INDEX)
-        by_file: dict[str, list[str]] = {}
-        for tensor, path in read_weight_map(index, f"{repository.name}/{INDEX}").items():
-            by_file.setdefault(path, []).append(tensor)
-        return dict(by_file)
+        return dict(read_weight_map(index, f"{repository.name}/{INDEX}"))
     if SINGLE in files:
         return {SINGLE: None}
     others = [path for path in files if path.endswith(".safetensors") and "/" not in path]
@@ -209,26 +206,19 @@ def _read_header(repository: Repository, commit: str, path: str) -> tuple[Tensor
 
 
 class HubWeights(Weights):
-    """Weights that are downloaded into the client's cache when they are first read."""
+    """Weights that are downloaded into the client's cache when they are first read, if there are any."""
 
-    def __init__(self, repository: Repository, shards: Shards) -> None:
-        self.repository, self.shards = repository, shards
+    def __init__(self, repository: Repository, shards: Shards, files: set[str]) -> None:
+        self.repository, self.shards, self.files = repository, shards, files
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        if not self.shards:
+            raise HubError(
+                f"{self.repository.name}: no safetensors in the repository{_others(self.files)}",
+                _other_hint(self.files),
+            )
         folder = self.repository.download([*self.shards, INDEX, *TOKENIZER_FILES])
         yield from SafetensorsWeights({folder / path: names for path, names in self.shards.items()}).tensors()
-
-
-class NoHubWeights(Weights):
-    """The weights of a repository that has none that can be read."""
-
-    def __init__(self, name: str, files: set[str]) -> None:
-        self.name, self.files = name, files
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        raise HubError(
-            f"{self.name}: no safetensors in the repository{_others(self.files)}", _other_hint(self.files)
-        )
 
 
 def _others(files: set[str]) -> str:

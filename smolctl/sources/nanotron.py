@@ -10,27 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from smolctl.config import ModelConfig
 from smolctl.config.load import resolve_run_config
 from smolctl.errors import InputError
 from smolctl.sources.base import ModelSource, SourceKind
-from smolctl.sources.huggingface.config import OFF_SWITCHES
+from smolctl.sources.huggingface.config import unsupported_feature
 
-MODEL_KEYS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "hidden_act",
-    "tie_word_embeddings",
-    "initializer_range",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
 PRECISION = {"bfloat16": "bf16-mixed", "float16": "16-mixed", "float32": "32-true"}
 
 
@@ -67,11 +52,9 @@ def open_nanotron(content: Mapping[str, Any], path: Path, name: str) -> ModelSou
 def _unsupported(model: Mapping[str, Any]) -> str:
     if model.get("is_llama_config") is False:
         return "a nanotron model with is_llama_config: false is not supported, only Llama's"
-    for key in (*OFF_SWITCHES, "rope_scaling"):
-        if model.get(key):
-            return f"{key} is not supported ({model[key]})"
-    activation = model.get("hidden_act", "silu")
-    return "" if activation == "silu" else f"hidden_act {activation} is not supported, only silu"
+    if model.get("rope_scaling"):
+        return f"rope_scaling is not supported ({model['rope_scaling']})"
+    return unsupported_feature({**model, "model_type": "llama", "architectures": ()})
 
 
 class _Node:
@@ -126,7 +109,7 @@ def _translate(node: _Node) -> tuple[dict[str, Any], tuple[str, ...]]:
 
 def _model(node: _Node) -> dict[str, Any]:
     given = node.get("model.model_config")
-    fields = {key: given[key] for key in MODEL_KEYS if key in given}
+    fields = {key: value for key, value in given.items() if key in ModelConfig.model_fields}
     fields.setdefault("num_key_value_heads", fields.get("num_attention_heads"))
     std = node.get("model.init_method.std")
     if std is not None:

@@ -22,8 +22,8 @@ from smolctl.config.load import (
 from smolctl.errors import InputError, UsageError
 from smolctl.runs.folder import RUNS, RunFolder, latest_run, split_step
 from smolctl.sources.base import ModelSource, SourceKind
-from smolctl.sources.checkpoint import is_checkpoint, open_checkpoint
-from smolctl.sources.gguf.header import is_gguf
+from smolctl.sources.checkpoint import ZIP_MAGIC, open_checkpoint
+from smolctl.sources.gguf.header import GGUF_MAGIC
 from smolctl.sources.gguf.model import open_gguf
 from smolctl.sources.huggingface.folder import (
     is_huggingface_folder,
@@ -57,21 +57,27 @@ def open_source(model: str, settings: Sequence[str] = ()) -> ModelSource:
         UsageError: a setting does not apply.
     """
     values = _model_settings(settings)
+    source = _open(model, values)
+    laid_over = source.kind in (SourceKind.PRESET, SourceKind.CONFIG)  # before the config was resolved
+    return source if laid_over or not values else _what_if(source, values)
+
+
+def _open(model: str, values: Mapping[str, Any]) -> ModelSource:
     path = Path(model)
     if _exists(path):
         return _open_path(path, model, values)
     if model in preset_names():
         return _open_recipe(presets_folder() / f"{model}.yaml", model, values)
     if path.parent == RUNS and path.name == "latest":
-        return _what_if(_open_run(latest_run(), None, model), values)
+        return _open_run(latest_run(), None, model)
     run, at, _ = model.rpartition("@")
     if (at and RunFolder.is_run(Path(run))) or path.parts[:1] == RUNS.parts:
         folder, step = split_step(model)
-        return _what_if(_open_run(folder, step, model), values)
+        return _open_run(folder, step, model)
     if HUB_ID.fullmatch(model) and not model.lower().endswith(FILE_ENDINGS):
         from smolctl.sources.hub import open_hub
 
-        return _what_if(open_hub(model), values)
+        return open_hub(model)
     if "/" in model or model.lower().endswith(FILE_ENDINGS):
         raise InputError(f"{model}: no such file or folder", KINDS)
     config_path(model)  # raises, with presets of a similar name
@@ -88,7 +94,7 @@ def _exists(path: Path) -> bool:
 def _open_path(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
     try:
         if path.is_dir():
-            return _what_if(_open_folder(path, name), values)
+            return _open_folder(path, name)
         if not path.is_file():
             raise InputError(f"{path}: neither a file nor a folder", KINDS)
         return _open_file(path, name, values)
@@ -113,14 +119,14 @@ def _open_file(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
         start = file.read(512)
     if not start:
         raise InputError(f"{path}: the file is empty", KINDS)
-    if is_gguf(path):
-        return _what_if(open_gguf(path, name), values)
-    if is_checkpoint(path):
-        return _what_if(open_checkpoint(path, name), values)
+    if start.startswith(GGUF_MAGIC):
+        return open_gguf(path, name)
+    if start.startswith(ZIP_MAGIC):
+        return open_checkpoint(path, name)
     if path.name in (FILE, "config.json", DESCRIPTION) and is_quantized_folder(path.parent):
-        return _what_if(open_quantized_folder(path.parent, name), values)
-    if is_safetensors(path):
-        return _what_if(open_safetensors(path, name), values)
+        return open_quantized_folder(path.parent, name)
+    if is_safetensors(start):
+        return open_safetensors(path, name)
     if start.startswith(b"\x80"):
         raise InputError(
             f"{path}: a bare pickle is not read: it can execute code",
@@ -131,7 +137,7 @@ def _open_file(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise InputError(f"{path}: {path.stat().st_size:,} bytes of text are no config", KINDS)
     if start.lstrip().startswith(b"{"):
-        return _what_if(open_config_json(path, name), values)
+        return open_config_json(path, name)
     return _open_recipe(path, name, values)
 
 
@@ -147,7 +153,7 @@ def _open_recipe(path: Path, name: str, values: Mapping[str, Any]) -> ModelSourc
     """Our YAML, a preset among them, or nanotron's."""
     content = read_yaml(path)
     if is_nanotron(content):
-        return _what_if(open_nanotron(content, path, name), values)
+        return open_nanotron(content, path, name)
     run = resolve_run_config(merge(content, values), name)
     preset = path.resolve().parent == presets_folder().resolve() and path.stem in preset_names()
     return ModelSource(
@@ -199,8 +205,6 @@ def _model_settings(settings: Sequence[str]) -> dict[str, Any]:
 
 def _what_if(source: ModelSource, values: Mapping[str, Any]) -> ModelSource:
     """A source with a changed config. Its weights do not fit any more and are left behind."""
-    if not values:
-        return source
     if source.run is None and set(values) - {"model"}:
         key = next(iter(set(values) - {"model"}))
         raise UsageError(f"--set {key}: {source.id} has no training recipe", "Set keys of its model only.")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from smolctl.arithmetic import parameter_rows
 from smolctl.config import ModelConfig
-from smolctl.errors import InputError
 from smolctl.sources.base import TensorHeader
 
 TABLE = "model.embed_tokens.weight"
@@ -54,20 +52,10 @@ def is_derived(name: str) -> bool:
     return DERIVED.fullmatch(name) is not None
 
 
-@dataclass(frozen=True)
-class Recovered:
-    """A config read off tensor shapes, with what had to be assumed."""
+def recover_config(tensors: Iterable[TensorHeader]) -> tuple[ModelConfig | None, str, tuple[str, ...]]:
+    """The Llama-shaped network that has these tensors, why there is none, and what was assumed.
 
-    config: ModelConfig | None
-    unsupported: str = ""
-    assumptions: tuple[str, ...] = ()
-
-
-def recover_config(tensors: Iterable[TensorHeader]) -> Recovered:
-    """The Llama-shaped network that has these tensors.
-
-    Shapes do not show head_dim, rope_theta or the context length: the returned assumptions say what
-    was taken for them.
+    Shapes do not show head_dim, rope_theta or the context length.
     """
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     sizes = {
@@ -78,13 +66,13 @@ def recover_config(tensors: Iterable[TensorHeader]) -> Recovered:
     }
     for name, shape in sizes.items():
         if shape is None or len(shape) != 2 or 0 in shape:
-            return Recovered(None, f"no config.json, and the tensor names are not Llama's (no {name})")
+            return None, f"no config.json, and the tensor names are not Llama's (no {name})", ()
     vocab, hidden = shapes[TABLE]
     queries, keys = shapes[f"{FIRST}self_attn.q_proj.weight"][0], shapes[f"{FIRST}self_attn.k_proj.weight"][0]
     head_dim = likely_head_dim(hidden, queries, keys)
     layers = 1 + max(int(match[1]) for name in shapes if (match := LAYER.match(name)))
     if head_dim is None or layers > MAX_LAYERS:
-        return Recovered(None, "no config.json, and the tensor shapes are no Llama's")
+        return None, "no config.json, and the tensor shapes are no Llama's", ()
     fields: dict[str, object] = {
         "vocab_size": vocab,
         "hidden_size": hidden,
@@ -99,10 +87,10 @@ def recover_config(tensors: Iterable[TensorHeader]) -> Recovered:
     try:
         config = ModelConfig.model_validate(fields)
     except ValueError:
-        return Recovered(None, "no config.json, and the tensor shapes are no Llama's")
+        return None, "no config.json, and the tensor shapes are no Llama's", ()
     if problems := check_shapes(config, shapes):
-        return Recovered(None, f"no config.json, and the tensors are no Llama's ({problems[0]})")
-    return Recovered(config, "", _assumptions(config))
+        return None, f"no config.json, and the tensors are no Llama's ({problems[0]})", ()
+    return config, "", _assumptions(config)
 
 
 def likely_head_dim(hidden: int, queries: int, keys: int) -> int | None:
@@ -142,9 +130,3 @@ def _assumptions(config: ModelConfig) -> tuple[str, ...]:
         f"rope_theta {config.rope_theta:,.0f} is assumed: put the model's config.json beside the file",
         f"a context of {config.max_position_embeddings:,} is assumed: shapes do not show it",
     )
-
-
-def require_tensors(tensors: tuple[TensorHeader, ...], origin: str) -> None:
-    """Refuse a file without a single tensor."""
-    if not tensors:
-        raise InputError(f"{origin}: holds no tensors", "Is this the file you meant?")

@@ -13,8 +13,6 @@ from smolctl.data.text.files import files_in, is_file_name, read_file
 from smolctl.data.text.hub import DatasetName, DatasetReader
 from smolctl.errors import InputError
 
-__all__ = ["Document", "Source", "iter_documents", "iter_texts", "open_sources", "pin_sources"]
-
 # Of a Hub dataset no more is downloaded to train a tokenizer than it is trained on.
 _HUB_SAMPLE = 64 * 1024 * 1024  # characters
 
@@ -64,12 +62,7 @@ def open_sources(names: Sequence[str], text_field: str) -> list[Source]:
 def _open_source(name: str, text_field: str) -> Source:
     path = Path(name).expanduser()
     if name == library.NAME:
-        return Source(
-            name,
-            library.library_size(),
-            library.library_identity(),
-            library.library_documents,
-        )
+        return Source(name, library.library_size(), library.library_identity(), library.library_documents)
     if path.exists():
         return _local_source(name, files_in(path), text_field)
     if dataset := _dataset(name):
@@ -99,24 +92,6 @@ def _local_source(name: str, files: tuple[Path, ...], text_field: str) -> Source
             yield from read_file(path, text_field, on_read)
 
     return Source(name, sum(stat.st_size for stat in stats), identity, read)
-
-
-def iter_documents(
-    sources: Sequence[str], text_field: str = "text", on_read: OnRead = lambda _: None
-) -> Iterator[Document]:
-    """Every document of the sources, in order, streamed: no file is ever held whole.
-
-    Args:
-        sources: 'python', files, folders, Hub datasets `org/name[@revision][:config]`.
-        text_field: the column that holds the text in JSON lines, Parquet and datasets.
-        on_read: told the bytes of the sources as they are read.
-
-    Raises:
-        InputError: a source is missing, binary or damaged, or lacks the text field; names file and place.
-        HubError: a dataset cannot be had.
-    """
-    for source in open_sources(sources, text_field):
-        yield from source.read(on_read)
 
 
 def iter_texts(sources: Sequence[str], text_field: str = "text") -> Iterator[str]:

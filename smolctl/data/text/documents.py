@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from smolctl.errors import InputError
+
 # Small pieces keep an encoder's working set in the CPU's cache and spread evenly over the cores.
 PIECE = 16 * 1024  # characters
 LONGEST_PIECE = 1024 * 1024  # characters; a stretch without a safe place is cut here anyway
@@ -56,6 +58,19 @@ def cut(chunks: Iterable[str], size: int = PIECE, longest: int = LONGEST_PIECE) 
         buffer = buffer[start:]
     if buffer:
         yield buffer
+
+
+def no_text(where: str, reason: str, names: Iterable[str]) -> InputError:
+    """What is said of a row whose text cannot be found among its fields or columns."""
+    return InputError(
+        f"{where}: {reason}; it has {', '.join(map(repr, names)) or 'no fields'}",
+        "Set data.text_field to the field or column that holds the text.",
+    )
+
+
+def utf8_size(text: str) -> int:
+    """Bytes of a text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def _end_of_piece(text: str, start: int, size: int, longest: int) -> int:

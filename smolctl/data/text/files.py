@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from smolctl.data.text.compression import ENDINGS, open_chunks
-from smolctl.data.text.documents import Document, OnRead, cut
+from smolctl.data.text.documents import Document, OnRead, cut, no_text
 from smolctl.errors import InputError
 
 _JSON_LINES = ("jsonl", "ndjson", "json")
@@ -30,7 +30,9 @@ def files_in(path: Path) -> tuple[Path, ...]:
     found = [
         file
         for file in sorted(path.rglob("*"))
-        if file.name.endswith(_IN_FOLDERS) and file.is_file() and not _is_hidden(file.relative_to(path))
+        if file.name.endswith(_IN_FOLDERS)
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
     if not found:
         raise InputError(
@@ -43,10 +45,6 @@ def files_in(path: Path) -> tuple[Path, ...]:
 def is_file_name(path: Path) -> bool:
     """Whether a path can only be meant as a file of text, be it there or not."""
     return path.name.endswith((*_IN_FOLDERS, ".json"))
-
-
-def _is_hidden(relative: Path) -> bool:
-    return any(part.startswith(".") for part in relative.parts)
 
 
 def read_file(path: Path, text_field: str, on_read: OnRead) -> Iterator[Document]:
@@ -143,10 +141,7 @@ def _text_of(record: dict[str, Any], text_field: str, where: str) -> str:
     text = record.get(text_field)
     if not isinstance(text, str):
         reason = f"no field {text_field!r}" if text is None else f"field {text_field!r} is no text"
-        raise InputError(
-            f"{where}: {reason}; it has {', '.join(map(repr, record)) or 'no fields'}",
-            "Set data.text_field to the field that holds the text.",
-        )
+        raise no_text(where, reason, record)
     # Escapes in JSON can spell half a character, which no tokenizer takes.
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -161,10 +156,7 @@ def _read_parquet(path: Path, text_field: str, on_read: OnRead) -> Iterator[Docu
         with pyarrow.parquet.ParquetFile(path) as table:
             columns = table.schema_arrow.names
             if text_field not in columns:
-                raise InputError(
-                    f"{path}: no column {text_field!r}; it has {', '.join(map(repr, columns))}",
-                    "Set data.text_field to the column that holds the text.",
-                )
+                raise no_text(str(path), f"no column {text_field!r}", columns)
             share = path.stat().st_size // max(1, table.metadata.num_rows)
             row = 0
             for batch in table.iter_batches(batch_size=256, columns=[text_field]):

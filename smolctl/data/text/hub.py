@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
-from smolctl.data.text.documents import Document, cut
+from smolctl.data.text.documents import Document, cut, no_text
 from smolctl.errors import InputError
 from smolctl.hub.connection import api, question_seconds
 from smolctl.hub.errors import READING_DATA, explained
@@ -74,9 +74,7 @@ class DatasetReader:
         _require_datasets(self.name)
         from datasets.exceptions import DatasetsError
 
-        with explained(
-            str(self.name), READING_DATA, "", f"datasets/{self.name.repository}", (DatasetsError,)
-        ):
+        with _explained(self.name, DatasetsError):
             self._rows = self._open()
             for row in self._rows:
                 self._row += 1
@@ -106,11 +104,7 @@ class DatasetReader:
     def _text(self, row: dict[str, Any]) -> str:
         text = row.get(self.text_field, 0)
         if text is not None and not isinstance(text, str):
-            raise InputError(
-                f"{self.name}, row {self._row}: no text in column {self.text_field!r}; "
-                f"it has {', '.join(map(repr, row))}",
-                "Set data.text_field to the column that holds the text.",
-            )
+            raise no_text(f"{self.name}, row {self._row}", f"no text in column {self.text_field!r}", row)
         return text or ""
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from smolctl.data.text.documents import utf8_size
 from smolctl.durable import cache_folder, replacing
 from smolctl.errors import InputError
 
@@ -90,12 +91,8 @@ def evenly_spread(texts: Iterable[str], limit: int) -> list[str]:
         if number % stride or not text:
             continue
         kept.append(text)
-        size += _bytes(text)
+        size += utf8_size(text)
         while size > limit and len(kept) > 1:
             kept, stride = kept[::2], stride * 2
-            size = sum(_bytes(text) for text in kept)
+            size = sum(utf8_size(text) for text in kept)
     return kept
-
-
-def _bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode())

@@ -133,12 +133,6 @@ class Tokenizer:
         return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
 
     @cached_property
-    def special_ids(self) -> frozenset[int]:
-        """Ids that stand for no text."""
-        added = self.backend.get_added_tokens_decoder()
-        return frozenset(token_id for token_id, token in added.items() if token.special)
-
-    @cached_property
     def _byte_level(self) -> bool:
         return is_byte_level(self.backend)
 

@@ -1,4 +1,4 @@
-"""What is kept of a source's tokens: its parts, and folders that are whole or absent."""
+"""What is kept of a corpus's tokens: its parts, and folders that are whole or absent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ import numpy as np
 from filelock import FileLock
 
 from smolctl.config.run import DataConfig
+from smolctl.data.mixture import Mixture
+from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokens.encoding import TokenizeProgress
-from smolctl.data.tokens.shards import Shard, TokenStream, disk_errors
+from smolctl.data.tokens.shards import Shard, disk_errors
 from smolctl.durable import sync_folder, write_text
 
 FORMAT = 1  # of the folders; an older one is never read
@@ -26,37 +28,57 @@ OnProgress = Callable[[TokenizeProgress], None]
 
 
 @dataclass(frozen=True)
-class TokenizedSource:
-    """Tokens to train on and tokens to validate on, of one source or of several concatenated.
+class TokenizedCorpus:
+    """Tokens to train on and tokens to validate on.
 
     Attributes:
-        folder: the shards with their manifests.
-        fingerprint: SHA-256 that identifies the training tokens and their order.
+        folders: the shards and their manifests, of each part.
+        fingerprint: SHA-256 that identifies the training tokens and their order. It stays the same when
+            more of a Hub dataset is streamed.
         train: tokens to train on; every document ends with the end-of-text token.
-        validation: tokens held out, or None.
+        validation: tokens held out, or None. Of a mixture: of each source, by its share.
         documents: texts in both.
         tokens: in both.
         bytes: of UTF-8 text in both.
-        block: windows that are shuffled among themselves; None: all of them.
-        repeats: whether the source has no more tokens than these.
-        notes: what the user should know.
+        notes: what the user should know about them.
     """
 
-    folder: Path
+    folders: tuple[Path, ...]
     fingerprint: str
-    train: TokenStream
-    validation: TokenStream | None
+    train: Mixture
+    validation: Mixture | None
     documents: int
     tokens: int
     bytes: int
-    block: int | None = None
-    repeats: bool = True
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What `manifest.json` says of a folder; its writers add what they were made from."""
+
+    tokenizer: str  # sha256
+    dtype: str
+    documents: int
+    tokens: int
+    bytes: int
+    train: tuple[Shard, ...]
+    held_out: tuple[Shard, ...]
 
 
 def digest(parts: object) -> str:
     """SHA-256 of plain data."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def folder_of(cache: Path, made_from: list[Any], data: DataConfig, tokenizer: Tokenizer) -> Path:
+    """Where a result is kept: under a name that changes with everything that changes the result."""
+    parts = [
+        *made_from,
+        [tokenizer.sha256, tokenizer.end_of_text_id],
+        [data.validation_fraction, data.seed, data.text_field],
+    ]
+    return cache / "tokens" / digest(parts)[:32]
 
 
 @contextmanager
@@ -103,10 +125,10 @@ def whole_or_absent(folder: Path) -> Iterator[Path]:
         raise
 
 
-def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Say what a folder holds. Raises InputError as `disk_errors` does."""
     with disk_errors(folder):
-        write_text(folder / MANIFEST, json.dumps(content | {"format": FORMAT}, indent=2))
+        write_text(folder / MANIFEST, json.dumps(asdict(manifest) | {"format": FORMAT}, indent=2))
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

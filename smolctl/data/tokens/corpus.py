@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from smolctl.config.run import DataConfig
-from smolctl.data.mixture import Mixture, Part
+from smolctl.data.mixture import Mixture
 from smolctl.data.order import MIXTURE, shares_of
 from smolctl.data.text.corpus import open_sources, pin_sources
 from smolctl.data.tokenizer.tokenizer import Tokenizer
-from smolctl.data.tokens.cache import OnProgress, TokenizedSource, digest
+from smolctl.data.tokens.cache import OnProgress, TokenizedCorpus, digest
 from smolctl.data.tokens.encoding import TokenizeProgress
 from smolctl.data.tokens.shards import TokenStream
 from smolctl.data.tokens.streamed import tokenize_stream
@@ -19,32 +19,6 @@ from smolctl.durable import cache_folder
 from smolctl.errors import InputError
 
 __all__ = ["TokenStream", "TokenizeProgress", "TokenizedCorpus", "tokenize_corpus"]
-
-
-@dataclass(frozen=True)
-class TokenizedCorpus:
-    """Tokens to train on and tokens to validate on.
-
-    Attributes:
-        folders: the shards and their manifests, of each part.
-        fingerprint: SHA-256 that identifies the training tokens and their order. It stays the same when
-            more of a Hub dataset is streamed.
-        train: tokens to train on; every document ends with the end-of-text token.
-        validation: tokens held out, or None. Of a mixture: of each source, by its share.
-        documents: texts in both.
-        tokens: in both.
-        bytes: of UTF-8 text in both.
-        notes: what the user should know about them.
-    """
-
-    folders: tuple[Path, ...]
-    fingerprint: str
-    train: Mixture
-    validation: Mixture | None
-    documents: int
-    tokens: int
-    bytes: int
-    notes: tuple[str, ...] = ()
 
 
 def tokenize_corpus(
@@ -75,14 +49,14 @@ def tokenize_corpus(
     cache = cache or cache_folder()
     names = pin_sources(data.source)
     if data.weights is None:
-        return _corpus([_tokenize(names, data, tokenizer, cache, on_progress, samples)], (MIXTURE,), names)
+        return _tokenize(names, data, tokenizer, cache, on_progress, samples)
     shares = shares_of(data.weights)
     blocks = None if samples is None else -(-samples // MIXTURE)
     parts = [
         _tokenize((name,), data, tokenizer, cache, on_progress, None if blocks is None else blocks * share)
         for name, share in zip(names, shares, strict=True)
     ]
-    return _corpus(parts, shares, names)
+    return parts[0] if len(parts) == 1 else _mixed(parts, shares, names)
 
 
 def _tokenize(
@@ -92,7 +66,7 @@ def _tokenize(
     cache: Path,
     on_progress: OnProgress | None,
     samples: int | None,
-) -> TokenizedSource:
+) -> TokenizedCorpus:
     sources = open_sources(names, data.text_field)
     dataset = next((source.dataset for source in sources if source.dataset is not None), None)
     if dataset is None:
@@ -105,28 +79,24 @@ def _tokenize(
     return tokenize_stream(dataset, data, tokenizer, cache, samples, on_progress)
 
 
-def _corpus(parts: list[TokenizedSource], shares: tuple[int, ...], names: tuple[str, ...]) -> TokenizedCorpus:
-    if len(parts) == 1:
-        fingerprint, notes = parts[0].fingerprint, parts[0].notes
-    else:
-        fingerprint = digest([shares, [part.fingerprint for part in parts]])
-        notes = tuple(
-            f"{name}: {share / MIXTURE:.1%} of the samples. {' '.join(part.notes)}".strip()
-            for name, share, part in zip(names, shares, parts, strict=True)
-        )
-    train = [
-        Part(part.train, share, part.block, part.repeats) for part, share in zip(parts, shares, strict=True)
-    ]
-    held_out = [
-        Part(part.validation, share) for part, share in zip(parts, shares, strict=True) if part.validation
-    ]
+def _mixed(parts: list[TokenizedCorpus], shares: tuple[int, ...], names: tuple[str, ...]) -> TokenizedCorpus:
+    """Sources of one part each as one corpus."""
+
+    def mixture(of: list[Mixture | None]) -> Mixture:
+        chosen = [(one.parts[0], share) for one, share in zip(of, shares, strict=True) if one is not None]
+        return Mixture(tuple(replace(part, share=share) for part, share in chosen))
+
+    held_out = mixture([part.validation for part in parts])
     return TokenizedCorpus(
-        folders=tuple(part.folder for part in parts),
-        fingerprint=fingerprint,
-        train=Mixture(tuple(train)),
-        validation=Mixture(tuple(held_out)) if held_out else None,
+        folders=tuple(folder for part in parts for folder in part.folders),
+        fingerprint=digest([shares, [part.fingerprint for part in parts]]),
+        train=mixture([part.train for part in parts]),
+        validation=held_out if held_out.parts else None,
         documents=sum(part.documents for part in parts),
         tokens=sum(part.tokens for part in parts),
         bytes=sum(part.bytes for part in parts),
-        notes=notes,
+        notes=tuple(
+            f"{name}: {share / MIXTURE:.1%} of the samples. {' '.join(part.notes)}".strip()
+            for name, share, part in zip(names, shares, parts, strict=True)
+        ),
     )

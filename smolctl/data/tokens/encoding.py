@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from smolctl.data.text.documents import Document, OnRead
+from smolctl.data.text.documents import Document, OnRead, utf8_size
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 
 # Text that is encoded at once: enough for every core, little enough for any memory (a token takes
@@ -133,7 +133,7 @@ def _batches(
 
 def _collect(batch: _Batch, future: Future[list[Any]], end_of_text: int, before: TokenizeProgress) -> Encoded:
     pieces = [
-        Piece([*encoding.ids, end_of_text] if ends else encoding.ids, document, ends, _bytes(text))
+        Piece([*encoding.ids, end_of_text] if ends else encoding.ids, document, ends, utf8_size(text))
         for encoding, text, document, ends in zip(
             future.result(), batch.texts, batch.documents, batch.ends_document, strict=True
         )
@@ -146,7 +146,3 @@ def _collect(batch: _Batch, future: Future[list[Any]], end_of_text: int, before:
         bytes=before.bytes + sum(piece.size for piece in pieces),
     )
     return Encoded(pieces, batch.bookmark, progress)
-
-
-def _bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode())

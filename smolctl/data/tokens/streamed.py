@@ -9,19 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from smolctl.config.run import DataConfig
+from smolctl.data.mixture import Mixture, Part
 from smolctl.data.text.hub import DatasetName, DatasetReader
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokens.cache import (
     FORMAT,
+    Manifest,
     OnProgress,
-    TokenizedSource,
+    TokenizedCorpus,
     digest,
+    folder_of,
     held_out_rule,
     locked,
     read_manifest,
@@ -40,8 +43,8 @@ BLOCK_WINDOWS = 2_048
 SEGMENT_TOKENS = 2**21, 2**25
 
 
-@dataclass(frozen=True)
-class Segment:
+@dataclass(frozen=True, kw_only=True)
+class Segment(Manifest):
     """What the manifest of a segment says.
 
     Attributes:
@@ -51,14 +54,7 @@ class Segment:
         ended: the stream has no more.
     """
 
-    tokenizer: str  # sha256
     source: str
-    dtype: str
-    documents: int
-    tokens: int
-    bytes: int
-    train: tuple[Shard, ...]
-    held_out: tuple[Shard, ...]
     bookmark: Bookmark
     ended: bool
 
@@ -75,7 +71,7 @@ def tokenize_stream(
     cache: Path,
     samples: int | None,
     on_progress: OnProgress | None = None,
-) -> TokenizedSource:
+) -> TokenizedCorpus:
     """Encode the beginning of a dataset, or find it in the cache, in whole or in part.
 
     Args:
@@ -90,7 +86,7 @@ def tokenize_stream(
         InputError: the dataset is empty or shorter than one window; the disk is full.
         HubError: the dataset cannot be had.
     """
-    folder = cache / "tokens" / _key(dataset, data, tokenizer)
+    folder = folder_of(cache, [[FORMAT, *SEGMENT_TOKENS], str(dataset)], data, tokenizer)
     needed = None
     if samples is not None:
         blocks = -(-samples // BLOCK_WINDOWS)
@@ -103,17 +99,6 @@ def tokenize_stream(
             if not _suffice(segments, needed):
                 segments = work.extend(segments, needed)
     return _cut(folder, dataset, segments, data, needed)
-
-
-def _key(dataset: DatasetName, data: DataConfig, tokenizer: Tokenizer) -> str:
-    """A name for the result that changes with everything that changes its beginning."""
-    parts = [
-        [FORMAT, *SEGMENT_TOKENS],
-        str(dataset),
-        [tokenizer.sha256, tokenizer.end_of_text_id],
-        [data.validation_fraction, data.seed, data.text_field],
-    ]
-    return digest(parts)[:32]
 
 
 def _path(folder: Path, number: int) -> Path:
@@ -207,13 +192,13 @@ class _Work:
                 bookmark=bookmark,
                 ended=ended,
             )
-            write_manifest(partial, asdict(segment))
+            write_manifest(partial, segment)
         return segment
 
 
 def _cut(
     folder: Path, dataset: DatasetName, segments: list[Segment], data: DataConfig, needed: int | None
-) -> TokenizedSource:
+) -> TokenizedCorpus:
     """What a run trains on: whole blocks of windows, or all that there is."""
     window = data.sequence_length + 1
     total = sum(segment.train_tokens for segment in segments)
@@ -225,18 +210,20 @@ def _cut(
         )
     dtype, numbered = segments[0].dtype, [(number, segment.train) for number, segment in enumerate(segments)]
     held_out = sum(shard.tokens for shard in segments[0].held_out)
-    return TokenizedSource(
-        folder=folder,
+    train = Part(
+        _stream(folder, numbered, dtype, length),
+        block=BLOCK_WINDOWS,
+        repeats=segments[-1].ended and length == total,
+    )
+    validation = Part(_stream(folder, [(0, segments[0].held_out)], dtype, held_out))
+    return TokenizedCorpus(
+        folders=(folder,),
         fingerprint=_fingerprint(dataset, segments[0]),
-        train=_stream(folder, numbered, dtype, length),
-        validation=_stream(folder, [(0, segments[0].held_out)], dtype, held_out)
-        if held_out >= window
-        else None,
+        train=Mixture((train,)),
+        validation=Mixture((validation,)) if held_out >= window else None,
         documents=segments[-1].documents,
         tokens=sum(segment.tokens for segment in segments),
         bytes=sum(segment.bytes for segment in segments),
-        block=BLOCK_WINDOWS,
-        repeats=segments[-1].ended and length == total,
         notes=_notes(dataset, data, held_out),
     )
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from smolctl.config.run import DataConfig
+from smolctl.data.mixture import Mixture, Part
 from smolctl.data.text.corpus import Source, open_sources
 from smolctl.data.text.documents import Document, OnRead
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokens.cache import (
     FORMAT,
+    Manifest,
     OnProgress,
-    TokenizedSource,
+    TokenizedCorpus,
     digest,
+    folder_of,
     held_out_rule,
     locked,
     read_manifest,
@@ -25,27 +28,15 @@ from smolctl.data.tokens.cache import (
     write_manifest,
 )
 from smolctl.data.tokens.encoding import TokenizeProgress, encode_documents
-from smolctl.data.tokens.shards import Shard, ShardWriter, TokenStream, token_dtype
+from smolctl.data.tokens.shards import ShardWriter, TokenStream, token_dtype
 from smolctl.errors import InputError
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What `manifest.json` says."""
+@dataclass(frozen=True, kw_only=True)
+class WholeManifest(Manifest):
+    """What the manifest of one or several sources says."""
 
-    tokenizer: str  # sha256
     sources: tuple[str, ...]
-    dtype: str
-    documents: int
-    tokens: int
-    bytes: int
-    train: tuple[Shard, ...]
-    held_out: tuple[Shard, ...]
-
-    @property
-    def shards(self) -> tuple[Shard, ...]:
-        """All shards, those held out last."""
-        return self.train + self.held_out
 
 
 def tokenize_whole(
@@ -54,13 +45,14 @@ def tokenize_whole(
     tokenizer: Tokenizer,
     cache: Path,
     on_progress: OnProgress | None = None,
-) -> TokenizedSource:
+) -> TokenizedCorpus:
     """Encode all documents of the sources, one source after another, or find them in the cache.
 
     Raises:
         InputError: a source is binary, damaged or empty, or shorter than one window; the disk is full.
     """
-    folder = cache / "tokens" / _key(data, sources, tokenizer)
+    identities = [[source.name, source.identity] for source in sources]
+    folder = folder_of(cache, [FORMAT, identities], data, tokenizer)
     manifest = _open(folder)
     if manifest is None:
         with locked(folder):
@@ -68,22 +60,11 @@ def tokenize_whole(
     return _split(folder, manifest, data)
 
 
-def _key(data: DataConfig, sources: Sequence[Source], tokenizer: Tokenizer) -> str:
-    """A name for the result that changes with everything that changes the result."""
-    parts = [
-        FORMAT,
-        [[source.name, source.identity] for source in sources],
-        [tokenizer.sha256, tokenizer.end_of_text_id],
-        [data.validation_fraction, data.seed, data.text_field],
-    ]
-    return digest(parts)[:32]
-
-
-def _open(folder: Path) -> Manifest | None:
+def _open(folder: Path) -> WholeManifest | None:
     """The manifest of a finished result, or None when there is none or its files do not agree with it."""
     content = read_manifest(folder)
     try:
-        return Manifest(**content | {"sources": tuple(content["sources"])}) if content else None
+        return WholeManifest(**content | {"sources": tuple(content["sources"])}) if content else None
     except (TypeError, KeyError):
         return None
 
@@ -94,7 +75,7 @@ def _build(
     sources: Sequence[Source],
     tokenizer: Tokenizer,
     on_progress: OnProgress | None,
-) -> Manifest:
+) -> WholeManifest:
     dtype = token_dtype(tokenizer.vocab_size)
     is_held_out = held_out_rule(data)
     last = TokenizeProgress()
@@ -120,7 +101,7 @@ def _build(
             if on_progress is not None:
                 on_progress(last)
         _check_read(sources, data, last)
-        manifest = Manifest(
+        manifest = WholeManifest(
             tokenizer=tokenizer.sha256,
             sources=tuple(source.name for source in sources),
             dtype=dtype.str,
@@ -130,7 +111,7 @@ def _build(
             train=train.finish(),
             held_out=held_out.finish(),
         )
-        write_manifest(partial, asdict(manifest))
+        write_manifest(partial, manifest)
     return manifest
 
 
@@ -144,7 +125,7 @@ def _check_read(sources: Sequence[Source], data: DataConfig, last: TokenizeProgr
         raise InputError(f"{names}: changed while it was read", "Run again when nobody writes to it.")
 
 
-def _split(folder: Path, manifest: Manifest, data: DataConfig) -> TokenizedSource:
+def _split(folder: Path, manifest: Manifest, data: DataConfig) -> TokenizedCorpus:
     """Decide what is trained on: all but the documents held out, or all but the last tokens.
 
     Documents that were held out lie behind the others, so both are a range of the same files.
@@ -157,13 +138,15 @@ def _split(folder: Path, manifest: Manifest, data: DataConfig) -> TokenizedSourc
         )
     held_out, notes = _held_out_tokens(manifest, data, window)
     length = manifest.tokens - held_out
-    files = [(folder / shard.file, shard.tokens) for shard in manifest.shards]
+    shards = manifest.train + manifest.held_out
+    files = [(folder / shard.file, shard.tokens) for shard in shards]
     dtype = np.dtype(manifest.dtype)
-    return TokenizedSource(
-        folder=folder,
-        fingerprint=digest([manifest.dtype, length, [shard.sha256 for shard in manifest.shards]]),
-        train=TokenStream(files, dtype, 0, length),
-        validation=TokenStream(files, dtype, length, held_out) if held_out else None,
+    validation = Part(TokenStream(files, dtype, length, held_out))
+    return TokenizedCorpus(
+        folders=(folder,),
+        fingerprint=digest([manifest.dtype, length, [shard.sha256 for shard in shards]]),
+        train=Mixture((Part(TokenStream(files, dtype, 0, length)),)),
+        validation=Mixture((validation,)) if held_out else None,
         documents=manifest.documents,
         tokens=manifest.tokens,
         bytes=manifest.bytes,

@@ -7,6 +7,7 @@ padding to `general.alignment`, the data. Every length is checked against the fi
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from collections.abc import Sequence
@@ -15,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from smolctl.errors import InputError
+from smolctl.sources.base import DAMAGED
 
-MAGIC = b"GGUF"
+GGUF_MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # version 1 counted in 32 bits and is gone since 2023
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
-REMEDY = "Download or copy the file again: it is damaged or not complete."
 
 STRING, ARRAY = 8, 9
 # Metadata type id -> struct code.
@@ -115,12 +116,6 @@ class GGUFHeader:
     tensors: tuple[GGUFTensor, ...]
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether a file begins with GGUF's magic bytes."""
-    with path.open("rb") as file:
-        return file.read(4) == MAGIC
-
-
 def read_header(path: Path) -> GGUFHeader:
     """Read and check everything that precedes the data.
 
@@ -132,7 +127,7 @@ def read_header(path: Path) -> GGUFHeader:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(path, data).header()
     except (OSError, ValueError) as error:  # mmap refuses an empty file with ValueError
-        raise InputError(f"{path}: cannot be read as GGUF ({error})", REMEDY) from None
+        raise InputError(f"{path}: cannot be read as GGUF ({error})", DAMAGED) from None
 
 
 class _Reader:
@@ -141,10 +136,10 @@ class _Reader:
         self.position = 0
 
     def fail(self, reason: str) -> InputError:
-        return InputError(f"{self.path}: {reason}", REMEDY)
+        return InputError(f"{self.path}: {reason}", DAMAGED)
 
     def header(self) -> GGUFHeader:
-        if self.take(4) != MAGIC:
+        if self.take(4) != GGUF_MAGIC:
             raise self.fail(f"not a GGUF: it begins with {self.data[:4]!r}")
         version = self.scalar("I")
         if version not in VERSIONS:
@@ -250,9 +245,7 @@ class _Reader:
         kind = TENSOR_TYPES.get(type_id)
         if kind is None:
             raise self.fail(f"tensor {name[:80]} has the unknown type {type_id}")
-        values = 1
-        for size in shape:
-            values *= size
+        values = math.prod(shape)
         if not values or shape[-1] % kind.block or offset % alignment:
             raise self.fail(
                 f"damaged header: tensor {name[:80]} of shape {list(shape)} in {kind.name} at {offset}"

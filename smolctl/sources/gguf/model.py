@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from smolctl.config import ModelConfig
 from smolctl.config.load import resolve_model_config
 from smolctl.errors import InputError
-from smolctl.sources.base import ModelSource, SourceKind, TensorHeader, TokenizerFiles, Weights
-from smolctl.sources.gguf.header import REMEDY, GGUFHeader, GGUFTensor, read_header
+from smolctl.sources.base import DAMAGED, ModelSource, SourceKind, TensorHeader, Weights
+from smolctl.sources.gguf.header import GGUFHeader, GGUFTensor, read_header
+from smolctl.sources.gguf.tokenizer import read_tokenizer
 from smolctl.sources.shapes import check_tensors
 
 if TYPE_CHECKING:
@@ -43,21 +44,24 @@ OFF_SWITCHES = (
     "residual_scale",
 )
 # Sizes that some models give layer by layer.
-SIZES = (
-    "embedding_length",
-    "feed_forward_length",
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-)
-REQUIRED = {
-    "block_count": "num_hidden_layers",
-    "context_length": "max_position_embeddings",
+SIZES = {
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+}
+KEYS = SIZES | {
+    "vocab_size": "vocab_size",
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "attention.value_length": "head_dim",
+    "rope.dimension_count": "head_dim",
+    "rope.freq_base": "rope_theta",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
+OPTIONAL = ("vocab_size", "num_key_value_heads", "head_dim", "rope_theta")
+REQUIRED = {key: field for key, field in KEYS.items() if field not in OPTIONAL}
 
 
 def open_gguf(path: Path, name: str) -> ModelSource:
@@ -73,10 +77,9 @@ def open_gguf(path: Path, name: str) -> ModelSource:
     header = read_header(path)
     unsupported = unsupported_feature(header)
     config = None if unsupported else read_config(header)
-    known = config is not None
     tensors = tuple(
         TensorHeader(
-            huggingface_name(tensor.name) if known else tensor.name,
+            huggingface_name(tensor.name) if config else tensor.name,
             tensor.shape,
             tensor.type.name,
             tensor.bytes,
@@ -92,19 +95,13 @@ def open_gguf(path: Path, name: str) -> ModelSource:
         tensors=tensors,
         problems=check_tensors(config, tensors) if config else (),
         weights=GGUFWeights(header, config) if config else None,
-        tokenizer_reader=lambda: _read_tokenizer(header),
+        tokenizer_reader=lambda: read_tokenizer(header),
     )
 
 
 def _is_long(value: Any) -> bool:
     """Vocabularies and templates, which nobody wants to read among the settings."""
     return not isinstance(value, str | int | float | bool) or (isinstance(value, str) and len(value) > 200)
-
-
-def _read_tokenizer(header: GGUFHeader) -> TokenizerFiles | None:
-    from smolctl.sources.gguf.tokenizer import read_tokenizer
-
-    return read_tokenizer(header)
 
 
 def huggingface_name(name: str) -> str:
@@ -231,9 +228,9 @@ class GGUFWeights(Weights):
             try:
                 raw = np.fromfile(path, np.uint8, tensor.bytes, offset=tensor.offset)
             except OSError as error:
-                raise InputError(f"{path}: cannot be read ({error})", REMEDY) from None
+                raise InputError(f"{path}: cannot be read ({error})", DAMAGED) from None
             if len(raw) < tensor.bytes:
-                raise InputError(f"{path}: truncated: {tensor.name} ends past the end of the file", REMEDY)
+                raise InputError(f"{path}: truncated: {tensor.name} ends past the end of the file", DAMAGED)
             rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
             yield tensor, self._reordered(tensor, torch.from_numpy(raw).view(rows, -1))
 

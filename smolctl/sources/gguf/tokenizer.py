@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from smolctl.errors import InputError
-from smolctl.sources.base import TokenizerFiles
-from smolctl.sources.gguf.header import REMEDY, GGUFHeader
+from smolctl.sources.base import DAMAGED, TokenizerFiles
+from smolctl.sources.gguf.header import GGUFHeader
 
 CONTROL, USER_DEFINED = 3, 4  # token types of llama.cpp's vocabulary that are matched before the BPE
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -40,7 +40,7 @@ def read_tokenizer(header: GGUFHeader) -> TokenizerFiles | None:
     try:
         text = json.dumps(_tokenizer_json(values, PRE_TOKENIZERS[pre]), ensure_ascii=False)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise InputError(f"{header.path}: the tokenizer is damaged ({error})", REMEDY) from None
+        raise InputError(f"{header.path}: the tokenizer is damaged ({error})", DAMAGED) from None
     return TokenizerFiles(
         tokenizer_json=text,
         chat_template=values.get("tokenizer.chat_template"),

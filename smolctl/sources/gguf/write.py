@@ -6,7 +6,7 @@ and only then renamed: what stands under the name is whole and right.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from smolctl.config import ModelConfig
 from smolctl.durable import lack_of_room, replacing
 from smolctl.errors import InputError, SmolError
 from smolctl.sources.base import TokenizerFiles
-from smolctl.sources.gguf.model import NAMES, open_gguf
+from smolctl.sources.gguf.model import KEYS, NAMES, open_gguf
 from smolctl.sources.gguf.write_tokenizer import require_same_tokenizer, tokenizer_metadata
+from smolctl.sources.quantized.packed import BLOCK
 from smolctl.sources.shapes import HEAD, TABLE
 
-BLOCK = 32  # values of a row that share a scale
 # Rounding cannot move a value further than this share of the tensor's largest one. Half a step, and a whole
 # one where the scale is set by one end of the range and the other end is cut.
 LARGEST_ERROR = {
@@ -145,13 +145,17 @@ def block_of(name: str, dimensions: int, scheme: str) -> str:
     return "q8_0" if scheme in BLOCK_SCHEMES and name in (TABLE, HEAD) else scheme
 
 
+def _type(name: str, tensor: Tensor, scheme: str) -> Any:
+    import gguf
+
+    return gguf.GGMLQuantizationType[block_of(name, tensor.dim(), scheme).upper()]
+
+
 def _bytes(name: str, tensor: Tensor, scheme: str) -> int:
     """Size of a tensor in a file of a scheme."""
     import gguf
 
-    values, size = gguf.GGML_QUANT_SIZES[
-        gguf.GGMLQuantizationType[block_of(name, tensor.dim(), scheme).upper()]
-    ]
+    values, size = gguf.GGML_QUANT_SIZES[_type(name, tensor, scheme)]
     return int(tensor.numel() // values * size)
 
 
@@ -163,18 +167,7 @@ def _model_metadata(config: ModelConfig, scheme: str, name: str) -> dict[str, An
         "general.name": name,
         "general.file_type": int(file_type),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
-        "llama.vocab_size": config.vocab_size,
-        "llama.block_count": config.num_hidden_layers,
-        "llama.context_length": config.max_position_embeddings,
-        "llama.embedding_length": config.hidden_size,
-        "llama.feed_forward_length": config.intermediate_size,
-        "llama.attention.head_count": config.num_attention_heads,
-        "llama.attention.head_count_kv": config.num_key_value_heads,
-        "llama.attention.key_length": config.head_dim,
-        "llama.attention.value_length": config.head_dim,
-        "llama.rope.dimension_count": config.head_dim,
-        "llama.rope.freq_base": config.rope_theta,
-        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        **{f"llama.{key}": getattr(config, field) for key, field in KEYS.items()},
     }
 
 
@@ -186,11 +179,13 @@ def _write(
     writer = gguf.GGUFWriter(path, "llama")
     try:
         for key, value in metadata.items():
-            _add(writer, key, value)
+            kind = gguf.GGUFValueType.get_type(value)
+            # llama.cpp wants its sizes and ids without a sign.
+            writer.add_key_value(key, value, gguf.GGUFValueType.UINT32 if type(value) is int else kind)
         for name, tensor in state.items():
-            kind = gguf.GGMLQuantizationType[block_of(name, tensor.dim(), scheme).upper()]
+            stored = _type(name, tensor, scheme)
             values = _interleaved(name, tensor.float().cpu(), config).contiguous().numpy()
-            writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, kind), raw_dtype=kind)
+            writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, stored), raw_dtype=stored)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -201,21 +196,6 @@ def _write(
         ) from None
     finally:
         writer.close()
-
-
-def _add(writer: Any, key: str, value: Any) -> None:
-    add: Callable[[str, Any], None]
-    if isinstance(value, bool):
-        add = writer.add_bool
-    elif isinstance(value, int):
-        add = writer.add_uint32
-    elif isinstance(value, float):
-        add = writer.add_float32
-    elif isinstance(value, str):
-        add = writer.add_string
-    else:
-        add = writer.add_array
-    add(key, value)
 
 
 def gguf_name(name: str) -> str:

@@ -85,7 +85,7 @@ def unsupported_feature(values: Mapping[str, Any]) -> str:
     if architectures and not any(str(name).lower() in OUR_ARCHITECTURES for name in architectures):
         return f"architecture {architectures[0]} is not supported, only LlamaForCausalLM"
     activation = values.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
+    if activation != "silu":
         return f"hidden_act {activation} is not supported, only silu"
     for key in OFF_SWITCHES:
         if values.get(key):

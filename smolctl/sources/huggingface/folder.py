@@ -12,7 +12,7 @@ from smolctl.sources.base import ModelSource, SourceKind, TensorHeader
 from smolctl.sources.huggingface.config import assumed_keys, from_huggingface_config
 from smolctl.sources.huggingface.safetensors_file import SafetensorsWeights, read_header, read_shards
 from smolctl.sources.huggingface.tokenizer import read_json, tokenizer_reader
-from smolctl.sources.shapes import check_tensors, recover_config, require_tensors
+from smolctl.sources.shapes import check_tensors, recover_config
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -45,7 +45,6 @@ def open_config_json(path: Path, name: str) -> ModelSource:
 def open_safetensors(path: Path, name: str) -> ModelSource:
     """Open one file; its config is the config.json beside it, or is recovered from the shapes."""
     tensors = read_header(path)
-    require_tensors(tensors, str(path))
     beside = path.parent / "config.json"
     declared = read_json(beside) if beside.is_file() else None
     weights = SafetensorsWeights({path: None})
@@ -91,8 +90,7 @@ def read_config(
         return config, unsupported, notes
     if tensors is None:
         return None, "there is no config.json and there are no weights", ()
-    recovered = recover_config(tensors)
-    return recovered.config, recovered.unsupported, recovered.assumptions
+    return recover_config(tensors)
 
 
 def _folder_weights(
@@ -110,9 +108,7 @@ def _folder_weights(
             "Name one of the files, or add the index.",
         )
     if files:
-        tensors = read_header(files[0])
-        require_tensors(tensors, str(files[0]))
-        return SafetensorsWeights({files[0]: None}), tensors, ()
+        return SafetensorsWeights({files[0]: None}), read_header(files[0]), ()
     others = sorted(path.name for pattern in ("*.bin", "*.gguf", "*.pth") for path in folder.glob(pattern))
     notes = (f"no safetensors here; {', '.join(others)} is not read from a folder",) if others else ()
     return None, None, notes

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolctl.errors import InputError
-from smolctl.sources.base import TensorHeader, Weights
+from smolctl.sources.base import DAMAGED, TensorHeader, Weights
 from smolctl.sources.shapes import is_derived
 
 if TYPE_CHECKING:
@@ -25,14 +25,11 @@ BITS = {
     **{"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
     **{"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
 }
-REMEDY = "Download or copy the file again: it is damaged or not complete."
 
 
-def is_safetensors(path: Path) -> bool:
+def is_safetensors(start: bytes) -> bool:
     """Whether a file begins as safetensors do: a header length, then a JSON object."""
-    with path.open("rb") as file:
-        start = file.read(9)
-    return len(start) == 9 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER_BYTES
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER_BYTES
 
 
 def read_header(path: Path) -> tuple[TensorHeader, ...]:
@@ -51,15 +48,18 @@ def read_header(path: Path) -> tuple[TensorHeader, ...]:
         raise InputError(
             f"{path}: cannot be read ({error.strerror})", "Check the path and its rights."
         ) from None
-    return parse_header(text, size - 8 - length, str(path))
+    tensors = parse_header(text, size - 8 - length, str(path))
+    if not tensors:
+        raise InputError(f"{path}: holds no tensors", "Is this the file you meant?")
+    return tensors
 
 
 def check_header_length(length: int, file_size: int | None, origin: str) -> None:
     """Refuse a header that is longer than the format allows, or than the file."""
     if length > MAX_HEADER_BYTES:
-        raise InputError(f"{origin}: not a safetensors file (header of {length:,} bytes)", REMEDY)
+        raise InputError(f"{origin}: not a safetensors file (header of {length:,} bytes)", DAMAGED)
     if file_size is not None and (file_size < 8 or length > file_size - 8):
-        raise InputError(f"{origin}: truncated: its header ends past the end of the file", REMEDY)
+        raise InputError(f"{origin}: truncated: its header ends past the end of the file", DAMAGED)
 
 
 def parse_header(text: bytes, data_size: int | None, origin: str) -> tuple[TensorHeader, ...]:
@@ -73,31 +73,26 @@ def parse_header(text: bytes, data_size: int | None, origin: str) -> tuple[Tenso
     try:
         entries = json.loads(text)
     except (ValueError, RecursionError):
-        raise InputError(f"{origin}: the safetensors header is no JSON", REMEDY) from None
+        raise InputError(f"{origin}: the safetensors header is no JSON", DAMAGED) from None
     if not isinstance(entries, dict):
-        raise InputError(f"{origin}: the safetensors header is no JSON object", REMEDY)
-    placed = sorted(_entry(name, entry, origin) for name, entry in entries.items() if name != "__metadata__")
+        raise InputError(f"{origin}: the safetensors header is no JSON object", DAMAGED)
+    placed = [_entry(name, entry, origin) for name, entry in entries.items() if name != "__metadata__"]
+    placed.sort(key=lambda entry: entry[:2])
     position = 0
     for begin, end, tensor in placed:
         if begin != position:
-            raise InputError(f"{origin}: {tensor.name} overlaps another tensor or leaves a gap", REMEDY)
+            raise InputError(f"{origin}: {tensor.name} overlaps another tensor or leaves a gap", DAMAGED)
         position = end
     if data_size is not None and position > data_size:
         last = placed[-1][2].name
         raise InputError(
-            f"{origin}: truncated: {last} ends at byte {position:,} of {data_size:,} bytes of data", REMEDY
+            f"{origin}: truncated: {last} ends at byte {position:,} of {data_size:,} bytes of data", DAMAGED
         )
     return tuple(tensor for _, _, tensor in placed)
 
 
-class _Placed(tuple[int, int, TensorHeader]):
-    """(begin, end, tensor), ordered by place alone."""
-
-    def __lt__(self, other: Any) -> bool:
-        return bool(self[:2] < other[:2])
-
-
-def _entry(name: str, entry: Any, origin: str) -> _Placed:
+def _entry(name: str, entry: Any, origin: str) -> tuple[int, int, TensorHeader]:
+    """A tensor with the range of its data."""
     try:
         shape = tuple(entry["shape"])
         begin, end = entry["data_offsets"]
@@ -106,13 +101,13 @@ def _entry(name: str, entry: Any, origin: str) -> _Placed:
         if any(type(size) is not int or size < 0 for size in sizes) or dtype not in BITS:
             raise ValueError
     except (KeyError, TypeError, ValueError):
-        raise InputError(f"{origin}: the header's entry of {name[:80]!r} is damaged", REMEDY) from None
+        raise InputError(f"{origin}: the header's entry of {name[:80]!r} is damaged", DAMAGED) from None
     tensor = TensorHeader(name, shape, dtype, end - begin)
     if tensor.parameters * BITS[dtype] != 8 * tensor.bytes:
         raise InputError(
-            f"{origin}: {name} of shape {list(shape)} does not fit its {tensor.bytes:,} bytes", REMEDY
+            f"{origin}: {name} of shape {list(shape)} does not fit its {tensor.bytes:,} bytes", DAMAGED
         )
-    return _Placed((begin, end, tensor))
+    return begin, end, tensor
 
 
 def read_shards(folder: Path, index: Path) -> tuple[dict[Path, list[str]], tuple[TensorHeader, ...]]:
@@ -122,9 +117,7 @@ def read_shards(folder: Path, index: Path) -> tuple[dict[Path, list[str]], tuple
         InputError: the index is damaged, or a shard is missing, or lacks a tensor that is promised.
     """
     promised = read_weight_map(index.read_bytes(), str(index))
-    shards: dict[Path, list[str]] = {}
-    for name, file_name in promised.items():
-        shards.setdefault(folder / file_name, []).append(name)
+    shards = {folder / file_name: names for file_name, names in promised.items()}
     headers: list[TensorHeader] = []
     for path, names in shards.items():
         if not path.is_file():
@@ -132,22 +125,24 @@ def read_shards(folder: Path, index: Path) -> tuple[dict[Path, list[str]], tuple
         found = {tensor.name: tensor for tensor in read_header(path)}
         lost = [name for name in names if name not in found]
         if lost:
-            raise InputError(f"{path}: has no {lost[0]}, though {index.name} promises it", REMEDY)
+            raise InputError(f"{path}: has no {lost[0]}, though {index.name} promises it", DAMAGED)
         headers += [found[name] for name in names]
     return shards, tuple(headers)
 
 
-def read_weight_map(text: bytes, origin: str) -> dict[str, str]:
-    """Tensor name to file name, from a `model.safetensors.index.json`; names stay inside the folder."""
+def read_weight_map(text: bytes, origin: str) -> dict[str, list[str]]:
+    """Files and the tensors in them, from a `model.safetensors.index.json`; names stay inside the folder."""
     try:
         weight_map = json.loads(text)["weight_map"]
         pairs = {str(name): str(file_name) for name, file_name in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise InputError(f"{origin}: not a safetensors index", REMEDY) from None
-    for file_name in pairs.values():
+        raise InputError(f"{origin}: not a safetensors index", DAMAGED) from None
+    by_file: dict[str, list[str]] = {}
+    for name, file_name in pairs.items():
         if Path(file_name).name != file_name:
-            raise InputError(f"{origin}: names a file outside its folder: {file_name}", REMEDY)
-    return pairs
+            raise InputError(f"{origin}: names a file outside its folder: {file_name}", DAMAGED)
+        by_file.setdefault(file_name, []).append(name)
+    return by_file
 
 
 class SafetensorsWeights(Weights):
@@ -170,4 +165,4 @@ class SafetensorsWeights(Weights):
                         if not is_derived(name):
                             yield name, file.get_tensor(name)
             except (SafetensorError, OSError, ValueError) as error:
-                raise InputError(f"{path}: cannot be read ({error})", REMEDY) from None
+                raise InputError(f"{path}: cannot be read ({error})", DAMAGED) from None

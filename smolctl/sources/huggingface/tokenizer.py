@@ -61,16 +61,13 @@ def read_tokenizer_folder(folder: Path) -> TokenizerFiles | None:
     Raises:
         InputError: a file is damaged, or only a format is there that cannot be converted.
     """
+    if not has_tokenizer(folder):
+        return None
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        if not has_tokenizer(folder):
-            return None
-        text = _converted(folder)
-    else:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read ({error})", "Download the file again.") from None
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else _converted(folder)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})", "Download the file again.") from None
     settings, generation, model = (
         read_json(folder / name) if (folder / name).is_file() else {}
         for name in ("tokenizer_config.json", "generation_config.json", "config.json")

@@ -6,7 +6,7 @@ import gzip
 import json
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow
@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from smolctl.data.text.corpus import iter_documents, iter_texts
-from smolctl.data.text.documents import cut
+from smolctl.data.text.corpus import iter_texts, open_sources
+from smolctl.data.text.documents import Document, OnRead, cut
 from smolctl.data.tokenizer.bpe import train_bpe
 from smolctl.errors import ExitCode, InputError
 
@@ -42,6 +42,13 @@ def zstd(content: bytes) -> bytes:
 
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "zst": zstd}
+
+
+def iter_documents(
+    names: list[str], text_field: str = "text", on_read: OnRead = lambda _: None
+) -> Iterator[Document]:
+    for source in open_sources(names, text_field):
+        yield from source.read(on_read)
 
 
 def read(*sources: Path | str, text_field: str = "text") -> list[str]:
