@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -43,6 +43,22 @@ Loggers = Annotated[
         show_default=False,
     ),
 ]
+# The setting behind each option of `train` and `resume`, by the name of its parameter.
+RUN_SETTINGS = {
+    "steps": "train.steps",
+    "batch_size": "train.batch_size",
+    "micro_batch_size": "train.micro_batch_size",
+    "seed": "train.seed",
+    "data": "data.source",
+    "tokenizer": "tokenizer",
+    "learning_rate": "optimizer.learning_rate",
+    "keep_last": "checkpoint.keep_last",
+    "keep_every": "checkpoint.keep_every",
+    "devices": "trainer.devices",
+    "num_nodes": "trainer.num_nodes",
+    "strategy": "trainer.strategy",
+    "logger": "trainer.loggers",
+}
 Model = Annotated[
     str,
     typer.Argument(
@@ -51,11 +67,6 @@ Model = Annotated[
         show_default=False,
     ),
 ]
-
-
-def logger_names(given: list[str] | None) -> list[str] | None:
-    """The values of `--logger`: None when it was not given, an empty list for `none`."""
-    return [] if given == ["none"] else given
 
 
 def command(function: Callable[..., int | None]) -> Callable[..., None]:
@@ -91,12 +102,11 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
     return run
 
 
-def nested(flags: dict[str, Any]) -> dict[str, Any]:
-    """Options that were given, as sections of the config: {"train.steps": 5} as {"train": {"steps": 5}}."""
-    sections: dict[str, Any] = {}
-    for key, value in flags.items():
-        if value is not None:
-            *section, last = key.split(".")
-            target = sections.setdefault(section[0], {}) if section else sections
-            target[last] = value
-    return sections
+def run_changes(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the options of a command change in a run: {"steps": 5} as {"train": {"steps": 5}}."""
+    from smolctl.config.load import nested
+
+    given = {key: options.get(name) for name, key in RUN_SETTINGS.items()}
+    if given["trainer.loggers"] == ["none"]:
+        given["trainer.loggers"] = []
+    return nested({key: value for key, value in given.items() if value is not None})

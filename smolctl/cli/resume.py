@@ -23,8 +23,7 @@ from smolctl.cli.options import (
     Strategy,
     Verbose,
     command,
-    logger_names,
-    nested,
+    run_changes,
 )
 from smolctl.views.output import Output
 
@@ -85,6 +84,7 @@ def resume(
     smolctl resume runs/nano-001@400 --out runs/b   branch from an older checkpoint
     smolctl resume --verify                         prove that resuming is exact
     """
+    changes = run_changes(locals())
     from smolctl.config.load import merge, parse_settings
     from smolctl.runs.folder import latest_run, split_step
     from smolctl.training.distributed import is_main_process
@@ -93,22 +93,9 @@ def resume(
     from smolctl.training.verify import verify as verify_run
     from smolctl.views.training import TrainingView
 
-    flags = nested(
-        {
-            "train.batch_size": batch_size,
-            "train.micro_batch_size": micro_batch_size,
-            "optimizer.learning_rate": learning_rate,
-            "checkpoint.keep_last": keep_last,
-            "checkpoint.keep_every": keep_every,
-            "trainer.devices": devices,
-            "trainer.num_nodes": num_nodes,
-            "trainer.strategy": strategy,
-            "trainer.loggers": logger_names(logger),
-        }
-    )
     path, step = split_step(run) if run else (latest_run(), None)
-    changed = merge(parse_settings(settings or ()), flags)
-    options = ResumeOptions(step, extra, until, changed, lr_policy, out, force)
+    changes = merge(parse_settings(settings or ()), changes)
+    options = ResumeOptions(step, extra, until, changes, lr_policy, out, force)
     out_view = Output(json, quiet, verbose) if is_main_process() else Output(quiet=True)
     with TrainingView(out_view) as view:
         if verify:

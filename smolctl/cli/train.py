@@ -24,8 +24,7 @@ from smolctl.cli.options import (
     Strategy,
     Verbose,
     command,
-    logger_names,
-    nested,
+    run_changes,
 )
 from smolctl.views.output import Output
 
@@ -83,6 +82,7 @@ def train(
     smolctl train --steps 5000                      smollm2-135m at its full size
     smolctl train --init-from FILE.gguf --data notes.txt --steps 20
     """
+    changes = run_changes(locals())
     from smolctl.config import load_run_config
     from smolctl.training.distributed import is_main_process
     from smolctl.training.prepare import prepare
@@ -90,25 +90,8 @@ def train(
     from smolctl.training.train import train as run_training
     from smolctl.views.training import TrainingView
 
-    flags = nested(
-        {
-            "train.steps": steps,
-            "train.batch_size": batch_size,
-            "train.micro_batch_size": micro_batch_size,
-            "train.seed": seed,
-            "data.source": data,
-            "tokenizer": tokenizer,
-            "optimizer.learning_rate": learning_rate,
-            "checkpoint.keep_last": keep_last,
-            "checkpoint.keep_every": keep_every,
-            "trainer.devices": devices,
-            "trainer.num_nodes": num_nodes,
-            "trainer.strategy": strategy,
-            "trainer.loggers": logger_names(logger),
-        }
-    )
     name = config or (DEFAULT_FINETUNE_CONFIG if init_from else DEFAULT_CONFIG)
-    run_config = load_run_config(name, settings or (), flags)
+    run_config = load_run_config(name, settings or (), changes)
     out_view = Output(json, quiet, verbose) if is_main_process() else Output(quiet=True)
     with TrainingView(out_view) as view:
         notes: list[str] = []  # of a dry run, which prints one document and no events

@@ -92,22 +92,28 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     Raises:
         UsageError: an item without `=`.
     """
-    nested: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for item in settings:
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise UsageError(
                 f"--set {item}: expected key=value", "For example --set optimizer.learning_rate=3e-4."
             )
-        section = nested
-        *parents, last = key.strip().split(".")
-        for parent in parents:
-            section = section.setdefault(parent, {})
         try:
-            section[last] = yaml.load(value, Loader=YamlLoader)
+            values[key.strip()] = yaml.load(value, Loader=YamlLoader)
         except yaml.YAMLError:
-            section[last] = value
-    return nested
+            values[key.strip()] = value
+    return nested(values)
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by their dotted names as sections: {"train.steps": 5} as {"train": {"steps": 5}}."""
+    sections: dict[str, Any] = {}
+    for key, value in settings.items():
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        sections = merge(sections, value)
+    return sections
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

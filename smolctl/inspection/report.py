@@ -19,7 +19,7 @@ from smolctl.arithmetic import (
     training_flops_per_token,
     training_memory,
 )
-from smolctl.config import ModelConfig, RunConfig
+from smolctl.config import RunConfig
 from smolctl.errors import UsageError
 from smolctl.inspection.parameters import stored_parameters
 from smolctl.inspection.problems import find_notes, find_problems
@@ -105,10 +105,9 @@ def inspect(
     Raises:
         UsageError: a size or dtype that cannot be.
     """
-    plan = _plan_sizes(source, batch_size, sequence_length, dtype)
     return ModelReport(
         source=source,
-        derived=_derive(source.config, source.run, *plan) if source.config is not None and plan else None,
+        derived=_derive(source, batch_size, sequence_length, dtype),
         recipe=_recipe(source.run) if source.run is not None else None,
         checkpoint=_checkpoint(source),
         problems=find_problems(source),
@@ -116,9 +115,9 @@ def inspect(
     )
 
 
-def _plan_sizes(
+def _derive(
     source: ModelSource, batch_size: int | None, sequence_length: int | None, dtype: str | None
-) -> tuple[int, int, str] | None:
+) -> Derived | None:
     config, run = source.config, source.run
     if config is None:
         return None
@@ -132,19 +131,11 @@ def _plan_sizes(
     dtype = dtype or "float32"
     if dtype not in TRAINING_DTYPES:
         raise UsageError(f"--dtype {dtype} is not known", f"One of {', '.join(TRAINING_DTYPES)}.")
-    if batch_size < 1 or sequence_length < 1:
-        raise UsageError("--batch-size and --sequence-length count from 1", "Give positive numbers.")
     if sequence_length > context:
         raise UsageError(
             f"--sequence-length {sequence_length} does not fit the model's context of {context}",
             f"At most {context}.",
         )
-    return batch_size, sequence_length, dtype
-
-
-def _derive(
-    config: ModelConfig, run: RunConfig | None, batch_size: int, sequence_length: int, dtype: str
-) -> Derived:
     sizes = (batch_size, sequence_length, dtype)
     memory = run_memory(run, *sizes) if run else training_memory(config, *sizes)
     return Derived(
@@ -154,13 +145,7 @@ def _derive(
         kv_cache_bytes_per_token={name: kv_cache_bytes_per_token(config, name) for name in BYTES_PER_VALUE},
         forward_flops_per_token=forward_flops_per_token(config, sequence_length),
         training_flops_per_token=training_flops_per_token(config, sequence_length),
-        memory=MemoryPlan(
-            batch_size,
-            sequence_length,
-            dtype,
-            memory,
-            run.optimizer.name if run else "adamw",
-        ),
+        memory=MemoryPlan(*sizes, memory, run.optimizer.name if run else "adamw"),
     )
 
 

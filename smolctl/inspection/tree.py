@@ -18,8 +18,8 @@ class ModuleNode:
 
     name: str  # the last part of the module's name: "q_proj", "layers"
     module: str  # the whole name, with * for the numbers of identical modules
-    copies: int  # how often it exists; shape is that of one copy
     shape: tuple[int, ...] | None  # None for a module with children
+    copies: int  # how often it exists; shape is that of one copy
     formula: str
     parameters: int  # in all copies
     tied: bool  # every parameter below is counted elsewhere already
@@ -60,7 +60,7 @@ def _nodes(prefix: str, entries: _Entries, layers: str) -> tuple[ModuleNode, ...
 def _node(name: str, module: str, below: _Entries, layers: str) -> ModuleNode:
     if below == [((), below[0][1])]:
         row = below[0][1]
-        return ModuleNode(name, module, 1, row.shape, row.formula, row.parameters, row.tied)
+        return ModuleNode(name, module, row.shape, 1, row.formula, row.parameters, row.tied)
     # A parameter beside its own children ("proj" and "proj.bias") is its weight.
     parts = [(rest or ("weight",), row) for rest, row in below]
     numbered = all(rest[0].isdigit() for rest, _ in parts)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from smolctl.config import ModelConfig
 from smolctl.inspection.report import CheckpointFacts, Derived, MemoryPlan, ModelReport, RecipeFacts
 from smolctl.views.numbers import quantity, size
-from smolctl.views.output import Output
+from smolctl.views.output import Output, fields
 from smolctl.views.parameters import source_document, title
+from smolctl.views.tables import GAP, facts, shortened
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -37,12 +39,15 @@ def show_report(out: Output, report: ModelReport) -> None:
     out.document(report_document(report))
     if out.json:
         return
+    from rich.text import Text
+
     out.show(title(report.source))
     for heading, body in _sections(report):
         out.show("", f"[bold]{heading}[/bold]", body)
     out.show("")
     for mark, lines in (("[red]problem[/red]", report.problems), ("[dim]note[/dim]", report.notes)):
-        _show_lines(out, mark, lines)
+        if lines:
+            out.show(facts((mark, Text(line)) for line in shortened(lines, PROBLEMS_SHOWN)))
     if not report.problems:
         out.show("[green]no problems found[/green]")
 
@@ -66,45 +71,25 @@ def report_document(report: ModelReport) -> Mapping[str, Any]:
 def _derived_document(derived: Derived | None, recipe: RecipeFacts | None) -> Mapping[str, Any] | None:
     if derived is None:
         return None
-    count, plan = derived.parameters, derived.memory
-    facts: dict[str, Any] = {
-        "parameters": {"unique": count.unique, "naive": count.naive, "non_embedding": count.non_embedding},
-        "head_dim": derived.head_dim,
-        "gqa_ratio": derived.gqa_ratio,
-        "kv_cache_bytes_per_token": dict(derived.kv_cache_bytes_per_token),
-        "forward_flops_per_token": derived.forward_flops_per_token,
-        "training_flops_per_token": derived.training_flops_per_token,
-        "memory": {
-            "batch_size": plan.batch_size,
-            "sequence_length": plan.sequence_length,
-            "dtype": plan.dtype,
-            **asdict(plan.bytes),
-            "total": plan.bytes.total,
-        },
+    plan = derived.memory
+    sizes = fields(plan, without=("bytes", "optimizer"))
+    return {
+        **vars(derived),
+        "parameters": fields(derived.parameters, without=("rows",)),
+        "memory": {**sizes, **asdict(plan.bytes), "total": plan.bytes.total},
+        **(fields(recipe, without=("run",)) if recipe else {}),
     }
-    if recipe is not None:
-        facts |= {
-            "tokens_per_step": recipe.tokens_per_step,
-            "total_tokens": recipe.total_tokens,
-            "tokens_per_parameter": recipe.tokens_per_parameter,
-            "training_flops": recipe.training_flops,
-        }
-    return facts
 
 
 def _sections(report: ModelReport) -> Iterator[tuple[str, RenderableType]]:
+    from rich.text import Text
+
     source = report.source
     if source.config is not None:
-        fields = type(source.config).model_fields
-        yield (
-            "config",
-            _explained(
-                (key, written(value), fields[key].description or "")
-                for key, value in source.config.model_dump().items()
-            ),
-        )
+        yield "config", _explained(_config_rows(source.config))
     else:
-        yield "config, as the source spells it", _pairs(source.declared)
+        rows = [(Text(key), Text(written(value))) for key, value in source.declared.items()]
+        yield "config, as the source spells it", facts(rows)
     if report.derived is not None:
         plan = report.derived.memory
         yield "derived", _explained(_derived_rows(report.derived))
@@ -116,6 +101,11 @@ def _sections(report: ModelReport) -> Iterator[tuple[str, RenderableType]]:
         yield "recipe", _explained(_recipe_rows(report.recipe))
     if report.checkpoint is not None:
         yield "weights", _explained(_checkpoint_rows(report.checkpoint))
+
+
+def _config_rows(config: ModelConfig) -> Iterator[Row]:
+    for key, field in type(config).model_fields.items():
+        yield key, written(getattr(config, key)), field.description or ""
 
 
 def _derived_rows(derived: Derived) -> Iterator[Row]:
@@ -189,33 +179,15 @@ def _memory_rows(plan: MemoryPlan) -> Iterator[Row]:
     yield "total", size(plan.bytes.total), "at the peak; Python and PyTorch themselves come on top"
 
 
-def _pairs(values: Mapping[str, Any]) -> Table:
-    from rich.text import Text
-
-    table = _table()
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for key, value in values.items():
-        table.add_row(Text(key), Text(written(value)))
-    return table
-
-
 def _explained(rows: Iterator[Row]) -> Table:
+    from rich.table import Column, Table
     from rich.text import Text
 
-    table = _table()
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column(style="dim", overflow="fold")
-    for name, value, meaning in rows:
-        table.add_row(name, value, Text(meaning))
+    value = Column(justify="right", no_wrap=True)
+    table = Table.grid(Column(no_wrap=True), value, Column(style="dim", overflow="fold"), padding=GAP)
+    for name, text, meaning in rows:
+        table.add_row(name, text, Text(meaning))
     return table
-
-
-def _table() -> Table:
-    from rich.table import Table
-
-    return Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
 
 
 def written(value: Any) -> str:
@@ -229,18 +201,3 @@ def written(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(written(item) for item in value)
     return str(value)
-
-
-def _show_lines(out: Output, mark: str, lines: Sequence[str]) -> None:
-    from rich.text import Text
-
-    if not lines:
-        return
-    table = _table()
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for line in lines[:PROBLEMS_SHOWN]:
-        table.add_row(mark, Text(line))
-    if len(lines) > PROBLEMS_SHOWN:
-        table.add_row(mark, f"and {len(lines) - PROBLEMS_SHOWN:,} more (--json has all)")
-    out.show(table)

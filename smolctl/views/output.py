@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -77,6 +77,11 @@ class Output:
         self.stderr.print(error.message, markup=False, highlight=False, soft_wrap=True)
         if error.hint:
             self.stderr.print(f" hint: {error.hint}", markup=False, highlight=False, soft_wrap=True)
+
+
+def fields(result: object, without: Container[str]) -> dict[str, Any]:
+    """The fields of a frozen result as a JSON object, but for some."""
+    return {name: value for name, value in vars(result).items() if name not in without}
 
 
 def _console(stderr: bool) -> Console:

@@ -9,7 +9,8 @@ from smolctl.inspection.parameters import Basis, ParameterReport
 from smolctl.inspection.tree import ModuleNode
 from smolctl.sources.base import ModelSource
 from smolctl.views.numbers import size
-from smolctl.views.output import Output
+from smolctl.views.output import Output, fields
+from smolctl.views.tables import GAP, headed, shortened
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 TOTALS = {
     "unique": "every stored number once, as in a file of weights",
     "naive": "a tied lm_head counted a second time",
-    "non-embedding": "without token table, positions and head",
+    "non_embedding": "without token table, positions and head",
 }
 NOTES_SHOWN = 8
 
@@ -58,12 +59,7 @@ def title(source: ModelSource) -> str:
 
 def source_document(source: ModelSource) -> Mapping[str, Any]:
     """The `source` object of JSON documents."""
-    return {
-        "kind": source.kind.value,
-        "id": source.id,
-        "revision": source.revision,
-        "bytes_fetched": source.bytes_fetched,
-    }
+    return {name: getattr(source, name) for name in ("kind", "id", "revision", "bytes_fetched")}
 
 
 def parameters_document(report: ParameterReport, depth: int) -> Mapping[str, Any]:
@@ -72,37 +68,20 @@ def parameters_document(report: ParameterReport, depth: int) -> Mapping[str, Any
         "source": source_document(report.source),
         "what_if": list(report.what_if),
         "counted": report.basis.value,
-        "unique": report.count.unique,
-        "naive": report.count.naive,
-        "non_embedding": report.count.non_embedding,
+        **fields(report.count, without=("rows",)),
         "header_agrees": report.agrees,
         "notes": list(report.notes),
-        "rows": [
-            {
-                "module": node.module,
-                "shape": list(node.shape) if node.shape is not None else None,
-                "copies": node.copies,
-                "formula": node.formula,
-                "parameters": node.parameters,
-                "tied": node.tied,
-            }
-            for node in report.rows(depth)
-        ],
+        "rows": [fields(node, without=("name", "children")) for node in report.rows(depth)],
     }
 
 
 def _totals(report: ParameterReport) -> Table:
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    count = report.count
-    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(justify="right", style="bold", no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(style="dim", overflow="fold")
-    for (label, meaning), number in zip(
-        TOTALS.items(), (count.unique, count.naive, count.non_embedding), strict=True
-    ):
-        table.add_row(f"{number:,}", label, meaning)
+    number = Column(justify="right", style="bold", no_wrap=True)
+    table = Table.grid(number, Column(no_wrap=True), Column(style="dim", overflow="fold"), padding=GAP)
+    for name, meaning in TOTALS.items():
+        table.add_row(f"{getattr(report.count, name):,}", name.replace("_", "-"), meaning)
     return table
 
 
@@ -112,13 +91,10 @@ def _tree(report: ParameterReport, depth: int, with_formulas: bool) -> Table:
 
     nodes = list(_visible(report.tree, depth))
     copies = any(node.copies > 1 for _, node in nodes)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table = Table(box=None, pad_edge=False, padding=GAP, header_style="dim")
     table.add_column("module", no_wrap=with_formulas, overflow="fold")
-    if copies:
-        table.add_column("copies", justify="right", no_wrap=True)
-    table.add_column("shape", justify="right", no_wrap=True)
-    table.add_column("parameters", justify="right", no_wrap=True)
-    table.add_column("share", justify="right", no_wrap=True)
+    for name in (*(("copies",) if copies else ()), "shape", "parameters", "share"):
+        table.add_column(name, justify="right", no_wrap=True)
     if with_formulas:
         table.add_column("formula", style="dim", no_wrap=True)
     for level, node in nodes:
@@ -148,12 +124,10 @@ def _visible(nodes: tuple[ModuleNode, ...], depth: int, level: int = 0) -> Itera
 
 
 def _formulas(report: ParameterReport, depth: int) -> Table:
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", style="dim")
-    table.add_column("module", overflow="fold")
-    table.add_column("formula", overflow="fold")
+    table = headed(("module", "formula"), ("module", "formula"))
+    table.style = "dim"
     for node in report.rows(depth):
         table.add_row(Text(node.name), Text(_formula(node)))
     return table
@@ -194,7 +168,5 @@ def _remarks(report: ParameterReport) -> Iterator[str]:
         yield f"[yellow]![/yellow] What if: {escape(', '.join(report.what_if))}. The source is another model."
     elif report.basis is Basis.CONFIG:
         yield "[dim]Counted from the config: there are no weights beside it to compare with.[/dim]"
-    for note in report.notes[:NOTES_SHOWN]:
+    for note in shortened(report.notes, NOTES_SHOWN):
         yield f"[yellow]![/yellow] {escape(note)}"
-    if len(report.notes) > NOTES_SHOWN:
-        yield f"[yellow]![/yellow] and {len(report.notes) - NOTES_SHOWN:,} more (--json has all)"

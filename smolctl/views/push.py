@@ -12,6 +12,7 @@ from smolctl.hub.files import PlannedFile
 from smolctl.publish.push import Pushed, PushedRepo, PushPlan
 from smolctl.views.numbers import size
 from smolctl.views.output import Output
+from smolctl.views.tables import facts
 
 SHOWN_SHA = 12
 SHOWN_SPACE_FOLDERS = ("smolctl/",)  # many small files, shown as one line
@@ -36,30 +37,21 @@ def show_offline(out: Output, plan: PushPlan, target: Path | None) -> None:
 
 
 def _plan(plan: PushPlan, whole: bool) -> Sequence[Any]:
-    from rich.table import Table
     from rich.text import Text
 
-    facts = Table.grid(padding=(0, 2))
-    for name, value in _facts(plan):
-        facts.add_row(Text(f" {name}", style="bold"), Text(value, overflow="fold"))
-    shown: list[Any] = [
-        Text("Plan", style="bold"),
-        facts,
-        Text("Files", style="bold"),
-        _files(plan.files, (), plan.head),
-    ]
+    shown: dict[str, Any] = {
+        "Plan": facts(((f" {name}", Text(value)) for name, value in _facts(plan).items()), style="bold"),
+        "Files": _files(plan.files, (), plan.head),
+    }
     if plan.options.space:
         folded = () if whole else SHOWN_SPACE_FOLDERS
-        shown += [
-            Text(f"Files of the Space {plan.options.space}", style="bold"),
-            _files(plan.space_files, folded, None),
-        ]
+        shown[f"Files of the Space {plan.options.space}"] = _files(plan.space_files, folded, None)
     if whole:
-        shown += [Text("Card", style="bold"), Text(plan.card)]
-    return shown
+        shown["Card"] = Text(plan.card)
+    return [line for title, body in shown.items() for line in (Text(title, style="bold"), body)]
 
 
-def _facts(plan: PushPlan) -> list[tuple[str, str]]:
+def _facts(plan: PushPlan) -> dict[str, str]:
     built = plan.built
     source = built.model.source
     step = f" at step {source.step:,}" if source.step is not None else ""
@@ -69,23 +61,20 @@ def _facts(plan: PushPlan) -> list[tuple[str, str]]:
     licence = "" if "\nlicense:" in plan.card else "; no licence stated (--license)"
     decided = f" ({plan.destination.decided})" if plan.destination.decided else ""
     place = plan.repo if plan.destination.identity is None else f"{endpoint()}/{plan.repo}"
-    rows = [
-        ("model", f"{source.id}{step}, {built.card_facts(plan.repo, None).parameters:,} parameters"),
-        ("goes to", f"{place}, {_visibility(plan)}{decided}"),
-        ("as", _identity(plan)),
-        ("loads in", f"transformers with {how}; logits differ by {export.largest_difference:.2g} at most"),
-        ("card", f"{card}, {len(plan.card.splitlines())} lines{licence}"),
-        ("secrets", f"none found in {len(plan.files) + len(plan.space_files)} files"),
-    ]
+    rows = {
+        "model": f"{source.id}{step}, {built.card_facts(plan.repo, None).parameters:,} parameters",
+        "goes to": f"{place}, {_visibility(plan)}{decided}",
+        "as": _identity(plan),
+        "loads in": f"transformers with {how}; logits differ by {export.largest_difference:.2g} at most",
+        "card": f"{card}, {len(plan.card.splitlines())} lines{licence}",
+        "secrets": f"none found in {len(plan.files) + len(plan.space_files)} files",
+    }
     if built.left_out:
-        rows.append(("stays here", ", ".join(built.left_out)))
+        rows["stays here"] = ", ".join(built.left_out)
     if smoke := built.smoke:
-        rows.append(
-            (
-                "Space",
-                f"tried here: up after {smoke.start_s:.0f} s, {smoke.prompt!r} answered in "
-                f"{smoke.outputs} pieces and {smoke.answer_s:.1f} s by {smoke.engine}",
-            )
+        rows["Space"] = (
+            f"tried here: up after {smoke.start_s:.0f} s, {smoke.prompt!r} answered in "
+            f"{smoke.outputs} pieces and {smoke.answer_s:.1f} s by {smoke.engine}"
         )
     return rows
 
@@ -108,13 +97,11 @@ def _identity(plan: PushPlan) -> str:
 
 def _files(files: Sequence[PlannedFile], folded: Sequence[str], head: Head | None) -> Any:
     """A table of files, with those marked that a repository on the Hub has already."""
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     to_send = [file for file in files if head is None or not head.has(file)]
-    table = Table.grid(padding=(0, 2))
-    table.add_column()
-    table.add_column(justify="right")
+    table = Table.grid("", Column(justify="right"), padding=(0, 2))
     for file in files:
         if not file.path.startswith(tuple(folded)):
             note = "" if file in to_send else "there already"

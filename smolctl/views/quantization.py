@@ -12,9 +12,11 @@ from smolctl.quantization.quantize import QuantizeReport
 from smolctl.quantization.verdict import Variant
 from smolctl.views.numbers import size
 from smolctl.views.output import Output
+from smolctl.views.tables import headed
 
 COSTS_SHOWN = 10
 SOURCE = "source"  # the row above the variants
+LEFT = ("variant", "verdict", "engine", "greedy text differs from token")  # columns of words
 
 
 def show_quantization(out: Output, report: QuantizeReport) -> None:
@@ -30,7 +32,7 @@ def show_quantization(out: Output, report: QuantizeReport) -> None:
         _show_speed(out, report)
     for scheme, costs in report.costs.items():
         _show_costs(out, scheme, costs)
-    verdicts = _table(("variant", "left"), ("verdict", "left"))
+    verdicts = headed(("variant", "verdict"), LEFT)
     for variant in report.variants:
         verdicts.add_row(variant.scheme, variant.verdict)
         if variant.hint:
@@ -38,27 +40,10 @@ def show_quantization(out: Output, report: QuantizeReport) -> None:
     out.show(verdicts)
 
 
-def _table(*columns: tuple[str, str]) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for name, justify in columns:
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    return table
-
-
 def _show_quality(out: Output, report: QuantizeReport) -> None:
     first = next((variant.quality for variant in report.variants if variant.quality), None)
-    measured = (
-        ("bits/byte", "right"),
-        ("change", "right"),
-        ("KL", "right"),
-        ("top-1", "right"),
-        ("greedy text differs from token", "left"),
-    )
-    table = _table(
-        ("variant", "left"), ("bytes", "right"), ("bits/weight", "right"), *(measured if first else ())
-    )
+    measured = ("bits/byte", "change", "KL", "top-1", "greedy text differs from token") if first else ()
+    table = headed(("variant", "bytes", "bits/weight", *measured), LEFT)
     source_bpb = (f"{first.source_bits_per_byte.mean:.4f}",) if first else ()
     source = report.source
     table.add_row(SOURCE, size(source.bytes), f"{source.bits_per_weight:.2f}", *source_bpb)
@@ -87,15 +72,8 @@ def _divergence(divergence: Divergence | None) -> str:
 
 
 def _show_speed(out: Output, report: QuantizeReport) -> None:
-    table = _table(
-        ("variant", "left"),
-        ("decode tok/s", "right"),
-        ("speed-up", "right"),
-        ("prefill tok/s", "right"),
-        ("load", "right"),
-        ("peak memory", "right"),
-        ("engine", "left"),
-    )
+    headers = ("variant", "decode tok/s", "speed-up", "prefill tok/s", "load", "peak memory", "engine")
+    table = headed(headers, LEFT)
     first = next((variant.speed for variant in report.variants if variant.speed), None)
     source = report.source
     if first is not None:
@@ -131,14 +109,9 @@ def _footprint(footprint: Footprint | None) -> tuple[str, str]:
 
 def _show_costs(out: Output, scheme: str, costs: Sequence[TensorCost]) -> None:
     inputs = any(cost.largest_input is not None for cost in costs)
-    table = _table(
-        (f"{scheme}: costliest tensors", "left"),
-        ("stored", "left"),
-        ("bytes", "right"),
-        ("output error", "right"),
-        ("KL alone", "right"),
-        *([("largest input", "right"), ("median input", "right")] if inputs else ()),
-    )
+    name = f"{scheme}: costliest tensors"
+    measured = ("largest input", "median input") if inputs else ()
+    table = headed((name, "stored", "bytes", "output error", "KL alone", *measured), (name, "stored"))
     for cost in costs[:COSTS_SHOWN]:
         kl = "" if cost.kl is None else f"{cost.kl:.2g}"
         seen = (cost.largest_input, cost.median_input) if inputs else ()

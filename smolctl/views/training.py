@@ -26,6 +26,7 @@ from smolctl.runs.folder import RunFolder
 from smolctl.runs.story import History, selection
 from smolctl.views.numbers import duration, quantity, size, sparkline
 from smolctl.views.output import Output
+from smolctl.views.tables import GAP, facts
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -170,12 +171,7 @@ class TrainingView:
         self._close_live()
         why = "" if event.reason == "done" else f" by {event.reason}"
         loss = f", loss {_number(self.step.loss, '.4f')}" if self.step else ""
-        held_out = self.validation
-        check = (
-            f", held out {held_out.bits_per_byte:.4f} ± {held_out.standard_error:.4f} bits/byte"
-            if held_out
-            else ""
-        )
+        check = f", held out {_held_out(self.validation)}" if self.validation else ""
         if self.predictions:
             self.out.show(self._predictions_table())
         self.out.line(f"Ended{why} at step {event.step:,} after {duration(event.seconds)}{loss}{check}.")
@@ -196,10 +192,7 @@ class TrainingView:
                 f"{_speed(event, '  ')}  ETA {duration(event.eta_s)}"
             )
         elif isinstance(event, Validation):
-            self.out.line(
-                f"step {event.step:,}  held out: {event.bits_per_byte:.4f} ± {event.standard_error:.4f} "
-                f"bits/byte, loss {event.loss:.4f}"
-            )
+            self.out.line(f"step {event.step:,}  held out: {_held_out(event)}, loss {event.loss:.4f}")
         elif isinstance(event, Checkpoint):
             self.out.line(
                 f"step {event.step:,}  saved {event.path} ({size(event.bytes)}, {event.seconds:.1f} s)"
@@ -212,14 +205,12 @@ class TrainingView:
         from rich.console import Group
         from rich.panel import Panel
         from rich.progress_bar import ProgressBar
-        from rich.table import Table
+        from rich.table import Column, Table
         from rich.text import Text
 
         done = self.step.step if self.step else self.first
-        bar = Table.grid(expand=True, padding=(0, 2, 0, 0))
-        bar.add_column(no_wrap=True)
-        bar.add_column(ratio=1)
-        bar.add_column(no_wrap=True)
+        end = Column(no_wrap=True)
+        bar = Table.grid(end, Column(ratio=1), end.copy(), expand=True, padding=GAP)
         bar.add_row(
             f"step {done:,} of {self.until:,}",
             ProgressBar(total=self.until, completed=done),
@@ -231,43 +222,30 @@ class TrainingView:
         return Panel(Group(*rows), title=Text(self.run), title_align="left")
 
     def _numbers(self) -> RenderableType:
-        from rich.table import Table
+        from rich.table import Column, Table
         from rich.text import Text
 
         step, check, saved = self.step, self.validation, self.checkpoint
-        facts: list[tuple[str, str | Text]] = []
+        table = Table.grid(
+            Column(style="dim", no_wrap=True), Column(no_wrap=True, overflow="ellipsis"), padding=GAP
+        )
         if step is not None:
             width = max(8, min(self.out.stdout.width - 30, SPARKLINE_WIDTH))
             bars = sparkline(self.losses[-width * 4 :], width)
-            facts.append(("loss", Text.assemble((_number(step.loss, ".4f"), "bold"), f"   {bars}")))
+            table.add_row("loss", Text.assemble((_number(step.loss, ".4f"), "bold"), f"   {bars}"))
         if check is not None:
-            facts.append(
-                (
-                    "held out",
-                    f"{check.bits_per_byte:.4f} ± {check.standard_error:.4f} bits/byte "
-                    f"at step {check.step:,}",
-                )
-            )
+            table.add_row("held out", f"{_held_out(check)} at step {check.step:,}")
         if step is not None:
-            facts += [
-                (
-                    "update",
-                    f"lr {step.learning_rate:.3g}   gradient norm {_number(step.gradient_norm, '.3g')}"
-                    + (f"   {step.skipped:,} steps skipped" if step.skipped else ""),
-                ),
-                ("speed", f"{_speed(step, '   ')}   {quantity(step.tokens)} tokens so far"),
-                ("ETA", duration(step.eta_s)),
-            ]
+            skipped = f"   {step.skipped:,} steps skipped" if step.skipped else ""
+            norm = _number(step.gradient_norm, ".3g")
+            table.add_row("update", f"lr {step.learning_rate:.3g}   gradient norm {norm}{skipped}")
+            table.add_row("speed", f"{_speed(step, '   ')}   {quantity(step.tokens)} tokens so far")
+            table.add_row("ETA", duration(step.eta_s))
         else:
-            facts.append(("", "waiting for the first step …"))
+            table.add_row("", "waiting for the first step …")
         if saved is not None:
             ago = duration(time.monotonic() - self.checkpoint_at)
-            facts.append(("saved", f"step {saved.step:,}, {ago} ago"))
-        table = Table.grid(padding=(0, 2, 0, 0))
-        table.add_column(style="dim", no_wrap=True)
-        table.add_column(no_wrap=True, overflow="ellipsis")
-        for name, fact in facts:
-            table.add_row(name, fact)
+            table.add_row("saved", f"step {saved.step:,}, {ago} ago")
         return table
 
     def _latest_predictions(self) -> RenderableType:
@@ -279,7 +257,7 @@ class TrainingView:
         prompts = [Text(one_line(prediction.prompt), style="bold") for prediction in latest]
         newest = max(prediction.step for prediction in latest)
         widest = max(prompt.cell_len for prompt in prompts)
-        table = Table.grid(expand=True, padding=(0, 2, 0, 0))
+        table = Table.grid(expand=True, padding=GAP)
         table.title = Text(f"predictions at step {newest:,}", style="dim", justify="left")
         table.add_column(no_wrap=True, overflow="ellipsis", width=min(widest, self.out.stdout.width * 2 // 5))
         table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
@@ -308,6 +286,10 @@ def _number(value: float | None, form: str) -> str:
     return "overflow" if value is None else format(value, form)
 
 
+def _held_out(check: Validation) -> str:
+    return f"{check.bits_per_byte:.4f} ± {check.standard_error:.4f} bits/byte"
+
+
 def _speed(step: Step, gap: str) -> str:
     """Tokens a second, MFU and memory, as far as they are known."""
     facts = [f"{step.tokens_per_second:,.0f} tok/s"]
@@ -320,37 +302,21 @@ def _speed(step: Step, gap: str) -> str:
 
 def plan_table(plan: RunPlan) -> Table:
     """What the run will cost, one line a fact."""
-    from rich.table import Table
-
-    table = Table(title="Plan", title_justify="left", box=None, show_header=False, padding=(0, 1))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    memory = plan.memory
-    parts = ("weights", "gradients", "optimizer", "activations", "logits")
-    shares = ", ".join(f"{part} {size(getattr(memory, part))}" for part in parts)
-    table.add_row("model", f"{plan.parameters:,} parameters")
-    table.add_row(
-        "tokens",
-        f"{plan.steps:,} steps × {plan.batch_size:,} × {plan.sequence_length:,} = {plan.tokens:,} tokens",
-    )
-    table.add_row(
-        "data",
-        f"{plan.corpus_tokens:,} tokens: {plan.epochs:.3g} epochs, "
+    shares = {name: count for name, count in vars(plan.memory).items() if name != "formulas"}
+    shares |= {"libraries": plan.framework_bytes, "allocator's gaps": plan.gap_bytes}
+    held = ", ".join(f"{name} {size(count)}" for name, count in shares.items() if count)
+    tokens = f"{plan.steps:,} steps × {plan.batch_size:,} × {plan.sequence_length:,} = {plan.tokens:,} tokens"
+    checkpoints = f"{plan.checkpoints_kept} checkpoints × {size(plan.checkpoint_bytes)}"
+    rows = {
+        "model": f"{plan.parameters:,} parameters",
+        "tokens": tokens,
+        "data": f"{plan.corpus_tokens:,} tokens: {plan.epochs:.3g} epochs, "
         f"{plan.tokens_per_parameter:.3g} tokens a parameter",
-    )
-    if plan.framework_bytes:
-        shares += f", libraries {size(plan.framework_bytes)}"
-    if plan.gap_bytes:
-        shares += f", allocator's gaps {size(plan.gap_bytes)}"
-    table.add_row("memory", f"about {size(plan.memory_bytes)}: {shares}")
-    table.add_row(
-        "disk",
-        f"{plan.checkpoints_kept} checkpoints × {size(plan.checkpoint_bytes)} = {size(plan.disk_bytes)} "
-        f"of {size(plan.disk_free_bytes)} free",
-    )
-    table.add_row(
-        "time",
-        f"about {duration(plan.eta_s)} on {plan.device} at {plan.tokens_per_second:,.0f} tok/s, "
+        "memory": f"about {size(plan.memory_bytes)}: {held}",
+        "disk": f"{checkpoints} = {size(plan.disk_bytes)} of {size(plan.disk_free_bytes)} free",
+        "time": f"about {duration(plan.eta_s)} on {plan.device} at {plan.tokens_per_second:,.0f} tok/s, "
         "measured on one micro-batch",
-    )
+    }
+    table = facts(rows.items(), style="bold")
+    table.title, table.title_justify = "Plan", "left"
     return table

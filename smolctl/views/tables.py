@@ -1,0 +1,38 @@
+"""Tables without lines, their columns two spaces apart."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+GAP = (0, 2, 0, 0)
+
+
+def headed(headers: Iterable[str], left: Container[str]) -> Table:
+    """An empty table with a dim header; columns that are not in `left` stand to the right."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=GAP, header_style="dim")
+    for name in headers:
+        table.add_column(name, justify="left" if name in left else "right", overflow="fold")
+    return table
+
+
+def facts(rows: Iterable[Sequence[RenderableType]], style: str = "") -> Table:
+    """Names in a style, and behind each what is to be said of it, folded where it is long."""
+    from rich.table import Column, Table
+
+    table = Table.grid(Column(style=style, no_wrap=True), Column(overflow="fold"), padding=GAP)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def shortened(lines: Sequence[str], most: int) -> list[str]:
+    """The first lines, and how many more there are."""
+    more = [f"and {len(lines) - most:,} more (--json has all)"] if len(lines) > most else []
+    return [*lines[:most], *more]
