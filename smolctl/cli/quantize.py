@@ -75,10 +75,12 @@ def quantize(
     ] = False,
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", help="Text to measure on; repeatable. Default: what was held out."),
+        typer.Option(
+            "--data", metavar="TEXT", help="Text to measure on; repeatable. Default: held-out text."
+        ),
     ] = None,
     windows: Annotated[
-        int, typer.Option("--windows", min=2, help="Windows of 256 tokens to measure on.")
+        int, typer.Option("--windows", min=2, help="Sequences of 256 tokens to measure on.")
     ] = 24,
     per_tensor: Annotated[
         bool, typer.Option("--per-tensor", help="Also say which tensors cost most.")

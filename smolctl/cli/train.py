@@ -47,6 +47,7 @@ def train(
         list[str] | None,
         typer.Option(
             "--data",
+            metavar="TEXT",
             help="File, folder, Hub dataset (org/name[@revision][:config]) or 'python'; repeatable.",
         ),
     ] = None,

@@ -222,7 +222,7 @@ def _evaluation(run: RunFacts) -> list[str]:
 def _predictions(run: RunFacts) -> list[str]:
     lines: list[str] = []
     for prompt, history in list(run.histories.items())[:SHOWN_PROMPTS]:
-        lines += [*([""] if lines else []), f"{code_span(prompt)} goes on with"]
+        lines += [*([""] if lines else []), f"{code_span(prompt)} continues with"]
         for prediction in selection(history, SHOWN_PREDICTIONS):
             lines += ["", f"at step {prediction.step:,}", "", *fenced(prediction.text)]
     return [*lines, "", f"All of them: [`{RECORDS}/{STORY}`](./blob/main/{RECORDS}/{STORY})."]

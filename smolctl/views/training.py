@@ -177,7 +177,7 @@ class TrainingView:
         self.out.line(f"Ended{why} at step {event.step:,} after {duration(event.seconds)}{loss}{check}.")
         told = " predictions.md," if self.predictions else ""
         self.out.line(f"{event.run}: checkpoints, metrics.jsonl,{told} loss.png")
-        target = "" if event.reason == "done" else f"; go on with: smolctl resume {event.run}"
+        target = "" if event.reason == "done" else f"; continue with: smolctl resume {event.run}"
         self.out.talk(f"Try it: smolctl sample {event.run}{target}")
 
     def _plain_line(self, event: Event) -> None:

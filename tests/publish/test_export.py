@@ -184,7 +184,7 @@ def test_the_card_states_what_the_run_recorded(learned: Built, learned_run: Path
         "1,920 (15 steps × 4 × 32)",
         f"{checks[-1]['bits_per_byte']:.4f} ± {checks[-1]['standard_error']:.4f}",
         "![Training and held-out loss](loss.png)",
-        "`the cat` goes on with",
+        "`the cat` continues with",
         "at step 15",
         'from_pretrained("me/tiny", trust_remote_code=True)',
         "smolctl sample me/tiny",
