@@ -132,11 +132,7 @@ def naming_the_disk(target: Path) -> Iterator[None]:
 
     try:
         yield
-    except SafetensorError as error:
-        raise WriteError(
-            f"{target}: cannot be written ({error})", "Free some space or choose another --out."
-        ) from error
-    except (OSError, RuntimeError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         # torch.save turns a short write into a RuntimeError that names no cause.
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise WriteError(

@@ -41,7 +41,7 @@ from smolctl.quantization.schemes import (
 )
 from smolctl.quantization.texts import Windows, choose_windows
 from smolctl.quantization.verdict import Calibration, Gates, SourceFacts, Variant, advise, judge
-from smolctl.runs.folder import RunFolder
+from smolctl.runs.folder import QUANTIZED, RunFolder
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind, TokenizerFiles
 from smolctl.sources.gguf.write import write_gguf
@@ -198,21 +198,13 @@ def _engine(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Engine:
 
 def _target(source: ModelSource, scheme: str, options: QuantizeOptions) -> Path:
     """Where a scheme goes: a folder, or a file for GGUF."""
-    name = model_name(source)
-    run = _run_of(source)
-    if options.out is not None:
-        folder = options.out
-        if scheme in GGUF_SCHEMES:
-            return folder / f"{name}-{scheme.removeprefix('gguf-')}.gguf"
-        return folder / scheme if len(options.schemes) > 1 else folder
-    if run is not None:
-        folder = run / "quantized"
-        if scheme in GGUF_SCHEMES:
-            return folder / f"{name}-{scheme.removeprefix('gguf-')}.gguf"
-        return folder / scheme
+    name, run = model_name(source), _run_of(source)
+    folder = options.out or (run / QUANTIZED if run is not None else None)
     if scheme in GGUF_SCHEMES:
-        return Path(f"{name}-{scheme.removeprefix('gguf-')}.gguf")
-    return Path(f"{name}-{scheme}")
+        return (folder or Path()) / f"{name}-{scheme.removeprefix('gguf-')}.gguf"
+    if folder is None:
+        return Path(f"{name}-{scheme}")
+    return options.out if options.out and len(options.schemes) == 1 else folder / scheme
 
 
 def _run_of(source: ModelSource) -> Path | None:
@@ -223,9 +215,9 @@ def _run_of(source: ModelSource) -> Path | None:
 
 def model_name(source: ModelSource) -> str:
     """What to call files after a model: the last part of its name, without the endings of a file."""
+    if (run := _run_of(source)) is not None:
+        return run.name
     path = Path(source.id.partition("@")[0])
-    if source.kind is SourceKind.RUN and RunFolder.is_run(path):
-        return RunFolder.open(path).path.name
     if path.exists():
         path = path.resolve()
     name = path.stem if path.suffix in (".gguf", ".safetensors", ".ckpt") else path.name
