@@ -175,10 +175,9 @@ class QuantizedWeights(Weights):
             )
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        import torch
+        from smolctl.sources.quantized.scaled import dense
 
-        for name, item in self.stored():
-            yield name, item.float() if isinstance(item, torch.Tensor) else item.dequantize()
+        return ((name, dense(stored)) for name, stored in self.stored())
 
     def stored(self) -> Iterator[tuple[str, StoredTensor]]:
         from safetensors import SafetensorError, safe_open
