@@ -159,12 +159,8 @@ class QuantizedWeights(Weights):
     def __init__(self, path: Path, description: Mapping[str, Any]) -> None:
         self.path, self.description = path, description
 
-    def verify(self) -> None:
-        """Compare the file with the checksum that was written.
-
-        Raises:
-            InputError: it differs.
-        """
+    def _verify(self) -> None:
+        """Compare the file with the checksum that was written."""
         try:
             digest = file_digest(self.path)
         except OSError as error:
@@ -182,7 +178,7 @@ class QuantizedWeights(Weights):
     def stored(self) -> Iterator[tuple[str, StoredTensor]]:
         from safetensors import SafetensorError, safe_open
 
-        self.verify()
+        self._verify()
         try:
             with safe_open(self.path, framework="pt") as file:
                 for name, entry in self.description["tensors"].items():
