@@ -111,14 +111,13 @@ def quantize(
     """
     from smolctl.quantization.quantize import QuantizeOptions
     from smolctl.quantization.quantize import quantize as run
-    from smolctl.quantization.schemes import SchemeOptions, parse_bits_map, parse_skip
+    from smolctl.quantization.schemes import SchemeOptions, parse_bits_map, parse_skip, split_commas
     from smolctl.quantization.verdict import Gates
     from smolctl.views.quantization import show_quantization
 
     view = Output(json, quiet, verbose)
-    schemes = [part.strip() for item in to or ["int8"] for part in item.split(",") if part.strip()]
     options = QuantizeOptions(
-        schemes=tuple(dict.fromkeys(schemes)),
+        schemes=tuple(dict.fromkeys(split_commas(to or ["int8"]))),
         scheme_options=SchemeOptions(
             group, parse_skip(skip or ()), parse_bits_map(bits_map or ()), activations, per_row, calibrate
         ),

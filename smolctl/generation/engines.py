@@ -19,7 +19,7 @@ from smolctl.model.weights import check_state, from_state
 from smolctl.native.library import Library, load_library
 from smolctl.sources.base import ModelSource
 from smolctl.sources.quantized.packed import PackedMatrix
-from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor
+from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor, dense
 from smolctl.sources.shapes import HEAD, TABLE
 
 
@@ -51,7 +51,9 @@ def make_engine(source: ModelSource, options: EngineOptions) -> Engine:
         return _dynamic_engine(source, given)
     weights = cast(dict[str, Stored], given)
     library = load_library() if options.engine != "torch" else ""
-    if isinstance(library, Library) and (dtypes := _dense_dtypes(weights)) <= KINDS.keys():
+    matrices = (stored for stored in weights.values() if isinstance(stored, Tensor) and stored.dim() > 1)
+    dtypes = {matrix.dtype for matrix in matrices}
+    if isinstance(library, Library) and dtypes <= KINDS.keys():
         kind = kind_of(weights)
         # Where all weights are float32, so is everything else: the same words as any other engine's.
         cache = torch.float32 if kind == "float32" else torch.float16
@@ -64,14 +66,11 @@ def make_engine(source: ModelSource, options: EngineOptions) -> Engine:
 
 
 def _torch_engine(config: ModelConfig, weights: Mapping[str, Stored], origin: str, note: str) -> Engine:
-    dense = {
-        name: stored.dequantize() if isinstance(stored, PackedMatrix) else stored.float()
-        for name, stored in weights.items()
-    }
-    network = from_state(config, dense, origin).eval().requires_grad_(False)
+    tensors = {name: dense(stored) for name, stored in weights.items()}
+    network = from_state(config, tensors, origin).eval().requires_grad_(False)
     packed = any(isinstance(stored, PackedMatrix) for stored in weights.values())
     name = f"torch cpu, {kind_of(weights)} as float32" if packed else ""
-    return _describe(TorchEngine(network, note, name), dense)
+    return _describe(TorchEngine(network, note, name), tensors)
 
 
 def _dynamic_engine(source: ModelSource, stored: Mapping[str, StoredTensor]) -> TorchEngine:
@@ -96,12 +95,6 @@ def read_bytes(weights: Mapping[str, Stored]) -> int:
         stored.bytes if isinstance(stored, PackedMatrix) else stored.numel() * stored.element_size()
         for name, stored in weights.items()
         if name not in tables and len(stored.shape) > 1
-    )
-
-
-def _dense_dtypes(weights: Mapping[str, Stored]) -> frozenset[torch.dtype]:
-    return frozenset(
-        stored.dtype for stored in weights.values() if isinstance(stored, Tensor) and stored.dim() > 1
     )
 
 

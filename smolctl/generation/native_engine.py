@@ -19,6 +19,7 @@ from smolctl.model.cache import check_capacity
 from smolctl.model.network import rotary_table
 from smolctl.native.library import Batch, CacheBuffers, Layer, Library, Matrix, Model, Status
 from smolctl.sources.quantized.packed import BLOCK, PackedMatrix
+from smolctl.sources.quantized.scaled import dense
 from smolctl.sources.shapes import HEAD, TABLE
 
 Stored = Tensor | PackedMatrix
@@ -124,10 +125,8 @@ class NativeEngine(Engine):
     def _describe(self, weights: Mapping[str, Stored]) -> Model:
         config, keep = self.config, self._keep
 
-        def vector(name: str) -> int:
-            tensor = weights[name]
-            assert isinstance(tensor, Tensor)
-            keep.append(tensor.float().contiguous())
+        def floats(name: str) -> int:
+            keep.append(dense(weights[name]).contiguous())
             return keep[-1].data_ptr()
 
         def matrix(name: str) -> Matrix:
@@ -139,11 +138,10 @@ class NativeEngine(Engine):
             self._layers[index] = Layer(
                 *(matrix(f"{prefix}self_attn.{name}_proj.weight") for name in "qkvo"),
                 *(matrix(f"{prefix}mlp.{name}_proj.weight") for name in ("gate", "up", "down")),
-                vector(f"{prefix}input_layernorm.weight"),
-                vector(f"{prefix}post_attention_layernorm.weight"),
+                floats(f"{prefix}input_layernorm.weight"),
+                floats(f"{prefix}post_attention_layernorm.weight"),
             )
         table = matrix(TABLE)
-        learned = config.position_embedding == "learned"
         return Model(
             config.num_hidden_layers,
             config.hidden_size,
@@ -156,17 +154,9 @@ class NativeEngine(Engine):
             self._layers,
             table,
             matrix(HEAD) if HEAD in weights else table,
-            vector("model.norm.weight"),
-            self._positions(weights) if learned else None,
-            None,
-            0,
+            floats("model.norm.weight"),
+            floats("model.embed_positions.weight") if config.position_embedding == "learned" else None,
         )
-
-    def _positions(self, weights: Mapping[str, Stored]) -> int:
-        stored = weights["model.embed_positions.weight"]
-        dense = stored.dequantize() if isinstance(stored, PackedMatrix) else stored.float()
-        self._keep.append(dense.contiguous())
-        return self._keep[-1].data_ptr()
 
     def _open(self) -> int:
         """The threads and buffers, made where there are none."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from smolctl.errors import InputError, UsageError
 
@@ -51,43 +50,36 @@ class SamplingSettings:
                 raise UsageError(f"--{option} {value} is out of range", f"It must be {limits}.")
 
 
-def choose(logits: Tensor, settings: SamplingSettings, generator: torch.Generator, seen: Tensor) -> Tensor:
-    """The next token of every sequence, (B,).
-
-    Every row takes one number from the generator, so a sequence's text depends on its logits and on its
-    generator, not on how its tokens were grouped into calls.
+def choose(
+    logits: NDArray[np.float32],
+    settings: SamplingSettings,
+    generator: torch.Generator,
+    seen: NDArray[np.int64],
+) -> int:
+    """The next token of a sequence. It takes one number from the generator.
 
     Args:
-        logits: (B, V), any float dtype, on the CPU.
+        logits: (V,).
         settings: how to choose.
         generator: the only source of chance; untouched when temperature is 0.
-        seen: token ids already in each sequence, (B, S), for the repetition penalty.
+        seen: token ids already in the sequence, (S,), for the repetition penalty.
     """
-    logits = penalize_repetition(logits.float(), seen, settings.repetition_penalty)
+    logits = penalize_repetition(logits, seen, settings.repetition_penalty)
     if settings.temperature == 0:
-        return torch.from_numpy(logits.numpy().argmax(axis=-1))
-    draws = torch.rand(len(logits), dtype=torch.float64, generator=generator).tolist()
-    rows = distribution(logits, settings).numpy()
-    return torch.tensor([_draw(row, draw) for row, draw in zip(rows, draws, strict=True)])
+        return int(logits.argmax())
+    draw = torch.rand((), dtype=torch.float64, generator=generator).item()
+    return _draw(distribution(logits, settings), draw)
 
 
-def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def penalize_repetition(
+    logits: NDArray[np.float32], seen: NDArray[np.int64], penalty: float
+) -> NDArray[np.float32]:
     """Make tokens that were seen less likely: positive logits divided, negative ones multiplied."""
     if penalty == 1.0:
         return logits
-    penalized, ids = logits.numpy().copy(), seen.numpy()
-    at_seen = np.take_along_axis(penalized, ids, axis=-1)
-    changed = np.where(at_seen > 0, at_seen / penalty, at_seen * penalty)
-    np.put_along_axis(penalized, ids, changed, axis=-1)
-    return torch.from_numpy(penalized)
-
-
-def distribution(logits: Tensor, settings: SamplingSettings) -> Tensor:
-    """Probabilities (B, V) in float32 after temperature, top-k, top-p and min-p, in this order."""
-    probabilities = np.empty(tuple(logits.shape), dtype=np.float32)
-    for row, weights in zip(logits.float().numpy(), probabilities, strict=True):
-        _weigh(row, settings, weights)
-    return torch.from_numpy(probabilities)
+    penalized, at_seen = logits.copy(), logits[seen]
+    penalized[seen] = np.where(at_seen > 0, at_seen / penalty, at_seen * penalty)
+    return penalized
 
 
 def log_normalizer(logits: NDArray[np.float32]) -> float:
@@ -112,9 +104,9 @@ def margin(logits: NDArray[np.float32]) -> float:
     return float(logits[best] - max(before.max(initial=-np.inf), behind.max(initial=-np.inf)))
 
 
-def _weigh(logits: NDArray[np.float32], settings: SamplingSettings, out: NDArray[np.float32]) -> None:
-    """Write one row's probabilities, (V,), to `out`."""
-    np.subtract(logits, logits.max(), out=out)
+def distribution(logits: NDArray[np.float32], settings: SamplingSettings) -> NDArray[np.float32]:
+    """Probabilities (V,) after temperature, top-k, top-p and min-p, in this order."""
+    out: NDArray[np.float32] = logits - logits.max()
     out /= np.float32(settings.temperature)
     np.exp(out, out=out)  # shares of the likeliest token
     if 0 < settings.top_k < len(out):
@@ -125,6 +117,7 @@ def _weigh(logits: NDArray[np.float32], settings: SamplingSettings, out: NDArray
     if settings.min_p:
         out *= out >= settings.min_p
     out /= out.sum()
+    return out
 
 
 def _keep_nucleus(weights: NDArray[np.float32], top_p: float) -> None:

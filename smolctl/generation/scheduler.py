@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from smolctl.errors import InputError
@@ -74,7 +75,7 @@ class _Slot:
     index: int  # of the request
     limit: int  # tokens in all, prompt included
     tokens: list[int]  # prompt and what was chosen
-    seen: Tensor  # (limit,) the same as `tokens` in its first places
+    seen: NDArray[np.int64]  # (limit,) the same as `tokens` in its first places
     lookup: Lookup | None
     careful: bool = False  # no draft in the next step
     ended: bool = False
@@ -185,8 +186,8 @@ class Scheduler:
     def _occupy(self, number: int, index: int, request: Request, keep: bool) -> _Slot:
         """Give a slot to a request."""
         limit = min(len(request.prompt) + request.max_tokens, self.capacity)
-        seen = torch.zeros(limit, dtype=torch.long)
-        seen[: len(request.prompt)] = torch.tensor(request.prompt)
+        seen = np.zeros(limit, dtype=np.int64)
+        seen[: len(request.prompt)] = request.prompt
         lookup = None
         if self._speculates:
             lookup = Lookup()
@@ -259,10 +260,9 @@ class Scheduler:
 
     def _choose(self, slot: _Slot, row: Tensor) -> Token:
         """Choose a token by one row of logits, (V,), and append it."""
-        seen = slot.seen[None, : len(slot.tokens)]
         # First, because it refuses logits that are not finite.
         normalizer = log_normalizer(row.numpy())
-        chosen = int(choose(row[None], self.settings, slot.request.generator, seen))
+        chosen = choose(row.numpy(), self.settings, slot.request.generator, slot.seen[: len(slot.tokens)])
         others: tuple[tuple[int, float], ...] = ()
         if self.alternatives:
             top = row.topk(min(self.alternatives + 1, len(row)))
@@ -274,9 +274,8 @@ class Scheduler:
     def _is_near_tie(self, slot: _Slot, row: Tensor) -> bool:
         if self.settings.temperature > 0 or self.engine.exact_tokens > 1:
             return False
-        seen = slot.seen[None, : len(slot.tokens)]
-        penalized = penalize_repetition(row[None], seen, self.settings.repetition_penalty)
-        return margin(penalized[0].numpy()) < NEAR_TIE
+        seen = slot.seen[: len(slot.tokens)]
+        return margin(penalize_repetition(row.numpy(), seen, self.settings.repetition_penalty)) < NEAR_TIE
 
 
 def check_prompt(length: int, context: int) -> None:

@@ -60,15 +60,10 @@ class TorchEngine(Engine):
         return torch.cat(logits).float().cpu()
 
     def _read(self, ids: Tensor, buffers: KVCache, cancellation: Cancellation, every: bool) -> Tensor:
-        *body, last = ids.split(PREFILL_CHUNK, dim=1)
         logits = []
-        for part in body:
+        for part in ids.split(PREFILL_CHUNK, dim=1):
             cancellation.check()
+            hidden = self.network.model(part, buffers)
             if every:
-                logits.append(self.network(part, buffers))
-            else:
-                self.network.model(part, buffers)
-        cancellation.check()
-        if every:
-            return torch.cat([*logits, self.network(last, buffers)], dim=1).flatten(0, 1)
-        return self.network.next_token_logits(last, buffers)
+                logits.append(self.network.logits(hidden))
+        return torch.cat(logits, dim=1).flatten(0, 1) if every else self.network.logits(hidden[:, -1])

@@ -49,7 +49,11 @@ class KVCache:
     """The cache of a whole network."""
 
     layers: list[LayerCache]
-    length: int = 0  # tokens stored in every layer
+
+    @property
+    def length(self) -> int:
+        """Tokens stored in every layer."""
+        return self.layers[0].length
 
     @staticmethod
     def allocate(
@@ -66,4 +70,4 @@ class KVCache:
 
     def rows(self, rows: slice, length: int) -> KVCache:
         """A view of some of the sequences, of which `length` tokens are filled."""
-        return KVCache([layer.rows(rows, length) for layer in self.layers], length)
+        return KVCache([layer.rows(rows, length) for layer in self.layers])

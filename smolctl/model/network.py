@@ -197,7 +197,6 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.config = config
         self.checkpoint_activations = False  # keep a block's input only, and compute the block again
-        self.uses_rope = config.position_embedding == "rope"
         self._rotary: Tensor | None = None
 
     def _angles(self, positions: int, device: torch.device) -> Tensor:
@@ -219,9 +218,11 @@ class Decoder(nn.Module):
         start = cache.length if cache is not None else 0
         positions = slice(start, start + input_ids.shape[1])
         x = self.embed_tokens(input_ids)  # (B, T, C)
+        rotary = None
         if self.embed_positions is not None:
             x = x + self.embed_positions.weight[positions]
-        rotary = self._angles(positions.stop, x.device)[:, positions] if self.uses_rope else None
+        else:
+            rotary = self._angles(positions.stop, x.device)[:, positions]
         mask = _document_mask(documents) if documents is not None else None  # (B, 1, T, T)
         for index, block in enumerate(self.layers):
             layer_cache = cache.layers[index] if cache is not None else None
@@ -229,8 +230,6 @@ class Decoder(nn.Module):
                 x = checkpoint(block, x, rotary, layer_cache, mask, use_reentrant=False)
             else:
                 x = block(x, rotary, layer_cache, mask)
-        if cache is not None:
-            cache.length = positions.stop
         return self.norm(x)
 
 

@@ -13,7 +13,7 @@ from smolctl.model.weights import finite_tensors
 from smolctl.quantization.rounding import quantize_matrix
 from smolctl.quantization.schemes import DYNAMIC, QuantizationPlan
 from smolctl.sources.base import ModelSource
-from smolctl.sources.quantized.scaled import StoredTensor
+from smolctl.sources.quantized.scaled import StoredTensor, dense
 from smolctl.sources.shapes import HEAD
 
 
@@ -70,6 +70,4 @@ def _smallest(tensor: Tensor) -> Tensor:
 
 def dequantized(items: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
     """The items as tensors in float32."""
-    return {
-        name: item.float() if isinstance(item, Tensor) else item.dequantize() for name, item in items.items()
-    }
+    return {name: dense(item) for name, item in items.items()}

@@ -103,7 +103,7 @@ def write_folder(
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def require_free(target: Path, force: bool) -> None:
+def require_free(target: Path, force: bool, is_folder: bool = True) -> None:
     """Refuse to replace anything that is not asked to be, or not ours to replace.
 
     Raises:
@@ -113,6 +113,8 @@ def require_free(target: Path, force: bool) -> None:
         return
     if not force:
         raise UsageError(f"{target}: already there", "Give --force to replace it, or another --out.")
+    if not is_folder:
+        return
     if target.is_dir() and not target.is_symlink():
         foreign = sorted(
             path.name
@@ -132,11 +134,7 @@ def naming_the_disk(target: Path) -> Iterator[None]:
 
     try:
         yield
-    except SafetensorError as error:
-        raise WriteError(
-            f"{target}: cannot be written ({error})", "Free some space or choose another --out."
-        ) from error
-    except (OSError, RuntimeError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         # torch.save turns a short write into a RuntimeError that names no cause.
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise WriteError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -29,7 +28,6 @@ PROMPTS = (
 DECODED_TOKENS = 32  # of each prompt
 PREFILL_TOKENS = 256
 TURN_SECONDS = 0.2  # of decoding: a small model says the same several times
-NATS_PER_BIT = 0.6931471805599453
 
 
 @dataclass(frozen=True)
@@ -92,8 +90,8 @@ def measure_quality(source: Engine, variants: Sequence[Engine], windows: Windows
 def _quality(ours: Sequence[WindowScores], theirs: Sequence[WindowScores]) -> Quality:
     sizes = [float(max(1, scores.bytes)) for scores in ours]
     counts = [float(scores.tokens) for scores in ours]
-    bits = [scores.nats / NATS_PER_BIT for scores in ours]
-    source_bits = [scores.nats / NATS_PER_BIT for scores in theirs]
+    bits = [scores.nats / math.log(2) for scores in ours]
+    source_bits = [scores.nats / math.log(2) for scores in theirs]
     changes = [a - b for a, b in zip(bits, source_bits, strict=True)]
     return Quality(
         bits_per_byte=ratio_estimate(bits, sizes),
@@ -156,29 +154,18 @@ def measure_speed(
         for index, tokens in texts.items():
             pairs = enumerate(zip(texts[0], tokens, strict=True))
             first[index].append(next((at for at, (a, b) in pairs if a != b), None))
-    return [
-        (
-            _speed(decode[index], prefill[index], decode[0], prefill[0]),
-            Divergence(tuple(first[index]), DECODED_TOKENS),
+    results = []
+    for index in range(1, len(engines)):
+        speed = Speed(
+            decode=Spread.of(decode[index]),
+            prefill=Spread.of(prefill[index]),
+            source_decode=Spread.of(decode[0]),
+            source_prefill=Spread.of(prefill[0]),
+            speedup=ratio_of(decode[index], decode[0]).spread,
+            prefill_speedup=ratio_of(prefill[index], prefill[0]).spread,
         )
-        for index in range(1, len(engines))
-    ]
-
-
-def _speed(
-    decode: Sequence[float],
-    prefill: Sequence[float],
-    source_decode: Sequence[float],
-    source_prefill: Sequence[float],
-) -> Speed:
-    return Speed(
-        decode=Spread.of(decode),
-        prefill=Spread.of(prefill),
-        source_decode=Spread.of(source_decode),
-        source_prefill=Spread.of(source_prefill),
-        speedup=ratio_of(decode, source_decode).spread,
-        prefill_speedup=ratio_of(prefill, source_prefill).spread,
-    )
+        results.append((speed, Divergence(tuple(first[index]), DECODED_TOKENS)))
+    return results
 
 
 def _prompt(tokenizer: Tokenizer, text: str, engine: Engine) -> list[int]:
@@ -208,7 +195,7 @@ def measure_footprint(model: str) -> Footprint | None:
     """Load a model and decode a few tokens in a process of its own; None when that is not possible."""
     command = [sys.executable, "-m", "smolctl.quantization.probe", model]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=dict(os.environ))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         return Footprint(**json.loads(done.stdout.splitlines()[-1]))
     except (OSError, subprocess.SubprocessError, ValueError, TypeError, IndexError):
         return None

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import sys
 
+import torch
+
 from smolctl.generation.load import load_model
 from smolctl.timing import peak_memory
 
@@ -16,8 +18,6 @@ TOKENS = 8
 
 def probe(model: str) -> dict[str, float | int | None]:
     """Seconds to load and the peak of memory in bytes, Python and PyTorch included."""
-    import torch
-
     loaded = load_model(model)
     engine = loaded.engine
     cache = engine.allocate(1, min(2 * TOKENS, engine.config.max_position_embeddings))

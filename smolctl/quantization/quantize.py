@@ -14,7 +14,7 @@ from torch import Tensor
 from smolctl.arithmetic import count_parameters
 from smolctl.config import ModelConfig
 from smolctl.data.tokenizer.tokenizer import Tokenizer
-from smolctl.errors import InputError, UsageError
+from smolctl.errors import InputError
 from smolctl.generation.engine import Engine
 from smolctl.generation.load import load_model
 from smolctl.generation.torch_engine import TorchEngine
@@ -41,7 +41,7 @@ from smolctl.quantization.schemes import (
 )
 from smolctl.quantization.texts import Windows, choose_windows
 from smolctl.quantization.verdict import Calibration, Gates, SourceFacts, Variant, advise, judge
-from smolctl.runs.folder import RunFolder
+from smolctl.runs.folder import QUANTIZED, RunFolder
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind, TokenizerFiles
 from smolctl.sources.gguf.write import write_gguf
@@ -120,10 +120,7 @@ def quantize(
     ]
     targets = {plan.scheme: _target(source, plan.scheme, options) for plan in plans}
     for scheme, target in targets.items():
-        if scheme in GGUF_SCHEMES and target.exists() and not options.force:
-            raise UsageError(f"{target}: already there", "Give --force to replace it, or another --out.")
-        if scheme not in GGUF_SCHEMES:
-            require_free(target, options.force)
+        require_free(target, options.force, is_folder=scheme not in GGUF_SCHEMES)
     job = _prepare(source, config, options, any(plan.options.calibrate for plan in plans), note)
     variants, costs = [], {}
     for plan in plans:
@@ -178,13 +175,13 @@ def _prepare(
             "Put its tokenizer.json there, or give --no-measure.",
         )
     windows = squares = reference = None
+    needs_activations = calibrate or options.per_tensor
     if files is not None and needs_text:
         tokenizer = Tokenizer.from_files(files, source.id)
         tokenizer.require_fit(config.vocab_size)
-        wanted = calibrate or options.per_tensor
-        windows = choose_windows(source, config, tokenizer, options.data, options.windows, wanted)
+        windows = choose_windows(source, config, tokenizer, options.data, options.windows, needs_activations)
     tensors = read_tensors(source)
-    if windows is not None and (calibrate or options.per_tensor):
+    if windows is not None and needs_activations:
         # The last few windows choose between the plain and the searched scales.
         if calibrate or set(options.schemes) & set(PACKED_SCHEMES):
             squares = input_squares(config, tensors, windows.calibration[:-COST_WINDOWS])
@@ -198,21 +195,13 @@ def _engine(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Engine:
 
 def _target(source: ModelSource, scheme: str, options: QuantizeOptions) -> Path:
     """Where a scheme goes: a folder, or a file for GGUF."""
-    name = model_name(source)
-    run = _run_of(source)
-    if options.out is not None:
-        folder = options.out
-        if scheme in GGUF_SCHEMES:
-            return folder / f"{name}-{scheme.removeprefix('gguf-')}.gguf"
-        return folder / scheme if len(options.schemes) > 1 else folder
-    if run is not None:
-        folder = run / "quantized"
-        if scheme in GGUF_SCHEMES:
-            return folder / f"{name}-{scheme.removeprefix('gguf-')}.gguf"
-        return folder / scheme
+    name, run = model_name(source), _run_of(source)
+    folder = options.out or (run / QUANTIZED if run is not None else None)
     if scheme in GGUF_SCHEMES:
-        return Path(f"{name}-{scheme.removeprefix('gguf-')}.gguf")
-    return Path(f"{name}-{scheme}")
+        return (folder or Path()) / f"{name}-{scheme.removeprefix('gguf-')}.gguf"
+    if folder is None:
+        return Path(f"{name}-{scheme}")
+    return options.out if options.out and len(options.schemes) == 1 else folder / scheme
 
 
 def _run_of(source: ModelSource) -> Path | None:
@@ -223,9 +212,9 @@ def _run_of(source: ModelSource) -> Path | None:
 
 def model_name(source: ModelSource) -> str:
     """What to call files after a model: the last part of its name, without the endings of a file."""
+    if (run := _run_of(source)) is not None:
+        return run.name
     path = Path(source.id.partition("@")[0])
-    if source.kind is SourceKind.RUN and RunFolder.is_run(path):
-        return RunFolder.open(path).path.name
     if path.exists():
         path = path.resolve()
     name = path.stem if path.suffix in (".gguf", ".safetensors", ".ckpt") else path.name
@@ -241,12 +230,11 @@ def _build(job: _Job, plan: QuantizationPlan) -> tuple[dict[str, StoredTensor] |
     job.note(f"{plan.scheme}  searching the scales: for a model of 135 million parameters a minute or two")
     searched = build_items(job.config, job.tensors, plan, job.squares)
     chosen = job.windows.calibration[-COST_WINDOWS:]
-    kls = [
-        mean_kl(job.reference, _engine(job.config, dequantized(items)), chosen) for items in (plain, searched)
-    ]
-    calibration = Calibration(*kls)
+    engines = (_engine(job.config, dequantized(items)) for items in (plain, searched))
+    calibration = Calibration(*(mean_kl(job.reference, engine, chosen) for engine in engines))
     job.note(
-        f"{plan.scheme}  searched scales: KL {kls[1]:.5f}, plain rounding {kls[0]:.5f}, the same bytes"
+        f"{plan.scheme}  searched scales: KL {calibration.searched_kl:.5f}, "
+        f"plain rounding {calibration.plain_kl:.5f}, the same bytes"
         + ("" if calibration.helped else "; the search did not help, so the plain ones are kept")
     )
     return (searched if calibration.helped else plain), calibration

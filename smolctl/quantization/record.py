@@ -16,7 +16,7 @@ RECORD = Path(QUANTIZED) / "verdict.json"  # in the run's folder
 
 def record_variants(run: Path, step: int | None, variants: Iterable[Variant]) -> None:
     """Add variants to a run's record; of the same scheme and step the newest counts."""
-    fresh = [_facts(variant, step) for variant in variants]
+    fresh = [{**measurements(variant), "step": step} for variant in variants]
     replaced = {(facts["scheme"], facts["step"]) for facts in fresh}
     kept = [facts for facts in read_record(run) if (facts.get("scheme"), facts.get("step")) not in replaced]
     path = run / RECORD
@@ -33,11 +33,11 @@ def read_record(run: Path) -> list[Mapping[str, Any]]:
         return []
 
 
-def _facts(variant: Variant, step: int | None) -> dict[str, Any]:
+def measurements(variant: Variant) -> dict[str, Any]:
+    """The figures of a variant that every document names alike; what was not measured is None."""
     quality, speed = variant.quality, variant.speed
     return {
         "scheme": variant.scheme,
-        "step": step,
         "bytes": variant.bytes,
         "bits_per_weight": variant.bits_per_weight,
         "bits_per_byte": quality and quality.bits_per_byte.mean,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from smolctl.arithmetic import parameter_rows
@@ -19,17 +20,15 @@ GGUF_SCHEMES = tuple(f"gguf-{scheme}" for scheme in BLOCK_SCHEMES)
 PACKED_SCHEMES = ("int8", "int4")
 DYNAMIC = "int8-dynamic"
 SCHEMES = (*PACKED_SCHEMES, DYNAMIC, "bf16", *GGUF_SCHEMES)
-ACTIVATIONS = ("per-tensor", "per-token")
 K_BLOCK = 256  # values of a row that llama.cpp's K-quants pack together
 BITS = {"4": 4, "8": 8, "16": 16, "32": 32}
-DEFAULT_GROUP = 32
 
 
 @dataclass(frozen=True)
 class SchemeOptions:
     """What can be asked for beside the name of a scheme."""
 
-    group: int = DEFAULT_GROUP  # columns that share a scale
+    group: int = 32  # columns that share a scale
     skip: tuple[str, ...] = ()  # patterns of tensors that stay as they are
     bits_map: tuple[tuple[str, int], ...] = ()  # pattern and bits; the first that matches counts
     activations: str = "per-tensor"  # of int8-dynamic
@@ -88,15 +87,8 @@ def _what(tensors: Sequence[TensorPlan]) -> str:
     named = "; ".join(
         (f"{count} × " if count > 1 else "") + ", ".join(those) for count, those in names.items()
     )
-    numbers = sum(_numbers(tensor.shape) for tensor in tensors)
+    numbers = sum(math.prod(tensor.shape) for tensor in tensors)
     return f"{numbers:,} numbers ({named})"
-
-
-def _numbers(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def check_scheme(scheme: str, config: ModelConfig) -> None:
@@ -138,14 +130,11 @@ def make_plan(config: ModelConfig, scheme: str, options: SchemeOptions) -> Quant
         raise UsageError(f"--bits-map does not apply to {DYNAMIC}", "Use --skip: those layers stay float32.")
     if options.calibrate and scheme not in PACKED_SCHEMES:
         raise UsageError(f"--calibrate does not apply to {scheme}", "It is for int8 and int4.")
-    names = [f"{row.module}.weight" for row in parameter_rows(config) if not row.tied]
+    shapes = {f"{row.module}.weight": row.shape for row in parameter_rows(config) if not row.tied}
     for pattern in options.patterns:
-        if not any(_matches(pattern, name, config) for name in names):
+        if not any(_matches(pattern, name, config) for name in shapes):
             raise UsageError(f"{pattern}: no tensor has such a name", "Names: `smolctl count-params -d 9`.")
-    tensors = (
-        _tensor_plan(name, row.shape, config, scheme, options)
-        for name, row in ((f"{row.module}.weight", row) for row in parameter_rows(config) if not row.tied)
-    )
+    tensors = (_tensor_plan(name, shape, config, scheme, options) for name, shape in shapes.items())
     return QuantizationPlan(scheme, tuple(tensors), options)
 
 
@@ -156,11 +145,9 @@ def _tensor_plan(
         return TensorPlan(name, shape, 16)
     if scheme in GGUF_SCHEMES:
         block = block_of(name, len(shape), scheme.removeprefix("gguf-"))
-        return (
-            TensorPlan(name, shape, 32)
-            if block == "f32"
-            else TensorPlan(name, shape, int(block[1]), block=block)
-        )
+        if block == "f32":
+            return TensorPlan(name, shape, 32)
+        return TensorPlan(name, shape, int(block[1]), block=block)
     if len(shape) == 1 or any(_matches(pattern, name, config) for pattern in options.skip):
         return TensorPlan(name, shape, 32)
     if scheme == DYNAMIC:
@@ -188,9 +175,14 @@ def _matches(pattern: str, name: str, config: ModelConfig) -> bool:
     )
 
 
+def split_commas(items: Iterable[str]) -> tuple[str, ...]:
+    """The values of an option that is repeatable and takes several at once, separated by commas."""
+    return tuple(part.strip() for item in items for part in item.split(",") if part.strip())
+
+
 def parse_skip(items: Sequence[str]) -> tuple[str, ...]:
-    """Patterns of `--skip`, each an option of its own or separated by commas."""
-    patterns = tuple(part.strip() for item in items for part in item.split(",") if part.strip())
+    """Patterns of `--skip`."""
+    patterns = split_commas(items)
     for pattern in patterns:
         _check_pattern(pattern, "--skip")
     return patterns
@@ -203,7 +195,7 @@ def parse_bits_map(items: Sequence[str]) -> tuple[tuple[str, int], ...]:
         UsageError: not of this form.
     """
     pairs = []
-    for part in (part.strip() for item in items for part in item.split(",") if part.strip()):
+    for part in split_commas(items):
         pattern, _, bits = part.rpartition("=")
         if not pattern or bits not in BITS:
             raise UsageError(

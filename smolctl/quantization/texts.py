@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from smolctl.config import ModelConfig
@@ -71,14 +72,12 @@ def choose_windows(
         samples = source.run.train.steps * source.run.train.batch_size
     corpus = tokenize_corpus(settings, tokenizer, samples=samples)
     named = ", ".join(settings.source)
-    lengths = torch.zeros(config.vocab_size, dtype=torch.long)
-    known = torch.from_numpy(tokenizer.token_byte_lengths())
-    lengths[: len(known)] = known
+    lengths = torch.from_numpy(tokenizer.token_byte_lengths()).long()
     return Windows(
         name=f"held-out part of {named}" if corpus.validation is not None else named,
         measured=_windows(corpus, length, count, held_out=True),
         calibration=_windows(corpus, length, CALIBRATION_WINDOWS, held_out=False) if calibrate else (),
-        token_bytes=lengths,
+        token_bytes=F.pad(lengths, (0, config.vocab_size - len(lengths))),
     )
 
 

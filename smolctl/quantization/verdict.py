@@ -62,17 +62,13 @@ class SourceFacts:
 
 def judge(variant: Variant, others: Sequence[Variant], source: SourceFacts) -> str:
     """The verdict on a variant beside its source and the other variants."""
-    words = [
-        word
-        for word in (
-            _quality(variant.quality),
-            _beaten(variant, others, source),
-            _speed(variant.speed),
-            _calibration(variant.calibration),
-        )
-        if word
-    ]
-    return "; ".join(words) or "not measured"
+    words = (
+        _quality(variant.quality),
+        _beaten(variant, others, source),
+        _speed(variant.speed),
+        _calibration(variant.calibration),
+    )
+    return "; ".join(filter(None, words)) or "not measured"
 
 
 def _quality(quality: Quality | None) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from smolctl.quantization.calibrate import TensorCost
 from smolctl.quantization.measure import Divergence, Footprint
 from smolctl.quantization.quantize import QuantizeReport
+from smolctl.quantization.record import measurements
 from smolctl.quantization.verdict import Variant
 from smolctl.views.numbers import size
 from smolctl.views.output import Output
@@ -144,32 +145,23 @@ def quantization_document(report: QuantizeReport) -> Mapping[str, Any]:
 def _variant(variant: Variant) -> dict[str, Any]:
     quality, speed, place = variant.quality, variant.speed, variant.footprint
     return {
-        "scheme": variant.scheme,
+        **measurements(variant),
         "path": variant.path,
         "checkpoint": variant.checkpoint or None,
-        "bytes": variant.bytes,
-        "bits_per_weight": variant.bits_per_weight,
-        "bits_per_byte": quality and quality.bits_per_byte.mean,
-        "bits_per_byte_delta": quality and quality.delta.mean,
         "bits_per_byte_delta_standard_error": quality and quality.delta.standard_error,
         "source_bits_per_byte": quality and quality.source_bits_per_byte.mean,
-        "kl_mean": quality and quality.kl.mean,
         "kl_standard_error": quality and quality.kl.standard_error,
-        "top1_agreement": quality and quality.top1_agreement,
         "perplexity": quality and quality.perplexity,
         "source_perplexity": quality and quality.source_perplexity,
         "first_divergent_token": variant.divergence and list(variant.divergence.first),
         "load_s": place and place.load_s,
         "peak_rss_bytes": place and place.peak_bytes,
-        "decode_tokens_per_s": speed and speed.decode.median,
         "prefill_tokens_per_s": speed and speed.prefill.median,
-        "speedup": speed and speed.speedup.median,
         "speedup_spread": speed and [speed.speedup.low, speed.speedup.high],
         "prefill_speedup": speed and speed.prefill_speedup.median,
         "source_decode_tokens_per_s": speed and speed.source_decode.median,
         "engine": variant.engine or None,
         "plan": list(variant.plan),
         "calibration": variant.calibration and asdict(variant.calibration),
-        "verdict": variant.verdict,
         "hint": variant.hint or None,
     }

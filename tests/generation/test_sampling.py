@@ -36,7 +36,7 @@ CONFIG = ModelConfig(
 )
 PROMPT = torch.arange(7)[None]
 GREEDY = SamplingSettings(temperature=0)
-NOTHING_SEEN = torch.empty(20_000, 0).long()
+NOTHING_SEEN = np.empty(0, dtype=np.int64)
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +50,25 @@ def take(
     return continue_prompt(TorchEngine(network), PROMPT[0].tolist(), count, settings, batch, seed)
 
 
+def draws(logits: torch.Tensor) -> torch.Tensor:
+    """20,000 tokens that were chosen by the same logits, (V,)."""
+    row, settings, generator = logits.numpy(), SamplingSettings(), torch.Generator().manual_seed(0)
+    return torch.tensor([choose(row, settings, generator, NOTHING_SEEN) for _ in range(20_000)])
+
+
 @given(seed=st.integers(0, 10**6), k=st.integers(1, 60))
 def test_top_k_keeps_exactly_the_k_likeliest(seed: int, k: int) -> None:
-    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(seed))
-    kept = distribution(logits, SamplingSettings(top_k=k)) > 0
-    assert kept.sum(-1).tolist() == [min(k, 50)] * 2
-    assert (kept == (logits >= logits.topk(min(k, 50)).values[:, -1:])).all()
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(seed))
+    kept = distribution(logits.numpy(), SamplingSettings(top_k=k)) > 0
+    assert kept.sum() == min(k, 50)
+    assert (kept == (logits >= logits.topk(min(k, 50)).values[-1]).numpy()).all()
 
 
 @given(seed=st.integers(0, 10**6), p=st.floats(0.01, 1.0))
 def test_top_p_keeps_the_smallest_set_that_reaches_p(seed: int, p: float) -> None:
-    logits = 3 * torch.randn(1, 50, generator=torch.Generator().manual_seed(seed))
-    plain = logits.softmax(-1)[0]
-    kept = distribution(logits, SamplingSettings(top_p=p))[0] > 0
+    logits = 3 * torch.randn(50, generator=torch.Generator().manual_seed(seed))
+    plain = logits.softmax(-1)
+    kept = torch.from_numpy(distribution(logits.numpy(), SamplingSettings(top_p=p)) > 0)
     inside = plain[kept].sort().values
     assert inside.sum() >= min(p, 1.0) - 1e-5
     if p < 1 and len(inside) > 1:
@@ -77,10 +83,10 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(seed: int, p: float) -> Non
     size=st.sampled_from([1, 50, 3000]),
 )
 def test_top_p_keeps_what_a_full_stable_sort_keeps(seed: int, p: float, scale: float, size: int) -> None:
-    logits = scale * torch.randn(1, size, generator=torch.Generator().manual_seed(seed))
+    logits = scale * torch.randn(size, generator=torch.Generator().manual_seed(seed))
     logits = logits.mul(4).round().div(4)  # many are equally likely
-    kept = distribution(logits, SamplingSettings(top_p=p))[0] > 0
-    weights = (logits[0] - logits.max()).exp().double()
+    kept = torch.from_numpy(distribution(logits.numpy(), SamplingSettings(top_p=p)) > 0)
+    weights = (logits - logits.max()).exp().double()
     ordered, index = weights.sort(descending=True, stable=True)
     before = ordered.cumsum(0) - ordered
     expected = torch.zeros(size, dtype=torch.bool).scatter(0, index, before < p * weights.sum() - 1e-6)
@@ -92,18 +98,16 @@ def test_top_p_keeps_what_a_full_stable_sort_keeps(seed: int, p: float, scale: f
 @given(seed=st.integers(0, 10**6), size=st.integers(1, 1000))
 def test_a_dropped_token_is_never_drawn(seed: int, size: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    logits = 5 * torch.randn(4, size, generator=generator)
     settings = SamplingSettings(top_k=3, top_p=0.9)
-    chosen = choose(logits, settings, generator, torch.empty(4, 0).long())
-    assert (distribution(logits, settings).gather(1, chosen[:, None]) > 0).all()
+    for _ in range(4):
+        logits = 5 * torch.randn(size, generator=generator).numpy()
+        assert distribution(logits, settings)[choose(logits, settings, generator, NOTHING_SEEN)] > 0
 
 
 def test_draws_from_a_large_vocabulary_follow_the_distribution() -> None:
-    logits = 0.5 * torch.randn(1, 2000, generator=torch.Generator().manual_seed(1))
-    chosen = choose(
-        logits.expand(20_000, -1), SamplingSettings(), torch.Generator().manual_seed(0), NOTHING_SEEN
-    )
-    parts = torch.zeros(20).scatter_add(0, torch.arange(2000) // 100, logits.softmax(-1)[0])
+    logits = 0.5 * torch.randn(2000, generator=torch.Generator().manual_seed(1))
+    chosen = draws(logits)
+    parts = torch.zeros(20).scatter_add(0, torch.arange(2000) // 100, logits.softmax(-1))
     shares = (chosen // 100).bincount(minlength=20) / 20_000
     torch.testing.assert_close(shares, parts, atol=0.01, rtol=0)
 
@@ -115,31 +119,26 @@ def test_output_that_is_not_finite_is_named() -> None:
 
 
 def test_min_p_drops_what_is_far_below_the_likeliest() -> None:
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    kept = distribution(logits, SamplingSettings(min_p=0.4))[0]
-    torch.testing.assert_close(kept, torch.tensor([0.625, 0.375, 0, 0]))
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], dtype=np.float32))
+    kept = distribution(logits, SamplingSettings(min_p=0.4))
+    np.testing.assert_allclose(kept, [0.625, 0.375, 0, 0], rtol=1e-6)
 
 
 def test_temperature_sharpens_and_flattens() -> None:
-    logits = torch.tensor([[2.0, 1.0]])
-    sharp, plain, flat = (
-        distribution(logits, SamplingSettings(temperature=t))[0, 0] for t in (0.5, 1.0, 2.0)
-    )
+    logits = np.array([2.0, 1.0], dtype=np.float32)
+    sharp, plain, flat = (distribution(logits, SamplingSettings(temperature=t))[0] for t in (0.5, 1.0, 2.0))
     assert sharp > plain > flat
 
 
 def test_repetition_penalty_makes_seen_tokens_less_likely() -> None:
-    logits = torch.tensor([[2.0, -2.0, 1.0]])
-    penalized = penalize_repetition(logits, torch.tensor([[0, 1, 0]]), 2.0)
-    assert penalized.tolist() == [[1.0, -4.0, 1.0]]
+    logits = np.array([2.0, -2.0, 1.0], dtype=np.float32)
+    penalized = penalize_repetition(logits, np.array([0, 1, 0]), 2.0)
+    assert penalized.tolist() == [1.0, -4.0, 1.0]
+    assert logits.tolist() == [2.0, -2.0, 1.0]
 
 
 def test_samples_follow_the_distribution() -> None:
-    logits = torch.tensor([0.6, 0.3, 0.1]).log().expand(20_000, -1)
-    chosen = choose(
-        logits, SamplingSettings(), torch.Generator().manual_seed(0), torch.empty(20_000, 0).long()
-    )
-    shares = chosen.bincount(minlength=3) / 20_000
+    shares = draws(torch.tensor([0.6, 0.3, 0.1]).log()).bincount(minlength=3) / 20_000
     torch.testing.assert_close(shares, torch.tensor([0.6, 0.3, 0.1]), atol=0.02, rtol=0)
 
 

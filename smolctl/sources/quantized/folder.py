@@ -159,12 +159,8 @@ class QuantizedWeights(Weights):
     def __init__(self, path: Path, description: Mapping[str, Any]) -> None:
         self.path, self.description = path, description
 
-    def verify(self) -> None:
-        """Compare the file with the checksum that was written.
-
-        Raises:
-            InputError: it differs.
-        """
+    def _verify(self) -> None:
+        """Compare the file with the checksum that was written."""
         try:
             digest = file_digest(self.path)
         except OSError as error:
@@ -175,15 +171,14 @@ class QuantizedWeights(Weights):
             )
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        import torch
+        from smolctl.sources.quantized.scaled import dense
 
-        for name, item in self.stored():
-            yield name, item.float() if isinstance(item, torch.Tensor) else item.dequantize()
+        return ((name, dense(stored)) for name, stored in self.stored())
 
     def stored(self) -> Iterator[tuple[str, StoredTensor]]:
         from safetensors import SafetensorError, safe_open
 
-        self.verify()
+        self._verify()
         try:
             with safe_open(self.path, framework="pt") as file:
                 for name, entry in self.description["tensors"].items():

@@ -48,10 +48,6 @@ class PackedMatrix:
         parts = (self.values, self.scales, self.offsets)
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
-    def integers(self) -> Tensor:
-        """The values, unpacked: int8 (rows, P)."""
-        return self.values if self.bits == 8 else _unpacked(self.values).to(torch.int8)
-
     def dequantize(self) -> Tensor:
         """The matrix in float32: (rows, columns)."""
         rows = self.values.shape[0]
@@ -63,7 +59,7 @@ class PackedMatrix:
         return matrix
 
     def _dequantized(self, rows: slice) -> Tensor:
-        values = self.values[rows] if self.bits == 8 else _unpacked(self.values[rows])
+        values = unpack_integers(self.values[rows], self.bits)
         scales = self.scales[rows].float().unsqueeze(-1)  # (rows, groups, 1)
         padding = scales.shape[1] * self.group - values.shape[1]  # the last group may be shorter
         grouped = torch.nn.functional.pad(values.float(), (0, padding)).view(len(values), -1, self.group)
@@ -73,8 +69,10 @@ class PackedMatrix:
         return grouped.view(len(values), -1)[:, : self.columns]
 
 
-def _unpacked(values: Tensor) -> Tensor:
-    """Four-bit values (rows, P / 2) as uint8 (rows, P)."""
+def unpack_integers(values: Tensor, bits: int) -> Tensor:
+    """`PackedMatrix.values` as integers (rows, P), zeros of the padding included."""
+    if bits == 8:
+        return values
     blocks = values.view(values.shape[0], -1, BLOCK // 2)  # (rows, P/32, 16)
     return torch.cat((blocks & 0x0F, blocks >> 4), dim=-1).view(values.shape[0], -1)
 

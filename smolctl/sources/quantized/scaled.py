@@ -46,3 +46,8 @@ class ScaledMatrix:
 
 
 StoredTensor = Tensor | PackedMatrix | ScaledMatrix  # a tensor of a model as it is stored
+
+
+def dense(stored: StoredTensor) -> Tensor:
+    """A stored tensor in float32."""
+    return stored.float() if isinstance(stored, Tensor) else stored.dequantize()
