@@ -18,13 +18,12 @@ def sample(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="MODEL...",
+            metavar="MODEL",
             help="Run, .ckpt, folder, .gguf or Hub id; several are shown side by side. Default: newest run.",
         ),
     ] = None,
     prompt: Annotated[
-        str | None,
-        typer.Option("--prompt", "-p", help="Text to continue; '-' or a pipe reads stdin."),
+        str | None, typer.Option("--prompt", "-p", help="Text to continue; '-' or a pipe reads stdin.")
     ] = None,
     chat: Annotated[
         bool | None,
@@ -54,15 +53,10 @@ def sample(
         typer.Option("--stop", metavar="TEXT", help="Text that ends the answer; repeatable."),
     ] = None,
     compare: Annotated[
-        bool,
-        typer.Option("--compare", help="Mark where each MODEL's text departs from the first one's."),
+        bool, typer.Option("--compare", help="Mark where each MODEL's text departs from the first one's.")
     ] = False,
     explain: Annotated[
-        bool,
-        typer.Option(
-            "--explain",
-            help="Show every token's probability and the likeliest alternatives.",
-        ),
+        bool, typer.Option("--explain", help="Show every token's probability and the likeliest alternatives.")
     ] = False,
     jsonl: Annotated[
         str | None,
@@ -91,13 +85,11 @@ def sample(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(
-            "--dtype",
-            help="Convert weights that are not quantized. Default: as stored in the file.",
+            "--dtype", help="Convert weights that are not quantized. Default: as stored in the file."
         ),
     ] = None,
     threads: Annotated[
-        int | None,
-        typer.Option("--threads", min=1, help="CPU threads. Default: one per core."),
+        int | None, typer.Option("--threads", min=1, help="CPU threads. Default: one per core.")
     ] = None,
     json: Json = False,
     quiet: Quiet = False,

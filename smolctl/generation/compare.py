@@ -1,4 +1,4 @@
-"""Where two models that were given the same prompt part ways."""
+"""Where the completions of several models differ, given the same prompt."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ class Divergence:
 
     token: int | None  # index of the first token that differs; None where the tokenizers differ
     character: int  # place in the text
-    expected: str | None  # what the first model said there; None where it had ended
+    expected: str | None  # the first model's text there; None where it had ended
     found: str | None
 
 
 def diverge(
     results: Sequence[tuple[LoadedModel, CompletionResult]],
-) -> list[list[Divergence | None]]:
+) -> tuple[tuple[Divergence | None, ...], ...]:
     """For every model and each of its completions the first difference from the first model's; None: none.
 
     The first model's own entries are None.
     """
     reference_model, reference = results[0]
-    return [
-        [
+    return tuple(
+        tuple(
             _first_difference(reference_model.tokenizer, expected, model.tokenizer, found)
             for expected, found in zip(reference.completions, result.completions, strict=True)
-        ]
+        )
         for model, result in results
-    ]
+    )
 
 
 def _first_difference(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.generation.answer import Answer, Completion
@@ -85,13 +85,12 @@ def complete(
     keep = scheduler is not None
     started = time.perf_counter()
     scheduler = scheduler or generation.scheduler(settings.samples)
-    before = replace(scheduler.counts)
     first_at = None
     for _ in generation.run(scheduler, on_text, keep, cancellation):
         first_at = first_at or time.perf_counter()
     ended = time.perf_counter()
     first_at = first_at or ended
-    done = scheduler.counts - before
+    done = scheduler.counts
     later = sum(len(answer.tokens) - 1 for answer in generation.answers)
     timing = Timing(
         prompt_tokens=len(ids),

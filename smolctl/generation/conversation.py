@@ -24,7 +24,7 @@ FREE_SHARE = 0.25
 
 @dataclass
 class Conversation:
-    """What was said so far. Without `chat` a prompt is the text itself and nothing is remembered."""
+    """The turns so far. Without `chat` a prompt is the text itself and nothing is remembered."""
 
     chat: bool
     system: str | None = None
@@ -76,7 +76,7 @@ class Conversation:
 
 
 class Session:
-    """A conversation that keeps what the model has read of it: a turn reads only what is new.
+    """A conversation that keeps its KV cache: every turn prefills only what is new.
 
     Args:
         model: answers.
@@ -95,16 +95,16 @@ class Session:
         return self.conversation.make_room(self.model, text, self.capacity, self.settings.max_tokens)
 
     def answer(self, text: str, on_text: TextListener) -> CompletionResult:
-        """Answer and remember both; when it is interrupted, remember what was said until then.
+        """Answer and remember both; when interrupted, remember the part of the answer until then.
 
         Raises:
             InputError: the text alone does not fit the context.
         """
-        said: list[str] = []
+        pieces: list[str] = []
 
         def listen(sample: int, piece: str) -> None:
             if sample == 0:
-                said.append(piece)
+                pieces.append(piece)
             on_text(sample, piece)
 
         prompt = self.conversation.prompt(self.model, text)
@@ -112,8 +112,8 @@ class Session:
         try:
             result = complete(engine, tokenizer, prompt, self.settings, listen, self.scheduler, self.answers)
         except KeyboardInterrupt:
-            if said:
-                self.conversation.remember(text, "".join(said))
+            if pieces:
+                self.conversation.remember(text, "".join(pieces))
             raise
         finally:
             self.answers += 1

@@ -1,4 +1,4 @@
-"""From the MODEL argument to something that can speak."""
+"""Load a model with its tokenizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LoadedModel:
     engine: Engine
     tokenizer: Tokenizer
     load_s: float
-    notes: tuple[str, ...] = ()  # what is odd about the source
+    notes: tuple[str, ...] = ()  # problems of the source, and why no faster engine runs
 
     @property
     def can_chat(self) -> bool:

@@ -76,7 +76,7 @@ class SampleResult:
 
     by_model: tuple[tuple[LoadedModel, CompletionResult], ...]
     # For every model and completion where it leaves the first model's; None where models are not compared.
-    divergences: list[list[Divergence | None]] | None
+    divergences: tuple[tuple[Divergence | None, ...], ...] | None
 
 
 def sample(

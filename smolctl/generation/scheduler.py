@@ -6,7 +6,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -54,16 +54,13 @@ class Request:
 
 @dataclass
 class Counts:
-    """What a scheduler has done so far."""
+    """What a run has done so far."""
 
     prefilled: int = 0  # prompt tokens that went through the engine
     reused: int = 0  # prompt tokens that were in the cache already
     steps: int = 0  # calls of the engine after the prompts
     drafted: int = 0  # draft tokens that went through the engine
     accepted: int = 0  # of these, the tokens that the model chose too
-
-    def __sub__(self, earlier: Counts) -> Counts:
-        return Counts(*(now - then for now, then in zip(astuple(self), astuple(earlier), strict=True)))
 
 
 @dataclass
@@ -118,7 +115,7 @@ class Scheduler:
         self.alternatives = alternatives
         self._speculates = speculation == "lookup" or (speculation == "auto" and engine.exact_tokens > 1)
         self.capacity = capacity
-        self.counts = Counts()
+        self.counts = Counts()  # of the latest run
         self._cache = engine.allocate(slots, capacity)
         self._held: list[list[int]] = [[] for _ in range(slots)]  # what was last written to each slot
         self._slots: list[_Slot | None] = [None] * slots
@@ -152,6 +149,7 @@ class Scheduler:
         with self._step_lock:
             self._cache.cancellation.set()  # another one, if a third thread was faster
             self._cache.cancellation = cancellation
+            self.counts = Counts()
             self._slots = [None] * len(self._slots)
         while True:
             with self._step_lock:

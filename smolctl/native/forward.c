@@ -49,7 +49,7 @@ typedef struct {
     int32_t wanted_count;
     const int32_t *wanted;  // (wanted_count): tokens whose logits are asked for
     float *logits;          // (wanted_count, vocab_size)
-    const atomic_int *cancelled;  // not 0: leave; any thread may set it
+    atomic_int *cancelled;  // not 0: leave; any thread may set it
 } batch;
 
 #define SPLIT_POSITIONS 128  // in a part of a long context: threads share the parts out

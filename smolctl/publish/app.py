@@ -223,7 +223,7 @@ def main(folder: Path, on_start: Callable[[str], None] | None = None) -> None:
 
     Args:
         folder: of the Space.
-        on_start: receives the address once the page is there; None leaves that to Gradio.
+        on_start: called with the address once the page is there; None leaves that to Gradio.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio

@@ -107,7 +107,7 @@ def _show_batch(out: Output, batch: Batch) -> None:
 
     A line holds the fields of its prompt and the completions. An interrupt loses none that are finished.
     """
-    started = told = time.perf_counter()
+    started = reported = time.perf_counter()
     done = tokens = printed = 0
     waiting: dict[int, tuple[Completion, ...]] = {}
 
@@ -116,7 +116,7 @@ def _show_batch(out: Output, batch: Batch) -> None:
         line = {**batch.prompts[index], "completions": completions}
         print(json.dumps(line, ensure_ascii=False), flush=True)
 
-    def tell_progress(now: float) -> None:
+    def report(now: float) -> None:
         seconds = now - started
         out.talk(
             f"{done:,} of {len(batch.prompts):,} prompts, {tokens:,} tokens in "
@@ -132,13 +132,13 @@ def _show_batch(out: Output, batch: Batch) -> None:
                 write(printed)
                 printed += 1
             now = time.perf_counter()
-            if now - told >= PROGRESS_S and done < len(batch.prompts):
-                told = now
-                tell_progress(now)
+            if now - reported >= PROGRESS_S and done < len(batch.prompts):
+                reported = now
+                report(now)
     finally:
         for index in sorted(waiting):
             write(index)
-        tell_progress(time.perf_counter())
+        report(time.perf_counter())
 
 
 def _converse(out: Output, session: Session) -> None:

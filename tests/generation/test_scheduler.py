@@ -153,21 +153,16 @@ def test_what_the_cache_holds_is_not_read_again() -> None:
     engine = CountingEngine(TorchEngine(NETWORK))
     scheduler = Scheduler(engine, 1, 60, GREEDY)
     prompt = [5, 6, 7, 8, 9]
-    first = [
-        t.id for step in scheduler.run([Request(prompt, 6, generator_for(0))], keep=True) for _, t in step
-    ]
+    first = continued(scheduler, prompt)
     longer = [*prompt, *first, 11, 12]
     read = engine.tokens_read
-    second = [
-        t.id for step in scheduler.run([Request(longer, 6, generator_for(0))], keep=True) for _, t in step
-    ]
+    second = continued(scheduler, longer)
     assert engine.tokens_read - read == 3 + 5  # the last answer's last token, the two new ones, five chosen
     assert second == uncached(NETWORK, longer, 6)
-    again = [
-        t.id for step in scheduler.run([Request(prompt, 6, generator_for(0))], keep=True) for _, t in step
-    ]
+    assert scheduler.counts.reused == len(longer) - 3
+    again = continued(scheduler, prompt)
     assert again == first
-    assert scheduler.counts.reused == len(longer) - 3 + len(prompt) - 1
+    assert scheduler.counts.reused == len(prompt) - 1
 
 
 def test_an_interrupted_step_leaves_a_cache_that_can_be_used() -> None:
@@ -190,9 +185,7 @@ def test_an_interrupted_step_leaves_a_cache_that_can_be_used() -> None:
         decode()
     assert got == uncached(NETWORK, prompt, len(got))
     longer = [*prompt, *got, 11]
-    after = [
-        t.id for step in scheduler.run([Request(longer, 6, generator_for(0))], keep=True) for _, t in step
-    ]
+    after = continued(scheduler, longer)
     assert after == uncached(NETWORK, longer, 6)
 
 
