@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +21,7 @@ from smolctl.hub.errors import ChangedError
 from smolctl.publish.build import Built
 from smolctl.publish.push import PushOptions, choose_destination, make_plan, push, send
 from smolctl.sources import open_source
-from tests.support.processes import Smolctl
+from tests.support.processes import Smolctl, start
 from tests.support.publishing import publish, serving
 from tests.support.push_hub import TOKEN, Blob, Fault, PushHub
 
@@ -195,14 +192,13 @@ def test_a_killed_push_is_repeated_and_ends_in_the_same_state(llama: Built, hub:
     assert_arrived(hub)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "after", "xet"),
     [
-        ("store/", False, False),
-        ("/commit/", False, False),
         ("/commit/", True, True),
-        ("xet-write-token", False, True),
+        pytest.param("store/", False, False, marks=pytest.mark.slow),
+        pytest.param("/commit/", False, False, marks=pytest.mark.slow),
+        pytest.param("xet-write-token", False, True, marks=pytest.mark.slow),
     ],
 )
 def test_a_push_killed_at_once_is_repeated_and_ends_in_the_same_state(
@@ -217,14 +213,14 @@ def test_a_push_killed_at_once_is_repeated_and_ends_in_the_same_state(
     with serving(monkeypatch, tmp_path / "hub", xet=xet) as hub:
         reached = threading.Event()
         hub.faults = [Fault(where, act=reached.set, hang_s=60.0, after=after)]
-        command = [sys.executable, "-m", "smolctl", "push", str(llama_run), "--repo", "me/tiny", "--quiet"]
-        process = subprocess.Popen(command, env={**os.environ, "HF_HUB_DISABLE_XET": str(int(not xet))})
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", str(int(not xet)))
+        process = start("push", llama_run, "--repo", "me/tiny", "--quiet")
         try:
             while not reached.wait(0.1):
                 assert process.poll() is None, "it ended before it came to this request"
         finally:
             process.kill()
-            process.wait()
+            process.communicate()
         hub.faults = []
         publish(llama, repo="me/tiny")
         assert_arrived(hub)
