@@ -61,9 +61,6 @@ class _PastCache(Cache):
         if not any(self.lengths):
             self.past = None
 
-    def copy(self, source: int, target: int) -> None:
-        raise NotImplementedError
-
 
 class TransformersEngine(Engine):
     """`transformers` in eager mode with SDPA, its default on a CPU."""
@@ -106,9 +103,6 @@ class _GridCache(Cache):
         super().truncate(sequence, length)
         if not any(self.lengths):
             self.engine.use(self)
-
-    def copy(self, source: int, target: int) -> None:
-        raise NotImplementedError
 
 
 class LitgptEngine(Engine):

@@ -63,6 +63,10 @@ class Result:
     rival_of: str = ""  # the model of smolctl that stores the same bits; "": a rival of every one
 
     @property
+    def name(self) -> str:
+        return f"{self.suite} {self.engine} {self.precision}"
+
+    @property
     def right(self) -> bool:
         """Whether the output was right in every repeat."""
         return self.answer_error is None or self.answer_error <= (self.allowed_error or 0.0)
