@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from smolctl.errors import HubError
 from smolctl.hub.connection import api, endpoint, fetch
-from smolctl.hub.errors import WRITING, ChangedError, MissingError, PassingError, explained, no_token
+from smolctl.hub.errors import TABLE, WRITING, ChangedError, MissingError, PassingError, explained
 from smolctl.hub.files import PlannedFile
 
 T = TypeVar("T")
@@ -108,7 +108,8 @@ class HubClient:
 
         token = get_token()
         if token is None:
-            raise no_token()
+            kind, cause, remedy = TABLE["LocalTokenNotFoundError"]
+            raise kind(cause, remedy.format(right=WRITING.right))
         self.api = api(token)
         self.note, self.wait = note, wait
 

@@ -67,8 +67,6 @@ def _share(result: Result) -> str:
 
 
 def _output(result: Result) -> str:
-    if result.answer_error is None:
-        return ""
     if not result.right:
         return f"WRONG, off by {result.answer_error:.2g}"
     return f"off by {result.answer_error:.1g}" if result.answer_error else "equal"
