@@ -27,10 +27,6 @@ class Change:
     ratio: float  # of speeds: below 1 it is slower now
     beyond_noise: bool | None  # the intervals of both medians do not touch; None: too few repeats
 
-    @property
-    def name(self) -> str:
-        return f"{self.result.suite} {self.result.engine} {self.result.precision}"
-
 
 @dataclass(frozen=True)
 class Changes:

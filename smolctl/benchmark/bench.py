@@ -14,15 +14,8 @@ from torch import Tensor
 from smolctl.benchmark.correctness import allowed_error, error_of
 from smolctl.benchmark.engine_files import check_peers, make_engine_files
 from smolctl.benchmark.engines import open_weighted
-from smolctl.benchmark.limits import LimitMeter, Limits, roofline
-from smolctl.benchmark.machine import (
-    CpuTimes,
-    cpu_times,
-    describe_machine,
-    disturbance,
-    load_average,
-    load_between,
-)
+from smolctl.benchmark.limits import LimitMeter, Limits, limits_of, roofline
+from smolctl.benchmark.machine import cpu_times, describe_machine, disturbance, load_average, load_between
 from smolctl.benchmark.report import BenchReport, ModelFacts, Result, compare
 from smolctl.benchmark.suites import (
     PreparedWorkload,
@@ -74,7 +67,7 @@ def bench(
     threads = options.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     machine = describe_machine(threads)
-    meter, marks = LimitMeter(), list[CpuTimes | None]()
+    meter = LimitMeter()
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".smolctl-bench-") as name, ExitStack() as stack:
         engines, left_out = make_engine_files(source, options.schemes, peers, threads, Path(name))
         workloads = make_workloads(source, engines, suites, options.batch, Path(name))
@@ -86,12 +79,12 @@ def bench(
 
         def after_round(number: int) -> None:
             meter.measure()
-            marks.append(cpu_times(processes))
             progress(f"round {number} of {options.repeats}")
 
-        marks.append(cpu_times(processes))
+        before = cpu_times(processes)
         measured = in_turns([one.run for one in prepared], options.repeats, 0, after_round)
-    load, limits = load_between(marks[0], marks[-1], average), meter.limits()
+        load = load_between(before, cpu_times(processes), average)
+    limits = limits_of(meter.rounds)
     results = [
         result
         for one, measurements in zip(prepared, measured, strict=True)
@@ -135,7 +128,8 @@ def results_of(
     for index, metric in enumerate(prepared.metrics):
         seconds = [one.seconds[index] for one in measurements]
         values = tuple(metric.value(one) for one in seconds)
-        spread, roof = Spread.of(values), roofline(metric.cost, Spread.of(seconds).median, limits)
+        spread = Spread.of(values)
+        share, limit = roofline(metric.cost, Spread.of(seconds).median, limits)
         found.append(
             Result(
                 suite=metric.name,
@@ -150,8 +144,8 @@ def results_of(
                 min=spread.low,
                 max=spread.high,
                 peak_rss_bytes=max(peaks) if peaks else None,
-                roofline_share=roof.share if roof else None,
-                limit=roof.limit if roof else None,
+                roofline_share=share,
+                limit=limit,
                 answer_error=error,
                 allowed_error=allowed_error(suite, precision),
                 rival_of=spec.rival_of,

@@ -104,7 +104,7 @@ def _gguf(source: ModelSource, ours: EngineSpec, folder: Path) -> tuple[str, str
     stored = open_source(ours.model)
     if stored.kind is SourceKind.GGUF:
         return ours.model, stored_scheme(stored).lower()
-    scheme = ours.precision.removeprefix("gguf-") if ours.precision else _stored_kind(source)
+    scheme = ours.precision.removeprefix("gguf-") if ours.precision else stored_scheme(source)
     scheme = LLAMA_SCHEMES.get(scheme, scheme.lower())
     if scheme not in SCHEMES:
         raise SmolError(f"there is no GGUF scheme like {scheme}")
@@ -119,13 +119,11 @@ def _gguf(source: ModelSource, ours: EngineSpec, folder: Path) -> tuple[str, str
     return str(path), scheme
 
 
-def _stored_kind(source: ModelSource) -> str:
-    quantized = (source.quantization or {}).get("scheme")
-    return str(quantized) if quantized else stored_scheme(source)
-
-
 def stored_scheme(source: ModelSource) -> str:
-    """The type of most of a source's parameters: "F32", "Q4_1"; float32 where nothing is stored."""
+    """What `quantize` has made of a source, else the type of most of its parameters: "F32", "Q4_1"; float32
+    where nothing is stored."""
+    if quantized := (source.quantization or {}).get("scheme"):
+        return str(quantized)
     sizes: dict[str, int] = {}
     for tensor in source.tensors or ():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.parameters

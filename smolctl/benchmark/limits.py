@@ -41,14 +41,6 @@ class Cost:
     dtype: str = "float32"  # of the matmuls: a key of WIDER
 
 
-@dataclass(frozen=True)
-class Roofline:
-    """The limit that applies to a workload, and the share of it that was reached."""
-
-    share: float
-    limit: str  # "memory" or "products in float32"
-
-
 class LimitMeter:
     """Measures the machine once a round."""
 
@@ -58,7 +50,7 @@ class LimitMeter:
         square = torch.randn(SIZE, SIZE, generator=generator)
         self._squares = {name: square.to(dtype) for name, dtype in DTYPES.items()}
         self._small = (square * 16).to(torch.int8)
-        self._rounds: list[tuple[float, dict[str, float]]] = []
+        self.rounds: list[tuple[float, dict[str, float]]] = []  # bandwidth and products, as in Limits
 
     def measure(self) -> None:
         """One round: about half a second."""
@@ -71,11 +63,7 @@ class LimitMeter:
         }
         with contextlib.suppress(RuntimeError, AttributeError):  # not in every build of PyTorch
             products["int8"] = work / fastest_run(lambda: torch._int_mm(self._small, self._small), 3)
-        self._rounds.append((bandwidth, products))
-
-    def limits(self) -> Limits:
-        """Of all rounds so far."""
-        return limits_of(self._rounds)
+        self.rounds.append((bandwidth, products))
 
 
 def limits_of(rounds: Sequence[tuple[float, dict[str, float]]]) -> Limits:
@@ -89,20 +77,20 @@ def limits_of(rounds: Sequence[tuple[float, dict[str, float]]]) -> Limits:
     )
 
 
-def roofline(cost: Cost, seconds: float, limits: Limits) -> Roofline | None:
-    """The share of the limit that applies; None if the cost is not known.
+def roofline(cost: Cost, seconds: float, limits: Limits) -> tuple[float, str] | tuple[None, None]:
+    """The share of the limit that applies, and its name; None for both if the cost is not known.
 
     A workload needs at least the time to read its bytes and at least the time for its arithmetic: the
     longer of the two applies.
     """
     if not cost.bytes and not cost.flops:
-        return None
+        return None, None
     rates = {name: limits.products[name] for name in WIDER[cost.dtype] if name in limits.products}
     fastest = max(rates, key=lambda name: rates[name])
     reading, computing = cost.bytes / limits.bandwidth, cost.flops / rates[fastest]
     if reading >= computing:
-        return Roofline(reading / seconds, "memory")
-    return Roofline(computing / seconds, f"products in {fastest}")
+        return reading / seconds, "memory"
+    return computing / seconds, f"products in {fastest}"
 
 
 def fastest_run(work: Callable[[], object], times: int = 1) -> float:

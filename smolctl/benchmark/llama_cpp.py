@@ -43,9 +43,6 @@ class _LlamaCache(Cache):
         super().truncate(sequence, length)
         llama_cpp.llama_memory_seq_rm(self.memory, sequence, length, -1)
 
-    def copy(self, source: int, target: int) -> None:
-        raise NotImplementedError
-
     def __del__(self) -> None:
         if getattr(self, "context", None):
             llama_cpp.llama_batch_free(self.batch)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from smolctl.benchmark.engines import EngineSpec, open_engine
+from smolctl.benchmark.engines import open_engine
 from smolctl.benchmark.file_suites import checkpoint, load, tokenize
 from smolctl.benchmark.inference_suites import decode, prefill
 from smolctl.benchmark.training_suite import train
@@ -15,9 +15,9 @@ from smolctl.benchmark.workload import EngineFacts, Measurement, Run, Workload
 from smolctl.generation.engine import Engine
 from smolctl.timing import peak_memory
 
+loaded_engine = cache(open_engine)  # the suites with an engine share it
 WITH_ENGINE = {"prefill": prefill, "decode": decode, "batch": decode}
 WITHOUT_ENGINE = {"load": load, "train": train, "tokenize": tokenize, "checkpoint": checkpoint}
-RESET_PEAK = "5"  # proc(5): written to clear_refs it sets VmHWM back to what is held now
 
 
 def prepare(workload: Workload) -> EngineFacts:
@@ -32,29 +32,19 @@ def prepare(workload: Workload) -> EngineFacts:
 def run(workload: Workload) -> Measurement:
     """Run a workload once, and report the peak memory of the process meanwhile."""
     measure = _prepared(workload)[1]
-    reset_peak()
+    with contextlib.suppress(OSError):  # where the system cannot, the peak is that of the whole process
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets VmHWM back to what is held now
     return replace(measure(), peak_bytes=peak_memory())
-
-
-def reset_peak() -> None:
-    """Start the peak of this process anew; where the system cannot, it stays that of the whole process."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text(RESET_PEAK)
 
 
 @cache
 def _prepared(workload: Workload) -> tuple[EngineFacts, Run]:
     if workload.suite in WITH_ENGINE:
-        engine = _engine(workload.engine)
+        engine = loaded_engine(workload.engine)
         return facts_of(engine), WITH_ENGINE[workload.suite](engine, workload)
     measure = WITHOUT_ENGINE[workload.suite](workload)
     facts = facts_of(open_engine(workload.engine)) if workload.suite == "load" else EngineFacts()
     return facts, measure
-
-
-@cache
-def _engine(spec: EngineSpec) -> Engine:
-    return open_engine(spec)
 
 
 def facts_of(engine: Engine) -> EngineFacts:

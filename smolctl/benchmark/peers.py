@@ -61,9 +61,6 @@ class _PastCache(Cache):
         if not any(self.lengths):
             self.past = None
 
-    def copy(self, source: int, target: int) -> None:
-        raise NotImplementedError
-
 
 class TransformersEngine(Engine):
     """`transformers` in eager mode with SDPA, its default on a CPU."""
@@ -106,9 +103,6 @@ class _GridCache(Cache):
         super().truncate(sequence, length)
         if not any(self.lengths):
             self.engine.use(self)
-
-    def copy(self, source: int, target: int) -> None:
-        raise NotImplementedError
 
 
 class LitgptEngine(Engine):
@@ -156,36 +150,31 @@ def load_litgpt(folder: str, config: ModelConfig) -> Any:
     state: dict[str, Tensor] = {}
     weights = open_source(folder).require_weights()
     given = {name: tensor.float() for name, tensor in weights.tensors()}
-    settings = Config(**litgpt_settings(config))
+    settings = Config(
+        name="smolctl",
+        block_size=config.max_position_embeddings,
+        vocab_size=config.vocab_size,
+        padded_vocab_size=config.vocab_size,
+        n_layer=config.num_hidden_layers,
+        n_head=config.num_attention_heads,
+        head_size=config.head_dim,
+        n_embd=config.hidden_size,
+        n_query_groups=config.num_key_value_heads,
+        intermediate_size=config.intermediate_size,
+        rope_base=int(config.rope_theta),
+        norm_eps=config.rms_norm_eps,
+        norm_class_name="RMSNorm",
+        mlp_class_name="LLaMAMLP",
+        rotary_percentage=1.0,
+        parallel_residual=False,
+        bias=False,
+    )
     copy_weights_hf_llama(settings, {}, state, given)
     with torch.device("meta"):
         network = GPT(settings)
     network.load_state_dict(state, assign=True)
     network.cos, network.sin = network.rope_cache(device=torch.device("cpu"))
     return network
-
-
-def litgpt_settings(config: ModelConfig) -> dict[str, Any]:
-    """A Llama's config under litgpt's names."""
-    return {
-        "name": "smolctl",
-        "block_size": config.max_position_embeddings,
-        "vocab_size": config.vocab_size,
-        "padded_vocab_size": config.vocab_size,
-        "n_layer": config.num_hidden_layers,
-        "n_head": config.num_attention_heads,
-        "head_size": config.head_dim,
-        "n_embd": config.hidden_size,
-        "n_query_groups": config.num_key_value_heads,
-        "intermediate_size": config.intermediate_size,
-        "rope_base": int(config.rope_theta),
-        "norm_eps": config.rms_norm_eps,
-        "norm_class_name": "RMSNorm",
-        "mlp_class_name": "LLaMAMLP",
-        "rotary_percentage": 1.0,
-        "parallel_residual": False,
-        "bias": False,
-    }
 
 
 def matrix_bytes(network: torch.nn.Module, head: Tensor) -> int:

@@ -58,14 +58,18 @@ class Result:
     peak_rss_bytes: int | None  # of the engine's process; None where the system does not report it
     roofline_share: float | None  # of the limit below; None where no limit was measured
     limit: str | None
-    answer_error: float | None  # distance from the plain PyTorch network's output; None: no output
-    allowed_error: float | None
+    answer_error: float  # distance from the plain PyTorch network's output
+    allowed_error: float
     rival_of: str = ""  # the model of smolctl that stores the same bits; "": a rival of every one
+
+    @property
+    def name(self) -> str:
+        return f"{self.suite} {self.engine} {self.precision}"
 
     @property
     def right(self) -> bool:
         """Whether the output was right in every repeat."""
-        return self.answer_error is None or self.answer_error <= (self.allowed_error or 0.0)
+        return self.answer_error <= self.allowed_error
 
     @property
     def interval(self) -> tuple[float, float] | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from smolctl.benchmark import measure
@@ -55,15 +56,14 @@ def choose_suites(source: ModelSource, asked: Sequence[str]) -> tuple[str, ...]:
         UsageError: there is no such suite.
         InputError: one that was asked for does not support this model.
     """
-    for suite in asked:
-        if suite not in SUITES:
-            raise UsageError(f"--suite {suite} does not exist", f"Take {', '.join(SUITES)}.")
     missing = {}
     if not source.tensors:
         missing["load"] = f"a {source.kind.value} has no weights to load"
     if source.tokenizer_reader is None:
         missing["tokenize"] = "there is no tokenizer beside the weights"
     for suite in asked:
+        if suite not in SUITES:
+            raise UsageError(f"--suite {suite} does not exist", f"Take {', '.join(SUITES)}.")
         if suite in missing:
             raise InputError(f"{source.id}: {missing[suite]}", f"Leave out --suite {suite}.")
     return tuple(suite for suite in SUITES if (suite in asked if asked else suite not in missing))
@@ -120,8 +120,6 @@ def reference_text(source: ModelSource, sizes: Sizes) -> tuple[str, Tokens]:
 
 def expected_outputs(workloads: Sequence[Workload], source: ModelSource, threads: int) -> dict[str, Tensor]:
     """The output of the plain PyTorch network in each suite, from the stored weights in float32."""
-    import torch
-
     expected: dict[str, Tensor] = {"checkpoint": torch.zeros(1)}  # no tensor differs
     reference = EngineSpec("reference", source.id, threads)
     with Worker(reference.engine, threads) as worker:

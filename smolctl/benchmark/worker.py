@@ -46,10 +46,7 @@ class Worker:
                 "RAYON_NUM_THREADS": str(threads),
             },
         )
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+        self.pid = self._process.pid
 
     def call(self, function: Callable[[*A], T], *arguments: *A) -> T:
         """What a function returns in the process.

@@ -57,9 +57,7 @@ class Workload:
     text: Tokens = ()  # for each sequence its tokens, prompt and continuation
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     document: str = ""  # text to tokenize
-    cold_copy: str = (
-        ""  # the model to load from the disk, dropped from the page cache before; "": a warm load
-    )
+    cold_copy: str = ""  # the model to load from the disk, not the page cache; "": a warm load
     files: tuple[str, ...] = ()  # that a load reads
     folder: str = ""  # where files may be written
 

@@ -126,10 +126,10 @@ def bench(
     if plot is not None:
         draw_bench(report, plot)
     if report.wrong:
-        named = ", ".join(f"{one.suite} {one.engine} {one.precision}" for one in report.wrong)
+        named = ", ".join(one.name for one in report.wrong)
         raise GateError(f"wrong output: {named}", "Ignore their speed, and report this.")
     if changes is not None and changes.failed:
-        named = ", ".join(f"{one.name} × {one.ratio:.2f}" for one in changes.failed)
+        named = ", ".join(f"{one.result.name} × {one.ratio:.2f}" for one in changes.failed)
         raise GateError(f"below {fail_below} of the baseline: {named}", "Repeat on an idle machine.")
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from smolctl.errors import HubError
 from smolctl.hub.connection import api, endpoint, fetch
-from smolctl.hub.errors import WRITING, ChangedError, MissingError, PassingError, explained, no_token
+from smolctl.hub.errors import TABLE, WRITING, ChangedError, MissingError, PassingError, explained
 from smolctl.hub.files import PlannedFile
 
 T = TypeVar("T")
@@ -108,7 +108,8 @@ class HubClient:
 
         token = get_token()
         if token is None:
-            raise no_token()
+            kind, cause, remedy = TABLE["LocalTokenNotFoundError"]
+            raise kind(cause, remedy.format(right=WRITING.right))
         self.api = api(token)
         self.note, self.wait = note, wait
 
@@ -121,8 +122,7 @@ class HubClient:
         Raises:
             HubError: there is none, or the Hub does not accept it.
         """
-        answer = self.patiently("", "ask who this token belongs to", self.api.whoami)
-        return read_identity(answer)
+        return read_identity(self.patiently("", "ask who this token belongs to", self.api.whoami))
 
     def head(self, target: Target, revision: str | None = None) -> Head:
         """The newest commit and its files.
@@ -187,6 +187,8 @@ class HubClient:
             ChangedError: somebody else has committed since `head` was read.
             HubError: the Hub refuses, does not answer, or holds something else than what was sent.
         """
+        from huggingface_hub import CommitOperationAdd
+
         changed = [file for file in files if not head.has(file)]
         if not changed:
             return Commit(head.sha, ())
@@ -196,13 +198,23 @@ class HubClient:
 
         def attempt() -> Commit:
             try:
-                return self._commit(target, head, changed, message, create_pr)
+                with explained(target.shown, WRITING, SENDING):
+                    info = self.api.create_commit(
+                        target.repo,
+                        [CommitOperationAdd(file.path, str(file.local)) for file in changed],
+                        commit_message=message,
+                        repo_type=target.kind,
+                        revision=target.revision,
+                        parent_commit=head.sha,
+                        create_pr=create_pr,
+                    )
             except PassingError:
                 # Whether a pull request was opened cannot be seen from here.
                 landed = None if create_pr else self._landed(target, head, files)
                 if landed is None:
                     raise
                 return Commit(landed.sha, sent)
+            return Commit(info.oid, sent, info.pr_url)
 
         commit = attempt() if create_pr else self.patiently(target.shown, SENDING, attempt)
         there = self.head(target, commit.sha)
@@ -214,23 +226,6 @@ class HubClient:
                 "Run the same command again; if it stays so, delete the file on the Hub first.",
             )
         return commit
-
-    def _commit(
-        self, target: Target, head: Head, files: Sequence[PlannedFile], message: str, create_pr: bool
-    ) -> Commit:
-        from huggingface_hub import CommitOperationAdd
-
-        with explained(target.shown, WRITING, SENDING):
-            info = self.api.create_commit(
-                target.repo,
-                [CommitOperationAdd(file.path, str(file.local)) for file in files],
-                commit_message=message,
-                repo_type=target.kind,
-                revision=target.revision,
-                parent_commit=head.sha,
-                create_pr=create_pr,
-            )
-        return Commit(info.oid, tuple(file.path for file in files), info.pr_url)
 
     def _landed(self, target: Target, head: Head, files: Sequence[PlannedFile]) -> Head | None:
         """The new head when our commit arrived although its answer did not; None when nothing moved."""

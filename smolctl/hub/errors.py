@@ -127,11 +127,6 @@ TABLE: Mapping[str | int, Verdict] = {
 OTHERWISE: Verdict = (HubError, "{host} answers {status} ({said})", "See {page}.")
 
 
-def no_token() -> HubError:
-    kind, cause, remedy = TABLE["LocalTokenNotFoundError"]
-    return kind(cause, remedy.format(right=WRITING.right))
-
-
 @contextmanager
 def explained(
     name: str,

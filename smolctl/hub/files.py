@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-CHUNK = 1 << 20
+from smolctl.durable import file_digest
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,15 @@ class PlannedFile:
 
 def planned_files(folder: Path) -> tuple[PlannedFile, ...]:
     """Every file under a folder, by path."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return tuple(_planned(path, path.relative_to(folder).as_posix()) for path in paths)
+    return tuple(
+        PlannedFile(
+            path.relative_to(folder).as_posix(), path, path.stat().st_size, file_digest(path), _git_sha1(path)
+        )
+        for path in sorted(path for path in folder.rglob("*") if path.is_file())
+    )
 
 
-def _planned(local: Path, path: str) -> PlannedFile:
-    size = local.stat().st_size
-    sha256, sha1 = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    with local.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            sha256.update(chunk)
-            sha1.update(chunk)
-    return PlannedFile(path, local, size, sha256.hexdigest(), sha1.hexdigest())
+def _git_sha1(path: Path) -> str:
+    blob = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: blob).hexdigest()

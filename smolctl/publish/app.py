@@ -51,12 +51,11 @@ class SpaceFacts:
 
     title: str
     summary: str  # Markdown
-    examples: tuple[str, ...]
+    examples: Sequence[str]
 
     @staticmethod
     def read(folder: Path) -> SpaceFacts:
-        content = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        return SpaceFacts(content["title"], content["summary"], tuple(content["examples"]))
+        return SpaceFacts(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
 
 
 class Speaker:

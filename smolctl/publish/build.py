@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+from smolctl.config.run import PublishConfig
 from smolctl.errors import InputError
 from smolctl.hub.client import README
 from smolctl.hub.files import PlannedFile, planned_files
@@ -16,7 +17,7 @@ from smolctl.publish.card import merge_card, read_metadata, require_valid, split
 from smolctl.publish.card_text import CardFacts, card_metadata, card_text
 from smolctl.publish.export import Export, export_model
 from smolctl.publish.facts import RunFacts, read_facts, write_records
-from smolctl.publish.secrets import require_no_secrets, scan
+from smolctl.publish.secrets import scan
 from smolctl.publish.smoke import SmokeTest
 from smolctl.runs.folder import (
     CONFIG,
@@ -53,13 +54,9 @@ class ModelToPublish:
     is_run: bool
 
     @property
-    def own_repo(self) -> str | None:
-        """The repository that the run's config names."""
-        return self.source.run.publish.repo if self.source.run else None
-
-    @property
-    def own_license(self) -> str | None:
-        return self.source.run.publish.license if self.source.run else None
+    def settings(self) -> PublishConfig:
+        """The repository and the licence that the run's config names."""
+        return self.source.run.publish if self.source.run else PublishConfig()
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class Built:
             parameters=parameter_count(network),
             dtype=self.export.dtype,
             can_chat=self.export.tokenizer.chat_template is not None,
-            license=license or self.model.own_license,
+            license=license or self.model.settings.license,
             run=self.facts,
             ggufs=self.export.ggufs,
             quantized=self.quantized,
@@ -117,10 +114,17 @@ def scanned_files(folder: Path) -> tuple[PlannedFile, ...]:
     """Everything in a folder that goes up.
 
     Raises:
-        InputError: something looks like a secret.
+        InputError: something looks like a secret, with file and line.
     """
     files = planned_files(folder)
-    require_no_secrets(scan(folder, (file.path for file in files)))
+    findings = scan(folder, (file.path for file in files))
+    if findings:
+        shown = "; ".join(map(str, findings[:5]))
+        more = f" and {len(findings) - 5} more" if len(findings) > 5 else ""
+        raise InputError(
+            f"this looks like a secret, so nothing is published: {shown}{more}",
+            "Remove it from the run's files; a key that others may have seen must be revoked.",
+        )
     return files
 
 

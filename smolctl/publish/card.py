@@ -22,6 +22,8 @@ _GENERATED = re.compile(r"<!-- smolctl: generated.*?-->.*?<!-- smolctl: end.*?--
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 # Keys whose values on the Hub are lists to which both sides may add.
 UNITED = ("tags", "datasets")
+TEXTS = ("license", "library_name", "pipeline_tag", "license_name", "license_link")  # license: also a list
+LISTS = (*UNITED, "language", "base_model")  # or a single text
 
 
 def merge_card(
@@ -101,27 +103,19 @@ def require_valid(metadata: Mapping[str, Any]) -> None:
     Raises:
         InputError: naming the key.
     """
-    for key in ("license", "library_name", "pipeline_tag", "license_name", "license_link"):
+    for key in (*TEXTS, *LISTS):
         value = metadata.get(key)
-        if value is not None and not (isinstance(value, str) or (key == "license" and _texts(value))):
-            raise _invalid(key, value, "a text")
-    for key in ("tags", "datasets", "language", "base_model"):
-        value = metadata.get(key)
-        if value is not None and not (isinstance(value, str) or _texts(value)):
-            raise _invalid(key, value, "a list of texts")
+        listed = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if not (value is None or isinstance(value, str) or (listed and (key in LISTS or key == "license"))):
+            expected = "a text" if key in TEXTS else "a list of texts"
+            raise InputError(
+                f"README.md: {key} must be {expected}, got {value!r}", "Correct the card's metadata."
+            )
     if metadata.get("license") == "other" and not metadata.get("license_name"):
         raise InputError(
             "README.md: license other needs license_name",
             "Add license_name and license_link to the metadata.",
         )
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def _invalid(key: str, value: Any, expected: str) -> InputError:
-    return InputError(f"README.md: {key} must be {expected}, got {value!r}", "Correct the card's metadata.")
 
 
 def _front_matter(metadata: Mapping[str, Any]) -> str:

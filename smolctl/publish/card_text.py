@@ -8,6 +8,7 @@ from typing import Any
 
 from smolctl import __version__
 from smolctl.config import ModelConfig
+from smolctl.data.text.hub import DatasetName
 from smolctl.escaping import code_span, fenced
 from smolctl.publish.card import table
 from smolctl.publish.facts import EMBEDDED, RECORDS, RunFacts
@@ -17,6 +18,15 @@ from smolctl.sources.gguf.write import GGUFResult
 
 SHOWN_PREDICTIONS = 4  # of each prompt
 SHOWN_PROMPTS = 3
+# Of a quantized model: heading, key in its record, format.
+MEASURED = (
+    ("bits a weight", "bits_per_weight", ".2f"),
+    ("bits per byte", "bits_per_byte", ".4f"),
+    ("change", "bits_per_byte_delta", "+.4f"),
+    ("same first choice", "top1_agreement", ".1%"),
+    ("tokens/s", "decode_tokens_per_s", ".1f"),
+    ("speed-up", "speedup", ".2f"),
+)
 UNKNOWN_LICENCE = "Not stated. Until it is, nobody has permission to use the weights."
 
 
@@ -97,8 +107,6 @@ def _usage(facts: CardFacts) -> list[str]:
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
-    ]
-    lines += [
         "",
         f'tokenizer = AutoTokenizer.from_pretrained("{facts.repo}"{remote})',
         f'model = AutoModelForCausalLM.from_pretrained("{facts.repo}"{remote})',
@@ -239,16 +247,7 @@ def _variants(facts: CardFacts) -> list[str]:
     variants = facts.run.variants if facts.run else ()
     if variants:
         lines += [*([""] if lines else []), "Measured against the model itself on held-out text:", ""]
-        head = (
-            "scheme",
-            "size",
-            "bits a weight",
-            "bits per byte",
-            "change",
-            "same first choice",
-            "tokens/s",
-            "speed-up",
-        )
+        head = ("scheme", "size", *(name for name, _, _ in MEASURED))
         lines += table(head, [_variant(variant) for variant in variants])
     for name in facts.quantized:
         lines += [
@@ -265,16 +264,9 @@ def _variant(variant: Mapping[str, Any]) -> tuple[str, ...]:
         return format(value, form) if isinstance(value, int | float) else "–"
 
     size = variant.get("bytes")
-    return (
-        str(variant.get("scheme", "–")),
-        f"{size / 1e6:,.1f} MB" if isinstance(size, int | float) else "–",
-        shown("bits_per_weight", ".2f"),
-        shown("bits_per_byte", ".4f"),
-        shown("bits_per_byte_delta", "+.4f"),
-        shown("top1_agreement", ".1%"),
-        shown("decode_tokens_per_s", ".1f"),
-        shown("speedup", ".2f"),
-    )
+    megabytes = f"{size / 1e6:,.1f} MB" if isinstance(size, int | float) else "–"
+    measured = (shown(key, form) for _, key, form in MEASURED)
+    return str(variant.get("scheme", "–")), megabytes, *measured
 
 
 def _data(facts: CardFacts) -> list[str]:
@@ -289,11 +281,8 @@ def _data(facts: CardFacts) -> list[str]:
 def _source(source: str) -> str:
     if source == EMBEDDED:
         return "the source and documentation of Python's standard library (PSF licence)"
-    return (
-        f"[{source}](https://huggingface.co/datasets/{source.split(':')[0].split('@')[0]})"
-        if "/" in source
-        else source
-    )
+    name = DatasetName.parse(source)
+    return f"[{source}](https://huggingface.co/datasets/{name.repository})" if name else source
 
 
 def _limits(facts: CardFacts) -> Sequence[str]:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.errors import InputError, SmolError
 from smolctl.evaluation import require_recorded_loss
+from smolctl.hub.errors import first_line
 from smolctl.model.network import Transformer
 from smolctl.model.weights import finite_tensors, from_state
 from smolctl.sources.base import ModelSource
@@ -37,10 +38,6 @@ class Export:
     dtype: str
     largest_difference: float  # of a logit, between transformers and smolctl
     ggufs: tuple[GGUFResult, ...]
-
-    @property
-    def needs_remote_code(self) -> bool:
-        return not self.network.config.is_llama
 
 
 def export_model(
@@ -127,8 +124,7 @@ def check_with_transformers(folder: Path, network: Transformer, tokenizer: Token
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **trust).eval()
         their_tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
     except Exception as error:  # whatever it raises, users of the repository would see it
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise _not_the_same(f"transformers cannot load it ({reason})") from None
+        raise _not_the_same(f"transformers cannot load it ({first_line(error)})") from None
     generator = torch.Generator().manual_seed(0)
     length = min(CHECKED_TOKENS, config.max_position_embeddings)
     ids = torch.randint(config.vocab_size, (1, length), generator=generator)

@@ -47,8 +47,8 @@ class RunFacts:
     @property
     def datasets(self) -> tuple[str, ...]:
         """Hub ids of the data."""
-        sources = (source for source in self.config.data.source if is_public_source(source))
-        return tuple(source.split(":")[0].split("@")[0] for source in sources if source != EMBEDDED)
+        names = map(DatasetName.parse, self.source_names())
+        return tuple(name.repository for name in names if name)
 
     def source_names(self) -> tuple[str, ...]:
         """The data as strangers may read it: paths of this machine by their last part."""
@@ -67,14 +67,11 @@ def _hardware(environment: Mapping[str, Any]) -> str:
     return f"{where}; PyTorch {torch}" if torch else where
 
 
-def is_public_source(source: str) -> bool:
-    """Whether a source is the embedded text or a dataset on the Hub, and no path of this machine."""
-    return source == EMBEDDED or (DatasetName.parse(source) is not None and not Path(source).exists())
-
-
 def public_source(source: str) -> str:
     """A data source without the folders of this machine that it lies in."""
-    return source if is_public_source(source) else PurePath(source).name or "files"
+    if source == EMBEDDED or (DatasetName.parse(source) and not Path(source).exists()):
+        return source
+    return PurePath(source).name or "files"
 
 
 def read_facts(source: ModelSource, folder: Path) -> RunFacts:

@@ -193,7 +193,7 @@ def choose_destination(
         require_repository(options.space, "--space")
         require_gradio()
     identity = client.identity() if client else None
-    repo, decided = options.repo or model.own_repo, ""
+    repo, decided = options.repo or model.settings.repo, ""
     if repo is None:
         repo = f"{identity.user if identity else SOMEBODY}/{model.name}"
         decided = "from your name and the run's"

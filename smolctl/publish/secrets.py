@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from smolctl.errors import InputError
-
 # Shapes that their issuers document, long enough that ordinary text does not have them by chance.
 SHAPES: Mapping[str, re.Pattern[str]] = {
     "Hugging Face token": re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{30,}\b"),
@@ -68,24 +66,10 @@ def scan(folder: Path, paths: Iterable[str]) -> tuple[Finding, ...]:
             continue
         with file.open(encoding="utf-8", errors="replace") as lines:
             for number, line in enumerate(lines, start=1):
-                findings += [Finding(path, number, kind) for kind in _kinds(line, values)]
+                kinds = [kind for kind, shape in SHAPES.items() if shape.search(line)]
+                kinds += [f"the value of {name}" for name, value in values.items() if value in line]
+                findings += [Finding(path, number, kind) for kind in kinds]
     return tuple(findings)
-
-
-def require_no_secrets(findings: tuple[Finding, ...]) -> None:
-    """Raise an `InputError` that names file and line of what `scan` has found."""
-    if findings:
-        shown = "; ".join(map(str, findings[:5]))
-        more = f" and {len(findings) - 5} more" if len(findings) > 5 else ""
-        raise InputError(
-            f"this looks like a secret, so nothing is published: {shown}{more}",
-            "Remove it from the run's files; a key that others may have seen must be revoked.",
-        )
-
-
-def _kinds(line: str, values: Mapping[str, str]) -> list[str]:
-    kinds = [kind for kind, shape in SHAPES.items() if shape.search(line)]
-    return kinds + [f"the value of {name}" for name, value in values.items() if value in line]
 
 
 def _secret_values() -> dict[str, str]:

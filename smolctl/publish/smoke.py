@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smolctl.errors import SmolError
+from smolctl.hub.errors import first_line
 from smolctl.publish.app import CONTROLS, SpaceFacts
 
 START_SECONDS = 600.0  # imports from a cold disk on a busy machine; an app that ends is noticed at once
@@ -82,7 +83,9 @@ def running(folder: Path, python: str = sys.executable) -> Iterator[str]:
     Raises:
         SmolError: it does not start, with the end of its log.
     """
-    port = free_port()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     environment |= {
         "GRADIO_SERVER_NAME": "127.0.0.1",
@@ -149,16 +152,9 @@ def _ask(url: str, facts: SpaceFacts, start_s: float) -> SmokeTest:
         outputs = job.outputs()
         engine = str(client.predict(api_name="/engine"))
     except Exception as error:  # whatever the client raises, the Space does not answer
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SmolError(
-            f"the Space's app does not answer ({reason})", "Nothing of the Space was sent."
+            f"the Space's app does not answer ({first_line(error)})", "Nothing of the Space was sent."
         ) from None
     if not text.strip():
         raise SmolError("the Space's app answers with nothing", "Nothing of the Space was sent.")
     return SmokeTest(prompt, text, len(outputs), start_s, answer_s, engine)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import smolctl
-from smolctl.config import ModelConfig
 from smolctl.hub.client import README
 from smolctl.publish.app import FACTS, MODEL
 from smolctl.publish.build import Built
@@ -140,12 +139,15 @@ def write_space_card(folder: Path, facts: CardFacts, on_hub: str | None) -> None
         "app_file": "app.py",
         "models": [facts.repo],
     }
+    millions = f"{facts.parameters / 1e6:,.1f} million parameters"
     changeable: dict[str, Any] = {
         "title": facts.name,
         "emoji": "💬" if facts.can_chat else "✍️",
         "colorFrom": "indigo",
+        "colorTo": "gray",
+        "pinned": False,
+        "short_description": f"A language model of {millions}",  # at most 60 characters
     }
-    changeable |= {"colorTo": "gray", "pinned": False, "short_description": _short(facts.parameters)}
     if facts.license:
         changeable["license"] = facts.license
     text = (
@@ -167,13 +169,14 @@ def _compiled(folder: Path) -> str:
     )
 
 
-def _short(parameters: int) -> str:
-    return f"A language model of {parameters / 1e6:,.1f} million parameters"  # at most 60 characters
-
-
 def _summary(facts: CardFacts) -> str:
     """The facts of the card in a line."""
-    parts = [f"{facts.parameters:,} parameters", *_shape(facts.config)]
+    config = facts.config
+    parts = [
+        f"{facts.parameters:,} parameters",
+        f"{config.num_hidden_layers} layers of {config.hidden_size}",
+        f"context {config.max_position_embeddings:,}",
+    ]
     if facts.run:
         parts.append(f"{facts.run.tokens:,} tokens seen")
         if facts.run.validations:
@@ -183,13 +186,6 @@ def _summary(facts: CardFacts) -> str:
     where = f" Model: [{facts.repo}](https://huggingface.co/{facts.repo})" if "/" in facts.repo else ""
     kind = "It chats." if facts.can_chat else "It continues text; it was not taught to answer questions."
     return f"{line}. {kind} Small models make things up.{where}"
-
-
-def _shape(config: ModelConfig) -> list[str]:
-    return [
-        f"{config.num_hidden_layers} layers of {config.hidden_size}",
-        f"context {config.max_position_embeddings:,}",
-    ]
 
 
 def _examples(facts: CardFacts) -> Sequence[str]:

@@ -68,11 +68,9 @@ def _broken(client: HubClient, target: Target, stage: str) -> HubError:
     build = stage != "RUNTIME_ERROR"
     try:
         with explained(target.shown, WRITING, "read its log"):
-            text = "".join(
-                line if line.endswith("\n") else f"{line}\n"
-                for line in client.api.fetch_space_logs(target.repo, build=build)
-            )
-        log = "\n".join(text.splitlines()[-LOG_LINES:])
+            pieces = client.api.fetch_space_logs(target.repo, build=build)
+            lines = [line for piece in pieces for line in piece.splitlines()]
+        log = "\n".join(lines[-LOG_LINES:])
     except HubError as error:
         log = f"(no log: {first_line(error)})"
     return HubError(

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from smolctl.benchmark.baseline import FORMAT, VERSION, Change, Changes
+from smolctl.benchmark.baseline import FORMAT, VERSION, Changes
 from smolctl.benchmark.report import BenchReport, Comparison, Result
-from smolctl.timing import Ratio
 from smolctl.views.numbers import quantity, size
 from smolctl.views.output import Output
+from smolctl.views.tables import headed
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,10 @@ def show_bench(out: Output, report: BenchReport, changes: Changes | None, markdo
         if table.rows and markdown:
             out.line("\n".join(_markdown(table)) + "\n")
         elif table.rows:
-            out.show(_rich(table), "")
+            shown = headed(table.headers, table.left)
+            for row in table.rows:
+                shown.add_row(*row)
+            out.show(shown, "")
     for line in _lines(report, changes):
         out.line(f"- {line}" if markdown else line)
 
@@ -64,8 +67,6 @@ def _share(result: Result) -> str:
 
 
 def _output(result: Result) -> str:
-    if result.answer_error is None:
-        return ""
     if not result.right:
         return f"WRONG, off by {result.answer_error:.2g}"
     return f"off by {result.answer_error:.1g}" if result.answer_error else "equal"
@@ -77,7 +78,9 @@ def _comparisons(comparisons: Sequence[Comparison]) -> Table:
             one.suite,
             f"{one.engine} {one.precision}",
             f"{one.against} {one.against_precision}",
-            *_speed(one.ratio),
+            f"× {one.ratio.spread.median:.2f}",
+            f"{one.ratio.spread.low:.2f} to {one.ratio.spread.high:.2f}",
+            _verdict(one.ratio.spread.median, one.ratio.beyond_noise, "no significant difference"),
         )
         for one in comparisons
     )
@@ -85,17 +88,12 @@ def _comparisons(comparisons: Sequence[Comparison]) -> Table:
     return Table(headers, rows, frozenset({"suite", "engine", "against", "verdict"}))
 
 
-def _speed(ratio: Ratio) -> tuple[str, str, str]:
-    spread = ratio.spread
-    return f"× {spread.median:.2f}", f"{spread.low:.2f} to {spread.high:.2f}", _verdict(ratio)
-
-
-def _verdict(ratio: Ratio) -> str:
-    if ratio.beyond_noise is None:
+def _verdict(ratio: float, beyond_noise: bool | None, equal: str) -> str:
+    if beyond_noise is None:
         return "too few repeats to test"
-    if not ratio.beyond_noise:
-        return "no significant difference"
-    return "faster" if ratio.spread.median > 1 else "slower"
+    if not beyond_noise:
+        return equal
+    return "faster" if ratio > 1 else "slower"
 
 
 def _changes(changes: Changes) -> Table:
@@ -106,20 +104,13 @@ def _changes(changes: Changes) -> Table:
             _amount(one.before, one.result.unit),
             _amount(one.result.median, one.result.unit),
             f"× {one.ratio:.2f}",
-            _noise(one) + (", BELOW THE LIMIT" if one in changes.failed else ""),
+            _verdict(one.ratio, one.beyond_noise, "within the noise")
+            + (", BELOW THE LIMIT" if one in changes.failed else ""),
         )
         for one in changes.changes
     )
     headers = ("suite", "engine", "baseline", "now", "speed", "verdict")
     return Table(headers, rows, frozenset({"suite", "engine", "verdict"}))
-
-
-def _noise(change: Change) -> str:
-    if change.beyond_noise is None:
-        return "too few repeats to test"
-    if not change.beyond_noise:
-        return "within the noise"
-    return "faster" if change.ratio > 1 else "slower"
 
 
 def _lines(report: BenchReport, changes: Changes | None) -> list[str]:
@@ -149,17 +140,6 @@ def _amount(value: float, unit: str) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def _rich(table: Table) -> Any:
-    from rich.table import Table as RichTable
-
-    shown = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for name in table.headers:
-        shown.add_column(name, justify="left" if name in table.left else "right", overflow="fold")
-    for row in table.rows:
-        shown.add_row(*row)
-    return shown
 
 
 def _markdown(table: Table) -> list[str]:

@@ -17,7 +17,6 @@ def draw_bench(report: BenchReport, target: Path) -> None:
     Raises:
         SmolError: the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     suites = list(dict.fromkeys(result.suite for result in report.results))
@@ -25,7 +24,6 @@ def draw_bench(report: BenchReport, target: Path) -> None:
     lines = max(1, -(-len(suites) // columns))
     most = max((sum(one.suite == suite for one in report.results) for suite in suites), default=1)
     figure = Figure(figsize=(4.2 * columns, lines * (1.0 + 0.32 * most)), layout="constrained")
-    FigureCanvasAgg(figure)
     for number, suite in enumerate(suites, 1):
         shown = [one for one in report.results if one.suite == suite]
         axes = figure.add_subplot(lines, columns, number)

@@ -56,7 +56,7 @@ def _facts(plan: PushPlan) -> dict[str, str]:
     source = built.model.source
     step = f" at step {source.step:,}" if source.step is not None else ""
     export = built.export
-    how = "trust_remote_code=True" if export.needs_remote_code else "no code of its own"
+    how = "no code of its own" if export.network.config.is_llama else "trust_remote_code=True"
     card = "new" if plan.new_card else "what people wrote stays, the generated part is new"
     licence = "" if "\nlicense:" in plan.card else "; no licence stated (--license)"
     decided = f" ({plan.destination.decided})" if plan.destination.decided else ""
