@@ -56,7 +56,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background, and inherited by children
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # in a shell's background, and inherited by children
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if not config.getoption("hypothesis_profile", None):
         settings.load_profile(config.getoption("tier"))
