@@ -104,8 +104,9 @@ def test_what_the_verdict_advises_rescues_int8_dynamic(bench: Bench) -> None:
 
 
 def test_quantized_models_predict_the_same_on_a_cpu_with_fewer_instructions(bench: Bench) -> None:
-    variants = (("all", "int8"), ("all", "int8-dynamic"), ("token", "int8-dynamic"))
-    models = [bench.variant(report, scheme).path for report, scheme in variants]
+    # With one scale for all activations the model is so broken that a change of 1e-7 in its norms changes its
+    # predictions (KL 1.1). Float32 sums differ by as much from CPU to CPU: only its KL to the source holds.
+    models = [bench.variant(*key).path for key in (("all", "int8"), ("token", "int8-dynamic"))]
     ours, theirs = predictions(models), computed_with(AVX2, models)
     for model in models:
         expected, found = (logits[model].log_softmax(-1) for logits in (ours, theirs))
