@@ -162,7 +162,7 @@ def test_an_app_that_does_not_start_is_reported_with_its_log(space: Path, tmp_pa
     with pytest.raises(SmolError) as caught:
         smoke.smoke_test(broken)
     assert "ended with code 1" in caught.value.message
-    assert "KeyError" in caught.value.hint
+    assert "TypeError" in caught.value.hint
 
 
 def test_a_chat_forgets_its_oldest_turns_rather_than_fail(chat_space: Path) -> None:
