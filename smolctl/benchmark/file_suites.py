@@ -17,7 +17,6 @@ from torch import Tensor
 from smolctl.benchmark.engines import PEERS, EngineSpec, open_engine, plain_network
 from smolctl.benchmark.workload import Measurement, Run, Workload
 from smolctl.data.tokenizer.tokenizer import Tokenizer
-from smolctl.errors import SmolError
 from smolctl.sources import open_source
 from smolctl.training.optim.optimizers import make_optimizer
 
@@ -123,10 +122,7 @@ def _encoder(spec: EngineSpec) -> Callable[[Sequence[str]], Sequence[Sequence[in
 
         theirs: Any = AutoTokenizer.from_pretrained(spec.model)
         return lambda texts: theirs(list(texts), add_special_tokens=False)["input_ids"]
-    files = open_source(spec.model).read_tokenizer()
-    if files is None:
-        raise SmolError(f"{spec.model}: there is no tokenizer beside the weights")
-    tokenizer = Tokenizer.from_files(files, spec.model)
+    tokenizer = Tokenizer.from_files(open_source(spec.model).require_tokenizer(), spec.model)
     if spec.engine == "reference":
         return lambda texts: [tokenizer.encode(text) for text in texts]
     return tokenizer.encode_batch

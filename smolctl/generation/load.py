@@ -54,12 +54,7 @@ def load_model(model: str, options: EngineOptions = EngineOptions()) -> LoadedMo
     source = open_source(model)
     source.require_config()
     source.require_weights()
-    files = source.read_tokenizer()
-    if files is None:
-        raise InputError(
-            f"{model}: there is no tokenizer beside the weights", "Put its tokenizer.json there."
-        )
-    tokenizer = Tokenizer.from_files(files, model)
+    tokenizer = Tokenizer.from_files(source.require_tokenizer(), model)
     tokenizer.require_fit(source.require_config().vocab_size)
     engine = make_engine(source, options)
     notes = (*source.problems, *([engine.note] if engine.note else []))

@@ -22,6 +22,7 @@ from smolctl.publish.smoke import SmokeTest
 from smolctl.runs.folder import (
     CONFIG,
     ENVIRONMENT,
+    LOCK,
     LOSS_CURVE,
     METRICS,
     PREDICTIONS,
@@ -207,7 +208,7 @@ def _left_out(model: ModelToPublish, taken: set[str]) -> tuple[str, ...]:
     if model.folder is None:
         return ()
     names = (f"{path.name}/" if path.is_dir() else path.name for path in sorted(model.folder.iterdir()))
-    return tuple(name for name in names if name.rstrip("/") not in taken and name != ".lock")
+    return tuple(name for name in names if name.rstrip("/") not in taken and name != LOCK)
 
 
 def require_repository(name: str, option: str) -> None:

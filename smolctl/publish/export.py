@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from smolctl.data.tokenizer.tokenizer import Tokenizer
-from smolctl.errors import InputError, SmolError
+from smolctl.errors import SmolError
 from smolctl.evaluation import require_recorded_loss
 from smolctl.hub.errors import first_line
 from smolctl.model.network import Transformer
@@ -60,11 +60,7 @@ def export_model(
     config = source.require_config()
     for scheme in schemes:
         require_gguf(config, scheme)
-    files = source.read_tokenizer()
-    if files is None:
-        raise InputError(
-            f"{source.id}: there is no tokenizer beside the weights", "Put tokenizer.json there."
-        )
+    files = source.require_tokenizer()
     tokenizer = Tokenizer.from_files(files, source.id)
     tokenizer.require_fit(config.vocab_size)
     network = from_state(config, dict(finite_tensors(source)), source.id).requires_grad_(False).eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -11,11 +11,11 @@ from typing import Any
 from smolctl.config import RunConfig
 from smolctl.config.dump import to_yaml
 from smolctl.data.text.hub import DatasetName
-from smolctl.escaping import json_line
+from smolctl.durable import write_text
 from smolctl.quantization.record import read_record
 from smolctl.runs.chart import draw_loss
-from smolctl.runs.events import to_json
 from smolctl.runs.folder import CONFIG, ENVIRONMENT, LOSS_CURVE, METRICS, PREDICTIONS, STORY, RunFolder
+from smolctl.runs.records import keep_records
 from smolctl.runs.story import History, to_markdown
 from smolctl.sources.base import ModelSource
 
@@ -79,12 +79,8 @@ def read_facts(source: ModelSource, folder: Path) -> RunFacts:
     assert source.run is not None
     step = source.step or 0
     run = RunFolder(folder)
-    records = [record for record in run.metrics() if record["step"] <= step]
+    records = list(run.metrics(step))
     steps = [record for record in records if record["event"] == "step"]
-    histories = {
-        prompt: tuple(prediction for prediction in history if prediction.step <= step)
-        for prompt, history in run.predictions().items()
-    }
     return RunFacts(
         config=source.run,
         step=step,
@@ -92,7 +88,7 @@ def read_facts(source: ModelSource, folder: Path) -> RunFacts:
         seconds=sum(record["seconds"] for record in steps),
         loss=steps[-1]["loss"] if steps else None,
         validations=tuple(record for record in records if record["event"] == "validation"),
-        histories={prompt: history for prompt, history in histories.items() if history},
+        histories=run.predictions(step),
         environment=run.environment(),
         variants=tuple(record for record in read_record(folder) if record.get("step") == step),
         curve=bool(steps),
@@ -104,9 +100,8 @@ def write_records(facts: RunFacts, run: Path, target: Path) -> None:
 
     They end at the published step, and name no folder of this machine.
     """
-    records = [record for record in RunFolder(run).metrics() if record["step"] <= facts.step]
     if facts.curve:
-        draw_loss(records, target / LOSS_CURVE)
+        draw_loss(RunFolder(run).metrics(facts.step), target / LOSS_CURVE)
     folder = target / RECORDS
     folder.mkdir()
     data = facts.config.data.model_copy(update={"source": facts.source_names()})
@@ -114,19 +109,10 @@ def write_records(facts: RunFacts, run: Path, target: Path) -> None:
     if tokenizer and Path(tokenizer).exists():
         tokenizer = PurePath(tokenizer).name
     shown = facts.config.model_copy(update={"data": data, "tokenizer": tokenizer})
-    _write(folder / CONFIG, to_yaml(shown))
+    write_text(folder / CONFIG, to_yaml(shown))
     if facts.environment:
-        _write(folder / ENVIRONMENT, json.dumps(facts.environment, indent=2) + "\n")
-    _write_lines(folder / METRICS, records)
-    predictions = [to_json(prediction) for history in facts.histories.values() for prediction in history]
-    if predictions:
-        _write_lines(folder / PREDICTIONS, sorted(predictions, key=lambda record: record["step"]))
-        _write(folder / STORY, to_markdown(facts.histories))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
-
-
-def _write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    _write(path, "".join(f"{json_line(record)}\n" for record in records))
+        write_text(folder / ENVIRONMENT, json.dumps(facts.environment, indent=2) + "\n")
+    keep_records(run / METRICS, facts.step, folder / METRICS)
+    if facts.histories:
+        keep_records(run / PREDICTIONS, facts.step, folder / PREDICTIONS)
+        write_text(folder / STORY, to_markdown(facts.histories))

@@ -14,7 +14,6 @@ from torch import Tensor
 from smolctl.arithmetic import count_parameters
 from smolctl.config import ModelConfig
 from smolctl.data.tokenizer.tokenizer import Tokenizer
-from smolctl.errors import InputError
 from smolctl.generation.engine import Engine
 from smolctl.generation.load import load_model
 from smolctl.generation.torch_engine import TorchEngine
@@ -166,14 +165,10 @@ def _prepare(
     calibrate: bool,
     note: Callable[[str], None],
 ) -> _Job:
-    files = source.read_tokenizer()
     needs_text = options.measure or calibrate or options.per_tensor
     needs_tokenizer = needs_text or any(scheme in GGUF_SCHEMES for scheme in options.schemes)
-    if files is None and needs_tokenizer:
-        raise InputError(
-            f"{source.id}: there is no tokenizer beside the weights",
-            "Put its tokenizer.json there, or give --no-measure.",
-        )
+    remedy = "Put its tokenizer.json there, or give --no-measure."
+    files = source.require_tokenizer(remedy) if needs_tokenizer else source.read_tokenizer()
     windows = squares = reference = None
     needs_activations = calibrate or options.per_tensor
     if files is not None and needs_text:

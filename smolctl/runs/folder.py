@@ -32,7 +32,7 @@ from smolctl.runs.checkpoint_file import (
     write_checksum,
 )
 from smolctl.runs.events import Event, Prediction, Step, Validation, to_json
-from smolctl.runs.records import append_record, keep_records, read_records
+from smolctl.runs.records import EVERY_STEP, append_record, keep_records, read_records
 from smolctl.runs.story import History, histories, to_markdown
 
 if TYPE_CHECKING:
@@ -288,13 +288,13 @@ class RunFolder:
         elif isinstance(event, Prediction):
             append_record(self.path / PREDICTIONS, to_json(event))
 
-    def metrics(self) -> Iterator[dict[str, Any]]:
-        """Every record of metrics.jsonl."""
-        return read_records(self.path / METRICS)
+    def metrics(self, last: int = EVERY_STEP) -> Iterator[dict[str, Any]]:
+        """The records of metrics.jsonl up to step `last`."""
+        return read_records(self.path / METRICS, last)
 
-    def predictions(self) -> dict[str, History]:
-        """Every prediction of the run, by prompt."""
-        return histories(read_records(self.path / PREDICTIONS))
+    def predictions(self, last: int = EVERY_STEP) -> dict[str, History]:
+        """The predictions of the run up to step `last`, by prompt."""
+        return histories(read_records(self.path / PREDICTIONS, last))
 
     def write_story(self) -> None:
         """Write predictions.md anew from predictions.jsonl."""

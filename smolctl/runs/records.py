@@ -11,6 +11,7 @@ from smolctl.durable import write_text
 from smolctl.escaping import json_line
 
 _NEVER = 1 << 62
+EVERY_STEP = _NEVER - 1
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -19,7 +20,7 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
         file.write(json_line(record) + "\n")
 
 
-def read_records(path: Path, last: int = _NEVER - 1) -> Iterator[dict[str, Any]]:
+def read_records(path: Path, last: int = EVERY_STEP) -> Iterator[dict[str, Any]]:
     """Every record up to step `last`. A line that a crash has cut off is left out; so is a missing file."""
     return (json.loads(line) for line in _lines(path, last))
 

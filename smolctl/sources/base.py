@@ -131,6 +131,20 @@ class ModelSource:
         """
         return self.tokenizer_reader() if self.tokenizer_reader else None
 
+    def require_tokenizer(self, remedy: str = "Put its tokenizer.json there.") -> TokenizerFiles:
+        """The tokenizer that travels with the model, read now.
+
+        Args:
+            remedy: what to do where there is none.
+
+        Raises:
+            InputError: there is none, or its files are damaged or of a kind that cannot be read.
+        """
+        files = self.read_tokenizer()
+        if files is None:
+            raise InputError(f"{self.id}: there is no tokenizer beside the weights", remedy)
+        return files
+
     def require_config(self) -> ModelConfig:
         """The config, or the reason why this network cannot stand in for the model.
 
