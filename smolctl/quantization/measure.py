@@ -193,7 +193,8 @@ def _prefill(engine: Engine, tokens: Sequence[int]) -> float:
 
 def measure_footprint(model: str) -> Footprint | None:
     """Load a model and decode a few tokens in a process of its own; None when that is not possible."""
-    command = [sys.executable, "-m", "smolctl.quantization.probe", model]
+    # -P: modules of the working folder do not stand in for those of a library.
+    command = [sys.executable, "-P", "-m", "smolctl.quantization.probe", model]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         return Footprint(**json.loads(done.stdout.splitlines()[-1]))

@@ -158,10 +158,24 @@ class Terminal:
         """What is shown up to a text, from where the last call ended."""
         deadline = time.monotonic() + LIMIT_S
         while text not in self.shown:
-            assert select.select([self.screen], [], [], max(0.0, deadline - time.monotonic()))[0], self.shown
+            assert self.shows_more(deadline - time.monotonic()), self.shown
             self.shown += os.read(self.screen, 4096).decode()
         before, _, self.shown = self.shown.partition(text)
         return before
+
+    def shows_more(self, seconds: float) -> bool:
+        return bool(select.select([self.screen], [], [], max(0.0, seconds))[0])
+
+    def interrupt(self) -> None:
+        """Ctrl-C at a prompt. As people do, press it again when nothing happens.
+
+        CPython's readline does not see one that comes after it has written the prompt and before it
+        waits for a key: about 1 in 100 on a busy machine, where this test answers the prompt at once.
+        """
+        for _ in range(10):
+            self.type("\x03")
+            if self.shows_more(2):
+                return
 
 
 @contextmanager
@@ -199,7 +213,7 @@ def test_a_session_edits_lines_remembers_and_goes_on_after_errors(model: Path) -
         terminal.type("/reset\r")
         terminal.read_until("New conversation.")
         terminal.read_until("> ")
-        terminal.type("\x03")
+        terminal.interrupt()
         terminal.read_until("Ctrl-D ends.")
         terminal.read_until("> ")
         terminal.type("\x04")

@@ -16,6 +16,7 @@ from smolctl.errors import InputError, SmolError, UsageError
 from smolctl.generation.load import load_model
 from smolctl.generation.torch_engine import TorchEngine
 from smolctl.quantization.build import build_items, dequantized, read_tensors
+from smolctl.quantization.measure import measure_footprint
 from smolctl.quantization.quantize import QuantizeOptions, QuantizeReport, quantize
 from smolctl.quantization.schemes import SchemeOptions, make_plan
 from smolctl.quantization.verdict import Gates, SourceFacts, Variant, advise, judge
@@ -24,7 +25,7 @@ from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.quantized.folder import DESCRIPTION, FILE
 from smolctl.sources.quantized.packed import PackedMatrix
 from tests.support.disks import small_disk
-from tests.support.processes import Called, call
+from tests.support.processes import ADDRESS, Called, call
 
 TABLE = "model.embed_tokens.weight"
 SHORT = "data.sequence_length=16"  # what a tiny context holds
@@ -38,6 +39,16 @@ def make(model: str = "runs/llama", scheme: str = "int8", out: str = "out", **op
 def weights_of(source: ModelSource) -> dict[str, torch.Tensor]:
     assert source.weights is not None
     return dict(source.weights.tensors())
+
+
+def test_what_loading_costs_is_measured_without_the_modules_of_the_working_folder(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """People quantize in folders with a `random.py` or a `tokenizers.py` of their own."""
+    for module in ("torch", "tokenizers", "random", "smolctl"):
+        (here / f"{module}.py").write_text(f"raise SystemExit('{module}.py of the working folder')")
+    monkeypatch.delenv(ADDRESS, raising=False)  # a forked process has its imports done
+    assert measure_footprint("runs/llama") is not None
 
 
 # --- folders --------------------------------------------------------------------------------------
