@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import glob
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,14 +12,25 @@ from smolctl.errors import HubError, InputError, SmolError
 from smolctl.hub.client import README, Commit, Head, HubClient, Identity, Target
 from smolctl.hub.errors import MissingError
 from smolctl.hub.files import PlannedFile
+from smolctl.ownership import (
+    Record,
+    building,
+    edited_files,
+    put_in_place,
+    require_replaceable,
+    strange_files,
+    write_record,
+)
 from smolctl.publish.app import MODEL
 from smolctl.publish.build import Built, ModelToPublish, build, open_model, require_repository, scanned_files
 from smolctl.publish.card import stated_license
 from smolctl.publish.smoke import require_gradio, smoke_test
 from smolctl.publish.space import add_space, write_space_card
 from smolctl.publish.space_hub import await_space, explained_payment
+from smolctl.runs.folder import latest_run
 from smolctl.sources.gguf.write import require_gguf
 
+KIND = "repository"
 SPACE = "space"  # the folder beside MODEL, and what the Hub calls such a repository
 SOMEBODY = "you"  # in front of the run's name, while nobody has been asked who that is
 
@@ -126,32 +137,30 @@ def plan_push(options: PushOptions, folder: Path, client: HubClient | None = Non
 
 
 def write_local(options: PushOptions, target: Path) -> PushPlan:
-    """Write exactly what would go up into a folder, without the network.
+    """Write exactly what would go up into a folder, without the network, and the record of what was written.
 
     Raises:
-        InputError: the folder holds something that is not a part of it.
+        UsageError: the folder is not one that an earlier call has written.
+        InputError: it holds another file, or one that was edited since.
         SmolError: something cannot be published.
     """
-    if target.exists() and not target.is_dir():
-        raise InputError(f"{target}: not a folder", "Choose another --local-dir.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _workplace(target.absolute().parent) as name:
-        work = Path(name)
-        plan = plan_push(options, work)
-        foreign = sorted(_files(target) - _files(work))
-        if foreign:
+    model = options.model or str(latest_run())
+    require_replaceable(target, KIND, "--local-dir", force=True, reads=(model,))
+    for found, what in (
+        (strange_files(target), "is no part of this"),
+        (edited_files(target), "was edited after smolctl wrote it"),
+    ):
+        if found:
             raise InputError(
-                f"{target}: holds {foreign[0]}, which is no part of this",
-                "Choose an empty --local-dir, or delete what is there.",
+                f"{target}: holds {found[0]}, which {what}", "Move it away, or choose another --local-dir."
             )
-        for relative in sorted(_files(work)):
-            (target / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(work / relative, target / relative)
+    with building(target) as work:
+        plan = plan_push(replace(options, model=model), work)
+        files = (*plan.files, *plan.space_files)
+        names = {glob.escape(file.local.relative_to(work).as_posix()): file.sha256 for file in files}
+        write_record(work, Record(KIND, names))
+        put_in_place(work, target)
     return plan
-
-
-def _files(folder: Path) -> set[Path]:
-    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
 
 
 def build_preview(options: PushOptions, folder: Path) -> Path:
@@ -165,9 +174,9 @@ def build_preview(options: PushOptions, folder: Path) -> Path:
     return folder / SPACE
 
 
-def _workplace(parent: Path | None = None) -> tempfile.TemporaryDirectory[str]:
+def _workplace() -> tempfile.TemporaryDirectory[str]:
     """A folder for the time of one push."""
-    return tempfile.TemporaryDirectory(prefix=".smolctl-push-", dir=parent)
+    return tempfile.TemporaryDirectory(prefix=".smolctl-push-")
 
 
 def choose_destination(

@@ -12,6 +12,7 @@ from typing import Any
 
 import smolctl
 from smolctl.hub.client import README
+from smolctl.ownership import RECORD
 from smolctl.publish.app import FACTS, MODEL
 from smolctl.publish.build import Built
 from smolctl.publish.card import merge_card
@@ -97,6 +98,7 @@ def write_space_model(built: Built, folder: Path) -> None:
     items = build_items(config, read_tensors(source), plan)
     origin = Origin(built.model.name, built.model.source.kind.value, step=built.model.source.step)
     write_folder(folder, config, plan, items, source.read_tokenizer(), origin)
+    (folder / RECORD).unlink()  # it is a part of the Space, whose own record names its files
 
 
 def copy_package(folder: Path) -> None:

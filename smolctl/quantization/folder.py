@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,12 +14,13 @@ from torch import Tensor
 from smolctl import __version__
 from smolctl.config import ModelConfig
 from smolctl.durable import file_digest, lack_of_room, sync_file, sync_folder
-from smolctl.errors import SmolError, UsageError
+from smolctl.errors import SmolError
 from smolctl.model.dynamic import dynamic_network, dynamic_state
+from smolctl.ownership import Record, building, put_in_place, write_record
 from smolctl.quantization.schemes import DYNAMIC, QuantizationPlan
 from smolctl.sources import open_source
 from smolctl.sources.base import TokenizerFiles
-from smolctl.sources.huggingface.write import WRITTEN, write_json, write_model
+from smolctl.sources.huggingface.write import CODE, WRITTEN, write_json, write_model
 from smolctl.sources.quantized.folder import (
     DESCRIPTION,
     FILE,
@@ -35,8 +35,9 @@ from smolctl.sources.quantized.packed import PackedMatrix
 from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor
 
 SMALL_FILES = 32 << 20  # tokenizer, configs and the file system's own: room that is left for them
-OURS = {DESCRIPTION, *WRITTEN}
 CHECKPOINT_SUFFIX = "_quantized.ckpt"
+QUANTIZED_MODEL = "quantized model"
+FILES = (DESCRIPTION, *WRITTEN, f"*{CHECKPOINT_SUFFIX}", *(path.name for path in CODE.glob("*.py")))
 
 
 class WriteError(SmolError):
@@ -60,71 +61,42 @@ def write_folder(
     items: Mapping[str, StoredTensor],
     tokenizer: TokenizerFiles | None,
     origin: Origin,
-    force: bool = False,
     name: str = "model",
-) -> None:
+) -> tuple[str, ...]:
     """Write a model so that every command takes the folder as MODEL.
 
     Args:
-        target: the folder.
+        target: the folder. smolctl's own files in it are replaced.
         config: of the network.
         plan: what the items follow.
         items: every tensor under its Hugging Face name, as it will be stored.
         tokenizer: travels with the model.
         origin: kept in the description.
-        force: replace what an earlier call has written there.
         name: of the model, for `NAME_quantized.ckpt`.
 
+    Returns:
+        Files that were there and stay, because they are not smolctl's.
+
     Raises:
-        UsageError: something is there already.
         WriteError: no room, no permission, or the disk returned other bytes than were written.
     """
-    require_free(target, force)
     stored = stored_tensors(items)
     twice = 2 if plan.scheme == DYNAMIC else 1  # the .ckpt holds everything again
     needed = twice * sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
-    partial = target.with_name(f".{target.name}.partial")
     with naming_the_disk(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
         if lack := lack_of_room(target.parent, needed + min(SMALL_FILES, needed)):
             raise WriteError(
                 f"{target}: the quantized model {lack}", "Free some space or choose another --out."
             )
-        try:
-            partial.mkdir()
-            _write_files(partial, config, plan, items, stored, tokenizer, origin, name)
-            for path in partial.iterdir():
+        with building(target) as folder:
+            _write_files(folder, config, plan, items, stored, tokenizer, origin, name)
+            write_record(folder, Record(QUANTIZED_MODEL, dict.fromkeys(FILES)))
+            for path in folder.iterdir():
                 sync_file(path)
-            sync_folder(partial)
-            _compare(partial, items, target)
-            _put_in_place(partial, target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def require_free(target: Path, force: bool, is_folder: bool = True) -> None:
-    """Refuse to replace anything that is not asked to be, or not ours to replace.
-
-    Raises:
-        UsageError: with what stands there.
-    """
-    if not target.exists() and not target.is_symlink():
-        return
-    if not force:
-        raise UsageError(f"{target}: already there", "Give --force to replace it, or another --out.")
-    if not is_folder:
-        return
-    if target.is_dir() and not target.is_symlink():
-        foreign = sorted(
-            path.name
-            for path in target.iterdir()
-            if path.name not in OURS and not path.name.endswith(CHECKPOINT_SUFFIX)
-        )
-        if not foreign:
-            return
-        raise UsageError(f"{target}: holds other files ({foreign[0]}), not replaced", "Choose another --out.")
-    raise UsageError(f"{target}: is no folder, not replaced", "Choose another --out.")
+            sync_folder(folder)
+            _compare(folder, items, target)
+            return put_in_place(folder, target)
 
 
 @contextmanager
@@ -248,20 +220,3 @@ def _compare(partial: Path, items: Mapping[str, StoredTensor], target: Path) -> 
         )
         if not same:
             raise WriteError(f"{target}: the disk returned other values than were written", "Check the disk.")
-
-
-def _put_in_place(partial: Path, target: Path) -> None:
-    """Rename into place; what stood there is deleted only when that is done, and put back when it fails."""
-    aside = target.with_name(f".{target.name}.old")
-    replaces = target.exists()
-    if replaces:
-        shutil.rmtree(aside, ignore_errors=True)
-        target.rename(aside)
-    try:
-        partial.rename(target)
-    except OSError:
-        if replaces:
-            aside.rename(target)
-        raise
-    sync_folder(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)

@@ -19,13 +19,14 @@ from smolctl.generation.load import load_model
 from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.dynamic import dynamic_network
 from smolctl.model.weights import from_state
+from smolctl.ownership import kept_files, require_replaceable, require_replaceable_file
 from smolctl.quantization.build import build_items, dequantized, read_tensors
 from smolctl.quantization.calibrate import TensorCost, dynamic_errors, input_squares, output_errors
 from smolctl.quantization.folder import (
     CHECKPOINT_SUFFIX,
+    QUANTIZED_MODEL,
     Origin,
     naming_the_disk,
-    require_free,
     write_folder,
 )
 from smolctl.quantization.measure import mean_kl, measure_footprint, measure_quality, measure_speed
@@ -43,7 +44,7 @@ from smolctl.quantization.verdict import Calibration, Gates, SourceFacts, Varian
 from smolctl.runs.folder import QUANTIZED, RunFolder
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind, TokenizerFiles
-from smolctl.sources.gguf.write import write_gguf
+from smolctl.sources.gguf.write import is_own_gguf, write_gguf
 from smolctl.sources.quantized.folder import FILE
 from smolctl.sources.quantized.scaled import StoredTensor
 
@@ -119,7 +120,10 @@ def quantize(
     ]
     targets = {plan.scheme: _target(source, plan.scheme, options) for plan in plans}
     for scheme, target in targets.items():
-        require_free(target, options.force, is_folder=scheme not in GGUF_SCHEMES)
+        if scheme in GGUF_SCHEMES:
+            require_replaceable_file(target, "--out", options.force, (source.id,), is_own_gguf)
+        else:
+            require_replaceable(target, QUANTIZED_MODEL, "--out", options.force, (source.id,))
     job = _prepare(source, config, options, any(plan.options.calibrate for plan in plans), note)
     variants, costs = [], {}
     for plan in plans:
@@ -274,7 +278,9 @@ def _write(
         weights = target
     else:
         origin = Origin(job.source.id, job.source.kind.value, job.source.revision, job.source.step)
-        write_folder(target, job.config, plan, items, job.files, origin, job.options.force, name)
+        stays = write_folder(target, job.config, plan, items, job.files, origin, name)
+        if stays:
+            job.note(kept_files(target, stays))
         weights = target / FILE
     bits = _size(open_source(str(target)), job.config)[1]
     return Variant(

@@ -20,6 +20,8 @@ from smolctl.durable import has_digest, holds_once, write_text
 from smolctl.errors import InputError
 
 CHECKSUM_SUFFIX = ".sha256"  # of the file beside a checkpoint, in sha256sum's format
+DAMAGED, KEPT = ".damaged", ".kept"  # what `set_aside` adds to a checkpoint's name
+CHECKPOINT_ENDINGS = ("", CHECKSUM_SUFFIX, DAMAGED, KEPT)
 FORMAT = 2  # of what smolctl adds to Lightning's checkpoint; 1 had no tokenizer and no recorded loss
 ANOTHER = "Use another checkpoint of the run: this one is damaged or not complete."
 
@@ -150,5 +152,5 @@ def link_checkpoint(path: Path, link: Path) -> None:
 
 def set_aside(path: Path) -> None:
     """Rename a checkpoint, so that no command uses it and it can still be looked at."""
-    path.replace(f"{path}.damaged" if find_damage(path) else f"{path}.kept")
+    path.replace(f"{path}{DAMAGED if find_damage(path) else KEPT}")
     remove_checksum(path)

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,14 +24,23 @@ from smolctl.config.dump import to_yaml
 from smolctl.config.load import read_yaml, resolve_run_config
 from smolctl.durable import file_digest, naming_the_disk, replacing, write_text
 from smolctl.errors import InputError, UsageError
+from smolctl.ownership import (
+    Record,
+    kept_files,
+    read_record,
+    remove_own_files,
+    require_replaceable,
+    write_record,
+)
 from smolctl.runs.checkpoint_file import (
+    CHECKPOINT_ENDINGS,
     CheckpointFile,
     link_checkpoint,
     remove_checkpoint,
     set_aside,
     write_checksum,
 )
-from smolctl.runs.events import Event, Prediction, Step, Validation, to_json
+from smolctl.runs.events import Event, Listener, Note, Prediction, Step, Validation, to_json
 from smolctl.runs.records import EVERY_STEP, append_record, keep_records, read_records
 from smolctl.runs.story import History, histories, to_markdown
 
@@ -53,10 +62,15 @@ LINEAGE = "lineage.json"
 QUANTIZED = "quantized"
 LOGS = "logs"
 LOCK = ".lock"
-# Everything that belongs to a run; whatever else lies in its folder is somebody else's.
-NAMES = (
-    *(CONFIG, ENVIRONMENT, TOKENIZER, CHECKPOINTS, METRICS, PREDICTIONS, STORY, LOSS_CURVE),
-    *(LINEAGE, QUANTIZED, LOGS, LOCK),
+KIND = "run"
+# Everything that belongs to a run, as `ownership.Record` takes it: the rest of its folder is somebody else's.
+FILES = (
+    *(CONFIG, ENVIRONMENT, METRICS, PREDICTIONS, STORY, LOSS_CURVE, LINEAGE, LOCK, ".*.partial"),
+    *(f"{TOKENIZER}/{name}" for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")),
+    *(f"{CHECKPOINTS}/{name}{end}" for name in ("step-*.ckpt", FINAL) for end in CHECKPOINT_ENDINGS),
+    f"{CHECKPOINTS}/.*.partial",
+    *(f"{QUANTIZED}/{name}" for name in ("verdict.json", "*.gguf", "*/")),
+    *(f"{LOGS}/{name}" for name in ("csv/**", "tensorboard/**", "wandb/**", "wandb-id", "trackio/**")),
 )
 CHECKPOINT_NAME = re.compile(r"step-(\d+)\.ckpt")
 
@@ -109,28 +123,39 @@ class RunFolder:
         return cls(checkpoint.parent.parent) if is_inside else None
 
     @classmethod
-    def claim(cls, name: str, out: Path | None, force: bool) -> RunFolder:
+    def claim(
+        cls, name: str, out: Path | None, force: bool, reads: Iterable[str], emit: Listener
+    ) -> RunFolder:
         """A fresh folder for a run: `out`, or the next free runs/NAME-001.
 
+        Args:
+            name: of the config.
+            out: the folder that the user named.
+            force: replace the run in it; files that are not smolctl's stay.
+            reads: files, folders and runs that the command reads.
+            emit: hears what stays.
+
         Raises:
-            UsageError: `out` holds something already and `force` is not set.
+            UsageError: `out` holds something that is not to be replaced.
             InputError: another process is training into it.
         """
         if out is None:
-            return cls(_next_free(name))
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            if not force:
-                raise UsageError(
-                    f"{out} is not empty", "Choose another --out, resume it, or replace it with --force."
-                )
-            if not cls.is_run(out):
-                raise UsageError(
-                    f"{out} is no run of smolctl: --force will not delete it", "Choose another --out."
-                )
-            with cls(out).lock():
-                shutil.rmtree(out)
-        out.mkdir(parents=True, exist_ok=True)
-        return cls(out)
+            folder = _next_free(name)
+        else:
+            cls.require_free(out, force, reads)
+            folder = out.resolve() if out.is_symlink() else out
+            folder.mkdir(parents=True, exist_ok=True)
+            if read_record(folder) is not None:
+                with cls(folder).lock():
+                    if stays := remove_own_files(folder):
+                        emit(Note(kept_files(out, stays)))
+        write_record(folder, Record(KIND, dict.fromkeys(FILES)))
+        return cls(folder)
+
+    @classmethod
+    def require_free(cls, out: Path, force: bool, reads: Iterable[str]) -> None:
+        """Refuse a folder that `claim` would not give to a new run. Arguments and errors as there."""
+        require_replaceable(out, KIND, "--out", force, reads)
 
     def lock(self) -> FileLock:
         """The lock of the folder, held while a process trains into it.

@@ -38,6 +38,7 @@ class Prepared:
     decisions: Decisions  # of what was "auto" in the config
     first_step: int = 0  # steps behind the run
     first_sample: int = 0  # samples that they saw
+    reads: tuple[str, ...] = ()  # files, folders and runs that it was made of
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -109,7 +110,8 @@ def prepare(
     else:
         emit(Note(f"Weights and shape from {source.id}; a new optimizer starts at step 0."))
         network = load_network(source, dtype=torch.float32)
-    return Prepared(config, _as_trained(network, config), tokenizer, corpus, decisions)
+    reads = tuple(filter(None, (init_from, config.tokenizer, *config.data.source)))
+    return Prepared(config, _as_trained(network, config), tokenizer, corpus, decisions, reads=reads)
 
 
 def prepare_again(

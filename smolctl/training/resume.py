@@ -66,9 +66,13 @@ def resume(
         prepared, checkpoint = _prepare(parent, reference, step, options, lambda _event: None, None)
         return fit(prepared, parent or RunFolder(options.out or RUNS), checkpoint.path, emit)
     if parent is None or options.out is not None:
+        reads: tuple[str, ...] = (str(reference),)
+        if options.out is not None:  # before what takes long
+            RunFolder.require_free(options.out, options.force, reads)
         prepared, checkpoint = _prepare(parent, reference, step, options, emit, on_tokenize)
         with naming_the_disk(options.out or RUNS):
-            run = RunFolder.claim(reference.stem, options.out, options.force)
+            reads += prepared.config.data.source
+            run = RunFolder.claim(reference.stem, options.out, options.force, reads, emit)
         with run.lock():
             with naming_the_disk(run.path):
                 environment = describe_environment(prepared.config, prepared.decisions)

@@ -58,7 +58,7 @@ def train(prepared: Prepared, name: str, out: Path | None, force: bool, emit: Li
         return fit(prepared, RunFolder(out or RUNS), None, emit)
     plan = plan_run(prepared, out or RUNS)
     with naming_the_disk(out or RUNS):
-        run = RunFolder.claim(name, out, force)
+        run = RunFolder.claim(name, out, force, prepared.reads, emit)
     with run.lock():
         with naming_the_disk(run.path):
             environment = describe_environment(prepared.config, prepared.decisions)

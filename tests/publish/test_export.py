@@ -20,6 +20,7 @@ from smolctl.config import ModelConfig
 from smolctl.errors import ExitCode, InputError, SmolError
 from smolctl.generation.load import load_model
 from smolctl.model.weights import finite_tensors, load_network
+from smolctl.ownership import RECORD
 from smolctl.publish.build import Built, build, open_model, repository_name
 from smolctl.publish.card import BEGIN, END, merge_card, require_valid, split_card
 from smolctl.publish.secrets import scan
@@ -363,6 +364,7 @@ def test_a_local_dir_holds_exactly_what_the_plan_names(
     document = smolctl("push", llama_run, "--local-dir", out, "--json").json
     planned = {file["path"]: file["sha256"] for file in document["repo"]["files"]}
     there = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
+    assert json.loads(there.pop(RECORD).read_text())["files"] == planned  # it says what may be replaced
     assert {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in there.items()} == planned
     assert len({path.stat().st_mode for path in there.values()}) == 1  # whoever may read one may read all
     assert smolctl("push", llama_run, "--local-dir", out).code == 0

@@ -281,7 +281,7 @@ def test_a_run_is_not_overwritten_without_force(make: Make, finished: Finished) 
     other = Path("other")
     other.mkdir()
     (other / "thesis.txt").write_text("precious")
-    with pytest.raises(UsageError, match="will not delete"):
+    with pytest.raises(UsageError, match="not replaced"):
         train(make(), "tiny", other, force=True, emit=lambda _event: None)
     assert (other / "thesis.txt").read_text() == "precious"
 

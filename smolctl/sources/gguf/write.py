@@ -18,6 +18,7 @@ from smolctl.config import ModelConfig
 from smolctl.durable import lack_of_room, replacing
 from smolctl.errors import InputError, SmolError
 from smolctl.sources.base import TokenizerFiles
+from smolctl.sources.gguf.header import read_header
 from smolctl.sources.gguf.model import KEYS, NAMES, open_gguf
 from smolctl.sources.gguf.write_tokenizer import require_same_tokenizer, tokenizer_metadata
 from smolctl.sources.quantized.packed import BLOCK
@@ -35,6 +36,7 @@ LARGEST_ERROR = {
     "q4_1": 1.02 / 15,
     "q4_0": 1.02 / 8,
 }
+WRITER_KEY, WRITER = "general.quantized_by", "smolctl"  # of the files that smolctl may replace
 SCALE_UNDERFLOW = 8e-6  # scales are float16, whose smallest step is 6e-8, times up to 127
 SCHEMES = tuple(LARGEST_ERROR)
 BLOCK_SCHEMES = tuple(scheme for scheme in SCHEMES if scheme.startswith("q"))
@@ -138,6 +140,14 @@ def write_gguf(
     return GGUFResult(path, scheme, path.stat().st_size, parameters, error)
 
 
+def is_own_gguf(path: Path) -> bool:
+    """Whether smolctl wrote a file."""
+    try:
+        return read_header(path).metadata.get(WRITER_KEY) == WRITER
+    except (InputError, OSError):
+        return False
+
+
 def block_of(name: str, dimensions: int, scheme: str) -> str:
     """What a tensor is stored as in a file of a scheme: tables keep 8 bits, vectors float32."""
     if dimensions == 1:
@@ -167,6 +177,7 @@ def _model_metadata(config: ModelConfig, scheme: str, name: str) -> dict[str, An
         "general.name": name,
         "general.file_type": int(file_type),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
+        WRITER_KEY: WRITER,
         **{f"llama.{key}": getattr(config, field) for key, field in KEYS.items()},
     }
 

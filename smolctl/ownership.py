@@ -1,0 +1,247 @@
+"""Which files smolctl may replace: those that the record in a folder names, and no others.
+
+Every folder that smolctl writes holds `.smolctl.json`: what kind of folder it is, and its files. A folder
+without it is somebody else's, whatever the files in it are called.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from smolctl import __version__
+from smolctl.durable import file_digest, sync_folder, write_text
+from smolctl.errors import UsageError
+
+RECORD = ".smolctl.json"
+FORMAT = 1
+UNFINISHED = "folder that is being written"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What smolctl has written into a folder.
+
+    Args:
+        kind: of the folder: "run", "quantized model", "repository".
+        files: patterns of paths inside it. `*` stands for a part of one name, `/**` at the end for everything
+            below, and `/` at the end for a folder that has a record of its own. With each, the SHA-256 that a
+            file was written with, where it should be known whether somebody has edited it.
+        id: tells this folder from others of its kind.
+        version: of smolctl.
+    """
+
+    kind: str
+    files: Mapping[str, str | None]
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    version: str = __version__
+    format: int = FORMAT
+
+    def names(self, path: str, is_folder: bool = False) -> bool:
+        """Whether a path inside the folder is one of the record's."""
+        place = PurePosixPath("/", path)
+        for pattern in (RECORD, *self.files):
+            if pattern.endswith("/**"):
+                if not is_folder and path.startswith(pattern[:-2]):
+                    return True
+            elif pattern.endswith("/") == is_folder and place.match(f"/{pattern}"):
+                return True
+        return False
+
+    def leads_to(self, path: str) -> bool:
+        """Whether files of the record may lie below a path."""
+        parts = PurePosixPath(path).parts
+        for pattern in self.files:
+            above = PurePosixPath(pattern).parts[: len(parts)]
+            if len(above) == len(parts) and PurePosixPath("/", path).match(f"/{PurePosixPath(*above)}"):
+                return True
+        return False
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record in a folder; None where there is none that can be read."""
+    try:
+        values: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = Record(**values)
+    except (OSError, ValueError, TypeError):
+        return None
+    return record if record.format == FORMAT and isinstance(record.files, dict) else None
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Say what in a folder is smolctl's."""
+    write_text(folder / RECORD, json.dumps(asdict(record), indent=2) + "\n")
+
+
+def edited_files(folder: Path) -> tuple[str, ...]:
+    """Files that are no longer as smolctl wrote them, of those whose SHA-256 the record holds."""
+    record = read_record(folder)
+    digests = {name: record.files.get(glob.escape(name)) for name, _ in _files(folder)} if record else {}
+    return tuple(name for name, digest in digests.items() if digest and file_digest(folder / name) != digest)
+
+
+def require_replaceable(target: Path, kind: str, option: str, force: bool, reads: Iterable[str]) -> None:
+    """Refuse to write where something is that nobody asked to replace, or that is not smolctl's.
+
+    Args:
+        target: the folder to be written.
+        kind: what it will be.
+        option: of the command line that names it.
+        force: replace a folder of the same kind that smolctl wrote.
+        reads: what the command reads: files, folders, RUN@STEP. Names of anything else are passed over.
+
+    Raises:
+        UsageError: with what stands there.
+    """
+    real = target.resolve()
+    another = f"Choose another {option}."
+    if real.exists() and not real.is_dir():
+        raise UsageError(f"{target} is a file, not a folder", another)
+    if not real.is_dir() or not any(real.iterdir()):
+        return
+    _require_not_read(target, option, reads)
+    if not force:
+        raise UsageError(
+            f"{target} is not empty", f"Choose another {option}, or replace what smolctl wrote with --force."
+        )
+    record = read_record(real)
+    if record is None or record.kind != kind:
+        found = f"a {record.kind}" if record else f"no {kind} that smolctl wrote: it has no {RECORD}"
+        raise UsageError(f"{target} is not replaced, because it is {found}", another)
+    for path in real.rglob("*"):
+        name = path.relative_to(real).as_posix()
+        if path.is_symlink() and path.is_dir() and record.leads_to(name):
+            raise UsageError(f"{target} is not replaced, because {path} in it is a link", another)
+
+
+def require_replaceable_file(
+    target: Path, option: str, force: bool, reads: Iterable[str], is_own: Callable[[Path], bool]
+) -> None:
+    """The same for a single file, which tells itself who wrote it.
+
+    Args:
+        is_own: whether smolctl wrote the file that is there.
+    """
+    another = f"Choose another {option}."
+    if target.is_dir():
+        raise UsageError(f"{target} is a folder, not a file", another)
+    if not target.exists():
+        return
+    _require_not_read(target, option, reads)
+    if not force:
+        raise UsageError(
+            f"{target} is there already", f"Choose another {option}, or replace the file with --force."
+        )
+    if not is_own(target):
+        raise UsageError(f"{target} is not replaced, because smolctl did not write it", another)
+
+
+def _require_not_read(target: Path, option: str, reads: Iterable[str]) -> None:
+    for name in reads:
+        path = Path(name if Path(name).exists() else name.rpartition("@")[0] or name)
+        if path.exists() and path.resolve().is_relative_to(target.resolve()):
+            raise UsageError(
+                f"{target} is not replaced, because this command reads {name}", f"Choose another {option}."
+            )
+
+
+def strange_files(folder: Path) -> tuple[str, ...]:
+    """Paths of the files in a folder that are not smolctl's."""
+    return tuple(name for name, is_ours in _files(folder) if not is_ours) if folder.is_dir() else ()
+
+
+def remove_own_files(folder: Path) -> tuple[str, ...]:
+    """Delete smolctl's files in a folder, and the folders that are empty after it; never the folder itself.
+
+    Returns:
+        What stays, because it is not smolctl's.
+    """
+    files = list(_files(folder))  # the record decides, and goes with the rest
+    for name, is_ours in files:
+        if is_ours:
+            path = folder / name
+            path.unlink()
+            while (path := path.parent) != folder and not any(path.iterdir()):
+                path.rmdir()
+    return tuple(name for name, is_ours in files if not is_ours)
+
+
+def kept_files(folder: Path, names: Sequence[str]) -> str:
+    """A sentence for people on what was not replaced in a folder."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{folder}: kept, because smolctl did not write them: {', '.join(names[:5])}{more}"
+
+
+@contextmanager
+def building(target: Path) -> Iterator[Path]:
+    """A new folder beside `target` to write its content to; `put_in_place` then moves it there.
+
+    What a process that died has left of it is cleared away by the next one.
+    """
+    real = target.resolve()
+    real.parent.mkdir(parents=True, exist_ok=True)
+    work = real.with_name(f".{real.name}.partial")
+    if (record := read_record(work)) is not None and record.kind == UNFINISHED:
+        shutil.rmtree(work)
+    work.mkdir()
+    try:
+        write_record(work, Record(UNFINISHED, {}))
+        folder = work / real.name
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def put_in_place(built: Path, target: Path) -> tuple[str, ...]:
+    """Move a built folder to `target`, in place of smolctl's files that are there.
+
+    Whenever the process dies, old and new files do not mix: the old ones go first.
+
+    Args:
+        built: by `building`.
+        target: where smolctl's own files may be replaced, see `require_replaceable`.
+
+    Returns:
+        What stays, because it is not smolctl's.
+    """
+    real = target.resolve()
+    stays: tuple[str, ...] = ()
+    if real.is_dir():
+        stays = remove_own_files(real)
+        for path in sorted(path for path in built.rglob("*") if path.is_file()):  # its record is the first
+            place = real / path.relative_to(built)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(place)
+        sync_folder(real)
+    else:
+        built.rename(real)
+    sync_folder(real.parent)
+    return stays
+
+
+def _files(folder: Path, record: Record | None = None, inside: str = "") -> Iterable[tuple[str, bool]]:
+    """Every file below a folder, links to folders included, and whether it is smolctl's.
+
+    Args:
+        folder: whose record decides, up to a folder below it that has one of its own.
+        record: of `folder`, when it was read already.
+        inside: path of a part of it.
+    """
+    record = record or read_record(folder)
+    for path in sorted((folder / inside).iterdir()):
+        name = f"{inside}{path.name}"
+        if path.is_symlink() or not path.is_dir():
+            yield name, record is not None and record.names(name)
+        elif (path / RECORD).is_file():
+            is_ours = record is not None and record.names(name, is_folder=True)
+            yield from ((f"{name}/{below}", is_ours and ours) for below, ours in _files(path))
+        else:
+            yield from _files(folder, record, f"{name}/")
