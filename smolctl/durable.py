@@ -17,7 +17,7 @@ from smolctl.errors import SmolError
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 # A file that was written less than so many nanoseconds ago may change once more within the resolution of its
 # time of change.
-SETTLED_NS = 1_000_000_000
+SETTLED_NS = 3_000_000_000  # FAT counts time in steps of two seconds
 
 
 class HashingFile:
@@ -108,9 +108,13 @@ def write_text(target: Path, text: str) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Wait until a file's bytes are on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Wait until a file's bytes are on the disk, where its file system can say so."""
+    with path.open("r+b") as file:  # Windows syncs only what is open for writing
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+                raise
 
 
 def sync_folder(folder: Path) -> None:

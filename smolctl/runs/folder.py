@@ -15,9 +15,10 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from smolctl.config import RunConfig
 from smolctl.config.dump import to_yaml
@@ -43,9 +44,6 @@ from smolctl.runs.checkpoint_file import (
 from smolctl.runs.events import Event, Listener, Note, Prediction, Step, Validation, to_json
 from smolctl.runs.records import EVERY_STEP, append_record, keep_records, read_records
 from smolctl.runs.story import History, histories, to_markdown
-
-if TYPE_CHECKING:
-    from filelock import FileLock
 
 RUNS = Path("runs")
 LATEST = "latest"  # in `runs`: a link to the newest run
@@ -146,7 +144,7 @@ class RunFolder:
             folder = out.resolve() if out.is_symlink() else out
             folder.mkdir(parents=True, exist_ok=True)
             if read_record(folder) is not None:
-                with cls(folder).lock():
+                with cls(folder).lock(emit):
                     if stays := remove_own_files(folder):
                         emit(Note(kept_files(out, stays)))
         write_record(folder, Record(KIND, dict.fromkeys(FILES)))
@@ -157,8 +155,25 @@ class RunFolder:
         """Refuse a folder that `claim` would not give to a new run. Arguments and errors as there."""
         require_replaceable(out, KIND, "--out", force, reads)
 
-    def lock(self) -> FileLock:
+    def become_latest(self) -> None:
+        """Make runs/latest a link to this run, replacing an older link in one move.
+
+        Raises:
+            OSError: the working folder cannot be written, or its file system has no symbolic links.
+        """
+        RUNS.mkdir(exist_ok=True)
+        target = self.path.resolve()
+        inside = target.parent == RUNS.resolve()
+        partial = RUNS / f".{LATEST}.{os.getpid()}"
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(target.name if inside else target, target_is_directory=True)
+        partial.replace(RUNS / LATEST)
+
+    def lock(self, emit: Listener) -> AbstractContextManager[object]:
         """The lock of the folder, held while a process trains into it.
+
+        Args:
+            emit: hears when the file system has no locks; the run then goes on without one.
 
         Raises:
             InputError: another process holds it.
@@ -169,6 +184,11 @@ class RunFolder:
         try:
             with naming_the_disk(self.path):
                 lock.acquire()
+        except NotImplementedError:
+            emit(
+                Note(f"{self.path}: this disk has no file locks: train into this folder only once at a time.")
+            )
+            return nullcontext()
         except Timeout:
             raise InputError(
                 f"{self.path}: another process is training into this run",
@@ -181,7 +201,7 @@ class RunFolder:
     def describe(
         self, config: RunConfig, environment: Mapping[str, Any], save_tokenizer: Callable[[Path], None]
     ) -> None:
-        """Write what a run is before its first step, and point runs/latest here.
+        """Write what a run is before its first step.
 
         Args:
             config: of the run.
@@ -199,7 +219,6 @@ class RunFolder:
         self.write_environment(environment)
         save_tokenizer(self.tokenizer)
         (self.path / CHECKPOINTS).mkdir(exist_ok=True)
-        _point_latest_at(self.path)
 
     def config(self) -> RunConfig:
         """The resolved config that the run was started with."""
@@ -383,16 +402,6 @@ def _next_free(name: str) -> Path:
             continue  # of an older run, or of one that starts at this very moment
         return path
     raise AssertionError("unreachable")
-
-
-def _point_latest_at(folder: Path) -> None:
-    """Make runs/latest a link to a run, replacing an older link in one move."""
-    RUNS.mkdir(exist_ok=True)
-    inside = folder.resolve().parent == RUNS.resolve()
-    partial = RUNS / f".{LATEST}.{os.getpid()}"
-    partial.unlink(missing_ok=True)
-    partial.symlink_to(folder.name if inside else folder.resolve(), target_is_directory=True)
-    partial.replace(RUNS / LATEST)
 
 
 def latest_run(root: Path = RUNS) -> Path:

@@ -23,7 +23,7 @@ from smolctl.training.loggers import MetricLoggers, Opening
 from smolctl.training.module import TrainingModule
 from smolctl.training.predictions import observing, predict
 from smolctl.training.prepare import Prepared
-from smolctl.training.tolerance import Tolerance, shortened
+from smolctl.training.tolerance import LATEST_LINK, Tolerance, shortened
 
 # Steps over which the displayed speed is averaged: enough to be calm, few enough to follow a change.
 SPEED_WINDOW = 20
@@ -91,6 +91,9 @@ class RunCallback(pl.Callback):
         self.run = RunFolder(Path(from_main(str(self.run.path), trainer)))
         if trainer.global_step == 0:
             self._save(trainer)  # shows before step 1 that a checkpoint can be written and read
+            if trainer.is_global_zero:
+                with self._tolerating(LATEST_LINK, 0):
+                    self.run.become_latest()
             self._predict(trainer, pl_module)
 
     def on_train_batch_start(

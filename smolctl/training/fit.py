@@ -26,6 +26,7 @@ from smolctl.training.guards import naming_the_memory_knob
 from smolctl.training.lightning import pl
 from smolctl.training.module import TrainingModule
 from smolctl.training.prepare import Prepared
+from smolctl.training.tolerance import Tolerance
 
 # Parameters of glibc's mallopt(3).
 M_TRIM_THRESHOLD = -1
@@ -67,7 +68,8 @@ def fit(prepared: Prepared, run: RunFolder, start: Path | None, emit: Listener) 
         reason = stop.received or "done"
         if is_main_process():
             if step == last:
-                run.name_final(step)
+                with Tolerance(emit)("giving the last checkpoint the name final.ckpt", step):
+                    run.name_final(step)
             emit(End(step, str(run.path), reason, time.perf_counter() - started))
     if reason == "done" and step != last:
         raise InputError(f"the run ended at step {step} of {last}", "Resume it; this is a bug.")

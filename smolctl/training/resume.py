@@ -22,6 +22,7 @@ from smolctl.training.distributed import is_main_process
 from smolctl.training.fit import RunResult, fit
 from smolctl.training.optim.schedule import LearningRatePolicy, continue_schedule, learning_rate
 from smolctl.training.prepare import Prepared, prepare_again
+from smolctl.training.tolerance import LATEST_LINK, Tolerance
 from smolctl.training.train import plan_run
 
 # A run cannot change these and be the same run. What the optimizer keeps belongs to one optimizer.
@@ -73,13 +74,15 @@ def resume(
         with naming_the_disk(options.out or RUNS):
             reads += prepared.config.data.source
             run = RunFolder.claim(reference.stem, options.out, options.force, reads, emit)
-        with run.lock():
+        with run.lock(emit):
             with naming_the_disk(run.path):
                 environment = describe_environment(prepared.config, prepared.decisions)
                 run.describe(prepared.config, environment, prepared.tokenizer.save)
                 run.branch_from(checkpoint.path, checkpoint.step, parent)
+            with Tolerance(emit)(LATEST_LINK, checkpoint.step):
+                run.become_latest()
             return _go_on(prepared, run, checkpoint, emit)
-    with parent.lock():
+    with parent.lock(emit):
         prepared, checkpoint = _prepare(parent, reference, step, options, emit, on_tokenize)
         with naming_the_disk(parent.path):
             parent.clear_after(checkpoint.step, options.force)

@@ -10,6 +10,8 @@ from smolctl.runs.events import Listener, Note
 from smolctl.training.guards import NonFiniteError
 from smolctl.training.rng import keeping_rng
 
+LATEST_LINK = "making runs/latest a link to this run"
+
 
 class Tolerance:
     """Turns the failure of an onlooker into a note, once for each kind."""

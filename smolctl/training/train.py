@@ -59,7 +59,7 @@ def train(prepared: Prepared, name: str, out: Path | None, force: bool, emit: Li
     plan = plan_run(prepared, out or RUNS)
     with naming_the_disk(out or RUNS):
         run = RunFolder.claim(name, out, force, prepared.reads, emit)
-    with run.lock():
+    with run.lock(emit):
         with naming_the_disk(run.path):
             environment = describe_environment(prepared.config, prepared.decisions)
             run.describe(prepared.config, environment, prepared.tokenizer.save)
