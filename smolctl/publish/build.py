@@ -13,6 +13,7 @@ from smolctl.errors import InputError
 from smolctl.hub.client import README
 from smolctl.hub.files import PlannedFile, planned_files
 from smolctl.model.weights import parameter_count
+from smolctl.ownership import RECORD
 from smolctl.publish.card import merge_card, read_metadata, require_valid, split_card, stated_license
 from smolctl.publish.card_text import CardFacts, card_metadata, card_text
 from smolctl.publish.export import Export, export_model
@@ -208,7 +209,7 @@ def _left_out(model: ModelToPublish, taken: set[str]) -> tuple[str, ...]:
     if model.folder is None:
         return ()
     names = (f"{path.name}/" if path.is_dir() else path.name for path in sorted(model.folder.iterdir()))
-    return tuple(name for name in names if name.rstrip("/") not in taken and name != LOCK)
+    return tuple(name for name in names if name.rstrip("/") not in {*taken, LOCK, RECORD})
 
 
 def require_repository(name: str, option: str) -> None:

@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from smolctl.durable import file_digest, naming_the_disk, replacing, write_text
 from smolctl.errors import InputError, UsageError
 from smolctl.ownership import (
     Record,
+    edited_files,
     kept_files,
     read_record,
     remove_own_files,
@@ -226,8 +227,20 @@ class RunFolder:
         return resolve_run_config(read_yaml(path), str(path))
 
     def write_config(self, config: RunConfig) -> None:
-        """Write the resolved config."""
+        """Write the resolved config, and record its checksum."""
         write_text(self.path / CONFIG, to_yaml(config))
+        record = read_record(self.path) or Record(KIND, dict.fromkeys(FILES))
+        digests = {**record.files, CONFIG: file_digest(self.path / CONFIG)}
+        write_record(self.path, replace(record, files=digests))
+
+    def edited_config(self) -> RunConfig | None:
+        """What config.yaml says, if somebody may have edited it after smolctl wrote it.
+
+        Raises:
+            InputError: it is no config any more.
+        """
+        is_as_written = read_record(self.path) is not None and CONFIG not in edited_files(self.path)
+        return None if is_as_written else self.config()
 
     def environment(self) -> dict[str, Any]:
         """The machine, the versions, and what was decided for them; empty where it was not recorded."""

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from smolctl.config import RunConfig, resolve_run_config
-from smolctl.config.load import merge
+from smolctl.config.load import merge, nested
 from smolctl.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from smolctl.data.tokens.corpus import TokenizeProgress
 from smolctl.durable import naming_the_disk
 from smolctl.errors import InputError, UsageError
 from smolctl.runs.checkpoint_file import CheckpointFile, read_checkpoint, recorded_config
 from smolctl.runs.events import Listener, Note, Start
-from smolctl.runs.folder import CHECKPOINT_NAME, RUNS, RunFolder
+from smolctl.runs.folder import CHECKPOINT_NAME, CONFIG, RUNS, RunFolder
 from smolctl.sources.base import TokenizerFiles
 from smolctl.training.device import Decisions, decide_again, describe_environment
 from smolctl.training.distributed import is_main_process
@@ -27,7 +27,7 @@ from smolctl.training.train import plan_run
 
 # A run cannot change these and be the same run. What the optimizer keeps belongs to one optimizer.
 FIXED_SECTIONS = ("model", "tokenizer", "data")
-FREE_KEYS = ("model.attention_dropout", "data.workers")
+FREE_KEYS = ("model.attention_dropout", "data.workers", "data.source")  # sources must hold the same
 FIXED_KEYS = ("optimizer.name", "train.seed")
 
 
@@ -120,6 +120,9 @@ def _prepare(
     content = read_checkpoint(path)
     checkpoint = CheckpointFile(int(content.get("global_step", 0)), path)
     before, state = run_of(content, path)
+    if parent is not None and (edits := edited_settings(parent, before)):
+        emit(Note(f"{parent.path / CONFIG} was edited: {', '.join(edits)}."))
+        options = replace(options, settings=merge(nested(edits), options.settings))
     changed = changed_config(before, checkpoint.step, options)
     config, decisions = decide_again(changed, decisions_of(state), options.settings, emit)
     tokenizer = tokenizer_of(content, parent, path)
@@ -130,6 +133,15 @@ def _prepare(
         emit(Note(f"Changed: {line}"))
     emit(Note(learning_rate_at_boundary(before, config, checkpoint.step)))
     return prepared, checkpoint
+
+
+def edited_settings(run: RunFolder, before: RunConfig) -> dict[str, Any]:
+    """Settings that somebody has changed in a run's config.yaml, by the dotted names that `--set` takes."""
+    edited = run.edited_config()
+    if edited is None:
+        return {}
+    old, new = before.settings(), edited.settings()
+    return {key: value for key, value in new.items() if value != old[key]}
 
 
 def run_of(content: Mapping[str, Any], path: Path) -> tuple[RunConfig, dict[str, Any]]:
@@ -174,21 +186,25 @@ def changed_config(before: RunConfig, done: int, options: ResumeOptions) -> RunC
         UsageError: both or senseless targets were given, or no step would be left to do.
         InputError: a setting was changed that makes it another run.
     """
-    if options.extra is not None and options.until is not None:
-        raise UsageError("--extra and --until exclude each other", "Give one of them.")
-    target = done + options.extra if options.extra is not None else options.until or before.train.steps
+    values = merge(before.model_dump(), options.settings)
+    steps = resolve_run_config(values, "resume").train.steps
+    changed_steps = steps if steps != before.train.steps else None
+    targets = {"--extra": options.extra, "--until": options.until, "train.steps": changed_steps}
+    given = [name for name, value in targets.items() if value is not None]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} exclude each other", "Give one of them.")
+    target = done + options.extra if options.extra else options.until or steps
     if target <= done:
         raise UsageError(
             f"the run is at step {done} already and would end at {target}: nothing to do",
             "Say how much more with --extra N.",
         )
-    values = merge(before.model_dump(), options.settings)
     config = resolve_run_config(merge(values, {"train": {"steps": target}}), "resume").with_whole_steps()
     fixed = [line for line in changes(before, config) if _is_fixed(line.split(" ")[0])]
     if fixed:
         raise InputError(
             f"a resumed run cannot change {fixed[0]}",
-            "Start a new run from its weights instead: smolctl train --init-from RUN.",
+            "Change it back, or start a new run from its weights: smolctl train --init-from RUN.",
         )
     schedule = continue_schedule(
         config.schedule, before.optimizer.learning_rate, done, target, options.policy

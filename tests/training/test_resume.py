@@ -185,6 +185,62 @@ def test_what_makes_it_another_run_is_refused(make: Make, settings: dict[str, An
     assert (folder / "config.yaml").read_text() == before
 
 
+def edit(folder: Path, old: str, new: str) -> None:
+    path = folder / "config.yaml"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ("learning_rate: 0.003", "learning_rate: 0.001", "optimizer.learning_rate 0.003 → 0.001"),
+        ("keep_last: 0", "keep_last: 2", "checkpoint.keep_last 0 → 2"),
+        ("max_tokens: 5", "max_tokens: 3", "predictions.max_tokens 5 → 3"),
+    ],
+)
+def test_edits_of_the_config_are_taken_and_named(make: Make, old: str, new: str, key: str) -> None:
+    folder = run(make(**with_steps(2)), "run")
+    edit(folder, old, new)
+    said = notes(go_on(folder, extra=1))
+    assert any("config.yaml was edited" in note and key.split(" ")[0] in note for note in said)
+    assert any(key in note for note in said)
+    assert new in (folder / "config.yaml").read_text()
+    assert not any("edited" in note for note in notes(go_on(folder, extra=1)))
+    edit(folder, "steps: 4 ", "steps: 6 ")
+    go_on(folder)
+    assert [loss[0] for loss in losses(folder)] == [*range(1, 7)]
+    with pytest.raises(UsageError, match=r"--extra and train\.steps exclude"):
+        go_on(folder, extra=1, settings={"train": {"steps": 9}})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("num_hidden_layers: 2", "num_hidden_layers: 3", r"model\.num_hidden_layers 2 → 3"),
+        ("learning_rate: 0.003", "learning_rate: fast", r"optimizer\.learning_rate"),
+        ("model:", "modell:", "unknown key modell"),
+        ("model:", "model: {", "config.yaml, line"),
+    ],
+)
+def test_edits_of_the_config_that_cannot_be_taken_are_refused_by_name(
+    make: Make, old: str, new: str, said: str
+) -> None:
+    folder = run(make(**with_steps(2)), "run")
+    edit(folder, old, new)
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(InputError, match=said):
+        go_on(folder, extra=1)
+    assert (folder / "config.yaml").read_text() == before
+
+
+def test_a_comment_in_the_config_is_no_change(make: Make, whole: Path) -> None:
+    folder = run(make(**with_steps(10)), "run")
+    edit(folder, "model:", "# mine\nmodel:")
+    assert not any("Changed" in note or "edited" in note for note in notes(go_on(folder, until=15)))
+    assert_same_run(whole, folder)
+
+
 # --- where to go on -------------------------------------------------------------------------------
 
 
