@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from smolctl import __version__
+from smolctl.cores import usable_cpus
 
 PACKAGES = ("torch", "transformers", "tokenizers", "llama-cpp-python", "litgpt", "numpy", "lightning")
 # Above these shares results are called disturbed: 5 % of the machine's time is as much as a difference in
@@ -76,11 +77,6 @@ def describe_machine(threads: int) -> Machine:
         os=f"{platform.system()} {platform.release()}",
         versions=found,
     )
-
-
-def usable_cpus() -> int:
-    """Logical processors that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_average() -> float | None:

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable
 from typing import IO, Self, TypeVar, TypeVarTuple
 
+from smolctl.cores import sharing_cores
 from smolctl.errors import SmolError
 
 A = TypeVarTuple("A")
@@ -111,4 +112,5 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     torch.set_num_threads(int(sys.argv[1]))
-    serve(sys.stdin.buffer, answers)
+    with sharing_cores():
+        serve(sys.stdin.buffer, answers)

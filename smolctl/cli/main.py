@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from smolctl.cli.quantize import quantize
 from smolctl.cli.resume import resume
 from smolctl.cli.sample import sample
 from smolctl.cli.train import train
+from smolctl.cores import sharing_cores, usable_cores, usable_cpus
 from smolctl.errors import ExitCode, UsageError
 from smolctl.views.output import Output
 
@@ -58,7 +60,11 @@ app.command("push")(push)
 def main() -> None:
     """Run the command line and exit with its code."""
     try:
-        code = app(standalone_mode=False)
+        # A container sees all processors of its host: more threads than its share would wait for one another.
+        if usable_cores() < usable_cpus():
+            os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+        with sharing_cores():
+            code = app(standalone_mode=False)
     except Exception as error:
         # Typer's usage errors: its class is private, its interface is not.
         if not hasattr(error, "format_message"):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import os
 import random
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from smolctl.cores import usable_cores
 from smolctl.errors import SmolError
 from smolctl.generation.complete import CompletionSettings, complete
 from smolctl.generation.conversation import Conversation
@@ -41,7 +41,6 @@ STYLE = """
 #continuation textarea { font-family: ui-monospace, monospace }
 button.example { border: 1px solid var(--border-color-primary) }
 """
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 FONTS = ("ui-sans-serif", "system-ui", "sans-serif")  # of the visitor's system: nothing is fetched
 
 
@@ -204,19 +203,6 @@ def _continuation(gradio: Any, facts: SpaceFacts, speaker: Speaker, controls: li
     stop.click(None, cancels=answering)
 
 
-def usable_cores(quota: Path = CPU_QUOTA) -> float:
-    """Processors' worth of time that this container gets; `inf` where nothing limits it.
-
-    Args:
-        quota: of Linux's control groups, "max 100000" or "200000 100000": microseconds in a period.
-    """
-    try:
-        most, period = quota.read_text(encoding="ascii").split()
-        return int(most) / int(period)
-    except (OSError, ValueError):  # no such limit, or "max"
-        return math.inf
-
-
 def main(folder: Path, on_start: Callable[[str], None] | None = None) -> None:
     """Serve the page until the process is stopped.
 
@@ -228,7 +214,7 @@ def main(folder: Path, on_start: Callable[[str], None] | None = None) -> None:
     import gradio
 
     # A container sees all processors of its host. More threads than its share would wait for one another.
-    torch.set_num_threads(max(1, math.floor(min(torch.get_num_threads(), usable_cores()))))
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     # One visitor at a time: the model takes all cores. The address is Gradio's choice, on a Space the Hub's.
     page = build_page(folder).queue(default_concurrency_limit=1, max_size=16)
     waits = on_start is None

@@ -45,6 +45,7 @@ PARTS = ("config", "data", "generation", "hub", "model", "native", "runs", "sour
 SINGLE_FILES = (
     "__init__.py",
     "arithmetic.py",
+    "cores.py",
     "durable.py",
     "errors.py",
     "escaping.py",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import os
 import platform
 import re
@@ -24,7 +23,7 @@ from smolctl.generation.load import LoadedModel
 from smolctl.hub.client import HubClient
 from smolctl.native.library import Library, load_library
 from smolctl.publish import smoke
-from smolctl.publish.app import Speaker, usable_cores
+from smolctl.publish.app import Speaker
 from smolctl.publish.build import Built
 from smolctl.publish.card import split_card
 from smolctl.publish.push import PushOptions, PushPlan, push
@@ -123,18 +122,6 @@ def test_the_compiled_engine_goes_along_where_the_hub_can_run_it(
     engine = smoke.smoke_test(tmp_path).engine
     assert engine.startswith("torch cpu, int8")
     assert "slower, on PyTorch" in engine
-
-
-@pytest.mark.parametrize(
-    ("text", "cores"),
-    [("max 100000\n", math.inf), ("200000 100000\n", 2.0), ("50000 100000", 0.5), ("", math.inf)],
-)
-def test_the_processors_of_a_container_are_counted_by_its_quota(
-    text: str, cores: float, tmp_path: Path
-) -> None:
-    (tmp_path / "cpu.max").write_text(text)
-    assert usable_cores(tmp_path / "cpu.max") == cores
-    assert usable_cores(tmp_path / "none") == math.inf
 
 
 def test_examples_are_the_runs_own_prompts(space: Path) -> None:

@@ -1,0 +1,140 @@
+"""The machine's cores: how many this process may use, and how its threads wait while others need them."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+CHECK_EVERY_S = 1.0
+# Of a core's time, what this process's threads together have waited for a core: above the first they share
+# the machine, below the second they have it to themselves. Measured, see benchmarks/README.md.
+SHARED, ALONE = 0.2, 0.05
+CHOSEN = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}  # variables by which a user decides how threads wait
+
+
+def usable_cpus() -> int:
+    """Logical processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def usable_cores() -> int:
+    """Processors' worth of time that this process gets, its container's quota counted; at least 1."""
+    return max(1, math.floor(min(usable_cpus(), cpu_quota())))
+
+
+def cpu_quota(root: Path = Path("/")) -> float:
+    """Processors' worth of time that Linux's control groups allow; `inf` where nothing limits it.
+
+    The groups of version 1 and 2 are read, with those that they lie in: the narrowest counts. In a container
+    the path in /proc/self/cgroup may be the host's; then the container's own group is at the top.
+
+    Args:
+        root: of the file system.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return math.inf
+    quotas = [math.inf]
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        places = [PurePosixPath(name), *PurePosixPath(name).parents]
+        for mount in (".", "cpu", "cpu,cpuacct") if "cpu" in controllers.split(",") else (".", "unified"):
+            quotas += [_quota_of(root / "sys/fs/cgroup" / mount / f"./{place}") for place in places]
+    return min(quotas)
+
+
+def _quota_of(group: Path) -> float:
+    """The quota of one control group: microseconds in a period of microseconds."""
+    try:
+        if (group / "cpu.max").is_file():  # version 2: "max 100000" or "200000 100000"
+            most, period = (group / "cpu.max").read_text(encoding="ascii").split()
+        else:
+            most, period = (
+                (group / f"cpu.cfs_{part}_us").read_text(encoding="ascii") for part in ("quota", "period")
+            )
+        return int(most) / int(period) if int(most) > 0 else math.inf  # -1: no limit
+    except (OSError, ValueError, ZeroDivisionError):
+        return math.inf
+
+
+@contextmanager
+def sharing_cores() -> Iterator[None]:
+    """Let OpenMP's threads give their cores away at every barrier while other processes need them.
+
+    A thread of libgomp spins for milliseconds at a barrier before it sleeps. On a machine of its own that is
+    the fastest; where another process holds the core of the thread that all wait for, it is lost time. How
+    long it spins is fixed when the process starts, but while libgomp counts more threads than processors it
+    hardly spins at all. So, while this process has to wait for cores, a second team of threads that only
+    sleep is kept. The number of threads that compute stays the same, and so does every result.
+
+    Nothing is done where there is no libgomp (macOS, Windows) or the system does not tell how long threads
+    wait (/proc/self/task/*/schedstat).
+    """
+    end = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(end,), daemon=True)
+    if not CHOSEN & os.environ.keys():  # the user has said how threads wait
+        watcher.start()
+    try:
+        yield
+    finally:
+        end.set()
+        if watcher.is_alive():
+            watcher.join()
+
+
+def _watch(end: threading.Event) -> None:
+    """Keep a sleeping team while threads of this process wait for cores, until `end`."""
+    release: threading.Event | None = None
+    before = _waited()
+    while not end.wait(CHECK_EVERY_S):
+        now = _waited()
+        share, before = (now - before) / CHECK_EVERY_S, now
+        if release is None and share > SHARED and (library := _libgomp()) is not None:
+            release = _sleeping_team(library)
+        elif release is not None and share < ALONE:
+            release.set()
+            release = None
+    if release is not None:
+        release.set()
+
+
+def _sleeping_team(library: ctypes.CDLL) -> threading.Event:
+    """A team of more threads than there are processors; it sleeps, and ends when the event is set."""
+    release = threading.Event()
+
+    def hold() -> None:
+        # The team belongs to this thread and ends with it. Every member calls free(NULL), which does nothing.
+        nothing = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p)
+        library.GOMP_parallel(nothing, None, library.omp_get_num_procs() + 1, 0)
+        release.wait()
+
+    threading.Thread(target=hold, daemon=True).start()
+    return release
+
+
+def _libgomp() -> ctypes.CDLL | None:
+    """The OpenMP runtime that PyTorch has loaded; None where it is another one."""
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+        paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "libgomp" in line}
+        library = ctypes.CDLL(min(paths, key=lambda path: ("torch" not in path, path)))
+    except (OSError, ValueError, IndexError):  # not loaded, or not at all
+        return None
+    return library if hasattr(library, "GOMP_parallel") else None
+
+
+def _waited() -> float:
+    """Seconds that all threads of this process have waited for a core so far; 0 where nobody counts them."""
+    total = 0
+    for task in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            total += int(task.read_text(encoding="ascii").split()[1])
+        except (OSError, ValueError, IndexError):  # a thread that has just ended
+            continue
+    return total / 1e9

@@ -1,0 +1,145 @@
+"""How many cores a process may use, and how its threads wait beside other processes."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from smolctl import cores
+from smolctl.cores import cpu_quota, sharing_cores, usable_cores, usable_cpus
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="control groups and libgomp are Linux's")
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/", {"cpu.max": "max 100000"}, math.inf),
+        ("0::/", {"cpu.max": "200000 100000"}, 2.0),
+        ("0::/", {"cpu.max": ""}, math.inf),
+        ("0::/a/b", {"a/cpu.max": "150000 100000", "a/b/cpu.max": "max 100000"}, 1.5),
+        ("0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "50000 100000"}, 0.5),
+        ("0::/docker/of-the-host", {"cpu.max": "200000 100000"}, 2.0),
+        (
+            "4:cpu,cpuacct:/a\n0::/",
+            {"cpu/a/cpu.cfs_quota_us": "50000", "cpu/a/cpu.cfs_period_us": "100000"},
+            0.5,
+        ),
+        ("4:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
+        (
+            "4:cpu:/x",
+            {"cpu,cpuacct/cpu.cfs_quota_us": "400000", "cpu,cpuacct/cpu.cfs_period_us": "100000"},
+            4.0,
+        ),
+        ("1:cpuset:/", {"cpu.max": "max 0"}, math.inf),
+        ("", {}, math.inf),
+    ],
+)
+def test_the_processors_of_a_container_are_counted_by_its_quota(
+    groups: str, files: dict[str, str], expected: float, tmp_path: Path
+) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(groups)
+    for name, text in files.items():
+        path = tmp_path / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert cpu_quota(tmp_path) == expected
+
+
+def test_a_quota_of_less_than_a_core_is_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cpu_quota(Path("nowhere")) == math.inf
+    for quota, expected in ((0.5, 1), (1.9, 1), (math.inf, usable_cpus())):
+        monkeypatch.setattr(cores, "cpu_quota", lambda quota=quota: quota)
+        assert usable_cores() == min(expected, usable_cpus())
+
+
+def threads() -> int:
+    return len([*Path("/proc/self/task").iterdir()])
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@linux
+@pytest.mark.usefixtures("two_threads")
+def test_a_sleeping_team_is_kept_while_others_need_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
+    expected = values @ values
+    library = cores._libgomp()
+    assert library is not None
+    share, waited = threading.Event(), [0.0]
+
+    def count() -> float:
+        waited[0] += 0.01 if share.is_set() else 0.0
+        return waited[0]
+
+    monkeypatch.setattr(cores, "CHECK_EVERY_S", 0.01)
+    monkeypatch.setattr(cores, "_waited", count)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    before, team = threads(), library.omp_get_num_procs() + 1
+    with sharing_cores():
+        for _ in range(3):
+            until(lambda: threads() == before + 1)  # the one that watches
+            share.set()
+            until(lambda: threads() == before + 1 + team)
+            assert torch.equal(values @ values, expected)
+            share.clear()
+        share.set()
+        until(lambda: threads() == before + 1 + team)
+    until(lambda: threads() == before)
+
+
+@linux
+def test_how_long_threads_wait_for_cores_is_counted() -> None:
+    """Two threads on one core: each waits about as long as the other works."""
+
+    def work() -> None:
+        ended = time.monotonic() + 0.2
+        while time.monotonic() < ended:
+            hashlib.sha256(bytes(1 << 20))  # without the interpreter's lock
+
+    allowed, before = os.sched_getaffinity(0), cores._waited()
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        workers = [threading.Thread(target=work) for _ in range(2)]
+        for worker in workers:
+            worker.start()
+        time.sleep(0.15)
+        assert cores._waited() - before > 0.02
+    finally:
+        os.sched_setaffinity(0, allowed)
+    for worker in workers:
+        worker.join()
+
+
+@linux
+@pytest.mark.parametrize("name", sorted(cores.CHOSEN))
+def test_a_user_who_has_chosen_how_threads_wait_is_left_alone(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "1")
+    before = threads()
+    with sharing_cores():
+        assert threads() == before
