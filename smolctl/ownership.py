@@ -140,7 +140,7 @@ def require_replaceable_file(
             f"{target} is there already", f"Choose another {option}, or replace the file with --force."
         )
     if not is_own(target):
-        raise UsageError(f"{target} is not replaced, because smolctl did not write it", another)
+        raise UsageError(f"{target} is not replaced, because smolctl did not write it as such", another)
 
 
 def _require_not_read(target: Path, option: str, reads: Iterable[str]) -> None:

@@ -147,6 +147,15 @@ def test_a_gguf_is_replaced_only_when_smolctl_wrote_it(here: Path, smolctl: Smol
         assert written.read_bytes() == foreign
 
 
+@pytest.mark.parametrize("option", ["--save", "--plot"])
+@pytest.mark.parametrize("content", ["my notes", "{}", ""])
+def test_bench_replaces_only_its_own_files(option: str, content: str, here: Path, smolctl: Smolctl) -> None:
+    (here / "mine").write_text(content)
+    called = smolctl("bench", "runs/llama", "--suite", "load", "--repeats", "1", option, "mine")
+    assert called.code == 2
+    assert (here / "mine").read_text() == content
+
+
 def test_a_local_dir_is_written_again_unless_somebody_has_edited_it(here: Path, smolctl: Smolctl) -> None:
     command = (*COMMANDS["push"], "out")
     assert smolctl(*command, "--gguf", "q8_0").code == 0

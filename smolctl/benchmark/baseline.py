@@ -63,6 +63,14 @@ def read_baseline(path: Path) -> dict[str, Any]:
     return content
 
 
+def is_baseline(path: Path) -> bool:
+    """Whether `save_record` has written a file."""
+    try:
+        return bool(read_baseline(path))
+    except InputError:
+        return False
+
+
 def save_record(document: Mapping[str, Any], path: Path) -> None:
     """Write a bench's document: completely, or not at all.
 

@@ -96,11 +96,12 @@ def bench(
     smolctl bench --save base.json                      save a baseline, then compare with it:
     smolctl bench --baseline base.json --fail-below 0.95
     """
-    from smolctl.benchmark.baseline import compare_with, read_baseline, save_record
+    from smolctl.benchmark.baseline import compare_with, is_baseline, read_baseline, save_record
     from smolctl.benchmark.bench import BenchOptions
     from smolctl.benchmark.bench import bench as run
+    from smolctl.ownership import require_replaceable_file
     from smolctl.views.bench import bench_document, show_bench
-    from smolctl.views.bench_chart import draw_bench
+    from smolctl.views.bench_chart import draw_bench, is_own_chart
 
     view = Output(json, quiet, verbose)
     # A signal exits like an error, so that the engines' processes and files are removed.
@@ -109,6 +110,9 @@ def bench(
         raise UsageError("--fail-below needs a baseline to compare with", "Name one with --baseline.")
     if baseline is not None:
         read_baseline(baseline)  # fail now rather than after minutes
+    for target, name, is_own in ((save, "--save", is_baseline), (plot, "--plot", is_own_chart)):
+        if target is not None:
+            require_replaceable_file(target, name, force=True, reads=(), is_own=is_own)
     options = BenchOptions(
         suites=_listed(suite),
         schemes=_listed(to),

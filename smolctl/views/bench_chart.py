@@ -8,7 +8,14 @@ from smolctl.benchmark.report import BenchReport
 from smolctl.errors import SmolError
 
 COLUMNS = 3  # of panels
+WRITER = "smolctl bench"
 OURS, THEIRS = "#08519c", "#9ecae1"
+
+
+def is_own_chart(path: Path) -> bool:
+    """Whether `draw_bench` has written a file."""
+    with path.open("rb") as file:
+        return WRITER.encode() in file.read(1024)
 
 
 def draw_bench(report: BenchReport, target: Path) -> None:
@@ -42,7 +49,7 @@ def draw_bench(report: BenchReport, target: Path) -> None:
         f"{report.model.id} on {report.machine.cpu}, {report.machine.threads} threads", fontsize=9
     )
     try:
-        figure.savefig(target, format="png", dpi=120)
+        figure.savefig(target, format="png", dpi=120, metadata={"Software": WRITER})
     except OSError as error:
         raise SmolError(
             f"{target}: the chart cannot be written ({error.strerror})", "Name another file with --plot."
