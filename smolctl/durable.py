@@ -20,6 +20,10 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 SETTLED_NS = 3_000_000_000  # FAT counts time in steps of two seconds
 
 
+# Folders in the cache.
+CHECKED, TOKENIZERS = "checked", "tokenizers"
+
+
 class HashingFile:
     """A file opened for writing that hashes what passes through."""
 
@@ -60,7 +64,7 @@ def holds_once(path: Path, claim: str, check: Callable[[], bool]) -> bool:
     before = path.stat()
     identity = (before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns)
     name = hashlib.sha256(f"{identity} {claim}".encode()).hexdigest()
-    marker = cache_folder() / "checked" / name
+    marker = cache_folder() / CHECKED / name
     if marker.exists():
         return True
     holds = check()

@@ -21,7 +21,7 @@ class BitsPerByte:
     """Mean information of a byte of text under the model."""
 
     bits_per_byte: float
-    standard_error: float  # of the mean, over windows
+    standard_error: float | None  # of the mean, over windows; None: one window has none
     loss: float  # nats a token
     tokens: int
     bytes: int
@@ -36,7 +36,7 @@ class Estimate:
     """A mean and its standard error over windows."""
 
     mean: float
-    standard_error: float
+    standard_error: float | None  # None: one window has none
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,13 @@ def ratio_estimate(amounts: Sequence[float] | Tensor, sizes: Sequence[float] | T
     """Sum of amounts over sum of sizes, one of each for every window.
 
     The standard error is that of a ratio estimate, from the spread of (amount - ratio × size) over the
-    windows, which are treated as independent.
+    windows, which are treated as independent; one window has no spread, and None is its error.
     """
     amount, size = (torch.as_tensor(values, dtype=torch.float64) for values in (amounts, sizes))
     ratio = (amount.sum() / size.sum()).item()
-    spread = (amount - ratio * size).square().sum().item() / max(1, len(amounts) - 1)
+    if len(amounts) < 2:
+        return Estimate(ratio, None)
+    spread = (amount - ratio * size).square().sum().item() / (len(amounts) - 1)
     return Estimate(ratio, math.sqrt(spread / len(amounts)) / size.mean().item())
 
 

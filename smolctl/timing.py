@@ -23,6 +23,11 @@ T = TypeVar("T")
 CONFIDENCE = 0.95
 
 
+def with_error(mean: float, standard_error: float | None, form: str = ".4f") -> str:
+    """`2.1906 ± 0.0294`, or the mean alone where one measurement gives no error."""
+    return format(mean, form) + ("" if standard_error is None else f" ± {standard_error:.4f}")
+
+
 @dataclass(frozen=True)
 class Spread:
     """The median of several measurements and what lies around it."""

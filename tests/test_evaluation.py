@@ -7,13 +7,20 @@ import math
 import pytest
 import torch
 
-from smolctl.evaluation import bits_per_byte, ratio_estimate
+from smolctl.evaluation import Estimate, bits_per_byte, ratio_estimate
+from smolctl.timing import with_error
 from tests.support.tiny_models import tiny_network
 
 
 def test_a_ratio_is_computed_in_double_precision() -> None:
     large = 2.0**24 + 1  # float32 holds no odd numbers up there
     assert ratio_estimate([large], [1.0]).mean == large
+
+
+def test_one_window_has_no_standard_error() -> None:
+    assert ratio_estimate([3.0], [2.0]) == Estimate(1.5, None)
+    assert with_error(1.5, None) == "1.5000"
+    assert with_error(1.5, 0.25, "+.2f") == "+1.50 ± 0.2500"
 
 
 def test_the_standard_error_is_that_of_a_ratio() -> None:

@@ -26,7 +26,10 @@ PRIVATE = {
 }
 WORDS = re.compile(rf"(?<![\w-])({'|'.join(PRIVATE)})(?!\w)", re.IGNORECASE)
 JSON_VALUES = {"products in "}  # what bench --json has always called the limit; people read "matmul"
-COMMANDS = ("inspect-config", "count-params", "train", "resume", "sample", "quantize", "bench", "push")
+COMMANDS = (
+    *("inspect-config", "count-params", "train", "resume", "sample", "quantize", "bench", "push"),
+    "cache",
+)
 
 
 def found_in(text: str) -> list[str]:

@@ -10,6 +10,7 @@ import typer
 
 from smolctl import __version__
 from smolctl.cli.bench import bench
+from smolctl.cli.cache import cache
 from smolctl.cli.count_params import count_params
 from smolctl.cli.inspect_config import inspect_config
 from smolctl.cli.push import push
@@ -55,6 +56,7 @@ app.command("sample")(sample)
 app.command("quantize")(quantize)
 app.command("bench")(bench)
 app.command("push")(push)
+app.command("cache")(cache)
 
 
 def main() -> None:

@@ -34,7 +34,10 @@ class DataConfig(Section):
     sequence_length: int = Field(1_024, gt=0, description="tokens of a sequence")
     document_masking: bool = Field(False, description="a token attends to its own document only")
     validation_fraction: float = Field(0.01, ge=0, lt=1, description="share of documents held out")
-    seed: int = Field(8, ge=0, lt=2**63, description="order of sequences, choice of held-out documents")
+    validation: str | None = Field(
+        None, description="file, folder or Hub dataset that is held out instead of a share of the source"
+    )
+    seed: int = Field(8, ge=0, lt=2**63, description="order of the sequences")
     workers: int = Field(0, ge=0, description="processes that read batches; the batches are the same")
 
     @model_validator(mode="before")

@@ -90,22 +90,18 @@ def validation_batches(
     """Held-out sequences in batches (batch_size or fewer, sequence_length + 1), the same ones every time.
 
     Which they are does not depend on `batch_size`. Every source gives sequences by its share, spread evenly
-    over its held-out tokens; fewer where it has not so many.
+    over its held-out tokens; fewer where it has not so many, and one shorter sequence where its held-out
+    tokens are not enough for a whole one.
     """
-    windows = _validation_windows(held_out, sequence_length, sequences)
-    for first in range(0, len(windows), batch_size):
-        rows = [held_out.read(window, sequence_length) for window in windows[first : first + batch_size]]
-        yield torch.from_numpy(np.stack(rows))
-
-
-def _validation_windows(held_out: Mixture, sequence_length: int, wanted: int) -> list[Window]:
     shares = sum(part.share for part in held_out.parts)
-    windows = []
     for index, part in enumerate(held_out.parts):
-        count = window_count(len(part.tokens), sequence_length)
-        chosen = min(count, max(1, round(wanted * part.share / shares)))
-        windows += [Window(index, int(number)) for number in np.linspace(0, count - 1, chosen)]
-    return windows
+        length = min(sequence_length, len(part.tokens) - 1)
+        count = window_count(len(part.tokens), length)
+        chosen = min(count, max(1, round(sequences * part.share / shares)))
+        numbers = np.linspace(0, count - 1, chosen).astype(int)
+        for first in range(0, chosen, batch_size):
+            windows = [Window(index, int(number) * length) for number in numbers[first : first + batch_size]]
+            yield torch.from_numpy(np.stack([held_out.read(window, length) for window in windows]))
 
 
 def document_ids(tokens: Tensor, end_of_text: int | None) -> Tensor | None:

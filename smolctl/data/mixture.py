@@ -8,7 +8,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from smolctl.data.order import MIXTURE, sources_of_samples, window_count, windows_of_samples
+from smolctl.data.order import (
+    MIXTURE,
+    sources_of_samples,
+    starts_of_samples,
+    window_count,
+    windows_of_samples,
+)
 from smolctl.data.tokens.shards import TokenStream
 
 
@@ -16,7 +22,7 @@ class Window(NamedTuple):
     """A window's place in a mixture."""
 
     part: int  # number of the source
-    number: int  # of the window in it
+    start: int  # its first token there
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,8 @@ class Part:
         tokens: of all its documents.
         share: samples from it in every `MIXTURE` samples.
         block: windows that are shuffled among themselves; None: all of them.
-        repeats: whether a new pass begins at the end; a stream that was not read to its end goes on there.
+        repeats: whether the first token follows the last one; a stream that was not read to its end goes on
+            there.
     """
 
     tokens: TokenStream
@@ -35,16 +42,18 @@ class Part:
     block: int | None = None
     repeats: bool = True
 
-    def windows(self, samples: NDArray[np.int64], sequence_length: int, seed: int) -> NDArray[np.int64]:
-        """Window numbers (n,) of the part's own samples (n,).
+    def starts(self, samples: NDArray[np.int64], sequence_length: int, seed: int) -> NDArray[np.int64]:
+        """First tokens (n,) of the windows of the part's own samples (n,).
 
         Raises:
             IndexError: more windows are asked for than were streamed.
         """
+        if self.repeats:
+            return starts_of_samples(samples, len(self.tokens), sequence_length, seed, self.block)
         count = window_count(len(self.tokens), sequence_length)
-        if not self.repeats and len(samples) and samples.max() >= count:
+        if len(samples) and samples.max() >= count:
             raise IndexError(f"sample {samples.max()} of a stream of which {count} sequences were read")
-        return windows_of_samples(samples, count, seed, self.block)
+        return windows_of_samples(samples, count, seed, self.block) * sequence_length
 
 
 @dataclass(frozen=True)
@@ -66,15 +75,19 @@ class Mixture:
         chosen = np.empty_like(samples)
         for index, part in enumerate(self.parts):
             here = sources == index
-            chosen[here] = part.windows(numbers[here], sequence_length, seed)
-        return [Window(int(part), int(number)) for part, number in zip(sources, chosen, strict=True)]
+            chosen[here] = part.starts(numbers[here], sequence_length, seed)
+        return [Window(int(part), int(start)) for part, start in zip(sources, chosen, strict=True)]
 
     def describe(self, window: Window) -> str:
-        """A window in words: its number, and its source where there are several."""
+        """A window in words: its first token, and its source where there are several."""
         source = f" of source {window.part + 1}" if len(self.parts) > 1 else ""
-        return f"{window.number:,}{source}"
+        return f"{window.start:,}{source}"
 
     def read(self, window: Window, sequence_length: int) -> NDArray[np.int64]:
-        """Tokens (sequence_length + 1,) of a window."""
+        """Tokens (sequence_length + 1,) of a window; the first token follows the last one."""
         stream = self.parts[window.part].tokens
-        return stream.read(window.number * sequence_length, sequence_length + 1)
+        before = min(sequence_length + 1, len(stream) - window.start)  # the end
+        tokens = stream.read(window.start, before)
+        if before == sequence_length + 1:
+            return tokens
+        return np.concatenate([tokens, stream.read(0, sequence_length + 1 - before)])

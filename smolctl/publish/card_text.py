@@ -15,6 +15,7 @@ from smolctl.publish.facts import EMBEDDED, RECORDS, RunFacts
 from smolctl.runs.folder import LOSS_CURVE, STORY
 from smolctl.runs.story import selection
 from smolctl.sources.gguf.write import GGUFResult
+from smolctl.timing import with_error
 
 SHOWN_PREDICTIONS = 4  # of each prompt
 SHOWN_PROMPTS = 3
@@ -205,7 +206,7 @@ def _training(run: RunFacts) -> list[str]:
 
 
 def _bits(record: Mapping[str, Any]) -> str:
-    return f"{record['bits_per_byte']:.4f} ± {record['standard_error']:.4f} bits per byte"
+    return f"{with_error(record['bits_per_byte'], record['standard_error'])} bits per byte"
 
 
 def _evaluation(run: RunFacts) -> list[str]:
@@ -215,7 +216,7 @@ def _evaluation(run: RunFacts) -> list[str]:
     rows = [
         (
             f"{record['step']:,}",
-            f"{record['bits_per_byte']:.4f} ± {record['standard_error']:.4f}",
+            with_error(record["bits_per_byte"], record["standard_error"]),
             f"{record['loss']:.4f}",
         )
         for record in chosen
@@ -272,9 +273,14 @@ def _variant(variant: Mapping[str, Any]) -> tuple[str, ...]:
 def _data(facts: CardFacts) -> list[str]:
     lines = []
     if facts.run:
-        lines = [f"- {_source(source)}" for source in facts.run.source_names()]
-        held = facts.run.config.data.validation_fraction
-        lines += ["", f"{held:.0%} of the documents were held out." if held else "Nothing was held out.", ""]
+        lines = [f"- {_source(source)}" for source in facts.run.public_data().source]
+        data = facts.run.public_data()
+        held = (
+            f"{data.validation_fraction:.0%} of the documents were"
+            if data.validation_fraction
+            else "Nothing was"
+        )
+        lines += ["", f"{data.validation or held} held out.", ""]
     return [*lines, f"Licence: {facts.license or UNKNOWN_LICENCE}"]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from smolctl.config import RunConfig
 from smolctl.config.dump import to_yaml
+from smolctl.config.run import DataConfig
 from smolctl.data.text.hub import DatasetName
 from smolctl.durable import write_text
 from smolctl.quantization.record import read_record
@@ -47,12 +48,15 @@ class RunFacts:
     @property
     def datasets(self) -> tuple[str, ...]:
         """Hub ids of the data."""
-        names = map(DatasetName.parse, self.source_names())
+        names = map(DatasetName.parse, self.public_data().source)
         return tuple(name.repository for name in names if name)
 
-    def source_names(self) -> tuple[str, ...]:
+    def public_data(self) -> DataConfig:
         """The data as strangers may read it: paths of this machine by their last part."""
-        return tuple(public_source(source) for source in self.config.data.source)
+        data = self.config.data
+        names = tuple(public_source(source) for source in data.source)
+        held_out = data.validation and public_source(data.validation)
+        return data.model_copy(update={"source": names, "validation": held_out})
 
 
 def _hardware(environment: Mapping[str, Any]) -> str:
@@ -104,11 +108,10 @@ def write_records(facts: RunFacts, run: Path, target: Path) -> None:
         draw_loss(RunFolder(run).metrics(facts.step), target / LOSS_CURVE)
     folder = target / RECORDS
     folder.mkdir()
-    data = facts.config.data.model_copy(update={"source": facts.source_names()})
     tokenizer = facts.config.tokenizer
     if tokenizer and Path(tokenizer).exists():
         tokenizer = PurePath(tokenizer).name
-    shown = facts.config.model_copy(update={"data": data, "tokenizer": tokenizer})
+    shown = facts.config.model_copy(update={"data": facts.public_data(), "tokenizer": tokenizer})
     write_text(folder / CONFIG, to_yaml(shown))
     if facts.environment:
         write_text(folder / ENVIRONMENT, json.dumps(facts.environment, indent=2) + "\n")

@@ -71,7 +71,7 @@ def choose_windows(
     if source.run is not None and not data:
         samples = source.run.train.steps * source.run.train.batch_size
     corpus = tokenize_corpus(settings, tokenizer, samples=samples)
-    named = ", ".join(settings.source)
+    named = settings.validation or ", ".join(settings.source)
     lengths = torch.from_numpy(tokenizer.token_byte_lengths()).long()
     return Windows(
         name=f"held-out part of {named}" if corpus.validation is not None else named,

@@ -130,7 +130,7 @@ def _clearly_closer(one: Variant, other: Variant) -> bool:
         return False
     pairs = zip(one.quality.kl_windows, other.quality.kl_windows, strict=True)
     gain = ratio_estimate([b - a for a, b in pairs], [1.0] * len(one.quality.kl_windows))
-    return gain.mean > SIGNIFICANT * gain.standard_error and gain.mean > 0
+    return gain.standard_error is not None and gain.mean > max(0, SIGNIFICANT * gain.standard_error)
 
 
 def _speed(speed: Speed | None) -> str:

@@ -27,7 +27,10 @@ class RunPlan:
     sequence_length: int
     tokens_per_step: int
     tokens: int
-    corpus_tokens: int
+    corpus_tokens: int  # to train on
+    held_out_tokens: int
+    documents: int  # in both
+    duplicates: int  # of these, equal to an earlier one
     epochs: float  # passes over the corpus
     tokens_per_parameter: float
     memory: TrainingMemory
@@ -99,7 +102,7 @@ class Validation:
     event: ClassVar[str] = "validation"
     step: int
     bits_per_byte: float
-    standard_error: float
+    standard_error: float | None  # None: one held-out sequence has none
     loss: float  # nats a token
 
 

@@ -213,7 +213,8 @@ class TrainingModule(pl.LightningModule):
                 windows = windows[bad[0] * size : (bad[0] + 1) * size]
             named = [self.dataset.tokens.describe(window) for window in windows[:8]]
             names = ", ".join(named) + (", …" if len(windows) > 8 else "")
-            where = f". It read sequences {names} of {self.config.data.sequence_length:,} tokens"
+            length = self.config.data.sequence_length
+            where = f". It read sequences of {length:,} tokens that begin at tokens {names}"
         times = f" for the {MOST_SKIPPED}th time in a row" if self._scaler is not None else ""
         return NonFiniteError(
             f"step {self.global_step + 1}: loss {loss.item()}, gradient norm {norm.item()}{times}; the step "

@@ -11,6 +11,7 @@ from torch import Tensor
 from smolctl.arithmetic import count_parameters, run_memory
 from smolctl.config import RunConfig
 from smolctl.data.batches import document_ids
+from smolctl.data.tokens.corpus import TokenizedCorpus
 from smolctl.model.network import Transformer
 from smolctl.runs.events import RunPlan
 from smolctl.training.module import autocast
@@ -25,7 +26,7 @@ GAPS_PER_GRADIENT_BYTE = 0.5
 def make_plan(
     config: RunConfig,
     done: int,
-    corpus_tokens: int,
+    corpus: TokenizedCorpus,
     tokens_per_second: float,
     disk_free: int,
     device: str,
@@ -37,7 +38,7 @@ def make_plan(
     Args:
         config: of the run.
         done: steps that lie behind it already.
-        corpus_tokens: to train on.
+        corpus: of the run.
         tokens_per_second: as measured.
         disk_free: bytes where the checkpoints will go.
         device: "cpu" or "cuda".
@@ -62,8 +63,11 @@ def make_plan(
         sequence_length=config.data.sequence_length,
         tokens_per_step=config.tokens_per_step,
         tokens=tokens,
-        corpus_tokens=corpus_tokens,
-        epochs=tokens / corpus_tokens,
+        corpus_tokens=len(corpus.train),
+        held_out_tokens=len(corpus.validation or ()),
+        documents=corpus.documents,
+        duplicates=corpus.duplicates,
+        epochs=tokens / len(corpus.train),
         tokens_per_parameter=tokens / parameters,
         memory=memory,
         memory_bytes=framework + memory.total + gaps,

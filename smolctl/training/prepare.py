@@ -12,6 +12,7 @@ from torch import Tensor
 
 from smolctl.config import RunConfig, resolve_run_config
 from smolctl.data.batches import StepDataset, validation_batches
+from smolctl.data.order import ORDER
 from smolctl.data.text.corpus import iter_texts, pin_sources
 from smolctl.data.tokenizer.tokenizer import Tokenizer, choose_tokenizer
 from smolctl.data.tokens.corpus import TokenizedCorpus, TokenizeProgress, tokenize_corpus
@@ -41,9 +42,9 @@ class Prepared:
     reads: tuple[str, ...] = ()  # files, folders and runs that it was made of
 
     @property
-    def fingerprints(self) -> dict[str, str]:
-        """What tells this data and this tokenizer from others; kept in every checkpoint."""
-        return {"data": self.corpus.fingerprint, "tokenizer": self.tokenizer.sha256}
+    def fingerprints(self) -> dict[str, Any]:
+        """What tells this data, its order and this tokenizer from others; kept in every checkpoint."""
+        return {"data": self.corpus.fingerprint, "order": ORDER, "tokenizer": self.tokenizer.sha256}
 
     def dataset(self, rank: int = 0, world_size: int = 1) -> StepDataset:
         """The steps' batches for one device."""
@@ -68,8 +69,7 @@ class Prepared:
         """
         length = min(RECORDED_TOKENS, self.config.data.sequence_length)
         source = self.corpus.validation or self.corpus.train
-        (batch,) = validation_batches(source, length, RECORDED_SEQUENCES, RECORDED_SEQUENCES)
-        return batch.int()
+        return next(validation_batches(source, length, RECORDED_SEQUENCES, RECORDED_SEQUENCES)).int()
 
     @property
     def document_end(self) -> int | None:
@@ -102,7 +102,7 @@ def prepare(
     config, decisions = decide(_with_pinned_datasets(config.with_whole_steps()), emit)
     tokenizer = _tokenizer(source, config, emit)
     samples = config.train.steps * config.train.batch_size
-    corpus = tokenize_corpus(config.data, tokenizer, on_progress=on_tokenize, samples=samples)
+    corpus = _tokenized(config, tokenizer, samples, emit, on_tokenize)
     for note in corpus.notes:
         emit(Note(note))
     if source is None:
@@ -120,6 +120,7 @@ def prepare_again(
     decisions: Decisions,
     done: int,
     state: Mapping[str, Any],
+    emit: Listener,
     on_tokenize: Callable[[TokenizeProgress], None] | None = None,
 ) -> Prepared:
     """What a run needs after step `done`; its weights are to be read from the checkpoint.
@@ -130,13 +131,26 @@ def prepare_again(
         decisions: of what was "auto" in its config.
         done: steps behind it.
         state: what the checkpoint keeps for us: how many samples those steps saw.
+        emit: hears what happens to the cached tokens.
         on_tokenize: hears how far the tokenization is, should the cached tokens be gone.
     """
     require_packages(config.trainer.loggers)
     samples = state["samples"] + (config.train.steps - done) * config.train.batch_size
-    corpus = tokenize_corpus(config.data, tokenizer, on_progress=on_tokenize, samples=samples)
+    corpus = _tokenized(config, tokenizer, samples, emit, on_tokenize)
     network = _as_trained(initialize(config.model, config.train.seed), config)
     return Prepared(config, network, tokenizer, corpus, decisions, done, state["samples"])
+
+
+def _tokenized(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    samples: int,
+    emit: Listener,
+    on_tokenize: Callable[[TokenizeProgress], None] | None,
+) -> TokenizedCorpus:
+    return tokenize_corpus(
+        config.data, tokenizer, None, on_tokenize, samples, on_note=lambda text: emit(Note(text))
+    )
 
 
 def _as_trained(network: Transformer, config: RunConfig) -> Transformer:

@@ -9,6 +9,7 @@ from typing import Any
 
 from smolctl.config import RunConfig, resolve_run_config
 from smolctl.config.load import merge, nested
+from smolctl.data.order import ORDER
 from smolctl.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from smolctl.data.tokens.corpus import TokenizeProgress
 from smolctl.durable import naming_the_disk
@@ -127,7 +128,7 @@ def _prepare(
     config, decisions = decide_again(changed, decisions_of(state), options.settings, emit)
     tokenizer = tokenizer_of(content, parent, path)
     del content  # Lightning reads the file again; two copies need not be in memory
-    prepared = prepare_again(config, tokenizer, decisions, checkpoint.step, state, on_tokenize)
+    prepared = prepare_again(config, tokenizer, decisions, checkpoint.step, state, emit, on_tokenize)
     require_same_data(state, prepared, checkpoint)
     for line in changes(before, config):
         emit(Note(f"Changed: {line}"))
@@ -155,6 +156,11 @@ def run_of(content: Mapping[str, Any], path: Path) -> tuple[RunConfig, dict[str,
         raise InputError(
             f"{path}: no run can be resumed from it: it does not say what it was trained on",
             "Start a new run from its weights instead: smolctl train --init-from FILE.",
+        )
+    if state.get("order", 1) != ORDER:  # known before anything is tokenized
+        raise InputError(
+            f"{path}: the version of smolctl that trained this run cuts the text into other sequences",
+            "Resume it with that version, or start a new run from it: smolctl train --init-from RUN.",
         )
     return config, dict(state)
 

@@ -38,7 +38,7 @@ def plan_run(prepared: Prepared, disk: Path) -> RunPlan:
         speed *= process_count(config)
     existing = next(path for path in (disk.absolute(), *disk.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    return make_plan(config, done, len(prepared.corpus.train), speed, free, device, sequences, max(0, held))
+    return make_plan(config, done, prepared.corpus, speed, free, device, sequences, max(0, held))
 
 
 def train(prepared: Prepared, name: str, out: Path | None, force: bool, emit: Listener) -> RunResult:

@@ -85,7 +85,7 @@ def verify(
     steps = config.train.model_copy(update={"steps": end.step})
     config = config.model_copy(update={"train": steps})
     tokenizer = tokenizer_of(content, folder, end.path)
-    prepared = prepare_again(config, tokenizer, decisions_of(state), start.step, state, on_tokenize)
+    prepared = prepare_again(config, tokenizer, decisions_of(state), start.step, state, emit, on_tokenize)
     require_same_data(recorded_state, prepared, end)
     emit(Note(f"Repeating steps {start.step + 1:,} to {end.step:,} from {start.path}."))
     watcher = _Watcher()

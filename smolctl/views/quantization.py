@@ -11,6 +11,7 @@ from smolctl.quantization.measure import Divergence, Footprint
 from smolctl.quantization.quantize import QuantizeReport
 from smolctl.quantization.record import measurements
 from smolctl.quantization.verdict import Variant
+from smolctl.timing import with_error
 from smolctl.views.numbers import size
 from smolctl.views.output import Output
 from smolctl.views.tables import headed
@@ -54,7 +55,7 @@ def _show_quality(out: Output, report: QuantizeReport) -> None:
         if quality is not None:
             cells += [
                 f"{quality.bits_per_byte.mean:.4f}",
-                f"{quality.delta.mean:+.4f} ± {quality.delta.standard_error:.4f}",
+                with_error(quality.delta.mean, quality.delta.standard_error, "+.4f"),
                 f"{quality.kl.mean:.4f}",
                 f"{quality.top1_agreement:.1%}",
                 _divergence(variant.divergence),

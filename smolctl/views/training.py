@@ -24,6 +24,7 @@ from smolctl.runs.events import (
 )
 from smolctl.runs.folder import RunFolder
 from smolctl.runs.story import History, selection
+from smolctl.timing import with_error
 from smolctl.views.numbers import duration, quantity, size, sparkline
 from smolctl.views.output import Output
 from smolctl.views.tables import GAP, facts
@@ -287,7 +288,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _held_out(check: Validation) -> str:
-    return f"{check.bits_per_byte:.4f} ± {check.standard_error:.4f} bits/byte"
+    return f"{with_error(check.bits_per_byte, check.standard_error)} bits/byte"
 
 
 def _speed(step: Step, gap: str) -> str:
@@ -307,11 +308,14 @@ def plan_table(plan: RunPlan) -> Table:
     held = ", ".join(f"{name} {size(count)}" for name, count in shares.items() if count)
     tokens = f"{plan.steps:,} steps × {plan.batch_size:,} × {plan.sequence_length:,} = {plan.tokens:,} tokens"
     checkpoints = f"{plan.checkpoints_kept} checkpoints × {size(plan.checkpoint_bytes)}"
+    held_out = f"{plan.held_out_tokens:,} tokens" if plan.held_out_tokens else "nothing"
+    copies = f", {plan.duplicates:,} of them copies of others" if plan.duplicates else ""
     rows = {
         "model": f"{plan.parameters:,} parameters",
         "tokens": tokens,
         "data": f"{plan.corpus_tokens:,} tokens: {plan.epochs:.3g} epochs, "
-        f"{plan.tokens_per_parameter:.3g} tokens a parameter",
+        f"{plan.tokens_per_parameter:.3g} tokens a parameter; {held_out} held out",
+        "documents": f"{plan.documents:,}{copies}",
         "memory": f"about {size(plan.memory_bytes)}: {held}",
         "disk": f"{checkpoints} = {size(plan.disk_bytes)} of {size(plan.disk_free_bytes)} free",
         "time": f"about {duration(plan.eta_s)} on {plan.device} at {plan.tokens_per_second:,.0f} tok/s, "

@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 
 from smolctl.data.order import (
     MIXTURE,
+    pass_start,
     permute,
     shares_of,
     sources_of_samples,
+    starts_of_samples,
     window_count,
     windows_of_samples,
 )
@@ -144,3 +146,75 @@ def test_passes_are_shuffled_and_differ() -> None:
 
 def test_a_window_needs_its_last_target() -> None:
     assert [window_count(tokens, 10) for tokens in (0, 10, 11, 20, 21)] == [0, 0, 1, 1, 2]
+
+
+def times_trained_on(
+    tokens: int, length: int, passes: int, seed: int = 8, block: int | None = None
+) -> NDArray[np.int64]:
+    """How often each token of a ring is a target in so many passes."""
+    windows = -(-tokens // length)
+    starts = starts_of_samples(np.arange(passes * windows), tokens, length, seed, block)
+    targets = (starts[:, None] + np.arange(1, length + 1)) % tokens
+    return np.bincount(targets.ravel(), minlength=tokens)
+
+
+@given(
+    length=st.integers(1, 40),
+    more=st.integers(1, 300),
+    number=st.integers(0, 10**6),
+    block=st.none() | st.integers(1, 9),
+)
+def test_every_token_is_trained_on_once_or_twice_in_every_pass(
+    length: int, more: int, number: int, block: int | None
+) -> None:
+    tokens = length + more
+    windows = -(-tokens // length)
+    samples = np.arange(number * windows, (number + 1) * windows)
+    starts = starts_of_samples(samples, tokens, length, 8, block)
+    first = pass_start(number, tokens)
+    assert sorted((starts - first) % tokens) == list(range(0, windows * length, length))
+    times = np.bincount(((starts[:, None] + np.arange(length)) % tokens).ravel(), minlength=tokens)
+    assert set(times.tolist()) <= {1, 2}
+    assert (times == 2).sum() == windows * length - tokens < length
+
+
+@pytest.mark.parametrize("passes", [10, 100, 1_000])
+@pytest.mark.parametrize(
+    ("tokens", "length"),
+    [(257, 256), (503, 256), (513, 256), (760, 256), (684, 256), (1_000, 64), (4_096, 64)],
+)
+def test_over_many_passes_every_token_has_the_same_weight(tokens: int, length: int, passes: int) -> None:
+    times = times_trained_on(tokens, length, passes)
+    assert times.sum() == passes * -(-tokens // length) * length
+    assert times.max() - times.min() <= 4
+
+
+def test_windows_begin_elsewhere_in_every_pass() -> None:
+    starts = starts_of_samples(np.arange(16 * 20), 1_000, 64, seed=8).reshape(20, 16)  # 20 passes
+    assert len({int(start) % 64 for start in starts[:, 0]}) > 10
+    assert starts[0].tolist() != starts[1].tolist()
+    again = starts_of_samples(np.arange(160, 200), 1_000, 64, seed=8)
+    assert again.tolist() == starts.ravel()[160:200].tolist()
+
+
+def test_the_first_pass_of_a_stream_does_not_depend_on_what_follows() -> None:
+    blocks = 7 * 5  # seven whole blocks of five windows
+    before = windows_of_samples(np.arange(blocks), blocks, 8, block=5) * 16
+    after = starts_of_samples(np.arange(blocks), blocks * 16 + 123, 16, 8, block=5)
+    assert before.tolist() == after.tolist()
+
+
+def test_a_ring_of_a_trillion_tokens_costs_no_memory() -> None:
+    tokens = 10**12 + 7
+    windows = -(-tokens // 1_024)
+    tracemalloc.start()
+    for number in (0, 3, 999):
+        starts = starts_of_samples(
+            np.arange(number * windows - 100 * (number > 0), number * windows + 400), tokens, 1_024, 8
+        )
+        assert starts.min() >= 0
+        assert starts.max() < tokens
+        assert len(set(starts.tolist())) == len(starts)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000

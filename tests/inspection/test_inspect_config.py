@@ -7,11 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from smolctl.config import RunConfig, load_run_config, preset_names
 from smolctl.config.dump import to_yaml
+from smolctl.data.mixture import Mixture, Part
+from smolctl.data.tokens.corpus import TokenizedCorpus, TokenStream
 from smolctl.inspection import inspect
 from smolctl.sources import ModelSource, SourceKind, TokenizerFiles, open_source
 from smolctl.training.plan import make_plan
@@ -385,7 +388,9 @@ def test_memory_is_the_plans_of_train(optimizer: str, precision: str, checkpoint
     assert source.run is not None
     report = inspect(source)
     assert report.derived is not None
-    plan = make_plan(source.run, 0, 10**6, 1.0, 10**12, "cpu", source.run.micro_batch_size, 0)
+    stream = TokenStream([], np.dtype("<u2"), 0, 10**6)
+    corpus = TokenizedCorpus((), "", Mixture((Part(stream),)), None, 1, 0, 10**6, 10**6)
+    plan = make_plan(source.run, 0, corpus, 1.0, 10**12, "cpu", source.run.micro_batch_size, 0)
     assert report.derived.memory.bytes == plan.memory
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from smolctl.config.load import merge, resolve_run_config
 from smolctl.data.tokens import encoding, streamed
 from smolctl.errors import InputError
+from smolctl.runs.checkpoint_file import remove_checksum
 from smolctl.runs.folder import RunFolder
 from smolctl.training.prepare import Prepared, prepare
 from smolctl.training.resume import ResumeOptions
@@ -130,6 +132,39 @@ def test_interrupted_run_on_a_mixture_equals_continuous_run(small_stream: HubSer
     mixture = (str(corpus), "org/rows")
     folder = assert_exact(lambda **changes: make(*mixture, weights=(0.6, 0.4), **changes))
     assert losses(folder) != losses(run(make(*mixture, weights=(0.4, 0.6)), "other"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("weights", [None, (0.6, 0.4)])
+def test_interrupted_run_over_many_epochs_equals_continuous_run(
+    tmp_path: Path, weights: tuple[float, float] | None, workers: int
+) -> None:
+    for name, words in (("a", "the cat sat on a mat "), ("b", "birds fly over trees and ")):
+        (tmp_path / f"{name}.txt").write_text(words * 12)  # a few sequences, not a whole number of them
+
+    def prepared(**changes: Any) -> Prepared:
+        few = {"data": {"workers": workers, "validation_fraction": 0.0}}
+        return make("a.txt", "b.txt", weights=weights, **merge(few, changes))
+
+    tokens, stop = len(prepared().corpus.train), 7 * 4  # sequences before the stop
+    assert stop * 32 > 2 * tokens
+    assert stop % -(-tokens // 32)  # the stop is within an epoch
+    assert_exact(prepared)
+
+
+def test_a_run_in_the_order_of_an_older_version_is_refused_by_name(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run(prepare_tiny(corpus, **with_steps(3)), "old")
+    checkpoint = RunFolder(folder).checkpoint()
+    content = torch.load(checkpoint.path, weights_only=True)
+    del content["smolctl"]["order"]  # as versions before it was recorded wrote it
+    remove_checksum(checkpoint.path)
+    torch.save(content, checkpoint.path)
+    monkeypatch.setattr("smolctl.training.prepare.tokenize_corpus", None)  # refused before any work
+    with pytest.raises(InputError, match="cuts the text into other sequences") as error:
+        go_on(folder, extra=1)
+    assert "--init-from" in error.value.hint
 
 
 def test_interrupted_run_with_document_masking_equals_continuous_run(corpus: Path) -> None:

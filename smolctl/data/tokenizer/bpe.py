@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from smolctl.data.text.documents import utf8_size
-from smolctl.durable import cache_folder, replacing
+from smolctl.durable import TOKENIZERS, cache_folder, replacing
 from smolctl.errors import InputError
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2, as in SmolLM2
@@ -61,7 +61,7 @@ def _cached(sample: list[str], vocab_size: int) -> Path:
     content = hashlib.sha256(f"{tokenizers.__version__} {vocab_size}".encode())
     for text in sample:
         content.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
-    return cache_folder() / "tokenizers" / f"{content.hexdigest()}.json"
+    return cache_folder() / TOKENIZERS / f"{content.hexdigest()}.json"
 
 
 def _learn(sample: list[str], vocab_size: int) -> tokenizers.Tokenizer:

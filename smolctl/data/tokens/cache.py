@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from smolctl.config.run import DataConfig
 from smolctl.data.mixture import Mixture
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokens.encoding import TokenizeProgress
-from smolctl.data.tokens.shards import Shard, disk_errors
+from smolctl.data.tokens.shards import Shard, disk_errors, find_damage
 from smolctl.durable import sync_folder, write_text
 
-FORMAT = 1  # of the folders; an older one is never read
+FORMAT = 2  # of the folders; an older one is never read
 MANIFEST = "manifest.json"
+TOKENS = "tokens"  # the folder of the folders, in the cache
+NAME_LENGTH = 32  # of a folder's name: hexadecimal digits of its `digest`
+# Fewer held-out tokens than these say too little about a model.
+LEAST_HELD_OUT = 33
 OnProgress = Callable[[TokenizeProgress], None]
+OnNote = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,8 @@ class TokenizedCorpus:
         train: tokens to train on; every document ends with the end-of-text token.
         validation: tokens held out, or None. Of a mixture: of each source, by its share.
         documents: texts in both.
+        duplicates: of these, texts that are equal to an earlier one of their source. Of a Hub dataset those
+            within a segment of some million tokens are counted.
         tokens: in both.
         bytes: of UTF-8 text in both.
         notes: what the user should know about them.
@@ -48,6 +56,7 @@ class TokenizedCorpus:
     train: Mixture
     validation: Mixture | None
     documents: int
+    duplicates: int
     tokens: int
     bytes: int
     notes: tuple[str, ...] = ()
@@ -60,6 +69,7 @@ class Manifest:
     tokenizer: str  # sha256
     dtype: str
     documents: int
+    duplicates: int
     tokens: int
     bytes: int
     train: tuple[Shard, ...]
@@ -76,26 +86,44 @@ def folder_of(cache: Path, made_from: list[Any], data: DataConfig, tokenizer: To
     parts = [
         *made_from,
         [tokenizer.sha256, tokenizer.end_of_text_id],
-        [data.validation_fraction, data.seed, data.text_field],
+        [data.validation_fraction, data.text_field],
     ]
-    return cache / "tokens" / digest(parts)[:32]
+    return cache / TOKENS / digest(parts)[:NAME_LENGTH]
+
+
+def lock_of(folder: Path) -> FileLock:
+    """The lock that is held while a folder is built or deleted."""
+    return FileLock(f"{folder}.lock")
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time builds a folder; the others wait for it.
+def locked(folder: Path, on_note: OnNote) -> Iterator[None]:
+    """One process at a time builds a folder; the others say that they wait, and wait.
 
     Raises:
         InputError: the cache cannot be written.
     """
-    lock = FileLock(f"{folder}.lock")
+    lock = lock_of(folder)
     with disk_errors(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        remove_leftovers(folder.parent)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            on_note(f"Waiting for another process that tokenizes the same text (it holds {lock.lock_file}).")
+            lock.acquire()
     try:
         yield
     finally:
         lock.release()
+
+
+def remove_leftovers(tokens: Path) -> None:
+    """Delete the unfinished folders of processes that were killed: nobody holds their lock."""
+    for partial in [*tokens.glob("*.partial"), *tokens.glob("*/*.partial")]:
+        name = partial.relative_to(tokens).parts[0][:NAME_LENGTH]
+        with suppress(OSError), lock_of(tokens / name).acquire(timeout=0):  # held: Timeout, an OSError
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
@@ -131,32 +159,40 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         write_text(folder / MANIFEST, json.dumps(asdict(manifest) | {"format": FORMAT}, indent=2))
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
+def read_manifest(folder: Path, tokenizer: Tokenizer, on_note: OnNote) -> dict[str, Any] | None:
     """What `write_manifest` said, or None when nothing is there or the shards do not agree with it.
 
-    The lists `train` and `held_out` come back as tuples of `Shard`.
+    The lists `train` and `held_out` come back as tuples of `Shard`. The folder counts as used now.
+
+    Args:
+        folder: of the shards.
+        tokenizer: that they must be of.
+        on_note: told of damage, and that the text is therefore tokenized again.
     """
+    if not folder.is_dir():
+        return None
     try:
         content: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
-        if content.pop("format") != FORMAT:
-            return None
-        width = np.dtype(content["dtype"]).itemsize
+        if content.pop("format") != FORMAT or content["tokenizer"] != tokenizer.sha256:
+            raise ValueError(f"{MANIFEST} is of another version or tokenizer")
+        dtype = np.dtype(content["dtype"])
         for part in ("train", "held_out"):
             content[part] = tuple(Shard(**shard) for shard in content[part])
-            if any((folder / shard.file).stat().st_size != shard.tokens * width for shard in content[part]):
-                return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            for shard in content[part]:
+                if damage := find_damage(folder / shard.file, shard, dtype, tokenizer.vocab_size):
+                    raise ValueError(damage)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        on_note(f"{folder}: the cached tokens are damaged ({error}). The text is tokenized again.")
         return None
+    with suppress(OSError):
+        os.utime(folder / MANIFEST)
     return content
 
 
-def held_out_rule(data: DataConfig) -> Callable[[int], bool]:
-    """A share of the documents, chosen by a hash of the seed and the document's number."""
-    key = data.seed.to_bytes(8, "little")
-    limit = int(data.validation_fraction * 2**64)
+def held_out_limit(fraction: float) -> int:
+    """A document is held out when the `Piece.digest` of its first piece is below this.
 
-    def is_held_out(number: int) -> bool:
-        hashed = hashlib.blake2b(number.to_bytes(8, "little"), key=key, digest_size=8).digest()
-        return int.from_bytes(hashed, "little") < limit
-
-    return is_held_out
+    So equal documents, and those that begin with the same 16 thousand characters, are held out together,
+    whatever the seed and wherever in the corpus they are.
+    """
+    return int(fraction * 2**64)

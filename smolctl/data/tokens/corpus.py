@@ -10,15 +10,18 @@ from smolctl.data.mixture import Mixture
 from smolctl.data.order import MIXTURE, shares_of
 from smolctl.data.text.corpus import open_sources, pin_sources
 from smolctl.data.tokenizer.tokenizer import Tokenizer
-from smolctl.data.tokens.cache import OnProgress, TokenizedCorpus, digest
+from smolctl.data.tokens.cache import LEAST_HELD_OUT, OnNote, OnProgress, TokenizedCorpus, digest
 from smolctl.data.tokens.encoding import TokenizeProgress
 from smolctl.data.tokens.shards import TokenStream
 from smolctl.data.tokens.streamed import tokenize_stream
-from smolctl.data.tokens.whole import tokenize_whole
+from smolctl.data.tokens.whole import common_documents, tokenize_whole
 from smolctl.durable import cache_folder
 from smolctl.errors import InputError
 
 __all__ = ["TokenStream", "TokenizeProgress", "TokenizedCorpus", "tokenize_corpus"]
+
+# Read of a Hub dataset that is held out as a whole: more than a run scores.
+HELD_OUT_SEQUENCES = 2_048
 
 
 def tokenize_corpus(
@@ -27,19 +30,21 @@ def tokenize_corpus(
     cache: Path | None = None,
     on_progress: OnProgress | None = None,
     samples: int | None = None,
+    on_note: OnNote = lambda _: None,
 ) -> TokenizedCorpus:
-    """Encode a corpus, or find it in the cache.
+    """Encode a corpus and its held-out part, or find them in the cache.
 
     An interrupted call leaves nothing that looks finished. Several processes may call it at once:
     one works, the others wait for it.
 
     Args:
-        data: sources, their weights, text field, held-out share and seed.
+        data: sources, their weights, text field, held-out share or file.
         tokenizer: gives the ids.
         cache: folder of the results; None is `$SMOLCTL_CACHE` or `~/.cache/smolctl`.
         on_progress: called after every batch of text; what it raises stops the work.
         samples: windows that the run reads from its first step to its last: no more of a Hub dataset is
             streamed than they need. None streams it to its end.
+        on_note: told at once that the cache is damaged, or that another process is waited for.
 
     Raises:
         InputError: a source is missing, binary, damaged or empty; the corpus is shorter than one
@@ -47,13 +52,24 @@ def tokenize_corpus(
         HubError: a Hub dataset cannot be had.
     """
     cache = cache or cache_folder()
+    if data.validation is not None:
+        everything = data.model_copy(update={"validation": None, "validation_fraction": 0.0})
+        corpus = tokenize_corpus(everything, tokenizer, cache, on_progress, samples, on_note)
+        length = min(data.sequence_length, LEAST_HELD_OUT - 1)  # so many tokens are enough
+        settings = everything.model_copy(update={"sequence_length": length})
+        samples = HELD_OUT_SEQUENCES * data.sequence_length // length
+        names = pin_sources([data.validation])
+        held_out = _tokenize(names, settings, tokenizer, cache, on_progress, samples, on_note)
+        return _validated_on(corpus, held_out, names[0])
     names = pin_sources(data.source)
     if data.weights is None:
-        return _tokenize(names, data, tokenizer, cache, on_progress, samples)
+        return _tokenize(names, data, tokenizer, cache, on_progress, samples, on_note)
     shares = shares_of(data.weights)
     blocks = None if samples is None else -(-samples // MIXTURE)
     parts = [
-        _tokenize((name,), data, tokenizer, cache, on_progress, None if blocks is None else blocks * share)
+        _tokenize(
+            (name,), data, tokenizer, cache, on_progress, None if blocks is None else blocks * share, on_note
+        )
         for name, share in zip(names, shares, strict=True)
     ]
     return parts[0] if len(parts) == 1 else _mixed(parts, shares, names)
@@ -66,17 +82,35 @@ def _tokenize(
     cache: Path,
     on_progress: OnProgress | None,
     samples: int | None,
+    on_note: OnNote,
 ) -> TokenizedCorpus:
     sources = open_sources(names, data.text_field)
     dataset = next((source.dataset for source in sources if source.dataset is not None), None)
     if dataset is None:
-        return tokenize_whole(sources, data, tokenizer, cache, on_progress)
+        return tokenize_whole(sources, data, tokenizer, cache, on_progress, on_note)
     if len(sources) > 1:
         raise InputError(
             f"{dataset}: a Hub dataset is streamed, so it cannot be shuffled together with other sources",
             f"Say how much comes from each, for example data.weights={[1] * len(sources)}.",
         )
-    return tokenize_stream(dataset, data, tokenizer, cache, samples, on_progress)
+    return tokenize_stream(dataset, data, tokenizer, cache, samples, on_progress, on_note)
+
+
+def _validated_on(corpus: TokenizedCorpus, held_out: TokenizedCorpus, name: str) -> TokenizedCorpus:
+    """A corpus with the whole of another one as its held-out part."""
+    common = common_documents(corpus, held_out)
+    seen = f"{name}: {common:,} of its documents are trained on too, which makes the score on it too good."
+    return replace(
+        corpus,
+        folders=corpus.folders + held_out.folders,
+        fingerprint=digest([corpus.fingerprint, held_out.fingerprint]),
+        validation=held_out.train,
+        documents=corpus.documents + held_out.documents,
+        duplicates=corpus.duplicates + held_out.duplicates,
+        tokens=corpus.tokens + held_out.tokens,
+        bytes=corpus.bytes + held_out.bytes,
+        notes=(*corpus.notes, *((seen,) if common else ())),
+    )
 
 
 def _mixed(parts: list[TokenizedCorpus], shares: tuple[int, ...], names: tuple[str, ...]) -> TokenizedCorpus:
@@ -93,6 +127,7 @@ def _mixed(parts: list[TokenizedCorpus], shares: tuple[int, ...], names: tuple[s
         train=mixture([part.train for part in parts]),
         validation=held_out if held_out.parts else None,
         documents=sum(part.documents for part in parts),
+        duplicates=sum(part.duplicates for part in parts),
         tokens=sum(part.tokens for part in parts),
         bytes=sum(part.bytes for part in parts),
         notes=tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ class Piece(NamedTuple):
 
     ids: list[int]  # with the end-of-text token where the document ends
     document: int  # number of the document; empty ones are not counted
+    digest: int  # 64 bits that identify the document's text from its beginning to the end of this piece
     ends: bool  # the document
     size: int  # bytes of UTF-8 text
 
@@ -66,6 +68,7 @@ class _Batch:
 
     texts: list[str] = field(default_factory=list)
     documents: list[int] = field(default_factory=list)
+    digests: list[int] = field(default_factory=list)
     ends_document: list[bool] = field(default_factory=list)
     bookmark: Bookmark | None = None
     bytes_read: int = 0
@@ -113,12 +116,15 @@ def _batches(
 
     for document in read(on_read):
         begun = False
+        digest = hashlib.blake2b(digest_size=8)
         for piece in document.pieces:
             if size >= BATCH_CHARACTERS:
                 yield batch
                 batch, size = _Batch(), 0
             batch.texts.append(piece)
             batch.documents.append(number)
+            digest.update(piece.encode("utf-8", "surrogatepass"))
+            batch.digests.append(int.from_bytes(digest.digest(), "little"))
             batch.ends_document.append(False)
             size += len(piece)
             begun = True
@@ -133,9 +139,9 @@ def _batches(
 
 def _collect(batch: _Batch, future: Future[list[Any]], end_of_text: int, before: TokenizeProgress) -> Encoded:
     pieces = [
-        Piece([*encoding.ids, end_of_text] if ends else encoding.ids, document, ends, utf8_size(text))
-        for encoding, text, document, ends in zip(
-            future.result(), batch.texts, batch.documents, batch.ends_document, strict=True
+        Piece([*encoding.ids, end_of_text] if ends else encoding.ids, document, digest, ends, utf8_size(text))
+        for encoding, text, document, digest, ends in zip(
+            future.result(), batch.texts, batch.documents, batch.digests, batch.ends_document, strict=True
         )
     ]
     progress = TokenizeProgress(

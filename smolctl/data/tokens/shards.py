@@ -14,10 +14,11 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from smolctl.durable import sync_file
+from smolctl.durable import holds_once, sync_file
 from smolctl.errors import InputError
 
 SHARD_BYTES = 256 * 1024 * 1024
+_READ_AT_ONCE = 16 * 1024 * 1024  # bytes; a multiple of every token's size
 # Left free for others, and for the checkpoints of the run itself.
 RESERVE_BYTES = 64 * 1024 * 1024
 
@@ -34,6 +35,32 @@ class Shard:
     file: str
     tokens: int
     sha256: str
+
+
+def find_damage(path: Path, shard: Shard, dtype: np.dtype[np.unsignedinteger], vocab_size: int) -> str:
+    """Why a file of tokens must not be used; "" when it holds what was written, all ids of the vocabulary.
+
+    It is read once for each identity of the file (`durable.holds_once`).
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    size, expected = path.stat().st_size, shard.tokens * dtype.itemsize
+    if size != expected:
+        return f"{path.name} has {size:,} bytes instead of {expected:,}"
+    claim = f"sha256 {shard.sha256}, ids below {vocab_size:,} in {dtype.str}"
+    if holds_once(path, claim, lambda: _holds(path, shard.sha256, dtype, vocab_size)):
+        return ""
+    return f"the bytes of {path.name} are not the ones that were written"
+
+
+def _holds(path: Path, sha256: str, dtype: np.dtype[np.unsignedinteger], vocab_size: int) -> bool:
+    digest, largest = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        for data in iter(lambda: file.read(_READ_AT_ONCE), b""):
+            digest.update(data)
+            largest = max(largest, int(np.frombuffer(data, dtype).max()))
+    return digest.hexdigest() == sha256 and largest < vocab_size
 
 
 class ShardWriter:

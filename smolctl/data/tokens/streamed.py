@@ -2,7 +2,8 @@
 
 The cache holds the beginning of the stream in segments of whole documents. What a segment holds depends
 on the rows before its end alone, never on how much a run asked for: a longer run reads the same segments
-and adds others behind them. Validation is held out of the first segment only, so it stays the same too.
+and adds others behind them. Validation is held out of the first segment only, so it stays the same too; what
+is held out is left out where it comes again in a later segment.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from smolctl.data.text.hub import DatasetName, DatasetReader
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokens.cache import (
     FORMAT,
+    LEAST_HELD_OUT,
     Manifest,
+    OnNote,
     OnProgress,
     TokenizedCorpus,
     digest,
     folder_of,
-    held_out_rule,
+    held_out_limit,
     locked,
     read_manifest,
     whole_or_absent,
@@ -49,12 +52,15 @@ class Segment(Manifest):
 
     Attributes:
         documents: from the beginning of the stream to the end of this segment.
+        duplicates: documents of this segment that are equal to an earlier one in it.
         tokens, bytes: of this segment.
+        held_out_digests: `Piece.digest` of the first piece of each document held out; of the first segment.
         bookmark: where to go on reading; up to a batch of documents before the segment's end.
         ended: the stream has no more.
     """
 
     source: str
+    held_out_digests: tuple[int, ...]
     bookmark: Bookmark
     ended: bool
 
@@ -70,17 +76,19 @@ def tokenize_stream(
     tokenizer: Tokenizer,
     cache: Path,
     samples: int | None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress | None,
+    on_note: OnNote,
 ) -> TokenizedCorpus:
     """Encode the beginning of a dataset, or find it in the cache, in whole or in part.
 
     Args:
         dataset: with a commit, so that its rows stay the same.
-        data: text field, window length, held-out share and seed.
+        data: text field, window length and held-out share.
         tokenizer: gives the ids.
         cache: folder of the results.
         samples: windows that the run reads in all; None reads the dataset to its end.
         on_progress: called after every batch of new text.
+        on_note: as in `tokenize_corpus`.
 
     Raises:
         InputError: the dataset is empty or shorter than one window; the disk is full.
@@ -91,10 +99,10 @@ def tokenize_stream(
     if samples is not None:
         blocks = -(-samples // BLOCK_WINDOWS)
         needed = blocks * BLOCK_WINDOWS * data.sequence_length + 1
-    segments = _read(folder)
+    segments = _read(folder, tokenizer, needed, on_note)
     if not _suffice(segments, needed):
-        with locked(folder):
-            segments = _read(folder)
+        with locked(folder, on_note):
+            segments = _read(folder, tokenizer, needed, lambda _: None)
             work = _Work(folder, dataset, data, tokenizer, on_progress)
             if not _suffice(segments, needed):
                 segments = work.extend(segments, needed)
@@ -105,10 +113,14 @@ def _path(folder: Path, number: int) -> Path:
     return folder / f"segment-{number:05d}"
 
 
-def _read(folder: Path) -> list[Segment]:
-    """The segments up to the first that is missing or damaged."""
+def _read(folder: Path, tokenizer: Tokenizer, needed: int | None, on_note: OnNote) -> list[Segment]:
+    """As many segments as are needed, up to the first that is missing or damaged."""
     segments: list[Segment] = []
-    while (content := read_manifest(_path(folder, len(segments)))) is not None:
+    while not _suffice(segments, needed):
+        content = read_manifest(_path(folder, len(segments)), tokenizer, on_note)
+        if content is None:
+            break
+        content["held_out_digests"] = tuple(content["held_out_digests"])
         segments.append(Segment(**content | {"bookmark": Bookmark(**content["bookmark"])}))
     return segments
 
@@ -158,8 +170,12 @@ class _Work:
         """The next segment: documents until it has tokens enough, or the stream has no more."""
         least, most = SEGMENT_TOKENS
         target = min(most, max(least, sum(segment.train_tokens for segment in before) // 8))
-        is_held_out = held_out_rule(self.data) if not before else lambda _: False
-        documents = before[-1].documents if before else 0
+        limit = held_out_limit(self.data.validation_fraction)
+        held_before = set(before[0].held_out_digests) if before else set()
+        held_digests: list[int] = []
+        digests: set[int] = set()
+        document, part = -1, None
+        first = documents = before[-1].documents if before else 0
         bookmark = before[-1].bookmark if before else Bookmark()
         dtype = token_dtype(self.tokenizer.vocab_size)
         size, ended = 0, True
@@ -170,9 +186,19 @@ class _Work:
         ):
             for piece, last_bookmark in pieces:
                 bookmark = last_bookmark
-                (held_out if is_held_out(piece.document) else train).append(piece.ids)
-                size += piece.size
-                documents += piece.ends
+                if piece.document != document:  # its first piece
+                    document, part = piece.document, train
+                    if before:
+                        part = None if piece.digest in held_before else train
+                    elif piece.digest < limit:
+                        part = held_out
+                        held_digests.append(piece.digest)
+                if part is not None:
+                    part.append(piece.ids)
+                    size += piece.size
+                if piece.ends:
+                    documents += 1
+                    digests.add(piece.digest)
                 if piece.ends and train.tokens >= target:
                     ended = False
                     break
@@ -185,10 +211,12 @@ class _Work:
                 source=str(self.dataset),
                 dtype=dtype.str,
                 documents=documents,
+                duplicates=documents - first - len(digests),
                 tokens=train.tokens + held_out.tokens,
                 bytes=size,
                 train=train.finish(),
                 held_out=held_out.finish(),
+                held_out_digests=tuple(sorted(set(held_digests))),
                 bookmark=bookmark,
                 ended=ended,
             )
@@ -220,11 +248,12 @@ def _cut(
         folders=(folder,),
         fingerprint=_fingerprint(dataset, segments[0]),
         train=Mixture((train,)),
-        validation=Mixture((validation,)) if held_out >= window else None,
+        validation=Mixture((validation,)) if held_out >= min(window, LEAST_HELD_OUT) else None,
         documents=segments[-1].documents,
+        duplicates=sum(segment.duplicates for segment in segments),
         tokens=sum(segment.tokens for segment in segments),
         bytes=sum(segment.bytes for segment in segments),
-        notes=_notes(dataset, data, held_out),
+        notes=_notes(dataset, data, held_out, window),
     )
 
 
@@ -245,10 +274,11 @@ def _fingerprint(dataset: DatasetName, first: Segment) -> str:
     return digest([str(dataset), first.dtype, [shard.sha256 for shard in first.train + first.held_out]])
 
 
-def _notes(dataset: DatasetName, data: DataConfig, held_out: int) -> tuple[str, ...]:
-    if not data.validation_fraction or held_out > data.sequence_length:
+def _notes(dataset: DatasetName, data: DataConfig, held_out: int, window: int) -> tuple[str, ...]:
+    least = min(window, LEAST_HELD_OUT)
+    if not data.validation_fraction or held_out >= least:
         return ()
     return (
-        f"{dataset}: the documents held out of its beginning have {held_out:,} tokens, less than a sequence: "
+        f"{dataset}: the documents held out of its beginning have {held_out:,} tokens, fewer than {least:,}: "
         "there is no validation on it. Raise data.validation_fraction.",
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from smolctl.config.run import DataConfig
 from smolctl.data.mixture import Mixture, Part
@@ -16,27 +19,42 @@ from smolctl.data.text.documents import Document, OnRead
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokens.cache import (
     FORMAT,
+    LEAST_HELD_OUT,
     Manifest,
+    OnNote,
     OnProgress,
     TokenizedCorpus,
     digest,
     folder_of,
-    held_out_rule,
+    held_out_limit,
     locked,
     read_manifest,
     whole_or_absent,
     write_manifest,
 )
 from smolctl.data.tokens.encoding import TokenizeProgress, encode_documents
-from smolctl.data.tokens.shards import ShardWriter, TokenStream, token_dtype
+from smolctl.data.tokens.shards import ShardWriter, TokenStream, disk_errors, token_dtype
 from smolctl.errors import InputError
+
+DIGESTS = "documents.bin"  # `Piece.digest` of every different document, sorted; little-endian uint64
 
 
 @dataclass(frozen=True, kw_only=True)
 class WholeManifest(Manifest):
-    """What the manifest of one or several sources says."""
+    """What the manifest of one or several sources says.
+
+    A small corpus may have no document below `held_out_limit`, or none that is long enough. So the shards
+    keep the documents below twice that limit apart, those below four times, and so on up to half of all.
+    Those below the lowest of these limits that gives enough tokens are held out; how many are enough depends
+    on the run.
+
+    Attributes:
+        held_out: documents that may be held out; those below the lowest limit lie at the end.
+        held_out_tokens: below the lowest limit, below twice that, below four times ...
+    """
 
     sources: tuple[str, ...]
+    held_out_tokens: tuple[int, ...]
 
 
 def tokenize_whole(
@@ -44,27 +62,33 @@ def tokenize_whole(
     data: DataConfig,
     tokenizer: Tokenizer,
     cache: Path,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress | None,
+    on_note: OnNote,
 ) -> TokenizedCorpus:
     """Encode all documents of the sources, one source after another, or find them in the cache.
+
+    Arguments as in `tokenize_corpus`.
 
     Raises:
         InputError: a source is binary, damaged or empty, or shorter than one window; the disk is full.
     """
     identities = [[source.name, source.identity] for source in sources]
     folder = folder_of(cache, [FORMAT, identities], data, tokenizer)
-    manifest = _open(folder)
+    manifest = _open(folder, tokenizer, on_note)
     if manifest is None:
-        with locked(folder):
-            manifest = _open(folder) or _build(folder, data, sources, tokenizer, on_progress)
+        with locked(folder, on_note):
+            manifest = _open(folder, tokenizer, lambda _: None) or _build(
+                folder, data, sources, tokenizer, on_progress
+            )
     return _split(folder, manifest, data)
 
 
-def _open(folder: Path) -> WholeManifest | None:
+def _open(folder: Path, tokenizer: Tokenizer, on_note: OnNote) -> WholeManifest | None:
     """The manifest of a finished result, or None when there is none or its files do not agree with it."""
-    content = read_manifest(folder)
+    content = read_manifest(folder, tokenizer, on_note)
     try:
-        return WholeManifest(**content | {"sources": tuple(content["sources"])}) if content else None
+        lists = {key: tuple(content[key]) for key in ("sources", "held_out_tokens")} if content else {}
+        return WholeManifest(**content | lists) if content else None
     except (TypeError, KeyError):
         return None
 
@@ -77,7 +101,11 @@ def _build(
     on_progress: OnProgress | None,
 ) -> WholeManifest:
     dtype = token_dtype(tokenizer.vocab_size)
-    is_held_out = held_out_rule(data)
+    limit = held_out_limit(data.validation_fraction)
+    trained_on = max(1, _group(2**63, limit)) if limit else 0  # the last group, never held out
+    names = [*(f"held-out-{group}" for group in range(trained_on)), "train"]
+    digests = array("Q")  # of whole documents: eight bytes each
+    document = group = -1
     last = TokenizeProgress()
     total = sum(source.size or 0 for source in sources)
 
@@ -87,32 +115,58 @@ def _build(
 
     with (
         whole_or_absent(folder) as partial,
-        closing(ShardWriter(partial, "train", dtype)) as train,
-        closing(ShardWriter(partial, "held-out", dtype)) as held_out,
+        ExitStack() as open_files,
         closing(encode_documents(read, tokenizer, total)) as batches,
     ):
+        groups = [open_files.enter_context(closing(ShardWriter(partial, name, dtype))) for name in names]
         for batch in batches:
-            ids: tuple[list[int], list[int]] = ([], [])  # to train on, held out
+            ids: list[list[int]] = [[] for _ in groups]
             for piece in batch.pieces:
-                ids[is_held_out(piece.document)].extend(piece.ids)
-            train.append(ids[0])
-            held_out.append(ids[1])
+                if piece.document != document:  # its first piece
+                    document, group = piece.document, min(_group(piece.digest, limit), trained_on)
+                ids[group].extend(piece.ids)
+                if piece.ends:
+                    digests.append(piece.digest)
+            for writer, more in zip(groups, ids, strict=True):
+                writer.append(more)
             last = batch.progress
             if on_progress is not None:
                 on_progress(last)
         _check_read(sources, data, last)
+        different = np.unique(np.frombuffer(digests, np.uint64))
+        with disk_errors(partial):
+            different.astype("<u8").tofile(partial / DIGESTS)
+        *held_out, train = [writer.finish() for writer in groups]
         manifest = WholeManifest(
             tokenizer=tokenizer.sha256,
             sources=tuple(source.name for source in sources),
             dtype=dtype.str,
             documents=last.documents,
+            duplicates=last.documents - len(different),
             tokens=last.tokens,
             bytes=last.bytes,
-            train=train.finish(),
-            held_out=held_out.finish(),
+            train=train,
+            held_out=tuple(chain.from_iterable(reversed(held_out))),
+            held_out_tokens=tuple(accumulate(writer.tokens for writer in groups[:-1])),
         )
         write_manifest(partial, manifest)
     return manifest
+
+
+def _group(digest: int, limit: int) -> int:
+    """0 below the limit, 1 below twice the limit, 2 below four times, and so on."""
+    return (digest // limit).bit_length() if limit else 0
+
+
+def common_documents(one: TokenizedCorpus, other: TokenizedCorpus) -> int:
+    """How many different documents are in both; those of a Hub dataset are not known."""
+
+    def digests(corpus: TokenizedCorpus) -> NDArray[np.uint64]:
+        files = [folder / DIGESTS for folder in corpus.folders]
+        known = [np.fromfile(file, "<u8") for file in files if file.is_file()]
+        return np.concatenate([np.empty(0, np.uint64), *known])
+
+    return len(np.intersect1d(digests(one), digests(other)))
 
 
 def _check_read(sources: Sequence[Source], data: DataConfig, last: TokenizeProgress) -> None:
@@ -125,15 +179,16 @@ def _check_read(sources: Sequence[Source], data: DataConfig, last: TokenizeProgr
         raise InputError(f"{names}: changed while it was read", "Run again when nobody writes to it.")
 
 
-def _split(folder: Path, manifest: Manifest, data: DataConfig) -> TokenizedCorpus:
+def _split(folder: Path, manifest: WholeManifest, data: DataConfig) -> TokenizedCorpus:
     """Decide what is trained on: all but the documents held out, or all but the last tokens.
 
-    Documents that were held out lie behind the others, so both are a range of the same files.
+    Both are a range of the same files.
     """
     window = data.sequence_length + 1
     if manifest.tokens < window:
         raise InputError(
-            f"the corpus has {manifest.tokens:,} tokens; a sequence takes sequence_length + 1 = {window:,}",
+            f"{', '.join(manifest.sources)} has {manifest.tokens:,} tokens; "
+            f"a sequence takes sequence_length + 1 = {window:,}",
             "Add text, or lower data.sequence_length.",
         )
     held_out, notes = _held_out_tokens(manifest, data, window)
@@ -148,27 +203,36 @@ def _split(folder: Path, manifest: Manifest, data: DataConfig) -> TokenizedCorpu
         train=Mixture((Part(TokenStream(files, dtype, 0, length)),)),
         validation=Mixture((validation,)) if held_out else None,
         documents=manifest.documents,
+        duplicates=manifest.duplicates,
         tokens=manifest.tokens,
         bytes=manifest.bytes,
         notes=notes,
     )
 
 
-def _held_out_tokens(manifest: Manifest, data: DataConfig, window: int) -> tuple[int, tuple[str, ...]]:
+def _held_out_tokens(manifest: WholeManifest, data: DataConfig, window: int) -> tuple[int, tuple[str, ...]]:
     """How many tokens at the end are held out, and what to tell the user about it.
 
-    With few documents chance may hold out none, or nearly all of the text. Then the last tokens are
-    held out instead, wherever in a document they begin.
+    With few documents chance may hold out nearly all of the text. Then the last tokens are held out instead,
+    wherever in a document they begin, unless some documents are copies, of which these could be parts.
     """
-    fraction = data.validation_fraction
+    fraction, tokens = data.validation_fraction, manifest.tokens
     if not fraction:
         return 0, ()
-    by_document = sum(shard.tokens for shard in manifest.held_out)
-    if window <= by_document <= min(10 * fraction * manifest.tokens, manifest.tokens - window):
+    least, most = min(window, LEAST_HELD_OUT), tokens - window
+    share = max(10 * fraction, 0.5 if manifest.duplicates else 0)
+    by_document = next((count for count in manifest.held_out_tokens if count >= least), 0)
+    if 0 < by_document <= min(share * tokens, most):
         return by_document, ()
-    last = max(window, round(fraction * manifest.tokens))
-    if last > manifest.tokens / 2:
-        return 0, ("The corpus is too short to hold out one sequence: there is no validation.",)
+    if manifest.duplicates:
+        return 0, (
+            f"Only {manifest.documents - manifest.duplicates:,} of {manifest.documents:,} documents are "
+            "different, too few to hold some of them out: there is no validation. Name a file for it: "
+            "data.validation.",
+        )
+    last = max(least, round(fraction * tokens))
+    if last > min(tokens / 2, most):
+        return 0, ("The corpus is too short to hold out a part of it: there is no validation.",)
     return last, (
         f"Too few documents ({manifest.documents:,}) to hold some of them out: "
         f"the last {last:,} tokens of the corpus are held out.",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
+import random
 import shutil
 import signal
 import subprocess
@@ -20,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolctl.config.run import DataConfig
+from smolctl.data.batches import validation_batches
 from smolctl.data.mixture import Mixture
 from smolctl.data.tokenizer.tokenizer import train_tokenizer
 from smolctl.data.tokens import encoding
@@ -68,7 +71,6 @@ def test_every_document_is_in_one_part_and_ends_with_end_of_text(tmp_path: Path)
     corpus = tokenize_corpus(data(tmp_path / "a.jsonl"), TOKENIZER, tmp_path)
     train, held_out = by_document(tokens(corpus.train)), by_document(tokens(corpus.validation))
     assert sorted(train + held_out) == sorted(texts)
-    assert train == [text for text in texts if text in set(train)]  # in order
     assert 5 <= len(held_out) <= 40
     assert corpus.notes == ()
     assert corpus.documents == 200
@@ -76,15 +78,76 @@ def test_every_document_is_in_one_part_and_ends_with_end_of_text(tmp_path: Path)
     assert corpus.tokens == len(tokens(corpus.train)) + len(tokens(corpus.validation))
 
 
-def test_held_out_documents_depend_on_the_seed_alone(tmp_path: Path) -> None:
-    write_lines(tmp_path / "a.jsonl")
+@pytest.mark.parametrize("length", [16, 400])
+@pytest.mark.parametrize("fraction", [0.004, 0.05, 0.3])
+def test_equal_documents_are_held_out_together(tmp_path: Path, fraction: float, length: int) -> None:
+    texts = 3 * write_lines(tmp_path / "a.jsonl", 60)
+    random.Random(0).shuffle(texts)
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    corpus = tokenize_corpus(
+        data(tmp_path / "a.jsonl", fraction=fraction, length=length), TOKENIZER, tmp_path
+    )
+    train, held_out = (set(by_document(tokens(part))) for part in (corpus.train, corpus.validation))
+    assert held_out
+    assert not train & held_out
+    assert train | held_out == set(texts)
+    assert (corpus.documents, corpus.duplicates) == (180, 120)
 
-    def held_out(seed: int, cache: str) -> list[int]:
-        config = data(tmp_path / "a.jsonl", seed=seed)
-        return tokens(tokenize_corpus(config, TOKENIZER, tmp_path / cache).validation)
 
-    assert held_out(8, "one") == held_out(8, "two")
-    assert held_out(9, "one") != held_out(8, "one")
+def test_documents_that_are_all_equal_are_not_held_out_and_that_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps({"text": STORY * 9})] * 20))
+    corpus = tokenize_corpus(data(tmp_path / "a.jsonl"), TOKENIZER, tmp_path)
+    assert corpus.validation is None
+    assert "Only 1 of 20 documents are different" in corpus.notes[0]
+
+
+def test_held_out_documents_depend_on_their_content_alone(tmp_path: Path) -> None:
+    texts = write_lines(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").write_text(
+        "\n".join(json.dumps({"text": text}) for text in [*texts, "more", "and more"][::-1])
+    )
+
+    def held_out(name: str, seed: int) -> set[str]:
+        corpus = tokenize_corpus(data(tmp_path / name, seed=seed), TOKENIZER, tmp_path)
+        return set(by_document(tokens(corpus.validation)))
+
+    first = held_out("a.jsonl", 8)
+    assert 5 <= len(first) <= 40
+    assert held_out("a.jsonl", 9) == first
+    assert held_out("b.jsonl", 8) - {"more", "and more"} == first
+    assert len(list((tmp_path / "tokens").glob("*/"))) == 2  # another seed is no reason to encode again
+
+
+def test_a_file_of_its_own_is_held_out_as_a_whole(tmp_path: Path) -> None:
+    texts = write_lines(tmp_path / "a.jsonl", 100)
+    (tmp_path / "own.txt").write_text(STORY * 3)
+    config = data(tmp_path / "a.jsonl").model_copy(update={"validation": str(tmp_path / "own.txt")})
+    corpus = tokenize_corpus(config, TOKENIZER, tmp_path)
+    assert by_document(tokens(corpus.validation)) == [STORY * 3]
+    assert by_document(tokens(corpus.train)) == texts
+    assert corpus.notes == ()
+    (tmp_path / "own.txt").write_text(STORY * 4)
+    assert tokenize_corpus(config, TOKENIZER, tmp_path).fingerprint != corpus.fingerprint
+
+
+def test_a_held_out_file_that_is_trained_on_too_is_said(tmp_path: Path) -> None:
+    texts = write_lines(tmp_path / "a.jsonl", 100)
+    (tmp_path / "own.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in [*texts[:7], "new"]))
+    config = data(tmp_path / "a.jsonl").model_copy(update={"validation": str(tmp_path / "own.jsonl")})
+    assert (
+        "own.jsonl: 7 of its documents are trained on too"
+        in (tokenize_corpus(config, TOKENIZER, tmp_path).notes[0])
+    )
+
+
+def test_a_short_text_is_trained_on_up_to_the_share_held_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(STORY * 30)
+    corpus = tokenize_corpus(data(tmp_path / "a.txt", length=256), TOKENIZER, tmp_path)
+    assert 2 * 256 < corpus.tokens < 4 * 256
+    assert len(corpus.train) >= 0.89 * corpus.tokens
+    assert corpus.validation is not None
+    (batch,) = validation_batches(corpus.validation, 256, 8, 8)
+    assert batch.tolist() == [tokens(corpus.validation)]  # one sequence, shorter than the others'
 
 
 def test_manifest_describes_the_shards(tmp_path: Path) -> None:
@@ -182,7 +245,6 @@ def test_what_changes_the_tokens_changes_the_fingerprint(tmp_path: Path) -> None
     other_tokenizer = train_tokenizer(iter([STORY]), 280)
     corpora = [
         tokenize_corpus(data(path), TOKENIZER, tmp_path),
-        tokenize_corpus(data(path, seed=9), TOKENIZER, tmp_path),
         tokenize_corpus(data(path, fraction=0.2), TOKENIZER, tmp_path),
         tokenize_corpus(data(path), other_tokenizer, tmp_path),
     ]
@@ -244,24 +306,31 @@ def test_killed_tokenization_is_not_taken_for_a_finished_one(tmp_path: Path) -> 
         assert process.stdout is not None
         assert process.stdout.readline() == "now\n"
         assert list(tmp_path.rglob("*.partial"))
+        (tmp_path / "c.txt").write_text(STORY * 30)
+        tokenize_corpus(data(tmp_path / "c.txt"), TOKENIZER, tmp_path)
+        assert list(tmp_path.rglob("*.partial"))  # a living one's are left alone
         process.kill()
-    assert not list(tmp_path.rglob(MANIFEST))
-    corpus = tokenize_corpus(data(tmp_path / "a.jsonl"), TOKENIZER, tmp_path)
-    assert corpus.documents == 200
+    assert len(list(tmp_path.rglob(MANIFEST))) == 1  # of the other text
+    (tmp_path / "b.txt").write_text(STORY * 20)
+    tokenize_corpus(data(tmp_path / "b.txt"), TOKENIZER, tmp_path)  # another text
     assert not list(tmp_path.rglob("*.partial"))  # the dead one's leftovers are gone
+    assert tokenize_corpus(data(tmp_path / "a.jsonl"), TOKENIZER, tmp_path).documents == 200
 
 
 def test_concurrent_calls_work_once_and_agree(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", 500)
     working: list[int] = []
     results: list[TokenizedCorpus] = []
+    notes: list[str] = []
 
     def run(number: int) -> None:
         def on_progress(_: TokenizeProgress) -> None:
             working.append(number)
             time.sleep(0.001)
 
-        results.append(tokenize_corpus(data(tmp_path / "a.jsonl"), TOKENIZER, tmp_path, on_progress))
+        results.append(
+            tokenize_corpus(data(tmp_path / "a.jsonl"), TOKENIZER, tmp_path, on_progress, None, notes.append)
+        )
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
     for thread in threads:
@@ -271,25 +340,68 @@ def test_concurrent_calls_work_once_and_agree(tmp_path: Path) -> None:
     assert len(set(working)) == 1
     assert len({result.fingerprint for result in results}) == 1
     assert len(results) == 4
+    assert len(notes) == 3
+    assert all("Waiting for another process" in note for note in notes)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "manifest", "version"])
-def test_damaged_cache_is_rebuilt(tmp_path: Path, damage: str) -> None:
+def flip(path: Path) -> None:
+    """Other bytes in a file of the same size, written a while ago."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x55
+    path.write_bytes(content)
+    settle(path)
+
+
+def settle(path: Path) -> None:
+    os.utime(path, (time.time() - 60, time.time() - 60))
+
+
+def rewrite(folder: Path, name: str, shard: bytes) -> None:
+    """A file of tokens, and a manifest that agrees with it."""
+    (folder / name).write_bytes(shard)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for part in manifest["train"] + manifest["held_out"]:
+        if part["file"] == name:
+            part["sha256"] = hashlib.sha256(shard).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "damage", ["truncate", "remove", "flip", "flip held out", "ids", "manifest", "version", "tokenizer"]
+)
+def test_damaged_cache_is_rebuilt_and_that_is_said(tmp_path: Path, damage: str) -> None:
     write_lines(tmp_path / "a.jsonl")
     config = data(tmp_path / "a.jsonl")
     first = tokenize_corpus(config, TOKENIZER, tmp_path)
     expected = tokens(first.train)
-    shard, manifest = first.folders[0] / "train-00000.bin", first.folders[0] / MANIFEST
+    (folder,) = first.folders
+    for file in folder.iterdir():
+        settle(file)
+    notes: list[str] = []
+    assert tokenize_corpus(config, TOKENIZER, tmp_path, on_note=notes.append).fingerprint == first.fingerprint
+    assert not notes  # and every file counts as checked
+    shard, manifest = folder / "train-00000.bin", folder / MANIFEST
     if damage == "truncate":
         shard.write_bytes(shard.read_bytes()[:-2])
     elif damage == "remove":
         shard.unlink()
+    elif damage.startswith("flip"):
+        flip(shard if damage == "flip" else folder / "held-out-0-00000.bin")
+    elif damage == "ids":
+        content = np.fromfile(shard, "<u2")
+        content[7] = TOKENIZER.vocab_size
+        rewrite(folder, shard.name, content.tobytes())
     elif damage == "manifest":
         manifest.write_text(manifest.read_text()[:100])
     else:
-        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 0}))
-    again = tokenize_corpus(config, TOKENIZER, tmp_path)
+        change = {"format": 0} if damage == "version" else {"tokenizer": "0" * 64}
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | change))
+    again = tokenize_corpus(config, TOKENIZER, tmp_path, on_note=notes.append)
     assert tokens(again.train) == expected
+    assert again.fingerprint == first.fingerprint
+    assert len(notes) == 1
+    assert "damaged" in notes[0]
+    assert "tokenized again" in notes[0]
 
 
 def test_source_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""What the cache holds, how large it is, and how what is no longer used goes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from smolctl.data.tokens.cache import MANIFEST, TOKENS, lock_of, remove_leftovers
+from smolctl.durable import CHECKED, TOKENIZERS, cache_folder
+
+DAY = 24 * 60 * 60  # seconds
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """Tokens of a text, or a tokenizer that was trained."""
+
+    path: Path
+    content: str
+    bytes: int
+    used: float  # when a command last opened it, or wrote it: seconds since 1970
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """The cache as it is now."""
+
+    folder: Path
+    entries: tuple[CacheEntry, ...]  # the one that was not used for longest first
+    removed: tuple[CacheEntry, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """Of all entries."""
+        return sum(entry.bytes for entry in self.entries)
+
+
+def look_at_cache() -> CacheReport:
+    """Everything in the user's cache. What killed processes left unfinished is deleted."""
+    folder = cache_folder()
+    remove_leftovers(folder / TOKENS)
+    kept = [path for path in (folder / TOKENS).glob("*") if path.is_dir() and path.suffix != ".partial"]
+    tokens = [_tokens(path) for path in kept]
+    tokenizers = [
+        CacheEntry(path, "a trained tokenizer", path.stat().st_size, path.stat().st_mtime)
+        for path in (folder / TOKENIZERS).glob("*")
+    ]
+    return CacheReport(folder, tuple(sorted(tokens + tokenizers, key=lambda entry: entry.used)))
+
+
+def prune_cache(days: float) -> CacheReport:
+    """Delete what no command has used for so many days, except what a process is writing at this moment."""
+    before, limit = look_at_cache(), time.time() - days * DAY
+    for marker in (before.folder / CHECKED).glob("*"):
+        with suppress(OSError):
+            if marker.stat().st_mtime <= limit:
+                marker.unlink()
+    for entry in before.entries:
+        if entry.used > limit:
+            continue
+        with suppress(OSError):  # being written (Timeout), or not ours to delete: it stays
+            if entry.path.is_dir():
+                with lock_of(entry.path).acquire(timeout=0):
+                    shutil.rmtree(entry.path)
+            else:
+                entry.path.unlink()
+    after = look_at_cache()
+    paths = {entry.path for entry in after.entries}
+    removed = tuple(entry for entry in before.entries if entry.path not in paths)
+    return CacheReport(after.folder, after.entries, removed)
+
+
+def _tokens(folder: Path) -> CacheEntry:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    manifests = [path for path in files if path.name == MANIFEST]
+    content = "unreadable"
+    with suppress(OSError, ValueError, TypeError, IndexError, AttributeError):
+        said = json.loads(manifests[0].read_bytes())
+        content = f"tokens of {said.get('source') or ', '.join(said['sources'])}"
+    used = max(path.stat().st_mtime for path in manifests or [folder])
+    return CacheEntry(folder, content, sum(path.stat().st_size for path in files), used)
