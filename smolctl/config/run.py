@@ -40,6 +40,11 @@ class DataConfig(Section):
     seed: int = Field(8, ge=0, lt=2**63, description="order of the sequences")
     workers: int = Field(0, ge=0, description="processes that read batches; the batches are the same")
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Everything that is read, the held-out file too."""
+        return (*self.source, *filter(None, (self.validation,)))
+
     @model_validator(mode="before")
     @classmethod
     def _one_source_is_a_list(cls, values: object) -> object:

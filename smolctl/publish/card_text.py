@@ -273,14 +273,13 @@ def _variant(variant: Mapping[str, Any]) -> tuple[str, ...]:
 def _data(facts: CardFacts) -> list[str]:
     lines = []
     if facts.run:
-        lines = [f"- {_source(source)}" for source in facts.run.public_data().source]
         data = facts.run.public_data()
-        held = (
-            f"{data.validation_fraction:.0%} of the documents were"
-            if data.validation_fraction
-            else "Nothing was"
-        )
-        lines += ["", f"{data.validation or held} held out.", ""]
+        held = "Nothing was"
+        if data.validation:
+            held = f"{data.validation} was"
+        elif data.validation_fraction:
+            held = f"{data.validation_fraction:.0%} of the documents were"
+        lines = [*(f"- {_source(source)}" for source in data.source), "", f"{held} held out.", ""]
     return [*lines, f"Licence: {facts.license or UNKNOWN_LICENCE}"]
 
 

@@ -110,7 +110,7 @@ def prepare(
     else:
         emit(Note(f"Weights and shape from {source.id}; a new optimizer starts at step 0."))
         network = load_network(source, dtype=torch.float32)
-    reads = tuple(filter(None, (init_from, config.tokenizer, *config.data.source)))
+    reads = tuple(filter(None, (init_from, config.tokenizer, *config.data.texts)))
     return Prepared(config, _as_trained(network, config), tokenizer, corpus, decisions, reads=reads)
 
 
@@ -169,8 +169,10 @@ def _with_model_of(source: ModelSource, config: RunConfig) -> RunConfig:
 
 def _with_pinned_datasets(config: RunConfig) -> RunConfig:
     """The config with the commits of its Hub datasets, so that the run stays on them when it is resumed."""
-    data = config.data.model_copy(update={"source": pin_sources(config.data.source)})
-    return config.model_copy(update={"data": data})
+    data = config.data
+    held_out = None if data.validation is None else pin_sources([data.validation])[0]
+    pinned = data.model_copy(update={"source": pin_sources(data.source), "validation": held_out})
+    return config.model_copy(update={"data": pinned})
 
 
 def _tokenizer(source: ModelSource | None, config: RunConfig, emit: Listener) -> Tokenizer:

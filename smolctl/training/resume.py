@@ -28,7 +28,12 @@ from smolctl.training.train import plan_run
 
 # A run cannot change these and be the same run. What the optimizer keeps belongs to one optimizer.
 FIXED_SECTIONS = ("model", "tokenizer", "data")
-FREE_KEYS = ("model.attention_dropout", "data.workers", "data.source")  # sources must hold the same
+FREE_KEYS = (
+    "model.attention_dropout",
+    "data.workers",
+    "data.source",
+    "data.validation",
+)  # sources must hold the same
 FIXED_KEYS = ("optimizer.name", "train.seed")
 
 
@@ -73,7 +78,7 @@ def resume(
             RunFolder.require_free(options.out, options.force, reads)
         prepared, checkpoint = _prepare(parent, reference, step, options, emit, on_tokenize)
         with naming_the_disk(options.out or RUNS):
-            reads += prepared.config.data.source
+            reads += prepared.config.data.texts
             run = RunFolder.claim(reference.stem, options.out, options.force, reads, emit)
         with run.lock(emit):
             with naming_the_disk(run.path):

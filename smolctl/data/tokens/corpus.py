@@ -54,12 +54,12 @@ def tokenize_corpus(
     cache = cache or cache_folder()
     if data.validation is not None:
         everything = data.model_copy(update={"validation": None, "validation_fraction": 0.0})
-        corpus = tokenize_corpus(everything, tokenizer, cache, on_progress, samples, on_note)
         length = min(data.sequence_length, LEAST_HELD_OUT - 1)  # so many tokens are enough
         settings = everything.model_copy(update={"sequence_length": length})
-        samples = HELD_OUT_SEQUENCES * data.sequence_length // length
+        enough = HELD_OUT_SEQUENCES * data.sequence_length // length
         names = pin_sources([data.validation])
-        held_out = _tokenize(names, settings, tokenizer, cache, on_progress, samples, on_note)
+        held_out = _tokenize(names, settings, tokenizer, cache, on_progress, enough, on_note)
+        corpus = tokenize_corpus(everything, tokenizer, cache, on_progress, samples, on_note)
         return _validated_on(corpus, held_out, names[0])
     names = pin_sources(data.source)
     if data.weights is None:

@@ -235,5 +235,6 @@ def _held_out_tokens(manifest: WholeManifest, data: DataConfig, window: int) -> 
         return 0, ("The corpus is too short to hold out a part of it: there is no validation.",)
     return last, (
         f"Too few documents ({manifest.documents:,}) to hold some of them out: "
-        f"the last {last:,} tokens of the corpus are held out.",
+        f"the last {last:,} tokens of the corpus are held out. "
+        "data.validation_fraction=0 trains on all of it, data.validation names a file to hold out.",
     )

@@ -172,18 +172,39 @@ def test_no_validation_is_told_and_the_last_tokens_are_never_taken(
     assert tokenize(tmp_path, 50, data(fraction=0)).notes == ()
 
 
-@pytest.mark.parametrize("damage", ["cut", "manifest", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "manifest", "gone"])
 def test_a_damaged_segment_is_streamed_again(rows: HubRepository, tmp_path: Path, damage: str) -> None:
     first = tokenize(tmp_path, samples=300)
     expected, (folder,) = shards(first), first.folders
     shard = folder / "segment-00002" / "train-00000.bin"
     if damage == "cut":
         shard.write_bytes(shard.read_bytes()[:-2])
+    elif damage == "flip":
+        shard.write_bytes(b"\0\1" + shard.read_bytes()[2:])
     elif damage == "gone":
         shard.unlink()
     else:
         (shard.parent / MANIFEST).write_text("{")
-    assert shards(tokenize(tmp_path, samples=300)) == expected
+    notes: list[str] = []
+    again = tokenize_corpus(data(), TOKENIZER, tmp_path, samples=300, on_note=notes.append)
+    assert shards(again) == expected
+    assert len(notes) == 1
+    assert "segment-00002: the cached tokens are damaged" in notes[0]
+
+
+def test_what_is_held_out_is_left_out_where_it_comes_again(dataset_hub: HubServer, tmp_path: Path) -> None:
+    dataset_hub.repositories["datasets/org/again"] = dataset(TEXTS[:40] * 5)
+    for samples in (50, 100, None):  # of one segment, and of several
+        corpus = tokenize(tmp_path, samples, data("org/again"))
+        parts = (corpus.train, corpus.validation)
+        train, held_out = (
+            set(TOKENIZER.decode(tokens(part), skip_special=False).split("<|endoftext|>")[:-1])
+            for part in parts
+        )
+        assert held_out
+        assert not train & held_out
+    assert corpus.documents == 200
+    assert train == set(TEXTS[:40]) - held_out
 
 
 def test_an_interruption_leaves_the_segments_that_were_finished(rows: HubRepository, tmp_path: Path) -> None:
