@@ -222,7 +222,7 @@ def _evaluation(run: RunFacts) -> list[str]:
         for record in chosen
     ]
     note = (
-        "On documents that were held out of training, with one standard error. Bits per byte of text can be "
+        "On documents that were held out of training; ± is one standard error. Bits per byte of text can be "
         "compared between tokenizers; the loss, in nats a token, cannot."
     )
     return [note, "", *table(("step", "bits per byte", "loss"), rows)]

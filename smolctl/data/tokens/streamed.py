@@ -120,8 +120,8 @@ def _read(folder: Path, tokenizer: Tokenizer, needed: int | None, on_note: OnNot
         content = read_manifest(_path(folder, len(segments)), tokenizer, on_note)
         if content is None:
             break
-        content["held_out_digests"] = tuple(content["held_out_digests"])
-        segments.append(Segment(**content | {"bookmark": Bookmark(**content["bookmark"])}))
+        bookmark, held_out = Bookmark(**content["bookmark"]), tuple(content["held_out_digests"])
+        segments.append(Segment(**content | {"bookmark": bookmark, "held_out_digests": held_out}))
     return segments
 
 
