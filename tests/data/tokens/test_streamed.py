@@ -221,6 +221,18 @@ def test_an_interruption_leaves_the_segments_that_were_finished(rows: HubReposit
     assert shards(tokenize(tmp_path / "cache", samples=600)) == shards(whole)
 
 
+def test_the_beginning_of_a_dataset_can_be_held_out(
+    rows: HubRepository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smolctl.data.tokens.corpus.HELD_OUT_SEQUENCES", 20)
+    (tmp_path / "a.txt").write_text("the cat sat on a mat " * 50)
+    corpus = tokenize(tmp_path, 100, data(str(tmp_path / "a.txt"), validation="org/rows"))
+    assert TOKENIZER.decode(tokens(corpus.train)) == "the cat sat on a mat " * 50
+    held_out = TOKENIZER.decode(tokens(corpus.validation))
+    assert len(tokens(corpus.validation)) == 24 * LENGTH + 1  # whole blocks
+    assert "".join(TEXTS).startswith(held_out)
+
+
 def test_empty_rows_are_no_documents(dataset_hub: HubServer, tmp_path: Path) -> None:
     texts = [text for one in TEXTS[:80] for text in (None, "", one)]
     dataset_hub.repositories["datasets/org/holes"] = dataset(texts)
