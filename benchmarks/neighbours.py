@@ -6,7 +6,7 @@
 
 With as many busy neighbours as there are cores a fair share is 0.5. Each is measured as libgomp does by
 itself and with `smolctl.cores.sharing_cores`, in turns, quiet and busy. All sides see the same batches, and
-their losses must be equal to the last bit. Run it on a machine that does nothing else. Prints one JSON document.
+their losses must be equal to the last bit. Run it on a quiet machine. Prints one JSON document.
 """
 
 from __future__ import annotations

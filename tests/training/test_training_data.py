@@ -117,7 +117,7 @@ def test_a_resumed_run_stays_on_its_commit_when_the_dataset_moves(small_stream: 
     repository = small_stream.repositories["datasets/org/rows"]
     repository.commit = "fedcba98" * 5
     go_on(folder, extra=1)  # from the cache
-    with pytest.raises(InputError, match=r"cannot change data\.source"):
+    with pytest.raises(InputError, match=r"not the one that the run was trained on"):
         go_on(folder, extra=1, settings={"data": {"source": ["org/rows"]}})
 
 
