@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ Series = NDArray[np.float64]
 POINTS = 4_000  # of a line at most: the picture has fewer columns, and its drawer a limit
 SMOOTHED_SHARE = 0.05  # of the run, that a point of the smooth line averages
 FIRST_SHARE = 0.05  # of the run, whose high losses may leave the picture at the top
+SETTLING = 100  # losses from which on they do
 
 
 def draw_loss(records: Iterable[Mapping[str, Any]], target: Path) -> None:
@@ -49,11 +50,8 @@ def draw_loss(records: Iterable[Mapping[str, Any]], target: Path) -> None:
     if check_steps:
         label = f"held out, last {bits:.4f} bits/byte"
         axes.plot(check_steps, check_losses, "o-", color="#d94801", markersize=4, label=label)
-    settled = raw[round(FIRST_SHARE * len(raw)) :]
-    if len(raw) >= 100:
-        low, high = min([settled.min(), *check_losses]), max([settled.max(), *check_losses])
-        margin = 0.05 * (high - low) or 0.1
-        axes.set_ylim(low - margin, high + margin)
+    if len(raw):
+        axes.set_ylim(loss_range(raw, check_losses))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("step")
@@ -62,6 +60,19 @@ def draw_loss(records: Iterable[Mapping[str, Any]], target: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(target, format="png", dpi=120)
+
+
+def loss_range(raw: Series, held_out: Sequence[float] | Series) -> tuple[float, float]:
+    """The lowest and the highest loss of a picture; of 100 losses or more, the first may leave it at the top.
+
+    Args:
+        raw: training losses (N,), at least one.
+        held_out: losses (M,), perhaps none.
+    """
+    settled = raw[round(FIRST_SHARE * len(raw)) :] if len(raw) >= SETTLING else raw
+    low, high = min([settled.min(), *held_out]), max([settled.max(), *held_out])
+    margin = 0.05 * (high - low) if high - low > 1e-3 else 0.1  # all but the same: a line in the middle
+    return low - margin, high + margin
 
 
 def thinned(values: Series, most: int = POINTS) -> Series:

@@ -73,6 +73,7 @@ class Step:
     memory_bytes: int | None  # most held so far; None where the system does not tell
     mfu: float | None  # share of the devices' peak arithmetic; None where that is not known
     skipped: int = 0  # steps so far whose float16 gradients overflowed; their updates were not made
+    phase: str = ""  # of the schedule: "warmup", "stable", "decay" or "floor"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from smolctl.training.distributed import from_main, gather
 from smolctl.training.lightning import pl
 from smolctl.training.loggers import MetricLoggers, Opening
 from smolctl.training.module import TrainingModule
+from smolctl.training.optim.schedule import phase
 from smolctl.training.predictions import observing, predict
 from smolctl.training.prepare import Prepared
 from smolctl.training.tolerance import LATEST_LINK, Tolerance, shortened
@@ -162,6 +163,7 @@ class RunCallback(pl.Callback):
                 memory_bytes=peak_memory(trainer.strategy.root_device),
                 mfu=flops_utilization(config, speed, self._peak_flops),
                 skipped=module.skipped,
+                phase=phase(step, config.schedule),
             ),
         )
 

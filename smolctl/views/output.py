@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import sys
 from collections.abc import Container, Mapping
@@ -82,6 +84,22 @@ class Output:
 def fields(result: object, without: Container[str]) -> dict[str, Any]:
     """The fields of a frozen result as a JSON object, but for some."""
     return {name: value for name, value in vars(result).items() if name not in without}
+
+
+def tolerate_encodings() -> None:
+    """Have stdout and stderr stand for characters that their encodings lack, instead of failing.
+
+    On a terminal by a "?", which keeps its columns in line; elsewhere by JSON's escapes, which lose nothing.
+    """
+
+    def escape(error: UnicodeError) -> tuple[str, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+    codecs.register_error("json", escape)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace" if stream.isatty() else "json")
 
 
 def _console(stderr: bool) -> Console:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import time
+from contextlib import ExitStack, redirect_stderr
 from dataclasses import asdict
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from smolctl.data.tokens.corpus import TokenizeProgress
 from smolctl.escaping import one_line
 from smolctl.runs.events import (
     Checkpoint,
@@ -22,24 +23,22 @@ from smolctl.runs.events import (
     Validation,
     to_json,
 )
-from smolctl.runs.folder import RunFolder
-from smolctl.runs.story import History, selection
-from smolctl.timing import with_error
-from smolctl.views.numbers import duration, quantity, size, sparkline
+from smolctl.runs.story import selection
+from smolctl.views.chart import LEAST_WIDTH
+from smolctl.views.numbers import duration, size
 from smolctl.views.output import Output
-from smolctl.views.tables import GAP, facts
+from smolctl.views.tables import facts
+from smolctl.views.tokenizing import PLAIN_INTERVAL, TokenizingView
+from smolctl.views.training_display import RunState, TrainingDisplay, bits_per_byte, loss_lines, number
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.live import Live
     from rich.table import Table
 
     from smolctl.training.verify import Verification
 
-# Where there is no terminal, a line of progress at most every so many seconds.
-PLAIN_INTERVAL = 5.0
-REDRAWS_PER_SECOND = 4
-SPARKLINE_WIDTH = 60  # columns at most
+REDRAWS_PER_SECOND = 2
+FINAL_CHART = 16  # lines that it takes when the run has ended
 VERSIONS_SHOWN = 5  # of every prompt's answer, when the run has ended
 
 
@@ -48,18 +47,10 @@ class TrainingView:
 
     def __init__(self, out: Output) -> None:
         self.out = out
-        self.live: Live | None = None
-        self.losses: list[float] = []
-        self.predictions: dict[str, History] = {}
-        self.run = ""
-        self.until = 0
-        self.first = 0
-        self.step: Step | None = None
-        self.validation: Validation | None = None
-        self.checkpoint: Checkpoint | None = None
-        self.checkpoint_at = 0.0
+        self.state = RunState()
+        self.tokenizing = TokenizingView(out)
+        self._screen: ExitStack | None = None  # while the live display has it
         self._last_line = 0.0
-        self._tokenizing = False
 
     def __enter__(self) -> TrainingView:
         return self
@@ -67,48 +58,37 @@ class TrainingView:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close_live()
+        was_live = self._screen is not None
+        self._close()
+        if was_live and self.state.step is not None:  # the display is gone: say how far the run has come
+            self.out.line(self._step_line(self.state.step))
 
     def __call__(self, event: Event) -> None:
         """Take one event."""
         self.out.event(to_json(event))
-        self._remember(event)
+        self.tokenizing.close()
+        self.state(event)
         if self.out.json:
             return
         if isinstance(event, Note):
-            self._note(event)
+            self.out.talk(event.text)
         elif self.out.quiet:
             return
         elif isinstance(event, Start):
             self._start(event)
         elif isinstance(event, End):
             self._end(event)
-        elif self.live is None:
+        elif self._screen is None:
             self._plain_line(event)
-
-    def tokenizing(self, progress: TokenizeProgress) -> None:
-        """Show how far the tokenization is, on one line of the terminal."""
-        if self.out.quiet or self.out.json:
-            return
-        console = self.out.stderr
-        share = f" of {size(progress.bytes_total)}" if progress.bytes_total else ""
-        text = f"Tokenizing: {size(progress.bytes_read)}{share}, {quantity(progress.tokens)} tokens"
-        now = time.monotonic()
-        if console.is_terminal:
-            console.print(f"\r{text}", end="", markup=False, highlight=False)
-            self._tokenizing = True
-        elif now - self._last_line >= PLAIN_INTERVAL:
-            self._last_line = now
-            self.out.talk(text)
 
     def show_plan(self, plan: RunPlan) -> None:
         """The plan as a table, or as one JSON document."""
-        self._end_tokenizing()
+        self.tokenizing.close()
         self.out.show(plan_table(plan))
 
     def show_verification(self, verification: Verification) -> None:
         """Whether the repeated steps were the same, in one line, and what differed."""
-        self._end_tokenizing()
+        self.tokenizing.close()
         self.out.event({"event": "verification", **asdict(verification), "exact": verification.exact})
         steps = f"Steps {verification.first + 1:,} to {verification.last:,} of {verification.run}"
         compared = f"{verification.tensors:,} tensors and the losses of {verification.losses:,} steps"
@@ -119,81 +99,97 @@ class TrainingView:
         for difference in verification.differences:
             self.out.show(f"  {difference}")
 
-    def _remember(self, event: Event) -> None:
-        if not isinstance(event, Note):
-            self._end_tokenizing()
-        if isinstance(event, Start):
-            self.run, self.until, self.first = event.run, event.until, event.step
-            self.predictions = RunFolder(Path(event.run)).predictions()  # of the sessions before
-        elif isinstance(event, Step):
-            self.step = event
-            if event.loss is not None:
-                self.losses.append(event.loss)
-        elif isinstance(event, Prediction):
-            self.predictions[event.prompt] = (*self.predictions.get(event.prompt, ()), event)
-        elif isinstance(event, Validation):
-            self.validation = event
-        elif isinstance(event, Checkpoint):
-            self.checkpoint, self.checkpoint_at = event, time.monotonic()
-
-    def _end_tokenizing(self) -> None:
-        if self._tokenizing:
-            self._tokenizing = False
-            self.out.stderr.print()
-
     def _start(self, event: Start) -> None:
         self.show_plan(event.plan)
         goes_on = f"continues after step {event.step:,}" if event.step else "starts"
         self.out.line(f"{event.run} {goes_on}, until step {event.until:,}")
-        if self.out.stdout.is_terminal:
-            from rich.live import Live
+        if self.out.stdout.is_interactive:
+            self._open()
 
-            self.live = Live(
-                get_renderable=self._panel,
-                console=self.out.stdout,
-                refresh_per_second=REDRAWS_PER_SECOND,
-                transient=True,
-            )
-            self.live.start()
+    def _open(self) -> None:
+        """Give the terminal's second screen to the display; the first comes back as it was.
 
-    def _note(self, event: Note) -> None:
-        if self.live is not None and self.out.stderr.is_terminal:
-            if not self.out.quiet:  # above the display, which knows of no other console
-                self.live.console.print(event.text, markup=False, highlight=False)
-        else:
-            self.out.talk(event.text)
+        What is said on stderr meanwhile would cut through the display: it is kept until its end.
+        """
+        from rich.live import Live
 
-    def _close_live(self) -> None:
-        if self.live is not None:
-            self.live.stop()
-            self.live = None
+        self._screen, said = ExitStack(), io.StringIO()
+        if self.out.stderr.is_terminal:
+            stderr = sys.stderr
+            self._screen.callback(lambda: print(said.getvalue(), end="", file=stderr))
+            self._screen.enter_context(redirect_stderr(said))
+        live = Live(
+            TrainingDisplay(self.state),
+            console=self.out.stdout,
+            screen=True,
+            refresh_per_second=REDRAWS_PER_SECOND,
+            redirect_stderr=False,
+        )
+        self._screen.enter_context(live)
+
+    def _close(self) -> None:
+        self.tokenizing.close()
+        if self._screen is not None:
+            self._screen.close()
+            self._screen = None
 
     def _end(self, event: End) -> None:
-        self._close_live()
-        why = "" if event.reason == "done" else f" by {event.reason}"
-        loss = f", loss {_number(self.step.loss, '.4f')}" if self.step else ""
-        check = f", held out {_held_out(self.validation)}" if self.validation else ""
-        if self.predictions:
+        was_live = self._screen is not None
+        self._close()
+        if was_live:
+            self._show_chart()
+        if self.state.predictions:
             self.out.show(self._predictions_table())
+        (self._show_summary if was_live else self._plain_summary)(event)
+
+    def _show_chart(self) -> None:
+        console = self.out.stdout
+        if len(self.state.curve) > 2 and console.width >= LEAST_WIDTH:
+            self.out.show(*loss_lines(self.state, console.width, FINAL_CHART, console.options.ascii_only))
+
+    def _show_summary(self, event: End) -> None:
+        """What stays on the screen when the display has left it."""
+        done = event.reason == "done"
+        rows = {
+            "done" if done else f"stopped by {event.reason}": f"step {event.step:,} of {self.state.until:,} "
+            f"after {duration(event.seconds)}",
+        }
+        if self.state.step is not None:
+            rows["loss"] = number(self.state.step.loss, ".4f")
+        if self.state.validation is not None:
+            rows["held out"] = (
+                f"{bits_per_byte(self.state.validation)} at step {self.state.validation.step:,}"
+            )
+        rows["saved in"] = f"{event.run}: {self._records()}"
+        if not done:
+            rows["go on"] = f"smolctl resume {event.run}"
+        rows["try it"] = f"smolctl sample {event.run}"
+        self.out.show(facts(rows.items(), style="bold"))
+
+    def _plain_summary(self, event: End) -> None:
+        state = self.state
+        why = "" if event.reason == "done" else f" by {event.reason}"
+        loss = f", loss {number(state.step.loss, '.4f')}" if state.step else ""
+        check = f", held out {bits_per_byte(state.validation)}" if state.validation else ""
         self.out.line(f"Ended{why} at step {event.step:,} after {duration(event.seconds)}{loss}{check}.")
-        told = " predictions.md," if self.predictions else ""
-        self.out.line(f"{event.run}: checkpoints, metrics.jsonl,{told} loss.png")
+        self.out.line(f"{event.run}: {self._records()}")
         target = "" if event.reason == "done" else f"; continue with: smolctl resume {event.run}"
         self.out.talk(f"Try it: smolctl sample {event.run}{target}")
+
+    def _records(self) -> str:
+        told = " predictions.md," if self.state.predictions else ""
+        return f"checkpoints, metrics.jsonl,{told} loss.png"
 
     def _plain_line(self, event: Event) -> None:
         if isinstance(event, Step):
             now = time.monotonic()
-            if event.step not in (self.first + 1, self.until) and now - self._last_line < PLAIN_INTERVAL:
+            ends = (self.state.first + 1, self.state.until)
+            if event.step not in ends and now - self._last_line < PLAIN_INTERVAL:
                 return
             self._last_line = now
-            self.out.line(
-                f"step {event.step:,}/{self.until:,}  loss {_number(event.loss, '.4f')}  "
-                f"lr {event.learning_rate:.3g}  gradient {_number(event.gradient_norm, '.3g')}  "
-                f"{_speed(event, '  ')}  ETA {duration(event.eta_s)}"
-            )
+            self.out.line(self._step_line(event))
         elif isinstance(event, Validation):
-            self.out.line(f"step {event.step:,}  held out: {_held_out(event)}, loss {event.loss:.4f}")
+            self.out.line(f"step {event.step:,}  held out: {bits_per_byte(event)}, loss {event.loss:.4f}")
         elif isinstance(event, Checkpoint):
             self.out.line(
                 f"step {event.step:,}  saved {event.path} ({size(event.bytes)}, {event.seconds:.1f} s)"
@@ -201,70 +197,17 @@ class TrainingView:
         elif isinstance(event, Prediction):
             self.out.line(f"step {event.step:,}  {one_line(event.prompt)} → {one_line(event.text)}")
 
-    def _panel(self) -> RenderableType:
-        """The display as it stands. Drawn from a thread of its own, four times a second."""
-        from rich.console import Group
-        from rich.panel import Panel
-        from rich.progress_bar import ProgressBar
-        from rich.table import Column, Table
-        from rich.text import Text
-
-        done = self.step.step if self.step else self.first
-        end = Column(no_wrap=True)
-        bar = Table.grid(end, Column(ratio=1), end.copy(), expand=True, padding=GAP)
-        bar.add_row(
-            f"step {done:,} of {self.until:,}",
-            ProgressBar(total=self.until, completed=done),
-            f"{done / max(1, self.until):.1%}",
+    def _step_line(self, step: Step) -> str:
+        speed = [f"{step.tokens_per_second:,.0f} tok/s"]
+        if step.mfu is not None:
+            speed.append(f"MFU {step.mfu:.1%}")
+        if step.memory_bytes is not None:
+            speed.append(f"memory {size(step.memory_bytes)}")
+        return (
+            f"step {step.step:,}/{self.state.until:,}  loss {number(step.loss, '.4f')}  "
+            f"lr {step.learning_rate:.3g}  gradient {number(step.gradient_norm, '.3g')}  "
+            f"{'  '.join(speed)}  ETA {duration(step.eta_s)}"
         )
-        rows: list[RenderableType] = [bar, self._numbers()]
-        if self.predictions:
-            rows += ["", self._latest_predictions()]
-        return Panel(Group(*rows), title=Text(self.run), title_align="left")
-
-    def _numbers(self) -> RenderableType:
-        from rich.table import Column, Table
-        from rich.text import Text
-
-        step, check, saved = self.step, self.validation, self.checkpoint
-        table = Table.grid(
-            Column(style="dim", no_wrap=True), Column(no_wrap=True, overflow="ellipsis"), padding=GAP
-        )
-        if step is not None:
-            width = max(8, min(self.out.stdout.width - 30, SPARKLINE_WIDTH))
-            bars = sparkline(self.losses[-width * 4 :], width)
-            table.add_row("loss", Text.assemble((_number(step.loss, ".4f"), "bold"), f"   {bars}"))
-        if check is not None:
-            table.add_row("held out", f"{_held_out(check)} at step {check.step:,}")
-        if step is not None:
-            skipped = f"   {step.skipped:,} steps skipped" if step.skipped else ""
-            norm = _number(step.gradient_norm, ".3g")
-            table.add_row("update", f"lr {step.learning_rate:.3g}   gradient norm {norm}{skipped}")
-            table.add_row("speed", f"{_speed(step, '   ')}   {quantity(step.tokens)} tokens so far")
-            table.add_row("ETA", duration(step.eta_s))
-        else:
-            table.add_row("", "waiting for the first step …")
-        if saved is not None:
-            ago = duration(time.monotonic() - self.checkpoint_at)
-            table.add_row("saved", f"step {saved.step:,}, {ago} ago")
-        return table
-
-    def _latest_predictions(self) -> RenderableType:
-        """A line a prompt: the prompt, at most two fifths of the line, and how the model goes on."""
-        from rich.table import Table
-        from rich.text import Text
-
-        latest = [history[-1] for history in tuple(self.predictions.values())]
-        prompts = [Text(one_line(prediction.prompt), style="bold") for prediction in latest]
-        newest = max(prediction.step for prediction in latest)
-        widest = max(prompt.cell_len for prompt in prompts)
-        table = Table.grid(expand=True, padding=GAP)
-        table.title = Text(f"predictions at step {newest:,}", style="dim", justify="left")
-        table.add_column(no_wrap=True, overflow="ellipsis", width=min(widest, self.out.stdout.width * 2 // 5))
-        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-        for prompt, prediction in zip(prompts, latest, strict=True):
-            table.add_row(prompt, Text(one_line(prediction.text)))
-        return table
 
     def _predictions_table(self) -> RenderableType:
         """How the answer to every prompt changed: its first version, some in between, its last."""
@@ -275,30 +218,11 @@ class TrainingView:
         table.add_column("prompt", style="bold", max_width=24, no_wrap=True, overflow="ellipsis")
         table.add_column("step", justify="right", no_wrap=True)
         table.add_column("continuation", overflow="fold")
-        for prompt, history in self.predictions.items():
-            for number, event in enumerate(selection(history, VERSIONS_SHOWN)):
-                name = Text(one_line(prompt)) if number == 0 else Text("")
+        for prompt, history in self.state.predictions.items():
+            for row, event in enumerate(selection(history, VERSIONS_SHOWN)):
+                name = Text(one_line(prompt)) if row == 0 else Text("")
                 table.add_row(name, f"{event.step:,}", Text(one_line(event.text)))
         return table
-
-
-def _number(value: float | None, form: str) -> str:
-    """A number of a step, or that float16 has overflowed in it."""
-    return "overflow" if value is None else format(value, form)
-
-
-def _held_out(check: Validation) -> str:
-    return f"{with_error(check.bits_per_byte, check.standard_error)} bits/byte"
-
-
-def _speed(step: Step, gap: str) -> str:
-    """Tokens a second, MFU and memory, as far as they are known."""
-    facts = [f"{step.tokens_per_second:,.0f} tok/s"]
-    if step.mfu is not None:
-        facts.append(f"MFU {step.mfu:.1%}")
-    if step.memory_bytes is not None:
-        facts.append(f"memory {size(step.memory_bytes)}")
-    return gap.join(facts)
 
 
 def plan_table(plan: RunPlan) -> Table:

@@ -11,6 +11,7 @@ import pytest
 
 from smolctl.runs.folder import RunFolder
 from tests.support.processes import Smolctl, call, start
+from tests.support.terminal import run_in_terminal
 from tests.support.tiny_runs import assert_same_run, write_project
 
 # Six steps, with everything that a run does every third.
@@ -67,6 +68,19 @@ def test_plain_output_is_calm_and_says_where_the_run_is(smolctl: Smolctl) -> Non
     assert len([line for line in lines if "lr" in line]) < 10  # not one for every step
     assert "\x1b" not in done.out
     assert "runs/tiny-001" in done.out
+
+
+def test_a_terminal_shows_the_run_on_a_screen_of_its_own_and_keeps_its_end() -> None:
+    code, terminal = run_in_terminal("train", "tiny.yaml", "--steps", 4, width=80, height=24)
+    assert code == 0
+    kept = terminal.text
+    assert len([line for line in kept.splitlines() if line.startswith("Tokenizing")]) == 1
+    for told in ("Plan", "every step", "Predictions", "done      step ", "smolctl sample runs/tiny-001"):
+        assert told in kept
+    frame = terminal.second[-1]
+    assert "runs/tiny-001  step " in frame
+    assert "time left" not in kept
+    assert "Traceback" not in kept + frame
 
 
 def test_runs_are_numbered_and_the_newest_is_the_default(smolctl: Smolctl) -> None:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
 from smolctl.arithmetic import TrainingMemory
+from smolctl.errors import InputError
+from smolctl.escaping import one_line
 from smolctl.runs.events import (
     Candidate,
     Checkpoint,
@@ -28,6 +34,8 @@ from smolctl.runs.events import (
 from smolctl.runs.folder import RunFolder
 from smolctl.views.output import Output
 from smolctl.views.training import TrainingView
+from smolctl.views.training_display import RunState, TrainingDisplay
+from tests.support.terminal import Terminal
 
 PLAN = RunPlan(
     parameters=135_104_832,
@@ -54,7 +62,9 @@ PLAN = RunPlan(
     tokens_per_second=98_765.4,
     eta_s=415.0,
 )
-STEP = Step(1_240, 4.1234, 3e-3, 0.52, 10_158_080, 0.083, 98_765.4, 312.0, 41_620_000_000, 0.3821)
+STEP = Step(
+    1_240, 4.1234, 3e-3, 0.52, 10_158_080, 0.083, 98_765.4, 312.0, 41_620_000_000, 0.3821, phase="stable"
+)
 LONG = "a prompt that is much longer than any line of a terminal has room for, and then some more of it"
 PROMPTS = (
     "The capital of France is",
@@ -70,6 +80,16 @@ STORY: tuple[Event, ...] = (
     Validation(1_000, 1.2345, 0.0123, 4.2),
     *(Prediction(1_000, prompt, "\x1b[31m says\n" + "so " * 60, 1.0, ()) for prompt in PROMPTS),
 )
+SHORT_PREDICTIONS = (
+    Prediction(
+        1_000, "The capital of France is", " Paris, a city of the north of the country by the river", 1.0, ()
+    ),
+    Prediction(1_000, "Once upon a time", ", there was a girl who lived in a house with her mother", 1.0, ()),
+    Prediction(
+        1_000, "def f(n):", "\n    if n < 2:\n        return n\n    return f(n - 1) + f(n - 2)", 1.0, ()
+    ),
+)
+SHORT_STORY = (*STORY[: -len(PROMPTS)], *SHORT_PREDICTIONS)
 
 
 @pytest.fixture(autouse=True)
@@ -85,69 +105,195 @@ def consoles(out: Output, width: int, terminal: bool) -> tuple[io.StringIO, io.S
     return files
 
 
-def panel(events: tuple[Event, ...], width: int) -> list[str]:
+def state_after(events: Iterable[Event]) -> RunState:
+    state = RunState()
+    for event in events:
+        state(event)
+    return state
+
+
+def display(
+    events: Iterable[Event], width: int, height: int, encoding: str = "utf-8", **options: Any
+) -> list[str]:
     """The lines of the live display after some events."""
-    out = Output()
-    consoles(out, width, terminal=True)
-    with TrainingView(out) as view:
-        for event in events:
-            view(event)
-        lines = out.stdout.render_lines(view._panel(), pad=False)
-        return ["".join(segment.text for segment in line) for line in lines]
+    file = io.TextIOWrapper(io.BytesIO(), encoding)
+    console = Console(file=file, width=width, height=height, force_terminal=True, **options)
+    lines = console.render_lines(
+        TrainingDisplay(state_after(events)), console.options.update(height=height), pad=False
+    )
+    return ["".join(segment.text for segment in line) for line in lines]
 
 
-@pytest.mark.parametrize("width", [60, 80, 100, 140, 200])
-def test_the_display_has_the_same_whole_lines_at_every_width(width: int) -> None:
-    lines = panel(STORY, width)
-    assert len(lines) == len(panel(STORY, 80))
-    assert all(cell_len(line) == width for line in lines)
-    assert not any(character in line for line in lines for character in "\x1b\n\t")
+SIZES = [(140, 40), (80, 24), (100, 30), (200, 60), (60, 20), (40, 15), (20, 5)]
+FACTS = (
+    "runs/smollm2-135m-001",
+    "step 1,240 of 5,000",
+    "24.8%",
+    "4.1234",
+    "1.2345 ± 0.0123 bits/byte",
+    "stable, lr 0.003",
+    "norm 0.52",
+    "0.847, 10.2 M tokens",
+    "98,765 tok/s, MFU 38.2%",
+    "41.6 GB",
+    "elapsed   0 s",
+    "time left 5 min 12 s",
+    "step 1,000, 0 s ago",
+    "every step 4.1234",
+    "smoothed",
+    "held out 4.2000",
+    "predictions at step 1,000",
+)
 
 
-def test_the_display_shows_all_that_is_known_at_80_columns() -> None:
-    text = "\n".join(panel(STORY, 80))
-    for fact in (
-        "runs/smollm2-135m-001",
-        "step 1,240 of 5,000",
-        "24.8%",
-        "4.1234",
-        "1.2345 ± 0.0123 bits/byte at step 1,000",
-        "lr 0.003",
-        "gradient norm 0.52",
-        "98,765 tok/s",
-        "MFU 38.2%",
-        "memory 41.6 GB",
-        "10.2 M tokens",
-        "5 min 12 s",
-        "step 1,000, 0 s ago",
-        "predictions at step 1,000",
-        "The capital of France is",
-        "def f(n):⏎⇥return",
-        "␛[31m says⏎so so",
-    ):
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_the_display_fits_into_every_screen(width: int, height: int) -> None:
+    for events in (STORY, STORY[:1], STORY[:5], (*STORY, Note("step 9: " + "very " * 99))):
+        lines = display(events, width, height)
+        assert len(lines) <= height
+        assert all(cell_len(line) <= width for line in lines)
+        assert not any(character in line for line in lines for character in "\x1b\n\t")
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES[:4])
+def test_the_display_uses_the_whole_screen_and_cuts_nothing(width: int, height: int) -> None:
+    lines = display(SHORT_STORY, width, height)
+    text = "\n".join(lines)
+    assert [fact for fact in FACTS if fact not in text] == []
+    for prediction in SHORT_PREDICTIONS:
+        assert squeezed(one_line(prediction.prompt + prediction.text)) in squeezed(text)
+    assert "…" not in text
+    assert len(lines) >= height - 2
+    chart = lines[next(row for row, line in enumerate(lines) if "every step" in line) :]
+    axis = next(line for line in chart if "└" in line)
+    assert cell_len(axis) == width
+    assert chart.index(axis) >= (4 if height < 30 else height // 3)
+    assert [label in chart[chart.index(axis) + 1] for label in ("step", "1,000")] == [True, True]
+
+
+def squeezed(text: str) -> str:
+    return re.sub(r"\s+", "", text)
+
+
+@pytest.mark.parametrize(("width", "height"), [(60, 20), (40, 15)])
+def test_a_small_screen_keeps_facts_and_the_beginning_of_every_prediction(width: int, height: int) -> None:
+    text = "\n".join(display(SHORT_STORY, width, height))
+    for fact in FACTS[1:13]:
         assert fact in text
-    assert "█" in text
-    assert "a prompt that is much longer" in text
-    assert "…" in text
-    assert LONG not in text
+    for prediction in SHORT_PREDICTIONS:
+        assert one_line(prediction.prompt)[:14] in text
+
+
+def test_more_prompts_than_lines_are_counted() -> None:
+    many = [Prediction(1_000, f"prompt {number}", " text " * 50, 1.0, ()) for number in range(40)]
+    lines = display((*STORY[: -len(PROMPTS)], *many), 80, 24)
+    shown = [line for line in lines if line.startswith("prompt")]
+    assert len(lines) == 24
+    assert len(shown) >= 3
+    assert lines[-1].strip() == f"and {40 - len(shown)} more in predictions.md"
+    assert "every step" in "".join(lines)
 
 
 def test_what_is_not_known_takes_no_room() -> None:
-    text = "\n".join(panel((STORY[0], replace(STEP, mfu=None, memory_bytes=None)), 80))
+    text = "\n".join(display((STORY[0], replace(STEP, mfu=None, memory_bytes=None)), 80, 24))
     assert "98,765 tok/s" in text
-    for absent in ("MFU", "memory", "None", "held out", "predictions"):
+    for absent in ("MFU", "memory", "None", "held out", "predictions", "note"):
         assert absent not in text
-    assert "waiting for the first step" in "\n".join(panel(STORY[:1], 80))
+    assert "waiting for the first steps" in "\n".join(display(STORY[:1], 80, 24))
 
 
-def test_a_note_stands_above_the_live_display() -> None:
+def test_the_newest_note_stands_in_the_display() -> None:
+    text = "\n".join(display((*STORY, Note("one"), Note("step 7: the prediction [so] failed")), 80, 24))
+    assert "note: step 7: the prediction [so] failed" in text
+    assert "one" not in text.split("note:")[0][-20:]
+
+
+def test_the_display_needs_no_more_than_ascii_and_no_colour() -> None:
+    ascii_only = display(SHORT_STORY, 80, 24, "ascii", safe_box=True)
+    own = "".join(ascii_only[: ascii_only.index("predictions at step 1,000")])
+    assert set(filter(lambda character: not character.isascii(), own)) == {"±"}
+    assert "o held out" in own
+    assert "*" in own
+    plain = Console(file=io.StringIO(), width=80, height=24, force_terminal=True, no_color=True)
+    plain.print(TrainingDisplay(state_after(STORY)))
+    assert isinstance(plain.file, io.StringIO)
+    codes = re.findall(r"\x1b\[([\d;]*)m", plain.file.getvalue())
+    assert set(codes) <= {"0", "1", "2", "1;2"}  # plain, bold, dim
+
+
+def test_a_resumed_run_shows_its_whole_loss() -> None:
+    recorder = RunFolder(Path("x"))
+    recorder.path.mkdir()
+    for step in range(1, 101):
+        recorder.record(replace(STEP, step=step, loss=9.0 - step / 50))
+    recorder.record(Validation(100, 1.5, 0.01, 7.1))
+    state = state_after((Start("x", 100, 200, PLAN), replace(STEP, step=101, loss=6.9)))
+    assert (list(state.curve[:2]), list(state.curve[-2:])) == ([1.0, 8.98], [101.0, 6.9])
+    assert list(state.held_out) == [100.0, 7.1]
+
+
+@contextmanager
+def terminal(out: Output, width: int, height: int) -> Iterator[Terminal]:
+    """A terminal in place of the process's stdout and stderr."""
+    file = io.StringIO()
+    for name in ("stdout", "stderr"):
+        out.__dict__[name] = Console(
+            file=file, width=width, height=height, force_terminal=True, force_interactive=True
+        )
+    seen = Terminal(width, height)
+    yield seen
+    seen.feed(file.getvalue())
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES[:2])
+def test_when_the_run_has_ended_its_sum_stays_on_the_screen(width: int, height: int) -> None:
     out = Output()
-    stdout, stderr = consoles(out, 80, terminal=True)
+    with terminal(out, width, height) as seen, TrainingView(out) as view:
+        for event in (*STORY, End(1_240, "runs/smollm2-135m-001", "SIGINT", 75.0)):
+            view(event)
+    screen = "\n".join(seen.text.splitlines()[-height:])
+    for told in (
+        "stopped by SIGINT",
+        "step 1,240 of 5,000 after 1 min 15 s",
+        "4.1234",
+        "1.2345 ± 0.0123 bits/byte at step 1,000",
+        "runs/smollm2-135m-001: checkpoints",
+        "smolctl resume runs/smollm2-135m-001",
+        "smolctl sample runs/smollm2-135m-001",
+    ):
+        assert told in screen
+    assert "every step 4.1234" in seen.text  # the chart
+    assert "Plan" in seen.text
+    assert "elapsed" not in seen.text  # of the display
+
+
+def test_an_error_leaves_the_display_and_says_how_far_the_run_has_come() -> None:
+    out = Output()
+    with terminal(out, 80, 24) as seen, suppress(InputError), TrainingView(out) as view:
+        for event in STORY:
+            view(event)
+        raise InputError("the disk is full")
+    out.error(InputError("the disk is full"))
+    last = seen.text.splitlines()[-3:]
+    assert "step 1,240/5,000  loss 4.1234" in last[-2] + last[-1]
+    assert "elapsed" not in seen.text
+
+
+def test_what_is_said_beside_the_display_is_kept_until_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = Output()
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", said)
+    out.__dict__["stdout"] = Console(file=io.StringIO(), force_terminal=True, force_interactive=True)
+    out.__dict__["stderr"] = Console(stderr=True, force_terminal=True, no_color=True)
     with TrainingView(out) as view:
         for event in (*STORY, Note("step 7: the prediction failed [so]; training goes on")):
             view(event)
-    assert "step 7: the prediction failed [so]; training goes on" in stdout.getvalue()
-    assert not stderr.getvalue()
+        print("a warning of a library", file=sys.stderr)
+        assert not said.getvalue()
+    assert said.getvalue().splitlines() == [
+        "step 7: the prediction failed [so]; training goes on",
+        "a warning of a library",
+    ]
 
 
 def rounds(*steps: int) -> Iterator[Prediction]:

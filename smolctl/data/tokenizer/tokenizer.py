@@ -222,7 +222,9 @@ def choose_tokenizer(
         InputError: the tokenizer does not fit the model, or cannot be loaded.
     """
     if name is not None and name.startswith("train:"):
-        return train_tokenizer(texts(), _entries(name, vocab_size))
+        entries = _entries(name, vocab_size)
+        on_note(f"Training a tokenizer of {entries:,} entries on the corpus.")
+        return train_tokenizer(texts(), entries)
     try:
         tokenizer = load_tokenizer(DEFAULT_TOKENIZER if name is None else name)
     except HubError as error:

@@ -9,6 +9,7 @@ from smolctl.config.run import ScheduleConfig
 
 # What a resumed run's schedule does with steps that it was not planned for.
 LearningRatePolicy = Literal["hold", "extend", "rewarm"]
+Phase = Literal["warmup", "stable", "decay", "floor"]
 # Of the steps to come, the longest share that a second warmup and a second decay may take.
 REWARM_SHARE, DECAY_SHARE = 0.1, 0.5
 
@@ -34,6 +35,21 @@ def learning_rate(step: int, peak: float, schedule: ScheduleConfig) -> float:
     progress = min(1.0, (step - start) / length)
     left = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.name == "cosine" else 1 - progress
     return schedule.min_learning_rate + (peak - schedule.min_learning_rate) * left
+
+
+def phase(step: int, schedule: ScheduleConfig) -> Phase:
+    """The part of the schedule that optimizer step `step`, counted from 1, lies in.
+
+    Args:
+        step: of the whole run.
+        schedule: with whole numbers of steps (`RunConfig.with_whole_steps`).
+    """
+    start, length = schedule.decay_start, schedule.decay_steps
+    if step - schedule.begin < schedule.warmup_steps:
+        return "warmup"
+    if schedule.name == "constant" or start is None or step <= start or not length:
+        return "stable"
+    return "decay" if step - start <= length else "floor"
 
 
 def continue_schedule(

@@ -7,7 +7,7 @@ import pytest
 from smolctl.config import RunConfig
 from smolctl.config.load import resolve_run_config
 from smolctl.config.run import ScheduleConfig
-from smolctl.training.optim.schedule import learning_rate
+from smolctl.training.optim.schedule import learning_rate, phase
 
 
 def whole(steps: int, **schedule: object) -> ScheduleConfig:
@@ -27,6 +27,14 @@ def test_smollm2_schedule_is_the_published_one() -> None:
     schedule = whole(2_000_000, name="wsd", warmup_steps=2_000, decay_start=1_600_000, decay_steps=400_000)
     expected = {1_000: 1.5e-3, 2_000: 3e-3, 1_600_000: 3e-3, 1_800_000: 1.5e-3, 2_000_000: 0.0}
     assert {step: learning_rate(step, 3e-3, schedule) for step in expected} == pytest.approx(expected)
+
+
+def test_every_step_lies_in_one_phase() -> None:
+    wsd = whole(100, name="wsd", warmup_steps=10, decay_start=80, decay_steps=20)
+    phases = [phase(step, wsd) for step in range(1, 111)]
+    assert phases == ["warmup"] * 9 + ["stable"] * 71 + ["decay"] * 20 + ["floor"] * 10
+    assert phase(100, whole(100, name="constant", warmup_steps=10)) == "stable"
+    assert {phase(step, whole(100, name="cosine", warmup_steps=10)) for step in range(11, 101)} == {"decay"}
 
 
 @pytest.mark.parametrize(("name", "middle"), [("cosine", 0.55), ("linear", 0.55)])

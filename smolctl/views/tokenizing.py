@@ -1,0 +1,85 @@
+"""How far the tokenization is: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from smolctl.data.tokens.corpus import TokenizeProgress
+from smolctl.views.numbers import duration, quantity, size
+from smolctl.views.output import Output
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+# Where there is no terminal, a line of progress at most every so many seconds.
+PLAIN_INTERVAL = 5.0
+NAME = "Tokenizing"
+
+
+class TokenizingView:
+    """A listener of the tokenization; `close` leaves its bar on the screen as it is."""
+
+    def __init__(self, out: Output) -> None:
+        self.out = out
+        self._bar: Progress | None = None
+        self._first = self._last = TokenizeProgress()
+        self._opened = self._last_line = 0.0
+
+    def __call__(self, progress: TokenizeProgress) -> None:
+        """Take how far it is. Each source of a mixture begins anew."""
+        if self.out.quiet or self.out.json:
+            return
+        now = time.monotonic()
+        if self.out.stderr.is_interactive:
+            if self._bar is None or progress.bytes_read < self._last.bytes_read:
+                self.close()
+                self._bar, self._first, self._opened = self._open(), progress, now
+            rate = (progress.bytes_read - self._first.bytes_read) / max(1e-9, now - self._opened)
+            self._bar.update(
+                self._bar.task_ids[0],
+                completed=progress.bytes_read,
+                total=progress.bytes_total,
+                told=", ".join(_told(progress, rate)),
+            )
+        elif now - self._last_line >= PLAIN_INTERVAL:
+            self._last_line = now
+            self.out.talk(f"{NAME}: {', '.join(_told(progress, 0))}")
+        self._last = progress
+
+    def close(self) -> None:
+        """End the bar, if there is one."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _open(self) -> Progress:
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+        from rich.table import Column
+
+        bar = Progress(
+            TextColumn(NAME),
+            BarColumn(None, complete_style="cyan", finished_style="cyan"),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[told]}", markup=False, table_column=Column(no_wrap=True)),
+            console=self.out.stderr,
+            expand=True,
+            redirect_stdout=False,
+        )
+        bar.add_task("", told="")
+        bar.start()
+        return bar
+
+
+def _told(progress: TokenizeProgress, rate: float) -> list[str]:
+    """What was read, what became of it, and with a rate (bytes a second) how long it takes."""
+    total = progress.bytes_total
+    told = [
+        size(progress.bytes_read) + (f" of {size(total)}" if total else ""),
+        f"{quantity(progress.tokens)} tokens",
+    ]
+    if rate > 0:
+        told.append(f"{size(rate)}/s")
+        if total and total > progress.bytes_read:
+            told.append(f"{duration((total - progress.bytes_read) / rate)} left")
+    return told
