@@ -71,7 +71,8 @@ def loss_range(raw: Series, held_out: Sequence[float] | Series) -> tuple[float, 
     """
     settled = raw[round(FIRST_SHARE * len(raw)) :] if len(raw) >= SETTLING else raw
     low, high = min([settled.min(), *held_out]), max([settled.max(), *held_out])
-    margin = 0.05 * (high - low) if high - low > 1e-3 else 0.1  # all but the same: a line in the middle
+    scale = max(1.0, abs(low), abs(high))
+    margin = 0.05 * (high - low) if high - low > 1e-3 * scale else 0.1 * scale  # else a line in the middle
     return low - margin, high + margin
 
 

@@ -34,7 +34,7 @@ class Layer(NamedTuple):
 
 
 EVERY_STEP = Layer("every step", "dim", "⣿", ".")
-SMOOTHED = Layer("smoothed", "bold bright_cyan", "━", "*")
+SMOOTHED = Layer("smoothed", "bold cyan", "━", "*")
 HELD_OUT = Layer("held out", "bold dark_orange", "●", "o")
 LAYERS = (EVERY_STEP, SMOOTHED, HELD_OUT)  # the later ones in front
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import time
-from contextlib import ExitStack, redirect_stderr
+from contextlib import ExitStack, redirect_stderr, suppress
 from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -32,7 +32,6 @@ from smolctl.views.tokenizing import PLAIN_INTERVAL, TokenizingView
 from smolctl.views.training_display import RunState, TrainingDisplay, bits_per_byte, loss_lines, number
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
     from rich.table import Table
 
     from smolctl.training.verify import Verification
@@ -58,10 +57,13 @@ class TrainingView:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        was_live = self._screen is not None
-        self._close()
-        if was_live and self.state.step is not None:  # the display is gone: say how far the run has come
-            self.out.line(self._step_line(self.state.step))
+        if self._screen is None:
+            self.tokenizing.close()
+            return
+        with suppress(OSError):
+            self._close()
+            if self.state.step is not None:  # an error ends the run: say how far it has come
+                self.out.line(self._step_line(self.state.step))
 
     def __call__(self, event: Event) -> None:
         """Take one event."""
@@ -128,19 +130,20 @@ class TrainingView:
         self._screen.enter_context(live)
 
     def _close(self) -> None:
-        self.tokenizing.close()
         if self._screen is not None:
-            self._screen.close()
-            self._screen = None
+            screen, self._screen = self._screen, None
+            screen.close()
 
     def _end(self, event: End) -> None:
-        was_live = self._screen is not None
-        self._close()
-        if was_live:
+        if self._screen is None:
+            self._show_predictions()
+            self._plain_summary(event)
+            return
+        with suppress(OSError):  # nobody reads on a terminal that was closed; the run itself is saved
+            self._close()
             self._show_chart()
-        if self.state.predictions:
-            self.out.show(self._predictions_table())
-        (self._show_summary if was_live else self._plain_summary)(event)
+            self._show_predictions()
+            self._show_summary(event)
 
     def _show_chart(self) -> None:
         console = self.out.stdout
@@ -209,8 +212,10 @@ class TrainingView:
             f"{'  '.join(speed)}  ETA {duration(step.eta_s)}"
         )
 
-    def _predictions_table(self) -> RenderableType:
+    def _show_predictions(self) -> None:
         """How the answer to every prompt changed: its first version, some in between, its last."""
+        if not self.state.predictions:
+            return
         from rich.table import Table
         from rich.text import Text
 
@@ -222,7 +227,7 @@ class TrainingView:
             for row, event in enumerate(selection(history, VERSIONS_SHOWN)):
                 name = Text(one_line(prompt)) if row == 0 else Text("")
                 table.add_row(name, f"{event.step:,}", Text(one_line(event.text)))
-        return table
+        self.out.show(table)
 
 
 def plan_table(plan: RunPlan) -> Table:
