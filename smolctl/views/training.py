@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from smolctl.training.verify import Verification
 
-REDRAWS_PER_SECOND = 2
+REDRAWS_PER_SECOND = 1  # one takes some 10 ms of a core, and of the interpreter's lock
 FINAL_CHART = 16  # lines that it takes when the run has ended
 VERSIONS_SHOWN = 5  # of every prompt's answer, when the run has ended
 
@@ -148,26 +148,29 @@ class TrainingView:
     def _show_chart(self) -> None:
         console = self.out.stdout
         if len(self.state.curve) > 2 and console.width >= LEAST_WIDTH:
-            self.out.show(*loss_lines(self.state, console.width, FINAL_CHART, console.options.ascii_only))
+            chart = loss_lines(self.state, console.width, FINAL_CHART, console.options.ascii_only)
+            self.out.show("", *chart, "")
 
     def _show_summary(self, event: End) -> None:
         """What stays on the screen when the display has left it."""
+        from rich.markup import escape
+
+        run = escape(event.run)
         done = event.reason == "done"
-        rows = {
-            "done" if done else f"stopped by {event.reason}": f"step {event.step:,} of {self.state.until:,} "
-            f"after {duration(event.seconds)}",
-        }
+        name, why = ("done", "") if done else ("stopped", f"by {event.reason} at ")
+        after = duration(event.seconds)
+        rows = {name: f"{why}step {event.step:,} of {self.state.until:,} after {after}"}
         if self.state.step is not None:
             rows["loss"] = number(self.state.step.loss, ".4f")
         if self.state.validation is not None:
             rows["held out"] = (
                 f"{bits_per_byte(self.state.validation)} at step {self.state.validation.step:,}"
             )
-        rows["saved in"] = f"{event.run}: {self._records()}"
+        rows["saved in"] = f"{run}: {self._records()}"
         if not done:
-            rows["go on"] = f"smolctl resume {event.run}"
-        rows["try it"] = f"smolctl sample {event.run}"
-        self.out.show(facts(rows.items(), style="bold"))
+            rows["go on"] = f"smolctl resume {run}"
+        rows["try it"] = f"smolctl sample {run}"
+        self.out.show("", facts(rows.items(), style="bold"))
 
     def _plain_summary(self, event: End) -> None:
         state = self.state

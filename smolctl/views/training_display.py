@@ -96,7 +96,7 @@ class TrainingDisplay:
             [Text(f"predictions at step {max(one[-1].step for one in histories):,}", "dim")] if told else []
         )
         note = _paragraph(console, width, "note: ", state.note)[:2] if state.note else []
-        room = height - len(lines) - len(title) - len(note) - 2 * len(gap)
+        room = height - len(lines) - len(title) - len(note) - len(gap) * (2 if note else 1)
         if room >= LEAST_LINES + min(len(told), LEAST_PREDICTIONS) and width >= LEAST_WIDTH:
             chart = max(LEAST_LINES, room - sum(map(len, told)))
             lines += [*loss_lines(state, width, chart, ascii_only), *gap]

@@ -253,8 +253,7 @@ def test_when_the_run_has_ended_its_sum_stays_on_the_screen(width: int, height: 
             view(event)
     screen = "\n".join(seen.text.splitlines()[-height:])
     for told in (
-        "stopped by SIGINT",
-        "step 1,240 of 5,000 after 1 min 15 s",
+        "by SIGINT at step 1,240 of 5,000 after 1 min 15 s",
         "4.1234",
         "1.2345 ± 0.0123 bits/byte at step 1,000",
         "runs/smollm2-135m-001: checkpoints",
