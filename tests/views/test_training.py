@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import re
@@ -264,6 +265,26 @@ def test_when_the_run_has_ended_its_sum_stays_on_the_screen(width: int, height: 
     assert "every step 4.1234" in seen.text  # the chart
     assert "Plan" in seen.text
     assert "elapsed" not in seen.text  # of the display
+
+
+def test_a_terminal_that_was_closed_does_not_fail_the_run() -> None:
+    class Closable(io.StringIO):
+        gone = False
+
+        def write(self, text: str) -> int:
+            if self.gone:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().write(text)
+
+    out, file = Output(), Closable()
+    out.__dict__["stdout"] = Console(
+        file=file, width=80, height=24, force_terminal=True, force_interactive=True
+    )
+    with TrainingView(out) as view:
+        for event in STORY:
+            view(event)
+        file.gone = True
+        view(End(1_240, "x", "SIGHUP", 75.0))
 
 
 def test_an_error_leaves_the_display_and_says_how_far_the_run_has_come() -> None:
