@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 LABEL_WIDTH, FACT_WIDTH = 10, 40  # columns of a fact's name, and of a fact
 AIRY = 30  # lines of a screen from which on its parts stand apart
 SHORTEST_BAR = 10
+WAITING = "waiting for the first steps; Ctrl-C at any time saves the run and ends it"
 LEAST_PREDICTIONS = 3  # lines of them, if there are as many, before the chart has any
 
 
@@ -113,7 +114,7 @@ def loss_lines(state: RunState, width: int, height: int, ascii_only: bool) -> li
     # The training thread goes on while this one draws: an array that numpy reads from cannot grow.
     losses, held_out = (np.array(points[:]).reshape(-1, 2) for points in (state.curve, state.held_out))
     if len(losses) < 2:
-        return [Text("waiting for the first steps …", "dim"), *(Text() for _ in range(height - 1))]
+        return [Text(WAITING, "dim"), *(Text() for _ in range(height - 1))]
     return loss_chart(losses, held_out, width, height, ascii_only)
 
 

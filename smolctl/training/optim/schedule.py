@@ -37,21 +37,6 @@ def learning_rate(step: int, peak: float, schedule: ScheduleConfig) -> float:
     return schedule.min_learning_rate + (peak - schedule.min_learning_rate) * left
 
 
-def phase(step: int, schedule: ScheduleConfig) -> Phase:
-    """The part of the schedule that optimizer step `step`, counted from 1, lies in.
-
-    Args:
-        step: of the whole run.
-        schedule: with whole numbers of steps (`RunConfig.with_whole_steps`).
-    """
-    start, length = schedule.decay_start, schedule.decay_steps
-    if step - schedule.begin < schedule.warmup_steps:
-        return "warmup"
-    if schedule.name == "constant" or start is None or step <= start or not length:
-        return "stable"
-    return "decay" if step - start <= length else "floor"
-
-
 def continue_schedule(
     schedule: ScheduleConfig, peak: float, done: int, until: int, policy: LearningRatePolicy
 ) -> ScheduleConfig:
@@ -85,3 +70,18 @@ def continue_schedule(
         "decay_steps": decay,
     }
     return schedule.model_copy(update=again)
+
+
+def phase(step: int, schedule: ScheduleConfig) -> Phase:
+    """The part of the schedule that optimizer step `step`, counted from 1, lies in.
+
+    Args:
+        step: of the whole run.
+        schedule: with whole numbers of steps (`RunConfig.with_whole_steps`).
+    """
+    start, length = schedule.decay_start, schedule.decay_steps
+    if step - schedule.begin < schedule.warmup_steps:
+        return "warmup"
+    if schedule.name == "constant" or start is None or step <= start or not length:
+        return "stable"
+    return "decay" if step - start <= length else "floor"
