@@ -13,10 +13,13 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smolctl.errors import InputError
 from smolctl.sources.base import DAMAGED
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
 
 GGUF_MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # version 1 counted in 32 bits and is gone since 2023
@@ -29,58 +32,14 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 
 
 @dataclass(frozen=True)
-class TensorType:
-    """How a tensor's values are packed: blocks of `block` values in `bytes` bytes."""
-
-    name: str
-    block: int
-    bytes: int
-
-
-# ggml type id -> packing, from ggml.h and the block structs of ggml-common.h.
-TENSOR_TYPES = {
-    0: TensorType("F32", 1, 4),
-    1: TensorType("F16", 1, 2),
-    2: TensorType("Q4_0", 32, 18),
-    3: TensorType("Q4_1", 32, 20),
-    6: TensorType("Q5_0", 32, 22),
-    7: TensorType("Q5_1", 32, 24),
-    8: TensorType("Q8_0", 32, 34),
-    10: TensorType("Q2_K", 256, 84),
-    11: TensorType("Q3_K", 256, 110),
-    12: TensorType("Q4_K", 256, 144),
-    13: TensorType("Q5_K", 256, 176),
-    14: TensorType("Q6_K", 256, 210),
-    16: TensorType("IQ2_XXS", 256, 66),
-    17: TensorType("IQ2_XS", 256, 74),
-    18: TensorType("IQ3_XXS", 256, 98),
-    19: TensorType("IQ1_S", 256, 50),
-    20: TensorType("IQ4_NL", 32, 18),
-    21: TensorType("IQ3_S", 256, 110),
-    22: TensorType("IQ2_S", 256, 82),
-    23: TensorType("IQ4_XS", 256, 136),
-    28: TensorType("F64", 1, 8),
-    29: TensorType("IQ1_M", 256, 56),
-    30: TensorType("BF16", 1, 2),
-    34: TensorType("TQ1_0", 256, 54),
-    35: TensorType("TQ2_0", 256, 66),
-    39: TensorType("MXFP4", 32, 17),
-}
-
-
-@dataclass(frozen=True)
 class GGUFTensor:
     """One tensor of the file."""
 
     name: str
     shape: tuple[int, ...]  # row-major as in PyTorch; the file stores it reversed
-    type_id: int
+    type: GGMLQuantizationType
     offset: int  # from the start of the file
     bytes: int
-
-    @property
-    def type(self) -> TensorType:
-        return TENSOR_TYPES[self.type_id]
 
 
 class Strings(Sequence[str]):
@@ -242,12 +201,15 @@ class _Reader:
     def place(
         self, name: str, shape: tuple[int, ...], type_id: int, offset: int, start: int, alignment: int
     ) -> GGUFTensor:
-        kind = TENSOR_TYPES.get(type_id)
-        if kind is None:
-            raise self.fail(f"tensor {name[:80]} has the unknown type {type_id}")
-        values = math.prod(shape)
-        if not values or shape[-1] % kind.block or offset % alignment:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        try:
+            kind = GGMLQuantizationType(type_id)
+        except ValueError:
+            raise self.fail(f"tensor {name[:80]} has the unknown type {type_id}") from None
+        values, (block, size) = math.prod(shape), GGML_QUANT_SIZES[kind]
+        if not values or shape[-1] % block or offset % alignment:
             raise self.fail(
                 f"damaged header: tensor {name[:80]} of shape {list(shape)} in {kind.name} at {offset}"
             )
-        return GGUFTensor(name, shape, type_id, start + offset, values // kind.block * kind.bytes)
+        return GGUFTensor(name, shape, kind, start + offset, values // block * size)

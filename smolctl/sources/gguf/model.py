@@ -18,7 +18,7 @@ from smolctl.sources.shapes import check_tensors
 if TYPE_CHECKING:
     import torch
 
-    from smolctl.sources.quantized.packed import PackedMatrix
+    from smolctl.sources.quantized.scaled import StoredTensor
 
 NAMES = {
     "token_embd": "model.embed_tokens",
@@ -205,18 +205,18 @@ class GGUFWeights(Weights):
         self.header, self.config = header, config
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        from smolctl.sources.gguf.blocks import dequantize
+        from smolctl.sources.quantized.scaled import dense
 
-        for tensor, raw in self._raw():
-            yield huggingface_name(tensor.name), dequantize(raw, tensor.type).view(tensor.shape)
+        return ((name, dense(stored)) for name, stored in self.stored())
 
-    def stored(self) -> Iterator[tuple[str, torch.Tensor | PackedMatrix]]:
+    def stored(self) -> Iterator[tuple[str, StoredTensor]]:
         from smolctl.sources.gguf.blocks import as_stored
+        from smolctl.sources.quantized.scaled import dense
 
         for tensor, raw in self._raw():
             found = as_stored(raw, tensor.type)
             matrix = len(tensor.shape) > 1
-            yield huggingface_name(tensor.name), found if matrix else found.view(tensor.shape)  # type: ignore[union-attr]
+            yield huggingface_name(tensor.name), found if matrix else dense(found).view(tensor.shape)
 
     def _raw(self) -> Iterator[tuple[GGUFTensor, torch.Tensor]]:
         """Every tensor's bytes, (rows, bytes per row), read one by one: the file is never whole in memory."""

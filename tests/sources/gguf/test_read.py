@@ -21,8 +21,9 @@ from smolctl.config import ModelConfig
 from smolctl.errors import InputError, SmolError
 from smolctl.model.weights import initialize, load_network
 from smolctl.sources import SourceKind, open_source
-from smolctl.sources.gguf.blocks import dequantize
-from smolctl.sources.gguf.header import TENSOR_TYPES, read_header
+from smolctl.sources.gguf.blocks import as_stored
+from smolctl.sources.gguf.header import read_header
+from smolctl.sources.quantized.scaled import dense
 from tests.support.gguf_files import write_gguf
 
 CONFIG = ModelConfig(
@@ -37,7 +38,12 @@ CONFIG = ModelConfig(
     rope_theta=100_000.0,
     residual_scale=1.0,
 )
-
+# All that gguf.quants reads.
+BLOCK_TYPES = [
+    kind.name
+    for kind, (block, _) in gguf.GGML_QUANT_SIZES.items()
+    if block > 1 and kind.name not in ("Q8_1", "Q8_K", "Q1_0")
+]
 
 State = dict[str, torch.Tensor]
 
@@ -100,17 +106,16 @@ def test_packed_weights_equal_the_gguf_package(tmp_path: Path, state: State, nam
         assert np.array_equal(loaded[key].numpy(), expected), key
 
 
-# gguf.quants reads no F64.
-@pytest.mark.parametrize("type_id", [key for key, kind in TENSOR_TYPES.items() if kind.name != "F64"])
-def test_every_known_type_unpacks_as_the_gguf_package_does(type_id: int) -> None:
-    kind, theirs = TENSOR_TYPES[type_id], gguf.GGMLQuantizationType(type_id)
-    assert (kind.block, kind.bytes) == gguf.GGML_QUANT_SIZES[theirs]
-    raw = np.random.default_rng(type_id).integers(0, 256, (6, 8 * kind.bytes), dtype=np.uint8)
-    if kind.name not in ("F32", "F16", "BF16"):
-        raw[:, 1 :: kind.bytes] &= 0x3F  # keep the float16 scales finite
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16", *BLOCK_TYPES])
+def test_every_type_unpacks_as_the_gguf_package_does(name: str) -> None:
+    kind = gguf.GGMLQuantizationType[name]
+    size = gguf.GGML_QUANT_SIZES[kind][1]
+    raw = np.random.default_rng(kind).integers(0, 256, (6, 8 * size), dtype=np.uint8)
+    if name in BLOCK_TYPES:
+        raw[:, 1::size] &= 0x3F  # keep the float16 scales finite
     with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):
-        expected = np.ascontiguousarray(gguf.quants.dequantize(raw, theirs), dtype=np.float32)
-        ours = dequantize(torch.from_numpy(raw), kind).numpy()
+        expected = np.ascontiguousarray(gguf.quants.dequantize(raw, kind), dtype=np.float32)
+        ours = dense(as_stored(torch.from_numpy(raw), kind)).numpy()
     both_nan = np.isnan(ours) & np.isnan(expected)
     assert ours.shape == expected.shape
     assert ((ours == expected) | both_nan).all()
@@ -308,9 +313,7 @@ def test_real_weights_equal_the_gguf_package(gguf_file: Path) -> None:
     for tensor, (name, values) in zip(header.tensors, loaded, strict=True):
         rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
         raw = data[tensor.offset : tensor.offset + tensor.bytes].reshape(rows, -1)
-        expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(tensor.type_id)).reshape(
-            tensor.shape
-        )
+        expected = gguf.quants.dequantize(raw, tensor.type).reshape(tensor.shape)
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             expected = expected.reshape(-1, 32, 2, 576).swapaxes(1, 2).reshape(tensor.shape)
         assert np.array_equal(values.numpy().view(np.uint32), expected.view(np.uint32)), name
