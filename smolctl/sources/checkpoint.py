@@ -1,4 +1,11 @@
-"""Lightning's .ckpt files as a MODEL. Their pickle is never executed: `weights_only=True` always."""
+"""PyTorch's .ckpt files as a MODEL: Lightning's, a bare state, and what `quantize_dynamic` made of either.
+
+Their pickle is never executed: `weights_only=True` always. After `quantize_dynamic` the keys are PyTorch's
+own: `….q_proj._packed_params._packed_params` is a pair of a quantized tensor and a bias. `quantize` writes
+such a state as `NAME_quantized.ckpt`, with a tied head once, as `lm_head`. PyTorch's own layers can load it
+too: they round activations to 7 bits, which every CPU adds up exactly, with one scale for all tokens,
+whatever the file asks.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +13,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smolctl.config import ModelConfig
+from smolctl.config.load import resolve_model_config
 from smolctl.errors import InputError
 from smolctl.runs.checkpoint_file import read_checkpoint, recorded_config
 from smolctl.runs.folder import RunFolder
-from smolctl.sources.base import ModelSource, RecordedLoss, SourceKind, StateWeights, TokenizerFiles
-from smolctl.sources.huggingface.tokenizer import tokenizer_reader
-from smolctl.sources.quantized.dynamic_checkpoint import (
-    header_of,
-    is_dynamic_checkpoint,
-    open_dynamic_checkpoint,
-    tokenizer_inside,
-    unpacked,
+from smolctl.sources.base import (
+    ModelSource,
+    RecordedLoss,
+    SourceKind,
+    StateWeights,
+    TensorHeader,
+    TokenizerFiles,
 )
-from smolctl.sources.shapes import check_tensors, recover_config
+from smolctl.sources.huggingface.tokenizer import tokenizer_reader
+from smolctl.sources.shapes import HEAD, TABLE, check_tensors, recover_config
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +37,9 @@ if TYPE_CHECKING:
 ZIP_MAGIC = b"PK\x03\x04"  # of a zip, which is what torch.save writes
 # What torch.compile, DDP and FSDP put before the names of the modules they wrap.
 WRAPPERS = {"_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module"}
+PACKED = "._packed_params._packed_params"
+BESIDE = ("._packed_params.dtype", ".scale", ".zero_point")  # says nothing that the packed matrix does not
+REMEDY = "Run `smolctl quantize --to int8-dynamic` again."
 
 
 def open_checkpoint(path: Path, name: str) -> ModelSource:
@@ -39,32 +51,45 @@ def open_checkpoint(path: Path, name: str) -> ModelSource:
     import torch
 
     content = read_checkpoint(path)
-    if is_dynamic_checkpoint(content):
-        return open_dynamic_checkpoint(content, path, name)
-    state = network_state(content, path)
-    tensors = tuple(header_of(key, value) for key, value in state.items())
-    quantized = not all(isinstance(value, torch.Tensor) for value in state.values())
-    step = content.get("global_step")
     run = recorded_config(content, path)
+    model = run.model if run else _model_of_quantized(content, path)
+    state = network_state(content, path)
+    if model and model.tie_word_embeddings and HEAD in state and TABLE not in state:
+        state[TABLE] = state.pop(HEAD)
+    tensors = tuple(_header_of(key, value) for key, value in state.items())
     config, unsupported, problems = (
-        (run.model, "", check_tensors(run.model, tensors)) if run else recover_config(tensors)
+        (model, "", check_tensors(model, tensors)) if model else recover_config(tensors)
     )
+    quantization = content["quantization"] if model and not run else None
+    if quantization is None and not all(isinstance(value, torch.Tensor) for value in state.values()):
+        quantization = {"scheme": "int8-dynamic"}
+    step = content.get("global_step")
     return ModelSource(
-        kind=SourceKind.QUANTIZED if quantized else SourceKind.CHECKPOINT,
+        kind=SourceKind.QUANTIZED if quantization else SourceKind.CHECKPOINT,
         id=name,
         config=config,
         unsupported=unsupported,
-        declared=run.model.model_dump(mode="json") if run else {},
-        recovered_from_shapes=run is None,
+        declared=model.model_dump(mode="json") if model else {},
+        recovered_from_shapes=model is None,
         tensors=tensors,
         run=run,
         problems=problems,
         step=step if type(step) is int else None,
         weights=StateWeights(state),
         recorded_loss=_recorded_loss(content),
-        quantization={"scheme": "int8-dynamic"} if quantized else None,
+        quantization=quantization,
         tokenizer_reader=_tokenizer_of(content, path),
     )
+
+
+def _model_of_quantized(content: Mapping[str, Any], path: Path) -> ModelConfig | None:
+    """The config in what `quantize` wrote; None in other checkpoints."""
+    if not isinstance(content.get("quantization"), Mapping):
+        return None
+    values = content.get("config")
+    if not isinstance(values, Mapping):
+        raise InputError(f"{path}: has no config", REMEDY)
+    return resolve_model_config(values, str(path))
 
 
 def network_state(content: Mapping[str, Any], path: Path) -> dict[str, torch.Tensor | ScaledMatrix]:
@@ -78,13 +103,13 @@ def network_state(content: Mapping[str, Any], path: Path) -> dict[str, torch.Ten
     from smolctl.sources.quantized.scaled import ScaledMatrix
 
     kinds = (torch.Tensor, ScaledMatrix)
-    content = unpacked(content, path)
+    content = _unpacked(content, path)
     bare = all(isinstance(value, kinds) for value in content.values())  # torch.save(state_dict)
     state = content if bare else content.get("state_dict")
     if not isinstance(state, Mapping):
         raise InputError(f"{path}: has no state_dict", "Name a checkpoint that a training run has written.")
     tensors: dict[str, torch.Tensor | ScaledMatrix] = {}
-    for key, value in unpacked(state, path).items():
+    for key, value in _unpacked(state, path).items():
         if not isinstance(value, kinds):
             continue
         name = clean_name(str(key))
@@ -98,6 +123,30 @@ def network_state(content: Mapping[str, Any], path: Path) -> dict[str, torch.Ten
     return tensors
 
 
+def _unpacked(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """A state in which what `quantize_dynamic` has packed is a `ScaledMatrix` under the layer's name.
+
+    Raises:
+        InputError: a packed matrix is not what `quantize_dynamic` makes.
+    """
+    import torch
+
+    from smolctl.sources.quantized.scaled import ScaledMatrix
+
+    found = dict(state)
+    for key, value in state.items():
+        if not str(key).endswith(PACKED):
+            continue
+        layer = key.removesuffix(PACKED)
+        matrix = value[0] if isinstance(value, tuple) and value else None
+        if not isinstance(matrix, torch.Tensor) or not matrix.is_quantized or matrix.dim() != 2:
+            raise InputError(f"{path}: {key} is no quantized matrix", REMEDY)
+        for ending in (PACKED, *BESIDE):
+            found.pop(layer + ending, None)
+        found[f"{layer}.weight"] = ScaledMatrix.of(matrix)
+    return found
+
+
 def clean_name(name: str) -> str:
     """`network._orig_mod.model.norm.weight` as `model.norm.weight`."""
     parts = [part for part in name.split(".") if part not in WRAPPERS]
@@ -106,11 +155,32 @@ def clean_name(name: str) -> str:
     return ".".join(parts)
 
 
+def _header_of(name: str, value: torch.Tensor | ScaledMatrix) -> TensorHeader:
+    """The header of a tensor in memory, with safetensors' short names of the float types."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return TensorHeader(name, value.shape, "int8", value.bytes)
+    names = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+    dtype = str(value.dtype).removeprefix("torch.")
+    return TensorHeader(name, tuple(value.shape), names.get(dtype, dtype), value.nbytes)
+
+
 def _tokenizer_of(content: Mapping[str, Any], path: Path) -> Callable[[], TokenizerFiles | None] | None:
     """The tokenizer of the run that a checkpoint lies in, else the one in it, else the one beside it."""
-    run = RunFolder.around(path)
-    of_run = tokenizer_reader(run.tokenizer) if run else None
-    return of_run or tokenizer_inside(content, path) or tokenizer_reader(path.parent)
+    run, inside = RunFolder.around(path), content.get("tokenizer")
+    if run and (of_run := tokenizer_reader(run.tokenizer)):
+        return of_run
+    if not isinstance(inside, Mapping):
+        return tokenizer_reader(path.parent)
+
+    def read() -> TokenizerFiles:
+        try:
+            return TokenizerFiles(**inside)
+        except TypeError:
+            raise InputError(f"{path}: the tokenizer in it is damaged", REMEDY) from None
+
+    return read
 
 
 def _recorded_loss(content: Mapping[str, Any]) -> RecordedLoss | None:

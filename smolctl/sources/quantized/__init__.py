@@ -1,1 +1,1 @@
-"""What `smolctl quantize` writes: matrices of small integers, their folder, their checkpoint."""
+"""What `smolctl quantize` writes: matrices of small integers and their folder."""

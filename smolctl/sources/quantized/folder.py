@@ -1,4 +1,4 @@
-"""Quantized models as a MODEL: the folder that `quantize` writes, and its `_quantized.ckpt`.
+"""Quantized models as a MODEL: the folder that `quantize` writes.
 
 A folder holds `model.safetensors` and `quantization.json`, which says what every tensor in it stands for.
 A packed matrix NAME lies as `NAME.values`, `NAME.scales` and, with 4 bits, `NAME.offsets`
