@@ -142,6 +142,12 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     return count_rows(parameter_rows(config))
 
 
+def layer_matrices(config: ModelConfig) -> int:
+    """Parameters of the layers' matrices: all but embeddings, head and norms."""
+    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
+    return count_parameters(config).non_embedding - norms
+
+
 def forward_flops_per_token(config: ModelConfig, context: int) -> int:
     """Floating-point operations of one token's forward pass, two for each multiply-add.
 
@@ -149,9 +155,7 @@ def forward_flops_per_token(config: ModelConfig, context: int) -> int:
     Attention is counted causally, over half of `context` on average. Norms, RoPE and the
     softmax are left out (below 1 %).
     """
-    count = count_parameters(config)
-    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
-    matrices = count.non_embedding - norms + config.vocab_size * config.hidden_size
+    matrices = layer_matrices(config) + config.vocab_size * config.hidden_size
     attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context // 2
     return 2 * (matrices + attention)
 
@@ -204,45 +208,37 @@ def activation_values_per_token(config: ModelConfig, checkpointed: bool = False)
     return layers + 3 * hidden + 1
 
 
-def optimizer_values(config: ModelConfig, optimizer: str) -> int:
-    """Numbers that AdamW or Muon keeps: two moments a parameter, or one of each layer's matrices."""
-    count = count_parameters(config)
-    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
-    matrices = count.non_embedding - norms if optimizer == "muon" else 0
-    return 2 * count.unique - matrices
-
-
-def training_memory(
-    config: ModelConfig,
-    batch_size: int,
-    sequence_length: int,
-    dtype: str = "float32",
-    optimizer: str = "adamw",
-    checkpointed: bool = False,
-    loss_rows: int = LOSS_CHUNK_ROWS,
+def run_memory(
+    run: RunConfig,
+    sequences: int | None = None,
+    sequence_length: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
 ) -> TrainingMemory:
     """What a training step holds at its peak, without the framework's own memory.
 
+    Every argument but the run stands in for what its config says.
+
     Args:
-        config: the network.
-        batch_size: sequences in memory at once (the micro-batch).
+        run: the model, the batch, the precision, the optimizer, and whether activations are kept.
+        sequences: of one device in memory at once.
         sequence_length: tokens of each.
         dtype: a key of `TRAINING_DTYPES`.
-        optimizer: "adamw" or "muon".
-        checkpointed: whether layers keep their input only (train.checkpoint_activations).
-        loss_rows: tokens whose logits exist at once.
+        device: "cpu" or "cuda", where "auto" has been decided.
     """
+    config, float32 = run.model, BYTES_PER_VALUE["float32"]
+    dtype = dtype or DTYPE_OF_PRECISION[run.train.precision]
     stored, computed = (BYTES_PER_VALUE[name] for name in TRAINING_DTYPES[dtype])
+    tokens = (sequences or run.micro_batch_size) * (sequence_length or run.data.sequence_length)
+    values = activation_values_per_token(config, run.train.checkpoint_activations)
+    on_gpu = (device or run.trainer.accelerator) in ("cuda", "gpu")
+    rows = min(GPU_LOSS_CHUNK_ROWS if on_gpu else LOSS_CHUNK_ROWS, tokens)
     count = count_parameters(config)
-    tokens = batch_size * sequence_length
-    moments = optimizer_values(config, optimizer)
-    values, rows = activation_values_per_token(config, checkpointed), min(loss_rows, tokens)
-    float32 = BYTES_PER_VALUE["float32"]
-    saved = 2 * count.unique - moments
+    saved = layer_matrices(config) if run.optimizer.name == "muon" else 0  # one moment in place of two
     return TrainingMemory(
         weights=count.unique * stored,
         gradients=count.naive * stored,
-        optimizer=moments * stored,
+        optimizer=(2 * count.unique - saved) * stored,
         activations=tokens * values * computed,
         logits=2 * rows * config.vocab_size * float32,
         formulas={
@@ -253,32 +249,4 @@ def training_memory(
             "activations": f"{tokens:,} tokens × {values:,} values × {computed} bytes",
             "logits": f"2 × {rows:,} tokens × {config.vocab_size:,} × {float32} bytes",
         },
-    )
-
-
-def run_memory(
-    run: RunConfig,
-    sequences: int | None = None,
-    sequence_length: int | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-) -> TrainingMemory:
-    """`training_memory` of a run's step; every argument but the run stands in for what its config says.
-
-    Args:
-        run: the model, the batch, the precision, the optimizer, and whether activations are kept.
-        sequences: of one device in memory at once.
-        sequence_length: tokens of each.
-        dtype: a key of `TRAINING_DTYPES`.
-        device: "cpu" or "cuda", where "auto" has been decided.
-    """
-    on_gpu = (device or run.trainer.accelerator) in ("cuda", "gpu")
-    return training_memory(
-        run.model,
-        sequences or run.micro_batch_size,
-        sequence_length or run.data.sequence_length,
-        dtype or DTYPE_OF_PRECISION[run.train.precision],
-        run.optimizer.name,
-        run.train.checkpoint_activations,
-        GPU_LOSS_CHUNK_ROWS if on_gpu else LOSS_CHUNK_ROWS,
     )

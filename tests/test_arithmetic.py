@@ -24,11 +24,11 @@ from smolctl.arithmetic import (
     is_embedding,
     kv_cache_bytes_per_token,
     parameter_rows,
+    run_memory,
     tensor_rows,
     training_flops_per_token,
-    training_memory,
 )
-from smolctl.config import ModelConfig, load_run_config
+from smolctl.config import ModelConfig, RunConfig, load_run_config
 from smolctl.inspection import ModuleNode, module_tree
 from smolctl.model import network, products
 from smolctl.model.cache import KVCache
@@ -56,6 +56,10 @@ def configs(draw: st.DrawFn, position: str | None = None) -> ModelConfig:
         bos_token_id=None,
         eos_token_id=None,
     )
+
+
+def recipe(config: ModelConfig) -> RunConfig:
+    return RunConfig().model_copy(update={"model": config})
 
 
 def on_meta(config: ModelConfig) -> Transformer:
@@ -123,7 +127,7 @@ def test_every_formula_gives_its_number(config: ModelConfig, depth: int) -> None
 def test_every_memory_formula_gives_its_number(
     config: ModelConfig, batch_size: int, sequence_length: int, dtype: str
 ) -> None:
-    memory = training_memory(config, batch_size, sequence_length, dtype)
+    memory = run_memory(recipe(config), batch_size, sequence_length, dtype)
     for part, formula in memory.formulas.items():
         numbers = re.sub(r"bytes|tokens|values", "", formula)
         assert evaluate(numbers, {}) == getattr(memory, part), part
@@ -183,7 +187,7 @@ def test_kv_cache_bytes_equal_the_cache_that_is_allocated(config: ModelConfig, b
     capacity = config.max_position_embeddings
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         cache = KVCache.allocate(config, batch, capacity, dtype, torch.device("cpu"))
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        held = cache.keys.nbytes + cache.values.nbytes
         assert held == batch * capacity * kv_cache_bytes_per_token(config, name)
 
 
@@ -249,8 +253,8 @@ def test_memory_assumes_the_chunk_that_the_network_uses() -> None:
 
 def test_dtype_halves_what_is_stored_in_it() -> None:
     config = load_run_config("smollm2-135m").model
-    full, half = (training_memory(config, 2, 1_024, dtype) for dtype in ("float32", "bfloat16"))
-    mixed = training_memory(config, 2, 1_024, "bf16-mixed")
+    full, half = (run_memory(recipe(config), 2, 1_024, dtype) for dtype in ("float32", "bfloat16"))
+    mixed = run_memory(recipe(config), 2, 1_024, "bf16-mixed")
     assert half.weights * 2 == full.weights == mixed.weights
     assert half.activations * 2 == full.activations == mixed.activations * 2
     assert half.logits == full.logits  # the loss computes in float32
@@ -287,4 +291,4 @@ def test_memory_estimate_is_near_the_measured_peak(tied: bool) -> None:
     command = [sys.executable, "-c", PEAK, config.model_dump_json()]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert training_memory(config, 4, 512).total == pytest.approx(int(done.stdout), rel=0.2)
+    assert run_memory(recipe(config), 4, 512).total == pytest.approx(int(done.stdout), rel=0.2)

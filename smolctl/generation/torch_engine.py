@@ -25,9 +25,8 @@ class TorchCache(Cache):
 
     def copy(self, source: int, target: int) -> None:
         length = self.lengths[source]
-        for layer in self.buffers.layers:
-            layer.keys[target, :, :length] = layer.keys[source, :, :length]
-            layer.values[target, :, :length] = layer.values[source, :, :length]
+        for part in (self.buffers.keys, self.buffers.values):
+            part[:, target, :, :length] = part[:, source, :, :length]
         self.lengths[target] = length
 
 
@@ -51,10 +50,11 @@ class TorchEngine(Engine):
         self.check_room(tokens, cache)
         together = len({len(ids) for ids in tokens}) == 1 == len(set(cache.lengths))
         rows = [slice(None)] if together else [slice(at, at + 1) for at, ids in enumerate(tokens) if ids]
+        keys, values = cache.buffers.keys, cache.buffers.values
         logits = []
         for row in rows:
             batch = torch.tensor([list(ids) for ids in tokens[row]], dtype=torch.long, device=self.device)
-            buffers = cache.buffers.rows(row, cache.lengths[row][0])
+            buffers = KVCache(keys[:, row], values[:, row], cache.lengths[row][0])
             logits.append(self._read(batch, buffers, cache.cancellation, every))
         cache.lengths = [length + len(ids) for length, ids in zip(cache.lengths, tokens, strict=True)]
         return torch.cat(logits).float().cpu()

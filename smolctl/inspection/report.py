@@ -17,7 +17,6 @@ from smolctl.arithmetic import (
     kv_cache_bytes_per_token,
     run_memory,
     training_flops_per_token,
-    training_memory,
 )
 from smolctl.config import RunConfig
 from smolctl.errors import UsageError
@@ -137,7 +136,7 @@ def _derive(
             f"At most {context}.",
         )
     sizes = (batch_size, sequence_length, dtype)
-    memory = run_memory(run, *sizes) if run else training_memory(config, *sizes)
+    recipe = training_config(source)
     return Derived(
         parameters=count_parameters(config),
         head_dim=config.head_dim,
@@ -145,7 +144,7 @@ def _derive(
         kv_cache_bytes_per_token={name: kv_cache_bytes_per_token(config, name) for name in BYTES_PER_VALUE},
         forward_flops_per_token=forward_flops_per_token(config, sequence_length),
         training_flops_per_token=training_flops_per_token(config, sequence_length),
-        memory=MemoryPlan(*sizes, memory, run.optimizer.name if run else "adamw"),
+        memory=MemoryPlan(*sizes, run_memory(recipe, *sizes), recipe.optimizer.name),
     )
 
 

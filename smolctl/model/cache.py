@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -21,39 +20,13 @@ def check_capacity(config: ModelConfig, capacity: int) -> None:
         )
 
 
-class LayerCache:
-    """One layer's keys and values, each (B, K, capacity, D), filled up to `length`."""
-
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, D) behind what is there and return views of all, (B, K, S, D)."""
-        end = self.length + keys.shape[2]
-        self.keys[:, :, self.length : end] = keys
-        self.values[:, :, self.length : end] = values
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def rows(self, rows: slice, length: int) -> LayerCache:
-        """A view of some of the sequences, of which `length` tokens are filled."""
-        view = copy(self)
-        view.keys, view.values, view.length = self.keys[rows], self.values[rows], length
-        return view
-
-
 @dataclass
 class KVCache:
-    """The cache of a whole network."""
+    """Keys and values of every layer, each (L, B, K, capacity, D), filled up to `length`."""
 
-    layers: list[LayerCache]
-
-    @property
-    def length(self) -> int:
-        """Tokens stored in every layer."""
-        return self.layers[0].length
+    keys: Tensor
+    values: Tensor
+    length: int = 0
 
     @staticmethod
     def allocate(
@@ -65,9 +38,17 @@ class KVCache:
             InputError: more tokens than the model has positions for.
         """
         check_capacity(config, capacity)
-        shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
-        return KVCache([LayerCache(shape, dtype, device) for _ in range(config.num_hidden_layers)])
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
+        keys = torch.empty(shape, dtype=dtype, device=device)
+        return KVCache(keys, torch.empty_like(keys))
 
-    def rows(self, rows: slice, length: int) -> KVCache:
-        """A view of some of the sequences, of which `length` tokens are filled."""
-        return KVCache([layer.rows(rows, length) for layer in self.layers])
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one layer's (B, K, T, D) behind what is there and return views of all, (B, K, S, D).
+
+        `length` stays until every layer has stored its own.
+        """
+        end = self.length + keys.shape[2]
+        all_keys, all_values = self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        all_keys[:, :, self.length :] = keys
+        all_values[:, :, self.length :] = values
+        return all_keys, all_values

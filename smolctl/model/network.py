@@ -10,6 +10,7 @@ and loads. A tied head has no tensor of its own: the token table is used twice.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from smolctl.arithmetic import GPU_LOSS_CHUNK_ROWS, LOSS_CHUNK_ROWS
 from smolctl.config import ModelConfig
-from smolctl.model.cache import KVCache, LayerCache
+from smolctl.model.cache import KVCache
 from smolctl.model.functional import (
     linear,
     linear_cross_entropy,
@@ -30,6 +31,8 @@ from smolctl.model.functional import (
 )
 
 M = TypeVar("M", bound=nn.Module)
+# `KVCache.append` of one layer.
+Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def uninitialized(kind: Callable[..., M], *sizes: int, **options: Any) -> M:
@@ -109,7 +112,7 @@ class Attention(nn.Module):
         x: Tensor,
         norm: RMSNorm,
         rotary: Tensor | None,
-        cache: LayerCache | None,
+        append: Append | None,
         mask: Tensor | None = None,
     ) -> Tensor:
         B, T, _ = x.shape
@@ -120,8 +123,8 @@ class Attention(nn.Module):
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
-        if cache is not None:
-            k, v = cache.append(k, v)  # (B, K, S, D)
+        if append is not None:
+            k, v = append(k, v)  # (B, K, S, D)
         y = F.scaled_dot_product_attention(
             q,
             k,
@@ -175,9 +178,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rotary: Tensor | None, cache: LayerCache | None, mask: Tensor | None = None
+        self, x: Tensor, rotary: Tensor | None, append: Append | None, mask: Tensor | None = None
     ) -> Tensor:
-        attended = self.self_attn(x, self.input_layernorm, rotary, cache, mask)
+        attended = self.self_attn(x, self.input_layernorm, rotary, append, mask)
         x = torch.add(x, attended, alpha=self.residual_scale)
         return torch.add(x, self.mlp(x, self.post_attention_layernorm), alpha=self.residual_scale)
 
@@ -225,11 +228,13 @@ class Decoder(nn.Module):
             rotary = self._angles(positions.stop, x.device)[:, positions]
         mask = _document_mask(documents) if documents is not None else None  # (B, 1, T, T)
         for index, block in enumerate(self.layers):
-            layer_cache = cache.layers[index] if cache is not None else None
+            append = partial(cache.append, index) if cache is not None else None
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotary, layer_cache, mask, use_reentrant=False)
+                x = checkpoint(block, x, rotary, append, mask, use_reentrant=False)
             else:
-                x = block(x, rotary, layer_cache, mask)
+                x = block(x, rotary, append, mask)
+        if cache is not None:
+            cache.length = positions.stop
         return self.norm(x)
 
 
