@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,12 +23,6 @@ class BitsPerByte:
     bits_per_byte: float
     standard_error: float | None  # of the mean, over windows; None: one window has none
     loss: float  # nats a token
-    tokens: int
-    bytes: int
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.loss)
 
 
 @dataclass(frozen=True)
@@ -89,6 +83,20 @@ def ratio_estimate(amounts: Sequence[float] | Tensor, sizes: Sequence[float] | T
     return Estimate(ratio, math.sqrt(spread / len(amounts)) / size.mean().item())
 
 
+def _losses(
+    network: Transformer, batches: Iterable[Tensor], document_end: int | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Targets and their nats, (B, T) each, of batches (B, T + 1), in evaluation mode."""
+    was_training = network.training
+    network.eval()
+    for batch in batches:
+        tokens = batch.to(network.head_weight.device)
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        losses = network.token_losses(inputs, targets, document_ids(inputs, document_end))
+        yield targets, losses.double()
+    network.train(was_training)
+
+
 @torch.inference_mode()
 def bits_per_byte(
     network: Transformer, batches: Iterable[Tensor], token_bytes: Tensor, document_end: int | None = None
@@ -101,39 +109,26 @@ def bits_per_byte(
         token_bytes: bytes of text behind every token id, (V,).
         document_end: the token that attention does not cross; None: it crosses all.
     """
-    was_training = network.training
-    network.eval()
     nats, sizes, tokens = [], [], 0
-    for batch in batches:
-        batch = batch.to(network.head_weight.device)
-        documents = document_ids(batch[:, :-1], document_end)
-        losses = network.token_losses(batch[:, :-1], batch[:, 1:], documents)  # (B, T)
-        nats.append(losses.double().sum(dim=1))
-        sizes.append(token_bytes.to(batch.device)[batch[:, 1:]].double().sum(dim=1))
+    for targets, losses in _losses(network, batches, document_end):
+        nats.append(losses.sum(dim=1))
+        sizes.append(token_bytes.to(targets.device)[targets].double().sum(dim=1))
         tokens += losses.numel()
-    network.train(was_training)
-    bits, size = torch.cat(nats) / math.log(2), torch.cat(sizes)
-    estimate = ratio_estimate(bits, size)
-    loss = bits.sum().item() * math.log(2) / tokens
-    return BitsPerByte(estimate.mean, estimate.standard_error, loss, tokens, int(size.sum().item()))
+    total = torch.cat(nats)
+    estimate = ratio_estimate(total / math.log(2), torch.cat(sizes))
+    return BitsPerByte(estimate.mean, estimate.standard_error, total.sum().item() / tokens)
 
 
 @torch.inference_mode()
 def mean_loss(network: Transformer, tokens: Tensor, document_end: int | None = None) -> float:
     """Cross entropy in nats a token of sequences (N, T + 1), one at a time, computed in float32.
 
-    Evaluation mode; the network's own mode is put back. Arguments as in `bits_per_byte`.
+    Arguments as in `bits_per_byte`.
     """
-    was_training = network.training
-    network.eval()
     wide = network if network.head_weight.dtype == torch.float32 else copy.deepcopy(network).float()
-    losses = []
     with torch.autocast(network.head_weight.device.type, enabled=False):
-        for sequence in tokens.to(network.head_weight.device).long().split(1):
-            documents = document_ids(sequence[:, :-1], document_end)
-            losses.append(wide.token_losses(sequence[:, :-1], sequence[:, 1:], documents).double().mean())
-    network.train(was_training)
-    return torch.stack(losses).mean().item()
+        means = [losses.mean() for _, losses in _losses(wide, tokens.long().split(1), document_end)]
+    return torch.stack(means).mean().item()
 
 
 LARGEST_LOSS_CHANGE = 1e-3  # nats a token, between a run's own record and an export of the same weights

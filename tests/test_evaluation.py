@@ -39,4 +39,3 @@ def test_bits_per_byte_is_the_ratio_of_the_windows_sums() -> None:
     found = bits_per_byte(network, [windows[:3], windows[3:]], sizes)
     assert found.bits_per_byte == pytest.approx(expected.mean, rel=1e-6)
     assert found.standard_error == pytest.approx(expected.standard_error, rel=1e-5)
-    assert found.bytes == int(sizes[windows[:, 1:]].sum())
