@@ -12,7 +12,7 @@ from torch import Tensor
 from smolctl.config import ModelConfig
 from smolctl.errors import UsageError
 from smolctl.generation.engine import Engine
-from smolctl.generation.native_engine import KINDS, NativeEngine, Stored
+from smolctl.generation.native_engine import KINDS, NativeEngine, Stored, kind_of, read_bytes
 from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.dynamic import dynamic_network
 from smolctl.model.weights import check_state, from_state
@@ -20,7 +20,6 @@ from smolctl.native.library import Library, load_library
 from smolctl.sources.base import ModelSource
 from smolctl.sources.quantized.packed import PackedMatrix
 from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor, dense
-from smolctl.sources.shapes import HEAD, TABLE
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,7 @@ def make_engine(source: ModelSource, options: EngineOptions) -> Engine:
     matrices = (stored for stored in weights.values() if isinstance(stored, Tensor) and stored.dim() > 1)
     dtypes = {matrix.dtype for matrix in matrices}
     if isinstance(library, Library) and dtypes <= KINDS.keys():
-        kind = kind_of(weights)
-        # Where all weights are float32, so is everything else: the same words as any other engine's.
-        cache = torch.float32 if kind == "float32" else torch.float16
-        return _describe(NativeEngine(library, config, weights, cache, kind=kind), weights)
+        return NativeEngine(library, config, weights)
     if options.engine == "native":
         why = library if isinstance(library, str) else f"it does not read {', '.join(map(str, dtypes))}"
         raise UsageError(f"the native engine cannot run here: {why}", "Leave out --engine.")
@@ -70,7 +66,9 @@ def _torch_engine(config: ModelConfig, weights: Mapping[str, Stored], origin: st
     network = from_state(config, tensors, origin).eval().requires_grad_(False)
     packed = any(isinstance(stored, PackedMatrix) for stored in weights.values())
     name = f"torch cpu, {kind_of(weights)} as float32" if packed else ""
-    return _describe(TorchEngine(network, note, name), tensors)
+    engine = TorchEngine(network, note, name)
+    engine.precision, engine.weight_bytes = kind_of(tensors), read_bytes(tensors)
+    return engine
 
 
 def _dynamic_engine(source: ModelSource, stored: Mapping[str, StoredTensor]) -> TorchEngine:
@@ -80,33 +78,3 @@ def _dynamic_engine(source: ModelSource, stored: Mapping[str, StoredTensor]) -> 
     engine.precision = "int8-dynamic"
     engine.weight_bytes = sum(tensor.bytes for tensor in source.tensors or () if len(tensor.shape) > 1)
     return engine
-
-
-def _describe(engine: Engine, weights: Mapping[str, Stored]) -> Engine:
-    """Record the precision of an engine's matrices and how many of their bytes a token reads."""
-    engine.precision, engine.weight_bytes = kind_of(weights), read_bytes(weights)
-    return engine
-
-
-def read_bytes(weights: Mapping[str, Stored]) -> int:
-    """Bytes of the matrices that every token is multiplied with; of a table for lookup it reads a row."""
-    tables = {"model.embed_positions.weight"} | ({TABLE} if HEAD in weights else set())
-    return sum(
-        stored.bytes if isinstance(stored, PackedMatrix) else stored.numel() * stored.element_size()
-        for name, stored in weights.items()
-        if name not in tables and len(stored.shape) > 1
-    )
-
-
-def kind_of(weights: Mapping[str, Stored]) -> str:
-    """What the matrices are, the most numerous weights first: "int4 + int8"."""
-    sizes: dict[str, int] = {}
-    for stored in weights.values():
-        if isinstance(stored, PackedMatrix):
-            kind, size = f"int{stored.bits}", stored.shape[0] * stored.shape[1]
-        elif stored.dim() > 1:
-            kind, size = str(stored.dtype).removeprefix("torch."), stored.numel()
-        else:
-            continue
-        sizes[kind] = sizes.get(kind, 0) + size
-    return " + ".join(sorted(sizes, key=lambda kind: -sizes[kind]))

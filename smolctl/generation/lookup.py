@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 # A draft is what followed the last tokens at their latest earlier place. Longer matches are tried first. Each
 # length keeps its own acceptance rate, the share of draft tokens that were right; it starts from these.
@@ -20,13 +21,18 @@ class Lookup:
 
     The rates are updated for every token, also where nothing was drafted, so that a text that begins to
     repeat itself is noticed at no cost.
+
+    Args:
+        prompt: the first tokens; nothing is drafted there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, prompt: Sequence[int] = ()) -> None:
         self.tokens: list[int] = []
         self.rates = dict(FIRST_RATES)
         # n tokens in a row -> the place right behind them, the latest one
         self._places: dict[int, dict[tuple[int, ...], int]] = {n: {} for n in FIRST_RATES}
+        for token in prompt:
+            self._learn(token)
 
     def add(self, token: int) -> None:
         """Take the next token of the sequence."""
@@ -34,10 +40,9 @@ class Lookup:
         if matched:
             right = self.tokens[place] == token
             self.rates[matched] += (right - self.rates[matched]) / MEMORY
-        self.learn(token)
+        self._learn(token)
 
-    def learn(self, token: int) -> None:
-        """Take a token of the prompt: nothing is drafted there."""
+    def _learn(self, token: int) -> None:
         for n, places in self._places.items():
             if len(self.tokens) >= n:
                 places[tuple(self.tokens[-n:])] = len(self.tokens)

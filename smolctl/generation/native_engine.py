@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -30,6 +32,29 @@ FEW = 4  # tokens that are multiplied one by one: matrix.h
 KEYS = 16  # positions in a tile of keys, and what heads of values are filled up to: attention.h
 # Tokens that go through the network at once: enough for the products, few enough for the caches.
 CHUNK = 256
+
+
+def read_bytes(weights: Mapping[str, Stored]) -> int:
+    """Bytes of the matrices that every token is multiplied with; of a table for lookup it reads a row."""
+    tables = {"model.embed_positions.weight"} | ({TABLE} if HEAD in weights else set())
+    return sum(
+        stored.bytes if isinstance(stored, PackedMatrix) else stored.nbytes
+        for name, stored in weights.items()
+        if name not in tables and len(stored.shape) > 1
+    )
+
+
+def kind_of(weights: Mapping[str, Stored]) -> str:
+    """What the matrices are, the most numerous weights first: "int4 + int8"."""
+    sizes: Counter[str] = Counter()
+    for stored in weights.values():
+        if isinstance(stored, PackedMatrix):
+            kind = f"int{stored.bits}"
+        else:
+            kind = str(stored.dtype).removeprefix("torch.")
+        if len(stored.shape) > 1:
+            sizes[kind] += math.prod(stored.shape)
+    return " + ".join(kind for kind, _ in sizes.most_common())
 
 
 def matrix_of(stored: Stored, keep: list[Tensor]) -> Matrix:
@@ -92,9 +117,7 @@ class NativeEngine(Engine):
         library: the build to use.
         config: the model's shape.
         weights: every tensor by its Hugging Face name; a tied head is left out.
-        cache_dtype: of keys and values: float32, or float16 for half the memory.
         threads: at most this many; torch's number by default.
-        kind: what the weights are, for people.
     """
 
     exact_tokens = FEW
@@ -104,12 +127,13 @@ class NativeEngine(Engine):
         library: Library,
         config: ModelConfig,
         weights: Mapping[str, Stored],
-        cache_dtype: torch.dtype = torch.float32,
         threads: int | None = None,
-        kind: str = "",
     ) -> None:
-        super().__init__(config, f"native {library.build}, {kind}")
-        self.library, self.cache_dtype = library, cache_dtype
+        self.precision, self.weight_bytes = kind_of(weights), read_bytes(weights)
+        super().__init__(config, f"native {library.build}, {self.precision}")
+        # Where all weights are float32, so is everything else: the same words as any other engine's.
+        self.cache_dtype = torch.float32 if self.precision == "float32" else torch.float16
+        self.library = library
         self.threads = threads or torch.get_num_threads()
         self._keep: list[Tensor] = []
         self._model = self._describe(weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +55,7 @@ def choose(
     logits: NDArray[np.float32],
     settings: SamplingSettings,
     generator: torch.Generator,
-    seen: NDArray[np.int64],
+    seen: Sequence[int],
 ) -> int:
     """The next token of a sequence. It takes one number from the generator.
 
@@ -62,7 +63,7 @@ def choose(
         logits: (V,).
         settings: how to choose.
         generator: the only source of chance; untouched when temperature is 0.
-        seen: token ids already in the sequence, (S,), for the repetition penalty.
+        seen: token ids already in the sequence, for the repetition penalty.
     """
     logits = penalize_repetition(logits, seen, settings.repetition_penalty)
     if settings.temperature == 0:
@@ -72,13 +73,14 @@ def choose(
 
 
 def penalize_repetition(
-    logits: NDArray[np.float32], seen: NDArray[np.int64], penalty: float
+    logits: NDArray[np.float32], seen: Sequence[int], penalty: float
 ) -> NDArray[np.float32]:
     """Make tokens that were seen less likely: positive logits divided, negative ones multiplied."""
     if penalty == 1.0:
         return logits
-    penalized, at_seen = logits.copy(), logits[seen]
-    penalized[seen] = np.where(at_seen > 0, at_seen / penalty, at_seen * penalty)
+    ids = np.asarray(seen)
+    penalized, at_seen = logits.copy(), logits[ids]
+    penalized[ids] = np.where(at_seen > 0, at_seen / penalty, at_seen * penalty)
     return penalized
 
 

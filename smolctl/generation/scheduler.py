@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from smolctl.errors import InputError
@@ -72,14 +71,12 @@ class _Slot:
     index: int  # of the request
     limit: int  # tokens in all, prompt included
     tokens: list[int]  # prompt and what was chosen
-    seen: NDArray[np.int64]  # (limit,) the same as `tokens` in its first places
     lookup: Lookup | None
     careful: bool = False  # no draft in the next step
     ended: bool = False
     draft: list[int] = field(default_factory=list)
 
     def append(self, token: int) -> None:
-        self.seen[len(self.tokens)] = token
         self.tokens.append(token)
         if self.lookup is not None:
             self.lookup.add(token)
@@ -184,18 +181,12 @@ class Scheduler:
     def _occupy(self, number: int, index: int, request: Request, keep: bool) -> _Slot:
         """Give a slot to a request."""
         limit = min(len(request.prompt) + request.max_tokens, self.capacity)
-        seen = np.zeros(limit, dtype=np.int64)
-        seen[: len(request.prompt)] = request.prompt
-        lookup = None
-        if self._speculates:
-            lookup = Lookup()
-            for token in request.prompt:
-                lookup.learn(token)
+        lookup = Lookup(request.prompt) if self._speculates else None
         held = self._held[number][: self._cache.lengths[number]]
         # The last token of a prompt is always read: its logits are what comes next.
         common = common_prefix(held, request.prompt[:-1]) if keep else 0
         self._cache.truncate(number, common)
-        slot = _Slot(number, request, index, limit, list(request.prompt), seen, lookup)
+        slot = _Slot(number, request, index, limit, list(request.prompt), lookup)
         self._slots[number], self._held[number] = slot, slot.tokens
         return slot
 
@@ -260,7 +251,7 @@ class Scheduler:
         """Choose a token by one row of logits, (V,), and append it."""
         # First, because it refuses logits that are not finite.
         normalizer = log_normalizer(row.numpy())
-        chosen = choose(row.numpy(), self.settings, slot.request.generator, slot.seen[: len(slot.tokens)])
+        chosen = choose(row.numpy(), self.settings, slot.request.generator, slot.tokens)
         others: tuple[tuple[int, float], ...] = ()
         if self.alternatives:
             top = row.topk(min(self.alternatives + 1, len(row)))
@@ -272,8 +263,8 @@ class Scheduler:
     def _is_near_tie(self, slot: _Slot, row: Tensor) -> bool:
         if self.settings.temperature > 0 or self.engine.exact_tokens > 1:
             return False
-        seen = slot.seen[: len(slot.tokens)]
-        return margin(penalize_repetition(row.numpy(), seen, self.settings.repetition_penalty)) < NEAR_TIE
+        penalty = self.settings.repetition_penalty
+        return margin(penalize_repetition(row.numpy(), slot.tokens, penalty)) < NEAR_TIE
 
 
 def check_prompt(length: int, context: int) -> None:

@@ -36,7 +36,7 @@ CONFIG = ModelConfig(
 )
 PROMPT = torch.arange(7)[None]
 GREEDY = SamplingSettings(temperature=0)
-NOTHING_SEEN = np.empty(0, dtype=np.int64)
+NOTHING_SEEN: list[int] = []
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_temperature_sharpens_and_flattens() -> None:
 
 def test_repetition_penalty_makes_seen_tokens_less_likely() -> None:
     logits = np.array([2.0, -2.0, 1.0], dtype=np.float32)
-    penalized = penalize_repetition(logits, np.array([0, 1, 0]), 2.0)
+    penalized = penalize_repetition(logits, [0, 1, 0], 2.0)
     assert penalized.tolist() == [1.0, -4.0, 1.0]
     assert logits.tolist() == [2.0, -2.0, 1.0]
 

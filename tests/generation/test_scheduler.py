@@ -97,14 +97,10 @@ def test_a_draft_never_reads_past_the_last_token() -> None:
 
 
 def test_lookup_continues_the_latest_match_and_runs_on_into_itself() -> None:
-    lookup = Lookup()
-    for token in [1, 2, 3, 9, 1, 2, 3, 4, 5, 1, 2, 3]:
-        lookup.learn(token)
+    lookup = Lookup([1, 2, 3, 9, 1, 2, 3, 4, 5, 1, 2, 3])
     lookup.rates = dict.fromkeys(lookup.rates, 1.0)
     assert lookup.draft(4) == [4, 5, 1, 2]
-    repeating = Lookup()
-    for token in [7, 8, 7, 8]:
-        repeating.learn(token)
+    repeating = Lookup([7, 8, 7, 8])
     repeating.rates = dict.fromkeys(repeating.rates, 1.0)
     assert repeating.draft(7) == [7, 8, 7, 8, 7, 8, 7]
     assert Lookup().draft(4) == []

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError, UsageError
-from smolctl.generation.engines import EngineOptions, kind_of, make_engine
-from smolctl.generation.native_engine import FEW, NativeEngine, Stored, matrix_of
+from smolctl.generation.engines import EngineOptions, make_engine
+from smolctl.generation.native_engine import FEW, NativeEngine, Stored, kind_of, matrix_of
 from smolctl.generation.sampling import SamplingSettings
 from smolctl.generation.scheduler import Scheduler, Speculation
 from smolctl.generation.torch_engine import TorchEngine
@@ -118,8 +118,7 @@ def engines(config: ModelConfig, kind: str, build: str, threads: int = 2) -> tup
     state = initialize(config, 3).eval().requires_grad_(False).state_dict()
     weights = {name: store(t, kind) if t.dim() > 1 else t for name, t in state.items()}
     network = from_state(config, {name: dense(stored) for name, stored in weights.items()}, "test").eval()
-    cache = torch.float32 if kind == "float32" else torch.float16
-    native = NativeEngine(library(build), config, weights, cache, threads, kind)
+    native = NativeEngine(library(build), config, weights, threads)
     return native, TorchEngine(network.requires_grad_(False))
 
 
