@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from smolctl.errors import HubError
 from smolctl.hub.connection import Fetched, api, endpoint, fetch
 from smolctl.hub.errors import READING, PassingError, explained
-from smolctl.sources.base import ModelSource, SourceKind, TensorHeader, Weights
+from smolctl.sources.base import ModelSource, SourceKind, TensorHeader, TokenizerFiles, Weights
 from smolctl.sources.huggingface.folder import INDEX, SINGLE, describe, is_huggingface_folder, open_folder
 from smolctl.sources.huggingface.safetensors_file import (
     SafetensorsWeights,
@@ -123,7 +123,8 @@ def _open_online(repository: Repository, model: str) -> ModelSource:
     shards = _weight_files(repository, commit, files)
     cached = _cached_snapshot(repository, commit, files.intersection((*shards, *TOKENIZER_FILES)))
     if cached is not None:
-        return _as_hub(open_folder(cached, model, SourceKind.HUB), commit, repository)
+        source = open_folder(cached, model, SourceKind.HUB)
+        return dataclasses.replace(source, revision=commit, bytes_fetched=repository.bytes_fetched)
     if not shards and not files.intersection(("config.json", *TOKENIZERS)):
         raise HubError(f"{repository.name}: no model in it{_others(files)}", _other_hint(files))
     declared = None
@@ -131,15 +132,12 @@ def _open_online(repository: Repository, model: str) -> ModelSource:
         declared = parse_json(repository.file(commit, "config.json")[0], f"{model}/config.json")
     tensors = _read_headers(repository, commit, shards) if shards else None
     missing = () if shards else (f"no safetensors in the repository{_others(files)}",)
-    source = dataclasses.replace(
-        describe(SourceKind.HUB, model, declared, tensors, None, missing, None),
-        weights=HubWeights(repository, shards, files),
-        tokenizer_reader=lambda: read_tokenizer_folder(repository.download(list(TOKENIZER_FILES))),
-    )
-    return _as_hub(source, commit, repository)
+    weights = HubWeights(repository, shards, files)
 
+    def reader() -> TokenizerFiles | None:
+        return read_tokenizer_folder(repository.download(list(TOKENIZER_FILES)))
 
-def _as_hub(source: ModelSource, commit: str, repository: Repository) -> ModelSource:
+    source = describe(SourceKind.HUB, model, declared, tensors, missing, weights, reader)
     return dataclasses.replace(source, revision=commit, bytes_fetched=repository.bytes_fetched)
 
 

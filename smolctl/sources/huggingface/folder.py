@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError
-from smolctl.sources.base import ModelSource, SourceKind, TensorHeader
+from smolctl.sources.base import ModelSource, SourceKind, TensorHeader, TokenizerFiles, Weights
 from smolctl.sources.huggingface.config import assumed_keys, from_huggingface_config
 from smolctl.sources.huggingface.safetensors_file import SafetensorsWeights, read_header, read_shards
 from smolctl.sources.huggingface.tokenizer import read_json, tokenizer_reader
@@ -30,25 +30,26 @@ def open_folder(folder: Path, name: str, kind: SourceKind = SourceKind.FOLDER) -
         InputError: a file is damaged or missing.
     """
     weights, tensors, problems = _folder_weights(folder)
-    config_path = folder / "config.json"
-    declared = read_json(config_path) if config_path.is_file() else None
-    return describe(kind, name, declared, tensors, weights, problems, folder)
+    return describe(kind, name, _declared(folder), tensors, problems, weights, tokenizer_reader(folder))
 
 
 def open_config_json(path: Path, name: str) -> ModelSource:
     """Open a config.json, with the weights that lie beside it."""
     if path.name == "config.json":
         return open_folder(path.parent, name)
-    return describe(SourceKind.FOLDER, name, read_json(path), None, None, (), None)
+    return describe(SourceKind.FOLDER, name, read_json(path), None)
 
 
 def open_safetensors(path: Path, name: str) -> ModelSource:
     """Open one file; its config is the config.json beside it, or is recovered from the shapes."""
-    tensors = read_header(path)
-    beside = path.parent / "config.json"
-    declared = read_json(beside) if beside.is_file() else None
-    weights = SafetensorsWeights({path: None})
-    return describe(SourceKind.SAFETENSORS, name, declared, tensors, weights, (), path.parent)
+    tensors, weights, beside = read_header(path), SafetensorsWeights({path: None}), path.parent
+    declared, reader = _declared(beside), tokenizer_reader(beside)
+    return describe(SourceKind.SAFETENSORS, name, declared, tensors, weights=weights, reader=reader)
+
+
+def _declared(folder: Path) -> dict[str, Any] | None:
+    path = folder / "config.json"
+    return read_json(path) if path.is_file() else None
 
 
 def describe(
@@ -56,14 +57,24 @@ def describe(
     name: str,
     declared: Mapping[str, Any] | None,
     tensors: tuple[TensorHeader, ...] | None,
-    weights: SafetensorsWeights | None,
-    problems: tuple[str, ...],
-    folder: Path | None,
+    problems: tuple[str, ...] = (),
+    weights: Weights | None = None,
+    reader: Callable[[], TokenizerFiles | None] | None = None,
 ) -> ModelSource:
     """A source from the config.json's content (None: recover it from shapes) and the header."""
-    config, unsupported, notes = read_config(declared, tensors, name)
-    if config and tensors and declared is not None:
-        notes += check_tensors(config, tensors)
+    config: ModelConfig | None = None
+    notes: tuple[str, ...] = ()
+    if declared is not None:
+        config, unsupported = from_huggingface_config(declared, name)
+        notes = assumed_keys(declared) if config else ()
+        if declared.get("quantization_config") and tensors:
+            notes += ("quantized: its tensors are packed, so that header counts are not parameter counts",)
+        if config and tensors:
+            notes += check_tensors(config, tensors)
+    elif tensors is not None:
+        config, unsupported, notes = recover_config(tensors)
+    else:
+        unsupported = "there is no config.json and there are no weights"
     return ModelSource(
         kind=kind,
         id=name,
@@ -74,23 +85,8 @@ def describe(
         tensors=tensors,
         problems=problems + notes,
         weights=weights,
-        tokenizer_reader=tokenizer_reader(folder),
+        tokenizer_reader=reader,
     )
-
-
-def read_config(
-    declared: Mapping[str, Any] | None, tensors: tuple[TensorHeader, ...] | None, name: str
-) -> tuple[ModelConfig | None, str, tuple[str, ...]]:
-    """The config, why there is none, and what is odd about it."""
-    if declared is not None:
-        config, unsupported = from_huggingface_config(declared, name)
-        notes = assumed_keys(declared) if config else ()
-        if declared.get("quantization_config") and tensors:
-            notes += ("quantized: its tensors are packed, so that header counts are not parameter counts",)
-        return config, unsupported, notes
-    if tensors is None:
-        return None, "there is no config.json and there are no weights", ()
-    return recover_config(tensors)
 
 
 def _folder_weights(

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolctl.config import ModelConfig
 from smolctl.durable import file_digest
 from smolctl.errors import InputError
 from smolctl.sources.base import ModelSource, SourceKind, TensorHeader, Weights
@@ -74,7 +73,10 @@ def open_quantized_folder(folder: Path, name: str) -> ModelSource:
     tensors = _described(description, read_header(path), path)
     _check_header(description, path)
     config_path = folder / "config.json"
-    config = _read_config(config_path)
+    declared = read_json(config_path)
+    config, unsupported = from_huggingface_config({**declared, "quantization_config": None}, str(config_path))
+    if config is None:
+        raise InputError(f"{config_path}: {unsupported}", REMEDY)
     if file_digest(config_path) != description.get("config_sha256"):
         raise InputError(f"{config_path}: is not the one that was written (checksum differs)", REMEDY)
     mismatches = check_tensors(config, tensors)
@@ -84,7 +86,7 @@ def open_quantized_folder(folder: Path, name: str) -> ModelSource:
         kind=SourceKind.QUANTIZED,
         id=name,
         config=config,
-        declared=read_json(config_path),
+        declared=declared,
         tensors=tensors,
         weights=QuantizedWeights(path, description),
         quantization=description,
@@ -106,14 +108,6 @@ def _check_header(description: Mapping[str, Any], path: Path) -> None:
         raise InputError(f"{path}: has {size:,} bytes, {recorded.get('bytes'):,} were written", REMEDY)
     if recorded.get("header_sha256") != header_digest(path):
         raise InputError(f"{path}: its header is not the one that was written (checksum differs)", REMEDY)
-
-
-def _read_config(path: Path) -> ModelConfig:
-    values = {key: value for key, value in read_json(path).items() if key != "quantization_config"}
-    config, unsupported = from_huggingface_config(values, str(path))
-    if config is None:
-        raise InputError(f"{path}: {unsupported}", REMEDY)
-    return config
 
 
 def _entry(description: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
@@ -159,17 +153,6 @@ class QuantizedWeights(Weights):
     def __init__(self, path: Path, description: Mapping[str, Any]) -> None:
         self.path, self.description = path, description
 
-    def _verify(self) -> None:
-        """Compare the file with the checksum that was written."""
-        try:
-            digest = file_digest(self.path)
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be read ({error.strerror})", REMEDY) from None
-        if digest != _entry(self.description, "file", self.path).get("sha256"):
-            raise InputError(
-                f"{self.path}: its bytes are not the ones that were written (checksum differs)", REMEDY
-            )
-
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         from smolctl.sources.quantized.scaled import dense
 
@@ -178,8 +161,11 @@ class QuantizedWeights(Weights):
     def stored(self) -> Iterator[tuple[str, StoredTensor]]:
         from safetensors import SafetensorError, safe_open
 
-        self._verify()
         try:
+            if file_digest(self.path) != _entry(self.description, "file", self.path).get("sha256"):
+                raise InputError(
+                    f"{self.path}: its bytes are not the ones that were written (checksum differs)", REMEDY
+                )
             with safe_open(self.path, framework="pt") as file:
                 for name, entry in self.description["tensors"].items():
                     found = [file.get_tensor(part) for part in parts_of(name, entry)]
