@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from smolctl.config import ModelConfig, RunConfig
+from smolctl.config import RunConfig
 from smolctl.config.load import (
     config_path,
     merge,
@@ -78,9 +78,8 @@ def _open(model: str, values: Mapping[str, Any]) -> ModelSource:
         from smolctl.sources.hub import open_hub
 
         return open_hub(model)
-    if "/" in model or model.lower().endswith(FILE_ENDINGS):
-        raise InputError(f"{model}: no such file or folder", KINDS)
-    config_path(model)  # raises, with presets of a similar name
+    if "/" not in model and not model.lower().endswith(FILE_ENDINGS):
+        config_path(model)  # raises, with presets of a similar name
     raise InputError(f"{model}: no such file or folder", KINDS)
 
 
@@ -193,14 +192,10 @@ def _open_run(path: Path, step: int | None, name: str) -> ModelSource:
 
 def _model_settings(settings: Sequence[str]) -> dict[str, Any]:
     """Settings as nested values of a run config; a key that names no section is one of the model's."""
-    values: dict[str, Any] = {}
-    for item in settings:
-        key = item.partition("=")[0].strip()
-        section = key.split(".")[0]
-        values = merge(
-            values, parse_settings([item if section in RunConfig.model_fields else f"model.{item}"])
-        )
-    return values
+    keys = RunConfig.model_fields
+    return parse_settings(
+        item if re.split("[.=]", item)[0].strip() in keys else f"model.{item}" for item in settings
+    )
 
 
 def _what_if(source: ModelSource, values: Mapping[str, Any]) -> ModelSource:
@@ -208,22 +203,12 @@ def _what_if(source: ModelSource, values: Mapping[str, Any]) -> ModelSource:
     if source.run is None and set(values) - {"model"}:
         key = next(iter(set(values) - {"model"}))
         raise UsageError(f"--set {key}: {source.id} has no training recipe", "Set keys of its model only.")
-    config = source.require_config()
-    changed = resolve_model_config(
-        _changed_fields(config, values.get("model") or {}), f"{source.id} with --set"
-    )
-    run = source.run
-    if run is not None:
-        layers = merge(
-            run.model_dump(exclude={"model"}), {key: values[key] for key in values if key != "model"}
-        )
-        run = resolve_run_config({**layers, "model": changed.model_dump()}, f"{source.id} with --set")
-    return dataclasses.replace(source, config=changed, run=run, tensors=None, weights=None)
-
-
-def _changed_fields(config: ModelConfig, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields with the settings over them; a head_dim that followed from the width still does."""
+    config, origin = source.require_config(), f"{source.id} with --set"
     fields = config.model_dump()
     if config.head_dim * config.num_attention_heads == config.hidden_size:
-        del fields["head_dim"]
-    return fields | dict(values)
+        del fields["head_dim"]  # it followed from the width, and still does
+    if source.run is None:
+        config = resolve_model_config(merge(fields, values["model"]), origin)
+        return dataclasses.replace(source, config=config, tensors=None, weights=None)
+    run = resolve_run_config(merge({**source.run.model_dump(), "model": fields}, values), origin)
+    return dataclasses.replace(source, config=run.model, run=run, tensors=None, weights=None)
