@@ -40,12 +40,12 @@ def make_engine(source: ModelSource, options: EngineOptions) -> Engine:
             this installation does not have.
     """
     config = source.require_config()
-    given: dict[str, StoredTensor] = {}
+    read: dict[str, StoredTensor] = {}
     for name, stored in source.require_weights().stored():
         if options.dtype and isinstance(stored, Tensor) and stored.dim() > 1:
             stored = stored.to(getattr(torch, options.dtype))
-        given[name] = stored
-    given = check_state(config, given, source.id)
+        read[name] = stored
+    given = check_state(config, read, source.id)
     if any(isinstance(stored, ScaledMatrix) for stored in given.values()):
         return _dynamic_engine(source, given)
     weights = cast(dict[str, Stored], given)

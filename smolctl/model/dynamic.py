@@ -14,8 +14,8 @@ A tied head is a linear layer here, and the token table looks its rows up in the
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -30,14 +30,8 @@ from smolctl.sources.shapes import tensor_name
 SMALLEST = 1e-12  # divisor of a row of zeros
 
 
-@contextmanager
-def silence() -> Iterator[None]:
-    """Hide what PyTorch says about `torch.ao.quantization` being replaced some day: it is there and works."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", UserWarning)
-        yield
+# Hides what PyTorch says about `torch.ao.quantization` being replaced some day: it is there and works.
+silence = partial(warnings.catch_warnings, action="ignore")
 
 
 class PackedTable(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +11,9 @@ from smolctl.config import ModelConfig
 from smolctl.errors import InputError
 from smolctl.model.network import Transformer
 from smolctl.sources.base import ModelSource
+from smolctl.sources.quantized.scaled import StoredTensor
 from smolctl.sources.shapes import HEAD, TABLE, check_shapes, is_derived
 
-
-class Shaped(Protocol):
-    """A tensor, or something that stands for one."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-
-S = TypeVar("S", bound=Shaped)
 NAMED_PROBLEMS = 5  # that an error message names
 
 
@@ -47,20 +38,19 @@ def initialize(config: ModelConfig, seed: int) -> Transformer:
     return network
 
 
-def load_network(source: ModelSource, dtype: torch.dtype | None = None, device: str = "cpu") -> Transformer:
+def load_network(source: ModelSource, dtype: torch.dtype | None = None) -> Transformer:
     """The network of a source, in evaluation mode.
 
     Args:
         source: anything with a config and weights.
         dtype: of the parameters; None keeps the file's.
-        device: where the parameters go.
 
     Raises:
         InputError: the model is not representable, the file is damaged, or tensors are missing,
             unexpected or mis-shaped, each of them named.
     """
     config, weights = source.require_config(), source.require_weights()
-    tensors = {name: tensor.to(device, dtype) for name, tensor in weights.tensors()}
+    tensors = {name: tensor.to(dtype) for name, tensor in weights.tensors()}
     return from_state(config, tensors, source.id).eval()
 
 
@@ -93,7 +83,9 @@ def from_state(config: ModelConfig, tensors: Mapping[str, Tensor], origin: str) 
     return network.requires_grad_(True)
 
 
-def check_state(config: ModelConfig, tensors: Mapping[str, S], origin: str) -> dict[str, S]:
+def check_state(
+    config: ModelConfig, tensors: Mapping[str, StoredTensor], origin: str
+) -> dict[str, StoredTensor]:
     """The tensors that a network of this config takes, without a tied head's copy and derived ones.
 
     Raises:
@@ -102,8 +94,7 @@ def check_state(config: ModelConfig, tensors: Mapping[str, S], origin: str) -> d
     state = {name: tensor for name, tensor in tensors.items() if not is_derived(name)}
     if config.tie_word_embeddings and HEAD in state and TABLE in state:
         head, table = state.pop(HEAD), state[TABLE]
-        same = isinstance(head, Tensor) and isinstance(table, Tensor) and head.shape == table.shape
-        if not (same and torch.equal(head, table)):  # type: ignore[arg-type]
+        if not (isinstance(head, Tensor) and isinstance(table, Tensor) and torch.equal(head, table)):
             raise InputError(
                 f"{origin}: the config ties lm_head to the token table, but the file holds another lm_head",
                 "Set tie_word_embeddings: false in the config if the head is meant to be its own.",

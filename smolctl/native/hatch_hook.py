@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,5 @@ class NativeBuildHook(BuildHookInterface):  # type: ignore[type-arg]
             return
         build_data["artifacts"] += [str(file.relative_to(self.root)) for file in files]
         build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{self._platform()}"
-
-    @staticmethod
-    def _platform() -> str:
-        import sysconfig
-
-        return sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        build_data["tag"] = f"py3-none-{platform}"
