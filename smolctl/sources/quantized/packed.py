@@ -19,8 +19,9 @@ from torch import Tensor
 # Columns that lie together: of 32 four-bit values, byte i holds value i low and value i + 16 high.
 # Rows are filled up with zeros to a multiple of it, groups are a multiple of it.
 BLOCK = 32
-# Few enough that the intermediate results stay in the cache and torch does not wake its threads, whose
-# barriers cost more than they bring (see `dequantize.py`).
+# Few enough that the intermediate results stay in the cache and torch does not wake its threads (it does from
+# 32,768 on). Their barriers cost more than they bring, and on a busy machine twenty times more: 0.7 s for
+# 135 M values became 13 s.
 VALUES_AT_ONCE = 32_000
 
 
