@@ -176,8 +176,9 @@ def _matches(pattern: str, name: str, config: ModelConfig) -> bool:
 
 
 def split_commas(items: Iterable[str]) -> tuple[str, ...]:
-    """The values of an option that is repeatable and takes several at once, separated by commas."""
-    return tuple(part.strip() for item in items for part in item.split(",") if part.strip())
+    """The values of an option that is repeatable and takes several at once, with commas; each value once."""
+    parts = (part.strip() for item in items for part in item.split(","))
+    return tuple(dict.fromkeys(part for part in parts if part))
 
 
 def parse_skip(items: Sequence[str]) -> tuple[str, ...]:
