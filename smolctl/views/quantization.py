@@ -13,7 +13,6 @@ from smolctl.quantization.quantize import QuantizeReport
 from smolctl.quantization.record import measurements
 from smolctl.quantization.verdict import Variant
 from smolctl.timing import with_error
-from smolctl.views.numbers import size
 from smolctl.views.numbers import figure, size
 from smolctl.views.output import Output
 from smolctl.views.tables import headed
