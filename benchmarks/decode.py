@@ -27,7 +27,6 @@ from smolctl.benchmark import measure
 from smolctl.benchmark.engines import EngineSpec, open_engine
 from smolctl.benchmark.peers import is_installed
 from smolctl.benchmark.suites import prepare, reference_text
-from smolctl.benchmark.worker import Worker
 from smolctl.benchmark.workload import Sizes, Tokens, Workload
 from smolctl.evaluation import score_window
 from smolctl.generation.engine import Engine
@@ -35,6 +34,7 @@ from smolctl.quantization.measure import mean_kl
 from smolctl.quantization.quantize import QuantizeOptions, quantize
 from smolctl.sources import open_source
 from smolctl.timing import in_turns, peak_memory, ratio_of
+from smolctl.worker import Worker
 
 PROMPT, DECODED, SEQUENCE = 32, 128, 512
 CONTEXT, CONTEXT_DECODED = 1920, 64  # decoding behind a long text

@@ -25,12 +25,12 @@ from smolctl.benchmark.engine_files import huggingface_folder
 from smolctl.benchmark.engines import RandomWeights
 from smolctl.benchmark.peers import load_litgpt
 from smolctl.benchmark.training_suite import Loss, TrainingStep, open_smolctl, open_transformers
-from smolctl.benchmark.worker import Worker
 from smolctl.benchmark.workload import Measurement
 from smolctl.config import ModelConfig
 from smolctl.model.network import Transformer
 from smolctl.sources import open_source
 from smolctl.timing import in_turns
+from smolctl.worker import Worker
 
 
 @dataclass(frozen=True)

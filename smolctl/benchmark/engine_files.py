@@ -141,15 +141,9 @@ def weight_files(model: str) -> tuple[Path, ...]:
 
 
 def copy_apart(model: str, files: Sequence[Path], folder: Path) -> str:
-    """A copy of a model that no other process has open: a mapped file stays in the page cache.
+    """A copy, as a MODEL, of the `weight_files` of a model, in a folder.
 
-    Args:
-        model: of `weight_files`.
-        files: what that has found.
-        folder: gets the copy.
-
-    Returns:
-        The copy, as a MODEL.
+    No other process has it open: a mapped file stays in the page cache.
     """
     target = folder / f"apart-{sum(1 for _ in folder.iterdir())}"
     if Path(model).is_dir() and files[0].parent == Path(model):

@@ -33,14 +33,7 @@ class Metric:
 def metrics_of(
     workload: Workload, config: ModelConfig, facts: EngineFacts, file_bytes: int
 ) -> tuple[Metric, ...]:
-    """The metrics of a workload, in the order of its measured seconds.
-
-    Args:
-        workload: any.
-        config: of the network.
-        facts: that the engine has reported.
-        file_bytes: that loading reads.
-    """
+    """The metrics of a workload, in the order of its measured seconds; loading reads `file_bytes`."""
     sizes = workload.sizes
     if workload.suite == "load":
         # The disk's own limit is not measured.

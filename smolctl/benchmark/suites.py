@@ -16,12 +16,12 @@ from smolctl.benchmark import measure
 from smolctl.benchmark.engine_files import copy_apart, weight_files
 from smolctl.benchmark.engines import EngineSpec
 from smolctl.benchmark.metrics import Metric, metrics_of
-from smolctl.benchmark.worker import Worker
 from smolctl.benchmark.workload import EngineFacts, Run, Sizes, Tokens, Workload, cut
 from smolctl.config.run import OptimizerConfig
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.errors import InputError, SmolError, UsageError
 from smolctl.sources.base import ModelSource
+from smolctl.worker import Worker
 
 SUITES = ("load", "prefill", "decode", "batch", "train", "tokenize", "checkpoint")
 # The suites that each engine can run.
@@ -135,10 +135,7 @@ def prepare(
 ) -> tuple[list[PreparedWorkload], list[str]]:
     """Start the engines' processes, load what they need and run each workload once to warm up.
 
-    Args:
-        workloads: of all engines.
-        source: of the weights.
-        stack: ends the processes when it is left.
+    The processes end when the stack is left.
 
     Returns:
         The prepared workloads, and a line for every one of a peer's that is left out.

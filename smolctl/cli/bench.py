@@ -9,13 +9,14 @@ from typing import Annotated
 
 import typer
 
-from smolctl.cli.options import Debug, Json, Quiet, Verbose, command
+from smolctl.cli.options import command
 from smolctl.errors import ExitCode, GateError, UsageError
 from smolctl.views.output import Output
 
 
 @command
 def bench(
+    output: Output,
     model: Annotated[
         str,
         typer.Argument(
@@ -82,10 +83,6 @@ def bench(
         Path | None, typer.Option("--plot", help="Draw the results to a PNG file.", show_default=False)
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-    debug: Debug = False,
 ) -> None:
     """Measure a model's speed and memory, and compare with the machine's limits and other engines.
 
@@ -100,10 +97,10 @@ def bench(
     from smolctl.benchmark.bench import BenchOptions
     from smolctl.benchmark.bench import bench as run
     from smolctl.ownership import require_replaceable_file
+    from smolctl.quantization.schemes import split_commas
     from smolctl.views.bench import bench_document, show_bench
     from smolctl.views.bench_chart import draw_bench, is_own_chart
 
-    view = Output(json, quiet, verbose)
     # A signal exits like an error, so that the engines' processes and files are removed.
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(ExitCode.TERMINATED))
     if fail_below is not None and baseline is None:
@@ -114,19 +111,19 @@ def bench(
         if target is not None:
             require_replaceable_file(target, name, force=True, reads=(), is_own=is_own)
     options = BenchOptions(
-        suites=_listed(suite),
-        schemes=_listed(to),
-        against=_listed(against),
+        suites=split_commas(suite or ()),
+        schemes=split_commas(to or ()),
+        against=split_commas(against or ()),
         repeats=repeats,
         threads=threads,
         batch=batch,
     )
-    report = run(model, options, view.talk)
+    report = run(model, options, output.talk)
     changes = compare_with(report, baseline, fail_below) if baseline is not None else None
-    show_bench(view, report, changes, markdown)
+    show_bench(output, report, changes, markdown)
     if save is not None:
         save_record(bench_document(report), save)
-        view.talk(f"Saved to {save}.")
+        output.talk(f"Saved to {save}.")
     if plot is not None:
         draw_bench(report, plot)
     if report.wrong:
@@ -135,9 +132,3 @@ def bench(
     if changes is not None and changes.failed:
         named = ", ".join(f"{one.result.name} × {one.ratio:.2f}" for one in changes.failed)
         raise GateError(f"below {fail_below} of the baseline: {named}", "Repeat on an idle machine.")
-
-
-def _listed(given: list[str] | None) -> tuple[str, ...]:
-    """The values of an option that is repeatable and takes commas, each once."""
-    values = [part.strip() for item in given or () for part in item.split(",")]
-    return tuple(dict.fromkeys(value for value in values if value))

@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
-from smolctl.cli.options import Debug, Json, Quiet, Verbose, command
+from smolctl.cli.options import command
 from smolctl.views.output import Output
 
 
 @command
 def cache(
+    output: Output,
     prune: Annotated[
         float | None,
         typer.Option(
@@ -22,10 +23,6 @@ def cache(
             show_default=False,
         ),
     ] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-    debug: Debug = False,
 ) -> None:
     """Show how large the cache of tokenized text is, or make it smaller.
 
@@ -36,4 +33,4 @@ def cache(
     from smolctl.data.cached import look_at_cache, prune_cache
     from smolctl.views.cache import show_cache
 
-    show_cache(Output(json, quiet, verbose), look_at_cache() if prune is None else prune_cache(prune))
+    show_cache(output, look_at_cache() if prune is None else prune_cache(prune))

@@ -6,21 +6,18 @@ from typing import Annotated
 
 import typer
 
-from smolctl.cli.options import Debug, Json, Model, Quiet, Settings, Verbose, command
+from smolctl.cli.options import Model, Settings, command
 from smolctl.views.output import Output
 
 
 @command
 def count_params(
+    output: Output,
     model: Model,
     depth: Annotated[
         int, typer.Option("--depth", "-d", min=1, help="Levels of the tree: 2 layers as one, 4 every matrix.")
     ] = 2,
     settings: Settings = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-    debug: Debug = False,
 ) -> None:
     """Count a model's parameters, without loading its weights.
 
@@ -35,4 +32,4 @@ def count_params(
 
     what_if = tuple(settings or ())
     report = count_source(open_source(model, what_if), what_if)
-    show_parameters(Output(json, quiet, verbose), report, depth)
+    show_parameters(output, report, depth)

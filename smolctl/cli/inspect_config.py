@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
-from smolctl.cli.options import Debug, Json, Model, Quiet, Settings, Verbose, command
+from smolctl.cli.options import Model, Settings, command
 from smolctl.errors import UsageError
 from smolctl.views.output import Output
 
 
 @command
 def inspect_config(
+    output: Output,
     model: Model,
     against: Annotated[
         str | None,
@@ -32,10 +33,6 @@ def inspect_config(
         str | None, typer.Option("--dtype", help="float32, bfloat16, float16 or bf16-mixed.")
     ] = None,
     settings: Settings = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-    debug: Debug = False,
 ) -> None:
     """Show a config, what follows from it, and its problems.
 
@@ -48,9 +45,8 @@ def inspect_config(
     from smolctl.inspection import compare, inspect, training_config
     from smolctl.sources import open_source
 
-    out = Output(json, quiet, verbose)
     source = open_source(model, settings or ())
-    if as_yaml and (against or json):
+    if as_yaml and (against or output.json):
         raise UsageError("--yaml writes a config and nothing else", "Leave out --against and --json.")
     if as_yaml:
         from smolctl.config.dump import to_yaml
@@ -59,8 +55,8 @@ def inspect_config(
     elif against:
         from smolctl.views.differences import show_differences
 
-        show_differences(out, compare(source, open_source(against)))
+        show_differences(output, compare(source, open_source(against)))
     else:
         from smolctl.views.model_report import show_report
 
-        show_report(out, inspect(source, batch_size, sequence_length, dtype))
+        show_report(output, inspect(source, batch_size, sequence_length, dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
@@ -70,35 +71,41 @@ Model = Annotated[
 
 
 def command(function: Callable[..., int | None]) -> Callable[..., None]:
-    """Wrap a command: errors become two lines and an exit code, a traceback only with --debug."""
+    """A command of the application from a function of its `Output` and its own options.
 
-    @functools.wraps(function)
-    def run(*args: Any, **options: Any) -> None:
-        out = Output(
-            json=options.get("json", False),
-            quiet=options.get("quiet", False),
-            verbose=options.get("verbose", 0),
-        )
+    It also takes --json, --quiet, --verbose and --debug. Errors become two lines and an exit code, a
+    traceback only with --debug.
+    """
+
+    def run(
+        *, json: Json = False, quiet: Quiet = False, verbose: Verbose = 0, debug: Debug = False, **asked: Any
+    ) -> None:
+        output = Output(json, quiet, verbose)
         try:
-            code = function(*args, **options)
+            code = function(output, **asked)
         except SmolError as error:
-            if options.get("debug"):
+            if debug:
                 raise
-            out.error(error)
+            output.error(error)
             code = error.exit_code
         except KeyboardInterrupt:
             code = ExitCode.INTERRUPTED
         except BrokenPipeError:
             code = ExitCode.DONE  # the reader of our stdout has seen enough
         except Exception as error:
-            if options.get("debug"):
+            if debug:
                 raise
             reason = f"{type(error).__name__}: {error}"
-            out.error(SmolError(f"unexpected: {reason}", "Run again with --debug for the traceback."))
+            output.error(SmolError(f"unexpected: {reason}", "Run again with --debug for the traceback."))
             code = ExitCode.FAILED
         if code:
             raise typer.Exit(int(code))
 
+    # Typer makes an option of every parameter that it finds in the signature.
+    _output, *own = inspect.signature(function, eval_str=True).parameters.values()
+    *common, _asked = inspect.signature(run, eval_str=True).parameters.values()
+    functools.update_wrapper(run, function)
+    run.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]
     return run
 
 

@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
-from smolctl.cli.options import Debug, Json, Quiet, Verbose, command
+from smolctl.cli.options import command
 from smolctl.errors import UsageError
 from smolctl.views.output import Output
 
 
 @command
 def push(
+    output: Output,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -52,10 +53,6 @@ def push(
     preview: Annotated[
         bool, typer.Option("--preview", help="Serve the Space's page on this machine; send nothing.")
     ] = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-    debug: Debug = False,
 ) -> None:
     """Publish a model on the Hugging Face Hub, with its card, in one verified commit.
 
@@ -68,28 +65,28 @@ def push(
     """
     from smolctl.hub.client import HubClient
     from smolctl.publish import push as publish
+    from smolctl.quantization.schemes import split_commas
     from smolctl.views import push as view
 
-    out = Output(json, quiet, verbose)
     if space_sdk != "gradio":
         raise UsageError(f"--space-sdk {space_sdk}: only gradio is supported", "Leave it out.")
     if create_pr and revision != "main":
         raise UsageError("--create-pr and --revision exclude each other", "Give one of them.")
     if dry_run + (local_dir is not None) + preview > 1:
         raise UsageError("--dry-run, --local-dir and --preview exclude each other", "Give one of them.")
-    schemes = tuple(scheme.strip().lower() for scheme in (gguf or "").split(",") if scheme.strip())
+    schemes = split_commas([(gguf or "").lower()])
     options = publish.PushOptions(model, repo, public, license, schemes, revision, create_pr, space)
     if preview:
         with tempfile.TemporaryDirectory(prefix="smolctl-preview-") as work:
-            view.serve(out, publish.build_preview(options, Path(work)))
+            view.serve(output, publish.build_preview(options, Path(work)))
     elif dry_run:
         with tempfile.TemporaryDirectory(prefix="smolctl-push-") as work:
-            view.show_offline(out, publish.plan_push(options, Path(work)), None)
+            view.show_offline(output, publish.plan_push(options, Path(work)), None)
     elif local_dir is not None:
-        view.show_offline(out, publish.write_local(options, local_dir), local_dir)
+        view.show_offline(output, publish.write_local(options, local_dir), local_dir)
     else:
-        view.limit_progress_bars(out)
-        pushed = publish.push(options, HubClient(out.talk), lambda plan: view.show_plan(out, plan))
-        view.show_pushed(out, pushed)
+        view.limit_progress_bars(output)
+        pushed = publish.push(options, HubClient(output.talk), lambda plan: view.show_plan(output, plan))
+        view.show_pushed(output, pushed)
         if pushed.space_error is not None:
             raise pushed.space_error

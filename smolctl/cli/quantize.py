@@ -7,13 +7,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from smolctl.cli.options import Debug, Json, Quiet, Verbose, command
+from smolctl.cli.options import command
 from smolctl.errors import GateError
 from smolctl.views.output import Output
 
 
 @command
 def quantize(
+    output: Output,
     model: Annotated[
         str,
         typer.Argument(
@@ -95,10 +96,6 @@ def quantize(
     max_kl: Annotated[
         float | None, typer.Option("--max-kl", help="Exit with 5 when the mean KL (nats) is above.")
     ] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-    debug: Debug = False,
 ) -> None:
     """Make a model smaller, and say what that costs and brings.
 
@@ -115,9 +112,8 @@ def quantize(
     from smolctl.quantization.verdict import Gates
     from smolctl.views.quantization import show_quantization
 
-    view = Output(json, quiet, verbose)
     options = QuantizeOptions(
-        schemes=tuple(dict.fromkeys(split_commas(to or ["int8"]))),
+        schemes=split_commas(to or ["int8"]),
         scheme_options=SchemeOptions(
             group, parse_skip(skip or ()), parse_bits_map(bits_map or ()), activations, per_row, calibrate
         ),
@@ -129,8 +125,8 @@ def quantize(
         per_tensor=per_tensor,
         gates=Gates(max_bpb_increase, max_kl),
     )
-    report = run(model, options, view.talk)
-    show_quantization(view, report)
+    report = run(model, options, output.talk)
+    show_quantization(output, report)
     if report.failed_gates:
         failed = {line.partition(":")[0] for line in report.failed_gates}
         hints = (f"Try {one.hint}." for one in report.variants if one.hint and one.scheme in failed)

@@ -7,29 +7,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from smolctl.cli.options import (
-    BatchSize,
-    Debug,
-    Devices,
-    Json,
-    KeepEvery,
-    KeepLast,
-    LearningRate,
-    Loggers,
-    MicroBatchSize,
-    NumNodes,
-    Quiet,
-    Settings,
-    Strategy,
-    Verbose,
-    command,
-    run_changes,
-)
+from smolctl.cli import options
+from smolctl.cli.options import command, run_changes
 from smolctl.views.output import Output
 
 
 @command
 def resume(
+    output: Output,
     run: Annotated[
         str | None,
         typer.Argument(
@@ -61,20 +46,16 @@ def resume(
         Path | None, typer.Option("--out", help="Go on in a new folder; the run itself stays as it is.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace newer checkpoints, or --out.")] = False,
-    batch_size: BatchSize = None,
-    micro_batch_size: MicroBatchSize = None,
-    learning_rate: LearningRate = None,
-    keep_last: KeepLast = None,
-    keep_every: KeepEvery = None,
-    devices: Devices = None,
-    num_nodes: NumNodes = None,
-    strategy: Strategy = None,
-    settings: Settings = None,
-    logger: Loggers = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-    debug: Debug = False,
+    batch_size: options.BatchSize = None,
+    micro_batch_size: options.MicroBatchSize = None,
+    learning_rate: options.LearningRate = None,
+    keep_last: options.KeepLast = None,
+    keep_every: options.KeepEvery = None,
+    devices: options.Devices = None,
+    num_nodes: options.NumNodes = None,
+    strategy: options.Strategy = None,
+    settings: options.Settings = None,
+    logger: options.Loggers = None,
 ) -> int:
     """Continue a run exactly where it stopped.
 
@@ -95,12 +76,12 @@ def resume(
 
     path, step = split_step(run) if run else (latest_run(), None)
     changes = merge(parse_settings(settings or ()), changes)
-    options = ResumeOptions(step, extra, until, changes, lr_policy, out, force)
-    out_view = Output(json, quiet, verbose) if is_main_process() else Output(quiet=True)
+    asked = ResumeOptions(step, extra, until, changes, lr_policy, out, force)
+    out_view = output if is_main_process() else Output(quiet=True)
     with TrainingView(out_view) as view:
         if verify:
-            verification = verify_run(path, options, view, view.tokenizing)
+            verification = verify_run(path, asked, view, view.tokenizing)
             if is_main_process():
                 view.show_verification(verification)
             return verification.exit_code
-        return resume_run(path, options, view, view.tokenizing).exit_code
+        return resume_run(path, asked, view, view.tokenizing).exit_code

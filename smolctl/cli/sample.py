@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from smolctl.cli.options import Debug, Json, Quiet, Verbose, command
+from smolctl.cli.options import command
 from smolctl.views.output import Output
 
 ALTERNATIVES = 5  # other tokens that --explain shows with each
@@ -15,6 +15,7 @@ ALTERNATIVES = 5  # other tokens that --explain shows with each
 
 @command
 def sample(
+    output: Output,
     models: Annotated[
         list[str] | None,
         typer.Argument(
@@ -91,10 +92,6 @@ def sample(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads. Default: one per core.")
     ] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-    debug: Debug = False,
 ) -> None:
     """Continue a prompt, or chat.
 
@@ -116,7 +113,7 @@ def sample(
         models=tuple(models or ()),
         prompt=prompt,
         jsonl=jsonl,
-        interactive=not json,
+        interactive=not output.json,
         chat=chat,
         system=system,
         compare=compare,
@@ -133,5 +130,5 @@ def sample(
             alternatives=ALTERNATIVES if explain else 0,
         ),
     )
-    view = SampleView(Output(json, quiet, verbose), request.settings)
+    view = SampleView(output, request.settings)
     view.show(generate(request, view, sys.stdin))

@@ -8,24 +8,8 @@ from typing import Annotated
 
 import typer
 
-from smolctl.cli.options import (
-    BatchSize,
-    Debug,
-    Devices,
-    Json,
-    KeepEvery,
-    KeepLast,
-    LearningRate,
-    Loggers,
-    MicroBatchSize,
-    NumNodes,
-    Quiet,
-    Settings,
-    Strategy,
-    Verbose,
-    command,
-    run_changes,
-)
+from smolctl.cli import options
+from smolctl.cli.options import command, run_changes
 from smolctl.views.output import Output
 
 DEFAULT_CONFIG = "smollm2-135m"
@@ -34,6 +18,7 @@ DEFAULT_FINETUNE_CONFIG = "finetune"
 
 @command
 def train(
+    output: Output,
     config: Annotated[
         str | None,
         typer.Argument(
@@ -57,24 +42,20 @@ def train(
     init_from: Annotated[
         str | None, typer.Option("--init-from", metavar="MODEL", help="Start from a model's weights.")
     ] = None,
-    batch_size: BatchSize = None,
-    micro_batch_size: MicroBatchSize = None,
-    learning_rate: LearningRate = None,
+    batch_size: options.BatchSize = None,
+    micro_batch_size: options.MicroBatchSize = None,
+    learning_rate: options.LearningRate = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the initial weights.")] = None,
-    keep_last: KeepLast = None,
-    keep_every: KeepEvery = None,
-    devices: Devices = None,
-    num_nodes: NumNodes = None,
-    strategy: Strategy = None,
+    keep_last: options.KeepLast = None,
+    keep_every: options.KeepEvery = None,
+    devices: options.Devices = None,
+    num_nodes: options.NumNodes = None,
+    strategy: options.Strategy = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run folder. Default: runs/CONFIG-NNN.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the run in --out.")] = False,
-    logger: Loggers = None,
-    settings: Settings = None,
+    logger: options.Loggers = None,
+    settings: options.Settings = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-    debug: Debug = False,
 ) -> int | None:
     """Train a model from a config, or fine-tune one.
 
@@ -94,12 +75,12 @@ def train(
 
     name = config or (DEFAULT_FINETUNE_CONFIG if init_from else DEFAULT_CONFIG)
     run_config = load_run_config(name, settings or (), changes)
-    out_view = Output(json, quiet, verbose) if is_main_process() else Output(quiet=True)
+    out_view = output if is_main_process() else Output(quiet=True)
     if out is not None and not dry_run and is_main_process():  # before what takes long
         RunFolder.require_free(out, force, (init_from or "",))
     with TrainingView(out_view) as view:
         notes: list[str] = []  # of a dry run, which prints one document and no events
-        hears = (lambda event: notes.append(event.text)) if dry_run and json else view
+        hears = (lambda event: notes.append(event.text)) if dry_run and output.json else view
         prepared = prepare(run_config, init_from, hears, view.tokenizing)
         if dry_run:
             plan = plan_run(prepared, out or Path("runs"))

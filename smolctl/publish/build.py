@@ -158,12 +158,7 @@ def repository_name(name: str) -> str:
 
 
 def build(model: ModelToPublish, folder: Path, schemes: Sequence[str]) -> Built:
-    """Write everything but the card, and load the model back.
-
-    Args:
-        model: what is to be published.
-        folder: an empty folder.
-        schemes: of the GGUF files to add.
+    """Write everything but the card into an empty folder, with GGUF files of some schemes; load it back.
 
     Raises:
         SmolError: the model cannot be exported, or does not load back as the same one.

@@ -7,7 +7,7 @@ to the people who edit the card, on the Hub or in the run's folder, and so do th
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -121,9 +121,3 @@ def require_valid(metadata: Mapping[str, Any]) -> None:
 def _front_matter(metadata: Mapping[str, Any]) -> str:
     text = yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, width=10_000)
     return f"---\n{text}---\n\n"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table; a bar in a cell cannot end it."""
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]

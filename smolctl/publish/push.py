@@ -10,7 +10,7 @@ from pathlib import Path
 
 from smolctl.errors import HubError, InputError, SmolError
 from smolctl.hub.client import README, Commit, Head, HubClient, Identity, Target
-from smolctl.hub.errors import MissingError
+from smolctl.hub.errors import MissingError, PaymentError
 from smolctl.hub.files import PlannedFile
 from smolctl.ownership import (
     Record,
@@ -103,30 +103,22 @@ class Pushed:
 
 
 def push(options: PushOptions, client: HubClient, show_plan: Callable[[PushPlan], None]) -> Pushed:
-    """Publish a model, and its Space when one is asked for.
-
-    Args:
-        options: what is asked for.
-        client: of the Hub.
-        show_plan: receives what will go up, before anything is sent.
+    """Publish a model, and its Space when one is asked for; the plan is shown before anything is sent.
 
     Raises:
         HubError: the Hub refuses, or does not hold what was sent.
         SmolError: the model or the Space cannot be published; nothing was sent then.
     """
-    with _workplace() as work:
+    with tempfile.TemporaryDirectory(prefix="smolctl-push-") as work:
         plan = plan_push(options, Path(work), client)
         show_plan(plan)
         return send(plan, client)
 
 
 def plan_push(options: PushOptions, folder: Path, client: HubClient | None = None) -> PushPlan:
-    """Build everything that would go up.
+    """Build everything that would go up into an empty folder; without a client nobody is asked.
 
-    Args:
-        options: what is asked for.
-        folder: empty; with a Space it gets `model/` and `space/`, else the repository itself.
-        client: of the Hub; None asks nobody.
+    With a Space the folder gets `model/` and `space/`, else the repository itself.
 
     Raises:
         SmolError: something cannot be published.
@@ -174,20 +166,10 @@ def build_preview(options: PushOptions, folder: Path) -> Path:
     return folder / SPACE
 
 
-def _workplace() -> tempfile.TemporaryDirectory[str]:
-    """A folder for the time of one push."""
-    return tempfile.TemporaryDirectory(prefix=".smolctl-push-")
-
-
 def choose_destination(
     options: PushOptions, model: ModelToPublish, client: HubClient | None = None
 ) -> Destination:
     """Where the model goes, after everything was checked that can be before it is built.
-
-    Args:
-        options: what is asked for.
-        model: to be published.
-        client: of the Hub; None asks nobody.
 
     Raises:
         SmolError: an option cannot be met, or the token may not write there.
@@ -222,11 +204,6 @@ def choose_destination(
 def build_push(options: PushOptions, model: ModelToPublish, folder: Path) -> Built:
     """Everything that takes long and needs no network: the files, loaded back, and the Space, tried.
 
-    Args:
-        options: of the GGUF files and the Space.
-        model: to be published.
-        folder: empty; with a Space it gets `model/` and `space/`, else the repository itself.
-
     Raises:
         SmolError: the model cannot be exported, or the Space does not answer.
     """
@@ -245,13 +222,9 @@ def _build_with_space(model: ModelToPublish, schemes: tuple[str, ...], folder: P
 def make_plan(
     options: PushOptions, destination: Destination, built: Built, client: HubClient | None = None
 ) -> PushPlan:
-    """What would be sent, with the cards that are written around the ones on the Hub.
+    """What would be sent, with the cards that are written anew around the ones on the Hub.
 
-    Args:
-        options: what is asked for.
-        destination: of `choose_destination`.
-        built: of `build_push`. Its cards are written anew.
-        client: of the Hub; None asks nobody, as if nothing were there.
+    Without a client it is as if nothing were there.
 
     Raises:
         SmolError: a card is damaged, or something looks like a secret.
@@ -316,10 +289,11 @@ def _send_space(target: Target, plan: PushPlan, model: PushedRepo, client: HubCl
     """The Space after the model. What goes wrong here leaves the model's push done."""
     space = None
     try:
-        with explained_payment(target):
-            head = client.ensure(target, plan.options.public)
-            commit = client.push(target, head, plan.space_files, "Update the Space with smolctl")
+        head = client.ensure(target, plan.options.public)
+        commit = client.push(target, head, plan.space_files, "Update the Space with smolctl")
         space = PushedRepo(target.repo, client.url(target), commit, plan.space_files)
         return Pushed(model, space, await_space(client, target))
+    except PaymentError as error:
+        return Pushed(model, space, space_error=error if space else explained_payment(error))
     except SmolError as error:
         return Pushed(model, space, space_error=error)

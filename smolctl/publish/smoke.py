@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from smolctl.errors import SmolError
 from smolctl.hub.errors import first_line
@@ -113,7 +114,7 @@ def running(folder: Path, python: str = sys.executable) -> Iterator[str]:
                 process.wait()
 
 
-def _wait_until_up(process: subprocess.Popen[bytes], port: int, log: object) -> None:
+def _wait_until_up(process: subprocess.Popen[bytes], port: int, log: IO[str]) -> None:
     import httpx2
 
     deadline = time.monotonic() + START_SECONDS
@@ -128,9 +129,9 @@ def _wait_until_up(process: subprocess.Popen[bytes], port: int, log: object) -> 
     raise _failed(f"the Space's app did not start within {START_SECONDS:.0f} s", log)
 
 
-def _failed(what: str, log: object) -> SmolError:
-    log.seek(0)  # type: ignore[attr-defined]
-    lines = [line for line in log.read().splitlines() if line.strip()][-LOG_LINES:]  # type: ignore[attr-defined]
+def _failed(what: str, log: IO[str]) -> SmolError:
+    log.seek(0)
+    lines = [line for line in log.read().splitlines() if line.strip()][-LOG_LINES:]
     return SmolError(what, "Nothing of the Space was sent. The end of its log:\n" + "\n".join(lines))
 
 

@@ -71,10 +71,6 @@ HUB_MACHINE = ("linux", "x86_64")
 def add_space(built: Built, folder: Path) -> Built:
     """Write the folder of a Space, complete but for its card.
 
-    Args:
-        built: the model repository.
-        folder: an empty folder.
-
     Raises:
         SmolError: something cannot be written.
     """

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 
 from smolctl.errors import HubError
 from smolctl.hub.client import HubClient, Target
@@ -19,18 +17,14 @@ BROKEN = ("BUILD_ERROR", "CONFIG_ERROR", "NO_APP_FILE", "RUNTIME_ERROR", "DELETI
 LOG_LINES = 30
 
 
-@contextlib.contextmanager
-def explained_payment(target: Target) -> Iterator[None]:
-    """Explain what kind of account a Gradio Space needs, when the account is what is missing."""
-    try:
-        yield
-    except PaymentError as error:
-        raise HubError(
-            f"{error.message}; the model itself is published",
-            "A Gradio Space on cpu-basic needs a PRO, Team or Enterprise account (hf.co/pricing); what is "
-            "free for everybody is a static Space, and on good standing a ZeroGPU one. `smolctl push "
-            "--preview` shows the page here.",
-        ) from None
+def explained_payment(error: PaymentError) -> HubError:
+    """What kind of account a Gradio Space needs, when the account is what is missing."""
+    return HubError(
+        f"{error.message}; the model itself is published",
+        "A Gradio Space on cpu-basic needs a PRO, Team or Enterprise account (hf.co/pricing); what is free "
+        "for everybody is a static Space, and on good standing a ZeroGPU one. `smolctl push --preview` shows "
+        "the page here.",
+    )
 
 
 def await_space(client: HubClient, target: Target, longest_s: float = LONGEST_SECONDS) -> str:

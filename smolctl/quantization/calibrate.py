@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from statistics import fmean
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 from smolctl.config import ModelConfig
 from smolctl.model.dynamic import dynamic_network
+from smolctl.sources.quantized.packed import PackedMatrix
 from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor
 from smolctl.sources.shapes import tensor_name
 
@@ -70,24 +69,13 @@ def output_errors(
     """
     costs = []
     for name, item in items.items():
-        if isinstance(item, Tensor) or name not in squares:
+        if not isinstance(item, PackedMatrix) or name not in squares:  # tables are only looked up
             continue
         weight, weights = tensors[name], squares[name]
         missed = (item.dequantize() - weight).square_()
         error = (missed @ weights).sum() / (weight.square() @ weights).sum().clamp(min=1e-30)
-        bits = getattr(item, "bits", 8)
-        costs.append(TensorCost(name, f"int{bits}", item.bytes, float(error.sqrt())))
+        costs.append(TensorCost(name, f"int{item.bits}", item.bytes, float(error.sqrt())))
     return sorted(costs, key=lambda cost: -cost.output_error)
-
-
-@dataclass
-class _Seen:
-    """Sums over the windows of what one layer of int8-dynamic does."""
-
-    missed: float = 0.0
-    total: float = 0.0
-    largest: float = 0.0
-    medians: list[float] = field(default_factory=list)
 
 
 @torch.inference_mode()
@@ -112,15 +100,13 @@ def dynamic_errors(
     """
     exact = dynamic_network(config, tensors)
     rounded = dynamic_network(config, items, activations)
-    seen: dict[str, _Seen] = {}
+    seen: dict[str, list[tuple[Tensor, ...]]] = {}  # window by window: squared error, square, and inputs
 
-    def watch(name: str, layer: nn.Module, found: _Seen) -> Any:
+    def watch(layer: nn.Module, found: list[tuple[Tensor, ...]]) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
             x, y = inputs[0].flatten(0, -2), output.flatten(0, -2)  # (T, columns), (T, rows)
-            found.missed += float((layer(x) - y)[1:].square().sum())
-            found.total += float(y[1:].square().sum())
-            found.largest = max(found.largest, float(x.abs().max()))
-            found.medians.append(float(x.abs().median()))
+            missed, total = (layer(x) - y)[1:].square().sum(), y[1:].square().sum()
+            found.append((missed, total, x.abs().max(), x.abs().median()))
 
         return hook
 
@@ -128,19 +114,14 @@ def dynamic_errors(
         if type(module) is nn.Linear:
             tensor = tensor_name(name, config)
             if isinstance(items[tensor], ScaledMatrix):
-                found = seen[tensor] = _Seen()
-                module.register_forward_hook(watch(name, rounded.get_submodule(name), found))
+                layer = rounded.get_submodule(name)
+                module.register_forward_hook(watch(layer, seen.setdefault(tensor, [])))
     for window in windows:
         exact(window[None, :-1])
-    costs = [
-        TensorCost(
-            name,
-            "int8",
-            items[name].bytes,  # type: ignore[union-attr]
-            math.sqrt(found.missed / max(found.total, 1e-30)),
-            largest_input=found.largest,
-            median_input=fmean(found.medians),
-        )
-        for name, found in seen.items()
-    ]
+    costs = []
+    for name, found in seen.items():
+        missed, total, largest, medians = torch.tensor(found, dtype=torch.float64).T
+        size = items[name].bytes  # type: ignore[union-attr]
+        error = float((missed.sum() / total.sum().clamp(min=1e-30)).sqrt())
+        costs.append(TensorCost(name, "int8", size, error, None, float(largest.max()), float(medians.mean())))
     return sorted(costs, key=lambda cost: -cost.output_error)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,14 +25,6 @@ PROMPTS = (
 DECODED_TOKENS = 32  # of each prompt
 PREFILL_TOKENS = 256
 TURN_SECONDS = 0.2  # of decoding: a small model says the same several times
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """What loading costs, seen from a process that does nothing else."""
-
-    load_s: float
-    peak_bytes: int | None  # Python and PyTorch included; None where the system does not tell
 
 
 @dataclass(frozen=True)
@@ -189,14 +178,3 @@ def _prefill(engine: Engine, tokens: Sequence[int]) -> float:
     started = time.perf_counter()
     engine.forward([tokens], cache)
     return len(tokens) / (time.perf_counter() - started)
-
-
-def measure_footprint(model: str) -> Footprint | None:
-    """Load a model and decode a few tokens in a process of its own; None when that is not possible."""
-    # -P: modules of the working folder do not stand in for those of a library.
-    command = [sys.executable, "-P", "-m", "smolctl.quantization.probe", model]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        return Footprint(**json.loads(done.stdout.splitlines()[-1]))
-    except (OSError, subprocess.SubprocessError, ValueError, TypeError, IndexError):
-        return None

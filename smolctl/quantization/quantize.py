@@ -29,7 +29,8 @@ from smolctl.quantization.folder import (
     naming_the_disk,
     write_folder,
 )
-from smolctl.quantization.measure import mean_kl, measure_footprint, measure_quality, measure_speed
+from smolctl.quantization.footprint import measure_footprint
+from smolctl.quantization.measure import mean_kl, measure_quality, measure_speed
 from smolctl.quantization.record import record_variants
 from smolctl.quantization.schemes import (
     DYNAMIC,

@@ -21,7 +21,7 @@ PACKED_SCHEMES = ("int8", "int4")
 DYNAMIC = "int8-dynamic"
 SCHEMES = (*PACKED_SCHEMES, DYNAMIC, "bf16", *GGUF_SCHEMES)
 K_BLOCK = 256  # values of a row that llama.cpp's K-quants pack together
-BITS = {"4": 4, "8": 8, "16": 16, "32": 32}
+STORED = {4: "int4", 8: "int8", 16: "bfloat16", 32: "float32"}  # a tensor, by its bits
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class TensorPlan:
 
     @property
     def label(self) -> str:
-        return self.block or {4: "int4", 8: "int8", 16: "bfloat16", 32: "float32"}[self.bits]
+        return self.block or STORED[self.bits]
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,6 @@ class QuantizationPlan:
     scheme: str
     tensors: tuple[TensorPlan, ...]
     options: SchemeOptions = field(default_factory=SchemeOptions)
-
-    def __getitem__(self, name: str) -> TensorPlan:
-        return next(tensor for tensor in self.tensors if tensor.name == name)
 
     def summary(self) -> tuple[str, ...]:
         """One line for each way of storing: how many tensors, which, in how many numbers."""
@@ -176,8 +173,9 @@ def _matches(pattern: str, name: str, config: ModelConfig) -> bool:
 
 
 def split_commas(items: Iterable[str]) -> tuple[str, ...]:
-    """The values of an option that is repeatable and takes several at once, separated by commas."""
-    return tuple(part.strip() for item in items for part in item.split(",") if part.strip())
+    """The values of an option that is repeatable and takes several at once, with commas; each value once."""
+    parts = (part.strip() for item in items for part in item.split(","))
+    return tuple(dict.fromkeys(part for part in parts if part))
 
 
 def parse_skip(items: Sequence[str]) -> tuple[str, ...]:
@@ -197,13 +195,13 @@ def parse_bits_map(items: Sequence[str]) -> tuple[tuple[str, int], ...]:
     pairs = []
     for part in split_commas(items):
         pattern, _, bits = part.rpartition("=")
-        if not pattern or bits not in BITS:
+        if not pattern or bits not in map(str, STORED):
             raise UsageError(
-                f"--bits-map {part}: expected PATTERN=BITS with {', '.join(BITS)} bits",
+                f"--bits-map {part}: expected PATTERN=BITS with {', '.join(map(str, STORED))} bits",
                 "For example down_proj=8 or 're:.*layers.[0-3]..*=8'.",
             )
         _check_pattern(pattern, "--bits-map")
-        pairs.append((pattern, BITS[bits]))
+        pairs.append((pattern, int(bits)))
     return tuple(pairs)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from smolctl.evaluation import ratio_estimate
-from smolctl.quantization.measure import Divergence, Footprint, Quality, Speed
+from smolctl.quantization.footprint import Footprint
+from smolctl.quantization.measure import Divergence, Quality, Speed
 from smolctl.quantization.schemes import DYNAMIC, GGUF_SCHEMES, PACKED_SCHEMES, SchemeOptions
 
 # Mean KL in nats a token. On SmolLM2-135M 8 bits in groups of 32 cost 0.004 and nobody notices; at 1 the

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from smolctl.benchmark.baseline import FORMAT, VERSION, Changes
 from smolctl.benchmark.report import BenchReport, Comparison, Result
-from smolctl.views.numbers import quantity, size
-from smolctl.views.output import Output
+from smolctl.views.numbers import figure, quantity, size
+from smolctl.views.output import Output, fields
 from smolctl.views.tables import headed
 
+if TYPE_CHECKING:
+    from rich.table import Table
 
-@dataclass(frozen=True)
-class Table:
-    """Headers and cells; columns in `left` are aligned to the left."""
-
-    headers: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    left: frozenset[str]
+# Columns of words.
+LEFT = ("suite", "engine", "precision", "of the limit", "output", "against", "verdict")
 
 
 def show_bench(out: Output, report: BenchReport, changes: Changes | None, markdown: bool) -> None:
@@ -31,33 +28,29 @@ def show_bench(out: Output, report: BenchReport, changes: Changes | None, markdo
     if changes is not None:
         tables.append(_changes(changes))
     for table in tables:
-        if table.rows and markdown:
+        if table.row_count and markdown:
             out.line("\n".join(_markdown(table)) + "\n")
-        elif table.rows:
-            shown = headed(table.headers, table.left)
-            for row in table.rows:
-                shown.add_row(*row)
-            out.show(shown, "")
+        elif table.row_count:
+            out.show(table, "")
     for line in _lines(report, changes):
         out.line(f"- {line}" if markdown else line)
 
 
 def _results(report: BenchReport) -> Table:
-    rows = tuple(
-        (
+    headers = ("suite", "engine", "precision", "median", "min to max", "memory", "of the limit", "output")
+    table = headed(headers, LEFT)
+    for result in report.results:
+        table.add_row(
             result.suite,
             result.engine,
             result.precision,
             _amount(result.median, result.unit),
-            f"{_number(result.min)} to {_number(result.max)}",
+            f"{figure(result.min)} to {figure(result.max)}",
             size(result.peak_rss_bytes) if result.peak_rss_bytes is not None else "",
             _share(result),
             _output(result),
         )
-        for result in report.results
-    )
-    headers = ("suite", "engine", "precision", "median", "min to max", "memory", "of the limit", "output")
-    return Table(headers, rows, frozenset({"suite", "engine", "precision", "of the limit", "output"}))
+    return table
 
 
 def _share(result: Result) -> str:
@@ -73,8 +66,9 @@ def _output(result: Result) -> str:
 
 
 def _comparisons(comparisons: Sequence[Comparison]) -> Table:
-    rows = tuple(
-        (
+    table = headed(("suite", "engine", "against", "speed", "min to max", "verdict"), LEFT)
+    for one in comparisons:
+        table.add_row(
             one.suite,
             f"{one.engine} {one.precision}",
             f"{one.against} {one.against_precision}",
@@ -82,10 +76,7 @@ def _comparisons(comparisons: Sequence[Comparison]) -> Table:
             f"{one.ratio.spread.low:.2f} to {one.ratio.spread.high:.2f}",
             _verdict(one.ratio.spread.median, one.ratio.beyond_noise, "no significant difference"),
         )
-        for one in comparisons
-    )
-    headers = ("suite", "engine", "against", "speed", "min to max", "verdict")
-    return Table(headers, rows, frozenset({"suite", "engine", "against", "verdict"}))
+    return table
 
 
 def _verdict(ratio: float, beyond_noise: bool | None, equal: str) -> str:
@@ -97,20 +88,18 @@ def _verdict(ratio: float, beyond_noise: bool | None, equal: str) -> str:
 
 
 def _changes(changes: Changes) -> Table:
-    rows = tuple(
-        (
+    table = headed(("suite", "engine", "baseline", "now", "speed", "verdict"), LEFT)
+    for one in changes.changes:
+        failed = ", BELOW THE LIMIT" if one in changes.failed else ""
+        table.add_row(
             one.result.suite,
             f"{one.result.engine} {one.result.precision}",
             _amount(one.before, one.result.unit),
             _amount(one.result.median, one.result.unit),
             f"× {one.ratio:.2f}",
-            _verdict(one.ratio, one.beyond_noise, "within the noise")
-            + (", BELOW THE LIMIT" if one in changes.failed else ""),
+            _verdict(one.ratio, one.beyond_noise, "within the noise") + failed,
         )
-        for one in changes.changes
-    )
-    headers = ("suite", "engine", "baseline", "now", "speed", "verdict")
-    return Table(headers, rows, frozenset({"suite", "engine", "verdict"}))
+    return table
 
 
 def _lines(report: BenchReport, changes: Changes | None) -> list[str]:
@@ -135,16 +124,14 @@ def _lines(report: BenchReport, changes: Changes | None) -> list[str]:
 
 
 def _amount(value: float, unit: str) -> str:
-    return f"{_number(value)} {unit}"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    return f"{figure(value)} {unit}"
 
 
 def _markdown(table: Table) -> list[str]:
-    rules = ["---" if name in table.left else "---:" for name in table.headers]
-    return [f"| {' | '.join(row)} |" for row in (table.headers, rules, *table.rows)]
+    headers = [str(column.header) for column in table.columns]
+    rules = ["---" if column.justify == "left" else "---:" for column in table.columns]
+    cells = zip(*(map(str, column.cells) for column in table.columns), strict=True)
+    return [f"| {' | '.join(row)} |" for row in (headers, rules, *cells)]
 
 
 def bench_document(report: BenchReport, changes: Changes | None = None) -> Mapping[str, Any]:
@@ -162,11 +149,7 @@ def bench_document(report: BenchReport, changes: Changes | None = None) -> Mappi
         ],
         "comparisons": [
             {
-                "suite": one.suite,
-                "engine": one.engine,
-                "precision": one.precision,
-                "against": one.against,
-                "against_precision": one.against_precision,
+                **fields(one, without=("ratio",)),
                 "speed": one.ratio.spread.median,
                 "speed_spread": [one.ratio.spread.low, one.ratio.spread.high],
                 "speed_interval": one.ratio.interval,

@@ -13,6 +13,7 @@ from smolctl.generation.compare import Divergence
 from smolctl.generation.complete import CompletionResult, Timing
 from smolctl.generation.load import LoadedModel
 from smolctl.views.output import Output
+from smolctl.views.tables import headed
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -43,13 +44,7 @@ def show_side_by_side(
     results: Sequence[tuple[LoadedModel, CompletionResult]],
     divergences: Sequence[Sequence[Divergence | None]] | None = None,
 ) -> None:
-    """One column a model: the same prompt, the same seed.
-
-    Args:
-        out: where to.
-        results: of every model.
-        divergences: from `diverge`, to mark where a model leaves the first one.
-    """
+    """One column a model: the same prompt, the same seed; divergences mark where one leaves the first."""
     from rich.table import Table
     from rich.text import Text
 
@@ -97,15 +92,11 @@ def _in_words(completion: Completion, divergence: Divergence | None) -> str:
 
 def show_explanation(out: Output, model: LoadedModel, result: CompletionResult) -> None:
     """Every token with its probability and what else could have stood there."""
-    from rich.table import Table
     from rich.text import Text
 
     for number, completion in enumerate(result.completions, start=1):
-        table = Table(box=None, pad_edge=False)
         heading = "token" if len(result.completions) == 1 else f"token of sample {number}"
-        for name, justify in (("", "right"), (heading, "left"), ("probability", "right")):
-            table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-        table.add_column("others", overflow="fold")
+        table = headed(("", heading, "probability", "others"), (heading, "others"))
         rows = zip(completion.tokens, completion.logprobs, completion.alternatives or (), strict=True)
         for place, (token, logprob, others) in enumerate(rows):
             listed = "  ".join(f"{visible(other.text)} {_percent(other.probability)}" for other in others)
@@ -130,13 +121,7 @@ def _percent(share: float) -> str:
 def to_json(
     model: LoadedModel, result: CompletionResult, divergences: Sequence[Divergence | None] | None = None
 ) -> dict[str, Any]:
-    """The JSON document of one model's completions.
-
-    Args:
-        model: that made them.
-        result: its completions and timing.
-        divergences: where each completion leaves the first model's, when models are compared.
-    """
+    """The JSON document of one model's completions; with divergences, when models are compared."""
     document: dict[str, Any] = {
         "model": model.id,
         "engine": model.engine.name,

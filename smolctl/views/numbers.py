@@ -40,6 +40,11 @@ def quantity(count: float) -> str:
     return f"{count:,.3g} T"
 
 
+def figure(value: float) -> str:
+    """12,345, 123, 0.0123: three significant digits, and every digit before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def sparkline(values: Sequence[float], width: int) -> str:
     """A series as a row of bars, the mean of every stretch between the lowest and the highest."""
     if not values or width < 1:

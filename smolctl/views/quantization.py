@@ -7,12 +7,13 @@ from dataclasses import asdict
 from typing import Any
 
 from smolctl.quantization.calibrate import TensorCost
-from smolctl.quantization.measure import Divergence, Footprint
+from smolctl.quantization.footprint import Footprint
+from smolctl.quantization.measure import Divergence
 from smolctl.quantization.quantize import QuantizeReport
 from smolctl.quantization.record import measurements
 from smolctl.quantization.verdict import Variant
 from smolctl.timing import with_error
-from smolctl.views.numbers import size
+from smolctl.views.numbers import figure, size
 from smolctl.views.output import Output
 from smolctl.views.tables import headed
 
@@ -123,10 +124,7 @@ def _show_costs(out: Output, scheme: str, costs: Sequence[TensorCost]) -> None:
             size(cost.bytes),
             f"{cost.output_error:.1%}",
             kl,
-            *(
-                "" if value is None else f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
-                for value in seen
-            ),
+            *("" if value is None else figure(value) for value in seen),
         )
     out.show(table, "")
 

@@ -27,7 +27,6 @@ from smolctl.benchmark.limits import Limits
 from smolctl.benchmark.metrics import metrics_of
 from smolctl.benchmark.report import Result
 from smolctl.benchmark.suites import PreparedWorkload, choose_suites
-from smolctl.benchmark.worker import Worker, serve
 from smolctl.benchmark.workload import EngineFacts, Sizes, Workload, cut
 from smolctl.errors import InputError, SmolError, UsageError
 from smolctl.generation.engine import Cache, Engine
@@ -35,6 +34,7 @@ from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.network import Transformer
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
+from smolctl.worker import Worker, serve
 from tests.support.processes import Smolctl, start
 from tests.support.tiny_models import CountingEngine, tiny_network
 

@@ -16,7 +16,7 @@ from smolctl.errors import InputError, SmolError, UsageError
 from smolctl.generation.load import load_model
 from smolctl.generation.torch_engine import TorchEngine
 from smolctl.quantization.build import build_items, dequantized, read_tensors
-from smolctl.quantization.measure import measure_footprint
+from smolctl.quantization.footprint import measure_footprint
 from smolctl.quantization.quantize import QuantizeOptions, QuantizeReport, quantize
 from smolctl.quantization.schemes import SchemeOptions, make_plan
 from smolctl.quantization.verdict import Gates, SourceFacts, Variant, advise, judge

@@ -18,7 +18,8 @@ import torch
 
 from smolctl.generation.engines import EngineOptions
 from smolctl.generation.load import load_model
-from smolctl.quantization.measure import PROMPTS, measure_footprint
+from smolctl.quantization.footprint import measure_footprint
+from smolctl.quantization.measure import PROMPTS
 from smolctl.quantization.quantize import QuantizeOptions, QuantizeReport, quantize
 from smolctl.quantization.schemes import SchemeOptions
 from smolctl.quantization.verdict import Variant

@@ -33,7 +33,7 @@ from pathlib import Path
 PRELOADED = (
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "numpy.ctypeslib", "safetensors.torch"),
     *("smolctl.training.train", "smolctl.training.resume", "smolctl.training.verify", "smolctl.cli.main"),
-    *("smolctl.quantization.quantize", "smolctl.quantization.probe", "smolctl.benchmark.bench"),
+    *("smolctl.quantization.quantize", "smolctl.quantization.footprint", "smolctl.benchmark.bench"),
 )
 
 

@@ -21,7 +21,7 @@ from smolctl.errors import SmolError
 
 A = TypeVarTuple("A")
 T = TypeVar("T")
-START = "from smolctl.benchmark.worker import main; main()"
+START = "from smolctl.worker import main; main()"
 
 
 class Worker:
