@@ -14,7 +14,10 @@ class ExitCode(IntEnum):
     BAD_INPUT = 3
     HUB = 4
     GATE_NOT_MET = 5
+    # A run was stopped by a signal, after it was saved.
+    HUNG_UP = 129  # 128 + SIGHUP
     INTERRUPTED = 130  # 128 + SIGINT
+    USER_SIGNAL = 138  # 128 + SIGUSR1, as Linux numbers it
     TERMINATED = 143  # 128 + SIGTERM
 
 

@@ -32,9 +32,11 @@ KeepLast = Annotated[
 KeepEvery = Annotated[
     int | None, typer.Option("--keep-every", min=0, help="Also keep checkpoints at multiples of this step.")
 ]
-Devices = Annotated[int | None, typer.Option("--devices", min=1, help="Devices on this machine.")]
-NumNodes = Annotated[int | None, typer.Option("--num-nodes", min=1, help="Machines.")]
-Strategy = Annotated[str | None, typer.Option("--strategy", help="Lightning's: ddp, fsdp.")]
+Devices = Annotated[int | None, typer.Option("--devices", min=1, help="Devices on each machine.")]
+NumNodes = Annotated[
+    int | None, typer.Option("--num-nodes", min=1, help="Machines, under torchrun or SLURM.")
+]
+Strategy = Annotated[str | None, typer.Option("--strategy", help="How devices share a step: ddp.")]
 Loggers = Annotated[
     list[str] | None,
     typer.Option(

@@ -68,7 +68,7 @@ def resume(
     changes = run_changes(locals())
     from smolctl.config.load import merge, parse_settings
     from smolctl.runs.folder import latest_run, split_step
-    from smolctl.training.distributed import is_main_process
+    from smolctl.training.distributed import failing_together, is_main_process
     from smolctl.training.resume import ResumeOptions
     from smolctl.training.resume import resume as resume_run
     from smolctl.training.verify import verify as verify_run
@@ -78,7 +78,7 @@ def resume(
     changes = merge(parse_settings(settings or ()), changes)
     asked = ResumeOptions(step, extra, until, changes, lr_policy, out, force)
     out_view = output if is_main_process() else Output(quiet=True)
-    with TrainingView(out_view) as view:
+    with TrainingView(out_view) as view, failing_together():
         if verify:
             verification = verify_run(path, asked, view, view.tokenizing)
             if is_main_process():

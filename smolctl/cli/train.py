@@ -67,7 +67,7 @@ def train(
     changes = run_changes(locals())
     from smolctl.config import load_run_config
     from smolctl.runs.folder import RunFolder
-    from smolctl.training.distributed import is_main_process
+    from smolctl.training.distributed import failing_together, is_main_process
     from smolctl.training.prepare import prepare
     from smolctl.training.train import plan_run
     from smolctl.training.train import train as run_training
@@ -76,9 +76,9 @@ def train(
     name = config or (DEFAULT_FINETUNE_CONFIG if init_from else DEFAULT_CONFIG)
     run_config = load_run_config(name, settings or (), changes)
     out_view = output if is_main_process() else Output(quiet=True)
-    if out is not None and not dry_run and is_main_process():  # before what takes long
-        RunFolder.require_free(out, force, (init_from or "",))
-    with TrainingView(out_view) as view:
+    with TrainingView(out_view) as view, failing_together():
+        if out is not None and not dry_run and is_main_process():  # before what takes long
+            RunFolder.require_free(out, force, (init_from or "",))
         notes: list[str] = []  # of a dry run, which prints one document and no events
         hears = (lambda event: notes.append(event.text)) if dry_run and output.json else view
         prepared = prepare(run_config, init_from, hears, view.tokenizing)

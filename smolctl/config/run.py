@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from smolctl.config.model import ModelConfig
 
@@ -38,7 +38,7 @@ class DataConfig(Section):
         None, description="file, folder or Hub dataset that is held out instead of a share of the source"
     )
     seed: int = Field(8, ge=0, lt=2**63, description="order of the sequences")
-    workers: int = Field(0, ge=0, description="processes that read batches; the batches are the same")
+    workers: int = Field(0, ge=0, description="threads that read batches ahead; the batches are the same")
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -145,10 +145,21 @@ class TrainerConfig(Section):
     accelerator: str = Field("auto", description="cpu, gpu, mps or auto")
     devices: int | Literal["auto"] = Field(1, description="on each machine; auto: all")
     num_nodes: int = Field(1, gt=0, description="machines")
-    strategy: str = Field("auto", description="auto, ddp or fsdp")
+    strategy: Literal["auto", "ddp"] = Field("auto", description="auto: ddp where there are several devices")
     loggers: tuple[Literal["csv", "tensorboard", "wandb", "trackio"], ...] = Field(
         (), description="where the metrics also go, beside metrics.jsonl"
     )
+
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _no_fsdp(cls, strategy: object) -> object:
+        """Under fsdp a device sees a part of every matrix: its norms and what decays would be wrong."""
+        if isinstance(strategy, str) and strategy.startswith("fsdp"):
+            raise ValueError(
+                "fsdp is not supported: it would clip each device's part of the gradient by itself and "
+                "decay no weight; ddp trains models that fit on one device"
+            )
+        return strategy
 
 
 class PublishConfig(Section):
@@ -201,8 +212,6 @@ class RunConfig(Section):
                 f"train.batch_size {train.batch_size} does not divide by "
                 f"train.micro_batch_size {train.micro_batch_size}"
             )
-        if self.optimizer.name == "muon" and self.trainer.strategy.startswith("fsdp"):
-            raise ValueError("optimizer.name muon needs whole matrices, which trainer.strategy fsdp cuts up")
         return self
 
     @property

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from smolctl.data.mixture import Mixture, Window
 from smolctl.data.order import window_count
@@ -60,7 +63,8 @@ class StepLoader:
     """Batches of the steps from `start` to `stop`.
 
     Its length is `stop`, not what is left: Lightning counts the steps of the whole run, also after a
-    resume. The order does not depend on `workers`.
+    resume. The order does not depend on `workers`, threads that read ahead: they copy memory, which one
+    process does as well as several, and no signal or shortage of shared memory can kill them alone.
     """
 
     def __init__(self, dataset: StepDataset, start: int, stop: int, workers: int = 0) -> None:
@@ -73,15 +77,17 @@ class StepLoader:
         return self.stop
 
     def __iter__(self) -> Iterator[Tensor]:
-        loader = DataLoader(
-            self.dataset,
-            batch_size=None,
-            sampler=range(self.start, self.stop),
-            num_workers=self.workers,
-            # A generator of its own: a DataLoader otherwise draws from the global one, which training uses.
-            generator=torch.Generator().manual_seed(0),
-        )
-        return iter(loader)
+        steps = iter(range(self.start, self.stop))
+        if not self.workers:
+            yield from map(self.dataset.__getitem__, steps)
+            return
+        with ThreadPoolExecutor(self.workers, "batches") as pool:
+            batches = (pool.submit(self.dataset.__getitem__, step) for step in steps)
+            ahead = deque(islice(batches, 2 * self.workers))
+            while ahead:
+                batch = ahead.popleft().result()
+                ahead.extend(islice(batches, 1))
+                yield batch
 
 
 def validation_batches(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections import deque
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -17,45 +15,18 @@ from smolctl.runs.events import Checkpoint, Event, Listener, Step, Validation, t
 from smolctl.runs.folder import RunFolder
 from smolctl.timing import peak_memory
 from smolctl.training.device import flops_utilization, run_peak_flops
-from smolctl.training.distributed import from_main, gather
+from smolctl.training.distributed import from_main, largest
 from smolctl.training.lightning import pl
 from smolctl.training.loggers import MetricLoggers, Opening
 from smolctl.training.module import TrainingModule
 from smolctl.training.optim.schedule import phase
 from smolctl.training.predictions import observing, predict
 from smolctl.training.prepare import Prepared
+from smolctl.training.stopping import StopFlag
 from smolctl.training.tolerance import LATEST_LINK, Tolerance, shortened
 
 # Steps over which the displayed speed is averaged: enough to be calm, few enough to follow a change.
 SPEED_WINDOW = 20
-
-
-class StopFlag:
-    """Remembers a SIGINT or SIGTERM until the step at hand is done; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.received = ""  # name of the signal
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def install(self) -> None:
-        """Take over both signals; only possible in the main thread, and left alone elsewhere."""
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
-        except ValueError:
-            self._previous.clear()
-
-    def restore(self) -> None:
-        """Give the signals back to whoever had them."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.received:
-            self.restore()
-            raise SystemExit(128 + number)  # Lightning would turn KeyboardInterrupt into exit code 1
-        self.received = signal.Signals(number).name
 
 
 class RunCallback(pl.Callback):
@@ -69,6 +40,7 @@ class RunCallback(pl.Callback):
         self.run = run  # the main process's, once training has started
         self.emit = emit
         self.stop = stop
+        self.stopped_by = 0  # number of the signal for which all processes have agreed to stop
         self.saved_at = prepared.first_step or None  # step of the newest checkpoint
         self._durations: deque[float] = deque(maxlen=SPEED_WINDOW)
         self._step_started = 0.0
@@ -80,6 +52,9 @@ class RunCallback(pl.Callback):
         self._token_bytes = torch.zeros(max(vocabulary, len(lengths)), dtype=torch.long)
         self._token_bytes[: len(lengths)] = torch.from_numpy(lengths)
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.stop.all_processes_started()
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         device, precision = trainer.strategy.root_device, self.config.train.precision
         self._peak_flops = run_peak_flops(device, precision, trainer.world_size)
@@ -88,13 +63,13 @@ class RunCallback(pl.Callback):
             self._loggers.open(self.config.trainer.loggers, opening)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.stop.install()  # after Lightning has installed its own
         self.run = RunFolder(Path(from_main(str(self.run.path), trainer)))
         if trainer.global_step == 0:
             self._save(trainer)  # shows before step 1 that a checkpoint can be written and read
             if trainer.is_global_zero:
                 with self._tolerating(LATEST_LINK, 0):
                     self.run.become_latest()
+        if not self._stopping(trainer) and trainer.global_step == 0:
             self._predict(trainer, pl_module)
 
     def on_train_batch_start(
@@ -109,10 +84,7 @@ class RunCallback(pl.Callback):
         self._record_step(trainer, pl_module)
         step, config = trainer.global_step, self.config
         last = step >= config.train.steps
-        # A signal may reach one process only; all of them stop for the same one.
-        signals = [name for name in gather(self.stop.received, trainer) if name]
-        stopping = bool(signals)
-        self.stop.received = signals[0] if signals else ""
+        stopping = self._stopping(trainer)
         if last or stopping or step % config.checkpoint.every == 0:
             self._save(trainer)
         if _is_due(step, config.validation.every, last and not stopping):
@@ -122,8 +94,6 @@ class RunCallback(pl.Callback):
         if (last or stopping or step % config.checkpoint.every == 0) and trainer.is_global_zero:
             with self._tolerating("drawing loss.png", step):
                 self.run.draw_loss()
-        if stopping:
-            trainer.should_stop = True
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -133,7 +103,12 @@ class RunCallback(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._loggers.close(trainer.global_step, "success")
-        self.stop.restore()
+
+    def _stopping(self, trainer: pl.Trainer) -> bool:
+        """Whether a signal has reached one process at least: all of them find the same and stop here."""
+        self.stopped_by = largest(self.stop.received, trainer)
+        trainer.should_stop = self.stopped_by > 0
+        return trainer.should_stop
 
     def _publish(self, trainer: pl.Trainer, event: Event) -> None:
         if trainer.is_global_zero:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
 from typing import Literal
 
 import torch
@@ -18,14 +19,15 @@ from smolctl.data.batches import StepLoader
 from smolctl.durable import naming_the_disk
 from smolctl.errors import ExitCode, InputError
 from smolctl.runs.events import End, Listener
-from smolctl.runs.folder import RunFolder
-from smolctl.training.callbacks import RunCallback, StopFlag
+from smolctl.runs.folder import CHECKPOINTS, RunFolder
+from smolctl.training.callbacks import RunCallback
 from smolctl.training.checkpoint import DurableCheckpointIO
-from smolctl.training.distributed import is_main_process
+from smolctl.training.distributed import is_main_process, wait_for_all
 from smolctl.training.guards import naming_the_memory_knob
-from smolctl.training.lightning import pl
+from smolctl.training.lightning import Trainer, pl
 from smolctl.training.module import TrainingModule
 from smolctl.training.prepare import Prepared
+from smolctl.training.stopping import EXIT_CODES, StopFlag
 from smolctl.training.tolerance import Tolerance
 
 # Parameters of glibc's mallopt(3).
@@ -39,7 +41,6 @@ LIGHTNING_PRECISION: Mapping[str, Literal["32-true", "bf16-mixed", "bf16-true"]]
     "bf16-true": "bf16-true",
     "16-mixed": "32-true",
 }
-EXIT_CODES = {"SIGINT": ExitCode.INTERRUPTED, "SIGTERM": ExitCode.TERMINATED}
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class RunResult:
 
     folder: Path
     step: int
-    exit_code: ExitCode  # DONE, or INTERRUPTED or TERMINATED by a signal after saving
+    exit_code: ExitCode  # DONE, or the signal's after saving; the main process alone has that one
 
 
 def fit(prepared: Prepared, run: RunFolder, start: Path | None, emit: Listener) -> RunResult:
@@ -60,26 +61,34 @@ def fit(prepared: Prepared, run: RunFolder, start: Path | None, emit: Listener) 
         start: the checkpoint; None begins at step 0.
         emit: gets every event, in the main process.
     """
-    stop = StopFlag()
     started = time.perf_counter()
-    with naming_the_disk(run.path):
-        trainer, _ = run_trainer(prepared, RunCallback(prepared, run, emit, stop), start)
+    with naming_the_disk(run.path), StopFlag() as stop:
+        callback = RunCallback(prepared, run, emit, stop)
+        trainer, _ = run_trainer(prepared, callback, run.path, start)
         step, last = trainer.global_step, prepared.config.train.steps
-        reason = stop.received or "done"
+        signal = Signals(callback.stopped_by) if callback.stopped_by else None
         if is_main_process():
             if step == last:
                 with Tolerance(emit)("giving the last checkpoint the name final.ckpt", step):
                     run.name_final(step)
+            reason = signal.name if signal else "done"
             emit(End(step, str(run.path), reason, time.perf_counter() - started))
-    if reason == "done" and step != last:
+    if signal is None and step != last:
         raise InputError(f"the run ended at step {step} of {last}", "Resume it; this is a bug.")
-    return RunResult(run.path, step, EXIT_CODES.get(reason, ExitCode.DONE))
+    # Whoever started the processes takes the others' exit for a failure if it is not 0, and kills this one.
+    return RunResult(run.path, step, EXIT_CODES[signal] if signal and is_main_process() else ExitCode.DONE)
 
 
 def run_trainer(
-    prepared: Prepared, callback: pl.Callback, start: Path | None
+    prepared: Prepared, callback: pl.Callback, folder: Path, start: Path | None
 ) -> tuple[pl.Trainer, TrainingModule]:
     """Run Lightning's loop over the steps that are left, with one callback around them.
+
+    Args:
+        prepared: the run.
+        callback: hears of every step.
+        folder: of the run.
+        start: the checkpoint to begin with, or None.
 
     Raises:
         NonFiniteError: at a step whose loss or gradient is no number.
@@ -88,7 +97,9 @@ def run_trainer(
     config = prepared.config
     prepare_process()
     pl.seed_everything(config.train.seed, verbose=False)
-    trainer = pl.Trainer(
+    trainer = Trainer(
+        # Under SLURM Lightning starts with any hpc_ckpt_*.ckpt that it finds there.
+        default_root_dir=folder / CHECKPOINTS,
         max_steps=config.train.steps,
         max_epochs=-1,
         accelerator=config.trainer.accelerator,
@@ -112,6 +123,7 @@ def run_trainer(
     loader = StepLoader(module.dataset, prepared.first_step, config.train.steps, config.data.workers)
     with warnings.catch_warnings(), naming_the_memory_knob(config.micro_batch_size):
         warnings.filterwarnings("ignore", module="lightning")
+        wait_for_all({**prepared.fingerprints, "step": prepared.first_step})
         trainer.fit(module, loader, ckpt_path=start, weights_only=True)
     return trainer, module
 

@@ -36,11 +36,32 @@ def _without_torchmetrics() -> Iterator[None]:
 
 with _without_torchmetrics():
     import lightning.pytorch as pl
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
     from lightning.pytorch.core.optimizer import LightningOptimizer
     from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
     from lightning.pytorch.plugins.io import CheckpointIO
     from lightning.pytorch.strategies import ParallelStrategy
+    from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
     from lightning.pytorch.utilities import rank_zero_only
+
+
+class _NoSignals(_SignalConnector):
+    """Lightning's own handlers talk to the other processes while they may be in the middle of a talk.
+
+    Under SLURM they also save a checkpoint into the working folder, from which later runs start.
+    """
+
+    def register_signal_handlers(self) -> None:
+        pass
+
+
+class Trainer(pl.Trainer):
+    """Lightning's Trainer, without its signal handlers."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._signal_connector = _NoSignals(self)
+
 
 __all__ = [
     "CSVLogger",
@@ -48,7 +69,9 @@ __all__ = [
     "LightningOptimizer",
     "Logger",
     "ParallelStrategy",
+    "SLURMEnvironment",
     "TensorBoardLogger",
+    "Trainer",
     "WandbLogger",
     "pl",
     "rank_zero_only",

@@ -233,8 +233,7 @@ class TrainingModule(pl.LightningModule):
             kept["samples"] = self.dataset.samples_before(self.global_step)
             kept["decisions"] = asdict(self.prepared.decisions)
             kept["held_out"] = {"tokens": self.prepared.held_out, "document_end": self._document_end}
-        whole = not self.config.trainer.strategy.startswith("fsdp")  # one process has all the weights
-        if (held_out := kept.get("held_out")) and self.trainer.is_global_zero and whole:
+        if (held_out := kept.get("held_out")) and self.trainer.is_global_zero:
             with torch.compiler.set_stance("force_eager"):
                 loss = mean_loss(self.network, held_out["tokens"], held_out["document_end"])
             kept["held_out"] = {**held_out, "loss": loss}

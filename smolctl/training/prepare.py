@@ -22,6 +22,7 @@ from smolctl.runs.events import Listener, Note
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource
 from smolctl.training.device import Decisions, decide
+from smolctl.training.distributed import with_process_counts
 from smolctl.training.loggers import require_packages
 
 # What every checkpoint records its loss on: seconds of a 135M model's time on a CPU.
@@ -100,6 +101,7 @@ def prepare(
     if source is not None:
         config = _with_model_of(source, config)
     config, decisions = decide(_with_pinned_datasets(config.with_whole_steps()), emit)
+    config = with_process_counts(config)
     tokenizer = _tokenizer(source, config, emit)
     samples = config.train.steps * config.train.batch_size
     corpus = _tokenized(config, tokenizer, samples, emit, on_tokenize)

@@ -15,11 +15,11 @@ from smolctl.data.tokens.corpus import TokenizeProgress
 from smolctl.durable import naming_the_disk
 from smolctl.errors import InputError, UsageError
 from smolctl.runs.checkpoint_file import CheckpointFile, read_checkpoint, recorded_config
-from smolctl.runs.events import Listener, Note, Start
+from smolctl.runs.events import Listener, Note, Start, tolerating_no_reader
 from smolctl.runs.folder import CHECKPOINT_NAME, CONFIG, RUNS, RunFolder
 from smolctl.sources.base import TokenizerFiles
 from smolctl.training.device import Decisions, decide_again, describe_environment
-from smolctl.training.distributed import is_main_process
+from smolctl.training.distributed import is_main_process, with_process_counts
 from smolctl.training.fit import RunResult, fit
 from smolctl.training.optim.schedule import LearningRatePolicy, continue_schedule, learning_rate
 from smolctl.training.prepare import Prepared, prepare_again
@@ -68,6 +68,7 @@ def resume(
         UsageError: nothing would be left to do, or newer checkpoints would be replaced.
         InputError: the checkpoint is damaged, or the data, the tokenizer or the shape would be another one.
     """
+    emit = tolerating_no_reader(emit)
     parent, step = find_run(reference, options.step)
     if not is_main_process():
         prepared, checkpoint = _prepare(parent, reference, step, options, lambda _event: None, None)
@@ -131,6 +132,7 @@ def _prepare(
         options = replace(options, settings=merge(nested(edits), options.settings))
     changed = changed_config(before, checkpoint.step, options)
     config, decisions = decide_again(changed, decisions_of(state), options.settings, emit)
+    config = with_process_counts(config)
     tokenizer = tokenizer_of(content, parent, path)
     del content  # Lightning reads the file again; two copies need not be in memory
     prepared = prepare_again(config, tokenizer, decisions, checkpoint.step, state, emit, on_tokenize)

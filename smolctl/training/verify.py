@@ -14,6 +14,7 @@ from smolctl.errors import ExitCode, InputError, UsageError
 from smolctl.runs.checkpoint_file import CheckpointFile, read_checkpoint
 from smolctl.runs.events import Listener, Note
 from smolctl.runs.folder import RunFolder
+from smolctl.training.distributed import with_process_counts
 from smolctl.training.fit import run_trainer
 from smolctl.training.lightning import pl
 from smolctl.training.module import StepResult, TrainingModule
@@ -83,13 +84,13 @@ def verify(
     state, content = read_checkpoint(start.path)["smolctl"], read_checkpoint(end.path)
     config, recorded_state = run_of(content, end.path)
     steps = config.train.model_copy(update={"steps": end.step})
-    config = config.model_copy(update={"train": steps})
+    config = with_process_counts(config.model_copy(update={"train": steps}))
     tokenizer = tokenizer_of(content, folder, end.path)
     prepared = prepare_again(config, tokenizer, decisions_of(state), start.step, state, emit, on_tokenize)
     require_same_data(recorded_state, prepared, end)
     emit(Note(f"Repeating steps {start.step + 1:,} to {end.step:,} from {start.path}."))
     watcher = _Watcher()
-    trainer, module = run_trainer(prepared, watcher, start.path)
+    trainer, module = run_trainer(prepared, watcher, folder.path, start.path)
     again = {
         "weights": module.state_dict(),
         "optimizer": trainer.optimizers[0].state_dict(),
