@@ -9,6 +9,7 @@ import typer
 
 from smolctl.cli import options
 from smolctl.cli.options import command, run_changes
+from smolctl.errors import ExitCode
 from smolctl.views.output import Output
 
 
@@ -59,6 +60,8 @@ def resume(
 ) -> int:
     """Continue a run exactly where it stopped.
 
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 save it first, then end it with 130, 143, 129 and 138.
+
     \b
     smolctl resume                                  finish what was planned
     smolctl resume --extra 50                       50 steps more than the newest checkpoint
@@ -81,7 +84,8 @@ def resume(
     with TrainingView(out_view) as view, failing_together():
         if verify:
             verification = verify_run(path, asked, view, view.tokenizing)
-            if is_main_process():
-                view.show_verification(verification)
+            if not is_main_process():
+                return ExitCode.DONE  # the main process says how it went
+            view.show_verification(verification)
             return verification.exit_code
         return resume_run(path, asked, view, view.tokenizing).exit_code

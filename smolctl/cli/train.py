@@ -59,6 +59,8 @@ def train(
 ) -> int | None:
     """Train a model from a config, or fine-tune one.
 
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 save the run first, then end it with 130, 143, 129 and 138.
+
     \b
     smolctl train nano                              about three minutes on two CPU cores
     smolctl train --steps 5000                      smollm2-135m at its full size

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -183,3 +184,30 @@ def test_slurm_job_saves_before_its_time_is_up_and_the_next_one_goes_on(whole: P
     assert call("resume", "run", env=under_slurm()).code == 0
     assert_same_run(whole, Path("run"))
     assert set(Path.cwd().iterdir()) - before == {Path.cwd() / "run", Path.cwd() / "runs"}
+
+
+@pytest.mark.slow
+@pytest.mark.cold
+def test_job_script_of_the_readme_goes_on_until_the_run_is_done(whole: Path) -> None:
+    readme = Path(__file__).parents[2] / "README.md"
+    (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+    Path("job.sh").write_text(script.replace("train --out", "train tiny.yaml --out"))
+    Path("srun").write_text(f'#!/bin/sh\nshift\nexec {sys.executable} -m smolctl "$@" --json\n')
+    Path("scontrol").write_text("#!/bin/sh\necho $@ >>requeued\n")
+    for name in ("srun", "scontrol"):
+        Path(name).chmod(0o755)
+    environment = {**under_slurm(), "PATH": f"{Path.cwd()}:{os.environ['PATH']}"}
+    with subprocess.Popen(
+        ["bash", "job.sh"], env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as job:
+        assert job.stdout is not None
+        while '"event": "step"' not in job.stdout.readline():
+            pass
+        (step,) = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        os.kill(int(step), signal.SIGUSR1)
+        job.stdout.read()
+    assert Path("requeued").read_text() == "requeue 17\n"
+    assert 0 < RunFolder(Path("runs/big")).checkpoint().step < 15
+    assert subprocess.run(["bash", "job.sh"], env=environment, stdout=subprocess.DEVNULL).returncode == 0
+    assert Path("requeued").read_text() == "requeue 17\n"
+    assert_same_run(whole, Path("runs/big"))
