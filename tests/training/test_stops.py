@@ -131,6 +131,30 @@ def test_signal_to_all_while_lightning_starts_its_processes_stops_them_in_order(
 
 @pytest.mark.slow
 @pytest.mark.cold
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_torchrun_stops_its_processes_with_the_step_saved(number: signal.Signals) -> None:
+    command = (
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "smolctl",
+        "train",
+        "tiny.yaml",
+        *FOREVER,
+        "--json",
+        "--out",
+        "run",
+    )
+    training = Training(Path("run"), [start(*command, module="torch.distributed.run")])
+    training.wait_for("step", 3)
+    training.processes[0].send_signal(number)
+    ends(training.processes)
+    assert lost_steps(Path("run")) == 0
+    assert RunFolder(Path("run")).checkpoint().step >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.cold
 def test_lost_terminal_stops_the_run_with_the_step_saved() -> None:
     terminal, inside = pty.openpty()
 
