@@ -86,7 +86,11 @@ class Launch:
 
 
 def launch() -> Launch | None:
-    """How this process was started with others; None where Lightning itself starts the others, if any."""
+    """How this process was started with others; None where Lightning itself starts the others, if any.
+
+    Raises:
+        UsageError: SLURM does not say how many processes there are on each machine.
+    """
     environment = os.environ
     if torch.distributed.is_torchelastic_launched():
         size = int(environment["WORLD_SIZE"])
@@ -94,6 +98,11 @@ def launch() -> Launch | None:
         return Launch("torchrun", int(environment["RANK"]), size, nodes)
     if SLURMEnvironment.detect():
         size, nodes = int(environment["SLURM_NTASKS"]), int(environment.get("SLURM_NNODES", 1))
+        if size > 1 and "SLURM_NTASKS_PER_NODE" not in environment:
+            raise UsageError(
+                f"SLURM started {size} processes and does not say how many on each machine",
+                "Give sbatch or srun --ntasks-per-node in place of --ntasks.",
+            )
         return Launch("SLURM", int(environment.get("SLURM_PROCID", 0)), size, nodes)
     return None
 
@@ -127,8 +136,9 @@ def _require_no_other_launcher(config: RunConfig, asked: str) -> None:
     environment, hint = os.environ, "Start it with torchrun or srun (README, More than one GPU)."
     if config.trainer.num_nodes > 1:
         raise UsageError(f"{asked}: only torchrun and SLURM can start a run on several machines", hint)
+    processes = str(process_count(config))
     for name in SIZES:
-        if int(environment.get(name, processes := process_count(config))) != processes:
+        if environment.get(name, processes) != processes:
             raise UsageError(f"{name}={environment[name]} and {asked} contradict each other", hint)
     if environment.get("NODE_RANK", "0") != "0":
         raise UsageError(

@@ -189,7 +189,10 @@ def test_prompt_comes_from_stdin_too(smolctl: Smolctl) -> None:
     assert call("sample", "--max-tokens", "3", "--json", input="").code == 2
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)],
+)
 def test_a_signal_saves_the_step_and_the_run_goes_on(number: signal.Signals, code: int) -> None:
     forever = ("--steps", "100000", "--set", "checkpoint.every=100000", "--set", "validation.every=0")
     process = start("train", "tiny.yaml", *forever, "--set", "predictions.every=0", "--json", "--out", "x")

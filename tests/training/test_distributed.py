@@ -114,6 +114,13 @@ def test_counts_are_taken_from_slurm_too() -> None:
     assert "SLURM started 1 process" in done.err
 
 
+def test_slurm_that_does_not_say_how_many_processes_a_machine_has_is_told_how() -> None:
+    unsaid = {name: value for name, value in under_slurm().items() if name != "SLURM_NTASKS_PER_NODE"}
+    done = call("train", "tiny.yaml", env={**unsaid, "SLURM_NTASKS": "4"})
+    assert done.code == 2
+    assert "--ntasks-per-node" in done.err
+
+
 def test_fsdp_is_refused_with_its_reason(smolctl: Smolctl) -> None:
     done = smolctl("train", "tiny.yaml", "--strategy", "fsdp")
     assert done.code == 3
