@@ -62,6 +62,7 @@ def fit(prepared: Prepared, run: RunFolder, start: Path | None, emit: Listener) 
         emit: gets every event, in the main process.
     """
     started = time.perf_counter()
+    wait_for_all(prepared.identity)  # may take long: until here a signal ends the process at once
     with naming_the_disk(run.path), StopFlag() as stop:
         callback = RunCallback(prepared, run, emit, stop)
         trainer, _ = run_trainer(prepared, callback, run.path, start)
@@ -123,7 +124,6 @@ def run_trainer(
     loader = StepLoader(module.dataset, prepared.first_step, config.train.steps, config.data.workers)
     with warnings.catch_warnings(), naming_the_memory_knob(config.micro_batch_size):
         warnings.filterwarnings("ignore", module="lightning")
-        wait_for_all({**prepared.fingerprints, "step": prepared.first_step})
         trainer.fit(module, loader, ckpt_path=start, weights_only=True)
     return trainer, module
 

@@ -47,6 +47,11 @@ class Prepared:
         """What tells this data, its order and this tokenizer from others; kept in every checkpoint."""
         return {"data": self.corpus.fingerprint, "order": ORDER, "tokenizer": self.tokenizer.sha256}
 
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """What must be the same in every process of the run."""
+        return {**self.fingerprints, "step": self.first_step}
+
     def dataset(self, rank: int = 0, world_size: int = 1) -> StepDataset:
         """The steps' batches for one device."""
         config = self.config

@@ -14,7 +14,7 @@ from smolctl.errors import ExitCode, InputError, UsageError
 from smolctl.runs.checkpoint_file import CheckpointFile, read_checkpoint
 from smolctl.runs.events import Listener, Note
 from smolctl.runs.folder import RunFolder
-from smolctl.training.distributed import with_process_counts
+from smolctl.training.distributed import wait_for_all, with_process_counts
 from smolctl.training.fit import run_trainer
 from smolctl.training.lightning import pl
 from smolctl.training.module import StepResult, TrainingModule
@@ -90,6 +90,7 @@ def verify(
     require_same_data(recorded_state, prepared, end)
     emit(Note(f"Repeating steps {start.step + 1:,} to {end.step:,} from {start.path}."))
     watcher = _Watcher()
+    wait_for_all(prepared.identity)
     trainer, module = run_trainer(prepared, watcher, folder.path, start.path)
     again = {
         "weights": module.state_dict(),
