@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -132,16 +131,6 @@ class End:
 
 Event = Note | Start | Step | Prediction | Validation | Checkpoint | End
 Listener = Callable[[Event], None]
-
-
-def tolerating_no_reader(emit: Listener) -> Listener:
-    """The same listener, but what it cannot write to a lost terminal or a closed pipe is left out."""
-
-    def hear(event: Event) -> None:
-        with suppress(OSError):
-            emit(event)
-
-    return hear
 
 
 def to_json(event: Event) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from smolctl.data.tokens.corpus import TokenizeProgress
 from smolctl.durable import naming_the_disk
 from smolctl.errors import InputError, UsageError
 from smolctl.runs.checkpoint_file import CheckpointFile, read_checkpoint, recorded_config
-from smolctl.runs.events import Listener, Note, Start, tolerating_no_reader
+from smolctl.runs.events import Listener, Note, Start
 from smolctl.runs.folder import CHECKPOINT_NAME, CONFIG, RUNS, RunFolder
 from smolctl.sources.base import TokenizerFiles
 from smolctl.training.device import Decisions, decide_again, describe_environment
@@ -68,7 +68,6 @@ def resume(
         UsageError: nothing would be left to do, or newer checkpoints would be replaced.
         InputError: the checkpoint is damaged, or the data, the tokenizer or the shape would be another one.
     """
-    emit = tolerating_no_reader(emit)
     parent, step = find_run(reference, options.step)
     if not is_main_process():
         prepared, checkpoint = _prepare(parent, reference, step, options, lambda _event: None, None)

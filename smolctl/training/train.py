@@ -7,7 +7,7 @@ from pathlib import Path
 
 from smolctl.arithmetic import run_memory
 from smolctl.durable import naming_the_disk
-from smolctl.runs.events import Listener, RunPlan, Start, tolerating_no_reader
+from smolctl.runs.events import Listener, RunPlan, Start
 from smolctl.runs.folder import RUNS, RunFolder
 from smolctl.timing import resident_memory
 from smolctl.training.device import describe_environment, process_count
@@ -54,7 +54,6 @@ def train(prepared: Prepared, name: str, out: Path | None, force: bool, emit: Li
     Raises:
         SmolError: with the cause; the checkpoints written so far stay.
     """
-    emit = tolerating_no_reader(emit)
     if not is_main_process():  # the main process keeps the records, and says where
         return fit(prepared, RunFolder(out or RUNS), None, emit)
     plan = plan_run(prepared, out or RUNS)

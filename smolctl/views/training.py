@@ -66,7 +66,11 @@ class TrainingView:
                 self.out.line(self._step_line(self.state.step))
 
     def __call__(self, event: Event) -> None:
-        """Take one event."""
+        """Take one event. A run goes on when its terminal or the reader of its pipe is gone."""
+        with suppress(OSError):
+            self._show(event)
+
+    def _show(self, event: Event) -> None:
         self.out.event(to_json(event))
         self.tokenizing.close()
         self.state(event)
@@ -139,11 +143,10 @@ class TrainingView:
             self._show_predictions()
             self._plain_summary(event)
             return
-        with suppress(OSError):  # nobody reads on a terminal that was closed; the run itself is saved
-            self._close()
-            self._show_chart()
-            self._show_predictions()
-            self._show_summary(event)
+        self._close()
+        self._show_chart()
+        self._show_predictions()
+        self._show_summary(event)
 
     def _show_chart(self) -> None:
         console = self.out.stdout
