@@ -252,7 +252,7 @@ def test_manifest_of_a_segment_is_plain_and_complete(rows: HubRepository, tmp_pa
 
 
 def test_a_tokenizer_is_trained_on_a_stream_too(rows: HubRepository) -> None:
-    assert "".join(iter_texts(["org/rows"])) == "".join(TEXTS)
+    assert "".join(iter_texts(data())) == "".join(TEXTS)
 
 
 @pytest.mark.parametrize(
