@@ -66,7 +66,7 @@ class DataConfig(Section):
             given = getattr(self, name)
             if isinstance(given, tuple) and len(given) != len(self.source):
                 raise ValueError(
-                    f"{len(given)} of {name} for {len(self.source)} sources; give one, or one for each"
+                    f"{name} has {len(given)} entries for {len(self.source)} sources; give one for each"
                 )
         return self
 

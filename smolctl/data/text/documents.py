@@ -98,7 +98,9 @@ def _forced_cut(text: str, start: int, size: int, stop: int) -> int:
 def no_text(where: str, reason: str, names: Iterable[str]) -> InputError:
     """What is said of a row whose text cannot be found among its fields or columns."""
     fields = tuple(names)
-    hint = "Set data.text_field to the field or column that holds the text."
+    hint = (
+        "Set data.text_field to the field or column that holds the text, or to a list of one for each source."
+    )
     if any(group.issubset(fields) for group in _OF_CONVERSATIONS):
         hint = (
             "These are conversations or instructions. Training reads plain text: write each as one text, in "

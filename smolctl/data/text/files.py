@@ -62,7 +62,7 @@ def find_files(path: Path) -> FoundFiles:
     files = tuple(_walk(path, {_identity(path)}, skipped))
     if not files:
         raise InputError(
-            f"{path}: no text in this folder ({_counts(skipped)})",
+            f"{path}: no text in this folder ({f'skipped {_counts(skipped)}' if skipped else 'it is empty'})",
             "Text, code, .jsonl and .parquet are found in folders; name other files themselves.",
         )
     return FoundFiles(files, skipped)
@@ -182,11 +182,13 @@ def _read_text(path: Path, on_read: OnRead) -> Iterator[str]:
             pending = len(decoder.getstate()[0])  # bytes of a character that the last chunk cut in two
             zero = chunk.find(b"\0")
             if zero >= 0:
-                raise _binary(path, offset + zero, "a zero byte")
+                hint = "Convert UTF-16 with `iconv -f UTF-16 -t UTF-8`; `tr -d '\\0'` drops zero bytes."
+                raise _binary(path, offset + zero, "a zero byte", hint)
             try:
                 text = decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
-                raise _binary(path, offset - pending + error.start, "not UTF-8") from None
+                hint = "Convert it, as with `iconv -f LATIN1 -t UTF-8`; `iconv -c -t UTF-8` drops such bytes."
+                raise _binary(path, offset - pending + error.start, "not UTF-8", hint) from None
             if offset == 0:
                 text = text.removeprefix("\ufeff")  # a byte order mark is no text
             if text:
@@ -197,11 +199,8 @@ def _read_text(path: Path, on_read: OnRead) -> Iterator[str]:
             before = reached
 
 
-def _binary(path: Path, offset: int, reason: str) -> InputError:
-    return InputError(
-        f"{path}: no text file: {reason} at byte {offset:,}",
-        "Give UTF-8 text (`iconv -t UTF-8` converts others).",
-    )
+def _binary(path: Path, offset: int, reason: str, hint: str) -> InputError:
+    return InputError(f"{path}: no text file: {reason} at byte {offset:,}", hint)
 
 
 def _json_rows(path: Path, chunks: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -54,7 +54,8 @@ def library_documents(on_read: OnRead) -> Iterator[Document]:
         except (UnicodeDecodeError, OSError):
             continue  # a module in another encoding is no loss
         on_read(path.stat().st_size)
-        yield Document(f"{NAME}:{path.relative_to(root).as_posix()}", iter([text]))
+        if text:  # an empty __init__.py is no document
+            yield Document(f"{NAME}:{path.relative_to(root).as_posix()}", iter([text]))
     for topic, text in sorted(_topics().items()):
         on_read(len(text.encode()))
         yield Document(f"{NAME}:help/{topic}", iter([text]))
