@@ -90,11 +90,11 @@ def test_a_folder_of_a_presets_or_a_corpus_name_is_not_confused_with_it(smolctl:
     assert "--data ./nano" in done.err
 
 
-def test_the_built_in_corpus_is_told_from_a_folder_of_its_name(tmp_path: Path) -> None:
+def test_the_built_in_corpus_is_told_from_a_folder_of_its_name() -> None:
     from smolctl.config.run import DataConfig
     from smolctl.data.text.corpus import open_sources
 
     assert open_sources(DataConfig())[0].read_as == "python: the built-in corpus."
     Path("python").mkdir()
-    said = open_sources(DataConfig())[0].read_as
-    assert said == f"python: the built-in corpus, and not {tmp_path / 'python'}; write ./python for that."
+    assert "not what is called so in the working folder" in open_sources(DataConfig())[0].read_as
+    assert open_sources(DataConfig())[0].read_as.endswith("write ./python for that.")
