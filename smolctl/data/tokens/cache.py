@@ -23,7 +23,7 @@ from smolctl.data.tokens.encoding import TokenizeProgress
 from smolctl.data.tokens.shards import Shard, disk_errors, find_damage
 from smolctl.durable import sync_folder, write_text
 
-FORMAT = 2  # of the folders; an older one is never read
+FORMAT = 3  # of the folders; an older one is never read
 MANIFEST = "manifest.json"
 TOKENS = "tokens"  # the folder of the folders, in the cache
 NAME_LENGTH = 32  # of a folder's name: hexadecimal digits of its `digest`

@@ -154,9 +154,7 @@ def _collect(
     batch: _Batch, future: Future[list[list[int]]], encoder: TextEncoder, before: TokenizeProgress
 ) -> Encoded:
     pieces = []
-    documents = zip(
-        batch.documents, batch.digests, batch.begins_document, batch.ends_document, strict=True
-    )
+    documents = zip(batch.documents, batch.digests, batch.begins_document, batch.ends_document, strict=True)
     rows = zip(future.result(), batch.pieces, documents, strict=True)
     for ids, text, (document, digest, begins, ends) in rows:
         whole = [*(encoder.begin if begins else ()), *ids, *(encoder.end if ends else ())]
