@@ -27,8 +27,8 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=4096)
     arguments = parser.parse_args()
     data = DataConfig()
-    sources = open_sources(data.source, data.text_field)
-    texts = ["".join(document.pieces) for source in sources for document in source.read(lambda _: None)]
+    sources = open_sources(data)
+    texts = ["".join(document.chunks) for source in sources for document in source.read(lambda _: None)]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     tokenizer = train_tokenizer(iter(texts), arguments.vocab_size)
 

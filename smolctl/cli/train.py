@@ -68,6 +68,7 @@ def train(
     """
     changes = run_changes(locals())
     from smolctl.config import load_run_config
+    from smolctl.runs.events import Note
     from smolctl.runs.folder import RunFolder
     from smolctl.training.distributed import failing_together, is_main_process
     from smolctl.training.prepare import prepare
@@ -83,6 +84,8 @@ def train(
             RunFolder.require_free(out, force, (init_from or "",))
         notes: list[str] = []  # of a dry run, which prints one document and no events
         hears = (lambda event: notes.append(event.text)) if dry_run and output.json else view
+        if Path(name).is_dir():  # which is no config, so a preset of that name was found
+            hears(Note(f"{name} is the preset; the folder {Path(name).absolute()} is not meant."))
         prepared = prepare(run_config, init_from, hears, view.tokenizing)
         if dry_run:
             plan = plan_run(prepared, out or Path("runs"))

@@ -19,6 +19,7 @@ from smolctl.config.run import RunConfig
 from smolctl.errors import InputError, UsageError
 
 C = TypeVar("C", bound=BaseModel)
+PER_SOURCE = ("text_field", "split")  # keys of data that may be a list, one entry for each source
 
 
 class YamlLoader(yaml.SafeLoader):
@@ -73,12 +74,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def config_path(name_or_path: str) -> Path:
-    """The file of a preset name or of a path."""
+    """The file of a preset name or of a path. A folder of a preset's name is not meant.
+
+    Raises:
+        InputError: there is neither.
+    """
     path = Path(name_or_path)
-    if path.suffix in {".yaml", ".yml"} or path.exists():
+    if path.suffix in {".yaml", ".yml"} or path.is_file():
         return path
     if name_or_path in preset_names():
         return presets_folder() / f"{name_or_path}.yaml"
+    if path.is_dir():
+        raise InputError(
+            f"{name_or_path}: a folder and no config", f"To train on the text in it: --data {name_or_path}"
+        )
     near = difflib.get_close_matches(name_or_path, preset_names(), n=1)
     hint = f"Did you mean {near[0]}? " if near else ""
     raise InputError(
@@ -142,6 +151,8 @@ def load_run_config(
     data = over.get("data")
     if isinstance(data, dict) and "source" in data:
         base = merge(base, {"data": {"weights": None}})  # they were those of the file's own sources
+        own = base["data"]
+        base["data"] = {key: own[key] for key in own if key not in PER_SOURCE or isinstance(own[key], str)}
     return resolve_run_config(merge(base, over), origin=str(name_or_path))
 
 

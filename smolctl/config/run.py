@@ -30,7 +30,15 @@ class DataConfig(Section):
     weights: tuple[float, ...] | None = Field(
         None, description="share of the samples from each source, in any unit; null: sources are concatenated"
     )
-    text_field: str = Field("text", description="column that holds the text in jsonl, parquet and datasets")
+    text_field: str | tuple[str, ...] = Field(
+        "text", description="column that holds the text in json, csv, parquet and datasets; or one per source"
+    )
+    split: str | tuple[str, ...] = Field(
+        "train", description="part of a Hub dataset, such as train_sft; or one per source"
+    )
+    special_tokens: Literal["text", "tokens"] = Field(
+        "text", description="what <|endoftext|> and the like in the text are: characters, or control tokens"
+    )
     sequence_length: int = Field(1_024, gt=0, description="tokens of a sequence")
     document_masking: bool = Field(False, description="a token attends to its own document only")
     validation_fraction: float = Field(0.01, ge=0, lt=1, description="share of documents held out")
@@ -53,6 +61,16 @@ class DataConfig(Section):
         return values
 
     @model_validator(mode="after")
+    def _one_for_each_source(self) -> DataConfig:
+        for name in ("text_field", "split"):
+            given = getattr(self, name)
+            if isinstance(given, tuple) and len(given) != len(self.source):
+                raise ValueError(
+                    f"{name} has {len(given)} entries for {len(self.source)} sources; give one for each"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _weights_fit_the_sources(self) -> DataConfig:
         weights = self.weights
         if weights is None:
@@ -64,6 +82,29 @@ class DataConfig(Section):
         if min(weights) < sum(weights) / 1_000:
             raise ValueError("every weight must be at least a thousandth of their sum")
         return self
+
+    @property
+    def text_fields(self) -> tuple[str, ...]:
+        """The text field of each source."""
+        return self._of_each(self.text_field)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The split of each source; files have none."""
+        return self._of_each(self.split)
+
+    def _of_each(self, value: str | tuple[str, ...]) -> tuple[str, ...]:
+        return (value,) * len(self.source) if isinstance(value, str) else value
+
+    def one_by_one(self) -> tuple[DataConfig, ...]:
+        """A config of each source alone."""
+        of_each = zip(self.source, self.text_fields, self.splits, strict=True)
+        return tuple(
+            self.model_copy(
+                update={"source": (name,), "weights": None, "text_field": (field,), "split": (split,)}
+            )
+            for name, field, split in of_each
+        )
 
 
 class TrainConfig(Section):

@@ -44,6 +44,7 @@ class RunPlan:
     device: str
     tokens_per_second: float
     eta_s: float
+    read: tuple[str, ...] = ()  # which data was read and what was not, in sentences
 
 
 @dataclass(frozen=True)

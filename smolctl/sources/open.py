@@ -64,9 +64,10 @@ def open_source(model: str, settings: Sequence[str] = ()) -> ModelSource:
 
 def _open(model: str, values: Mapping[str, Any]) -> ModelSource:
     path = Path(model)
-    if _exists(path):
+    preset = model in preset_names()
+    if _exists(path) and not (preset and path.is_dir() and not _holds_model(path)):
         return _open_path(path, model, values)
-    if model in preset_names():
+    if preset:
         return _open_recipe(presets_folder() / f"{model}.yaml", model, values)
     if path.parent == RUNS and path.name == "latest":
         return _open_run(latest_run(), None, model)
@@ -99,6 +100,10 @@ def _open_path(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
         return _open_file(path, name, values)
     except PermissionError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})", "Check the file's rights.") from None
+
+
+def _holds_model(folder: Path) -> bool:
+    return RunFolder.is_run(folder) or is_quantized_folder(folder) or is_huggingface_folder(folder)
 
 
 def _open_folder(folder: Path, name: str) -> ModelSource:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -252,8 +252,8 @@ def decide_again(
     return decide(with_settings(config, dict.fromkeys(asked, "auto")), emit)
 
 
-def describe_environment(config: RunConfig, decisions: Decisions) -> dict[str, Any]:
-    """The machine, the versions, and what was decided, for environment.json."""
+def describe_environment(config: RunConfig, decisions: Decisions, read: Sequence[str]) -> dict[str, Any]:
+    """The machine, the versions, what was decided, and which data was read, for environment.json."""
     packages: dict[str, str | None] = {}
     for package in RECORDED_PACKAGES:
         try:
@@ -271,4 +271,5 @@ def describe_environment(config: RunConfig, decisions: Decisions) -> dict[str, A
         "device": decisions.device,
         "decided": decided_settings(config),
         "decided_from_auto": list(decisions.asked),
+        "data": list(read),
     }

@@ -189,7 +189,7 @@ def _tokenizer(source: ModelSource | None, config: RunConfig, emit: Listener) ->
     if tokenizer is None:
         tokenizer = choose_tokenizer(
             config.tokenizer,
-            lambda: iter_texts(config.data.source, config.data.text_field),
+            lambda: iter_texts(config.data),
             config.model.vocab_size,
             lambda text: emit(Note(text)),
         )

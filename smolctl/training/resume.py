@@ -82,7 +82,7 @@ def resume(
             run = RunFolder.claim(reference.stem, options.out, options.force, reads, emit)
         with run.lock(emit):
             with naming_the_disk(run.path):
-                environment = describe_environment(prepared.config, prepared.decisions)
+                environment = describe_environment(prepared.config, prepared.decisions, prepared.corpus.read)
                 run.describe(prepared.config, environment, prepared.tokenizer.save)
                 run.branch_from(checkpoint.path, checkpoint.step, parent)
             with Tolerance(emit)(LATEST_LINK, checkpoint.step):
@@ -94,7 +94,9 @@ def resume(
             parent.clear_after(checkpoint.step, options.force)
             parent.keep_records(checkpoint.step)
             parent.write_config(prepared.config)
-            parent.update_environment(describe_environment(prepared.config, prepared.decisions))
+            parent.update_environment(
+                describe_environment(prepared.config, prepared.decisions, prepared.corpus.read)
+            )
         return _go_on(prepared, parent, checkpoint, emit)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from smolctl.arithmetic import run_memory
@@ -38,7 +39,8 @@ def plan_run(prepared: Prepared, disk: Path) -> RunPlan:
         speed *= process_count(config)
     existing = next(path for path in (disk.absolute(), *disk.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    return make_plan(config, done, prepared.corpus, speed, free, device, sequences, max(0, held))
+    plan = make_plan(config, done, prepared.corpus, speed, free, device, sequences, max(0, held))
+    return replace(plan, read=prepared.corpus.read)
 
 
 def train(prepared: Prepared, name: str, out: Path | None, force: bool, emit: Listener) -> RunResult:
@@ -61,7 +63,7 @@ def train(prepared: Prepared, name: str, out: Path | None, force: bool, emit: Li
         run = RunFolder.claim(name, out, force, prepared.reads, emit)
     with run.lock(emit):
         with naming_the_disk(run.path):
-            environment = describe_environment(prepared.config, prepared.decisions)
+            environment = describe_environment(prepared.config, prepared.decisions, prepared.corpus.read)
             run.describe(prepared.config, environment, prepared.tokenizer.save)
         emit(Start(str(run.path), 0, prepared.config.train.steps, plan))
         return fit(prepared, run, None, emit)

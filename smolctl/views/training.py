@@ -238,6 +238,8 @@ class TrainingView:
 
 def plan_table(plan: RunPlan) -> Table:
     """What the run will cost, one line a fact."""
+    from rich.text import Text
+
     shares = {name: count for name, count in vars(plan.memory).items() if name != "formulas"}
     shares |= {"libraries": plan.framework_bytes, "allocator's gaps": plan.gap_bytes}
     held = ", ".join(f"{name} {size(count)}" for name, count in shares.items() if count)
@@ -257,5 +259,7 @@ def plan_table(plan: RunPlan) -> Table:
         "measured on one micro-batch",
     }
     table = facts(rows.items(), style="bold")
+    if plan.read:
+        table.add_row("read", Text("\n".join(plan.read)))
     table.title, table.title_justify = "Plan", "left"
     return table

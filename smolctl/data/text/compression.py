@@ -1,17 +1,25 @@
-"""The bytes of a file, unpacked by the ending of its name: .gz, .zst, or as they are."""
+"""The bytes of a file, unpacked by the ending of its name: .gz, .xz, .bz2, .zst, or as they are."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import IO, BinaryIO, Protocol
 
 from smolctl.errors import InputError
 
-ENDINGS = ("gz", "zst")
+# What the standard library unpacks: how a damaged file is called, and what opens one.
+_STANDARD: Mapping[str, tuple[str, Callable[[BinaryIO], IO[bytes] | gzip.GzipFile]]] = {
+    "gz": ("gzip", gzip.open),
+    "xz": ("xz", lzma.open),
+    "bz2": ("bzip2", bz2.open),
+}
+ENDINGS = (*_STANDARD, "zst")
 _CHUNK = 1024 * 1024  # bytes read at once
 _PACKED_CHUNK = 64 * 1024  # of a zstd file, which may unpack to a thousand times as much
 
@@ -44,21 +52,27 @@ def open_chunks(path: Path) -> Iterator[tuple[Iterator[bytes], Callable[[], int]
 
 
 def _chunks(path: Path, raw: BinaryIO) -> Iterator[bytes]:
-    ending = path.suffix.lower()
-    if ending == ".gz":
-        yield from _gzip_chunks(path, raw)
-    elif ending == ".zst":
+    ending = path.suffix.lower().removeprefix(".")
+    if ending in _STANDARD:
+        yield from _standard_chunks(path, raw, *_STANDARD[ending])
+    elif ending == "zst":
         yield from _zstd_chunks(path, raw)
     else:
         yield from iter(lambda: raw.read(_CHUNK), b"")
 
 
-def _gzip_chunks(path: Path, raw: BinaryIO) -> Iterator[bytes]:
+def _standard_chunks(
+    path: Path, raw: BinaryIO, kind: str, unpack: Callable[[BinaryIO], IO[bytes] | gzip.GzipFile]
+) -> Iterator[bytes]:
     try:
-        with gzip.open(raw) as unpacked:
+        with unpack(raw) as unpacked:
             yield from iter(lambda: unpacked.read(_CHUNK), b"")
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise _damaged(path, "gzip", error) from None
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise _damaged(path, kind, error) from None
+    except OSError as error:  # of the disk with a number; of gzip and bz2 without
+        if error.errno is not None:
+            raise
+        raise _damaged(path, kind, error) from None
 
 
 def _zstd_chunks(path: Path, raw: BinaryIO) -> Iterator[bytes]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smolctl.config.run import DataConfig
 from smolctl.data.text import python_library as library
-from smolctl.data.text.documents import Document, OnRead
-from smolctl.data.text.files import files_in, is_file_name, read_file
+from smolctl.data.text.documents import Document, OnRead, cut
+from smolctl.data.text.files import describe_files, find_files, is_file_name, read_file
 from smolctl.data.text.hub import DatasetName, DatasetReader
 from smolctl.errors import InputError
 
@@ -27,6 +28,8 @@ class Source:
         identity: what tells it from another source without reading it: sizes, times of change.
         read: its documents; told a function that is called with the bytes read.
         dataset: its name, when it is a Hub dataset.
+        read_as: what the name was taken for, and which files are read and which are not; empty where that
+            goes without saying.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Source:
     identity: list[Any]
     read: Callable[[OnRead], Iterator[Document]]
     dataset: DatasetName | None = None
+    read_as: str = ""
 
 
 def pin_sources(names: Sequence[str]) -> tuple[str, ...]:
@@ -48,26 +52,43 @@ def pin_sources(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(str(dataset.pinned()) if (dataset := _dataset(name)) else name for name in names)
 
 
-def open_sources(names: Sequence[str], text_field: str) -> list[Source]:
+def open_sources(data: DataConfig) -> list[Source]:
     """Find what each name stands for: the embedded `python`, a file, a folder, or a Hub dataset.
 
     Raises:
-        InputError: no such file, or a folder without text.
+        InputError: no such file, a folder without text, or a split of what has none.
     """
-    if not names:
+    if not data.source:
         raise InputError("data.source is empty", "Name files, folders, a Hub dataset, or 'python'.")
-    return [_open_source(name, text_field) for name in names]
+    sources = list(map(_open_source, data.source, data.text_fields, data.splits))
+    if isinstance(data.split, str) and data.split != "train" and not any(one.dataset for one in sources):
+        raise InputError(f"data.split={data.split}: only Hub datasets have splits", "Leave data.split out.")
+    return sources
 
 
-def _open_source(name: str, text_field: str) -> Source:
+def _open_source(name: str, text_field: str, split: str) -> Source:
     path = Path(name).expanduser()
     if name == library.NAME:
-        return Source(name, library.library_size(), library.library_identity(), library.library_documents)
+        read_as = f"{name}: the built-in corpus"
+        if path.exists():
+            read_as += f", and not what is called so in the working folder; write ./{name} for that"
+        return Source(
+            name,
+            library.library_size(),
+            library.library_identity(),
+            library.library_documents,
+            read_as=f"{read_as}.",
+        )
     if path.exists():
-        return _local_source(name, files_in(path), text_field)
+        return _local_source(name, path, text_field)
     if dataset := _dataset(name):
         return Source(
-            name, None, [str(dataset)], lambda _: DatasetReader(dataset, text_field).documents(), dataset
+            name,
+            None,
+            [str(dataset)],
+            lambda _: DatasetReader(dataset, text_field, split).documents(),
+            dataset,
+            f"{name}: split {split} of the Hub dataset.",
         )
     raise InputError(
         f"{name}: no such file or folder",
@@ -81,7 +102,9 @@ def _dataset(name: str) -> DatasetName | None:
     return None if path.exists() or is_file_name(path) else DatasetName.parse(name)
 
 
-def _local_source(name: str, files: tuple[Path, ...], text_field: str) -> Source:
+def _local_source(name: str, path: Path, text_field: str) -> Source:
+    found = find_files(path)
+    files = found.files
     stats = [path.stat() for path in files]
     identity = [
         [str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in zip(files, stats, strict=True)
@@ -91,15 +114,16 @@ def _local_source(name: str, files: tuple[Path, ...], text_field: str) -> Source
         for path in files:
             yield from read_file(path, text_field, on_read)
 
-    return Source(name, sum(stat.st_size for stat in stats), identity, read)
+    size = sum(stat.st_size for stat in stats)
+    return Source(name, size, identity, read, read_as=describe_files(name, found))
 
 
-def iter_texts(sources: Sequence[str], text_field: str = "text") -> Iterator[str]:
+def iter_texts(data: DataConfig) -> Iterator[str]:
     """The pieces of all documents, to train a tokenizer on; of a Hub dataset only its beginning."""
-    for source in open_sources(sources, text_field):
+    for source in open_sources(data):
         seen = 0
         for document in source.read(lambda _: None):
-            for piece in document.pieces:
+            for piece in cut(document.chunks):
                 yield piece
                 seen += len(piece)
             if source.size is None and seen >= _HUB_SAMPLE:

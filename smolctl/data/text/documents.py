@@ -10,10 +10,11 @@ from smolctl.errors import InputError
 
 # Small pieces keep an encoder's working set in the CPU's cache and spread evenly over the cores.
 PIECE = 16 * 1024  # characters
-LONGEST_PIECE = 1024 * 1024  # characters; a stretch without a safe place is cut here anyway
+# Characters; a stretch without a safe place is cut here anyway. Encoding one takes about 2 GB of memory.
+LONGEST_PIECE = 16 * 1024 * 1024
 
-# After a single newline, or before a single space, between two visible characters (no white space,
-# no mark that joins the character before it).
+# Where a cut is likely to be safe: after a single newline, or before a single space, between two visible
+# characters (no white space, no mark that joins the character before it, no SentencePiece "▁").
 #
 # Byte-level BPE merges within the matches of a regex only, so a cut is safe where one match ends and
 # the next begins, provided that both still do when the other side is gone. GPT-2's regex (SmolLM's
@@ -25,8 +26,18 @@ LONGEST_PIECE = 1024 * 1024  # characters; a stretch without a safe place is cut
 # character forbids `\s+(?!\S)`, and by `\s+(?!\S)` at the end of a piece. No alternative looks back.
 # Of two white spaces in a row the last may join what follows: not safe. The cut is after a newline
 # and not before it because newer regexes end a run of punctuation with `[\r\n]*`.
-_SAFE_CUT = re.compile(r"(?<=[\w!-~]\n)(?=[\w!-~])|(?<=[\w!-~])(?= [\w!-~])")
+# The visible ones are letters, digits, and the punctuation of ASCII, General Punctuation, CJK and full width.
+_VISIBLE = r"[\w!-~\u2010-\u2027\u2030-\u205e\u3001-\u3029\uff01-\uff5e]"
+_LIKELY_CUT = re.compile(rf"(?<={_VISIBLE}\n)(?={_VISIBLE})|(?<={_VISIBLE})(?= {_VISIBLE})")
 _LAST_SPACE = re.compile(r"\s\S*\Z")
+
+# Fields by which chat and instruction data are known; all of a group.
+_OF_CONVERSATIONS = (
+    {"messages"},
+    {"conversations"},
+    {"instruction", "output"},
+    {"prompt", "completion"},
+)
 
 # Told how many more bytes of a source were read.
 OnRead = Callable[[int], None]
@@ -34,52 +45,78 @@ OnRead = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Document:
-    """One text; its pieces, concatenated, are the whole of it. They can be iterated once."""
+    """One text; its chunks, of any length, concatenated, are the whole of it. They can be iterated once."""
 
     name: str
-    pieces: Iterator[str]
+    chunks: Iterator[str]
 
 
-def cut(chunks: Iterable[str], size: int = PIECE, longest: int = LONGEST_PIECE) -> Iterator[str]:
-    """Cut a text into pieces of about `size` characters that tokenize as the whole does.
+def cut(
+    chunks: Iterable[str],
+    size: int = PIECE,
+    longest: int = LONGEST_PIECE,
+    is_safe: Callable[[str, int], bool] = lambda text, place: True,
+    ahead: int = 0,
+) -> Iterator[str]:
+    """Cut a text into pieces of about `size` characters at places that are likely to be safe.
 
     Args:
         chunks: the text, in parts of any length.
         size: a piece ends at the first safe place after so many characters.
         longest: without a safe place a piece ends here, at white space if there is any near.
+        is_safe: has the last word on a place, as the part of the text at hand and an index into it.
+        ahead: characters behind the place that `is_safe` wants to see.
     """
-    buffer = ""
+    buffer, looked = "", 0  # up to where no place was found
     for chunk in chunks:
         buffer += chunk
         start = 0
-        while end := _end_of_piece(buffer, start, size, longest):
+        while True:
+            last = min(start + longest, len(buffer) - ahead)
+            first = max(start + size, looked)
+            while (likely := _LIKELY_CUT.search(buffer, first, last)) and not is_safe(buffer, likely.end()):
+                first = likely.end() + 1 + size // 16  # where one is refused many may be
+            if likely:
+                end = likely.end()
+            elif len(buffer) - start >= longest + ahead:
+                end = _forced_cut(buffer, start, size, start + longest)
+            else:
+                looked = max(first, last - 2)  # the pattern looks at two characters behind a place
+                break
             yield buffer[start:end]
             start = end
-        buffer = buffer[start:]
+        buffer, looked = buffer[start:], looked - start
     if buffer:
         yield buffer
 
 
+def _forced_cut(text: str, start: int, size: int, stop: int) -> int:
+    space = _LAST_SPACE.search(text, max(start + 1, stop - size), stop)
+    return space.start() if space else stop
+
+
 def no_text(where: str, reason: str, names: Iterable[str]) -> InputError:
     """What is said of a row whose text cannot be found among its fields or columns."""
+    fields = tuple(names)
+    hint = (
+        "Set data.text_field to the field or column that holds the text, or to a list of one for each source."
+    )
+    if any(group.issubset(fields) for group in _OF_CONVERSATIONS):
+        hint = (
+            "These are conversations or instructions. Training reads plain text: write each as one text, in "
+            "the form of the model's chat template, into one field, and name it in data.text_field."
+        )
+    return InputError(f"{where}: {reason}; it has {', '.join(map(repr, fields)) or 'no fields'}", hint)
+
+
+def not_text(where: str, name: str, value: object) -> InputError:
+    """What is said of a field or column that holds something else than text."""
     return InputError(
-        f"{where}: {reason}; it has {', '.join(map(repr, names)) or 'no fields'}",
-        "Set data.text_field to the field or column that holds the text.",
+        f"{where}: field {name!r} is no text ({type(value).__name__})",
+        "Write it as one text, take it out, or name another field in data.text_field.",
     )
 
 
 def utf8_size(text: str) -> int:
     """Bytes of a text in UTF-8."""
     return len(text) if text.isascii() else len(text.encode())
-
-
-def _end_of_piece(text: str, start: int, size: int, longest: int) -> int:
-    """Where the piece that begins at `start` ends, or 0 when more text must be seen first."""
-    safe = _SAFE_CUT.search(text, start + size, start + longest)
-    if safe:
-        return safe.end()
-    if len(text) - start < longest:
-        return 0
-    stop = start + longest
-    space = _LAST_SPACE.search(text, max(start + 1, stop - size), stop)
-    return space.start() if space else stop

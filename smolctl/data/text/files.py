@@ -1,54 +1,149 @@
-"""Text files, JSON lines and Parquet as documents, read piece by piece."""
+"""Text files, tables, JSON and Parquet as documents, read piece by piece."""
 
 from __future__ import annotations
 
 import codecs
+import csv
 import json
-from collections.abc import Iterator
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from smolctl.data.text.compression import ENDINGS, open_chunks
-from smolctl.data.text.documents import Document, OnRead, cut, no_text
+from smolctl.data.text.documents import Document, OnRead, no_text, not_text
 from smolctl.errors import InputError
 
-_JSON_LINES = ("jsonl", "ndjson", "json")
-# Found in folders. A .json file there may be anything, so it must be named to be read.
-_PACKED = tuple(f"{kind}.{ending}" for kind in (".txt", ".jsonl") for ending in ENDINGS)
-_IN_FOLDERS = (".txt", ".md", ".rst", ".py", ".jsonl", ".ndjson", *_PACKED, ".parquet")
+_JSON = ("jsonl", "ndjson", "json")
+_TABLES = {"csv": ",", "tsv": "\t"}  # and what separates their columns
+_PROSE = "txt text md markdown rst adoc org tex"
+_CODE = (
+    "py pyi js mjs cjs ts jsx tsx c h cc cpp cxx hpp cu java kt scala go rs rb php pl pm lua swift cs fs hs "
+    "ml ex exs erl clj jl r f90 zig nim dart sh bash zsh sql"
+)
+# Found in folders. A .json or .csv file there may be anything, so it must be named to be read.
+_IN_FOLDERS = frozenset([*_PROSE.split(), *_CODE.split(), "jsonl", "ndjson", "parquet"])
+_READABLE = _IN_FOLDERS | {"json", *_TABLES}
+_JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def files_in(path: Path) -> tuple[Path, ...]:
-    """A file itself, or the files of a folder that can be read, sorted by path, hidden ones left out.
+@dataclass(frozen=True)
+class FoundFiles:
+    """What lies under a path.
+
+    Attributes:
+        files: that are read, sorted by path.
+        skipped: how many are not, by the reason.
+    """
+
+    files: tuple[Path, ...]
+    skipped: Mapping[str, int]
+
+
+def find_files(path: Path) -> FoundFiles:
+    """A file itself, or what can be read of a folder and the folders in it.
+
+    Links are followed, and what they lead to is read once. A hidden folder counts as one file.
 
     Raises:
-        InputError: there is none.
+        InputError: the path is neither a file nor a folder, or there is nothing to read in the folder.
     """
+    if path.is_file():
+        return FoundFiles((path,), {})
     if not path.is_dir():
-        return (path,)
-    found = [
-        file
-        for file in sorted(path.rglob("*"))
-        if file.name.endswith(_IN_FOLDERS)
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
-    if not found:
         raise InputError(
-            f"{path}: no text in this folder (looked for {', '.join(_IN_FOLDERS)})",
-            "Name the files themselves if they have other names.",
+            f"{path}: neither a file nor a folder", "Text is read more than once: save it in a file first."
         )
-    return tuple(found)
+    skipped: Counter[str] = Counter()
+    files = tuple(_walk(path, {_identity(path)}, skipped))
+    if not files:
+        raise InputError(
+            f"{path}: no text in this folder ({f'skipped {_counts(skipped)}' if skipped else 'it is empty'})",
+            "Text, code, .jsonl and .parquet are found in folders; name other files themselves.",
+        )
+    return FoundFiles(files, skipped)
+
+
+def _walk(folder: Path, seen: set[object], skipped: Counter[str]) -> Iterator[Path]:
+    """Files to read, in order; what is not read is counted by its reason."""
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError:
+        skipped["unreadable"] += 1
+        return
+    for path in inside:
+        try:
+            reason = _reason_to_skip(path) or ("found twice" if _identity(path) in seen else "")
+        except OSError:
+            reason = "unreadable"
+        if reason:
+            skipped[reason] += 1
+            continue
+        seen.add(_identity(path))
+        if path.is_dir():
+            yield from _walk(path, seen, skipped)
+        else:
+            yield path
+
+
+def _identity(path: Path) -> object:
+    """Equal for two paths to one file or folder; some file systems do not number them."""
+    stat = path.stat()
+    return (stat.st_dev, stat.st_ino) if stat.st_ino else path.resolve()
+
+
+def _reason_to_skip(path: Path) -> str:
+    """Why a file or folder found in a folder is not read; empty where it is."""
+    if path.name.startswith("."):
+        return "hidden"
+    if path.is_dir():
+        return ""
+    if not path.is_file():
+        return "no regular file" if path.exists() else "broken link"
+    ending = path.suffix.lower()
+    if (kind := kind_of(path)) not in _IN_FOLDERS or (kind == "parquet" and ending != ".parquet"):
+        return ending or "without an ending"
+    return "" if os.access(path, os.R_OK) else "unreadable"
+
+
+def describe_files(name: str, found: FoundFiles) -> str:
+    """What of a source is read and what is not, in one sentence; empty where that is all there is to it."""
+    if found.skipped:
+        return f"{name}: read {_files(len(found.files))}, skipped {_counts(found.skipped)}."
+    if Path(name).is_dir():
+        return f"{name}: read {_files(len(found.files))}."
+    return "" if kind_of(found.files[0]) in _READABLE else f"{name}: read as plain text."
+
+
+def _files(count: int) -> str:
+    return f"{count:,} file{'' if count == 1 else 's'}"
+
+
+def _counts(skipped: Mapping[str, int]) -> str:
+    """As in "4: .html 2, unreadable 1, hidden 1"."""
+    most = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
+    return f"{sum(skipped.values()):,}: " + ", ".join(f"{reason} {count:,}" for reason, count in most)
+
+
+def kind_of(path: Path) -> str:
+    """The ending of a file's name that says what it holds: `jsonl` of `a.JSONL.gz`."""
+    suffixes = [suffix.lstrip(".").lower() for suffix in path.suffixes]
+    return next((suffix for suffix in reversed(suffixes) if suffix not in ENDINGS), "")
 
 
 def is_file_name(path: Path) -> bool:
     """Whether a path can only be meant as a file of text, be it there or not."""
-    return path.name.endswith((*_IN_FOLDERS, ".json"))
+    return kind_of(path) in _READABLE
 
 
 def read_file(path: Path, text_field: str, on_read: OnRead) -> Iterator[Document]:
-    """The documents of one file: a text file is one, a line of JSON and a row of Parquet are one each.
+    """The documents of one file: a text file is one; an object of JSON and a row of a table are one each.
+
+    A row whose text is null or empty gives an empty document.
 
     Args:
         path: its name tells the format; an unknown one is read as text.
@@ -58,16 +153,20 @@ def read_file(path: Path, text_field: str, on_read: OnRead) -> Iterator[Document
     Raises:
         InputError: the file is missing, binary, damaged, or has no such column.
     """
-    suffixes = [suffix.lstrip(".").lower() for suffix in path.suffixes]
-    kind = next((suffix for suffix in reversed(suffixes) if suffix not in ENDINGS), "")
+    kind = kind_of(path)
     if kind == "parquet":
         yield from _read_parquet(path, text_field, on_read)
         return
     chunks = _read_text(path, on_read)
-    if kind in _JSON_LINES:
-        yield from _read_json_lines(path, chunks, text_field)
+    if kind in _JSON:
+        rows = _json_rows(path, chunks)
+    elif kind in _TABLES:
+        rows = _table_rows(path, chunks, _TABLES[kind])
     else:
-        yield Document(str(path), cut(chunks))
+        yield Document(str(path), chunks)
+        return
+    for where, row in rows:
+        yield Document(where, iter([_text_of(row, text_field, where)]))
 
 
 def _read_text(path: Path, on_read: OnRead) -> Iterator[str]:
@@ -83,11 +182,13 @@ def _read_text(path: Path, on_read: OnRead) -> Iterator[str]:
             pending = len(decoder.getstate()[0])  # bytes of a character that the last chunk cut in two
             zero = chunk.find(b"\0")
             if zero >= 0:
-                raise _binary(path, offset + zero, "a zero byte")
+                hint = "Convert UTF-16 with `iconv -f UTF-16 -t UTF-8`; `tr -d '\\0'` drops zero bytes."
+                raise _binary(path, offset + zero, "a zero byte", hint)
             try:
                 text = decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
-                raise _binary(path, offset - pending + error.start, "not UTF-8") from None
+                hint = "Convert it, as with `iconv -f LATIN1 -t UTF-8`; `iconv -c -t UTF-8` drops such bytes."
+                raise _binary(path, offset - pending + error.start, "not UTF-8", hint) from None
             if offset == 0:
                 text = text.removeprefix("\ufeff")  # a byte order mark is no text
             if text:
@@ -98,18 +199,77 @@ def _read_text(path: Path, on_read: OnRead) -> Iterator[str]:
             before = reached
 
 
-def _binary(path: Path, offset: int, reason: str) -> InputError:
-    return InputError(
-        f"{path}: no text file: {reason} at byte {offset:,}",
-        "Give UTF-8 text (`iconv -t UTF-8` converts others).",
-    )
+def _binary(path: Path, offset: int, reason: str, hint: str) -> InputError:
+    return InputError(f"{path}: no text file: {reason} at byte {offset:,}", hint)
 
 
-def _read_json_lines(path: Path, chunks: Iterator[str], text_field: str) -> Iterator[Document]:
+def _json_rows(path: Path, chunks: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a file, one a line or in one array, and where they stand."""
+    first = next(chunks, "")
+    chunks = chain([first], chunks)
+    if first.lstrip().startswith("["):
+        yield from _array_rows(path, chunks)
+        return
     for number, line in enumerate(_lines(chunks), start=1):
         if line.strip():
             where = f"{path}, line {number}"
-            yield Document(where, cut([_text_of(_record(line, where), text_field, where)]))
+            try:
+                record = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                hint = "Every line must be one JSON object, or the whole file one array of objects."
+                raise InputError(f"{where}: broken JSON ({error})", hint) from None
+            yield where, _object(record, where)
+
+
+def _array_rows(path: Path, chunks: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The items of an array, of which no more than one chunk and one item are held in memory."""
+    decoder, number = json.JSONDecoder(), 1
+    text = next(chunks)
+    at = text.index("[") + 1
+    while True:
+        where = f"{path}, item {number}"
+        try:
+            begin = _end_of_space(text, at)
+            if text.startswith("]", begin):
+                break
+            if number > 1:
+                if not text.startswith(",", begin):
+                    raise json.JSONDecodeError("a comma or ] is missing", text, begin)
+                begin = _end_of_space(text, begin + 1)
+            record, end = decoder.raw_decode(text, begin)
+        except (json.JSONDecodeError, RecursionError) as error:
+            if more := next(chunks, ""):
+                text, at = text[at:] + more, 0
+                continue
+            raise InputError(
+                f"{where}: broken JSON ({getattr(error, 'msg', error)})",
+                "Correct the file or write it again.",
+            ) from None
+        yield where, _object(record, where)
+        at, number = end, number + 1
+    if any(rest.strip() for rest in chain([text[begin + 1 :]], chunks)):
+        raise InputError(f"{path}: there is more behind the array", "Write one array, or one object a line.")
+
+
+def _end_of_space(text: str, start: int) -> int:
+    space = _JSON_SPACE.match(text, start)
+    return space.end() if space else start
+
+
+def _table_rows(path: Path, chunks: Iterator[str], separator: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a table whose first line names its columns, and where they end."""
+    csv.field_size_limit(2**31 - 1)  # a field may be a whole book
+    reader = csv.DictReader((f"{line}\n" for line in _lines(chunks)), delimiter=separator, strict=True)
+    try:
+        for row in reader:
+            if None in row:
+                raise csv.Error(f"more columns than {len(reader.fieldnames or ())}")
+            yield f"{path}, line {reader.line_num}", row
+    except csv.Error as error:
+        raise InputError(
+            f"{path}, line {reader.line_num}: broken table ({error})",
+            "The first line must name the columns; a text that holds separators or line ends needs quotes.",
+        ) from None
 
 
 def _lines(chunks: Iterator[str]) -> Iterator[str]:
@@ -124,24 +284,23 @@ def _lines(chunks: Iterator[str]) -> Iterator[str]:
     yield "".join(begun)
 
 
-def _record(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{where}: broken JSON ({error})", "Every line must be one JSON object.") from None
+def _object(record: object, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise InputError(
             f"{where}: a JSON {type(record).__name__}, not an object",
-            "Every line must be one JSON object; `jq -c '.[]'` turns an array into lines.",
+            'Write each text as an object, such as {"text": "..."}.',
         )
     return record
 
 
-def _text_of(record: dict[str, Any], text_field: str, where: str) -> str:
-    text = record.get(text_field)
+def _text_of(row: Mapping[str, Any], text_field: str, where: str) -> str:
+    if text_field not in row:
+        raise no_text(where, f"no field {text_field!r}", row)
+    text = row[text_field]
+    if text is None:
+        return ""
     if not isinstance(text, str):
-        reason = f"no field {text_field!r}" if text is None else f"field {text_field!r} is no text"
-        raise no_text(where, reason, record)
+        raise not_text(where, text_field, text)
     # Escapes in JSON can spell half a character, which no tokenizer takes.
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -163,7 +322,7 @@ def _read_parquet(path: Path, text_field: str, on_read: OnRead) -> Iterator[Docu
                 for text in batch.column(0).to_pylist():
                     row += 1
                     where = f"{path}, row {row}"
-                    yield Document(where, cut([_text_of({text_field: text or ""}, text_field, where)]))
+                    yield Document(where, iter([_text_of({text_field: text}, text_field, where)]))
                 on_read(share * batch.num_rows)
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]

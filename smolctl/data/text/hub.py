@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
-from smolctl.data.text.documents import Document, cut, no_text
+from smolctl.data.text.documents import Document, no_text, not_text
 from smolctl.errors import InputError
 from smolctl.hub.connection import api, question_seconds
 from smolctl.hub.errors import READING_DATA, explained
@@ -50,16 +50,19 @@ class DatasetName:
 
 
 class DatasetReader:
-    """The rows of split `train` in their order, from a place on; each text that is not empty a document.
+    """The rows of a split in their order, from a place on; each a document, and a file of plain text is one.
 
     Args:
         name: of the dataset; best with a commit, as other revisions may move.
         text_field: the column that holds the text.
+        split: train, train_sft, ...
         state: where an earlier reader of the same dataset was, from its `state`; None: the beginning.
     """
 
-    def __init__(self, name: DatasetName, text_field: str, state: dict[str, Any] | None = None) -> None:
-        self.name, self.text_field = name, text_field
+    def __init__(
+        self, name: DatasetName, text_field: str, split: str, state: dict[str, Any] | None = None
+    ) -> None:
+        self.name, self.text_field, self.split = name, text_field, split
         self._state = state
         self._rows: Any = None  # the iterable of `datasets`, once it is opened
         self._row = state["row"] if state else 0
@@ -68,7 +71,7 @@ class DatasetReader:
         """Stream the rows.
 
         Raises:
-            InputError: `datasets` is not installed, or there is no such column.
+            InputError: `datasets` is not installed, or there is no such split or column.
             HubError: there is no such dataset, or the Hub did not give it.
         """
         _require_datasets(self.name)
@@ -78,8 +81,7 @@ class DatasetReader:
             self._rows = self._open()
             for row in self._rows:
                 self._row += 1
-                if text := self._text(row):
-                    yield Document(f"{self.name}, row {self._row}", cut([text]))
+                yield Document(f"{self.name}, row {self._row}", iter([self._text(row)]))
 
     def state(self) -> dict[str, Any] | None:
         """Where it is, between two documents, as plain data; None at the beginning."""
@@ -94,17 +96,28 @@ class DatasetReader:
         import datasets
 
         datasets.disable_progress_bars()
-        rows = datasets.load_dataset(
-            self.name.repository, self.name.config, split="train", revision=commit, streaming=True
-        )
+        source = self.name.repository, self.name.config
+        builder = datasets.load_dataset_builder(*source, revision=commit)
+        if hasattr(builder.config, "sample_by"):  # plain text, of which the library makes a row of every line
+            builder = datasets.load_dataset_builder(*source, revision=commit, sample_by="document")
+        splits = builder.as_streaming_dataset()
+        if self.split not in splits:
+            raise InputError(
+                f"{self.name}: no split {self.split!r}; it has {', '.join(map(repr, splits))}",
+                "Name one with --set data.split=NAME.",
+            )
+        rows = splits[self.split]
         if self._state is not None:
             rows.load_state_dict(self._state["rows"])
         return rows
 
     def _text(self, row: dict[str, Any]) -> str:
-        text = row.get(self.text_field, 0)
+        where = f"{self.name}, row {self._row}"
+        if self.text_field not in row:
+            raise no_text(where, f"no text in column {self.text_field!r}", row)
+        text = row[self.text_field]
         if text is not None and not isinstance(text, str):
-            raise no_text(f"{self.name}, row {self._row}", f"no text in column {self.text_field!r}", row)
+            raise not_text(where, self.text_field, text)
         return text or ""
 
 

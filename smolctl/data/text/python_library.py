@@ -8,7 +8,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from smolctl.data.text.documents import Document, OnRead, cut
+from smolctl.data.text.documents import Document, OnRead
 
 NAME = "python"
 # Tests repeat themselves, packages of others are not the library, pydoc_data is read as documents.
@@ -54,10 +54,11 @@ def library_documents(on_read: OnRead) -> Iterator[Document]:
         except (UnicodeDecodeError, OSError):
             continue  # a module in another encoding is no loss
         on_read(path.stat().st_size)
-        yield Document(f"{NAME}:{path.relative_to(root).as_posix()}", cut([text]))
+        if text:  # an empty __init__.py is no document
+            yield Document(f"{NAME}:{path.relative_to(root).as_posix()}", iter([text]))
     for topic, text in sorted(_topics().items()):
         on_read(len(text.encode()))
-        yield Document(f"{NAME}:help/{topic}", cut([text]))
+        yield Document(f"{NAME}:help/{topic}", iter([text]))
 
 
 def _root() -> Path:

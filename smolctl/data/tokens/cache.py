@@ -23,7 +23,7 @@ from smolctl.data.tokens.encoding import TokenizeProgress
 from smolctl.data.tokens.shards import Shard, disk_errors, find_damage
 from smolctl.durable import sync_folder, write_text
 
-FORMAT = 2  # of the folders; an older one is never read
+FORMAT = 3  # of the folders; an older one is never read
 MANIFEST = "manifest.json"
 TOKENS = "tokens"  # the folder of the folders, in the cache
 NAME_LENGTH = 32  # of a folder's name: hexadecimal digits of its `digest`
@@ -49,6 +49,9 @@ class TokenizedCorpus:
         tokens: in both.
         bytes: of UTF-8 text in both.
         notes: what the user should know about them.
+        read: what was read and what was not, in sentences.
+        special_tokens: spelled in the text.
+        empty: texts without a character, which were left out; not counted of a Hub dataset.
     """
 
     folders: tuple[Path, ...]
@@ -60,6 +63,9 @@ class TokenizedCorpus:
     tokens: int
     bytes: int
     notes: tuple[str, ...] = ()
+    read: tuple[str, ...] = ()
+    special_tokens: int = 0
+    empty: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +78,7 @@ class Manifest:
     duplicates: int
     tokens: int
     bytes: int
+    special_tokens: int  # spelled in the text
     train: tuple[Shard, ...]
     held_out: tuple[Shard, ...]
 
@@ -86,7 +93,7 @@ def folder_of(cache: Path, made_from: list[Any], data: DataConfig, tokenizer: To
     parts = [
         *made_from,
         [tokenizer.sha256, tokenizer.end_of_text_id],
-        [data.validation_fraction, data.text_field],
+        [data.validation_fraction, data.text_field, data.split, data.special_tokens],
     ]
     return cache / TOKENS / digest(parts)[:NAME_LENGTH]
 

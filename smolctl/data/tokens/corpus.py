@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,28 +56,26 @@ def tokenize_corpus(
     if data.validation is not None:
         everything = data.model_copy(update={"validation": None, "validation_fraction": 0.0})
         length = min(data.sequence_length, LEAST_HELD_OUT - 1)  # so many tokens are enough
-        settings = everything.model_copy(update={"sequence_length": length})
         enough = HELD_OUT_SEQUENCES * data.sequence_length // length
         names = pin_sources([data.validation])
-        held_out = _tokenize(names, settings, tokenizer, cache, on_progress, enough, on_note)
+        (first, *_) = everything.one_by_one()
+        settings = first.model_copy(update={"source": names, "sequence_length": length})
+        held_out = _tokenize(settings, tokenizer, cache, on_progress, enough, on_note)
         corpus = tokenize_corpus(everything, tokenizer, cache, on_progress, samples, on_note)
         return _validated_on(corpus, held_out, names[0])
-    names = pin_sources(data.source)
+    data = data.model_copy(update={"source": pin_sources(data.source)})
     if data.weights is None:
-        return _tokenize(names, data, tokenizer, cache, on_progress, samples, on_note)
+        return _tokenize(data, tokenizer, cache, on_progress, samples, on_note)
     shares = shares_of(data.weights)
     blocks = None if samples is None else -(-samples // MIXTURE)
     parts = [
-        _tokenize(
-            (name,), data, tokenizer, cache, on_progress, None if blocks is None else blocks * share, on_note
-        )
-        for name, share in zip(names, shares, strict=True)
+        _tokenize(one, tokenizer, cache, on_progress, None if blocks is None else blocks * share, on_note)
+        for one, share in zip(data.one_by_one(), shares, strict=True)
     ]
-    return parts[0] if len(parts) == 1 else _mixed(parts, shares, names)
+    return parts[0] if len(parts) == 1 else _mixed(parts, shares, data, samples)
 
 
 def _tokenize(
-    names: tuple[str, ...],
     data: DataConfig,
     tokenizer: Tokenizer,
     cache: Path,
@@ -84,16 +83,19 @@ def _tokenize(
     samples: int | None,
     on_note: OnNote,
 ) -> TokenizedCorpus:
-    sources = open_sources(names, data.text_field)
+    sources = open_sources(data)
     dataset = next((source.dataset for source in sources if source.dataset is not None), None)
     if dataset is None:
-        return tokenize_whole(sources, data, tokenizer, cache, on_progress, on_note)
-    if len(sources) > 1:
+        corpus = tokenize_whole(sources, data, tokenizer, cache, on_progress, on_note)
+    elif len(sources) == 1:
+        corpus = tokenize_stream(dataset, data, tokenizer, cache, samples, on_progress, on_note)
+    else:
         raise InputError(
             f"{dataset}: a Hub dataset is streamed, so it cannot be shuffled together with other sources",
             f"Say how much comes from each, for example data.weights={[1] * len(sources)}.",
         )
-    return tokenize_stream(dataset, data, tokenizer, cache, samples, on_progress, on_note)
+    read = [source.read_as for source in sources if source.read_as]
+    return replace(corpus, read=(*read, *_what_was_met(corpus, data)))
 
 
 def _validated_on(corpus: TokenizedCorpus, held_out: TokenizedCorpus, name: str) -> TokenizedCorpus:
@@ -110,15 +112,35 @@ def _validated_on(corpus: TokenizedCorpus, held_out: TokenizedCorpus, name: str)
         tokens=corpus.tokens + held_out.tokens,
         bytes=corpus.bytes + held_out.bytes,
         notes=(*corpus.notes, *((seen,) if common else ())),
+        read=(*corpus.read, *(f"Held out: {line}" for line in held_out.read)),
     )
 
 
-def _mixed(parts: list[TokenizedCorpus], shares: tuple[int, ...], names: tuple[str, ...]) -> TokenizedCorpus:
+def _what_was_met(corpus: TokenizedCorpus, data: DataConfig) -> Iterator[str]:
+    """What of the texts may not be read as the user thinks."""
+    if corpus.empty:
+        yield f"Empty texts, left out: {corpus.empty:,}."
+    if corpus.special_tokens:
+        read = {
+            "text": "read as ordinary text (data.special_tokens=tokens makes them control tokens)",
+            "tokens": "read as control tokens, as data.special_tokens says",
+        }
+        yield f"Special tokens spelled in the text: {corpus.special_tokens:,}, {read[data.special_tokens]}."
+
+
+def _mixed(
+    parts: list[TokenizedCorpus], shares: tuple[int, ...], data: DataConfig, samples: int | None
+) -> TokenizedCorpus:
     """Sources of one part each as one corpus."""
 
     def mixture(of: list[Mixture | None]) -> Mixture:
         chosen = [(one.parts[0], share) for one, share in zip(of, shares, strict=True) if one is not None]
         return Mixture(tuple(replace(part, share=share) for part, share in chosen))
+
+    def epochs(part: TokenizedCorpus, share: int) -> str:
+        if samples is None:
+            return ""
+        return f", {samples * share / MIXTURE * data.sequence_length / len(part.train):.3g} epochs"
 
     held_out = mixture([part.validation for part in parts])
     return TokenizedCorpus(
@@ -131,7 +153,10 @@ def _mixed(parts: list[TokenizedCorpus], shares: tuple[int, ...], names: tuple[s
         tokens=sum(part.tokens for part in parts),
         bytes=sum(part.bytes for part in parts),
         notes=tuple(
-            f"{name}: {share / MIXTURE:.1%} of the samples. {' '.join(part.notes)}".strip()
-            for name, share, part in zip(names, shares, parts, strict=True)
+            " ".join([f"{name}: {share / MIXTURE:.1%} of the samples{epochs(part, share)}.", *part.notes])
+            for name, share, part in zip(data.source, shares, parts, strict=True)
         ),
+        read=tuple(line for part in parts for line in part.read),
+        special_tokens=sum(part.special_tokens for part in parts),
+        empty=sum(part.empty for part in parts),
     )

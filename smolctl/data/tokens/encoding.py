@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from smolctl.data.text.documents import Document, OnRead, utf8_size
-from smolctl.data.tokenizer.tokenizer import Tokenizer
+from smolctl.data.tokenizer.text_encoder import TextEncoder, TextPiece
 
 # Text that is encoded at once: enough for every core, little enough for any memory (a token takes
 # about 100 bytes on its way).
@@ -26,6 +26,8 @@ class TokenizeProgress:
         documents: encoded so far.
         tokens: so far.
         bytes: of UTF-8 text that these tokens stand for.
+        special_tokens: spelled in that text.
+        empty: documents without text, which are left out and not counted otherwise.
     """
 
     bytes_read: int = 0
@@ -33,16 +35,19 @@ class TokenizeProgress:
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
+    special_tokens: int = 0
+    empty: int = 0
 
 
 class Piece(NamedTuple):
     """Ids of a part of a document."""
 
-    ids: list[int]  # with the end-of-text token where the document ends
+    ids: list[int]  # with what begins and ends every document
     document: int  # number of the document; empty ones are not counted
     digest: int  # 64 bits that identify the document's text from its beginning to the end of this piece
     ends: bool  # the document
     size: int  # bytes of UTF-8 text
+    special_tokens: int  # spelled in it
 
 
 @dataclass(frozen=True)
@@ -66,48 +71,53 @@ class Encoded:
 class _Batch:
     """Pieces of documents; a document may go on in the next batch."""
 
-    texts: list[str] = field(default_factory=list)
+    pieces: list[TextPiece] = field(default_factory=list)
     documents: list[int] = field(default_factory=list)
     digests: list[int] = field(default_factory=list)
+    begins_document: list[bool] = field(default_factory=list)
     ends_document: list[bool] = field(default_factory=list)
     bookmark: Bookmark | None = None
     bytes_read: int = 0
+    empty: int = 0
 
 
 def encode_documents(
     read: Callable[[OnRead], Iterator[Document]],
-    tokenizer: Tokenizer,
+    encoder: TextEncoder,
     bytes_total: int | None = None,
     first: int = 0,
     state: Callable[[], dict[str, Any] | None] = lambda: None,
 ) -> Generator[Encoded, None, None]:
-    """Encode every document, with the end-of-text token after each.
+    """Encode every document, with what the encoder puts at its beginning and its end.
 
     The next batch is read and the previous one is written while one is encoded.
 
     Args:
         read: gives the documents; told a function that is called with the bytes read.
-        tokenizer: gives the ids.
+        encoder: gives the ids.
         bytes_total: that will be read, where it is known.
         first: number of the first document that is not empty.
         state: of what is read, for bookmarks; asked for between two documents.
     """
     progress = TokenizeProgress(bytes_total=bytes_total)
     with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting: tuple[_Batch, Future[list[Any]]] | None = None
-        for batch in _batches(read, first, state):
-            future = pool.submit(tokenizer.backend.encode_batch_fast, batch.texts, add_special_tokens=False)
+        waiting: tuple[_Batch, Future[list[list[int]]]] | None = None
+        for batch in _batches(read, encoder, first, state):
+            future = pool.submit(encoder.encode, batch.pieces)
             if waiting is not None:
-                encoded = _collect(*waiting, tokenizer.end_of_text_id, progress)
+                encoded = _collect(*waiting, encoder, progress)
                 progress = encoded.progress
                 yield encoded
             waiting = batch, future
         if waiting is not None:
-            yield _collect(*waiting, tokenizer.end_of_text_id, progress)
+            yield _collect(*waiting, encoder, progress)
 
 
 def _batches(
-    read: Callable[[OnRead], Iterator[Document]], number: int, state: Callable[[], dict[str, Any] | None]
+    read: Callable[[OnRead], Iterator[Document]],
+    encoder: TextEncoder,
+    number: int,
+    state: Callable[[], dict[str, Any] | None],
 ) -> Iterator[_Batch]:
     batch, size = _Batch(bookmark=Bookmark(number, state())), 0
 
@@ -117,38 +127,45 @@ def _batches(
     for document in read(on_read):
         begun = False
         digest = hashlib.blake2b(digest_size=8)
-        for piece in document.pieces:
+        for piece in encoder.pieces(document.chunks):
             if size >= BATCH_CHARACTERS:
                 yield batch
                 batch, size = _Batch(), 0
-            batch.texts.append(piece)
+            batch.pieces.append(piece)
             batch.documents.append(number)
-            digest.update(piece.encode("utf-8", "surrogatepass"))
+            digest.update(piece.text.encode("utf-8", "surrogatepass"))
             batch.digests.append(int.from_bytes(digest.digest(), "little"))
+            batch.begins_document.append(not begun)
             batch.ends_document.append(False)
-            size += len(piece)
+            size += len(piece.text)
             begun = True
         if begun:
             batch.ends_document[-1] = True
             number += 1
+        else:
+            batch.empty += 1
         if batch.bookmark is None:
             batch.bookmark = Bookmark(number, state())
-    if batch.texts:
+    if batch.pieces or batch.empty:
         yield batch
 
 
-def _collect(batch: _Batch, future: Future[list[Any]], end_of_text: int, before: TokenizeProgress) -> Encoded:
-    pieces = [
-        Piece([*encoding.ids, end_of_text] if ends else encoding.ids, document, digest, ends, utf8_size(text))
-        for encoding, text, document, digest, ends in zip(
-            future.result(), batch.texts, batch.documents, batch.digests, batch.ends_document, strict=True
-        )
-    ]
+def _collect(
+    batch: _Batch, future: Future[list[list[int]]], encoder: TextEncoder, before: TokenizeProgress
+) -> Encoded:
+    pieces = []
+    documents = zip(batch.documents, batch.digests, batch.begins_document, batch.ends_document, strict=True)
+    rows = zip(future.result(), batch.pieces, documents, strict=True)
+    for ids, text, (document, digest, begins, ends) in rows:
+        whole = [*(encoder.begin if begins else ()), *ids, *(encoder.end if ends else ())]
+        pieces.append(Piece(whole, document, digest, ends, utf8_size(text.text), text.special_tokens))
     progress = TokenizeProgress(
         bytes_read=before.bytes_read + batch.bytes_read,
         bytes_total=before.bytes_total,
         documents=before.documents + sum(batch.ends_document),
         tokens=before.tokens + sum(len(piece.ids) for piece in pieces),
         bytes=before.bytes + sum(piece.size for piece in pieces),
+        special_tokens=before.special_tokens + sum(piece.special_tokens for piece in pieces),
+        empty=before.empty + batch.empty,
     )
     return Encoded(pieces, batch.bookmark, progress)

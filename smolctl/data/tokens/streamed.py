@@ -18,6 +18,7 @@ import numpy as np
 from smolctl.config.run import DataConfig
 from smolctl.data.mixture import Mixture, Part
 from smolctl.data.text.hub import DatasetName, DatasetReader
+from smolctl.data.tokenizer.text_encoder import TextEncoder
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokens.cache import (
     FORMAT,
@@ -53,7 +54,7 @@ class Segment(Manifest):
     Attributes:
         documents: from the beginning of the stream to the end of this segment.
         duplicates: documents of this segment that are equal to an earlier one in it.
-        tokens, bytes: of this segment.
+        tokens, bytes, special_tokens: of this segment.
         held_out_digests: `Piece.digest` of the first piece of each document held out; of the first segment.
         bookmark: where to go on reading; up to a batch of documents before the segment's end.
         ended: the stream has no more.
@@ -144,9 +145,10 @@ class _Work:
     def extend(self, segments: list[Segment], needed: int | None) -> list[Segment]:
         """Read on behind the last segment until there is enough, or no more."""
         start = segments[-1].bookmark if segments else Bookmark()
-        reader = DatasetReader(self.dataset, self.data.text_field, start.state)
+        reader = DatasetReader(self.dataset, self.data.text_fields[0], self.data.splits[0], start.state)
+        encoder = TextEncoder(self.tokenizer, self.data.special_tokens)
         batches = encode_documents(
-            lambda _: reader.documents(), self.tokenizer, first=start.documents, state=reader.state
+            lambda _: reader.documents(), encoder, first=start.documents, state=reader.state
         )
         segments = list(segments)
         with closing(batches):
@@ -178,7 +180,7 @@ class _Work:
         first = documents = before[-1].documents if before else 0
         bookmark = before[-1].bookmark if before else Bookmark()
         dtype = token_dtype(self.tokenizer.vocab_size)
-        size, ended = 0, True
+        size, special_tokens, ended = 0, 0, True
         with (
             whole_or_absent(_path(self.folder, len(before))) as partial,
             closing(ShardWriter(partial, "train", dtype)) as train,
@@ -196,6 +198,7 @@ class _Work:
                 if part is not None:
                     part.append(piece.ids)
                     size += piece.size
+                    special_tokens += piece.special_tokens
                 if piece.ends:
                     documents += 1
                     digests.add(piece.digest)
@@ -214,6 +217,7 @@ class _Work:
                 duplicates=documents - first - len(digests),
                 tokens=train.tokens + held_out.tokens,
                 bytes=size,
+                special_tokens=special_tokens,
                 train=train.finish(),
                 held_out=held_out.finish(),
                 held_out_digests=tuple(sorted(set(held_digests))),
@@ -254,6 +258,7 @@ def _cut(
         tokens=sum(segment.tokens for segment in segments),
         bytes=sum(segment.bytes for segment in segments),
         notes=_notes(dataset, data, held_out, window),
+        special_tokens=sum(segment.special_tokens for segment in segments),
     )
 
 

@@ -16,6 +16,7 @@ from smolctl.config.run import DataConfig
 from smolctl.data.mixture import Mixture, Part
 from smolctl.data.text.corpus import Source, open_sources
 from smolctl.data.text.documents import Document, OnRead
+from smolctl.data.tokenizer.text_encoder import TextEncoder
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokens.cache import (
     FORMAT,
@@ -54,6 +55,7 @@ class WholeManifest(Manifest):
     """
 
     sources: tuple[str, ...]
+    empty: int  # texts without a character
     held_out_tokens: tuple[int, ...]
 
 
@@ -116,7 +118,7 @@ def _build(
     with (
         whole_or_absent(folder) as partial,
         ExitStack() as open_files,
-        closing(encode_documents(read, tokenizer, total)) as batches,
+        closing(encode_documents(read, TextEncoder(tokenizer, data.special_tokens), total)) as batches,
     ):
         groups = [open_files.enter_context(closing(ShardWriter(partial, name, dtype))) for name in names]
         for batch in batches:
@@ -145,6 +147,8 @@ def _build(
             duplicates=last.documents - len(different),
             tokens=last.tokens,
             bytes=last.bytes,
+            special_tokens=last.special_tokens,
+            empty=last.empty,
             train=train,
             held_out=tuple(chain.from_iterable(reversed(held_out))),
             held_out_tokens=tuple(accumulate(writer.tokens for writer in groups[:-1])),
@@ -174,7 +178,7 @@ def _check_read(sources: Sequence[Source], data: DataConfig, last: TokenizeProgr
     names = ", ".join(source.name for source in sources)
     if not last.documents:
         raise InputError(f"the corpus is empty: no text in {names}", "Name files that hold text.")
-    now = open_sources([source.name for source in sources], data.text_field)
+    now = open_sources(data)
     if [source.identity for source in now] != [source.identity for source in sources]:
         raise InputError(f"{names}: changed while it was read", "Run again when nobody writes to it.")
 
@@ -207,6 +211,8 @@ def _split(folder: Path, manifest: WholeManifest, data: DataConfig) -> Tokenized
         tokens=manifest.tokens,
         bytes=manifest.bytes,
         notes=notes,
+        special_tokens=manifest.special_tokens,
+        empty=manifest.empty,
     )
 
 

@@ -9,7 +9,7 @@ from smolctl.config import ModelConfig
 from smolctl.errors import InputError, SmolError
 from smolctl.sources.base import TokenizerFiles
 from smolctl.sources.gguf.tokenizer import CONTROL, USER_DEFINED
-from smolctl.sources.huggingface.tokenizer import parse_json, token_ids
+from smolctl.sources.huggingface.tokenizer import ids_around_text, parse_json, token_ids
 
 NORMAL, UNUSED = 1, 5  # token types of llama.cpp's vocabulary
 # What a tokenizer may do differently in spite of equal entries: digits, contractions, spaces, line ends,
@@ -133,13 +133,12 @@ def _begins_with_bos(files: TokenizerFiles) -> bool:
     """
     import tokenizers
 
-    backend = tokenizers.Tokenizer.from_str(files.tokenizer_json)
-    bare, full = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
-    if full == bare:
+    around = ids_around_text(tokenizers.Tokenizer.from_str(files.tokenizer_json))
+    if around == ([], []):
         return False
-    if full == [files.bos_token_id, *bare]:
+    if around == ([files.bos_token_id], []):
         return True
-    raise _unsupported(f"special tokens around every text ({full})")
+    raise _unsupported(f"special tokens around every text ({around})")
 
 
 def _unsupported(what: str) -> InputError:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smolctl.errors import InputError
 from smolctl.sources.base import TokenizerFiles
+
+if TYPE_CHECKING:
+    import tokenizers
 
 # Files that hold a tokenizer in formats older than tokenizer.json.
 SLOW_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -81,6 +84,16 @@ def read_tokenizer_folder(folder: Path) -> TokenizerFiles | None:
         eos_token_id=special["eos"],
         pad_token_id=special["pad"],
     )
+
+
+def ids_around_text(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """The special tokens that transformers puts before and after every text: BOS and EOS, or none.
+
+    tokenizer.json alone decides it: transformers 5 leaves `add_bos_token` of tokenizer_config.json out.
+    """
+    bare, full = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+    begin = next(n for n in range(len(full) + 1) if full[n : n + len(bare)] == bare)
+    return full[:begin], full[begin + len(bare) :]
 
 
 def token_ids(tokenizer_json: str, origin: str) -> Mapping[str, int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -14,11 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from smolctl.config.run import DataConfig
 from smolctl.data.text.corpus import iter_texts, open_sources
 from smolctl.data.text.documents import Document, OnRead, cut
-from smolctl.data.tokenizer.bpe import train_bpe
 from smolctl.errors import ExitCode, InputError
 
 # The cases that a cut could spoil: runs of white space, contractions, digits, marks, wide spaces.
@@ -41,18 +42,24 @@ def zstd(content: bytes) -> bytes:
     return zstandard.ZstdCompressor(write_checksum=True).compress(content)
 
 
-PACKERS: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "zst": zstd}
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "gz": gzip.compress,
+    "xz": lzma.compress,
+    "bz2": bz2.compress,
+    "zst": zstd,
+}
+NAMES = {"gz": "gzip", "bz2": "bzip2", "zst": "zstd"}
 
 
 def iter_documents(
     names: list[str], text_field: str = "text", on_read: OnRead = lambda _: None
 ) -> Iterator[Document]:
-    for source in open_sources(names, text_field):
+    for source in open_sources(DataConfig(source=tuple(names), text_field=text_field)):
         yield from source.read(on_read)
 
 
 def read(*sources: Path | str, text_field: str = "text") -> list[str]:
-    return ["".join(doc.pieces) for doc in iter_documents([str(source) for source in sources], text_field)]
+    return ["".join(doc.chunks) for doc in iter_documents([str(source) for source in sources], text_field)]
 
 
 def refused(*sources: Path | str, text_field: str = "text") -> InputError:
@@ -61,44 +68,6 @@ def refused(*sources: Path | str, text_field: str = "text") -> InputError:
     assert caught.value.exit_code == ExitCode.BAD_INPUT
     assert caught.value.hint
     return caught.value
-
-
-def byte_level(pre_tokenizer: pre_tokenizers.PreTokenizer) -> Tokenizer:
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizer
-    backend.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = ["a\n\nb a's  b\n a\tb 01!\n\n <|a|>\na" * 3, "d'll d\n\n\nd  d\r\n"] * 5
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator(words, trainer)
-    return backend
-
-
-GPT4_REGEX = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-TOKENIZERS = {
-    "smollm": train_bpe(["a\n\nb a's  b\n a\tb 01!\n\n <|a|>\na d'll d\n\n\nd  d\r\n"] * 5, 400),
-    "gpt2": byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False)),
-    "gpt4": byte_level(
-        pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(GPT4_REGEX), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", TOKENIZERS)
-@given(text=SPITEFUL, size=st.integers(1, 8))
-def test_pieces_tokenize_as_the_whole_text_does(kind: str, text: str, size: int) -> None:
-    backend = TOKENIZERS[kind]
-    pieces = list(cut([text], size))
-    assert "".join(pieces) == text
-    assert [i for piece in pieces for i in backend.encode(piece).ids] == backend.encode(text).ids
 
 
 def test_safe_cuts_are_found() -> None:
@@ -123,7 +92,7 @@ def test_python_corpus_has_sources_and_documentation() -> None:
     names, size = [], 0
     for document in iter_documents(["python"]):
         names.append(document.name)
-        size += sum(len(piece.encode()) for piece in document.pieces)
+        size += sum(len(piece.encode()) for piece in document.chunks)
     assert size > 5_000_000
     assert "python:json/decoder.py" in names
     assert "python:help/assert" in names
@@ -191,11 +160,62 @@ def test_broken_json_line_is_named(tmp_path: Path) -> None:
     assert "a.jsonl, line 2: broken JSON" in refused(tmp_path).message
 
 
-def test_json_array_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text('[{"text": "one"}]')
-    error = refused(tmp_path / "a.json")
-    assert "line 1: a JSON list" in error.message
-    assert "jq" in error.hint
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_arrays_are_read_item_by_item(tmp_path: Path, indent: int | None) -> None:
+    texts = [f"{number} [brackets], commas \u2028" * number for number in range(500)]  # chunks of the file
+    path = tmp_path / "a.json"
+    path.write_text("\n " + json.dumps([{"n": 1, "text": text} for text in texts], indent=indent) + "\n")
+    assert path.stat().st_size > 2**21
+    assert read(path) == texts
+    (tmp_path / "a.jsonl").write_text("[]")
+    assert read(tmp_path / "a.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('[{"text": "one"}, {"text": "tw', "item 2: broken JSON"),
+        ('[{"text": "one"} {"text": "two"}]', "item 2: broken JSON (a comma or ] is missing)"),
+        ('[{"text": "one"}', "item 2: broken JSON"),
+        ('[{"text": "one"}]\n[{"text": "two"}]', "there is more behind the array"),
+        ('["one"]', "item 1: a JSON str, not an object"),
+        ('[{"text": ["one"]}]', "item 1: field 'text' is no text (list)"),
+        ('[{"body": "one"}]', "item 1: no field 'text'; it has 'body'"),
+    ],
+)
+def test_broken_arrays_are_named_with_their_item(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    assert said in refused(tmp_path / "a.json").message
+
+
+@pytest.mark.parametrize(("name", "between"), [("a.csv", ","), ("a.TSV", "\t"), ("a.csv.gz", ",")])
+def test_tables_are_read_by_their_column(tmp_path: Path, name: str, between: str) -> None:
+    rows = [["n", "text"], ["1", "one"], ["2", '"two, 2\ttabs\nand ""quotes"""'], ["3", ""]]
+    content = "\r\n".join(between.join(row) for row in rows).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert read(tmp_path / name) == ["one", 'two, 2\ttabs\nand "quotes"', ""]
+    assert "no field 'body'; it has 'n', 'text'" in refused(tmp_path / name, text_field="body").message
+
+
+def test_a_table_that_would_lose_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\none, and two\n")
+    assert "line 2: broken table (more columns than 1)" in refused(tmp_path / "a.csv").message
+    (tmp_path / "a.csv").write_text('text\n"one\n')
+    assert "broken table" in refused(tmp_path / "a.csv").message
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"conversations": []},
+        {"instruction": "a", "input": "", "output": "b"},
+        {"prompt": "a", "completion": "b"},
+    ],
+)
+def test_conversations_are_told_from_plain_text(tmp_path: Path, row: dict[str, object]) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    assert "conversations or instructions" in refused(tmp_path).hint
 
 
 def test_missing_text_field_names_line_and_fields(tmp_path: Path) -> None:
@@ -211,9 +231,8 @@ def test_compressed_files_are_read_as_what_they_hold(tmp_path: Path, kind: str) 
     text = "schön\nwarm" * 200_000  # many chunks
     (tmp_path / f"a.txt.{kind}").write_bytes(pack(text[:999_999].encode()) + pack(text[999_999:].encode()))
     (tmp_path / f"b.jsonl.{kind}").write_bytes(pack(b'{"text": "one"}\n{"text": "two"}'))
-    (tmp_path / f"c.py.{kind}").write_bytes(pack(b"named only"))
-    assert read(tmp_path) == [text, "one", "two"]
-    assert read(tmp_path / f"c.py.{kind}") == ["named only"]
+    (tmp_path / f"c.PY.{kind}").write_bytes(pack(b"code"))
+    assert read(tmp_path) == [text, "one", "two", "code"]
     (tmp_path / f"a.txt.{kind}").write_bytes(pack(b"text\0"))
     assert "a zero byte at byte 4" in refused(tmp_path / f"a.txt.{kind}").message
 
@@ -225,7 +244,7 @@ def test_damaged_compressed_files_are_named(tmp_path: Path, kind: str) -> None:
     flipped = whole[:middle] + bytes([whole[middle] ^ 0xFF]) + whole[middle + 1 :]
     for content in (whole[:-9], whole[:3], b"not packed at all", flipped):
         path.write_bytes(content)
-        assert f"a.txt.{kind}: damaged {'gzip' if kind == 'gz' else 'zstd'} file" in refused(tmp_path).message
+        assert f"a.txt.{kind}: damaged {NAMES.get(kind, kind)} file" in refused(tmp_path).message
 
 
 def test_progress_of_a_compressed_file_counts_its_own_bytes(tmp_path: Path) -> None:
@@ -234,7 +253,7 @@ def test_progress_of_a_compressed_file_counts_its_own_bytes(tmp_path: Path) -> N
         path.write_bytes(pack(random.Random(0).randbytes(300_000).hex().encode()))
         counts: list[int] = []
         documents = iter_documents([str(path)], on_read=counts.append)
-        assert sum(len(piece) for document in documents for piece in document.pieces) == 600_000
+        assert sum(len(piece) for document in documents for piece in document.chunks) == 600_000
         assert sum(counts) == path.stat().st_size
 
 
@@ -265,6 +284,6 @@ def test_missing_extra_says_how_to_install_it(
 def test_iter_texts_is_the_text_of_all_documents(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n" * 9000)
     (tmp_path / "b.txt").write_text("two")
-    texts = list(iter_texts([str(tmp_path)]))
+    texts = list(iter_texts(DataConfig(source=(str(tmp_path),))))
     assert len(texts) > 2
     assert "".join(texts) == "one\n" * 9000 + "two"

@@ -252,7 +252,7 @@ def test_manifest_of_a_segment_is_plain_and_complete(rows: HubRepository, tmp_pa
 
 
 def test_a_tokenizer_is_trained_on_a_stream_too(rows: HubRepository) -> None:
-    assert "".join(iter_texts(["org/rows"])) == "".join(TEXTS)
+    assert "".join(iter_texts(data())) == "".join(TEXTS)
 
 
 @pytest.mark.parametrize(
@@ -308,6 +308,41 @@ def test_refusals_say_what_is_wrong(dataset_hub: HubServer, rows: HubRepository,
     assert not list(tmp_path.rglob(MANIFEST))
     dataset_hub.fails_with = 503
     assert "503" in refusal("org/rows", tmp_path).message
+
+
+def test_the_split_that_is_named_is_read(dataset_hub: HubServer, tmp_path: Path) -> None:
+    dataset_hub.repositories["datasets/org/chats"] = HubRepository(
+        {
+            "README.md": b"---\nconfigs:\n- config_name: default\n  data_files:\n"
+            b"  - {split: train_sft, path: one.parquet}\n  - {split: test_sft, path: two.parquet}\n---\n",
+            "one.parquet": parquet(TEXTS[:20]),
+            "two.parquet": parquet(TEXTS[20:40]),
+        }
+    )
+    corpus = tokenize(tmp_path, None, data("org/chats", fraction=0, split="test_sft"))
+    assert TOKENIZER.decode(tokens(corpus.train)) == "".join(TEXTS[20:40])
+    assert "org/chats" in corpus.read[0]
+    assert "split test_sft of the Hub dataset" in corpus.read[0]
+    other = tokenize(tmp_path, None, data("org/chats", fraction=0, split="train_sft"))
+    assert other.fingerprint != corpus.fingerprint
+    error = refusal("org/chats", tmp_path)
+    assert "no split 'train'; it has " in error.message
+    assert "'train_sft'" in error.message
+    assert "data.split" in error.hint
+
+
+def test_a_text_file_is_one_document_on_the_hub_as_on_disk(dataset_hub: HubServer, tmp_path: Path) -> None:
+    texts = ["one line\nand another\n\nand a third\n" * 20, "a second file\n" * 30]
+    dataset_hub.repositories["datasets/org/books"] = HubRepository(
+        {f"{number}.txt": text.encode() for number, text in enumerate(texts)}
+    )
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    there = tokenize(tmp_path, None, data("org/books", fraction=0))
+    files = tuple(str(tmp_path / f"{number}.txt") for number in (0, 1))
+    here = tokenize(tmp_path, None, data(fraction=0).model_copy(update={"source": files}))
+    assert there.documents == here.documents == 2
+    assert tokens(there.train) == tokens(here.train)
 
 
 def test_too_short_a_dataset_names_both_numbers(dataset_hub: HubServer, tmp_path: Path) -> None:

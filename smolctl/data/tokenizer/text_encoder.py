@@ -1,0 +1,146 @@
+"""Documents to token ids as transformers encodes them, a long one piece by piece without changing an id."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import tokenizers
+from tokenizers import models
+
+from smolctl.data.text.documents import LONGEST_PIECE, PIECE, cut
+from smolctl.data.tokenizer.decoding import is_byte_level
+from smolctl.data.tokenizer.tokenizer import Tokenizer
+from smolctl.sources.huggingface.tokenizer import ids_around_text
+
+SpecialTokens = Literal["text", "tokens"]
+# Characters on each side of a cut that are encoded to see whether it is safe, and that a piece is encoded
+# behind. Longer than what any known tokenizer looks at to divide a text into words.
+CONTEXT = 64
+# A character that no text holds: what begins with it is never found in one.
+_NEVER = "\ufdd0"
+
+
+class TextPiece(NamedTuple):
+    """A part of a text, and how its ids are had: those of `lead + text` without the first `skip`."""
+
+    text: str
+    lead: str  # what stands before it in the document; empty at its beginning
+    skip: int  # ids of the lead
+    special_tokens: int  # spelled in `text`
+
+
+class TextEncoder:
+    """Encodes whole documents for training.
+
+    A cut could change ids: where a tokenizer treats the beginning of a text differently (SentencePiece's
+    "▁"), and where one token holds characters of both sides. So a text is cut only where the ids before the
+    place do not depend on what follows, and where either the tokenizer divides the text into words or no
+    entry of its vocabulary could join the two sides. Each further piece is encoded behind some of the text
+    before it, whose ids are dropped. Where a tokenizer has no such place a document stays whole (up to
+    `LONGEST_PIECE`).
+
+    Args:
+        tokenizer: gives the ids.
+        special_tokens: "text" reads special tokens that a text spells, such as `<|endoftext|>`, as ordinary
+            characters; "tokens" as the tokens that they name.
+
+    Attributes:
+        begin: ids that transformers puts before every text, such as BOS.
+        end: ids after every text: what transformers puts there, and the end-of-text token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, special_tokens: SpecialTokens = "text") -> None:
+        self._backend = _reading_backend(tokenizer.backend, special_tokens)
+        self.begin, after = ids_around_text(tokenizer.backend)
+        end_of_text = tokenizer.end_of_text_id
+        self.end = after if after[-1:] == [end_of_text] else [*after, end_of_text]
+        added = tokenizer.backend.get_added_tokens_decoder().values()
+        spelled = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, spelled))) if spelled else None
+        self._joins_at_spaces = _joins_at_spaces(self._backend)
+        self._has_places = (
+            '"FixedLength"' not in self._backend.to_str()
+        )  # which counts from a text's beginning
+
+    def pieces(
+        self, chunks: Iterable[str], size: int = PIECE, longest: int = LONGEST_PIECE
+    ) -> Iterator[TextPiece]:
+        """Cut a text, given in parts of any length, into pieces of about `size` characters; see `cut`."""
+        lead, skip = following = "", 0
+
+        def is_safe(text: str, place: int) -> bool:
+            nonlocal following
+            before = text[max(0, place - CONTEXT) : place]
+            ids = self._ids_of_lead(before, text[place : place + CONTEXT])
+            if ids is not None:
+                following = before, ids
+            return ids is not None
+
+        for text in cut(chunks, size, longest, is_safe, CONTEXT):
+            yield TextPiece(text, lead, skip, len(self._special.findall(text)) if self._special else 0)
+            (lead, skip), following = following, ("", 0)
+
+    def encode(self, pieces: Sequence[TextPiece]) -> list[list[int]]:
+        """Ids of pieces, on all cores. Neither `begin` nor `end` is among them."""
+        texts = [piece.lead + piece.text for piece in pieces]
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids[piece.skip :] for piece, encoding in zip(pieces, encodings, strict=True)]
+
+    def _ids_of_lead(self, before: str, after: str) -> int | None:
+        """How many ids a text has when it is cut off, or None where the cut would change an id."""
+        if not self._has_places:
+            return None
+        head, both = (
+            self._backend.encode(text, add_special_tokens=False) for text in (before, before + after)
+        )
+        count = len(head.ids)
+        if not 0 < count < len(both.ids) or both.ids[:count] != head.ids:
+            return None
+        divided = both.word_ids[count - 1] != both.word_ids[count]
+        return count if divided or (after[0] == " " and not self._joins_at_spaces) else None
+
+
+def _joins_at_spaces(backend: tokenizers.Tokenizer) -> bool:
+    """Whether a model could join a visible character with the space behind it: only an entry like "x▁y" does.
+
+    What holds for byte-pair merges does not for the sums of Unigram, which round, and for whole words.
+    """
+    space = "Ġ" if is_byte_level(backend) else "[▁ ]"
+    joint = re.compile(rf"[^▁Ġ ]{space}")
+    is_bpe = isinstance(backend.model, models.BPE)
+    return not is_bpe or any(map(joint.search, backend.get_vocab(with_added_tokens=False)))
+
+
+def _reading_backend(backend: tokenizers.Tokenizer, special_tokens: SpecialTokens) -> tokenizers.Tokenizer:
+    """A copy that reads special tokens as asked for; the tokenizer of prompts stays as it is."""
+    state = json.loads(backend.to_str())
+    if special_tokens == "tokens":
+        return tokenizers.Tokenizer.from_str(json.dumps(state))
+    model = state["model"]
+    if model["type"] != "BPE" or model.get("ignore_merges"):
+        # These look up whole words or pieces, special tokens among them when their vocabulary lists them.
+        _hide_special_tokens(state, model)
+    copy = tokenizers.Tokenizer.from_str(json.dumps(state))
+    copy.encode_special_tokens = True  # as `split_special_tokens` of transformers
+    return copy
+
+
+def _hide_special_tokens(state: dict[str, Any], model: dict[str, Any]) -> None:
+    """Spell special tokens in a model's vocabulary as no text does; their ids and all others stay."""
+    vocab = model["vocab"]
+    kept = {model.get("unk_token")}  # the model finds it by its name
+    listed = set(dict(vocab)) - kept
+    special = {token["content"] for token in state["added_tokens"] if token["special"]}
+    hidden = special & listed
+
+    def spelled(entry: str) -> str:
+        return _NEVER + entry if entry in hidden else entry
+
+    if isinstance(vocab, list):
+        model["vocab"] = [[spelled(entry), score] for entry, score in vocab]
+    else:
+        model["vocab"] = {spelled(entry): token_id for entry, token_id in vocab.items()}
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in hidden]
