@@ -63,7 +63,8 @@ class Step:
 
     event: ClassVar[str] = "step"
     step: int  # counted from 1
-    loss: float | None  # nats a token, mean over the step's tokens, before the update; None: float16 overflow
+    # Cross-entropy in nats a token, mean over the step's tokens, before the update; None: float16 overflow.
+    loss: float | None
     learning_rate: float
     gradient_norm: float | None  # before clipping
     tokens: int  # seen by the run so far
@@ -74,6 +75,7 @@ class Step:
     mfu: float | None  # share of the devices' peak arithmetic; None where that is not known
     skipped: int = 0  # steps so far whose float16 gradients overflowed; their updates were not made
     phase: str = ""  # of the schedule: "warmup", "stable", "decay" or "floor"
+    z_loss: float | None = None  # nats a token that train.z_loss adds to the loss; None where it is off
 
 
 @dataclass(frozen=True)
