@@ -18,6 +18,21 @@ class Note:
 
 
 @dataclass(frozen=True)
+class ScheduleOutline:
+    """What the steps to come see of the learning-rate schedule. Each step counts in one part at most;
+    what is left is spent at the peak.
+    """
+
+    name: str
+    peak: float  # highest rate of these steps
+    end: float  # rate of the last one
+    warmup_steps: int  # on the way up
+    decay_steps: int  # on the way down
+    floor_steps: int  # at the end of the decay, where the rate does not change any more
+    curve: tuple[float, ...]  # rates of steps evenly spread from the first to the last
+
+
+@dataclass(frozen=True)
 class RunPlan:
     """The run in numbers. Times are measured on this machine with one real forward and backward."""
 
@@ -33,6 +48,7 @@ class RunPlan:
     duplicates: int  # of these, equal to an earlier one
     epochs: float  # passes over the corpus
     tokens_per_parameter: float
+    schedule: ScheduleOutline
     memory: TrainingMemory
     memory_bytes: int  # expected peak of the process or of the GPU's memory: `memory`, libraries, gaps
     framework_bytes: int  # held by the process before the run: Python and its libraries; 0 on a GPU

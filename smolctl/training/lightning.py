@@ -7,6 +7,7 @@ Every module takes Lightning's names from here, so that none of them imports it 
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,10 @@ with _without_torchmetrics():
     from lightning.pytorch.plugins.io import CheckpointIO
     from lightning.pytorch.strategies import ParallelStrategy
     from lightning.pytorch.utilities import rank_zero_only
+
+# Lightning's own lines about devices and tips would cut through the display.
+for _name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 __all__ = [
     "CSVLogger",
