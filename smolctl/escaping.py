@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -18,8 +19,9 @@ _VISIBLE: dict[int, int | str] = {
 }
 
 
-# JSON escapes the line ends of ASCII; these three it leaves as they are.
-_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+# JSON escapes the line ends of ASCII and leaves these three as they are; half a surrogate pair, which may be
+# in a broken file name, has no UTF-8.
+_ESCAPED = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029, *range(0xD800, 0xE000))}
 
 
 def fenced(text: str) -> list[str]:
@@ -52,7 +54,23 @@ def _longest_run(text: str) -> int:
     return max(map(len, re.findall("`+", text)), default=0)
 
 
-def json_line(record: Mapping[str, Any]) -> str:
-    """A JSON object as one line, also for readers to whom Unicode's other line ends are line ends."""
-    line = json.dumps(record, ensure_ascii=False)
-    return line.translate(_LINE_ENDS)
+def json_text(value: Any, indent: int | None = None) -> str:
+    """A value as JSON that every reader takes. All JSON that smolctl writes or prints is made here.
+
+    JSON has no NaN and no infinity: they become null. Without `indent` it is one line, also for readers to
+    whom Unicode's other line ends are line ends.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(value), ensure_ascii=False, indent=indent, allow_nan=False)
+    return text.translate(_ESCAPED)
+
+
+def _finite(value: Any) -> Any:
+    """Nested values with None in place of numbers that JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -19,6 +19,7 @@ from typing import Any
 from smolctl import __version__
 from smolctl.durable import file_digest, sync_folder, write_text
 from smolctl.errors import UsageError
+from smolctl.escaping import json_text
 
 RECORD = ".smolctl.json"
 FORMAT = 1
@@ -77,7 +78,7 @@ def read_record(folder: Path) -> Record | None:
 
 def write_record(folder: Path, record: Record) -> None:
     """Say what in a folder is smolctl's."""
-    write_text(folder / RECORD, json.dumps(asdict(record), indent=2) + "\n")
+    write_text(folder / RECORD, json_text(asdict(record), indent=2) + "\n")
 
 
 def edited_files(folder: Path) -> tuple[str, ...]:

@@ -158,7 +158,7 @@ def test_fine_tuning_starts_at_the_loss_of_transformers_and_goes_down(
     assert [event["step"] for event in steps] == list(range(1, 21))
 
     config = RunFolder.open(tmp_path / "run").config()
-    batch = prepare(config, str(gguf_file), lambda _event: None).dataset()[0]  # what step 1 saw
+    batch = prepare(config, open_source(str(gguf_file)), lambda _event: None).dataset()[0]  # what step 1 saw
     with torch.inference_mode():
         theirs = reference(batch[:, :-1]).logits.flatten(0, 1).log_softmax(-1)
     expected = -theirs.gather(1, batch[:, 1:].flatten()[:, None]).mean().item()

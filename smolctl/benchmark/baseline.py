@@ -12,6 +12,7 @@ from smolctl.benchmark.metrics import SECONDS
 from smolctl.benchmark.report import BenchReport, Result
 from smolctl.durable import write_text
 from smolctl.errors import InputError, SmolError
+from smolctl.escaping import json_text
 from smolctl.timing import median_interval
 
 FORMAT, VERSION = "smolctl-bench", 1
@@ -78,7 +79,7 @@ def save_record(document: Mapping[str, Any], path: Path) -> None:
         SmolError: it cannot be written.
     """
     try:
-        write_text(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        write_text(path, json_text(document, indent=1) + "\n")
     except OSError as error:
         raise SmolError(f"{path}: cannot be written ({error.strerror})", "Name another file.") from None
 

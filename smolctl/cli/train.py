@@ -27,7 +27,10 @@ def train(
             show_default=False,
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimizer steps in all.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", min=1, help="Optimizer steps in all; a preset's schedule scales with them."),
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -68,8 +71,10 @@ def train(
     """
     changes = run_changes(locals())
     from smolctl.config import load_run_config
+    from smolctl.config.load import merge, parse_settings
     from smolctl.runs.events import Note
     from smolctl.runs.folder import RunFolder
+    from smolctl.sources import open_source
     from smolctl.training.distributed import failing_together, is_main_process
     from smolctl.training.prepare import prepare
     from smolctl.training.train import plan_run
@@ -77,7 +82,9 @@ def train(
     from smolctl.views.training import TrainingView
 
     name = config or (DEFAULT_FINETUNE_CONFIG if init_from else DEFAULT_CONFIG)
-    run_config = load_run_config(name, settings or (), changes)
+    changes = merge(parse_settings(settings or ()), changes)
+    source = open_source(init_from) if init_from else None
+    run_config = load_run_config(name, flags=changes, model=source.require_config() if source else None)
     out_view = output if is_main_process() else Output(quiet=True)
     with TrainingView(out_view) as view, failing_together():
         if out is not None and not dry_run and is_main_process():  # before what takes long
@@ -86,7 +93,7 @@ def train(
         hears = (lambda event: notes.append(event.text)) if dry_run and output.json else view
         if Path(name).is_dir():  # which is no config, so a preset of that name was found
             hears(Note(f"{name} is the preset; the folder {Path(name).absolute()} is not meant."))
-        prepared = prepare(run_config, init_from, hears, view.tokenizing)
+        prepared = prepare(run_config, source, hears, view.tokenizing, changes)
         if dry_run:
             plan = plan_run(prepared, out or Path("runs"))
             out_view.document({"plan": asdict(plan), "notes": notes})

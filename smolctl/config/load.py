@@ -6,6 +6,7 @@ Precedence, strongest first: flags, `--set`, the file, the defaults.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from smolctl.errors import InputError, UsageError
 
 C = TypeVar("C", bound=BaseModel)
 PER_SOURCE = ("text_field", "split")  # keys of data that may be a list, one entry for each source
+
+UNION_MEMBER = re.compile(r"int|float|bool|str|.*\W.*")  # in pydantic's path to a value, beside its keys
 
 
 class YamlLoader(yaml.SafeLoader):
@@ -137,7 +140,10 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_run_config(
-    name_or_path: str, settings: Iterable[str] = (), flags: Mapping[str, Any] | None = None
+    name_or_path: str,
+    settings: Iterable[str] = (),
+    flags: Mapping[str, Any] | None = None,
+    model: ModelConfig | None = None,
 ) -> RunConfig:
     """Read a preset or a YAML file and lay `--set` items and flags over it.
 
@@ -145,15 +151,88 @@ def load_run_config(
         name_or_path: a name in `configs/` or the path of a YAML file.
         settings: `section.key=value` items.
         flags: nested values of the command line's own options; the strongest.
+        model: of the weights to start from. It takes the place of the file's model section, which describes
+            new weights; dropout, which no weights have, stays the file's.
     """
     path = config_path(name_or_path)
-    base, over = read_yaml(path), merge(parse_settings(settings), flags or {})
-    data = over.get("data")
-    if isinstance(data, dict) and "source" in data:
-        base = merge(base, {"data": {"weights": None}})  # they were those of the file's own sources
-        own = base["data"]
-        base["data"] = {key: own[key] for key in own if key not in PER_SOURCE or isinstance(own[key], str)}
-    return resolve_run_config(merge(base, over), origin=str(name_or_path))
+    content, changes = read_yaml(path), merge(parse_settings(settings), flags or {})
+    if model is not None:
+        dropout = _given(content, "model", "attention_dropout") or 0.0
+        content = {**content, "model": {**model.model_dump(), "attention_dropout": dropout}}
+    return resolve_run_config(changed_recipe(path, content, changes), origin=str(name_or_path))
+
+
+def is_preset(path: Path) -> bool:
+    """Whether a file is one of the shipped configs."""
+    return path.resolve().parent == presets_folder().resolve() and path.stem in preset_names()
+
+
+def changed_recipe(path: Path, content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a config file with a user's changes, and with what follows from them.
+
+    A preset's schedule fits its own number of steps and its own peak. With another number of steps its
+    numbers of steps are scaled, with another peak its least rate; under another `schedule.name` it decays
+    as that one does by itself. What the user sets stays as it is set, and so does all of a user's own file.
+
+    Args:
+        path: of the file; tells a preset from a user's own.
+        content: of the file.
+        changes: nested values; the stronger ones.
+    """
+    if _given(changes, "data", "source") is not None:
+        content = merge(content, {"data": {"weights": None}})  # they were those of the file's own sources
+        own = content["data"]
+        kept = {key: own[key] for key in own if key not in PER_SOURCE or isinstance(own[key], str)}
+        content = {**content, "data": kept}
+    if not is_preset(path):
+        return changed_run(content, changes)
+    schedule = dict(content["schedule"])
+    name = _given(changes, "schedule", "name") or schedule["name"]
+    if name != schedule["name"]:  # 0: cosine and linear fall to the last step; wsd's share is SmolLM2's
+        schedule |= {"decay_start": None, "decay_steps": 0.2 if name == "wsd" else 0}
+    steps = _ratio(_given(changes, "train", "steps"), content["train"]["steps"])
+    for key in ("warmup_steps", "decay_start", "decay_steps"):
+        if (schedule[key] or 0) >= 1:
+            schedule[key] = max(1, round(schedule[key] * steps))
+    return changed_run(with_scaled_floor({**content, "schedule": schedule}, changes), changes)
+
+
+def with_scaled_floor(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's nested values whose least learning rate is the same share of the peak that changes ask for."""
+    peak = _ratio(_given(changes, "optimizer", "learning_rate"), values["optimizer"]["learning_rate"])
+    if peak == 1:
+        return dict(values)
+    least = values["schedule"]["min_learning_rate"] * peak
+    return merge(values, {"schedule": {"min_learning_rate": float(f"{least:.6g}")}})
+
+
+def changed_run(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's nested values with changes over them.
+
+    Another batch size lowers a micro-batch size that it does not divide by, which changes nothing but the
+    memory, unless the changes name both.
+    """
+    merged = merge(values, changes)
+    batch, micro = (_given(merged, "train", key) for key in ("batch_size", "micro_batch_size"))
+    train = changes.get("train")
+    asked = train if isinstance(train, Mapping) else {}
+    is_batch_alone = "batch_size" in asked and "micro_batch_size" not in asked
+    if is_batch_alone and type(batch) is type(micro) is int:
+        fitting = (size for size in range(min(micro, batch), 0, -1) if batch % size == 0)
+        merged = merge(merged, {"train": {"micro_batch_size": next(fitting, micro)}})
+    return merged
+
+
+def _given(values: Mapping[str, Any], section: str, key: str) -> Any:
+    """A key of a section; None where either is missing."""
+    found = values.get(section)
+    return found.get(key) if isinstance(found, Mapping) else None
+
+
+def _ratio(asked: Any, own: float) -> float:
+    """How many times as much was asked for; 1 where nothing sensible was: validation names it later."""
+    is_number = isinstance(asked, int | float) and not isinstance(asked, bool) and 0 < asked < math.inf
+    return asked / own if is_number else 1
 
 
 def resolve_run_config(values: Mapping[str, Any], origin: str) -> RunConfig:
@@ -180,8 +259,8 @@ def _validate(schema: type[C], values: Mapping[str, Any], origin: str) -> C:
 def _config_error(schema: type[BaseModel], error: ValidationError, origin: str) -> InputError:
     problems = error.errors()
     first = problems[0]
-    key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("tuple[", "function-")))
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    keys = list(dict.fromkeys(_key(problem) for problem in problems))
+    key, more = keys[0], f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _keys_beside(schema, [str(part) for part in first["loc"]])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
@@ -192,6 +271,14 @@ def _config_error(schema: type[BaseModel], error: ValidationError, origin: str) 
     return InputError(
         f"{origin}: {key + ': ' if key else ''}{reason}{given}{more}", "Change the value and run again."
     )
+
+
+def _key(problem: Any) -> str:
+    """The dotted name of the value that pydantic complains about."""
+    parts = [str(part) for part in problem["loc"]]
+    if problem["type"] != "extra_forbidden":  # a key that nobody knows may look like anything
+        parts = [part for part in parts if not UNION_MEMBER.fullmatch(part)]
+    return ".".join(parts)
 
 
 def _keys_beside(schema: type[BaseModel], location: list[str]) -> list[str]:

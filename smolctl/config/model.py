@@ -15,7 +15,7 @@ class ModelConfig(BaseModel):
     `residual_scale=1` the network is, tensor for tensor, a `LlamaForCausalLM`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     vocab_size: int = Field(49_152, gt=0, description="tokens that the model knows")
     hidden_size: int = Field(576, gt=0, description="width of the residual stream")

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from smolctl.config.model import ModelConfig
 
+
+def _steps_or_share(value: int | float) -> int | float:
+    if value < 1:
+        return value
+    if value != int(value):
+        raise ValueError("give a whole number of steps, or below 1 a share of train.steps")
+    return int(value)
+
+
 # A number of steps, or a share of train.steps when below 1. Shares become whole steps in the
 # resolved config, so that a run that is resumed later keeps the schedule it was started with.
-StepsOrShare = Annotated[int | float, Field(ge=0)]
+StepsOrShare = Annotated[int | float, Field(ge=0), AfterValidator(_steps_or_share)]
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of a moment, as AdamW takes it
 
 
 class Section(BaseModel):
-    """A frozen section of the file; an unknown key is an error."""
+    """A frozen section of the file; an unknown key is an error, and so is NaN or infinity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -77,7 +86,7 @@ class DataConfig(Section):
             return self
         if len(weights) != len(self.source):
             raise ValueError(f"{len(weights)} weights for {len(self.source)} sources; give one for each")
-        if not all(0 < weight < math.inf for weight in weights):
+        if min(weights) <= 0:
             raise ValueError("every weight must be above 0; leave a source out to not use it")
         if min(weights) < sum(weights) / 1_000:
             raise ValueError("every weight must be at least a thousandth of their sum")
@@ -124,7 +133,8 @@ class TrainConfig(Section):
     checkpoint_activations: bool = Field(
         False, description="compute each block again for its gradients instead of keeping it: slower, smaller"
     )
-    seed: int = Field(8, ge=0, description="initial weights and dropout")
+    # NumPy's generator, which is seeded with it, takes 32 bits.
+    seed: int = Field(8, ge=0, lt=2**32, description="initial weights and dropout")
 
 
 class OptimizerConfig(Section):
@@ -132,7 +142,7 @@ class OptimizerConfig(Section):
 
     name: Literal["adamw", "muon"] = Field("adamw", description="muon: for the matrices of the blocks")
     learning_rate: float = Field(3e-4, gt=0, description="the schedule's peak")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="decay of the two moments")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="decay of the two moments")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.01, ge=0, description="times the learning rate, matrices only")
 
@@ -141,7 +151,7 @@ class ScheduleConfig(Section):
     """The learning rate as a pure function of the step."""
 
     name: Literal["wsd", "cosine", "linear", "constant"] = Field("wsd", description="wsd: rise, hold, fall")
-    warmup_steps: StepsOrShare = Field(2_000, description="steps, or below 1 a share of train.steps")
+    warmup_steps: StepsOrShare = Field(0.02, description="steps, or below 1 a share of train.steps")
     decay_start: int | None = Field(
         None, ge=0, description="first step of wsd's decay; null: steps - decay_steps"
     )
@@ -184,7 +194,9 @@ class TrainerConfig(Section):
     """Lightning's Trainer."""
 
     accelerator: str = Field("auto", description="cpu, gpu, mps or auto")
-    devices: int | Literal["auto"] = Field(1, description="on each machine; auto: all")
+    devices: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
+        1, description="on each machine; auto: all"
+    )
     num_nodes: int = Field(1, gt=0, description="machines")
     strategy: Literal["auto", "ddp"] = Field("auto", description="auto: ddp where there are several devices")
     loggers: tuple[Literal["csv", "tensorboard", "wandb", "trackio"], ...] = Field(
@@ -276,6 +288,22 @@ class RunConfig(Section):
             )
             flat |= values or {name: section}
         return flat
+
+    def schedule_contradictions(self) -> tuple[str, ...]:
+        """What cannot be meant in the schedule, one line each; of a run with whole steps."""
+        schedule, peak = self.schedule, self.optimizer.learning_rate
+        found = []
+        rises = schedule.begin + int(schedule.warmup_steps)
+        if schedule.decay_steps and schedule.decay_start is not None and schedule.decay_start < rises:
+            found.append(
+                f"schedule.decay_start {schedule.decay_start:,} comes before the end of the warmup, {rises:,}"
+            )
+        if schedule.min_learning_rate > peak:
+            found.append(
+                f"schedule.min_learning_rate {schedule.min_learning_rate:g} is above "
+                f"optimizer.learning_rate {peak:g}"
+            )
+        return tuple(found)
 
     def with_whole_steps(self) -> RunConfig:
         """This run with every share of `train.steps` turned into a number of steps."""

@@ -62,7 +62,8 @@ def _differences(this: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[Dif
 
 
 def _recipe(run: RunConfig) -> dict[str, Any]:
-    return {key: value for key, value in run.settings().items() if not key.startswith("model.")}
+    whole = run.with_whole_steps()  # a share of the steps may be the same number
+    return {key: value for key, value in whole.settings().items() if not key.startswith("model.")}
 
 
 def _tensors(source: ModelSource) -> dict[str, str]:

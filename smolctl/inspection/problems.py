@@ -100,14 +100,7 @@ def _recipe_problems(run: RunConfig) -> Iterator[str]:
     steps, warmup = whole.train.steps, whole.schedule.warmup_steps
     if warmup >= steps:
         yield f"schedule.warmup_steps {warmup:,} is not below train.steps {steps:,}: the peak is never held"
-    start = whole.schedule.decay_start
-    if start is not None and start < warmup:
-        yield f"schedule.decay_start {start:,} comes before the end of the warmup, {warmup:,}"
-    if whole.schedule.min_learning_rate > whole.optimizer.learning_rate:
-        yield (
-            f"schedule.min_learning_rate {whole.schedule.min_learning_rate:g} is above "
-            f"optimizer.learning_rate {whole.optimizer.learning_rate:g}"
-        )
+    yield from whole.schedule_contradictions()
 
 
 def _recipe_notes(run: RunConfig) -> Iterator[str]:

@@ -189,9 +189,9 @@ class _LinearCrossEntropy(Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, rows: int
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         needs_gradient = any(ctx.needs_input_grad[:2])
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        total, z_total = torch.zeros((2,), dtype=torch.float32, device=hidden.device).unbind()
         dhidden = torch.empty_like(hidden) if needs_gradient else None
         dweight = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
         dtype = _product_dtype(hidden)
@@ -208,6 +208,7 @@ class _LinearCrossEntropy(Function):
             if dhidden is None or dweight is None:
                 continue
             if z_loss:
+                z_total += z_loss * logsumexp.square().sum()
                 probabilities.mul_(1 + 2 * z_loss * logsumexp)
             probabilities.scatter_add_(1, target, torch.full_like(chosen, -1))
             dlogits = probabilities.to(dtype)
@@ -218,10 +219,11 @@ class _LinearCrossEntropy(Function):
                 dweight += dlogits.mT @ part
         ctx.dtype = weight.dtype
         ctx.save_for_backward(dhidden, dweight)
-        return total
+        ctx.mark_non_differentiable(z_total)
+        return total, z_total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         dhidden, dweight = ctx.saved_tensors
         # In place: at this moment memory is fullest. PyTorch counts the changes of what it saved, so that a
         # second backward pass over the same loss fails instead of multiplying once more.
@@ -230,8 +232,8 @@ class _LinearCrossEntropy(Function):
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, z_loss: float = 0.0
-) -> Tensor:
-    """Sum over tokens of the cross entropy in nats, (), in float32.
+) -> tuple[Tensor, Tensor]:
+    """Sum over tokens of the cross entropy and the z-loss in nats, (), in float32.
 
     Args:
         hidden: (N, C).
@@ -239,5 +241,8 @@ def linear_cross_entropy(
         targets: (N,).
         rows: tokens whose logits exist at once.
         z_loss: weight of logsumexp², which holds the logits near 0 (Chowdhery et al., "PaLM", 2022: 1e-4).
+
+    Returns:
+        The sum of both, and the part of it that is z-loss, which has no gradient of its own.
     """
     return _LinearCrossEntropy.apply(hidden, weight, targets, z_loss, rows)  # type: ignore[no-any-return, no-untyped-call]

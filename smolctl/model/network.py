@@ -288,12 +288,17 @@ class Transformer(nn.Module):
         """Logits (B, V) after the last token alone: a prompt needs no others."""
         return self.logits(self.model(input_ids, cache)[:, -1])
 
-    def loss(
-        self, input_ids: Tensor, targets: Tensor, z_loss: float = 0.0, documents: Tensor | None = None
-    ) -> Tensor:
-        """Sum over all tokens of the cross entropy in nats; `input_ids` and `targets` are (B, T).
+    def loss(self, input_ids: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Sum over all tokens of the cross entropy in nats; all as in `training_loss`."""
+        return self.training_loss(input_ids, targets, 0.0, documents)[0]
 
-        `z_loss` is the weight of logsumexp² in it; `documents` as in `forward`.
+    def training_loss(
+        self, input_ids: Tensor, targets: Tensor, z_loss: float, documents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Sum over all tokens of cross entropy and z-loss in nats, and the part that is z-loss.
+
+        `input_ids` and `targets` are (B, T), `z_loss` is the weight of logsumexp², `documents` as in
+        `forward`.
 
         The logits exist in chunks only, forward and backward: all of them at once would be 49,152
         numbers a token, more than everything else that a layer keeps.

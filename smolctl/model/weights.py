@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -54,14 +54,24 @@ def load_network(source: ModelSource, dtype: torch.dtype | None = None) -> Trans
     return from_state(config, tensors, source.id).eval()
 
 
+def require_finite(network: Transformer, source: ModelSource) -> None:
+    """Check a source's weights after they were loaded. Raises as `finite_tensors`."""
+    for _ in _finite(network.named_parameters(), source):
+        pass
+
+
 def finite_tensors(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a source that is about to be written in another form.
 
     Raises:
         InputError: the weights cannot be read, or hold NaN or infinite values: with the tensor's name.
     """
+    return _finite(source.require_weights().tensors(), source)
+
+
+def _finite(tensors: Iterable[tuple[str, Tensor]], source: ModelSource) -> Iterator[tuple[str, Tensor]]:
     step = "" if source.step is None else f" at step {source.step:,}"
-    for name, tensor in source.require_weights().tensors():
+    for name, tensor in tensors:
         if not torch.isfinite(tensor).all():
             raise InputError(
                 f"{source.id}{step}: {name} holds NaN or infinite values",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -13,6 +12,7 @@ from smolctl.config.dump import to_yaml
 from smolctl.config.run import DataConfig
 from smolctl.data.text.hub import DatasetName
 from smolctl.durable import write_text
+from smolctl.escaping import json_text
 from smolctl.quantization.record import read_record
 from smolctl.runs.chart import draw_loss
 from smolctl.runs.folder import CONFIG, ENVIRONMENT, LOSS_CURVE, METRICS, PREDICTIONS, STORY, RunFolder
@@ -114,7 +114,7 @@ def write_records(facts: RunFacts, run: Path, target: Path) -> None:
     shown = facts.config.model_copy(update={"data": facts.public_data(), "tokenizer": tokenizer})
     write_text(folder / CONFIG, to_yaml(shown))
     if facts.environment:
-        write_text(folder / ENVIRONMENT, json.dumps(facts.environment, indent=2) + "\n")
+        write_text(folder / ENVIRONMENT, json_text(facts.environment, indent=2) + "\n")
     keep_records(run / METRICS, facts.step, folder / METRICS)
     if facts.histories:
         keep_records(run / PREDICTIONS, facts.step, folder / PREDICTIONS)

@@ -18,6 +18,7 @@ from smolctl.errors import SmolError
 from smolctl.model.dynamic import dynamic_network, dynamic_state
 from smolctl.ownership import Record, building, put_in_place, write_record
 from smolctl.quantization.schemes import DYNAMIC, QuantizationPlan
+from smolctl.runs.checkpoint_file import FORMAT as CHECKPOINT_FORMAT
 from smolctl.sources import open_source
 from smolctl.sources.base import TokenizerFiles
 from smolctl.sources.huggingface.write import CODE, WRITTEN, write_json, write_model
@@ -204,6 +205,7 @@ def _write_checkpoint(
         "state_dict": dynamic_state(network),
         "config": config.model_dump(mode="json"),
         "quantization": dict(summary),
+        "smolctl": {"format": CHECKPOINT_FORMAT},
         "tokenizer": asdict(tokenizer) if tokenizer is not None else None,
     }
     torch.save(content, path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from smolctl.durable import write_text
+from smolctl.escaping import json_text
 from smolctl.quantization.verdict import Variant
 from smolctl.runs.folder import QUANTIZED
 
@@ -21,7 +22,7 @@ def record_variants(run: Path, step: int | None, variants: Iterable[Variant]) ->
     kept = [facts for facts in read_record(run) if (facts.get("scheme"), facts.get("step")) not in replaced]
     path = run / RECORD
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({"variants": [*kept, *fresh]}, indent=2) + "\n")
+    write_text(path, json_text({"variants": [*kept, *fresh]}, indent=2) + "\n")
 
 
 def read_record(run: Path) -> list[Mapping[str, Any]]:

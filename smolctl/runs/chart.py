@@ -20,6 +20,8 @@ SETTLING = 100  # losses from which on they do
 def draw_loss(records: Iterable[Mapping[str, Any]], target: Path) -> None:
     """Draw the training loss, a smooth line through it, and the held-out loss into a PNG.
 
+    The losses are cross-entropies. Where there is a z-loss, it is a line of its own, with its own axis.
+
     Args:
         records: of metrics.jsonl, by rising step.
         target: the file, whatever its suffix.
@@ -28,13 +30,14 @@ def draw_loss(records: Iterable[Mapping[str, Any]], target: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    steps, losses, check_steps, check_losses, bits = [], [], [], [], None
+    steps, losses, z_losses, check_steps, check_losses, bits = [], [], [], [], [], None
     for record in records:
         if record["loss"] is None:  # a step that float16 has overflowed in
             continue
         if record["event"] == "step":
             steps.append(record["step"])
             losses.append(record["loss"])
+            z_losses.append(record.get("z_loss") or 0.0)
         elif record["event"] == "validation":
             check_steps.append(record["step"])
             check_losses.append(record["loss"])
@@ -50,6 +53,12 @@ def draw_loss(records: Iterable[Mapping[str, Any]], target: Path) -> None:
     if check_steps:
         label = f"held out, last {bits:.4f} bits/byte"
         axes.plot(check_steps, check_losses, "o-", color="#d94801", markersize=4, label=label)
+    if any(z_losses):
+        beside = axes.twinx()
+        beside.plot(x, smoothed(thinned(np.array(z_losses))), color="#74c476", linewidth=1)
+        beside.set_ylabel("z-loss (nats a token)")
+        beside.spines["top"].set_visible(False)
+        axes.plot([], [], color="#74c476", linewidth=1, label="z-loss, right axis")
     if len(raw):
         axes.set_ylim(loss_range(raw, check_losses))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -93,7 +93,21 @@ def read_checkpoint(path: Path, mmap: bool = True) -> dict[str, Any]:
         raise InputError(
             f"{path}: no checkpoint of a training run", "Name a run folder or one of its checkpoints."
         )
+    _require_known_format(content, path)
     return content
+
+
+def _require_known_format(content: Mapping[str, Any], path: Path) -> None:
+    """Refuse what a later smolctl has added to a checkpoint; other tools' have nothing of ours in them."""
+    ours = content.get("smolctl")
+    written = ours.get("format", 1) if isinstance(ours, Mapping) else 1
+    if type(written) is not int or written < 1:
+        raise InputError(f"{path}: its format number is {written!r}, which is none", ANOTHER)
+    if written > FORMAT:
+        raise InputError(
+            f"{path}: written by a newer smolctl: format {written}, this one reads up to {FORMAT}",
+            "Update smolctl, or use a checkpoint that this version has written.",
+        )
 
 
 def _load_error(path: Path, error: Exception) -> InputError:

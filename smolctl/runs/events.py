@@ -18,6 +18,21 @@ class Note:
 
 
 @dataclass(frozen=True)
+class ScheduleOutline:
+    """What the steps to come see of the learning-rate schedule. Each step counts in one part at most;
+    what is left is spent at the peak.
+    """
+
+    name: str
+    peak: float  # highest rate of these steps
+    end: float  # rate of the last one
+    warmup_steps: int  # on the way up
+    decay_steps: int  # on the way down
+    floor_steps: int  # at the end of the decay, where the rate does not change any more
+    curve: tuple[float, ...]  # rates of steps evenly spread from the first to the last
+
+
+@dataclass(frozen=True)
 class RunPlan:
     """The run in numbers. Times are measured on this machine with one real forward and backward."""
 
@@ -33,6 +48,7 @@ class RunPlan:
     duplicates: int  # of these, equal to an earlier one
     epochs: float  # passes over the corpus
     tokens_per_parameter: float
+    schedule: ScheduleOutline
     memory: TrainingMemory
     memory_bytes: int  # expected peak of the process or of the GPU's memory: `memory`, libraries, gaps
     framework_bytes: int  # held by the process before the run: Python and its libraries; 0 on a GPU
@@ -64,7 +80,8 @@ class Step:
 
     event: ClassVar[str] = "step"
     step: int  # counted from 1
-    loss: float | None  # nats a token, mean over the step's tokens, before the update; None: float16 overflow
+    # Cross-entropy in nats a token, mean over the step's tokens, before the update; None: float16 overflow.
+    loss: float | None
     learning_rate: float
     gradient_norm: float | None  # before clipping
     tokens: int  # seen by the run so far
@@ -75,6 +92,7 @@ class Step:
     mfu: float | None  # share of the devices' peak arithmetic; None where that is not known
     skipped: int = 0  # steps so far whose float16 gradients overflowed; their updates were not made
     phase: str = ""  # of the schedule: "warmup", "stable", "decay" or "floor"
+    z_loss: float | None = None  # nats a token that train.z_loss adds to the loss; None where it is off
 
 
 @dataclass(frozen=True)

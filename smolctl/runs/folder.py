@@ -25,6 +25,7 @@ from smolctl.config.dump import to_yaml
 from smolctl.config.load import read_yaml, resolve_run_config
 from smolctl.durable import file_digest, naming_the_disk, replacing, write_text
 from smolctl.errors import InputError, UsageError
+from smolctl.escaping import json_text
 from smolctl.ownership import (
     Record,
     edited_files,
@@ -248,7 +249,7 @@ class RunFolder:
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         """Write environment.json."""
-        write_text(self.path / ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
+        write_text(self.path / ENVIRONMENT, json_text(environment, indent=2) + "\n")
 
     def update_environment(self, environment: Mapping[str, Any]) -> None:
         """Record that the run goes on elsewhere or otherwise; what was recorded before stays in `earlier`."""
@@ -394,7 +395,7 @@ class RunFolder:
             "checkpoint_sha256": digest,
             "parent_lineage": (_read_json(parent.path / LINEAGE) or None) if parent else None,
         }
-        write_text(self.path / LINEAGE, json.dumps(lineage, indent=2) + "\n")
+        write_text(self.path / LINEAGE, json_text(lineage, indent=2) + "\n")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from smolctl.durable import write_text
-from smolctl.escaping import json_line
+from smolctl.escaping import json_text
 
 _NEVER = 1 << 62
 EVERY_STEP = _NEVER - 1
@@ -17,7 +17,7 @@ EVERY_STEP = _NEVER - 1
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
     """Append a record to a file."""
     with path.open("a", encoding="utf-8", newline="\n") as file:
-        file.write(json_line(record) + "\n")
+        file.write(json_text(record) + "\n")
 
 
 def read_records(path: Path, last: int = EVERY_STEP) -> Iterator[dict[str, Any]]:

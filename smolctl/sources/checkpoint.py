@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from smolctl.config import ModelConfig
 from smolctl.config.load import resolve_model_config
 from smolctl.errors import InputError
-from smolctl.runs.checkpoint_file import read_checkpoint, recorded_config
+from smolctl.runs.checkpoint_file import ANOTHER, read_checkpoint, recorded_config
 from smolctl.runs.folder import RunFolder
 from smolctl.sources.base import (
     ModelSource,
@@ -168,17 +168,22 @@ def _header_of(name: str, value: torch.Tensor | ScaledMatrix) -> TensorHeader:
 
 def _tokenizer_of(content: Mapping[str, Any], path: Path) -> Callable[[], TokenizerFiles | None] | None:
     """The tokenizer of the run that a checkpoint lies in, else the one in it, else the one beside it."""
-    run, inside = RunFolder.around(path), content.get("tokenizer")
-    if run and (of_run := tokenizer_reader(run.tokenizer)):
-        return of_run
+    run = RunFolder.around(path)
+    of_run = tokenizer_reader(run.tokenizer) if run else None
+    return of_run or tokenizer_inside(content, path) or tokenizer_reader(path.parent)
+
+
+def tokenizer_inside(content: Mapping[str, Any], path: Path) -> Callable[[], TokenizerFiles] | None:
+    """Reads the tokenizer that a checkpoint carries; None where it carries none."""
+    inside = content.get("tokenizer")
     if not isinstance(inside, Mapping):
-        return tokenizer_reader(path.parent)
+        return None
 
     def read() -> TokenizerFiles:
         try:
             return TokenizerFiles(**inside)
         except TypeError:
-            raise InputError(f"{path}: the tokenizer in it is damaged", REMEDY) from None
+            raise InputError(f"{path}: the tokenizer in it is damaged", ANOTHER) from None
 
     return read
 
@@ -187,6 +192,6 @@ def _recorded_loss(content: Mapping[str, Any]) -> RecordedLoss | None:
     """What the run recorded when it wrote the checkpoint."""
     state = content.get("smolctl")
     held_out = state.get("held_out") if isinstance(state, Mapping) else None
-    if not isinstance(held_out, Mapping) or "loss" not in held_out:
+    if not isinstance(held_out, Mapping) or not {"loss", "tokens"} <= held_out.keys():
         return None
     return RecordedLoss(held_out["tokens"], held_out["loss"], held_out.get("document_end"))

@@ -10,7 +10,9 @@ from typing import Any
 
 from smolctl.config import RunConfig
 from smolctl.config.load import (
+    changed_recipe,
     config_path,
+    is_preset,
     merge,
     parse_settings,
     preset_names,
@@ -158,10 +160,9 @@ def _open_recipe(path: Path, name: str, values: Mapping[str, Any]) -> ModelSourc
     content = read_yaml(path)
     if is_nanotron(content):
         return open_nanotron(content, path, name)
-    run = resolve_run_config(merge(content, values), name)
-    preset = path.resolve().parent == presets_folder().resolve() and path.stem in preset_names()
+    run = resolve_run_config(changed_recipe(path, content, values), name)
     return ModelSource(
-        kind=SourceKind.PRESET if preset else SourceKind.CONFIG,
+        kind=SourceKind.PRESET if is_preset(path) else SourceKind.CONFIG,
         id=name,
         config=run.model,
         declared=content.get("model") or {},

@@ -139,6 +139,7 @@ class RunCallback(pl.Callback):
                 mfu=flops_utilization(config, speed, self._peak_flops),
                 skipped=module.skipped,
                 phase=phase(step, config.schedule),
+                z_loss=module.result.z_loss,
             ),
         )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -11,6 +12,7 @@ import torch
 from smolctl.durable import HashingFile, file_digest, lack_of_room, replacing, sync_file
 from smolctl.errors import SmolError
 from smolctl.runs.checkpoint_file import read_checkpoint, remove_checkpoint, remove_checksum, write_checksum
+from smolctl.training.guards import NonFiniteError
 from smolctl.training.lightning import CheckpointIO
 
 FREE_SOME = "Free some space or choose another --out; earlier checkpoints are untouched."
@@ -29,9 +31,11 @@ class DurableCheckpointIO(CheckpointIO):
         """Write, sync, read back, rename.
 
         Raises:
+            NonFiniteError: a weight or a number of the optimizer's state is NaN or infinite.
             SaveError: no room, no permission, or the disk returned other bytes than were written.
         """
         target = Path(path)
+        _require_finite(checkpoint)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             _check_room(checkpoint, target)
@@ -64,18 +68,31 @@ class DurableCheckpointIO(CheckpointIO):
         remove_checkpoint(Path(path))
 
 
-def tensor_bytes(value: Any) -> int:
-    """Bytes of all tensors inside nested dicts and lists."""
+def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors inside nested dicts and lists, each with the path to it."""
     if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, Mapping):
-        return sum(tensor_bytes(item) for item in value.values())
-    if isinstance(value, list | tuple):
-        return sum(tensor_bytes(item) for item in value)
-    return 0
+        yield name, value
+    elif isinstance(value, Mapping | list | tuple):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, item in items:
+            yield from tensors_in(item, f"{name} {key}".strip())
+
+
+def _require_finite(checkpoint: Mapping[str, Any]) -> None:
+    """One pass over the numbers, without a copy: the least and the largest of a tensor are NaN if one is."""
+    # A trainer's checkpoint of weights alone has no states of an optimizer.
+    kept = {"weights": checkpoint.get("state_dict"), "optimizer": checkpoint.get("optimizer_states")}
+    for name, tensor in tensors_in(kept):
+        is_float = tensor.is_floating_point() and tensor.numel()
+        if is_float and not all(math.isfinite(bound) for bound in torch.aminmax(tensor)):
+            raise NonFiniteError(
+                f"step {checkpoint.get('global_step', 0):,}: {name} holds NaN or infinity; it was not saved",
+                "Lower optimizer.learning_rate and resume; the earlier checkpoints are untouched.",
+            )
 
 
 def _check_room(checkpoint: Mapping[str, Any], target: Path) -> None:
-    needed = tensor_bytes(checkpoint) + (1 << 20)  # the rest is small: names, config, random states
+    held = sum(tensor.nbytes for _, tensor in tensors_in(checkpoint))
+    needed = held + (1 << 20)  # the rest is small: names, config, random states
     if lack := lack_of_room(target.parent, needed):
         raise SaveError(f"{target}: the checkpoint {lack}", FREE_SOME)

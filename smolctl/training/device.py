@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from smolctl.arithmetic import training_flops_per_token
 from smolctl.config import RunConfig
 from smolctl.errors import InputError
 from smolctl.runs.events import Listener, Note
+from smolctl.training.lightning import pl
 
 # Dense matrix multiplications, in 10¹² operations a second: (16 bits, float32). 16 bits: bfloat16 and
 # float16 with sums in float32. float32: by way of TF32 where the chip has it (SM 8.0 on), else on CUDA cores.
@@ -148,9 +150,11 @@ def find_device(accelerator: str) -> Device:
         )
     if accelerator in ("auto", "gpu", "mps") and has_mps:
         return Device("mps", platform.processor() or "mps", False)  # float32 there is not slower
-    if accelerator in ("gpu", "cuda", "mps"):
+    if accelerator not in ("auto", "cpu"):
+        known = accelerator in ("gpu", "cuda", "mps")
         raise InputError(
-            f"trainer.accelerator {accelerator}: this machine has no such device",
+            f"trainer.accelerator {accelerator}: "
+            + ("this machine has no such device" if known else "expected cpu, gpu, mps or auto"),
             "Take --set trainer.accelerator=auto, or cpu.",
         )
     capabilities = torch.cpu.get_capabilities()
@@ -163,6 +167,33 @@ def process_count(config: RunConfig) -> int:
     if devices == "auto":
         devices = torch.cuda.device_count() if config.trainer.accelerator == "cuda" else 1
     return devices * config.trainer.num_nodes
+
+
+def require_trainer(config: RunConfig) -> None:
+    """Let Lightning look at the trainer's settings, before anything is written. No process is started.
+
+    Raises:
+        InputError: Lightning refuses them, with its reason.
+    """
+    wanted = config.trainer
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            pl.Trainer(
+                accelerator=wanted.accelerator,
+                devices=wanted.devices,
+                num_nodes=wanted.num_nodes,
+                strategy=wanted.strategy,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+    except Exception as error:  # of many kinds, each with a sentence of its own
+        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+        raise InputError(
+            f"the trainer cannot be made on this machine: {reason}",
+            "Change accelerator, devices, num_nodes or strategy in the trainer section.",
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import sys
 import time
 import warnings
@@ -129,14 +128,9 @@ def run_trainer(
 
 
 def prepare_process() -> None:
-    """Set what holds for the whole process: the allocator, the precision of products, a silent Lightning.
-
-    Lightning's own lines about devices and tips would cut through the display.
-    """
+    """Set what holds for the whole process: the allocator, and the precision of products."""
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def keep_freed_memory() -> None:

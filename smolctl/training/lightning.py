@@ -7,6 +7,7 @@ Every module takes Lightning's names from here, so that none of them imports it 
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,10 @@ with _without_torchmetrics():
     from lightning.pytorch.strategies import ParallelStrategy
     from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
     from lightning.pytorch.utilities import rank_zero_only
+
+# Lightning's own lines about devices and tips would cut through the display.
+for _name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 class _NoSignals(_SignalConnector):

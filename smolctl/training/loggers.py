@@ -37,7 +37,10 @@ PACKAGES = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb",),
 LOGGED = {
     "step": {
         key: key
-        for key in ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "memory_bytes", "mfu")
+        for key in (
+            *("loss", "z_loss", "learning_rate", "gradient_norm"),
+            *("tokens_per_second", "memory_bytes", "mfu"),
+        )
     },
     "validation": {
         "bits_per_byte": "validation_bits_per_byte",

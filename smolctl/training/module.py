@@ -41,9 +41,10 @@ def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
 class StepResult:
     """Numbers of the step just done."""
 
-    loss: float | None  # nats a token over all devices; None where float16 has overflowed
+    loss: float | None  # cross-entropy, nats a token over all devices; None where float16 has overflowed
     gradient_norm: float | None
     learning_rate: float
+    z_loss: float | None = None  # what train.z_loss adds to it; None where it is off or float16 overflowed
 
 
 class TrainingModule(pl.LightningModule):
@@ -136,7 +137,7 @@ class TrainingModule(pl.LightningModule):
         rate = learning_rate(step, self.config.optimizer.learning_rate, self.config.schedule)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        losses = self._accumulate(batch)
+        losses, z_losses = self._accumulate(batch)
         loss, norm = self._mean_over_devices(losses.sum()), self._clip(optimizer)
         if finite := bool(torch.isfinite(loss) and torch.isfinite(norm)):
             self._skipped_in_a_row = 0
@@ -147,7 +148,12 @@ class TrainingModule(pl.LightningModule):
         optimizer.zero_grad(set_to_none=True)
         if self._scaler is not None:
             self._scaler.update()
-        self.result = StepResult(loss.item() if finite else None, norm.item() if finite else None, rate)
+        self.result = StepResult(None, None, rate)
+        if finite and not self.config.train.z_loss:
+            self.result = StepResult(loss.item(), norm.item(), rate)
+        elif finite:
+            z_loss = self._mean_over_devices(z_losses.sum())
+            self.result = StepResult((loss - z_loss).item(), norm.item(), rate, z_loss.item())
 
     def _count_skipped(self, losses: Tensor, loss: Tensor, norm: Tensor) -> None:
         """Skip a step whose float16 gradients have overflowed: the scaler then lowers its scale.
@@ -168,15 +174,15 @@ class TrainingModule(pl.LightningModule):
     def _document_end(self) -> int | None:
         return self.dataset.document_end if self.dataset else None
 
-    def _accumulate(self, batch: Tensor) -> Tensor:
+    def _accumulate(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the mean loss over all tokens of the step.
 
         Returns:
-            Each micro-batch's part of that loss, (micro-batches,), detached.
+            Each micro-batch's part of that loss, and the z-loss in it, both (micro-batches,), detached.
         """
         strategy = self.trainer.strategy
         tokens = batch.shape[0] * (batch.shape[1] - 1)
-        losses = []
+        losses, z_losses = [], []
         parts = batch.split(self._sequences)
         for index, part in enumerate(parts):
             last = index + 1 == len(parts)
@@ -185,11 +191,14 @@ class TrainingModule(pl.LightningModule):
             with cast(ParallelStrategy, strategy).block_backward_sync() if waits else nullcontext():
                 documents = document_ids(part[:, :-1], self._document_end)
                 with autocast(self.config, batch.device):
-                    loss = self.network.loss(part[:, :-1], part[:, 1:], self.config.train.z_loss, documents)
+                    loss, z_loss = self.network.training_loss(
+                        part[:, :-1], part[:, 1:], self.config.train.z_loss, documents
+                    )
                 loss = loss / tokens
                 self.manual_backward(loss if self._scaler is None else self._scaler.scale(loss))
             losses.append(loss.detach().float())
-        return torch.stack(losses)
+            z_losses.append(z_loss / tokens)
+        return torch.stack(losses), torch.stack(z_losses)
 
     def _mean_over_devices(self, loss: Tensor) -> Tensor:
         reduced = self.trainer.strategy.reduce(loss, reduce_op="mean")

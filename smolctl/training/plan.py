@@ -17,6 +17,7 @@ from smolctl.runs.events import RunPlan
 from smolctl.training.module import autocast
 from smolctl.training.optim.muon import by_shape, orthogonalize
 from smolctl.training.optim.optimizers import hidden_matrices
+from smolctl.training.optim.schedule import outline
 
 # Where gradients wait for further micro-batches, glibc's allocator keeps gaps between tensors: about half as
 # much as the gradients. Measured; see benchmarks/README.md.
@@ -69,6 +70,7 @@ def make_plan(
         duplicates=corpus.duplicates,
         epochs=tokens / len(corpus.train),
         tokens_per_parameter=tokens / parameters,
+        schedule=outline(config, done),
         memory=memory,
         memory_bytes=framework + memory.total + gaps,
         framework_bytes=framework,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,16 +14,17 @@ from smolctl.config import RunConfig, resolve_run_config
 from smolctl.data.batches import StepDataset, validation_batches
 from smolctl.data.order import ORDER
 from smolctl.data.text.corpus import iter_texts, pin_sources
-from smolctl.data.tokenizer.tokenizer import Tokenizer, choose_tokenizer
+from smolctl.data.tokenizer.tokenizer import Tokenizer, choose_tokenizer, load_tokenizer
 from smolctl.data.tokens.corpus import TokenizedCorpus, TokenizeProgress, tokenize_corpus
+from smolctl.errors import InputError
 from smolctl.model.network import Transformer
-from smolctl.model.weights import initialize, load_network
+from smolctl.model.weights import initialize, load_network, require_finite
 from smolctl.runs.events import Listener, Note
-from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource
-from smolctl.training.device import Decisions, decide
+from smolctl.training.device import Decisions, decide, require_trainer
 from smolctl.training.distributed import with_process_counts
 from smolctl.training.loggers import require_packages
+from smolctl.training.optim.schedule import require_sense
 
 # What every checkpoint records its loss on: seconds of a 135M model's time on a CPU.
 RECORDED_SEQUENCES, RECORDED_TOKENS = 8, 256
@@ -85,29 +86,39 @@ class Prepared:
 
 def prepare(
     config: RunConfig,
-    init_from: str | None,
+    source: ModelSource | None,
     emit: Listener,
     on_tokenize: Callable[[TokenizeProgress], None] | None = None,
+    asked: Mapping[str, Any] | None = None,
 ) -> Prepared:
     """Read or draw the weights, choose the tokenizer, tokenize the corpus.
 
     Args:
         config: of the run.
-        init_from: a MODEL whose weights, shape and tokenizer the run starts with; None draws weights
-            from `train.seed`.
+        source: of the weights, shape and tokenizer that the run starts with; None draws weights from
+            `train.seed`.
         emit: hears what was decided.
         on_tokenize: hears how far the tokenization is.
+        asked: nested settings that the user gave beside the config. A config describes a model from scratch,
+            so that with a source its own model section and a tokenizer to train are set aside; what is
+            asked for against the weights is refused.
 
     Raises:
-        SmolError: the model, the tokenizer or the corpus cannot be used; each with its remedy.
+        SmolError: the model, the tokenizer, the trainer or the corpus cannot be used; each with its remedy.
     """
     require_packages(config.trainer.loggers)
-    source = open_source(init_from) if init_from else None
     if source is not None:
-        config = _with_model_of(source, config)
-    config, decisions = decide(_with_pinned_datasets(config.with_whole_steps()), emit)
+        config = _with_model_of(source, config, (asked or {}).get("model") or {})
+    config = config.with_whole_steps()
+    require_sense(config)
+    config, decisions = decide(_with_pinned_datasets(config), emit)
     config = with_process_counts(config)
-    tokenizer = _tokenizer(source, config, emit)
+    require_trainer(config)
+    if source is None:
+        tokenizer = _chosen_tokenizer(config, emit)
+    else:
+        tokenizer = _tokenizer_of(source, config.tokenizer, "tokenizer" in (asked or {}), emit)
+    tokenizer.require_fit(config.model.vocab_size)
     samples = config.train.steps * config.train.batch_size
     corpus = _tokenized(config, tokenizer, samples, emit, on_tokenize)
     for note in corpus.notes:
@@ -116,8 +127,9 @@ def prepare(
         network = initialize(config.model, config.train.seed)
     else:
         emit(Note(f"Weights and shape from {source.id}; a new optimizer starts at step 0."))
-        network = load_network(source, dtype=torch.float32)
-    reads = tuple(filter(None, (init_from, config.tokenizer, *config.data.texts)))
+        network = load_network(replace(source, config=config.model), dtype=torch.float32)
+        require_finite(network, source)
+    reads = tuple(filter(None, (source.id if source else None, config.tokenizer, *config.data.texts)))
     return Prepared(config, _as_trained(network, config), tokenizer, corpus, decisions, reads=reads)
 
 
@@ -142,6 +154,7 @@ def prepare_again(
         on_tokenize: hears how far the tokenization is, should the cached tokens be gone.
     """
     require_packages(config.trainer.loggers)
+    require_trainer(config)
     samples = state["samples"] + (config.train.steps - done) * config.train.batch_size
     corpus = _tokenized(config, tokenizer, samples, emit, on_tokenize)
     network = _as_trained(initialize(config.model, config.train.seed), config)
@@ -166,10 +179,21 @@ def _as_trained(network: Transformer, config: RunConfig) -> Transformer:
     return network
 
 
-def _with_model_of(source: ModelSource, config: RunConfig) -> RunConfig:
-    """The config with the source's shape; only dropout stays the config's own."""
+def _with_model_of(source: ModelSource, config: RunConfig, asked: Mapping[str, Any]) -> RunConfig:
+    """The config with the source's shape; only dropout stays the config's own.
+
+    Raises:
+        InputError: another shape was asked for.
+    """
     source.require_weights()
     model = source.require_config().model_copy(update={"attention_dropout": config.model.attention_dropout})
+    for key in asked:
+        theirs, wanted = getattr(model, key), getattr(config.model, key)
+        if theirs != wanted:
+            raise InputError(
+                f"--set model.{key}={wanted} contradicts the weights of {source.id}: they have {theirs}",
+                "Leave it out, or train from scratch without --init-from.",
+            )
     values = {**config.model_dump(), "model": model.model_dump()}
     return resolve_run_config(values, origin=f"--init-from {source.id}")
 
@@ -182,16 +206,50 @@ def _with_pinned_datasets(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"data": pinned})
 
 
-def _tokenizer(source: ModelSource | None, config: RunConfig, emit: Listener) -> Tokenizer:
-    tokenizer = None
-    if source is not None and config.tokenizer is None and (files := source.read_tokenizer()) is not None:
-        tokenizer = Tokenizer.from_files(files, source.id)
-    if tokenizer is None:
-        tokenizer = choose_tokenizer(
-            config.tokenizer,
-            lambda: iter_texts(config.data),
-            config.model.vocab_size,
-            lambda text: emit(Note(text)),
+def _chosen_tokenizer(config: RunConfig, emit: Listener) -> Tokenizer:
+    return choose_tokenizer(
+        config.tokenizer,
+        lambda: iter_texts(config.data),
+        config.model.vocab_size,
+        lambda text: emit(Note(text)),
+    )
+
+
+def _tokenizer_of(source: ModelSource, name: str | None, is_asked: bool, emit: Listener) -> Tokenizer:
+    """The tokenizer that weights were trained with, or a named one in which the ids mean the same.
+
+    Args:
+        source: of the weights.
+        name: what the config says.
+        is_asked: whether the user said so beside the config.
+        emit: hears that a tokenizer to train is set aside.
+
+    Raises:
+        InputError: the weights come without a tokenizer and none is named, or another one was asked for.
+    """
+    files = source.read_tokenizer()
+    own = None if files is None else Tokenizer.from_files(files, source.id)
+    is_new = (name or "").startswith("train:")
+    if own is not None and is_new and not is_asked:
+        emit(Note(f"The tokenizer is that of {source.id}; the config's own, {name}, is for new weights."))
+        return own
+    if own is not None and name is None:
+        return own
+    if name is None or (own is None and is_new):
+        raise InputError(
+            f"--init-from {source.id}: these weights come without a tokenizer",
+            "Name the one that they were trained with: --tokenizer with a Hub id, folder or file.",
         )
-    tokenizer.require_fit(config.model.vocab_size)
-    return tokenizer
+    other = None if is_new else load_tokenizer(name)
+    if other is None or (own is not None and not _agree(own, other)):
+        raise InputError(
+            f"tokenizer {name}: its ids mean other tokens than those that {source.id} was trained with",
+            "Leave the tokenizer out: the weights bring theirs. Or train from scratch without --init-from.",
+        )
+    return other
+
+
+def _agree(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether every id that two tokenizers share stands for the same token in both."""
+    pairs = zip(one.token_bytes, other.token_bytes, strict=False)
+    return all(a == b or not a or not b for a, b in pairs)

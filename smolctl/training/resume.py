@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from smolctl.config import RunConfig, resolve_run_config
-from smolctl.config.load import merge, nested
+from smolctl.config.load import changed_run, merge, nested, with_scaled_floor
 from smolctl.data.order import ORDER
 from smolctl.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from smolctl.data.tokens.corpus import TokenizeProgress
@@ -17,11 +17,16 @@ from smolctl.errors import InputError, UsageError
 from smolctl.runs.checkpoint_file import CheckpointFile, read_checkpoint, recorded_config
 from smolctl.runs.events import Listener, Note, Start
 from smolctl.runs.folder import CHECKPOINT_NAME, CONFIG, RUNS, RunFolder
-from smolctl.sources.base import TokenizerFiles
+from smolctl.sources.checkpoint import tokenizer_inside
 from smolctl.training.device import Decisions, decide_again, describe_environment
 from smolctl.training.distributed import is_main_process, with_process_counts
 from smolctl.training.fit import RunResult, fit
-from smolctl.training.optim.schedule import LearningRatePolicy, continue_schedule, learning_rate
+from smolctl.training.optim.schedule import (
+    LearningRatePolicy,
+    continue_schedule,
+    learning_rate,
+    require_sense,
+)
 from smolctl.training.prepare import Prepared, prepare_again
 from smolctl.training.tolerance import LATEST_LINK, Tolerance
 from smolctl.training.train import plan_run
@@ -35,6 +40,12 @@ FREE_KEYS = (
     "data.validation",
 )  # sources must hold the same
 FIXED_KEYS = ("optimizer.name", "train.seed")
+# What a run cannot go on without: of Lightning's part of a checkpoint, and of ours.
+NEEDED = (
+    *("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step"),
+    *("pytorch-lightning_version", "smolctl"),
+)
+NEEDED_OF_OURS = ("samples", "data", "tokenizer", "rng")
 
 
 @dataclass(frozen=True)
@@ -160,17 +171,21 @@ def run_of(content: Mapping[str, Any], path: Path) -> tuple[RunConfig, dict[str,
         InputError: no run can go on from it.
     """
     config, state = recorded_config(content, path), content.get("smolctl")
-    if config is None or not isinstance(state, Mapping) or "samples" not in state:
+    ours = state if isinstance(state, Mapping) else {}
+    missing = [key for key in NEEDED if key not in content] + [
+        key for key in NEEDED_OF_OURS if key not in ours
+    ]
+    if config is None or missing:
         raise InputError(
-            f"{path}: no run can be resumed from it: it does not say what it was trained on",
+            f"{path}: no run can be resumed from it: it has no {missing[0] if missing else 'config'}",
             "Start a new run from its weights instead: smolctl train --init-from FILE.",
         )
-    if state.get("order", 1) != ORDER:  # known before anything is tokenized
+    if ours.get("order", 1) != ORDER:  # known before anything is tokenized
         raise InputError(
             f"{path}: the version of smolctl that trained this run cuts the text into other sequences",
             "Resume it with that version, or start a new run from it: smolctl train --init-from RUN.",
         )
-    return config, dict(state)
+    return config, dict(ours)
 
 
 def decisions_of(state: Mapping[str, Any]) -> Decisions:
@@ -187,10 +202,10 @@ def tokenizer_of(content: Mapping[str, Any], parent: RunFolder | None, path: Pat
     """
     if parent is not None and parent.tokenizer.is_dir():
         return load_tokenizer(str(parent.tokenizer))
-    files = content.get("tokenizer")
-    if not isinstance(files, Mapping):
+    read = tokenizer_inside(content, path)
+    if read is None:
         raise InputError(f"{path}: there is no tokenizer in it", "Put the file back into its run folder.")
-    return Tokenizer.from_files(TokenizerFiles(**files), str(path))
+    return Tokenizer.from_files(read(), str(path))
 
 
 def changed_config(before: RunConfig, done: int, options: ResumeOptions) -> RunConfig:
@@ -200,7 +215,7 @@ def changed_config(before: RunConfig, done: int, options: ResumeOptions) -> RunC
         UsageError: both or senseless targets were given, or no step would be left to do.
         InputError: a setting was changed that makes it another run.
     """
-    values = merge(before.model_dump(), options.settings)
+    values = changed_run(with_scaled_floor(before.model_dump(), options.settings), options.settings)
     steps = resolve_run_config(values, "resume").train.steps
     changed_steps = steps if steps != before.train.steps else None
     targets = {"--extra": options.extra, "--until": options.until, "train.steps": changed_steps}
@@ -220,6 +235,8 @@ def changed_config(before: RunConfig, done: int, options: ResumeOptions) -> RunC
             f"a resumed run cannot change {fixed[0]}",
             "Change it back, or start a new run from its weights: smolctl train --init-from RUN.",
         )
+    if {"schedule", "optimizer"} & options.settings.keys():
+        require_sense(config)
     schedule = continue_schedule(
         config.schedule, before.optimizer.learning_rate, done, target, options.policy
     )

@@ -33,7 +33,7 @@ def plan_run(prepared: Prepared, disk: Path) -> RunPlan:
     held = (resident_memory() or 0) - run_memory(config).weights if device == "cpu" else 0
     with naming_the_memory_knob(config.micro_batch_size):
         network = prepared.network.to(device)
-        batch = prepared.dataset()[done][:sequences].to(device)
+        batch = prepared.dataset(0, process_count(config))[done][:sequences].to(device)
         speed = measure_speed(network, batch, config, prepared.document_end)
     if device == "cuda":  # processes on a CPU share its cores
         speed *= process_count(config)

@@ -81,7 +81,7 @@ def verify(
         )
     end = folder.checkpoint(options.until)
     start = _start(folder, end, step)
-    state, content = read_checkpoint(start.path)["smolctl"], read_checkpoint(end.path)
+    (_, state), content = run_of(read_checkpoint(start.path), start.path), read_checkpoint(end.path)
     config, recorded_state = run_of(content, end.path)
     steps = config.train.model_copy(update={"steps": end.step})
     config = with_process_counts(config.model_copy(update={"train": steps}))
@@ -102,7 +102,7 @@ def verify(
         "optimizer": content["optimizer_states"][0],
         "random states": recorded_state["rng"],
     }
-    recorded = _recorded(folder, start.step, end.step)
+    recorded = _recorded(folder, start.step, end.step, bool(config.train.z_loss))
     differences = [*_loss_differences(recorded, watcher.results), *_differences(before, again, "")]
     compared = sum(isinstance(leaf, torch.Tensor) for leaf in _leaves(before))
     return Verification(
@@ -144,12 +144,19 @@ class _Watcher(pl.Callback):
             self.smolctl = kept["smolctl"]
 
 
-def _recorded(folder: RunFolder, first: int, last: int) -> dict[int, StepResult]:
-    """What metrics.jsonl says of the steps after `first` up to `last`."""
+def _recorded(folder: RunFolder, first: int, last: int, has_z_loss: bool) -> dict[int, StepResult]:
+    """What metrics.jsonl says of the steps after `first` up to `last`.
+
+    A step that was recorded when the loss still had the z-loss in it is left out.
+    """
     return {
-        record["step"]: StepResult(record["loss"], record["gradient_norm"], record["learning_rate"])
+        record["step"]: StepResult(
+            record["loss"], record["gradient_norm"], record["learning_rate"], record.get("z_loss")
+        )
         for record in folder.metrics()
-        if record["event"] == "step" and first < record["step"] <= last
+        if record["event"] == "step"
+        and first < record["step"] <= last
+        and ("z_loss" in record or not has_z_loss)
     }
 
 

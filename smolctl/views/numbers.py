@@ -45,13 +45,13 @@ def figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def sparkline(values: Sequence[float], width: int) -> str:
-    """A series as a row of bars, the mean of every stretch between the lowest and the highest."""
+def sparkline(values: Sequence[float], width: int, low: float | None = None) -> str:
+    """A series as a row of bars, the mean of every stretch between `low`, or the lowest, and the highest."""
     if not values or width < 1:
         return ""
     width = min(width, len(values))
     edges = [len(values) * i // width for i in range(width + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
-    low, high = min(means), max(means)
+    low, high = min(means) if low is None else low, max(means)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BARS[round((mean - low) * scale)] for mean in means)

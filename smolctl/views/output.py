@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from smolctl.errors import SmolError
-from smolctl.escaping import json_line
+from smolctl.escaping import json_text
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -57,12 +57,12 @@ class Output:
     def document(self, value: Mapping[str, Any]) -> None:
         """Print one JSON document; nothing without `--json`."""
         if self.json:
-            print(json.dumps(value, ensure_ascii=False, indent=2), flush=True)
+            print(json_text(value, indent=2), flush=True)
 
     def event(self, value: Mapping[str, Any]) -> None:
         """Print one JSON line of a stream; nothing without `--json`."""
         if self.json:
-            print(json_line(value), flush=True)
+            print(json_text(value), flush=True)
 
     def talk(self, text: str) -> None:
         """Say something beside the data; nothing under `--quiet`."""
@@ -73,7 +73,7 @@ class Output:
         """One line of cause and one of remedy, or the JSON object of both."""
         if self.json:
             body = {"code": int(error.exit_code), "message": error.message, "hint": error.hint}
-            print(json.dumps({"error": body}, ensure_ascii=False), file=sys.stderr, flush=True)
+            print(json_text({"error": body}), file=sys.stderr, flush=True)
             return
         self.stderr.print("error: ", style="bold red", end="", highlight=False)
         self.stderr.print(error.message, markup=False, highlight=False, soft_wrap=True)
@@ -94,7 +94,7 @@ def tolerate_encodings() -> None:
 
     def escape(error: UnicodeError) -> tuple[str, int]:
         assert isinstance(error, UnicodeEncodeError)
-        return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+        return json.dumps(error.object[error.start : error.end])[1:-1], error.end  # noqa: TID251 - ASCII
 
     codecs.register_error("json", escape)
     for stream in (sys.stdout, sys.stderr):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Iterator
 
 from smolctl.errors import InputError
+from smolctl.escaping import json_text
 from smolctl.generation.answer import Completion
 from smolctl.generation.complete import CompletionResult, CompletionSettings
 from smolctl.generation.conversation import Session
@@ -114,7 +114,7 @@ def _show_batch(out: Output, batch: Batch) -> None:
     def write(index: int) -> None:
         completions = [completion_json(completion) for completion in waiting.pop(index)]
         line = {**batch.prompts[index], "completions": completions}
-        print(json.dumps(line, ensure_ascii=False), flush=True)
+        print(json_text(line), flush=True)
 
     def report(now: float) -> None:
         seconds = now - started

@@ -25,7 +25,7 @@ from smolctl.runs.events import (
 )
 from smolctl.runs.story import selection
 from smolctl.views.chart import LEAST_WIDTH
-from smolctl.views.numbers import duration, size
+from smolctl.views.numbers import duration, size, sparkline
 from smolctl.views.output import Output
 from smolctl.views.tables import facts
 from smolctl.views.tokenizing import PLAIN_INTERVAL, TokenizingView
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 REDRAWS_PER_SECOND = 1  # one takes some 10 ms of a core, and of the interpreter's lock
 FINAL_CHART = 16  # lines that it takes when the run has ended
+SCHEDULE_WIDTH = 20  # columns of the plan's curve
 VERSIONS_SHOWN = 5  # of every prompt's answer, when the run has ended
 
 
@@ -212,8 +213,9 @@ class TrainingView:
             speed.append(f"MFU {step.mfu:.1%}")
         if step.memory_bytes is not None:
             speed.append(f"memory {size(step.memory_bytes)}")
+        z_loss = "" if step.z_loss is None else f"z-loss {step.z_loss:.4f}  "
         return (
-            f"step {step.step:,}/{self.state.until:,}  loss {number(step.loss, '.4f')}  "
+            f"step {step.step:,}/{self.state.until:,}  loss {number(step.loss, '.4f')}  {z_loss}"
             f"lr {step.learning_rate:.3g}  gradient {number(step.gradient_norm, '.3g')}  "
             f"{'  '.join(speed)}  ETA {duration(step.eta_s)}"
         )
@@ -236,6 +238,21 @@ class TrainingView:
         self.out.show(table)
 
 
+def _schedule(plan: RunPlan) -> str:
+    """The learning rate of the steps to come: its curve, its ends, and how many steps each part has."""
+    seen = plan.schedule
+    parts = {
+        "warming up": seen.warmup_steps,
+        "at the peak": plan.steps - seen.warmup_steps - seen.decay_steps - seen.floor_steps,
+        "decaying": seen.decay_steps,
+        "at the floor": seen.floor_steps,
+    }
+    counts = ", ".join(f"{count:,} {part}" for part, count in parts.items() if count)
+    short = "; the run ends before the warmup does" if seen.warmup_steps == plan.steps else ""
+    curve = sparkline(seen.curve, SCHEDULE_WIDTH, low=0.0)
+    return f"{curve} {seen.name}: up to {seen.peak:.3g}, {seen.end:.3g} at the end; steps: {counts}{short}"
+
+
 def plan_table(plan: RunPlan) -> Table:
     """What the run will cost, one line a fact."""
     from rich.text import Text
@@ -253,6 +270,7 @@ def plan_table(plan: RunPlan) -> Table:
         "data": f"{plan.corpus_tokens:,} tokens: {plan.epochs:.3g} epochs, "
         f"{plan.tokens_per_parameter:.3g} tokens a parameter; {held_out} held out",
         "documents": f"{plan.documents:,}{copies}",
+        "schedule": _schedule(plan),
         "memory": f"about {size(plan.memory_bytes)}: {held}",
         "disk": f"{checkpoints} = {size(plan.disk_bytes)} of {size(plan.disk_free_bytes)} free",
         "time": f"about {duration(plan.eta_s)} on {plan.device} at {plan.tokens_per_second:,.0f} tok/s, "

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,113 @@ def test_a_wrong_key_or_value_is_named_with_a_remedy(setting: str, message: str,
         load_run_config("smollm2-135m", [setting])
     assert message in raised.value.message
     assert hint in raised.value.hint
+
+
+def floats_of(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key that takes a number with a fraction, alone or in a list."""
+    for name, field in schema.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from floats_of(kind, f"{prefix}{name}.")
+        elif "float" in str(kind):
+            yield f"{prefix}{name}"
+
+
+@pytest.mark.parametrize("number", [".nan", ".inf", "-.inf"])
+@pytest.mark.parametrize("key", list(floats_of(RunConfig)))
+def test_no_number_of_a_config_is_nan_or_infinite(key: str, number: str) -> None:
+    lists = {"optimizer.betas": f"[0.9, {number}]", "data.weights": f"[{number}]"}
+    with pytest.raises(InputError) as raised:
+        load_run_config("nano", [f"{key}={lists.get(key, number)}"])
+    assert f"nano: {key}" in raised.value.message
+    assert "\n" not in raised.value.message
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "optimizer.betas=[1, 0.9]",
+        "optimizer.betas=[0.9, 1.0]",
+        "train.seed=4294967296",
+        "trainer.devices=0",
+        "trainer.devices=-1",
+        "trainer.num_nodes=0",
+        "schedule.warmup_steps=1.5",
+        "schedule.decay_steps=-1",
+    ],
+)
+def test_a_value_that_a_library_would_refuse_later_is_named(setting: str) -> None:
+    with pytest.raises(InputError) as raised:
+        load_run_config("nano", [setting])
+    assert raised.value.message.startswith(f"nano: {setting.partition('=')[0]}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "batch", "micro"),
+    [
+        (["train.batch_size=2"], 2, 2),
+        (["train.batch_size=12"], 12, 6),
+        (["train.batch_size=13"], 13, 1),
+        (["train.batch_size=64"], 64, 8),
+        (["train.batch_size=6", "train.micro_batch_size=3"], 6, 3),
+        (["train.batch_size=6", "train.micro_batch_size=0"], 6, 0),
+    ],
+)
+def test_another_batch_size_lowers_a_micro_batch_size_that_does_not_fit(
+    settings: list[str], batch: int, micro: int
+) -> None:
+    train = load_run_config("nano", settings).train
+    assert (train.batch_size, train.micro_batch_size) == (batch, micro)
+
+
+def test_two_sizes_that_do_not_fit_are_refused_where_the_user_named_both() -> None:
+    with pytest.raises(InputError, match=r"train.batch_size 2 does not divide by train.micro_batch_size 8"):
+        load_run_config("nano", ["train.batch_size=2", "train.micro_batch_size=8"])
+
+
+def parts(preset: str, *settings: str) -> tuple[float, float | None, float, float]:
+    found = load_run_config(preset, settings).with_whole_steps().schedule
+    return found.warmup_steps, found.decay_start, found.decay_steps, found.min_learning_rate
+
+
+@pytest.mark.parametrize("preset", preset_names())
+@pytest.mark.parametrize("times", [0.1, 10])
+def test_the_schedule_of_a_preset_scales_with_its_steps(preset: str, times: float) -> None:
+    steps = round(load_run_config(preset).train.steps * times)
+    before, after = parts(preset), parts(preset, f"train.steps={steps}")
+    assert after[:3] == pytest.approx([(part or 0) * times for part in before[:3]], rel=0.02, abs=1)
+    assert after[3] == before[3]
+
+
+def test_what_the_user_sets_of_a_schedule_stays() -> None:
+    assert parts("smollm2-135m", "train.steps=500", "schedule.warmup_steps=50")[:3] == (50, 160_000, 40_000)
+    chosen = ["schedule.warmup_steps=7", "schedule.decay_start=300", "schedule.decay_steps=11"]
+    assert parts("smollm2-135m", "train.steps=500", *chosen)[:3] == (7, 300, 11)
+    assert parts("nano", "schedule.min_learning_rate=1e-5", "optimizer.learning_rate=3e-3")[3] == 1e-5
+
+
+def test_a_schedule_in_a_users_own_file_stays(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "c.yaml",
+        "train: {steps: 100}\nschedule: {warmup_steps: 10, decay_start: 80, decay_steps: 20}",
+    )
+    assert parts(path, "train.steps=1000")[:3] == (10, 80, 20)
+
+
+def test_a_preset_s_least_rate_follows_its_peak() -> None:
+    assert parts("nano", "optimizer.learning_rate=6e-4")[3] == 3e-5
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+@pytest.mark.parametrize("preset", ["nano", "smollm2-135m", "smollm2-135m-pretrain"])
+def test_another_schedule_falls_to_the_last_step(preset: str, name: str) -> None:
+    warmup, start, decay, _ = parts(preset, f"schedule.name={name}")
+    assert start == warmup
+    assert start + decay == load_run_config(preset).train.steps
+
+
+def test_a_file_without_a_schedule_warms_up_for_a_share_of_its_steps(tmp_path: Path) -> None:
+    assert parts(write(tmp_path / "c.yaml", "train: {steps: 100}"))[0] == 2
 
 
 @pytest.mark.parametrize("setting", ["train.steps", "=3"])

@@ -231,7 +231,7 @@ def test_another_architecture_is_shown_as_it_spells_itself(smolctl: Smolctl, tmp
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["train.steps=2000"], "warmup_steps 2,000 is not below train.steps 2,000"),
+        (["schedule.warmup_steps=5000"], "warmup_steps 5,000 is not below train.steps 5,000"),
         (["eos_token_id=49152"], "eos_token_id 49152 is outside the vocabulary"),
         (["eos_token_id=[1,60000]"], "eos_token_id 60000 is outside the vocabulary"),
         (["schedule.min_learning_rate=1"], "min_learning_rate 1 is above"),

@@ -8,13 +8,14 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from smolctl import durable
 from smolctl.errors import ExitCode, InputError
-from smolctl.runs.checkpoint_file import find_damage, read_checkpoint
+from smolctl.runs.checkpoint_file import FORMAT, find_damage, read_checkpoint
 from smolctl.runs.folder import RunFolder
 from smolctl.sources import open_source
 from tests.support.processes import Called
@@ -180,3 +181,84 @@ def test_a_moved_checkpoint_speaks_with_its_own_tokenizer(copy: Path) -> None:
 
 def test_checkpoints_say_in_which_format_they_are(copy: Path) -> None:
     assert read_checkpoint(RunFolder(copy).checkpoint_path(2))["smolctl"]["format"] == 2
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what a checkpoint says, as somebody else's program might have written it."""
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+    Path(f"{path}.sha256").unlink()
+
+
+@pytest.mark.parametrize("number", [FORMAT + 1, 0, "2", None, 1.5])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("sample", "RUN", "--prompt", "the cat", "--max-tokens", "3"),
+        ("train", "tiny", "--init-from", "RUN", "--out", "new"),
+        ("resume", "RUN", "--extra", "1"),
+        ("resume", "RUN", "--verify"),
+    ],
+    ids=lambda arguments: " ".join(arguments[::2]) if isinstance(arguments, tuple) else str(arguments),
+)
+def test_a_format_that_this_version_does_not_know_is_one_line(
+    copy: Path, smolctl: Callable[..., Called], arguments: tuple[str, ...], number: object
+) -> None:
+    rewrite(RunFolder(copy).checkpoint_path(2), lambda content: content["smolctl"].update(format=number))
+    Path("tiny").write_bytes((copy / "config.yaml").read_bytes())
+    called = smolctl(*(str(copy) if word == "RUN" else word for word in arguments))
+    assert called.code == ExitCode.BAD_INPUT, called.err
+    cause, _hint = called.err.splitlines()
+    assert "step-000002.ckpt: " in cause
+    assert ("newer smolctl" if number == FORMAT + 1 else "format number") in cause
+
+
+def test_the_quantized_checkpoint_has_the_format_number_too(
+    copy: Path, smolctl: Callable[..., Called]
+) -> None:
+    assert smolctl("quantize", copy, "--to", "int8-dynamic", "--out", "q", "--windows", "2").code == 0
+    (path,) = Path("q").rglob("*.ckpt")
+    content = torch.load(path, weights_only=True)
+    assert content["smolctl"] == {"format": FORMAT}
+    content["smolctl"]["format"] += 1
+    torch.save(content, path)
+    with pytest.raises(InputError, match="newer smolctl"):
+        open_source(str(path))
+
+
+KEYS = (
+    *("state_dict", "optimizer_states", "loops", "global_step", "epoch", "callbacks", "lr_schedulers"),
+    *("pytorch-lightning_version", "hyper_parameters", "tokenizer", "smolctl"),
+    *(f"smolctl {key}" for key in ("format", "rng", "data", "tokenizer", "samples", "decisions", "held_out")),
+    *(
+        "smolctl held_out loss",
+        "smolctl held_out tokens",
+        "hyper_parameters config",
+        "tokenizer tokenizer_json",
+    ),
+)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_missing_key_is_one_line_or_is_not_missed(
+    copy: Path, smolctl: Callable[..., Called], key: str
+) -> None:
+    *parents, last = key.split()
+
+    def remove(content: dict[str, Any]) -> None:
+        for parent in parents:
+            content = content[parent]
+        del content[last]
+
+    rewrite(RunFolder(copy).checkpoint_path(2), remove)
+    alone = Path(shutil.copy(RunFolder(copy).checkpoint_path(2), "alone.ckpt"))
+    for arguments in (
+        ("resume", copy, "--extra", "1"),
+        ("resume", alone, "--extra", "1"),
+        ("sample", alone, "--prompt", "the cat", "--max-tokens", "3"),
+        ("inspect-config", alone),
+    ):
+        called = smolctl(*arguments)
+        assert called.code in (ExitCode.DONE, ExitCode.BAD_INPUT), (arguments, called.err)
+        assert "unexpected" not in called.err

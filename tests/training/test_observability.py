@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import random
 import struct
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from smolctl.arithmetic import training_flops_per_token
 from smolctl.config import RunConfig, load_run_config
 from smolctl.config.load import merge
 from smolctl.errors import ExitCode, InputError, UsageError
-from smolctl.escaping import json_line, one_line
+from smolctl.escaping import json_text, one_line
 from smolctl.runs.chart import smoothed, thinned
 from smolctl.runs.events import Candidate, End, Event, Note, Prediction, Step, Validation
 from smolctl.runs.folder import RunFolder
@@ -388,9 +389,30 @@ def test_no_text_breaks_out_of_its_place_in_predictions_md(prompt: str, text: st
 
 @given(text=st.text())
 def test_a_record_is_one_line_for_every_reader_of_lines(text: str) -> None:
-    line = json_line({"text": text})
+    line = json_text({"text": text})
     assert line.splitlines() == [line]
     assert json.loads(line) == {"text": text}
+
+
+NUMBERS = st.floats() | st.integers() | st.none() | st.booleans() | st.text() | st.just("half \ud800 a pair")
+
+
+@given(value=st.recursive(NUMBERS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+def test_all_json_is_strict_and_has_null_for_what_is_no_number(value: Any) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    for indent in (None, 2):
+        text = json_text(value, indent)
+        text.encode()
+        assert json.loads(text, parse_constant=refuse) == finite(value)
 
 
 def test_records_with_any_text_and_a_line_that_was_cut_off_survive_a_resume(tmp_path: Path) -> None:
@@ -429,11 +451,12 @@ def test_a_long_run_is_drawn_with_few_points_of_the_same_mean() -> None:
     assert np.array_equal(thinned(values[:100], 4_000), values[:100])
 
 
+@pytest.mark.parametrize("z_loss", [None, 0.01])
 @pytest.mark.parametrize("count", [0, 1, 5, 300])
-def test_a_loss_curve_can_be_drawn_of_any_run(tmp_path: Path, count: int) -> None:
+def test_a_loss_curve_can_be_drawn_of_any_run(tmp_path: Path, count: int, z_loss: float | None) -> None:
     recorder = RunFolder(tmp_path)
     for step in range(1, count + 1):
-        recorder.record(Step(step, 3.0, 1e-3, 1.0, step * 10, 0.1, 100.0, 1.0, None, None))
+        recorder.record(Step(step, 3.0, 1e-3, 1.0, step * 10, 0.1, 100.0, 1.0, None, None, z_loss=z_loss))
     if count:
         recorder.record(Validation(count, 1.0, 0.1, 3.0))
     recorder.draw_loss()

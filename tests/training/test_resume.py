@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -302,6 +303,13 @@ def test_extend_is_what_a_longer_plan_would_have_been(schedule: ScheduleConfig) 
     assert learning_rate(149, 1.0, extended) > 0.1
 
 
+def test_extend_never_begins_to_decay_before_the_warmup_ends() -> None:
+    long = WSD.model_copy(update={"decay_start": 16_000, "decay_steps": 4_000})
+    extended = continue_schedule(long, 1.0, 50, 55, "extend")
+    assert [learning_rate(step, 1.0, extended) for step in (5, 10)] == [0.5, 1.0]
+    assert learning_rate(50, 1.0, extended) == pytest.approx(0.99, abs=0.01)
+
+
 @pytest.mark.parametrize("schedule", [WSD, COSINE])
 def test_rewarm_rises_from_the_rate_at_hand_and_falls_to_the_new_end(schedule: ScheduleConfig) -> None:
     again = continue_schedule(schedule, 1.0, 100, 200, "rewarm")
@@ -311,6 +319,26 @@ def test_rewarm_rises_from_the_rate_at_hand_and_falls_to_the_new_end(schedule: S
     assert 0.1 < rates[0] < 0.3
     assert rates[: rates.index(top)] == sorted(rates[: rates.index(top)])
     assert rates[-1] == pytest.approx(0.1)
+
+
+def test_another_peak_takes_its_floor_along(make: Make) -> None:
+    floor = {"min_learning_rate": 1.5e-3, "decay_start": 4, "decay_steps": 4}
+    folder = run(make(schedule=floor, **with_steps(8)), "floor")
+    shutil.copytree(folder, "chosen")
+    notes = go_on(folder, extra=1, settings={"optimizer": {"learning_rate": 3e-4}})
+    assert losses(folder)[-1][2] == pytest.approx(1.5e-4)
+    assert any(isinstance(note, Note) and "min_learning_rate 0.0015 → 0.00015" in note.text for note in notes)
+    both = {"optimizer": {"learning_rate": 3e-4}, "schedule": {"min_learning_rate": 1e-3}}
+    with pytest.raises(
+        InputError, match=r"min_learning_rate 0\.001 is above optimizer\.learning_rate 0\.0003"
+    ):
+        go_on(Path("chosen"), extra=1, settings=both)
+
+
+def test_a_smaller_batch_lowers_the_micro_batch_of_a_resumed_run(finished: Finished) -> None:
+    folder = finished("small")
+    go_on(folder, extra=1, settings={"train": {"batch_size": 1}})
+    assert RunFolder(folder).config().train.micro_batch_size == 1
 
 
 def test_policies_are_exact_when_they_are_interrupted_again(make: Make) -> None:

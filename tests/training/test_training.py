@@ -21,6 +21,7 @@ from smolctl.errors import ExitCode, InputError, SmolError, UsageError
 from smolctl.evaluation import bits_per_byte
 from smolctl.runs.events import Checkpoint, End, Event, Note, Prediction, Step, Validation
 from smolctl.runs.folder import RunFolder
+from smolctl.sources import open_source
 from smolctl.training.device import decide
 from smolctl.training.guards import NonFiniteError
 from smolctl.training.prepare import Prepared, prepare
@@ -304,7 +305,7 @@ def test_fine_tuning_starts_from_the_weights_of_a_run(make: Make, workshop: Path
     )
     values = {key: value for key, value in values.items() if key != "model"}
     values["data"]["sequence_length"] = 16
-    prepared = prepare(resolve_run_config(values, "test"), str(whole), lambda _event: None)
+    prepared = prepare(resolve_run_config(values, "test"), open_source(str(whole)), lambda _event: None)
     trained = state(whole, 15)["state_dict"]
     assert all(torch.equal(trained[f"network.{n}"], p) for n, p in prepared.network.named_parameters())
     assert prepared.tokenizer.sha256 == make().tokenizer.sha256

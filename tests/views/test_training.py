@@ -28,13 +28,14 @@ from smolctl.runs.events import (
     Note,
     Prediction,
     RunPlan,
+    ScheduleOutline,
     Start,
     Step,
     Validation,
 )
 from smolctl.runs.folder import RunFolder
 from smolctl.views.output import Output
-from smolctl.views.training import TrainingView
+from smolctl.views.training import TrainingView, plan_table
 from smolctl.views.training_display import RunState, TrainingDisplay
 from tests.support.terminal import Terminal
 
@@ -51,6 +52,7 @@ PLAN = RunPlan(
     duplicates=1_234,
     epochs=3.41,
     tokens_per_parameter=0.303,
+    schedule=ScheduleOutline("wsd", 3e-3, 3e-4, 100, 1_000, 1, (1e-3, 3e-3, 3e-4)),
     memory=TrainingMemory(1, 2, 3, 4, 5, {}),
     memory_bytes=500_000_000,
     framework_bytes=400_000_000,
@@ -193,6 +195,26 @@ def test_more_prompts_than_lines_are_counted() -> None:
     assert len(shown) >= 3
     assert lines[-1].strip() == f"and {40 - len(shown)} more in predictions.md"
     assert "every step" in "".join(lines)
+
+
+def plan_line(outline: ScheduleOutline) -> str:
+    screen = Console(file=io.StringIO(), width=200)
+    screen.print(plan_table(replace(PLAN, steps=100, schedule=outline)))
+    assert isinstance(screen.file, io.StringIO)
+    return next(line for line in screen.file.getvalue().splitlines() if "schedule" in line)
+
+
+def test_the_plan_tells_what_the_run_sees_of_the_schedule() -> None:
+    curve = (1e-4, 1e-3, 1e-3, 1e-3, 5e-4, 1e-4)
+    line = plan_line(ScheduleOutline("wsd", 1e-3, 1e-4, 9, 40, 11, curve))
+    assert "▂███▅▂ wsd: up to 0.001, 0.0001 at the end" in line
+    assert "9 warming up, 40 at the peak, 40 decaying, 11 at the floor" in line
+    assert "before the warmup" not in line
+
+
+def test_the_plan_tells_of_a_run_that_never_leaves_its_warmup() -> None:
+    line = plan_line(ScheduleOutline("wsd", 5e-4, 5e-4, 100, 0, 0, (1e-5, 5e-4)))
+    assert "100 warming up; the run ends before the warmup does" in line
 
 
 def test_what_is_not_known_takes_no_room() -> None:

@@ -116,6 +116,6 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """Unlike Jinja's own filter this one leaves <, > and & alone."""
-    return json.dumps(
+    return json.dumps(  # noqa: TID251 - as transformers has it in its templates
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -118,12 +118,12 @@ def _reading_backend(backend: tokenizers.Tokenizer, special_tokens: SpecialToken
     """A copy that reads special tokens as asked for; the tokenizer of prompts stays as it is."""
     state = json.loads(backend.to_str())
     if special_tokens == "tokens":
-        return tokenizers.Tokenizer.from_str(json.dumps(state))
+        return tokenizers.Tokenizer.from_str(json_text(state))
     model = state["model"]
     if model["type"] != "BPE" or model.get("ignore_merges"):
         # These look up whole words or pieces, special tokens among them when their vocabulary lists them.
         _hide_special_tokens(state, model)
-    copy = tokenizers.Tokenizer.from_str(json.dumps(state))
+    copy = tokenizers.Tokenizer.from_str(json_text(state))
     copy.encode_special_tokens = True  # as `split_special_tokens` of transformers
     return copy
 

@@ -129,7 +129,7 @@ class Tokenizer:
     @cached_property
     def sha256(self) -> str:
         """Of the tokenizer.json in one canonical spelling: equal for tokenizers that do the same."""
-        canonical = json.dumps(json.loads(self.backend.to_str()), sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(json.loads(self.backend.to_str()), sort_keys=True, separators=(",", ":"))  # noqa: TID251
         return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
 
     @cached_property

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from smolctl.errors import InputError
+from smolctl.escaping import json_text
 from smolctl.sources.base import DAMAGED, TokenizerFiles
 from smolctl.sources.gguf.header import GGUFHeader
 
@@ -38,7 +38,7 @@ def read_tokenizer(header: GGUFHeader) -> TokenizerFiles | None:
         known = ", ".join(PRE_TOKENIZERS)
         raise InputError(f"{header.path}: pre-tokenizer {pre} is not supported, only {known}", OTHER_GGUF)
     try:
-        text = json.dumps(_tokenizer_json(values, PRE_TOKENIZERS[pre]), ensure_ascii=False)
+        text = json_text(_tokenizer_json(values, PRE_TOKENIZERS[pre]))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"{header.path}: the tokenizer is damaged ({error})", DAMAGED) from None
     return TokenizerFiles(

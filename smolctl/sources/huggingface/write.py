@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolctl.config import ModelConfig
+from smolctl.escaping import json_text
 from smolctl.sources.base import TokenizerFiles
 from smolctl.sources.huggingface.config import to_huggingface_config
 from smolctl.sources.huggingface.folder import SINGLE
@@ -102,4 +102,4 @@ def _generation_config(
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write an object as people read it: indented, and in UTF-8."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json_text(content, indent=2) + "\n", encoding="utf-8")

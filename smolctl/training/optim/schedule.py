@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from smolctl.config import RunConfig
 from smolctl.config.run import ScheduleConfig
+from smolctl.errors import InputError
+from smolctl.runs.events import ScheduleOutline
 
 # What a resumed run's schedule does with steps that it was not planned for.
 LearningRatePolicy = Literal["hold", "extend", "rewarm"]
 Phase = Literal["warmup", "stable", "decay", "floor"]
 # Of the steps to come, the longest share that a second warmup and a second decay may take.
 REWARM_SHARE, DECAY_SHARE = 0.1, 0.5
+CURVE_POINTS = 40  # of an outline
 
 
 def learning_rate(step: int, peak: float, schedule: ScheduleConfig) -> float:
@@ -37,6 +41,44 @@ def learning_rate(step: int, peak: float, schedule: ScheduleConfig) -> float:
     return schedule.min_learning_rate + (peak - schedule.min_learning_rate) * left
 
 
+def require_sense(config: RunConfig) -> None:
+    """Refuse a schedule that contradicts itself.
+
+    Raises:
+        InputError: naming the two settings.
+    """
+    if found := config.schedule_contradictions():
+        raise InputError(found[0], "Change one of the two with --set.")
+
+
+def outline(config: RunConfig, done: int = 0) -> ScheduleOutline:
+    """What the steps after `done` up to train.steps see of a run's schedule."""
+    config = config.with_whole_steps()
+    schedule, first, last = config.schedule, done + 1, config.train.steps
+    top = schedule.begin + int(schedule.warmup_steps)  # the first step at the peak
+    start, length = schedule.decay_start or 0, int(schedule.decay_steps)
+    if schedule.name == "constant" or not length:
+        start = last
+    bottom, start = start + (length or 1), max(top, start)
+
+    def within(low: int, high: int) -> int:
+        return max(0, min(last, high) - max(first, low) + 1)
+
+    def rate(step: int) -> float:
+        return learning_rate(min(max(step, first), last), config.optimizer.learning_rate, schedule)
+
+    points = min(CURVE_POINTS, last - done)
+    return ScheduleOutline(
+        name=schedule.name,
+        peak=max(map(rate, (first, top, start, last))),
+        end=rate(last),
+        warmup_steps=within(first, top - 1),
+        decay_steps=within(max(top, start + 1), bottom - 1),
+        floor_steps=within(max(top, bottom), last),
+        curve=tuple(rate(first + (last - first) * i // max(1, points - 1)) for i in range(points)),
+    )
+
+
 def continue_schedule(
     schedule: ScheduleConfig, peak: float, done: int, until: int, policy: LearningRatePolicy
 ) -> ScheduleConfig:
@@ -57,7 +99,8 @@ def continue_schedule(
     if policy == "hold" or (schedule.name == "constant" and policy == "extend"):
         return schedule
     if policy == "extend":
-        moved = {"decay_steps": until - start} if to_the_end else {"decay_start": max(0, until - length)}
+        risen = schedule.begin + int(schedule.warmup_steps)
+        moved = {"decay_steps": until - start} if to_the_end else {"decay_start": max(risen, until - length)}
         return schedule.model_copy(update=moved)
     left = until - done
     warmup = min(int(schedule.warmup_steps), max(1, round(REWARM_SHARE * left)))
