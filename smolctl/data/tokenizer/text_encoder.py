@@ -13,6 +13,7 @@ from tokenizers import models
 from smolctl.data.text.documents import LONGEST_PIECE, PIECE, cut
 from smolctl.data.tokenizer.decoding import is_byte_level
 from smolctl.data.tokenizer.tokenizer import Tokenizer
+from smolctl.escaping import json_text
 from smolctl.sources.huggingface.tokenizer import ids_around_text
 
 SpecialTokens = Literal["text", "tokens"]
