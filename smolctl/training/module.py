@@ -239,6 +239,7 @@ class TrainingModule(pl.LightningModule):
         kept = {**self._kept, "format": FORMAT, "rng": gather(capture_rng(), self.trainer)}
         if self.prepared is not None and self.dataset is not None:
             kept |= self.prepared.fingerprints
+            kept["tokens"] = [folder.name for folder in self.prepared.corpus.folders]
             kept["samples"] = self.dataset.samples_before(self.global_step)
             kept["decisions"] = asdict(self.prepared.decisions)
             kept["held_out"] = {"tokens": self.prepared.held_out, "document_end": self._document_end}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from smolctl.config import RunConfig, resolve_run_config
 from smolctl.data.batches import StepDataset, validation_batches
 from smolctl.data.order import ORDER
-from smolctl.data.text.corpus import iter_texts, pin_sources
+from smolctl.data.text.corpus import MissingSourceError, iter_texts, pin_sources
 from smolctl.data.tokenizer.tokenizer import Tokenizer, choose_tokenizer, load_tokenizer
 from smolctl.data.tokens.corpus import TokenizedCorpus, TokenizeProgress, tokenize_corpus
 from smolctl.errors import InputError
@@ -111,7 +111,7 @@ def prepare(
         config = _with_model_of(source, config, (asked or {}).get("model") or {})
     config = config.with_whole_steps()
     require_sense(config)
-    config, decisions = decide(_with_pinned_datasets(config), emit)
+    config, decisions = decide(_with_pinned_sources(config), emit)
     config = with_process_counts(config)
     require_trainer(config)
     if source is None:
@@ -149,14 +149,19 @@ def prepare_again(
         tokenizer: of the run.
         decisions: of what was "auto" in its config.
         done: steps behind it.
-        state: what the checkpoint keeps for us: how many samples those steps saw.
+        state: what the checkpoint keeps for us: how many samples those steps saw, and where their tokens are.
         emit: hears what happens to the cached tokens.
         on_tokenize: hears how far the tokenization is, should the cached tokens be gone.
     """
     require_packages(config.trainer.loggers)
     require_trainer(config)
     samples = state["samples"] + (config.train.steps - done) * config.train.batch_size
-    corpus = _tokenized(config, tokenizer, samples, emit, on_tokenize)
+    try:
+        corpus = _tokenized(config, tokenizer, samples, emit, on_tokenize, state.get("tokens", ()))
+    except MissingSourceError as error:
+        raise MissingSourceError(
+            error.message, "Put it back, or say where it is now: --set 'data.source=[PATH]'."
+        ) from None
     network = _as_trained(initialize(config.model, config.train.seed), config)
     return Prepared(config, network, tokenizer, corpus, decisions, done, state["samples"])
 
@@ -167,9 +172,10 @@ def _tokenized(
     samples: int,
     emit: Listener,
     on_tokenize: Callable[[TokenizeProgress], None] | None,
+    folders: Sequence[str] = (),
 ) -> TokenizedCorpus:
     return tokenize_corpus(
-        config.data, tokenizer, None, on_tokenize, samples, on_note=lambda text: emit(Note(text))
+        config.data, tokenizer, None, on_tokenize, samples, lambda text: emit(Note(text)), folders
     )
 
 
@@ -198,8 +204,8 @@ def _with_model_of(source: ModelSource, config: RunConfig, asked: Mapping[str, A
     return resolve_run_config(values, origin=f"--init-from {source.id}")
 
 
-def _with_pinned_datasets(config: RunConfig) -> RunConfig:
-    """The config with the commits of its Hub datasets, so that the run stays on them when it is resumed."""
+def _with_pinned_sources(config: RunConfig) -> RunConfig:
+    """The config with sources that mean the same when the run is resumed, also from another folder."""
     data = config.data
     held_out = None if data.validation is None else pin_sources([data.validation])[0]
     pinned = data.model_copy(update={"source": pin_sources(data.source), "validation": held_out})

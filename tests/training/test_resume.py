@@ -29,6 +29,7 @@ from tests.support.tiny_runs import (
     run,
     state,
     with_steps,
+    write_corpus,
 )
 
 MUON = {"optimizer": {"name": "muon"}}
@@ -240,6 +241,68 @@ def test_a_comment_in_the_config_is_no_change(make: Make, whole: Path) -> None:
     edit(folder, "model:", "# mine\nmodel:")
     assert not any("Changed" in note or "edited" in note for note in notes(go_on(folder, until=15)))
     assert_same_run(whole, folder)
+
+
+# --- the data -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a corpus, and a cache of its own."""
+    monkeypatch.setenv("SMOLCTL_CACHE", str(tmp_path / "cache"))
+    write_corpus(tmp_path / "corpus")
+    return tmp_path
+
+
+SOURCES: dict[str, dict[str, Any]] = {
+    "folder": {"source": "corpus"},
+    "file": {"source": "corpus/00.txt", "validation_fraction": 0.0},
+    "mixture": {"source": ["corpus", "corpus/00.txt"], "weights": [3, 1], "validation_fraction": 0.0},
+    "held-out file": {"source": "corpus", "validation": "corpus/00.txt"},
+}
+
+
+@pytest.mark.parametrize("data", SOURCES.values(), ids=SOURCES)
+def test_a_run_follows_its_data_into_another_working_folder(
+    data: dict[str, Any], project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(prepare_tiny(Path("corpus"), data=data), "whole")
+    parts = run(prepare_tiny(Path("corpus"), data=data, **with_steps(5)), "parts")
+    shutil.rmtree(project / "cache")
+    (project / "elsewhere").mkdir()
+    monkeypatch.chdir(project / "elsewhere")
+    go_on(project / parts, until=15)
+    assert_same_run(project / whole, project / parts)
+
+
+@pytest.mark.parametrize("data", SOURCES.values(), ids=SOURCES)
+def test_a_run_whose_data_is_gone_goes_on_with_its_tokens(data: dict[str, Any], project: Path) -> None:
+    whole = run(prepare_tiny(Path("corpus"), data=data), "whole")
+    parts = run(prepare_tiny(Path("corpus"), data=data, **with_steps(5)), "parts")
+    Path("corpus").rename("moved")
+    said = notes(go_on(parts, until=15))
+    assert any("cached tokens" in note for note in said)
+    assert_same_run(whole, parts)
+
+
+def test_a_run_whose_data_was_moved_is_told_where_it_is(project: Path) -> None:
+    whole = run(prepare_tiny(Path("corpus")), "whole")
+    parts = run(prepare_tiny(Path("corpus"), **with_steps(5)), "parts")
+    Path("corpus").rename("moved")
+    shutil.rmtree(project / "cache")
+    with pytest.raises(InputError, match="no such file") as error:
+        go_on(parts, until=15)
+    assert "data.source" in error.value.hint
+    said = notes(go_on(parts, until=15, settings={"data": {"source": ["moved"]}}))
+    assert any("data.source" in note for note in said)
+    assert_same_run(whole, parts)
+
+
+def test_other_data_under_the_same_name_is_refused(project: Path) -> None:
+    parts = run(prepare_tiny(Path("corpus"), **with_steps(5)), "parts")
+    (project / "corpus" / "00.txt").write_text("something else " * 50)
+    with pytest.raises(InputError, match="not the one that the run was trained on"):
+        go_on(parts, until=15)
 
 
 # --- where to go on -------------------------------------------------------------------------------

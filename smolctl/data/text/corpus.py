@@ -40,23 +40,37 @@ class Source:
     read_as: str = ""
 
 
-def pin_sources(names: Sequence[str]) -> tuple[str, ...]:
-    """The names with every Hub dataset's revision replaced by the commit that it stands for now.
+class MissingSourceError(InputError):
+    """Nothing is where a source is said to be."""
 
-    A run that keeps these names goes on with the same rows when the dataset has moved on.
+
+def pin_sources(names: Sequence[str]) -> tuple[str, ...]:
+    """The names so that they mean the same later and elsewhere.
+
+    Paths become absolute. A Hub dataset's revision is replaced by the commit that it stands for now: a run
+    that keeps these names goes on with the same rows when the dataset has moved on.
 
     Raises:
         InputError: `datasets` is not installed.
         HubError: a dataset cannot be had.
     """
-    return tuple(str(dataset.pinned()) if (dataset := _dataset(name)) else name for name in names)
+    return tuple(map(_pinned, names))
+
+
+def _pinned(name: str) -> str:
+    path = Path(name).expanduser()
+    if name != library.NAME and path.exists():
+        return str(path.absolute())
+    dataset = _dataset(name)
+    return str(dataset.pinned()) if dataset else name
 
 
 def open_sources(data: DataConfig) -> list[Source]:
     """Find what each name stands for: the embedded `python`, a file, a folder, or a Hub dataset.
 
     Raises:
-        InputError: no such file, a folder without text, or a split of what has none.
+        MissingSourceError: there is no such file.
+        InputError: a folder without text, or a split of what has none.
     """
     if not data.source:
         raise InputError("data.source is empty", "Name files, folders, a Hub dataset, or 'python'.")
@@ -90,7 +104,7 @@ def _open_source(name: str, text_field: str, split: str) -> Source:
             dataset,
             f"{name}: split {split} of the Hub dataset.",
         )
-    raise InputError(
+    raise MissingSourceError(
         f"{name}: no such file or folder",
         "Name files, folders, a Hub dataset (org/name[@revision][:config]), or 'python'.",
     )

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from smolctl.config.run import DataConfig
 from smolctl.data.mixture import Mixture
 from smolctl.data.order import MIXTURE, shares_of
-from smolctl.data.text.corpus import open_sources, pin_sources
+from smolctl.data.text.corpus import MissingSourceError, open_sources, pin_sources
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokens.cache import LEAST_HELD_OUT, OnNote, OnProgress, TokenizedCorpus, digest
 from smolctl.data.tokens.encoding import TokenizeProgress
 from smolctl.data.tokens.shards import TokenStream
 from smolctl.data.tokens.streamed import tokenize_stream
-from smolctl.data.tokens.whole import common_documents, tokenize_whole
+from smolctl.data.tokens.whole import common_documents, find_tokenized, tokenize_whole
 from smolctl.durable import cache_folder
 from smolctl.errors import InputError
 
@@ -32,6 +33,7 @@ def tokenize_corpus(
     on_progress: OnProgress | None = None,
     samples: int | None = None,
     on_note: OnNote = lambda _: None,
+    folders: Sequence[str] = (),
 ) -> TokenizedCorpus:
     """Encode a corpus and its held-out part, or find them in the cache.
 
@@ -46,6 +48,7 @@ def tokenize_corpus(
         samples: windows that the run reads from its first step to its last: no more of a Hub dataset is
             streamed than they need. None streams it to its end.
         on_note: told at once that the cache is damaged, or that another process is waited for.
+        folders: names of a run's `TokenizedCorpus.folders`: they serve where its sources are gone.
 
     Raises:
         InputError: a source is missing, binary, damaged or empty; the corpus is shorter than one
@@ -53,6 +56,14 @@ def tokenize_corpus(
         HubError: a Hub dataset cannot be had.
     """
     cache = cache or cache_folder()
+    tokenize = partial(
+        _tokenize,
+        tokenizer=tokenizer,
+        cache=cache,
+        on_progress=on_progress,
+        on_note=on_note,
+        folders=folders,
+    )
     if data.validation is not None:
         everything = data.model_copy(update={"validation": None, "validation_fraction": 0.0})
         length = min(data.sequence_length, LEAST_HELD_OUT - 1)  # so many tokens are enough
@@ -60,16 +71,16 @@ def tokenize_corpus(
         names = pin_sources([data.validation])
         (first, *_) = everything.one_by_one()
         settings = first.model_copy(update={"source": names, "sequence_length": length})
-        held_out = _tokenize(settings, tokenizer, cache, on_progress, enough, on_note)
-        corpus = tokenize_corpus(everything, tokenizer, cache, on_progress, samples, on_note)
+        held_out = tokenize(settings, enough)
+        corpus = tokenize_corpus(everything, tokenizer, cache, on_progress, samples, on_note, folders)
         return _validated_on(corpus, held_out, names[0])
     data = data.model_copy(update={"source": pin_sources(data.source)})
     if data.weights is None:
-        return _tokenize(data, tokenizer, cache, on_progress, samples, on_note)
+        return tokenize(data, samples)
     shares = shares_of(data.weights)
     blocks = None if samples is None else -(-samples // MIXTURE)
     parts = [
-        _tokenize(one, tokenizer, cache, on_progress, None if blocks is None else blocks * share, on_note)
+        tokenize(one, None if blocks is None else blocks * share)
         for one, share in zip(data.one_by_one(), shares, strict=True)
     ]
     return parts[0] if len(parts) == 1 else _mixed(parts, shares, data, samples)
@@ -77,13 +88,20 @@ def tokenize_corpus(
 
 def _tokenize(
     data: DataConfig,
+    samples: int | None,
     tokenizer: Tokenizer,
     cache: Path,
     on_progress: OnProgress | None,
-    samples: int | None,
     on_note: OnNote,
+    folders: Sequence[str],
 ) -> TokenizedCorpus:
-    sources = open_sources(data)
+    try:
+        sources = open_sources(data)
+    except MissingSourceError:
+        if (kept := find_tokenized(cache, folders, data, tokenizer)) is None:
+            raise
+        on_note(f"{', '.join(data.source)}: not there any more; the run goes on with its cached tokens.")
+        return kept
     dataset = next((source.dataset for source in sources if source.dataset is not None), None)
     if dataset is None:
         corpus = tokenize_whole(sources, data, tokenizer, cache, on_progress, on_note)

@@ -21,6 +21,7 @@ from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokens.cache import (
     FORMAT,
     LEAST_HELD_OUT,
+    TOKENS,
     Manifest,
     OnNote,
     OnProgress,
@@ -83,6 +84,17 @@ def tokenize_whole(
                 folder, data, sources, tokenizer, on_progress
             )
     return _split(folder, manifest, data)
+
+
+def find_tokenized(
+    cache: Path, folders: Sequence[str], data: DataConfig, tokenizer: Tokenizer
+) -> TokenizedCorpus | None:
+    """The tokens of sources that are gone, in those of the cache's folders that a run was trained on."""
+    for name in folders:
+        manifest = _open(cache / TOKENS / name, tokenizer, lambda _: None)
+        if manifest is not None and manifest.sources == data.source:
+            return _split(cache / TOKENS / name, manifest, data)
+    return None
 
 
 def _open(folder: Path, tokenizer: Tokenizer, on_note: OnNote) -> WholeManifest | None:
