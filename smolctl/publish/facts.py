@@ -58,6 +58,17 @@ class RunFacts:
         held_out = data.validation and public_source(data.validation)
         return data.model_copy(update={"source": names, "validation": held_out})
 
+    def public_environment(self) -> dict[str, Any]:
+        """The sessions' records as strangers may read them, what was read by the last part of its path."""
+        earlier = [
+            {key: value for key, value in session.items() if key != "data"}
+            for session in self.environment.get("earlier") or ()
+        ]
+        lines = [str(line) for line in self.environment.get("data") or ()]
+        for source in self.config.data.texts:
+            lines = [line.replace(source, public_source(source)) for line in lines]
+        return {**self.environment, "data": lines, **({"earlier": earlier} if earlier else {})}
+
 
 def _hardware(environment: Mapping[str, Any]) -> str:
     devices = list(environment.get("devices") or ())
@@ -114,7 +125,7 @@ def write_records(facts: RunFacts, run: Path, target: Path) -> None:
     shown = facts.config.model_copy(update={"data": facts.public_data(), "tokenizer": tokenizer})
     write_text(folder / CONFIG, to_yaml(shown))
     if facts.environment:
-        write_text(folder / ENVIRONMENT, json_text(facts.environment, indent=2) + "\n")
+        write_text(folder / ENVIRONMENT, json_text(facts.public_environment(), indent=2) + "\n")
     keep_records(run / METRICS, facts.step, folder / METRICS)
     if facts.histories:
         keep_records(run / PREDICTIONS, facts.step, folder / PREDICTIONS)

@@ -57,6 +57,15 @@ def pin_sources(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(map(_pinned, names))
 
 
+def shown_name(name: str) -> str:
+    """A source's name for people: short where it lies in the working folder."""
+    path, here = Path(name), Path.cwd()
+    if not path.is_absolute() or not path.is_relative_to(here):
+        return name
+    relative = str(path.relative_to(here))
+    return f"./{relative}" if relative == library.NAME else relative
+
+
 def _pinned(name: str) -> str:
     path = Path(name).expanduser()
     if name != library.NAME and path.exists():
@@ -129,7 +138,7 @@ def _local_source(name: str, path: Path, text_field: str) -> Source:
             yield from read_file(path, text_field, on_read)
 
     size = sum(stat.st_size for stat in stats)
-    return Source(name, size, identity, read, read_as=describe_files(name, found))
+    return Source(name, size, identity, read, read_as=describe_files(shown_name(name), found))
 
 
 def iter_texts(data: DataConfig) -> Iterator[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from smolctl.config.run import DataConfig
 from smolctl.data.mixture import Mixture
 from smolctl.data.order import MIXTURE, shares_of
-from smolctl.data.text.corpus import MissingSourceError, open_sources, pin_sources
+from smolctl.data.text.corpus import MissingSourceError, open_sources, pin_sources, shown_name
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokens.cache import LEAST_HELD_OUT, OnNote, OnProgress, TokenizedCorpus, digest
 from smolctl.data.tokens.encoding import TokenizeProgress
@@ -100,7 +100,7 @@ def _tokenize(
     except MissingSourceError:
         if (kept := find_tokenized(cache, folders, data, tokenizer)) is None:
             raise
-        on_note(f"{', '.join(data.source)}: not there any more; the run goes on with its cached tokens.")
+        on_note(f"{', '.join(data.source)}: no such file any more; its tokens are still in the cache.")
         return kept
     dataset = next((source.dataset for source in sources if source.dataset is not None), None)
     if dataset is None:
@@ -171,7 +171,12 @@ def _mixed(
         tokens=sum(part.tokens for part in parts),
         bytes=sum(part.bytes for part in parts),
         notes=tuple(
-            " ".join([f"{name}: {share / MIXTURE:.1%} of the samples{epochs(part, share)}.", *part.notes])
+            " ".join(
+                [
+                    f"{shown_name(name)}: {share / MIXTURE:.1%} of the samples{epochs(part, share)}.",
+                    *part.notes,
+                ]
+            )
             for name, share, part in zip(data.source, shares, parts, strict=True)
         ),
         read=tuple(line for part in parts for line in part.read),

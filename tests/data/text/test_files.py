@@ -66,7 +66,7 @@ def test_links_are_followed_and_nothing_is_read_twice(tmp_path: Path) -> None:
 @pytest.fixture
 def somebody() -> Iterator[Path]:
     """A folder of a user whom rights stop, which they do not do with root."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # $TMPDIR may be root's alone
         folder = Path(name)
         folder.chmod(0o777)
         if root := os.geteuid() == 0:
@@ -74,10 +74,10 @@ def somebody() -> Iterator[Path]:
         try:
             yield folder
         finally:
-            for path in folder.iterdir():
-                path.chmod(0o700)
             if root:
                 os.setresuid(0, 0, 0)
+            for path in folder.iterdir():
+                path.chmod(0o700)
 
 
 @pytest.mark.skipif(not hasattr(os, "setresuid"), reason="no rights of this kind on this system")
