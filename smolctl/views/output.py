@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
 import json
 import sys
@@ -99,7 +100,9 @@ def tolerate_encodings() -> None:
     codecs.register_error("json", escape)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace" if stream.isatty() else "json")
+            # Python asks a file for its place, which a pipe that took over its descriptor does not have.
+            with contextlib.suppress(OSError):
+                stream.reconfigure(errors="replace" if stream.isatty() else "json")
 
 
 def _console(stderr: bool) -> Console:

@@ -52,7 +52,8 @@ def test_the_cache_is_shown_with_its_size(cache: Path, smolctl: Smolctl) -> None
     )
     assert shown["bytes"] == stored == sum(entry["bytes"] for entry in shown["entries"])
     lines = smolctl("cache").out.splitlines()
-    assert any("40 days ago" in line and "old.txt" in line for line in lines)
+    assert any("40 days ago" in line for line in lines)
+    assert "old.txt" in "".join("".join(lines).split())  # a long path takes more than a line
     assert lines[-1].startswith(f"{cache}: ")
 
 
