@@ -230,7 +230,10 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_as_if_nothing_had_happene
 
 @pytest.mark.slow
 def test_nano_ten_steps_and_five_more_equal_fifteen(smolctl: Smolctl) -> None:
-    quiet = ("--set", "predictions.every=0", "--set", "validation.every=0", "-q")
+    # A preset's own schedule would fit each number of steps.
+    schedule = ("schedule.warmup_steps=5", "schedule.decay_start=12", "schedule.decay_steps=10")
+    settings = (*schedule, "predictions.every=0", "validation.every=0")
+    quiet = ("-q", *(word for setting in settings for word in ("--set", setting)))
     assert smolctl("train", "nano", "--steps", "10", "--out", "parts", *quiet).code == 0
     assert smolctl("resume", "parts", "--extra", "5", "-q").code == 0
     assert smolctl("train", "nano", "--steps", "15", "--out", "whole", *quiet).code == 0
