@@ -83,6 +83,8 @@ def read_tokenizer_folder(folder: Path) -> TokenizerFiles | None:
         bos_token_id=special["bos"],
         eos_token_id=special["eos"],
         pad_token_id=special["pad"],
+        end_token_ids=tuple(sorted({*_listed(generation), *_listed(model)})),
+        named_tokens=_named_tokens(settings) if settings else None,
     )
 
 
@@ -103,20 +105,21 @@ def token_ids(tokenizer_json: str, origin: str) -> Mapping[str, int]:
     vocab = (isinstance(model, dict) and model.get("vocab")) or {}
     if isinstance(vocab, list):  # a unigram model lists [token, score]
         vocab = {entry[0]: index for index, entry in enumerate(vocab) if isinstance(entry, list) and entry}
+    return vocab | added_token_ids(content)
+
+
+def added_token_ids(content: Mapping[str, Any]) -> dict[str, int]:
+    """Token to id: what the content of a tokenizer.json adds to its vocabulary."""
     added = content.get("added_tokens") or ()
-    return vocab | {
-        token["content"]: token["id"] for token in added if isinstance(token, dict) and "id" in token
-    }
+    return {token["content"]: token["id"] for token in added if isinstance(token, dict) and "id" in token}
 
 
 def _special_id(
     name: str, settings: Mapping[str, Any], ids: Mapping[str, int], configs: tuple[Mapping[str, Any], ...]
 ) -> int | None:
     """tokenizer_config.json names the token; the other files give its id, or several."""
-    token = settings.get(f"{name}_token")
-    if isinstance(token, Mapping):
-        token = token.get("content")
-    if isinstance(token, str) and token in ids:
+    token = _named_tokens(settings).get(f"{name}_token")
+    if token is not None and token in ids:
         return ids[token]
     for config in configs:
         value = config.get(f"{name}_token_id")
@@ -125,6 +128,21 @@ def _special_id(
         if isinstance(value, int):
             return value
     return None
+
+
+def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens of a tokenizer_config.json, bos_token and the like, as they are spelled."""
+    named = {key: settings.get(f"{key}_token") for key in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
+    spelled = {
+        key: token.get("content") if isinstance(token, Mapping) else token for key, token in named.items()
+    }
+    return {f"{key}_token": token for key, token in spelled.items() if isinstance(token, str)}
+
+
+def _listed(config: Mapping[str, Any]) -> list[int]:
+    """The ids at which text ends according to a config.json or generation_config.json: one, or several."""
+    value = config.get("eos_token_id")
+    return [token for token in (value if isinstance(value, list) else [value]) if type(token) is int]
 
 
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
