@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import tokenizers
 
 from smolctl.escaping import json_text
+from smolctl.sources.stops import END_TOKENS
 
 SpecialTokens = Literal["text", "tokens"]
 # A character that no text holds: what begins with it is never found in one.
 _NEVER = "\ufdd0"
-# A stand-in lies this far behind the character that it stands for: in a plane for private use.
+# The first stand-in, in a plane for private use.
 _STAND_INS = 0xF0000
 
 
@@ -27,21 +28,23 @@ class Prompt:
     ids: tuple[int, ...]
 
 
-def spelled_tokens(backend: tokenizers.Tokenizer) -> str:
-    """A regular expression that finds special tokens in a text, of several at one place the longest.
+def any_of(tokens: Iterable[str]) -> str:
+    """A regular expression that finds tokens in a text, of several at one place the longest."""
+    return "|".join(map(re.escape, sorted(filter(None, tokens), key=len, reverse=True))) or "(?!)"
 
-    It finds nothing where the tokenizer has none.
-    """
-    added = backend.get_added_tokens_decoder().values()
-    spelled = sorted((token.content for token in added if token.special), key=len, reverse=True)
-    return "|".join(map(re.escape, spelled)) or "(?!)"
+
+def is_control(token: tokenizers.AddedToken) -> bool:
+    """Whether an added token steers a model: it is special, or is not marked so but looks like one."""
+    spelled = token.content
+    looks_special = spelled.startswith(("<|", "<｜")) and spelled.endswith(("|>", "｜>"))
+    return bool(token.special) or looks_special or spelled in END_TOKENS
 
 
 class SpelledTokens:
-    """Keeps special tokens that messages spell apart from those that a chat template writes.
+    """Keeps control tokens that messages spell apart from those that a chat template writes.
 
     Before the template is filled, the first character of each spelled one is replaced by a stand-in. The
-    tokenizer finds no special token there, and then reads the stand-in as the character.
+    tokenizer finds no token there, and then reads the stand-in as the character.
 
     Args:
         backend: the tokenizer; it stays as it is.
@@ -49,30 +52,31 @@ class SpelledTokens:
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
-        self._beginning = re.compile(f"(?={spelled_tokens(backend)}).", re.DOTALL)
         added = backend.get_added_tokens_decoder().values()
-        first = {token.content[0] for token in added if token.special and token.content}
-        self._character_of = {chr(_STAND_INS + ord(character)): character for character in first}
+        self._control = {token.content for token in added if token.content and is_control(token)}
+        self._beginning = re.compile(f"(?={any_of(self._control)}).", re.DOTALL)
+        first = sorted({token[0] for token in self._control})
+        self._stand_in_of = {character: chr(_STAND_INS + number) for number, character in enumerate(first)}
         self._reader: tokenizers.Tokenizer | None = None  # made when it is needed
         self._id_of: dict[int, int] = {}  # of added tokens, where the reader numbers them otherwise
 
     def hide(self, value: Any) -> Any:
         """A message, or a part of one, with stand-ins in every text."""
         if isinstance(value, str):
-            return self._beginning.sub(lambda found: chr(_STAND_INS + ord(found[0])), value)
+            return self._beginning.sub(lambda found: self._stand_in_of[found[0]], value)
         if isinstance(value, Mapping):
             return {key: self.hide(item) for key, item in value.items()}
         return [self.hide(item) for item in value] if isinstance(value, list) else value
 
     def show(self, text: str) -> str:
         """A text with the characters that stand-ins stand for."""
-        for stand_in, character in self._character_of.items():
+        for character, stand_in in self._stand_in_of.items():
             text = text.replace(stand_in, character)
         return text
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text with stand-ins; nothing is put around it."""
-        if not any(stand_in in text for stand_in in self._character_of):
+        if not any(stand_in in text for stand_in in self._stand_in_of.values()):
             plain: list[int] = self._backend.encode(text, add_special_tokens=False).ids
             return plain
         if self._reader is None:
@@ -80,14 +84,14 @@ class SpelledTokens:
         return [self._id_of.get(i, i) for i in self._reader.encode(text, add_special_tokens=False).ids]
 
     def _make_reader(self) -> tokenizers.Tokenizer:
-        """A copy whose normalizer, which acts after special tokens were found, takes out the stand-ins."""
+        """A copy whose normalizer, which acts after tokens were found, takes out the stand-ins."""
         state = json.loads(self._backend.to_str())
         added = state["added_tokens"]
-        for token in added:  # a special one is looked for in the text as it is
-            token["normalized"] = token["normalized"] and not token["special"]
+        for token in added:  # these are looked for in the text as it is
+            token["normalized"] = token["normalized"] and token["content"] not in self._control
         replaced = [
             {"type": "Replace", "pattern": {"String": stand_in}, "content": character}
-            for stand_in, character in self._character_of.items()
+            for character, stand_in in self._stand_in_of.items()
         ]
         before = [state["normalizer"]] if state["normalizer"] else []
         state["normalizer"] = {"type": "Sequence", "normalizers": [*replaced, *before]}

@@ -12,7 +12,7 @@ from tokenizers import models
 
 from smolctl.data.text.documents import LONGEST_PIECE, PIECE, cut
 from smolctl.data.tokenizer.decoding import is_byte_level
-from smolctl.data.tokenizer.prompt import SpecialTokens, hide_special_tokens, spelled_tokens
+from smolctl.data.tokenizer.prompt import SpecialTokens, any_of, hide_special_tokens
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.escaping import json_text
 from smolctl.sources.huggingface.tokenizer import ids_around_text
@@ -56,7 +56,8 @@ class TextEncoder:
         self.begin, after = ids_around_text(tokenizer.backend)
         end_of_text = tokenizer.end_of_text_id
         self.end = after if after[-1:] == [end_of_text] else [*after, end_of_text]
-        self._special = re.compile(spelled_tokens(tokenizer.backend))
+        added = tokenizer.backend.get_added_tokens_decoder().values()
+        self._special = re.compile(any_of(token.content for token in added if token.special))
         self._joins_at_spaces = _joins_at_spaces(self._backend)
         self._has_places = (
             '"FixedLength"' not in self._backend.to_str()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolctl.errors import InputError
+from smolctl.escaping import json_text
 from smolctl.sources.base import TokenizerFiles
 
 if TYPE_CHECKING:
@@ -15,8 +16,15 @@ if TYPE_CHECKING:
 
 # Files that hold a tokenizer in formats older than tokenizer.json.
 SLOW_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+SPECIAL_MAP = "special_tokens_map.json"  # names of special tokens, in older repositories
 # Everything of a repository that a tokenizer may need, tokenizer.json aside.
-SIDE_FILES = ("tokenizer_config.json", "generation_config.json", "config.json", "chat_template.jinja")
+SIDE_FILES = (
+    "tokenizer_config.json",
+    SPECIAL_MAP,
+    "generation_config.json",
+    "config.json",
+    "chat_template.jinja",
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -71,21 +79,48 @@ def read_tokenizer_folder(folder: Path) -> TokenizerFiles | None:
         text = path.read_text(encoding="utf-8") if path.is_file() else _converted(folder)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})", "Download the file again.") from None
-    settings, generation, model = (
+    settings, special, generation, model = (
         read_json(folder / name) if (folder / name).is_file() else {}
-        for name in ("tokenizer_config.json", "generation_config.json", "config.json")
+        for name in ("tokenizer_config.json", SPECIAL_MAP, "generation_config.json", "config.json")
     )
+    if "added_tokens_decoder" not in settings:  # as transformers does: newer files leave the map aside
+        settings |= special
+    text = _as_transformers_reads(text, settings, str(path))
     ids = token_ids(text, str(path))
-    special = {name: _special_id(name, settings, ids, (generation, model)) for name in ("bos", "eos", "pad")}
+    found = {name: _special_id(name, settings, ids, (generation, model)) for name in ("bos", "eos", "pad")}
     return TokenizerFiles(
         tokenizer_json=text,
         chat_template=_chat_template(folder, settings),
-        bos_token_id=special["bos"],
-        eos_token_id=special["eos"],
-        pad_token_id=special["pad"],
+        bos_token_id=found["bos"],
+        eos_token_id=found["eos"],
+        pad_token_id=found["pad"],
         end_token_ids=tuple(sorted({*_listed(generation), *_listed(model)})),
-        named_tokens=_named_tokens(settings) if settings else None,
+        named_tokens=_named_tokens(settings),
     )
+
+
+def _as_transformers_reads(text: str, settings: Mapping[str, Any], origin: str) -> str:
+    """A tokenizer.json as transformers 5 takes it: where tokenizer_config.json names Llama's class, this one
+    divides and joins texts its own way (models/llama/tokenization_llama.py), whatever the file says."""
+    if str(settings.get("tokenizer_class")).removesuffix("Fast") != "LlamaTokenizer":
+        return text
+    content = parse_json(text, origin)
+    if "ByteLevel" in json_text({key: content.get(key) for key in ("pre_tokenizer", "decoder")}):
+        return text  # Llama 3's kind, which transformers leaves as it is
+    prefix = settings.get("add_prefix_space") is not False
+    scheme = ("always" if settings.get("legacy") else "first") if prefix else "never"
+    parts: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []),
+    ]
+    content |= {
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False},
+        "decoder": {"type": "Sequence", "decoders": parts},
+    }
+    return json_text(content)
 
 
 def ids_around_text(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:

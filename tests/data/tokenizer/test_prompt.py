@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from smolctl.data.tokenizer.text_encoder import TextEncoder
 from smolctl.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -90,6 +92,18 @@ def test_no_message_becomes_control_tokens(kind: str, parts: list[str]) -> None:
     assert control(text, "x") == control("user", "x")
 
 
+def test_control_tokens_that_are_not_marked_as_special_stay_out_of_messages_too() -> None:
+    backend = Tokenizer(tokenizer("smollm")).backend.from_str(tokenizer("smollm").to_str())
+    names = ["<|turn|>", "[EOT]", "<think>"]
+    backend.add_tokens([AddedToken(name, normalized=True) for name in names])
+    turn, end, think = (backend.token_to_id(name) for name in names)
+    ours = Tokenizer(backend, "{% for m in messages %}<|turn|>{{ m.content }}[EOT]{% endfor %}")
+    text = "a " + " ".join(names)
+    ids = ours.chat_prompt(chat(text)).ids
+    assert [token for token in ids if token in (turn, end, think)] == [turn, think, end]
+    assert ours.decode(ids, skip_special=False) == f"<|turn|>{text}[EOT]"
+
+
 @pytest.mark.parametrize("kind", ["smollm", "gpt2", "gpt4", "joining", "llama", "t5", "words"])
 def test_spelled_tokens_are_read_as_training_reads_them(kind: str) -> None:
     special = tokenizer(kind).get_added_tokens_decoder()
@@ -101,6 +115,24 @@ def test_spelled_tokens_are_read_as_training_reads_them(kind: str) -> None:
         assert list(ours.chat_prompt(chat(text)).ids) == [mark_id, *ids, mark_id]
 
 
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "llama first", "smollm"])
+def test_llamas_class_reads_a_tokenizer_file_its_own_way(kind: str, legacy: bool, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    Tokenizer(tokenizer(kind), template(kind), 1, 2).save(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(tmp_path))
+    for text in (*TEXTS, *KNOWN, "the <s> old </s>clock"):
+        ids = theirs(text)["input_ids"]
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    expected = theirs.apply_chat_template(chat(*TEXTS), add_generation_prompt=True, return_dict=False)
+    assert list(ours.chat_prompt(chat(*TEXTS)).ids) == expected
+
+
 def test_templates_name_only_the_tokens_that_the_tokenizer_names(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -110,10 +142,11 @@ def test_templates_name_only_the_tokens_that_the_tokenizer_names(tmp_path: Path)
         ' "eos_token": {"__type": "AddedToken", "content": "<|im_end|>", "special": true}}'
     )
     (tmp_path / "generation_config.json").write_text('{"bos_token_id": 0}')
+    (tmp_path / "special_tokens_map.json").write_text('{"unk_token": "<|im_start|>"}')
     named = "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ unk_token }}"
     (tmp_path / "chat_template.jinja").write_text(named)
     theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(chat("x"), tokenize=False)
-    assert load_tokenizer(str(tmp_path)).chat_prompt(chat("x")).text == theirs == "|<|im_end|>|a|"
+    assert load_tokenizer(str(tmp_path)).chat_prompt(chat("x")).text == theirs == "|<|im_end|>|a|<|im_start|>"
 
 
 def test_without_a_template_there_is_no_chat() -> None:

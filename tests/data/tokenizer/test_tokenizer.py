@@ -124,7 +124,7 @@ def test_the_work_of_streaming_grows_with_the_text_and_no_faster() -> None:
 
     text = "the old clock 界面 " * 100
     ids = Tokenizer(made("llama")).encode(text)
-    for more in ([], [made("llama").token_to_id("<0xFF>")] * 500, [made("llama").token_to_id("</s>")] * 500):
+    for more in ([], [made("llama").get_vocab()["<0xFF>"]] * 500, [made("llama").get_vocab()["</s>"]] * 500):
         Counting.ids = 0
         stream = TextStream(Counting(), None, True)  # type: ignore[arg-type]
         shown = "".join(map(stream.feed, ids + more)) + stream.finish()
