@@ -108,11 +108,7 @@ def _config_rows(config: ModelConfig, stops: Mapping[int, str | None]) -> Iterat
     for key, field in type(config).model_fields.items():
         yield key, written(getattr(config, key)), field.description or ""
     spelled = ", ".join(f"{token_id} {token or ''}".strip() for token_id, token in stops.items())
-    yield (
-        "stops",
-        spelled or "none",
-        "tokens at which an answer ends, by config, generation config and tokenizer",
-    )
+    yield "stops", spelled or "none", "tokens at which an answer ends"
 
 
 def _derived_rows(derived: Derived) -> Iterator[Row]:

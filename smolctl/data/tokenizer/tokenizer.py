@@ -220,7 +220,7 @@ class Tokenizer:
         """The tokenizer as plain data, which `from_files` reads."""
         ids = self.bos_token_id, self.eos_token_id, self.pad_token_id
         ends = tuple(sorted(self._end_token_ids))
-        return TokenizerFiles(self.backend.to_str(), self.chat_template, *ids, ends, self._named_tokens)
+        return TokenizerFiles(self.backend.to_str(), self.chat_template, *ids, ends, dict(self.named_tokens))
 
     def save(self, folder: Path) -> None:
         """Write the files that transformers' AutoTokenizer loads."""
