@@ -15,6 +15,7 @@ import textwrap
 from dataclasses import replace
 from functools import partial
 
+from smolctl.data.tokenizer.prompt import Prompt
 from smolctl.generation.complete import CompletionSettings, complete
 from smolctl.generation.load import LoadedModel, load_model
 from smolctl.generation.sampling import SamplingSettings
@@ -23,21 +24,22 @@ from smolctl.timing import Spread, in_turns
 TOKENS = 160
 
 
-def prompts(model: LoadedModel) -> dict[str, list[str]]:
+def prompts(model: LoadedModel) -> dict[str, list[Prompt]]:
     """Three kinds: a text to repeat with changes, code to continue, and free answers."""
     passage = inspect.cleandoc(str.format.__doc__ or "") + " " + inspect.cleandoc(str.join.__doc__ or "")
 
-    def chat(request: str) -> str:
+    def chat(request: str) -> Prompt:
         return model.chat_prompt([{"role": "user", "content": request}])
 
+    text = model.tokenizer.prompt
     return {
         "repeat and edit": [
             chat(f"Repeat this text and correct its spelling, change nothing else:\n\n{passage}"),
             chat("Rewrite this list in the same order, one a line: " + ", ".join(sorted(dir(str))[:12:-1])),
         ],
         "code": [
-            inspect.getsource(textwrap.dedent),
-            "class Stack:\n    def push(self, item):\n        self.items.append(item)\n",
+            text(inspect.getsource(textwrap.dedent)),
+            text("class Stack:\n    def push(self, item):\n        self.items.append(item)\n"),
         ],
         "free answer": [
             chat("Tell me a story about a lighthouse keeper who finds a letter."),

@@ -84,7 +84,7 @@ def test_tokens_and_chat_equal_transformers(
     for prompt in [*PROMPTS, TEXT]:
         assert ours.tokenizer.encode(prompt) == reference_tokenizer(prompt)["input_ids"]
     messages = [{"role": "user", "content": "What is the capital of France?"}]
-    assert ours.chat_prompt(messages) == reference_tokenizer.apply_chat_template(
+    assert ours.chat_prompt(messages).text == reference_tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
     )
 

@@ -121,7 +121,7 @@ def _encoder(spec: EngineSpec) -> Callable[[Sequence[str]], Sequence[Sequence[in
         from transformers import AutoTokenizer
 
         theirs: Any = AutoTokenizer.from_pretrained(spec.model)
-        return lambda texts: theirs(list(texts), add_special_tokens=False)["input_ids"]
+        return lambda texts: theirs(list(texts))["input_ids"]
     tokenizer = Tokenizer.from_files(open_source(spec.model).require_tokenizer(), spec.model)
     if spec.engine == "reference":
         return lambda texts: [tokenizer.encode(text) for text in texts]

@@ -34,6 +34,13 @@ def sample(
         ),
     ] = None,
     system: Annotated[str | None, typer.Option("--system", help="System message for --chat.")] = None,
+    special_tokens: Annotated[
+        Literal["text", "tokens"],
+        typer.Option(
+            "--special-tokens",
+            help="What <|im_end|> and the like in a message of a chat are: text, or control tokens.",
+        ),
+    ] = "text",
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Completions per prompt.")] = 1,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens to generate.")] = 128,
     temperature: Annotated[
@@ -116,6 +123,7 @@ def sample(
         interactive=not output.json,
         chat=chat,
         system=system,
+        special_tokens=special_tokens,
         compare=compare,
         batch_size=batch_size,
         threads=threads,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from smolctl.data.tokenizer.tokenizer import Tokenizer
@@ -34,12 +35,15 @@ class Answer:
 
     Args:
         tokenizer: the model's own.
+        prompt: ids that it continues.
         stop: texts that end the answer and are not part of it.
         ends: ids that end it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], ends: frozenset[int]) -> None:
-        self._stream = tokenizer.stream()
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], stop: tuple[str, ...], ends: frozenset[int]
+    ) -> None:
+        self._stream = tokenizer.stream(prompt)
         self._tokenizer = tokenizer
         self._stop, self._ends = tuple(text for text in stop if text), ends
         self._emitted = 0  # characters of the text that were given out

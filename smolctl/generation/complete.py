@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from smolctl.data.tokenizer.prompt import Prompt
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.generation.answer import Answer, Completion
 from smolctl.generation.engine import Cancellation, Engine
@@ -56,7 +57,7 @@ TextListener = Callable[[int, str], None]
 def complete(
     engine: Engine,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: Prompt,
     settings: CompletionSettings,
     on_text: TextListener | None = None,
     scheduler: Scheduler | None = None,
@@ -68,7 +69,7 @@ def complete(
     Args:
         engine: the model.
         tokenizer: the model's own.
-        prompt: text, with a chat template already applied if there is one.
+        prompt: what `tokenizer` made of a text or of a conversation.
         settings: lengths, stops, seed and how tokens are chosen.
         on_text: called with every piece of text, in order for each sample.
         scheduler: of an earlier call with the same settings; what it holds of the prompt is not read again.
@@ -79,9 +80,8 @@ def complete(
         InputError: the prompt is empty or does not fit the context.
         CancelledError: `cancellation` was set, or another call with this scheduler began.
     """
-    ids = prompt_ids(tokenizer, prompt)
     context = scheduler.capacity if scheduler else engine.config.max_position_embeddings
-    generation = Generation(engine, tokenizer, [ids], settings, context, turn)
+    generation = Generation(engine, tokenizer, [prompt.ids], settings, context, turn)
     keep = scheduler is not None
     started = time.perf_counter()
     scheduler = scheduler or generation.scheduler(settings.samples)
@@ -93,7 +93,7 @@ def complete(
     done = scheduler.counts
     later = sum(len(answer.tokens) - 1 for answer in generation.answers)
     timing = Timing(
-        prompt_tokens=len(ids),
+        prompt_tokens=len(prompt.ids),
         reused_tokens=done.reused,
         first_token_s=first_at - started,
         prefill_tokens_per_s=done.prefilled / (first_at - started),
@@ -102,12 +102,7 @@ def complete(
         guessed_tokens=done.drafted,
         accepted_tokens=done.accepted,
     )
-    return CompletionResult(prompt, generation.completions(0), timing)
-
-
-def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Tokens of a prompt; an empty one is the token that begins a text, where there is one."""
-    return tokenizer.encode(prompt) or [i for i in (tokenizer.bos_token_id,) if i is not None]
+    return CompletionResult(prompt.text, generation.completions(0), timing)
 
 
 def new_scheduler(engine: Engine, settings: CompletionSettings, slots: int, capacity: int) -> Scheduler:
@@ -142,7 +137,7 @@ class Generation:
         turn: int = 0,
     ) -> None:
         self._engine, self._settings = engine, settings
-        ends = frozenset(engine.config.eos_token_ids) | tokenizer.end_token_ids
+        ends = tokenizer.stop_token_ids(engine.config)
         self.answers: list[Answer] = []
         self._requests: list[Request] = []
         for number, ids in enumerate(prompts, start=turn):
@@ -150,7 +145,7 @@ class Generation:
             count = min(settings.max_tokens, context - len(ids))
             for sample in range(settings.samples):
                 self._requests.append(Request(ids, count, generator_for(settings.seed, number, sample)))
-                self.answers.append(Answer(tokenizer, settings.stop, ends))
+                self.answers.append(Answer(tokenizer, ids, settings.stop, ends))
 
     def scheduler(self, slots: int) -> Scheduler:
         """One with room for all prompts and answers, of which at most `slots` decode together."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from smolctl.data.tokenizer.prompt import Prompt, SpecialTokens
 from smolctl.generation.complete import (
     CompletionResult,
     CompletionSettings,
@@ -29,18 +30,19 @@ class Conversation:
     chat: bool
     system: str | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
+    special_tokens: SpecialTokens = "text"  # what special tokens are that a message spells
 
-    def prompt(self, model: LoadedModel, text: str) -> str:
-        """The text to continue so that the model answers `text`.
+    def prompt(self, model: LoadedModel, text: str) -> Prompt:
+        """What to continue so that the model answers `text`.
 
         Raises:
             InputError: `chat` is set and the model has no chat template.
         """
         if not self.chat:
-            return text
+            return model.tokenizer.prompt(text)
         return self.render(model, [*self.turns, {"role": "user", "content": text}])
 
-    def render(self, model: LoadedModel, messages: Sequence[Mapping[str, str]]) -> str:
+    def render(self, model: LoadedModel, messages: Sequence[Mapping[str, str]]) -> Prompt:
         """Messages in the model's template, the system message first where they bring none of their own.
 
         Raises:
@@ -48,7 +50,7 @@ class Conversation:
         """
         own = messages[0]["role"] == "system"
         first = [{"role": "system", "content": self.system}] if self.system and not own else []
-        return model.chat_prompt([*first, *messages])
+        return model.chat_prompt([*first, *messages], self.special_tokens)
 
     def remember(self, text: str, answer: str) -> None:
         """Add a turn of each side."""
@@ -69,7 +71,7 @@ class Conversation:
             How many turns were forgotten.
         """
         before, free = len(self.turns), min(max_tokens, capacity // 2)
-        while self.turns and len(model.tokenizer.encode(self.prompt(model, text))) + free > capacity:
+        while self.turns and len(self.prompt(model, text).ids) + free > capacity:
             del self.turns[:2]
             free = max(free, int(capacity * FREE_SHARE))
         return (before - len(self.turns)) // 2

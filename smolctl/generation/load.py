@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from smolctl.data.tokenizer.chat import render_chat
+from smolctl.data.tokenizer.prompt import Prompt, SpecialTokens
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.errors import InputError
 from smolctl.generation.engine import Engine
@@ -28,20 +28,20 @@ class LoadedModel:
     def can_chat(self) -> bool:
         return self.tokenizer.chat_template is not None
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The text that the model expects for a conversation, ready for its answer.
+    def chat_prompt(
+        self, messages: Sequence[Mapping[str, str]], special_tokens: SpecialTokens = "text"
+    ) -> Prompt:
+        """See `Tokenizer.chat_prompt`.
 
         Raises:
-            InputError: the model has no chat template.
+            InputError: the model has no chat template, or it refuses the messages.
         """
         if self.tokenizer.chat_template is None:
             raise InputError(
                 f"{self.id}: the model has no chat template; it continues text",
                 "Leave out --chat, or choose an instruction-tuned model.",
             )
-        return render_chat(
-            self.tokenizer.chat_template, messages, self.tokenizer.bos_token, self.tokenizer.eos_token
-        )
+        return self.tokenizer.chat_prompt(messages, special_tokens)
 
 
 def load_model(model: str, options: EngineOptions = EngineOptions()) -> LoadedModel:  # noqa: B008 - frozen

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from smolctl.errors import InputError
 from smolctl.generation.answer import Completion
-from smolctl.generation.complete import CompletionSettings, Generation, prompt_ids
+from smolctl.generation.complete import CompletionSettings, Generation
 from smolctl.generation.conversation import Conversation
 from smolctl.generation.load import LoadedModel
 from smolctl.generation.scheduler import check_prompt
@@ -81,16 +81,15 @@ def complete_many(
     """
     context = model.engine.config.max_position_embeddings
 
-    def tokenize(line: Mapping[str, Any]) -> list[int]:
+    def tokenize(line: Mapping[str, Any]) -> Sequence[int]:
         chat = "messages" in line
-        text = (
+        prompt = (
             conversation.render(model, line["messages"])
             if chat
             else conversation.prompt(model, line["prompt"])
         )
-        ids = prompt_ids(model.tokenizer, text)
-        check_prompt(len(ids), context)
-        return ids
+        check_prompt(len(prompt.ids), context)
+        return prompt.ids
 
     prompts = _convert_lines(file.name, file.lines, tokenize)
     generation = Generation(model.engine, model.tokenizer, [*prompts.values()], settings, context)

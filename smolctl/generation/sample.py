@@ -8,6 +8,7 @@ from typing import TextIO
 
 import torch
 
+from smolctl.data.tokenizer.prompt import SpecialTokens
 from smolctl.errors import UsageError
 from smolctl.generation.compare import Divergence, diverge
 from smolctl.generation.complete import CompletionResult, CompletionSettings, complete
@@ -33,6 +34,7 @@ class SampleRequest:
     interactive: bool = True  # whether a terminal without a prompt opens a session
     chat: bool | None = None  # use the chat template; None: in a session where the model has one
     system: str | None = None  # the system message of a chat
+    special_tokens: SpecialTokens = "text"  # what special tokens are that a message spells
     compare: bool = False  # find where the other models leave the first one
     batch_size: int = 8  # sequences of `jsonl` that decode together
     threads: int | None = None
@@ -104,18 +106,18 @@ def sample(
     for model in models:
         on_event(Loaded(model))
     first, settings = models[0], request.settings
-    conversation = Conversation(bool(request.chat), request.system)
+    conversation = Conversation(bool(request.chat), request.system, special_tokens=request.special_tokens)
     if file is not None:
         return complete_many(first, file, conversation, settings, request.batch_size)
     if text is None:
-        chat = first.can_chat if request.chat is None else request.chat
-        return Session(first, settings, Conversation(chat, request.system))
+        conversation.chat = first.can_chat if request.chat is None else request.chat
+        return Session(first, settings, conversation)
     streams = len(models) == 1
     results = []
     for model in models:
         prompt = conversation.prompt(model, text)
         if streams:
-            on_event(Rendered(prompt))
+            on_event(Rendered(prompt.text))
         on_text = (lambda number, piece: on_event(Streamed(number, piece))) if streams else None
         results.append((model, complete(model.engine, model.tokenizer, prompt, settings, on_text)))
     return SampleResult(tuple(results), diverge(results) if request.compare else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from smolctl.arithmetic import (
@@ -19,11 +20,13 @@ from smolctl.arithmetic import (
     training_flops_per_token,
 )
 from smolctl.config import RunConfig
-from smolctl.errors import UsageError
+from smolctl.errors import InputError, UsageError
 from smolctl.inspection.parameters import stored_parameters
 from smolctl.inspection.problems import find_notes, find_problems
-from smolctl.sources.base import ModelSource
+from smolctl.sources.base import ModelSource, SourceKind
+from smolctl.sources.huggingface.tokenizer import added_token_ids, parse_json, token_ids
 from smolctl.sources.shapes import check_tensors
+from smolctl.sources.stops import stop_token_ids
 
 # Where neither the command line nor a recipe says: one sequence of at most this many tokens.
 DEFAULT_SEQUENCE_LENGTH = 2_048
@@ -83,6 +86,7 @@ class ModelReport:
     derived: Derived | None  # None when the network is not supported
     recipe: RecipeFacts | None
     checkpoint: CheckpointFacts | None
+    stops: Mapping[int, str | None]  # tokens at which an answer ends, as the tokenizer spells them
     problems: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -109,9 +113,27 @@ def inspect(
         derived=_derive(source, batch_size, sequence_length, dtype),
         recipe=_recipe(source.run) if source.run is not None else None,
         checkpoint=_checkpoint(source),
+        stops=_stops(source),
         problems=find_problems(source),
         notes=find_notes(source),
     )
+
+
+def _stops(source: ModelSource) -> dict[int, str | None]:
+    """Tokens at which an answer ends; of the config alone where the tokenizer would be a download, or cannot
+    be read."""
+    if source.config is None:
+        return {}
+    files = None
+    with suppress(InputError):  # which `find_problems` tells
+        files = source.read_tokenizer() if source.kind is not SourceKind.HUB else None
+    if files is None:
+        return dict.fromkeys(source.config.eos_token_ids)
+    added = added_token_ids(parse_json(files.tokenizer_json, source.id))
+    named = {*files.end_token_ids, *(() if files.eos_token_id is None else (files.eos_token_id,))}
+    stops = stop_token_ids(source.config, named, {token_id: token for token, token_id in added.items()})
+    spelled = {token_id: token for token, token_id in token_ids(files.tokenizer_json, source.id).items()}
+    return {token_id: spelled.get(token_id) for token_id in sorted(stops)}
 
 
 def _derive(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from smolctl.cores import usable_cores
+from smolctl.data.tokenizer.prompt import Prompt
 from smolctl.errors import SmolError
 from smolctl.generation.complete import CompletionSettings, complete
 from smolctl.generation.conversation import Conversation
@@ -91,11 +92,12 @@ class Speaker:
 
     async def continue_text(self, prompt: str, *controls: float) -> AsyncGenerator[str, None]:
         """The prompt and what follows it so far, again and again as it grows."""
-        async with aclosing(self._answers(prompt, controls)) as answers:
+        given = self.model.tokenizer.prompt(prompt)
+        async with aclosing(self._answers(given, controls)) as answers:
             async for text in answers:
                 yield prompt + text
 
-    async def _answers(self, prompt: str, controls: Sequence[float]) -> AsyncGenerator[str, None]:
+    async def _answers(self, prompt: Prompt, controls: Sequence[float]) -> AsyncGenerator[str, None]:
         loop, cancellation = asyncio.get_running_loop(), Cancellation()
         pieces: asyncio.Queue[str | BaseException | None] = asyncio.Queue()
 

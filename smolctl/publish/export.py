@@ -67,7 +67,7 @@ def export_model(
     state = {key: tensor.detach().contiguous() for key, tensor in network.state_dict().items()}
     dtype = str(network.head_weight.dtype).removeprefix("torch.")
     try:
-        write_model(folder, config, state, dtype, tokenizer.files(), tokenizer.end_token_ids)
+        write_model(folder, config, state, dtype, tokenizer.files())
         for carried in CARRIED_OVER:
             if beside is not None and (beside / carried).is_file():
                 shutil.copyfile(beside / carried, folder / carried)
@@ -130,7 +130,7 @@ def check_with_transformers(folder: Path, network: Transformer, tokenizer: Token
     if not difference <= TOLERANCE * max(1.0, float(logits.abs().max())):
         raise _not_the_same(f"logits in transformers are off by {difference:.3g}")
     for sample in SAMPLES:
-        if their_tokenizer(sample, add_special_tokens=False)["input_ids"] != tokenizer.encode(sample):
+        if their_tokenizer(sample)["input_ids"] != tokenizer.encode(sample):
             raise _not_the_same(f"transformers cuts {sample[:30]!r} into other tokens")
     if (tokenizer.chat_template or None) != (their_tokenizer.chat_template or None):
         raise _not_the_same("transformers finds another chat template")

@@ -15,6 +15,7 @@ from smolctl.data.batches import validation_batches
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokens.corpus import TokenizedCorpus, tokenize_corpus
 from smolctl.sources.base import ModelSource
+from smolctl.sources.huggingface.tokenizer import ids_around_text
 
 WINDOW = 256  # tokens that are predicted in one window, fewer where the context is shorter
 CALIBRATION_WINDOWS = 24
@@ -72,16 +73,22 @@ def choose_windows(
         samples = source.run.train.steps * source.run.train.batch_size
     corpus = tokenize_corpus(settings, tokenizer, samples=samples)
     named = settings.validation or ", ".join(settings.source)
+    begin, _ = ids_around_text(tokenizer.backend)
     lengths = torch.from_numpy(tokenizer.token_byte_lengths()).long()
     return Windows(
         name=f"held-out part of {named}" if corpus.validation is not None else named,
-        measured=_windows(corpus, length, count, held_out=True),
-        calibration=_windows(corpus, length, CALIBRATION_WINDOWS, held_out=False) if calibrate else (),
+        measured=_windows(corpus, length, count, begin, held_out=True),
+        calibration=_windows(corpus, length, CALIBRATION_WINDOWS, begin, held_out=False) if calibrate else (),
         token_bytes=F.pad(lengths, (0, config.vocab_size - len(lengths))),
     )
 
 
-def _windows(corpus: TokenizedCorpus, length: int, count: int, held_out: bool) -> tuple[Tensor, ...]:
+def _windows(
+    corpus: TokenizedCorpus, length: int, count: int, begin: Sequence[int], held_out: bool
+) -> tuple[Tensor, ...]:
+    """Windows (T + 1,) each. The first token of each, which is not predicted, is the one that begins every
+    text where the tokenizer has one: without BOS such models predict badly, and llama.cpp measures so too."""
     tokens = corpus.validation if held_out and corpus.validation is not None else corpus.train
     batches = validation_batches(tokens, length, 1, count)
-    return tuple(batch[0].long() for batch in batches)
+    windows = [batch[0].long() for batch in batches]
+    return tuple(torch.cat([window.new_tensor(begin[:1]), window[len(begin[:1]) :]]) for window in windows)

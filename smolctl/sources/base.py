@@ -58,6 +58,9 @@ class TokenizerFiles:
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     pad_token_id: int | None = None
+    end_token_ids: tuple[int, ...] = ()  # every id at which the source says that text ends
+    # Special tokens by the names that chat templates know them by, such as bos_token; None: those of the ids.
+    named_tokens: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ class TrainingModule(pl.LightningModule):
 
         assert self.tokenizer is not None, "a module that was loaded from a checkpoint has its tokenizer"
         engine, settings = TorchEngine(self.network.eval()), CompletionSettings(max_tokens=max_tokens)
-        return complete(engine, self.tokenizer, prompt, settings).completions[0].text
+        return complete(engine, self.tokenizer, self.tokenizer.prompt(prompt), settings).completions[0].text
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return make_optimizer(self.network, self.config.optimizer)

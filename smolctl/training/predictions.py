@@ -9,6 +9,7 @@ import torch
 
 from smolctl.config.run import PredictionsConfig
 from smolctl.data.tokenizer.tokenizer import Tokenizer
+from smolctl.generation.answer import spell
 from smolctl.generation.complete import CompletionSettings, complete
 from smolctl.generation.sampling import SamplingSettings
 from smolctl.generation.torch_engine import TorchEngine
@@ -44,10 +45,11 @@ def predict(
     settings = CompletionSettings(
         max_tokens=config.max_tokens, seed=step, sampling=SamplingSettings(temperature=config.temperature)
     )
+    given = tokenizer.prompt(prompt)
     # A compiled block would be compiled again for every length of a prompt.
     with observing(network), torch.compiler.set_stance("force_eager"):
-        completion = complete(TorchEngine(network), tokenizer, prompt, settings).completions[0]
-        ids = torch.tensor([tokenizer.encode(prompt)], device=network.head_weight.device)
+        completion = complete(TorchEngine(network), tokenizer, given, settings).completions[0]
+        ids = torch.tensor([given.ids], device=network.head_weight.device)
         logits = network.next_token_logits(ids)[0].float()
         top = logits.softmax(-1).topk(min(TOP_TOKENS, len(logits)))
         losses = network.token_losses(ids[:, :-1], ids[:, 1:]) if ids.shape[1] > 1 else None
@@ -57,7 +59,7 @@ def predict(
         text=completion.text,
         loss=losses.mean().item() if losses is not None else None,
         top=tuple(
-            Candidate(tokenizer.decode([token]), probability)
+            Candidate(spell(tokenizer, token), probability)
             for token, probability in zip(top.indices.tolist(), top.values.tolist(), strict=True)
         ),
     )

@@ -63,6 +63,7 @@ def report_document(report: ModelReport) -> Mapping[str, Any]:
         "derived": _derived_document(report.derived, report.recipe),
         "recipe": report.recipe.run.model_dump(mode="json", exclude={"model"}) if report.recipe else None,
         "checkpoint": asdict(report.checkpoint) if report.checkpoint else None,
+        "stops": [{"id": token_id, "token": token} for token_id, token in report.stops.items()],
         "problems": list(report.problems),
         "notes": list(report.notes),
     }
@@ -86,7 +87,7 @@ def _sections(report: ModelReport) -> Iterator[tuple[str, RenderableType]]:
 
     source = report.source
     if source.config is not None:
-        yield "config", _explained(_config_rows(source.config))
+        yield "config", _explained(_config_rows(source.config, report.stops))
     else:
         rows = [(Text(key), Text(written(value))) for key, value in source.declared.items()]
         yield "config, as the source spells it", facts(rows)
@@ -103,9 +104,11 @@ def _sections(report: ModelReport) -> Iterator[tuple[str, RenderableType]]:
         yield "weights", _explained(_checkpoint_rows(report.checkpoint))
 
 
-def _config_rows(config: ModelConfig) -> Iterator[Row]:
+def _config_rows(config: ModelConfig, stops: Mapping[int, str | None]) -> Iterator[Row]:
     for key, field in type(config).model_fields.items():
         yield key, written(getattr(config, key)), field.description or ""
+    spelled = ", ".join(f"{token_id} {token or ''}".strip() for token_id, token in stops.items())
+    yield "stops", spelled or "none", "tokens at which an answer ends"
 
 
 def _derived_rows(derived: Derived) -> Iterator[Row]:

@@ -16,7 +16,10 @@ from typing import Any
 
 import pytest
 
-from tests.support.tiny_models import write_folder
+from smolctl.data.tokenizer.bpe import train_bpe
+from smolctl.data.tokenizer.tokenizer import Tokenizer
+from tests.support.tiny_models import write_folder, write_speaker
+from tests.support.tokenizers import tokenizer
 
 Smolctl = Callable[..., Any]
 SHORT = ("--max-tokens", "5", "--temperature", "0", "--threads", "1")
@@ -61,6 +64,59 @@ def test_two_models_are_compared_where_they_part(smolctl: Smolctl, model: Path, 
     assert ours[at] != theirs[at]
     assert f"differs from token {at} on" in " ".join(smolctl(*command).out.split())
     assert "divergence" not in smolctl(*command[:5], *SHORT, "--json").json["models"][0]
+
+
+def test_an_answer_ends_at_every_token_that_a_source_names_as_an_end(
+    smolctl: Smolctl, tmp_path: Path
+) -> None:
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|stop|>", "<|halt|>", "<|go|>"]
+    backend = train_bpe(["the cat"], 300)
+    backend.add_special_tokens(names)
+    ids = {name: backend.token_to_id(name) for name in names}
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    for end in names[2:]:
+        folder = tmp_path / end.strip("<|>")
+        speaker = Tokenizer(backend, template, eos_token_id=0)
+        write_speaker(folder, speaker, {"a": "h", "h": "i", "i": end, end: "a"})
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [0, ids["<|halt|>"]]}))
+        generation = {"eos_token_id": [0, ids["<|stop|>"]], "bos_token_id": [0]}
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+        for how in ("--chat", "--no-chat"):
+            (answer,) = smolctl("sample", folder, "-p", "a", how, *SHORT, "--json").json["completions"]
+            stops = end != "<|go|>"
+            assert answer["text"] == ("hi" if stops else "hiahi")[: len(answer["text"])]
+            assert answer["finish_reason"] == ("stop" if stops else "length")
+        shown = {stop["token"] for stop in smolctl("inspect-config", folder, "--json").json["stops"]}
+        assert shown == {"<|endoftext|>", *names[2:6]}
+        text = smolctl("inspect-config", folder).out
+        assert all(name in text for name in shown)
+
+
+def test_what_begins_every_text_and_the_first_space_are_kept(smolctl: Smolctl, tmp_path: Path) -> None:
+    kind = Tokenizer(tokenizer("llama"), bos_token_id=1, eos_token_id=2)
+    folder = write_speaker(
+        tmp_path / "model", kind, {"▁the": "▁old", "▁old": "▁c", "▁c": "▁the", "<s>": "▁c"}
+    )
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "the"}')
+    command = ("--max-tokens", "3", "--temperature", "0")
+    found = smolctl("sample", folder, "-p", "the", *command, "--json").json
+    assert found["completions"][0]["text"] == " old c the"
+    assert found["timing"]["prompt_tokens"] == 2  # BOS and the word
+    (line,) = smolctl("sample", folder, "--jsonl", path, *command).out.splitlines()
+    assert json.loads(line)["completions"][0]["text"] == " old c the"
+
+
+def test_special_tokens_in_a_message_are_text_unless_they_are_meant(smolctl: Smolctl, model: Path) -> None:
+    def tokens(text: str, *options: str) -> int:
+        command = ("sample", model, "--chat", "-p", text, *SHORT, *options, "--json")
+        count: int = smolctl(*command).json["timing"]["prompt_tokens"]
+        return count
+
+    spelled = "a<|im_end|>b"
+    assert tokens(spelled, "--special-tokens", "tokens") == tokens("ab") + 1
+    assert tokens(spelled) > tokens("ab") + 5
 
 
 def answers_of(smolctl: Smolctl, path: Path, model: Path, *options: str) -> list[dict[str, Any]]:

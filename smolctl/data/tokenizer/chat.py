@@ -20,8 +20,7 @@ from smolctl.errors import InputError
 def render_chat(
     template: str,
     messages: Sequence[Mapping[str, Any]],
-    bos_token: str | None,
-    eos_token: str | None,
+    tokens: Mapping[str, str],
     add_generation_prompt: bool = True,
 ) -> str:
     """Fill a model's chat template.
@@ -32,8 +31,7 @@ def render_chat(
     Args:
         template: Jinja source, as in tokenizer_config.json or a GGUF.
         messages: `{"role": ..., "content": ...}` each.
-        bos_token: text of the token that begins a text.
-        eos_token: text of the token that ends one.
+        tokens: special tokens by the names that templates know them by, such as bos_token.
         add_generation_prompt: end with the header of the assistant's turn.
 
     Raises:
@@ -45,8 +43,7 @@ def render_chat(
             .from_string(template)
             .render(
                 messages=[dict(message) for message in messages],
-                bos_token=bos_token or "",
-                eos_token=eos_token or "",
+                **{"bos_token": "", "eos_token": "", **tokens},
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,

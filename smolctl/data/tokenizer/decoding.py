@@ -21,6 +21,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
+LONGEST_CHARACTER = 4  # bytes in UTF-8
 
 
 def is_byte_level(backend: tokenizers.Tokenizer) -> bool:
@@ -47,16 +48,22 @@ def bytes_of_token(token: str, byte_level: bool) -> bytes:
 
 
 class TextStream:
-    """Decodes ids one by one; the deltas, concatenated, are the decoding of all ids.
+    """Decodes ids one by one; the deltas, concatenated, are what decoding them behind `before` adds to it.
 
     Args:
         backend: the tokenizer.
         token_bytes: bytes of every id where the tokenizer is byte-level, else None.
-        skip_special: whether special tokens show.
+        skip_special: whether special tokens are left out.
+        before: ids of the text that is continued. Where a tokenizer is not byte-level, the first space of a
+            text is dropped, and so is a space that begins a continuation which is decoded by itself.
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, token_bytes: Sequence[bytes] | None, skip_special: bool
+        self,
+        backend: tokenizers.Tokenizer,
+        token_bytes: Sequence[bytes] | None,
+        skip_special: bool,
+        before: Sequence[int] = (),
     ) -> None:
         self._backend = backend
         self._token_bytes = token_bytes
@@ -67,27 +74,36 @@ class TextStream:
             if token.special and skip_special
         }
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._ids: list[int] = []
-        self._shown = ""
+        # Ids whose text was shown last, before those that wait: enough to see how the next ones join.
+        self._context = list(before)
+        self._waiting: list[int] = []
 
     def feed(self, token_id: int) -> str:
         """What can be shown now; empty while a character is not complete."""
+        if token_id in self._skipped:
+            return ""
         if self._token_bytes is not None:
-            if token_id in self._skipped or not 0 <= token_id < len(self._token_bytes):
-                return ""
-            return self._utf8.decode(self._token_bytes[token_id])
-        self._ids.append(token_id)
-        text: str = self._backend.decode(self._ids, skip_special_tokens=self._skip_special)
-        # A character that is not complete shows as U+FFFD at the end.
-        return "" if text.endswith("\ufffd") else self._advance(text)
+            known = 0 <= token_id < len(self._token_bytes)
+            return self._utf8.decode(self._token_bytes[token_id]) if known else ""
+        if self._backend.id_to_token(token_id) is None:
+            return ""
+        self._waiting.append(token_id)
+        return self._advance(len(self._waiting) >= LONGEST_CHARACTER)
 
     def finish(self) -> str:
         """What is left when no more ids come: U+FFFD for a character that was never completed."""
         if self._token_bytes is not None:
             return self._utf8.decode(b"", final=True)
-        return self._advance(self._backend.decode(self._ids, skip_special_tokens=self._skip_special))
+        return self._advance(final=True)
 
-    def _advance(self, text: str) -> str:
-        delta = text[len(self._shown) :]
-        self._shown = text
-        return delta
+    def _advance(self, final: bool) -> str:
+        shown, text = (self._decode(ids) for ids in (self._context, self._context + self._waiting))
+        # A character that is not complete shows as U+FFFD at the end.
+        if len(text) <= len(shown) or (text.endswith("\ufffd") and not final):
+            return ""
+        self._context, self._waiting = self._waiting, []
+        return text[len(shown) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._backend.decode(ids, skip_special_tokens=self._skip_special)
+        return text

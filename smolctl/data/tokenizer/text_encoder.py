@@ -5,23 +5,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import tokenizers
 from tokenizers import models
 
 from smolctl.data.text.documents import LONGEST_PIECE, PIECE, cut
 from smolctl.data.tokenizer.decoding import is_byte_level
+from smolctl.data.tokenizer.prompt import SpecialTokens, any_of, hide_special_tokens
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.escaping import json_text
 from smolctl.sources.huggingface.tokenizer import ids_around_text
 
-SpecialTokens = Literal["text", "tokens"]
 # Characters on each side of a cut that are encoded to see whether it is safe, and that a piece is encoded
 # behind. Longer than what any known tokenizer looks at to divide a text into words.
 CONTEXT = 64
-# A character that no text holds: what begins with it is never found in one.
-_NEVER = "\ufdd0"
 
 
 class TextPiece(NamedTuple):
@@ -59,8 +57,7 @@ class TextEncoder:
         end_of_text = tokenizer.end_of_text_id
         self.end = after if after[-1:] == [end_of_text] else [*after, end_of_text]
         added = tokenizer.backend.get_added_tokens_decoder().values()
-        spelled = sorted((token.content for token in added if token.special), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, spelled))) if spelled else None
+        self._special = re.compile(any_of(token.content for token in added if token.special))
         self._joins_at_spaces = _joins_at_spaces(self._backend)
         self._has_places = (
             '"FixedLength"' not in self._backend.to_str()
@@ -81,7 +78,7 @@ class TextEncoder:
             return ids is not None
 
         for text in cut(chunks, size, longest, is_safe, CONTEXT):
-            yield TextPiece(text, lead, skip, len(self._special.findall(text)) if self._special else 0)
+            yield TextPiece(text, lead, skip, len(self._special.findall(text)))
             (lead, skip), following = following, ("", 0)
 
     def encode(self, pieces: Sequence[TextPiece]) -> list[list[int]]:
@@ -118,30 +115,8 @@ def _joins_at_spaces(backend: tokenizers.Tokenizer) -> bool:
 def _reading_backend(backend: tokenizers.Tokenizer, special_tokens: SpecialTokens) -> tokenizers.Tokenizer:
     """A copy that reads special tokens as asked for; the tokenizer of prompts stays as it is."""
     state = json.loads(backend.to_str())
-    if special_tokens == "tokens":
-        return tokenizers.Tokenizer.from_str(json_text(state))
-    model = state["model"]
-    if model["type"] != "BPE" or model.get("ignore_merges"):
-        # These look up whole words or pieces, special tokens among them when their vocabulary lists them.
-        _hide_special_tokens(state, model)
+    if special_tokens == "text":
+        hide_special_tokens(state)
     copy = tokenizers.Tokenizer.from_str(json_text(state))
-    copy.encode_special_tokens = True  # as `split_special_tokens` of transformers
+    copy.encode_special_tokens = special_tokens == "text"  # as `split_special_tokens` of transformers
     return copy
-
-
-def _hide_special_tokens(state: dict[str, Any], model: dict[str, Any]) -> None:
-    """Spell special tokens in a model's vocabulary as no text does; their ids and all others stay."""
-    vocab = model["vocab"]
-    kept = {model.get("unk_token")}  # the model finds it by its name
-    listed = set(dict(vocab)) - kept
-    special = {token["content"] for token in state["added_tokens"] if token["special"]}
-    hidden = special & listed
-
-    def spelled(entry: str) -> str:
-        return _NEVER + entry if entry in hidden else entry
-
-    if isinstance(vocab, list):
-        model["vocab"] = [[spelled(entry), score] for entry, score in vocab]
-    else:
-        model["vocab"] = {spelled(entry): token_id for entry, token_id in vocab.items()}
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in hidden]

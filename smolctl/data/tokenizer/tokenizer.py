@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from smolctl.config import ModelConfig
 from smolctl.data.tokenizer.bpe import train_bpe
+from smolctl.data.tokenizer.chat import render_chat
 from smolctl.data.tokenizer.decoding import TextStream, bytes_of_token, is_byte_level
+from smolctl.data.tokenizer.prompt import Prompt, SpecialTokens, SpelledTokens
 from smolctl.errors import HubError, InputError
 from smolctl.sources import open_source
 from smolctl.sources.base import TokenizerFiles
 from smolctl.sources.huggingface.tokenizer import has_tokenizer, read_tokenizer_folder
 from smolctl.sources.huggingface.write import write_tokenizer
+from smolctl.sources.stops import stop_token_ids
 
 DEFAULT_TOKENIZER = "HuggingFaceTB/SmolLM2-135M"
 END_OF_TEXT = "<|endoftext|>"
@@ -33,6 +38,9 @@ class Tokenizer:
         bos_token_id: begins a text; None when unknown.
         eos_token_id: ends one; `<|endoftext|>`, where there is one, when not given.
         pad_token_id: fills up a batch; None when unknown.
+        end_token_ids: other ids at which text ends.
+        named_tokens: special tokens by the names that chat templates know them by, such as bos_token; None:
+            those of the ids above.
     """
 
     def __init__(
@@ -42,6 +50,8 @@ class Tokenizer:
         bos_token_id: int | None = None,
         eos_token_id: int | None = None,
         pad_token_id: int | None = None,
+        end_token_ids: Iterable[int] = (),
+        named_tokens: Mapping[str, str] | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -50,6 +60,9 @@ class Tokenizer:
         self.bos_token_id = bos_token_id
         self.eos_token_id = backend.token_to_id(END_OF_TEXT) if eos_token_id is None else eos_token_id
         self.pad_token_id = pad_token_id
+        named = self.eos_token_id, backend.token_to_id(END_OF_TEXT)
+        self._end_token_ids = {*end_token_ids, *(token_id for token_id in named if token_id is not None)}
+        self._named_tokens = named_tokens
 
     @staticmethod
     def from_files(files: TokenizerFiles, origin: str = "tokenizer.json") -> Tokenizer:
@@ -65,26 +78,64 @@ class Tokenizer:
                 f"{origin}: not a tokenizer.json ({error})", "Fetch or save the tokenizer again."
             ) from None
         ids = files.bos_token_id, files.eos_token_id, files.pad_token_id
-        return Tokenizer(backend, files.chat_template, *ids)
+        return Tokenizer(backend, files.chat_template, *ids, files.end_token_ids, files.named_tokens)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. No special token is added; those that the text spells out are recognised."""
-        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        """Ids of a text as `tokenizer(text)` of transformers gives them: with what the tokenizer puts around
+        every text, such as BOS, and with the special tokens that the text spells."""
+        ids: list[int] = self.backend.encode(text).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of many texts, on all cores."""
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        """Ids of many texts, on all cores; of each as `encode` gives them."""
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts))]
+
+    def prompt(self, text: str) -> Prompt:
+        """A text to continue; an empty one is the token that begins a text, where there is one."""
+        begin = [] if self.bos_token_id is None else [self.bos_token_id]
+        return Prompt(text, tuple(self.encode(text) or begin))
+
+    def chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], special_tokens: SpecialTokens = "text"
+    ) -> Prompt:
+        """A conversation in the chat template, ready for its answer, as `apply_chat_template` of transformers
+        gives it.
+
+        Args:
+            messages: `{"role": ..., "content": ...}` each.
+            special_tokens: what special tokens are that a message spells, such as `<|im_end|>`: "text", or
+                the "tokens" themselves. Those that the template writes are tokens always.
+
+        Raises:
+            InputError: there is no chat template, or it refuses the messages.
+        """
+        if self.chat_template is None:
+            raise InputError(
+                "there is no chat template", "Complete plain text, or choose an instruction-tuned model."
+            )
+        if special_tokens == "text":
+            messages = self._spelled.hide(list(messages))
+        rendered = render_chat(self.chat_template, messages, self.named_tokens)
+        return Prompt(self._spelled.show(rendered), tuple(self._spelled.encode(rendered)))
+
+    @cached_property
+    def _spelled(self) -> SpelledTokens:
+        return SpelledTokens(self.backend)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD."""
         text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special)
         return text
 
-    def stream(self, skip_special: bool = True) -> TextStream:
-        """A decoder that is fed ids one by one and never shows half a character."""
-        return TextStream(self.backend, self.token_bytes if self._byte_level else None, skip_special)
+    def stream(self, before: Sequence[int] = (), skip_special: bool = True) -> TextStream:
+        """A decoder that is fed ids one by one and never shows half a character.
+
+        Args:
+            before: ids of the prompt that is continued.
+            skip_special: whether special tokens are left out.
+        """
+        token_bytes = self.token_bytes if self._byte_level else None
+        return TextStream(self.backend, token_bytes, skip_special, before)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -97,12 +148,13 @@ class Tokenizer:
         return spelled
 
     @property
-    def bos_token(self) -> str | None:
-        return self.token(self.bos_token_id)
-
-    @property
-    def eos_token(self) -> str | None:
-        return self.token(self.eos_token_id)
+    def named_tokens(self) -> Mapping[str, str]:
+        """Special tokens by the names that chat templates know them by."""
+        if self._named_tokens is not None:
+            return self._named_tokens
+        ids = {"bos_token": self.bos_token_id, "eos_token": self.eos_token_id, "pad_token": self.pad_token_id}
+        spelled = {name: self.token(token_id) for name, token_id in ids.items()}
+        return {name: token for name, token in spelled.items() if token is not None}
 
     @property
     def end_of_text_id(self) -> int:
@@ -120,11 +172,11 @@ class Tokenizer:
             )
         return found
 
-    @cached_property
-    def end_token_ids(self) -> frozenset[int]:
-        """Every id at which generated text ends."""
-        candidates = (self.eos_token_id, self.backend.token_to_id(END_OF_TEXT))
-        return frozenset(token_id for token_id in candidates if token_id is not None)
+    def stop_token_ids(self, config: ModelConfig) -> frozenset[int]:
+        """Every id at which an answer of a model with this tokenizer ends."""
+        added = self.backend.get_added_tokens_decoder()
+        spelled = {token_id: token.content for token_id, token in added.items()}
+        return stop_token_ids(config, self._end_token_ids, spelled)
 
     @cached_property
     def sha256(self) -> str:
@@ -167,7 +219,8 @@ class Tokenizer:
     def files(self) -> TokenizerFiles:
         """The tokenizer as plain data, which `from_files` reads."""
         ids = self.bos_token_id, self.eos_token_id, self.pad_token_id
-        return TokenizerFiles(self.backend.to_str(), self.chat_template, *ids)
+        ends = tuple(sorted(self._end_token_ids))
+        return TokenizerFiles(self.backend.to_str(), self.chat_template, *ids, ends, dict(self.named_tokens))
 
     def save(self, folder: Path) -> None:
         """Write the files that transformers' AutoTokenizer loads."""

@@ -18,6 +18,8 @@ PRE_TOKENIZERS: Mapping[str, dict[str, Any]] = {
     "smollm": {"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]},
     "gpt-2": BYTE_LEVEL,
 }
+# Keys of the ids at which text ends: of a text, of a turn, of a message.
+ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 OTHER_GGUF = "Name a tokenizer.json or a Hub id as the tokenizer instead."
 
 
@@ -47,6 +49,7 @@ def read_tokenizer(header: GGUFHeader) -> TokenizerFiles | None:
         bos_token_id=values.get("tokenizer.ggml.bos_token_id"),
         eos_token_id=values.get("tokenizer.ggml.eos_token_id"),
         pad_token_id=values.get("tokenizer.ggml.padding_token_id"),
+        end_token_ids=tuple(sorted({values[key] for key in ENDS if values.get(key) is not None})),
     )
 
 

@@ -60,6 +60,8 @@ def tokenizer_metadata(files: TokenizerFiles, config: ModelConfig) -> dict[str, 
         "eos": eos if eos is not None else next(iter(config.eos_token_ids), None),
         "padding": files.pad_token_id if files.pad_token_id is not None else config.pad_token_id,
     }
+    # Where an answer ends beside `eos`: llama.cpp has two more places for that.
+    ids |= dict(zip(("eot", "eom"), (end for end in files.end_token_ids if end != ids["eos"]), strict=False))
     metadata |= {f"tokenizer.ggml.{key}_token_id": value for key, value in ids.items() if value is not None}
     if files.chat_template:
         metadata["tokenizer.chat_template"] = files.chat_template

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolctl.errors import InputError
+from smolctl.escaping import json_text
 from smolctl.sources.base import TokenizerFiles
 
 if TYPE_CHECKING:
@@ -15,8 +16,15 @@ if TYPE_CHECKING:
 
 # Files that hold a tokenizer in formats older than tokenizer.json.
 SLOW_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+SPECIAL_MAP = "special_tokens_map.json"  # names of special tokens, in older repositories
 # Everything of a repository that a tokenizer may need, tokenizer.json aside.
-SIDE_FILES = ("tokenizer_config.json", "generation_config.json", "config.json", "chat_template.jinja")
+SIDE_FILES = (
+    "tokenizer_config.json",
+    SPECIAL_MAP,
+    "generation_config.json",
+    "config.json",
+    "chat_template.jinja",
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -71,19 +79,48 @@ def read_tokenizer_folder(folder: Path) -> TokenizerFiles | None:
         text = path.read_text(encoding="utf-8") if path.is_file() else _converted(folder)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})", "Download the file again.") from None
-    settings, generation, model = (
+    settings, special, generation, model = (
         read_json(folder / name) if (folder / name).is_file() else {}
-        for name in ("tokenizer_config.json", "generation_config.json", "config.json")
+        for name in ("tokenizer_config.json", SPECIAL_MAP, "generation_config.json", "config.json")
     )
+    if "added_tokens_decoder" not in settings:  # as transformers does: newer files leave the map aside
+        settings |= special
+    text = _as_transformers_reads(text, settings, str(path))
     ids = token_ids(text, str(path))
-    special = {name: _special_id(name, settings, ids, (generation, model)) for name in ("bos", "eos", "pad")}
+    found = {name: _special_id(name, settings, ids, (generation, model)) for name in ("bos", "eos", "pad")}
     return TokenizerFiles(
         tokenizer_json=text,
         chat_template=_chat_template(folder, settings),
-        bos_token_id=special["bos"],
-        eos_token_id=special["eos"],
-        pad_token_id=special["pad"],
+        bos_token_id=found["bos"],
+        eos_token_id=found["eos"],
+        pad_token_id=found["pad"],
+        end_token_ids=tuple(sorted({*_listed(generation), *_listed(model)})),
+        named_tokens=_named_tokens(settings),
     )
+
+
+def _as_transformers_reads(text: str, settings: Mapping[str, Any], origin: str) -> str:
+    """A tokenizer.json as transformers 5 takes it: where tokenizer_config.json names Llama's class, this one
+    divides and joins texts its own way (models/llama/tokenization_llama.py), whatever the file says."""
+    if str(settings.get("tokenizer_class")).removesuffix("Fast") != "LlamaTokenizer":
+        return text
+    content = parse_json(text, origin)
+    if "ByteLevel" in json_text({key: content.get(key) for key in ("pre_tokenizer", "decoder")}):
+        return text  # Llama 3's kind, which transformers leaves as it is
+    prefix = settings.get("add_prefix_space") is not False
+    scheme = ("always" if settings.get("legacy") else "first") if prefix else "never"
+    parts: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []),
+    ]
+    content |= {
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False},
+        "decoder": {"type": "Sequence", "decoders": parts},
+    }
+    return json_text(content)
 
 
 def ids_around_text(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
@@ -103,20 +140,21 @@ def token_ids(tokenizer_json: str, origin: str) -> Mapping[str, int]:
     vocab = (isinstance(model, dict) and model.get("vocab")) or {}
     if isinstance(vocab, list):  # a unigram model lists [token, score]
         vocab = {entry[0]: index for index, entry in enumerate(vocab) if isinstance(entry, list) and entry}
+    return vocab | added_token_ids(content)
+
+
+def added_token_ids(content: Mapping[str, Any]) -> dict[str, int]:
+    """Token to id: what the content of a tokenizer.json adds to its vocabulary."""
     added = content.get("added_tokens") or ()
-    return vocab | {
-        token["content"]: token["id"] for token in added if isinstance(token, dict) and "id" in token
-    }
+    return {token["content"]: token["id"] for token in added if isinstance(token, dict) and "id" in token}
 
 
 def _special_id(
     name: str, settings: Mapping[str, Any], ids: Mapping[str, int], configs: tuple[Mapping[str, Any], ...]
 ) -> int | None:
     """tokenizer_config.json names the token; the other files give its id, or several."""
-    token = settings.get(f"{name}_token")
-    if isinstance(token, Mapping):
-        token = token.get("content")
-    if isinstance(token, str) and token in ids:
+    token = _named_tokens(settings).get(f"{name}_token")
+    if token is not None and token in ids:
         return ids[token]
     for config in configs:
         value = config.get(f"{name}_token_id")
@@ -125,6 +163,21 @@ def _special_id(
         if isinstance(value, int):
             return value
     return None
+
+
+def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens of a tokenizer_config.json, bos_token and the like, as they are spelled."""
+    named = {key: settings.get(f"{key}_token") for key in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
+    spelled = {
+        key: token.get("content") if isinstance(token, Mapping) else token for key, token in named.items()
+    }
+    return {f"{key}_token": token for key, token in spelled.items() if isinstance(token, str)}
+
+
+def _listed(config: Mapping[str, Any]) -> list[int]:
+    """The ids at which text ends according to a config.json or generation_config.json: one, or several."""
+    value = config.get("eos_token_id")
+    return [token for token in (value if isinstance(value, list) else [value]) if type(token) is int]
 
 
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,6 @@ def write_model(
     tensors: Mapping[str, torch.Tensor],
     dtype: str,
     tokenizer: TokenizerFiles | None,
-    end_ids: Iterable[int] = (),
     quantization: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model into a folder that is there.
@@ -40,7 +39,6 @@ def write_model(
         tensors: under their Hugging Face names, without a tied head.
         dtype: that config.json names.
         tokenizer: goes along, with its chat template.
-        end_ids: tokens at which text ends, beside those of the config.
         quantization: of config.json, when the tensors are packed; transformers does not read such a model.
 
     Raises:
@@ -58,7 +56,7 @@ def write_model(
             shutil.copyfile(path, folder / path.name)
     write_json(folder / CONFIG, values)
     (folder / SINGLE).chmod((folder / CONFIG).stat().st_mode)  # safetensors makes it its owner's alone
-    write_json(folder / GENERATION, _generation_config(config, tokenizer, end_ids))
+    write_json(folder / GENERATION, _generation_config(config, tokenizer))
     if tokenizer is not None:
         write_tokenizer(folder, tokenizer, config.max_position_embeddings)
 
@@ -86,13 +84,12 @@ def write_tokenizer(folder: Path, files: TokenizerFiles, context: int | None = N
         (folder / TEMPLATE).write_text(files.chat_template, encoding="utf-8", newline="")
 
 
-def _generation_config(
-    config: ModelConfig, tokenizer: TokenizerFiles | None, end_ids: Iterable[int]
-) -> dict[str, Any]:
+def _generation_config(config: ModelConfig, tokenizer: TokenizerFiles | None) -> dict[str, Any]:
     """Where text begins and ends. Sampling is left to the caller: nothing here was tuned."""
-    first, ends, pad = config.bos_token_id, {*config.eos_token_ids, *end_ids}, config.pad_token_id
+    first, ends, pad = config.bos_token_id, {*config.eos_token_ids}, config.pad_token_id
     if tokenizer is not None:
         first = first if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        ends |= {*tokenizer.end_token_ids}
         ends |= set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
         pad = pad if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     last = sorted(ends)

@@ -21,6 +21,7 @@ CHATS = [
         {"role": "user", "content": "{{ 7 * 7 }}"},
     ],
 ]
+TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
 TURNS = """{{ bos_token }}
 {%- for message in messages %}
     {%- if message.role == 'system' %}
@@ -51,9 +52,7 @@ NAMESPACES = """{% set ns = namespace(count=0, last='') %}
 
 
 def theirs(template: str, chat: list[dict[str, str]], prompt: bool) -> str:
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=train_bpe(["a"], 300), bos_token="<|im_start|>", eos_token="<|im_end|>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_bpe(["a"], 300), **TOKENS)
     text = tokenizer.apply_chat_template(
         chat, chat_template=template, tokenize=False, add_generation_prompt=prompt
     )
@@ -67,7 +66,7 @@ def theirs(template: str, chat: list[dict[str, str]], prompt: bool) -> str:
 def test_hand_written_templates_render_as_in_transformers(
     template: str, chat: list[dict[str, str]], prompt: bool
 ) -> None:
-    assert render_chat(template, chat, "<|im_start|>", "<|im_end|>", prompt) == theirs(template, chat, prompt)
+    assert render_chat(template, chat, TOKENS, prompt) == theirs(template, chat, prompt)
 
 
 @pytest.mark.real_weights
@@ -79,19 +78,19 @@ def test_smollm2_template_renders_as_in_transformers(
     tokenizer = load_tokenizer(str(gguf_file))
     template = tokenizer.chat_template
     assert template is not None
-    rendered = render_chat(template, chat, tokenizer.bos_token, tokenizer.eos_token, prompt)
+    rendered = render_chat(template, chat, tokenizer.named_tokens, prompt)
     assert rendered == theirs(template, chat, prompt)
     assert chat[-1]["content"] in rendered
 
 
 def test_refusal_of_the_template_is_told() -> None:
     with pytest.raises(InputError, match="only users may speak"):
-        render_chat("{{ raise_exception('only users may speak') }}", CHATS[0], None, None)
+        render_chat("{{ raise_exception('only users may speak') }}", CHATS[0], {})
 
 
 def test_broken_template_is_named_with_its_line() -> None:
     with pytest.raises(InputError, match="broken at line 2"):
-        render_chat("fine\n{% if %}", CHATS[0], None, None)
+        render_chat("fine\n{% if %}", CHATS[0], {})
 
 
 @pytest.mark.parametrize(
@@ -109,4 +108,4 @@ def test_broken_template_is_named_with_its_line() -> None:
 )
 def test_templates_cannot_reach_out_of_the_sandbox(template: str) -> None:
     with pytest.raises(InputError):
-        render_chat(template, CHATS[0], None, None)
+        render_chat(template, CHATS[0], {})

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from smolctl.data.tokenizer.bpe import SMALLEST_VOCABULARY, evenly_spread
-from smolctl.data.tokenizer.decoding import _BYTE_OF
+from smolctl.data.tokenizer.decoding import _BYTE_OF, TextStream
 from smolctl.data.tokenizer.tokenizer import (
     DEFAULT_TOKENIZER,
     Tokenizer,
@@ -28,6 +29,8 @@ from smolctl.data.tokenizer.tokenizer import (
 )
 from smolctl.errors import HubError, InputError
 from smolctl.sources.base import TokenizerFiles
+from tests.support.tokenizers import MAKERS
+from tests.support.tokenizers import tokenizer as made
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "Größe 12345 — 界面 🎉👩‍👩‍👧!", "The cat sat on the mat. " * 9]
 
@@ -77,7 +80,7 @@ def test_stream_of_any_ids_equals_their_decoding(
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
     if tokenizer is not TRAINED:  # invalid bytes spoil their neighbours there, seen or not yet seen
         ids = [token for token in ids if not 3 + 128 <= token < 259]
-    stream = tokenizer.stream(skip_special)
+    stream = tokenizer.stream(skip_special=skip_special)
     shown = "".join(map(stream.feed, ids)) + stream.finish()
     assert shown == tokenizer.decode(ids, skip_special)
 
@@ -88,6 +91,45 @@ def test_stream_of_byte_fallback_characters() -> None:
     deltas = [stream.feed(token) for token in tokenizer.encode("a 界🎉 a")]
     assert "".join(deltas) == "a 界🎉 a"
     assert not any("\ufffd" in delta for delta in deltas)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@given(data=st.data())
+def test_a_continuation_streams_as_what_it_adds_to_the_prompt(kind: str, data: st.DataObject) -> None:
+    tokenizer = Tokenizer(made(kind))
+    before = tokenizer.encode(data.draw(st.sampled_from(["", "the", "the river ", "Größe 界面"])))
+    entries = [f"<0x{byte:02X}>" for byte in range(128, 256)]  # a byte that is no character spoils others
+    some = [i for token, i in tokenizer.backend.get_vocab().items() if token not in entries]
+    ids = data.draw(st.lists(st.sampled_from(some), max_size=12))
+    if tokenizer._byte_level:
+        ids = tokenizer.encode(tokenizer.decode(ids).replace("\ufffd", ""))
+    stream = tokenizer.stream(before)
+    shown = "".join(map(stream.feed, ids)) + stream.finish()
+    assert tokenizer.decode(before) + shown == tokenizer.decode([*before, *ids])
+
+
+def test_the_work_of_streaming_grows_with_the_text_and_no_faster() -> None:
+    class Counting:
+        """A backend that adds up how many ids were decoded."""
+
+        ids = 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(made("llama"), name)
+
+        def decode(self, ids: list[int], **settings: Any) -> str:
+            Counting.ids += len(ids)
+            text: str = made("llama").decode(ids, **settings)
+            return text
+
+    text = "the old clock 界面 " * 100
+    ids = Tokenizer(made("llama")).encode(text)
+    for more in ([], [made("llama").get_vocab()["<0xFF>"]] * 500, [made("llama").get_vocab()["</s>"]] * 500):
+        Counting.ids = 0
+        stream = TextStream(Counting(), None, True)  # type: ignore[arg-type]
+        shown = "".join(map(stream.feed, ids + more)) + stream.finish()
+        assert shown.startswith(text)
+        assert Counting.ids < 8 * len(ids + more)
 
 
 def test_byte_alphabet_is_the_librarys() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,18 @@ def test_a_file_that_reads_back_wrong_is_not_left_behind(
     with pytest.raises(SmolError, match=r"q_proj.weight is off by"):
         written(tmp_path, "q4_0")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_end_of_an_answer_is_in_the_file(tmp_path: Path) -> None:
+    network, files = initialize(tiny(), seed=1), replace(trained(), end_token_ids=(0, 5, 7))
+    state = network.state_dict().items()
+    write_gguf(network.config, state, files, "q8_0", tmp_path / "ends.gguf", "ends")
+    metadata = read_header(tmp_path / "ends.gguf").metadata
+    ends = [metadata[f"tokenizer.ggml.{key}_token_id"] for key in ("eos", "eot", "eom")]
+    assert ends == [0, 5, 7]
+    back = open_source(str(tmp_path / "ends.gguf")).read_tokenizer()
+    assert back is not None
+    assert back.end_token_ids == (0, 5, 7)
 
 
 @pytest.mark.slow

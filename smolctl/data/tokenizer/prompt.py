@@ -1,0 +1,126 @@
+"""What a model is given to continue, and special tokens that messages spell."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import tokenizers
+
+from smolctl.escaping import json_text
+from smolctl.sources.stops import END_TOKENS
+
+SpecialTokens = Literal["text", "tokens"]
+# A character that no text holds: what begins with it is never found in one.
+_NEVER = "\ufdd0"
+# The first stand-in, in a plane for private use.
+_STAND_INS = 0xF0000
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model continues."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+def any_of(tokens: Iterable[str]) -> str:
+    """A regular expression that finds tokens in a text, of several at one place the longest."""
+    return "|".join(map(re.escape, sorted(filter(None, tokens), key=len, reverse=True))) or "(?!)"
+
+
+def is_control(token: tokenizers.AddedToken) -> bool:
+    """Whether an added token steers a model: it is special, or is not marked so but looks like one."""
+    spelled = token.content
+    looks_special = spelled.startswith(("<|", "<｜")) and spelled.endswith(("|>", "｜>"))
+    return bool(token.special) or looks_special or spelled in END_TOKENS
+
+
+class SpelledTokens:
+    """Keeps control tokens that messages spell apart from those that a chat template writes.
+
+    Before the template is filled, the first character of each spelled one is replaced by a stand-in. The
+    tokenizer finds no token there, and then reads the stand-in as the character.
+
+    Args:
+        backend: the tokenizer; it stays as it is.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self._backend = backend
+        added = backend.get_added_tokens_decoder().values()
+        self._control = {token.content for token in added if token.content and is_control(token)}
+        self._beginning = re.compile(f"(?={any_of(self._control)}).", re.DOTALL)
+        first = sorted({token[0] for token in self._control})
+        self._stand_in_of = {character: chr(_STAND_INS + number) for number, character in enumerate(first)}
+        self._reader: tokenizers.Tokenizer | None = None  # made when it is needed
+        self._id_of: dict[int, int] = {}  # of added tokens, where the reader numbers them otherwise
+
+    def hide(self, value: Any) -> Any:
+        """A message, or a part of one, with stand-ins in every text."""
+        if isinstance(value, str):
+            return self._beginning.sub(lambda found: self._stand_in_of[found[0]], value)
+        if isinstance(value, Mapping):
+            return {key: self.hide(item) for key, item in value.items()}
+        return [self.hide(item) for item in value] if isinstance(value, list) else value
+
+    def show(self, text: str) -> str:
+        """A text with the characters that stand-ins stand for."""
+        for character, stand_in in self._stand_in_of.items():
+            text = text.replace(stand_in, character)
+        return text
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text with stand-ins; nothing is put around it."""
+        if not any(stand_in in text for stand_in in self._stand_in_of.values()):
+            plain: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+            return plain
+        if self._reader is None:
+            self._reader = self._make_reader()
+        return [self._id_of.get(i, i) for i in self._reader.encode(text, add_special_tokens=False).ids]
+
+    def _make_reader(self) -> tokenizers.Tokenizer:
+        """A copy whose normalizer, which acts after tokens were found, takes out the stand-ins."""
+        state = json.loads(self._backend.to_str())
+        added = state["added_tokens"]
+        for token in added:  # these are looked for in the text as it is
+            token["normalized"] = token["normalized"] and token["content"] not in self._control
+        replaced = [
+            {"type": "Replace", "pattern": {"String": stand_in}, "content": character}
+            for character, stand_in in self._stand_in_of.items()
+        ]
+        before = [state["normalizer"]] if state["normalizer"] else []
+        state["normalizer"] = {"type": "Sequence", "normalizers": [*replaced, *before]}
+        state["post_processor"] = None
+        hide_special_tokens(state)
+        state["added_tokens"] = added
+        reader = tokenizers.Tokenizer.from_str(json_text(state))
+        found = {token["id"]: reader.token_to_id(token["content"]) for token in added}
+        self._id_of = {number: token_id for token_id, number in found.items() if number is not None}
+        return reader
+
+
+def hide_special_tokens(state: dict[str, Any]) -> None:
+    """Spell special tokens in the vocabulary of a tokenizer.json as no text does, where the model looks up
+    whole words or pieces and could find them; their ids and all others stay."""
+    model = state["model"]
+    if model["type"] == "BPE" and not model.get("ignore_merges"):
+        return
+    vocab = model["vocab"]
+    kept = {model.get("unk_token")}  # the model finds it by its name
+    listed = set(dict(vocab)) - kept
+    special = {token["content"] for token in state["added_tokens"] if token["special"]}
+    hidden = special & listed
+
+    def spelled(entry: str) -> str:
+        return _NEVER + entry if entry in hidden else entry
+
+    if isinstance(vocab, list):
+        model["vocab"] = [[spelled(entry), score] for entry, score in vocab]
+    else:
+        model["vocab"] = {spelled(entry): token_id for entry, token_id in vocab.items()}
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in hidden]
