@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 from pathlib import Path
@@ -74,8 +75,8 @@ def bench(
         float | None,
         typer.Option(
             "--fail-below",
-            min=0.0,
-            help="Exit with code 5 if any result is below this share of its baseline speed.",
+            help="Exit with code 5 if any result is below this share of its baseline speed, or is missing on "
+            "either side.",
             show_default=False,
         ),
     ] = None,
@@ -105,6 +106,8 @@ def bench(
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(ExitCode.TERMINATED))
     if fail_below is not None and baseline is None:
         raise UsageError("--fail-below needs a baseline to compare with", "Name one with --baseline.")
+    if fail_below is not None and not 0 < fail_below < math.inf:
+        raise UsageError(f"--fail-below {fail_below}: not a share above 0", "Give one such as 0.95.")
     if baseline is not None:
         read_baseline(baseline)  # fail now rather than after minutes
     for target, name, is_own in ((save, "--save", is_baseline), (plot, "--plot", is_own_chart)):
@@ -131,4 +134,10 @@ def bench(
         raise GateError(f"wrong output: {named}", "Ignore their speed, and report this.")
     if changes is not None and changes.failed:
         named = ", ".join(f"{one.result.name} × {one.ratio:.2f}" for one in changes.failed)
-        raise GateError(f"below {fail_below} of the baseline: {named}", "Repeat on an idle machine.")
+        doubt = f"; the machine was busy: {changes.disturbed}" if changes.disturbed else ""
+        raise GateError(f"below {fail_below} of the baseline: {named}{doubt}", "Repeat on an idle machine.")
+    if changes is not None and changes.missing and fail_below is not None:
+        raise GateError(
+            f"not compared with the baseline: {'; '.join(changes.missing)}",
+            "Measure the same suites and schemes on both sides.",
+        )
