@@ -58,6 +58,8 @@ class TokenizerFiles:
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     pad_token_id: int | None = None
+    # Other files of the tokenizer and of the generation settings by their names, for exports: as they were.
+    carried: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ HEADER_GUESS = 100_000  # bytes of the first Range request; longer headers take 
 MAX_CONFIG_BYTES = 20_000_000  # of a config or an index; a repository may hold anything
 PARALLEL_REQUESTS = 8
 TOKENIZERS = ("tokenizer.json", *SLOW_FILES)
-TOKENIZER_FILES = (*TOKENIZERS, "merges.txt", "special_tokens_map.json", *SIDE_FILES)
+TOKENIZER_FILES = (*TOKENIZERS, "merges.txt", *SIDE_FILES)
 OTHER_WEIGHTS = re.compile(r".+\.(bin|gguf|pth|pt|h5|msgpack|onnx)")
 # Safetensors files of a repository, with the names of the tensors to read there (None: all).
 Shards = dict[str, list[str] | None]
