@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from smolctl.cli.options import command
+from smolctl.cli.options import Threads, capped_threads, command
 from smolctl.errors import ExitCode, GateError, UsageError
 from smolctl.views.output import Output
 
@@ -59,9 +59,7 @@ def bench(
         int,
         typer.Option("--repeats", min=1, help="Rounds after the warm-up; at least 6 to test significance."),
     ] = 7,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Threads of every engine. Default: one per core.")
-    ] = None,
+    threads: Threads = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences in batched decoding.")] = 8,
     save: Annotated[
         Path | None,
@@ -118,7 +116,7 @@ def bench(
         schemes=split_commas(to or ()),
         against=split_commas(against or ()),
         repeats=repeats,
-        threads=threads,
+        threads=capped_threads(output, threads),
         batch=batch,
     )
     report = run(model, options, output.talk)

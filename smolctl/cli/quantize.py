@@ -28,8 +28,8 @@ def quantize(
         typer.Option(
             "--to",
             metavar="SCHEME",
-            help="int8 (the default), int4, bf16, int8-dynamic, gguf-q8_0, gguf-q5_1, gguf-q5_0, gguf-q4_1, "
-            "gguf-q4_0; repeatable, or separated by commas.",
+            help="int8 (the default), int4, bf16, int8-dynamic, gguf-bf16, gguf-f16, gguf-q8_0, gguf-q5_1, "
+            "gguf-q5_0, gguf-q4_1, gguf-q4_0; repeatable, or separated by commas.",
             show_default=False,
         ),
     ] = None,

@@ -103,7 +103,8 @@ def check_scheme(scheme: str, config: ModelConfig) -> None:
         reason = f"{odd[0]} is no multiple of {K_BLOCK}" if odd else "they cannot be written from Python"
         raise InputError(
             f"{scheme}: K-quants pack {K_BLOCK} values of a row together, and {reason}",
-            f"Take one of {', '.join(GGUF_SCHEMES)}; their blocks are of {BLOCK}.",
+            f"Take one of {', '.join(f'gguf-{one}' for one in BLOCK_SCHEMES)}; their blocks are of {BLOCK}. "
+            "Or quantize the file of gguf-bf16 with llama.cpp's llama-quantize.",
         )
     if scheme not in SCHEMES:
         meant = f"Did you mean gguf-{scheme}? " if f"gguf-{scheme}" in SCHEMES else ""

@@ -18,7 +18,7 @@ from smolctl.generation.torch_engine import TorchEngine
 from smolctl.quantization.build import build_items, dequantized, read_tensors
 from smolctl.quantization.footprint import measure_footprint
 from smolctl.quantization.quantize import QuantizeOptions, QuantizeReport, quantize
-from smolctl.quantization.schemes import SchemeOptions, make_plan
+from smolctl.quantization.schemes import GGUF_SCHEMES, SchemeOptions, make_plan
 from smolctl.quantization.verdict import Gates, SourceFacts, Variant, advise, judge
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
@@ -139,10 +139,29 @@ def test_bf16_of_a_llama_loads_in_transformers(here: Path) -> None:
     assert theirs.dtype == torch.bfloat16
 
 
-def test_gguf_file_is_a_model(here: Path) -> None:
-    report = make(scheme="gguf-q8_0", out="files")
-    assert report.variants[0].path == "files/llama-q8_0.gguf"
-    assert load_model("files/llama-q8_0.gguf").engine.config.hidden_size == 32
+@pytest.mark.parametrize("scheme", GGUF_SCHEMES)
+def test_gguf_file_is_a_model(here: Path, scheme: str) -> None:
+    report = make(scheme=scheme, out="files")
+    path = f"files/llama-{scheme.removeprefix('gguf-')}.gguf"
+    assert report.variants[0].path == path
+    assert load_model(path).engine.config.hidden_size == 32
+
+
+@pytest.mark.parametrize(("scheme", "dtype"), [("gguf-f16", torch.float16), ("gguf-bf16", torch.bfloat16)])
+def test_sixteen_bits_in_a_gguf_are_the_weights_rounded_once(
+    here: Path, smolctl: Callable[..., Called], scheme: str, dtype: torch.dtype
+) -> None:
+    options = ("--to", scheme, "--out", "files", "--windows", "2", "--json")
+    called = smolctl("quantize", "runs/llama", *options)
+    assert called.code == 0, called.err
+    (found,) = called.json["variants"]
+    assert found["bits_per_weight"] < 17
+    assert found["verdict"].startswith("as good as the source")
+    before, after = (weights_of(open_source(model)) for model in ("runs/llama", found["path"]))
+    for name, tensor in before.items():
+        assert torch.equal(
+            after[name].float(), tensor.to(dtype if tensor.dim() > 1 else tensor.dtype).float()
+        )
 
 
 # --- the brief's dynamic quantization ---------------------------------------------------------------
