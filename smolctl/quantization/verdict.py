@@ -114,8 +114,12 @@ def advise(variant: Variant, options: SchemeOptions) -> str:
     if variant.scheme == "int4" and not options.calibrate:
         return "--calibrate: better scales at the same size"
     if lossy and variant.scheme in PACKED_SCHEMES:
-        return "--bits-map down_proj=8: more bits for the costliest tensors; --per-tensor names them"
-    return "gguf-q8_0, which keeps more" if lossy and variant.scheme in GGUF_SCHEMES else ""
+        more = 8 if variant.scheme == "int4" else 16
+        return f"--bits-map down_proj={more}: more bits for the costliest tensors; --per-tensor names them"
+    if not lossy or variant.scheme not in GGUF_SCHEMES or variant.scheme.endswith("f16"):
+        return ""
+    more_bits = "gguf-bf16" if variant.scheme == "gguf-q8_0" else "gguf-q8_0"
+    return f"--to {more_bits}: more bits"
 
 
 def _beaten(variant: Variant, others: Sequence[Variant], source: SourceFacts) -> str:

@@ -18,7 +18,7 @@ from smolctl.generation.torch_engine import TorchEngine
 from smolctl.quantization.build import build_items, dequantized, read_tensors
 from smolctl.quantization.footprint import measure_footprint
 from smolctl.quantization.quantize import QuantizeOptions, QuantizeReport, quantize
-from smolctl.quantization.schemes import GGUF_SCHEMES, SchemeOptions, make_plan
+from smolctl.quantization.schemes import GGUF_SCHEMES, SCHEMES, SchemeOptions, make_plan
 from smolctl.quantization.verdict import Gates, SourceFacts, Variant, advise, judge
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
@@ -509,6 +509,28 @@ def test_remedy_follows_from_what_was_asked_for() -> None:
     assert "--calibrate" in advise(variant("int4", 200, 0.05), SchemeOptions())
     assert "--bits-map" in advise(variant("int4", 200, 0.2), SchemeOptions(calibrate=True))
     assert advise(variant("int8", 300, 0.004), SchemeOptions()) == ""
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_a_remedy_can_be_typed_and_changes_the_model(
+    here: Path, smolctl: Callable[..., Called], scheme: str, calibrate: bool
+) -> None:
+    """A scheme's own remedy, put behind the command, gives another file, and none that is smaller."""
+    options = SchemeOptions(calibrate=calibrate and scheme in ("int8", "int4"))
+    flags = advise(variant(scheme, 200, 0.3), options).partition(":")[0].split()
+    if not flags:
+        assert scheme.endswith("f16") or scheme == "bf16"
+        return
+    command = ("quantize", "runs/llama", "--no-measure", "--json", "--to", scheme)
+    before = smolctl(*command, "--out", "plain").json["variants"][0]
+    better = smolctl(*command, "--out", "better", *flags)
+    assert better.code == 0, better.err
+    after = better.json["variants"][-1]
+    files = [Path(one["path"]) for one in (before, after)]
+    one, other = ((path if path.is_file() else path / FILE).read_bytes() for path in files)
+    assert one != other or "--activations" in flags
+    assert after["bytes"] >= before["bytes"]
 
 
 def test_costs_of_int8_dynamic_are_those_of_its_activations(here: Path) -> None:
