@@ -39,7 +39,7 @@ class WindowScores:
 
     nats: float  # sum over the tokens
     kl: float  # sum of KL(reference ‖ model) in nats
-    agreements: int  # positions at which both rank the same token first
+    agreements: int  # positions at which both rank the same token first; none where a prediction is NaN
     tokens: int
     bytes: int
 
@@ -64,9 +64,11 @@ def score_window(
         nats -= own.gather(-1, targets[part, None]).double().sum().item()
         if reference is not None:
             theirs = reference[part].float().log_softmax(-1)
-            agreements += int((own.argmax(-1) == theirs.argmax(-1)).sum())
+            same = own.argmax(-1) == theirs.argmax(-1)
+            agreements += int((same & own.amax(-1).isfinite()).sum())
             kl += theirs.exp().mul_(theirs - own).double().sum().item()
-    return WindowScores(nats, max(0.0, kl), agreements, len(targets), size)
+    kl = 0.0 if kl < 0 else kl  # rounding; not max(), which may drop a NaN
+    return WindowScores(nats, kl, agreements, len(targets), size)
 
 
 def ratio_estimate(amounts: Sequence[float] | Tensor, sizes: Sequence[float] | Tensor) -> Estimate:

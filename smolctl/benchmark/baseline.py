@@ -36,13 +36,15 @@ class Changes:
     path: str
     changes: tuple[Change, ...]
     notes: tuple[str, ...]  # differences that are not of this toolkit's code
+    missing: tuple[str, ...]  # results of one side alone, which cannot be compared
+    disturbed: str  # why either side's numbers are doubtful; "" if they are not
     fail_below: float | None
 
     @property
     def failed(self) -> tuple[Change, ...]:
         """Changes below the limit, beyond the noise or not: whoever sets the limit knows the noise."""
         limit = self.fail_below
-        return tuple(one for one in self.changes if limit is not None and one.ratio < limit)
+        return tuple(one for one in self.changes if limit is not None and not one.ratio >= limit)
 
 
 def read_baseline(path: Path) -> dict[str, Any]:
@@ -117,7 +119,19 @@ def _compare(
     changes = [_change(now, before[now.key]) for now in report.results if now.key in before]
     if not changes:
         raise InputError(f"{path}: has no result in common with this run", "Run the same suites.")
-    return Changes(str(path), tuple(changes), _notes(report, content), fail_below)
+    now = {one.key for one in report.results}
+    missing = [
+        *(f"{_label(key)} is in the baseline only" for key in before if key not in now),
+        *(f"{_label(key)} is not in the baseline" for key in sorted(now - before.keys())),
+    ]
+    disturbed = report.disturbed or str(content.get("disturbed") or "")
+    return Changes(str(path), tuple(changes), _notes(report, content), tuple(missing), disturbed, fail_below)
+
+
+def _label(key: tuple[str, str, str, str]) -> str:
+    """The key of a result, for people."""
+    suite, engine, precision, work = key
+    return f"{suite} {engine} {precision} ({work})"
 
 
 def _named(identity: tuple[str, int, int]) -> str:

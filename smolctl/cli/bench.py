@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from smolctl.cli.options import command
+from smolctl.cli.options import Threads, capped_threads, command
 from smolctl.errors import ExitCode, GateError, UsageError
 from smolctl.views.output import Output
 
@@ -58,9 +59,7 @@ def bench(
         int,
         typer.Option("--repeats", min=1, help="Rounds after the warm-up; at least 6 to test significance."),
     ] = 7,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Threads of every engine. Default: one per core.")
-    ] = None,
+    threads: Threads = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences in batched decoding.")] = 8,
     save: Annotated[
         Path | None,
@@ -74,8 +73,8 @@ def bench(
         float | None,
         typer.Option(
             "--fail-below",
-            min=0.0,
-            help="Exit with code 5 if any result is below this share of its baseline speed.",
+            help="Exit with code 5 if any result is below this share of its baseline speed, or is missing on "
+            "either side.",
             show_default=False,
         ),
     ] = None,
@@ -105,6 +104,8 @@ def bench(
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(ExitCode.TERMINATED))
     if fail_below is not None and baseline is None:
         raise UsageError("--fail-below needs a baseline to compare with", "Name one with --baseline.")
+    if fail_below is not None and not 0 < fail_below < math.inf:
+        raise UsageError(f"--fail-below {fail_below}: not a share above 0", "Give one such as 0.95.")
     if baseline is not None:
         read_baseline(baseline)  # fail now rather than after minutes
     for target, name, is_own in ((save, "--save", is_baseline), (plot, "--plot", is_own_chart)):
@@ -115,7 +116,7 @@ def bench(
         schemes=split_commas(to or ()),
         against=split_commas(against or ()),
         repeats=repeats,
-        threads=threads,
+        threads=capped_threads(output, threads),
         batch=batch,
     )
     report = run(model, options, output.talk)
@@ -131,4 +132,10 @@ def bench(
         raise GateError(f"wrong output: {named}", "Ignore their speed, and report this.")
     if changes is not None and changes.failed:
         named = ", ".join(f"{one.result.name} × {one.ratio:.2f}" for one in changes.failed)
-        raise GateError(f"below {fail_below} of the baseline: {named}", "Repeat on an idle machine.")
+        doubt = f"; the machine was busy: {changes.disturbed}" if changes.disturbed else ""
+        raise GateError(f"below {fail_below} of the baseline: {named}{doubt}", "Repeat on an idle machine.")
+    if changes is not None and changes.missing and fail_below is not None:
+        raise GateError(
+            f"not compared with the baseline: {'; '.join(changes.missing)}",
+            "Measure the same suites and schemes on both sides.",
+        )

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from smolctl.cores import usable_cpus
 from smolctl.errors import ExitCode, SmolError
 from smolctl.views.output import Output
 
@@ -46,6 +47,12 @@ Loggers = Annotated[
         show_default=False,
     ),
 ]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", min=1, help="CPU threads, one for each processor at most. Default: one per core."
+    ),
+]
 # The setting behind each option of `train` and `resume`, by the name of its parameter.
 RUN_SETTINGS = {
     "steps": "train.steps",
@@ -70,6 +77,14 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+
+
+def capped_threads(output: Output, asked: int | None) -> int | None:
+    """The value of --threads: more than there are processors only wait for each other, and too many crash."""
+    if asked is None or asked <= usable_cpus():
+        return asked
+    output.talk(f"--threads {asked}: there are {usable_cpus()} processors here, so {usable_cpus()} are used.")
+    return usable_cpus()
 
 
 def command(function: Callable[..., int | None]) -> Callable[..., None]:

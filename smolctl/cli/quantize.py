@@ -28,8 +28,8 @@ def quantize(
         typer.Option(
             "--to",
             metavar="SCHEME",
-            help="int8 (the default), int4, bf16, int8-dynamic, gguf-q8_0, gguf-q5_1, gguf-q5_0, gguf-q4_1, "
-            "gguf-q4_0; repeatable, or separated by commas.",
+            help="int8 (the default), int4, bf16, int8-dynamic, gguf-bf16, gguf-f16, gguf-q8_0, gguf-q5_1, "
+            "gguf-q5_0, gguf-q4_1, gguf-q4_0; repeatable, or separated by commas.",
             show_default=False,
         ),
     ] = None,
@@ -130,5 +130,5 @@ def quantize(
     if report.failed_gates:
         failed = {line.partition(":")[0] for line in report.failed_gates}
         hints = (f"Try {one.hint}." for one in report.variants if one.hint and one.scheme in failed)
-        hint = next(hints, "Take more bits, --calibrate, --skip or --bits-map.")
+        hint = next(hints, "Take a scheme of more bits; int8 and int4 also have --skip and --bits-map.")
         raise GateError("; ".join(report.failed_gates), hint)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from smolctl.cli.options import command
+from smolctl.cli.options import Threads, capped_threads, command
 from smolctl.views.output import Output
 
 ALTERNATIVES = 5  # other tokens that --explain shows with each
@@ -96,9 +96,7 @@ def sample(
             "--dtype", help="Convert weights that are not quantized. Default: as stored in the file."
         ),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="CPU threads. Default: one per core.")
-    ] = None,
+    threads: Threads = None,
 ) -> None:
     """Continue a prompt, or chat.
 
@@ -126,7 +124,7 @@ def sample(
         special_tokens=special_tokens,
         compare=compare,
         batch_size=batch_size,
-        threads=threads,
+        threads=capped_threads(output, threads),
         engine=EngineOptions(engine, dtype),
         settings=CompletionSettings(
             max_tokens=max_tokens,

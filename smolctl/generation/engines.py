@@ -43,7 +43,7 @@ def make_engine(source: ModelSource, options: EngineOptions) -> Engine:
     read: dict[str, StoredTensor] = {}
     for name, stored in source.require_weights().stored():
         if options.dtype and isinstance(stored, Tensor) and stored.dim() > 1:
-            stored = stored.to(getattr(torch, options.dtype))
+            stored = _converted(name, stored, options.dtype)
         read[name] = stored
     given = check_state(config, read, source.id)
     if any(isinstance(stored, ScaledMatrix) for stored in given.values()):
@@ -59,6 +59,15 @@ def make_engine(source: ModelSource, options: EngineOptions) -> Engine:
         raise UsageError(f"the native engine cannot run here: {why}", "Leave out --engine.")
     note = f"slower, on PyTorch: {library}" if isinstance(library, str) and library else ""
     return _torch_engine(config, weights, source.id, note)
+
+
+def _converted(name: str, matrix: Tensor, dtype: str) -> Tensor:
+    converted = matrix.to(getattr(torch, dtype))
+    if dtype == "float16" and not converted.isfinite().all() and matrix.isfinite().all():
+        raise UsageError(
+            f"--dtype float16: {name} holds values above 65,504, which float16 cannot", "Take bfloat16."
+        )
+    return converted
 
 
 def _torch_engine(config: ModelConfig, weights: Mapping[str, Stored], origin: str, note: str) -> Engine:

@@ -80,6 +80,25 @@ def matrix_of(stored: Stored, keep: list[Tensor]) -> Matrix:
     return Matrix(KINDS[filled.dtype], rows, filled.shape[1], BLOCK, filled.data_ptr(), None, None)
 
 
+def cache_dtype_of(config: ModelConfig, weights: Mapping[str, Stored]) -> torch.dtype:
+    """What keys and values are kept in: float16, or float32 where all weights are or where one may overflow.
+
+    The input of a projection comes from a norm: its length is √hidden_size at most, before the norm's own
+    weights. A row of the projection turns it into at most the product of the lengths, and RoPE, which mixes
+    two rows, into √2 times that. So no text can overflow float16 where this bound does not.
+    """
+    if kind_of(weights) == "float32":
+        return torch.float32
+    largest = 0.0
+    for index in range(config.num_hidden_layers):
+        norm = dense(weights[f"model.layers.{index}.input_layernorm.weight"])
+        for name in "kv":
+            rows = dense(weights[f"model.layers.{index}.self_attn.{name}_proj.weight"])  # (rows, hidden_size)
+            largest = max(largest, float((rows * norm).norm(dim=1).max()))
+    safe = math.sqrt(2 * config.hidden_size) * largest < torch.finfo(torch.float16).max
+    return torch.float16 if safe else torch.float32
+
+
 class NativeCache(Cache):
     """Keys in tiles and values in rows, as attention.h lays them out."""
 
@@ -132,7 +151,7 @@ class NativeEngine(Engine):
         self.precision, self.weight_bytes = kind_of(weights), read_bytes(weights)
         super().__init__(config, f"native {library.build}, {self.precision}")
         # Where all weights are float32, so is everything else: the same words as any other engine's.
-        self.cache_dtype = torch.float32 if self.precision == "float32" else torch.float16
+        self.cache_dtype = cache_dtype_of(config, weights)
         self.library = library
         self.threads = threads or torch.get_num_threads()
         self._keep: list[Tensor] = []

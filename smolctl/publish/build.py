@@ -163,8 +163,7 @@ def build(model: ModelToPublish, folder: Path, schemes: Sequence[str]) -> Built:
     Raises:
         SmolError: the model cannot be exported, or does not load back as the same one.
     """
-    beside = None if model.is_run else model.folder
-    export = export_model(model.source, folder, model.name, schemes, beside)
+    export = export_model(model.source, folder, model.name, schemes)
     facts = None
     quantized: tuple[str, ...] = ()
     taken: set[str] = set(USED) if model.is_run else {path.name for path in folder.iterdir()} | {README}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,8 +24,6 @@ from smolctl.sources.huggingface.write import write_model
 # Float32 sums in another order: the logits of a 135M model differ by 1e-4 of the largest one at most.
 TOLERANCE = 2e-4
 CHECKED_TOKENS = 96
-# Files of a Hugging Face folder with settings that cannot be rebuilt from the model.
-CARRIED_OVER = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 @dataclass(frozen=True)
@@ -40,9 +37,7 @@ class Export:
     ggufs: tuple[GGUFResult, ...]
 
 
-def export_model(
-    source: ModelSource, folder: Path, name: str, schemes: Sequence[str] = (), beside: Path | None = None
-) -> Export:
+def export_model(source: ModelSource, folder: Path, name: str, schemes: Sequence[str] = ()) -> Export:
     """Write a model as a Hugging Face folder, load it back with transformers and compare.
 
     Args:
@@ -50,7 +45,6 @@ def export_model(
         folder: an empty folder.
         name: of the model, for GGUF files.
         schemes: of the GGUF files to add.
-        beside: the Hugging Face folder that the source was read from, if it was.
 
     Raises:
         InputError: the source has no tokenizer, cannot be a GGUF, holds NaN or infinite values, or does not
@@ -67,10 +61,8 @@ def export_model(
     state = {key: tensor.detach().contiguous() for key, tensor in network.state_dict().items()}
     dtype = str(network.head_weight.dtype).removeprefix("torch.")
     try:
-        write_model(folder, config, state, dtype, tokenizer.files())
-        for carried in CARRIED_OVER:
-            if beside is not None and (beside / carried).is_file():
-                shutil.copyfile(beside / carried, folder / carried)
+        whole = replace(tokenizer.files(), carried=files.carried)
+        write_model(folder, config, state, dtype, whole)
     except (OSError, SafetensorError) as error:
         raise SmolError(
             f"{folder}: the model cannot be written ({error})", "Free some space and try again."
@@ -132,7 +124,8 @@ def check_with_transformers(folder: Path, network: Transformer, tokenizer: Token
     for sample in SAMPLES:
         if their_tokenizer(sample)["input_ids"] != tokenizer.encode(sample):
             raise _not_the_same(f"transformers cuts {sample[:30]!r} into other tokens")
-    if (tokenizer.chat_template or None) != (their_tokenizer.chat_template or None):
+    ours = (tokenizer.chat_template or "").replace("\r\n", "\n")  # as Python and Jinja read a text file
+    if ours != (their_tokenizer.chat_template or ""):
         raise _not_the_same("transformers finds another chat template")
     return difference
 

@@ -17,7 +17,7 @@ from smolctl.publish.app import FACTS, MODEL
 from smolctl.publish.build import Built
 from smolctl.publish.card import merge_card
 from smolctl.publish.card_text import CardFacts
-from smolctl.quantization.build import build_items, read_tensors
+from smolctl.quantization.build import build_items, read_tensors, widened
 from smolctl.quantization.folder import Origin, write_folder
 from smolctl.quantization.schemes import SchemeOptions, make_plan
 from smolctl.sources import open_source
@@ -92,8 +92,9 @@ def write_space_model(built: Built, folder: Path) -> None:
     """The Space's model, in 8 bits: a quarter of the bytes to read for every token."""
     source = open_source(str(built.folder))
     config = source.require_config()
-    plan = make_plan(config, SPACE_SCHEME, SchemeOptions())
-    items = build_items(config, read_tensors(source), plan)
+    tensors = read_tensors(source)
+    plan, _ = widened(make_plan(config, SPACE_SCHEME, SchemeOptions()), tensors)
+    items = build_items(config, tensors, plan)
     origin = Origin(built.model.name, built.model.source.kind.value, step=built.model.source.step)
     write_folder(folder, config, plan, items, source.read_tokenizer(), origin)
     (folder / RECORD).unlink()  # it is a part of the Space, whose own record names its files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -11,8 +12,10 @@ from smolctl.config import ModelConfig
 from smolctl.model.dynamic import quantize_dynamically
 from smolctl.model.weights import finite_tensors
 from smolctl.quantization.rounding import quantize_matrix
-from smolctl.quantization.schemes import DYNAMIC, QuantizationPlan
+from smolctl.quantization.schemes import DYNAMIC, QuantizationPlan, wider
 from smolctl.sources.base import ModelSource
+from smolctl.sources.quantized.packed import BLOCK
+from smolctl.sources.quantized.range import holds
 from smolctl.sources.quantized.scaled import StoredTensor, dense
 from smolctl.sources.shapes import HEAD
 
@@ -31,6 +34,30 @@ def read_tensors(source: ModelSource) -> dict[str, Tensor]:
     }
 
 
+def widened(
+    plan: QuantizationPlan, tensors: Mapping[str, Tensor]
+) -> tuple[QuantizationPlan, tuple[str, ...]]:
+    """A plan in which every matrix is stored in a way whose range holds it, and a line for each that changed.
+
+    Args:
+        plan: as it was asked for.
+        tensors: in float32 under their Hugging Face names.
+    """
+    if plan.scheme == DYNAMIC:  # its scales are float32
+        return plan, ()
+    entries, lines = [], []
+    for entry in plan.tensors:
+        tensor = tensors[entry.name]
+        fitting = next(one for one in wider(entry) if holds(one.label, tensor, one.group or BLOCK))
+        if fitting is not entry:
+            lines.append(
+                f"{entry.name} is stored as {fitting.label}: its values, up to "
+                f"{float(tensor.abs().max()):.2g}, are outside the range of {entry.label}"
+            )
+        entries.append(fitting)
+    return dataclasses.replace(plan, tensors=tuple(entries)), tuple(lines)
+
+
 def build_items(
     config: ModelConfig,
     tensors: Mapping[str, Tensor],
@@ -42,7 +69,7 @@ def build_items(
     Args:
         config: of the network.
         tensors: in float32 under their Hugging Face names.
-        plan: of a scheme that becomes a folder.
+        plan: of a scheme that becomes a folder, `widened`.
         importance: mean square of every matrix's input, (columns,), to search the scales with.
     """
     if plan.scheme == DYNAMIC:

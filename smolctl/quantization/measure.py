@@ -41,6 +41,11 @@ class Quality:
     perplexity: float  # of a token
     source_perplexity: float
 
+    @property
+    def finite(self) -> bool:
+        """Whether every prediction of the variant and of its source was finite."""
+        return math.isfinite(self.kl.mean) and math.isfinite(self.delta.mean)
+
 
 @dataclass(frozen=True)
 class Speed:

@@ -20,7 +20,7 @@ from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.dynamic import dynamic_network
 from smolctl.model.weights import from_state
 from smolctl.ownership import kept_files, require_replaceable, require_replaceable_file
-from smolctl.quantization.build import build_items, dequantized, read_tensors
+from smolctl.quantization.build import build_items, dequantized, read_tensors, widened
 from smolctl.quantization.calibrate import TensorCost, dynamic_errors, input_squares, output_errors
 from smolctl.quantization.folder import (
     CHECKPOINT_SUFFIX,
@@ -111,6 +111,7 @@ def quantize(
         SmolError: the model cannot be read, a scheme is not for it, or a file cannot be written; nothing
             is written before everything that can be checked is.
     """
+    options.gates.require_checkable(options.measure)
     source = open_source(model)
     config = source.require_config()
     source.require_weights()
@@ -127,8 +128,10 @@ def quantize(
             require_replaceable(target, QUANTIZED_MODEL, "--out", options.force, (source.id,))
     job = _prepare(source, config, options, any(plan.options.calibrate for plan in plans), note)
     variants, costs = [], {}
-    for plan in plans:
-        for line in plan.summary():
+    for index, asked in enumerate(plans):
+        plans[index], wider = widened(asked, job.tensors)
+        plan = plans[index]
+        for line in (*plan.summary(), *wider):
             note(f"{plan.scheme}  {line}")
         items, calibration = _build(job, plan)
         if items is not None and options.per_tensor and any(entry.packed for entry in plan.tensors):

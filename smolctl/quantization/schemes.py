@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from smolctl.arithmetic import parameter_rows
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError, UsageError
-from smolctl.sources.gguf.write import BLOCK_SCHEMES, block_of, require_gguf
+from smolctl.sources.gguf.write import BITS, BLOCK_SCHEMES, block_of, require_gguf, wider_blocks
 from smolctl.sources.quantized.packed import BLOCK
 from smolctl.sources.shapes import HEAD, TABLE
 
-GGUF_SCHEMES = tuple(f"gguf-{scheme}" for scheme in BLOCK_SCHEMES)
+GGUF_SCHEMES = tuple(f"gguf-{scheme}" for scheme in ("bf16", "f16", *BLOCK_SCHEMES))
 PACKED_SCHEMES = ("int8", "int4")
 DYNAMIC = "int8-dynamic"
 SCHEMES = (*PACKED_SCHEMES, DYNAMIC, "bf16", *GGUF_SCHEMES)
@@ -46,7 +47,7 @@ class TensorPlan:
 
     name: str
     shape: tuple[int, ...]
-    bits: int  # 4 or 8 (5 too in a GGUF): packed; 16: bfloat16; 32: float32
+    bits: int  # 4 or 8 (5 too in a GGUF): packed; 16: bfloat16 (float16 too in a GGUF); 32: float32
     group: int | None = None  # columns that share a scale, of a packed matrix
     block: str = ""  # of a GGUF: the kind of its blocks, "q4_0"
 
@@ -102,7 +103,8 @@ def check_scheme(scheme: str, config: ModelConfig) -> None:
         reason = f"{odd[0]} is no multiple of {K_BLOCK}" if odd else "they cannot be written from Python"
         raise InputError(
             f"{scheme}: K-quants pack {K_BLOCK} values of a row together, and {reason}",
-            f"Take one of {', '.join(GGUF_SCHEMES)}; their blocks are of {BLOCK}.",
+            f"Take one of {', '.join(f'gguf-{one}' for one in BLOCK_SCHEMES)}; their blocks are of {BLOCK}. "
+            "Or quantize the file of gguf-bf16 with llama.cpp's llama-quantize.",
         )
     if scheme not in SCHEMES:
         meant = f"Did you mean gguf-{scheme}? " if f"gguf-{scheme}" in SCHEMES else ""
@@ -142,9 +144,7 @@ def _tensor_plan(
         return TensorPlan(name, shape, 16)
     if scheme in GGUF_SCHEMES:
         block = block_of(name, len(shape), scheme.removeprefix("gguf-"))
-        if block == "f32":
-            return TensorPlan(name, shape, 32)
-        return TensorPlan(name, shape, int(block[1]), block=block)
+        return _blocks(TensorPlan(name, shape, 32), block)
     if len(shape) == 1 or any(_matches(pattern, name, config) for pattern in options.skip):
         return TensorPlan(name, shape, 32)
     if scheme == DYNAMIC:
@@ -156,6 +156,22 @@ def _tensor_plan(
         # Tables are read at both ends of the network: they keep 8 bits, as in published GGUF files.
         asked = 8 if scheme == "int8" or name in (TABLE, HEAD) or "embed_positions" in name else 4
     return TensorPlan(name, shape, asked, options.group if asked in (4, 8) else None)
+
+
+def _blocks(entry: TensorPlan, block: str) -> TensorPlan:
+    """The plan of a tensor of a GGUF."""
+    return dataclasses.replace(entry, bits=BITS[block], block="" if block == "f32" else block)
+
+
+def wider(entry: TensorPlan) -> Iterator[TensorPlan]:
+    """A tensor's plan, and those to fall back on in turn; the last one holds everything."""
+    yield entry
+    if entry.block:
+        yield from (_blocks(entry, block) for block in wider_blocks(entry.block))
+        return
+    if entry.bits == 4:
+        yield dataclasses.replace(entry, bits=8)
+    yield dataclasses.replace(entry, bits=32, group=None)
 
 
 def _matches(pattern: str, name: str, config: ModelConfig) -> bool:

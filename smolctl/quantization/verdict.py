@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from smolctl.errors import UsageError
 from smolctl.evaluation import ratio_estimate
 from smolctl.quantization.footprint import Footprint
 from smolctl.quantization.measure import Divergence, Quality, Speed
@@ -47,7 +48,7 @@ class Calibration:
 
     @property
     def helped(self) -> bool:
-        return self.searched_kl < self.plain_kl
+        return math.isfinite(self.searched_kl) and not self.plain_kl <= self.searched_kl
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,10 @@ def _quality(quality: Quality | None) -> str:
     if quality is None:
         return ""
     kl = quality.kl.mean
+    if not math.isfinite(quality.source_bits_per_byte.mean):
+        return "broken: already the source predicts NaN or infinite values"
+    if not quality.finite:
+        return "broken: it predicts NaN or infinite values"
     if kl < UNNOTICED:
         return "as good as the source"
     word = "a small loss" if kl < SMALL else "a clear loss" if kl < LARGE else "broken"
@@ -87,6 +92,8 @@ def _calibration(calibration: Calibration | None) -> str:
         return ""
     if not calibration.helped:
         return "searched scales did not help: the plain ones are kept"
+    if not math.isfinite(calibration.plain_kl):
+        return "searched scales: plain ones predict NaN or infinite values"
     return (
         f"searched scales: {1 - calibration.searched_kl / calibration.plain_kl:.0%} less KL than plain ones"
     )
@@ -96,7 +103,7 @@ def advise(variant: Variant, options: SchemeOptions) -> str:
     """What to try when a variant has lost too much; empty when it has not."""
     if variant.quality is None or variant.quality.kl.mean < UNNOTICED:
         return ""
-    lossy = variant.quality.kl.mean >= SMALL
+    lossy = not variant.quality.kl.mean < SMALL  # NaN too
     if variant.scheme == DYNAMIC and options.activations == "per-tensor":
         return (
             "--activations per-token --per-row: one scale for all tokens rounds them to the size of the "
@@ -107,8 +114,12 @@ def advise(variant: Variant, options: SchemeOptions) -> str:
     if variant.scheme == "int4" and not options.calibrate:
         return "--calibrate: better scales at the same size"
     if lossy and variant.scheme in PACKED_SCHEMES:
-        return "--bits-map down_proj=8: more bits for the costliest tensors; --per-tensor names them"
-    return "gguf-q8_0, which keeps more" if lossy and variant.scheme in GGUF_SCHEMES else ""
+        more = 8 if variant.scheme == "int4" else 16
+        return f"--bits-map down_proj={more}: more bits for the costliest tensors; --per-tensor names them"
+    if not lossy or variant.scheme not in GGUF_SCHEMES or variant.scheme.endswith("f16"):
+        return ""
+    more_bits = "gguf-bf16" if variant.scheme == "gguf-q8_0" else "gguf-q8_0"
+    return f"--to {more_bits}: more bits"
 
 
 def _beaten(variant: Variant, others: Sequence[Variant], source: SourceFacts) -> str:
@@ -126,9 +137,11 @@ def _beaten(variant: Variant, others: Sequence[Variant], source: SourceFacts) ->
 
 
 def _clearly_closer(one: Variant, other: Variant) -> bool:
-    """Whether the KL of one is lower by more than its standard error, window by window."""
+    """Whether the KL of one is lower by more than its standard error, window by window; NaN never is."""
     if one.quality is None or other.quality is None:
         return False
+    if not (one.quality.finite and other.quality.finite):
+        return one.quality.finite
     pairs = zip(one.quality.kl_windows, other.quality.kl_windows, strict=True)
     gain = ratio_estimate([b - a for a, b in pairs], [1.0] * len(one.quality.kl_windows))
     return gain.standard_error is not None and gain.mean > max(0, SIGNIFICANT * gain.standard_error)
@@ -152,8 +165,27 @@ class Gates:
     max_bpb_increase: float | None = None
     max_kl: float | None = None
 
+    def require_checkable(self, measured: bool) -> None:
+        """Refuse limits that could never fail.
+
+        Args:
+            measured: whether the variants will be measured.
+
+        Raises:
+            UsageError: a limit is no number, or nothing is measured that it could apply to.
+        """
+        for option, limit in (("--max-bpb-increase", self.max_bpb_increase), ("--max-kl", self.max_kl)):
+            if limit is None:
+                continue
+            if not math.isfinite(limit):
+                raise UsageError(f"{option} {limit}: not a finite number", "Give a limit such as 0.01.")
+            if not measured:
+                raise UsageError(
+                    f"{option} has nothing to check with --no-measure", f"Leave out --no-measure or {option}."
+                )
+
     def broken_by(self, variants: Sequence[Variant]) -> tuple[str, ...]:
-        """One line for each limit that a variant does not keep; NaN keeps none."""
+        """One line for each limit that a variant does not keep; what is not finite keeps none."""
         lines = []
         for variant in variants:
             quality = variant.quality
@@ -164,7 +196,9 @@ class Gates:
                 ("mean KL", quality.kl.mean, self.max_kl),
             )
             for name, value, limit in checks:
-                if limit is not None and (math.isnan(value) or value > limit):
-                    sign = "+" if name == "bits per byte" else ""
-                    lines.append(f"{variant.scheme}: {name} {sign}{value:.4g} is above {limit:g}")
+                if limit is None or (quality.finite and value <= limit):
+                    continue
+                sign = "+" if name == "bits per byte" and quality.finite else ""
+                fault = f"above {limit:g}" if quality.finite else "not finite"
+                lines.append(f"{variant.scheme}: {name} {sign}{value:.4g} is {fault}")
         return tuple(lines)

@@ -61,6 +61,8 @@ class TokenizerFiles:
     end_token_ids: tuple[int, ...] = ()  # every id at which the source says that text ends
     # Special tokens by the names that chat templates know them by, such as bos_token; None: those of the ids.
     named_tokens: Mapping[str, str] | None = None
+    # Other files of the tokenizer and of the generation settings by their names, for exports: as they were.
+    carried: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ def _header_of(name: str, value: torch.Tensor | ScaledMatrix) -> TensorHeader:
 def _tokenizer_of(content: Mapping[str, Any], path: Path) -> Callable[[], TokenizerFiles | None] | None:
     """The tokenizer of the run that a checkpoint lies in, else the one in it, else the one beside it."""
     run = RunFolder.around(path)
-    of_run = tokenizer_reader(run.tokenizer) if run else None
+    of_run = tokenizer_reader(run.tokenizer, carry=False) if run else None
     return of_run or tokenizer_inside(content, path) or tokenizer_reader(path.parent)
 
 

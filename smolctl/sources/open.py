@@ -174,7 +174,7 @@ def _open_run(path: Path, step: int | None, name: str) -> ModelSource:
     """A run with its newest sound checkpoint; a run that has none yet is a config."""
     folder = RunFolder.open(path)
     config = folder.config()
-    reader = tokenizer_reader(folder.tokenizer)
+    reader = tokenizer_reader(folder.tokenizer, carry=False)
     if step is None and not folder.checkpoints():
         return ModelSource(
             SourceKind.RUN,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from smolctl.views.tables import headed
 if TYPE_CHECKING:
     from rich.table import Table
 
+DISTURBED = "disturbed"
 # Columns of words.
 LEFT = ("suite", "engine", "precision", "of the limit", "output", "against", "verdict")
 
@@ -24,7 +25,7 @@ def show_bench(out: Output, report: BenchReport, changes: Changes | None, markdo
     out.document(bench_document(report, changes))
     if out.json:
         return
-    tables = [_results(report), _comparisons(report.comparisons)]
+    tables = [_results(report), _comparisons(report)]
     if changes is not None:
         tables.append(_changes(changes))
     for table in tables:
@@ -65,21 +66,31 @@ def _output(result: Result) -> str:
     return f"off by {result.answer_error:.1g}" if result.answer_error else "equal"
 
 
-def _comparisons(comparisons: Sequence[Comparison]) -> Table:
+def _comparisons(report: BenchReport) -> Table:
     table = headed(("suite", "engine", "against", "speed", "min to max", "verdict"), LEFT)
-    for one in comparisons:
+    for one in report.comparisons:
         table.add_row(
             one.suite,
             f"{one.engine} {one.precision}",
             f"{one.against} {one.against_precision}",
             f"× {one.ratio.spread.median:.2f}",
             f"{one.ratio.spread.low:.2f} to {one.ratio.spread.high:.2f}",
-            _verdict(one.ratio.spread.median, one.ratio.beyond_noise, "no significant difference"),
+            _comparison_verdict(one, report.disturbed),
         )
     return table
 
 
-def _verdict(ratio: float, beyond_noise: bool | None, equal: str) -> str:
+def _comparison_verdict(one: Comparison, disturbed: str) -> str:
+    interval = one.ratio.interval
+    if disturbed and interval is not None:
+        return f"{DISTURBED}, 95% interval {interval[0]:.2f} to {interval[1]:.2f}"
+    return _verdict(one.ratio.spread.median, one.ratio.beyond_noise, "no significant difference", disturbed)
+
+
+def _verdict(ratio: float, beyond_noise: bool | None, equal: str, disturbed: str) -> str:
+    """Faster or slower only on a machine that did nothing else: threads that spin lose most on a busy one."""
+    if disturbed:
+        return DISTURBED
     if beyond_noise is None:
         return "too few repeats to test"
     if not beyond_noise:
@@ -97,7 +108,7 @@ def _changes(changes: Changes) -> Table:
             _amount(one.before, one.result.unit),
             _amount(one.result.median, one.result.unit),
             f"× {one.ratio:.2f}",
-            _verdict(one.ratio, one.beyond_noise, "within the noise") + failed,
+            _verdict(one.ratio, one.beyond_noise, "within the noise", changes.disturbed) + failed,
         )
     return table
 
@@ -115,10 +126,14 @@ def _lines(report: BenchReport, changes: Changes | None) -> list[str]:
         versions,
         *report.notes,
         *(changes.notes if changes else ()),
+        *(f"not compared: {line}" for line in (changes.missing if changes else ())),
     ]
     if report.disturbed:
+        fewer = max(1, machine.threads - 1)
         lines.append(
-            f"The machine was busy: {report.disturbed}. Times are too long; ratios are affected less."
+            f"The machine was busy: {report.disturbed}. Times are too long, and ratios are not safe either: "
+            "engines whose threads spin lose most. To repeat, end other programs and run the same command "
+            f"again, or leave them a processor with --threads {fewer}."
         )
     return lines
 
@@ -153,7 +168,8 @@ def bench_document(report: BenchReport, changes: Changes | None = None) -> Mappi
                 "speed": one.ratio.spread.median,
                 "speed_spread": [one.ratio.spread.low, one.ratio.spread.high],
                 "speed_interval": one.ratio.interval,
-                "beyond_noise": one.ratio.beyond_noise,
+                "beyond_noise": None if report.disturbed else one.ratio.beyond_noise,
+                "verdict": _comparison_verdict(one, report.disturbed),
             }
             for one in report.comparisons
         ],
@@ -163,6 +179,7 @@ def bench_document(report: BenchReport, changes: Changes | None = None) -> Mappi
             "path": changes.path,
             "fail_below": changes.fail_below,
             "notes": list(changes.notes),
+            "missing": list(changes.missing),
             "changes": [
                 {
                     "suite": one.result.suite,
@@ -171,7 +188,7 @@ def bench_document(report: BenchReport, changes: Changes | None = None) -> Mappi
                     "before": one.before,
                     "now": one.result.median,
                     "speed": one.ratio,
-                    "beyond_noise": one.beyond_noise,
+                    "beyond_noise": None if changes.disturbed else one.beyond_noise,
                     "failed": one in changes.failed,
                 }
                 for one in changes.changes

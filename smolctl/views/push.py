@@ -69,6 +69,8 @@ def _facts(plan: PushPlan) -> dict[str, str]:
         "card": f"{card}, {len(plan.card.splitlines())} lines{licence}",
         "secrets": f"none found in {len(plan.files) + len(plan.space_files)} files",
     }
+    if wider := [f"{one.path.name}: {line}" for one in export.ggufs for line in one.wider]:
+        rows["stored wider"] = "; ".join(wider)
     if built.left_out:
         rows["stays here"] = ", ".join(built.left_out)
     if smoke := built.smoke:

@@ -254,6 +254,9 @@ def test_help_names_every_option(smolctl: Smolctl) -> None:
         (("--suite", "flops"), 2, "--suite flops does not exist", "load, prefill, decode"),
         (("--against", "vllm"), 2, "--against vllm is not known", "transformers, llama.cpp, litgpt"),
         (("--fail-below", "0.9"), 2, "needs a baseline", "--baseline"),
+        (("--baseline", "x.json", "--fail-below", "nan"), 2, "--fail-below nan: not a share", "0.95"),
+        (("--baseline", "x.json", "--fail-below", "0"), 2, "not a share above 0", "0.95"),
+        (("--baseline", "x.json", "--fail-below", "inf"), 2, "not a share above 0", "0.95"),
         (("--baseline", "missing.json"), 3, "missing.json: cannot be read", "--save"),
         (("--suite", "load"), 3, "a preset has no weights to load", "Leave out"),
     ],
@@ -334,6 +337,9 @@ def test_a_baseline_passes_until_it_was_faster(here: Path, smolctl: Smolctl) -> 
 
     with_speeds(1e-3)
     assert smolctl(*command, *gate).code == 0
+    fewer = smolctl("bench", "runs/llama", "--suite", "decode", "--repeats", "1", *gate)
+    assert fewer.code == 5
+    assert "checkpoint-save smolctl" in fewer.err
     with_speeds(1e9)
     failed = smolctl(*command, *gate, "--json")
     assert failed.code == 5

@@ -17,7 +17,8 @@ from smolctl.benchmark.report import BenchReport, ModelFacts, Result, compare
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError, SmolError
 from smolctl.timing import Spread
-from smolctl.views.bench import bench_document
+from smolctl.views.bench import bench_document, show_bench
+from smolctl.views.output import Output
 
 LIMITS = Limits(10e9, {"float32": 100e9, "bfloat16": 400e9}, 9e9, {"float32": 90e9, "bfloat16": 300e9})
 
@@ -280,3 +281,58 @@ def test_nothing_in_common_is_an_error_and_not_a_pass(tmp_path: Path) -> None:
 def test_a_record_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     with pytest.raises(SmolError, match="cannot be written"):
         save_record({}, tmp_path / "no" / "such" / "base.json")
+
+
+def test_results_of_one_side_alone_are_named(tmp_path: Path) -> None:
+    path = saved(tmp_path / "base.json", report(result(), result(precision="int4")))
+    changes = compare_with(report(result(), result("prefill")), path, 0.95)
+    assert changes.failed == ()
+    assert changes.missing == (
+        "decode smolctl int4 (64 tokens) is in the baseline only",
+        "prefill smolctl float32 (64 tokens) is not in the baseline",
+    )
+    assert bench_document(report(result()), changes)["baseline"]["missing"] == list(changes.missing)
+    assert compare_with(report(result(), result(precision="int4")), path, 0.95).missing == ()
+
+
+def test_a_baseline_that_is_not_a_number_keeps_no_limit(tmp_path: Path) -> None:
+    path = saved(tmp_path / "base.json", report(result()))
+    path.write_text(path.read_text().replace('"median": 100.0', '"median": NaN'))
+    assert len(compare_with(report(result()), path, 0.95).failed) == 1
+
+
+# --- verdicts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("markdown", [True, False])
+def test_a_busy_machine_gets_an_interval_and_no_verdict(
+    markdown: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quiet = report(result(values=(200.0,) * 7), result(engine="litgpt"))
+    busy = replace(quiet, disturbed="other processes took 30% of the processors' time")
+    for one in (quiet, busy):
+        changes = compare_with(
+            one, saved(tmp_path / "base.json", report(result(), result(engine="litgpt"))), None
+        )
+        show_bench(Output(), one, changes, markdown)
+        said, document = capsys.readouterr().out, bench_document(one, changes)
+        verdicts = [
+            row["beyond_noise"] for row in (*document["comparisons"], *document["baseline"]["changes"])
+        ]
+        if one is quiet:
+            assert "faster" in said
+            assert "disturbed" not in said
+            assert True in verdicts
+        else:
+            assert "faster" not in said
+            assert said.count("disturbed") == 3  # the comparison, and two changes since the baseline
+            assert "2.00 to 2.00" in said
+            assert "run the same command again" in said
+            assert set(verdicts) == {None}
+
+
+def test_a_disturbed_baseline_gives_no_verdict_either(tmp_path: Path) -> None:
+    path = saved(tmp_path / "base.json", replace(report(result()), disturbed="noise"))
+    changes = compare_with(report(result(values=(200.0,) * 7)), path, None)
+    (change,) = bench_document(report(result()), changes)["baseline"]["changes"]
+    assert change["beyond_noise"] is None

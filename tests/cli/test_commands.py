@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from smolctl.cores import usable_cpus
 from smolctl.runs.folder import RunFolder
 from tests.support.processes import Smolctl, call, start
 from tests.support.terminal import run_in_terminal
+from tests.support.tiny_models import write_folder
 from tests.support.tiny_runs import assert_same_run, write_project
 
 # Six steps, with everything that a run does every third.
@@ -162,6 +165,29 @@ def test_the_engine_can_be_chosen_and_is_named(smolctl: Smolctl) -> None:
     assert native["completions"][0]["tokens"] == torch["completions"][0]["tokens"]
     assert smolctl(*plain, "--dtype", "bfloat16").json["engine"].endswith(", bfloat16")
     assert smolctl(*plain, "--engine", "mps").code == 2
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("sample", "model", "--prompt", "the cat", "--max-tokens", "3"),
+        ("bench", "tiny.yaml", "--suite", "decode", "--repeats", "1"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_more_threads_than_processors_are_capped_and_that_is_said(
+    command: tuple[str, ...], smolctl: Smolctl
+) -> None:
+    if command[0] == "sample":
+        write_folder(Path("model"))
+    before = torch.get_num_threads()
+    done = smolctl(*command, "--threads", "100000")
+    torch.set_num_threads(before)
+    assert done.code == 0, done.err
+    assert f"so {usable_cpus()} are used" in done.err
+    if command[0] == "bench":
+        assert f"{usable_cpus()} threads" in done.out
+    assert smolctl(*command, "--threads", "0").code == 2
 
 
 def test_stop_text_ends_the_answer_and_is_not_part_of_it(smolctl: Smolctl) -> None:

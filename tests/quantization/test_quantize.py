@@ -18,7 +18,7 @@ from smolctl.generation.torch_engine import TorchEngine
 from smolctl.quantization.build import build_items, dequantized, read_tensors
 from smolctl.quantization.footprint import measure_footprint
 from smolctl.quantization.quantize import QuantizeOptions, QuantizeReport, quantize
-from smolctl.quantization.schemes import SchemeOptions, make_plan
+from smolctl.quantization.schemes import GGUF_SCHEMES, SCHEMES, SchemeOptions, make_plan
 from smolctl.quantization.verdict import Gates, SourceFacts, Variant, advise, judge
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
@@ -139,10 +139,29 @@ def test_bf16_of_a_llama_loads_in_transformers(here: Path) -> None:
     assert theirs.dtype == torch.bfloat16
 
 
-def test_gguf_file_is_a_model(here: Path) -> None:
-    report = make(scheme="gguf-q8_0", out="files")
-    assert report.variants[0].path == "files/llama-q8_0.gguf"
-    assert load_model("files/llama-q8_0.gguf").engine.config.hidden_size == 32
+@pytest.mark.parametrize("scheme", GGUF_SCHEMES)
+def test_gguf_file_is_a_model(here: Path, scheme: str) -> None:
+    report = make(scheme=scheme, out="files")
+    path = f"files/llama-{scheme.removeprefix('gguf-')}.gguf"
+    assert report.variants[0].path == path
+    assert load_model(path).engine.config.hidden_size == 32
+
+
+@pytest.mark.parametrize(("scheme", "dtype"), [("gguf-f16", torch.float16), ("gguf-bf16", torch.bfloat16)])
+def test_sixteen_bits_in_a_gguf_are_the_weights_rounded_once(
+    here: Path, smolctl: Callable[..., Called], scheme: str, dtype: torch.dtype
+) -> None:
+    options = ("--to", scheme, "--out", "files", "--windows", "2", "--json")
+    called = smolctl("quantize", "runs/llama", *options)
+    assert called.code == 0, called.err
+    (found,) = called.json["variants"]
+    assert found["bits_per_weight"] < 17
+    assert found["verdict"].startswith("as good as the source")
+    before, after = (weights_of(open_source(model)) for model in ("runs/llama", found["path"]))
+    for name, tensor in before.items():
+        assert torch.equal(
+            after[name].float(), tensor.to(dtype if tensor.dim() > 1 else tensor.dtype).float()
+        )
 
 
 # --- the brief's dynamic quantization ---------------------------------------------------------------
@@ -490,6 +509,28 @@ def test_remedy_follows_from_what_was_asked_for() -> None:
     assert "--calibrate" in advise(variant("int4", 200, 0.05), SchemeOptions())
     assert "--bits-map" in advise(variant("int4", 200, 0.2), SchemeOptions(calibrate=True))
     assert advise(variant("int8", 300, 0.004), SchemeOptions()) == ""
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_a_remedy_can_be_typed_and_changes_the_model(
+    here: Path, smolctl: Callable[..., Called], scheme: str, calibrate: bool
+) -> None:
+    """A scheme's own remedy, put behind the command, gives another file, and none that is smaller."""
+    options = SchemeOptions(calibrate=calibrate and scheme in ("int8", "int4"))
+    flags = advise(variant(scheme, 200, 0.3), options).partition(":")[0].split()
+    if not flags:
+        assert scheme.endswith("f16") or scheme == "bf16"
+        return
+    command = ("quantize", "runs/llama", "--no-measure", "--json", "--to", scheme)
+    before = smolctl(*command, "--out", "plain").json["variants"][0]
+    better = smolctl(*command, "--out", "better", *flags)
+    assert better.code == 0, better.err
+    after = better.json["variants"][-1]
+    files = [Path(one["path"]) for one in (before, after)]
+    one, other = ((path if path.is_file() else path / FILE).read_bytes() for path in files)
+    assert one != other or "--activations" in flags
+    assert after["bytes"] >= before["bytes"]
 
 
 def test_costs_of_int8_dynamic_are_those_of_its_activations(here: Path) -> None:

@@ -142,10 +142,12 @@ def write_speaker(path: Path, tokenizer: Tokenizer, following: Mapping[str, str]
     return path
 
 
-def write_folder(path: Path, seed: int = 0, template: str | None = TEMPLATE, context: int = 96) -> Path:
+def write_folder(
+    path: Path, seed: int = 0, template: str | None = TEMPLATE, context: int = 96, **changes: object
+) -> Path:
     """A tiny random model as a Hugging Face folder with its tokenizer."""
     path.mkdir(parents=True)
-    network = tiny_network(seed, context, position_embedding="rope", residual_scale=1.0)
+    network = tiny_network(seed, context, position_embedding="rope", residual_scale=1.0, **changes)
     save_file(network.state_dict(), path / "model.safetensors", {"format": "pt"})
     (path / "config.json").write_text(json.dumps(to_huggingface_config(network.config, "float32")))
     (path / "tokenizer.json").write_text(tiny_tokenizer().backend.to_str())

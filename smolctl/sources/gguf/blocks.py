@@ -49,6 +49,8 @@ def as_stored(raw: Tensor, kind: GGMLQuantizationType) -> Tensor | PackedMatrix:
     if bits == 8:
         return PackedMatrix(8, columns, BLOCK, values.view(torch.int8), scales)
     offsets = floats[..., 1].contiguous() if halves == 2 else scales * -8
+    if not offsets.isfinite().all():  # -8 × a scale may be more than float16 holds
+        return _unpacked(raw, kind)
     return PackedMatrix(4, columns, BLOCK, values, scales, offsets)
 
 

@@ -22,6 +22,7 @@ from smolctl.sources.gguf.header import read_header
 from smolctl.sources.gguf.model import KEYS, NAMES, open_gguf
 from smolctl.sources.gguf.write_tokenizer import require_same_tokenizer, tokenizer_metadata
 from smolctl.sources.quantized.packed import BLOCK
+from smolctl.sources.quantized.range import holds
 from smolctl.sources.shapes import HEAD, TABLE
 
 # Rounding cannot move a value further than this share of the tensor's largest one. Half a step, and a whole
@@ -36,6 +37,7 @@ LARGEST_ERROR = {
     "q4_1": 1.02 / 15,
     "q4_0": 1.02 / 8,
 }
+BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8, "q5_1": 5, "q5_0": 5, "q4_1": 4, "q4_0": 4}
 WRITER_KEY, WRITER = "general.quantized_by", "smolctl"  # of the files that smolctl may replace
 SCALE_UNDERFLOW = 8e-6  # scales are float16, whose smallest step is 6e-8, times up to 127
 SCHEMES = tuple(LARGEST_ERROR)
@@ -53,6 +55,7 @@ class GGUFResult:
     bytes: int
     parameters: int
     largest_error: float  # of a value, as a share of its tensor's largest one
+    wider: tuple[str, ...] = ()  # a line for each matrix that the scheme's range does not hold
 
     @property
     def bits_per_weight(self) -> float:
@@ -87,7 +90,7 @@ def require_gguf(config: ModelConfig, scheme: str) -> None:
         if scheme in BLOCK_SCHEMES and size % BLOCK:
             raise InputError(
                 f"GGUF {scheme} packs rows in blocks of {BLOCK}: {name} {size} does not divide",
-                "Take f16 or bf16, which have no blocks.",
+                "Take f16 or bf16, which have no blocks: with `quantize`, gguf-f16 or gguf-bf16.",
             )
 
 
@@ -102,7 +105,8 @@ def write_gguf(
     """Write a network as GGUF.
 
     Matrices are stored in `scheme`, norms in float32. The 4- and 5-bit schemes keep the token table (and a
-    head of its own) at q8_0, as published files do: it is read at both ends of the network.
+    head of its own) at q8_0, as published files do: it is read at both ends of the network. A matrix with
+    values outside the range of a scheme's float16 scales becomes q8_0, or else float32.
 
     Args:
         config: of the network.
@@ -124,20 +128,26 @@ def write_gguf(
     state = {key: tensor.detach() for key, tensor in tensors}
     if config.tie_word_embeddings:
         state.pop(HEAD, None)
+    blocks = {key: _block(key, tensor, scheme) for key, tensor in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    if lack := lack_of_room(path.parent, sum(_bytes(key, tensor, scheme) for key, tensor in state.items())):
+    if lack := lack_of_room(path.parent, sum(_bytes(tensor, blocks[key]) for key, tensor in state.items())):
         raise SmolError(f"{path}: the GGUF {lack}", "Free some space or choose another place.")
     with replacing(path) as partial:
-        _write(partial, metadata, state, config, scheme)
+        _write(partial, metadata, state, config, blocks)
         try:
-            error = _read_back(partial, state, config, tokenizer, scheme)
+            error = _read_back(partial, state, config, tokenizer, blocks)
         except InputError as damage:  # a disk that is full takes less than it was given, without a word
             raise SmolError(
                 f"{path}: cannot be written (reads back as: {damage.message})",
                 "Look at the disk's space and health.",
             ) from None
     parameters = sum(tensor.numel() for tensor in state.values())
-    return GGUFResult(path, scheme, path.stat().st_size, parameters, error)
+    wider = tuple(
+        f"{key} is stored as {block}: its values are outside the range of {scheme}"
+        for key, block in blocks.items()
+        if block != block_of(key, state[key].dim(), scheme)
+    )
+    return GGUFResult(path, scheme, path.stat().st_size, parameters, error, wider)
 
 
 def is_own_gguf(path: Path) -> bool:
@@ -155,17 +165,29 @@ def block_of(name: str, dimensions: int, scheme: str) -> str:
     return "q8_0" if scheme in BLOCK_SCHEMES and name in (TABLE, HEAD) else scheme
 
 
-def _type(name: str, tensor: Tensor, scheme: str) -> Any:
+def wider_blocks(block: str) -> tuple[str, ...]:
+    """What a matrix becomes whose values a kind of blocks cannot hold: the first that can."""
+    return ("f32",) if block in ("q8_0", "f16", "bf16", "f32") else ("q8_0", "f32")
+
+
+def _block(name: str, tensor: Tensor, scheme: str) -> str:
+    """What a tensor of these values is stored as in a file of a scheme."""
+    wanted = block_of(name, tensor.dim(), scheme)
+    values = tensor.float().cpu()
+    return next(block for block in (wanted, *wider_blocks(wanted)) if holds(block, values))
+
+
+def _type(block: str) -> Any:
     import gguf
 
-    return gguf.GGMLQuantizationType[block_of(name, tensor.dim(), scheme).upper()]
+    return gguf.GGMLQuantizationType[block.upper()]
 
 
-def _bytes(name: str, tensor: Tensor, scheme: str) -> int:
-    """Size of a tensor in a file of a scheme."""
+def _bytes(tensor: Tensor, block: str) -> int:
+    """Size of a tensor in a file."""
     import gguf
 
-    values, size = gguf.GGML_QUANT_SIZES[_type(name, tensor, scheme)]
+    values, size = gguf.GGML_QUANT_SIZES[_type(block)]
     return int(tensor.numel() // values * size)
 
 
@@ -183,7 +205,11 @@ def _model_metadata(config: ModelConfig, scheme: str, name: str) -> dict[str, An
 
 
 def _write(
-    path: Path, metadata: Mapping[str, Any], state: Mapping[str, Tensor], config: ModelConfig, scheme: str
+    path: Path,
+    metadata: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    config: ModelConfig,
+    blocks: Mapping[str, str],
 ) -> None:
     import gguf
 
@@ -194,7 +220,7 @@ def _write(
             # llama.cpp wants its sizes and ids without a sign.
             writer.add_key_value(key, value, gguf.GGUFValueType.UINT32 if type(value) is int else kind)
         for name, tensor in state.items():
-            stored = _type(name, tensor, scheme)
+            stored = _type(blocks[name])
             values = _interleaved(name, tensor.float().cpu(), config).contiguous().numpy()
             writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, stored), raw_dtype=stored)
         writer.write_header_to_file()
@@ -238,7 +264,11 @@ def _interleaved(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
 
 
 def _read_back(
-    path: Path, state: Mapping[str, Tensor], config: ModelConfig, tokenizer: TokenizerFiles, scheme: str
+    path: Path,
+    state: Mapping[str, Tensor],
+    config: ModelConfig,
+    tokenizer: TokenizerFiles,
+    blocks: Mapping[str, str],
 ) -> float:
     """The largest error of a value as a share of its tensor's largest one, after checking all of the file."""
     source = open_gguf(path, path.name)
@@ -254,7 +284,7 @@ def _read_back(
     worst = 0.0
     for name, tensor in source.weights.tensors():
         missing.discard(name)
-        worst = max(worst, _error(name, state[name].float().cpu(), tensor, scheme))
+        worst = max(worst, _error(name, state[name].float().cpu(), tensor, blocks[name]))
     if missing:
         raise _differs(f"{sorted(missing)[0]} is missing")
     back = source.read_tokenizer()
@@ -264,8 +294,7 @@ def _read_back(
     return worst
 
 
-def _error(name: str, expected: Tensor, found: Tensor, scheme: str) -> float:
-    stored = block_of(name, expected.dim(), scheme)
+def _error(name: str, expected: Tensor, found: Tensor, stored: str) -> float:
     if expected.shape != found.shape:
         raise _differs(f"{name} is {tuple(found.shape)}, expected {tuple(expected.shape)}")
     largest = float(expected.abs().max())

@@ -17,14 +17,16 @@ if TYPE_CHECKING:
 # Files that hold a tokenizer in formats older than tokenizer.json.
 SLOW_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 SPECIAL_MAP = "special_tokens_map.json"  # names of special tokens, in older repositories
-# Everything of a repository that a tokenizer may need, tokenizer.json aside.
-SIDE_FILES = (
+# What goes unchanged into every export of a model, tokenizer.json aside: nothing can rebuild these settings.
+CARRIED = (
     "tokenizer_config.json",
-    SPECIAL_MAP,
     "generation_config.json",
-    "config.json",
     "chat_template.jinja",
+    SPECIAL_MAP,
+    "added_tokens.json",
 )
+# Everything of a repository that a tokenizer may need, tokenizer.json aside.
+SIDE_FILES = (*CARRIED, "config.json")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -59,15 +61,20 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", *SLOW_FILES))
 
 
-def tokenizer_reader(folder: Path | None) -> Callable[[], TokenizerFiles | None] | None:
-    """What `ModelSource.tokenizer_reader` is for the tokenizer in a folder; None where there is none."""
+def tokenizer_reader(folder: Path | None, carry: bool = True) -> Callable[[], TokenizerFiles | None] | None:
+    """What `ModelSource.tokenizer_reader` is for the tokenizer in a folder; None where there is none.
+
+    Args:
+        folder: that may hold a tokenizer.
+        carry: keep the files in it for exports; a run's are smolctl's own, which an export writes anew.
+    """
     if folder is None or not has_tokenizer(folder):
         return None
-    return lambda: read_tokenizer_folder(folder)
+    return lambda: read_tokenizer_folder(folder, carry)
 
 
-def read_tokenizer_folder(folder: Path) -> TokenizerFiles | None:
-    """The tokenizer of a folder; None when it holds none.
+def read_tokenizer_folder(folder: Path, carry: bool = True) -> TokenizerFiles | None:
+    """The tokenizer of a folder; None when it holds none. Arguments as of `tokenizer_reader`.
 
     Raises:
         InputError: a file is damaged, or only a format is there that cannot be converted.
@@ -96,6 +103,7 @@ def read_tokenizer_folder(folder: Path) -> TokenizerFiles | None:
         pad_token_id=found["pad"],
         end_token_ids=tuple(sorted({*_listed(generation), *_listed(model)})),
         named_tokens=_named_tokens(settings),
+        carried={name: _text(folder / name) for name in CARRIED if carry and (folder / name).is_file()},
     )
 
 
@@ -184,12 +192,17 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """The template file, else the one within tokenizer_config.json; of several the default one."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_bytes().decode("utf-8", errors="replace")  # its line ends as they are
+        return _text(path)
     template = settings.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
     return template if isinstance(template, str) else None
+
+
+def _text(path: Path) -> str:
+    """The text of a file, its line ends as they are."""
+    return path.read_bytes().decode("utf-8", errors="replace")
 
 
 def _converted(folder: Path) -> str:

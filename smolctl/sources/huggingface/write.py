@@ -12,7 +12,7 @@ from smolctl.escaping import json_text
 from smolctl.sources.base import TokenizerFiles
 from smolctl.sources.huggingface.config import to_huggingface_config
 from smolctl.sources.huggingface.folder import SINGLE
-from smolctl.sources.huggingface.tokenizer import token_ids
+from smolctl.sources.huggingface.tokenizer import CARRIED, token_ids
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 CODE = Path(__file__).parent / "transformers_code"
 CONFIG, GENERATION, TEMPLATE = "config.json", "generation_config.json", "chat_template.jinja"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-WRITTEN = (SINGLE, CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE)  # and code, where it needs some
+WRITTEN = (SINGLE, CONFIG, TOKENIZER, *CARRIED)  # and code, where it needs some
 
 
 def write_model(
@@ -38,7 +38,7 @@ def write_model(
         config: of the network.
         tensors: under their Hugging Face names, without a tied head.
         dtype: that config.json names.
-        tokenizer: goes along, with its chat template.
+        tokenizer: goes along, with its chat template and the files that it carries.
         quantization: of config.json, when the tensors are packed; transformers does not read such a model.
 
     Raises:
@@ -62,7 +62,8 @@ def write_model(
 
 
 def write_tokenizer(folder: Path, files: TokenizerFiles, context: int | None = None) -> None:
-    """Write what transformers' AutoTokenizer loads, the chat template in a file of its own.
+    """Write what transformers' AutoTokenizer loads: carried files as they are, or else settings of our own
+    with the chat template in a file of its own.
 
     Args:
         folder: made when it is not there.
@@ -71,6 +72,11 @@ def write_tokenizer(folder: Path, files: TokenizerFiles, context: int | None = N
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TOKENIZER).write_text(files.tokenizer_json, encoding="utf-8", newline="\n")
+    for name in CARRIED:  # and no other name that a checkpoint may hold
+        if name in files.carried:
+            (folder / name).write_text(files.carried[name], encoding="utf-8", newline="")
+    if TOKENIZER_CONFIG in files.carried:
+        return
     spelled = {token_id: token for token, token_id in token_ids(files.tokenizer_json, TOKENIZER).items()}
     ids = {"bos_token": files.bos_token_id, "eos_token": files.eos_token_id, "pad_token": files.pad_token_id}
     settings = {

@@ -1,0 +1,94 @@
+"""Every command and option that a message names exists: what a hint leads to can be typed."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+import pytest
+import typer.main
+
+from smolctl.cli.main import app
+from tests.support.processes import CHECKOUT
+
+OPTION = re.compile(r"(?<![\w/-])--[a-z][a-z-]*(?![\w-])")
+# Of SLURM, pip, TensorBoard and Trackio, and a colour of the Space's page.
+OTHERS = {
+    *("--ntasks", "--ntasks-per-node", "--extra-index-url", "--logdir", "--project"),
+    "--border-color-primary",
+}
+
+
+@cache
+def options() -> Mapping[str, set[str]]:
+    """The options of every command; of the program itself under ""."""
+    root: Any = typer.main.get_command(app)
+
+    def of(command: Any) -> set[str]:
+        both = (name for one in command.params for name in (*one.opts, *one.secondary_opts))
+        return {"--help", *both}
+
+    return {"": of(root), **{name: of(command) for name, command in root.commands.items()}}
+
+
+def texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """The strings of a module that are no docstrings; of an f-string with a word in place of every value."""
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    parts: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            parts |= {id(value) for value in node.values}
+            constants = (value.value if isinstance(value, ast.Constant) else "VALUE" for value in node.values)
+            yield node.lineno, "".join(map(str, constants))
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in {*docstrings, *parts}
+        ):
+            yield node.lineno, node.value
+
+
+def messages() -> list[tuple[str, str]]:
+    found = []
+    for path in sorted((CHECKOUT / "smolctl").rglob("*.py")):
+        for line, text in texts(ast.parse(path.read_text(encoding="utf-8"))):
+            if " " in text.strip():
+                found.append((f"{path.relative_to(CHECKOUT)}:{line}", text))
+    return found
+
+
+def test_every_command_that_a_message_names_exists() -> None:
+    wrong, seen = [], 0
+    for place, text in messages():
+        for quoted in re.findall(r"`(smolctl [^`]*)`", text):
+            seen += 1
+            name = [*quoted.split(), ""][1]
+            known = options().get(name, set())
+            named = re.findall(r"(?<![\w-])--?[a-z][a-z-]*", quoted)
+            if name not in options() or not set(named) <= known:
+                wrong.append(f"{place}: {quoted}")
+    assert wrong == []
+    assert seen > 8
+
+
+def test_every_option_that_a_message_names_exists() -> None:
+    every = OTHERS.union(*options().values())
+    wrong, seen = [], 0
+    for place, text in messages():
+        for option in OPTION.findall(text):
+            seen += 1
+            if option not in every:
+                wrong.append(f"{place}: {option}")
+    assert wrong == []
+    assert seen > 40
+
+
+@pytest.mark.parametrize("hint", ["Run `smolctl fix`.", "`smolctl bench --sav x`"])
+def test_a_hint_to_nothing_would_be_found(hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.cli.test_hints.messages", lambda: [("here", hint)] * 9)
+    with pytest.raises(AssertionError):
+        test_every_command_that_a_message_names_exists()
