@@ -146,30 +146,134 @@ def test_a_file_of_prompts_is_answered_in_its_order(smolctl: Smolctl, model: Pat
     assert [texts(greedy[2]), texts(greedy[3])] == [texts(alone), texts(asked)]
 
 
-def test_lines_that_are_no_prompts_are_named_before_anything_is_generated(
+def rows_of(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+FAULTS = {
+    '{"prompt": 3}': '"prompt" is not a string',
+    '{"messages": []}': '"messages" is not a list',
+    '{"a": 1}': "neither a string nor an object",
+    '{"prompt": "a", "messages": [{"role": "user", "content": "a"}]}': "neither a string nor an object",
+    "[" * 100_000: "not JSON",
+    '{"prompt": "a", "temperature": NaN}': "not JSON",
+    '{"prompt": "a", "temperature": "hot"}': '"temperature" is not a number',
+    '{"prompt": "a", "temperature": true}': '"temperature" is not a number',
+    '{"prompt": "a", "top_p": 3}': "top-p 3 is out of range",
+    '{"prompt": "a", "top_k": 1.5}': '"top_k" is not an integer',
+    '{"prompt": "a", "max_tokens": 0}': '"max_tokens" is not an integer of 1 or more',
+    '{"prompt": "a", "n": 1000000000}': '"n" is not an integer from 1 to 128',
+    '{"prompt": "a", "stop": [1]}': '"stop" is neither',
+    '{"prompt": "a", "logit_bias": {"5": 1}}': '"logit_bias" is not supported',
+    '{"prompt": "a", "frequency_penalty": 0.5}': '"frequency_penalty" is not supported',
+    '{"prompt": "a", "max_new_tokens": 5}': '"max_new_tokens" is not supported',
+    '{"prompt": "a", "completions": "mine"}': "under which the answers are written",
+    json.dumps("the cat " * 200): "the prompt has",
+}
+
+
+def test_a_bad_line_is_one_error_and_the_others_are_answered(
     smolctl: Smolctl, model: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bad = '{"prompt": "fine"}\n{"prompt": 3}\n{"messages": []}\n{"a": 1}\nnot json\n{"prompt": "fine"}\n'
-    monkeypatch.setattr(sys, "stdin", io.StringIO(bad))
-    done = smolctl("sample", model, "--jsonl", "-")
-    assert (done.code, done.out) == (3, "")
-    assert 'stdin: line 2: "prompt" is not a string; line 3: ' in done.err
-    assert "and 1 more lines" in done.err
+    good: list[dict[str, Any]] = [{"prompt": "the cat", "error": "mine", "line": 7}, {"prompt": "on"}]
+    lines = ["\ufeff" + json.dumps(good[0]), *FAULTS, json.dumps(good[1])]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\r\n".join(lines)))
+    done = smolctl("sample", model, "--jsonl", "-", *SHORT)
+    first, *bad, last = rows_of(done.out)
+    assert done.code == 3
+    assert f"stdin: {len(FAULTS)} of {len(lines)} prompts have no answer: line 2: " in done.err
+    assert f"and {len(FAULTS) - 3} more lines" in done.err
+    assert [{**row, "completions": 0} for row in (first, last)] == [{**row, "completions": 0} for row in good]
+    assert [row["line"] for row in bad] == list(range(2, len(lines)))
+    for row, (line, cause) in zip(bad, FAULTS.items(), strict=True):
+        assert cause in row["error"]["message"]
+        assert row["error"]["code"] == 3
+        is_json = "not JSON" not in cause
+        assert row["input"] in ((json.loads(line), {"prompt": json.loads(line)}) if is_json else (line,))
     path = tmp_path / "prompts.jsonl"
-    path.write_text('"fine"\n' + json.dumps("the cat " * 200))
-    done = smolctl("sample", model, "--jsonl", path)
-    assert (done.code, done.out) == (3, "")
-    assert "line 2: the prompt has" in done.err
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
-    assert "line 1" in smolctl("sample", other, "--jsonl", path).err  # it has no chat template
-    for content, cause in (("\n", "no prompts in it"), (None, "No such file")):
-        path.unlink()
-        if content is not None:
-            path.write_text(content)
-        done = smolctl("sample", model, "--jsonl", path)
-        assert done.code == 3
-        assert cause in done.err
-        path.touch()
+    assert "no chat template" in rows_of(smolctl("sample", other, "--jsonl", path).out)[0]["error"]["message"]
+
+
+@pytest.mark.parametrize(("content", "cause"), [("\n", "no prompts in it"), (None, "No such file")])
+def test_a_file_without_prompts_is_an_error(
+    content: str | None, cause: str, smolctl: Smolctl, model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    if content is not None:
+        path.write_text(content)
+    done = smolctl("sample", model, "--jsonl", path)
+    assert done.code == 3
+    assert cause in done.err
+
+
+def test_a_line_has_settings_of_its_own_by_the_names_of_openai(
+    smolctl: Smolctl, model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    text = smolctl("sample", model, "--prompt", "the cat", *SHORT, "--json").json["completions"][0]["text"]
+    given: list[tuple[dict[str, Any], tuple[object, ...]]] = [
+        ({"max_tokens": 2, "temperature": 0}, ("--max-tokens", 2, "--temperature", 0)),
+        ({"max_completion_tokens": 3, "seed": 5}, ("--max-tokens", 3, "--seed", 5)),
+        ({"n": 3, "top_p": 0.5, "seed": 1}, ("-n", 3, "--top-p", 0.5, "--seed", 1)),
+        ({"top_k": 4, "min_p": 0.2, "seed": -1}, ("--top-k", 4, "--min-p", 0.2, "--seed", -1)),
+        ({"repetition_penalty": 1.5, "temperature": 0}, ("--repetition-penalty", 1.5, "--temperature", 0)),
+        ({"stop": text[1], "temperature": 0}, ("--stop", text[1], "--temperature", 0)),
+        ({"stop": ["x", text[2]], "temperature": 0}, ("--stop", text[2], "--temperature", 0)),
+        ({"logprobs": True, "stream": False, "tools": None, "temperature": 0}, ("--temperature", 0)),
+    ]
+    path.write_text("".join(json.dumps({"prompt": "the cat", **values}) + "\n" for values, _ in given))
+    common = ("--temperature", "1", "--max-tokens", "9", "--threads", "1")
+    rows = rows_of(smolctl("sample", model, "--jsonl", path, *common).out)
+    for row, (values, options) in zip(rows, given, strict=True):
+        alone = smolctl("sample", model, "--prompt", "the cat", *common, *options, "--json").json
+        assert _rounded(row) == _rounded({"prompt": "the cat", **values, "completions": alone["completions"]})
+
+
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose log-probabilities, which depend a little on what decodes beside it, are rounded."""
+    rounded = [
+        {**one, "logprobs": [round(logprob, 3) for logprob in one["logprobs"]]}
+        for one in row.get("completions", ())
+    ]
+    return {**row, "completions": rounded}
+
+
+def test_an_output_that_a_kill_has_torn_is_gone_on_with(
+    smolctl: Smolctl, model: Path, tmp_path: Path
+) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    same = [{"prompt": "the cat", "id": "é"}] * 6  # alike, but each with tokens of its own
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in [*same, {"prompt": 1}, "on"]))
+    options = ("--max-tokens", "20", "--temperature", "3", "--resume-output", output)
+    command = ("sample", model, "--jsonl", prompts, *options)
+    whole = smolctl(*command)
+    assert (whole.code, whole.out) == (3, "")
+    content = output.read_bytes()
+    rows = list(map(_rounded, rows_of(output.read_text())))
+    assert len({json.dumps(row["completions"]) for row in rows}) == 8
+    ends = [at + 1 for at, byte in enumerate(content) if byte == 10]
+    for cut in (0, 1, ends[0], ends[2] + 40, ends[5] + 5, ends[6] - 1, len(content) - 1, len(content)):
+        output.write_bytes(content[:cut])
+        again = smolctl(*command)
+        assert again.code == 3
+        assert list(map(_rounded, rows_of(output.read_text()))) == rows
+        assert "1 of 8 prompts have no answer: line 7" in again.err
+    output.write_bytes(content.replace(b'"length"', b'"interrupted"', 2))  # by Ctrl-C
+    smolctl(*command)
+    assert list(map(_rounded, rows_of(output.read_text()))) == rows
+
+
+@pytest.mark.parametrize("content", ["hello", '{"a": 1}', "hello\n", '{"prompt": "on", "completions": []}\n'])
+def test_a_file_that_is_no_output_of_these_prompts_is_left_as_it_is(
+    content: str, smolctl: Smolctl, model: Path, tmp_path: Path
+) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "other"
+    prompts.write_text('"the cat"\n')
+    output.write_text(content)
+    done = smolctl("sample", model, "--jsonl", prompts, "--resume-output", output)
+    assert (done.code, output.read_text()) == (3, content)
+    assert "line 1 is not the answer to prompt 1" in done.err
 
 
 @pytest.mark.parametrize(
@@ -178,6 +282,8 @@ def test_lines_that_are_no_prompts_are_named_before_anything_is_generated(
         (("--compare",), "two MODELs"),
         (("--jsonl", "x", "--prompt", "y"), "exclude each other"),
         (("--jsonl", "x", "second"), "takes one MODEL"),
+        (("--prompt", "x", "--resume-output", "y"), "--resume-output belongs to --jsonl"),
+        (("--prompt", "x", "--system", "y"), "--system belongs to a chat"),
         (("--top-p", "3"), "--top-p 3.0 is out of range"),
         (("--json",), "no prompt"),
         (("second",), "no prompt"),
