@@ -171,6 +171,7 @@ def _editor() -> Callable[[], str]:
     from prompt_toolkit.history import FileHistory
     from prompt_toolkit.output import create_output
     from prompt_toolkit.renderer import CPR_Support
+    from prompt_toolkit.utils import is_dumb_terminal
 
     class History(FileHistory):
         """A history that may be lost where its file cannot be read or written: the chat goes on."""
@@ -187,9 +188,9 @@ def _editor() -> Callable[[], str]:
                 path.touch(mode=0o600)  # nobody else's
                 super().store_string(whole_characters(string))
 
-    session: PromptSession[str] = PromptSession(
-        history=History(str(cache_folder() / HISTORY)), output=create_output(always_prefer_tty=True)
-    )
+    # Without an output of its own it finds out that a terminal is dumb, and writes plain text there.
+    output = None if is_dumb_terminal() else create_output(always_prefer_tty=True)
+    session: PromptSession[str] = PromptSession(history=History(str(cache_folder() / HISTORY)), output=output)
     # Do not ask the terminal where its cursor is: lines need no answer, and some terminals never give one.
     session.app.renderer.cpr_support = CPR_Support.NOT_SUPPORTED
     return lambda: session.prompt("> ")

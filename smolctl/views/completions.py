@@ -43,9 +43,9 @@ class StreamView:
         if self.samples == 1:
             self.out.write("\n")
             return
-        for number, pieces in enumerate(self.pieces, start=1):
-            self.out.show(f"[bold]— {number} of {self.samples} —[/bold]")
-            self.out.write("".join(pieces) + "\n")
+        texts = ["".join(pieces) for pieces in self.pieces]
+        parts = [f"— {number} of {self.samples} —\n{text}\n" for number, text in enumerate(texts, start=1)]
+        self.out.write("".join(parts))
 
 
 def show_facts(out: Output, model: LoadedModel, result: CompletionResult, max_tokens: int) -> None:

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -48,8 +48,9 @@ class Output:
     def show(self, *renderables: RenderableType) -> None:
         """Print data for a person; nothing under `--json`."""
         if not self.json:
-            for renderable in renderables:
-                self.stdout.print(renderable)
+            with self._or_on_stderr(lambda: self.stderr.print(*renderables, sep="\n")):
+                for renderable in renderables:
+                    self.stdout.print(renderable)
 
     def line(self, text: str) -> None:
         """Print one line of data as it is, however long; nothing under `--json`."""
@@ -57,19 +58,25 @@ class Output:
             self.stdout.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def write(self, text: str) -> None:
-        """Write data to stdout as it is and at once; what stdout does not take goes to stderr instead.
+        """Write data to stdout as it is and at once."""
+        with self._or_on_stderr(lambda: sys.stderr.write(text if text.endswith("\n") else text + "\n")):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    @contextlib.contextmanager
+    def _or_on_stderr(self, write: Callable[[], object]) -> Iterator[None]:
+        """Data that stdout does not take goes to stderr instead: nothing that was computed is lost.
 
         Raises:
             SmolError: stdout took no more, for another reason than a reader that has seen enough.
         """
         try:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            yield
         except BrokenPipeError:
             raise
         except OSError as error:
             abandon_stdout()
-            sys.stderr.write(text if text.endswith("\n") else text + "\n")
+            write()
             raise SmolError(
                 f"stdout cannot be written ({error.strerror})", "What it did not take is above this line."
             ) from None
@@ -82,7 +89,7 @@ class Output:
     def event(self, value: Mapping[str, Any]) -> None:
         """Print one JSON line of a stream; nothing without `--json`."""
         if self.json:
-            print(json_text(value), flush=True)
+            self.write(json_text(value) + "\n")
 
     def talk(self, text: str) -> None:
         """Say something beside the data; nothing under `--quiet`."""
