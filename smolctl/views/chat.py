@@ -25,7 +25,7 @@ HELP = """\
 /set [NAME VALUE]   show the settings, or change one: /set temperature 0.2
 /retry              answer the last question once more
 /save FILE          write the conversation to a file
-/load FILE          go on with a conversation that was saved
+/load FILE          continue a conversation that was saved
 /exit               end; so do exit and Ctrl-D
 Ctrl-C stops an answer and keeps what came of it. Pasted lines are one message. A space before the first
 character makes a message of what would be a command."""
@@ -144,7 +144,7 @@ class Chat:
         self.session.load(path)
         self._files.add(path)
         turns = len(self.session.conversation.turns) // 2
-        self.out.talk(f"The conversation of {path} goes on after {turns:,} turns.")
+        self.out.talk(f"The conversation of {path} continues after {turns:,} turns.")
 
 
 def _file(name: str) -> Path:
