@@ -165,7 +165,7 @@ def _rows_to(out: Output, target: Path | None) -> Iterator[Callable[[str], None]
             yield write
     except OSError as error:
         raise InputError(
-            f"{target}: {error.strerror}", "Mend that and run the same command again: it continues from there."
+            f"{target}: {error.strerror}", "Correct that and repeat the command: it continues from there."
         ) from None
 
 
