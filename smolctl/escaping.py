@@ -50,6 +50,15 @@ def one_line(text: str) -> str:
     return text.replace("\n", "⏎").replace("\t", "⇥").translate(_VISIBLE)
 
 
+def whole_characters(text: str) -> str:
+    """A text whose halves of characters, which no tokenizer takes, are replacement characters.
+
+    JSON's escapes can spell half a surrogate pair, and Python reads bytes of the command line that are not
+    UTF-8 as such halves. Two that belong together become their character.
+    """
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def _longest_run(text: str) -> int:
     return max(map(len, re.findall("`+", text)), default=0)
 

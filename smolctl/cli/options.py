@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
 
 from smolctl.cores import usable_cpus
+from smolctl.durable import DISK_ERRORS
 from smolctl.errors import ExitCode, SmolError
-from smolctl.views.output import Output
+from smolctl.views.output import Output, abandon_stdout
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Data and errors only.", show_default=False)]
@@ -100,6 +102,8 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
         output = Output(json, quiet, verbose)
         try:
             code = function(output, **asked)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where a full disk has its line, and not when Python ends
         except SmolError as error:
             if debug:
                 raise
@@ -108,12 +112,12 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             code = ExitCode.INTERRUPTED
         except BrokenPipeError:
+            abandon_stdout()
             code = ExitCode.DONE  # the reader of our stdout has seen enough
         except Exception as error:
             if debug:
                 raise
-            reason = f"{type(error).__name__}: {error}"
-            output.error(SmolError(f"unexpected: {reason}", "Run again with --debug for the traceback."))
+            output.error(_unexpected(error))
             code = ExitCode.FAILED
         if code:
             raise typer.Exit(int(code))
@@ -124,6 +128,15 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
     functools.update_wrapper(run, function)
     run.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]
     return run
+
+
+def _unexpected(error: Exception) -> SmolError:
+    """An error that nobody has foreseen, but for a full disk under stdout."""
+    if isinstance(error, OSError) and error.filename is None and error.errno in DISK_ERRORS:
+        abandon_stdout()
+        return SmolError(f"the output cannot be written ({error.strerror})", "Send it to another place.")
+    reason = f"{type(error).__name__}: {error}"
+    return SmolError(f"unexpected: {reason}", "Run again with --debug for the traceback.")
 
 
 def run_changes(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -71,7 +73,16 @@ def sample(
         typer.Option(
             "--jsonl",
             metavar="FILE",
-            help='Prompts, one JSON object a line: {"prompt": ...} or {"messages": ...}; \'-\' reads stdin.',
+            help='Prompts, one JSON object a line: {"prompt": ...} or {"messages": ...}, with settings of '
+            "its own by OpenAI's names; '-' reads stdin.",
+        ),
+    ] = None,
+    resume_output: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume-output",
+            metavar="FILE",
+            help="Write the answers to --jsonl into FILE; those that FILE already holds are kept.",
         ),
     ] = None,
     batch_size: Annotated[
@@ -106,6 +117,7 @@ def sample(
     smolctl sample FILE.gguf --chat --prompt "What is the capital of France?"
     smolctl sample runs/nano-001@100 runs/nano-001 --compare --prompt "def main():"
     smolctl sample FILE.gguf --jsonl prompts.jsonl > answers.jsonl
+    smolctl sample FILE.gguf --jsonl prompts.jsonl --resume-output answers.jsonl
     """
     from smolctl.generation.complete import CompletionSettings
     from smolctl.generation.engines import EngineOptions
@@ -118,6 +130,7 @@ def sample(
         models=tuple(models or ()),
         prompt=prompt,
         jsonl=jsonl,
+        resume_output=resume_output,
         interactive=not output.json,
         chat=chat,
         system=system,
@@ -136,5 +149,5 @@ def sample(
             alternatives=ALTERNATIVES if explain else 0,
         ),
     )
-    view = SampleView(output, request.settings)
-    view.show(generate(request, view, sys.stdin))
+    view = SampleView(output, request)
+    view.show(generate(request, view, sys.stdin or io.StringIO()))

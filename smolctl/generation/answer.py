@@ -25,7 +25,8 @@ class Completion:
     text: str
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]  # nats, under the unmodified model
-    finish_reason: str  # "stop": end of text or a stop text; "length": max_tokens or the context's end
+    # "stop": end of text or a stop text; "length": max_tokens or the context's end; "interrupted": Ctrl-C
+    finish_reason: str
     # For every token the likeliest others, where they were asked for.
     alternatives: tuple[tuple[Alternative, ...], ...] | None = None
 
@@ -63,9 +64,9 @@ class Answer:
         held = max((_overlap(self.text[self._emitted :], stop) for stop in self._stop), default=0)
         return self._emit(len(self.text) - held)
 
-    def finish(self) -> str:
-        """End for lack of room and return what was held back; nothing when it has ended already."""
-        return "" if self.finish_reason else self._finish("length")
+    def finish(self, reason: str = "length") -> str:
+        """End, for lack of room or another reason, and return what was held back; nothing after an end."""
+        return "" if self.finish_reason else self._finish(reason)
 
     def completion(self) -> Completion:
         alternatives = tuple(

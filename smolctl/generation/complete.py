@@ -50,6 +50,27 @@ class CompletionResult:
     timing: Timing
 
 
+class InterruptedCompletion(KeyboardInterrupt):
+    """Ctrl-C while answers grew.
+
+    Args:
+        result: what there was; an unfinished answer has the finish reason "interrupted".
+    """
+
+    def __init__(self, result: CompletionResult) -> None:
+        super().__init__()
+        self.result = result
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A prompt to continue, and how."""
+
+    ids: Sequence[int]
+    settings: CompletionSettings
+    number: int = 0  # another one draws other tokens with the same seed
+
+
 # Called with (sample, new text) as soon as the text cannot change any more.
 TextListener = Callable[[int, str], None]
 
@@ -79,19 +100,24 @@ def complete(
     Raises:
         InputError: the prompt is empty or does not fit the context.
         CancelledError: `cancellation` was set, or another call with this scheduler began.
+        InterruptedCompletion: Ctrl-C; it holds what came until then.
     """
     context = scheduler.capacity if scheduler else engine.config.max_position_embeddings
-    generation = Generation(engine, tokenizer, [prompt.ids], settings, context, turn)
+    generation = Generation(engine, tokenizer, [Continuation(prompt.ids, settings, turn)], context)
     keep = scheduler is not None
     started = time.perf_counter()
     scheduler = scheduler or generation.scheduler(settings.samples)
-    first_at = None
-    for _ in generation.run(scheduler, on_text, keep, cancellation):
-        first_at = first_at or time.perf_counter()
+    first_at, interrupted = None, False
+    try:
+        for _ in generation.run(scheduler, on_text, keep, cancellation):
+            first_at = first_at or time.perf_counter()
+    except KeyboardInterrupt:
+        interrupted = True
+        generation.interrupt(on_text)
     ended = time.perf_counter()
     first_at = first_at or ended
     done = scheduler.counts
-    later = sum(len(answer.tokens) - 1 for answer in generation.answers)
+    later = sum(max(len(answer.tokens) - 1, 0) for answer in generation.answers)
     timing = Timing(
         prompt_tokens=len(prompt.ids),
         reused_tokens=done.reused,
@@ -102,7 +128,10 @@ def complete(
         guessed_tokens=done.drafted,
         accepted_tokens=done.accepted,
     )
-    return CompletionResult(prompt.text, generation.completions(0), timing)
+    result = CompletionResult(prompt.text, generation.completions(0), timing)
+    if interrupted:
+        raise InterruptedCompletion(result)
+    return result
 
 
 def new_scheduler(engine: Engine, settings: CompletionSettings, slots: int, capacity: int) -> Scheduler:
@@ -110,7 +139,7 @@ def new_scheduler(engine: Engine, settings: CompletionSettings, slots: int, capa
 
 
 class Generation:
-    """Prompts and their answers, `settings.samples` of each, that grow together.
+    """Prompts and their answers, as many of each as its settings say, that grow together.
 
     Every sequence has a generator of its own, by the seed and the numbers of its prompt and of the sample, so
     that its text does not depend on the other sequences.
@@ -118,34 +147,32 @@ class Generation:
     Args:
         engine: the model.
         tokenizer: the model's own.
-        prompts: token ids of each.
-        settings: the same for all.
+        prompts: one or more; speculation and alternatives are the first one's.
         context: most tokens of a sequence, prompt included.
-        turn: number of the first prompt.
 
     Raises:
         InputError: a prompt is empty or leaves no room in the context.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        prompts: Sequence[Sequence[int]],
-        settings: CompletionSettings,
-        context: int,
-        turn: int = 0,
+        self, engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Continuation], context: int
     ) -> None:
-        self._engine, self._settings = engine, settings
+        self._engine, self._settings = engine, prompts[0].settings
         ends = tokenizer.stop_token_ids(engine.config)
         self.answers: list[Answer] = []
         self._requests: list[Request] = []
-        for number, ids in enumerate(prompts, start=turn):
-            check_prompt(len(ids), context)
-            count = min(settings.max_tokens, context - len(ids))
+        self._prompt_of: list[int] = []  # of every sequence
+        self._sequences: list[range] = []  # of every prompt
+        for index, prompt in enumerate(prompts):
+            check_prompt(len(prompt.ids), context)
+            settings = prompt.settings
+            count = min(settings.max_tokens, context - len(prompt.ids))
+            self._sequences.append(range(len(self.answers), len(self.answers) + settings.samples))
             for sample in range(settings.samples):
-                self._requests.append(Request(ids, count, generator_for(settings.seed, number, sample)))
-                self.answers.append(Answer(tokenizer, ids, settings.stop, ends))
+                generator = generator_for(settings.seed, prompt.number, sample)
+                self._requests.append(Request(prompt.ids, count, generator, settings.sampling))
+                self.answers.append(Answer(tokenizer, prompt.ids, settings.stop, ends))
+                self._prompt_of.append(index)
 
     def scheduler(self, slots: int) -> Scheduler:
         """One with room for all prompts and answers, of which at most `slots` decode together."""
@@ -180,12 +207,19 @@ class Generation:
                     on_text(index, text)
                 if answer.finish_reason:
                     scheduler.end(request)
-                    ended.add(index // self._settings.samples)
+                    ended.add(self._prompt_of[index])
             yield [prompt for prompt in ended if all(answer.finish_reason for answer in self._of(prompt))]
 
     def completions(self, prompt: int) -> tuple[Completion, ...]:
         """The answers to a prompt, by its number from 0."""
         return tuple(answer.completion() for answer in self._of(prompt))
 
+    def interrupt(self, on_text: TextListener | None = None) -> None:
+        """End the answers that have not ended, and give out what was held back of them."""
+        for index, answer in enumerate(self.answers):
+            text = answer.finish("interrupted")
+            if text and on_text:
+                on_text(index, text)
+
     def _of(self, prompt: int) -> list[Answer]:
-        return self.answers[prompt * self._settings.samples :][: self._settings.samples]
+        return [self.answers[index] for index in self._sequences[prompt]]

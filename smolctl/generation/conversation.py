@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from smolctl.data.tokenizer.prompt import Prompt, SpecialTokens
+from smolctl.durable import write_text
+from smolctl.errors import InputError
+from smolctl.escaping import json_text, whole_characters
 from smolctl.generation.complete import (
     CompletionResult,
     CompletionSettings,
+    InterruptedCompletion,
     TextListener,
     complete,
     new_scheduler,
 )
 from smolctl.generation.load import LoadedModel
+from smolctl.generation.prompts import are_messages, changed_settings
+from smolctl.generation.scheduler import check_prompt
 
 # A session holds at most this many tokens, also where the model's context is longer: its cache is allocated
 # at once.
@@ -39,7 +48,7 @@ class Conversation:
             InputError: `chat` is set and the model has no chat template.
         """
         if not self.chat:
-            return model.tokenizer.prompt(text)
+            return model.tokenizer.prompt(whole_characters(text))
         return self.render(model, [*self.turns, {"role": "user", "content": text}])
 
     def render(self, model: LoadedModel, messages: Sequence[Mapping[str, str]]) -> Prompt:
@@ -50,13 +59,19 @@ class Conversation:
         """
         own = messages[0]["role"] == "system"
         first = [{"role": "system", "content": self.system}] if self.system and not own else []
-        return model.chat_prompt([*first, *messages], self.special_tokens)
+        whole = [{**one, "content": whole_characters(one["content"])} for one in [*first, *messages]]
+        return model.chat_prompt(whole, self.special_tokens)
 
     def remember(self, text: str, answer: str) -> None:
         """Add a turn of each side."""
         if self.chat:
             self.turns.append({"role": "user", "content": text})
             self.turns.append({"role": "assistant", "content": answer})
+
+    def save(self, path: Path) -> None:
+        """Write the messages, as an object that `/load` reads and that a line of `--jsonl` may be."""
+        first = [{"role": "system", "content": self.system}] if self.system else []
+        write_text(path, json_text({"messages": [*first, *self.turns]}, indent=2) + "\n")
 
     def make_room(self, model: LoadedModel, text: str, capacity: int, max_tokens: int) -> int:
         """Forget the oldest turns until `text` and its answer fit.
@@ -69,12 +84,20 @@ class Conversation:
 
         Returns:
             How many turns were forgotten.
+
+        Raises:
+            InputError: not even the text alone fits. Nothing is forgotten then.
         """
-        before, free = len(self.turns), min(max_tokens, capacity // 2)
-        while self.turns and len(self.prompt(model, text).ids) + free > capacity:
-            del self.turns[:2]
+        free = min(max_tokens, capacity // 2)
+        for start in range(0, len(self.turns) + 1, 2):
+            kept = replace(self, turns=self.turns[start:])
+            length = len(kept.prompt(model, text).ids)
+            if length + free <= capacity:
+                break
             free = max(free, int(capacity * FREE_SHARE))
-        return (before - len(self.turns)) // 2
+        check_prompt(length, capacity)
+        self.turns = kept.turns
+        return start // 2
 
 
 class Session:
@@ -91,31 +114,80 @@ class Session:
         self.capacity = min(model.engine.config.max_position_embeddings, MOST_TOKENS)
         self.scheduler = new_scheduler(model.engine, settings, settings.samples, self.capacity)
         self.answers = 0
+        self.asked: str | None = None  # the latest question
 
     def make_room(self, text: str) -> int:
         """See `Conversation.make_room`."""
         return self.conversation.make_room(self.model, text, self.capacity, self.settings.max_tokens)
+
+    def change(self, values: Mapping[str, Any]) -> None:
+        """Change settings, by the names that a line of JSON has for them.
+
+        Raises:
+            InputError: a name or a value that cannot be.
+        """
+        settings = changed_settings(values, self.settings)
+        if settings.samples != self.settings.samples:
+            raise InputError("the number of answers is fixed when a session begins", "Begin one with -n.")
+        self.settings = settings
+
+    def load(self, path: Path) -> None:
+        """Go on with a conversation that `Conversation.save` has written, and take its system message.
+
+        Raises:
+            InputError: it cannot be read, or is no conversation.
+        """
+        try:
+            value = json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}", "Name a file that /save has written.") from None
+        except (ValueError, RecursionError):
+            value = None
+        messages = value.get("messages") if isinstance(value, dict) else None
+        start = int(are_messages(messages) and messages[0]["role"] == "system")
+        roles = [one["role"] for one in messages[start:]] if are_messages(messages) else ["?"]
+        if not are_messages(messages) or roles != ["user", "assistant"] * (len(roles) // 2):
+            raise InputError(
+                f"{path}: not a conversation of a user and an assistant",
+                "Name a file that /save has written.",
+            )
+        self.conversation.system = messages[0]["content"] if start else None
+        self.conversation.turns = messages[start:]
+        self.asked = messages[-2]["content"] if roles else None
+
+    def retry(self, on_text: TextListener) -> CompletionResult:
+        """Answer the latest question once more, in place of its answer, drawing other tokens.
+
+        Raises:
+            InputError: nothing has been asked.
+            InterruptedCompletion: Ctrl-C.
+        """
+        if self.asked is None:
+            raise InputError("nothing has been asked yet", "Ask something.")
+        before = self.conversation.turns
+        if before and before[-2]["content"] == self.asked:
+            self.conversation.turns = before[:-2]
+        try:
+            return self.answer(self.asked, on_text)
+        finally:
+            if len(self.conversation.turns) < len(before):  # no other answer came
+                self.conversation.turns = before
 
     def answer(self, text: str, on_text: TextListener) -> CompletionResult:
         """Answer and remember both; when interrupted, remember the part of the answer until then.
 
         Raises:
             InputError: the text alone does not fit the context.
+            InterruptedCompletion: Ctrl-C; it holds what came until then.
         """
-        pieces: list[str] = []
-
-        def listen(sample: int, piece: str) -> None:
-            if sample == 0:
-                pieces.append(piece)
-            on_text(sample, piece)
-
+        self.asked = text
         prompt = self.conversation.prompt(self.model, text)
         engine, tokenizer = self.model.engine, self.model.tokenizer
         try:
-            result = complete(engine, tokenizer, prompt, self.settings, listen, self.scheduler, self.answers)
-        except KeyboardInterrupt:
-            if pieces:
-                self.conversation.remember(text, "".join(pieces))
+            result = complete(engine, tokenizer, prompt, self.settings, on_text, self.scheduler, self.answers)
+        except InterruptedCompletion as interrupted:
+            if answer := interrupted.result.completions[0].text:
+                self.conversation.remember(text, answer)
             raise
         finally:
             self.answers += 1

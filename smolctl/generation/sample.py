@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TextIO
 
 import torch
@@ -11,11 +12,17 @@ import torch
 from smolctl.data.tokenizer.prompt import SpecialTokens
 from smolctl.errors import UsageError
 from smolctl.generation.compare import Divergence, diverge
-from smolctl.generation.complete import CompletionResult, CompletionSettings, complete
+from smolctl.generation.complete import (
+    CompletionResult,
+    CompletionSettings,
+    InterruptedCompletion,
+    complete,
+)
 from smolctl.generation.conversation import Conversation, Session
 from smolctl.generation.engines import EngineOptions
 from smolctl.generation.load import LoadedModel, load_model
-from smolctl.generation.many import STDIN, Batch, complete_many, read_prompts
+from smolctl.generation.many import Batch
+from smolctl.generation.prompts import STDIN, PromptFile, finished_lines, read_prompts
 
 NO_PROMPT = "Give --prompt TEXT or pipe one in."
 
@@ -31,6 +38,7 @@ class SampleRequest:
     models: tuple[str, ...] = ()  # none: the newest run
     prompt: str | None = None  # "-" and a pipe read stdin
     jsonl: str | None = None  # a file of prompts; "-" reads stdin
+    resume_output: Path | None = None  # of `jsonl`: where the answers go; what it holds is not made again
     interactive: bool = True  # whether a terminal without a prompt opens a session
     chat: bool | None = None  # use the chat template; None: in a session where the model has one
     system: str | None = None  # the system message of a chat
@@ -48,6 +56,13 @@ class SampleRequest:
             raise UsageError("--jsonl and --prompt exclude each other", "Write the prompt into the file.")
         if self.jsonl is not None and len(self.models) > 1:
             raise UsageError("--jsonl takes one MODEL", "Run it once for every model.")
+        if self.resume_output is not None and self.jsonl is None:
+            raise UsageError("--resume-output belongs to --jsonl", "Name the prompts with --jsonl FILE.")
+
+    @property
+    def continues_text(self) -> bool:
+        """Whether a prompt is given to the model as it is, without the user having asked for that."""
+        return self.prompt is not None and self.chat is None
 
 
 @dataclass(frozen=True)
@@ -79,6 +94,7 @@ class SampleResult:
     by_model: tuple[tuple[LoadedModel, CompletionResult], ...]
     # For every model and completion where it leaves the first model's; None where models are not compared.
     divergences: tuple[tuple[Divergence | None, ...], ...] | None
+    interrupted: bool = False  # by Ctrl-C: the last answers are unfinished, and models after that have none
 
 
 def sample(
@@ -98,8 +114,11 @@ def sample(
     Raises:
         SmolError: a model cannot be read or run, or there is no prompt, or it does not fit the context.
     """
-    file = read_prompts(request.jsonl, stdin) if request.jsonl is not None else None
+    file = read_prompts(request.jsonl, stdin, request.settings) if request.jsonl is not None else None
+    done = finished_lines(file, request.resume_output) if file and request.resume_output else 0
     text = _prompt(request, stdin) if file is None else None
+    if request.system is not None and not request.chat and _has_raw_prompt(text, file):
+        raise UsageError("--system belongs to a chat", "Add --chat, or write it into the prompt.")
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     models = [load_model(name, request.engine) for name in request.models or ("runs/latest",)]
@@ -108,19 +127,32 @@ def sample(
     first, settings = models[0], request.settings
     conversation = Conversation(bool(request.chat), request.system, special_tokens=request.special_tokens)
     if file is not None:
-        return complete_many(first, file, conversation, settings, request.batch_size)
+        return Batch(first, file, conversation, request.batch_size, done)
     if text is None:
         conversation.chat = first.can_chat if request.chat is None else request.chat
+        if request.system is not None and not conversation.chat:
+            raise UsageError(f"--system belongs to a chat, and {first.id} has no template", "Leave it out.")
         return Session(first, settings, conversation)
     streams = len(models) == 1
-    results = []
+    results, interrupted = [], False
     for model in models:
         prompt = conversation.prompt(model, text)
         if streams:
             on_event(Rendered(prompt.text))
         on_text = (lambda number, piece: on_event(Streamed(number, piece))) if streams else None
-        results.append((model, complete(model.engine, model.tokenizer, prompt, settings, on_text)))
-    return SampleResult(tuple(results), diverge(results) if request.compare else None)
+        try:
+            result = complete(model.engine, model.tokenizer, prompt, settings, on_text)
+        except InterruptedCompletion as stopped:
+            result, interrupted = stopped.result, True
+        results.append((model, result))
+        if interrupted:
+            break
+    return SampleResult(tuple(results), diverge(results) if request.compare else None, interrupted)
+
+
+def _has_raw_prompt(text: str | None, file: PromptFile | None) -> bool:
+    lines = file.lines if file else ()
+    return text is not None or any(not line.fault and "prompt" in line.source for line in lines)
 
 
 def _prompt(request: SampleRequest, stdin: TextIO) -> str | None:

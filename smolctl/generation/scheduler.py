@@ -44,11 +44,13 @@ class Request:
         prompt: token ids, at least one.
         max_tokens: at most this many more; cut where the context ends.
         generator: the only source of randomness, this request's own.
+        sampling: how its tokens are chosen; None: as the scheduler says.
     """
 
     prompt: Sequence[int]
     max_tokens: int
     generator: torch.Generator
+    sampling: SamplingSettings | None = None
 
 
 @dataclass
@@ -72,6 +74,7 @@ class _Slot:
     limit: int  # tokens in all, prompt included
     tokens: list[int]  # prompt and what was chosen
     lookup: Lookup | None
+    sampling: SamplingSettings
     careful: bool = False  # no draft in the next step
     ended: bool = False
     draft: list[int] = field(default_factory=list)
@@ -90,7 +93,7 @@ class Scheduler:
         engine: the model.
         slots: sequences at once.
         capacity: tokens of the longest sequence, prompt included.
-        settings: how a token is chosen.
+        settings: how a token is chosen, where a request does not say it.
         speculation: whether draft tokens are looked up in the text so far and several checked in one call.
             "auto": where that gives every token the bits it would have had without.
         alternatives: how many other tokens to report with each.
@@ -186,7 +189,8 @@ class Scheduler:
         # The last token of a prompt is always read: its logits are what comes next.
         common = common_prefix(held, request.prompt[:-1]) if keep else 0
         self._cache.truncate(number, common)
-        slot = _Slot(number, request, index, limit, list(request.prompt), lookup)
+        sampling = request.sampling or self.settings
+        slot = _Slot(number, request, index, limit, list(request.prompt), lookup, sampling)
         self._slots[number], self._held[number] = slot, slot.tokens
         return slot
 
@@ -251,7 +255,7 @@ class Scheduler:
         """Choose a token by one row of logits, (V,), and append it."""
         # First, because it refuses logits that are not finite.
         normalizer = log_normalizer(row.numpy())
-        chosen = choose(row.numpy(), self.settings, slot.request.generator, slot.tokens)
+        chosen = choose(row.numpy(), slot.sampling, slot.request.generator, slot.tokens)
         others: tuple[tuple[int, float], ...] = ()
         if self.alternatives:
             top = row.topk(min(self.alternatives + 1, len(row)))
@@ -261,9 +265,9 @@ class Scheduler:
         return Token(chosen, min(float(row[chosen]) - normalizer, 0.0), others[: self.alternatives])
 
     def _is_near_tie(self, slot: _Slot, row: Tensor) -> bool:
-        if self.settings.temperature > 0 or self.engine.exact_tokens > 1:
+        if slot.sampling.temperature > 0 or self.engine.exact_tokens > 1:
             return False
-        penalty = self.settings.repetition_penalty
+        penalty = slot.sampling.repetition_penalty
         return margin(penalize_repetition(row.numpy(), slot.tokens, penalty)) < NEAR_TIE
 
 

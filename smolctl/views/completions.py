@@ -1,4 +1,4 @@
-"""Completions side by side, token by token, and as JSON."""
+"""Completions as they stream, side by side, token by token, and as JSON."""
 
 from __future__ import annotations
 
@@ -20,6 +20,48 @@ if TYPE_CHECKING:
 
 MARK = "▶"  # before the first difference, for where there is no colour
 SURE, UNSURE = 0.5, 0.1  # probabilities of a token, for its colour
+
+
+class StreamView:
+    """Prints the pieces of one prompt's completions as they come."""
+
+    def __init__(self, out: Output, samples: int) -> None:
+        self.out = out
+        self.samples = samples
+        self.pieces: list[list[str]] = [[] for _ in range(samples)]
+
+    def __call__(self, sample: int, text: str) -> None:
+        """Take a piece of text. Several samples are printed one after the other when all are complete."""
+        self.pieces[sample].append(text)
+        if self.samples == 1 and not self.out.json:
+            self.out.write(text)
+
+    def close(self) -> None:
+        """End the line, or print what could not be streamed."""
+        if self.out.json:
+            return
+        if self.samples == 1:
+            self.out.write("\n")
+            return
+        texts = ["".join(pieces) for pieces in self.pieces]
+        parts = [f"— {number} of {self.samples} —\n{text}\n" for number, text in enumerate(texts, start=1)]
+        self.out.write("".join(parts))
+
+
+def show_facts(out: Output, model: LoadedModel, result: CompletionResult, max_tokens: int) -> None:
+    """The tokens of an answer, where they were asked for, how long it took, and whether it was cut."""
+    if result.completions[0].alternatives is not None:
+        show_explanation(out, model, result)
+    if out.json:
+        return
+    out.talk(timing_line(model, result.timing))
+    cut = [one for one in result.completions if one.finish_reason == "length"]
+    if cut:
+        full = all(len(one.tokens) < max_tokens for one in cut)
+        place = "where the model's context is full" if full else f"at --max-tokens {max_tokens:,}"
+        count = len(result.completions)
+        answers = "The answer was" if count == 1 else f"{len(cut):,} of {count:,} answers were"
+        out.talk(f"{answers} cut {place}: the model had more to say.")
 
 
 def timing_line(model: LoadedModel, timing: Timing) -> str:

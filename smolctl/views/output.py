@@ -6,8 +6,9 @@ import codecs
 import contextlib
 import io
 import json
+import os
 import sys
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -47,23 +48,48 @@ class Output:
     def show(self, *renderables: RenderableType) -> None:
         """Print data for a person; nothing under `--json`."""
         if not self.json:
-            for renderable in renderables:
-                self.stdout.print(renderable)
+            with self._or_on_stderr(lambda: self.stderr.print(*renderables, sep="\n")):
+                for renderable in renderables:
+                    self.stdout.print(renderable)
 
     def line(self, text: str) -> None:
         """Print one line of data as it is, however long; nothing under `--json`."""
         if not self.json:
             self.stdout.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def write(self, text: str) -> None:
+        """Write data to stdout as it is and at once."""
+        with self._or_on_stderr(lambda: sys.stderr.write(text if text.endswith("\n") else text + "\n")):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    @contextlib.contextmanager
+    def _or_on_stderr(self, write: Callable[[], object]) -> Iterator[None]:
+        """Data that stdout does not take goes to stderr instead: nothing that was computed is lost.
+
+        Raises:
+            SmolError: stdout took no more, for another reason than a reader that has seen enough.
+        """
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            abandon_stdout()
+            write()
+            raise SmolError(
+                f"stdout cannot be written ({error.strerror})", "What it did not take is above this line."
+            ) from None
+
     def document(self, value: Mapping[str, Any]) -> None:
         """Print one JSON document; nothing without `--json`."""
         if self.json:
-            print(json_text(value, indent=2), flush=True)
+            self.write(json_text(value, indent=2) + "\n")
 
     def event(self, value: Mapping[str, Any]) -> None:
         """Print one JSON line of a stream; nothing without `--json`."""
         if self.json:
-            print(json_text(value), flush=True)
+            self.write(json_text(value) + "\n")
 
     def talk(self, text: str) -> None:
         """Say something beside the data; nothing under `--quiet`."""
@@ -87,10 +113,17 @@ def fields(result: object, without: Container[str]) -> dict[str, Any]:
     return {name: value for name, value in vars(result).items() if name not in without}
 
 
-def tolerate_encodings() -> None:
-    """Have stdout and stderr stand for characters that their encodings lack, instead of failing.
+def abandon_stdout() -> None:
+    """Drop what stdout still holds and all that follows: it failed, and would fail again at exit."""
+    with contextlib.suppress(OSError, AttributeError):  # no file, in tests
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    On a terminal by a "?", which keeps its columns in line; elsewhere by JSON's escapes, which lose nothing.
+
+def tolerate_encodings() -> None:
+    """Have the standard streams stand for what their encodings lack, instead of failing.
+
+    Stdout and stderr write characters that they lack as "?" on a terminal, which keeps its columns in line,
+    and elsewhere as JSON's escapes, which lose nothing. Stdin reads other bytes as replacement characters.
     """
 
     def escape(error: UnicodeError) -> tuple[str, int]:
@@ -103,6 +136,8 @@ def tolerate_encodings() -> None:
             # Python asks a file for its place, which a pipe that took over its descriptor does not have.
             with contextlib.suppress(OSError):
                 stream.reconfigure(errors="replace" if stream.isatty() else "json")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
 
 
 def _console(stderr: bool) -> Console:

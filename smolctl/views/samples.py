@@ -1,192 +1,178 @@
-"""What `smolctl sample` prints: text as it streams, a line of JSON for every prompt of a file, a session."""
+"""What `smolctl sample` prints: text as it streams, and a line of JSON for every prompt of a file."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
-from smolctl.errors import InputError
+from smolctl.errors import InputError, UsageError
 from smolctl.escaping import json_text
-from smolctl.generation.answer import Completion
-from smolctl.generation.complete import CompletionResult, CompletionSettings
 from smolctl.generation.conversation import Session
-from smolctl.generation.load import LoadedModel
 from smolctl.generation.many import Batch
-from smolctl.generation.sample import Loaded, Rendered, SampleResult, Streamed
+from smolctl.generation.sample import Loaded, Rendered, SampleRequest, SampleResult, Streamed
 from smolctl.views.completions import (
+    StreamView,
     completion_json,
     show_explanation,
+    show_facts,
     show_side_by_side,
-    timing_line,
     to_json,
 )
 from smolctl.views.output import Output
 
 PROGRESS_S = 5.0  # seconds between two lines of progress
-HELP = "/reset starts a new conversation, /help shows this, Ctrl-C stops an answer, Ctrl-D ends."
+NAMED_LINES = 3  # faulty lines of a file that an error message names
 
 
 class SampleView:
-    """Prints events as they come, and the result."""
+    """Prints events as they come, and the result.
 
-    def __init__(self, out: Output, settings: CompletionSettings) -> None:
-        self.out, self.settings = out, settings
-        self._stream = StreamView(out, settings.samples)
+    Raises:
+        UsageError: stdout is closed.
+    """
+
+    def __init__(self, out: Output, request: SampleRequest) -> None:
+        if sys.stdout is None:
+            raise UsageError("stdout is closed: the answer has nowhere to go", "Send it to a file or a pipe.")
+        self.out, self.request, self.settings = out, request, request.settings
+        self._stream = StreamView(out, self.settings.samples)
 
     def __call__(self, event: Loaded | Rendered | Streamed) -> None:
         match event:
             case Loaded(model):
                 for note in model.notes:
                     self.out.talk(f"{model.id}: {note}")
+                if model.can_chat and self.request.continues_text:
+                    self.out.talk(
+                        f"{model.id}: the prompt is continued as it is. To ask a question, add --chat."
+                    )
             case Rendered(prompt) if self.out.verbose:
                 self.out.talk(f"prompt as the model sees it:\n{prompt}")
             case Streamed(sample, text):
                 self._stream(sample, text)
 
     def show(self, result: SampleResult | Batch | Session) -> None:
+        """Print a result, or generate while it is printed.
+
+        Raises:
+            KeyboardInterrupt: the result was interrupted; what there is of it has been printed.
+        """
         match result:
             case Batch():
-                _show_batch(self.out, result)
+                _show_batch(self.out, result, self.request.resume_output)
             case Session():
-                _converse(self.out, result)
-            case SampleResult(((model, completions),)):
-                self._stream.close()
-                _show_facts(self.out, model, completions)
-                self.out.document(to_json(model, completions))
-            case SampleResult(by_model, divergences):
-                show_side_by_side(self.out, by_model, divergences)
-                for model, completions in by_model if self.settings.alternatives else ():
-                    self.out.line(model.id)
-                    show_explanation(self.out, model, completions)
-                documents = [
-                    to_json(model, completions, divergences[number] if divergences else None)
-                    for number, (model, completions) in enumerate(by_model)
-                ]
-                self.out.document({"models": documents})
+                from smolctl.views.chat import Chat  # with prompt_toolkit, only when a chat begins
 
+                Chat(self.out, result).run()
+            case SampleResult():
+                self._show_result(result)
+                if result.interrupted:
+                    raise KeyboardInterrupt
 
-class StreamView:
-    """Prints the pieces of one prompt's completions as they come."""
-
-    def __init__(self, out: Output, samples: int) -> None:
-        self.out = out
-        self.samples = samples
-        self.pieces: list[list[str]] = [[] for _ in range(samples)]
-
-    def __call__(self, sample: int, text: str) -> None:
-        """Take a piece of text. Several samples are printed one after the other when all are complete."""
-        self.pieces[sample].append(text)
-        if self.samples == 1 and not self.out.json:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-
-    def close(self) -> None:
-        """End the line, or print what could not be streamed."""
-        if self.out.json:
+    def _show_result(self, result: SampleResult) -> None:
+        by_model, divergences = result.by_model, result.divergences
+        if len(self.request.models) < 2:
+            ((model, completions),) = by_model
+            self._stream.close()
+            show_facts(self.out, model, completions, self.settings.max_tokens)
+            self.out.document(to_json(model, completions))
             return
-        if self.samples == 1:
-            print(flush=True)
-            return
-        for number, pieces in enumerate(self.pieces, start=1):
-            self.out.show(f"[bold]— {number} of {self.samples} —[/bold]")
-            print("".join(pieces))
+        show_side_by_side(self.out, by_model, divergences)
+        for model, completions in by_model if self.settings.alternatives else ():
+            self.out.line(model.id)
+            show_explanation(self.out, model, completions)
+        documents = [
+            to_json(model, completions, divergences[number] if divergences else None)
+            for number, (model, completions) in enumerate(by_model)
+        ]
+        self.out.document({"models": documents})
 
 
-def _show_facts(out: Output, model: LoadedModel, result: CompletionResult) -> None:
-    """The tokens of an answer, where they were asked for, and how long it took."""
-    if result.completions[0].alternatives is not None:
-        show_explanation(out, model, result)
-    if not out.json:
-        out.talk(timing_line(model, result.timing))
+def _show_batch(out: Output, batch: Batch, target: Path | None) -> None:
+    """A line of JSON for every line of the file, in its order, with progress beside them.
 
+    A line holds the fields of its prompt and the completions, or why there are none. After Ctrl-C the lines
+    that had begun follow, with what there was of them.
 
-def _show_batch(out: Output, batch: Batch) -> None:
-    """A line of JSON for every prompt, in the order of the file, with progress beside them.
-
-    A line holds the fields of its prompt and the completions. An interrupt loses none that are finished.
+    Raises:
+        InputError: at the end, when lines of the file have no answers; or the target cannot be written.
     """
-    started = reported = time.perf_counter()
-    done = tokens = printed = 0
-    waiting: dict[int, tuple[Completion, ...]] = {}
-
-    def write(index: int) -> None:
-        completions = [completion_json(completion) for completion in waiting.pop(index)]
-        line = {**batch.prompts[index], "completions": completions}
-        print(json_text(line), flush=True)
+    lines, started = batch.file.lines, time.perf_counter()
+    reported, answered, tokens, cut, written = started, 0, 0, 0, batch.done
+    ready: dict[int, dict[str, Any]] = {}  # rows that wait for those before them
+    if batch.done:
+        out.talk(f"{batch.done:,} of {len(lines):,} prompts are in {target} already.")
 
     def report(now: float) -> None:
         seconds = now - started
+        shortened = f", {cut:,} answers cut at their greatest length" if cut else ""
         out.talk(
-            f"{done:,} of {len(batch.prompts):,} prompts, {tokens:,} tokens in "
-            f"{seconds:.1f} s, {tokens / seconds:,.1f} tok/s"
+            f"{answered:,} of {len(lines) - batch.done:,} prompts, {tokens:,} tokens in "
+            f"{seconds:.1f} s, {tokens / seconds:,.1f} tok/s{shortened}"
         )
 
-    try:
-        for index, completions in batch.completions:
-            waiting[index] = completions
-            done += 1
-            tokens += sum(len(completion.tokens) for completion in completions)
-            while printed in waiting:
-                write(printed)
-                printed += 1
-            now = time.perf_counter()
-            if now - reported >= PROGRESS_S and done < len(batch.prompts):
-                reported = now
-                report(now)
-    finally:
-        for index in sorted(waiting):
-            write(index)
-        report(time.perf_counter())
+    with _rows_to(out, target) as write:
 
+        def write_ready() -> None:
+            nonlocal written
+            while written in ready:
+                write(json_text(ready.pop(written)) + "\n")
+                written += 1
 
-def _converse(out: Output, session: Session) -> None:
-    """Answer questions until the input ends."""
-    mode = "chatting with the model's template" if session.conversation.chat else "each prompt stands alone"
-    out.talk(f"{session.model.id}: {mode}. {HELP}")
-    for text in _questions(out):
-        if text.strip() == "/help":
-            out.talk(HELP)
-        elif text.strip() == "/reset":
-            session.conversation.turns.clear()
-            out.talk("New conversation.")
-        else:
-            _answer(out, session, text)
-
-
-def _questions(out: Output) -> Iterator[str]:
-    """What the user types, line by line."""
-    with contextlib.suppress(ImportError):  # not on Windows
-        import readline  # noqa: F401 - gives `input` arrow keys and a history
-    while True:
         try:
-            text = input("> ")
-        except EOFError:
-            print()
-            return
+            for index, answers in batch.answers():
+                if isinstance(answers, InputError):
+                    ready[index] = lines[index].fault_row(answers)
+                else:
+                    ready[index] = lines[index].row([completion_json(one) for one in answers])
+                    answered += 1
+                    tokens += sum(len(one.tokens) for one in answers)
+                    cut += sum(one.finish_reason == "length" for one in answers)
+                write_ready()
+                now = time.perf_counter()
+                if now - reported >= PROGRESS_S and written < len(lines):
+                    reported = now
+                    report(now)
         except KeyboardInterrupt:
-            print()
-            out.talk("Ctrl-D ends.")
-            continue
-        if text.strip():
-            yield text
+            for index, answers in batch.interrupt():
+                ready.setdefault(index, lines[index].row([completion_json(one) for one in answers]))
+            ready = {index: row for index, row in ready.items() if index >= written}
+            write_ready()
+            raise
+        finally:
+            report(time.perf_counter())
+    if batch.faults:
+        raise _faults(batch)
 
 
-def _answer(out: Output, session: Session, text: str) -> None:
-    """One turn of a session; its errors and Ctrl-C end the turn only."""
-    view = StreamView(out, session.settings.samples)
+@contextlib.contextmanager
+def _rows_to(out: Output, target: Path | None) -> Iterator[Callable[[str], None]]:
+    """What writes a row: to stdout, or behind what the target holds."""
+    if target is None:
+        yield out.write
+        return
     try:
-        if forgotten := session.make_room(text):
-            turns = "turn was" if forgotten == 1 else f"{forgotten} turns were"
-            out.talk(f"The context of {session.capacity:,} tokens is full: the oldest {turns} dropped.")
-        result = session.answer(text, view)
-    except InputError as error:
-        out.error(error)
-        return
-    except KeyboardInterrupt:
-        view.close()
-        out.talk("Stopped.")
-        return
-    view.close()
-    _show_facts(out, session.model, result)
+        with target.open("a", encoding="utf-8", newline="\n") as stream:
+
+            def write(row: str) -> None:
+                stream.write(row)
+                stream.flush()
+
+            yield write
+    except OSError as error:
+        raise InputError(
+            f"{target}: {error.strerror}", "Correct that and repeat the command: it continues from there."
+        ) from None
+
+
+def _faults(batch: Batch) -> InputError:
+    """One error for all lines that have no answers."""
+    found = [(batch.file.lines[index].number, fault) for index, fault in sorted(batch.faults.items())]
+    named = "; ".join(f"line {number}: {fault.message}" for number, fault in found[:NAMED_LINES])
+    more = f"; and {len(found) - NAMED_LINES} more lines" if len(found) > NAMED_LINES else ""
+    count = f"{len(found):,} of {len(batch.file.lines):,} prompts have no answer"
+    return InputError(f"{batch.file.name}: {count}: {named}{more}", found[0][1].hint)

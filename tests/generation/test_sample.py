@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import pty
 import select
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +21,13 @@ import pytest
 
 from smolctl.data.tokenizer.bpe import train_bpe
 from smolctl.data.tokenizer.tokenizer import Tokenizer
-from tests.support.tiny_models import write_folder, write_speaker
+from smolctl.errors import InputError
+from smolctl.generation.complete import CompletionSettings, InterruptedCompletion
+from smolctl.generation.conversation import Conversation, Session
+from smolctl.generation.load import load_model
+from smolctl.generation.native_engine import NativeEngine
+from tests.support.processes import call
+from tests.support.tiny_models import plain_settings, tiny_model, write_folder, write_speaker
 from tests.support.tokenizers import tokenizer
 
 Smolctl = Callable[..., Any]
@@ -146,30 +155,133 @@ def test_a_file_of_prompts_is_answered_in_its_order(smolctl: Smolctl, model: Pat
     assert [texts(greedy[2]), texts(greedy[3])] == [texts(alone), texts(asked)]
 
 
-def test_lines_that_are_no_prompts_are_named_before_anything_is_generated(
+def rows_of(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+FAULTS = {
+    '{"prompt": 3}': '"prompt" is not a string',
+    '{"messages": []}': '"messages" is not a list',
+    '{"a": 1}': "neither a string nor an object",
+    '{"prompt": "a", "messages": [{"role": "user", "content": "a"}]}': "neither a string nor an object",
+    "[" * 100_000: "not JSON",
+    '{"prompt": "a", "temperature": NaN}': "not JSON",
+    '{"prompt": "a", "temperature": "hot"}': '"temperature" is not a number',
+    '{"prompt": "a", "temperature": true}': '"temperature" is not a number',
+    '{"prompt": "a", "top_p": 3}': "top-p 3 is out of range",
+    '{"prompt": "a", "top_k": 1.5}': '"top_k" is not an integer',
+    '{"prompt": "a", "max_tokens": 0}': '"max_tokens" is not an integer of 1 or more',
+    '{"prompt": "a", "n": 1000000000}': '"n" is not an integer from 1 to 128',
+    '{"prompt": "a", "stop": [1]}': '"stop" is neither',
+    '{"prompt": "a", "logit_bias": {"5": 1}}': '"logit_bias" is not supported',
+    '{"prompt": "a", "frequency_penalty": 0.5}': '"frequency_penalty" is not supported',
+    '{"prompt": "a", "max_new_tokens": 5}': '"max_new_tokens" is not supported',
+    '{"prompt": "a", "completions": "mine"}': "under which the answers are written",
+    json.dumps("the cat " * 200): "the prompt has",
+}
+
+
+def test_a_bad_line_is_one_error_and_the_others_are_answered(
     smolctl: Smolctl, model: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bad = '{"prompt": "fine"}\n{"prompt": 3}\n{"messages": []}\n{"a": 1}\nnot json\n{"prompt": "fine"}\n'
-    monkeypatch.setattr(sys, "stdin", io.StringIO(bad))
-    done = smolctl("sample", model, "--jsonl", "-")
-    assert (done.code, done.out) == (3, "")
-    assert 'stdin: line 2: "prompt" is not a string; line 3: ' in done.err
-    assert "and 1 more lines" in done.err
+    good: list[dict[str, Any]] = [{"prompt": "the cat", "error": "mine", "line": 7}, {"prompt": "on"}]
+    lines = ["\ufeff" + json.dumps(good[0]), *FAULTS, json.dumps(good[1])]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\r\n".join(lines)))
+    done = smolctl("sample", model, "--jsonl", "-", *SHORT)
+    first, *bad, last = rows_of(done.out)
+    assert done.code == 3
+    assert f"stdin: {len(FAULTS)} of {len(lines)} prompts have no answer: line 2: " in done.err
+    assert f"and {len(FAULTS) - 3} more lines" in done.err
+    assert [{**row, "completions": 0} for row in (first, last)] == [{**row, "completions": 0} for row in good]
+    assert [row["line"] for row in bad] == list(range(2, len(lines)))
+    for row, (line, cause) in zip(bad, FAULTS.items(), strict=True):
+        assert cause in row["error"]["message"]
+        assert row["error"]["code"] == 3
+        is_json = "not JSON" not in cause
+        assert row["input"] in ((json.loads(line), {"prompt": json.loads(line)}) if is_json else (line,))
     path = tmp_path / "prompts.jsonl"
-    path.write_text('"fine"\n' + json.dumps("the cat " * 200))
-    done = smolctl("sample", model, "--jsonl", path)
-    assert (done.code, done.out) == (3, "")
-    assert "line 2: the prompt has" in done.err
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
-    assert "line 1" in smolctl("sample", other, "--jsonl", path).err  # it has no chat template
-    for content, cause in (("\n", "no prompts in it"), (None, "No such file")):
-        path.unlink()
-        if content is not None:
-            path.write_text(content)
-        done = smolctl("sample", model, "--jsonl", path)
-        assert done.code == 3
-        assert cause in done.err
-        path.touch()
+    assert "no chat template" in rows_of(smolctl("sample", other, "--jsonl", path).out)[0]["error"]["message"]
+
+
+@pytest.mark.parametrize(("content", "cause"), [("\n", "no prompts in it"), (None, "No such file")])
+def test_a_file_without_prompts_is_an_error(
+    content: str | None, cause: str, smolctl: Smolctl, model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    if content is not None:
+        path.write_text(content)
+    done = smolctl("sample", model, "--jsonl", path)
+    assert done.code == 3
+    assert cause in done.err
+
+
+def test_a_line_has_settings_of_its_own_by_the_names_of_openai(
+    smolctl: Smolctl, model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    text = smolctl("sample", model, "--prompt", "the cat", *SHORT, "--json").json["completions"][0]["text"]
+    given: list[tuple[dict[str, Any], tuple[object, ...]]] = [
+        ({"max_tokens": 2, "temperature": 0}, ("--max-tokens", 2, "--temperature", 0)),
+        ({"max_completion_tokens": 3, "seed": 5}, ("--max-tokens", 3, "--seed", 5)),
+        ({"n": 3, "top_p": 0.5, "seed": 1}, ("-n", 3, "--top-p", 0.5, "--seed", 1)),
+        ({"top_k": 4, "min_p": 0.2, "seed": -1}, ("--top-k", 4, "--min-p", 0.2, "--seed", -1)),
+        ({"repetition_penalty": 1.5, "temperature": 0}, ("--repetition-penalty", 1.5, "--temperature", 0)),
+        ({"stop": text[1], "temperature": 0}, ("--stop", text[1], "--temperature", 0)),
+        ({"stop": ["x", text[2]], "temperature": 0}, ("--stop", text[2], "--temperature", 0)),
+        ({"logprobs": True, "stream": False, "tools": None, "temperature": 0}, ("--temperature", 0)),
+    ]
+    path.write_text("".join(json.dumps({"prompt": "the cat", **values}) + "\n" for values, _ in given))
+    common = ("--temperature", "1", "--max-tokens", "9", "--threads", "1")
+    rows = rows_of(smolctl("sample", model, "--jsonl", path, *common).out)
+    for row, (values, options) in zip(rows, given, strict=True):
+        alone = smolctl("sample", model, "--prompt", "the cat", *common, *options, "--json").json
+        assert without_logprobs(row) == without_logprobs(
+            {"prompt": "the cat", **values, "completions": alone["completions"]}
+        )
+
+
+def without_logprobs(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without what depends, in its last digits, on the sequences that decode beside it."""
+    kept = [{**one, "logprobs": len(one["logprobs"])} for one in row.get("completions", ())]
+    return {**row, "completions": kept}
+
+
+def test_an_output_that_a_kill_has_torn_is_gone_on_with(
+    smolctl: Smolctl, model: Path, tmp_path: Path
+) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    same = [{"prompt": "the cat", "id": "é"}] * 6  # alike, but each with tokens of its own
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in [*same, {"prompt": 1}, "on"]))
+    options = ("--max-tokens", "20", "--temperature", "3", "--resume-output", output)
+    command = ("sample", model, "--jsonl", prompts, *options)
+    whole = smolctl(*command)
+    assert (whole.code, whole.out) == (3, "")
+    content = output.read_bytes()
+    rows = list(map(without_logprobs, rows_of(output.read_text())))
+    assert len({json.dumps(row["completions"]) for row in rows}) == 8
+    ends = [at + 1 for at, byte in enumerate(content) if byte == 10]
+    for cut in (0, 1, ends[0], ends[2] + 40, ends[5] + 5, ends[6] - 1, len(content) - 1, len(content)):
+        output.write_bytes(content[:cut])
+        again = smolctl(*command)
+        assert again.code == 3
+        assert list(map(without_logprobs, rows_of(output.read_text()))) == rows
+        assert "1 of 8 prompts have no answer: line 7" in again.err
+    output.write_bytes(content.replace(b'"length"', b'"interrupted"', 2))  # by Ctrl-C
+    smolctl(*command)
+    assert list(map(without_logprobs, rows_of(output.read_text()))) == rows
+
+
+@pytest.mark.parametrize("content", ["hello", '{"a": 1}', "hello\n", '{"prompt": "on", "completions": []}\n'])
+def test_a_file_that_is_no_output_of_these_prompts_is_left_as_it_is(
+    content: str, smolctl: Smolctl, model: Path, tmp_path: Path
+) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "other"
+    prompts.write_text('"the cat"\n')
+    output.write_text(content)
+    done = smolctl("sample", model, "--jsonl", prompts, "--resume-output", output)
+    assert (done.code, output.read_text()) == (3, content)
+    assert "line 1 is not the answer to prompt 1" in done.err
 
 
 @pytest.mark.parametrize(
@@ -178,6 +290,8 @@ def test_lines_that_are_no_prompts_are_named_before_anything_is_generated(
         (("--compare",), "two MODELs"),
         (("--jsonl", "x", "--prompt", "y"), "exclude each other"),
         (("--jsonl", "x", "second"), "takes one MODEL"),
+        (("--prompt", "x", "--resume-output", "y"), "--resume-output belongs to --jsonl"),
+        (("--prompt", "x", "--system", "y"), "--system belongs to a chat"),
         (("--top-p", "3"), "--top-p 3.0 is out of range"),
         (("--json",), "no prompt"),
         (("second",), "no prompt"),
@@ -200,48 +314,47 @@ def test_options_that_do_not_go_together_are_usage_errors(
     assert cause in done.err
 
 
+READY = "\x1b[?2004h"  # what the editor writes when it takes keys: from now on pasted text is marked
+PASTE, PASTED = "\x1b[200~", "\x1b[201~"
+UP, LEFT, HOME = "\x1b[A", "\x1b[D", "\x01"
+
+
 class Terminal:
     """The command line in another process, on a terminal of its own."""
 
-    def __init__(self, child: int, screen: int) -> None:
-        self.child, self.screen = child, screen
+    def __init__(self, child: int, screen: int, ready: str) -> None:
+        self.child, self.screen, self.ready = child, screen, ready
         self.shown = ""
 
     def type(self, keys: str) -> None:
-        os.write(self.screen, keys.encode())
+        """Press keys when they are waited for."""
+        self.read_until(self.ready)
+        written = keys.encode()
+        while written:  # a terminal takes no more than 4,096 bytes that nobody has read
+            written = written[os.write(self.screen, written[:1024]) :]
 
     def read_until(self, text: str) -> str:
         """What is shown up to a text, from where the last call ended."""
         deadline = time.monotonic() + LIMIT_S
         while text not in self.shown:
-            assert self.shows_more(deadline - time.monotonic()), self.shown
-            self.shown += os.read(self.screen, 4096).decode()
+            left = max(0.0, deadline - time.monotonic())
+            assert select.select([self.screen], [], [], left)[0], self.shown
+            self.shown += os.read(self.screen, 4096).decode(errors="replace")
         before, _, self.shown = self.shown.partition(text)
         return before
 
-    def shows_more(self, seconds: float) -> bool:
-        return bool(select.select([self.screen], [], [], max(0.0, seconds))[0])
-
-    def interrupt(self) -> None:
-        """Ctrl-C at a prompt. As people do, press it again when nothing happens.
-
-        CPython's readline does not see one that comes after it has written the prompt and before it
-        waits for a key: about 1 in 100 on a busy machine, where this test answers the prompt at once.
-        """
-        for _ in range(10):
-            self.type("\x03")
-            if self.shows_more(2):
-                return
-
 
 @contextmanager
-def on_a_terminal(*arguments: object) -> Iterator[Terminal]:
+def on_a_terminal(
+    *arguments: object, term: str = "xterm", ready: str = READY, cache: Path | None = None
+) -> Iterator[Terminal]:
     command = [sys.executable, "-m", "smolctl", *map(str, arguments)]
+    named = {"SMOLCTL_CACHE": str(cache)} if cache else {}
     child, screen = pty.fork()
-    if child == 0:  # a new interpreter: pytest has imported readline into this one
-        os.execve(command[0], command, {**os.environ, "TERM": "dumb"})
+    if child == 0:
+        os.execve(command[0], command, {**os.environ, "TERM": term, **named})
     try:
-        yield Terminal(child, screen)
+        yield Terminal(child, screen, ready)
         with suppress(OSError):  # what a terminal gives when its last process has ended
             while os.read(screen, 4096):
                 pass
@@ -250,39 +363,228 @@ def on_a_terminal(*arguments: object) -> Iterator[Terminal]:
         os.close(screen)  # hangs up on what is still there
 
 
+def messages_of(path: Path) -> list[tuple[str, str]]:
+    messages = json.loads(path.read_text())["messages"]
+    return [(one["role"], one["content"]) for one in messages if one["role"] != "assistant"]
+
+
 @pytest.mark.slow
-def test_a_session_edits_lines_remembers_and_goes_on_after_errors(model: Path) -> None:
-    with on_a_terminal("sample", model, *SHORT, "-v") as terminal:
-        assert "chatting with the model's template" in terminal.read_until("> ")
-        terminal.type("the ct\x1b[Da\r")  # an arrow key goes back by one
-        assert "\x1b[D" not in terminal.read_until("prefill")
-        terminal.read_until("> ")
-        terminal.type("\x1b[A\r")  # the line before, out of the history
-        assert "the cat" in terminal.read_until("of them cached")
-        terminal.read_until("> ")
-        terminal.type("cat " * 80 + "\r")
-        terminal.read_until("error: ")
-        terminal.read_until("> ")
-        terminal.type("/help\r")
+def test_a_session_edits_lines_and_loses_nothing_of_what_is_typed(model: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "chat.json"
+    command = ("sample", model, "--max-tokens", "2", "--temperature", "0", "--threads", "1")
+    with on_a_terminal(*command, cache=tmp_path) as terminal:
+        terminal.type(f"he ct{LEFT}a{HOME}t\r")
+        assert "chatting with the model's template" in terminal.shown or terminal.read_until("prefill")
+        terminal.type("cat " * 1500 + "\r")  # more than a terminal's own line holds, and than the context
+        error = terminal.read_until("the model's context holds 96")
+        assert int(error.rpartition("the prompt has ")[2].split()[0]) > 1500
+        terminal.type(f"{PASTE}a\nb\r\nc{PASTED}\r")
+        terminal.type("\x03")
         terminal.read_until("Ctrl-D ends.")
-        terminal.read_until("> ")
-        terminal.type("/reset\r")
-        terminal.read_until("New conversation.")
-        terminal.read_until("> ")
-        terminal.interrupt()
-        terminal.read_until("Ctrl-D ends.")
-        terminal.read_until("> ")
+        terminal.type("/unknown\r")
+        terminal.read_until("There is no command /unknown")
+        terminal.type(f"/save {saved}\r")
+        terminal.read_until("Saved")
         terminal.type("\x04")
+    assert messages_of(saved) == [("user", "the cat"), ("user", "a\nb\nc")]
+    with on_a_terminal(*command, cache=tmp_path) as terminal:
+        terminal.type(UP * 3 + "\r")  # of the session before
+        terminal.type(f"/save {saved}\r")
+        terminal.read_until("exists and stays as it is")
+        terminal.type(f"/save {saved}2\r")
+        terminal.type("exit\r")
+    assert messages_of(tmp_path / "chat.json2") == [("user", "a\nb\nc")]
 
 
 @pytest.mark.slow
-def test_without_a_template_every_prompt_of_a_session_stands_alone(other: Path) -> None:
-    with on_a_terminal("sample", other, *SHORT) as terminal:
-        assert "each prompt stands alone" in terminal.read_until("> ")
+def test_the_commands_of_a_session(model: Path, tmp_path: Path) -> None:
+    first, second, third = (tmp_path / name for name in ("1.json", "2.json", "3.json"))
+    with on_a_terminal("sample", model, "--max-tokens", "3", "--threads", "1", cache=tmp_path) as terminal:
+        terminal.type("/help\r")
+        terminal.read_until("/retry")
+        terminal.type("/retry\r")
+        terminal.read_until("nothing has been asked")
+        terminal.type("/system be kind\r")
+        terminal.type("the cat\r")
+        terminal.type(f"/save {first}\r")
+        terminal.type("/set temperature 5\r")
+        terminal.read_until("temperature 5,")
+        terminal.type("/set max_tokens 0\r")
+        terminal.read_until('"max_tokens" is not an integer')
+        terminal.type("/set max_tokens=6\r")
+        terminal.type("/retry\r")
+        terminal.type(f"/save {second}\r")
+        terminal.type("/clear\r")
+        terminal.read_until("New conversation.")
+        terminal.type(f"/load {first}\r")
+        terminal.read_until("after 1 turns")
+        terminal.type(f"/load {model / 'config.json'}\r")
+        terminal.read_until("not a conversation")
+        terminal.type(f"/save {third}\r")
+        terminal.type("/exit\r")
+    once, again, loaded = (json.loads(path.read_text())["messages"] for path in (first, second, third))
+    assert (
+        once[:2]
+        == again[:2]
+        == [
+            {"role": "system", "content": "be kind"},
+            {"role": "user", "content": "the cat"},
+        ]
+    )
+    assert loaded == once
+    assert len(once) == len(again) == 3
+    assert once[2] != again[2]
+
+
+@pytest.mark.slow
+def test_without_a_template_and_on_a_terminal_that_can_do_nothing(other: Path, tmp_path: Path) -> None:
+    """Every prompt stands alone there."""
+    with on_a_terminal("sample", other, *SHORT, term="dumb", ready="> ", cache=tmp_path) as terminal:
+        assert "each prompt stands alone" in terminal.read_until("Ctrl-D ends.")
         answers = []
         for _ in range(2):
             terminal.type("the cat\r")
-            answers.append(terminal.read_until("native"))
-            terminal.read_until("> ")
+            answers.append(terminal.read_until("native").split("\n")[-2])
         assert answers[0] == answers[1]
-        terminal.type("\x04")
+        terminal.type("exit\r")  # not Ctrl-D, which is lost before the editor reads single keys
+
+
+def test_a_message_that_does_not_fit_leaves_the_history_as_it_is() -> None:
+    turns = [{"role": role, "content": "the cat"} for role in ("user", "assistant")] * 2
+    session = Session(tiny_model(), CompletionSettings(max_tokens=4), Conversation(True, turns=list(turns)))
+    with pytest.raises(InputError, match="the model's context holds"):
+        session.make_room("the cat " * 100)
+    assert session.conversation.turns == turns
+    assert session.make_room("on " * 35) > 0
+
+
+@contextmanager
+def interrupted_at(call: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ctrl-C before a call of the engine, by number from 1."""
+    count, forward = itertools.count(1), NativeEngine.forward
+
+    def stopped(*arguments: Any, **options: Any) -> Any:
+        if next(count) == call:
+            signal.raise_signal(signal.SIGINT)
+        return forward(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NativeEngine, "forward", stopped)
+        yield
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("json_asked", [False, True])
+def test_ctrl_c_prints_what_there_is(
+    samples: int, json_asked: bool, smolctl: Smolctl, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("-n", samples, "--max-tokens", "9", "--temperature", "0", "--threads", "1")
+    command = ("sample", model, "--prompt", "the cat", *options, *(["--json"] if json_asked else []))
+    whole = smolctl("sample", model, "--prompt", "the cat", *options, "--json").json["completions"]
+    with interrupted_at(5, monkeypatch):
+        done = smolctl(*command)
+    assert done.code == 130
+    if json_asked:
+        found = done.json["completions"]
+        assert [one["finish_reason"] for one in found] == ["interrupted"] * samples
+        assert [one["tokens"] for one in found] == [one["tokens"][: len(found[0]["tokens"])] for one in whole]
+        assert len(found[0]["tokens"]) >= 4
+    else:
+        assert done.out.count(whole[0]["text"][:2]) == samples
+
+
+def test_ctrl_c_leaves_rows_that_can_be_gone_on_with(
+    smolctl: Smolctl, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    lines = [{"prompt": "the", "max_tokens": count} for count in (30, 2, 30, 2, 5, 5)]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ("sample", model, "--jsonl", prompts, "--batch-size", "2", "--threads", "1")
+    whole = list(map(without_logprobs, rows_of(smolctl(*command).out)))
+    with interrupted_at(8, monkeypatch):
+        done = smolctl(*command)
+    rows = rows_of(done.out)
+    reasons = [row["completions"][0]["finish_reason"] for row in rows]
+    assert done.code == 130
+    assert reasons[0] == "interrupted"
+    assert without_logprobs(rows[1]) == whole[1]
+    output.write_text(done.out)
+    assert smolctl(*command, "--resume-output", output).code == 0
+    assert list(map(without_logprobs, rows_of(output.read_text()))) == whole
+
+
+def test_a_chat_keeps_what_came_before_ctrl_c(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    settings = CompletionSettings(max_tokens=9, sampling=plain_settings(0))
+    session = Session(load_model(str(model)), settings, Conversation(True))
+    with interrupted_at(5, monkeypatch), pytest.raises(InterruptedCompletion) as stopped:
+        session.answer("the cat", lambda *_: None)
+    answer = stopped.value.result.completions[0].text
+    assert answer
+    assert session.conversation.turns[1]["content"] == answer
+    session.retry(lambda *_: None)
+    assert len(session.conversation.turns) == 2
+    assert session.conversation.turns[1]["content"].startswith(answer)
+
+
+@pytest.mark.parametrize("options", [(), ("--json",), ("-n", "2"), ("--jsonl",), ("second",)])
+def test_a_full_disk_is_one_line_and_the_text_goes_to_stderr(
+    options: tuple[str, ...], smolctl: Smolctl, model: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('"the cat"\n')
+    asked: tuple[object, ...] = ("--prompt", "the cat", *options)
+    asked = ("--jsonl", prompts) if options == ("--jsonl",) else asked
+    asked = (model, *asked[:2]) if options == ("second",) else asked
+    with Path("/dev/full").open("w") as full:
+        done = call("sample", model, *asked, *SHORT, stdout=full)
+    assert done.code == 1
+    assert "stdout cannot be written (No space left on device)" in done.err
+    assert "Exception" not in done.err
+    text = smolctl("sample", model, *asked, *SHORT).out.split("\n")[-2]
+    assert text[:1] in done.err  # up to where it was streamed
+
+
+def test_without_stdout_nothing_is_generated(
+    smolctl: Smolctl, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    done = smolctl("sample", model, "--prompt", "the cat")
+    assert done.code == 2
+    assert "stdout is closed" in done.err
+
+
+@pytest.mark.parametrize("way", ["argument", "stdin", "line", "message"])
+def test_what_is_no_text_is_read_as_replacement_characters(
+    way: str, smolctl: Smolctl, model: Path, tmp_path: Path
+) -> None:
+    """Bytes that are not UTF-8, and halves of surrogate pairs."""
+    expected = smolctl("sample", model, "--prompt", "the \ufffd cat", *SHORT, "--json").json["completions"]
+    if way == "argument":
+        found = smolctl("sample", model, "--prompt", "the \udcff cat", *SHORT, "--json").json["completions"]
+    elif way == "stdin":
+        done = subprocess.run(
+            [sys.executable, "-m", "smolctl", "sample", model, *SHORT, "--json"],
+            input=b"the \xff cat", capture_output=True, check=True,
+        )  # fmt: skip
+        found = json.loads(done.stdout)["completions"]
+    else:
+        path = tmp_path / "prompts.jsonl"
+        asked = {"messages": [{"role": "user", "content": "the \ud83d cat"}]}
+        path.write_text(json.dumps(asked if way == "message" else {"prompt": "the \ud83d cat"}))
+        (row,) = rows_of(smolctl("sample", model, "--jsonl", path, *SHORT).out)
+        found = row["completions"]
+        assert {**row, "completions": 0} == {**json.loads(path.read_text()), "completions": 0}
+    if way == "message":
+        chat = ("--chat", "--prompt", "the \ufffd cat")
+        expected = smolctl("sample", model, *chat, *SHORT, "--json").json["completions"]
+    assert [one["tokens"] for one in found] == [one["tokens"] for one in expected]
+
+
+def test_what_a_user_should_know_is_said(smolctl: Smolctl, model: Path, other: Path) -> None:
+    asked = smolctl("sample", model, "--prompt", "the cat", *SHORT)
+    assert "To ask a question, add --chat." in asked.err
+    assert "The answer was cut at --max-tokens 5" in asked.err
+    for command in ((model, "--no-chat"), (model, "--chat"), (other,)):
+        assert "add --chat" not in smolctl("sample", *command, "--prompt", "the cat", *SHORT).err
+    full = smolctl("sample", other, "--prompt", "the cat", "--max-tokens", "999", "--temperature", "0")
+    assert "cut where the model's context is full" in full.err or "cut" not in full.err

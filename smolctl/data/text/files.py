@@ -17,6 +17,7 @@ from typing import Any
 from smolctl.data.text.compression import ENDINGS, open_chunks
 from smolctl.data.text.documents import Document, OnRead, no_text, not_text
 from smolctl.errors import InputError
+from smolctl.escaping import whole_characters
 
 _JSON = ("jsonl", "ndjson", "json")
 _TABLES = {"csv": ",", "tsv": "\t"}  # and what separates their columns
@@ -301,8 +302,7 @@ def _text_of(row: Mapping[str, Any], text_field: str, where: str) -> str:
         return ""
     if not isinstance(text, str):
         raise not_text(where, text_field, text)
-    # Escapes in JSON can spell half a character, which no tokenizer takes.
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return whole_characters(text)
 
 
 def _read_parquet(path: Path, text_field: str, on_read: OnRead) -> Iterator[Document]:

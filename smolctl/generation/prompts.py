@@ -1,0 +1,224 @@
+"""A file of prompts: lines of JSON with settings of their own, and how many of them an output answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO, TypeGuard
+
+from smolctl.errors import InputError, UsageError
+from smolctl.escaping import json_text
+from smolctl.generation.complete import CompletionSettings
+
+STDIN = "-"
+COMPLETIONS = "completions"  # the key of the answers in a row of output
+SHAPES = 'Each line is {"prompt": "..."}, {"messages": [...]} or a string.'
+
+# What a line may set, by OpenAI's names and, where OpenAI has none, vLLM's.
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+# The field of the settings, its least and its greatest value (128: as OpenAI has it).
+COUNTS: Mapping[str, tuple[str, int | None, int | None]] = {
+    "max_tokens": ("max_tokens", 1, None),
+    "max_completion_tokens": ("max_tokens", 1, None),
+    "n": ("samples", 1, 128),
+    "seed": ("seed", None, None),
+}
+SETTINGS = (*SAMPLING, *COUNTS, "stop")
+# Settings of OpenAI, vLLM, llama.cpp and transformers that would change the answer and that smolctl lacks.
+UNSUPPORTED = frozenset({
+    "best_of", "do_sample", "echo", "frequency_penalty", "function_call", "functions", "ignore_eos",
+    "logit_bias", "logprobs", "max_new_tokens", "min_tokens", "n_predict", "num_beams",
+    "num_return_sequences", "presence_penalty", "repeat_penalty", "response_format", "stop_sequences",
+    "stop_token_ids", "stream", "suffix", "tool_choice", "tools", "top_logprobs", "typical_p",
+    "use_beam_search",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PromptLine:
+    """A line of a file of prompts."""
+
+    number: int  # in the file, from 1
+    source: Any  # an object with "prompt" or "messages"; of a line with a fault what is there, or its text
+    settings: CompletionSettings
+    fault: InputError | None = None  # why it is not a prompt
+
+    def row(self, completions: list[dict[str, Any]]) -> dict[str, Any]:
+        """The line of output of its answers."""
+        return {**self.source, COMPLETIONS: completions}
+
+    def fault_row(self, fault: InputError) -> dict[str, Any]:
+        """The line of output that says why there is no answer."""
+        error = {"code": int(fault.exit_code), "message": fault.message, "hint": fault.hint}
+        return {"line": self.number, "input": self.source, "error": error}
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """Prompts of a file of JSON lines."""
+
+    name: str
+    lines: tuple[PromptLine, ...]
+
+
+def read_prompts(name: str, stdin: TextIO, defaults: CompletionSettings) -> PromptFile:
+    """The prompts of JSON lines: objects with "prompt" or "messages", or strings. Empty lines are skipped.
+
+    Args:
+        name: of the file; "-" reads stdin.
+        stdin: what "-" reads.
+        defaults: the settings that a line does not set.
+
+    Raises:
+        InputError: the file cannot be read or has no lines. What is wrong in a line is that line's fault.
+    """
+    try:
+        text = stdin.read() if name == STDIN else Path(name).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        reason = error.strerror or "it cannot be read"
+        raise InputError(f"{name}: {reason}", "Name a file of JSON lines, or '-' for stdin.") from None
+    name = "stdin" if name == STDIN else name
+    numbered = enumerate(text.removeprefix("\ufeff").split("\n"), start=1)
+    lines = tuple(_parse(number, line.strip(), defaults) for number, line in numbered if line.strip())
+    if not lines:
+        raise InputError(f"{name}: no prompts in it", 'Write one JSON object a line: {"prompt": "..."}.')
+    return PromptFile(name, lines)
+
+
+def changed_settings(values: Mapping[str, Any], settings: CompletionSettings) -> CompletionSettings:
+    """Settings with those that `values` names put in their place; null sets nothing, other keys are ignored.
+
+    Raises:
+        InputError: a value of the wrong type or out of its range, or a setting that smolctl does not have.
+    """
+    given = {key: value for key, value in values.items() if value is not None}
+    for key in sorted(UNSUPPORTED & given.keys()):
+        # What is off asks for nothing, and the log-probabilities of its tokens are in every answer.
+        if given[key] and not (key == "logprobs" and given[key] is True):
+            raise InputError(f'"{key}" is not supported', f"Leave it out. Supported: {', '.join(SETTINGS)}.")
+    changes: dict[str, Any] = {}
+    for key, (field, least, most) in COUNTS.items():
+        if key not in given:
+            continue
+        value = given[key]
+        if (
+            type(value) is not int
+            or (least is not None and value < least)
+            or (most is not None and value > most)
+        ):
+            limits = " of 1 or more" if most is None else f" from {least} to {most}"
+            raise InputError(f'"{key}" is not an integer{limits if least is not None else ""}', SHAPES)
+        changes[field] = value
+    if "stop" in given:
+        stop = [given["stop"]] if isinstance(given["stop"], str) else given["stop"]
+        if not isinstance(stop, list) or not all(isinstance(text, str) for text in stop):
+            raise InputError('"stop" is neither a string nor a list of strings', SHAPES)
+        changes["stop"] = tuple(stop)
+    sampling = {key: given[key] for key in SAMPLING if key in given}
+    for key, value in sampling.items():
+        if type(value) is not int and (key == "top_k" or type(value) is not float):
+            raise InputError(f'"{key}" is not {"an integer" if key == "top_k" else "a number"}', SHAPES)
+    try:
+        return replace(settings, **changes, sampling=replace(settings.sampling, **sampling))
+    except UsageError as error:
+        raise InputError(error.message.removeprefix("--"), error.hint) from None
+
+
+def are_messages(value: object) -> TypeGuard[list[dict[str, Any]]]:
+    """Whether a value is a list of {"role": "...", "content": "..."}, with one or more in it."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(one, dict) for one in value)
+        and all(isinstance(one.get(key), str) for one in value for key in ("role", "content"))
+    )
+
+
+def finished_lines(file: PromptFile, output: Path) -> int:
+    """How many lines of a file have their row in an output of an earlier run, which is cut behind the last.
+
+    A row that a kill has torn, and answers that Ctrl-C has cut short, are to be made again.
+
+    Raises:
+        InputError: the output holds something else, and stays as it is; or it cannot be read or written.
+    """
+    try:
+        content = output.read_bytes() if output.exists() else b""
+        *rows, torn = content.split(b"\n")
+        if len(rows) + bool(torn) > len(file.lines):
+            raise _not_an_output(file, output, len(file.lines) + 1)
+        done, ends = 0, [0]
+        for number, (row, line) in enumerate(zip(rows, file.lines, strict=False), start=1):
+            ends.append(ends[-1] + len(row) + 1)
+            try:
+                value = json.loads(row)
+            except (ValueError, RecursionError):
+                value = None
+            if not isinstance(value, dict) or not _is_row_of(value, line):
+                raise _not_an_output(file, output, number)
+            reasons = [one.get("finish_reason") for one in value.get(COMPLETIONS, ())]
+            if done == number - 1 and "interrupted" not in reasons:
+                done = number
+        if torn and not any(_begins_alike(torn, head) for head in _heads(file.lines[len(rows)])):
+            raise _not_an_output(file, output, len(rows) + 1)
+        if len(content) > ends[done]:
+            with output.open("r+b") as stream:
+                stream.truncate(ends[done])
+    except OSError as error:
+        raise InputError(f"{output}: {error.strerror}", "Name a file that can be written.") from None
+    return done
+
+
+def _parse(number: int, text: str, defaults: CompletionSettings) -> PromptLine:
+    """One line of a file, with what is wrong in it."""
+    value: Any = text
+    try:
+        try:
+            value = json.loads(text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"not JSON ({error})", SHAPES) from None
+        if isinstance(value, str):
+            value = {"prompt": value}
+        if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
+            raise InputError('neither a string nor an object with either "prompt" or "messages"', SHAPES)
+        if "prompt" in value and not isinstance(value["prompt"], str):
+            raise InputError('"prompt" is not a string', SHAPES)
+        if "messages" in value and not are_messages(value["messages"]):
+            raise InputError('"messages" is not a list of {"role": "...", "content": "..."}', SHAPES)
+        if COMPLETIONS in value:
+            raise InputError(
+                f'it has the key "{COMPLETIONS}", under which the answers are written', "Rename that key."
+            )
+        return PromptLine(number, value, changed_settings(value, defaults))
+    except InputError as fault:
+        return PromptLine(number, value, defaults, fault)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _is_row_of(row: Mapping[str, Any], line: PromptLine) -> bool:
+    if COMPLETIONS in row:
+        return bool({key: value for key, value in row.items() if key != COMPLETIONS} == line.source)
+    fault = {"line": line.number, "input": line.source}
+    return "error" in row and {key: value for key, value in row.items() if key != "error"} == fault
+
+
+def _heads(line: PromptLine) -> list[bytes]:
+    """How the rows of a line begin: that of its answers, and that of its fault."""
+    parts = [line.source, {"line": line.number, "input": line.source}]
+    return [json_text(part)[:-1].encode() for part in parts if isinstance(part, dict)]
+
+
+def _begins_alike(one: bytes, other: bytes) -> bool:
+    return one.startswith(other) or other.startswith(one)
+
+
+def _not_an_output(file: PromptFile, output: Path, number: int) -> InputError:
+    return InputError(
+        f"{output}: line {number} is not the answer to prompt {number} of {file.name}",
+        "Name the output of the same prompts, or a new file.",
+    )

@@ -1,0 +1,196 @@
+"""A session on a terminal: an editor for lines, commands, and answers as they stream."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from smolctl.durable import cache_folder
+from smolctl.errors import InputError, SmolError
+from smolctl.escaping import whole_characters
+from smolctl.generation.complete import CompletionResult, InterruptedCompletion, TextListener
+from smolctl.generation.conversation import Session
+from smolctl.generation.prompts import COUNTS, SAMPLING, SETTINGS
+from smolctl.views.completions import StreamView, show_facts
+from smolctl.views.output import Output
+
+HISTORY = "chat-history"  # in the cache folder
+HELP = """\
+/clear              begin a new conversation
+/system [TEXT]      show the system message, or set it; "none" removes it
+/set [NAME VALUE]   show the settings, or change one: /set temperature 0.2
+/retry              answer the last question once more
+/save FILE          write the conversation to a file
+/load FILE          continue a conversation that was saved
+/exit               end; so do exit and Ctrl-D
+Ctrl-C stops an answer and keeps what came of it. Pasted lines are one message. A space before the first
+character makes a message of what would be a command."""
+
+
+class Chat:
+    """Answers what is typed until the input ends."""
+
+    def __init__(self, out: Output, session: Session) -> None:
+        self.out, self.session = out, session
+        self._files: set[Path] = set()  # which this session has written or read, and may replace
+        self._commands: dict[str, Callable[[str], object]] = {
+            "/help": lambda _: out.talk(HELP),
+            "/clear": self._clear,
+            "/reset": self._clear,
+            "/system": self._system,
+            "/set": self._set,
+            "/retry": lambda _: self._answer(session.retry),
+            "/save": self._save,
+            "/load": self._load,
+        }
+
+    def run(self) -> None:
+        """Read and answer until Ctrl-D or /exit."""
+        chats = self.session.conversation.chat
+        mode = "chatting with the model's template" if chats else "each prompt stands alone"
+        self.out.talk(f"{self.session.model.id}: {mode}. /help lists the commands, Ctrl-D ends.")
+        read = _editor()
+        while True:
+            try:
+                text = read()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                self.out.talk("Ctrl-D ends.")
+                continue
+            if text.rstrip() in ("exit", "quit", "/exit", "/quit"):
+                return
+            if text.strip():
+                self._obey(text)
+
+    def _obey(self, text: str) -> None:
+        """Run a command or answer a message; errors end this turn only."""
+        name, _, argument = text.strip().partition(" ")
+        try:
+            if not re.match(r"/[a-z]+(\s|$)", text):
+                self._ask(text)
+            elif name in self._commands:
+                self._commands[name](argument.strip())
+            else:
+                self.out.talk(
+                    f"There is no command {name}. /help lists them; a space before it makes it a message."
+                )
+        except SmolError as error:
+            self.out.error(error)
+
+    def _ask(self, text: str) -> None:
+        if forgotten := self.session.make_room(text):
+            turns = "turn was" if forgotten == 1 else f"{forgotten} turns were"
+            capacity = self.session.capacity
+            self.out.talk(f"The context of {capacity:,} tokens is full: the oldest {turns} dropped.")
+        self._answer(lambda on_text: self.session.answer(text, on_text))
+
+    def _answer(self, answer: Callable[[TextListener], CompletionResult]) -> None:
+        settings = self.session.settings
+        view, stopped = StreamView(self.out, settings.samples), False
+        try:
+            result = answer(view)
+        except InterruptedCompletion as interrupted:
+            result, stopped = interrupted.result, True
+        view.close()
+        show_facts(self.out, self.session.model, result, settings.max_tokens)
+        if stopped:
+            self.out.talk("Stopped.")
+
+    def _clear(self, _: str) -> None:
+        self.session.conversation.turns = []
+        self.out.talk("New conversation.")
+
+    def _system(self, text: str) -> None:
+        conversation = self.session.conversation
+        if not conversation.chat:
+            raise InputError(
+                f"{self.session.model.id}: a model without a chat template has no system message"
+            )
+        if text:
+            conversation.system = None if text == "none" else text
+        self.out.talk(f"System message: {conversation.system or 'none'}")
+
+    def _set(self, text: str) -> None:
+        if text:
+            name, _, value = text.replace("=", " ", 1).partition(" ")
+            if name not in SETTINGS:
+                raise InputError(f"there is no setting {name}", f"There are {', '.join(SETTINGS)}.")
+            self.session.change({name: _value(value.strip())})
+        settings = self.session.settings
+        values: dict[str, Any] = {name: getattr(settings.sampling, name) for name in SAMPLING}
+        values |= {name: getattr(settings, field) for name, (field, *_) in COUNTS.items()}
+        del values["max_completion_tokens"]  # another name of max_tokens
+        shown = ", ".join(f"{name} {value}" for name, value in values.items())
+        self.out.talk(f"{shown}, stop {list(settings.stop)}")
+
+    def _save(self, name: str) -> None:
+        path = _file(name)
+        if path.exists() and path not in self._files:
+            raise InputError(f"{path} exists and stays as it is", "Name another file.")
+        try:
+            self.session.conversation.save(path)
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}", "Name a file that can be written.") from None
+        self._files.add(path)
+        self.out.talk(f"Saved to {path}.")
+
+    def _load(self, name: str) -> None:
+        path = _file(name)
+        self.session.load(path)
+        self._files.add(path)
+        turns = len(self.session.conversation.turns) // 2
+        self.out.talk(f"The conversation of {path} continues after {turns:,} turns.")
+
+
+def _file(name: str) -> Path:
+    if not name:
+        raise InputError("no file is named", "Name one, as in /save chat.json.")
+    return Path(name).expanduser()
+
+
+def _value(text: str) -> Any:
+    """A value as JSON has it, or the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _editor() -> Callable[[], str]:
+    """What reads one message from the terminal, with the history of this session and those before it.
+
+    Raises EOFError for Ctrl-D and KeyboardInterrupt for Ctrl-C. The prompt goes to the terminal also where
+    stdout does not.
+    """
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import FileHistory
+    from prompt_toolkit.output import create_output
+    from prompt_toolkit.renderer import CPR_Support
+    from prompt_toolkit.utils import is_dumb_terminal
+
+    class History(FileHistory):
+        """A history that may be lost where its file cannot be read or written: the chat goes on."""
+
+        def load_history_strings(self) -> Iterable[str]:
+            with contextlib.suppress(OSError):
+                return list(super().load_history_strings())
+            return []
+
+        def store_string(self, string: str) -> None:
+            with contextlib.suppress(OSError):
+                path = cache_folder() / HISTORY
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch(mode=0o600)  # nobody else's
+                super().store_string(whole_characters(string))
+
+    # Without an output of its own it finds out that a terminal is dumb, and writes plain text there.
+    output = None if is_dumb_terminal() else create_output(always_prefer_tty=True)
+    session: PromptSession[str] = PromptSession(history=History(str(cache_folder() / HISTORY)), output=output)
+    # Do not ask the terminal where its cursor is: lines need no answer, and some terminals never give one.
+    session.app.renderer.cpr_support = CPR_Support.NOT_SUPPORTED
+    return lambda: session.prompt("> ")
