@@ -32,7 +32,7 @@ def learning_rate(step: int, peak: float, schedule: ScheduleConfig) -> float:
     """
     warmup, start, length = schedule.warmup_steps, schedule.decay_start, schedule.decay_steps
     risen = step - schedule.begin
-    if risen < warmup:
+    if warmup and risen < warmup:
         return schedule.begin_learning_rate + (peak - schedule.begin_learning_rate) * risen / warmup
     if schedule.name == "constant" or start is None or step <= start or not length:
         return peak
