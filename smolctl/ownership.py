@@ -145,7 +145,7 @@ def require_replaceable_file(
 
 
 def _require_not_read(target: Path, option: str, reads: Iterable[str]) -> None:
-    for name in reads:
+    for name in filter(None, reads):
         path = Path(name if Path(name).exists() else name.rpartition("@")[0] or name)
         if path.exists() and path.resolve().is_relative_to(target.resolve()):
             raise UsageError(

@@ -64,7 +64,10 @@ def test_a_folder_that_smolctl_has_not_written_is_left_alone(
 @pytest.mark.parametrize("command", ["train", "push"])
 def test_the_working_folder_is_left_alone(command: str, here: Path, smolctl: Smolctl) -> None:
     before = contents(here)
-    assert smolctl(*COMMANDS[command], ".").code == 2
+    called = smolctl(*COMMANDS[command], ".")
+    assert called.code == 2
+    reason = {"train": "it is no run that smolctl wrote", "push": "this command reads runs/llama"}
+    assert reason[command] in called.err
     assert contents(here) == before
 
 

@@ -88,7 +88,7 @@ def train(
     out_view = output if is_main_process() else Output(quiet=True)
     with TrainingView(out_view) as view, failing_together():
         if out is not None and not dry_run and is_main_process():  # before what takes long
-            RunFolder.require_free(out, force, (init_from or "",))
+            RunFolder.require_free(out, force, [init_from] if init_from else [])
         notes: list[str] = []  # of a dry run, which prints one document and no events
         hears = (lambda event: notes.append(event.text)) if dry_run and output.json else view
         if Path(name).is_dir():  # which is no config, so a preset of that name was found
