@@ -33,12 +33,8 @@ from smolctl.training.train import plan_run
 
 # A run cannot change these and be the same run. What the optimizer keeps belongs to one optimizer.
 FIXED_SECTIONS = ("model", "tokenizer", "data")
-FREE_KEYS = (
-    "model.attention_dropout",
-    "data.workers",
-    "data.source",
-    "data.validation",
-)  # sources must hold the same
+# Sources may lie elsewhere; what they hold is compared by `require_same_data`.
+FREE_KEYS = ("model.attention_dropout", "data.workers", "data.source", "data.validation")
 FIXED_KEYS = ("optimizer.name", "train.seed")
 # What a run cannot go on without: of Lightning's part of a checkpoint, and of ours.
 NEEDED = (

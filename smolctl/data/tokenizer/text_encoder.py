@@ -59,9 +59,8 @@ class TextEncoder:
         added = tokenizer.backend.get_added_tokens_decoder().values()
         self._special = re.compile(any_of(token.content for token in added if token.special))
         self._joins_at_spaces = _joins_at_spaces(self._backend)
-        self._has_places = (
-            '"FixedLength"' not in self._backend.to_str()
-        )  # which counts from a text's beginning
+        # FixedLength counts from a text's beginning: no place is like another.
+        self._has_places = '"FixedLength"' not in self._backend.to_str()
 
     def pieces(
         self, chunks: Iterable[str], size: int = PIECE, longest: int = LONGEST_PIECE
