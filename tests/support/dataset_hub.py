@@ -23,9 +23,10 @@ def serving_datasets(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[H
     with HubServer() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)  # asks another server
-        for retry in ("STREAMING_READ_RETRY_INTERVAL", "STREAMING_OPEN_RETRY_INTERVAL"):
-            monkeypatch.setattr(datasets.config, retry, 0.01)  # seconds; 5 where nobody changes it
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no-token"))
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "hub-cache"))
