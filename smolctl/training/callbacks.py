@@ -27,6 +27,7 @@ from smolctl.training.tolerance import LATEST_LINK, Tolerance, shortened
 
 # Steps over which the displayed speed is averaged: enough to be calm, few enough to follow a change.
 SPEED_WINDOW = 20
+SECONDS_BETWEEN_PICTURES = 10.0  # of the loss: a picture costs 0.1 s, a checkpoint of a small model less
 
 
 class RunCallback(pl.Callback):
@@ -44,6 +45,7 @@ class RunCallback(pl.Callback):
         self.saved_at = prepared.first_step or None  # step of the newest checkpoint
         self._durations: deque[float] = deque(maxlen=SPEED_WINDOW)
         self._step_started = 0.0
+        self._drawn_at = time.monotonic()
         self._peak_flops: float | None = None
         self._tolerating = Tolerance(emit)
         self._loggers = MetricLoggers(emit)
@@ -91,9 +93,10 @@ class RunCallback(pl.Callback):
             self._validate(trainer, pl_module)
         if _is_due(step, config.predictions.every, last and not stopping):
             self._predict(trainer, pl_module)
-        if (last or stopping or step % config.checkpoint.every == 0) and trainer.is_global_zero:
+        if trainer.is_global_zero and (last or stopping or self.saved_at == step and self._long_since_drawn()):
             with self._tolerating("drawing loss.png", step):
                 self.run.draw_loss()
+            self._drawn_at = time.monotonic()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -103,6 +106,9 @@ class RunCallback(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._loggers.close(trainer.global_step, "success")
+
+    def _long_since_drawn(self) -> bool:
+        return time.monotonic() - self._drawn_at > SECONDS_BETWEEN_PICTURES
 
     def _stopping(self, trainer: pl.Trainer) -> bool:
         """Whether a signal has reached one process at least: all of them find the same and stop here."""
