@@ -93,7 +93,8 @@ class RunCallback(pl.Callback):
             self._validate(trainer, pl_module)
         if _is_due(step, config.predictions.every, last and not stopping):
             self._predict(trainer, pl_module)
-        if trainer.is_global_zero and (last or stopping or self.saved_at == step and self._long_since_drawn()):
+        due = last or stopping or (self.saved_at == step and self._long_since_drawn())
+        if due and trainer.is_global_zero:
             with self._tolerating("drawing loss.png", step):
                 self.run.draw_loss()
             self._drawn_at = time.monotonic()

@@ -202,16 +202,16 @@ def test_a_cut_or_copied_cache_goes_on_as_if_it_had_been_read_so() -> None:
 @pytest.mark.parametrize("shape", ["grouped", "learned", "odd"])
 def test_a_few_tokens_in_a_call_have_the_bits_of_calls_with_one(shape: str, kind: str, build: str) -> None:
     native, _ = engines(config_of(shape), kind, build)
-    tokens = ids(200)
-    one_by_one = logits_of(native, [[[token]] for token in tokens], 256)
-    for size in range(2, FEW + 1):  # also across the end of the context's first part, at 128
+    prompt, tokens = [ids(110)], ids(40, 1)  # across the end of the context's first part, at 128
+    one_by_one = logits_of(native, [prompt, *([[token]] for token in tokens)], 256)
+    for size in range(2, FEW + 1):
         parts = [[tokens[at : at + size]] for at in range(0, len(tokens), size)]
-        assert torch.equal(logits_of(native, parts, 256), one_by_one)
+        assert torch.equal(logits_of(native, [prompt, *parts], 256), one_by_one)
     two = native.allocate(2, 256)
-    together = [
-        native.forward([[token], [other]], two) for token, other in zip(tokens, tokens[7:], strict=False)
-    ]
-    assert torch.equal(torch.stack(together)[:, 0], one_by_one[: len(together)])
+    native.forward([prompt[0], []], two)
+    native.forward([[], ids(90, 2)], two)
+    for expected, token, other in zip(one_by_one[len(prompt[0]) :], tokens, ids(40, 3), strict=True):
+        assert torch.equal(native.forward([[token], [other]], two)[0], expected)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

@@ -227,6 +227,7 @@ def test_the_quantized_checkpoint_has_the_format_number_too(
         open_source(str(path))
 
 
+SOME_KEYS = ("state_dict", "tokenizer", "hyper_parameters config", "smolctl rng", "smolctl held_out")
 KEYS = (
     *("state_dict", "optimizer_states", "loops", "global_step", "epoch", "callbacks", "lr_schedulers"),
     *("pytorch-lightning_version", "hyper_parameters", "tokenizer", "smolctl"),
@@ -240,7 +241,9 @@ KEYS = (
 )
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize(
+    "key", [pytest.param(key, marks=() if key in SOME_KEYS else pytest.mark.slow) for key in KEYS]
+)
 def test_a_missing_key_is_one_line_or_is_not_missed(
     copy: Path, smolctl: Callable[..., Called], key: str
 ) -> None:
