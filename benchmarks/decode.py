@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -121,7 +122,8 @@ def one_by_one(engine: Engine, tokens: Sequence[int]) -> Tensor:
     """Logits (DECODED, V) after each of the tokens behind a prompt."""
     cache = engine.allocate(1, PROMPT + DECODED)
     engine.forward([tokens[:PROMPT]], cache)
-    return torch.cat([engine.forward([[token]], cache) for token in tokens[PROMPT : PROMPT + DECODED]])
+    decoded = tokens[PROMPT : PROMPT + DECODED]
+    return torch.from_numpy(np.concatenate([engine.forward([[token]], cache) for token in decoded]))
 
 
 def measure_memory(spec: EngineSpec, text: Tokens) -> dict[str, int]:

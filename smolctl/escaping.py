@@ -21,7 +21,7 @@ _VISIBLE: dict[int, int | str] = {
 
 # JSON escapes the line ends of ASCII and leaves these three as they are; half a surrogate pair, which may be
 # in a broken file name, has no UTF-8.
-_ESCAPED = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029, *range(0xD800, 0xE000))}
+_UNESCAPED = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
 
 
 def fenced(text: str) -> list[str]:
@@ -73,7 +73,7 @@ def json_text(value: Any, indent: int | None = None) -> str:
         text = json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
     except ValueError:
         text = json.dumps(_finite(value), ensure_ascii=False, indent=indent, allow_nan=False)
-    return text.translate(_ESCAPED)
+    return _UNESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _finite(value: Any) -> Any:

@@ -29,7 +29,7 @@ class Worker:
 
     Args:
         name: of its engine, for messages.
-        threads: of PyTorch and of the tokenizer there.
+        threads: of every engine and of the tokenizer there.
     """
 
     def __init__(self, name: str, threads: int) -> None:
@@ -44,6 +44,7 @@ class Worker:
             env={
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+                "OMP_NUM_THREADS": str(threads),
                 "RAYON_NUM_THREADS": str(threads),
             },
         )

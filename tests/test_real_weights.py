@@ -20,6 +20,7 @@ from smolctl.model.weights import load_network
 from smolctl.native.library import Library, load_library
 from smolctl.runs.folder import RunFolder
 from smolctl.sources import open_source
+from smolctl.sources.arrays import as_array
 from smolctl.training.prepare import prepare
 from tests.support.processes import call
 from tests.support.tiny_models import continue_prompt
@@ -117,7 +118,8 @@ def test_greedy_continuation_is_token_equal_to_transformers(
 ) -> None:
     library = load_library()
     assert isinstance(library, Library), library
-    engine = NativeEngine(library, network.config, network.state_dict())  # all in float32
+    weights = {name: as_array(tensor) for name, tensor in network.state_dict().items()}
+    engine = NativeEngine(library, network.config, weights)  # all in float32
     ids = torch.tensor([ours.tokenizer.encode(prompt)])
     theirs: list[int] = []
     past, latest = None, ids

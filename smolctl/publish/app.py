@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from smolctl.cores import usable_cores
+from smolctl.cores import compute_threads
 from smolctl.data.tokenizer.prompt import Prompt
 from smolctl.errors import SmolError
 from smolctl.generation.complete import CompletionSettings, complete
@@ -28,7 +26,7 @@ from smolctl.generation.load import LoadedModel, load_model
 from smolctl.generation.sampling import SamplingSettings
 
 MODEL, FACTS = "model", "space.json"
-# Sliders under the box: name, least, most, step, value, help.
+# Sliders under the box: name, least, most, step, value where the model recommends none, help.
 CONTROLS = (
     ("Tokens at most", 1, 512, 1, 128, "where an answer is cut"),
     ("Temperature", 0.0, 2.0, 0.05, 0.7, "0 always takes the likeliest token"),
@@ -76,7 +74,7 @@ class Speaker:
         """The engine that runs here, and why it is not a faster one where that is so."""
         engine = self.model.engine
         note = f" ({engine.note})" if engine.note else ""
-        return f"{engine.name}, {torch.get_num_threads()} threads{note}"
+        return f"{engine.name}, {compute_threads()} threads{note}"
 
     async def chat(
         self, message: str, history: Sequence[Mapping[str, Any]], *controls: float
@@ -159,6 +157,8 @@ def build_page(folder: Path) -> Any:
     for name, low, high, step, value, info in CONTROLS:
         if name == CONTROLS[0][0]:
             high, value = most, min(int(value), most)
+        recommended = speaker.model.recommended.get(name.lower().replace("-", "_").replace(" ", "_"), value)
+        value = min(max(low, recommended), high)
         controls.append(gradio.Slider(low, high, value=value, step=step, label=name, info=info, render=False))
     fill = _chat if speaker.model.can_chat else _continuation
     with gradio.Blocks(title=facts.title) as page:
@@ -216,7 +216,7 @@ def main(folder: Path, on_start: Callable[[str], None] | None = None) -> None:
     import gradio
 
     # A container sees all processors of its host. More threads than its share would wait for one another.
-    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
+    os.environ.setdefault("OMP_NUM_THREADS", str(compute_threads()))
     # One visitor at a time: the model takes all cores. The address is Gradio's choice, on a Space the Hub's.
     page = build_page(folder).queue(default_concurrency_limit=1, max_size=16)
     waits = on_start is None

@@ -13,6 +13,7 @@ from smolctl.model.dynamic import quantize_dynamically
 from smolctl.model.weights import finite_tensors
 from smolctl.quantization.rounding import quantize_matrix
 from smolctl.quantization.schemes import DYNAMIC, QuantizationPlan, wider
+from smolctl.sources.arrays import as_array, as_tensor
 from smolctl.sources.base import ModelSource
 from smolctl.sources.quantized.packed import BLOCK
 from smolctl.sources.quantized.range import holds
@@ -75,7 +76,8 @@ def build_items(
     if plan.scheme == DYNAMIC:
         kept = {tensor.name for tensor in plan.tensors if not tensor.packed}
         parts = quantize_dynamically(config, tensors, kept, plan.options.per_row)
-        return {entry.name: parts[entry.name] for entry in plan.tensors}
+        named = ((entry.name, parts[entry.name]) for entry in plan.tensors)
+        return {name: as_array(one) if isinstance(one, Tensor) else one for name, one in named}
     items: dict[str, StoredTensor] = {}
     for entry in plan.tensors:
         tensor = tensors[entry.name]
@@ -83,9 +85,9 @@ def build_items(
             weights = importance.get(entry.name) if importance is not None else None
             items[entry.name] = quantize_matrix(tensor, entry.bits, entry.group, weights)
         elif entry.bits == 16:
-            items[entry.name] = tensor.bfloat16()
+            items[entry.name] = as_array(tensor.bfloat16())
         else:
-            items[entry.name] = _smallest(tensor) if tensor.dim() > 1 else tensor
+            items[entry.name] = as_array(_smallest(tensor) if tensor.dim() > 1 else tensor)
     return items
 
 
@@ -97,4 +99,4 @@ def _smallest(tensor: Tensor) -> Tensor:
 
 def dequantized(items: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
     """The items as tensors in float32."""
-    return {name: dense(item) for name, item in items.items()}
+    return {name: as_tensor(dense(item)) for name, item in items.items()}

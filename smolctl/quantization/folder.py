@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from smolctl import __version__
 from smolctl.config import ModelConfig
@@ -20,6 +20,7 @@ from smolctl.ownership import Record, building, put_in_place, write_record
 from smolctl.quantization.schemes import DYNAMIC, QuantizationPlan
 from smolctl.runs.checkpoint_file import FORMAT as CHECKPOINT_FORMAT
 from smolctl.sources import open_source
+from smolctl.sources.arrays import Array, as_tensor, name_of
 from smolctl.sources.base import TokenizerFiles
 from smolctl.sources.huggingface.write import CODE, WRITTEN, write_json, write_model
 from smolctl.sources.quantized.folder import (
@@ -81,9 +82,9 @@ def write_folder(
     Raises:
         WriteError: no room, no permission, or the disk returned other bytes than were written.
     """
-    stored = stored_tensors(items)
+    stored = stored_arrays(items)
     twice = 2 if plan.scheme == DYNAMIC else 1  # the .ckpt holds everything again
-    needed = twice * sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+    needed = twice * sum(array.nbytes for array in stored.values())
     with naming_the_disk(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         if lack := lack_of_room(target.parent, needed + min(SMALL_FILES, needed)):
@@ -115,12 +116,12 @@ def naming_the_disk(target: Path) -> Iterator[None]:
         ) from error
 
 
-def stored_tensors(items: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+def stored_arrays(items: Mapping[str, StoredTensor]) -> dict[str, Array]:
     """The items as the tensors of one safetensors file."""
-    stored: dict[str, Tensor] = {}
+    stored: dict[str, Array] = {}
     for name, item in items.items():
-        if isinstance(item, Tensor):
-            stored[name] = item.contiguous()
+        if isinstance(item, np.ndarray):
+            stored[name] = np.ascontiguousarray(item)
             continue
         stored[name + VALUES], stored[name + SCALES] = item.values, item.scales
         if isinstance(item, PackedMatrix) and item.offsets is not None:
@@ -133,7 +134,7 @@ def _write_files(
     config: ModelConfig,
     plan: QuantizationPlan,
     items: Mapping[str, StoredTensor],
-    stored: Mapping[str, Tensor],
+    stored: Mapping[str, Array],
     tokenizer: TokenizerFiles | None,
     origin: Origin,
     name: str,
@@ -142,7 +143,7 @@ def _write_files(
     write_model(
         folder,
         config,
-        stored,
+        {name: as_tensor(array) for name, array in stored.items()},
         "bfloat16" if plan.scheme == "bf16" else "float32",
         tokenizer,
         quantization=None if plain else {"quant_method": FORMAT, "scheme": plan.scheme},
@@ -186,8 +187,8 @@ def describe(plan: QuantizationPlan, items: Mapping[str, StoredTensor], origin: 
 
 def _entry(item: StoredTensor) -> dict[str, Any]:
     shape = list(item.shape)
-    if isinstance(item, Tensor):
-        return {"shape": shape, "stored": str(item.dtype).removeprefix("torch.")}
+    if isinstance(item, np.ndarray):
+        return {"shape": shape, "stored": name_of(item.dtype)}
     if isinstance(item, ScaledMatrix):
         return {"shape": shape, "stored": "int8", "bits": 8, "group": None}
     return {"shape": shape, "stored": f"int{item.bits}", "bits": item.bits, "group": item.group}
@@ -214,11 +215,11 @@ def _write_checkpoint(
 def _compare(partial: Path, items: Mapping[str, StoredTensor], target: Path) -> None:
     """Read everything back, through the readers that every command uses."""
     for path in (partial, *partial.glob(f"*{CHECKPOINT_SUFFIX}")):
-        found = stored_tensors(dict(open_source(str(path)).require_weights().stored()))
-        expected = stored_tensors(items)
+        found = stored_arrays(dict(open_source(str(path)).require_weights().stored()))
+        expected = stored_arrays(items)
         same = found.keys() == expected.keys() and all(
-            found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
-            for name, tensor in expected.items()
+            found[name].dtype == array.dtype and np.array_equal(found[name], array)
+            for name, array in expected.items()
         )
         if not same:
             raise WriteError(f"{target}: the disk returned other values than were written", "Check the disk.")

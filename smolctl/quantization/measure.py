@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from smolctl.data.tokenizer.tokenizer import Tokenizer
@@ -116,7 +117,7 @@ def mean_kl(reference: Engine, variant: Engine, windows: Sequence[Tensor]) -> fl
 
 
 def _logits(engine: Engine, tokens: Sequence[int]) -> Tensor:
-    return engine.forward([tokens], engine.allocate(1, len(tokens)), every=True)
+    return torch.from_numpy(engine.forward([tokens], engine.allocate(1, len(tokens)), every=True))
 
 
 def measure_speed(

@@ -66,7 +66,8 @@ KIND = "run"
 # Everything that belongs to a run, as `ownership.Record` takes it: the rest of its folder is somebody else's.
 FILES = (
     *(CONFIG, ENVIRONMENT, METRICS, PREDICTIONS, STORY, LOSS_CURVE, LINEAGE, LOCK, ".*.partial"),
-    *(f"{TOKENIZER}/{name}" for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")),
+    *(f"{TOKENIZER}/{name}.json" for name in ("tokenizer", "tokenizer_config", "generation_config")),
+    f"{TOKENIZER}/chat_template.jinja",
     *(f"{CHECKPOINTS}/{name}{end}" for name in ("step-*.ckpt", FINAL) for end in CHECKPOINT_ENDINGS),
     f"{CHECKPOINTS}/.*.partial",
     *(f"{QUANTIZED}/{name}" for name in ("verdict.json", "*.gguf", "*/")),

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from smolctl.errors import HubError
 from smolctl.hub.connection import Fetched, api, endpoint, fetch
 from smolctl.hub.errors import READING, PassingError, explained
-from smolctl.sources.base import ModelSource, SourceKind, TensorHeader, TokenizerFiles, Weights
+from smolctl.sources.base import ArrayWeights, ModelSource, SourceKind, TensorHeader, TokenizerFiles
 from smolctl.sources.huggingface.folder import INDEX, SINGLE, describe, is_huggingface_folder, open_folder
 from smolctl.sources.huggingface.safetensors_file import (
     SafetensorsWeights,
@@ -37,7 +37,7 @@ from smolctl.sources.huggingface.tokenizer import (
 )
 
 if TYPE_CHECKING:
-    import torch
+    from smolctl.sources.arrays import Array
 
 HEADER_GUESS = 100_000  # bytes of the first Range request; longer headers take a second one
 MAX_CONFIG_BYTES = 20_000_000  # of a config or an index; a repository may hold anything
@@ -203,20 +203,20 @@ def _read_header(repository: Repository, commit: str, path: str) -> tuple[Tensor
     return parse_header(header, size - 8 - length if size else None, origin)
 
 
-class HubWeights(Weights):
+class HubWeights(ArrayWeights):
     """Weights that are downloaded into the client's cache when they are first read, if there are any."""
 
     def __init__(self, repository: Repository, shards: Shards, files: set[str]) -> None:
         self.repository, self.shards, self.files = repository, shards, files
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def stored(self) -> Iterator[tuple[str, Array]]:
         if not self.shards:
             raise HubError(
                 f"{self.repository.name}: no safetensors in the repository{_others(self.files)}",
                 _other_hint(self.files),
             )
         folder = self.repository.download([*self.shards, INDEX, *TOKENIZER_FILES])
-        yield from SafetensorsWeights({folder / path: names for path, names in self.shards.items()}).tensors()
+        yield from SafetensorsWeights({folder / path: names for path, names in self.shards.items()}).stored()
 
 
 def _others(files: set[str]) -> str:

@@ -6,6 +6,7 @@ import ctypes
 import os
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -21,7 +22,9 @@ from smolctl.generation.scheduler import Scheduler, Speculation
 from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.weights import from_state, initialize
 from smolctl.native.library import BUILDS, OVERRIDE, Library, load_library
-from smolctl.sources.base import ModelSource, SourceKind, Weights
+from smolctl.sources.arrays import Array, as_array
+from smolctl.sources.base import ModelSource, SourceKind, StateWeights
+from smolctl.sources.quantized import scaled
 from smolctl.sources.quantized.packed import PackedMatrix, pack_integers
 from tests.support.native import library
 from tests.support.tiny_models import run_requests
@@ -38,18 +41,20 @@ def pack(weight: Tensor, bits: int, group: int) -> PackedMatrix:
     scales, offsets = top.half(), low.half()
     limits = (0, 15) if bits == 4 else (-127, 127)
     integers = ((grouped - offsets.float()) / scales.float().clamp_min(1e-6)).round().clamp(*limits)
-    values = pack_integers(integers.view(rows, -1)[:, :columns], bits)
-    offset = offsets.squeeze(-1).contiguous() if bits == 4 else None
-    return PackedMatrix(bits, columns, group, values, scales.squeeze(-1).contiguous(), offset)
+    values = pack_integers(integers.view(rows, -1)[:, :columns].numpy(), bits)
+    offset = offsets.squeeze(-1).numpy() if bits == 4 else None
+    return PackedMatrix(bits, columns, group, values, scales.squeeze(-1).numpy(), offset)
 
 
 def store(weight: Tensor, kind: str, group: int = 32) -> Stored:
     dense = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    return weight.to(dense[kind]) if kind in dense else pack(weight, int(kind.removeprefix("int")), group)
+    if kind in dense:
+        return as_array(weight.to(dense[kind]))
+    return pack(weight, int(kind.removeprefix("int")), group)
 
 
 def dense(stored: Stored) -> Tensor:
-    return stored.dequantize() if isinstance(stored, PackedMatrix) else stored.float()
+    return torch.from_numpy(scaled.dense(stored))
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -62,7 +67,7 @@ def test_products_equal_the_dequantized_matrix(build: str, kind: str, data: st.D
     weight = torch.randn(rows, columns, generator=generator)
     x = torch.randn(tokens, columns, generator=generator)
     x[:, columns // 2] *= 100  # as real activations have it
-    keep: list[Tensor] = []
+    keep: list[Array] = []
     stored = store(weight, kind, group)
     matrix = matrix_of(stored, keep)
     filled = torch.nn.functional.pad(x, (0, matrix.columns - columns)).contiguous()
@@ -116,7 +121,7 @@ def config_of(shape: str) -> ModelConfig:
 def engines(config: ModelConfig, kind: str, build: str, threads: int = 2) -> tuple[NativeEngine, TorchEngine]:
     """The compiled engine, and PyTorch on the very same numbers."""
     state = initialize(config, 3).eval().requires_grad_(False).state_dict()
-    weights = {name: store(t, kind) if t.dim() > 1 else t for name, t in state.items()}
+    weights = {name: store(t, kind if t.dim() > 1 else "float32") for name, t in state.items()}
     network = from_state(config, {name: dense(stored) for name, stored in weights.items()}, "test").eval()
     native = NativeEngine(library(build), config, weights, threads)
     return native, TorchEngine(network.requires_grad_(False))
@@ -124,7 +129,7 @@ def engines(config: ModelConfig, kind: str, build: str, threads: int = 2) -> tup
 
 def logits_of(engine: NativeEngine | TorchEngine, parts: list[list[list[int]]], capacity: int) -> Tensor:
     cache = engine.allocate(len(parts[0]), capacity)
-    return torch.cat([engine.forward(part, cache, every=True) for part in parts])
+    return torch.from_numpy(np.concatenate([engine.forward(part, cache, every=True) for part in parts]))
 
 
 def ids(count: int, seed: int = 0) -> list[int]:
@@ -177,10 +182,10 @@ def test_sequences_of_different_length_do_not_see_each_other() -> None:
     assert cache.lengths == [6, 17, 2]
     for row, prompt in enumerate(prompts):
         alone = reference.forward([prompt], reference.allocate(1, 40))
-        torch.testing.assert_close(first[row : row + 1], alone, rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(first[row : row + 1], alone, rtol=1e-4, atol=1e-3)
     for row, prompt in ((0, [*prompts[0], 7]), (1, [*prompts[2], 9])):
         alone = reference.forward([prompt], reference.allocate(1, 40))
-        torch.testing.assert_close(second[row : row + 1], alone, rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(second[row : row + 1], alone, rtol=1e-4, atol=1e-3)
 
 
 def test_a_cut_or_copied_cache_goes_on_as_if_it_had_been_read_so() -> None:
@@ -193,8 +198,8 @@ def test_a_cut_or_copied_cache_goes_on_as_if_it_had_been_read_so() -> None:
     both = native.forward([[3], [3]], cache)
     fresh = native.allocate(1, 60)
     native.forward([prompt[:20]], fresh)
-    assert torch.equal(both[0], both[1])
-    torch.testing.assert_close(both[:1], native.forward([[3]], fresh), rtol=1e-4, atol=1e-3)
+    assert np.array_equal(both[0], both[1])
+    np.testing.assert_allclose(both[:1], native.forward([[3]], fresh), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -211,7 +216,7 @@ def test_a_few_tokens_in_a_call_have_the_bits_of_calls_with_one(shape: str, kind
     native.forward([prompt[0], []], two)
     native.forward([[], ids(90, 2)], two)
     for expected, token, other in zip(one_by_one[len(prompt[0]) :], tokens, ids(40, 3), strict=True):
-        assert torch.equal(native.forward([[token], [other]], two)[0], expected)
+        assert np.array_equal(native.forward([[token], [other]], two)[0], expected)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -250,24 +255,16 @@ def test_a_forked_process_makes_threads_of_its_own() -> None:
     expected = native.forward([[5]], native.allocate(1, 4))
     child = os.fork()
     if child == 0:
-        same = torch.equal(native.forward([[5]], native.allocate(1, 4)), expected)
+        same = np.array_equal(native.forward([[5]], native.allocate(1, 4)), expected)
         os._exit(0 if same else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert torch.equal(native.forward([[5]], native.allocate(1, 4)), expected)
-
-
-class _InMemory(Weights):
-    def __init__(self, state: dict[str, Tensor]) -> None:
-        self.state = state
-
-    def tensors(self):  # type: ignore[no-untyped-def]
-        yield from self.state.items()
+    assert np.array_equal(native.forward([[5]], native.allocate(1, 4)), expected)
 
 
 def source() -> ModelSource:
     config = config_of("grouped")
     state = initialize(config, 0).requires_grad_(False).state_dict()
-    return ModelSource(SourceKind.FOLDER, "model", config, weights=_InMemory(dict(state)))
+    return ModelSource(SourceKind.FOLDER, "model", config, weights=StateWeights(state))
 
 
 def test_without_a_compiled_build_pytorch_runs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,8 +300,8 @@ def test_dense_weights_can_be_rounded_when_they_are_loaded() -> None:
 
 def test_the_kind_names_the_most_numerous_weights_first() -> None:
     weights: dict[str, Stored] = {
-        "a": torch.zeros(2, 2),
+        "a": np.zeros((2, 2), np.float32),
         "b": pack(torch.randn(8, 64), 4, 32),
-        "c": torch.zeros(5),
+        "c": np.zeros(5, np.float32),
     }
     assert kind_of(weights) == "int4 + float32"

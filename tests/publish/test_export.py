@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -26,6 +27,7 @@ from smolctl.publish.card import BEGIN, END, merge_card, require_valid, split_ca
 from smolctl.publish.secrets import scan
 from smolctl.runs.checkpoint_file import read_checkpoint
 from smolctl.runs.folder import RunFolder
+from smolctl.sources.arrays import Array
 from smolctl.sources.base import Weights
 from smolctl.sources.huggingface.config import to_huggingface_config
 from tests.support.processes import Smolctl
@@ -116,8 +118,8 @@ def test_numbers_that_are_not_finite_are_not_published(
 
 def test_the_step_of_damaged_weights_is_named(llama: Built) -> None:
     class Damaged(Weights):
-        def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-            yield "model.norm.weight", torch.tensor([1.0, math.nan])
+        def stored(self) -> Iterator[tuple[str, Array]]:
+            yield "model.norm.weight", np.array([1.0, math.nan])
 
     source = dataclasses.replace(llama.model.source, id="runs/x", step=1500, weights=Damaged())
     with pytest.raises(InputError, match=r"^runs/x at step 1,500: model\.norm\.weight holds NaN"):

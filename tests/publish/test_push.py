@@ -56,7 +56,7 @@ def test_what_was_pushed_is_downloaded_and_gives_the_same_logits(
     ours = load_model(str(llama_run))
     ids = [3, 1, 200, 77, 5]
     with torch.inference_mode():
-        expected = ours.engine.forward([ids], ours.engine.allocate(1, 8), every=True)
+        expected = torch.from_numpy(ours.engine.forward([ids], ours.engine.allocate(1, 8), every=True))
         torch.testing.assert_close(theirs(torch.tensor([ids])).logits[0], expected, rtol=1e-4, atol=1e-4)
 
 

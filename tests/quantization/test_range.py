@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -154,9 +155,9 @@ def test_keys_above_float16_are_kept_in_float32(
             )
         engine = load_model(model, EngineOptions(engine="native")).engine
         logits.append(engine.forward([[5, 6, 7, 8]], engine.allocate(1, 8), every=True))
-    assert logits[1].isfinite().all()
+    assert np.isfinite(logits[1]).all()
     spread = float(logits[0].std())
-    assert float((logits[0] - logits[1]).abs().max()) < (0.5 if scheme else 0.05) * spread
+    assert float(np.abs(logits[0] - logits[1]).max()) < (0.5 if scheme else 0.05) * spread
 
 
 def test_a_dtype_that_cannot_hold_the_weights_is_refused_and_not_the_weights(

@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 
 from smolctl.config import ModelConfig
 from smolctl.data.tokenizer.bpe import train_bpe
-from smolctl.data.tokenizer.chat import render_chat
 from smolctl.data.tokenizer.decoding import TextStream, bytes_of_token, is_byte_level
 from smolctl.data.tokenizer.prompt import Prompt, SpecialTokens, SpelledTokens
 from smolctl.errors import HubError, InputError
 from smolctl.sources import open_source
 from smolctl.sources.base import TokenizerFiles
 from smolctl.sources.huggingface.tokenizer import has_tokenizer, read_tokenizer_folder
-from smolctl.sources.huggingface.write import write_tokenizer
+from smolctl.sources.huggingface.write import GENERATION, generation_config, write_json, write_tokenizer
 from smolctl.sources.stops import stop_token_ids
 
 DEFAULT_TOKENIZER = "HuggingFaceTB/SmolLM2-135M"
@@ -109,6 +108,8 @@ class Tokenizer:
         Raises:
             InputError: there is no chat template, or it refuses the messages.
         """
+        from smolctl.data.tokenizer.chat import render_chat  # Jinja, which plain text does without
+
         if self.chat_template is None:
             raise InputError(
                 "there is no chat template", "Complete plain text, or choose an instruction-tuned model."
@@ -134,8 +135,8 @@ class Tokenizer:
             before: ids of the prompt that is continued.
             skip_special: whether special tokens are left out.
         """
-        token_bytes = self.token_bytes if self._byte_level else None
-        return TextStream(self.backend, token_bytes, skip_special, before)
+        bytes_of = self.bytes_of if self._byte_level else None
+        return TextStream(self.backend, bytes_of, skip_special, before)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -188,13 +189,15 @@ class Tokenizer:
     def _byte_level(self) -> bool:
         return is_byte_level(self.backend)
 
+    def bytes_of(self, token_id: int) -> bytes | None:
+        """The bytes that an id stands for, a special token by its name; None when there is no such id."""
+        token = self.token(token_id)
+        return None if token is None else bytes_of_token(token, self._byte_level)
+
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """The bytes that every id stands for, special tokens by their names."""
-        table = [b""] * self.vocab_size
-        for token, token_id in self.backend.get_vocab(with_added_tokens=True).items():
-            table[token_id] = bytes_of_token(token, self._byte_level)
-        return table
+        """The bytes that every id stands for; of those that no token has, none."""
+        return [self.bytes_of(token_id) or b"" for token_id in range(self.vocab_size)]
 
     def token_byte_lengths(self) -> NDArray[np.int32]:
         """Bytes of text that every id stands for, 0 for special tokens: (vocab_size,), for bits per byte."""
@@ -223,8 +226,10 @@ class Tokenizer:
         return TokenizerFiles(self.backend.to_str(), self.chat_template, *ids, ends, dict(self.named_tokens))
 
     def save(self, folder: Path) -> None:
-        """Write the files that transformers' AutoTokenizer loads."""
-        write_tokenizer(folder, self.files())
+        """Write the files that transformers' AutoTokenizer loads, and where text ends."""
+        files = self.files()
+        write_tokenizer(folder, files)
+        write_json(folder / GENERATION, generation_config(None, files))
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -8,7 +8,7 @@ from typing import Any
 from smolctl.errors import InputError
 from smolctl.escaping import json_text
 from smolctl.sources.base import DAMAGED, TokenizerFiles
-from smolctl.sources.gguf.header import GGUFHeader
+from smolctl.sources.gguf.header import GGUFHeader, as_written
 
 CONTROL, USER_DEFINED = 3, 4  # token types of llama.cpp's vocabulary that are matched before the BPE
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -20,6 +20,14 @@ PRE_TOKENIZERS: Mapping[str, dict[str, Any]] = {
 }
 # Keys of the ids at which text ends: of a text, of a turn, of a message.
 ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+# Keys of what the model's makers recommend for sampling, by the names of generation_config.json.
+RECOMMENDED = {
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.penalty_repeat": "repetition_penalty",
+}
 OTHER_GGUF = "Name a tokenizer.json or a Hub id as the tokenizer instead."
 
 
@@ -50,6 +58,7 @@ def read_tokenizer(header: GGUFHeader) -> TokenizerFiles | None:
         eos_token_id=values.get("tokenizer.ggml.eos_token_id"),
         pad_token_id=values.get("tokenizer.ggml.padding_token_id"),
         end_token_ids=tuple(sorted({values[key] for key in ENDS if values.get(key) is not None})),
+        recommended={name: as_written(values[key]) for key, name in RECOMMENDED.items() if key in values},
     )
 
 

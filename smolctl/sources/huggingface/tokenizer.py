@@ -25,6 +25,8 @@ CARRIED = (
     SPECIAL_MAP,
     "added_tokens.json",
 )
+# Settings of generation_config.json that say how to sample.
+RECOMMENDED = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # Everything of a repository that a tokenizer may need, tokenizer.json aside.
 SIDE_FILES = (*CARRIED, "config.json")
 
@@ -103,6 +105,7 @@ def read_tokenizer_folder(folder: Path, carry: bool = True) -> TokenizerFiles | 
         pad_token_id=found["pad"],
         end_token_ids=tuple(sorted({*_listed(generation), *_listed(model)})),
         named_tokens=_named_tokens(settings),
+        recommended={key: generation[key] for key in RECOMMENDED if generation.get(key) is not None},
         carried={name: _text(folder / name) for name in CARRIED if carry and (folder / name).is_file()},
     )
 

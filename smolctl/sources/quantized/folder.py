@@ -21,13 +21,12 @@ from smolctl.durable import file_digest
 from smolctl.errors import InputError
 from smolctl.sources.base import ModelSource, SourceKind, TensorHeader, Weights
 from smolctl.sources.huggingface.config import from_huggingface_config
-from smolctl.sources.huggingface.safetensors_file import read_header
+from smolctl.sources.huggingface.safetensors_file import mapped_arrays, read_header
 from smolctl.sources.huggingface.tokenizer import read_json, tokenizer_reader
 from smolctl.sources.shapes import check_tensors
 
 if TYPE_CHECKING:
-    import torch
-
+    from smolctl.sources.arrays import Array
     from smolctl.sources.quantized.scaled import StoredTensor
 
 DESCRIPTION = "quantization.json"
@@ -153,42 +152,36 @@ class QuantizedWeights(Weights):
     def __init__(self, path: Path, description: Mapping[str, Any]) -> None:
         self.path, self.description = path, description
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        from smolctl.sources.quantized.scaled import dense
-
-        return ((name, dense(stored)) for name, stored in self.stored())
-
     def stored(self) -> Iterator[tuple[str, StoredTensor]]:
-        from safetensors import SafetensorError, safe_open
-
         try:
             if file_digest(self.path) != _entry(self.description, "file", self.path).get("sha256"):
                 raise InputError(
                     f"{self.path}: its bytes are not the ones that were written (checksum differs)", REMEDY
                 )
-            with safe_open(self.path, framework="pt") as file:
-                for name, entry in self.description["tensors"].items():
-                    found = [file.get_tensor(part) for part in parts_of(name, entry)]
-                    yield name, found[0] if len(found) == 1 else _matrix(entry, found)
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            arrays = dict(mapped_arrays(self.path))
+            for name, entry in self.description["tensors"].items():
+                found = [arrays[part] for part in parts_of(name, entry)]
+                yield name, found[0] if len(found) == 1 else _matrix(entry, found)
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self.path}: cannot be read ({error})", REMEDY) from None
 
 
-def _matrix(entry: Mapping[str, Any], parts: list[torch.Tensor]) -> StoredTensor:
+def _matrix(entry: Mapping[str, Any], parts: list[Array]) -> StoredTensor:
     from smolctl.sources.quantized.packed import BLOCK, PackedMatrix
     from smolctl.sources.quantized.scaled import ScaledMatrix
 
     rows, columns = entry["shape"]
     values, scales = parts[:2]
     if entry.get("group") is None:
-        if tuple(values.shape) != (rows, columns) or scales.numel() not in (1, rows):
-            raise ValueError(f"values of shape {tuple(values.shape)} for a matrix of {rows} × {columns}")
+        if values.shape != (rows, columns) or scales.size not in (1, rows):
+            raise ValueError(f"values of shape {values.shape} for a matrix of {rows} × {columns}")
         return ScaledMatrix(values, scales)
     bits, group = entry["bits"], entry["group"]
     padded = columns + -columns % BLOCK
     if group < BLOCK or group % BLOCK:
         raise ValueError(f"groups of {group}")
-    shapes = [(rows, padded * bits // 8), *[(rows, -(-padded // group))] * (len(parts) - 1)]
-    if [tuple(part.shape) for part in parts] != shapes:
-        raise ValueError(f"values of shape {tuple(values.shape)} for a matrix of {rows} × {columns}")
+    integers = (rows, padded * bits // 8), "int8" if bits == 8 else "uint8"
+    floats = (rows, -(-padded // group)), "float16"
+    if [(part.shape, part.dtype.name) for part in parts] != [integers, *[floats] * (len(parts) - 1)]:
+        raise ValueError(f"values of shape {values.shape} for a matrix of {rows} × {columns}")
     return PackedMatrix(bits, columns, group, values, scales, parts[2] if bits == 4 else None)
