@@ -90,15 +90,20 @@ def cache_dtype_of(config: ModelConfig, weights: Mapping[str, Stored]) -> np.dty
     """
     if kind_of(weights) == "float32":
         return np.dtype(np.float32)
-    largest = 0.0
-    for index in range(config.num_hidden_layers):
+    limit = float(np.finfo(np.float16).max) / math.sqrt(2 * config.hidden_size)
+
+    def safe(index: int, name: str) -> bool:
         norm = dense(weights[f"model.layers.{index}.input_layernorm.weight"])
-        for name in "kv":
-            rows = dense(weights[f"model.layers.{index}.self_attn.{name}_proj.weight"])  # (rows, hidden_size)
-            with np.errstate(over="ignore", invalid="ignore"):
-                largest = max(largest, float(np.linalg.norm(rows * norm, axis=1).max()))
-    safe = math.sqrt(2 * config.hidden_size) * largest < float(np.finfo(np.float16).max)
-    return np.dtype(np.float16 if safe else np.float32)
+        stored = weights[f"model.layers.{index}.self_attn.{name}_proj.weight"]  # (rows, hidden_size)
+        if isinstance(stored, PackedMatrix):  # mostly its scales show it
+            squares = np.add.reduceat(norm**2, np.arange(0, len(norm), stored.group))
+            if (stored.largest() ** 2 @ squares).max() < limit**2:
+                return True
+        return bool(np.linalg.norm(dense(stored) * norm, axis=1).max() < limit)
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        fits = all(safe(index, name) for index in range(config.num_hidden_layers) for name in "kv")
+    return np.dtype(np.float16 if fits else np.float32)
 
 
 class NativeCache(Cache):

@@ -19,7 +19,7 @@ def check_capacity(config: ModelConfig, capacity: int) -> None:
 
 
 def rotary_angles(config: ModelConfig, positions: int) -> NDArray[np.float32]:
-    """The angles of the first positions, (positions, 1, D/2), rounded step by step as transformers does it."""
+    """The angles of the first positions, (positions, 1, D/2), rounded as transformers rounds them."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     wavelengths = np.power(config.rope_theta, exponents, dtype=np.float64).astype(np.float32)  # (D/2,)
     angles: NDArray[np.float32] = np.outer(np.arange(positions, dtype=np.float32), 1 / wavelengths)

@@ -208,7 +208,7 @@ class GGUFWeights(Weights):
             yield huggingface_name(tensor.name), found if matrix else dense(found).reshape(tensor.shape)
 
     def _raw(self) -> Iterator[tuple[GGUFTensor, Array]]:
-        """Every tensor's bytes, (rows, bytes per row), mapped one by one: the file is never whole in memory."""
+        """Every tensor's bytes, (rows, bytes per row), mapped one by one: memory never holds all."""
         import numpy as np
 
         path = self.header.path

@@ -51,6 +51,14 @@ class PackedMatrix:
         parts = (self.values, self.scales, self.offsets)
         return sum(part.nbytes for part in parts if part is not None)
 
+    def largest(self) -> NDArray[np.float32]:
+        """What no absolute value of a group is above: (rows, groups)."""
+        scales = self.scales.astype(np.float32)
+        if self.offsets is None:
+            return 128 * np.abs(scales)
+        ends = self.offsets.astype(np.float32), self.offsets + 15 * scales
+        return np.maximum(*map(np.abs, ends))
+
     def dequantize(self) -> NDArray[np.float32]:
         """The matrix in float32: (rows, columns)."""
         rows = self.values.shape[0]
