@@ -26,7 +26,7 @@ from smolctl.generation.complete import CompletionSettings, InterruptedCompletio
 from smolctl.generation.conversation import Conversation, Session
 from smolctl.generation.load import load_model
 from smolctl.generation.native_engine import NativeEngine
-from tests.support.processes import call
+from tests.support.processes import call, start
 from tests.support.tiny_models import plain_settings, tiny_model, write_folder, write_speaker
 from tests.support.tokenizers import tokenizer
 
@@ -270,6 +270,31 @@ def test_an_output_that_a_kill_has_torn_is_gone_on_with(
     output.write_bytes(content.replace(b'"length"', b'"interrupted"', 2))  # by Ctrl-C
     smolctl(*command)
     assert list(map(without_logprobs, rows_of(output.read_text()))) == rows
+
+
+@pytest.mark.slow
+def test_a_batch_that_was_killed_again_and_again_is_gone_on_with(
+    smolctl: Smolctl, model: Path, tmp_path: Path
+) -> None:
+    prompts, output, expected = (tmp_path / name for name in ("prompts.jsonl", "answers", "expected"))
+    lines = [
+        {"prompt": "the cat", "id": number, "max_tokens": 1 + 40 * (number % 3)} for number in range(150)
+    ]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ("sample", model, "--jsonl", prompts, "--temperature", "3", "--threads", "1", "--resume-output")
+    for rows in (10, 70):
+        with start(*command, output) as process:
+            until = time.monotonic() + LIMIT_S
+            while not output.exists() or output.read_bytes().count(b"\n") < rows:
+                assert process.poll() is None, "it ended before it was killed"
+                assert time.monotonic() < until
+            process.kill()
+        assert output.read_bytes().count(b"\n") < len(lines), "it ended before it was killed"
+    assert smolctl(*command, output).code == 0
+    assert smolctl(*command, expected).code == 0
+    found, whole = (list(map(without_logprobs, rows_of(path.read_text()))) for path in (output, expected))
+    assert [row["id"] for row in whole] == list(range(120))
+    assert found == whole
 
 
 @pytest.mark.parametrize("content", ["hello", '{"a": 1}', "hello\n", '{"prompt": "on", "completions": []}\n'])

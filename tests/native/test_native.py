@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,9 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smolctl.config import ModelConfig
+from smolctl.cores import usable_cpus
 from smolctl.errors import InputError, UsageError
 from smolctl.generation.engines import EngineOptions, make_engine
-from smolctl.generation.native_engine import FEW, NativeEngine, Stored, kind_of, matrix_of
+from smolctl.generation.native_engine import (
+    FEW,
+    NativeEngine,
+    Stored,
+    cache_dtype_of,
+    kind_of,
+    matrix_of,
+)
 from smolctl.generation.sampling import SamplingSettings
 from smolctl.generation.scheduler import Scheduler, Speculation
 from smolctl.generation.torch_engine import TorchEngine
@@ -296,6 +304,33 @@ def test_a_build_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -
 def test_dense_weights_can_be_rounded_when_they_are_loaded() -> None:
     engine = make_engine(source(), EngineOptions(dtype="bfloat16"))
     assert engine.name.endswith("bfloat16")
+
+
+@pytest.mark.parametrize("engine", ["native", "torch"])
+def test_no_engine_gets_more_threads_than_there_are_processors(engine: Literal["native", "torch"]) -> None:
+    before = torch.get_num_threads()
+    made = make_engine(source(), EngineOptions(engine, threads=100_000))
+    found = made.threads if isinstance(made, NativeEngine) else torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert found == usable_cpus()
+
+
+@given(bits=st.sampled_from([4, 8]), seed=st.integers(0, 999), factor=st.floats(0.3, 3))
+def test_keys_and_values_that_may_overflow_float16_are_kept_in_float32(
+    bits: int, seed: int, factor: float
+) -> None:
+    """The scales alone never call a matrix safe that its values do not: around the limit, either way."""
+    config = config_of("grouped").model_copy(update={"num_hidden_layers": 1})
+    rows = torch.randn(16, 48, generator=torch.Generator().manual_seed(seed))
+    norm = torch.rand(48, generator=torch.Generator().manual_seed(seed + 1)) + 0.5
+    limit = 65_504 / (2 * 48) ** 0.5
+    packed = pack(rows * factor * limit / float((rows * norm).norm(dim=1).max()), bits, 32)
+    prefix = "model.layers.0."
+    weights: dict[str, Stored] = {f"{prefix}self_attn.{name}_proj.weight": packed for name in "kv"}
+    weights[f"{prefix}input_layernorm.weight"] = norm.numpy()
+    largest = float((dense(packed) * norm).norm(dim=1).max())
+    assert cache_dtype_of(config, weights) == (np.float16 if largest < limit else np.float32)
+    assert (dense(packed).abs().numpy() <= 1.001 * packed.largest().repeat(32, axis=1)[:, :48]).all()
 
 
 def test_the_kind_names_the_most_numerous_weights_first() -> None:

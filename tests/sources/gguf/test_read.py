@@ -22,7 +22,7 @@ from smolctl.errors import InputError, SmolError
 from smolctl.model.weights import initialize, load_network
 from smolctl.sources import SourceKind, open_source
 from smolctl.sources.gguf.blocks import as_stored
-from smolctl.sources.gguf.header import read_header
+from smolctl.sources.gguf.header import TENSOR_TYPES, read_header
 from smolctl.sources.quantized.scaled import dense
 from tests.support.gguf_files import write_gguf
 
@@ -119,6 +119,11 @@ def test_every_type_unpacks_as_the_gguf_package_does(name: str) -> None:
     both_nan = np.isnan(ours) & np.isnan(expected)
     assert ours.shape == expected.shape
     assert ((ours == expected) | both_nan).all()
+
+
+def test_the_sizes_of_all_types_are_those_of_the_gguf_package() -> None:
+    theirs = {int(kind): (kind.name, *sizes) for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
+    assert theirs == TENSOR_TYPES
 
 
 TOKENS = ["<|end|>", "<|user|>", *map(chr, range(97, 123)), "Ġ", "ab", "1", "2"]
