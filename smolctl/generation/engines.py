@@ -81,10 +81,6 @@ def _converted(name: str, matrix: Array, dtype: str) -> Array:
 def _torch_engine(
     source: ModelSource, stored: Mapping[str, StoredTensor], options: EngineOptions, note: str = ""
 ) -> Engine:
-    import torch
-
     from smolctl.generation.torch_engine import open_torch_engine
 
-    if options.threads is not None:
-        torch.set_num_threads(compute_threads(options.threads))
-    return open_torch_engine(source, stored, note)
+    return open_torch_engine(source, stored, note, options.threads)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from smolctl.cores import compute_threads
 from smolctl.generation.engine import Cache, Cancellation, Engine, Logits
 from smolctl.generation.native_engine import kind_of, read_bytes
 from smolctl.model.cache import KVCache
@@ -77,14 +78,19 @@ class TorchEngine(Engine):
         return torch.cat(logits, dim=1).flatten(0, 1) if every else self.network.logits(hidden[:, -1])
 
 
-def open_torch_engine(source: ModelSource, stored: Mapping[str, StoredTensor], note: str = "") -> TorchEngine:
+def open_torch_engine(
+    source: ModelSource, stored: Mapping[str, StoredTensor], note: str = "", threads: int | None = None
+) -> TorchEngine:
     """An engine of a source's tensors in float32; matrices of `quantize_dynamic` run as they are.
 
     Args:
         source: says what the tensors are.
         stored: what a network of its config takes.
         note: why it is not the fastest engine.
+        threads: of PyTorch in this process, see `compute_threads`; None: as they are.
     """
+    if threads is not None:
+        torch.set_num_threads(compute_threads(threads))
     if any(isinstance(one, ScaledMatrix) for one in stored.values()):
         return _dynamic_engine(source, stored)
     arrays = {name: dense(one) for name, one in stored.items()}

@@ -8,7 +8,7 @@ from typing import Any
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError, SmolError
 from smolctl.sources.base import TokenizerFiles
-from smolctl.sources.gguf.tokenizer import CONTROL, USER_DEFINED
+from smolctl.sources.gguf.tokenizer import CONTROL, RECOMMENDED, USER_DEFINED
 from smolctl.sources.huggingface.tokenizer import ids_around_text, parse_json, token_ids
 
 NORMAL, UNUSED = 1, 5  # token types of llama.cpp's vocabulary
@@ -65,7 +65,16 @@ def tokenizer_metadata(files: TokenizerFiles, config: ModelConfig) -> dict[str, 
     metadata |= {f"tokenizer.ggml.{key}_token_id": value for key, value in ids.items() if value is not None}
     if files.chat_template:
         metadata["tokenizer.chat_template"] = files.chat_template
-    return metadata
+    return metadata | _recommended(files.recommended)
+
+
+def _recommended(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model's makers recommend for sampling, as llama.cpp takes it."""
+    if found.get("do_sample") is False:  # in other words
+        found = {**found, "temperature": 0.0}
+    numbers = {key: found.get(name) for key, name in RECOMMENDED.items()}
+    usable = {key: one for key, one in numbers.items() if type(one) in (int, float) and 0 <= one < 2**31}
+    return {key: int(one) if key.endswith("top_k") else float(one) for key, one in usable.items()}
 
 
 def pre_tokenizer_name(content: Mapping[str, Any]) -> str:

@@ -119,6 +119,24 @@ def test_llama_cpp_reads_the_same_tokens_and_logits(scheme: str, tmp_path: Path)
         assert np.abs(found - logits).max() < {"f32": 5e-3, "q8_0": 5e-2}[scheme]
 
 
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({"do_sample": True, "temperature": 1, "top_k": 40}, {"temperature": 1.0, "top_k": 40}),
+        ({"do_sample": False, "min_p": 0.05}, {"temperature": 0.0, "min_p": 0.05}),
+        ({"top_p": "0.9", "top_k": -1, "temperature": float("nan"), "repetition_penalty": None}, {}),
+    ],
+)
+def test_what_is_recommended_for_sampling_goes_along(
+    found: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    network, files = initialize(tiny(), seed=1), replace(trained(), recommended=found)
+    write_gguf(network.config, network.state_dict().items(), files, "f32", tmp_path / "a.gguf", "tiny")
+    back = open_source(str(tmp_path / "a.gguf")).read_tokenizer()
+    assert back is not None
+    assert back.recommended == expected
+
+
 def test_a_tied_head_is_stored_once_and_the_table_stays_at_eight_bits(tmp_path: Path) -> None:
     network = initialize(tiny(), seed=1)
     state = {**network.state_dict(), "lm_head.weight": network.state_dict()["model.embed_tokens.weight"]}
