@@ -142,6 +142,17 @@ def _text(content: Any) -> str:
     return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content or ())
 
 
+def controls_of(model: LoadedModel) -> list[tuple[str, float, float, float, float, str]]:
+    """`CONTROLS` as a model's page starts with them: within its context, and as its makers recommend."""
+    found = []
+    for name, low, high, step, value, info in CONTROLS:
+        if name == CONTROLS[0][0]:
+            high = min(high, model.engine.config.max_position_embeddings - 1)
+        recommended = model.recommended.get(name.lower().replace("-", "_").replace(" ", "_"), value)
+        found.append((name, low, high, step, min(max(low, recommended), high), info))
+    return found
+
+
 def build_page(folder: Path) -> Any:
     """The page of a Space's folder.
 
@@ -152,14 +163,10 @@ def build_page(folder: Path) -> Any:
 
     facts = SpaceFacts.read(folder)
     speaker = Speaker(load_model(str(folder / MODEL)))
-    most = min(512, speaker.context - 1)
-    controls: list[Any] = []
-    for name, low, high, step, value, info in CONTROLS:
-        if name == CONTROLS[0][0]:
-            high, value = most, min(int(value), most)
-        recommended = speaker.model.recommended.get(name.lower().replace("-", "_").replace(" ", "_"), value)
-        value = min(max(low, recommended), high)
-        controls.append(gradio.Slider(low, high, value=value, step=step, label=name, info=info, render=False))
+    controls = [
+        gradio.Slider(low, high, value=value, step=step, label=name, info=info, render=False)
+        for name, low, high, step, value, info in controls_of(speaker.model)
+    ]
     fill = _chat if speaker.model.can_chat else _continuation
     with gradio.Blocks(title=facts.title) as page:
         gradio.Markdown(f"# {facts.title}")

@@ -23,7 +23,7 @@ from smolctl.generation.load import LoadedModel
 from smolctl.hub.client import HubClient
 from smolctl.native.library import Library, load_library
 from smolctl.publish import smoke
-from smolctl.publish.app import Speaker
+from smolctl.publish.app import Speaker, controls_of
 from smolctl.publish.build import Built
 from smolctl.publish.card import split_card
 from smolctl.publish.push import PushOptions, PushPlan, push
@@ -150,6 +150,21 @@ def test_an_app_that_does_not_start_is_reported_with_its_log(space: Path, tmp_pa
         smoke.smoke_test(broken)
     assert "ended with code 1" in caught.value.message
     assert "TypeError" in caught.value.hint
+
+
+def test_the_controls_start_from_what_the_models_makers_recommend() -> None:
+    engine, _ = watched_engine(tiny_network(context=96))
+    recommended = {"temperature": 3.5, "top_k": 40, "repetition_penalty": 1.2, "min_p": 0.1}
+    model = LoadedModel("tiny", engine, tiny_tokenizer(), 0.0, recommended=recommended)
+    starts = {name: value for name, _, _, _, value, _ in controls_of(model)}
+    expected = {
+        "Tokens at most": 95,
+        "Temperature": 2.0,
+        "Top-p": 0.95,
+        "Top-k": 40,
+        "Repetition penalty": 1.2,
+    }
+    assert starts == {**expected, "Seed": 0}
 
 
 def test_a_chat_forgets_its_oldest_turns_rather_than_fail(chat_space: Path) -> None:
