@@ -169,17 +169,15 @@ class _Reader:
             return struct.unpack(f"<{count}{code}", raw)
         if item != STRING:
             raise self.fail(f"damaged header: {key[:80]} is an array of the unknown type {item}")
-        if count * 8 > self.size - self.position:
-            raise self.fail(f"truncated: {key[:80]} has {count:,} strings, more than the file holds")
-        return self.strings(count)
+        return self.strings(key, count)
 
-    def strings(self, count: int) -> Strings:
+    def strings(self, key: str, count: int) -> Strings:
         """Walk over an array of strings without decoding it."""
         start = position = self.position
         data, size, length_at = self.data, self.size, struct.Struct("<Q").unpack_from
         for _ in range(count):
             if position + 8 > size:
-                break
+                raise self.fail(f"truncated: {key[:80]} has {count:,} strings, more than the file holds")
             position += 8 + length_at(data, position)[0]
         self.position = start
         return Strings(self.take(position - start), count)

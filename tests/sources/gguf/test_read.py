@@ -263,6 +263,17 @@ def test_damaged_header_is_named(tiny: Path, at: int, value: bytes, cause: str) 
     assert caught.value.hint
 
 
+def test_strings_that_end_within_the_length_of_one_are_refused(tmp_path: Path) -> None:
+    """The header has nothing behind them: no later read would find the end of the file."""
+    header = (
+        b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", 9, 8, 2)
+    )
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(header + struct.pack("<Q", 6) + b"abcdef" + b"\0" * 4)
+    with pytest.raises(InputError, match="truncated: k has 2 strings"):
+        read_header(path)
+
+
 def test_truncated_gguf_is_named_and_refused(tiny: Path) -> None:
     whole = tiny.read_bytes()
     tiny.write_bytes(whole[:-40])
