@@ -33,7 +33,7 @@ def test_an_answer_of_the_compiled_engine_imports_no_pytorch(here: Path) -> None
         str(model), QuantizeOptions(("bf16", "int8", "int4", "gguf-q4_1"), out=Path("out"), measure=False)
     )
     Path("prompts.jsonl").write_text('"the cat"\n')
-    models = (model, "out/bf16", "out/int8", "out/int4", *Path("out").glob("*.gguf"))
+    models = [model, *Path("out").iterdir()]
     assert len(models) == 5
     done = subprocess.run([sys.executable, "-c", ANSWER, *models], capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-1] == "[]"

@@ -72,8 +72,8 @@ def _recommended(found: Mapping[str, Any]) -> dict[str, Any]:
     """What the model's makers recommend for sampling, as llama.cpp takes it."""
     if found.get("do_sample") is False:  # in other words
         found = {**found, "temperature": 0.0}
-    numbers = {key: found.get(name) for key, name in RECOMMENDED.items()}
-    usable = {key: one for key, one in numbers.items() if type(one) in (int, float) and 0 <= one < 2**31}
+    given = {key: found[name] for key, name in RECOMMENDED.items() if name in found}
+    usable = {key: one for key, one in given.items() if type(one) in (int, float) and 0 <= one < 2**31}
     return {key: int(one) if key.endswith("top_k") else float(one) for key, one in usable.items()}
 
 
