@@ -13,6 +13,7 @@ from smolctl.cli.options import Threads, capped_threads, command
 from smolctl.views.output import Output
 
 ALTERNATIVES = 5  # other tokens that --explain shows with each
+ELSE = "Default: as the model recommends, else"
 
 
 @command
@@ -47,28 +48,23 @@ def sample(
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens to generate.")] = 128,
     temperature: Annotated[
         float | None,
-        typer.Option(
-            "--temperature",
-            help="0 always takes the likeliest token. Default, of this and the next four: what the model's "
-            "generation_config.json or GGUF recommends, else 0.8.",
-        ),
+        typer.Option("--temperature", help=f"0 always takes the likeliest token. {ELSE} 0.8."),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option("--top-k", help="Keep the k likeliest tokens; 0 keeps all. Default: 0.")
+        int | None,
+        typer.Option("--top-k", help=f"Keep the k likeliest tokens; 0 keeps all. {ELSE} 0."),
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(
-            "--top-p", help="Keep the likeliest tokens up to this total probability. Default: 0.95."
-        ),
+        typer.Option("--top-p", help=f"Keep the likeliest tokens up to this total probability. {ELSE} 0.95."),
     ] = None,
     min_p: Annotated[
         float | None,
-        typer.Option("--min-p", help="Drop tokens below this fraction of the likeliest one. Default: 0."),
+        typer.Option("--min-p", help=f"Drop tokens below this fraction of the likeliest one. {ELSE} 0."),
     ] = None,
     repetition_penalty: Annotated[
         float | None,
-        typer.Option("--repetition-penalty", help="Above 1: make repeated tokens less likely. Default: 1."),
+        typer.Option("--repetition-penalty", help=f"Above 1: make repeated tokens less likely. {ELSE} 1."),
     ] = None,
     stop: Annotated[
         list[str] | None,
