@@ -36,7 +36,6 @@ REQUIREMENTS = (
     "numpy==2.4.6",
     "pydantic==2.12.5",
     "pyyaml==6.0.3",
-    "safetensors==0.8.0",
     "tokenizers==0.23.3",
 )
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
