@@ -277,9 +277,7 @@ def test_a_batch_that_was_killed_again_and_again_is_gone_on_with(
     smolctl: Smolctl, model: Path, tmp_path: Path
 ) -> None:
     prompts, output, expected = (tmp_path / name for name in ("prompts.jsonl", "answers", "expected"))
-    lines = [
-        {"prompt": "the cat", "id": number, "max_tokens": 1 + 40 * (number % 3)} for number in range(150)
-    ]
+    lines = [{"prompt": "the cat", "id": at, "max_tokens": 1 + 40 * (at % 3)} for at in range(120)]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = ("sample", model, "--jsonl", prompts, "--temperature", "3", "--threads", "1", "--resume-output")
     for rows in (10, 70):
