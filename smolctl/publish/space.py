@@ -49,6 +49,7 @@ SINGLE_FILES = (
     "durable.py",
     "errors.py",
     "escaping.py",
+    "outside.py",
     "ownership.py",
     "publish/__init__.py",
     "publish/app.py",

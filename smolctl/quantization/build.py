@@ -10,28 +10,23 @@ from torch import Tensor
 
 from smolctl.config import ModelConfig
 from smolctl.model.dynamic import quantize_dynamically
-from smolctl.model.weights import finite_tensors
+from smolctl.model.weights import check_state, finite_tensors
 from smolctl.quantization.rounding import quantize_matrix
 from smolctl.quantization.schemes import DYNAMIC, QuantizationPlan, wider
 from smolctl.sources.base import ModelSource
 from smolctl.sources.quantized.packed import BLOCK
 from smolctl.sources.quantized.range import holds
 from smolctl.sources.quantized.scaled import StoredTensor, dense
-from smolctl.sources.shapes import HEAD
 
 
 def read_tensors(source: ModelSource) -> dict[str, Tensor]:
     """Every tensor in float32, a tied head left out; all of them finite.
 
     Raises:
-        InputError: the weights cannot be read, or hold NaN or infinite values.
+        InputError: the weights cannot be read, do not fit the config, or hold NaN or infinite values.
     """
-    tied = source.require_config().tie_word_embeddings
-    return {
-        name: tensor.detach().float().cpu()
-        for name, tensor in finite_tensors(source)
-        if not (name == HEAD and tied)
-    }
+    tensors = {name: tensor.detach().float().cpu() for name, tensor in finite_tensors(source)}
+    return check_state(source.require_config(), tensors, source.id)
 
 
 def widened(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from smolctl.config import ModelConfig
 from smolctl.config.load import resolve_model_config
 from smolctl.errors import InputError
+from smolctl.outside import checked
 from smolctl.runs.checkpoint_file import ANOTHER, read_checkpoint, recorded_config
 from smolctl.runs.folder import RunFolder
 from smolctl.sources.base import (
@@ -115,12 +116,23 @@ def network_state(content: Mapping[str, Any], path: Path) -> dict[str, torch.Ten
         name = clean_name(str(key))
         if name in tensors:
             raise InputError(f"{path}: holds {name} twice", "Name a checkpoint of one network.")
+        if isinstance(value, torch.Tensor) and not _is_plain(value):
+            raise InputError(f"{path}: {name} is no tensor of numbers that lie in the file", ANOTHER)
         tensors[name] = value
     if not tensors:
         raise InputError(
             f"{path}: its state_dict holds no tensors", "Name a checkpoint that a run has written."
         )
     return tensors
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's numbers are all there: not sparse, not without content, not one number repeated."""
+    import torch
+
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_complex():
+        return False
+    return tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def _unpacked(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -179,13 +191,7 @@ def tokenizer_inside(content: Mapping[str, Any], path: Path) -> Callable[[], Tok
     if not isinstance(inside, Mapping):
         return None
 
-    def read() -> TokenizerFiles:
-        try:
-            return TokenizerFiles(**inside)
-        except TypeError:
-            raise InputError(f"{path}: the tokenizer in it is damaged", ANOTHER) from None
-
-    return read
+    return lambda: checked(TokenizerFiles, inside, f"{path}: the tokenizer in it is damaged", ANOTHER)
 
 
 def _recorded_loss(content: Mapping[str, Any]) -> RecordedLoss | None:

@@ -21,7 +21,12 @@ from smolctl.data.tokenizer.prompt import Prompt, SpecialTokens, SpelledTokens
 from smolctl.errors import HubError, InputError
 from smolctl.sources import open_source
 from smolctl.sources.base import TokenizerFiles
-from smolctl.sources.huggingface.tokenizer import has_tokenizer, read_tokenizer_folder
+from smolctl.sources.huggingface.tokenizer import (
+    has_tokenizer,
+    read_backend,
+    read_tokenizer_folder,
+    read_tokenizer_json,
+)
 from smolctl.sources.huggingface.write import write_tokenizer
 from smolctl.sources.stops import stop_token_ids
 
@@ -71,12 +76,7 @@ class Tokenizer:
         Raises:
             InputError: this is no tokenizer.json, naming `origin`.
         """
-        try:
-            backend = tokenizers.Tokenizer.from_str(files.tokenizer_json)
-        except Exception as error:  # the library raises nothing more special
-            raise InputError(
-                f"{origin}: not a tokenizer.json ({error})", "Fetch or save the tokenizer again."
-            ) from None
+        backend = read_backend(files.tokenizer_json, origin)
         ids = files.bos_token_id, files.eos_token_id, files.pad_token_id
         return Tokenizer(backend, files.chat_template, *ids, files.end_token_ids, files.named_tokens)
 
@@ -239,7 +239,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     if path.name == "tokenizer.json" and path.is_file():
         files = read_tokenizer_folder(path.parent)
     elif path.is_file() and path.suffix == ".json":
-        files = TokenizerFiles(path.read_text(encoding="utf-8", errors="replace"))
+        files = TokenizerFiles(read_tokenizer_json(path))
     elif path.is_dir() and has_tokenizer(path):
         files = read_tokenizer_folder(path)
     else:

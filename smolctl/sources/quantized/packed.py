@@ -62,8 +62,9 @@ class PackedMatrix:
     def _dequantized(self, rows: slice) -> Tensor:
         values = unpack_integers(self.values[rows], self.bits)
         scales = self.scales[rows].float().unsqueeze(-1)  # (rows, groups, 1)
-        padding = scales.shape[1] * self.group - values.shape[1]  # the last group may be shorter
-        grouped = torch.nn.functional.pad(values.float(), (0, padding)).view(len(values), -1, self.group)
+        group = min(self.group, values.shape[1])
+        padding = scales.shape[1] * group - values.shape[1]  # the last group may be shorter
+        grouped = torch.nn.functional.pad(values.float(), (0, padding)).view(len(values), -1, group)
         grouped.mul_(scales)
         if self.offsets is not None:
             grouped.add_(self.offsets[rows].float().unsqueeze(-1))
