@@ -16,17 +16,13 @@ K_QUANT_BLOCK = 256
 
 def find_problems(source: ModelSource) -> tuple[str, ...]:
     """Everything that somebody should mend or expect to fail; empty for a sound model."""
-    problems = list(source.problems)
     if source.config is None:
-        return (*problems, source.unsupported)
+        return (*source.problems, source.unsupported)
     # Sources report what does not fit as they read; here only what they left out is added.
     tensors = check_tensors(source.config, source.tensors) if source.tensors is not None else ()
-    for found in (*tensors, *_model_problems(source.config), *_tokenizer_problems(source)):
-        if found not in problems:
-            problems.append(found)
-    if source.run is not None:
-        problems += _recipe_problems(source.run)
-    return tuple(problems)
+    recipe = () if source.run is None else _recipe_problems(source.run)
+    of_model = (*_model_problems(source.config), *_tokenizer_problems(source))
+    return tuple(dict.fromkeys((*source.problems, *tensors, *of_model, *recipe)))
 
 
 def find_notes(source: ModelSource) -> tuple[str, ...]:
