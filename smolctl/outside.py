@@ -205,6 +205,8 @@ class YamlLoader(yaml.SafeLoader):
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         key, written = self._paths.get(node, ""), node.value
+        if node.tag not in self.yaml_constructors:
+            raise _Refusal(key, f"the tag {node.tag} is not read", node)
         if node.tag in NUMBERS and len(written) > MAX_DIGITS:
             raise _Refusal(key, f"a number of {len(written):,} digits", node)
         try:
@@ -214,7 +216,7 @@ class YamlLoader(yaml.SafeLoader):
 
 
 NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-PLAIN = {*NUMBERS, *(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "str", "seq", "map")), None}
+PLAIN = {*NUMBERS, *(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "str", "seq", "map"))}
 YamlLoader.yaml_constructors = {
     tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag in PLAIN
 }

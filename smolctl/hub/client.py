@@ -11,7 +11,7 @@ from typing_extensions import TypedDict  # pydantic reads the standard library's
 
 from smolctl.errors import HubError
 from smolctl.hub.connection import api, endpoint, fetch
-from smolctl.hub.errors import TABLE, WRITING, ChangedError, MissingError, PassingError, explained
+from smolctl.hub.errors import STRANGE, TABLE, WRITING, ChangedError, MissingError, PassingError, explained
 from smolctl.hub.files import PlannedFile
 from smolctl.outside import checked
 
@@ -21,8 +21,6 @@ LONGEST_WAIT = 300.0
 README = "README.md"
 SENDING = "send the files"
 MAX_CARD_BYTES = 10_000_000
-# What the client raises where an answer is not a Hub's.
-STRANGE = (LookupError, TypeError, AttributeError)
 
 
 class _Named(TypedDict):

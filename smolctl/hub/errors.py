@@ -72,6 +72,7 @@ _MISSING: Verdict = (
     "not on the Hub, or private{besides} ({status})",
     f"Check the name. If it is private: {LOGIN} it.",
 )
+STRANGE = (LookupError, TypeError, AttributeError)  # which the client raises where an answer is not a Hub's
 _STRANGE: Verdict = (
     HubError,
     "{host} gave an answer that is not a Hub's ({said})",

@@ -77,7 +77,7 @@ def open_checkpoint(path: Path, name: str) -> ModelSource:
         problems=problems,
         step=step if type(step) is int else None,
         weights=StateWeights(state),
-        recorded_loss=_recorded_loss(content),
+        recorded_loss=_recorded_loss(content, path),
         quantization=quantization,
         tokenizer_reader=_tokenizer_of(content, path),
     )
@@ -194,10 +194,20 @@ def tokenizer_inside(content: Mapping[str, Any], path: Path) -> Callable[[], Tok
     return lambda: checked(TokenizerFiles, inside, f"{path}: the tokenizer in it is damaged", ANOTHER)
 
 
-def _recorded_loss(content: Mapping[str, Any]) -> RecordedLoss | None:
-    """What the run recorded when it wrote the checkpoint."""
+def _recorded_loss(content: Mapping[str, Any], path: Path) -> RecordedLoss | None:
+    """What the run recorded when it wrote the checkpoint.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    import torch
+
     state = content.get("smolctl")
     held_out = state.get("held_out") if isinstance(state, Mapping) else None
     if not isinstance(held_out, Mapping) or not {"loss", "tokens"} <= held_out.keys():
         return None
-    return RecordedLoss(held_out["tokens"], held_out["loss"], held_out.get("document_end"))
+    tokens, loss, end = held_out["tokens"], held_out["loss"], held_out.get("document_end")
+    is_table = isinstance(tokens, torch.Tensor) and _is_plain(tokens) and tokens.dim() == 2
+    if not is_table or not isinstance(loss, float) or type(end) not in (int, type(None)):
+        raise InputError(f"{path}: the loss that it records is damaged", ANOTHER)
+    return RecordedLoss(tokens, loss, end)

@@ -22,7 +22,7 @@ from typing_extensions import TypedDict  # pydantic reads the standard library's
 
 from smolctl.errors import HubError
 from smolctl.hub.connection import Fetched, api, endpoint, fetch
-from smolctl.hub.errors import READING, PassingError, explained
+from smolctl.hub.errors import READING, STRANGE, PassingError, explained
 from smolctl.outside import MAX_BYTES, checked, parse_object
 from smolctl.sources.base import ModelSource, SourceKind, TensorHeader, TokenizerFiles, Weights
 from smolctl.sources.huggingface.folder import INDEX, SINGLE, describe, is_huggingface_folder, open_folder
@@ -130,7 +130,7 @@ class Repository:
         Raises:
             HubError: they cannot be had.
         """
-        with explained(self.name, READING):
+        with explained(self.name, READING, wrappers=STRANGE):
             return Path(api().snapshot_download(self.name, revision=self.revision, allow_patterns=patterns))
 
 

@@ -400,7 +400,10 @@ def _checkpoint() -> dict[str, Any]:
         "hyper_parameters": {"config": config.model_dump(mode="json")},
         "tokenizer": asdict(tiny_tokenizer().files()),
         "global_step": 5,
-        "smolctl": {"format": 2, "held_out": {"tokens": [[1, 2]], "loss": 1.0, "document_end": 0}},
+        "smolctl": {
+            "format": 2,
+            "held_out": {"tokens": torch.tensor([[1, 2]]), "loss": 1.0, "document_end": 0},
+        },
     }
 
 

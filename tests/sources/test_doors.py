@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from smolctl.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from smolctl.data.tokenizer.tokenizer import Tokenizer, choose_tokenizer, load_tokenizer
 from smolctl.errors import InputError
 from smolctl.hub.client import read_identity
 from smolctl.inspection import inspect
@@ -263,3 +263,18 @@ def test_an_answer_that_is_not_a_hubs_is_named(answer: Any, monkeypatch: pytest.
 def test_an_answer_about_a_token_that_is_not_a_hubs_is_named(answer: Any) -> None:
     with pytest.raises(InputError, match="the answer about the token"):
         read_identity(answer)
+
+
+@pytest.mark.parametrize(
+    "held_out", [{"tokens": 5}, {"loss": "1"}, {"document_end": "x"}, {"tokens": torch.zeros(3)}]
+)
+def test_a_recorded_loss_that_is_none_is_refused(held_out: dict[str, Any], tmp_path: Path) -> None:
+    recorded = {"tokens": torch.zeros(1, 3, dtype=torch.int32), "loss": 1.0, "document_end": None}
+    torch.save(checkpoint_content(smolctl={"held_out": recorded | held_out}), tmp_path / "x.ckpt")
+    with pytest.raises(InputError, match="the loss that it records is damaged"):
+        open_source(str(tmp_path / "x.ckpt"))
+
+
+def test_a_tokenizer_of_thousands_of_digits_is_none() -> None:
+    with pytest.raises(InputError, match="expected train:N"):
+        choose_tokenizer(f"train:{'9' * 5_000}", lambda: iter(()), 300, print)

@@ -14,6 +14,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from smolctl.config import ModelConfig
+from smolctl.config.model import MAX_VOCABULARY
 from smolctl.data.tokenizer.bpe import train_bpe
 from smolctl.data.tokenizer.chat import render_chat
 from smolctl.data.tokenizer.decoding import TextStream, bytes_of_token, is_byte_level
@@ -294,7 +295,7 @@ def choose_tokenizer(
 
 def _entries(name: str, vocab_size: int) -> int:
     digits = name.removeprefix("train:").replace("_", "")
-    if not digits.isdecimal():
+    if not digits.isdecimal() or len(digits) > len(str(MAX_VOCABULARY)):
         raise InputError(f"tokenizer {name}: expected train:N", "For example train:4096.")
     if int(digits) > vocab_size:
         raise InputError(
