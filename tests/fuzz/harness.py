@@ -7,6 +7,7 @@ more than 2 GB, compute for more than 10 seconds, write outside of its own folde
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import io
 import os
 import random
@@ -122,6 +123,7 @@ def _child(work: Sequence[tuple[str, Case]], box: Path, writing: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (held + BYTES, held + BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    faulthandler.disable()  # pytest's, which would tell of every crash
     os.environ |= {"TORCHINDUCTOR_CACHE_DIR": f"{box}/torch", "MPLCONFIGDIR": f"{box}/matplotlib"}
     os.environ |= {"SMOLCTL_CACHE": f"{box}/cache"}
     crossed = _watched(box)
