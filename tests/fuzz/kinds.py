@@ -28,6 +28,7 @@ from smolctl.cli.main import app
 from smolctl.config import ModelConfig, RunConfig
 from smolctl.config.dump import to_yaml
 from smolctl.config.run import DataConfig
+from smolctl.data.text.corpus import iter_texts
 from smolctl.data.tokenizer.chat import render_chat
 from smolctl.data.tokenizer.text_encoder import TextEncoder
 from smolctl.data.tokenizer.tokenizer import load_tokenizer
@@ -262,7 +263,7 @@ def template_case(chance: random.Random, folder: Path) -> Iterable[Act]:
     text = TEMPLATE
     for _ in range(chance.randint(1, 3)):
         if chance.random() < 0.7:
-            at = chance.randrange(len(text))
+            at = chance.randrange(len(text) + 1)
             text = text[:at] + chance.choice(pieces) + text[at + chance.choice((0, 0, 3)) :]
         else:
             text = broken(chance, text.encode()).decode("utf-8", "replace")
@@ -452,6 +453,21 @@ def manifest_case(chance: random.Random, folder: Path) -> Iterable[Act]:
     for path in (folder / "cache").rglob(MANIFEST):
         changed_json(chance, path)
     return command("cache", "--json"), tokenize
+
+
+def rows_case(chance: random.Random, folder: Path) -> Iterable[Act]:
+    rows: list[Any] = [{"text": "the cat", "id": 1}, {"text": "sat", "of": {"a": [1, 2]}}]
+    ending = chance.choice(("jsonl", "json", "csv", "txt"))
+    if ending == "json":
+        content = as_json(mutated(chance, rows))
+    elif ending == "jsonl":
+        content = b"\n".join(as_json(mutated(chance, row)) for row in rows)
+    else:
+        content = b'text,id\n"the cat",1\n"a ""quoted""\nline",2\n'
+    path = folder / f"a.{ending}"
+    is_broken = ending in ("csv", "txt") or chance.random() < 0.4
+    path.write_bytes(broken(chance, content) if is_broken else content)
+    return (lambda: list(iter_texts(DataConfig(source=(str(path),)))),)
 
 
 def records_case(chance: random.Random, folder: Path) -> Iterable[Act]:
@@ -718,6 +734,7 @@ KINDS: Mapping[str, Case] = {
     "checkpoint": checkpoint_case,
     "quantized": quantized_case,
     "manifest": manifest_case,
+    "rows": rows_case,
     "records": records_case,
     "yaml": yaml_case,
     "set": set_case,

@@ -110,9 +110,7 @@ def _bend(chance: random.Random, holder: Any, key: Any) -> None:
     if isinstance(value, str):
         holder[key] = chance.choice((value * 2, value[:-1], value.upper(), value + "\0", value[::-1]))
     elif isinstance(value, int | float):
-        holder[key] = chance.choice(
-            (value + 1, value - 1, -value, value * 2, value * 1_000_003, float(value))
-        )
+        holder[key] = chance.choice((value + 1, value - 1, -value, value * 2, value * 1_000_003, str(value)))
     elif isinstance(value, list):
         holder[key] = chance.choice((value[:-1], value * 2, value[::-1], dict(enumerate(map(str, value)))))
     else:

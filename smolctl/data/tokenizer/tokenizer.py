@@ -20,6 +20,7 @@ from smolctl.data.tokenizer.chat import render_chat
 from smolctl.data.tokenizer.decoding import TextStream, bytes_of_token, is_byte_level
 from smolctl.data.tokenizer.prompt import Prompt, SpecialTokens, SpelledTokens
 from smolctl.errors import HubError, InputError
+from smolctl.outside import shown
 from smolctl.sources import open_source
 from smolctl.sources.base import TokenizerFiles
 from smolctl.sources.huggingface.tokenizer import (
@@ -296,7 +297,7 @@ def choose_tokenizer(
 def _entries(name: str, vocab_size: int) -> int:
     digits = name.removeprefix("train:").replace("_", "")
     if not digits.isdecimal() or len(digits) > len(str(MAX_VOCABULARY)):
-        raise InputError(f"tokenizer {name}: expected train:N", "For example train:4096.")
+        raise InputError(f"tokenizer {shown(name)}: expected train:N", "For example train:4096.")
     if int(digits) > vocab_size:
         raise InputError(
             f"tokenizer {name}: {int(digits):,} entries do not fit the model's vocab_size of {vocab_size:,}",

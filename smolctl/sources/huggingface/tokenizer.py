@@ -159,7 +159,7 @@ def read_backend(tokenizer_json: str, origin: str) -> tokenizers.Tokenizer:
     remedy = "Fetch or save the tokenizer again."
     try:
         with _without_stderr():
-            backend = tokenizers.Tokenizer.from_str(tokenizer_json)
+            backend = tokenizers.Tokenizer.from_str(tokenizer_json)  # noqa: TID251 - here
             with suppress(Exception):  # an unknown letter is no damage
                 backend.decode(backend.encode("a").ids)
     except BaseException as error:  # the library is Rust's, whose panic is no Exception
