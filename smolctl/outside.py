@@ -20,7 +20,7 @@ from smolctl.errors import InputError
 
 T = TypeVar("T")
 
-MAX_BYTES = 20_000_000  # of a JSON file; a repository may hold anything
+MAX_BYTES = 50_000_000  # of a JSON file; the index of a model of 100,000 tensors has ten million
 MAX_YAML_BYTES = 1_000_000  # PyYAML takes seconds for a megabyte
 MAX_YAML_NODES = 20_000  # keys and values of a YAML file, with those that its aliases stand for
 MAX_DEPTH = 64  # of lists and mappings in each other; known files have up to eight
@@ -255,6 +255,16 @@ def checked(schema: type[T], value: object, origin: str, remedy: str = CORRECT) 
     return result
 
 
+def checked_json(schema: type[T], text: str, origin: str, remedy: str = CORRECT) -> T:
+    """The value of a JSON text as `checked` gives it, without making what the schema does not know: of a
+    large file in half the time of `parse_object`. Raises as `checked`."""
+    try:
+        result: T = _adapter(schema).validate_json(text.encode("utf-8", "replace"))
+    except ValidationError as error:
+        raise InputError(f"{origin}: {first_fault(error)}", remedy) from None
+    return result
+
+
 def fitting(schema: type[T], value: object) -> T | None:
     """A value as `checked` gives it; None where it does not fit."""
     try:
@@ -267,7 +277,7 @@ def fitting(schema: type[T], value: object) -> T | None:
 def fitting_json(schema: type[T], text: str) -> T | None:
     """The value of a JSON text as `checked` gives it; None where it does not fit."""
     try:
-        result: T = _adapter(schema).validate_json(text)
+        result: T = _adapter(schema).validate_json(text.encode("utf-8", "replace"))
     except ValidationError:
         return None
     return result
@@ -276,6 +286,8 @@ def fitting_json(schema: type[T], text: str) -> T | None:
 def first_fault(error: ValidationError) -> str:
     """The first thing that a schema finds wrong, as "key: reason, got value"."""
     first = error.errors(include_url=False)[0]
+    if first["type"] == "json_invalid":
+        return f"not JSON ({first['ctx']['error']})"
     key, reason, given = key_of(first), first["msg"].removeprefix("Value error, "), first["input"]
     is_told = not key or first["type"] == "missing" or isinstance(given, dict)
     return f"{key + ': ' if key else ''}{reason}{'' if is_told else f', got {shown(given)}'}"

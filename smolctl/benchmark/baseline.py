@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
 from pydantic import AfterValidator
-from typing_extensions import TypedDict  # pydantic reads the standard library's from Python 3.12 on
+from typing_extensions import TypedDict
 
 from smolctl.benchmark.metrics import SECONDS
 from smolctl.benchmark.report import BenchReport, Result

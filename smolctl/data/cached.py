@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from typing_extensions import TypedDict  # pydantic reads the standard library's from Python 3.12 on
+from typing_extensions import TypedDict
 
 from smolctl.data.tokens.cache import MANIFEST, TOKENS, lock_of, remove_leftovers
 from smolctl.durable import CHECKED, TOKENIZERS, cache_folder

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypeVar
 
 from pydantic import Field, FiniteFloat
-from typing_extensions import TypedDict  # pydantic reads the standard library's from Python 3.12 on
+from typing_extensions import TypedDict
 
 from smolctl.durable import write_text
 from smolctl.escaping import json_text

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NotRequired
 
 from pydantic import Field
-from typing_extensions import TypedDict  # pydantic reads the standard library's from Python 3.12 on
+from typing_extensions import TypedDict
 
 from smolctl.errors import HubError
 from smolctl.hub.connection import Fetched, api, endpoint, fetch

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NotRequired
 
-from typing_extensions import TypedDict  # pydantic reads the standard library's from Python 3.12 on
+from typing_extensions import TypedDict
 
 from smolctl.config import RunConfig, resolve_run_config
 from smolctl.config.load import changed_run, merge, nested, with_scaled_floor

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from typing_extensions import TypedDict  # pydantic reads the standard library's from Python 3.12 on
+from typing_extensions import TypedDict
 
 from smolctl.errors import InputError
 from smolctl.outside import checked, parse_json, parse_object, read_file, shown

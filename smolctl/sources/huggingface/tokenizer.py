@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
 from pydantic import Field
-from typing_extensions import TypedDict  # pydantic reads the standard library's from Python 3.12 on
+from typing_extensions import TypedDict
 
 from smolctl.config.model import MAX_VOCABULARY, SpecialId, TokenId
 from smolctl.errors import InputError
 from smolctl.escaping import json_text
-from smolctl.outside import checked, parse_object, read_file, read_json
+from smolctl.outside import checked, checked_json, parse_object, read_file, read_json
 from smolctl.sources.base import TokenizerFiles
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def added_token_ids(tokenizer_json: str, origin: str) -> dict[str, int]:
 
 
 def _checked(tokenizer_json: str, origin: str) -> _TokenizerJson:
-    return checked(_TokenizerJson, parse_object(tokenizer_json, origin), origin)
+    return checked_json(_TokenizerJson, tokenizer_json, origin)
 
 
 def _added(content: _TokenizerJson) -> dict[str, int]:
