@@ -124,6 +124,7 @@ def test_the_old_spelling_of_no_token_is_none(tmp_path: Path) -> None:
 PANICS: dict[str, tuple[str, Any]] = {
     "while it is read": ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
     "while it divides": ("pre_tokenizer", {"type": "FixedLength", "length": 0}),
+    "at an unknown word": ("model", {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "none"}),
     "while it ends": (
         "post_processor",
         {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
@@ -152,7 +152,8 @@ def read_backend(tokenizer_json: str, origin: str) -> tokenizers.Tokenizer:
     """What the `tokenizers` library makes of a tokenizer.json.
 
     Raises:
-        InputError: it makes nothing of it, or panics at a first letter, or an id is none of a model's.
+        InputError: it makes nothing of it, cannot read a letter or what no vocabulary has, or an id is none
+            of any model.
     """
     import tokenizers
 
@@ -160,8 +161,7 @@ def read_backend(tokenizer_json: str, origin: str) -> tokenizers.Tokenizer:
     try:
         with _without_stderr():
             backend = tokenizers.Tokenizer.from_str(tokenizer_json)  # noqa: TID251 - here
-            with suppress(Exception):  # an unknown letter is no damage
-                backend.decode(backend.encode("a").ids)
+            backend.decode(backend.encode("a\ufdd0").ids)
     except BaseException as error:  # the library is Rust's, whose panic is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
