@@ -167,3 +167,11 @@ def _waited() -> float:
         except (OSError, ValueError, IndexError):  # a thread that has just ended
             continue
     return total / 1e9
+
+
+def machine_memory() -> int | None:
+    """Bytes of main memory that this machine has; None where the operating system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None

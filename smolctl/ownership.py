@@ -7,19 +7,18 @@ without it is somebody else's, whatever the files in it are called.
 from __future__ import annotations
 
 import glob
-import json
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from smolctl import __version__
 from smolctl.durable import file_digest, sync_folder, write_text
-from smolctl.errors import UsageError
+from smolctl.errors import InputError, UsageError
 from smolctl.escaping import json_text
+from smolctl.outside import checked, read_json
 
 RECORD = ".smolctl.json"
 FORMAT = 1
@@ -69,11 +68,10 @@ class Record:
 def read_record(folder: Path) -> Record | None:
     """The record in a folder; None where there is none that can be read."""
     try:
-        values: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        record = Record(**values)
-    except (OSError, ValueError, TypeError):
+        record = checked(Record, read_json(folder / RECORD), RECORD)
+    except InputError:
         return None
-    return record if record.format == FORMAT and isinstance(record.files, dict) else None
+    return record if record.format == FORMAT else None
 
 
 def write_record(folder: Path, record: Record) -> None:

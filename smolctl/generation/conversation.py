@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from smolctl.generation.complete import (
 from smolctl.generation.load import LoadedModel
 from smolctl.generation.prompts import are_messages, changed_settings
 from smolctl.generation.scheduler import check_prompt
+from smolctl.outside import read_json
 
 # A session holds at most this many tokens, also where the model's context is longer: its cache is allocated
 # at once.
@@ -137,13 +137,7 @@ class Session:
         Raises:
             InputError: it cannot be read, or is no conversation.
         """
-        try:
-            value = json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}", "Name a file that /save has written.") from None
-        except (ValueError, RecursionError):
-            value = None
-        messages = value.get("messages") if isinstance(value, dict) else None
+        messages = read_json(path, "Name a file that /save has written.").get("messages")
         start = int(are_messages(messages) and messages[0]["role"] == "system")
         roles = [one["role"] for one in messages[start:]] if are_messages(messages) else ["?"]
         if not are_messages(messages) or roles != ["user", "assistant"] * (len(roles) // 2):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NotRequired, TypeVar
+
+from typing_extensions import TypedDict
 
 from smolctl.errors import HubError
 from smolctl.hub.connection import api, endpoint, fetch
-from smolctl.hub.errors import TABLE, WRITING, ChangedError, MissingError, PassingError, explained
+from smolctl.hub.errors import STRANGE, TABLE, WRITING, ChangedError, MissingError, PassingError, explained
 from smolctl.hub.files import PlannedFile
+from smolctl.outside import checked
 
 T = TypeVar("T")
 WAITS = (1.0, 2.0, 4.0)  # seconds before another attempt, unless the Hub says how long
@@ -18,6 +21,37 @@ LONGEST_WAIT = 300.0
 README = "README.md"
 SENDING = "send the files"
 MAX_CARD_BYTES = 10_000_000
+
+
+class _Named(TypedDict):
+    name: str
+
+
+class _Scope(TypedDict):
+    entity: NotRequired[_Named | None]
+    permissions: NotRequired[list[str] | None]
+
+
+class _Scopes(TypedDict):
+    scoped: NotRequired[list[_Scope] | None]
+
+
+class _Token(TypedDict):
+    displayName: NotRequired[str | None]
+    role: NotRequired[str | None]
+    fineGrained: NotRequired[_Scopes | None]
+
+
+class _Auth(TypedDict):
+    accessToken: NotRequired[_Token | None]
+
+
+class _Whoami(TypedDict):
+    """What is read of the Hub's answer about a token."""
+
+    name: str
+    orgs: NotRequired[list[_Named] | None]
+    auth: NotRequired[_Auth | None]
 
 
 @dataclass(frozen=True)
@@ -274,7 +308,7 @@ class HubClient:
         waits = iter((*WAITS, None))
         while True:
             try:
-                with explained(name or "the Hub", WRITING, doing, name):
+                with explained(name or "the Hub", WRITING, doing, name, wrappers=STRANGE):
                     return call()
             except PassingError as error:
                 wait_s = next(waits)
@@ -285,21 +319,26 @@ class HubClient:
                 self.wait(asked_s)
 
 
-def read_identity(answer: Mapping[str, Any]) -> Identity:
-    """What whoami answers, as far as it matters here."""
-    token = (answer.get("auth") or {}).get("accessToken") or {}
+def read_identity(answer: object) -> Identity:
+    """What whoami answers, as far as it matters here.
+
+    Raises:
+        InputError: it is no such answer.
+    """
+    said = checked(_Whoami, answer, f"{endpoint()}: the answer about the token", f"Is {endpoint()} a Hub?")
+    token: _Token = (said.get("auth") or {}).get("accessToken") or {}
     scopes = (token.get("fineGrained") or {}).get("scoped") or ()
     writable = None
     if token.get("role") == "fineGrained":
         writable = tuple(
-            str((scope.get("entity") or {}).get("name", ""))
+            (scope.get("entity") or {"name": ""})["name"]
             for scope in scopes
-            if any(str(right).startswith("repo.write") for right in scope.get("permissions") or ())
+            if any(right.startswith("repo.write") for right in scope.get("permissions") or ())
         )
     return Identity(
-        user=str(answer.get("name", "")),
-        organizations=tuple(str(org.get("name", "")) for org in answer.get("orgs") or ()),
-        token_name=str(token.get("displayName") or ""),
-        role=str(token.get("role") or "unknown"),
+        user=said["name"],
+        organizations=tuple(organization["name"] for organization in said.get("orgs") or ()),
+        token_name=token.get("displayName") or "",
+        role=token.get("role") or "unknown",
         writable=writable,
     )

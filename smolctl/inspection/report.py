@@ -24,7 +24,7 @@ from smolctl.errors import InputError, UsageError
 from smolctl.inspection.parameters import stored_parameters
 from smolctl.inspection.problems import find_notes, find_problems
 from smolctl.sources.base import ModelSource, SourceKind
-from smolctl.sources.huggingface.tokenizer import added_token_ids, parse_json, token_ids
+from smolctl.sources.huggingface.tokenizer import added_token_ids, token_ids
 from smolctl.sources.shapes import check_tensors
 from smolctl.sources.stops import stop_token_ids
 
@@ -129,7 +129,7 @@ def _stops(source: ModelSource) -> dict[int, str | None]:
         files = source.read_tokenizer() if source.kind is not SourceKind.HUB else None
     if files is None:
         return dict.fromkeys(source.config.eos_token_ids)
-    added = added_token_ids(parse_json(files.tokenizer_json, source.id))
+    added = added_token_ids(files.tokenizer_json, source.id)
     named = {*files.end_token_ids, *(() if files.eos_token_id is None else (files.eos_token_id,))}
     stops = stop_token_ids(source.config, named, {token_id: token for token, token_id in added.items()})
     spelled = {token_id: token for token, token_id in token_ids(files.tokenizer_json, source.id).items()}

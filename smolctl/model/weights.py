@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from smolctl.arithmetic import count_parameters
 from smolctl.config import ModelConfig
+from smolctl.cores import machine_memory
 from smolctl.errors import InputError
 from smolctl.model.network import Transformer
 from smolctl.sources.base import ModelSource
@@ -20,7 +22,16 @@ def initialize(config: ModelConfig, seed: int) -> Transformer:
     Matrices are normal with standard deviation `initializer_range`. The two that write to the
     residual stream, o_proj and down_proj, are smaller by 1/sqrt(2 × layers), as in SmolLM2's
     training with nanotron. Norms are one.
+
+    Raises:
+        InputError: this machine has not the memory for its weights.
     """
+    size, memory = 4 * count_parameters(config).unique, machine_memory()
+    if memory is not None and size > memory:
+        raise InputError(
+            f"the weights of this model take {size / 1e9:,.0f} GB, this machine has {memory / 1e9:,.0f} GB",
+            "Choose a smaller vocab_size, hidden_size, intermediate_size or num_hidden_layers.",
+        )
     generator = torch.Generator().manual_seed(seed)
     network = Transformer(config)
     std = config.initializer_range

@@ -53,7 +53,7 @@ class SpaceFacts:
 
     @staticmethod
     def read(folder: Path) -> SpaceFacts:
-        return SpaceFacts(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
+        return SpaceFacts(**json.loads((folder / FACTS).read_text(encoding="utf-8")))  # noqa: TID251 - our own
 
 
 class Speaker:

@@ -13,6 +13,7 @@ from smolctl.errors import InputError
 from smolctl.hub.client import README
 from smolctl.hub.files import PlannedFile, planned_files
 from smolctl.model.weights import parameter_count
+from smolctl.outside import read_json
 from smolctl.ownership import RECORD
 from smolctl.publish.card import merge_card, read_metadata, require_valid, split_card, stated_license
 from smolctl.publish.card_text import CardFacts, card_metadata, card_text
@@ -36,7 +37,6 @@ from smolctl.runs.folder import (
 )
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
-from smolctl.sources.huggingface.tokenizer import read_json
 from smolctl.sources.huggingface.write import write_json
 from smolctl.sources.quantized.folder import DESCRIPTION, is_quantized_folder, read_description
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import yaml
 
+from smolctl.config.dump import Dumper
 from smolctl.errors import InputError
+from smolctl.outside import parse_yaml
 
 BEGIN = (
     "<!-- smolctl: generated from here on, written anew at every push. Edit outside of these comments. -->"
@@ -52,7 +54,7 @@ def merge_card(
     merged = {**metadata, **theirs, **(forced or {})}
     for key in UNITED:
         if isinstance(theirs.get(key), list) and metadata.get(key):
-            merged[key] = list(dict.fromkeys([*theirs[key], *metadata[key]]))
+            merged[key] = [*theirs[key], *(item for item in metadata[key] if item not in theirs[key])]
     head = front if merged == theirs else _front_matter(merged)
     if _GENERATED.search(body):
         return head + _GENERATED.sub(lambda _: block, body, count=1)
@@ -71,19 +73,10 @@ def read_metadata(front: str) -> dict[str, Any]:
     Raises:
         InputError: it is no YAML mapping.
     """
-    try:
-        content = yaml.safe_load(front.replace("---", "", 1).rsplit("---", 1)[0]) if front else {}
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f", line {where.line + 1}" if where else ""
-        raise InputError(
-            f"README.md{line}: the metadata is no YAML ({getattr(error, 'problem', error)})",
-            "Correct the part between the --- lines at its top, or delete it.",
-        ) from None
+    remedy = "Correct the part between the --- lines at its top, or delete it."
+    content = parse_yaml(front.replace("---", "", 1).rsplit("---", 1)[0], "README.md: metadata", remedy)
     if content is not None and not isinstance(content, dict):
-        raise InputError(
-            "README.md: the metadata is no mapping", "Correct the part between the --- lines at its top."
-        )
+        raise InputError("README.md: the metadata is no mapping", remedy)
     return content or {}
 
 
@@ -119,5 +112,5 @@ def require_valid(metadata: Mapping[str, Any]) -> None:
 
 
 def _front_matter(metadata: Mapping[str, Any]) -> str:
-    text = yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, width=10_000)
+    text = yaml.dump(dict(metadata), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=10_000)
     return f"---\n{text}---\n\n"

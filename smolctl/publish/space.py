@@ -48,6 +48,7 @@ SINGLE_FILES = (
     "durable.py",
     "errors.py",
     "escaping.py",
+    "outside.py",
     "ownership.py",
     "publish/__init__.py",
     "publish/app.py",

@@ -18,21 +18,17 @@ from smolctl.sources.base import ModelSource
 from smolctl.sources.quantized.packed import BLOCK
 from smolctl.sources.quantized.range import holds
 from smolctl.sources.quantized.scaled import StoredTensor, dense
-from smolctl.sources.shapes import HEAD
+from smolctl.sources.shapes import check_state
 
 
 def read_tensors(source: ModelSource) -> dict[str, Tensor]:
     """Every tensor in float32, a tied head left out; all of them finite.
 
     Raises:
-        InputError: the weights cannot be read, or hold NaN or infinite values.
+        InputError: the weights cannot be read, do not fit the config, or hold NaN or infinite values.
     """
-    tied = source.require_config().tie_word_embeddings
-    return {
-        name: tensor.detach().float().cpu()
-        for name, tensor in finite_tensors(source)
-        if not (name == HEAD and tied)
-    }
+    tensors = {name: tensor.detach().float().cpu() for name, tensor in finite_tensors(source)}
+    return check_state(source.require_config(), tensors, source.id)
 
 
 def widened(

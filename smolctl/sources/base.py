@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from smolctl.config import ModelConfig, RunConfig
+from smolctl.config.model import TokenId
 from smolctl.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,10 +57,10 @@ class TokenizerFiles:
 
     tokenizer_json: str  # the text of a tokenizer.json
     chat_template: str | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
-    end_token_ids: tuple[int, ...] = ()  # every id at which the source says that text ends
+    bos_token_id: TokenId | None = None
+    eos_token_id: TokenId | None = None
+    pad_token_id: TokenId | None = None
+    end_token_ids: tuple[TokenId, ...] = ()  # every id at which the source says that text ends
     # Special tokens by the names that chat templates know them by, such as bos_token; None: those of the ids.
     named_tokens: Mapping[str, str] | None = None
     # What the model's makers recommend for sampling, by the names of generation_config.json, as it was found.

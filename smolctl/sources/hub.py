@@ -15,11 +15,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from smolctl.errors import HubError
 from smolctl.hub.connection import Fetched, api, endpoint, fetch
-from smolctl.hub.errors import READING, PassingError, explained
+from smolctl.hub.errors import READING, STRANGE, PassingError, explained
+from smolctl.outside import MAX_BYTES, checked, parse_object
 from smolctl.sources.base import ArrayWeights, ModelSource, SourceKind, TensorHeader, TokenizerFiles
 from smolctl.sources.huggingface.folder import INDEX, SINGLE, describe, is_huggingface_folder, open_folder
 from smolctl.sources.huggingface.safetensors_file import (
@@ -32,7 +36,6 @@ from smolctl.sources.huggingface.tokenizer import (
     SIDE_FILES,
     SLOW_FILES,
     has_tokenizer,
-    parse_json,
     read_tokenizer_folder,
 )
 
@@ -40,7 +43,6 @@ if TYPE_CHECKING:
     from smolctl.sources.arrays import Array
 
 HEADER_GUESS = 100_000  # bytes of the first Range request; longer headers take a second one
-MAX_CONFIG_BYTES = 20_000_000  # of a config or an index; a repository may hold anything
 PARALLEL_REQUESTS = 8
 TOKENIZERS = ("tokenizer.json", *SLOW_FILES)
 TOKENIZER_FILES = (*TOKENIZERS, "merges.txt", *SIDE_FILES)
@@ -72,6 +74,21 @@ def open_hub(model: str) -> ModelSource:
             raise error from None
 
 
+# The path of a file in a repository, and a commit: they become part of addresses.
+Plain = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")]
+
+
+class _File(TypedDict):
+    rfilename: Plain
+
+
+class _Info(TypedDict):
+    """What is read of the Hub's answer about a repository."""
+
+    sha: NotRequired[Plain | None]
+    siblings: NotRequired[list[_File] | None]
+
+
 @dataclass
 class Repository:
     """Requests to one repository, with the bytes that they cost."""
@@ -87,14 +104,15 @@ class Repository:
     def url(self) -> str:
         return f"{endpoint()}/{self.name}"
 
-    def info(self) -> dict[str, Any]:
+    def info(self) -> _Info:
         """The Hub's description of the repository: its commit and its files."""
         revision = f"/revision/{self.revision.replace('/', '%2F')}" if self.revision else ""
-        answer = self._fetch(f"{endpoint()}/api/models/{self.name}{revision}", MAX_CONFIG_BYTES)
-        return parse_json(answer.content, self.url)
+        answer = self._fetch(f"{endpoint()}/api/models/{self.name}{revision}", MAX_BYTES)
+        remedy = f"Is {endpoint()} a Hub?"
+        return checked(_Info, parse_object(answer.content, self.url, remedy), self.url, remedy)
 
     def file(
-        self, commit: str, path: str, limit: int = MAX_CONFIG_BYTES, start: int | None = None
+        self, commit: str, path: str, limit: int = MAX_BYTES, start: int | None = None
     ) -> tuple[bytes, int]:
         """Bytes of a file, by Range from `start` on, and the size of the whole file (0: unknown)."""
         answer = self._fetch(f"{self.url}/resolve/{commit}/{path}", limit, start)
@@ -112,14 +130,14 @@ class Repository:
         Raises:
             HubError: they cannot be had.
         """
-        with explained(self.name, READING):
+        with explained(self.name, READING, wrappers=STRANGE):
             return Path(api().snapshot_download(self.name, revision=self.revision, allow_patterns=patterns))
 
 
 def _open_online(repository: Repository, model: str) -> ModelSource:
     info = repository.info()
-    commit = str(info.get("sha") or repository.revision or "main")
-    files = {str(entry.get("rfilename")) for entry in info.get("siblings") or () if isinstance(entry, dict)}
+    commit = info.get("sha") or repository.revision or "main"
+    files = {file["rfilename"] for file in info.get("siblings") or ()}
     shards = _weight_files(repository, commit, files)
     cached = _cached_snapshot(repository, commit, files.intersection((*shards, *TOKENIZER_FILES)))
     if cached is not None:
@@ -129,7 +147,7 @@ def _open_online(repository: Repository, model: str) -> ModelSource:
         raise HubError(f"{repository.name}: no model in it{_others(files)}", _other_hint(files))
     declared = None
     if "config.json" in files:
-        declared = parse_json(repository.file(commit, "config.json")[0], f"{model}/config.json")
+        declared = parse_object(repository.file(commit, "config.json")[0], f"{model}/config.json")
     tensors = _read_headers(repository, commit, shards) if shards else None
     missing = () if shards else (f"no safetensors in the repository{_others(files)}",)
     weights = HubWeights(repository, shards, files)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from smolctl.config import RunConfig, resolve_run_config
 from smolctl.config.load import changed_run, merge, nested, with_scaled_floor
@@ -14,9 +16,11 @@ from smolctl.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from smolctl.data.tokens.corpus import TokenizeProgress
 from smolctl.durable import naming_the_disk
 from smolctl.errors import InputError, UsageError
-from smolctl.runs.checkpoint_file import CheckpointFile, read_checkpoint, recorded_config
+from smolctl.outside import checked
+from smolctl.runs.checkpoint_file import ANOTHER, CheckpointFile, read_checkpoint, recorded_config
 from smolctl.runs.events import Listener, Note, Start
 from smolctl.runs.folder import CHECKPOINT_NAME, CONFIG, RUNS, RunFolder
+from smolctl.runs.records import StepNumber
 from smolctl.sources.checkpoint import tokenizer_inside
 from smolctl.training.device import Decisions, decide_again, describe_environment
 from smolctl.training.distributed import is_main_process, with_process_counts
@@ -42,6 +46,27 @@ NEEDED = (
     *("pytorch-lightning_version", "smolctl"),
 )
 NEEDED_OF_OURS = ("samples", "data", "tokenizer", "rng")
+
+
+class _Decided(TypedDict):
+    device: str
+    asked: list[str]
+
+
+class _Ours(TypedDict):
+    samples: int
+    data: str
+    tokenizer: str
+    rng: list[dict[str, Any]]
+    tokens: NotRequired[list[str]]
+    decisions: NotRequired[_Decided | None]
+
+
+class _Resumable(TypedDict):
+    """What is read of a checkpoint before Lightning reads it."""
+
+    global_step: StepNumber
+    smolctl: _Ours
 
 
 @dataclass(frozen=True)
@@ -133,8 +158,8 @@ def _prepare(
     """Everything that can be refused, before anything is touched."""
     path = parent.checkpoint(step).path if parent else reference
     content = read_checkpoint(path)
-    checkpoint = CheckpointFile(int(content.get("global_step", 0)), path)
     before, state = run_of(content, path)
+    checkpoint = CheckpointFile(content["global_step"], path)
     if parent is not None and (edits := edited_settings(parent, before)):
         emit(Note(f"{parent.path / CONFIG} was edited: {', '.join(edits)}."))
         options = replace(options, settings=merge(nested(edits), options.settings))
@@ -181,6 +206,7 @@ def run_of(content: Mapping[str, Any], path: Path) -> tuple[RunConfig, dict[str,
             f"{path}: the version of smolctl that trained this run cuts the text into other sequences",
             "Resume it with that version, or start a new run from it: smolctl train --init-from RUN.",
         )
+    checked(_Resumable, content, f"{path}: damaged", ANOTHER)
     return config, dict(ours)
 
 

@@ -165,7 +165,8 @@ def _remarks(report: ParameterReport) -> Iterator[str]:
     elif report.agrees is False:
         yield "[yellow]![/yellow] The file's header does not agree with the config, which is counted above:"
     elif report.what_if:
-        yield f"[yellow]![/yellow] What if: {escape(', '.join(report.what_if))}. The source is another model."
+        settings = escape(", ".join(f"{item:.80}" for item in report.what_if))
+        yield f"[yellow]![/yellow] What if: {settings}. The source is another model."
     elif report.basis is Basis.CONFIG:
         yield "[dim]Counted from the config: there are no weights beside it to compare with.[/dim]"
     for note in shortened(report.notes, NOTES_SHOWN):

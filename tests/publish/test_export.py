@@ -23,7 +23,7 @@ from smolctl.generation.load import load_model
 from smolctl.model.weights import finite_tensors, load_network
 from smolctl.ownership import RECORD
 from smolctl.publish.build import Built, build, open_model, repository_name
-from smolctl.publish.card import BEGIN, END, merge_card, require_valid, split_card
+from smolctl.publish.card import BEGIN, END, merge_card, read_metadata, require_valid, split_card
 from smolctl.publish.secrets import scan
 from smolctl.runs.checkpoint_file import read_checkpoint
 from smolctl.runs.folder import RunFolder
@@ -285,6 +285,26 @@ def test_a_card_without_our_marks_is_kept_whole() -> None:
 def test_damaged_metadata_is_refused_with_the_place(front: str) -> None:
     with pytest.raises(InputError, match=r"README\.md"):
         merge_card({"tags": ["smolctl"]}, "ours", front + "text")
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["2024-13-45x", "!!int x", '!!float ""', "!!python/name:os.system", "&a [*a]", "[" * 300, "9" * 5_000],
+    ids=lambda value: value[:12],
+)
+def test_metadata_without_end_or_sense_is_refused_and_the_card_stays(value: str) -> None:
+    card = f"---\nlicense: mit\nextra: {value}\n---\ntext"
+    if value.startswith("2024"):  # is a text
+        assert f"extra: {value}\n" in merge_card({"tags": ["smolctl"]}, "ours", card)
+        return
+    with pytest.raises(InputError, match=r"README\.md: metadata"):
+        merge_card({"tags": ["smolctl"]}, "ours", card)
+
+
+def test_a_date_in_the_metadata_stays_as_it_was_written() -> None:
+    merged = merge_card({"tags": ["smolctl"]}, "ours", "---\ndate: 2024-01-31\ntags: [{a: b}]\n---\ntext")
+    assert "date: 2024-01-31\n" in merged
+    assert read_metadata(split_card(merged)[0])["tags"] == [{"a": "b"}, "smolctl"]
 
 
 @pytest.mark.parametrize("metadata", [{"tags": "x", "license": 5}, {"datasets": [1]}, {"license": "other"}])

@@ -26,7 +26,7 @@ LONGEST_CHARACTER = 4  # bytes in UTF-8
 
 def is_byte_level(backend: tokenizers.Tokenizer) -> bool:
     """Whether tokens are spelled in the byte alphabet (GPT-2's kind) rather than in text."""
-    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {}
+    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {}  # noqa: TID251 - the library's own
     parts = decoder.get("decoders", [decoder])
     return any(part.get("type") == "ByteLevel" for part in parts)
 

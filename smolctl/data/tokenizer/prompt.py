@@ -11,6 +11,7 @@ from typing import Any, Literal
 import tokenizers
 
 from smolctl.escaping import json_text
+from smolctl.sources.huggingface.tokenizer import read_backend
 from smolctl.sources.stops import END_TOKENS
 
 SpecialTokens = Literal["text", "tokens"]
@@ -85,7 +86,7 @@ class SpelledTokens:
 
     def _make_reader(self) -> tokenizers.Tokenizer:
         """A copy whose normalizer, which acts after tokens were found, takes out the stand-ins."""
-        state = json.loads(self._backend.to_str())
+        state = json.loads(self._backend.to_str())  # noqa: TID251 - the library's own
         added = state["added_tokens"]
         for token in added:  # these are looked for in the text as it is
             token["normalized"] = token["normalized"] and token["content"] not in self._control
@@ -98,7 +99,7 @@ class SpelledTokens:
         state["post_processor"] = None
         hide_special_tokens(state)
         state["added_tokens"] = added
-        reader = tokenizers.Tokenizer.from_str(json_text(state))
+        reader = read_backend(json_text(state), "a tokenizer whose special tokens are text")
         found = {token["id"]: reader.token_to_id(token["content"]) for token in added}
         self._id_of = {number: token_id for token_id, number in found.items() if number is not None}
         return reader

@@ -14,13 +14,20 @@ import tokenizers
 from numpy.typing import NDArray
 
 from smolctl.config import ModelConfig
+from smolctl.config.model import MAX_VOCABULARY
 from smolctl.data.tokenizer.bpe import train_bpe
 from smolctl.data.tokenizer.decoding import TextStream, bytes_of_token, is_byte_level
 from smolctl.data.tokenizer.prompt import Prompt, SpecialTokens, SpelledTokens
 from smolctl.errors import HubError, InputError
+from smolctl.outside import shown
 from smolctl.sources import open_source
 from smolctl.sources.base import TokenizerFiles
-from smolctl.sources.huggingface.tokenizer import has_tokenizer, read_tokenizer_folder
+from smolctl.sources.huggingface.tokenizer import (
+    has_tokenizer,
+    read_backend,
+    read_tokenizer_folder,
+    read_tokenizer_json,
+)
 from smolctl.sources.huggingface.write import GENERATION, generation_config, write_json, write_tokenizer
 from smolctl.sources.stops import stop_token_ids
 
@@ -70,12 +77,7 @@ class Tokenizer:
         Raises:
             InputError: this is no tokenizer.json, naming `origin`.
         """
-        try:
-            backend = tokenizers.Tokenizer.from_str(files.tokenizer_json)
-        except Exception as error:  # the library raises nothing more special
-            raise InputError(
-                f"{origin}: not a tokenizer.json ({error})", "Fetch or save the tokenizer again."
-            ) from None
+        backend = read_backend(files.tokenizer_json, origin)
         ids = files.bos_token_id, files.eos_token_id, files.pad_token_id
         return Tokenizer(backend, files.chat_template, *ids, files.end_token_ids, files.named_tokens)
 
@@ -244,7 +246,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     if path.name == "tokenizer.json" and path.is_file():
         files = read_tokenizer_folder(path.parent)
     elif path.is_file() and path.suffix == ".json":
-        files = TokenizerFiles(path.read_text(encoding="utf-8", errors="replace"))
+        files = TokenizerFiles(read_tokenizer_json(path))
     elif path.is_dir() and has_tokenizer(path):
         files = read_tokenizer_folder(path)
     else:
@@ -299,8 +301,8 @@ def choose_tokenizer(
 
 def _entries(name: str, vocab_size: int) -> int:
     digits = name.removeprefix("train:").replace("_", "")
-    if not digits.isdecimal():
-        raise InputError(f"tokenizer {name}: expected train:N", "For example train:4096.")
+    if not digits.isdecimal() or len(digits) > len(str(MAX_VOCABULARY)):
+        raise InputError(f"tokenizer {shown(name)}: expected train:N", "For example train:4096.")
     if int(digits) > vocab_size:
         raise InputError(
             f"tokenizer {name}: {int(digits):,} entries do not fit the model's vocab_size of {vocab_size:,}",

@@ -12,7 +12,7 @@ from smolctl.config.load import resolve_model_config
 from smolctl.errors import InputError
 from smolctl.sources.base import DAMAGED, ModelSource, SourceKind, TensorHeader, Weights
 from smolctl.sources.gguf.header import GGUFHeader, GGUFTensor, as_written, read_header
-from smolctl.sources.gguf.tokenizer import read_tokenizer
+from smolctl.sources.gguf.tokenizer import read_tokenizer, special_ids
 from smolctl.sources.shapes import check_tensors
 
 if TYPE_CHECKING:
@@ -185,9 +185,7 @@ def read_config(header: GGUFHeader) -> ModelConfig:
         "position_embedding": "rope",
         "residual_scale": 1.0,
         "tie_word_embeddings": "output.weight" not in shapes,
-        "bos_token_id": values.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": values.get("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": values.get("tokenizer.ggml.padding_token_id"),
+        **special_ids(values),
     }
     return resolve_model_config(fields, str(header.path))
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError
+from smolctl.outside import read_json
 from smolctl.sources.base import ModelSource, SourceKind, TensorHeader, TokenizerFiles, Weights
 from smolctl.sources.huggingface.config import assumed_keys, from_huggingface_config
 from smolctl.sources.huggingface.safetensors_file import SafetensorsWeights, read_header, read_shards
-from smolctl.sources.huggingface.tokenizer import read_json, tokenizer_reader
+from smolctl.sources.huggingface.tokenizer import tokenizer_reader
 from smolctl.sources.shapes import check_tensors, recover_config
 
 INDEX = "model.safetensors.index.json"

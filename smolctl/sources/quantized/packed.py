@@ -72,9 +72,10 @@ class PackedMatrix:
     def _dequantized(self, rows: slice) -> NDArray[np.float32]:
         values = unpack_integers(self.values[rows], self.bits)
         scales = self.scales[rows].astype(np.float32)[..., None]  # (rows, groups, 1)
-        padding = scales.shape[1] * self.group - values.shape[1]  # the last group may be shorter
+        group = min(self.group, values.shape[1])
+        padding = scales.shape[1] * group - values.shape[1]  # the last group may be shorter
         padded = np.pad(values, ((0, 0), (0, padding))) if padding else values
-        grouped = padded.reshape(len(values), -1, self.group) * scales
+        grouped = padded.reshape(len(values), -1, group) * scales
         if self.offsets is not None:
             grouped += self.offsets[rows].astype(np.float32)[..., None]
         return grouped.reshape(len(values), -1)[:, : self.columns]
