@@ -13,17 +13,17 @@ from typing import Any
 import yaml
 
 from smolctl.errors import InputError
+from smolctl.sources.huggingface.card import read_metadata, split_card
 
 BEGIN = (
     "<!-- smolctl: generated from here on, written anew at every push. Edit outside of these comments. -->"
 )
 END = "<!-- smolctl: end of the generated part -->"
 _GENERATED = re.compile(r"<!-- smolctl: generated.*?-->.*?<!-- smolctl: end.*?-->", re.DOTALL)
-_FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 # Keys whose values on the Hub are lists to which both sides may add.
-UNITED = ("tags", "datasets")
+UNITED = ("tags", "datasets", "base_model")
 TEXTS = ("license", "library_name", "pipeline_tag", "license_name", "license_link")  # license: also a list
-LISTS = (*UNITED, "language", "base_model")  # or a single text
+LISTS = (*UNITED, "language")  # or a single text
 
 
 def merge_card(
@@ -57,34 +57,6 @@ def merge_card(
     if _GENERATED.search(body):
         return head + _GENERATED.sub(lambda _: block, body, count=1)
     return f"{head}{block}\n\n{body.lstrip()}"
-
-
-def split_card(text: str) -> tuple[str, str]:
-    """The front matter, its fences included ("" when there is none), and the rest."""
-    match = _FRONT_MATTER.match(text)
-    return (match[0], text[match.end() :]) if match else ("", text)
-
-
-def read_metadata(front: str) -> dict[str, Any]:
-    """The mapping in a front matter.
-
-    Raises:
-        InputError: it is no YAML mapping.
-    """
-    try:
-        content = yaml.safe_load(front.replace("---", "", 1).rsplit("---", 1)[0]) if front else {}
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f", line {where.line + 1}" if where else ""
-        raise InputError(
-            f"README.md{line}: the metadata is no YAML ({getattr(error, 'problem', error)})",
-            "Correct the part between the --- lines at its top, or delete it.",
-        ) from None
-    if content is not None and not isinstance(content, dict):
-        raise InputError(
-            "README.md: the metadata is no mapping", "Correct the part between the --- lines at its top."
-        )
-    return content or {}
 
 
 def stated_license(text: str) -> str | None:

@@ -45,10 +45,11 @@ class Finding:
     path: str
     line: int  # from 1; 0: the file itself
     kind: str
+    hash: str = ""  # of what was found
 
     def __str__(self) -> str:
         place = f"{self.path}:{self.line}" if self.line else self.path
-        return f"{place}: {self.kind}"
+        return f"{place}: {self.kind} [{self.hash}]"
 
 
 def scan(folder: Path, paths: Iterable[str]) -> tuple[Finding, ...]:

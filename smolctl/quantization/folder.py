@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from smolctl import __version__
-from smolctl.config import ModelConfig
+from smolctl.config import ModelConfig, Provenance
 from smolctl.durable import file_digest, lack_of_room, sync_file, sync_folder
 from smolctl.errors import SmolError
 from smolctl.model.dynamic import dynamic_network, dynamic_state
@@ -53,6 +53,12 @@ class Origin:
     kind: str
     revision: str | None = None
     step: int | None = None
+    provenance: Provenance | None = None
+
+    def document(self) -> dict[str, Any]:
+        """The same as plain data."""
+        plain = self.provenance and self.provenance.model_dump(mode="json", exclude_none=True)
+        return {**vars(self), "provenance": plain}
 
 
 def write_folder(
@@ -174,7 +180,7 @@ def describe(plan: QuantizationPlan, items: Mapping[str, StoredTensor], origin: 
         "version": VERSION,
         "smolctl": __version__,
         "scheme": plan.scheme,
-        "source": asdict(origin),
+        "source": origin.document(),
         "calibrated": plan.options.calibrate,
         "skip": list(plan.options.skip),
         "tensors": {name: _entry(item) for name, item in items.items()},

@@ -29,8 +29,8 @@ from smolctl.sources.huggingface.safetensors_file import (
     read_weight_map,
 )
 from smolctl.sources.huggingface.tokenizer import (
-    SIDE_FILES,
-    SLOW_FILES,
+    TOKENIZER_FILES,
+    TOKENIZERS,
     has_tokenizer,
     parse_json,
     read_tokenizer_folder,
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 HEADER_GUESS = 100_000  # bytes of the first Range request; longer headers take a second one
 MAX_CONFIG_BYTES = 20_000_000  # of a config or an index; a repository may hold anything
 PARALLEL_REQUESTS = 8
-TOKENIZERS = ("tokenizer.json", *SLOW_FILES)
-TOKENIZER_FILES = (*TOKENIZERS, "merges.txt", *SIDE_FILES)
 OTHER_WEIGHTS = re.compile(r".+\.(bin|gguf|pth|pt|h5|msgpack|onnx)")
 # Safetensors files of a repository, with the names of the tensors to read there (None: all).
 Shards = dict[str, list[str] | None]
@@ -118,13 +116,14 @@ class Repository:
 
 def _open_online(repository: Repository, model: str) -> ModelSource:
     info = repository.info()
+    card = info["cardData"] if isinstance(info.get("cardData"), dict) else {}
     commit = str(info.get("sha") or repository.revision or "main")
     files = {str(entry.get("rfilename")) for entry in info.get("siblings") or () if isinstance(entry, dict)}
     shards = _weight_files(repository, commit, files)
     cached = _cached_snapshot(repository, commit, files.intersection((*shards, *TOKENIZER_FILES)))
     if cached is not None:
         source = open_folder(cached, model, SourceKind.HUB)
-        return dataclasses.replace(source, revision=commit, bytes_fetched=repository.bytes_fetched)
+        return dataclasses.replace(source, revision=commit, card=card, bytes_fetched=repository.bytes_fetched)
     if not shards and not files.intersection(("config.json", *TOKENIZERS)):
         raise HubError(f"{repository.name}: no model in it{_others(files)}", _other_hint(files))
     declared = None
@@ -138,7 +137,7 @@ def _open_online(repository: Repository, model: str) -> ModelSource:
         return read_tokenizer_folder(repository.download(list(TOKENIZER_FILES)))
 
     source = describe(SourceKind.HUB, model, declared, tensors, missing, weights, reader)
-    return dataclasses.replace(source, revision=commit, bytes_fetched=repository.bytes_fetched)
+    return dataclasses.replace(source, revision=commit, card=card, bytes_fetched=repository.bytes_fetched)
 
 
 def _open_cached(repository: Repository, model: str, why: str) -> ModelSource:

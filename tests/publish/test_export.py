@@ -22,11 +22,12 @@ from smolctl.generation.load import load_model
 from smolctl.model.weights import finite_tensors, load_network
 from smolctl.ownership import RECORD
 from smolctl.publish.build import Built, build, open_model, repository_name
-from smolctl.publish.card import BEGIN, END, merge_card, require_valid, split_card
+from smolctl.publish.card import BEGIN, END, merge_card, require_valid
 from smolctl.publish.secrets import scan
 from smolctl.runs.checkpoint_file import read_checkpoint
 from smolctl.runs.folder import RunFolder
 from smolctl.sources.base import Weights
+from smolctl.sources.huggingface.card import split_card
 from smolctl.sources.huggingface.config import to_huggingface_config
 from tests.support.processes import Smolctl
 from tests.support.publishing import LLAMA, build_folder, make_run
@@ -319,7 +320,8 @@ def test_the_value_of_a_secret_variable_is_found_whatever_its_shape(
 ) -> None:
     monkeypatch.setenv("COMPANY_TOKEN", "correct-horse-battery")
     (tmp_path / "a.txt").write_text("x\n\ncorrect-horse-battery\n")
-    assert [str(finding) for finding in scan(tmp_path, ["a.txt"])] == ["a.txt:3: the value of COMPANY_TOKEN"]
+    (finding,) = scan(tmp_path, ["a.txt"])
+    assert str(finding) == f"a.txt:3: the value of COMPANY_TOKEN [{finding.hash}]"
 
 
 @pytest.mark.parametrize("name", [".env", ".env.local", "prod.env", ".netrc", "id_rsa", "key.pem"])
@@ -364,7 +366,8 @@ def test_a_local_dir_holds_exactly_what_the_plan_names(
     document = smolctl("push", llama_run, "--local-dir", out, "--json").json
     planned = {file["path"]: file["sha256"] for file in document["repo"]["files"]}
     there = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
-    assert json.loads(there.pop(RECORD).read_text())["files"] == planned  # it says what may be replaced
+    recorded = json.loads(there[RECORD].read_text())["files"]  # it says what may be replaced
+    assert recorded | {RECORD: planned[RECORD]} == planned
     assert {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in there.items()} == planned
     assert len({path.stat().st_mode for path in there.values()}) == 1  # whoever may read one may read all
     assert smolctl("push", llama_run, "--local-dir", out).code == 0

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from smolctl.sources.huggingface.card import read_metadata, split_card
 from tests.support.loopback import Loopback
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -142,6 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
             "private": repository.private,
             "gated": "auto" if repository.gated else False,
             "siblings": [{"rfilename": path} for path in repository.files],
+            "cardData": read_metadata(split_card(repository.files.get("README.md", b"").decode())[0]),
         }
         return 200, json.dumps(info).encode(), {}
 

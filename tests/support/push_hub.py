@@ -384,6 +384,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if stored is None and value["oid"] not in self.state.xet_hashes():
                     return self._error(400, f"LFS object {value['oid']} was never uploaded")
                 files[value["path"]] = Blob(stored, value["size"], value["oid"])
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
         extra = {}
         if self.query.get("create_pr") == ["1"]:
             number = 1 + sum(one.startswith("refs/pr/") for one in repo.branches)

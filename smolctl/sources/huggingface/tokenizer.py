@@ -27,6 +27,8 @@ CARRIED = (
 )
 # Everything of a repository that a tokenizer may need, tokenizer.json aside.
 SIDE_FILES = (*CARRIED, "config.json")
+TOKENIZERS = ("tokenizer.json", *SLOW_FILES)
+TOKENIZER_FILES = (*TOKENIZERS, "merges.txt", *SIDE_FILES)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def parse_json(text: bytes | str, origin: str) -> dict[str, Any]:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a tokenizer in any format."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", *SLOW_FILES))
+    return any((folder / name).is_file() for name in TOKENIZERS)
 
 
 def tokenizer_reader(folder: Path | None, carry: bool = True) -> Callable[[], TokenizerFiles | None] | None:
