@@ -112,7 +112,7 @@ def prepare(
     config = with_origin(source, config, asked or {}, emit)
     config = config.with_whole_steps()
     require_sense(config)
-    config, decisions = decide(_with_pinned_tokenizer(with_pinned_sources(config)), emit)
+    config, decisions = decide(with_pinned_sources(config), emit)
     config = with_process_counts(config)
     require_trainer(config)
     if source is None:
@@ -120,6 +120,7 @@ def prepare(
     else:
         tokenizer = _tokenizer_of(source, config.tokenizer, "tokenizer" in (asked or {}), emit)
     tokenizer.require_fit(config.model.vocab_size)
+    config = _with_pinned_tokenizer(config)
     samples = config.train.steps * config.train.batch_size
     corpus = _tokenized(config, tokenizer, samples, emit, on_tokenize)
     for note in corpus.notes:

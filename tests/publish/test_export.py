@@ -23,7 +23,6 @@ from smolctl.model.weights import finite_tensors, load_network
 from smolctl.ownership import RECORD
 from smolctl.publish.build import Built, build, open_model, repository_name
 from smolctl.publish.card import BEGIN, END, merge_card, require_valid
-from smolctl.publish.secrets import scan
 from smolctl.runs.checkpoint_file import read_checkpoint
 from smolctl.runs.folder import RunFolder
 from smolctl.sources.base import Weights
@@ -290,55 +289,6 @@ def test_damaged_metadata_is_refused_with_the_place(front: str) -> None:
 def test_metadata_that_the_hub_would_refuse_is_refused_here(metadata: dict[str, object]) -> None:
     with pytest.raises(InputError, match=r"README\.md"):
         require_valid(metadata)
-
-
-SECRETS = {
-    "Hugging Face token": "hf_" + "AbCd1234" * 5,
-    "GitHub token": "ghp_" + "a1" * 18,
-    "OpenAI or Anthropic key": "sk-proj-" + "a1" * 20,
-    "AWS access key": "AKIA" + "ABCD1234" * 2,
-    "Google API key": "AIza" + "a" * 35,
-    "Slack token": "xoxb-" + "1234567890" * 3,
-    "private key": "-----BEGIN RSA PRIVATE KEY-----",
-    "Weights & Biases key": "wandb login " + "0a" * 20,
-    "password in an address": "postgres://me:hunter22@db/x",
-    "key that is assigned": "MY_API_KEY=" + "abcd1234" * 4,
-}
-
-
-@pytest.mark.parametrize("kind", SECRETS)
-def test_a_secret_is_found_by_file_and_line_and_not_repeated(kind: str, tmp_path: Path) -> None:
-    (tmp_path / "notes.md").write_text(f"one\ntwo {SECRETS[kind]} three\n")
-    findings = scan(tmp_path, ["notes.md"])
-    assert (findings[0].path, findings[0].line) == ("notes.md", 2)
-    assert kind in [finding.kind for finding in findings]
-    assert SECRETS[kind] not in str(findings)
-
-
-def test_the_value_of_a_secret_variable_is_found_whatever_its_shape(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COMPANY_TOKEN", "correct-horse-battery")
-    (tmp_path / "a.txt").write_text("x\n\ncorrect-horse-battery\n")
-    (finding,) = scan(tmp_path, ["a.txt"])
-    assert str(finding) == f"a.txt:3: the value of COMPANY_TOKEN [{finding.hash}]"
-
-
-@pytest.mark.parametrize("name", [".env", ".env.local", "prod.env", ".netrc", "id_rsa", "key.pem"])
-def test_a_file_of_secrets_is_found_by_its_name(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text("x")
-    assert scan(tmp_path, [name])[0].line == 0
-
-
-def test_ordinary_text_is_no_secret(tmp_path: Path) -> None:
-    text = (
-        "sk-learn, hf_hub_download, AKIA, commit 0123456789abcdef0123456789abcdef01234567\n"
-        "API_KEY = os.environ['API_KEY']\npassword = getpass.getpass()\nhttp://user@host/\n"
-        "self.access_token = access_token\n"
-    )
-    (tmp_path / "a.py").write_text(text)
-    (tmp_path / "b.bin").write_bytes(b"\0" + SECRETS["GitHub token"].encode())
-    assert scan(tmp_path, ["a.py", "b.bin"]) == ()
 
 
 @pytest.mark.usefixtures("no_network")
