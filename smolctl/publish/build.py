@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 from smolctl.config.run import Provenance, PublishConfig
@@ -100,14 +100,21 @@ class Built:
             quantized=self.quantized,
         )
 
-    def write_card(self, repo: str, license: str | None, on_hub: str | None) -> str:
+    def write_card(self, repo: str, license: str | None, on_hub: str | None, revision: str = "main") -> str:
         """Write README.md around what people have written in the one on the Hub, or else beside the model.
+
+        Args:
+            repo: where it goes.
+            license: that the user states now; None keeps what the card or the run's config states.
+            on_hub: the card there.
+            revision: the branch, for links.
 
         Raises:
             InputError: the metadata of that card is damaged, or would not be taken.
         """
         existing = self.local_card() if on_hub is None else on_hub
-        facts = self.card_facts(repo, license or stated_license(existing or ""))
+        stated = license or stated_license(existing or "")
+        facts = replace(self.card_facts(repo, stated), revision=revision)
         forced = {"license": license} if license else {}
         text = merge_card(card_metadata(facts), card_text(facts), existing, forced)
         require_valid(read_metadata(split_card(text)[0]))

@@ -13,12 +13,14 @@ from typing import Any
 import yaml
 
 from smolctl.errors import InputError
+from smolctl.publish.licenses import require_license
 from smolctl.sources.huggingface.card import read_metadata, split_card
 
 BEGIN = (
     "<!-- smolctl: generated from here on, written anew at every push. Edit outside of these comments. -->"
 )
 END = "<!-- smolctl: end of the generated part -->"
+_MARK = re.compile(r"<!--(?=\s*smolctl:)")
 _GENERATED = re.compile(r"<!-- smolctl: generated.*?-->.*?<!-- smolctl: end.*?-->", re.DOTALL)
 # Keys whose values on the Hub are lists to which both sides may add.
 UNITED = ("tags", "datasets", "base_model")
@@ -44,7 +46,8 @@ def merge_card(
     Raises:
         InputError: the existing card's front matter is no YAML mapping.
     """
-    block = f"{BEGIN}\n\n{generated.strip()}\n\n{END}"
+    inner = _MARK.sub("< !--", generated.strip())  # a prompt may be what ends this part
+    block = f"{BEGIN}\n\n{inner}\n\n{END}"
     if existing is None or not existing.strip():
         return f"{_front_matter({**metadata, **(forced or {})})}{block}\n"
     front, body = split_card(existing)
@@ -83,7 +86,10 @@ def require_valid(metadata: Mapping[str, Any]) -> None:
             raise InputError(
                 f"README.md: {key} must be {expected}, got {value!r}", "Correct the card's metadata."
             )
-    if metadata.get("license") == "other" and not metadata.get("license_name"):
+    license = metadata.get("license")
+    for one in license if isinstance(license, list) else filter(None, [license]):
+        require_license(one, "README.md")
+    if license == "other" and not metadata.get("license_name"):
         raise InputError(
             "README.md: license other needs license_name",
             "Add license_name and license_link to the metadata.",

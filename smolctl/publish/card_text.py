@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 
@@ -13,6 +14,7 @@ from smolctl import __version__
 from smolctl.config import ModelConfig, Provenance
 from smolctl.data.text.hub import DatasetName
 from smolctl.escaping import code_span, fenced
+from smolctl.hub.connection import endpoint
 from smolctl.publish.facts import EMBEDDED, RECORDS, RunFacts
 from smolctl.runs.folder import LOSS_CURVE, STORY
 from smolctl.runs.story import selection
@@ -38,6 +40,11 @@ class CardFacts:
     run: RunFacts | None = None
     ggufs: tuple[GGUFResult, ...] = ()
     quantized: tuple[str, ...] = ()  # names of folders in quantized/
+    revision: str = "main"
+
+    def page(self, kind: str, path: str) -> str:
+        """The address of a file ("blob") or a folder ("tree") of the repository, at the card's revision."""
+        return f"{endpoint()}/{self.repo}/{kind}/{quote(self.revision, safe='')}/{path}"
 
     @property
     def size(self) -> str:

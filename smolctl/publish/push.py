@@ -23,6 +23,7 @@ from smolctl.ownership import (
 from smolctl.publish.app import MODEL
 from smolctl.publish.build import Built, ModelToPublish, build, open_model, require_repository, scanned_files
 from smolctl.publish.card import stated_license
+from smolctl.publish.licenses import require_license
 from smolctl.publish.manifest import KIND, RepoPlan, look, plan_repo
 from smolctl.publish.secrets import Finding
 from smolctl.publish.smoke import require_gradio, smoke_test
@@ -190,6 +191,9 @@ def choose_destination(
     """
     from huggingface_hub import get_token
 
+    for named_by, license in (("--license", options.license), ("publish.license", model.settings.license)):
+        if license:
+            require_license(license, named_by)
     for scheme in options.schemes:
         require_gguf(model.source.require_config(), scheme)
     if options.repo:
@@ -248,7 +252,7 @@ def make_plan(
     on_hub, local = there.card, built.local_card()
     if client and on_hub is not None and local is not None and local.strip() != on_hub.strip():
         client.note(f"The card on the Hub is kept; {built.model.folder}/{README} is not used.")
-    card = built.write_card(target.repo, options.license, on_hub)
+    card = built.write_card(target.repo, options.license, on_hub, options.revision)
     files, allowed = scanned_files(built.folder, options.allowed_secrets)
     model = plan_repo(client, target, there, built.folder, files)
     space = None

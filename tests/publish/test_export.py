@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from smolctl.model.weights import finite_tensors, load_network
 from smolctl.ownership import RECORD
 from smolctl.publish.build import Built, build, open_model, repository_name
 from smolctl.publish.card import BEGIN, END, merge_card, require_valid
+from smolctl.publish.push import PushOptions, choose_destination
 from smolctl.runs.checkpoint_file import read_checkpoint
 from smolctl.runs.folder import RunFolder
 from smolctl.sources.base import Weights
@@ -272,6 +274,44 @@ def test_a_card_keeps_what_people_wrote() -> None:
         "language": "en",
         "tags": ["smolctl", "gguf"],
     }
+
+
+MARKS = (END, BEGIN, f"{BEGIN}\n{END}", "<!--smolctl: end of it -->", f"{END}{END}")
+
+
+@pytest.mark.parametrize("prompt", MARKS)
+def test_a_prompt_that_spells_our_marks_neither_ends_nor_doubles_the_generated_part(prompt: str) -> None:
+    card = merge_card({}, f"one\n\n{prompt}\n\nrest", None)
+    for version in ("two", "three"):
+        card = merge_card({}, f"{version}\n\n{prompt}\n\nrest", card + "their words\n")
+        assert card.count("rest") == 1
+        assert card.count(BEGIN) == card.count(END) == 1
+    assert card.endswith("their words\ntheir words\n")
+
+
+def test_links_of_the_card_lead_to_the_branch_that_it_is_pushed_to(learned: Built) -> None:
+    for revision, spelled in (("main", "main"), ("step-15", "step-15"), ("a/b", "a%2Fb")):
+        text = learned.write_card("me/tiny", None, None, revision)
+        links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "me/tiny" in link]
+        assert [link.partition("/me/tiny/")[2] for link in links] == [
+            f"tree/{spelled}/training",
+            f"blob/{spelled}/training/predictions.md",
+        ]
+        assert all((learned.folder / link.partition(f"/{spelled}/")[2]).exists() for link in links)
+        assert "](./" not in text
+
+
+@pytest.mark.parametrize(
+    ("license", "near"),
+    [("Apache 2.0", "apache-2.0"), ("MIT License", "mit"), ("gpl3", "gpl"), ("none of these", "")],
+)
+def test_a_licence_is_one_that_the_hub_knows(license: str, near: str, llama: Built) -> None:
+    with pytest.raises(InputError, match="the Hub knows no licence") as caught:
+        choose_destination(PushOptions(license=license), llama.model)
+    assert f"Did you mean {near}?" in caught.value.hint or not near
+    with pytest.raises(InputError, match=r"README\.md: the Hub knows no licence"):
+        require_valid({"license": ["mit", license]})
+    choose_destination(PushOptions(license="apache-2.0"), llama.model)
 
 
 def test_a_card_without_our_marks_is_kept_whole() -> None:

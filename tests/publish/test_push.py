@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import snapshot_download
@@ -456,3 +457,18 @@ def test_a_secret_stops_the_push_before_anything_is_sent(
     with pytest.raises(SmolError, match=r"README\.md:\d+: Hugging Face token"):
         publish(built, repo="me/tiny")
     assert not hub.requests("^(POST|PUT)")
+
+
+def test_a_hub_without_xet_gets_large_files_through_git_lfs(
+    llama: Built, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with serving(monkeypatch, tmp_path / "hub", xet=True) as hub:
+        hub.knows_xet = False
+        notes: list[str] = []
+        publish(llama, notes, repo="me/tiny")
+        assert_arrived(hub)
+        assert len(hub.requests("xet-write-token")) == 1  # a 404 is no reason to try again
+        assert hub.requests("objects/batch")
+        assert any("has no Xet: large files go through Git LFS" in note for note in notes)
+        assert not any("again" in note for note in notes)
+        assert not huggingface_hub.constants.HF_HUB_DISABLE_XET  # another Hub may have it
