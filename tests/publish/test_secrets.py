@@ -8,6 +8,7 @@ import json
 import random
 import shutil
 import string
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -122,7 +123,7 @@ def test_a_secret_is_found_by_file_and_line_and_not_repeated(tmp_path: Path) -> 
         assert longest not in str(first), kind
 
 
-ENCODED = {
+ENCODED: dict[str, Callable[[str], bytes]] = {
     "UTF-16": lambda text: text.encode("utf-16"),
     "UTF-32, big end first": lambda text: text.encode("utf-32-be"),
     "a program": lambda text: b"\x7fELF\0\1\2\0" + text.encode() + b"\0more\0",

@@ -185,7 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         self.server_state.log.append(Request(self.command, path, self.headers.get("Range"), len(sent)))
         if self.server_state.drips:
-            self.wfile = Dripping(self.wfile, self.server_state)  # type: ignore[assignment]
+            self.wfile = Dripping(self.wfile, self.server_state)
         try:
             self.send_response(status)
             for name, value in {"Content-Length": str(len(body)), **headers}.items():
