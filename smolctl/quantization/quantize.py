@@ -117,7 +117,7 @@ def quantize(
     source = open_source(model)
     config = source.require_config()
     source.require_weights()
-    require_own_files(source)
+    require_own_files(source, carried_only=True)
     if source.quantization is not None:
         note(f"{source.id} is quantized already: what its {source.quantization['scheme']} lost stays lost.")
     plans = [

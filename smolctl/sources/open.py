@@ -67,22 +67,29 @@ def open_source(model: str, settings: Sequence[str] = ()) -> ModelSource:
     return source if laid_over or not values else _what_if(source, values)
 
 
-def require_own_files(source: ModelSource) -> None:
+def require_own_files(source: ModelSource, carried_only: bool = False) -> None:
     """Check that the files of a model lie in its folder, before they are published or carried over.
 
     A file that was named itself may be a link; what is read beside it may not.
 
+    Args:
+        source: the model.
+        carried_only: check what a copy of the model carries over as it is: configs and tokenizer.
+
     Raises:
         InputError: one of them only seems to lie there, see `ownership.require_inside`.
     """
-    path, _ = split_step(source.id) if source.kind is SourceKind.RUN else (Path(source.id), None)
+    path = Path(source.id)
     if source.kind is SourceKind.RUN:
-        run = RunFolder.open(path).path
+        run = RunFolder.open(split_step(source.id)[0])
         named = [name for name in RUN_FILES if "*" not in name]
-        checkpoint = RunFolder(run).checkpoint_path(source.step or 0)
-        require_inside(run, (*named, str(checkpoint.relative_to(run))))
+        if carried_only:
+            named = [name for name in named if name.startswith(run.tokenizer.name)]
+        else:
+            named.append(run.checkpoint_path(source.step or 0).relative_to(run.path).as_posix())
+        require_inside(run.path, named)
     elif source.kind is not SourceKind.HUB and path.is_dir():
-        require_inside(path, files_of_model(path))
+        require_inside(path, TOKENIZER_FILES if carried_only else files_of_model(path))
     elif source.kind in (SourceKind.FOLDER, SourceKind.SAFETENSORS, SourceKind.CHECKPOINT):
         require_inside(path.parent, TOKENIZER_FILES)
 

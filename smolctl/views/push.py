@@ -71,8 +71,10 @@ def _facts(plan: PushPlan) -> dict[str, str]:
         "card": f"{card}, {len(plan.card.splitlines())} lines{licence}",
         "secrets": f"none found in {sum(len(repo.files) for repo in _repos(plan))} files",
     }
-    if plan.allowed:
-        rows["allowed"] = "; ".join(f"{finding} (--allow-secret)" for finding in plan.allowed)
+    hashes = {finding.hash for finding in plan.allowed}
+    nowhere = [f"{hash} was found nowhere" for hash in plan.options.allowed_secrets if hash not in hashes]
+    if allowed := [*map(str, plan.allowed), *nowhere]:
+        rows["allowed"] = "; ".join(allowed)
     for row, names in (
         ("replaces", [name for repo in _repos(plan) for name in repo.replaced]),
         ("not ours", [name for repo in _repos(plan) for name in repo.stays]),
@@ -198,7 +200,7 @@ def _document(plan: PushPlan) -> dict[str, Any]:
         "largest_logit_difference": plan.built.export.largest_difference,
     }
     space = plan.space and {"id": plan.options.space, "files": _file_documents(plan.space.files)}
-    return {"repo": repo, "space": space}
+    return {"repo": repo, "space": space, "allowed_secrets": list(map(str, plan.allowed))}
 
 
 def limit_progress_bars(out: Output) -> None:

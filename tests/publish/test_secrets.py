@@ -275,8 +275,10 @@ def test_what_is_no_secret_is_allowed_by_its_hash_and_listed_in_the_plan(
     key, password = [part.split("]")[0] for part in refused.err.split("[")[1:3]]
     assert f"--allow-secret {key}" in refused.err
     assert smolctl("push", run, "--dry-run", "--allow-secret", key).code == ExitCode.BAD_INPUT
-    allowed = smolctl("push", run, "--dry-run", "--allow-secret", key, "--allow-secret", password)
+    hashes = [part for hash in (key, password, "012345") for part in ("--allow-secret", hash)]
+    allowed = smolctl("push", run, "--dry-run", *hashes)
     assert allowed.code == 0, allowed.err
     row = next(line for line in allowed.out.splitlines() if line.startswith(" allowed"))
     assert key in row
+    assert "012345 was found nowhere" in " ".join(allowed.out.split())
     assert RECORD in allowed.out
