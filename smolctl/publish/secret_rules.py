@@ -48,7 +48,8 @@ _TOKENS: tuple[Row, ...] = (
     ("Anthropic key", "sk-ant-", r"sk-ant-[A-Za-z0-9_-]{20,}", 0, GITLEAKS),
     ("OpenRouter key", "sk-or-", r"sk-or-(?:v1-)?[0-9a-f]{40,}", 0, ISSUER),
     ("key of a model's service", "sk-", r"sk-[A-Za-z0-9]{40,}", 0, DETECT),
-    ("key of a model's service", "sk-", _START + r"sk-[A-Za-z0-9]{32,}", 0, DETECT),
+    # Shorter ones are ids where a word stands before them: task-, disk-, mask-.
+    ("key of a model's service", "sk-", r"(?<!ta)(?<![dr]i)(?<![lm]a)(?<!de)sk-[A-Za-z0-9]{32,}", 0, DETECT),
     ("Groq key", "gsk_", r"gsk_[A-Za-z0-9]{40,}", 0, ISSUER),
     ("xAI key", "xai-", r"xai-[A-Za-z0-9]{60,}", 0, ISSUER),
     ("Perplexity key", "pplx-", r"pplx-[A-Za-z0-9]{40,}", 0, GITLEAKS),
@@ -349,9 +350,9 @@ LONGEST_NAME = 80
 # Files that hold secrets by their names, in lower case.
 NAMES = re.compile(
     r"\.env(\..+)?|.+\.env|\.?envrc|[._]netrc|netrc|id_(rsa|dsa|ecdsa|ed25519)(_sk)?|.+_(rsa|ed25519)|"
-    r".+\.(pem|key|p8|p12|pfx|pkcs12|kdbx?|jks|keystore|bks|ppk|asc|gpg|pgp|ovpn|tfvars|tfstate|kubeconfig|"
-    r"mobileprovision|keychain|agilekeychain|psafe3)|"
-    r"\.(npmrc|pypirc|git-credentials|pgpass|my\.cnf|htpasswd|htaccess|dockercfg|dockerconfigjson|s3cfg|boto|"
+    r".+\.(pem|key|p8|p12|pfx|pkcs12|kdbx?|jks|keystore|bks|ppk|ovpn|tfvars|tfstate|kubeconfig|"
+    r"keychain|agilekeychain|psafe3)|"
+    r"\.(npmrc|pypirc|git-credentials|pgpass|my\.cnf|htpasswd|dockercfg|dockerconfigjson|s3cfg|boto|"
     r"vault-token|vault_pass(\.txt)?|terraformrc|bash_history|zsh_history|python_history|psql_history|"
     r"mysql_history|node_repl_history|ftpconfig|remote-sync\.json|passwd|credentials)|"
     r"kubeconfig|credentials(\.(json|xml|ya?ml|ini|csv|toml))?|client_secrets?.*\.json|service[-_]?account.*\.json|"
