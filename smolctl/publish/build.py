@@ -13,7 +13,7 @@ from smolctl.errors import InputError
 from smolctl.hub.client import README
 from smolctl.hub.files import PlannedFile, planned_files
 from smolctl.model.weights import parameter_count
-from smolctl.ownership import RECORD, own_files, require_inside, strange_files
+from smolctl.ownership import RECORD, edited_files, own_files, require_inside, strange_files
 from smolctl.publish.card import merge_card, require_valid, stated_license
 from smolctl.publish.card_text import CardFacts, card_metadata, card_text
 from smolctl.publish.export import Export, export_model
@@ -223,6 +223,9 @@ def add_quantized(run: Path, target: Path, step: int) -> tuple[str, ...]:
     """Copy the quantized folders that were made of the published step: what `quantize` wrote into them.
 
     The .ckpt in one holds the same again, and GGUF files are written anew.
+
+    Raises:
+        InputError: a file is a link that leads out of the run, or was edited.
     """
     taken = []
     for folder in sorted((run / QUANTIZED).iterdir()) if (run / QUANTIZED).is_dir() else ():
@@ -231,6 +234,11 @@ def add_quantized(run: Path, target: Path, step: int) -> tuple[str, ...]:
             if not {DESCRIPTION, FILE} <= set(names):
                 continue  # it has no record of what wrote it
             require_inside(run, (f"{QUANTIZED}/{folder.name}/{name}" for name in names))
+            if edited := edited_files(folder):
+                raise InputError(
+                    f"{folder / edited[0]}: was edited after smolctl wrote it",
+                    f"Run `smolctl quantize` again, or move {folder} away.",
+                )
             (target / folder.name).mkdir(parents=True)
             for name in names:
                 shutil.copyfile(folder / name, target / folder.name / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from smolctl.quantization.schemes import DYNAMIC, QuantizationPlan
 from smolctl.runs.checkpoint_file import FORMAT as CHECKPOINT_FORMAT
 from smolctl.sources import open_source
 from smolctl.sources.base import TokenizerFiles
-from smolctl.sources.huggingface.write import CODE, WRITTEN, write_json, write_model
+from smolctl.sources.huggingface.write import write_json, write_model
 from smolctl.sources.quantized.folder import (
     DESCRIPTION,
     FILE,
@@ -38,7 +39,6 @@ from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor
 SMALL_FILES = 32 << 20  # tokenizer, configs and the file system's own: room that is left for them
 CHECKPOINT_SUFFIX = "_quantized.ckpt"
 QUANTIZED_MODEL = "quantized model"
-FILES = (DESCRIPTION, *WRITTEN, f"*{CHECKPOINT_SUFFIX}", *(path.name for path in CODE.glob("*.py")))
 
 
 class WriteError(SmolError):
@@ -98,7 +98,8 @@ def write_folder(
             )
         with building(target) as folder:
             _write_files(folder, config, plan, items, stored, tokenizer, origin, name)
-            write_record(folder, Record(QUANTIZED_MODEL, dict.fromkeys(FILES)))
+            written = {glob.escape(path.name): file_digest(path) for path in folder.iterdir()}
+            write_record(folder, Record(QUANTIZED_MODEL, written))
             for path in folder.iterdir():
                 sync_file(path)
             sync_folder(folder)

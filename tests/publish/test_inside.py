@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from smolctl.durable import file_digest
 from smolctl.errors import InputError
 from smolctl.ownership import RECORD, Record, require_inside, write_record
 from smolctl.publish.build import add_quantized, left_out, open_model
 from smolctl.publish.push import PushOptions, plan_push
-from smolctl.quantization.folder import FILES, QUANTIZED_MODEL
+from smolctl.quantization.folder import QUANTIZED_MODEL
 from smolctl.quantization.quantize import QuantizeOptions, quantize
 from tests.support.publishing import build_folder
 
@@ -121,13 +122,14 @@ def quantized(llama_run: Path, tmp_path: Path) -> Path:
     (folder / "quantization.json").write_text(json.dumps(description))
     for name in ("model.safetensors", "config.json", "run_quantized.ckpt"):
         (folder / name).write_text("{}")
-    write_record(folder, Record(QUANTIZED_MODEL, dict.fromkeys(FILES)))
+    write_record(folder, Record(QUANTIZED_MODEL, {path.name: file_digest(path) for path in folder.iterdir()}))
     return run
 
 
 def test_of_a_quantized_folder_goes_up_what_quantize_wrote(quantized: Path, tmp_path: Path) -> None:
     folder = quantized / "quantized" / "int8"
     (folder / "diary.txt").write_text(SECRET)
+    (folder / "chat_template.jinja").write_text(SECRET)  # a name that quantize may write, and did not
     (folder / "more").mkdir()
     (folder / "more" / "diary.txt").write_text(SECRET)
     (folder / "linked").symlink_to(tmp_path)
@@ -139,7 +141,8 @@ def test_of_a_quantized_folder_goes_up_what_quantize_wrote(quantized: Path, tmp_
     assert there == ["config.json", "model.safetensors", "quantization.json"]
     assert "/home" not in (tmp_path / "out" / "int8" / "quantization.json").read_text()
     stays = left_out(quantized, {"quantized"}, taken)
-    assert {f"quantized/int8/{name}" for name in ("diary.txt", "linked", "more/diary.txt")} <= set(stays)
+    strange = ("chat_template.jinja", "diary.txt", "linked", "more/diary.txt")
+    assert {f"quantized/int8/{name}" for name in strange} <= set(stays)
     assert "quantized/theirs/" in stays
 
 
@@ -150,6 +153,12 @@ def test_no_link_in_a_quantized_folder_is_followed(
     (quantized / place).replace(elsewhere / "moved")
     (quantized / place).symlink_to(elsewhere / "moved")
     with pytest.raises(InputError, match="is a link to"):
+        add_quantized(quantized, tmp_path / "out", 15)
+
+
+def test_an_edited_file_of_a_quantized_folder_is_refused(quantized: Path, tmp_path: Path) -> None:
+    (quantized / "quantized" / "int8" / "config.json").write_text(SECRET)
+    with pytest.raises(InputError, match=r"config\.json: was edited after smolctl wrote it"):
         add_quantized(quantized, tmp_path / "out", 15)
 
 
