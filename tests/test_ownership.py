@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from smolctl.durable import file_digest
 from smolctl.ownership import RECORD, Record, read_record, remove_own_files, write_record
 from tests.support.processes import Smolctl
 from tests.support.tiny_runs import write_project
@@ -221,7 +222,8 @@ def test_the_record_says_what_wrote_it(here: Path, smolctl: Smolctl) -> None:
         ids.add(record["id"])
     assert len(ids) == 3
     plan = smolctl("push", "train", "--dry-run", "--json").json
-    assert RECORD not in [file["path"] for file in plan["repo"]["files"]]
+    planned = {file["path"]: file["sha256"] for file in plan["repo"]["files"]}
+    assert planned[RECORD] != file_digest(here / "train" / RECORD)  # that one is the run's
 
 
 def test_a_record_of_a_later_version_is_read(tmp_path: Path) -> None:

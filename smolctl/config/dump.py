@@ -46,5 +46,7 @@ def _lines(key: str, value: Any, description: str | None, indent: str = "  ") ->
 def _written(value: Any) -> str:
     """A value on one line of YAML."""
     plain = list(value) if isinstance(value, tuple) else value
+    if isinstance(value, BaseModel):
+        plain = value.model_dump(mode="json", exclude_none=True)
     text: str = yaml.dump(plain, Dumper=Dumper, default_flow_style=True, width=10_000, allow_unicode=True)
     return text.removesuffix("...\n").rstrip("\n")

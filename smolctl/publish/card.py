@@ -14,18 +14,19 @@ import yaml
 
 from smolctl.config.dump import Dumper
 from smolctl.errors import InputError
-from smolctl.outside import parse_yaml
+from smolctl.publish.licenses import require_license
+from smolctl.sources.huggingface.card import read_metadata, split_card
 
 BEGIN = (
     "<!-- smolctl: generated from here on, written anew at every push. Edit outside of these comments. -->"
 )
 END = "<!-- smolctl: end of the generated part -->"
+_MARK = re.compile(r"<!--(?=\s*smolctl:)")
 _GENERATED = re.compile(r"<!-- smolctl: generated.*?-->.*?<!-- smolctl: end.*?-->", re.DOTALL)
-_FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 # Keys whose values on the Hub are lists to which both sides may add.
-UNITED = ("tags", "datasets")
+UNITED = ("tags", "datasets", "base_model")
 TEXTS = ("license", "library_name", "pipeline_tag", "license_name", "license_link")  # license: also a list
-LISTS = (*UNITED, "language", "base_model")  # or a single text
+LISTS = (*UNITED, "language")  # or a single text
 
 
 def merge_card(
@@ -46,7 +47,8 @@ def merge_card(
     Raises:
         InputError: the existing card's front matter is no YAML mapping.
     """
-    block = f"{BEGIN}\n\n{generated.strip()}\n\n{END}"
+    inner = _MARK.sub("< !--", generated.strip())  # a prompt may be what ends this part
+    block = f"{BEGIN}\n\n{inner}\n\n{END}"
     if existing is None or not existing.strip():
         return f"{_front_matter({**metadata, **(forced or {})})}{block}\n"
     front, body = split_card(existing)
@@ -59,25 +61,6 @@ def merge_card(
     if _GENERATED.search(body):
         return head + _GENERATED.sub(lambda _: block, body, count=1)
     return f"{head}{block}\n\n{body.lstrip()}"
-
-
-def split_card(text: str) -> tuple[str, str]:
-    """The front matter, its fences included ("" when there is none), and the rest."""
-    match = _FRONT_MATTER.match(text)
-    return (match[0], text[match.end() :]) if match else ("", text)
-
-
-def read_metadata(front: str) -> dict[str, Any]:
-    """The mapping in a front matter.
-
-    Raises:
-        InputError: it is no YAML mapping.
-    """
-    remedy = "Correct the part between the --- lines at its top, or delete it."
-    content = parse_yaml(front.replace("---", "", 1).rsplit("---", 1)[0], "README.md: metadata", remedy)
-    if content is not None and not isinstance(content, dict):
-        raise InputError("README.md: the metadata is no mapping", remedy)
-    return content or {}
 
 
 def stated_license(text: str) -> str | None:
@@ -104,7 +87,10 @@ def require_valid(metadata: Mapping[str, Any]) -> None:
             raise InputError(
                 f"README.md: {key} must be {expected}, got {value!r}", "Correct the card's metadata."
             )
-    if metadata.get("license") == "other" and not metadata.get("license_name"):
+    license = metadata.get("license")
+    for one in license if isinstance(license, list) else filter(None, [license]):
+        require_license(one, "README.md")
+    if license == "other" and not metadata.get("license_name"):
         raise InputError(
             "README.md: license other needs license_name",
             "Add license_name and license_link to the metadata.",

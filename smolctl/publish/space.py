@@ -140,14 +140,13 @@ def write_space_card(folder: Path, facts: CardFacts, on_hub: str | None) -> None
         "app_file": "app.py",
         "models": [facts.repo],
     }
-    millions = f"{facts.parameters / 1e6:,.1f} million parameters"
     changeable: dict[str, Any] = {
         "title": facts.name,
         "emoji": "💬" if facts.can_chat else "✍️",
         "colorFrom": "indigo",
         "colorTo": "gray",
         "pinned": False,
-        "short_description": f"A language model of {millions}",  # at most 60 characters
+        "short_description": f"A language model of {facts.size}",  # at most 60 characters
     }
     if facts.license:
         changeable["license"] = facts.license
@@ -178,6 +177,8 @@ def _summary(facts: CardFacts) -> str:
         f"{config.num_hidden_layers} layers of {config.hidden_size}",
         f"context {config.max_position_embeddings:,}",
     ]
+    if base := facts.base and facts.base.on_hub:
+        parts.append(f"made from [{base.id}](https://huggingface.co/{base.id})")
     if facts.run:
         parts.append(f"{facts.run.tokens:,} tokens seen")
         if facts.run.validations:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from smolctl import __version__
-from smolctl.config import ModelConfig
+from smolctl.config import ModelConfig, Provenance
 from smolctl.durable import file_digest, lack_of_room, sync_file, sync_folder
 from smolctl.errors import SmolError
 from smolctl.model.dynamic import dynamic_network, dynamic_state
@@ -22,7 +23,7 @@ from smolctl.runs.checkpoint_file import FORMAT as CHECKPOINT_FORMAT
 from smolctl.sources import open_source
 from smolctl.sources.arrays import Array, as_tensor, name_of
 from smolctl.sources.base import TokenizerFiles
-from smolctl.sources.huggingface.write import CODE, WRITTEN, write_json, write_model
+from smolctl.sources.huggingface.write import write_json, write_model
 from smolctl.sources.quantized.folder import (
     DESCRIPTION,
     FILE,
@@ -39,7 +40,6 @@ from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor
 SMALL_FILES = 32 << 20  # tokenizer, configs and the file system's own: room that is left for them
 CHECKPOINT_SUFFIX = "_quantized.ckpt"
 QUANTIZED_MODEL = "quantized model"
-FILES = (DESCRIPTION, *WRITTEN, f"*{CHECKPOINT_SUFFIX}", *(path.name for path in CODE.glob("*.py")))
 
 
 class WriteError(SmolError):
@@ -54,6 +54,12 @@ class Origin:
     kind: str
     revision: str | None = None
     step: int | None = None
+    provenance: Provenance | None = None
+
+    def document(self) -> dict[str, Any]:
+        """The same as plain data."""
+        plain = self.provenance and self.provenance.model_dump(mode="json", exclude_none=True)
+        return {**vars(self), "provenance": plain}
 
 
 def write_folder(
@@ -93,7 +99,8 @@ def write_folder(
             )
         with building(target) as folder:
             _write_files(folder, config, plan, items, stored, tokenizer, origin, name)
-            write_record(folder, Record(QUANTIZED_MODEL, dict.fromkeys(FILES)))
+            written = {glob.escape(path.name): file_digest(path) for path in folder.iterdir()}
+            write_record(folder, Record(QUANTIZED_MODEL, written))
             for path in folder.iterdir():
                 sync_file(path)
             sync_folder(folder)
@@ -175,7 +182,7 @@ def describe(plan: QuantizationPlan, items: Mapping[str, StoredTensor], origin: 
         "version": VERSION,
         "smolctl": __version__,
         "scheme": plan.scheme,
-        "source": asdict(origin),
+        "source": origin.document(),
         "calibrated": plan.options.calibrate,
         "skip": list(plan.options.skip),
         "tensors": {name: _entry(item) for name, item in items.items()},

@@ -24,7 +24,7 @@ from typing_extensions import TypedDict
 from smolctl.config import RunConfig
 from smolctl.config.dump import to_yaml
 from smolctl.config.load import read_yaml, resolve_run_config
-from smolctl.durable import file_digest, naming_the_disk, replacing, write_text
+from smolctl.durable import file_digest, naming_the_disk, remove_partial, replacing, write_text
 from smolctl.errors import InputError, UsageError
 from smolctl.escaping import json_text
 from smolctl.outside import fitting, read_json
@@ -199,6 +199,8 @@ class RunFolder:
     def lock(self, emit: Listener) -> AbstractContextManager[object]:
         """The lock of the folder, held while a process trains into it.
 
+        Whoever has it clears away what a process that was killed had begun to write.
+
         Args:
             emit: hears when the file system has no locks; the run then goes on without one.
 
@@ -221,6 +223,7 @@ class RunFolder:
                 f"{self.path}: another process is training into this run",
                 "Wait for it, or start a run of your own with --out.",
             ) from None
+        remove_partial(self.path, self.path / CHECKPOINTS, self.tokenizer)
         return lock
 
     # What the run is

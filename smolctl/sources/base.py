@@ -145,6 +145,7 @@ class ModelSource:
     revision: str | None = None  # commit on the Hub
     bytes_fetched: int = 0  # over the network
     declared: Mapping[str, Any] = field(default_factory=dict)  # the config as the source spells it
+    card: Mapping[str, Any] = field(default_factory=dict)  # metadata of its model card: licence, base model
     recovered_from_shapes: bool = False  # no config was found; it was derived from the tensors
     tensors: tuple[TensorHeader, ...] | None = None  # None when the source has no weights
     run: RunConfig | None = None  # the training recipe, where the source has one

@@ -33,8 +33,8 @@ from smolctl.sources.huggingface.safetensors_file import (
     read_weight_map,
 )
 from smolctl.sources.huggingface.tokenizer import (
-    SIDE_FILES,
-    SLOW_FILES,
+    TOKENIZER_FILES,
+    TOKENIZERS,
     has_tokenizer,
     read_tokenizer_folder,
 )
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 
 HEADER_GUESS = 100_000  # bytes of the first Range request; longer headers take a second one
 PARALLEL_REQUESTS = 8
-TOKENIZERS = ("tokenizer.json", *SLOW_FILES)
-TOKENIZER_FILES = (*TOKENIZERS, "merges.txt", *SIDE_FILES)
 OTHER_WEIGHTS = re.compile(r".+\.(bin|gguf|pth|pt|h5|msgpack|onnx)")
 # Safetensors files of a repository, with the names of the tensors to read there (None: all).
 Shards = dict[str, list[str] | None]
@@ -87,6 +85,7 @@ class _Info(TypedDict):
 
     sha: NotRequired[Plain | None]
     siblings: NotRequired[list[_File] | None]
+    cardData: NotRequired[object]
 
 
 @dataclass
@@ -136,13 +135,14 @@ class Repository:
 
 def _open_online(repository: Repository, model: str) -> ModelSource:
     info = repository.info()
+    card = found if isinstance(found := info.get("cardData"), dict) else {}
     commit = info.get("sha") or repository.revision or "main"
     files = {file["rfilename"] for file in info.get("siblings") or ()}
     shards = _weight_files(repository, commit, files)
     cached = _cached_snapshot(repository, commit, files.intersection((*shards, *TOKENIZER_FILES)))
     if cached is not None:
         source = open_folder(cached, model, SourceKind.HUB)
-        return dataclasses.replace(source, revision=commit, bytes_fetched=repository.bytes_fetched)
+        return dataclasses.replace(source, revision=commit, card=card, bytes_fetched=repository.bytes_fetched)
     if not shards and not files.intersection(("config.json", *TOKENIZERS)):
         raise HubError(f"{repository.name}: no model in it{_others(files)}", _other_hint(files))
     declared = None
@@ -156,7 +156,7 @@ def _open_online(repository: Repository, model: str) -> ModelSource:
         return read_tokenizer_folder(repository.download(list(TOKENIZER_FILES)))
 
     source = describe(SourceKind.HUB, model, declared, tensors, missing, weights, reader)
-    return dataclasses.replace(source, revision=commit, bytes_fetched=repository.bytes_fetched)
+    return dataclasses.replace(source, revision=commit, card=card, bytes_fetched=repository.bytes_fetched)
 
 
 def _open_cached(repository: Repository, model: str, why: str) -> ModelSource:

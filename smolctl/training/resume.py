@@ -31,12 +31,12 @@ from smolctl.training.optim.schedule import (
     learning_rate,
     require_sense,
 )
-from smolctl.training.prepare import Prepared, prepare_again
+from smolctl.training.prepare import Prepared, prepare_again, with_pinned_sources
 from smolctl.training.tolerance import LATEST_LINK, Tolerance
 from smolctl.training.train import plan_run
 
 # A run cannot change these and be the same run. What the optimizer keeps belongs to one optimizer.
-FIXED_SECTIONS = ("model", "tokenizer", "data")
+FIXED_SECTIONS = ("model", "tokenizer", "data", "init_from")
 # Sources may lie elsewhere; what they hold is compared by `require_same_data`.
 FREE_KEYS = ("model.attention_dropout", "data.workers", "data.source", "data.validation")
 FIXED_KEYS = ("optimizer.name", "train.seed")
@@ -164,6 +164,8 @@ def _prepare(
         emit(Note(f"{parent.path / CONFIG} was edited: {', '.join(edits)}."))
         options = replace(options, settings=merge(nested(edits), options.settings))
     changed = changed_config(before, checkpoint.step, options)
+    if changed.data.texts != before.data.texts:
+        changed = with_pinned_sources(changed)
     config, decisions = decide_again(changed, decisions_of(state), options.settings, emit)
     config = with_process_counts(config)
     tokenizer = tokenizer_of(content, parent, path)
@@ -182,7 +184,7 @@ def edited_settings(run: RunFolder, before: RunConfig) -> dict[str, Any]:
     if edited is None:
         return {}
     old, new = before.settings(), edited.settings()
-    return {key: value for key, value in new.items() if value != old[key]}
+    return {key: value for key, value in new.items() if value != old.get(key)}
 
 
 def run_of(content: Mapping[str, Any], path: Path) -> tuple[RunConfig, dict[str, Any]]:
@@ -272,7 +274,8 @@ def _is_fixed(key: str) -> bool:
 def changes(before: RunConfig, after: RunConfig) -> list[str]:
     """Every setting that differs, as "section.key old → new"; the number of steps is no such change."""
     old, new = before.settings(), after.settings()
-    return [f"{key} {old[key]} → {new[key]}" for key in old if old[key] != new[key] and key != "train.steps"]
+    pairs = {key: (old.get(key), new.get(key)) for key in (*old, *new)}
+    return [f"{key} {a} → {b}" for key, (a, b) in pairs.items() if a != b and key != "train.steps"]
 
 
 def learning_rate_at_boundary(before: RunConfig, after: RunConfig, done: int) -> str:

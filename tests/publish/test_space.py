@@ -25,7 +25,6 @@ from smolctl.native.library import Library, load_library
 from smolctl.publish import smoke
 from smolctl.publish.app import Speaker, controls_of
 from smolctl.publish.build import Built
-from smolctl.publish.card import split_card
 from smolctl.publish.push import PushOptions, PushPlan, push
 from smolctl.publish.space import (
     ADDED_BY_THE_HUB,
@@ -36,6 +35,7 @@ from smolctl.publish.space import (
     add_space,
     write_space_card,
 )
+from smolctl.sources.huggingface.card import split_card
 from tests.support.native import watched_engine
 from tests.support.processes import Smolctl
 from tests.support.publishing import publish

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from smolctl.errors import InputError
 from smolctl.ownership import strange_files
 from smolctl.runs.checkpoint_file import find_damage
 from smolctl.runs.events import Candidate, Prediction, Step
@@ -119,3 +120,19 @@ def test_an_environment_that_cannot_be_read_is_none(content: str, tmp_path: Path
     assert folder.environment() == {}
     folder.update_environment({"device": "cpu"})
     assert json.loads((tmp_path / "environment.json").read_text())["device"] == "cpu"
+
+
+def test_what_a_killed_process_had_begun_to_write_is_cleared_away_by_the_next(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    names = (".config.yaml.partial", "checkpoints/.step-000500.ckpt.partial", "tokenizer/.x.json.partial")
+    kept = ("checkpoints/step-000400.ckpt", "notes.partial", "checkpoints/.mine")
+    for name in (*names, *kept):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with run.lock(lambda _event: None):
+        assert not any((tmp_path / name).exists() for name in names)
+        assert all((tmp_path / name).exists() for name in kept)
+        (tmp_path / names[0]).touch()  # which this process is writing
+        with pytest.raises(InputError), RunFolder(tmp_path).lock(lambda _event: None):
+            pass
+        assert (tmp_path / names[0]).exists()

@@ -35,6 +35,8 @@ CARRIED = (
 RECOMMENDED = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # Everything of a repository that a tokenizer may need, tokenizer.json aside.
 SIDE_FILES = (*CARRIED, "config.json")
+TOKENIZERS = ("tokenizer.json", *SLOW_FILES)
+TOKENIZER_FILES = (*TOKENIZERS, "merges.txt", *SIDE_FILES)
 MAX_TOKENIZER_BYTES = 100_000_000  # of a tokenizer.json; Gemma 3's has 33 million
 
 
@@ -67,7 +69,7 @@ class _SpecialIds(TypedDict, total=False):
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a tokenizer in any format."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", *SLOW_FILES))
+    return any((folder / name).is_file() for name in TOKENIZERS)
 
 
 def tokenizer_reader(folder: Path | None, carry: bool = True) -> Callable[[], TokenizerFiles | None] | None:

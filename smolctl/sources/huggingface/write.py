@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 CODE = Path(__file__).parent / "transformers_code"
 CONFIG, GENERATION, TEMPLATE = "config.json", "generation_config.json", "chat_template.jinja"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-WRITTEN = (SINGLE, CONFIG, TOKENIZER, *CARRIED)  # and code, where it needs some
 
 
 def write_model(
