@@ -7,6 +7,7 @@ parts of smolctl that this needs. `gradio` is asked for here only.
 from __future__ import annotations
 
 import asyncio
+import html
 import json
 import os
 import random
@@ -21,13 +22,22 @@ import torch
 from smolctl.cores import usable_cores
 from smolctl.data.tokenizer.prompt import Prompt
 from smolctl.errors import SmolError
+from smolctl.escaping import whole_characters
 from smolctl.generation.complete import CompletionSettings, complete
-from smolctl.generation.conversation import Conversation
+from smolctl.generation.conversation import MOST_TOKENS, Conversation
 from smolctl.generation.engine import Cancellation
 from smolctl.generation.load import LoadedModel, load_model
 from smolctl.generation.sampling import SamplingSettings
 
 MODEL, FACTS = "model", "space.json"
+ANSWER_S = 60.0  # for one answer, its prompt included: others are waiting
+WAITING = 16  # visitors at most who wait for their turn; others are told to come back
+SESSIONS = 256  # visitors whose conversations are kept in memory
+REQUEST_BYTES = 1 << 20  # of a request, or more where the context holds more text
+DISCARDED_BYTES = 64 << 20  # of a request that is too large, before the connection is closed
+# What the page says below an answer in place of the model.
+ENDED_AT_ONCE = "(the model ended its answer at once)"
+STOPPED = f"[stopped after {ANSWER_S:.0f} seconds]"
 # Sliders under the box: name, least, most, step, value, help.
 CONTROLS = (
     ("Tokens at most", 1, 512, 1, 128, "where an answer is cut"),
@@ -63,14 +73,15 @@ class Speaker:
 
     The answers are asynchronous generators: Gradio cancels these at once, but others only after their next
     piece of text, which may be a long prompt away.
+
+    Args:
+        model: answers.
+        answer_s: seconds after which an answer is stopped.
     """
 
-    def __init__(self, model: LoadedModel) -> None:
-        self.model = model
-
-    @property
-    def context(self) -> int:
-        return self.model.engine.config.max_position_embeddings
+    def __init__(self, model: LoadedModel, answer_s: float = ANSWER_S) -> None:
+        self.model, self.answer_s = model, answer_s
+        self.context = min(model.context, MOST_TOKENS)
 
     def engine(self) -> str:
         """The engine that runs here, and why it is not a faster one where that is so."""
@@ -84,20 +95,26 @@ class Speaker:
         """The answer so far, again and again as it grows. The oldest turns go when there is no room."""
         turns = [{"role": str(turn["role"]), "content": _text(turn["content"])} for turn in history]
         conversation = Conversation(chat=True, turns=turns)
-        conversation.make_room(self.model, message, self.context, int(controls[0]))
-        prompt = conversation.prompt(self.model, message)
-        async with aclosing(self._answers(prompt, controls)) as answers:
+
+        def prompt() -> Prompt:
+            conversation.make_room(self.model, message, self.context, int(controls[0]))
+            return conversation.prompt(self.model, message)
+
+        async with aclosing(self._answers(message, prompt, controls)) as answers:
             async for text in answers:
                 yield text
 
     async def continue_text(self, prompt: str, *controls: float) -> AsyncGenerator[str, None]:
         """The prompt and what follows it so far, again and again as it grows."""
-        given = self.model.tokenizer.prompt(prompt)
-        async with aclosing(self._answers(given, controls)) as answers:
+        given = whole_characters(prompt)
+        answers = self._answers(given, lambda: self.model.prompt(given), controls)
+        async with aclosing(answers):
             async for text in answers:
-                yield prompt + text
+                yield given + text
 
-    async def _answers(self, prompt: Prompt, controls: Sequence[float]) -> AsyncGenerator[str, None]:
+    async def _answers(
+        self, text: str, make_prompt: Callable[[], Prompt], controls: Sequence[float]
+    ) -> AsyncGenerator[str, None]:
         loop, cancellation = asyncio.get_running_loop(), Cancellation()
         pieces: asyncio.Queue[str | BaseException | None] = asyncio.Queue()
 
@@ -106,23 +123,31 @@ class Speaker:
 
         def work() -> None:
             engine, tokenizer = self.model.engine, self.model.tokenizer
+            tokenizer.require_room(len(text), self.context)
+            prompt = make_prompt()
+            cancellation.check()
             complete(engine, tokenizer, prompt, _settings(controls), listen, cancellation=cancellation)
 
+        deadline = loop.time() + self.answer_s
         worker = loop.run_in_executor(None, work)
         worker.add_done_callback(lambda done: pieces.put_nowait(done.exception()))
-        text = ""
+        answer = ""
         try:
-            while isinstance(piece := await pieces.get(), str):
-                text += piece
-                yield text
+            while isinstance(piece := await asyncio.wait_for(pieces.get(), deadline - loop.time()), str):
+                answer += piece
+                yield answer
             if isinstance(piece, SmolError):
                 import gradio
 
-                raise gradio.Error(f"{piece.message}. {piece.hint}".strip(), print_exception=False)
+                # Gradio takes the message for HTML, and a chat template may have written it.
+                reason = html.escape(f"{piece.message}. {piece.hint}".strip())
+                raise gradio.Error(reason, print_exception=False)
             if piece is not None:
                 raise piece
-            if not text:
-                yield "*(the model ended its answer at once)*"
+            if not answer:
+                yield ENDED_AT_ONCE
+        except TimeoutError:
+            yield f"{answer}\n\n{STOPPED}".strip()
         finally:
             cancellation.set()
 
@@ -138,22 +163,51 @@ def _settings(controls: Sequence[float]) -> CompletionSettings:
 
 
 def _text(content: Any) -> str:
-    """A turn's text; Gradio's own page sends it in parts."""
-    if isinstance(content, str):
-        return content
-    return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content or ())
+    """A turn's text, without what the page has said below it; Gradio's own page sends it in parts."""
+    parts = [content] if isinstance(content, str) else content or ()
+    text = "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in parts)
+    return text.removesuffix(ENDED_AT_ONCE).removesuffix(STOPPED).rstrip()
 
 
-def build_page(folder: Path) -> Any:
-    """The page of a Space's folder.
+class BodyLimit:
+    """An ASGI application that takes no larger requests; its answer to them is 413.
 
-    Raises:
-        SmolError: the model cannot be loaded.
+    Args:
+        app: gets the others.
+        most: bytes of a request's body.
     """
+
+    def __init__(self, app: Any, most: int) -> None:
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        size = 0
+
+        async def limited() -> Any:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size <= self.most:
+                return message
+            from starlette.exceptions import HTTPException
+
+            # A browser that is still sending sees no answer: take the rest, and keep none of it.
+            while message.get("more_body") and size < DISCARDED_BYTES:
+                message = await receive()
+                size += len(message.get("body", b""))
+            reason = f"Nothing over {self.most / 1e6:.1f} MB is read. Shorten the text, or begin a new chat."
+            raise HTTPException(413, reason)
+
+        await self.app(scope, limited, send)
+
+
+def build_page(facts: SpaceFacts, speaker: Speaker) -> Any:
+    """The page of a model."""
     import gradio
 
-    facts = SpaceFacts.read(folder)
-    speaker = Speaker(load_model(str(folder / MODEL)))
     most = min(512, speaker.context - 1)
     controls: list[Any] = []
     for name, low, high, step, value, info in CONTROLS:
@@ -166,12 +220,17 @@ def build_page(folder: Path) -> Any:
         gradio.Markdown(f"{facts.summary}\n\nEngine: {speaker.engine()}", elem_id="facts")
         fill(gradio, facts, speaker, controls)
         gradio.api(speaker.engine, api_name="engine")  # type: ignore[attr-defined]
+    for function in page.fns.values():
+        if function.types_generator:  # what answers, by whatever button it was asked
+            function.concurrency_id = "model"
     return page
 
 
 def _chat(gradio: Any, facts: SpaceFacts, speaker: Speaker, controls: list[Any]) -> None:
     gradio.ChatInterface(
         speaker.chat,
+        # What the model writes is shown as text: no HTML, and no picture that another server would learn of.
+        chatbot=gradio.Chatbot(label="Chatbot", scale=1, render_markdown=False, latex_delimiters=[]),
         additional_inputs=controls,
         additional_inputs_accordion=gradio.Accordion("Sampling", open=False, render=False),
         # Without values for the controls the examples stand in the empty chat, else in a table under it.
@@ -211,19 +270,30 @@ def main(folder: Path, on_start: Callable[[str], None] | None = None) -> None:
     Args:
         folder: of the Space.
         on_start: called with the address once the page is there; None leaves that to Gradio.
+
+    Raises:
+        SmolError: the model cannot be loaded.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio
+    from starlette.middleware import Middleware
 
     # A container sees all processors of its host. More threads than its share would wait for one another.
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
+    speaker = Speaker(load_model(str(folder / MODEL)))
     # One visitor at a time: the model takes all cores. The address is Gradio's choice, on a Space the Hub's.
-    page = build_page(folder).queue(default_concurrency_limit=1, max_size=16)
+    page = build_page(SpaceFacts.read(folder), speaker)
+    page.queue(default_concurrency_limit=1, max_size=WAITING, api_open=False)
+    # UTF-8 takes four bytes at most for a character.
+    request_bytes = max(REQUEST_BYTES, 4 * speaker.model.tokenizer.most_characters(speaker.context))
     waits = on_start is None
     _, url, _ = page.launch(
         theme=gradio.themes.Soft(font=FONTS),
         css=STYLE,
         share=False,
+        app_kwargs={"middleware": [Middleware(BodyLimit, most=request_bytes)]},
+        max_file_size=0,  # the page takes no files
+        state_session_capacity=SESSIONS,
         prevent_thread_lock=not waits,
         quiet=not waits,
     )
