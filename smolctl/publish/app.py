@@ -11,7 +11,7 @@ import html
 import json
 import os
 import random
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +25,13 @@ from smolctl.errors import SmolError
 from smolctl.escaping import whole_characters
 from smolctl.generation.complete import CompletionSettings, complete
 from smolctl.generation.conversation import MOST_TOKENS, Conversation
-from smolctl.generation.engine import Cancellation
+from smolctl.generation.engine import Cancellation, CancelledError
 from smolctl.generation.load import LoadedModel, load_model
 from smolctl.generation.sampling import SamplingSettings
 
 MODEL, FACTS = "model", "space.json"
 ANSWER_S = 60.0  # for one answer, its prompt included: others are waiting
+CHECK_EVERY_S = 0.25  # whether time is up, or the visitor has left
 WAITING = 16  # visitors at most who wait for their turn; others are told to come back
 SESSIONS = 256  # visitors whose conversations are kept in memory
 REQUEST_BYTES = 1 << 20  # of a request, or more where the context holds more text
@@ -77,11 +78,18 @@ class Speaker:
     Args:
         model: answers.
         answer_s: seconds after which an answer is stopped.
+        leaving: called when an answer begins; returns what says whether its visitor has left.
     """
 
-    def __init__(self, model: LoadedModel, answer_s: float = ANSWER_S) -> None:
-        self.model, self.answer_s = model, answer_s
+    def __init__(
+        self,
+        model: LoadedModel,
+        answer_s: float = ANSWER_S,
+        leaving: Callable[[], Callable[[], bool]] = lambda: lambda: False,
+    ) -> None:
+        self.model, self.answer_s, self._leaving = model, answer_s, leaving
         self.context = min(model.context, MOST_TOKENS)
+        self.most_characters = model.tokenizer.most_characters(self.context)
 
     def engine(self) -> str:
         """The engine that runs here, and why it is not a faster one where that is so."""
@@ -128,26 +136,34 @@ class Speaker:
             cancellation.check()
             complete(engine, tokenizer, prompt, _settings(controls), listen, cancellation=cancellation)
 
-        deadline = loop.time() + self.answer_s
         worker = loop.run_in_executor(None, work)
         worker.add_done_callback(lambda done: pieces.put_nowait(done.exception()))
+        deadline, has_left = loop.time() + self.answer_s, self._leaving()
+
+        def watch() -> None:
+            if has_left() or loop.time() >= deadline:
+                cancellation.set()
+            elif not worker.done():
+                loop.call_later(CHECK_EVERY_S, watch)
+
+        watch()
         answer = ""
         try:
-            while isinstance(piece := await asyncio.wait_for(pieces.get(), deadline - loop.time()), str):
+            while isinstance(piece := await pieces.get(), str):
                 answer += piece
                 yield answer
-            if isinstance(piece, SmolError):
+            if isinstance(piece, CancelledError):
+                yield f"{answer}\n\n{STOPPED}".strip()
+            elif isinstance(piece, SmolError):
                 import gradio
 
                 # Gradio takes the message for HTML, and a chat template may have written it.
                 reason = html.escape(f"{piece.message}. {piece.hint}".strip())
                 raise gradio.Error(reason, print_exception=False)
-            if piece is not None:
+            elif piece is not None:
                 raise piece
-            if not answer:
+            elif not answer:
                 yield ENDED_AT_ONCE
-        except TimeoutError:
-            yield f"{answer}\n\n{STOPPED}".strip()
         finally:
             cancellation.set()
 
@@ -166,11 +182,14 @@ def _text(content: Any) -> str:
     """A turn's text, without what the page has said below it; Gradio's own page sends it in parts."""
     parts = [content] if isinstance(content, str) else content or ()
     text = "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in parts)
-    return text.removesuffix(ENDED_AT_ONCE).removesuffix(STOPPED).rstrip()
+    for note in (ENDED_AT_ONCE, STOPPED):
+        if text.endswith(note):
+            return text.removesuffix(note).rstrip()
+    return text
 
 
 class BodyLimit:
-    """An ASGI application that takes no larger requests; its answer to them is 413.
+    """An ASGI application that reads no larger requests; its answer to them is 413.
 
     Args:
         app: gets the others.
@@ -180,28 +199,44 @@ class BodyLimit:
     def __init__(self, app: Any, most: int) -> None:
         self.app, self.most = app, most
 
-    async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        size = 0
-
-        async def limited() -> Any:
-            nonlocal size
+        messages: list[Any] = []
+        size, more = 0, True
+        while more:
             message = await receive()
             size += len(message.get("body", b""))
-            if size <= self.most:
-                return message
-            from starlette.exceptions import HTTPException
+            messages = [*messages, message] if size <= self.most else []
+            # A browser sees no answer while it is still sending: the rest is received, and forgotten.
+            more = message.get("more_body", False) and size < DISCARDED_BYTES
+        if size > self.most:
+            await self._refuse(scope, receive, send)
+            return
 
-            # A browser that is still sending sees no answer: take the rest, and keep none of it.
-            while message.get("more_body") and size < DISCARDED_BYTES:
-                message = await receive()
-                size += len(message.get("body", b""))
-            reason = f"Nothing over {self.most / 1e6:.1f} MB is read. Shorten the text, or begin a new chat."
-            raise HTTPException(413, reason)
+        async def replayed() -> Any:
+            return messages.pop(0) if messages else await receive()
 
-        await self.app(scope, limited, send)
+        await self.app(scope, replayed, send)
+
+    async def _refuse(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.responses import JSONResponse
+
+        reason = f"This is more than {self.most / 1e6:.1f} MB. Shorten the text, or begin a new chat."
+        await JSONResponse({"detail": reason}, 413)(scope, receive, send)
+
+
+def _leaving() -> Callable[[], bool]:
+    """A function that says whether the visitor who is being answered has closed the page or the connection.
+
+    Gradio knows it at once, but ends a generator only after its next value.
+    """
+    from gradio.context import LocalContext
+
+    blocks, event_id = LocalContext.blocks.get(None), LocalContext.event_id.get(None)
+    event = blocks._queue.event_ids_to_events.get(event_id) if blocks and event_id else None
+    return lambda: event is not None and not event.alive
 
 
 def build_page(facts: SpaceFacts, speaker: Speaker) -> Any:
@@ -227,10 +262,27 @@ def build_page(facts: SpaceFacts, speaker: Speaker) -> Any:
 
 
 def _chat(gradio: Any, facts: SpaceFacts, speaker: Speaker, controls: list[Any]) -> None:
-    gradio.ChatInterface(
+    class TextChatbot(gradio.Chatbot):  # type: ignore[misc]
+        """Shows messages as the text that they are: no HTML, and no pictures from other servers."""
+
+        is_template = True  # on the page it is Gradio's own
+
+        def postprocess(self, value: Any) -> Any:
+            shown = super().postprocess(value).model_copy(deep=True)
+            for part in _text_parts(shown.root):
+                part.text = html.escape(part.text, quote=False)
+            return shown
+
+        def preprocess(self, payload: Any) -> Any:
+            given = payload.model_copy(deep=True) if payload else payload
+            for part in _text_parts(given.root if given else ()):
+                part.text = html.unescape(part.text)
+            return super().preprocess(given)
+
+    page = gradio.ChatInterface(
         speaker.chat,
-        # What the model writes is shown as text: no HTML, and no picture that another server would learn of.
-        chatbot=gradio.Chatbot(label="Chatbot", scale=1, render_markdown=False, latex_delimiters=[]),
+        # Its buttons would copy the text with its "<" escaped.
+        chatbot=TextChatbot(label="Chatbot", scale=1, render_markdown=False, latex_delimiters=[], buttons=[]),
         additional_inputs=controls,
         additional_inputs_accordion=gradio.Accordion("Sampling", open=False, render=False),
         # Without values for the controls the examples stand in the empty chat, else in a table under it.
@@ -238,11 +290,21 @@ def _chat(gradio: Any, facts: SpaceFacts, speaker: Speaker, controls: list[Any])
         cache_examples=False,
         api_name="chat",
     )
+    page.textbox.max_length = speaker.most_characters + 1  # this one is refused with its reason
+
+
+def _text_parts(messages: Iterable[Any]) -> Iterator[Any]:
+    """The texts in the messages of Gradio's chatbot."""
+    return (part for message in messages for part in message.content if part.type == "text")
 
 
 def _continuation(gradio: Any, facts: SpaceFacts, speaker: Speaker, controls: list[Any]) -> None:
     prompt = gradio.Textbox(
-        label="Prompt", lines=2, max_lines=8, placeholder="The model continues what you write here."
+        label="Prompt",
+        lines=2,
+        max_lines=8,
+        placeholder="The model continues what you write here.",
+        max_length=speaker.most_characters + 1,  # this one is refused with its reason
     )
     with gradio.Row():
         start = gradio.Button("Continue", variant="primary")
@@ -280,12 +342,12 @@ def main(folder: Path, on_start: Callable[[str], None] | None = None) -> None:
 
     # A container sees all processors of its host. More threads than its share would wait for one another.
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
-    speaker = Speaker(load_model(str(folder / MODEL)))
+    speaker = Speaker(load_model(str(folder / MODEL)), leaving=_leaving)
     # One visitor at a time: the model takes all cores. The address is Gradio's choice, on a Space the Hub's.
     page = build_page(SpaceFacts.read(folder), speaker)
     page.queue(default_concurrency_limit=1, max_size=WAITING, api_open=False)
     # UTF-8 takes four bytes at most for a character.
-    request_bytes = max(REQUEST_BYTES, 4 * speaker.model.tokenizer.most_characters(speaker.context))
+    request_bytes = max(REQUEST_BYTES, 4 * speaker.most_characters)
     waits = on_start is None
     _, url, _ = page.launch(
         theme=gradio.themes.Soft(font=FONTS),
