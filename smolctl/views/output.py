@@ -6,9 +6,11 @@ import codecs
 import contextlib
 import io
 import json
+import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -114,6 +116,20 @@ class Output:
             raise SmolError(
                 f"stdout cannot be written ({error.strerror})", "What it did not take is above this line."
             ) from None
+
+    @contextlib.contextmanager
+    def quieting_libraries(self) -> Iterator[None]:
+        """Keep what libraries warn of and log, errors excepted, off stderr under `--quiet`."""
+        if not self.quiet:
+            yield
+            return
+        disabled = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                yield
+        finally:
+            logging.disable(disabled)
 
     def document(self, value: Mapping[str, Any]) -> None:
         """Print one JSON document; nothing without `--json`."""

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -127,6 +128,19 @@ def test_a_pipe_gets_what_is_printed_as_it_is(
         assert HOSTILE in value or value["error"]["message"] == HOSTILE
     else:
         assert all(part in written for part in ("\x1b]0;owned", "\x1b[2J", "\x9b2J", "\u202eevil"))
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_libraries_warn_unless_the_user_wants_quiet(
+    quiet: bool, recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Output(quiet=quiet).quieting_libraries():
+        warnings.warn("of a library", stacklevel=1)
+        logging.getLogger("transformers").warning("of another")
+        logging.getLogger("transformers").error("an error")
+    assert len(recwarn) == (0 if quiet else 1)
+    assert caplog.messages == [*([] if quiet else ["of another"]), "an error"]
+    assert logging.root.manager.disable == 0
 
 
 @pytest.mark.parametrize("move", ["\r", "\r 10%|##  |", "\n\n", "\x1b[A\x1b[A"])
