@@ -107,6 +107,8 @@ def fill(
         return "".join(pieces), ""
     except jinja2.TemplateSyntaxError as error:
         return "", f"the chat template is broken at line {error.lineno}: {_said(error)}"
+    except SyntaxError as error:  # of the Python that Jinja makes of it, whose lines are others
+        return "", f"the chat template is broken: {error.msg}"
     except MemoryError:
         return "", f"the chat template needs more than {MOST_MB} MB of memory, or is nested too deeply"
     except Exception as error:  # whatever a template raises is the template's fault
