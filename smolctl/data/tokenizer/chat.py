@@ -136,7 +136,8 @@ def fill_with_limits(*asked: *Conversation) -> tuple[str, str]:
 def _limit(kind: int, most: int) -> None:
     import resource
 
-    resource.setrlimit(kind, (most, resource.getrlimit(kind)[1]))
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 class _Process:
