@@ -38,7 +38,7 @@ MOST_SAID = 300  # characters of a template's own error message
 HARMLESS = frozenset({
     "872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788",  # SmolLM2-Instruct
 })  # fmt: skip
-Conversation = tuple[str, Sequence[Mapping[str, Any]], Mapping[str, str], bool, int]
+Arguments = tuple[str, Sequence[Mapping[str, Any]], Mapping[str, str], bool, int]  # of `fill`
 
 
 def render_chat(
@@ -115,7 +115,7 @@ def fill(
         return "", f"the chat template refuses the conversation{_place(error)}: {_said(error)}"
 
 
-def fill_with_limits(*asked: *Conversation) -> tuple[str, str]:
+def fill_with_limits(*asked: *Arguments) -> tuple[str, str]:
     """`fill` in a process that the operating system ends when it takes too long.
 
     Windows has no such limits, and macOS none of memory.
@@ -147,7 +147,7 @@ class _Process:
         self._lock = threading.Lock()
         self._worker: Worker | None = None
 
-    def fill(self, *asked: *Conversation) -> tuple[str, str]:
+    def fill(self, *asked: *Arguments) -> tuple[str, str]:
         """See `fill`."""
         with self._lock:
             if self._worker is None or not self._worker.running:
