@@ -11,9 +11,10 @@ import html
 import json
 import os
 import random
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -262,27 +263,9 @@ def build_page(facts: SpaceFacts, speaker: Speaker) -> Any:
 
 
 def _chat(gradio: Any, facts: SpaceFacts, speaker: Speaker, controls: list[Any]) -> None:
-    class TextChatbot(gradio.Chatbot):  # type: ignore[misc]
-        """Shows messages as the text that they are: no HTML, and no pictures from other servers."""
-
-        is_template = True  # on the page it is Gradio's own
-
-        def postprocess(self, value: Any) -> Any:
-            shown = super().postprocess(value).model_copy(deep=True)
-            for part in _text_parts(shown.root):
-                part.text = html.escape(part.text, quote=False)
-            return shown
-
-        def preprocess(self, payload: Any) -> Any:
-            given = payload.model_copy(deep=True) if payload else payload
-            for part in _text_parts(given.root if given else ()):
-                part.text = html.unescape(part.text)
-            return super().preprocess(given)
-
     page = gradio.ChatInterface(
         speaker.chat,
-        # Its buttons would copy the text with its "<" escaped.
-        chatbot=TextChatbot(label="Chatbot", scale=1, render_markdown=False, latex_delimiters=[], buttons=[]),
+        chatbot=_text_chatbot(gradio),
         additional_inputs=controls,
         additional_inputs_accordion=gradio.Accordion("Sampling", open=False, render=False),
         # Without values for the controls the examples stand in the empty chat, else in a table under it.
@@ -293,9 +276,25 @@ def _chat(gradio: Any, facts: SpaceFacts, speaker: Speaker, controls: list[Any])
     page.textbox.max_length = speaker.most_characters + 1  # this one is refused with its reason
 
 
-def _text_parts(messages: Iterable[Any]) -> Iterator[Any]:
-    """The texts in the messages of Gradio's chatbot."""
-    return (part for message in messages for part in message.content if part.type == "text")
+def _text_chatbot(gradio: Any) -> Any:
+    """Gradio's chatbot, which shows messages as the text that they are.
+
+    By itself it takes HTML and pictures from other servers in them for what they are, without Markdown too.
+    """
+
+    def each_text(change: Callable[[str], str], messages: Any) -> Any:
+        changed = messages.model_copy(deep=True)
+        for part in (part for message in changed.root for part in message.content if part.type == "text"):
+            part.text = change(part.text)
+        return changed
+
+    # Its buttons for copying would give the text with "&lt;" for "<".
+    chatbot = gradio.Chatbot(label="Chatbot", scale=1, render_markdown=False, latex_delimiters=[], buttons=[])
+    to_page, from_page = chatbot.postprocess, chatbot.preprocess
+    # A class of our own would have Gradio write a file beside this one.
+    chatbot.postprocess = lambda value: each_text(partial(html.escape, quote=False), to_page(value))
+    chatbot.preprocess = lambda value: from_page(value and each_text(html.unescape, value))
+    return chatbot
 
 
 def _continuation(gradio: Any, facts: SpaceFacts, speaker: Speaker, controls: list[Any]) -> None:

@@ -380,7 +380,8 @@ def test_a_session_edits_lines_and_loses_nothing_of_what_is_typed(model: Path, t
         terminal.type(f"he ct{LEFT}a{HOME}t\r")
         assert "chatting with the model's template" in terminal.shown or terminal.read_until("prefill")
         terminal.type("cat " * 1500 + "\r")  # more than a terminal's own line holds, and than the context
-        terminal.read_until("the prompt has 6,000 characters, and the model's context of 96 tokens holds")
+        error = terminal.read_until(" characters, and the model's context of 96 tokens holds")
+        assert int(error.rpartition("the prompt has ")[2].replace(",", "")) >= 6000
         terminal.type(f"{PASTE}a\nb\r\nc{PASTED}\r")
         terminal.type("\x03")
         terminal.read_until("Ctrl-D ends.")
@@ -533,7 +534,7 @@ def test_a_chat_keeps_what_came_before_ctrl_c(monkeypatch: pytest.MonkeyPatch, m
 
 @pytest.mark.real_weights
 @pytest.mark.parametrize(
-    "rounds", [pytest.param(2, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.proof)]
+    "rounds", [pytest.param(1, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.proof)]
 )
 def test_ctrl_c_while_a_long_prompt_is_read_leaves_the_next_answer_as_it_was(
     rounds: int, gguf_file: Path, tmp_path: Path
