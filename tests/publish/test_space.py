@@ -6,12 +6,14 @@ import asyncio
 import json
 import os
 import platform
+import random
 import re
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.errors import ExitCode, SmolError
 from smolctl.escaping import json_text
 from smolctl.generation.conversation import Conversation
-from smolctl.generation.load import LoadedModel
+from smolctl.generation.load import LoadedModel, load_model
 from smolctl.hub.client import HubClient
 from smolctl.native.library import Library, load_library
 from smolctl.publish import smoke
@@ -162,8 +164,6 @@ def test_an_app_that_does_not_start_is_reported_with_its_log(space: Path, tmp_pa
 
 
 def test_a_chat_forgets_its_oldest_turns_rather_than_fail(chat_space: Path) -> None:
-    from smolctl.generation.load import load_model
-
     speaker = Speaker(load_model(str(chat_space / "model")))
     history = [
         {"role": role, "content": [{"type": "text", "text": "the cat sat on a mat " * 3}]}
@@ -245,6 +245,32 @@ def test_an_answer_nobody_waits_for_ends_while_its_prompt_is_read(
     watched.entries = 0
     assert spoken(Speaker(model)) == expected
     assert watched.entries == needed
+
+
+@pytest.mark.proof
+@pytest.mark.real_weights
+def test_a_hundred_closed_answers_leave_the_next_one_as_it_was(gguf_file: Path) -> None:
+    speaker, chance = Speaker(load_model(str(gguf_file))), random.Random(0)
+    long, likeliest = "Tell me about the cat that sat on the mat. " * 150, (0.0, 1.0, 0, 1.0, 1)
+
+    async def short() -> list[str]:
+        return [text async for text in speaker.continue_text("The capital of France is", 8, *likeliest)]
+
+    async def close_and_go_on() -> int:
+        """How many answers were closed before their first text."""
+        expected, early = await short(), 0
+        for _ in range(100):
+            answer = speaker.continue_text(long, 100, *likeliest)
+            first = asyncio.ensure_future(anext(answer))
+            await asyncio.wait([first], timeout=chance.random())
+            early += first.cancel()
+            with suppress(asyncio.CancelledError):
+                await first
+            await answer.aclose()
+            assert await short() == expected
+        return early
+
+    assert asyncio.run(close_and_go_on()) > 50
 
 
 def test_what_the_page_says_below_an_answer_is_not_read_as_the_models() -> None:
