@@ -31,6 +31,7 @@ from smolctl.generation.load import LoadedModel, load_model
 from smolctl.generation.sampling import SamplingSettings
 
 MODEL, FACTS = "model", "space.json"
+CHAT = "chat"  # the endpoint for programs
 ANSWER_S = 60.0  # for one answer, its prompt included: others are waiting
 CHECK_EVERY_S = 0.25  # whether time is up, or the visitor has left
 WAITING = 16  # visitors at most who wait for their turn; others are told to come back
@@ -40,6 +41,7 @@ DISCARDED_BYTES = 64 << 20  # of a request that is too large, before the connect
 # What the page says below an answer in place of the model.
 ENDED_AT_ONCE = "(the model ended its answer at once)"
 STOPPED = f"[stopped after {ANSWER_S:.0f} seconds]"
+REFUSED = "⚠ "  # begins the reason why there is no answer
 # Sliders under the box: name, least, most, step, value, help.
 CONTROLS = (
     ("Tokens at most", 1, 512, 1, 128, "where an answer is cut"),
@@ -70,6 +72,14 @@ class SpaceFacts:
         return SpaceFacts(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
 
 
+@dataclass(frozen=True)
+class Visit:
+    """What is known of a visitor who is being answered."""
+
+    has_left: Callable[[], bool] = lambda: False  # closed the page or the connection
+    by_program: bool = True  # asks through the endpoint for programs
+
+
 class Speaker:
     """A model that answers visitors; one who leaves or presses stop ends the work on their answer.
 
@@ -79,16 +89,16 @@ class Speaker:
     Args:
         model: answers.
         answer_s: seconds after which an answer is stopped.
-        leaving: called when an answer begins; returns what says whether its visitor has left.
+        visit: called when an answer begins.
     """
 
     def __init__(
         self,
         model: LoadedModel,
         answer_s: float = ANSWER_S,
-        leaving: Callable[[], Callable[[], bool]] = lambda: lambda: False,
+        visit: Callable[[], Visit] = Visit,
     ) -> None:
-        self.model, self.answer_s, self._leaving = model, answer_s, leaving
+        self.model, self.answer_s, self._visit = model, answer_s, visit
         self.context = min(model.context, MOST_TOKENS)
         self.most_characters = model.tokenizer.most_characters(self.context)
 
@@ -109,20 +119,28 @@ class Speaker:
             conversation.make_room(self.model, message, self.context, int(controls[0]))
             return conversation.prompt(self.model, message)
 
-        async with aclosing(self._answers(message, prompt, controls)) as answers:
+        visit = self._visit()
+        # Gradio locks the page's box for good when an answer ends with an error.
+        answers = self._answers(message, prompt, controls, visit, says_errors=not visit.by_program)
+        async with aclosing(answers):
             async for text in answers:
                 yield text
 
     async def continue_text(self, prompt: str, *controls: float) -> AsyncGenerator[str, None]:
         """The prompt and what follows it so far, again and again as it grows."""
         given = whole_characters(prompt)
-        answers = self._answers(given, lambda: self.model.prompt(given), controls)
+        answers = self._answers(given, lambda: self.model.prompt(given), controls, self._visit())
         async with aclosing(answers):
             async for text in answers:
                 yield given + text
 
     async def _answers(
-        self, text: str, make_prompt: Callable[[], Prompt], controls: Sequence[float]
+        self,
+        text: str,
+        make_prompt: Callable[[], Prompt],
+        controls: Sequence[float],
+        visit: Visit,
+        says_errors: bool = False,
     ) -> AsyncGenerator[str, None]:
         loop, cancellation = asyncio.get_running_loop(), Cancellation()
         pieces: asyncio.Queue[str | BaseException | None] = asyncio.Queue()
@@ -139,10 +157,10 @@ class Speaker:
 
         worker = loop.run_in_executor(None, work)
         worker.add_done_callback(lambda done: pieces.put_nowait(done.exception()))
-        deadline, has_left = loop.time() + self.answer_s, self._leaving()
+        deadline = loop.time() + self.answer_s
 
         def watch() -> None:
-            if has_left() or loop.time() >= deadline:
+            if visit.has_left() or loop.time() >= deadline:
                 cancellation.set()
             elif not worker.done():
                 loop.call_later(CHECK_EVERY_S, watch)
@@ -156,11 +174,13 @@ class Speaker:
             if isinstance(piece, CancelledError):
                 yield f"{answer}\n\n{STOPPED}".strip()
             elif isinstance(piece, SmolError):
-                import gradio
+                reason = f"{piece.message}. {piece.hint}".strip()
+                if not says_errors:
+                    import gradio
 
-                # Gradio takes the message for HTML, and a chat template may have written it.
-                reason = html.escape(f"{piece.message}. {piece.hint}".strip())
-                raise gradio.Error(reason, print_exception=False)
+                    # Gradio takes the message for HTML, and a chat template may have written it.
+                    raise gradio.Error(html.escape(reason), print_exception=False)
+                yield f"{answer}\n\n{REFUSED}{reason}".strip()
             elif piece is not None:
                 raise piece
             elif not answer:
@@ -183,10 +203,8 @@ def _text(content: Any) -> str:
     """A turn's text, without what the page has said below it; Gradio's own page sends it in parts."""
     parts = [content] if isinstance(content, str) else content or ()
     text = "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in parts)
-    for note in (ENDED_AT_ONCE, STOPPED):
-        if text.endswith(note):
-            return text.removesuffix(note).rstrip()
-    return text
+    head, _, last = text.rpartition("\n\n")
+    return head if last in (ENDED_AT_ONCE, STOPPED) or last.startswith(REFUSED) else text
 
 
 class BodyLimit:
@@ -228,16 +246,18 @@ class BodyLimit:
         await JSONResponse({"detail": reason}, 413)(scope, receive, send)
 
 
-def _leaving() -> Callable[[], bool]:
-    """A function that says whether the visitor who is being answered has closed the page or the connection.
+def _visit() -> Visit:
+    """The visitor whose answer begins.
 
-    Gradio knows it at once, but ends a generator only after its next value.
+    Gradio knows at once who has left, but ends a generator only after its next value.
     """
     from gradio.context import LocalContext
 
     blocks, event_id = LocalContext.blocks.get(None), LocalContext.event_id.get(None)
     event = blocks._queue.event_ids_to_events.get(event_id) if blocks and event_id else None
-    return lambda: event is not None and not event.alive
+    if event is None:
+        return Visit()
+    return Visit(lambda: not event.alive, event.fn.api_name == CHAT)
 
 
 def build_page(facts: SpaceFacts, speaker: Speaker) -> Any:
@@ -271,7 +291,7 @@ def _chat(gradio: Any, facts: SpaceFacts, speaker: Speaker, controls: list[Any])
         # Without values for the controls the examples stand in the empty chat, else in a table under it.
         examples=[[example] for example in facts.examples] or None,
         cache_examples=False,
-        api_name="chat",
+        api_name=CHAT,
     )
     page.textbox.max_length = speaker.most_characters + 1  # this one is refused with its reason
 
@@ -341,7 +361,7 @@ def main(folder: Path, on_start: Callable[[str], None] | None = None) -> None:
 
     # A container sees all processors of its host. More threads than its share would wait for one another.
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
-    speaker = Speaker(load_model(str(folder / MODEL)), leaving=_leaving)
+    speaker = Speaker(load_model(str(folder / MODEL)), visit=_visit)
     # One visitor at a time: the model takes all cores. The address is Gradio's choice, on a Space the Hub's.
     page = build_page(SpaceFacts.read(folder), speaker)
     page.queue(default_concurrency_limit=1, max_size=WAITING, api_open=False)

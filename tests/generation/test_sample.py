@@ -319,6 +319,7 @@ def test_options_that_do_not_go_together_are_usage_errors(
 
 
 READY = "\x1b[?2004h"  # what the editor writes when it takes keys: from now on pasted text is marked
+TAKEN = "\x1b[?2004l"  # what it writes when it has taken a message
 PASTE, PASTED = "\x1b[200~", "\x1b[201~"
 UP, LEFT, HOME = "\x1b[A", "\x1b[D", "\x01"
 
@@ -544,7 +545,8 @@ def test_ctrl_c_while_a_long_prompt_is_read_leaves_the_next_answer_as_it_was(
         for number in range(rounds + 1):
             if number:  # the first answer is undisturbed
                 terminal.type(f"{PASTE}{'Tell me about the cat that sat on the mat. ' * 400}{PASTED}\r")
-                time.sleep(chance.random() * 3)
+                terminal.read_until(TAKEN)
+                time.sleep(0.1 + chance.random() * 3)
                 os.write(terminal.screen, b"\x03")
                 terminal.read_until("Stopped.")
                 terminal.type("/clear\r")

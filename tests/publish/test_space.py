@@ -32,7 +32,7 @@ from smolctl.generation.load import LoadedModel, load_model
 from smolctl.hub.client import HubClient
 from smolctl.native.library import Library, load_library
 from smolctl.publish import smoke
-from smolctl.publish.app import FACTS, MODEL, STOPPED, BodyLimit, Speaker
+from smolctl.publish.app import FACTS, MODEL, REFUSED, STOPPED, BodyLimit, Speaker, Visit
 from smolctl.publish.build import Built
 from smolctl.publish.card import split_card
 from smolctl.publish.push import PushOptions, PushPlan, push
@@ -236,7 +236,8 @@ def test_an_answer_nobody_waits_for_ends_while_its_prompt_is_read(
         reading.set()
         time.sleep(0.03)
 
-    speaker = Speaker(model, 0.02 if waits else 60.0, lambda: lambda: reading.is_set() and not waits)
+    visit = Visit(lambda: reading.is_set() and not waits)
+    speaker = Speaker(model, 0.02 if waits else 60.0, lambda: visit)
     watched.entries, watched.on_entry = 0, read
     assert spoken(speaker, "the cat sat on the mat. " * 60, 500) == [
         "the cat sat on the mat. " * 60 + STOPPED
@@ -280,7 +281,21 @@ def test_what_the_page_says_below_an_answer_is_not_read_as_the_models() -> None:
         history = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
         return [text async for text in speaker.chat("the cat", history, 8, 0.0, 1.0, 0, 1.0, 1)]
 
-    assert asyncio.run(ask(f"the dog\n\n{STOPPED}")) == asyncio.run(ask("the dog"))
+    for note in (STOPPED, f"{REFUSED}no room"):
+        assert asyncio.run(ask(f"the dog\n\n{note}")) == asyncio.run(ask("the dog"))
+
+
+def test_the_page_says_why_there_is_no_answer() -> None:
+    """An error would lock its box for good; a program gets one."""
+    speaker = Speaker(tiny_model(), visit=lambda: Visit(by_program=False))
+
+    async def ask() -> list[str]:
+        return [text async for text in speaker.chat("the cat " * 1000, [], 8, 0.0, 1.0, 0, 1.0, 1)]
+
+    assert asyncio.run(ask()) == [
+        f"{REFUSED}the prompt has 8,000 characters, and the model's context of 96 tokens holds 1,536 at most"
+        ". Shorten the prompt."
+    ]
 
 
 def test_a_long_conversation_is_tokenized_a_few_times_only() -> None:
