@@ -54,6 +54,10 @@ class InputError(SmolError):
     exit_code = ExitCode.BAD_INPUT
 
 
+class PromptTooLongError(InputError):
+    """A prompt does not fit the model's context."""
+
+
 class HubError(SmolError):
     """The Hub refused, could not be reached, or needs credentials."""
 

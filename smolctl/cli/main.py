@@ -20,7 +20,7 @@ from smolctl.cli.sample import sample
 from smolctl.cli.train import train
 from smolctl.cores import sharing_cores, usable_cores, usable_cpus
 from smolctl.errors import ExitCode, UsageError
-from smolctl.views.output import Output, tolerate_encodings
+from smolctl.views.output import Output, prepare_streams
 
 app = typer.Typer(
     name="smolctl",
@@ -61,7 +61,7 @@ app.command("cache")(cache)
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    tolerate_encodings()
+    prepare_streams()
     try:
         # A container sees all processors of its host: more threads than its share would wait for one another.
         if usable_cores() < usable_cpus():

@@ -101,7 +101,8 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
     ) -> None:
         output = Output(json, quiet, verbose)
         try:
-            code = function(output, **asked)
+            with output.quieting_libraries():
+                code = function(output, **asked)
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, where a full disk has its line, and not when Python ends
         except SmolError as error:

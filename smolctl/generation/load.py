@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from smolctl.data.tokenizer.prompt import Prompt, SpecialTokens
+from smolctl.data.tokenizer.prompt import Prompt, SpecialTokens, count_characters
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.errors import InputError
+from smolctl.escaping import whole_characters
 from smolctl.generation.complete import CompletionSettings
 from smolctl.generation.engine import Engine
 from smolctl.generation.engines import EngineOptions, make_engine
@@ -35,6 +36,20 @@ class LoadedModel:
     def can_chat(self) -> bool:
         return self.tokenizer.chat_template is not None
 
+    @property
+    def context(self) -> int:
+        """Most tokens of a prompt and its answer."""
+        return self.engine.config.max_position_embeddings
+
+    def prompt(self, text: str) -> Prompt:
+        """See `Tokenizer.prompt`. Text from anywhere comes through here, or through `chat_prompt`.
+
+        Raises:
+            PromptTooLongError: the text cannot fit the context.
+        """
+        self.tokenizer.require_room(len(text), self.context)
+        return self.tokenizer.prompt(whole_characters(text))
+
     def chat_prompt(
         self, messages: Sequence[Mapping[str, str]], special_tokens: SpecialTokens = "text"
     ) -> Prompt:
@@ -42,13 +57,16 @@ class LoadedModel:
 
         Raises:
             InputError: the model has no chat template, or it refuses the messages.
+            PromptTooLongError: the messages cannot fit the context.
         """
         if self.tokenizer.chat_template is None:
             raise InputError(
                 f"{self.id}: the model has no chat template; it continues text",
                 "Leave out --chat, or choose an instruction-tuned model.",
             )
-        return self.tokenizer.chat_prompt(messages, special_tokens)
+        self.tokenizer.require_room(count_characters(list(messages)), self.context)
+        whole = [{**one, "content": whole_characters(one["content"])} for one in messages]
+        return self.tokenizer.chat_prompt(whole, special_tokens, self.context)
 
 
 def load_model(model: str, options: EngineOptions = EngineOptions()) -> LoadedModel:  # noqa: B008 - frozen

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Literal
 
-from smolctl.errors import InputError
+from smolctl.errors import InputError, PromptTooLongError
 from smolctl.generation.engine import Cancellation, Engine, Logits
 from smolctl.generation.lookup import MOST, Lookup
 from smolctl.generation.sampling import (
@@ -275,11 +275,16 @@ class Scheduler:
 
 
 def check_prompt(length: int, context: int) -> None:
-    """Refuse a prompt that is empty or leaves no room in the context."""
+    """Refuse a prompt that is empty or leaves no room in the context.
+
+    Raises:
+        InputError: it is empty.
+        PromptTooLongError: it leaves no room.
+    """
     if length == 0:
         raise InputError("the prompt is empty", "Give --prompt some text.")
     if length >= context:
-        raise InputError(
+        raise PromptTooLongError(
             f"the prompt has {length} tokens, the model's context holds {context}", "Shorten the prompt."
         )
 

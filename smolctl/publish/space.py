@@ -52,6 +52,7 @@ SINGLE_FILES = (
     "ownership.py",
     "publish/__init__.py",
     "publish/app.py",
+    "worker.py",
 )
 SUFFIXES = {".py", ".c", ".h"}
 NOT_NEEDED = {"hatch_hook.py", *(path.name for path in CODE.glob("*.py"))}

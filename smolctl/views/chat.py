@@ -64,8 +64,11 @@ class Chat:
                 continue
             if text.rstrip() in ("exit", "quit", "/exit", "/quit"):
                 return
-            if text.strip():
-                self._obey(text)
+            try:
+                if text.strip():
+                    self._obey(text)
+            except KeyboardInterrupt:  # before the first token, or between an answer and the next prompt
+                self.out.talk("Stopped.")
 
     def _obey(self, text: str) -> None:
         """Run a command or answer a message; errors end this turn only."""

@@ -43,13 +43,16 @@ def show_report(out: Output, report: ModelReport) -> None:
 
     out.show(title(report.source))
     for heading, body in _sections(report):
-        out.show("", f"[bold]{heading}[/bold]", body)
+        out.show("", Text(heading, style="bold"), body)
     out.show("")
-    for mark, lines in (("[red]problem[/red]", report.problems), ("[dim]note[/dim]", report.notes)):
+    for mark, lines in (
+        (Text("problem", style="red"), report.problems),
+        (Text("note", style="dim"), report.notes),
+    ):
         if lines:
             out.show(facts((mark, Text(line)) for line in shortened(lines, PROBLEMS_SHOWN)))
     if not report.problems:
-        out.show("[green]no problems found[/green]")
+        out.show(Text("no problems found", style="green"))
 
 
 def report_document(report: ModelReport) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import tokenizers
 
+from smolctl.errors import InputError
 from smolctl.escaping import json_text
 from smolctl.sources.huggingface.tokenizer import read_backend
 from smolctl.sources.stops import END_TOKENS
@@ -17,6 +18,7 @@ from smolctl.sources.stops import END_TOKENS
 SpecialTokens = Literal["text", "tokens"]
 # A character that no text holds: what begins with it is never found in one.
 _NEVER = "\ufdd0"
+DEEPEST = 100  # levels of lists and objects in a message
 # The first stand-in, in a plane for private use.
 _STAND_INS = 0xF0000
 
@@ -27,6 +29,20 @@ class Prompt:
 
     text: str
     ids: tuple[int, ...]
+
+
+def count_characters(value: Any, level: int = 0) -> int:
+    """Characters of all texts in a message, or in several.
+
+    Raises:
+        InputError: it is nested too deeply.
+    """
+    if level > DEEPEST:
+        raise InputError(f"a message is nested more than {DEEPEST} levels deep", "Send less in it.")
+    if isinstance(value, str):
+        return len(value)
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return sum(count_characters(item, level + 1) for item in items)
 
 
 def any_of(tokens: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ from smolctl.config.model import MAX_VOCABULARY
 from smolctl.data.tokenizer.bpe import train_bpe
 from smolctl.data.tokenizer.decoding import TextStream, bytes_of_token, is_byte_level
 from smolctl.data.tokenizer.prompt import Prompt, SpecialTokens, SpelledTokens
-from smolctl.errors import HubError, InputError
+from smolctl.errors import HubError, InputError, PromptTooLongError
 from smolctl.outside import shown
 from smolctl.sources import open_source
 from smolctl.sources.base import TokenizerFiles
@@ -47,6 +47,7 @@ class Tokenizer:
         end_token_ids: other ids at which text ends.
         named_tokens: special tokens by the names that chat templates know them by, such as bos_token; None:
             those of the ids above.
+        origin: where it comes from, for error messages.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Tokenizer:
         pad_token_id: int | None = None,
         end_token_ids: Iterable[int] = (),
         named_tokens: Mapping[str, str] | None = None,
+        origin: str = "the model",
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -69,6 +71,7 @@ class Tokenizer:
         named = self.eos_token_id, backend.token_to_id(END_OF_TEXT)
         self._end_token_ids = {*end_token_ids, *(token_id for token_id in named if token_id is not None)}
         self._named_tokens = named_tokens
+        self._origin = origin
 
     @staticmethod
     def from_files(files: TokenizerFiles, origin: str = "tokenizer.json") -> Tokenizer:
@@ -79,7 +82,7 @@ class Tokenizer:
         """
         backend = read_backend(files.tokenizer_json, origin)
         ids = files.bos_token_id, files.eos_token_id, files.pad_token_id
-        return Tokenizer(backend, files.chat_template, *ids, files.end_token_ids, files.named_tokens)
+        return Tokenizer(backend, files.chat_template, *ids, files.end_token_ids, files.named_tokens, origin)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text as `tokenizer(text)` of transformers gives them: with what the tokenizer puts around
@@ -97,7 +100,10 @@ class Tokenizer:
         return Prompt(text, tuple(self.encode(text) or begin))
 
     def chat_prompt(
-        self, messages: Sequence[Mapping[str, Any]], special_tokens: SpecialTokens = "text"
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        special_tokens: SpecialTokens = "text",
+        context: int | None = None,
     ) -> Prompt:
         """A conversation in the chat template, ready for its answer, as `apply_chat_template` of transformers
         gives it.
@@ -106,11 +112,13 @@ class Tokenizer:
             messages: `{"role": ..., "content": ...}` each.
             special_tokens: what special tokens are that a message spells, such as `<|im_end|>`: "text", or
                 the "tokens" themselves. Those that the template writes are tokens always.
+            context: most tokens; a template that writes more text than they can spell is stopped. None: any.
 
         Raises:
             InputError: there is no chat template, or it refuses the messages.
+            PromptTooLongError: the conversation cannot fit the context.
         """
-        from smolctl.data.tokenizer.chat import render_chat  # Jinja, which plain text does without
+        from smolctl.data.tokenizer.chat import MOST_CHARACTERS, render_chat  # Jinja: not for plain text
 
         if self.chat_template is None:
             raise InputError(
@@ -118,8 +126,28 @@ class Tokenizer:
             )
         if special_tokens == "text":
             messages = self._spelled.hide(list(messages))
-        rendered = render_chat(self.chat_template, messages, self.named_tokens)
+        most = MOST_CHARACTERS if context is None else self.most_characters(context)
+        named, origin = self.named_tokens, self._origin
+        rendered = render_chat(self.chat_template, messages, named, origin=origin, most=most)
         return Prompt(self._spelled.show(rendered), tuple(self._spelled.encode(rendered)))
+
+    def most_characters(self, tokens: int) -> int:
+        """Characters that so many tokens can spell at most: each the longest token of the vocabulary."""
+        return tokens * max(map(len, self.token_bytes), default=0)
+
+    def require_room(self, characters: int, context: int) -> None:
+        """Refuse a prompt that cannot fit a context by its length alone, before the work of tokenizing it.
+
+        Raises:
+            PromptTooLongError: it has more characters than so many tokens can spell.
+        """
+        most = self.most_characters(context)
+        if characters > most:
+            raise PromptTooLongError(
+                f"the prompt has {characters:,} characters, and the model's context of {context:,} tokens "
+                f"holds {most:,} at most",
+                "Shorten the prompt.",
+            )
 
     @cached_property
     def _spelled(self) -> SpelledTokens:
