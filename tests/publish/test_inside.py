@@ -118,7 +118,15 @@ def quantized(llama_run: Path, tmp_path: Path) -> Path:
     run = shutil.copytree(llama_run, tmp_path / "run")
     folder = run / "quantized" / "int8"
     folder.mkdir(parents=True)
-    description = {"format": "smolctl-quantized", "version": 1, "source": {"id": "/home/me/run", "step": 15}}
+    description = {
+        "format": "smolctl-quantized",
+        "version": 1,
+        "scheme": "int8",
+        "source": {"id": "/home/me/run", "step": 15},
+        "config_sha256": "",
+        "file": {"bytes": 2, "sha256": "", "header_sha256": ""},
+        "tensors": {},
+    }
     (folder / "quantization.json").write_text(json.dumps(description))
     for name in ("model.safetensors", "config.json", "run_quantized.ckpt"):
         (folder / name).write_text("{}")
