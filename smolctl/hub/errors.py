@@ -86,6 +86,7 @@ TABLE: Mapping[str | int, Verdict] = {
     "TimeoutError": _LATE,
     "HTTPError": _CUT_OFF,
     "ConnectionError": _CUT_OFF,
+    "InvalidURL": (HubError, "no address can be made of it ({said})", "Check HF_ENDPOINT and the name."),
     **dict.fromkeys(("LookupError", "TypeError", "AttributeError"), _STRANGE),
     "GatedRepoError": (
         HubError,
@@ -156,7 +157,8 @@ def explained(
     """
     import httpx2
 
-    caught: tuple[type[Exception], ...] = (httpx2.HTTPError, OSError, RuntimeError, ValueError, *wrappers)
+    of_requests = (httpx2.HTTPError, httpx2.InvalidURL)
+    caught: tuple[type[Exception], ...] = (*of_requests, OSError, RuntimeError, ValueError, *wrappers)
     try:
         yield
     except SmolError:

@@ -15,9 +15,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NotRequired
+from typing import TYPE_CHECKING, NotRequired
 
-from pydantic import Field
 from typing_extensions import TypedDict
 
 from smolctl.errors import HubError
@@ -72,18 +71,14 @@ def open_hub(model: str) -> ModelSource:
             raise error from None
 
 
-# The path of a file in a repository, and a commit: they become part of addresses.
-Plain = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")]
-
-
 class _File(TypedDict):
-    rfilename: Plain
+    rfilename: str
 
 
 class _Info(TypedDict):
     """What is read of the Hub's answer about a repository."""
 
-    sha: NotRequired[Plain | None]
+    sha: NotRequired[str | None]
     siblings: NotRequired[list[_File] | None]
     cardData: NotRequired[object]
 

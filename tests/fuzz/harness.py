@@ -126,6 +126,7 @@ def _child(work: Sequence[tuple[str, Case]], box: Path, writing: int) -> None:
     faulthandler.disable()  # pytest's, which would tell of every crash
     os.environ |= {"TORCHINDUCTOR_CACHE_DIR": f"{box}/torch", "MPLCONFIGDIR": f"{box}/matplotlib"}
     os.environ |= {"SMOLCTL_CACHE": f"{box}/cache"}
+    tempfile.tempdir = str(box)
     crossed = _watched(box)
     for name, case in work:
         folder = box / "case"
@@ -148,8 +149,10 @@ def _watched(box: Path) -> list[str]:
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
         if event in FORBIDDEN:
-            if event == "ctypes.dlopen" or "127.0.0.1" in str(arguments) or arguments[0] == "fc-list":
-                return  # a library's own: compiled parts, our stand-in for the Hub, matplotlib's fonts
+            # A stand-in for the Hub, a process of ours, and one that matplotlib asks for fonts.
+            own = any(name in str(arguments) for name in ("127.0.0.1", "smolctl.worker", "fc-list"))
+            if own or event == "ctypes.dlopen":
+                return
             crossed.append(f"{event} {str(arguments)[:80]}")
         is_write = event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES
         in_folder = len(arguments) > 1 and isinstance(arguments[-1], int) and arguments[-1] >= 0

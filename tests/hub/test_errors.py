@@ -209,3 +209,14 @@ def test_a_time_limit_that_is_none_is_named(
     monkeypatch.setenv("SMOLCTL_HUB_TIMEOUT", value)
     with pytest.raises(InputError, match=f"SMOLCTL_HUB_TIMEOUT={value}: not a number of seconds"):
         open_source("org/tiny")
+
+
+@pytest.mark.parametrize("way", ["reading", "writing"])
+@pytest.mark.parametrize(
+    "address", ["http://[", "http://a:99999999", "http://a\x7f", "http://" + "a" * 70_000]
+)
+def test_an_address_that_is_none_is_named(
+    way: str, address: str, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    refused(way)
