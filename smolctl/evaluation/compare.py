@@ -20,6 +20,7 @@ from smolctl.evaluation.estimate import (
     FEWEST_DOCUMENTS,
     Estimate,
     Floats,
+    effective_number,
     resampled_estimate,
 )
 from smolctl.evaluation.measure import bits, score_tokens
@@ -171,7 +172,7 @@ class _Blocks:
 
     @cached_property
     def by_document(self) -> bool:
-        return len(self.first) - 1 >= FEWEST_DOCUMENTS
+        return effective_number(np.add.reduceat(self.sizes, self.first[:-1])) >= FEWEST_DOCUMENTS
 
     def observed(self, amounts: Floats) -> Floats:
         """Amounts (…, B) of blocks as those of what is resampled: documents, or blocks where they are few."""
@@ -364,10 +365,10 @@ def _notes(models: Sequence[_Model], groups: Sequence[Sequence[int]], blocks: _B
     notes = []
     documents = len(blocks.first) - 1
     if not blocks.by_document:
-        text = "one document" if documents == 1 else f"{documents} documents"
+        text = "is one document" if documents == 1 else "is few documents, or one is most of it"
         notes.append(
-            f"The text is {text}: the intervals are over its parts of {BLOCK:,} bytes and say nothing about "
-            "other documents."
+            f"The text {text}: its parts of {BLOCK:,} bytes are resampled, and the intervals say nothing "
+            "about other documents."
         )
     runs = {one.name.partition("@")[0] for one in models if one.source.run is not None}
     if len(runs) > 1 and any(len(group) == 1 for group in groups):

@@ -109,7 +109,8 @@ def bits_per_byte(
     stretches, owners, nats, bytes_ = (
         torch.cat([part.flatten() for part in column]) for column in zip(*found, strict=True)
     )
-    estimate = resampled_estimate(*by_document(observations(owners, stretches), bits(nats), bytes_))
+    own_bits, own_bytes = by_document(observations(owners, stretches), bits(nats), bytes_)
+    estimate = resampled_estimate(own_bits, own_bytes)
     return BitsPerByte(estimate.mean, estimate.standard_error, nats.mean().item(), estimate.margin)
 
 
