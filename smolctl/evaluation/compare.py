@@ -106,7 +106,7 @@ class Pair:
                 return f"{self.a.label} and {self.b.label} predict alike: difference 0"
             return (
                 f"no difference seen between {self.a.label} and {self.b.label}: {gap:.4f} ± {margin:.4f} "
-                f"bits/byte; one of {self.difference.detectable:.4f} would probably have been seen"
+                f"bits/byte; one of {self.difference.detectable:.4f} would be seen four times in five"
             )
         other = self.b if self.better is self.a else self.a
         return f"{self.better.label} is better than {other.label} by {gap:.4f} ± {margin:.4f} bits/byte"
@@ -272,7 +272,7 @@ def _context(models: Sequence[_Model], asked: int | None) -> int:
 
 
 def _encode(text: Text, tokenizer: Tokenizer) -> list[NDArray[np.int64]]:
-    """Ids of every document, as training has them, without what begins and ends it."""
+    """Ids of every document, as training has them, without the tokens that begin and end it."""
     encoder = TextEncoder(tokenizer)
     return [
         np.concatenate([np.array(ids, np.int64) for ids in encoder.encode(list(encoder.pieces([document])))])
