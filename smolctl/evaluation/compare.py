@@ -320,7 +320,7 @@ def _nats(engine: Engine, inputs: Sequence[int], targets: NDArray[np.int64]) -> 
     for start in range(0, len(targets), AT_ONCE):
         part = slice(start, min(start + AT_ONCE, len(targets)))
         logits = engine.forward([inputs[lead + part.start : lead + part.stop]], cache, every=True)
-        nats.append(score_tokens(torch.as_tensor(logits), torch.from_numpy(targets[part])).nats.numpy())
+        nats.append(score_tokens(torch.from_numpy(logits), torch.from_numpy(targets[part])).nats.numpy())
     return np.concatenate(nats)
 
 
