@@ -31,7 +31,7 @@ def compare(
         ),
     ] = None,
     size: Annotated[
-        int, typer.Option("--bytes", min=1, help="Text at most, in bytes; whole documents are chosen.")
+        int, typer.Option("--bytes", min=1, help="Text at most, in bytes; of more, some documents are taken.")
     ] = 500_000,
     context: Annotated[
         int | None,
@@ -65,4 +65,7 @@ def compare(
     show_comparison(output, comparison)
     if require_better and not comparison.first_is_best:
         failed = [pair.verdict for pair in comparison.pairs if pair.a is comparison.measures[0]]
-        raise GateError(f"A is not better than each other one: {'; '.join(failed)}", "")
+        raise GateError(
+            f"A is not better than each other one: {'; '.join(failed)}",
+            "Keep the other one, or compare on more text.",
+        )

@@ -25,17 +25,19 @@ NAME_TEXT = "Name a text that none of them was trained on: --data FILE."
 
 @dataclass(frozen=True)
 class Text:
-    """Whole documents that every model reads.
+    """The documents that every model reads.
 
     Attributes:
         name: for people.
         documents: in the order of their source.
         left_out: documents that were not taken, as `limit` was reached.
+        longest: bytes that long documents were cut to; None: all are whole.
     """
 
     name: str
     documents: tuple[str, ...]
     left_out: int = 0
+    longest: int | None = None
 
     @property
     def bytes(self) -> int:
@@ -122,22 +124,33 @@ def _documents(held_out: Mixture, tokenizer: Tokenizer) -> Iterator[str]:
 def _chosen(name: str, texts: Iterable[str], limit: int) -> Text:
     """Documents of at most `limit` bytes in all: those whose digests are smallest, each once.
 
-    No more of them is held in memory. Of a single longer document the beginning is taken.
+    Where all do not fit, long ones are cut to an eighth of the limit, so that some remain to be resampled.
+    No more than the limit is held in memory.
     """
     heap: list[tuple[int, int, str]] = []  # the largest digest first
     seen: set[int] = set()
-    size = left_out = 0
+    size, left_out, longest = 0, 0, limit
     for number, whole in enumerate(texts):
-        text = whole.encode("utf-8", "replace")[:limit].decode("utf-8", "ignore")
+        text = _beginning(whole, limit)
         digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
         if not text or digest in seen:
             continue
         seen.add(digest)
-        heapq.heappush(heap, (-digest, number, text))
-        size += utf8_size(text)
+        heapq.heappush(heap, (-digest, number, _beginning(text, longest)))
+        size += utf8_size(_beginning(text, longest))
+        if size > limit and longest == limit:
+            longest = max(1, limit // 8)
+            heap = [(key, place, _beginning(one, longest)) for key, place, one in heap]
+            size = sum(utf8_size(one) for *_, one in heap)
         while size > limit and len(heap) > 1:
             size -= utf8_size(heapq.heappop(heap)[2])
             left_out += 1
-    if not heap:
+    chosen = tuple(text for _, _, text in sorted(heap, key=lambda one: one[1]) if text)
+    if not chosen:
         raise InputError(f"{name}: no text in it", "Name files that hold text.")
-    return Text(name, tuple(text for _, _, text in sorted(heap, key=lambda one: one[1])), left_out)
+    return Text(name, chosen, left_out, longest if longest < limit else None)
+
+
+def _beginning(text: str, size: int) -> str:
+    """At most so many bytes of a text, in whole characters."""
+    return text.encode("utf-8", "replace")[:size].decode("utf-8", "ignore")

@@ -23,9 +23,12 @@ def show_comparison(out: Output, comparison: Comparison) -> None:
     if out.json:
         return
     text = comparison.text
-    more = f", {text.left_out:,} more left out" if text.left_out else ""
+    count = len(text.documents)
+    more = f" of {count + text.left_out:,}" if text.left_out else ""
+    cut = f", long ones cut to {size(text.longest)}" if text.longest else ""
     out.line(
-        f"{text.name}: {len(text.documents):,} documents{more}, {size(text.bytes)}, "
+        f"{text.name}: {count:,}{more} document{'' if count + text.left_out == 1 else 's'}{cut}, "
+        f"{size(text.bytes)}, "
         f"in sequences of {comparison.context:,} tokens"
     )
     out.show("", _models(comparison.measures), "")
@@ -33,10 +36,12 @@ def show_comparison(out: Output, comparison: Comparison) -> None:
         out.line(f"{pair.verdict}.")
         _show_differences(out, pair)
     what = "documents" if comparison.by_document else "parts of documents"
+    if comparison.observations < 2:
+        return
     drawn = f"{RESAMPLES:,} resamples of {comparison.observations:,} {what}"
     out.line(f"± is the {CONFIDENCE:.0%} interval of {drawn}.")
     for note in comparison.notes:
-        out.show(f"[dim]{note}[/dim]")
+        out.line(note)
 
 
 def _models(measures: tuple[Measure, ...]) -> Any:
@@ -81,6 +86,7 @@ def comparison_document(comparison: Comparison) -> Mapping[str, Any]:
             "documents": len(text.documents),
             "bytes": text.bytes,
             "left_out": text.left_out,
+            "longest": text.longest,
         },
         "context": comparison.context,
         "resampled": "documents" if comparison.by_document else "parts of documents",
