@@ -11,6 +11,7 @@ import typer
 from smolctl import __version__
 from smolctl.cli.bench import bench
 from smolctl.cli.cache import cache
+from smolctl.cli.compare import compare
 from smolctl.cli.count_params import count_params
 from smolctl.cli.inspect_config import inspect_config
 from smolctl.cli.push import push
@@ -53,6 +54,7 @@ app.command("count-params")(count_params)
 app.command("train")(train)
 app.command("resume")(resume)
 app.command("sample")(sample)
+app.command("compare")(compare)
 app.command("quantize")(quantize)
 app.command("bench")(bench)
 app.command("push")(push)
