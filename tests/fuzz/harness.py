@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from smolctl.errors import ExitCode, SmolError
+from tests.support.processes import ADDRESS
 
 SECONDS, BYTES = 10, 2_000_000_000  # of the processor, of memory
 WAIT = 60  # seconds that an input may take in all, on a machine that others use too
@@ -126,6 +127,7 @@ def _child(work: Sequence[tuple[str, Case]], box: Path, writing: int) -> None:
     faulthandler.disable()  # pytest's, which would tell of every crash
     os.environ |= {"TORCHINDUCTOR_CACHE_DIR": f"{box}/torch", "MPLCONFIGDIR": f"{box}/matplotlib"}
     os.environ |= {"SMOLCTL_CACHE": f"{box}/cache"}
+    os.environ.pop(ADDRESS, None)  # processes start as they do for users
     tempfile.tempdir = str(box)
     crossed = _watched(box)
     for name, case in work:

@@ -29,11 +29,12 @@ from smolctl.config import ModelConfig, RunConfig
 from smolctl.config.dump import to_yaml
 from smolctl.config.run import DataConfig
 from smolctl.data.text.corpus import iter_texts
-from smolctl.data.tokenizer.chat import render_chat
+from smolctl.data.tokenizer.chat import fill
 from smolctl.data.tokenizer.text_encoder import TextEncoder
 from smolctl.data.tokenizer.tokenizer import load_tokenizer
 from smolctl.data.tokens.cache import MANIFEST
 from smolctl.data.tokens.corpus import tokenize_corpus
+from smolctl.errors import InputError
 from smolctl.hub.client import read_identity
 from smolctl.publish.card import merge_card, stated_license
 from smolctl.publish.facts import read_facts, write_records
@@ -267,7 +268,14 @@ def template_case(chance: random.Random, folder: Path) -> Iterable[Act]:
             text = text[:at] + chance.choice(pieces) + text[at + chance.choice((0, 0, 3)) :]
         else:
             text = broken(chance, text.encode()).decode("utf-8", "replace")
-    return (lambda: render_chat(text, CHAT, {"bos_token": "<s>"}),)
+
+    def filled() -> None:
+        """What `render_chat` has done in a process of its own; this one is limited too."""
+        fault = fill(text, CHAT, {"bos_token": "<s>"}, True, 10_000)[1]
+        if fault:
+            raise InputError(fault, "Leave out --chat.")
+
+    return (filled,)
 
 
 def safetensors_case(chance: random.Random, folder: Path) -> Iterable[Act]:
