@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from smolctl.data.batches import document_ids
+from smolctl.data.batches import Sequences, sequences_of
 from smolctl.errors import InputError
 from smolctl.model.network import Transformer
 from smolctl.sources.base import RecordedLoss
@@ -87,15 +87,14 @@ def ratio_estimate(amounts: Sequence[float] | Tensor, sizes: Sequence[float] | T
 
 def _losses(
     network: Transformer, batches: Iterable[Tensor], document_end: int | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Targets and their nats, (B, T) each, of batches (B, T + 1), in evaluation mode."""
+) -> Iterator[tuple[Sequences, Tensor]]:
+    """Batches (B, T + 1) as sequences, and the nats (B, T) of their targets, in evaluation mode."""
     was_training = network.training
     network.eval()
     for batch in batches:
-        tokens = batch.to(network.head_weight.device)
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        losses = network.token_losses(inputs, targets, document_ids(inputs, document_end))
-        yield targets, losses.double()
+        asked = sequences_of(batch.to(network.head_weight.device), document_end)
+        losses = network.token_losses(asked.inputs, asked.targets, asked.documents)
+        yield asked, asked.counted(losses.double())
     network.train(was_training)
 
 
@@ -107,15 +106,16 @@ def bits_per_byte(
 
     Args:
         network: any mode; dropout is switched off meanwhile.
-        batches: tokens (B, T + 1).
+        batches: tokens (B, T + 1); of conversations only what the assistant says counts.
         token_bytes: bytes of text behind every token id, (V,).
         document_end: the token that attention does not cross; None: it crosses all.
     """
     nats, sizes, tokens = [], [], 0
-    for targets, losses in _losses(network, batches, document_end):
+    for asked, losses in _losses(network, batches, document_end):
         nats.append(losses.sum(dim=1))
-        sizes.append(token_bytes.to(targets.device)[targets].double().sum(dim=1))
-        tokens += losses.numel()
+        lengths = token_bytes.to(losses.device)[asked.targets].double()
+        sizes.append(asked.counted(lengths).sum(dim=1))
+        tokens += int(asked.trained_tokens)
     total = torch.cat(nats)
     estimate = ratio_estimate(total / math.log(2), torch.cat(sizes))
     return BitsPerByte(estimate.mean, estimate.standard_error, total.sum().item() / tokens)
@@ -129,7 +129,11 @@ def mean_loss(network: Transformer, tokens: Tensor, document_end: int | None = N
     """
     wide = network if network.head_weight.dtype == torch.float32 else copy.deepcopy(network).float()
     with torch.autocast(network.head_weight.device.type, enabled=False):
-        means = [losses.mean() for _, losses in _losses(wide, tokens.long().split(1), document_end)]
+        scored = [
+            (losses.sum(), asked.trained_tokens)
+            for asked, losses in _losses(wide, tokens.long().split(1), document_end)
+        ]
+    means = [nats / count for nats, count in scored if count]
     return torch.stack(means).mean().item()
 
 

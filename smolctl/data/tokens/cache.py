@@ -35,6 +35,33 @@ OnNote = Callable[[str], None]
 
 
 @dataclass(frozen=True)
+class ConversationFacts:
+    """What became of the conversations of a corpus.
+
+    Attributes:
+        conversations: that are trained on or held out.
+        shapes: of their rows.
+        trained_share: of their tokens, that are trained on.
+        padding: share of the training sequences that is filler.
+        sequences: to train on.
+        cut: conversations that were longer than a sequence.
+        dropped: conversations of which nothing could be kept.
+        skipped: rows that are no conversation to train on.
+        example: one conversation as runs of text, and whether each is trained on.
+    """
+
+    conversations: int
+    shapes: tuple[str, ...]
+    trained_share: float
+    padding: float
+    sequences: int
+    cut: int
+    dropped: int
+    skipped: int
+    example: tuple[tuple[str, bool], ...]
+
+
+@dataclass(frozen=True)
 class TokenizedCorpus:
     """Tokens to train on and tokens to validate on.
 
@@ -53,6 +80,7 @@ class TokenizedCorpus:
         read: what was read and what was not, in sentences.
         special_tokens: spelled in the text.
         empty: texts without a character, which were left out; not counted of a Hub dataset.
+        conversations: what became of them; None of plain text.
     """
 
     folders: tuple[Path, ...]
@@ -67,6 +95,7 @@ class TokenizedCorpus:
     read: tuple[str, ...] = ()
     special_tokens: int = 0
     empty: int = 0
+    conversations: ConversationFacts | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
