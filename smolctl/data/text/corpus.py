@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from smolctl.config.run import DataConfig
 from smolctl.data.text import python_library as library
+from smolctl.data.text.conversations import RowError, Shape, read_conversation
 from smolctl.data.text.documents import Document, OnRead, cut
 from smolctl.data.text.files import describe_files, find_files, is_file_name, read_file, read_rows
 from smolctl.data.text.hub import DatasetName, DatasetReader
@@ -154,9 +156,19 @@ def iter_texts(data: DataConfig) -> Iterator[str]:
     """The pieces of all documents, to train a tokenizer on; of a Hub dataset only its beginning."""
     for source in open_sources(data):
         seen = 0
-        for document in source.read(lambda _: None):
+        texts = _messages(source, data.shape) if data.is_chat else source.read(lambda _: None)
+        for document in texts:
             for piece in cut(document.chunks):
                 yield piece
                 seen += len(piece)
             if source.size is None and seen >= _HUB_SAMPLE:
                 break
+
+
+def _messages(source: Source, shape: str) -> Iterator[Document]:
+    """What is said in the conversations of a source; rows that are none are left out."""
+    for where, row in source.rows(lambda _: None):
+        with suppress(RowError):
+            if not isinstance(row, str):
+                found = read_conversation(row, None if shape == "auto" else Shape(shape), where)
+                yield Document(where, iter([message["content"] for message in found.messages]))

@@ -69,9 +69,11 @@ def library_questions(on_read: OnRead) -> Iterator[tuple[str, Mapping[str, Any]]
 
 
 def _rows(documented: Iterator[tuple[str, str, str]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    seen = set()
     for name, kind, docstring in documented:
-        if not (answer := _answer(docstring)):
-            continue
+        if name in seen or not (answer := _answer(docstring)):
+            continue  # what a module defines twice, as for two systems, has two answers
+        seen.add(name)
         phrasings = _PHRASINGS[kind]
         first = hashlib.blake2b(name.encode(), digest_size=1).digest()[0]
         for number in range(first, first + PHRASINGS_EACH):
