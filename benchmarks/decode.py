@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from smolctl.benchmark.engines import EngineSpec, open_engine
 from smolctl.benchmark.peers import is_installed
 from smolctl.benchmark.suites import prepare, reference_text
 from smolctl.benchmark.workload import Sizes, Tokens, Workload
-from smolctl.evaluation import score_window
+from smolctl.evaluation import score_tokens
 from smolctl.generation.engine import Engine
 from smolctl.quantization.measure import mean_kl
 from smolctl.quantization.quantize import QuantizeOptions, quantize
@@ -112,8 +113,8 @@ def measure_kl(engines: Engines, text: Tokens, sequences: int) -> dict[str, tupl
     found = {}
     for name, spec in engines.items():
         engine = reference if name == REFERENCE else open_engine(spec)
-        singles = score_window(one_by_one(engine, text[0]), tokens[1 : DECODED + 1], 1, expected)
-        found[name] = mean_kl(reference, engine, at_once), singles.kl / DECODED
+        singles = score_tokens(one_by_one(engine, text[0]), tokens[1 : DECODED + 1], expected)
+        found[name] = mean_kl(reference, engine, at_once), singles.kl.mean().item()
     return found
 
 
@@ -121,7 +122,8 @@ def one_by_one(engine: Engine, tokens: Sequence[int]) -> Tensor:
     """Logits (DECODED, V) after each of the tokens behind a prompt."""
     cache = engine.allocate(1, PROMPT + DECODED)
     engine.forward([tokens[:PROMPT]], cache)
-    return torch.cat([engine.forward([[token]], cache) for token in tokens[PROMPT : PROMPT + DECODED]])
+    decoded = tokens[PROMPT : PROMPT + DECODED]
+    return torch.from_numpy(np.concatenate([engine.forward([[token]], cache) for token in decoded]))
 
 
 def measure_memory(spec: EngineSpec, text: Tokens) -> dict[str, int]:

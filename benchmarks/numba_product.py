@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from smolctl.benchmark.limits import fastest_run
 from smolctl.generation.native_engine import matrix_of
 from smolctl.native.library import load_library
+from smolctl.sources.arrays import Array
 from smolctl.sources.quantized.packed import PackedMatrix, pack_integers
 from smolctl.timing import in_turns, ratio_of
 
@@ -58,9 +59,9 @@ def int4_product(values, scales, offsets, low, high, units, sums, y):  # type: i
 
 def random_matrix(bits: int) -> PackedMatrix:
     low, top = (0, 16) if bits == 4 else (-127, 128)
-    values = pack_integers(torch.randint(low, top, (ROWS, COLUMNS)).float(), bits)
-    scales = torch.rand(ROWS, COLUMNS // GROUP).half()
-    offsets = -8 * scales if bits == 4 else None
+    values = pack_integers(torch.randint(low, top, (ROWS, COLUMNS)).numpy(), bits)
+    scales = torch.rand(ROWS, COLUMNS // GROUP).half().numpy()
+    offsets = np.float16(-8) * scales if bits == 4 else None
     return PackedMatrix(bits, COLUMNS, GROUP, values, scales, offsets)
 
 
@@ -76,7 +77,7 @@ def main() -> None:
     integers = np.round(groups / units[:, None]).astype(np.int16)
     sums = groups.sum(1)
     low, high = (part.ravel().copy() for part in (integers[:, : GROUP // 2], integers[:, GROUP // 2 :]))
-    keep: list[torch.Tensor] = []
+    keep: list[Array] = []
 
     def compiled(packed: PackedMatrix) -> Callable[[], NDArray[np.float32]]:
         matrix, y = matrix_of(packed, keep), torch.empty(1, ROWS)
@@ -84,13 +85,13 @@ def main() -> None:
         return lambda: (library.functions.smolctl_multiply(*pointers), y[0].numpy())[1]
 
     def numba(packed: PackedMatrix) -> Callable[[], NDArray[np.float32]]:
-        scales, y = packed.scales.float().numpy(), np.empty(ROWS, np.float32)
+        scales, y = packed.scales.astype(np.float32), np.empty(ROWS, np.float32)
         if packed.offsets is None:
-            values = packed.values.numpy().view(np.int8).reshape(ROWS, COLUMNS)
+            values = packed.values.view(np.int8).reshape(ROWS, COLUMNS)
             arguments = (values, scales, integers.ravel(), units, y)
             return lambda: (int8_product(*arguments), y)[1]
-        pairs = packed.values.numpy().view(np.uint8).reshape(ROWS, COLUMNS // 2)
-        packed_arguments = (pairs, scales, packed.offsets.float().numpy(), low, high, units, sums, y)
+        pairs = packed.values.view(np.uint8).reshape(ROWS, COLUMNS // 2)
+        packed_arguments = (pairs, scales, packed.offsets.astype(np.float32), low, high, units, sums, y)
         return lambda: (int4_product(*packed_arguments), y)[1]
 
     for bits in (8, 4):

@@ -27,6 +27,35 @@ def usable_cores() -> int:
     return max(1, math.floor(min(usable_cpus(), cpu_quota())))
 
 
+def physical_cores() -> int:
+    """Cores that this process may run on, each once however many logical processors it is."""
+    if not hasattr(os, "sched_getaffinity"):
+        return usable_cpus()
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        try:
+            siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+            cores.add(siblings.read_text(encoding="ascii"))
+        except OSError:
+            cores.add(str(cpu))
+    return len(cores)
+
+
+def compute_threads(asked: int | None = None) -> int:
+    """Threads to compute with, one for each logical processor at most: more of them wait for each other, and
+    very many crash.
+
+    Args:
+        asked: by the user; None: by OMP_NUM_THREADS, which PyTorch reads too, or else one for each core that
+            this process gets.
+    """
+    if asked is None:
+        chosen = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # of nested levels the first
+        wanted = int(chosen) if chosen.isdecimal() else 0
+        asked = wanted or min(physical_cores(), usable_cores())
+    return min(asked, usable_cpus())
+
+
 def cpu_quota(root: Path = Path("/")) -> float:
     """Processors' worth of time that Linux's control groups allow; `inf` where nothing limits it.
 
@@ -138,3 +167,11 @@ def _waited() -> float:
         except (OSError, ValueError, IndexError):  # a thread that has just ended
             continue
     return total / 1e9
+
+
+def machine_memory() -> int | None:
+    """Bytes of main memory that this machine has; None where the operating system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None

@@ -105,6 +105,14 @@ def replacing(target: Path, concurrent: bool = False) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def remove_partial(*folders: Path) -> None:
+    """Delete what `replacing` has left where a process was killed; nobody may be writing there."""
+    for folder in folders:
+        for path in folder.glob(".*.partial"):
+            if path.is_file():
+                path.unlink()
+
+
 def write_text(target: Path, text: str) -> None:
     """Write a text file whole or not at all, in UTF-8 with line ends as they are."""
     with replacing(target) as partial:

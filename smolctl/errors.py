@@ -21,19 +21,24 @@ class ExitCode(IntEnum):
     TERMINATED = 143  # 128 + SIGTERM
 
 
+LONGEST = 1_000  # characters of a cause
+
+
 class SmolError(Exception):
     """A failure with its cause and its remedy.
 
     Args:
-        message: what is wrong, in one line, naming the file, key or value.
+        message: what is wrong, naming the file, key or value. Whatever names and values are like, it becomes
+            one line of at most `LONGEST` characters.
         hint: what the user can do about it, in one line; may be empty.
     """
 
     exit_code: ExitCode = ExitCode.FAILED
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
+        message = " ".join(message.splitlines())
+        self.message = message if len(message) <= LONGEST else f"{message[:LONGEST]}…"
+        super().__init__(self.message)
         self.hint = hint
 
 
@@ -47,6 +52,10 @@ class InputError(SmolError):
     """A config, checkpoint, model file or corpus is missing, damaged or not supported."""
 
     exit_code = ExitCode.BAD_INPUT
+
+
+class PromptTooLongError(InputError):
+    """A prompt does not fit the model's context."""
 
 
 class HubError(SmolError):

@@ -19,9 +19,14 @@ _VISIBLE: dict[int, int | str] = {
 }
 
 
-# JSON escapes the line ends of ASCII and leaves these three as they are; half a surrogate pair, which may be
-# in a broken file name, has no UTF-8.
-_ESCAPED = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029, *range(0xD800, 0xE000))}
+# JSON itself escapes ASCII's control characters below 32. The others are escaped here, so that no terminal
+# obeys JSON that it shows; half a surrogate pair, which may be in a broken file name, has no UTF-8.
+_UNESCAPED = re.compile(f"[{''.join(chr(code) for code in _VISIBLE if code >= 127)}\ud800-\udfff]")
+
+
+def for_terminal(text: str) -> str:
+    """A text that a terminal shows: it obeys no character of it but line ends and tabs."""
+    return text if text.isprintable() else text.translate(_VISIBLE)
 
 
 def fenced(text: str) -> list[str]:
@@ -66,14 +71,14 @@ def _longest_run(text: str) -> int:
 def json_text(value: Any, indent: int | None = None) -> str:
     """A value as JSON that every reader takes. All JSON that smolctl writes or prints is made here.
 
-    JSON has no NaN and no infinity: they become null. Without `indent` it is one line, also for readers to
-    whom Unicode's other line ends are line ends.
+    JSON has no NaN and no infinity: they become null. Control characters are escaped. Without `indent` it is
+    one line, also for readers to whom Unicode's other line ends are line ends.
     """
     try:
         text = json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
     except ValueError:
         text = json.dumps(_finite(value), ensure_ascii=False, indent=indent, allow_nan=False)
-    return text.translate(_ESCAPED)
+    return _UNESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _finite(value: Any) -> Any:

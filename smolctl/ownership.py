@@ -1,25 +1,25 @@
-"""Which files smolctl may replace: those that the record in a folder names, and no others.
+"""Which files are smolctl's, to replace and to publish: those that a folder's record names, and no others.
 
 Every folder that smolctl writes holds `.smolctl.json`: what kind of folder it is, and its files. A folder
-without it is somebody else's, whatever the files in it are called.
+without it is somebody else's, whatever the files in it are called. And a name in a folder may stand for a
+file that lies elsewhere: `require_inside` says so before such a file is published.
 """
 
 from __future__ import annotations
 
 import glob
-import json
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from smolctl import __version__
 from smolctl.durable import file_digest, sync_folder, write_text
-from smolctl.errors import UsageError
+from smolctl.errors import InputError, UsageError
 from smolctl.escaping import json_text
+from smolctl.outside import checked, parse_object, read_file
 
 RECORD = ".smolctl.json"
 FORMAT = 1
@@ -69,11 +69,18 @@ class Record:
 def read_record(folder: Path) -> Record | None:
     """The record in a folder; None where there is none that can be read."""
     try:
-        values: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        record = Record(**values)
-    except (OSError, ValueError, TypeError):
+        return parse_record(read_file(folder / RECORD))
+    except InputError:
         return None
-    return record if record.format == FORMAT and isinstance(record.files, dict) else None
+
+
+def parse_record(content: bytes) -> Record | None:
+    """The record in the bytes of its file; None where they hold none of this format."""
+    try:
+        record = checked(Record, parse_object(content, RECORD), RECORD)
+    except InputError:
+        return None
+    return record if record.format == FORMAT else None
 
 
 def write_record(folder: Path, record: Record) -> None:
@@ -82,10 +89,12 @@ def write_record(folder: Path, record: Record) -> None:
 
 
 def edited_files(folder: Path) -> tuple[str, ...]:
-    """Files that are no longer as smolctl wrote them, of those whose SHA-256 the record holds."""
-    record = read_record(folder)
-    digests = {name: record.files.get(glob.escape(name)) for name, _ in _files(folder)} if record else {}
-    return tuple(name for name, digest in digests.items() if digest and file_digest(folder / name) != digest)
+    """Files that are no longer as smolctl wrote them, of those whose SHA-256 a record holds."""
+    return tuple(
+        name
+        for name, _, digest in (_files(folder) if folder.is_dir() else ())
+        if digest and file_digest(folder / name) != digest
+    )
 
 
 def require_replaceable(target: Path, kind: str, option: str, force: bool, reads: Iterable[str]) -> None:
@@ -153,9 +162,48 @@ def _require_not_read(target: Path, option: str, reads: Iterable[str]) -> None:
             )
 
 
+def own_files(folder: Path) -> tuple[str, ...]:
+    """Paths of the files in a folder that are smolctl's, links among them."""
+    return tuple(name for name, is_ours, _ in _files(folder) if is_ours) if folder.is_dir() else ()
+
+
 def strange_files(folder: Path) -> tuple[str, ...]:
     """Paths of the files in a folder that are not smolctl's."""
-    return tuple(name for name, is_ours in _files(folder) if not is_ours) if folder.is_dir() else ()
+    return tuple(name for name, is_ours, _ in _files(folder) if not is_ours) if folder.is_dir() else ()
+
+
+def require_inside(folder: Path, names: Iterable[str]) -> None:
+    """Refuse to take what only seems to lie in a folder, so that no file from elsewhere is published with it.
+
+    Args:
+        folder: that is published or copied; it may itself be named through a link. A snapshot in the cache
+            of the Hub's client counts with the folder of its repository, where its files really lie.
+        names: paths inside it; one that is not there is passed over.
+
+    Raises:
+        InputError: a link leads out of the folder, or a file has another name (a hard link) outside of it.
+    """
+    root = folder.resolve()
+    if root.parent.name == "snapshots" and (root.parent.parent / "blobs").is_dir():
+        root = root.parent.parent
+    for name in names:
+        path = folder / name
+        if path.is_symlink() and not path.exists():
+            continue
+        real = path.resolve()
+        if not real.is_relative_to(root):
+            raise InputError(
+                f"{path} is not taken, because it is a link to {real}, outside of the folder",
+                "Put a copy in the place of the link, or remove it.",
+            )
+        if real.is_file() and (links := real.stat().st_nlink) > 1:
+            names_of = (other for other in root.rglob("*") if not other.is_symlink() and other.is_file())
+            inside = sum(other.samefile(real) for other in names_of)
+            if inside < links:
+                raise InputError(
+                    f"{path} is not taken, because the same file has another name outside of the folder",
+                    f"Make it a file of its own: cp {path} COPY && mv COPY {path}",
+                )
 
 
 def remove_own_files(folder: Path) -> tuple[str, ...]:
@@ -165,13 +213,13 @@ def remove_own_files(folder: Path) -> tuple[str, ...]:
         What stays, because it is not smolctl's.
     """
     files = list(_files(folder))  # the record decides, and goes with the rest
-    for name, is_ours in files:
+    for name, is_ours, _ in files:
         if is_ours:
             path = folder / name
             path.unlink()
             while (path := path.parent) != folder and not any(path.iterdir()):
                 path.rmdir()
-    return tuple(name for name, is_ours in files if not is_ours)
+    return tuple(name for name, is_ours, _ in files if not is_ours)
 
 
 def kept_files(folder: Path, names: Sequence[str]) -> str:
@@ -228,8 +276,10 @@ def put_in_place(built: Path, target: Path) -> tuple[str, ...]:
     return stays
 
 
-def _files(folder: Path, record: Record | None = None, inside: str = "") -> Iterable[tuple[str, bool]]:
-    """Every file below a folder, links to folders included, and whether it is smolctl's.
+def _files(
+    folder: Path, record: Record | None = None, inside: str = ""
+) -> Iterable[tuple[str, bool, str | None]]:
+    """Every file below a folder, links to folders included; whether it is smolctl's; its recorded SHA-256.
 
     Args:
         folder: whose record decides, up to a folder below it that has one of its own.
@@ -240,9 +290,11 @@ def _files(folder: Path, record: Record | None = None, inside: str = "") -> Iter
     for path in sorted((folder / inside).iterdir()):
         name = f"{inside}{path.name}"
         if path.is_symlink() or not path.is_dir():
-            yield name, record is not None and record.names(name)
+            digest = record.files.get(glob.escape(name)) if record else None
+            yield name, record is not None and record.names(name), digest
         elif (path / RECORD).is_file():
             is_ours = record is not None and record.names(name, is_folder=True)
-            yield from ((f"{name}/{below}", is_ours and ours) for below, ours in _files(path))
+            for below, ours, digest in _files(path):
+                yield f"{name}/{below}", is_ours and ours, digest
         else:
             yield from _files(folder, record, f"{name}/")

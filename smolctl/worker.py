@@ -1,7 +1,8 @@
 """A process of its own that runs functions, one at a time.
 
-Every engine has one. Its peak memory is then its own, its threads disturb no other engine while it waits, a
-file that it has closed can be loaded cold, and an engine that crashes takes nothing with it.
+Every engine of `bench` has one. Its peak memory is then its own, its threads disturb no other engine while
+it waits, a file that it has closed can be loaded cold, and an engine that crashes takes nothing with it. Chat
+templates have one too, which can be ended at any time.
 
 Requests go to its standard input and answers come from its standard output, both as pickles.
 """
@@ -24,15 +25,28 @@ T = TypeVar("T")
 START = "from smolctl.worker import main; main()"
 
 
+class WorkerEndedError(SmolError):
+    """The process ended before it answered.
+
+    Args:
+        message: its last words.
+        code: its exit code; -N where signal N ended it.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class Worker:
     """The process, seen from the one that asks.
 
     Args:
         name: of its engine, for messages.
-        threads: of PyTorch and of the tokenizer there.
+        threads: of every engine and of the tokenizer there; 0: it computes nothing, and starts in 0.1 s.
     """
 
-    def __init__(self, name: str, threads: int) -> None:
+    def __init__(self, name: str, threads: int = 0) -> None:
         self.name = name
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
         self._process = subprocess.Popen(
@@ -44,10 +58,15 @@ class Worker:
             env={
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-                "RAYON_NUM_THREADS": str(threads),
+                "OMP_NUM_THREADS": str(max(1, threads)),
+                "RAYON_NUM_THREADS": str(max(1, threads)),
             },
         )
         self.pid = self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
 
     def call(self, function: Callable[[*A], T], *arguments: *A) -> T:
         """What a function returns in the process.
@@ -57,7 +76,8 @@ class Worker:
             arguments: that can be pickled, like the result.
 
         Raises:
-            SmolError: the function has failed or the process has ended, with the reason.
+            SmolError: the function has failed, with the reason.
+            WorkerEndedError: the process has ended.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -66,7 +86,8 @@ class Worker:
             self._process.stdin.flush()
             result, error = pickle.load(self._process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
-            raise SmolError(f"{self.name}: its process ended ({self._last_words()})") from None
+            message = f"{self.name}: its process ended ({self._last_words()})"
+            raise WorkerEndedError(message, self._process.wait()) from None
         if error:
             raise SmolError(f"{self.name}: {error}")
         found: T = result
@@ -107,10 +128,13 @@ def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
 
 def main() -> None:
     """Serve on stdin and stdout; what libraries print goes to stderr."""
+    answers, threads = os.fdopen(os.dup(1), "wb"), int(sys.argv[1])
+    os.dup2(2, 1)
+    if not threads:
+        serve(sys.stdin.buffer, answers)
+        return
     import torch
 
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    torch.set_num_threads(int(sys.argv[1]))
+    torch.set_num_threads(threads)
     with sharing_cores():
         serve(sys.stdin.buffer, answers)

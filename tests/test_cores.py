@@ -15,7 +15,14 @@ import pytest
 import torch
 
 from smolctl import cores
-from smolctl.cores import cpu_quota, sharing_cores, usable_cores, usable_cpus
+from smolctl.cores import (
+    compute_threads,
+    cpu_quota,
+    physical_cores,
+    sharing_cores,
+    usable_cores,
+    usable_cpus,
+)
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="control groups and libgomp are Linux's")
 
@@ -54,6 +61,35 @@ def test_the_processors_of_a_container_are_counted_by_its_quota(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     assert cpu_quota(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "variable", "expected"),
+    [
+        (1, "", 1),
+        (100_000, "", 6),
+        (None, "3", 3),
+        (None, "3,2", 3),
+        (None, "100000", 6),
+        (None, "none", 2),
+        (None, "0", 2),
+        (None, None, 2),
+    ],
+)
+def test_threads_are_those_asked_for_but_no_more_than_processors(
+    asked: int | None, variable: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cores, "usable_cpus", lambda: 6)
+    monkeypatch.setattr(cores, "physical_cores", lambda: 3)
+    monkeypatch.setattr(cores, "usable_cores", lambda: 2)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    assert compute_threads(asked) == expected
+
+
+def test_a_core_of_two_logical_processors_counts_once() -> None:
+    assert 1 <= physical_cores() <= usable_cpus()
 
 
 def test_a_quota_of_less_than_a_core_is_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from smolctl.durable import file_digest
 from smolctl.ownership import RECORD, Record, read_record, remove_own_files, write_record
 from tests.support.processes import Smolctl
 from tests.support.tiny_runs import write_project
@@ -221,4 +222,18 @@ def test_the_record_says_what_wrote_it(here: Path, smolctl: Smolctl) -> None:
         ids.add(record["id"])
     assert len(ids) == 3
     plan = smolctl("push", "train", "--dry-run", "--json").json
-    assert RECORD not in [file["path"] for file in plan["repo"]["files"]]
+    planned = {file["path"]: file["sha256"] for file in plan["repo"]["files"]}
+    assert planned[RECORD] != file_digest(here / "train" / RECORD)  # that one is the run's
+
+
+def test_a_record_of_a_later_version_is_read(tmp_path: Path) -> None:
+    write_record(tmp_path, Record("run", {"config.yaml": None}))
+    path = tmp_path / RECORD
+    path.write_text(json.dumps({**json.loads(path.read_text()), "colour": "red"}))
+    record = read_record(tmp_path)
+    assert record is not None
+    assert record.names("config.yaml")
+    damages: list[dict[str, object]] = [{"files": {"a": 5}}, {"files": 5}, {"kind": []}, {"format": 10**400}]
+    for damage in damages:
+        path.write_text(json.dumps({"kind": "run", "files": {}, **damage}))
+        assert read_record(tmp_path) is None

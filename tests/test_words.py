@@ -27,7 +27,7 @@ PRIVATE = {
 WORDS = re.compile(rf"(?<![\w-])({'|'.join(PRIVATE)})(?!\w)", re.IGNORECASE)
 JSON_VALUES = {"products in "}  # what bench --json has always called the limit; people read "matmul"
 COMMANDS = (
-    *("inspect-config", "count-params", "train", "resume", "sample", "quantize", "bench", "push"),
+    *("inspect-config", "count-params", "train", "resume", "sample", "compare", "quantize", "bench", "push"),
     "cache",
 )
 

@@ -2,21 +2,69 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
+
+from pydantic import AfterValidator
+from typing_extensions import TypedDict
 
 from smolctl.benchmark.metrics import SECONDS
 from smolctl.benchmark.report import BenchReport, Result
 from smolctl.durable import write_text
 from smolctl.errors import InputError, SmolError
 from smolctl.escaping import json_text
+from smolctl.outside import checked, read_json, shown
 from smolctl.timing import median_interval
 
 FORMAT, VERSION = "smolctl-bench", 1
 REMEDY = "Make a new baseline here with --save."
+
+
+def _not_zero(value: float) -> float:
+    if value == 0:
+        raise ValueError("must not be 0")
+    return value
+
+
+Divisor = Annotated[float, AfterValidator(_not_zero)]
+
+
+class _Limits(TypedDict):
+    bandwidth: Divisor
+
+
+class _Machine(TypedDict):
+    cpu: str
+    logical_cpus: int
+    threads: int
+    versions: dict[str, str]
+    limits: _Limits
+
+
+class _Model(TypedDict):
+    id: str
+    parameters: int
+    shape: str
+
+
+class _Result(TypedDict):
+    suite: str
+    engine: str
+    precision: str
+    work: str
+    median: Divisor
+    values: list[float]
+
+
+class Baseline(TypedDict):
+    """What is read of a document that `--save` has written."""
+
+    machine: _Machine
+    model: _Model
+    results: list[_Result]
+    disturbed: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -47,23 +95,19 @@ class Changes:
         return tuple(one for one in self.changes if limit is not None and not one.ratio >= limit)
 
 
-def read_baseline(path: Path) -> dict[str, Any]:
+def read_baseline(path: Path) -> Baseline:
     """A document that `--save` has written.
 
     Raises:
         InputError: it is missing, or is not such a document.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})", REMEDY) from None
-    except ValueError:
-        raise InputError(f"{path}: not JSON", REMEDY) from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    content = read_json(path, REMEDY)
+    if content.get("format") != FORMAT:
         raise InputError(f"{path}: not a file of `smolctl bench --save`", REMEDY)
     if content.get("version") != VERSION:
-        raise InputError(f"{path}: version {content.get('version')}, this smolctl reads {VERSION}", REMEDY)
-    return content
+        version = shown(content.get("version"))
+        raise InputError(f"{path}: version {version}, this smolctl reads {VERSION}", REMEDY)
+    return checked(Baseline, content, f"{path}: damaged", REMEDY)
 
 
 def is_baseline(path: Path) -> bool:
@@ -94,15 +138,6 @@ def compare_with(report: BenchReport, path: Path, fail_below: float | None) -> C
             common.
     """
     content = read_baseline(path)
-    try:
-        return _compare(report, content, path, fail_below)
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise InputError(f"{path}: damaged ({type(error).__name__}: {error})", REMEDY) from None
-
-
-def _compare(
-    report: BenchReport, content: Mapping[str, Any], path: Path, fail_below: float | None
-) -> Changes:
     machine, model = content["machine"], content["model"]
     then = (machine["cpu"], machine["logical_cpus"], machine["threads"])
     if then != report.machine.identity:
@@ -124,7 +159,7 @@ def _compare(
         *(f"{_label(key)} is in the baseline only" for key in before if key not in now),
         *(f"{_label(key)} is not in the baseline" for key in sorted(now - before.keys())),
     ]
-    disturbed = report.disturbed or str(content.get("disturbed") or "")
+    disturbed = report.disturbed or content.get("disturbed", "")
     return Changes(str(path), tuple(changes), _notes(report, content), tuple(missing), disturbed, fail_below)
 
 
@@ -138,17 +173,17 @@ def _named(identity: tuple[str, int, int]) -> str:
     return f"{identity[0]}, {identity[1]} processors, {identity[2]} threads"
 
 
-def _change(now: Result, then: Mapping[str, Any]) -> Change:
-    before = float(then["median"])
+def _change(now: Result, then: _Result) -> Change:
+    before = then["median"]
     ratio = before / now.median if now.unit == SECONDS else now.median / before
-    today, that_day = now.interval, median_interval([float(value) for value in then["values"]])
+    today, that_day = now.interval, median_interval(then["values"])
     beyond = None
     if today is not None and that_day is not None:
         beyond = today[0] > that_day[1] or today[1] < that_day[0]
     return Change(now, before, ratio, beyond)
 
 
-def _notes(report: BenchReport, content: Mapping[str, Any]) -> tuple[str, ...]:
+def _notes(report: BenchReport, content: Baseline) -> tuple[str, ...]:
     then, now = content["machine"]["versions"], report.machine.versions
     notes = [
         f"{name} was {then.get(name, 'not installed')}, is {now.get(name, 'not installed')}"

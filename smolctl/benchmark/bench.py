@@ -25,6 +25,7 @@ from smolctl.benchmark.suites import (
     prepare,
 )
 from smolctl.benchmark.workload import BATCH, Measurement
+from smolctl.cores import compute_threads
 from smolctl.timing import Spread, in_turns
 
 REPEATS = 7  # of six the smallest and the largest bound the median; one more makes the median a value
@@ -42,7 +43,7 @@ class BenchOptions:
     schemes: tuple[str, ...] = ()  # of `quantize`, measured beside the stored weights
     against: tuple[str, ...] = ()  # peers
     repeats: int = REPEATS
-    threads: int | None = None  # None: PyTorch's number
+    threads: int | None = None  # see `compute_threads`
     batch: int = BATCH  # sequences of batched decoding
 
 
@@ -64,7 +65,7 @@ def bench(
     peers = check_peers(options.against)
     source = open_weighted(model)
     suites = choose_suites(source, options.suites)
-    threads = options.threads or torch.get_num_threads()
+    threads = compute_threads(options.threads)
     torch.set_num_threads(threads)
     machine = describe_machine(threads)
     meter = LimitMeter()

@@ -17,7 +17,8 @@ from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.network import Transformer
 from smolctl.model.weights import initialize, load_network
 from smolctl.sources import open_source
-from smolctl.sources.base import ModelSource, Weights
+from smolctl.sources.arrays import Array, as_array
+from smolctl.sources.base import ArrayWeights, ModelSource
 
 EngineName = Literal["smolctl", "reference", "transformers", "llama.cpp", "litgpt"]
 # What pip calls the packages of the peers.
@@ -39,15 +40,15 @@ class EngineSpec:
     rival_of: str = ""  # the model of smolctl that stores the same bits; "": a rival of every one
 
 
-class RandomWeights(Weights):
+class RandomWeights(ArrayWeights):
     """The weights of a new network: they take as much time as trained ones."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def stored(self) -> Iterator[tuple[str, Array]]:
         for name, tensor in initialize(self.config, 0).state_dict().items():
-            yield name, tensor.detach()
+            yield name, as_array(tensor)
 
 
 def open_weighted(model: str) -> ModelSource:
@@ -74,7 +75,7 @@ def open_engine(spec: EngineSpec, config: ModelConfig | None = None) -> Engine:
         ImportError: the peer is not installed.
     """
     if spec.engine == "smolctl":
-        return make_engine(open_weighted(spec.model), EngineOptions())
+        return make_engine(open_weighted(spec.model), EngineOptions(threads=spec.threads))
     if spec.engine == "reference":
         return TorchEngine(plain_network(spec.model).requires_grad_(False))
     return open_peer(

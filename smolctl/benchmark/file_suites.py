@@ -41,7 +41,7 @@ def load(workload: Workload) -> Run:
         if workload.cold_copy and cold and read_before is not None:
             size = sum(Path(file).stat().st_size for file in workload.files)
             cold = (bytes_from_disk() or 0) - read_before > SHARE_READ * size
-        return Measurement((seconds,), logits.clone(), "" if cold else NOT_COLD)
+        return Measurement((seconds,), torch.from_numpy(logits), "" if cold else NOT_COLD)
 
     return run
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from smolctl.benchmark.workload import Measurement, Run, Workload
-from smolctl.generation.engine import Engine
+from smolctl.generation.engine import Engine, Logits
 
 KEEP_EVERY = 8  # the logits of every eighth decoded token are compared
 
@@ -22,7 +22,7 @@ def prefill(engine: Engine, workload: Workload) -> Run:
         cache.truncate(0, 0)
         started = time.perf_counter()
         logits = engine.forward(tokens, cache)
-        return Measurement((time.perf_counter() - started,), logits.clone())
+        return Measurement((time.perf_counter() - started,), torch.from_numpy(logits))
 
     return run
 
@@ -43,13 +43,13 @@ def decode(engine: Engine, workload: Workload) -> Run:
         for sequence in range(len(text)):
             cache.truncate(sequence, 0)
         engine.forward(prompts, cache)
-        kept: list[Tensor] = []
+        kept: list[Logits] = []
         started = time.perf_counter()
         for at, step in enumerate(steps, 1):
             logits = engine.forward(step, cache)
-            logits.argmax(dim=-1).tolist()
+            logits.argmax(axis=-1).tolist()
             if at % KEEP_EVERY == 0 or at == len(steps):
                 kept.append(logits)
-        return Measurement((time.perf_counter() - started,), torch.cat(kept))
+        return Measurement((time.perf_counter() - started,), torch.from_numpy(np.concatenate(kept)))
 
     return run

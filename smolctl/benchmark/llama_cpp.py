@@ -6,12 +6,10 @@ from collections.abc import Sequence
 
 import llama_cpp
 import numpy as np
-import torch
-from torch import Tensor
 
 from smolctl.config import ModelConfig
 from smolctl.errors import SmolError
-from smolctl.generation.engine import Cache, Engine
+from smolctl.generation.engine import Cache, Engine, Logits
 
 BATCH = 512  # tokens that are read at once: llama.cpp's own default
 REMEDY = "Leave out --against llama.cpp."
@@ -71,7 +69,7 @@ class LlamaEngine(Engine):
     def allocate(self, sequences: int, capacity: int) -> _LlamaCache:
         return _LlamaCache(self, sequences, capacity)
 
-    def forward(self, tokens: Sequence[Sequence[int]], cache: Cache, every: bool = False) -> Tensor:
+    def forward(self, tokens: Sequence[Sequence[int]], cache: Cache, every: bool = False) -> Logits:
         assert isinstance(cache, _LlamaCache)
         rows = [
             (token, sequence, cache.lengths[sequence] + at, every or at + 1 == len(ids))
@@ -91,6 +89,6 @@ class LlamaEngine(Engine):
             if count := sum(row[3] for row in part):
                 pointer = llama_cpp.llama_get_logits(cache.context)
                 values = np.ctypeslib.as_array(pointer, (count, self.config.vocab_size))
-                found.append(torch.from_numpy(values.copy()))
+                found.append(values.copy())
         cache.lengths = [length + len(ids) for length, ids in zip(cache.lengths, tokens, strict=True)]
-        return torch.cat(found) if len(found) > 1 else found[0]
+        return np.concatenate(found) if len(found) > 1 else found[0]

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from smolctl import __version__
-from smolctl.cores import usable_cpus
+from smolctl.cores import machine_memory, usable_cpus
 
 PACKAGES = ("torch", "transformers", "tokenizers", "llama-cpp-python", "litgpt", "numpy", "lightning")
 # Above these shares results are called disturbed: 5 % of the machine's time is as much as a difference in
@@ -72,7 +72,7 @@ def describe_machine(threads: int) -> Machine:
         gpu=torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         logical_cpus=usable_cpus(),
         threads=threads,
-        memory_bytes=_memory(),
+        memory_bytes=machine_memory(),
         instructions=torch.backends.cpu.get_cpu_capability(),
         os=f"{platform.system()} {platform.release()}",
         versions=found,
@@ -144,10 +144,3 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _memory() -> int | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from smolctl.config import ModelConfig
-from smolctl.generation.engine import Cache, Engine
+from smolctl.generation.engine import Cache, Engine, Logits
 from smolctl.sources import open_source
 
 
@@ -78,7 +78,7 @@ class TransformersEngine(Engine):
         return _PastCache(sequences, capacity)
 
     @torch.inference_mode()
-    def forward(self, tokens: Sequence[Sequence[int]], cache: Cache, every: bool = False) -> Tensor:
+    def forward(self, tokens: Sequence[Sequence[int]], cache: Cache, every: bool = False) -> Logits:
         assert isinstance(cache, _PastCache)
         out = self.network(
             torch.tensor([list(ids) for ids in tokens]),
@@ -88,7 +88,7 @@ class TransformersEngine(Engine):
         )
         cache.past = getattr(out, self.cache_name)
         cache.lengths = [length + len(ids) for length, ids in zip(cache.lengths, tokens, strict=True)]
-        logits: Tensor = out.logits.flatten(0, 1)
+        logits: Logits = out.logits.flatten(0, 1).numpy()
         return logits
 
 
@@ -132,13 +132,13 @@ class LitgptEngine(Engine):
             self.network.set_kv_cache(*shape, dtype=torch.float32)
 
     @torch.inference_mode()
-    def forward(self, tokens: Sequence[Sequence[int]], cache: Cache, every: bool = False) -> Tensor:
+    def forward(self, tokens: Sequence[Sequence[int]], cache: Cache, every: bool = False) -> Logits:
         start, count = cache.lengths[0], len(tokens[0])
         position = torch.arange(start, start + count)
         logits = self.network(torch.tensor([list(ids) for ids in tokens]), position, start + count)
         cache.lengths = [start + count] * len(tokens)
-        kept: Tensor = logits if every else logits[:, -1:]
-        return kept.flatten(0, 1)
+        kept: Logits = (logits if every else logits[:, -1:]).flatten(0, 1).numpy()
+        return kept
 
 
 def load_litgpt(folder: str, config: ModelConfig) -> Any:

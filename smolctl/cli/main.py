@@ -11,6 +11,7 @@ import typer
 from smolctl import __version__
 from smolctl.cli.bench import bench
 from smolctl.cli.cache import cache
+from smolctl.cli.compare import compare
 from smolctl.cli.count_params import count_params
 from smolctl.cli.inspect_config import inspect_config
 from smolctl.cli.push import push
@@ -20,7 +21,7 @@ from smolctl.cli.sample import sample
 from smolctl.cli.train import train
 from smolctl.cores import sharing_cores, usable_cores, usable_cpus
 from smolctl.errors import ExitCode, UsageError
-from smolctl.views.output import Output, tolerate_encodings
+from smolctl.views.output import Output, prepare_streams
 
 app = typer.Typer(
     name="smolctl",
@@ -53,6 +54,7 @@ app.command("count-params")(count_params)
 app.command("train")(train)
 app.command("resume")(resume)
 app.command("sample")(sample)
+app.command("compare")(compare)
 app.command("quantize")(quantize)
 app.command("bench")(bench)
 app.command("push")(push)
@@ -61,7 +63,7 @@ app.command("cache")(cache)
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    tolerate_encodings()
+    prepare_streams()
     try:
         # A container sees all processors of its host: more threads than its share would wait for one another.
         if usable_cores() < usable_cpus():

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from smolctl.cores import usable_cpus
+from smolctl.cores import compute_threads
 from smolctl.durable import DISK_ERRORS
 from smolctl.errors import ExitCode, SmolError
 from smolctl.views.output import Output, abandon_stdout
@@ -85,10 +85,10 @@ Model = Annotated[
 
 def capped_threads(output: Output, asked: int | None) -> int | None:
     """The value of --threads: more than there are processors only wait for each other, and too many crash."""
-    if asked is None or asked <= usable_cpus():
-        return asked
-    output.talk(f"--threads {asked}: there are {usable_cpus()} processors here, so {usable_cpus()} are used.")
-    return usable_cpus()
+    used = None if asked is None else compute_threads(asked)
+    if used != asked:
+        output.talk(f"--threads {asked}: there are {used} processors here, so {used} are used.")
+    return used
 
 
 def command(function: Callable[..., int | None]) -> Callable[..., None]:
@@ -103,7 +103,8 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
     ) -> None:
         output = Output(json, quiet, verbose)
         try:
-            code = function(output, **asked)
+            with output.quieting_libraries():
+                code = function(output, **asked)
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, where a full disk has its line, and not when Python ends
         except SmolError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +47,15 @@ def push(
     ] = None,
     revision: Annotated[str, typer.Option("--revision", help="Branch; created if missing.")] = "main",
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    allow_secret: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-secret",
+            metavar="HASH",
+            help="What was found under this hash is no secret; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     space: Annotated[
         str | None,
         typer.Option("--space", metavar="ORG/NAME", help="Also a Space that answers from this model."),
@@ -75,7 +86,9 @@ def push(
     if dry_run + (local_dir is not None) + preview > 1:
         raise UsageError("--dry-run, --local-dir and --preview exclude each other", "Give one of them.")
     schemes = split_commas([(gguf or "").lower()])
-    options = publish.PushOptions(model, repo, public, license, schemes, revision, create_pr, space)
+    options = publish.PushOptions(
+        model, repo, public, license, schemes, revision, create_pr, space, tuple(allow_secret or ())
+    )
     if preview:
         with tempfile.TemporaryDirectory(prefix="smolctl-preview-") as work:
             view.serve(output, publish.build_preview(options, Path(work)))
@@ -86,7 +99,26 @@ def push(
         view.show_offline(output, publish.write_local(options, local_dir), local_dir)
     else:
         view.limit_progress_bars(output)
-        pushed = publish.push(options, HubClient(output.talk), lambda plan: view.show_plan(output, plan))
+
+        def agree(plan: publish.PushPlan) -> None:
+            view.show_plan(output, plan)
+            if plan.open_to_all:
+                _ask(plan.open_to_all)
+
+        pushed = publish.push(options, HubClient(output.talk), agree)
         view.show_pushed(output, pushed)
         if pushed.space_error is not None:
             raise pushed.space_error
+
+
+def _ask(repos: Sequence[str]) -> None:
+    """Make sure that the user knows that a repository is public already, where --public does not say so.
+
+    Raises:
+        UsageError: the user says no, or cannot be asked.
+    """
+    are = f"{' and '.join(repos)} {'is' if len(repos) == 1 else 'are'} public: everybody sees what is pushed"
+    if not sys.stdin.isatty():
+        raise UsageError(f"{are}, so nothing was sent", "Add --public, or name another --repo.")
+    if not typer.confirm(f"{are}. Push?", err=True):
+        raise UsageError("nothing was sent", "Name another --repo for a private one.")

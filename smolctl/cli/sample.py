@@ -13,6 +13,7 @@ from smolctl.cli.options import Threads, capped_threads, command
 from smolctl.views.output import Output
 
 ALTERNATIVES = 5  # other tokens that --explain shows with each
+ELSE = "Default: as the model recommends, else"
 
 
 @command
@@ -46,18 +47,25 @@ def sample(
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Completions per prompt.")] = 1,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens to generate.")] = 128,
     temperature: Annotated[
-        float, typer.Option("--temperature", help="0 always takes the likeliest token.")
-    ] = 0.8,
-    top_k: Annotated[int, typer.Option("--top-k", help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
+        float | None,
+        typer.Option("--temperature", help=f"0 always takes the likeliest token. {ELSE} 0.8."),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option("--top-k", help=f"Keep the k likeliest tokens; 0 keeps all. {ELSE} 0."),
+    ] = None,
     top_p: Annotated[
-        float, typer.Option("--top-p", help="Keep the likeliest tokens up to this total probability.")
-    ] = 0.95,
+        float | None,
+        typer.Option("--top-p", help=f"Keep the likeliest tokens up to this total probability. {ELSE} 0.95."),
+    ] = None,
     min_p: Annotated[
-        float, typer.Option("--min-p", help="Drop tokens below this fraction of the likeliest one.")
-    ] = 0.0,
+        float | None,
+        typer.Option("--min-p", help=f"Drop tokens below this fraction of the likeliest one. {ELSE} 0."),
+    ] = None,
     repetition_penalty: Annotated[
-        float, typer.Option("--repetition-penalty", help="Above 1: make repeated tokens less likely.")
-    ] = 1.0,
+        float | None,
+        typer.Option("--repetition-penalty", help=f"Above 1: make repeated tokens less likely. {ELSE} 1."),
+    ] = None,
     stop: Annotated[
         list[str] | None,
         typer.Option("--stop", metavar="TEXT", help="Text that ends the answer; repeatable."),
@@ -123,9 +131,15 @@ def sample(
     from smolctl.generation.engines import EngineOptions
     from smolctl.generation.sample import SampleRequest
     from smolctl.generation.sample import sample as generate
-    from smolctl.generation.sampling import SamplingSettings
     from smolctl.views.samples import SampleView
 
+    sampling = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
     request = SampleRequest(
         models=tuple(models or ()),
         prompt=prompt,
@@ -137,17 +151,16 @@ def sample(
         special_tokens=special_tokens,
         compare=compare,
         batch_size=batch_size,
-        threads=capped_threads(output, threads),
-        engine=EngineOptions(engine, dtype),
+        engine=EngineOptions(engine, dtype, capped_threads(output, threads)),
         settings=CompletionSettings(
             max_tokens=max_tokens,
             samples=samples,
             stop=tuple(stop or ()),
             seed=seed,
-            sampling=SamplingSettings(temperature, top_k, top_p, min_p, repetition_penalty),
             speculation=speculate,
             alternatives=ALTERNATIVES if explain else 0,
         ),
+        sampling={name: value for name, value in sampling.items() if value is not None},
     )
     view = SampleView(output, request)
     view.show(generate(request, view, sys.stdin or io.StringIO()))

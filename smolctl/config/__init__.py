@@ -2,10 +2,11 @@
 
 from smolctl.config.load import load_run_config, preset_names, presets_folder, resolve_run_config
 from smolctl.config.model import ModelConfig
-from smolctl.config.run import RunConfig
+from smolctl.config.run import Provenance, RunConfig
 
 __all__ = [
     "ModelConfig",
+    "Provenance",
     "RunConfig",
     "load_run_config",
     "preset_names",

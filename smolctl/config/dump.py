@@ -7,14 +7,14 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from smolctl.config.load import YamlLoader
 from smolctl.config.run import RunConfig
+from smolctl.outside import YamlLoader
 
 COMMENT_COLUMN = 40
 LINE_LENGTH = 110
 
 
-class _Dumper(yaml.SafeDumper):
+class Dumper(yaml.SafeDumper):
     """Quotes the texts that `YamlLoader` would take for numbers, "3e-4" among them."""
 
     yaml_implicit_resolvers = YamlLoader.yaml_implicit_resolvers
@@ -46,5 +46,7 @@ def _lines(key: str, value: Any, description: str | None, indent: str = "  ") ->
 def _written(value: Any) -> str:
     """A value on one line of YAML."""
     plain = list(value) if isinstance(value, tuple) else value
-    text: str = yaml.dump(plain, Dumper=_Dumper, default_flow_style=True, width=10_000, allow_unicode=True)
+    if isinstance(value, BaseModel):
+        plain = value.model_dump(mode="json", exclude_none=True)
+    text: str = yaml.dump(plain, Dumper=Dumper, default_flow_style=True, width=10_000, allow_unicode=True)
     return text.removesuffix("...\n").rstrip("\n")

@@ -7,33 +7,28 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from smolctl.config.model import ModelConfig
 from smolctl.config.run import RunConfig
 from smolctl.errors import InputError, UsageError
+from smolctl.outside import (
+    MAX_DEPTH,
+    MAX_YAML_BYTES,
+    YamlSyntaxError,
+    first_fault,
+    key_of,
+    parse_yaml,
+    read_file,
+    shown,
+)
 
 C = TypeVar("C", bound=BaseModel)
 PER_SOURCE = ("text_field", "split")  # keys of data that may be a list, one entry for each source
-
-UNION_MEMBER = re.compile(r"int|float|bool|str|.*\W.*")  # in pydantic's path to a value, beside its keys
-
-
-class YamlLoader(yaml.SafeLoader):
-    """YAML 1.1's loader reads `3e-4` as text; this one reads it as the number it is."""
-
-
-YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
 
 
 def presets_folder() -> Path:
@@ -54,21 +49,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, is no YAML, or holds something else than a mapping.
     """
+    if not path.exists():
+        raise InputError(f"{path}: no such file", f"Presets: {', '.join(preset_names())}.")
+    remedy = "Correct the YAML; `smolctl inspect-config nano --yaml` shows one."
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file", f"Presets: {', '.join(preset_names())}.") from None
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_file(path, remedy, MAX_YAML_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise InputError(f"{path}: cannot be read as text ({error})", "Give a YAML config file.") from None
-    try:
-        content = yaml.load(text, Loader=YamlLoader)
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f", line {where.line + 1}" if where else ""
-        problem = getattr(error, "problem", None) or "not YAML"
-        raise InputError(
-            f"{path}{line}: {problem}", "Correct the YAML; `smolctl inspect-config nano --yaml` shows one."
-        ) from None
+    content = parse_yaml(text, str(path), remedy)
     if not isinstance(content, dict):
         raise InputError(
             f"{path}: not a config: the top level must be a mapping", "Start from one of configs/."
@@ -103,17 +91,19 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
 
     Raises:
         UsageError: an item without `=`.
+        InputError: a value exceeds the bounds of `smolctl.outside`.
     """
     values: dict[str, Any] = {}
     for item in settings:
         key, equals, value = item.partition("=")
-        if not equals or not key:
+        if not equals or not key or key.count(".") >= MAX_DEPTH:
             raise UsageError(
-                f"--set {item}: expected key=value", "For example --set optimizer.learning_rate=3e-4."
+                f"--set {shown(item)[1:-1]}: expected key=value",
+                "For example --set optimizer.learning_rate=3e-4.",
             )
         try:
-            values[key.strip()] = yaml.load(value, Loader=YamlLoader)
-        except yaml.YAMLError:
+            values[key.strip()] = parse_yaml(value, f"--set {key.strip()}", "Give a value such as 3e-4.")
+        except YamlSyntaxError:
             values[key.strip()] = value
     return nested(values)
 
@@ -263,28 +253,16 @@ def _validate(schema: type[C], values: Mapping[str, Any], origin: str) -> C:
 
 
 def _config_error(schema: type[BaseModel], error: ValidationError, origin: str) -> InputError:
-    problems = error.errors()
+    problems = error.errors(include_url=False)
     first = problems[0]
-    keys = list(dict.fromkeys(_key(problem) for problem in problems))
+    keys = list(dict.fromkeys(key_of(problem) for problem in problems))
     key, more = keys[0], f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _keys_beside(schema, [str(part) for part in first["loc"]])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]}?" if near else f"Known keys here: {', '.join(known)}."
         return InputError(f"{origin}: unknown key {key}{more}", hint)
-    reason = first["msg"].removeprefix("Value error, ")
-    given = f", got {first['input']!r}" if key and not isinstance(first["input"], Mapping) else ""
-    return InputError(
-        f"{origin}: {key + ': ' if key else ''}{reason}{given}{more}", "Change the value and run again."
-    )
-
-
-def _key(problem: Any) -> str:
-    """The dotted name of the value that pydantic complains about."""
-    parts = [str(part) for part in problem["loc"]]
-    if problem["type"] != "extra_forbidden":  # a key that nobody knows may look like anything
-        parts = [part for part in parts if not UNION_MEMBER.fullmatch(part)]
-    return ".".join(parts)
+    return InputError(f"{origin}: {first_fault(error)}{more}", "Change the value and run again.")
 
 
 def _keys_beside(schema: type[BaseModel], location: list[str]) -> list[str]:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# Larger sizes are damage or an attack, and are refused before anything is computed or allocated. The largest
+# published: 262,144 tokens (Gemma 3), rows of 53,248 (Llama 3.1 405B), a context of 10,485,760 (Llama 4).
+MAX_VOCABULARY, MAX_WIDTH, MAX_CONTEXT = 2**24, 2**20, 2**30
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=MAX_VOCABULARY)]
+# -1 is how old configs spell that there is no such token.
+SpecialId = Annotated[int, Field(strict=True, ge=-1, lt=MAX_VOCABULARY)]
 
 
 class ModelConfig(BaseModel):
@@ -17,14 +24,18 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
-    vocab_size: int = Field(49_152, gt=0, description="tokens that the model knows")
-    hidden_size: int = Field(576, gt=0, description="width of the residual stream")
-    intermediate_size: int = Field(1_536, gt=0, description="width of the SwiGLU MLP")
+    vocab_size: int = Field(49_152, gt=0, le=MAX_VOCABULARY, description="tokens that the model knows")
+    hidden_size: int = Field(576, gt=0, le=MAX_WIDTH, description="width of the residual stream")
+    intermediate_size: int = Field(1_536, gt=0, le=MAX_WIDTH, description="width of the SwiGLU MLP")
     num_hidden_layers: int = Field(30, gt=0, le=10_000, description="blocks of attention and MLP")
-    num_attention_heads: int = Field(9, gt=0, description="query heads")
-    num_key_value_heads: int = Field(3, gt=0, description="key/value heads, shared by groups of query heads")
-    head_dim: int = Field(0, ge=0, description="width of a head; 0 is hidden_size / num_attention_heads")
-    max_position_embeddings: int = Field(1_024, gt=0, description="context length in tokens")
+    num_attention_heads: int = Field(9, gt=0, le=MAX_WIDTH, description="query heads")
+    num_key_value_heads: int = Field(
+        3, gt=0, le=MAX_WIDTH, description="key/value heads, shared by groups of query heads"
+    )
+    head_dim: int = Field(
+        0, ge=0, le=MAX_WIDTH, description="width of a head; 0 is hidden_size / num_attention_heads"
+    )
+    max_position_embeddings: int = Field(1_024, gt=0, le=MAX_CONTEXT, description="context length in tokens")
     position_embedding: Literal["rope", "learned"] = Field("learned", description="rope, or a learned table")
     rope_theta: float = Field(
         10_000.0, gt=0, description="base of the wavelengths of rope; unused when learned"
@@ -37,9 +48,11 @@ class ModelConfig(BaseModel):
     initializer_range: float = Field(
         1 / 24, gt=0, description="standard deviation of new weights; 1/24 is SmolLM2's"
     )
-    bos_token_id: int | None = Field(0, description="token that begins a text")
-    eos_token_id: int | tuple[int, ...] | None = Field(0, description="token or tokens that end a text")
-    pad_token_id: int | None = Field(None, description="token that fills up short texts")
+    bos_token_id: SpecialId | None = Field(0, description="token that begins a text")
+    eos_token_id: SpecialId | tuple[SpecialId, ...] | None = Field(
+        0, description="token or tokens that end a text"
+    )
+    pad_token_id: SpecialId | None = Field(None, description="token that fills up short texts")
 
     @model_validator(mode="before")
     @classmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -20,6 +22,7 @@ def _steps_or_share(value: int | float) -> int | float:
 # A number of steps, or a share of train.steps when below 1. Shares become whole steps in the
 # resolved config, so that a run that is resumed later keeps the schedule it was started with.
 StepsOrShare = Annotated[int | float, Field(ge=0), AfterValidator(_steps_or_share)]
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 Decay = Annotated[float, Field(ge=0, lt=1)]  # of a moment, as AdamW takes it
 
 
@@ -243,6 +246,39 @@ class PublishConfig(Section):
     license: str | None = Field(None, description="of the weights, as the Hub spells it: apache-2.0, mit")
 
 
+class Provenance(Section):
+    """Where weights came from, as it was known when they were taken."""
+
+    id: str = Field(description="org/name on the Hub, or an absolute path")
+    kind: Literal["hub", "local"] = Field(description="what the id is; decided once")
+    revision: str | None = Field(None, description="branch or tag on the Hub, if one was named")
+    commit: str | None = Field(None, description="on the Hub, when the weights were taken")
+    step: int | None = Field(None, description="optimizer steps behind it, of a run")
+    license: str | None = Field(None, description="as its card or its config stated it")
+    made_from: Provenance | None = Field(None, description="what it was itself made from")
+
+    @model_validator(mode="after")
+    def _is_a_name_on_the_hub(self) -> Provenance:
+        if self.kind == "hub" and not HUB_NAME.fullmatch(self.id):
+            raise ValueError(f"{self.id} is no org/name")
+        return self
+
+    @property
+    def chain(self) -> tuple[Provenance, ...]:
+        """This model, what it was made from, and so on back."""
+        return (self, *(self.made_from.chain if self.made_from else ()))
+
+    @property
+    def on_hub(self) -> Provenance | None:
+        """The nearest of the chain that is on the Hub."""
+        return next((one for one in self.chain if one.kind == "hub"), None)
+
+    def public(self) -> Provenance:
+        """The same as strangers may read it: paths of this machine by their last part."""
+        name = self.id if self.kind == "hub" else PurePath(self.id).name
+        return self.model_copy(update={"id": name, "made_from": self.made_from and self.made_from.public()})
+
+
 class RunConfig(Section):
     """One training run: the model and all that shapes its training."""
 
@@ -260,6 +296,9 @@ class RunConfig(Section):
     validation: ValidationConfig = ValidationConfig()
     trainer: TrainerConfig = TrainerConfig()
     publish: PublishConfig = PublishConfig()
+    init_from: Provenance | None = Field(
+        None, description="a record: the model whose weights train --init-from took; null: new weights"
+    )
 
     @model_validator(mode="before")
     @classmethod

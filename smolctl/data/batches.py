@@ -152,6 +152,29 @@ def validation_batches(
     over its held-out tokens; fewer where it has not so many, and one shorter sequence where its held-out
     tokens are not enough for a whole one.
     """
+    for windows, length in _validation_windows(held_out, sequence_length, batch_size, sequences):
+        yield torch.from_numpy(np.stack([held_out.read(window, length) for window in windows]))
+
+
+def validation_documents(
+    held_out: Mixture, sequence_length: int, batch_size: int, sequences: int, end_of_text: int
+) -> Iterator[Tensor]:
+    """The number of the document of each predicted token of `validation_batches`: (B, sequence_length) each.
+
+    An end-of-text token belongs to the document that it ends.
+    """
+    ends = [part.tokens.places_of(end_of_text) for part in held_out.parts]
+    firsts = np.cumsum([0, *(len(places) + 1 for places in ends)])  # number of each source's first document
+    for windows, length in _validation_windows(held_out, sequence_length, batch_size, sequences):
+        places = np.array([[window.start + 1] for window in windows]) + np.arange(length)
+        source = windows[0].part
+        yield torch.from_numpy(firsts[source] + np.searchsorted(ends[source], places))
+
+
+def _validation_windows(
+    held_out: Mixture, sequence_length: int, batch_size: int, sequences: int
+) -> Iterator[tuple[list[Window], int]]:
+    """The sequences of each batch, all of one source, and their length."""
     shares = sum(part.share for part in held_out.parts)
     for index, part in enumerate(held_out.parts):
         length = min(sequence_length, len(part.tokens) - 1)
@@ -159,5 +182,7 @@ def validation_batches(
         chosen = min(count, max(1, round(sequences * part.share / shares)))
         numbers = np.linspace(0, count - 1, chosen).astype(int)
         for first in range(0, chosen, batch_size):
-            windows = [Window(index, int(number) * length) for number in numbers[first : first + batch_size]]
-            yield torch.from_numpy(np.stack([held_out.read(window, length) for window in windows]))
+            yield (
+                [Window(index, int(number) * length) for number in numbers[first : first + batch_size]],
+                length,
+            )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from typing_extensions import TypedDict
+
 from smolctl.data.tokens.cache import MANIFEST, TOKENS, lock_of, remove_leftovers
 from smolctl.durable import CHECKED, TOKENIZERS, cache_folder
+from smolctl.errors import InputError
+from smolctl.outside import checked, read_json
 
 DAY = 24 * 60 * 60  # seconds
 
@@ -37,6 +40,13 @@ class CacheReport:
     def bytes(self) -> int:
         """Of all entries."""
         return sum(entry.bytes for entry in self.entries)
+
+
+class _Sources(TypedDict, total=False):
+    """What is told of a manifest: a Hub dataset's source, or several."""
+
+    source: str
+    sources: list[str]
 
 
 def look_at_cache() -> CacheReport:
@@ -78,8 +88,8 @@ def _tokens(folder: Path) -> CacheEntry:
     files = [path for path in folder.rglob("*") if path.is_file()]
     manifests = [path for path in files if path.name == MANIFEST]
     content = "unreadable"
-    with suppress(OSError, ValueError, TypeError, IndexError, AttributeError):
-        said = json.loads(manifests[0].read_bytes())
-        content = f"tokens of {said.get('source') or ', '.join(said['sources'])}"
+    with suppress(InputError, IndexError):
+        said = checked(_Sources, read_json(manifests[0]), MANIFEST)
+        content = f"tokens of {said.get('source') or ', '.join(said.get('sources', ()))}"
     used = max(path.stat().st_mtime for path in manifests or [folder])
     return CacheEntry(folder, content, sum(path.stat().st_size for path in files), used)

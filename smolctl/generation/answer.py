@@ -107,8 +107,8 @@ class Answer:
 
 def spell(tokenizer: Tokenizer, token: int) -> str:
     """The text of one token by itself; bytes that are no whole character show as \\xe2."""
-    known = 0 <= token < len(tokenizer.token_bytes)
-    return tokenizer.token_bytes[token].decode("utf-8", "backslashreplace") if known else f"<{token}>"
+    spelled = tokenizer.bytes_of(token)
+    return f"<{token}>" if spelled is None else spelled.decode("utf-8", "backslashreplace")
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -10,8 +10,8 @@ from smolctl.data.tokenizer.prompt import Prompt
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.generation.answer import Answer, Completion
 from smolctl.generation.engine import Cancellation, Engine
-from smolctl.generation.sampling import SamplingSettings
-from smolctl.generation.scheduler import Request, Scheduler, Speculation, check_prompt, generator_for
+from smolctl.generation.sampling import SamplingSettings, generator_for
+from smolctl.generation.scheduler import Request, Scheduler, Speculation, check_prompt
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,8 +10,8 @@ from typing import Any
 
 from smolctl.data.tokenizer.prompt import Prompt, SpecialTokens
 from smolctl.durable import write_text
-from smolctl.errors import InputError
-from smolctl.escaping import json_text, whole_characters
+from smolctl.errors import InputError, PromptTooLongError
+from smolctl.escaping import json_text
 from smolctl.generation.complete import (
     CompletionResult,
     CompletionSettings,
@@ -23,6 +23,7 @@ from smolctl.generation.complete import (
 from smolctl.generation.load import LoadedModel
 from smolctl.generation.prompts import are_messages, changed_settings
 from smolctl.generation.scheduler import check_prompt
+from smolctl.outside import read_json
 
 # A session holds at most this many tokens, also where the model's context is longer: its cache is allocated
 # at once.
@@ -46,9 +47,10 @@ class Conversation:
 
         Raises:
             InputError: `chat` is set and the model has no chat template.
+            PromptTooLongError: the prompt cannot fit the context.
         """
         if not self.chat:
-            return model.tokenizer.prompt(whole_characters(text))
+            return model.prompt(text)
         return self.render(model, [*self.turns, {"role": "user", "content": text}])
 
     def render(self, model: LoadedModel, messages: Sequence[Mapping[str, str]]) -> Prompt:
@@ -59,8 +61,7 @@ class Conversation:
         """
         own = messages[0]["role"] == "system"
         first = [{"role": "system", "content": self.system}] if self.system and not own else []
-        whole = [{**one, "content": whole_characters(one["content"])} for one in [*first, *messages]]
-        return model.chat_prompt(whole, self.special_tokens)
+        return model.chat_prompt([*first, *messages], self.special_tokens)
 
     def remember(self, text: str, answer: str) -> None:
         """Add a turn of each side."""
@@ -86,18 +87,29 @@ class Conversation:
             How many turns were forgotten.
 
         Raises:
-            InputError: not even the text alone fits. Nothing is forgotten then.
+            PromptTooLongError: not even the text alone fits. Nothing is forgotten then.
         """
         free = min(max_tokens, capacity // 2)
-        for start in range(0, len(self.turns) + 1, 2):
-            kept = replace(self, turns=self.turns[start:])
-            length = len(kept.prompt(model, text).ids)
-            if length + free <= capacity:
-                break
+
+        def length(forgotten: int) -> int:
+            return len(replace(self, turns=self.turns[2 * forgotten :]).prompt(model, text).ids)
+
+        def fits(forgotten: int) -> bool:
+            try:
+                return length(forgotten) + free <= capacity
+            except PromptTooLongError:
+                return False
+
+        forgotten = 0
+        if not fits(0):
             free = max(free, int(capacity * FREE_SHARE))
-        check_prompt(length, capacity)
-        self.turns = kept.turns
-        return start // 2
+            every = (len(self.turns) + 1) // 2
+            # By halves: whoever sends a thousand turns does not have them tokenized a thousand times.
+            forgotten = bisect_left(range(every), True, lo=min(1, every), key=fits)
+            if forgotten == every:
+                check_prompt(length(every), capacity)
+        self.turns = self.turns[2 * forgotten :]
+        return forgotten
 
 
 class Session:
@@ -137,13 +149,7 @@ class Session:
         Raises:
             InputError: it cannot be read, or is no conversation.
         """
-        try:
-            value = json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}", "Name a file that /save has written.") from None
-        except (ValueError, RecursionError):
-            value = None
-        messages = value.get("messages") if isinstance(value, dict) else None
+        messages = read_json(path, "Name a file that /save has written.").get("messages")
         start = int(are_messages(messages) and messages[0]["role"] == "system")
         roles = [one["role"] for one in messages[start:]] if are_messages(messages) else ["?"]
         if not are_messages(messages) or roles != ["user", "assistant"] * (len(roles) // 2):

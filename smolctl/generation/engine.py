@@ -6,10 +6,13 @@ import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError, SmolError
+
+Logits = NDArray[np.float32]  # (N, V)
 
 
 class EngineBusyError(SmolError):
@@ -85,8 +88,8 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def forward(self, tokens: Sequence[Sequence[int]], cache: Cache, every: bool = False) -> Tensor:
-        """Append tokens to the sequences of a cache and return logits in float32 on the CPU.
+    def forward(self, tokens: Sequence[Sequence[int]], cache: Cache, every: bool = False) -> Logits:
+        """Append tokens to the sequences of a cache and return logits.
 
         Args:
             tokens: ids for each sequence of the cache; an empty list leaves a sequence as it is.

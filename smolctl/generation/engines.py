@@ -1,33 +1,35 @@
-"""Which engine runs a model: the compiled one where it can, PyTorch everywhere else."""
+"""Which engine runs a model: the compiled one where it can, PyTorch everywhere else.
+
+PyTorch is imported only where it runs a model: importing it takes longer than the compiled engine takes for
+an answer.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from smolctl.config import ModelConfig
+from smolctl.cores import compute_threads
 from smolctl.errors import UsageError
 from smolctl.generation.engine import Engine
-from smolctl.generation.native_engine import KINDS, NativeEngine, Stored, kind_of, read_bytes
-from smolctl.generation.torch_engine import TorchEngine
-from smolctl.model.dynamic import dynamic_network
-from smolctl.model.weights import check_state, from_state
+from smolctl.generation.native_engine import KINDS, NativeEngine, Stored
 from smolctl.native.library import Library, load_library
+from smolctl.sources.arrays import Array, as_bfloat16, as_float32, name_of
 from smolctl.sources.base import ModelSource
-from smolctl.sources.quantized.packed import PackedMatrix
-from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor, dense
+from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor
+from smolctl.sources.shapes import check_state
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How to run a model; every engine takes as many threads as `torch.get_num_threads` says."""
+    """How to run a model."""
 
     engine: Literal["auto", "native", "torch"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of dense weights; None keeps the file's
+    threads: int | None = None  # see `compute_threads`; PyTorch's are the process's own
 
 
 def make_engine(source: ModelSource, options: EngineOptions) -> Engine:
@@ -42,48 +44,43 @@ def make_engine(source: ModelSource, options: EngineOptions) -> Engine:
     config = source.require_config()
     read: dict[str, StoredTensor] = {}
     for name, stored in source.require_weights().stored():
-        if options.dtype and isinstance(stored, Tensor) and stored.dim() > 1:
+        if options.dtype and isinstance(stored, np.ndarray) and stored.ndim > 1:
             stored = _converted(name, stored, options.dtype)
         read[name] = stored
     given = check_state(config, read, source.id)
-    if any(isinstance(stored, ScaledMatrix) for stored in given.values()):
-        return _dynamic_engine(source, given)
-    weights = cast(dict[str, Stored], given)
+    weights: dict[str, Stored] = {
+        name: stored for name, stored in given.items() if not isinstance(stored, ScaledMatrix)
+    }
+    if len(weights) < len(given):
+        return _torch_engine(source, given, options)
     library = load_library() if options.engine != "torch" else ""
-    matrices = (stored for stored in weights.values() if isinstance(stored, Tensor) and stored.dim() > 1)
-    dtypes = {matrix.dtype for matrix in matrices}
+    dtypes = {one.dtype for one in weights.values() if isinstance(one, np.ndarray) and one.ndim > 1}
     if isinstance(library, Library) and dtypes <= KINDS.keys():
-        return NativeEngine(library, config, weights)
+        return NativeEngine(library, config, weights, compute_threads(options.threads))
     if options.engine == "native":
-        why = library if isinstance(library, str) else f"it does not read {', '.join(map(str, dtypes))}"
+        unread = ", ".join(sorted(map(name_of, dtypes)))
+        why = library if isinstance(library, str) else f"it does not read {unread}"
         raise UsageError(f"the native engine cannot run here: {why}", "Leave out --engine.")
     note = f"slower, on PyTorch: {library}" if isinstance(library, str) and library else ""
-    return _torch_engine(config, weights, source.id, note)
+    return _torch_engine(source, weights, options, note)
 
 
-def _converted(name: str, matrix: Tensor, dtype: str) -> Tensor:
-    converted = matrix.to(getattr(torch, dtype))
-    if dtype == "float16" and not converted.isfinite().all() and matrix.isfinite().all():
+def _converted(name: str, matrix: Array, dtype: str) -> Array:
+    if dtype == "bfloat16":
+        return as_bfloat16(matrix)
+    values = as_float32(matrix)
+    with np.errstate(over="ignore"):
+        converted: Array = values.astype(dtype, copy=False)
+    if not np.isfinite(converted).all() and np.isfinite(values).all():
         raise UsageError(
             f"--dtype float16: {name} holds values above 65,504, which float16 cannot", "Take bfloat16."
         )
     return converted
 
 
-def _torch_engine(config: ModelConfig, weights: Mapping[str, Stored], origin: str, note: str) -> Engine:
-    tensors = {name: dense(stored) for name, stored in weights.items()}
-    network = from_state(config, tensors, origin).eval().requires_grad_(False)
-    packed = any(isinstance(stored, PackedMatrix) for stored in weights.values())
-    name = f"torch cpu, {kind_of(weights)} as float32" if packed else ""
-    engine = TorchEngine(network, note, name)
-    engine.precision, engine.weight_bytes = kind_of(tensors), read_bytes(tensors)
-    return engine
+def _torch_engine(
+    source: ModelSource, stored: Mapping[str, StoredTensor], options: EngineOptions, note: str = ""
+) -> Engine:
+    from smolctl.generation.torch_engine import open_torch_engine
 
-
-def _dynamic_engine(source: ModelSource, stored: Mapping[str, StoredTensor]) -> TorchEngine:
-    activations = str((source.quantization or {}).get("activations", "per-tensor"))
-    network = dynamic_network(source.require_config(), stored, activations)
-    engine = TorchEngine(network, name=f"torch cpu, int8 weights, activations {activations}")
-    engine.precision = "int8-dynamic"
-    engine.weight_bytes = sum(tensor.bytes for tensor in source.tensors or () if len(tensor.shape) > 1)
-    return engine
+    return open_torch_engine(source, stored, note, options.threads)

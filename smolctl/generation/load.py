@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from smolctl.data.tokenizer.prompt import Prompt, SpecialTokens
+from smolctl.data.tokenizer.prompt import Prompt, SpecialTokens, count_characters
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.errors import InputError
+from smolctl.escaping import whole_characters
+from smolctl.generation.complete import CompletionSettings
 from smolctl.generation.engine import Engine
 from smolctl.generation.engines import EngineOptions, make_engine
+from smolctl.generation.prompts import SAMPLING, changed_settings
 from smolctl.sources import open_source
+from smolctl.sources.base import SourceKind
 
 
 @dataclass(frozen=True)
@@ -23,10 +28,27 @@ class LoadedModel:
     tokenizer: Tokenizer
     load_s: float
     notes: tuple[str, ...] = ()  # problems of the source, and why no faster engine runs
+    # Fields of `SamplingSettings` that the model's makers recommend, and where they do.
+    recommended: Mapping[str, Any] = field(default_factory=dict)
+    recommended_in: str = ""
 
     @property
     def can_chat(self) -> bool:
         return self.tokenizer.chat_template is not None
+
+    @property
+    def context(self) -> int:
+        """Most tokens of a prompt and its answer."""
+        return self.engine.config.max_position_embeddings
+
+    def prompt(self, text: str) -> Prompt:
+        """See `Tokenizer.prompt`. Text from anywhere comes through here, or through `chat_prompt`.
+
+        Raises:
+            PromptTooLongError: the text cannot fit the context.
+        """
+        self.tokenizer.require_room(len(text), self.context)
+        return self.tokenizer.prompt(whole_characters(text))
 
     def chat_prompt(
         self, messages: Sequence[Mapping[str, str]], special_tokens: SpecialTokens = "text"
@@ -35,13 +57,16 @@ class LoadedModel:
 
         Raises:
             InputError: the model has no chat template, or it refuses the messages.
+            PromptTooLongError: the messages cannot fit the context.
         """
         if self.tokenizer.chat_template is None:
             raise InputError(
                 f"{self.id}: the model has no chat template; it continues text",
                 "Leave out --chat, or choose an instruction-tuned model.",
             )
-        return self.tokenizer.chat_prompt(messages, special_tokens)
+        self.tokenizer.require_room(count_characters(list(messages)), self.context)
+        whole = [{**one, "content": whole_characters(one["content"])} for one in messages]
+        return self.tokenizer.chat_prompt(whole, special_tokens, self.context)
 
 
 def load_model(model: str, options: EngineOptions = EngineOptions()) -> LoadedModel:  # noqa: B008 - frozen
@@ -54,8 +79,31 @@ def load_model(model: str, options: EngineOptions = EngineOptions()) -> LoadedMo
     source = open_source(model)
     source.require_config()
     source.require_weights()
-    tokenizer = Tokenizer.from_files(source.require_tokenizer(), model)
+    files = source.require_tokenizer()
+    tokenizer = Tokenizer.from_files(files, model)
     tokenizer.require_fit(source.require_config().vocab_size)
     engine = make_engine(source, options)
-    notes = (*source.problems, *([engine.note] if engine.note else []))
-    return LoadedModel(model, engine, tokenizer, time.perf_counter() - started, notes)
+    place = "the GGUF's metadata" if source.kind is SourceKind.GGUF else "generation_config.json"
+    recommended, unusable = usable_settings(files.recommended)
+    notes = [*source.problems, *([engine.note] if engine.note else [])]
+    notes += [f"{place} recommends what cannot be used: {reason}" for reason in unusable]
+    return LoadedModel(
+        model, engine, tokenizer, time.perf_counter() - started, tuple(notes), recommended, place
+    )
+
+
+def usable_settings(found: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Fields of `SamplingSettings` among what a model recommends, and why others cannot be used.
+
+    Args:
+        found: by the names of generation_config.json. Without `do_sample`, settings for sampling are taken
+            to be meant for it; false asks for the likeliest token.
+    """
+    usable, reasons = {}, []
+    for key in (key for key in SAMPLING if key in found):
+        try:
+            changed_settings({key: found[key]}, CompletionSettings())
+            usable[key] = found[key]
+        except InputError as error:
+            reasons.append(error.message)
+    return usable | ({"temperature": 0.0} if found.get("do_sample") is False else {}), reasons

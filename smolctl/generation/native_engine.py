@@ -10,23 +10,24 @@ import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from smolctl.config import ModelConfig
+from smolctl.cores import compute_threads
 from smolctl.errors import SmolError
-from smolctl.generation.engine import Cache, CancelledError, Engine, EngineBusyError
-from smolctl.model.cache import check_capacity
-from smolctl.model.network import rotary_table
+from smolctl.generation.engine import Cache, CancelledError, Engine, EngineBusyError, Logits
+from smolctl.model.positions import check_capacity, rotary_angles
 from smolctl.native.library import Batch, CacheBuffers, Layer, Library, Matrix, Model, Status
+from smolctl.sources.arrays import BFLOAT16, Array, name_of
 from smolctl.sources.quantized.packed import BLOCK, PackedMatrix
 from smolctl.sources.quantized.scaled import dense
 from smolctl.sources.shapes import HEAD, TABLE
 
-Stored = Tensor | PackedMatrix
+Stored = Array | PackedMatrix
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KINDS = {np.dtype(np.float32): 0, BFLOAT16: 1, np.dtype(np.float16): 2}
 INT8, INT4 = 3, 4
 FEW = 4  # tokens that are multiplied one by one: matrix.h
 KEYS = 16  # positions in a tile of keys, and what heads of values are filled up to: attention.h
@@ -48,39 +49,39 @@ def kind_of(weights: Mapping[str, Stored]) -> str:
     """What the matrices are, the most numerous weights first: "int4 + int8"."""
     sizes: Counter[str] = Counter()
     for stored in weights.values():
-        if isinstance(stored, PackedMatrix):
-            kind = f"int{stored.bits}"
-        else:
-            kind = str(stored.dtype).removeprefix("torch.")
+        kind = f"int{stored.bits}" if isinstance(stored, PackedMatrix) else name_of(stored.dtype)
         if len(stored.shape) > 1:
             sizes[kind] += math.prod(stored.shape)
     return " + ".join(kind for kind, _ in sizes.most_common())
 
 
-def matrix_of(stored: Stored, keep: list[Tensor]) -> Matrix:
+def matrix_of(stored: Stored, keep: list[Array]) -> Matrix:
     """A matrix as the compiled code takes it, its columns filled up with zeros where they need it.
 
     Args:
         stored: (rows, columns), of a dtype in `KINDS` or packed.
-        keep: gets every tensor that must outlive the result.
+        keep: gets every array that must outlive the result.
     """
-    if isinstance(stored, PackedMatrix):
-        parts = [stored.values, stored.scales, stored.offsets]
-        parts = [part.contiguous() if part is not None else None for part in parts]
-        keep += [part for part in parts if part is not None]
-        rows, columns = stored.shape
-        pointers = [part.data_ptr() if part is not None else None for part in parts]
-        kind = INT8 if stored.bits == 8 else INT4
-        return Matrix(kind, rows, columns + -columns % BLOCK, stored.group, *pointers)
     rows, columns = stored.shape
-    filled = stored.contiguous()  # of a mapped file: no copy
-    if columns % BLOCK:
-        filled = torch.nn.functional.pad(filled, (0, -columns % BLOCK))
-    keep.append(filled)
-    return Matrix(KINDS[filled.dtype], rows, filled.shape[1], BLOCK, filled.data_ptr(), None, None)
+    width = columns + -columns % BLOCK
+
+    def pointer(part: Array | None) -> int | None:
+        if part is None:
+            return None
+        keep.append(np.ascontiguousarray(part))  # of a mapped file: no copy
+        return keep[-1].ctypes.data
+
+    if isinstance(stored, PackedMatrix):
+        parts = (stored.values, stored.scales, stored.offsets)
+        return Matrix(INT8 if stored.bits == 8 else INT4, rows, width, stored.group, *map(pointer, parts))
+    filled = stored
+    if width > columns:
+        filled = np.zeros((rows, width), stored.dtype)
+        filled[:, :columns] = stored
+    return Matrix(KINDS[filled.dtype], rows, width, BLOCK, pointer(filled), None, None)
 
 
-def cache_dtype_of(config: ModelConfig, weights: Mapping[str, Stored]) -> torch.dtype:
+def cache_dtype_of(config: ModelConfig, weights: Mapping[str, Stored]) -> np.dtype[Any]:
     """What keys and values are kept in: float16, or float32 where all weights are or where one may overflow.
 
     The input of a projection comes from a norm: its length is √hidden_size at most, before the norm's own
@@ -88,31 +89,37 @@ def cache_dtype_of(config: ModelConfig, weights: Mapping[str, Stored]) -> torch.
     two rows, into √2 times that. So no text can overflow float16 where this bound does not.
     """
     if kind_of(weights) == "float32":
-        return torch.float32
-    largest = 0.0
-    for index in range(config.num_hidden_layers):
+        return np.dtype(np.float32)
+    limit = float(np.finfo(np.float16).max) / math.sqrt(2 * config.hidden_size)
+
+    def safe(index: int, name: str) -> bool:
         norm = dense(weights[f"model.layers.{index}.input_layernorm.weight"])
-        for name in "kv":
-            rows = dense(weights[f"model.layers.{index}.self_attn.{name}_proj.weight"])  # (rows, hidden_size)
-            largest = max(largest, float((rows * norm).norm(dim=1).max()))
-    safe = math.sqrt(2 * config.hidden_size) * largest < torch.finfo(torch.float16).max
-    return torch.float16 if safe else torch.float32
+        stored = weights[f"model.layers.{index}.self_attn.{name}_proj.weight"]  # (rows, hidden_size)
+        if isinstance(stored, PackedMatrix):  # mostly its scales show it
+            squares = np.add.reduceat(norm**2, np.arange(0, len(norm), stored.group))
+            if (stored.largest() ** 2 @ squares).max() < limit**2:
+                return True
+        return bool(np.linalg.norm(dense(stored) * norm, axis=1).max() < limit)
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        fits = all(safe(index, name) for index in range(config.num_hidden_layers) for name in "kv")
+    return np.dtype(np.float16 if fits else np.float32)
 
 
 class NativeCache(Cache):
     """Keys in tiles and values in rows, as attention.h lays them out."""
 
-    def __init__(self, config: ModelConfig, sequences: int, capacity: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, sequences: int, capacity: int, dtype: np.dtype[Any]) -> None:
         super().__init__(sequences, capacity)
         room = capacity + -capacity % KEYS
         layers, heads, width = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
         stride = width + -width % KEYS
-        self.keys = torch.empty(layers, sequences, heads, room // KEYS, width, KEYS, dtype=dtype)
-        self.values = torch.empty(layers, sequences, heads, room, stride, dtype=dtype)
+        self.keys = np.empty((layers, sequences, heads, room // KEYS, width, KEYS), dtype)
+        self.values = np.empty((layers, sequences, heads, room, stride), dtype)
         self.buffers = CacheBuffers(
-            self.keys.data_ptr(),
-            self.values.data_ptr(),
-            dtype == torch.float16,
+            self.keys.ctypes.data,
+            self.values.ctypes.data,
+            dtype == np.float16,
             sequences,
             room,
             stride,
@@ -136,7 +143,7 @@ class NativeEngine(Engine):
         library: the build to use.
         config: the model's shape.
         weights: every tensor by its Hugging Face name; a tied head is left out.
-        threads: at most this many; torch's number by default.
+        threads: at most this many; None: see `compute_threads`.
     """
 
     exact_tokens = FEW
@@ -153,8 +160,8 @@ class NativeEngine(Engine):
         # Where all weights are float32, so is everything else: the same words as any other engine's.
         self.cache_dtype = cache_dtype_of(config, weights)
         self.library = library
-        self.threads = threads or torch.get_num_threads()
-        self._keep: list[Tensor] = []
+        self.threads = threads or compute_threads()
+        self._keep: list[Array] = []
         self._model = self._describe(weights)
         self._reset()
         self._open()
@@ -169,8 +176,8 @@ class NativeEngine(Engine):
         config, keep = self.config, self._keep
 
         def floats(name: str) -> int:
-            keep.append(dense(weights[name]).contiguous())
-            return keep[-1].data_ptr()
+            keep.append(np.ascontiguousarray(dense(weights[name])))
+            return keep[-1].ctypes.data
 
         def matrix(name: str) -> Matrix:
             return matrix_of(weights[name], keep)
@@ -229,11 +236,12 @@ class NativeEngine(Engine):
     def _make_rotary(self, capacity: int) -> None:
         """A longer table of angles. The context holds a copy of the model's description: make it anew."""
         self._close()
-        self._rotary = rotary_table(self.config, capacity, torch.device("cpu")).contiguous()
-        self._model.rotary, self._model.rotary_positions = self._rotary.data_ptr(), capacity
+        angles = rotary_angles(self.config, capacity).astype(np.float64)
+        self._rotary = np.stack((np.cos(angles), np.sin(angles))).astype(np.float32)
+        self._model.rotary, self._model.rotary_positions = self._rotary.ctypes.data, capacity
         self._open()
 
-    def forward(self, tokens: Sequence[Sequence[int]], cache: Cache, every: bool = False) -> Tensor:
+    def forward(self, tokens: Sequence[Sequence[int]], cache: Cache, every: bool = False) -> Logits:
         assert isinstance(cache, NativeCache)
         self.check_room(tokens, cache)
         rows = [
@@ -243,7 +251,7 @@ class NativeEngine(Engine):
         ]
         if any(not 0 <= row[0] < self.config.vocab_size for row in rows):
             raise IndexError(f"a token is outside the vocabulary of {self.config.vocab_size}")
-        logits = torch.empty(sum(row[3] for row in rows), self.config.vocab_size)
+        logits = np.empty((sum(row[3] for row in rows), self.config.vocab_size), np.float32)
         filled = 0
         for first, last in pairwise([*range(0, len(rows), CHUNK), len(rows)]):
             filled += self._forward(rows[first:last], cache, logits[filled:])
@@ -251,7 +259,7 @@ class NativeEngine(Engine):
             cache.lengths[sequence] += len(ids)
         return logits
 
-    def _forward(self, rows: list[tuple[int, int, int, bool]], cache: NativeCache, logits: Tensor) -> int:
+    def _forward(self, rows: list[tuple[int, int, int, bool]], cache: NativeCache, logits: Logits) -> int:
         count = len(rows)
         wanted = [at for at, row in enumerate(rows) if row[3]]
         ints = ctypes.c_int32 * count
@@ -265,7 +273,7 @@ class NativeEngine(Engine):
             cache.buffers,
             len(wanted),
             ctypes.addressof(chosen),
-            logits.data_ptr(),
+            logits.ctypes.data,
             ctypes.addressof(cache.cancellation.flag),
         )
         with self._turn:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, TextIO, TypeGuard
 from smolctl.errors import InputError, UsageError
 from smolctl.escaping import json_text
 from smolctl.generation.complete import CompletionSettings
+from smolctl.outside import parse_json
 
 STDIN = "-"
 COMPLETIONS = "completions"  # the key of the answers in a row of output
@@ -153,8 +153,8 @@ def finished_lines(file: PromptFile, output: Path) -> int:
         for number, (row, line) in enumerate(zip(rows, file.lines, strict=False), start=1):
             ends.append(ends[-1] + len(row) + 1)
             try:
-                value = json.loads(row)
-            except (ValueError, RecursionError):
+                value = parse_json(row)
+            except ValueError:
                 value = None
             if not isinstance(value, dict) or not _is_row_of(value, line):
                 raise _not_an_output(file, output, number)
@@ -176,9 +176,9 @@ def _parse(number: int, text: str, defaults: CompletionSettings) -> PromptLine:
     value: Any = text
     try:
         try:
-            value = json.loads(text, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"not JSON ({error})", SHAPES) from None
+            value = parse_json(text, parse_constant=_refuse_constant)
+        except ValueError as error:
+            raise InputError(str(error), SHAPES) from None
         if isinstance(value, str):
             value = {"prompt": value}
         if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TextIO
-
-import torch
+from typing import Any, TextIO
 
 from smolctl.data.tokenizer.prompt import SpecialTokens
 from smolctl.errors import UsageError
@@ -22,7 +20,8 @@ from smolctl.generation.conversation import Conversation, Session
 from smolctl.generation.engines import EngineOptions
 from smolctl.generation.load import LoadedModel, load_model
 from smolctl.generation.many import Batch
-from smolctl.generation.prompts import STDIN, PromptFile, finished_lines, read_prompts
+from smolctl.generation.prompts import SAMPLING, STDIN, PromptFile, finished_lines, read_prompts
+from smolctl.generation.sampling import settle, taken_of
 
 NO_PROMPT = "Give --prompt TEXT or pipe one in."
 
@@ -45,11 +44,14 @@ class SampleRequest:
     special_tokens: SpecialTokens = "text"  # what special tokens are that a message spells
     compare: bool = False  # find where the other models leave the first one
     batch_size: int = 8  # sequences of `jsonl` that decode together
-    threads: int | None = None
     engine: EngineOptions = field(default_factory=EngineOptions)
     settings: CompletionSettings = field(default_factory=CompletionSettings)
+    # Fields of `SamplingSettings` that the user sets, the others being the model's or the default; None: all
+    # are those of `settings`.
+    sampling: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        settle(self.sampling or {}, {})
         if self.compare and len(self.models) < 2:
             raise UsageError("--compare needs two MODELs or more", "Name them one after the other.")
         if self.jsonl is not None and self.prompt is not None:
@@ -70,6 +72,7 @@ class Loaded:
     """A model is ready."""
 
     model: LoadedModel
+    recommended: Mapping[str, Any]  # what is taken of its recommendation for sampling
 
 
 @dataclass(frozen=True)
@@ -119,14 +122,23 @@ def sample(
     text = _prompt(request, stdin) if file is None else None
     if request.system is not None and not request.chat and _has_raw_prompt(text, file):
         raise UsageError("--system belongs to a chat", "Add --chat, or write it into the prompt.")
-    if request.threads is not None:
-        torch.set_num_threads(request.threads)
     models = [load_model(name, request.engine) for name in request.models or ("runs/latest",)]
+    own = request.sampling
+    # Models that are compared are all given the same settings.
+    recommended = models[0].recommended if own is not None and len(models) == 1 else {}
+    settings = _settled(request, request.settings, {}, recommended)
     for model in models:
-        on_event(Loaded(model))
-    first, settings = models[0], request.settings
+        on_event(Loaded(model, taken_of(recommended, own or {})))
+    first = models[0]
     conversation = Conversation(bool(request.chat), request.system, special_tokens=request.special_tokens)
     if file is not None:
+        lines = (
+            line
+            if line.fault
+            else replace(line, settings=_settled(request, line.settings, line.source, recommended))
+            for line in file.lines
+        )
+        file = replace(file, lines=tuple(lines))
         return Batch(first, file, conversation, request.batch_size, done)
     if text is None:
         conversation.chat = first.can_chat if request.chat is None else request.chat
@@ -148,6 +160,19 @@ def sample(
         if interrupted:
             break
     return SampleResult(tuple(results), diverge(results) if request.compare else None, interrupted)
+
+
+def _settled(
+    request: SampleRequest,
+    settings: CompletionSettings,
+    line: Mapping[str, Any],
+    recommended: Mapping[str, Any],
+) -> CompletionSettings:
+    """Settings with what the user and a line of a file leave open taken from the model."""
+    if request.sampling is None:
+        return settings
+    set_there = {key: line[key] for key in SAMPLING if line.get(key) is not None}
+    return replace(settings, sampling=settle({**request.sampling, **set_there}, recommended))
 
 
 def _has_raw_prompt(text: str | None, file: PromptFile | None) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from smolctl.errors import InputError, UsageError
@@ -51,10 +52,36 @@ class SamplingSettings:
                 raise UsageError(f"--{option} {value} is out of range", f"It must be {limits}.")
 
 
+# What `smolctl sample` takes where neither the user nor the model says anything.
+DEFAULT_SAMPLING = SamplingSettings(temperature=0.8, top_p=0.95)
+
+
+def taken_of(recommended: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What counts of the fields that a model's makers recommend: those that the user leaves open.
+
+    A temperature of 0 of the user's asks for the model's likeliest token, and no penalty for another one.
+    """
+    greedy = own.get("temperature") == 0
+    return {} if greedy else {key: value for key, value in recommended.items() if key not in own}
+
+
+def settle(own: Mapping[str, Any], recommended: Mapping[str, Any]) -> SamplingSettings:
+    """How to choose tokens: as the user says, else as the model's makers recommend, else by default.
+
+    Args:
+        own: fields that the user sets.
+        recommended: fields that the makers recommend.
+
+    Raises:
+        UsageError: a value outside its range, named.
+    """
+    return replace(DEFAULT_SAMPLING, **taken_of(recommended, own), **own)
+
+
 def choose(
     logits: NDArray[np.float32],
     settings: SamplingSettings,
-    generator: torch.Generator,
+    generator: Random,
     seen: Sequence[int],
 ) -> int:
     """The next token of a sequence. It takes one number from the generator.
@@ -68,8 +95,15 @@ def choose(
     logits = penalize_repetition(logits, seen, settings.repetition_penalty)
     if settings.temperature == 0:
         return int(logits.argmax())
-    draw = torch.rand((), dtype=torch.float64, generator=generator).item()
-    return _draw(distribution(logits, settings), draw)
+    return _draw(distribution(logits, settings), generator.random())
+
+
+def generator_for(seed: int, *place: int) -> Random:
+    """A generator for one of many sequences: by the seed and by numbers that say which one it is.
+
+    Python promises the same numbers from `random()` in its later versions.
+    """
+    return Random(repr((seed, *place)))
 
 
 def penalize_repetition(
@@ -99,6 +133,12 @@ def log_normalizer(logits: NDArray[np.float32]) -> float:
     return top + math.log(total)
 
 
+def likeliest(logits: NDArray[np.float32], count: int) -> NDArray[np.intp]:
+    """The ids of the largest of one row of logits, (V,), the largest first."""
+    few = np.argpartition(logits, -count)[-count:] if count < len(logits) else np.arange(len(logits))
+    return few[np.argsort(-logits[few], kind="stable")]
+
+
 def margin(logits: NDArray[np.float32]) -> float:
     """By how much the largest of one row of logits, (V,), exceeds every other."""
     best = int(logits.argmax())
@@ -112,8 +152,7 @@ def distribution(logits: NDArray[np.float32], settings: SamplingSettings) -> NDA
     out /= np.float32(settings.temperature)
     np.exp(out, out=out)  # shares of the likeliest token
     if 0 < settings.top_k < len(out):
-        smallest = float(torch.from_numpy(out).topk(settings.top_k).values[-1])
-        out *= out >= smallest
+        out *= out >= np.partition(out, -settings.top_k)[-settings.top_k]
     if settings.top_p < 1:
         _keep_nucleus(out, settings.top_p)
     if settings.min_p:

@@ -7,16 +7,20 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from random import Random
 from typing import Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from smolctl.errors import InputError
-from smolctl.generation.engine import Cancellation, Engine
+from smolctl.errors import InputError, PromptTooLongError
+from smolctl.generation.engine import Cancellation, Engine, Logits
 from smolctl.generation.lookup import MOST, Lookup
-from smolctl.generation.sampling import SamplingSettings, choose, log_normalizer, margin, penalize_repetition
+from smolctl.generation.sampling import (
+    SamplingSettings,
+    choose,
+    likeliest,
+    log_normalizer,
+    margin,
+    penalize_repetition,
+)
 
 Speculation = Literal["auto", "off", "lookup"]
 
@@ -49,7 +53,7 @@ class Request:
 
     prompt: Sequence[int]
     max_tokens: int
-    generator: torch.Generator
+    generator: Random
     sampling: SamplingSettings | None = None
 
 
@@ -232,7 +236,7 @@ class Scheduler:
             chosen += [(slot.index, token) for token in self._verify(slot, rows)]
         return chosen
 
-    def _verify(self, slot: _Slot, rows: Sequence[Tensor]) -> Iterator[Token]:
+    def _verify(self, slot: _Slot, rows: Sequence[Logits]) -> Iterator[Token]:
         """Choose after the last token and after every draft token that was accepted; forget the others."""
         for row, drafted in zip(rows, [*slot.draft, None], strict=True):
             if slot.draft and self._is_near_tie(slot, row):
@@ -247,36 +251,40 @@ class Scheduler:
             self.counts.accepted += 1
         self._cache.truncate(slot.number, len(slot.tokens) - 1)
 
-    def _forward(self, unread: dict[int, list[int]], every: bool = False) -> Tensor:
+    def _forward(self, unread: dict[int, list[int]], every: bool = False) -> Logits:
         tokens = [unread.get(number, []) for number in range(len(self._slots))]
         return self.engine.forward(tokens, self._cache, every)
 
-    def _choose(self, slot: _Slot, row: Tensor) -> Token:
+    def _choose(self, slot: _Slot, row: Logits) -> Token:
         """Choose a token by one row of logits, (V,), and append it."""
         # First, because it refuses logits that are not finite.
-        normalizer = log_normalizer(row.numpy())
-        chosen = choose(row.numpy(), slot.sampling, slot.request.generator, slot.tokens)
+        normalizer = log_normalizer(row)
+        chosen = choose(row, slot.sampling, slot.request.generator, slot.tokens)
         others: tuple[tuple[int, float], ...] = ()
         if self.alternatives:
-            top = row.topk(min(self.alternatives + 1, len(row)))
-            pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-            others = tuple((id, math.exp(value - normalizer)) for id, value in pairs if id != chosen)
+            top = likeliest(row, self.alternatives + 1).tolist()
+            others = tuple((id, math.exp(float(row[id]) - normalizer)) for id in top if id != chosen)
         slot.append(chosen)
         return Token(chosen, min(float(row[chosen]) - normalizer, 0.0), others[: self.alternatives])
 
-    def _is_near_tie(self, slot: _Slot, row: Tensor) -> bool:
+    def _is_near_tie(self, slot: _Slot, row: Logits) -> bool:
         if slot.sampling.temperature > 0 or self.engine.exact_tokens > 1:
             return False
         penalty = slot.sampling.repetition_penalty
-        return margin(penalize_repetition(row.numpy(), slot.tokens, penalty)) < NEAR_TIE
+        return margin(penalize_repetition(row, slot.tokens, penalty)) < NEAR_TIE
 
 
 def check_prompt(length: int, context: int) -> None:
-    """Refuse a prompt that is empty or leaves no room in the context."""
+    """Refuse a prompt that is empty or leaves no room in the context.
+
+    Raises:
+        InputError: it is empty.
+        PromptTooLongError: it leaves no room.
+    """
     if length == 0:
         raise InputError("the prompt is empty", "Give --prompt some text.")
     if length >= context:
-        raise InputError(
+        raise PromptTooLongError(
             f"the prompt has {length} tokens, the model's context holds {context}", "Shorten the prompt."
         )
 
@@ -285,9 +293,3 @@ def common_prefix(one: Sequence[object], other: Sequence[object]) -> int:
     """How many items two sequences begin with in common."""
     pairs = zip(one, other, strict=False)
     return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
-
-
-def generator_for(seed: int, *place: int) -> torch.Generator:
-    """A generator for one of many sequences: by the seed and by numbers that say which one it is."""
-    mixed = np.random.SeedSequence([seed % 2**64, *place]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(mixed[0]) % 2**63)

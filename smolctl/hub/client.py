@@ -5,19 +5,54 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NotRequired, TypeVar
+from urllib.parse import quote
+
+from typing_extensions import TypedDict
 
 from smolctl.errors import HubError
-from smolctl.hub.connection import api, endpoint, fetch
-from smolctl.hub.errors import TABLE, WRITING, ChangedError, MissingError, PassingError, explained
+from smolctl.hub.connection import api, endpoint, fetch, way_of_transfer
+from smolctl.hub.errors import STRANGE, TABLE, WRITING, ChangedError, MissingError, PassingError, explained
 from smolctl.hub.files import PlannedFile
+from smolctl.outside import checked
 
 T = TypeVar("T")
 WAITS = (1.0, 2.0, 4.0)  # seconds before another attempt, unless the Hub says how long
 LONGEST_WAIT = 300.0
 README = "README.md"
 SENDING = "send the files"
-MAX_CARD_BYTES = 10_000_000
+MAX_TEXT_BYTES = 10_000_000
+
+
+class _Named(TypedDict):
+    name: str
+
+
+class _Scope(TypedDict):
+    entity: NotRequired[_Named | None]
+    permissions: NotRequired[list[str] | None]
+
+
+class _Scopes(TypedDict):
+    scoped: NotRequired[list[_Scope] | None]
+
+
+class _Token(TypedDict):
+    displayName: NotRequired[str | None]
+    role: NotRequired[str | None]
+    fineGrained: NotRequired[_Scopes | None]
+
+
+class _Auth(TypedDict):
+    accessToken: NotRequired[_Token | None]
+
+
+class _Whoami(TypedDict):
+    """What is read of the Hub's answer about a token."""
+
+    name: str
+    orgs: NotRequired[list[_Named] | None]
+    auth: NotRequired[_Auth | None]
 
 
 @dataclass(frozen=True)
@@ -82,6 +117,10 @@ class Head:
     def has(self, file: PlannedFile) -> bool:
         return self.checksums.get(file.path) in (file.sha256, file.git_sha1)
 
+    def is_as_planned(self, files: Iterable[PlannedFile], removed: Iterable[str]) -> bool:
+        """Whether a push of these files has nothing left to do."""
+        return all(map(self.has, files)) and not any(path in self.checksums for path in removed)
+
 
 @dataclass(frozen=True)
 class Commit:
@@ -89,6 +128,7 @@ class Commit:
 
     sha: str
     sent: tuple[str, ...]  # paths; empty when everything was there already
+    removed: tuple[str, ...] = ()
     pull_request: str | None = None
 
 
@@ -115,6 +155,9 @@ class HubClient:
 
     def url(self, target: Target) -> str:
         return f"{endpoint()}/{target.shown}"
+
+    def _api_url(self, target: Target) -> str:
+        return f"{endpoint()}/api/{target.kind}s/{target.repo}"
 
     def identity(self) -> Identity:
         """Whose token this is, and what it may do.
@@ -169,39 +212,62 @@ class HubClient:
             self._ask(target, f"make the branch {branch}", self.api.create_branch, branch=branch)
             return self.head(target)
 
-    def card(self, target: Target, head: Head) -> str | None:
-        """README.md at a commit; None when there is none."""
-        if README not in head.checksums:
+    def read(self, target: Target, head: Head, path: str) -> bytes | None:
+        """A small file at a commit, such as README.md; None when there is none."""
+        if path not in head.checksums:
             return None
-        url = f"{self.url(target)}/resolve/{head.sha}/{README}"
+        url = f"{self.url(target)}/resolve/{head.sha}/{quote(path)}"
         token = self.api.token
-        card = self.patiently(target.shown, "read its card", lambda: fetch(url, MAX_CARD_BYTES, token=token))
-        return card.content.decode("utf-8", errors="replace")
+        found = self.patiently(target.shown, f"read {path}", lambda: fetch(url, MAX_TEXT_BYTES, token=token))
+        return found.content
 
     def push(
-        self, target: Target, head: Head, files: Sequence[PlannedFile], message: str, create_pr: bool = False
+        self,
+        target: Target,
+        head: Head,
+        files: Sequence[PlannedFile],
+        message: str,
+        create_pr: bool = False,
+        removed: Sequence[str] = (),
     ) -> Commit:
         """Send what differs in one commit on top of `head`, and check every file on the server.
+
+        Args:
+            target: the repository.
+            head: what it holds now.
+            files: all that it is to hold of ours.
+            message: of the commit.
+            create_pr: propose the commit instead.
+            removed: paths of files that go in the same commit.
 
         Raises:
             ChangedError: somebody else has committed since `head` was read.
             HubError: the Hub refuses, does not answer, or holds something else than what was sent.
         """
-        from huggingface_hub import CommitOperationAdd
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        changed = [file for file in files if not head.has(file)]
-        if not changed:
+        if head.is_as_planned(files, removed):
             return Commit(head.sha, ())
-        if create_pr and (proposed := self._proposed(target, files)):
+        if create_pr and (proposed := self._proposed(target, files, removed)):
             return proposed
+        changed = [file for file in files if not head.has(file)]
+        gone = tuple(path for path in removed if path in head.checksums)
         sent = tuple(file.path for file in changed)
+        xet_token = f"{self._api_url(target)}/xet-write-token/{quote(target.revision, safe='')}"
+        xet_token += "?create_pr=1" if create_pr else ""
 
         def attempt() -> Commit:
             try:
-                with explained(target.shown, WRITING, SENDING):
+                with (
+                    explained(target.shown, WRITING, SENDING),
+                    way_of_transfer(xet_token, self.api.token, self.note),
+                ):
                     info = self.api.create_commit(
                         target.repo,
-                        [CommitOperationAdd(file.path, str(file.local)) for file in changed],
+                        [
+                            *(CommitOperationAdd(file.path, str(file.local)) for file in changed),
+                            *(CommitOperationDelete(path) for path in gone),
+                        ],
                         commit_message=message,
                         repo_type=target.kind,
                         revision=target.revision,
@@ -210,15 +276,16 @@ class HubClient:
                     )
             except PassingError:
                 # Whether a pull request was opened cannot be seen from here.
-                landed = None if create_pr else self._landed(target, head, files)
+                landed = None if create_pr else self._landed(target, head, files, gone)
                 if landed is None:
                     raise
-                return Commit(landed.sha, sent)
-            return Commit(info.oid, sent, info.pr_url)
+                return Commit(landed.sha, sent, gone)
+            return Commit(info.oid, sent, gone, info.pr_url)
 
         commit = attempt() if create_pr else self.patiently(target.shown, SENDING, attempt)
         there = self.head(target, commit.sha)
         wrong = [file.path for file in files if not there.has(file)]
+        wrong += [path for path in gone if path in there.checksums]
         if wrong:
             raise HubError(
                 f"{target.shown}: after the commit {commit.sha[:8]} the Hub holds another "
@@ -227,26 +294,31 @@ class HubClient:
             )
         return commit
 
-    def _landed(self, target: Target, head: Head, files: Sequence[PlannedFile]) -> Head | None:
+    def _landed(
+        self, target: Target, head: Head, files: Sequence[PlannedFile], removed: Sequence[str]
+    ) -> Head | None:
         """The new head when our commit arrived although its answer did not; None when nothing moved."""
         now = self.head(target)
         if now.sha == head.sha:
             return None
-        if all(now.has(file) for file in files):
+        if now.is_as_planned(files, removed):
             return now
         raise ChangedError(
             f"{target.shown}: somebody else committed {now.sha[:8]} while this was being sent",
             "Look at their commit, then run the same command again: it goes on top of it.",
         )
 
-    def _proposed(self, target: Target, files: Sequence[PlannedFile]) -> Commit | None:
+    def _proposed(
+        self, target: Target, files: Sequence[PlannedFile], removed: Sequence[str]
+    ) -> Commit | None:
         """An open pull request that has all of this already."""
         wanted = {"discussion_type": "pull_request", "discussion_status": "open"}
         listed = self.api.get_repo_discussions
         for discussion in self._list(target, "look at its pull requests", listed, **wanted):
             there = self.head(target, f"refs/pr/{discussion.num}")
-            if all(there.has(file) for file in files):
-                return Commit(there.sha, (), f"{self.url(target)}/discussions/{discussion.num}")
+            if there.is_as_planned(files, removed):
+                page = f"{self.url(target)}/discussions/{discussion.num}"
+                return Commit(there.sha, (), pull_request=page)
         return None
 
     def _ask(self, target: Target, doing: str, method: Callable[..., T], **options: Any) -> T:
@@ -274,7 +346,7 @@ class HubClient:
         waits = iter((*WAITS, None))
         while True:
             try:
-                with explained(name or "the Hub", WRITING, doing, name):
+                with explained(name or "the Hub", WRITING, doing, name, wrappers=STRANGE):
                     return call()
             except PassingError as error:
                 wait_s = next(waits)
@@ -285,21 +357,26 @@ class HubClient:
                 self.wait(asked_s)
 
 
-def read_identity(answer: Mapping[str, Any]) -> Identity:
-    """What whoami answers, as far as it matters here."""
-    token = (answer.get("auth") or {}).get("accessToken") or {}
+def read_identity(answer: object) -> Identity:
+    """What whoami answers, as far as it matters here.
+
+    Raises:
+        InputError: it is no such answer.
+    """
+    said = checked(_Whoami, answer, f"{endpoint()}: the answer about the token", f"Is {endpoint()} a Hub?")
+    token: _Token = (said.get("auth") or {}).get("accessToken") or {}
     scopes = (token.get("fineGrained") or {}).get("scoped") or ()
     writable = None
     if token.get("role") == "fineGrained":
         writable = tuple(
-            str((scope.get("entity") or {}).get("name", ""))
+            (scope.get("entity") or {"name": ""})["name"]
             for scope in scopes
-            if any(str(right).startswith("repo.write") for right in scope.get("permissions") or ())
+            if any(right.startswith("repo.write") for right in scope.get("permissions") or ())
         )
     return Identity(
-        user=str(answer.get("name", "")),
-        organizations=tuple(str(org.get("name", "")) for org in answer.get("orgs") or ()),
-        token_name=str(token.get("displayName") or ""),
-        role=str(token.get("role") or "unknown"),
+        user=said["name"],
+        organizations=tuple(organization["name"] for organization in said.get("orgs") or ()),
+        token_name=token.get("displayName") or "",
+        role=token.get("role") or "unknown",
         writable=writable,
     )

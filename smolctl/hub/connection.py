@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from smolctl.errors import InputError
+from smolctl.hub.pace import paced
 
 if TYPE_CHECKING:
     import httpx2
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
 
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 120.0  # without a byte: the Hub works that long on a large commit
+QUESTION_SECONDS = 30.0  # the same for what changes nothing, such as a list of files
 TIMEOUT_VARIABLE = "SMOLCTL_HUB_TIMEOUT"  # seconds, in place of ANSWER_SECONDS and HF_HUB_ETAG_TIMEOUT
 
 
@@ -49,13 +53,17 @@ def session() -> httpx2.Client:
     default = get_session()
     if default.timeout == httpx2.Timeout(None) and _limit not in default.event_hooks["request"]:
         hooks = {**default.event_hooks, "request": [*default.event_hooks["request"], _limit]}
-        set_client_factory(lambda: httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=None))
+
+        def make() -> httpx2.Client:
+            return paced(httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=None))
+
+        set_client_factory(make)
     return get_session()
 
 
 def _limit(request: httpx2.Request) -> None:
     """Give a request the limits that it does not name; many of the client's ask for none at all."""
-    seconds = answer_seconds()
+    seconds = answer_seconds(QUESTION_SECONDS if request.method in ("GET", "HEAD") else ANSWER_SECONDS)
     limits = {"connect": min(seconds, CONNECT_SECONDS), "read": seconds, "write": seconds, "pool": seconds}
     named = {key: limit for key, limit in request.extensions["timeout"].items() if limit is not None}
     request.extensions["timeout"] = limits | named
@@ -82,6 +90,39 @@ def question_seconds() -> float:
     from huggingface_hub import constants
 
     return answer_seconds(constants.HF_HUB_ETAG_TIMEOUT)
+
+
+@contextmanager
+def way_of_transfer(xet_token: str, token: bool | str | None, note: Callable[[str], None]) -> Iterator[None]:
+    """Let the Hub's client send large files in a way that this Hub knows.
+
+    The client takes Xet where its package is installed, and tries for over a minute on a Hub that has none.
+    A Hub that answers 404 to a request for Xet's token gets them through Git LFS instead.
+
+    Args:
+        xet_token: the address of that request.
+        token: as of `api`.
+        note: hears which way was taken, where it is not the usual one.
+
+    Raises:
+        HTTPError: the Hub does not answer; what `explained` turns into `HubError`.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    headers = build_hf_headers(token=token)
+    if (
+        constants.HF_HUB_DISABLE_XET
+        or session().get(xet_token, headers=headers, timeout=question_seconds()).status_code != 404
+    ):
+        yield
+        return
+    note(f"{endpoint()} has no Xet: large files go through Git LFS.")
+    constants.HF_HUB_DISABLE_XET = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = False
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,12 @@ _MISSING: Verdict = (
     "not on the Hub, or private{besides} ({status})",
     f"Check the name. If it is private: {LOGIN} it.",
 )
+STRANGE = (LookupError, TypeError, AttributeError)  # which the client raises where an answer is not a Hub's
+_STRANGE: Verdict = (
+    HubError,
+    "{host} gave an answer that is not a Hub's ({said})",
+    "Is {host} a Hub? HF_ENDPOINT says where yours is.",
+)
 # Exceptions by the name of their class; other answers by their status.
 TABLE: Mapping[str | int, Verdict] = {
     "OfflineModeIsEnabled": (HubError, "HF_HUB_OFFLINE is set", "Unset it, or {offline}."),
@@ -80,6 +86,8 @@ TABLE: Mapping[str | int, Verdict] = {
     "TimeoutError": _LATE,
     "HTTPError": _CUT_OFF,
     "ConnectionError": _CUT_OFF,
+    "InvalidURL": (HubError, "no address can be made of it ({said})", "Check HF_ENDPOINT and the name."),
+    **dict.fromkeys(("LookupError", "TypeError", "AttributeError"), _STRANGE),
     "GatedRepoError": (
         HubError,
         "gated: its authors ask for consent first",
@@ -149,7 +157,8 @@ def explained(
     """
     import httpx2
 
-    caught: tuple[type[Exception], ...] = (httpx2.HTTPError, OSError, RuntimeError, ValueError, *wrappers)
+    of_requests = (httpx2.HTTPError, httpx2.InvalidURL)
+    caught: tuple[type[Exception], ...] = (*of_requests, OSError, RuntimeError, ValueError, *wrappers)
     try:
         yield
     except SmolError:

@@ -21,13 +21,15 @@ class PlannedFile:
 
 
 def planned_files(folder: Path) -> tuple[PlannedFile, ...]:
-    """Every file under a folder, by path."""
-    return tuple(
-        PlannedFile(
-            path.relative_to(folder).as_posix(), path, path.stat().st_size, file_digest(path), _git_sha1(path)
-        )
-        for path in sorted(path for path in folder.rglob("*") if path.is_file())
-    )
+    """Every file under a folder, by path; links are no files of it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return tuple(planned_file(folder, path.relative_to(folder).as_posix()) for path in files)
+
+
+def planned_file(folder: Path, path: str) -> PlannedFile:
+    """A file under a folder."""
+    local = folder / path
+    return PlannedFile(path, local, local.stat().st_size, file_digest(local), _git_sha1(local))
 
 
 def _git_sha1(path: Path) -> str:

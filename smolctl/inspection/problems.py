@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 from smolctl.config import ModelConfig, RunConfig
 from smolctl.errors import InputError
 from smolctl.sources.base import ModelSource, SourceKind
+from smolctl.sources.huggingface.tokenizer import token_ids
 from smolctl.sources.shapes import check_tensors
 
 # llama.cpp's K-quants (Q4_K_M, ...) store a row in blocks of this many weights.
@@ -16,17 +16,13 @@ K_QUANT_BLOCK = 256
 
 def find_problems(source: ModelSource) -> tuple[str, ...]:
     """Everything that somebody should mend or expect to fail; empty for a sound model."""
-    problems = list(source.problems)
     if source.config is None:
-        return (*problems, source.unsupported)
+        return (*source.problems, source.unsupported)
     # Sources report what does not fit as they read; here only what they left out is added.
     tensors = check_tensors(source.config, source.tensors) if source.tensors is not None else ()
-    for found in (*tensors, *_model_problems(source.config), *_tokenizer_problems(source)):
-        if found not in problems:
-            problems.append(found)
-    if source.run is not None:
-        problems += _recipe_problems(source.run)
-    return tuple(problems)
+    recipe = () if source.run is None else _recipe_problems(source.run)
+    of_model = (*_model_problems(source.config), *_tokenizer_problems(source))
+    return tuple(dict.fromkeys((*source.problems, *tensors, *of_model, *recipe)))
 
 
 def find_notes(source: ModelSource) -> tuple[str, ...]:
@@ -70,13 +66,13 @@ def _tokenizer_problems(source: ModelSource) -> Iterator[str]:
         return
     try:
         files = source.read_tokenizer()
+        ids = token_ids(files.tokenizer_json, source.id).values() if files else ()
     except InputError as error:
         yield f"tokenizer: {error.message}"
         return
     if files is None:
         return
-    vocab = source.config.vocab_size
-    size = _tokenizer_size(files.tokenizer_json)
+    vocab, size = source.config.vocab_size, max(ids, default=-1) + 1
     if size > vocab:
         yield f"the tokenizer's ids reach {size - 1:,}, the model's vocabulary ends at {vocab - 1:,}"
     for key in ("bos_token_id", "eos_token_id"):
@@ -84,15 +80,6 @@ def _tokenizer_problems(source: ModelSource) -> Iterator[str]:
         known = ours if isinstance(ours, tuple) else (ours,)
         if theirs is not None and ours is not None and theirs not in known:
             yield f"{key}: the config says {ours}, the tokenizer {theirs}"
-
-
-def _tokenizer_size(tokenizer_json: str) -> int:
-    """One more than the largest id of a tokenizer.json."""
-    content = json.loads(tokenizer_json)
-    vocab = content.get("model", {}).get("vocab") or {}
-    ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))  # unigram: a list
-    ids += [token["id"] for token in content.get("added_tokens") or []]
-    return max(ids, default=-1) + 1
 
 
 def _recipe_problems(run: RunConfig) -> Iterator[str]:

@@ -19,12 +19,13 @@ from smolctl.arithmetic import (
     run_memory,
     training_flops_per_token,
 )
-from smolctl.config import RunConfig
+from smolctl.config import Provenance, RunConfig
 from smolctl.errors import InputError, UsageError
 from smolctl.inspection.parameters import stored_parameters
 from smolctl.inspection.problems import find_notes, find_problems
 from smolctl.sources.base import ModelSource, SourceKind
-from smolctl.sources.huggingface.tokenizer import added_token_ids, parse_json, token_ids
+from smolctl.sources.huggingface.tokenizer import added_token_ids, token_ids
+from smolctl.sources.provenance import provenance_of
 from smolctl.sources.shapes import check_tensors
 from smolctl.sources.stops import stop_token_ids
 
@@ -86,6 +87,7 @@ class ModelReport:
     derived: Derived | None  # None when the network is not supported
     recipe: RecipeFacts | None
     checkpoint: CheckpointFacts | None
+    provenance: Provenance | None  # of the weights; None where there are none
     stops: Mapping[int, str | None]  # tokens at which an answer ends, as the tokenizer spells them
     problems: tuple[str, ...]
     notes: tuple[str, ...]
@@ -113,6 +115,7 @@ def inspect(
         derived=_derive(source, batch_size, sequence_length, dtype),
         recipe=_recipe(source.run) if source.run is not None else None,
         checkpoint=_checkpoint(source),
+        provenance=provenance_of(source) if source.weights is not None else None,
         stops=_stops(source),
         problems=find_problems(source),
         notes=find_notes(source),
@@ -129,7 +132,7 @@ def _stops(source: ModelSource) -> dict[int, str | None]:
         files = source.read_tokenizer() if source.kind is not SourceKind.HUB else None
     if files is None:
         return dict.fromkeys(source.config.eos_token_ids)
-    added = added_token_ids(parse_json(files.tokenizer_json, source.id))
+    added = added_token_ids(files.tokenizer_json, source.id)
     named = {*files.end_token_ids, *(() if files.eos_token_id is None else (files.eos_token_id,))}
     stops = stop_token_ids(source.config, named, {token_id: token for token, token_id in added.items()})
     spelled = {token_id: token for token, token_id in token_ids(files.tokenizer_json, source.id).items()}

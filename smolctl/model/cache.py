@@ -8,16 +8,7 @@ import torch
 from torch import Tensor
 
 from smolctl.config import ModelConfig
-from smolctl.errors import InputError
-
-
-def check_capacity(config: ModelConfig, capacity: int) -> None:
-    """Refuse a cache longer than the model's context."""
-    if capacity > config.max_position_embeddings:
-        raise InputError(
-            f"{capacity} tokens do not fit the model's context of {config.max_position_embeddings}",
-            "Shorten the prompt or lower --max-tokens.",
-        )
+from smolctl.model.positions import check_capacity
 
 
 @dataclass

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from smolctl.config import ModelConfig
 from smolctl.model.network import Transformer
-from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor
+from smolctl.sources.arrays import as_tensor
+from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor, dense
 from smolctl.sources.shapes import tensor_name
 
 SMALLEST = 1e-12  # divisor of a row of zeros
@@ -39,7 +40,7 @@ class PackedTable(nn.Module):
 
     def __init__(self, matrix: ScaledMatrix) -> None:
         super().__init__()
-        self.values, self.scales = matrix.values, matrix.scales
+        self.values, self.scales = as_tensor(matrix.values), as_tensor(matrix.scales)
 
     def forward(self, ids: Tensor) -> Tensor:
         scales = self.scales if self.scales.numel() == 1 else self.scales[ids].unsqueeze(-1)
@@ -87,7 +88,7 @@ class PerTokenLinear(quantized.Linear):
 
 
 def dynamic_network(
-    config: ModelConfig, stored: Mapping[str, StoredTensor], activations: str = "per-tensor"
+    config: ModelConfig, stored: Mapping[str, Tensor | StoredTensor], activations: str = "per-tensor"
 ) -> Transformer:
     """A network in which the linear layers, the head among them, are modules of PyTorch's own kinds.
 
@@ -106,8 +107,9 @@ def dynamic_network(
         if isinstance(matrix, ScaledMatrix):
             made = PackedTable(matrix) if isinstance(module, nn.Embedding) else _packed(matrix, layer)
             network.set_submodule(name, made)
-        elif isinstance(matrix, Tensor):
-            cast(Any, module).weight = nn.Parameter(matrix.float(), requires_grad=False)
+        elif matrix is not None:
+            values = matrix if isinstance(matrix, Tensor) else as_tensor(dense(matrix))
+            cast(Any, module).weight = nn.Parameter(values.float(), requires_grad=False)
     return network.eval()
 
 
@@ -121,7 +123,7 @@ def _packed(matrix: ScaledMatrix, layer: Callable[..., quantized.Linear]) -> nn.
 
 def quantize_dynamically(
     config: ModelConfig, tensors: Mapping[str, Tensor], kept: Collection[str] = (), per_row: bool = False
-) -> dict[str, StoredTensor]:
+) -> dict[str, Tensor | ScaledMatrix]:
     """Every tensor after PyTorch's `quantize_dynamic(network, {nn.Linear}, dtype=torch.qint8)`.
 
     Args:

@@ -29,6 +29,7 @@ from smolctl.model.functional import (
     rotate,
     swiglu_linear,
 )
+from smolctl.model.positions import rotary_angles
 
 M = TypeVar("M", bound=nn.Module)
 # `KVCache.append` of one layer.
@@ -86,10 +87,7 @@ def normed_linears(x: Tensor, norm: RMSNorm, *layers: nn.Linear) -> tuple[Tensor
 
 def rotary_table(config: ModelConfig, positions: int, device: torch.device) -> Tensor:
     """cos and sin of the angles of the first positions, in float32: (2, positions, 1, D/2)."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents  # (D/2,)
-    steps = torch.arange(positions, dtype=torch.float32, device=device)
-    angles = torch.outer(steps, frequencies)[:, None]  # (positions, 1, D/2)
+    angles = torch.from_numpy(rotary_angles(config, positions)).to(device)
     return torch.stack((angles.cos(), angles.sin()))
 
 

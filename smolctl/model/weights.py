@@ -7,14 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from smolctl.arithmetic import count_parameters
 from smolctl.config import ModelConfig
+from smolctl.cores import machine_memory
 from smolctl.errors import InputError
 from smolctl.model.network import Transformer
 from smolctl.sources.base import ModelSource
-from smolctl.sources.quantized.scaled import StoredTensor
-from smolctl.sources.shapes import HEAD, TABLE, check_shapes, is_derived
-
-NAMED_PROBLEMS = 5  # that an error message names
+from smolctl.sources.shapes import check_state
 
 
 def initialize(config: ModelConfig, seed: int) -> Transformer:
@@ -23,7 +22,16 @@ def initialize(config: ModelConfig, seed: int) -> Transformer:
     Matrices are normal with standard deviation `initializer_range`. The two that write to the
     residual stream, o_proj and down_proj, are smaller by 1/sqrt(2 × layers), as in SmolLM2's
     training with nanotron. Norms are one.
+
+    Raises:
+        InputError: this machine has not the memory for its weights.
     """
+    size, memory = 4 * count_parameters(config).unique, machine_memory()
+    if memory is not None and size > memory:
+        raise InputError(
+            f"the weights of this model take {size / 1e9:,.0f} GB, this machine has {memory / 1e9:,.0f} GB",
+            "Choose a smaller vocab_size, hidden_size, intermediate_size or num_hidden_layers.",
+        )
     generator = torch.Generator().manual_seed(seed)
     network = Transformer(config)
     std = config.initializer_range
@@ -91,33 +99,6 @@ def from_state(config: ModelConfig, tensors: Mapping[str, Tensor], origin: str) 
         network = Transformer(config)
     network.load_state_dict(state, strict=True, assign=True)
     return network.requires_grad_(True)
-
-
-def check_state(
-    config: ModelConfig, tensors: Mapping[str, StoredTensor], origin: str
-) -> dict[str, StoredTensor]:
-    """The tensors that a network of this config takes, without a tied head's copy and derived ones.
-
-    Raises:
-        InputError: as `load_network`.
-    """
-    state = {name: tensor for name, tensor in tensors.items() if not is_derived(name)}
-    if config.tie_word_embeddings and HEAD in state and TABLE in state:
-        head, table = state.pop(HEAD), state[TABLE]
-        if not (isinstance(head, Tensor) and isinstance(table, Tensor) and torch.equal(head, table)):
-            raise InputError(
-                f"{origin}: the config ties lm_head to the token table, but the file holds another lm_head",
-                "Set tie_word_embeddings: false in the config if the head is meant to be its own.",
-            )
-    problems = check_shapes(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
-    if problems:
-        more = len(problems) - NAMED_PROBLEMS
-        raise InputError(
-            f"{origin}: the weights do not fit the config: {', '.join(problems[:NAMED_PROBLEMS])}"
-            + (f" and {more} more" if more > 0 else ""),
-            "Is this the right config for these weights? `smolctl inspect-config` compares both.",
-        )
-    return state
 
 
 def parameter_count(module: nn.Module) -> int:

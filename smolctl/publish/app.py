@@ -7,28 +7,40 @@ parts of smolctl that this needs. `gradio` is asked for here only.
 from __future__ import annotations
 
 import asyncio
+import html
 import json
 import os
 import random
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from smolctl.cores import usable_cores
+from smolctl.cores import compute_threads
 from smolctl.data.tokenizer.prompt import Prompt
 from smolctl.errors import SmolError
+from smolctl.escaping import whole_characters
 from smolctl.generation.complete import CompletionSettings, complete
-from smolctl.generation.conversation import Conversation
-from smolctl.generation.engine import Cancellation
+from smolctl.generation.conversation import MOST_TOKENS, Conversation
+from smolctl.generation.engine import Cancellation, CancelledError
 from smolctl.generation.load import LoadedModel, load_model
 from smolctl.generation.sampling import SamplingSettings
 
 MODEL, FACTS = "model", "space.json"
-# Sliders under the box: name, least, most, step, value, help.
+CHAT = "chat"  # the endpoint for programs
+ANSWER_S = 60.0  # for one answer, its prompt included: others are waiting
+CHECK_EVERY_S = 0.25  # whether time is up, or the visitor has left
+WAITING = 16  # visitors at most who wait for their turn; others are told to come back
+SESSIONS = 256  # visitors whose conversations are kept in memory
+REQUEST_BYTES = 1 << 20  # of a request, or more where the context holds more text
+DISCARDED_BYTES = 64 << 20  # of a request that is too large, before the connection is closed
+# What the page says below an answer in place of the model.
+ENDED_AT_ONCE = "(the model ended its answer at once)"
+STOPPED = f"[stopped after {ANSWER_S:.0f} seconds]"
+REFUSED = "⚠ "  # begins the reason why there is no answer
+# Sliders under the box: name, least, most, step, value where the model recommends none, help.
 CONTROLS = (
     ("Tokens at most", 1, 512, 1, 128, "where an answer is cut"),
     ("Temperature", 0.0, 2.0, 0.05, 0.7, "0 always takes the likeliest token"),
@@ -55,7 +67,15 @@ class SpaceFacts:
 
     @staticmethod
     def read(folder: Path) -> SpaceFacts:
-        return SpaceFacts(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
+        return SpaceFacts(**json.loads((folder / FACTS).read_text(encoding="utf-8")))  # noqa: TID251 - our own
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What is known of a visitor who is being answered."""
+
+    has_left: Callable[[], bool] = lambda: False  # closed the page or the connection
+    by_program: bool = True  # asks through the endpoint for programs
 
 
 class Speaker:
@@ -63,20 +83,28 @@ class Speaker:
 
     The answers are asynchronous generators: Gradio cancels these at once, but others only after their next
     piece of text, which may be a long prompt away.
+
+    Args:
+        model: answers.
+        answer_s: seconds after which an answer is stopped.
+        visit: called when an answer begins.
     """
 
-    def __init__(self, model: LoadedModel) -> None:
-        self.model = model
-
-    @property
-    def context(self) -> int:
-        return self.model.engine.config.max_position_embeddings
+    def __init__(
+        self,
+        model: LoadedModel,
+        answer_s: float = ANSWER_S,
+        visit: Callable[[], Visit] = Visit,
+    ) -> None:
+        self.model, self.answer_s, self._visit = model, answer_s, visit
+        self.context = min(model.context, MOST_TOKENS)
+        self.most_characters = model.tokenizer.most_characters(self.context)
 
     def engine(self) -> str:
         """The engine that runs here, and why it is not a faster one where that is so."""
         engine = self.model.engine
         note = f" ({engine.note})" if engine.note else ""
-        return f"{engine.name}, {torch.get_num_threads()} threads{note}"
+        return f"{engine.name}, {compute_threads()} threads{note}"
 
     async def chat(
         self, message: str, history: Sequence[Mapping[str, Any]], *controls: float
@@ -84,20 +112,34 @@ class Speaker:
         """The answer so far, again and again as it grows. The oldest turns go when there is no room."""
         turns = [{"role": str(turn["role"]), "content": _text(turn["content"])} for turn in history]
         conversation = Conversation(chat=True, turns=turns)
-        conversation.make_room(self.model, message, self.context, int(controls[0]))
-        prompt = conversation.prompt(self.model, message)
-        async with aclosing(self._answers(prompt, controls)) as answers:
+
+        def prompt() -> Prompt:
+            conversation.make_room(self.model, message, self.context, int(controls[0]))
+            return conversation.prompt(self.model, message)
+
+        visit = self._visit()
+        # Gradio locks the page's box for good when an answer ends with an error.
+        answers = self._answers(message, prompt, controls, visit, says_errors=not visit.by_program)
+        async with aclosing(answers):
             async for text in answers:
                 yield text
 
     async def continue_text(self, prompt: str, *controls: float) -> AsyncGenerator[str, None]:
         """The prompt and what follows it so far, again and again as it grows."""
-        given = self.model.tokenizer.prompt(prompt)
-        async with aclosing(self._answers(given, controls)) as answers:
+        given = whole_characters(prompt)
+        answers = self._answers(given, lambda: self.model.prompt(given), controls, self._visit())
+        async with aclosing(answers):
             async for text in answers:
-                yield prompt + text
+                yield given + text
 
-    async def _answers(self, prompt: Prompt, controls: Sequence[float]) -> AsyncGenerator[str, None]:
+    async def _answers(
+        self,
+        text: str,
+        make_prompt: Callable[[], Prompt],
+        controls: Sequence[float],
+        visit: Visit,
+        says_errors: bool = False,
+    ) -> AsyncGenerator[str, None]:
         loop, cancellation = asyncio.get_running_loop(), Cancellation()
         pieces: asyncio.Queue[str | BaseException | None] = asyncio.Queue()
 
@@ -106,23 +148,41 @@ class Speaker:
 
         def work() -> None:
             engine, tokenizer = self.model.engine, self.model.tokenizer
+            tokenizer.require_room(len(text), self.context)
+            prompt = make_prompt()
+            cancellation.check()
             complete(engine, tokenizer, prompt, _settings(controls), listen, cancellation=cancellation)
 
         worker = loop.run_in_executor(None, work)
         worker.add_done_callback(lambda done: pieces.put_nowait(done.exception()))
-        text = ""
+        deadline = loop.time() + self.answer_s
+
+        def watch() -> None:
+            if visit.has_left() or loop.time() >= deadline:
+                cancellation.set()
+            elif not worker.done():
+                loop.call_later(CHECK_EVERY_S, watch)
+
+        watch()
+        answer = ""
         try:
             while isinstance(piece := await pieces.get(), str):
-                text += piece
-                yield text
-            if isinstance(piece, SmolError):
-                import gradio
+                answer += piece
+                yield answer
+            if isinstance(piece, CancelledError):
+                yield f"{answer}\n\n{STOPPED}".strip()
+            elif isinstance(piece, SmolError):
+                reason = f"{piece.message}. {piece.hint}".strip()
+                if not says_errors:
+                    import gradio
 
-                raise gradio.Error(f"{piece.message}. {piece.hint}".strip(), print_exception=False)
-            if piece is not None:
+                    # Gradio takes the message for HTML, and a chat template may have written it.
+                    raise gradio.Error(html.escape(reason), print_exception=False)
+                yield f"{answer}\n\n{REFUSED}{reason}".strip()
+            elif piece is not None:
                 raise piece
-            if not text:
-                yield "*(the model ended its answer at once)*"
+            elif not answer:
+                yield ENDED_AT_ONCE
         finally:
             cancellation.set()
 
@@ -138,52 +198,139 @@ def _settings(controls: Sequence[float]) -> CompletionSettings:
 
 
 def _text(content: Any) -> str:
-    """A turn's text; Gradio's own page sends it in parts."""
-    if isinstance(content, str):
-        return content
-    return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content or ())
+    """A turn's text, without what the page has said below it; Gradio's own page sends it in parts."""
+    parts = [content] if isinstance(content, str) else content or ()
+    text = "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in parts)
+    head, _, last = text.rpartition("\n\n")
+    return head if last in (ENDED_AT_ONCE, STOPPED) or last.startswith(REFUSED) else text
 
 
-def build_page(folder: Path) -> Any:
-    """The page of a Space's folder.
-
-    Raises:
-        SmolError: the model cannot be loaded.
-    """
-    import gradio
-
-    facts = SpaceFacts.read(folder)
-    speaker = Speaker(load_model(str(folder / MODEL)))
-    most = min(512, speaker.context - 1)
-    controls: list[Any] = []
+def controls_of(model: LoadedModel) -> list[tuple[str, float, float, float, float, str]]:
+    """`CONTROLS` as a model's page starts with them: within its context, and as its makers recommend."""
+    found = []
     for name, low, high, step, value, info in CONTROLS:
         if name == CONTROLS[0][0]:
-            high, value = most, min(int(value), most)
-        controls.append(gradio.Slider(low, high, value=value, step=step, label=name, info=info, render=False))
+            high = min(high, model.context - 1, MOST_TOKENS - 1)
+        recommended = model.recommended.get(name.lower().replace("-", "_").replace(" ", "_"), value)
+        found.append((name, low, high, step, min(max(low, recommended), high), info))
+    return found
+
+
+class BodyLimit:
+    """An ASGI application that reads no larger requests; its answer to them is 413.
+
+    Args:
+        app: gets the others.
+        most: bytes of a request's body.
+    """
+
+    def __init__(self, app: Any, most: int) -> None:
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        messages: list[Any] = []
+        size, more = 0, True
+        while more:
+            message = await receive()
+            size += len(message.get("body", b""))
+            messages = [*messages, message] if size <= self.most else []
+            # A browser sees no answer while it is still sending: the rest is received, and forgotten.
+            more = message.get("more_body", False) and size < DISCARDED_BYTES
+        if size > self.most:
+            await self._refuse(scope, receive, send)
+            return
+
+        async def replayed() -> Any:
+            return messages.pop(0) if messages else await receive()
+
+        await self.app(scope, replayed, send)
+
+    async def _refuse(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.responses import JSONResponse
+
+        reason = f"This is more than {self.most / 1e6:.1f} MB. Shorten the text, or begin a new chat."
+        await JSONResponse({"detail": reason}, 413)(scope, receive, send)
+
+
+def _visit() -> Visit:
+    """The visitor whose answer begins.
+
+    Gradio knows at once who has left, but ends a generator only after its next value.
+    """
+    from gradio.context import LocalContext
+
+    blocks, event_id = LocalContext.blocks.get(None), LocalContext.event_id.get(None)
+    event = blocks._queue.event_ids_to_events.get(event_id) if blocks and event_id else None
+    if event is None:
+        return Visit()
+    return Visit(lambda: not event.alive, event.fn.api_name == CHAT)
+
+
+def build_page(facts: SpaceFacts, speaker: Speaker) -> Any:
+    """The page of a model."""
+    import gradio
+
+    controls: list[Any] = [
+        gradio.Slider(low, high, value=value, step=step, label=name, info=info, render=False)
+        for name, low, high, step, value, info in controls_of(speaker.model)
+    ]
     fill = _chat if speaker.model.can_chat else _continuation
     with gradio.Blocks(title=facts.title) as page:
         gradio.Markdown(f"# {facts.title}")
         gradio.Markdown(f"{facts.summary}\n\nEngine: {speaker.engine()}", elem_id="facts")
         fill(gradio, facts, speaker, controls)
         gradio.api(speaker.engine, api_name="engine")  # type: ignore[attr-defined]
+    for function in page.fns.values():
+        if function.types_generator:  # what answers, by whatever button it was asked
+            function.concurrency_id = "model"
     return page
 
 
 def _chat(gradio: Any, facts: SpaceFacts, speaker: Speaker, controls: list[Any]) -> None:
-    gradio.ChatInterface(
+    page = gradio.ChatInterface(
         speaker.chat,
+        chatbot=_text_chatbot(gradio),
         additional_inputs=controls,
         additional_inputs_accordion=gradio.Accordion("Sampling", open=False, render=False),
         # Without values for the controls the examples stand in the empty chat, else in a table under it.
         examples=[[example] for example in facts.examples] or None,
         cache_examples=False,
-        api_name="chat",
+        api_name=CHAT,
     )
+    page.textbox.max_length = speaker.most_characters + 1  # this one is refused with its reason
+
+
+def _text_chatbot(gradio: Any) -> Any:
+    """Gradio's chatbot, which shows messages as the text that they are.
+
+    By itself it takes HTML and pictures from other servers in them for what they are, without Markdown too.
+    """
+
+    def each_text(change: Callable[[str], str], messages: Any) -> Any:
+        changed = messages.model_copy(deep=True)
+        for part in (part for message in changed.root for part in message.content if part.type == "text"):
+            part.text = change(part.text)
+        return changed
+
+    # Its buttons for copying would give the text with "&lt;" for "<".
+    chatbot = gradio.Chatbot(label="Chatbot", scale=1, render_markdown=False, latex_delimiters=[], buttons=[])
+    to_page, from_page = chatbot.postprocess, chatbot.preprocess
+    # A class of our own would have Gradio write a file beside this one.
+    chatbot.postprocess = lambda value: each_text(partial(html.escape, quote=False), to_page(value))
+    chatbot.preprocess = lambda value: from_page(value and each_text(html.unescape, value))
+    return chatbot
 
 
 def _continuation(gradio: Any, facts: SpaceFacts, speaker: Speaker, controls: list[Any]) -> None:
     prompt = gradio.Textbox(
-        label="Prompt", lines=2, max_lines=8, placeholder="The model continues what you write here."
+        label="Prompt",
+        lines=2,
+        max_lines=8,
+        placeholder="The model continues what you write here.",
+        max_length=speaker.most_characters + 1,  # this one is refused with its reason
     )
     with gradio.Row():
         start = gradio.Button("Continue", variant="primary")
@@ -211,19 +358,30 @@ def main(folder: Path, on_start: Callable[[str], None] | None = None) -> None:
     Args:
         folder: of the Space.
         on_start: called with the address once the page is there; None leaves that to Gradio.
+
+    Raises:
+        SmolError: the model cannot be loaded.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio
+    from starlette.middleware import Middleware
 
     # A container sees all processors of its host. More threads than its share would wait for one another.
-    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
+    os.environ.setdefault("OMP_NUM_THREADS", str(compute_threads()))
+    speaker = Speaker(load_model(str(folder / MODEL)), visit=_visit)
     # One visitor at a time: the model takes all cores. The address is Gradio's choice, on a Space the Hub's.
-    page = build_page(folder).queue(default_concurrency_limit=1, max_size=16)
+    page = build_page(SpaceFacts.read(folder), speaker)
+    page.queue(default_concurrency_limit=1, max_size=WAITING, api_open=False)
+    # UTF-8 takes four bytes at most for a character.
+    request_bytes = max(REQUEST_BYTES, 4 * speaker.most_characters)
     waits = on_start is None
     _, url, _ = page.launch(
         theme=gradio.themes.Soft(font=FONTS),
         css=STYLE,
         share=False,
+        app_kwargs={"middleware": [Middleware(BodyLimit, most=request_bytes)]},
+        max_file_size=0,  # the page takes no files
+        state_session_capacity=SESSIONS,
         prevent_thread_lock=not waits,
         quiet=not waits,
     )

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
-from smolctl.config.run import PublishConfig
+from smolctl.config.run import Provenance, PublishConfig
 from smolctl.errors import InputError
 from smolctl.hub.client import README
 from smolctl.hub.files import PlannedFile, planned_files
 from smolctl.model.weights import parameter_count
-from smolctl.ownership import RECORD
-from smolctl.publish.card import merge_card, read_metadata, require_valid, split_card, stated_license
+from smolctl.outside import read_json
+from smolctl.ownership import RECORD, edited_files, own_files, require_inside, strange_files
+from smolctl.publish.card import merge_card, require_valid, stated_license
 from smolctl.publish.card_text import CardFacts, card_metadata, card_text
 from smolctl.publish.export import Export, export_model
 from smolctl.publish.facts import RunFacts, read_facts, write_records
-from smolctl.publish.secrets import scan
+from smolctl.publish.secrets import Finding, scan
 from smolctl.publish.smoke import SmokeTest
 from smolctl.runs.folder import (
     CONFIG,
@@ -36,9 +37,11 @@ from smolctl.runs.folder import (
 )
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
-from smolctl.sources.huggingface.tokenizer import read_json
+from smolctl.sources.huggingface.card import read_metadata, split_card
 from smolctl.sources.huggingface.write import write_json
-from smolctl.sources.quantized.folder import DESCRIPTION, is_quantized_folder, read_description
+from smolctl.sources.open import require_own_files
+from smolctl.sources.provenance import provenance_of, read_provenance
+from smolctl.sources.quantized.folder import DESCRIPTION, FILE, is_quantized_folder, read_description
 
 # Texts beside the model that belong to it and are taken as they are.
 LICENCE_FILES = re.compile(r"(LICEN[CS]E|NOTICE)([.-].*)?", re.IGNORECASE)
@@ -54,6 +57,13 @@ class ModelToPublish:
     name: str  # of the repository, when none is named
     folder: Path | None  # the run, or the Hugging Face folder
     is_run: bool
+
+    @property
+    def base(self) -> Provenance | None:
+        """What the weights were made from: themselves, where a model of the Hub is published anew."""
+        itself = provenance_of(self.source)
+        base = itself if itself.kind == "hub" else itself.made_from
+        return base and base.public()
 
     @property
     def settings(self) -> PublishConfig:
@@ -84,19 +94,27 @@ class Built:
             dtype=self.export.dtype,
             can_chat=self.export.tokenizer.chat_template is not None,
             license=license or self.model.settings.license,
+            base=self.model.base,
             run=self.facts,
             ggufs=self.export.ggufs,
             quantized=self.quantized,
         )
 
-    def write_card(self, repo: str, license: str | None, on_hub: str | None) -> str:
+    def write_card(self, repo: str, license: str | None, on_hub: str | None, revision: str = "main") -> str:
         """Write README.md around what people have written in the one on the Hub, or else beside the model.
+
+        Args:
+            repo: where it goes.
+            license: that the user states now; None keeps what the card or the run's config states.
+            on_hub: the card there.
+            revision: the branch, for links.
 
         Raises:
             InputError: the metadata of that card is damaged, or would not be taken.
         """
         existing = self.local_card() if on_hub is None else on_hub
-        facts = self.card_facts(repo, license or stated_license(existing or ""))
+        stated = license or stated_license(existing or "")
+        facts = replace(self.card_facts(repo, stated), revision=revision)
         forced = {"license": license} if license else {}
         text = merge_card(card_metadata(facts), card_text(facts), existing, forced)
         require_valid(read_metadata(split_card(text)[0]))
@@ -112,22 +130,30 @@ class Built:
             return file.read()
 
 
-def scanned_files(folder: Path) -> tuple[PlannedFile, ...]:
-    """Everything in a folder that goes up.
+def scanned_files(
+    folder: Path, allowed: Collection[str]
+) -> tuple[tuple[PlannedFile, ...], tuple[Finding, ...]]:
+    """Everything in a folder that goes up but its record, and what in it looks like a secret and is allowed.
+
+    Args:
+        folder: that goes up.
+        allowed: hashes of findings that are no secrets.
 
     Raises:
-        InputError: something looks like a secret, with file and line.
+        InputError: something else looks like a secret, with file, line and hash.
     """
-    files = planned_files(folder)
+    files = tuple(file for file in planned_files(folder) if file.path != RECORD)
     findings = scan(folder, (file.path for file in files))
-    if findings:
-        shown = "; ".join(map(str, findings[:5]))
-        more = f" and {len(findings) - 5} more" if len(findings) > 5 else ""
+    refused = [finding for finding in findings if finding.hash not in allowed]
+    if refused:
+        shown = "; ".join(map(str, refused[:5]))
+        more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
         raise InputError(
             f"this looks like a secret, so nothing is published: {shown}{more}",
-            "Remove it from the run's files; a key that others may have seen must be revoked.",
+            "Remove it from the run's files; a key that others may have seen must be revoked. "
+            f"If it is no secret: --allow-secret {refused[0].hash}",
         )
-    return files
+    return files, findings
 
 
 def open_model(model: str | None) -> ModelToPublish:
@@ -140,15 +166,23 @@ def open_model(model: str | None) -> ModelToPublish:
     source = open_source(reference)
     source.require_config()
     source.require_weights()
+    require_own_files(source)
     if source.kind == SourceKind.RUN:
         path, _ = split_step(reference)
         folder = RunFolder.open(path).path
+        _require_texts_inside(folder)
         return ModelToPublish(source, repository_name(folder.resolve().name), folder, is_run=True)
     path = Path(reference)
     folder = path if path.is_dir() else path.parent
     name = path.stem if path.is_file() else path.resolve().name if path.is_dir() else reference.split("@")[0]
     beside = folder if source.kind == SourceKind.FOLDER else None
+    _require_texts_inside(beside)
     return ModelToPublish(source, repository_name(name.split("/")[-1]), beside, is_run=False)
+
+
+def _require_texts_inside(folder: Path | None) -> None:
+    if folder is not None:
+        require_inside(folder, (README, *(path.name for path in _licence_files(folder))))
 
 
 def repository_name(name: str) -> str:
@@ -170,22 +204,44 @@ def build(model: ModelToPublish, folder: Path, schemes: Sequence[str]) -> Built:
     if model.is_run and model.folder is not None:
         facts = read_facts(model.source, model.folder)
         write_records(facts, model.folder, folder)
-        quantized = _add_quantized(model.folder / QUANTIZED, folder / QUANTIZED, facts.step)
+        quantized = add_quantized(model.folder, folder / QUANTIZED, facts.step)
         taken |= {QUANTIZED} if quantized else set()
-    for path in sorted(model.folder.iterdir()) if model.folder else ():
-        if LICENCE_FILES.fullmatch(path.name) and path.is_file():
-            shutil.copyfile(path, folder / path.name)
-            taken.add(path.name)
-    return Built(model, folder, export, facts, _left_out(model, taken), quantized)
+    for path in _licence_files(model.folder):
+        shutil.copyfile(path, folder / path.name)
+        taken.add(path.name)
+    stays = left_out(model.folder, taken, quantized) if model.folder else ()
+    return Built(model, folder, export, facts, stays, quantized)
 
 
-def _add_quantized(source: Path, target: Path, step: int) -> tuple[str, ...]:
-    """Copy the quantized folders that were made of the published step; GGUF files are written anew."""
+def _licence_files(folder: Path | None) -> tuple[Path, ...]:
+    """The texts beside a model that belong to it."""
+    found = sorted(path for path in folder.iterdir() if path.is_file()) if folder else ()
+    return tuple(path for path in found if LICENCE_FILES.fullmatch(path.name))
+
+
+def add_quantized(run: Path, target: Path, step: int) -> tuple[str, ...]:
+    """Copy the quantized folders that were made of the published step: what `quantize` wrote into them.
+
+    The .ckpt in one holds the same again, and GGUF files are written anew.
+
+    Raises:
+        InputError: a file is a link that leads out of the run, or was edited.
+    """
     taken = []
-    for folder in sorted(source.iterdir()) if source.is_dir() else ():
+    for folder in sorted((run / QUANTIZED).iterdir()) if (run / QUANTIZED).is_dir() else ():
         if is_quantized_folder(folder) and read_description(folder).get("source", {}).get("step") == step:
-            names = shutil.ignore_patterns("*.ckpt", ".*")  # the .ckpt holds the same again
-            shutil.copytree(folder, target / folder.name, ignore=names)
+            names = [name for name in own_files(folder) if name != RECORD and not name.endswith(".ckpt")]
+            if not {DESCRIPTION, FILE} <= set(names):
+                continue  # it has no record of what wrote it
+            require_inside(run, (f"{QUANTIZED}/{folder.name}/{name}" for name in names))
+            if edited := edited_files(folder):
+                raise InputError(
+                    f"{folder / edited[0]}: was edited after smolctl wrote it",
+                    f"Run `smolctl quantize` again, or move {folder} away.",
+                )
+            (target / folder.name).mkdir(parents=True)
+            for name in names:
+                shutil.copyfile(folder / name, target / folder.name / name)
             _forget_path(target / folder.name / DESCRIPTION)
             taken.append(folder.name)
     return tuple(taken)
@@ -194,15 +250,29 @@ def _add_quantized(source: Path, target: Path, step: int) -> tuple[str, ...]:
 def _forget_path(path: Path) -> None:
     """Name the source of a quantized folder without the folders of this machine."""
     description = read_json(path)
-    description["source"]["id"] = PurePath(str(description["source"].get("id"))).name
+    source = description["source"]
+    source["id"] = PurePath(str(source.get("id"))).name
+    provenance = read_provenance(source.get("provenance"))
+    source["provenance"] = provenance and provenance.public().model_dump(mode="json", exclude_none=True)
     write_json(path, description)
 
 
-def _left_out(model: ModelToPublish, taken: set[str]) -> tuple[str, ...]:
-    """What lies beside the model and stays there."""
-    if model.folder is None:
-        return ()
-    names = (f"{path.name}/" if path.is_dir() else path.name for path in sorted(model.folder.iterdir()))
+def left_out(folder: Path, taken: Collection[str], quantized: Sequence[str]) -> tuple[str, ...]:
+    """What lies beside a model, and in its quantized folders, and stays there.
+
+    Args:
+        folder: of the model.
+        taken: names of what goes up, in this form or another.
+        quantized: names of the quantized folders that go up.
+    """
+    names = [f"{path.name}/" if path.is_dir() else path.name for path in sorted(folder.iterdir())]
+    if quantized:
+        for path in sorted((folder / QUANTIZED).iterdir()):
+            inside = f"{QUANTIZED}/{path.name}"
+            if path.name in quantized:
+                names += [f"{inside}/{name}" for name in strange_files(path)]
+            elif path.is_dir():
+                names.append(f"{inside}/")
     return tuple(name for name in names if name.rstrip("/") not in {*taken, LOCK, RECORD})
 
 

@@ -12,18 +12,21 @@ from typing import Any
 
 import yaml
 
+from smolctl.config.dump import Dumper
 from smolctl.errors import InputError
+from smolctl.publish.licenses import require_license
+from smolctl.sources.huggingface.card import read_metadata, split_card
 
 BEGIN = (
     "<!-- smolctl: generated from here on, written anew at every push. Edit outside of these comments. -->"
 )
 END = "<!-- smolctl: end of the generated part -->"
+_MARK = re.compile(r"<!--(?=\s*smolctl:)")
 _GENERATED = re.compile(r"<!-- smolctl: generated.*?-->.*?<!-- smolctl: end.*?-->", re.DOTALL)
-_FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 # Keys whose values on the Hub are lists to which both sides may add.
-UNITED = ("tags", "datasets")
+UNITED = ("tags", "datasets", "base_model")
 TEXTS = ("license", "library_name", "pipeline_tag", "license_name", "license_link")  # license: also a list
-LISTS = (*UNITED, "language", "base_model")  # or a single text
+LISTS = (*UNITED, "language")  # or a single text
 
 
 def merge_card(
@@ -44,7 +47,8 @@ def merge_card(
     Raises:
         InputError: the existing card's front matter is no YAML mapping.
     """
-    block = f"{BEGIN}\n\n{generated.strip()}\n\n{END}"
+    inner = _MARK.sub("< !--", generated.strip())  # a prompt may be what ends this part
+    block = f"{BEGIN}\n\n{inner}\n\n{END}"
     if existing is None or not existing.strip():
         return f"{_front_matter({**metadata, **(forced or {})})}{block}\n"
     front, body = split_card(existing)
@@ -52,39 +56,11 @@ def merge_card(
     merged = {**metadata, **theirs, **(forced or {})}
     for key in UNITED:
         if isinstance(theirs.get(key), list) and metadata.get(key):
-            merged[key] = list(dict.fromkeys([*theirs[key], *metadata[key]]))
+            merged[key] = [*theirs[key], *(item for item in metadata[key] if item not in theirs[key])]
     head = front if merged == theirs else _front_matter(merged)
     if _GENERATED.search(body):
         return head + _GENERATED.sub(lambda _: block, body, count=1)
     return f"{head}{block}\n\n{body.lstrip()}"
-
-
-def split_card(text: str) -> tuple[str, str]:
-    """The front matter, its fences included ("" when there is none), and the rest."""
-    match = _FRONT_MATTER.match(text)
-    return (match[0], text[match.end() :]) if match else ("", text)
-
-
-def read_metadata(front: str) -> dict[str, Any]:
-    """The mapping in a front matter.
-
-    Raises:
-        InputError: it is no YAML mapping.
-    """
-    try:
-        content = yaml.safe_load(front.replace("---", "", 1).rsplit("---", 1)[0]) if front else {}
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f", line {where.line + 1}" if where else ""
-        raise InputError(
-            f"README.md{line}: the metadata is no YAML ({getattr(error, 'problem', error)})",
-            "Correct the part between the --- lines at its top, or delete it.",
-        ) from None
-    if content is not None and not isinstance(content, dict):
-        raise InputError(
-            "README.md: the metadata is no mapping", "Correct the part between the --- lines at its top."
-        )
-    return content or {}
 
 
 def stated_license(text: str) -> str | None:
@@ -111,7 +87,10 @@ def require_valid(metadata: Mapping[str, Any]) -> None:
             raise InputError(
                 f"README.md: {key} must be {expected}, got {value!r}", "Correct the card's metadata."
             )
-    if metadata.get("license") == "other" and not metadata.get("license_name"):
+    license = metadata.get("license")
+    for one in license if isinstance(license, list) else filter(None, [license]):
+        require_license(one, "README.md")
+    if license == "other" and not metadata.get("license_name"):
         raise InputError(
             "README.md: license other needs license_name",
             "Add license_name and license_link to the metadata.",
@@ -119,5 +98,5 @@ def require_valid(metadata: Mapping[str, Any]) -> None:
 
 
 def _front_matter(metadata: Mapping[str, Any]) -> str:
-    text = yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, width=10_000)
+    text = yaml.dump(dict(metadata), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=10_000)
     return f"---\n{text}---\n\n"

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 
 from smolctl import __version__
-from smolctl.config import ModelConfig
+from smolctl.config import ModelConfig, Provenance
 from smolctl.data.text.hub import DatasetName
 from smolctl.escaping import code_span, fenced
+from smolctl.hub.connection import endpoint
 from smolctl.publish.facts import EMBEDDED, RECORDS, RunFacts
 from smolctl.runs.folder import LOSS_CURVE, STORY
 from smolctl.runs.story import selection
@@ -34,9 +36,21 @@ class CardFacts:
     dtype: str
     can_chat: bool
     license: str | None = None
+    base: Provenance | None = None  # what the weights were made from
     run: RunFacts | None = None
     ggufs: tuple[GGUFResult, ...] = ()
     quantized: tuple[str, ...] = ()  # names of folders in quantized/
+    revision: str = "main"
+
+    def page(self, kind: str, path: str) -> str:
+        """The address of a file ("blob") or a folder ("tree") of the repository, at the card's revision."""
+        return f"{endpoint()}/{self.repo}/{kind}/{quote(self.revision, safe='')}/{path}"
+
+    @property
+    def size(self) -> str:
+        """The number of parameters in two words or three."""
+        count = self.parameters
+        return f"{count / 1e6:,.1f} million parameters" if count >= 1e6 else f"{count:,} parameters"
 
     @property
     def shape(self) -> str:
@@ -77,6 +91,10 @@ def card_metadata(facts: CardFacts) -> dict[str, Any]:
     metadata |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     if facts.run and facts.run.datasets:
         metadata["datasets"] = list(facts.run.datasets)
+    if base := facts.base and facts.base.on_hub:
+        metadata["base_model"] = [base.id]
+        if facts.run:  # else the Hub takes a repository with a GGUF for a quantized model
+            metadata["base_model_relation"] = "finetune"
     return metadata
 
 
@@ -92,6 +110,7 @@ def card_text(facts: CardFacts) -> str:
         "cell": lambda text: str(text).replace("|", "\\|"),  # a bar would end a table's cell
         "bits": lambda record: with_error(record["bits_per_byte"], record["standard_error"]),
         "measured": _measured,
+        "origin": _origin,
         "described": _described,
     }
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
@@ -104,8 +123,28 @@ def _measured(value: Any, form: str, unit: float = 1, name: str = "") -> str:
     return format(value / unit, form) + name if isinstance(value, int | float) else "–"
 
 
+def _origin(base: Provenance) -> str:
+    """A model that another one was made from, and what that one was made from."""
+    return ", made from ".join(map(_link, base.chain))
+
+
+def _link(one: Provenance) -> str:
+    """A model with its commit or step, and its licence."""
+    if one.kind == "hub":
+        name = f"[{one.id}](https://huggingface.co/{one.id})"
+    else:
+        name = f"{code_span(one.id)} (not on the Hub)"
+    at = [f"at step {one.step:,}"] if one.step is not None else []
+    if one.revision and one.revision != one.commit:
+        at.append(f"revision {code_span(one.revision)}")
+    if one.commit:
+        at.append(f"commit {code_span(one.commit[:12])}")
+    at.append(f"licence {code_span(one.license)}" if one.license else "licence not stated")
+    return f"{name}, {', '.join(at)}"
+
+
 def _described(source: str) -> str:
     if source == EMBEDDED:
         return "the source and documentation of Python's standard library (PSF licence)"
-    name = DatasetName.parse(source)
+    name = DatasetName.recorded(source)
     return f"[{source}](https://huggingface.co/datasets/{name.repository})" if name else source

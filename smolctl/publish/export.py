@@ -20,6 +20,7 @@ from smolctl.sources.base import ModelSource
 from smolctl.sources.gguf.write import GGUFResult, require_gguf, write_gguf
 from smolctl.sources.gguf.write_tokenizer import SAMPLES
 from smolctl.sources.huggingface.write import write_model
+from smolctl.sources.provenance import provenance_of
 
 # Float32 sums in another order: the logits of a 135M model differ by 1e-4 of the largest one at most.
 TOLERANCE = 2e-4
@@ -70,8 +71,9 @@ def export_model(source: ModelSource, folder: Path, name: str, schemes: Sequence
     difference = check_with_transformers(folder, network, tokenizer)
     if source.recorded_loss is not None:
         require_recorded_loss(network, source.recorded_loss, source.id)
+    origin = provenance_of(source)
     ggufs = tuple(
-        write_gguf(config, state.items(), files, scheme, folder / f"{name}-{scheme}.gguf", name)
+        write_gguf(config, state.items(), files, scheme, folder / f"{name}-{scheme}.gguf", name, origin)
         for scheme in schemes
     )
     return Export(network, tokenizer, dtype, difference, ggufs)

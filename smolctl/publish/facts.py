@@ -48,7 +48,7 @@ class RunFacts:
     @property
     def datasets(self) -> tuple[str, ...]:
         """Hub ids of the data."""
-        names = map(DatasetName.parse, self.public_data().source)
+        names = map(DatasetName.recorded, self.config.data.source)
         return tuple(name.repository for name in names if name)
 
     def public_data(self) -> DataConfig:
@@ -84,9 +84,8 @@ def _hardware(environment: Mapping[str, Any]) -> str:
 
 def public_source(source: str) -> str:
     """A data source without the folders of this machine that it lies in."""
-    if source == EMBEDDED or (DatasetName.parse(source) and not Path(source).exists()):
-        return source
-    return PurePath(source).name or "files"
+    is_public = source == EMBEDDED or DatasetName.recorded(source)
+    return source if is_public else PurePath(source).name or "files"
 
 
 def read_facts(source: ModelSource, folder: Path) -> RunFacts:
@@ -119,10 +118,14 @@ def write_records(facts: RunFacts, run: Path, target: Path) -> None:
         draw_loss(RunFolder(run).metrics(facts.step), target / LOSS_CURVE)
     folder = target / RECORDS
     folder.mkdir()
-    tokenizer = facts.config.tokenizer
-    if tokenizer and Path(tokenizer).exists():
+    config = facts.config
+    tokenizer = config.tokenizer
+    if tokenizer and PurePath(tokenizer).is_absolute():
         tokenizer = PurePath(tokenizer).name
-    shown = facts.config.model_copy(update={"data": facts.public_data(), "tokenizer": tokenizer})
+    origin = config.init_from and config.init_from.public()
+    shown = config.model_copy(
+        update={"data": facts.public_data(), "tokenizer": tokenizer, "init_from": origin}
+    )
     write_text(folder / CONFIG, to_yaml(shown))
     if facts.environment:
         write_text(folder / ENVIRONMENT, json_text(facts.public_environment(), indent=2) + "\n")

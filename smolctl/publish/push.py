@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import glob
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from smolctl.errors import HubError, InputError, SmolError
-from smolctl.hub.client import README, Commit, Head, HubClient, Identity, Target
-from smolctl.hub.errors import MissingError, PaymentError
+from smolctl.hub.client import README, Commit, HubClient, Identity, Target
+from smolctl.hub.errors import PaymentError
 from smolctl.hub.files import PlannedFile
 from smolctl.ownership import (
     Record,
@@ -24,13 +23,15 @@ from smolctl.ownership import (
 from smolctl.publish.app import MODEL
 from smolctl.publish.build import Built, ModelToPublish, build, open_model, require_repository, scanned_files
 from smolctl.publish.card import stated_license
+from smolctl.publish.licenses import require_license
+from smolctl.publish.manifest import KIND, RepoPlan, look, plan_repo
+from smolctl.publish.secrets import Finding
 from smolctl.publish.smoke import require_gradio, smoke_test
 from smolctl.publish.space import add_space, write_space_card
 from smolctl.publish.space_hub import await_space, explained_payment
 from smolctl.runs.folder import latest_run
 from smolctl.sources.gguf.write import require_gguf
 
-KIND = "repository"
 SPACE = "space"  # the folder beside MODEL, and what the Hub calls such a repository
 SOMEBODY = "you"  # in front of the run's name, while nobody has been asked who that is
 
@@ -47,6 +48,7 @@ class PushOptions:
     revision: str = "main"
     create_pr: bool = False
     space: str | None = None
+    allowed_secrets: tuple[str, ...] = ()  # hashes of findings that are no secrets
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,11 @@ class PushPlan:
     options: PushOptions
     destination: Destination
     built: Built
-    files: tuple[PlannedFile, ...]
+    model: RepoPlan
     card: str
     new_card: bool
-    head: Head | None = None  # of the repository, where it is there and was asked for
-    space_files: tuple[PlannedFile, ...] = ()
+    space: RepoPlan | None = None
+    allowed: tuple[Finding, ...] = ()  # what looks like a secret and is none, as the user says
 
     @property
     def repo(self) -> str:
@@ -79,7 +81,16 @@ class PushPlan:
     @property
     def is_public(self) -> bool:
         """What it will be: a repository that is there stays as it is."""
-        return self.options.public if self.head is None else not self.head.private
+        head = self.model.there.head
+        return self.options.public if head is None else not head.private
+
+    @property
+    def open_to_all(self) -> tuple[str, ...]:
+        """Repositories that are public already, though nobody has asked for a public one."""
+        repos = {self.repo: self.model, f"spaces/{self.options.space}": self.space}
+        heads = {name: plan.there.head for name, plan in repos.items() if plan}
+        public = (name for name, head in heads.items() if head is not None and not head.private)
+        return () if self.options.public else tuple(public)
 
 
 @dataclass(frozen=True)
@@ -102,8 +113,13 @@ class Pushed:
     space_error: SmolError | None = None  # the model is up, the Space is not
 
 
-def push(options: PushOptions, client: HubClient, show_plan: Callable[[PushPlan], None]) -> Pushed:
-    """Publish a model, and its Space when one is asked for; the plan is shown before anything is sent.
+def push(options: PushOptions, client: HubClient, agree: Callable[[PushPlan], None]) -> Pushed:
+    """Publish a model, and its Space when one is asked for.
+
+    Args:
+        options: what the user asks for.
+        client: sends it.
+        agree: sees the plan before anything is sent, and raises where it is not to be.
 
     Raises:
         HubError: the Hub refuses, or does not hold what was sent.
@@ -111,7 +127,7 @@ def push(options: PushOptions, client: HubClient, show_plan: Callable[[PushPlan]
     """
     with tempfile.TemporaryDirectory(prefix="smolctl-push-") as work:
         plan = plan_push(options, Path(work), client)
-        show_plan(plan)
+        agree(plan)
         return send(plan, client)
 
 
@@ -148,9 +164,8 @@ def write_local(options: PushOptions, target: Path) -> PushPlan:
             )
     with building(target) as work:
         plan = plan_push(replace(options, model=model), work)
-        files = (*plan.files, *plan.space_files)
-        names = {glob.escape(file.local.relative_to(work).as_posix()): file.sha256 for file in files}
-        write_record(work, Record(KIND, names))
+        if plan.space is not None:  # each has a record of its own
+            write_record(work, Record(KIND, {f"{MODEL}/": None, f"{SPACE}/": None}))
         put_in_place(work, target)
     return plan
 
@@ -176,6 +191,9 @@ def choose_destination(
     """
     from huggingface_hub import get_token
 
+    for named_by, license in (("--license", options.license), ("publish.license", model.settings.license)):
+        if license:
+            require_license(license, named_by)
     for scheme in options.schemes:
         require_gguf(model.source.require_config(), scheme)
     if options.repo:
@@ -230,40 +248,24 @@ def make_plan(
         SmolError: a card is damaged, or something looks like a secret.
     """
     target = destination.target
-    head, on_hub = _there(client, target)
-    local = built.local_card()
+    there = look(client, target)
+    on_hub, local = there.card, built.local_card()
     if client and on_hub is not None and local is not None and local.strip() != on_hub.strip():
         client.note(f"The card on the Hub is kept; {built.model.folder}/{README} is not used.")
-    card = built.write_card(target.repo, options.license, on_hub)
-    space_files: tuple[PlannedFile, ...] = ()
+    card = built.write_card(target.repo, options.license, on_hub, options.revision)
+    files, allowed = scanned_files(built.folder, options.allowed_secrets)
+    model = plan_repo(client, target, there, built.folder, files)
+    space = None
     if options.space:
         assert built.space is not None
         facts = built.card_facts(target.repo, stated_license(card))
-        _, space_card = _there(client, Target(options.space, SPACE))
-        write_space_card(built.space, facts, space_card)
-        space_files = scanned_files(built.space)
-    return PushPlan(
-        options,
-        destination,
-        built,
-        scanned_files(built.folder),
-        card,
-        new_card=on_hub is None and local is None,
-        head=head,
-        space_files=space_files,
-    )
-
-
-def _there(client: HubClient | None, target: Target) -> tuple[Head | None, str | None]:
-    """The head of a branch, or of main, from which a branch that is not there is made; and its card."""
-    if client is None:
-        return None, None
-    try:
-        head = client.head(target)
-    except MissingError:
-        main = replace(target, revision="main")
-        return (None, None) if target == main else _there(client, main)
-    return head, client.card(target, head)
+        of_space = Target(options.space, SPACE)
+        there = look(client, of_space)
+        write_space_card(built.space, facts, there.card)
+        files, more = scanned_files(built.space, options.allowed_secrets)
+        space, allowed = plan_repo(client, of_space, there, built.space, files), (*allowed, *more)
+    is_new = on_hub is None and local is None
+    return PushPlan(options, destination, built, model, card, is_new, space, allowed)
 
 
 def send(plan: PushPlan, client: HubClient) -> Pushed:
@@ -273,25 +275,31 @@ def send(plan: PushPlan, client: HubClient) -> Pushed:
         HubError: the Hub refuses, or does not hold what was sent.
     """
     options, target = plan.options, plan.destination.target
-    base = client.ensure(target, options.public)
-    if plan.head is not None and base.sha != plan.head.sha:
+    base, planned = client.ensure(target, options.public), plan.model.there.head
+    if planned is not None and base.sha != planned.sha:
         raise HubError(
             f"{target.repo}: somebody else committed {base.sha[:8]} just now", "Run the same command again."
         )
     step = f" at step {plan.built.facts.step:,}" if plan.built.facts else ""
     message = f"Upload {plan.built.model.name}{step} with smolctl"
-    commit = client.push(target, base, plan.files, message, options.create_pr)
-    model = PushedRepo(target.repo, client.url(target), commit, plan.files)
-    return _send_space(Target(options.space, SPACE), plan, model, client) if options.space else Pushed(model)
+    planned_files, removed = plan.model.files, plan.model.removed
+    commit = client.push(target, base, planned_files, message, options.create_pr, removed)
+    model = PushedRepo(target.repo, client.url(target), commit, planned_files)
+    if plan.space is None or options.space is None:
+        return Pushed(model)
+    return _send_space(Target(options.space, SPACE), plan, plan.space, model, client)
 
 
-def _send_space(target: Target, plan: PushPlan, model: PushedRepo, client: HubClient) -> Pushed:
+def _send_space(
+    target: Target, plan: PushPlan, of_space: RepoPlan, model: PushedRepo, client: HubClient
+) -> Pushed:
     """The Space after the model. What goes wrong here leaves the model's push done."""
     space = None
     try:
         head = client.ensure(target, plan.options.public)
-        commit = client.push(target, head, plan.space_files, "Update the Space with smolctl")
-        space = PushedRepo(target.repo, client.url(target), commit, plan.space_files)
+        message = "Update the Space with smolctl"
+        commit = client.push(target, head, of_space.files, message, removed=of_space.removed)
+        space = PushedRepo(target.repo, client.url(target), commit, of_space.files)
         return Pushed(model, space, await_space(client, target))
     except PaymentError as error:
         return Pushed(model, space, space_error=error if space else explained_payment(error))

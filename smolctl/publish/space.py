@@ -36,7 +36,6 @@ REQUIREMENTS = (
     "numpy==2.4.6",
     "pydantic==2.12.5",
     "pyyaml==6.0.3",
-    "safetensors==0.8.0",
     "tokenizers==0.23.3",
 )
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -49,9 +48,11 @@ SINGLE_FILES = (
     "durable.py",
     "errors.py",
     "escaping.py",
+    "outside.py",
     "ownership.py",
     "publish/__init__.py",
     "publish/app.py",
+    "worker.py",
 )
 SUFFIXES = {".py", ".c", ".h"}
 NOT_NEEDED = {"hatch_hook.py", *(path.name for path in CODE.glob("*.py"))}
@@ -140,14 +141,13 @@ def write_space_card(folder: Path, facts: CardFacts, on_hub: str | None) -> None
         "app_file": "app.py",
         "models": [facts.repo],
     }
-    millions = f"{facts.parameters / 1e6:,.1f} million parameters"
     changeable: dict[str, Any] = {
         "title": facts.name,
         "emoji": "💬" if facts.can_chat else "✍️",
         "colorFrom": "indigo",
         "colorTo": "gray",
         "pinned": False,
-        "short_description": f"A language model of {millions}",  # at most 60 characters
+        "short_description": f"A language model of {facts.size}",  # at most 60 characters
     }
     if facts.license:
         changeable["license"] = facts.license
@@ -178,6 +178,8 @@ def _summary(facts: CardFacts) -> str:
         f"{config.num_hidden_layers} layers of {config.hidden_size}",
         f"context {config.max_position_embeddings:,}",
     ]
+    if base := facts.base and facts.base.on_hub:
+        parts.append(f"made from [{base.id}](https://huggingface.co/{base.id})")
     if facts.run:
         parts.append(f"{facts.run.tokens:,} tokens seen")
         if facts.run.validations:

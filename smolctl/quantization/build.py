@@ -13,25 +13,22 @@ from smolctl.model.dynamic import quantize_dynamically
 from smolctl.model.weights import finite_tensors
 from smolctl.quantization.rounding import quantize_matrix
 from smolctl.quantization.schemes import DYNAMIC, QuantizationPlan, wider
+from smolctl.sources.arrays import as_array, as_tensor
 from smolctl.sources.base import ModelSource
 from smolctl.sources.quantized.packed import BLOCK
 from smolctl.sources.quantized.range import holds
 from smolctl.sources.quantized.scaled import StoredTensor, dense
-from smolctl.sources.shapes import HEAD
+from smolctl.sources.shapes import check_state
 
 
 def read_tensors(source: ModelSource) -> dict[str, Tensor]:
     """Every tensor in float32, a tied head left out; all of them finite.
 
     Raises:
-        InputError: the weights cannot be read, or hold NaN or infinite values.
+        InputError: the weights cannot be read, do not fit the config, or hold NaN or infinite values.
     """
-    tied = source.require_config().tie_word_embeddings
-    return {
-        name: tensor.detach().float().cpu()
-        for name, tensor in finite_tensors(source)
-        if not (name == HEAD and tied)
-    }
+    tensors = {name: tensor.detach().float().cpu() for name, tensor in finite_tensors(source)}
+    return check_state(source.require_config(), tensors, source.id)
 
 
 def widened(
@@ -75,7 +72,8 @@ def build_items(
     if plan.scheme == DYNAMIC:
         kept = {tensor.name for tensor in plan.tensors if not tensor.packed}
         parts = quantize_dynamically(config, tensors, kept, plan.options.per_row)
-        return {entry.name: parts[entry.name] for entry in plan.tensors}
+        named = ((entry.name, parts[entry.name]) for entry in plan.tensors)
+        return {name: as_array(one) if isinstance(one, Tensor) else one for name, one in named}
     items: dict[str, StoredTensor] = {}
     for entry in plan.tensors:
         tensor = tensors[entry.name]
@@ -83,9 +81,9 @@ def build_items(
             weights = importance.get(entry.name) if importance is not None else None
             items[entry.name] = quantize_matrix(tensor, entry.bits, entry.group, weights)
         elif entry.bits == 16:
-            items[entry.name] = tensor.bfloat16()
+            items[entry.name] = as_array(tensor.bfloat16())
         else:
-            items[entry.name] = _smallest(tensor) if tensor.dim() > 1 else tensor
+            items[entry.name] = as_array(_smallest(tensor) if tensor.dim() > 1 else tensor)
     return items
 
 
@@ -97,4 +95,4 @@ def _smallest(tensor: Tensor) -> Tensor:
 
 def dequantized(items: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
     """The items as tensors in float32."""
-    return {name: dense(item) for name, item in items.items()}
+    return {name: as_tensor(dense(item)) for name, item in items.items()}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from smolctl.config import ModelConfig
 from smolctl.model.dynamic import dynamic_network
+from smolctl.sources.arrays import as_tensor
 from smolctl.sources.quantized.packed import PackedMatrix
 from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor
 from smolctl.sources.shapes import tensor_name
@@ -72,7 +73,7 @@ def output_errors(
         if not isinstance(item, PackedMatrix) or name not in squares:  # tables are only looked up
             continue
         weight, weights = tensors[name], squares[name]
-        missed = (item.dequantize() - weight).square_()
+        missed = (as_tensor(item.dequantize()) - weight).square_()
         error = (missed @ weights).sum() / (weight.square() @ weights).sum().clamp(min=1e-30)
         costs.append(TensorCost(name, f"int{item.bits}", item.bytes, float(error.sqrt())))
     return sorted(costs, key=lambda cost: -cost.output_error)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from smolctl import __version__
-from smolctl.config import ModelConfig
+from smolctl.config import ModelConfig, Provenance
 from smolctl.durable import file_digest, lack_of_room, sync_file, sync_folder
 from smolctl.errors import SmolError
 from smolctl.model.dynamic import dynamic_network, dynamic_state
@@ -20,8 +21,9 @@ from smolctl.ownership import Record, building, put_in_place, write_record
 from smolctl.quantization.schemes import DYNAMIC, QuantizationPlan
 from smolctl.runs.checkpoint_file import FORMAT as CHECKPOINT_FORMAT
 from smolctl.sources import open_source
+from smolctl.sources.arrays import Array, as_tensor, name_of
 from smolctl.sources.base import TokenizerFiles
-from smolctl.sources.huggingface.write import CODE, WRITTEN, write_json, write_model
+from smolctl.sources.huggingface.write import write_json, write_model
 from smolctl.sources.quantized.folder import (
     DESCRIPTION,
     FILE,
@@ -38,7 +40,6 @@ from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor
 SMALL_FILES = 32 << 20  # tokenizer, configs and the file system's own: room that is left for them
 CHECKPOINT_SUFFIX = "_quantized.ckpt"
 QUANTIZED_MODEL = "quantized model"
-FILES = (DESCRIPTION, *WRITTEN, f"*{CHECKPOINT_SUFFIX}", *(path.name for path in CODE.glob("*.py")))
 
 
 class WriteError(SmolError):
@@ -53,6 +54,12 @@ class Origin:
     kind: str
     revision: str | None = None
     step: int | None = None
+    provenance: Provenance | None = None
+
+    def document(self) -> dict[str, Any]:
+        """The same as plain data."""
+        plain = self.provenance and self.provenance.model_dump(mode="json", exclude_none=True)
+        return {**vars(self), "provenance": plain}
 
 
 def write_folder(
@@ -81,9 +88,9 @@ def write_folder(
     Raises:
         WriteError: no room, no permission, or the disk returned other bytes than were written.
     """
-    stored = stored_tensors(items)
+    stored = stored_arrays(items)
     twice = 2 if plan.scheme == DYNAMIC else 1  # the .ckpt holds everything again
-    needed = twice * sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+    needed = twice * sum(array.nbytes for array in stored.values())
     with naming_the_disk(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         if lack := lack_of_room(target.parent, needed + min(SMALL_FILES, needed)):
@@ -92,7 +99,8 @@ def write_folder(
             )
         with building(target) as folder:
             _write_files(folder, config, plan, items, stored, tokenizer, origin, name)
-            write_record(folder, Record(QUANTIZED_MODEL, dict.fromkeys(FILES)))
+            written = {glob.escape(path.name): file_digest(path) for path in folder.iterdir()}
+            write_record(folder, Record(QUANTIZED_MODEL, written))
             for path in folder.iterdir():
                 sync_file(path)
             sync_folder(folder)
@@ -115,12 +123,12 @@ def naming_the_disk(target: Path) -> Iterator[None]:
         ) from error
 
 
-def stored_tensors(items: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+def stored_arrays(items: Mapping[str, StoredTensor]) -> dict[str, Array]:
     """The items as the tensors of one safetensors file."""
-    stored: dict[str, Tensor] = {}
+    stored: dict[str, Array] = {}
     for name, item in items.items():
-        if isinstance(item, Tensor):
-            stored[name] = item.contiguous()
+        if isinstance(item, np.ndarray):
+            stored[name] = np.ascontiguousarray(item)
             continue
         stored[name + VALUES], stored[name + SCALES] = item.values, item.scales
         if isinstance(item, PackedMatrix) and item.offsets is not None:
@@ -133,7 +141,7 @@ def _write_files(
     config: ModelConfig,
     plan: QuantizationPlan,
     items: Mapping[str, StoredTensor],
-    stored: Mapping[str, Tensor],
+    stored: Mapping[str, Array],
     tokenizer: TokenizerFiles | None,
     origin: Origin,
     name: str,
@@ -142,7 +150,7 @@ def _write_files(
     write_model(
         folder,
         config,
-        stored,
+        {name: as_tensor(array) for name, array in stored.items()},
         "bfloat16" if plan.scheme == "bf16" else "float32",
         tokenizer,
         quantization=None if plain else {"quant_method": FORMAT, "scheme": plan.scheme},
@@ -174,7 +182,7 @@ def describe(plan: QuantizationPlan, items: Mapping[str, StoredTensor], origin: 
         "version": VERSION,
         "smolctl": __version__,
         "scheme": plan.scheme,
-        "source": asdict(origin),
+        "source": origin.document(),
         "calibrated": plan.options.calibrate,
         "skip": list(plan.options.skip),
         "tensors": {name: _entry(item) for name, item in items.items()},
@@ -186,8 +194,8 @@ def describe(plan: QuantizationPlan, items: Mapping[str, StoredTensor], origin: 
 
 def _entry(item: StoredTensor) -> dict[str, Any]:
     shape = list(item.shape)
-    if isinstance(item, Tensor):
-        return {"shape": shape, "stored": str(item.dtype).removeprefix("torch.")}
+    if isinstance(item, np.ndarray):
+        return {"shape": shape, "stored": name_of(item.dtype)}
     if isinstance(item, ScaledMatrix):
         return {"shape": shape, "stored": "int8", "bits": 8, "group": None}
     return {"shape": shape, "stored": f"int{item.bits}", "bits": item.bits, "group": item.group}
@@ -214,11 +222,11 @@ def _write_checkpoint(
 def _compare(partial: Path, items: Mapping[str, StoredTensor], target: Path) -> None:
     """Read everything back, through the readers that every command uses."""
     for path in (partial, *partial.glob(f"*{CHECKPOINT_SUFFIX}")):
-        found = stored_tensors(dict(open_source(str(path)).require_weights().stored()))
-        expected = stored_tensors(items)
+        found = stored_arrays(dict(open_source(str(path)).require_weights().stored()))
+        expected = stored_arrays(items)
         same = found.keys() == expected.keys() and all(
-            found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
-            for name, tensor in expected.items()
+            found[name].dtype == array.dtype and np.array_equal(found[name], array)
+            for name, array in expected.items()
         )
         if not same:
             raise WriteError(f"{target}: the disk returned other values than were written", "Check the disk.")

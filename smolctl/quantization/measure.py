@@ -5,12 +5,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from smolctl.data.tokenizer.tokenizer import Tokenizer
-from smolctl.evaluation import Estimate, WindowScores, ratio_estimate, score_window
+from smolctl.evaluation import (
+    Estimate,
+    bits,
+    by_document,
+    observations,
+    ratio_estimate,
+    resampled_estimate,
+    score_tokens,
+)
+from smolctl.evaluation.measure import TokenScores
 from smolctl.generation.engine import Engine
 from smolctl.quantization.texts import Windows
 from smolctl.timing import Spread, ratio_of
@@ -33,9 +45,9 @@ class Quality:
 
     bits_per_byte: Estimate
     source_bits_per_byte: Estimate
-    delta: Estimate  # of bits per byte; paired: both saw the same windows
+    delta: Estimate  # of bits per byte; paired: both read the same documents
     kl: Estimate  # nats a token, KL(source ‖ variant)
-    kl_windows: tuple[float, ...]  # sum over each window, for comparing variants
+    kl_documents: tuple[float, ...]  # sum over each document, for comparing variants
     top1_agreement: float
     tokens: int
     perplexity: float  # of a token
@@ -69,54 +81,75 @@ class Divergence:
 
 def measure_quality(source: Engine, variants: Sequence[Engine], windows: Windows) -> list[Quality]:
     """Read every window with the source, once, and with each variant, and compare the predictions."""
-    theirs: list[WindowScores] = []
-    ours: list[list[WindowScores]] = [[] for _ in variants]
+    theirs: list[TokenScores] = []
+    ours: list[list[TokenScores]] = [[] for _ in variants]
     for window in windows.measured:
         inputs, targets = window[:-1].tolist(), window[1:]
-        size = int(windows.token_bytes[targets].sum())
         reference = _logits(source, inputs)
-        theirs.append(score_window(reference, targets, size))
+        theirs.append(score_tokens(reference, targets))
         for scores, variant in zip(ours, variants, strict=True):
-            scores.append(score_window(_logits(variant, inputs), targets, size, reference))
-    return [_quality(scores, theirs) for scores in ours]
+            scores.append(score_tokens(_logits(variant, inputs), targets, reference))
+    sizes = [windows.token_bytes[window[1:]] for window in windows.measured]
+    numbers = [torch.full_like(one, number) for number, one in enumerate(windows.documents)]
+    documents = observations(torch.cat(windows.documents), torch.cat(numbers))
+    return [_quality(scores, theirs, documents, torch.cat(sizes)) for scores in ours]
 
 
-def _quality(ours: Sequence[WindowScores], theirs: Sequence[WindowScores]) -> Quality:
-    sizes = [float(max(1, scores.bytes)) for scores in ours]
-    counts = [float(scores.tokens) for scores in ours]
-    bits = [scores.nats / math.log(2) for scores in ours]
-    source_bits = [scores.nats / math.log(2) for scores in theirs]
-    changes = [a - b for a, b in zip(bits, source_bits, strict=True)]
+def _quality(
+    ours: Sequence[TokenScores], theirs: Sequence[TokenScores], documents: NDArray[np.int64], sizes: Tensor
+) -> Quality:
+    """All as estimates over documents.
+
+    Args:
+        ours: of a variant, window by window.
+        theirs: of its source.
+        documents: the number of each token's document, or of its window where documents are few.
+        sizes: bytes of each token.
+    """
+    nats, source_nats, kl, agrees = (
+        torch.cat(column)
+        for column in (
+            [scores.nats for scores in ours],
+            [scores.nats for scores in theirs],
+            [scores.kl for scores in ours],
+            [scores.agrees for scores in ours],
+        )
+    )
+    own, source, bytes_, divergence, tokens = by_document(
+        documents, bits(nats), bits(source_nats), sizes, kl, torch.ones_like(kl)
+    )
+    bytes_ = np.maximum(bytes_, 1)
+    mean_kl = ratio_estimate(divergence, tokens)
     return Quality(
-        bits_per_byte=ratio_estimate(bits, sizes),
-        source_bits_per_byte=ratio_estimate(source_bits, sizes),
-        delta=ratio_estimate(changes, sizes),
-        kl=ratio_estimate([scores.kl for scores in ours], counts),
-        kl_windows=tuple(scores.kl for scores in ours),
-        top1_agreement=sum(scores.agreements for scores in ours) / sum(counts),
-        tokens=int(sum(counts)),
-        perplexity=_perplexity(ours),
-        source_perplexity=_perplexity(theirs),
+        bits_per_byte=ratio_estimate(own, bytes_),
+        source_bits_per_byte=ratio_estimate(source, bytes_),
+        delta=resampled_estimate(own, bytes_, source),
+        kl=replace(mean_kl, mean=0.0) if mean_kl.mean < 0 else mean_kl,  # rounding
+        kl_documents=tuple(divergence),
+        top1_agreement=agrees.double().mean().item(),
+        tokens=len(nats),
+        perplexity=_perplexity(nats),
+        source_perplexity=_perplexity(source_nats),
     )
 
 
-def _perplexity(windows: Sequence[WindowScores]) -> float:
-    loss = sum(scores.nats for scores in windows) / sum(scores.tokens for scores in windows)
-    return math.exp(min(loss, 700.0))  # beyond that a float is infinite
+def _perplexity(nats: Tensor) -> float:
+    return math.exp(min(nats.mean().item(), 700.0))  # beyond that a float is infinite
 
 
 def mean_kl(reference: Engine, variant: Engine, windows: Sequence[Tensor]) -> float:
     """Nats a token of KL(reference ‖ variant)."""
-    total = tokens = 0.0
-    for window in windows:
-        inputs, targets = window[:-1].tolist(), window[1:]
-        scores = score_window(_logits(variant, inputs), targets, 1, _logits(reference, inputs))
-        total, tokens = total + scores.kl, tokens + scores.tokens
-    return total / tokens
+    found = [
+        score_tokens(_logits(variant, inputs), window[1:], _logits(reference, inputs)).kl
+        for window in windows
+        for inputs in [window[:-1].tolist()]
+    ]
+    mean = torch.cat(found).mean().item()
+    return 0.0 if mean < 0 else mean  # rounding; not max(), which may drop a NaN
 
 
 def _logits(engine: Engine, tokens: Sequence[int]) -> Tensor:
-    return engine.forward([tokens], engine.allocate(1, len(tokens)), every=True)
+    return torch.from_numpy(engine.forward([tokens], engine.allocate(1, len(tokens)), every=True))
 
 
 def measure_speed(

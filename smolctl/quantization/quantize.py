@@ -46,6 +46,8 @@ from smolctl.runs.folder import QUANTIZED, RunFolder
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind, TokenizerFiles
 from smolctl.sources.gguf.write import is_own_gguf, write_gguf
+from smolctl.sources.open import require_own_files
+from smolctl.sources.provenance import provenance_of
 from smolctl.sources.quantized.folder import FILE
 from smolctl.sources.quantized.scaled import StoredTensor
 
@@ -115,6 +117,7 @@ def quantize(
     source = open_source(model)
     config = source.require_config()
     source.require_weights()
+    require_own_files(source, carried_only=True)
     if source.quantization is not None:
         note(f"{source.id} is quantized already: what its {source.quantization['scheme']} lost stays lost.")
     plans = [
@@ -273,15 +276,16 @@ def _write(
     target: Path,
     calibration: Calibration | None,
 ) -> Variant:
-    name = model_name(job.source)
+    source, name, provenance = job.source, model_name(job.source), provenance_of(job.source)
     if items is None:
         assert job.files is not None
         scheme = plan.scheme.removeprefix("gguf-")
         with naming_the_disk(target):
-            write_gguf(job.config, job.tensors.items(), job.files, scheme, target, name)
+            tensors = job.tensors.items()
+            write_gguf(job.config, tensors, job.files, scheme, target, name, provenance)
         weights = target
     else:
-        origin = Origin(job.source.id, job.source.kind.value, job.source.revision, job.source.step)
+        origin = Origin(source.id, source.kind.value, source.revision, source.step, provenance)
         stays = write_folder(target, job.config, plan, items, job.files, origin, name)
         if stays:
             job.note(kept_files(target, stays))

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from smolctl.durable import write_text
+from smolctl.errors import InputError
 from smolctl.escaping import json_text
+from smolctl.outside import fitting, read_json
 from smolctl.quantization.verdict import Variant
 from smolctl.runs.folder import QUANTIZED
 
 RECORD = Path(QUANTIZED) / "verdict.json"  # in the run's folder
+
+
+class _Named(TypedDict):
+    """What a variant's record must have to be told from others."""
+
+    scheme: str
+    step: int | None
 
 
 def record_variants(run: Path, step: int | None, variants: Iterable[Variant]) -> None:
@@ -28,10 +38,10 @@ def record_variants(run: Path, step: int | None, variants: Iterable[Variant]) ->
 def read_record(run: Path) -> list[Mapping[str, Any]]:
     """Every variant that was recorded; an unreadable record is an empty one."""
     try:
-        content = json.loads((run / RECORD).read_text(encoding="utf-8"))
-        return [facts for facts in content["variants"] if isinstance(facts, dict)]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = read_json(run / RECORD).get("variants")
+    except InputError:
         return []
+    return [facts for facts in found if fitting(_Named, facts)] if isinstance(found, list) else []
 
 
 def measurements(variant: Variant) -> dict[str, Any]:

@@ -40,9 +40,9 @@ def quantize_matrix(weight: Tensor, bits: int, group: int, importance: Tensor | 
         bits,
         columns,
         group,
-        pack_integers(torch.cat(values)[:, :columns], bits),
-        torch.cat(scales),
-        torch.cat(offsets) if bits == 4 else None,
+        pack_integers(torch.cat(values)[:, :columns].numpy(), bits),
+        torch.cat(scales).numpy(),
+        torch.cat(offsets).numpy() if bits == 4 else None,
     )
 
 

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from smolctl.config import ModelConfig
 from smolctl.config.run import DataConfig
-from smolctl.data.batches import validation_batches
+from smolctl.data.batches import validation_batches, validation_documents
+from smolctl.data.mixture import Mixture
 from smolctl.data.tokenizer.tokenizer import Tokenizer
-from smolctl.data.tokens.corpus import TokenizedCorpus, tokenize_corpus
+from smolctl.data.tokens.corpus import tokenize_corpus
+from smolctl.data.tokens.marks import IDS
 from smolctl.sources.base import ModelSource
 from smolctl.sources.huggingface.tokenizer import ids_around_text
 
@@ -27,6 +29,7 @@ class Windows:
 
     name: str  # of the text, for people
     measured: tuple[Tensor, ...]  # (T + 1,) each
+    documents: tuple[Tensor, ...]  # number of the document of each predicted token, (T,) for each of them
     calibration: tuple[Tensor, ...]  # (T + 1,) each; none of them is measured
     token_bytes: Tensor  # (V,) bytes of text behind every id
 
@@ -74,21 +77,22 @@ def choose_windows(
     corpus = tokenize_corpus(settings, tokenizer, samples=samples)
     named = settings.validation or ", ".join(settings.source)
     begin, _ = ids_around_text(tokenizer.backend)
+    held_out = corpus.validation or corpus.train
     lengths = torch.from_numpy(tokenizer.token_byte_lengths()).long()
     return Windows(
         name=f"held-out part of {named}" if corpus.validation is not None else named,
-        measured=_windows(corpus, length, count, begin, held_out=True),
-        calibration=_windows(corpus, length, CALIBRATION_WINDOWS, begin, held_out=False) if calibrate else (),
+        measured=_windows(held_out, length, count, begin),
+        documents=tuple(
+            batch[0] for batch in validation_documents(held_out, length, 1, count, tokenizer.end_of_text_id)
+        ),
+        calibration=_windows(corpus.train, length, CALIBRATION_WINDOWS, begin) if calibrate else (),
         token_bytes=F.pad(lengths, (0, config.vocab_size - len(lengths))),
     )
 
 
-def _windows(
-    corpus: TokenizedCorpus, length: int, count: int, begin: Sequence[int], held_out: bool
-) -> tuple[Tensor, ...]:
+def _windows(tokens: Mixture, length: int, count: int, begin: Sequence[int]) -> tuple[Tensor, ...]:
     """Windows (T + 1,) each. The first token of each, which is not predicted, is the one that begins every
     text where the tokenizer has one: without BOS such models predict badly, and llama.cpp measures so too."""
-    tokens = corpus.validation if held_out and corpus.validation is not None else corpus.train
     batches = validation_batches(tokens, length, 1, count)
-    windows = [batch[0].long() for batch in batches]
+    windows = [batch[0].long() & IDS for batch in batches]  # of a conversation all is measured
     return tuple(torch.cat([window.new_tensor(begin[:1]), window[len(begin[:1]) :]]) for window in windows)

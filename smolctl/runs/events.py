@@ -123,8 +123,9 @@ class Validation:
     event: ClassVar[str] = "validation"
     step: int
     bits_per_byte: float
-    standard_error: float | None  # None: one held-out sequence has none
+    standard_error: float | None  # over documents; None: one document has none
     loss: float  # nats a token
+    margin: float | None = None  # bits_per_byte ± margin is the 95 % interval over documents
 
 
 @dataclass(frozen=True)

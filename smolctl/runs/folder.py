@@ -10,7 +10,6 @@ loss.png
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import shutil
@@ -20,12 +19,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from smolctl.config import RunConfig
 from smolctl.config.dump import to_yaml
 from smolctl.config.load import read_yaml, resolve_run_config
-from smolctl.durable import file_digest, naming_the_disk, replacing, write_text
+from smolctl.durable import file_digest, naming_the_disk, remove_partial, replacing, write_text
 from smolctl.errors import InputError, UsageError
 from smolctl.escaping import json_text
+from smolctl.outside import fitting, read_json
 from smolctl.ownership import (
     Record,
     edited_files,
@@ -44,7 +46,14 @@ from smolctl.runs.checkpoint_file import (
     write_checksum,
 )
 from smolctl.runs.events import Event, Listener, Note, Prediction, Step, Validation, to_json
-from smolctl.runs.records import EVERY_STEP, append_record, keep_records, read_records
+from smolctl.runs.records import (
+    EVERY_STEP,
+    StepRecord,
+    ValidationRecord,
+    append_record,
+    keep_records,
+    read_records,
+)
 from smolctl.runs.story import History, histories, to_markdown
 
 RUNS = Path("runs")
@@ -66,7 +75,8 @@ KIND = "run"
 # Everything that belongs to a run, as `ownership.Record` takes it: the rest of its folder is somebody else's.
 FILES = (
     *(CONFIG, ENVIRONMENT, METRICS, PREDICTIONS, STORY, LOSS_CURVE, LINEAGE, LOCK, ".*.partial"),
-    *(f"{TOKENIZER}/{name}" for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")),
+    *(f"{TOKENIZER}/{name}.json" for name in ("tokenizer", "tokenizer_config", "generation_config")),
+    f"{TOKENIZER}/chat_template.jinja",
     *(f"{CHECKPOINTS}/{name}{end}" for name in ("step-*.ckpt", FINAL) for end in CHECKPOINT_ENDINGS),
     f"{CHECKPOINTS}/.*.partial",
     *(f"{QUANTIZED}/{name}" for name in ("verdict.json", "*.gguf", "*/")),
@@ -89,6 +99,21 @@ def split_step(reference: str) -> tuple[Path, int | None]:
             f"{reference}: {step or 'nothing'} is no step", "Write RUN@STEP, such as runs/nano@500."
         )
     return Path(run), int(step)
+
+
+class _Session(TypedDict, total=False):
+    """What is read of environment.json."""
+
+    devices: list[str]
+    device: str
+    threads: int | None
+    packages: dict[str, str | None]
+    smolctl: str
+    data: list[str]
+
+
+class _Environment(_Session, total=False):
+    earlier: list[_Session]
 
 
 @dataclass(frozen=True)
@@ -174,6 +199,8 @@ class RunFolder:
     def lock(self, emit: Listener) -> AbstractContextManager[object]:
         """The lock of the folder, held while a process trains into it.
 
+        Whoever has it clears away what a process that was killed had begun to write.
+
         Args:
             emit: hears when the file system has no locks; the run then goes on without one.
 
@@ -196,6 +223,7 @@ class RunFolder:
                 f"{self.path}: another process is training into this run",
                 "Wait for it, or start a run of your own with --out.",
             ) from None
+        remove_partial(self.path, self.path / CHECKPOINTS, self.tokenizer)
         return lock
 
     # What the run is
@@ -244,8 +272,9 @@ class RunFolder:
         return None if is_as_written else self.config()
 
     def environment(self) -> dict[str, Any]:
-        """The machine, the versions, and what was decided for them; empty where it was not recorded."""
-        return _read_json(self.path / ENVIRONMENT)
+        """The machine, the versions, and what was decided for them; empty where that was not recorded."""
+        content = _read_json(self.path / ENVIRONMENT)
+        return content if fitting(_Environment, content) is not None else {}
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         """Write environment.json."""
@@ -253,8 +282,9 @@ class RunFolder:
 
     def update_environment(self, environment: Mapping[str, Any]) -> None:
         """Record that the run goes on elsewhere or otherwise; what was recorded before stays in `earlier`."""
-        before = self.environment()
+        before = _read_json(self.path / ENVIRONMENT)
         earlier = before.pop("earlier", [])
+        earlier = earlier if isinstance(earlier, list) else [earlier]
         if before != environment:
             self.write_environment({**environment, "earlier": [*earlier, before]} if before else environment)
 
@@ -346,13 +376,14 @@ class RunFolder:
         elif isinstance(event, Prediction):
             append_record(self.path / PREDICTIONS, to_json(event))
 
-    def metrics(self, last: int = EVERY_STEP) -> Iterator[dict[str, Any]]:
-        """The records of metrics.jsonl up to step `last`."""
-        return read_records(self.path / METRICS, last)
+    def metrics(self, last: int = EVERY_STEP) -> Iterator[Mapping[str, Any]]:
+        """The records of metrics.jsonl up to step `last`, each a `StepRecord` or a `ValidationRecord`."""
+        either: Any = StepRecord | ValidationRecord
+        return read_records(self.path / METRICS, either, last)
 
     def predictions(self, last: int = EVERY_STEP) -> dict[str, History]:
         """The predictions of the run up to step `last`, by prompt."""
-        return histories(read_records(self.path / PREDICTIONS, last))
+        return histories(read_records(self.path / PREDICTIONS, Prediction, last))
 
     def write_story(self) -> None:
         """Write predictions.md anew from predictions.jsonl."""
@@ -401,10 +432,9 @@ class RunFolder:
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty when the file is missing or damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path)
+    except InputError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _next_free(name: str) -> Path:

@@ -1,17 +1,57 @@
-"""Records of a run as lines of JSON: one line an event, appended and flushed at once."""
+"""Records of a run as lines of JSON: one line an event, appended and flushed at once.
+
+A later version may have written them: keys that are not known here are left out, and so are lines that are
+not understood. Whoever only reads them is never stopped by one.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, TypeVar
+
+from pydantic import Field, FiniteFloat
+from typing_extensions import TypedDict
 
 from smolctl.durable import write_text
 from smolctl.escaping import json_text
+from smolctl.outside import fitting_json
 
-_NEVER = 1 << 62
-EVERY_STEP = _NEVER - 1
+R = TypeVar("R")
+EVERY_STEP = (1 << 62) - 1
+MAX_LINE = 10_000_000  # characters
+StepNumber = Annotated[int, Field(ge=0, le=EVERY_STEP)]
+
+
+class StepRecord(TypedDict):
+    """What is read of an `events.Step` in metrics.jsonl."""
+
+    event: Literal["step"]
+    step: StepNumber
+    loss: FiniteFloat | None
+    z_loss: NotRequired[FiniteFloat | None]
+    learning_rate: FiniteFloat
+    gradient_norm: FiniteFloat | None
+    tokens: int
+    seconds: FiniteFloat
+    tokens_per_second: NotRequired[FiniteFloat]
+    memory_bytes: NotRequired[int | None]
+    mfu: NotRequired[FiniteFloat | None]
+    skipped: NotRequired[int]
+
+
+class ValidationRecord(TypedDict):
+    """What is read of an `events.Validation` in metrics.jsonl."""
+
+    event: Literal["validation"]
+    step: StepNumber
+    bits_per_byte: FiniteFloat
+    standard_error: FiniteFloat | None
+    loss: FiniteFloat
+
+
+class _Numbered(TypedDict):
+    step: StepNumber
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -20,13 +60,18 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
         file.write(json_text(record) + "\n")
 
 
-def read_records(path: Path, last: int = EVERY_STEP) -> Iterator[dict[str, Any]]:
-    """Every record up to step `last`. A line that a crash has cut off is left out; so is a missing file."""
-    return (json.loads(line) for line in _lines(path, last))
+def read_records(path: Path, schema: type[R], last: int = EVERY_STEP) -> Iterator[R]:
+    """Every record up to step `last` that fits a schema. A line that a crash has cut off does not; a missing
+    file has none."""
+    records = (fitting_json(schema, line) for line in _lines(path, last))
+    return (record for record in records if record is not None)
 
 
 def keep_records(path: Path, last: int, target: Path | None = None) -> None:
-    """Write the records up to step `last` to `target`, by default in place of the file they are in."""
+    """Write the records up to step `last` to `target`, by default in place of the file they are in.
+
+    Those of a later version are kept as they are.
+    """
     if path.exists():
         write_text(target or path, "".join(f"{line}\n" for line in _lines(path, last)))
 
@@ -34,12 +79,7 @@ def keep_records(path: Path, last: int, target: Path | None = None) -> None:
 def _lines(path: Path, last: int) -> Iterator[str]:
     if path.exists():
         with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-            yield from (line.rstrip("\n") for line in file if _step_of(line) <= last)
-
-
-def _step_of(line: str) -> int:
-    """The step of a record; a line that a crash has cut off comes after every step."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return _NEVER
+            for line in iter(lambda: file.readline(MAX_LINE), ""):
+                record = fitting_json(_Numbered, line)
+                if record is not None and record["step"] <= last:
+                    yield line.rstrip("\n")

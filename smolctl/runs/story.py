@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from smolctl.escaping import code_span, fenced
-from smolctl.runs.events import Candidate, Prediction
+from smolctl.runs.events import Prediction
 
 History = tuple[Prediction, ...]
 
 
-def histories(records: Iterable[Mapping[str, Any]]) -> dict[str, History]:
+def histories(predictions: Iterable[Prediction]) -> dict[str, History]:
     """Every prompt's predictions by rising step, the prompts in the order they first came.
 
     Args:
-        records: of predictions.jsonl. Of two with the same prompt and step the later one counts.
+        predictions: of predictions.jsonl. Of two with the same prompt and step the later one counts.
     """
     by_prompt: dict[str, dict[int, Prediction]] = {}
-    for record in records:
-        prediction = Prediction(
-            step=record["step"],
-            prompt=record["prompt"],
-            text=record["text"],
-            loss=record["loss"],
-            top=tuple(Candidate(**candidate) for candidate in record["top"]),
-        )
+    for prediction in predictions:
         by_prompt.setdefault(prediction.prompt, {})[prediction.step] = prediction
     return {prompt: tuple(steps[step] for step in sorted(steps)) for prompt, steps in by_prompt.items()}
 

@@ -10,11 +10,13 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from smolctl.config import ModelConfig, RunConfig
+from smolctl.config.model import TokenId
 from smolctl.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
+    from smolctl.sources.arrays import Array
     from smolctl.sources.quantized.scaled import StoredTensor
 
 DAMAGED = "Download or copy the file again: it is damaged or not complete."
@@ -55,12 +57,14 @@ class TokenizerFiles:
 
     tokenizer_json: str  # the text of a tokenizer.json
     chat_template: str | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
-    end_token_ids: tuple[int, ...] = ()  # every id at which the source says that text ends
+    bos_token_id: TokenId | None = None
+    eos_token_id: TokenId | None = None
+    pad_token_id: TokenId | None = None
+    end_token_ids: tuple[TokenId, ...] = ()  # every id at which the source says that text ends
     # Special tokens by the names that chat templates know them by, such as bos_token; None: those of the ids.
     named_tokens: Mapping[str, str] | None = None
+    # What the model's makers recommend for sampling, by the names of generation_config.json, as it was found.
+    recommended: Mapping[str, Any] = field(default_factory=dict)
     # Other files of the tokenizer and of the generation settings by their names, for exports: as they were.
     carried: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
@@ -78,32 +82,56 @@ class Weights(ABC):
     """Access to the tensors behind a header. Nothing is read before it is asked for."""
 
     @abstractmethod
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor under its Hugging Face name, one at a time, dequantized where needed.
+    def stored(self) -> Iterator[tuple[str, StoredTensor]]:
+        """Every tensor under its Hugging Face name as it is stored, one at a time, without PyTorch.
 
         Raises:
             InputError: the file is truncated or damaged.
         """
 
-    def stored(self) -> Iterator[tuple[str, StoredTensor]]:
-        """Every tensor as it is stored, matrices of integers as such; else the same as `tensors`."""
-        yield from self.tensors()
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of `stored` for PyTorch: in float32, or in their own types where all are floats."""
+        from smolctl.sources.arrays import as_tensor
+        from smolctl.sources.quantized.scaled import dense
+
+        for name, item in self.stored():
+            yield name, as_tensor(dense(item))
+
+
+class ArrayWeights(Weights):
+    """Tensors of floats, in their own types for PyTorch too."""
+
+    @abstractmethod
+    def stored(self) -> Iterator[tuple[str, Array]]: ...
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        from smolctl.sources.arrays import as_tensor
+
+        return ((name, as_tensor(array)) for name, array in self.stored())
 
 
 class StateWeights(Weights):
     """Tensors that are in memory, or mapped into it, already."""
 
-    def __init__(self, state: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, state: Mapping[str, torch.Tensor | StoredTensor]) -> None:
         self.state = state
+
+    def stored(self) -> Iterator[tuple[str, StoredTensor]]:
+        import torch
+
+        from smolctl.sources.arrays import as_array
+
+        for name, item in self.state.items():
+            yield name, as_array(item) if isinstance(item, torch.Tensor) else item
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         import torch
 
-        for name, item in self.state.items():
-            yield name, item if isinstance(item, torch.Tensor) else item.dequantize()
+        from smolctl.sources.arrays import as_tensor
+        from smolctl.sources.quantized.scaled import dense
 
-    def stored(self) -> Iterator[tuple[str, StoredTensor]]:
-        yield from self.state.items()
+        for name, item in self.state.items():
+            yield name, item if isinstance(item, torch.Tensor) else as_tensor(dense(item))
 
 
 @dataclass(frozen=True)
@@ -117,6 +145,7 @@ class ModelSource:
     revision: str | None = None  # commit on the Hub
     bytes_fetched: int = 0  # over the network
     declared: Mapping[str, Any] = field(default_factory=dict)  # the config as the source spells it
+    card: Mapping[str, Any] = field(default_factory=dict)  # metadata of its model card: licence, base model
     recovered_from_shapes: bool = False  # no config was found; it was derived from the tensors
     tensors: tuple[TensorHeader, ...] | None = None  # None when the source has no weights
     run: RunConfig | None = None  # the training recipe, where the source has one

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from smolctl.config import ModelConfig
 from smolctl.config.load import resolve_model_config
 from smolctl.errors import InputError
+from smolctl.outside import checked
 from smolctl.runs.checkpoint_file import ANOTHER, read_checkpoint, recorded_config
 from smolctl.runs.folder import RunFolder
 from smolctl.sources.base import (
@@ -76,7 +77,7 @@ def open_checkpoint(path: Path, name: str) -> ModelSource:
         problems=problems,
         step=step if type(step) is int else None,
         weights=StateWeights(state),
-        recorded_loss=_recorded_loss(content),
+        recorded_loss=_recorded_loss(content, path),
         quantization=quantization,
         tokenizer_reader=_tokenizer_of(content, path),
     )
@@ -115,12 +116,23 @@ def network_state(content: Mapping[str, Any], path: Path) -> dict[str, torch.Ten
         name = clean_name(str(key))
         if name in tensors:
             raise InputError(f"{path}: holds {name} twice", "Name a checkpoint of one network.")
+        if isinstance(value, torch.Tensor) and not _is_plain(value):
+            raise InputError(f"{path}: {name} is no tensor of numbers that lie in the file", ANOTHER)
         tensors[name] = value
     if not tensors:
         raise InputError(
             f"{path}: its state_dict holds no tensors", "Name a checkpoint that a run has written."
         )
     return tensors
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's numbers are all there: not sparse, not without content, not one number repeated."""
+    import torch
+
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_complex():
+        return False
+    return tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def _unpacked(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -179,19 +191,23 @@ def tokenizer_inside(content: Mapping[str, Any], path: Path) -> Callable[[], Tok
     if not isinstance(inside, Mapping):
         return None
 
-    def read() -> TokenizerFiles:
-        try:
-            return TokenizerFiles(**inside)
-        except TypeError:
-            raise InputError(f"{path}: the tokenizer in it is damaged", ANOTHER) from None
-
-    return read
+    return lambda: checked(TokenizerFiles, inside, f"{path}: the tokenizer in it is damaged", ANOTHER)
 
 
-def _recorded_loss(content: Mapping[str, Any]) -> RecordedLoss | None:
-    """What the run recorded when it wrote the checkpoint."""
+def _recorded_loss(content: Mapping[str, Any], path: Path) -> RecordedLoss | None:
+    """What the run recorded when it wrote the checkpoint.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    import torch
+
     state = content.get("smolctl")
     held_out = state.get("held_out") if isinstance(state, Mapping) else None
     if not isinstance(held_out, Mapping) or not {"loss", "tokens"} <= held_out.keys():
         return None
-    return RecordedLoss(held_out["tokens"], held_out["loss"], held_out.get("document_end"))
+    tokens, loss, end = held_out["tokens"], held_out["loss"], held_out.get("document_end")
+    is_table = isinstance(tokens, torch.Tensor) and _is_plain(tokens) and tokens.dim() == 2
+    if not is_table or not isinstance(loss, float) or type(end) not in (int, type(None)):
+        raise InputError(f"{path}: the loss that it records is damaged", ANOTHER)
+    return RecordedLoss(tokens, loss, end)

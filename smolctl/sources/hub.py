@@ -15,12 +15,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NotRequired
+
+from typing_extensions import TypedDict
 
 from smolctl.errors import HubError
 from smolctl.hub.connection import Fetched, api, endpoint, fetch
-from smolctl.hub.errors import READING, PassingError, explained
-from smolctl.sources.base import ModelSource, SourceKind, TensorHeader, TokenizerFiles, Weights
+from smolctl.hub.errors import READING, STRANGE, PassingError, explained
+from smolctl.outside import MAX_BYTES, checked, parse_object
+from smolctl.sources.base import ArrayWeights, ModelSource, SourceKind, TensorHeader, TokenizerFiles
 from smolctl.sources.huggingface.folder import INDEX, SINGLE, describe, is_huggingface_folder, open_folder
 from smolctl.sources.huggingface.safetensors_file import (
     SafetensorsWeights,
@@ -29,21 +32,17 @@ from smolctl.sources.huggingface.safetensors_file import (
     read_weight_map,
 )
 from smolctl.sources.huggingface.tokenizer import (
-    SIDE_FILES,
-    SLOW_FILES,
+    TOKENIZER_FILES,
+    TOKENIZERS,
     has_tokenizer,
-    parse_json,
     read_tokenizer_folder,
 )
 
 if TYPE_CHECKING:
-    import torch
+    from smolctl.sources.arrays import Array
 
 HEADER_GUESS = 100_000  # bytes of the first Range request; longer headers take a second one
-MAX_CONFIG_BYTES = 20_000_000  # of a config or an index; a repository may hold anything
 PARALLEL_REQUESTS = 8
-TOKENIZERS = ("tokenizer.json", *SLOW_FILES)
-TOKENIZER_FILES = (*TOKENIZERS, "merges.txt", *SIDE_FILES)
 OTHER_WEIGHTS = re.compile(r".+\.(bin|gguf|pth|pt|h5|msgpack|onnx)")
 # Safetensors files of a repository, with the names of the tensors to read there (None: all).
 Shards = dict[str, list[str] | None]
@@ -72,6 +71,18 @@ def open_hub(model: str) -> ModelSource:
             raise error from None
 
 
+class _File(TypedDict):
+    rfilename: str
+
+
+class _Info(TypedDict):
+    """What is read of the Hub's answer about a repository."""
+
+    sha: NotRequired[str | None]
+    siblings: NotRequired[list[_File] | None]
+    cardData: NotRequired[object]
+
+
 @dataclass
 class Repository:
     """Requests to one repository, with the bytes that they cost."""
@@ -87,14 +98,15 @@ class Repository:
     def url(self) -> str:
         return f"{endpoint()}/{self.name}"
 
-    def info(self) -> dict[str, Any]:
+    def info(self) -> _Info:
         """The Hub's description of the repository: its commit and its files."""
         revision = f"/revision/{self.revision.replace('/', '%2F')}" if self.revision else ""
-        answer = self._fetch(f"{endpoint()}/api/models/{self.name}{revision}", MAX_CONFIG_BYTES)
-        return parse_json(answer.content, self.url)
+        answer = self._fetch(f"{endpoint()}/api/models/{self.name}{revision}", MAX_BYTES)
+        remedy = f"Is {endpoint()} a Hub?"
+        return checked(_Info, parse_object(answer.content, self.url, remedy), self.url, remedy)
 
     def file(
-        self, commit: str, path: str, limit: int = MAX_CONFIG_BYTES, start: int | None = None
+        self, commit: str, path: str, limit: int = MAX_BYTES, start: int | None = None
     ) -> tuple[bytes, int]:
         """Bytes of a file, by Range from `start` on, and the size of the whole file (0: unknown)."""
         answer = self._fetch(f"{self.url}/resolve/{commit}/{path}", limit, start)
@@ -112,24 +124,25 @@ class Repository:
         Raises:
             HubError: they cannot be had.
         """
-        with explained(self.name, READING):
+        with explained(self.name, READING, wrappers=STRANGE):
             return Path(api().snapshot_download(self.name, revision=self.revision, allow_patterns=patterns))
 
 
 def _open_online(repository: Repository, model: str) -> ModelSource:
     info = repository.info()
-    commit = str(info.get("sha") or repository.revision or "main")
-    files = {str(entry.get("rfilename")) for entry in info.get("siblings") or () if isinstance(entry, dict)}
+    card = found if isinstance(found := info.get("cardData"), dict) else {}
+    commit = info.get("sha") or repository.revision or "main"
+    files = {file["rfilename"] for file in info.get("siblings") or ()}
     shards = _weight_files(repository, commit, files)
     cached = _cached_snapshot(repository, commit, files.intersection((*shards, *TOKENIZER_FILES)))
     if cached is not None:
         source = open_folder(cached, model, SourceKind.HUB)
-        return dataclasses.replace(source, revision=commit, bytes_fetched=repository.bytes_fetched)
+        return dataclasses.replace(source, revision=commit, card=card, bytes_fetched=repository.bytes_fetched)
     if not shards and not files.intersection(("config.json", *TOKENIZERS)):
         raise HubError(f"{repository.name}: no model in it{_others(files)}", _other_hint(files))
     declared = None
     if "config.json" in files:
-        declared = parse_json(repository.file(commit, "config.json")[0], f"{model}/config.json")
+        declared = parse_object(repository.file(commit, "config.json")[0], f"{model}/config.json")
     tensors = _read_headers(repository, commit, shards) if shards else None
     missing = () if shards else (f"no safetensors in the repository{_others(files)}",)
     weights = HubWeights(repository, shards, files)
@@ -138,7 +151,7 @@ def _open_online(repository: Repository, model: str) -> ModelSource:
         return read_tokenizer_folder(repository.download(list(TOKENIZER_FILES)))
 
     source = describe(SourceKind.HUB, model, declared, tensors, missing, weights, reader)
-    return dataclasses.replace(source, revision=commit, bytes_fetched=repository.bytes_fetched)
+    return dataclasses.replace(source, revision=commit, card=card, bytes_fetched=repository.bytes_fetched)
 
 
 def _open_cached(repository: Repository, model: str, why: str) -> ModelSource:
@@ -203,20 +216,20 @@ def _read_header(repository: Repository, commit: str, path: str) -> tuple[Tensor
     return parse_header(header, size - 8 - length if size else None, origin)
 
 
-class HubWeights(Weights):
+class HubWeights(ArrayWeights):
     """Weights that are downloaded into the client's cache when they are first read, if there are any."""
 
     def __init__(self, repository: Repository, shards: Shards, files: set[str]) -> None:
         self.repository, self.shards, self.files = repository, shards, files
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def stored(self) -> Iterator[tuple[str, Array]]:
         if not self.shards:
             raise HubError(
                 f"{self.repository.name}: no safetensors in the repository{_others(self.files)}",
                 _other_hint(self.files),
             )
         folder = self.repository.download([*self.shards, INDEX, *TOKENIZER_FILES])
-        yield from SafetensorsWeights({folder / path: names for path, names in self.shards.items()}).tensors()
+        yield from SafetensorsWeights({folder / path: names for path, names in self.shards.items()}).stored()
 
 
 def _others(files: set[str]) -> str:

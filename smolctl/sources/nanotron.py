@@ -13,6 +13,7 @@ from typing import Any
 from smolctl.config import ModelConfig
 from smolctl.config.load import resolve_run_config
 from smolctl.errors import InputError
+from smolctl.outside import shown
 from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.huggingface.config import unsupported_feature
 
@@ -75,7 +76,7 @@ class _Node:
         value = self.get(dotted, default)
         if type(value) is not int:
             raise InputError(
-                f"{self.origin}: {dotted} must be a whole number, got {value!r}", "Correct the YAML."
+                f"{self.origin}: {dotted} must be a whole number, got {shown(value)}", "Correct the YAML."
             )
         return value
 

@@ -22,19 +22,22 @@ from smolctl.config.load import (
     resolve_run_config,
 )
 from smolctl.errors import InputError, UsageError
+from smolctl.ownership import require_inside
+from smolctl.runs.folder import FILES as RUN_FILES
 from smolctl.runs.folder import RUNS, RunFolder, latest_run, split_step
 from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.checkpoint import ZIP_MAGIC, open_checkpoint
 from smolctl.sources.gguf.header import GGUF_MAGIC
 from smolctl.sources.gguf.model import open_gguf
 from smolctl.sources.huggingface.folder import (
+    files_of_model,
     is_huggingface_folder,
     open_config_json,
     open_folder,
     open_safetensors,
 )
 from smolctl.sources.huggingface.safetensors_file import is_safetensors
-from smolctl.sources.huggingface.tokenizer import tokenizer_reader
+from smolctl.sources.huggingface.tokenizer import TOKENIZER_FILES, tokenizer_reader
 from smolctl.sources.nanotron import is_nanotron, open_nanotron
 from smolctl.sources.quantized.folder import DESCRIPTION, FILE, is_quantized_folder, open_quantized_folder
 
@@ -62,6 +65,33 @@ def open_source(model: str, settings: Sequence[str] = ()) -> ModelSource:
     source = _open(model, values)
     laid_over = source.kind in (SourceKind.PRESET, SourceKind.CONFIG)  # before the config was resolved
     return source if laid_over or not values else _what_if(source, values)
+
+
+def require_own_files(source: ModelSource, carried_only: bool = False) -> None:
+    """Check that the files of a model lie in its folder, before they are published or carried over.
+
+    A file that was named itself may be a link; what is read beside it may not.
+
+    Args:
+        source: the model.
+        carried_only: check what a copy of the model carries over as it is: configs and tokenizer.
+
+    Raises:
+        InputError: one of them only seems to lie there, see `ownership.require_inside`.
+    """
+    path = Path(source.id)
+    if source.kind is SourceKind.RUN:
+        run = RunFolder.open(split_step(source.id)[0])
+        named = [name for name in RUN_FILES if "*" not in name]
+        if carried_only:
+            named = [name for name in named if name.startswith(run.tokenizer.name)]
+        else:
+            named.append(run.checkpoint_path(source.step or 0).relative_to(run.path).as_posix())
+        require_inside(run.path, named)
+    elif source.kind is not SourceKind.HUB and path.is_dir():
+        require_inside(path, TOKENIZER_FILES if carried_only else files_of_model(path))
+    elif source.kind in (SourceKind.FOLDER, SourceKind.SAFETENSORS, SourceKind.CHECKPOINT):
+        require_inside(path.parent, TOKENIZER_FILES)
 
 
 def _open(model: str, values: Mapping[str, Any]) -> ModelSource:

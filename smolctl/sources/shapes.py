@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, TypeVar
 
 from smolctl.arithmetic import parameter_rows
 from smolctl.config import ModelConfig
+from smolctl.errors import InputError
 from smolctl.sources.base import TensorHeader
 
 TABLE = "model.embed_tokens.weight"
@@ -17,11 +19,60 @@ FIRST = "model.layers.0."
 # Old transformers stored these; they follow from rope_theta.
 DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 MAX_LAYERS = 10_000  # more would be a damaged file
+NAMED_PROBLEMS = 5  # that an error message names
+
+
+class Shaped(Protocol):
+    """An array, a tensor, or a matrix of integers."""
+
+    @property
+    def shape(self) -> Any: ...
+
+
+S = TypeVar("S", bound=Shaped)
+
+
+def check_state(config: ModelConfig, tensors: Mapping[str, S], origin: str) -> dict[str, S]:
+    """The tensors that a network of this config takes, without a tied head's copy and derived ones.
+
+    Args:
+        config: of the network.
+        tensors: under their Hugging Face names.
+        origin: what to call them in an error.
+
+    Raises:
+        InputError: tensors are missing, unexpected or mis-shaped, each of them named, or the head of a tied
+            model is another than its table.
+    """
+    state = {name: tensor for name, tensor in tensors.items() if not is_derived(name)}
+    if config.tie_word_embeddings and HEAD in state and TABLE in state:
+        head, table = state.pop(HEAD), state[TABLE]
+        if not _equal(head, table):
+            raise InputError(
+                f"{origin}: the config ties lm_head to the token table, but the file holds another lm_head",
+                "Set tie_word_embeddings: false in the config if the head is meant to be its own.",
+            )
+    problems = check_shapes(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    if problems:
+        more = len(problems) - NAMED_PROBLEMS
+        raise InputError(
+            f"{origin}: the weights do not fit the config: {', '.join(problems[:NAMED_PROBLEMS])}"
+            + (f" and {more} more" if more > 0 else ""),
+            "Is this the right config for these weights? `smolctl inspect-config` compares both.",
+        )
+    return state
 
 
 def check_tensors(config: ModelConfig, tensors: Iterable[TensorHeader]) -> tuple[str, ...]:
     """`check_shapes` of a file's header."""
     return check_shapes(config, {tensor.name: tensor.shape for tensor in tensors})
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two arrays, or two tensors, hold the same; matrices of integers are not compared."""
+    if not hasattr(one, "dtype") or not hasattr(other, "dtype"):
+        return False
+    return one.dtype == other.dtype and one.shape == other.shape and bool((one == other).all())
 
 
 def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:

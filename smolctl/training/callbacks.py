@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from smolctl.data.batches import validation_batches
+from smolctl.data.batches import validation_batches, validation_documents
 from smolctl.evaluation import bits_per_byte
 from smolctl.runs.events import Checkpoint, Event, Listener, Step, Validation, to_json
 from smolctl.runs.folder import RunFolder
@@ -170,12 +170,21 @@ class RunCallback(pl.Callback):
             return
         config, step, result = self.config, trainer.global_step, None
         with self._tolerating("the validation", step), observing(module.network):
-            batches = validation_batches(
-                held_out, config.data.sequence_length, config.micro_batch_size, config.validation.sequences
+            which = (
+                held_out,
+                config.data.sequence_length,
+                config.micro_batch_size,
+                config.validation.sequences,
             )
-            result = bits_per_byte(module.network, batches, self._token_bytes, self.prepared.document_end)
+            result = bits_per_byte(
+                module.network,
+                validation_batches(*which),
+                self._token_bytes,
+                self.prepared.document_end,
+                validation_documents(*which, self.prepared.tokenizer.end_of_text_id),
+            )
         if result is not None:
-            self._publish(trainer, Validation(step, result.bits_per_byte, result.standard_error, result.loss))
+            self._publish(trainer, Validation(step, **vars(result)))
 
     def _predict(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, TrainingModule)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from smolctl.model.network import Transformer
 from smolctl.model.weights import initialize, load_network, require_finite
 from smolctl.runs.events import Listener, Note
 from smolctl.sources.base import ModelSource
+from smolctl.sources.provenance import provenance_of
 from smolctl.training.device import Decisions, decide, require_trainer
 from smolctl.training.distributed import with_process_counts
 from smolctl.training.loggers import require_packages
@@ -108,9 +110,7 @@ def prepare(
         SmolError: the model, the tokenizer, the trainer or the corpus cannot be used; each with its remedy.
     """
     require_packages(config.trainer.loggers)
-    if source is not None:
-        config = _with_model_of(source, config, (asked or {}).get("model") or {})
-    config = _with_pinned_sources(config)
+    config = with_pinned_sources(with_origin(source, config, asked or {}, emit))
     if config.train.epochs is None:  # else the number of steps is not known before the data are
         config, decisions = _decided(config, emit)
     if source is None:
@@ -118,6 +118,7 @@ def prepare(
     else:
         tokenizer = _tokenizer_of(source, config.tokenizer, "tokenizer" in (asked or {}), emit)
     tokenizer.require_fit(config.model.vocab_size)
+    config = _with_pinned_tokenizer(config)
     if config.data.is_chat:
         tokenizer = _for_chat(tokenizer, emit)
     samples = config.train.steps * config.train.batch_size if config.train.epochs is None else None
@@ -213,6 +214,29 @@ def _as_trained(network: Transformer, config: RunConfig) -> Transformer:
     return network
 
 
+def with_origin(
+    source: ModelSource | None, config: RunConfig, asked: Mapping[str, Any], emit: Listener
+) -> RunConfig:
+    """The config with the shape of the weights to start from, and with the record of where they come from.
+
+    Raises:
+        InputError: the record, or another shape, was asked for.
+    """
+    if "init_from" in asked:
+        raise InputError("--set init_from: that is a record, not a setting", "Name the model: --init-from.")
+    if source is not None:
+        model_of = _with_model_of(source, config, asked.get("model") or {})
+        return model_of.model_copy(update={"init_from": provenance_of(source)})
+    if config.init_from is not None:
+        emit(
+            Note(
+                f"The config is of a run that began with the weights of {config.init_from.id}; this one "
+                "begins with new weights. --init-from takes those."
+            )
+        )
+    return config.model_copy(update={"init_from": None})
+
+
 def _with_model_of(source: ModelSource, config: RunConfig, asked: Mapping[str, Any]) -> RunConfig:
     """The config with the source's shape; only dropout stays the config's own.
 
@@ -232,12 +256,19 @@ def _with_model_of(source: ModelSource, config: RunConfig, asked: Mapping[str, A
     return resolve_run_config(values, origin=f"--init-from {source.id}")
 
 
-def _with_pinned_sources(config: RunConfig) -> RunConfig:
+def with_pinned_sources(config: RunConfig) -> RunConfig:
     """The config with sources that mean the same when the run is resumed, also from another folder."""
     data = config.data
     held_out = None if data.validation is None else pin_sources([data.validation])[0]
     pinned = data.model_copy(update={"source": pin_sources(data.source), "validation": held_out})
     return config.model_copy(update={"data": pinned})
+
+
+def _with_pinned_tokenizer(config: RunConfig) -> RunConfig:
+    """The config with a tokenizer that is a path only when it is absolute, and else a Hub id or train:N."""
+    path = Path(config.tokenizer or "").expanduser()
+    is_path = config.tokenizer is not None and path.exists()
+    return config.model_copy(update={"tokenizer": str(path.absolute())}) if is_path else config
 
 
 def _chosen_tokenizer(config: RunConfig, emit: Listener) -> Tokenizer:

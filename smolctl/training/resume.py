@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from smolctl.config import RunConfig, resolve_run_config
 from smolctl.config.load import changed_run, merge, nested, with_scaled_floor
@@ -14,9 +16,11 @@ from smolctl.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from smolctl.data.tokens.corpus import TokenizeProgress
 from smolctl.durable import naming_the_disk
 from smolctl.errors import InputError, UsageError
-from smolctl.runs.checkpoint_file import CheckpointFile, read_checkpoint, recorded_config
+from smolctl.outside import checked
+from smolctl.runs.checkpoint_file import ANOTHER, CheckpointFile, read_checkpoint, recorded_config
 from smolctl.runs.events import Listener, Note, Start
 from smolctl.runs.folder import CHECKPOINT_NAME, CONFIG, RUNS, RunFolder
+from smolctl.runs.records import StepNumber
 from smolctl.sources.checkpoint import tokenizer_inside
 from smolctl.training.device import Decisions, decide_again, describe_environment
 from smolctl.training.distributed import is_main_process, with_process_counts
@@ -27,12 +31,12 @@ from smolctl.training.optim.schedule import (
     learning_rate,
     require_sense,
 )
-from smolctl.training.prepare import Prepared, prepare_again
+from smolctl.training.prepare import Prepared, prepare_again, with_pinned_sources
 from smolctl.training.tolerance import LATEST_LINK, Tolerance
 from smolctl.training.train import plan_run
 
 # A run cannot change these and be the same run. What the optimizer keeps belongs to one optimizer.
-FIXED_SECTIONS = ("model", "tokenizer", "data")
+FIXED_SECTIONS = ("model", "tokenizer", "data", "init_from")
 # Sources may lie elsewhere; what they hold is compared by `require_same_data`.
 FREE_KEYS = ("model.attention_dropout", "data.workers", "data.source", "data.validation")
 FIXED_KEYS = ("optimizer.name", "train.seed")
@@ -42,6 +46,27 @@ NEEDED = (
     *("pytorch-lightning_version", "smolctl"),
 )
 NEEDED_OF_OURS = ("samples", "data", "tokenizer", "rng")
+
+
+class _Decided(TypedDict):
+    device: str
+    asked: list[str]
+
+
+class _Ours(TypedDict):
+    samples: int
+    data: str
+    tokenizer: str
+    rng: list[dict[str, Any]]
+    tokens: NotRequired[list[str]]
+    decisions: NotRequired[_Decided | None]
+
+
+class _Resumable(TypedDict):
+    """What is read of a checkpoint before Lightning reads it."""
+
+    global_step: StepNumber
+    smolctl: _Ours
 
 
 @dataclass(frozen=True)
@@ -133,12 +158,14 @@ def _prepare(
     """Everything that can be refused, before anything is touched."""
     path = parent.checkpoint(step).path if parent else reference
     content = read_checkpoint(path)
-    checkpoint = CheckpointFile(int(content.get("global_step", 0)), path)
     before, state = run_of(content, path)
+    checkpoint = CheckpointFile(content["global_step"], path)
     if parent is not None and (edits := edited_settings(parent, before)):
         emit(Note(f"{parent.path / CONFIG} was edited: {', '.join(edits)}."))
         options = replace(options, settings=merge(nested(edits), options.settings))
     changed = changed_config(before, checkpoint.step, options)
+    if changed.data.texts != before.data.texts:
+        changed = with_pinned_sources(changed)
     config, decisions = decide_again(changed, decisions_of(state), options.settings, emit)
     config = with_process_counts(config)
     tokenizer = tokenizer_of(content, parent, path)
@@ -157,7 +184,7 @@ def edited_settings(run: RunFolder, before: RunConfig) -> dict[str, Any]:
     if edited is None:
         return {}
     old, new = before.settings(), edited.settings()
-    return {key: value for key, value in new.items() if value != old[key]}
+    return {key: value for key, value in new.items() if value != old.get(key)}
 
 
 def run_of(content: Mapping[str, Any], path: Path) -> tuple[RunConfig, dict[str, Any]]:
@@ -181,6 +208,7 @@ def run_of(content: Mapping[str, Any], path: Path) -> tuple[RunConfig, dict[str,
             f"{path}: the version of smolctl that trained this run cuts the text into other sequences",
             "Resume it with that version, or start a new run from it: smolctl train --init-from RUN.",
         )
+    checked(_Resumable, content, f"{path}: damaged", ANOTHER)
     return config, dict(ours)
 
 
@@ -246,7 +274,8 @@ def _is_fixed(key: str) -> bool:
 def changes(before: RunConfig, after: RunConfig) -> list[str]:
     """Every setting that differs, as "section.key old → new"; the number of steps is no such change."""
     old, new = before.settings(), after.settings()
-    return [f"{key} {old[key]} → {new[key]}" for key in old if old[key] != new[key] and key != "train.steps"]
+    pairs = {key: (old.get(key), new.get(key)) for key in (*old, *new)}
+    return [f"{key} {a} → {b}" for key, (a, b) in pairs.items() if a != b and key != "train.steps"]
 
 
 def learning_rate_at_boundary(before: RunConfig, after: RunConfig, done: int) -> str:

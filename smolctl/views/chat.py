@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +14,7 @@ from smolctl.escaping import whole_characters
 from smolctl.generation.complete import CompletionResult, InterruptedCompletion, TextListener
 from smolctl.generation.conversation import Session
 from smolctl.generation.prompts import COUNTS, SAMPLING, SETTINGS
+from smolctl.outside import parse_json
 from smolctl.views.completions import StreamView, show_facts
 from smolctl.views.output import Output
 
@@ -64,8 +64,11 @@ class Chat:
                 continue
             if text.rstrip() in ("exit", "quit", "/exit", "/quit"):
                 return
-            if text.strip():
-                self._obey(text)
+            try:
+                if text.strip():
+                    self._obey(text)
+            except KeyboardInterrupt:  # before the first token, or between an answer and the next prompt
+                self.out.talk("Stopped.")
 
     def _obey(self, text: str) -> None:
         """Run a command or answer a message; errors end this turn only."""
@@ -156,7 +159,7 @@ def _file(name: str) -> Path:
 def _value(text: str) -> Any:
     """A value as JSON has it, or the text itself."""
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return text
 

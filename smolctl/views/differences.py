@@ -23,7 +23,9 @@ def show_differences(out: Output, differences: Differences) -> None:
     out.document(differences_document(differences))
     if out.json:
         return
-    out.show(f"{title(differences.this)} against {title(differences.other)}")
+    from rich.text import Text
+
+    out.show(Text.assemble(title(differences.this), " against ", title(differences.other)))
     for kind in KINDS:
         _show_kind(out, kind, differences)
 
@@ -44,10 +46,10 @@ def _show_kind(out: Output, kind: str, differences: Differences) -> None:
 
     items: tuple[Difference, ...] | None = getattr(differences, kind)
     if items is None:
-        out.show("", f"[dim]{kind}: not compared, they do not both have any[/dim]")
+        out.show("", Text(f"{kind}: not compared, they do not both have any", style="dim"))
         return
     if not items:
-        out.show("", f"{kind}: [green]the same[/green]")
+        out.show("", Text.assemble(f"{kind}: ", ("the same", "green")))
         return
     table = headed((kind,), (kind,))
     absent = ABSENT if kind == "tensors" else written(None)

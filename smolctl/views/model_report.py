@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from smolctl.config import ModelConfig
+from smolctl.config import ModelConfig, Provenance
 from smolctl.inspection.report import CheckpointFacts, Derived, MemoryPlan, ModelReport, RecipeFacts
 from smolctl.views.numbers import quantity, size
 from smolctl.views.output import Output, fields
@@ -43,13 +43,16 @@ def show_report(out: Output, report: ModelReport) -> None:
 
     out.show(title(report.source))
     for heading, body in _sections(report):
-        out.show("", f"[bold]{heading}[/bold]", body)
+        out.show("", Text(heading, style="bold"), body)
     out.show("")
-    for mark, lines in (("[red]problem[/red]", report.problems), ("[dim]note[/dim]", report.notes)):
+    for mark, lines in (
+        (Text("problem", style="red"), report.problems),
+        (Text("note", style="dim"), report.notes),
+    ):
         if lines:
             out.show(facts((mark, Text(line)) for line in shortened(lines, PROBLEMS_SHOWN)))
     if not report.problems:
-        out.show("[green]no problems found[/green]")
+        out.show(Text("no problems found", style="green"))
 
 
 def report_document(report: ModelReport) -> Mapping[str, Any]:
@@ -63,6 +66,7 @@ def report_document(report: ModelReport) -> Mapping[str, Any]:
         "derived": _derived_document(report.derived, report.recipe),
         "recipe": report.recipe.run.model_dump(mode="json", exclude={"model"}) if report.recipe else None,
         "checkpoint": asdict(report.checkpoint) if report.checkpoint else None,
+        "provenance": report.provenance.model_dump(mode="json") if report.provenance else None,
         "stops": [{"id": token_id, "token": token} for token_id, token in report.stops.items()],
         "problems": list(report.problems),
         "notes": list(report.notes),
@@ -102,6 +106,8 @@ def _sections(report: ModelReport) -> Iterator[tuple[str, RenderableType]]:
         yield "recipe", _explained(_recipe_rows(report.recipe))
     if report.checkpoint is not None:
         yield "weights", _explained(_checkpoint_rows(report.checkpoint))
+    if report.provenance is not None and (report.provenance.license or report.provenance.made_from):
+        yield "where the weights come from", _explained(_provenance_rows(report.provenance))
 
 
 def _config_rows(config: ModelConfig, stops: Mapping[int, str | None]) -> Iterator[Row]:
@@ -173,6 +179,15 @@ def _checkpoint_rows(checkpoint: CheckpointFacts) -> Iterator[Row]:
     )
     if checkpoint.matches is not None:
         yield "fits the config", "yes" if checkpoint.matches else "no", "every name and shape compared"
+
+
+def _provenance_rows(provenance: Provenance) -> Iterator[Row]:
+    for index, one in enumerate(provenance.chain):
+        at = {"revision": one.revision, "commit": one.commit, "step": one.step}
+        said = [f"{what} {value}" for what, value in at.items() if value is not None]
+        said.append(f"licence {one.license}" if one.license else "licence not stated")
+        place = "on the Hub" if one.kind == "hub" else one.id
+        yield "made from" if index else "this model", one.public().id, ", ".join([place, *said])
 
 
 def _memory_rows(plan: MemoryPlan) -> Iterator[Row]:

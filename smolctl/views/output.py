@@ -6,21 +6,57 @@ import codecs
 import contextlib
 import io
 import json
+import logging
 import os
+import re
 import sys
-from collections.abc import Callable, Container, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from smolctl.errors import SmolError
-from smolctl.escaping import json_text
+from smolctl.escaping import for_terminal, json_text
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 # A pipe has no width. Tables are laid out for this many columns there.
 PIPE_WIDTH = 120
+# How tqdm, which draws the progress bars of the Hub's client, moves the cursor: to the beginning of the line
+# before a bar, and by whole lines between bars.
+BAR_MOVES = re.compile(r"\r?(?=[^\r\x1b]*\Z)|(?:\n|\x1b\[A)*\Z")
+
+
+class TerminalStream:
+    """A standard stream that ends in a terminal, which shows control characters and obeys none.
+
+    Much of what is printed comes from models, files and Hubs, some of it through the warnings of libraries.
+
+    Args:
+        stream: the terminal's.
+        bars: whether progress bars may move the cursor.
+    """
+
+    def __init__(self, stream: TextIO, bars: bool = False) -> None:
+        self.rich_proxied_file = stream  # by this name rich finds where its own sequences go
+        self._bars = bars
+
+    def write(self, text: str) -> int:
+        """Write a text; returns its length."""
+        moves = BAR_MOVES.match(text) if self._bars else None
+        start = moves.end() if moves else 0
+        self.rich_proxied_file.write(text[:start] + for_terminal(text[start:]))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write texts one after the other."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rich_proxied_file, name)
 
 
 @dataclass(frozen=True)
@@ -55,7 +91,7 @@ class Output:
     def line(self, text: str) -> None:
         """Print one line of data as it is, however long; nothing under `--json`."""
         if not self.json:
-            self.stdout.print(text, markup=False, highlight=False, soft_wrap=True)
+            self.stdout.print(text, highlight=False, soft_wrap=True)
 
     def write(self, text: str) -> None:
         """Write data to stdout as it is and at once."""
@@ -81,6 +117,20 @@ class Output:
                 f"stdout cannot be written ({error.strerror})", "What it did not take is above this line."
             ) from None
 
+    @contextlib.contextmanager
+    def quieting_libraries(self) -> Iterator[None]:
+        """Keep what libraries warn of and log, errors excepted, off stderr under `--quiet`."""
+        if not self.quiet:
+            yield
+            return
+        disabled = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                yield
+        finally:
+            logging.disable(disabled)
+
     def document(self, value: Mapping[str, Any]) -> None:
         """Print one JSON document; nothing without `--json`."""
         if self.json:
@@ -94,7 +144,7 @@ class Output:
     def talk(self, text: str) -> None:
         """Say something beside the data; nothing under `--quiet`."""
         if not self.quiet:
-            self.stderr.print(text, markup=False, highlight=False, soft_wrap=True)
+            self.stderr.print(text, highlight=False, soft_wrap=True)
 
     def error(self, error: SmolError) -> None:
         """One line of cause and one of remedy, or the JSON object of both."""
@@ -103,9 +153,9 @@ class Output:
             print(json_text({"error": body}), file=sys.stderr, flush=True)
             return
         self.stderr.print("error: ", style="bold red", end="", highlight=False)
-        self.stderr.print(error.message, markup=False, highlight=False, soft_wrap=True)
+        self.stderr.print(" ".join(error.message.splitlines()), highlight=False, soft_wrap=True)
         if error.hint:
-            self.stderr.print(f" hint: {error.hint}", markup=False, highlight=False, soft_wrap=True)
+            self.stderr.print(f" hint: {error.hint}", highlight=False, soft_wrap=True)
 
 
 def fields(result: object, without: Container[str]) -> dict[str, Any]:
@@ -119,8 +169,9 @@ def abandon_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def tolerate_encodings() -> None:
-    """Have the standard streams stand for what their encodings lack, instead of failing.
+def prepare_streams() -> None:
+    """Have the standard streams stand for what their encodings lack, instead of failing, and keep terminals
+    from obeying what is printed.
 
     Stdout and stderr write characters that they lack as "?" on a terminal, which keeps its columns in line,
     and elsewhere as JSON's escapes, which lose nothing. Stdin reads other bytes as replacement characters.
@@ -138,10 +189,14 @@ def tolerate_encodings() -> None:
                 stream.reconfigure(errors="replace" if stream.isatty() else "json")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.isatty():
+        sys.stdout = cast(TextIO, TerminalStream(sys.stdout))
+    if isinstance(sys.stderr, io.TextIOWrapper) and sys.stderr.isatty():
+        sys.stderr = cast(TextIO, TerminalStream(sys.stderr, bars=True))
 
 
 def _console(stderr: bool) -> Console:
-    from rich.console import Console
+    from smolctl.views.console import PlainConsole
 
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=PIPE_WIDTH)
+    console = PlainConsole(stderr=stderr)
+    return console if console.is_terminal else PlainConsole(stderr=stderr, width=PIPE_WIDTH)

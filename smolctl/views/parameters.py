@@ -47,14 +47,14 @@ def fits(out: Output, table: Table) -> bool:
     return out.stdout.measure(table, options=unlimited).maximum <= out.stdout.width
 
 
-def title(source: ModelSource) -> str:
-    """What is looked at, on one line, as rich markup."""
-    from rich.markup import escape
+def title(source: ModelSource) -> Text:
+    """What is looked at, on one line."""
+    from rich.text import Text
 
     at = f" at {source.revision[:12]}" if source.revision else ""
     step = f", step {source.step:,}" if source.step is not None else ""
     fetched = f", {size(source.bytes_fetched)} fetched" if source.bytes_fetched else ""
-    return f"[bold]{escape(source.id)}[/bold] [dim]({source.kind.value}{at}{step}{fetched})[/dim]"
+    return Text.assemble((source.id, "bold"), (f" ({source.kind.value}{at}{step}{fetched})", "dim"))
 
 
 def source_document(source: ModelSource) -> Mapping[str, Any]:
@@ -156,17 +156,19 @@ def _share(parameters: int, unique: int) -> str:
     return f"{share:.1f} %" if share >= 0.05 or not parameters else "< 0.1 %"
 
 
-def _remarks(report: ParameterReport) -> Iterator[str]:
-    from rich.markup import escape
+def _remarks(report: ParameterReport) -> Iterator[Text]:
+    from rich.text import Text
 
+    good, bad = ("✓ ", "green"), ("! ", "yellow")
     if report.agrees:
         tensors = len(report.source.tensors or ())
-        yield f"[green]✓[/green] The {tensors:,} tensors in the file's header agree with the config."
+        yield Text.assemble(good, f"The {tensors:,} tensors in the file's header agree with the config.")
     elif report.agrees is False:
-        yield "[yellow]![/yellow] The file's header does not agree with the config, which is counted above:"
+        yield Text.assemble(bad, "The file's header does not agree with the config, which is counted above:")
     elif report.what_if:
-        yield f"[yellow]![/yellow] What if: {escape(', '.join(report.what_if))}. The source is another model."
+        settings = ", ".join(f"{item:.80}" for item in report.what_if)
+        yield Text.assemble(bad, f"What if: {settings}. The source is another model.")
     elif report.basis is Basis.CONFIG:
-        yield "[dim]Counted from the config: there are no weights beside it to compare with.[/dim]"
+        yield Text("Counted from the config: there are no weights beside it to compare with.", style="dim")
     for note in shortened(report.notes, NOTES_SHOWN):
-        yield f"[yellow]![/yellow] {escape(note)}"
+        yield Text.assemble(bad, note)

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from smolctl.hub.client import Head
 from smolctl.hub.connection import endpoint
 from smolctl.hub.files import PlannedFile
+from smolctl.publish.manifest import RepoPlan
 from smolctl.publish.push import Pushed, PushedRepo, PushPlan
 from smolctl.views.numbers import size
 from smolctl.views.output import Output
-from smolctl.views.tables import facts
+from smolctl.views.tables import facts, shortened
 
 SHOWN_SHA = 12
+SHOWN_NAMES = 8
+WHOSE = {"replaces": ", of which no record says that smolctl put them there", "not ours": " stay there"}
 SHOWN_SPACE_FOLDERS = ("smolctl/",)  # many small files, shown as one line
 
 
@@ -41,11 +43,11 @@ def _plan(plan: PushPlan, whole: bool) -> Sequence[Any]:
 
     shown: dict[str, Any] = {
         "Plan": facts(((f" {name}", Text(value)) for name, value in _facts(plan).items()), style="bold"),
-        "Files": _files(plan.files, (), plan.head),
+        "Files": _files(plan.model, ()),
     }
-    if plan.options.space:
+    if plan.space is not None:
         folded = () if whole else SHOWN_SPACE_FOLDERS
-        shown[f"Files of the Space {plan.options.space}"] = _files(plan.space_files, folded, None)
+        shown[f"Files of the Space {plan.options.space}"] = _files(plan.space, folded)
     if whole:
         shown["Card"] = Text(plan.card)
     return [line for title, body in shown.items() for line in (Text(title, style="bold"), body)]
@@ -67,8 +69,18 @@ def _facts(plan: PushPlan) -> dict[str, str]:
         "as": _identity(plan),
         "loads in": f"transformers with {how}; logits differ by {export.largest_difference:.2g} at most",
         "card": f"{card}, {len(plan.card.splitlines())} lines{licence}",
-        "secrets": f"none found in {len(plan.files) + len(plan.space_files)} files",
+        "secrets": f"none found in {sum(len(repo.files) for repo in _repos(plan))} files",
     }
+    hashes = {finding.hash for finding in plan.allowed}
+    nowhere = [f"{hash} was found nowhere" for hash in plan.options.allowed_secrets if hash not in hashes]
+    if allowed := [*map(str, plan.allowed), *nowhere]:
+        rows["allowed"] = "; ".join(allowed)
+    for row, names in (
+        ("replaces", [name for repo in _repos(plan) for name in repo.replaced]),
+        ("not ours", [name for repo in _repos(plan) for name in repo.stays]),
+    ):
+        if names:
+            rows[row] = f"{', '.join(shortened(names, SHOWN_NAMES))}{WHOSE[row]}"
     if wider := [f"{one.path.name}: {line}" for one in export.ggufs for line in one.wider]:
         rows["stored wider"] = "; ".join(wider)
     if built.left_out:
@@ -83,7 +95,7 @@ def _facts(plan: PushPlan) -> dict[str, str]:
 
 def _visibility(plan: PushPlan) -> str:
     shown = "public" if plan.is_public else "private"
-    return shown if plan.head is None else f"{shown} already"
+    return shown if plan.model.there.head is None else f"{shown} already"
 
 
 def _identity(plan: PushPlan) -> str:
@@ -97,11 +109,16 @@ def _identity(plan: PushPlan) -> str:
     return f"{identity.user} ({token}role {identity.role}){organizations}"
 
 
-def _files(files: Sequence[PlannedFile], folded: Sequence[str], head: Head | None) -> Any:
-    """A table of files, with those marked that a repository on the Hub has already."""
+def _repos(plan: PushPlan) -> Sequence[RepoPlan]:
+    return [repo for repo in (plan.model, plan.space) if repo is not None]
+
+
+def _files(plan: RepoPlan, folded: Sequence[str]) -> Any:
+    """A table of files: which the repository on the Hub has already, and which it has of an earlier push."""
     from rich.table import Column, Table
     from rich.text import Text
 
+    files, head = plan.files, plan.there.head
     to_send = [file for file in files if head is None or not head.has(file)]
     table = Table.grid("", Column(justify="right"), padding=(0, 2))
     for file in files:
@@ -113,6 +130,8 @@ def _files(files: Sequence[PlannedFile], folded: Sequence[str], head: Head | Non
         inside = [file for file in files if file.path.startswith(folder)]
         if inside:
             table.add_row(Text(f" {folder}"), size(_bytes(inside)), f"{len(inside)} files")
+    for path in plan.removed:
+        table.add_row(Text(f" {path}"), "", "", "removed: of an earlier push")
     table.add_row(Text(f" {len(files)} files", style="bold"), size(_bytes(files)))
     if len(to_send) < len(files):
         table.add_row(Text(f" {len(to_send)} to send", style="bold"), size(_bytes(to_send)))
@@ -141,10 +160,11 @@ def show_pushed(out: Output, pushed: Pushed) -> None:
 def _pushed_line(repo: PushedRepo) -> str:
     commit = repo.commit
     place = commit.pull_request or repo.url
-    if not commit.sent:
+    if not commit.sent and not commit.removed:
         return f"{place}: everything was there already at {commit.sha[:8]}; nothing sent."
+    removed = f" and {len(commit.removed)} of an earlier push removed" if commit.removed else ""
     return (
-        f"{place}: {len(commit.sent)} of {len(repo.files)} files sent in commit {commit.sha[:8]}; "
+        f"{place}: {len(commit.sent)} of {len(repo.files)} files sent{removed} in commit {commit.sha[:8]}; "
         "the checksums of all were compared on the server."
     )
 
@@ -157,6 +177,7 @@ def _repo_document(repo: PushedRepo) -> dict[str, Any]:
         "pull_request": repo.commit.pull_request,
         "files": _file_documents(repo.files),
         "sent": list(repo.commit.sent),
+        "removed": list(repo.commit.removed),
         "verified": True,
     }
 
@@ -171,13 +192,15 @@ def _document(plan: PushPlan) -> dict[str, Any]:
         "id": plan.repo,
         "url": None,
         "commit": None,
-        "files": _file_documents(plan.files),
+        "files": _file_documents(plan.model.files),
+        "removed": list(plan.model.removed),
+        "not_ours": list(plan.model.stays),
         "verified": False,
         "public": plan.options.public,
         "largest_logit_difference": plan.built.export.largest_difference,
     }
-    space = {"id": plan.options.space, "files": _file_documents(plan.space_files)}
-    return {"repo": repo, "space": space if plan.options.space else None}
+    space = plan.space and {"id": plan.options.space, "files": _file_documents(plan.space.files)}
+    return {"repo": repo, "space": space, "allowed_secrets": list(map(str, plan.allowed))}
 
 
 def limit_progress_bars(out: Output) -> None:

@@ -148,6 +148,7 @@ def _variant(variant: Variant) -> dict[str, Any]:
         "path": variant.path,
         "checkpoint": variant.checkpoint or None,
         "bits_per_byte_delta_standard_error": quality and quality.delta.standard_error,
+        "bits_per_byte_delta_margin": quality and quality.delta.margin,
         "source_bits_per_byte": quality and quality.source_bits_per_byte.mean,
         "kl_standard_error": quality and quality.kl.standard_error,
         "perplexity": quality and quality.perplexity,

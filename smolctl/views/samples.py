@@ -43,9 +43,19 @@ class SampleView:
 
     def __call__(self, event: Loaded | Rendered | Streamed) -> None:
         match event:
-            case Loaded(model):
+            case Loaded(model, recommended):
                 for note in model.notes:
                     self.out.talk(f"{model.id}: {note}")
+                if recommended:
+                    named = (f"{key.replace('_', ' ')} {value:g}" for key, value in recommended.items())
+                    self.out.talk(
+                        f"{model.id}: sampling as {model.recommended_in} has it: {', '.join(named)}."
+                    )
+                elif model.recommended and len(self.request.models) > 1:
+                    self.out.talk(
+                        f"{model.id}: what {model.recommended_in} says of sampling is left aside, "
+                        "since all models get the same settings."
+                    )
                 if model.can_chat and self.request.continues_text:
                     self.out.talk(
                         f"{model.id}: the prompt is continued as it is. To ask a question, add --chat."

@@ -160,9 +160,6 @@ class TrainingView:
 
     def _show_summary(self, event: End) -> None:
         """What stays on the screen when the display has left it."""
-        from rich.markup import escape
-
-        run = escape(event.run)
         done = event.reason == "done"
         name, why = ("done", "") if done else ("stopped", f"by {event.reason} at ")
         after = duration(event.seconds)
@@ -173,10 +170,10 @@ class TrainingView:
             rows["held out"] = (
                 f"{bits_per_byte(self.state.validation)} at step {self.state.validation.step:,}"
             )
-        rows["saved in"] = f"{run}: {self._records()}"
+        rows["saved in"] = f"{event.run}: {self._records()}"
         if not done:
-            rows["go on"] = f"smolctl resume {run}"
-        rows["try it"] = f"smolctl sample {run}{self._chat_option}"
+            rows["go on"] = f"smolctl resume {event.run}"
+        rows["try it"] = f"smolctl sample {event.run}{self._chat_option}"
         self.out.show("", facts(rows.items(), style="bold"))
 
     def _plain_summary(self, event: End) -> None:

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from smolctl.benchmark import measure
 from smolctl.benchmark.bench import BenchOptions, bench, results_of
@@ -29,7 +29,7 @@ from smolctl.benchmark.report import Result
 from smolctl.benchmark.suites import PreparedWorkload, choose_suites
 from smolctl.benchmark.workload import EngineFacts, Sizes, Workload, cut
 from smolctl.errors import InputError, SmolError, UsageError
-from smolctl.generation.engine import Cache, Engine
+from smolctl.generation.engine import Cache, Engine, Logits
 from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.network import Transformer
 from smolctl.sources import open_source
@@ -87,18 +87,18 @@ class Perturbed(Engine):
     def allocate(self, sequences: int, capacity: int) -> Cache:
         return self.engine.allocate(sequences, capacity)
 
-    def forward(self, tokens: Sequence[Sequence[int]], cache: Cache, every: bool = False) -> Tensor:
+    def forward(self, tokens: Sequence[Sequence[int]], cache: Cache, every: bool = False) -> Logits:
         self.calls += 1
         if self.how == "forgets what it has read" and len(tokens[0]) == 1:
             cache = self.allocate(len(tokens), 1)
         logits = self.engine.forward(tokens, cache, every)
         if self.how == "mixes up sequences":
-            return logits.roll(1, dims=0)
+            return np.roll(logits, 1, axis=0)
         if self.how == "repeats itself":
             self.kept = getattr(self, "kept", logits)
             return self.kept if self.kept.shape == logits.shape else logits
         if self.how == "fails now and then" and self.calls == 2:
-            return logits.flip(-1)
+            return logits[..., ::-1].copy()
         return logits
 
 

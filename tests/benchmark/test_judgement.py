@@ -336,3 +336,42 @@ def test_a_disturbed_baseline_gives_no_verdict_either(tmp_path: Path) -> None:
     changes = compare_with(report(result(values=(200.0,) * 7)), path, None)
     (change,) = bench_document(report(result()), changes)["baseline"]["changes"]
     assert change["beyond_noise"] is None
+
+
+def test_keys_of_a_later_version_are_left_out(tmp_path: Path) -> None:
+    path = saved(tmp_path / "base.json", report(result()))
+    content = json.loads(path.read_text())
+    for part in (content, content["machine"], content["results"][0]):
+        part["colour"] = {"of": "a later version"}
+    path.write_text(json.dumps(content))
+    assert compare_with(report(result()), path, 0.95).failed == ()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "key"),
+    [
+        ("results", 5, "results"),
+        ("results", [5], r"results\.0"),
+        ("results", [{"suite": []}], r"results\.0\.suite"),
+        ("machine", {"cpu": 5}, r"machine\.cpu"),
+        ("model", {"id": "a", "parameters": "many", "shape": "x"}, r"model\.parameters"),
+        ("disturbed", 5, "disturbed"),
+    ],
+)
+def test_a_value_that_no_baseline_has_names_its_key(
+    tmp_path: Path, place: str, value: object, key: str
+) -> None:
+    path = saved(tmp_path / "base.json", report(result()))
+    path.write_text(json.dumps({**json.loads(path.read_text()), place: value}))
+    with pytest.raises(InputError, match=rf"base\.json: damaged: {key}"):
+        compare_with(report(result()), path, 0.95)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"format": "smolctl-bench", "version": 1' + "0" * 5_000 + "}"]
+)
+def test_a_baseline_without_end_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "base.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"base\.json"):
+        compare_with(report(result()), path, 0.95)

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pty
+import random
 import select
 import signal
 import subprocess
@@ -21,12 +22,12 @@ import pytest
 
 from smolctl.data.tokenizer.bpe import train_bpe
 from smolctl.data.tokenizer.tokenizer import Tokenizer
-from smolctl.errors import InputError
+from smolctl.errors import PromptTooLongError
 from smolctl.generation.complete import CompletionSettings, InterruptedCompletion
 from smolctl.generation.conversation import Conversation, Session
 from smolctl.generation.load import load_model
 from smolctl.generation.native_engine import NativeEngine
-from tests.support.processes import call
+from tests.support.processes import call, start
 from tests.support.tiny_models import plain_settings, tiny_model, write_folder, write_speaker
 from tests.support.tokenizers import tokenizer
 
@@ -177,7 +178,10 @@ FAULTS = {
     '{"prompt": "a", "frequency_penalty": 0.5}': '"frequency_penalty" is not supported',
     '{"prompt": "a", "max_new_tokens": 5}': '"max_new_tokens" is not supported',
     '{"prompt": "a", "completions": "mine"}': "under which the answers are written",
-    json.dumps("the cat " * 200): "the prompt has",
+    json.dumps("the cat " * 80): "tokens, the model's context holds 96",
+    json.dumps("the cat " * 20_000): "the prompt has 160,000 characters",
+    json.dumps({"messages": [{"role": "user", "content": "hi", "a": "x" * 90_000}]}): "characters, and the",
+    '{"messages": [{"role": "user", "content": "hi", "a": ' + "[" * 400 + "]" * 400 + "}]}": "levels deep",
 }
 
 
@@ -272,6 +276,29 @@ def test_an_output_that_a_kill_has_torn_is_gone_on_with(
     assert list(map(without_logprobs, rows_of(output.read_text()))) == rows
 
 
+@pytest.mark.slow
+def test_a_batch_that_was_killed_again_and_again_is_gone_on_with(
+    smolctl: Smolctl, model: Path, tmp_path: Path
+) -> None:
+    prompts, output, expected = (tmp_path / name for name in ("prompts.jsonl", "answers", "expected"))
+    lines = [{"prompt": "the cat", "id": at, "max_tokens": 1 + 40 * (at % 3)} for at in range(120)]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ("sample", model, "--jsonl", prompts, "--temperature", "3", "--threads", "1", "--resume-output")
+    for rows in (10, 70):
+        with start(*command, output) as process:
+            until = time.monotonic() + LIMIT_S
+            while not output.exists() or output.read_bytes().count(b"\n") < rows:
+                assert process.poll() is None, "it ended before it was killed"
+                assert time.monotonic() < until
+            process.kill()
+        assert output.read_bytes().count(b"\n") < len(lines), "it ended before it was killed"
+    assert smolctl(*command, output).code == 0
+    assert smolctl(*command, expected).code == 0
+    found, whole = (list(map(without_logprobs, rows_of(path.read_text()))) for path in (output, expected))
+    assert [row["id"] for row in whole] == list(range(120))
+    assert found == whole
+
+
 @pytest.mark.parametrize("content", ["hello", '{"a": 1}', "hello\n", '{"prompt": "on", "completions": []}\n'])
 def test_a_file_that_is_no_output_of_these_prompts_is_left_as_it_is(
     content: str, smolctl: Smolctl, model: Path, tmp_path: Path
@@ -315,6 +342,7 @@ def test_options_that_do_not_go_together_are_usage_errors(
 
 
 READY = "\x1b[?2004h"  # what the editor writes when it takes keys: from now on pasted text is marked
+TAKEN = "\x1b[?2004l"  # what it writes when it has taken a message
 PASTE, PASTED = "\x1b[200~", "\x1b[201~"
 UP, LEFT, HOME = "\x1b[A", "\x1b[D", "\x01"
 
@@ -376,8 +404,8 @@ def test_a_session_edits_lines_and_loses_nothing_of_what_is_typed(model: Path, t
         terminal.type(f"he ct{LEFT}a{HOME}t\r")
         assert "chatting with the model's template" in terminal.shown or terminal.read_until("prefill")
         terminal.type("cat " * 1500 + "\r")  # more than a terminal's own line holds, and than the context
-        error = terminal.read_until("the model's context holds 96")
-        assert int(error.rpartition("the prompt has ")[2].split()[0]) > 1500
+        error = terminal.read_until(" characters, and the model's context of 96 tokens holds")
+        assert int(error.rpartition("the prompt has ")[2].replace(",", "")) >= 6000
         terminal.type(f"{PASTE}a\nb\r\nc{PASTED}\r")
         terminal.type("\x03")
         terminal.read_until("Ctrl-D ends.")
@@ -452,8 +480,10 @@ def test_without_a_template_and_on_a_terminal_that_can_do_nothing(other: Path, t
 def test_a_message_that_does_not_fit_leaves_the_history_as_it_is() -> None:
     turns = [{"role": role, "content": "the cat"} for role in ("user", "assistant")] * 2
     session = Session(tiny_model(), CompletionSettings(max_tokens=4), Conversation(True, turns=list(turns)))
-    with pytest.raises(InputError, match="the model's context holds"):
-        session.make_room("the cat " * 100)
+    with pytest.raises(PromptTooLongError, match="the model's context holds"):
+        session.make_room("the cat " * 50)
+    with pytest.raises(PromptTooLongError, match="characters"):
+        session.make_room("the cat " * 1_000)
     assert session.conversation.turns == turns
     assert session.make_room("on " * 35) > 0
 
@@ -524,6 +554,33 @@ def test_a_chat_keeps_what_came_before_ctrl_c(monkeypatch: pytest.MonkeyPatch, m
     session.retry(lambda *_: None)
     assert len(session.conversation.turns) == 2
     assert session.conversation.turns[1]["content"].startswith(answer)
+
+
+@pytest.mark.real_weights
+@pytest.mark.parametrize(
+    "rounds", [pytest.param(1, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.proof)]
+)
+def test_ctrl_c_while_a_long_prompt_is_read_leaves_the_next_answer_as_it_was(
+    rounds: int, gguf_file: Path, tmp_path: Path
+) -> None:
+    chance, answers = random.Random(0), []
+    with on_a_terminal("sample", gguf_file, "--max-tokens", "9", "--temperature", "0") as terminal:
+        for number in range(rounds + 1):
+            if number:  # the first answer is undisturbed
+                terminal.type(f"{PASTE}{'Tell me about the cat that sat on the mat. ' * 400}{PASTED}\r")
+                terminal.read_until(TAKEN)
+                time.sleep(0.1 + chance.random() * 3)
+                os.write(terminal.screen, b"\x03")
+                terminal.read_until("Stopped.")
+                terminal.type("/clear\r")
+            terminal.type("What is the capital of France?\r")
+            terminal.type(f"/save {tmp_path / str(number)}\r")
+            terminal.read_until("Saved to")
+            answers.append(json.loads((tmp_path / str(number)).read_text())["messages"][1]["content"])
+            terminal.type("/clear\r")
+        terminal.type("\x04")
+    assert "Paris" in answers[0]
+    assert answers == [answers[0]] * (rounds + 1)
 
 
 @pytest.mark.parametrize("options", [(), ("--json",), ("-n", "2"), ("--jsonl",), ("second",)])

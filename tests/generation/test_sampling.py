@@ -16,6 +16,8 @@ from smolctl.generation.sampling import (
     SamplingSettings,
     choose,
     distribution,
+    generator_for,
+    likeliest,
     log_normalizer,
     penalize_repetition,
 )
@@ -52,7 +54,7 @@ def take(
 
 def draws(logits: torch.Tensor) -> torch.Tensor:
     """20,000 tokens that were chosen by the same logits, (V,)."""
-    row, settings, generator = logits.numpy(), SamplingSettings(), torch.Generator().manual_seed(0)
+    row, settings, generator = logits.numpy(), SamplingSettings(), generator_for(0)
     return torch.tensor([choose(row, settings, generator, NOTHING_SEEN) for _ in range(20_000)])
 
 
@@ -99,9 +101,10 @@ def test_top_p_keeps_what_a_full_stable_sort_keeps(seed: int, p: float, scale: f
 def test_a_dropped_token_is_never_drawn(seed: int, size: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     settings = SamplingSettings(top_k=3, top_p=0.9)
-    for _ in range(4):
+    for number in range(4):
         logits = 5 * torch.randn(size, generator=generator).numpy()
-        assert distribution(logits, settings)[choose(logits, settings, generator, NOTHING_SEEN)] > 0
+        chosen = choose(logits, settings, generator_for(seed, number), NOTHING_SEEN)
+        assert distribution(logits, settings)[chosen] > 0
 
 
 def test_draws_from_a_large_vocabulary_follow_the_distribution() -> None:
@@ -128,6 +131,19 @@ def test_temperature_sharpens_and_flattens() -> None:
     logits = np.array([2.0, 1.0], dtype=np.float32)
     sharp, plain, flat = (distribution(logits, SamplingSettings(temperature=t))[0] for t in (0.5, 1.0, 2.0))
     assert sharp > plain > flat
+
+
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 12))
+def test_the_likeliest_are_those_of_a_full_sort(seed: int, count: int) -> None:
+    logits = torch.randn(9, generator=torch.Generator().manual_seed(seed)).numpy()
+    assert likeliest(logits, count).tolist() == np.argsort(-logits)[:count].tolist()
+
+
+def test_a_seed_draws_the_same_numbers_wherever_and_whenever_it_runs() -> None:
+    """Python promises the numbers, and the documentation what they are drawn from."""
+    generator = generator_for(7, 0, 1)
+    assert [generator.random() for _ in range(2)] == [0.39373169338069247, 0.9651495743376312]
+    assert generator_for(7).random() != generator_for(-7).random()
 
 
 def test_repetition_penalty_makes_seen_tokens_less_likely() -> None:

@@ -26,7 +26,7 @@ from smolctl.hub.errors import (
     explained,
 )
 from smolctl.sources import open_source
-from tests.support.hub_server import HubServer
+from tests.support.hub_server import HubRepository, HubServer
 
 TOKEN = "hf_goodtoken"
 WAYS: dict[str, Callable[[], object]] = {
@@ -108,6 +108,20 @@ def test_no_answer_in_time(way: str, hub: HubServer, monkeypatch: pytest.MonkeyP
     assert type(error) is PassingError
     assert f"{hub.url} did not answer in time" in error.message
     assert "SMOLCTL_HUB_TIMEOUT" in error.hint
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("start", [0, 140], ids=["headers", "body"])
+def test_an_answer_that_drips_is_not_waited_for(
+    start: int, way: str, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every byte comes in time, and the whole would take minutes."""
+    monkeypatch.setenv("SMOLCTL_HUB_TIMEOUT", "0.05")
+    hub.drips, hub.drips_from = 0.02, start
+    hub.repositories["org/tiny"] = HubRepository({f"{number}.txt": b"" for number in range(200)})
+    error = refused(way)
+    assert type(error) is PassingError
+    assert f"{hub.url} did not answer in time" in error.message
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -195,3 +209,14 @@ def test_a_time_limit_that_is_none_is_named(
     monkeypatch.setenv("SMOLCTL_HUB_TIMEOUT", value)
     with pytest.raises(InputError, match=f"SMOLCTL_HUB_TIMEOUT={value}: not a number of seconds"):
         open_source("org/tiny")
+
+
+@pytest.mark.parametrize("way", ["reading", "writing"])
+@pytest.mark.parametrize(
+    "address", ["http://[", "http://a:99999999", "http://a\x7f", "http://" + "a" * 70_000]
+)
+def test_an_address_that_is_none_is_named(
+    way: str, address: str, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    refused(way)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from smolctl.errors import InputError
-from smolctl.model.weights import check_state, from_state
-from smolctl.sources.shapes import HEAD, TABLE, check_shapes
+from smolctl.model.weights import from_state
+from smolctl.sources.shapes import HEAD, TABLE, check_shapes, check_state
 from tests.support.tiny_models import tiny_network
 
 NETWORK = tiny_network()

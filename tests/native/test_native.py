@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,15 +14,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smolctl.config import ModelConfig
+from smolctl.cores import usable_cpus
 from smolctl.errors import InputError, UsageError
 from smolctl.generation.engines import EngineOptions, make_engine
-from smolctl.generation.native_engine import FEW, NativeEngine, Stored, kind_of, matrix_of
+from smolctl.generation.native_engine import (
+    FEW,
+    NativeEngine,
+    Stored,
+    cache_dtype_of,
+    kind_of,
+    matrix_of,
+)
 from smolctl.generation.sampling import SamplingSettings
 from smolctl.generation.scheduler import Scheduler, Speculation
 from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.weights import from_state, initialize
 from smolctl.native.library import BUILDS, OVERRIDE, Library, load_library
-from smolctl.sources.base import ModelSource, SourceKind, Weights
+from smolctl.sources.arrays import Array, as_array
+from smolctl.sources.base import ModelSource, SourceKind, StateWeights
+from smolctl.sources.quantized import scaled
 from smolctl.sources.quantized.packed import PackedMatrix, pack_integers
 from tests.support.native import library
 from tests.support.tiny_models import run_requests
@@ -38,18 +49,20 @@ def pack(weight: Tensor, bits: int, group: int) -> PackedMatrix:
     scales, offsets = top.half(), low.half()
     limits = (0, 15) if bits == 4 else (-127, 127)
     integers = ((grouped - offsets.float()) / scales.float().clamp_min(1e-6)).round().clamp(*limits)
-    values = pack_integers(integers.view(rows, -1)[:, :columns], bits)
-    offset = offsets.squeeze(-1).contiguous() if bits == 4 else None
-    return PackedMatrix(bits, columns, group, values, scales.squeeze(-1).contiguous(), offset)
+    values = pack_integers(integers.view(rows, -1)[:, :columns].numpy(), bits)
+    offset = offsets.squeeze(-1).numpy() if bits == 4 else None
+    return PackedMatrix(bits, columns, group, values, scales.squeeze(-1).numpy(), offset)
 
 
 def store(weight: Tensor, kind: str, group: int = 32) -> Stored:
     dense = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    return weight.to(dense[kind]) if kind in dense else pack(weight, int(kind.removeprefix("int")), group)
+    if kind in dense:
+        return as_array(weight.to(dense[kind]))
+    return pack(weight, int(kind.removeprefix("int")), group)
 
 
 def dense(stored: Stored) -> Tensor:
-    return stored.dequantize() if isinstance(stored, PackedMatrix) else stored.float()
+    return torch.from_numpy(scaled.dense(stored))
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -62,7 +75,7 @@ def test_products_equal_the_dequantized_matrix(build: str, kind: str, data: st.D
     weight = torch.randn(rows, columns, generator=generator)
     x = torch.randn(tokens, columns, generator=generator)
     x[:, columns // 2] *= 100  # as real activations have it
-    keep: list[Tensor] = []
+    keep: list[Array] = []
     stored = store(weight, kind, group)
     matrix = matrix_of(stored, keep)
     filled = torch.nn.functional.pad(x, (0, matrix.columns - columns)).contiguous()
@@ -116,7 +129,7 @@ def config_of(shape: str) -> ModelConfig:
 def engines(config: ModelConfig, kind: str, build: str, threads: int = 2) -> tuple[NativeEngine, TorchEngine]:
     """The compiled engine, and PyTorch on the very same numbers."""
     state = initialize(config, 3).eval().requires_grad_(False).state_dict()
-    weights = {name: store(t, kind) if t.dim() > 1 else t for name, t in state.items()}
+    weights = {name: store(t, kind if t.dim() > 1 else "float32") for name, t in state.items()}
     network = from_state(config, {name: dense(stored) for name, stored in weights.items()}, "test").eval()
     native = NativeEngine(library(build), config, weights, threads)
     return native, TorchEngine(network.requires_grad_(False))
@@ -124,7 +137,7 @@ def engines(config: ModelConfig, kind: str, build: str, threads: int = 2) -> tup
 
 def logits_of(engine: NativeEngine | TorchEngine, parts: list[list[list[int]]], capacity: int) -> Tensor:
     cache = engine.allocate(len(parts[0]), capacity)
-    return torch.cat([engine.forward(part, cache, every=True) for part in parts])
+    return torch.from_numpy(np.concatenate([engine.forward(part, cache, every=True) for part in parts]))
 
 
 def ids(count: int, seed: int = 0) -> list[int]:
@@ -177,10 +190,10 @@ def test_sequences_of_different_length_do_not_see_each_other() -> None:
     assert cache.lengths == [6, 17, 2]
     for row, prompt in enumerate(prompts):
         alone = reference.forward([prompt], reference.allocate(1, 40))
-        torch.testing.assert_close(first[row : row + 1], alone, rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(first[row : row + 1], alone, rtol=1e-4, atol=1e-3)
     for row, prompt in ((0, [*prompts[0], 7]), (1, [*prompts[2], 9])):
         alone = reference.forward([prompt], reference.allocate(1, 40))
-        torch.testing.assert_close(second[row : row + 1], alone, rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(second[row : row + 1], alone, rtol=1e-4, atol=1e-3)
 
 
 def test_a_cut_or_copied_cache_goes_on_as_if_it_had_been_read_so() -> None:
@@ -193,8 +206,8 @@ def test_a_cut_or_copied_cache_goes_on_as_if_it_had_been_read_so() -> None:
     both = native.forward([[3], [3]], cache)
     fresh = native.allocate(1, 60)
     native.forward([prompt[:20]], fresh)
-    assert torch.equal(both[0], both[1])
-    torch.testing.assert_close(both[:1], native.forward([[3]], fresh), rtol=1e-4, atol=1e-3)
+    assert np.array_equal(both[0], both[1])
+    np.testing.assert_allclose(both[:1], native.forward([[3]], fresh), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -211,7 +224,7 @@ def test_a_few_tokens_in_a_call_have_the_bits_of_calls_with_one(shape: str, kind
     native.forward([prompt[0], []], two)
     native.forward([[], ids(90, 2)], two)
     for expected, token, other in zip(one_by_one[len(prompt[0]) :], tokens, ids(40, 3), strict=True):
-        assert torch.equal(native.forward([[token], [other]], two)[0], expected)
+        assert np.array_equal(native.forward([[token], [other]], two)[0], expected)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -250,24 +263,16 @@ def test_a_forked_process_makes_threads_of_its_own() -> None:
     expected = native.forward([[5]], native.allocate(1, 4))
     child = os.fork()
     if child == 0:
-        same = torch.equal(native.forward([[5]], native.allocate(1, 4)), expected)
+        same = np.array_equal(native.forward([[5]], native.allocate(1, 4)), expected)
         os._exit(0 if same else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert torch.equal(native.forward([[5]], native.allocate(1, 4)), expected)
-
-
-class _InMemory(Weights):
-    def __init__(self, state: dict[str, Tensor]) -> None:
-        self.state = state
-
-    def tensors(self):  # type: ignore[no-untyped-def]
-        yield from self.state.items()
+    assert np.array_equal(native.forward([[5]], native.allocate(1, 4)), expected)
 
 
 def source() -> ModelSource:
     config = config_of("grouped")
     state = initialize(config, 0).requires_grad_(False).state_dict()
-    return ModelSource(SourceKind.FOLDER, "model", config, weights=_InMemory(dict(state)))
+    return ModelSource(SourceKind.FOLDER, "model", config, weights=StateWeights(state))
 
 
 def test_without_a_compiled_build_pytorch_runs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,10 +306,37 @@ def test_dense_weights_can_be_rounded_when_they_are_loaded() -> None:
     assert engine.name.endswith("bfloat16")
 
 
+@pytest.mark.parametrize("engine", ["native", "torch"])
+def test_no_engine_gets_more_threads_than_there_are_processors(engine: Literal["native", "torch"]) -> None:
+    before = torch.get_num_threads()
+    made = make_engine(source(), EngineOptions(engine, threads=100_000))
+    found = made.threads if isinstance(made, NativeEngine) else torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert found == usable_cpus()
+
+
+@given(bits=st.sampled_from([4, 8]), seed=st.integers(0, 999), factor=st.floats(0.3, 3))
+def test_keys_and_values_that_may_overflow_float16_are_kept_in_float32(
+    bits: int, seed: int, factor: float
+) -> None:
+    """The scales alone never call a matrix safe that its values do not: around the limit, either way."""
+    config = config_of("grouped").model_copy(update={"num_hidden_layers": 1})
+    rows = torch.randn(16, 48, generator=torch.Generator().manual_seed(seed))
+    norm = torch.rand(48, generator=torch.Generator().manual_seed(seed + 1)) + 0.5
+    limit = 65_504 / (2 * 48) ** 0.5
+    packed = pack(rows * factor * limit / float((rows * norm).norm(dim=1).max()), bits, 32)
+    prefix = "model.layers.0."
+    weights: dict[str, Stored] = {f"{prefix}self_attn.{name}_proj.weight": packed for name in "kv"}
+    weights[f"{prefix}input_layernorm.weight"] = norm.numpy()
+    largest = float((dense(packed) * norm).norm(dim=1).max())
+    assert cache_dtype_of(config, weights) == (np.float16 if largest < limit else np.float32)
+    assert (dense(packed).abs().numpy() <= 1.001 * packed.largest().repeat(32, axis=1)[:, :48]).all()
+
+
 def test_the_kind_names_the_most_numerous_weights_first() -> None:
     weights: dict[str, Stored] = {
-        "a": torch.zeros(2, 2),
+        "a": np.zeros((2, 2), np.float32),
         "b": pack(torch.randn(8, 64), 4, 32),
-        "c": torch.zeros(5),
+        "c": np.zeros(5, np.float32),
     }
     assert kind_of(weights) == "int4 + float32"

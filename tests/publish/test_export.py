@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -22,11 +24,13 @@ from smolctl.generation.load import load_model
 from smolctl.model.weights import finite_tensors, load_network
 from smolctl.ownership import RECORD
 from smolctl.publish.build import Built, build, open_model, repository_name
-from smolctl.publish.card import BEGIN, END, merge_card, require_valid, split_card
-from smolctl.publish.secrets import scan
+from smolctl.publish.card import BEGIN, END, merge_card, require_valid
+from smolctl.publish.push import PushOptions, choose_destination
 from smolctl.runs.checkpoint_file import read_checkpoint
 from smolctl.runs.folder import RunFolder
+from smolctl.sources.arrays import Array
 from smolctl.sources.base import Weights
+from smolctl.sources.huggingface.card import read_metadata, split_card
 from smolctl.sources.huggingface.config import to_huggingface_config
 from tests.support.processes import Smolctl
 from tests.support.publishing import LLAMA, build_folder, make_run
@@ -116,8 +120,8 @@ def test_numbers_that_are_not_finite_are_not_published(
 
 def test_the_step_of_damaged_weights_is_named(llama: Built) -> None:
     class Damaged(Weights):
-        def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-            yield "model.norm.weight", torch.tensor([1.0, math.nan])
+        def stored(self) -> Iterator[tuple[str, Array]]:
+            yield "model.norm.weight", np.array([1.0, math.nan])
 
     source = dataclasses.replace(llama.model.source, id="runs/x", step=1500, weights=Damaged())
     with pytest.raises(InputError, match=r"^runs/x at step 1,500: model\.norm\.weight holds NaN"):
@@ -274,6 +278,44 @@ def test_a_card_keeps_what_people_wrote() -> None:
     }
 
 
+MARKS = (END, BEGIN, f"{BEGIN}\n{END}", "<!--smolctl: end of it -->", f"{END}{END}")
+
+
+@pytest.mark.parametrize("prompt", MARKS)
+def test_a_prompt_that_spells_our_marks_neither_ends_nor_doubles_the_generated_part(prompt: str) -> None:
+    card = merge_card({}, f"one\n\n{prompt}\n\nrest", None)
+    for version in ("two", "three"):
+        card = merge_card({}, f"{version}\n\n{prompt}\n\nrest", card + "their words\n")
+        assert card.count("rest") == 1
+        assert card.count(BEGIN) == card.count(END) == 1
+    assert card.endswith("their words\ntheir words\n")
+
+
+def test_links_of_the_card_lead_to_the_branch_that_it_is_pushed_to(learned: Built) -> None:
+    for revision, spelled in (("main", "main"), ("step-15", "step-15"), ("a/b", "a%2Fb")):
+        text = learned.write_card("me/tiny", None, None, revision)
+        links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "me/tiny" in link]
+        assert [link.partition("/me/tiny/")[2] for link in links] == [
+            f"tree/{spelled}/training",
+            f"blob/{spelled}/training/predictions.md",
+        ]
+        assert all((learned.folder / link.partition(f"/{spelled}/")[2]).exists() for link in links)
+        assert "](./" not in text
+
+
+@pytest.mark.parametrize(
+    ("license", "near"),
+    [("Apache 2.0", "apache-2.0"), ("MIT License", "mit"), ("gpl3", "gpl"), ("none of these", "")],
+)
+def test_a_licence_is_one_that_the_hub_knows(license: str, near: str, llama: Built) -> None:
+    with pytest.raises(InputError, match="the Hub knows no licence") as caught:
+        choose_destination(PushOptions(license=license), llama.model)
+    assert f"Did you mean {near}?" in caught.value.hint or not near
+    with pytest.raises(InputError, match=r"README\.md: the Hub knows no licence"):
+        require_valid({"license": ["mit", license]})
+    choose_destination(PushOptions(license="apache-2.0"), llama.model)
+
+
 def test_a_card_without_our_marks_is_kept_whole() -> None:
     merged = merge_card({"tags": ["smolctl"]}, "ours", "# Their card\n\nwords\n")
     assert merged.endswith(f"{END}\n\n# Their card\n\nwords\n")
@@ -285,58 +327,30 @@ def test_damaged_metadata_is_refused_with_the_place(front: str) -> None:
         merge_card({"tags": ["smolctl"]}, "ours", front + "text")
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["2024-13-45x", "!!int x", '!!float ""', "!!python/name:os.system", "&a [*a]", "[" * 300, "9" * 5_000],
+    ids=lambda value: value[:12],
+)
+def test_metadata_without_end_or_sense_is_refused_and_the_card_stays(value: str) -> None:
+    card = f"---\nlicense: mit\nextra: {value}\n---\ntext"
+    if value.startswith("2024"):  # is a text
+        assert f"extra: {value}\n" in merge_card({"tags": ["smolctl"]}, "ours", card)
+        return
+    with pytest.raises(InputError, match=r"README\.md: metadata"):
+        merge_card({"tags": ["smolctl"]}, "ours", card)
+
+
+def test_a_date_in_the_metadata_stays_as_it_was_written() -> None:
+    merged = merge_card({"tags": ["smolctl"]}, "ours", "---\ndate: 2024-01-31\ntags: [{a: b}]\n---\ntext")
+    assert "date: 2024-01-31\n" in merged
+    assert read_metadata(split_card(merged)[0])["tags"] == [{"a": "b"}, "smolctl"]
+
+
 @pytest.mark.parametrize("metadata", [{"tags": "x", "license": 5}, {"datasets": [1]}, {"license": "other"}])
 def test_metadata_that_the_hub_would_refuse_is_refused_here(metadata: dict[str, object]) -> None:
     with pytest.raises(InputError, match=r"README\.md"):
         require_valid(metadata)
-
-
-SECRETS = {
-    "Hugging Face token": "hf_" + "AbCd1234" * 5,
-    "GitHub token": "ghp_" + "a1" * 18,
-    "OpenAI or Anthropic key": "sk-proj-" + "a1" * 20,
-    "AWS access key": "AKIA" + "ABCD1234" * 2,
-    "Google API key": "AIza" + "a" * 35,
-    "Slack token": "xoxb-" + "1234567890" * 3,
-    "private key": "-----BEGIN RSA PRIVATE KEY-----",
-    "Weights & Biases key": "wandb login " + "0a" * 20,
-    "password in an address": "postgres://me:hunter22@db/x",
-    "key that is assigned": "MY_API_KEY=" + "abcd1234" * 4,
-}
-
-
-@pytest.mark.parametrize("kind", SECRETS)
-def test_a_secret_is_found_by_file_and_line_and_not_repeated(kind: str, tmp_path: Path) -> None:
-    (tmp_path / "notes.md").write_text(f"one\ntwo {SECRETS[kind]} three\n")
-    findings = scan(tmp_path, ["notes.md"])
-    assert (findings[0].path, findings[0].line) == ("notes.md", 2)
-    assert kind in [finding.kind for finding in findings]
-    assert SECRETS[kind] not in str(findings)
-
-
-def test_the_value_of_a_secret_variable_is_found_whatever_its_shape(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COMPANY_TOKEN", "correct-horse-battery")
-    (tmp_path / "a.txt").write_text("x\n\ncorrect-horse-battery\n")
-    assert [str(finding) for finding in scan(tmp_path, ["a.txt"])] == ["a.txt:3: the value of COMPANY_TOKEN"]
-
-
-@pytest.mark.parametrize("name", [".env", ".env.local", "prod.env", ".netrc", "id_rsa", "key.pem"])
-def test_a_file_of_secrets_is_found_by_its_name(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text("x")
-    assert scan(tmp_path, [name])[0].line == 0
-
-
-def test_ordinary_text_is_no_secret(tmp_path: Path) -> None:
-    text = (
-        "sk-learn, hf_hub_download, AKIA, commit 0123456789abcdef0123456789abcdef01234567\n"
-        "API_KEY = os.environ['API_KEY']\npassword = getpass.getpass()\nhttp://user@host/\n"
-        "self.access_token = access_token\n"
-    )
-    (tmp_path / "a.py").write_text(text)
-    (tmp_path / "b.bin").write_bytes(b"\0" + SECRETS["GitHub token"].encode())
-    assert scan(tmp_path, ["a.py", "b.bin"]) == ()
 
 
 @pytest.mark.usefixtures("no_network")
@@ -364,7 +378,8 @@ def test_a_local_dir_holds_exactly_what_the_plan_names(
     document = smolctl("push", llama_run, "--local-dir", out, "--json").json
     planned = {file["path"]: file["sha256"] for file in document["repo"]["files"]}
     there = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
-    assert json.loads(there.pop(RECORD).read_text())["files"] == planned  # it says what may be replaced
+    recorded = json.loads(there[RECORD].read_text())["files"]  # it says what may be replaced
+    assert recorded | {RECORD: planned[RECORD]} == planned
     assert {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in there.items()} == planned
     assert len({path.stat().st_mode for path in there.values()}) == 1  # whoever may read one may read all
     assert smolctl("push", llama_run, "--local-dir", out).code == 0

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import snapshot_download
 
-from smolctl.errors import ExitCode, HubError, SmolError
+from smolctl.errors import ExitCode, HubError
 from smolctl.generation.load import load_model
 from smolctl.hub.client import HubClient, read_identity
 from smolctl.hub.errors import ChangedError
@@ -56,7 +55,7 @@ def test_what_was_pushed_is_downloaded_and_gives_the_same_logits(
     ours = load_model(str(llama_run))
     ids = [3, 1, 200, 77, 5]
     with torch.inference_mode():
-        expected = ours.engine.forward([ids], ours.engine.allocate(1, 8), every=True)
+        expected = torch.from_numpy(ours.engine.forward([ids], ours.engine.allocate(1, 8), every=True))
         torch.testing.assert_close(theirs(torch.tensor([ids])).logits[0], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -281,8 +280,10 @@ def test_a_new_branch_starts_with_the_card_of_main(llama: Built, hub: PushHub) -
     card = (repo.head["README.md"].content or b"") + b"\nMy own words.\n"
     repo.commit("main", {**repo.head, "README.md": Blob(card, len(card))}, "edit")
     pushed = publish(llama, repo="me/tiny", revision="next")
-    assert pushed.repo.commit.sent == ()
-    assert b"My own words." in (repo.commits[repo.branches["next"]]["README.md"].content or b"")
+    assert pushed.repo.commit.sent == ("README.md",)  # its links lead to the branch
+    there = repo.commits[repo.branches["next"]]["README.md"].content or b""
+    assert b"My own words." in there
+    assert b"/tree/next/training" in there
 
 
 def test_a_pull_request_needs_a_repository(llama: Built, hub: PushHub) -> None:
@@ -447,12 +448,16 @@ def test_the_json_says_what_stands_on_the_hub(llama_run: Path, hub: PushHub, smo
     assert document["space"] is None
 
 
-def test_a_secret_stops_the_push_before_anything_is_sent(
-    llama: Built, llama_run: Path, hub: PushHub, tmp_path: Path
+def test_a_hub_without_xet_gets_large_files_through_git_lfs(
+    llama: Built, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    run = shutil.copytree(llama_run, tmp_path / "run")
-    (run / "README.md").write_text(f"my notes\n\ntoken {TOKEN}\n")
-    built = dataclasses.replace(llama, model=dataclasses.replace(llama.model, folder=run))
-    with pytest.raises(SmolError, match=r"README\.md:\d+: Hugging Face token"):
-        publish(built, repo="me/tiny")
-    assert not hub.requests("^(POST|PUT)")
+    with serving(monkeypatch, tmp_path / "hub", xet=True) as hub:
+        hub.knows_xet = False
+        notes: list[str] = []
+        publish(llama, notes, repo="me/tiny")
+        assert_arrived(hub)
+        assert len(hub.requests("xet-write-token")) == 1  # a 404 is no reason to try again
+        assert hub.requests("objects/batch")
+        assert any("has no Xet: large files go through Git LFS" in note for note in notes)
+        assert not any("again" in note for note in notes)
+        assert not huggingface_hub.constants.HF_HUB_DISABLE_XET  # another Hub may have it

@@ -6,41 +6,52 @@ import asyncio
 import json
 import os
 import platform
+import random
 import re
 import shutil
 import subprocess
 import sys
 import threading
+import time
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from huggingface_hub import snapshot_download
 
+from smolctl.data.tokenizer.prompt import Prompt
+from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.errors import ExitCode, SmolError
-from smolctl.generation.load import LoadedModel
+from smolctl.escaping import json_text
+from smolctl.generation.conversation import Conversation
+from smolctl.generation.load import LoadedModel, load_model
 from smolctl.hub.client import HubClient
 from smolctl.native.library import Library, load_library
 from smolctl.publish import smoke
-from smolctl.publish.app import Speaker
+from smolctl.publish.app import FACTS, MODEL, REFUSED, STOPPED, BodyLimit, Speaker, Visit, controls_of
 from smolctl.publish.build import Built
-from smolctl.publish.card import split_card
 from smolctl.publish.push import PushOptions, PushPlan, push
 from smolctl.publish.space import (
     ADDED_BY_THE_HUB,
+    APP,
     HUB_MACHINE,
     REQUIREMENTS,
     SDK_VERSION,
     TORCH,
     add_space,
+    copy_package,
     write_space_card,
 )
+from smolctl.sources.huggingface.card import split_card
 from tests.support.native import watched_engine
 from tests.support.processes import Smolctl
 from tests.support.publishing import publish
 from tests.support.push_hub import Fault, PushHub
-from tests.support.tiny_models import tiny_network, tiny_tokenizer
+from tests.support.tiny_models import tiny_model, tiny_network, tiny_tokenizer
 
 
 @pytest.fixture
@@ -93,7 +104,8 @@ def test_the_app_imports_what_its_requirements_name_and_nothing_else(space: Path
     )
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.split())
-    assert {"torch", "tokenizers", "smolctl"} <= loaded
+    assert {"tokenizers", "smolctl"} <= loaded
+    assert ("torch" in loaded) is not isinstance(load_library(), Library)
     assert not loaded & {"lightning", "matplotlib", "gguf", "datasets", "transformers", "rich", "typer"}
 
 
@@ -152,9 +164,22 @@ def test_an_app_that_does_not_start_is_reported_with_its_log(space: Path, tmp_pa
     assert "TypeError" in caught.value.hint
 
 
-def test_a_chat_forgets_its_oldest_turns_rather_than_fail(chat_space: Path) -> None:
-    from smolctl.generation.load import load_model
+def test_the_controls_start_from_what_the_models_makers_recommend() -> None:
+    engine, _ = watched_engine(tiny_network(context=96))
+    recommended = {"temperature": 3.5, "top_k": 40, "repetition_penalty": 1.2, "min_p": 0.1}
+    model = LoadedModel("tiny", engine, tiny_tokenizer(), 0.0, recommended=recommended)
+    starts = {name: value for name, _, _, _, value, _ in controls_of(model)}
+    expected = {
+        "Tokens at most": 95,
+        "Temperature": 2.0,
+        "Top-p": 0.95,
+        "Top-k": 40,
+        "Repetition penalty": 1.2,
+    }
+    assert starts == {**expected, "Seed": 0}
 
+
+def test_a_chat_forgets_its_oldest_turns_rather_than_fail(chat_space: Path) -> None:
     speaker = Speaker(load_model(str(chat_space / "model")))
     history = [
         {"role": role, "content": [{"type": "text", "text": "the cat sat on a mat " * 3}]}
@@ -203,6 +228,151 @@ def test_a_visitor_who_leaves_stops_the_work_and_the_next_is_answered_at_once(ca
     assert watched.entries == calls + 1 + needed
 
 
+def spoken(speaker: Speaker, prompt: str = "the cat", tokens: int = 8) -> list[str]:
+    """All versions of a greedy continuation."""
+
+    async def ask() -> list[str]:
+        return [text async for text in speaker.continue_text(prompt, tokens, 0.0, 1.0, 0, 1.0, 1)]
+
+    return asyncio.run(ask())
+
+
+@pytest.mark.parametrize("why", ["the page was closed", "time is up"])
+def test_an_answer_nobody_waits_for_ends_while_its_prompt_is_read(
+    why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smolctl.publish.app.CHECK_EVERY_S", 0.005)
+    engine, watched = watched_engine(tiny_network(context=1600))
+    model = LoadedModel("tiny", engine, tiny_tokenizer(), 0.0)
+    expected, needed = spoken(Speaker(model)), watched.entries
+    waits = why == "time is up"
+    reading = threading.Event()
+
+    def read() -> None:
+        reading.set()
+        time.sleep(0.03)
+
+    visit = Visit(lambda: reading.is_set() and not waits)
+    speaker = Speaker(model, 0.02 if waits else 60.0, lambda: visit)
+    watched.entries, watched.on_entry = 0, read
+    assert spoken(speaker, "the cat sat on the mat. " * 60, 500) == [
+        "the cat sat on the mat. " * 60 + STOPPED
+    ]
+    assert watched.entries == 1  # of the several that the prompt needs
+    watched.entries = 0
+    assert spoken(Speaker(model)) == expected
+    assert watched.entries == needed
+
+
+@pytest.mark.proof
+@pytest.mark.real_weights
+def test_a_hundred_closed_answers_leave_the_next_one_as_it_was(gguf_file: Path) -> None:
+    speaker, chance = Speaker(load_model(str(gguf_file))), random.Random(0)
+    long, likeliest = "Tell me about the cat that sat on the mat. " * 150, (0.0, 1.0, 0, 1.0, 1)
+
+    async def short() -> list[str]:
+        return [text async for text in speaker.continue_text("The capital of France is", 8, *likeliest)]
+
+    async def close_and_go_on() -> int:
+        """How many answers were closed before their first text."""
+        expected, early = await short(), 0
+        for _ in range(100):
+            answer = speaker.continue_text(long, 100, *likeliest)
+            first = asyncio.ensure_future(anext(answer))
+            await asyncio.wait([first], timeout=chance.random())
+            early += first.cancel()
+            with suppress(asyncio.CancelledError):
+                await first
+            await answer.aclose()
+            assert await short() == expected
+        return early
+
+    assert asyncio.run(close_and_go_on()) > 50
+
+
+def test_what_the_page_says_below_an_answer_is_not_read_as_the_models() -> None:
+    speaker = Speaker(tiny_model(context=200))
+
+    async def ask(answer: str) -> list[str]:
+        history = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+        return [text async for text in speaker.chat("the cat", history, 8, 0.0, 1.0, 0, 1.0, 1)]
+
+    for note in (STOPPED, f"{REFUSED}no room"):
+        assert asyncio.run(ask(f"the dog\n\n{note}")) == asyncio.run(ask("the dog"))
+
+
+def test_the_page_says_why_there_is_no_answer() -> None:
+    """An error would lock its box for good; a program gets one."""
+    speaker = Speaker(tiny_model(), visit=lambda: Visit(by_program=False))
+
+    async def ask() -> list[str]:
+        return [text async for text in speaker.chat("the cat " * 1000, [], 8, 0.0, 1.0, 0, 1.0, 1)]
+
+    assert asyncio.run(ask()) == [
+        f"{REFUSED}the prompt has 8,000 characters, and the model's context of 96 tokens holds 1,536 at most"
+        ". Shorten the prompt."
+    ]
+
+
+def test_a_long_conversation_is_tokenized_a_few_times_only() -> None:
+    class Counting(Tokenizer):
+        calls = 0
+
+        def chat_prompt(self, *arguments: Any, **options: Any) -> Prompt:
+            Counting.calls += 1
+            return super().chat_prompt(*arguments, **options)
+
+    trained = tiny_tokenizer()
+    tokenizer = Counting(trained.backend, trained.chat_template, bos_token_id=0, eos_token_id=2)
+    model = replace(tiny_model(context=200), tokenizer=tokenizer)
+    turns = [{"role": role, "content": "the cat"} for _ in range(500) for role in ("user", "assistant")]
+    conversation = Conversation(chat=True, turns=turns)
+    forgotten = conversation.make_room(model, "the dog", 200, 20)
+    assert Counting.calls < 15
+    assert 0 < len(conversation.turns) == 1000 - 2 * forgotten
+    longer = Conversation(chat=True, turns=turns[2 * forgotten - 2 :])
+    assert len(conversation.prompt(model, "the dog").ids) + 50 <= 200
+    assert len(longer.prompt(model, "the dog").ids) + 50 > 200  # no turn was forgotten for nothing
+
+
+async def _answered(app: BodyLimit, parts: list[bytes]) -> tuple[list[bytes], list[dict[str, Any]]]:
+    """What is left of a request's parts, and what was sent back."""
+    waiting = [
+        {"type": "http.request", "body": part, "more_body": number < len(parts)}
+        for number, part in enumerate(parts, start=1)
+    ]
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return waiting.pop(0)
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    await app({"type": "http", "method": "POST", "headers": []}, receive, send)
+    return [message["body"] for message in waiting], sent  # type: ignore[misc]
+
+
+def test_a_request_that_is_too_large_never_reaches_the_page() -> None:
+    seen: list[bytes] = []
+
+    async def page(_scope: Any, receive: Any, _send: Any) -> None:
+        more = True
+        while more:
+            message = await receive()
+            more = message["more_body"]
+            seen.append(message["body"])
+
+    app = BodyLimit(page, 10)
+    assert asyncio.run(_answered(app, [b"12345", b"67890"])) == ([], [])
+    assert seen == [b"12345", b"67890"]
+    left, sent = asyncio.run(_answered(app, [b"12345", b"678901", b"x" * 10**6]))
+    assert left == []  # a browser sees no answer while it is still sending
+    assert sent[0]["status"] == 413
+    assert "Shorten the text" in json.loads(sent[1]["body"])["detail"]
+    assert len(seen) == 2
+
+
 @pytest.mark.slow
 def test_a_browser_sees_the_streamed_answer(space: Path, chromium: str, tmp_path: Path) -> None:
     from tests.support.space_browser import continue_in_browser
@@ -220,8 +390,10 @@ def test_a_browser_sees_the_streamed_answer(space: Path, chromium: str, tmp_path
 def test_a_browser_chats(chat_space: Path, chromium: str, tmp_path: Path) -> None:
     from tests.support.space_browser import chat_in_browser
 
+    written = '<img src="http://127.0.0.9/x.png"> <b>the</b> **cat** ![a](http://127.0.0.9/y.png) &lt;'
     with smoke.running(chat_space) as url:
-        seen = chat_in_browser(url, "the cat", chromium, tmp_path)
+        seen = chat_in_browser(url, written, chromium, tmp_path)
+    assert seen.question == written  # as the model's own text is shown
     assert seen.answer.strip()
     assert seen.foreign_requests == []
     assert seen.errors == []
@@ -238,6 +410,35 @@ def test_an_empty_chat_offers_examples_that_are_answered(
         seen = ask_example_in_browser(url, "Write a haiku about rain.", width, chromium, tmp_path)
     assert seen.answer.strip()
     assert seen.foreign_requests == []
+    assert seen.errors == []
+
+
+@pytest.fixture
+def real_space(gguf_file: Path, tmp_path: Path) -> Path:
+    """The Space's folder of the real model, which is read from its GGUF."""
+    folder = tmp_path / "real-space"
+    copy_package(folder / "smolctl")
+    (folder / "app.py").write_text(APP)
+    (folder / FACTS).write_text(json_text({"title": "real", "summary": "", "examples": []}))
+    (folder / MODEL).symlink_to(gguf_file)
+    return folder
+
+
+@pytest.mark.real_weights
+@pytest.mark.parametrize(
+    "rounds", [pytest.param(2, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.proof)]
+)
+def test_visitors_who_stop_or_close_the_page_disturb_nobody(
+    rounds: int, real_space: Path, chromium: str, tmp_path: Path
+) -> None:
+    from tests.support.space_browser import ask_after_abandoned
+
+    long = "Tell me about the cat that sat on the mat. " * 400  # some seconds to read
+    with smoke.running(real_space) as url:
+        seen = ask_after_abandoned(url, "What is the capital of France?", long, rounds, chromium, tmp_path)
+    assert "Paris" in seen.undisturbed
+    assert seen.answers == (seen.undisturbed,) * rounds
+    assert seen.in_prefill > rounds // 2
     assert seen.errors == []
 
 

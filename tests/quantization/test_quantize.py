@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,7 +90,7 @@ def test_stored_matrices_come_packed_and_not_copied(here: Path) -> None:
     assert matrices[TABLE].bits == 8
     assert {item.bits for name, item in matrices.items() if name != TABLE} == {4}
     assert open_source("out").kind is SourceKind.QUANTIZED
-    assert all(isinstance(stored[name], torch.Tensor) for name in stored if "norm" in name)
+    assert all(isinstance(stored[name], np.ndarray) for name in stored if "norm" in name)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "int8-dynamic"])
@@ -181,7 +182,7 @@ def test_dynamic_checkpoint_loads_as_plain_data_and_equals_the_folder(
     for model in ("out", "out/learned_quantized.ckpt"):
         engine = load_model(model).engine
         logits.append(engine.forward(prompt, engine.allocate(1, 8), every=True))
-    assert torch.equal(*logits)
+    assert np.array_equal(logits[0], logits[1])
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def bench(gguf_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
     def make(name: str, *schemes: str, **options: Any) -> QuantizeReport:
         asked = SchemeOptions(**options)
-        return quantize(str(gguf_file), QuantizeOptions(schemes, asked, folder / name, data=TEXT, windows=3))
+        return quantize(str(gguf_file), QuantizeOptions(schemes, asked, folder / name, data=TEXT, windows=2))
 
     ggufs = ("gguf-q8_0", "gguf-q5_0", "gguf-q4_1", "gguf-q4_0")
     with pytest.MonkeyPatch.context() as patch:

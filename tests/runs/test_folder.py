@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from smolctl.errors import InputError
 from smolctl.ownership import strange_files
 from smolctl.runs.checkpoint_file import find_damage
-from smolctl.runs.events import Prediction, Step
+from smolctl.runs.events import Candidate, Prediction, Step
 from smolctl.runs.folder import RunFolder
 from smolctl.training.resume import ResumeOptions
 from smolctl.training.verify import verify
@@ -79,3 +80,59 @@ def test_an_event_of_any_kind_finds_its_file(tmp_path: Path) -> None:
     assert [record["skipped"] for record in folder.metrics()] == [1]
     folder.draw_loss()  # of a run whose only step has overflowed
     assert list(folder.predictions()) == ["p"]
+
+
+LATER = {
+    "an event that is not known": {"event": "dream", "step": 2, "loss": 1.0},
+    "another type of a value": {"event": "step", "step": 2, "loss": {"mean": 1.0}},
+    "a key that is gone": {"event": "validation", "step": 2},
+    "a step that is none": {"event": "step", "step": 10**30, "loss": 1.0},
+    "nothing of ours": [1, 2],
+    "a number without end": {"event": "step", "step": 2, "loss": 10**400},
+}
+
+
+@pytest.mark.parametrize("kind", LATER)
+def test_a_record_of_a_later_version_stops_nobody(kind: str, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.record(Step(1, 2.0, 1e-3, None, 10, 0.1, 100.0, 1.0, None, None))
+    folder.record(Prediction(1, "p", "text", None, (Candidate("a", 0.5),)))
+    for name in ("metrics.jsonl", "predictions.jsonl"):
+        path = tmp_path / name
+        known = {**json.loads(path.read_text()), "colour": {"of": "a later version"}}
+        if name == "predictions.jsonl":
+            known["top"][0]["rank"] = 1
+        path.write_text("".join(json.dumps(record) + "\n" for record in (known, LATER[kind])))
+    assert [(record["step"], record["loss"]) for record in folder.metrics()] == [(1, 2.0)]
+    assert [one.text for one in folder.predictions()["p"]] == ["text"]
+    folder.write_story()
+    folder.keep_records(5)
+    kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert kept[0]["colour"], "what a later version has recorded stays in the file"
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{", "[" * 5_000, '{"packages": 5}', '{"devices": {"a": 1}}', '{"earlier": 5}']
+)
+def test_an_environment_that_cannot_be_read_is_none(content: str, tmp_path: Path) -> None:
+    (tmp_path / "environment.json").write_text(content)
+    folder = RunFolder(tmp_path)
+    assert folder.environment() == {}
+    folder.update_environment({"device": "cpu"})
+    assert json.loads((tmp_path / "environment.json").read_text())["device"] == "cpu"
+
+
+def test_what_a_killed_process_had_begun_to_write_is_cleared_away_by_the_next(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    names = (".config.yaml.partial", "checkpoints/.step-000500.ckpt.partial", "tokenizer/.x.json.partial")
+    kept = ("checkpoints/step-000400.ckpt", "notes.partial", "checkpoints/.mine")
+    for name in (*names, *kept):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with run.lock(lambda _event: None):
+        assert not any((tmp_path / name).exists() for name in names)
+        assert all((tmp_path / name).exists() for name in kept)
+        (tmp_path / names[0]).touch()  # which this process is writing
+        with pytest.raises(InputError), RunFolder(tmp_path).lock(lambda _event: None):
+            pass
+        assert (tmp_path / names[0]).exists()

@@ -87,6 +87,7 @@ def serve(address: str) -> Request | None:
         while True:
             ready = {key.fileobj for key, _ in selector.select()}
             if sys.stdin in ready:
+                signal.set_wakeup_fd(-1)  # children that end from now on wake nobody
                 _kill(asking)
                 return None
             if woken in ready:

@@ -6,6 +6,7 @@ It is driven by the real client: point `HF_ENDPOINT` at `HubServer.url`.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import time
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from smolctl.sources.huggingface.card import read_metadata, split_card
 from tests.support.loopback import Loopback
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -48,6 +50,7 @@ class HubServer(Loopback):
         error_code: with this code of the Hub's own,
         error_message: and with these words.
         hangs_for: seconds that every answer waits.
+        drips: seconds between one byte of an answer and the next; with `drips_from`, from that byte on.
     """
 
     repositories: dict[str, HubRepository] = field(default_factory=dict)
@@ -55,6 +58,8 @@ class HubServer(Loopback):
     error_code: str = ""
     error_message: str = "the Hub is out of order"
     hangs_for: float = 0.0
+    drips: float = 0.0
+    drips_from: int = 0
     ignores_range: bool = False
     log: list[Request] = field(default_factory=list)
 
@@ -142,6 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
             "private": repository.private,
             "gated": "auto" if repository.gated else False,
             "siblings": [{"rfilename": path} for path in repository.files],
+            "cardData": read_metadata(split_card(repository.files.get("README.md", b"").decode())[0]),
         }
         return 200, json.dumps(info).encode(), {}
 
@@ -178,6 +184,8 @@ class _Handler(BaseHTTPRequestHandler):
         sent = body if with_body else b""
         path = urlsplit(self.path).path
         self.server_state.log.append(Request(self.command, path, self.headers.get("Range"), len(sent)))
+        if self.server_state.drips:
+            self.wfile = Dripping(self.wfile, self.server_state)
         try:
             self.send_response(status)
             for name, value in {"Content-Length": str(len(body)), **headers}.items():
@@ -187,6 +195,24 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
         except OSError:
             self.close_connection = True  # the client has gone, as one that waited too long does
+
+
+class Dripping(io.BytesIO):
+    """What goes out byte by byte when it is flushed."""
+
+    def __init__(self, out: Any, state: HubServer) -> None:
+        super().__init__()
+        self.out, self.drips, self.drips_from = out, state.drips, state.drips_from
+
+    def flush(self) -> None:
+        for place, byte in enumerate(self.getvalue()):
+            self.out.write(bytes([byte]))
+            if place >= self.drips_from:
+                self.out.flush()
+                time.sleep(self.drips)
+        self.out.flush()
+        self.truncate(0)
+        self.seek(0)
 
 
 def _tree(repository: HubRepository) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from smolctl.native.library import OVERRIDE
 from smolctl.quantization.measure import PROMPTS
 from smolctl.quantization.rounding import quantize_matrix
 from smolctl.sources.base import ModelSource, SourceKind, StateWeights
-from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor
+from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor, dense
 from tests.support.processes import ADDRESS, call
 from tests.support.tiny_models import tiny_network
 
@@ -41,7 +42,7 @@ def _integers(rows: int, columns: int, seed: int) -> ScaledMatrix:
     """A matrix with as many large values as small ones, unlike real ones: it finds sums that are cut off."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randint(-128, 128, (rows, columns), generator=generator, dtype=torch.int8)
-    return ScaledMatrix(values, torch.full((rows,), columns**-0.5 / 64))
+    return ScaledMatrix(values.numpy(), np.full(rows, columns**-0.5 / 64, np.float32))
 
 
 def answers() -> dict[str, Tensor]:
@@ -50,7 +51,7 @@ def answers() -> dict[str, Tensor]:
         shapes = {name: tensor.shape for name, tensor in dynamic_network(CONFIG, {}).state_dict().items()}
     shapes = {name: shape for name, shape in shapes.items() if name != "lm_head.weight"}
     stored: dict[str, StoredTensor] = {
-        name: torch.ones(shape) if len(shape) == 1 else _integers(shape[0], shape[1], seed)
+        name: np.ones(shape, np.float32) if len(shape) == 1 else _integers(shape[0], shape[1], seed)
         for seed, (name, shape) in enumerate(shapes.items())
     }
     ids = torch.arange(24)
@@ -58,15 +59,17 @@ def answers() -> dict[str, Tensor]:
     for activations in ("per-tensor", "per-token"):
         with torch.inference_mode():
             found[activations] = dynamic_network(CONFIG, stored, activations)(ids[None])[0]
-    dense = {name: one if isinstance(one, Tensor) else one.dequantize() for name, one in stored.items()}
+    floats = {name: dense(one) for name, one in stored.items()}
     for bits in (8, 4):
         packed = {
-            name: one if one.dim() == 1 else quantize_matrix(one, bits, 32) for name, one in dense.items()
+            name: one if one.ndim == 1 else quantize_matrix(torch.from_numpy(one), bits, 32)
+            for name, one in floats.items()
         }
         source = ModelSource(SourceKind.QUANTIZED, "test", CONFIG, weights=StateWeights(packed))
         for engine in ("torch", "native"):
             made = make_engine(source, EngineOptions(engine))
-            found[f"int{bits} {engine}"] = made.forward([ids.tolist()], made.allocate(1, 24), every=True)
+            logits = made.forward([ids.tolist()], made.allocate(1, 24), every=True)
+            found[f"int{bits} {engine}"] = torch.from_numpy(logits)
     return found
 
 
@@ -77,7 +80,7 @@ def predictions(models: Sequence[str]) -> dict[str, Tensor]:
         loaded = load_model(model)
         ids = loaded.tokenizer.encode("".join(PROMPTS))
         cache = loaded.engine.allocate(1, len(ids))
-        found[model] = loaded.engine.forward([ids], cache, every=True)
+        found[model] = torch.from_numpy(loaded.engine.forward([ids], cache, every=True))
     return found
 
 

@@ -14,6 +14,7 @@ import pytest
 from smolctl.generation.native_engine import NativeEngine
 from smolctl.model.network import Transformer
 from smolctl.native.library import OVERRIDE, Library, load_library
+from smolctl.sources.arrays import as_array
 
 
 def library(build: str) -> Library:
@@ -62,6 +63,6 @@ def watched_engine(network: Transformer, build: str = "baseline") -> tuple[Nativ
     """An engine with a network's weights in float32, on two threads."""
     found = library(build)
     watched = Watched(found.functions)
-    weights = network.requires_grad_(False).state_dict()
+    weights = {name: as_array(tensor) for name, tensor in network.state_dict().items()}
     watched_library = Library(found.build, watched)  # type: ignore[arg-type]
-    return NativeEngine(watched_library, network.config, dict(weights), threads=2), watched
+    return NativeEngine(watched_library, network.config, weights, threads=2), watched

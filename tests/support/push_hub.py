@@ -93,6 +93,7 @@ class PushHub(Loopback):
 
     store: Path  # of hf_xet
     xet: bool = False
+    knows_xet: bool = True  # else it answers 404 to requests for Xet's token
     role: str = "write"
     fine_grained: dict[str, list[str]] | None = None
     repos: dict[str, Repo] = field(default_factory=dict)  # "models/me/x" or "spaces/me/x"
@@ -298,6 +299,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _api(self, kind: str, name: str, repo: Repo, rest: list[str]) -> tuple[int, bytes, dict[str, str]]:
         verb, revision = (rest[0] if rest else ""), "/".join(rest[1:]) or "main"
+        if verb in ("xet-write-token", "xet-read-token") and not self.state.knows_xet:
+            return 404, b"Cannot GET this", {"Content-Type": "text/html"}
         if verb in ("xet-write-token", "xet-read-token"):
             expiry = int(time.time()) + 3600
             where = f"local://{self.state.store}"
@@ -384,6 +387,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if stored is None and value["oid"] not in self.state.xet_hashes():
                     return self._error(400, f"LFS object {value['oid']} was never uploaded")
                 files[value["path"]] = Blob(stored, value["size"], value["oid"])
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
         extra = {}
         if self.query.get("create_pr") == ["1"]:
             number = 1 + sum(one.startswith("refs/pr/") for one in repo.branches)

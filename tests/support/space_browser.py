@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class Seen:
     versions: int  # of the answer, as it grew
     foreign_requests: list[str]
     errors: list[str]
+    question: str = ""  # as the page shows it
 
 
 @contextmanager
@@ -97,7 +99,64 @@ def chat_in_browser(url: str, message: str, chromium: str, folder: Path) -> Seen
         bot.wait_for()
         answer, versions = _settled(page, lambda: bot.inner_text(), "")
         page.screenshot(path=folder / "chat.png")
-        return Seen(answer, versions, foreign, errors)
+        return Seen(answer, versions, foreign, errors, page.locator(".message.user").last.inner_text())
+
+
+@dataclass(frozen=True)
+class Abandoned:
+    """What became of prompts that were asked right after others had been abandoned."""
+
+    undisturbed: str  # the answer to the same prompt before that
+    answers: tuple[str, ...]
+    in_prefill: int  # of the abandoned prompts, those of which no text had come yet
+    errors: list[str]
+
+
+def ask_after_abandoned(
+    url: str, prompt: str, long: str, rounds: int, chromium: str, folder: Path
+) -> Abandoned:
+    """In every round a visitor asks something long and presses stop, or closes the page, in turn and after
+    a time of chance. At once another one asks the prompt, greedily."""
+    chance, answers, in_prefill = random.Random(0), [], 0
+    with browsing(url, chromium, folder) as (page, _, errors):
+        _take_the_likeliest(page)
+        undisturbed = _ask(page, prompt)
+        for number in range(rounds):
+            leaver = page.context.new_page()
+            leaver.goto(url)
+            leaver.get_by_role("textbox").last.fill(long)
+            leaver.keyboard.press("Enter")
+            stop = leaver.locator("button.stop-button")
+            stop.wait_for()
+            leaver.wait_for_timeout(chance.random() * 3_000)
+            in_prefill += leaver.locator(".message.bot.pending").count()
+            page.get_by_role("textbox").last.fill(prompt)
+            if number % 2:
+                leaver.close()
+            else:
+                stop.click()
+            answers.append(_ask(page, prompt))
+            leaver.close()
+    return Abandoned(undisturbed, tuple(answers), in_prefill, errors)
+
+
+def _take_the_likeliest(page: Any) -> None:
+    page.get_by_role("button", name="Sampling").click()
+    temperature = page.get_by_label("number input for Temperature")
+    temperature.fill("0")
+    temperature.press("Tab")
+
+
+def _ask(page: Any, prompt: str) -> str:
+    """The whole answer to the only message of a chat, which is empty again then."""
+    page.get_by_role("textbox").last.fill(prompt)
+    page.keyboard.press("Enter")
+    page.locator("button.stop-button").wait_for()
+    page.locator("button.submit-button").wait_for()
+    answer: str = page.locator(".message.bot").last.inner_text()
+    page.get_by_label("Clear").click()
+    page.locator(".message.bot").last.wait_for(state="detached")
+    return answer
 
 
 def _settled(page: Any, read: Any, start: str) -> tuple[str, int]:

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from smolctl.config import ModelConfig
 from smolctl.data.tokenizer.tokenizer import Tokenizer, train_tokenizer
-from smolctl.generation.engine import Cache, Engine
+from smolctl.generation.engine import Cache, Engine, Logits
 from smolctl.generation.load import LoadedModel
-from smolctl.generation.sampling import SamplingSettings
-from smolctl.generation.scheduler import Request, Scheduler, Token, generator_for
+from smolctl.generation.sampling import SamplingSettings, generator_for
+from smolctl.generation.scheduler import Request, Scheduler, Token
 from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.network import Transformer
 from smolctl.model.weights import initialize
@@ -64,7 +63,7 @@ class CountingEngine(Engine):
     def allocate(self, sequences: int, capacity: int) -> Cache:
         return self.engine.allocate(sequences, capacity)
 
-    def forward(self, tokens: Sequence[Sequence[int]], cache: Cache, every: bool = False) -> Tensor:
+    def forward(self, tokens: Sequence[Sequence[int]], cache: Cache, every: bool = False) -> Logits:
         self.calls.append([list(ids) for ids in tokens])
         return self.engine.forward(tokens, cache, every)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from tests.support.tiny_runs import ROPE, assert_same_run, go_on, run, tiny_conf
 
 WORDS = ("the cat", "a mat", "birds fly", "trees", "over", "and")
 PAIRS = [(f"{one} {two}?", f"{two} saw {one}.") for one in WORDS for two in WORDS if one != two]
-SHAPES = {
+SHAPES: dict[str, Callable[[str, str], dict[str, Any]]] = {
     "messages": lambda q, a: {
         "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
     },
@@ -54,7 +56,7 @@ def conversations(prepared: Prepared) -> list[torch.Tensor]:
     stream = prepared.corpus.train.parts[0].tokens
     words = torch.from_numpy(stream.read(0, len(stream)))
     begins = (words & FIRST).nonzero().flatten().tolist()
-    parts = [words[start:end] for start, end in zip(begins, begins[1:], strict=False)]
+    parts = [words[start:end] for start, end in pairwise(begins)]
     return [part for part in parts if len(part) > 1]  # filler stands alone
 
 
@@ -157,7 +159,7 @@ def test_micro_batches_weigh_by_the_tokens_that_count(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     source = write_rows(tmp_path / "rows.jsonl")
-    losses = []
+    losses: list[list[float]] = []
     for micro in (4, size):
         prepared = prepare_chat(source, train={"steps": 3, "micro_batch_size": micro})
         folder = run(prepared, f"run-{micro}-{len(losses)}")

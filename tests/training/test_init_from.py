@@ -56,6 +56,18 @@ def test_the_weights_tokenizer_is_taken_in_place_of_one_to_train(smolctl: Smolct
     assert "tokenizer is that of runs/learned" in called.err
 
 
+@pytest.mark.slow
+def test_a_run_stops_where_the_model_stops_that_it_began_with(smolctl: Smolctl) -> None:
+    folder = write_folder(Path("base"), context=32)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 77]}))
+    assert tune(smolctl, base="base").code == 0
+    for model in ("base", "tuned"):
+        stops = smolctl("inspect-config", model, "--json").json["stops"]
+        assert {2, 77} <= {stop["id"] for stop in stops}, model
+    said = smolctl("sample", "tuned", "--prompt", "the", "--max-tokens", "1").err
+    assert "generation_config" not in said  # it recommends nothing for sampling
+
+
 @pytest.mark.parametrize("config", ["nano", "smollm2-135m"])
 def test_a_preset_describes_new_weights_and_contradicts_none(smolctl: Smolctl, config: str) -> None:
     small = ("--set", "data.sequence_length=32", "--steps", "1", "--batch-size", "1")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 
 import pytest
-from rich.console import Console
 
 from smolctl.data.tokens.corpus import TokenizeProgress
+from smolctl.views.console import PlainConsole
 from smolctl.views.output import Output
 from smolctl.views.tokenizing import TokenizingView
 from tests.support.terminal import Terminal
@@ -18,7 +18,7 @@ TOTAL = 40_000_000
 def shown(*progress: TokenizeProgress, width: int = 80, terminal: bool = True) -> Terminal:
     """What somebody sees who has watched the tokenization come so far."""
     out, file = Output(), io.StringIO()
-    out.__dict__["stderr"] = Console(
+    out.__dict__["stderr"] = PlainConsole(
         file=file, width=width, force_terminal=terminal, force_interactive=terminal
     )
     view = TokenizingView(out)

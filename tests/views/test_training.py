@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 from rich.cells import cell_len
-from rich.console import Console
 
 from smolctl.arithmetic import TrainingMemory
 from smolctl.errors import InputError
@@ -34,6 +33,7 @@ from smolctl.runs.events import (
     Validation,
 )
 from smolctl.runs.folder import RunFolder
+from smolctl.views.console import PlainConsole
 from smolctl.views.output import Output
 from smolctl.views.training import TrainingView, plan_table
 from smolctl.views.training_display import RunState, TrainingDisplay
@@ -104,7 +104,7 @@ def consoles(out: Output, width: int, terminal: bool) -> tuple[io.StringIO, io.S
     """Put consoles of a width in place of the process's own."""
     files = io.StringIO(), io.StringIO()
     for name, file in zip(("stdout", "stderr"), files, strict=True):
-        out.__dict__[name] = Console(file=file, width=width, height=40, force_terminal=terminal)
+        out.__dict__[name] = PlainConsole(file=file, width=width, height=40, force_terminal=terminal)
     return files
 
 
@@ -120,7 +120,7 @@ def display(
 ) -> list[str]:
     """The lines of the live display after some events."""
     file = io.TextIOWrapper(io.BytesIO(), encoding)
-    console = Console(file=file, width=width, height=height, force_terminal=True, **options)
+    console = PlainConsole(file=file, width=width, height=height, force_terminal=True, **options)
     lines = console.render_lines(
         TrainingDisplay(state_after(events)), console.options.update(height=height), pad=False
     )
@@ -198,7 +198,7 @@ def test_more_prompts_than_lines_are_counted() -> None:
 
 
 def plan_line(outline: ScheduleOutline) -> str:
-    screen = Console(file=io.StringIO(), width=200)
+    screen = PlainConsole(file=io.StringIO(), width=200)
     screen.print(plan_table(replace(PLAN, steps=100, schedule=outline)))
     assert isinstance(screen.file, io.StringIO)
     return next(line for line in screen.file.getvalue().splitlines() if "schedule" in line)
@@ -237,7 +237,7 @@ def test_the_display_needs_no_more_than_ascii_and_no_colour() -> None:
     assert set(filter(lambda character: not character.isascii(), own)) == {"±"}
     assert "o held out" in own
     assert "*" in own
-    plain = Console(file=io.StringIO(), width=80, height=24, force_terminal=True, no_color=True)
+    plain = PlainConsole(file=io.StringIO(), width=80, height=24, force_terminal=True, no_color=True)
     plain.print(TrainingDisplay(state_after(STORY)))
     assert isinstance(plain.file, io.StringIO)
     codes = re.findall(r"\x1b\[([\d;]*)m", plain.file.getvalue())
@@ -260,7 +260,7 @@ def terminal(out: Output, width: int, height: int) -> Iterator[Terminal]:
     """A terminal in place of the process's stdout and stderr."""
     file = io.StringIO()
     for name in ("stdout", "stderr"):
-        out.__dict__[name] = Console(
+        out.__dict__[name] = PlainConsole(
             file=file, width=width, height=height, force_terminal=True, force_interactive=True
         )
     seen = Terminal(width, height)
@@ -299,7 +299,7 @@ def test_a_terminal_that_was_closed_does_not_fail_the_run() -> None:
             return super().write(text)
 
     out, file = Output(), Closable()
-    out.__dict__["stdout"] = Console(
+    out.__dict__["stdout"] = PlainConsole(
         file=file, width=80, height=24, force_terminal=True, force_interactive=True
     )
     with TrainingView(out) as view:
@@ -325,8 +325,8 @@ def test_what_is_said_beside_the_display_is_kept_until_its_end(monkeypatch: pyte
     out = Output()
     said = io.StringIO()
     monkeypatch.setattr(sys, "stderr", said)
-    out.__dict__["stdout"] = Console(file=io.StringIO(), force_terminal=True, force_interactive=True)
-    out.__dict__["stderr"] = Console(stderr=True, force_terminal=True, no_color=True)
+    out.__dict__["stdout"] = PlainConsole(file=io.StringIO(), force_terminal=True, force_interactive=True)
+    out.__dict__["stderr"] = PlainConsole(stderr=True, force_terminal=True, no_color=True)
     with TrainingView(out) as view:
         for event in (*STORY, Note("step 7: the prediction failed [so]; training goes on")):
             view(event)

@@ -32,6 +32,16 @@ class DatasetName:
         match = _NAME.fullmatch(name)
         return DatasetName(*match.groups()) if match else None
 
+    @staticmethod
+    def recorded(name: str) -> DatasetName | None:
+        """The dataset that a source in a run's config is; None for everything else.
+
+        What a name means is decided once, before the first step (`corpus.pin_sources`): from then on a
+        dataset carries its commit and a path is absolute, whatever lies in the working folder later.
+        """
+        found = DatasetName.parse(name)
+        return found if found and _COMMIT.fullmatch(found.revision or "") else None
+
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""
         return f"{self.repository}{revision}" + (f":{self.config}" if self.config else "")

@@ -13,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from smolctl.data.text.documents import utf8_size
 from smolctl.durable import TOKENIZERS, cache_folder, replacing
 from smolctl.errors import InputError
+from smolctl.sources.huggingface.tokenizer import read_backend, read_tokenizer_json
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2, as in SmolLM2
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256  # every byte has a token
@@ -46,8 +47,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
             "the corpus is empty: there is no text to train a tokenizer on", "Check data.source."
         )
     file = _cached(sample, vocab_size)
-    with suppress(Exception):  # absent, or damaged: tokenizers raises nothing narrower
-        return tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    with suppress(InputError):  # absent, or damaged
+        return read_backend(read_tokenizer_json(file), str(file))
     backend = _learn(sample, vocab_size)
     with suppress(OSError, InputError):  # a cache that cannot be written costs the next run two seconds
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import tokenizers
 
@@ -26,7 +26,7 @@ LONGEST_CHARACTER = 4  # bytes in UTF-8
 
 def is_byte_level(backend: tokenizers.Tokenizer) -> bool:
     """Whether tokens are spelled in the byte alphabet (GPT-2's kind) rather than in text."""
-    decoder = json.loads(backend.to_str())["decoder"] or {}
+    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {}  # noqa: TID251 - the library's own
     parts = decoder.get("decoders", [decoder])
     return any(part.get("type") == "ByteLevel" for part in parts)
 
@@ -52,7 +52,7 @@ class TextStream:
 
     Args:
         backend: the tokenizer.
-        token_bytes: bytes of every id where the tokenizer is byte-level, else None.
+        bytes_of: gives the bytes of an id where the tokenizer is byte-level, else None.
         skip_special: whether special tokens are left out.
         before: ids of the text that is continued. Where a tokenizer is not byte-level, the first space of a
             text is dropped, and so is a space that begins a continuation which is decoded by itself.
@@ -61,12 +61,12 @@ class TextStream:
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
-        token_bytes: Sequence[bytes] | None,
+        bytes_of: Callable[[int], bytes | None] | None,
         skip_special: bool,
         before: Sequence[int] = (),
     ) -> None:
         self._backend = backend
-        self._token_bytes = token_bytes
+        self._bytes_of = bytes_of
         self._skip_special = skip_special
         self._skipped = {
             token_id
@@ -82,9 +82,8 @@ class TextStream:
         """What can be shown now; empty while a character is not complete."""
         if token_id in self._skipped:
             return ""
-        if self._token_bytes is not None:
-            known = 0 <= token_id < len(self._token_bytes)
-            return self._utf8.decode(self._token_bytes[token_id]) if known else ""
+        if self._bytes_of is not None:
+            return self._utf8.decode(self._bytes_of(token_id) or b"")
         if self._backend.id_to_token(token_id) is None:
             return ""
         self._waiting.append(token_id)
@@ -92,7 +91,7 @@ class TextStream:
 
     def finish(self) -> str:
         """What is left when no more ids come: U+FFFD for a character that was never completed."""
-        if self._token_bytes is not None:
+        if self._bytes_of is not None:
             return self._utf8.decode(b"", final=True)
         return self._advance(final=True)
 

@@ -12,12 +12,15 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from smolctl.errors import InputError
 from smolctl.escaping import json_text
+from smolctl.sources.huggingface.tokenizer import read_backend
 from smolctl.sources.stops import END_TOKENS
 
 SpecialTokens = Literal["text", "tokens"]
 # A character that no text holds: what begins with it is never found in one.
 _NEVER = "\ufdd0"
+DEEPEST = 100  # levels of lists and objects in a message
 # The first stand-in, in a plane for private use.
 _STAND_INS = 0xF0000
 
@@ -28,6 +31,20 @@ class Prompt:
 
     text: str
     ids: tuple[int, ...]
+
+
+def count_characters(value: Any, level: int = 0) -> int:
+    """Characters of all texts in a message, or in several.
+
+    Raises:
+        InputError: it is nested too deeply.
+    """
+    if level > DEEPEST:
+        raise InputError(f"a message is nested more than {DEEPEST} levels deep", "Send less in it.")
+    if isinstance(value, str):
+        return len(value)
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return sum(count_characters(item, level + 1) for item in items)
 
 
 def any_of(tokens: Iterable[str]) -> str:
@@ -97,7 +114,7 @@ class SpelledTokens:
 
     def _make_reader(self) -> tokenizers.Tokenizer:
         """A copy whose normalizer, which acts after tokens were found, takes out the stand-ins."""
-        state = json.loads(self._backend.to_str())
+        state = json.loads(self._backend.to_str())  # noqa: TID251 - the library's own
         added = state["added_tokens"]
         for token in added:  # these are looked for in the text as it is
             token["normalized"] = token["normalized"] and token["content"] not in self._control
@@ -110,7 +127,7 @@ class SpelledTokens:
         state["post_processor"] = None
         hide_special_tokens(state)
         state["added_tokens"] = added
-        reader = tokenizers.Tokenizer.from_str(json_text(state))
+        reader = read_backend(json_text(state), "a tokenizer whose special tokens are text")
         found = {token["id"]: reader.token_to_id(token["content"]) for token in added}
         self._id_of = {number: token_id for token_id, number in found.items() if number is not None}
         return reader

@@ -15,7 +15,7 @@ from smolctl.data.tokenizer.decoding import is_byte_level
 from smolctl.data.tokenizer.prompt import SpecialTokens, any_of, hide_special_tokens
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.escaping import json_text
-from smolctl.sources.huggingface.tokenizer import ids_around_text
+from smolctl.sources.huggingface.tokenizer import ids_around_text, read_backend
 
 # Characters on each side of a cut that are encoded to see whether it is safe, and that a piece is encoded
 # behind. Longer than what any known tokenizer looks at to divide a text into words.
@@ -113,9 +113,9 @@ def _joins_at_spaces(backend: tokenizers.Tokenizer) -> bool:
 
 def _reading_backend(backend: tokenizers.Tokenizer, special_tokens: SpecialTokens) -> tokenizers.Tokenizer:
     """A copy that reads special tokens as asked for; the tokenizer of prompts stays as it is."""
-    state = json.loads(backend.to_str())
+    state = json.loads(backend.to_str())  # noqa: TID251 - the library's own
     if special_tokens == "text":
         hide_special_tokens(state)
-    copy = tokenizers.Tokenizer.from_str(json_text(state))
+    copy = read_backend(json_text(state), "a tokenizer whose special tokens are text")
     copy.encode_special_tokens = special_tokens == "text"  # as `split_special_tokens` of transformers
     return copy

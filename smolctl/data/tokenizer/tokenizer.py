@@ -14,15 +14,21 @@ import tokenizers
 from numpy.typing import NDArray
 
 from smolctl.config import ModelConfig
+from smolctl.config.model import MAX_VOCABULARY
 from smolctl.data.tokenizer.bpe import train_bpe
-from smolctl.data.tokenizer.chat import render_chat
 from smolctl.data.tokenizer.decoding import TextStream, bytes_of_token, is_byte_level
 from smolctl.data.tokenizer.prompt import Prompt, SpecialTokens, SpelledTokens
-from smolctl.errors import HubError, InputError
+from smolctl.errors import HubError, InputError, PromptTooLongError
+from smolctl.outside import shown
 from smolctl.sources import open_source
 from smolctl.sources.base import TokenizerFiles
-from smolctl.sources.huggingface.tokenizer import has_tokenizer, read_tokenizer_folder
-from smolctl.sources.huggingface.write import write_tokenizer
+from smolctl.sources.huggingface.tokenizer import (
+    has_tokenizer,
+    read_backend,
+    read_tokenizer_folder,
+    read_tokenizer_json,
+)
+from smolctl.sources.huggingface.write import GENERATION, generation_config, write_json, write_tokenizer
 from smolctl.sources.stops import END_TOKENS, stop_token_ids
 
 DEFAULT_TOKENIZER = "HuggingFaceTB/SmolLM2-135M"
@@ -41,6 +47,7 @@ class Tokenizer:
         end_token_ids: other ids at which text ends.
         named_tokens: special tokens by the names that chat templates know them by, such as bos_token; None:
             those of the ids above.
+        origin: where it comes from, for error messages.
     """
 
     def __init__(
@@ -52,6 +59,7 @@ class Tokenizer:
         pad_token_id: int | None = None,
         end_token_ids: Iterable[int] = (),
         named_tokens: Mapping[str, str] | None = None,
+        origin: str = "the model",
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -63,6 +71,7 @@ class Tokenizer:
         named = self.eos_token_id, backend.token_to_id(END_OF_TEXT)
         self._end_token_ids = {*end_token_ids, *(token_id for token_id in named if token_id is not None)}
         self._named_tokens = named_tokens
+        self._origin = origin
 
     @staticmethod
     def from_files(files: TokenizerFiles, origin: str = "tokenizer.json") -> Tokenizer:
@@ -71,14 +80,9 @@ class Tokenizer:
         Raises:
             InputError: this is no tokenizer.json, naming `origin`.
         """
-        try:
-            backend = tokenizers.Tokenizer.from_str(files.tokenizer_json)
-        except Exception as error:  # the library raises nothing more special
-            raise InputError(
-                f"{origin}: not a tokenizer.json ({error})", "Fetch or save the tokenizer again."
-            ) from None
+        backend = read_backend(files.tokenizer_json, origin)
         ids = files.bos_token_id, files.eos_token_id, files.pad_token_id
-        return Tokenizer(backend, files.chat_template, *ids, files.end_token_ids, files.named_tokens)
+        return Tokenizer(backend, files.chat_template, *ids, files.end_token_ids, files.named_tokens, origin)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text as `tokenizer(text)` of transformers gives them: with what the tokenizer puts around
@@ -96,7 +100,10 @@ class Tokenizer:
         return Prompt(text, tuple(self.encode(text) or begin))
 
     def chat_prompt(
-        self, messages: Sequence[Mapping[str, Any]], special_tokens: SpecialTokens = "text"
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        special_tokens: SpecialTokens = "text",
+        context: int | None = None,
     ) -> Prompt:
         """A conversation in the chat template, ready for its answer, as `apply_chat_template` of transformers
         gives it.
@@ -105,18 +112,42 @@ class Tokenizer:
             messages: `{"role": ..., "content": ...}` each.
             special_tokens: what special tokens are that a message spells, such as `<|im_end|>`: "text", or
                 the "tokens" themselves. Those that the template writes are tokens always.
+            context: most tokens; a template that writes more text than they can spell is stopped. None: any.
 
         Raises:
             InputError: there is no chat template, or it refuses the messages.
+            PromptTooLongError: the conversation cannot fit the context.
         """
+        from smolctl.data.tokenizer.chat import MOST_CHARACTERS, render_chat  # Jinja: not for plain text
+
         if self.chat_template is None:
             raise InputError(
                 "there is no chat template", "Complete plain text, or choose an instruction-tuned model."
             )
         if special_tokens == "text":
             messages = self.spelled.hide(list(messages))
-        rendered = render_chat(self.chat_template, messages, self.named_tokens)
+        most = MOST_CHARACTERS if context is None else self.most_characters(context)
+        named, origin = self.named_tokens, self._origin
+        rendered = render_chat(self.chat_template, messages, named, origin=origin, most=most)
         return Prompt(self.spelled.show(rendered), tuple(self.spelled.encode(rendered)))
+
+    def most_characters(self, tokens: int) -> int:
+        """Characters that so many tokens can spell at most: each the longest token of the vocabulary."""
+        return tokens * max(map(len, self.token_bytes), default=0)
+
+    def require_room(self, characters: int, context: int) -> None:
+        """Refuse a prompt that cannot fit a context by its length alone, before the work of tokenizing it.
+
+        Raises:
+            PromptTooLongError: it has more characters than so many tokens can spell.
+        """
+        most = self.most_characters(context)
+        if characters > most:
+            raise PromptTooLongError(
+                f"the prompt has {characters:,} characters, and the model's context of {context:,} tokens "
+                f"holds {most:,} at most",
+                "Shorten the prompt.",
+            )
 
     @cached_property
     def spelled(self) -> SpelledTokens:
@@ -135,8 +166,8 @@ class Tokenizer:
             before: ids of the prompt that is continued.
             skip_special: whether special tokens are left out.
         """
-        token_bytes = self.token_bytes if self._byte_level else None
-        return TextStream(self.backend, token_bytes, skip_special, before)
+        bytes_of = self.bytes_of if self._byte_level else None
+        return TextStream(self.backend, bytes_of, skip_special, before)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -196,13 +227,15 @@ class Tokenizer:
     def _byte_level(self) -> bool:
         return is_byte_level(self.backend)
 
+    def bytes_of(self, token_id: int) -> bytes | None:
+        """The bytes that an id stands for, a special token by its name; None when there is no such id."""
+        token = self.token(token_id)
+        return None if token is None else bytes_of_token(token, self._byte_level)
+
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """The bytes that every id stands for, special tokens by their names."""
-        table = [b""] * self.vocab_size
-        for token, token_id in self.backend.get_vocab(with_added_tokens=True).items():
-            table[token_id] = bytes_of_token(token, self._byte_level)
-        return table
+        """The bytes that every id stands for; of those that no token has, none."""
+        return [self.bytes_of(token_id) or b"" for token_id in range(self.vocab_size)]
 
     def token_byte_lengths(self) -> NDArray[np.int32]:
         """Bytes of text that every id stands for, 0 for special tokens: (vocab_size,), for bits per byte."""
@@ -231,8 +264,10 @@ class Tokenizer:
         return TokenizerFiles(self.backend.to_str(), self.chat_template, *ids, ends, dict(self.named_tokens))
 
     def save(self, folder: Path) -> None:
-        """Write the files that transformers' AutoTokenizer loads."""
-        write_tokenizer(folder, self.files())
+        """Write the files that transformers' AutoTokenizer loads, and where text ends."""
+        files = self.files()
+        write_tokenizer(folder, files)
+        write_json(folder / GENERATION, generation_config(None, files))
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -247,7 +282,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     if path.name == "tokenizer.json" and path.is_file():
         files = read_tokenizer_folder(path.parent)
     elif path.is_file() and path.suffix == ".json":
-        files = TokenizerFiles(path.read_text(encoding="utf-8", errors="replace"))
+        files = TokenizerFiles(read_tokenizer_json(path))
     elif path.is_dir() and has_tokenizer(path):
         files = read_tokenizer_folder(path)
     else:
@@ -302,8 +337,8 @@ def choose_tokenizer(
 
 def _entries(name: str, vocab_size: int) -> int:
     digits = name.removeprefix("train:").replace("_", "")
-    if not digits.isdecimal():
-        raise InputError(f"tokenizer {name}: expected train:N", "For example train:4096.")
+    if not digits.isdecimal() or len(digits) > len(str(MAX_VOCABULARY)):
+        raise InputError(f"tokenizer {shown(name)}: expected train:N", "For example train:4096.")
     if int(digits) > vocab_size:
         raise InputError(
             f"tokenizer {name}: {int(digits):,} entries do not fit the model's vocab_size of {vocab_size:,}",

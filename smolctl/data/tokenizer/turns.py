@@ -113,7 +113,7 @@ class TurnEncoder:
             raise InputError(
                 "the chat template writes an answer otherwise than it asks for one, or otherwise where more "
                 "follows: it cannot be told which tokens the assistant says",
-                "Take a template that marks answers with {% generation %}, or train with data.loss=all.",
+                "Correct the template, or train on everything: data.loss=all.",
             )
         ends = [match.end() for match in self._ends.finditer(answered, len(asked))]
         if not ends:

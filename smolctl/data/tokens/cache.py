@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -20,9 +20,11 @@ from smolctl.config.run import DataConfig
 from smolctl.data.mixture import Mixture
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokens.encoding import TokenizeProgress
-from smolctl.data.tokens.shards import Shard, disk_errors, find_damage
+from smolctl.data.tokens.shards import Shard, disk_errors, find_damage, token_dtype
 from smolctl.durable import sync_folder, write_text
+from smolctl.errors import InputError
 from smolctl.escaping import json_text
+from smolctl.outside import checked, read_json
 
 FORMAT = 3  # of the folders; an older one is never read
 MANIFEST = "manifest.json"
@@ -113,6 +115,9 @@ class Manifest:
     held_out: tuple[Shard, ...]
 
 
+M = TypeVar("M", bound=Manifest)
+
+
 def digest(parts: object) -> str:
     """SHA-256 of plain data."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()  # noqa: TID251 - to be hashed
@@ -196,34 +201,42 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         write_text(folder / MANIFEST, json_text(asdict(manifest) | {"format": FORMAT}, indent=2))
 
 
-def read_manifest(folder: Path, tokenizer: Tokenizer, on_note: OnNote) -> dict[str, Any] | None:
+def read_manifest(
+    folder: Path,
+    schema: type[M],
+    tokenizer: Tokenizer,
+    on_note: OnNote,
+    dtype: np.dtype[np.unsignedinteger] | None = None,
+) -> M | None:
     """What `write_manifest` said, or None when nothing is there or the shards do not agree with it.
 
-    The lists `train` and `held_out` come back as tuples of `Shard`. The folder counts as used now.
+    Keys that a later version has added are left out. The folder counts as used now.
 
     Args:
         folder: of the shards.
+        schema: of the manifest.
         tokenizer: that they must be of.
         on_note: told of damage, and that the text is therefore tokenized again.
+        dtype: of the shards; None: the one that the tokenizer's ids need.
     """
+    dtype = dtype or token_dtype(tokenizer.vocab_size)
     if not folder.is_dir():
         return None
     try:
-        content: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
-        if content.pop("format") != FORMAT or content["tokenizer"] != tokenizer.sha256:
+        content = read_json(folder / MANIFEST)
+        manifest = checked(schema, content, MANIFEST)
+        of = content.get("format"), manifest.tokenizer, manifest.dtype
+        if of != (FORMAT, tokenizer.sha256, dtype.str):
             raise ValueError(f"{MANIFEST} is of another version or tokenizer")
-        dtype = np.dtype(content["dtype"])
-        for part in ("train", "held_out"):
-            content[part] = tuple(Shard(**shard) for shard in content[part])
-            for shard in content[part]:
-                if damage := find_damage(folder / shard.file, shard, dtype, tokenizer.vocab_size):
-                    raise ValueError(damage)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        for shard in (*manifest.train, *manifest.held_out):
+            if damage := find_damage(folder / shard.file, shard, dtype, tokenizer.vocab_size):
+                raise ValueError(damage)
+    except (OSError, ValueError, InputError) as error:
         on_note(f"{folder}: the cached tokens are damaged ({error}). The text is tokenized again.")
         return None
     with suppress(OSError):
         os.utime(folder / MANIFEST)
-    return content
+    return manifest
 
 
 def held_out_limit(fraction: float) -> int:

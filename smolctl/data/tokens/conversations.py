@@ -97,17 +97,15 @@ def tokenize_conversations(
 
 
 def _open(folder: Path, tokenizer: Tokenizer, on_note: OnNote) -> ConversationManifest | None:
-    content = read_manifest(folder, tokenizer, on_note)
-    try:
-        if not content:
-            return None
-        lists = {key: tuple(content[key]) for key in ("sources", "shapes", "named")}
-        manifest = ConversationManifest(**content | lists)
-        path = folder / INDEX
-        is_sound = holds_once(path, f"sha256 {manifest.index}", lambda: file_digest(path) == manifest.index)
-    except (OSError, TypeError, KeyError):
+    manifest = read_manifest(folder, ConversationManifest, tokenizer, on_note, DTYPE)
+    if manifest is None:
         return None
-    return manifest if is_sound else None
+    path = folder / INDEX
+    try:
+        sound = holds_once(path, f"sha256 {manifest.index}", lambda: file_digest(path) == manifest.index)
+    except OSError:
+        sound = False
+    return manifest if sound else None
 
 
 def _build(

@@ -77,6 +77,15 @@ class PackedStream(TokenStream):
         whole = np.concatenate([*rows, np.array([self._filler])])
         return whole[start - first * self._size :][:length]
 
+    def places_of(self, token: int) -> NDArray[np.int64]:
+        """Where conversations end, whatever the token that ends them, in ascending order: (n,)."""
+        starts = range(0, len(self), self._size)
+        begins = [
+            start + np.flatnonzero(self.read(start, min(self._size, len(self) - start)) & FIRST)
+            for start in starts
+        ]
+        return np.concatenate(begins)[1:] - 1
+
     def _sequence(self, numbers: Sequence[int]) -> NDArray[np.int64]:
         row = np.full(self._size, self._filler, dtype=np.int64)
         at = 0

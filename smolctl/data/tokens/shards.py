@@ -207,6 +207,16 @@ class TokenStream:
             position, filled, shard = position + len(part), filled + len(part), shard + 1
         return out
 
+    def places_of(self, token: int) -> NDArray[np.int64]:
+        """Where a token stands, in ascending order: (n,)."""
+        size = _READ_AT_ONCE // np.dtype(np.int64).itemsize
+        starts = range(0, self._length, size)
+        found = [
+            start + np.flatnonzero(self.read(start, min(size, self._length - start)) == token)
+            for start in starts
+        ]
+        return np.concatenate([np.empty(0, np.int64), *found])
+
     def _map(self, shard: int) -> NDArray[np.unsignedinteger]:
         if shard not in self._maps:
             self._maps[shard] = np.memmap(self._paths[shard], self._dtype, mode="r")

@@ -118,11 +118,10 @@ def _read(folder: Path, tokenizer: Tokenizer, needed: int | None, on_note: OnNot
     """As many segments as are needed, up to the first that is missing or damaged."""
     segments: list[Segment] = []
     while not _suffice(segments, needed):
-        content = read_manifest(_path(folder, len(segments)), tokenizer, on_note)
-        if content is None:
+        segment = read_manifest(_path(folder, len(segments)), Segment, tokenizer, on_note)
+        if segment is None:
             break
-        bookmark, held_out = Bookmark(**content["bookmark"]), tuple(content["held_out_digests"])
-        segments.append(Segment(**content | {"bookmark": bookmark, "held_out_digests": held_out}))
+        segments.append(segment)
     return segments
 
 

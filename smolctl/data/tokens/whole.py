@@ -77,12 +77,11 @@ def tokenize_whole(
     """
     identities = [[source.name, source.identity] for source in sources]
     folder = folder_of(cache, [FORMAT, identities], data, tokenizer)
-    manifest = _open(folder, tokenizer, on_note)
+    manifest = read_manifest(folder, WholeManifest, tokenizer, on_note)
     if manifest is None:
         with locked(folder, on_note):
-            manifest = _open(folder, tokenizer, lambda _: None) or _build(
-                folder, data, sources, tokenizer, on_progress
-            )
+            found = read_manifest(folder, WholeManifest, tokenizer, lambda _: None)
+            manifest = found or _build(folder, data, sources, tokenizer, on_progress)
     return _split(folder, manifest, data)
 
 
@@ -91,20 +90,10 @@ def find_tokenized(
 ) -> TokenizedCorpus | None:
     """The tokens of sources that are gone, in those of the cache's folders that a run was trained on."""
     for name in folders:
-        manifest = _open(cache / TOKENS / name, tokenizer, lambda _: None)
+        manifest = read_manifest(cache / TOKENS / name, WholeManifest, tokenizer, lambda _: None)
         if manifest is not None and manifest.sources == data.source:
             return _split(cache / TOKENS / name, manifest, data)
     return None
-
-
-def _open(folder: Path, tokenizer: Tokenizer, on_note: OnNote) -> WholeManifest | None:
-    """The manifest of a finished result, or None when there is none or its files do not agree with it."""
-    content = read_manifest(folder, tokenizer, on_note)
-    try:
-        lists = {key: tuple(content[key]) for key in ("sources", "held_out_tokens")} if content else {}
-        return WholeManifest(**content | lists) if content else None
-    except (TypeError, KeyError):
-        return None
 
 
 def _build(

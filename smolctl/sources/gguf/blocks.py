@@ -6,65 +6,68 @@ A block holds 32 values of one row, or 256: scales and offsets in float16, and t
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from smolctl.errors import InputError
+from smolctl.sources.arrays import BFLOAT16, Array
 from smolctl.sources.quantized.packed import BLOCK, PackedMatrix
 
-if TYPE_CHECKING:
-    from gguf import GGMLQuantizationType
-
-PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+PLAIN: Mapping[str, np.dtype[Any]] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": BFLOAT16,
+}
 # Bits of a value, and how many float16 stand before the values of a block: the scale, and the offset.
 PACKED = {"Q8_0": (8, 1), "Q4_0": (4, 1), "Q4_1": (4, 2)}
 
 
-def as_stored(raw: Tensor, kind: GGMLQuantizationType) -> Tensor | PackedMatrix:
+def as_stored(raw: Array, kind: str) -> Array | PackedMatrix:
     """Rows as they are: floats in their own type, and the block types that a `PackedMatrix` can hold.
 
     Everything else is unpacked to float32, (rows, columns).
 
     Args:
         raw: bytes, uint8 of shape (rows, bytes per row).
-        kind: how they are packed.
+        kind: how they are packed, by llama.cpp's name.
 
     Raises:
         InputError: nothing here can unpack the type.
     """
-    if kind.name in PLAIN:
-        plain = raw.view(PLAIN[kind.name])
-        return plain.clone() if plain.dtype != torch.float64 else plain.float()
-    if kind.name not in PACKED:
+    if kind in PLAIN:
+        return raw.view(PLAIN[kind])
+    if kind not in PACKED:
         return _unpacked(raw, kind)
-    bits, halves = PACKED[kind.name]
-    rows = raw.shape[0]
-    blocks = raw.view(rows, -1, 2 * halves + BLOCK * bits // 8)  # (rows, groups, bytes)
-    floats = blocks[..., : 2 * halves].contiguous().view(torch.float16)  # (rows, groups, 1 or 2)
-    values = blocks[..., 2 * halves :].reshape(rows, -1)
-    columns, scales = blocks.shape[1] * BLOCK, floats[..., 0].contiguous()
+    bits, halves = PACKED[kind]
+    # Blocks of one item each: copying 16 bytes at once is several times faster than one by one.
+    parts = np.dtype([("floats", np.float16, (halves,)), ("values", f"V{BLOCK * bits // 8}")])
+    blocks = raw.view(parts)  # (rows, groups)
+    values, scales = np.ascontiguousarray(blocks["values"]), np.ascontiguousarray(blocks["floats"][..., 0])
+    columns = blocks.shape[1] * BLOCK
     if bits == 8:
-        return PackedMatrix(8, columns, BLOCK, values.view(torch.int8), scales)
-    offsets = floats[..., 1].contiguous() if halves == 2 else scales * -8
-    if not offsets.isfinite().all():  # -8 × a scale may be more than float16 holds
+        return PackedMatrix(8, columns, BLOCK, values.view(np.int8), scales)
+    with np.errstate(over="ignore"):
+        offsets = np.ascontiguousarray(blocks["floats"][..., 1]) if halves == 2 else scales * np.float16(-8)
+    if not np.isfinite(offsets).all():  # -8 × a scale may be more than float16 holds
         return _unpacked(raw, kind)
-    return PackedMatrix(4, columns, BLOCK, values, scales, offsets)
+    return PackedMatrix(4, columns, BLOCK, values.view(np.uint8), scales, offsets)
 
 
-def _unpacked(raw: Tensor, kind: GGMLQuantizationType) -> Tensor:
-    from gguf import quants
+def _unpacked(raw: Array, kind: str) -> Array:
+    if kind == "F64":
+        return raw.view(np.float64).astype(np.float32)
+    from gguf import GGMLQuantizationType, quants
 
     try:
-        values = quants.dequantize(raw.numpy(), kind)
+        values = quants.dequantize(raw, GGMLQuantizationType[kind])
     except (NotImplementedError, KeyError):
         raise InputError(
-            f"tensors of type {kind.name} cannot be read",
+            f"tensors of type {kind} cannot be read",
             "Use a GGUF of another quantization, such as Q8_0 or Q4_K_M.",
         ) from None
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+    return np.ascontiguousarray(values, dtype=np.float32)
 
 
 if sys.byteorder != "little":  # every view above takes the file's bytes as they are

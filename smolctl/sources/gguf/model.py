@@ -11,13 +11,12 @@ from smolctl.config import ModelConfig
 from smolctl.config.load import resolve_model_config
 from smolctl.errors import InputError
 from smolctl.sources.base import DAMAGED, ModelSource, SourceKind, TensorHeader, Weights
-from smolctl.sources.gguf.header import GGUFHeader, GGUFTensor, read_header
-from smolctl.sources.gguf.tokenizer import read_tokenizer
+from smolctl.sources.gguf.header import GGUFHeader, GGUFTensor, as_written, read_header
+from smolctl.sources.gguf.tokenizer import read_tokenizer, special_ids
 from smolctl.sources.shapes import check_tensors
 
 if TYPE_CHECKING:
-    import torch
-
+    from smolctl.sources.arrays import Array
     from smolctl.sources.quantized.scaled import StoredTensor
 
 NAMES = {
@@ -81,7 +80,7 @@ def open_gguf(path: Path, name: str) -> ModelSource:
         TensorHeader(
             huggingface_name(tensor.name) if config else tensor.name,
             tensor.shape,
-            tensor.type.name,
+            tensor.type,
             tensor.bytes,
         )
         for tensor in header.tensors
@@ -181,33 +180,21 @@ def read_config(header: GGUFHeader) -> ModelConfig:
         "vocab_size": vocab,
         "num_key_value_heads": values.get("llama.attention.head_count_kv") or fields["num_attention_heads"],
         "head_dim": _head_dim(values),
-        "rope_theta": _as_written(values.get("llama.rope.freq_base", 10_000.0)),
-        "rms_norm_eps": _as_written(fields["rms_norm_eps"]),
+        "rope_theta": as_written(values.get("llama.rope.freq_base", 10_000.0)),
+        "rms_norm_eps": as_written(fields["rms_norm_eps"]),
         "position_embedding": "rope",
         "residual_scale": 1.0,
         "tie_word_embeddings": "output.weight" not in shapes,
-        "bos_token_id": values.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": values.get("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": values.get("tokenizer.ggml.padding_token_id"),
+        **special_ids(values),
     }
     return resolve_model_config(fields, str(header.path))
 
 
-def _as_written(value: Any) -> Any:
-    """The number that was rounded to float32: 1e-5, where the file has 9.999999747e-06."""
-    return float(f"{value:.7g}") if isinstance(value, float) else value
-
-
 class GGUFWeights(Weights):
-    """Tensors one by one from the memory-mapped file: unpacked to float32, or as they are stored."""
+    """Tensors one by one from the file, in what a `PackedMatrix` or an array can hold as it is stored."""
 
     def __init__(self, header: GGUFHeader, config: ModelConfig) -> None:
         self.header, self.config = header, config
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        from smolctl.sources.quantized.scaled import dense
-
-        return ((name, dense(stored)) for name, stored in self.stored())
 
     def stored(self) -> Iterator[tuple[str, StoredTensor]]:
         from smolctl.sources.gguf.blocks import as_stored
@@ -216,25 +203,26 @@ class GGUFWeights(Weights):
         for tensor, raw in self._raw():
             found = as_stored(raw, tensor.type)
             matrix = len(tensor.shape) > 1
-            yield huggingface_name(tensor.name), found if matrix else dense(found).view(tensor.shape)
+            yield huggingface_name(tensor.name), found if matrix else dense(found).reshape(tensor.shape)
 
-    def _raw(self) -> Iterator[tuple[GGUFTensor, torch.Tensor]]:
-        """Every tensor's bytes, (rows, bytes per row), read one by one: the file is never whole in memory."""
+    def _raw(self) -> Iterator[tuple[GGUFTensor, Array]]:
+        """Every tensor's bytes, (rows, bytes per row), mapped one by one: memory never holds all."""
         import numpy as np
-        import torch
 
         path = self.header.path
         for tensor in self.header.tensors:
             try:
-                raw = np.fromfile(path, np.uint8, tensor.bytes, offset=tensor.offset)
+                raw = np.asarray(np.memmap(path, np.uint8, "c", tensor.offset, (tensor.bytes,)))
             except OSError as error:
                 raise InputError(f"{path}: cannot be read ({error})", DAMAGED) from None
-            if len(raw) < tensor.bytes:
-                raise InputError(f"{path}: truncated: {tensor.name} ends past the end of the file", DAMAGED)
+            except ValueError:
+                raise InputError(
+                    f"{path}: truncated: {tensor.name} ends past the end of the file", DAMAGED
+                ) from None
             rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
-            yield tensor, self._reordered(tensor, torch.from_numpy(raw).view(rows, -1))
+            yield tensor, self._reordered(tensor, raw.reshape(rows, -1))
 
-    def _reordered(self, tensor: GGUFTensor, raw: torch.Tensor) -> torch.Tensor:
+    def _reordered(self, tensor: GGUFTensor, raw: Array) -> Array:
         """Rows of Q and K in Hugging Face's order.
 
         llama.cpp rotates neighbours (0, 1), (2, 3), ... and Hugging Face rotates halves (0, D/2),
@@ -247,4 +235,4 @@ class GGUFWeights(Weights):
         if heads is None or raw.shape[0] % (2 * heads):
             return raw
         rows, width = raw.shape
-        return raw.view(heads, rows // heads // 2, 2, width).transpose(1, 2).reshape(rows, width)
+        return raw.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from smolctl.errors import InputError
 from smolctl.escaping import json_text
+from smolctl.outside import checked
 from smolctl.sources.base import DAMAGED, TokenizerFiles
-from smolctl.sources.gguf.header import GGUFHeader
+from smolctl.sources.gguf.header import GGUFHeader, as_written
 
 CONTROL, USER_DEFINED = 3, 4  # token types of llama.cpp's vocabulary that are matched before the BPE
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -20,6 +22,15 @@ PRE_TOKENIZERS: Mapping[str, dict[str, Any]] = {
 }
 # Keys of the ids at which text ends: of a text, of a turn, of a message.
 ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+# Keys of what the model's makers recommend for sampling, by the names of generation_config.json.
+RECOMMENDED = {
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.penalty_repeat": "repetition_penalty",
+}
+NO_TOKEN = (-1, 2**32 - 1)  # how some converters spell that there is no such token
 OTHER_GGUF = "Name a tokenizer.json or a Hub id as the tokenizer instead."
 
 
@@ -43,20 +54,30 @@ def read_tokenizer(header: GGUFHeader) -> TokenizerFiles | None:
         text = json_text(_tokenizer_json(values, PRE_TOKENIZERS[pre]))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"{header.path}: the tokenizer is damaged ({error})", DAMAGED) from None
-    return TokenizerFiles(
-        tokenizer_json=text,
-        chat_template=values.get("tokenizer.chat_template"),
-        bos_token_id=values.get("tokenizer.ggml.bos_token_id"),
-        eos_token_id=values.get("tokenizer.ggml.eos_token_id"),
-        pad_token_id=values.get("tokenizer.ggml.padding_token_id"),
-        end_token_ids=tuple(sorted({values[key] for key in ENDS if values.get(key) is not None})),
-    )
+    found = {
+        "tokenizer_json": text,
+        "chat_template": values.get("tokenizer.chat_template"),
+        **special_ids(values),
+        "end_token_ids": [values[key] for key in ENDS if values.get(key) not in (None, *NO_TOKEN)],
+        "recommended": {name: as_written(values[key]) for key, name in RECOMMENDED.items() if key in values},
+    }
+    files = checked(TokenizerFiles, found, f"{header.path}: the tokenizer is damaged", DAMAGED)
+    return replace(files, end_token_ids=tuple(sorted(set(files.end_token_ids))))
+
+
+def special_ids(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids of the tokens that begin, end and fill up a text, by the names that a config has for them."""
+    named = {"bos": "bos", "eos": "eos", "pad": "padding"}
+    found = {
+        f"{ours}_token_id": values.get(f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in named.items()
+    }
+    return {name: None if value in NO_TOKEN else value for name, value in found.items()}
 
 
 def _tokenizer_json(values: Mapping[str, Any], pre_tokenizer: dict[str, Any]) -> dict[str, Any]:
     tokens = list(values["tokenizer.ggml.tokens"])
-    merges = [merge.split(" ") for merge in values["tokenizer.ggml.merges"]]
-    if any(len(merge) != 2 for merge in merges):
+    merges = list(values["tokenizer.ggml.merges"])  # "a b": read faster than a list of two, and as well
+    if any(merge.count(" ") != 1 for merge in merges):
         raise ValueError("a merge is no pair")
     types = values.get("tokenizer.ggml.token_type") or (1,) * len(tokens)
     if len(types) != len(tokens):

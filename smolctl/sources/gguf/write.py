@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smolctl.config import ModelConfig
+from smolctl.config import ModelConfig, Provenance
 from smolctl.durable import lack_of_room, replacing
 from smolctl.errors import InputError, SmolError
 from smolctl.sources.base import TokenizerFiles
 from smolctl.sources.gguf.header import read_header
 from smolctl.sources.gguf.model import KEYS, NAMES, open_gguf
 from smolctl.sources.gguf.write_tokenizer import require_same_tokenizer, tokenizer_metadata
+from smolctl.sources.provenance import gguf_metadata
 from smolctl.sources.quantized.packed import BLOCK
 from smolctl.sources.quantized.range import holds
 from smolctl.sources.shapes import HEAD, TABLE
@@ -101,6 +102,7 @@ def write_gguf(
     scheme: str,
     path: Path,
     name: str,
+    provenance: Provenance | None = None,
 ) -> GGUFResult:
     """Write a network as GGUF.
 
@@ -115,6 +117,7 @@ def write_gguf(
         scheme: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.
         path: of the file; replaced when it exists.
         name: of the model, `general.name`.
+        provenance: of the weights; its licence and its model on the Hub are named in the file.
 
     Returns:
         What was written, after it was read back and compared.
@@ -124,7 +127,8 @@ def write_gguf(
         SmolError: the file does not read back as what went in; nothing stands under `path` then.
     """
     require_gguf(config, scheme)
-    metadata = {**_model_metadata(config, scheme, name), **tokenizer_metadata(tokenizer, config)}
+    metadata = _model_metadata(config, scheme, name) | gguf_metadata(provenance)
+    metadata |= tokenizer_metadata(tokenizer, config)
     state = {key: tensor.detach() for key, tensor in tensors}
     if config.tie_word_embeddings:
         state.pop(HEAD, None)

@@ -7,9 +7,10 @@ from typing import Any
 
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError, SmolError
+from smolctl.outside import parse_object
 from smolctl.sources.base import TokenizerFiles
-from smolctl.sources.gguf.tokenizer import CONTROL, USER_DEFINED
-from smolctl.sources.huggingface.tokenizer import ids_around_text, parse_json, token_ids
+from smolctl.sources.gguf.tokenizer import CONTROL, RECOMMENDED, USER_DEFINED
+from smolctl.sources.huggingface.tokenizer import ids_around_text, read_backend, token_ids
 
 NORMAL, UNUSED = 1, 5  # token types of llama.cpp's vocabulary
 # What a tokenizer may do differently in spite of equal entries: digits, contractions, spaces, line ends,
@@ -32,7 +33,7 @@ def tokenizer_metadata(files: TokenizerFiles, config: ModelConfig) -> dict[str, 
     Raises:
         InputError: llama.cpp has no tokenizer that does the same.
     """
-    content = parse_json(files.tokenizer_json, "tokenizer.json")
+    content = parse_object(files.tokenizer_json, "tokenizer.json")
     pre = pre_tokenizer_name(content)
     names = {token_id: token for token, token_id in token_ids(files.tokenizer_json, "tokenizer.json").items()}
     if names and max(names) >= config.vocab_size:
@@ -65,7 +66,16 @@ def tokenizer_metadata(files: TokenizerFiles, config: ModelConfig) -> dict[str, 
     metadata |= {f"tokenizer.ggml.{key}_token_id": value for key, value in ids.items() if value is not None}
     if files.chat_template:
         metadata["tokenizer.chat_template"] = files.chat_template
-    return metadata
+    return metadata | _recommended(files.recommended)
+
+
+def _recommended(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model's makers recommend for sampling, as llama.cpp takes it."""
+    if found.get("do_sample") is False:  # in other words
+        found = {**found, "temperature": 0.0}
+    given = {key: found[name] for key, name in RECOMMENDED.items() if name in found}
+    usable = {key: one for key, one in given.items() if type(one) in (int, float) and 0 <= one < 2**31}
+    return {key: int(one) if key.endswith("top_k") else float(one) for key, one in usable.items()}
 
 
 def pre_tokenizer_name(content: Mapping[str, Any]) -> str:
@@ -103,9 +113,7 @@ def require_same_tokenizer(
     Raises:
         SmolError: what `differs` makes of the first difference.
     """
-    import tokenizers
-
-    one, two = (tokenizers.Tokenizer.from_str(files.tokenizer_json) for files in (given, back))
+    one, two = (read_backend(files.tokenizer_json, "tokenizer.json") for files in (given, back))
     for sample in SAMPLES:
         for special in (False, True):
             expected, found = (one_.encode(sample, add_special_tokens=special).ids for one_ in (one, two))
@@ -133,9 +141,7 @@ def _begins_with_bos(files: TokenizerFiles) -> bool:
     Raises:
         InputError: it adds something else.
     """
-    import tokenizers
-
-    around = ids_around_text(tokenizers.Tokenizer.from_str(files.tokenizer_json))
+    around = ids_around_text(read_backend(files.tokenizer_json, "tokenizer.json"))
     if around == ([], []):
         return False
     if around == ([files.bos_token_id], []):

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from smolctl.config import ModelConfig
 from smolctl.config.load import resolve_model_config
-from smolctl.errors import InputError
+from smolctl.outside import checked, shown
 
 # What `transformers.LlamaConfig` assumes for a key that config.json leaves out.
 LLAMA_DEFAULTS: Mapping[str, Any] = {
@@ -39,6 +41,16 @@ OUR_ARCHITECTURES = ("llamaforcausallm", OWN_ARCHITECTURE.lower())
 OFF_SWITCHES = ("attention_bias", "mlp_bias", "quantization_config", "sliding_window", "rope_interleaved")
 
 
+class _Declared(TypedDict, total=False):
+    """What a config.json says of itself, beside the fields of `ModelConfig`."""
+
+    architectures: list[str] | None
+    model_type: str | None
+    hidden_act: str | None
+    rope_parameters: dict[str, Any] | None
+    rope_scaling: dict[str, Any] | None
+
+
 def from_huggingface_config(values: Mapping[str, Any], origin: str) -> tuple[ModelConfig | None, str]:
     """The network that a config.json describes, or why this toolkit's network is another one.
 
@@ -52,6 +64,7 @@ def from_huggingface_config(values: Mapping[str, Any], origin: str) -> tuple[Mod
     Raises:
         InputError: a value is wrong in itself (negative size, heads that do not divide, ...).
     """
+    checked(_Declared, values, origin)
     reason = unsupported_feature(values)
     if reason:
         return None, reason
@@ -107,10 +120,7 @@ def _unsupported_rope(values: Mapping[str, Any]) -> str:
 def _rope(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """v5 `rope_parameters`, or v4 `rope_scaling`; empty when neither is there."""
     for key in ("rope_parameters", "rope_scaling"):
-        rope = values.get(key)
-        if rope is not None and not isinstance(rope, Mapping):
-            raise InputError(f"config.json: {key} is no mapping, got {rope!r}", "Correct config.json.")
-        if rope:
+        if rope := values.get(key):
             return dict(rope)
     return {}
 
@@ -119,8 +129,8 @@ def _detail(value: Any) -> str:
     """How a switched-on feature is described: `quant_method bitsandbytes`, `4096`, or nothing."""
     if isinstance(value, Mapping):
         method = value.get("quant_method")
-        return f" ({method})" if method else ""
-    return "" if value is True else f" ({value})"
+        return f" ({method if isinstance(method, str) else shown(method)})" if method else ""
+    return "" if value is True else f" ({shown(value)})"
 
 
 def to_huggingface_config(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:

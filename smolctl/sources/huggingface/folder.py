@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError
+from smolctl.outside import read_json
 from smolctl.sources.base import ModelSource, SourceKind, TensorHeader, TokenizerFiles, Weights
+from smolctl.sources.huggingface.card import card_beside
 from smolctl.sources.huggingface.config import assumed_keys, from_huggingface_config
 from smolctl.sources.huggingface.safetensors_file import SafetensorsWeights, read_header, read_shards
-from smolctl.sources.huggingface.tokenizer import read_json, tokenizer_reader
+from smolctl.sources.huggingface.tokenizer import TOKENIZER_FILES, tokenizer_reader
 from smolctl.sources.shapes import check_tensors, recover_config
 
 INDEX = "model.safetensors.index.json"
@@ -23,6 +27,12 @@ def is_huggingface_folder(folder: Path) -> bool:
     return (folder / "config.json").is_file() or any(folder.glob("*.safetensors"))
 
 
+def files_of_model(folder: Path) -> tuple[str, ...]:
+    """Names of what a folder holds of a model: configs, tokenizer and weights."""
+    weights = (path.name for path in sorted(folder.glob("*.safetensors*")))
+    return (*(name for name in TOKENIZER_FILES if os.path.lexists(folder / name)), *weights)
+
+
 def open_folder(folder: Path, name: str, kind: SourceKind = SourceKind.FOLDER) -> ModelSource:
     """Open a folder as transformers saves it.
 
@@ -30,7 +40,8 @@ def open_folder(folder: Path, name: str, kind: SourceKind = SourceKind.FOLDER) -
         InputError: a file is damaged or missing.
     """
     weights, tensors, problems = _folder_weights(folder)
-    return describe(kind, name, _declared(folder), tensors, problems, weights, tokenizer_reader(folder))
+    source = describe(kind, name, _declared(folder), tensors, problems, weights, tokenizer_reader(folder))
+    return dataclasses.replace(source, card=card_beside(folder))
 
 
 def open_config_json(path: Path, name: str) -> ModelSource:
@@ -44,7 +55,8 @@ def open_safetensors(path: Path, name: str) -> ModelSource:
     """Open one file; its config is the config.json beside it, or is recovered from the shapes."""
     tensors, weights, beside = read_header(path), SafetensorsWeights({path: None}), path.parent
     declared, reader = _declared(beside), tokenizer_reader(beside)
-    return describe(SourceKind.SAFETENSORS, name, declared, tensors, weights=weights, reader=reader)
+    source = describe(SourceKind.SAFETENSORS, name, declared, tensors, weights=weights, reader=reader)
+    return dataclasses.replace(source, card=card_beside(beside))
 
 
 def _declared(folder: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Safetensors files: headers read by hand, in microseconds and without torch; weights memory-mapped.
+"""Safetensors files, read by hand: headers in microseconds, weights memory-mapped, nothing with torch.
 
 A file is 8 bytes of header length (little endian), the header as JSON, then the data. Every entry
 names a dtype, a shape and a range of the data. https://github.com/huggingface/safetensors#format
@@ -6,25 +6,43 @@ names a dtype, a shape and a range of the data. https://github.com/huggingface/s
 
 from __future__ import annotations
 
-import json
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import TypedDict
+
 from smolctl.errors import InputError
-from smolctl.sources.base import DAMAGED, TensorHeader, Weights
+from smolctl.outside import checked, parse_json, parse_object, read_file, shown
+from smolctl.sources.base import DAMAGED, ArrayWeights, TensorHeader
 from smolctl.sources.shapes import is_derived
 
 if TYPE_CHECKING:
-    import torch
+    from smolctl.sources.arrays import Array
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_NAME_BYTES = 255  # of a file, in all usual file systems
 BITS = {
     **{"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32},
     **{"F16": 16, "BF16": 16, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8},
     **{"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
     **{"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
 }
+# What PyTorch calls the types that an array can have.
+TYPES = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"},
+    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"},
+    **{"U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "C64": "complex64"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"},
+    **{"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"},
+}
+
+
+class _Index(TypedDict):
+    """What is read of a model.safetensors.index.json."""
+
+    weight_map: dict[str, str]
 
 
 def is_safetensors(start: bytes) -> bool:
@@ -71,9 +89,9 @@ def parse_header(text: bytes, data_size: int | None, origin: str) -> tuple[Tenso
         origin: what to call the file in an error.
     """
     try:
-        entries = json.loads(text)
-    except (ValueError, RecursionError):
-        raise InputError(f"{origin}: the safetensors header is no JSON", DAMAGED) from None
+        entries = parse_json(text)
+    except ValueError as error:
+        raise InputError(f"{origin}: the safetensors header is no JSON object: {error}", DAMAGED) from None
     if not isinstance(entries, dict):
         raise InputError(f"{origin}: the safetensors header is no JSON object", DAMAGED)
     placed = [_entry(name, entry, origin) for name, entry in entries.items() if name != "__metadata__"]
@@ -116,7 +134,7 @@ def read_shards(folder: Path, index: Path) -> tuple[dict[Path, list[str]], tuple
     Raises:
         InputError: the index is damaged, or a shard is missing, or lacks a tensor that is promised.
     """
-    promised = read_weight_map(index.read_bytes(), str(index))
+    promised = read_weight_map(read_file(index, DAMAGED), str(index))
     shards = {folder / file_name: names for file_name, names in promised.items()}
     headers: list[TensorHeader] = []
     for path, names in shards.items():
@@ -132,20 +150,18 @@ def read_shards(folder: Path, index: Path) -> tuple[dict[Path, list[str]], tuple
 
 def read_weight_map(text: bytes, origin: str) -> dict[str, list[str]]:
     """Files and the tensors in them, from a `model.safetensors.index.json`; names stay inside the folder."""
-    try:
-        weight_map = json.loads(text)["weight_map"]
-        pairs = {str(name): str(file_name) for name, file_name in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise InputError(f"{origin}: not a safetensors index", DAMAGED) from None
+    index = checked(_Index, parse_object(text, origin, DAMAGED), origin, DAMAGED)
     by_file: dict[str, list[str]] = {}
-    for name, file_name in pairs.items():
+    for name, file_name in index["weight_map"].items():
         if Path(file_name).name != file_name:
-            raise InputError(f"{origin}: names a file outside its folder: {file_name}", DAMAGED)
+            raise InputError(f"{origin}: names a file outside its folder: {shown(file_name)}", DAMAGED)
+        if not (file_name and file_name.isprintable() and len(file_name.encode()) <= MAX_NAME_BYTES):
+            raise InputError(f"{origin}: weight_map: {shown(file_name)} is no file's name", DAMAGED)
         by_file.setdefault(file_name, []).append(name)
     return by_file
 
 
-class SafetensorsWeights(Weights):
+class SafetensorsWeights(ArrayWeights):
     """Memory-mapped tensors of one or more files.
 
     Args:
@@ -155,14 +171,37 @@ class SafetensorsWeights(Weights):
     def __init__(self, files: Mapping[Path, Sequence[str] | None]) -> None:
         self.files = files
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        from safetensors import SafetensorError, safe_open
-
+    def stored(self) -> Iterator[tuple[str, Array]]:
         for path, names in self.files.items():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for name in names if names is not None else file.keys():
-                        if not is_derived(name):
-                            yield name, file.get_tensor(name)
-            except (SafetensorError, OSError, ValueError) as error:
-                raise InputError(f"{path}: cannot be read ({error})", DAMAGED) from None
+            wanted = None if names is None else set(names)
+            for name, array in mapped_arrays(path):
+                if not is_derived(name) and (wanted is None or name in wanted):
+                    yield name, array
+
+
+def mapped_arrays(path: Path) -> Iterator[tuple[str, Array]]:
+    """Every tensor of a file, in the memory that the file is mapped into; writing changes a copy.
+
+    Raises:
+        InputError: the file cannot be read, is damaged, or holds a type that no array has.
+    """
+    import numpy as np
+
+    from smolctl.sources.arrays import type_named
+
+    tensors = read_header(path)
+    try:
+        with path.open("rb") as file:
+            position = 8 + int.from_bytes(file.read(8), "little")
+            data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error})", DAMAGED) from None
+    for tensor in tensors:  # in the order of their data, which has no gaps
+        if tensor.dtype not in TYPES:
+            raise InputError(
+                f"{path}: tensors of type {tensor.dtype} cannot be read", "Save the model in another type."
+            )
+        raw = data[position : position + tensor.bytes]
+        dtype = type_named(TYPES[tensor.dtype], BITS[tensor.dtype] // 8)
+        yield tensor.name, np.require(raw.view(dtype), requirements="A").reshape(tensor.shape)
+        position += tensor.bytes

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from smolctl.config.model import MAX_VOCABULARY, SpecialId, TokenId
 from smolctl.errors import InputError
 from smolctl.escaping import json_text
+from smolctl.outside import checked, checked_json, parse_object, read_file, read_json
 from smolctl.sources.base import TokenizerFiles
 
 if TYPE_CHECKING:
@@ -25,40 +31,45 @@ CARRIED = (
     SPECIAL_MAP,
     "added_tokens.json",
 )
+# Settings of generation_config.json that say how to sample.
+RECOMMENDED = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # Everything of a repository that a tokenizer may need, tokenizer.json aside.
 SIDE_FILES = (*CARRIED, "config.json")
+TOKENIZERS = ("tokenizer.json", *SLOW_FILES)
+TOKENIZER_FILES = (*TOKENIZERS, "merges.txt", *SIDE_FILES)
+MAX_TOKENIZER_BYTES = 100_000_000  # of a tokenizer.json; Gemma 3's has 33 million
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        InputError: the file is missing, is no JSON, or no object.
-    """
-    try:
-        return parse_json(path.read_bytes(), str(path))
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror})", "Check the path and its rights."
-        ) from None
+class _AddedToken(TypedDict):
+    id: TokenId
+    content: str
 
 
-def parse_json(text: bytes | str, origin: str) -> dict[str, Any]:
-    """The object in a JSON text; raises as `read_json`."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{origin}: not JSON ({error})", "Correct the file or download it again.") from None
-    if not isinstance(content, dict):
-        raise InputError(
-            f"{origin}: the top level must be a JSON object", "Correct the file or download it again."
-        )
-    return content
+class _Model(TypedDict):
+    # A unigram model lists [token, score].
+    vocab: NotRequired[
+        Annotated[dict[str, TokenId] | list[tuple[str, float]], Field(union_mode="left_to_right")]
+    ]
+
+
+class _TokenizerJson(TypedDict):
+    """What smolctl itself reads of a tokenizer.json; the rest is the `tokenizers` library's."""
+
+    model: NotRequired[_Model]
+    added_tokens: NotRequired[list[_AddedToken] | None]
+
+
+class _SpecialIds(TypedDict, total=False):
+    """What smolctl reads of a generation_config.json, and of a config.json beside a tokenizer."""
+
+    bos_token_id: SpecialId | list[SpecialId] | None
+    eos_token_id: SpecialId | list[SpecialId] | None
+    pad_token_id: SpecialId | list[SpecialId] | None
 
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a tokenizer in any format."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", *SLOW_FILES))
+    return any((folder / name).is_file() for name in TOKENIZERS)
 
 
 def tokenizer_reader(folder: Path | None, carry: bool = True) -> Callable[[], TokenizerFiles | None] | None:
@@ -82,14 +93,13 @@ def read_tokenizer_folder(folder: Path, carry: bool = True) -> TokenizerFiles | 
     if not has_tokenizer(folder):
         return None
     path = folder / "tokenizer.json"
-    try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else _converted(folder)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})", "Download the file again.") from None
-    settings, special, generation, model = (
-        read_json(folder / name) if (folder / name).is_file() else {}
-        for name in ("tokenizer_config.json", SPECIAL_MAP, "generation_config.json", "config.json")
+    text = read_tokenizer_json(path) if path.is_file() else _converted(folder)
+    settings, special = (_beside(folder / name) for name in ("tokenizer_config.json", SPECIAL_MAP))
+    generation, model = (
+        checked(_SpecialIds, _beside(folder / name), str(folder / name))
+        for name in ("generation_config.json", "config.json")
     )
+    given = _beside(folder / "generation_config.json")
     if "added_tokens_decoder" not in settings:  # as transformers does: newer files leave the map aside
         settings |= special
     text = _as_transformers_reads(text, settings, str(path))
@@ -103,8 +113,21 @@ def read_tokenizer_folder(folder: Path, carry: bool = True) -> TokenizerFiles | 
         pad_token_id=found["pad"],
         end_token_ids=tuple(sorted({*_listed(generation), *_listed(model)})),
         named_tokens=_named_tokens(settings),
+        recommended={key: given[key] for key in RECOMMENDED if given.get(key) is not None},
         carried={name: _text(folder / name) for name in CARRIED if carry and (folder / name).is_file()},
     )
+
+
+def read_tokenizer_json(path: Path) -> str:
+    """The text of a tokenizer.json. Raises InputError: it cannot be read."""
+    try:
+        return read_file(path, most=MAX_TOKENIZER_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: cannot be read ({error})", "Download the file again.") from None
+
+
+def _beside(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def _as_transformers_reads(text: str, settings: Mapping[str, Any], origin: str) -> str:
@@ -112,7 +135,7 @@ def _as_transformers_reads(text: str, settings: Mapping[str, Any], origin: str) 
     divides and joins texts its own way (models/llama/tokenization_llama.py), whatever the file says."""
     if str(settings.get("tokenizer_class")).removesuffix("Fast") != "LlamaTokenizer":
         return text
-    content = parse_json(text, origin)
+    content = parse_object(text, origin)
     if "ByteLevel" in json_text({key: content.get(key) for key in ("pre_tokenizer", "decoder")}):
         return text  # Llama 3's kind, which transformers leaves as it is
     prefix = settings.get("add_prefix_space") is not False
@@ -131,6 +154,48 @@ def _as_transformers_reads(text: str, settings: Mapping[str, Any], origin: str) 
     return json_text(content)
 
 
+def read_backend(tokenizer_json: str, origin: str) -> tokenizers.Tokenizer:
+    """What the `tokenizers` library makes of a tokenizer.json.
+
+    Raises:
+        InputError: it makes nothing of it, cannot read a letter or what no vocabulary has, or an id is none
+            of any model.
+    """
+    import tokenizers
+
+    remedy = "Fetch or save the tokenizer again."
+    try:
+        with _without_stderr():
+            backend = tokenizers.Tokenizer.from_str(tokenizer_json)  # noqa: TID251 - here
+            backend.decode(backend.encode("a\ufdd0").ids)
+    except BaseException as error:  # the library is Rust's, whose panic is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        raise InputError(f"{origin}: not a tokenizer.json ({error})", remedy) from None
+    largest = max(backend.get_vocab().values(), default=0)
+    if largest >= MAX_VOCABULARY:
+        raise InputError(f"{origin}: it has the token id {largest:,}", remedy)
+    return backend
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Rust tells of its panics on the standard error of the process, whatever Python does with it."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def ids_around_text(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     """The special tokens that transformers puts before and after every text: BOS and EOS, or none.
 
@@ -142,19 +207,29 @@ def ids_around_text(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]
 
 
 def token_ids(tokenizer_json: str, origin: str) -> Mapping[str, int]:
-    """Token to id: the added tokens of a tokenizer.json over its vocabulary."""
-    content = parse_json(tokenizer_json, origin)
-    model = content.get("model")
-    vocab = (isinstance(model, dict) and model.get("vocab")) or {}
-    if isinstance(vocab, list):  # a unigram model lists [token, score]
-        vocab = {entry[0]: index for index, entry in enumerate(vocab) if isinstance(entry, list) and entry}
-    return vocab | added_token_ids(content)
+    """Token to id: the added tokens of a tokenizer.json over its vocabulary.
+
+    Raises:
+        InputError: it is no tokenizer.json, or an id in it is none.
+    """
+    content = _checked(tokenizer_json, origin)
+    vocab = content.get("model", {}).get("vocab", {})
+    if isinstance(vocab, list):
+        vocab = {token: index for index, (token, _) in enumerate(vocab)}
+    return vocab | _added(content)
 
 
-def added_token_ids(content: Mapping[str, Any]) -> dict[str, int]:
-    """Token to id: what the content of a tokenizer.json adds to its vocabulary."""
-    added = content.get("added_tokens") or ()
-    return {token["content"]: token["id"] for token in added if isinstance(token, dict) and "id" in token}
+def added_token_ids(tokenizer_json: str, origin: str) -> dict[str, int]:
+    """Token to id: what a tokenizer.json adds to its vocabulary. Raises as `token_ids`."""
+    return _added(_checked(tokenizer_json, origin))
+
+
+def _checked(tokenizer_json: str, origin: str) -> _TokenizerJson:
+    return checked_json(_TokenizerJson, tokenizer_json, origin)
+
+
+def _added(content: _TokenizerJson) -> dict[str, int]:
+    return {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
 
 
 def _special_id(
@@ -165,11 +240,8 @@ def _special_id(
     if token is not None and token in ids:
         return ids[token]
     for config in configs:
-        value = config.get(f"{name}_token_id")
-        if isinstance(value, list) and value:
-            value = value[0]
-        if isinstance(value, int):
-            return value
+        if listed := _listed(config, name):
+            return listed[0]
     return None
 
 
@@ -182,10 +254,12 @@ def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     return {f"{key}_token": token for key, token in spelled.items() if isinstance(token, str)}
 
 
-def _listed(config: Mapping[str, Any]) -> list[int]:
-    """The ids at which text ends according to a config.json or generation_config.json: one, or several."""
-    value = config.get("eos_token_id")
-    return [token for token in (value if isinstance(value, list) else [value]) if type(token) is int]
+def _listed(config: Mapping[str, Any], name: str = "eos") -> list[int]:
+    """The ids of a special token in a config.json or generation_config.json: none, one or several."""
+    value = config.get(f"{name}_token_id")
+    return [
+        token for token in (value if isinstance(value, list) else [value]) if token is not None and token >= 0
+    ]
 
 
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
@@ -202,7 +276,7 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
 
 def _text(path: Path) -> str:
     """The text of a file, its line ends as they are."""
-    return path.read_bytes().decode("utf-8", errors="replace")
+    return read_file(path).decode("utf-8", errors="replace")
 
 
 def _converted(folder: Path) -> str:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 CODE = Path(__file__).parent / "transformers_code"
 CONFIG, GENERATION, TEMPLATE = "config.json", "generation_config.json", "chat_template.jinja"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-WRITTEN = (SINGLE, CONFIG, TOKENIZER, *CARRIED)  # and code, where it needs some
 
 
 def write_model(
@@ -56,7 +55,7 @@ def write_model(
             shutil.copyfile(path, folder / path.name)
     write_json(folder / CONFIG, values)
     (folder / SINGLE).chmod((folder / CONFIG).stat().st_mode)  # safetensors makes it its owner's alone
-    write_json(folder / GENERATION, _generation_config(config, tokenizer))
+    write_json(folder / GENERATION, generation_config(config, tokenizer))
     if tokenizer is not None:
         write_tokenizer(folder, tokenizer, config.max_position_embeddings)
 
@@ -90,9 +89,16 @@ def write_tokenizer(folder: Path, files: TokenizerFiles, context: int | None = N
         (folder / TEMPLATE).write_text(files.chat_template, encoding="utf-8", newline="")
 
 
-def _generation_config(config: ModelConfig, tokenizer: TokenizerFiles | None) -> dict[str, Any]:
-    """Where text begins and ends. Sampling is left to the caller: nothing here was tuned."""
-    first, ends, pad = config.bos_token_id, {*config.eos_token_ids}, config.pad_token_id
+def generation_config(config: ModelConfig | None, tokenizer: TokenizerFiles | None) -> dict[str, Any]:
+    """Where text begins and ends. Sampling is left to the caller: nothing here was tuned.
+
+    Args:
+        config: of the model; None: what the tokenizer says is all.
+        tokenizer: the model's own, where it has one.
+    """
+    first, ends, pad = None, set[int](), None
+    if config is not None:
+        first, ends, pad = config.bos_token_id, {*config.eos_token_ids}, config.pad_token_id
     if tokenizer is not None:
         first = first if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         ends |= {*tokenizer.end_token_ids}

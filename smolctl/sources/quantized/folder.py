@@ -15,19 +15,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from smolctl.config.model import MAX_WIDTH
 from smolctl.durable import file_digest
 from smolctl.errors import InputError
+from smolctl.outside import checked, read_json, shown
 from smolctl.sources.base import ModelSource, SourceKind, TensorHeader, Weights
 from smolctl.sources.huggingface.config import from_huggingface_config
-from smolctl.sources.huggingface.safetensors_file import read_header
-from smolctl.sources.huggingface.tokenizer import read_json, tokenizer_reader
+from smolctl.sources.huggingface.safetensors_file import mapped_arrays, read_header
+from smolctl.sources.huggingface.tokenizer import tokenizer_reader
 from smolctl.sources.shapes import check_tensors
 
 if TYPE_CHECKING:
-    import torch
-
+    from smolctl.sources.arrays import Array
     from smolctl.sources.quantized.scaled import StoredTensor
 
 DESCRIPTION = "quantization.json"
@@ -35,6 +39,38 @@ FILE = "model.safetensors"
 FORMAT, VERSION = "smolctl-quantized", 1
 REMEDY = "Copy the folder again, or run `smolctl quantize` again: it is damaged, changed or not complete."
 VALUES, SCALES, OFFSETS = ".values", ".scales", ".offsets"
+
+
+Size = Annotated[int, Field(strict=True, ge=0)]
+
+
+class _File(TypedDict):
+    bytes: Size
+    sha256: str
+    header_sha256: str
+
+
+class _Entry(TypedDict):
+    shape: list[Size]
+    stored: str
+    bits: NotRequired[Size | None]
+    group: NotRequired[Annotated[int, Field(strict=True, ge=0, le=MAX_WIDTH)] | None]
+
+
+class _Source(TypedDict):
+    id: str
+    step: NotRequired[int | None]
+
+
+class _Description(TypedDict):
+    """What is read of a quantization.json."""
+
+    scheme: str
+    source: _Source
+    config_sha256: str
+    file: _File
+    tensors: dict[str, _Entry]
+    activations: NotRequired[str]
 
 
 def is_quantized_folder(folder: Path) -> bool:
@@ -49,14 +85,15 @@ def read_description(folder: Path) -> dict[str, Any]:
         InputError: it is damaged, or of a newer smolctl.
     """
     path = folder / DESCRIPTION
-    content = read_json(path)
+    content = read_json(path, REMEDY)
     if content.get("format") != FORMAT:
         raise InputError(f"{path}: not a description of a quantized model", REMEDY)
     if content.get("version") != VERSION:
         raise InputError(
-            f"{path}: format version {content.get('version')}, this smolctl reads {VERSION}",
+            f"{path}: format version {shown(content.get('version'))}, this smolctl reads {VERSION}",
             "Update smolctl, or quantize the model again.",
         )
+    checked(_Description, content, str(path), REMEDY)
     return content
 
 
@@ -77,7 +114,7 @@ def open_quantized_folder(folder: Path, name: str) -> ModelSource:
     config, unsupported = from_huggingface_config({**declared, "quantization_config": None}, str(config_path))
     if config is None:
         raise InputError(f"{config_path}: {unsupported}", REMEDY)
-    if file_digest(config_path) != description.get("config_sha256"):
+    if file_digest(config_path) != description["config_sha256"]:
         raise InputError(f"{config_path}: is not the one that was written (checksum differs)", REMEDY)
     mismatches = check_tensors(config, tensors)
     if mismatches:
@@ -102,19 +139,11 @@ def header_digest(path: Path) -> str:
 
 
 def _check_header(description: Mapping[str, Any], path: Path) -> None:
-    recorded = _entry(description, "file", path)
-    size = path.stat().st_size
-    if recorded.get("bytes") != size:
-        raise InputError(f"{path}: has {size:,} bytes, {recorded.get('bytes'):,} were written", REMEDY)
-    if recorded.get("header_sha256") != header_digest(path):
+    recorded, size = description["file"], path.stat().st_size
+    if recorded["bytes"] != size:
+        raise InputError(f"{path}: has {size:,} bytes, {recorded['bytes']:,} were written", REMEDY)
+    if recorded["header_sha256"] != header_digest(path):
         raise InputError(f"{path}: its header is not the one that was written (checksum differs)", REMEDY)
-
-
-def _entry(description: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
-    value = description.get(key)
-    if not isinstance(value, Mapping):
-        raise InputError(f"{path.parent / DESCRIPTION}: {key} is damaged", REMEDY)
-    return value
 
 
 def parts_of(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
@@ -130,18 +159,14 @@ def _described(
 ) -> tuple[TensorHeader, ...]:
     """The model's own tensors as the plan describes them, checked against what the file holds."""
     found = {tensor.name: tensor for tensor in stored}
-    plan = _entry(description, "tensors", path)
     tensors = []
-    for name, entry in plan.items():
-        try:
-            shape, parts = tuple(int(size) for size in entry["shape"]), parts_of(name, entry)
-            kind = str(entry["stored"])
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise InputError(f"{path.parent / DESCRIPTION}: the entry of {name} is damaged", REMEDY) from None
+    for name, entry in description["tensors"].items():
+        parts = parts_of(name, entry)
         missing = [part for part in parts if part not in found]
         if missing:
             raise InputError(f"{path}: has no {missing[0]}, though {DESCRIPTION} describes it", REMEDY)
-        tensors.append(TensorHeader(name, shape, kind, sum(found.pop(part).bytes for part in parts)))
+        size = sum(found.pop(part).bytes for part in parts)
+        tensors.append(TensorHeader(name, tuple(entry["shape"]), entry["stored"], size))
     if found:
         raise InputError(f"{path}: holds {next(iter(found))}, which {DESCRIPTION} does not describe", REMEDY)
     return tuple(tensors)
@@ -153,42 +178,36 @@ class QuantizedWeights(Weights):
     def __init__(self, path: Path, description: Mapping[str, Any]) -> None:
         self.path, self.description = path, description
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        from smolctl.sources.quantized.scaled import dense
-
-        return ((name, dense(stored)) for name, stored in self.stored())
-
     def stored(self) -> Iterator[tuple[str, StoredTensor]]:
-        from safetensors import SafetensorError, safe_open
-
         try:
-            if file_digest(self.path) != _entry(self.description, "file", self.path).get("sha256"):
+            if file_digest(self.path) != self.description["file"]["sha256"]:
                 raise InputError(
                     f"{self.path}: its bytes are not the ones that were written (checksum differs)", REMEDY
                 )
-            with safe_open(self.path, framework="pt") as file:
-                for name, entry in self.description["tensors"].items():
-                    found = [file.get_tensor(part) for part in parts_of(name, entry)]
-                    yield name, found[0] if len(found) == 1 else _matrix(entry, found)
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            arrays = dict(mapped_arrays(self.path))
+            for name, entry in self.description["tensors"].items():
+                found = [arrays[part] for part in parts_of(name, entry)]
+                yield name, found[0] if len(found) == 1 else _matrix(entry, found)
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self.path}: cannot be read ({error})", REMEDY) from None
 
 
-def _matrix(entry: Mapping[str, Any], parts: list[torch.Tensor]) -> StoredTensor:
+def _matrix(entry: Mapping[str, Any], parts: list[Array]) -> StoredTensor:
     from smolctl.sources.quantized.packed import BLOCK, PackedMatrix
     from smolctl.sources.quantized.scaled import ScaledMatrix
 
     rows, columns = entry["shape"]
     values, scales = parts[:2]
     if entry.get("group") is None:
-        if tuple(values.shape) != (rows, columns) or scales.numel() not in (1, rows):
-            raise ValueError(f"values of shape {tuple(values.shape)} for a matrix of {rows} × {columns}")
+        if values.shape != (rows, columns) or scales.shape not in ((1,), (rows,)):
+            raise ValueError(f"values of shape {values.shape} for a matrix of {rows} × {columns}")
         return ScaledMatrix(values, scales)
     bits, group = entry["bits"], entry["group"]
     padded = columns + -columns % BLOCK
     if group < BLOCK or group % BLOCK:
         raise ValueError(f"groups of {group}")
-    shapes = [(rows, padded * bits // 8), *[(rows, -(-padded // group))] * (len(parts) - 1)]
-    if [tuple(part.shape) for part in parts] != shapes:
-        raise ValueError(f"values of shape {tuple(values.shape)} for a matrix of {rows} × {columns}")
+    integers = (rows, padded * bits // 8), "int8" if bits == 8 else "uint8"
+    floats = (rows, -(-padded // group)), "float16"
+    if [(part.shape, part.dtype.name) for part in parts] != [integers, *[floats] * (len(parts) - 1)]:
+        raise ValueError(f"values of shape {values.shape} for a matrix of {rows} × {columns}")
     return PackedMatrix(bits, columns, group, values, scales, parts[2] if bits == 4 else None)

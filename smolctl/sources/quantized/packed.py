@@ -13,15 +13,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
+
+from smolctl.sources.arrays import Array
 
 # Columns that lie together: of 32 four-bit values, byte i holds value i low and value i + 16 high.
 # Rows are filled up with zeros to a multiple of it, groups are a multiple of it.
 BLOCK = 32
-# Few enough that the intermediate results stay in the cache and torch does not wake its threads (it does from
-# 32,768 on). Their barriers cost more than they bring, and on a busy machine twenty times more: 0.7 s for
-# 135 M values became 13 s.
+# Few enough that the intermediate results stay in the cache, and that torch does not wake its threads (it
+# does from 32,768 on). Their barriers cost more than they bring, and on a busy machine twenty times more:
+# 0.7 s for 135 M values became 13 s.
 VALUES_AT_ONCE = 32_000
 
 
@@ -35,9 +37,9 @@ class PackedMatrix:
     bits: int  # 8 or 4
     columns: int  # of the matrix, without padding
     group: int  # columns that share a scale: a multiple of BLOCK
-    values: Tensor  # 8 bits: int8 (rows, P); 4 bits: uint8 (rows, P / 2); P: columns filled up to BLOCK
-    scales: Tensor  # float16 (rows, groups)
-    offsets: Tensor | None = None  # float16 (rows, groups); with 4 bits only
+    values: Array  # 8 bits: int8 (rows, P); 4 bits: uint8 (rows, P / 2); P: columns filled up to BLOCK
+    scales: NDArray[np.float16]  # (rows, groups)
+    offsets: NDArray[np.float16] | None = None  # (rows, groups); with 4 bits only
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -47,42 +49,51 @@ class PackedMatrix:
     def bytes(self) -> int:
         """Size of all parts together."""
         parts = (self.values, self.scales, self.offsets)
-        return sum(part.numel() * part.element_size() for part in parts if part is not None)
+        return sum(part.nbytes for part in parts if part is not None)
 
-    def dequantize(self) -> Tensor:
+    def largest(self) -> NDArray[np.float32]:
+        """What no absolute value of a group is above: (rows, groups)."""
+        scales = self.scales.astype(np.float32)
+        if self.offsets is None:
+            return 128 * np.abs(scales)
+        ends = self.offsets.astype(np.float32), self.offsets + 15 * scales
+        return np.maximum(*map(np.abs, ends))
+
+    def dequantize(self) -> NDArray[np.float32]:
         """The matrix in float32: (rows, columns)."""
         rows = self.values.shape[0]
-        matrix = torch.empty(rows, self.columns)
+        matrix = np.empty((rows, self.columns), np.float32)
         at_once = max(1, VALUES_AT_ONCE // max(1, self.columns))
         for start in range(0, rows, at_once):
             some = slice(start, start + at_once)
             matrix[some] = self._dequantized(some)
         return matrix
 
-    def _dequantized(self, rows: slice) -> Tensor:
+    def _dequantized(self, rows: slice) -> NDArray[np.float32]:
         values = unpack_integers(self.values[rows], self.bits)
-        scales = self.scales[rows].float().unsqueeze(-1)  # (rows, groups, 1)
-        padding = scales.shape[1] * self.group - values.shape[1]  # the last group may be shorter
-        grouped = torch.nn.functional.pad(values.float(), (0, padding)).view(len(values), -1, self.group)
-        grouped.mul_(scales)
+        scales = self.scales[rows].astype(np.float32)[..., None]  # (rows, groups, 1)
+        group = min(self.group, values.shape[1])
+        padding = scales.shape[1] * group - values.shape[1]  # the last group may be shorter
+        padded = np.pad(values, ((0, 0), (0, padding))) if padding else values
+        grouped = padded.reshape(len(values), -1, group) * scales
         if self.offsets is not None:
-            grouped.add_(self.offsets[rows].float().unsqueeze(-1))
-        return grouped.view(len(values), -1)[:, : self.columns]
+            grouped += self.offsets[rows].astype(np.float32)[..., None]
+        return grouped.reshape(len(values), -1)[:, : self.columns]
 
 
-def unpack_integers(values: Tensor, bits: int) -> Tensor:
+def unpack_integers(values: Array, bits: int) -> Array:
     """`PackedMatrix.values` as integers (rows, P), zeros of the padding included."""
     if bits == 8:
         return values
-    blocks = values.view(values.shape[0], -1, BLOCK // 2)  # (rows, P/32, 16)
-    return torch.cat((blocks & 0x0F, blocks >> 4), dim=-1).view(values.shape[0], -1)
+    blocks = values.reshape(values.shape[0], -1, BLOCK // 2)  # (rows, P/32, 16)
+    return np.concatenate((blocks & 0x0F, blocks >> 4), axis=-1).reshape(values.shape[0], -1)
 
 
-def pack_integers(values: Tensor, bits: int) -> Tensor:
+def pack_integers(values: Array, bits: int) -> Array:
     """Integers (rows, columns) as `PackedMatrix.values`, filled up with zeros."""
-    rows, columns = values.shape
-    padded = torch.nn.functional.pad(values, (0, -columns % BLOCK))
+    whole = values.astype(np.int8 if bits == 8 else np.uint8)
+    padded = np.pad(whole, ((0, 0), (0, -values.shape[1] % BLOCK)))
     if bits == 8:
-        return padded.to(torch.int8).contiguous()
-    low, high = padded.to(torch.uint8).view(rows, -1, 2, BLOCK // 2).unbind(dim=2)  # (rows, P/32, 16)
-    return (low | high << 4).view(rows, -1).contiguous()
+        return padded
+    pairs = padded.reshape(len(values), -1, 2, BLOCK // 2)  # (rows, P/32, 2, 16)
+    return (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(len(values), -1)

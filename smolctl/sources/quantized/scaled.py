@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
+from smolctl.sources.arrays import Array, as_array, as_float32, as_tensor
 from smolctl.sources.quantized.packed import PackedMatrix
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class ScaledMatrix:
     """weight = scale × value, with values in -128..127."""
 
-    values: Tensor  # int8 (rows, columns)
-    scales: Tensor  # float32 (1,), or (rows,) with one a row
+    values: NDArray[np.int8]  # (rows, columns)
+    scales: NDArray[np.float32]  # (1,), or (rows,) with one a row
 
     @classmethod
-    def of(cls, matrix: Tensor) -> ScaledMatrix:
+    def of(cls, matrix: torch.Tensor) -> ScaledMatrix:
         """A quantized tensor (rows, columns) of PyTorch's, with one scale or one a row."""
+        import torch
+
         per_tensor = matrix.qscheme() == torch.per_tensor_affine
         scales = torch.tensor([matrix.q_scale()]) if per_tensor else matrix.q_per_channel_scales()
-        return cls(matrix.int_repr(), scales.float())
+        return cls(as_array(matrix.int_repr()), as_array(scales.float()))
 
-    def quantized(self) -> Tensor:
+    def quantized(self) -> torch.Tensor:
         """The matrix as a quantized tensor of PyTorch's."""
-        if self.scales.numel() == 1:
-            return torch._make_per_tensor_quantized_tensor(self.values, self.scales.item(), 0)
-        zeros = torch.zeros(len(self.scales), dtype=torch.long)
-        return torch._make_per_channel_quantized_tensor(self.values, self.scales.double(), zeros, 0)
+        import torch
+
+        values, scales = as_tensor(self.values), as_tensor(self.scales)
+        if scales.numel() == 1:
+            return torch._make_per_tensor_quantized_tensor(values, scales.item(), 0)
+        zeros = torch.zeros(len(scales), dtype=torch.long)
+        return torch._make_per_channel_quantized_tensor(values, scales.double(), zeros, 0)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -38,16 +48,16 @@ class ScaledMatrix:
     @property
     def bytes(self) -> int:
         """Size of both parts together."""
-        return self.values.numel() + 4 * self.scales.numel()
+        return self.values.nbytes + self.scales.nbytes
 
-    def dequantize(self) -> Tensor:
+    def dequantize(self) -> NDArray[np.float32]:
         """The matrix in float32: (rows, columns)."""
-        return self.values.float().mul_(self.scales[:, None])
+        return self.values * self.scales[:, None]
 
 
-StoredTensor = Tensor | PackedMatrix | ScaledMatrix  # a tensor of a model as it is stored
+StoredTensor = Array | PackedMatrix | ScaledMatrix  # a tensor of a model as it is stored
 
 
-def dense(stored: StoredTensor) -> Tensor:
+def dense(stored: StoredTensor) -> NDArray[np.float32]:
     """A stored tensor in float32."""
-    return stored.float() if isinstance(stored, Tensor) else stored.dequantize()
+    return as_float32(stored) if isinstance(stored, np.ndarray) else stored.dequantize()

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from smolctl.config import ModelConfig
 from smolctl.data.tokenizer.bpe import SMALLEST_VOCABULARY, evenly_spread
 from smolctl.data.tokenizer.decoding import _BYTE_OF, TextStream
 from smolctl.data.tokenizer.tokenizer import (
@@ -223,6 +224,15 @@ def test_saved_tokenizer_loads_here_and_in_transformers(tmp_path: Path) -> None:
         assert again.sha256 == ours.sha256
         assert (again.bos_token_id, again.eos_token_id, again.pad_token_id) == (1, 2, 2)
         assert again.chat_template == template
+
+
+def test_a_saved_tokenizer_keeps_every_token_that_ends_a_text(tmp_path: Path) -> None:
+    ours = Tokenizer(TRAINED.backend, eos_token_id=2, end_token_ids=(2, 7, 9))
+    ours.save(tmp_path)
+    again = load_tokenizer(str(tmp_path))
+    config = ModelConfig(vocab_size=400, eos_token_id=2)
+    assert again.eos_token_id == 2
+    assert {2, 7, 9} <= ours.stop_token_ids(config) == again.stop_token_ids(config)
 
 
 def test_truncation_and_padding_in_the_file_are_not_obeyed() -> None:

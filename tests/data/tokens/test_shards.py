@@ -404,6 +404,41 @@ def test_damaged_cache_is_rebuilt_and_that_is_said(tmp_path: Path, damage: str) 
     assert "tokenized again" in notes[0]
 
 
+def test_a_manifest_with_keys_of_a_later_version_is_read(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", 50)
+    config = data(tmp_path / "a.jsonl")
+    (folder,) = tokenize_corpus(config, TOKENIZER, tmp_path).folders
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest |= {"colour": "red"}
+    manifest["train"][0]["compressed"] = False
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    notes: list[str] = []
+    tokenize_corpus(
+        config,
+        TOKENIZER,
+        tmp_path,
+        on_progress=lambda _: pytest.fail("tokenized again"),
+        on_note=notes.append,
+    )
+    assert not notes
+    assert json.loads((folder / MANIFEST).read_text()) == manifest
+
+
+@pytest.mark.parametrize(
+    "damage", [{"dtype": "O"}, {"tokens": 10**400}, {"train": 5}, {"train": [{"file": "a\0"}]}]
+)
+def test_a_manifest_that_makes_no_sense_is_written_anew(damage: dict[str, object], tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", 50)
+    config = data(tmp_path / "a.jsonl")
+    (folder,) = tokenize_corpus(config, TOKENIZER, tmp_path).folders
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | damage))
+    notes: list[str] = []
+    tokenize_corpus(config, TOKENIZER, tmp_path, on_note=notes.append)
+    assert [note for note in notes if "tokenized again" in note]
+    assert json.loads((folder / MANIFEST).read_text()) == manifest
+
+
 def test_source_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     write_lines(path)

@@ -22,7 +22,7 @@ from smolctl.errors import InputError, SmolError
 from smolctl.model.weights import initialize, load_network
 from smolctl.sources import SourceKind, open_source
 from smolctl.sources.gguf.blocks import as_stored
-from smolctl.sources.gguf.header import read_header
+from smolctl.sources.gguf.header import TENSOR_TYPES, read_header
 from smolctl.sources.quantized.scaled import dense
 from tests.support.gguf_files import write_gguf
 
@@ -115,10 +115,15 @@ def test_every_type_unpacks_as_the_gguf_package_does(name: str) -> None:
         raw[:, 1::size] &= 0x3F  # keep the float16 scales finite
     with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):
         expected = np.ascontiguousarray(gguf.quants.dequantize(raw, kind), dtype=np.float32)
-        ours = dense(as_stored(torch.from_numpy(raw), kind)).numpy()
+        ours = dense(as_stored(raw, name))
     both_nan = np.isnan(ours) & np.isnan(expected)
     assert ours.shape == expected.shape
     assert ((ours == expected) | both_nan).all()
+
+
+def test_the_sizes_of_all_types_are_those_of_the_gguf_package() -> None:
+    theirs = {int(kind): (kind.name, *sizes) for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
+    assert theirs == TENSOR_TYPES
 
 
 TOKENS = ["<|end|>", "<|user|>", *map(chr, range(97, 123)), "Ġ", "ab", "1", "2"]
@@ -258,6 +263,17 @@ def test_damaged_header_is_named(tiny: Path, at: int, value: bytes, cause: str) 
     assert caught.value.hint
 
 
+def test_strings_that_end_within_the_length_of_one_are_refused(tmp_path: Path) -> None:
+    """The header has nothing behind them: no later read would find the end of the file."""
+    header = (
+        b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", 9, 8, 2)
+    )
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(header + struct.pack("<Q", 6) + b"abcdef" + b"\0" * 4)
+    with pytest.raises(InputError, match="truncated: k has 2 strings"):
+        read_header(path)
+
+
 def test_truncated_gguf_is_named_and_refused(tiny: Path) -> None:
     whole = tiny.read_bytes()
     tiny.write_bytes(whole[:-40])
@@ -313,7 +329,7 @@ def test_real_weights_equal_the_gguf_package(gguf_file: Path) -> None:
     for tensor, (name, values) in zip(header.tensors, loaded, strict=True):
         rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
         raw = data[tensor.offset : tensor.offset + tensor.bytes].reshape(rows, -1)
-        expected = gguf.quants.dequantize(raw, tensor.type).reshape(tensor.shape)
+        expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[tensor.type]).reshape(tensor.shape)
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             expected = expected.reshape(-1, 32, 2, 576).swapaxes(1, 2).reshape(tensor.shape)
         assert np.array_equal(values.numpy().view(np.uint32), expected.view(np.uint32)), name

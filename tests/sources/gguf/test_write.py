@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -112,18 +113,35 @@ def test_llama_cpp_reads_the_same_tokens_and_logits(scheme: str, tmp_path: Path)
         assert theirs.tokenize(text.encode(), add_bos=False, special=True) == ids
         theirs.reset()
         theirs.eval(ids)
-        with torch.inference_mode():
-            logits = ours.engine.forward([ids], ours.engine.allocate(1, 64), every=True)
-        found = torch.from_numpy(theirs.scores[: len(ids)].copy())
+        logits = ours.engine.forward([ids], ours.engine.allocate(1, 64), every=True)
+        found = theirs.scores[: len(ids)]
         # llama.cpp also rounds activations, to 8 bits under q8_0 and its cache to float16.
-        assert (found - logits).abs().max() < {"f32": 5e-3, "q8_0": 5e-2}[scheme]
+        assert np.abs(found - logits).max() < {"f32": 5e-3, "q8_0": 5e-2}[scheme]
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({"do_sample": True, "temperature": 1, "top_k": 40}, {"temperature": 1.0, "top_k": 40}),
+        ({"do_sample": False, "min_p": 0.05}, {"temperature": 0.0, "min_p": 0.05}),
+        ({"top_p": "0.9", "top_k": -1, "temperature": float("nan"), "repetition_penalty": None}, {}),
+    ],
+)
+def test_what_is_recommended_for_sampling_goes_along(
+    found: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    network, files = initialize(tiny(), seed=1), replace(trained(), recommended=found)
+    write_gguf(network.config, network.state_dict().items(), files, "f32", tmp_path / "a.gguf", "tiny")
+    back = open_source(str(tmp_path / "a.gguf")).read_tokenizer()
+    assert back is not None
+    assert back.recommended == expected
 
 
 def test_a_tied_head_is_stored_once_and_the_table_stays_at_eight_bits(tmp_path: Path) -> None:
     network = initialize(tiny(), seed=1)
     state = {**network.state_dict(), "lm_head.weight": network.state_dict()["model.embed_tokens.weight"]}
     write_gguf(network.config, state.items(), trained(), "q4_0", tmp_path / "a.gguf", "tiny")
-    kinds = {tensor.name: tensor.type.name for tensor in read_header(tmp_path / "a.gguf").tensors}
+    kinds = {tensor.name: tensor.type for tensor in read_header(tmp_path / "a.gguf").tensors}
     assert "output.weight" not in kinds
     assert kinds["token_embd.weight"] == "Q8_0"
     assert kinds["output_norm.weight"] == "F32"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from smolctl.data.batches import Sequences, sequences_of
 from smolctl.errors import InputError
+from smolctl.evaluation.estimate import Floats, by_document, observations, resampled_estimate
 from smolctl.model.network import Transformer
 from smolctl.sources.base import RecordedLoss
 
@@ -21,68 +23,47 @@ class BitsPerByte:
     """Mean information of a byte of text under the model."""
 
     bits_per_byte: float
-    standard_error: float | None  # of the mean, over windows; None: one window has none
+    standard_error: float | None  # of the mean, over documents; None: one document has none
     loss: float  # nats a token
+    margin: float | None  # bits_per_byte ± margin is the interval at `estimate.CONFIDENCE`
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean and its standard error over windows."""
+class TokenScores:
+    """The predictions of T tokens under a model, and beside a reference where there is one; (T,) each."""
 
-    mean: float
-    standard_error: float | None  # None: one window has none
-
-
-@dataclass(frozen=True)
-class WindowScores:
-    """One window of T tokens under a model, and beside a reference where there is one."""
-
-    nats: float  # sum over the tokens
-    kl: float  # sum of KL(reference ‖ model) in nats
-    agreements: int  # positions at which both rank the same token first; none where a prediction is NaN
-    tokens: int
-    bytes: int
+    nats: Tensor  # float64
+    kl: Tensor  # KL(reference ‖ model) in nats, float64; zeros without a reference
+    agrees: Tensor  # whether both rank the same token first; never where a prediction is NaN
 
 
-def score_window(
-    logits: Tensor, targets: Tensor, size: int, reference: Tensor | None = None, rows: int = 64
-) -> WindowScores:
-    """Score the predictions of one window.
+def score_tokens(
+    logits: Tensor, targets: Tensor, reference: Tensor | None = None, rows: int = 64
+) -> TokenScores:
+    """Score the predictions of some tokens.
 
     Args:
         logits: (T, V) of the model.
         targets: (T,) the tokens that came.
-        size: bytes of text behind the targets.
         reference: (T, V) logits of the model that it is compared with.
         rows: tokens that are worked on at once: a table of 49,152 columns needs no second copy.
     """
-    nats = kl = 0.0
-    agreements = 0
+    nats = torch.empty(len(targets), dtype=torch.float64)
+    kl, agrees = torch.zeros_like(nats), torch.zeros(len(targets), dtype=torch.bool)
     for start in range(0, len(targets), rows):
         part = slice(start, start + rows)
         own = logits[part].float().log_softmax(-1)
-        nats -= own.gather(-1, targets[part, None]).double().sum().item()
+        nats[part] = -own.gather(-1, targets[part, None])[:, 0].double()
         if reference is not None:
             theirs = reference[part].float().log_softmax(-1)
-            same = own.argmax(-1) == theirs.argmax(-1)
-            agreements += int((same & own.amax(-1).isfinite()).sum())
-            kl += theirs.exp().mul_(theirs - own).double().sum().item()
-    kl = 0.0 if kl < 0 else kl  # rounding; not max(), which may drop a NaN
-    return WindowScores(nats, kl, agreements, len(targets), size)
+            agrees[part] = (own.argmax(-1) == theirs.argmax(-1)) & own.amax(-1).isfinite()
+            kl[part] = theirs.exp().mul_(theirs - own).double().sum(-1)
+    return TokenScores(nats, kl, agrees)
 
 
-def ratio_estimate(amounts: Sequence[float] | Tensor, sizes: Sequence[float] | Tensor) -> Estimate:
-    """Sum of amounts over sum of sizes, one of each for every window.
-
-    The standard error is that of a ratio estimate, from the spread of (amount - ratio × size) over the
-    windows, which are treated as independent; one window has no spread, and None is its error.
-    """
-    amount, size = (torch.as_tensor(values, dtype=torch.float64) for values in (amounts, sizes))
-    ratio = (amount.sum() / size.sum()).item()
-    if len(amounts) < 2:
-        return Estimate(ratio, None)
-    spread = (amount - ratio * size).square().sum().item() / (len(amounts) - 1)
-    return Estimate(ratio, math.sqrt(spread / len(amounts)) / size.mean().item())
+def bits(nats: Tensor | Floats) -> Floats:
+    """Nats as bits."""
+    return np.asarray(nats, np.float64) / math.log(2)
 
 
 def _losses(
@@ -100,25 +81,38 @@ def _losses(
 
 @torch.inference_mode()
 def bits_per_byte(
-    network: Transformer, batches: Iterable[Tensor], token_bytes: Tensor, document_end: int | None = None
+    network: Transformer,
+    batches: Iterable[Tensor],
+    token_bytes: Tensor,
+    document_end: int | None = None,
+    documents: Iterable[Tensor] | None = None,
 ) -> BitsPerByte:
-    """Evaluate windows of tokens; the standard error is `ratio_estimate`'s.
+    """Evaluate sequences of tokens.
 
     Args:
         network: any mode; dropout is switched off meanwhile.
         batches: tokens (B, T + 1); of conversations only what the assistant says counts.
         token_bytes: bytes of text behind every token id, (V,).
         document_end: the token that attention does not cross; None: it crosses all.
+        documents: the number of every target's document, (B, T) for each batch; None: every sequence is one.
     """
-    nats, sizes, tokens = [], [], 0
+    found: list[tuple[Tensor, ...]] = []  # of every batch: sequences, documents, nats and bytes
+    numbers = None if documents is None else iter(documents)
+    sequences = counted = 0
     for asked, losses in _losses(network, batches, document_end):
-        nats.append(losses.sum(dim=1))
-        lengths = token_bytes.to(losses.device)[asked.targets].double()
-        sizes.append(asked.counted(lengths).sum(dim=1))
-        tokens += int(asked.trained_tokens)
-    total = torch.cat(nats)
-    estimate = ratio_estimate(total / math.log(2), torch.cat(sizes))
-    return BitsPerByte(estimate.mean, estimate.standard_error, total.sum().item() / tokens)
+        targets = asked.targets
+        sequence = torch.arange(sequences, sequences + len(targets))[:, None].expand(targets.shape)
+        owner = sequence if numbers is None else next(numbers)
+        sizes = asked.counted(token_bytes.to(targets.device)[targets])
+        found.append((sequence, owner, losses.cpu(), sizes.cpu()))
+        sequences, counted = sequences + len(targets), counted + int(asked.trained_tokens)
+    stretches, owners, nats, bytes_ = (
+        torch.cat([part.flatten() for part in column]) for column in zip(*found, strict=True)
+    )
+    own_bits, own_bytes = by_document(observations(owners, stretches), bits(nats), bytes_)
+    estimate = resampled_estimate(own_bits, own_bytes)
+    loss = nats.sum().item() / counted
+    return BitsPerByte(estimate.mean, estimate.standard_error, loss, estimate.margin)
 
 
 @torch.inference_mode()

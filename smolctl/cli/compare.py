@@ -1,0 +1,71 @@
+"""smolctl compare"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from smolctl.cli.options import command
+from smolctl.errors import GateError
+from smolctl.views.output import Output
+
+
+@command
+def compare(
+    output: Output,
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B [C]...",
+            help="Two or more MODELs with weights: runs, RUN@STEP, folders, .gguf, Hub ids.",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="TEXT",
+            help="Text to compare on; repeatable. Default: what the runs held out, or else built-in text.",
+        ),
+    ] = None,
+    size: Annotated[
+        int, typer.Option("--bytes", min=1, help="Text at most, in bytes; of more, some documents are taken.")
+    ] = 500_000,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            help="Tokens of a sequence. Default: the shortest context of the models, up to 1,024.",
+        ),
+    ] = None,
+    require_better: Annotated[
+        bool,
+        typer.Option(
+            "--require-better",
+            help="Exit with 5 unless A is better than all others, beyond the interval.",
+        ),
+    ] = False,
+) -> None:
+    """Say which model predicts the same text better, and whether that is more than chance.
+
+    \b
+    smolctl compare runs/nano-001 runs/nano-002       on the documents that both have held out
+    smolctl compare runs/nano-001 runs/nano-001@150   two steps of a run
+    smolctl compare a-1 a-2 a-3 b-1 b-2 b-3           runs that differ in the seed only count as one
+    smolctl compare FILE.gguf FOLDER --data notes/    any models, whatever their tokenizers
+    smolctl compare runs/new runs/old --require-better   a gate for scripts: exit code 5
+    """
+    from smolctl.evaluation.compare import CompareOptions
+    from smolctl.evaluation.compare import compare as run
+    from smolctl.views.compare import show_comparison
+
+    comparison = run(models, CompareOptions(tuple(data or ()), size, context), output.talk)
+    show_comparison(output, comparison)
+    if require_better and not comparison.first_is_best:
+        failed = [pair.verdict for pair in comparison.pairs if pair.a is comparison.measures[0]]
+        raise GateError(
+            f"A is not better than each other one: {'; '.join(failed)}",
+            "Keep the other one, or compare on more text.",
+        )

@@ -1,0 +1,379 @@
+"""Which of several models predicts the same documents better, and whether that is more than chance."""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from smolctl.data.text.documents import utf8_size
+from smolctl.data.tokenizer.text_encoder import TextEncoder
+from smolctl.data.tokenizer.tokenizer import Tokenizer
+from smolctl.errors import UsageError
+from smolctl.evaluation.estimate import (
+    FEWEST_DOCUMENTS,
+    Estimate,
+    Floats,
+    effective_number,
+    resampled_estimate,
+)
+from smolctl.evaluation.measure import bits, score_tokens
+from smolctl.evaluation.texts import Text, choose_text
+from smolctl.generation.engine import Engine
+from smolctl.generation.load import load_model
+from smolctl.inspection.differences import Difference
+from smolctl.inspection.differences import compare as lay_side_by_side
+from smolctl.sources import open_source
+from smolctl.sources.base import ModelSource
+
+BLOCK = 4_096  # bytes: the parts of a document that are observations where documents are few
+LONGEST = 1_024  # tokens of a sequence, where no model has fewer positions
+AT_ONCE = 256  # tokens whose logits are in memory: 50 MB for 49,152 entries
+_LABELS = (*string.ascii_uppercase, *map(str, range(27, 1_000)))
+SEEDS = ("train.seed", "data.seed")
+# Settings of a run that change nothing in what it learns.
+INCIDENTAL = ("checkpoint.", "predictions.", "validation.", "trainer.loggers", "publish.", "data.workers")
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What a call asks for."""
+
+    data: tuple[str, ...] = ()  # text to compare on; empty: what was held out
+    bytes: int = 500_000  # of text at most
+    context: int | None = None  # tokens of a sequence; None: as many as the shortest context has
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How one model, or one recipe with several seeds, predicts the text."""
+
+    label: str  # A, B, C
+    models: tuple[str, ...]  # several: runs that differ in their seeds only
+    seeds: tuple[int | None, ...]  # train.seed of each; None: not known
+    bits_per_byte: Estimate  # the mean over the seeds; its interval covers documents and seeds
+    of_each: tuple[float, ...]  # bits per byte of each model
+    tokens: int  # that the text has for it
+    engine: str
+
+    @property
+    def broken(self) -> bool:
+        """Whether a prediction was NaN or infinite."""
+        return not math.isfinite(self.bits_per_byte.mean)
+
+    @property
+    def seed_deviation(self) -> float | None:
+        """Standard deviation between the seeds, in bits per byte; None: there is one seed only."""
+        return float(np.std(self.of_each, ddof=1)) if len(self.of_each) > 1 else None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two of them on the same documents."""
+
+    a: Measure
+    b: Measure
+    difference: Estimate  # a - b, in bits per byte: below 0 where a is better
+    differences: tuple[Difference, ...]  # of their configs and recipes
+
+    @property
+    def better(self) -> Measure | None:
+        """The one that is better beyond the interval; one that predicts NaN never is."""
+        if self.a.broken or self.b.broken:
+            return None if self.a.broken and self.b.broken else self.b if self.a.broken else self.a
+        margin = self.difference.margin
+        if margin is None or not abs(self.difference.mean) > margin:
+            return None
+        return self.a if self.difference.mean < 0 else self.b
+
+    @property
+    def verdict(self) -> str:
+        """The result in one sentence."""
+        broken = " and ".join(one.label for one in (self.a, self.b) if one.broken)
+        if broken:
+            return f"{broken}: broken, predicts NaN or infinite values"
+        gap, margin = abs(self.difference.mean), self.difference.margin
+        if margin is None or self.difference.detectable is None:
+            return f"{gap:.4f} bits/byte apart: the text is too short for an interval"
+        if self.better is None:
+            if not margin:
+                return f"{self.a.label} and {self.b.label} predict alike: difference 0"
+            return (
+                f"no difference seen between {self.a.label} and {self.b.label}: {gap:.4f} ± {margin:.4f} "
+                f"bits/byte; one of {self.difference.detectable:.4f} would be seen four times in five"
+            )
+        other = self.b if self.better is self.a else self.a
+        return f"{self.better.label} is better than {other.label} by {gap:.4f} ± {margin:.4f} bits/byte"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that a call has found."""
+
+    text: Text
+    context: int  # tokens of a sequence
+    observations: int  # that were resampled
+    by_document: bool  # whether these are documents; else parts of them
+    measures: tuple[Measure, ...]
+    pairs: tuple[Pair, ...]  # every two, in the order of the measures
+    notes: tuple[str, ...]  # what the intervals do not cover
+
+    @property
+    def first_is_best(self) -> bool:
+        """Whether the first is better than each of the others, beyond the intervals."""
+        first = self.measures[0]
+        return all(pair.better is first for pair in self.pairs if pair.a is first)
+
+
+@dataclass(frozen=True)
+class _Model:
+    name: str
+    source: ModelSource
+    tokenizer: Tokenizer
+
+    @property
+    def seed(self) -> int | None:
+        return self.source.run.train.seed if self.source.run is not None else None
+
+    @property
+    def seeds(self) -> tuple[int, int] | None:
+        run = self.source.run
+        return None if run is None else (run.train.seed, run.data.seed)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """The text cut into parts of `BLOCK` bytes, the last part of a document into what is left.
+
+    Attributes:
+        first: number of the first block of each document, and of all blocks, (D + 1,).
+        sizes: bytes of each block.
+    """
+
+    first: NDArray[np.int64]
+    sizes: Floats
+
+    @staticmethod
+    def of(text: Text) -> _Blocks:
+        sizes = [utf8_size(document) for document in text.documents]
+        counts = [max(1, -(-size // BLOCK)) for size in sizes]
+        lengths = [
+            min(BLOCK, size - start * BLOCK)
+            for size, count in zip(sizes, counts, strict=True)
+            for start in range(count)
+        ]
+        return _Blocks(np.cumsum([0, *counts]), np.array(lengths, np.float64))
+
+    @cached_property
+    def by_document(self) -> bool:
+        return effective_number(np.add.reduceat(self.sizes, self.first[:-1])) >= FEWEST_DOCUMENTS
+
+    def observed(self, amounts: Floats) -> Floats:
+        """Amounts (…, B) of blocks as those of what is resampled: documents, or blocks where they are few."""
+        return np.add.reduceat(amounts, self.first[:-1], axis=-1) if self.by_document else amounts
+
+
+def compare(
+    names: Sequence[str],
+    options: CompareOptions = CompareOptions(),
+    note: Callable[[str], None] = lambda _text: None,
+) -> Comparison:
+    """Score every model on the same documents, one model in memory at a time, and compare each two.
+
+    Runs that differ in nothing but their seeds count as one, where others remain to compare it with.
+
+    Args:
+        names: any MODEL with weights and a tokenizer, two at least.
+        options: the text and how it is read.
+        note: called with each line of progress.
+
+    Raises:
+        SmolError: a model cannot be read, or there is no text for all of them.
+    """
+    if len(names) < 2:
+        raise UsageError("one model has nothing to be compared with", "Name two models or more.")
+    models = [_open(name) for name in names]
+    context = _context(models, options.context)
+    text = choose_text([(one.source, one.tokenizer) for one in models], options.data, options.bytes, note)
+    blocks = _Blocks.of(text)
+    encoded: dict[str, list[NDArray[np.int64]]] = {}  # by tokenizer: equal ones share the tokens
+    scores, engines, tokens = [], [], []
+    for model in models:
+        sha256 = model.tokenizer.sha256
+        if sha256 not in encoded:
+            encoded[sha256] = _encode(text, model.tokenizer)
+        tokens.append(sum(map(len, encoded[sha256])))
+        note(f"scoring {model.name}: {tokens[-1]:,} tokens of the {text.name}")
+        engine = load_model(model.name).engine
+        scores.append(blocks.observed(_score(engine, model.tokenizer, encoded[sha256], blocks, context)))
+        engines.append(engine.name)
+        del engine
+    sizes = blocks.observed(blocks.sizes)
+    groups = _groups(models)
+    measures, amounts = [], []
+    for label, members in zip(_LABELS, groups, strict=False):
+        amount = np.stack([scores[member] for member in members])
+        amounts.append(amount)
+        measures.append(
+            Measure(
+                label,
+                tuple(models[member].name for member in members),
+                tuple(models[member].seed for member in members),
+                resampled_estimate(amount, sizes),
+                tuple((amount.sum(1) / sizes.sum()).tolist()),
+                tokens[members[0]],
+                engines[members[0]],
+            )
+        )
+    pairs = tuple(
+        Pair(
+            measures[a],
+            measures[b],
+            resampled_estimate(amounts[a], sizes, amounts[b]),
+            _differences(models[groups[a][0]], models[groups[b][0]], pooled=len(groups) < len(models)),
+        )
+        for a in range(len(groups))
+        for b in range(a + 1, len(groups))
+    )
+    return Comparison(
+        text, context, len(sizes), blocks.by_document, tuple(measures), pairs, _notes(models, groups, blocks)
+    )
+
+
+def _open(name: str) -> _Model:
+    source = open_source(name)
+    source.require_config()
+    source.require_weights()
+    return _Model(name, source, Tokenizer.from_files(source.require_tokenizer(), name))
+
+
+def _context(models: Sequence[_Model], asked: int | None) -> int:
+    """Tokens of a sequence: the same for all, at most what each has positions for.
+
+    Of a run no more than it was trained on, unless more is asked for.
+    """
+    positions = {one.name: one.source.require_config().max_position_embeddings for one in models}
+    name = min(positions, key=lambda one: positions[one])
+    if asked is not None:
+        if not 1 < asked <= positions[name]:
+            raise UsageError(
+                f"--context {asked}: {name} has {positions[name]:,} positions",
+                f"Take 2 to {positions[name]:,}.",
+            )
+        return asked
+    trained = [one.source.run.data.sequence_length for one in models if one.source.run is not None]
+    return min(LONGEST, positions[name], *trained)
+
+
+def _encode(text: Text, tokenizer: Tokenizer) -> list[NDArray[np.int64]]:
+    """Ids of every document, as training has them, without the tokens that begin and end it."""
+    encoder = TextEncoder(tokenizer)
+    return [
+        np.concatenate([np.array(ids, np.int64) for ids in encoder.encode(list(encoder.pieces([document])))])
+        for document in text.documents
+    ]
+
+
+def _score(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    documents: Sequence[NDArray[np.int64]],
+    blocks: _Blocks,
+    context: int,
+) -> Floats:
+    """Bits of every block (B,). A token counts to the block that it begins in.
+
+    Every document is read by itself behind what begins a text, or else the token that ends one. A long one is
+    read in sequences that overlap by half, so that a token is predicted from half a context at least; each
+    sequence begins as a text does.
+    """
+    begin = TextEncoder(tokenizer).begin or [tokenizer.end_of_text_id]
+    lengths = tokenizer.token_byte_lengths()
+    found = np.zeros(len(blocks.sizes))
+    room = max(2, context - len(begin) + 1)
+    for number, ids in enumerate(documents):
+        first, last = blocks.first[number], blocks.first[number + 1] - 1
+        starts = np.cumsum(lengths[ids]) - lengths[ids]  # bytes before each token
+        owners = np.minimum(first + starts // BLOCK, last)
+        done = 0
+        while done < len(ids):
+            end = min(len(ids), room if not done else done + room // 2)
+            inputs = [*begin, *ids[max(0, end - room) : end - 1].tolist()]
+            nats = _nats(engine, inputs, ids[done:end])
+            np.add.at(found, owners[done:end], bits(nats))
+            done = end
+    return found
+
+
+def _nats(engine: Engine, inputs: Sequence[int], targets: NDArray[np.int64]) -> Floats:
+    """Nats of the targets (n,), which follow the last n of the inputs."""
+    cache, nats = engine.allocate(1, len(inputs)), []
+    lead = len(inputs) - len(targets)
+    if lead:
+        engine.forward([inputs[:lead]], cache)
+    for start in range(0, len(targets), AT_ONCE):
+        part = slice(start, min(start + AT_ONCE, len(targets)))
+        logits = engine.forward([inputs[lead + part.start : lead + part.stop]], cache, every=True)
+        nats.append(score_tokens(torch.from_numpy(logits), torch.from_numpy(targets[part])).nats.numpy())
+    return np.concatenate(nats)
+
+
+def _groups(models: Sequence[_Model]) -> list[list[int]]:
+    """The models, by number, that differ in nothing but their seeds; each alone where all would be one."""
+    groups: list[list[int]] = []
+    for number, model in enumerate(models):
+        for group in groups:
+            first = models[group[0]]
+            known = {models[member].seeds for member in group}
+            if model.seeds not in {None, *known} and _is_same_recipe(first, model):
+                group.append(number)
+                break
+        else:
+            groups.append([number])
+    return groups if len(groups) > 1 else [[number] for number in range(len(models))]
+
+
+def _is_same_recipe(one: _Model, other: _Model) -> bool:
+    if one.source.run is None or other.source.run is None or one.source.step != other.source.step:
+        return False
+    return not _differences(one, other, pooled=True)
+
+
+def _differences(one: _Model, other: _Model, pooled: bool) -> tuple[Difference, ...]:
+    """What differs in model, recipe and tokenizer; without the seeds where these are pooled."""
+    found = lay_side_by_side(one.source, other.source)
+    skipped = (*INCIDENTAL, *(SEEDS if pooled else ()))
+    recipe = [item for item in found.recipe or () if not item.key.startswith(skipped)]
+    more = []
+    if one.source.step != other.source.step:
+        more.append(Difference("step", one.source.step, other.source.step))
+    if one.tokenizer.sha256 != other.tokenizer.sha256:
+        more.append(
+            Difference("entries of the tokenizer", one.tokenizer.vocab_size, other.tokenizer.vocab_size)
+        )
+    return (*found.config, *recipe, *more)
+
+
+def _notes(models: Sequence[_Model], groups: Sequence[Sequence[int]], blocks: _Blocks) -> tuple[str, ...]:
+    """What the intervals do not cover."""
+    notes = []
+    documents = len(blocks.first) - 1
+    if not blocks.by_document:
+        text = "is one document" if documents == 1 else "is few documents, or one is most of it"
+        notes.append(
+            f"The text {text}: its parts of {BLOCK:,} bytes are resampled, and the intervals say nothing "
+            "about other documents."
+        )
+    runs = {one.name.partition("@")[0] for one in models if one.source.run is not None}
+    if len(runs) > 1 and any(len(group) == 1 for group in groups):
+        notes.append(
+            "Where a run has one seed only, the intervals do not cover what another seed would give: add "
+            "runs that differ in train.seed only, and they count as one."
+        )
+    return tuple(notes)

@@ -1,0 +1,313 @@
+"""The one door for what others have written: configs, headers, tokenizers, records, answers of a Hub.
+
+It may hold anything. So its size is bounded before it is read, its depth and its numbers before anybody
+computes with them, and a schema says what is needed of it. Whatever is wrong is one `InputError`, with the
+path of the key.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from smolctl.errors import InputError
+
+T = TypeVar("T")
+
+MAX_BYTES = 50_000_000  # of a JSON file; the index of a model of 100,000 tensors has ten million
+MAX_YAML_BYTES = 1_000_000  # PyYAML takes seconds for a megabyte
+MAX_YAML_NODES = 20_000  # keys and values of a YAML file, with those that its aliases stand for
+MAX_DEPTH = 64  # of lists and mappings in each other; known files have up to eight
+# Of a whole number: tokenizer_config.json has 10**30 for "no limit", and 10**100 still is a float.
+MAX_DIGITS = 100
+SHOWN = 80  # characters of a value or of a key that an error repeats
+
+CORRECT = "Correct the file, or download it again."
+_TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
+# In pydantic's path to a value, beside its keys: members of a union, and "[key]" for the key itself.
+_NO_KEY = re.compile(r"int|float|bool|str|.*\W.*")
+
+
+class YamlSyntaxError(InputError):
+    """A text is no YAML at all."""
+
+
+def read_file(path: Path, remedy: str = CORRECT, most: int = MAX_BYTES) -> bytes:
+    """The bytes of a file.
+
+    Args:
+        path: of the file. Pipes and devices, which may never end, are none.
+        remedy: of the error.
+        most: bytes that it may have.
+
+    Raises:
+        InputError: it cannot be read, or is larger.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: not a file", remedy)
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+    except (OSError, ValueError) as error:  # ValueError: a name with NUL in it
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read ({reason})", remedy) from None
+    if len(content) > most:
+        raise InputError(f"{path}: has more than {most:,} bytes", remedy)
+    return content
+
+
+def read_json(path: Path, remedy: str = CORRECT, most: int = MAX_BYTES) -> dict[str, Any]:
+    """The object in a JSON file. Raises as `read_file` and `parse_object`."""
+    return parse_object(read_file(path, remedy, most), str(path), remedy)
+
+
+def parse_object(text: bytes | str, origin: str, remedy: str = CORRECT) -> dict[str, Any]:
+    """The object in a JSON text.
+
+    Args:
+        text: the JSON.
+        origin: what to call it in an error.
+        remedy: of the error.
+
+    Raises:
+        InputError: it is no JSON or no object, or exceeds the bounds of this module.
+    """
+    try:
+        content = parse_json(text)
+    except ValueError as error:
+        raise InputError(f"{origin}: {error}", remedy) from None
+    if not isinstance(content, dict):
+        raise InputError(f"{origin}: the top level must be a JSON object", remedy)
+    return content
+
+
+def parse_json(text: bytes | str, parse_constant: Callable[[str], Any] | None = None) -> Any:
+    """The value of a JSON text, for callers with an error of their own.
+
+    Args:
+        text: the JSON.
+        parse_constant: as of `json.loads`: called with "NaN" and its kin, which are no JSON.
+
+    Raises:
+        ValueError: it is no JSON, or exceeds the bounds of this module, with the path of the key.
+    """
+    long: list[_LongNumber] = []
+
+    def whole(digits: str) -> int | _LongNumber:
+        if len(digits) <= MAX_DIGITS:
+            return int(digits)
+        long.append(_LongNumber(digits))
+        return long[-1]
+
+    try:
+        value = json.loads(text, parse_int=whole, parse_constant=parse_constant)
+    except RecursionError:
+        raise ValueError(f"not JSON ({_TOO_DEEP})") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if long:
+        key = _path_to(value, lambda item, _: item is long[0])
+        raise ValueError(f"{key}: a number of {len(long[0])} digits")
+    if _depth(value) > MAX_DEPTH:
+        key = _path_to(value, lambda item, depth: depth >= MAX_DEPTH and isinstance(item, dict | list))
+        raise ValueError(f"{key}: {_TOO_DEEP}")
+    return value
+
+
+class _LongNumber(str):
+    """The digits of a number that is not read as one."""
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while (level := [one for one in level if isinstance(one, dict | list)]) and depth <= MAX_DEPTH:
+        depth += 1
+        level = [item for one in level for item in (one.values() if isinstance(one, dict) else one)]
+    return depth
+
+
+def _path_to(value: Any, is_wanted: Callable[[Any, int], bool]) -> str:
+    """The dotted path of the first value that is wanted, by itself and its depth."""
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), value)]
+    while waiting:
+        path, one = waiting.pop()
+        if is_wanted(one, len(path)):
+            return dotted(path)
+        items = one.items() if isinstance(one, dict) else enumerate(one) if isinstance(one, list) else ()
+        waiting += [((*path, str(key)), item) for key, item in items]
+    return ""
+
+
+def parse_yaml(text: str, origin: str, remedy: str = CORRECT) -> Any:
+    """The value of a YAML text: mappings, lists, texts, numbers, booleans and null.
+
+    A date is a text, as in JSON. Raises as `parse_object`, naming the line; what is no YAML at all is a
+    `YamlSyntaxError`.
+    """
+    if len(text) > MAX_YAML_BYTES:
+        raise InputError(f"{origin}: has more than {MAX_YAML_BYTES:,} characters", remedy)
+    try:
+        return yaml.load(text, Loader=YamlLoader)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        kind = InputError if isinstance(error, _Refusal) else YamlSyntaxError
+        raise kind(f"{origin}{line}: {getattr(error, 'problem', None) or 'not YAML'}", remedy) from None
+
+
+class _Refusal(yaml.MarkedYAMLError):
+    """The text is YAML, but its value is none that anybody can mean."""
+
+    def __init__(self, key: str, problem: str, at: Any) -> None:
+        super().__init__(problem=f"{key}: {problem}" if key else problem, problem_mark=at.start_mark)
+
+
+class YamlLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, bounded and without its own ideas of dates; `3e-4` is a number.
+
+    A file of a few hundred bytes may stand for billions of values, each alias for many others. Values are
+    counted as written out, before any is made.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._keys: list[str] = []  # of the value that is being read, from the top
+        self._paths: dict[yaml.Node, str] = {}
+        self._sizes: dict[yaml.Node, int] = {}  # nodes below each that is complete, itself included
+        self._nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event, before = self.peek_event(), self._nodes  # type: ignore[no-untyped-call]
+        if parent is not None:
+            self._keys.append("?" if index is None else str(getattr(index, "value", index)))
+        key = dotted(self._keys)
+        if len(self._keys) >= MAX_DEPTH:
+            raise _Refusal(key, _TOO_DEEP, event)
+        node = super().compose_node(parent, index)
+        assert node is not None
+        is_alias = isinstance(event, yaml.AliasEvent)
+        if is_alias and node not in self._sizes:
+            raise _Refusal(key, f"*{event.anchor} stands for something that it is a part of", event)
+        self._nodes += self._sizes[node] if is_alias else 1
+        if self._nodes > MAX_YAML_NODES:
+            raise _Refusal(key, f"stands for more than {MAX_YAML_NODES:,} values", event)
+        self._sizes.setdefault(node, self._nodes - before)
+        self._paths.setdefault(node, key)
+        if parent is not None:
+            self._keys.pop()
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        key, written = self._paths.get(node, ""), node.value
+        if node.tag not in self.yaml_constructors:
+            raise _Refusal(key, f"the tag {node.tag} is not read", node)
+        if node.tag in NUMBERS and len(written) > MAX_DIGITS:
+            raise _Refusal(key, f"a number of {len(written):,} digits", node)
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, TypeError, ArithmeticError):  # `!!int ""`, `!!bool x`
+            raise _Refusal(key, f"{shown(written)} is no {node.tag.rpartition(':')[2]}", node) from None
+
+
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+PLAIN = {*NUMBERS, *(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "str", "seq", "map"))}
+YamlLoader.yaml_constructors = {
+    tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag in PLAIN
+}
+YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in PLAIN or tag.endswith(":merge")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+_ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
+
+
+def _adapter(schema: Any) -> TypeAdapter[Any]:
+    """What validates a schema; made once, when it is first needed."""
+    if schema not in _ADAPTERS:
+        _ADAPTERS[schema] = TypeAdapter(schema)
+    return _ADAPTERS[schema]
+
+
+def checked(schema: type[T], value: object, origin: str, remedy: str = CORRECT) -> T:
+    """A value as a schema has it: a dataclass, a TypedDict or a pydantic model. Keys that it does not know
+    are left out, unless it forbids them.
+
+    Raises:
+        InputError: the value does not fit, naming the key.
+    """
+    try:
+        result: T = _adapter(schema).validate_python(value)
+    except ValidationError as error:
+        raise InputError(f"{origin}: {first_fault(error)}", remedy) from None
+    return result
+
+
+def checked_json(schema: type[T], text: str, origin: str, remedy: str = CORRECT) -> T:
+    """The value of a JSON text as `checked` gives it, without making what the schema does not know: of a
+    large file in half the time of `parse_object`. Raises as `checked`."""
+    try:
+        result: T = _adapter(schema).validate_json(text.encode("utf-8", "replace"))
+    except ValidationError as error:
+        raise InputError(f"{origin}: {first_fault(error)}", remedy) from None
+    return result
+
+
+def fitting(schema: type[T], value: object) -> T | None:
+    """A value as `checked` gives it; None where it does not fit."""
+    try:
+        result: T = _adapter(schema).validate_python(value)
+    except ValidationError:
+        return None
+    return result
+
+
+def fitting_json(schema: type[T], text: str) -> T | None:
+    """The value of a JSON text as `checked` gives it; None where it does not fit."""
+    try:
+        result: T = _adapter(schema).validate_json(text.encode("utf-8", "replace"))
+    except ValidationError:
+        return None
+    return result
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first thing that a schema finds wrong, as "key: reason, got value"."""
+    first = error.errors(include_url=False)[0]
+    if first["type"] == "json_invalid":
+        return f"not JSON ({first['ctx']['error']})"
+    key, reason, given = key_of(first), first["msg"].removeprefix("Value error, "), first["input"]
+    is_told = not key or first["type"] == "missing" or isinstance(given, dict)
+    return f"{key + ': ' if key else ''}{reason}{'' if is_told else f', got {shown(given)}'}"
+
+
+def key_of(problem: Any) -> str:
+    """The dotted path of a value that pydantic complains about."""
+    parts = [str(part) for part in problem["loc"]]
+    if problem["type"] != "extra_forbidden":  # a key that nobody knows may look like anything
+        parts = [part for part in parts if not _NO_KEY.fullmatch(part)]
+    return dotted(parts)
+
+
+def dotted(parts: Iterator[str] | tuple[str, ...] | list[str]) -> str:
+    """Keys as one path, without the middle of a long one."""
+    path = ".".join(parts)
+    return path if len(path) <= SHOWN else f"{path[: SHOWN // 2]}…{path[-SHOWN // 4 :]}"
+
+
+def shown(value: object) -> str:
+    """A value as an error repeats it."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"

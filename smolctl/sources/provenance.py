@@ -1,0 +1,84 @@
+"""Where the weights of a MODEL come from, told once: when a run, or a quantized model, is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from smolctl.config import Provenance
+from smolctl.runs.folder import split_step
+from smolctl.sources.base import ModelSource, SourceKind
+from smolctl.sources.huggingface.card import license_of
+
+HUB_PAGE = "https://huggingface.co/"
+# Of a GGUF's metadata, as llama.cpp's converter writes it.
+LICENSE, BASES, BASE_PAGE = "general.license", "general.base_model.count", "general.base_model.0.repo_url"
+LONGEST_CHAIN = 16  # of models that were made from one another; a record that goes on is not believed
+
+
+def provenance_of(source: ModelSource) -> Provenance:
+    """A model with weights as the origin of others: what it is, and what it says that it was made from."""
+    if source.kind is SourceKind.HUB:
+        name, _, revision = source.id.partition("@")
+        return Provenance(
+            id=name,
+            kind="hub",
+            revision=revision or None,
+            commit=source.revision,
+            license=license_of(source.card),
+            made_from=_base_on_hub(source.card.get("base_model")),
+        )
+    run, recorded = source.run, (source.quantization or {}).get("source")
+    path = Path(source.id).expanduser().absolute()
+    if source.kind is SourceKind.RUN:
+        path = split_step(source.id)[0].resolve()  # runs/latest will be another one
+    license, base = license_of(source.card), _base_on_hub(source.card.get("base_model"))
+    if source.kind is SourceKind.GGUF:
+        license = _text(source.declared.get(LICENSE))
+        base = _base_on_hub((_text(source.declared.get(BASE_PAGE)) or "").removeprefix(HUB_PAGE))
+    elif run is not None:
+        license, base = run.publish.license, run.init_from
+    elif isinstance(recorded, Mapping):
+        base = read_provenance(recorded.get("provenance"))
+        license = license or (base.license if base else None)
+    return Provenance(
+        id=str(path),
+        kind="local",
+        step=source.step,
+        license=license,
+        made_from=base,
+    )
+
+
+def read_provenance(values: Any) -> Provenance | None:
+    """A record of where something comes from; None where there is none that can be read."""
+    try:
+        found = Provenance.model_validate(values)
+    except (ValidationError, RecursionError):
+        return None
+    return found if len(found.chain) <= LONGEST_CHAIN else None
+
+
+def gguf_metadata(provenance: Provenance | None) -> dict[str, str | int]:
+    """What a GGUF says of where its weights come from, in llama.cpp's keys."""
+    base = provenance.on_hub if provenance else None
+    found: dict[str, str | int] = {}
+    if provenance and (license := next((one.license for one in provenance.chain if one.license), None)):
+        found[LICENSE] = license
+    if base:
+        organization, _, name = base.id.partition("/")
+        found |= {BASES: 1, BASE_PAGE: f"{HUB_PAGE}{base.id}"}
+        found |= {"general.base_model.0.organization": organization, "general.base_model.0.name": name}
+    return found
+
+
+def _base_on_hub(name: Any) -> Provenance | None:
+    """The model that a card names as the base; the first of several."""
+    return read_provenance({"id": name[0] if isinstance(name, list) and name else name, "kind": "hub"})
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
