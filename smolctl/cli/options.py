@@ -58,10 +58,12 @@ Threads = Annotated[
 # The setting behind each option of `train` and `resume`, by the name of its parameter.
 RUN_SETTINGS = {
     "steps": "train.steps",
+    "epochs": "train.epochs",
     "batch_size": "train.batch_size",
     "micro_batch_size": "train.micro_batch_size",
     "seed": "train.seed",
     "data": "data.source",
+    "strict": "data.strict",
     "tokenizer": "tokenizer",
     "learning_rate": "optimizer.learning_rate",
     "keep_last": "checkpoint.keep_last",

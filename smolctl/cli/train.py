@@ -31,6 +31,9 @@ def train(
         int | None,
         typer.Option("--steps", min=1, help="Optimizer steps in all; a preset's schedule scales with them."),
     ] = None,
+    epochs: Annotated[
+        float | None, typer.Option("--epochs", help="Passes over the data, in place of --steps.")
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -38,6 +41,10 @@ def train(
             metavar="TEXT",
             help="File, folder, Hub dataset (org/name[@revision][:config]) or 'python'; repeatable.",
         ),
+    ] = None,
+    strict: Annotated[
+        bool | None,
+        typer.Option("--strict", help="Stop at a row that is no conversation, instead of skipping it."),
     ] = None,
     tokenizer: Annotated[
         str | None, typer.Option("--tokenizer", help="Hub id, folder, file, GGUF, or train:N.")
@@ -68,6 +75,7 @@ def train(
     smolctl train nano                              about three minutes on two CPU cores
     smolctl train --steps 5000                      smollm2-135m at its full size
     smolctl train --init-from FILE.gguf --data notes.txt --steps 20
+    smolctl train chat --init-from FILE.gguf --data conversations.jsonl
     """
     changes = run_changes(locals())
     from smolctl.config import load_run_config

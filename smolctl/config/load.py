@@ -142,13 +142,17 @@ def load_run_config(
         settings: `section.key=value` items.
         flags: nested values of the command line's own options; the strongest.
         model: of the weights to start from. It takes the place of the file's model section, which describes
-            new weights; dropout, which no weights have, stays the file's.
+            new weights; dropout, which no weights have, stays the file's. A preset's sequences are no longer
+            than its context.
     """
     path = config_path(name_or_path)
     content, changes = read_yaml(path), merge(parse_settings(settings), flags or {})
     if model is not None:
         dropout = _given(content, "model", "attention_dropout") or 0.0
         content = {**content, "model": {**model.model_dump(), "attention_dropout": dropout}}
+        if is_preset(path):
+            length = min(content["data"]["sequence_length"], model.max_position_embeddings)
+            content = merge(content, {"data": {"sequence_length": length}})
     return resolve_run_config(changed_recipe(path, content, changes), origin=str(name_or_path))
 
 
@@ -174,6 +178,8 @@ def changed_recipe(path: Path, content: Mapping[str, Any], changes: Mapping[str,
         own = content["data"]
         kept = {key: own[key] for key in own if key not in PER_SOURCE or isinstance(own[key], str)}
         content = {**content, "data": kept}
+    if _given(changes, "train", "steps") is not None:
+        content = merge(content, {"train": {"epochs": None}})
     if not is_preset(path):
         return changed_run(content, changes)
     schedule = dict(content["schedule"])

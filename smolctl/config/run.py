@@ -48,6 +48,17 @@ class DataConfig(Section):
     split: str | tuple[str, ...] = Field(
         "train", description="part of a Hub dataset, such as train_sft; or one per source"
     )
+    format: Literal["text", "chat"] = Field("text", description="chat: the rows are conversations")
+    shape: Literal["auto", "messages", "sharegpt", "completion", "instruction"] = Field(
+        "auto", description="fields of a conversation's row; auto: told by their names"
+    )
+    loss: Literal["assistant", "completion", "all"] = Field(
+        "assistant", description="what of a conversation is trained on; completion: its last answer"
+    )
+    too_long: Literal["start", "end", "drop"] = Field(
+        "start", description="what is kept of a conversation that is longer than a sequence"
+    )
+    strict: bool = Field(False, description="stop at a row that is no conversation, instead of skipping it")
     special_tokens: Literal["text", "tokens"] = Field(
         "text", description="what <|endoftext|> and the like in the text are: characters, or control tokens"
     )
@@ -59,6 +70,11 @@ class DataConfig(Section):
     )
     seed: int = Field(8, ge=0, lt=2**63, description="order of the sequences")
     workers: int = Field(0, ge=0, description="threads that read batches ahead; the batches are the same")
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the rows are conversations."""
+        return self.format == "chat"
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -123,6 +139,11 @@ class TrainConfig(Section):
     """How much is trained, in steps of how many tokens."""
 
     steps: int = Field(5_000, gt=0, description="optimizer steps in all")
+    epochs: float | None = Field(
+        None,
+        gt=0,
+        description="passes over the data, which give a new run its steps; null: train.steps",
+    )
     batch_size: int = Field(8, gt=0, description="sequences a step, over all devices")
     micro_batch_size: int = Field(0, ge=0, description="sequences in memory at once; 0 is batch_size")
     gradient_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 switches clipping off")

@@ -15,7 +15,60 @@ from torch.utils.data import Dataset
 
 from smolctl.data.mixture import Mixture, Window
 from smolctl.data.order import window_count
+from smolctl.data.tokens.marks import CONTEXT, FIRST, IDS
 from smolctl.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What a network is given, and what it is asked for.
+
+    Attributes:
+        inputs: (B, T) ids.
+        targets: (B, T) the id after each of them.
+        trained: (B, T) whether the target counts; None: all of them do.
+        documents: (B, T) number of the document or conversation of each input, counted in its sequence;
+            None: attention crosses documents.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    trained: Tensor | None = None
+    documents: Tensor | None = None
+
+    @property
+    def trained_tokens(self) -> Tensor | int:
+        """How many targets count: (), or a number where all do."""
+        return self.targets.numel() if self.trained is None else self.trained.sum()
+
+    def counted(self, values: Tensor) -> Tensor:
+        """Values (B, T) of the targets, 0 where a target does not count."""
+        return values if self.trained is None else values * self.trained
+
+    def split(self, size: int) -> Iterator[Sequences]:
+        """Parts of at most `size` sequences."""
+        for rows in torch.arange(len(self.inputs)).split(size):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            rest = (None if mask is None else mask[part] for mask in (self.trained, self.documents))
+            yield Sequences(self.inputs[part], self.targets[part], *rest)
+
+
+def sequences_of(tokens: Tensor, document_end: int | None = None) -> Sequences:
+    """What tokens (B, T + 1) of a batch, with or without marks, ask of a network.
+
+    Args:
+        tokens: any integers.
+        document_end: of plain text, the token that ends a document, to which it belongs, and that attention
+            does not cross; None: it crosses all.
+    """
+    before = tokens[:, :-1]
+    if not bool((tokens >= FIRST).any()):
+        ends = before == document_end if document_end is not None else None
+        documents = None if ends is None else ends.cumsum(1) - ends.long()
+        return Sequences(before, tokens[:, 1:], documents=documents)
+    ids = tokens & IDS
+    trained = (tokens[:, 1:] & CONTEXT) == 0
+    return Sequences(ids[:, :-1], ids[:, 1:], trained, ((before & FIRST) > 0).cumsum(1))
 
 
 @dataclass(frozen=True)
@@ -133,15 +186,3 @@ def _validation_windows(
                 [Window(index, int(number) * length) for number in numbers[first : first + batch_size]],
                 length,
             )
-
-
-def document_ids(tokens: Tensor, end_of_text: int | None) -> Tensor | None:
-    """The number of the document that each token belongs to, counted in its window: (B, T) of (B, T).
-
-    An end-of-text token belongs to the document that it ends. None, where documents do not matter,
-    gives None.
-    """
-    if end_of_text is None:
-        return None
-    ends = tokens == end_of_text
-    return ends.cumsum(1) - ends.long()

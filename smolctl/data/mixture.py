@@ -33,6 +33,7 @@ class Part:
         tokens: of all its documents.
         share: samples from it in every `MIXTURE` samples.
         block: windows that are shuffled among themselves; None: all of them.
+        aligned: whether windows begin at multiples of their length only, as those of packed conversations do.
         repeats: whether the first token follows the last one; a stream that was not read to its end goes on
             there.
     """
@@ -41,6 +42,7 @@ class Part:
     share: int = MIXTURE
     block: int | None = None
     repeats: bool = True
+    aligned: bool = False
 
     def starts(self, samples: NDArray[np.int64], sequence_length: int, seed: int) -> NDArray[np.int64]:
         """First tokens (n,) of the windows of the part's own samples (n,).
@@ -48,10 +50,10 @@ class Part:
         Raises:
             IndexError: more windows are asked for than were streamed.
         """
-        if self.repeats:
+        if self.repeats and not self.aligned:
             return starts_of_samples(samples, len(self.tokens), sequence_length, seed, self.block)
         count = window_count(len(self.tokens), sequence_length)
-        if len(samples) and samples.max() >= count:
+        if not self.repeats and len(samples) and samples.max() >= count:
             raise IndexError(f"sample {samples.max()} of a stream of which {count} sequences were read")
         return windows_of_samples(samples, count, seed, self.block) * sequence_length
 

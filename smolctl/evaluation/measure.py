@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smolctl.data.batches import document_ids
+from smolctl.data.batches import Sequences, sequences_of
 from smolctl.errors import InputError
 from smolctl.evaluation.estimate import Floats, by_document, observations, resampled_estimate
 from smolctl.model.network import Transformer
@@ -68,15 +68,14 @@ def bits(nats: Tensor | Floats) -> Floats:
 
 def _losses(
     network: Transformer, batches: Iterable[Tensor], document_end: int | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Targets and their nats, (B, T) each, of batches (B, T + 1), in evaluation mode."""
+) -> Iterator[tuple[Sequences, Tensor]]:
+    """Batches (B, T + 1) as sequences, and the nats (B, T) of their targets, in evaluation mode."""
     was_training = network.training
     network.eval()
     for batch in batches:
-        tokens = batch.to(network.head_weight.device)
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        losses = network.token_losses(inputs, targets, document_ids(inputs, document_end))
-        yield targets, losses.double()
+        asked = sequences_of(batch.to(network.head_weight.device), document_end)
+        losses = network.token_losses(asked.inputs, asked.targets, asked.documents)
+        yield asked, asked.counted(losses.double())
     network.train(was_training)
 
 
@@ -92,26 +91,28 @@ def bits_per_byte(
 
     Args:
         network: any mode; dropout is switched off meanwhile.
-        batches: tokens (B, T + 1).
+        batches: tokens (B, T + 1); of conversations only what the assistant says counts.
         token_bytes: bytes of text behind every token id, (V,).
         document_end: the token that attention does not cross; None: it crosses all.
         documents: the number of every target's document, (B, T) for each batch; None: every sequence is one.
     """
     found: list[tuple[Tensor, ...]] = []  # of every batch: sequences, documents, nats and bytes
     numbers = None if documents is None else iter(documents)
-    sequences = 0
-    for targets, losses in _losses(network, batches, document_end):
+    sequences = counted = 0
+    for asked, losses in _losses(network, batches, document_end):
+        targets = asked.targets
         sequence = torch.arange(sequences, sequences + len(targets))[:, None].expand(targets.shape)
         owner = sequence if numbers is None else next(numbers)
-        sizes = token_bytes.to(targets.device)[targets]
+        sizes = asked.counted(token_bytes.to(targets.device)[targets])
         found.append((sequence, owner, losses.cpu(), sizes.cpu()))
-        sequences += len(targets)
+        sequences, counted = sequences + len(targets), counted + int(asked.trained_tokens)
     stretches, owners, nats, bytes_ = (
         torch.cat([part.flatten() for part in column]) for column in zip(*found, strict=True)
     )
     own_bits, own_bytes = by_document(observations(owners, stretches), bits(nats), bytes_)
     estimate = resampled_estimate(own_bits, own_bytes)
-    return BitsPerByte(estimate.mean, estimate.standard_error, nats.mean().item(), estimate.margin)
+    loss = nats.sum().item() / counted
+    return BitsPerByte(estimate.mean, estimate.standard_error, loss, estimate.margin)
 
 
 @torch.inference_mode()
@@ -122,7 +123,11 @@ def mean_loss(network: Transformer, tokens: Tensor, document_end: int | None = N
     """
     wide = network if network.head_weight.dtype == torch.float32 else copy.deepcopy(network).float()
     with torch.autocast(network.head_weight.device.type, enabled=False):
-        means = [losses.mean() for _, losses in _losses(wide, tokens.long().split(1), document_end)]
+        scored = [
+            (losses.sum(), asked.trained_tokens)
+            for asked, losses in _losses(wide, tokens.long().split(1), document_end)
+        ]
+    means = [nats / count for nats, count in scored if count]
     return torch.stack(means).mean().item()
 
 

@@ -14,6 +14,7 @@ from smolctl.data.text.documents import utf8_size
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokens.cache import OnNote
 from smolctl.data.tokens.corpus import tokenize_corpus
+from smolctl.data.tokens.marks import IDS
 from smolctl.errors import InputError
 from smolctl.sources.base import ModelSource
 from smolctl.sources.huggingface.tokenizer import ids_around_text
@@ -115,7 +116,7 @@ def _documents(held_out: Mixture, tokenizer: Tokenizer) -> Iterator[str]:
     for part in held_out.parts:
         start = 0
         for end in [*part.tokens.places_of(tokenizer.end_of_text_id).tolist(), len(part.tokens)]:
-            ids = part.tokens.read(start, end - start).tolist()
+            ids = (part.tokens.read(start, end - start) & IDS).tolist()  # of a conversation all is scored
             start = end + 1
             if text := tokenizer.decode(ids[begin:]).strip("\ufffd"):  # cut where a character was in two
                 yield text

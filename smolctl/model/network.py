@@ -148,6 +148,14 @@ def _document_mask(documents: Tensor) -> Tensor:
     return same.tril()[:, None]
 
 
+def positions_in_documents(documents: Tensor) -> Tensor:
+    """Position (B, T) of every token in its document, by the documents' rising numbers (B, T)."""
+    places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return places - torch.where(begins, places, 0).cummax(1).values
+
+
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) × up(x))."""
 
@@ -221,8 +229,12 @@ class Decoder(nn.Module):
         x = self.embed_tokens(input_ids)  # (B, T, C)
         rotary = None
         if self.embed_positions is not None:
-            x = x + self.embed_positions.weight[positions]
+            if documents is None:
+                x = x + self.embed_positions.weight[positions]
+            else:
+                x = x + self.embed_positions(positions_in_documents(documents))
         else:
+            # Turned by it, queries and keys meet by their distance: a document need not begin at angle 0.
             rotary = self._angles(positions.stop, x.device)[:, positions]
         mask = _document_mask(documents) if documents is not None else None  # (B, 1, T, T)
         for index, block in enumerate(self.layers):
@@ -278,7 +290,7 @@ class Transformer(nn.Module):
         """Logits (B, T, V) of the token after each of `input_ids` (B, T).
 
         With `documents` (B, T), without a cache, a token attends to those of the same number only.
-        Positions go on through the window all the same.
+        Learned positions begin at 0 in each document.
         """
         return self.logits(self.model(input_ids, cache, documents))
 
@@ -291,19 +303,28 @@ class Transformer(nn.Module):
         return self.training_loss(input_ids, targets, 0.0, documents)[0]
 
     def training_loss(
-        self, input_ids: Tensor, targets: Tensor, z_loss: float, documents: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        z_loss: float,
+        documents: Tensor | None = None,
+        trained: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Sum over all tokens of cross entropy and z-loss in nats, and the part that is z-loss.
+        """Sum over the targets that count of cross entropy and z-loss in nats, and the part that is z-loss.
 
         `input_ids` and `targets` are (B, T), `z_loss` is the weight of logsumexp², `documents` as in
-        `forward`.
+        `forward`, `trained` (B, T) says which targets count; None: all. No logits are computed for others.
 
         The logits exist in chunks only, forward and backward: all of them at once would be 49,152
         numbers a token, more than everything else that a layer keeps.
         """
         hidden = self.model(input_ids, documents=documents).flatten(0, 1)  # (B·T, C)
+        targets = targets.flatten()
+        if trained is not None:
+            chosen = trained.flatten().nonzero()[:, 0]
+            hidden, targets = hidden.index_select(0, chosen), targets[chosen]  # (N, C), (N,)
         rows = GPU_LOSS_CHUNK_ROWS if hidden.is_cuda else LOSS_CHUNK_ROWS
-        return linear_cross_entropy(hidden, self.head_weight, targets.flatten(), rows, z_loss)
+        return linear_cross_entropy(hidden, self.head_weight, targets, rows, z_loss)
 
     def token_losses(self, input_ids: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
         """Cross entropy in nats of every token, (B, T); for evaluation, without gradients."""

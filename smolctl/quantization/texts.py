@@ -15,6 +15,7 @@ from smolctl.data.batches import validation_batches, validation_documents
 from smolctl.data.mixture import Mixture
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokens.corpus import tokenize_corpus
+from smolctl.data.tokens.marks import IDS
 from smolctl.sources.base import ModelSource
 from smolctl.sources.huggingface.tokenizer import ids_around_text
 
@@ -93,5 +94,5 @@ def _windows(tokens: Mixture, length: int, count: int, begin: Sequence[int]) -> 
     """Windows (T + 1,) each. The first token of each, which is not predicted, is the one that begins every
     text where the tokenizer has one: without BOS such models predict badly, and llama.cpp measures so too."""
     batches = validation_batches(tokens, length, 1, count)
-    windows = [batch[0].long() for batch in batches]
+    windows = [batch[0].long() & IDS for batch in batches]  # of a conversation all is measured
     return tuple(torch.cat([window.new_tensor(begin[:1]), window[len(begin[:1]) :]]) for window in windows)

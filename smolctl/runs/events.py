@@ -61,6 +61,7 @@ class RunPlan:
     tokens_per_second: float
     eta_s: float
     read: tuple[str, ...] = ()  # which data was read and what was not, in sentences
+    conversations: dict[str, Any] | None = None  # what became of them, as `ConversationFacts` says
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,9 @@ class RunCallback(pl.Callback):
         for prompt in config.prompts:
             prediction = None
             with self._tolerating(f"the prediction for {shortened(prompt)!r}", step):
-                prediction = predict(module.network, self.prepared.tokenizer, config, prompt, step)
+                prediction = predict(
+                    module.network, self.prepared.tokenizer, config, prompt, step, self.config.data.is_chat
+                )
             if prediction is not None:
                 self._publish(trainer, prediction)
         with self._tolerating("writing predictions.md", step):

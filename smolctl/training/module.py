@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from smolctl.config import RunConfig
-from smolctl.data.batches import document_ids
+from smolctl.data.batches import sequences_of
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.evaluation import mean_loss
 from smolctl.model.network import Transformer
@@ -50,8 +50,8 @@ class StepResult:
 class TrainingModule(pl.LightningModule):
     """A batch is a whole step: it is cut into micro-batches here, so that one batch is one update.
 
-    The loss of every micro-batch is divided by the tokens of the whole step: any cut of the step
-    gives the same gradient.
+    The loss of every micro-batch is divided by the tokens that count in the whole step: any cut of the
+    step gives the same gradient, however many of them a micro-batch or a device has.
 
     A checkpoint alone is enough to make one: `TrainingModule.load_from_checkpoint("final.ckpt")`. Calling it
     with tokens (B, T) gives logits (B, T, V), `generate` continues a text, and a stock `Trainer` goes on
@@ -175,24 +175,24 @@ class TrainingModule(pl.LightningModule):
         return self.dataset.document_end if self.dataset else None
 
     def _accumulate(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of the mean loss over all tokens of the step.
+        """Gradients of the mean loss over all tokens that count in the step, on all devices.
 
         Returns:
             Each micro-batch's part of that loss, and the z-loss in it, both (micro-batches,), detached.
         """
         strategy = self.trainer.strategy
-        tokens = batch.shape[0] * (batch.shape[1] - 1)
+        asked = sequences_of(batch, self._document_end)
+        tokens = self._mean_over_devices(torch.as_tensor(asked.trained_tokens, device=batch.device).float())
         losses, z_losses = [], []
-        parts = batch.split(self._sequences)
+        parts = list(asked.split(self._sequences))
         for index, part in enumerate(parts):
             last = index + 1 == len(parts)
             # Several devices exchange gradients once a step, with the last micro-batch.
             waits = not last and isinstance(strategy, ParallelStrategy)
             with cast(ParallelStrategy, strategy).block_backward_sync() if waits else nullcontext():
-                documents = document_ids(part[:, :-1], self._document_end)
                 with autocast(self.config, batch.device):
                     loss, z_loss = self.network.training_loss(
-                        part[:, :-1], part[:, 1:], self.config.train.z_loss, documents
+                        part.inputs, part.targets, self.config.train.z_loss, part.documents, part.trained
                     )
                 loss = loss / tokens
                 self.manual_backward(loss if self._scaler is None else self._scaler.scale(loss))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smolctl.arithmetic import count_parameters, run_memory
 from smolctl.config import RunConfig
-from smolctl.data.batches import document_ids
+from smolctl.data.batches import sequences_of
 from smolctl.data.tokens.corpus import TokenizedCorpus
 from smolctl.model.network import Transformer
 from smolctl.runs.events import RunPlan
@@ -102,13 +102,15 @@ def measure_speed(
     """
     state = torch.get_rng_state()
     network.train()
-    documents = document_ids(batch[:, :-1], document_end)
+    asked = sequences_of(batch, document_end)
     device = batch.device
     forward = update = 0.0
     for _ in range(2):
         started = _now(device)
         with autocast(config, device):
-            loss = network.loss(batch[:, :-1], batch[:, 1:], documents=documents)
+            loss, _ = network.training_loss(
+                asked.inputs, asked.targets, config.train.z_loss, asked.documents, asked.trained
+            )
         loss.div(batch.numel()).backward()
         forward = _now(device) - started
         if config.optimizer.name == "muon":

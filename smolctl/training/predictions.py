@@ -35,9 +35,16 @@ def observing(network: Transformer) -> Iterator[None]:
 
 
 def predict(
-    network: Transformer, tokenizer: Tokenizer, config: PredictionsConfig, prompt: str, step: int
+    network: Transformer,
+    tokenizer: Tokenizer,
+    config: PredictionsConfig,
+    prompt: str,
+    step: int,
+    chat: bool = False,
 ) -> Prediction:
-    """How the model continues a prompt. Chance comes from a generator of its own, seeded by the step.
+    """How the model continues a prompt, or answers it in a chat.
+
+    Chance comes from a generator of its own, seeded by the step.
 
     Raises:
         InputError: the prompt does not fit the context.
@@ -45,7 +52,8 @@ def predict(
     settings = CompletionSettings(
         max_tokens=config.max_tokens, seed=step, sampling=SamplingSettings(temperature=config.temperature)
     )
-    given = tokenizer.prompt(prompt)
+    turn = {"role": "user", "content": prompt}
+    given = tokenizer.chat_prompt([turn]) if chat else tokenizer.prompt(prompt)
     # A compiled block would be compiled again for every length of a prompt.
     with observing(network), torch.compiler.set_stance("force_eager"):
         completion = complete(TorchEngine(network), tokenizer, given, settings).completions[0]

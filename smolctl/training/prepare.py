@@ -15,6 +15,7 @@ from smolctl.config import RunConfig, resolve_run_config
 from smolctl.data.batches import StepDataset, validation_batches
 from smolctl.data.order import ORDER
 from smolctl.data.text.corpus import MissingSourceError, iter_texts, pin_sources
+from smolctl.data.tokenizer.chatml import TURN_END, with_chatml
 from smolctl.data.tokenizer.tokenizer import Tokenizer, choose_tokenizer, load_tokenizer
 from smolctl.data.tokens.corpus import TokenizedCorpus, TokenizeProgress, tokenize_corpus
 from smolctl.errors import InputError
@@ -109,22 +110,23 @@ def prepare(
         SmolError: the model, the tokenizer, the trainer or the corpus cannot be used; each with its remedy.
     """
     require_packages(config.trainer.loggers)
-    config = with_origin(source, config, asked or {}, emit)
-    config = config.with_whole_steps()
-    require_sense(config)
-    config, decisions = decide(with_pinned_sources(config), emit)
-    config = with_process_counts(config)
-    require_trainer(config)
+    config = with_pinned_sources(with_origin(source, config, asked or {}, emit))
+    if config.train.epochs is None:  # else the number of steps is not known before the data are
+        config, decisions = _decided(config, emit)
     if source is None:
         tokenizer = _chosen_tokenizer(config, emit)
     else:
         tokenizer = _tokenizer_of(source, config.tokenizer, "tokenizer" in (asked or {}), emit)
     tokenizer.require_fit(config.model.vocab_size)
     config = _with_pinned_tokenizer(config)
-    samples = config.train.steps * config.train.batch_size
+    if config.data.is_chat:
+        tokenizer = _for_chat(tokenizer, emit)
+    samples = config.train.steps * config.train.batch_size if config.train.epochs is None else None
     corpus = _tokenized(config, tokenizer, samples, emit, on_tokenize)
     for note in corpus.notes:
         emit(Note(note))
+    if config.train.epochs is not None:
+        config, decisions = _decided(_with_steps_of_epochs(config, len(corpus.train)), emit)
     if source is None:
         network = initialize(config.model, config.train.seed)
     else:
@@ -168,10 +170,35 @@ def prepare_again(
     return Prepared(config, network, tokenizer, corpus, decisions, done, state["samples"])
 
 
+def _decided(config: RunConfig, emit: Listener) -> tuple[RunConfig, Decisions]:
+    """The config with whole steps and what was "auto" in it, if it makes sense."""
+    config = config.with_whole_steps()
+    require_sense(config)
+    config, decisions = decide(config, emit)
+    config = with_process_counts(config)
+    require_trainer(config)
+    return config, decisions
+
+
+def _with_steps_of_epochs(config: RunConfig, tokens: int) -> RunConfig:
+    """The config with as many steps as its epochs of so many tokens take."""
+    assert config.train.epochs is not None
+    steps = max(1, round(config.train.epochs * tokens / config.tokens_per_step))
+    return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
+
+
+def _for_chat(tokenizer: Tokenizer, emit: Listener) -> Tokenizer:
+    """The tokenizer with a chat template: its own, or ChatML."""
+    if tokenizer.chat_template is not None:
+        return tokenizer
+    emit(Note(f"The tokenizer has no chat template: conversations are written in ChatML, with {TURN_END}."))
+    return with_chatml(tokenizer)
+
+
 def _tokenized(
     config: RunConfig,
     tokenizer: Tokenizer,
-    samples: int,
+    samples: int | None,
     emit: Listener,
     on_tokenize: Callable[[TokenizeProgress], None] | None,
     folders: Sequence[str] = (),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from smolctl.arithmetic import run_memory
@@ -40,7 +40,8 @@ def plan_run(prepared: Prepared, disk: Path) -> RunPlan:
     existing = next(path for path in (disk.absolute(), *disk.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     plan = make_plan(config, done, prepared.corpus, speed, free, device, sequences, max(0, held))
-    return replace(plan, read=prepared.corpus.read)
+    facts = prepared.corpus.conversations
+    return replace(plan, read=prepared.corpus.read, conversations=asdict(facts) if facts else None)
 
 
 def train(prepared: Prepared, name: str, out: Path | None, force: bool, emit: Listener) -> RunResult:

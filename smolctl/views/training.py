@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, redirect_stderr, suppress
 from dataclasses import asdict
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from smolctl.escaping import one_line
 from smolctl.runs.events import (
@@ -33,12 +34,14 @@ from smolctl.views.training_display import RunState, TrainingDisplay, bits_per_b
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from smolctl.training.verify import Verification
 
 REDRAWS_PER_SECOND = 1  # one takes some 10 ms of a core, and of the interpreter's lock
 FINAL_CHART = 16  # lines that it takes when the run has ended
 SCHEDULE_WIDTH = 20  # columns of the plan's curve
+EXAMPLE_CHARACTERS = 300  # of each part of the conversation that the plan shows
 VERSIONS_SHOWN = 5  # of every prompt's answer, when the run has ended
 
 
@@ -170,7 +173,7 @@ class TrainingView:
         rows["saved in"] = f"{event.run}: {self._records()}"
         if not done:
             rows["go on"] = f"smolctl resume {event.run}"
-        rows["try it"] = f"smolctl sample {event.run}"
+        rows["try it"] = f"smolctl sample {event.run}{self._chat_option}"
         self.out.show("", facts(rows.items(), style="bold"))
 
     def _plain_summary(self, event: End) -> None:
@@ -181,7 +184,11 @@ class TrainingView:
         self.out.line(f"Ended{why} at step {event.step:,} after {duration(event.seconds)}{loss}{check}.")
         self.out.line(f"{event.run}: {self._records()}")
         target = "" if event.reason == "done" else f"; continue with: smolctl resume {event.run}"
-        self.out.talk(f"Try it: smolctl sample {event.run}{target}")
+        self.out.talk(f"Try it: smolctl sample {event.run}{self._chat_option}{target}")
+
+    @property
+    def _chat_option(self) -> str:
+        return " --chat" if self.state.is_chat else ""
 
     def _records(self) -> str:
         told = " predictions.md," if self.state.predictions else ""
@@ -250,6 +257,25 @@ def _schedule(plan: RunPlan) -> str:
     return f"{curve} {seen.name}: up to {seen.peak:.3g}, {seen.end:.3g} at the end; steps: {counts}{short}"
 
 
+def _conversations(facts: Mapping[str, Any]) -> str:
+    shapes = " and ".join(facts["shapes"])
+    return (
+        f"{facts['conversations']:,} conversations ({shapes}), {facts['trained_share']:.0%} of their tokens "
+        f"trained on; packed in {facts['sequences']:,} sequences, of which {facts['padding']:.1%} is padding"
+    )
+
+
+def _example(runs: Sequence[tuple[str, bool]]) -> Text:
+    """A conversation as it is trained on: what is trained on stands out, and lies between marks."""
+    from rich.text import Text
+
+    text = Text()
+    for part, is_trained in runs:
+        shown = part if len(part) <= EXAMPLE_CHARACTERS else f"{part[:EXAMPLE_CHARACTERS]}…"
+        text.append(f"⟦{shown}⟧" if is_trained else shown, style="bold green" if is_trained else "dim")
+    return text
+
+
 def plan_table(plan: RunPlan) -> Table:
     """What the run will cost, one line a fact."""
     from rich.text import Text
@@ -274,6 +300,9 @@ def plan_table(plan: RunPlan) -> Table:
         "measured on one micro-batch",
     }
     table = facts(rows.items(), style="bold")
+    if chat := plan.conversations:
+        table.add_row("answers", _conversations(chat))
+        table.add_row("for example", _example(chat["example"]))
     if plan.read:
         table.add_row("read", Text("\n".join(plan.read)))
     table.title, table.title_justify = "Plan", "left"

@@ -37,6 +37,7 @@ class RunState:
     first: int = 0  # steps behind the run when it started
     until: int = 0
     corpus_tokens: int = 0
+    is_chat: bool = False  # trained on conversations
     curve: array[float] = field(default_factory=lambda: array("d"))  # step, loss, step, loss, …
     held_out: array[float] = field(default_factory=lambda: array("d"))  # likewise
     predictions: dict[str, History] = field(default_factory=dict)
@@ -68,7 +69,7 @@ class RunState:
     def _start(self, event: Start) -> None:
         """Begin with what the sessions before have recorded."""
         self.run, self.first, self.until, self.note = event.run, event.step, event.until, ""
-        self.corpus_tokens = event.plan.corpus_tokens
+        self.corpus_tokens, self.is_chat = event.plan.corpus_tokens, event.plan.conversations is not None
         folder = RunFolder(Path(event.run))
         self.predictions = folder.predictions()
         for record in folder.metrics():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from smolctl.config import ModelConfig
-from smolctl.data.batches import document_ids
+from smolctl.data.batches import sequences_of
 from smolctl.evaluation import bits_per_byte
 from smolctl.model.network import Transformer
 from smolctl.model.weights import initialize
@@ -33,7 +34,7 @@ def network(position_embedding: str = "rope") -> Transformer:
 
 def packed() -> tuple[Tensor, Tensor]:
     tokens = torch.tensor([FIRST + SECOND, SECOND + FIRST])
-    ids = document_ids(tokens, END)
+    ids = sequences_of(F.pad(tokens, (0, 1)), END).documents
     assert ids is not None
     return tokens, ids
 
@@ -41,7 +42,7 @@ def packed() -> tuple[Tensor, Tensor]:
 def test_an_end_of_text_token_belongs_to_the_document_that_it_ends() -> None:
     _, ids = packed()
     assert ids.tolist() == [[0] * 5 + [1] * 6 + [2], [0] * 6 + [1] * 6]
-    assert document_ids(torch.tensor([FIRST]), None) is None
+    assert sequences_of(torch.tensor([FIRST]), None).documents is None
 
 
 @torch.no_grad()
@@ -65,10 +66,18 @@ def test_nothing_before_a_document_changes_it(position_embedding: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("position_embedding", ["rope", "learned"])
+def test_a_document_is_read_the_same_wherever_it_lies(position_embedding: str) -> None:
+    model, (tokens, ids) = network(position_embedding), packed()
+    packed_logits = model(tokens, documents=ids)
+    torch.testing.assert_close(packed_logits[0, 5:11], packed_logits[1, :6], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_one_document_is_attended_to_as_without_a_mask() -> None:
     model, tokens = network(), torch.tensor([FIRST[:4] * 3])
-    masked = model(tokens, documents=document_ids(tokens, END))
-    torch.testing.assert_close(masked, model(tokens), atol=1e-5, rtol=1e-4)
+    masked = model(tokens[:, :-1], documents=sequences_of(tokens, END).documents)
+    torch.testing.assert_close(masked, model(tokens[:, :-1]), atol=1e-5, rtol=1e-4)
 
 
 def test_gradients_flow_within_documents_only() -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from smolctl.config.run import DataConfig
 from smolctl.data.text import python_library as library
+from smolctl.data.text.conversations import RowError, Shape, read_conversation
 from smolctl.data.text.documents import Document, OnRead, cut
-from smolctl.data.text.files import describe_files, find_files, is_file_name, read_file
+from smolctl.data.text.files import describe_files, find_files, is_file_name, read_file, read_rows
 from smolctl.data.text.hub import DatasetName, DatasetReader
+from smolctl.data.text.library_questions import library_questions
 from smolctl.errors import InputError
 
 # Of a Hub dataset no more is downloaded to train a tokenizer than it is trained on.
@@ -27,6 +30,7 @@ class Source:
         size: bytes that will be read, or None when nobody knows before (a Hub dataset).
         identity: what tells it from another source without reading it: sizes, times of change.
         read: its documents; told a function that is called with the bytes read.
+        rows: likewise, its rows with all their fields and where they stand, or what is wrong with a row.
         dataset: its name, when it is a Hub dataset.
         read_as: what the name was taken for, and which files are read and which are not; empty where that
             goes without saying.
@@ -36,6 +40,7 @@ class Source:
     size: int | None
     identity: list[Any]
     read: Callable[[OnRead], Iterator[Document]]
+    rows: Callable[[OnRead], Iterator[tuple[str, Mapping[str, Any] | str]]]
     dataset: DatasetName | None = None
     read_as: str = ""
 
@@ -100,6 +105,7 @@ def _open_source(name: str, text_field: str, split: str) -> Source:
             library.library_size(),
             library.library_identity(),
             library.library_documents,
+            library_questions,
             read_as=f"{read_as}.",
         )
     if path.exists():
@@ -110,6 +116,7 @@ def _open_source(name: str, text_field: str, split: str) -> Source:
             None,
             [str(dataset)],
             lambda _: DatasetReader(dataset, text_field, split).documents(),
+            lambda _: DatasetReader(dataset, text_field, split).rows(),
             dataset,
             f"{name}: split {split} of the Hub dataset.",
         )
@@ -137,17 +144,31 @@ def _local_source(name: str, path: Path, text_field: str) -> Source:
         for path in files:
             yield from read_file(path, text_field, on_read)
 
+    def rows(on_read: OnRead) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
+        for path in files:
+            yield from read_rows(path, on_read)
+
     size = sum(stat.st_size for stat in stats)
-    return Source(name, size, identity, read, read_as=describe_files(shown_name(name), found))
+    return Source(name, size, identity, read, rows, read_as=describe_files(shown_name(name), found))
 
 
 def iter_texts(data: DataConfig) -> Iterator[str]:
     """The pieces of all documents, to train a tokenizer on; of a Hub dataset only its beginning."""
     for source in open_sources(data):
         seen = 0
-        for document in source.read(lambda _: None):
+        texts = _messages(source, data.shape) if data.is_chat else source.read(lambda _: None)
+        for document in texts:
             for piece in cut(document.chunks):
                 yield piece
                 seen += len(piece)
             if source.size is None and seen >= _HUB_SAMPLE:
                 break
+
+
+def _messages(source: Source, shape: str) -> Iterator[Document]:
+    """What is said in the conversations of a source; rows that are none are left out."""
+    for where, row in source.rows(lambda _: None):
+        with suppress(RowError):
+            if not isinstance(row, str):
+                found = read_conversation(row, None if shape == "auto" else Shape(shape), where)
+                yield Document(where, iter([message["content"] for message in found.messages]))

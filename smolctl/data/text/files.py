@@ -18,6 +18,7 @@ from smolctl.data.text.compression import ENDINGS, open_chunks
 from smolctl.data.text.documents import Document, OnRead, no_text, not_text
 from smolctl.errors import InputError
 from smolctl.escaping import whole_characters
+from smolctl.outside import parse_json
 
 _JSON = ("jsonl", "ndjson", "json")
 _TABLES = {"csv": ",", "tsv": "\t"}  # and what separates their columns
@@ -156,7 +157,8 @@ def read_file(path: Path, text_field: str, on_read: OnRead) -> Iterator[Document
     """
     kind = kind_of(path)
     if kind == "parquet":
-        yield from _read_parquet(path, text_field, on_read)
+        for where, row in _parquet_rows(path, text_field, on_read):
+            yield Document(where, iter([_text_of(row, text_field, where)]))
         return
     chunks = _read_text(path, on_read)
     if kind in _JSON:
@@ -168,6 +170,40 @@ def read_file(path: Path, text_field: str, on_read: OnRead) -> Iterator[Document
         return
     for where, row in rows:
         yield Document(where, iter([_text_of(row, text_field, where)]))
+
+
+def read_rows(path: Path, on_read: OnRead) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
+    """The rows of one file with all their fields, and where they stand; of a broken line, the reason.
+
+    Arguments and errors as in `read_file`; a text file has no rows.
+    """
+    kind = kind_of(path)
+    if kind == "parquet":
+        yield from _parquet_rows(path, None, on_read)
+        return
+    if kind not in (*_JSON, *_TABLES):
+        raise InputError(
+            f"{path}: conversations are not read from plain text", "Write JSON Lines, JSON, CSV or Parquet."
+        )
+    chunks = _read_text(path, on_read)
+    first = next(chunks, "")
+    chunks = chain([first], chunks)
+    if kind in _TABLES:
+        yield from _table_rows(path, chunks, _TABLES[kind])
+    elif first.lstrip().startswith("["):
+        yield from _array_rows(path, chunks)
+    else:
+        for number, line in enumerate(_lines(chunks), start=1):
+            if line.strip():
+                yield f"{path}, line {number}", _object_in(line)
+
+
+def _object_in(line: str) -> Mapping[str, Any] | str:
+    try:
+        record = parse_json(line)
+    except ValueError as error:
+        return f"is broken JSON ({error})"
+    return record if isinstance(record, dict) else f"is a JSON {type(record).__name__}, not an object"
 
 
 def _read_text(path: Path, on_read: OnRead) -> Iterator[str]:
@@ -305,7 +341,8 @@ def _text_of(row: Mapping[str, Any], text_field: str, where: str) -> str:
     return whole_characters(text)
 
 
-def _read_parquet(path: Path, text_field: str, on_read: OnRead) -> Iterator[Document]:
+def _parquet_rows(path: Path, column: str | None, on_read: OnRead) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Rows with one column, or with all where none is named."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -314,15 +351,14 @@ def _read_parquet(path: Path, text_field: str, on_read: OnRead) -> Iterator[Docu
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             columns = table.schema_arrow.names
-            if text_field not in columns:
-                raise no_text(str(path), f"no column {text_field!r}", columns)
+            if column is not None and column not in columns:
+                raise no_text(str(path), f"no column {column!r}", columns)
             share = path.stat().st_size // max(1, table.metadata.num_rows)
             row = 0
-            for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
+            for batch in table.iter_batches(batch_size=256, columns=None if column is None else [column]):
+                for fields in batch.to_pylist():
                     row += 1
-                    where = f"{path}, row {row}"
-                    yield Document(where, iter([_text_of({text_field: text}, text_field, where)]))
+                    yield f"{path}, row {row}", fields
                 on_read(share * batch.num_rows)
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]

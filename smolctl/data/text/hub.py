@@ -84,6 +84,11 @@ class DatasetReader:
             InputError: `datasets` is not installed, or there is no such split or column.
             HubError: there is no such dataset, or the Hub did not give it.
         """
+        for where, row in self.rows():
+            yield Document(where, iter([self._text(row, where)]))
+
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Stream the rows with all their fields, and where they stand. Errors as in `documents`."""
         _require_datasets(self.name)
         from datasets.exceptions import DatasetsError
 
@@ -91,7 +96,7 @@ class DatasetReader:
             self._rows = self._open()
             for row in self._rows:
                 self._row += 1
-                yield Document(f"{self.name}, row {self._row}", iter([self._text(row)]))
+                yield f"{self.name}, row {self._row}", row
 
     def state(self) -> dict[str, Any] | None:
         """Where it is, between two documents, as plain data; None at the beginning."""
@@ -121,8 +126,7 @@ class DatasetReader:
             rows.load_state_dict(self._state["rows"])
         return rows
 
-    def _text(self, row: dict[str, Any]) -> str:
-        where = f"{self.name}, row {self._row}"
+    def _text(self, row: dict[str, Any], where: str) -> str:
         if self.text_field not in row:
             raise no_text(where, f"no text in column {self.text_field!r}", row)
         text = row[self.text_field]

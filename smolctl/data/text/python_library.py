@@ -27,7 +27,7 @@ _LEFT_OUT = {
 def library_files() -> list[Path]:
     """Source files of the standard library in one order everywhere."""
     found = []
-    for folder, folders, files in os.walk(_root()):
+    for folder, folders, files in os.walk(library_root()):
         folders[:] = sorted(set(folders) - _LEFT_OUT)
         found += [Path(folder, name) for name in sorted(files) if name.endswith(".py")]
     return found
@@ -47,7 +47,7 @@ def library_size() -> int:
 
 def library_documents(on_read: OnRead) -> Iterator[Document]:
     """Every module, then every topic of the language reference as `help()` knows it."""
-    root = _root()
+    root = library_root()
     for path in library_files():
         try:
             text = path.read_text(encoding="utf-8")
@@ -61,7 +61,7 @@ def library_documents(on_read: OnRead) -> Iterator[Document]:
         yield Document(f"{NAME}:help/{topic}", iter([text]))
 
 
-def _root() -> Path:
+def library_root() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 

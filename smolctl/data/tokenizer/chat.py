@@ -17,6 +17,7 @@ import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,6 +38,7 @@ MOST_SAID = 300  # characters of a template's own error message
 # SHA-256 of templates that were read and found harmless. They need no process, which takes 0.1 s to start.
 HARMLESS = frozenset({
     "872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788",  # SmolLM2-Instruct
+    "66edfb854931c933d3ac94f507626dd4fa2d5ca0a9b1036b11729d296a7392ac",  # our own ChatML
 })  # fmt: skip
 Arguments = tuple[str, Sequence[Mapping[str, Any]], Mapping[str, str], bool, int]  # of `fill`
 
@@ -89,16 +91,12 @@ def fill(
     """
     pieces, length = [], 0
     try:
-        for piece in (
-            _environment()
-            .from_string(template)
-            .generate(
-                messages=[dict(message) for message in messages],
-                **{"bos_token": "", "eos_token": "", **tokens},
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-            )
+        for piece in _compiled(template).generate(
+            messages=[dict(message) for message in messages],
+            **{"bos_token": "", "eos_token": "", **tokens},
+            add_generation_prompt=add_generation_prompt,
+            tools=None,
+            documents=None,
         ):
             pieces.append(piece)
             length += len(piece)
@@ -190,6 +188,12 @@ def _place(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
     return f" at line {lines[-1]}" if lines else ""
+
+
+@lru_cache(maxsize=4)
+def _compiled(template: str) -> jinja2.Template:
+    """A template ready to be filled: compiling takes a hundred times longer than filling."""
+    return _environment().from_string(template)
 
 
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 
 from smolctl.errors import InputError
 from smolctl.escaping import json_text
@@ -99,6 +101,16 @@ class SpelledTokens:
         if self._reader is None:
             self._reader = self._make_reader()
         return [self._id_of.get(i, i) for i in self._reader.encode(text, add_special_tokens=False).ids]
+
+    def encode_with_places(self, texts: Sequence[str]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Ids (N,) of texts with stand-ins, and the character (N,) at which each begins; on all cores."""
+        if self._reader is None:
+            self._reader = self._make_reader()
+        found = []
+        for encoding in self._reader.encode_batch(list(texts), add_special_tokens=False):
+            ids = np.array([self._id_of.get(i, i) for i in encoding.ids], dtype=np.int64)
+            found.append((ids, np.array([begin for begin, _ in encoding.offsets], dtype=np.int64)))
+        return found
 
     def _make_reader(self) -> tokenizers.Tokenizer:
         """A copy whose normalizer, which acts after tokens were found, takes out the stand-ins."""

@@ -29,7 +29,7 @@ from smolctl.sources.huggingface.tokenizer import (
     read_tokenizer_json,
 )
 from smolctl.sources.huggingface.write import GENERATION, generation_config, write_json, write_tokenizer
-from smolctl.sources.stops import stop_token_ids
+from smolctl.sources.stops import END_TOKENS, stop_token_ids
 
 DEFAULT_TOKENIZER = "HuggingFaceTB/SmolLM2-135M"
 END_OF_TEXT = "<|endoftext|>"
@@ -125,11 +125,11 @@ class Tokenizer:
                 "there is no chat template", "Complete plain text, or choose an instruction-tuned model."
             )
         if special_tokens == "text":
-            messages = self._spelled.hide(list(messages))
+            messages = self.spelled.hide(list(messages))
         most = MOST_CHARACTERS if context is None else self.most_characters(context)
         named, origin = self.named_tokens, self._origin
         rendered = render_chat(self.chat_template, messages, named, origin=origin, most=most)
-        return Prompt(self._spelled.show(rendered), tuple(self._spelled.encode(rendered)))
+        return Prompt(self.spelled.show(rendered), tuple(self.spelled.encode(rendered)))
 
     def most_characters(self, tokens: int) -> int:
         """Characters that so many tokens can spell at most: each the longest token of the vocabulary."""
@@ -150,7 +150,8 @@ class Tokenizer:
             )
 
     @cached_property
-    def _spelled(self) -> SpelledTokens:
+    def spelled(self) -> SpelledTokens:
+        """What reads texts in which messages spell special tokens."""
         return SpelledTokens(self.backend)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -202,6 +203,13 @@ class Tokenizer:
                 "Name its eos_token in tokenizer_config.json, or train one with --tokenizer train:N.",
             )
         return found
+
+    @property
+    def end_tokens(self) -> frozenset[str]:
+        """Every token at which an answer ends, as it is spelled; `stop_token_ids` has the model's own too."""
+        added = (token.content for token in self.backend.get_added_tokens_decoder().values())
+        named = filter(None, map(self.token, self._end_token_ids))
+        return frozenset(named).union(END_TOKENS.intersection(added))
 
     def stop_token_ids(self, config: ModelConfig) -> frozenset[int]:
         """Every id at which an answer of a model with this tokenizer ends."""

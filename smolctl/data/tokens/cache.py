@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from smolctl.config.run import DataConfig
@@ -36,6 +37,33 @@ OnNote = Callable[[str], None]
 
 
 @dataclass(frozen=True)
+class ConversationFacts:
+    """What became of the conversations of a corpus.
+
+    Attributes:
+        conversations: that are trained on or held out.
+        shapes: of their rows.
+        trained_share: of their tokens, that are trained on.
+        padding: share of the training sequences that is filler.
+        sequences: to train on.
+        cut: conversations that were longer than a sequence.
+        dropped: conversations of which nothing could be kept.
+        skipped: rows that are no conversation to train on.
+        example: one conversation as runs of text, and whether each is trained on.
+    """
+
+    conversations: int
+    shapes: tuple[str, ...]
+    trained_share: float
+    padding: float
+    sequences: int
+    cut: int
+    dropped: int
+    skipped: int
+    example: tuple[tuple[str, bool], ...]
+
+
+@dataclass(frozen=True)
 class TokenizedCorpus:
     """Tokens to train on and tokens to validate on.
 
@@ -54,6 +82,7 @@ class TokenizedCorpus:
         read: what was read and what was not, in sentences.
         special_tokens: spelled in the text.
         empty: texts without a character, which were left out; not counted of a Hub dataset.
+        conversations: what became of them; None of plain text.
     """
 
     folders: tuple[Path, ...]
@@ -68,6 +97,7 @@ class TokenizedCorpus:
     read: tuple[str, ...] = ()
     special_tokens: int = 0
     empty: int = 0
+    conversations: ConversationFacts | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +201,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         write_text(folder / MANIFEST, json_text(asdict(manifest) | {"format": FORMAT}, indent=2))
 
 
-def read_manifest(folder: Path, schema: type[M], tokenizer: Tokenizer, on_note: OnNote) -> M | None:
+def read_manifest(
+    folder: Path,
+    schema: type[M],
+    tokenizer: Tokenizer,
+    on_note: OnNote,
+    dtype: np.dtype[np.unsignedinteger] | None = None,
+) -> M | None:
     """What `write_manifest` said, or None when nothing is there or the shards do not agree with it.
 
     Keys that a later version has added are left out. The folder counts as used now.
@@ -181,12 +217,14 @@ def read_manifest(folder: Path, schema: type[M], tokenizer: Tokenizer, on_note: 
         schema: of the manifest.
         tokenizer: that they must be of.
         on_note: told of damage, and that the text is therefore tokenized again.
+        dtype: of the shards; None: the one that the tokenizer's ids need.
     """
+    dtype = dtype or token_dtype(tokenizer.vocab_size)
     if not folder.is_dir():
         return None
     try:
         content = read_json(folder / MANIFEST)
-        manifest, dtype = checked(schema, content, MANIFEST), token_dtype(tokenizer.vocab_size)
+        manifest = checked(schema, content, MANIFEST)
         of = content.get("format"), manifest.tokenizer, manifest.dtype
         if of != (FORMAT, tokenizer.sha256, dtype.str):
             raise ValueError(f"{MANIFEST} is of another version or tokenizer")

@@ -13,6 +13,7 @@ from smolctl.data.order import MIXTURE, shares_of
 from smolctl.data.text.corpus import MissingSourceError, open_sources, pin_sources, shown_name
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokens.cache import LEAST_HELD_OUT, OnNote, OnProgress, TokenizedCorpus, digest
+from smolctl.data.tokens.conversations import tokenize_conversations
 from smolctl.data.tokens.encoding import TokenizeProgress
 from smolctl.data.tokens.shards import TokenStream
 from smolctl.data.tokens.streamed import tokenize_stream
@@ -66,7 +67,9 @@ def tokenize_corpus(
     )
     if data.validation is not None:
         everything = data.model_copy(update={"validation": None, "validation_fraction": 0.0})
-        length = min(data.sequence_length, LEAST_HELD_OUT - 1)  # so many tokens are enough
+        length = data.sequence_length
+        if not data.is_chat:
+            length = min(length, LEAST_HELD_OUT - 1)  # so many tokens are enough
         enough = HELD_OUT_SEQUENCES * data.sequence_length // length
         names = pin_sources([data.validation])
         (first, *_) = everything.one_by_one()
@@ -103,7 +106,9 @@ def _tokenize(
         on_note(f"{', '.join(data.source)}: no such file any more; its tokens are still in the cache.")
         return kept
     dataset = next((source.dataset for source in sources if source.dataset is not None), None)
-    if dataset is None:
+    if data.is_chat:
+        corpus = tokenize_conversations(sources, data, tokenizer, cache, on_progress, on_note)
+    elif dataset is None:
         corpus = tokenize_whole(sources, data, tokenizer, cache, on_progress, on_note)
     elif len(sources) == 1:
         corpus = tokenize_stream(dataset, data, tokenizer, cache, samples, on_progress, on_note)

@@ -14,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from smolctl.data.tokens.marks import IDS
 from smolctl.durable import holds_once, sync_file
 from smolctl.errors import InputError
 
@@ -56,10 +57,11 @@ def find_damage(path: Path, shard: Shard, dtype: np.dtype[np.unsignedinteger], v
 
 def _holds(path: Path, sha256: str, dtype: np.dtype[np.unsignedinteger], vocab_size: int) -> bool:
     digest, largest = hashlib.sha256(), 0
+    ids = dtype.type(IDS % 2 ** (8 * dtype.itemsize))  # without the marks of conversations
     with path.open("rb") as file:
         for data in iter(lambda: file.read(_READ_AT_ONCE), b""):
             digest.update(data)
-            largest = max(largest, int(np.frombuffer(data, dtype).max()))
+            largest = max(largest, int((np.frombuffer(data, dtype) & ids).max()))
     return digest.hexdigest() == sha256 and largest < vocab_size
 
 

@@ -1,0 +1,170 @@
+"""Conversations as people have them: what a row of data says, as messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from smolctl.escaping import whole_characters
+
+# Names that ShareGPT's rows and their kin have for the roles of today's chat templates.
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "function_response"), "tool"),
+}
+ASSISTANT = "assistant"
+
+
+class Shape(StrEnum):
+    """The fields in which a row holds its conversation."""
+
+    MESSAGES = "messages"  # messages: [{role, content}]
+    SHAREGPT = "sharegpt"  # conversations: [{from, value}]
+    COMPLETION = "completion"  # prompt and completion, each a text or messages
+    INSTRUCTION = "instruction"  # instruction, input (may be missing or empty), output
+
+
+FIELDS = {
+    Shape.MESSAGES: ("messages",),
+    Shape.SHAREGPT: ("conversations",),
+    Shape.COMPLETION: ("prompt", "completion"),
+    Shape.INSTRUCTION: ("instruction", "output"),
+}
+
+
+class RowError(ValueError):
+    """Why a row is no conversation to train on."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages with what a chat template is given beside them.
+
+    Attributes:
+        where: it stands, for people: a file and a line.
+        messages: `{"role": ..., "content": ...}` each, with other keys of theirs, such as tool_calls.
+        tools: functions that the assistant may call, as the template takes them.
+        completion: number of the first message that answers the row's prompt; None where no prompt is named.
+        group: conversations of one group are held out together; empty: those with the same text.
+    """
+
+    where: str
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    completion: int | None = None
+    group: str = ""
+
+
+def shape_of(names: Sequence[str]) -> Shape | None:
+    """The shape of rows with these fields; None where it is none of them."""
+    return next((shape for shape, fields in FIELDS.items() if set(fields) <= set(names)), None)
+
+
+def read_conversation(row: Mapping[str, Any], shape: Shape | None, where: str) -> Conversation:
+    """The conversation of a row.
+
+    Args:
+        row: its fields.
+        shape: that it has; None: as its fields say.
+        where: it stands.
+
+    Raises:
+        RowError: it holds none, or one that nothing can be learned from.
+    """
+    found = shape or shape_of(list(row))
+    if found is None:
+        raise RowError(f"has no conversation: its fields are {', '.join(map(repr, row)) or 'none'}")
+    if missing := [field for field in FIELDS[found] if field not in row]:
+        raise RowError(f"has no field {missing[0]!r}")
+    completion = None
+    if found is Shape.MESSAGES:
+        messages = _messages(row["messages"], "messages")
+    elif found is Shape.SHAREGPT:
+        messages = _messages(row["conversations"], "conversations")
+        if isinstance(row.get("system"), str) and row["system"]:
+            messages = [{"role": "system", "content": row["system"]}, *messages]
+    elif found is Shape.COMPLETION:
+        prompt = _turns(row["prompt"], "user", "prompt")
+        messages, completion = [*prompt, *_turns(row["completion"], ASSISTANT, "completion")], len(prompt)
+    else:
+        parts = (_text(row[name], name) for name in ("instruction", "input") if row.get(name))
+        question = {"role": "user", "content": "\n\n".join(parts)}
+        messages = [question, {"role": ASSISTANT, "content": _text(row["output"], "output")}]
+    _require_sense(messages)
+    tools = row.get("tools") or ()
+    if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise RowError("'tools' is no list of objects")
+    group = row.get("group")
+    return Conversation(
+        where, tuple(messages), tuple(tools), completion, group if isinstance(group, str) else ""
+    )
+
+
+def _turns(value: object, role: str, name: str) -> list[dict[str, Any]]:
+    """A prompt or a completion as messages; the ends of a text are the template's business."""
+    if isinstance(value, str):
+        return [{"role": role, "content": whole_characters(value).strip()}]
+    return _messages(value, name)
+
+
+def _messages(value: object, name: str) -> list[dict[str, Any]]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise RowError(f"{name!r} is {_a(value)}, not a list of messages")
+    if not value:
+        raise RowError(f"{name!r} is empty")
+    return list(map(_message, value))
+
+
+def _message(value: object) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise RowError(f"a message is {_a(value)}, not an object")
+    # Parquet gives every message all the keys of any: those without a value were not there.
+    message = {key: item for key, item in value.items() if item is not None}
+    named = message.pop("from", None) if "role" not in message else message.pop("role")
+    role = ROLES.get(named) if isinstance(named, str) else None
+    if role is None:
+        raise RowError(f"unknown role {named!r}" if named is not None else "a message has no role")
+    content = message.pop("value", None) if "content" not in message else message.pop("content")
+    if content is None and not message.get("tool_calls"):
+        raise RowError(f"a message of the {role} has no content")
+    return {"role": role, "content": _content(content), **message}
+
+
+def _content(value: object) -> str:
+    """A message's text; a list of parts is joined where all of them are text."""
+    if value is None:
+        return ""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in value):
+            raise RowError("a message holds something else than text")
+        return whole_characters("".join(part["text"] for part in value))
+    return _text(value, "content")
+
+
+def _text(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise RowError(f"{name!r} is {_a(value)}, not a text")
+    return whole_characters(value)
+
+
+def _require_sense(messages: Sequence[Mapping[str, Any]]) -> None:
+    answers = list(_answers(messages))
+    if not answers:
+        raise RowError("nothing is said by the assistant")
+    if not all(message["content"].strip() or message.get("tool_calls") for message in answers):
+        raise RowError("an answer of the assistant is empty")
+    if not any(message["role"] == "user" for message in messages):
+        raise RowError("nothing is said by the user")
+
+
+def _answers(messages: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    return (message for message in messages if message["role"] == ASSISTANT)
+
+
+def _a(value: object) -> str:
+    kinds = {str: "a text", bool: "true or false", int: "a number", float: "a number", dict: "an object"}
+    return kinds.get(type(value), "a list" if isinstance(value, Sequence) else "null")

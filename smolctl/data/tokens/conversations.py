@@ -1,0 +1,317 @@
+"""Conversations as tokens with their marks: rendered once, kept in the cache, packed when they are read."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smolctl.config.run import DataConfig
+from smolctl.data.mixture import Mixture, Part
+from smolctl.data.text.conversations import Conversation, RowError, Shape, read_conversation, shape_of
+from smolctl.data.text.corpus import Source
+from smolctl.data.text.documents import utf8_size
+from smolctl.data.tokenizer.tokenizer import Tokenizer
+from smolctl.data.tokenizer.turns import TurnEncoder, Turns
+from smolctl.data.tokens.cache import (
+    FORMAT,
+    ConversationFacts,
+    Manifest,
+    OnNote,
+    OnProgress,
+    TokenizedCorpus,
+    digest,
+    folder_of,
+    locked,
+    read_manifest,
+    whole_or_absent,
+    write_manifest,
+)
+from smolctl.data.tokens.encoding import TokenizeProgress
+from smolctl.data.tokens.marks import CONTEXT, FIRST, IDS
+from smolctl.data.tokens.packing import PackedStream
+from smolctl.data.tokens.shards import Shard, ShardWriter, TokenStream, disk_errors
+from smolctl.durable import file_digest, holds_once
+from smolctl.errors import InputError
+
+DTYPE = np.dtype("<u4")
+NAME = "conversations"
+INDEX = "index.bin"  # key, length and trained tokens of every conversation, (N, 3); little-endian uint64
+AT_ONCE = 512  # conversations that are encoded together
+NAMED = 5  # rows that do not fit and are named
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversationManifest(Manifest):
+    """What the manifest of conversations says.
+
+    Attributes:
+        shapes: of the rows, of each source.
+        skipped: how many rows are no conversation to train on, by the reason.
+        named: the first of them, with file and line.
+        index: SHA-256 of the file `INDEX`.
+    """
+
+    sources: tuple[str, ...]
+    shapes: tuple[str, ...]
+    skipped: dict[str, int]
+    named: tuple[str, ...]
+    index: str
+
+
+def tokenize_conversations(
+    sources: Sequence[Source],
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    cache: Path,
+    on_progress: OnProgress | None,
+    on_note: OnNote,
+) -> TokenizedCorpus:
+    """Render and encode all conversations of the sources, or find them in the cache.
+
+    Arguments as in `tokenize_corpus`.
+
+    Raises:
+        InputError: a source is damaged, or holds no conversation that can be trained on; with `data.strict`
+            a row is none; the template does not tell what the assistant says.
+    """
+    encoder = TurnEncoder(tokenizer, data.loss, data.special_tokens)
+    identities = [[source.name, source.identity] for source in sources]
+    settings = [data.shape, data.loss, data.strict, tokenizer.chat_template, dict(tokenizer.named_tokens)]
+    folder = folder_of(cache, [FORMAT, NAME, identities, settings], data, tokenizer)
+    manifest = _open(folder, tokenizer, on_note)
+    if manifest is None:
+        with locked(folder, on_note):
+            manifest = _open(folder, tokenizer, lambda _: None) or _build(
+                folder, data, sources, encoder, on_progress
+            )
+    return _split(folder, manifest, data, tokenizer)
+
+
+def _open(folder: Path, tokenizer: Tokenizer, on_note: OnNote) -> ConversationManifest | None:
+    manifest = read_manifest(folder, ConversationManifest, tokenizer, on_note, DTYPE)
+    if manifest is None:
+        return None
+    path = folder / INDEX
+    try:
+        sound = holds_once(path, f"sha256 {manifest.index}", lambda: file_digest(path) == manifest.index)
+    except OSError:
+        sound = False
+    return manifest if sound else None
+
+
+def _build(
+    folder: Path,
+    data: DataConfig,
+    sources: Sequence[Source],
+    encoder: TurnEncoder,
+    on_progress: OnProgress | None,
+) -> ConversationManifest:
+    progress = TokenizeProgress(bytes_total=sum(source.size or 0 for source in sources))
+    skipped: Counter[str] = Counter()
+    named: list[str] = []
+    shapes: dict[str, None] = {}
+    index = array("Q")
+
+    def on_read(count: int) -> None:
+        nonlocal progress
+        progress = replace(progress, bytes_read=progress.bytes_read + count)
+
+    def skip(where: str, reason: str) -> None:
+        if data.strict:
+            raise InputError(f"{where}: {reason}", "Correct the row, or leave out --strict to skip it.")
+        skipped[reason] += 1
+        if len(named) < NAMED:
+            named.append(f"{where}: {reason}")
+
+    def conversations() -> Iterator[Conversation]:
+        for source in sources:
+            for where, row in source.rows(on_read):
+                if isinstance(row, str):
+                    skip(where, row)
+                    continue
+                try:
+                    shape = Shape(data.shape) if data.shape != "auto" else shape_of(list(row))
+                    yield read_conversation(row, shape, where)
+                    shapes[str(shape)] = None
+                except RowError as error:
+                    skip(where, str(error))
+
+    with (
+        whole_or_absent(folder) as partial,
+        closing(ShardWriter(partial, NAME, DTYPE)) as words,
+    ):
+        rows = conversations()
+        while batch := list(islice(rows, AT_ONCE)):
+            for conversation, turns in zip(batch, encoder.encode(batch), strict=True):
+                if isinstance(turns, RowError):
+                    skip(conversation.where, str(turns))
+                    continue
+                words.append(_marked(turns).tolist())
+                index.extend((_key(conversation, turns), len(turns.ids), int(turns.is_trained.sum())))
+                size = sum(utf8_size(message["content"]) for message in conversation.messages)
+                progress = replace(
+                    progress,
+                    documents=progress.documents + 1,
+                    tokens=progress.tokens + len(turns.ids),
+                    bytes=progress.bytes + size,
+                )
+            if on_progress is not None:
+                on_progress(progress)
+        if not progress.documents:
+            raise InputError(
+                f"{', '.join(source.name for source in sources)}: no conversation to train on"
+                + (f"; {named[0]}" if named else ""),
+                "Each row needs messages, conversations, prompt and completion, or instruction and output.",
+            )
+        records = np.frombuffer(index, np.uint64)
+        with disk_errors(partial):
+            records.astype("<u8").tofile(partial / INDEX)
+        manifest = ConversationManifest(
+            tokenizer=encoder.tokenizer.sha256,
+            sources=tuple(source.name for source in sources),
+            dtype=DTYPE.str,
+            documents=progress.documents,
+            duplicates=progress.documents - len(np.unique(records[::3])),
+            tokens=progress.tokens,
+            bytes=progress.bytes,
+            special_tokens=0,
+            train=words.finish(),
+            held_out=(),
+            shapes=tuple(shapes),
+            skipped=dict(skipped),
+            named=tuple(named),
+            index=file_digest(partial / INDEX),
+        )
+        write_manifest(partial, manifest)
+    return manifest
+
+
+def _key(conversation: Conversation, turns: Turns) -> int:
+    """64 bits: equal for conversations that must be held out together, or not at all."""
+    text = conversation.group.encode() or turns.ids.tobytes()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def _marked(turns: Turns) -> NDArray[np.int64]:
+    words = turns.ids | np.where(turns.is_trained, 0, CONTEXT)
+    words[0] |= FIRST
+    return words
+
+
+def _stream(folder: Path, shards: Sequence[Shard]) -> TokenStream:
+    files = [(folder / shard.file, shard.tokens) for shard in shards]
+    return TokenStream(files, DTYPE, 0, sum(shard.tokens for shard in shards))
+
+
+def _split(
+    folder: Path, manifest: ConversationManifest, data: DataConfig, tokenizer: Tokenizer
+) -> TokenizedCorpus:
+    """Cut or drop what is too long, hold some conversations out, and pack both parts."""
+    stream = _stream(folder, manifest.train)
+    keys, lengths, counts = np.fromfile(folder / INDEX, "<u8").reshape(-1, 3).T.copy()
+    lengths, counts = lengths.astype(np.int64), counts.astype(np.int64)
+    spans = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1)  # (N, 2)
+    size = data.sequence_length
+    too_long = lengths > size
+    if data.too_long == "end":
+        spans[too_long, 0] += lengths[too_long] - size
+    spans[too_long, 1] = size
+    for number in np.flatnonzero(too_long).tolist():
+        words = stream.read(*spans[number].tolist())[1:]  # the first token is never a target
+        counts[number] = 0 if data.too_long == "drop" else np.count_nonzero((words & CONTEXT) == 0)
+    kept = counts > 0
+    if not kept.any():
+        raise InputError(
+            f"{', '.join(manifest.sources)}: every conversation is longer than a sequence of {size:,} tokens",
+            "Raise data.sequence_length.",
+        )
+    held_out, notes = _held_out(keys, kept, data.validation_fraction)
+    parts = [
+        PackedStream(stream, spans[kept & part], size, tokenizer.end_of_text_id)
+        for part in (~held_out, held_out)
+    ]
+    train, validation = (Mixture((Part(part, aligned=True),)) if len(part) > 1 else None for part in parts)
+    assert train is not None
+    facts = ConversationFacts(
+        conversations=int(kept.sum()),
+        shapes=manifest.shapes,
+        trained_share=float(counts[kept].sum() / spans[kept, 1].sum()),
+        padding=1 - parts[0].filled / (len(parts[0]) - 1),
+        sequences=len(parts[0].sequences),
+        cut=int((too_long & kept).sum()),
+        dropped=int((~kept).sum()),
+        skipped=sum(manifest.skipped.values()),
+        example=_example(stream.read(0, int(lengths[0])), tokenizer),
+    )
+    return TokenizedCorpus(
+        folders=(folder,),
+        fingerprint=digest(
+            [
+                NAME,
+                size,
+                data.too_long,
+                np.flatnonzero(held_out).tolist(),
+                *(s.sha256 for s in manifest.train),
+            ]
+        ),
+        train=train,
+        validation=validation,
+        documents=manifest.documents,
+        duplicates=manifest.duplicates,
+        tokens=manifest.tokens,
+        bytes=manifest.bytes,
+        notes=(*_complaints(manifest, facts, data), *notes),
+        conversations=facts,
+    )
+
+
+def _held_out(
+    keys: NDArray[np.uint64], kept: NDArray[np.bool_], fraction: float
+) -> tuple[NDArray[np.bool_], tuple[str, ...]]:
+    """Which conversations (N,) are held out: those with the lowest keys, whatever the seed and the order.
+
+    So conversations with one key are held out together.
+    """
+    different = np.unique(keys[kept])
+    count = min(max(1, round(fraction * len(different))), len(different) // 2) if fraction else 0
+    if not count:
+        none = np.zeros(len(keys), dtype=bool)
+        few = "All conversations are the same: there is no validation. Name a file for it: data.validation."
+        return none, (few,) if fraction else ()
+    return keys <= different[count - 1], ()
+
+
+def _example(words: NDArray[np.int64], tokenizer: Tokenizer) -> tuple[tuple[str, bool], ...]:
+    """A conversation as runs of text, and whether each is trained on."""
+    is_trained = (words & CONTEXT) == 0
+    edges = [0, *(np.flatnonzero(np.diff(is_trained)) + 1).tolist(), len(words)]
+    runs = [(words[start:end] & IDS, bool(is_trained[start])) for start, end in pairwise(edges)]
+    return tuple((tokenizer.decode(ids.tolist(), skip_special=False), trained) for ids, trained in runs)
+
+
+def _complaints(manifest: ConversationManifest, facts: ConversationFacts, data: DataConfig) -> Iterator[str]:
+    """What of the rows is not trained on, or not as a whole."""
+    if facts.skipped:
+        reasons = sorted(manifest.skipped.items(), key=lambda item: (-item[1], item[0]))
+        counted = "; ".join(f"{count:,} {reason}" for reason, count in reasons[:NAMED])
+        yield (
+            f"Rows that are no conversation, left out: {facts.skipped:,} ({counted}). "
+            f"First: {manifest.named[0]}."
+        )
+    kept = {"start": "their start", "end": "their end"}
+    if facts.cut:
+        yield (
+            f"Conversations longer than a sequence of {data.sequence_length:,} tokens: {facts.cut:,}; "
+            f"{kept[data.too_long]} is kept (data.too_long)."
+        )
+    if facts.dropped:
+        yield f"Conversations left out, as no answer fits into a sequence: {facts.dropped:,}."

@@ -1,0 +1,119 @@
+"""What of a conversation is trained on."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import AddedToken
+
+from smolctl.data.text.conversations import Conversation, RowError
+from smolctl.data.tokenizer.chatml import CHATML, with_chatml
+from smolctl.data.tokenizer.tokenizer import Tokenizer
+from smolctl.data.tokenizer.turns import TrainedOn, TurnEncoder, Turns
+from smolctl.errors import InputError
+from tests.support.tokenizers import MAKERS, tokenizer
+
+TALK = ("Be brief.", "What is\na mat?", " A mat, or a rug. ", "Why?", "It lies <|im_end|> there.")
+ROLES = ("system", "user", "assistant", "user", "assistant")
+HEADERS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+ASKS = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def conversation(
+    *contents: str, roles: tuple[str, ...] = ROLES, completion: int | None = None
+) -> Conversation:
+    messages = tuple({"role": role, "content": text} for role, text in zip(roles, contents, strict=False))
+    return Conversation("here", messages, completion=completion)
+
+
+def chat_tokenizer(kind: str, template: str | None = None) -> Tokenizer:
+    backend = tokenizers.Tokenizer.from_str(tokenizer(kind).to_str())
+    backend.add_special_tokens(
+        [AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)]
+    )
+    found = with_chatml(Tokenizer(backend))
+    found.chat_template = template or found.chat_template
+    return found
+
+
+def encode(one: Conversation, kind: str = "gpt2", loss: TrainedOn = "assistant", **options: Any) -> Turns:
+    (turns,) = TurnEncoder(chat_tokenizer(kind, options.get("template")), loss).encode([one])
+    assert isinstance(turns, Turns), turns
+    return turns
+
+
+def said(turns: Turns, by: Tokenizer) -> list[str]:
+    """The runs of tokens that are trained on, in text."""
+    found = []
+    for is_trained, run in itertools.groupby(
+        zip(turns.is_trained, turns.ids, strict=True), key=lambda x: x[0]
+    ):
+        ids = [int(token) for _, token in run]
+        if is_trained:
+            found.append(by.decode(ids, skip_special=False))
+    return found
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_answers_and_the_tokens_that_end_them_are_trained_on_and_nothing_else(kind: str) -> None:
+    by = chat_tokenizer(kind)
+    turns = encode(conversation(*TALK), kind)
+    ends = by.backend.token_to_id("<|im_end|>")
+    assert (turns.ids == ends).sum() == 5  # the spelled one is text
+    runs = said(turns, by)
+    assert len(runs) == 2
+    assert all(run.endswith("<|im_end|>") for run in runs)
+    assert turns.is_trained[turns.ids == ends].tolist() == [False, False, True, False, True]
+    messages = [dict(message) for message in conversation(*TALK).messages]
+    for number in (2, 4):  # the ids before an answer are the prompt that asks for it
+        prompt = by.chat_prompt(messages[:number]).ids
+        assert tuple(turns.ids[: len(prompt)]) == prompt
+        assert turns.is_trained[len(prompt)]
+        if not kind.startswith("t5"):  # which makes one space of the header's line end and the answer's space
+            assert not turns.is_trained[len(prompt) - 1]
+
+
+def test_what_is_trained_on_can_be_the_completion_or_all() -> None:
+    by = chat_tokenizer("gpt2")
+    last = encode(conversation(*TALK), loss="completion")
+    assert said(last, by) == said(encode(conversation(*TALK)), by)[1:]
+    named = encode(conversation(*TALK, completion=2), loss="completion")
+    assert len(said(named, by)) == 2
+    everything = encode(conversation(*TALK), loss="all")
+    assert everything.is_trained.tolist() == [False] + [True] * (len(everything.ids) - 1)
+
+
+def test_a_template_of_which_nobody_can_tell_the_answers_is_refused() -> None:
+    forgets = HEADERS.replace("{{ m.content }}", "{{ m.content if loop.last else '' }}") + ASKS
+    with pytest.raises(InputError, match="otherwise"):
+        encode(conversation(*TALK), template=forgets)
+    never_ends = HEADERS.replace("<|im_end|>", "") + ASKS
+    with pytest.raises(InputError, match="without a token at which a model could stop"):
+        encode(conversation(*TALK), template=never_ends)
+    other_header = HEADERS + ASKS.replace("assistant", "model")
+    with pytest.raises(InputError, match="otherwise"):
+        encode(conversation(*TALK), template=other_header)
+
+
+def test_a_row_that_the_template_refuses_is_counted_and_the_others_go_on() -> None:
+    strict = (
+        "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}" + HEADERS + ASKS
+    )
+    encoder = TurnEncoder(chat_tokenizer("gpt2", strict))
+    good = conversation("Why?", "So.", roles=("user", "assistant"))
+    bad, fine = encoder.encode([conversation(*TALK), good])
+    assert isinstance(bad, RowError)
+    assert "user first" in str(bad)
+    assert isinstance(fine, Turns)
+
+
+def test_chatml_needs_its_tokens() -> None:
+    with pytest.raises(InputError, match=r"has no <\|im_start\|>"):
+        with_chatml(Tokenizer(tokenizer("gpt2")))
+    by = chat_tokenizer("gpt2")
+    assert by.chat_template == CHATML
+    assert by.token(by.eos_token_id) == "<|im_end|>"
+    assert "<|im_end|>" in by.end_tokens
