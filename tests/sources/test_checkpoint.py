@@ -15,7 +15,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smolctl.config import RunConfig
 from smolctl.config.dump import to_yaml
 from smolctl.errors import InputError, SmolError
 from smolctl.generation.engines import EngineOptions, make_engine
@@ -24,35 +23,8 @@ from smolctl.runs.folder import RunFolder, latest_run, split_step
 from smolctl.sources import SourceKind, open_source
 from smolctl.sources.checkpoint import clean_name
 from smolctl.sources.huggingface.write import write_tokenizer
+from tests.support.checkpoints import RUN, save_checkpoint
 from tests.support.tiny_models import tiny_tokenizer
-
-MODEL = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-}
-RUN = RunConfig.model_validate({"model": MODEL, "data": {"sequence_length": 32}})
-
-
-def checkpoint_content(step: int = 500, prefix: str = "network.", **changed: Any) -> dict[str, Any]:
-    state = initialize(RUN.model, seed=step).state_dict()
-    return {
-        "state_dict": {prefix + name: tensor for name, tensor in state.items()},
-        "global_step": step,
-        "hyper_parameters": {"config": RUN.model_dump(mode="json")},
-        "optimizer_states": [{"state": {}, "param_groups": []}],
-        **changed,
-    }
-
-
-def save_checkpoint(path: Path, **changed: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(checkpoint_content(**changed), path)
-    return path
 
 
 @pytest.fixture

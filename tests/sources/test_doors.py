@@ -21,7 +21,7 @@ from smolctl.sources.base import TokenizerFiles
 from smolctl.sources.huggingface.config import from_huggingface_config, to_huggingface_config
 from smolctl.sources.huggingface.safetensors_file import read_weight_map
 from smolctl.sources.huggingface.tokenizer import read_backend
-from tests.sources.test_checkpoint import checkpoint_content
+from tests.support.checkpoints import checkpoint_content
 from tests.support.gguf_files import write_gguf
 from tests.support.model_folders import llama_folder
 from tests.support.tiny_models import tiny_network, tiny_tokenizer, write_folder

@@ -12,25 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from smolctl.config import ModelConfig
 from smolctl.errors import ExitCode, HubError, InputError
 from smolctl.model.weights import initialize
 from smolctl.sources import SourceKind, open_source
 from smolctl.sources.huggingface.config import to_huggingface_config
 from tests.support.hub_server import COMMIT, TOKEN, HubRepository, HubServer
-
-CONFIG = ModelConfig(
-    vocab_size=512,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=32,
-    position_embedding="rope",
-    residual_scale=1.0,
-)
-CONFIG_JSON = json.dumps(to_huggingface_config(CONFIG)).encode()
+from tests.support.tiny_hub_model import CONFIG, CONFIG_JSON
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from smolctl.sources import ModelSource, SourceKind, open_source
 from smolctl.sources.provenance import LONGEST_CHAIN, gguf_metadata, provenance_of, read_provenance
 from smolctl.training.prepare import with_origin
 from smolctl.training.resume import ResumeOptions, changed_config
-from tests.sources.test_hub import CONFIG_JSON
 from tests.support.hub_server import COMMIT, HubRepository, HubServer
+from tests.support.tiny_hub_model import CONFIG_JSON
 
 CARD = b"---\nlicense: apache-2.0\nbase_model: [them/base]\n---\n# words\n"
 BASE = Provenance(id="org/tiny", kind="hub", revision="main", commit=COMMIT, license="apache-2.0")
