@@ -32,7 +32,7 @@ def train(
         typer.Option("--steps", min=1, help="Optimizer steps in all; a preset's schedule scales with them."),
     ] = None,
     epochs: Annotated[
-        float | None, typer.Option("--epochs", help="Passes over the data, in place of --steps.")
+        float | None, typer.Option("--epochs", help="Epochs of the data, in place of --steps.")
     ] = None,
     data: Annotated[
         list[str] | None,

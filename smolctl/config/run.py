@@ -50,7 +50,7 @@ class DataConfig(Section):
     )
     format: Literal["text", "chat"] = Field("text", description="chat: the rows are conversations")
     shape: Literal["auto", "messages", "sharegpt", "completion", "instruction"] = Field(
-        "auto", description="fields of a conversation's row; auto: told by their names"
+        "auto", description="fields of a conversation's row; auto: the names of its fields decide"
     )
     loss: Literal["assistant", "completion", "all"] = Field(
         "assistant", description="what of a conversation is trained on; completion: its last answer"
@@ -142,7 +142,7 @@ class TrainConfig(Section):
     epochs: float | None = Field(
         None,
         gt=0,
-        description="passes over the data, which give a new run its steps; null: train.steps",
+        description="epochs to train, which give a new run its steps; null: train.steps",
     )
     batch_size: int = Field(8, gt=0, description="sequences a step, over all devices")
     micro_batch_size: int = Field(0, ge=0, description="sequences in memory at once; 0 is batch_size")

@@ -32,7 +32,7 @@ _PHRASINGS = {
         "What does {name} do?",
         "Explain {name}.",
         "What is {name} for?",
-        "Tell me what {name} does in Python.",
+        "Say what {name} does in Python.",
     ),
     "class": (
         "What is {name}?",

@@ -88,13 +88,13 @@ def test_what_is_trained_on_can_be_the_completion_or_all() -> None:
 
 def test_a_template_of_which_nobody_can_tell_the_answers_is_refused() -> None:
     forgets = HEADERS.replace("{{ m.content }}", "{{ m.content if loop.last else '' }}") + ASKS
-    with pytest.raises(InputError, match="otherwise"):
+    with pytest.raises(InputError, match="in another way"):
         encode(conversation(*TALK), template=forgets)
     never_ends = HEADERS.replace("<|im_end|>", "") + ASKS
     with pytest.raises(InputError, match="without a token at which a model could stop"):
         encode(conversation(*TALK), template=never_ends)
     other_header = HEADERS + ASKS.replace("assistant", "model")
-    with pytest.raises(InputError, match="otherwise"):
+    with pytest.raises(InputError, match="in another way"):
         encode(conversation(*TALK), template=other_header)
 
 
