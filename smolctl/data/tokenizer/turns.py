@@ -111,8 +111,8 @@ class TurnEncoder:
         answered = text if number + 1 == len(messages) else self._render(messages[: number + 1], asks=False)
         if not (answered.startswith(asked) and text.startswith(answered)):
             raise InputError(
-                "the chat template writes an answer in another way than it asks for one, or in another way when "
-                "more messages follow, so that the tokens of the answer cannot be found",
+                "the chat template writes an answer in another way than it asks for one, or in another way "
+                "when more messages follow, so that the tokens of the answer cannot be found",
                 "Correct the template, or train on everything: data.loss=all.",
             )
         ends = [match.end() for match in self._ends.finditer(answered, len(asked))]
