@@ -136,8 +136,8 @@ def test_libraries_warn_unless_the_user_wants_quiet(
 ) -> None:
     with Output(quiet=quiet).quieting_libraries():
         warnings.warn("of a library", stacklevel=1)
-        logging.getLogger("transformers").warning("of another")
-        logging.getLogger("transformers").error("an error")
+        logging.getLogger("a library").warning("of another")
+        logging.getLogger("a library").error("an error")
     assert len(recwarn) == (0 if quiet else 1)
     assert caplog.messages == [*([] if quiet else ["of another"]), "an error"]
     assert logging.root.manager.disable == 0
