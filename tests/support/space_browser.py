@@ -151,9 +151,10 @@ def _ask(page: Any, prompt: str) -> str:
     """The whole answer to the only message of a chat, which is empty again then."""
     page.get_by_role("textbox").last.fill(prompt)
     page.keyboard.press("Enter")
-    page.locator("button.stop-button").wait_for()
+    bot = page.locator(".message.bot").last
+    bot.wait_for()
+    answer, _ = _settled(page, lambda: bot.inner_text(), "")  # the stop button may come and go unseen
     page.locator("button.submit-button").wait_for()
-    answer: str = page.locator(".message.bot").last.inner_text()
     page.get_by_label("Clear").click()
     page.locator(".message.bot").last.wait_for(state="detached")
     return answer
