@@ -46,6 +46,7 @@ class Conversation:
 
     Attributes:
         where: it stands, for people: a file and a line.
+        shape: of its row.
         messages: `{"role": ..., "content": ...}` each, with other keys of theirs, such as tool_calls.
         tools: functions that the assistant may call, as the template takes them.
         completion: number of the first message that answers the row's prompt; None where no prompt is named.
@@ -53,6 +54,7 @@ class Conversation:
     """
 
     where: str
+    shape: Shape
     messages: tuple[Mapping[str, Any], ...]
     tools: tuple[Mapping[str, Any], ...] = ()
     completion: int | None = None
@@ -64,18 +66,18 @@ def shape_of(names: Sequence[str]) -> Shape | None:
     return next((shape for shape, fields in FIELDS.items() if set(fields) <= set(names)), None)
 
 
-def read_conversation(row: Mapping[str, Any], shape: Shape | None, where: str) -> Conversation:
+def read_conversation(row: Mapping[str, Any], shape: str, where: str) -> Conversation:
     """The conversation of a row.
 
     Args:
         row: its fields.
-        shape: that it has; None: as its fields say.
+        shape: that it has; auto: as its fields say.
         where: it stands.
 
     Raises:
         RowError: it holds none, or one that nothing can be learned from.
     """
-    found = shape or shape_of(list(row))
+    found = shape_of(list(row)) if shape == "auto" else Shape(shape)
     if found is None:
         raise RowError(f"has no conversation: its fields are {', '.join(map(repr, row)) or 'none'}")
     if missing := [field for field in FIELDS[found] if field not in row]:
@@ -100,7 +102,7 @@ def read_conversation(row: Mapping[str, Any], shape: Shape | None, where: str) -
         raise RowError("'tools' is no list of objects")
     group = row.get("group")
     return Conversation(
-        where, tuple(messages), tuple(tools), completion, group if isinstance(group, str) else ""
+        where, found, tuple(messages), tuple(tools), completion, group if isinstance(group, str) else ""
     )
 
 

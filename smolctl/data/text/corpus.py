@@ -10,7 +10,7 @@ from typing import Any
 
 from smolctl.config.run import DataConfig
 from smolctl.data.text import python_library as library
-from smolctl.data.text.conversations import RowError, Shape, read_conversation
+from smolctl.data.text.conversations import RowError, read_conversation
 from smolctl.data.text.documents import Document, OnRead, cut
 from smolctl.data.text.files import describe_files, find_files, is_file_name, read_file, read_rows
 from smolctl.data.text.hub import DatasetName, DatasetReader
@@ -170,5 +170,5 @@ def _messages(source: Source, shape: str) -> Iterator[Document]:
     for where, row in source.rows(lambda _: None):
         with suppress(RowError):
             if not isinstance(row, str):
-                found = read_conversation(row, None if shape == "auto" else Shape(shape), where)
+                found = read_conversation(row, shape, where)
                 yield Document(where, iter([message["content"] for message in found.messages]))

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -76,7 +77,6 @@ class SpelledTokens:
         self._beginning = re.compile(f"(?={any_of(self._control)}).", re.DOTALL)
         first = sorted({token[0] for token in self._control})
         self._stand_in_of = {character: chr(_STAND_INS + number) for number, character in enumerate(first)}
-        self._reader: tokenizers.Tokenizer | None = None  # made when it is needed
         self._id_of: dict[int, int] = {}  # of added tokens, where the reader numbers them otherwise
 
     def hide(self, value: Any) -> Any:
@@ -98,21 +98,18 @@ class SpelledTokens:
         if not any(stand_in in text for stand_in in self._stand_in_of.values()):
             plain: list[int] = self._backend.encode(text, add_special_tokens=False).ids
             return plain
-        if self._reader is None:
-            self._reader = self._make_reader()
         return [self._id_of.get(i, i) for i in self._reader.encode(text, add_special_tokens=False).ids]
 
     def encode_with_places(self, texts: Sequence[str]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """Ids (N,) of texts with stand-ins, and the character (N,) at which each begins; on all cores."""
-        if self._reader is None:
-            self._reader = self._make_reader()
         found = []
         for encoding in self._reader.encode_batch(list(texts), add_special_tokens=False):
             ids = np.array([self._id_of.get(i, i) for i in encoding.ids], dtype=np.int64)
             found.append((ids, np.array([begin for begin, _ in encoding.offsets], dtype=np.int64)))
         return found
 
-    def _make_reader(self) -> tokenizers.Tokenizer:
+    @cached_property
+    def _reader(self) -> tokenizers.Tokenizer:
         """A copy whose normalizer, which acts after tokens were found, takes out the stand-ins."""
         state = json.loads(self._backend.to_str())  # noqa: TID251 - the library's own
         added = state["added_tokens"]

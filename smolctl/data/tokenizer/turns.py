@@ -33,12 +33,10 @@ class Turns:
     Attributes:
         ids: (N,)
         is_trained: (N,) whether a token is trained on; never the first one, which nothing predicts.
-        where: the conversation stands.
     """
 
     ids: NDArray[np.int64]
     is_trained: NDArray[np.bool_]
-    where: str
 
 
 @dataclass(frozen=True)
@@ -50,9 +48,6 @@ class TurnEncoder:
         loss: what is trained on: all the assistant says; what answers the row's prompt, or the last answer
             where it names none; or everything.
         special_tokens: what those are that a message spells.
-
-    Raises:
-        InputError: there is no chat template.
     """
 
     tokenizer: Tokenizer
@@ -64,7 +59,7 @@ class TurnEncoder:
 
         Raises:
             RowError: the template refuses the messages.
-            InputError: the template writes an answer otherwise than it asks for one.
+            InputError: there is no template, or it writes an answer in another way than it asks for one.
         """
         messages: Sequence[Mapping[str, Any]] = conversation.messages
         if self.special_tokens == "text":
@@ -85,23 +80,23 @@ class TurnEncoder:
             InputError: as `rendered`.
         """
         found: list[Turns | RowError] = []
-        texts: list[tuple[int, str, list[Span], str]] = []
+        texts: list[tuple[int, str, list[Span]]] = []
         for conversation in conversations:
             try:
                 text, spans = self.rendered(conversation)
             except RowError as error:
                 found.append(error)
                 continue
-            texts.append((len(found), text, spans, conversation.where))
+            texts.append((len(found), text, spans))
             found.append(RowError())  # its place
-        encoded = self.tokenizer.spelled.encode_with_places([text for _, text, _, _ in texts])
-        for (place, _, spans, where), (ids, begins) in zip(texts, encoded, strict=True):
+        encoded = self.tokenizer.spelled.encode_with_places([text for _, text, _ in texts])
+        for (place, _, spans), (ids, begins) in zip(texts, encoded, strict=True):
             is_trained = np.zeros(len(ids), dtype=bool)
             for start, end in spans:
                 is_trained |= (begins >= start) & (begins < end)
             is_trained[:1] = False
             found[place] = (
-                Turns(ids, is_trained, where) if is_trained.any() else RowError("has no token to train on")
+                Turns(ids, is_trained) if is_trained.any() else RowError("has no token to train on")
             )
         return found
 

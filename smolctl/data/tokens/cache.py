@@ -160,6 +160,27 @@ def locked(folder: Path, on_note: OnNote) -> Iterator[None]:
         lock.release()
 
 
+def found_or_built(
+    folder: Path, read: Callable[[OnNote], M | None], build: Callable[[], M], on_note: OnNote
+) -> M:
+    """The manifest of a folder, which one process at a time builds where `read` finds none.
+
+    Args:
+        folder: of the result.
+        read: gives its manifest, or None; told who hears of damage.
+        build: makes the folder while its lock is held.
+        on_note: hears of damage, and that another process is waited for.
+
+    Raises:
+        InputError: as `locked` and `build`.
+    """
+    found = read(on_note)
+    if found is None:
+        with locked(folder, on_note):
+            found = read(lambda _: None) or build()
+    return found
+
+
 def remove_leftovers(tokens: Path) -> None:
     """Delete the unfinished folders of processes that were killed: nobody holds their lock."""
     for partial in [*tokens.glob("*.partial"), *tokens.glob("*/*.partial")]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from smolctl.config.run import DataConfig
 from smolctl.data.mixture import Mixture, Part
-from smolctl.data.text.conversations import Conversation, RowError, Shape, read_conversation, shape_of
+from smolctl.data.text.conversations import Conversation, RowError, read_conversation
 from smolctl.data.text.corpus import Source
 from smolctl.data.text.documents import utf8_size
 from smolctl.data.tokenizer.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ from smolctl.data.tokens.cache import (
     TokenizedCorpus,
     digest,
     folder_of,
-    locked,
+    found_or_built,
     read_manifest,
     whole_or_absent,
     write_manifest,
@@ -87,12 +87,12 @@ def tokenize_conversations(
     identities = [[source.name, source.identity] for source in sources]
     settings = [data.shape, data.loss, data.strict, tokenizer.chat_template, dict(tokenizer.named_tokens)]
     folder = folder_of(cache, [FORMAT, NAME, identities, settings], data, tokenizer)
-    manifest = _open(folder, tokenizer, on_note)
-    if manifest is None:
-        with locked(folder, on_note):
-            manifest = _open(folder, tokenizer, lambda _: None) or _build(
-                folder, data, sources, encoder, on_progress
-            )
+    manifest = found_or_built(
+        folder,
+        lambda on_note: _open(folder, tokenizer, on_note),
+        lambda: _build(folder, data, sources, encoder, on_progress),
+        on_note,
+    )
     return _split(folder, manifest, data, tokenizer)
 
 
@@ -139,9 +139,9 @@ def _build(
                     skip(where, row)
                     continue
                 try:
-                    shape = Shape(data.shape) if data.shape != "auto" else shape_of(list(row))
-                    yield read_conversation(row, shape, where)
-                    shapes[str(shape)] = None
+                    conversation = read_conversation(row, data.shape, where)
+                    shapes[conversation.shape.value] = None
+                    yield conversation
                 except RowError as error:
                     skip(where, str(error))
 

@@ -28,8 +28,8 @@ from smolctl.data.tokens.cache import (
     TokenizedCorpus,
     digest,
     folder_of,
+    found_or_built,
     held_out_limit,
-    locked,
     read_manifest,
     whole_or_absent,
     write_manifest,
@@ -77,11 +77,12 @@ def tokenize_whole(
     """
     identities = [[source.name, source.identity] for source in sources]
     folder = folder_of(cache, [FORMAT, identities], data, tokenizer)
-    manifest = read_manifest(folder, WholeManifest, tokenizer, on_note)
-    if manifest is None:
-        with locked(folder, on_note):
-            found = read_manifest(folder, WholeManifest, tokenizer, lambda _: None)
-            manifest = found or _build(folder, data, sources, tokenizer, on_progress)
+    manifest = found_or_built(
+        folder,
+        lambda on_note: read_manifest(folder, WholeManifest, tokenizer, on_note),
+        lambda: _build(folder, data, sources, tokenizer, on_progress),
+        on_note,
+    )
     return _split(folder, manifest, data)
 
 

@@ -24,14 +24,14 @@ ROWS: dict[Shape, Mapping[str, Any]] = {
 }
 
 
-def read(row: Mapping[str, Any], shape: Shape | None = None) -> Conversation:
+def read(row: Mapping[str, Any], shape: str = "auto") -> Conversation:
     return read_conversation(row, shape, "here")
 
 
 @pytest.mark.parametrize("shape", Shape)
 def test_one_conversation_in_every_shape(shape: Shape) -> None:
     assert shape_of(list(ROWS[shape])) is shape
-    for known in (shape, None):
+    for known in (shape, "auto"):
         assert read(ROWS[shape], known).messages == (QUESTION, ANSWER)
 
 

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken
 
-from smolctl.data.text.conversations import Conversation, RowError
+from smolctl.data.text.conversations import Conversation, RowError, Shape
 from smolctl.data.tokenizer.chatml import CHATML, with_chatml
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokenizer.turns import TrainedOn, TurnEncoder, Turns
@@ -26,7 +26,7 @@ def conversation(
     *contents: str, roles: tuple[str, ...] = ROLES, completion: int | None = None
 ) -> Conversation:
     messages = tuple({"role": role, "content": text} for role, text in zip(roles, contents, strict=False))
-    return Conversation("here", messages, completion=completion)
+    return Conversation("here", Shape.MESSAGES, messages, completion=completion)
 
 
 def chat_tokenizer(kind: str, template: str | None = None) -> Tokenizer:
