@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from smolctl import __version__
-from smolctl.cli.bench import bench
-from smolctl.cli.cache import cache
-from smolctl.cli.compare import compare
-from smolctl.cli.count_params import count_params
-from smolctl.cli.inspect_config import inspect_config
-from smolctl.cli.push import push
-from smolctl.cli.quantize import quantize
-from smolctl.cli.resume import resume
-from smolctl.cli.sample import sample
-from smolctl.cli.train import train
 from smolctl.cores import sharing_cores, usable_cores, usable_cpus
 from smolctl.errors import ExitCode, UsageError
 from smolctl.views.output import Output, prepare_streams
 
-app = typer.Typer(
-    name="smolctl",
-    help="From a config to a trained, resumed, sampled, quantized and published small language model.",
-    no_args_is_help=True,
-    add_completion=True,
-    rich_markup_mode=None,  # plain help: rich alone would take longer to load than all the rest
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+# Every command in the order of the help, each in a module of its own name that has one function of that name.
+COMMANDS = (
+    "inspect-config",
+    "count-params",
+    "train",
+    "resume",
+    "sample",
+    "compare",
+    "quantize",
+    "bench",
+    "push",
+    "cache",
 )
 
 
@@ -40,8 +36,7 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
-def root(
+def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
@@ -49,16 +44,22 @@ def root(
     pass
 
 
-app.command("inspect-config")(inspect_config)
-app.command("count-params")(count_params)
-app.command("train")(train)
-app.command("resume")(resume)
-app.command("sample")(sample)
-app.command("compare")(compare)
-app.command("quantize")(quantize)
-app.command("bench")(bench)
-app.command("push")(push)
-app.command("cache")(cache)
+def application(commands: Iterable[str] = COMMANDS) -> typer.Typer:
+    """The application with some of its `COMMANDS`: only these are imported, which takes time."""
+    app = typer.Typer(
+        name="smolctl",
+        help="From a config to a trained, resumed, sampled, quantized and published small language model.",
+        no_args_is_help=True,
+        add_completion=True,
+        rich_markup_mode=None,  # plain help: rich alone would take longer to load than all the rest
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for command in commands:
+        name = command.replace("-", "_")
+        app.command(command)(getattr(import_module(f"smolctl.cli.{name}"), name))
+    return app
 
 
 def main() -> None:
@@ -69,7 +70,8 @@ def main() -> None:
         if usable_cores() < usable_cpus():
             os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
         with sharing_cores():
-            code = app(standalone_mode=False)
+            called = [name for name in sys.argv[1:2] if name in COMMANDS]
+            code = application(called or COMMANDS)(standalone_mode=False)
     except Exception as error:
         # Typer's usage errors: its class is private, its interface is not.
         if not hasattr(error, "format_message"):

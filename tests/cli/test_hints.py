@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from smolctl.cli.main import app
+from smolctl.cli.main import application
 from tests.support.processes import CHECKOUT
 
 OPTION = re.compile(r"(?<![\w/-])--[a-z][a-z-]*(?![\w-])")
@@ -25,7 +25,7 @@ OTHERS = {
 @cache
 def options() -> Mapping[str, set[str]]:
     """The options of every command; of the program itself under ""."""
-    root: Any = typer.main.get_command(app)
+    root: Any = typer.main.get_command(application())
 
     def of(command: Any) -> set[str]:
         both = (name for one in command.params for name in (*one.opts, *one.secondary_opts))

@@ -24,7 +24,7 @@ from typer.main import get_command
 from smolctl.arithmetic import parameter_rows
 from smolctl.benchmark.baseline import FORMAT as BENCH
 from smolctl.benchmark.baseline import is_baseline, read_baseline
-from smolctl.cli.main import app
+from smolctl.cli.main import application
 from smolctl.config import ModelConfig, RunConfig
 from smolctl.config.dump import to_yaml
 from smolctl.config.run import DataConfig
@@ -147,9 +147,9 @@ def with_run(run: Path) -> None:
 
 
 @functools.cache
-def application() -> Any:
+def built_application() -> Any:
     """The command line, built once: Typer takes longer for that than most commands here."""
-    return get_command(app)
+    return get_command(application())
 
 
 def command(*arguments: object) -> Act:
@@ -157,7 +157,7 @@ def command(*arguments: object) -> Act:
 
     def act() -> None:
         try:
-            application()([*map(str, arguments), "--debug"], standalone_mode=False)
+            built_application()([*map(str, arguments), "--debug"], standalone_mode=False)
         except Exception as error:
             if not hasattr(error, "format_message"):  # Typer's usage errors
                 raise

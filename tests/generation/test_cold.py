@@ -13,12 +13,12 @@ from tests.support.tiny_models import write_folder
 
 ANSWER = """
 import sys
-from smolctl.cli.main import app
+from smolctl.cli.main import application
 from smolctl.generation.load import load_model
 from smolctl.publish.app import Speaker
 for model in sys.argv[1:]:
     for options in (["--prompt", "the"], ["--prompt", "the", "--chat"], ["--jsonl", "prompts.jsonl"]):
-        app(["sample", model, *options, "--max-tokens", "4", "--json"], standalone_mode=False)
+        application()(["sample", model, *options, "--max-tokens", "4", "--json"], standalone_mode=False)
     assert Speaker(load_model(model)).engine().startswith("native"), model
 heavy = {"torch", "transformers", "datasets", "lightning", "gradio", "gguf", "matplotlib"}
 print(sorted(heavy & sys.modules.keys()), file=sys.stderr)

@@ -133,7 +133,7 @@ class Tokenizer:
 
     def most_characters(self, tokens: int) -> int:
         """Characters that so many tokens can spell at most: each the longest token of the vocabulary."""
-        return tokens * max(map(len, self.token_bytes), default=0)
+        return tokens * self._extent[1]
 
     def require_room(self, characters: int, context: int) -> None:
         """Refuse a prompt that cannot fit a context by its length alone, before the work of tokenizing it.
@@ -141,6 +141,8 @@ class Tokenizer:
         Raises:
             PromptTooLongError: it has more characters than so many tokens can spell.
         """
+        if characters <= context:  # the usual case: every token spells a character at least
+            return
         most = self.most_characters(context)
         if characters > most:
             raise PromptTooLongError(
@@ -169,10 +171,16 @@ class Tokenizer:
         bytes_of = self.bytes_of if self._byte_level else None
         return TextStream(self.backend, bytes_of, skip_special, before)
 
-    @cached_property
+    @property
     def vocab_size(self) -> int:
         """Rows that a model's token table needs: the largest id plus one."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        return self._extent[0]
+
+    @cached_property
+    def _extent(self) -> tuple[int, int]:
+        """The largest id plus one, and the characters of the longest token."""
+        vocabulary: dict[str, int] = self.backend.get_vocab(with_added_tokens=True)
+        return max(vocabulary.values(), default=-1) + 1, max(map(len, vocabulary), default=0)
 
     def token(self, token_id: int | None) -> str | None:
         """How an id is spelled; None when there is no such id."""
