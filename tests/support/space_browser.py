@@ -83,9 +83,7 @@ def ask_example_in_browser(url: str, example: str, width: int, chromium: str, fo
         if page.evaluate("document.documentElement.scrollWidth") > width:
             errors.append("the page is wider than the window")
         button.click()
-        bot = page.locator(".message.bot").last
-        bot.wait_for()
-        answer, versions = _settled(page, lambda: bot.inner_text(), "")
+        answer, versions = _answer(page)
         page.screenshot(path=folder / "chat.png")
         return Seen(answer, versions, foreign, errors)
 
@@ -95,9 +93,7 @@ def chat_in_browser(url: str, message: str, chromium: str, folder: Path) -> Seen
     with browsing(url, chromium, folder) as (page, foreign, errors):
         page.get_by_role("textbox").last.fill(message)
         page.keyboard.press("Enter")
-        bot = page.locator(".message.bot").last
-        bot.wait_for()
-        answer, versions = _settled(page, lambda: bot.inner_text(), "")
+        answer, versions = _answer(page)
         page.screenshot(path=folder / "chat.png")
         return Seen(answer, versions, foreign, errors, page.locator(".message.user").last.inner_text())
 
@@ -151,13 +147,19 @@ def _ask(page: Any, prompt: str) -> str:
     """The whole answer to the only message of a chat, which is empty again then."""
     page.get_by_role("textbox").last.fill(prompt)
     page.keyboard.press("Enter")
-    bot = page.locator(".message.bot").last
-    bot.wait_for()
-    answer, _ = _settled(page, lambda: bot.inner_text(), "")  # the stop button may come and go unseen
+    answer, _ = _answer(page)  # the stop button may come and go unseen
     page.locator("button.submit-button").wait_for()
     page.get_by_label("Clear").click()
     page.locator(".message.bot").last.wait_for(state="detached")
     return answer
+
+
+def _answer(page: Any) -> tuple[str, int]:
+    """The last message of the model, whole, and how many versions it had."""
+    bot = page.locator(".message.bot").last
+    bot.wait_for()
+    page.locator(".message.bot.pending").wait_for(state="detached")  # until then it says "Loading content"
+    return _settled(page, bot.inner_text, "")
 
 
 def _settled(page: Any, read: Any, start: str) -> tuple[str, int]:
