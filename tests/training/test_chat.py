@@ -142,12 +142,17 @@ def test_scores_are_of_the_answers_alone(tmp_path: Path) -> None:
     assert mean_loss(network, prepared.held_out) > 0
 
 
-def test_an_interrupted_run_equals_a_continuous_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_equals_a_continuous_run_even_when_its_data_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     source = write_rows(tmp_path / "rows.jsonl")
     one = run(prepare_chat(source), "one")
-    two = run(prepare_chat(source, train={"steps": 7}), "two")
-    go_on(two, extra=8)
+    two = run(prepare_chat(source, train={"steps": 4}), "two")
+    go_on(two, extra=3)
+    source.rename("moved.jsonl")
+    events = go_on(two, extra=8)
+    assert any("still in the cache" in event.text for event in events if isinstance(event, Note))
     assert_same_run(one, two)
     tokenizer = json.loads((RunFolder(one).tokenizer / "tokenizer_config.json").read_text())
     assert tokenizer["eos_token"] == "<|im_end|>"

@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokenizer.turns import TurnEncoder, Turns
 from smolctl.data.tokens.cache import (
     FORMAT,
+    TOKENS,
     ConversationFacts,
     Manifest,
     OnNote,
@@ -44,6 +46,7 @@ from smolctl.errors import InputError
 
 DTYPE = np.dtype("<u4")
 NAME = "conversations"
+MASKS = 2  # of the rules by which conversations become tokens and masks
 INDEX = "index.bin"  # key, length and trained tokens of every conversation, (N, 3); little-endian uint64
 AT_ONCE = 512  # conversations that are encoded together
 NAMED = 5  # rows that do not fit and are named
@@ -57,6 +60,8 @@ class ConversationManifest(Manifest):
         shapes: of the rows, of each source.
         skipped: how many rows are no conversation to train on, by the reason.
         named: the first of them, with file and line.
+        remarks: what is said of conversations that are trained on, and of how many each.
+        settings: digest of the settings that it was made with.
         index: SHA-256 of the file `INDEX`.
     """
 
@@ -64,6 +69,8 @@ class ConversationManifest(Manifest):
     shapes: tuple[str, ...]
     skipped: dict[str, int]
     named: tuple[str, ...]
+    remarks: dict[str, int]
+    settings: str
     index: str
 
 
@@ -85,8 +92,7 @@ def tokenize_conversations(
     """
     encoder = TurnEncoder(tokenizer, data.loss, data.special_tokens)
     identities = [[source.name, source.identity] for source in sources]
-    settings = [data.shape, data.loss, data.strict, tokenizer.chat_template, dict(tokenizer.named_tokens)]
-    folder = folder_of(cache, [FORMAT, NAME, identities, settings], data, tokenizer)
+    folder = folder_of(cache, [FORMAT, NAME, identities, _settings(data, tokenizer)], data, tokenizer)
     manifest = found_or_built(
         folder,
         lambda on_note: _open(folder, tokenizer, on_note),
@@ -94,6 +100,24 @@ def tokenize_conversations(
         on_note,
     )
     return _split(folder, manifest, data, tokenizer)
+
+
+def find_conversations(
+    cache: Path, folders: Sequence[str], data: DataConfig, tokenizer: Tokenizer
+) -> TokenizedCorpus | None:
+    """The tokens of sources that are gone, in those of the cache's folders that a run was trained on."""
+    for name in folders:
+        manifest = _open(cache / TOKENS / name, tokenizer, lambda _: None)
+        made_from = manifest and (manifest.sources, manifest.settings)
+        if manifest and made_from == (data.source, digest(_settings(data, tokenizer))):
+            return _split(cache / TOKENS / name, manifest, data, tokenizer)
+    return None
+
+
+def _settings(data: DataConfig, tokenizer: Tokenizer) -> list[Any]:
+    """All that changes the tokens and masks of given rows, beside what `folder_of` knows."""
+    named = sorted(tokenizer.named_tokens.items())
+    return [MASKS, data.shape, data.loss, data.strict, tokenizer.chat_template, named]
 
 
 def _open(folder: Path, tokenizer: Tokenizer, on_note: OnNote) -> ConversationManifest | None:
@@ -117,6 +141,7 @@ def _build(
 ) -> ConversationManifest:
     progress = TokenizeProgress(bytes_total=sum(source.size or 0 for source in sources))
     skipped: Counter[str] = Counter()
+    remarks: Counter[str] = Counter()
     named: list[str] = []
     shapes: dict[str, None] = {}
     index = array("Q")
@@ -155,6 +180,7 @@ def _build(
                 if isinstance(turns, RowError):
                     skip(conversation.where, str(turns))
                     continue
+                remarks.update(turns.remarks)
                 words.append(_marked(turns).tolist())
                 index.extend((_key(conversation, turns), len(turns.ids), int(turns.is_trained.sum())))
                 size = sum(utf8_size(message["content"]) for message in conversation.messages)
@@ -189,6 +215,8 @@ def _build(
             shapes=tuple(shapes),
             skipped=dict(skipped),
             named=tuple(named),
+            remarks=dict(remarks),
+            settings=digest(_settings(data, encoder.tokenizer)),
             index=file_digest(partial / INDEX),
         )
         write_manifest(partial, manifest)
@@ -250,6 +278,7 @@ def _split(
         cut=int((too_long & kept).sum()),
         dropped=int((~kept).sum()),
         skipped=sum(manifest.skipped.values()),
+        remarks=manifest.remarks,
         example=_example(stream.read(0, int(lengths[0])), tokenizer),
     )
     return TokenizedCorpus(
@@ -307,6 +336,8 @@ def _complaints(manifest: ConversationManifest, facts: ConversationFacts, data: 
             f"Rows that are no conversation, left out: {facts.skipped:,} ({counted}). "
             f"First: {manifest.named[0]}."
         )
+    for remark, count in manifest.remarks.items():
+        yield f"{remark}: {count:,} conversation{'s'[: count > 1]}."
     kept = {"start": "their start", "end": "their end"}
     if facts.cut:
         yield (
