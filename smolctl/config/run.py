@@ -54,8 +54,8 @@ class DataConfig(Section):
     )
     loss: Literal["assistant", "completion", "all"] = Field(
         "assistant",
-        description="what of a conversation is trained on: all answers; what answers the row's prompt, or the "
-        "last answer where it names none; or everything",
+        description="what of a conversation is trained on: all answers, the answer to the row's prompt "
+        "(the last one where it names none), or everything",
     )
     too_long: Literal["start", "end", "drop"] = Field(
         "start", description="what is kept of a conversation that is longer than a sequence"
