@@ -57,7 +57,7 @@ def conversations(prepared: Prepared) -> list[torch.Tensor]:
     words = torch.from_numpy(stream.read(0, len(stream)))
     begins = (words & FIRST).nonzero().flatten().tolist()
     parts = [words[start:end] for start, end in pairwise(begins)]
-    return [part for part in parts if len(part) > 1]  # filler stands alone
+    return [part for part in parts if ((part & CONTEXT) == 0).any()]  # not the filler
 
 
 def summed(network: Transformer, words: torch.Tensor) -> torch.Tensor:
