@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from smolctl.config.run import DataConfig
 from smolctl.data.mixture import Mixture, Part
 from smolctl.data.text.conversations import Conversation, RowError, read_conversation
-from smolctl.data.text.corpus import Source
+from smolctl.data.text.corpus import Source, readable_conversations
 from smolctl.data.text.documents import utf8_size
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokenizer.turns import TurnEncoder, Turns
@@ -223,6 +223,30 @@ def _build(
     return manifest
 
 
+def held_out_conversations(
+    folder: Path, sources: Sequence[Source], data: DataConfig, tokenizer: Tokenizer
+) -> Iterator[Conversation]:
+    """The conversations that a run has held out, read from its sources again.
+
+    Args:
+        folder: of their tokens, one of `TokenizedCorpus.folders`.
+        sources: they come from.
+        data: the run's settings; of a file that is held out as a whole, all conversations are given.
+        tokenizer: the run's, with its chat template.
+    """
+    manifest = _open(folder, tokenizer, lambda _: None)
+    assert manifest is not None
+    records = _records(folder, _stream(folder, manifest.train), data)
+    chosen, _ = _held_out(records.keys, records.trained_tokens > 0, data.validation_fraction)
+    held_out = set(records.keys[chosen].tolist())
+    encoder = TurnEncoder(tokenizer, data.loss, data.special_tokens)
+    rows = (one for source in sources for one in readable_conversations(source, data.shape))
+    while batch := list(islice(rows, AT_ONCE)):
+        for conversation, turns in zip(batch, encoder.encode(batch), strict=True):
+            if not isinstance(turns, RowError) and _key(conversation, turns) in held_out:
+                yield conversation
+
+
 def _key(conversation: Conversation, turns: Turns) -> int:
     """64 bits: equal for conversations that must be held out together, or not at all."""
     text = conversation.group.encode() or turns.ids.tobytes()
@@ -240,31 +264,53 @@ def _stream(folder: Path, shards: Sequence[Shard]) -> TokenStream:
     return TokenStream(files, DTYPE, 0, sum(shard.tokens for shard in shards))
 
 
+@dataclass(frozen=True)
+class _Records:
+    """What the index says of N conversations, after those are cut that are longer than a sequence.
+
+    Attributes:
+        keys: (N,) see `_key`.
+        spans: (N, 2) where each begins in the tokens, and how many are kept.
+        trained_tokens: (N,) among these; 0 for those that are dropped.
+        is_long: (N,) whether it is longer than a sequence.
+    """
+
+    keys: NDArray[np.uint64]
+    spans: NDArray[np.int64]
+    trained_tokens: NDArray[np.int64]
+    is_long: NDArray[np.bool_]
+
+
+def _records(folder: Path, stream: TokenStream, data: DataConfig) -> _Records:
+    keys, *numbers = np.fromfile(folder / INDEX, "<u8").reshape(-1, 3).T.copy()
+    lengths, counts = (column.astype(np.int64) for column in numbers)
+    spans = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1)
+    size = data.sequence_length
+    is_long = lengths > size
+    if data.too_long == "end":
+        spans[is_long, 0] += lengths[is_long] - size
+    spans[is_long, 1] = size
+    for number in np.flatnonzero(is_long).tolist():
+        words = stream.read(*spans[number].tolist())[1:]  # the first token is never a target
+        counts[number] = 0 if data.too_long == "drop" else np.count_nonzero((words & CONTEXT) == 0)
+    return _Records(keys, spans, counts, is_long)
+
+
 def _split(
     folder: Path, manifest: ConversationManifest, data: DataConfig, tokenizer: Tokenizer
 ) -> TokenizedCorpus:
     """Cut or drop what is too long, hold some conversations out, and pack both parts."""
-    stream = _stream(folder, manifest.train)
-    keys, lengths, counts = np.fromfile(folder / INDEX, "<u8").reshape(-1, 3).T.copy()
-    lengths, counts = lengths.astype(np.int64), counts.astype(np.int64)
-    spans = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1)  # (N, 2)
-    size = data.sequence_length
-    too_long = lengths > size
-    if data.too_long == "end":
-        spans[too_long, 0] += lengths[too_long] - size
-    spans[too_long, 1] = size
-    for number in np.flatnonzero(too_long).tolist():
-        words = stream.read(*spans[number].tolist())[1:]  # the first token is never a target
-        counts[number] = 0 if data.too_long == "drop" else np.count_nonzero((words & CONTEXT) == 0)
-    kept = counts > 0
+    stream, size = _stream(folder, manifest.train), data.sequence_length
+    records = _records(folder, stream, data)
+    kept = records.trained_tokens > 0
     if not kept.any():
         raise InputError(
             f"{', '.join(manifest.sources)}: every conversation is longer than a sequence of {size:,} tokens",
             "Raise data.sequence_length.",
         )
-    held_out, notes = _held_out(keys, kept, data.validation_fraction)
+    held_out, notes = _held_out(records.keys, kept, data.validation_fraction)
     parts = [
-        PackedStream(stream, spans[kept & part], size, tokenizer.end_of_text_id)
+        PackedStream(stream, records.spans[kept & part], size, tokenizer.end_of_text_id)
         for part in (~held_out, held_out)
     ]
     train, validation = (Mixture((Part(part, aligned=True),)) if len(part) > 1 else None for part in parts)
@@ -272,14 +318,14 @@ def _split(
     facts = ConversationFacts(
         conversations=int(kept.sum()),
         shapes=manifest.shapes,
-        trained_share=float(counts[kept].sum() / spans[kept, 1].sum()),
+        trained_share=float(records.trained_tokens.sum() / records.spans[kept, 1].sum()),
         padding=1 - parts[0].filled / (len(parts[0]) - 1),
         sequences=len(parts[0].sequences),
-        cut=int((too_long & kept).sum()),
+        cut=int((records.is_long & kept).sum()),
         dropped=int((~kept).sum()),
         skipped=sum(manifest.skipped.values()),
         remarks=manifest.remarks,
-        example=_example(stream.read(0, int(lengths[0])), tokenizer),
+        example=_example(stream.read(*records.spans[np.argmax(kept)].tolist()), tokenizer),
     )
     return TokenizedCorpus(
         folders=(folder,),
