@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from smolctl.config.run import DataConfig
+from smolctl.data.batches import sequences_of
+from smolctl.data.tokens.corpus import tokenize_corpus
 from smolctl.generation.complete import CompletionSettings, complete
 from smolctl.generation.load import LoadedModel, load_model
 from smolctl.generation.native_engine import NativeEngine
@@ -167,3 +172,69 @@ def test_fine_tuning_starts_at_the_loss_of_transformers_and_goes_down(
     assert steps[0]["loss"] == pytest.approx(expected, rel=1e-4)
     assert math.isfinite(steps[-1]["loss"])
     assert steps[-1]["loss"] < 0.9 * steps[0]["loss"]
+
+
+ASKED, ANSWERED = "Who wrote Hamlet?", "William Shakespeare wrote it, around 1600."
+# The same words in every shape of data, and the messages that they mean.
+TURNS = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWERED}]
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    *TURNS,
+    {"role": "user", "content": "And «Faust»? 🎭"},
+    {"role": "assistant", "content": " Goethe.\n"},
+]
+CONVERSATIONS = [
+    ({"messages": TALK}, TALK),
+    ({"conversations": [{"from": turn["role"], "value": turn["content"]} for turn in TALK]}, TALK),
+    ({"prompt": f"{ASKED} ", "completion": ANSWERED}, TURNS),
+    ({"prompt": TALK[:2], "completion": TALK[2:]}, TALK),
+    ({"instruction": ASKED, "input": "", "output": ANSWERED}, TURNS),
+]
+
+
+@pytest.mark.slow
+def test_chat_loss_and_gradients_are_those_of_transformers_with_labels_made_by_hand(
+    network: Transformer,
+    reference: PreTrainedModel,
+    reference_tokenizer: PreTrainedTokenizerBase,
+    ours: LoadedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    header, end = (reference_tokenizer.encode(text) for text in ("<|im_start|>assistant\n", "<|im_end|>"))
+    # transformers gives no gradient to the row of the padding token, which here is the end of a turn.
+    monkeypatch.setattr(reference.get_input_embeddings(), "padding_idx", None)
+    total, count = torch.zeros(()), 0
+    for _, messages in CONVERSATIONS:
+        ids: Any = reference_tokenizer.apply_chat_template(messages, return_dict=False)
+        labels, at = [-100] * len(ids), 0
+        for _ in (turn for turn in messages if turn["role"] == "assistant"):
+            begin = next(i for i in range(at, len(ids)) if ids[i - len(header) : i] == header)
+            at = ids.index(end[0], begin) + 1
+            labels[begin:at] = ids[begin:at]
+        logits = reference(torch.tensor([ids])).logits[0, :-1]
+        total = total + F.cross_entropy(logits, torch.tensor(labels[1:]), reduction="sum")
+        count += sum(label >= 0 for label in labels)
+    (total / count).backward()
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f"{json.dumps(row)}\n" for row, _ in CONVERSATIONS))
+    data = DataConfig(source=(str(rows),), format="chat", sequence_length=160, validation_fraction=0)
+    stream = tokenize_corpus(data, ours.tokenizer, tmp_path).train.parts[0].tokens
+    asked = sequences_of(torch.from_numpy(stream.read(0, len(stream))).unfold(0, 161, 160))
+    assert asked.trained_tokens == count
+    loss, _ = network.training_loss(asked.inputs, asked.targets, 0.0, asked.documents, asked.trained)
+    (loss / count).backward()
+    assert (loss / count).item() == pytest.approx((total / count).item(), rel=1e-5)
+    named = dict(reference.named_parameters())
+    off = together = 0.0
+    for name, parameter in network.named_parameters():
+        theirs = named[name].grad
+        assert theirs is not None
+        assert parameter.grad is not None
+        squares = [value.square().sum().item() for value in (parameter.grad - theirs, theirs)]
+        assert squares[0] < (5e-5) ** 2 * squares[1], name
+        off, together = off + squares[0], together + squares[1]
+    assert off < (1e-5) ** 2 * together
+    network.zero_grad()
+    reference.zero_grad()

@@ -27,7 +27,8 @@ def compare(
         typer.Option(
             "--data",
             metavar="TEXT",
-            help="Text to compare on; repeatable. Default: what the runs held out, or else built-in text.",
+            help="Text or conversations to compare on; repeatable. Default: what the runs held out, or "
+            "else built-in text.",
         ),
     ] = None,
     size: Annotated[
@@ -50,11 +51,14 @@ def compare(
 ) -> None:
     """Say which model predicts the same text better, and whether that is more than chance.
 
+    Of conversations the answers count, each model's in its own chat template.
+
     \b
     smolctl compare runs/nano-001 runs/nano-002       on the documents that both have held out
     smolctl compare runs/nano-001 runs/nano-001@150   two steps of a run
     smolctl compare a-1 a-2 a-3 b-1 b-2 b-3           runs that differ in the seed only count as one
     smolctl compare FILE.gguf FOLDER --data notes/    any models, whatever their tokenizers
+    smolctl compare runs/chat-001 FILE.gguf           on the answers that a chat run has held out
     smolctl compare runs/new runs/old --require-better   a gate for scripts: exit code 5
     """
     from smolctl.evaluation.compare import CompareOptions

@@ -53,7 +53,9 @@ class DataConfig(Section):
         "auto", description="fields of a conversation's row; auto: the names of its fields decide"
     )
     loss: Literal["assistant", "completion", "all"] = Field(
-        "assistant", description="what of a conversation is trained on; completion: its last answer"
+        "assistant",
+        description="what of a conversation is trained on: all answers, the answer to the row's prompt "
+        "(the last one where it names none), or everything",
     )
     too_long: Literal["start", "end", "drop"] = Field(
         "start", description="what is kept of a conversation that is longer than a sequence"

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from smolctl.data.text.documents import utf8_size
+from smolctl.data.text.conversations import Conversation, RowError
+from smolctl.data.tokenizer.chatml import with_chatml
 from smolctl.data.tokenizer.text_encoder import TextEncoder
 from smolctl.data.tokenizer.tokenizer import Tokenizer
-from smolctl.errors import UsageError
+from smolctl.data.tokenizer.turns import TurnEncoder
+from smolctl.errors import InputError, UsageError
 from smolctl.evaluation.estimate import (
     FEWEST_DOCUMENTS,
     Estimate,
@@ -24,7 +27,7 @@ from smolctl.evaluation.estimate import (
     resampled_estimate,
 )
 from smolctl.evaluation.measure import bits, score_tokens
-from smolctl.evaluation.texts import Text, choose_text
+from smolctl.evaluation.texts import NAME_TEXT, Text, choose_text, scored_bytes
 from smolctl.generation.engine import Engine
 from smolctl.generation.load import load_model
 from smolctl.inspection.differences import Difference
@@ -138,6 +141,11 @@ class _Model:
     tokenizer: Tokenizer
 
     @property
+    def way_of_reading(self) -> tuple[str, str | None]:
+        """Equal for models that have the same tokens for the same text, and the same conversation."""
+        return self.tokenizer.sha256, self.tokenizer.chat_template
+
+    @property
     def seed(self) -> int | None:
         return self.source.run.train.seed if self.source.run is not None else None
 
@@ -148,8 +156,25 @@ class _Model:
 
 
 @dataclass(frozen=True)
+class _Reading:
+    """A document in the tokens of one model.
+
+    Attributes:
+        begin: what it is read behind.
+        ids: (T,)
+        is_scored: (T,) whether a token counts; one does at least.
+    """
+
+    begin: tuple[int, ...]
+    ids: NDArray[np.int64]
+    is_scored: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
 class _Blocks:
     """The text cut into parts of `BLOCK` bytes, the last part of a document into what is left.
+
+    A conversation is one part.
 
     Attributes:
         first: number of the first block of each document, and of all blocks, (D + 1,).
@@ -161,10 +186,11 @@ class _Blocks:
 
     @staticmethod
     def of(text: Text) -> _Blocks:
-        sizes = [utf8_size(document) for document in text.documents]
-        counts = [max(1, -(-size // BLOCK)) for size in sizes]
+        sizes = list(map(scored_bytes, text.documents))
+        length = max(sizes) if text.is_chat else BLOCK
+        counts = [max(1, -(-size // length)) for size in sizes]
         lengths = [
-            min(BLOCK, size - start * BLOCK)
+            min(length, size - start * length)
             for size, count in zip(sizes, counts, strict=True)
             for start in range(count)
         ]
@@ -201,17 +227,16 @@ def compare(
     models = [_open(name) for name in names]
     context = _context(models, options.context)
     text = choose_text([(one.source, one.tokenizer) for one in models], options.data, options.bytes, note)
+    text, readings = _readings(text, models, note)
     blocks = _Blocks.of(text)
-    encoded: dict[str, list[NDArray[np.int64]]] = {}  # by tokenizer: equal ones share the tokens
     scores, engines, tokens = [], [], []
     for model in models:
-        sha256 = model.tokenizer.sha256
-        if sha256 not in encoded:
-            encoded[sha256] = _encode(text, model.tokenizer)
-        tokens.append(sum(map(len, encoded[sha256])))
+        own = readings[model.way_of_reading]
+        tokens.append(sum(int(one.is_scored.sum()) for one in own))
         note(f"scoring {model.name}: {tokens[-1]:,} tokens of the {text.name}")
         engine = load_model(model.name).engine
-        scores.append(blocks.observed(_score(engine, model.tokenizer, encoded[sha256], blocks, context)))
+        lengths = None if text.is_chat else model.tokenizer.token_byte_lengths()
+        scores.append(blocks.observed(_score(engine, own, lengths, blocks, context)))
         engines.append(engine.name)
         del engine
     sizes = blocks.observed(blocks.sizes)
@@ -242,7 +267,13 @@ def compare(
         for b in range(a + 1, len(groups))
     )
     return Comparison(
-        text, context, len(sizes), blocks.by_document, tuple(measures), pairs, _notes(models, groups, blocks)
+        text,
+        context,
+        len(sizes),
+        blocks.by_document,
+        tuple(measures),
+        pairs,
+        _notes(models, groups, blocks, text.is_chat),
     )
 
 
@@ -271,19 +302,56 @@ def _context(models: Sequence[_Model], asked: int | None) -> int:
     return min(LONGEST, positions[name], *trained)
 
 
-def _encode(text: Text, tokenizer: Tokenizer) -> list[NDArray[np.int64]]:
-    """Ids of every document, as training has them, without the tokens that begin and end it."""
-    encoder = TextEncoder(tokenizer)
-    return [
-        np.concatenate([np.array(ids, np.int64) for ids in encoder.encode(list(encoder.pieces([document])))])
-        for document in text.documents
-    ]
+def _readings(
+    text: Text, models: Sequence[_Model], note: Callable[[str], None]
+) -> tuple[Text, dict[tuple[str, str | None], list[_Reading]]]:
+    """The documents in the tokens of every model, by their ways of reading.
+
+    Conversations that the template of one of them refuses are left out for all.
+    """
+    found: dict[tuple[str, str | None], list[_Reading | None]] = {}
+    for model in models:
+        if model.way_of_reading not in found:
+            found[model.way_of_reading] = list(_read(text, model, note))
+    fits = [all(row) for row in zip(*found.values(), strict=True)]
+    if refused := fits.count(False):
+        note(f"{refused:,} conversations that the chat template of one of the models refuses are left out.")
+        if not any(fits):
+            raise InputError(f"{text.name}: no conversation that all models can read", NAME_TEXT)
+        text = Text(text.name, tuple(compress(text.documents, fits)), text.left_out)  # type: ignore[arg-type]
+    readings = {way: [one for one in compress(own, fits) if one] for way, own in found.items()}
+    return text, readings
+
+
+def _read(text: Text, model: _Model, note: Callable[[str], None]) -> Iterator[_Reading | None]:
+    """Every document as training has it, without the tokens that begin and end it; a conversation with them.
+
+    None: the model's chat template refuses the conversation.
+    """
+    tokenizer = model.tokenizer
+    if not text.is_chat:
+        encoder = TextEncoder(tokenizer)
+        begin = tuple(encoder.begin or [tokenizer.end_of_text_id])
+        for document in text.documents:
+            pieces = encoder.encode(list(encoder.pieces([str(document)])))
+            ids = np.concatenate([np.array(piece, np.int64) for piece in pieces])
+            yield _Reading(begin, ids, np.ones(len(ids), dtype=bool))
+        return
+    if tokenizer.chat_template is None:
+        note(f"{model.name} has no chat template: it reads the conversations in ChatML.")
+        tokenizer = with_chatml(tokenizer)
+    conversations = (one for one in text.documents if isinstance(one, Conversation))
+    for turns in TurnEncoder(tokenizer).encode(conversations):
+        if isinstance(turns, RowError):
+            yield None
+        else:
+            yield _Reading((int(turns.ids[0]),), turns.ids[1:], turns.is_trained[1:])
 
 
 def _score(
     engine: Engine,
-    tokenizer: Tokenizer,
-    documents: Sequence[NDArray[np.int64]],
+    documents: Sequence[_Reading],
+    lengths: NDArray[np.int32] | None,
     blocks: _Blocks,
     context: int,
 ) -> Floats:
@@ -292,21 +360,28 @@ def _score(
     Every document is read by itself behind what begins a text, or else the token that ends one. A long one is
     read in sequences that overlap by half, so that a token is predicted from half a context at least; each
     sequence begins as a text does.
+
+    Args:
+        engine: runs the model.
+        documents: in its tokens.
+        lengths: bytes of every id, (V,); None: a document is one block.
+        blocks: of the text.
+        context: tokens of a sequence.
     """
-    begin = TextEncoder(tokenizer).begin or [tokenizer.end_of_text_id]
-    lengths = tokenizer.token_byte_lengths()
     found = np.zeros(len(blocks.sizes))
-    room = max(2, context - len(begin) + 1)
-    for number, ids in enumerate(documents):
-        first, last = blocks.first[number], blocks.first[number + 1] - 1
-        starts = np.cumsum(lengths[ids]) - lengths[ids]  # bytes before each token
-        owners = np.minimum(first + starts // BLOCK, last)
-        done = 0
-        while done < len(ids):
-            end = min(len(ids), room if not done else done + room // 2)
-            inputs = [*begin, *ids[max(0, end - room) : end - 1].tolist()]
+    for number, document in enumerate(documents):
+        ids, scored = document.ids, np.flatnonzero(document.is_scored)
+        room = max(2, context - len(document.begin) + 1)
+        owners = np.full(len(ids), blocks.first[number])
+        if lengths is not None:
+            starts = np.cumsum(lengths[ids]) - lengths[ids]  # bytes before each token
+            owners = np.minimum(owners + starts // BLOCK, blocks.first[number + 1] - 1)
+        done, last = int(scored[0]), int(scored[-1]) + 1
+        while done < last:
+            end = min(last, max(room, done + room // 2))
+            inputs = [*document.begin, *ids[max(0, end - room) : end - 1].tolist()]
             nats = _nats(engine, inputs, ids[done:end])
-            np.add.at(found, owners[done:end], bits(nats))
+            np.add.at(found, owners[done:end], bits(nats) * document.is_scored[done:end])
             done = end
     return found
 
@@ -360,11 +435,17 @@ def _differences(one: _Model, other: _Model, pooled: bool) -> tuple[Difference, 
     return (*found.config, *recipe, *more)
 
 
-def _notes(models: Sequence[_Model], groups: Sequence[Sequence[int]], blocks: _Blocks) -> tuple[str, ...]:
+def _notes(
+    models: Sequence[_Model], groups: Sequence[Sequence[int]], blocks: _Blocks, is_chat: bool
+) -> tuple[str, ...]:
     """What the intervals do not cover."""
     notes = []
     documents = len(blocks.first) - 1
-    if not blocks.by_document:
+    if blocks.by_document:
+        pass
+    elif is_chat:
+        notes.append("The conversations are few: the intervals are rough.")
+    else:
         text = "is one document" if documents == 1 else "is few documents, or one is most of it"
         notes.append(
             f"The text {text}: its parts of {BLOCK:,} bytes are resampled, and the intervals say nothing "

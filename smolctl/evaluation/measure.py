@@ -103,12 +103,11 @@ def bits_per_byte(
         targets = asked.targets
         sequence = torch.arange(sequences, sequences + len(targets))[:, None].expand(targets.shape)
         owner = sequence if numbers is None else next(numbers)
-        sizes = asked.counted(token_bytes.to(targets.device)[targets])
-        found.append((sequence, owner, losses.cpu(), sizes.cpu()))
+        sizes = token_bytes.to(targets.device)[targets]
+        counts = torch.ones_like(targets, dtype=torch.bool) if asked.trained is None else asked.trained
+        found.append(tuple(part.cpu()[counts.cpu()] for part in (sequence, owner, losses, sizes)))
         sequences, counted = sequences + len(targets), counted + int(asked.trained_tokens)
-    stretches, owners, nats, bytes_ = (
-        torch.cat([part.flatten() for part in column]) for column in zip(*found, strict=True)
-    )
+    stretches, owners, nats, bytes_ = (torch.cat(column) for column in zip(*found, strict=True))
     own_bits, own_bytes = by_document(observations(owners, stretches), bits(nats), bytes_)
     estimate = resampled_estimate(own_bits, own_bytes)
     loss = nats.sum().item() / counted

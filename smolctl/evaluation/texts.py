@@ -1,4 +1,4 @@
-"""The documents that models are compared on: none of the models may have been trained on them."""
+"""What models are compared on: documents, or answers in conversations, that none was trained on."""
 
 from __future__ import annotations
 
@@ -6,21 +6,27 @@ import hashlib
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from smolctl.config.run import DataConfig
 from smolctl.data.mixture import Mixture
-from smolctl.data.text.corpus import open_sources, shown_name
+from smolctl.data.text.conversations import ASSISTANT, Conversation, shape_of
+from smolctl.data.text.corpus import Source, open_sources, readable_conversations, shown_name
 from smolctl.data.text.documents import utf8_size
+from smolctl.data.text.python_library import NAME as PYTHON
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokens.cache import OnNote
+from smolctl.data.tokens.conversations import held_out_conversations
 from smolctl.data.tokens.corpus import tokenize_corpus
 from smolctl.data.tokens.marks import IDS
 from smolctl.errors import InputError
+from smolctl.escaping import json_text
 from smolctl.sources.base import ModelSource
 from smolctl.sources.huggingface.tokenizer import ids_around_text
 
 # Of the embedded corpus, where no model says what it was trained on; nano's share.
 DEFAULT = DataConfig(validation_fraction=0.02)
+D = TypeVar("D", str, Conversation)
 NAME_TEXT = "Name a text that none of them was trained on: --data FILE."
 
 
@@ -30,19 +36,32 @@ class Text:
 
     Attributes:
         name: for people.
-        documents: in the order of their source.
+        documents: in the order of their source; of conversations the answers are what counts.
         left_out: documents that were not taken, as `limit` was reached.
         longest: bytes that long documents were cut to; None: all are whole.
     """
 
     name: str
-    documents: tuple[str, ...]
+    documents: tuple[str, ...] | tuple[Conversation, ...]
     left_out: int = 0
     longest: int | None = None
 
     @property
+    def is_chat(self) -> bool:
+        """Whether the documents are conversations."""
+        return isinstance(self.documents[0], Conversation)
+
+    @property
     def bytes(self) -> int:
-        return sum(map(utf8_size, self.documents))
+        return sum(map(scored_bytes, self.documents))
+
+
+def scored_bytes(document: str | Conversation) -> int:
+    """Bytes of a text, or of what the assistant says in a conversation, whatever the template adds."""
+    if isinstance(document, str):
+        return utf8_size(document)
+    said = (message for message in document.messages if message["role"] == ASSISTANT)
+    return sum(utf8_size(message["content"]) for message in said)
 
 
 def choose_text(
@@ -51,7 +70,7 @@ def choose_text(
     """What `--data` names, or the documents that all runs among the models have held out.
 
     Where they were trained on different texts, or none is a run, it is the held-out part of the embedded
-    corpus.
+    corpus. Where some were trained on conversations, it is the conversations that these have held out.
 
     Args:
         models: with their tokenizers; the recipe of a run says what it has held out.
@@ -65,8 +84,15 @@ def choose_text(
     """
     if data:
         sources = open_sources(DataConfig(source=tuple(data)))
+        name = ", ".join(map(shown_name, data))
+        if all(map(_has_conversations, sources)):
+            return _chosen(
+                name, (one for source in sources for one in readable_conversations(source, "auto")), limit
+            )
         texts = ("".join(one.chunks) for source in sources for one in source.read(lambda _: None))
-        return _chosen(", ".join(map(shown_name, data)), texts, limit)
+        return _chosen(name, texts, limit)
+    if any(source.run is not None and source.run.data.is_chat for source, _ in models):
+        return _held_out_conversations(models, limit, on_note)
     held_out = _recipes(models, on_note)
     names = (name for one, *_ in held_out for name in ([one.validation] if one.validation else one.source))
     name = ", ".join(dict.fromkeys(map(shown_name, names)))
@@ -80,6 +106,45 @@ def choose_text(
     if not common:
         raise InputError("the runs have held out no document in common", NAME_TEXT)
     return _chosen(f"held-out part of {name}", common, limit)
+
+
+def _has_conversations(source: Source) -> bool:
+    """Whether the first row of a source has the fields of a conversation; the built-in corpus is text."""
+    if source.name == PYTHON:
+        return False
+    try:
+        _, row = next(source.rows(lambda _: None), ("", ""))
+    except InputError:  # plain text has no rows
+        return False
+    return not isinstance(row, str) and shape_of(list(row)) is not None
+
+
+def _held_out_conversations(
+    models: Sequence[tuple[ModelSource, Tokenizer]], limit: int, on_note: OnNote
+) -> Text:
+    """Those that all models have held out that were trained on conversations."""
+    common: dict[str, Conversation] | None = None
+    names: dict[str, None] = {}
+    for source, tokenizer in models:
+        if source.run is None or not source.run.data.is_chat:
+            continue
+        data = source.run.data
+        names |= dict.fromkeys(map(shown_name, [data.validation] if data.validation else data.source))
+        found = {_content(one): one for one in _held_out_of(data, tokenizer, on_note)}
+        common = found if common is None else {key: one for key, one in common.items() if key in found}
+    if not common:
+        raise InputError("the runs have held out no conversation in common", NAME_TEXT)
+    return _chosen(f"held-out part of {', '.join(names)}", common.values(), limit)
+
+
+def _held_out_of(data: DataConfig, tokenizer: Tokenizer, on_note: OnNote) -> Iterator[Conversation]:
+    if data.validation is not None:
+        for source in open_sources(DataConfig(source=(data.validation,))):
+            yield from readable_conversations(source, data.shape)
+        return
+    for one in data.one_by_one() if data.weights is not None else (data,):
+        (folder,) = tokenize_corpus(one, tokenizer, on_note=on_note).folders
+        yield from held_out_conversations(folder, open_sources(one), one, tokenizer)
 
 
 def _recipes(
@@ -122,36 +187,44 @@ def _documents(held_out: Mixture, tokenizer: Tokenizer) -> Iterator[str]:
                 yield text
 
 
-def _chosen(name: str, texts: Iterable[str], limit: int) -> Text:
+def _chosen(name: str, documents: Iterable[D], limit: int) -> Text:
     """Documents of at most `limit` bytes in all: those whose digests are smallest, each once.
 
-    Where all do not fit, long ones are cut to an eighth of the limit, so that some remain to be resampled.
+    Where all do not fit, long texts are cut to an eighth of the limit, so that some remain to be resampled.
     No more than the limit is held in memory.
     """
-    heap: list[tuple[int, int, str]] = []  # the largest digest first
+    heap: list[tuple[int, int, D]] = []  # the largest digest first
     seen: set[int] = set()
     size, left_out, longest = 0, 0, limit
-    for number, whole in enumerate(texts):
+    for number, whole in enumerate(documents):
         text = _beginning(whole, limit)
-        digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-        if not text or digest in seen:
+        digest = int.from_bytes(hashlib.blake2b(_content(text).encode(), digest_size=8).digest(), "big")
+        if not scored_bytes(text) or digest in seen:
             continue
         seen.add(digest)
         heapq.heappush(heap, (-digest, number, _beginning(text, longest)))
-        size += utf8_size(_beginning(text, longest))
+        size += scored_bytes(_beginning(text, longest))
         if size > limit and longest == limit:
             longest = max(1, limit // 8)
             heap = [(key, place, _beginning(one, longest)) for key, place, one in heap]
-            size = sum(utf8_size(one) for *_, one in heap)
+            size = sum(scored_bytes(one) for *_, one in heap)
         while size > limit and len(heap) > 1:
-            size -= utf8_size(heapq.heappop(heap)[2])
+            size -= scored_bytes(heapq.heappop(heap)[2])
             left_out += 1
     chosen = tuple(text for _, _, text in sorted(heap, key=lambda one: one[1]) if text)
     if not chosen:
         raise InputError(f"{name}: no text in it", "Name files that hold text.")
-    return Text(name, chosen, left_out, longest if longest < limit else None)
+    is_cut = longest < limit and isinstance(chosen[0], str)
+    return Text(name, chosen, left_out, longest if is_cut else None)
 
 
-def _beginning(text: str, size: int) -> str:
-    """At most so many bytes of a text, in whole characters."""
+def _content(document: str | Conversation) -> str:
+    """What makes two documents the same."""
+    return document if isinstance(document, str) else json_text([document.messages, document.tools])
+
+
+def _beginning(text: D, size: int) -> D:
+    """At most so many bytes of a text, in whole characters; a conversation as it is."""
+    if isinstance(text, Conversation):
+        return text
     return text.encode("utf-8", "replace")[:size].decode("utf-8", "ignore")

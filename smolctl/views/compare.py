@@ -25,17 +25,18 @@ def show_comparison(out: Output, comparison: Comparison) -> None:
     text = comparison.text
     count = len(text.documents)
     more = f" of {count + text.left_out:,}" if text.left_out else ""
+    what = "conversation" if text.is_chat else "document"
     cut = f", long ones cut to {size(text.longest)}" if text.longest else ""
     out.line(
-        f"{text.name}: {count:,}{more} document{'' if count + text.left_out == 1 else 's'}{cut}, "
-        f"{size(text.bytes)}, "
+        f"{text.name}: {count:,}{more} {what}{'' if count + text.left_out == 1 else 's'}{cut}, "
+        f"{size(text.bytes)}{' of answers' if text.is_chat else ''}, "
         f"in sequences of {comparison.context:,} tokens"
     )
     out.show("", _models(comparison.measures), "")
     for pair in comparison.pairs:
         out.line(f"{pair.verdict}.")
         _show_differences(out, pair)
-    what = "documents" if comparison.by_document else "parts of documents"
+    what = f"{what}s" if comparison.by_document or text.is_chat else "parts of documents"
     if comparison.observations < 2:
         return
     drawn = f"{RESAMPLES:,} resamples of {comparison.observations:,} {what}"
@@ -83,6 +84,7 @@ def comparison_document(comparison: Comparison) -> Mapping[str, Any]:
     return {
         "text": {
             "name": text.name,
+            "kind": "answers" if text.is_chat else "text",
             "documents": len(text.documents),
             "bytes": text.bytes,
             "left_out": text.left_out,

@@ -123,7 +123,7 @@ def test_of_text_beyond_the_limit_some_documents_are_taken(texts: Path, tmp_path
     assert found.bytes <= 300
     assert found.left_out == 9 - len(found.documents) > 0
     whole = {path.read_text() for path in texts.iterdir()}
-    assert all(any(text.startswith(one) for text in whole) for one in found.documents)
+    assert all(any(text.startswith(str(one)) for text in whole) for one in found.documents)
     assert len(found.documents) >= 5
     assert found.longest == 300 // 8
 

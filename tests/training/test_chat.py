@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,35 +18,10 @@ from smolctl.model.network import Transformer
 from smolctl.model.weights import initialize
 from smolctl.runs.events import Event, Note
 from smolctl.runs.folder import RunFolder
-from smolctl.training.prepare import Prepared, prepare
+from smolctl.training.prepare import Prepared
 from smolctl.training.train import plan_run
-from tests.support.tiny_runs import ROPE, assert_same_run, go_on, run, tiny_config
-
-WORDS = ("the cat", "a mat", "birds fly", "trees", "over", "and")
-PAIRS = [(f"{one} {two}?", f"{two} saw {one}.") for one in WORDS for two in WORDS if one != two]
-SHAPES: dict[str, Callable[[str, str], dict[str, Any]]] = {
-    "messages": lambda q, a: {
-        "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
-    },
-    "sharegpt": lambda q, a: {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]},
-    "completion": lambda q, a: {"prompt": q, "completion": a},
-    "instruction": lambda q, a: {"instruction": q, "output": a},
-}
-CHAT: dict[str, Any] = {"format": "chat", "sequence_length": 96, "validation_fraction": 0.2}
-
-
-def write_rows(path: Path, shape: str = "messages", pairs: list[tuple[str, str]] = PAIRS) -> Path:
-    path.write_text("".join(f"{json.dumps(SHAPES[shape](*pair))}\n" for pair in pairs))
-    return path
-
-
-def prepare_chat(
-    source: Path, events: list[Event] | None = None, train: dict[str, Any] | None = None, **data: Any
-) -> Prepared:
-    model = {"max_position_embeddings": 96, **ROPE}
-    changes = {"data": {**CHAT, **data}, "train": train or {}, "validation": {"sequences": 8}}
-    config = tiny_config(source, model=model, **changes)
-    return prepare(config, None, (events if events is not None else []).append)
+from tests.support.tiny_chats import PAIRS, SHAPES, WORDS, prepare_chat, write_rows
+from tests.support.tiny_runs import assert_same_run, go_on, run
 
 
 def conversations(prepared: Prepared) -> list[torch.Tensor]:
@@ -57,7 +30,7 @@ def conversations(prepared: Prepared) -> list[torch.Tensor]:
     words = torch.from_numpy(stream.read(0, len(stream)))
     begins = (words & FIRST).nonzero().flatten().tolist()
     parts = [words[start:end] for start, end in pairwise(begins)]
-    return [part for part in parts if len(part) > 1]  # filler stands alone
+    return [part for part in parts if ((part & CONTEXT) == 0).any()]  # not the filler
 
 
 def summed(network: Transformer, words: torch.Tensor) -> torch.Tensor:
@@ -142,12 +115,17 @@ def test_scores_are_of_the_answers_alone(tmp_path: Path) -> None:
     assert mean_loss(network, prepared.held_out) > 0
 
 
-def test_an_interrupted_run_equals_a_continuous_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_equals_a_continuous_run_even_when_its_data_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     source = write_rows(tmp_path / "rows.jsonl")
     one = run(prepare_chat(source), "one")
-    two = run(prepare_chat(source, train={"steps": 7}), "two")
-    go_on(two, extra=8)
+    two = run(prepare_chat(source, train={"steps": 4}), "two")
+    go_on(two, extra=3)
+    source.rename("moved.jsonl")
+    events = go_on(two, extra=8)
+    assert any("still in the cache" in event.text for event in events if isinstance(event, Note))
     assert_same_run(one, two)
     tokenizer = json.loads((RunFolder(one).tokenizer / "tokenizer_config.json").read_text())
     assert tokenizer["eos_token"] == "<|im_end|>"

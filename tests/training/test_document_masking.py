@@ -80,6 +80,20 @@ def test_one_document_is_attended_to_as_without_a_mask() -> None:
     torch.testing.assert_close(masked, model(tokens[:, :-1]), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_documents_read_one_by_one_give_what_a_mask_gives(checkpoints: bool) -> None:
+    model, (tokens, ids) = network(), packed()
+    model.train().model.checkpoint_activations = checkpoints
+    found = []
+    for with_mask in (True, False):
+        model.model.is_compiled = with_mask
+        model.zero_grad()
+        loss = model.loss(tokens[:, :-1], tokens[:, 1:], documents=ids[:, :-1])
+        loss.backward()
+        found.append((loss, [parameter.grad for parameter in model.parameters()]))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+
+
 def test_gradients_flow_within_documents_only() -> None:
     model, (tokens, ids) = network(), packed()
     inside: list[Tensor] = []

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from smolctl.escaping import whole_characters
+from smolctl.outside import MAX_DEPTH, parse_json
 
 # Names that ShareGPT's rows and their kin have for the roles of today's chat templates.
 ROLES = {
@@ -97,13 +98,38 @@ def read_conversation(row: Mapping[str, Any], shape: str, where: str) -> Convers
         question = {"role": "user", "content": "\n\n".join(parts)}
         messages = [question, {"role": ASSISTANT, "content": _text(row["output"], "output")}]
     _require_sense(messages)
-    tools = row.get("tools") or ()
-    if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise RowError("'tools' is no list of objects")
+    tools = _objects(row.get("tools"), "tools")
     group = row.get("group")
     return Conversation(
         where, found, tuple(messages), tuple(tools), completion, group if isinstance(group, str) else ""
     )
+
+
+def _objects(value: object, name: str) -> list[dict[str, Any]]:
+    """Tools or calls of them as templates take them: a list of objects, which some data spells as JSON."""
+    objects = _from_json(value) if isinstance(value, str) else _without_nulls(value)
+    if not isinstance(objects or [], list) or not all(isinstance(item, dict) for item in objects or []):
+        raise RowError(f"{name!r} is no list of objects")
+    return objects or []
+
+
+def _from_json(text: str) -> Any:
+    """What a text of JSON says; the text itself where it is none."""
+    try:
+        return parse_json(text)
+    except ValueError:
+        return text
+
+
+def _without_nulls(value: Any, level: int = 0) -> Any:
+    """A value as lists and dicts, without keys that are null: Parquet gives every object the keys of all."""
+    if level > MAX_DEPTH:
+        raise RowError(f"is nested more than {MAX_DEPTH} levels deep")
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item, level + 1) for key, item in value.items() if item is not None}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_without_nulls(item, level + 1) for item in value]
+    return whole_characters(value) if isinstance(value, str) else value
 
 
 def _turns(value: object, role: str, name: str) -> list[dict[str, Any]]:
@@ -124,8 +150,9 @@ def _messages(value: object, name: str) -> list[dict[str, Any]]:
 def _message(value: object) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise RowError(f"a message is {_a(value)}, not an object")
-    # Parquet gives every message all the keys of any: those without a value were not there.
-    message = {key: item for key, item in value.items() if item is not None}
+    message = _without_nulls(value)
+    if calls := _objects(message.pop("tool_calls", None), "tool_calls"):
+        message["tool_calls"] = list(map(_call, calls))
     named = message.pop("from", None) if "role" not in message else message.pop("role")
     role = ROLES.get(named) if isinstance(named, str) else None
     if role is None:
@@ -134,6 +161,14 @@ def _message(value: object) -> dict[str, Any]:
     if content is None and not message.get("tool_calls"):
         raise RowError(f"a message of the {role} has no content")
     return {"role": role, "content": _content(content), **message}
+
+
+def _call(value: dict[str, Any]) -> dict[str, Any]:
+    """A call whose arguments are an object, as templates expect; OpenAI's API spells them as JSON."""
+    function = value.get("function", value)
+    if isinstance(function, dict) and isinstance(spelled := function.get("arguments"), str):
+        function = {**function, "arguments": _from_json(spelled)}
+    return {**value, "function": function} if "function" in value else function
 
 
 def _content(value: object) -> str:

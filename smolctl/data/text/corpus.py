@@ -10,7 +10,7 @@ from typing import Any
 
 from smolctl.config.run import DataConfig
 from smolctl.data.text import python_library as library
-from smolctl.data.text.conversations import RowError, read_conversation
+from smolctl.data.text.conversations import Conversation, RowError, read_conversation
 from smolctl.data.text.documents import Document, OnRead, cut
 from smolctl.data.text.files import describe_files, find_files, is_file_name, read_file, read_rows
 from smolctl.data.text.hub import DatasetName, DatasetReader
@@ -165,10 +165,15 @@ def iter_texts(data: DataConfig) -> Iterator[str]:
                 break
 
 
-def _messages(source: Source, shape: str) -> Iterator[Document]:
-    """What is said in the conversations of a source; rows that are none are left out."""
+def readable_conversations(source: Source, shape: str) -> Iterator[Conversation]:
+    """What the rows of a source hold; rows that hold no conversation are left out."""
     for where, row in source.rows(lambda _: None):
         with suppress(RowError):
             if not isinstance(row, str):
-                found = read_conversation(row, shape, where)
-                yield Document(where, iter([message["content"] for message in found.messages]))
+                yield read_conversation(row, shape, where)
+
+
+def _messages(source: Source, shape: str) -> Iterator[Document]:
+    """What is said in the conversations of a source."""
+    for found in readable_conversations(source, shape):
+        yield Document(found.where, iter([message["content"] for message in found.messages]))

@@ -34,22 +34,26 @@ from smolctl.worker import Worker, WorkerEndedError
 MOST_CPU_S = 2  # of processor time for one conversation, of which real templates take 0.01
 MOST_MB = 512  # of memory, besides what Python and Jinja take
 MOST_CHARACTERS = 10_000_000  # of a conversation, where no context says less
+_ANSWER_MARK = "answer_mark"  # the variable that `{% generation %}` writes
 MOST_SAID = 300  # characters of a template's own error message
 # SHA-256 of templates that were read and found harmless. They need no process, which takes 0.1 s to start.
 HARMLESS = frozenset({
     "872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788",  # SmolLM2-Instruct
     "66edfb854931c933d3ac94f507626dd4fa2d5ca0a9b1036b11729d296a7392ac",  # our own ChatML
 })  # fmt: skip
-Arguments = tuple[str, Sequence[Mapping[str, Any]], Mapping[str, str], bool, int]  # of `fill`
+Messages = Sequence[Mapping[str, Any]]
+Arguments = tuple[str, Messages, Mapping[str, str], bool, int, Messages, str]  # of `fill`
 
 
 def render_chat(
     template: str,
-    messages: Sequence[Mapping[str, Any]],
+    messages: Messages,
     tokens: Mapping[str, str],
     add_generation_prompt: bool = True,
     origin: str = "the model",
     most: int = MOST_CHARACTERS,
+    tools: Messages = (),
+    answer_mark: str = "",
 ) -> str:
     """Fill a model's chat template.
 
@@ -60,6 +64,8 @@ def render_chat(
         add_generation_prompt: end with the header of the assistant's turn.
         origin: where the template comes from, for error messages.
         most: characters that the text may have.
+        tools: functions that the assistant may call, as the template takes them.
+        answer_mark: written before and after the text of every `{% generation %}` block.
 
     Raises:
         InputError: the template is broken, refuses these messages, or needs too much time or memory.
@@ -67,7 +73,7 @@ def render_chat(
     """
     harmless = hashlib.sha256(template.encode("utf-8", "replace")).hexdigest() in HARMLESS
     text, fault = (fill if harmless else _PROCESS.fill)(
-        template, messages, tokens, add_generation_prompt, most
+        template, messages, tokens, add_generation_prompt, most, tools, answer_mark
     )
     if fault:
         raise InputError(
@@ -80,10 +86,12 @@ def render_chat(
 
 def fill(
     template: str,
-    messages: Sequence[Mapping[str, Any]],
+    messages: Messages,
     tokens: Mapping[str, str],
     add_generation_prompt: bool,
     most: int,
+    tools: Messages = (),
+    answer_mark: str = "",
 ) -> tuple[str, str]:
     """The text of a template, of which no more is made once it is longer than `most`; and what is wrong.
 
@@ -95,7 +103,8 @@ def fill(
             messages=[dict(message) for message in messages],
             **{"bos_token": "", "eos_token": "", **tokens},
             add_generation_prompt=add_generation_prompt,
-            tools=None,
+            tools=[dict(tool) for tool in tools] or None,
+            **{_ANSWER_MARK: answer_mark},
             documents=None,
         ):
             pieces.append(piece)
@@ -211,13 +220,15 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}` marks what the assistant says, for training; here it is only its content."""
+    """`{% generation %}` encloses what the assistant says: its content, between two marks if there is one."""
 
     tags = {"generation"}  # noqa: RUF012 (the name and type that Jinja asks for)
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        content = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        mark = jinja2.nodes.Output([jinja2.nodes.Name(_ANSWER_MARK, "load")], lineno=line)
+        return [mark, *content, mark]
 
 
 class _Namespace(jinja2.utils.Namespace):

@@ -1,29 +1,54 @@
 """A conversation as ids, and which of them the assistant says: what chat fine-tuning trains on.
 
-The text is the template's. An answer begins where the template, given the messages before it, hands over to
-the assistant, and it ends with the token that ends the turn: so far a model goes by itself, and no further.
-It is checked, answer by answer, that the text of the first messages is the beginning of the whole text.
+The text is the template's. Some templates enclose what the assistant says in `{% generation %}` blocks. With
+others an answer begins where the template, given the messages before it, hands over to the assistant, and
+ends with the token that ends the turn: so far a model goes by itself, and no further. It is checked, answer
+by answer, that the text of the first messages is the beginning of the whole text.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import secrets
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smolctl.data.text.conversations import ASSISTANT, Conversation, RowError
-from smolctl.data.tokenizer.chat import render_chat
+from smolctl.data.tokenizer.chat import Messages, render_chat
 from smolctl.data.tokenizer.prompt import SpecialTokens, any_of
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.errors import InputError
 
 TrainedOn = Literal["assistant", "completion", "all"]
 Span = tuple[int, int]
+# What is told of a conversation that is trained on all the same.
+NO_TOOLS = "The chat template does not write the tools that the row names"
+NO_TURN_END = (
+    "The chat template's {% generation %} blocks leave out the token that ends a turn. It is trained on all "
+    "the same"
+)
+_GENERATION = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
+
+
+@dataclass(frozen=True)
+class RenderedTurns:
+    """A conversation as text.
+
+    Attributes:
+        text: with stand-ins for special tokens that messages spell.
+        trained: spans of it that are trained on.
+        remarks: what people should know about it: `NO_TOOLS`, `NO_TURN_END`.
+    """
+
+    text: str
+    trained: tuple[Span, ...]
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -33,10 +58,12 @@ class Turns:
     Attributes:
         ids: (N,)
         is_trained: (N,) whether a token is trained on; never the first one, which nothing predicts.
+        remarks: as in `RenderedTurns`.
     """
 
     ids: NDArray[np.int64]
     is_trained: NDArray[np.bool_]
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,8 +72,8 @@ class TurnEncoder:
 
     Args:
         tokenizer: with a chat template.
-        loss: what is trained on: all the assistant says; what answers the row's prompt, or the last answer
-            where it names none; or everything.
+        loss: what is trained on: all that the assistant says; of this what answers the row's prompt, or the
+            last answer where the row names no prompt; or everything.
         special_tokens: what those are that a message spells.
     """
 
@@ -54,24 +81,41 @@ class TurnEncoder:
     loss: TrainedOn = "assistant"
     special_tokens: SpecialTokens = "text"
 
-    def rendered(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """The text of a conversation, with stand-ins, and the spans in it that are trained on.
+    def rendered(self, conversation: Conversation) -> RenderedTurns:
+        """A conversation as text.
 
         Raises:
-            RowError: the template refuses the messages.
+            RowError: the template refuses the messages, or does not write the tool calls in them.
             InputError: there is no template, or it writes an answer in another way than it asks for one.
         """
-        messages: Sequence[Mapping[str, Any]] = conversation.messages
+        messages: Messages = conversation.messages
+        tools: Messages = conversation.tools
         if self.special_tokens == "text":
-            messages = self.tokenizer.spelled.hide(list(messages))
-        text = self._render(messages, asks=False)
+            messages, tools = self.tokenizer.spelled.hide([list(messages), list(tools)])
+        text, blocks = self._blocks(messages, tools)
+        remarks = [NO_TOOLS] if tools and self._is_text_of(text, messages, ()) else []
+        without_calls = [_without(message, "tool_calls") for message in messages]
+        if without_calls != list(messages) and self._is_text_of(text, without_calls, tools):
+            raise RowError("calls tools, which the chat template does not write")
         if self.loss == "all":
-            return text, [(0, len(text))]
+            return RenderedTurns(text, ((0, len(text)),), tuple(remarks))
         said = [number for number, message in enumerate(messages) if message["role"] == ASSISTANT]
+        first = said[0]
         if self.loss == "completion":
             first = said[-1] if conversation.completion is None else conversation.completion
-            said = [number for number in said if number >= first]
-        return text, [self._span(messages, number, text) for number in said]
+        if not self._has_blocks:
+            spans = [self._span(messages, tools, number, text) for number in said if number >= first]
+            return RenderedTurns(text, tuple(spans), tuple(remarks))
+        if len(blocks) == len(said):
+            blocks = [block for block, number in zip(blocks, said, strict=True) if number >= first]
+        elif self.loss == "completion":
+            start = self._start(messages[:first], tools, text)
+            blocks = [block for block in blocks if block[0] >= start]
+        spans = [self._with_turn_end(block, text) for block in blocks]
+        if spans and not self._turn_end.search(text, *spans[-1]):
+            raise _no_turn_end()
+        remarks += [NO_TURN_END] if spans != blocks else []
+        return RenderedTurns(text, tuple(spans), tuple(remarks))
 
     def encode(self, conversations: Iterable[Conversation]) -> list[Turns | RowError]:
         """Conversations as tokens, on all cores; of one that cannot be trained on, the reason.
@@ -80,53 +124,108 @@ class TurnEncoder:
             InputError: as `rendered`.
         """
         found: list[Turns | RowError] = []
-        texts: list[tuple[int, str, list[Span]]] = []
+        rendered: list[tuple[int, RenderedTurns]] = []
         for conversation in conversations:
             try:
-                text, spans = self.rendered(conversation)
+                one = self.rendered(conversation)
             except RowError as error:
                 found.append(error)
                 continue
-            texts.append((len(found), text, spans))
+            rendered.append((len(found), one))
             found.append(RowError())  # its place
-        encoded = self.tokenizer.spelled.encode_with_places([text for _, text, _ in texts])
-        for (place, _, spans), (ids, begins) in zip(texts, encoded, strict=True):
+        encoded = self.tokenizer.spelled.encode_with_places([one.text for _, one in rendered])
+        for (place, one), (ids, begins) in zip(rendered, encoded, strict=True):
             is_trained = np.zeros(len(ids), dtype=bool)
-            for start, end in spans:
+            for start, end in one.trained:
                 is_trained |= (begins >= start) & (begins < end)
             is_trained[:1] = False
             found[place] = (
-                Turns(ids, is_trained) if is_trained.any() else RowError("has no token to train on")
+                Turns(ids, is_trained, one.remarks)
+                if is_trained.any()
+                else RowError("has no token to train on")
             )
         return found
 
-    def _span(self, messages: Sequence[Mapping[str, Any]], number: int, text: str) -> Span:
+    def _blocks(self, messages: Messages, tools: Messages) -> tuple[str, list[Span]]:
+        """The text of messages, and where in it the template's `{% generation %}` blocks stand."""
+        pieces = self._render(messages, tools, mark=self._mark).split(self._mark)
+        edges = pairwise(accumulate(map(len, pieces), initial=0))
+        return "".join(pieces), [edge for number, edge in enumerate(edges) if number % 2]
+
+    def _with_turn_end(self, block: Span, text: str) -> Span:
+        """A block with the token that ends the turn, where it leaves that out and it comes next."""
+        start, end = block
+        follows = None if self._turn_end.search(text, start, end) else self._turn_end_next.match(text, end)
+        return start, follows.end() if follows else end
+
+    def _start(self, messages: Messages, tools: Messages, text: str) -> int:
+        """Where the answer to messages begins in the text of more messages."""
+        asked = self._render(messages, tools, asks=True)
+        if not text.startswith(asked):
+            raise _not_found()
+        return len(asked)
+
+    def _span(self, messages: Messages, tools: Messages, number: int, text: str) -> Span:
         """Where the answer that is message `number` stands in the text of all."""
-        asked = self._render(messages[:number], asks=True)
-        answered = text if number + 1 == len(messages) else self._render(messages[: number + 1], asks=False)
-        if not (answered.startswith(asked) and text.startswith(answered)):
-            raise InputError(
-                "the chat template writes an answer in another way than it asks for one, or in another way "
-                "when more messages follow, so that the tokens of the answer cannot be found",
-                "Correct the template, or train on everything: data.loss=all.",
-            )
-        ends = [match.end() for match in self._ends.finditer(answered, len(asked))]
+        answered = text
+        if number + 1 < len(messages):
+            answered = self._render(messages[: number + 1], tools)
+        start = self._start(messages[:number], tools, answered)
+        if not text.startswith(answered):
+            raise _not_found()
+        ends = [match.end() for match in self._turn_end.finditer(answered, start)]
         if not ends:
-            raise InputError(
-                "the chat template ends an answer without a token at which a model could stop",
-                "Correct the template: an answer must end with the end-of-sequence or end-of-turn token.",
-            )
-        return len(asked), ends[-1]
+            raise _no_turn_end()
+        return start, ends[-1]
 
     @cached_property
-    def _ends(self) -> re.Pattern[str]:
+    def _turn_end(self) -> re.Pattern[str]:
         return re.compile(any_of(self.tokenizer.end_tokens))
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], asks: bool) -> str:
+    @cached_property
+    def _turn_end_next(self) -> re.Pattern[str]:
+        return re.compile(rf"\s*(?:{any_of(self.tokenizer.end_tokens)})")
+
+    @cached_property
+    def _has_blocks(self) -> bool:
+        return bool(_GENERATION.search(self.tokenizer.chat_template or ""))
+
+    @cached_property
+    def _mark(self) -> str:
+        """Encloses blocks; what nobody knows no message spells."""
+        return secrets.token_hex()
+
+    def _is_text_of(self, text: str, messages: Messages, tools: Messages) -> bool:
+        try:
+            return self._render(messages, tools) == text
+        except RowError:
+            return False
+
+    def _render(self, messages: Messages, tools: Messages = (), *, asks: bool = False, mark: str = "") -> str:
         template = self.tokenizer.chat_template
         if template is None:
             raise InputError("there is no chat template", "Take a model that has one.")
         try:
-            return render_chat(template, messages, self.tokenizer.named_tokens, asks)
+            named = self.tokenizer.named_tokens
+            return render_chat(template, messages, named, asks, tools=tools, answer_mark=mark)
         except InputError as error:
             raise RowError(error.message) from None
+
+
+def _without(message: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in message.items() if name != key}
+
+
+def _not_found() -> InputError:
+    return InputError(
+        "the chat template writes an answer in another way than it asks for one, or in another way when more "
+        "messages follow, so that the tokens of the answer cannot be found",
+        "Correct the template, or train on everything: data.loss=all.",
+    )
+
+
+def _no_turn_end() -> InputError:
+    return InputError(
+        "the chat template ends an answer without a token at which a model could stop",
+        "Correct the template: an answer must end with the end-of-sequence or end-of-turn token.",
+    )

@@ -49,6 +49,7 @@ class ConversationFacts:
         cut: conversations that were longer than a sequence.
         dropped: conversations of which nothing could be kept.
         skipped: rows that are no conversation to train on.
+        remarks: what people should know of conversations that are trained on, and of how many each.
         example: one conversation as runs of text, and whether each is trained on.
     """
 
@@ -60,6 +61,7 @@ class ConversationFacts:
     cut: int
     dropped: int
     skipped: int
+    remarks: dict[str, int]
     example: tuple[tuple[str, bool], ...]
 
 

@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +18,13 @@ from numpy.typing import NDArray
 from smolctl.config.run import DataConfig
 from smolctl.data.mixture import Mixture, Part
 from smolctl.data.text.conversations import Conversation, RowError, read_conversation
-from smolctl.data.text.corpus import Source
+from smolctl.data.text.corpus import Source, readable_conversations
 from smolctl.data.text.documents import utf8_size
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokenizer.turns import TurnEncoder, Turns
 from smolctl.data.tokens.cache import (
     FORMAT,
+    TOKENS,
     ConversationFacts,
     Manifest,
     OnNote,
@@ -44,6 +46,7 @@ from smolctl.errors import InputError
 
 DTYPE = np.dtype("<u4")
 NAME = "conversations"
+MASKS = 2  # of the rules by which conversations become tokens and masks
 INDEX = "index.bin"  # key, length and trained tokens of every conversation, (N, 3); little-endian uint64
 AT_ONCE = 512  # conversations that are encoded together
 NAMED = 5  # rows that do not fit and are named
@@ -57,6 +60,8 @@ class ConversationManifest(Manifest):
         shapes: of the rows, of each source.
         skipped: how many rows are no conversation to train on, by the reason.
         named: the first of them, with file and line.
+        remarks: what is said of conversations that are trained on, and of how many each.
+        settings: digest of the settings that it was made with.
         index: SHA-256 of the file `INDEX`.
     """
 
@@ -64,6 +69,8 @@ class ConversationManifest(Manifest):
     shapes: tuple[str, ...]
     skipped: dict[str, int]
     named: tuple[str, ...]
+    remarks: dict[str, int]
+    settings: str
     index: str
 
 
@@ -85,8 +92,7 @@ def tokenize_conversations(
     """
     encoder = TurnEncoder(tokenizer, data.loss, data.special_tokens)
     identities = [[source.name, source.identity] for source in sources]
-    settings = [data.shape, data.loss, data.strict, tokenizer.chat_template, dict(tokenizer.named_tokens)]
-    folder = folder_of(cache, [FORMAT, NAME, identities, settings], data, tokenizer)
+    folder = folder_of(cache, [FORMAT, NAME, identities, _settings(data, tokenizer)], data, tokenizer)
     manifest = found_or_built(
         folder,
         lambda on_note: _open(folder, tokenizer, on_note),
@@ -94,6 +100,24 @@ def tokenize_conversations(
         on_note,
     )
     return _split(folder, manifest, data, tokenizer)
+
+
+def find_conversations(
+    cache: Path, folders: Sequence[str], data: DataConfig, tokenizer: Tokenizer
+) -> TokenizedCorpus | None:
+    """The tokens of sources that are gone, in those of the cache's folders that a run was trained on."""
+    for name in folders:
+        manifest = _open(cache / TOKENS / name, tokenizer, lambda _: None)
+        made_from = manifest and (manifest.sources, manifest.settings)
+        if manifest and made_from == (data.source, digest(_settings(data, tokenizer))):
+            return _split(cache / TOKENS / name, manifest, data, tokenizer)
+    return None
+
+
+def _settings(data: DataConfig, tokenizer: Tokenizer) -> list[Any]:
+    """All that changes the tokens and masks of given rows, beside what `folder_of` knows."""
+    named = sorted(tokenizer.named_tokens.items())
+    return [MASKS, data.shape, data.loss, data.strict, tokenizer.chat_template, named]
 
 
 def _open(folder: Path, tokenizer: Tokenizer, on_note: OnNote) -> ConversationManifest | None:
@@ -117,6 +141,7 @@ def _build(
 ) -> ConversationManifest:
     progress = TokenizeProgress(bytes_total=sum(source.size or 0 for source in sources))
     skipped: Counter[str] = Counter()
+    remarks: Counter[str] = Counter()
     named: list[str] = []
     shapes: dict[str, None] = {}
     index = array("Q")
@@ -155,6 +180,7 @@ def _build(
                 if isinstance(turns, RowError):
                     skip(conversation.where, str(turns))
                     continue
+                remarks.update(turns.remarks)
                 words.append(_marked(turns).tolist())
                 index.extend((_key(conversation, turns), len(turns.ids), int(turns.is_trained.sum())))
                 size = sum(utf8_size(message["content"]) for message in conversation.messages)
@@ -189,10 +215,36 @@ def _build(
             shapes=tuple(shapes),
             skipped=dict(skipped),
             named=tuple(named),
+            remarks=dict(remarks),
+            settings=digest(_settings(data, encoder.tokenizer)),
             index=file_digest(partial / INDEX),
         )
         write_manifest(partial, manifest)
     return manifest
+
+
+def held_out_conversations(
+    folder: Path, sources: Sequence[Source], data: DataConfig, tokenizer: Tokenizer
+) -> Iterator[Conversation]:
+    """The conversations that a run has held out, read from its sources again.
+
+    Args:
+        folder: of their tokens, one of `TokenizedCorpus.folders`.
+        sources: they come from.
+        data: the run's settings; of a file that is held out as a whole, all conversations are given.
+        tokenizer: the run's, with its chat template.
+    """
+    manifest = _open(folder, tokenizer, lambda _: None)
+    assert manifest is not None
+    records = _records(folder, _stream(folder, manifest.train), data)
+    chosen, _ = _held_out(records.keys, records.trained_tokens > 0, data.validation_fraction)
+    held_out = set(records.keys[chosen].tolist())
+    encoder = TurnEncoder(tokenizer, data.loss, data.special_tokens)
+    rows = (one for source in sources for one in readable_conversations(source, data.shape))
+    while batch := list(islice(rows, AT_ONCE)):
+        for conversation, turns in zip(batch, encoder.encode(batch), strict=True):
+            if not isinstance(turns, RowError) and _key(conversation, turns) in held_out:
+                yield conversation
 
 
 def _key(conversation: Conversation, turns: Turns) -> int:
@@ -212,31 +264,53 @@ def _stream(folder: Path, shards: Sequence[Shard]) -> TokenStream:
     return TokenStream(files, DTYPE, 0, sum(shard.tokens for shard in shards))
 
 
+@dataclass(frozen=True)
+class _Records:
+    """What the index says of N conversations, after those are cut that are longer than a sequence.
+
+    Attributes:
+        keys: (N,) see `_key`.
+        spans: (N, 2) where each begins in the tokens, and how many are kept.
+        trained_tokens: (N,) among these; 0 for those that are dropped.
+        is_long: (N,) whether it is longer than a sequence.
+    """
+
+    keys: NDArray[np.uint64]
+    spans: NDArray[np.int64]
+    trained_tokens: NDArray[np.int64]
+    is_long: NDArray[np.bool_]
+
+
+def _records(folder: Path, stream: TokenStream, data: DataConfig) -> _Records:
+    keys, *numbers = np.fromfile(folder / INDEX, "<u8").reshape(-1, 3).T.copy()
+    lengths, counts = (column.astype(np.int64) for column in numbers)
+    spans = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1)
+    size = data.sequence_length
+    is_long = lengths > size
+    if data.too_long == "end":
+        spans[is_long, 0] += lengths[is_long] - size
+    spans[is_long, 1] = size
+    for number in np.flatnonzero(is_long).tolist():
+        words = stream.read(*spans[number].tolist())[1:]  # the first token is never a target
+        counts[number] = 0 if data.too_long == "drop" else np.count_nonzero((words & CONTEXT) == 0)
+    return _Records(keys, spans, counts, is_long)
+
+
 def _split(
     folder: Path, manifest: ConversationManifest, data: DataConfig, tokenizer: Tokenizer
 ) -> TokenizedCorpus:
     """Cut or drop what is too long, hold some conversations out, and pack both parts."""
-    stream = _stream(folder, manifest.train)
-    keys, lengths, counts = np.fromfile(folder / INDEX, "<u8").reshape(-1, 3).T.copy()
-    lengths, counts = lengths.astype(np.int64), counts.astype(np.int64)
-    spans = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1)  # (N, 2)
-    size = data.sequence_length
-    too_long = lengths > size
-    if data.too_long == "end":
-        spans[too_long, 0] += lengths[too_long] - size
-    spans[too_long, 1] = size
-    for number in np.flatnonzero(too_long).tolist():
-        words = stream.read(*spans[number].tolist())[1:]  # the first token is never a target
-        counts[number] = 0 if data.too_long == "drop" else np.count_nonzero((words & CONTEXT) == 0)
-    kept = counts > 0
+    stream, size = _stream(folder, manifest.train), data.sequence_length
+    records = _records(folder, stream, data)
+    kept = records.trained_tokens > 0
     if not kept.any():
         raise InputError(
             f"{', '.join(manifest.sources)}: every conversation is longer than a sequence of {size:,} tokens",
             "Raise data.sequence_length.",
         )
-    held_out, notes = _held_out(keys, kept, data.validation_fraction)
+    held_out, notes = _held_out(records.keys, kept, data.validation_fraction)
     parts = [
-        PackedStream(stream, spans[kept & part], size, tokenizer.end_of_text_id)
+        PackedStream(stream, records.spans[kept & part], size, tokenizer.end_of_text_id)
         for part in (~held_out, held_out)
     ]
     train, validation = (Mixture((Part(part, aligned=True),)) if len(part) > 1 else None for part in parts)
@@ -244,13 +318,14 @@ def _split(
     facts = ConversationFacts(
         conversations=int(kept.sum()),
         shapes=manifest.shapes,
-        trained_share=float(counts[kept].sum() / spans[kept, 1].sum()),
+        trained_share=float(records.trained_tokens.sum() / records.spans[kept, 1].sum()),
         padding=1 - parts[0].filled / (len(parts[0]) - 1),
         sequences=len(parts[0].sequences),
-        cut=int((too_long & kept).sum()),
+        cut=int((records.is_long & kept).sum()),
         dropped=int((~kept).sum()),
         skipped=sum(manifest.skipped.values()),
-        example=_example(stream.read(0, int(lengths[0])), tokenizer),
+        remarks=manifest.remarks,
+        example=_example(stream.read(*records.spans[np.argmax(kept)].tolist()), tokenizer),
     )
     return TokenizedCorpus(
         folders=(folder,),
@@ -307,6 +382,8 @@ def _complaints(manifest: ConversationManifest, facts: ConversationFacts, data: 
             f"Rows that are no conversation, left out: {facts.skipped:,} ({counted}). "
             f"First: {manifest.named[0]}."
         )
+    for remark, count in manifest.remarks.items():
+        yield f"{remark}: {count:,} conversation{'s'[: count > 1]}."
     kept = {"start": "their start", "end": "their end"}
     if facts.cut:
         yield (

@@ -13,7 +13,7 @@ from smolctl.data.order import MIXTURE, shares_of
 from smolctl.data.text.corpus import MissingSourceError, open_sources, pin_sources, shown_name
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokens.cache import LEAST_HELD_OUT, OnNote, OnProgress, TokenizedCorpus, digest
-from smolctl.data.tokens.conversations import tokenize_conversations
+from smolctl.data.tokens.conversations import find_conversations, tokenize_conversations
 from smolctl.data.tokens.encoding import TokenizeProgress
 from smolctl.data.tokens.shards import TokenStream
 from smolctl.data.tokens.streamed import tokenize_stream
@@ -101,7 +101,8 @@ def _tokenize(
     try:
         sources = open_sources(data)
     except MissingSourceError:
-        if (kept := find_tokenized(cache, folders, data, tokenizer)) is None:
+        find = find_conversations if data.is_chat else find_tokenized
+        if (kept := find(cache, folders, data, tokenizer)) is None:
             raise
         on_note(f"{', '.join(data.source)}: no such file any more; its tokens are still in the cache.")
         return kept

@@ -54,7 +54,7 @@ class PackedStream(TokenStream):
     ) -> None:
         self.sequences = pack(spans[:, 1], sequence_length)
         self._stream, self._spans, self._size = stream, spans, sequence_length
-        self._filler = filler | CONTEXT | FIRST
+        self._filler = filler | CONTEXT
 
     def __len__(self) -> int:
         return len(self.sequences) * self._size + 1
@@ -74,7 +74,7 @@ class PackedStream(TokenStream):
         rows = [
             self._sequence(self.sequences[row]) for row in range(first, min(last + 1, len(self.sequences)))
         ]
-        whole = np.concatenate([*rows, np.array([self._filler])])
+        whole = np.concatenate([*rows, np.array([self._filler | FIRST])])
         return whole[start - first * self._size :][:length]
 
     def places_of(self, token: int) -> NDArray[np.int64]:
@@ -93,4 +93,5 @@ class PackedStream(TokenStream):
             row[at : at + length] = self._stream.read(begin, length)
             row[at] |= FIRST | CONTEXT  # also where the beginning of the conversation was cut off
             at += length
+        row[at : at + 1] |= FIRST  # the filler is one conversation
         return row

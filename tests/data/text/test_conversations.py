@@ -41,6 +41,16 @@ def test_what_a_row_says_beside_its_turns_is_kept() -> None:
     found = read(row)
     assert found.messages[1] == {"role": "assistant", "content": "", "tool_calls": call["tool_calls"]}
     assert found.tools == ({"name": "f"},)
+    spelled = {"name": "f", "arguments": '{"x": null}'}
+    for given in ([{"name": "f", "strict": None}], '[{"name": "f"}]'):
+        for calls in ([{"function": spelled, "id": None}], json.dumps([{"function": spelled}])):
+            found = read(
+                {**row, "messages": [QUESTION, {**call, "tool_calls": calls}, ANSWER], "tools": given}
+            )
+            assert found.tools == ({"name": "f"},)
+            (made,) = found.messages[1]["tool_calls"]
+            assert made == {"function": {"name": "f", "arguments": {"x": None}}}
+    assert "tool_calls" not in read({"messages": [QUESTION, {**ANSWER, "tool_calls": []}]}).messages[1]
     assert read({**ROWS[Shape.SHAREGPT], "system": "Be brief."}).messages[0]["role"] == "system"
     assert read({"prompt": [QUESTION], "completion": [ANSWER]}).completion == 1
     assert read({**ROWS[Shape.INSTRUCTION], "input": "Context."}).messages[0]["content"] == "Why?\n\nContext."
@@ -75,6 +85,9 @@ def test_what_a_row_says_beside_its_turns_is_kept() -> None:
         ({"prompt": 3, "completion": "a"}, "'prompt' is a number"),
         ({"instruction": "a", "output": None}, "'output' is null"),
         ({**ROWS[Shape.MESSAGES], "tools": "f"}, "'tools' is no list"),
+        ({**ROWS[Shape.MESSAGES], "tools": '{"name": "f"}'}, "'tools' is no list"),
+        ({"messages": [QUESTION, {**ANSWER, "tool_calls": [3]}]}, "'tool_calls' is no list"),
+        ({"messages": [QUESTION, {**ANSWER, "a": json.loads("[" * 99 + "]" * 99)}]}, "64 levels deep"),
     ],
 )
 def test_a_row_that_teaches_nothing_says_why(row: Mapping[str, Any], reason: str) -> None:

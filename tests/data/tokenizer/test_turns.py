@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from tokenizers import AddedToken
 from smolctl.data.text.conversations import Conversation, RowError, Shape
 from smolctl.data.tokenizer.chatml import CHATML, with_chatml
 from smolctl.data.tokenizer.tokenizer import Tokenizer
-from smolctl.data.tokenizer.turns import TrainedOn, TurnEncoder, Turns
+from smolctl.data.tokenizer.turns import NO_TOOLS, NO_TURN_END, TrainedOn, TurnEncoder, Turns
 from smolctl.errors import InputError
 from tests.support.tokenizers import MAKERS, tokenizer
 
@@ -20,6 +21,11 @@ TALK = ("Be brief.", "What is\na mat?", " A mat, or a rug. ", "Why?", "It lies <
 ROLES = ("system", "user", "assistant", "user", "assistant")
 HEADERS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 ASKS = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+MARKED = (
+    "{% macro said(m) %}{% generation %}{{ m.content | trim }}<|im_end|>{% endgeneration %}{% endmacro %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{{ said(m) }}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+) + ASKS
 
 
 def conversation(
@@ -96,6 +102,75 @@ def test_a_template_of_which_nobody_can_tell_the_answers_is_refused() -> None:
     other_header = HEADERS + ASKS.replace("assistant", "model")
     with pytest.raises(InputError, match="in another way"):
         encode(conversation(*TALK), template=other_header)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt4"])
+def test_marked_answers_are_those_of_transformers(kind: str) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    template = MARKED.replace(
+        "{{ said(m) }}", "{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}"
+    )
+    by, one = chat_tokenizer(kind, template), conversation(*TALK[:4], "It lies there. 🎉")
+    theirs: Any = PreTrainedTokenizerFast(tokenizer_object=by.backend).apply_chat_template(
+        [dict(message) for message in one.messages],
+        chat_template=template,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    turns = encode(one, kind, template=template)
+    assert turns.ids.tolist() == theirs["input_ids"]
+    assert turns.is_trained.tolist() == list(map(bool, theirs["assistant_masks"]))
+
+
+def test_marked_answers_are_found_wherever_the_template_writes_them() -> None:
+    by = chat_tokenizer("gpt2", MARKED)
+    one = conversation(*TALK)
+    answers = ["A mat, or a rug.<|im_end|>", "It lies <|im_end|> there.<|im_end|>"]
+    assert said(encode(one, template=MARKED), by) == answers  # in a macro; an end that is spelled is text
+    assert said(encode(one, template=MARKED, loss="completion"), by) == answers[1:]
+    in_two = MARKED.replace(
+        "{{ m.content | trim }}", "It{% endgeneration %} {% generation %}{{ m.content[3:] }}"
+    )
+    assert said(encode(one, template=in_two, loss="completion"), by) == [
+        "It",
+        "lies <|im_end|> there.<|im_end|>",
+    ]
+    changing = "{{ m.content if loop.last else '' }}"  # no text is the beginning of a longer one
+    assert said(encode(one, template=MARKED.replace("{{ m.content }}", changing)), by) == answers
+    for space in ("", "\n "):
+        outside = MARKED.replace("<|im_end|>{% e", "{% e").replace(
+            "{% endm", f"{{{{ {space!r} }}}}<|im_end|>{{% endm"
+        )
+        turns = encode(one, template=outside)
+        assert said(turns, by) == [answer[:-10] + space + "<|im_end|>" for answer in answers]
+        assert turns.remarks == (NO_TURN_END,)
+    assert encode(one, template=MARKED).remarks == ()
+    with pytest.raises(InputError, match="without a token at which a model could stop"):
+        encode(one, template=MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}"))
+
+
+def test_tools_and_calls_of_them_are_what_the_template_makes_of_them() -> None:
+    roles = ("user", "assistant", "tool", "assistant")
+    one = conversation("Why?", "", "7", "So.", roles=roles)
+    call = {"function": {"name": "f", "arguments": {"x": "<|im_end|>"}}}
+    messages = (one.messages[0], {**one.messages[1], "tool_calls": [call]}, *one.messages[2:])
+    called = replace(one, messages=messages, tools=({"name": "f"},))
+    writes = (
+        "{% if tools %}[{{ tools | tojson }}]{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|im_end|>\n"
+        "{% endfor %}"
+    ) + ASKS
+    turns, by = encode(called, template=writes), chat_tokenizer("gpt2", writes)
+    assert by.decode(turns.ids.tolist(), skip_special=False).startswith('[[{"name": "f"}]]<|im_start|>')
+    function = '{"name": "f", "arguments": {"x": "<|im_end|>"}}'
+    assert said(turns, by) == [f"{function}<|im_end|>", "So.<|im_end|>"]
+    assert turns.remarks == ()
+    (refused,) = TurnEncoder(chat_tokenizer("gpt2")).encode([called])
+    assert "calls tools, which the chat template does not write" in str(refused)
+    assert encode(
+        replace(one, messages=one.messages[::2] + one.messages[3:], tools=called.tools)
+    ).remarks == (NO_TOOLS,)
 
 
 def test_a_row_that_the_template_refuses_is_counted_and_the_others_go_on() -> None:

@@ -39,12 +39,13 @@ def test_sequences_hold_whole_conversations_and_filler(stream: PackedStream) -> 
     whole = stream.read(0, len(stream))
     assert len(whole) == len(stream.sequences) * SIZE + 1
     assert len(stream.sequences) == 4
-    filler = whole == (99 | CONTEXT | FIRST)
+    filler = (whole & ~FIRST) == (99 | CONTEXT)
     assert sorted((whole[~filler] & IDS).tolist()) == list(range(50))
-    assert (whole & FIRST).astype(bool).sum() == 6 + filler.sum()
     rows = whole[:-1].reshape(-1, SIZE)
+    filled = filler[:-1].reshape(-1, SIZE).any(1)  # the filler of a sequence is one conversation
+    assert (whole & FIRST).astype(bool).sum() == 6 + filled.sum() + 1
     for row in rows:  # what follows a beginning follows it in the stream
-        ids = row[row != (99 | CONTEXT | FIRST)]
+        ids = row[(row & IDS) != 99]
         inside = (ids[1:] & FIRST) == 0
         assert (np.diff(ids & IDS)[inside] == 1).all()
         assert row[0] & FIRST
