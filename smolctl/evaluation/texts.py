@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from smolctl.config.run import DataConfig
 from smolctl.data.mixture import Mixture
-from smolctl.data.text.conversations import ASSISTANT, Conversation, shape_of
+from smolctl.data.text.conversations import Conversation, shape_of
 from smolctl.data.text.corpus import Source, open_sources, readable_conversations, shown_name
 from smolctl.data.text.documents import utf8_size
 from smolctl.data.text.python_library import NAME as PYTHON
@@ -60,8 +60,7 @@ def scored_bytes(document: str | Conversation) -> int:
     """Bytes of a text, or of what the assistant says in a conversation, whatever the template adds."""
     if isinstance(document, str):
         return utf8_size(document)
-    said = (message for message in document.messages if message["role"] == ASSISTANT)
-    return sum(utf8_size(message["content"]) for message in said)
+    return sum(utf8_size(document.messages[number]["content"]) for number in document.answers)
 
 
 def choose_text(

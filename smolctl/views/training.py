@@ -260,9 +260,13 @@ def _schedule(plan: RunPlan) -> str:
 def _conversations(facts: Mapping[str, Any]) -> str:
     shapes = " and ".join(facts["shapes"])
     return (
-        f"{facts['conversations']:,} conversations ({shapes}), {facts['trained_share']:.0%} of their tokens "
-        f"trained on; packed in {facts['sequences']:,} sequences, of which {facts['padding']:.1%} is padding"
+        f"{_counted(facts['conversations'], 'conversation')} ({shapes}), {facts['trained_share']:.0%} of their "
+        f"tokens trained on; packed in {_counted(facts['sequences'], 'sequence')}, of which {facts['padding']:.1%} is padding"
     )
+
+
+def _counted(count: int, name: str) -> str:
+    return f"{count:,} {name}" if count == 1 else f"{count:,} {name}s"
 
 
 def _example(runs: Sequence[tuple[str, bool]]) -> Text:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -60,6 +60,14 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] = ()
     completion: int | None = None
     group: str = ""
+
+    @property
+    def answers(self) -> list[int]:
+        """Numbers of the messages in which the assistant says what is to be learned.
+
+        A `weight` of 0, as OpenAI's fine-tuning reads it, leaves a message out.
+        """
+        return [number for number, message in enumerate(self.messages) if _is_answer(message)]
 
 
 def shape_of(names: Sequence[str]) -> Shape | None:
@@ -189,7 +197,7 @@ def _text(value: object, name: str) -> str:
 
 
 def _require_sense(messages: Sequence[Mapping[str, Any]]) -> None:
-    answers = list(_answers(messages))
+    answers = list(filter(_is_answer, messages))
     if not answers:
         raise RowError("nothing is said by the assistant")
     if not all(message["content"].strip() or message.get("tool_calls") for message in answers):
@@ -198,8 +206,8 @@ def _require_sense(messages: Sequence[Mapping[str, Any]]) -> None:
         raise RowError("nothing is said by the user")
 
 
-def _answers(messages: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    return (message for message in messages if message["role"] == ASSISTANT)
+def _is_answer(message: Mapping[str, Any]) -> bool:
+    return message["role"] == ASSISTANT and message.get("weight") != 0
 
 
 def _a(value: object) -> str:

@@ -103,11 +103,14 @@ class TurnEncoder:
         first = said[0]
         if self.loss == "completion":
             first = said[-1] if conversation.completion is None else conversation.completion
+        counted = [number for number in conversation.answers if number >= first]
         if not self._has_blocks:
-            spans = [self._span(messages, tools, number, text) for number in said if number >= first]
+            spans = [self._span(messages, tools, number, text) for number in counted]
             return RenderedTurns(text, tuple(spans), tuple(remarks))
         if len(blocks) == len(said):
-            blocks = [block for block, number in zip(blocks, said, strict=True) if number >= first]
+            blocks = [block for block, number in zip(blocks, said, strict=True) if number in counted]
+        elif len(conversation.answers) < len(said):
+            raise RowError("gives an answer no weight, and the chat template does not tell answers apart")
         elif self.loss == "completion":
             start = self._start(messages[:first], tools, text)
             blocks = [block for block in blocks if block[0] >= start]

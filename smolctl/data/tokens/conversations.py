@@ -46,7 +46,7 @@ from smolctl.errors import InputError
 
 DTYPE = np.dtype("<u4")
 NAME = "conversations"
-MASKS = 2  # of the rules by which conversations become tokens and masks
+MASKS = 3  # of the rules by which conversations become tokens and masks
 INDEX = "index.bin"  # key, length and trained tokens of every conversation, (N, 3); little-endian uint64
 AT_ONCE = 512  # conversations that are encoded together
 NAMED = 5  # rows that do not fit and are named

@@ -92,6 +92,17 @@ def test_what_is_trained_on_can_be_the_completion_or_all() -> None:
     assert everything.is_trained.tolist() == [False] + [True] * (len(everything.ids) - 1)
 
 
+@pytest.mark.parametrize("template", [None, MARKED])
+def test_an_answer_of_weight_0_is_read_and_not_trained_on(template: str | None) -> None:
+    by, talk = chat_tokenizer("gpt2"), conversation(*TALK)
+    messages = [dict(message) for message in talk.messages]
+    messages[2]["weight"], messages[4]["weight"] = 0, 1
+    weighed = encode(replace(talk, messages=tuple(messages)), template=template)
+    plain = encode(talk, template=template)
+    assert weighed.ids.tolist() == plain.ids.tolist()
+    assert said(weighed, by) == said(plain, by)[1:]
+
+
 def test_a_template_of_which_nobody_can_tell_the_answers_is_refused() -> None:
     forgets = HEADERS.replace("{{ m.content }}", "{{ m.content if loop.last else '' }}") + ASKS
     with pytest.raises(InputError, match="in another way"):
