@@ -259,9 +259,11 @@ def _schedule(plan: RunPlan) -> str:
 
 def _conversations(facts: Mapping[str, Any]) -> str:
     shapes = " and ".join(facts["shapes"])
+    conversations = _counted(facts["conversations"], "conversation")
+    sequences = _counted(facts["sequences"], "sequence")
     return (
-        f"{_counted(facts['conversations'], 'conversation')} ({shapes}), {facts['trained_share']:.0%} of their "
-        f"tokens trained on; packed in {_counted(facts['sequences'], 'sequence')}, of which {facts['padding']:.1%} is padding"
+        f"{conversations} ({shapes}), {facts['trained_share']:.0%} of their tokens trained on; "
+        f"packed in {sequences}, of which {facts['padding']:.1%} is padding"
     )
 
 
