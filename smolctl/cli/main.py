@@ -13,6 +13,7 @@ from smolctl.cli.bench import bench
 from smolctl.cli.cache import cache
 from smolctl.cli.compare import compare
 from smolctl.cli.count_params import count_params
+from smolctl.cli.eval import evaluate
 from smolctl.cli.inspect_config import inspect_config
 from smolctl.cli.push import push
 from smolctl.cli.quantize import quantize
@@ -55,6 +56,7 @@ app.command("train")(train)
 app.command("resume")(resume)
 app.command("sample")(sample)
 app.command("compare")(compare)
+app.command("eval")(evaluate)
 app.command("quantize")(quantize)
 app.command("bench")(bench)
 app.command("push")(push)
