@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
+from lm_eval.defaults import DEFAULT_MAX_GEN_TOKS
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -21,7 +22,6 @@ from smolctl.generation.load import LoadedModel
 from smolctl.generation.prompts import SAMPLING
 from smolctl.generation.sampling import SamplingSettings
 
-MOST_GENERATED = 256  # tokens, where a task does not say it
 TRANSFORMERS_TOP_K = 50  # what `generate` samples from where nobody says it
 # Settings of `generate` at the values that our engine has always.
 ALWAYS = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "length_penalty": 1.0}
@@ -164,7 +164,7 @@ class EngineLM(TemplateLM):
         self, number: int, context: str, settings: Mapping[str, Any]
     ) -> tuple[Continuation, list[str]]:
         """What to continue, and the texts at which that ends."""
-        asked: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), MOST_GENERATED))
+        asked: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), DEFAULT_MAX_GEN_TOKS))
         ending = self.tokenizer.decode([self.eot_token_id], skip_special=False)
         stops: list[str] = handle_stop_sequences(asked.pop("until"), eos=ending)
         most = asked.pop("max_gen_toks")

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import logging
 import math
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -130,18 +131,7 @@ def _evaluate(
     asked = EngineLM(loaded, note)
     started = time.perf_counter()
     with _explained():
-        from lm_eval.evaluator import simple_evaluate
-
-        found = simple_evaluate(
-            model=asked,
-            tasks=names,
-            task_manager=manager,
-            num_fewshot=options.shots,
-            limit=options.limit,
-            apply_chat_template=options.chat,
-            system_instruction=options.system,
-            gen_kwargs=options.generation,
-        )
+        found = _ask(asked, manager.load(names), options)
     return TaskReport(
         model=loaded.id,
         step=step,
@@ -155,6 +145,33 @@ def _evaluate(
         document={key: _plain(found[key]) for key in KEPT if key in found},
         samples=_plain(found["samples"]),
     )
+
+
+def _ask(model: Any, tasks: Mapping[str, Any], options: TaskOptions) -> Mapping[str, Any]:
+    """What lm-eval's `simple_evaluate` does, but for its look at git and at every package of the machine."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+    from lm_eval.evaluator import evaluate
+    from lm_eval.utils import simple_parse_args_string
+
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    for task in tasks["tasks"].values():
+        if options.generation and task.get_config("output_type") == "generate_until":
+            settings = simple_parse_args_string(options.generation)
+            task.set_config(key="generation_kwargs", value=settings, update=True)
+        own = task.get_config("num_fewshot")
+        if own != 0:  # 0 says that the task has no examples
+            task.set_config(key="num_fewshot", value=(own or 0) if options.shots is None else options.shots)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    found: Mapping[str, Any] = evaluate(
+        lm=model,
+        task_dict=tasks,
+        limit=options.limit,
+        apply_chat_template=options.chat,
+        fewshot_as_multiturn=options.chat,
+        system_instruction=options.system,
+    )
+    return found
 
 
 def _find_tasks(asked: Sequence[str]) -> tuple[Any, list[str]]:
