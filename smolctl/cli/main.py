@@ -23,6 +23,7 @@ COMMANDS = (
     "resume",
     "sample",
     "compare",
+    "eval",
     "quantize",
     "bench",
     "push",

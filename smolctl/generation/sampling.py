@@ -52,6 +52,15 @@ class SamplingSettings:
                 raise UsageError(f"--{option} {value} is out of range", f"It must be {limits}.")
 
 
+class NotFiniteError(InputError):
+    """Logits are not numbers to choose by or to score."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model's output is not finite", "Its weights are damaged, or its training has diverged."
+        )
+
+
 # What `smolctl sample` takes where neither the user nor the model says anything.
 DEFAULT_SAMPLING = SamplingSettings(temperature=0.8, top_p=0.95)
 
@@ -127,9 +136,7 @@ def log_normalizer(logits: NDArray[np.float32]) -> float:
     top = float(logits.max())
     total = float(np.exp(logits - top).sum()) if math.isfinite(top) else math.nan
     if not math.isfinite(total):
-        raise InputError(
-            "the model's output is not finite", "Its weights are damaged, or its training has diverged."
-        )
+        raise NotFiniteError
     return top + math.log(total)
 
 

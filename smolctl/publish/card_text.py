@@ -109,6 +109,7 @@ def card_text(facts: CardFacts) -> str:
         "selection": selection,
         "cell": lambda text: str(text).replace("|", "\\|"),  # a bar would end a table's cell
         "bits": lambda record: with_error(record["bits_per_byte"], record["standard_error"]),
+        "with_error": with_error,
         "measured": _measured,
         "origin": _origin,
         "described": _described,

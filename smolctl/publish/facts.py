@@ -13,9 +13,10 @@ from smolctl.config.run import DataConfig
 from smolctl.data.text.hub import DatasetName
 from smolctl.durable import write_text
 from smolctl.escaping import json_text
+from smolctl.evaluation.task_record import RESULTS, read_tasks
 from smolctl.quantization.record import read_record
 from smolctl.runs.chart import draw_loss
-from smolctl.runs.folder import CONFIG, ENVIRONMENT, LOSS_CURVE, METRICS, PREDICTIONS, STORY, RunFolder
+from smolctl.runs.folder import CONFIG, ENVIRONMENT, LOSS_CURVE, METRICS, PREDICTIONS, STORY, TASKS, RunFolder
 from smolctl.runs.records import keep_records
 from smolctl.runs.story import History, to_markdown
 from smolctl.sources.base import ModelSource
@@ -36,6 +37,7 @@ class RunFacts:
     validations: tuple[Mapping[str, Any], ...] = ()
     histories: Mapping[str, History] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
+    tasks: tuple[Mapping[str, Any], ...] = ()  # as `task_record.RecordedTask`
     variants: tuple[Mapping[str, Any], ...] = ()
     curve: bool = False
 
@@ -104,13 +106,14 @@ def read_facts(source: ModelSource, folder: Path) -> RunFacts:
         validations=tuple(record for record in records if record["event"] == "validation"),
         histories=run.predictions(step),
         environment=run.environment(),
+        tasks=tuple(read_tasks(folder, step)),
         variants=tuple(record for record in read_record(folder) if record.get("step") == step),
         curve=bool(steps),
     )
 
 
 def write_records(facts: RunFacts, run: Path, target: Path) -> None:
-    """The loss curve and, in a folder of their own, config, environment, metrics and predictions.
+    """The loss curve and, in a folder of their own, config, environment, metrics, predictions and tasks.
 
     They end at the published step, and name no folder of this machine.
     """
@@ -129,6 +132,8 @@ def write_records(facts: RunFacts, run: Path, target: Path) -> None:
     write_text(folder / CONFIG, to_yaml(shown))
     if facts.environment:
         write_text(folder / ENVIRONMENT, json_text(facts.public_environment(), indent=2) + "\n")
+    if facts.tasks:
+        write_text(folder / TASKS, json_text({RESULTS: facts.tasks}, indent=2) + "\n")
     keep_records(run / METRICS, facts.step, folder / METRICS)
     if facts.histories:
         keep_records(run / PREDICTIONS, facts.step, folder / PREDICTIONS)

@@ -8,14 +8,12 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from smolctl.durable import write_text
-from smolctl.errors import InputError
-from smolctl.escaping import json_text
-from smolctl.outside import fitting, read_json
 from smolctl.quantization.verdict import Variant
 from smolctl.runs.folder import QUANTIZED
+from smolctl.runs.records import add_measurements, read_measurements
 
 RECORD = Path(QUANTIZED) / "verdict.json"  # in the run's folder
+VARIANTS = "variants"
 
 
 class _Named(TypedDict):
@@ -28,20 +26,12 @@ class _Named(TypedDict):
 def record_variants(run: Path, step: int | None, variants: Iterable[Variant]) -> None:
     """Add variants to a run's record; of the same scheme and step the newest counts."""
     fresh = [{**measurements(variant), "step": step} for variant in variants]
-    replaced = {(facts["scheme"], facts["step"]) for facts in fresh}
-    kept = [facts for facts in read_record(run) if (facts.get("scheme"), facts.get("step")) not in replaced]
-    path = run / RECORD
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json_text({"variants": [*kept, *fresh]}, indent=2) + "\n")
+    add_measurements(run / RECORD, VARIANTS, _Named, fresh, ("scheme", "step"))
 
 
 def read_record(run: Path) -> list[Mapping[str, Any]]:
     """Every variant that was recorded; an unreadable record is an empty one."""
-    try:
-        found = read_json(run / RECORD).get("variants")
-    except InputError:
-        return []
-    return [facts for facts in found if fitting(_Named, facts)] if isinstance(found, list) else []
+    return read_measurements(run / RECORD, VARIANTS, _Named)
 
 
 def measurements(variant: Variant) -> dict[str, Any]:

@@ -4,7 +4,7 @@ config.yaml       the resolved config        checkpoints/step-000500.ckpt and fi
 environment.json  machine and versions       tokenizer/
 metrics.jsonl     steps and validations      lineage.json, of a branch
 predictions.jsonl, predictions.md            quantized/, logs/
-loss.png
+loss.png                      tasks.json, of `smolctl eval`
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ METRICS = "metrics.jsonl"
 PREDICTIONS = "predictions.jsonl"
 STORY = "predictions.md"
 LOSS_CURVE = "loss.png"
+TASKS = "tasks.json"
 LINEAGE = "lineage.json"
 QUANTIZED = "quantized"
 LOGS = "logs"
@@ -74,7 +75,7 @@ LOCK = ".lock"
 KIND = "run"
 # Everything that belongs to a run, as `ownership.Record` takes it: the rest of its folder is somebody else's.
 FILES = (
-    *(CONFIG, ENVIRONMENT, METRICS, PREDICTIONS, STORY, LOSS_CURVE, LINEAGE, LOCK, ".*.partial"),
+    *(CONFIG, ENVIRONMENT, METRICS, PREDICTIONS, STORY, LOSS_CURVE, TASKS, LINEAGE, LOCK, ".*.partial"),
     *(f"{TOKENIZER}/{name}.json" for name in ("tokenizer", "tokenizer_config", "generation_config")),
     f"{TOKENIZER}/chat_template.jinja",
     *(f"{CHECKPOINTS}/{name}{end}" for name in ("step-*.ckpt", FINAL) for end in CHECKPOINT_ENDINGS),

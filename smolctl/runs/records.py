@@ -1,4 +1,4 @@
-"""Records of a run as lines of JSON: one line an event, appended and flushed at once.
+"""Records of a run: lines of JSON, one an event, appended and flushed at once; and lists of measurements.
 
 A later version may have written them: keys that are not known here are left out, and so are lines that are
 not understood. Whoever only reads them is never stopped by one.
@@ -6,7 +6,7 @@ not understood. Whoever only reads them is never stopped by one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypeVar
 
@@ -14,8 +14,9 @@ from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
 from smolctl.durable import write_text
+from smolctl.errors import InputError
 from smolctl.escaping import json_text
-from smolctl.outside import fitting_json
+from smolctl.outside import fitting, fitting_json, read_json
 
 R = TypeVar("R")
 EVERY_STEP = (1 << 62) - 1
@@ -74,6 +75,29 @@ def keep_records(path: Path, last: int, target: Path | None = None) -> None:
     """
     if path.exists():
         write_text(target or path, "".join(f"{line}\n" for line in _lines(path, last)))
+
+
+def read_measurements(path: Path, name: str, schema: type[R]) -> list[Mapping[str, Any]]:
+    """What the list `name` in a JSON file holds that fits a schema; nothing where it cannot be read."""
+    try:
+        found = read_json(path).get(name)
+    except InputError:
+        return []
+    return [one for one in found if fitting(schema, one)] if isinstance(found, list) else []
+
+
+def add_measurements(
+    path: Path, name: str, schema: type[R], fresh: Sequence[Mapping[str, Any]], identity: Sequence[str]
+) -> None:
+    """Add to the list `name` in a JSON file, in place of what has the same values under these keys."""
+
+    def what(one: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(one.get(key) for key in identity)
+
+    replaced = set(map(what, fresh))
+    kept = [one for one in read_measurements(path, name, schema) if what(one) not in replaced]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json_text({name: [*kept, *fresh]}, indent=2) + "\n")
 
 
 def _lines(path: Path, last: int) -> Iterator[str]:

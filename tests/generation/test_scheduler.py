@@ -139,6 +139,16 @@ def test_a_shared_prompt_is_read_once() -> None:
     assert engine.tokens_read == 4 + 3 * 4  # the last token of each is chosen and not read
 
 
+def test_what_prompts_begin_with_alike_is_read_once() -> None:
+    engine = CountingEngine(TorchEngine(NETWORK))
+    many = [[5] * 30 + [6 + number] * number for number in range(1, 4)]
+    scheduler = Scheduler(engine, 3, 60, GREEDY)
+    found = ids(run_requests(scheduler, many, [4] * 3))
+    assert scheduler.counts.prefilled == 30 + 1 + 2 + 3
+    assert engine.tokens_read == 36 + 3 * 3
+    assert found == [uncached(NETWORK, prompt, 4) for prompt in many]
+
+
 def test_a_sequence_that_ends_makes_room_for_the_next() -> None:
     engine = CountingEngine(TorchEngine(NETWORK))
     run_requests(Scheduler(engine, 2, 30, GREEDY), [[5], [6], [7]], [20, 5, 5])

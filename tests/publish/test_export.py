@@ -264,6 +264,19 @@ def tmp_path_of(folder: Path) -> Path:
     return folder / "older"
 
 
+def test_the_card_has_a_row_for_every_figure_of_a_task(llama: Built) -> None:
+    figures = [("acc", "none", 0.31, 0.012), ("exact_match", "strict-match", 0.5, None)]
+    metrics = [dict(zip(("name", "filter", "value", "standard_error"), one, strict=True)) for one in figures]
+    task = {"task": "quiz", "version": "1.0", "shots": 0, "items": 1400, "chat": True, "metrics": metrics}
+    assert llama.facts is not None
+    facts = dataclasses.replace(llama.facts, tasks=(task,))
+    card = dataclasses.replace(llama, facts=facts).write_card("me/tiny", None, None)
+    asked = "| quiz (chat template) | 1.0 | 0 | 1,400 |"
+    assert f"{asked} acc | 0.3100 ± 0.0120 |" in card
+    assert f"{asked} exact_match, strict-match | 0.5000 |" in card
+    assert card.count("## Evaluation") == 1
+
+
 def test_a_card_keeps_what_people_wrote() -> None:
     first = merge_card({"license": "mit", "tags": ["smolctl"]}, "one", None)
     edited = first.replace("license: mit", "# chosen by me\nlicense: apache-2.0\nlanguage: en")

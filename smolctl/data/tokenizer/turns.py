@@ -110,7 +110,7 @@ class TurnEncoder:
         if len(blocks) == len(said):
             blocks = [block for block, number in zip(blocks, said, strict=True) if number in counted]
         elif len(conversation.answers) < len(said):
-            raise RowError("gives an answer no weight, and the chat template does not mark each answer by itself")
+            raise RowError("gives an answer no weight, and the chat template does not mark every answer")
         elif self.loss == "completion":
             start = self._start(messages[:first], tools, text)
             blocks = [block for block in blocks if block[0] >= start]

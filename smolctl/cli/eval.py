@@ -1,0 +1,100 @@
+"""smolctl eval"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from smolctl.cli.options import Threads, capped_threads, command
+from smolctl.errors import UsageError
+from smolctl.views.output import Output
+
+
+@command
+def eval(
+    output: Output,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Run, .ckpt, folder, .safetensors, .gguf or Hub id. Default: the newest run.",
+            show_default=False,
+        ),
+    ] = "runs/latest",
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks",
+            metavar="TASK",
+            help="Task of lm-eval, by name, as a YAML file of your own, or a folder of them; repeatable, or "
+            "separated by commas.",
+            show_default=False,
+        ),
+    ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(
+            "--num-fewshot", min=0, help="Solved examples before each question. Default: as the task says."
+        ),
+    ] = None,
+    limit: Annotated[
+        float | None,
+        typer.Option("--limit", help="Items of each task at most; below 1, this share of them. To try out."),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Ask in the model's chat template.")
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option("--system-instruction", metavar="TEXT", help="System message.")
+    ] = None,
+    generation: Annotated[
+        str | None,
+        typer.Option(
+            "--gen-kwargs",
+            metavar="KEY=VALUE,...",
+            help="For tasks in which the model writes: max_gen_toks=64,do_sample=True,temperature=0.7.",
+            show_default=False,
+        ),
+    ] = None,
+    samples: Annotated[
+        Path | None,
+        typer.Option(
+            "--samples", metavar="FILE", help="Write every item with the model's answers, as JSON lines."
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(
+            "--dtype", help="Convert weights that are not quantized. Default: as stored in the file."
+        ),
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Ask the questions of known benchmarks, with lm-eval (pip install 'smolctl[eval]').
+
+    \b
+    smolctl eval HuggingFaceTB/SmolLM2-135M --tasks arc_easy,hellaswag
+    smolctl eval runs/chat-001 --tasks ifeval --apply-chat-template
+    smolctl eval --tasks questions.yaml --samples answers.jsonl    the newest run, a task of your own
+    """
+    from smolctl.evaluation.tasks import TaskOptions, evaluate_tasks
+    from smolctl.generation.engines import EngineOptions
+    from smolctl.views.tasks import show_tasks, write_samples
+
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit.is_integer())):
+        raise UsageError(f"--limit {limit:g} is out of range", "Take a whole number, or a share below 1.")
+    options = TaskOptions(
+        tasks=tuple(tasks or ()),
+        shots=shots,
+        limit=limit,
+        chat=chat,
+        system=system,
+        generation=generation,
+        engine=EngineOptions(dtype=dtype, threads=capped_threads(output, threads)),
+    )
+    report = evaluate_tasks(model, options, output.talk)
+    if samples is not None:
+        write_samples(samples, report)
+    show_tasks(output, report)

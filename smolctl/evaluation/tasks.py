@@ -1,0 +1,272 @@
+"""`smolctl eval`: tasks of lm-eval (EleutherAI's lm-evaluation-harness) on our engine."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smolctl.errors import HubError, InputError, SmolError, UsageError
+from smolctl.evaluation.task_record import record_tasks
+from smolctl.generation.engines import EngineOptions
+from smolctl.generation.load import LoadedModel, load_model
+from smolctl.hub.errors import first_line
+from smolctl.runs.folder import TASKS, RunFolder, split_step
+from smolctl.sources import open_source
+from smolctl.sources.base import SourceKind
+
+LIBRARY = "lm_eval"
+# Of what lm-eval returns, what its users know and programs read.
+KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better")
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What a call asks for."""
+
+    tasks: tuple[str, ...]  # names that lm-eval knows, YAML files, folders of them
+    shots: int | None = None  # examples in front of each question; None: as the task says
+    limit: float | None = None  # items of each task at most; below 1: this share of them
+    chat: bool = False  # ask in the model's chat template
+    system: str | None = None  # system message in front of each question
+    generation: str | None = None  # key=value,… for tasks that have the model write
+    engine: EngineOptions = field(default_factory=EngineOptions)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of a task."""
+
+    name: str
+    filter: str  # what an answer went through before it was judged; "none": nothing
+    value: float
+    standard_error: float | None  # over the items
+    higher_is_better: bool | None
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A task, or a group of them, with its figures."""
+
+    task: str
+    version: str
+    shots: int | None
+    items: int  # that were asked
+    metrics: tuple[Metric, ...]
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """Everything that a call has found."""
+
+    model: str
+    step: int | None  # of a run
+    engine: str
+    library: str  # lm-eval's version
+    chat: bool
+    limit: float | None
+    seconds: float  # without loading
+    truncated: int  # requests whose beginning did not fit the model's context
+    tasks: tuple[TaskResult, ...]
+    document: Mapping[str, Any]  # `KEPT` as lm-eval has it
+    samples: Mapping[str, Sequence[Mapping[str, Any]]] = field(repr=False)  # every item with its answers
+
+
+def evaluate_tasks(
+    model: str, options: TaskOptions, note: Callable[[str], None] = lambda _text: None
+) -> TaskReport:
+    """Ask a model the items of some tasks. Of a run, the results are added to its record.
+
+    Args:
+        model: any MODEL with weights and a tokenizer.
+        options: the tasks, and how they are asked.
+        note: called with each line of progress.
+
+    Raises:
+        InputError: lm-eval is not installed, a task is unknown or broken, or the model cannot be read.
+        HubError: a task's data cannot be had.
+    """
+    if find_spec(LIBRARY) is None:
+        raise InputError("lm-eval is not installed", "pip install 'smolctl[eval]'")
+    with _explained():
+        manager, names = _find_tasks(options.tasks)
+    source = open_source(model)
+    loaded = load_model(model, options.engine)
+    if options.chat and not loaded.can_chat:
+        raise InputError(f"{model}: the model has no chat template", "Leave out --apply-chat-template.")
+    report = _evaluate(loaded, source.step, options, manager, names, note)
+    if report.truncated:
+        note(f"{report.truncated:,} requests did not fit {loaded.context:,} tokens: cut at the beginning.")
+    if source.kind is SourceKind.RUN:
+        how = {"step": report.step, "limit": report.limit, "chat": report.chat, LIBRARY: report.library}
+        run = RunFolder.open(split_step(source.id)[0]).path
+        record_tasks(run, [asdict(task) | how for task in report.tasks])
+        note(f"{run / TASKS}: the results were added.")
+    return report
+
+
+def _evaluate(
+    loaded: LoadedModel,
+    step: int | None,
+    options: TaskOptions,
+    manager: Any,
+    names: list[str],
+    note: Callable[[str], None],
+) -> TaskReport:
+    from smolctl.evaluation.harness import EngineLM
+
+    asked = EngineLM(loaded, note)
+    started = time.perf_counter()
+    with _explained():
+        found = _ask(asked, manager.load(names), options)
+    return TaskReport(
+        model=loaded.id,
+        step=step,
+        engine=loaded.engine.name,
+        library=version(LIBRARY),
+        chat=options.chat,
+        limit=options.limit,
+        seconds=time.perf_counter() - started,
+        truncated=asked.truncated,
+        tasks=tuple(one for name in found["results"] if (one := _result(name, found)).metrics),
+        document={key: _plain(found[key]) for key in KEPT if key in found},
+        samples=_plain(found["samples"]),
+    )
+
+
+def _ask(model: Any, tasks: Mapping[str, Any], options: TaskOptions) -> Mapping[str, Any]:
+    """What lm-eval's `simple_evaluate` does, but for its look at git and at every package of the machine."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+    from lm_eval.evaluator import evaluate
+    from lm_eval.utils import simple_parse_args_string
+
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    for task in tasks["tasks"].values():
+        if options.generation and task.get_config("output_type") == "generate_until":
+            settings = simple_parse_args_string(options.generation)
+            task.set_config(key="generation_kwargs", value=settings, update=True)
+        own = task.get_config("num_fewshot")
+        if own != 0:  # 0 says that the task has no examples
+            task.set_config(key="num_fewshot", value=(own or 0) if options.shots is None else options.shots)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    found: Mapping[str, Any] = evaluate(
+        lm=model,
+        task_dict=tasks,
+        limit=options.limit,
+        apply_chat_template=options.chat,
+        fewshot_as_multiturn=options.chat,
+        system_instruction=options.system,
+    )
+    return found
+
+
+def _find_tasks(asked: Sequence[str]) -> tuple[Any, list[str]]:
+    """lm-eval's task manager, and the tasks by the names and paths that it takes.
+
+    To look up a name, it reads all of its 15,000 YAML files, which takes seconds.
+    """
+    from lm_eval.tasks import TaskManager
+
+    parts = [part for one in asked for part in one.split(",") if part]
+    if not parts:
+        raise UsageError("no task is named", "Name one with --tasks.")
+    folders = [part for part in parts if Path(part).is_dir()]
+    files = [part for part in parts if Path(part).suffix in (".yaml", ".yml")]
+    by_name = [part for part in parts if part not in (*folders, *files)]
+    found = [str(Path(file).absolute()) for file in files]
+    for file in files:
+        if not Path(file).is_file():
+            raise InputError(f"{file}: no such file", "Name a YAML file of a task.")
+    for folder in folders:
+        inside = TaskManager(include_path=folder, include_defaults=False).all_subtasks
+        if not inside:
+            raise InputError(f"{folder}: no task in it", "Name a folder with YAML files of lm-eval's tasks.")
+        found += inside
+    manager = TaskManager(include_path=folders or None, include_defaults=bool(by_name))
+    for name in by_name:
+        matches = manager.match_tasks([name])
+        if not matches:
+            near = difflib.get_close_matches(name, manager.all_tasks, 3)
+            hint = f"Did you mean {' or '.join(near)}?" if near else "Name one of lm-eval's, or a YAML file."
+            raise InputError(f"{name}: lm-eval has no such task", hint)
+        found += matches
+    return manager, list(dict.fromkeys(found))
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Run lm-eval without bars and warnings, with what it prints on stderr, and explain what it raises."""
+    import datasets
+    import lm_eval.api.task as module
+    from huggingface_hub.errors import HfHubHTTPError
+
+    logger, bars = logging.getLogger(LIBRARY), module.tqdm
+    level = logger.level
+    datasets.disable_progress_bars()
+    logger.setLevel(logging.ERROR)
+    module.tqdm = partial(bars, disable=True)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except SmolError:
+        raise
+    except (ConnectionError, HfHubHTTPError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise HubError(
+            f"the data of a task cannot be had: {first_line(error)}",
+            "Check its name and the network, or take a task with data of your own.",
+        ) from error
+    except Exception as error:  # a task is a program: it raises whatever it likes
+        raise InputError(
+            f"lm-eval stops with {type(error).__name__}: {first_line(error)}",
+            "Correct the task; --debug shows where it stopped.",
+        ) from error
+    finally:
+        module.tqdm = bars
+        logger.setLevel(level)
+
+
+def _result(name: str, found: Mapping[str, Any]) -> TaskResult:
+    figures = found["results"][name]
+    better = found["higher_is_better"].get(name) or {}
+    metrics = []
+    for key, value in figures.items():
+        metric, _, filter = key.partition(",")
+        if not filter or metric.endswith("_stderr") or not _is_number(value):
+            continue
+        error = figures.get(f"{metric}_stderr,{filter}")
+        metrics.append(
+            Metric(
+                metric, filter, float(value), float(error) if _is_number(error) else None, better.get(metric)
+            )
+        )
+    shots, version = found["n-shot"].get(name), found["versions"].get(name)
+    return TaskResult(name, str(version), shots, int(figures.get("sample_len") or 0), tuple(metrics))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has of a value: items of a task's data may be anything."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    return value if value is None or isinstance(value, str | int | float) else str(value)

@@ -1,0 +1,55 @@
+"""What tasks have found out about a model: a table, JSON, and a file of every item."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from smolctl.durable import write_text
+from smolctl.escaping import json_text
+from smolctl.evaluation.tasks import TaskReport
+from smolctl.timing import with_error
+from smolctl.views.numbers import duration
+from smolctl.views.output import Output, fields
+from smolctl.views.tables import headed
+
+LEFT = ("task", "metric")
+
+
+def show_tasks(out: Output, report: TaskReport) -> None:
+    """The figures, and what they rest on."""
+    out.document(
+        {**fields(report, ("tasks", "document", "samples", "library")), "lm_eval": report.library}
+        | dict(report.document)
+    )
+    if out.json:
+        return
+    at = "" if report.step is None else f" at step {report.step:,}"
+    chat = ", in its chat template" if report.chat else ""
+    out.line(f"{report.model}{at}{chat}: {report.engine}, {duration(report.seconds)}")
+    out.show("", _table(report), "")
+    out.line(f"± is one standard error over the items. lm-eval {report.library}.")
+    if report.limit is not None:
+        out.line("Only some items were asked (--limit): no figure to compare with others'.")
+
+
+def _table(report: TaskReport) -> Any:
+    from rich.text import Text
+
+    table = headed(("task", "version", "shots", "items", "metric", "value"), LEFT)
+    for task in report.tasks:
+        shots = "" if task.shots is None else str(task.shots)
+        asked = (Text(task.task), task.version, shots, f"{task.items:,}")
+        for number, metric in enumerate(task.metrics):
+            name = metric.name if metric.filter == "none" else f"{metric.name}, {metric.filter}"
+            value = with_error(metric.value, metric.standard_error)
+            table.add_row(*(("",) * 4 if number else asked), Text(name), value)
+    return table
+
+
+def write_samples(path: Path, report: TaskReport) -> None:
+    """Every item with the model's answers as a line of JSON."""
+    lines = (
+        json_text({"task": task, **sample}) for task, samples in report.samples.items() for sample in samples
+    )
+    write_text(path, "".join(f"{line}\n" for line in lines))
