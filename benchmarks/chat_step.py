@@ -288,7 +288,7 @@ def trl_step(model: str) -> Callable[[], float]:
 
     path = Path(model)
     network = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
-    network.is_quantized, network.hf_quantizer = False, None  # its weights were, and are float32 now
+    vars(network).update(is_quantized=False, hf_quantizer=None)  # its weights were, and are float32 now
     features = []
     for row in packed_rows(model):
         parts = conversations_of(row)

@@ -113,6 +113,9 @@ def serve(address: str) -> Request | None:
 def _import_once() -> None:
     for name in PRELOADED:
         importlib.import_module(name)
+    # PyTorch imports it at Python's end where it is installed; then Python forgets that Ctrl-C ended it.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("tabulate")
     assert "huggingface_hub" not in sys.modules, "it reads the environment when it is imported"
     tasks = Path("/proc/self/task")
     threads = len(list(tasks.iterdir())) if tasks.exists() else 1
