@@ -141,13 +141,23 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class End:
-    """The run has ended, as planned or by a signal."""
+    """The run has ended, as planned or by a signal: where, and with what result."""
 
     event: ClassVar[str] = "end"
     step: int
     run: str
     reason: str  # "done", or the name of the signal
-    seconds: float
+    seconds: float  # since training began, or went on
+    loss: float | None = None  # of the last step, as `Step` has it; None: this session took no step
+    # On the held-out documents after `step`, as `Validation` has them; None: they were not scored there.
+    bits_per_byte: float | None = None
+    standard_error: float | None = None
+    margin: float | None = None
+    best_step: int | None = None  # of the run's validation with the fewest bits per byte
+    best_bits_per_byte: float | None = None
+    tokens: int = 0  # seen by the run
+    memory_bytes: int | None = None  # most held; None where the system does not tell
+    config_sha256: str = ""  # of the run's config.yaml: equal for equal settings
 
 
 Event = Note | Start | Step | Prediction | Validation | Checkpoint | End

@@ -263,6 +263,10 @@ class RunFolder:
         digests = {**record.files, CONFIG: file_digest(self.path / CONFIG)}
         write_record(self.path, replace(record, files=digests))
 
+    def config_sha256(self) -> str:
+        """The SHA-256 of config.yaml as it lies there."""
+        return file_digest(self.path / CONFIG)
+
     def edited_config(self) -> RunConfig | None:
         """What config.yaml says, if somebody may have edited it after smolctl wrote it.
 
@@ -381,6 +385,11 @@ class RunFolder:
         """The records of metrics.jsonl up to step `last`, each a `StepRecord` or a `ValidationRecord`."""
         either: Any = StepRecord | ValidationRecord
         return read_records(self.path / METRICS, either, last)
+
+    def best_validation(self) -> ValidationRecord | None:
+        """The record with the fewest bits per byte, of equal ones the first; None where there is none."""
+        records = read_records(self.path / METRICS, ValidationRecord)
+        return min(records, key=lambda record: record["bits_per_byte"], default=None)
 
     def predictions(self, last: int = EVERY_STEP) -> dict[str, History]:
         """The predictions of the run up to step `last`, by prompt."""

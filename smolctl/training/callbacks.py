@@ -11,7 +11,7 @@ import torch
 
 from smolctl.data.batches import validation_batches, validation_documents
 from smolctl.evaluation import bits_per_byte
-from smolctl.runs.events import Checkpoint, Event, Listener, Step, Validation, to_json
+from smolctl.runs.events import Checkpoint, End, Event, Listener, Step, Validation, to_json
 from smolctl.runs.folder import RunFolder
 from smolctl.timing import peak_memory
 from smolctl.training.device import flops_utilization, run_peak_flops
@@ -43,6 +43,8 @@ class RunCallback(pl.Callback):
         self.stop = stop
         self.stopped_by = 0  # number of the signal for which all processes have agreed to stop
         self.saved_at = prepared.first_step or None  # step of the newest checkpoint
+        self._last_step: Step | None = None
+        self._last_validation: Validation | None = None
         self._durations: deque[float] = deque(maxlen=SPEED_WINDOW)
         self._step_started = 0.0
         self._drawn_at = time.monotonic()
@@ -108,6 +110,28 @@ class RunCallback(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._loggers.close(trainer.global_step, "success")
 
+    def end(self, trainer: pl.Trainer, reason: str, seconds: float) -> End:
+        """How the run has ended, with its result; in the main process."""
+        step, scored, last = trainer.global_step, self._last_validation, self._last_step
+        scored = scored if scored is not None and scored.step == step else None
+        best = self.run.best_validation()
+        tokens = self.prepared.first_sample * self.config.data.sequence_length
+        return End(
+            step=step,
+            run=str(self.run.path),
+            reason=reason,
+            seconds=seconds,
+            loss=last.loss if last else None,
+            bits_per_byte=scored.bits_per_byte if scored else None,
+            standard_error=scored.standard_error if scored else None,
+            margin=scored.margin if scored else None,
+            best_step=best["step"] if best else None,
+            best_bits_per_byte=best["bits_per_byte"] if best else None,
+            tokens=last.tokens if last else tokens,
+            memory_bytes=peak_memory(trainer.strategy.root_device),
+            config_sha256=self.run.config_sha256(),
+        )
+
     def _long_since_drawn(self) -> bool:
         return time.monotonic() - self._drawn_at > SECONDS_BETWEEN_PICTURES
 
@@ -131,24 +155,22 @@ class RunCallback(pl.Callback):
         mean = sum(self._durations) / len(self._durations)
         config, step = self.config, trainer.global_step
         speed = config.tokens_per_step / mean
-        self._publish(
-            trainer,
-            Step(
-                step=step,
-                loss=module.result.loss,
-                learning_rate=module.result.learning_rate,
-                gradient_norm=module.result.gradient_norm,
-                tokens=module.dataset.samples_before(step) * config.data.sequence_length,
-                seconds=seconds,
-                tokens_per_second=speed,
-                eta_s=(config.train.steps - step) * mean,
-                memory_bytes=peak_memory(trainer.strategy.root_device),
-                mfu=flops_utilization(config, speed, self._peak_flops),
-                skipped=module.skipped,
-                phase=phase(step, config.schedule),
-                z_loss=module.result.z_loss,
-            ),
+        self._last_step = Step(
+            step=step,
+            loss=module.result.loss,
+            learning_rate=module.result.learning_rate,
+            gradient_norm=module.result.gradient_norm,
+            tokens=module.dataset.samples_before(step) * config.data.sequence_length,
+            seconds=seconds,
+            tokens_per_second=speed,
+            eta_s=(config.train.steps - step) * mean,
+            memory_bytes=peak_memory(trainer.strategy.root_device),
+            mfu=flops_utilization(config, speed, self._peak_flops),
+            skipped=module.skipped,
+            phase=phase(step, config.schedule),
+            z_loss=module.result.z_loss,
         )
+        self._publish(trainer, self._last_step)
 
     def _save(self, trainer: pl.Trainer) -> None:
         step = trainer.global_step
@@ -184,7 +206,8 @@ class RunCallback(pl.Callback):
                 validation_documents(*which, self.prepared.tokenizer.end_of_text_id),
             )
         if result is not None:
-            self._publish(trainer, Validation(step, **vars(result)))
+            self._last_validation = Validation(step, **vars(result))
+            self._publish(trainer, self._last_validation)
 
     def _predict(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, TrainingModule)

@@ -17,7 +17,7 @@ import torch
 from smolctl.data.batches import StepLoader
 from smolctl.durable import naming_the_disk
 from smolctl.errors import ExitCode, InputError
-from smolctl.runs.events import End, Listener
+from smolctl.runs.events import Listener
 from smolctl.runs.folder import CHECKPOINTS, RunFolder
 from smolctl.training.callbacks import RunCallback
 from smolctl.training.checkpoint import DurableCheckpointIO
@@ -72,7 +72,7 @@ def fit(prepared: Prepared, run: RunFolder, start: Path | None, emit: Listener) 
                 with Tolerance(emit)("giving the last checkpoint the name final.ckpt", step):
                     run.name_final(step)
             reason = signal.name if signal else "done"
-            emit(End(step, str(run.path), reason, time.perf_counter() - started))
+            emit(callback.end(trainer, reason, time.perf_counter() - started))
     if signal is None and step != last:
         raise InputError(f"the run ended at step {step} of {last}", "Resume it; this is a bug.")
     # Whoever started the processes takes the others' exit for a failure if it is not 0, and kills this one.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from smolctl.cores import usable_cpus
+from smolctl.durable import file_digest
 from smolctl.runs.folder import RunFolder
 from tests.support.processes import Smolctl, call, start
 from tests.support.terminal import run_in_terminal
@@ -60,6 +62,24 @@ def test_train_streams_one_json_object_a_line(smolctl: Smolctl) -> None:
     assert [event["step"] for event in seen if event["event"] == "step"] == [1, 2, 3, 4, 5, 6]
     assert seen[-1]["event"] == "end"
     assert seen[-1]["reason"] == "done"
+
+
+def test_the_last_line_of_the_stream_is_the_result(smolctl: Smolctl) -> None:
+    for command in (("train", "tiny.yaml", "--out", "x"), ("resume", "x", "--extra", "2")):
+        seen = events(smolctl(*command, "--json").out)
+        result, last = seen[-1], {event["event"]: event for event in seen}
+        for key in ("step", "loss", "tokens"):
+            assert result[key] == last["step"][key]
+        for key in ("bits_per_byte", "standard_error", "margin"):
+            assert result[key] == last["validation"][key]
+        assert result["memory_bytes"] >= last["step"]["memory_bytes"]
+        assert result["config_sha256"] == file_digest(Path("x/config.yaml"))
+    scores = {
+        record["step"]: record["bits_per_byte"]
+        for record in RunFolder(Path("x")).metrics()
+        if record["event"] == "validation"
+    }
+    assert (result["best_step"], result["best_bits_per_byte"]) == min(scores.items(), key=itemgetter(1))
 
 
 def test_plain_output_is_calm_and_says_where_the_run_is(smolctl: Smolctl) -> None:
