@@ -50,7 +50,12 @@ def train(
         str | None, typer.Option("--tokenizer", help="Hub id, folder, file, GGUF, or train:N.")
     ] = None,
     init_from: Annotated[
-        str | None, typer.Option("--init-from", metavar="MODEL", help="Start from a model's weights.")
+        str | None,
+        typer.Option(
+            "--init-from",
+            metavar="MODEL",
+            help="Start from a model's weights; quantized folders are refused.",
+        ),
     ] = None,
     batch_size: options.BatchSize = None,
     micro_batch_size: options.MicroBatchSize = None,

@@ -22,7 +22,7 @@ from smolctl.errors import InputError
 from smolctl.model.network import Transformer
 from smolctl.model.weights import initialize, load_network, require_finite
 from smolctl.runs.events import Listener, Note
-from smolctl.sources.base import ModelSource
+from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.provenance import provenance_of
 from smolctl.training.device import Decisions, decide, require_trainer
 from smolctl.training.distributed import with_process_counts
@@ -220,11 +220,12 @@ def with_origin(
     """The config with the shape of the weights to start from, and with the record of where they come from.
 
     Raises:
-        InputError: the record, or another shape, was asked for.
+        InputError: the record, or another shape, was asked for, or the weights are quantized.
     """
     if "init_from" in asked:
         raise InputError("--set init_from: that is a record, not a setting", "Name the model: --init-from.")
     if source is not None:
+        _require_unquantized(source)
         model_of = _with_model_of(source, config, asked.get("model") or {})
         return model_of.model_copy(update={"init_from": provenance_of(source)})
     if config.init_from is not None:
@@ -235,6 +236,24 @@ def with_origin(
             )
         )
     return config.model_copy(update={"init_from": None})
+
+
+def _require_unquantized(source: ModelSource) -> None:
+    """Refuse what `quantize` wrote: what rounding took from the weights is in the model that it was made of.
+
+    Raises:
+        InputError: naming that model where it is known.
+    """
+    if source.kind is not SourceKind.QUANTIZED:
+        return
+    made = source.quantization or {}
+    origin = made.get("source") or {}
+    step = "" if origin.get("step") is None or "@" in origin["id"] else f"@{origin['step']}"
+    raise InputError(
+        f"--init-from {source.id}: these weights are quantized ({made.get('scheme')}), and training would "
+        "start from their rounding errors",
+        f"Start from the model that was quantized: --init-from {origin.get('id', 'MODEL')}{step}.",
+    )
 
 
 def _with_model_of(source: ModelSource, config: RunConfig, asked: Mapping[str, Any]) -> RunConfig:

@@ -15,6 +15,9 @@ from safetensors.torch import load_file, save_file
 from smolctl.config import load_run_config
 from smolctl.data.tokenizer.tokenizer import load_tokenizer, train_tokenizer
 from smolctl.errors import ExitCode
+from smolctl.sources import open_source
+from smolctl.sources.provenance import provenance_of
+from smolctl.training.prepare import prepare
 from tests.support.processes import Called, Smolctl
 from tests.support.tiny_models import write_folder
 
@@ -78,6 +81,27 @@ def test_a_preset_describes_new_weights_and_contradicts_none(smolctl: Smolctl, c
     tuned, base = load_run_config("tuned/config.yaml"), load_run_config("runs/learned/config.yaml")
     assert tuned.model == base.model
     assert load_tokenizer("tuned/tokenizer").sha256 == load_tokenizer("runs/learned/tokenizer").sha256
+
+
+def test_every_kind_of_model_with_weights_is_taken_and_what_is_quantized_is_refused(
+    smolctl: Smolctl,
+) -> None:
+    to = ("--to", "int8,int8-dynamic,gguf-f16", "--no-measure")
+    assert smolctl("quantize", "runs/llama@10", *to).code == 0
+    made = Path("runs/llama/quantized")
+    (gguf,), (checkpoint,) = made.glob("*.gguf"), made.glob("*/*.ckpt")
+    write_folder(Path("folder"), context=32)
+    config = load_run_config("recipe.yaml")
+    for model in ("runs/llama@10", "runs/llama/checkpoints/final.ckpt", "folder", gguf):
+        source = open_source(str(model))
+        prepared = prepare(config, source, lambda _event: None)
+        assert prepared.config.model.hidden_size == prepared.network.head_weight.shape[1]
+        assert prepared.config.init_from == provenance_of(source)
+    for quantized in (made / "int8", checkpoint):
+        hint = "Start from the model that was quantized: --init-from runs/llama@10."
+        assert is_refused(
+            tune(smolctl, base=str(quantized)), f"{quantized}: these weights are quantized", hint
+        )
 
 
 def test_a_tokenizer_to_train_that_was_asked_for_is_refused(smolctl: Smolctl) -> None:
