@@ -18,7 +18,7 @@ def compare(
         list[str],
         typer.Argument(
             metavar="A B [C]...",
-            help="Two or more MODELs with weights: runs, RUN@STEP, folders, .gguf, Hub ids.",
+            help="Two or more MODELs with weights: runs, RUN@STEP, RUN@best, folders, .gguf, Hub ids.",
             show_default=False,
         ),
     ],

@@ -77,7 +77,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="Preset, YAML, Hub id, folder, .safetensors, .gguf, .ckpt or run.",
+        help="Preset, YAML, Hub id, folder, .safetensors, .gguf, .ckpt, run, RUN@STEP or RUN@best.",
         show_default=False,
     ),
 ]

@@ -22,7 +22,7 @@ def push(
         str | None,
         typer.Argument(
             metavar="[RUN or folder]",
-            help="Run, RUN@STEP, Hugging Face folder, .ckpt or .gguf. Default: newest run.",
+            help="Run, RUN@STEP, RUN@best, Hugging Face folder, .ckpt or .gguf. Default: newest run.",
             show_default=False,
         ),
     ] = None,

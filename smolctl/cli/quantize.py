@@ -19,7 +19,7 @@ def quantize(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="Run, .ckpt, folder, .safetensors, .gguf or Hub id. Default: the newest run.",
+            help="Run, RUN@best, .ckpt, folder, .safetensors, .gguf or Hub id. Default: the newest run.",
             show_default=False,
         ),
     ] = "runs/latest",

@@ -20,7 +20,7 @@ def resume(
         str | None,
         typer.Argument(
             metavar="RUN",
-            help="runs/NAME, runs/NAME@STEP or a .ckpt file. Default: the newest run.",
+            help="runs/NAME, runs/NAME@STEP, runs/NAME@best or a .ckpt file. Default: the newest run.",
             show_default=False,
         ),
     ] = None,

@@ -23,7 +23,8 @@ def sample(
         list[str] | None,
         typer.Argument(
             metavar="MODEL",
-            help="Run, .ckpt, folder, .gguf or Hub id; several are shown side by side. Default: newest run.",
+            help="Run, RUN@best, .ckpt, folder, .gguf or Hub id; several are shown side by side. "
+            "Default: newest run.",
         ),
     ] = None,
     prompt: Annotated[

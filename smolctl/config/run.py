@@ -146,6 +146,9 @@ class TrainConfig(Section):
         gt=0,
         description="epochs to train, which give a new run its steps; null: train.steps",
     )
+    patience: int = Field(
+        0, ge=0, description="validations in a row without improvement that end the run; 0: it never ends so"
+    )
     batch_size: int = Field(8, gt=0, description="sequences a step, over all devices")
     micro_batch_size: int = Field(0, ge=0, description="sequences in memory at once; 0 is batch_size")
     gradient_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 switches clipping off")
@@ -193,6 +196,9 @@ class CheckpointConfig(Section):
     every: int = Field(500, gt=0, description="steps")
     keep_last: int = Field(3, ge=0, description="newest checkpoints kept; 0 keeps all")
     keep_every: int = Field(0, ge=0, description="also keep every checkpoint at a multiple of this step")
+    keep_best: bool = Field(
+        True, description="save the step that predicts the held-out text best so far, and keep it"
+    )
 
 
 class PredictionsConfig(Section):
@@ -327,6 +333,8 @@ class RunConfig(Section):
                 f"train.batch_size {train.batch_size} does not divide by "
                 f"train.micro_batch_size {train.micro_batch_size}"
             )
+        if train.patience and not self.validation.every:
+            raise ValueError(f"train.patience {train.patience} needs validations, validation.every is 0")
         return self
 
     @property

@@ -146,7 +146,7 @@ class End:
     event: ClassVar[str] = "end"
     step: int
     run: str
-    reason: str  # "done", or the name of the signal
+    reason: str  # "done", "patience" (as train.patience says), or the name of the signal
     seconds: float  # since training began, or went on
     loss: float | None = None  # of the last step, as `Step` has it; None: this session took no step
     # On the held-out documents after `step`, as `Validation` has them; None: they were not scored there.

@@ -13,7 +13,7 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing_extensions import TypedDict
 from smolctl.config import RunConfig
 from smolctl.config.dump import to_yaml
 from smolctl.config.load import read_yaml, resolve_run_config
+from smolctl.config.run import CheckpointConfig
 from smolctl.durable import file_digest, naming_the_disk, remove_partial, replacing, write_text
 from smolctl.errors import InputError, UsageError
 from smolctl.escaping import json_text
@@ -73,6 +74,7 @@ QUANTIZED = "quantized"
 LOGS = "logs"
 LOCK = ".lock"
 KIND = "run"
+BEST = "best"  # in place of a step: that of the checkpoint that predicts the held-out text best
 # Everything that belongs to a run, as `ownership.Record` takes it: the rest of its folder is somebody else's.
 FILES = (
     *(CONFIG, ENVIRONMENT, METRICS, PREDICTIONS, STORY, LOSS_CURVE, TASKS, LINEAGE, LOCK, ".*.partial"),
@@ -87,17 +89,20 @@ CHECKPOINT_NAME = re.compile(r"step-(\d+)\.ckpt")
 
 
 def split_step(reference: str) -> tuple[Path, int | None]:
-    """`runs/NAME@STEP` as the run and the step; without `@STEP` the step is None.
+    """`runs/NAME@STEP` or `runs/NAME@best` as the run and the step; without either the step is None.
 
     Raises:
-        InputError: what follows the last `@` is no step.
+        InputError: what follows the last `@` is no step, or no checkpoint of the run was validated.
     """
     run, at, step = reference.rpartition("@")
     if not at or Path(reference).exists():
         return Path(reference), None
+    if step == BEST:
+        return Path(run), RunFolder.open(Path(run)).best_step()
     if not (step.isascii() and step.isdecimal()):
         raise InputError(
-            f"{reference}: {step or 'nothing'} is no step", "Write RUN@STEP, such as runs/nano@500."
+            f"{reference}: {step or 'nothing'} is no step",
+            "Write RUN@STEP, such as runs/nano@500, or RUN@best.",
         )
     return Path(run), int(step)
 
@@ -338,10 +343,29 @@ class RunFolder:
             raise InputError(f"{chosen.path}: {damage}", hint)
         return chosen
 
-    def remove_old_checkpoints(self, keep_last: int, keep_every: int) -> None:
-        """Keep the newest `keep_last` checkpoints (0: all) and those at multiples of `keep_every`."""
-        for file in self.checkpoints()[:-keep_last] if keep_last else ():
-            if not (keep_every and file.step and file.step % keep_every == 0):
+    def best_step(self) -> int:
+        """The step of the checkpoint that predicts the held-out text best, as its validation recorded.
+
+        Raises:
+            InputError: no checkpoint that is there was validated.
+        """
+        best = self.best_validation({file.step for file in self.checkpoints()})
+        if best is None:
+            raise InputError(
+                f"{self.path}: none of its checkpoints was scored on held-out text, so that none is the best",
+                "Name a step, RUN@STEP; validation.every says how often a run is scored.",
+            )
+        return best["step"]
+
+    def remove_old_checkpoints(self, kept: CheckpointConfig) -> None:
+        """Delete the checkpoints that a run does not keep."""
+        old = self.checkpoints()[: -kept.keep_last] if kept.keep_last else ()
+        if not old:
+            return
+        best = self.best_validation({file.step for file in self.checkpoints()}) if kept.keep_best else None
+        for file in old:
+            is_due = kept.keep_every and file.step and file.step % kept.keep_every == 0
+            if not is_due and not (best and file.step == best["step"]):
                 remove_checkpoint(file.path)
 
     def clear_after(self, step: int, force: bool) -> None:
@@ -386,10 +410,15 @@ class RunFolder:
         either: Any = StepRecord | ValidationRecord
         return read_records(self.path / METRICS, either, last)
 
-    def best_validation(self) -> ValidationRecord | None:
-        """The record with the fewest bits per byte, of equal ones the first; None where there is none."""
+    def best_validation(self, steps: Container[int] | None = None) -> ValidationRecord | None:
+        """The record with the fewest bits per byte, of equal ones the first; None where there is none.
+
+        Args:
+            steps: that are asked about; None: all.
+        """
         records = read_records(self.path / METRICS, ValidationRecord)
-        return min(records, key=lambda record: record["bits_per_byte"], default=None)
+        asked = (record for record in records if steps is None or record["step"] in steps)
+        return min(asked, key=lambda record: record["bits_per_byte"], default=None)
 
     def predictions(self, last: int = EVERY_STEP) -> dict[str, History]:
         """The predictions of the run up to step `last`, by prompt."""

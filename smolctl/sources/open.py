@@ -52,7 +52,7 @@ def open_source(model: str, settings: Sequence[str] = ()) -> ModelSource:
     """Whatever MODEL names.
 
     Args:
-        model: a preset, a path, `RUN@STEP`, or `org/name[@revision]` on the Hub.
+        model: a preset, a path, `RUN@STEP`, `RUN@best`, or `org/name[@revision]` on the Hub.
         settings: `key=value` items of a what-if, `num_hidden_layers=12` or `model.num_hidden_layers=12`.
             A model with weights is then only good for counting: the weights no longer fit.
 

@@ -11,7 +11,7 @@ import torch
 
 from smolctl.data.batches import validation_batches, validation_documents
 from smolctl.evaluation import bits_per_byte
-from smolctl.runs.events import Checkpoint, End, Event, Listener, Step, Validation, to_json
+from smolctl.runs.events import Checkpoint, End, Event, Listener, Note, Step, Validation, to_json
 from smolctl.runs.folder import RunFolder
 from smolctl.timing import peak_memory
 from smolctl.training.device import flops_utilization, run_peak_flops
@@ -33,7 +33,8 @@ SECONDS_BETWEEN_PICTURES = 10.0  # of the loss: a picture costs 0.1 s, a checkpo
 class RunCallback(pl.Callback):
     """After every step: record it, then save, then look at the model, then heed a signal.
 
-    Saving comes first: nothing that can fail afterwards costs more than itself.
+    Saving comes first: nothing that can fail afterwards costs more than itself. So a checkpoint does not know
+    how its own step was scored, unless it was saved for that: a resumed run looks it up, or scores it.
     """
 
     def __init__(self, prepared: Prepared, run: RunFolder, emit: Listener, stop: StopFlag) -> None:
@@ -43,6 +44,7 @@ class RunCallback(pl.Callback):
         self.stop = stop
         self.stopped_by = 0  # number of the signal for which all processes have agreed to stop
         self.saved_at = prepared.first_step or None  # step of the newest checkpoint
+        self.out_of_patience = False  # of `train.patience`
         self._last_step: Step | None = None
         self._last_validation: Validation | None = None
         self._durations: deque[float] = deque(maxlen=SPEED_WINDOW)
@@ -73,8 +75,13 @@ class RunCallback(pl.Callback):
             if trainer.is_global_zero:
                 with self._tolerating(LATEST_LINK, 0):
                     self.run.become_latest()
-        if not self._stopping(trainer) and trainer.global_step == 0:
+        if self._stopping(trainer):
+            return
+        if trainer.global_step == 0:
             self._predict(trainer, pl_module)
+        elif _is_due(trainer.global_step, self.config.validation.every, False):
+            assert isinstance(pl_module, TrainingModule)
+            self._validate(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -91,8 +98,12 @@ class RunCallback(pl.Callback):
         stopping = self._stopping(trainer)
         if last or stopping or step % config.checkpoint.every == 0:
             self._save(trainer)
-        if _is_due(step, config.validation.every, last and not stopping):
-            self._validate(trainer, pl_module)
+        if not stopping and _is_due(step, config.validation.every, last):
+            improved = self._validate(trainer, pl_module)
+            last = last or self.out_of_patience
+            if last or (improved and config.checkpoint.keep_best):
+                self._save(trainer)
+                self._remove_old_checkpoints(trainer)
         if _is_due(step, config.predictions.every, last and not stopping):
             self._predict(trainer, pl_module)
         due = last or stopping or (self.saved_at == step and self._long_since_drawn())
@@ -181,16 +192,46 @@ class RunCallback(pl.Callback):
         trainer.save_checkpoint(path)
         self.saved_at = step
         if trainer.is_global_zero:
-            kept = self.config.checkpoint
-            self.run.remove_old_checkpoints(kept.keep_last, kept.keep_every)
+            self._remove_old_checkpoints(trainer)
             seconds = time.perf_counter() - started
             self._publish(trainer, Checkpoint(step, str(path), path.stat().st_size, seconds))
 
-    def _validate(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+    def _remove_old_checkpoints(self, trainer: pl.Trainer) -> None:
+        if trainer.is_global_zero:
+            self.run.remove_old_checkpoints(self.config.checkpoint)
+
+    def _validate(self, trainer: pl.Trainer, module: TrainingModule) -> bool:
+        """Score the held-out text, and end the run that has not improved for too long.
+
+        Returns:
+            Whether the model is the best so far; the same in every process.
+        """
+        progress, step, patience = module.progress, trainer.global_step, self.config.train.patience
+        score = self._score(trainer, module)
+        improved = score is not None and progress.is_improved_by(score)
+        if score is not None and step % self.config.validation.every == 0 and step > progress.step:
+            progress = module.progress = progress.after(step, score)
+        self.out_of_patience = bool(largest(0 < patience <= progress.since, trainer))
+        if self.out_of_patience:
+            trainer.should_stop = True
+            if trainer.is_global_zero:
+                self.emit(
+                    Note(
+                        f"Stopped by train.patience: {progress.since} validations in a row were no better "
+                        f"than {progress.bits_per_byte:.4f} bits/byte at step {progress.best_step:,}. "
+                        f"--set train.patience={2 * patience} lets `resume` go further."
+                    )
+                )
+        return bool(largest(improved, trainer))
+
+    def _score(self, trainer: pl.Trainer, module: TrainingModule) -> float | None:
+        """Bits per byte of the held-out text; None where there is none, and in other processes."""
         held_out = self.prepared.corpus.validation
         if held_out is None or not trainer.is_global_zero:
-            return
+            return None
         config, step, result = self.config, trainer.global_step, None
+        if step == self.prepared.first_step and (recorded := self.run.best_validation({step})):
+            return recorded["bits_per_byte"]
         with self._tolerating("the validation", step), observing(module.network):
             which = (
                 held_out,
@@ -205,9 +246,11 @@ class RunCallback(pl.Callback):
                 self.prepared.document_end,
                 validation_documents(*which, self.prepared.tokenizer.end_of_text_id),
             )
-        if result is not None:
-            self._last_validation = Validation(step, **vars(result))
-            self._publish(trainer, self._last_validation)
+        if result is None:
+            return None
+        self._last_validation = Validation(step, **vars(result))
+        self._publish(trainer, self._last_validation)
+        return result.bits_per_byte
 
     def _predict(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, TrainingModule)

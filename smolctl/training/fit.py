@@ -68,12 +68,12 @@ def fit(prepared: Prepared, run: RunFolder, start: Path | None, emit: Listener) 
         step, last = trainer.global_step, prepared.config.train.steps
         signal = Signals(callback.stopped_by) if callback.stopped_by else None
         if is_main_process():
-            if step == last:
+            if signal is None:
                 with Tolerance(emit)("giving the last checkpoint the name final.ckpt", step):
                     run.name_final(step)
-            reason = signal.name if signal else "done"
+            reason = signal.name if signal else "patience" if callback.out_of_patience else "done"
             emit(callback.end(trainer, reason, time.perf_counter() - started))
-    if signal is None and step != last:
+    if signal is None and step != last and not callback.out_of_patience:
         raise InputError(f"the run ended at step {step} of {last}", "Resume it; this is a bug.")
     # Whoever started the processes takes the others' exit for a failure if it is not 0, and kills this one.
     return RunResult(run.path, step, EXIT_CODES[signal] if signal and is_main_process() else ExitCode.DONE)

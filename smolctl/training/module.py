@@ -23,6 +23,7 @@ from smolctl.training.guards import NonFiniteError
 from smolctl.training.lightning import LightningOptimizer, ParallelStrategy, pl
 from smolctl.training.optim.optimizers import apply_settings, make_optimizer
 from smolctl.training.optim.schedule import learning_rate
+from smolctl.training.patience import Progress
 from smolctl.training.rng import capture_rng, restore_rng
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class TrainingModule(pl.LightningModule):
             prepared.network if prepared else initialize(self.config.model, self.config.train.seed)
         )
         self.result: StepResult | None = None
+        self.progress = Progress()  # of the validations
         self.skipped = 0  # steps so far whose float16 gradients overflowed
         self._skipped_in_a_row = 0
         self._scaler: torch.amp.GradScaler | None = None
@@ -242,6 +244,7 @@ class TrainingModule(pl.LightningModule):
             kept["tokens"] = [folder.name for folder in self.prepared.corpus.folders]
             kept["samples"] = self.dataset.samples_before(self.global_step)
             kept["decisions"] = asdict(self.prepared.decisions)
+            kept["progress"] = asdict(self.progress)
             kept["held_out"] = {"tokens": self.prepared.held_out, "document_end": self._document_end}
         if (held_out := kept.get("held_out")) and self.trainer.is_global_zero:
             with torch.compiler.set_stance("force_eager"):
@@ -256,6 +259,7 @@ class TrainingModule(pl.LightningModule):
         self._kept = dict(checkpoint.get("smolctl") or {})
         self._rng = self._kept.get("rng", [])
         self.skipped, self._skipped_in_a_row = self._kept.get("skipped", (0, 0))
+        self.progress = Progress(**self._kept.get("progress", {}))
         if self.tokenizer is None and (files := checkpoint.get("tokenizer")):
             self.tokenizer = Tokenizer.from_files(TokenizerFiles(**files))
         if self._trainer is None:  # by load_from_checkpoint: no Trainer restores the step

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 
 import torch
@@ -53,8 +52,11 @@ def make_plan(
     accumulates = config.micro_batch_size < config.train.batch_size
     gaps = round(GAPS_PER_GRADIENT_BYTE * memory.gradients) if device == "cpu" and accumulates else 0
     checkpoint = memory.weights + memory.optimizer
-    written = 1 + math.ceil(steps / config.checkpoint.every)  # the first one before step 1
-    kept = min(written, config.checkpoint.keep_last) if config.checkpoint.keep_last else written
+    written, keep_last = {0, *range(0, steps, config.checkpoint.every), steps}, config.checkpoint.keep_last
+    if config.checkpoint.keep_best and config.validation.every and corpus.validation is not None:
+        written |= {*range(0, steps, config.validation.every)}  # if each is better than those before
+        keep_last += bool(keep_last)
+    kept = min(len(written), keep_last or len(written))
     if config.checkpoint.keep_every:
         kept += steps // config.checkpoint.keep_every
     return RunPlan(

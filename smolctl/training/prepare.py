@@ -123,6 +123,11 @@ def prepare(
         tokenizer = _for_chat(tokenizer, emit)
     samples = config.train.steps * config.train.batch_size if config.train.epochs is None else None
     corpus = _tokenized(config, tokenizer, samples, emit, on_tokenize)
+    if config.train.patience and corpus.validation is None:
+        raise InputError(
+            f"train.patience {config.train.patience}: no text is held out to validate on",
+            "Name one with data.validation, or set a data.validation_fraction.",
+        )
     for note in corpus.notes:
         emit(Note(note))
     if config.train.epochs is not None:

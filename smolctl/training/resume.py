@@ -53,6 +53,13 @@ class _Decided(TypedDict):
     asked: list[str]
 
 
+class _Progress(TypedDict):
+    step: StepNumber
+    best_step: StepNumber
+    bits_per_byte: float
+    since: StepNumber
+
+
 class _Ours(TypedDict):
     samples: int
     data: str
@@ -60,6 +67,7 @@ class _Ours(TypedDict):
     rng: list[dict[str, Any]]
     tokens: NotRequired[list[str]]
     decisions: NotRequired[_Decided | None]
+    progress: NotRequired[_Progress]
 
 
 class _Resumable(TypedDict):

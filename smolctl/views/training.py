@@ -170,6 +170,8 @@ class TrainingView:
             rows["held out"] = (
                 f"{bits_per_byte(self.state.validation)} at step {self.state.validation.step:,}"
             )
+        if event.best_step not in (None, event.step):
+            rows["best"] = f"{event.best_bits_per_byte:.4f} bits/byte at step {event.best_step:,}"
         rows["saved in"] = f"{event.run}: {self._records()}"
         if not done:
             rows["go on"] = f"smolctl resume {event.run}"
@@ -181,6 +183,8 @@ class TrainingView:
         why = "" if event.reason == "done" else f" by {event.reason}"
         loss = f", loss {number(state.step.loss, '.4f')}" if state.step else ""
         check = f", held out {bits_per_byte(state.validation)}" if state.validation else ""
+        if event.best_step not in (None, event.step):
+            check += f", best {event.best_bits_per_byte:.4f} at step {event.best_step:,}"
         self.out.line(f"Ended{why} at step {event.step:,} after {duration(event.seconds)}{loss}{check}.")
         self.out.line(f"{event.run}: {self._records()}")
         target = "" if event.reason == "done" else f"; continue with: smolctl resume {event.run}"

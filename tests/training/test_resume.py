@@ -124,7 +124,7 @@ def test_verification_sees_that_a_run_went_another_way(make: Make, finished: Fin
 
 
 def test_verification_needs_two_checkpoints_and_no_changes(make: Make) -> None:
-    folder = run(make(checkpoint={"every": 100, "keep_last": 1}), "run")
+    folder = run(make(checkpoint={"every": 100, "keep_last": 1, "keep_best": False}), "run")
     with pytest.raises(InputError, match="no good checkpoint before"):
         check(folder)
     with pytest.raises(UsageError, match="as it was"):

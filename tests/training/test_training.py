@@ -185,7 +185,8 @@ def test_checkpoints_load_as_plain_data(whole: Path) -> None:
 
 
 def test_old_checkpoints_make_room(make: Make) -> None:
-    folder = run(make(checkpoint={"every": 2, "keep_last": 2, "keep_every": 6}), "room")
+    settings = {"every": 2, "keep_last": 2, "keep_every": 6, "keep_best": False}
+    folder = run(make(checkpoint=settings), "room")
     assert [file.step for file in RunFolder(folder).checkpoints()] == [6, 12, 14, 15]
     names = {path.name for path in (folder / "checkpoints").iterdir()}
     kept = (*(f"step-{step:06d}.ckpt" for step in (6, 12, 14, 15)), "final.ckpt")
