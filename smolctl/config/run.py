@@ -262,6 +262,7 @@ class Provenance(Section):
     revision: str | None = Field(None, description="branch or tag on the Hub, if one was named")
     commit: str | None = Field(None, description="on the Hub, when the weights were taken")
     step: int | None = Field(None, description="optimizer steps behind it, of a run")
+    sha256: str | None = Field(None, description="of its weights in float32, of a run that began with them")
     license: str | None = Field(None, description="as its card or its config stated it")
     made_from: Provenance | None = Field(None, description="what it was itself made from")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -60,6 +61,15 @@ def load_network(source: ModelSource, dtype: torch.dtype | None = None) -> Trans
     config, weights = source.require_config(), source.require_weights()
     tensors = {name: tensor.to(dtype) for name, tensor in weights.tensors()}
     return from_state(config, tensors, source.id).eval()
+
+
+def weights_sha256(network: Transformer) -> str:
+    """The SHA-256 of a network's parameters by their names: the same however a file stores them."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(network.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def require_finite(network: Transformer, source: ModelSource) -> None:

@@ -97,6 +97,11 @@ def read_checkpoint(path: Path, mmap: bool = True) -> dict[str, Any]:
     return content
 
 
+def holds_weights(content: Mapping[str, Any]) -> bool:
+    """Whether a run's checkpoint has weights of its own: at step 0 they may be those that it began with."""
+    return bool(content.get("state_dict"))
+
+
 def _require_known_format(content: Mapping[str, Any], path: Path) -> None:
     """Refuse what a later smolctl has added to a checkpoint; other tools' have nothing of ours in them."""
     ours = content.get("smolctl")

@@ -193,10 +193,12 @@ class ModelSource:
         return self.config
 
     def require_weights(self) -> Weights:
-        """The weights, or an error that says that this source has none."""
+        """The weights, or an error that says that this source has none, and why."""
         if self.weights is None:
+            is_run = self.kind in (SourceKind.RUN, SourceKind.CHECKPOINT)
+            reason = f": {self.problems[0]}" if is_run and self.problems else ""
             raise InputError(
-                f"{self.id}: a {self.kind.value} has no weights",
+                f"{self.id}: a {self.kind.value} has no weights{reason}",
                 "Name a run, a checkpoint, a folder, a GGUF or a Hub id; `smolctl train` makes a run.",
             )
         return self.weights

@@ -17,7 +17,7 @@ from smolctl.config import ModelConfig
 from smolctl.config.load import resolve_model_config
 from smolctl.errors import InputError
 from smolctl.outside import checked
-from smolctl.runs.checkpoint_file import ANOTHER, read_checkpoint, recorded_config
+from smolctl.runs.checkpoint_file import ANOTHER, holds_weights, read_checkpoint, recorded_config
 from smolctl.runs.folder import RunFolder
 from smolctl.sources.base import (
     ModelSource,
@@ -28,6 +28,7 @@ from smolctl.sources.base import (
     TokenizerFiles,
 )
 from smolctl.sources.huggingface.tokenizer import tokenizer_reader
+from smolctl.sources.provenance import reference_of
 from smolctl.sources.shapes import HEAD, TABLE, check_tensors, recover_config
 
 if TYPE_CHECKING:
@@ -53,6 +54,17 @@ def open_checkpoint(path: Path, name: str) -> ModelSource:
 
     content = read_checkpoint(path)
     run = recorded_config(content, path)
+    if run is not None and run.init_from is not None and not holds_weights(content):
+        return ModelSource(
+            SourceKind.CHECKPOINT,
+            name,
+            run.model,
+            declared=run.model.model_dump(mode="json"),
+            run=run,
+            step=0,
+            problems=(f"the weights of step 0 are those of {reference_of(run.init_from)}",),
+            tokenizer_reader=_tokenizer_of(content, path),
+        )
     model = run.model if run else _model_of_quantized(content, path)
     state = network_state(content, path)
     if model and model.tie_word_embeddings and HEAD in state and TABLE not in state:

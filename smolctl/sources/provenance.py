@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from smolctl.config import Provenance
-from smolctl.runs.folder import split_step
+from smolctl.runs.folder import RunFolder, split_step
 from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.huggingface.card import license_of
 
@@ -51,6 +51,15 @@ def provenance_of(source: ModelSource) -> Provenance:
         license=license,
         made_from=base,
     )
+
+
+def reference_of(provenance: Provenance) -> str:
+    """The MODEL that a record names, as it was when it was taken."""
+    if provenance.kind == "hub":
+        version = provenance.commit or provenance.revision
+        return f"{provenance.id}@{version}" if version else provenance.id
+    is_step = provenance.step is not None and RunFolder.is_run(Path(provenance.id))
+    return f"{provenance.id}@{provenance.step}" if is_step else provenance.id
 
 
 def read_provenance(values: Any) -> Provenance | None:

@@ -14,6 +14,7 @@ from smolctl.evaluation import bits_per_byte
 from smolctl.runs.events import Checkpoint, End, Event, Listener, Note, Step, Validation, to_json
 from smolctl.runs.folder import RunFolder
 from smolctl.timing import peak_memory
+from smolctl.training.checkpoint import drop_weights
 from smolctl.training.device import flops_utilization, run_peak_flops
 from smolctl.training.distributed import from_main, largest
 from smolctl.training.lightning import pl
@@ -192,6 +193,9 @@ class RunCallback(pl.Callback):
         trainer.save_checkpoint(path)
         self.saved_at = step
         if trainer.is_global_zero:
+            origin = self.config.init_from
+            if step == 0 and origin is not None and origin.sha256:
+                drop_weights(path)  # the model that the run begins with has them
             self._remove_old_checkpoints(trainer)
             seconds = time.perf_counter() - started
             self._publish(trainer, Checkpoint(step, str(path), path.stat().st_size, seconds))

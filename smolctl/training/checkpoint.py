@@ -68,6 +68,16 @@ class DurableCheckpointIO(CheckpointIO):
         remove_checkpoint(Path(path))
 
 
+def drop_weights(path: Path) -> None:
+    """Leave the weights out of a checkpoint, which somebody else keeps.
+
+    Raises:
+        SaveError: it cannot be written anew.
+    """
+    content = {**read_checkpoint(path), "state_dict": {}}
+    DurableCheckpointIO().save_checkpoint(content, path)
+
+
 def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """All tensors inside nested dicts and lists, each with the path to it."""
     if isinstance(value, torch.Tensor):

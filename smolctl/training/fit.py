@@ -123,7 +123,9 @@ def run_trainer(
     loader = StepLoader(module.dataset, prepared.first_step, config.train.steps, config.data.workers)
     with warnings.catch_warnings(), naming_the_memory_knob(config.micro_batch_size):
         warnings.filterwarnings("ignore", module="lightning")
-        trainer.fit(module, loader, ckpt_path=start, weights_only=True)
+        trainer.fit(
+            module, loader, ckpt_path=None if prepared.begins_with_origin else start, weights_only=True
+        )
     return trainer, module
 
 

@@ -53,8 +53,12 @@ def make_plan(
     gaps = round(GAPS_PER_GRADIENT_BYTE * memory.gradients) if device == "cpu" and accumulates else 0
     checkpoint = memory.weights + memory.optimizer
     written, keep_last = {0, *range(0, steps, config.checkpoint.every), steps}, config.checkpoint.keep_last
+    if config.init_from is not None:
+        written -= {0}  # it has no weights
     if config.checkpoint.keep_best and config.validation.every and corpus.validation is not None:
-        written |= {*range(0, steps, config.validation.every)}  # if each is better than those before
+        written |= {
+            *range(config.validation.every, steps, config.validation.every)
+        }  # if each is better than those before
         keep_last += bool(keep_last)
     kept = min(len(written), keep_last or len(written))
     if config.checkpoint.keep_every:

@@ -20,10 +20,11 @@ from smolctl.data.tokenizer.tokenizer import Tokenizer, choose_tokenizer, load_t
 from smolctl.data.tokens.corpus import TokenizedCorpus, TokenizeProgress, tokenize_corpus
 from smolctl.errors import InputError
 from smolctl.model.network import Transformer
-from smolctl.model.weights import initialize, load_network, require_finite
+from smolctl.model.weights import initialize, load_network, require_finite, weights_sha256
 from smolctl.runs.events import Listener, Note
 from smolctl.sources.base import ModelSource, SourceKind
-from smolctl.sources.provenance import provenance_of
+from smolctl.sources.open import open_source
+from smolctl.sources.provenance import provenance_of, reference_of
 from smolctl.training.device import Decisions, decide, require_trainer
 from smolctl.training.distributed import with_process_counts
 from smolctl.training.loggers import require_packages
@@ -44,6 +45,7 @@ class Prepared:
     decisions: Decisions  # of what was "auto" in the config
     first_step: int = 0  # steps behind the run
     first_sample: int = 0  # samples that they saw
+    begins_with_origin: bool = False  # at step 0, whose weights are those of the config's init_from
     reads: tuple[str, ...] = ()  # files, folders and runs that it was made of
 
     @property
@@ -138,6 +140,9 @@ def prepare(
         emit(Note(f"Weights and shape from {source.id}; a new optimizer starts at step 0."))
         network = load_network(replace(source, config=config.model), dtype=torch.float32)
         require_finite(network, source)
+        assert config.init_from is not None
+        origin = config.init_from.model_copy(update={"sha256": weights_sha256(network)})
+        config = config.model_copy(update={"init_from": origin})
     reads = tuple(filter(None, (source.id if source else None, config.tokenizer, *config.data.texts)))
     return Prepared(config, _as_trained(network, config), tokenizer, corpus, decisions, reads=reads)
 
@@ -150,6 +155,7 @@ def prepare_again(
     state: Mapping[str, Any],
     emit: Listener,
     on_tokenize: Callable[[TokenizeProgress], None] | None = None,
+    has_weights: bool = True,
 ) -> Prepared:
     """What a run needs after step `done`; its weights are to be read from the checkpoint.
 
@@ -161,6 +167,7 @@ def prepare_again(
         state: what the checkpoint keeps for us: how many samples those steps saw, and where their tokens are.
         emit: hears what happens to the cached tokens.
         on_tokenize: hears how far the tokenization is, should the cached tokens be gone.
+        has_weights: whether the checkpoint has weights; else they are those that the run began with.
     """
     require_packages(config.trainer.loggers)
     require_trainer(config)
@@ -171,8 +178,29 @@ def prepare_again(
         raise MissingSourceError(
             error.message, "Put it back, or say where it is now: --set 'data.source=[PATH]'."
         ) from None
-    network = _as_trained(initialize(config.model, config.train.seed), config)
-    return Prepared(config, network, tokenizer, corpus, decisions, done, state["samples"])
+    network = initialize(config.model, config.train.seed) if has_weights else _network_of_origin(config)
+    network = _as_trained(network, config)
+    return Prepared(config, network, tokenizer, corpus, decisions, done, state["samples"], not has_weights)
+
+
+def _network_of_origin(config: RunConfig) -> Transformer:
+    """The weights that a run began with, read again.
+
+    Raises:
+        InputError: the model is gone, or has other weights now.
+        HubError: the Hub did not give it.
+    """
+    assert config.init_from is not None
+    reference = reference_of(config.init_from)
+    remedy = "Put it back, or start a new run with train --init-from."
+    try:
+        source = open_source(reference)
+        network = load_network(replace(source, config=config.model), dtype=torch.float32)
+    except InputError as error:
+        raise InputError(f"the run began with the weights of {reference}: {error.message}", remedy) from None
+    if weights_sha256(network) != config.init_from.sha256:
+        raise InputError(f"{reference} has other weights now than the run began with", remedy)
+    return network
 
 
 def _decided(config: RunConfig, emit: Listener) -> tuple[RunConfig, Decisions]:

@@ -17,7 +17,13 @@ from smolctl.data.tokens.corpus import TokenizeProgress
 from smolctl.durable import naming_the_disk
 from smolctl.errors import InputError, UsageError
 from smolctl.outside import checked
-from smolctl.runs.checkpoint_file import ANOTHER, CheckpointFile, read_checkpoint, recorded_config
+from smolctl.runs.checkpoint_file import (
+    ANOTHER,
+    CheckpointFile,
+    holds_weights,
+    read_checkpoint,
+    recorded_config,
+)
 from smolctl.runs.events import Listener, Note, Start
 from smolctl.runs.folder import CHECKPOINT_NAME, CONFIG, RUNS, RunFolder
 from smolctl.runs.records import StepNumber
@@ -176,9 +182,11 @@ def _prepare(
         changed = with_pinned_sources(changed)
     config, decisions = decide_again(changed, decisions_of(state), options.settings, emit)
     config = with_process_counts(config)
-    tokenizer = tokenizer_of(content, parent, path)
+    tokenizer, has_weights = tokenizer_of(content, parent, path), holds_weights(content)
     del content  # Lightning reads the file again; two copies need not be in memory
-    prepared = prepare_again(config, tokenizer, decisions, checkpoint.step, state, emit, on_tokenize)
+    prepared = prepare_again(
+        config, tokenizer, decisions, checkpoint.step, state, emit, on_tokenize, has_weights
+    )
     require_same_data(state, prepared, checkpoint)
     for line in changes(before, config):
         emit(Note(f"Changed: {line}"))
@@ -206,6 +214,9 @@ def run_of(content: Mapping[str, Any], path: Path) -> tuple[RunConfig, dict[str,
     missing = [key for key in NEEDED if key not in content] + [
         key for key in NEEDED_OF_OURS if key not in ours
     ]
+    origin = config.init_from if config else None
+    if not missing and not holds_weights(content) and not (origin and origin.sha256):
+        missing = ["weights"]
     if config is None or missing:
         raise InputError(
             f"{path}: no run can be resumed from it: it has no {missing[0] if missing else 'config'}",

@@ -11,7 +11,7 @@ import torch
 
 from smolctl.data.tokens.corpus import TokenizeProgress
 from smolctl.errors import ExitCode, InputError, UsageError
-from smolctl.runs.checkpoint_file import CheckpointFile, read_checkpoint
+from smolctl.runs.checkpoint_file import CheckpointFile, holds_weights, read_checkpoint
 from smolctl.runs.events import Listener, Note
 from smolctl.runs.folder import RunFolder
 from smolctl.training.distributed import wait_for_all, with_process_counts
@@ -81,12 +81,15 @@ def verify(
         )
     end = folder.checkpoint(options.until)
     start = _start(folder, end, step)
-    (_, state), content = run_of(read_checkpoint(start.path), start.path), read_checkpoint(end.path)
+    begin, content = read_checkpoint(start.path), read_checkpoint(end.path)
+    _, state = run_of(begin, start.path)
     config, recorded_state = run_of(content, end.path)
     steps = config.train.model_copy(update={"steps": end.step})
     config = with_process_counts(config.model_copy(update={"train": steps}))
     tokenizer = tokenizer_of(content, folder, end.path)
-    prepared = prepare_again(config, tokenizer, decisions_of(state), start.step, state, emit, on_tokenize)
+    decisions, has_weights = decisions_of(state), holds_weights(begin)
+    del begin
+    prepared = prepare_again(config, tokenizer, decisions, start.step, state, emit, on_tokenize, has_weights)
     require_same_data(recorded_state, prepared, end)
     emit(Note(f"Repeating steps {start.step + 1:,} to {end.step:,} from {start.path}."))
     watcher = _Watcher()

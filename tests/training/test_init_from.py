@@ -14,12 +14,18 @@ from safetensors.torch import load_file, save_file
 
 from smolctl.config import load_run_config
 from smolctl.data.tokenizer.tokenizer import load_tokenizer, train_tokenizer
-from smolctl.errors import ExitCode
+from smolctl.errors import ExitCode, InputError
+from smolctl.runs.events import Event, Step
+from smolctl.runs.folder import RunFolder
 from smolctl.sources import open_source
 from smolctl.sources.provenance import provenance_of
-from smolctl.training.prepare import prepare
+from smolctl.training.prepare import Prepared, prepare
+from smolctl.training.resume import ResumeOptions
+from smolctl.training.train import train
+from smolctl.training.verify import verify
 from tests.support.processes import Called, Smolctl
 from tests.support.tiny_models import write_folder
+from tests.support.tiny_runs import assert_same_run, go_on, run, state
 
 RECIPE = {
     "tokenizer": "train:280",
@@ -96,7 +102,8 @@ def test_every_kind_of_model_with_weights_is_taken_and_what_is_quantized_is_refu
         source = open_source(str(model))
         prepared = prepare(config, source, lambda _event: None)
         assert prepared.config.model.hidden_size == prepared.network.head_weight.shape[1]
-        assert prepared.config.init_from == provenance_of(source)
+        origin = prepared.config.init_from
+        assert origin == provenance_of(source).model_copy(update={"sha256": origin and origin.sha256})
     for quantized in (made / "int8", checkpoint):
         hint = "Start from the model that was quantized: --init-from runs/llama@10."
         assert is_refused(
@@ -167,3 +174,56 @@ def test_a_shape_that_the_weights_have_and_dropout_are_taken(smolctl: Smolctl) -
         for text in (called.out, plain.out)
     )
     assert first["loss"] != other["loss"]  # the network drops what the config says
+
+
+# --- the step that the weights come from --------------------------------------------------------------
+
+
+def stopped_before_its_first_save(out: str, base: str = "folder") -> Path:
+    """A run that fails at step 3."""
+
+    def fail_at_three(event: Event) -> None:
+        if isinstance(event, Step) and event.step == 3:
+            raise RuntimeError("the power is gone")
+
+    with pytest.raises(RuntimeError, match="power"):
+        train(tuned(base), "tuned", Path(out), force=False, emit=fail_at_three)
+    return Path(out)
+
+
+def tuned(base: str) -> Prepared:
+    config = load_run_config("recipe.yaml", flags={"train": {"steps": 5}, "validation": {"every": 0}})
+    return prepare(config, open_source(base), lambda _event: None)
+
+
+def test_a_run_stopped_before_its_first_save_begins_again_with_its_source(smolctl: Smolctl) -> None:
+    write_folder(Path("folder"), context=32)
+    whole = run(tuned("folder"), "whole")
+    parts = stopped_before_its_first_save("parts")
+    (start,) = RunFolder(parts).checkpoints()
+    assert start.path.stat().st_size < Path("folder/model.safetensors").stat().st_size
+    assert state(parts, 0)["state_dict"] == {}
+    called = smolctl("sample", "parts", "--prompt", "a")
+    assert called.code == ExitCode.BAD_INPUT
+    assert f"the weights of step 0 are those of {Path('folder').absolute()}" in called.err
+    go_on(parts)
+    assert_same_run(whole, parts, 5)
+    assert verify(parts, ResumeOptions(step=0), lambda _event: None).exact
+
+
+def test_a_source_that_has_changed_or_is_gone_is_refused() -> None:
+    write_folder(Path("folder"), context=32)
+    parts = stopped_before_its_first_save("parts")
+    path = Path("folder/model.safetensors")
+    tensors = load_file(path)
+    tensors["model.norm.weight"][3] += 1e-6
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(InputError, match="folder has other weights now than the run began with"):
+        go_on(parts)
+    shutil.rmtree("folder")
+    with pytest.raises(InputError, match=r"the run began with the weights of .*folder: no such file"):
+        go_on(parts)
+    other = stopped_before_its_first_save("other", "runs/learned@10")
+    shutil.rmtree("runs/learned/checkpoints")
+    with pytest.raises(InputError, match=r"learned@10: .* no checkpoint"):
+        go_on(other)
