@@ -59,6 +59,7 @@ Threads = Annotated[
 RUN_SETTINGS = {
     "steps": "train.steps",
     "epochs": "train.epochs",
+    "minutes": "train.minutes",
     "batch_size": "train.batch_size",
     "micro_batch_size": "train.micro_batch_size",
     "seed": "train.seed",

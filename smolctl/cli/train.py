@@ -34,6 +34,12 @@ def train(
     epochs: Annotated[
         float | None, typer.Option("--epochs", help="Epochs of the data, in place of --steps.")
     ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            "--minutes", help="Minutes to train, in place of --steps; reading the data comes before."
+        ),
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(

@@ -167,19 +167,26 @@ def changed_recipe(path: Path, content: Mapping[str, Any], changes: Mapping[str,
     A preset's schedule fits its own number of steps and its own peak. With another number of steps its
     numbers of steps are scaled, with another peak its least rate; under another `schedule.name` it decays
     as that one does by itself. What the user sets stays as it is set, and so does all of a user's own file.
+    Of steps, epochs and minutes the one that the user sets takes the place of the file's.
 
     Args:
         path: of the file; tells a preset from a user's own.
         content: of the file.
         changes: nested values; the stronger ones.
+
+    Raises:
+        UsageError: several say how long the run is.
     """
     if _given(changes, "data", "source") is not None:
         content = merge(content, {"data": {"weights": None}})  # they were those of the file's own sources
         own = content["data"]
         kept = {key: own[key] for key in own if key not in PER_SOURCE or isinstance(own[key], str)}
         content = {**content, "data": kept}
-    if _given(changes, "train", "steps") is not None:
-        content = merge(content, {"train": {"epochs": None}})
+    lengths = [key for key in ("steps", "epochs", "minutes") if _given(changes, "train", key) is not None]
+    if len(lengths) > 1:
+        raise UsageError(f"train.{lengths[0]} and train.{lengths[1]} exclude each other", "Give one of them.")
+    if lengths:
+        content = merge(content, {"train": {"epochs": None, "minutes": None}})
     if not is_preset(path):
         return changed_run(content, changes)
     schedule = dict(content["schedule"])
@@ -187,10 +194,23 @@ def changed_recipe(path: Path, content: Mapping[str, Any], changes: Mapping[str,
     if name != schedule["name"]:  # 0: cosine and linear fall to the last step; wsd's share is SmolLM2's
         schedule |= {"decay_start": None, "decay_steps": 0.2 if name == "wsd" else 0}
     steps = _ratio(_given(changes, "train", "steps"), content["train"]["steps"])
+    if lengths == ["minutes"]:  # the number of steps is not known yet: shares fit each
+        schedule = _in_shares(schedule, content["train"]["steps"])
     for key in ("warmup_steps", "decay_start", "decay_steps"):
         if (schedule[key] or 0) >= 1:
             schedule[key] = max(1, round(schedule[key] * steps))
     return changed_run(with_scaled_floor({**content, "schedule": schedule}, changes), changes)
+
+
+def _in_shares(schedule: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """A preset's schedule with its numbers of steps as shares of the run that it was written for."""
+    start, shares = schedule["decay_start"], dict(schedule)
+    if start is not None:
+        shares |= {"decay_start": None, "decay_steps": max(0, steps - start)}
+    for key in ("warmup_steps", "decay_steps"):
+        if shares[key] >= 1:
+            shares[key] /= steps
+    return shares
 
 
 def with_scaled_floor(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

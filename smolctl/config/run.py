@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,9 @@ def _steps_or_share(value: int | float) -> int | float:
 # A number of steps, or a share of train.steps when below 1. Shares become whole steps in the
 # resolved config, so that a run that is resumed later keeps the schedule it was started with.
 StepsOrShare = Annotated[int | float, Field(ge=0), AfterValidator(_steps_or_share)]
+# A step, where in the schedule the run was after it, and by how much every further step advances it.
+Pace = tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
+MOST_STEPS = 1 << 40
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 Decay = Annotated[float, Field(ge=0, lt=1)]  # of a moment, as AdamW takes it
 
@@ -146,6 +150,9 @@ class TrainConfig(Section):
         gt=0,
         description="epochs to train, which give a new run its steps; null: train.steps",
     )
+    minutes: float | None = Field(
+        None, gt=0, description="minutes to train, which give a new run its steps; null: train.steps"
+    )
     patience: int = Field(
         0, ge=0, description="validations in a row without improvement that end the run; 0: it never ends so"
     )
@@ -188,6 +195,37 @@ class ScheduleConfig(Section):
     min_learning_rate: float = Field(0.0, ge=0, description="at the end of the decay")
     begin: int = Field(0, ge=0, description="steps before this schedule; resume --lr-policy rewarm sets it")
     begin_learning_rate: float = Field(0.0, ge=0, description="where its warmup starts")
+    pace: tuple[Pace, ...] = Field(
+        (), description="a record of train.minutes: [step, where the schedule was, its pace after it]"
+    )
+
+    def planned(self, step: int) -> float:
+        """Where in the schedule a step is: at itself, unless train.minutes has changed the pace."""
+        for begin, place, stride in reversed(self.pace):
+            if step > begin:
+                return place + (step - begin) * stride
+        return step
+
+    def step_at(self, place: float) -> int:
+        """The first step of the run that is at least so far in the schedule."""
+        return bisect_left(range(MOST_STEPS), place, key=self.planned)
+
+    def in_steps(self) -> ScheduleConfig:
+        """The same schedule, in steps of the run."""
+        if not self.pace:
+            return self
+        ends = (self.begin + self.warmup_steps, self.decay_start or 0)
+        begin, risen, start = (self.step_at(place) for place in (self.begin, *ends))
+        length = self.step_at((self.decay_start or 0) + self.decay_steps) - start
+        return self.model_copy(
+            update={
+                "pace": (),
+                "begin": begin,
+                "warmup_steps": risen - begin,
+                "decay_start": start,
+                "decay_steps": length,
+            }
+        )
 
 
 class CheckpointConfig(Section):
@@ -334,6 +372,8 @@ class RunConfig(Section):
                 f"train.batch_size {train.batch_size} does not divide by "
                 f"train.micro_batch_size {train.micro_batch_size}"
             )
+        if train.epochs is not None and train.minutes is not None:
+            raise ValueError("train.epochs and train.minutes both say how long the run is; set one to null")
         if train.patience and not self.validation.every:
             raise ValueError(f"train.patience {train.patience} needs validations, validation.every is 0")
         return self
@@ -375,6 +415,18 @@ class RunConfig(Section):
                 f"optimizer.learning_rate {peak:g}"
             )
         return tuple(found)
+
+    def with_end(self, step: int, until: int) -> RunConfig:
+        """This run with another last step, when `step` is done; the rest of the schedule is spread evenly."""
+        place, end = self.schedule.planned(step), round(self.schedule.planned(self.train.steps))
+        stride = max(0.0, end - place) / max(1, until - step)
+        schedule = {"pace": (*self.schedule.pace, (step, place, stride))}
+        return self.model_copy(
+            update={
+                "train": self.train.model_copy(update={"steps": until}),
+                "schedule": self.schedule.model_copy(update=schedule),
+            }
+        )
 
     def with_whole_steps(self) -> RunConfig:
         """This run with every share of `train.steps` turned into a number of steps."""

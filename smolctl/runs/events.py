@@ -94,6 +94,7 @@ class Step:
     skipped: int = 0  # steps so far whose float16 gradients overflowed; their updates were not made
     phase: str = ""  # of the schedule: "warmup", "stable", "decay" or "floor"
     z_loss: float | None = None  # nats a token that train.z_loss adds to the loss; None where it is off
+    until: int | None = None  # step at which the run ends, as train.minutes has it now; None: as it started
 
 
 @dataclass(frozen=True)

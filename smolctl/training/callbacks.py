@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from smolctl.config import RunConfig
 from smolctl.data.batches import validation_batches, validation_documents
 from smolctl.evaluation import bits_per_byte
 from smolctl.runs.events import Checkpoint, End, Event, Listener, Note, Step, Validation, to_json
 from smolctl.runs.folder import RunFolder
 from smolctl.timing import peak_memory
 from smolctl.training.checkpoint import drop_weights
+from smolctl.training.clock import Clock
 from smolctl.training.device import flops_utilization, run_peak_flops
 from smolctl.training.distributed import from_main, largest
 from smolctl.training.lightning import pl
@@ -38,11 +41,19 @@ class RunCallback(pl.Callback):
     how its own step was scored, unless it was saved for that: a resumed run looks it up, or scores it.
     """
 
-    def __init__(self, prepared: Prepared, run: RunFolder, emit: Listener, stop: StopFlag) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        run: RunFolder,
+        emit: Listener,
+        stop: StopFlag,
+        clock: Clock | None = None,
+    ) -> None:
         self.prepared, self.config = prepared, prepared.config
         self.run = run  # the main process's, once training has started
         self.emit = emit
         self.stop = stop
+        self._clock = clock  # of train.minutes, where it decides how many steps there are
         self.stopped_by = 0  # number of the signal for which all processes have agreed to stop
         self.saved_at = prepared.first_step or None  # step of the newest checkpoint
         self.out_of_patience = False  # of `train.patience`
@@ -71,6 +82,11 @@ class RunCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.run = RunFolder(Path(from_main(str(self.run.path), trainer)))
+        if self._clock is not None:  # each process has measured a number of steps of its own
+            assert isinstance(pl_module, TrainingModule)
+            self._set_config(
+                pl_module, RunConfig.model_validate(from_main(self.config.model_dump(), trainer))
+            )
         if trainer.global_step == 0:
             self._save(trainer)  # shows before step 1 that a checkpoint can be written and read
             if trainer.is_global_zero:
@@ -94,6 +110,7 @@ class RunCallback(pl.Callback):
     ) -> None:
         assert isinstance(pl_module, TrainingModule)
         self._record_step(trainer, pl_module)
+        self._heed_the_clock(trainer, pl_module)
         step, config = trainer.global_step, self.config
         last = step >= config.train.steps
         stopping = self._stopping(trainer)
@@ -112,6 +129,8 @@ class RunCallback(pl.Callback):
             with self._tolerating("drawing loss.png", step):
                 self.run.draw_loss()
             self._drawn_at = time.monotonic()
+        if last:
+            trainer.should_stop = True
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -147,6 +166,30 @@ class RunCallback(pl.Callback):
     def _long_since_drawn(self) -> bool:
         return time.monotonic() - self._drawn_at > SECONDS_BETWEEN_PICTURES
 
+    def _heed_the_clock(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        """Move the end of a run of train.minutes to where the time is up, and record it."""
+        if self._clock is None:
+            return
+        step, config, until = trainer.global_step, self.config, self.config.train.steps
+        every = {
+            "save": config.checkpoint.every,
+            "validate": config.validation.every,
+            "predict": config.predictions.every,
+        }
+        if trainer.is_global_zero:
+            until = self._clock.steps(step, until, every)
+        until = from_main(until, trainer)
+        if until != config.train.steps:
+            self._set_config(module, config.with_end(step, until))
+            if trainer.is_global_zero:
+                self.run.write_config(self.config)
+
+    def _set_config(self, module: TrainingModule, config: RunConfig) -> None:
+        self.config = module.config = config
+
+    def _beside(self, task: str) -> AbstractContextManager[None]:
+        return self._clock.beside(task) if self._clock else nullcontext()
+
     def _stopping(self, trainer: pl.Trainer) -> bool:
         """Whether a signal has reached one process at least: all of them find the same and stop here."""
         self.stopped_by = largest(self.stop.received, trainer)
@@ -181,6 +224,7 @@ class RunCallback(pl.Callback):
             skipped=module.skipped,
             phase=phase(step, config.schedule),
             z_loss=module.result.z_loss,
+            until=config.train.steps if self._clock else None,
         )
         self._publish(trainer, self._last_step)
 
@@ -188,6 +232,10 @@ class RunCallback(pl.Callback):
         step = trainer.global_step
         if self.saved_at == step:
             return
+        with self._beside("save"):
+            self._write_checkpoint(trainer, step)
+
+    def _write_checkpoint(self, trainer: pl.Trainer, step: int) -> None:
         started = time.perf_counter()
         path = self.run.checkpoint_path(step)
         trainer.save_checkpoint(path)
@@ -211,7 +259,8 @@ class RunCallback(pl.Callback):
             Whether the model is the best so far; the same in every process.
         """
         progress, step, patience = module.progress, trainer.global_step, self.config.train.patience
-        score = self._score(trainer, module)
+        with self._beside("validate"):
+            score = self._score(trainer, module)
         improved = score is not None and progress.is_improved_by(score)
         if score is not None and step % self.config.validation.every == 0 and step > progress.step:
             progress = module.progress = progress.after(step, score)
@@ -257,6 +306,10 @@ class RunCallback(pl.Callback):
         return result.bits_per_byte
 
     def _predict(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        with self._beside("predict"):
+            self._show_predictions(trainer, module)
+
+    def _show_predictions(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, TrainingModule)
         config, step = self.config.predictions, trainer.global_step
         if not config.every or not trainer.is_global_zero:

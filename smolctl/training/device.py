@@ -161,6 +161,12 @@ def find_device(accelerator: str) -> Device:
     return Device("cpu", "cpu", bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")))
 
 
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """The context in which a run's precision computes forward passes."""
+    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config.train.precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
 def process_count(config: RunConfig) -> int:
     """Devices that share a step, over all machines."""
     devices = config.trainer.devices

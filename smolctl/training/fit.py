@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from smolctl.config.run import MOST_STEPS
 from smolctl.data.batches import StepLoader
 from smolctl.durable import naming_the_disk
 from smolctl.errors import ExitCode, InputError
@@ -21,6 +22,7 @@ from smolctl.runs.events import Listener
 from smolctl.runs.folder import CHECKPOINTS, RunFolder
 from smolctl.training.callbacks import RunCallback
 from smolctl.training.checkpoint import DurableCheckpointIO
+from smolctl.training.clock import Clock
 from smolctl.training.distributed import is_main_process, wait_for_all
 from smolctl.training.guards import naming_the_memory_knob
 from smolctl.training.lightning import Trainer, pl
@@ -60,12 +62,13 @@ def fit(prepared: Prepared, run: RunFolder, start: Path | None, emit: Listener) 
         start: the checkpoint; None begins at step 0.
         emit: gets every event, in the main process.
     """
-    started = time.perf_counter()
     wait_for_all(prepared.identity)  # may take long: until here a signal ends the process at once
+    started, minutes = time.perf_counter(), prepared.config.train.minutes
+    clock = Clock(60 * minutes) if minutes and start is None else None  # a resumed run keeps its steps
     with naming_the_disk(run.path), StopFlag() as stop:
-        callback = RunCallback(prepared, run, emit, stop)
-        trainer, _ = run_trainer(prepared, callback, run.path, start)
-        step, last = trainer.global_step, prepared.config.train.steps
+        callback = RunCallback(prepared, run, emit, stop, clock)
+        trainer, _ = run_trainer(prepared, callback, run.path, start, clock is not None)
+        step, last = trainer.global_step, callback.config.train.steps
         signal = Signals(callback.stopped_by) if callback.stopped_by else None
         if is_main_process():
             if signal is None:
@@ -80,7 +83,7 @@ def fit(prepared: Prepared, run: RunFolder, start: Path | None, emit: Listener) 
 
 
 def run_trainer(
-    prepared: Prepared, callback: pl.Callback, folder: Path, start: Path | None
+    prepared: Prepared, callback: pl.Callback, folder: Path, start: Path | None, open_end: bool = False
 ) -> tuple[pl.Trainer, TrainingModule]:
     """Run Lightning's loop over the steps that are left, with one callback around them.
 
@@ -89,6 +92,7 @@ def run_trainer(
         callback: hears of every step.
         folder: of the run.
         start: the checkpoint to begin with, or None.
+        open_end: whether the callback says which step is the last.
 
     Raises:
         NonFiniteError: at a step whose loss or gradient is no number.
@@ -100,7 +104,7 @@ def run_trainer(
     trainer = Trainer(
         # Under SLURM Lightning starts with any hpc_ckpt_*.ckpt that it finds there.
         default_root_dir=folder / CHECKPOINTS,
-        max_steps=config.train.steps,
+        max_steps=-1 if open_end else config.train.steps,
         max_epochs=-1,
         accelerator=config.trainer.accelerator,
         devices=config.trainer.devices,
@@ -120,7 +124,8 @@ def run_trainer(
     assert module.dataset is not None
     if config.train.compile:
         prepared.network.compile_blocks()
-    loader = StepLoader(module.dataset, prepared.first_step, config.train.steps, config.data.workers)
+    end = MOST_STEPS if open_end else config.train.steps
+    loader = StepLoader(module.dataset, prepared.first_step, end, config.data.workers)
     with warnings.catch_warnings(), naming_the_memory_knob(config.micro_batch_size):
         warnings.filterwarnings("ignore", module="lightning")
         trainer.fit(

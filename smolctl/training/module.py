@@ -18,6 +18,7 @@ from smolctl.model.network import Transformer
 from smolctl.model.weights import initialize
 from smolctl.runs.checkpoint_file import FORMAT
 from smolctl.sources.base import TokenizerFiles
+from smolctl.training.device import autocast
 from smolctl.training.distributed import gather
 from smolctl.training.guards import NonFiniteError
 from smolctl.training.lightning import LightningOptimizer, ParallelStrategy, pl
@@ -30,12 +31,6 @@ if TYPE_CHECKING:
     from smolctl.training.prepare import Prepared
 
 MOST_SKIPPED = 10  # steps in a row whose float16 gradients overflow: after these the scaler has not helped
-
-
-def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """The context in which a run's precision computes forward passes."""
-    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config.train.precision)
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 @dataclass(frozen=True)

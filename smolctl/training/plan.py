@@ -13,7 +13,7 @@ from smolctl.data.batches import sequences_of
 from smolctl.data.tokens.corpus import TokenizedCorpus
 from smolctl.model.network import Transformer
 from smolctl.runs.events import RunPlan
-from smolctl.training.module import autocast
+from smolctl.training.device import autocast
 from smolctl.training.optim.muon import by_shape, orthogonalize
 from smolctl.training.optim.optimizers import hidden_matrices
 from smolctl.training.optim.schedule import outline

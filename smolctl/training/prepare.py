@@ -25,6 +25,7 @@ from smolctl.runs.events import Listener, Note
 from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.open import open_source
 from smolctl.sources.provenance import provenance_of, reference_of
+from smolctl.training.clock import steps_in
 from smolctl.training.device import Decisions, decide, require_trainer
 from smolctl.training.distributed import with_process_counts
 from smolctl.training.loggers import require_packages
@@ -113,7 +114,7 @@ def prepare(
     """
     require_packages(config.trainer.loggers)
     config = with_pinned_sources(with_origin(source, config, asked or {}, emit))
-    if config.train.epochs is None:  # else the number of steps is not known before the data are
+    if config.train.epochs is config.train.minutes is None:  # else the number of steps is not known yet
         config, decisions = _decided(config, emit)
     if source is None:
         tokenizer = _chosen_tokenizer(config, emit)
@@ -123,6 +124,19 @@ def prepare(
     config = _with_pinned_tokenizer(config)
     if config.data.is_chat:
         tokenizer = _for_chat(tokenizer, emit)
+    if source is None:
+        network = initialize(config.model, config.train.seed)
+    else:
+        emit(Note(f"Weights and shape from {source.id}; a new optimizer starts at step 0."))
+        network = load_network(replace(source, config=config.model), dtype=torch.float32)
+        require_finite(network, source)
+        assert config.init_from is not None
+        origin = config.init_from.model_copy(update={"sha256": weights_sha256(network)})
+        config = config.model_copy(update={"init_from": origin})
+    if config.train.minutes is not None:
+        end = tokenizer.end_of_text_id if config.data.document_masking else None
+        config = _with_steps(config, steps_in(config.train.minutes, network, config, end))
+        config, decisions = _decided(config, emit)
     samples = config.train.steps * config.train.batch_size if config.train.epochs is None else None
     corpus = _tokenized(config, tokenizer, samples, emit, on_tokenize)
     if config.train.patience and corpus.validation is None:
@@ -133,16 +147,8 @@ def prepare(
     for note in corpus.notes:
         emit(Note(note))
     if config.train.epochs is not None:
-        config, decisions = _decided(_with_steps_of_epochs(config, len(corpus.train)), emit)
-    if source is None:
-        network = initialize(config.model, config.train.seed)
-    else:
-        emit(Note(f"Weights and shape from {source.id}; a new optimizer starts at step 0."))
-        network = load_network(replace(source, config=config.model), dtype=torch.float32)
-        require_finite(network, source)
-        assert config.init_from is not None
-        origin = config.init_from.model_copy(update={"sha256": weights_sha256(network)})
-        config = config.model_copy(update={"init_from": origin})
+        steps = max(1, round(config.train.epochs * len(corpus.train) / config.tokens_per_step))
+        config, decisions = _decided(_with_steps(config, steps), emit)
     reads = tuple(filter(None, (source.id if source else None, config.tokenizer, *config.data.texts)))
     return Prepared(config, _as_trained(network, config), tokenizer, corpus, decisions, reads=reads)
 
@@ -213,10 +219,8 @@ def _decided(config: RunConfig, emit: Listener) -> tuple[RunConfig, Decisions]:
     return config, decisions
 
 
-def _with_steps_of_epochs(config: RunConfig, tokens: int) -> RunConfig:
-    """The config with as many steps as its epochs of so many tokens take."""
-    assert config.train.epochs is not None
-    steps = max(1, round(config.train.epochs * tokens / config.tokens_per_step))
+def _with_steps(config: RunConfig, steps: int) -> RunConfig:
+    """The config with another number of steps."""
     return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
 
 

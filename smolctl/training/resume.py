@@ -45,7 +45,7 @@ from smolctl.training.train import plan_run
 FIXED_SECTIONS = ("model", "tokenizer", "data", "init_from")
 # Sources may lie elsewhere; what they hold is compared by `require_same_data`.
 FREE_KEYS = ("model.attention_dropout", "data.workers", "data.source", "data.validation")
-FIXED_KEYS = ("optimizer.name", "train.seed")
+FIXED_KEYS = ("optimizer.name", "train.seed", "train.minutes", "schedule.pace")
 # What a run cannot go on without: of Lightning's part of a checkpoint, and of ours.
 NEEDED = (
     *("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step"),
@@ -189,6 +189,8 @@ def _prepare(
     )
     require_same_data(state, prepared, checkpoint)
     for line in changes(before, config):
+        if line.startswith("schedule.pace "):
+            continue  # too long to read, and it follows from the others
         emit(Note(f"Changed: {line}"))
     emit(Note(learning_rate_at_boundary(before, config, checkpoint.step)))
     return prepared, checkpoint
@@ -302,7 +304,7 @@ def learning_rate_at_boundary(before: RunConfig, after: RunConfig, done: int) ->
     last = learning_rate(done, before.optimizer.learning_rate, before.schedule)
     steps = (done + 1, after.train.steps)
     first, end = (learning_rate(step, after.optimizer.learning_rate, after.schedule) for step in steps)
-    planned = (after.schedule.decay_start or 0) + int(after.schedule.decay_steps)
+    planned = after.schedule.step_at((after.schedule.decay_start or 0) + int(after.schedule.decay_steps))
     past = f" (the schedule ends at step {planned:,})" if done < planned < after.train.steps else ""
     warning = ""
     if first == end == 0:

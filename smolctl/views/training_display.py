@@ -54,6 +54,7 @@ class RunState:
             self._start(event)
         elif isinstance(event, Step):
             self.step = event
+            self.until = event.until or self.until
             if event.loss is not None:
                 self.curve.extend((event.step, event.loss))
         elif isinstance(event, Prediction):

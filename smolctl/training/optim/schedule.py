@@ -31,12 +31,13 @@ def learning_rate(step: int, peak: float, schedule: ScheduleConfig) -> float:
         schedule: with whole numbers of steps (`RunConfig.with_whole_steps`).
     """
     warmup, start, length = schedule.warmup_steps, schedule.decay_start, schedule.decay_steps
-    risen = step - schedule.begin
+    place = schedule.planned(step)
+    risen = place - schedule.begin
     if warmup and risen < warmup:
         return schedule.begin_learning_rate + (peak - schedule.begin_learning_rate) * risen / warmup
-    if schedule.name == "constant" or start is None or step <= start or not length:
+    if schedule.name == "constant" or start is None or place <= start or not length:
         return peak
-    progress = min(1.0, (step - start) / length)
+    progress = min(1.0, (place - start) / length)
     left = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.name == "cosine" else 1 - progress
     return schedule.min_learning_rate + (peak - schedule.min_learning_rate) * left
 
@@ -55,8 +56,9 @@ def outline(config: RunConfig, done: int = 0) -> ScheduleOutline:
     """What the steps after `done` up to train.steps see of a run's schedule."""
     config = config.with_whole_steps()
     schedule, first, last = config.schedule, done + 1, config.train.steps
-    top = schedule.begin + int(schedule.warmup_steps)  # the first step at the peak
-    start, length = schedule.decay_start or 0, int(schedule.decay_steps)
+    in_steps = schedule.in_steps()
+    top = in_steps.begin + int(in_steps.warmup_steps)  # the first step at the peak
+    start, length = in_steps.decay_start or 0, int(in_steps.decay_steps)
     if schedule.name == "constant" or not length:
         start = last
     bottom, start = start + (length or 1), max(top, start)
@@ -93,6 +95,7 @@ def continue_schedule(
             `extend` moves the end of the decay to `until`, as if the run had been planned so;
             `rewarm` begins another warmup, from the rate at hand, and another decay that ends at `until`.
     """
+    before, schedule = schedule, schedule.in_steps() if policy != "hold" else schedule
     length = int(schedule.decay_steps)
     start = schedule.decay_start or 0
     to_the_end = schedule.name in ("cosine", "linear")  # these fall all the way from the warmup
@@ -107,7 +110,7 @@ def continue_schedule(
     decay = left - warmup if to_the_end else min(length, round(DECAY_SHARE * left))
     again = {
         "begin": done,
-        "begin_learning_rate": learning_rate(done, peak, schedule),
+        "begin_learning_rate": learning_rate(done, peak, before),
         "warmup_steps": warmup,
         "decay_start": until - decay,
         "decay_steps": decay,
@@ -122,9 +125,9 @@ def phase(step: int, schedule: ScheduleConfig) -> Phase:
         step: of the whole run.
         schedule: with whole numbers of steps (`RunConfig.with_whole_steps`).
     """
-    start, length = schedule.decay_start, schedule.decay_steps
-    if step - schedule.begin < schedule.warmup_steps:
+    start, length, place = schedule.decay_start, schedule.decay_steps, schedule.planned(step)
+    if place - schedule.begin < schedule.warmup_steps:
         return "warmup"
-    if schedule.name == "constant" or start is None or step <= start or not length:
+    if schedule.name == "constant" or start is None or place <= start or not length:
         return "stable"
-    return "decay" if step - start <= length else "floor"
+    return "decay" if place - start <= length else "floor"
