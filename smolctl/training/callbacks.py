@@ -171,13 +171,8 @@ class RunCallback(pl.Callback):
         if self._clock is None:
             return
         step, config, until = trainer.global_step, self.config, self.config.train.steps
-        every = {
-            "save": config.checkpoint.every,
-            "validate": config.validation.every,
-            "predict": config.predictions.every,
-        }
         if trainer.is_global_zero:
-            until = self._clock.steps(step, until, every)
+            until = self._clock.steps(step, until)
         until = from_main(until, trainer)
         if until != config.train.steps:
             self._set_config(module, config.with_end(step, until))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -38,16 +39,38 @@ def steps_in(minutes: float, network: Transformer, config: RunConfig, document_e
     return max(1, round(minutes * 60 * speed / config.tokens_per_step))
 
 
+@dataclass(frozen=True)
+class Task:
+    """What a run does beside its steps, and once more at its end."""
+
+    every: int  # steps from one time to the next; 0: never
+    steps: float = 0.0  # as many take as long, as far as is known before the first time
+
+
+def tasks_of(config: RunConfig, held_out: int) -> dict[str, Task]:
+    """The tasks of a run with so many held-out tokens."""
+    scored = min(held_out, config.validation.sequences * config.data.sequence_length)
+    forward = scored / config.tokens_per_step / 3  # without the backward pass, which takes twice as long
+    return {
+        "save": Task(config.checkpoint.every),
+        "validate": Task(config.validation.every, forward),
+        "predict": Task(config.predictions.every),
+    }
+
+
 class Clock:
     """Measures a run that has `seconds` from now on.
 
     Args:
-        seconds: for all of the run: its steps, and what it does beside them.
+        seconds: for all of the run: its steps, and the tasks beside them.
+        tasks: by their names.
         now: the time in seconds.
     """
 
-    def __init__(self, seconds: float, now: Callable[[], float] = time.perf_counter) -> None:
-        self._seconds, self._now = seconds, now
+    def __init__(
+        self, seconds: float, tasks: Mapping[str, Task], now: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._seconds, self._tasks, self._now = seconds, tasks, now
         self._started = now()
         self._beside = 0.0  # seconds so far that were no part of a step
         self._marks: list[tuple[int, float]] = []  # steps, and the seconds that they had taken
@@ -55,20 +78,18 @@ class Clock:
 
     @contextmanager
     def beside(self, task: str) -> Iterator[None]:
-        """What runs inside is no part of a step."""
+        """A task, which is no part of a step, runs inside."""
         started = self._now()
         yield
         self._costs[task] = self._now() - started
         self._beside += self._costs[task]
 
-    def steps(self, step: int, until: int, every: Mapping[str, int]) -> int:
+    def steps(self, step: int, until: int) -> int:
         """At which step the run shall end: `until`, unless the time says otherwise by more than a little.
 
         Args:
             step: that is just done.
             until: the last step, as planned so far.
-            every: steps from one to the next of each task beside the steps; 0: there is none. Each comes once
-                more at the end.
         """
         elapsed = self._now() - self._started
         taken = elapsed - self._beside
@@ -81,7 +102,9 @@ class Clock:
         # The newer half of the steps: calm, and still of what the machine does now.
         half, before = next((mark for mark in reversed(self._marks) if 2 * mark[0] <= step), self._marks[0])
         self._marks.append((step, taken))
-        costs = {task: cost for task, cost in self._costs.items() if every.get(task)}
-        seconds = (taken - before) / (step - half) + sum(cost / every[task] for task, cost in costs.items())
+        seconds = (taken - before) / (step - half)
+        tasks = {name: task for name, task in self._tasks.items() if task.every}
+        costs = {name: self._costs.get(name, task.steps * seconds) for name, task in tasks.items()}
+        seconds += sum(costs[name] / task.every for name, task in tasks.items())
         found = step + max(0, round((self._seconds - elapsed - sum(costs.values())) / seconds))
         return found if abs(found - until) > LEAST_CHANGE * until else until

@@ -22,7 +22,7 @@ from smolctl.runs.events import Listener
 from smolctl.runs.folder import CHECKPOINTS, RunFolder
 from smolctl.training.callbacks import RunCallback
 from smolctl.training.checkpoint import DurableCheckpointIO
-from smolctl.training.clock import Clock
+from smolctl.training.clock import Clock, tasks_of
 from smolctl.training.distributed import is_main_process, wait_for_all
 from smolctl.training.guards import naming_the_memory_knob
 from smolctl.training.lightning import Trainer, pl
@@ -63,8 +63,9 @@ def fit(prepared: Prepared, run: RunFolder, start: Path | None, emit: Listener) 
         emit: gets every event, in the main process.
     """
     wait_for_all(prepared.identity)  # may take long: until here a signal ends the process at once
-    started, minutes = time.perf_counter(), prepared.config.train.minutes
-    clock = Clock(60 * minutes) if minutes and start is None else None  # a resumed run keeps its steps
+    started, minutes, clock = time.perf_counter(), prepared.config.train.minutes, None
+    if minutes and start is None:  # a resumed run keeps its steps
+        clock = Clock(60 * minutes, tasks_of(prepared.config, len(prepared.corpus.validation or ())))
     with naming_the_disk(run.path), StopFlag() as stop:
         callback = RunCallback(prepared, run, emit, stop, clock)
         trainer, _ = run_trainer(prepared, callback, run.path, start, clock is not None)
