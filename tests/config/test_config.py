@@ -29,6 +29,20 @@ def test_the_presets_of_the_design_are_there() -> None:
     assert {"nano", "smollm2-135m", "smollm2-135m-hub", "smollm2-135m-pretrain"} <= set(preset_names())
 
 
+def test_the_chat_preset_s_rate_fits_the_model_and_the_user_s_is_kept(tmp_path: Path) -> None:
+    written = load_run_config("chat").optimizer.learning_rate
+    small, whole = (load_run_config(name).model for name in ("nano", "smollm2-135m"))
+    large = whole.model_copy(update={"hidden_size": 2 * whole.hidden_size})
+    rates = [load_run_config("chat", model=model).optimizer.learning_rate for model in (small, whole, large)]
+    assert rates == [pytest.approx(3e-3), written, pytest.approx(written / 4)]
+    assert (
+        load_run_config("chat", ["optimizer.learning_rate=2e-5"], model=small).optimizer.learning_rate == 2e-5
+    )
+    own = tmp_path / "chat.yaml"
+    own.write_text("data: {format: chat, sequence_length: 128}\noptimizer: {learning_rate: 5.0e-5}\n")
+    assert load_run_config(str(own), model=small).optimizer.learning_rate == 5e-5
+
+
 @pytest.mark.parametrize("preset", preset_names())
 def test_every_shipped_config_loads_and_comments_every_key(preset: str) -> None:
     config = load_run_config(preset)
