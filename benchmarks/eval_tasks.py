@@ -117,7 +117,8 @@ def write_items(path: Path, tokenizer: Tokenizer, count: int) -> None:
 
 
 def write_tasks(folder: Path, tokenizer: Tokenizer, count: int) -> dict[str, Path]:
-    """A task of each kind as a YAML file of lm-eval's."""
+    """A task of each kind as a YAML file of lm-eval's, in a new folder."""
+    folder.mkdir()
     write_items(folder / "items.jsonl", tokenizer, count)
     found = {}
     for kind, settings in KINDS.items():
@@ -174,9 +175,12 @@ def main() -> None:
         dense.mkdir()
         export_model(open_source(options.model), dense, "float32", ())
         ours = load_model(str(dense))
-        tasks = write_tasks(folder, ours.tokenizer, options.items)
+        tasks = write_tasks(folder / "tasks", ours.tokenizer, options.items)
+        warmup = write_tasks(folder / "warm-up", ours.tokenizer, 1)["four answers"]
         hf = {size: HFLM(str(dense), device="cpu", dtype="float32", batch_size=size) for size in (1, 8)}
         engines = [EngineLM(ours, lambda _text: None), *hf.values()]
+        for engine in engines:  # the weights come into memory with the first call
+            ask(engine, warmup)
         print(f"{options.model}: {ours.engine.name}, {options.items} items, {options.rounds} rounds\n")
         print("| kind | smolctl | hf, 1 | hf, 8 | faster than 1 | faster than 8 | answered otherwise |")
         print("|---|---|---|---|---|---|---|")
@@ -190,9 +194,7 @@ def main() -> None:
             other = differing(rounds[0][0][1], rounds[1][0][1])
             print(f"| {kind} | {' | '.join(shown)} | {other} of {len(rounds[0][0][1])} |", flush=True)
         del hf, engines[1:]
-        more = folder / "more"
-        more.mkdir()
-        task = write_tasks(more, ours.tokenizer, options.counted)["four answers"]
+        task = write_tasks(folder / "counted", ours.tokenizer, options.counted)["four answers"]
         expected = ask(engines[0], task)[1]
         quantize(str(dense), QuantizeOptions(("int8", "int4"), out=folder / "quantized", measure=False))
         print()

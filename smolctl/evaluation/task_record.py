@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import FiniteFloat
 from typing_extensions import TypedDict
 
+from smolctl.outside import fitting
 from smolctl.runs.folder import TASKS
 from smolctl.runs.records import add_measurements, read_measurements
 
@@ -34,6 +35,7 @@ class RecordedTask(TypedDict):
     limit: FiniteFloat | None
     chat: bool
     step: int | None
+    lm_eval: str  # its version
     metrics: list[RecordedMetric]
 
 
@@ -49,7 +51,8 @@ def record_tasks(run: Path, tasks: Iterable[Mapping[str, Any]]) -> None:
     )
 
 
-def read_tasks(run: Path, step: int | None) -> list[Mapping[str, Any]]:
-    """What was recorded at a step, as `RecordedTask`; an unreadable record is an empty one."""
+def read_tasks(run: Path, step: int | None) -> list[RecordedTask]:
+    """What was recorded at a step; an unreadable record is an empty one."""
     found = read_measurements(run / TASKS, RESULTS, RecordedTask)
-    return [one for one in found if one["step"] == step]
+    checked = (fitting(RecordedTask, one) for one in found)  # numbers that were texts are numbers now
+    return [one for one in checked if one is not None and one["step"] == step]

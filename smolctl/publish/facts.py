@@ -13,7 +13,7 @@ from smolctl.config.run import DataConfig
 from smolctl.data.text.hub import DatasetName
 from smolctl.durable import write_text
 from smolctl.escaping import json_text
-from smolctl.evaluation.task_record import RESULTS, read_tasks
+from smolctl.evaluation.task_record import RESULTS, RecordedTask, read_tasks
 from smolctl.quantization.record import read_record
 from smolctl.runs.chart import draw_loss
 from smolctl.runs.folder import CONFIG, ENVIRONMENT, LOSS_CURVE, METRICS, PREDICTIONS, STORY, TASKS, RunFolder
@@ -37,7 +37,7 @@ class RunFacts:
     validations: tuple[Mapping[str, Any], ...] = ()
     histories: Mapping[str, History] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
-    tasks: tuple[Mapping[str, Any], ...] = ()  # as `task_record.RecordedTask`
+    tasks: tuple[RecordedTask, ...] = ()
     variants: tuple[Mapping[str, Any], ...] = ()
     curve: bool = False
 

@@ -15,7 +15,7 @@ from tests.support.processes import Smolctl
 
 def result(task: str, value: float, step: int = 15, **how: Any) -> dict[str, Any]:
     metric = {"name": "acc", "filter": "none", "value": value, "standard_error": 0.01}
-    asked = {"version": "1.0", "shots": 0, "items": 40, "limit": None, "chat": False}
+    asked = {"version": "1.0", "shots": 0, "items": 40, "limit": None, "chat": False, "lm_eval": "0.4"}
     return {"task": task, "step": step, "metrics": [metric], **asked, **how}
 
 
@@ -33,6 +33,9 @@ def test_of_the_same_question_the_newest_result_counts(tmp_path: Path) -> None:
 def test_a_damaged_record_costs_what_was_in_it_and_no_more(tmp_path: Path) -> None:
     record_tasks(tmp_path, [result("a", 0.1), {"task": "of a later version"}])
     assert values(read_tasks(tmp_path, 15)) == [("a", 0.1)]
+    text = (tmp_path / "tasks.json").read_text()
+    (tmp_path / "tasks.json").write_text(text.replace("40", '"40"'))
+    assert read_tasks(tmp_path, 15)[0]["items"] == 40
     (tmp_path / "tasks.json").write_text('{"tasks": [')
     assert read_tasks(tmp_path, 15) == []
     record_tasks(tmp_path, [result("a", 0.2)])

@@ -35,6 +35,7 @@ from smolctl.data.tokenizer.tokenizer import load_tokenizer
 from smolctl.data.tokens.cache import MANIFEST
 from smolctl.data.tokens.corpus import tokenize_corpus
 from smolctl.errors import InputError
+from smolctl.evaluation.task_record import record_tasks
 from smolctl.hub.client import read_identity
 from smolctl.publish.card import merge_card, stated_license
 from smolctl.publish.facts import read_facts, write_records
@@ -144,6 +145,9 @@ def with_run(run: Path) -> None:
     (run / "quantized").mkdir()
     variant = {"scheme": "int8", "step": 5, "bytes": 10, "bits_per_weight": 8.0, "verdict": "fine"}
     (run / "quantized" / "verdict.json").write_text(json.dumps({"variants": [variant]}))
+    metric = {"name": "acc", "filter": "none", "value": 0.5, "standard_error": None}
+    asked = {"shots": 0, "items": 8, "limit": None, "chat": False, "step": 5, "lm_eval": "0.4.13"}
+    record_tasks(run, [{"task": "quiz", "version": "1.0", **asked, "metrics": [metric]}])
 
 
 @functools.cache
@@ -480,10 +484,8 @@ def rows_case(chance: random.Random, folder: Path) -> Iterable[Act]:
 
 def records_case(chance: random.Random, folder: Path) -> Iterable[Act]:
     run = copied("run", folder)
-    for name in chance.sample(
-        ["metrics.jsonl", "predictions.jsonl", "environment.json", "quantized/verdict.json", ".smolctl.json"],
-        2,
-    ):
+    records = ("metrics.jsonl", "predictions.jsonl", "environment.json", "tasks.json", ".smolctl.json")
+    for name in chance.sample([*records, "quantized/verdict.json"], 2):
         path = run / name
         if path.suffix == ".json":
             changed_json(chance, path)

@@ -20,8 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from smolctl.config import ModelConfig
 from smolctl.errors import ExitCode, InputError, SmolError
+from smolctl.evaluation.task_record import RecordedTask
 from smolctl.generation.load import load_model
 from smolctl.model.weights import finite_tensors, load_network
+from smolctl.outside import fitting
 from smolctl.ownership import RECORD
 from smolctl.publish.build import Built, build, open_model, repository_name
 from smolctl.publish.card import BEGIN, END, merge_card, require_valid
@@ -267,13 +269,16 @@ def tmp_path_of(folder: Path) -> Path:
 def test_the_card_has_a_row_for_every_figure_of_a_task(llama: Built) -> None:
     figures = [("acc", "none", 0.31, 0.012), ("exact_match", "strict-match", 0.5, None)]
     metrics = [dict(zip(("name", "filter", "value", "standard_error"), one, strict=True)) for one in figures]
-    task = {"task": "quiz", "version": "1.0", "shots": 0, "items": 1400, "chat": True, "metrics": metrics}
+    asked = {"shots": 0, "items": 1400, "limit": None, "chat": True, "step": 15, "lm_eval": "0.4.13"}
+    task = fitting(RecordedTask, {"task": "quiz", "version": "1.0", **asked, "metrics": metrics})
     assert llama.facts is not None
+    assert task is not None
     facts = dataclasses.replace(llama.facts, tasks=(task,))
     card = dataclasses.replace(llama, facts=facts).write_card("me/tiny", None, None)
-    asked = "| quiz (chat template) | 1.0 | 0 | 1,400 |"
-    assert f"{asked} acc | 0.3100 ± 0.0120 |" in card
-    assert f"{asked} exact_match, strict-match | 0.5000 |" in card
+    row = "| quiz (chat template) | 1.0 | 0 | 1,400 |"
+    assert f"{row} acc | 0.3100 ± 0.0120 |" in card
+    assert f"{row} exact_match, strict-match | 0.5000 |" in card
+    assert "lm-evaluation-harness) 0.4.13 through `smolctl eval`" in card
     assert card.count("## Evaluation") == 1
 
 

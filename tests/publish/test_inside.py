@@ -39,7 +39,10 @@ def elsewhere(tmp_path: Path) -> Path:
     return folder
 
 
-OF_RUN = ("LICENSE", "README.md", "NOTICE.txt", "metrics.jsonl", "environment.json", "quantized/verdict.json")
+OF_RUN = (
+    *("LICENSE", "README.md", "NOTICE.txt", "metrics.jsonl", "environment.json", "tasks.json"),
+    "quantized/verdict.json",
+)
 FOLDERS_OF_RUN = ("tokenizer", "checkpoints")
 
 
