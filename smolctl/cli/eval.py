@@ -79,9 +79,10 @@ def eval(
     smolctl eval runs/chat-001 --tasks ifeval --apply-chat-template
     smolctl eval --tasks questions.yaml --samples answers.jsonl    the newest run, a task of your own
     """
-    from smolctl.evaluation.tasks import TaskOptions, evaluate_tasks
+    from smolctl.evaluation.tasks import TaskOptions, evaluate_tasks, record_report
     from smolctl.generation.engines import EngineOptions
-    from smolctl.views.tasks import show_tasks, write_samples
+    from smolctl.ownership import require_replaceable_file
+    from smolctl.views.tasks import is_samples, show_tasks, write_samples
 
     if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit.is_integer())):
         raise UsageError(f"--limit {limit:g} is out of range", "Take a whole number, or a share below 1.")
@@ -94,7 +95,11 @@ def eval(
         generation=generation,
         engine=EngineOptions(dtype=dtype, threads=capped_threads(output, threads)),
     )
+    if samples is not None:
+        require_replaceable_file(samples, "--samples", force=True, reads=(), is_own=is_samples)
     report = evaluate_tasks(model, options, output.talk)
+    show_tasks(output, report)
     if samples is not None:
         write_samples(samples, report)
-    show_tasks(output, report)
+    if record := record_report(report):
+        output.talk(f"Added to {record}.")

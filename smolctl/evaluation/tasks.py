@@ -22,11 +22,11 @@ import numpy as np
 from smolctl.errors import HubError, InputError, SmolError, UsageError
 from smolctl.evaluation.task_record import record_tasks
 from smolctl.generation.engines import EngineOptions
-from smolctl.generation.load import LoadedModel, load_model
+from smolctl.generation.load import load_model
 from smolctl.hub.errors import first_line
-from smolctl.runs.folder import TASKS, RunFolder, split_step
+from smolctl.runs.folder import TASKS, RunFolder, latest_run, split_step
 from smolctl.sources import open_source
-from smolctl.sources.base import SourceKind
+from smolctl.sources.base import ModelSource, SourceKind
 
 LIBRARY = "lm_eval"
 # Of what lm-eval returns, what its users know and programs read.
@@ -74,6 +74,7 @@ class TaskReport:
 
     model: str
     step: int | None  # of a run
+    run: Path | None  # its folder
     engine: str
     library: str  # lm-eval's version
     chat: bool
@@ -88,7 +89,7 @@ class TaskReport:
 def evaluate_tasks(
     model: str, options: TaskOptions, note: Callable[[str], None] = lambda _text: None
 ) -> TaskReport:
-    """Ask a model the items of some tasks. Of a run, the results are added to its record.
+    """Ask a model the items of some tasks.
 
     Args:
         model: any MODEL with weights and a tokenizer.
@@ -107,34 +108,18 @@ def evaluate_tasks(
     loaded = load_model(model, options.engine)
     if options.chat and not loaded.can_chat:
         raise InputError(f"{model}: the model has no chat template", "Leave out --apply-chat-template.")
-    report = _evaluate(loaded, source.step, options, manager, names, note)
-    if report.truncated:
-        note(f"{report.truncated:,} requests did not fit {loaded.context:,} tokens: cut at the beginning.")
-    if source.kind is SourceKind.RUN:
-        how = {"step": report.step, "limit": report.limit, "chat": report.chat, LIBRARY: report.library}
-        run = RunFolder.open(split_step(source.id)[0]).path
-        record_tasks(run, [asdict(task) | how for task in report.tasks])
-        note(f"{run / TASKS}: the results were added.")
-    return report
-
-
-def _evaluate(
-    loaded: LoadedModel,
-    step: int | None,
-    options: TaskOptions,
-    manager: Any,
-    names: list[str],
-    note: Callable[[str], None],
-) -> TaskReport:
     from smolctl.evaluation.harness import EngineLM
 
     asked = EngineLM(loaded, note)
     started = time.perf_counter()
     with _explained():
         found = _ask(asked, manager.load(names), options)
+    if asked.truncated:
+        note(f"{asked.truncated:,} requests did not fit {loaded.context:,} tokens: cut at the beginning.")
     return TaskReport(
-        model=loaded.id,
-        step=step,
+        model=model,
+        step=source.step,
+        run=_run_of(source),
         engine=loaded.engine.name,
         library=version(LIBRARY),
         chat=options.chat,
@@ -145,6 +130,32 @@ def _evaluate(
         document={key: _plain(found[key]) for key in KEPT if key in found},
         samples=_plain(found["samples"]),
     )
+
+
+def _run_of(source: ModelSource) -> Path | None:
+    if source.kind is not SourceKind.RUN:
+        return None
+    path, _ = split_step(source.id)  # runs/latest need not be there
+    return RunFolder.open(path if path.exists() else latest_run()).path
+
+
+def record_report(report: TaskReport) -> Path | None:
+    """Add the results to the record of the run that was asked; None: the model is no run.
+
+    Raises:
+        SmolError: the record cannot be written.
+    """
+    if report.run is None:
+        return None
+    how = {"step": report.step, "limit": report.limit, "chat": report.chat, LIBRARY: report.library}
+    path = report.run / TASKS
+    try:
+        record_tasks(report.run, [asdict(task) | how for task in report.tasks])
+    except OSError as error:
+        raise SmolError(
+            f"{path}: cannot be written ({error.strerror})", "The results are above; the run is as it was."
+        ) from None
+    return path
 
 
 def _ask(model: Any, tasks: Mapping[str, Any], options: TaskOptions) -> Mapping[str, Any]:

@@ -5,9 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from smolctl.durable import write_text
+from smolctl.errors import SmolError
 from smolctl.escaping import json_text
 from smolctl.evaluation.tasks import TaskReport
+from smolctl.outside import fitting_json
+from smolctl.runs.records import MAX_LINE
 from smolctl.timing import with_error
 from smolctl.views.numbers import duration
 from smolctl.views.output import Output, fields
@@ -16,10 +21,17 @@ from smolctl.views.tables import headed
 LEFT = ("task", "metric")
 
 
+class _Sample(TypedDict):
+    """What a line of `write_samples` has in any case."""
+
+    task: str
+    doc_id: int
+
+
 def show_tasks(out: Output, report: TaskReport) -> None:
     """The figures, and what they rest on."""
     out.document(
-        {**fields(report, ("tasks", "document", "samples", "library")), "lm_eval": report.library}
+        {**fields(report, ("run", "tasks", "document", "samples", "library")), "lm_eval": report.library}
         | dict(report.document)
     )
     if out.json:
@@ -47,9 +59,22 @@ def _table(report: TaskReport) -> Any:
     return table
 
 
+def is_samples(path: Path) -> bool:
+    """Whether `write_samples` has written a file."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return fitting_json(_Sample, file.readline(MAX_LINE)) is not None
+
+
 def write_samples(path: Path, report: TaskReport) -> None:
-    """Every item with the model's answers as a line of JSON."""
+    """Every item with the model's answers as a line of JSON.
+
+    Raises:
+        SmolError: the file cannot be written.
+    """
     lines = (
         json_text({"task": task, **sample}) for task, samples in report.samples.items() for sample in samples
     )
-    write_text(path, "".join(f"{line}\n" for line in lines))
+    try:
+        write_text(path, "".join(f"{line}\n" for line in lines))
+    except OSError as error:
+        raise SmolError(f"{path}: cannot be written ({error.strerror})", "Name another --samples.") from None

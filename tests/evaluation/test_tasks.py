@@ -137,6 +137,12 @@ def test_results_of_a_run_go_into_its_record_and_faults_have_a_remedy(
     here: Path, tmp_path: Path, smolctl: Smolctl
 ) -> None:
     tasks = write_tasks(tmp_path / "tasks")
+    (here / "runs/llama/tasks.json").mkdir()
+    lost = smolctl("eval", "runs/llama@10", "--tasks", tasks / "bare.yaml", "--json")
+    assert lost.code == 1
+    assert lost.json["results"]["bare"]  # before what cannot be written
+    assert "tasks.json: cannot be written" in lost.err
+    (here / "runs/llama/tasks.json").rmdir()
     called = smolctl("eval", "runs/llama@10", "--tasks", tasks / "bare.yaml", "--limit", 5)
     assert called.code == 0, called.err
     (line,) = (line for line in called.out.splitlines() if line.startswith("bare"))
@@ -153,6 +159,7 @@ def test_results_of_a_run_go_into_its_record_and_faults_have_a_remedy(
         ("--tasks", tasks / "words.yaml", "--gen-kwargs", "num_beams=4"): (3, "num_beams=4"),
         ("--tasks", tasks / "words.yaml", "--gen-kwargs", "max_gen_toks=999"): (3, "999 new tokens"),
         ("--tasks", tasks / "bare.yaml", "--limit", "1.5"): (2, "--limit 1.5"),
+        ("--tasks", tasks / "bare.yaml", "--samples", tasks / "bare.yaml"): (2, "smolctl did not write it"),
         (): (2, "no task is named"),
     }
     for options, (code, message) in faults.items():
