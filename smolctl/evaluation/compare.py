@@ -10,7 +10,6 @@ from functools import cached_property
 from itertools import compress
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from smolctl.data.text.conversations import Conversation, RowError
@@ -26,10 +25,12 @@ from smolctl.evaluation.estimate import (
     effective_number,
     resampled_estimate,
 )
-from smolctl.evaluation.measure import bits, score_tokens
+from smolctl.evaluation.likelihood import Target, likelihoods
+from smolctl.evaluation.measure import bits
 from smolctl.evaluation.texts import NAME_TEXT, Text, choose_text, scored_bytes
 from smolctl.generation.engine import Engine
 from smolctl.generation.load import load_model
+from smolctl.generation.sampling import NotFiniteError
 from smolctl.inspection.differences import Difference
 from smolctl.inspection.differences import compare as lay_side_by_side
 from smolctl.sources import open_source
@@ -37,7 +38,6 @@ from smolctl.sources.base import ModelSource
 
 BLOCK = 4_096  # bytes: the parts of a document that are observations where documents are few
 LONGEST = 1_024  # tokens of a sequence, where no model has fewer positions
-AT_ONCE = 256  # tokens whose logits are in memory: 50 MB for 49,152 entries
 _LABELS = (*string.ascii_uppercase, *map(str, range(27, 1_000)))
 SEEDS = ("train.seed", "data.seed")
 # Settings of a run that change nothing in what it learns.
@@ -368,35 +368,32 @@ def _score(
         blocks: of the text.
         context: tokens of a sequence.
     """
-    found = np.zeros(len(blocks.sizes))
+    asked: list[Target] = []
+    owners: list[int] = []
     for number, document in enumerate(documents):
         ids, scored = document.ids, np.flatnonzero(document.is_scored)
         room = max(2, context - len(document.begin) + 1)
-        owners = np.full(len(ids), blocks.first[number])
+        blocks_of = np.full(len(ids), blocks.first[number])
         if lengths is not None:
             starts = np.cumsum(lengths[ids]) - lengths[ids]  # bytes before each token
-            owners = np.minimum(owners + starts // BLOCK, blocks.first[number + 1] - 1)
+            blocks_of = np.minimum(blocks_of + starts // BLOCK, blocks.first[number + 1] - 1)
         done, last = int(scored[0]), int(scored[-1]) + 1
         while done < last:
             end = min(last, max(room, done + room // 2))
-            inputs = [*document.begin, *ids[max(0, end - room) : end - 1].tolist()]
-            nats = _nats(engine, inputs, ids[done:end])
-            np.add.at(found, owners[done:end], bits(nats) * document.is_scored[done:end])
+            part = scored[(done <= scored) & (scored < end)]
+            cuts = np.flatnonzero((np.diff(part) > 1) | (np.diff(blocks_of[part]) > 0)) + 1
+            for run in np.split(part, cuts):  # one after another, in one block
+                inputs = (*document.begin, *ids[max(0, end - room) : run[-1]].tolist())
+                asked.append(Target(inputs, tuple(ids[run].tolist())))
+                owners.append(int(blocks_of[run[0]]))
             done = end
+    found = np.zeros(len(blocks.sizes))
+    try:
+        nats = [-one.nats for one in likelihoods(engine, asked)]
+    except NotFiniteError:
+        return np.full_like(found, math.nan)
+    np.add.at(found, owners, bits(np.array(nats)))
     return found
-
-
-def _nats(engine: Engine, inputs: Sequence[int], targets: NDArray[np.int64]) -> Floats:
-    """Nats of the targets (n,), which follow the last n of the inputs."""
-    cache, nats = engine.allocate(1, len(inputs)), []
-    lead = len(inputs) - len(targets)
-    if lead:
-        engine.forward([inputs[:lead]], cache)
-    for start in range(0, len(targets), AT_ONCE):
-        part = slice(start, min(start + AT_ONCE, len(targets)))
-        logits = engine.forward([inputs[lead + part.start : lead + part.stop]], cache, every=True)
-        nats.append(score_tokens(torch.from_numpy(logits), torch.from_numpy(targets[part])).nats.numpy())
-    return np.concatenate(nats)
 
 
 def _groups(models: Sequence[_Model]) -> list[list[int]]:

@@ -323,6 +323,7 @@ def test_every_suite_runs_on_a_run_and_the_record_is_complete(here: Path, smolct
     assert Path("x.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_baseline_passes_until_it_was_faster(here: Path, smolctl: Smolctl) -> None:
     command = ("bench", "runs/llama", "--suite", "decode,checkpoint", "--repeats", "1")
     assert smolctl(*command, "--save", "base.json", "-q").code == 0
@@ -356,6 +357,7 @@ def test_a_baseline_passes_until_it_was_faster(here: Path, smolctl: Smolctl) -> 
     assert smolctl(*command, *gate).code == 3
 
 
+@pytest.mark.slow
 def test_a_preset_runs_with_random_weights_and_prints_markdown(here: Path, smolctl: Smolctl) -> None:
     done = smolctl("bench", "nano", "--repeats", "1", "--suite", "train,batch", "--batch", "2", "--markdown")
     assert done.code == 0, done.err

@@ -25,7 +25,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("kept", [1, 20, -2])
+@pytest.mark.parametrize("kept", [20, *(pytest.param(kept, marks=pytest.mark.slow) for kept in (1, -2))])
 @pytest.mark.parametrize("name", ["metrics.jsonl", "predictions.jsonl"])
 def test_a_line_that_a_crash_has_cut_off_costs_nothing(
     name: str, kept: int, workshop: Path, whole: Path

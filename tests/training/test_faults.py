@@ -246,6 +246,7 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+@pytest.mark.slow
 def test_save_needs_no_second_copy_in_memory() -> None:
     done = subprocess.run([sys.executable, "-c", SAVE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

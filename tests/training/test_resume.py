@@ -51,7 +51,7 @@ def notes(events: list[Any]) -> list[str]:
     return [event.text for event in events if isinstance(event, Note)]
 
 
-@pytest.mark.parametrize("split", [1, 5, 14])
+@pytest.mark.parametrize("split", [5, *(pytest.param(split, marks=pytest.mark.slow) for split in (1, 14))])
 def test_interrupted_run_with_muon_equals_continuous_run(make: Make, whole: Path, split: int) -> None:
     muon = run(make(**MUON), "muon")
     parts = run(make(**MUON, **with_steps(split)), "parts")
@@ -78,10 +78,10 @@ def check(folder: Path, **options: Any) -> Any:
     "changes",
     [
         {},
-        MUON,
+        pytest.param(MUON, marks=pytest.mark.slow),
         {"model": {"attention_dropout": 0.3}},
-        {"train": {"precision": "bf16-mixed"}},
-        {"train": {"checkpoint_activations": True}},
+        pytest.param({"train": {"precision": "bf16-mixed"}}, marks=pytest.mark.slow),
+        pytest.param({"train": {"checkpoint_activations": True}}, marks=pytest.mark.slow),
     ],
 )
 def test_verification_finds_a_run_exact_and_writes_nothing(make: Make, changes: dict[str, Any]) -> None:
@@ -197,8 +197,10 @@ def edit(folder: Path, old: str, new: str) -> None:
     ("old", "new", "key"),
     [
         ("learning_rate: 0.003", "learning_rate: 0.001", "optimizer.learning_rate 0.003 → 0.001"),
-        ("keep_last: 0", "keep_last: 2", "checkpoint.keep_last 0 → 2"),
-        ("max_tokens: 5", "max_tokens: 3", "predictions.max_tokens 5 → 3"),
+        pytest.param("keep_last: 0", "keep_last: 2", "checkpoint.keep_last 0 → 2", marks=pytest.mark.slow),
+        pytest.param(
+            "max_tokens: 5", "max_tokens: 3", "predictions.max_tokens 5 → 3", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_edits_of_the_config_are_taken_and_named(make: Make, old: str, new: str, key: str) -> None:
@@ -261,8 +263,14 @@ SOURCES: dict[str, dict[str, Any]] = {
     "held-out file": {"source": "corpus", "validation": "corpus/00.txt"},
 }
 
+# The kinds of sources; a folder and a mixture in the fast tests.
+KINDS = [
+    pytest.param(data, id=name, marks=() if name in ("folder", "mixture") else pytest.mark.slow)
+    for name, data in SOURCES.items()
+]
 
-@pytest.mark.parametrize("data", SOURCES.values(), ids=SOURCES)
+
+@pytest.mark.parametrize("data", KINDS)
 def test_a_run_follows_its_data_into_another_working_folder(
     data: dict[str, Any], project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,7 +283,7 @@ def test_a_run_follows_its_data_into_another_working_folder(
     assert_same_run(project / whole, project / parts)
 
 
-@pytest.mark.parametrize("data", SOURCES.values(), ids=SOURCES)
+@pytest.mark.parametrize("data", KINDS)
 def test_a_run_whose_data_is_gone_goes_on_with_its_tokens(data: dict[str, Any], project: Path) -> None:
     whole = run(prepare_tiny(Path("corpus"), data=data), "whole")
     parts = run(prepare_tiny(Path("corpus"), data=data, **with_steps(5)), "parts")

@@ -134,7 +134,7 @@ def test_interrupted_run_on_a_mixture_equals_continuous_run(small_stream: HubSer
     assert losses(folder) != losses(run(make(*mixture, weights=(0.4, 0.6)), "other"))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("weights", [None, (0.6, 0.4)])
 def test_interrupted_run_over_many_epochs_equals_continuous_run(
     tmp_path: Path, weights: tuple[float, float] | None, workers: int
