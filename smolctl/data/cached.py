@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,12 +55,19 @@ def look_at_cache() -> CacheReport:
     folder = cache_folder()
     remove_leftovers(folder / TOKENS)
     kept = [path for path in (folder / TOKENS).glob("*") if path.is_dir() and path.suffix != ".partial"]
-    tokens = [_tokens(path) for path in kept]
-    tokenizers = [
-        CacheEntry(path, "a trained tokenizer", path.stat().st_size, path.stat().st_mtime)
-        for path in (folder / TOKENIZERS).glob("*")
-    ]
-    return CacheReport(folder, tuple(sorted(tokens + tokenizers, key=lambda entry: entry.used)))
+    found = [*_still_there(kept, _tokens), *_still_there((folder / TOKENIZERS).glob("*"), _tokenizer)]
+    return CacheReport(folder, tuple(sorted(found, key=lambda entry: entry.used)))
+
+
+def _still_there(paths: Iterable[Path], look: Callable[[Path], CacheEntry]) -> Iterator[CacheEntry]:
+    """The entries but for those that another process deletes or builds anew at this moment."""
+    for path in paths:
+        with suppress(FileNotFoundError):
+            yield look(path)
+
+
+def _tokenizer(path: Path) -> CacheEntry:
+    return CacheEntry(path, "a trained tokenizer", path.stat().st_size, path.stat().st_mtime)
 
 
 def prune_cache(days: float) -> CacheReport:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from smolctl.config.run import DataConfig
-from smolctl.data.cached import DAY
+from smolctl.data.cached import DAY, look_at_cache
 from smolctl.data.tokenizer.tokenizer import train_tokenizer
-from smolctl.data.tokens.cache import MANIFEST, lock_of
+from smolctl.data.tokens.cache import MANIFEST, lock_of, remove_leftovers, whole_or_absent
 from smolctl.data.tokens.corpus import tokenize_corpus
+from smolctl.durable import cache_folder
 from tests.support.processes import Smolctl
 
 TEXT = "Once upon a time there was a cat.\n"
@@ -83,3 +85,30 @@ def test_an_empty_cache_is_no_error(
 ) -> None:
     monkeypatch.setenv("SMOLCTL_CACHE", str(tmp_path / "nothing"))
     assert smolctl("cache").out == f"{tmp_path / 'nothing'}: 0 B\n"
+
+
+def test_folders_that_others_build_at_the_same_moment_are_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOLCTL_CACHE", str(tmp_path))
+    tokens = cache_folder() / "tokens"
+    done = threading.Event()
+
+    def build_again_and_again() -> None:
+        folder = tokens / ("ab" * 16)
+        tokens.mkdir(parents=True)
+        with lock_of(folder).acquire():
+            while not done.is_set():
+                with whole_or_absent(folder) as partial:
+                    for number in range(20):
+                        (partial / f"{number}.partial").touch()
+
+    builder = threading.Thread(target=build_again_and_again)
+    builder.start()
+    try:
+        for _ in range(150):
+            remove_leftovers(tokens)
+            look_at_cache()
+    finally:
+        done.set()
+        builder.join()

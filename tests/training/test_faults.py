@@ -207,8 +207,8 @@ def test_of_two_runs_started_into_one_folder_one_is_refused() -> None:
 def test_runs_started_at_once_without_a_folder_get_folders_of_their_own() -> None:
     both = [start("train", "tiny.yaml", "--steps", "3") for _ in range(2)]
     for process in both:
-        process.communicate(timeout=300)
-        assert process.returncode == 0
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
     assert good_steps(Path("runs/tiny-001")) == good_steps(Path("runs/tiny-002")) == [0, 3]
 
 

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -185,10 +186,11 @@ def found_or_built(
 
 def remove_leftovers(tokens: Path) -> None:
     """Delete the unfinished folders of processes that were killed: nobody holds their lock."""
-    for partial in [*tokens.glob("*.partial"), *tokens.glob("*/*.partial")]:
-        name = partial.relative_to(tokens).parts[0][:NAME_LENGTH]
-        with suppress(OSError), lock_of(tokens / name).acquire(timeout=0):  # held: Timeout, an OSError
-            shutil.rmtree(partial, ignore_errors=True)
+    for pattern in ("*.partial", "*/*.partial"):
+        # Unlike a path's own, this one does not mind folders that others rename while it looks into them.
+        for found in glob(pattern, root_dir=tokens):  # noqa: PTH207
+            with suppress(OSError), lock_of(tokens / found[:NAME_LENGTH]).acquire(timeout=0):  # held: Timeout
+                shutil.rmtree(tokens / found, ignore_errors=True)
 
 
 @contextmanager
