@@ -32,7 +32,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Examples that a property test tries. No test is judged by the clock: these machines are shared.
 # All examples of one test may write into the same tmp_path.
-EXAMPLES = {"fast": 25, "rest": 100, "all": 100, "proofs": 5_000}
+EXAMPLES = {"fast": 25, "rest": 60, "all": 60, "proofs": 5_000}
 CHECKS = [HealthCheck.function_scoped_fixture]
 for name, count in EXAMPLES.items():
     settings.register_profile(name, deadline=None, max_examples=count, suppress_health_check=CHECKS)
