@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from smolctl.cli.options import Threads, capped_threads, command
+from smolctl.cli.options import Dtype, Threads, capped_threads, command
 from smolctl.errors import UsageError
 from smolctl.views.output import Output
 
@@ -64,12 +64,7 @@ def eval(
             "--samples", metavar="FILE", help="Write every item with the model's answers, as JSON lines."
         ),
     ] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(
-            "--dtype", help="Convert weights that are not quantized. Default: as stored in the file."
-        ),
-    ] = None,
+    dtype: Dtype = None,
     threads: Threads = None,
 ) -> None:
     """Ask the questions of known benchmarks, with lm-eval (pip install 'smolctl[eval]').

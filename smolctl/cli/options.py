@@ -6,7 +6,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -48,6 +48,10 @@ Loggers = Annotated[
         help="Log also to csv, tensorboard, wandb or trackio; repeatable; none: to no other.",
         show_default=False,
     ),
+]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option("--dtype", help="Convert weights that are not quantized. Default: as stored in the file."),
 ]
 Threads = Annotated[
     int | None,

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from smolctl.cli.options import Threads, capped_threads, command
+from smolctl.cli.options import Dtype, Threads, capped_threads, command
 from smolctl.views.output import Output
 
 ALTERNATIVES = 5  # other tokens that --explain shows with each
@@ -110,12 +110,7 @@ def sample(
         Literal["auto", "native", "torch"],
         typer.Option("--engine", help="native: compiled, for CPUs; torch: PyTorch; auto: native if it runs."),
     ] = "auto",
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(
-            "--dtype", help="Convert weights that are not quantized. Default: as stored in the file."
-        ),
-    ] = None,
+    dtype: Dtype = None,
     threads: Threads = None,
 ) -> None:
     """Continue a prompt, or chat.

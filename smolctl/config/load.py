@@ -155,9 +155,9 @@ def load_run_config(
         if is_preset(path):
             length = min(content["data"]["sequence_length"], model.max_position_embeddings)
             content = merge(content, {"data": {"sequence_length": length}})
-        if path.stem == CHAT and is_preset(path):
-            rate = _chat_rate(content["optimizer"]["learning_rate"], model)
-            content = merge(content, {"optimizer": {"learning_rate": rate}})
+            if path.stem == CHAT:
+                rate = _chat_rate(content["optimizer"]["learning_rate"], model)
+                content = merge(content, {"optimizer": {"learning_rate": rate}})
     return resolve_run_config(changed_recipe(path, content, changes), origin=str(name_or_path))
 
 
