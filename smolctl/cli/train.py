@@ -83,7 +83,7 @@ def train(
     SIGINT, SIGTERM, SIGHUP and SIGUSR1 save the run first, then end it with 130, 143, 129 and 138.
 
     \b
-    smolctl train nano                              about three minutes on two CPU cores
+    smolctl train nano                              three to six minutes on two CPU cores
     smolctl train --steps 5000                      smollm2-135m at its full size
     smolctl train --init-from FILE.gguf --data notes.txt --steps 20
     smolctl train chat --init-from FILE.gguf --data conversations.jsonl
