@@ -1,4 +1,4 @@
-"""The static page as a folder: its code, the model in parts that a browser can check, and what the page says."""
+"""The static page as a folder: its code, the model in parts that can be checked, and what the page says."""
 
 from __future__ import annotations
 
@@ -11,21 +11,28 @@ from typing import Any
 
 import smolctl
 from smolctl.errors import SmolError
+from smolctl.generation.load import usable_settings
+from smolctl.generation.sampling import settle
+from smolctl.outside import read_json
 from smolctl.ownership import RECORD
 from smolctl.page.layout import engine_layout
 from smolctl.page.tokenization import page_chat, page_tokenizer
+from smolctl.sources.base import ModelSource
 from smolctl.sources.huggingface.write import write_json
 from smolctl.sources.open import open_source
 from smolctl.sources.quantized.folder import FILE, read_description
 
 CODE = Path(__file__).parent / "files"
-ENGINES = tuple(Path(smolctl.__file__).parent / "native" / name for name in ("engine.wasm", "engine-threads.wasm"))
+ENGINES = tuple(
+    Path(smolctl.__file__).parent / "native" / name for name in ("engine.wasm", "engine-threads.wasm")
+)
 PAGE, WEIGHTS = "page.json", "weights.json"
 FORMAT, VERSION = "smolctl-page", 1
 WEIGHTS_FORMAT, WEIGHTS_VERSION = "smolctl-weights", 1
 # A part is what a visitor has to fetch again where one byte is wrong. Parts are whole files because requests
 # for a range of bytes were reported to fail from a page at the Hub's storage.
 PART_BYTES = 8 << 20
+MAX_TOKENS = 256  # of an answer, where a visitor changes nothing
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,6 @@ class PageText:
     facts: Sequence[tuple[str, str]]  # label and value
     links: Sequence[tuple[str, str]]  # label and address
     examples: Sequence[str]
-    sampling: Mapping[str, float]  # by the names of SamplingSettings, and max_tokens
 
 
 def write_page(folder: Path, quantized: Sequence[Path], text: PageText, verdicts: Mapping[str, str]) -> None:
@@ -83,8 +89,21 @@ def write_page(folder: Path, quantized: Sequence[Path], text: PageText, verdicts
             "models": [asdict(model) for model in models],
             "tokenizer": page_tokenizer(first),
             "chat": page_chat(first),
+            "sampling": _sampling(first),
         },
     )
+
+
+def _sampling(source: ModelSource) -> dict[str, Any]:
+    """What `smolctl sample` takes where nobody says anything."""
+    recommended, _ = usable_settings(source.require_tokenizer().recommended)
+    return {**asdict(settle({}, recommended)), "max_tokens": MAX_TOKENS}
+
+
+def update_text(folder: Path, text: PageText) -> None:
+    """Say something else on a page that is written already."""
+    path = folder / PAGE
+    write_json(path, {**read_json(path), **asdict(text)})
 
 
 def write_code(folder: Path) -> None:

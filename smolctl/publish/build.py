@@ -99,6 +99,7 @@ class Built:
             run=self.facts,
             ggufs=self.export.ggufs,
             quantized=self.quantized,
+            code=self.model.settings.repository,
         )
 
     def write_card(self, repo: str, license: str | None, on_hub: str | None, revision: str = "main") -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from smolctl.hub.connection import endpoint
 from smolctl.hub.files import PlannedFile
+from smolctl.page.serve import preview_server
 from smolctl.publish.manifest import RepoPlan
-from smolctl.publish.push import Pushed, PushedRepo, PushPlan
+from smolctl.publish.push import SPACE, Page, Pushed, PushedRepo, PushPlan
+from smolctl.publish.sdk import Sdk
+from smolctl.publish.smoke import SmokeTest
 from smolctl.views.numbers import size
 from smolctl.views.output import Output
 from smolctl.views.tables import facts, shortened
@@ -33,6 +37,8 @@ def show_offline(out: Output, plan: PushPlan, target: Path | None) -> None:
         out.show(*_plan(plan, out.verbose > 0))
     if target is not None:
         out.line(f"Written to {target}; nothing was sent.")
+        if plan.space is not None and plan.options.space_sdk is Sdk.STATIC:
+            out.talk(_any_host(target / SPACE))
     else:
         out.line("Nothing was sent. Without --dry-run this goes up in one commit.")
     out.document(_document(plan))
@@ -86,11 +92,15 @@ def _facts(plan: PushPlan) -> dict[str, str]:
     if built.left_out:
         rows["stays here"] = ", ".join(built.left_out)
     if smoke := built.smoke:
-        rows["Space"] = (
-            f"tried here: up after {smoke.start_s:.0f} s, {smoke.prompt!r} answered in "
-            f"{smoke.outputs} pieces and {smoke.answer_s:.1f} s by {smoke.engine}"
-        )
+        rows["Space"] = _tried(smoke)
     return rows
+
+
+def _tried(smoke: SmokeTest) -> str:
+    return (
+        f"tried here: up after {smoke.start_s:.0f} s, {smoke.prompt!r} answered in "
+        f"{smoke.outputs} pieces and {smoke.answer_s:.1f} s by {smoke.engine}"
+    )
 
 
 def _visibility(plan: PushPlan) -> str:
@@ -211,8 +221,42 @@ def limit_progress_bars(out: Output) -> None:
         disable_progress_bars()
 
 
-def serve(out: Output, folder: Path) -> None:
+def serve(out: Output, folder: Path, sdk: Sdk) -> None:
     """The page of a Space's folder until Ctrl-C."""
-    from smolctl.publish.app import main
 
-    main(folder, lambda url: out.talk(f"{url} shows the page of the Space; Ctrl-C ends it."))
+    def say(url: str) -> None:
+        out.talk(f"{url} shows the page of the Space; Ctrl-C ends it.")
+
+    if sdk is Sdk.STATIC:
+        server = preview_server(folder)
+        say(server.url)
+        with contextlib.closing(server):
+            server.serve_forever()
+    else:
+        from smolctl.publish.app import main
+
+        main(folder, say)
+
+
+def _any_host(folder: Path) -> str:
+    return f"Any static host serves the page; on this machine: python -m http.server -d {folder}"
+
+
+def show_page(out: Output, page: Page, target: Path) -> None:
+    """A static page that was written into a folder."""
+    smoke, files = page.built.smoke, page.files
+    assert smoke is not None
+    out.line(f"Written to {target}: {len(files)} files, {size(_bytes(files))}. {_tried(smoke)}.")
+    for finding in page.allowed:
+        out.line(f"allowed: {finding}")
+    out.talk(_any_host(target))
+    out.document(
+        {
+            "page": {
+                "path": str(target),
+                "files": _file_documents(files),
+                "tried": {"prompt": smoke.prompt, "text": smoke.text, "engine": smoke.engine},
+            },
+            "allowed_secrets": list(map(str, page.allowed)),
+        }
+    )
