@@ -106,7 +106,7 @@ def requirements() -> str:
 
 
 def write_card(folder: Path, facts: CardFacts, on_hub: str | None) -> None:
-    """Write what depends on where the model goes: the page's facts, and README.md. See `SpaceKind`."""
+    """Write what depends on where the model goes: the page's facts, and README.md. See `space.write_card`."""
     _write_page(folder, facts)
     decided = {
         "sdk": "gradio",

@@ -69,13 +69,14 @@ def _facts(facts: CardFacts) -> Iterator[tuple[str, str]]:
 
 
 def write_card(folder: Path, facts: CardFacts, on_hub: str | None) -> None:
-    """Write what depends on where the model goes: the page's links, and README.md. See `SpaceKind`."""
+    """Write what depends on where the model goes: the page's links, and README.md. See `space.write_card`."""
     update_text(folder, page_text(facts))
     decided = {"sdk": "static", "app_file": "index.html", "custom_headers": dict(ISOLATION)}
     text = (
         f"{summary(facts, markdown=True)}{model_link(facts)}\n\n"
         "The page runs the model in the visitor's browser, and nothing that is typed leaves it. "
-        f"`engine.wasm` is smolctl {smolctl.__version__}'s engine (Apache-2.0) as WebAssembly. Every static host can serve "
-        "the folder: `python -m http.server` in a copy of it shows the same page."
+        f"`engine.wasm` is smolctl {smolctl.__version__}'s engine (Apache-2.0) as "
+        "WebAssembly. Every static host can serve the folder: `python -m http.server` in a copy of it shows "
+        "the same page."
     )
     write_space_card(folder, facts, on_hub, decided, text)
