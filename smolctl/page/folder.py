@@ -1,0 +1,136 @@
+"""The static page as a folder: its code, the model in parts that a browser can check, and what the page says."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import smolctl
+from smolctl.errors import SmolError
+from smolctl.ownership import RECORD
+from smolctl.page.layout import engine_layout
+from smolctl.page.tokenization import page_chat, page_tokenizer
+from smolctl.sources.huggingface.write import write_json
+from smolctl.sources.open import open_source
+from smolctl.sources.quantized.folder import FILE, read_description
+
+CODE = Path(__file__).parent / "files"
+ENGINES = tuple(Path(smolctl.__file__).parent / "native" / name for name in ("engine.wasm", "engine-threads.wasm"))
+PAGE, WEIGHTS = "page.json", "weights.json"
+FORMAT, VERSION = "smolctl-page", 1
+WEIGHTS_FORMAT, WEIGHTS_VERSION = "smolctl-weights", 1
+# A part is what a visitor has to fetch again where one byte is wrong. Parts are whole files because requests
+# for a range of bytes were reported to fail from a page at the Hub's storage.
+PART_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class PageModel:
+    """A variant of the model that a visitor can choose."""
+
+    folder: str  # beside page.json
+    scheme: str
+    bytes: int  # of the weights
+    verdict: str | None  # what `quantize` measured; None: it was not measured
+
+
+@dataclass(frozen=True)
+class PageText:
+    """What the page says about the model; all of it plain text."""
+
+    title: str
+    summary: str
+    facts: Sequence[tuple[str, str]]  # label and value
+    links: Sequence[tuple[str, str]]  # label and address
+    examples: Sequence[str]
+    sampling: Mapping[str, float]  # by the names of SamplingSettings, and max_tokens
+
+
+def write_page(folder: Path, quantized: Sequence[Path], text: PageText, verdicts: Mapping[str, str]) -> None:
+    """Write the page into an existing folder.
+
+    Args:
+        folder: gets the page.
+        quantized: folders that `quantize` wrote, of one model; the first is what visitors get by default.
+        text: what the page says.
+        verdicts: by scheme, where they were measured.
+
+    Raises:
+        InputError: the page cannot run such a model, or such a tokenizer.
+        SmolError: this installation has no engine for browsers.
+    """
+    write_code(folder)
+    models = []
+    for number, source in enumerate(quantized):
+        description = read_description(source)
+        scheme = str(description["scheme"])
+        name = "model" if number == 0 else f"model-{scheme}"
+        write_model(source, folder / name)
+        models.append(PageModel(name, scheme, description["file"]["bytes"], verdicts.get(scheme)))
+    first = open_source(str(quantized[0]))
+    write_json(
+        folder / PAGE,
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "smolctl": smolctl.__version__,
+            **asdict(text),
+            "context": first.require_config().max_position_embeddings,
+            "models": [asdict(model) for model in models],
+            "tokenizer": page_tokenizer(first),
+            "chat": page_chat(first),
+        },
+    )
+
+
+def write_code(folder: Path) -> None:
+    """Everything of the page that is the same for every model.
+
+    Raises:
+        SmolError: this installation has no engine for browsers.
+    """
+    missing = [path.name for path in ENGINES if not path.is_file()]
+    if missing:
+        raise SmolError(
+            f"this installation has no engine for browsers ({missing[0]} is missing)",
+            "pip install ziglang && python -m smolctl.native.build",
+        )
+    for path in (*CODE.iterdir(), *ENGINES):
+        shutil.copyfile(path, folder / path.name)
+
+
+def write_model(quantized: Path, folder: Path) -> None:
+    """Cut the weights of a quantized folder into parts, and copy what else is in it.
+
+    Raises:
+        InputError: the page cannot run such a model.
+    """
+    layout = engine_layout(quantized)
+    folder.mkdir()
+    for path in quantized.iterdir():
+        if path.is_file() and path.name not in (FILE, RECORD):
+            shutil.copyfile(path, folder / path.name)
+    parts: list[dict[str, Any]] = []
+    whole = hashlib.sha256()
+    with (quantized / FILE).open("rb") as file:
+        while part := file.read(PART_BYTES):
+            name = f"part-{len(parts):02d}"
+            (folder / name).write_bytes(part)
+            whole.update(part)
+            parts.append({"file": name, "bytes": len(part), "sha256": hashlib.sha256(part).hexdigest()})
+    write_json(
+        folder / WEIGHTS,
+        {
+            "format": WEIGHTS_FORMAT,
+            "version": WEIGHTS_VERSION,
+            "bytes": sum(part["bytes"] for part in parts),
+            "sha256": whole.hexdigest(),
+            "part_bytes": PART_BYTES,
+            "parts": parts,
+            "layout": layout,
+        },
+    )
