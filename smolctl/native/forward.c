@@ -242,11 +242,11 @@ static void merge(const context *c, int token, int head) {
     int D = c->m.head_dim;
     const partial *parts = c->partials + ((size_t)token * c->m.heads + (size_t)head) * (size_t)c->splits;
     float *to = c->attended + (size_t)token * c->A + (size_t)head * D, highest = -INFINITY, total = 0;
-    for (int s = 0; s < c->splits; s++) highest = fmaxf(highest, parts[s].maximum);
+    for (int s = 0; s < c->splits; s++) if (parts[s].maximum > highest) highest = parts[s].maximum;
     memset(to, 0, sizeof *to * (size_t)D);
     for (int s = 0; s < c->splits; s++) {
         if (parts[s].total == 0) continue;
-        float factor = expf(parts[s].maximum - highest);
+        float factor = exponential_of(parts[s].maximum - highest);
         total += parts[s].total * factor;
         for (int d = 0; d < D; d++) to[d] += parts[s].values[d] * factor;
     }
@@ -419,7 +419,7 @@ static int forward(context *c, const batch *b) {
     for (int t = 0; t < b->count; t++) longest = b->positions[t] >= longest ? b->positions[t] + 1 : longest;
     int pieces = pieces_of(b->count, PIECE_TOKENS) * c->m.kv_heads, splits = pieces_of(longest, SPLIT_POSITIONS);
     // Enough pieces that no thread waits long, none of them short.
-    if (b->count > FEW) splits = least(least(splits, pieces_of(4 * c->pool->threads, pieces)), MAX_SPLITS);
+    if (b->count > FEW) splits = least(least(splits, pieces_of(4 * c->pool->most, pieces)), MAX_SPLITS);
     size_t rows = (size_t)b->count * (size_t)c->m.heads * (size_t)splits;
     if (rows * (size_t)b->cache.value_stride > c->partial_room) {
         free(c->partial_values);
@@ -488,3 +488,29 @@ EXPORT int smolctl_level(void) {
     return 0;
 #endif
 }
+
+#if defined(__wasm__)
+
+// ---- for JavaScript: engine.js ----
+
+// Where the memory begins that the engine may use.
+EXPORT void smolctl_heap(uintptr_t start) { heap = start; }
+
+// A matrix as floats: (rows, columns), `columns` of each. `out` has room for BLOCK floats more.
+EXPORT void smolctl_unpack(const matrix *m, int columns, float *out) {
+    for (int row = 0; row < m->rows; row++) unpack_row(m, row, out + (size_t)row * (size_t)columns);
+}
+
+// How many threads the next call is shared among.
+EXPORT int smolctl_threads(void) { return 1 + atomic_load(&only_pool->ready); }
+
+// Where the stack of a helping thread begins: at its upper end.
+EXPORT char *smolctl_stack(int thread) { return helper_stacks + (size_t)thread * STACK_BYTES; }
+
+// Make the calling thread, which has such a stack, a helper. Returns when the context is destroyed.
+EXPORT void smolctl_help(void) {
+    int thread = atomic_fetch_add(&only_pool->ready, 1) + 1;
+    if (thread < only_pool->most) work(only_pool, thread);
+}
+
+#endif
