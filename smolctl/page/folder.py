@@ -12,14 +12,17 @@ from typing import Any
 import smolctl
 from smolctl.errors import SmolError
 from smolctl.ownership import RECORD
+from smolctl.page.chat import page_chat
 from smolctl.page.layout import engine_layout
-from smolctl.page.tokenization import page_chat, page_tokenizer
+from smolctl.page.tokenization import page_tokenizer
 from smolctl.sources.huggingface.write import write_json
 from smolctl.sources.open import open_source
 from smolctl.sources.quantized.folder import FILE, read_description
 
 CODE = Path(__file__).parent / "files"
-ENGINES = tuple(Path(smolctl.__file__).parent / "native" / name for name in ("engine.wasm", "engine-threads.wasm"))
+ENGINES = tuple(
+    Path(smolctl.__file__).parent / "native" / name for name in ("engine.wasm", "engine-threads.wasm")
+)
 PAGE, WEIGHTS = "page.json", "weights.json"
 FORMAT, VERSION = "smolctl-page", 1
 WEIGHTS_FORMAT, WEIGHTS_VERSION = "smolctl-weights", 1
