@@ -134,7 +134,7 @@ UNKNOWN: dict[str, tuple[Any, str]] = {
     "wordpiece": (lambda: tokenizer("bert"), "a model of the type WordPiece"),
     "fixed": (lambda: tokenizer("fixed"), "the pre-tokenizer FixedLength"),
     "regex": (lambda: divided_by(SPLIT, PLAIN),
-              'the pre-tokenizer Split with the pattern {"Regex": "x\\+"}'),
+              r"the pre-tokenizer Split with the pattern \{'Regex': 'x\+'\}"),
     "none": (lambda: changed("gpt2", pre_tokenizer=None), "a pre-tokenizer that does not end with ByteLevel"),
     "order": (lambda: divided_by(PLAIN, DIGITS),
               "a pre-tokenizer that does not end with ByteLevel"),
