@@ -184,3 +184,10 @@ def tokenizer(kind: str) -> Tokenizer:
     """One of `MAKERS`, made once."""
     made: Tokenizer = MAKERS[kind]()
     return made
+
+
+def changed(kind: str, **parts: Any) -> Tokenizer:
+    """One of `MAKERS` with parts of its tokenizer.json exchanged; of "model" only those named."""
+    state = json.loads(tokenizer(kind).to_str())
+    state["model"] |= parts.pop("model", {})
+    return Tokenizer.from_str(json.dumps(state | parts))

@@ -1,0 +1,129 @@
+"""Which tokenizers the page knows, and what its tokenizer.js needs besides tokenizer.json.
+
+The page is for byte-level BPE. What it does not do exactly as the `tokenizers` library is refused here by
+name, so that no visitor's text gets other ids than the model was trained on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tokenizers import pre_tokenizers
+
+from smolctl.data.tokenizer.decoding import is_byte_level
+from smolctl.data.tokenizer.prompt import is_control
+from smolctl.data.tokenizer.tokenizer import Tokenizer
+from smolctl.errors import InputError
+from smolctl.outside import shown
+from smolctl.sources import ModelSource
+from smolctl.sources.huggingface.tokenizer import added_token_ids, ids_around_text
+
+# How texts are divided into words: regular expressions as the library reads them, and what finds the same
+# words in JavaScript with the flags g and u. Every character of a text is in one of the words.
+_CONTRACTIONS = "'[sS\u017f]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"  # U+017F is a small long s
+_WORDS = {
+    # GPT-2, SmolLM, SmolLM2: `byte_level.rs` of the library.
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": (
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+"
+        r"|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+"
+    ),
+    # GPT-4, Llama 3, SmolLM3: three digits at most; Qwen 2 and 3: one.
+    **{
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+": (
+            _CONTRACTIONS
+            + r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
+            + digits
+            + r"| ?[^\p{White_Space}\p{L}\p{N}]+[\r\n]*"
+            r"|\p{White_Space}*[\r\n]+|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+"
+        )
+        for digits in (r"\p{N}{1,3}", r"\p{N}")
+    },
+}
+_GPT2 = next(iter(_WORDS))
+
+
+def page_tokenizer(source: ModelSource) -> dict[str, Any]:
+    """`tokenizer` of page.json: the ids that end an answer, and what tokenizer.js needs.
+
+    Raises:
+        InputError: the page would not give the same ids, naming the part of the tokenizer that it lacks.
+    """
+    files = source.require_tokenizer()
+    tokenizer = Tokenizer.from_files(files, source.id)
+    backend = tokenizer.backend
+    state = json.loads(backend.to_str())  # noqa: TID251 - the library's own
+    added = backend.get_added_tokens_decoder()
+    lacking = next(_lacking(state), None)
+    if lacking is None and not is_byte_level(backend):
+        lacking = "a decoder other than ByteLevel"
+    numbered = added_token_ids(files.tokenizer_json, source.id)
+    if lacking is None and {token.content: number for number, token in added.items()} != numbered:
+        lacking = "added tokens whose ids are not those of its vocabulary"
+    if lacking:
+        raise InputError(
+            f"{source.id}: the page cannot tokenize as this model does: its tokenizer has {lacking}",
+            "Publish it with --space-sdk gradio, whose server runs every tokenizer.",
+        )
+    begin, end = ids_around_text(backend)
+    return {
+        "ends": sorted(tokenizer.stop_token_ids(source.require_config())),
+        "begin": begin,
+        "end": end,
+        "empty": [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id],
+        "normalizer": "NFC" if _parts(state["normalizer"], "normalizers") else None,
+        "steps": [_step(part) for part in _parts(state["pre_tokenizer"], "pretokenizers")],
+        "control": [token.content for token in added.values() if token.content and is_control(token)],
+    }
+
+
+def _parts(part: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
+    """The parts of a sequence, which may hold sequences; of anything else the part itself."""
+    if part is None:
+        return []
+    return (
+        [one for inner in part[key] for one in _parts(inner, key)] if part["type"] == "Sequence" else [part]
+    )
+
+
+def _lacking(state: Mapping[str, Any]) -> Iterator[str]:
+    """Parts of a tokenizer.json that the page does not know."""
+    model = state["model"]
+    if model["type"] != "BPE":
+        yield f"a model of the type {model['type']}"
+        return
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model[key]:
+            yield key
+    every_byte = all(character in model["vocab"] for character in pre_tokenizers.ByteLevel.alphabet())
+    if not every_byte and (model["unk_token"] is not None or model["byte_fallback"]):
+        yield "another token in the place of bytes that have none"
+    for part in _parts(state["normalizer"], "normalizers"):
+        if part["type"] != "NFC":
+            yield f"the normalizer {part['type']}"
+    division = _parts(state["pre_tokenizer"], "pretokenizers")
+    for part in division:
+        if _step(part) is None:
+            pattern = f" with the pattern {shown(part['pattern'])}" if "pattern" in part else ""
+            yield f"the pre-tokenizer {part['type']}{pattern}"
+    # It writes bytes as other characters, which no part behind it may divide.
+    if [part["type"] == "ByteLevel" for part in division] != [False] * (len(division) - 1) + [True]:
+        yield "a pre-tokenizer that does not end with ByteLevel"
+
+
+def _step(part: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A pre-tokenizer for tokenizer.js; None when the page does not know it."""
+    prefix, words = False, None
+    match part:
+        case {"type": "Digits", "individual_digits": individual}:
+            words = r"\p{N}|\P{N}+" if individual else r"\p{N}+|\P{N}+"
+        case {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}:
+            if (words := _WORDS.get(regex)) is None:
+                return None
+        case {"type": "ByteLevel", "add_prefix_space": prefix, "use_regex": divides}:
+            words = _WORDS[_GPT2] if divides else None
+        case _:
+            return None
+    return {"prefix": prefix, "words": words}
