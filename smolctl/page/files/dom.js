@@ -29,6 +29,10 @@ export const announce = (text) => {
   byId("status").textContent = text;
 };
 
+/** Focus for whoever used a button that is gone; a touch screen would show its keyboard over the text. */
+export const rest = () =>
+  byId(matchMedia("(pointer: coarse)").matches ? "scroll" : "text").focus({ preventScroll: true });
+
 /** @param {number} number */
 export const grouped = (number) => number.toLocaleString("en-US");
 

@@ -1,6 +1,6 @@
 /** What a visitor sees and does before and around the conversation. */
 
-import { announce, button, byId, grouped, make, megabytes } from "./dom.js";
+import { announce, button, byId, grouped, make, megabytes, rest } from "./dom.js";
 import { Fault, Store, getJSON } from "./download.js";
 import { memoryNeeded } from "./engine.js";
 import { readLink, writeLink } from "./link.js";
@@ -26,6 +26,8 @@ class Page {
   #weights = null; // its weights.json
   #facts = null; // what the worker said of the loaded model
   #began = 0;
+  #keeps = true; // whether the browser lets this address keep anything
+  #alone; // promises whether no other tab has this page
 
   constructor(about) {
     this.#about = about;
@@ -35,7 +37,8 @@ class Page {
     this.#talk = new Talk(about.chat !== null, {
       request: () => {
         this.#clearFault();
-        return { ...this.#settings.get(), system: byId("system").value.trim() };
+        const system = byId("system-row").hidden ? "" : byId("system").value.trim();
+        return { ...this.#settings.get(), system };
       },
       send: (request) => this.#runner.generate(request),
       stop: (number) => this.#runner.stop(number),
@@ -56,6 +59,7 @@ class Page {
       if (fault.kind === "browser") return;
     }
     if (this.#link) this.#follow(this.#link);
+    this.#alone = isAlone();
     this.#runner.begin();
     await this.#choose();
   }
@@ -63,7 +67,7 @@ class Page {
   // --- what stands on the page ---
 
   #write() {
-    const { title, summary, facts, links, examples, models, chat, context, system } = this.#about;
+    const { title, summary, facts, links, examples, models, chat, context } = this.#about;
     document.title = title;
     document.body.classList.toggle("completion", !chat);
     byId("title").textContent = title;
@@ -74,8 +78,8 @@ class Page {
       : ["Text to continue", "Begin a text", "Continue", "Enter continues the text, Shift+Enter begins a new line"];
     [byId("text-label").textContent, byId("text").placeholder, byId("send").textContent, byId("hint").textContent] = words;
     byId("new").textContent = chat ? "New chat" : "Clear";
-    byId("system-row").hidden = !chat;
-    byId("system").placeholder = system || "none";
+    byId("system-row").hidden = !chat?.takes_system;
+    byId("system").placeholder = chat?.system || "none";
     for (const [label, value] of facts) byId("facts").append(make("dt", {}, label), make("dd", {}, value));
     for (const { scheme, verdict } of models) if (verdict) byId("verdicts").append(make("li", {}, verdict));
     for (const [label, address] of links) byId("links").append(make("li", {}, outward(label, address)));
@@ -92,7 +96,10 @@ class Page {
   #radio(model) {
     const radio = make("input", { type: "radio", name: "variant", value: model.scheme });
     radio.checked = model === this.#variant;
-    radio.onchange = () => this.#choose(model);
+    radio.onchange = () => {
+      this.#clearFault();
+      this.#choose(model);
+    };
     return make("label", {}, radio, make("span", {}, model.scheme), make("span", { className: "hint" }, megabytes(model.bytes)));
   }
 
@@ -121,7 +128,7 @@ class Page {
     };
     byId("new").onclick = () => {
       this.#talk.clear();
-      byId("text").focus();
+      rest();
     };
     byId("reset").onclick = () => {
       this.#settings.reset();
@@ -174,9 +181,9 @@ class Page {
     byId("stop").hidden = !busy;
     byId("change").hidden = !ready;
     if (focused === byId("send") && busy) byId("stop").focus();
-    else if (focused === byId("stop") && !busy) byId("text").focus();
+    else if (focused === byId("stop") && !busy) rest();
     else if (focused === byId("load") && loading) byId("cancel").focus();
-    else if (focused === byId("cancel") && ready) byId("text").focus();
+    else if (focused === byId("cancel") && ready) rest();
     document.body.classList.toggle("busy", busy);
     this.#fitText();
   }
@@ -209,7 +216,6 @@ class Page {
   /** Take a variant; one whose parts are all here loads by itself. */
   async #choose(variant = this.#variant, byItself = true) {
     this.#variant = variant;
-    this.#clearFault();
     for (const radio of byId("variants").querySelectorAll("input")) radio.checked = radio.value === variant.scheme;
     try {
       const weights = await getJSON(new URL("weights.json", this.#folder()), "smolctl-weights");
@@ -222,12 +228,16 @@ class Page {
     const held = await this.#describe();
     this.#render();
     if (this.#link) this.#promise();
-    if (byItself && this.#state === "idle" && held === this.#weights.bytes && !(await this.#elsewhere())) this.#load();
+    if (byItself && this.#state === "idle" && held === this.#weights.bytes) {
+      if (await this.#alone) this.#load();
+      else this.#notice("tabs", OTHER_TAB);
+    }
   }
 
   /** Say what loading costs. @returns {Promise<number>} bytes that this browser keeps already */
   async #describe() {
     const store = await Store.open(this.#folder());
+    this.#keeps = store.keeps;
     const total = this.#weights.bytes;
     const held = await store.held(this.#weights.parts);
     byId("forget").hidden = held === 0;
@@ -246,24 +256,6 @@ class Page {
 
   #positions() {
     return Number(byId("positions").value);
-  }
-
-  /** Whether another tab has this page, and so a copy of the model in memory; this one says so then. */
-  async #elsewhere() {
-    if (!navigator.locks) return false;
-    const name = `smolctl ${base.pathname}`;
-    const alone = await new Promise((resolve) => {
-      // Held as long as this page is open.
-      navigator.locks.request(name, { ifAvailable: true }, (lock) => {
-        resolve(lock !== null);
-        return lock && new Promise(() => {});
-      });
-    });
-    if (!alone) {
-      const needed = megabytes(memoryNeeded(this.#weights, this.#positions()));
-      this.#notice(`Another tab has this page open. Each tab needs its own ${needed} of memory; nothing is downloaded twice.`);
-    }
-    return !alone;
   }
 
   #load() {
@@ -322,13 +314,13 @@ class Page {
       byId("details").append(make("dt", {}, "Faster"), make("dd", {}, outward("open the page by itself", location.href)));
     }
     byId("forget").hidden = !facts.kept;
-    if (!facts.kept && isSecureContext) this.#full();
+    if (!facts.kept && this.#keeps) this.#full();
   }
 
   async #full() {
     const { quota = 0 } = (await navigator.storage?.estimate?.().catch(() => ({}))) ?? {};
     const room = quota ? ` (it allows this address ${megabytes(quota)})` : "";
-    this.#notice(`This browser has no room to keep the model${room}: it works now, and the next visit downloads it again.`);
+    this.#notice("room", `This browser has no room to keep the model${room}: it works now, and the next visit downloads it again.`);
   }
 
   // --- asking ---
@@ -338,7 +330,7 @@ class Page {
     if (this.#state !== "ready" || this.#talk.busy || !text.value.trim()) return;
     const question = text.value;
     text.value = "";
-    byId("notice").hidden = true;
+    for (const notice of document.querySelectorAll(".notice")) notice.remove();
     this.#talk.ask(question);
   }
 
@@ -346,7 +338,7 @@ class Page {
     byId("text").value = example;
     if (this.#state === "ready") this.#ask();
     this.#fitText();
-    byId("text").focus();
+    rest();
   }
 
   #context(used) {
@@ -386,6 +378,7 @@ class Page {
     const same = this.#weights.sha256.startsWith(weights || "-") && this.#positions() === settings.context;
     const what = this.#about.chat ? "answer" : "continuation";
     this.#notice(
+      "link",
       same
         ? `This link holds a text, its settings and seed ${settings.seed}: the model writes the same ${what} again.`
         : `This link holds a text and its settings, but was made with another model or context: the ${what} may differ.`,
@@ -394,10 +387,15 @@ class Page {
 
   // --- notices and faults ---
 
-  #notice(text) {
-    const close = button("Dismiss", () => (byId("notice").hidden = true));
-    byId("notice").replaceChildren(make("p", {}, text), close);
-    byId("notice").hidden = false;
+  /** @param {string} name of its kind; a new one takes its place @param {string} text */
+  #notice(name, text) {
+    const id = `notice-${name}`;
+    byId(id)?.remove();
+    const notice = make("div", { id, className: "notice" }, make("p", {}, text), button("Dismiss", () => {
+      notice.remove();
+      rest();
+    }));
+    byId("notices").append(notice);
   }
 
   #clearFault() {
@@ -419,7 +417,11 @@ class Page {
 
   /** What a visitor can do about a kind of fault. @returns {HTMLElement[]} */
   #waysOn(kind) {
-    const again = () => (this.#weights ? this.#load() : this.#choose());
+    const again = () => {
+      this.#clearFault();
+      if (this.#weights) this.#load();
+      else this.#choose();
+    };
     if (kind === "browser" || kind === "worker") return [];
     if (["link", "long", "prompt"].includes(kind)) return [button("Dismiss", () => this.#clearFault())];
     if (kind === "version" || kind === "format") return [button("Reload the page", () => location.reload(), "primary")];
@@ -447,7 +449,20 @@ class Page {
   }
 }
 
+const OTHER_TAB =
+  "Another tab has this page open. Each needs memory of its own for the model; nothing is downloaded twice.";
 const STEPS = { memory: "Asking the browser for memory…", start: "Preparing the model…" };
+
+/** Whether no other tab has this page: the lock is held as long as the page is open. */
+function isAlone() {
+  if (!navigator.locks) return true;
+  return new Promise((resolve) => {
+    navigator.locks.request(`smolctl ${base.pathname}`, { ifAvailable: true }, (lock) => {
+      resolve(lock !== null);
+      return lock && new Promise(() => {});
+    });
+  });
+}
 
 /** Numbers of tokens that a context can have here. */
 function choices(context) {

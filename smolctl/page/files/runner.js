@@ -2,12 +2,12 @@
 
 import { Fault } from "./download.js";
 
-const BROWSERS = "Chrome 91, Edge 91, Firefox 114, Safari 16.4 and later ones can";
+const BROWSERS = "Chrome 110, Edge 110, Firefox 114, Safari 16.4 and later ones can run this page";
 // Seconds without a word of the worker, by what it does, after which it counts as lost: a browser that is out of
 // memory may never answer. Downloads have a limit of their own.
 const PATIENCE = { begin: 20, memory: 20, start: 60, generate: 120 };
 const SILENT = {
-  begin: ["worker", `This browser does not start the worker that the model needs. ${BROWSERS}.`],
+  begin: ["worker", `The worker that runs the model did not start: the browser is too old, or a file of this page is missing. ${BROWSERS}.`],
   memory: ["memory", "The browser does not answer when asked for the memory that the model needs."],
   start: ["memory", "The browser does not finish to prepare the model; it may be out of memory."],
   generate: ["engine", "The model has not answered for two minutes; the browser may be out of memory."],
@@ -20,7 +20,7 @@ export function checkBrowser() {
   const body = [10, 8, 1, 6, 0, 0x41, 0, 0xfd, 0x0f, 0x0b];
   const module = new Uint8Array([0, 0x61, 0x73, 0x6d, 1, 0, 0, 0, ...type, 3, 2, 1, 0, ...body]);
   if (!globalThis.WebAssembly?.validate(module)) {
-    throw new Fault("browser", `This browser has no WebAssembly with SIMD, or has it switched off. ${BROWSERS} run this page.`);
+    throw new Fault("browser", `This browser has no WebAssembly with SIMD, or has it switched off. ${BROWSERS}.`);
   }
 }
 

@@ -148,6 +148,7 @@ export class Talk {
   #undo(turn) {
     const again = this.#before.length > this.turns.length - 1;
     this.#keep(this.#before);
+    announce("Stopped");
     if (!again && !byId("text").value) byId("text").value = turn.question;
     this.#hooks.changed();
   }
@@ -155,7 +156,7 @@ export class Talk {
   #add(question, answer) {
     const asked = make("div", { className: "question" }, make("p", { className: "text" }, question));
     const [you, it] = this.#chats ? ["You", "Model"] : ["Text", "Continuation"];
-    const title = (text) => make("h3", { className: "visually-hidden" }, text);
+    const title = (text) => make("h2", { className: "visually-hidden" }, text);
     const element = make("article", { className: "turn" }, title(you), asked, title(it), answer);
     const turn = { question, answer: "", how: null, element };
     asked.append(button("Edit", () => this.#edit(turn), "quiet edit"));
@@ -178,8 +179,8 @@ export class Talk {
     const resend = () => {
       if (!box.value.trim() || this.busy) return;
       back();
-      byId("text").focus({ preventScroll: true });
       this.#answer(this.turns.indexOf(turn), box.value, null);
+      byId("stop").focus();
     };
     box.onkeydown = (event) => {
       if (event.key === "Escape") back();
@@ -205,8 +206,8 @@ export class Talk {
       tell(copy, (await copied(whole)) ? "Copied" : "Not allowed here");
     });
     const again = button("Regenerate", () => {
-      byId("text").focus({ preventScroll: true });
       this.#answer(this.turns.indexOf(turn), turn.question, Math.floor(Math.random() * SEEDS));
+      byId("stop").focus();
     });
     again.classList.add("latest");
     const show = button("Tokens", () => {
