@@ -15,8 +15,9 @@ from smolctl.generation.load import usable_settings
 from smolctl.generation.sampling import settle
 from smolctl.outside import read_json
 from smolctl.ownership import RECORD
+from smolctl.page.chat import page_chat
 from smolctl.page.layout import engine_layout
-from smolctl.page.tokenization import page_chat, page_tokenizer
+from smolctl.page.tokenization import page_tokenizer
 from smolctl.sources.base import ModelSource
 from smolctl.sources.huggingface.write import write_json
 from smolctl.sources.open import open_source

@@ -75,7 +75,9 @@ def visiting(browser: Any, url: str, errors: int = 0, **options: Any) -> Iterato
     complaints: list[str] = []
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("console", lambda line: complaints.append(line.text) if line.type == "error" else None)
-    page.on("request", lambda request: None if request.url.startswith(url) else complaints.append(request.url))
+    page.on(
+        "request", lambda request: None if request.url.startswith(url) else complaints.append(request.url)
+    )
     page.goto(url)
     yield page
     assert len(complaints) == errors, complaints
@@ -218,7 +220,9 @@ def test_a_download_that_fails_says_so_and_goes_on_from_there(browser: Any, site
     with PageServer(site) as server, visiting(browser, server.url, errors=1) as page:
         server.spoil("model/part-01", lambda body: 404)
         page.get_by_role("button", name="Load the model").click()
-        page.get_by_role("alert").get_by_text("part-01 could not be downloaded: the server answers 404").wait_for()
+        page.get_by_role("alert").get_by_text(
+            "part-01 could not be downloaded: the server answers 404"
+        ).wait_for()
         assert "the rest is in this browser already" in page.locator("#cost").text_content()
         server.mend()
         page.get_by_role("button", name="Try again").click()
@@ -338,7 +342,10 @@ def test_everything_works_by_keyboard(browser: Any, site: Path) -> None:
                 return
         raise AssertionError(f"{name} is out of reach")
 
-    with PageServer(site) as server, visiting(browser, server.url, viewport={"width": 390, "height": 800}) as page:
+    with (
+        PageServer(site) as server,
+        visiting(browser, server.url, viewport={"width": 390, "height": 800}) as page,
+    ):
         press_until(page, "Load the model")
         page.keyboard.press("Enter")
         page.locator("#send:enabled").wait_for()

@@ -19,6 +19,8 @@ from smolctl.page.folder import PAGE, WEIGHTS
 from smolctl.publish import static_space
 from smolctl.publish.build import Built
 from smolctl.publish.push import PushOptions, PushPlan, push
+from smolctl.publish.smoke import SmokeTest
+from smolctl.publish.space_model import space_model
 from smolctl.sources.huggingface.card import split_card
 from tests.support.processes import Smolctl
 from tests.support.publishing import publish
@@ -103,7 +105,7 @@ def test_the_page_alone_is_a_folder_that_is_replaced_but_not_where_others_wrote(
     assert smolctl("push", learned_run, "--page", site, "-q").code == 0
     (site / "notes.txt").write_text("mine")
     refused = smolctl("push", learned_run, "--page", site)
-    assert refused.code == ExitCode.INPUT
+    assert refused.code == ExitCode.BAD_INPUT
     assert "notes.txt" in refused.err
     assert (site / "notes.txt").read_text() == "mine"
 
@@ -115,15 +117,11 @@ def test_what_the_static_page_does_not_have_is_refused(
     assert smolctl("push", learned_run, *arguments).code == ExitCode.USAGE
 
 
-def try_it(page: Built, folder: Path, quantized: Path) -> smoke.PageTrial:
-    return smoke.try_page(folder, quantized, "the cat")
-
-
 @pytest.fixture
 def quantized(page: Built, tmp_path: Path) -> Path:
     folder = tmp_path / "quantized"
     folder.mkdir()
-    static_space.space_model(page, "int8", folder)
+    space_model(page, "int8", folder)
     return folder / "int8"
 
 
@@ -163,14 +161,12 @@ def test_from_a_run_to_a_page_that_answers_from_the_hub(
     options = PushOptions(str(learned_run), "me/tiny", space="me/demo")
     pushed = push(options, HubClient(print), plans.append)
     built = plans[0].built
-    assert built.smoke is not None  # it was tried before anything was sent
+    assert isinstance(built.smoke, SmokeTest)  # it was tried before anything was sent
     assert pushed.space is not None
     assert pushed.space_stage == "RUNNING"
     assert hub.repos["spaces/me/demo"].private
     folder = snapshot_download("me/demo", repo_type="space", local_dir=tmp_path / "demo", endpoint=hub.url)
     (tmp_path / "quantized").mkdir()
-    built = replace(built, folder=Path(snapshot_download("me/tiny", local_dir=tmp_path / "model", endpoint=hub.url)))
-    again = static_space.space_model(built, "int8", tmp_path / "quantized")
-    assert smoke.try_page(Path(folder), again, built.smoke.prompt if built.smoke else "").text == (
-        built.smoke and built.smoke.text
-    )
+    model = snapshot_download("me/tiny", local_dir=tmp_path / "model", endpoint=hub.url)
+    quantized = space_model(replace(built, folder=Path(model)), "int8", tmp_path / "quantized")
+    assert smoke.try_page(Path(folder), quantized, built.smoke.prompt).text == built.smoke.text

@@ -87,7 +87,10 @@ class PageServer(Loopback):
                 self.send_response(body if isinstance(body, int) else 200)
                 kind = "text/javascript" if path.endswith(".js") else mimetypes.guess_type(path)[0]
                 sent = body if isinstance(body, bytes) else b""
-                fields = {"Content-Type": kind or "application/octet-stream", "Content-Length": str(len(sent))}
+                fields = {
+                    "Content-Type": kind or "application/octet-stream",
+                    "Content-Length": str(len(sent)),
+                }
                 for name, value in {**fields, **server.headers}.items():
                     self.send_header(name, value)
                 self.end_headers()

@@ -13,7 +13,7 @@ async function trial(request) {
   const { createEngine } = await load("engine.js");
   const { Sampler } = await load("sampling.js");
   const { Tokenizer } = await load("tokenizer.js");
-  const { chatPrompt } = await load("chat.js");
+  const { chatPrompt, openChat } = await load("chat.js");
   const page = await json("page.json");
   const model = request.load.folder;
   const weights = await json(model, "weights.json");
@@ -28,7 +28,7 @@ async function trial(request) {
   engine.start();
   const start_s = (performance.now() - began) / 1000;
   const { messages, prompt, sampling, max_tokens, seed } = request.generate;
-  const before = messages ? chatPrompt(tokenizer, page.chat, messages) : tokenizer.encode(prompt);
+  const before = messages ? chatPrompt(tokenizer, await openChat(page.chat), messages) : tokenizer.encode(prompt);
   const sampler = new Sampler(sampling, seed);
   await sampler.ready;
   const stream = tokenizer.stream(before);
