@@ -57,7 +57,9 @@ class PageText:
     examples: Sequence[str]
 
 
-def write_page(folder: Path, quantized: Sequence[Path], text: PageText, verdicts: Mapping[str, str]) -> None:
+def write_page(
+    folder: Path, quantized: Sequence[Path], text: PageText, verdicts: Mapping[str, str]
+) -> tuple[PageModel, ...]:
     """Write the page into an existing folder.
 
     Args:
@@ -65,6 +67,9 @@ def write_page(folder: Path, quantized: Sequence[Path], text: PageText, verdicts
         quantized: folders that `quantize` wrote, of one model; the first is what visitors get by default.
         text: what the page says.
         verdicts: by scheme, where they were measured.
+
+    Returns:
+        The variants, the default first.
 
     Raises:
         InputError: the page cannot run such a model, or such a tokenizer.
@@ -93,6 +98,7 @@ def write_page(folder: Path, quantized: Sequence[Path], text: PageText, verdicts
             "sampling": _sampling(first),
         },
     )
+    return tuple(models)
 
 
 def _sampling(source: ModelSource) -> dict[str, Any]:

@@ -46,13 +46,13 @@ def add_space(built: Built, folder: Path, sdk: Sdk, schemes: Sequence[str], trie
         return replace(built, space=folder, smoke=smoke_test(folder) if tried else None)
     smoke = None
     with tempfile.TemporaryDirectory(prefix="smolctl-page-") as work:
-        quantized = static_space.add_space(built, folder, schemes, Path(work))
+        quantized, variants = static_space.add_space(built, folder, schemes, Path(work))
         if tried:
             prompt = examples(built.card_facts(built.model.name, None))[0]
             trial = try_page(folder, quantized[0], prompt)
             engine = f"the page in {trial.engine}, with this machine's tokens"
             smoke = SmokeTest(prompt, trial.text, trial.tokens, trial.start_s, trial.answer_s, engine)
-    return replace(built, space=folder, smoke=smoke)
+    return replace(built, space=folder, smoke=smoke, variants=variants)
 
 
 def write_card(sdk: Sdk, folder: Path, facts: CardFacts, on_hub: str | None) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import smolctl
-from smolctl.page.folder import PageText, update_text, write_page
+from smolctl.page.folder import PageModel, PageText, update_text, write_page
 from smolctl.page.serve import ISOLATION
 from smolctl.publish.build import Built
 from smolctl.publish.card_text import CardFacts
@@ -14,7 +14,9 @@ from smolctl.publish.space_model import space_model
 from smolctl.publish.space_text import examples, model_link, summary, write_space_card
 
 
-def add_space(built: Built, folder: Path, schemes: Sequence[str], work: Path) -> tuple[Path, ...]:
+def add_space(
+    built: Built, folder: Path, schemes: Sequence[str], work: Path
+) -> tuple[tuple[Path, ...], tuple[PageModel, ...]]:
     """Write the page into an empty folder, complete but for its links and README.md.
 
     Args:
@@ -24,21 +26,21 @@ def add_space(built: Built, folder: Path, schemes: Sequence[str], work: Path) ->
         work: for quantized models that the run does not have yet.
 
     Returns:
-        The quantized folders that the page was made from.
+        The quantized folders that the page was made from, and what the page has of them.
 
     Raises:
         InputError: the page cannot run the model, or its tokenizer.
         SmolError: something cannot be written.
     """
     quantized = tuple(space_model(built, scheme, work) for scheme in schemes)
-    write_page(folder, quantized, page_text(built.card_facts(built.model.name, None)), verdicts(built))
-    return quantized
+    text = page_text(built.card_facts(built.model.name, None))
+    return quantized, write_page(folder, quantized, text, verdicts(built))
 
 
 def verdicts(built: Built) -> dict[str, str]:
     """What `quantize` measured of the published step, by scheme."""
     records = built.facts.variants if built.facts else ()
-    return {str(record["scheme"]): str(record.get("verdict") or "") for record in records}
+    return {str(record["scheme"]): str(record["verdict"]) for record in records if record.get("verdict")}
 
 
 def page_text(facts: CardFacts) -> PageText:

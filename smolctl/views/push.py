@@ -9,7 +9,9 @@ from typing import Any
 
 from smolctl.hub.connection import endpoint
 from smolctl.hub.files import PlannedFile
+from smolctl.page.folder import PageModel
 from smolctl.page.serve import preview_server
+from smolctl.publish.build import Built
 from smolctl.publish.manifest import RepoPlan
 from smolctl.publish.push import SPACE, Page, Pushed, PushedRepo, PushPlan
 from smolctl.publish.sdk import Sdk
@@ -93,7 +95,14 @@ def _facts(plan: PushPlan) -> dict[str, str]:
         rows["stays here"] = ", ".join(built.left_out)
     if smoke := built.smoke:
         rows["Space"] = _tried(smoke)
+    rows |= {f"page, {one.scheme}": _variant(one, built) for one in built.variants}
     return rows
+
+
+def _variant(one: PageModel, built: Built) -> str:
+    measure = f"not measured: `smolctl quantize {built.model.source.id} --to {one.scheme}` does that"
+    verdict = one.verdict or (measure if built.model.is_run else "")
+    return "; ".join(filter(None, (size(one.bytes), verdict)))
 
 
 def _tried(smoke: SmokeTest) -> str:
@@ -246,7 +255,10 @@ def show_page(out: Output, page: Page, target: Path) -> None:
     """A static page that was written into a folder."""
     smoke, files = page.built.smoke, page.files
     assert smoke is not None
-    out.line(f"Written to {target}: {len(files)} files, {size(_bytes(files))}. {_tried(smoke)}.")
+    out.line(f"Written to {target}: {len(files)} files, {size(_bytes(files))}.")
+    out.line(f"The page was {_tried(smoke)}.")
+    for one in page.built.variants:
+        out.line(f"{one.scheme}: {_variant(one, page.built)}")
     for finding in page.allowed:
         out.line(f"allowed: {finding}")
     out.talk(_any_host(target))

@@ -31,10 +31,12 @@ from tests.support.push_hub import PushHub
 def page(learned: Built, tmp_path_factory: pytest.TempPathFactory) -> Built:
     """The page of a model that continues text, as it goes up."""
     folder = tmp_path_factory.mktemp("page")
-    static_space.add_space(learned, folder, ("int8", "int4"), tmp_path_factory.mktemp("quantized"))
+    _, variants = static_space.add_space(
+        learned, folder, ("int8", "int4"), tmp_path_factory.mktemp("quantized")
+    )
     facts = replace(learned.card_facts("me/tiny", "mit"), code="https://github.com/me/it")
     static_space.write_card(folder, facts, None)
-    return replace(learned, space=folder)
+    return replace(learned, space=folder, variants=variants)
 
 
 def test_the_front_matter_makes_a_static_space_that_may_use_threads(page: Built) -> None:
