@@ -12,7 +12,7 @@ from typing import Any
 import smolctl
 from smolctl.errors import SmolError
 from smolctl.ownership import RECORD
-from smolctl.page.chat import page_chat
+from smolctl.page.chat import chat_files, page_chat
 from smolctl.page.layout import engine_layout
 from smolctl.page.tokenization import page_tokenizer
 from smolctl.sources.huggingface.write import write_json
@@ -75,6 +75,9 @@ def write_page(folder: Path, quantized: Sequence[Path], text: PageText, verdicts
         write_model(source, folder / name)
         models.append(PageModel(name, scheme, description["file"]["bytes"], verdicts.get(scheme)))
     first = open_source(str(quantized[0]))
+    chat = page_chat(first)
+    for name, content in chat_files(chat).items():
+        (folder / name).write_bytes(content)
     write_json(
         folder / PAGE,
         {
@@ -85,7 +88,7 @@ def write_page(folder: Path, quantized: Sequence[Path], text: PageText, verdicts
             "context": first.require_config().max_position_embeddings,
             "models": [asdict(model) for model in models],
             "tokenizer": page_tokenizer(first),
-            "chat": page_chat(first),
+            "chat": chat,
         },
     )
 
