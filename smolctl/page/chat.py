@@ -18,6 +18,7 @@ from smolctl.data.tokenizer.chat import render_chat
 from smolctl.data.tokenizer.prompt import is_control
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.errors import InputError
+from smolctl.page.jinja import jinja_files
 from smolctl.sources import ModelSource
 
 Message = dict[str, str]
@@ -53,19 +54,29 @@ def page_chat(source: ModelSource) -> dict[str, Any] | None:
     if pieces is not None:
         system = _default_system(pieces["between"])
         return {"kind": "pieces", "takes_system": takes_system, "system": system, **pieces}
+    example = conversation(["Hello, how are you?", "Fine.\n\n1 < 2", " And you? "])
     return {
         "kind": "jinja",
         "takes_system": takes_system,
         "system": None,
         "template": tokenizer.chat_template,
         "tokens": {"bos_token": "", "eos_token": "", **tokenizer.named_tokens},
+        # What the library must make of it, unless it is another on another day.
+        "example": None
+        if _CLOCK in tokenizer.chat_template
+        else {"messages": example, "text": render(tokenizer, example)},
     }
 
 
+def chat_files(chat: Mapping[str, Any] | None) -> Mapping[str, bytes]:
+    """Files that the page needs for a `page_chat`, by their names. Raises as `jinja_files`."""
+    return jinja_files() if chat is not None and chat["kind"] == "jinja" else {}
+
+
 def _takes_system(tokenizer: Tokenizer) -> bool:
-    """Whether the template writes a system message and does not refuse it."""
+    """Whether a system message changes what the template writes, and is not refused."""
     try:
-        return "mark" in render(tokenizer, conversation(["a"], "mark"))
+        return render(tokenizer, conversation(["a"], "b")) != render(tokenizer, conversation(["a"]))
     except InputError:
         return False
 

@@ -15,7 +15,7 @@ from smolctl.generation.load import usable_settings
 from smolctl.generation.sampling import settle
 from smolctl.outside import read_json
 from smolctl.ownership import RECORD
-from smolctl.page.chat import page_chat
+from smolctl.page.chat import chat_files, page_chat
 from smolctl.page.layout import engine_layout
 from smolctl.page.tokenization import page_tokenizer
 from smolctl.sources.base import ModelSource
@@ -75,6 +75,8 @@ def write_page(
         InputError: the page cannot run such a model, or such a tokenizer.
         SmolError: this installation has no engine for browsers.
     """
+    first = open_source(str(quantized[0]))
+    tokenizer, chat = page_tokenizer(first), page_chat(first)  # what the page cannot follow is refused first
     write_code(folder)
     models = []
     for number, source in enumerate(quantized):
@@ -83,7 +85,8 @@ def write_page(
         name = "model" if number == 0 else f"model-{scheme}"
         write_model(source, folder / name)
         models.append(PageModel(name, scheme, description["file"]["bytes"], verdicts.get(scheme)))
-    first = open_source(str(quantized[0]))
+    for file, content in chat_files(chat).items():
+        (folder / file).write_bytes(content)
     write_json(
         folder / PAGE,
         {
@@ -93,8 +96,8 @@ def write_page(
             **asdict(text),
             "context": first.require_config().max_position_embeddings,
             "models": [asdict(model) for model in models],
-            "tokenizer": page_tokenizer(first),
-            "chat": page_chat(first),
+            "tokenizer": tokenizer,
+            "chat": chat,
             "sampling": _sampling(first),
         },
     )

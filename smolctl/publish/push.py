@@ -117,6 +117,7 @@ class PushedRepo:
     url: str
     commit: Commit
     files: tuple[PlannedFile, ...]
+    code: str | None = None  # address of the repository that made the model
 
 
 @dataclass(frozen=True)
@@ -329,7 +330,8 @@ def send(plan: PushPlan, client: HubClient) -> Pushed:
     message = f"Upload {plan.built.model.name}{step} with smolctl"
     planned_files, removed = plan.model.files, plan.model.removed
     commit = client.push(target, base, planned_files, message, options.create_pr, removed)
-    model = PushedRepo(target.repo, client.url(target), commit, planned_files)
+    code = plan.built.model.settings.repository
+    model = PushedRepo(target.repo, client.url(target), commit, planned_files, code)
     if plan.space is None or options.space is None:
         return Pushed(model)
     return _send_space(Target(options.space, SPACE), plan, plan.space, model, client)

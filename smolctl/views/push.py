@@ -198,6 +198,7 @@ def _repo_document(repo: PushedRepo) -> dict[str, Any]:
         "sent": list(repo.commit.sent),
         "removed": list(repo.commit.removed),
         "verified": True,
+        "code": repo.code,
     }
 
 
@@ -215,6 +216,7 @@ def _document(plan: PushPlan) -> dict[str, Any]:
         "removed": list(plan.model.removed),
         "not_ours": list(plan.model.stays),
         "verified": False,
+        "code": plan.built.model.settings.repository,
         "public": plan.options.public,
         "largest_logit_difference": plan.built.export.largest_difference,
     }

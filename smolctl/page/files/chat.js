@@ -2,7 +2,8 @@
  * A conversation as the token ids that a chat model was trained on.
  *
  * Most templates put the same text between two messages whatever stands in these. smolctl/page/chat.py proves it
- * of a model's template and ships these texts. Other templates are filled by the Jinja library beside the page.
+ * of a model's template and ships these texts. Other templates are filled by the Jinja library beside the page,
+ * which differs from Python's in one known thing: `trim` leaves U+001C to U+001F and U+0085, and takes U+FEFF.
  */
 
 // When the context is full, the oldest turns go until this share of it is free: what follows them must be read
@@ -35,12 +36,18 @@ export class PromptTooLongError extends Error {
  * Prepare a model's chat template.
  * @param {object} chat `chat` of page.json
  * @returns {Promise<Render>} it throws where the template refuses the messages
+ * @throws the Jinja library does not fill this template as Python's does
  */
 export async function openChat(chat) {
   if (chat.kind === "pieces") return (messages) => join(chat, messages);
   const { Template } = await import("./jinja.js");
   const template = new Template(chat.template);
-  return (messages) => template.render({ ...chat.tokens, messages, add_generation_prompt: true, tools: null });
+  const empty = { tools: null, documents: null };
+  const render = (messages) => template.render({ ...chat.tokens, ...empty, messages, add_generation_prompt: true });
+  if (chat.example && render(chat.example.messages) !== chat.example.text) {
+    throw new Error("The model's chat template does not give the same text here as in Python.");
+  }
+  return render;
 }
 
 function join({ between, strip }, messages) {
