@@ -32,7 +32,8 @@
 
 typedef struct pool {
     int threads;       // that take part in the present job
-    int most;          // that may take part
+    int most;          // that there can be
+    int asked;         // that shall take part
     atomic_int ready;  // threads beside number 0 that may be given jobs
     void (*function)(void *argument, int thread);
     void *argument;
@@ -102,22 +103,25 @@ static void barrier(pool *p) {
 
 // What a thread beside number 0 does until the pool stops. One that comes late takes part from the next job on.
 static void work(pool *p, int thread) {
+    int needed = 1;  // in the last job: then the next one may come soon
     for (unsigned done = 0;;) {
-        for (int spins = 0; spins < PATIENCE && atomic_load(&p->job) == done; spins++) PAUSE();
+        for (int spins = 0; needed && spins < PATIENCE && atomic_load(&p->job) == done; spins++) PAUSE();
         while (atomic_load(&p->job) == done) sleep_until_job(p, done);
         done = atomic_load(&p->job);
         if (p->stop) return;
-        if (thread >= (int)(done % MOST_THREADS)) continue;
+        needed = thread < (int)(done % MOST_THREADS);
+        if (!needed) continue;
         p->function(p->argument, thread);
         barrier(p);
     }
 }
 
 static void start_job(pool *p) {
-    p->threads = 1 + atomic_load(&p->ready);
+    int there = 1 + atomic_load(&p->ready);
+    p->threads = there < p->asked ? there : p->asked;
     unsigned before = atomic_load(&p->job);
     atomic_store(&p->job, (before / MOST_THREADS + 1) * MOST_THREADS + (unsigned)p->threads);
-    if (p->threads > 1) wake_for_job(p);
+    if (there > 1) wake_for_job(p);
 }
 
 // Run function(argument, thread) on every thread, this one as number 0, and return when all are done.
@@ -143,13 +147,13 @@ static pool *pool_create(int threads) {
     pool *p = calloc(1, sizeof *p);
     helper_stacks = aligned_alloc(64, (size_t)(threads - 1) * STACK_BYTES);
     if (!p || !helper_stacks) return NULL;
-    p->threads = 1;
-    p->most = threads;
+    p->most = p->asked = threads;
     return only_pool = p;
 }
 
 static void pool_destroy(pool *p) {
     p->stop = 1;
+    p->asked = p->most;
     start_job(p);
 }
 
@@ -188,6 +192,7 @@ static pool *pool_create(int threads) {
             p->most = i;
         } else p->ready = i;
     }
+    p->asked = p->most;
     return p;
 }
 

@@ -10,9 +10,9 @@ const BLOCK = 32; // columns of a row are filled up to a multiple of it: vector.
 const KEYS = 16; // positions in a tile of keys: attention.h
 const SPLIT = 128; // positions in a part of a long context, for a few tokens: forward.c
 const FEW = 4; // tokens that are multiplied one by one: matrix.h
-const SMALLEST_CHUNK = 8;
-const LARGEST_CHUNK = 64;
-const PATIENCE_MS = 100; // what a call may take, so that "stop" is noticed
+const CHUNK = 64; // tokens that go through the network together: many, since each time all weights are unpacked
+const CALL_MS = 100; // what a call may take, so that "stop" is noticed
+const HELPERS_MS = 1000; // to wait for helping threads
 const OUTCOMES = ["done", "too little memory", "a call is under way", "cancelled"];
 
 const filled = (size, piece) => Math.ceil(size / piece) * piece;
@@ -24,9 +24,9 @@ function sizes({layout}, positions, threads) {
   const stride = filled(head_dim, KEYS);
   const cached = layers.length * kv_heads * capacity * (layout.half_precision ? 2 : 4);
   const [C, A, F] = [hidden_size, heads * head_dim, intermediate_size].map((size) => filled(size, BLOCK));
-  const rows = LARGEST_CHUNK * (2 * C + A + F + (heads + 2 * kv_heads) * head_dim);
-  const scratch = threads * (21 * Math.max(C, A, F) + 16 * LARGEST_CHUNK); // `scratch_size` of forward.c
-  const most = Math.max(FEW * Math.ceil(capacity / SPLIT), LARGEST_CHUNK * Math.min(4 * threads, 16));
+  const rows = CHUNK * (2 * C + A + F + (heads + 2 * kv_heads) * head_dim);
+  const scratch = threads * (21 * Math.max(C, A, F) + 16 * CHUNK); // `scratch_size` of forward.c
+  const most = Math.max(FEW * Math.ceil(capacity / SPLIT), CHUNK * Math.min(4 * threads, 16));
   return {
     capacity,
     stride,
@@ -54,22 +54,25 @@ export function memoryNeeded(weights, positions, threads = 1) {
 class Engine {
   #exports;
   #memory;
-  #next; // where free memory begins
   #weights;
+  #start; // (index): starts a helping thread
+  #most; // threads that there can be
+  #asked; // threads that shall work
+  #next; // where free memory begins
   #base; // where the file of the weights begins
-  #context = 0;
-  #batch; // the structure of that name
+  #context = 0; // of forward.c
+  #batch; // addresses of that structure and of what it points to
   #ids;
   #places;
+  #wanted;
   #logits;
-  #speed = 0; // tokens a millisecond of a prompt
+  #pace = 0; // milliseconds that a token of a prompt takes in a layer
 
   constructor(exports, memory, weights, positions, threads, start) {
-    [this.#exports, this.#memory, this.#weights] = [exports, memory, weights];
+    [this.#exports, this.#memory, this.#weights, this.#start] = [exports, memory, weights, start];
+    [this.#most, this.#asked] = [threads, threads];
     this.capacity = positions;
     this.length = 0;
-    this.most = threads;
-    this.begin = start;
     this.#base = filled(exports.__heap_base.value, 64);
     this.#next = this.#base + weights.bytes;
   }
@@ -78,15 +81,18 @@ class Engine {
     return this.#memory.buffer.byteLength;
   }
 
-  /** Threads that work: helpers count from when they have started. */
+  /** Threads that work: helpers count from when they are there. Set it to have fewer of them work. */
   get threads() {
-    return this.#exports.smolctl_threads();
+    return this.#exports.smolctl_threads(this.#asked);
   }
 
-  /** The most tokens of a call: as many as took a tenth of a second so far. */
+  set threads(count) {
+    this.#asked = count;
+  }
+
+  /** The most tokens of a call. */
   get chunk() {
-    const fitting = Math.floor((this.#speed * PATIENCE_MS) / SMALLEST_CHUNK) * SMALLEST_CHUNK;
-    return Math.min(Math.max(fitting, SMALLEST_CHUNK), LARGEST_CHUNK);
+    return CHUNK;
   }
 
   /** Put bytes of model.safetensors to their place. */
@@ -95,34 +101,51 @@ class Engine {
     new Uint8Array(this.#memory.buffer, this.#base + offset, bytes.length).set(bytes);
   }
 
-  /** All bytes are there: describe the model to the compiled code, and start its threads. */
-  start() {
+  /**
+   * All bytes are there: describe the model to the compiled code, and start its threads. It waits a few seconds
+   * for them; those that come later work too, and without them the engine does.
+   */
+  async start() {
     const {layout} = this.#weights;
-    const {capacity, stride, keys, values} = sizes(this.#weights, this.capacity, this.most);
+    const {capacity, stride, keys, values} = sizes(this.#weights, this.capacity, this.#most);
     const rotary = layout.frequencies ? this.#rotary(layout.frequencies, capacity) : 0;
     const norm = this.#floats(layout.norm);
     const positions = layout.positions ? this.#floats(layout.positions) : 0;
-    const layers = this.#integers(layout.layers.flatMap((layer) =>
-      layer.flatMap((part) => (part.length === 7 ? this.#matrix(part) : [this.#floats(part)]))));
+    const layers = layout.layers.flatMap((layer) =>
+      layer.flatMap((part) => (part.length === 7 ? this.#matrix(part) : [this.#floats(part)])),
+    );
     const model = this.#integers([
-      layout.layers.length, layout.hidden_size, layout.heads, layout.kv_heads, layout.head_dim,
-      layout.intermediate_size, bits(layout.eps), bits(layout.residual_scale), layers,
-      ...this.#matrix(layout.table), ...this.#matrix(layout.head), norm, positions, rotary, capacity,
+      layout.layers.length,
+      layout.hidden_size,
+      layout.heads,
+      layout.kv_heads,
+      layout.head_dim,
+      layout.intermediate_size,
+      bits(layout.eps),
+      bits(layout.residual_scale),
+      this.#integers(layers),
+      ...this.#matrix(layout.table),
+      ...this.#matrix(layout.head),
+      norm,
+      positions,
+      rotary,
+      capacity,
     ]);
-    this.#ids = this.#allocate(4 * LARGEST_CHUNK);
-    this.#places = this.#allocate(4 * LARGEST_CHUNK);
+    this.#ids = this.#allocate(4 * CHUNK);
+    this.#places = this.#allocate(4 * CHUNK);
+    this.#wanted = this.#allocate(4);
     this.#logits = this.#allocate(4 * layout.vocab_size);
-    const wanted = this.#allocate(4);
-    this.#batch = this.#integers([
-      0, this.#ids, this.#integers(new Array(LARGEST_CHUNK).fill(0)), this.#places,
-      this.#allocate(keys), this.#allocate(values), layout.half_precision ? 1 : 0, 1, capacity, stride,
-      1, wanted, this.#logits, this.#integers([0]),
-    ]);
-    this.wanted = wanted;
+    const sequences = this.#integers(new Array(CHUNK).fill(0));
+    const cancelled = this.#integers([0]);
+    const cache = [this.#allocate(keys), this.#allocate(values), layout.half_precision ? 1 : 0, 1, capacity, stride];
+    this.#batch = this.#integers(
+      [0, this.#ids, sequences, this.#places, ...cache, 1, this.#wanted, this.#logits, cancelled]);
     this.#exports.smolctl_heap(this.#next);
-    this.#context = this.#exports.smolctl_create(model, LARGEST_CHUNK, this.most);
-    if (!this.#context) throw new RangeError("too little memory");
-    for (let index = 1; index < this.most; index++) this.begin(index);
+    this.#context = this.#exports.smolctl_create(model, CHUNK, this.#most);
+    if (!this.#context) throw new RangeError(OUTCOMES[1]);
+    for (let index = 1; index < this.#most; index++) this.#start(index);
+    const end = performance.now() + HELPERS_MS;
+    while (this.threads < this.#most && performance.now() < end) await new Promise((done) => setTimeout(done, 5));
   }
 
   /** Forget what was read after the first `length` tokens. */
@@ -136,22 +159,60 @@ class Engine {
    * @returns {Float32Array} logits of the token that follows, valid until the next call
    */
   forward(ids) {
+    this.#give(ids);
+    this.#run(0, this.#weights.layout.layers.length);
+    return this.#took(ids);
+  }
+
+  /**
+   * `forward` for a prompt: any number of tokens, in calls that take about a tenth of a second.
+   * @param {number[]} ids
+   * @param {(done: number) => Promise<boolean>} proceed is awaited before each call, with the number of tokens that
+   *   were read; false ends the reading, and `length` then counts what was read
+   * @returns {Promise<Float32Array | null>} logits of the token that follows; null when it was ended
+   */
+  async read(ids, proceed) {
+    const last = this.#weights.layout.layers.length;
+    let logits = null;
+    for (let at = 0; at < ids.length; at += CHUNK) {
+      const part = ids.slice(at, at + CHUNK);
+      for (let layer = 0, most; layer < last; layer += most) {
+        if (!(await proceed(at))) return null;
+        if (!layer) this.#give(part);
+        most = Math.min(Math.max(Math.floor(CALL_MS / (this.#pace * part.length || CALL_MS)), 1), last - layer);
+        const began = performance.now();
+        this.#run(layer, layer + most);
+        this.#pace = (performance.now() - began) / (most * part.length);
+      }
+      logits = this.#took(part);
+    }
+    return logits;
+  }
+
+  /** Describe the tokens of a call. */
+  #give(ids) {
     const count = ids.length;
-    if (!count || count > LARGEST_CHUNK) throw new RangeError(`${count} tokens in a call`);
+    if (!count || count > CHUNK) throw new RangeError(`${count} tokens in a call`);
     if (this.length + count > this.capacity) throw new RangeError("the context is full");
-    const vocabulary = this.#weights.layout.vocab_size;
-    if (Array.prototype.some.call(ids, (id) => !(id >= 0 && id < vocabulary)))
-      throw new RangeError("a token is outside the vocabulary");
+    const {vocab_size} = this.#weights.layout;
+    for (const id of ids) if (!(id >= 0 && id < vocab_size)) throw new RangeError("a token is outside the vocabulary");
     this.#view(this.#ids, count).set(ids);
-    this.#view(this.#places, count).set(Int32Array.from({length: count}, (_, at) => this.length + at));
+    this.#view(this.#places, count).forEach((_, at, places) => (places[at] = this.length + at));
     this.#view(this.#batch, 1)[0] = count;
-    this.#view(this.wanted, 1)[0] = count - 1;
-    const began = performance.now();
+    this.#view(this.#wanted, 1)[0] = count - 1;
+  }
+
+  /** Run some layers on them, and after the last one the head. */
+  #run(first, last) {
+    this.#exports.smolctl_threads(this.#asked);
+    this.#exports.smolctl_layers(this.#context, first, last);
     const outcome = this.#exports.smolctl_forward(this.#context, this.#batch);
     if (outcome) throw new RangeError(OUTCOMES[outcome]);
-    if (count > FEW) this.#speed = count / (performance.now() - began);
-    this.length += count;
-    return new Float32Array(this.#memory.buffer, this.#logits, vocabulary);
+  }
+
+  #took(ids) {
+    this.length += ids.length;
+    return new Float32Array(this.#memory.buffer, this.#logits, this.#weights.layout.vocab_size);
   }
 
   #view(at, count) {
@@ -161,7 +222,7 @@ class Engine {
   #allocate(bytes) {
     const at = filled(this.#next, 64);
     this.#next = at + bytes;
-    if (this.#next > this.memoryBytes) throw new RangeError("too little memory");
+    if (this.#next > this.memoryBytes) throw new RangeError(OUTCOMES[1]);
     return at;
   }
 
