@@ -86,8 +86,8 @@ def with_ends() -> tokenizers.Tokenizer:
 
 
 def with_visible_words(kind: str) -> Tokenizer:
-    """What divides texts as a kind of `MAKERS`, and merges any byte with an "a", "1" or space behind it that is
-    in the same word. Few words of other tokenizers show where they begin."""
+    """What divides texts as a kind of `MAKERS`, and merges any byte with an "a", "1" or space behind it
+    that is in the same word. Few words of other tokenizers show where they begin."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [(byte, behind) for behind in "a1Ġ" for byte in alphabet]
     tokens = dict.fromkeys([*alphabet, *map("".join, merges)])
