@@ -21,7 +21,8 @@ from smolctl.sources import ModelSource
 from smolctl.sources.huggingface.tokenizer import added_token_ids, ids_around_text
 
 # How texts are divided into words: regular expressions as the library reads them, and what finds the same
-# words in JavaScript with the flags g and u. Every character of a text is in one of the words.
+# words in JavaScript with the flags g and u. Every character of a text is in one of the words. They are the
+# same words for the characters of Unicode 16, as far as a browser knows them: each has tables of its own.
 _CONTRACTIONS = "'[sS\u017f]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"  # U+017F is a small long s
 _WORDS = {
     # GPT-2, SmolLM, SmolLM2: `byte_level.rs` of the library.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import AddedToken, Regex, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
 from smolctl.config import ModelConfig
 from smolctl.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -17,7 +17,7 @@ from smolctl.errors import InputError
 from smolctl.page.tokenization import page_tokenizer
 from smolctl.sources.base import ModelSource, SourceKind
 from tests.support.node import run_module
-from tests.support.tokenizer_texts import few, many
+from tests.support.tokenizer_texts import code_points, few, many
 from tests.support.tokenizers import GPT4_REGEX, byte_level, changed, gpt2, tokenizer
 
 # Reads {"tokenizers": [[tokenizer.json, options], ...], "texts": [...]} and writes, for each tokenizer, the
@@ -85,6 +85,17 @@ def with_ends() -> tokenizers.Tokenizer:
     return backend
 
 
+def with_visible_words(kind: str) -> Tokenizer:
+    """What divides texts as a kind of `MAKERS`, and merges any byte with an "a", "1" or space behind it
+    that is in the same word. Few words of other tokenizers show where they begin."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [(byte, behind) for behind in "a1Ġ" for byte in alphabet]
+    tokens = dict.fromkeys([*alphabet, *map("".join, merges)])
+    backend = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    backend.pre_tokenizer, backend.decoder = tokenizer(kind).pre_tokenizer, decoders.ByteLevel()
+    return Tokenizer(backend)
+
+
 def without_bytes() -> tokenizers.Tokenizer:
     """No token for some bytes, and none for any text at all to stand for them."""
     state = json.loads(tokenizer("gpt2").to_str())
@@ -125,6 +136,15 @@ def test_every_known_kind_gives_the_ids_of_the_library() -> None:
 @pytest.mark.real_weights
 def test_smollm2_gives_the_ids_of_the_library_for_a_large_sample(gguf_file: Path) -> None:
     assert not differing([load_tokenizer(str(gguf_file))], many(SPECIAL))
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param("smollm", marks=pytest.mark.slow), pytest.param("gpt4", marks=pytest.mark.proof)]
+)
+def test_every_code_point_is_in_the_same_class(kind: str) -> None:
+    """Where the page took a character for a letter and the library did not, it would be in another word. Only
+    the characters of Python's Unicode are tried, which is older than the library's and the browser's."""
+    assert not differing([with_visible_words(kind)], list(code_points()))
 
 
 SPLIT = {"type": "Split", "pattern": {"Regex": "x+"}, "behavior": "Isolated", "invert": False}

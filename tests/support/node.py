@@ -17,14 +17,14 @@ def node() -> str:
     return compute_driver_executable()[0]
 
 
-def run_module(source: str, *arguments: str, stdin: str = "", folder: Path = PAGE_FILES) -> str:
-    """What a module prints. It imports files of the page, or of another folder, as "./tokenizer.js", and
-    finds its arguments in `process.argv` from index 2 on.
+def run_module(source: str, *arguments: str, stdin: str = "") -> str:
+    """What a module prints. It imports files of the page as "./tokenizer.js", and finds its arguments in
+    `process.argv` from index 2 on.
 
     Raises:
         AssertionError: it fails, with what it says.
     """
-    whole = source.replace('from "./', f'from "{folder.as_uri()}/')
+    whole = source.replace('from "./', f'from "{PAGE_FILES.as_uri()}/')
     command = [node(), "--no-warnings", "--input-type=module", "--eval", whole, "-", *arguments]
     done = subprocess.run(command, input=stdin, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr

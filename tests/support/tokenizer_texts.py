@@ -13,6 +13,7 @@ from contextlib import suppress
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 # Whitespace of every definition, and what only looks like it.
 SPACES = (
@@ -48,16 +49,8 @@ def few(special: Sequence[str]) -> list[str]:
 
 
 def many(special: Sequence[str]) -> list[str]:
-    """Some ten thousand texts."""
-    return [
-        *few(special),
-        *_code_points(),
-        *_spaces(),
-        *_numbers(),
-        *_marks(),
-        *_fuzz(special),
-        *_languages(),
-    ]
+    """Some five thousand texts, beside `code_points`."""
+    return [*few(special), *_spaces(), *_numbers(), *_marks(), *_fuzz(special), *_languages()]
 
 
 @cache
@@ -70,13 +63,12 @@ def _assigned() -> list[str]:
     ]
 
 
-def _code_points() -> Iterator[str]:
-    """Every assigned code point beside its neighbours, letters, digits and spaces."""
+def code_points() -> Iterator[str]:
+    """Every assigned code point beside letters, digits and spaces."""
     assigned = _assigned()
     for start in range(0, len(assigned), 32):
         some = assigned[start : start + 32]
-        yield "".join(some)
-        yield "".join(f" {c}a{c}1{c}" for c in some)
+        yield "".join(f"{c}a{c}1{c}  " for c in some)
 
 
 def _spaces() -> Iterator[str]:
@@ -106,12 +98,8 @@ def _fuzz(special: Sequence[str]) -> Iterator[str]:
     assigned = _assigned()
     parts = [*SPACES, *CONTRACTIONS, *EMOJI, *WORDS, *special, *(token[:-1] for token in special), "<|", "|>"]
     for _ in range(2_000):
-        kinds = [
-            lambda: chance.choice(parts),
-            lambda: chance.choice(assigned),
-            lambda: chr(chance.randrange(128)),
-        ]
-        yield "".join(chance.choice(kinds)() for _ in range(chance.randrange(60)))
+        some = [*chance.choices(parts, k=20), *chance.choices(assigned, k=20), *map(chr, range(128))]
+        yield "".join(chance.choices(some, k=chance.randrange(60)))
 
 
 def _languages() -> Iterator[str]:
@@ -126,5 +114,6 @@ def _languages() -> Iterator[str]:
     for folder in sorted(Path("/usr/share/locale").glob("*/LC_MESSAGES")):
         for path in sorted(folder.glob("*.mo"))[:3]:
             with path.open("rb") as file, suppress(OSError, ValueError, LookupError):  # some are broken
-                translated: dict[str, str] = vars(gettext.GNUTranslations(file))["_catalog"]  # type: ignore[no-untyped-call]
+                translations: Any = gettext.GNUTranslations
+                translated: dict[str, str] = vars(translations(file))["_catalog"]
                 yield "\n".join(filter(None, translated.values()))[:1_500]
