@@ -20,9 +20,9 @@ CONTEXT = 4096
 TITLE = "tiny & <b>small</b>"
 EXAMPLE = "the cat sat"
 VERDICT = "int8: as good as the original on 4,096 tokens"
-SAMPLING = {"temperature": 0.7, "top_p": 0.95, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.1}
+SAMPLING = {"temperature": 0.7, "top_p": 0.95, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 ISOLATION = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
-PART_BYTES = 16 << 10  # several parts, although the model is tiny
+PART_BYTES = 8 << 10  # several parts, although the model is tiny
 
 Spoil = Callable[[bytes], bytes | int]
 
@@ -44,7 +44,7 @@ def write_site(work: Path, template: str | None = TEMPLATE) -> Path:
     site.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page_folder, "PART_BYTES", PART_BYTES)
-        write_page(site, [work / f"small-{scheme}" for scheme in schemes], text, {"int8": VERDICT})
+        write_page(site, [work / "small" / scheme for scheme in schemes], text, {"int8": VERDICT})
     return site
 
 
@@ -87,7 +87,10 @@ class PageServer(Loopback):
                 self.send_response(body if isinstance(body, int) else 200)
                 kind = "text/javascript" if path.endswith(".js") else mimetypes.guess_type(path)[0]
                 sent = body if isinstance(body, bytes) else b""
-                fields = {"Content-Type": kind or "application/octet-stream", "Content-Length": str(len(sent))}
+                fields = {
+                    "Content-Type": kind or "application/octet-stream",
+                    "Content-Length": str(len(sent)),
+                }
                 for name, value in {**fields, **server.headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
