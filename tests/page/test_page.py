@@ -131,7 +131,7 @@ def check_a_visit(page: Any, server: PageServer) -> None:
     assert not any(path.startswith("model/part") for path in server.requests)  # before a click
     assert VERDICT in page.locator("#about").text_content()
     load(page)
-    page.get_by_label("Longest answer, in tokens").fill("9")
+    page.get_by_label("Longest answer").fill("9")
     page.get_by_role("button", name=EXAMPLE).click()
     first = answer(page)
     assert first
@@ -154,7 +154,7 @@ def check_a_visit(page: Any, server: PageServer) -> None:
     answer(page)
     assert page.locator(".turn").count() == 1  # what came after it went
 
-    page.get_by_label("Longest answer, in tokens").fill("4000")
+    page.get_by_label("Longest answer").fill("4000")
     page.locator("#text").fill("the dog")
     page.keyboard.press("Enter")
     page.get_by_role("button", name="Stop").click()
@@ -337,13 +337,13 @@ def test_a_text_is_continued_where_the_model_has_no_template(browser: Any, compl
         page.reload()
         load(page)
         assert page.locator("#system-row").is_hidden()
-        page.get_by_label("Longest answer, in tokens").fill("12")
+        page.get_by_label("Longest answer").fill("12")
         first = ask(page, "the cat")
         page.locator(".turn").get_by_role("button", name="Continue").click()
         page.locator(".turn").nth(1).wait_for()
         answer(page)
         assert page.locator(".turn").nth(1).locator(".question .text").text_content() == "the cat" + first
-        page.get_by_label("Longest answer, in tokens").fill("4000")
+        page.get_by_label("Longest answer").fill("4000")
         ask(page, "the cat " * 700)  # 2,048 is the context unless the visitor takes more
         assert "the context is full" in page.locator(".turn").last.locator(".meta").text_content()
         page.locator("#text").fill("the cat " * 4_000)
@@ -429,7 +429,11 @@ def test_axe_finds_nothing(scheme: str, width: int, browser: Any, site: Path, ax
         assert [(one["id"], one["nodes"][0]["html"]) for one in found] == []
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
-    looks = {"viewport": {"width": width, "height": 860}, "color_scheme": scheme, "bypass_csp": True}
+    looks: dict[str, Any] = {
+        "viewport": {"width": width, "height": 860},
+        "color_scheme": scheme,
+        "bypass_csp": True,
+    }
     with PageServer(site) as server, visiting(browser, server.url, **looks) as page:
         server.spoil("page.json", endless)
         server.prepend("worker.js", SLOW)

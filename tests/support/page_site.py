@@ -28,7 +28,7 @@ Spoil = Callable[[bytes], bytes | int]
 
 
 def write_site(work: Path, template: str | None = TEMPLATE) -> Path:
-    """The page of a tiny model in int8 and int4: of one that chats, or without a template one that continues."""
+    """The page of a tiny model in int8 and int4, which chats, or without a template continues texts."""
     model = write_folder(work / "source", template=template, context=CONTEXT)
     schemes = ("int8", "int4")
     quantize(str(model), QuantizeOptions(schemes, out=work / "small", measure=False))
