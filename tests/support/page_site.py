@@ -20,15 +20,15 @@ CONTEXT = 4096
 TITLE = "tiny & <b>small</b>"
 EXAMPLE = "the cat sat"
 VERDICT = "int8: as good as the original on 4,096 tokens"
-SAMPLING = {"temperature": 0.7, "top_p": 0.95, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.1}
+SAMPLING = {"temperature": 0.7, "top_p": 0.95, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 ISOLATION = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
-PART_BYTES = 16 << 10  # several parts, although the model is tiny
+PART_BYTES = 8 << 10  # several parts, although the model is tiny
 
 Spoil = Callable[[bytes], bytes | int]
 
 
 def write_site(work: Path, template: str | None = TEMPLATE) -> Path:
-    """The page of a tiny model in int8 and int4: of one that chats, or without a template one that continues."""
+    """The page of a tiny model in int8 and int4, which chats, or without a template continues texts."""
     model = write_folder(work / "source", template=template, context=CONTEXT)
     schemes = ("int8", "int4")
     quantize(str(model), QuantizeOptions(schemes, out=work / "small", measure=False))
@@ -44,7 +44,7 @@ def write_site(work: Path, template: str | None = TEMPLATE) -> Path:
     site.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page_folder, "PART_BYTES", PART_BYTES)
-        write_page(site, [work / f"small-{scheme}" for scheme in schemes], text, {"int8": VERDICT})
+        write_page(site, [work / "small" / scheme for scheme in schemes], text, {"int8": VERDICT})
     return site
 
 

@@ -110,7 +110,7 @@ class Page {
       this.#become("idle");
       this.#choose(this.#variant, false);
     };
-    byId("positions").onchange = () => this.#describe();
+    byId("positions").onchange = () => this.#weights && this.#describe();
     byId("change").onclick = () => {
       this.#talk.stop();
       this.#talk.fail();
@@ -170,7 +170,8 @@ class Page {
     if (!this.#about.examples.length) byId("examples").hidden = true;
     byId("welcome").classList.toggle("small", turns.length > 0);
     byId("new").hidden = turns.length === 0;
-    byId("loader").hidden = ready || this.#weights === null;
+    byId("loader").hidden = ready;
+    byId("load").disabled = this.#weights === null;
     const loading = this.#state === "loading";
     const focused = document.activeElement;
     byId("load").hidden = loading;
@@ -216,6 +217,8 @@ class Page {
   /** Take a variant; one whose parts are all here loads by itself. */
   async #choose(variant = this.#variant, byItself = true) {
     this.#variant = variant;
+    this.#weights = null;
+    this.#render();
     for (const radio of byId("variants").querySelectorAll("input")) radio.checked = radio.value === variant.scheme;
     try {
       const weights = await getJSON(new URL("weights.json", this.#folder()), "smolctl-weights");
@@ -226,6 +229,7 @@ class Page {
       return;
     }
     const held = await this.#describe();
+    if (variant !== this.#variant) return;
     this.#render();
     if (this.#link) this.#promise();
     if (byItself && this.#state === "idle" && held === this.#weights.bytes) {
@@ -236,10 +240,11 @@ class Page {
 
   /** Say what loading costs. @returns {Promise<number>} bytes that this browser keeps already */
   async #describe() {
+    const weights = this.#weights;
     const store = await Store.open(this.#folder());
     this.#keeps = store.keeps;
-    const total = this.#weights.bytes;
-    const held = await store.held(this.#weights.parts);
+    const total = weights.bytes;
+    const held = await store.held(weights.parts);
     byId("forget").hidden = held === 0;
     const kept = store.keeps
       ? "kept in this browser for the next visit."
@@ -250,7 +255,7 @@ class Page {
         : held
           ? `${megabytes(total - held)} of ${megabytes(total)} to download; the rest is in this browser already.`
           : `${megabytes(total)} to download, ${kept}`;
-    byId("memory-text").textContent = `needs about ${megabytes(memoryNeeded(this.#weights, this.#positions()))} of memory.`;
+    byId("memory-text").textContent = `needs about ${megabytes(memoryNeeded(weights, this.#positions()))} of memory.`;
     return held;
   }
 
@@ -265,7 +270,14 @@ class Page {
     this.#become("loading");
     announce("Loading the model");
     const threads = remembered(this.#threadsKey());
-    this.#runner.load({ base: base.href, folder: this.#variant.folder, positions: this.#positions(), threads });
+    this.#runner.load({
+      base: base.href,
+      folder: this.#variant.folder,
+      about: this.#about,
+      weights: this.#weights,
+      positions: this.#positions(),
+      threads,
+    });
   }
 
   #threadsKey() {

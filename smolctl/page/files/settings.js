@@ -18,9 +18,9 @@ const CONTROLS = {
     slider: true,
   },
   max_tokens: {
-    label: "Longest answer, in tokens",
+    label: "Longest answer",
     limits: [1, null, 1],
-    hint: "The answer ends here if the model does not end it.",
+    hint: "Tokens after which an answer ends in any case.",
   },
   seed: {
     label: "Seed",

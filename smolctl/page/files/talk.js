@@ -24,6 +24,8 @@ export class Talk {
   /** @type {Turn[]} */ turns = [];
   #current = null; // the turn that is being answered
   #number = 0; // of its generation
+  #follows = true; // whether the view follows the text: until the visitor scrolls away from its end
+  #frame = 0; // in which the view will move
   #before = null; // turns to return to when no answer comes
   #hooks;
   #chats;
@@ -36,6 +38,9 @@ export class Talk {
   constructor(chats, hooks) {
     this.#chats = chats;
     this.#hooks = hooks;
+    byId("scroll").addEventListener("scroll", ({ target }) => {
+      this.#follows = target.scrollHeight - target.scrollTop - target.clientHeight < NEAR_END;
+    });
   }
 
   get busy() {
@@ -79,12 +84,11 @@ export class Talk {
 
   token(token) {
     const turn = this.#current;
-    const follow = this.#follows();
     turn.began ??= performance.now();
     turn.text.add(token);
     const rate = (turn.text.length - 1) / ((performance.now() - turn.began) / 1_000);
     turn.meta.textContent = `${tokens(turn.text.length)}${rate > 0 ? ` · ${speed(rate)}` : ""}`;
-    if (follow) this.#scroll();
+    this.#scroll();
     return turn.used + turn.text.length;
   }
 
@@ -92,7 +96,6 @@ export class Talk {
   done(result) {
     const turn = this.#current;
     this.#current = null;
-    const follow = this.#follows();
     turn.text.finish(result.text);
     turn.answer = turn.text.text;
     turn.element.classList.remove("running");
@@ -103,7 +106,7 @@ export class Talk {
     turn.meta.textContent = parts.join(" · ");
     if (!turn.answer) turn.text.element.append(make("span", { className: "hint" }, "The model ended its answer at once."));
     this.#offer(turn);
-    if (follow) this.#scroll();
+    this.#scroll();
     announce(result.reason === "stopped" ? "Stopped" : `Answer complete, ${tokens(turn.text.length)}`);
     this.#hooks.changed();
   }
@@ -141,6 +144,7 @@ export class Talk {
     this.#hooks.send({ ...how, number: this.#number });
     announce("Generating");
     this.#hooks.changed();
+    this.#follows = true;
     this.#scroll();
   }
 
@@ -246,13 +250,13 @@ export class Talk {
     this.turns[forgotten].element.before(make("p", { className: "forgotten" }, text));
   }
 
-  #follows() {
-    const { scrollTop, scrollHeight, clientHeight } = byId("scroll");
-    return scrollHeight - scrollTop - clientHeight < NEAR_END;
-  }
-
+  /** Once a frame at most: the browser has to lay out the text for it. */
   #scroll() {
-    byId("scroll").scrollTop = byId("scroll").scrollHeight;
+    if (!this.#follows || this.#frame) return;
+    this.#frame = requestAnimationFrame(() => {
+      this.#frame = 0;
+      byId("scroll").scrollTop = byId("scroll").scrollHeight;
+    });
   }
 }
 

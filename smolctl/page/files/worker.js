@@ -39,15 +39,15 @@ async function handle({ load: loading, generate: request }) {
 
 // --- loading ---------------------------------------------------------------------------------------
 
-async function load({ base, folder, positions, threads }) {
+/** `about` is page.json, `weights` is weights.json of the folder. */
+async function load({ base, folder, about, weights, positions, threads }) {
   const place = new URL(`${folder}/`, base);
-  const about = await getJSON(new URL("page.json", base), "smolctl-page");
-  const weights = await getJSON(new URL("weights.json", place), "smolctl-weights");
-  const tokenizer = new Tokenizer(await getJSON(new URL("tokenizer.json", place)), about.tokenizer);
-  const render = about.chat ? await openChat(about.chat) : null;
-  postMessage({ step: "memory" });
+  const tokens = getJSON(new URL("tokenizer.json", place)); // comes meanwhile
+  tokens.catch(() => {}); // the engine's fault is told first
   const engine = await allocate(base, weights, positions, threads);
   postMessage({ step: "download" });
+  const tokenizer = new Tokenizer(await tokens, about.tokenizer);
+  const render = about.chat ? await openChat(about.chat) : null;
   const kept = await getWeights(
     place,
     weights,
@@ -61,6 +61,16 @@ async function load({ base, folder, positions, threads }) {
   postMessage({
     ready: { threads: engine.threads, speeds: choice, memory: engine.memoryBytes, capacity: engine.capacity, kept },
   });
+  if (render) await readBeginning();
+}
+
+/** Read how every conversation begins while the visitor types; a template that fails says so at the question. */
+async function readBeginning() {
+  try {
+    await read(Infinity, promptOf([{ role: "user", content: "" }], 1).ids, 0);
+  } catch (error) {
+    if (!(error instanceof Fault)) throw error;
+  }
 }
 
 /** Memory for the model, with helpers where threads can work. @throws {Fault} the browser refuses the memory */
@@ -68,20 +78,22 @@ async function allocate(base, weights, positions, threads) {
   const most = threads || Math.min(MOST_THREADS, navigator.hardwareConcurrency || 1);
   const helpers = crossOriginIsolated && most > 1 ? await startHelpers(most - 1) : [];
   if (helpers.length) {
+    const module = await WebAssembly.compile(await getBytes(new URL("engine-threads.wasm", base)));
+    postMessage({ step: "memory" });
     try {
       return await createEngine({
-        module: await WebAssembly.compile(await getBytes(new URL("engine-threads.wasm", base))),
+        module,
         weights,
         positions,
         threads: helpers.length + 1,
         startThread: (memory, module, index) => helpers[index - 1].postMessage({ memory, module, index }),
       });
-    } catch (error) {
-      if (error instanceof Fault) throw error;
+    } catch {
       for (const helper of helpers) helper.terminate(); // some phones refuse shared memory of any size
     }
   }
   const module = await WebAssembly.compile(await getBytes(new URL("engine.wasm", base)));
+  postMessage({ step: "memory" });
   try {
     return await createEngine({ module, weights, positions });
   } catch (error) {
