@@ -38,7 +38,6 @@ def write_site(work: Path, template: str | None = TEMPLATE) -> Path:
         [("Licence", "none")],
         [("Code", "https://example.com/code")],
         [EXAMPLE, "on the mat"],
-        {**SAMPLING, "max_tokens": 256},
     )
     site = work / "site"
     site.mkdir()

@@ -25,7 +25,7 @@ async function trial(request) {
     engine.write(offset, await readFile(join(folder, model, part.file)));
     offset += part.bytes;
   }
-  engine.start();
+  await engine.start();
   const start_s = (performance.now() - began) / 1000;
   const { messages, prompt, sampling, max_tokens, seed } = request.generate;
   const before = messages ? chatPrompt(tokenizer, await openChat(page.chat), messages) : tokenizer.encode(prompt);
@@ -36,8 +36,7 @@ async function trial(request) {
   let text = "";
   let next = before;
   while (ids.length < max_tokens) {
-    let logits;
-    for (let at = 0; at < next.length; at += engine.chunk) logits = engine.forward(next.slice(at, at + engine.chunk));
+    const logits = await engine.read(next, async () => true);
     const id = sampler.choose(logits, [...before, ...ids]);
     ids.push(id);
     if (page.tokenizer.ends.includes(id)) break;
