@@ -5,6 +5,7 @@ from __future__ import annotations
 import mimetypes
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -93,7 +94,8 @@ class PageServer(Loopback):
                 for name, value in {**fields, **server.headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(sent)
+                with suppress(ConnectionError):  # the page was left
+                    self.wfile.write(sent)
 
             def log_message(self, *_arguments: object) -> None:
                 pass

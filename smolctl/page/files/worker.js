@@ -55,7 +55,7 @@ async function load({ base, folder, about, weights, positions, threads }) {
     (done, fetched) => postMessage({ progress: { done, fetched, total: weights.bytes } }),
   );
   postMessage({ step: "start" });
-  engine.start();
+  await engine.start();
   const choice = engine.threads > 1 && !threads ? fastest(engine) : null;
   model = { engine, tokenizer, render, ends: new Set(about.tokenizer.ends), cached: [] };
   postMessage({
@@ -110,7 +110,10 @@ async function startHelpers(count) {
       try {
         const helper = new Worker(new URL("thread.js", import.meta.url), { type: "module" });
         helper.onmessage = () => resolve(helper);
-        helper.onerror = () => resolve(null);
+        helper.onerror = (event) => {
+          event.preventDefault(); // it would be this worker's fault too
+          resolve(null);
+        };
         setTimeout(() => resolve(null), HELPER_MS);
       } catch {
         resolve(null);
@@ -222,16 +225,12 @@ async function read(number, ids, forgotten) {
   while (same < cached.length && same < ids.length - 1 && cached[same] === ids[same]) same++;
   engine.truncate(same);
   cached.length = same;
-  let logits = null;
-  while (cached.length < ids.length) {
-    const reading = { done: cached.length - same, total: ids.length - same, used: ids.length, forgotten };
-    postMessage({ number, reading });
+  const logits = await engine.read(ids.slice(same), async (done) => {
+    postMessage({ number, reading: { done, total: ids.length - same, used: ids.length, forgotten } });
     await pause();
-    if (number <= last) return null;
-    const chunk = ids.slice(cached.length, cached.length + engine.chunk);
-    logits = engine.forward(chunk);
-    cached.push(...chunk);
-  }
+    return number > last;
+  });
+  cached.push(...ids.slice(same, engine.length));
   return logits;
 }
 
