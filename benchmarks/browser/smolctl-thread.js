@@ -1,0 +1,3 @@
+import { runThread } from "/code/engine.js";
+
+onmessage = ({ data: { memory, module, index } }) => runThread(memory, module, index);
