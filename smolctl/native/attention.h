@@ -54,15 +54,15 @@ INLINE void score(int half_precision, int rows, const void *keys, int head_dim, 
     }
 }
 
-// Scores of a row to weights, relative to the largest so far; those past `seen` become 0.
+// Scores of a row to weights, relative to the largest so far; those past `seen`, which may be below 0, become 0.
 static void weigh(float *scores, int count, int seen, partial *out, int stride) {
-    float highest = out->maximum;
-    for (int i = 0; i < seen; i++) highest = scores[i] > highest ? scores[i] : highest;
-    for (int i = seen; i < count; i++) scores[i] = -INFINITY;
     if (seen <= 0) {
         memset(scores, 0, (size_t)count * sizeof *scores);
         return;
     }
+    float highest = out->maximum;
+    for (int i = 0; i < seen; i++) highest = scores[i] > highest ? scores[i] : highest;
+    for (int i = seen; i < count; i++) scores[i] = -INFINITY;
     vec total = {0};
     for (int i = 0; i < count; i += LANES) {
         vec weights = exponential(load(scores + i) - highest);
