@@ -303,7 +303,7 @@ PROMPTS = [
 
 def check_real(folder: Path, prompts: list[str], threads: int) -> None:
     encode = load_model(str(folder)).tokenizer.encode
-    runs = [{"parts": [encode(prompt)], "greedy": 64} for prompt in prompts]
+    runs: list[dict[str, Any]] = [{"parts": [encode(prompt)], "greedy": 64} for prompt in prompts]
     (found,) = in_node([job(folder, runs, threads, whole=True, positions=2048)])
     engine = native(folder)
     cache = 2 * 30 * 3 * 64 * 2048 * 2
