@@ -9,7 +9,7 @@
 #define KEYS 16       // positions in a tile of keys
 #define SPAN 256      // positions whose scores are held at once
 #define QUERIES 4     // rows of queries that share what is loaded
-#define KEY_PARTS (KEYS / LANES)
+#define KEY_PARTS (KEYS / LANES < 2 ? 1 : 2)  // vectors of keys at once: more sums do not fit 16 registers
 
 typedef struct {
     void *keys;    // (layers, sequences, heads, capacity / KEYS, head_dim, KEYS)
@@ -37,30 +37,32 @@ INLINE vec load_cached(int half_precision, const void *base, size_t at) {
     return half_precision ? from_half((const half *)base + at) : load((const float *)base + at);
 }
 
-INLINE void score(int half_precision, const void *keys, int head_dim, const queries *q, int position,
+INLINE void score(int half_precision, int rows, const void *keys, int head_dim, const queries *q, int position,
                   float scores[QUERIES][SPAN], int to) {
     size_t tile = (size_t)(position / KEYS) * (size_t)head_dim * KEYS;
-    vec totals[QUERIES][KEY_PARTS] = {0};
-    for (int d = 0; d < head_dim; d++) {
-        vec k[KEY_PARTS];
-        for (int p = 0; p < KEY_PARTS; p++)
-            k[p] = load_cached(half_precision, keys, tile + (size_t)d * KEYS + (size_t)p * LANES);
-        for (int r = 0; r < QUERIES; r++)
-            for (int p = 0; p < KEY_PARTS; p++) totals[r][p] += k[p] * q->query[r][d];
+    for (int first = 0; first < KEYS; first += KEY_PARTS * LANES) {
+        vec totals[QUERIES][KEY_PARTS] = {0};
+        for (int d = 0; d < head_dim; d++) {
+            vec k[KEY_PARTS];
+            for (int p = 0; p < KEY_PARTS; p++)
+                k[p] = load_cached(half_precision, keys, tile + (size_t)d * KEYS + (size_t)(first + p * LANES));
+            for (int r = 0; r < rows; r++)
+                for (int p = 0; p < KEY_PARTS; p++) totals[r][p] += k[p] * q->query[r][d];
+        }
+        for (int r = 0; r < rows; r++)
+            for (int p = 0; p < KEY_PARTS; p++) store(&scores[r][to + first + p * LANES], totals[r][p]);
     }
-    for (int r = 0; r < QUERIES; r++)
-        for (int p = 0; p < KEY_PARTS; p++) store(&scores[r][to + p * LANES], totals[r][p]);
 }
 
-// Scores of a row to weights, relative to the largest so far; those past `seen` become 0.
+// Scores of a row to weights, relative to the largest so far; those past `seen`, which may be below 0, become 0.
 static void weigh(float *scores, int count, int seen, partial *out, int stride) {
-    float highest = out->maximum;
-    for (int i = 0; i < seen; i++) highest = scores[i] > highest ? scores[i] : highest;
-    for (int i = seen; i < count; i++) scores[i] = -INFINITY;
     if (seen <= 0) {
         memset(scores, 0, (size_t)count * sizeof *scores);
         return;
     }
+    float highest = out->maximum;
+    for (int i = 0; i < seen; i++) highest = scores[i] > highest ? scores[i] : highest;
+    for (int i = seen; i < count; i++) scores[i] = -INFINITY;
     vec total = {0};
     for (int i = 0; i < count; i += LANES) {
         vec weights = exponential(load(scores + i) - highest);
@@ -76,7 +78,7 @@ static void weigh(float *scores, int count, int seen, partial *out, int stride) 
 
 #define VALUE_PARTS (LANES == 16 ? 4 : 2)
 
-INLINE void add_values(int half_precision, const void *values, int stride, int position, int count,
+INLINE void add_values(int half_precision, int rows, const void *values, int stride, int position, int count,
                        float scores[QUERIES][SPAN], partial out[QUERIES]) {
     for (int d = 0; d < stride; d += VALUE_PARTS * LANES) {
         int parts = (stride - d) / LANES < VALUE_PARTS ? (stride - d) / LANES : VALUE_PARTS;
@@ -86,7 +88,7 @@ INLINE void add_values(int half_precision, const void *values, int stride, int p
                 vec v[VALUE_PARTS];
                 size_t at = (size_t)(position + i) * (size_t)stride + (size_t)d;
                 for (int p = 0; p < VALUE_PARTS; p++) v[p] = load_cached(half_precision, values, at + p * LANES);
-                for (int r = 0; r < QUERIES; r++)
+                for (int r = 0; r < rows; r++)
                     for (int p = 0; p < VALUE_PARTS; p++) totals[r][p] += v[p] * scores[r][i];
             }
         } else {
@@ -94,10 +96,10 @@ INLINE void add_values(int half_precision, const void *values, int stride, int p
                 for (int p = 0; p < parts; p++) {
                     size_t at = (size_t)(position + i) * (size_t)stride + (size_t)(d + p * LANES);
                     vec v = load_cached(half_precision, values, at);
-                    for (int r = 0; r < QUERIES; r++) totals[r][p] += v * scores[r][i];
+                    for (int r = 0; r < rows; r++) totals[r][p] += v * scores[r][i];
                 }
         }
-        for (int r = 0; r < QUERIES; r++)
+        for (int r = 0; r < rows; r++)
             for (int p = 0; p < parts; p++) {
                 float *to = out[r].values + d + p * LANES;
                 store(to, load(to) + totals[r][p]);
@@ -106,25 +108,29 @@ INLINE void add_values(int half_precision, const void *values, int stride, int p
 }
 
 // Let queries attend to positions first..last of one head, and put it into `out`.
-INLINE void attend_kind(int half_precision, const void *keys, const void *values, int head_dim, int stride,
+INLINE void attend_kind(int half_precision, int rows, const void *keys, const void *values, int head_dim, int stride,
                         const queries *q, int first, int last, partial out[QUERIES]) {
     for (int position = first; position < last; position += SPAN) {
         float scores[QUERIES][SPAN];
         int count = last - position < SPAN ? last - position : SPAN;
         int whole = (count + KEYS - 1) / KEYS * KEYS;
-        for (int to = 0; to < count; to += KEYS) score(half_precision, keys, head_dim, q, position + to, scores, to);
-        for (int r = 0; r < QUERIES; r++) {
+        for (int to = 0; to < count; to += KEYS) score(half_precision, rows, keys, head_dim, q, position + to, scores, to);
+        for (int r = 0; r < rows; r++) {
             int seen = q->limit[r] - position;
             weigh(scores[r], whole, seen < count ? seen : count, &out[r], stride);
         }
-        add_values(half_precision, values, stride, position, count, scores, out);
+        add_values(half_precision, rows, values, stride, position, count, scores, out);
     }
 }
 
 static void attend(const cache *c, const void *keys, const void *values, int head_dim, const queries *q,
                    int first, int last, partial out[QUERIES]) {
-    if (c->half_precision) attend_kind(1, keys, values, head_dim, c->value_stride, q, first, last, out);
-    else attend_kind(0, keys, values, head_dim, c->value_stride, q, first, last, out);
+#define ATTEND(half, rows) attend_kind(half, rows, keys, values, head_dim, c->value_stride, q, first, last, out)
+    // SmolLM's three query heads of a key/value head are a case of their own: a fourth row would be a third more.
+    if (q->count == 3) {
+        if (c->half_precision) ATTEND(1, 3); else ATTEND(0, 3);
+    } else if (c->half_precision) ATTEND(1, QUERIES); else ATTEND(0, QUERIES);
+#undef ATTEND
 }
 
 INLINE size_t head_keys(const cache *c, int head_dim) { return (size_t)c->capacity * (size_t)head_dim; }

@@ -219,6 +219,7 @@ static void attend_group(context *c, int index, int token, int count, int kv_hea
         queries q;
         partial out[QUERIES], *places[QUERIES];
         int furthest = 0;
+        q.count = least(QUERIES, rows - row);
         for (int r = 0; r < QUERIES; r++) {
             int real = least(row + r, rows - 1), t = token + real / group;
             size_t query = (size_t)t * m->heads + (size_t)(kv_head * group + real % group);
@@ -454,6 +455,45 @@ EXPORT int smolctl_forward(void *argument, const batch *b) {
 
 EXPORT int smolctl_interface(void) { return INTERFACE; }
 
+#if defined(__wasm__)
+
+// ---- for JavaScript: engine.js ----
+
+// Where the memory begins that the engine may use.
+EXPORT void smolctl_heap(uintptr_t start) { heap = start; }
+
+// A matrix as floats: (rows, columns), `columns` of each. `out` has room for BLOCK floats more.
+EXPORT void smolctl_unpack(const matrix *m, int columns, float *out) {
+    for (int row = 0; row < m->rows; row++) unpack_row(m, row, out + (size_t)row * (size_t)columns);
+}
+
+// Have as many threads as are there, at most `asked`, share the calls that follow. Returns how many that is now.
+EXPORT int smolctl_threads(int asked) {
+    int there = 1 + atomic_load(&only_pool->ready);
+    only_pool->asked = least(asked, only_pool->most);
+    return least(there, only_pool->asked);
+}
+
+// Have the calls that follow run layers first..last only, for the tokens of the call that ran those before.
+EXPORT void smolctl_layers(void *argument, int first, int last) {
+    context *c = argument;
+    c->first_layer = first;
+    c->last_layer = last;
+}
+
+// Where the stack of a helping thread begins: at its upper end.
+EXPORT char *smolctl_stack(int thread) { return helper_stacks + (size_t)thread * STACK_BYTES; }
+
+// Make the calling thread, which has such a stack, a helper. Returns when the context is destroyed.
+EXPORT void smolctl_help(void) {
+    int thread = atomic_fetch_add(&only_pool->ready, 1) + 1;
+    work(only_pool, thread);
+}
+
+#else
+
+// ---- for Python: library.py ----
+
 // One product by itself, for tests: y (tokens, rows) = x (tokens, columns) · m transposed, on this thread.
 EXPORT int smolctl_multiply(const matrix *m, const float *x, int tokens, float *y) {
     size_t columns = (size_t)m->columns;
@@ -489,41 +529,6 @@ EXPORT int smolctl_level(void) {
 #else
     return 0;
 #endif
-}
-
-#if defined(__wasm__)
-
-// ---- for JavaScript: engine.js ----
-
-// Where the memory begins that the engine may use.
-EXPORT void smolctl_heap(uintptr_t start) { heap = start; }
-
-// A matrix as floats: (rows, columns), `columns` of each. `out` has room for BLOCK floats more.
-EXPORT void smolctl_unpack(const matrix *m, int columns, float *out) {
-    for (int row = 0; row < m->rows; row++) unpack_row(m, row, out + (size_t)row * (size_t)columns);
-}
-
-// Have as many threads as are there, at most `asked`, share the calls that follow. Returns how many that is now.
-EXPORT int smolctl_threads(int asked) {
-    int there = 1 + atomic_load(&only_pool->ready);
-    only_pool->asked = least(asked, only_pool->most);
-    return least(there, only_pool->asked);
-}
-
-// Have the calls that follow run layers first..last only, for the tokens of the call that ran those before.
-EXPORT void smolctl_layers(void *argument, int first, int last) {
-    context *c = argument;
-    c->first_layer = first;
-    c->last_layer = last;
-}
-
-// Where the stack of a helping thread begins: at its upper end.
-EXPORT char *smolctl_stack(int thread) { return helper_stacks + (size_t)thread * STACK_BYTES; }
-
-// Make the calling thread, which has such a stack, a helper. Returns when the context is destroyed.
-EXPORT void smolctl_help(void) {
-    int thread = atomic_fetch_add(&only_pool->ready, 1) + 1;
-    work(only_pool, thread);
 }
 
 #endif

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from smolctl.errors import InputError
 from smolctl.escaping import json_text
+from smolctl.generation.load import load_model
 from smolctl.generation.native_engine import NativeEngine
 from smolctl.native.build import HERE
 from smolctl.page.layout import engine_layout
@@ -20,6 +21,7 @@ from smolctl.sources.open import open_source
 from smolctl.sources.quantized.folder import FILE
 from tests.support.native import library
 from tests.support.node import run_module
+from tests.support.processes import Smolctl
 from tests.support.quantized_folders import SHAPES, quantized_folder
 
 # Reads jobs, one a line, and prints for each what the engine gave.
@@ -283,3 +285,46 @@ def test_what_a_browser_cannot_run_is_refused(
     folder = quantized_folder(tmp_path / "rope", scheme, **options)
     with pytest.raises(InputError, match=words):
         engine_layout(folder)
+
+
+PROMPTS = [
+    "The capital of France is",
+    "def fibonacci(n):\n    ",
+    "Once upon a time, in a village by the sea,",
+    "1, 2, 3, 4,",
+    "Water boils at",
+    "La recette de la ratatouille commence par",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "The mitochondria",
+    "🙂 means happy, 😢 means",
+    "In 1969, " + "the moon was visited by men who " * 20,
+]
+
+
+def check_real(folder: Path, prompts: list[str], threads: int) -> None:
+    encode = load_model(str(folder)).tokenizer.encode
+    runs: list[dict[str, Any]] = [{"parts": [encode(prompt)], "greedy": 64} for prompt in prompts]
+    (found,) = in_node([job(folder, runs, threads, whole=True, positions=2048)])
+    engine = native(folder)
+    cache = 2 * 30 * 3 * 64 * 2048 * 2
+    assert found["memory"] <= (folder / FILE).stat().st_size + cache + (32 << 20)
+    for run, result in zip(runs, found["runs"], strict=True):
+        assert result["tokens"] == expected(engine, run["parts"], 64)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.real_weights
+def test_tokens_of_the_real_model(gguf_file: Path, tmp_path: Path, smolctl: Smolctl) -> None:
+    smolctl("quantize", gguf_file, "--to", "int4", "--no-measure", "--out", tmp_path / "model")
+    check_real(tmp_path / "model", PROMPTS[:2], threads=1)
+
+
+@pytest.mark.proof
+@pytest.mark.real_weights
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_many_tokens_of_the_real_model(
+    gguf_file: Path, tmp_path: Path, smolctl: Smolctl, scheme: str, threads: int
+) -> None:
+    smolctl("quantize", gguf_file, "--to", scheme, "--no-measure", "--out", tmp_path / "model")
+    check_real(tmp_path / "model", PROMPTS, threads)
