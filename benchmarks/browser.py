@@ -73,7 +73,8 @@ class Measured:
 
 def engines(source: Path, folder: Path, onnx: Path | None) -> list[Measured]:
     """Every engine with its model, made from `source` where it is missing."""
-    found = []
+    found: list[Measured] = []
+    options: dict[str, Any]
     for scheme in ("int8", "int4"):
         quantized, page = folder / scheme, folder / f"{scheme}-page"
         if not quantized.exists():
@@ -81,7 +82,11 @@ def engines(source: Path, folder: Path, onnx: Path | None) -> list[Measured]:
         shutil.rmtree(page, ignore_errors=True)
         write_model(quantized, page)
         model = open_source(str(quantized))
-        options = {"engine": "smolctl", "model": f"/models/{page.name}", "tokenizer": page_tokenizer(model)}
+        options: dict[str, Any] = {
+            "engine": "smolctl",
+            "model": f"/models/{page.name}",
+            "tokenizer": page_tokenizer(model),
+        }
         for threads in (1, 2):
             shown = f"smolctl, {scheme}, {threads} thread{'s' * (threads > 1)}"
             found.append(Measured(shown, options | {"threads": threads, "positions": POSITIONS}))
