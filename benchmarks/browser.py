@@ -82,7 +82,7 @@ def engines(source: Path, folder: Path, onnx: Path | None) -> list[Measured]:
         shutil.rmtree(page, ignore_errors=True)
         write_model(quantized, page)
         model = open_source(str(quantized))
-        options: dict[str, Any] = {
+        options = {
             "engine": "smolctl",
             "model": f"/models/{page.name}",
             "tokenizer": page_tokenizer(model),
