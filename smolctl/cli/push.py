@@ -12,6 +12,7 @@ import typer
 
 from smolctl.cli.options import command
 from smolctl.errors import UsageError
+from smolctl.publish.sdk import Sdk, page_variants
 from smolctl.views.output import Output
 
 
@@ -58,9 +59,26 @@ def push(
     ] = None,
     space: Annotated[
         str | None,
-        typer.Option("--space", metavar="ORG/NAME", help="Also a Space that answers from this model."),
+        typer.Option("--space", metavar="ORG/NAME", help="Also a Space: a page where the model answers."),
     ] = None,
-    space_sdk: Annotated[str, typer.Option("--space-sdk", help="SDK of the Space: gradio.")] = "gradio",
+    space_sdk: Annotated[
+        Sdk,
+        typer.Option(
+            "--space-sdk", help="static: the model runs in the visitor's browser. gradio: on a server."
+        ),
+    ] = Sdk.STATIC,
+    page: Annotated[
+        Path | None,
+        typer.Option("--page", metavar="D", help="Write the static page alone into D; no network."),
+    ] = None,
+    page_schemes: Annotated[
+        str,
+        typer.Option(
+            "--page-schemes",
+            metavar="SCHEMES",
+            help="Variants on a static page: int8, int4 or both; the first is the default.",
+        ),
+    ] = "int8",
     preview: Annotated[
         bool, typer.Option("--preview", help="Serve the Space's page on this machine; send nothing.")
     ] = False,
@@ -71,27 +89,40 @@ def push(
     smolctl push --dry-run                             the newest run: what would go up
     smolctl push --repo me/my-model --public
     smolctl push runs/nano-001@300 --local-dir out     the same files, in a folder
-    smolctl push --space me/my-demo                    and a page to try it
+    smolctl push --space me/my-demo                    and a page that runs it in the visitor's browser
     smolctl push --preview                             that page on this machine
+    smolctl push --page site                           that page as a folder for any static host
     """
     from smolctl.hub.client import HubClient
     from smolctl.publish import push as publish
     from smolctl.quantization.schemes import split_commas
     from smolctl.views import push as view
 
-    if space_sdk != "gradio":
-        raise UsageError(f"--space-sdk {space_sdk}: only gradio is supported", "Leave it out.")
     if create_pr and revision != "main":
         raise UsageError("--create-pr and --revision exclude each other", "Give one of them.")
-    if dry_run + (local_dir is not None) + preview > 1:
-        raise UsageError("--dry-run, --local-dir and --preview exclude each other", "Give one of them.")
+    if dry_run + (local_dir is not None) + (page is not None) + preview > 1:
+        raise UsageError("--dry-run, --local-dir, --page and --preview exclude each other", "Give one.")
+    if (page or page_schemes != "int8") and space_sdk is Sdk.GRADIO:
+        raise UsageError("--page and --page-schemes are for the static page", "Leave out --space-sdk gradio.")
     schemes = split_commas([(gguf or "").lower()])
     options = publish.PushOptions(
-        model, repo, public, license, schemes, revision, create_pr, space, tuple(allow_secret or ())
+        model,
+        repo,
+        public,
+        license,
+        schemes,
+        revision,
+        create_pr,
+        space,
+        space_sdk,
+        page_variants(split_commas([page_schemes.lower()])),
+        tuple(allow_secret or ()),
     )
     if preview:
         with tempfile.TemporaryDirectory(prefix="smolctl-preview-") as work:
-            view.serve(output, publish.build_preview(options, Path(work)))
+            view.serve(output, publish.build_preview(options, Path(work)), space_sdk)
+    elif page is not None:
+        view.show_page(output, publish.write_page_alone(options, page), page)
     elif dry_run:
         with tempfile.TemporaryDirectory(prefix="smolctl-push-") as work:
             view.show_offline(output, publish.plan_push(options, Path(work)), None)

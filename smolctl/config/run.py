@@ -290,6 +290,9 @@ class PublishConfig(Section):
 
     repo: str | None = Field(None, description="org/name on the Hub; null: your name and the run's")
     license: str | None = Field(None, description="of the weights, as the Hub spells it: apache-2.0, mit")
+    repository: str | None = Field(
+        None, pattern=r"^https?://[^\s<>\"']+$", description="address of the code that made the model"
+    )
 
 
 class Provenance(Section):

@@ -315,7 +315,10 @@ def _readings(
             found[model.way_of_reading] = list(_read(text, model, note))
     fits = [all(row) for row in zip(*found.values(), strict=True)]
     if refused := fits.count(False):
-        note(f"{refused:,} conversations that the chat template of one of the models refuses are left out.")
+        note(
+            f"Left out: {refused:,} of {len(fits):,} conversations, "
+            "which the chat template of one of the models refuses."
+        )
         if not any(fits):
             raise InputError(f"{text.name}: no conversation that all models can read", NAME_TEXT)
         text = Text(text.name, tuple(compress(text.documents, fits)), text.left_out)  # type: ignore[arg-type]

@@ -185,8 +185,13 @@ class HubClient:
                 checksums[entry.path] = lfs.sha256 if lfs is not None else blob
         return Head(str(info.sha), bool(info.private), checksums)
 
-    def ensure(self, target: Target, public: bool) -> Head:
+    def ensure(self, target: Target, public: bool, space_sdk: str | None = None) -> Head:
         """The head of a repository that is made when it is not there, and of a branch likewise.
+
+        Args:
+            target: the repository.
+            public: whether everybody may see a new one.
+            space_sdk: of a new Space.
 
         Raises:
             HubError: it cannot be made.
@@ -198,8 +203,7 @@ class HubClient:
                 shown = "private" if head.private else "public"
                 self.note(f"{target.shown} is {shown} already and stays so.")
         except MissingError:
-            sdk = "gradio" if target.kind == "space" else None
-            of: dict[str, Any] = {"private": not public, "exist_ok": True, "space_sdk": sdk}
+            of: dict[str, Any] = {"private": not public, "exist_ok": True, "space_sdk": space_sdk}
             self._ask(target, "make the repository", self.api.create_repo, **of)
             head = self.head(main)
         if target.revision == "main":

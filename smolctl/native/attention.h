@@ -4,8 +4,6 @@
 // lanes of a vector, without a sum over lanes. Values lie position by position.
 #pragma once
 
-#include <math.h>
-
 #include "vector.h"
 
 #define KEYS 16       // positions in a tile of keys
@@ -69,7 +67,7 @@ static void weigh(float *scores, int count, int seen, partial *out, int stride) 
         store(scores + i, weights);
         total += weights;
     }
-    float before = out->maximum == -INFINITY ? 0 : expf(out->maximum - highest);
+    float before = out->maximum == -INFINITY ? 0 : exponential_of(out->maximum - highest);
     if (before != 1)
         for (int d = 0; d < stride; d += LANES) store(out->values + d, load(out->values + d) * before);
     out->total = out->total * before + sum(total);
@@ -136,7 +134,7 @@ INLINE size_t head_values(const cache *c) { return (size_t)c->capacity * (size_t
 static void remember_key(const cache *c, size_t head, int head_dim, int position, const float *key) {
     size_t at = head * head_keys(c, head_dim) + (size_t)(position / KEYS * head_dim * KEYS + position % KEYS);
     for (int d = 0; d < head_dim; d++, at += KEYS) {
-        if (c->half_precision) ((half *)c->keys)[at] = (half)key[d];
+        if (c->half_precision) store_half((half *)c->keys + at, key[d]);
         else ((float *)c->keys)[at] = key[d];
     }
 }
@@ -144,7 +142,7 @@ static void remember_key(const cache *c, size_t head, int head_dim, int position
 static void remember_value(const cache *c, size_t head, int head_dim, int position, const float *value) {
     size_t at = head * head_values(c) + (size_t)position * (size_t)c->value_stride;
     for (int d = 0; d < head_dim; d++, at++) {
-        if (c->half_precision) ((half *)c->values)[at] = (half)value[d];
+        if (c->half_precision) store_half((half *)c->values + at, value[d]);
         else ((float *)c->values)[at] = value[d];
     }
 }

@@ -3,6 +3,9 @@
 The compiler is clang as the `ziglang` package brings it, so that nothing has to be installed by hand; a
 compiler of the system's stands in where that package is missing. Where neither works, the package is built
 without the compiled engine, and PyTorch does its work.
+
+The same source becomes WebAssembly for the page that runs a model in a browser. Only `ziglang` compiles that
+on every machine: without it, there is no such page.
 """
 
 from __future__ import annotations
@@ -14,14 +17,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 FLAGS = (
-    *("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-s"),
+    *("-O3", "-std=gnu11", "-fvisibility=hidden", "-s"),
     # Sums may use fused multiply-adds, and no code asks for the errors of mathematical functions.
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 )
+NATIVE_FLAGS = ("-fPIC", "-shared", "-pthread", "-lm")
 # Microarchitecture levels by the names in library.py; "" is what the compiler takes for the family.
 X86_LEVELS = {
     "baseline": "x86_64",
@@ -31,37 +36,73 @@ X86_LEVELS = {
 }
 
 
+# WebAssembly without a C library: the memory is its only import. 64 KiB of stack: STACK_BYTES of threads.h.
+WASM_FLAGS = (
+    *("-target", "wasm32-freestanding", "-nostdlib", "-Wl,--no-entry", "-Wl,-z,stack-size=65536"),
+    *("-Wl,--import-memory", "-Wl,--export-dynamic"),
+    *("-Wl,--export=__heap_base", "-Wl,--export=__stack_pointer"),
+)
+WASM_CPU = "-mcpu=generic+simd128+bulk_memory+mutable_globals"
+# The memory of threads is declared with its limit, which browsers want below 4 GiB.
+WASM_BUILDS = {
+    "engine.wasm": (WASM_CPU,),
+    "engine-threads.wasm": (f"{WASM_CPU}+atomics", "-Wl,--shared-memory", "-Wl,--max-memory=4294901760"),
+}
+
+
 def compilers() -> list[list[str]]:
     """Commands that compile C, the preferred first."""
-    found = [[sys.executable, "-m", "ziglang", "cc"]] if importlib.util.find_spec("ziglang") else []
-    return found + [[path] for name in ("clang", "gcc", "cc") if (path := shutil.which(name))]
+    return zig() + [[path] for name in ("clang", "gcc", "cc") if (path := shutil.which(name))]
+
+
+def zig() -> list[list[str]]:
+    """The command of the `ziglang` package, where that is installed."""
+    return [[sys.executable, "-m", "ziglang", "cc"]] if importlib.util.find_spec("ziglang") else []
 
 
 def build() -> list[Path]:
-    """Compile every level that the compiler knows, beside this file.
+    """Compile every level that the compiler knows, beside this file, and the engines for browsers.
 
     Returns:
         The files made; empty when there is no working compiler.
     """
+    return build_native() + build_wasm()
+
+
+def build_native() -> list[Path]:
+    """Compile every level that the first working compiler knows."""
     levels = X86_LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": ""}
     for compiler in compilers() if os.name == "posix" else ():
-        made = [path for name, level in levels.items() if (path := _compile(compiler, name, level))]
+        made = [path for name, level in levels.items() if (path := _compile_level(compiler, name, level))]
         if made:
             return made
     return []
 
 
-def _compile(compiler: list[str], name: str, level: str) -> Path | None:
-    target = HERE / f"forward_{name}.so"
-    partial = target.with_suffix(f".{os.getpid()}.partial")
-    zig = "ziglang" in compiler
+def build_wasm() -> list[Path]:
+    """Compile the engines for browsers: both, or none."""
+    made = [
+        path
+        for compiler in zig()
+        for name, options in WASM_BUILDS.items()
+        if (path := _compile(compiler, name, (*WASM_FLAGS, *options)))
+    ]
+    return made if len(made) == len(WASM_BUILDS) else []
+
+
+def _compile_level(compiler: list[str], name: str, level: str) -> Path | None:
     march = level.replace("_v", "-v").replace("x86_64", "x86-64").replace("+", " -m")
-    options = [f"-mcpu={level}"] if zig else f"-march={march}".split()
+    options = [f"-mcpu={level}"] if "ziglang" in compiler else f"-march={march}".split()
+    return _compile(compiler, f"forward_{name}.so", (*(options if level else []), *NATIVE_FLAGS))
+
+
+def _compile(compiler: list[str], name: str, options: Sequence[str]) -> Path | None:
+    target = HERE / name
+    partial = target.with_suffix(f".{os.getpid()}.partial")
     with tempfile.TemporaryDirectory() as folder:
-        command = [*compiler, *FLAGS, *(options if level else []), str(HERE / "forward.c")]
         caches = {"ZIG_GLOBAL_CACHE_DIR": folder, "ZIG_LOCAL_CACHE_DIR": folder}
         done = subprocess.run(
-            [*command, "-o", str(partial), "-lm"],
+            [*compiler, *FLAGS, str(HERE / "forward.c"), *options, "-o", str(partial)],
             env=os.environ | caches,
             capture_output=True,
             text=True,

@@ -75,6 +75,7 @@ typedef struct {
     atomic_int *claimed;   // (layers × PHASES + PHASES)
     atomic_int busy;       // whether a call is under way, or `smolctl_destroy`
     const batch *b;        // that call
+    int first_layer, last_layer;  // that it runs: all, unless JavaScript wants to look up between some
     int splits;
     int leaving;           // whether it was cancelled
 } context;
@@ -242,11 +243,11 @@ static void merge(const context *c, int token, int head) {
     int D = c->m.head_dim;
     const partial *parts = c->partials + ((size_t)token * c->m.heads + (size_t)head) * (size_t)c->splits;
     float *to = c->attended + (size_t)token * c->A + (size_t)head * D, highest = -INFINITY, total = 0;
-    for (int s = 0; s < c->splits; s++) highest = fmaxf(highest, parts[s].maximum);
+    for (int s = 0; s < c->splits; s++) if (parts[s].maximum > highest) highest = parts[s].maximum;
     memset(to, 0, sizeof *to * (size_t)D);
     for (int s = 0; s < c->splits; s++) {
         if (parts[s].total == 0) continue;
-        float factor = expf(parts[s].maximum - highest);
+        float factor = exponential_of(parts[s].maximum - highest);
         total += parts[s].total * factor;
         for (int d = 0; d < D; d++) to[d] += parts[s].values[d] * factor;
     }
@@ -331,16 +332,16 @@ static void run(void *argument, int thread) {
     const batch *b = c->b;
     const matrix *head = &c->m.head;
     room own = room_of(c, thread);
-    for (int t = thread; t < b->count; t += c->pool->threads) embed(c, t);
+    for (int t = thread; !c->first_layer && t < b->count; t += c->pool->threads) embed(c, t);
     barrier(c->pool);
-    for (int index = 0; index < c->m.layer_count; index++) {
+    for (int index = c->first_layer; index < c->last_layer; index++) {
         run_attention(c, index, thread, index * PHASES, &own);
         // One thread looks, and the barriers of `run_mlp` show the others what it saw: all leave together.
         if (thread == 0) c->leaving = atomic_load_explicit(b->cancelled, memory_order_relaxed);
         run_mlp(c, index, thread, index * PHASES + 5, &own);
         if (c->leaving) return;
     }
-    if (!b->wanted_count) return;
+    if (!b->wanted_count || c->last_layer < c->m.layer_count) return;
     int phase = c->m.layer_count * PHASES;
     operand x = normalize(c, c->m.norm, b->wanted, b->wanted_count, phase, thread, &own);
     int most = rows_of_piece(c->pool, head->rows, b->wanted_count);
@@ -389,6 +390,7 @@ EXPORT void *smolctl_create(const model *m, int chunk, int threads) {
     context *c = calloc(1, sizeof *c);
     if (!c) return NULL;
     c->m = *m;
+    c->last_layer = m->layer_count;
     c->chunk = chunk > threads ? chunk : threads;
     c->C = filled_to(m->hidden_size, BLOCK), c->A = filled_to(m->heads * m->head_dim, BLOCK), c->F = filled_to(m->intermediate_size, BLOCK);
     c->widest = c->C > c->A ? c->C : c->A;
@@ -419,7 +421,7 @@ static int forward(context *c, const batch *b) {
     for (int t = 0; t < b->count; t++) longest = b->positions[t] >= longest ? b->positions[t] + 1 : longest;
     int pieces = pieces_of(b->count, PIECE_TOKENS) * c->m.kv_heads, splits = pieces_of(longest, SPLIT_POSITIONS);
     // Enough pieces that no thread waits long, none of them short.
-    if (b->count > FEW) splits = least(least(splits, pieces_of(4 * c->pool->threads, pieces)), MAX_SPLITS);
+    if (b->count > FEW) splits = least(least(splits, pieces_of(4 * c->pool->most, pieces)), MAX_SPLITS);
     size_t rows = (size_t)b->count * (size_t)c->m.heads * (size_t)splits;
     if (rows * (size_t)b->cache.value_stride > c->partial_room) {
         free(c->partial_values);
@@ -488,3 +490,40 @@ EXPORT int smolctl_level(void) {
     return 0;
 #endif
 }
+
+#if defined(__wasm__)
+
+// ---- for JavaScript: engine.js ----
+
+// Where the memory begins that the engine may use.
+EXPORT void smolctl_heap(uintptr_t start) { heap = start; }
+
+// A matrix as floats: (rows, columns), `columns` of each. `out` has room for BLOCK floats more.
+EXPORT void smolctl_unpack(const matrix *m, int columns, float *out) {
+    for (int row = 0; row < m->rows; row++) unpack_row(m, row, out + (size_t)row * (size_t)columns);
+}
+
+// Have as many threads as are there, at most `asked`, share the calls that follow. Returns how many that is now.
+EXPORT int smolctl_threads(int asked) {
+    int there = 1 + atomic_load(&only_pool->ready);
+    only_pool->asked = least(asked, only_pool->most);
+    return least(there, only_pool->asked);
+}
+
+// Have the calls that follow run layers first..last only, for the tokens of the call that ran those before.
+EXPORT void smolctl_layers(void *argument, int first, int last) {
+    context *c = argument;
+    c->first_layer = first;
+    c->last_layer = last;
+}
+
+// Where the stack of a helping thread begins: at its upper end.
+EXPORT char *smolctl_stack(int thread) { return helper_stacks + (size_t)thread * STACK_BYTES; }
+
+// Make the calling thread, which has such a stack, a helper. Returns when the context is destroyed.
+EXPORT void smolctl_help(void) {
+    int thread = atomic_fetch_add(&only_pool->ready, 1) + 1;
+    work(only_pool, thread);
+}
+
+#endif

@@ -22,11 +22,13 @@ class NativeBuildHook(BuildHookInterface):  # type: ignore[type-arg]
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        files = module.build()
-        if not files:
+        native, wasm = module.build_native(), module.build_wasm()
+        build_data["artifacts"] += [str(file.relative_to(self.root)) for file in (*native, *wasm)]
+        if not wasm:
+            self.app.display_warning("ziglang did not work: smolctl cannot make pages that run a model")
+        if not native:
             self.app.display_warning("no C compiler worked: smolctl will run on PyTorch alone, slower")
             return
-        build_data["artifacts"] += [str(file.relative_to(self.root)) for file in files]
         build_data["pure_python"] = False
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["tag"] = f"py3-none-{platform}"

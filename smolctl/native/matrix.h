@@ -16,7 +16,12 @@ typedef struct {
 } matrix;
 
 #define TILE 4          // rows of the matrix that a product of many tokens reads together: `sum_four`
-#define TOKENS (LANES == 8 ? 2 : 4)  // tokens with them: AVX2 has 16 registers, the others 32
+// Tokens with them: as many as registers hold the sums of.
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define TOKENS 4  // 32 registers
+#else
+#define TOKENS 2  // 16, also behind WebAssembly
+#endif
 #define MAX_BLOCKS 256  // blocks of a row whose scales are converted at once
 
 INLINE int groups_of(const matrix *m) { return (m->columns + m->group - 1) / m->group; }
@@ -126,11 +131,11 @@ static float dot_offsets(const half *offsets, int groups, int blocks_a_group, in
         int g = 0;
         for (; g + LANES <= groups; g += LANES) total += from_half(offsets + g) * load(sums + g);
         float rest = 0;
-        for (; g < groups; g++) rest += (float)offsets[g] * sums[g];
+        for (; g < groups; g++) rest += half_to_float(&offsets[g]) * sums[g];
         return sum(total) + rest;
     }
     float total = 0;
-    for (int block = 0; block < blocks; block++) total += (float)offsets[block / blocks_a_group] * sums[block];
+    for (int block = 0; block < blocks; block++) total += half_to_float(&offsets[block / blocks_a_group]) * sums[block];
     return total;
 }
 
@@ -162,7 +167,7 @@ INLINE float dot_integers(int kind, const matrix *m, int index, const uint8_t *r
         if (blocks_a_group == 1)
             for (; b + LANES <= some; b += LANES)
                 store(scales + b, from_half(from + first + b) * load(x.scales + first + b));
-        for (; b < some; b++) scales[b] = (float)from[(first + b) / blocks_a_group] * x.scales[first + b];
+        for (; b < some; b++) scales[b] = half_to_float(&from[(first + b) / blocks_a_group]) * x.scales[first + b];
         for (b = 0; b + 2 <= some; b += 2) {
             even += __builtin_convertvector(block_integers(kind, row, first + b, x.integers), paired_floats) * scales[b];
             odd += __builtin_convertvector(block_integers(kind, row, first + b + 1, x.integers), paired_floats) * scales[b + 1];
@@ -203,8 +208,8 @@ INLINE void unpack_kind(int kind, const matrix *m, int row, float *out) {
     int groups = groups_of(m), blocks_a_group = m->group / BLOCK;
     for (int block = 0; block < m->columns / BLOCK; block++) {
         float scale = 1, offset = 0;
-        if (kind == INT8 || kind == INT4) scale = (float)m->scales[(size_t)row * groups + block / blocks_a_group];
-        if (kind == INT4) offset = (float)m->offsets[(size_t)row * groups + block / blocks_a_group];
+        if (kind == INT8 || kind == INT4) scale = half_to_float(&m->scales[(size_t)row * groups + block / blocks_a_group]);
+        if (kind == INT4) offset = half_to_float(&m->offsets[(size_t)row * groups + block / blocks_a_group]);
         for (int part = 0; part < PARTS; part++)
             store(out + block * BLOCK + part * LANES, load_part(kind, values, block, part) * scale + offset);
     }

@@ -1,12 +1,13 @@
 // A few threads that run one function together, with barriers inside. They sleep between calls.
 #pragma once
 
-#include <pthread.h>
-#include <sched.h>
 #include <stdatomic.h>
-#include <stdlib.h>
 
-#if defined(__x86_64__)
+#include "vector.h"
+
+#if defined(__wasm__)
+#define PAUSE()
+#elif defined(__x86_64__)
 #define PAUSE() __builtin_ia32_pause()
 #elif defined(__aarch64__)
 #define PAUSE() __asm__ volatile("yield")
@@ -14,22 +15,77 @@
 #define PAUSE()
 #endif
 
+#if !defined(__wasm__)
+#include <pthread.h>
+#include <sched.h>
+#endif
+
 // Spins before a waiting thread gives its core away: some 50 microseconds. Within a step the others are
 // never that late, unless the system has taken their core.
+#if defined(__wasm__)
+#define PATIENCE 50000  // it has no pause
+#else
 #define PATIENCE 2000
+#endif
+
+#define MOST_THREADS 1024
 
 typedef struct pool {
-    int threads;
+    int threads;       // that take part in the present job
+    int most;          // that there can be
+    int asked;         // that shall take part
+    atomic_int ready;  // threads beside number 0 that may be given jobs
     void (*function)(void *argument, int thread);
     void *argument;
-    atomic_int job, sleeping, arrived, round;
+    atomic_uint job;   // grows by MOST_THREADS each time; the rest is the number of threads that take part
+    atomic_int sleeping, arrived, round;
     int stop;
+#if !defined(__wasm__)
     pthread_mutex_t mutex;
     pthread_cond_t wake;
     pthread_t *handles;
+#endif
 } pool;
 
-typedef struct { pool *pool; int thread; } member;
+// ---- sleeping, by what the system has ----
+
+#if !defined(__wasm__)
+
+static void sleep_until_job(pool *p, unsigned done) {
+    pthread_mutex_lock(&p->mutex);
+    atomic_fetch_add(&p->sleeping, 1);
+    while (atomic_load(&p->job) == done) pthread_cond_wait(&p->wake, &p->mutex);
+    atomic_fetch_sub(&p->sleeping, 1);
+    pthread_mutex_unlock(&p->mutex);
+}
+
+static void wake_for_job(pool *p) {
+    if (!atomic_load(&p->sleeping)) return;
+    pthread_mutex_lock(&p->mutex);
+    pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->mutex);
+}
+
+static void sleep_until_round(pool *p, int round) { (void)p, (void)round, sched_yield(); }
+static void wake_for_round(pool *p) { (void)p; }
+
+#elif defined(__wasm_atomics__)
+
+static void sleep_until_job(pool *p, unsigned done) { __builtin_wasm_memory_atomic_wait32((int *)&p->job, (int)done, -1); }
+static void wake_for_job(pool *p) { __builtin_wasm_memory_atomic_notify((int *)&p->job, MOST_THREADS); }
+static void sleep_until_round(pool *p, int round) { __builtin_wasm_memory_atomic_wait32((int *)&p->round, round, -1); }
+static void wake_for_round(pool *p) { __builtin_wasm_memory_atomic_notify((int *)&p->round, MOST_THREADS); }
+
+#else  // one thread
+
+static void sleep_until_job(pool *p, unsigned done) { (void)p, (void)done; }
+static void wake_for_job(pool *p) { (void)p; }
+static void sleep_until_round(pool *p, int round) { (void)p, (void)round; }
+static void wake_for_round(pool *p) { (void)p; }
+
+#endif
+
+// ---- the work ----
 
 static void barrier(pool *p) {
     if (p->threads == 1) return;
@@ -37,55 +93,85 @@ static void barrier(pool *p) {
     if (atomic_fetch_add_explicit(&p->arrived, 1, memory_order_acq_rel) == p->threads - 1) {
         atomic_store_explicit(&p->arrived, 0, memory_order_relaxed);
         atomic_store_explicit(&p->round, round + 1, memory_order_release);
+        wake_for_round(p);
         return;
     }
     for (int spins = 0; atomic_load_explicit(&p->round, memory_order_acquire) == round; spins++) {
-        if (spins < PATIENCE) PAUSE(); else sched_yield();
+        if (spins < PATIENCE) PAUSE(); else sleep_until_round(p, round);
     }
 }
 
-static void *worker(void *start) {
-    member self = *(member *)start;
-    free(start);
-    pool *p = self.pool;
-    for (int done = 0;;) {
-        for (int spins = 0; spins < PATIENCE && atomic_load(&p->job) == done; spins++) PAUSE();
-        if (atomic_load(&p->job) == done) {
-            pthread_mutex_lock(&p->mutex);
-            atomic_fetch_add(&p->sleeping, 1);
-            while (atomic_load(&p->job) == done) pthread_cond_wait(&p->wake, &p->mutex);
-            atomic_fetch_sub(&p->sleeping, 1);
-            pthread_mutex_unlock(&p->mutex);
-        }
+// What a thread beside number 0 does until the pool stops. One that comes late takes part from the next job on.
+static void work(pool *p, int thread) {
+    int needed = 1;  // in the last job: then the next one may come soon
+    for (unsigned done = 0;;) {
+        for (int spins = 0; needed && spins < PATIENCE && atomic_load(&p->job) == done; spins++) PAUSE();
+        while (atomic_load(&p->job) == done) sleep_until_job(p, done);
         done = atomic_load(&p->job);
-        if (p->stop) return NULL;
-        p->function(p->argument, self.thread);
+        if (p->stop) return;
+        needed = thread < (int)(done % MOST_THREADS);
+        if (!needed) continue;
+        p->function(p->argument, thread);
         barrier(p);
     }
 }
 
 static void start_job(pool *p) {
-    atomic_fetch_add(&p->job, 1);
-    if (atomic_load(&p->sleeping)) {
-        pthread_mutex_lock(&p->mutex);
-        pthread_cond_broadcast(&p->wake);
-        pthread_mutex_unlock(&p->mutex);
-    }
+    int there = 1 + atomic_load(&p->ready);
+    p->threads = there < p->asked ? there : p->asked;
+    unsigned before = atomic_load(&p->job);
+    atomic_store(&p->job, (before / MOST_THREADS + 1) * MOST_THREADS + (unsigned)p->threads);
+    if (there > 1) wake_for_job(p);
 }
 
 // Run function(argument, thread) on every thread, this one as number 0, and return when all are done.
 static void pool_run(pool *p, void (*function)(void *, int), void *argument) {
     p->function = function;
     p->argument = argument;
-    if (p->threads > 1) start_job(p);
+    start_job(p);
     function(argument, 0);
     barrier(p);
+}
+
+// ---- beginning and end ----
+
+#if defined(__wasm__)
+
+#define STACK_BYTES 65536  // of a thread; also what build.py gives to number 0
+
+static pool *only_pool;       // of this memory
+static char *helper_stacks;
+
+// JavaScript starts the threads, by `smolctl_help`; until it does, number 0 works alone.
+static pool *pool_create(int threads) {
+    pool *p = calloc(1, sizeof *p);
+    helper_stacks = aligned_alloc(64, (size_t)(threads - 1) * STACK_BYTES);
+    if (!p || !helper_stacks) return NULL;
+    p->most = p->asked = threads;
+    return only_pool = p;
+}
+
+static void pool_destroy(pool *p) {
+    p->stop = 1;
+    p->asked = p->most;
+    start_job(p);
+}
+
+#else
+
+typedef struct { pool *pool; int thread; } member;
+
+static void *worker(void *start) {
+    member self = *(member *)start;
+    free(start);
+    work(self.pool, self.thread);
+    return NULL;
 }
 
 static void pool_destroy(pool *p) {
     p->stop = 1;
     start_job(p);
-    for (int i = 1; i < p->threads; i++) pthread_join(p->handles[i], NULL);
+    for (int i = 1; i <= p->ready; i++) pthread_join(p->handles[i], NULL);
     free(p->handles);
     free(p);
 }
@@ -94,18 +180,20 @@ static void pool_destroy(pool *p) {
 static pool *pool_create(int threads) {
     pool *p = calloc(1, sizeof *p);
     if (!p) return NULL;
-    p->handles = calloc((size_t)threads, sizeof *p->handles);
+    p->most = threads < MOST_THREADS ? threads : MOST_THREADS - 1;
+    p->handles = calloc((size_t)p->most, sizeof *p->handles);
     pthread_mutex_init(&p->mutex, NULL);
     pthread_cond_init(&p->wake, NULL);
-    p->threads = threads;
-    for (int i = 1; i < threads; i++) {
+    for (int i = 1; i < p->most; i++) {
         member *self = malloc(sizeof *self);
         *self = (member){p, i};
         if (pthread_create(&p->handles[i], NULL, worker, self)) {
             free(self);
-            p->threads = i;  // before any job: no barrier has counted on it
-            break;
-        }
+            p->most = i;
+        } else p->ready = i;
     }
+    p->asked = p->most;
     return p;
 }
+
+#endif

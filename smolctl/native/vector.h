@@ -1,8 +1,17 @@
-// Vectors of floats in the compiler's own notation: one source for AVX-512, AVX2, SSE2 and NEON.
+// Vectors of floats in the compiler's own notation: one source for AVX-512, AVX2, SSE2, NEON and WebAssembly.
 #pragma once
 
 #include <stdint.h>
+
+#if defined(__wasm__)
+#include <wasm_simd128.h>
+
+#include "wasm.h"
+#else
+#include <math.h>
+#include <stdlib.h>
 #include <string.h>
+#endif
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -27,9 +36,6 @@ typedef int8_t bytes_vec __attribute__((vector_size(LANES)));
 typedef uint8_t ubytes_vec __attribute__((vector_size(LANES)));
 typedef uint16_t halves_vec __attribute__((vector_size(2 * LANES)));
 typedef int16_t shorts_vec __attribute__((vector_size(2 * LANES)));
-typedef _Float16 half;
-typedef half half_vec __attribute__((vector_size(2 * LANES)));
-
 // Memory that a file lends us is aligned to nothing.
 #define LOAD(type, pointer) ({ type loaded_; memcpy(&loaded_, (pointer), sizeof loaded_); loaded_; })
 #define STORE(pointer, value) ({ __typeof__(value) stored_ = (value); memcpy((pointer), &stored_, sizeof stored_); })
@@ -37,7 +43,44 @@ typedef half half_vec __attribute__((vector_size(2 * LANES)));
 INLINE vec load(const float *p) { return LOAD(vec, p); }
 INLINE void store(float *p, vec v) { STORE(p, v); }
 INLINE vec all(float x) { return x - (vec){0}; }
+
+// ---- float16 ----
+
+#if defined(__F16C__) || defined(__aarch64__)
+typedef _Float16 half;
+typedef half half_vec __attribute__((vector_size(2 * LANES)));
 INLINE vec from_half(const half *p) { return __builtin_convertvector(LOAD(half_vec, p), vec); }
+INLINE float half_to_float(const half *p) { return (float)LOAD(half, p); }
+INLINE void store_half(half *p, float x) { *p = (half)x; }
+#else  // SSE2 and WebAssembly have no instruction for it
+typedef uint16_t half;
+
+// The bits are moved to where float32 has its sign, exponent and mantissa. What that gives is 2^112 times too
+// small, subnormal numbers too. Infinity and NaN become 65,536 and more: no scale and no cached value is that.
+#define HALF_BITS 0x8FFFE000u
+INLINE vec from_half(const half *p) {
+    ivec wide = __builtin_convertvector(LOAD(shorts_vec, p), ivec);
+    return (vec)(wide << 13 & (int32_t)HALF_BITS) * 0x1p112f;
+}
+INLINE float half_to_float(const half *p) {
+    uint32_t bits = (uint32_t)LOAD(int16_t, p) << 13 & HALF_BITS;
+    return LOAD(float, &bits) * 0x1p112f;
+}
+
+// Rounds to nearest, ties to even. Below the normal numbers the addition rounds.
+INLINE void store_half(half *p, float x) {
+    const float smallest = 0x1p-14f, limit = 65520.0f;
+    uint32_t bits = LOAD(uint32_t, &x), sign = bits >> 16 & 0x8000;
+    bits &= 0x7FFFFFFF;
+    float size = LOAD(float, &bits);
+    if (!(size < limit)) bits = size > limit || size == limit ? 0x7C00 : 0x7E00;
+    else if (size < smallest) {
+        size += 0.5f;
+        bits = LOAD(uint32_t, &size) - 0x3F000000;
+    } else bits = (bits - 0x38000000 + 0xFFF + (bits >> 13 & 1)) >> 13;
+    *p = (half)(sign | bits);
+}
+#endif
 
 INLINE float sum(vec v) {
     float lanes[LANES];
@@ -111,6 +154,8 @@ INLINE accumulator multiply_pairs(paired a, paired b) {
     return (accumulator)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #elif defined(__SSE2__)
     return (accumulator)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#elif defined(__wasm__)
+    return (accumulator)wasm_i32x4_dot_i16x8((v128_t)a, (v128_t)b);
 #else
     typedef int32_t wide __attribute__((vector_size(4 * PAIRED)));
     wide products = __builtin_convertvector(a, wide) * __builtin_convertvector(b, wide);
@@ -143,6 +188,8 @@ INLINE vec exponential(vec x) {
     ivec exponent = (ivec)shifted << 23;  // the low bits of shifted are n
     return choose(x < -87.0f, all(0.0f), (vec)((ivec)p + exponent));
 }
+
+INLINE float exponential_of(float x) { return exponential(all(x))[0]; }
 
 INLINE float bf16_to_float(uint16_t x) {
     uint32_t bits = (uint32_t)x << 16;

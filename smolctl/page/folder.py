@@ -1,4 +1,4 @@
-"""The static page as a folder: its code, the model in parts that a browser can check, and what the page says."""
+"""The static page as a folder: its code, the model in parts that can be checked, and what the page says."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from typing import Any
 
 import smolctl
 from smolctl.errors import SmolError
+from smolctl.generation.load import usable_settings
+from smolctl.generation.sampling import settle
+from smolctl.outside import read_json
 from smolctl.ownership import RECORD
 from smolctl.page.chat import chat_files, page_chat
 from smolctl.page.layout import engine_layout
 from smolctl.page.tokenization import page_tokenizer
+from smolctl.sources.base import ModelSource
 from smolctl.sources.huggingface.write import write_json
 from smolctl.sources.open import open_source
 from smolctl.sources.quantized.folder import FILE, read_description
@@ -29,6 +33,7 @@ WEIGHTS_FORMAT, WEIGHTS_VERSION = "smolctl-weights", 1
 # A part is what a visitor has to fetch again where one byte is wrong. Parts are whole files because requests
 # for a range of bytes were reported to fail from a page at the Hub's storage.
 PART_BYTES = 8 << 20
+MAX_TOKENS = 256  # of an answer, where a visitor changes nothing
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,11 @@ class PageText:
     facts: Sequence[tuple[str, str]]  # label and value
     links: Sequence[tuple[str, str]]  # label and address
     examples: Sequence[str]
-    sampling: Mapping[str, float]  # by the names of SamplingSettings, and max_tokens
 
 
-def write_page(folder: Path, quantized: Sequence[Path], text: PageText, verdicts: Mapping[str, str]) -> None:
+def write_page(
+    folder: Path, quantized: Sequence[Path], text: PageText, verdicts: Mapping[str, str]
+) -> tuple[PageModel, ...]:
     """Write the page into an existing folder.
 
     Args:
@@ -62,10 +68,15 @@ def write_page(folder: Path, quantized: Sequence[Path], text: PageText, verdicts
         text: what the page says.
         verdicts: by scheme, where they were measured.
 
+    Returns:
+        The variants, the default first.
+
     Raises:
         InputError: the page cannot run such a model, or such a tokenizer.
         SmolError: this installation has no engine for browsers.
     """
+    first = open_source(str(quantized[0]))
+    tokenizer, chat = page_tokenizer(first), page_chat(first)  # what the page cannot follow is refused first
     write_code(folder)
     models = []
     for number, source in enumerate(quantized):
@@ -74,10 +85,8 @@ def write_page(folder: Path, quantized: Sequence[Path], text: PageText, verdicts
         name = "model" if number == 0 else f"model-{scheme}"
         write_model(source, folder / name)
         models.append(PageModel(name, scheme, description["file"]["bytes"], verdicts.get(scheme)))
-    first = open_source(str(quantized[0]))
-    chat = page_chat(first)
-    for name, content in chat_files(chat).items():
-        (folder / name).write_bytes(content)
+    for file, content in chat_files(chat).items():
+        (folder / file).write_bytes(content)
     write_json(
         folder / PAGE,
         {
@@ -87,10 +96,24 @@ def write_page(folder: Path, quantized: Sequence[Path], text: PageText, verdicts
             **asdict(text),
             "context": first.require_config().max_position_embeddings,
             "models": [asdict(model) for model in models],
-            "tokenizer": page_tokenizer(first),
+            "tokenizer": tokenizer,
             "chat": chat,
+            "sampling": _sampling(first),
         },
     )
+    return tuple(models)
+
+
+def _sampling(source: ModelSource) -> dict[str, Any]:
+    """What `smolctl sample` takes where nobody says anything."""
+    recommended, _ = usable_settings(source.require_tokenizer().recommended)
+    return {**asdict(settle({}, recommended)), "max_tokens": MAX_TOKENS}
+
+
+def update_text(folder: Path, text: PageText) -> None:
+    """Say something else on a page that is written already."""
+    path = folder / PAGE
+    write_json(path, {**read_json(path), **asdict(text)})
 
 
 def write_code(folder: Path) -> None:

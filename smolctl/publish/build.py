@@ -15,6 +15,7 @@ from smolctl.hub.files import PlannedFile, planned_files
 from smolctl.model.weights import parameter_count
 from smolctl.outside import read_json
 from smolctl.ownership import RECORD, edited_files, own_files, require_inside, strange_files
+from smolctl.page.folder import PageModel
 from smolctl.publish.card import merge_card, require_valid, stated_license
 from smolctl.publish.card_text import CardFacts, card_metadata, card_text
 from smolctl.publish.export import Export, export_model
@@ -83,6 +84,7 @@ class Built:
     left_out: tuple[str, ...]
     quantized: tuple[str, ...] = ()  # schemes of the folders that go along
     space: Path | None = None  # folder of the Space
+    variants: tuple[PageModel, ...] = ()  # that visitors of a static page can choose
     smoke: SmokeTest | None = None  # how the Space's page did on this machine
 
     def card_facts(self, repo: str, license: str | None) -> CardFacts:
@@ -99,6 +101,7 @@ class Built:
             run=self.facts,
             ggufs=self.export.ggufs,
             quantized=self.quantized,
+            code=self.model.settings.repository,
         )
 
     def write_card(self, repo: str, license: str | None, on_hub: str | None, revision: str = "main") -> str:

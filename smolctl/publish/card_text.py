@@ -41,6 +41,12 @@ class CardFacts:
     ggufs: tuple[GGUFResult, ...] = ()
     quantized: tuple[str, ...] = ()  # names of folders in quantized/
     revision: str = "main"
+    code: str | None = None  # address of the repository that the model was made with
+
+    @property
+    def url(self) -> str:
+        """The address of the model on the Hub; empty while it has no full name."""
+        return f"{endpoint()}/{self.repo}" if "/" in self.repo else ""
 
     def page(self, kind: str, path: str) -> str:
         """The address of a file ("blob") or a folder ("tree") of the repository, at the card's revision."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,19 +22,22 @@ from smolctl.ownership import (
     strange_files,
     write_record,
 )
+from smolctl.page.folder import update_text
 from smolctl.publish.app import MODEL
 from smolctl.publish.build import Built, ModelToPublish, build, open_model, require_repository, scanned_files
 from smolctl.publish.card import stated_license
 from smolctl.publish.licenses import require_license
 from smolctl.publish.manifest import KIND, RepoPlan, look, plan_repo
+from smolctl.publish.sdk import Sdk
 from smolctl.publish.secrets import Finding
-from smolctl.publish.smoke import require_gradio, smoke_test
-from smolctl.publish.space import add_space, write_space_card
+from smolctl.publish.space import add_space, require_space, write_card
 from smolctl.publish.space_hub import await_space, explained_payment
+from smolctl.publish.static_space import page_text
 from smolctl.runs.folder import latest_run
 from smolctl.sources.gguf.write import require_gguf
 
 SPACE = "space"  # the folder beside MODEL, and what the Hub calls such a repository
+PAGE_KIND = "page"  # of a folder with the static page alone
 SOMEBODY = "you"  # in front of the run's name, while nobody has been asked who that is
 
 
@@ -48,6 +53,8 @@ class PushOptions:
     revision: str = "main"
     create_pr: bool = False
     space: str | None = None
+    space_sdk: Sdk = Sdk.STATIC
+    page_schemes: tuple[str, ...] = ("int8",)  # variants on a static page, the default first
     allowed_secrets: tuple[str, ...] = ()  # hashes of findings that are no secrets
 
 
@@ -94,6 +101,15 @@ class PushPlan:
 
 
 @dataclass(frozen=True)
+class Page:
+    """A static page that was written alone."""
+
+    built: Built
+    files: tuple[PlannedFile, ...]
+    allowed: tuple[Finding, ...]
+
+
+@dataclass(frozen=True)
 class PushedRepo:
     """A repository that holds what was planned."""
 
@@ -101,6 +117,7 @@ class PushedRepo:
     url: str
     commit: Commit
     files: tuple[PlannedFile, ...]
+    code: str | None = None  # address of the repository that made the model
 
 
 @dataclass(frozen=True)
@@ -153,15 +170,7 @@ def write_local(options: PushOptions, target: Path) -> PushPlan:
         SmolError: something cannot be published.
     """
     model = options.model or str(latest_run())
-    require_replaceable(target, KIND, "--local-dir", force=True, reads=(model,))
-    for found, what in (
-        (strange_files(target), "is no part of this"),
-        (edited_files(target), "was edited after smolctl wrote it"),
-    ):
-        if found:
-            raise InputError(
-                f"{target}: holds {found[0]}, which {what}", "Move it away, or choose another --local-dir."
-            )
+    _require_ours(target, KIND, "--local-dir", model)
     with building(target) as work:
         plan = plan_push(replace(options, model=model), work)
         if plan.space is not None:  # each has a record of its own
@@ -170,15 +179,52 @@ def write_local(options: PushOptions, target: Path) -> PushPlan:
     return plan
 
 
+def _require_ours(target: Path, kind: str, option: str, model: str) -> None:
+    """Check that a folder is new, or was written by an earlier call and is as that left it."""
+    require_replaceable(target, kind, option, force=True, reads=(model,))
+    for found, what in (
+        (strange_files(target), "is no part of this"),
+        (edited_files(target), "was edited after smolctl wrote it"),
+    ):
+        if found:
+            raise InputError(
+                f"{target}: holds {found[0]}, which {what}", f"Move it away, or choose another {option}."
+            )
+
+
 def build_preview(options: PushOptions, folder: Path) -> Path:
     """A Space's folder to try on this machine; nothing is sent and nobody is asked.
 
     Raises:
-        SmolError: the model cannot be exported, or Gradio is not installed.
+        SmolError: the model cannot be exported, or something that the Space needs is not installed.
     """
-    require_gradio()
-    _build_with_space(open_model(options.model), (), folder)
+    if options.space_sdk is Sdk.GRADIO:
+        require_space(options.space_sdk)
+    _build_with_space(options, open_model(options.model), folder, tried=False)
     return folder / SPACE
+
+
+def write_page_alone(options: PushOptions, target: Path) -> Page:
+    """Write the static page, for any host of static files; no network.
+
+    Raises:
+        UsageError: the folder is not one that an earlier call has written.
+        InputError: it holds another file, or one that was edited since, or what looks like a secret.
+        SmolError: the page cannot run the model, or does not answer.
+    """
+    require_space(Sdk.STATIC)
+    model = options.model or str(latest_run())
+    _require_ours(target, PAGE_KIND, "--page", model)
+    with tempfile.TemporaryDirectory(prefix="smolctl-push-") as work, building(target) as folder:
+        built = _build_with_space(options, open_model(model), Path(work), tried=True)
+        assert built.space is not None
+        facts = built.card_facts(options.repo or built.model.name, options.license)
+        update_text(built.space, page_text(facts))
+        files, allowed = scanned_files(built.space, options.allowed_secrets)
+        shutil.copytree(built.space, folder, dirs_exist_ok=True)
+        write_record(folder, Record(PAGE_KIND, {glob.escape(file.path): file.sha256 for file in files}))
+        put_in_place(folder, target)
+    return Page(built, files, allowed)
 
 
 def choose_destination(
@@ -200,7 +246,7 @@ def choose_destination(
         require_repository(options.repo, "--repo")
     if options.space:
         require_repository(options.space, "--space")
-        require_gradio()
+        require_space(options.space_sdk)
     identity = client.identity() if client else None
     repo, decided = options.repo or model.settings.repo, ""
     if repo is None:
@@ -227,14 +273,14 @@ def build_push(options: PushOptions, model: ModelToPublish, folder: Path) -> Bui
     """
     if not options.space:
         return build(model, folder, options.schemes)
-    built = _build_with_space(model, options.schemes, folder)
-    return replace(built, smoke=smoke_test(folder / SPACE))
+    return _build_with_space(options, model, folder, tried=True)
 
 
-def _build_with_space(model: ModelToPublish, schemes: tuple[str, ...], folder: Path) -> Built:
+def _build_with_space(options: PushOptions, model: ModelToPublish, folder: Path, tried: bool) -> Built:
     for part in (MODEL, SPACE):
         (folder / part).mkdir()
-    return add_space(build(model, folder / MODEL, schemes), folder / SPACE)
+    built = build(model, folder / MODEL, options.schemes)
+    return add_space(built, folder / SPACE, options.space_sdk, options.page_schemes, tried)
 
 
 def make_plan(
@@ -261,7 +307,7 @@ def make_plan(
         facts = built.card_facts(target.repo, stated_license(card))
         of_space = Target(options.space, SPACE)
         there = look(client, of_space)
-        write_space_card(built.space, facts, there.card)
+        write_card(options.space_sdk, built.space, facts, there.card)
         files, more = scanned_files(built.space, options.allowed_secrets)
         space, allowed = plan_repo(client, of_space, there, built.space, files), (*allowed, *more)
     is_new = on_hub is None and local is None
@@ -284,7 +330,8 @@ def send(plan: PushPlan, client: HubClient) -> Pushed:
     message = f"Upload {plan.built.model.name}{step} with smolctl"
     planned_files, removed = plan.model.files, plan.model.removed
     commit = client.push(target, base, planned_files, message, options.create_pr, removed)
-    model = PushedRepo(target.repo, client.url(target), commit, planned_files)
+    code = plan.built.model.settings.repository
+    model = PushedRepo(target.repo, client.url(target), commit, planned_files, code)
     if plan.space is None or options.space is None:
         return Pushed(model)
     return _send_space(Target(options.space, SPACE), plan, plan.space, model, client)
@@ -296,7 +343,7 @@ def _send_space(
     """The Space after the model. What goes wrong here leaves the model's push done."""
     space = None
     try:
-        head = client.ensure(target, plan.options.public)
+        head = client.ensure(target, plan.options.public, plan.options.space_sdk)
         message = "Update the Space with smolctl"
         commit = client.push(target, head, of_space.files, message, removed=of_space.removed)
         space = PushedRepo(target.repo, client.url(target), commit, of_space.files)

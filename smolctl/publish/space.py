@@ -1,204 +1,68 @@
-"""The Space as a folder: a page, the model that answers on it, and all the code it needs."""
+"""The two kinds of Space: a static page that runs the model in the browser, and a Gradio app on a server."""
 
 from __future__ import annotations
 
-import platform
-import shutil
-import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import smolctl
-from smolctl.hub.client import README
-from smolctl.ownership import RECORD
-from smolctl.publish.app import FACTS, MODEL
+from smolctl.page.smoke import require_trial, try_page
+from smolctl.publish import gradio_space, static_space
 from smolctl.publish.build import Built
-from smolctl.publish.card import merge_card
 from smolctl.publish.card_text import CardFacts
-from smolctl.quantization.build import build_items, read_tensors, widened
-from smolctl.quantization.folder import Origin, write_folder
-from smolctl.quantization.schemes import SchemeOptions, make_plan
-from smolctl.sources import open_source
-from smolctl.sources.huggingface.write import CODE, write_json
-
-SPACE_SCHEME = "int8"
-SDK_VERSION = "6.31.0"  # of Gradio; the Hub wants all three numbers
-PYTHON_VERSION = "3.12"  # the Hub's default is older than what this needs
-# What `import smolctl.publish.app` and a model in a folder need, in versions that were installed and tried
-# together with what the Hub adds: Gradio of sdk_version with the extras oauth and mcp, of which the second
-# allows no newer pydantic, and `spaces`. Plain torch would bring gigabytes of CUDA.
-ADDED_BY_THE_HUB = (f"gradio[oauth,mcp]=={SDK_VERSION}", "spaces")
-TORCH = "torch==2.13.0"
-REQUIREMENTS = (
-    "jinja2==3.1.6",
-    "numpy==2.4.6",
-    "pydantic==2.12.5",
-    "pyyaml==6.0.3",
-    "tokenizers==0.23.3",
-)
-TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
-# Parts of the package that go along; of `publish` only the app.
-PARTS = ("config", "data", "generation", "hub", "model", "native", "runs", "sources")
-SINGLE_FILES = (
-    "__init__.py",
-    "arithmetic.py",
-    "cores.py",
-    "durable.py",
-    "errors.py",
-    "escaping.py",
-    "outside.py",
-    "ownership.py",
-    "publish/__init__.py",
-    "publish/app.py",
-    "worker.py",
-)
-SUFFIXES = {".py", ".c", ".h"}
-NOT_NEEDED = {"hatch_hook.py", *(path.name for path in CODE.glob("*.py"))}
-APP = '''\
-"""The page of this Space. What it does is in smolctl/publish/app.py."""
-
-from pathlib import Path
-
-from smolctl.publish.app import main
-
-main(Path(__file__).parent)
-'''
-EXAMPLES = 4
-HUB_MACHINE = ("linux", "x86_64")
+from smolctl.publish.sdk import Sdk
+from smolctl.publish.smoke import SmokeTest, require_gradio, smoke_test
+from smolctl.publish.space_text import examples
 
 
-def add_space(built: Built, folder: Path) -> Built:
-    """Write the folder of a Space, complete but for its card.
+def require_space(sdk: Sdk) -> None:
+    """Check that a Space can be tried on this machine before it goes up.
 
     Raises:
-        SmolError: something cannot be written.
+        SmolError: what it takes is not installed.
     """
-    write_space_model(built, folder / MODEL)
-    copy_package(folder / "smolctl")
-    (folder / "app.py").write_text(APP, encoding="utf-8")
-    (folder / "requirements.txt").write_text(requirements(), encoding="utf-8")
-    _write_page(folder, built.card_facts(built.model.name, None))
-    return replace(built, space=folder)
+    if sdk is Sdk.GRADIO:
+        require_gradio()
+    else:
+        require_trial()
 
 
-def _write_page(folder: Path, facts: CardFacts) -> None:
-    """Write the page's facts of the model, with a link once the repository is known."""
-    examples = list(_examples(facts))[:EXAMPLES]
-    write_json(folder / FACTS, {"title": facts.name, "summary": _summary(facts), "examples": examples})
-
-
-def write_space_model(built: Built, folder: Path) -> None:
-    """The Space's model, in 8 bits: a quarter of the bytes to read for every token."""
-    source = open_source(str(built.folder))
-    config = source.require_config()
-    tensors = read_tensors(source)
-    plan, _ = widened(make_plan(config, SPACE_SCHEME, SchemeOptions()), tensors)
-    items = build_items(config, tensors, plan)
-    origin = Origin(built.model.name, built.model.source.kind.value, step=built.model.source.step)
-    write_folder(folder, config, plan, items, source.read_tokenizer(), origin)
-    (folder / RECORD).unlink()  # it is a part of the Space, whose own record names its files
-
-
-def copy_package(folder: Path) -> None:
-    """The parts of smolctl that the app needs: nothing has to be on a package index.
-
-    The compiled engine goes along where it was compiled for what the Hub's machines are, Linux on x86-64: a
-    Space has no step in which it could be compiled. Each build is for a kind of processor, and the Space
-    chooses at its start; without one that fits, PyTorch answers.
-    """
-    root = Path(smolctl.__file__).parent
-    suffixes = SUFFIXES | {".so"} if (sys.platform, platform.machine()) == HUB_MACHINE else SUFFIXES
-    sources = [root / name for name in SINGLE_FILES]
-    for part in PARTS:
-        sources += [path for path in (root / part).rglob("*") if path.suffix in suffixes]
-    for source in sources:
-        if source.is_file() and source.name not in NOT_NEEDED:
-            target = folder / source.relative_to(root)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
-
-
-def requirements() -> str:
-    """requirements.txt, for the Space's CPU."""
-    return "\n".join((f"--extra-index-url {TORCH_INDEX}", f"{TORCH}+cpu", *REQUIREMENTS)) + "\n"
-
-
-def write_space_card(folder: Path, facts: CardFacts, on_hub: str | None) -> None:
-    """Write what depends on where the model goes: the page's facts, and README.md.
+def add_space(built: Built, folder: Path, sdk: Sdk, schemes: Sequence[str], tried: bool) -> Built:
+    """Write a Space into an empty folder, complete but for its card.
 
     Args:
+        built: what is published.
+        folder: of the Space.
+        sdk: which kind.
+        schemes: of the variants on a static page; the first is the default.
+        tried: whether it has to answer a prompt on this machine.
+
+    Raises:
+        SmolError: it cannot be made, or does not answer.
+    """
+    if sdk is Sdk.GRADIO:
+        gradio_space.add_space(built, folder)
+        return replace(built, space=folder, smoke=smoke_test(folder) if tried else None)
+    smoke = None
+    with tempfile.TemporaryDirectory(prefix="smolctl-page-") as work:
+        quantized, variants = static_space.add_space(built, folder, schemes, Path(work))
+        if tried:
+            prompt = examples(built.card_facts(built.model.name, None))[0]
+            trial = try_page(folder, quantized[0], prompt)
+            engine = f"the page in {trial.engine}, with this machine's tokens"
+            smoke = SmokeTest(prompt, trial.text, trial.tokens, trial.start_s, trial.answer_s, engine)
+    return replace(built, space=folder, smoke=smoke, variants=variants)
+
+
+def write_card(sdk: Sdk, folder: Path, facts: CardFacts, on_hub: str | None) -> None:
+    """Write what depends on where the model goes: what the page links to, and README.md.
+
+    Args:
+        sdk: which kind.
         folder: of the Space, from `add_space`.
         facts: of the model's card; its `repo` is where the model lies on the Hub.
         on_hub: the Space's README.md as it is now.
     """
-    _write_page(folder, facts)
-    decided = {
-        "sdk": "gradio",
-        "sdk_version": SDK_VERSION,
-        "python_version": PYTHON_VERSION,
-        "app_file": "app.py",
-        "models": [facts.repo],
-    }
-    changeable: dict[str, Any] = {
-        "title": facts.name,
-        "emoji": "💬" if facts.can_chat else "✍️",
-        "colorFrom": "indigo",
-        "colorTo": "gray",
-        "pinned": False,
-        "short_description": f"A language model of {facts.size}",  # at most 60 characters
-    }
-    if facts.license:
-        changeable["license"] = facts.license
-    text = (
-        f"# {facts.name}\n\n{_summary(facts)}\n\n"
-        "The page answers on the CPU of the Space, with the engine in `smolctl/`: a copy of parts of "
-        f"smolctl {smolctl.__version__} (Apache-2.0).{_compiled(folder)}"
-    )
-    card = merge_card({**changeable, **decided}, text, on_hub, forced=decided)
-    (folder / README).write_text(card, encoding="utf-8", newline="")
-
-
-def _compiled(folder: Path) -> str:
-    """What the binaries in the folder are."""
-    if not any((folder / "smolctl" / "native").glob("*.so")):
-        return " PyTorch computes: the machine it was pushed from had no compiled engine for the Hub's."
-    return (
-        " The `.so` files in `smolctl/native/` are its `forward.c`, compiled where this was pushed from; "
-        "`python -m smolctl.native.build` makes them anew. Where none of them runs, PyTorch computes, slower."
-    )
-
-
-def _summary(facts: CardFacts) -> str:
-    """The facts of the card in a line."""
-    config = facts.config
-    parts = [
-        f"{facts.parameters:,} parameters",
-        f"{config.num_hidden_layers} layers of {config.hidden_size}",
-        f"context {config.max_position_embeddings:,}",
-    ]
-    if base := facts.base and facts.base.on_hub:
-        parts.append(f"made from [{base.id}](https://huggingface.co/{base.id})")
-    if facts.run:
-        parts.append(f"{facts.run.tokens:,} tokens seen")
-        if facts.run.validations:
-            parts.append(f"{facts.run.validations[-1]['bits_per_byte']:.3f} bits per byte on held-out text")
-    parts.append(f"answers in {SPACE_SCHEME}")
-    line = " · ".join(parts)
-    where = f" Model: [{facts.repo}](https://huggingface.co/{facts.repo})" if "/" in facts.repo else ""
-    kind = "It chats." if facts.can_chat else "It continues text; it was not taught to answer questions."
-    return f"{line}. {kind} Small models make things up.{where}"
-
-
-def _examples(facts: CardFacts) -> Sequence[str]:
-    """The prompts that the run was asked all along; questions for a chat model."""
-    if facts.can_chat:
-        return (
-            "What is the capital of France?",
-            "Explain gravity in two sentences.",
-            "Write a haiku about rain.",
-        )
-    if facts.run and facts.run.histories:
-        return tuple(facts.run.histories)
-    return ("Once upon a time", "The capital of France is", "def fibonacci(n):")
+    kind = gradio_space if sdk is Sdk.GRADIO else static_space
+    kind.write_card(folder, facts, on_hub)

@@ -21,9 +21,8 @@ def explained_payment(error: PaymentError) -> HubError:
     """What kind of account a Gradio Space needs, when the account is what is missing."""
     return HubError(
         f"{error.message}; the model itself is published",
-        "A Gradio Space on cpu-basic needs a PRO, Team or Enterprise account (hf.co/pricing); what is free "
-        "for everybody is a static Space, and on good standing a ZeroGPU one. `smolctl push --preview` shows "
-        "the page here.",
+        "A Gradio Space on cpu-basic needs a PRO, Team or Enterprise account (hf.co/pricing). A static Space "
+        "is free for everybody: leave out --space-sdk gradio.",
     )
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from smolctl.hub.connection import endpoint
 from smolctl.hub.files import PlannedFile
+from smolctl.page.folder import PageModel
+from smolctl.page.serve import preview_server
+from smolctl.publish.build import Built
 from smolctl.publish.manifest import RepoPlan
-from smolctl.publish.push import Pushed, PushedRepo, PushPlan
+from smolctl.publish.push import SPACE, Page, Pushed, PushedRepo, PushPlan
+from smolctl.publish.sdk import Sdk
+from smolctl.publish.smoke import SmokeTest
 from smolctl.views.numbers import size
 from smolctl.views.output import Output
 from smolctl.views.tables import facts, shortened
@@ -33,6 +39,8 @@ def show_offline(out: Output, plan: PushPlan, target: Path | None) -> None:
         out.show(*_plan(plan, out.verbose > 0))
     if target is not None:
         out.line(f"Written to {target}; nothing was sent.")
+        if plan.space is not None and plan.options.space_sdk is Sdk.STATIC:
+            out.talk(_any_host(target / SPACE))
     else:
         out.line("Nothing was sent. Without --dry-run this goes up in one commit.")
     out.document(_document(plan))
@@ -86,11 +94,22 @@ def _facts(plan: PushPlan) -> dict[str, str]:
     if built.left_out:
         rows["stays here"] = ", ".join(built.left_out)
     if smoke := built.smoke:
-        rows["Space"] = (
-            f"tried here: up after {smoke.start_s:.0f} s, {smoke.prompt!r} answered in "
-            f"{smoke.outputs} pieces and {smoke.answer_s:.1f} s by {smoke.engine}"
-        )
+        rows["Space"] = _tried(smoke)
+    rows |= {f"page, {one.scheme}": _variant(one, built) for one in built.variants}
     return rows
+
+
+def _variant(one: PageModel, built: Built) -> str:
+    measure = f"not measured: `smolctl quantize {built.model.source.id} --to {one.scheme}` does that"
+    verdict = one.verdict or (measure if built.model.is_run else "")
+    return "; ".join(filter(None, (size(one.bytes), verdict)))
+
+
+def _tried(smoke: SmokeTest) -> str:
+    return (
+        f"tried here: up after {smoke.start_s:.0f} s, {smoke.prompt!r} answered in "
+        f"{smoke.outputs} pieces and {smoke.answer_s:.1f} s by {smoke.engine}"
+    )
 
 
 def _visibility(plan: PushPlan) -> str:
@@ -179,6 +198,7 @@ def _repo_document(repo: PushedRepo) -> dict[str, Any]:
         "sent": list(repo.commit.sent),
         "removed": list(repo.commit.removed),
         "verified": True,
+        "code": repo.code,
     }
 
 
@@ -196,6 +216,7 @@ def _document(plan: PushPlan) -> dict[str, Any]:
         "removed": list(plan.model.removed),
         "not_ours": list(plan.model.stays),
         "verified": False,
+        "code": plan.built.model.settings.repository,
         "public": plan.options.public,
         "largest_logit_difference": plan.built.export.largest_difference,
     }
@@ -211,8 +232,45 @@ def limit_progress_bars(out: Output) -> None:
         disable_progress_bars()
 
 
-def serve(out: Output, folder: Path) -> None:
+def serve(out: Output, folder: Path, sdk: Sdk) -> None:
     """The page of a Space's folder until Ctrl-C."""
-    from smolctl.publish.app import main
 
-    main(folder, lambda url: out.talk(f"{url} shows the page of the Space; Ctrl-C ends it."))
+    def say(url: str) -> None:
+        out.talk(f"{url} shows the page of the Space; Ctrl-C ends it.")
+
+    if sdk is Sdk.STATIC:
+        server = preview_server(folder)
+        say(server.url)
+        with contextlib.closing(server):
+            server.serve_forever()
+    else:
+        from smolctl.publish.app import main
+
+        main(folder, say)
+
+
+def _any_host(folder: Path) -> str:
+    return f"Any static host serves the page; on this machine: python -m http.server -d {folder}"
+
+
+def show_page(out: Output, page: Page, target: Path) -> None:
+    """A static page that was written into a folder."""
+    smoke, files = page.built.smoke, page.files
+    assert smoke is not None
+    out.line(f"Written to {target}: {len(files)} files, {size(_bytes(files))}.")
+    out.line(f"The page was {_tried(smoke)}.")
+    for one in page.built.variants:
+        out.line(f"{one.scheme}: {_variant(one, page.built)}")
+    for finding in page.allowed:
+        out.line(f"allowed: {finding}")
+    out.talk(_any_host(target))
+    out.document(
+        {
+            "page": {
+                "path": str(target),
+                "files": _file_documents(files),
+                "tried": {"prompt": smoke.prompt, "text": smoke.text, "engine": smoke.engine},
+            },
+            "allowed_secrets": list(map(str, page.allowed)),
+        }
+    )

@@ -126,9 +126,14 @@ def config_of(shape: str) -> ModelConfig:
     return ModelConfig(**{**values, **SHAPES[shape]})
 
 
-def engines(config: ModelConfig, kind: str, build: str, threads: int = 2) -> tuple[NativeEngine, TorchEngine]:
-    """The compiled engine, and PyTorch on the very same numbers."""
+def engines(
+    config: ModelConfig, kind: str, build: str, threads: int = 2, factor: float = 1.0
+) -> tuple[NativeEngine, TorchEngine]:
+    """The compiled engine, and PyTorch on the very same numbers. `factor`: of all keys and values."""
     state = initialize(config, 3).eval().requires_grad_(False).state_dict()
+    for name, tensor in state.items():
+        if "k_proj" in name or "v_proj" in name:
+            tensor *= factor
     weights = {name: store(t, kind if t.dim() > 1 else "float32") for name, t in state.items()}
     network = from_state(config, {name: dense(stored) for name, stored in weights.items()}, "test").eval()
     native = NativeEngine(library(build), config, weights, threads)
@@ -304,6 +309,20 @@ def test_a_build_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -
 def test_dense_weights_can_be_rounded_when_they_are_loaded() -> None:
     engine = make_engine(source(), EngineOptions(dtype="bfloat16"))
     assert engine.name.endswith("bfloat16")
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("factor", [1.0, 1e-5, 1e3])
+def test_cached_values_are_rounded_to_the_nearest_float16(build: str, factor: float) -> None:
+    native, _ = engines(config_of("grouped"), "int8", build, factor=factor)
+    caches = []
+    for dtype in (np.float16, np.float32):
+        native.cache_dtype = np.dtype(dtype)
+        caches.append(native.allocate(1, 16))
+        native.forward([ids(16)], caches[-1])
+    narrow, exact = caches
+    assert np.array_equal(narrow.keys[0], exact.keys[0].astype(np.float16))
+    assert np.array_equal(narrow.values[0, ..., :8], exact.values[0, ..., :8].astype(np.float16))
 
 
 @pytest.mark.parametrize("engine", ["native", "torch"])

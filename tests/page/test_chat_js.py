@@ -23,9 +23,8 @@ from smolctl.generation.load import LoadedModel
 from smolctl.page.chat import Message, chat_files, chat_pieces, conversation, page_chat
 from smolctl.page.jinja import VERSION, jinja_files
 from smolctl.page.tokenization import page_tokenizer
-from tests.page.test_tokenizer_js import source_of
 from tests.support.node import PAGE_FILES, run_module
-from tests.support.tokenizers import tokenizer
+from tests.support.tokenizers import source_of, tokenizer
 
 DEFAULT_SYSTEM = (
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}"

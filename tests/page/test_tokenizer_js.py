@@ -11,14 +11,12 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
-from smolctl.config import ModelConfig
 from smolctl.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from smolctl.errors import InputError
 from smolctl.page.tokenization import page_tokenizer
-from smolctl.sources.base import ModelSource, SourceKind
 from tests.support.node import run_module
 from tests.support.tokenizer_texts import code_points, few, many
-from tests.support.tokenizers import GPT4_REGEX, byte_level, changed, gpt2, tokenizer
+from tests.support.tokenizers import GPT4_REGEX, byte_level, changed, gpt2, source_of, tokenizer
 
 # Reads {"tokenizers": [[tokenizer.json, options], ...], "texts": [...]} and writes, for each tokenizer, the
 # ids and the decoded text of each text.
@@ -36,12 +34,6 @@ for (const [json, options] of tokenizers) {
   console.log(JSON.stringify(results));
 }
 """
-
-
-def source_of(ours: Tokenizer) -> ModelSource:
-    """A model with this tokenizer."""
-    config = ModelConfig(vocab_size=ours.vocab_size)
-    return ModelSource(SourceKind.RUN, "runs/x", config, tokenizer_reader=ours.files)
 
 
 def differing(given: Sequence[Tokenizer], texts: Sequence[str]) -> list[tuple[int, str]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from smolctl.publish.build import Built, build, open_model
-from smolctl.publish.space import add_space
+from smolctl.publish.gradio_space import add_space
 from tests.support.publishing import make_run, serving
 from tests.support.push_hub import PushHub
 from tests.support.tiny_models import TEMPLATE
@@ -47,7 +48,9 @@ def with_ggufs(llama_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bui
 @pytest.fixture(scope="session")
 def with_space(learned: Built, tmp_path_factory: pytest.TempPathFactory) -> Built:
     """The repository of `learned_run` with a Space whose model continues text."""
-    return add_space(learned, tmp_path_factory.mktemp("space"))
+    folder = tmp_path_factory.mktemp("space")
+    add_space(learned, folder)
+    return replace(learned, space=folder)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import yaml
 from smolctl.config import Provenance, RunConfig
 from smolctl.publish.build import Built, build, open_model
 from smolctl.publish.facts import public_source
-from smolctl.publish.space import write_space_card
+from smolctl.publish.gradio_space import write_card
 from smolctl.sources.huggingface.card import split_card
 from smolctl.sources.provenance import read_provenance
 from tests.support.hub_server import COMMIT, HubRepository, HubServer
@@ -67,7 +67,7 @@ def test_people_may_add_a_base(llama: Built) -> None:
 
 def test_the_page_of_the_space_names_the_base(with_space: Built, tmp_path: Path) -> None:
     built = with_origin(with_space, HUB)
-    write_space_card(tmp_path, built.card_facts("me/tiny", None), None)
+    write_card(tmp_path, built.card_facts("me/tiny", None), None)
     assert "made from [org/base]" in (tmp_path / "space.json").read_text()
     assert "0.0 million" not in (tmp_path / "README.md").read_text()
 

@@ -19,7 +19,10 @@ from tokenizers import (
     trainers,
 )
 
+from smolctl.config import ModelConfig
 from smolctl.data.tokenizer.bpe import train_bpe
+from smolctl.data.tokenizer.tokenizer import Tokenizer as ModelTokenizer
+from smolctl.sources.base import ModelSource, SourceKind
 
 GPT4_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -191,3 +194,9 @@ def changed(kind: str, **parts: Any) -> Tokenizer:
     state = json.loads(tokenizer(kind).to_str())
     state["model"] |= parts.pop("model", {})
     return Tokenizer.from_str(json.dumps(state | parts))
+
+
+def source_of(ours: ModelTokenizer) -> ModelSource:
+    """A model with this tokenizer."""
+    config = ModelConfig(vocab_size=ours.vocab_size)
+    return ModelSource(SourceKind.RUN, "runs/x", config, tokenizer_reader=ours.files)

@@ -34,8 +34,7 @@ from smolctl.native.library import Library, load_library
 from smolctl.publish import smoke
 from smolctl.publish.app import FACTS, MODEL, REFUSED, STOPPED, BodyLimit, Speaker, Visit, controls_of
 from smolctl.publish.build import Built
-from smolctl.publish.push import PushOptions, PushPlan, push
-from smolctl.publish.space import (
+from smolctl.publish.gradio_space import (
     ADDED_BY_THE_HUB,
     APP,
     HUB_MACHINE,
@@ -44,8 +43,10 @@ from smolctl.publish.space import (
     TORCH,
     add_space,
     copy_package,
-    write_space_card,
+    write_card,
 )
+from smolctl.publish.push import PushOptions, PushPlan, push
+from smolctl.publish.sdk import Sdk
 from smolctl.sources.huggingface.card import split_card
 from tests.support.native import watched_engine
 from tests.support.processes import Smolctl
@@ -58,7 +59,7 @@ from tests.support.tiny_models import tiny_model, tiny_network, tiny_tokenizer
 def space(with_space: Built) -> Path:
     """The Space's folder of a model that continues text, as it goes up."""
     assert with_space.space is not None
-    write_space_card(with_space.space, with_space.card_facts("me/tiny", "mit"), None)
+    write_card(with_space.space, with_space.card_facts("me/tiny", "mit"), None)
     return with_space.space
 
 
@@ -127,8 +128,9 @@ def test_the_compiled_engine_goes_along_where_the_hub_can_run_it(
         assert {"forward_baseline.so", "forward_avx2.so"} <= compiled
         assert smoke.smoke_test(space).engine.startswith("native ")
         assert "`forward.c`, compiled" in (space / "README.md").read_text()
-    monkeypatch.setattr("smolctl.publish.space.HUB_MACHINE", ("linux", "another"))
-    write_space_card(tmp_path, add_space(learned, tmp_path).card_facts("me/tiny", "mit"), None)
+    monkeypatch.setattr("smolctl.publish.gradio_space.HUB_MACHINE", ("linux", "another"))
+    add_space(learned, tmp_path)
+    write_card(tmp_path, learned.card_facts("me/tiny", "mit"), None)
     assert not list(tmp_path.rglob("*.so"))
     assert "PyTorch computes" in (tmp_path / "README.md").read_text()
     engine = smoke.smoke_test(tmp_path).engine
@@ -453,7 +455,7 @@ def test_from_a_run_to_a_page_in_a_browser(
     from smolctl.sources import open_source
     from tests.support.space_browser import continue_in_browser
 
-    options = PushOptions(str(learned_run), "me/tiny", space="me/demo")
+    options = PushOptions(str(learned_run), "me/tiny", space="me/demo", space_sdk=Sdk.GRADIO)
     plans: list[PushPlan] = []
     pushed = push(options, HubClient(print), plans.append)
     assert plans[0].built.smoke is not None  # it was tried before anything was sent
@@ -490,7 +492,7 @@ def test_an_account_without_a_plan_is_told_what_it_needs_and_the_model_is_up(
 ) -> None:
     hub.make("models/me/tiny")
     hub.faults = [Fault("repos/create", status, message=PLAN_MISSING)]
-    pushed = publish(with_space, repo="me/tiny", space="me/demo")
+    pushed = publish(with_space, repo="me/tiny", space="me/demo", space_sdk=Sdk.GRADIO)
     assert pushed.space is None
     assert pushed.space_error is not None
     assert pushed.space_error.exit_code == ExitCode.HUB
@@ -503,7 +505,9 @@ def test_the_command_ends_with_the_hubs_code_when_only_the_space_was_refused(
 ) -> None:
     hub.make("models/me/tiny")
     hub.faults = [Fault("repos/create", 402, message=PLAN_MISSING)]
-    called = smolctl("push", learned_run, "--repo", "me/tiny", "--space", "me/demo", "--json")
+    called = smolctl(
+        "push", learned_run, "--repo", "me/tiny", "--space", "me/demo", "--space-sdk", "gradio", "--json"
+    )
     assert called.code == ExitCode.HUB
     document = json.loads(called.out)
     assert document["repo"]["verified"] is True
@@ -517,7 +521,7 @@ def test_a_space_that_does_not_build_shows_its_log(stage: str, with_space: Built
     repo = hub.make("spaces/me/demo", sdk="gradio")
     repo.stages, repo.logs = ["BUILDING", "APP_STARTING", stage], ["step 1\n", "ERROR: no torch\n"]
     notes: list[str] = []
-    pushed = publish(with_space, notes, repo="me/tiny", space="me/demo")
+    pushed = publish(with_space, notes, repo="me/tiny", space="me/demo", space_sdk=Sdk.GRADIO)
     assert pushed.space_error is not None
     assert stage in pushed.space_error.message
     assert "ERROR: no torch" in pushed.space_error.hint
@@ -527,8 +531,8 @@ def test_a_space_that_does_not_build_shows_its_log(stage: str, with_space: Built
 
 
 def test_pushing_the_space_again_sends_nothing(with_space: Built, hub: PushHub) -> None:
-    publish(with_space, repo="me/tiny", space="me/demo")
-    again = publish(with_space, repo="me/tiny", space="me/demo")
+    publish(with_space, repo="me/tiny", space="me/demo", space_sdk=Sdk.GRADIO)
+    again = publish(with_space, repo="me/tiny", space="me/demo", space_sdk=Sdk.GRADIO)
     assert again.space is not None
     assert again.space.commit.sent == ()
     repo = hub.repos["spaces/me/demo"]
@@ -537,7 +541,7 @@ def test_pushing_the_space_again_sends_nothing(with_space: Built, hub: PushHub) 
     repo.commit(
         "main", {**repo.head, "README.md": type(repo.head["README.md"])(card.encode(), len(card))}, "t"
     )
-    third = publish(with_space, repo="me/tiny", space="me/demo")
+    third = publish(with_space, repo="me/tiny", space="me/demo", space_sdk=Sdk.GRADIO)
     assert third.space is not None
     assert third.space.commit.sent == ()  # the title that somebody chose stays
 
@@ -546,7 +550,7 @@ def test_without_gradio_one_line_says_so(
     learned_run: Path, smolctl: Smolctl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("smolctl.publish.smoke.importlib.util.find_spec", lambda _name: None)
-    called = smolctl("push", learned_run, "--preview")
+    called = smolctl("push", learned_run, "--preview", "--space-sdk", "gradio")
     assert called.code == 1
     assert "pip install 'smolctl[space]'" in called.err
 

@@ -1,0 +1,58 @@
+/** Elements without HTML strings: whatever a model or a visitor writes can only become text. */
+
+/** @param {string} id @returns {any} */
+export const byId = (id) => document.getElementById(id);
+
+/**
+ * An element with properties, as `className` or `onclick`, and children, which may be texts.
+ * @param {string} tag
+ * @param {Record<string, unknown>} [properties]
+ * @param {...(Node | string)} children
+ * @returns {any}
+ */
+export function make(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name.includes("-") || name === "role" || name === "for") element.setAttribute(name, String(value));
+    else element[name] = value;
+  }
+  element.append(...children);
+  return element;
+}
+
+/** @param {string} label @param {() => void} onclick @param {string} [className] */
+export const button = (label, onclick, className = "quiet") =>
+  make("button", { type: "button", className, onclick }, label);
+
+/** Tell a screen reader what has happened. The region is for this alone: streamed text would stutter in it. */
+export const announce = (text) => {
+  byId("status").textContent = text;
+};
+
+/** Focus for whoever used a button that is gone; a touch screen would show its keyboard over the text. */
+export const rest = () =>
+  byId(matchMedia("(pointer: coarse)").matches ? "scroll" : "text").focus({ preventScroll: true });
+
+/** @param {number} number */
+export const grouped = (number) => number.toLocaleString("en-US");
+
+/** @param {number} bytes @returns {string} in MB of 1,000,000 bytes */
+export const megabytes = (bytes) =>
+  `${bytes < 10e6 ? (bytes / 1e6).toFixed(1) : grouped(Math.round(bytes / 1e6))} MB`;
+
+/** @param {number} share @returns {string} as a percentage that never claims 0 % or 100 % for what is neither */
+export function percent(share) {
+  if (share < 0.001) return "<0.1 %";
+  if (share > 0.999 && share < 1) return ">99.9 %";
+  return `${(100 * share).toFixed(1)} %`;
+}
+
+/** A copy in the clipboard. @param {string} text @returns {Promise<boolean>} false: the browser forbids it */
+export async function copied(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    return false;
+  }
+}

@@ -1,0 +1,301 @@
+// The compiled engine (forward.c as WebAssembly) on a model whose bytes lie in its memory as they came.
+
+const INTERFACE = 2; // of forward.c: the structures below
+const PAGE = 65536;
+const LIMIT = 65535 * PAGE; // some browsers refuse 4 GiB
+const STATIC = 2 * PAGE; // most that the compiled code itself takes: its stack and constants
+const STACK = 65536; // of every further thread: STACK_BYTES of threads.h
+const FLOAT32 = 0; // a kind of matrix
+const BLOCK = 32; // columns of a row are filled up to a multiple of it: vector.h
+const KEYS = 16; // positions in a tile of keys: attention.h
+const SPLIT = 128; // positions in a part of a long context, for a few tokens: forward.c
+const FEW = 4; // tokens that are multiplied one by one: matrix.h
+const CHUNK = 64; // tokens that go through the network together: many, since each time all weights are unpacked
+const CALL_MS = 100; // what a call may take, so that "stop" is noticed
+const HELPERS_MS = 1000; // to wait for helping threads
+const OUTCOMES = ["done", "too little memory", "a call is under way", "cancelled"];
+
+const filled = (size, piece) => Math.ceil(size / piece) * piece;
+
+/** Sizes in bytes of everything that the engine needs beside the weights. */
+function sizes({layout}, positions, threads) {
+  const {heads, kv_heads, head_dim, layers, hidden_size, intermediate_size} = layout;
+  const capacity = filled(positions, KEYS);
+  const stride = filled(head_dim, KEYS);
+  const cached = layers.length * kv_heads * capacity * (layout.half_precision ? 2 : 4);
+  const [C, A, F] = [hidden_size, heads * head_dim, intermediate_size].map((size) => filled(size, BLOCK));
+  const rows = CHUNK * (2 * C + A + F + (heads + 2 * kv_heads) * head_dim);
+  const scratch = threads * (21 * Math.max(C, A, F) + 16 * CHUNK); // `scratch_size` of forward.c
+  const most = Math.max(FEW * Math.ceil(capacity / SPLIT), CHUNK * Math.min(4 * threads, 16));
+  return {
+    capacity,
+    stride,
+    keys: cached * head_dim,
+    values: cached * stride,
+    rotary: layout.frequencies ? 4 * capacity * head_dim : 0,
+    work: 4 * (rows + scratch + most * heads * (stride + 3)) + threads * STACK,
+    // What is read as floats and is stored otherwise, the structures, and the rounding of each size.
+    floats: 4 * (2 * layers.length + 1) * (C + BLOCK) + (layout.positions ? 4 * layout.max_positions * C : 0),
+    structures: 4 * (51 * layers.length + layout.vocab_size) + 64 * (2 * layers.length + 40),
+  };
+}
+
+/**
+ * The bytes of WebAssembly memory that a model needs.
+ * @param {object} weights content of weights.json
+ * @param {number} positions tokens of context
+ * @param {number} threads
+ */
+export function memoryNeeded(weights, positions, threads = 1) {
+  const {keys, values, rotary, work, floats, structures} = sizes(weights, positions, threads);
+  return filled(STATIC + weights.bytes + keys + values + rotary + work + floats + structures, PAGE);
+}
+
+class Engine {
+  #exports;
+  #memory;
+  #weights;
+  #start; // (index): starts a helping thread
+  #most; // threads that there can be
+  #asked; // threads that shall work
+  #next; // where free memory begins
+  #base; // where the file of the weights begins
+  #context = 0; // of forward.c
+  #batch; // addresses of that structure and of what it points to
+  #ids;
+  #places;
+  #wanted;
+  #logits;
+  #pace = 0; // milliseconds that a token of a prompt takes in a layer
+
+  constructor(exports, memory, weights, positions, threads, start) {
+    [this.#exports, this.#memory, this.#weights, this.#start] = [exports, memory, weights, start];
+    [this.#most, this.#asked] = [threads, threads];
+    this.capacity = positions;
+    this.length = 0;
+    this.#base = filled(exports.__heap_base.value, 64);
+    this.#next = this.#base + weights.bytes;
+  }
+
+  get memoryBytes() {
+    return this.#memory.buffer.byteLength;
+  }
+
+  /** Threads that work: helpers count from when they are there. Set it to have fewer of them work. */
+  get threads() {
+    return this.#exports.smolctl_threads(this.#asked);
+  }
+
+  set threads(count) {
+    this.#asked = count;
+  }
+
+  /** The most tokens of a call. */
+  get chunk() {
+    return CHUNK;
+  }
+
+  /** Put bytes of model.safetensors to their place. */
+  write(offset, bytes) {
+    if (offset + bytes.length > this.#weights.bytes) throw new RangeError("more bytes than the model has");
+    new Uint8Array(this.#memory.buffer, this.#base + offset, bytes.length).set(bytes);
+  }
+
+  /**
+   * All bytes are there: describe the model to the compiled code, and start its threads. It waits a few seconds
+   * for them; those that come later work too, and without them the engine does.
+   */
+  async start() {
+    const {layout} = this.#weights;
+    const {capacity, stride, keys, values} = sizes(this.#weights, this.capacity, this.#most);
+    const rotary = layout.frequencies ? this.#rotary(layout.frequencies, capacity) : 0;
+    const norm = this.#floats(layout.norm);
+    const positions = layout.positions ? this.#floats(layout.positions) : 0;
+    const layers = layout.layers.flatMap((layer) =>
+      layer.flatMap((part) => (part.length === 7 ? this.#matrix(part) : [this.#floats(part)])),
+    );
+    const model = this.#integers([
+      layout.layers.length,
+      layout.hidden_size,
+      layout.heads,
+      layout.kv_heads,
+      layout.head_dim,
+      layout.intermediate_size,
+      bits(layout.eps),
+      bits(layout.residual_scale),
+      this.#integers(layers),
+      ...this.#matrix(layout.table),
+      ...this.#matrix(layout.head),
+      norm,
+      positions,
+      rotary,
+      capacity,
+    ]);
+    this.#ids = this.#allocate(4 * CHUNK);
+    this.#places = this.#allocate(4 * CHUNK);
+    this.#wanted = this.#allocate(4);
+    this.#logits = this.#allocate(4 * layout.vocab_size);
+    const sequences = this.#integers(new Array(CHUNK).fill(0));
+    const cancelled = this.#integers([0]);
+    const cache = [this.#allocate(keys), this.#allocate(values), layout.half_precision ? 1 : 0, 1, capacity, stride];
+    this.#batch = this.#integers(
+      [0, this.#ids, sequences, this.#places, ...cache, 1, this.#wanted, this.#logits, cancelled]);
+    this.#exports.smolctl_heap(this.#next);
+    this.#context = this.#exports.smolctl_create(model, CHUNK, this.#most);
+    if (!this.#context) throw new RangeError(OUTCOMES[1]);
+    for (let index = 1; index < this.#most; index++) this.#start(index);
+    const end = performance.now() + HELPERS_MS;
+    while (this.threads < this.#most && performance.now() < end) await new Promise((done) => setTimeout(done, 5));
+  }
+
+  /** Forget what was read after the first `length` tokens. */
+  truncate(length) {
+    this.length = Math.min(length, this.length);
+  }
+
+  /**
+   * Read tokens, at most `chunk`, after those that were read.
+   * @param {ArrayLike<number>} ids
+   * @returns {Float32Array} logits of the token that follows, valid until the next call
+   */
+  forward(ids) {
+    this.#give(ids);
+    this.#run(0, this.#weights.layout.layers.length);
+    return this.#took(ids);
+  }
+
+  /**
+   * `forward` for a prompt: any number of tokens, in calls that take about a tenth of a second.
+   * @param {number[]} ids
+   * @param {(done: number) => Promise<boolean>} proceed is awaited before each call, with the number of tokens that
+   *   were read; false ends the reading, and `length` then counts what was read
+   * @returns {Promise<Float32Array | null>} logits of the token that follows; null when it was ended
+   */
+  async read(ids, proceed) {
+    const last = this.#weights.layout.layers.length;
+    let logits = null;
+    for (let at = 0; at < ids.length; at += CHUNK) {
+      const part = ids.slice(at, at + CHUNK);
+      for (let layer = 0, most; layer < last; layer += most) {
+        if (!(await proceed(at))) return null;
+        if (!layer) this.#give(part);
+        most = Math.min(Math.max(Math.floor(CALL_MS / (this.#pace * part.length || CALL_MS)), 1), last - layer);
+        const began = performance.now();
+        this.#run(layer, layer + most);
+        this.#pace = (performance.now() - began) / (most * part.length);
+      }
+      logits = this.#took(part);
+    }
+    return logits;
+  }
+
+  /** Describe the tokens of a call. */
+  #give(ids) {
+    const count = ids.length;
+    if (!count || count > CHUNK) throw new RangeError(`${count} tokens in a call`);
+    if (this.length + count > this.capacity) throw new RangeError("the context is full");
+    const {vocab_size} = this.#weights.layout;
+    for (const id of ids) if (!(id >= 0 && id < vocab_size)) throw new RangeError("a token is outside the vocabulary");
+    this.#view(this.#ids, count).set(ids);
+    this.#view(this.#places, count).forEach((_, at, places) => (places[at] = this.length + at));
+    this.#view(this.#batch, 1)[0] = count;
+    this.#view(this.#wanted, 1)[0] = count - 1;
+  }
+
+  /** Run some layers on them, and after the last one the head. */
+  #run(first, last) {
+    this.#exports.smolctl_threads(this.#asked);
+    this.#exports.smolctl_layers(this.#context, first, last);
+    const outcome = this.#exports.smolctl_forward(this.#context, this.#batch);
+    if (outcome) throw new RangeError(OUTCOMES[outcome]);
+  }
+
+  #took(ids) {
+    this.length += ids.length;
+    return new Float32Array(this.#memory.buffer, this.#logits, this.#weights.layout.vocab_size);
+  }
+
+  #view(at, count) {
+    return new Int32Array(this.#memory.buffer, at, count);
+  }
+
+  #allocate(bytes) {
+    const at = filled(this.#next, 64);
+    this.#next = at + bytes;
+    if (this.#next > this.memoryBytes) throw new RangeError(OUTCOMES[1]);
+    return at;
+  }
+
+  #integers(values) {
+    const at = this.#allocate(4 * values.length);
+    this.#view(at, values.length).set(values);
+    return at;
+  }
+
+  #matrix([kind, rows, columns, group, ...offsets]) {
+    return [kind, rows, columns, group, ...offsets.map((offset) => offset && this.#base + offset)];
+  }
+
+  /** The address of a tensor as floats. */
+  #floats(tensor) {
+    const width = tensor[7];
+    const matrix = this.#matrix(tensor.slice(0, 7));
+    if (matrix[0] === FLOAT32) return matrix[4];
+    const at = this.#allocate(4 * (matrix[1] * width + BLOCK));
+    this.#exports.smolctl_unpack(this.#integers(matrix), width, at);
+    return at;
+  }
+
+  /** cos and sin of each position's angles, (2, positions, D / 2). */
+  #rotary(frequencies, positions) {
+    const count = frequencies.length;
+    const at = this.#allocate(8 * positions * count);
+    const table = new Float32Array(this.#memory.buffer, at, 2 * positions * count);
+    for (let position = 0; position < positions; position++)
+      frequencies.forEach((frequency, pair) => {
+        const angle = Math.fround(position * frequency);
+        table[position * count + pair] = Math.cos(angle);
+        table[(positions + position) * count + pair] = Math.sin(angle);
+      });
+    return at;
+  }
+}
+
+/** The bits of a number as float32. */
+function bits(number) {
+  return new Int32Array(Float32Array.of(number).buffer)[0];
+}
+
+/**
+ * An engine whose weights are still to be written.
+ * @param {object} options
+ * @param {WebAssembly.Module} options.module engine.wasm, or engine-threads.wasm for several threads
+ * @param {object} options.weights content of weights.json
+ * @param {number} options.positions tokens of context
+ * @param {number} [options.threads]
+ * @param {(memory: WebAssembly.Memory, module: WebAssembly.Module, index: number) => void} [options.startThread]
+ *   has another worker call `runThread`
+ * @throws {RangeError} the browser has not enough memory
+ */
+export async function createEngine({module, weights, positions, threads = 1, startThread}) {
+  if (positions > weights.layout.max_positions) throw new RangeError("more positions than the model has");
+  const needed = memoryNeeded(weights, positions, threads);
+  if (needed > LIMIT) throw new RangeError("a page's memory is below 4 GiB");
+  const pages = needed / PAGE;
+  const memory = new WebAssembly.Memory({initial: pages, maximum: pages, shared: threads > 1});
+  const {exports} = await WebAssembly.instantiate(module, {env: {memory}});
+  if (exports.smolctl_interface() !== INTERFACE) throw new Error("engine.js and the compiled engine are of different versions");
+  return new Engine(exports, memory, weights, positions, threads, (index) => startThread(memory, module, index));
+}
+
+/**
+ * What a helping worker does; it does not return before the worker ends.
+ * @param {WebAssembly.Memory} memory
+ * @param {WebAssembly.Module} module
+ * @param {number} index
+ */
+export async function runThread(memory, module, index) {
+  const {exports} = await WebAssembly.instantiate(module, {env: {memory}});
+  exports.__stack_pointer.value = exports.smolctl_stack(index);
+  exports.smolctl_help();
+}

@@ -1,0 +1,112 @@
+/** The controls for how tokens are chosen, with the model's own values as what they start from. */
+
+import { byId, make } from "./dom.js";
+
+// By the names of page.json and of the worker. Limits are the least, the most (null: the
+// model's context) and the step. Few visitors need those in `more`.
+const CONTROLS = {
+  temperature: {
+    label: "Temperature",
+    limits: [0, 2, 0.05],
+    hint: "0 always takes the likeliest token; higher values surprise more.",
+    slider: true,
+  },
+  top_p: {
+    label: "Top-p",
+    limits: [0.01, 1, 0.01],
+    hint: "Keeps the likeliest tokens that have this probability together.",
+    slider: true,
+  },
+  max_tokens: {
+    label: "Longest answer",
+    limits: [1, null, 1],
+    hint: "Tokens after which an answer ends in any case.",
+  },
+  seed: {
+    label: "Seed",
+    limits: [0, Number.MAX_SAFE_INTEGER, 1],
+    hint: "The same seed gives the same text. Empty: a new one for every answer.",
+  },
+  top_k: {
+    label: "Top-k",
+    limits: [0, 1_000, 1],
+    hint: "Keeps this many of the likeliest tokens; 0 keeps all.",
+    more: true,
+  },
+  min_p: {
+    label: "Min-p",
+    limits: [0, 1, 0.01],
+    hint: "Keeps tokens at least this share as likely as the likeliest one.",
+    slider: true,
+    more: true,
+  },
+  repetition_penalty: {
+    label: "Repetition penalty",
+    limits: [0.5, 2, 0.01],
+    hint: "Above 1, tokens that are already there become less likely.",
+    slider: true,
+    more: true,
+  },
+};
+
+export class Settings {
+  #own;
+  #context;
+  #sliders = {};
+
+  /** @param {Record<string, number>} own the model's values @param {number} context its positions */
+  constructor(own, context) {
+    this.#own = own;
+    this.#context = context;
+    for (const name of Object.keys(CONTROLS)) this.#draw(name);
+    this.reset();
+  }
+
+  reset() {
+    for (const name of Object.keys(CONTROLS)) this.#put(name, this.#own[name]);
+  }
+
+  /** @param {Record<string, number>} values */
+  set(values) {
+    for (const name of Object.keys(CONTROLS)) if (name in values) this.#put(name, values[name]);
+  }
+
+  /** @returns {{sampling: Record<string, number>, max_tokens: number, seed: number | null}} seed null: a new one */
+  get() {
+    const values = Object.fromEntries(Object.keys(CONTROLS).map((name) => [name, Number(byId(name).value)]));
+    const { max_tokens, seed, ...sampling } = values;
+    return { sampling, max_tokens, seed: byId("seed").value === "" ? null : seed };
+  }
+
+  #draw(name) {
+    const { label, limits, hint, slider, more } = CONTROLS[name];
+    const [min, most, step] = limits;
+    const range = { min, max: most ?? this.#context, step };
+    const about = `${name}-hint`;
+    const input = make("input", { type: "number", id: name, "aria-describedby": about, ...range });
+    input.inputMode = Number.isInteger(step) ? "numeric" : "decimal";
+    input.placeholder = name === "seed" ? "random" : "";
+    input.onchange = () => this.#put(name, input.value === "" ? undefined : Number(input.value));
+    const row = make("div", { className: "control" }, make("label", { for: name }, label), input);
+    if (slider) {
+      // For the mouse alone: the number above it says and does the same.
+      const bar = make("input", { type: "range", tabIndex: -1, "aria-hidden": "true", ...range });
+      bar.oninput = () => (input.value = bar.value);
+      input.oninput = () => (bar.value = input.value);
+      this.#sliders[name] = bar;
+      row.append(bar);
+    }
+    row.append(make("p", { id: about, className: "hint" }, hint));
+    byId(more ? "more" : "controls").append(row);
+  }
+
+  /** Show a value within its limits; the model's own where it is no number. */
+  #put(name, value) {
+    const [least, most, step] = CONTROLS[name].limits;
+    const taken = Number.isFinite(value) ? value : this.#own[name];
+    const within = Math.min(Math.max(taken, least), most ?? this.#context);
+    const input = byId(name);
+    input.value = taken === undefined ? "" : String(Number.isInteger(step) ? Math.round(within) : within);
+    if (this.#sliders[name]) this.#sliders[name].value = input.value;
+  }
+}

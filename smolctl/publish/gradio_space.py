@@ -1,0 +1,137 @@
+"""A Gradio Space as a folder: a page, the model that answers on it, and all the code it needs."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+import smolctl
+from smolctl.ownership import RECORD
+from smolctl.publish.app import FACTS, MODEL
+from smolctl.publish.build import Built
+from smolctl.publish.card_text import CardFacts
+from smolctl.publish.space_model import write_space_model
+from smolctl.publish.space_text import examples, model_link, summary, write_space_card
+from smolctl.sources.huggingface.write import CODE, write_json
+
+SPACE_SCHEME = "int8"
+SDK_VERSION = "6.31.0"  # of Gradio; the Hub wants all three numbers
+PYTHON_VERSION = "3.12"  # the Hub's default is older than what this needs
+# What `import smolctl.publish.app` and a model in a folder need, in versions that were installed and tried
+# together with what the Hub adds: Gradio of sdk_version with the extras oauth and mcp, of which the second
+# allows no newer pydantic, and `spaces`. Plain torch would bring gigabytes of CUDA.
+ADDED_BY_THE_HUB = (f"gradio[oauth,mcp]=={SDK_VERSION}", "spaces")
+TORCH = "torch==2.13.0"
+REQUIREMENTS = (
+    "jinja2==3.1.6",
+    "numpy==2.4.6",
+    "pydantic==2.12.5",
+    "pyyaml==6.0.3",
+    "tokenizers==0.23.3",
+)
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+# Parts of the package that go along; of `publish` only the app.
+PARTS = ("config", "data", "generation", "hub", "model", "native", "runs", "sources")
+SINGLE_FILES = (
+    "__init__.py",
+    "arithmetic.py",
+    "cores.py",
+    "durable.py",
+    "errors.py",
+    "escaping.py",
+    "outside.py",
+    "ownership.py",
+    "publish/__init__.py",
+    "publish/app.py",
+    "worker.py",
+)
+SUFFIXES = {".py", ".c", ".h"}
+NOT_NEEDED = {"hatch_hook.py", *(path.name for path in CODE.glob("*.py"))}
+APP = '''\
+"""The page of this Space. What it does is in smolctl/publish/app.py."""
+
+from pathlib import Path
+
+from smolctl.publish.app import main
+
+main(Path(__file__).parent)
+'''
+HUB_MACHINE = ("linux", "x86_64")
+
+
+def add_space(built: Built, folder: Path) -> None:
+    """Write the Space into an empty folder, complete but for its card.
+
+    Raises:
+        SmolError: something cannot be written.
+    """
+    write_space_model(built, SPACE_SCHEME, folder / MODEL)
+    (folder / MODEL / RECORD).unlink()  # it is a part of the Space, whose own record names its files
+    copy_package(folder / "smolctl")
+    (folder / "app.py").write_text(APP, encoding="utf-8")
+    (folder / "requirements.txt").write_text(requirements(), encoding="utf-8")
+    _write_page(folder, built.card_facts(built.model.name, None))
+
+
+def _write_page(folder: Path, facts: CardFacts) -> None:
+    """Write the page's facts of the model, with a link once the repository is known."""
+    content = {"title": facts.name, "summary": _summary(facts), "examples": examples(facts)}
+    write_json(folder / FACTS, content)
+
+
+def copy_package(folder: Path) -> None:
+    """The parts of smolctl that the app needs: nothing has to be on a package index.
+
+    The compiled engine goes along where it was compiled for what the Hub's machines are, Linux on x86-64: a
+    Space has no step in which it could be compiled. Each build is for a kind of processor, and the Space
+    chooses at its start; without one that fits, PyTorch answers.
+    """
+    root = Path(smolctl.__file__).parent
+    suffixes = SUFFIXES | {".so"} if (sys.platform, platform.machine()) == HUB_MACHINE else SUFFIXES
+    sources = [root / name for name in SINGLE_FILES]
+    for part in PARTS:
+        sources += [path for path in (root / part).rglob("*") if path.suffix in suffixes]
+    for source in sources:
+        if source.is_file() and source.name not in NOT_NEEDED:
+            target = folder / source.relative_to(root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+
+
+def requirements() -> str:
+    """requirements.txt, for the Space's CPU."""
+    return "\n".join((f"--extra-index-url {TORCH_INDEX}", f"{TORCH}+cpu", *REQUIREMENTS)) + "\n"
+
+
+def write_card(folder: Path, facts: CardFacts, on_hub: str | None) -> None:
+    """Write what depends on where the model goes: the page's facts, and README.md. See `space.write_card`."""
+    _write_page(folder, facts)
+    decided = {
+        "sdk": "gradio",
+        "sdk_version": SDK_VERSION,
+        "python_version": PYTHON_VERSION,
+        "app_file": "app.py",
+    }
+    text = (
+        f"{_summary(facts)}\n\n"
+        "The page answers on the CPU of the Space, with the engine in `smolctl/`: a copy of parts of "
+        f"smolctl {smolctl.__version__} (Apache-2.0).{_compiled(folder)}"
+    )
+    write_space_card(folder, facts, on_hub, decided, text)
+
+
+def _compiled(folder: Path) -> str:
+    """What the binaries in the folder are."""
+    if not any((folder / "smolctl" / "native").glob("*.so")):
+        return " PyTorch computes: the machine it was pushed from had no compiled engine for the Hub's."
+    return (
+        " The `.so` files in `smolctl/native/` are its `forward.c`, compiled where this was pushed from; "
+        "`python -m smolctl.native.build` makes them anew. Where none of them runs, PyTorch computes, slower."
+    )
+
+
+def _summary(facts: CardFacts) -> str:
+    """The facts of the card in a line of Markdown."""
+    return f"{summary(facts, markdown=True)} It answers in {SPACE_SCHEME}.{model_link(facts)}"

@@ -1,0 +1,38 @@
+"""The quantized model that a Space answers with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from smolctl.publish.build import Built
+from smolctl.quantization.build import build_items, read_tensors, widened
+from smolctl.quantization.folder import Origin, write_folder
+from smolctl.quantization.schemes import SchemeOptions, make_plan
+from smolctl.runs.folder import QUANTIZED
+from smolctl.sources import open_source
+from smolctl.sources.quantized.folder import read_description
+
+
+def write_space_model(built: Built, scheme: str, folder: Path) -> None:
+    """Quantize what is published into a new folder.
+
+    Raises:
+        SmolError: it cannot be quantized so, or cannot be written.
+    """
+    source = open_source(str(built.folder))
+    config = source.require_config()
+    tensors = read_tensors(source)
+    plan, _ = widened(make_plan(config, scheme, SchemeOptions()), tensors)
+    items = build_items(config, tensors, plan)
+    origin = Origin(built.model.name, built.model.source.kind.value, step=built.model.source.step)
+    write_folder(folder, config, plan, items, source.read_tokenizer(), origin)
+
+
+def space_model(built: Built, scheme: str, work: Path) -> Path:
+    """The folder of a scheme: the run's own, which `quantize` may have calibrated, or a new one in `work`."""
+    for name in built.quantized:
+        folder = built.folder / QUANTIZED / name
+        if read_description(folder)["scheme"] == scheme:
+            return folder
+    write_space_model(built, scheme, work / scheme)
+    return work / scheme
