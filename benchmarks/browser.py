@@ -73,7 +73,8 @@ class Measured:
 
 def engines(source: Path, folder: Path, onnx: Path | None) -> list[Measured]:
     """Every engine with its model, made from `source` where it is missing."""
-    found = []
+    found: list[Measured] = []
+    options: dict[str, Any]
     for scheme in ("int8", "int4"):
         quantized, page = folder / scheme, folder / f"{scheme}-page"
         if not quantized.exists():
