@@ -8,8 +8,8 @@ MODEL is a Q4_1 GGUF, from which smolctl makes int8, int4 and Q8_0. Peers come f
 make it. Chromium is the system's.
 
 Each engine has a browser of its own, all stay open, and they take turns, round by round; the first round
-warms up and is left out. A speed is tokens per second of processor time that the renderer's process used, which
-other load on the machine hardly changes. Of several threads the time by the clock counts; it is shown too.
+warms up and is left out. A speed is tokens per second of processor time that the renderer's process used:
+other load on the machine hardly changes it. Of several threads the time by the clock counts; it is shown too.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class Measured:
 
 def engines(source: Path, folder: Path, onnx: Path | None) -> list[Measured]:
     """Every engine with its model, made from `source` where it is missing."""
-    found = []
+    found: list[Measured] = []
+    options: dict[str, Any]
     for scheme in ("int8", "int4"):
         quantized, page = folder / scheme, folder / f"{scheme}-page"
         if not quantized.exists():
@@ -140,7 +141,7 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 def served(path: str, folders: Mapping[str, Path]) -> Path:
-    """The file at a path of the server. What lies beside the page's code, as the engine does, is found there."""
+    """The file at a path of the server. The compiled engines lie elsewhere than the page's other code."""
     first, _, rest = path.split("?")[0].lstrip("/").partition("/")
     beside = [engine for engine in ENGINES if first == "code" and engine.name == rest]
     return beside[0] if beside else folders.get(first, HERE / "nothing") / rest
