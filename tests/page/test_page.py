@@ -451,7 +451,7 @@ def axe(session_folder: Path) -> str:
         return script.read().decode()
 
 
-@pytest.mark.parametrize("width", [390, 1200])
+@pytest.mark.parametrize("width", [360, 1200])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing(scheme: str, width: int, browser: Any, site: Path, axe: str) -> None:
     def check(page: Any) -> None:
