@@ -11,7 +11,7 @@ export class TokenText {
   #tokens = [];
   #card = null;
   #at = 0; // the token that the card shows
-  #legend = make("p", { className: "hint" }, "The darker a token, the less likely it was. Press one for its alternatives.");
+  #legend = make("p", { className: "hint" }, "The stronger the colour of a token, the less likely it was. Press one for its alternatives.");
   shown = false; // whether the tokens are buttons
 
   constructor() {
