@@ -213,6 +213,7 @@ def test_the_second_visit_downloads_no_weights(browser: Any, site: Path) -> None
 
         page.locator("#open-panel").evaluate("button => button.click()")
         page.get_by_role("button", name="Remove the model from this browser").click()
+        page.locator("#status", has_text="Removed from this browser").wait_for(state="attached")
         page.reload()
         page.get_by_text("to download, kept in this browser").wait_for()
 
