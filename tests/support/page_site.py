@@ -65,9 +65,9 @@ class PageServer(Loopback):
         """Send another body, or a status, the next `times` that a path is asked for."""
         self._spoils[path] = [change] * times
 
-    def prepend(self, path: str, script: str) -> None:
+    def prepend(self, path: str, script: str, times: int = 1_000) -> None:
         """Run a script before a module's own code."""
-        self.spoil(path, lambda body: script.encode() + b"\n" + body)
+        self.spoil(path, lambda body: script.encode() + b"\n" + body, times)
 
     def mend(self) -> None:
         self._spoils = {}

@@ -445,18 +445,23 @@ class Page {
   /** Ways to need less memory. */
   #smaller() {
     const fewer = choices(this.#about.context).filter((count) => count < this.#positions() && count <= 1_024);
-    const shorter = fewer.reverse().map((positions) => {
+    const shorter = fewer.reverse().map((positions, index) => {
       const needed = megabytes(memoryNeeded(this.#weights, positions));
-      return button(`Use ${grouped(positions)} tokens of context (${needed})`, () => {
+      const take = () => {
         byId("positions").value = String(positions);
         this.#load();
-      }, "primary");
+      };
+      return button(`Use ${grouped(positions)} tokens of context (${needed})`, take, index ? "" : "primary");
     });
-    const lighter = this.#about.models.filter((model) => model.bytes < this.#variant.bytes).map((model) =>
-      button(`Use ${model.scheme} (${megabytes(model.bytes)})`, async () => {
-        await this.#choose(model, false);
-        this.#load();
-      }, "primary"));
+    const lighter = this.#about.models
+      .filter((model) => model.bytes < this.#variant.bytes)
+      .map((model) => {
+        const take = async () => {
+          await this.#choose(model, false);
+          if (this.#weights) this.#load();
+        };
+        return button(`Use ${model.scheme} (${megabytes(model.bytes)})`, take, "");
+      });
     return [...shorter, ...lighter];
   }
 }

@@ -1,5 +1,7 @@
 // From logits to a token: the same choices as smolctl/generation/sampling.py, of the same random numbers.
 
+import { sha512 } from "./sha512.js";
+
 const DEFAULTS = {temperature: 1, top_k: 0, top_p: 1, min_p: 0, repetition_penalty: 1};
 // Shares of the likeliest token from which the search for the likeliest tokens goes down: few tokens reach the
 // first ones, and mostly they are enough.
@@ -14,7 +16,7 @@ export class Random {
   /** @param {string} text */
   static async of(text) {
     const start = new TextEncoder().encode(text);
-    const digest = new Uint8Array(await crypto.subtle.digest("SHA-512", start));
+    const digest = sha512(start);
     return new Random([...start, ...digest]);
   }
 

@@ -11,6 +11,7 @@ export class TokenText {
   #tokens = [];
   #card = null;
   #at = 0; // the token that the card shows
+  #legend = make("p", { className: "hint" }, "The stronger the colour of a token, the less likely it was. Press one for its alternatives.");
   shown = false; // whether the tokens are buttons
 
   constructor() {
@@ -45,6 +46,8 @@ export class TokenText {
   /** Make every token a button that the arrow keys reach, tinted by how unlikely it was. */
   show(shown) {
     this.shown = shown;
+    if (shown) this.frame.append(this.#legend);
+    else this.#legend.remove();
     this.element.classList.toggle("shown", shown);
     if (shown) {
       this.element.setAttribute("role", "group");
