@@ -39,18 +39,8 @@ LOSS_CHUNK_ROWS = 256
 # as the head: 4,096 rows hold 805 MB twice. By reckoning, not measured yet.
 GPU_LOSS_CHUNK_ROWS = 4_096
 
-# What token tables, position tables and heads are called: Llama and most others, GPT-2, GPT-NeoX, BERT,
-# T5, llama.cpp.
-EMBEDDINGS = frozenset(
-    (
-        *("embed_tokens", "embed_positions", "lm_head"),
-        *("wte", "wpe"),
-        *("embed_in", "embed_out"),
-        *("word_embeddings", "position_embeddings", "token_type_embeddings"),
-        "shared",
-        *("token_embd", "position_embd"),
-    )
-)
+# Modules that `non_embedding` leaves out.
+EMBEDDINGS = ("model.embed_tokens", "model.embed_positions", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -122,17 +112,12 @@ def tensor_rows(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[Paramet
     )
 
 
-def is_embedding(module: str) -> bool:
-    """Whether a module is an embedding or the head, by its name. llama.cpp calls the head "output"."""
-    return module == "output" or module.removesuffix(".bias").split(".")[-1] in EMBEDDINGS
-
-
 def count_rows(rows: tuple[ParameterRow, ...]) -> ParameterCount:
-    """The three totals of a list of rows."""
+    """The three totals of the rows of this network."""
     return ParameterCount(
         unique=sum(row.parameters for row in rows if not row.tied),
         naive=sum(row.parameters for row in rows),
-        non_embedding=sum(row.parameters for row in rows if not is_embedding(row.module)),
+        non_embedding=sum(row.parameters for row in rows if row.module not in EMBEDDINGS),
         rows=rows,
     )
 

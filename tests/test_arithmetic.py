@@ -21,7 +21,6 @@ from smolctl.arithmetic import (
     count_parameters,
     count_rows,
     forward_flops_per_token,
-    is_embedding,
     kv_cache_bytes_per_token,
     parameter_rows,
     run_memory,
@@ -162,24 +161,6 @@ def test_layers_that_differ_are_counted_apart() -> None:
         "model.layers.2.router.bias": (1, 2),
     }
     assert all(evaluate(node.formula, {}) == node.parameters for node in nodes)
-
-
-@pytest.mark.parametrize(
-    ("module", "embedding"),
-    [
-        ("transformer.wte", True),
-        ("gpt_neox.embed_in", True),
-        ("bert.embeddings.word_embeddings", True),
-        ("token_embd", True),
-        ("output", True),
-        ("lm_head.bias", True),
-        ("bert.encoder.layer.0.output.dense", False),
-        ("blk.0.attn_output", False),
-        ("model.embed_tokens_norm", False),
-    ],
-)
-def test_embeddings_of_other_architectures_are_known_by_name(module: str, embedding: bool) -> None:
-    assert is_embedding(module) is embedding
 
 
 @given(configs(), st.integers(1, 3))

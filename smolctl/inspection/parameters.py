@@ -1,21 +1,24 @@
-"""How many parameters a source has: by arithmetic where the network is ours, else by its header."""
+"""How many parameters a source has: by arithmetic where the network is ours, else by its header, else by its
+architecture."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Any
 
-from smolctl.arithmetic import ParameterCount, ParameterRow, count_parameters, count_rows, tensor_rows
+from smolctl.arithmetic import ParameterRow, count_rows, parameter_rows, tensor_rows
+from smolctl.config import ModelConfig
 from smolctl.errors import InputError
+from smolctl.inspection.roles import Totals, total, with_tied_head
+from smolctl.inspection.stored import Stored, sort_tensors
 from smolctl.inspection.tree import ModuleNode, module_tree
-from smolctl.sources.base import ModelSource, TensorHeader
-from smolctl.sources.shapes import check_tensors, is_derived
+from smolctl.sources.base import ModelSource
+from smolctl.sources.shapes import check_rows
 
 # What the formulas call the number of layers of our own network.
 LAYERS = "num_hidden_layers"
-# Numbers that hold several packed weights each (GPTQ, AWQ, bitsandbytes and the like).
-PACKED_DTYPES = {"U8", "I8", "I16", "I32", "I64"}
 
 
 class Basis(StrEnum):
@@ -23,6 +26,16 @@ class Basis(StrEnum):
 
     CONFIG = "config"
     HEADER = "header"
+    TRANSFORMERS = "transformers"  # the network that transformers builds from the config
+    FIELDS = "fields"  # of a config whose architecture nothing here knows: a part of the model
+
+
+@dataclass(frozen=True)
+class Aside:
+    """What a header lists beside parameters."""
+
+    tensors: int
+    numbers: int
 
 
 @dataclass(frozen=True)
@@ -31,11 +44,13 @@ class ParameterReport:
 
     source: ModelSource
     basis: Basis
-    count: ParameterCount
+    totals: Totals
     tree: tuple[ModuleNode, ...]
     agrees: bool | None  # header with config; None when there is only one of them
     notes: tuple[str, ...] = ()  # what a reader of the numbers should know
     what_if: tuple[str, ...] = ()  # settings that make this another model than the source's
+    partial: bool = False  # the rows are a part of the model
+    aside: Mapping[str, Aside] = field(default_factory=dict)  # in the file and not counted, by kind
 
     def rows(self, depth: int) -> tuple[ModuleNode, ...]:
         """The tree cut where names have `depth` parts; those not tied add up to `unique`."""
@@ -50,47 +65,147 @@ def count_source(source: ModelSource, what_if: Sequence[str] = ()) -> ParameterR
         what_if: the settings that its config was changed by on purpose.
 
     Raises:
-        InputError: there is neither a config for this network nor a header.
+        InputError: there is neither a config nor a header.
     """
-    if source.config is None:
-        return _count_header(source)
-    count = count_parameters(source.config)
-    tree = module_tree(count.rows, LAYERS)
-    if source.tensors is None or what_if:
-        return ParameterReport(source, Basis.CONFIG, count, tree, None, what_if=tuple(what_if))
-    mismatches = check_tensors(source.config, source.tensors)
-    return ParameterReport(source, Basis.CONFIG, count, tree, not mismatches, mismatches)
-
-
-def stored_parameters(tensors: Iterable[TensorHeader]) -> int:
-    """Numbers in a file, without those that follow from the config."""
-    return sum(tensor.parameters for tensor in tensors if not is_derived(tensor.name))
-
-
-def _count_header(source: ModelSource) -> ParameterReport:
-    if source.tensors is None:
+    stored = None if source.tensors is None or what_if else sort_tensors(source.tensors, source.declared)
+    shape = source.config or source.shape
+    if shape is not None:
+        return _count_config(source, shape, stored, tuple(what_if))
+    if stored is not None:
+        return _count_header(source, stored)
+    if not source.declared:
         raise InputError(
             f"{source.id}: {source.unsupported}, and there is no header of weights to count",
-            "Name a file or a Hub model with weights in .safetensors or .gguf.",
+            "Name a config.json, or a file or Hub model with weights in .safetensors or .gguf.",
         )
-    rows = tensor_rows((tensor.name, tensor.shape) for tensor in source.tensors)
-    notes = [f"{source.unsupported}: smolctl cannot run this network and counts what the header lists"]
-    head = _tied_head(source, rows)
-    if head:
-        rows = (*rows, head)
-    packed = sum(tensor.dtype in PACKED_DTYPES for tensor in source.tensors)
-    if packed:
-        notes.append(
-            f"{packed:,} tensors hold packed integers, several weights in one number: the totals are too low"
-        )
-    return ParameterReport(source, Basis.HEADER, count_rows(rows), module_tree(rows), None, tuple(notes))
+    return _count_architecture(source)
 
 
-def _tied_head(source: ModelSource, rows: tuple[ParameterRow, ...]) -> ParameterRow | None:
-    """The head that a config calls tied and the header therefore leaves out."""
-    tables = [row for row in rows if row.module.endswith((".embed_tokens", ".wte")) and len(row.shape) == 2]
-    stored = any(row.module.split(".")[-1] in ("lm_head", "embed_out") for row in rows)
-    if not source.declared.get("tie_word_embeddings") or stored or not tables:
-        return None
-    table = tables[0]
-    return ParameterRow("lm_head", table.shape, table.formula, table.parameters, tied=True)
+def parameters_in(source: ModelSource) -> int | None:
+    """Parameters that a header lists, unpacked; None when some are packed in a way that is not known."""
+    stored = sort_tensors(source.tensors or (), source.declared)
+    counted = [tensor.parameters for tensor in stored.parameters if not tensor.shares]
+    return None if stored.unknown else sum(counted)
+
+
+def _count_config(
+    source: ModelSource, shape: ModelConfig, stored: Stored | None, what_if: tuple[str, ...]
+) -> ParameterReport:
+    rows = _with_its_head(parameter_rows(shape), source.declared)
+    mismatches: tuple[str, ...] = ()
+    if stored is not None:
+        expected = {f"{row.module}.weight": row.shape for row in rows}
+        shapes = {one.name: _unflattened(one.shape, expected.get(one.name)) for one in stored.parameters}
+        mismatches = check_rows(rows, shapes)
+        if mismatches and source.config is None:  # what cannot be run is what its file holds
+            return _count_header(source, stored)
+    count = count_rows(rows)
+    totals = Totals(count.unique, count.naive, count.non_embedding, count.unique)
+    report = ParameterReport(source, Basis.CONFIG, totals, module_tree(rows, LAYERS), None, what_if=what_if)
+    if stored is None:
+        return report
+    return replace(report, agrees=not mismatches, notes=(*mismatches, *_notes(stored)), aside=_aside(stored))
+
+
+def _unflattened(shape: tuple[int, ...], expected: tuple[int, ...] | None) -> tuple[int, ...]:
+    """A matrix's shape where a format keeps its numbers in a flat list (bitsandbytes)."""
+    flat = expected is not None and len(shape) == 1 and len(expected) == 2
+    return expected if flat and expected and shape[0] == expected[0] * expected[1] else shape
+
+
+def _with_its_head(rows: tuple[ParameterRow, ...], declared: Mapping[str, Any]) -> tuple[ParameterRow, ...]:
+    """The rows of a Llama with the head of its architecture: none, or one that classifies sequences."""
+    listed = declared.get("architectures")
+    name = str(listed[0]) if isinstance(listed, list) and listed else ""
+    if not name.endswith(("Model", "ForSequenceClassification")):
+        return rows
+    body = tuple(row for row in rows if row.module != "lm_head")
+    if name.endswith("Model"):
+        return body
+    labels, names = declared.get("num_labels"), declared.get("id2label")
+    count = len(names) if isinstance(names, Mapping) and names else labels if type(labels) is int else 2
+    width = rows[0].shape[1]
+    score = ParameterRow("score", (count, width), "num_labels × hidden_size", count * width)
+    return (*body, score)
+
+
+def _count_header(source: ModelSource, stored: Stored) -> ParameterReport:
+    rows = tensor_rows((tensor.name, tensor.shape) for tensor in stored.parameters)
+    shared = {tensor.name.removesuffix(".weight") for tensor in stored.parameters if tensor.shares}
+    rows = tuple(replace(row, tied=row.module in shared) for row in rows)
+    tied = with_tied_head(rows, source.declared)
+    totals = total(tied or rows, source.declared)
+    if tied is None:
+        totals = replace(totals, naive=None)
+    missing = source.missing_parts
+    if stored.unknown or missing:
+        totals = Totals(None, None, None, None)
+    notes: tuple[str, ...] = (
+        f"{source.unsupported}: smolctl cannot run this network and counts what the header lists",
+    )
+    if missing:
+        here = sum(row.parameters for row in rows if not row.tied)
+        notes += (f"{missing}: the parts that are here hold {here:,} parameters",)
+    return ParameterReport(
+        source,
+        Basis.HEADER,
+        totals,
+        module_tree(tied or rows),
+        None,
+        (*notes, *_notes(stored)),
+        partial=bool(missing or stored.unknown),
+        aside=_aside(stored),
+    )
+
+
+def _count_architecture(source: ModelSource) -> ParameterReport:
+    from smolctl.inspection.architectures import Architecture, build_architecture
+
+    built = build_architecture(source.declared)
+    if isinstance(built, Architecture):
+        rows = built.rows
+        totals, note = total(rows, built.config), "counted as transformers builds it"
+        notes = (f"{source.unsupported}: {note}",)
+        return ParameterReport(source, Basis.TRANSFORMERS, totals, module_tree(rows), None, notes)
+    rows = _known_rows(source.declared)
+    notes = (f"{built}: only what the fields of the config say is listed, a part of the model",)
+    nothing = Totals(None, None, None, None)
+    return ParameterReport(source, Basis.FIELDS, nothing, module_tree(rows), None, notes, partial=True)
+
+
+def _known_rows(declared: Mapping[str, Any]) -> tuple[ParameterRow, ...]:
+    """What the fields of a config say whatever the architecture is: the token table."""
+    text = declared.get("text_config")
+    values: Mapping[str, Any] = {**declared, **text} if isinstance(text, Mapping) else declared
+    sizes = [values.get(key) for key in ("vocab_size", "hidden_size")]
+    sizes[1] = sizes[1] or values.get("d_model") or values.get("n_embd") or values.get("dim")
+    shape = tuple(size for size in sizes if type(size) is int and size > 0)
+    return tensor_rows([("token table", shape)]) if len(shape) == 2 else ()
+
+
+def _aside(stored: Stored) -> dict[str, Aside]:
+    kinds = {"scales": stored.scales, "buffers": stored.buffers, "packed": stored.unknown}
+    return {
+        kind: Aside(len(tensors), sum(tensor.parameters for tensor in tensors))
+        for kind, tensors in kinds.items()
+        if tensors
+    }
+
+
+def _notes(stored: Stored) -> tuple[str, ...]:
+    return tuple(_stored_notes(stored))
+
+
+def _stored_notes(stored: Stored) -> Iterable[str]:
+    for tensors, what in (
+        (stored.scales, "scales and offsets of quantized weights"),
+        (stored.buffers, "buffers, which are no parameters"),
+    ):
+        if tensors:
+            numbers = sum(tensor.parameters for tensor in tensors)
+            yield f"not counted: {len(tensors):,} tensors of {numbers:,} numbers: {what}"
+    if stored.unknown:
+        yield (
+            f"{len(stored.unknown):,} tensors hold packed integers in a layout that is not known "
+            f"({stored.unknown[0].name} is the first): how many weights they hold is not known"
+        )

@@ -19,14 +19,13 @@ from smolctl.arithmetic import (
     run_memory,
     training_flops_per_token,
 )
-from smolctl.config import Provenance, RunConfig
+from smolctl.config import ModelConfig, Provenance, RunConfig
 from smolctl.errors import InputError, UsageError
-from smolctl.inspection.parameters import stored_parameters
+from smolctl.inspection.parameters import ParameterReport, count_source, parameters_in
 from smolctl.inspection.problems import find_notes, find_problems
 from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.huggingface.tokenizer import added_token_ids, token_ids
 from smolctl.sources.provenance import provenance_of
-from smolctl.sources.shapes import check_tensors
 from smolctl.sources.stops import stop_token_ids
 
 # Where neither the command line nor a recipe says: one sequence of at most this many tokens.
@@ -73,7 +72,7 @@ class CheckpointFacts:
     """What a header says."""
 
     tensors: int
-    parameters: int  # numbers stored
+    parameters: int | None  # of the network; None when some are packed in a way that is not known
     bytes: int
     dtypes: Mapping[str, int]  # tensors of each
     matches: bool | None  # the config; None when this network has none for the model
@@ -84,7 +83,8 @@ class ModelReport:
     """Everything that `inspect-config` shows."""
 
     source: ModelSource
-    derived: Derived | None  # None when the network is not supported
+    derived: Derived | None  # None when no network of ours has its costs
+    parameters: ParameterReport | None  # None when there is nothing to count
     recipe: RecipeFacts | None
     checkpoint: CheckpointFacts | None
     provenance: Provenance | None  # of the weights; None where there are none
@@ -110,16 +110,24 @@ def inspect(
     Raises:
         UsageError: a size or dtype that cannot be.
     """
+    count = _count(source)
     return ModelReport(
         source=source,
         derived=_derive(source, batch_size, sequence_length, dtype),
+        parameters=count,
         recipe=_recipe(source.run) if source.run is not None else None,
-        checkpoint=_checkpoint(source),
+        checkpoint=_checkpoint(source, count),
         provenance=provenance_of(source) if source.weights is not None else None,
         stops=_stops(source),
         problems=find_problems(source),
         notes=find_notes(source),
     )
+
+
+def _count(source: ModelSource) -> ParameterReport | None:
+    with suppress(InputError):  # there is neither a config nor a header
+        return count_source(source)
+    return None
 
 
 def _stops(source: ModelSource) -> dict[int, str | None]:
@@ -142,7 +150,7 @@ def _stops(source: ModelSource) -> dict[int, str | None]:
 def _derive(
     source: ModelSource, batch_size: int | None, sequence_length: int | None, dtype: str | None
 ) -> Derived | None:
-    config, run = source.config, source.run
+    config, run = source.config or source.shape, source.run
     if config is None:
         return None
     context = config.max_position_embeddings
@@ -161,7 +169,7 @@ def _derive(
             f"At most {context}.",
         )
     sizes = (batch_size, sequence_length, dtype)
-    recipe = training_config(source)
+    recipe = _recipe_of(source, config)
     return Derived(
         parameters=count_parameters(config),
         head_dim=config.head_dim,
@@ -184,15 +192,15 @@ def _recipe(run: RunConfig) -> RecipeFacts:
     )
 
 
-def _checkpoint(source: ModelSource) -> CheckpointFacts | None:
-    if source.tensors is None:
+def _checkpoint(source: ModelSource, count: ParameterReport | None) -> CheckpointFacts | None:
+    if source.tensors is None or count is None:
         return None
     return CheckpointFacts(
         tensors=len(source.tensors),
-        parameters=stored_parameters(source.tensors),
+        parameters=parameters_in(source),
         bytes=sum(tensor.bytes for tensor in source.tensors),
         dtypes=dict(Counter(tensor.dtype for tensor in source.tensors).most_common()),
-        matches=None if source.config is None else not check_tensors(source.config, source.tensors),
+        matches=count.agrees,
     )
 
 
@@ -202,7 +210,10 @@ def training_config(source: ModelSource) -> RunConfig:
     Raises:
         InputError: this network cannot stand in for the model.
     """
-    model = source.require_config()
+    return _recipe_of(source, source.require_config())
+
+
+def _recipe_of(source: ModelSource, model: ModelConfig) -> RunConfig:
     if source.run is not None:
         return source.run
     defaults = RunConfig()

@@ -45,6 +45,7 @@ class TensorHeader:
     shape: tuple[int, ...]
     dtype: str  # as the file names it: "F32", "BF16", "Q4_1"
     bytes: int  # size in the file
+    shares: str = ""  # the tensor before it whose numbers these are, in files that keep such ties
 
     @property
     def parameters(self) -> int:
@@ -142,12 +143,14 @@ class ModelSource:
     id: str  # as the user named it
     config: ModelConfig | None  # None when this network cannot represent the model
     unsupported: str = ""  # why config is None, naming the feature
+    shape: ModelConfig | None = None  # a network with the parameters and costs of one that cannot be run
     revision: str | None = None  # commit on the Hub
     bytes_fetched: int = 0  # over the network
     declared: Mapping[str, Any] = field(default_factory=dict)  # the config as the source spells it
     card: Mapping[str, Any] = field(default_factory=dict)  # metadata of its model card: licence, base model
     recovered_from_shapes: bool = False  # no config was found; it was derived from the tensors
     tensors: tuple[TensorHeader, ...] | None = None  # None when the source has no weights
+    missing_parts: str = ""  # which files of the model do not lie beside this one
     run: RunConfig | None = None  # the training recipe, where the source has one
     problems: tuple[str, ...] = ()  # what is odd about it, for a person to read
     step: int | None = None  # optimizer steps behind a checkpoint

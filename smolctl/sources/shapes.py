@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
-from smolctl.arithmetic import parameter_rows
+from smolctl.arithmetic import ParameterRow, parameter_rows
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError
 from smolctl.sources.base import TensorHeader
@@ -81,7 +81,12 @@ def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
     A stored `lm_head.weight` of a tied model is accepted here: whether its values are the table's is
     checked when the weights are read.
     """
-    rows = {f"{row.module}.weight": row for row in parameter_rows(config)}
+    return check_rows(parameter_rows(config), shapes)
+
+
+def check_rows(parameters: Iterable[ParameterRow], shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    """`check_shapes` of a list of parameters."""
+    rows = {f"{row.module}.weight": row for row in parameters}
     given = {name: shape for name, shape in shapes.items() if not is_derived(name)}
     missing = [f"missing {name}" for name, row in rows.items() if name not in given and not row.tied]
     unexpected = [f"unexpected {name}" for name in given if name not in rows]

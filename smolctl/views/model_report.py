@@ -10,7 +10,7 @@ from smolctl.config import ModelConfig, Provenance
 from smolctl.inspection.report import CheckpointFacts, Derived, MemoryPlan, ModelReport, RecipeFacts
 from smolctl.views.numbers import quantity, size
 from smolctl.views.output import Output, fields
-from smolctl.views.parameters import source_document, title
+from smolctl.views.parameters import number_or_unknown, source_document, title
 from smolctl.views.tables import GAP, facts, shortened
 
 if TYPE_CHECKING:
@@ -57,13 +57,14 @@ def show_report(out: Output, report: ModelReport) -> None:
 
 def report_document(report: ModelReport) -> Mapping[str, Any]:
     """The JSON document."""
-    source = report.source
+    source, count = report.source, report.parameters
     config = source.config.model_dump(mode="json") if source.config is not None else dict(source.declared)
     return {
         "source": source_document(source),
         "supported": source.config is not None,
         "config": config,
         "derived": _derived_document(report.derived, report.recipe),
+        "parameters": {"counted": count.basis.value, **vars(count.totals)} if count else None,
         "recipe": report.recipe.run.model_dump(mode="json", exclude={"model"}) if report.recipe else None,
         "checkpoint": asdict(report.checkpoint) if report.checkpoint else None,
         "provenance": report.provenance.model_dump(mode="json") if report.provenance else None,
@@ -95,6 +96,10 @@ def _sections(report: ModelReport) -> Iterator[tuple[str, RenderableType]]:
     else:
         rows = [(Text(key), Text(written(value))) for key, value in source.declared.items()]
         yield "config, as the source spells it", facts(rows)
+    count = report.parameters
+    if source.config is None and count is not None:
+        counted = f"counted from the {count.basis.value}; `smolctl count-params` shows where"
+        yield "parameters", _explained(iter([("unique", number_or_unknown(count.totals.unique), counted)]))
     if report.derived is not None:
         plan = report.derived.memory
         yield "derived", _explained(_derived_rows(report.derived))
@@ -171,11 +176,12 @@ def _recipe_rows(recipe: RecipeFacts) -> Iterator[Row]:
 def _checkpoint_rows(checkpoint: CheckpointFacts) -> Iterator[Row]:
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in checkpoint.dtypes.items())
     yield "tensors", f"{checkpoint.tensors:,}", dtypes
-    yield "parameters", f"{checkpoint.parameters:,}", "numbers that the header lists"
+    known = checkpoint.parameters
+    yield "parameters", number_or_unknown(known), "that the header lists, packed ones unpacked"
     yield (
         "size",
         size(checkpoint.bytes),
-        f"{8 * checkpoint.bytes / max(1, checkpoint.parameters):.3g} bits a parameter",
+        f"{8 * checkpoint.bytes / known:.3g} bits a parameter" if known else "",
     )
     if checkpoint.matches is not None:
         yield "fits the config", "yes" if checkpoint.matches else "no", "every name and shape compared"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from smolctl.config import ModelConfig
 from smolctl.inspection.parameters import Basis, ParameterReport
 from smolctl.inspection.tree import ModuleNode
 from smolctl.sources.base import ModelSource
@@ -20,7 +21,9 @@ TOTALS = {
     "unique": "every stored number once, as in a file of weights",
     "naive": "a tied lm_head counted a second time",
     "non_embedding": "without token table, positions and head",
+    "active": "that a token passes through: its share of the experts, and the rest",
 }
+UNKNOWN = "not known"
 NOTES_SHOWN = 8
 
 
@@ -35,7 +38,7 @@ def show_parameters(out: Output, report: ParameterReport, depth: int) -> None:
         out.show(table)
     else:
         out.show(_tree(report, depth, with_formulas=False), "", _formulas(report, depth))
-    if report.source.config is not None:
+    if report.basis is Basis.CONFIG:
         out.show("", _values(report, depth))
     for remark in _remarks(report):
         out.show("", remark)
@@ -68,7 +71,9 @@ def parameters_document(report: ParameterReport, depth: int) -> Mapping[str, Any
         "source": source_document(report.source),
         "what_if": list(report.what_if),
         "counted": report.basis.value,
-        **fields(report.count, without=("rows",)),
+        **vars(report.totals),
+        "partial": report.partial,
+        "aside": {kind: vars(one) for kind, one in report.aside.items()},
         "header_agrees": report.agrees,
         "notes": list(report.notes),
         "rows": [fields(node, without=("name", "children")) for node in report.rows(depth)],
@@ -80,9 +85,16 @@ def _totals(report: ParameterReport) -> Table:
 
     number = Column(justify="right", style="bold", no_wrap=True)
     table = Table.grid(number, Column(no_wrap=True), Column(style="dim", overflow="fold"), padding=GAP)
+    totals = vars(report.totals)
     for name, meaning in TOTALS.items():
-        table.add_row(f"{getattr(report.count, name):,}", name.replace("_", "-"), meaning)
+        if name != "active" or totals["active"] != totals["unique"]:
+            table.add_row(number_or_unknown(totals[name]), name.replace("_", "-"), meaning)
     return table
+
+
+def number_or_unknown(number: int | None) -> str:
+    """A count as a person writes it."""
+    return UNKNOWN if number is None else f"{number:,}"
 
 
 def _tree(report: ParameterReport, depth: int, with_formulas: bool) -> Table:
@@ -106,7 +118,7 @@ def _tree(report: ParameterReport, depth: int, with_formulas: bool) -> Table:
             Text(_shape(node)),
             Text(f"{node.parameters:,}", style="dim" if node.tied else ""),
             Text(
-                "tied" if node.tied else _share(node.parameters, report.count.unique),
+                "tied" if node.tied else _share(node.parameters, report.totals.unique),
                 style="dim" if inner else "",
             ),
         ]
@@ -138,8 +150,8 @@ def _values(report: ParameterReport, depth: int) -> Text:
     from rich.text import Text
 
     formulas = " ".join(node.formula for _, node in _visible(report.tree, depth)).split()
-    config = report.source.require_config()
-    named = [f"{key} {getattr(config, key):,}" for key in type(config).model_fields if key in formulas]
+    config = report.source.config or report.source.shape
+    named = [f"{key} {getattr(config, key):,}" for key in ModelConfig.model_fields if key in formulas]
     return Text(f"where {', '.join(named)}", style="dim")
 
 
@@ -151,7 +163,9 @@ def _formula(node: ModuleNode) -> str:
     return f"{node.formula} (the token table again)" if node.tied else node.formula
 
 
-def _share(parameters: int, unique: int) -> str:
+def _share(parameters: int, unique: int | None) -> str:
+    if unique is None:
+        return ""
     share = 100 * parameters / unique if unique else 0.0
     return f"{share:.1f} %" if share >= 0.05 or not parameters else "< 0.1 %"
 

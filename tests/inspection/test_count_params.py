@@ -141,8 +141,10 @@ def test_another_architecture_is_counted_from_its_header(smolctl: Smolctl, tmp_p
 def test_packed_integers_are_not_passed_off_as_parameters(smolctl: Smolctl, tmp_path: Path) -> None:
     folder = other_architecture(tmp_path / "gptq")
     save_file({"model.layers.0.q.qweight": np.zeros((4, 4), np.int32)}, folder / "model.safetensors")
-    notes = smolctl("count-params", folder, "--json").json["notes"]
-    assert any("too low" in note for note in notes)
+    counted = smolctl("count-params", folder, "--json").json
+    assert [counted[key] for key in ("unique", "naive", "non_embedding", "active")] == [None] * 4
+    assert any("is not known" in note for note in counted["notes"])
+    assert "not known" in smolctl("count-params", folder).out
 
 
 @pytest.mark.parametrize(

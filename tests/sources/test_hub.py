@@ -191,7 +191,6 @@ def test_a_quantized_repository_says_so(hub: HubServer, state: dict[str, torch.T
     source = open_source("org/tiny")
     assert "quantization_config" in source.unsupported
     assert "bitsandbytes" in source.unsupported
-    assert any("packed" in problem for problem in source.problems)
 
 
 def test_missing_repository_is_named(hub: HubServer) -> None:

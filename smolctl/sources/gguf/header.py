@@ -21,6 +21,8 @@ from smolctl.sources.base import DAMAGED
 
 GGUF_MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # version 1 counted in 32 bits and is gone since 2023
+LITTLE_ENDIAN = "Convert it with gguf_convert_endian of the gguf package, or download the usual file."
+ANOTHER_VERSION = "Convert the model with a current llama.cpp, or update smolctl if the file is newer."
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 
@@ -48,9 +50,9 @@ class GGUFTensor:
 
     name: str
     shape: tuple[int, ...]  # row-major as in PyTorch; the file stores it reversed
-    type: str  # as llama.cpp names it: "Q4_1"
+    type: str  # as llama.cpp names it: "Q4_1"; "type 99" when it is newer than this table
     offset: int  # from the start of the file
-    bytes: int
+    bytes: int  # 0 when the type is not known
 
 
 class Strings(Sequence[str]):
@@ -108,18 +110,17 @@ class _Reader:
         self.path, self.data, self.size = path, data, len(data)
         self.position = 0
 
-    def fail(self, reason: str) -> InputError:
-        return InputError(f"{self.path}: {reason}", DAMAGED)
+    def fail(self, reason: str, remedy: str = DAMAGED) -> InputError:
+        return InputError(f"{self.path}: {reason}", remedy)
 
     def header(self) -> GGUFHeader:
         if self.take(4) != GGUF_MAGIC:
             raise self.fail(f"not a GGUF: it begins with {self.data[:4]!r}")
         version = self.scalar("I")
         if version not in VERSIONS:
-            swapped = version and version & 0xFFFF == 0
-            raise self.fail(
-                "big-endian GGUF is not supported" if swapped else f"GGUF version {version} is not supported"
-            )
+            if version and version & 0xFFFF == 0:
+                raise self.fail("big-endian GGUF is not supported", LITTLE_ENDIAN)
+            raise self.fail(f"GGUF version {version} is not supported, only 2 and 3", ANOTHER_VERSION)
         tensor_count, pair_count = self.scalar("Q"), self.scalar("Q")
         # A pair takes at least 13 bytes and a tensor 24: larger counts are damage, not data.
         if pair_count * 13 + tensor_count * 24 > self.size:
@@ -213,9 +214,8 @@ class _Reader:
     def place(
         self, name: str, shape: tuple[int, ...], type_id: int, offset: int, start: int, alignment: int
     ) -> GGUFTensor:
-        if type_id not in TENSOR_TYPES:
-            raise self.fail(f"tensor {name[:80]} has the unknown type {type_id}")
-        values, (kind, block, size) = math.prod(shape), TENSOR_TYPES[type_id]
+        # A type that is newer than the table has no known size, and its values can still be counted.
+        values, (kind, block, size) = math.prod(shape), TENSOR_TYPES.get(type_id, (f"type {type_id}", 1, 0))
         if not values or shape[-1] % block or offset % alignment:
             entry = f"tensor {name[:80]} of shape {list(shape)} in {kind} at {offset}"
             raise self.fail(f"damaged header: {entry}")

@@ -33,6 +33,8 @@ NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+PART = re.compile(r"(.+)-\d{5}-of-\d{5}\.gguf")
+MAX_PARTS = 1_000
 LAYER_NAME = re.compile(r"blk\.(\d+)\.(.+)")
 # Metadata that changes the computation in ways this network does not have, when set to anything truthy.
 OFF_SWITCHES = (
@@ -73,7 +75,7 @@ def open_gguf(path: Path, name: str) -> ModelSource:
     Raises:
         InputError: the file is damaged, or lacks a key that every Llama has.
     """
-    header = read_header(path)
+    header, missing = _with_all_parts(read_header(path))
     unsupported = unsupported_feature(header)
     config = None if unsupported else read_config(header)
     tensors = tuple(
@@ -90,12 +92,32 @@ def open_gguf(path: Path, name: str) -> ModelSource:
         id=name,
         config=config,
         unsupported=unsupported,
+        missing_parts=missing,
         declared={key: value for key, value in header.metadata.items() if not _is_long(value)},
         tensors=tensors,
         problems=check_tensors(config, tensors) if config else (),
         weights=GGUFWeights(header, config) if config else None,
         tokenizer_reader=lambda: read_tokenizer(header),
     )
+
+
+def _with_all_parts(header: GGUFHeader) -> tuple[GGUFHeader, str]:
+    """The header of a model that is split over several files: metadata of the first, tensors of all.
+
+    Returns:
+        The header, and which parts do not lie beside the file; "" when none is missing.
+    """
+    count, name = header.metadata.get("split.count"), PART.fullmatch(header.path.name)
+    if type(count) is not int or count < 2 or not name:
+        return header, ""
+    numbers = range(1, min(count, MAX_PARTS) + 1)
+    paths = {number: header.path.with_name(f"{name[1]}-{number:05}-of-{count:05}.gguf") for number in numbers}
+    parts = {number: read_header(path) for number, path in paths.items() if path.is_file()}
+    missing = [str(number) for number in numbers if number not in parts]
+    metadata = {**header.metadata, **(parts[1].metadata if 1 in parts else {})}
+    tensors = tuple(tensor for number in sorted(parts) for tensor in parts[number].tensors)
+    found = GGUFHeader(header.path, header.version, metadata, tensors)
+    return found, f"part {', '.join(missing[:5])} of {count} is not beside it" if missing else ""
 
 
 def _is_long(value: Any) -> bool:
@@ -116,12 +138,14 @@ def huggingface_name(name: str) -> str:
 def unsupported_feature(header: GGUFHeader) -> str:
     """The first feature of the file that this network does not have; "" when there is none."""
     values = header.metadata
-    architecture = values.get("general.architecture")
+    architecture, parts = values.get("general.architecture"), values.get("split.count")
+    if parts not in (None, 0, 1):
+        return f"a split GGUF of {parts} parts is not supported: join them with llama-gguf-split --merge"
+    kind = values.get("general.type", "model")
+    if kind != "model":
+        return f"a GGUF of type {kind} is no model"
     if architecture != "llama":
         return f"GGUF architecture {architecture} is not supported, only llama"
-    parts = values.get("split.count")
-    if parts not in (None, 0, 1):
-        return f"a split GGUF of {parts} parts is not supported: join them with llama-gguf-split"
     for key in OFF_SWITCHES:
         if values.get(f"llama.{key}"):
             return f"llama.{key} {values[f'llama.{key}']} is not supported"

@@ -38,7 +38,11 @@ OWN_TYPE, OWN_ARCHITECTURE = "smolctl", "SmolctlForCausalLM"
 OWN_DEFAULTS = {"position_embedding": "learned", "residual_scale": 1.0}
 OUR_ARCHITECTURES = ("llamaforcausallm", OWN_ARCHITECTURE.lower())
 # Features that are off when the key is absent, null, false or zero.
-OFF_SWITCHES = ("attention_bias", "mlp_bias", "quantization_config", "sliding_window", "rope_interleaved")
+OFF_SWITCHES = (
+    *("attention_bias", "mlp_bias", "quantization_config", "quantization", "sliding_window"),
+    "rope_interleaved",
+)
+SILU = ("silu", "swish")  # two names of one function
 
 
 class _Declared(TypedDict, total=False):
@@ -66,8 +70,26 @@ def from_huggingface_config(values: Mapping[str, Any], origin: str) -> tuple[Mod
     """
     checked(_Declared, values, origin)
     reason = unsupported_feature(values)
-    if reason:
-        return None, reason
+    return (None, reason) if reason else (_network(values, origin), "")
+
+
+def counted_config(values: Mapping[str, Any], origin: str) -> ModelConfig | None:
+    """A network with the parameters and the costs of one that cannot be run; None when there is none.
+
+    How positions are rotated, which function the gate has, how the weights are packed, and whether the head
+    tells the next token or a class of texts, changes nothing in the layers of a Llama.
+    """
+    listed = values.get("architectures") or ("Llama",)
+    is_llama = values.get("model_type") in ("llama", OWN_TYPE) and str(listed[0]).startswith(
+        ("Llama", "Smolctl")
+    )
+    known = str(listed[0]).endswith(("ForCausalLM", "Model", "ForSequenceClassification", "Llama"))
+    if not (is_llama and known) or values.get("attention_bias") or values.get("mlp_bias"):
+        return None
+    return _network({**values, "hidden_act": SILU[0]}, origin)
+
+
+def _network(values: Mapping[str, Any], origin: str) -> ModelConfig:
     fields = {key: values.get(key, default) for key, default in LLAMA_DEFAULTS.items()}
     fields["num_key_value_heads"] = values.get("num_key_value_heads") or fields["num_attention_heads"]
     fields["head_dim"] = values.get("head_dim") or 0
@@ -76,7 +98,9 @@ def from_huggingface_config(values: Mapping[str, Any], origin: str) -> tuple[Mod
     ours = {"position_embedding": "rope", "residual_scale": 1.0}
     if values.get("model_type") == OWN_TYPE:
         ours = {key: values.get(key, default) for key, default in OWN_DEFAULTS.items()}
-    return resolve_model_config(fields | ours, origin), ""
+    if fields["hidden_act"] in SILU:
+        fields["hidden_act"] = SILU[0]
+    return resolve_model_config(fields | ours, origin)
 
 
 def assumed_keys(values: Mapping[str, Any]) -> tuple[str, ...]:
@@ -98,7 +122,7 @@ def unsupported_feature(values: Mapping[str, Any]) -> str:
     if architectures and not any(str(name).lower() in OUR_ARCHITECTURES for name in architectures):
         return f"architecture {architectures[0]} is not supported, only LlamaForCausalLM"
     activation = values.get("hidden_act", "silu")
-    if activation != "silu":
+    if activation not in SILU:
         return f"hidden_act {activation} is not supported, only silu"
     for key in OFF_SWITCHES:
         if values.get(key):

@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from smolctl.config import ModelConfig
 from smolctl.errors import InputError
 from smolctl.outside import read_json
 from smolctl.sources.base import ModelSource, SourceKind, TensorHeader, TokenizerFiles, Weights
 from smolctl.sources.huggingface.card import card_beside
-from smolctl.sources.huggingface.config import assumed_keys, from_huggingface_config
+from smolctl.sources.huggingface.config import assumed_keys, counted_config, from_huggingface_config
 from smolctl.sources.huggingface.safetensors_file import SafetensorsWeights, read_header, read_shards
 from smolctl.sources.huggingface.tokenizer import TOKENIZER_FILES, tokenizer_reader
 from smolctl.sources.shapes import check_tensors, recover_config
@@ -74,13 +73,12 @@ def describe(
     reader: Callable[[], TokenizerFiles | None] | None = None,
 ) -> ModelSource:
     """A source from the config.json's content (None: recover it from shapes) and the header."""
-    config: ModelConfig | None = None
+    config = shape = None
     notes: tuple[str, ...] = ()
     if declared is not None:
         config, unsupported = from_huggingface_config(declared, name)
-        notes = assumed_keys(declared) if config else ()
-        if declared.get("quantization_config") and tensors:
-            notes += ("quantized: its tensors are packed, so that header counts are not parameter counts",)
+        shape = None if config else counted_config(declared, name)
+        notes = assumed_keys(declared) if config or shape else ()
         if config and tensors:
             notes += check_tensors(config, tensors)
     elif tensors is not None:
@@ -92,6 +90,7 @@ def describe(
         id=name,
         config=config,
         unsupported=unsupported,
+        shape=shape,
         declared=declared or {},
         recovered_from_shapes=declared is None,
         tensors=tensors,

@@ -1,0 +1,149 @@
+"""The parameters of an architecture that this toolkit does not have, built by transformers without memory.
+
+Only this imports PyTorch to count. A module on the meta device has shapes and no numbers: one of 100 billion
+parameters is built in a second.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from smolctl.arithmetic import ParameterRow, tensor_rows
+from smolctl.outside import shown
+
+if TYPE_CHECKING:
+    import transformers
+
+# More would be damage or an attack and take minutes. Published models have up to 126 layers (Llama 3.1 405B)
+# and 512 experts (Qwen3-Next).
+MAX_BLOCKS, MAX_EXPERTS = 1_000, 4_096
+BLOCKS = ("layer", "block", "depth")  # in the names of sizes that are numbers of modules
+EXPERTS = ("expert",)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network as transformers builds it."""
+
+    rows: tuple[ParameterRow, ...]  # every parameter, a tied head last
+    config: Mapping[str, Any]  # with the values that the config.json leaves out
+
+
+def build_architecture(declared: Mapping[str, Any]) -> Architecture | str:
+    """The parameters of the network that a config.json describes.
+
+    Args:
+        declared: the config.json. Code that it names is never executed.
+
+    Returns:
+        The network, or why there is none: transformers does not know the architecture, or makes nothing of
+        the config.
+    """
+    if reason := _too_large(declared):
+        return reason
+    try:
+        network = _network(declared)
+    except Exception as error:  # whatever a class of transformers makes of the values
+        text = str(error).strip().splitlines()
+        return f"transformers: {text[0][:200] if text else type(error).__name__}"
+    if isinstance(network, str):
+        return network
+    rows = tensor_rows((name, tuple(tensor.shape)) for name, tensor in network.named_parameters())
+    return Architecture((*rows, *_tied_head(network)), network.config.to_dict())
+
+
+def _network(declared: Mapping[str, Any]) -> transformers.PreTrainedModel | str:
+    """The network on the meta device, or why transformers has none."""
+    model_type = declared.get("model_type")
+    import torch
+    import transformers
+
+    if model_type not in transformers.CONFIG_MAPPING:
+        named = f"model_type {shown(model_type)}" if model_type else "a config.json without model_type"
+        return f"transformers {transformers.__version__} does not know {named}"
+    with _silent():
+        values = {key: value for key, value in declared.items() if key not in IGNORED}
+        config = transformers.AutoConfig.for_model(**_with_infinities(values))
+        if not hasattr(config, "pad_token_id"):  # some classes read it where their config has it in a part
+            config.pad_token_id = None
+        listed = declared.get("architectures")
+        name = str(listed[0]) if isinstance(listed, list) and listed else ""
+        found = getattr(transformers, name, None)
+        if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+            found = _usual_class(config)
+        with torch.device("meta"):
+            built: transformers.PreTrainedModel = found._from_config(config, attn_implementation="eager")
+        return built
+
+
+def _with_infinities(value: Any) -> Any:
+    """Nested values with the numbers that no JSON has, which transformers writes as objects of one key."""
+    if isinstance(value, list):
+        return [_with_infinities(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    if value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    return {key: _with_infinities(item) for key, item in value.items()}
+
+
+# Neither how a network was stored nor code of its makers changes its parameters.
+IGNORED = ("quantization_config", "quantization", "auto_map", "torch_dtype", "dtype", "transformers_version")
+
+
+def _usual_class(config: Any) -> Any:
+    """The class of a config that names none that transformers has: with a head where there is one."""
+    import transformers
+
+    autos = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+    for auto in (*autos, "AutoModelForMaskedLM", "AutoModel"):
+        mapping = getattr(transformers, auto)._model_mapping
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise ValueError(f"no model class for {type(config).__name__}")
+
+
+def _tied_head(network: Any) -> tuple[ParameterRow, ...]:
+    """The head as a row of its own where it is the token table."""
+    head, table = network.get_output_embeddings(), network.get_input_embeddings()
+    if head is None or getattr(head, "weight", None) is not getattr(table, "weight", network):
+        return ()
+    row = tensor_rows([("lm_head", tuple(head.weight.shape))])[0]
+    return (ParameterRow(row.module, row.shape, row.formula, row.parameters, tied=True),)
+
+
+def _too_large(declared: Mapping[str, Any]) -> str:
+    """The first number of modules that no published model has."""
+    for key, value in _numbers(declared):
+        name = key.lower()
+        most = MAX_EXPERTS if any(word in name for word in EXPERTS) else MAX_BLOCKS
+        counted = any(word in name for word in (*BLOCKS, *EXPERTS)) and not name.endswith(("_size", "_dim"))
+        if counted and value > most:
+            return f"{key} {value:,} is more than {most:,}, and is not built"
+    return ""
+
+
+def _numbers(declared: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    for key, value in declared.items():
+        if type(value) is int:
+            yield str(key), value
+        elif isinstance(value, Mapping):
+            yield from _numbers(value)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without what transformers writes of keys that it does not know."""
+    from transformers.utils import logging as logs
+
+    level = logs.get_verbosity()
+    logs.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logs.set_verbosity(level)

@@ -1,0 +1,217 @@
+"""What a header's tensors are: parameters in the shapes of the network, or what lies beside them.
+
+Quantized files hold several weights in one number, with scales beside them; old files hold buffers, which
+are computed from the config. A count that takes these for parameters is wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from smolctl.sources.base import TensorHeader
+
+# Computed from the config, or gathered in training without a gradient: positions, masks, wavelengths, what
+# balances the load of experts (DeepSeek-V3's name and llama.cpp's), statistics of batches.
+BUFFER = re.compile(
+    r"(.*\.)?(position_ids|token_type_ids|masked_bias|causal_mask|(original_)?inv_freq|(cos|sin)_cached"
+    r"|rope_freqs(\.weight)?|rope_factors_(long|short)(\.weight)?|relative_position_index|num_batches_tracked"
+    r"|running_(mean|var)|final_logits_bias|e_score_correction_bias|exp_probs_b(\.bias)?)"
+)
+# What stands behind the name of a module, or of its packed tensor, for the tensors that unpack it.
+BESIDE = re.compile(
+    r"\.(scales?|biases|qzeros|g_idx|SCB|weight_format|(in|out)put_scale|input_global_scale|activation_scale)"
+    r"|[._]?(global_)?scales?(_inv|_2|_and_zero)?|_zero_point|_g_idx|_shape|_global_scale"
+    r"|\.(nested_)?(absmax|quant_map)|\.quant_state\..+"
+)
+KV_SCALE = re.compile(r".*\.(k|v|q|kv|prob)_scale")
+# Bits of a number in the integer types of safetensors and PyTorch.
+INTEGERS = {
+    **{"U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64, "BOOL": 8},
+    **{"uint8": 8, "int8": 8, "int16": 16, "int32": 32, "int64": 64, "bool": 8},
+}
+BYTES, WORDS = ("U8", "uint8"), ("U32", "I32", "int32")
+# Sizes of small floats, which hold one weight each but come with scales.
+NARROW_FLOATS = ("F8", "float8")
+PACKED = ("qweight", "weight_packed", "weight_qdata", "weight")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The tensors of a file by what they are."""
+
+    parameters: tuple[TensorHeader, ...]  # in the network's shapes; `bytes` stay those in the file
+    scales: tuple[TensorHeader, ...] = ()  # scales, offsets and orders of quantized weights
+    buffers: tuple[TensorHeader, ...] = ()
+    unknown: tuple[TensorHeader, ...] = ()  # packed in a way that is not known: how many weights is not known
+
+
+def sort_tensors(tensors: Iterable[TensorHeader], declared: Mapping[str, Any]) -> Stored:
+    """Tell parameters from what lies beside them, and give packed ones their own shapes.
+
+    Args:
+        tensors: of a header.
+        declared: the config.json beside it, whose description of the quantization is used; or nothing.
+    """
+    left = {tensor.name: tensor for tensor in tensors}
+    buffers = {name: tensor for name, tensor in left.items() if _is_buffer(tensor)}
+    left = {name: tensor for name, tensor in left.items() if name not in buffers}
+    packed: dict[str, TensorHeader] = {}
+    scales: dict[str, TensorHeader] = {}
+    unknown: dict[str, TensorHeader] = {}
+    modules = _by_module(left)
+    for name, tensor in left.items():
+        if not _may_be_packed(tensor):
+            continue
+        module, weight = _split(name)
+        beside = {
+            rest: left[other]
+            for other in modules.get(module, ())
+            if other != name and (rest := _beside(other, name, module))
+        }
+        shape = _shape(tensor, beside, module, declared)
+        if shape is None:
+            if name not in scales:
+                unknown[name] = tensor
+            continue
+        scales |= {other.name: other for other in beside.values()}
+        packed[name] = replace(tensor, name=weight, shape=shape)
+    for name, tensor in left.items():
+        if KV_SCALE.fullmatch(name) and tensor.parameters == 1:
+            scales[name] = tensor
+    unknown = {name: tensor for name, tensor in unknown.items() if name not in scales}
+    aside = scales.keys() | unknown.keys()
+    parameters = tuple(packed.get(name, tensor) for name, tensor in left.items() if name not in aside)
+    return Stored(parameters, tuple(scales.values()), tuple(buffers.values()), tuple(unknown.values()))
+
+
+def _is_buffer(tensor: TensorHeader) -> bool:
+    is_mask = tensor.name.endswith(".bias") and len(tensor.shape) == 4 and tensor.shape[:2] == (1, 1)
+    return is_mask or tensor.dtype in ("BOOL", "bool") or BUFFER.fullmatch(tensor.name) is not None
+
+
+def _may_be_packed(tensor: TensorHeader) -> bool:
+    """Whether a tensor is of integers, or of floats that are so small that scales lie beside it."""
+    return tensor.dtype in INTEGERS or tensor.dtype.startswith(NARROW_FLOATS)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """The module of a packed tensor, and what the tensor is called unpacked."""
+    for ending in PACKED:
+        for joint in (".", "._"):
+            if name.endswith(joint + ending):
+                module = name.removesuffix(joint + ending)
+                return module, f"{module}.weight"
+    module = name.removesuffix("_blocks")
+    return module, module
+
+
+def _by_module(tensors: Mapping[str, TensorHeader]) -> dict[str, list[str]]:
+    """Every name under the modules that it may belong to: all that it begins with."""
+    found: dict[str, list[str]] = {}
+    for name in tensors:
+        stems = {name[: match.start()] for match in re.finditer(r"[._]", name)}
+        for stem in stems:
+            found.setdefault(stem, []).append(name)
+    return found
+
+
+def _beside(other: str, name: str, module: str) -> str:
+    """What `other` is to a packed tensor, `.scales` or `_zero_point`; "" when it is something else."""
+    for stem in (name, f"{module}.weight", f"{module}._weight", module):
+        rest = other.removeprefix(stem)
+        if rest != other and BESIDE.fullmatch(rest):
+            return rest
+    return ""
+
+
+def _shape(
+    tensor: TensorHeader, beside: Mapping[str, TensorHeader], module: str, declared: Mapping[str, Any]
+) -> tuple[int, ...] | None:
+    """The shape of the weights in a tensor; None when that is not known."""
+    name, shape, size = tensor.name, tensor.shape, INTEGERS.get(tensor.dtype, 0)
+    if not size:
+        return shape  # small floats, one a weight
+    scales = beside.get(".scales")
+    if name.endswith(".qweight"):
+        return _gptq_or_awq(shape, scales, beside.get(".qzeros"), _bits(declared, module))
+    if name.endswith(".weight_packed"):
+        bits = 4 if "_global_scale" in beside else _bits(declared, module)
+        return _wider(shape, size, bits)
+    if name.endswith("weight_qdata"):  # torchao's: 8 bits as they are, 4 bits in pairs
+        if size == 8 and tensor.dtype not in BYTES:
+            return shape
+        return _wider(shape, size, 4) if tensor.dtype in BYTES and len(shape) == 2 else None
+    if name.endswith("_blocks") and tensor.dtype in BYTES and len(shape) >= 2:  # OpenAI's MXFP4
+        return (*shape[:-2], shape[-2] * shape[-1] * 2)
+    if tensor.dtype in WORDS:
+        return _wider(shape, size, _bits(declared, module)) if scales is not None else None  # MLX
+    if tensor.dtype in BYTES:
+        return _bytes(shape, beside, declared)
+    return shape if size == 8 else None  # one integer a weight
+
+
+def _bytes(
+    shape: tuple[int, ...], beside: Mapping[str, TensorHeader], declared: Mapping[str, Any]
+) -> tuple[int, ...] | None:
+    if ".absmax" in beside:  # bitsandbytes: a flat list of pairs
+        return (2 * prod(shape),)
+    scale = beside.get("_scale")
+    if scale is not None and scale.dtype.startswith(NARROW_FLOATS):  # NVFP4: a scale for 16 weights
+        return _wider(shape, 8, 4)
+    if scale is not None and _quantization(declared).get("quant_method") == "bitnet" and len(shape) == 2:
+        return 4 * shape[0], shape[1]
+    return None
+
+
+def _gptq_or_awq(
+    shape: tuple[int, ...], scales: TensorHeader | None, zeros: TensorHeader | None, bits: int | None
+) -> tuple[int, ...] | None:
+    """(out, in) of a packed (in, out): GPTQ packs along the inputs, AWQ along the outputs."""
+    if scales is None or len(scales.shape) != 2 or len(shape) != 2:
+        return None
+    outputs = scales.shape[1]
+    if zeros is not None and outputs:
+        bits = 32 * zeros.shape[-1] // outputs
+    if not bits:
+        return None
+    if shape[1] == outputs:
+        found = outputs, 32 * shape[0] // bits
+    elif 32 * shape[1] == bits * outputs:
+        found = outputs, shape[0]
+    else:
+        return None
+    return found if scales.shape[0] and found[1] % scales.shape[0] == 0 else None
+
+
+def _wider(shape: tuple[int, ...], size: int, bits: int | None) -> tuple[int, ...] | None:
+    """A shape with its last dimension unpacked from numbers of `size` bits."""
+    if not bits or not shape or shape[-1] * size % bits:
+        return None
+    return (*shape[:-1], shape[-1] * size // bits)
+
+
+def _quantization(declared: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config says of its quantization: MLX writes `quantization`, the others `quantization_config`."""
+    for key in ("quantization", "quantization_config", "compression_config"):
+        if isinstance(found := declared.get(key), Mapping):
+            return found
+    return {}
+
+
+def _bits(declared: Mapping[str, Any], module: str) -> int | None:
+    """Bits of a weight of a module; None when the config does not say, or says several."""
+    found = _quantization(declared)
+    own = found.get(module)
+    if isinstance(own, Mapping):
+        found = own
+    groups = found.get("config_groups")
+    listed = [found.get("bits"), found.get("w_bit")]
+    if isinstance(groups, Mapping):
+        weights = [group.get("weights") for group in groups.values() if isinstance(group, Mapping)]
+        listed += [one.get("num_bits") for one in weights if isinstance(one, Mapping)]
+    bits = {value for value in listed if type(value) is int and 1 <= value <= 32}
+    return bits.pop() if len(bits) == 1 else None
