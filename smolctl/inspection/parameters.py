@@ -161,7 +161,8 @@ def _count_header(source: ModelSource, stored: Stored) -> ParameterReport:
 def _count_architecture(source: ModelSource) -> ParameterReport:
     from smolctl.inspection.architectures import Architecture, build_architecture
 
-    built = build_architecture(source.declared)
+    known = source.declared.get("model_type")
+    built = build_architecture(source.declared) if known else source.unsupported
     if isinstance(built, Architecture):
         rows = built.rows
         totals, note = total(rows, built.config), "counted as transformers builds it"

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from smolctl.config import ModelConfig, load_run_config, preset_names
 from smolctl.errors import InputError, UsageError
+from smolctl.inspection import count_source
 from smolctl.model.weights import initialize
 from smolctl.sources import SourceKind, open_source
 
@@ -131,6 +132,13 @@ def test_what_nanotron_says_beyond_our_recipe_is_reported(tmp_path: Path) -> Non
         ({"rope_interleaved": True}, "rope_interleaved"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
         ({"hidden_act": "gelu"}, "hidden_act gelu"),
+        ({"is_mamba_config": True}, "is_mamba_config"),
+        ({"is_starcoder2_config": True, "is_llama_config": False}, "is_starcoder2_config"),
+        ({"is_qwen2_config": True, "no_rope_layer": 4}, "no_rope_layer 4"),
+        ({"moe_config": {"num_experts": 8}}, "moe_config"),
+        ({"sliding_window_size": 8}, "sliding_window_size 8"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"key_of_next_year": 3, "another": "x"}, "another 'x', key_of_next_year 3 are"),
     ],
 )
 def test_nanotron_models_of_another_kind_are_refused(
@@ -140,6 +148,53 @@ def test_nanotron_models_of_another_kind_are_refused(
     source = open_source(str(nanotron_file(tmp_path, changed)))
     assert source.config is None
     assert feature in source.unsupported
+
+
+@pytest.mark.parametrize("key", ["no_rope_layer", "sliding_window_size"])
+def test_nanotron_models_that_cannot_be_run_are_counted(tmp_path: Path, key: str) -> None:
+    changed = {**NANOTRON, "model": {"model_config": {**NANOTRON["model"]["model_config"], key: 4}}}
+    source = open_source(str(nanotron_file(tmp_path, changed)))
+    assert (source.config, source.run) == (None, None)
+    assert count_source(source).totals.unique == 134_515_008
+
+
+def test_keys_that_a_nanotron_recipe_leaves_out_get_its_defaults(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    content = {"model": {"model_config": {"is_llama_config": True, **sizes}}}
+    config = open_source(str(nanotron_file(tmp_path, content))).require_config()
+    assert (config.tie_word_embeddings, config.rms_norm_eps) == (False, 1e-6)
+    assert (config.max_position_embeddings, config.rope_theta) == (2_048, 10_000.0)
+    assert (config.bos_token_id, config.eos_token_id, config.num_key_value_heads) == (1, 2, 4)
+
+
+def test_what_of_a_nanotron_recipe_we_have_arrives_and_the_rest_is_named(tmp_path: Path) -> None:
+    model = {**NANOTRON["model"]["model_config"], "_use_doc_masking": True, "z_loss_enabled": True}
+    dataset = {"hf_dataset_or_datasets": {"org/a": 0.75, "org/b": 0.25}, "text_column_name": "content"}
+    content = {
+        **NANOTRON,
+        "model": {"model_config": model},
+        "data_stages": [{"data": {"dataset": dataset}}],
+        "optimizer": {
+            **NANOTRON["optimizer"],
+            "weight_decay_exclude_named_params": [".*embedding.*"],
+            "dream": 1,
+        },
+    }
+    source = open_source(str(nanotron_file(tmp_path, content)))
+    assert source.run is not None
+    data = source.run.data
+    assert (data.document_masking, data.source, data.weights) == (True, ("org/a", "org/b"), (0.75, 0.25))
+    assert (data.text_field, source.run.train.z_loss) == ("content", 1e-4)
+    problems = "\n".join(source.problems)
+    assert "all but .*embedding.*" in problems
+    assert "optimizer.dream is not read" in problems
+
+
+def test_a_nanotron_sequence_that_exceeds_the_context_does_not_hinder_the_count(tmp_path: Path) -> None:
+    tokens = {**NANOTRON["tokens"], "sequence_length": 4_096}
+    source = open_source(str(nanotron_file(tmp_path, {**NANOTRON, "tokens": tokens})))
+    assert (source.run, count_source(source).totals.unique) == (None, 134_515_008)
+    assert "longer than the model's context" in source.problems[-1]
 
 
 def test_nanotron_with_missing_sections_opens(tmp_path: Path) -> None:
