@@ -49,6 +49,12 @@ Loggers = Annotated[
         show_default=False,
     ),
 ]
+AcceptGuesses = Annotated[
+    bool,
+    typer.Option(
+        "--accept-guesses", help="Go on though values of the model's config are guessed; they are recorded."
+    ),
+]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     typer.Option("--dtype", help="Convert weights that are not quantized. Default: as stored in the file."),

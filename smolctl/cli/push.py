@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from smolctl.cli.options import command
+from smolctl.cli.options import AcceptGuesses, command
 from smolctl.errors import UsageError
 from smolctl.publish.sdk import Sdk, page_variants
 from smolctl.views.output import Output
@@ -79,6 +79,7 @@ def push(
             help="Variants on a static page: int8, int4 or both; the first is the default.",
         ),
     ] = "int8",
+    accept_guesses: AcceptGuesses = False,
     preview: Annotated[
         bool, typer.Option("--preview", help="Serve the Space's page on this machine; send nothing.")
     ] = False,
@@ -117,6 +118,7 @@ def push(
         space_sdk,
         page_variants(split_commas([page_schemes.lower()])),
         tuple(allow_secret or ()),
+        accept_guesses,
     )
     if preview:
         with tempfile.TemporaryDirectory(prefix="smolctl-preview-") as work:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from smolctl.cli.options import command
+from smolctl.cli.options import AcceptGuesses, command
 from smolctl.errors import GateError
 from smolctl.views.output import Output
 
@@ -96,6 +96,7 @@ def quantize(
     max_kl: Annotated[
         float | None, typer.Option("--max-kl", help="Exit with 5 when the mean KL (nats) is above.")
     ] = None,
+    accept_guesses: AcceptGuesses = False,
 ) -> None:
     """Make a model smaller, and say what that costs and brings.
 
@@ -124,6 +125,7 @@ def quantize(
         windows=windows,
         per_tensor=per_tensor,
         gates=Gates(max_bpb_increase, max_kl),
+        accept_guesses=accept_guesses,
     )
     report = run(model, options, output.talk)
     show_quantization(output, report)

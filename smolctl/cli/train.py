@@ -77,6 +77,7 @@ def train(
     logger: options.Loggers = None,
     settings: options.Settings = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    accept_guesses: options.AcceptGuesses = False,
 ) -> int | None:
     """Train a model from a config, or fine-tune one.
 
@@ -103,6 +104,8 @@ def train(
     name = config or (DEFAULT_FINETUNE_CONFIG if init_from else DEFAULT_CONFIG)
     changes = merge(parse_settings(settings or ()), changes)
     source = open_source(init_from) if init_from else None
+    if source is not None:
+        source.require_certainty(accept_guesses)
     run_config = load_run_config(name, flags=changes, model=source.require_config() if source else None)
     out_view = output if is_main_process() else Output(quiet=True)
     with TrainingView(out_view) as view, failing_together():
@@ -110,6 +113,8 @@ def train(
             RunFolder.require_free(out, force, [init_from] if init_from else [])
         notes: list[str] = []  # of a dry run, which prints one document and no events
         hears = (lambda event: notes.append(event.text)) if dry_run and output.json else view
+        for problem in source.problems if source else ():
+            hears(Note(f"{init_from}: {problem}"))
         if Path(name).is_dir():  # which is no config, so a preset of that name was found
             hears(Note(f"{name} is the preset; the folder {Path(name).absolute()} is not meant."))
         prepared = prepare(run_config, source, hears, view.tokenizing, changes)

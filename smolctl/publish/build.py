@@ -160,16 +160,21 @@ def scanned_files(
     return files, findings
 
 
-def open_model(model: str | None) -> ModelToPublish:
+def open_model(model: str | None, accept_guesses: bool = False) -> ModelToPublish:
     """What is to be published: by default the newest run.
 
+    Args:
+        model: any MODEL with weights; None: the newest run.
+        accept_guesses: whether values of its config may be guessed.
+
     Raises:
-        SmolError: there is no such model, or it has no weights.
+        SmolError: there is no such model, it has no weights, or its config is guessed.
     """
     reference = model or str(latest_run())
     source = open_source(reference)
     source.require_config()
     source.require_weights()
+    source.require_certainty(accept_guesses)
     require_own_files(source)
     if source.kind == SourceKind.RUN:
         path, _ = split_step(reference)

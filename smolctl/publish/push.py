@@ -56,6 +56,7 @@ class PushOptions:
     space_sdk: Sdk = Sdk.STATIC
     page_schemes: tuple[str, ...] = ("int8",)  # variants on a static page, the default first
     allowed_secrets: tuple[str, ...] = ()  # hashes of findings that are no secrets
+    accept_guesses: bool = False  # of values of the config that no file says
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def plan_push(options: PushOptions, folder: Path, client: HubClient | None = Non
     Raises:
         SmolError: something cannot be published.
     """
-    model = open_model(options.model)
+    model = open_model(options.model, options.accept_guesses)
     destination = choose_destination(options, model, client)
     return make_plan(options, destination, build_push(options, model, folder), client)
 
@@ -200,7 +201,7 @@ def build_preview(options: PushOptions, folder: Path) -> Path:
     """
     if options.space_sdk is Sdk.GRADIO:
         require_space(options.space_sdk)
-    _build_with_space(options, open_model(options.model), folder, tried=False)
+    _build_with_space(options, open_model(options.model, options.accept_guesses), folder, tried=False)
     return folder / SPACE
 
 

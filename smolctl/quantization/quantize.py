@@ -70,6 +70,7 @@ class QuantizeOptions:
     windows: int = 24
     per_tensor: bool = False
     gates: Gates = dataclasses.field(default_factory=Gates)
+    accept_guesses: bool = False  # of values of the config that no file says
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,9 @@ def quantize(
     source = open_source(model)
     config = source.require_config()
     source.require_weights()
+    source.require_certainty(options.accept_guesses)
+    for problem in source.problems:
+        note(f"{source.id}: {problem}")
     require_own_files(source, carried_only=True)
     if source.quantization is not None:
         note(f"{source.id} is quantized already: what its {source.quantization['scheme']} lost stays lost.")

@@ -153,6 +153,7 @@ class ModelSource:
     missing_parts: str = ""  # which files of the model do not lie beside this one
     run: RunConfig | None = None  # the training recipe, where the source has one
     problems: tuple[str, ...] = ()  # what is odd about it, for a person to read
+    guesses: tuple[str, ...] = ()  # values of the config that no file says; among the problems too
     step: int | None = None  # optimizer steps behind a checkpoint
     weights: Weights | None = None
     quantization: Mapping[str, Any] | None = None  # quantization.json, of a quantized model
@@ -194,6 +195,18 @@ class ModelSource:
                 "smolctl runs Llama-shaped models; count-params still counts this one's header.",
             )
         return self.config
+
+    def require_certainty(self, accept_guesses: bool) -> None:
+        """Check that every value of the config was read, before something lasting is made of the model.
+
+        Raises:
+            InputError: some were guessed, and the user has not accepted that.
+        """
+        if self.guesses and not accept_guesses:
+            raise InputError(
+                f"{self.id}: guessed: {'; '.join(self.guesses)}",
+                "Put the model's config.json beside the file, or accept this with --accept-guesses.",
+            )
 
     def require_weights(self) -> Weights:
         """The weights, or an error that says that this source has none, and why."""

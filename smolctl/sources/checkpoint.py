@@ -10,6 +10,7 @@ whatever the file asks.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +28,10 @@ from smolctl.sources.base import (
     TensorHeader,
     TokenizerFiles,
 )
+from smolctl.sources.huggingface.folder import declared_in, describe
 from smolctl.sources.huggingface.tokenizer import tokenizer_reader
 from smolctl.sources.provenance import reference_of
-from smolctl.sources.shapes import HEAD, TABLE, check_tensors, recover_config
+from smolctl.sources.shapes import check_tensors, with_table
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 ZIP_MAGIC = b"PK\x03\x04"  # of a zip, which is what torch.save writes
 # What torch.compile, DDP and FSDP put before the names of the modules they wrap.
 WRAPPERS = {"_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module"}
+# Where trainers keep the weights: Lightning, nanoGPT and litgpt, DeepSpeed, and what many scripts write.
+HOLDERS = ("state_dict", "model", "module", "model_state_dict", "model_state")
 PACKED = "._packed_params._packed_params"
 BESIDE = ("._packed_params.dtype", ".scale", ".zero_point")  # says nothing that the packed matrix does not
 REMEDY = "Run `smolctl quantize --to int8-dynamic` again."
@@ -66,33 +70,60 @@ def open_checkpoint(path: Path, name: str) -> ModelSource:
             tokenizer_reader=_tokenizer_of(content, path),
         )
     model = run.model if run else _model_of_quantized(content, path)
-    state = network_state(content, path)
-    if model and model.tie_word_embeddings and HEAD in state and TABLE not in state:
-        state[TABLE] = state.pop(HEAD)
-    tensors = tuple(_header_of(key, value) for key, value in state.items())
-    config, unsupported, problems = (
-        (model, "", check_tensors(model, tensors)) if model else recover_config(tensors)
-    )
+    state, reader = network_state(content, path), _tokenizer_of(content, path)
+    if model is None:
+        source = _described(name, state, declared_in(path.parent), reader)
+    else:
+        state = with_table(state, model.tie_word_embeddings)
+        source = ModelSource(
+            SourceKind.CHECKPOINT,
+            name,
+            model,
+            declared=model.model_dump(mode="json"),
+            tensors=_headers(state),
+            run=run,
+            weights=StateWeights(state),
+            tokenizer_reader=reader,
+        )
+        source = replace(source, problems=check_tensors(model, source.tensors or ()))
     quantization = content["quantization"] if model and not run else None
     if quantization is None and not all(isinstance(value, torch.Tensor) for value in state.values()):
         quantization = {"scheme": "int8-dynamic"}
     step = content.get("global_step")
-    return ModelSource(
+    return replace(
+        source,
         kind=SourceKind.QUANTIZED if quantization else SourceKind.CHECKPOINT,
-        id=name,
-        config=config,
-        unsupported=unsupported,
-        declared=model.model_dump(mode="json") if model else {},
-        recovered_from_shapes=model is None,
-        tensors=tensors,
-        run=run,
-        problems=problems,
         step=step if type(step) is int else None,
-        weights=StateWeights(state),
         recorded_loss=_recorded_loss(content, path),
         quantization=quantization,
-        tokenizer_reader=_tokenizer_of(content, path),
     )
+
+
+def _described(
+    name: str,
+    state: Mapping[str, torch.Tensor | ScaledMatrix],
+    beside: Mapping[str, Any] | None,
+    reader: Callable[[], TokenizerFiles | None] | None,
+) -> ModelSource:
+    """A state of another tool by the config.json beside it, else by its shapes."""
+    return describe(
+        SourceKind.CHECKPOINT, name, beside, _headers(state), weights=StateWeights(state), reader=reader
+    )
+
+
+def _headers(state: Mapping[str, torch.Tensor | ScaledMatrix]) -> tuple[TensorHeader, ...]:
+    """The header of every tensor, with the ties between those that share their numbers."""
+    import torch
+
+    seen: dict[object, str] = {}
+    headers = []
+    for name, value in state.items():
+        shares = ""
+        if isinstance(value, torch.Tensor) and value.numel():
+            place = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+            shares = seen.setdefault(place, name)
+        headers.append(replace(_header_of(name, value), shares="" if shares == name else shares))
+    return tuple(headers)
 
 
 def _model_of_quantized(content: Mapping[str, Any], path: Path) -> ModelConfig | None:
@@ -118,7 +149,8 @@ def network_state(content: Mapping[str, Any], path: Path) -> dict[str, torch.Ten
     kinds = (torch.Tensor, ScaledMatrix)
     content = _unpacked(content, path)
     bare = all(isinstance(value, kinds) for value in content.values())  # torch.save(state_dict)
-    state = content if bare else content.get("state_dict")
+    held = (content[key] for key in HOLDERS if isinstance(content.get(key), Mapping))
+    state = content if bare else next(held, None)
     if not isinstance(state, Mapping):
         raise InputError(f"{path}: has no state_dict", "Name a checkpoint that a training run has written.")
     tensors: dict[str, torch.Tensor | ScaledMatrix] = {}

@@ -24,7 +24,14 @@ from smolctl.hub.connection import Fetched, api, endpoint, fetch
 from smolctl.hub.errors import READING, STRANGE, PassingError, explained
 from smolctl.outside import MAX_BYTES, checked, parse_object
 from smolctl.sources.base import ArrayWeights, ModelSource, SourceKind, TensorHeader, TokenizerFiles
-from smolctl.sources.huggingface.folder import INDEX, SINGLE, describe, is_huggingface_folder, open_folder
+from smolctl.sources.huggingface.folder import (
+    BOTH,
+    INDEX,
+    SINGLE,
+    describe,
+    is_huggingface_folder,
+    open_folder,
+)
 from smolctl.sources.huggingface.safetensors_file import (
     SafetensorsWeights,
     check_header_length,
@@ -144,7 +151,8 @@ def _open_online(repository: Repository, model: str) -> ModelSource:
     if "config.json" in files:
         declared = parse_object(repository.file(commit, "config.json")[0], f"{model}/config.json")
     tensors = _read_headers(repository, commit, shards) if shards else None
-    missing = () if shards else (f"no safetensors in the repository{_others(files)}",)
+    missing: tuple[str, ...] = () if shards else (f"no safetensors in the repository{_others(files)}",)
+    missing += (BOTH,) if {INDEX, SINGLE} <= files else ()
     weights = HubWeights(repository, shards, files)
 
     def reader() -> TokenizerFiles | None:
@@ -189,7 +197,7 @@ def _cached_snapshot(repository: Repository, commit: str, needed: set[str]) -> P
 
 def _weight_files(repository: Repository, commit: str, files: set[str]) -> Shards:
     """The safetensors files of a model: the sharded ones, the usual one, or the only one."""
-    if INDEX in files:
+    if INDEX in files and SINGLE not in files:
         index, _ = repository.file(commit, INDEX)
         return dict(read_weight_map(index, f"{repository.name}/{INDEX}"))
     if SINGLE in files:

@@ -17,7 +17,7 @@ HEAD = "lm_head.weight"
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 FIRST = "model.layers.0."
 # Old transformers stored these; they follow from rope_theta.
-DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 MAX_LAYERS = 10_000  # more would be a damaged file
 NAMED_PROBLEMS = 5  # that an error message names
 
@@ -30,6 +30,7 @@ class Shaped(Protocol):
 
 
 S = TypeVar("S", bound=Shaped)
+T = TypeVar("T")
 
 
 def check_state(config: ModelConfig, tensors: Mapping[str, S], origin: str) -> dict[str, S]:
@@ -61,6 +62,14 @@ def check_state(config: ModelConfig, tensors: Mapping[str, S], origin: str) -> d
             "Is this the right config for these weights? `smolctl inspect-config` compares both.",
         )
     return state
+
+
+def with_table(tensors: Mapping[str, T], tied: bool) -> dict[str, T]:
+    """Tensors of which a tied model has kept one for table and head, under the table's name."""
+    found = dict(tensors)
+    if tied and HEAD in found and TABLE not in found:
+        found[TABLE] = found.pop(HEAD)
+    return found
 
 
 def check_tensors(config: ModelConfig, tensors: Iterable[TensorHeader]) -> tuple[str, ...]:
@@ -113,7 +122,8 @@ def recover_config(tensors: Iterable[TensorHeader]) -> tuple[ModelConfig | None,
 
     Shapes do not show head_dim, rope_theta or the context length.
     """
-    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    headers = {tensor.name: tensor for tensor in tensors}
+    shapes = {name: tensor.shape for name, tensor in headers.items()}
     sizes = {
         TABLE: shapes.get(TABLE),
         "q_proj": shapes.get(f"{FIRST}self_attn.q_proj.weight"),
@@ -137,7 +147,7 @@ def recover_config(tensors: Iterable[TensorHeader]) -> tuple[ModelConfig | None,
         "num_attention_heads": queries // head_dim,
         "num_key_value_heads": keys // head_dim,
         "head_dim": head_dim,
-        "tie_word_embeddings": HEAD not in shapes,
+        "tie_word_embeddings": HEAD not in shapes or headers[HEAD].shares == TABLE,
         **_positions(shapes),
     }
     try:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from smolctl.config import ModelConfig
 from smolctl.config.load import resolve_model_config
 from smolctl.errors import InputError
-from smolctl.sources.base import DAMAGED, ModelSource, SourceKind, TensorHeader, Weights
+from smolctl.sources.base import DAMAGED, ModelSource, SourceKind, TensorHeader, TokenizerFiles, Weights
 from smolctl.sources.gguf.header import GGUFHeader, GGUFTensor, as_written, read_header
 from smolctl.sources.gguf.tokenizer import read_tokenizer, special_ids
+from smolctl.sources.huggingface.tokenizer import tokenizer_reader
 from smolctl.sources.shapes import check_tensors
 
 if TYPE_CHECKING:
@@ -97,8 +98,19 @@ def open_gguf(path: Path, name: str) -> ModelSource:
         tensors=tensors,
         problems=check_tensors(config, tensors) if config else (),
         weights=GGUFWeights(header, config) if config else None,
-        tokenizer_reader=lambda: read_tokenizer(header),
+        tokenizer_reader=lambda: _tokenizer(header),
     )
+
+
+def _tokenizer(header: GGUFHeader) -> TokenizerFiles | None:
+    """The tokenizer in a file; where that cannot be read, or there is none, the one beside it."""
+    beside = tokenizer_reader(header.path.parent)
+    try:
+        return read_tokenizer(header) or (beside() if beside else None)
+    except InputError:
+        if beside is None:
+            raise
+        return beside()
 
 
 def _with_all_parts(header: GGUFHeader) -> tuple[GGUFHeader, str]:

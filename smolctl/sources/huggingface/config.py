@@ -33,6 +33,7 @@ LLAMA_DEFAULTS: Mapping[str, Any] = {
     "pad_token_id": None,
 }
 DEFAULT_ROPE_THETA = 10_000.0
+ROPE = ("rope_parameters", "rope_scaling")  # transformers 5's key and 4's
 # What `push` calls a network with learned positions or scaled branches, and what its config class assumes.
 OWN_TYPE, OWN_ARCHITECTURE = "smolctl", "SmolctlForCausalLM"
 OWN_DEFAULTS = {"position_embedding": "learned", "residual_scale": 1.0}
@@ -131,8 +132,14 @@ def unsupported_feature(values: Mapping[str, Any]) -> str:
 
 
 def _unsupported_rope(values: Mapping[str, Any]) -> str:
+    given = [rope for key in ROPE if (rope := values.get(key))]
+    if len(given) == 2 and _meaning(given[0], values) != _meaning(given[1], values):
+        return "rope_scaling and rope_parameters contradict each other: that is not supported"
     rope = _rope(values)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    by_layer = [key for key, value in rope.items() if isinstance(value, Mapping)]
+    if by_layer:
+        return f"rope_parameters of their own for {by_layer[0]} are not supported"
+    kind = _rope_kind(rope)
     if kind != "default":
         return f"rope scaling {kind} is not supported"
     partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
@@ -141,9 +148,21 @@ def _unsupported_rope(values: Mapping[str, Any]) -> str:
     return ""
 
 
+def _rope_kind(rope: Mapping[str, Any]) -> Any:
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
+def _meaning(rope: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What one of the two spellings says, with what it leaves out: where both are there, transformers takes
+    `rope_scaling`, and its base from the top level."""
+    rest = {key: value for key, value in rope.items() if key not in ("type", "rope_type", "rope_theta")}
+    theta = rope.get("rope_theta") or values.get("rope_theta") or DEFAULT_ROPE_THETA
+    return {**rest, "rope_type": _rope_kind(rope), "rope_theta": theta}
+
+
 def _rope(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """v5 `rope_parameters`, or v4 `rope_scaling`; empty when neither is there."""
-    for key in ("rope_parameters", "rope_scaling"):
+    for key in ROPE:
         if rope := values.get(key):
             return dict(rope)
     return {}

@@ -9,16 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from smolctl.errors import InputError
-from smolctl.outside import read_json
+from smolctl.outside import read_file, read_json
 from smolctl.sources.base import ModelSource, SourceKind, TensorHeader, TokenizerFiles, Weights
 from smolctl.sources.huggingface.card import card_beside
 from smolctl.sources.huggingface.config import assumed_keys, counted_config, from_huggingface_config
-from smolctl.sources.huggingface.safetensors_file import SafetensorsWeights, read_header, read_shards
+from smolctl.sources.huggingface.safetensors_file import (
+    SafetensorsWeights,
+    read_header,
+    read_shards,
+    read_weight_map,
+)
 from smolctl.sources.huggingface.tokenizer import TOKENIZER_FILES, tokenizer_reader
+from smolctl.sources.names import RenamedWeights, format_of, huggingface_names
 from smolctl.sources.shapes import check_tensors, recover_config
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+
+BOTH = f"{SINGLE} and {INDEX} are both there: {SINGLE} is read, as transformers does"
 
 
 def is_huggingface_folder(folder: Path) -> bool:
@@ -39,7 +48,7 @@ def open_folder(folder: Path, name: str, kind: SourceKind = SourceKind.FOLDER) -
         InputError: a file is damaged or missing.
     """
     weights, tensors, problems = _folder_weights(folder)
-    source = describe(kind, name, _declared(folder), tensors, problems, weights, tokenizer_reader(folder))
+    source = describe(kind, name, declared_in(folder), tensors, problems, weights, tokenizer_reader(folder))
     return dataclasses.replace(source, card=card_beside(folder))
 
 
@@ -53,12 +62,13 @@ def open_config_json(path: Path, name: str) -> ModelSource:
 def open_safetensors(path: Path, name: str) -> ModelSource:
     """Open one file; its config is the config.json beside it, or is recovered from the shapes."""
     tensors, weights, beside = read_header(path), SafetensorsWeights({path: None}), path.parent
-    declared, reader = _declared(beside), tokenizer_reader(beside)
+    declared, reader = declared_in(beside), tokenizer_reader(beside)
     source = describe(SourceKind.SAFETENSORS, name, declared, tensors, weights=weights, reader=reader)
     return dataclasses.replace(source, card=card_beside(beside))
 
 
-def _declared(folder: Path) -> dict[str, Any] | None:
+def declared_in(folder: Path) -> dict[str, Any] | None:
+    """The content of the config.json in a folder, where there is one. Raises InputError: it is damaged."""
     path = folder / "config.json"
     return read_json(path) if path.is_file() else None
 
@@ -74,17 +84,24 @@ def describe(
 ) -> ModelSource:
     """A source from the config.json's content (None: recover it from shapes) and the header."""
     config = shape = None
+    guesses: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    tied = declared is None or bool(declared.get("tie_word_embeddings"))
+    names = huggingface_names((tensor.name for tensor in tensors or ()), tied)
+    renamed = tuple(dataclasses.replace(tensor, name=names[tensor.name]) for tensor in tensors or ())
     if declared is not None:
         config, unsupported = from_huggingface_config(declared, name)
         shape = None if config else counted_config(declared, name)
         notes = assumed_keys(declared) if config or shape else ()
-        if config and tensors:
-            notes += check_tensors(config, tensors)
+        notes += check_tensors(config, renamed) if config and tensors else ()
     elif tensors is not None:
-        config, unsupported, notes = recover_config(tensors)
+        config, unsupported, guesses = recover_config(renamed)
+        if config is None and (known := format_of(tensor.name for tensor in tensors)):
+            unsupported = known
     else:
         unsupported = "there is no config.json and there are no weights"
+    if config is not None and tensors is not None and any(old != new for old, new in names.items()):
+        tensors, weights = renamed, RenamedWeights(weights, names) if weights else None
     return ModelSource(
         kind=kind,
         id=name,
@@ -94,7 +111,8 @@ def describe(
         declared=declared or {},
         recovered_from_shapes=declared is None,
         tensors=tensors,
-        problems=problems + notes,
+        problems=problems + guesses + notes,
+        guesses=guesses,
         weights=weights,
         tokenizer_reader=reader,
     )
@@ -103,7 +121,8 @@ def describe(
 def _folder_weights(
     folder: Path,
 ) -> tuple[SafetensorsWeights | None, tuple[TensorHeader, ...] | None, tuple[str, ...]]:
-    if (folder / INDEX).is_file():
+    both = (folder / INDEX).is_file() and (folder / SINGLE).is_file()
+    if (folder / INDEX).is_file() and not both:
         shards, tensors = read_shards(folder, folder / INDEX)
         return SafetensorsWeights(shards), tensors, ()
     files = sorted(folder.glob("*.safetensors"))
@@ -115,7 +134,13 @@ def _folder_weights(
             "Name one of the files, or add the index.",
         )
     if files:
-        return SafetensorsWeights({files[0]: None}), read_header(files[0]), ()
+        notes = (BOTH,) if both and not _names_only(folder / INDEX, SINGLE) else ()
+        return SafetensorsWeights({files[0]: None}), read_header(files[0]), notes
     others = sorted(path.name for pattern in ("*.bin", "*.gguf", "*.pth") for path in folder.glob(pattern))
     notes = (f"no safetensors here; {', '.join(others)} is not read from a folder",) if others else ()
     return None, None, notes
+
+
+def _names_only(index: Path, name: str) -> bool:
+    """Whether an index leads to this file alone."""
+    return set(read_weight_map(read_file(index), str(index))) == {name}
