@@ -59,7 +59,16 @@ def read_file(path: Path, remedy: str = CORRECT, most: int = MAX_BYTES) -> bytes
         raise InputError(f"{path}: cannot be read ({reason})", remedy) from None
     if len(content) > most:
         raise InputError(f"{path}: has more than {most:,} bytes", remedy)
+    refuse_pointer(content, str(path))
     return content
+
+
+def refuse_pointer(start: bytes, origin: str) -> None:
+    """Refuse what git leaves in the place of a large file. Raises InputError: `start` begins as one does."""
+    if start.startswith(b"version https://git-lfs"):
+        raise InputError(
+            f"{origin}: a Git LFS pointer, not the file itself", "Run `git lfs pull` in its repository."
+        )
 
 
 def read_json(path: Path, remedy: str = CORRECT, most: int = MAX_BYTES) -> dict[str, Any]:

@@ -105,6 +105,14 @@ def sample(
             "results stay bit-identical.",
         ),
     ] = "auto",
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            "--tokenizer",
+            metavar="NAME",
+            help="tokenizer.json, folder, GGUF or Hub id. Default: the model's.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same text.")] = 0,
     engine: Annotated[
         Literal["auto", "native", "torch"],
@@ -147,6 +155,7 @@ def sample(
         special_tokens=special_tokens,
         compare=compare,
         batch_size=batch_size,
+        tokenizer=tokenizer,
         engine=EngineOptions(engine, dtype, capped_threads(output, threads)),
         settings=CompletionSettings(
             max_tokens=max_tokens,

@@ -149,6 +149,11 @@ def load_run_config(
     """
     path = config_path(name_or_path)
     content, changes = read_yaml(path), merge(parse_settings(settings), flags or {})
+    if _given(content, "model", "model_config") is not None:
+        raise InputError(
+            f"{name_or_path}: a nanotron recipe, which train does not take as it is",
+            f"Translate it first: smolctl inspect-config {name_or_path} --yaml > mine.yaml",
+        )
     if model is not None:
         dropout = _given(content, "model", "attention_dropout") or 0.0
         content = {**content, "model": {**model.model_dump(), "attention_dropout": dropout}}

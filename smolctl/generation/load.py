@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from smolctl.data.tokenizer.prompt import Prompt, SpecialTokens, count_characters
-from smolctl.data.tokenizer.tokenizer import Tokenizer
+from smolctl.data.tokenizer.tokenizer import Tokenizer, read_tokenizer_of
 from smolctl.errors import InputError
 from smolctl.escaping import whole_characters
 from smolctl.generation.complete import CompletionSettings
@@ -69,8 +69,17 @@ class LoadedModel:
         return self.tokenizer.chat_prompt(whole, special_tokens, self.context)
 
 
-def load_model(model: str, options: EngineOptions = EngineOptions()) -> LoadedModel:  # noqa: B008 - frozen
+def load_model(
+    model: str,
+    options: EngineOptions = EngineOptions(),  # noqa: B008 - frozen
+    tokenizer_of: str | None = None,
+) -> LoadedModel:
     """Read weights, as they are stored where the engine can run that, and the tokenizer.
+
+    Args:
+        model: any MODEL with weights.
+        options: of the engine.
+        tokenizer_of: a tokenizer.json, a folder, a GGUF or a Hub id; None: the model's own.
 
     Raises:
         SmolError: the model cannot be read or run, or it comes without a tokenizer.
@@ -79,8 +88,13 @@ def load_model(model: str, options: EngineOptions = EngineOptions()) -> LoadedMo
     source = open_source(model)
     source.require_config()
     source.require_weights()
-    files = source.require_tokenizer()
-    tokenizer = Tokenizer.from_files(files, model)
+    if tokenizer_of is None:
+        files = source.require_tokenizer(
+            "Put its tokenizer.json there, or name one with `sample --tokenizer`."
+        )
+    else:
+        files = read_tokenizer_of(tokenizer_of)
+    tokenizer = Tokenizer.from_files(files, tokenizer_of or model)
     tokenizer.require_fit(source.require_config().vocab_size)
     engine = make_engine(source, options)
     place = "the GGUF's metadata" if source.kind is SourceKind.GGUF else "generation_config.json"

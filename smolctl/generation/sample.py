@@ -44,6 +44,7 @@ class SampleRequest:
     special_tokens: SpecialTokens = "text"  # what special tokens are that a message spells
     compare: bool = False  # find where the other models leave the first one
     batch_size: int = 8  # sequences of `jsonl` that decode together
+    tokenizer: str | None = None  # a tokenizer.json, a folder, a GGUF or a Hub id; None: each model's own
     engine: EngineOptions = field(default_factory=EngineOptions)
     settings: CompletionSettings = field(default_factory=CompletionSettings)
     # Fields of `SamplingSettings` that the user sets, the others being the model's or the default; None: all
@@ -122,7 +123,9 @@ def sample(
     text = _prompt(request, stdin) if file is None else None
     if request.system is not None and not request.chat and _has_raw_prompt(text, file):
         raise UsageError("--system belongs to a chat", "Add --chat, or write it into the prompt.")
-    models = [load_model(name, request.engine) for name in request.models or ("runs/latest",)]
+    models = [
+        load_model(name, request.engine, request.tokenizer) for name in request.models or ("runs/latest",)
+    ]
     own = request.sampling
     # Models that are compared are all given the same settings.
     recommended = models[0].recommended if own is not None and len(models) == 1 else {}

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from smolctl.config import RunConfig
+from smolctl.config import ModelConfig, RunConfig
 from smolctl.sources.base import ModelSource
+
+FIELDS = tuple(ModelConfig.model_fields)
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Differences:
 def compare(this: ModelSource, other: ModelSource) -> Differences:
     """Lay two models side by side.
 
-    The configs are compared in normalised form; when this toolkit cannot represent one of the two, as
-    both files spell them.
+    The configs are compared in normalised form, by what the network of one of them has too when this toolkit
+    cannot represent the other, and as both files spell them when it can represent neither.
     """
     recipe = None
     if this.run is not None and other.run is not None:
@@ -47,11 +49,27 @@ def compare(this: ModelSource, other: ModelSource) -> Differences:
     tensors = None
     if this.tensors is not None and other.tensors is not None:
         tensors = _differences(_tensors(this), _tensors(other))
-    if this.config is not None and other.config is not None:
-        config = _differences(this.config.model_dump(), other.config.model_dump())
-    else:
-        config = _differences(this.declared, other.declared)
+    config = _differences(*_comparable(this, other))
     return Differences(this, other, config, recipe, tensors)
+
+
+def _comparable(this: ModelSource, other: ModelSource) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    models = [source.config or source.shape for source in (this, other)]
+    if models == [None, None]:
+        return this.declared, other.declared
+    sides = [
+        model.model_dump()
+        if model
+        else {key: source.declared[key] for key in FIELDS if key in source.declared}
+        for model, source in zip(models, (this, other), strict=True)
+    ]
+    if None in models:  # what one of the two leaves out has a default that is not known here
+        sides = [
+            {key: side[key] for key in side if key in sides[0].keys() & sides[1].keys()} for side in sides
+        ]
+        sides += [{"model_type": source.declared.get("model_type", "llama")} for source in (this, other)]
+        return {**sides[2], **sides[0]}, {**sides[3], **sides[1]}
+    return sides[0], sides[1]
 
 
 def _differences(this: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[Difference, ...]:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from smolctl.arithmetic import (
     BYTES_PER_VALUE,
@@ -213,6 +214,12 @@ def training_config(source: ModelSource) -> RunConfig:
     return _recipe_of(source, source.require_config())
 
 
+def _lasting(model: str) -> str:
+    """A MODEL as a file may name it that is read in another folder."""
+    path = Path(model)
+    return str(path.absolute()) if path.exists() else model
+
+
 def _recipe_of(source: ModelSource, model: ModelConfig) -> RunConfig:
     if source.run is not None:
         return source.run
@@ -222,6 +229,6 @@ def _recipe_of(source: ModelSource, model: ModelConfig) -> RunConfig:
         update={
             "model": model,
             "data": defaults.data.model_copy(update={"sequence_length": length}),
-            "tokenizer": source.id if source.tokenizer_reader is not None else None,
+            "tokenizer": _lasting(source.id) if source.tokenizer_reader is not None else None,
         }
     )

@@ -26,16 +26,16 @@ FORMATS = (
     ("attn.qkv.weight", "a litgpt checkpoint: convert it with `litgpt convert_from_litgpt`"),
     ("attn.attn.weight", "a litgpt checkpoint: convert it with `litgpt convert_from_litgpt`"),
     ("attn.c_attn.weight", "a network of GPT-2's kind (nanoGPT, GPT-2), which is not a Llama"),
-    ("attention.wq.weight", "Meta's format: convert it with transformers' convert_llama_weights_to_hf.py"),
-    ("attn.output_proj.weight", "a torchtune checkpoint: save it with torchtune's FullModelHFCheckpointer"),
+    ("attention.wq.weight", "Meta's format: convert it with transformers' convert_llama_weights_to_hf"),
+    ("attn.output_proj.weight", "a torchtune checkpoint: save it with its FullModelHFCheckpointer"),
 )
 
 
 def huggingface_names(names: Iterable[str], tied: bool) -> dict[str, str]:
     """The names of a Llama as `LlamaForCausalLM` has them, by those in the file.
 
-    A wrapper's prefix (`net.model.`, `module.model.`, `language_model.model.`) becomes `model.`, and so does a
-    missing one. Names that do not lie in the network stay as they are.
+    A wrapper's prefix (`net.model.`, `module.model.`, `language_model.model.`) becomes `model.`, and so does
+    a missing one. Names that do not lie in the network stay as they are.
 
     Args:
         names: in the file.

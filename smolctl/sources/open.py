@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import re
+import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from smolctl.config.load import (
     resolve_run_config,
 )
 from smolctl.errors import InputError, UsageError
+from smolctl.outside import refuse_pointer
 from smolctl.ownership import require_inside
 from smolctl.runs.folder import FILES as RUN_FILES
 from smolctl.runs.folder import RUNS, RunFolder, latest_run, split_step
@@ -41,9 +45,18 @@ from smolctl.sources.huggingface.tokenizer import TOKENIZER_FILES, tokenizer_rea
 from smolctl.sources.nanotron import is_nanotron, open_nanotron
 from smolctl.sources.quantized.folder import DESCRIPTION, FILE, is_quantized_folder, open_quantized_folder
 
+HUB_ADDRESS = re.compile(
+    r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://(?:models/)?)(?P<name>[\w.-]+/[\w.-]+?)"
+    r"(?:(?:/(?:tree|blob|resolve)/|@)(?P<revision>[\w.-]+)(?:/.*)?)?/?(?:\?.*)?"
+)
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?")
 # Endings of files: `models/x.gguf` that does not exist is a wrong path and no repository.
 FILE_ENDINGS = (".gguf", ".safetensors", ".ckpt", ".yaml", ".yml", ".json", ".bin", ".pt", ".pth")
+# What trainers write beside weights, and further parts of a split file.
+NO_LONE_FILE = re.compile(
+    r"(training_args|optimizer|scheduler|scaler|rng_state).*|.+-(?!00001)\d{5}-of-\d{5}\..+"
+)
+LONE_ENDINGS = (".gguf", ".bin", ".pth", ".pt", ".ckpt")
 MAX_CONFIG_BYTES = 20_000_000  # larger texts are corpora
 KINDS = "Give a preset, YAML, Hub id, Hugging Face or quantized folder, .safetensors, .gguf, .ckpt or run."
 
@@ -95,10 +108,15 @@ def require_own_files(source: ModelSource, carried_only: bool = False) -> None:
 
 
 def _open(model: str, values: Mapping[str, Any]) -> ModelSource:
+    if model == "-":
+        return _open_stdin(values)
+    model = _pasted(model)
     path = Path(model)
     preset = model in preset_names()
     if _exists(path) and not (preset and path.is_dir() and not _holds_model(path)):
         return _open_path(path, model, values)
+    if path.is_symlink():
+        raise InputError(f"{model}: a link to {path.readlink()}, which is not there", "Restore its target.")
     if preset:
         return _open_recipe(presets_folder() / f"{model}.yaml", model, values)
     if path.parent == RUNS and path.name == "latest":
@@ -111,9 +129,32 @@ def _open(model: str, values: Mapping[str, Any]) -> ModelSource:
         from smolctl.sources.hub import open_hub
 
         return open_hub(model)
+    repository, _, tag = model.partition(":")
+    if tag and HUB_ID.fullmatch(repository):
+        raise InputError(
+            f"{model}: a repository on the Hub and a quantization of llama.cpp's, which is one of its files",
+            f"`hf download {repository} --include '*{tag}*.gguf' --local-dir .`, then name the file.",
+        )
     if "/" not in model and not model.lower().endswith(FILE_ENDINGS):
         config_path(model)  # raises, with presets of a similar name
     raise InputError(f"{model}: no such file or folder", KINDS)
+
+
+def _pasted(model: str) -> str:
+    """The `org/name[@revision]` in an address of the Hub; any other MODEL as it is."""
+    address = HUB_ADDRESS.fullmatch(model)
+    if address is None:
+        return model
+    return f"{address['name']}@{address['revision']}" if address["revision"] else address["name"]
+
+
+def _open_stdin(values: Mapping[str, Any]) -> ModelSource:
+    """A config.json or a YAML on standard input."""
+    content = sys.stdin.buffer.read(MAX_CONFIG_BYTES)
+    with tempfile.TemporaryDirectory(prefix="smolctl-stdin-") as folder:
+        path = Path(folder) / "config"
+        path.write_bytes(content)
+        return _open_file(path, "-", values)
 
 
 def _exists(path: Path) -> bool:
@@ -143,6 +184,8 @@ def _open_folder(folder: Path, name: str) -> ModelSource:
         return _open_run(folder, None, name)
     if is_quantized_folder(folder):
         return open_quantized_folder(folder, name)
+    if lone := _lone_file(folder):
+        return _open_file(lone, name, {})
     if is_huggingface_folder(folder):
         return open_folder(folder, name)
     inside = sorted(path.name for path in folder.iterdir())
@@ -150,11 +193,28 @@ def _open_folder(folder: Path, name: str) -> ModelSource:
     raise InputError(f"{folder}: no model in it: no config.json, safetensors or run; it holds {shown}", KINDS)
 
 
+def _lone_file(folder: Path) -> Path | None:
+    """The one file of weights in a folder without safetensors: a GGUF, or what PyTorch has saved.
+
+    Raises:
+        InputError: there are several.
+    """
+    if any(folder.glob("*.safetensors*")):
+        return None
+    found = sorted(path for ending in LONE_ENDINGS for path in folder.glob(f"*{ending}"))
+    parts = [path for path in found if not NO_LONE_FILE.fullmatch(path.name)]
+    if len(parts) > 1 and not (folder / "config.json").is_file():
+        names = ", ".join(path.name for path in parts[:5])
+        raise InputError(f"{folder}: {len(parts)} files of weights: {names}", "Name one of them.")
+    return parts[0] if len(parts) == 1 else None
+
+
 def _open_file(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
     with path.open("rb") as file:
         start = file.read(512)
     if not start:
-        raise InputError(f"{path}: the file is empty", KINDS)
+        raise InputError(f"{name}: the file is empty", KINDS)
+    refuse_pointer(start, name)
     if start.startswith(GGUF_MAGIC):
         return open_gguf(path, name)
     if start.startswith(ZIP_MAGIC):
@@ -168,13 +228,24 @@ def _open_file(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
             f"{path}: a bare pickle is not read: it can execute code",
             "Save the weights as safetensors, or with torch.save of today.",
         )
+    if _is_utf16_object(start):
+        return open_config_json(path, name)
     if b"\0" in start or not _is_text(start):
         raise InputError(f"{path}: no known model file: it begins with {start[:8]!r}", KINDS)
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise InputError(f"{path}: {path.stat().st_size:,} bytes of text are no config", KINDS)
-    if start.lstrip().startswith(b"{"):
+    text = start.removeprefix(codecs.BOM_UTF8).lstrip()
+    if text.startswith(b"<"):
+        raise InputError(f"{path}: a web page, not a model", "Download the file itself, not its page.")
+    if text.startswith(b"{"):
         return open_config_json(path, name)
     return _open_recipe(path, name, values)
+
+
+def _is_utf16_object(start: bytes) -> bool:
+    """Whether a file begins as a JSON object in UTF-16."""
+    marked = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return marked and start.decode("utf-16", "ignore").lstrip().startswith("{")
 
 
 def _is_text(start: bytes) -> bool:

@@ -279,7 +279,12 @@ class Tokenizer:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, a folder, a GGUF, a run or a Hub id.
+    """The tokenizer that a name stands for; takes and raises what `read_tokenizer_of` does."""
+    return Tokenizer.from_files(read_tokenizer_of(name), name)
+
+
+def read_tokenizer_of(name: str) -> TokenizerFiles:
+    """The files of the tokenizer of a tokenizer.json, a folder, a GGUF, a run or a Hub id.
 
     Raises:
         InputError: nothing is there, it has no tokenizer, or it is damaged.
@@ -299,7 +304,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         raise InputError(
             f"{name}: there is no tokenizer in it", "Name a tokenizer.json, a folder, a GGUF or a Hub id."
         )
-    return Tokenizer.from_files(files, name)
+    return files
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:

@@ -27,6 +27,9 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
+MERGE = "Merge it into its base model with peft (merge_and_unload, save_pretrained) and name the result."
+KIND = "Name the config.json of a model, its folder or its weights."
+CONFIG_KEYS = frozenset(("architectures", "hidden_size", "model_type", "text_config", "vocab_size"))
 BOTH = f"{SINGLE} and {INDEX} are both there: {SINGLE} is read, as transformers does"
 
 
@@ -49,14 +52,50 @@ def open_folder(folder: Path, name: str, kind: SourceKind = SourceKind.FOLDER) -
     """
     weights, tensors, problems = _folder_weights(folder)
     source = describe(kind, name, declared_in(folder), tensors, problems, weights, tokenizer_reader(folder))
-    return dataclasses.replace(source, card=card_beside(folder))
+    return dataclasses.replace(_with_adapter(source, folder), card=card_beside(folder))
+
+
+def _with_adapter(source: ModelSource, folder: Path) -> ModelSource:
+    """A source whose reason names the base model of an adapter, where its config lies beside it."""
+    path = folder / "adapter_config.json"
+    if source.config is not None or source.declared or not path.is_file():
+        return source
+    return dataclasses.replace(source, unsupported=f"{_adapter(read_json(path))}. {MERGE}".rstrip("."))
 
 
 def open_config_json(path: Path, name: str) -> ModelSource:
     """Open a config.json, with the weights that lie beside it."""
     if path.name == "config.json":
         return open_folder(path.parent, name)
-    return describe(SourceKind.FOLDER, name, read_json(path), None)
+    content = read_json(path)
+    require_config_json(content, name)
+    return describe(SourceKind.FOLDER, name, content, None)
+
+
+def require_config_json(content: Mapping[str, Any], origin: str) -> None:
+    """Refuse the other JSON files of a model.
+
+    Raises:
+        InputError: it is an index, a tokenizer or an adapter's config, or has nothing of a config.json.
+    """
+    if "weight_map" in content:
+        raise InputError(f"{origin}: an index of weights", "Name the folder that it lies in.")
+    if "peft_type" in content:
+        raise InputError(f"{origin}: {_adapter(content)}", MERGE)
+    if isinstance(content.get("model"), dict) and {"added_tokens", "pre_tokenizer"} & content.keys():
+        raise InputError(
+            f"{origin}: a tokenizer", "Name the folder or the weights; `sample` has --tokenizer."
+        )
+    if {"n_layers", "dim"} <= content.keys():
+        raise InputError(f"{origin}: Meta's params.json", "Convert the model to Hugging Face's format first.")
+    if not CONFIG_KEYS & content.keys():
+        raise InputError(f"{origin}: no config.json: it has no {', '.join(sorted(CONFIG_KEYS))}", KIND)
+
+
+def _adapter(content: Mapping[str, Any]) -> str:
+    """What an adapter_config.json says that weights beside it are."""
+    base, rank = content.get("base_model_name_or_path"), content.get("r")
+    return f"a {content.get('peft_type')} adapter of rank {rank} for {base}, which holds no model of its own"
 
 
 def open_safetensors(path: Path, name: str) -> ModelSource:
@@ -64,7 +103,7 @@ def open_safetensors(path: Path, name: str) -> ModelSource:
     tensors, weights, beside = read_header(path), SafetensorsWeights({path: None}), path.parent
     declared, reader = declared_in(beside), tokenizer_reader(beside)
     source = describe(SourceKind.SAFETENSORS, name, declared, tensors, weights=weights, reader=reader)
-    return dataclasses.replace(source, card=card_beside(beside))
+    return dataclasses.replace(_with_adapter(source, beside), card=card_beside(beside))
 
 
 def declared_in(folder: Path) -> dict[str, Any] | None:
@@ -137,7 +176,7 @@ def _folder_weights(
         notes = (BOTH,) if both and not _names_only(folder / INDEX, SINGLE) else ()
         return SafetensorsWeights({files[0]: None}), read_header(files[0]), notes
     others = sorted(path.name for pattern in ("*.bin", "*.gguf", "*.pth") for path in folder.glob(pattern))
-    notes = (f"no safetensors here; {', '.join(others)} is not read from a folder",) if others else ()
+    notes = (f"no safetensors here; name the file to read {', '.join(others)}",) if others else ()
     return None, None, notes
 
 

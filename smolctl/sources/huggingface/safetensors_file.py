@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import TypedDict
 
 from smolctl.errors import InputError
-from smolctl.outside import checked, parse_json, parse_object, read_file, shown
+from smolctl.outside import checked, parse_json, parse_object, read_file, refuse_pointer, shown
 from smolctl.sources.base import DAMAGED, ArrayWeights, TensorHeader
 from smolctl.sources.shapes import is_derived
 
@@ -59,8 +59,11 @@ def read_header(path: Path) -> tuple[TensorHeader, ...]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(32)
+            refuse_pointer(start, str(path))
+            length = int.from_bytes(start[:8], "little")
             check_header_length(length, size, str(path))
+            file.seek(8)
             text = file.read(length)
     except OSError as error:
         raise InputError(
@@ -105,6 +108,11 @@ def parse_header(text: bytes, data_size: int | None, origin: str) -> tuple[Tenso
         last = placed[-1][2].name
         raise InputError(
             f"{origin}: truncated: {last} ends at byte {position:,} of {data_size:,} bytes of data", DAMAGED
+        )
+    if data_size is not None and placed and position < data_size:
+        raise InputError(
+            f"{origin}: {data_size - position:,} bytes follow the last tensor, which no safetensors file has",
+            "Download or save the file again; the safetensors library refuses it too.",
         )
     return tuple(tensor for _, _, tensor in placed)
 

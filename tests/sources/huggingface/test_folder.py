@@ -111,6 +111,15 @@ def test_assumed_sizes_are_reported(tmp_path: Path) -> None:
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling yarn"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling llama3"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope scaling longrope"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "llama3"}},
+            "rope_scaling and rope_parameters contradict",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 5.0}, "rope_scaling": {"type": "default"}},
+            "rope_scaling and rope_parameters contradict",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "for full_attention"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         (
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},

@@ -1,0 +1,170 @@
+"""MODEL arguments that people give by mistake: each is called what it is, with what to do."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smolctl.config import load_run_config
+from smolctl.errors import InputError
+from smolctl.inspection import compare, count_source, training_config
+from smolctl.sources import SourceKind, open_source
+from smolctl.sources.open import _pasted
+from tests.support.gguf_files import write_gguf
+from tests.support.model_folders import llama_folder
+from tests.support.tiny_models import tiny_network, write_folder
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "model.safetensors", "pytorch_model.bin", "config.json"])
+@pytest.mark.parametrize("in_folder", [True, False])
+def test_a_git_lfs_pointer_is_called_one(name: str, in_folder: bool, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(POINTER)
+    with pytest.raises(InputError, match="Git LFS pointer") as caught:
+        open_source(str(tmp_path if in_folder else tmp_path / name))
+    assert "git lfs pull" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"weight_map": {"a": "b.safetensors"}}, "an index of weights"),
+        ({"model": {"vocab": {}}, "added_tokens": []}, "a tokenizer"),
+        (
+            {"peft_type": "LORA", "r": 4, "base_model_name_or_path": "org/base"},
+            "LORA adapter of rank 4 for org/base",
+        ),
+        ({"dim": 64, "n_layers": 2, "vocab_size": 320}, "Meta's params.json"),
+        ({"name": "package"}, "no config.json"),
+    ],
+)
+def test_another_json_of_a_model_is_called_what_it_is(content: Any, said: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=said):
+        open_source(str(tmp_path / "x.json"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_config_with_a_byte_order_mark_is_read(encoding: str, tmp_path: Path) -> None:
+    text = (llama_folder(tmp_path / "model") / "config.json").read_text()
+    (tmp_path / "x.json").write_text(text, encoding=encoding)
+    assert open_source(str(tmp_path / "x.json")).config is not None
+
+
+def test_a_web_page_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_text("<!DOCTYPE html><html></html>")
+    with pytest.raises(InputError, match="a web page"):
+        open_source(str(tmp_path / "model.gguf"))
+
+
+def test_a_broken_link_names_its_target(tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match=r"a link to .*gone"):
+        open_source(str(tmp_path / "model"))
+
+
+def test_bytes_behind_the_last_tensor_are_refused_as_safetensors_refuses_them(tmp_path: Path) -> None:
+    path = llama_folder(tmp_path / "model") / "model.safetensors"
+    path.write_bytes(path.read_bytes() + b"12345678")
+    with pytest.raises(InputError, match="8 bytes follow the last tensor"):
+        open_source(str(path))
+
+
+def test_a_folder_whose_only_model_is_one_file_is_that_file(tmp_path: Path) -> None:
+    network = tiny_network(position_embedding="rope", residual_scale=1.0)
+    write_gguf(tmp_path / "one.gguf", network.config, network.state_dict())
+    (tmp_path / "training_args.bin").write_bytes(b"")
+    assert open_source(str(tmp_path)).kind is SourceKind.GGUF
+    shutil.copy(tmp_path / "one.gguf", tmp_path / "two.gguf")
+    with pytest.raises(InputError, match=r"one\.gguf, two\.gguf"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(struct.pack("<I", 9), "version 9"), (struct.pack(">I", 3), "big-endian")],
+    ids=["a later version", "big-endian"],
+)
+def test_a_gguf_of_another_make_is_not_called_damaged(change: bytes, said: str, tmp_path: Path) -> None:
+    network = tiny_network(position_embedding="rope", residual_scale=1.0)
+    path = write_gguf(tmp_path / "one.gguf", network.config, network.state_dict())
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + change + content[8:])
+    with pytest.raises(InputError, match=said) as caught:
+        open_source(str(path))
+    assert "damaged" not in caught.value.message + caught.value.hint
+
+
+def test_a_quantized_type_that_is_not_known_still_counts(tmp_path: Path) -> None:
+    network = tiny_network(position_embedding="rope", residual_scale=1.0)
+    path = write_gguf(tmp_path / "one.gguf", network.config, network.state_dict())
+    content, name = path.read_bytes(), b"blk.1.ffn_down.weight"
+    at = content.index(name) + len(name) + 4 + 16  # number of dimensions, two sizes
+    path.write_bytes(content[:at] + struct.pack("<I", 99) + content[at + 4 :])
+    source = open_source(str(path))
+    assert count_source(source).totals.unique == sum(tensor.numel() for tensor in network.parameters())
+    with pytest.raises(InputError, match="type 99 cannot be read"):
+        list(source.require_weights().stored())
+
+
+@pytest.mark.parametrize(
+    ("pasted", "meant"),
+    [
+        ("https://huggingface.co/org/name", "org/name"),
+        ("https://huggingface.co/org/name/", "org/name"),
+        ("https://huggingface.co/org/name/tree/main", "org/name@main"),
+        ("https://huggingface.co/org/name/blob/v1.0/config.json", "org/name@v1.0"),
+        ("https://hf.co/org/name?library=transformers", "org/name"),
+        ("hf://org/name", "org/name"),
+        ("hf://org/name@abc", "org/name@abc"),
+        ("org/name", "org/name"),
+        ("./model.gguf", "./model.gguf"),
+    ],
+)
+def test_a_pasted_address_names_its_repository(pasted: str, meant: str) -> None:
+    assert _pasted(pasted) == meant
+
+
+def test_a_quantization_behind_a_repository_says_how_to_get_the_file() -> None:
+    with pytest.raises(InputError, match="Q4_K_M") as caught:
+        open_source("org/name:Q4_K_M")
+    assert "hf download org/name" in caught.value.hint
+
+
+@pytest.mark.parametrize("text", ['{"model_type": "llama"}', "model: {num_hidden_layers: 2}\n"])
+def test_a_config_is_read_from_standard_input(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    assert open_source("-").config is not None
+
+
+def test_train_says_how_to_translate_a_nanotron_recipe(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("model: {model_config: {hidden_size: 64}}\n")
+    with pytest.raises(InputError, match="a nanotron recipe") as caught:
+        load_run_config(str(tmp_path / "x.yaml"))
+    assert "--yaml" in caught.value.hint
+
+
+def test_a_written_config_names_its_tokenizer_from_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    assert training_config(open_source("model")).tokenizer == str(tmp_path / "model")
+
+
+def test_a_model_that_cannot_be_run_is_compared_in_the_same_words(tmp_path: Path) -> None:
+    one, other = llama_folder(tmp_path / "one"), llama_folder(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))
+    assert compare(open_source(str(one)), open_source(str(other))).config == ()
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}))
+    keys = [item.key for item in compare(open_source(str(one)), open_source(str(other))).config]
+    assert keys == ["model_type"]
