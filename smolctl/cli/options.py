@@ -52,7 +52,8 @@ Loggers = Annotated[
 AcceptGuesses = Annotated[
     bool,
     typer.Option(
-        "--accept-guesses", help="Go on though values of the model's config are guessed; they are recorded."
+        "--accept-guesses",
+        help="Continue with assumed values of the model's config, which are recorded.",
     ),
 ]
 Dtype = Annotated[

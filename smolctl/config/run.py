@@ -305,7 +305,7 @@ class Provenance(Section):
     step: int | None = Field(None, description="optimizer steps behind it, of a run")
     sha256: str | None = Field(None, description="of its weights in float32, of a run that began with them")
     license: str | None = Field(None, description="as its card or its config stated it")
-    guessed: tuple[str, ...] = Field((), description="values of its config that no file said")
+    assumed: tuple[str, ...] = Field((), description="values of its config that no file said")
     made_from: Provenance | None = Field(None, description="what it was itself made from")
 
     @model_validator(mode="after")

@@ -165,10 +165,10 @@ def open_model(model: str | None, accept_guesses: bool = False) -> ModelToPublis
 
     Args:
         model: any MODEL with weights; None: the newest run.
-        accept_guesses: whether values of its config may be guessed.
+        accept_guesses: whether values of its config may be assumed.
 
     Raises:
-        SmolError: there is no such model, it has no weights, or its config is guessed.
+        SmolError: there is no such model, it has no weights, or values of its config are assumed.
     """
     reference = model or str(latest_run())
     source = open_source(reference)

@@ -142,6 +142,8 @@ def _link(one: Provenance) -> str:
     else:
         name = f"{code_span(one.id)} (not on the Hub)"
     at = [f"at step {one.step:,}"] if one.step is not None else []
+    if one.assumed:
+        at.append(f"with a config that was partly assumed ({', '.join(one.assumed)})")
     if one.revision and one.revision != one.commit:
         at.append(f"revision {code_span(one.revision)}")
     if one.commit:

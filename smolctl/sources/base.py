@@ -153,7 +153,7 @@ class ModelSource:
     missing_parts: str = ""  # which files of the model do not lie beside this one
     run: RunConfig | None = None  # the training recipe, where the source has one
     problems: tuple[str, ...] = ()  # what is odd about it, for a person to read
-    guesses: tuple[str, ...] = ()  # values of the config that no file says; among the problems too
+    assumptions: tuple[str, ...] = ()  # values of the config that no file says; among the problems too
     step: int | None = None  # optimizer steps behind a checkpoint
     weights: Weights | None = None
     quantization: Mapping[str, Any] | None = None  # quantization.json, of a quantized model
@@ -200,11 +200,11 @@ class ModelSource:
         """Check that every value of the config was read, before something lasting is made of the model.
 
         Raises:
-            InputError: some were guessed, and the user has not accepted that.
+            InputError: some were assumed, and the user has not accepted that.
         """
-        if self.guesses and not accept_guesses:
+        if self.assumptions and not accept_guesses:
             raise InputError(
-                f"{self.id}: guessed: {'; '.join(self.guesses)}",
+                f"{self.id}: assumed: {'; '.join(self.assumptions)}",
                 "Put the model's config.json beside the file, or accept this with --accept-guesses.",
             )
 

@@ -29,7 +29,7 @@ def provenance_of(source: ModelSource) -> Provenance:
             revision=revision or None,
             commit=source.revision,
             license=license_of(source.card),
-            guessed=source.guesses,
+            assumed=source.assumptions,
             made_from=_base_on_hub(source.card.get("base_model")),
         )
     run, recorded = source.run, (source.quantization or {}).get("source")
@@ -50,7 +50,7 @@ def provenance_of(source: ModelSource) -> Provenance:
         kind="local",
         step=source.step,
         license=license,
-        guessed=source.guesses,
+        assumed=source.assumptions,
         made_from=base,
     )
 

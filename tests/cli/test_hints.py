@@ -18,7 +18,7 @@ OPTION = re.compile(r"(?<![\w/-])--[a-z][a-z-]*(?![\w-])")
 # Of SLURM, pip, TensorBoard and Trackio, and a colour of the Space's page.
 OTHERS = {
     *("--ntasks", "--ntasks-per-node", "--extra-index-url", "--logdir", "--project"),
-    "--border-color-primary",
+    *("--border-color-primary", "--include", "--local-dir", "--merge"),
 }
 
 

@@ -58,7 +58,7 @@ WRITERS: dict[str, Callable[[State], Any]] = {
 def assert_equal(path: Path) -> None:
     source = open_source(str(path))
     assert source.config == NETWORK.config
-    assert not source.guesses
+    assert not source.assumptions
     loaded = load_network(source).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in STATE.items())
 
@@ -100,18 +100,18 @@ def test_what_is_no_llama_in_our_names_is_recognized(names: list[str], said: str
 
 
 @pytest.mark.parametrize("beside", [True, False])
-def test_a_lone_file_takes_the_config_beside_it_or_says_what_it_guesses(beside: bool, tmp_path: Path) -> None:
+def test_a_lone_file_takes_the_config_beside_it_or_says_what_it_assumes(beside: bool, tmp_path: Path) -> None:
     torch.save(STATE, tmp_path / "pytorch_model.bin")
     if beside:
         (tmp_path / "config.json").write_text(json.dumps(CONFIG))
         assert_equal(tmp_path / "pytorch_model.bin")
         return
     source = open_source(str(tmp_path / "pytorch_model.bin"))
-    assert any("head_dim" in guess for guess in source.guesses)
-    assert set(source.guesses) <= set(source.problems)
-    assert provenance_of(source).guessed == source.guesses
+    assert any("head_dim" in one for one in source.assumptions)
+    assert set(source.assumptions) <= set(source.problems)
+    assert provenance_of(source).assumed == source.assumptions
     source.require_certainty(accept_guesses=True)
-    with pytest.raises(InputError, match=r"guessed: .*head_dim") as caught:
+    with pytest.raises(InputError, match=r"assumed: .*head_dim") as caught:
         quantize(source.id, QuantizeOptions())
     assert "--accept-guesses" in caught.value.hint
 

@@ -123,7 +123,7 @@ def describe(
 ) -> ModelSource:
     """A source from the config.json's content (None: recover it from shapes) and the header."""
     config = shape = None
-    guesses: tuple[str, ...] = ()
+    assumptions: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     tied = declared is None or bool(declared.get("tie_word_embeddings"))
     names = huggingface_names((tensor.name for tensor in tensors or ()), tied)
@@ -134,7 +134,7 @@ def describe(
         notes = assumed_keys(declared) if config or shape else ()
         notes += check_tensors(config, renamed) if config and tensors else ()
     elif tensors is not None:
-        config, unsupported, guesses = recover_config(renamed)
+        config, unsupported, assumptions = recover_config(renamed)
         if config is None and (known := format_of(tensor.name for tensor in tensors)):
             unsupported = known
     else:
@@ -150,8 +150,8 @@ def describe(
         declared=declared or {},
         recovered_from_shapes=declared is None,
         tensors=tensors,
-        problems=problems + guesses + notes,
-        guesses=guesses,
+        problems=problems + assumptions + notes,
+        assumptions=assumptions,
         weights=weights,
         tokenizer_reader=reader,
     )
