@@ -43,7 +43,7 @@ def build_architecture(declared: Mapping[str, Any]) -> Architecture | str:
         The network, or why there is none: transformers does not know the architecture, or makes nothing of
         the config.
     """
-    if reason := _too_large(declared):
+    if reason := _not_buildable(declared):
         return reason
     try:
         network = _network(declared)
@@ -53,6 +53,8 @@ def build_architecture(declared: Mapping[str, Any]) -> Architecture | str:
     if isinstance(network, str):
         return network
     rows = tensor_rows((name, tuple(tensor.shape)) for name, tensor in network.named_parameters())
+    if not rows:
+        return f"transformers' {type(network).__name__} has no parameters"
     return Architecture((*rows, *_tied_head(network)), network.config.to_dict())
 
 
@@ -110,15 +112,20 @@ def _usual_class(config: Any) -> Any:
 
 def _tied_head(network: Any) -> tuple[ParameterRow, ...]:
     """The head as a row of its own where it is the token table."""
-    head, table = network.get_output_embeddings(), network.get_input_embeddings()
+    try:
+        head, table = network.get_output_embeddings(), network.get_input_embeddings()
+    except NotImplementedError:  # of images or sounds
+        return ()
     if head is None or getattr(head, "weight", None) is not getattr(table, "weight", network):
         return ()
     row = tensor_rows([("lm_head", tuple(head.weight.shape))])[0]
     return (ParameterRow(row.module, row.shape, row.formula, row.parameters, tied=True),)
 
 
-def _too_large(declared: Mapping[str, Any]) -> str:
-    """The first number of modules that no published model has."""
+def _not_buildable(declared: Mapping[str, Any]) -> str:
+    """The first number of modules that no published model has, or a part that would be a download."""
+    if isinstance(backbone := declared.get("backbone"), str):
+        return f"its backbone {shown(backbone)} is another model, whose config is not here"
     for key, value in _numbers(declared):
         name = key.lower()
         most = MAX_EXPERTS if any(word in name for word in EXPERTS) else MAX_BLOCKS

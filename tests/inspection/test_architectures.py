@@ -78,9 +78,15 @@ def test_an_architecture_that_nobody_knows_has_no_totals(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "value", [{"num_hidden_layers": 10**9}, {"num_local_experts": 10**9}, {"n_layer": 10**6}]
+    "value",
+    [
+        {"num_hidden_layers": 10**9},
+        {"num_local_experts": 10**9},
+        {"n_layer": 10**6},
+        {"backbone": "org/other"},
+    ],
 )
-def test_a_config_that_no_model_has_is_not_built(value: dict[str, int], tmp_path: Path) -> None:
+def test_a_config_that_no_model_has_is_not_built(value: dict[str, Any], tmp_path: Path) -> None:
     report = bare(tmp_path, model_type="mixtral", **value)
     assert report.totals.unique is None
     assert next(iter(value)) in report.notes[0]
