@@ -62,8 +62,8 @@ class ModelToPublish:
 
     @property
     def base(self) -> Provenance | None:
-        """What the weights were made from: themselves, where a model of the Hub is published anew, or one whose
-        config was partly assumed."""
+        """What the weights were made from: themselves, where a model of the Hub is published anew or a config
+        was partly assumed."""
         itself = provenance_of(self.source)
         base = itself if itself.kind == "hub" or itself.assumed else itself.made_from
         return base and base.public()
