@@ -217,7 +217,8 @@ def write_page_alone(options: PushOptions, target: Path) -> Page:
     model = options.model or str(latest_run())
     _require_ours(target, PAGE_KIND, "--page", model)
     with tempfile.TemporaryDirectory(prefix="smolctl-push-") as work, building(target) as folder:
-        built = _build_with_space(options, open_model(model), Path(work), tried=True)
+        opened = open_model(model, options.accept_guesses)
+        built = _build_with_space(options, opened, Path(work), tried=True)
         assert built.space is not None
         facts = built.card_facts(options.repo or built.model.name, options.license)
         update_text(built.space, page_text(facts))
