@@ -152,7 +152,7 @@ class EngineLM(TemplateLM):
         scheduler = generation.scheduler(sequences_that_fit(engine, longest))
         progress, done = self._progress("answers written", len(prompts)), 0
         texts = [""] * len(asked)
-        for step in generation.run(scheduler, keep=True):
+        for step in generation.run(scheduler):
             for place in step:
                 number = order[place]
                 (answer,) = generation.completions(place)

@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 from smolctl.arithmetic import kv_cache_bytes_per_token
 from smolctl.generation.engine import Cache, Engine, Logits
 from smolctl.generation.sampling import NotFiniteError
-from smolctl.generation.scheduler import WORTH, common_prefix
+from smolctl.generation.scheduler import common_prefix
 
 Ids = tuple[int, ...]
 
 MOST_SEQUENCES = 32  # in the cache at once: some items with their answers fill the matrix products
 MOST_CACHE = 512 << 20  # bytes of it, where more than one sequence is in it
+# Tokens that must be saved before what several texts begin with is read by itself: that is one more pass over
+# the weights, which takes as long as a dozen tokens do.
+WORTH = 16
 AT_ONCE = 256  # tokens whose logits are in memory: 50 MB for 49,152 entries
 
 

@@ -11,7 +11,7 @@ from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.generation.answer import Answer, Completion
 from smolctl.generation.engine import Cancellation, Engine
 from smolctl.generation.sampling import SamplingSettings, generator_for
-from smolctl.generation.scheduler import Request, Scheduler, Speculation, check_prompt
+from smolctl.generation.scheduler import Request, Reuse, Scheduler, Speculation, check_prompt
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,11 @@ def complete(
     """
     context = scheduler.capacity if scheduler else engine.config.max_position_embeddings
     generation = Generation(engine, tokenizer, [Continuation(prompt.ids, settings, turn)], context)
-    keep = scheduler is not None
     started = time.perf_counter()
     scheduler = scheduler or generation.scheduler(settings.samples)
     first_at, interrupted = None, False
     try:
-        for _ in generation.run(scheduler, on_text, keep, cancellation):
+        for _ in generation.run(scheduler, on_text, cancellation):
             first_at = first_at or time.perf_counter()
     except KeyboardInterrupt:
         interrupted = True
@@ -120,7 +119,7 @@ def complete(
     later = sum(max(len(answer.tokens) - 1, 0) for answer in generation.answers)
     timing = Timing(
         prompt_tokens=len(prompt.ids),
-        reused_tokens=done.reused,
+        reused_tokens=len(prompt.ids) - done.prefilled,  # whatever is read is read once
         first_token_s=first_at - started,
         prefill_tokens_per_s=done.prefilled / (first_at - started),
         decode_tokens_per_s=later / (ended - first_at) if later else None,
@@ -134,8 +133,10 @@ def complete(
     return result
 
 
-def new_scheduler(engine: Engine, settings: CompletionSettings, slots: int, capacity: int) -> Scheduler:
-    return Scheduler(engine, slots, capacity, settings.sampling, settings.speculation, settings.alternatives)
+def new_scheduler(
+    engine: Engine, settings: CompletionSettings, slots: int, capacity: int, reuse: Reuse = "chunks"
+) -> Scheduler:
+    return Scheduler(engine, slots, capacity, settings.sampling, settings.speculation, reuse)
 
 
 class Generation:
@@ -147,7 +148,7 @@ class Generation:
     Args:
         engine: the model.
         tokenizer: the model's own.
-        prompts: one or more; speculation and alternatives are the first one's.
+        prompts: one or more; speculation is the first one's.
         context: most tokens of a sequence, prompt included.
 
     Raises:
@@ -170,7 +171,8 @@ class Generation:
             self._sequences.append(range(len(self.answers), len(self.answers) + settings.samples))
             for sample in range(settings.samples):
                 generator = generator_for(settings.seed, prompt.number, sample)
-                self._requests.append(Request(prompt.ids, count, generator, settings.sampling))
+                sampling, alternatives = settings.sampling, settings.alternatives
+                self._requests.append(Request(prompt.ids, count, generator, sampling, alternatives))
                 self.answers.append(Answer(tokenizer, prompt.ids, settings.stop, ends))
                 self._prompt_of.append(index)
 
@@ -183,7 +185,6 @@ class Generation:
         self,
         scheduler: Scheduler,
         on_text: TextListener | None = None,
-        keep: bool = False,
         cancellation: Cancellation | None = None,
     ) -> Iterator[list[int]]:
         """After each call of the engine, the numbers of the prompts whose last answer ended with it.
@@ -191,10 +192,9 @@ class Generation:
         Args:
             scheduler: runs the sequences.
             on_text: called with (number of the sequence, new text).
-            keep: see `Scheduler.run`.
             cancellation: see `Scheduler.run`.
         """
-        for step in scheduler.run(self._requests, keep, cancellation):
+        for step in scheduler.run(self._requests, cancellation):
             ended: set[int] = set()
             for index, token in step:
                 answer, request = self.answers[index], self._requests[index]

@@ -124,7 +124,7 @@ class Session:
     def __init__(self, model: LoadedModel, settings: CompletionSettings, conversation: Conversation) -> None:
         self.model, self.settings, self.conversation = model, settings, conversation
         self.capacity = min(model.engine.config.max_position_embeddings, MOST_TOKENS)
-        self.scheduler = new_scheduler(model.engine, settings, settings.samples, self.capacity)
+        self.scheduler = new_scheduler(model.engine, settings, settings.samples, self.capacity, "all")
         self.answers = 0
         self.asked: str | None = None  # the latest question
 

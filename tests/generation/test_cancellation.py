@@ -178,9 +178,9 @@ def test_a_run_cancels_the_one_before_it_in_the_same_cache() -> None:
     scheduler = Scheduler(engine, 1, CONFIG.max_position_embeddings, plain_settings(0))
     for _ in range(20):
         with ThreadPoolExecutor(1) as pool:
-            run = scheduler.run([Request(LONG, 9, generator_for(0))], keep=True)
+            run = scheduler.run([Request(LONG, 9, generator_for(0))])
             abandoned = watched.begin(pool, next, run)
-            steps = scheduler.run([Request(SHORT[0], COUNT, generator_for(0))], keep=True)
+            steps = scheduler.run([Request(SHORT[0], COUNT, generator_for(0))])
             assert [token.id for step in steps for _, token in step] == expected
             assert abandoned.exception() is None or isinstance(abandoned.exception(), CancelledError)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from smolctl.errors import InputError
 from smolctl.generation.lookup import Lookup
 from smolctl.generation.sampling import SamplingSettings, generator_for
-from smolctl.generation.scheduler import Request, Scheduler, Speculation, Token
+from smolctl.generation.scheduler import CHUNK, Request, Scheduler, Speculation, Token
 from smolctl.generation.torch_engine import TorchEngine
 from tests.support.tiny_models import CountingEngine, plain_settings, run_requests, tiny_network, uncached
 
@@ -27,8 +27,8 @@ def ids(tokens: Sequence[Sequence[Token]]) -> list[list[int]]:
 
 
 def continued(scheduler: Scheduler, prompt: list[int], count: int = 6) -> list[int]:
-    """Token ids of a run that reads only what the cache does not hold."""
-    steps = scheduler.run([Request(prompt, count, generator_for(0))], keep=True)
+    """Token ids of a run of one request."""
+    steps = scheduler.run([Request(prompt, count, generator_for(0))])
     return [token.id for step in steps for _, token in step]
 
 
@@ -121,8 +121,8 @@ def test_rejected_drafts_are_given_up_and_taken_up_again() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_alternatives_are_the_likeliest_others_in_the_models_own_distribution(temperature: float) -> None:
     prompt = [5, 6, 7]
-    scheduler = Scheduler(TorchEngine(NETWORK), 1, 20, plain_settings(temperature), alternatives=4)
-    tokens = run_requests(scheduler, [prompt], [8])[0]
+    scheduler = Scheduler(TorchEngine(NETWORK), 1, 20, plain_settings(temperature))
+    tokens = run_requests(scheduler, [prompt], [8], alternatives=4)[0]
     read = torch.tensor([prompt + [token.id for token in tokens]])
     with torch.inference_mode():
         probabilities = NETWORK(read)[0, len(prompt) - 1 : -1].softmax(-1)
@@ -140,24 +140,25 @@ def test_a_shared_prompt_is_read_once() -> None:
 
 
 def test_what_prompts_begin_with_alike_is_read_once() -> None:
-    engine = CountingEngine(TorchEngine(NETWORK))
-    many = [[5] * 30 + [6 + number] * number for number in range(1, 4)]
-    scheduler = Scheduler(engine, 3, 60, GREEDY)
+    network = tiny_network(context=300)
+    engine = CountingEngine(TorchEngine(network))
+    many = [[5] * (2 * CHUNK + 5) + [6 + number] * number for number in range(1, 4)]
+    scheduler = Scheduler(engine, 3, 200, GREEDY)
     found = ids(run_requests(scheduler, many, [4] * 3))
-    assert scheduler.counts.prefilled == 30 + 1 + 2 + 3
-    assert engine.tokens_read == 36 + 3 * 3
-    assert found == [uncached(NETWORK, prompt, 4) for prompt in many]
+    assert scheduler.counts.prefilled == 2 * CHUNK + 3 * 5 + 1 + 2 + 3  # whole chunks are shared
+    assert engine.tokens_read == scheduler.counts.prefilled + 3 * 3
+    assert found == [uncached(network, prompt, 4) for prompt in many]
 
 
 def test_a_sequence_that_ends_makes_room_for_the_next() -> None:
-    engine = CountingEngine(TorchEngine(NETWORK))
-    run_requests(Scheduler(engine, 2, 30, GREEDY), [[5], [6], [7]], [20, 5, 5])
-    assert len(engine.calls) <= 20 + 1  # the third runs beside the first
+    engine = CountingEngine(TorchEngine(NETWORK), exact_tokens=2)
+    run_requests(Scheduler(engine, 2, 30, GREEDY, "off"), [[5], [6], [7]], [20, 5, 5])
+    assert len(engine.calls) <= 20 + 2  # the others run beside the first, but for their prompts
 
 
 def test_what_the_cache_holds_is_not_read_again() -> None:
     engine = CountingEngine(TorchEngine(NETWORK))
-    scheduler = Scheduler(engine, 1, 60, GREEDY)
+    scheduler = Scheduler(engine, 1, 60, GREEDY, reuse="all")
     prompt = [5, 6, 7, 8, 9]
     first = continued(scheduler, prompt)
     longer = [*prompt, *first, 11, 12]
@@ -179,12 +180,12 @@ def test_an_interrupted_step_leaves_a_cache_that_can_be_used() -> None:
                 raise KeyboardInterrupt  # behind the work, before anybody has seen it
             return logits
 
-    scheduler = Scheduler(Interrupted(TorchEngine(NETWORK)), 1, 90, GREEDY, "lookup")
+    scheduler = Scheduler(Interrupted(TorchEngine(NETWORK)), 1, 90, GREEDY, "lookup", "all")
     prompt = [5, 6, 7] * 4
     got: list[int] = []
 
     def decode() -> None:
-        for step in scheduler.run([Request(prompt, 60, generator_for(0))], keep=True):
+        for step in scheduler.run([Request(prompt, 60, generator_for(0))]):
             got.extend(token.id for _, token in step)
 
     with pytest.raises(KeyboardInterrupt):

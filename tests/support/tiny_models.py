@@ -51,8 +51,9 @@ def tiny_network(seed: int = 0, context: int = 96, **changes: object) -> Transfo
 class CountingEngine(Engine):
     """Another engine, with a record of every call."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, exact_tokens: int = 1) -> None:
         super().__init__(engine.config, engine.name)
+        self.exact_tokens = exact_tokens
         self.engine = engine
         self.calls: list[list[list[int]]] = []
 
@@ -74,11 +75,15 @@ def tiny_model(seed: int = 0, context: int = 96) -> LoadedModel:
 
 
 def run_requests(
-    scheduler: Scheduler, prompts: Sequence[Sequence[int]], counts: Sequence[int], seed: int = 0
+    scheduler: Scheduler,
+    prompts: Sequence[Sequence[int]],
+    counts: Sequence[int],
+    seed: int = 0,
+    alternatives: int = 0,
 ) -> list[list[Token]]:
     """All tokens of every prompt."""
     requests = [
-        Request(prompt, count, generator_for(seed, index))
+        Request(prompt, count, generator_for(seed, index), alternatives=alternatives)
         for index, (prompt, count) in enumerate(zip(prompts, counts, strict=True))
     ]
     found: list[list[Token]] = [[] for _ in requests]
