@@ -22,6 +22,7 @@ COMMANDS = (
     "train",
     "resume",
     "sample",
+    "serve",
     "compare",
     "eval",
     "quantize",

@@ -71,6 +71,14 @@ def sample(
         list[str] | None,
         typer.Option("--stop", metavar="TEXT", help="Text that ends the answer; repeatable."),
     ] = None,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(
+            "--json-schema",
+            metavar="FILE",
+            help="JSON schema that every answer keeps to (pip install 'smolctl[serve]').",
+        ),
+    ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Mark where each MODEL's text departs from the first one's.")
     ] = False,
@@ -153,6 +161,7 @@ def sample(
         chat=chat,
         system=system,
         special_tokens=special_tokens,
+        json_schema=json_schema,
         compare=compare,
         batch_size=batch_size,
         tokenizer=tokenizer,

@@ -10,6 +10,7 @@ from smolctl.data.tokenizer.prompt import Prompt
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.generation.answer import Answer, Completion
 from smolctl.generation.engine import Cancellation, Engine
+from smolctl.generation.grammar import Grammar
 from smolctl.generation.sampling import SamplingSettings, generator_for
 from smolctl.generation.scheduler import Request, Reuse, Scheduler, Speculation, check_prompt
 
@@ -25,6 +26,29 @@ class CompletionSettings:
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     speculation: Speculation = "auto"
     alternatives: int = 0  # how many of the likeliest other tokens to report with each token
+    grammar: Grammar | None = None  # of a JSON schema that every answer keeps to
+
+    def request(
+        self, prompt: Sequence[int], room: int, sample: int, number: int = 0, score: bool = False
+    ) -> Request:
+        """What the scheduler gets for one of the samples.
+
+        Args:
+            prompt: token ids.
+            room: tokens of an answer at most.
+            sample: its number; each draws tokens of its own.
+            number: of the prompt; another one draws other tokens with the same seed.
+            score: see `Request`.
+        """
+        return Request(
+            prompt,
+            min(self.max_tokens, room),
+            generator_for(self.seed, number, sample),
+            self.sampling,
+            self.alternatives,
+            score,
+            self.grammar.constraint() if self.grammar else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -166,13 +190,10 @@ class Generation:
         self._sequences: list[range] = []  # of every prompt
         for index, prompt in enumerate(prompts):
             check_prompt(len(prompt.ids), context)
-            settings = prompt.settings
-            count = min(settings.max_tokens, context - len(prompt.ids))
+            settings, room = prompt.settings, context - len(prompt.ids)
             self._sequences.append(range(len(self.answers), len(self.answers) + settings.samples))
             for sample in range(settings.samples):
-                generator = generator_for(settings.seed, prompt.number, sample)
-                sampling, alternatives = settings.sampling, settings.alternatives
-                self._requests.append(Request(prompt.ids, count, generator, sampling, alternatives))
+                self._requests.append(settings.request(prompt.ids, room, sample, prompt.number))
                 self.answers.append(Answer(tokenizer, prompt.ids, settings.stop, ends))
                 self._prompt_of.append(index)
 

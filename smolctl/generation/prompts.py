@@ -176,7 +176,7 @@ def _parse(number: int, text: str, defaults: CompletionSettings) -> PromptLine:
     value: Any = text
     try:
         try:
-            value = parse_json(text, parse_constant=_refuse_constant)
+            value = parse_json(text, parse_constant=refuse_constant)
         except ValueError as error:
             raise InputError(str(error), SHAPES) from None
         if isinstance(value, str):
@@ -196,7 +196,8 @@ def _parse(number: int, text: str, defaults: CompletionSettings) -> PromptLine:
         return PromptLine(number, value, defaults, fault)
 
 
-def _refuse_constant(name: str) -> None:
+def refuse_constant(name: str) -> None:
+    """Raise for NaN and its kin, which are no JSON."""
     raise ValueError(f"{name} is not a number of JSON")
 
 

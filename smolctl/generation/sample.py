@@ -18,11 +18,14 @@ from smolctl.generation.complete import (
 )
 from smolctl.generation.conversation import Conversation, Session
 from smolctl.generation.engines import EngineOptions
+from smolctl.generation.grammar import Grammar, compile_schema
 from smolctl.generation.load import LoadedModel, load_model
 from smolctl.generation.many import Batch
 from smolctl.generation.prompts import SAMPLING, STDIN, PromptFile, finished_lines, read_prompts
 from smolctl.generation.sampling import settle, taken_of
+from smolctl.outside import read_json
 
+SCHEMA_FILE = "Name a file with a JSON schema."
 NO_PROMPT = "Give --prompt TEXT or pipe one in."
 
 
@@ -47,6 +50,7 @@ class SampleRequest:
     tokenizer: str | None = None  # a tokenizer.json, a folder, a GGUF or a Hub id; None: each model's own
     engine: EngineOptions = field(default_factory=EngineOptions)
     settings: CompletionSettings = field(default_factory=CompletionSettings)
+    json_schema: Path | None = None  # a file with the JSON schema that every answer keeps to
     # Fields of `SamplingSettings` that the user sets, the others being the model's or the default; None: all
     # are those of `settings`.
     sampling: Mapping[str, Any] | None = None
@@ -119,6 +123,7 @@ def sample(
         SmolError: a model cannot be read or run, or there is no prompt, or it does not fit the context.
     """
     file = read_prompts(request.jsonl, stdin, request.settings) if request.jsonl is not None else None
+    schema = read_json(request.json_schema, SCHEMA_FILE) if request.json_schema is not None else None
     done = finished_lines(file, request.resume_output) if file and request.resume_output else 0
     text = _prompt(request, stdin) if file is None else None
     if request.system is not None and not request.chat and _has_raw_prompt(text, file):
@@ -130,6 +135,7 @@ def sample(
     # Models that are compared are all given the same settings.
     recommended = models[0].recommended if own is not None and len(models) == 1 else {}
     settings = _settled(request, request.settings, {}, recommended)
+    grammars = [schema and compile_schema(schema, one.tokenizer, one.engine.config) for one in models]
     for model in models:
         on_event(Loaded(model, taken_of(recommended, own or {})))
     first = models[0]
@@ -138,7 +144,9 @@ def sample(
         lines = (
             line
             if line.fault
-            else replace(line, settings=_settled(request, line.settings, line.source, recommended))
+            else replace(
+                line, settings=_settled(request, line.settings, line.source, recommended, grammars[0])
+            )
             for line in file.lines
         )
         file = replace(file, lines=tuple(lines))
@@ -147,16 +155,17 @@ def sample(
         conversation.chat = first.can_chat if request.chat is None else request.chat
         if request.system is not None and not conversation.chat:
             raise UsageError(f"--system belongs to a chat, and {first.id} has no template", "Leave it out.")
-        return Session(first, settings, conversation)
+        return Session(first, replace(settings, grammar=grammars[0]), conversation)
     streams = len(models) == 1
     results, interrupted = [], False
-    for model in models:
+    for model, grammar in zip(models, grammars, strict=True):
         prompt = conversation.prompt(model, text)
         if streams:
             on_event(Rendered(prompt.text))
         on_text = (lambda number, piece: on_event(Streamed(number, piece))) if streams else None
         try:
-            result = complete(model.engine, model.tokenizer, prompt, settings, on_text)
+            own_settings = replace(settings, grammar=grammar)
+            result = complete(model.engine, model.tokenizer, prompt, own_settings, on_text)
         except InterruptedCompletion as stopped:
             result, interrupted = stopped.result, True
         results.append((model, result))
@@ -170,8 +179,10 @@ def _settled(
     settings: CompletionSettings,
     line: Mapping[str, Any],
     recommended: Mapping[str, Any],
+    grammar: Grammar | None = None,
 ) -> CompletionSettings:
     """Settings with what the user and a line of a file leave open taken from the model."""
+    settings = replace(settings, grammar=grammar)
     if request.sampling is None:
         return settings
     set_there = {key: line[key] for key in SAMPLING if line.get(key) is not None}

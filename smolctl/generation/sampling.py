@@ -23,6 +23,8 @@ BLOCK = 256
 # between two of them at its mean, and sorts no more than a few tokens in the end.
 RUNGS = (0.1, 1e-2, 1e-3, 1e-4, 0.0)
 FEW = 1024
+# Of a temperature and a penalty: what is far beyond any use of them is no number in float32 any more.
+MOST = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,18 @@ class SamplingSettings:
     repetition_penalty: float = 1.0  # divide the logits of tokens already there (Keskar et al., 2019)
 
     def __post_init__(self) -> None:
+        penalty = self.repetition_penalty
         ranges = (
-            ("temperature", self.temperature, self.temperature >= 0, "0 or more"),
+            ("temperature", self.temperature, 0 <= self.temperature <= MOST, f"from 0 to {MOST:,}"),
             ("top-k", self.top_k, self.top_k >= 0, "0 or more"),
             ("top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min-p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition-penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0"),
+            (
+                "repetition-penalty",
+                penalty,
+                1 / MOST <= penalty <= MOST,
+                f"from {1 / MOST:g} to {MOST:,}",
+            ),
         )
         for option, value, fits, limits in ranges:
             if not fits:
@@ -156,7 +164,7 @@ def margin(logits: NDArray[np.float32]) -> float:
 def distribution(logits: NDArray[np.float32], settings: SamplingSettings) -> NDArray[np.float32]:
     """Probabilities (V,) after temperature, top-k, top-p and min-p, in this order."""
     out: NDArray[np.float32] = logits - logits.max()
-    out /= np.float32(settings.temperature)
+    out /= np.float32(max(settings.temperature, 1 / MOST))
     np.exp(out, out=out)  # shares of the likeliest token
     if 0 < settings.top_k < len(out):
         out *= out >= np.partition(out, -settings.top_k)[-settings.top_k]

@@ -1,0 +1,96 @@
+"""smolctl serve"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from smolctl.cli.options import Dtype, Threads, capped_threads, command
+from smolctl.errors import SmolError
+from smolctl.views.output import Output
+
+
+@command
+def serve(
+    output: Output,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Run, .ckpt, folder, .safetensors, .gguf or Hub id. Default: the newest run.",
+            show_default=False,
+        ),
+    ] = "runs/latest",
+    host: Annotated[
+        str, typer.Option("--host", help="Address to serve; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key",
+            envvar="SMOLCTL_API_KEY",
+            metavar="KEY",
+            help="Key that every client must send.",
+            show_default=False,
+        ),
+    ] = None,
+    no_api_key: Annotated[
+        bool, typer.Option("--no-api-key", help="Let other machines in without a key.")
+    ] = False,
+    slots: Annotated[int, typer.Option("--slots", min=1, max=256, help="Answers that grow at once.")] = 8,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            min=2,
+            help="Tokens of a prompt and its answer. Default: the model's, at most 2048.",
+        ),
+    ] = None,
+    waiting: Annotated[
+        int, typer.Option("--waiting", min=0, help="Answers that may wait for a slot; more get status 503.")
+    ] = 64,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=0.1, help="Seconds for an answer, its wait included.")
+    ] = 600.0,
+    ping: Annotated[
+        float,
+        typer.Option(
+            "--ping", min=0, help="Seconds without a token until a stream gets a comment; 0: never."
+        ),
+    ] = 15.0,
+    dtype: Dtype = None,
+    threads: Threads = None,
+) -> None:
+    """Serve a model by OpenAI's API (pip install 'smolctl[serve]').
+
+    \b
+    smolctl serve                                   the newest run, at http://127.0.0.1:8000/v1
+    smolctl serve FILE.gguf --port 8080 --slots 4
+    smolctl serve FILE.gguf --host 0.0.0.0 --api-key SECRET
+    """
+    from smolctl.generation.engines import EngineOptions
+    from smolctl.views.serving import show_ready
+
+    try:
+        from smolctl.serving.guards import Limits
+        from smolctl.serving.serve import ServeOptions
+        from smolctl.serving.serve import serve as run
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn", "anyio"):
+            raise
+        raise SmolError(
+            f"the package {error.name} is not installed", "Install it: pip install 'smolctl[serve]'."
+        ) from None
+    options = ServeOptions(
+        host=host,
+        port=port,
+        api_key=api_key,
+        no_api_key=no_api_key,
+        slots=slots,
+        context=context,
+        limits=Limits(waiting=waiting, answer_s=timeout, ping_s=ping),
+        engine=EngineOptions(dtype=dtype, threads=capped_threads(output, threads)),
+    )
+    run(model, options, lambda ready: show_ready(output, ready))

@@ -1,0 +1,116 @@
+"""Who may ask, and how much: checked before anything of a request is read."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Collection
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from smolctl.serving.requests import ApiError
+
+OPEN_PATHS = ("/", "/health")  # answered without a key
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one server takes on. Times in seconds."""
+
+    waiting: int = 64  # answers that wait for a slot
+    connections: int = 256  # requests that are under way, whatever they do
+    body_bytes: int = 8 << 20
+    body_s: float = 30.0  # for a body to arrive
+    answer_s: float = 600.0  # for an answer, its time in the queue included
+    ping_s: float = 15.0  # between comments in a stream in which nothing else comes; 0: none
+
+
+class Guard:
+    """An ASGI application that lets through what may come in.
+
+    A page of any site can have its visitor's browser send requests here, and can have its own name point to
+    this machine. So without a key, Host must be one of `hosts`, and Origin too where there is one.
+
+    Args:
+        app: gets what is let through.
+        limits: of a request.
+        api_key: what clients must send as a bearer token; None: nothing.
+        hosts: names that this server is called by; None: any.
+    """
+
+    def __init__(
+        self, app: ASGIApp, limits: Limits, api_key: str | None, hosts: Collection[str] | None
+    ) -> None:
+        self._app, self._limits, self._hosts = app, limits, hosts
+        self._key = None if api_key is None else api_key.encode()
+        self._under_way = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        self._under_way += 1
+        try:
+            self._check(Headers(scope=scope), scope["path"])
+            body = await self._body(Headers(scope=scope), receive)
+        except ApiError as error:
+            headers = {"www-authenticate": "Bearer"} if error.status == 401 else {}
+            headers |= {"connection": "close"} if error.status in (408, 413) else {}
+            await JSONResponse(error.body(), error.status, headers)(scope, receive, send)
+        else:
+            await self._app(scope, _replay(body, receive), send)
+        finally:
+            self._under_way -= 1
+
+    def _check(self, headers: Headers, path: str) -> None:
+        if self._under_way > self._limits.connections:
+            raise ApiError(503, "Too many requests are under way. Try again in a moment.")
+        if self._hosts is not None:
+            origin = headers.get("origin")
+            named = headers.get("host", ""), *(() if origin is None else (urlsplit(origin).netloc,))
+            if any(_without_port(name) not in self._hosts for name in named):
+                raise ApiError(
+                    403, "This server answers only under its own address, and no other site's pages."
+                )
+        if self._key is not None and path not in OPEN_PATHS:
+            kind, _, given = headers.get("authorization", "").partition(" ")
+            if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._key):
+                raise ApiError(401, "The API key is missing or wrong.", "invalid_api_key")
+
+    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+        too_large = ApiError(413, f"The body has more than {self._limits.body_bytes:,} bytes.")
+        said = headers.get("content-length", "0")
+        if said.isdecimal() and int(said[:20]) > self._limits.body_bytes:
+            raise too_large
+        body, more = bytearray(), True
+        try:
+            async with asyncio.timeout(self._limits.body_s):
+                while more:
+                    message = await receive()
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
+                    if len(body) > self._limits.body_bytes:
+                        raise too_large
+        except TimeoutError:
+            raise ApiError(408, f"The body did not arrive within {self._limits.body_s:g} seconds.") from None
+        return bytes(body)
+
+
+def _without_port(netloc: str) -> str:
+    """The name in "name:8000" or "[::1]:8000", in lower case."""
+    name, colon, port = netloc.rpartition(":")
+    return (name if colon and port.isdecimal() else netloc).lower()
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives a body that was read already, and then what comes after it."""
+    waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replayed() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return replayed

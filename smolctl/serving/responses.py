@@ -1,0 +1,173 @@
+"""Answers in OpenAI's form: whole, or piece by piece."""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from smolctl.data.tokenizer.tokenizer import Tokenizer
+from smolctl.generation.answer import spell
+from smolctl.generation.scheduler import Token
+from smolctl.serving.requests import ApiRequest
+from smolctl.serving.service import Piece
+
+IMPOSSIBLE = -9999.0  # OpenAI's log-probability of what is too unlikely for a number
+
+
+class Responder:
+    """Turns pieces into the chunks of a stream, and into one answer.
+
+    Args:
+        request: what was asked for.
+        model: its name.
+        tokenizer: the model's own.
+    """
+
+    def __init__(self, request: ApiRequest, model: str, tokenizer: Tokenizer) -> None:
+        self._request = request
+        self._choices = [_Choice(request, number, tokenizer) for number in request.choices]
+        self._object = "chat.completion" if request.chat else "text_completion"
+        prefix = "chatcmpl" if request.chat else "cmpl"
+        self._head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._generated = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether every answer has ended."""
+        return all(choice.finish_reason for choice in self._choices)
+
+    def whole(self) -> dict[str, Any]:
+        """The answer, when all pieces have been added."""
+        choices = [
+            {
+                "index": number,
+                **(
+                    {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+                    if self._request.chat
+                    else {"text": choice.echoed + choice.text}
+                ),
+                "logprobs": choice.logprobs(),
+                "finish_reason": choice.finish_reason,
+            }
+            for number, choice in enumerate(self._choices)
+        ]
+        return {**self._head, "object": self._object, "choices": choices, "usage": self._usage()}
+
+    def opening(self) -> Iterator[dict[str, Any]]:
+        """Chunks before the first piece: the role of each answer in a chat, or an echoed prompt."""
+        for number, choice in enumerate(self._choices):
+            if self._request.chat:
+                yield self._chunk(number, {"role": "assistant", "content": ""})
+            elif choice.echoed:
+                yield self._chunk(number, choice.echoed)
+
+    def add(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        """Take the next piece and give its chunks, none where nothing became certain."""
+        choice, is_chat = self._choices[piece.choice], self._request.chat
+        self._generated += not piece.token.of_prompt
+        before = len(choice.ids)
+        if piece.token.of_prompt or not self._request.only_prompt:
+            choice.add(piece)
+        logprobs = choice.logprobs(before)
+        text = choice.take()
+        if text or logprobs:
+            yield self._chunk(piece.choice, {"content": text} if is_chat else text, logprobs)
+        if piece.finish_reason:
+            choice.finish_reason = piece.finish_reason
+            yield self._chunk(piece.choice, {} if is_chat else "", None, piece.finish_reason)
+
+    def closing(self) -> Iterator[dict[str, Any]]:
+        """Chunks behind the last piece: the numbers of tokens, where they were asked for."""
+        if self._request.include_usage:
+            yield {**self._chunk(0, ""), "choices": [], "usage": self._usage()}
+
+    def _chunk(
+        self, number: int, content: Any, logprobs: Any = None, reason: str | None = None
+    ) -> dict[str, Any]:
+        name = "delta" if self._request.chat else "text"
+        choice = {"index": number, name: content, "logprobs": logprobs, "finish_reason": reason}
+        usage = {"usage": None} if self._request.include_usage else {}
+        kind = f"{self._object}.chunk" if self._request.chat else self._object
+        return {**self._head, "object": kind, "choices": [choice], **usage}
+
+    def _usage(self) -> dict[str, int]:
+        prompt = sum(len(one.ids) for one in self._request.asked)
+        done = 0 if self._request.only_prompt else self._generated
+        return {"prompt_tokens": prompt, "completion_tokens": done, "total_tokens": prompt + done}
+
+
+class _Choice:
+    """One answer while it grows."""
+
+    def __init__(self, request: ApiRequest, prompt: int, tokenizer: Tokenizer) -> None:
+        asked = request.asked[prompt]
+        self.text, self.finish_reason = "", ""
+        self.echoed = request.texts[prompt]
+        self._taken = 0  # characters of the text that chunks have
+        self._has_logprobs, self._is_chat, self._tokenizer = request.logprobs, request.chat, tokenizer
+        self._tokens: list[Token | None] = []  # None: the first one of a prompt, which has no probability
+        self.ids: list[int] = []
+        self._offsets: list[int] = []  # where each begins in the returned text, in characters
+        self._stream = tokenizer.stream(() if asked.score else asked.ids, skip_special=False)
+        self._length = 0 if asked.score else len(self.echoed)
+        if asked.score:
+            self._append(None, asked.ids[0])
+
+    def add(self, piece: Piece) -> None:
+        self.text += piece.text
+        if self._has_logprobs:
+            self._append(piece.token, piece.token.id)
+
+    def take(self) -> str:
+        """The text that no chunk has yet."""
+        before, self._taken = self._taken, len(self.text)
+        return self.text[before:]
+
+    def _append(self, token: Token | None, id: int) -> None:
+        self._tokens.append(token)
+        self.ids.append(id)
+        self._offsets.append(self._length)
+        self._length += len(self._stream.feed(id))
+
+    def logprobs(self, start: int = 0) -> dict[str, Any] | None:
+        """In OpenAI's form, from a token on; None where they were not asked for, or there are none."""
+        tokens = self._tokens[start:]
+        if self._is_chat:
+            return {"content": [self._described(token) for token in tokens if token]} if tokens else None
+        if start == 1 and self._tokens[0] is None:  # the first one comes with the second
+            start, tokens = 0, self._tokens
+        return (
+            {
+                "tokens": [spell(self._tokenizer, id) for id in self.ids[start:]],
+                "token_logprobs": [token and token.logprob for token in tokens],
+                "top_logprobs": [token and self._top(token) for token in tokens],
+                "text_offset": self._offsets[start:],
+            }
+            if tokens
+            else None
+        )
+
+    def _top(self, token: Token) -> dict[str, float]:
+        """The likeliest tokens by their text; the chosen one is among them, whatever its rank."""
+        top = {spell(self._tokenizer, token.id): token.logprob}
+        for id, probability in token.alternatives:
+            top.setdefault(spell(self._tokenizer, id), _log(probability))
+        return top
+
+    def _described(self, token: Token) -> dict[str, Any]:
+        """A token as a chat describes it, with the likeliest in its place; the chosen one may be of them."""
+        place = [(token.id, token.logprob), *((id, _log(share)) for id, share in token.alternatives)]
+        place.sort(key=lambda one: -one[1])
+        top = [self._one(*one) for one in place[: len(token.alternatives)]]
+        return {**self._one(token.id, token.logprob), "top_logprobs": top}
+
+    def _one(self, id: int, logprob: float) -> dict[str, Any]:
+        spelled = self._tokenizer.bytes_of(id)
+        return {"token": spell(self._tokenizer, id), "logprob": logprob, "bytes": list(spelled or b"")}
+
+
+def _log(probability: float) -> float:
+    return math.log(probability) if probability else IMPOSSIBLE

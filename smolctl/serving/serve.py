@@ -1,0 +1,166 @@
+"""`smolctl serve`: a model behind OpenAI's API until the process is stopped."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import uvicorn
+
+from smolctl.errors import InputError, SmolError, UsageError
+from smolctl.generation.engines import EngineOptions
+from smolctl.generation.load import load_model
+from smolctl.serving.app import Server
+from smolctl.serving.guards import Limits
+from smolctl.serving.service import Service
+
+DEFAULT_CONTEXT = 2048  # tokens of a slot, or fewer where the model's context is shorter
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+GRACE_S = 30  # for answers under way when the server is stopped
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How to serve a model.
+
+    Raises:
+        UsageError: others than this machine could reach it without a key, and nobody has said they may.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: a free one
+    api_key: str | None = None
+    no_api_key: bool = False  # whether others may come in without a key
+    slots: int = 8
+    context: int | None = None  # tokens of a slot; None: `DEFAULT_CONTEXT`
+    limits: Limits = field(default_factory=Limits)
+    engine: EngineOptions = field(default_factory=EngineOptions)
+
+    def __post_init__(self) -> None:
+        if not self.api_key and not self.no_api_key and not is_loopback(self.host):
+            raise UsageError(
+                f"--host {self.host} lets other machines in without a key",
+                "Add --api-key KEY, or --no-api-key if everybody may use it.",
+            )
+
+    @property
+    def hosts(self) -> tuple[str, ...] | None:
+        """Names that requests must call the server by; None: any."""
+        if self.api_key or not is_loopback(self.host):
+            return None
+        return (*LOOPBACK, self.host.lower())
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The server answers from now on."""
+
+    url: str
+    model: str  # as clients name it
+    engine: str
+    slots: int
+    context: int  # tokens of a prompt and its answer
+    weight_bytes: int
+    cache_bytes: int  # of the KV cache: it grows to this and no further
+    notes: tuple[str, ...] = ()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def serve(model: str, options: ServeOptions, on_ready: Callable[[Ready], None]) -> None:
+    """Serve a model until SIGINT or SIGTERM: then answers under way have `GRACE_S` to end, and no more begin.
+
+    Args:
+        model: what `load_model` takes.
+        options: how.
+        on_ready: called when the server answers.
+
+    Raises:
+        SmolError: the model cannot be read or run, or the address cannot be had.
+    """
+    listener = _listen(options.host, options.port)
+    with listener:
+        server, ready = open_server(model, options, _url(options.host, listener))
+        config = uvicorn.Config(
+            server.application(options.api_key, options.hosts),
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=GRACE_S,
+        )
+        try:
+            running = _Running(config, lambda: on_ready(ready))
+            running.run([listener])
+        finally:
+            server.service.close()
+
+
+def open_server(model: str, options: ServeOptions, url: str) -> tuple[Server, Ready]:
+    """The server and what is to be known of it.
+
+    Raises:
+        SmolError: the model cannot be read or run, or has a shorter context than `options` ask for.
+    """
+    loaded = load_model(model, options.engine)
+    context = options.context or min(DEFAULT_CONTEXT, loaded.context)
+    if context > loaded.context:
+        raise InputError(
+            f"--context {context:,}: the model's context holds {loaded.context:,} tokens", "Ask for fewer."
+        )
+    service = Service(loaded, options.slots, context, options.limits.waiting)
+    name = Path(model).stem if Path(model).suffix in (".gguf", ".safetensors", ".ckpt") else model
+    name = Path(name).name if Path(model).exists() else name
+    engine, notes = loaded.engine, loaded.notes
+    ready = Ready(
+        url, name, engine.name, options.slots, context, engine.weight_bytes, service.cache_bytes, notes
+    )
+    return Server(service, name, options.limits), ready
+
+
+class _Running(uvicorn.Server):
+    """A server of uvicorn that says when it has started."""
+
+    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_started = on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_started()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket bound to an address, before the model is loaded.
+
+    Raises:
+        SmolError: it cannot be had.
+    """
+    name = host.strip("[]")
+    family = socket.AF_INET6 if ":" in name else socket.AF_INET
+    listener = socket.socket(family)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((name, port))
+    except OSError as error:
+        listener.close()
+        reason = error.strerror or str(error)
+        raise SmolError(
+            f"{host}:{port} cannot be served ({reason})", "Choose another --host or --port."
+        ) from None
+    return listener
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    name = f"[{host.strip('[]')}]" if ":" in host else host
+    return f"http://{name}:{listener.getsockname()[1]}"

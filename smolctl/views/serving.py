@@ -1,0 +1,25 @@
+"""What `serve` says when it is ready."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from smolctl.views.numbers import size
+from smolctl.views.output import Output, fields
+
+if TYPE_CHECKING:
+    from smolctl.serving.serve import Ready
+
+
+def show_ready(output: Output, ready: Ready) -> None:
+    """One line of JSON, or a few for people."""
+    for note in ready.notes:
+        output.talk(note)
+    if output.json:
+        output.event({"event": "ready", **fields(ready, ("notes",))})
+        return
+    output.write(
+        f"{ready.model} at {ready.url}/v1 ({ready.engine})\n"
+        f"{ready.slots} answers at once, {ready.context:,} tokens each: weights {size(ready.weight_bytes)}, "
+        f"KV cache up to {size(ready.cache_bytes)}. Stop with Ctrl-C.\n"
+    )
