@@ -135,7 +135,9 @@ def sample(
     # Models that are compared are all given the same settings.
     recommended = models[0].recommended if own is not None and len(models) == 1 else {}
     settings = _settled(request, request.settings, {}, recommended)
-    grammars = [schema and compile_schema(schema, one.tokenizer, one.engine.config) for one in models]
+    grammars = [
+        None if schema is None else compile_schema(schema, one.tokenizer, one.engine.config) for one in models
+    ]
     for model in models:
         on_event(Loaded(model, taken_of(recommended, own or {})))
     first = models[0]

@@ -1,0 +1,203 @@
+"""Answers, streams and refusals of the server, as a plain HTTP client sees them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from smolctl.generation.complete import CompletionSettings, complete
+from smolctl.generation.sampling import SamplingSettings
+from tests.support.serving import Served, serving
+from tests.support.tiny_models import write_folder
+
+CONTEXT = 300
+ASK = [{"role": "user", "content": "the cat sat"}]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    model = write_folder(tmp_path_factory.mktemp("served") / "tiny", context=CONTEXT)
+    with serving(model) as server:
+        yield server
+
+
+def events(text: str) -> list[Any]:
+    """What a stream says, which must end with [DONE]."""
+    *chunks, last = [part.removeprefix("data: ") for part in text.split("\n\n") if part]
+    assert last == "[DONE]"
+    return [json.loads(chunk) for chunk in chunks]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": ASK, "n": 3, "temperature": 1.5},
+        {"messages": ASK, "logprobs": True, "top_logprobs": 3},
+        {"messages": ASK, "stop": ["a", "he"], "n": 2},
+        {"prompt": ["the cat", "Größe 界面"], "n": 2, "logprobs": 2},
+        {"prompt": "the cat 🎉", "echo": True, "logprobs": 1},
+        {"prompt": "the cat", "echo": True},
+    ],
+)
+def test_a_stream_says_what_a_whole_answer_says(served: Served, body: dict[str, Any]) -> None:
+    chat = "messages" in body
+    path = "chat/completions" if chat else "completions"
+    body = {"seed": 5, "max_tokens": 20, **body}
+    whole = served.post(path, **body).json()
+    streamed = served.post(path, **body, stream=True, stream_options={"include_usage": True})
+    *chunks, usage = events(streamed.text)
+    assert usage["choices"] == []
+    assert usage["usage"] == whole["usage"]
+    assert usage["usage"]["completion_tokens"] <= 20 * len(whole["choices"])
+    for choice in whole["choices"]:
+        own = [one for chunk in chunks for one in chunk["choices"] if one["index"] == choice["index"]]
+        assert [one["finish_reason"] for one in own[:-1]] == [None] * (len(own) - 1)
+        assert own[-1]["finish_reason"] == choice["finish_reason"]
+        parts = [one["delta"] if chat else one["text"] for one in own]
+        if chat:
+            assert parts[0] == {"role": "assistant", "content": ""}
+            assert parts[-1] == {}
+            assert "".join(part.get("content", "") for part in parts) == choice["message"]["content"]
+        else:
+            assert "".join(parts) == choice["text"]
+        found: dict[str, list[Any]] = {}
+        for one in own:
+            for key, values in (one["logprobs"] or {}).items():
+                found.setdefault(key, []).extend(values)
+        assert (found or None) == choice["logprobs"]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_is_that_of_sample(served: Served, temperature: float) -> None:
+    model = served.server.service.model
+    settings = CompletionSettings(12, 3, seed=9, sampling=SamplingSettings(temperature))
+    expected = complete(model.engine, model.tokenizer, model.prompt("the cat"), settings).completions
+    options = {"max_tokens": 12, "n": 3, "seed": 9, "temperature": temperature, "top_p": 1}
+    found = served.post("completions", prompt="the cat", **options).json()["choices"]
+    assert [one["text"] for one in found] == [one.text for one in expected]
+    assert [one["index"] for one in found] == [0, 1, 2]
+    assert len({one.text for one in expected}) == (3 if temperature else 1)
+
+
+def test_an_echo_gives_every_token_of_the_prompt_with_its_probability(served: Served) -> None:
+    tokenizer = served.server.service.model.tokenizer
+    text = "the cat saw 🎉 the dog"
+    ids = list(tokenizer.prompt(text).ids)
+    for prompt, most in ((text, 1), (ids, 1), (text, 0)):
+        answer = served.post(
+            "completions", prompt=prompt, max_tokens=most, echo=True, logprobs=1, temperature=0
+        ).json()
+        (choice,) = answer["choices"]
+        logprobs = choice["logprobs"]
+        assert len({len(values) for values in logprobs.values()}) == 1
+        assert len(logprobs["tokens"]) == len(ids) + most
+        assert logprobs["token_logprobs"][0] is None is logprobs["top_logprobs"][0]
+        assert all(value < 0 for value in logprobs["token_logprobs"][1:])
+        assert choice["text"].startswith(text)
+        assert answer["usage"]["completion_tokens"] == most
+        pairs = zip(logprobs["tokens"], logprobs["text_offset"], strict=True)
+        assert all(choice["text"].startswith(token, at) for token, at in pairs if "\\x" not in token)
+        for value, top in list(zip(logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True))[1:]:
+            assert value in top.values()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tools", [{"type": "function"}]),
+        ("presence_penalty", 0.5),
+        ("logit_bias", {"5": 1}),
+        ("best_of", 2),
+        ("temperature", "hot"),
+        ("temperature", -1),
+        ("temperature", 1e30),
+        ("top_p", 0),
+        ("n", 0),
+        ("n", 10_000),
+        ("max_tokens", -1),
+        ("stop", [1]),
+        ("stop", ["a"] * 99),
+        ("stream", "yes"),
+        ("stream_options", 5),
+        ("top_logprobs", 21),
+        ("logprobs", 3),
+        ("response_format", {"type": "yaml"}),
+        ("response_format", {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}),
+        ("response_format", {"type": "json_schema", "json_schema": {"schema": {"patternProperties": {}}}}),
+        ("messages", []),
+        ("messages", [{"role": "tool", "content": "5"}]),
+        ("messages", [{"role": "user", "content": None}]),
+        ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+    ],
+)
+def test_what_is_wrong_or_not_supported_is_refused_by_name(served: Served, field: str, value: object) -> None:
+    answer = served.post("chat/completions", **{"messages": ASK, "max_tokens": 2, field: value})
+    error = answer.json()["error"]
+    assert answer.status_code == 400
+    assert error["type"] == "invalid_request_error"
+    assert error["param"].startswith(field)
+    assert error["message"].endswith(".")
+
+
+def test_what_changes_nothing_and_what_nobody_knows_is_accepted(served: Served) -> None:
+    harmless = {"tools": [], "presence_penalty": 0, "logit_bias": {}, "best_of": 1, "tool_choice": "auto"}
+    unset = dict.fromkeys(("temperature", "n", "stop", "stream", "seed", "max_tokens", "response_format"))
+    messages = [
+        {"role": "developer", "content": "be brief", "name": "x"},
+        {"role": "user", "content": [{"type": "text", "text": "the"}, {"type": "text", "text": " cat"}]},
+        {"role": "assistant", "content": None},
+        {"role": "user", "content": "the dog", "whatever": 1},
+    ]
+    body = {"messages": messages, **harmless, **unset, "user": "me", "nobody_knows": {}}
+    answer = served.post("chat/completions", **body, max_completion_tokens=3)
+    assert answer.status_code == 200
+    assert answer.json()["usage"]["completion_tokens"] <= 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_does_not_fit_is_refused_before_the_answer_begins(served: Served, stream: bool) -> None:
+    for prompt in ("the cat " * CONTEXT, [5] * CONTEXT, "x" * 100_000, [], [5, 999]):
+        answer = served.post("completions", prompt=prompt, stream=stream)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"]
+
+
+def test_every_answer_keeps_to_its_schema(served: Served) -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "a": {"enum": ["x", "yy"]},
+            "b": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3},
+        },
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+    body = {"messages": ASK, "n": 4, "temperature": 2, "seed": 1, "response_format": wanted}
+    for choice in served.post("chat/completions", **body).json()["choices"]:
+        assert choice["finish_reason"] == "stop"
+        jsonschema.validate(json.loads(choice["message"]["content"]), schema)
+
+
+def test_models_health_and_what_is_not_there(served: Served) -> None:
+    (model,) = served.client.get("/v1/models").json()["data"]
+    assert served.client.get(f"/v1/models/{model['id']}").json() == model
+    assert served.client.get("/health").json() == {"status": "ok"}
+    assert served.post("completions", model=model["id"], prompt="a", max_tokens=1).status_code == 200
+    missing = {
+        404: [served.client.get("/v1/engines"), served.post("completions", model="gpt-4", prompt="a")],
+        405: [served.client.get("/v1/completions"), served.client.options("/v1/completions")],
+        400: [
+            served.client.post("/v1/completions", content=text)
+            for text in (b"{", b"[]", b"\xff", b'{"a": NaN}')
+        ],
+    }
+    for status, answers in missing.items():
+        for answer in answers:
+            assert answer.status_code == status
+            assert answer.json()["error"]["message"].endswith(".")
