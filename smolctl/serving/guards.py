@@ -78,7 +78,8 @@ class Guard:
                 )
         if self._key is not None and path not in OPEN_PATHS:
             kind, _, given = headers.get("authorization", "").partition(" ")
-            if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._key):
+            key = given.strip().encode("latin-1")  # the bytes as they came
+            if kind.lower() != "bearer" or not hmac.compare_digest(key, self._key):
                 raise ApiError(401, "The API key is missing or wrong.", "invalid_api_key")
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:

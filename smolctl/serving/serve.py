@@ -87,7 +87,7 @@ def serve(model: str, options: ServeOptions, on_ready: Callable[[Ready], None]) 
     Raises:
         SmolError: the model cannot be read or run, or the address cannot be had.
     """
-    listener = _listen(options.host, options.port)
+    listener = listen(options.host, options.port)
     with listener:
         server, ready = open_server(model, options, _url(options.host, listener))
         config = uvicorn.Config(
@@ -140,7 +140,7 @@ class _Running(uvicorn.Server):
             self._on_started()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A socket bound to an address, before the model is loaded.
 
     Raises:
@@ -148,7 +148,8 @@ def _listen(host: str, port: int) -> socket.socket:
     """
     name = host.strip("[]")
     family = socket.AF_INET6 if ":" in name else socket.AF_INET
-    listener = socket.socket(family)
+    # By the protocol asyncio knows that nothing may be held back: a token would wait 40 ms for the next one.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((name, port))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
+from smolctl.data.tokenizer.chatml import CHATML
 from smolctl.generation.complete import CompletionSettings, complete
 from smolctl.generation.sampling import SamplingSettings
 from tests.support.serving import Served, serving
@@ -21,7 +21,7 @@ ASK = [{"role": "user", "content": "the cat sat"}]
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    model = write_folder(tmp_path_factory.mktemp("served") / "tiny", context=CONTEXT)
+    model = write_folder(tmp_path_factory.mktemp("served") / "tiny", template=CHATML, context=CONTEXT)
     with serving(model) as server:
         yield server
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +14,9 @@ import uvicorn
 
 from smolctl.generation.engines import EngineOptions
 from smolctl.serving.app import Server
-from smolctl.serving.serve import ServeOptions, open_server
+from smolctl.serving.serve import ServeOptions, listen, open_server
 
-PATIENCE_S = 60  # for an answer that does not come
+PATIENCE_S = 20  # for an answer that does not come
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Served:
 @contextmanager
 def serving(model: Path, **options: Any) -> Iterator[Served]:
     """Serve a model with the options of `ServeOptions`, a single thread computing."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with listen("127.0.0.1", 0) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         settings = ServeOptions(**{"slots": 4, "engine": EngineOptions(threads=1), **options})
         server, _ = open_server(str(model), settings, url)

@@ -1,0 +1,211 @@
+"""Who may ask and how much, and what a client costs that leaves, waits, or asks for too much."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from smolctl.data.tokenizer.chatml import CHATML
+from smolctl.errors import SmolError
+from smolctl.generation.scheduler import CHUNK
+from smolctl.serving.guards import Limits
+from smolctl.serving.serve import listen
+from tests.support.processes import Smolctl
+from tests.support.serving import PATIENCE_S, Served, serving
+from tests.support.tiny_models import write_folder
+
+CONTEXT = 40 * CHUNK
+SHORT = {"prompt": "the cat", "max_tokens": 5, "temperature": 0}
+ENDLESS = {"prompt": "the cat", "max_tokens": CONTEXT, "temperature": 0, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("limits") / "tiny"
+    return write_folder(folder, template=CHATML, context=CONTEXT, eos_token_id=None)
+
+
+@pytest.fixture(scope="module")
+def served(model: Path) -> Iterator[Served]:
+    """One slot, and two may wait."""
+    limits = Limits(waiting=2, body_bytes=100_000)
+    with serving(model, slots=1, context=CONTEXT, limits=limits) as server, endless(server):
+        yield server
+
+
+@contextmanager
+def endless(served: Served) -> Iterator[None]:
+    """The model does not end its answers by itself, and takes a millisecond or two for each call."""
+    service = served.server.service
+    engine, forward = service.model.engine, service.model.engine.forward
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.001)
+        return forward(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "forward", slow)
+        patch.setattr(service, "_ends", frozenset())
+        yield
+
+
+def send(served: Served, body: dict[str, object]) -> socket.socket:
+    """A connection over which a request was sent."""
+    content = json.dumps(body).encode()
+    host = served.url.removeprefix("http://")
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(content)}\r\n\r\n"
+    connection = socket.create_connection(("127.0.0.1", int(host.rpartition(":")[2])), PATIENCE_S)
+    connection.sendall(head.encode() + content)
+    return connection
+
+
+def wait_until(served: Served, active: int, waiting: int) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while (served.metric("answers_active"), served.metric("answers_waiting")) != (active, waiting):
+        assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("when", ["waiting", "reading", "decoding"])
+def test_a_client_that_leaves_costs_nothing_more(served: Served, when: str, stream: bool) -> None:
+    expected = served.post("completions", **SHORT).json()["choices"]
+    long = {"prompt": [5, 6, 7, 8, 9] * (CONTEXT // 5 - 5)} if when == "reading" else {}
+    first = send(served, {**ENDLESS, "stream": stream, **long})
+    wait_until(served, 1, 0)
+    leaving = first
+    if when == "waiting":
+        leaving = send(served, {**ENDLESS, "stream": stream})
+        wait_until(served, 1, 1)
+    generated = served.metric("generated_tokens")
+    leaving.close()
+    wait_until(served, int(when == "waiting"), 0)
+    first.close()
+    assert served.post("completions", **SHORT).json()["choices"] == expected
+    assert served.metric("generated_tokens") - generated < CONTEXT / 2
+
+
+def test_more_than_may_wait_are_told_to_come_back(served: Served) -> None:
+    streams = [send(served, ENDLESS) for _ in range(3)]
+    wait_until(served, 1, 2)
+    answer = served.post("completions", **SHORT)
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "1"
+    assert answer.json()["error"]["type"] == "overloaded_error"
+    for stream in streams:
+        stream.close()
+    wait_until(served, 0, 0)
+    assert served.post("completions", **SHORT).status_code == 200
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_large_body_is_refused_while_it_is_read(served: Served, announced: bool) -> None:
+    content = b" " * 200_000
+    pieces = content if announced else iter([content[:150_000], content[150_000:]])
+    answer = served.client.post("/v1/completions", content=pieces)
+    assert answer.status_code == 413
+    assert "100,000" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_that_takes_too_long_ends_with_an_error(model: Path, stream: bool) -> None:
+    with serving(model, context=CONTEXT, limits=Limits(answer_s=0.05)) as served, endless(served):
+        answer = served.post("completions", **{**ENDLESS, "stream": stream})
+        assert answer.status_code == (200 if stream else 504)
+        last = answer.text.strip().rpartition("data: ")[2]
+        assert "0.05 seconds" in json.loads(last)["error"]["message"]
+        wait_until(served, 0, 0)
+
+
+def test_a_silent_stream_gets_comments(model: Path) -> None:
+    with serving(model, slots=1, context=CONTEXT, limits=Limits(ping_s=0.01)) as served, endless(served):
+        first = send(served, ENDLESS)
+        wait_until(served, 1, 0)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(served.post, "completions", **SHORT, stream=True)
+            wait_until(served, 1, 1)
+            time.sleep(0.05)
+            first.close()
+            text = waiting.result().text
+    assert text.startswith(": ")
+    assert text.endswith("data: [DONE]\n\n")
+
+
+def test_only_its_own_names_and_pages_are_answered(served: Served) -> None:
+    port = served.url.rpartition(":")[2]
+    fine = [{}, {"host": f"localhost:{port}"}, {"origin": served.url}, {"host": "LOCALHOST"}]
+    strange = [{"host": "evil.example"}, {"origin": "https://evil.example"}, {"origin": "null"}]
+    strange += [{"host": "127.0.0.1.evil.example"}, {"host": "localhost.evil.example:80"}]
+    for status, many in ((200, fine), (403, strange)):
+        for headers in many:
+            answer = served.client.get("/v1/models", headers=headers)
+            assert answer.status_code == status
+            assert "access-control-allow-origin" not in answer.headers
+
+
+def test_a_key_is_asked_for_where_there_is_one(model: Path) -> None:
+    with serving(model, api_key="geheim ü") as served:
+        for given in (None, "Bearer", "Bearer wrong", "Basic geheim ü", "Bearer geheim"):
+            headers = {} if given is None else {b"authorization": given.encode()}
+            answer = served.client.get("/v1/models", headers=headers)
+            assert answer.status_code == 401
+            assert answer.headers["www-authenticate"] == "Bearer"
+        key = {b"authorization": "Bearer geheim ü".encode(), b"host": b"my.server"}
+        assert served.client.get("/v1/models", headers=key).status_code == 200
+        assert served.client.get("/health").status_code == 200
+
+
+def test_a_used_port_is_one_line() -> None:
+    with listen("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        first.listen()
+        with pytest.raises(SmolError, match=f"127.0.0.1:{port}"):
+            listen("127.0.0.1", port)
+
+
+def test_other_machines_come_in_with_a_key_or_by_an_explicit_yes(smolctl: Smolctl) -> None:
+    for host in ("0.0.0.0", "::", "192.0.2.1"):
+        done = smolctl("serve", "nothing", "--host", host)
+        assert done.code == 2
+        assert "--api-key" in done.err
+
+
+def test_an_unforeseen_error_ends_what_runs_and_nothing_after_it(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(model) as served:
+        expected = served.post("completions", **SHORT).json()["choices"]
+        engine = served.server.service.model.engine
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "forward", lambda *_arguments, **_options: 1 / 0)
+            answer = served.post("completions", **SHORT)
+        assert answer.status_code == 500
+        assert "ZeroDivisionError" in answer.json()["error"]["message"]
+        assert served.post("completions", **SHORT).json()["choices"] == expected
+
+
+def test_a_connection_that_sends_nothing_holds_up_nobody(model: Path) -> None:
+    with serving(model, limits=Limits(body_s=0.05)) as served:
+        host = ("127.0.0.1", int(served.url.rpartition(":")[2]))
+        with socket.create_connection(host, PATIENCE_S) as silent:
+            silent.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
+            assert served.post("completions", **SHORT).status_code == 200
+            assert silent.recv(100).startswith(b"HTTP/1.1 408 ")
+
+
+def test_requests_under_way_are_bounded(model: Path) -> None:
+    with serving(model, context=CONTEXT, limits=Limits(connections=1)) as served, endless(served):
+        stream = send(served, ENDLESS)
+        answer = httpx.Response(200)
+        while answer.status_code == 200:  # until the stream has begun
+            answer = served.client.get("/health")
+        assert answer.status_code == 503
+        stream.close()
