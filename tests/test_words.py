@@ -28,7 +28,7 @@ WORDS = re.compile(rf"(?<![\w-])({'|'.join(PRIVATE)})(?!\w)", re.IGNORECASE)
 JSON_VALUES = {"products in "}  # what bench --json has always called the limit; people read "matmul"
 COMMANDS = (
     *("inspect-config", "count-params", "train", "resume", "sample", "compare", "quantize", "bench", "push"),
-    "cache",
+    *("cache", "serve"),
 )
 
 
