@@ -21,10 +21,10 @@ from starlette.types import Receive, Scope, Send
 
 from smolctl.errors import InputError, PromptTooLongError, SmolError
 from smolctl.escaping import json_text
+from smolctl.generation.service import BusyError, Job, Piece, Service
 from smolctl.serving.guards import Guard, Limits
 from smolctl.serving.requests import ApiError, ApiRequest, parse_body, parse_request
 from smolctl.serving.responses import Responder
-from smolctl.serving.service import BusyError, Job, Piece, Service
 
 EVENT_STREAM = (
     (b"content-type", b"text/event-stream; charset=utf-8"),

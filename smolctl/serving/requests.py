@@ -14,8 +14,8 @@ from smolctl.generation.grammar import compile_schema
 from smolctl.generation.load import LoadedModel
 from smolctl.generation.prompts import SAMPLING, changed_settings, refuse_constant
 from smolctl.generation.sampling import settle
+from smolctl.generation.service import Asked
 from smolctl.outside import parse_json
-from smolctl.serving.service import Asked
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; an answer in a chat may fill the context
 MOST_LOGPROBS = 20  # OpenAI's limit in a chat

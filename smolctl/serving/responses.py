@@ -11,8 +11,8 @@ from typing import Any
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.generation.answer import spell
 from smolctl.generation.scheduler import Token
+from smolctl.generation.service import Piece
 from smolctl.serving.requests import ApiRequest
-from smolctl.serving.service import Piece
 
 IMPOSSIBLE = -9999.0  # OpenAI's log-probability of what is too unlikely for a number
 

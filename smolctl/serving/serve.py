@@ -13,9 +13,9 @@ import uvicorn
 from smolctl.errors import InputError, SmolError, UsageError
 from smolctl.generation.engines import EngineOptions
 from smolctl.generation.load import load_model
+from smolctl.generation.service import Service
 from smolctl.serving.app import Server
 from smolctl.serving.guards import Limits
-from smolctl.serving.service import Service
 
 DEFAULT_CONTEXT = 2048  # tokens of a slot, or fewer where the model's context is shorter
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
