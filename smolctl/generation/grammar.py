@@ -38,16 +38,12 @@ CHANGE = "Change the schema, or ask for JSON in the prompt."
 class Grammar:
     """A JSON schema ready for one tokenizer."""
 
-    tokenizer: LLTokenizer
-    source: str
+    matcher: LLMatcher  # at the beginning of an answer
+    ends: Collection[int]  # ids that end one
 
     def constraint(self) -> SchemaConstraint:
         """A fresh constraint, for one answer."""
-        from llguidance import LLMatcher
-
-        return SchemaConstraint(
-            LLMatcher(self.tokenizer, self.source, log_level=0), self.tokenizer.eos_tokens
-        )
+        return SchemaConstraint(self.matcher.deep_copy(), self.ends)
 
 
 class SchemaConstraint:
@@ -74,8 +70,7 @@ class SchemaConstraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            reason = self._matcher.get_error()
-            raise SmolError(f"the JSON schema cannot be kept to any further ({reason})", CHANGE)
+            raise SmolError(f"no token keeps to the JSON schema ({_reason(self._matcher)})", CHANGE)
 
 
 def compile_schema(schema: Mapping[str, Any], tokenizer: Tokenizer, config: ModelConfig) -> Grammar:
@@ -93,11 +88,18 @@ def compile_schema(schema: Mapping[str, Any], tokenizer: Tokenizer, config: Mode
     if found := sorted(_keywords(schema) & NOT_KEPT):
         raise InputError(f"JSON schema: {found[0]} is not supported", CHANGE)
     source = LLMatcher.grammar_from_json_schema(json_text(dict(schema)), overrides=OPTIONS)
-    backend = _backend(tokenizer, config.vocab_size, tokenizer.stop_token_ids(config))
-    wrong, reasons = LLMatcher.validate_grammar_with_warnings(source, backend)
-    if wrong or reasons:
-        raise InputError(f"JSON schema: {reasons[0]}", CHANGE)
-    return Grammar(backend, source)
+    ends = tokenizer.stop_token_ids(config)
+    matcher = LLMatcher(_backend(tokenizer, config.vocab_size, ends), source, log_level=0)
+    first = matcher.deep_copy()
+    first.compute_bitmask()  # shows whether anything can be written by it
+    if wrong := [*filter(None, [_reason(first)]), *matcher.get_grammar_warnings()]:
+        raise InputError(f"JSON schema: {wrong[0]}", CHANGE)
+    return Grammar(matcher, ends)
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """Why a matcher goes no further, without the dump of its state; empty where it does."""
+    return matcher.get_error().partition("<state>")[0].strip()
 
 
 @lru_cache(maxsize=1)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +15,8 @@ from smolctl.generation.complete import CompletionSettings
 from smolctl.generation.load import LoadedModel
 from smolctl.generation.sampling import DEFAULT_SAMPLING
 from smolctl.generation.scheduler import Outcome, Request, Scheduler, Token
+
+LOG = logging.getLogger(__name__)
 
 
 class BusyError(SmolError):
@@ -70,7 +72,6 @@ class Service:
         self.cache_bytes = (
             slots * capacity * kv_cache_bytes_per_token(model.engine.config, model.engine.cache_dtype.name)
         )
-        self.failure: str = ""  # of the thread: what nobody has foreseen
         self._ends = model.tokenizer.stop_token_ids(model.engine.config)
         self._jobs: dict[Request, tuple[Job, int]] = {}  # with the number of the answer; of the thread
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -129,7 +130,7 @@ class Service:
                 self._deliver(self.scheduler.step())
             except Exception as error:
                 # The others' answers are lost with this one's, and the next ones are answered again.
-                self.failure = "".join(traceback.format_exception(error))
+                LOG.exception("unexpected, in the scheduler's thread")
                 for job in {job for job, _ in self._jobs.values()}:
                     self._fail(job, SmolError(f"unexpected: {type(error).__name__}: {error}"))
 

@@ -129,6 +129,7 @@ def test_an_echo_gives_every_token_of_the_prompt_with_its_probability(served: Se
         ("response_format", {"type": "yaml"}),
         ("response_format", {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}),
         ("response_format", {"type": "json_schema", "json_schema": {"schema": {"patternProperties": {}}}}),
+        ("response_format", {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}),
         ("messages", []),
         ("messages", [{"role": "tool", "content": "5"}]),
         ("messages", [{"role": "user", "content": None}]),
