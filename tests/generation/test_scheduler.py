@@ -140,10 +140,10 @@ def test_a_shared_prompt_is_read_once() -> None:
 
 
 def test_what_prompts_begin_with_alike_is_read_once() -> None:
-    network = tiny_network(context=300)
+    network = tiny_network(context=3 * CHUNK)
     engine = CountingEngine(TorchEngine(network))
     many = [[5] * (2 * CHUNK + 5) + [6 + number] * number for number in range(1, 4)]
-    scheduler = Scheduler(engine, 3, 200, GREEDY)
+    scheduler = Scheduler(engine, 3, 3 * CHUNK, GREEDY)
     found = ids(run_requests(scheduler, many, [4] * 3))
     assert scheduler.counts.prefilled == 2 * CHUNK + 3 * 5 + 1 + 2 + 3  # whole chunks are shared
     assert engine.tokens_read == scheduler.counts.prefilled + 3 * 3
