@@ -47,11 +47,16 @@ EMBEDDINGS = ("model.embed_tokens", "model.embed_positions", "lm_head")
 class ParameterRow:
     """One weight matrix or vector of the network."""
 
-    module: str  # the tensor's name without ".weight"
+    module: str  # the tensor's name without ".weight"; a bias keeps its ending
     shape: tuple[int, ...]
     formula: str  # the shape in the config's own words
     parameters: int
     tied: bool = False  # shares its storage with another row and adds nothing to `unique`
+
+    @property
+    def tensor(self) -> str:
+        """The tensor's Hugging Face name."""
+        return self.module if self.module.endswith(".bias") else f"{self.module}.weight"
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,18 @@ def parameter_rows(config: ModelConfig) -> tuple[ParameterRow, ...]:
     def matrix(module: str, rows: int, columns: int, formula: str, tied: bool = False) -> ParameterRow:
         return ParameterRow(module, (rows, columns), formula, rows * columns, tied)
 
+    def vector(module: str, size: int, formula: str) -> ParameterRow:
+        return ParameterRow(module, (size,), formula, size)
+
     def norm(module: str) -> ParameterRow:
-        return ParameterRow(module, (hidden,), "hidden_size", hidden)
+        return vector(module, hidden, "hidden_size")
+
+    def biases(attention: str) -> list[ParameterRow]:
+        sizes = {"q": (queries, heads), "k": (keys, kv_heads), "v": (keys, kv_heads)}
+        return [vector(f"{attention}.{name}_proj.bias", *size) for name, size in sizes.items()]
+
+    def head_norms(attention: str) -> list[ParameterRow]:
+        return [vector(f"{attention}.{name}_norm", config.head_dim, "head_dim") for name in "qk"]
 
     rows = [matrix("model.embed_tokens", vocab, hidden, "vocab_size × hidden_size")]
     if config.position_embedding == "learned":
@@ -91,6 +106,8 @@ def parameter_rows(config: ModelConfig) -> tuple[ParameterRow, ...]:
             matrix(f"{layer}.self_attn.q_proj", queries, hidden, f"{heads} × hidden_size"),
             matrix(f"{layer}.self_attn.k_proj", keys, hidden, f"{kv_heads} × hidden_size"),
             matrix(f"{layer}.self_attn.v_proj", keys, hidden, f"{kv_heads} × hidden_size"),
+            *(biases(f"{layer}.self_attn") if config.qkv_bias else ()),
+            *(head_norms(f"{layer}.self_attn") if config.use_qk_norm else ()),
             matrix(f"{layer}.self_attn.o_proj", hidden, queries, f"hidden_size × {heads}"),
             norm(f"{layer}.post_attention_layernorm"),
             matrix(f"{layer}.mlp.gate_proj", ffn, hidden, "intermediate_size × hidden_size"),
@@ -128,16 +145,16 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 
 
 def layer_matrices(config: ModelConfig) -> int:
-    """Parameters of the layers' matrices: all but embeddings, head and norms."""
-    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
-    return count_parameters(config).non_embedding - norms
+    """Parameters of the layers' matrices: all but embeddings, head, norms and biases."""
+    rows = parameter_rows(config)
+    return count_rows(tuple(row for row in rows if len(row.shape) == 2)).non_embedding
 
 
 def forward_flops_per_token(config: ModelConfig, context: int) -> int:
     """Floating-point operations of one token's forward pass, two for each multiply-add.
 
     The head's product is counted also when its weights are tied: it is computed all the same.
-    Attention is counted causally, over half of `context` on average. Norms, RoPE and the
+    Attention is counted causally, over half of `context` on average. Norms, biases, RoPE and the
     softmax are left out (below 1 %).
     """
     matrices = layer_matrices(config) + config.vocab_size * config.hidden_size
@@ -177,8 +194,9 @@ def activation_values_per_token(config: ModelConfig, checkpointed: bool = False)
 
     A layer keeps of each of its two norms the input and 1/rms (2 hidden + 2); the queries and the
     attention's output (2 queries), keys and values (2 keys), the attention's log-sum-exp (heads); and
-    the SwiGLU's gate and up (2 FFN). After the layers come the final norm's input, output and 1/rms, and the
-    gradient of the last hidden state, which the chunked loss computes in the forward pass.
+    the SwiGLU's gate and up (2 FFN). Norms of queries and keys keep their inputs and a 1/rms a head. After
+    the layers come the final norm's input, output and 1/rms, and the gradient of the last hidden state, which
+    the chunked loss computes in the forward pass.
 
     Args:
         config: the network.
@@ -189,6 +207,8 @@ def activation_values_per_token(config: ModelConfig, checkpointed: bool = False)
     keys = config.num_key_value_heads * config.head_dim
     heads = config.num_attention_heads
     layer = 2 * hidden + 2 * queries + 2 * keys + 2 * config.intermediate_size + heads + 2
+    if config.use_qk_norm:
+        layer += queries + keys + heads + config.num_key_value_heads
     layers = config.num_hidden_layers * hidden + layer if checkpointed else config.num_hidden_layers * layer
     return layers + 3 * hidden + 1
 

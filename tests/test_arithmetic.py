@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from math import prod
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -194,9 +195,16 @@ def test_attention_flops_grow_with_the_context_and_training_costs_three_forwards
     assert training_flops_per_token(config, 1_024) == 3 * forward_flops_per_token(config, 1_024)
 
 
-@pytest.mark.parametrize("position", ["rope", "learned"])
+ROPE = {"position_embedding": "rope", "residual_scale": 1.0}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"position_embedding": "learned"}, ROPE, {**ROPE, "qkv_bias": True}, {**ROPE, "use_qk_norm": True}],
+    ids=["learned", "rope", "biases", "norms of heads"],
+)
 @pytest.mark.parametrize("layers", [1, 3])
-def test_activations_equal_what_autograd_keeps(position: str, layers: int) -> None:
+def test_activations_equal_what_autograd_keeps(fields: dict[str, Any], layers: int) -> None:
     config = ModelConfig(
         vocab_size=50,
         hidden_size=60,
@@ -206,7 +214,7 @@ def test_activations_equal_what_autograd_keeps(position: str, layers: int) -> No
         num_key_value_heads=2,
         head_dim=14,
         max_position_embeddings=64,
-        position_embedding=position,
+        **fields,
     )
     model = Transformer(config)
     tokens = torch.zeros(2, 32, dtype=torch.long)

@@ -73,8 +73,8 @@ def _peers(
 ) -> list[EngineSpec]:
     config = source.require_config()
     if peer != "llama.cpp":
-        if peer == "litgpt" and not config.is_llama:
-            raise SmolError("it has no learned positions and no scaled residual branches")
+        if peer == "litgpt" and (config.model_type != "llama" or config.rope_scaling):
+            raise SmolError("only a plain Llama is compared with it")
         return [EngineSpec(peer, huggingface_folder(source, folder / "huggingface"), threads, "float32")]
     found = []
     for ours in (one for one in so_far if one.engine == "smolctl"):
@@ -86,8 +86,9 @@ def _peers(
 def huggingface_folder(source: ModelSource, folder: Path) -> str:
     """A folder that transformers loads: the source's own, or one with its weights in float32."""
     config = source.require_config()
-    # transformers runs the code in the folder of a model that is not a Llama: only this toolkit's.
-    if source.kind is SourceKind.FOLDER and source.tensors and Path(source.id).is_dir() and config.is_llama:
+    # transformers runs the code in the folder of a model that is none of its own: only this toolkit's.
+    is_folder = source.kind is SourceKind.FOLDER and source.tensors and Path(source.id).is_dir()
+    if is_folder and not config.needs_own_code:
         return source.id
     if folder.exists():
         return str(folder)

@@ -47,7 +47,7 @@ def load_transformers(model: str, config: ModelConfig) -> Any:
     if path.is_file():
         return AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, gguf_file=path.name)
     return AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, trust_remote_code=not config.is_llama
+        path, dtype=torch.float32, trust_remote_code=config.needs_own_code
     )
 
 

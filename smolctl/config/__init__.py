@@ -1,12 +1,13 @@
 """What a model and a run are. Plain, validated data; nothing here imports torch."""
 
 from smolctl.config.load import load_run_config, preset_names, presets_folder, resolve_run_config
-from smolctl.config.model import ModelConfig
+from smolctl.config.model import ModelConfig, RopeScaling
 from smolctl.config.run import Provenance, RunConfig
 
 __all__ = [
     "ModelConfig",
     "Provenance",
+    "RopeScaling",
     "RunConfig",
     "load_run_config",
     "preset_names",

@@ -300,10 +300,15 @@ def _config_error(schema: type[BaseModel], error: ValidationError, origin: str) 
     key, more = keys[0], f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _keys_beside(schema, [str(part) for part in first["loc"]])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"Did you mean {near[0]}?" if near else f"Known keys here: {', '.join(known)}."
+        near = _near(str(first["loc"][-1]), known)
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"Known keys here: {', '.join(known)}."
         return InputError(f"{origin}: unknown key {key}{more}", hint)
     return InputError(f"{origin}: {first_fault(error)}{more}", "Change the value and run again.")
+
+
+def _near(key: str, known: list[str]) -> list[str]:
+    """The key that was surely meant, or the two that may have been."""
+    return difflib.get_close_matches(key, known, 1, 0.8) or difflib.get_close_matches(key, known, 2, 0.5)
 
 
 def _keys_beside(schema: type[BaseModel], location: list[str]) -> list[str]:

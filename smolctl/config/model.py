@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import pi
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -14,12 +15,48 @@ TokenId = Annotated[int, Field(strict=True, ge=0, lt=MAX_VOCABULARY)]
 SpecialId = Annotated[int, Field(strict=True, ge=-1, lt=MAX_VOCABULARY)]
 
 
+ModelType = Literal["llama", "smollm3", "qwen2", "qwen3", "smolctl"]
+
+
+class RopeScaling(BaseModel):
+    """Llama 3's way to a longer context: slow rotations are slowed further by `factor`, fast ones are kept.
+
+    A rotation is slow when fewer than `low_freq_factor` of its wavelengths fit into the original context, and
+    fast when more than `high_freq_factor` do. Llama 3.2 has the factors 32, 1 and 4 and a context of 8,192.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    rope_type: Literal["llama3"] = "llama3"
+    factor: float = Field(ge=1)
+    low_freq_factor: float = Field(gt=0)
+    high_freq_factor: float = Field(gt=0)
+    original_max_position_embeddings: int = Field(gt=0, le=MAX_CONTEXT)
+
+    @model_validator(mode="after")
+    def _check(self) -> RopeScaling:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor {self.high_freq_factor:g} is not above "
+                f"low_freq_factor {self.low_freq_factor:g}"
+            )
+        return self
+
+    def slowed(self, frequency: float) -> float:
+        """A frequency of rope, in radians a token, after the scaling; in the precision of the argument."""
+        fitting = self.original_max_position_embeddings / (2 * pi / frequency)
+        span = self.high_freq_factor - self.low_freq_factor
+        kept = min(max((fitting - self.low_freq_factor) / span, 0), 1)
+        return (1 - kept) * frequency / self.factor + kept * frequency
+
+
 class ModelConfig(BaseModel):
-    """A Llama-shaped decoder.
+    """A Llama-shaped decoder, or one of its near kin.
 
     The defaults are `smollm2-135m`, the from-scratch variant: learned positions and
     residual branches scaled by 1/sqrt(2). With `position_embedding="rope"` and
-    `residual_scale=1` the network is, tensor for tensor, a `LlamaForCausalLM`.
+    `residual_scale=1` the network is, tensor for tensor, a `LlamaForCausalLM`. With one of
+    `no_rope_layers`, `qkv_bias` and `use_qk_norm` it is SmolLM3's, Qwen2's or Qwen3's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
@@ -39,6 +76,14 @@ class ModelConfig(BaseModel):
     position_embedding: Literal["rope", "learned"] = Field("learned", description="rope, or a learned table")
     rope_theta: float = Field(
         10_000.0, gt=0, description="base of the wavelengths of rope; unused when learned"
+    )
+    rope_scaling: RopeScaling | None = Field(None, description="Llama 3's scaling of rope; null is none")
+    no_rope_layers: tuple[Literal[0, 1], ...] = Field(
+        (), description="for each layer 1 with rope, 0 without, as in SmolLM3; empty is rope in all layers"
+    )
+    qkv_bias: bool = Field(False, description="queries, keys and values have biases, as in Qwen2")
+    use_qk_norm: bool = Field(
+        False, description="each head's queries and keys pass an RMSNorm before rope, as in Qwen3"
     )
     residual_scale: float = Field(2**-0.5, gt=0, description="factor of every residual branch")
     rms_norm_eps: float = Field(1e-5, gt=0, description="added to the mean square in a norm")
@@ -78,7 +123,22 @@ class ModelConfig(BaseModel):
             )
         if self.position_embedding == "rope" and self.head_dim % 2:
             raise ValueError(f"rope rotates pairs: head_dim {self.head_dim} is odd")
+        if self.no_rope_layers and len(self.no_rope_layers) != self.num_hidden_layers:
+            raise ValueError(
+                f"no_rope_layers has {len(self.no_rope_layers)} entries, the model "
+                f"num_hidden_layers {self.num_hidden_layers}"
+            )
+        self._check_kin()
         return self
+
+    def _check_kin(self) -> None:
+        """No library has a class for two of these at once: such a model would run nowhere else."""
+        kin = [name for name in ("no_rope_layers", "qkv_bias", "use_qk_norm") if getattr(self, name)]
+        if len(kin) > 1:
+            raise ValueError(f"{kin[0]} and {kin[1]} in one model are not supported")
+        rotated = [*kin, *(["rope_scaling"] if self.rope_scaling else [])]
+        if rotated and (self.position_embedding == "learned" or self.residual_scale != 1.0):
+            raise ValueError(f"{rotated[0]} needs position_embedding rope and residual_scale 1")
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -88,6 +148,23 @@ class ModelConfig(BaseModel):
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
 
     @property
-    def is_llama(self) -> bool:
-        """Whether the network is exactly a `LlamaForCausalLM`."""
-        return self.position_embedding == "rope" and self.residual_scale == 1.0
+    def model_type(self) -> ModelType:
+        """transformers' name of the class that computes exactly this network; "smolctl" is our own code."""
+        if self.position_embedding == "learned" or self.residual_scale != 1.0:
+            return "smolctl"
+        if self.no_rope_layers:
+            return "smollm3"
+        if self.qkv_bias:
+            return "qwen2"
+        return "qwen3" if self.use_qk_norm else "llama"
+
+    @property
+    def needs_own_code(self) -> bool:
+        """Whether transformers itself has no class for the network."""
+        return self.model_type == "smolctl"
+
+    def rotates(self, layer: int) -> bool:
+        """Whether rope turns the queries and keys of a layer, counted from 0."""
+        return self.position_embedding == "rope" and not (
+            self.no_rope_layers and self.no_rope_layers[layer] == 0
+        )

@@ -29,6 +29,11 @@ Stored = Array | PackedMatrix
 
 KINDS = {np.dtype(np.float32): 0, BFLOAT16: 1, np.dtype(np.float16): 2}
 INT8, INT4 = 3, 4
+# Vectors of a layer that not every network has, in the order of `layer` in forward.c.
+OPTIONAL = (
+    *(f"self_attn.{name}_proj.bias" for name in "qkv"),
+    *(f"self_attn.{name}_norm.weight" for name in "qk"),
+)
 FEW = 4  # tokens that are multiplied one by one: matrix.h
 KEYS = 16  # positions in a tile of keys, and what heads of values are filled up to: attention.h
 # Tokens that go through the network at once: enough for the products, few enough for the caches.
@@ -86,15 +91,23 @@ def cache_dtype_of(config: ModelConfig, weights: Mapping[str, Stored]) -> np.dty
 
     The input of a projection comes from a norm: its length is √hidden_size at most, before the norm's own
     weights. A row of the projection turns it into at most the product of the lengths, and RoPE, which mixes
-    two rows, into √2 times that. So no text can overflow float16 where this bound does not.
+    two rows, into √2 times that. A bias adds its own values, and where keys have a norm, its weights
+    alone count. So no text can overflow float16 where this bound does not.
     """
     if kind_of(weights) == "float32":
         return np.dtype(np.float32)
-    limit = float(np.finfo(np.float16).max) / math.sqrt(2 * config.hidden_size)
+    largest = float(np.finfo(np.float16).max) / math.sqrt(2)
 
     def safe(index: int, name: str) -> bool:
-        norm = dense(weights[f"model.layers.{index}.input_layernorm.weight"])
-        stored = weights[f"model.layers.{index}.self_attn.{name}_proj.weight"]  # (rows, hidden_size)
+        layer = f"model.layers.{index}."
+        if name == "k" and config.use_qk_norm:
+            weight = dense(weights[f"{layer}self_attn.k_norm.weight"])
+            return bool(np.abs(weight).max() * math.sqrt(config.head_dim) < largest)
+        bias = weights.get(f"{layer}self_attn.{name}_proj.bias")
+        added = 0.0 if bias is None else float(np.abs(dense(bias)).max())
+        limit = max(largest - added, 0) / math.sqrt(config.hidden_size)
+        norm = dense(weights[f"{layer}input_layernorm.weight"])
+        stored = weights[f"{layer}self_attn.{name}_proj.weight"]  # (rows, hidden_size)
         if isinstance(stored, PackedMatrix):  # mostly its scales show it
             squares = np.add.reduceat(norm**2, np.arange(0, len(norm), stored.group))
             if (stored.largest() ** 2 @ squares).max() < limit**2:
@@ -179,6 +192,9 @@ class NativeEngine(Engine):
             keep.append(np.ascontiguousarray(dense(weights[name])))
             return keep[-1].ctypes.data
 
+        def given(name: str) -> int | None:
+            return floats(name) if name in weights else None
+
         def matrix(name: str) -> Matrix:
             return matrix_of(weights[name], keep)
 
@@ -190,6 +206,8 @@ class NativeEngine(Engine):
                 *(matrix(f"{prefix}mlp.{name}_proj.weight") for name in ("gate", "up", "down")),
                 floats(f"{prefix}input_layernorm.weight"),
                 floats(f"{prefix}post_attention_layernorm.weight"),
+                *(given(prefix + name) for name in OPTIONAL),
+                config.rotates(index),
             )
         table = matrix(TABLE)
         return Model(

@@ -94,7 +94,7 @@ def _count_config(
     rows = _with_its_head(parameter_rows(shape), source.declared)
     mismatches: tuple[str, ...] = ()
     if stored is not None:
-        expected = {f"{row.module}.weight": row.shape for row in rows}
+        expected = {row.tensor: row.shape for row in rows}
         shapes = {one.name: _unflattened(one.shape, expected.get(one.name)) for one in stored.parameters}
         mismatches = check_rows(rows, shapes)
         if mismatches and source.config is None:  # what cannot be run is what its file holds

@@ -37,9 +37,10 @@ def find_notes(source: ModelSource) -> tuple[str, ...]:
         notes.append("no pad token: none is needed, smolctl trains on full sequences")
     if not config.eos_token_ids:
         notes.append("no eos token: generation ends at --max-tokens only")
-    if not config.is_llama:
+    if config.needs_own_code:
         notes.append(
-            "learned positions or scaled residual branches: not a LlamaForCausalLM, other tools need its code"
+            "learned positions or scaled residual branches: transformers has no class of its own for them, "
+            "other tools need its code"
         )
     if source.run is not None:
         notes += _recipe_notes(source.run)

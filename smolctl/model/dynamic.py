@@ -68,10 +68,16 @@ class PerTokenLinear(quantized.Linear):
     | two digits of 7 bits | 0.005 | 0.005 | 27 | 502 |
     """
 
+    added: Tensor | None = None  # the bias, which the packed weights have too
+
     def __init__(self, *sizes: int, **options: Any) -> None:
         super().__init__(*sizes, **options)  # type: ignore[no-untyped-call]
         # qnnpack, PyTorch's kernels on ARM, always uses 8 bits, and adds in 32.
         self.largest_digit = 127 if torch.backends.quantized.engine == "qnnpack" else 63
+
+    def set_weight_bias(self, w: Tensor, b: Tensor | None) -> None:
+        super().set_weight_bias(w, b)
+        self.added = b
 
     def forward(self, x: Tensor) -> Tensor:
         most, rows = self.largest_digit, x.flatten(0, -2)  # (N, columns)
@@ -83,8 +89,13 @@ class PerTokenLinear(quantized.Linear):
         digits = torch.cat((first, values.sub_(first).mul_(2 * most), extremes))  # (2 N + 1, columns)
         weights = self._packed_params._packed_params
         sums: Tensor = torch.ops.quantized.linear_dynamic(digits, weights, reduce_range=most == 63)
+        if self.added is not None:  # PyTorch added it to both digits
+            sums -= self.added
         high, low = sums[:-1].chunk(2)
-        return high.add_(low, alpha=0.5 / most).mul_(unit).view(*x.shape[:-1], -1)
+        total = high.add_(low, alpha=0.5 / most).mul_(unit)
+        if self.added is not None:
+            total += self.added
+        return total.view(*x.shape[:-1], -1)
 
 
 def dynamic_network(
@@ -103,21 +114,27 @@ def dynamic_network(
         if config.tie_word_embeddings:
             network.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
     for name, module in list(network.named_modules()):
-        matrix = stored.get(tensor_name(name, config))
+        matrix, vector = stored.get(tensor_name(name, config)), stored.get(f"{name}.bias")
+        bias = None if vector is None else _floats(vector)
         if isinstance(matrix, ScaledMatrix):
-            made = PackedTable(matrix) if isinstance(module, nn.Embedding) else _packed(matrix, layer)
+            made = PackedTable(matrix) if isinstance(module, nn.Embedding) else _packed(matrix, bias, layer)
             network.set_submodule(name, made)
         elif matrix is not None:
-            values = matrix if isinstance(matrix, Tensor) else as_tensor(dense(matrix))
-            cast(Any, module).weight = nn.Parameter(values.float(), requires_grad=False)
+            cast(Any, module).weight = nn.Parameter(_floats(matrix), requires_grad=False)
+            if bias is not None:
+                cast(Any, module).bias = nn.Parameter(bias, requires_grad=False)
     return network.eval()
 
 
-def _packed(matrix: ScaledMatrix, layer: Callable[..., quantized.Linear]) -> nn.Module:
+def _floats(stored: Tensor | StoredTensor) -> Tensor:
+    return (stored if isinstance(stored, Tensor) else as_tensor(dense(stored))).float()
+
+
+def _packed(matrix: ScaledMatrix, bias: Tensor | None, layer: Callable[..., quantized.Linear]) -> nn.Module:
     rows, columns = matrix.shape
     with silence():
-        packed = layer(columns, rows, bias_=False, dtype=torch.qint8)
-        packed.set_weight_bias(matrix.quantized(), None)
+        packed = layer(columns, rows, bias_=bias is not None, dtype=torch.qint8)
+        packed.set_weight_bias(matrix.quantized(), bias)
     return packed
 
 

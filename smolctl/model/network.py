@@ -49,23 +49,30 @@ def uninitialized(kind: Callable[..., M], *sizes: int, **options: Any) -> M:
     return layer.to_empty(device=torch.get_default_device())
 
 
-def linear_layer(inputs: int, outputs: int) -> nn.Linear:
+def linear_layer(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
     """A matrix (outputs, inputs), as the stock layer: tools that replace `nn.Linear` find it."""
-    return uninitialized(nn.Linear, inputs, outputs, bias=False)
+    return uninitialized(nn.Linear, inputs, outputs, bias=bias)
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is a matrix and nothing else, so that its product may be fused with what surrounds it.
+    """Whether a layer is the stock one, so that its product may be fused with what surrounds it.
 
     A layer that was replaced, by PyTorch's `quantize_dynamic` or by an adapter, or that has hooks, is called.
     """
     hooked = layer._forward_hooks or layer._forward_pre_hooks
-    return type(layer) is nn.Linear and layer.bias is None and not hooked
+    return type(layer) is nn.Linear and not hooked
 
 
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """The product of x (…, I) with a layer (O, I): (…, O)."""
-    return linear(x, layer.weight) if is_plain(layer) else cast(Tensor, layer(x))  # type: ignore[arg-type]
+    """The product of x (…, I) with a layer (O, I), and its bias if it has one: (…, O)."""
+    if not is_plain(layer):
+        return cast(Tensor, layer(x))
+    plain = cast(nn.Linear, layer)
+    return _with_bias(plain, linear(x, plain.weight))
+
+
+def _with_bias(layer: nn.Linear, y: Tensor) -> Tensor:
+    return y if layer.bias is None else y + layer.bias.to(y.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -83,7 +90,8 @@ class RMSNorm(nn.Module):
 def normed_linears(x: Tensor, norm: RMSNorm, *layers: nn.Linear) -> tuple[Tensor, ...]:
     """Each of the layers after the norm; where gradients are wanted, as one operation that keeps less."""
     if torch.is_grad_enabled() and norm.weight.requires_grad and all(map(is_plain, layers)):
-        return rms_norm_linears(x, norm.weight, norm.eps, *(layer.weight for layer in layers))
+        products = rms_norm_linears(x, norm.weight, norm.eps, *(layer.weight for layer in layers))
+        return tuple(map(_with_bias, layers, products))
     normed = norm(x)
     return tuple(apply_linear(layer, normed) for layer in layers)
 
@@ -103,10 +111,15 @@ class Attention(nn.Module):
         self.dropout = config.attention_dropout
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = linear_layer(config.hidden_size, queries)
-        self.k_proj = linear_layer(config.hidden_size, keys)
-        self.v_proj = linear_layer(config.hidden_size, keys)
+        self.q_proj = linear_layer(config.hidden_size, queries, config.qkv_bias)
+        self.k_proj = linear_layer(config.hidden_size, keys, config.qkv_bias)
+        self.v_proj = linear_layer(config.hidden_size, keys, config.qkv_bias)
         self.o_proj = linear_layer(queries, config.hidden_size)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.use_qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(
         self,
@@ -121,6 +134,8 @@ class Attention(nn.Module):
             projected.view(B, T, -1, self.head_dim)  # (B, T, H or K, D)
             for projected in normed_linears(x, norm, self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         if isinstance(documents, tuple):
@@ -192,7 +207,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         gate, up = normed_linears(x, norm, self.gate_proj, self.up_proj)  # (B, T, F)
         if is_plain(self.down_proj):
-            return swiglu_linear(gate, up, self.down_proj.weight)
+            return _with_bias(self.down_proj, swiglu_linear(gate, up, self.down_proj.weight))
         return cast(Tensor, self.down_proj(F.silu(gate).mul_(up)))
 
 
@@ -267,10 +282,11 @@ class Decoder(nn.Module):
             own = _document_lengths(documents) if split else _document_mask(documents)
         for index, block in enumerate(self.layers):
             append = partial(cache.append, index) if cache is not None else None
+            turned = rotary if self.config.rotates(index) else None
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotary, append, own, use_reentrant=False)
+                x = checkpoint(block, x, turned, append, own, use_reentrant=False)
             else:
-                x = block(x, rotary, append, own)
+                x = block(x, turned, append, own)
         if cache is not None:
             cache.length = positions.stop
         return self.norm(x)
@@ -301,7 +317,8 @@ class Transformer(nn.Module):
     def compile_blocks(self) -> None:
         """Let torch.compile translate the blocks, in place: the names of their tensors stay as they are.
 
-        All have the same shape, so that one translation serves them all.
+        All have the same shape, so that one translation serves them all, or one those with rope and one those
+        without.
         """
         self.model.is_compiled = True
         for block in self.model.layers:

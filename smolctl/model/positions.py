@@ -20,7 +20,15 @@ def check_capacity(config: ModelConfig, capacity: int) -> None:
 
 def rotary_angles(config: ModelConfig, positions: int) -> NDArray[np.float32]:
     """The angles of the first positions, (positions, 1, D/2), rounded as transformers rounds them."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    wavelengths = np.power(config.rope_theta, exponents, dtype=np.float64).astype(np.float32)  # (D/2,)
-    angles: NDArray[np.float32] = np.outer(np.arange(positions, dtype=np.float32), 1 / wavelengths)
+    angles: NDArray[np.float32] = np.outer(np.arange(positions, dtype=np.float32), rotary_frequencies(config))
     return angles[:, None]
+
+
+def rotary_frequencies(config: ModelConfig) -> NDArray[np.float32]:
+    """By how much each pair of a head turns from one position to the next, in radians: (D/2,)."""
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    powers = np.power(config.rope_theta, exponents, dtype=np.float64).astype(np.float32)
+    frequencies: NDArray[np.float32] = 1 / powers
+    if config.rope_scaling is None:
+        return frequencies
+    return np.array([config.rope_scaling.slowed(one) for one in frequencies], np.float32)

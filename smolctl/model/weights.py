@@ -22,7 +22,7 @@ def initialize(config: ModelConfig, seed: int) -> Transformer:
 
     Matrices are normal with standard deviation `initializer_range`. The two that write to the
     residual stream, o_proj and down_proj, are smaller by 1/sqrt(2 × layers), as in SmolLM2's
-    training with nanotron. Norms are one.
+    training with nanotron. Norms are one, biases zero.
 
     Raises:
         InputError: this machine has not the memory for its weights.
@@ -40,7 +40,7 @@ def initialize(config: ModelConfig, seed: int) -> Transformer:
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if parameter.dim() == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
             else:
                 writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 parameter.normal_(0.0, branch_std if writes_residual else std, generator=generator)

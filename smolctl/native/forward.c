@@ -23,11 +23,14 @@
 // What the functions return; library.py knows the numbers too.
 enum status { DONE, NO_MEMORY, BUSY, CANCELLED };
 // Counts changes of the structures and functions that library.py describes.
-#define INTERFACE 2
+#define INTERFACE 3
 
 typedef struct {
     matrix q, k, v, o, gate, up, down;
     const float *input_norm, *post_attention_norm;  // (C)
+    const float *q_bias, *k_bias, *v_bias;          // (H × D), (K × D), (K × D), or NULL
+    const float *q_norm, *k_norm;                   // (D), of every head, or NULL
+    int32_t rotates;                                // whether its queries and keys are turned, where any are
 } layer;
 
 typedef struct {
@@ -189,7 +192,7 @@ static void rotate(const model *m, int position, float *head) {
     }
 }
 
-// One head of q, k or v for all tokens: product, rotation, and into the cache.
+// One head of q, k or v for all tokens: product, bias, norm, rotation, and into the cache.
 static void project_head(context *c, int index, int piece, const operand *x, const room *own) {
     const model *m = &c->m;
     const layer *l = &m->layers[index];
@@ -197,10 +200,14 @@ static void project_head(context *c, int index, int piece, const operand *x, con
     int D = m->head_dim, is_q = piece < m->heads, is_k = !is_q && piece < m->heads + m->kv_heads;
     int heads = is_q ? m->heads : m->kv_heads, head = is_q ? piece : (piece - m->heads) % m->kv_heads;
     float *to = (is_q ? c->q : is_k ? c->k : c->v) + (size_t)head * D, scale = 1.0f / sqrtf((float)D);
+    const float *bias = is_q ? l->q_bias : is_k ? l->k_bias : l->v_bias;
+    const float *norm = is_q ? l->q_norm : is_k ? l->k_norm : NULL;
     product(is_q ? &l->q : is_k ? &l->k : &l->v, head * D, head * D + D, x, own, to, heads * D);
     for (int t = 0; t < b->count; t++) {
         float *row = to + (size_t)t * heads * D;
-        if (m->rotary && (is_q || is_k)) rotate(m, b->positions[t], row);
+        if (bias) for (int d = 0; d < D; d++) row[d] += bias[head * D + d];
+        if (norm) rms_norm(row, norm, D, m->eps, row);
+        if (m->rotary && l->rotates && (is_q || is_k)) rotate(m, b->positions[t], row);
         if (is_q) for (int d = 0; d < D; d++) row[d] *= scale;
         else if (is_k) remember_key(&b->cache, cached_head(c, index, t, head), D, b->positions[t], row);
         else remember_value(&b->cache, cached_head(c, index, t, head), D, b->positions[t], row);

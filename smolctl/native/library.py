@@ -14,7 +14,7 @@ from pathlib import Path
 BUILDS = ("baseline", "avx2", "avx512", "avx512bf16")
 # For trying a lesser build than the processor allows, or `none` for no build at all.
 OVERRIDE = "SMOLCTL_NATIVE"
-INTERFACE = 2  # of forward.c, with the structures below
+INTERFACE = 3  # of forward.c, with the structures below
 
 
 class Status(IntEnum):
@@ -42,8 +42,9 @@ class Layer(Structure):
 
     _fields_ = [
         *((name, Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
-        ("input_norm", c_void_p),
-        ("post_attention_norm", c_void_p),
+        *((name, c_void_p) for name in ("input_norm", "post_attention_norm")),
+        *((name, c_void_p) for name in ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm")),
+        ("rotates", c_int32),
     ]
 
 

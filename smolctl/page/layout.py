@@ -6,7 +6,7 @@ address of the file, and knows neither names of tensors nor the format.
 
 A matrix is [kind, rows, columns, group, values, scales, offsets] as matrix.h has it; an offset of 0, where
 the file's own header lies, stands for none. A tensor that is read as floats has an eighth number: how many of
-its columns are no padding.
+its columns are no padding. A number by itself is written as it is: 0 stands for a tensor that is not there.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from smolctl.config import ModelConfig
 from smolctl.errors import InputError
-from smolctl.generation.native_engine import INT4, INT8, KINDS, Stored, cache_dtype_of
-from smolctl.model.positions import rotary_angles
+from smolctl.generation.native_engine import INT4, INT8, KINDS, OPTIONAL, Stored, cache_dtype_of
+from smolctl.model.positions import rotary_frequencies
 from smolctl.sources.arrays import name_of
 from smolctl.sources.huggingface.safetensors_file import read_header
 from smolctl.sources.open import open_source
@@ -70,6 +69,8 @@ def engine_layout(quantized: Path) -> dict[str, Any]:
                 *(matrix(f"{prefix}mlp.{name}_proj.weight") for name in ("gate", "up", "down")),
                 floats(f"{prefix}input_layernorm.weight"),
                 floats(f"{prefix}post_attention_layernorm.weight"),
+                *(floats(prefix + name) if prefix + name in weights else 0 for name in OPTIONAL),
+                int(config.rotates(index)),
             ]
         )
     return {
@@ -85,18 +86,13 @@ def engine_layout(quantized: Path) -> dict[str, Any]:
         # Whether keys and values are kept in float16.
         "half_precision": cache_dtype_of(config, weights) == np.float16,
         # By how much RoPE turns each pair of a head from one position to the next; None: they are learned.
-        "frequencies": _frequencies(config) if config.position_embedding == "rope" else None,
+        "frequencies": rotary_frequencies(config).tolist() if config.position_embedding == "rope" else None,
         "layers": layers,
         "table": matrix(TABLE),
         "head": matrix(HEAD if HEAD in weights else TABLE),
         "norm": floats("model.norm.weight"),
         "positions": floats(POSITIONS) if config.position_embedding == "learned" else None,
     }
-
-
-def _frequencies(config: ModelConfig) -> list[float]:
-    angles: list[float] = rotary_angles(config, 2)[1, 0].tolist()
-    return angles
 
 
 def _places(path: Path) -> tuple[dict[str, int], int]:

@@ -23,6 +23,7 @@ from smolctl.timing import with_error
 
 TEMPLATE = Path(__file__).parent / "card.md.jinja"
 SHOWN_VALIDATIONS = 6
+SHAPES = {"llama": "Llama", "smollm3": "SmolLM3", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class CardFacts:
     @property
     def shape(self) -> str:
         """How the network differs from a Llama."""
-        if self.config.is_llama:
-            return "Llama-shaped"
+        if not self.config.needs_own_code:
+            return f"{SHAPES[self.config.model_type]}-shaped"
         parts = ["learned positions"] if self.config.position_embedding == "learned" else []
         if self.config.residual_scale != 1.0:
             parts.append(f"residual branches times {self.config.residual_scale:.4g}")
@@ -87,7 +88,7 @@ class CardFacts:
 def card_metadata(facts: CardFacts) -> dict[str, Any]:
     """The front matter."""
     tags = ["smolctl", "small-language-model"]
-    if not facts.config.is_llama:
+    if facts.config.needs_own_code:
         tags.append("custom_code")
     if facts.can_chat:
         tags.append("conversational")

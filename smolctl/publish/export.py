@@ -110,7 +110,7 @@ def check_with_transformers(folder: Path, network: Transformer, tokenizer: Token
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         # The only code that this can run is our own, copied there a moment ago.
-        trust = {"trust_remote_code": not config.is_llama}
+        trust = {"trust_remote_code": config.needs_own_code}
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **trust).eval()
         their_tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
     except Exception as error:  # whatever it raises, users of the repository would see it

@@ -146,7 +146,7 @@ def _write_files(
     origin: Origin,
     name: str,
 ) -> None:
-    plain = plan.scheme == "bf16" and config.is_llama  # transformers loads it as it is
+    plain = plan.scheme == "bf16" and not config.needs_own_code  # transformers loads it as it is
     write_model(
         folder,
         config,

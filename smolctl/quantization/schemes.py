@@ -129,7 +129,7 @@ def make_plan(config: ModelConfig, scheme: str, options: SchemeOptions) -> Quant
         raise UsageError(f"--bits-map does not apply to {DYNAMIC}", "Use --skip: those layers stay float32.")
     if options.calibrate and scheme not in PACKED_SCHEMES:
         raise UsageError(f"--calibrate does not apply to {scheme}", "It is for int8 and int4.")
-    shapes = {f"{row.module}.weight": row.shape for row in parameter_rows(config) if not row.tied}
+    shapes = {row.tensor: row.shape for row in parameter_rows(config) if not row.tied}
     for pattern in options.patterns:
         if not any(_matches(pattern, name, config) for name in shapes):
             raise UsageError(f"{pattern}: no tensor has such a name", "Names: `smolctl count-params -d 9`.")

@@ -200,6 +200,8 @@ def _unpacked(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
         for ending in (PACKED, *BESIDE):
             found.pop(layer + ending, None)
         found[f"{layer}.weight"] = ScaledMatrix.of(matrix)
+        if isinstance(value[-1], torch.Tensor) and len(value) == 2:
+            found[f"{layer}.bias"] = value[1]
     return found
 
 

@@ -24,6 +24,9 @@ DEFAULTS: Mapping[str, Any] = {
     **{"rope_theta": 10_000.0, "hidden_act": "silu", "tie_word_embeddings": False},
     **{"initializer_range": 0.02, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None},
 }
+# Fields of `ModelConfig` that nanotron has under the same name; the others are those of Llama's near kin.
+KIN = ("rope_scaling", "no_rope_layers", "qkv_bias", "use_qk_norm")
+MODEL_FIELDS = tuple(field for field in ModelConfig.model_fields if field not in KIN)
 # Qwen2's network without its biases and windows is a Llama's.
 NETWORKS = ("is_llama_config", "is_qwen2_config")
 # Keys of a model that say how it is computed and not what: fused kernels, caches, logs.
@@ -109,7 +112,7 @@ def _is_llama(model: Mapping[str, Any]) -> bool:
 
 def _not_understood(model: Mapping[str, Any]) -> list[str]:
     """Keys of a model that are switched on, and that a Llama of ours does not have."""
-    known = (*ModelConfig.model_fields, *NETWORKS, *HOW)
+    known = (*MODEL_FIELDS, *NETWORKS, *HOW)
     return [key for key, value in model.items() if key not in known and value not in (None, False, 0, "none")]
 
 
@@ -195,7 +198,7 @@ def _sources(stages: list[_Node]) -> dict[str, Any]:
 
 def _model(node: _Node) -> dict[str, Any]:
     given = node.get("model.model_config")
-    fields = {**DEFAULTS, **{key: value for key, value in given.items() if key in ModelConfig.model_fields}}
+    fields = {**DEFAULTS, **{key: value for key, value in given.items() if key in MODEL_FIELDS}}
     fields["num_key_value_heads"] = fields.get("num_key_value_heads") or fields["num_attention_heads"]
     fields["hidden_act"] = SILU[0]  # another one is refused, and has the same parameters
     std = node.get("model.init_method.std")

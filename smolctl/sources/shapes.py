@@ -16,8 +16,8 @@ POSITIONS = "model.embed_positions.weight"
 HEAD = "lm_head.weight"
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 FIRST = "model.layers.0."
-# Old transformers stored these; they follow from rope_theta.
-DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+# Old transformers and llama.cpp store these; they follow from rope_theta and rope_scaling.
+DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|rope_freqs\.weight")
 MAX_LAYERS = 10_000  # more would be a damaged file
 NAMED_PROBLEMS = 5  # that an error message names
 
@@ -95,7 +95,7 @@ def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
 
 def check_rows(parameters: Iterable[ParameterRow], shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
     """`check_shapes` of a list of parameters."""
-    rows = {f"{row.module}.weight": row for row in parameters}
+    rows = {row.tensor: row for row in parameters}
     given = {name: shape for name, shape in shapes.items() if not is_derived(name)}
     missing = [f"missing {name}" for name, row in rows.items() if name not in given and not row.tied]
     unexpected = [f"unexpected {name}" for name in given if name not in rows]
@@ -110,6 +110,11 @@ def check_rows(parameters: Iterable[ParameterRow], shapes: Mapping[str, tuple[in
 def tensor_name(module: str, config: ModelConfig) -> str:
     """The tensor behind a module that multiplies or looks up; a tied head's is the token table."""
     return TABLE if module == "lm_head" and config.tie_word_embeddings else f"{module}.weight"
+
+
+def no_rope_layers(layers: int, interval: int) -> list[int]:
+    """`no_rope_layers` of a model in which every `interval`-th layer has no rope."""
+    return [int(index % interval != 0) for index in range(1, min(layers, MAX_LAYERS) + 1)]
 
 
 def is_derived(name: str) -> bool:

@@ -66,7 +66,7 @@ def _facts(plan: PushPlan) -> dict[str, str]:
     source = built.model.source
     step = f" at step {source.step:,}" if source.step is not None else ""
     export = built.export
-    how = "no code of its own" if export.network.config.is_llama else "trust_remote_code=True"
+    how = "no code of its own" if not export.network.config.needs_own_code else "trust_remote_code=True"
     card = "new" if plan.new_card else "what people wrote stays, the generated part is new"
     licence = "" if "\nlicense:" in plan.card else "; no licence stated (--license)"
     decided = f" ({plan.destination.decided})" if plan.destination.decided else ""

@@ -75,13 +75,13 @@ def test_smollm2_135m_is_the_brief() -> None:
 
 def test_smollm2_135m_hub_is_the_published_model() -> None:
     model = load_run_config("smollm2-135m-hub").model
-    assert model.is_llama
+    assert model.model_type == "llama"
     assert (model.rope_theta, model.max_position_embeddings) == (100_000, 8_192)
 
 
 def test_smollm2_135m_pretrain_is_the_published_recipe() -> None:
     config = load_run_config("smollm2-135m-pretrain")
-    assert config.model.is_llama
+    assert config.model.model_type == "llama"
     assert (config.model.rope_theta, config.model.max_position_embeddings) == (10_000, 2_048)
     assert config.tokens_per_step == 1_048_576
     assert config.train.steps == 2_000_000

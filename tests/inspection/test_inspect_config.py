@@ -222,9 +222,9 @@ def test_another_architecture_is_shown_as_it_spells_itself(smolctl: Smolctl, tmp
     document = smolctl("inspect-config", folder, "--json").json
     assert document["supported"] is False
     assert document["derived"] is None
-    assert document["config"]["model_type"] == "qwen2"
+    assert document["config"]["model_type"] == "starcoder2"
     assert document["checkpoint"]["matches"] is None
-    assert any("qwen2" in problem for problem in document["problems"])
+    assert any("starcoder2" in problem for problem in document["problems"])
     assert smolctl("inspect-config", folder, "--yaml").code == 3
 
 

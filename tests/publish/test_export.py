@@ -62,7 +62,7 @@ def test_transformers_gives_the_same_logits_and_the_same_text(
             odd = {"residual_scale": 0.5}
         built = build_folder(tmp_path, **LLAMA["model"] | odd)
     trust = {"trust_remote_code": kind in ("learned", "scaled")}
-    assert built.export.network.config.is_llama is not trust["trust_remote_code"]
+    assert built.export.network.config.needs_own_code is trust["trust_remote_code"]
     assert (built.folder / "modeling_smolctl.py").exists() is trust["trust_remote_code"]
     theirs = AutoModelForCausalLM.from_pretrained(built.folder, **trust).eval()
     network = load_network(built.model.source)

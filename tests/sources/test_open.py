@@ -96,7 +96,7 @@ def test_nanotron_recipe_is_carried_over(tmp_path: Path) -> None:
     run = source.run
     assert run is not None
     assert run.model == source.config
-    assert run.model.is_llama
+    assert run.model.model_type == "llama"
     assert (run.model.rope_theta, run.model.max_position_embeddings) == (10_000.0, 2_048)
     assert (run.train.steps, run.train.batch_size, run.train.micro_batch_size) == (2_000_000, 512, 8)
     assert run.tokens_per_step == 1_048_576

@@ -39,7 +39,7 @@ def llama_folder(folder: Path, **changes: object) -> Path:
 def other_architecture(folder: Path, **config: object) -> Path:
     """A folder of a model that this network is not: biases on q, and two kinds of layers."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", **config}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "starcoder2", **config}))
     tensors = {"model.embed_tokens.weight": (10, 4), "model.norm.weight": (4,)}
     for layer in range(3):
         tensors[f"model.layers.{layer}.self_attn.q_proj.weight"] = (4, 4)

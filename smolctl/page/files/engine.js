@@ -1,6 +1,6 @@
 // The compiled engine (forward.c as WebAssembly) on a model whose bytes lie in its memory as they came.
 
-const INTERFACE = 2; // of forward.c: the structures below
+const INTERFACE = 3; // of forward.c: the structures below
 const PAGE = 65536;
 const LIMIT = 65535 * PAGE; // some browsers refuse 4 GiB
 const STATIC = 2 * PAGE; // most that the compiled code itself takes: its stack and constants
@@ -35,8 +35,9 @@ function sizes({layout}, positions, threads) {
     rotary: layout.frequencies ? 4 * capacity * head_dim : 0,
     work: 4 * (rows + scratch + most * heads * (stride + 3)) + threads * STACK,
     // What is read as floats and is stored otherwise, the structures, and the rounding of each size.
-    floats: 4 * (2 * layers.length + 1) * (C + BLOCK) + (layout.positions ? 4 * layout.max_positions * C : 0),
-    structures: 4 * (51 * layers.length + layout.vocab_size) + 64 * (2 * layers.length + 40),
+    floats: 4 * (layers.length * (2 * C + (heads + 2 * kv_heads + 2) * head_dim + 7 * BLOCK) + C + BLOCK)
+      + (layout.positions ? 4 * layout.max_positions * C : 0),
+    structures: 4 * (57 * layers.length + layout.vocab_size) + 64 * (14 * layers.length + 40),
   };
 }
 
@@ -111,9 +112,7 @@ class Engine {
     const rotary = layout.frequencies ? this.#rotary(layout.frequencies, capacity) : 0;
     const norm = this.#floats(layout.norm);
     const positions = layout.positions ? this.#floats(layout.positions) : 0;
-    const layers = layout.layers.flatMap((layer) =>
-      layer.flatMap((part) => (part.length === 7 ? this.#matrix(part) : [this.#floats(part)])),
-    );
+    const layers = layout.layers.flatMap((layer) => layer.flatMap((part) => this.#part(part)));
     const model = this.#integers([
       layout.layers.length,
       layout.hidden_size,
@@ -234,6 +233,12 @@ class Engine {
 
   #matrix([kind, rows, columns, group, ...offsets]) {
     return [kind, rows, columns, group, ...offsets.map((offset) => offset && this.#base + offset)];
+  }
+
+  /** A part of a layer: a matrix, the address of a tensor as floats, or a number as it is. */
+  #part(part) {
+    if (typeof part === "number") return [part];
+    return part.length === 7 ? this.#matrix(part) : [this.#floats(part)];
   }
 
   /** The address of a tensor as floats. */

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolctl.config import ModelConfig
+from smolctl.config import ModelConfig, RopeScaling
 from smolctl.config.load import resolve_model_config
 from smolctl.errors import InputError
+from smolctl.outside import fitting
 from smolctl.sources.base import DAMAGED, ModelSource, SourceKind, TensorHeader, TokenizerFiles, Weights
 from smolctl.sources.gguf.header import GGUFHeader, GGUFTensor, as_written, read_header
 from smolctl.sources.gguf.tokenizer import read_tokenizer, special_ids
 from smolctl.sources.huggingface.tokenizer import tokenizer_reader
-from smolctl.sources.shapes import check_tensors
+from smolctl.sources.shapes import check_tensors, is_derived, no_rope_layers
 
 if TYPE_CHECKING:
     from smolctl.sources.arrays import Array
@@ -28,12 +30,29 @@ NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# llama.cpp's architectures, with what each implies. No key says which of SmolLM3's layers have no rope:
+# llama.cpp takes every fourth.
+NO_ROPE_INTERVAL = 4
+ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
+    "llama": {},
+    "smollm3": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"use_qk_norm": True},
+}
+QKV_BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
+ROPE_FACTORS = "rope_freqs.weight"  # by which llama.cpp divides the frequencies of rope
+LLAMA3_BOUNDS = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3_CONTEXT, DEFAULT_THETA, CONTEXT = 8_192, 10_000.0, "max_position_embeddings"
+INTERLEAVED = ("llama", "smollm3")  # architectures whose heads llama.cpp rotates by neighbours
+ORIGINAL_CONTEXT = "rope.scaling.original_context_length"
 PART = re.compile(r"(.+)-\d{5}-of-\d{5}\.gguf")
 MAX_PARTS = 1_000
 LAYER_NAME = re.compile(r"blk\.(\d+)\.(.+)")
@@ -149,80 +168,139 @@ def huggingface_name(name: str) -> str:
 
 def unsupported_feature(header: GGUFHeader) -> str:
     """The first feature of the file that this network does not have; "" when there is none."""
-    values = header.metadata
-    architecture, parts = values.get("general.architecture"), values.get("split.count")
+    architecture, values = header.metadata.get("general.architecture"), model_keys(header)
+    parts = header.metadata.get("split.count")
     if parts not in (None, 0, 1):
         return f"a split GGUF of {parts} parts is not supported: join them with llama-gguf-split --merge"
-    kind = values.get("general.type", "model")
+    kind = header.metadata.get("general.type", "model")
     if kind != "model":
         return f"a GGUF of type {kind} is no model"
-    if architecture != "llama":
-        return f"GGUF architecture {architecture} is not supported, only llama"
+    if architecture not in tuple(ARCHITECTURES):
+        return f"GGUF architecture {architecture} is not supported, only {', '.join(ARCHITECTURES)}"
     for key in OFF_SWITCHES:
-        if values.get(f"llama.{key}"):
-            return f"llama.{key} {values[f'llama.{key}']} is not supported"
+        if values.get(key):
+            return f"{architecture}.{key} {values[key]} is not supported"
     for tensor in header.tensors:
-        if tensor.name == "rope_freqs.weight":
-            return "rope scaling llama3 (rope_freqs.weight) is not supported"
-        if tensor.name.endswith(".bias"):
+        if tensor.name.endswith(".bias") and not (
+            architecture == "qwen2" and tensor.name.endswith(QKV_BIASES)
+        ):
             return f"biases are not supported ({tensor.name})"
-    return _unsupported_rope(values) or _unsupported_heads(values)
+    unsupported = _unsupported_rope(values) or _unsupported_heads(values, architecture)
+    if not unsupported and rope_factors(header) and _rope_scaling(header) is None:
+        return f"rope scaling other than Llama 3's is not supported ({ROPE_FACTORS})"
+    return unsupported
+
+
+def model_keys(header: GGUFHeader) -> dict[str, Any]:
+    """The metadata of the network, without the name of the architecture that begins each key."""
+    prefix = f"{header.metadata.get('general.architecture')}."
+    return {
+        key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)
+    }
+
+
+def rope_factors(header: GGUFHeader) -> tuple[float, ...]:
+    """By what each frequency of rope is divided; empty where the file does not say.
+
+    Raises:
+        InputError: the file ends before that.
+    """
+    for tensor in header.tensors:
+        if tensor.name == ROPE_FACTORS and tensor.type == "F32":
+            with header.path.open("rb") as file:
+                file.seek(tensor.offset)
+                raw = file.read(tensor.bytes)
+            if len(raw) < tensor.bytes:
+                raise InputError(f"{header.path}: truncated inside {tensor.name}", DAMAGED)
+            return struct.unpack(f"<{len(raw) // 4}f", raw)
+    return ()
+
+
+def _rope_scaling(header: GGUFHeader) -> RopeScaling | None:
+    """Llama 3's scaling that has the factors of the file; None where there are none, or others.
+
+    The two bounds are those of all models of Llama 3 and are not in the file. Its largest factor is that of
+    the slow rotations.
+    """
+    values, factors = model_keys(header), rope_factors(header)
+    if not factors:
+        return None
+    context = values.get(ORIGINAL_CONTEXT, LLAMA3_CONTEXT)
+    scaling = fitting(
+        RopeScaling, {**LLAMA3_BOUNDS, "factor": as_written(max(factors)), f"original_{CONTEXT}": context}
+    )
+    theta = as_written(values.get("rope.freq_base", DEFAULT_THETA))
+    expected = scaling and llama3_factors(scaling, theta, _head_dim(values))
+    if not expected or len(expected) != len(factors):
+        return None
+    same = all(abs(one / other - 1) < 1e-4 for one, other in zip(factors, expected, strict=True))
+    return scaling if same else None
+
+
+def llama3_factors(scaling: RopeScaling, theta: float, head_dim: int) -> list[float]:
+    """By what a scaling divides the frequency of each pair of a head."""
+    frequencies = [theta ** (-index / head_dim) for index in range(0, head_dim, 2)]
+    return [one / scaling.slowed(one) for one in frequencies]
 
 
 def _unsupported_rope(values: Mapping[str, Any]) -> str:
-    scaling = values.get("llama.rope.scaling.type", "none")
+    scaling = values.get("rope.scaling.type", "none")
     if scaling != "none":
         return f"rope scaling {scaling} is not supported"
     # Older converters wrote the factor alone.
-    factors = (values.get("llama.rope.scaling.factor", 1.0), values.get("llama.rope.scale_linear", 1.0))
+    factors = (values.get("rope.scaling.factor", 1.0), values.get("rope.scale_linear", 1.0))
     return "" if all(factor in (0.0, 1.0) for factor in factors) else "rope scaling linear is not supported"
 
 
-def _unsupported_heads(values: Mapping[str, Any]) -> str:
+def _unsupported_heads(values: Mapping[str, Any], architecture: str) -> str:
     for key in SIZES:
-        if not isinstance(values.get(f"llama.{key}", 0), int):
-            return f"llama.{key} that is not one number is not supported"
+        if not isinstance(values.get(key, 0), int):
+            return f"{architecture}.{key} that is not one number is not supported"
     head_dim = _head_dim(values)
-    rotated = values.get("llama.rope.dimension_count", head_dim)
+    rotated = values.get("rope.dimension_count", head_dim)
     if rotated != head_dim:
         return f"partial rotation ({rotated} of head_dim {head_dim}) is not supported"
-    if values.get("llama.attention.value_length", head_dim) != head_dim:
+    if values.get("attention.value_length", head_dim) != head_dim:
         return "keys and values of different size are not supported"
     return ""
 
 
 def _head_dim(values: Mapping[str, Any]) -> int:
-    explicit = values.get("llama.attention.key_length")
-    hidden, heads = values.get("llama.embedding_length", 0), values.get("llama.attention.head_count", 0)
+    explicit = values.get("attention.key_length")
+    hidden, heads = values.get("embedding_length", 0), values.get("attention.head_count", 0)
     return int(explicit or (hidden // heads if heads else 0))
 
 
 def read_config(header: GGUFHeader) -> ModelConfig:
-    """The network that the `llama.*` keys describe.
+    """The network that the keys of its architecture describe.
 
     Raises:
         InputError: a key is missing or its value makes no sense.
     """
-    values = header.metadata
-    missing = [f"llama.{key}" for key in REQUIRED if f"llama.{key}" not in values]
+    values, architecture = model_keys(header), header.metadata["general.architecture"]
+    missing = [f"{architecture}.{key}" for key in REQUIRED if key not in values]
     if missing:
         raise InputError(
             f"{header.path}: the metadata has no {missing[0]}", "Convert the model to GGUF again."
         )
-    fields = {field: values[f"llama.{key}"] for key, field in REQUIRED.items()}
+    fields = {field: values[key] for key, field in REQUIRED.items()}
     shapes = {tensor.name: tensor.shape for tensor in header.tensors}
-    vocab = values.get("llama.vocab_size") or shapes.get("token_embd.weight", (0,))[0]
+    vocab = values.get("vocab_size") or shapes.get("token_embd.weight", (0,))[0]
     fields |= {
         "vocab_size": vocab,
-        "num_key_value_heads": values.get("llama.attention.head_count_kv") or fields["num_attention_heads"],
+        "num_key_value_heads": values.get("attention.head_count_kv") or fields["num_attention_heads"],
         "head_dim": _head_dim(values),
-        "rope_theta": as_written(values.get("llama.rope.freq_base", 10_000.0)),
+        "rope_theta": as_written(values.get("rope.freq_base", DEFAULT_THETA)),
+        "rope_scaling": _rope_scaling(header),
         "rms_norm_eps": as_written(fields["rms_norm_eps"]),
         "position_embedding": "rope",
         "residual_scale": 1.0,
         "tie_word_embeddings": "output.weight" not in shapes,
-        **special_ids(values),
+        **ARCHITECTURES[architecture],
+        **special_ids(header.metadata),
     }
+    if architecture == "smollm3":
+        fields["no_rope_layers"] = no_rope_layers(fields["num_hidden_layers"], NO_ROPE_INTERVAL)
     return resolve_model_config(fields, str(header.path))
 
 
@@ -247,6 +325,8 @@ class GGUFWeights(Weights):
 
         path = self.header.path
         for tensor in self.header.tensors:
+            if is_derived(tensor.name):
+                continue
             try:
                 raw = np.asarray(np.memmap(path, np.uint8, "c", tensor.offset, (tensor.bytes,)))
             except OSError as error:
@@ -262,8 +342,11 @@ class GGUFWeights(Weights):
         """Rows of Q and K in Hugging Face's order.
 
         llama.cpp rotates neighbours (0, 1), (2, 3), ... and Hugging Face rotates halves (0, D/2),
-        (1, D/2 + 1), ..., so that converters interleave the two halves of every head. This undoes it.
+        (1, D/2 + 1), ..., so that converters interleave the two halves of every head. This undoes it. For
+        Qwen's architectures llama.cpp rotates halves as well.
         """
+        if self.header.metadata["general.architecture"] not in INTERLEAVED:
+            return raw
         heads = {
             "attn_q.weight": self.config.num_attention_heads,
             "attn_k.weight": self.config.num_key_value_heads,

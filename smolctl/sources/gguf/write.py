@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,12 +20,22 @@ from smolctl.durable import lack_of_room, replacing
 from smolctl.errors import InputError, SmolError
 from smolctl.sources.base import TokenizerFiles
 from smolctl.sources.gguf.header import read_header
-from smolctl.sources.gguf.model import KEYS, NAMES, open_gguf
+from smolctl.sources.gguf.model import (
+    INTERLEAVED,
+    KEYS,
+    LLAMA3_BOUNDS,
+    NAMES,
+    NO_ROPE_INTERVAL,
+    ORIGINAL_CONTEXT,
+    ROPE_FACTORS,
+    llama3_factors,
+    open_gguf,
+)
 from smolctl.sources.gguf.write_tokenizer import require_same_tokenizer, tokenizer_metadata
 from smolctl.sources.provenance import gguf_metadata
 from smolctl.sources.quantized.packed import BLOCK
 from smolctl.sources.quantized.range import holds
-from smolctl.sources.shapes import HEAD, TABLE
+from smolctl.sources.shapes import HEAD, TABLE, no_rope_layers
 
 # Rounding cannot move a value further than this share of the tensor's largest one. Half a step, and a whole
 # one where the scale is set by one end of the range and the other end is cut.
@@ -76,6 +87,7 @@ def require_gguf(config: ModelConfig, scheme: str) -> None:
             "a model with learned positions cannot be a GGUF: llama.cpp's llama architecture rotates (RoPE)",
             "Train with position_embedding: rope and residual_scale: 1, such as smollm2-135m-hub.",
         )
+    _require_same_rope(config)
     if config.residual_scale != 1.0:
         raise InputError(
             f"a model with residual_scale {config.residual_scale:g} cannot be a GGUF: "
@@ -93,6 +105,27 @@ def require_gguf(config: ModelConfig, scheme: str) -> None:
                 f"GGUF {scheme} packs rows in blocks of {BLOCK}: {name} {size} does not divide",
                 "Take f16 or bf16, which have no blocks: with `quantize`, gguf-f16 or gguf-bf16.",
             )
+
+
+def _require_same_rope(config: ModelConfig) -> None:
+    """Check that llama.cpp, which assumes what its files do not say, turns the heads as the network does."""
+    layers, scaling = config.num_hidden_layers, config.rope_scaling
+    if config.no_rope_layers and config.no_rope_layers != tuple(no_rope_layers(layers, NO_ROPE_INTERVAL)):
+        raise InputError(
+            f"no_rope_layers {list(config.no_rope_layers)} cannot be a GGUF: "
+            f"llama.cpp takes rope from every {NO_ROPE_INTERVAL}th layer",
+            "Leave out the GGUF.",
+        )
+    if scaling is None:
+        return
+    slowest = max(llama3_factors(scaling, config.rope_theta, config.head_dim))
+    known = all(getattr(scaling, key) == bound for key, bound in LLAMA3_BOUNDS.items())
+    if not known or abs(slowest / scaling.factor - 1) > 1e-6:
+        raise InputError(
+            "this rope_scaling cannot be a GGUF, which names neither low_freq_factor nor high_freq_factor "
+            "nor factor: the first two must be 1 and 4, and some rotation must be slowed by all of factor",
+            "Leave out the GGUF.",
+        )
 
 
 def write_gguf(
@@ -204,7 +237,7 @@ def _model_metadata(config: ModelConfig, scheme: str, name: str) -> dict[str, An
         "general.file_type": int(file_type),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         WRITER_KEY: WRITER,
-        **{f"llama.{key}": getattr(config, field) for key, field in KEYS.items()},
+        **{f"{config.model_type}.{key}": getattr(config, field) for key, field in KEYS.items()},
     }
 
 
@@ -217,12 +250,18 @@ def _write(
 ) -> None:
     import gguf
 
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, config.model_type)
     try:
         for key, value in metadata.items():
             kind = gguf.GGUFValueType.get_type(value)
             # llama.cpp wants its sizes and ids without a sign.
             writer.add_key_value(key, value, gguf.GGUFValueType.UINT32 if type(value) is int else kind)
+        if (scaling := config.rope_scaling) is not None:
+            writer.add_uint32(
+                f"{config.model_type}.{ORIGINAL_CONTEXT}", scaling.original_max_position_embeddings
+            )
+            factors = llama3_factors(scaling, config.rope_theta, config.head_dim)
+            writer.add_tensor(ROPE_FACTORS, np.array(factors, np.float32))
         for name, tensor in state.items():
             stored = _type(blocks[name])
             values = _interleaved(name, tensor.float().cpu(), config).contiguous().numpy()
@@ -251,7 +290,7 @@ def gguf_name(name: str) -> str:
     if stem.startswith("model.layers."):
         _, _, layer, stem = stem.split(".", 3)
         prefix = f"blk.{layer}."
-    if stem not in back or suffix != "weight":
+    if stem not in back or suffix not in ("weight", "bias"):
         raise InputError(f"{name}: a GGUF of a Llama has no such tensor", "Export a Llama-shaped model.")
     return f"{prefix}{back[stem]}.{suffix}"
 
@@ -261,7 +300,7 @@ def _interleaved(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
         name.split(".")[-2]
     )
-    if heads is None:
+    if heads is None or config.model_type not in INTERLEAVED:
         return tensor
     rows, width = tensor.shape
     return tensor.view(heads, 2, rows // heads // 2, width).transpose(1, 2).reshape(rows, width)

@@ -7,24 +7,29 @@ Both spellings are read: transformers 4 (`rope_theta`, `rope_scaling`, `torch_dt
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from typing_extensions import TypedDict
 
-from smolctl.config import ModelConfig
+from smolctl.config import ModelConfig, RopeScaling
 from smolctl.config.load import resolve_model_config
 from smolctl.outside import checked, shown
+from smolctl.sources.shapes import no_rope_layers
 
-# What `transformers.LlamaConfig` assumes for a key that config.json leaves out.
+# What transformers' config classes assume for a key that config.json leaves out.
 LLAMA_DEFAULTS: Mapping[str, Any] = {
     "vocab_size": 32_000,
     "hidden_size": 4_096,
     "intermediate_size": 11_008,
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
     "max_position_embeddings": 2_048,
     "rms_norm_eps": 1e-6,
     "hidden_act": "silu",
+    "rope_theta": 10_000.0,
     "tie_word_embeddings": False,
     "attention_dropout": 0.0,
     "initializer_range": 0.02,
@@ -32,17 +37,59 @@ LLAMA_DEFAULTS: Mapping[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
-DEFAULT_ROPE_THETA = 10_000.0
+QWEN_DEFAULTS = {
+    "vocab_size": 151_936,
+    "intermediate_size": 22_016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32_768,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 ROPE = ("rope_parameters", "rope_scaling")  # transformers 5's key and 4's
 # What `push` calls a network with learned positions or scaled branches, and what its config class assumes.
+CONTEXT = "max_position_embeddings"
 OWN_TYPE, OWN_ARCHITECTURE = "smolctl", "SmolctlForCausalLM"
 OWN_DEFAULTS = {"position_embedding": "learned", "residual_scale": 1.0}
-OUR_ARCHITECTURES = ("llamaforcausallm", OWN_ARCHITECTURE.lower())
+# The kinds that this network computes, with the class and the defaults that each has in transformers.
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    OWN_TYPE: OWN_ARCHITECTURE,
+}
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "mistral": {
+        "intermediate_size": 14_336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+        "sliding_window": 4_096,
+    },
+    "smollm3": {
+        "vocab_size": 128_256,
+        "hidden_size": 2_048,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32_768,
+        "tie_word_embeddings": True,
+        "bos_token_id": 128_000,
+        "eos_token_id": 128_001,
+        "pad_token_id": 128_004,
+        "rope_theta": 2_000_000.0,
+        "no_rope_layer_interval": 4,
+    },
+    "qwen2": {**QWEN_DEFAULTS, "sliding_window": 4_096},
+    "qwen3": {**QWEN_DEFAULTS, "sliding_window": 4_096, "head_dim": 128},
+}
 # Features that are off when the key is absent, null, false or zero.
 OFF_SWITCHES = (
-    *("attention_bias", "mlp_bias", "quantization_config", "quantization", "sliding_window"),
-    "rope_interleaved",
+    *("attention_bias", "mlp_bias", "quantization_config", "quantization"),
+    *("rope_interleaved", "use_mrope"),
 )
+# Fields of `ModelConfig` that transformers does not know: two of our own, and two that its classes imply.
+NOT_WRITTEN = {"position_embedding", "residual_scale", "no_rope_layers", "qkv_bias", "use_qk_norm"}
 SILU = ("silu", "swish")  # two names of one function
 
 
@@ -54,6 +101,17 @@ class _Declared(TypedDict, total=False):
     hidden_act: str | None
     rope_parameters: dict[str, Any] | None
     rope_scaling: dict[str, Any] | None
+
+
+class _OurKinds(TypedDict, total=False):
+    """What is read beside that where `model_type` is one of `ARCHITECTURES`."""
+
+    num_hidden_layers: int
+    max_position_embeddings: int
+    sliding_window: int | None
+    layer_types: list[str] | None
+    no_rope_layers: list[int] | None
+    no_rope_layer_interval: Annotated[int, Field(gt=0)]
 
 
 def from_huggingface_config(values: Mapping[str, Any], origin: str) -> tuple[ModelConfig | None, str]:
@@ -70,6 +128,8 @@ def from_huggingface_config(values: Mapping[str, Any], origin: str) -> tuple[Mod
         InputError: a value is wrong in itself (negative size, heads that do not divide, ...).
     """
     checked(_Declared, values, origin)
+    if values.get("model_type") in ARCHITECTURES:
+        checked(_OurKinds, values, origin)
     reason = unsupported_feature(values)
     return (None, reason) if reason else (_network(values, origin), "")
 
@@ -78,37 +138,59 @@ def counted_config(values: Mapping[str, Any], origin: str) -> ModelConfig | None
     """A network with the parameters and the costs of one that cannot be run; None when there is none.
 
     How positions are rotated, which function the gate has, how the weights are packed, and whether the head
-    tells the next token or a class of texts, changes nothing in the layers of a Llama.
+    tells the next token or a class of texts, changes nothing in the layers of a Llama or its near kin.
     """
-    listed = values.get("architectures") or ("Llama",)
-    is_llama = values.get("model_type") in ("llama", OWN_TYPE) and str(listed[0]).startswith(
-        ("Llama", "Smolctl")
-    )
-    known = str(listed[0]).endswith(("ForCausalLM", "Model", "ForSequenceClassification", "Llama"))
-    if not (is_llama and known) or values.get("attention_bias") or values.get("mlp_bias"):
+    kind = ARCHITECTURES.get(str(values.get("model_type")), "").removesuffix("ForCausalLM")
+    listed = str((values.get("architectures") or (kind,))[0])
+    known = listed.endswith(("ForCausalLM", "Model", "ForSequenceClassification")) or listed == kind
+    if not (kind and listed.startswith(kind) and known):
+        return None
+    if values.get("attention_bias") or values.get("mlp_bias"):
         return None
     return _network({**values, "hidden_act": SILU[0]}, origin)
 
 
 def _network(values: Mapping[str, Any], origin: str) -> ModelConfig:
-    fields = {key: values.get(key, default) for key, default in LLAMA_DEFAULTS.items()}
-    fields["num_key_value_heads"] = values.get("num_key_value_heads") or fields["num_attention_heads"]
-    fields["head_dim"] = values.get("head_dim") or 0
-    fields["rope_theta"] = _rope(values).get("rope_theta") or values.get("rope_theta") or DEFAULT_ROPE_THETA
+    kind, rope = values["model_type"], _rope(values)
+    fields = {key: _value(values, key) for key in LLAMA_DEFAULTS}
+    fields["num_key_value_heads"] = fields["num_key_value_heads"] or fields["num_attention_heads"]
+    fields["head_dim"] = fields["head_dim"] or 0
+    fields["rope_theta"] = rope.get("rope_theta") or _value(values, "rope_theta")
     fields["attention_dropout"] = fields["attention_dropout"] or 0.0
+    if _rope_kind(rope) == "llama3":
+        known = RopeScaling.model_fields
+        given = {"rope_type": "llama3", f"original_{CONTEXT}": fields[CONTEXT], **rope}
+        fields["rope_scaling"] = {key: value for key, value in given.items() if key in known}
+    if kind == "smollm3":
+        fields["no_rope_layers"] = _no_rope_layers(values)
+    fields |= {"qkv_bias": kind == "qwen2", "use_qk_norm": kind == "qwen3"}
     ours = {"position_embedding": "rope", "residual_scale": 1.0}
-    if values.get("model_type") == OWN_TYPE:
+    if kind == OWN_TYPE:
         ours = {key: values.get(key, default) for key, default in OWN_DEFAULTS.items()}
     if fields["hidden_act"] in SILU:
         fields["hidden_act"] = SILU[0]
     return resolve_model_config(fields | ours, origin)
 
 
+def _value(values: Mapping[str, Any], key: str) -> Any:
+    """What a config.json says, or what transformers assumes for its kind."""
+    return values.get(key, {**LLAMA_DEFAULTS, **DEFAULTS.get(str(values.get("model_type")), {})}.get(key))
+
+
+def _no_rope_layers(values: Mapping[str, Any]) -> list[int]:
+    """For each layer whether it has rope: a list that may be longer, or all but every n-th."""
+    layers = _value(values, "num_hidden_layers")
+    given = values.get("no_rope_layers")
+    if given is not None:
+        return list(given[:layers])
+    return no_rope_layers(layers, _value(values, "no_rope_layer_interval"))
+
+
 def assumed_keys(values: Mapping[str, Any]) -> tuple[str, ...]:
     """Sizes that a config.json leaves out, so that Llama's defaults are assumed."""
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     return tuple(
-        f"{key} is not given: Llama's {LLAMA_DEFAULTS[key]:,} is assumed"
+        f"{key} is not given: {_value(values, key):,} is assumed, as by transformers"
         for key in sizes
         if key not in values
     )
@@ -117,18 +199,33 @@ def assumed_keys(values: Mapping[str, Any]) -> tuple[str, ...]:
 def unsupported_feature(values: Mapping[str, Any]) -> str:
     """The first feature of a config.json that this network does not have; "" when there is none."""
     model_type, architectures = values.get("model_type"), values.get("architectures") or ()
-    if model_type not in ("llama", OWN_TYPE):
+    if model_type not in ARCHITECTURES:
         named = f"model_type {model_type}" if model_type else "a config.json without model_type"
-        return f"{named} is not supported, only llama"
-    if architectures and not any(str(name).lower() in OUR_ARCHITECTURES for name in architectures):
-        return f"architecture {architectures[0]} is not supported, only LlamaForCausalLM"
+        return (
+            f"{named} is not supported, only {', '.join(kind for kind in ARCHITECTURES if kind != OWN_TYPE)}"
+        )
+    ours = ARCHITECTURES[model_type]
+    if architectures and not any(str(name).lower() == ours.lower() for name in architectures):
+        return f"architecture {architectures[0]} is not supported, only {ours}"
     activation = values.get("hidden_act", "silu")
     if activation not in SILU:
         return f"hidden_act {activation} is not supported, only silu"
     for key in OFF_SWITCHES:
         if values.get(key):
             return f"{key} is not supported{_detail(values[key])}"
-    return _unsupported_rope(values)
+    return _unsupported_window(values) or _unsupported_rope(values)
+
+
+def _unsupported_window(values: Mapping[str, Any]) -> str:
+    """Attention that does not reach the first token; a window as long as the context does."""
+    for kind in values.get("layer_types") or ():
+        if kind != "full_attention":
+            return f"layer_types {kind} is not supported"
+    window = _value(values, "sliding_window")
+    if values["model_type"].startswith(("qwen", "smollm3")) and not values.get("use_sliding_window"):
+        return ""
+    reaches_all = not window or window >= _value(values, CONTEXT)
+    return "" if reaches_all else f"sliding_window is not supported ({window})"
 
 
 def _unsupported_rope(values: Mapping[str, Any]) -> str:
@@ -140,7 +237,7 @@ def _unsupported_rope(values: Mapping[str, Any]) -> str:
     if by_layer:
         return f"rope_parameters of their own for {by_layer[0]} are not supported"
     kind = _rope_kind(rope)
-    if kind != "default":
+    if kind not in ("default", "llama3"):
         return f"rope scaling {kind} is not supported"
     partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
@@ -156,7 +253,7 @@ def _meaning(rope: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, An
     """What one of the two spellings says, with what it leaves out: where both are there, transformers takes
     `rope_scaling`, and its base from the top level."""
     rest = {key: value for key, value in rope.items() if key not in ("type", "rope_type", "rope_theta")}
-    theta = rope.get("rope_theta") or values.get("rope_theta") or DEFAULT_ROPE_THETA
+    theta = rope.get("rope_theta") or _value(values, "rope_theta")
     return {**rest, "rope_type": _rope_kind(rope), "rope_theta": theta}
 
 
@@ -179,23 +276,28 @@ def _detail(value: Any) -> str:
 def to_huggingface_config(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     """The config.json of a network, in both spellings, for old readers and new.
 
-    A Llama-shaped one is a `LlamaForCausalLM`. One with learned positions or scaled residual branches names
-    the two Python files that it needs beside it (`transformers_code/`).
+    A Llama-shaped one is a `LlamaForCausalLM`, its near kin are transformers' own classes too. One with
+    learned positions or scaled residual branches names the two Python files that it needs beside it
+    (`transformers_code/`).
     """
+    fields = config.model_dump(mode="json", exclude=NOT_WRITTEN)
+    scaling = fields["rope_scaling"] or {"rope_type": "default"}
     common: dict[str, Any] = {
-        **config.model_dump(mode="json", exclude={"position_embedding", "residual_scale"}),
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **fields,
+        "rope_parameters": {**scaling, "rope_theta": config.rope_theta},
         "attention_bias": False,
         "mlp_bias": False,
         "use_cache": True,
         "dtype": dtype,
         "torch_dtype": dtype,
     }
-    if config.is_llama:
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **common}
+    named = {"architectures": [ARCHITECTURES[config.model_type]], "model_type": config.model_type, **common}
+    if config.model_type == "smollm3":
+        named["no_rope_layers"] = list(config.no_rope_layers or ())
+    if not config.needs_own_code:
+        return named
     return {
-        "architectures": [OWN_ARCHITECTURE],
-        "model_type": OWN_TYPE,
+        **named,
         "auto_map": {
             "AutoConfig": "configuration_smolctl.SmolctlConfig",
             "AutoModel": "modeling_smolctl.SmolctlModel",
@@ -203,5 +305,4 @@ def to_huggingface_config(config: ModelConfig, dtype: str = "float32") -> dict[s
         },
         "position_embedding": config.position_embedding,
         "residual_scale": config.residual_scale,
-        **common,
     }

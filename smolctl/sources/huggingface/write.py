@@ -50,7 +50,7 @@ def write_model(
     if quantization is not None:
         values.pop("auto_map", None)
         values["quantization_config"] = dict(quantization)
-    elif not config.is_llama:
+    elif config.needs_own_code:
         for path in CODE.glob("*.py"):
             shutil.copyfile(path, folder / path.name)
     write_json(folder / CONFIG, values)
