@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from smolctl.errors import InputError
@@ -12,14 +12,60 @@ from smolctl.outside import checked
 from smolctl.sources.base import DAMAGED, TokenizerFiles
 from smolctl.sources.gguf.header import GGUFHeader, as_written
 
-CONTROL, USER_DEFINED = 3, 4  # token types of llama.cpp's vocabulary that are matched before the BPE
+# Token types of llama.cpp's vocabulary; all but the first are found in a text before the merges.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+BYTES_ALONE = {**BYTE_LEVEL, "use_regex": False}
 DIGITS = {"type": "Digits", "individual_digits": True}
-# tokenizer.ggml.pre -> how text is cut before the merges.
-PRE_TOKENIZERS: Mapping[str, dict[str, Any]] = {
-    "smollm": {"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]},
-    "gpt-2": BYTE_LEVEL,
+
+
+def _split(regex: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+
+# As the tokenizer.json of Llama 3 and of Qwen 2 have it: at most three digits together, or each by itself.
+LLAMA3, QWEN2 = (
+    _split(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+        + digits
+        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    for digits in (r"\p{N}{1,3}", r"\p{N}")
+)
+# What llama.cpp does one after the other where a file names no other way.
+DEFAULT = tuple(
+    _split(regex)
+    for regex in (
+        r"[\p{P}\$\+<=>\^~\|]+",
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+        r"\p{N}+",
+        r"[0-9][0-9][0-9]",
+    )
+)
+
+
+@dataclass(frozen=True)
+class PreTokenizer:
+    """How text is cut before the merges, and what else llama.cpp knows a tokenizer by."""
+
+    steps: tuple[dict[str, Any], ...]  # of tokenizer.json
+    normalizer: dict[str, Any] | None = None
+    ignore_merges: bool = False  # a word that is an entry is one token, whatever the merges make of it
+    adds_bos: bool = False  # where the file does not say
+
+
+# By tokenizer.ggml.pre. llama.cpp leaves Qwen's normalizer out: texts that are not NFC get other ids there.
+PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
+    "smollm": PreTokenizer((DIGITS, BYTE_LEVEL)),
+    "gpt-2": PreTokenizer((BYTE_LEVEL,)),
+    "llama-bpe": PreTokenizer((LLAMA3, BYTES_ALONE), ignore_merges=True, adds_bos=True),
+    "qwen2": PreTokenizer((QWEN2, BYTES_ALONE), normalizer={"type": "NFC"}),
+    "smaug-bpe": PreTokenizer((LLAMA3, BYTES_ALONE)),  # what SmolLM3's files say
+    "default": PreTokenizer((*DEFAULT, BYTES_ALONE)),
 }
+OTHER_NAMES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "smollm3": "smaug-bpe"}
+WORD_START = "▁"  # SentencePiece's space
+MAX_PIECE = 1_000  # characters, as all divisions of a piece are tried; Llama 2's longest piece has 16
 # Keys of the ids at which text ends: of a text, of a turn, of a message.
 ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 # Keys of what the model's makers recommend for sampling, by the names of generation_config.json.
@@ -35,7 +81,7 @@ OTHER_GGUF = "Name a tokenizer.json or a Hub id as the tokenizer instead."
 
 
 def read_tokenizer(header: GGUFHeader) -> TokenizerFiles | None:
-    """The byte-level BPE of a GGUF; None when the file has no vocabulary.
+    """The tokenizer of a GGUF, a byte-level BPE or SentencePiece's; None when the file has no vocabulary.
 
     Raises:
         InputError: another kind of tokenizer, another pre-tokenizer, or damaged metadata.
@@ -44,14 +90,18 @@ def read_tokenizer(header: GGUFHeader) -> TokenizerFiles | None:
     model = values.get("tokenizer.ggml.model")
     if model is None:
         return None
-    if model != "gpt2":
-        raise InputError(f"{header.path}: tokenizer model {model} is not supported, only gpt2", OTHER_GGUF)
-    pre = values.get("tokenizer.ggml.pre", "default")
-    if pre not in PRE_TOKENIZERS:
+    if model not in ("gpt2", "llama"):
+        raise InputError(
+            f"{header.path}: tokenizer model {model} is not supported, only gpt2 and llama", OTHER_GGUF
+        )
+    given = values.get("tokenizer.ggml.pre", "default")
+    pre = OTHER_NAMES.get(given, given) if isinstance(given, str) else "damaged"
+    if model == "gpt2" and pre not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
         raise InputError(f"{header.path}: pre-tokenizer {pre} is not supported, only {known}", OTHER_GGUF)
     try:
-        text = json_text(_tokenizer_json(values, PRE_TOKENIZERS[pre]))
+        parts = _sentence_piece(values) if model == "llama" else _byte_level(values, PRE_TOKENIZERS[pre])
+        text = json_text(parts)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"{header.path}: the tokenizer is damaged ({error})", DAMAGED) from None
     found = {
@@ -74,14 +124,74 @@ def special_ids(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: None if value in NO_TOKEN else value for name, value in found.items()}
 
 
-def _tokenizer_json(values: Mapping[str, Any], pre_tokenizer: dict[str, Any]) -> dict[str, Any]:
+def _byte_level(values: Mapping[str, Any], pre: PreTokenizer) -> dict[str, Any]:
     tokens = list(values["tokenizer.ggml.tokens"])
     merges = list(values["tokenizer.ggml.merges"])  # "a b": read faster than a list of two, and as well
     if any(merge.count(" ") != 1 for merge in merges):
         raise ValueError("a merge is no pair")
-    types = values.get("tokenizer.ggml.token_type") or (1,) * len(tokens)
-    if len(types) != len(tokens):
-        raise ValueError(f"{len(types)} token types for {len(tokens)} tokens")
+    first, *others = pre.steps
+    return _tokenizer_json(
+        values,
+        normalizer=pre.normalizer,
+        pre_tokenizer={"type": "Sequence", "pretokenizers": list(pre.steps)} if others else first,
+        post_processor=_bos_template(values, tokens, pre.adds_bos),
+        decoder=BYTE_LEVEL,
+        model={"ignore_merges": pre.ignore_merges, "merges": merges},
+    )
+
+
+def _sentence_piece(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As transformers writes the tokenizer.json of Llama 2 and TinyLlama.
+
+    SentencePiece joins the neighbours that make the piece of the highest score. The same as merges: all
+    divisions of each piece in two, those of the highest score first.
+    """
+    tokens, kinds = list(values["tokenizer.ggml.tokens"]), _types(values)
+    scores = list(values["tokenizer.ggml.scores"])
+    ids = {token: index for index, token in enumerate(tokens)}
+    pieces = [index for index, kind in enumerate(kinds) if kind == NORMAL]
+    if max(map(len, tokens), default=0) > MAX_PIECE:
+        raise ValueError(f"a piece of more than {MAX_PIECE:,} characters")
+    merges = []
+    for index in sorted(pieces, key=lambda one: -scores[one]):
+        token = tokens[index]
+        halves = ((token[:at], token[at:]) for at in range(1, len(token)))
+        merges += sorted(
+            ([left, right] for left, right in halves if left in ids and right in ids),
+            key=lambda pair: (ids[pair[0]], ids[pair[1]]),
+        )
+    prefix = values.get("tokenizer.ggml.add_space_prefix", True)
+    unknown = kinds.index(UNKNOWN) if UNKNOWN in kinds else None
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": WORD_START}
+    words = {"type": "Replace", "pattern": {"String": WORD_START}, "content": " "}
+    first = [{"type": "Prepend", "prepend": WORD_START}] if prefix else []
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+    return _tokenizer_json(
+        values,
+        normalizer={"type": "Sequence", "normalizers": [*first, spaces]},
+        pre_tokenizer=None,
+        post_processor=_bos_template(values, tokens, adds_bos=True),
+        decoder={"type": "Sequence", "decoders": [words, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+        model={
+            "unk_token": None if unknown is None else tokens[unknown],
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "merges": merges,
+        },
+    )
+
+
+def _types(values: Mapping[str, Any]) -> list[int]:
+    """llama.cpp's type of each token."""
+    count = len(values["tokenizer.ggml.tokens"])
+    types = list(values.get("tokenizer.ggml.token_type") or (NORMAL,) * count)
+    if len(types) != count:
+        raise ValueError(f"{len(types)} token types for {count} tokens")
+    return types
+
+
+def _tokenizer_json(values: Mapping[str, Any], model: Mapping[str, Any], **parts: Any) -> dict[str, Any]:
+    tokens = list(values["tokenizer.ggml.tokens"])
     added = [
         {
             "id": index,
@@ -90,20 +200,17 @@ def _tokenizer_json(values: Mapping[str, Any], pre_tokenizer: dict[str, Any]) ->
             "lstrip": False,
             "rstrip": False,
             "normalized": False,
-            "special": kind == CONTROL,
+            "special": kind != USER_DEFINED,
         }
-        for index, kind in enumerate(types)
-        if kind in (CONTROL, USER_DEFINED)
+        for index, kind in enumerate(_types(values))
+        if kind in (CONTROL, USER_DEFINED, UNKNOWN)
     ]
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": pre_tokenizer,
-        "post_processor": _bos_template(values, tokens),
-        "decoder": BYTE_LEVEL,
+        **parts,
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -114,15 +221,15 @@ def _tokenizer_json(values: Mapping[str, Any], pre_tokenizer: dict[str, Any]) ->
             "byte_fallback": False,
             "ignore_merges": False,
             "vocab": {token: index for index, token in enumerate(tokens)},
-            "merges": merges,
+            **model,
         },
     }
 
 
-def _bos_template(values: Mapping[str, Any], tokens: list[str]) -> dict[str, Any] | None:
-    """Put the first token before every text where the file asks for it."""
+def _bos_template(values: Mapping[str, Any], tokens: list[str], adds_bos: bool) -> dict[str, Any] | None:
+    """Put the first token before every text if the file asks for it, or if it says nothing and `adds_bos`."""
     bos = values.get("tokenizer.ggml.bos_token_id")
-    if not values.get("tokenizer.ggml.add_bos_token") or bos is None:
+    if not values.get("tokenizer.ggml.add_bos_token", adds_bos) or bos is None:
         return None
     special = {"SpecialToken": {"id": tokens[bos], "type_id": 0}}
     return {

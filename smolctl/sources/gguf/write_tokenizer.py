@@ -1,18 +1,28 @@
-"""A byte-level BPE as the keys of a GGUF, and the check that it still is the same tokenizer."""
+"""A tokenizer as the keys of a GGUF, and the check that it still is the same one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError, SmolError
 from smolctl.outside import parse_object
 from smolctl.sources.base import TokenizerFiles
-from smolctl.sources.gguf.tokenizer import CONTROL, RECOMMENDED, USER_DEFINED
+from smolctl.sources.gguf.tokenizer import (
+    CONTROL,
+    NORMAL,
+    PRE_TOKENIZERS,
+    RECOMMENDED,
+    UNKNOWN,
+    USER_DEFINED,
+    WORD_START,
+)
 from smolctl.sources.huggingface.tokenizer import ids_around_text, read_backend, token_ids
 
-NORMAL, UNUSED = 1, 5  # token types of llama.cpp's vocabulary
+UNUSED, BYTE = 5, 6  # token types of llama.cpp's vocabulary
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 # What a tokenizer may do differently in spite of equal entries: digits, contractions, spaces, line ends,
 # scripts, marks of their own, special tokens within a text.
 SAMPLES = (
@@ -34,7 +44,7 @@ def tokenizer_metadata(files: TokenizerFiles, config: ModelConfig) -> dict[str, 
         InputError: llama.cpp has no tokenizer that does the same.
     """
     content = parse_object(files.tokenizer_json, "tokenizer.json")
-    pre = pre_tokenizer_name(content)
+    pieces = is_sentence_piece(content)
     names = {token_id: token for token, token_id in token_ids(files.tokenizer_json, "tokenizer.json").items()}
     if names and max(names) >= config.vocab_size:
         raise InputError(
@@ -45,14 +55,21 @@ def tokenizer_metadata(files: TokenizerFiles, config: ModelConfig) -> dict[str, 
         token["id"]: CONTROL if token.get("special") else USER_DEFINED
         for token in content.get("added_tokens") or ()
     }
+    if pieces:
+        kinds |= {row: BYTE for row, name in names.items() if BYTE_TOKEN.fullmatch(name)}
+        kinds |= {row: UNKNOWN for row, name in names.items() if name == content["model"].get("unk_token")}
     rows = range(config.vocab_size)
     metadata: dict[str, Any] = {
-        "tokenizer.ggml.model": "gpt2",  # llama.cpp's name of byte-level BPE
-        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.model": "llama" if pieces else "gpt2",  # llama.cpp's names
+        "tokenizer.ggml.pre": "default" if pieces else pre_tokenizer_name(content),
         "tokenizer.ggml.tokens": [names.get(row, f"[PAD{row}]") for row in rows],
         "tokenizer.ggml.token_type": [kinds.get(row, NORMAL) if row in names else UNUSED for row in rows],
-        "tokenizer.ggml.merges": _merges(content),
-        "tokenizer.ggml.add_space_prefix": False,
+        **(
+            {"tokenizer.ggml.scores": _scores(content, [names.get(row, "") for row in rows])}
+            if pieces
+            else {"tokenizer.ggml.merges": _merges(content)}
+        ),
+        "tokenizer.ggml.add_space_prefix": pieces and _begins_with_space(content),
         "tokenizer.ggml.add_bos_token": _begins_with_bos(files),
     }
     eos = files.eos_token_id
@@ -81,28 +98,63 @@ def _recommended(found: Mapping[str, Any]) -> dict[str, Any]:
 def pre_tokenizer_name(content: Mapping[str, Any]) -> str:
     """llama.cpp's name of the way in which a tokenizer.json cuts text before the merges.
 
-    `gpt-2` is GPT-2's regular expression alone; `smollm` cuts out every digit first.
-
     Raises:
         InputError: it does anything else.
     """
     model = content.get("model") or {}
     if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
         raise _unsupported("no byte-level BPE")
-    if content.get("normalizer"):
-        raise _unsupported("a normalizer")
-    if model.get("ignore_merges"):
-        raise _unsupported("ignore_merges")
-    outer = content.get("pre_tokenizer") or {}
-    parts = list(outer.get("pretokenizers", [])) if outer.get("type") == "Sequence" else [outer]
-    *before, last = parts or [{}]
-    if last.get("type") != "ByteLevel" or last.get("add_prefix_space") or not last.get("use_regex", True):
-        raise _unsupported(f"the pre-tokenizer {last.get('type')}")
-    if not before:
-        return "gpt-2"
-    if len(before) == 1 and before[0].get("type") == "Digits" and before[0].get("individual_digits"):
-        return "smollm"
-    raise _unsupported(f"the pre-tokenizer {before[0].get('type')}")
+    steps = [_kind(step) for step in _parts(content.get("pre_tokenizer"), "pretokenizers")]
+    alike = {
+        name: pre for name, pre in PRE_TOKENIZERS.items() if [_kind(step) for step in pre.steps] == steps
+    }
+    if not alike:
+        raise _unsupported(f"the pre-tokenizer {', '.join(str(step[0]) for step in steps) or None}")
+    normalizers = [part.get("type") for part in _parts(content.get("normalizer"), "normalizers")]
+    for name, pre in alike.items():
+        same = normalizers == ([pre.normalizer["type"]] if pre.normalizer else [])
+        if same and bool(model.get("ignore_merges")) == pre.ignore_merges:
+            return name
+    raise _unsupported(f"the normalizer {normalizers[0]}" if normalizers else "ignore_merges")
+
+
+def _parts(part: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
+    """The parts of a sequence, or the one part that there is."""
+    if not part:
+        return []
+    return list(part.get(key, [])) if part.get("type") == "Sequence" else [part]
+
+
+def _kind(step: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a pre-tokenizer does; offsets, which it may keep as well, change no token."""
+    match step:
+        case {"type": "ByteLevel"}:
+            return "ByteLevel", bool(step.get("add_prefix_space")), step.get("use_regex", True)
+        case {"type": "Digits"}:
+            return "Digits", step.get("individual_digits")
+        case {"type": "Split"}:
+            return "Split", step.get("pattern"), step.get("behavior"), step.get("invert")
+    return (step.get("type"),)
+
+
+def is_sentence_piece(content: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer.json is SentencePiece's BPE as transformers writes it for Llama 2 and TinyLlama."""
+    model = content.get("model") or {}
+    spaces = [part.get("content") for part in _parts(content.get("normalizer"), "normalizers")][-1:]
+    fallback = model.get("byte_fallback") and not content.get("pre_tokenizer")
+    return model.get("type", "BPE") == "BPE" and bool(fallback) and spaces == [WORD_START]
+
+
+def _begins_with_space(content: Mapping[str, Any]) -> bool:
+    return _parts(content.get("normalizer"), "normalizers")[0].get("type") == "Prepend"
+
+
+def _scores(content: Mapping[str, Any], tokens: Sequence[str]) -> list[float]:
+    """What llama.cpp has in the place of merges: the earlier a piece is joined, the higher it scores."""
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(_merges(content)):
+        ranks.setdefault(merge.replace(" ", ""), rank)
+    return [-float(ranks.get(token, len(ranks))) for token in tokens]
 
 
 def require_same_tokenizer(

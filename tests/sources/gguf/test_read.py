@@ -169,8 +169,9 @@ def test_bos_is_put_first_where_the_file_asks_for_it(tmp_path: Path, state: Stat
 @pytest.mark.parametrize(
     ("changed", "cause"),
     [
-        ({"tokenizer.ggml.model": "llama"}, "tokenizer model llama"),
-        ({"tokenizer.ggml.pre": "qwen2"}, "pre-tokenizer qwen2"),
+        ({"tokenizer.ggml.model": "bert"}, "tokenizer model bert"),
+        ({"tokenizer.ggml.pre": "tekken"}, "pre-tokenizer tekken"),
+        ({"tokenizer.ggml.model": "llama"}, "tokenizer is damaged"),
         ({"tokenizer.ggml.token_type": [1]}, "tokenizer is damaged"),
         ({"tokenizer.ggml.merges": ["ab"]}, "tokenizer is damaged"),
         ({"tokenizer.ggml.merges": [1]}, "tokenizer is damaged"),

@@ -1,0 +1,117 @@
+"""Tokenizers of Llama's near kin: the ids of the original tokenizer.json, through a GGUF and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
+
+from smolctl.config import ModelConfig
+from smolctl.sources.base import TokenizerFiles
+from smolctl.sources.gguf.header import GGUFHeader
+from smolctl.sources.gguf.tokenizer import read_tokenizer
+from smolctl.sources.gguf.write_tokenizer import tokenizer_metadata
+from tests.support import tokenizer_texts
+from tests.support.tokenizers import GPT4_REGEX, byte_level, tokenizer
+
+SPECIAL = "<|eot|>"
+
+
+def split(*regexes: str) -> Tokenizer:
+    steps = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in regexes]
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made = byte_level(pre_tokenizers.Sequence([*steps, plain]))
+    made.add_special_tokens([AddedToken(SPECIAL, normalized=False)])
+    made.add_tokens([AddedToken("<think>", normalized=False)])
+    return made
+
+
+def llama3() -> Tokenizer:
+    made = split(GPT4_REGEX)
+    state = json.loads(made.to_str())
+    # An entry that the merges do not make.
+    state["model"] |= {"ignore_merges": True, "vocab": {**state["model"]["vocab"], "Ġclockwork": 402}}
+    made = Tokenizer.from_str(json.dumps(state))
+    bos = [("<|endoftext|>", 0)]
+    template = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=bos)
+    made.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), template])
+    return made
+
+
+def qwen2() -> Tokenizer:
+    made = split(GPT4_REGEX.replace("{1,3}", ""))
+    made.normalizer = normalizers.NFC()
+    return made
+
+
+def default() -> Tokenizer:
+    return split(
+        r"[\p{P}\$\+<=>\^~\|]+",
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+        r"\p{N}+",
+        "[0-9][0-9][0-9]",
+    )
+
+
+def llama2() -> Tokenizer:
+    """As transformers converts SentencePiece's: all divisions of a piece, those of the first pieces first."""
+    state = json.loads(tokenizer("llama").to_str())
+    vocab = state["model"]["vocab"]
+    pieces = [token for token, index in sorted(vocab.items(), key=lambda one: one[1]) if index > 258]
+    state["model"]["merges"] = [
+        pair
+        for piece in pieces
+        for pair in sorted(
+            (
+                [piece[:at], piece[at:]]
+                for at in range(1, len(piece))
+                if {piece[:at], piece[at:]} <= vocab.keys()
+            ),
+            key=lambda pair: (vocab[pair[0]], vocab[pair[1]]),
+        )
+    ]
+    return Tokenizer.from_str(json.dumps(state))
+
+
+KINDS: Mapping[str, tuple[Callable[[], Tokenizer], dict[str, Any]]] = {
+    "llama3": (llama3, {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "llama-bpe"}),
+    "smollm3": (
+        lambda: split(GPT4_REGEX),
+        {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smaug-bpe"},
+    ),
+    "qwen2": (qwen2, {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2"}),
+    "default": (default, {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "default"}),
+    "llama2": (llama2, {"tokenizer.ggml.model": "llama"}),
+}
+
+
+def original_and_read(kind: str) -> tuple[Tokenizer, Tokenizer, dict[str, Any]]:
+    made = KINDS[kind][0]()
+    bos = 1 if kind == "llama2" else 0
+    files = TokenizerFiles(made.to_str(), None, bos, 2, None)
+    metadata = tokenizer_metadata(files, ModelConfig(vocab_size=512))
+    back = read_tokenizer(GGUFHeader(Path("a.gguf"), 3, metadata, ()))
+    assert back is not None
+    return made, Tokenizer.from_str(back.tokenizer_json), metadata
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_those_of_the_original(kind: str) -> None:
+    original, found, metadata = original_and_read(kind)
+    assert {key: metadata[key] for key in KINDS[kind][1]} == KINDS[kind][1]
+    for text in tokenizer_texts.few([SPECIAL, "<think>", "<s>"]):
+        ids = original.encode(text).ids
+        assert found.encode(text).ids == ids, text
+        assert found.decode(ids) == original.decode(ids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_those_of_the_original_in_thousands_of_texts(kind: str) -> None:
+    original, found, _ = original_and_read(kind)
+    texts = tokenizer_texts.many([SPECIAL, "<think>", "<s>"])[::5]
+    assert [one.ids for one in found.encode_batch(texts)] == [one.ids for one in original.encode_batch(texts)]
