@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from smolctl.config import ModelConfig
@@ -12,11 +13,14 @@ from smolctl.model.weights import initialize
 from smolctl.quantization.build import build_items
 from smolctl.quantization.folder import Origin, write_folder
 from smolctl.quantization.schemes import SchemeOptions, make_plan
+from tests.support.kin import SCALING
 
 ROPE = {"position_embedding": "rope", "residual_scale": 1.0}
+SCALED = {"rope_scaling": SCALING}
+WIDE = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, **ROPE}
 SHAPES: dict[str, dict[str, Any]] = {
     "learned": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4},
-    "rope": {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, **ROPE},
+    "rope": WIDE,
     "odd": {"hidden_size": 50, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 10, **ROPE},
     "untied": {
         "hidden_size": 45,
@@ -25,6 +29,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 15,
         "tie_word_embeddings": False,
     },
+    "scaled": {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1, **ROPE, **SCALED},
+    "without rope": {**WIDE, "no_rope_layers": (1, 0)},
+    "biases": {**WIDE, "qkv_bias": True},
+    "norms of heads": {**WIDE, "head_dim": 24, "use_qk_norm": True},
 }
 
 
@@ -43,6 +51,8 @@ def quantized_folder(folder: Path, scheme: str, factor: float = 1.0, **options: 
     for name, tensor in state.items():
         if "k_proj" in name or "v_proj" in name:
             tensor *= factor
+        if name.endswith((".bias", "q_norm.weight", "k_norm.weight")):
+            tensor += 0.3 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1))
     plan = make_plan(config, scheme, SchemeOptions(**options))
     write_folder(folder, config, plan, build_items(config, state, plan), None, Origin("test", "test"))
     return folder
