@@ -42,6 +42,10 @@ class RopeScaling(BaseModel):
             )
         return self
 
+    def __str__(self) -> str:
+        bounds = f"{self.low_freq_factor:g} to {self.high_freq_factor:g}"
+        return f"{self.rope_type} × {self.factor:g}, {bounds}, from {self.original_max_position_embeddings:,}"
+
     def slowed(self, frequency: float) -> float:
         """A frequency of rope, in radians a token, after the scaling; in the precision of the argument."""
         fitting = self.original_max_position_embeddings / (2 * pi / frequency)
@@ -78,8 +82,8 @@ class ModelConfig(BaseModel):
         10_000.0, gt=0, description="base of the wavelengths of rope; unused when learned"
     )
     rope_scaling: RopeScaling | None = Field(None, description="Llama 3's scaling of rope; null is none")
-    no_rope_layers: tuple[Literal[0, 1], ...] = Field(
-        (), description="for each layer 1 with rope, 0 without, as in SmolLM3; empty is rope in all layers"
+    no_rope_layers: tuple[Literal[0, 1], ...] | None = Field(
+        None, description="for each layer 1 with rope, 0 without, as in SmolLM3; null is rope in all"
     )
     qkv_bias: bool = Field(False, description="queries, keys and values have biases, as in Qwen2")
     use_qk_norm: bool = Field(
