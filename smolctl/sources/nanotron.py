@@ -24,7 +24,7 @@ DEFAULTS: Mapping[str, Any] = {
     **{"rope_theta": 10_000.0, "hidden_act": "silu", "tie_word_embeddings": False},
     **{"initializer_range": 0.02, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None},
 }
-# Fields of `ModelConfig` that nanotron has under the same name; the others are those of Llama's near kin.
+# Those of `ModelConfig` that nanotron spells alike: it has other names for what Llama's near kin do.
 KIN = ("rope_scaling", "no_rope_layers", "qkv_bias", "use_qk_norm")
 MODEL_FIELDS = tuple(field for field in ModelConfig.model_fields if field not in KIN)
 # Qwen2's network without its biases and windows is a Llama's.

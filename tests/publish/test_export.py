@@ -19,6 +19,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from smolctl.config import ModelConfig
+from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.errors import ExitCode, InputError, SmolError
 from smolctl.evaluation.task_record import RecordedTask
 from smolctl.generation.load import load_model
@@ -27,13 +28,17 @@ from smolctl.outside import fitting
 from smolctl.ownership import RECORD
 from smolctl.publish.build import Built, build, open_model, repository_name
 from smolctl.publish.card import BEGIN, END, merge_card, require_valid
+from smolctl.publish.export import check_with_transformers
 from smolctl.publish.push import PushOptions, choose_destination
 from smolctl.runs.checkpoint_file import read_checkpoint
 from smolctl.runs.folder import RunFolder
 from smolctl.sources.arrays import Array
-from smolctl.sources.base import Weights
+from smolctl.sources.base import TokenizerFiles, Weights
 from smolctl.sources.huggingface.card import read_metadata, split_card
 from smolctl.sources.huggingface.config import to_huggingface_config
+from smolctl.sources.huggingface.write import write_model
+from tests.sources.gguf.test_tokenizer_kinds import llama3, qwen2
+from tests.support.kin import CLASSES, KINDS, kin_config, kin_network
 from tests.support.processes import Smolctl
 from tests.support.publishing import LLAMA, build_folder, make_run
 from tests.support.tiny_models import continue_prompt
@@ -428,3 +433,24 @@ def test_what_cannot_be_meant_is_refused(
 def test_names_become_what_the_hub_takes() -> None:
     assert repository_name("nano run (2)") == "nano-run-2"
     assert repository_name("...") == "model"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_near_kin_go_out_as_transformers_own_classes(kind: str, tmp_path: Path) -> None:
+    network = kin_network(kin_config(kind, vocab_size=512))
+    backend = (qwen2 if kind.startswith("qwen") else llama3)()
+    files = TokenizerFiles(backend.to_str(), None, 0, 2, None)
+    write_model(tmp_path, network.config, dict(network.state_dict()), "float32", files)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [CLASSES[kind]]
+    assert not list(tmp_path.glob("*.py"))
+    assert check_with_transformers(tmp_path, network, Tokenizer.from_files(files, "tiny")) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_qwen2_with_another_tokenizer_is_refused_with_the_reason(tmp_path: Path) -> None:
+    network = kin_network(kin_config("qwen2", vocab_size=512))
+    files = TokenizerFiles(llama3().to_str(), None, 0, 2, None)
+    write_model(tmp_path, network.config, dict(network.state_dict()), "float32", files)
+    with pytest.raises(SmolError, match="another tokenizer"):
+        check_with_transformers(tmp_path, network, Tokenizer.from_files(files, "tiny"))

@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from smolctl.config import ModelConfig, RopeScaling
 from smolctl.config.load import resolve_model_config
-from smolctl.outside import checked, shown
+from smolctl.outside import checked, fitting, shown
 from smolctl.sources.shapes import no_rope_layers
 
 # What transformers' config classes assume for a key that config.json leaves out.
@@ -157,10 +157,7 @@ def _network(values: Mapping[str, Any], origin: str) -> ModelConfig:
     fields["head_dim"] = fields["head_dim"] or 0
     fields["rope_theta"] = rope.get("rope_theta") or _value(values, "rope_theta")
     fields["attention_dropout"] = fields["attention_dropout"] or 0.0
-    if _rope_kind(rope) == "llama3":
-        known = RopeScaling.model_fields
-        given = {"rope_type": "llama3", f"original_{CONTEXT}": fields[CONTEXT], **rope}
-        fields["rope_scaling"] = {key: value for key, value in given.items() if key in known}
+    fields["rope_scaling"] = _rope_scaling(values)
     if kind == "smollm3":
         fields["no_rope_layers"] = _no_rope_layers(values)
     fields |= {"qkv_bias": kind == "qwen2", "use_qk_norm": kind == "qwen3"}
@@ -175,6 +172,15 @@ def _network(values: Mapping[str, Any], origin: str) -> ModelConfig:
 def _value(values: Mapping[str, Any], key: str) -> Any:
     """What a config.json says, or what transformers assumes for its kind."""
     return values.get(key, {**LLAMA_DEFAULTS, **DEFAULTS.get(str(values.get("model_type")), {})}.get(key))
+
+
+def _rope_scaling(values: Mapping[str, Any]) -> RopeScaling | None:
+    """Llama 3's scaling; None where there is none, or where its values are missing or make no sense."""
+    rope = _rope(values)
+    if _rope_kind(rope) != "llama3":
+        return None
+    given = {"rope_type": "llama3", f"original_{CONTEXT}": _value(values, CONTEXT), **rope}
+    return fitting(RopeScaling, {key: one for key, one in given.items() if key in RopeScaling.model_fields})
 
 
 def _no_rope_layers(values: Mapping[str, Any]) -> list[int]:
@@ -239,6 +245,8 @@ def _unsupported_rope(values: Mapping[str, Any]) -> str:
     kind = _rope_kind(rope)
     if kind not in ("default", "llama3"):
         return f"rope scaling {kind} is not supported"
+    if kind == "llama3" and _rope_scaling(values) is None:
+        return "rope scaling llama3 is not supported with missing or contradictory values"
     partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         return f"partial_rotary_factor {partial} is not supported"

@@ -113,6 +113,7 @@ def test_assumed_sizes_are_reported(tmp_path: Path) -> None:
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling linear"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope scaling dynamic"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling yarn"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling llama3"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope scaling longrope"),
         (
             {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "llama3"}},
@@ -150,7 +151,6 @@ def test_features_that_the_network_lacks_are_refused_by_name(fields: dict[str, A
         ({"vocab_size": "many"}, "vocab_size"),
         ({"num_hidden_layers": 10**12}, "num_hidden_layers"),
         ({"rope_parameters": 7}, "rope_parameters"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.low_freq_factor"),
     ],
 )
 def test_senseless_values_are_named(fields: dict[str, Any], cause: str) -> None:
