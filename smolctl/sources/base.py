@@ -192,7 +192,7 @@ class ModelSource:
         if self.config is None:
             raise InputError(
                 f"{self.id}: {self.unsupported}",
-                "smolctl runs Llama-shaped models; count-params still counts this one's header.",
+                "smolctl runs Llama, Mistral, SmolLM3, Qwen2 and Qwen3; count-params counts this one too.",
             )
         return self.config
 

@@ -275,5 +275,5 @@ def test_config_and_header_are_counted_as_transformers_counts(architecture: str,
     for report in (header, config):
         assert (report.totals.unique, report.totals.naive) == expected
     assert header.totals == config.totals
-    is_llama = architecture.startswith("Llama")
-    assert (header.basis, config.basis) == (("config", "config") if is_llama else ("header", "transformers"))
+    is_known = architecture.startswith(("Llama", "Qwen", "Mistral"))
+    assert (header.basis, config.basis) == (("config", "config") if is_known else ("header", "transformers"))
