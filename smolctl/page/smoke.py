@@ -56,13 +56,18 @@ class PageTrial:
     engine: str  # what ran it: "chromium", "node"
 
 
-def try_page(folder: Path, quantized: Path, prompt: str) -> PageTrial:
+def try_page(
+    folder: Path, quantized: Path, prompt: str, variant: str = "model", threads: int = 1, tokens: int = TOKENS
+) -> PageTrial:
     """Ask the page one prompt, and compare its tokens with the native engine's on the same weights.
 
     Args:
         folder: of the page.
-        quantized: the folder that its first model was made from.
+        quantized: the folder that the variant was made from.
         prompt: a question to a chat model, or a text to continue.
+        variant: the variant's folder in the page.
+        threads: of the page's engine; Node takes one.
+        tokens: at most.
 
     Raises:
         SmolError: there is nothing to try it with, it does not answer, or answers otherwise.
@@ -71,11 +76,11 @@ def try_page(folder: Path, quantized: Path, prompt: str) -> PageTrial:
     conversation = Conversation(chat=model.tokenizer.chat_template is not None)
     messages = [{"role": "user", "content": prompt}]
     request: dict[str, Any] = {
-        "load": {"folder": "model", "positions": min(POSITIONS, model.context), "threads": 1},
+        "load": {"folder": variant, "positions": min(POSITIONS, model.context), "threads": threads},
         "generate": {
             **({"messages": messages} if conversation.chat else {"prompt": prompt}),
             "sampling": {"temperature": 0},
-            "max_tokens": TOKENS,
+            "max_tokens": tokens,
             "seed": 0,
         },
     }
@@ -183,7 +188,7 @@ def _ask_browser(
 
 def _require_the_same(model: LoadedModel, prompt: Prompt, ids: Sequence[int]) -> None:
     """Check greedy tokens against the native engine's; at a tie either is right, and the rest is free."""
-    cache = model.engine.allocate(1, len(prompt.ids) + TOKENS)
+    cache = model.engine.allocate(1, len(prompt.ids) + len(ids))
     given: Sequence[int] = prompt.ids
     for number, token in enumerate(ids):
         logits = model.engine.forward([given], cache)[0]
