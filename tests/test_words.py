@@ -18,7 +18,7 @@ PRIVATE = {
     r"onlookers?": "observer",
     r"what computes": "engine",
     r"hears?|tells?|told": "gets, says, prints",
-    r"windows?": "sequence",
+    r"(?<!sliding )windows?": "sequence",
     r"passed over|passes over": "repeated, skipped, epoch",
     r"products?": "matmul",
     r"guess(es|ed)?": "draft",

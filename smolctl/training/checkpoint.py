@@ -42,7 +42,7 @@ class DurableCheckpointIO(CheckpointIO):
             with replacing(target) as partial:
                 with partial.open("wb") as file:
                     hashing = HashingFile(file)
-                    torch.save(checkpoint, cast(IO[bytes], hashing))
+                    _save(checkpoint, hashing)
                 sync_file(partial)
                 digest = hashing.digest.hexdigest()
                 if file_digest(partial) != digest:
@@ -66,6 +66,17 @@ class DurableCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint and its checksum."""
         remove_checkpoint(Path(path))
+
+
+def _save(checkpoint: Mapping[str, Any], file: HashingFile) -> None:
+    """`torch.save`, which raises the OSError of a write that failed, and not what follows from it."""
+    try:
+        torch.save(checkpoint, cast(IO[bytes], file))
+    except RuntimeError as error:
+        # PyTorch closes its archive after a write that failed, and finds less in it than it wrote.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def drop_weights(path: Path) -> None:

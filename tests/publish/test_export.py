@@ -37,11 +37,11 @@ from smolctl.sources.base import TokenizerFiles, Weights
 from smolctl.sources.huggingface.card import read_metadata, split_card
 from smolctl.sources.huggingface.config import to_huggingface_config
 from smolctl.sources.huggingface.write import write_model
-from tests.sources.gguf.test_tokenizer_kinds import llama3, qwen2
 from tests.support.kin import CLASSES, KINDS, kin_config, kin_network
 from tests.support.processes import Smolctl
 from tests.support.publishing import LLAMA, build_folder, make_run
 from tests.support.tiny_models import continue_prompt
+from tests.support.tokenizer_kinds import llama3, qwen2
 
 
 @pytest.fixture

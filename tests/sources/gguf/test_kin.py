@@ -16,8 +16,8 @@ from smolctl.sources import open_source
 from smolctl.sources.gguf.header import read_header
 from smolctl.sources.gguf.model import ROPE_FACTORS
 from smolctl.sources.gguf.write import NOT_IN_THE_FILE, require_gguf, write_gguf
-from tests.sources.gguf.test_write import trained
 from tests.support.kin import CLASSES, KINDS, SCALING, kin_config, kin_network
+from tests.support.tokenizer_kinds import trained
 
 
 def written(kind: str, folder: Path, scheme: str = "f32", **changes: Any) -> tuple[Transformer, Path]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer
 
 from smolctl.config import ModelConfig
 from smolctl.sources.base import TokenizerFiles
@@ -16,66 +15,8 @@ from smolctl.sources.gguf.header import GGUFHeader
 from smolctl.sources.gguf.tokenizer import read_tokenizer
 from smolctl.sources.gguf.write_tokenizer import tokenizer_metadata
 from tests.support import tokenizer_texts
-from tests.support.tokenizers import GPT4_REGEX, byte_level, tokenizer
-
-SPECIAL = "<|eot|>"
-
-
-def split(*regexes: str) -> Tokenizer:
-    steps = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in regexes]
-    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made = byte_level(pre_tokenizers.Sequence([*steps, plain]))
-    made.add_special_tokens([AddedToken(SPECIAL, normalized=False)])
-    made.add_tokens([AddedToken("<think>", normalized=False)])
-    return made
-
-
-def llama3() -> Tokenizer:
-    made = split(GPT4_REGEX)
-    state = json.loads(made.to_str())
-    # An entry that the merges do not make.
-    state["model"] |= {"ignore_merges": True, "vocab": {**state["model"]["vocab"], "Ġclockwork": 402}}
-    made = Tokenizer.from_str(json.dumps(state))
-    bos = [("<|endoftext|>", 0)]
-    template = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=bos)
-    made.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), template])
-    return made
-
-
-def qwen2() -> Tokenizer:
-    made = split(GPT4_REGEX.replace("{1,3}", ""))
-    made.normalizer = normalizers.NFC()
-    return made
-
-
-def default() -> Tokenizer:
-    return split(
-        r"[\p{P}\$\+<=>\^~\|]+",
-        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
-        r"\p{N}+",
-        "[0-9][0-9][0-9]",
-    )
-
-
-def llama2() -> Tokenizer:
-    """As transformers converts SentencePiece's: all divisions of a piece, those of the first pieces first."""
-    state = json.loads(tokenizer("llama").to_str())
-    vocab = state["model"]["vocab"]
-    pieces = [token for token, index in sorted(vocab.items(), key=lambda one: one[1]) if index > 258]
-    state["model"]["merges"] = [
-        pair
-        for piece in pieces
-        for pair in sorted(
-            (
-                [piece[:at], piece[at:]]
-                for at in range(1, len(piece))
-                if {piece[:at], piece[at:]} <= vocab.keys()
-            ),
-            key=lambda pair: (vocab[pair[0]], vocab[pair[1]]),
-        )
-    ]
-    return Tokenizer.from_str(json.dumps(state))
-
+from tests.support.tokenizer_kinds import SPECIAL, default, llama2, llama3, qwen2, split
+from tests.support.tokenizers import GPT4_REGEX
 
 KINDS: Mapping[str, tuple[Callable[[], Tokenizer], dict[str, Any]]] = {
     "llama3": (llama3, {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "llama-bpe"}),

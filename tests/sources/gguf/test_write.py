@@ -12,25 +12,17 @@ import torch
 from torch import Tensor
 
 from smolctl.config import ModelConfig
-from smolctl.data.tokenizer.bpe import train_bpe
-from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.errors import InputError, SmolError
 from smolctl.generation.engine import Engine
 from smolctl.generation.load import load_model
 from smolctl.model.network import Transformer
 from smolctl.model.weights import initialize, load_network
 from smolctl.sources import open_source
-from smolctl.sources.base import TokenizerFiles
 from smolctl.sources.gguf import write as writer
 from smolctl.sources.gguf.header import read_header
 from smolctl.sources.gguf.write import SCHEMES, write_gguf
 from tests.support.tiny_models import continue_prompt
-
-CORPUS = ["the cat sat on 12 mats and saw 345 birds; it's over trees\n\n  by the sea" for _ in range(20)]
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
-    "+ '<|im_end|>' + '\n' }}{% endfor %}"
-)
+from tests.support.tokenizer_kinds import CHATML, trained
 
 
 def tiny(**changes: Any) -> ModelConfig:
@@ -47,15 +39,6 @@ def tiny(**changes: Any) -> ModelConfig:
         "rope_theta": 100_000.0,
     }
     return ModelConfig(**fields | changes)
-
-
-def trained(pre: str = "smollm", template: str | None = CHATML) -> TokenizerFiles:
-    backend = train_bpe(CORPUS, 290)
-    if pre == "gpt-2":
-        from tokenizers import pre_tokenizers
-
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return TokenizerFiles(Tokenizer(backend).backend.to_str(), template, 0, 0, 2)
 
 
 def written(path: Path, scheme: str, config: ModelConfig | None = None) -> tuple[Transformer, Path]:
