@@ -12,17 +12,19 @@ import torch
 from torch import Tensor
 
 from smolctl.config import ModelConfig
+from smolctl.data.tokenizer.bpe import train_bpe
 from smolctl.errors import InputError, SmolError
 from smolctl.generation.engine import Engine
 from smolctl.generation.load import load_model
 from smolctl.model.network import Transformer
 from smolctl.model.weights import initialize, load_network
 from smolctl.sources import open_source
+from smolctl.sources.base import TokenizerFiles
 from smolctl.sources.gguf import write as writer
 from smolctl.sources.gguf.header import read_header
 from smolctl.sources.gguf.write import SCHEMES, write_gguf
 from tests.support.tiny_models import continue_prompt
-from tests.support.tokenizer_kinds import CHATML, trained
+from tests.support.tokenizer_kinds import CHATML, CORPUS, trained
 
 
 def tiny(**changes: Any) -> ModelConfig:
