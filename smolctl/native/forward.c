@@ -57,6 +57,7 @@ typedef struct {
 
 #define SPLIT_POSITIONS 128  // in a part of a long context: threads share the parts out
 #define MAX_SPLITS 16        // parts where many tokens share the work already
+#define SHARED_PIECES 16     // of attention over many tokens, at least: not by the threads, for the same bits
 #define PHASES 8             // of a layer, each with a counter of claimed pieces
 #define PIECE_ROWS 16        // rows of a matrix in a piece of a product of many tokens
 #define PIECE_TOKENS 8       // tokens in a piece of attention
@@ -429,7 +430,7 @@ static int forward(context *c, const batch *b) {
     for (int t = 0; t < b->count; t++) longest = b->positions[t] >= longest ? b->positions[t] + 1 : longest;
     int pieces = pieces_of(b->count, PIECE_TOKENS) * c->m.kv_heads, splits = pieces_of(longest, SPLIT_POSITIONS);
     // Enough pieces that no thread waits long, none of them short.
-    if (b->count > FEW) splits = least(least(splits, pieces_of(4 * c->pool->most, pieces)), MAX_SPLITS);
+    if (b->count > FEW) splits = least(least(splits, pieces_of(SHARED_PIECES, pieces)), MAX_SPLITS);
     size_t rows = (size_t)b->count * (size_t)c->m.heads * (size_t)splits;
     if (rows * (size_t)b->cache.value_stride > c->partial_room) {
         free(c->partial_values);

@@ -26,7 +26,7 @@ function sizes({layout}, positions, threads) {
   const [C, A, F] = [hidden_size, heads * head_dim, intermediate_size].map((size) => filled(size, BLOCK));
   const rows = CHUNK * (2 * C + A + F + (heads + 2 * kv_heads) * head_dim);
   const scratch = threads * (21 * Math.max(C, A, F) + 16 * CHUNK); // `scratch_size` of forward.c
-  const most = Math.max(FEW * Math.ceil(capacity / SPLIT), CHUNK * Math.min(4 * threads, 16));
+  const most = Math.max(FEW * Math.ceil(capacity / SPLIT), 3 * CHUNK); // tokens × splits of `forward` in forward.c
   return {
     capacity,
     stride,

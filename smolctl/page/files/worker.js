@@ -17,17 +17,22 @@ const ROUNDS = 3; // of the measurement that chooses the number of threads
 const TOKENS = 3; // in a round
 const GAIN = 1.1; // by how much more threads must be faster than fewer
 
-let model = null; // {engine, tokenizer, render, ends, cached: ids that the engine has read}
+let model = null; // {engine, tokenizer, render, ends, cached: ids that the engine has read in whole chunks of prompts}
 let last = 0; // generations up to this one are to stop
+let waiting = 0; // requests that have not begun
 let queue = Promise.resolve();
 
 onmessage = ({ data }) => {
   if (data.stop) last = data.stop;
-  else queue = queue.then(() => handle(data));
+  else {
+    waiting += 1;
+    queue = queue.then(() => handle(data));
+  }
 };
 postMessage({ started: true });
 
 async function handle({ load: loading, generate: request }) {
+  waiting -= 1;
   try {
     if (loading) await load(loading);
     if (request) await generate(request);
@@ -61,13 +66,17 @@ async function load({ base, folder, about, weights, positions, threads }) {
   postMessage({
     ready: { threads: engine.threads, speeds: choice, memory: engine.memoryBytes, capacity: engine.capacity, kept },
   });
-  if (render) await readBeginning();
+  if (render) await readAhead([]);
 }
 
-/** Read how every conversation begins while the visitor types; a template that fails says so at the question. */
-async function readBeginning() {
+/** Read a conversation while the visitor types; a template that fails says so at the question. */
+async function readAhead(messages) {
   try {
-    await read(Infinity, promptOf([{ role: "user", content: "" }], 1).ids, 0);
+    const { ids } = promptOf([...messages, { role: "user", content: "" }], 1);
+    await read(ids, async () => {
+      await pause();
+      return !waiting;
+    });
   } catch (error) {
     if (!(error instanceof Fault)) throw error;
   }
@@ -155,21 +164,28 @@ async function generate({ number, messages, prompt, sampling, max_tokens: most, 
   const sampler = new Sampler(sampling, seed);
   await sampler.ready;
   const stream = tokenizer.stream(ids);
-  let logits = await read(number, ids, forgotten);
+  let logits = await read(ids, async (done, total) => {
+    postMessage({ number, reading: { done, total, used: ids.length, forgotten } });
+    await pause();
+    return number > last;
+  });
   const answering = performance.now();
   let count = 0;
+  let answer = "";
   let reason = logits ? "" : "stopped";
   while (!reason) {
     const id = sampler.choose(logits, ids);
     const { probability, alternatives } = probabilities(logits, id, ALTERNATIVES);
     const ended = ends.has(id);
+    const text = ended ? "" : stream.feed(id);
     ids.push(id);
     count += 1;
+    answer += text;
     postMessage({
       number,
       token: {
         id,
-        text: ended ? "" : stream.feed(id),
+        text,
         spelled: tokenizer.spell(id),
         probability,
         alternatives: alternatives.map(([other, share]) => ({ id: other, spelled: tokenizer.spell(other), share })),
@@ -181,18 +197,16 @@ async function generate({ number, messages, prompt, sampling, max_tokens: most, 
     else {
       await pause();
       if (number <= last) reason = "stopped";
-      else {
-        logits = engine.forward([id]);
-        model.cached.push(id);
-      }
+      else logits = engine.forward([id]);
     }
   }
   const now = performance.now();
+  const end = stream.finish();
   postMessage({
     number,
     done: {
       reason,
-      text: stream.finish(),
+      text: end,
       tokens: count,
       forgotten,
       used: ids.length,
@@ -201,6 +215,7 @@ async function generate({ number, messages, prompt, sampling, max_tokens: most, 
       seconds: (now - answering) / 1_000,
     },
   });
+  if (messages) await readAhead([...messages, { role: "assistant", content: answer + end }]);
 }
 
 function promptOf(messages, most) {
@@ -218,19 +233,19 @@ function tooLong(tokens) {
   return new Fault("long", `This text is too long for the model: ${room}. Shorten it.`);
 }
 
-/** Logits after a prompt, of which nothing is read again that the engine holds; null when stopped. */
-async function read(number, ids, forgotten) {
+/**
+ * Logits after a prompt; null when `proceed` ends the reading. What the engine holds is not read again as far as it
+ * was read in whole chunks of a prompt: a prompt has the same logits, bit for bit, whatever was read before it.
+ */
+async function read(ids, proceed) {
   const { engine, cached } = model;
   let same = 0;
   while (same < cached.length && same < ids.length - 1 && cached[same] === ids[same]) same++;
+  same -= same % engine.chunk;
   engine.truncate(same);
-  cached.length = same;
-  const logits = await engine.read(ids.slice(same), async (done) => {
-    postMessage({ number, reading: { done, total: ids.length - same, used: ids.length, forgotten } });
-    await pause();
-    return number > last;
-  });
-  cached.push(...ids.slice(same, engine.length));
+  model.cached = ids.slice(0, same);
+  const logits = await engine.read(ids.slice(same), (done) => proceed(done, ids.length - same));
+  model.cached = ids.slice(0, engine.length - (engine.length % engine.chunk));
   return logits;
 }
 
