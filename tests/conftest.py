@@ -84,7 +84,7 @@ def _named(config: pytest.Config) -> bool:
 def _is_in(tier: str, item: pytest.Item) -> bool:
     slow, proof = (item.get_closest_marker(name) is not None for name in ("slow", "proof"))
     if tier in ("rest", "proofs") and getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
-        return True
+        return tier == "proofs" or not proof
     return {"fast": not slow and not proof, "rest": slow, "all": not proof, "proofs": proof}[tier]
 
 
