@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from typing import Any, TypeVar, cast
 
 import torch
@@ -35,8 +36,16 @@ M = TypeVar("M", bound=nn.Module)
 # `KVCache.append` of one layer.
 Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 # Within documents: which tokens attend to which (B, 1, T, T), or the documents' lengths. With these a CPU
-# attends to each alone, for documents of 100 tokens in sequences of 1,024 in a fifth of the mask's time.
+# attends to each alone, for documents of 100 tokens in sequences of 1,024 in a fifth of the mask's time; a
+# GPU does so in one kernel.
 Documents = Tensor | tuple[int, ...]
+
+
+def has_varlen(x: Tensor) -> bool:
+    """Whether FlashAttention for documents of any lengths runs here: on GPUs from Ampere on, in 16 bits."""
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    is_half = dtype in (torch.float16, torch.bfloat16)
+    return x.is_cuda and is_half and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def uninitialized(kind: Callable[..., M], *sizes: int, **options: Any) -> M:
@@ -139,12 +148,24 @@ class Attention(nn.Module):
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         if isinstance(documents, tuple):
-            parts = (projected.flatten(0, 1).split(documents) for projected in (q, k, v))  # (t, H or K, D)
-            own = [self._attend(*(part[None] for part in one)) for one in zip(*parts, strict=True)]
-            y = torch.cat(own, dim=1)
+            y = self._attend_apart(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), documents)
         else:
             y = self._attend(q, k, v, append, documents)
         return apply_linear(self.o_proj, y.reshape(B, T, -1))  # (B, T, C)
+
+    def _attend_apart(self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """What queries (N, H, D) take of keys and values (N, K, D) of their own document: (N, H, D)."""
+        if has_varlen(v) and not (self.training and self.dropout):
+            from torch.nn.attention.varlen import varlen_attn  # takes a second to import
+
+            begins = torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device=v.device)
+            longest, shared = max(lengths), q.shape[1] != k.shape[1]
+            q, k = q.to(v.dtype), k.to(v.dtype)  # RoPE computes in float32
+            y = varlen_attn(q, k, v, begins, begins, longest, longest, window_size=(-1, 0), enable_gqa=shared)
+            return cast(Tensor, y)
+        parts = (projected.split(lengths) for projected in (q, k, v))  # (t, H or K, D)
+        own = [self._attend(*(part[None] for part in one)) for one in zip(*parts, strict=True)]
+        return torch.cat(own, dim=1)[0]
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, append: Append | None = None, mask: Tensor | None = None
@@ -278,7 +299,7 @@ class Decoder(nn.Module):
             rotary = self._angles(positions.stop, x.device)[:, positions]
         own: Documents | None = None
         if documents is not None:
-            split = documents.device.type == "cpu" and not self.is_compiled
+            split = not self.is_compiled and (documents.device.type == "cpu" or has_varlen(x))
             own = _document_lengths(documents) if split else _document_mask(documents)
         for index, block in enumerate(self.layers):
             append = partial(cache.append, index) if cache is not None else None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -71,6 +74,32 @@ def test_a_document_is_read_the_same_wherever_it_lies(position_embedding: str) -
     model, (tokens, ids) = network(position_embedding), packed()
     packed_logits = model(tokens, documents=ids)
     torch.testing.assert_close(packed_logits[0, 5:11], packed_logits[1, :6], atol=1e-5, rtol=1e-4)
+
+
+def plain_varlen(
+    q: Tensor, k: Tensor, v: Tensor, begins: Tensor, _: Tensor, longest: int, __: int, **options: Any
+) -> Tensor:
+    """What PyTorch documents of its `varlen_attn`, which runs on GPUs only: (N, H, D)."""
+    assert options["window_size"] == (-1, 0)  # causal
+    assert begins.dtype == torch.int32
+    assert longest == begins.diff().max()
+    found = []
+    for first, last in pairwise(begins.tolist()):
+        a, b, c = (part[None, first:last].transpose(1, 2) for part in (q, k, v))  # (1, H or K, t, D)
+        shared = options["enable_gqa"]
+        found.append(F.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=shared))
+    return torch.cat(found, dim=2)[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("position_embedding", ["rope", "learned"])
+def test_the_kernel_of_gpus_is_asked_for_the_same_attention(
+    position_embedding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, (tokens, ids) = network(position_embedding), packed()
+    expected = model(tokens, documents=ids)
+    monkeypatch.setattr("smolctl.model.network.has_varlen", lambda _x: True)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", plain_varlen)
+    torch.testing.assert_close(model(tokens, documents=ids), expected, atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()
