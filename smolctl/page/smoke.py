@@ -22,6 +22,7 @@ from smolctl.generation.load import LoadedModel, load_model
 from smolctl.generation.sampling import margin
 from smolctl.outside import parse_object
 from smolctl.page.serve import PageHandler, PageServer, serving
+from smolctl.programs import bare_environment, running_program
 
 TRIAL = Path(__file__).parent / "trial"
 TOKENS = 16
@@ -40,8 +41,6 @@ FLAGS = (
     *("--headless=new", "--disable-gpu", "--no-first-run", "--disable-sync", "--disable-extensions"),
     *("--disable-background-networking", "--disable-component-update", "--no-default-browser-check"),
 )
-# Of this machine's environment only what a browser needs to run: no token reaches it.
-PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TEMP", "SYSTEMROOT", "LD_LIBRARY_PATH")
 NOTHING_SENT = "Nothing of the page was sent."
 
 
@@ -112,21 +111,18 @@ def require_trial() -> str:
 
 def _answered(folder: Path, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     program = require_trial()
-    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     if Path(program).stem == "node":
-        return "Node", _ask_node(program, folder, request, environment)
-    return Path(program).stem, _ask_browser(program, folder, request, environment)
+        return "Node", _ask_node(program, folder, request)
+    return Path(program).stem, _ask_browser(program, folder, request)
 
 
-def _ask_node(
-    program: str, folder: Path, request: dict[str, Any], environment: dict[str, str]
-) -> dict[str, Any]:
+def _ask_node(program: str, folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     command = [program, str(TRIAL / "trial.mjs"), str(folder)]
     try:
         done = subprocess.run(
             command,
             input=json_text(request),
-            env=environment,
+            env=bare_environment(),
             capture_output=True,
             text=True,
             timeout=PATIENCE_S,
@@ -138,9 +134,7 @@ def _ask_node(
     return parse_object(done.stdout, program)
 
 
-def _ask_browser(
-    program: str, folder: Path, request: dict[str, Any], environment: dict[str, str]
-) -> dict[str, Any]:
+def _ask_browser(program: str, folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     results: queue.Queue[bytes] = queue.Queue()
 
     class TrialHandler(PageHandler):
@@ -171,20 +165,11 @@ def _ask_browser(
         serving(PageServer(folder, handler=TrialHandler)) as url,
     ):
         command = [program, *FLAGS, *root, f"--user-data-dir={profile}", f"{url}trial.html"]
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        try:
-            return parse_object(results.get(timeout=PATIENCE_S), program)
-        except queue.Empty:
-            return {"fault": f"no answer within {PATIENCE_S:.0f} s"}
-        finally:
-            process.terminate()
+        with running_program(command, subprocess.DEVNULL):
             try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+                return parse_object(results.get(timeout=PATIENCE_S), program)
+            except queue.Empty:
+                return {"fault": f"no answer within {PATIENCE_S:.0f} s"}
 
 
 def _require_the_same(model: LoadedModel, prompt: Prompt, ids: Sequence[int]) -> None:

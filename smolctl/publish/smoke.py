@@ -17,23 +17,12 @@ from typing import IO
 
 from smolctl.errors import SmolError
 from smolctl.hub.errors import first_line
+from smolctl.programs import running_program
 from smolctl.publish.app import CONTROLS, SpaceFacts
 
 START_SECONDS = 600.0  # imports from a cold disk on a busy machine; an app that ends is noticed at once
 ANSWER_SECONDS = 300.0
 LOG_LINES = 15
-# Of this machine's environment only what a program needs to run: no token reaches the app.
-PASSED_ON = (
-    "PATH",
-    "HOME",
-    "LANG",
-    "LC_ALL",
-    "TMPDIR",
-    "TEMP",
-    "SYSTEMROOT",
-    "LD_LIBRARY_PATH",
-    "VIRTUAL_ENV",
-)
 
 
 @dataclass(frozen=True)
@@ -87,8 +76,7 @@ def running(folder: Path, python: str = sys.executable) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    environment |= {
+    settings = {
         "GRADIO_SERVER_NAME": "127.0.0.1",
         "GRADIO_SERVER_PORT": str(port),
         "GRADIO_ANALYTICS_ENABLED": "False",
@@ -98,20 +86,12 @@ def running(folder: Path, python: str = sys.executable) -> Iterator[str]:
         "PYTHONNOUSERSITE": "1",
         "PYTHONSAFEPATH": "",
     }
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        process = subprocess.Popen(
-            [python, "app.py"], cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
-        )
-        try:
-            _wait_until_up(process, port, log)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
+        running_program([python, "app.py"], log, settings, folder) as process,
+    ):
+        _wait_until_up(process, port, log)
+        yield f"http://127.0.0.1:{port}"
 
 
 def _wait_until_up(process: subprocess.Popen[bytes], port: int, log: IO[str]) -> None:

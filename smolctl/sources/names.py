@@ -14,17 +14,14 @@ if TYPE_CHECKING:
     from smolctl.sources.quantized.scaled import StoredTensor
 
 ANCHOR = "layers.0.input_layernorm.weight"  # a name that no layer of another kind has
-ADAPTER = "a LoRA adapter, which holds no model of its own: merge it into its base model with peft"
+ADAPTER = "a LoRA adapter, which holds no model: merge it into its base model with peft first"
 LITGPT = "a litgpt checkpoint: convert it with `litgpt convert_from_litgpt`"
 # The end of a name that only one tool writes, what wrote it, and what makes a folder of it that can be read.
 FORMATS = (
-    ("lora_A.weight", "a LoRA adapter, which holds no model: merge it into its base model with peft first"),
-    (
-        "lora_A.default.weight",
-        "a LoRA adapter, which holds no model: merge it into its base model with peft first",
-    ),
-    ("attn.qkv.weight", "a litgpt checkpoint: convert it with `litgpt convert_from_litgpt`"),
-    ("attn.attn.weight", "a litgpt checkpoint: convert it with `litgpt convert_from_litgpt`"),
+    ("lora_A.weight", ADAPTER),
+    ("lora_A.default.weight", ADAPTER),
+    ("attn.qkv.weight", LITGPT),
+    ("attn.attn.weight", LITGPT),
     ("attn.c_attn.weight", "a network of GPT-2's kind (nanoGPT, GPT-2), which is not a Llama"),
     ("attention.wq.weight", "Meta's format: convert it with transformers' convert_llama_weights_to_hf"),
     ("attn.output_proj.weight", "a torchtune checkpoint: save it with its FullModelHFCheckpointer"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -241,7 +240,7 @@ def serve(out: Output, folder: Path, sdk: Sdk) -> None:
     if sdk is Sdk.STATIC:
         server = preview_server(folder)
         say(server.url)
-        with contextlib.closing(server):
+        with server:
             server.serve_forever()
     else:
         from smolctl.publish.app import main

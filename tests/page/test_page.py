@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import shutil
 import tarfile
 import urllib.error
 import urllib.request
@@ -54,18 +52,12 @@ def completion_site(once: Callable[[str, Callable[[Path], object]], Path]) -> Pa
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser(chromium: str) -> Iterator[Any]:
     """Debian's Chromium, one for all tests of this file."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
-        reason = "no chromium: apt-get install -y chromium"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=list(OFFLINE))
+        browser = playwright.chromium.launch(executable_path=chromium, args=list(OFFLINE))
         yield browser
         browser.close()
 

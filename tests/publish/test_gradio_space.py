@@ -63,18 +63,6 @@ def space(with_space: Built) -> Path:
     return with_space.space
 
 
-@pytest.fixture(scope="session")
-def chromium() -> str:
-    """Debian's Chromium."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
-        reason = "no chromium: apt-get install -y chromium"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return found
-
-
 def test_the_metadata_is_pinned_and_complete(space: Path) -> None:
     metadata = yaml.safe_load(split_card((space / "README.md").read_text())[0].strip().strip("-"))
     assert metadata["sdk"] == "gradio"
