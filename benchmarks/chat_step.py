@@ -250,7 +250,7 @@ def smolctl_step(case: Case) -> Callable[[], float]:
 
     keep_freed_memory()
     network = load_network(open_source(case.model), dtype=torch.float32).train()
-    network.model.is_compiled = case.engine.endswith("mask")  # then documents are told by a mask
+    network.model.masks_documents = case.engine.endswith("mask")  # then documents are told by a mask
     optimizer = make_optimizer(network, OptimizerConfig().model_copy(update={"learning_rate": 0.0}))
     rows = packed_rows(case.model)
     micro_batches = list(rows.split(1))

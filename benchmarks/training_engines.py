@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -30,6 +31,7 @@ from smolctl.config import ModelConfig
 from smolctl.model.network import Transformer
 from smolctl.sources import open_source
 from smolctl.timing import in_turns
+from smolctl.training.graph import GradientGraph
 from smolctl.worker import Worker
 
 
@@ -73,7 +75,9 @@ def steps_in_turns(
     with ExitStack() as stack:
         workers = [stack.enter_context(Worker(case.name, torch.get_num_threads())) for case in cases]
         works = [partial(worker.call, take_step, case) for worker, case in zip(workers, cases, strict=True)]
-        first = [work() for work in works]
+        # A GPU leaves the processor's cores free to compile all of them at once.
+        with ThreadPoolExecutor(len(works) if cases[0].device == "cuda" else 1) as pool:
+            first = list(pool.map(lambda work: work(), works))
         measured = in_turns(works, rounds, warmups, lambda number: print(f"round {number}", file=sys.stderr))
     for steps in list(zip(*measured, strict=True))[:compared]:
         losses = [step.output.item() for step in steps]
@@ -105,7 +109,26 @@ def training_step(case: Case) -> TrainingStep:
     tokens = torch.randint(0, vocabulary, (case.batch, case.length + 1), generator=generator).to(device)
     inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
-    return TrainingStep(lambda: loss(inputs, targets), optimizer, device, case.bfloat16)
+    step = TrainingStep(lambda: loss(inputs, targets), optimizer, device, case.bfloat16)
+    if device.type == "cuda" and isinstance(network, Transformer):
+        torch.use_deterministic_algorithms(True)  # as `smolctl train`
+        if case.compiled:
+            return graphed(step, network, tokens)
+    return step
+
+
+def graphed(step: TrainingStep, network: Transformer, tokens: Tensor) -> TrainingStep:
+    """The step as `smolctl train` takes it when blocks are compiled: its gradient is one CUDA graph."""
+
+    def gradient(rows: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16, enabled=step.bfloat16):
+            loss = network.loss(rows[:, :-1], rows[:, 1:]) / rows[:, 1:].numel()
+        loss.backward()
+        return loss.detach()
+
+    graph = GradientGraph(network, gradient, tokens)
+    # The gradient is there with the loss; a pass back to a number of its own changes nothing of it.
+    return dataclasses.replace(step, loss=lambda: graph(tokens).clone().requires_grad_())
 
 
 def open_litgpt(model: str) -> tuple[nn.Module, Loss]:

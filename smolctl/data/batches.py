@@ -53,6 +53,11 @@ class Sequences:
             yield Sequences(self.inputs[part], self.targets[part], *rest)
 
 
+def text_sequences(tokens: Tensor, documents: Tensor | None = None) -> Sequences:
+    """What tokens (B, T + 1) without marks ask of a network."""
+    return Sequences(tokens[:, :-1], tokens[:, 1:], documents=documents)
+
+
 def sequences_of(tokens: Tensor, document_end: int | None = None) -> Sequences:
     """What tokens (B, T + 1) of a batch, with or without marks, ask of a network.
 
@@ -64,8 +69,7 @@ def sequences_of(tokens: Tensor, document_end: int | None = None) -> Sequences:
     before = tokens[:, :-1]
     if not bool((tokens >= FIRST).any()):
         ends = before == document_end if document_end is not None else None
-        documents = None if ends is None else ends.cumsum(1) - ends.long()
-        return Sequences(before, tokens[:, 1:], documents=documents)
+        return text_sequences(tokens, None if ends is None else ends.cumsum(1) - ends.long())
     ids = tokens & IDS
     trained = (tokens[:, 1:] & CONTEXT) == 0
     return Sequences(ids[:, :-1], ids[:, 1:], trained, ((before & FIRST) > 0).cumsum(1))

@@ -9,6 +9,8 @@ Shapes as in `network.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -183,12 +185,50 @@ def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
     return _SwiGLULinear.apply(gate, up, weight)  # type: ignore[no-any-return, no-untyped-call]
 
 
+Losses = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
+
+
+def _losses(logits: Tensor, target: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What a chunk of logits (rows, V), which it overwrites, and their targets (rows, 1) give.
+
+    Returns:
+        The sum of cross entropy and z-loss, the sum of the z-loss, and the gradient (rows, V) of the first.
+    """
+    exact = logits.float()
+    chosen = exact.gather(1, target)
+    largest = exact.amax(1, keepdim=True)
+    probabilities = torch.softmax(exact, dim=1, out=exact)
+    # The most likely token has at least 1/V, so that its logarithm is exact enough for all.
+    logsumexp = largest - probabilities.amax(1, keepdim=True).log_()
+    z_losses = z_loss * logsumexp.square()
+    if z_loss:
+        probabilities.mul_(1 + 2 * z_loss * logsumexp)
+    probabilities.scatter_add_(1, target, torch.full_like(chosen, -1))
+    return (logsumexp - chosen + z_losses).sum(), z_losses.sum(), probabilities.to(logits.dtype)
+
+
+def _fusable_losses(logits: Tensor, target: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_losses`, for torch.compile, which reads the logits twice for it and nothing else of their size."""
+    exact = logits.float()
+    logsumexp = exact.logsumexp(1, keepdim=True)  # (rows, 1)
+    z_losses = z_loss * logsumexp.square()
+    probabilities = (exact - logsumexp).exp() * (1 + 2 * z_loss * logsumexp)
+    is_target = torch.arange(logits.shape[1], device=logits.device) == target  # (rows, V)
+    losses = logsumexp - exact.gather(1, target) + z_losses
+    return losses.sum(), z_losses.sum(), (probabilities - is_target.float()).to(logits.dtype)
+
+
+@cache
+def _compiled_losses() -> Losses:
+    return torch.compile(_fusable_losses)
+
+
 class _LinearCrossEntropy(Function):
     """The gradients are computed chunk by chunk together with the loss: no logits are kept."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, rows: int
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, rows: int, compiled: bool
     ) -> tuple[Tensor, Tensor]:
         needs_gradient = any(ctx.needs_input_grad[:2])
         total, z_total = torch.zeros((2,), dtype=torch.float32, device=hidden.device).unbind()
@@ -196,22 +236,14 @@ class _LinearCrossEntropy(Function):
         dweight = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
         dtype = _product_dtype(hidden)
         matrix = weight.to(dtype)
+        compute = _compiled_losses() if compiled else _losses
         for start in range(0, hidden.shape[0], rows):
             part, target = hidden[start : start + rows].to(dtype), targets[start : start + rows, None]
-            logits = product(part, matrix).float()  # (rows, V)
-            chosen = logits.gather(1, target)
-            largest = logits.amax(1, keepdim=True)
-            probabilities = torch.softmax(logits, dim=1, out=logits)
-            # The most likely token has at least 1/V, so that its logarithm is exact enough for all.
-            logsumexp = largest - probabilities.amax(1, keepdim=True).log_()
-            total += (logsumexp - chosen + z_loss * logsumexp.square()).sum()
+            losses, z_losses, dlogits = compute(product(part, matrix), target, z_loss)
+            total += losses
+            z_total += z_losses
             if dhidden is None or dweight is None:
                 continue
-            if z_loss:
-                z_total += z_loss * logsumexp.square().sum()
-                probabilities.mul_(1 + 2 * z_loss * logsumexp)
-            probabilities.scatter_add_(1, target, torch.full_like(chosen, -1))
-            dlogits = probabilities.to(dtype)
             dhidden[start : start + rows] = product(dlogits, matrix.mT)
             if dlogits.dtype == torch.float32:
                 dweight.addmm_(dlogits.mT, part)
@@ -223,15 +255,20 @@ class _LinearCrossEntropy(Function):
         return total, z_total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, dweight = ctx.saved_tensors
         # In place: at this moment memory is fullest. PyTorch counts the changes of what it saved, so that a
         # second backward pass over the same loss fails instead of multiplying once more.
-        return dhidden.mul_(gradient), dweight.mul_(gradient).to(ctx.dtype), None, None, None
+        return dhidden.mul_(gradient), dweight.mul_(gradient).to(ctx.dtype), None, None, None, None
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, z_loss: float = 0.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    rows: int,
+    z_loss: float = 0.0,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Sum over tokens of the cross entropy and the z-loss in nats, (), in float32.
 
@@ -241,8 +278,9 @@ def linear_cross_entropy(
         targets: (N,).
         rows: tokens whose logits exist at once.
         z_loss: weight of logsumexp², which holds the logits near 0 (Chowdhery et al., "PaLM", 2022: 1e-4).
+        compiled: whether torch.compile makes one kernel of what is done with the logits.
 
     Returns:
         The sum of both, and the part of it that is z-loss, which has no gradient of its own.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets, z_loss, rows)  # type: ignore[no-any-return, no-untyped-call]
+    return _LinearCrossEntropy.apply(hidden, weight, targets, z_loss, rows, compiled)  # type: ignore[no-any-return, no-untyped-call]

@@ -265,7 +265,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.config = config
-        self.is_compiled = False  # whether the blocks are, which suits a mask better than lengths that change
+        self.is_compiled = False  # whether the blocks are
+        self.masks_documents = False  # whether a mask says what a document is, not the documents' lengths
         self.checkpoint_activations = False  # keep a block's input only, and compute the block again
         self._rotary: Tensor | None = None
 
@@ -299,7 +300,7 @@ class Decoder(nn.Module):
             rotary = self._angles(positions.stop, x.device)[:, positions]
         own: Documents | None = None
         if documents is not None:
-            split = not self.is_compiled and (documents.device.type == "cpu" or has_varlen(x))
+            split = not self.masks_documents and (documents.device.type == "cpu" or has_varlen(x))
             own = _document_lengths(documents) if split else _document_mask(documents)
         for index, block in enumerate(self.layers):
             append = partial(cache.append, index) if cache is not None else None
@@ -342,6 +343,7 @@ class Transformer(nn.Module):
         without.
         """
         self.model.is_compiled = True
+        self.model.masks_documents = True  # lengths change with every batch, and each would be compiled anew
         for block in self.model.layers:
             block.compile()
 
@@ -391,7 +393,8 @@ class Transformer(nn.Module):
             chosen = trained.flatten().nonzero()[:, 0]
             hidden, targets = hidden.index_select(0, chosen), targets[chosen]  # (N, C), (N,)
         rows = GPU_LOSS_CHUNK_ROWS if hidden.is_cuda else LOSS_CHUNK_ROWS
-        return linear_cross_entropy(hidden, self.head_weight, targets, rows, z_loss)
+        compiled = self.model.is_compiled
+        return linear_cross_entropy(hidden, self.head_weight, targets, rows, z_loss, compiled)
 
     def token_losses(self, input_ids: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
         """Cross entropy in nats of every token, (B, T); for evaluation, without gradients."""

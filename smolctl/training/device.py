@@ -248,6 +248,11 @@ def decide(config: RunConfig, emit: Listener) -> tuple[RunConfig, Decisions]:
         emit(Note(_compile_note(compiles, config.train.steps)))
     if "train.precision" in asked and device.kind == "cpu" and device.bfloat16:
         emit(Note("This CPU multiplies bfloat16: --set train.precision=bf16-mixed trains faster."))
+    if device.kind == "cuda" and config.micro_batch_size < config.train.batch_size:
+        at_once = f"--micro-batch-size {config.train.batch_size}"
+        emit(
+            Note(f"{at_once} computes a step in one part: faster if the GPU has the memory, the same result.")
+        )
     if config.train.precision.startswith("bf16") and device.kind == "cuda" and not device.bfloat16:
         emit(Note(f"{device.name} emulates bfloat16, which is slow: 32-true or 16-mixed is faster there."))
     return decided, Decisions(device.name, asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import time
 import warnings
@@ -112,6 +113,7 @@ def run_trainer(
         num_nodes=config.trainer.num_nodes,
         strategy=config.trainer.strategy,
         precision=LIGHTNING_PRECISION[config.train.precision],
+        deterministic=config.trainer.accelerator == "cuda" or None,  # a CPU always is
         callbacks=[callback],
         plugins=[DurableCheckpointIO()],
         logger=False,
@@ -139,6 +141,9 @@ def prepare_process() -> None:
     """Set what holds for the whole process: the allocator, and the precision of products."""
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")
+    # Beside Lightning's `deterministic`: no kernels chosen by their time, no memory filled for debugging.
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def keep_freed_memory() -> None:

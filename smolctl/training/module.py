@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from smolctl.config import RunConfig
-from smolctl.data.batches import sequences_of
+from smolctl.data.batches import Sequences, sequences_of, text_sequences
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.evaluation import mean_loss
 from smolctl.model.network import Transformer
@@ -20,6 +20,7 @@ from smolctl.runs.checkpoint_file import FORMAT
 from smolctl.sources.base import TokenizerFiles
 from smolctl.training.device import autocast
 from smolctl.training.distributed import gather
+from smolctl.training.graph import GradientGraph
 from smolctl.training.guards import NonFiniteError
 from smolctl.training.lightning import LightningOptimizer, ParallelStrategy, pl
 from smolctl.training.optim.optimizers import apply_settings, make_optimizer
@@ -82,6 +83,7 @@ class TrainingModule(pl.LightningModule):
         self._scaler: torch.amp.GradScaler | None = None
         self._kept: dict[str, Any] = {}  # what the checkpoint that this was loaded from says of the run
         self._first_step = 0  # step of the checkpoint, where a new Trainer counts from 0
+        self._graph: GradientGraph[tuple[Tensor, Tensor]] | None = None
         self._rng: list[dict[str, Any]] = []  # of every process, to restore before the first resumed step
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -177,9 +179,31 @@ class TrainingModule(pl.LightningModule):
         Returns:
             Each micro-batch's part of that loss, and the z-loss in it, both (micro-batches,), detached.
         """
-        strategy = self.trainer.strategy
         asked = sequences_of(batch, self._document_end)
         tokens = self._mean_over_devices(torch.as_tensor(asked.trained_tokens, device=batch.device).float())
+        if not self._suits_a_graph(asked):
+            return self._accumulate_parts(asked, tokens)
+        if self._graph is None:
+            self._graph = GradientGraph(
+                self.network, lambda rows: self._accumulate_parts(text_sequences(rows), tokens), batch
+            )
+        return self._graph(batch)
+
+    def _suits_a_graph(self, asked: Sequences) -> bool:
+        """Whether every step does the same on one GPU: no marks, no chance, no exchange, no scaler."""
+        return (
+            self.config.train.compile is True
+            and asked.inputs.is_cuda
+            and asked.trained is None
+            and asked.documents is None
+            and not self.config.model.attention_dropout
+            and self._scaler is None
+            and not isinstance(self.trainer.strategy, ParallelStrategy)
+        )
+
+    def _accumulate_parts(self, asked: Sequences, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """`_accumulate` for the sequences of a step that have so many tokens, (), to count."""
+        strategy = self.trainer.strategy
         losses, z_losses = [], []
         parts = list(asked.split(self._sequences))
         for index, part in enumerate(parts):
@@ -187,7 +211,7 @@ class TrainingModule(pl.LightningModule):
             # Several devices exchange gradients once a step, with the last micro-batch.
             waits = not last and isinstance(strategy, ParallelStrategy)
             with cast(ParallelStrategy, strategy).block_backward_sync() if waits else nullcontext():
-                with autocast(self.config, batch.device):
+                with autocast(self.config, asked.inputs.device):
                     loss, z_loss = self.network.training_loss(
                         part.inputs, part.targets, self.config.train.z_loss, part.documents, part.trained
                     )

@@ -115,7 +115,7 @@ def test_documents_read_one_by_one_give_what_a_mask_gives(checkpoints: bool) -> 
     model.train().model.checkpoint_activations = checkpoints
     found = []
     for with_mask in (True, False):
-        model.model.is_compiled = with_mask
+        model.model.masks_documents = with_mask
         model.zero_grad()
         loss = model.loss(tokens[:, :-1], tokens[:, 1:], documents=ids[:, :-1])
         loss.backward()

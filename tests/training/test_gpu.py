@@ -1,0 +1,58 @@
+"""What only a GPU computes: these run where there is one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from smolctl.model.network import Transformer
+from smolctl.model.weights import initialize
+from smolctl.sources import open_source
+from smolctl.training.graph import GradientGraph
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def nano() -> Transformer:
+    return initialize(open_source("nano").require_config(), seed=0).cuda().train()
+
+
+def loss_of(network: Transformer, rows: Tensor, documents: Tensor | None = None) -> Tensor:
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = network.loss(rows[:, :-1], rows[:, 1:], documents) / rows[:, 1:].numel()
+    loss.backward()
+    return loss.detach()
+
+
+def gradients_of(network: Transformer) -> Tensor:
+    return torch.cat([one.grad.flatten() for one in network.parameters() if one.grad is not None])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_graph_gives_the_gradient_of_each_batch_alone(compiled: bool) -> None:
+    network, plain = nano(), nano()
+    if compiled:
+        network.compile_blocks()
+        plain.compile_blocks()
+    batches = [torch.randint(0, 4096, (4, 129), device="cuda") for _ in range(3)]
+    graph = GradientGraph(network, lambda rows: loss_of(network, rows), batches[0])
+    for rows in batches:
+        loss = graph(rows).clone()
+        plain.zero_grad()
+        torch.testing.assert_close(loss, loss_of(plain, rows), rtol=1e-3, atol=0)
+        torch.testing.assert_close(gradients_of(network), gradients_of(plain), rtol=2e-2, atol=1e-4)
+        network.zero_grad(set_to_none=True)
+
+
+def test_one_kernel_attends_within_documents_as_a_mask_does() -> None:
+    network = nano()
+    rows = torch.randint(0, 4096, (4, 129), device="cuda")
+    owners = (torch.rand(4, 128, device="cuda") < 0.05).cumsum(1)
+    found = []
+    for network.model.masks_documents in (False, True):
+        network.zero_grad()
+        found.append((loss_of(network, rows, owners), gradients_of(network)))
+    (apart, gradient), (masked, expected) = found
+    torch.testing.assert_close(apart, masked, rtol=1e-3, atol=0)
+    assert (gradient - expected).norm() < 0.05 * expected.norm()
