@@ -269,6 +269,9 @@ class TrainerConfig(Section):
     )
     num_nodes: int = Field(1, gt=0, description="machines")
     strategy: Literal["auto", "ddp"] = Field("auto", description="auto: ddp where there are several devices")
+    deterministic: bool = Field(
+        True, description="on a GPU, kernels that always give the same bits, which an exact resume needs"
+    )
     loggers: tuple[Literal["csv", "tensorboard", "wandb", "trackio"], ...] = Field(
         (), description="where the metrics also go, beside metrics.jsonl"
     )

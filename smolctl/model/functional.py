@@ -68,7 +68,10 @@ def _rms_norm_backward(
     """Gradients of x and weight; `normed` is x × scale."""
     rows = (gradient * normed).flatten(0, -2)
     # What the step along x takes away again, as scaling x changes nothing: its share in every row.
-    share = (rows @ weight.to(rows.dtype)).view_as(scale).div_(x.shape[-1])
+    if torch.compiler.is_compiling():  # which makes one kernel of a sum and what follows it, not of a product
+        share = (gradient * normed * weight).mean(-1, keepdim=True)
+    else:
+        share = (rows @ weight.to(rows.dtype)).view_as(scale).div_(x.shape[-1])
     dx = (gradient * weight).addcmul_(normed, share, value=-1).mul_(scale)
     return dx.to(x.dtype), rows.sum(0).to(weight.dtype)
 

@@ -101,7 +101,7 @@ def run_trainer(
         MemoryShortageError: a step does not fit.
     """
     config = prepared.config
-    prepare_process()
+    prepare_process(config.trainer.deterministic)
     pl.seed_everything(config.train.seed, verbose=False)
     trainer = Trainer(
         # Under SLURM Lightning starts with any hpc_ckpt_*.ckpt that it finds there.
@@ -113,7 +113,8 @@ def run_trainer(
         num_nodes=config.trainer.num_nodes,
         strategy=config.trainer.strategy,
         precision=LIGHTNING_PRECISION[config.train.precision],
-        deterministic=config.trainer.accelerator == "cuda" or None,  # a CPU always is
+        # A CPU always is.
+        deterministic=(config.trainer.accelerator == "cuda" and config.trainer.deterministic) or None,
         callbacks=[callback],
         plugins=[DurableCheckpointIO()],
         logger=False,
@@ -137,12 +138,14 @@ def run_trainer(
     return trainer, module
 
 
-def prepare_process() -> None:
-    """Set what holds for the whole process: the allocator, and the precision of products."""
+def prepare_process(deterministic: bool = True) -> None:
+    """Set what holds for the whole process: the allocator, the precision and the choice of kernels."""
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")
-    # Beside Lightning's `deterministic`: no kernels chosen by their time, no memory filled for debugging.
-    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
+    if deterministic:  # on a GPU; Lightning does the rest, but only when a plan has computed there already
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # no kernels chosen by their time
+    # Filled is what no kernel has written yet, for debugging.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 

@@ -26,8 +26,8 @@ def plan_run(prepared: Prepared, disk: Path) -> RunPlan:
         prepared: the run.
         disk: where checkpoints will go; its free space is looked up.
     """
-    prepare_process()
     config, done = prepared.config, prepared.first_step
+    prepare_process(config.trainer.deterministic)
     device = config.trainer.accelerator
     sequences = max(1, config.micro_batch_size // process_count(config))
     held = (resident_memory() or 0) - run_memory(config).weights if device == "cpu" else 0
