@@ -85,6 +85,10 @@ OPTIONAL = ("vocab_size", "num_key_value_heads", "head_dim", "rope_theta")
 REQUIRED = {key: field for key, field in KEYS.items() if field not in OPTIONAL}
 
 
+# A file of the vocabulary alone, as llama.cpp tests its tokenizers with.
+NO_HEAD_SAID = "tie_word_embeddings true is assumed: a file without tensors does not show it"
+
+
 def open_gguf(path: Path, name: str) -> ModelSource:
     """Read the header of a GGUF file.
 
@@ -107,6 +111,7 @@ def open_gguf(path: Path, name: str) -> ModelSource:
         )
         for tensor in header.tensors
     )
+    assumed = (NO_HEAD_SAID,) if config and not tensors else ()
     return ModelSource(
         kind=SourceKind.GGUF,
         id=name,
@@ -114,9 +119,10 @@ def open_gguf(path: Path, name: str) -> ModelSource:
         unsupported=unsupported,
         missing_parts=missing,
         declared={key: value for key, value in header.metadata.items() if not _is_long(value)},
-        tensors=tensors,
-        problems=check_tensors(config, tensors) if config else (),
-        weights=GGUFWeights(header, config) if config else None,
+        tensors=tensors or None,
+        problems=check_tensors(config, tensors) if config and tensors else assumed,
+        assumptions=assumed,
+        weights=GGUFWeights(header, config) if config and tensors else None,
         tokenizer_reader=lambda: _tokenizer(header),
     )
 
@@ -285,7 +291,8 @@ def read_config(header: GGUFHeader) -> ModelConfig:
         )
     fields = {field: values[key] for key, field in REQUIRED.items()}
     shapes = {tensor.name: tensor.shape for tensor in header.tensors}
-    vocab = values.get("vocab_size") or shapes.get("token_embd.weight", (0,))[0]
+    rows = shapes.get("token_embd.weight") or (len(header.metadata.get("tokenizer.ggml.tokens", ())),)
+    vocab = values.get("vocab_size") or rows[0]
     fields |= {
         "vocab_size": vocab,
         "num_key_value_heads": values.get("attention.head_count_kv") or fields["num_attention_heads"],

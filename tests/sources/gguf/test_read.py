@@ -157,6 +157,15 @@ def test_tokenizer_is_rebuilt_from_the_metadata(tmp_path: Path, state: State) ->
     assert tokenizer.decode(tokenizer.encode("ab c12").ids) == "ab c12"
 
 
+def test_a_file_of_the_vocabulary_alone_is_described_and_not_run(tmp_path: Path) -> None:
+    source = open_source(str(write_gguf(tmp_path / "vocab.gguf", CONFIG, {}, metadata=TOKENIZER)))
+    assert source.require_config().vocab_size == len(TOKENIZER["tokenizer.ggml.tokens"])
+    assert source.read_tokenizer()
+    assert [assumed.split()[0] for assumed in source.assumptions] == ["tie_word_embeddings"]
+    with pytest.raises(InputError, match="no weights"):
+        source.require_weights()
+
+
 def test_bos_is_put_first_where_the_file_asks_for_it(tmp_path: Path, state: State) -> None:
     metadata = {**TOKENIZER, "tokenizer.ggml.add_bos_token": True}
     files = open_source(
