@@ -159,7 +159,9 @@ def test_tokenizer_is_rebuilt_from_the_metadata(tmp_path: Path, state: State) ->
 
 def test_a_file_of_the_vocabulary_alone_is_described_and_not_run(tmp_path: Path) -> None:
     source = open_source(str(write_gguf(tmp_path / "vocab.gguf", CONFIG, {}, metadata=TOKENIZER)))
-    assert source.require_config().vocab_size == len(TOKENIZER["tokenizer.ggml.tokens"])
+    tokens = TOKENIZER["tokenizer.ggml.tokens"]
+    assert isinstance(tokens, list)
+    assert source.require_config().vocab_size == len(tokens)
     assert source.read_tokenizer()
     assert [assumed.split()[0] for assumed in source.assumptions] == ["tie_word_embeddings"]
     with pytest.raises(InputError, match="no weights"):
