@@ -31,13 +31,8 @@ COMPARISON = ROOT / "benchmarks" / "results" / "comparison.json"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"  # the tests' copy, which the sessions use
 # Commands whose output is the same on every machine.
 EXACT = ("smolctl count-params ", "smolctl inspect-config ", "smolctl --help")
-COMMON = (
-    "--json",
-    "-q, --quiet",
-    "-v, --verbose",
-    "--debug",
-    "-h, --help",
-)  # docs/commands/index.md has them
+# Options of every command, which docs/commands/index.md explains.
+COMMON = ("--json", "-q, --quiet", "-v, --verbose", "--debug", "--help")
 BLOCK = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"^\$ ((?:.*\\\n)*.*)\n((?:(?!\$ ).*\n)*)", re.MULTILINE)
 PART = re.compile(r"(<!-- (options|comparison)(?: of ([a-z-]+))? -->\n\n).*?(?=\n\n<!-- end -->)", re.DOTALL)
@@ -135,6 +130,8 @@ def _real_run(folder: Path) -> Run:
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",  # stdout and stderr in the order they were written
+        "SMOLCTL_CACHE": "cache",  # empty, as on a new machine
     }
 
     def run(line: str) -> str:

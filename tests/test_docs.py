@@ -49,6 +49,15 @@ def test_every_option_of_a_shown_command_exists() -> None:
     assert wrong == []
 
 
+@pytest.mark.parametrize("command", ["inspect-config", "inspect-config --against", "count-params"])
+def test_keys_of_json_are_documented(command: str, smolctl: Smolctl) -> None:
+    page = (DOCS / "json.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| `{command}` \| (.*) \|$", page, re.MULTILINE)
+    other = ["smollm2-135m"] if "--against" in command else []
+    document = smolctl(command.split()[0], "nano", *command.split()[1:], *other, "--json").json
+    assert re.findall(r"`(\w+)`", row) == list(document)
+
+
 def test_links_lead_to_files_and_headings_that_exist() -> None:
     headings = {page: _anchors(page) for page in PAGES}
     wrong = []
