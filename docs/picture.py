@@ -20,7 +20,7 @@ from rich.console import Console
 from smolctl.runs.events import Checkpoint, Event, Note, Prediction, Start, Step, Validation
 from smolctl.views.training_display import RunState, TrainingDisplay
 
-WIDTH, HEIGHT = 110, 34
+WIDTH, HEIGHT = 110, 32
 TARGET = Path(__file__).parent / "images" / "training.svg"
 EVENTS: dict[str, Any] = {one.event: one for one in (Note, Start, Step, Prediction, Validation, Checkpoint)}
 

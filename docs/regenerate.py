@@ -1,7 +1,7 @@
 """Writes the parts of README.md and docs/ that the program knows: tables of options, sessions, figures.
 
     python docs/regenerate.py                  tables, and sessions that print the same on every machine
-    python docs/regenerate.py --real FOLDER    also the sessions of real runs, in a new FOLDER (ten minutes)
+    python docs/regenerate.py --real FOLDER    also the sessions of real runs, in FOLDER (half an hour)
 
 `tests/test_docs.py` fails when what the first form writes is not what stands there.
 """
@@ -119,13 +119,7 @@ def command_lines(text: str) -> Iterator[str]:
 
 
 def _real_run(folder: Path) -> Run:
-    """Runs command lines in a folder that has the files which the sessions name."""
-    examples = ROOT / "docs" / "examples"
-    folder.mkdir(parents=True)
-    for path in examples.iterdir():
-        shutil.copy(path, folder)
-    gguf = next((Path.home() / ".cache" / "smolctl-tests").rglob("*.gguf"))
-    (folder / GGUF).symlink_to(gguf)
+    """Runs command lines in a folder that has the files which the sessions name; it is made if need be."""
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -144,6 +138,10 @@ def _real_run(folder: Path) -> Run:
             sys.exit(f"{line}\nended with {done.returncode}:\n{done.stdout}")
         return done.stdout
 
+    if folder.exists():
+        return run
+    shutil.copytree(ROOT / "docs" / "examples", folder)
+    (folder / GGUF).symlink_to(next((Path.home() / ".cache" / "smolctl-tests").rglob("*.gguf")))
     for scheme, out in (("gguf-q4_0", "SmolLM2-q4_0.gguf"), ("bf16", "SmolLM2-135M-Instruct-bf16")):
         run(f"smolctl quantize {GGUF} --to {scheme} --out {out} --no-measure")
     return run
@@ -160,7 +158,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--real", type=Path, metavar="FOLDER", help="also run the sessions of real runs there"
+        "--real",
+        type=Path,
+        metavar="FOLDER",
+        help="also run the sessions of real runs in this folder, new at first",
     )
     parser.add_argument("pages", nargs="*", type=Path, help="only these, in this order; default: all")
     asked = parser.parse_args()
