@@ -51,21 +51,17 @@ def updated(
         is_regenerated: which command lines are run; the output of others stays.
     """
 
-    def session(block: re.Match[str]) -> str:
-        return COMMAND.sub(
-            lambda shown: f"$ {shown[1]}\n{_tidy(run(shown[1]))}" if is_regenerated(shown[1]) else shown[0],
-            block[0],
-        )
+    def output(shown: re.Match[str]) -> str:
+        if not is_regenerated(shown[1]):
+            return shown[0]
+        lines = [line.rstrip() for line in run(shown[1]).rstrip().splitlines()]
+        gap = "\n" if shown[2].endswith("\n\n") else ""  # before the next command
+        return "".join(f"{line}\n" for line in (f"$ {shown[1]}", *lines)) + gap
 
     def part(match: re.Match[str]) -> str:
         return match[1] + (option_table(match[3]) if match[2] == "options" else comparison_table())
 
-    return PART.sub(part, BLOCK.sub(session, text))
-
-
-def _tidy(output: str) -> str:
-    lines = [line.rstrip() for line in output.rstrip().splitlines()]
-    return "".join(f"{line}\n" for line in lines)
+    return PART.sub(part, BLOCK.sub(lambda block: COMMAND.sub(output, block[0]), text))
 
 
 @cache
