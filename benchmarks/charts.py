@@ -19,6 +19,7 @@ from matplotlib import pyplot as plt
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
 plt.rcParams.update({"figure.constrained_layout.use": True, "savefig.dpi": 110})
 RESULTS = Path(__file__).parent / "results"
+IMAGES = Path(__file__).parent.parent / "docs" / "images"
 OURS, THEIRS = "#2a6f97", "#b0b0b0"
 
 
@@ -40,7 +41,7 @@ def draw_train_step() -> None:
         axis.set_title(f"{title}, smolctl = 1")
         axis.margins(x=0.12)
     axes[0].invert_yaxis()
-    figure.savefig(RESULTS.parent / "train_step.png")
+    figure.savefig(IMAGES / "train_step.png")
 
 
 def draw_time_to_loss() -> None:
@@ -63,9 +64,34 @@ def draw_time_to_loss() -> None:
     axis.set_xlabel("seconds of steps on two cores")
     axis.set_ylabel("held-out bits per byte")
     axis.legend()
-    figure.savefig(RESULTS.parent / "time_to_loss.png")
+    figure.savefig(IMAGES / "time_to_loss.png")
+
+
+def draw_comparison() -> None:
+    """How many times as fast smolctl is as each program, with the range of the rounds."""
+    rows = json.loads((RESULTS / "comparison.json").read_text())[::-1]
+    figure, axis = plt.subplots(figsize=(9, 4.6))
+    for place, row in enumerate(rows):
+        axis.plot([row["low"], row["high"]], [place, place], color=OURS, linewidth=3, alpha=0.4)
+        axis.plot(row["ratio"], place, "o", color=OURS)
+        axis.annotate(
+            f"{row['ratio']:.2f}",
+            (row["ratio"], place),
+            (0, 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+    axis.axvline(1, color="#666666", linewidth=1)
+    axis.set_xscale("log")
+    axis.set_xticks(ticks := [0.75, 1, 1.5, 2, 3, 5, 10], [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.set_yticks(range(len(rows)), [f"{row['what']}\nbeside {row['against']}" for row in rows], fontsize=8)
+    axis.set_xlabel("times as fast (log scale); bars: range of the rounds")
+    figure.savefig(IMAGES / "comparison.png")
 
 
 if __name__ == "__main__":
     draw_train_step()
     draw_time_to_loss()
+    draw_comparison()

@@ -65,13 +65,15 @@ def test_messages_have_plain_words() -> None:
     assert found == []
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["README.md", "smolctl/publish/card.md.jinja", "configs/nano.yaml", "configs/smollm2-135m.yaml"],
-)
-def test_documents_have_plain_words(path: str) -> None:
-    lines = (CHECKOUT / path).read_text(encoding="utf-8").splitlines()
-    found = [(number, word) for number, line in enumerate(lines, 1) for word in found_in(line)]
+def test_documents_have_plain_words() -> None:
+    patterns = ("*.md", "docs/**/*.md", "benchmarks/*.md", "smolctl/publish/*.md.jinja", "configs/*.yaml")
+    found = [
+        f"{path.relative_to(CHECKOUT)}:{number}: {word}"
+        for pattern in patterns
+        for path in CHECKOUT.glob(pattern)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        for word in found_in(line)
+    ]
     assert found == []
 
 

@@ -1,7 +1,7 @@
-"""The picture of the static page in README.md: a real browser at a model's page, with an answer's tokens.
+"""The picture of the static page in the documentation: a real browser at a page, with an answer's tokens.
 
     smolctl push MODEL --page site
-    python -m tests.support.page_screenshot site "What is gravity?" benchmarks/page.png
+    python -m tests.support.page_screenshot site "What is gravity?" docs/images/page.png
 
 Needs Chromium (`apt-get install chromium`) and `pip install playwright`.
 """

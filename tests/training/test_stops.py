@@ -22,7 +22,7 @@ import pytest
 from smolctl.runs.folder import RunFolder
 from smolctl.training.stopping import EXIT_CODES
 from tests.support.launching import ends, under_slurm, under_torchrun
-from tests.support.processes import Called, call, start
+from tests.support.processes import CHECKOUT, Called, call, start
 from tests.support.tiny_runs import assert_same_run, write_project
 
 SELDOM = ("validation.every=0", "predictions.every=0", "checkpoint.every=100000", "trainer.accelerator=cpu")
@@ -212,9 +212,9 @@ def test_slurm_job_saves_before_its_time_is_up_and_the_next_one_goes_on(whole: P
 
 @pytest.mark.slow
 @pytest.mark.cold
-def test_job_script_of_the_readme_goes_on_until_the_run_is_done(whole: Path) -> None:
-    readme = Path(__file__).parents[2] / "README.md"
-    (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+def test_job_script_of_the_documentation_continues_until_the_run_is_done(whole: Path) -> None:
+    page = CHECKOUT / "docs" / "devices.md"
+    (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     Path("job.sh").write_text(script.replace("train --out", "train tiny.yaml --out"))
     Path("srun").write_text(f'#!/bin/sh\nshift\nexec {sys.executable} -m smolctl "$@" --json\n')
     Path("scontrol").write_text("#!/bin/sh\necho $@ >>requeued\n")
