@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 CHECK_EVERY_S = 1.0
 # Of a core's time, what this process's threads together have waited for a core: above the first they share
-# the machine, below the second they have it to themselves. Measured, see benchmarks/README.md.
+# the machine, below the second they have it to themselves. Measured, see docs/benchmarks.md.
 SHARED, ALONE = 0.2, 0.05
 CHOSEN = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}  # variables by which a user decides how threads wait
 

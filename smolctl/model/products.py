@@ -2,7 +2,7 @@
 
 PyTorch multiplies float32 matrices on a CPU with MKL, which runs slower on processors that are not Intel's.
 oneDNN, which PyTorch brings too, does not: on a Zen 4 it multiplies the shapes of SmolLM2-135M's training
-step 10 to 50 % faster (benchmarks/README.md). The choice depends on nothing but the processor, so that a
+step 10 to 50 % faster (docs/benchmarks.md). The choice depends on nothing but the processor, so that a
 run on one machine always has the same bits.
 """
 

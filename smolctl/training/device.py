@@ -229,7 +229,7 @@ def decide(config: RunConfig, emit: Listener) -> tuple[RunConfig, Decisions]:
     """Replace "auto" in precision, compile and accelerator by what suits the device, and say why.
 
     On a CPU, blocks are not compiled: their operations are fused by hand, and compiled blocks took 0.93 to
-    0.99 of the time but a fifth more memory (benchmarks/README.md). A CPU that multiplies bfloat16 still gets
+    0.99 of the time but a fifth more memory (docs/benchmarks.md). A CPU that multiplies bfloat16 still gets
     float32: the same config shall give the same numbers on every CPU.
 
     Raises:

@@ -153,7 +153,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep what a step frees for the next step instead of giving it back to the system.
 
     By default every large tensor is mapped and unmapped anew, and the system clears every page of it:
-    over a tenth of a step's time on a CPU (benchmarks/README.md). Elsewhere than on glibc it does nothing.
+    over a tenth of a step's time on a CPU (docs/benchmarks.md). Elsewhere than on glibc it does nothing.
     """
     if sys.platform != "linux":
         return

@@ -1,7 +1,7 @@
 """The gradient of a step as one CUDA graph.
 
 A step of SmolLM2-135M is some 2,000 kernels. Launched one by one they take the processor 100 ms, in which an
-H100 computes 16,384 tokens twice over (benchmarks/README.md); a graph is launched at once.
+H100 computes 16,384 tokens twice over (docs/benchmarks.md); a graph is launched at once.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from smolctl.training.optim.optimizers import hidden_matrices
 from smolctl.training.optim.schedule import outline
 
 # Where gradients wait for further micro-batches, glibc's allocator keeps gaps between tensors: about half as
-# much as the gradients. Measured; see benchmarks/README.md.
+# much as the gradients. Measured; see docs/benchmarks.md.
 GAPS_PER_GRADIENT_BYTE = 0.5
 
 
