@@ -157,7 +157,7 @@ def job(folder: Path) -> Found:
     """Train and resume, as a user would: the time of both and the loss curve."""
     run, (steps, extra) = folder / "run", (5_000, 50) if GPU else (20, 5)
     seconds = [
-        smolctl("train", PRESET, f"--steps={steps}", f"--out={run}"),
+        smolctl("train", PRESET, f"--steps={steps}", "--micro-batch-size=8", f"--out={run}"),
         smolctl("resume", run, f"--extra={extra}"),
     ]
     records = list(RunFolder(run).metrics())
@@ -173,6 +173,7 @@ def job(folder: Path) -> Found:
         "mfu": round(median(mfu), 4) if mfu else None,
         "loss": [[record["step"], round(record["loss"], 4)] for record in taken if record["step"] % 10 == 0],
         "validation": [[record["step"], round(record["bits_per_byte"], 4)] for record in checks],
+        "peak_gb": round(max(record["memory_bytes"] or 0 for record in taken) / 1e9, 2),
         "predictions": len((run / "predictions.jsonl").read_text(encoding="utf-8").splitlines()),
     }
 
