@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-# Coefficients of the quintic iteration, chosen by Jordan for the steepest rise at 0; with them singular
+# Coefficients of five quintic iterations, chosen by Jordan for the steepest rise at 0; with them singular
 # values end between 0.7 and 1.2, which trains as well as exactly 1.
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-NEWTON_SCHULZ_STEPS = 5
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 
 # A step of an orthogonal (m, n) matrix has entries of root mean square 1/√max(m, n). Times 0.2·√max(m, n)
 # it is what AdamW's steps usually are (Liu et al., "Muon is scalable for LLM training", 2025), so that both
@@ -28,17 +27,24 @@ NEWTON_SCHULZ_STEPS = 5
 ADAMW_RMS = 0.2
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
+def orthogonalize(
+    matrices: Tensor,
+    coefficients: Iterable[tuple[float, float, float]] = NEWTON_SCHULZ,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """The nearly orthogonal factor of each matrix of (N, rows, columns), in the same shape.
 
-    Computed in bfloat16 on a GPU, as the authors do, and in float32 on a CPU, which emulates bfloat16.
+    Args:
+        matrices: to orthogonalize.
+        coefficients: of each iteration.
+        dtype: to compute in; None: bfloat16 on a GPU, as the authors do, and float32 on a CPU, which
+            emulates bfloat16.
     """
-    a, b, c = NEWTON_SCHULZ
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    x = matrices.to(dtype or (torch.bfloat16 if matrices.is_cuda else torch.float32))
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT  # the products are of the smaller side
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
-    for _ in range(NEWTON_SCHULZ_STEPS):
+    for a, b, c in coefficients:
         gram = x @ x.mT  # (N, small, small)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x if wide else x.mT).to(matrices.dtype)
