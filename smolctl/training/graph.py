@@ -28,6 +28,7 @@ class GradientGraph(Generic[T]):
 
     def __init__(self, network: nn.Module, function: Callable[[Tensor], T], tokens: Tensor) -> None:
         self._tokens = tokens.clone()
+        self._function = function  # with the tensors that it holds: the graph reads them where they lie
         aside, current = torch.cuda.Stream(), torch.cuda.current_stream()
         aside.wait_stream(current)
         with torch.cuda.stream(aside):

@@ -180,14 +180,15 @@ class TrainingModule(pl.LightningModule):
             Each micro-batch's part of that loss, and the z-loss in it, both (micro-batches,), detached.
         """
         asked = sequences_of(batch, self._document_end)
+        if self._suits_a_graph(asked):
+            if self._graph is None:
+                count = asked.targets.numel()
+                self._graph = GradientGraph(
+                    self.network, lambda rows: self._accumulate_parts(text_sequences(rows), count), batch
+                )
+            return self._graph(batch)
         tokens = self._mean_over_devices(torch.as_tensor(asked.trained_tokens, device=batch.device).float())
-        if not self._suits_a_graph(asked):
-            return self._accumulate_parts(asked, tokens)
-        if self._graph is None:
-            self._graph = GradientGraph(
-                self.network, lambda rows: self._accumulate_parts(text_sequences(rows), tokens), batch
-            )
-        return self._graph(batch)
+        return self._accumulate_parts(asked, tokens)
 
     def _suits_a_graph(self, asked: Sequences) -> bool:
         """Whether every step does the same on one GPU: no marks, no chance, no exchange, no scaler."""
@@ -201,8 +202,8 @@ class TrainingModule(pl.LightningModule):
             and not isinstance(self.trainer.strategy, ParallelStrategy)
         )
 
-    def _accumulate_parts(self, asked: Sequences, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """`_accumulate` for the sequences of a step that have so many tokens, (), to count."""
+    def _accumulate_parts(self, asked: Sequences, tokens: Tensor | int) -> tuple[Tensor, Tensor]:
+        """`_accumulate` for a step in which so many tokens, () or a number, count over all devices."""
         strategy = self.trainer.strategy
         losses, z_losses = [], []
         parts = list(asked.split(self._sequences))

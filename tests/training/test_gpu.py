@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from smolctl.model.network import Transformer
 from smolctl.model.weights import initialize
+from smolctl.runs.folder import RunFolder
 from smolctl.sources import open_source
 from smolctl.training.graph import GradientGraph
+from tests.support.processes import Smolctl
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -43,6 +47,33 @@ def test_a_graph_gives_the_gradient_of_each_batch_alone(compiled: bool) -> None:
         torch.testing.assert_close(loss, loss_of(plain, rows), rtol=1e-3, atol=0)
         torch.testing.assert_close(gradients_of(network), gradients_of(plain), rtol=2e-2, atol=1e-4)
         network.zero_grad(set_to_none=True)
+
+
+def test_a_graph_keeps_what_its_function_reads() -> None:
+    network = nano()
+
+    def graph_of(factor: Tensor) -> GradientGraph[Tensor]:
+        return GradientGraph(network, lambda rows: loss_of(network, rows) * factor, rows)
+
+    rows = torch.randint(0, 4096, (4, 129), device="cuda")
+    graph = graph_of(torch.full((), 2.0, device="cuda"))
+    before = graph(rows).item()
+    others = [torch.full((), 3.0, device="cuda") for _ in range(1000)]
+    assert graph(rows).item() == before
+    assert len(others) == 1000
+
+
+def test_a_compiled_run_learns_as_an_eager_one(smolctl: Smolctl, tmp_path: Path) -> None:
+    """The graph of the whole step, as `train` takes it, and `resume --verify` of both."""
+    losses = []
+    for compiled in ("true", "false"):
+        run = tmp_path / compiled
+        options = ("--set", f"train.compile={compiled}", "--set", "checkpoint.every=4")
+        assert smolctl("train", "nano", "--steps", 8, "--out", run, *options).code == 0
+        assert smolctl("resume", run, "--verify").code == 0
+        records = RunFolder(run).metrics()
+        losses.append([record["loss"] for record in records if record["event"] == "step"])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
 
 
 def test_one_kernel_attends_within_documents_as_a_mask_does() -> None:
