@@ -98,9 +98,9 @@ def _cell(text: str) -> str:
 
 def comparison_table() -> str:
     """What was measured against other programs, as a table in Markdown."""
-    rows = ["| what | beside | times as fast | memory |", "|---|---|---|---|"]
+    rows = ["| what | compared with | times as fast | peak memory |", "|---|---|---|---|"]
     for one in json.loads(COMPARISON.read_text(encoding="utf-8")):
-        memory = f"{one['memory']:.2f} of it" if one["memory"] else ""
+        memory = f"{one['memory']:.2f} ×" if one["memory"] else ""
         ratio = f"**{one['ratio']:.2f}** ({one['low']:.2f} to {one['high']:.2f})"
         rows.append(f"| {one['what']} | {one['against']} | {ratio} | {memory} |")
     return "\n".join(rows)
