@@ -74,8 +74,10 @@ def options(command: str) -> Iterator[tuple[str, str]]:
     """The arguments and options of a command with what `--help` says about each, one line a piece."""
     found = _commands()[command]
     context = found.make_context(command, [], resilient_parsing=True)
-    records = (parameter.get_help_record(context) for parameter in found.get_params(context))
-    return (record for record in records if record is not None)
+    for parameter in found.get_params(context):
+        if record := parameter.get_help_record(context):
+            name, meaning = record
+            yield name if name.startswith("-") else name.partition(" <")[0], meaning  # of arguments no types
 
 
 def option_table(command: str) -> str:
