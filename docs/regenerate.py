@@ -74,8 +74,10 @@ def options(command: str) -> Iterator[tuple[str, str]]:
     """The arguments and options of a command with what `--help` says about each, one line a piece."""
     found = _commands()[command]
     context = found.make_context(command, [], resilient_parsing=True)
-    records = (parameter.get_help_record(context) for parameter in found.get_params(context))
-    return (record for record in records if record is not None)
+    for parameter in found.get_params(context):
+        if record := parameter.get_help_record(context):
+            name, meaning = record
+            yield name if name.startswith("-") else name.partition(" <")[0], meaning  # of arguments no types
 
 
 def option_table(command: str) -> str:
@@ -98,9 +100,9 @@ def _cell(text: str) -> str:
 
 def comparison_table() -> str:
     """What was measured against other programs, as a table in Markdown."""
-    rows = ["| what | beside | times as fast | memory |", "|---|---|---|---|"]
+    rows = ["| what | compared with | times as fast | peak memory |", "|---|---|---|---|"]
     for one in json.loads(COMPARISON.read_text(encoding="utf-8")):
-        memory = f"{one['memory']:.2f} of it" if one["memory"] else ""
+        memory = f"{one['memory']:.2f} ×" if one["memory"] else ""
         ratio = f"**{one['ratio']:.2f}** ({one['low']:.2f} to {one['high']:.2f})"
         rows.append(f"| {one['what']} | {one['against']} | {ratio} | {memory} |")
     return "\n".join(rows)
