@@ -154,6 +154,7 @@ def test_peaks_are_of_the_chip_that_is_named(
         ),
         ("runs.folder.to_markdown", ["writing predictions.md failed"]),
         ("runs.chart.draw_loss", ["drawing loss.png failed"]),
+        ("runs.report.to_html", ["writing report.html failed"]),
     ],
 )
 def test_an_onlooker_that_fails_is_told_once_and_leaves_no_trace(
