@@ -8,6 +8,7 @@ import typer
 
 from smolctl.cli.options import Dtype, ModelOrNewest, Threads, capped_threads, command
 from smolctl.errors import SmolError
+from smolctl.extras import install_command
 from smolctl.views.output import Output
 
 
@@ -86,7 +87,7 @@ def serve(
         if error.name not in ("starlette", "uvicorn", "anyio"):
             raise
         raise SmolError(
-            f"the package {error.name} is not installed", "Install it: pip install 'smolctl[serve]'."
+            f"the package {error.name} is not installed", f"Install it: {install_command('serve')}"
         ) from None
     options = ServeOptions(
         host=host,
