@@ -6,9 +6,12 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
 
+from smolctl.cli.main import COMMANDS, application
 from tests.support.processes import CHECKOUT, Smolctl
 
 # What was found in them once, with the plain word beside it.
@@ -26,10 +29,6 @@ PRIVATE = {
 }
 WORDS = re.compile(rf"(?<![\w-])({'|'.join(PRIVATE)})(?!\w)", re.IGNORECASE)
 JSON_VALUES = {"products in "}  # what bench --json has always called the limit; people read "matmul"
-COMMANDS = (
-    *("inspect-config", "count-params", "train", "resume", "sample", "compare", "quantize", "bench", "push"),
-    *("cache", "serve"),
-)
 
 
 def found_in(text: str) -> list[str]:
@@ -53,6 +52,23 @@ def messages(path: Path) -> Iterator[tuple[int, str]]:
 def test_help_has_plain_words(command: str, smolctl: Smolctl) -> None:
     text = re.sub(r"\s+", " ", smolctl(*filter(None, [command]), "--help").out)
     assert found_in(re.sub(r"--[\w-]+", "", text)) == []
+    assert re.findall(r"<(?:list|str|int|float|path)\b[^>]*>|\{[A-Z]", text) == []  # TEXT, INTEGER, MODEL
+
+
+def test_the_list_of_commands_has_whole_sentences(smolctl: Smolctl) -> None:
+    for line in smolctl("--help").out.partition("Commands:")[2].splitlines()[1:]:
+        assert line.endswith("."), line
+        assert not line.endswith("..."), line
+
+
+def test_no_option_is_explained_by_a_fragment() -> None:
+    root: Any = typer.main.get_command(application())
+    for name, command in root.commands.items():
+        for option in command.params:
+            assert not re.match(r"(Of|As|For|In|What|When|Also \w+:)\b", option.help or "What"), (
+                name,
+                option.opts,
+            )
 
 
 def test_messages_have_plain_words() -> None:

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from smolctl.cli.completion import PEERS, SCHEMES, SUITES, complete_model, names
 from smolctl.cli.options import Threads, capped_threads, command
 from smolctl.errors import ExitCode, GateError, UsageError
 from smolctl.views.output import Output
@@ -25,6 +26,7 @@ def bench(
             help="Run, preset (with random weights), .ckpt, folder, .safetensors, .gguf or Hub id. "
             "Default: the newest run.",
             show_default=False,
+            autocompletion=complete_model,
         ),
     ] = "runs/latest",
     suite: Annotated[
@@ -32,9 +34,10 @@ def bench(
         typer.Option(
             "--suite",
             metavar="NAME",
-            help="load, prefill, decode, batch, train, tokenize, checkpoint; repeatable, or separated by "
-            "commas. Default: every suite that this model supports.",
+            help=f"{', '.join(SUITES)}; repeatable, or separated by commas. "
+            "Default: every suite that this model supports.",
             show_default=False,
+            autocompletion=names(*SUITES),
         ),
     ] = None,
     to: Annotated[
@@ -44,6 +47,7 @@ def bench(
             metavar="SCHEME",
             help="Also measure the model quantized to a scheme of `smolctl quantize`; repeatable.",
             show_default=False,
+            autocompletion=names(*SCHEMES),
         ),
     ] = None,
     against: Annotated[
@@ -53,14 +57,17 @@ def bench(
             metavar="PEER",
             help="Also measure transformers, llama.cpp or litgpt, if installed, on the same weights.",
             show_default=False,
+            autocompletion=names(*PEERS),
         ),
     ] = None,
     repeats: Annotated[
         int,
-        typer.Option("--repeats", min=1, help="Rounds after the warm-up; at least 6 to test significance."),
+        typer.Option(
+            "--repeats", min=1, help="Rounds after the warm-up; at least 6 for a test of significance."
+        ),
     ] = 7,
     threads: Threads = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences in batched decoding.")] = 8,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences per batch in the batch suite.")] = 8,
     save: Annotated[
         Path | None,
         typer.Option("--save", help="Write the results to a file, for --baseline.", show_default=False),
@@ -83,7 +90,9 @@ def bench(
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
 ) -> None:
-    """Measure a model's speed and memory, and compare with the machine's limits and other engines.
+    """Measure a model's speed and memory.
+
+    Results are compared with the machine's limits, and with other engines if asked.
 
     \b
     smolctl bench                                       the newest run, every suite

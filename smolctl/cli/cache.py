@@ -19,16 +19,16 @@ def cache(
             "--prune",
             metavar="DAYS",
             min=0,
-            help="Delete what was not used for so many days; 0: everything. Not while a run needs it.",
+            help="Delete entries that were not used for this many days; 0 deletes all. Entries in use stay.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Show how large the cache of tokenized text is, or make it smaller.
+    """Show or prune the cache of tokenized text.
 
     \b
-    smolctl cache                                   what it holds, and since when it is unused
-    smolctl cache --prune 30                        delete what was not used for 30 days
+    smolctl cache                                   its entries, and when each was last used
+    smolctl cache --prune 30                        delete entries not used for 30 days
     """
     from smolctl.data.cached import look_at_cache, prune_cache
     from smolctl.views.cache import show_cache

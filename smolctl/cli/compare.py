@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from smolctl.cli.completion import complete_weights
 from smolctl.cli.options import command
 from smolctl.errors import GateError
 from smolctl.views.output import Output
@@ -17,9 +18,10 @@ def compare(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="A B [C]...",
-            help="Two or more MODELs with weights: runs, RUN@STEP, RUN@best, folders, .gguf, Hub ids.",
+            metavar="MODEL",
+            help="Two or more models with weights: runs, RUN@STEP, RUN@best, folders, .gguf, Hub ids.",
             show_default=False,
+            autocompletion=complete_weights,
         ),
     ],
     data: Annotated[
@@ -27,31 +29,33 @@ def compare(
         typer.Option(
             "--data",
             metavar="TEXT",
-            help="Text or conversations to compare on; repeatable. Default: what the runs held out, or "
-            "else built-in text.",
+            help="Text or conversations to compare on; repeatable. Default: the runs' held-out "
+            "documents, else built-in text.",
         ),
     ] = None,
     size: Annotated[
-        int, typer.Option("--bytes", min=1, help="Text at most, in bytes; of more, some documents are taken.")
+        int,
+        typer.Option("--bytes", min=1, help="Maximum bytes of text; of more, only some documents are used."),
     ] = 500_000,
     context: Annotated[
         int | None,
         typer.Option(
             "--context",
-            help="Tokens of a sequence. Default: the shortest context of the models, up to 1,024.",
+            help="Tokens per sequence. Default: the shortest context of the models, up to 1,024.",
         ),
     ] = None,
     require_better: Annotated[
         bool,
         typer.Option(
             "--require-better",
-            help="Exit with 5 unless A is better than all others, beyond the interval.",
+            help="Exit with code 5 unless the first model is better than all others, beyond the interval.",
         ),
     ] = False,
 ) -> None:
-    """Say which model predicts the same text better, and whether that is more than chance.
+    """Compare how well models predict the same text.
 
-    Of conversations the answers count, each model's in its own chat template.
+    The verdict says whether the difference is more than chance. Of conversations only the answers are
+    scored, in each model's own chat template.
 
     \b
     smolctl compare runs/nano-001 runs/nano-002       on the documents that both have held out

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from smolctl.cli.options import Model, Settings, command
+from smolctl.cli.options import Model, ModelSettings, command
 from smolctl.views.output import Output
 
 
@@ -15,16 +15,19 @@ def count_params(
     output: Output,
     model: Model,
     depth: Annotated[
-        int, typer.Option("--depth", "-d", min=1, help="Levels of the tree: 2 layers as one, 4 every matrix.")
+        int,
+        typer.Option(
+            "--depth", "-d", min=1, help="Depth of the tree: 2 groups equal layers, 4 lists every matrix."
+        ),
     ] = 2,
-    settings: Settings = None,
+    settings: ModelSettings = None,
 ) -> None:
-    """Count a model's parameters, without loading its weights.
+    """Count a model's parameters without loading its weights.
 
     \b
     smolctl count-params smollm2-135m
     smolctl count-params FILE.gguf --depth 4
-    smolctl count-params smollm2-135m --set num_hidden_layers=12      what if
+    smolctl count-params smollm2-135m --set num_hidden_layers=12      with fewer layers
     """
     from smolctl.inspection import count_source
     from smolctl.sources import open_source

@@ -21,23 +21,25 @@ def eval(
         typer.Option(
             "--tasks",
             metavar="TASK",
-            help="Task of lm-eval, by name, as a YAML file of your own, or a folder of them; repeatable, or "
-            "separated by commas.",
+            help="Name of an lm-eval task, a YAML file with a task of your own, or a folder of such files; "
+            "repeatable, or separated by commas.",
             show_default=False,
         ),
     ] = None,
     shots: Annotated[
         int | None,
         typer.Option(
-            "--num-fewshot", min=0, help="Solved examples before each question. Default: as the task says."
+            "--num-fewshot",
+            min=0,
+            help="Solved examples before each question. Default: the task's own number.",
         ),
     ] = None,
     limit: Annotated[
         float | None,
-        typer.Option("--limit", help="Items of each task at most; below 1, this share of them. To try out."),
+        typer.Option("--limit", help="Maximum items per task; below 1, a share of them. For quick trials."),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--apply-chat-template", help="Ask in the model's chat template.")
+        bool, typer.Option("--apply-chat-template", help="Ask the questions in the model's chat template.")
     ] = False,
     system: Annotated[
         str | None, typer.Option("--system-instruction", metavar="TEXT", help="System message.")
@@ -47,20 +49,25 @@ def eval(
         typer.Option(
             "--gen-kwargs",
             metavar="KEY=VALUE,...",
-            help="For tasks in which the model writes: max_gen_toks=64,do_sample=True,temperature=0.7.",
+            help="Generation settings of tasks with free answers, such as "
+            "max_gen_toks=64,do_sample=True,temperature=0.7.",
             show_default=False,
         ),
     ] = None,
     samples: Annotated[
         Path | None,
         typer.Option(
-            "--samples", metavar="FILE", help="Write every item with the model's answers, as JSON lines."
+            "--samples",
+            metavar="FILE",
+            help="Write every item and the model's answers to FILE as JSON lines.",
         ),
     ] = None,
     dtype: Dtype = None,
     threads: Threads = None,
 ) -> None:
-    """Ask the questions of known benchmarks, with lm-eval (pip install 'smolctl[eval]').
+    """Evaluate a model on benchmark tasks with lm-eval.
+
+    Needs the extra 'eval'.
 
     \b
     smolctl eval HuggingFaceTB/SmolLM2-135M --tasks arc_easy,hellaswag

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from smolctl.cli.options import Model, Settings, command
+from smolctl.cli.completion import DTYPES, complete_model, names
+from smolctl.cli.options import Model, ModelSettings, command
 from smolctl.errors import UsageError
 from smolctl.views.output import Output
 
@@ -17,24 +18,35 @@ def inspect_config(
     model: Model,
     against: Annotated[
         str | None,
-        typer.Option("--against", metavar="OTHER", help="Show only what differs from another MODEL."),
+        typer.Option(
+            "--against",
+            metavar="OTHER",
+            help="Show only what differs from another MODEL.",
+            autocompletion=complete_model,
+        ),
     ] = None,
     as_yaml: Annotated[
-        bool, typer.Option("--yaml", help="Write a complete config that `train` accepts.")
+        bool, typer.Option("--yaml", help="Print a complete YAML config that `train` accepts.")
     ] = False,
     batch_size: Annotated[
         int | None,
         typer.Option("--batch-size", min=1, help="Sequences in memory at once, for the memory table."),
     ] = None,
     sequence_length: Annotated[
-        int | None, typer.Option("--sequence-length", min=1, help="Tokens of each.")
+        int | None,
+        typer.Option("--sequence-length", min=1, help="Tokens per sequence, for the memory table."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, bfloat16, float16 or bf16-mixed.")
+        str | None,
+        typer.Option(
+            "--dtype",
+            help=f"Precision of the memory table: {', '.join(DTYPES)}.",
+            autocompletion=names(*DTYPES),
+        ),
     ] = None,
-    settings: Settings = None,
+    settings: ModelSettings = None,
 ) -> None:
-    """Show a config, what follows from it, and its problems.
+    """Show a model's config, derived facts and problems.
 
     \b
     smolctl inspect-config smollm2-135m

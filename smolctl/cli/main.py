@@ -11,6 +11,8 @@ from typing import Annotated
 import typer
 
 from smolctl import __version__
+from smolctl.cli.completion import answering
+from smolctl.cli.options import PlainCommand
 from smolctl.cores import sharing_cores, usable_cores, usable_cpus
 from smolctl.errors import ExitCode, UsageError
 from smolctl.views.output import Output, prepare_streams
@@ -50,17 +52,18 @@ def application(commands: Iterable[str] = COMMANDS) -> typer.Typer:
     """The application with some of its `COMMANDS`: only these are imported, which takes time."""
     app = typer.Typer(
         name="smolctl",
-        help="From a config to a trained, resumed, sampled, quantized and published small language model.",
+        help="Train, resume, sample, compare, quantize, benchmark, serve and publish small language models.",
         no_args_is_help=True,
         add_completion=True,
         rich_markup_mode=None,  # plain help: rich alone would take longer to load than all the rest
         pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        # Our stdout does not let colours through that are not its own.
+        context_settings={"help_option_names": ["-h", "--help"], "color": False},
     )
     app.callback()(_root)
     for command in commands:
         name = command.replace("-", "_")
-        app.command(command)(getattr(import_module(f"smolctl.cli.{name}"), name))
+        app.command(command, cls=PlainCommand)(getattr(import_module(f"smolctl.cli.{name}"), name))
     return app
 
 
@@ -71,8 +74,8 @@ def main() -> None:
         # A container sees all processors of its host: more threads than its share would wait for one another.
         if usable_cores() < usable_cpus():
             os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
-        with sharing_cores():
-            called = [name for name in sys.argv[1:2] if name in COMMANDS]
+        with sharing_cores(), answering() as completed:
+            called = [name for name in (completed, *sys.argv[1:2]) if name in COMMANDS]
             code = application(called or COMMANDS)(standalone_mode=False)
     except Exception as error:
         # Typer's usage errors: its class is private, its interface is not.

@@ -6,54 +6,94 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from enum import Enum
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand
+from typer.models import OptionInfo
 
+from smolctl.cli.completion import (
+    LOGGERS,
+    complete_model,
+    complete_model_setting,
+    complete_run_setting,
+    complete_weights,
+    names,
+)
 from smolctl.cores import compute_threads
 from smolctl.durable import DISK_ERRORS
 from smolctl.errors import ExitCode, SmolError
 from smolctl.views.output import Output, abandon_stdout
 
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.", show_default=False)]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Data and errors only.", show_default=False)]
-Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON.", show_default=False)]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print results and errors only.", show_default=False)
+]
+Verbose = Annotated[
+    int, typer.Option("--verbose", "-v", count=True, help="Print more messages.", show_default=False)
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default=False)]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the config; repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one key of the config; repeatable.",
+        autocompletion=complete_run_setting,
+    ),
+]
+ModelSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one key of the model's config; repeatable.",
+        autocompletion=complete_model_setting,
+    ),
 ]
 # Settings of a run that both `train` and `resume` have a short name for.
-BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Sequences a step.")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Sequences per optimizer step.")]
 MicroBatchSize = Annotated[
-    int | None, typer.Option("--micro-batch-size", min=1, help="Sequences in memory at once.")
+    int | None,
+    typer.Option("--micro-batch-size", min=1, help="Sequences in memory at once; fewer need less memory."),
 ]
 LearningRate = Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Peak learning rate.")]
 KeepLast = Annotated[
-    int | None, typer.Option("--keep-last", min=0, help="Newest checkpoints that stay; 0: all.")
+    int | None, typer.Option("--keep-last", min=0, help="Newest checkpoints to keep; 0 keeps all.")
 ]
 KeepEvery = Annotated[
     int | None, typer.Option("--keep-every", min=0, help="Also keep checkpoints at multiples of this step.")
 ]
-Devices = Annotated[int | None, typer.Option("--devices", min=1, help="Devices on each machine.")]
+Devices = Annotated[int | None, typer.Option("--devices", min=1, help="Devices per machine.")]
 NumNodes = Annotated[
-    int | None, typer.Option("--num-nodes", min=1, help="Machines, under torchrun or SLURM.")
+    int | None, typer.Option("--num-nodes", min=1, help="Machines, launched by torchrun or SLURM.")
 ]
-Strategy = Annotated[str | None, typer.Option("--strategy", help="How devices share a step: ddp.")]
+Strategy = Annotated[
+    str | None,
+    typer.Option(
+        "--strategy",
+        help="How several devices train together: auto or ddp.",
+        autocompletion=names("auto", "ddp"),
+    ),
+]
 Loggers = Annotated[
     list[str] | None,
     typer.Option(
         "--logger",
         metavar="NAME",
-        help="Log also to csv, tensorboard, wandb or trackio; repeatable; none: to no other.",
+        help="Also log to csv, tensorboard, wandb or trackio; repeatable. 'none' disables other loggers.",
         show_default=False,
+        autocompletion=names(*LOGGERS),
     ),
 ]
 AcceptGuesses = Annotated[
     bool,
     typer.Option(
         "--accept-guesses",
-        help="Continue with assumed values of the model's config, which are recorded.",
+        help="Accept values that the model's config lacks and smolctl assumes; the assumptions are recorded.",
     ),
 ]
 Dtype = Annotated[
@@ -63,7 +103,7 @@ Dtype = Annotated[
 Threads = Annotated[
     int | None,
     typer.Option(
-        "--threads", min=1, help="CPU threads, one for each processor at most. Default: one per core."
+        "--threads", min=1, help="CPU threads, at most one per logical processor. Default: one per core."
     ),
 ]
 # The setting behind each option of `train` and `resume`, by the name of its parameter.
@@ -91,6 +131,7 @@ Model = Annotated[
         metavar="MODEL",
         help="Preset, YAML, Hub id, folder, .safetensors, .gguf, .ckpt, run, RUN@STEP or RUN@best.",
         show_default=False,
+        autocompletion=complete_model,
     ),
 ]
 ModelOrNewest = Annotated[
@@ -99,8 +140,11 @@ ModelOrNewest = Annotated[
         metavar="MODEL",
         help="Run, .ckpt, folder, .safetensors, .gguf or Hub id. Default: the newest run.",
         show_default=False,
+        autocompletion=complete_weights,
     ),
 ]
+
+TYPE_NAMES = {str: "TEXT", int: "INTEGER", float: "NUMBER", Path: "PATH"}
 
 
 def capped_threads(output: Output, asked: int | None) -> int | None:
@@ -148,9 +192,39 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
     # Typer makes an option of every parameter that it finds in the signature.
     _output, *own = inspect.signature(function, eval_str=True).parameters.values()
     *common, _asked = inspect.signature(run, eval_str=True).parameters.values()
+    for parameter in own:
+        _name_type(parameter.annotation)
     functools.update_wrapper(run, function)
     run.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]
     return run
+
+
+def _name_type(annotation: Any) -> None:
+    """Name the values of an option TEXT or [auto|off] in the help; Typer's own are <str> and <auto|off>."""
+    kind, info = get_args(annotation)[:2]
+    if not isinstance(info, OptionInfo) or info.metavar is not None:
+        return
+    if NoneType in get_args(kind):
+        kind = get_args(kind)[0]
+    choices = get_args(kind) if get_origin(kind) is Literal else kind if issubclass(kind, Enum) else ()
+    info.metavar = f"[{'|'.join(choices)}]" if choices else TYPE_NAMES.get(kind)
+
+
+class PlainCommand(TyperCommand):
+    """A command whose help names its arguments MODEL; Typer's own are {MODEL} and MODEL <str>."""
+
+    def collect_usage_pieces(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+
+    def format_options(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+        for title, kind in (("Arguments", "argument"), ("Options", "option")):
+            records = (
+                one.get_help_record(ctx) for one in self.get_params(ctx) if one.param_type_name == kind
+            )
+            rows = [(name.partition(" <")[0], text) for name, text in filter(None, records)]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
 
 
 def _unexpected(error: Exception) -> SmolError:

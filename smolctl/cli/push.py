@@ -10,9 +10,10 @@ from typing import Annotated
 
 import typer
 
+from smolctl.cli.completion import GGUF_SCHEMES, complete_license, complete_weights, names
 from smolctl.cli.options import AcceptGuesses, command
 from smolctl.errors import UsageError
-from smolctl.publish.sdk import Sdk, page_variants
+from smolctl.publish.sdk import PAGE_SCHEMES, Sdk, page_variants
 from smolctl.views.output import Output
 
 
@@ -22,72 +23,102 @@ def push(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN or folder]",
-            help="Run, RUN@STEP, RUN@best, Hugging Face folder, .ckpt or .gguf. Default: newest run.",
+            metavar="MODEL",
+            help="Run, RUN@STEP, RUN@best, Hugging Face folder, .ckpt or .gguf. Default: the newest run.",
             show_default=False,
+            autocompletion=complete_weights,
         ),
     ] = None,
     repo: Annotated[
         str | None,
-        typer.Option("--repo", metavar="ORG/NAME", help="Default: the run's publish.repo, or you/RUN."),
+        typer.Option(
+            "--repo",
+            metavar="ORG/NAME",
+            help="Repository to push to. Default: the run's publish.repo, or YOU/RUN.",
+        ),
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="Public repository. Default: private.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Build and check, print the plan, send nothing; no network.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Build, check and print the plan, and push nothing; needs no network."
+        ),
     ] = False,
     local_dir: Annotated[
         Path | None,
-        typer.Option("--local-dir", metavar="D", help="Write what would go up into D; no network."),
+        typer.Option(
+            "--local-dir", metavar="FOLDER", help="Write what would be pushed to FOLDER; needs no network."
+        ),
     ] = None,
     gguf: Annotated[
         str | None,
-        typer.Option("--gguf", metavar="SCHEMES", help="Also GGUF files: q8_0,q4_0; f16, bf16, q5_1, ..."),
+        typer.Option(
+            "--gguf",
+            metavar="SCHEMES",
+            help=f"Also publish GGUF files in these schemes, separated by commas: {', '.join(GGUF_SCHEMES)}.",
+            autocompletion=names(*GGUF_SCHEMES),
+        ),
     ] = None,
     license: Annotated[
-        str | None, typer.Option("--license", help="License of the weights, such as apache-2.0 or mit.")
+        str | None,
+        typer.Option(
+            "--license",
+            help="License of the weights, such as apache-2.0 or mit.",
+            autocompletion=complete_license,
+        ),
     ] = None,
-    revision: Annotated[str, typer.Option("--revision", help="Branch; created if missing.")] = "main",
+    revision: Annotated[
+        str, typer.Option("--revision", help="Branch to push to; created if missing.")
+    ] = "main",
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     allow_secret: Annotated[
         list[str] | None,
         typer.Option(
             "--allow-secret",
             metavar="HASH",
-            help="What was found under this hash is no secret; repeatable.",
+            help="Hash of a finding of the secret scan that is not a secret; repeatable.",
             show_default=False,
         ),
     ] = None,
     space: Annotated[
         str | None,
-        typer.Option("--space", metavar="ORG/NAME", help="Also a Space: a page where the model answers."),
+        typer.Option(
+            "--space", metavar="ORG/NAME", help="Also push a Space: a page where visitors can try the model."
+        ),
     ] = None,
     space_sdk: Annotated[
         Sdk,
         typer.Option(
-            "--space-sdk", help="static: the model runs in the visitor's browser. gradio: on a server."
+            "--space-sdk",
+            help="Where the Space runs the model. static: in the visitor's browser; gradio: on a server.",
         ),
     ] = Sdk.STATIC,
     page: Annotated[
         Path | None,
-        typer.Option("--page", metavar="D", help="Write the static page alone into D; no network."),
+        typer.Option(
+            "--page", metavar="FOLDER", help="Write only the static page to FOLDER; needs no network."
+        ),
     ] = None,
     page_schemes: Annotated[
         str,
         typer.Option(
             "--page-schemes",
             metavar="SCHEMES",
-            help="Variants on a static page: int8, int4 or both; the first is the default.",
+            help="Quantized models on a static page: int8, int4 or both; the first is the default.",
+            autocompletion=names(*PAGE_SCHEMES),
         ),
     ] = "int8",
     accept_guesses: AcceptGuesses = False,
     preview: Annotated[
-        bool, typer.Option("--preview", help="Serve the Space's page on this machine; send nothing.")
+        bool, typer.Option("--preview", help="Serve the Space's page on this machine, and push nothing.")
     ] = False,
 ) -> None:
-    """Publish a model on the Hugging Face Hub, with its card, in one verified commit.
+    """Publish a model on the Hugging Face Hub.
+
+    Model, card and records are pushed in one commit, which is then verified.
 
     \b
-    smolctl push --dry-run                             the newest run: what would go up
+    smolctl push --dry-run                             what would be pushed of the newest run
     smolctl push --repo me/my-model --public
     smolctl push runs/nano-001@300 --local-dir out     the same files, in a folder
     smolctl push --space me/my-demo                    and a page that runs it in the visitor's browser

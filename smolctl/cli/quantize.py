@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from smolctl.cli.completion import SCHEMES, complete_weights, names
 from smolctl.cli.options import AcceptGuesses, command
 from smolctl.errors import GateError
 from smolctl.views.output import Output
@@ -21,6 +22,7 @@ def quantize(
             metavar="MODEL",
             help="Run, RUN@best, .ckpt, folder, .safetensors, .gguf or Hub id. Default: the newest run.",
             show_default=False,
+            autocompletion=complete_weights,
         ),
     ] = "runs/latest",
     to: Annotated[
@@ -28,30 +30,30 @@ def quantize(
         typer.Option(
             "--to",
             metavar="SCHEME",
-            help="int8 (the default), int4, bf16, int8-dynamic, gguf-bf16, gguf-f16, gguf-q8_0, gguf-q5_1, "
-            "gguf-q5_0, gguf-q4_1, gguf-q4_0; repeatable, or separated by commas.",
+            help=f"{', '.join(SCHEMES)}; repeatable, or separated by commas. Default: int8.",
             show_default=False,
+            autocompletion=names(*SCHEMES),
         ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
             "--out",
-            help="Folder of the result; of several, the folder that holds them. "
+            help="Folder of the result; with several schemes, the folder that holds them. "
             "Default: RUN/quantized/SCHEME, or NAME-SCHEME here.",
             show_default=False,
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what an earlier call has written.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the result of an earlier call.")] = False,
     group: Annotated[
-        int, typer.Option("--group", help="Columns that share a scale, a multiple of 32; int8 and int4.")
+        int, typer.Option("--group", help="Columns that share a scale in int8 and int4, a multiple of 32.")
     ] = 32,
     skip: Annotated[
         list[str] | None,
         typer.Option(
             "--skip",
             metavar="PATTERN",
-            help="Tensors that stay as they are: down_proj, 'layers.1*', 're:EXPRESSION'; repeatable.",
+            help="Tensors that are not quantized: down_proj, 'layers.1*', 're:EXPRESSION'; repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -65,14 +67,19 @@ def quantize(
         ),
     ] = None,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Search the scales with activations of the training text.")
+        bool,
+        typer.Option(
+            "--calibrate", help="Search for the best scales, with activations of the training text."
+        ),
     ] = False,
     activations: Annotated[
         Literal["per-tensor", "per-token"],
-        typer.Option("--activations", help="Scales of int8-dynamic's activations."),
+        typer.Option(
+            "--activations", help="Share one activation scale per tensor or per token in int8-dynamic."
+        ),
     ] = "per-tensor",
     per_row: Annotated[
-        bool, typer.Option("--per-row", help="int8-dynamic: a scale for each row of a matrix.")
+        bool, typer.Option("--per-row", help="Use one scale per matrix row in int8-dynamic.")
     ] = False,
     data: Annotated[
         list[str] | None,
@@ -81,30 +88,31 @@ def quantize(
         ),
     ] = None,
     windows: Annotated[
-        int, typer.Option("--windows", min=2, help="Sequences of 256 tokens to measure on.")
+        int, typer.Option("--windows", min=2, help="Number of sequences of 256 tokens to measure on.")
     ] = 24,
     per_tensor: Annotated[
-        bool, typer.Option("--per-tensor", help="Also say which tensors cost most.")
+        bool, typer.Option("--per-tensor", help="Also report the loss that each tensor causes.")
     ] = False,
     measure: Annotated[
-        bool, typer.Option("--measure/--no-measure", help="Measure every variant beside the source.")
+        bool, typer.Option("--measure/--no-measure", help="Measure every variant against the source.")
     ] = True,
     max_bpb_increase: Annotated[
         float | None,
-        typer.Option("--max-bpb-increase", help="Exit with 5 when bits per byte rise by more."),
+        typer.Option("--max-bpb-increase", help="Exit with code 5 if bits per byte rise by more than this."),
     ] = None,
     max_kl: Annotated[
-        float | None, typer.Option("--max-kl", help="Exit with 5 when the mean KL (nats) is above.")
+        float | None,
+        typer.Option("--max-kl", help="Exit with code 5 if the mean KL divergence in nats exceeds this."),
     ] = None,
     accept_guesses: AcceptGuesses = False,
 ) -> None:
-    """Make a model smaller, and say what that costs and brings.
+    """Quantize a model, and measure the loss and the speed-up.
 
     \b
     smolctl quantize                                      the newest run in int8
-    smolctl quantize FILE.gguf --to int8,int4,gguf-q4_0   several in one go
-    smolctl quantize --to int4 --calibrate --per-tensor   searched scales; which tensors cost most
-    smolctl quantize --to int4 --bits-map down_proj=8     a mixed plan
+    smolctl quantize FILE.gguf --to int8,int4,gguf-q4_0   several schemes in one call
+    smolctl quantize --to int4 --calibrate --per-tensor   searched scales; and each tensor's loss
+    smolctl quantize --to int4 --bits-map down_proj=8     mixed precision
     smolctl quantize --to int8 --max-kl 0.01              a gate for scripts: exit code 5
     """
     from smolctl.quantization.quantize import QuantizeOptions

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from smolctl.cli import options
+from smolctl.cli.completion import complete_run
 from smolctl.cli.options import command, run_changes
 from smolctl.errors import ExitCode
 from smolctl.views.output import Output
@@ -22,31 +23,40 @@ def resume(
             metavar="RUN",
             help="runs/NAME, runs/NAME@STEP, runs/NAME@best or a .ckpt file. Default: the newest run.",
             show_default=False,
+            autocompletion=complete_run,
         ),
     ] = None,
     extra: Annotated[
-        int | None, typer.Option("--extra", min=1, help="Steps beyond the checkpoint.", show_default=False)
+        int | None,
+        typer.Option("--extra", min=1, help="Steps to train after the checkpoint.", show_default=False),
     ] = None,
     until: Annotated[
         int | None,
-        typer.Option("--until", min=1, help="Step of the whole run to end at.", show_default=False),
+        typer.Option(
+            "--until", min=1, help="Last step, counted from the start of the run.", show_default=False
+        ),
     ] = None,
     lr_policy: Annotated[
         Literal["hold", "extend", "rewarm"],
         typer.Option(
             "--lr-policy",
-            help="Learning rate of the steps to come. hold: keep the schedule, constant after its end; "
+            help="Learning rate from here on. hold: keep the schedule, constant after its end; "
             "extend: move its end to the new last step; rewarm: another warmup and decay.",
         ),
     ] = "hold",
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="Repeat the steps before the newest checkpoint, compare bit for bit."),
+        typer.Option(
+            "--verify",
+            help="Repeat the steps before the newest checkpoint and compare the result bit for bit.",
+        ),
     ] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Go on in a new folder; the run itself stays as it is.")
+        Path | None, typer.Option("--out", help="Continue in a new folder; the original run does not change.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace newer checkpoints, or --out.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace newer checkpoints, or the run in --out.")
+    ] = False,
     batch_size: options.BatchSize = None,
     micro_batch_size: options.MicroBatchSize = None,
     learning_rate: options.LearningRate = None,
@@ -60,7 +70,7 @@ def resume(
 ) -> int:
     """Continue a run exactly where it stopped.
 
-    SIGINT, SIGTERM, SIGHUP and SIGUSR1 save it first, then end it with 130, 143, 129 and 138.
+    On SIGINT, SIGTERM, SIGHUP or SIGUSR1 the run is saved and exits with code 130, 143, 129 or 138.
 
     \b
     smolctl resume                                  finish what was planned

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from smolctl.cli.completion import complete_weights
 from smolctl.cli.options import Dtype, Threads, capped_threads, command
 from smolctl.views.output import Output
 
@@ -24,7 +25,8 @@ def sample(
         typer.Argument(
             metavar="MODEL",
             help="Run, RUN@best, .ckpt, folder, .gguf or Hub id; several are shown side by side. "
-            "Default: newest run.",
+            "Default: the newest run.",
+            autocompletion=complete_weights,
         ),
     ] = None,
     prompt: Annotated[
@@ -42,14 +44,18 @@ def sample(
         Literal["text", "tokens"],
         typer.Option(
             "--special-tokens",
-            help="What <|im_end|> and the like in a message of a chat are: text, or control tokens.",
+            help="How <|im_end|> and the like in chat messages are read: as text or as control tokens.",
         ),
     ] = "text",
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Completions per prompt.")] = 1,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens to generate.")] = 128,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, help="Maximum number of tokens to generate.")
+    ] = 128,
     temperature: Annotated[
         float | None,
-        typer.Option("--temperature", help=f"0 always takes the likeliest token. {ELSE} 0.8."),
+        typer.Option(
+            "--temperature", help=f"Sampling temperature; 0 always takes the likeliest token. {ELSE} 0.8."
+        ),
     ] = None,
     top_k: Annotated[
         int | None,
@@ -65,7 +71,9 @@ def sample(
     ] = None,
     repetition_penalty: Annotated[
         float | None,
-        typer.Option("--repetition-penalty", help=f"Above 1: make repeated tokens less likely. {ELSE} 1."),
+        typer.Option(
+            "--repetition-penalty", help=f"Values above 1 make repeated tokens less likely. {ELSE} 1."
+        ),
     ] = None,
     stop: Annotated[
         list[str] | None,
@@ -76,7 +84,7 @@ def sample(
         typer.Option(
             "--json-schema",
             metavar="FILE",
-            help="JSON schema that every answer keeps to (pip install 'smolctl[serve]').",
+            help="JSON schema that every answer follows; needs the extra 'serve'.",
         ),
     ] = None,
     compare: Annotated[
@@ -90,8 +98,8 @@ def sample(
         typer.Option(
             "--jsonl",
             metavar="FILE",
-            help='Prompts, one JSON object a line: {"prompt": ...} or {"messages": ...}, with settings of '
-            "its own by OpenAI's names; '-' reads stdin.",
+            help='File with one prompt per line: {"prompt": ...} or {"messages": ...}, each with sampling '
+            "settings under OpenAI's names if needed; '-' reads stdin.",
         ),
     ] = None,
     resume_output: Annotated[
@@ -99,11 +107,11 @@ def sample(
         typer.Option(
             "--resume-output",
             metavar="FILE",
-            help="Write the answers to --jsonl into FILE; those that FILE already holds are kept.",
+            help="Write the answers of --jsonl to FILE, and skip prompts that it already answers.",
         ),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Sequences of --jsonl that decode together.")
+        int, typer.Option("--batch-size", min=1, help="Sequences of --jsonl that are decoded together.")
     ] = 8,
     speculate: Annotated[
         Literal["auto", "off", "lookup"],
@@ -121,15 +129,17 @@ def sample(
             help="tokenizer.json, folder, GGUF or Hub id. Default: the model's.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed; the same seed gives the same text.")] = 0,
     engine: Annotated[
         Literal["auto", "native", "torch"],
-        typer.Option("--engine", help="native: compiled, for CPUs; torch: PyTorch; auto: native if it runs."),
+        typer.Option(
+            "--engine", help="native: compiled C, for CPUs; torch: PyTorch; auto: native where it runs."
+        ),
     ] = "auto",
     dtype: Dtype = None,
     threads: Threads = None,
 ) -> None:
-    """Continue a prompt, or chat.
+    """Generate text from a prompt, or chat.
 
     \b
     smolctl sample                                  the newest run, interactively

@@ -8,6 +8,7 @@ import typer
 
 from smolctl.cli.options import Dtype, ModelOrNewest, Threads, capped_threads, command
 from smolctl.errors import SmolError
+from smolctl.extras import install_command
 from smolctl.views.output import Output
 
 
@@ -16,9 +17,11 @@ def serve(
     output: Output,
     model: ModelOrNewest = "runs/latest",
     host: Annotated[
-        str, typer.Option("--host", help="Address to serve; 0.0.0.0 lets other machines in.")
+        str, typer.Option("--host", help="Address to listen on; 0.0.0.0 accepts other machines.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 picks a free one.")
+    ] = 8000,
     api_key: Annotated[
         str | None,
         typer.Option(
@@ -30,33 +33,43 @@ def serve(
         ),
     ] = None,
     no_api_key: Annotated[
-        bool, typer.Option("--no-api-key", help="Let other machines in without a key.")
+        bool, typer.Option("--no-api-key", help="Accept other machines without a key.")
     ] = False,
-    slots: Annotated[int, typer.Option("--slots", min=1, max=256, help="Answers that grow at once.")] = 8,
+    slots: Annotated[
+        int, typer.Option("--slots", min=1, max=256, help="Answers that are generated at once.")
+    ] = 8,
     context: Annotated[
         int | None,
         typer.Option(
             "--context",
             min=2,
-            help="Tokens of a prompt and its answer. Default: the model's, at most 2048.",
+            help="Maximum tokens of a prompt and its answer. Default: the model's context, at most 2048.",
         ),
     ] = None,
     waiting: Annotated[
-        int, typer.Option("--waiting", min=0, help="Answers that may wait for a slot; more get status 503.")
+        int,
+        typer.Option(
+            "--waiting", min=0, help="Requests that may wait for a slot; further ones get status 503."
+        ),
     ] = 64,
     timeout: Annotated[
-        float, typer.Option("--timeout", min=0.1, help="Seconds for an answer, its wait included.")
+        float,
+        typer.Option("--timeout", min=0.1, help="Seconds for an answer, including the wait for a slot."),
     ] = 600.0,
     ping: Annotated[
         float,
         typer.Option(
-            "--ping", min=0, help="Seconds without a token until a stream gets a comment; 0: never."
+            "--ping",
+            min=0,
+            help="Seconds without a token after which a stream gets a keep-alive comment; 0: never.",
         ),
     ] = 15.0,
     dtype: Dtype = None,
     threads: Threads = None,
 ) -> None:
-    """Serve a model by OpenAI's API (pip install 'smolctl[serve]').
+    """Serve a model over OpenAI's HTTP API.
+
+    Needs the extra 'serve'.
 
     \b
     smolctl serve                                   the newest run, at http://127.0.0.1:8000/v1
@@ -74,7 +87,7 @@ def serve(
         if error.name not in ("starlette", "uvicorn", "anyio"):
             raise
         raise SmolError(
-            f"the package {error.name} is not installed", "Install it: pip install 'smolctl[serve]'."
+            f"the package {error.name} is not installed", f"Install it: {install_command('serve')}"
         ) from None
     options = ServeOptions(
         host=host,

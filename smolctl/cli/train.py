@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from smolctl.cli import options
+from smolctl.cli.completion import complete_config, complete_weights, names
 from smolctl.cli.options import command, run_changes
 from smolctl.views.output import Output
 
@@ -25,19 +26,21 @@ def train(
             metavar="CONFIG",
             help=f"Preset or YAML. Default: {DEFAULT_CONFIG}; {DEFAULT_FINETUNE_CONFIG} with --init-from.",
             show_default=False,
+            autocompletion=complete_config,
         ),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option("--steps", min=1, help="Optimizer steps in all; a preset's schedule scales with them."),
+        typer.Option("--steps", min=1, help="Total optimizer steps; a preset's schedule scales with them."),
     ] = None,
     epochs: Annotated[
-        float | None, typer.Option("--epochs", help="Epochs of the data, in place of --steps.")
+        float | None, typer.Option("--epochs", help="Epochs to train, instead of --steps.")
     ] = None,
     minutes: Annotated[
         float | None,
         typer.Option(
-            "--minutes", help="Minutes to train, in place of --steps; reading the data comes before."
+            "--minutes",
+            help="Minutes to train, instead of --steps; the time to read the data is not counted.",
         ),
     ] = None,
     data: Annotated[
@@ -46,27 +49,34 @@ def train(
             "--data",
             metavar="TEXT",
             help="File, folder, Hub dataset (org/name[@revision][:config]) or 'python'; repeatable.",
+            autocompletion=names("python"),
         ),
     ] = None,
     strict: Annotated[
         bool | None,
-        typer.Option("--strict", help="Stop at a row that is no conversation, instead of skipping it."),
+        typer.Option("--strict", help="Stop at a row that is not a conversation instead of skipping it."),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", help="Hub id, folder, file, GGUF, or train:N.")
+        str | None,
+        typer.Option(
+            "--tokenizer", help="Hub id, folder, tokenizer.json or .gguf; train:N trains one with N entries."
+        ),
     ] = None,
     init_from: Annotated[
         str | None,
         typer.Option(
             "--init-from",
             metavar="MODEL",
-            help="Start from a model's weights; quantized folders are refused.",
+            help="Start from the weights of MODEL, which must not be a quantized folder.",
+            autocompletion=complete_weights,
         ),
     ] = None,
     batch_size: options.BatchSize = None,
     micro_batch_size: options.MicroBatchSize = None,
     learning_rate: options.LearningRate = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the initial weights.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Seed of the initial weights and of dropout.")
+    ] = None,
     keep_last: options.KeepLast = None,
     keep_every: options.KeepEvery = None,
     devices: options.Devices = None,
@@ -81,7 +91,7 @@ def train(
 ) -> int | None:
     """Train a model from a config, or fine-tune one.
 
-    SIGINT, SIGTERM, SIGHUP and SIGUSR1 save the run first, then end it with 130, 143, 129 and 138.
+    On SIGINT, SIGTERM, SIGHUP or SIGUSR1 the run is saved and exits with code 130, 143, 129 or 138.
 
     \b
     smolctl train nano                              three to six minutes on two CPU cores

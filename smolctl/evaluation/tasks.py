@@ -21,6 +21,7 @@ import numpy as np
 
 from smolctl.errors import HubError, InputError, SmolError, UsageError
 from smolctl.evaluation.task_record import record_tasks
+from smolctl.extras import install_command
 from smolctl.generation.engines import EngineOptions
 from smolctl.generation.load import load_model
 from smolctl.hub.errors import first_line
@@ -101,7 +102,7 @@ def evaluate_tasks(
         HubError: a task's data cannot be had.
     """
     if find_spec(LIBRARY) is None:
-        raise InputError("lm-eval is not installed", "pip install 'smolctl[eval]'")
+        raise InputError("lm-eval is not installed", f"Install it: {install_command('eval')}")
     with _explained():
         manager, names = _find_tasks(options.tasks)
     source = open_source(model)

@@ -13,6 +13,7 @@ from smolctl.config import ModelConfig
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.errors import InputError, SmolError
 from smolctl.escaping import json_text
+from smolctl.extras import install_command
 from smolctl.generation.engine import Logits
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def compile_schema(schema: Mapping[str, Any], tokenizer: Tokenizer, config: Mode
     try:
         from llguidance import LLMatcher
     except ImportError:
-        hint = "Install it: pip install 'smolctl[serve]'."
+        hint = f"Install it: {install_command('serve')}"
         raise SmolError("answers by a JSON schema need the package llguidance", hint) from None
     if found := sorted(_keywords(schema) & NOT_KEPT):
         raise InputError(f"JSON schema: {found[0]} is not supported", CHANGE)

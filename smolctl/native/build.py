@@ -36,6 +36,15 @@ X86_LEVELS = {
 }
 
 
+# The oldest systems that builds of `ziglang` run on, in its words and in a wheel's: glibc 2.17 of 2012, and the
+# oldest macOS that has Python 3.11 on each processor.
+SYSTEMS = {
+    ("Linux", "x86_64"): ("x86_64-linux-gnu.2.17", "manylinux2014_x86_64.manylinux_2_17_x86_64"),
+    ("Linux", "aarch64"): ("aarch64-linux-gnu.2.17", "manylinux2014_aarch64.manylinux_2_17_aarch64"),
+    ("Darwin", "x86_64"): ("x86_64-macos.10.13", "macosx_10_13_x86_64"),
+    ("Darwin", "arm64"): ("aarch64-macos.11.0", "macosx_11_0_arm64"),
+}
+
 # WebAssembly without a C library: the memory is its only import. 64 KiB of stack: STACK_BYTES of threads.h.
 WASM_FLAGS = (
     *("-target", "wasm32-freestanding", "-nostdlib", "-Wl,--no-entry", "-Wl,-z,stack-size=65536"),
@@ -69,10 +78,21 @@ def build() -> list[Path]:
     return build_native() + build_wasm()
 
 
-def build_native() -> list[Path]:
-    """Compile every level that the first working compiler knows."""
+def oldest_system() -> tuple[str, str] | None:
+    """The entry of `SYSTEMS` for this machine; None where a build is for this machine alone."""
+    name = platform.system()
+    has_glibc = name != "Linux" or platform.libc_ver()[0] == "glibc"
+    return SYSTEMS.get((name, platform.machine())) if has_glibc else None
+
+
+def build_native(commands: Sequence[list[str]] | None = None) -> list[Path]:
+    """Compile every level that the first working compiler knows.
+
+    Args:
+        commands: of compilers; None: all that are installed.
+    """
     levels = X86_LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": ""}
-    for compiler in compilers() if os.name == "posix" else ():
+    for compiler in (compilers() if commands is None else commands) if os.name == "posix" else ():
         made = [path for name, level in levels.items() if (path := _compile_level(compiler, name, level))]
         if made:
             return made
@@ -93,7 +113,9 @@ def build_wasm() -> list[Path]:
 def _compile_level(compiler: list[str], name: str, level: str) -> Path | None:
     march = level.replace("_v", "-v").replace("x86_64", "x86-64").replace("+", " -m")
     options = [f"-mcpu={level}"] if "ziglang" in compiler else f"-march={march}".split()
-    return _compile(compiler, f"forward_{name}.so", (*(options if level else []), *NATIVE_FLAGS))
+    system = oldest_system() if "ziglang" in compiler else None
+    target = ["-target", system[0]] if system else []
+    return _compile(compiler, f"forward_{name}.so", (*target, *(options if level else []), *NATIVE_FLAGS))
 
 
 def _compile(compiler: list[str], name: str, options: Sequence[str]) -> Path | None:

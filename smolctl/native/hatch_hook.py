@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sysconfig
 from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+PURE = "SMOLCTL_PURE_WHEEL"  # set to build the wheel for systems that have none of their own
 
 
 class NativeBuildHook(BuildHookInterface):  # type: ignore[type-arg]
@@ -22,13 +25,21 @@ class NativeBuildHook(BuildHookInterface):  # type: ignore[type-arg]
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        native, wasm = module.build_native(), module.build_wasm()
+        system = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        native: list[Path] = []
+        if os.environ.get(PURE):
+            for file in path.parent.glob("*.so"):  # of an earlier build
+                file.unlink()
+        elif native := module.build_native(module.zig()):
+            system = (module.oldest_system() or (None, system))[1]
+        else:
+            native = module.build_native()
+        wasm = module.build_wasm()
         build_data["artifacts"] += [str(file.relative_to(self.root)) for file in (*native, *wasm)]
         if not wasm:
             self.app.display_warning("ziglang did not work: smolctl cannot make pages that run a model")
-        if not native:
+        if not native and not os.environ.get(PURE):
             self.app.display_warning("no C compiler worked: smolctl will run on PyTorch alone, slower")
-            return
-        build_data["pure_python"] = False
-        platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-        build_data["tag"] = f"py3-none-{platform}"
+        if native:
+            build_data["pure_python"] = False
+            build_data["tag"] = f"py3-none-{system}"

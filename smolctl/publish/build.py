@@ -30,6 +30,7 @@ from smolctl.runs.folder import (
     METRICS,
     PREDICTIONS,
     QUANTIZED,
+    REPORT,
     STORY,
     TASKS,
     TOKENIZER,
@@ -48,7 +49,7 @@ from smolctl.sources.quantized.folder import DESCRIPTION, FILE, is_quantized_fol
 # Texts beside the model that belong to it and are taken as they are.
 LICENCE_FILES = re.compile(r"(LICEN[CS]E|NOTICE)([.-].*)?", re.IGNORECASE)
 # What of a run goes up in another form.
-USED = {README, CONFIG, ENVIRONMENT, TOKENIZER, METRICS, PREDICTIONS, STORY, TASKS, LOSS_CURVE}
+USED = {README, CONFIG, ENVIRONMENT, TOKENIZER, METRICS, PREDICTIONS, STORY, TASKS, LOSS_CURVE, REPORT}
 
 
 @dataclass(frozen=True)

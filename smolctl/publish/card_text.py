@@ -16,7 +16,7 @@ from smolctl.data.text.hub import DatasetName
 from smolctl.escaping import code_span, fenced
 from smolctl.hub.connection import endpoint
 from smolctl.publish.facts import EMBEDDED, RECORDS, RunFacts
-from smolctl.runs.folder import LOSS_CURVE, STORY
+from smolctl.runs.folder import LOSS_CURVE, REPORT, STORY
 from smolctl.runs.story import selection
 from smolctl.sources.gguf.write import GGUFResult
 from smolctl.timing import with_error
@@ -122,7 +122,13 @@ def card_text(facts: CardFacts) -> str:
         "described": _described,
     }
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    names = {"version": __version__, "records": RECORDS, "story": STORY, "loss_curve": LOSS_CURVE}
+    names = {
+        "version": __version__,
+        "records": RECORDS,
+        "story": STORY,
+        "report": REPORT,
+        "loss_curve": LOSS_CURVE,
+    }
     return template.render(facts=facts, config=facts.config, run=facts.run, **names)
 
 

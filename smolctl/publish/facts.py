@@ -16,8 +16,19 @@ from smolctl.escaping import json_text
 from smolctl.evaluation.task_record import RESULTS, RecordedTask, read_tasks
 from smolctl.quantization.record import read_record
 from smolctl.runs.chart import draw_loss
-from smolctl.runs.folder import CONFIG, ENVIRONMENT, LOSS_CURVE, METRICS, PREDICTIONS, STORY, TASKS, RunFolder
+from smolctl.runs.folder import (
+    CONFIG,
+    ENVIRONMENT,
+    LOSS_CURVE,
+    METRICS,
+    PREDICTIONS,
+    REPORT,
+    STORY,
+    TASKS,
+    RunFolder,
+)
 from smolctl.runs.records import keep_records
+from smolctl.runs.report import to_html
 from smolctl.runs.story import History, to_markdown
 from smolctl.sources.base import ModelSource
 
@@ -113,7 +124,7 @@ def read_facts(source: ModelSource, folder: Path) -> RunFacts:
 
 
 def write_records(facts: RunFacts, run: Path, target: Path) -> None:
-    """The loss curve and, in a folder of their own, config, environment, metrics, predictions and tasks.
+    """The loss curve and, in a folder, the report, config, environment, metrics, predictions and tasks.
 
     They end at the published step, and name no folder of this machine.
     """
@@ -130,8 +141,11 @@ def write_records(facts: RunFacts, run: Path, target: Path) -> None:
         update={"data": facts.public_data(), "tokenizer": tokenizer, "init_from": origin}
     )
     write_text(folder / CONFIG, to_yaml(shown))
-    if facts.environment:
-        write_text(folder / ENVIRONMENT, json_text(facts.public_environment(), indent=2) + "\n")
+    environment = facts.public_environment() if facts.environment else {}
+    if environment:
+        write_text(folder / ENVIRONMENT, json_text(environment, indent=2) + "\n")
+    metrics = RunFolder(run).metrics(facts.step)
+    write_text(folder / REPORT, to_html(run.resolve().name, shown, metrics, facts.histories, environment))
     if facts.tasks:
         write_text(folder / TASKS, json_text({RESULTS: facts.tasks}, indent=2) + "\n")
     keep_records(run / METRICS, facts.step, folder / METRICS)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from smolctl.errors import SmolError
+from smolctl.extras import install_command
 from smolctl.hub.errors import first_line
 from smolctl.programs import running_program
 from smolctl.publish.app import CONTROLS, SpaceFacts
@@ -45,7 +46,7 @@ def require_gradio() -> None:
     """
     if importlib.util.find_spec("gradio") is None or importlib.util.find_spec("gradio_client") is None:
         raise SmolError(
-            "Gradio is not installed, so the Space cannot be tried", "pip install 'smolctl[space]'"
+            "Gradio is not installed, so the Space cannot be tried", f"Install it: {install_command('space')}"
         )
 
 

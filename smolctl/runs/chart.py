@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,34 @@ POINTS = 4_000  # of a line at most: the picture has fewer columns, and its draw
 SMOOTHED_SHARE = 0.05  # of the run, that a point of the smooth line averages
 FIRST_SHARE = 0.05  # of the run, whose high losses may leave the picture at the top
 SETTLING = 100  # losses from which on they do
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The losses of a run, cross-entropies in nats a token, with the steps that they are of."""
+
+    steps: Series  # (N,)
+    losses: Series  # (N,)
+    z_losses: Series  # (N,), 0 where there is none
+    held_out_steps: Series  # (M,)
+    held_out: Series  # (M,)
+    bits_per_byte: float | None  # of the last validation
+
+
+def losses_of(records: Iterable[Mapping[str, Any]]) -> Losses:
+    """The losses in the records of metrics.jsonl; steps in which float16 overflowed have none."""
+    training, held_out, bits = [], [], None
+    for record in records:
+        if record["loss"] is None:
+            continue
+        if record["event"] == "step":
+            training.append((record["step"], record["loss"], record.get("z_loss") or 0.0))
+        elif record["event"] == "validation":
+            held_out.append((record["step"], record["loss"]))
+            bits = record["bits_per_byte"]
+    steps, losses, z_losses = np.array(training, dtype=float).reshape(-1, 3).T
+    checks, scores = np.array(held_out, dtype=float).reshape(-1, 2).T
+    return Losses(steps, losses, z_losses, checks, scores, bits)
 
 
 def draw_loss(records: Iterable[Mapping[str, Any]], target: Path) -> None:
@@ -30,38 +59,27 @@ def draw_loss(records: Iterable[Mapping[str, Any]], target: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    steps, losses, z_losses, check_steps, check_losses, bits = [], [], [], [], [], None
-    for record in records:
-        if record["loss"] is None:  # a step that float16 has overflowed in
-            continue
-        if record["event"] == "step":
-            steps.append(record["step"])
-            losses.append(record["loss"])
-            z_losses.append(record.get("z_loss") or 0.0)
-        elif record["event"] == "validation":
-            check_steps.append(record["step"])
-            check_losses.append(record["loss"])
-            bits = record["bits_per_byte"]
-    x, raw = thinned(np.array(steps, dtype=float)), thinned(np.array(losses, dtype=float))
+    found = losses_of(records)
+    x, raw, z_losses = thinned(found.steps), thinned(found.losses), found.z_losses
     smooth = smoothed(raw)
 
     figure = Figure(figsize=(8, 4.5))
     FigureCanvasAgg(figure)
-    width = 0.80 if any(z_losses) else 0.88
+    width = 0.80 if z_losses.any() else 0.88
     axes = figure.add_axes((0.105, 0.115, width, 0.865))  # a layout that is solved for takes twice the time
     axes.plot(x, raw, color="#9ecae1", linewidth=0.8, label="training")
     axes.plot(x, smooth, color="#08519c", linewidth=1.6, label="training, smoothed")
-    if check_steps:
-        label = f"held out, last {bits:.4f} bits/byte"
-        axes.plot(check_steps, check_losses, "o-", color="#d94801", markersize=4, label=label)
-    if any(z_losses):
+    if found.held_out.size:
+        label = f"held out, last {found.bits_per_byte:.4f} bits/byte"
+        axes.plot(found.held_out_steps, found.held_out, "o-", color="#d94801", markersize=4, label=label)
+    if z_losses.any():
         beside = axes.twinx()
-        beside.plot(x, smoothed(thinned(np.array(z_losses))), color="#74c476", linewidth=1)
+        beside.plot(x, smoothed(thinned(z_losses)), color="#74c476", linewidth=1)
         beside.set_ylabel("z-loss (nats a token)")
         beside.spines["top"].set_visible(False)
         axes.plot([], [], color="#74c476", linewidth=1, label="z-loss, right axis")
     if len(raw):
-        axes.set_ylim(loss_range(raw, check_losses))
+        axes.set_ylim(loss_range(raw, found.held_out))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("step")

@@ -4,7 +4,7 @@ config.yaml       the resolved config        checkpoints/step-000500.ckpt and fi
 environment.json  machine and versions       tokenizer/
 metrics.jsonl     steps and validations      lineage.json, of a branch
 predictions.jsonl, predictions.md            quantized/, logs/
-loss.png                      tasks.json, of `smolctl eval`
+loss.png, report.html         tasks.json, of `smolctl eval`
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ METRICS = "metrics.jsonl"
 PREDICTIONS = "predictions.jsonl"
 STORY = "predictions.md"
 LOSS_CURVE = "loss.png"
+REPORT = "report.html"
 TASKS = "tasks.json"
 LINEAGE = "lineage.json"
 QUANTIZED = "quantized"
@@ -77,7 +78,19 @@ KIND = "run"
 BEST = "best"  # in place of a step: that of the checkpoint that predicts the held-out text best
 # Everything that belongs to a run, as `ownership.Record` takes it: the rest of its folder is somebody else's.
 FILES = (
-    *(CONFIG, ENVIRONMENT, METRICS, PREDICTIONS, STORY, LOSS_CURVE, TASKS, LINEAGE, LOCK, ".*.partial"),
+    *(
+        CONFIG,
+        ENVIRONMENT,
+        METRICS,
+        PREDICTIONS,
+        STORY,
+        LOSS_CURVE,
+        REPORT,
+        TASKS,
+        LINEAGE,
+        LOCK,
+        ".*.partial",
+    ),
     *(f"{TOKENIZER}/{name}.json" for name in ("tokenizer", "tokenizer_config", "generation_config")),
     f"{TOKENIZER}/chat_template.jinja",
     *(f"{CHECKPOINTS}/{name}{end}" for name in ("step-*.ckpt", FINAL) for end in CHECKPOINT_ENDINGS),
@@ -434,6 +447,13 @@ class RunFolder:
 
         with replacing(self.path / LOSS_CURVE) as partial:
             draw_loss(self.metrics(), partial)
+
+    def write_report(self) -> None:
+        """Write report.html anew from the run's config and records."""
+        from smolctl.runs.report import to_html
+
+        name, config, environment = self.path.resolve().name, self.config(), self.environment()
+        write_text(self.path / REPORT, to_html(name, config, self.metrics(), self.predictions(), environment))
 
     def keep_records(self, step: int, parent: RunFolder | None = None) -> None:
         """Keep the records up to a step, or take over those of a parent: later steps come again."""

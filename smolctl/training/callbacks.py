@@ -128,6 +128,8 @@ class RunCallback(pl.Callback):
         if due and trainer.is_global_zero:
             with self._tolerating("drawing loss.png", step):
                 self.run.draw_loss()
+            with self._tolerating("writing report.html", step):
+                self.run.write_report()
             self._drawn_at = time.monotonic()
         if last:
             trainer.should_stop = True

@@ -21,6 +21,7 @@ from typing import Any
 
 from smolctl.config import RunConfig
 from smolctl.errors import UsageError
+from smolctl.extras import install_command
 from smolctl.runs.events import Listener, Note
 from smolctl.runs.folder import LOGS
 from smolctl.training.lightning import CSVLogger, Logger, TensorBoardLogger, WandbLogger
@@ -61,7 +62,7 @@ def require_packages(loggers: Iterable[str]) -> None:
         if packages and not any(find_spec(package) for package in packages):
             raise UsageError(
                 f"--logger {name}: the package {packages[0]} is not installed",
-                f"pip install 'smolctl[{name}]', or leave the logger out.",
+                f"Install it: {install_command(name)}. Or leave the logger out.",
             )
 
 

@@ -196,7 +196,7 @@ class TrainingView:
 
     def _records(self) -> str:
         told = " predictions.md," if self.state.predictions else ""
-        return f"checkpoints, metrics.jsonl,{told} loss.png"
+        return f"checkpoints, metrics.jsonl,{told} loss.png, report.html"
 
     def _plain_line(self, event: Event) -> None:
         if isinstance(event, Step):

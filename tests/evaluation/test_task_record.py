@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from smolctl.evaluation.task_record import read_tasks, record_tasks
+from smolctl.extras import install_command
 from smolctl.ownership import strange_files
 from smolctl.publish.facts import read_facts
 from smolctl.sources import open_source
@@ -59,4 +60,4 @@ def test_without_lm_eval_the_command_says_how_to_install_it(
     called = smolctl("eval", tmp_path, "--tasks", "arc_easy")
     assert (called.code, called.out) == (3, "")
     assert "lm-eval is not installed" in called.err
-    assert "pip install 'smolctl[eval]'" in called.err
+    assert install_command("eval") in called.err

@@ -198,6 +198,7 @@ def test_the_card_states_what_the_run_recorded(learned: Built, learned_run: Path
         "![Training and held-out loss](loss.png)",
         "`the cat` continues with",
         "at step 15",
+        "blob/main/training/report.html",
         'from_pretrained("me/tiny", trust_remote_code=True)',
         "smolctl sample me/tiny",
         "- corpus",

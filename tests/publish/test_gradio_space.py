@@ -27,6 +27,7 @@ from smolctl.data.tokenizer.prompt import Prompt
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.errors import ExitCode, SmolError
 from smolctl.escaping import json_text
+from smolctl.extras import install_command
 from smolctl.generation.conversation import Conversation
 from smolctl.generation.load import LoadedModel, load_model
 from smolctl.hub.client import HubClient
@@ -540,7 +541,7 @@ def test_without_gradio_one_line_says_so(
     monkeypatch.setattr("smolctl.publish.smoke.importlib.util.find_spec", lambda _name: None)
     called = smolctl("push", learned_run, "--preview", "--space-sdk", "gradio")
     assert called.code == 1
-    assert "pip install 'smolctl[space]'" in called.err
+    assert install_command("space") in called.err
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from smolctl.config import RunConfig, load_run_config
 from smolctl.config.load import merge
 from smolctl.errors import ExitCode, InputError, UsageError
 from smolctl.escaping import json_text, one_line
+from smolctl.extras import install_command
 from smolctl.runs.chart import smoothed, thinned
 from smolctl.runs.events import Candidate, End, Event, Note, Prediction, Step, Validation
 from smolctl.runs.folder import RunFolder
@@ -154,6 +155,7 @@ def test_peaks_are_of_the_chip_that_is_named(
         ),
         ("runs.folder.to_markdown", ["writing predictions.md failed"]),
         ("runs.chart.draw_loss", ["drawing loss.png failed"]),
+        ("runs.report.to_html", ["writing report.html failed"]),
     ],
 )
 def test_an_onlooker_that_fails_is_told_once_and_leaves_no_trace(
@@ -314,7 +316,7 @@ def test_a_missing_package_is_named_before_anything_is_done(
     }
     with pytest.raises(UsageError, match="wandb is not installed") as error:
         begin[command]()
-    assert "pip install 'smolctl[wandb]'" in error.value.hint
+    assert install_command("wandb") in error.value.hint
     assert not heard
     assert RunConfig.model_validate(load_run_config("x/config.yaml").model_dump()).trainer.loggers == ()
 

@@ -164,7 +164,13 @@ def test_loss_goes_down_and_events_tell_the_story(make: Make) -> None:
     assert all(0 < candidate.probability <= 1 for event in predictions for candidate in event.top)
     assert isinstance(events[-1], End)
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
-    for name in ("config.yaml", "environment.json", "tokenizer/tokenizer.json", "predictions.jsonl"):
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "tokenizer/tokenizer.json",
+        "predictions.jsonl",
+        "report.html",
+    ):
         assert (folder / name).stat().st_size > 0
     assert Path("runs/latest").resolve() == folder.resolve()
 

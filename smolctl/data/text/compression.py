@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, BinaryIO, Protocol
 
 from smolctl.errors import InputError
+from smolctl.extras import install_command
 
 # What the standard library unpacks: how a damaged file is called, and what opens one.
 _STANDARD: Mapping[str, tuple[str, Callable[[BinaryIO], IO[bytes] | gzip.GzipFile]]] = {
@@ -103,7 +104,9 @@ def _zstd(path: Path) -> tuple[Callable[[], _Frame], type[Exception]]:
     try:
         import zstandard
     except ImportError:
-        raise InputError(f"{path}: reading zstd needs zstandard", "pip install 'smolctl[data]'") from None
+        raise InputError(
+            f"{path}: reading zstd needs zstandard", f"Install it: {install_command('data')}"
+        ) from None
     return zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
 
 

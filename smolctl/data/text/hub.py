@@ -11,6 +11,7 @@ from typing import Any
 
 from smolctl.data.text.documents import Document, no_text, not_text
 from smolctl.errors import InputError
+from smolctl.extras import install_command
 from smolctl.hub.connection import api, question_seconds
 from smolctl.hub.errors import READING_DATA, explained
 
@@ -139,7 +140,7 @@ def _require_datasets(name: DatasetName) -> None:
     if find_spec("datasets") is None:
         raise InputError(
             f"{name}: no such file or folder, and reading it as a Hub dataset needs datasets",
-            "Check the path, or pip install 'smolctl[data]'.",
+            f"Check the path, or install datasets: {install_command('data')}",
         )
 
 

@@ -21,6 +21,7 @@ from smolctl.config.run import DataConfig
 from smolctl.data.text.corpus import iter_texts, open_sources
 from smolctl.data.text.documents import Document, OnRead, cut
 from smolctl.errors import ExitCode, InputError
+from smolctl.extras import install_command
 
 # The cases that a cut could spoil: runs of white space, contractions, digits, marks, wide spaces.
 SPITEFUL = st.text(
@@ -278,7 +279,7 @@ def test_missing_extra_says_how_to_install_it(
         Path(file).touch()
     error = refused(name)
     assert name in error.message
-    assert "pip install 'smolctl[data]'" in error.hint
+    assert install_command("data") in error.hint
 
 
 def test_iter_texts_is_the_text_of_all_documents(tmp_path: Path) -> None:

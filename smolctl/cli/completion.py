@@ -1,0 +1,187 @@
+"""What the shell offers after TAB: models, runs and their steps, names, and the keys of --set.
+
+The functions return values of which Typer takes those that begin with what was typed. None imports PyTorch or
+reads a model: a shell waits for them. Where nothing fits, the shell completes names of files.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import typing
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any, Literal
+
+Completer = Callable[[str], list[str]]
+
+# The library's own lists need PyTorch to be imported; tests/cli/test_completion.py compares.
+SCHEMES = (
+    *("int8", "int4", "int8-dynamic", "bf16", "gguf-bf16", "gguf-f16", "gguf-q8_0", "gguf-q5_1"),
+    *("gguf-q5_0", "gguf-q4_1", "gguf-q4_0"),
+)
+GGUF_SCHEMES = tuple(name.removeprefix("gguf-") for name in SCHEMES if name.startswith("gguf-"))
+SUITES = ("load", "prefill", "decode", "batch", "train", "tokenize", "checkpoint")
+PEERS = ("transformers", "llama.cpp", "litgpt")
+LOGGERS = ("csv", "tensorboard", "wandb", "trackio", "none")
+DTYPES = ("float32", "bfloat16", "float16", "bf16-mixed")
+
+MODEL_FILES = {".gguf", ".safetensors", ".ckpt"}
+CONFIG_FILES = {".yaml", ".yml"}
+# Variables by which Typer's scripts for the shells ask, and hand over the words of the line.
+ASKED, BASH_WORDS, BASH_WORD, OTHER_WORDS = (
+    "_SMOLCTL_COMPLETE",
+    "COMP_WORDS",
+    "COMP_CWORD",
+    "_TYPER_COMPLETE_ARGS",
+)
+BREAK = re.compile("[@=:]+")
+
+
+@contextmanager
+def answering(environ: MutableMapping[str, str] = os.environ) -> Iterator[str]:
+    """Lend the words of a line that bash asks to complete a form that Typer understands.
+
+    Bash ends words at `@`, `=` and `:`, which runs and settings contain, and replaces what follows them. Here
+    the words are whole while Typer works, and its answers lose what bash keeps.
+
+    Yields:
+        The command of the line; empty where no shell asks for anything, or there is no command yet.
+    """
+    if environ.get(ASKED) != "complete_bash":
+        yield (environ.get(OTHER_WORDS, "").split()[1:2] or [""])[0]
+        return
+    words = environ[BASH_WORDS].split("\n")
+    words = [*words, ""][: int(environ[BASH_WORD]) + 1]
+    whole, joins = [""], False
+    for word in words:
+        is_break = BREAK.fullmatch(word) is not None
+        whole = [*whole[:-1], whole[-1] + word] if is_break or joins else [*whole, word]
+        joins = is_break
+    environ.update({BASH_WORDS: "\n".join(whole[1:]), BASH_WORD: str(len(whole) - 2)})
+    typed = re.sub("^--[^=]*=", "", whole[-1])  # Typer reads --option=value by itself
+    kept = len(typed) - len(BREAK.sub("", words[-1])) if len(whole) - 1 < len(words) else 0
+    try:
+        with redirect_stdout(io.StringIO()) as answers:
+            yield (whole[2:3] or [""])[0]
+    finally:
+        print("\n".join(line[kept:] for line in answers.getvalue().splitlines()))
+
+
+def names(*values: str) -> Completer:
+    """Completes names; of several with commas between them, the last one."""
+
+    def complete(incomplete: str) -> list[str]:
+        before = incomplete[: incomplete.rfind(",") + 1]
+        return [before + value for value in values]
+
+    return complete
+
+
+def complete_run(incomplete: str) -> list[str]:
+    """Runs, and after an `@` the steps of one."""
+    return _runs(incomplete)
+
+
+def complete_weights(incomplete: str) -> list[str]:
+    """Models that have weights: runs and files."""
+    return [*_runs(incomplete), *_files(incomplete, MODEL_FILES)]
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Everything that has a config: presets, runs and files."""
+    files = _files(incomplete, MODEL_FILES | CONFIG_FILES)
+    return [*_presets(), *_runs(incomplete), *files]
+
+
+def complete_config(incomplete: str) -> list[str]:
+    """Configs to train from: presets and files."""
+    return [*_presets(), *_files(incomplete, CONFIG_FILES)]
+
+
+def complete_license(incomplete: str) -> list[str]:
+    """Licences that the Hub knows."""
+    from smolctl.publish.licenses import LICENSES
+
+    return sorted(LICENSES)
+
+
+def complete_run_setting(incomplete: str) -> list[str]:
+    """The keys of a run's config."""
+    from smolctl.config import RunConfig
+
+    return _settings(RunConfig, incomplete)
+
+
+def complete_model_setting(incomplete: str) -> list[str]:
+    """The keys of a model's config."""
+    from smolctl.config import ModelConfig
+
+    return _settings(ModelConfig, incomplete)
+
+
+def _presets() -> list[str]:
+    from smolctl.config.load import preset_names
+
+    return preset_names()
+
+
+def _files(typed: str, suffixes: set[str]) -> list[str]:
+    folder = typed[: typed.rfind("/") + 1]
+    found = _inside(Path(folder).expanduser())
+    return [f"{folder}{path.name}" for path in found if path.suffix in suffixes and path.is_file()]
+
+
+def _runs(typed: str) -> list[str]:
+    from smolctl.runs.folder import BEST, RUNS, RunFolder
+
+    name, at, _ = typed.rpartition("@")
+    if at:
+        run = RunFolder(Path(name).expanduser())
+        return [f"{name}@{step}" for step in (BEST, *(file.step for file in run.checkpoints()))]
+    folders = dict.fromkeys((f"{RUNS}/", typed[: typed.rfind("/") + 1]))
+    return [
+        f"{folder}{path.name}"
+        for folder in folders
+        for path in _inside(Path(folder).expanduser())
+        if RunFolder.is_run(path)
+    ]
+
+
+def _inside(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _settings(schema: Any, typed: str) -> list[str]:
+    """`section.key=` for every setting; for the only one that fits, with the values that it may have too."""
+    fitting = {
+        key: values for key, values in _leaves(schema).items() if f"{key}=".startswith(typed[: len(key) + 1])
+    }
+    keys = [f"{key}=" for key in fitting]
+    if len(fitting) > 1:
+        return keys
+    return keys + [f"{key}={value}" for key, values in fitting.items() for value in values]
+
+
+def _leaves(schema: Any, before: str = "") -> dict[str, list[str]]:
+    """The keys below a pydantic model, each with its choices or a default that is a number."""
+    leaves: dict[str, list[str]] = {}
+    for name, field in schema.model_fields.items():
+        annotation = field.annotation
+        if hasattr(annotation, "model_fields"):
+            leaves |= _leaves(annotation, f"{before}{name}.")
+            continue
+        choices = typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
+        if annotation is bool:
+            choices = (True, False)
+        elif not choices and isinstance(field.default, int | float):
+            choices = (field.default,)
+        leaves[before + name] = [
+            str(value).lower() if isinstance(value, bool) else str(value) for value in choices
+        ]
+    return leaves

@@ -1,0 +1,39 @@
+"""The command that installs a missing optional package into this installation of smolctl."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from smolctl.errors import InputError
+from smolctl.outside import parse_object
+
+
+def install_command(extra: str) -> str:
+    """The command that adds an extra of pyproject.toml to this installation.
+
+    An installation from a folder or an address does not find `smolctl[extra]` in every index, so the command
+    names what PEP 610's direct_url.json records.
+    """
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    try:
+        installed = distribution("smolctl")
+        record = parse_object((installed.read_text("direct_url.json") or "{}").encode(), "direct_url.json")
+        installer = (installed.read_text("INSTALLER") or "pip").strip()
+    except (PackageNotFoundError, InputError):
+        record, installer = {}, "pip"
+    if (Path(sys.prefix) / "uv-receipt.toml").exists():
+        installer = "uv tool"
+    command = {"uv": "uv pip", "uv tool": "uv tool"}.get(installer, "pip")
+    url, details = str(record.get("url", "")), record.get("dir_info")
+    editable = "-e " if isinstance(details, dict) and details.get("editable") else ""
+    source = url2pathname(urlsplit(url).path) if url.startswith("file:") else ""
+    if source and Path(source).exists():
+        return f"{command} install {editable}{shlex.quote(f'{source}[{extra}]')}"
+    vcs = record.get("vcs_info")
+    origin = f" @ {vcs['vcs']}+{url}" if isinstance(vcs, dict) and "vcs" in vcs else ""
+    return f"{command} install {shlex.quote(f'smolctl[{extra}]{origin}')}"
