@@ -38,11 +38,11 @@ KIN_KEYS = ("no_rope_layer", "rope_scaling", "attention_bias")
 HOW = (
     *("pretraining_tp", "use_cache", "_attn_implementation", "_fused_rms_norm", "_fused_rotary_emb"),
     *("_use_qkv_packed", "_use_doc_masking", "log_attn_probs", "ring_attn_heads_k_stride"),
-    *("z_loss_enabled", "z_loss_coefficient"),
+    *("z_loss_enabled", "z_loss_coefficient", "rope_interleaved"),
 )
 # Keys that change the computation of a network and none of its parameters.
 SAME_PARAMETERS = (
-    *("sliding_window_size", "window_size", "rope_scaling", "rope_interleaved"),
+    *("sliding_window_size", "window_size", "rope_scaling"),
     *("flex_attention_mask", "rope_seq_len_interpolation_factor"),
 )
 # Everything else that is read, or that changes no result, by section. What is not here is named as not read.
@@ -350,6 +350,11 @@ def _model_notes(node: _Node) -> Iterator[str]:
         yield f"nanotron starts from the weights in {shown(started)}: name the same ones with --init-from"
     if node.get("model.model_config.rope_scaling"):
         yield "nanotron trains without rope_scaling, whatever it is; here it is computed as the recipe says"
+    if node.get("model.model_config.rope_interleaved"):
+        yield (
+            "nanotron's rope_interleaved rotates neighbours, here rope rotates halves: the same network with"
+            " the rows of q_proj and k_proj in another order"
+        )
     multiple = node.number("model.make_vocab_size_divisible_by", 1) * node.number("parallelism.tp", 1)
     vocab = node.number("model.model_config.vocab_size", DEFAULTS["vocab_size"])
     if multiple > 0 and vocab % multiple:

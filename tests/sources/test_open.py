@@ -129,7 +129,6 @@ def test_what_nanotron_says_beyond_our_recipe_is_reported(tmp_path: Path) -> Non
     ("fields", "feature"),
     [
         ({"is_llama_config": False}, "is_llama_config"),
-        ({"rope_interleaved": True}, "rope_interleaved"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
         ({"hidden_act": "gelu"}, "hidden_act gelu"),
         ({"is_mamba_config": True}, "is_mamba_config"),
@@ -241,11 +240,12 @@ def test_a_nanotron_schedule_is_as_nanotron_computes_it(tmp_path: Path) -> None:
     scheduler = {"learning_rate": 1e-3, "lr_warmup_steps": 100, "lr_warmup_style": "constant"}
     scheduler |= {"lr_decay_starting_step": 500, "lr_decay_style": "cosine"}
     content = {
-        "model": NANOTRON["model"],
+        "model": {"model_config": {**NANOTRON["model"]["model_config"], "rope_interleaved": True}},
         "tokens": {**NANOTRON["tokens"], "train_steps": 1_000},
         "optimizer": {"adam_beta2": 0.99, "weight_decay": 0.1, "learning_rate_scheduler": scheduler},
         "data": {"dataset": {"dataset_folder": {"one": 0.25, "two": 0.75}}},
         "checkpoints": {"resume_checkpoint_path": "s3://bucket/step"},
+        "parallelism": {"tp": 7},
         "doremi": {"ref_model": "x"},
     }
     source = open_source(str(nanotron_file(tmp_path, content)))
@@ -258,6 +258,8 @@ def test_a_nanotron_schedule_is_as_nanotron_computes_it(tmp_path: Path) -> None:
     problems = "\n".join(source.problems)
     for said in ("lr_decay_style cosine becomes linear", "'s3://bucket/step'", "doremi is not read"):
         assert said in problems
+    assert "pads the vocabulary to 49,154 tokens" in problems
+    assert "rows of q_proj and k_proj in another order" in problems
     assert "one (0.25), two (0.75): folders of tokens" in problems
 
 
