@@ -16,8 +16,8 @@ POSITIONS = "model.embed_positions.weight"
 HEAD = "lm_head.weight"
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 FIRST = "model.layers.0."
-# Old transformers and llama.cpp store these; they follow from rope_theta and rope_scaling.
-DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|rope_freqs\.weight")
+# Old transformers, llama.cpp and Meta store these; they follow from rope_theta and rope_scaling.
+DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|rope_freqs\.weight|rope\.freqs")
 MAX_LAYERS = 10_000  # more would be a damaged file
 NAMED_PROBLEMS = 5  # that an error message names
 

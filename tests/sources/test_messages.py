@@ -42,7 +42,6 @@ def test_a_git_lfs_pointer_is_called_one(name: str, in_folder: bool, tmp_path: P
             {"peft_type": "LORA", "r": 4, "base_model_name_or_path": "org/base"},
             "LORA adapter of rank 4 for org/base",
         ),
-        ({"dim": 64, "n_layers": 2, "vocab_size": 320}, "Meta's params.json"),
         ({"name": "package"}, "no config.json"),
     ],
 )
