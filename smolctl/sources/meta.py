@@ -75,7 +75,7 @@ def huggingface_name(name: str) -> str:
 
 
 def is_params(values: Mapping[str, Any]) -> bool:
-    """Whether the content of a JSON file is a params.json. DistilBERT's config.json has keys of the same name."""
+    """Whether the content of a JSON file is a params.json; a config.json may have keys of the same names."""
     return {"dim", "n_layers"} <= values.keys() and not {"model_type", "architectures"} & values.keys()
 
 

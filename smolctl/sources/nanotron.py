@@ -15,7 +15,7 @@ from smolctl.config import ModelConfig, RopeScaling
 from smolctl.config.load import resolve_model_config, resolve_run_config
 from smolctl.errors import InputError
 from smolctl.outside import fitting, shown
-from smolctl.sources.base import ModelSource, SourceKind
+from smolctl.sources.base import NO_RECIPE, ModelSource, SourceKind
 from smolctl.sources.huggingface.config import SILU
 from smolctl.sources.shapes import no_rope_layers
 
@@ -115,7 +115,7 @@ def open_nanotron(content: Mapping[str, Any], path: Path, name: str) -> ModelSou
         length = node.number("tokens.sequence_length", model.max_position_embeddings)
         if length > model.max_position_embeddings:
             context = f"the model's context of {model.max_position_embeddings:,}"
-            problems += (f"tokens.sequence_length {length:,} is longer than {context}: no recipe for train",)
+            problems += (f"tokens.sequence_length {length:,} is longer than {context}: {NO_RECIPE}",)
         else:
             run = resolve_run_config(_translate(node), str(path))
     return ModelSource(

@@ -26,6 +26,8 @@ from smolctl.sources.shapes import check_tensors, recover_config
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PARTS = frozenset((*TOKENIZER_FILES, INDEX, "params.json"))
+LONE_ENDINGS = (".gguf", ".bin", ".pth", ".pt", ".ckpt")
 
 
 MERGE = "Merge it into its base model with peft (merge_and_unload, save_pretrained) and name the result."
@@ -37,6 +39,23 @@ BOTH = f"{SINGLE} and {INDEX} are both there: {SINGLE} is read, as transformers 
 def is_huggingface_folder(folder: Path) -> bool:
     """Whether a folder holds a config.json or safetensors."""
     return (folder / "config.json").is_file() or any(folder.glob("*.safetensors"))
+
+
+def refuse_broken_links(folder: Path) -> None:
+    """Refuse a folder that a part of its model is missing from: without it another model might be read.
+
+    Raises:
+        InputError: one of its files is a link to what is not there.
+    """
+    for path in sorted(folder.iterdir()):
+        is_part = path.name in PARTS or path.name.endswith((".safetensors", *LONE_ENDINGS))
+        if is_part and path.is_symlink() and not path.exists():
+            raise broken_link(path)
+
+
+def broken_link(path: Path) -> InputError:
+    """What is said of a link to what is not there."""
+    return InputError(f"{path}: a link to {path.readlink()}, which is not there", "Restore its target.")
 
 
 def files_of_model(folder: Path) -> tuple[str, ...]:
@@ -123,6 +142,7 @@ def describe_beside(
     Raises:
         InputError: the config is damaged.
     """
+    refuse_broken_links(folder)
     declared, assumed, unsupported = _declared_in(folder, tensors or ())
     return describe(kind, name, declared, tensors, problems, weights, reader, assumed, unsupported)
 
