@@ -60,6 +60,7 @@ FILE_ENDINGS = (".gguf", ".safetensors", ".ckpt", ".yaml", ".yml", ".json", ".bi
 NO_LONE_FILE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state).*|.+-(?!00001)\d{5}-of-\d{5}\..+"
 )
+META_PART = re.compile(r"consolidated\.\d\d\.pth")
 MAX_CONFIG_BYTES = 20_000_000  # larger texts are corpora
 KINDS = "Give a preset, YAML, Hub id, Hugging Face or quantized folder, .safetensors, .gguf, .ckpt or run."
 
@@ -197,6 +198,20 @@ def _open_folder(folder: Path, name: str) -> ModelSource:
     raise InputError(f"{folder}: no model in it: no config.json, safetensors or run; it holds {shown}", KINDS)
 
 
+def _refuse_part_of_meta(path: Path) -> None:
+    """Refuse a file of Meta's that holds a share of every tensor.
+
+    Raises:
+        InputError: others like it lie beside the file.
+    """
+    count = len(list(path.parent.glob("consolidated.??.pth")))
+    if META_PART.fullmatch(path.name) and count > 1:
+        raise InputError(
+            f"{path}: one of {count} files of Meta's, each of which has a share of every tensor",
+            "Convert them with transformers' convert_llama_weights_to_hf.",
+        )
+
+
 def _lone_file(folder: Path) -> Path | None:
     """The one file of weights in a folder without safetensors: a GGUF, or what PyTorch has saved.
 
@@ -207,6 +222,8 @@ def _lone_file(folder: Path) -> Path | None:
         return None
     found = sorted(path for ending in LONE_ENDINGS for path in folder.glob(f"*{ending}"))
     parts = [path for path in found if not NO_LONE_FILE.fullmatch(path.name)]
+    for path in parts[:1]:
+        _refuse_part_of_meta(path)
     if len(parts) > 1 and not (folder / "config.json").is_file():
         names = ", ".join(path.name for path in parts[:5])
         raise InputError(f"{folder}: {len(parts)} files of weights: {names}", "Name one of them.")
@@ -219,6 +236,7 @@ def _open_file(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
     if not start:
         raise InputError(f"{name}: the file is empty", KINDS)
     refuse_pointer(start, name)
+    _refuse_part_of_meta(path)
     if start.startswith(GGUF_MAGIC):
         return open_gguf(path, name)
     if start.startswith(ZIP_MAGIC):

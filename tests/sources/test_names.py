@@ -163,6 +163,26 @@ def test_a_llama_in_metas_layout_is_read_with_its_rows_in_our_order(layout: str,
     assert count_source(source).totals == count_source(open_source(str(write_reference(tmp_path)))).totals
 
 
+def test_a_share_of_metas_tensors_is_no_model(tmp_path: Path) -> None:
+    for number in range(2):
+        torch.save(in_layout(META), tmp_path / f"consolidated.0{number}.pth")
+    for model in (tmp_path, tmp_path / "consolidated.01.pth"):
+        with pytest.raises(InputError, match="one of 2 files of Meta's, each of which has a share"):
+            open_source(str(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool])
+def test_integers_without_scales_are_no_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    state = {**STATE, name: STATE[name].to(dtype)}
+    save_file({name: tensor.clone() for name, tensor in state.items()}, tmp_path / "model.safetensors")
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    for model in (tmp_path, tmp_path / "pytorch_model.bin"):
+        with pytest.raises(InputError, match=f"{name} holds integers"):
+            load_network(open_source(str(model)))
+
+
 def write_reference(folder: Path) -> Path:
     (folder / "reference").mkdir()
     save_file(
