@@ -64,6 +64,8 @@ def inspect_config(
         from smolctl.config.dump import to_yaml
 
         print(to_yaml(training_config(source)), end="")
+        for problem in source.problems:
+            output.talk(f"problem: {problem}")
     elif against:
         from smolctl.views.differences import show_differences
 

@@ -181,6 +181,7 @@ class OptimizerConfig(Section):
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="decay of the two moments")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.01, ge=0, description="times the learning rate, matrices only")
+    decay_embeddings: bool = Field(True, description="false: tables of tokens and positions do not decay")
 
 
 class ScheduleConfig(Section):

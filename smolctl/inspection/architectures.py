@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from smolctl.arithmetic import ParameterRow, tensor_rows
+from smolctl.inspection.roles import Role
 from smolctl.outside import shown
+from smolctl.sources.huggingface.config import SIZES, assumption
 
 if TYPE_CHECKING:
     import transformers
@@ -21,8 +23,11 @@ if TYPE_CHECKING:
 # More would be damage or an attack and take minutes. Published models have up to 126 layers (Llama 3.1 405B)
 # and 512 experts (Qwen3-Next).
 MAX_BLOCKS, MAX_EXPERTS = 1_000, 4_096
-BLOCKS = ("layer", "block", "depth")  # in the names of sizes that are numbers of modules
-EXPERTS = ("expert",)
+# Words in the names of sizes that are numbers of modules, and in those of other sizes of layers, such as
+# vocab_size_per_layer_input.
+EXPERTS = {"expert", "experts", "nexperts"}
+COUNTED = {"layer", "layers", "nlayers", "block", "blocks", "depth", "depths", *EXPERTS}
+MEASURED = {"size", "dim"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Architecture:
 
     rows: tuple[ParameterRow, ...]  # every parameter, a tied head last
     config: Mapping[str, Any]  # with the values that the config.json leaves out
+    roles: Mapping[str, Role]  # of the modules that the network itself knows
+    assumed: tuple[str, ...] = ()  # the sizes that the config.json leaves out
 
 
 def build_architecture(declared: Mapping[str, Any]) -> Architecture | str:
@@ -48,37 +55,70 @@ def build_architecture(declared: Mapping[str, Any]) -> Architecture | str:
     try:
         network = _network(declared)
     except Exception as error:  # whatever a class of transformers makes of the values
-        text = str(error).strip().splitlines()
-        return f"transformers: {text[0][:200] if text else type(error).__name__}"
+        text = " ".join(str(error).split())
+        return f"transformers: {text[:200] or type(error).__name__}"
     if isinstance(network, str):
         return network
     rows = tensor_rows((name, tuple(tensor.shape)) for name, tensor in network.named_parameters())
     if not rows:
         return f"transformers' {type(network).__name__} has no parameters"
-    return Architecture((*rows, *_tied_head(network)), network.config.to_dict())
+    assumed: list[str] = []
+    with suppress(Exception):  # what some classes of transformers raise when asked for a size
+        assumed += _assumed(network.config, declared)
+    rows = (*rows, *_tied_head(network))
+    return Architecture(rows, network.config.to_dict(), _roles(network), tuple(assumed))
+
+
+def _roles(network: Any) -> dict[str, Role]:
+    """The modules that the network itself calls its token table and its head."""
+    names = {id(tensor): name.removesuffix(".weight") for name, tensor in network.named_parameters()}
+    found: dict[str, Role] = {}
+    for get, role in (("get_output_embeddings", Role.HEAD), ("get_input_embeddings", Role.TOKENS)):
+        with suppress(NotImplementedError, AttributeError):  # of images or sounds
+            module = getattr(network, get)()
+            tensors = (getattr(module, key, None) for key in ("weight", "bias"))
+            found |= {names[id(tensor)]: role for tensor in tensors if id(tensor) in names}
+    return found
+
+
+def _assumed(config: Any, declared: Mapping[str, Any], part: str = "") -> Iterator[str]:
+    """Sizes of a config, and of its parts, that a config.json leaves out and that are the defaults."""
+    names = type(config).attribute_map
+    usual = type(config)()
+    for size in SIZES:
+        key = names.get(size, size)
+        value = getattr(config, key, None)
+        is_given = key in declared or size in declared
+        if not is_given and type(value) is int and value == getattr(usual, key, None):
+            yield assumption(f"{part}{key}", value)
+    for key in type(config).sub_configs:
+        inner = declared.get(key)
+        if (below := getattr(config, key, None)) is not None:
+            yield from _assumed(below, inner if isinstance(inner, Mapping) else {}, f"{part}{key}.")
 
 
 def _network(declared: Mapping[str, Any]) -> transformers.PreTrainedModel | str:
     """The network on the meta device, or why transformers has none."""
-    model_type = declared.get("model_type")
     import torch
     import transformers
 
+    listed = declared.get("architectures")
+    name = str(listed[0]) if isinstance(listed, list) and listed else ""
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        found = None
+    model_type = declared.get("model_type") or getattr(found and found.config_class, "model_type", None)
     if model_type not in transformers.CONFIG_MAPPING:
         named = f"model_type {shown(model_type)}" if model_type else "a config.json without model_type"
         return f"transformers {transformers.__version__} does not know {named}"
     with _silent():
         values = {key: value for key, value in declared.items() if key not in IGNORED}
-        config = transformers.AutoConfig.for_model(**_with_infinities(values))
+        config = transformers.AutoConfig.for_model(**{**_with_infinities(values), "model_type": model_type})
         if not hasattr(config, "pad_token_id"):  # some classes read it where their config has it in a part
             config.pad_token_id = None
-        listed = declared.get("architectures")
-        name = str(listed[0]) if isinstance(listed, list) and listed else ""
-        found = getattr(transformers, name, None)
-        if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-            found = _usual_class(config)
+        kind = found or _usual_class(config)
         with torch.device("meta"):
-            built: transformers.PreTrainedModel = found._from_config(config, attn_implementation="eager")
+            built: transformers.PreTrainedModel = kind._from_config(config, attn_implementation="eager")
         return built
 
 
@@ -127,10 +167,9 @@ def _not_buildable(declared: Mapping[str, Any]) -> str:
     if isinstance(backbone := declared.get("backbone"), str):
         return f"its backbone {shown(backbone)} is another model, whose config is not here"
     for key, value in _numbers(declared):
-        name = key.lower()
-        most = MAX_EXPERTS if any(word in name for word in EXPERTS) else MAX_BLOCKS
-        counted = any(word in name for word in (*BLOCKS, *EXPERTS)) and not name.endswith(("_size", "_dim"))
-        if counted and value > most:
+        words = set(key.lower().split("_"))
+        most = MAX_EXPERTS if words & EXPERTS else MAX_BLOCKS
+        if words & COUNTED and not words & MEASURED and value > most:
             return f"{key} {value:,} is more than {most:,}, and is not built"
     return ""
 

@@ -15,6 +15,7 @@ from smolctl.inspection.roles import Totals, total, with_tied_head
 from smolctl.inspection.stored import Stored, sort_tensors
 from smolctl.inspection.tree import ModuleNode, module_tree
 from smolctl.sources.base import ModelSource
+from smolctl.sources.huggingface.config import assumed_keys
 from smolctl.sources.shapes import check_rows
 
 # What the formulas call the number of layers of our own network.
@@ -101,10 +102,13 @@ def _count_config(
             return _count_header(source, stored)
     count = count_rows(rows)
     totals = Totals(count.unique, count.naive, count.non_embedding, count.unique)
-    report = ParameterReport(source, Basis.CONFIG, totals, module_tree(rows, LAYERS), None, what_if=what_if)
+    assumed = assumed_keys(source.declared)
+    tree = module_tree(rows, LAYERS)
+    report = ParameterReport(source, Basis.CONFIG, totals, tree, None, assumed, what_if=what_if)
     if stored is None:
         return report
-    return replace(report, agrees=not mismatches, notes=(*mismatches, *_notes(stored)), aside=_aside(stored))
+    notes = (*mismatches, *assumed, *_notes(stored))
+    return replace(report, agrees=not mismatches, notes=notes, aside=_aside(stored))
 
 
 def _unflattened(shape: tuple[int, ...], expected: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -161,12 +165,13 @@ def _count_header(source: ModelSource, stored: Stored) -> ParameterReport:
 def _count_architecture(source: ModelSource) -> ParameterReport:
     from smolctl.inspection.architectures import Architecture, build_architecture
 
-    known = source.declared.get("model_type")
+    known = source.declared.get("model_type") or source.declared.get("architectures")
     built = build_architecture(source.declared) if known else source.unsupported
     if isinstance(built, Architecture):
         rows = built.rows
-        totals, note = total(rows, built.config), "counted as transformers builds it"
-        notes = (f"{source.unsupported}: {note}",)
+        totals, note = total(rows, built.config, built.roles), "counted as transformers builds it"
+        totals = replace(totals, naive=sum(row.parameters for row in rows))
+        notes = (f"{source.unsupported}: {note}", *built.assumed)
         return ParameterReport(source, Basis.TRANSFORMERS, totals, module_tree(rows), None, notes)
     rows = _known_rows(source.declared)
     notes = (f"{built}: only what the fields of the config say is listed, a part of the model",)

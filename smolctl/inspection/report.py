@@ -24,7 +24,7 @@ from smolctl.config import ModelConfig, Provenance, RunConfig
 from smolctl.errors import InputError, UsageError
 from smolctl.inspection.parameters import ParameterReport, count_source, parameters_in
 from smolctl.inspection.problems import find_notes, find_problems
-from smolctl.sources.base import ModelSource, SourceKind
+from smolctl.sources.base import NO_RECIPE, ModelSource, SourceKind
 from smolctl.sources.huggingface.tokenizer import added_token_ids, token_ids
 from smolctl.sources.provenance import provenance_of
 from smolctl.sources.stops import stop_token_ids
@@ -209,9 +209,15 @@ def training_config(source: ModelSource) -> RunConfig:
     """A complete recipe for a source: its own, or the defaults around its model.
 
     Raises:
-        InputError: this network cannot stand in for the model.
+        InputError: this network cannot stand in for the model, or its own recipe cannot be run.
     """
-    return _recipe_of(source, source.require_config())
+    config = source.require_config()
+    refused = next((problem for problem in source.problems if problem.endswith(NO_RECIPE)), "")
+    if refused:
+        raise InputError(
+            f"{source.id}: {refused}", "Shorten the sequences, or lengthen the context, in the file."
+        )
+    return _recipe_of(source, config)
 
 
 def _lasting(model: str) -> str:

@@ -18,13 +18,11 @@ TOKENS = frozenset(
     (
         *("embed_tokens", "wte", "embed_in", "word_embeddings", "word_embedding", "shared"),
         *("embeddings", "embedding", "token_embd", "tok_embeddings", "tok_emb"),
+        *("embed_tokens_per_layer", "per_layer_token_embd"),  # Gemma 3n's second table
     )
 )
-POSITIONS = frozenset(
-    (
-        *("wpe", "embed_positions", "position_embeddings", "token_type_embeddings"),
-        *("position_embd", "token_types", "pos_emb"),
-    )
+POSITIONS = re.compile(
+    r"(.*\.)?(wpe|embed_positions|token_type(s|_embeddings)(_\d+)?|(\w+_)?pos(ition(s|al)?)?_emb\w*(\.\w+)?)"
 )
 # Modules of heads, with their biases. "output" and "head" are heads where they stand alone only.
 HEADS = re.compile(
@@ -84,7 +82,7 @@ def role_of(row: ParameterRow, vocabulary: int | None) -> Role:
     last = module.rsplit(".", 1)[-1]
     if NUMBER.search(module):
         return Role.BODY
-    if last in POSITIONS:
+    if POSITIONS.fullmatch(module):
         return Role.POSITIONS
     if HEADS.fullmatch(module):
         return Role.HEAD
@@ -93,15 +91,20 @@ def role_of(row: ParameterRow, vocabulary: int | None) -> Role:
     return Role.UNKNOWN if len(row.shape) > 1 and vocabulary in row.shape else Role.BODY
 
 
-def total(rows: tuple[ParameterRow, ...], declared: Mapping[str, Any]) -> Totals:
+def total(
+    rows: tuple[ParameterRow, ...],
+    declared: Mapping[str, Any],
+    known_roles: Mapping[str, Role] | None = None,
+) -> Totals:
     """Add up rows of any architecture.
 
     Args:
         rows: every parameter. A tied one adds to `naive` only.
         declared: the config as the source spells it; says how many experts a token passes through.
+        known_roles: of modules, where something better than their names says them.
     """
     vocabulary = vocabulary_of(rows, declared)
-    roles = [role_of(row, vocabulary) for row in rows]
+    roles = [(known_roles or {}).get(row.module) or role_of(row, vocabulary) for row in rows]
     unique = sum(row.parameters for row in rows if not row.tied)
     known = Role.TOKENS in roles and Role.UNKNOWN not in roles
     body = sum(row.parameters for row, role in zip(rows, roles, strict=True) if role is Role.BODY)
@@ -123,7 +126,11 @@ def with_tied_head(
     """
     vocabulary = vocabulary_of(rows, declared)
     roles = [role_of(row, vocabulary) for row in rows]
-    tables = [row for row, role in zip(rows, roles, strict=True) if role is Role.TOKENS]
+    tables = [
+        row
+        for row, role in zip(rows, roles, strict=True)
+        if role is Role.TOKENS and "per_layer" not in row.module
+    ]
     heads = [
         row
         for row, role in zip(rows, roles, strict=True)

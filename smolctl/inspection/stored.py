@@ -18,7 +18,7 @@ from smolctl.sources.base import TensorHeader
 # balances the load of experts (DeepSeek-V3's name and llama.cpp's), statistics of batches.
 BUFFER = re.compile(
     r"(.*\.)?(position_ids|token_type_ids|masked_bias|causal_mask|(original_)?inv_freq|(cos|sin)_cached"
-    r"|rope_freqs(\.weight)?|rope_factors_(long|short)(\.weight)?|relative_position_index|num_batches_tracked"
+    r"|rope[_.]freqs(\.weight)?|rope_factors_(long|short)(\.weight)?|relative_position_index|num_batches_tracked"
     r"|running_(mean|var)|final_logits_bias|e_score_correction_bias|exp_probs_b(\.bias)?)"
 )
 # What stands behind the name of a module, or of its packed tensor, for the tensors that unpack it.

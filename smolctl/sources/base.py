@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from smolctl.sources.arrays import Array
     from smolctl.sources.quantized.scaled import StoredTensor
 
+# Of a recipe whose sequences are longer than the context of its model, which is described all the same.
+NO_RECIPE = "no recipe for train"
 DAMAGED = "Download or copy the file again: it is damaged or not complete."
 
 

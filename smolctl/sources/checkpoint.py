@@ -28,7 +28,7 @@ from smolctl.sources.base import (
     TensorHeader,
     TokenizerFiles,
 )
-from smolctl.sources.huggingface.folder import declared_in, describe
+from smolctl.sources.huggingface.folder import describe_beside
 from smolctl.sources.huggingface.tokenizer import tokenizer_reader
 from smolctl.sources.provenance import reference_of
 from smolctl.sources.shapes import check_tensors, with_table
@@ -72,7 +72,9 @@ def open_checkpoint(path: Path, name: str) -> ModelSource:
     model = run.model if run else _model_of_quantized(content, path)
     state, reader = network_state(content, path), _tokenizer_of(content, path)
     if model is None:
-        source = _described(name, state, declared_in(path.parent), reader)
+        source = describe_beside(
+            SourceKind.CHECKPOINT, name, path.parent, _headers(state), (), StateWeights(state), reader
+        )
     else:
         state = with_table(state, model.tie_word_embeddings)
         source = ModelSource(
@@ -96,18 +98,6 @@ def open_checkpoint(path: Path, name: str) -> ModelSource:
         step=step if type(step) is int else None,
         recorded_loss=_recorded_loss(content, path),
         quantization=quantization,
-    )
-
-
-def _described(
-    name: str,
-    state: Mapping[str, torch.Tensor | ScaledMatrix],
-    beside: Mapping[str, Any] | None,
-    reader: Callable[[], TokenizerFiles | None] | None,
-) -> ModelSource:
-    """A state of another tool by the config.json beside it, else by its shapes."""
-    return describe(
-        SourceKind.CHECKPOINT, name, beside, _headers(state), weights=StateWeights(state), reader=reader
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from smolctl.sources.base import Weights
+from smolctl.sources.meta import huggingface_name, is_meta
 from smolctl.sources.shapes import HEAD, TABLE
 
 if TYPE_CHECKING:
@@ -32,13 +33,16 @@ def huggingface_names(names: Iterable[str], tied: bool) -> dict[str, str]:
     """The names of a Llama as `LlamaForCausalLM` has them, by those in the file.
 
     A wrapper's prefix (`net.model.`, `module.model.`, `language_model.model.`) becomes `model.`, and so does
-    a missing one. Names that do not lie in the network stay as they are.
+    a missing one. Meta's and torchtune's names are translated. Names that do not lie in the network stay as
+    they are.
 
     Args:
         names: in the file.
         tied: whether a head without a table is the table of both, as safetensors' `save_model` writes it.
     """
     names = tuple(names)
+    if is_meta(names):
+        return {name: huggingface_name(name) for name in names}
     prefixes = {name.removesuffix(ANCHOR) for name in names if name.endswith(ANCHOR)}
     prefix = prefixes.pop() if len(prefixes) == 1 else "model."
     found = {name: _name(name, prefix) for name in names}

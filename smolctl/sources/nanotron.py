@@ -6,16 +6,18 @@ micro_batch_size × batch_accumulation_per_replica × dp sequences.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from smolctl.config import ModelConfig
+from smolctl.config import ModelConfig, RopeScaling
 from smolctl.config.load import resolve_model_config, resolve_run_config
 from smolctl.errors import InputError
-from smolctl.outside import shown
-from smolctl.sources.base import ModelSource, SourceKind
+from smolctl.outside import fitting, shown
+from smolctl.sources.base import NO_RECIPE, ModelSource, SourceKind
 from smolctl.sources.huggingface.config import SILU
+from smolctl.sources.shapes import no_rope_layers
 
 # What nanotron's LlamaConfig assumes for a key that is left out (nanotron/config/models_config.py).
 DEFAULTS: Mapping[str, Any] = {
@@ -24,31 +26,49 @@ DEFAULTS: Mapping[str, Any] = {
     **{"rope_theta": 10_000.0, "hidden_act": "silu", "tie_word_embeddings": False},
     **{"initializer_range": 0.02, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None},
 }
-# Those of `ModelConfig` that nanotron spells alike: it has other names for what Llama's near kin do.
+SEED = 42  # nanotron's DEFAULT_SEED
+# Fields of `ModelConfig` that are made of keys with other names or other values.
 KIN = ("rope_scaling", "no_rope_layers", "qkv_bias", "use_qk_norm")
 MODEL_FIELDS = tuple(field for field in ModelConfig.model_fields if field not in KIN)
 # Qwen2's network without its biases and windows is a Llama's.
 NETWORKS = ("is_llama_config", "is_qwen2_config")
+# Keys of a model that become fields of `KIN`.
+KIN_KEYS = ("no_rope_layer", "rope_scaling", "attention_bias")
 # Keys of a model that say how it is computed and not what: fused kernels, caches, logs.
 HOW = (
     *("pretraining_tp", "use_cache", "_attn_implementation", "_fused_rms_norm", "_fused_rotary_emb"),
     *("_use_qkv_packed", "_use_doc_masking", "log_attn_probs", "ring_attn_heads_k_stride"),
-    *("z_loss_enabled", "z_loss_coefficient"),
+    *("z_loss_enabled", "z_loss_coefficient", "rope_interleaved"),
 )
 # Keys that change the computation of a network and none of its parameters.
 SAME_PARAMETERS = (
-    *("no_rope_layer", "sliding_window_size", "window_size", "rope_scaling", "rope_interleaved"),
+    *("sliding_window_size", "window_size", "rope_scaling"),
     *("flex_attention_mask", "rope_seq_len_interpolation_factor"),
 )
 # Everything else that is read, or that changes no result, by section. What is not here is named as not read.
 READ: Mapping[str, tuple[str, ...]] = {
+    "": (
+        *(
+            "checkpoints",
+            "data",
+            "data_stages",
+            "general",
+            "logging",
+            "metrics_logging",
+            "model",
+            "optimizer",
+        ),
+        *("parallelism", "profiler", "lighteval", "s3_upload", "tokenizer", "tokens"),
+    ),
+    "model.init_method": ("std",),
     "model": ("model_config", "dtype", "init_method", "ddp_bucket_cap_mb", "make_vocab_size_divisible_by"),
     "tokens": (
         *("sequence_length", "train_steps", "micro_batch_size", "batch_accumulation_per_replica"),
         *("limit_test_batches", "limit_val_batches", "val_check_interval"),
     ),
     "optimizer": (
-        *("optimizer_factory", "learning_rate_scheduler", "weight_decay", "clip_grad", "zero_stage"),
+        *("adam_beta1", "adam_beta2", "adam_eps", "torch_adam_is_fused", "optimizer_factory"),
+        *("learning_rate_scheduler", "weight_decay", "clip_grad", "zero_stage"),
         *("accumulate_grad_in_fp32", "weight_decay_exclude_named_params"),
     ),
     "optimizer.optimizer_factory": ("name", "adam_beta1", "adam_beta2", "adam_eps", "torch_adam_is_fused"),
@@ -58,6 +78,17 @@ READ: Mapping[str, tuple[str, ...]] = {
     ),
     "tokenizer": ("tokenizer_name_or_path", "tokenizer_max_length", "tokenizer_revision"),
 }
+# The matrices of a nanotron network, by the names that the patterns of `EXCLUSIONS` are compared with. Norms
+# and biases never decay here.
+EXCLUSIONS = "optimizer.weight_decay_exclude_named_params"
+WILDCARDS = re.compile(r"\^?(?P<anywhere>\.\*)?(?P<text>[\w.]*?)(\.\*)?\$?")
+BLOCK, TABLE = "model.decoder.0.pp_block.", "model.token_position_embeddings.pp_block.token_embedding.weight"
+HEAD = "model.lm_head.pp_block.weight"
+MATRICES = (
+    *(TABLE, HEAD, f"{BLOCK}attn.qkv_proj.weight", f"{BLOCK}attn.o_proj.weight"),
+    *(f"{BLOCK}mlp.gate_up_proj.weight", f"{BLOCK}mlp.down_proj.weight"),
+)
+SHARES = "data.dataset.dataset_weights"
 PRECISION = {"bfloat16": "bf16-mixed", "float16": "16-mixed", "float32": "32-true"}
 
 
@@ -84,7 +115,7 @@ def open_nanotron(content: Mapping[str, Any], path: Path, name: str) -> ModelSou
         length = node.number("tokens.sequence_length", model.max_position_embeddings)
         if length > model.max_position_embeddings:
             context = f"the model's context of {model.max_position_embeddings:,}"
-            problems += (f"tokens.sequence_length {length:,} is longer than {context}: no recipe for train",)
+            problems += (f"tokens.sequence_length {length:,} is longer than {context}: {NO_RECIPE}",)
         else:
             run = resolve_run_config(_translate(node), str(path))
     return ModelSource(
@@ -112,8 +143,18 @@ def _is_llama(model: Mapping[str, Any]) -> bool:
 
 def _not_understood(model: Mapping[str, Any]) -> list[str]:
     """Keys of a model that are switched on, and that a Llama of ours does not have."""
-    known = (*MODEL_FIELDS, *NETWORKS, *HOW)
+    known = {*MODEL_FIELDS, *NETWORKS, *HOW, *KIN_KEYS}
+    if model.get("rope_scaling") and _rope_scaling(model) is None:
+        known.remove("rope_scaling")
+    if model.get("no_rope_layer") or not model.get("is_qwen2_config"):  # nanotron's Llama has no biases
+        known.remove("attention_bias")
     return [key for key, value in model.items() if key not in known and value not in (None, False, 0, "none")]
+
+
+def _rope_scaling(model: Mapping[str, Any]) -> RopeScaling | None:
+    """Llama 3's scaling of rope; None where there is none, or another."""
+    given = model.get("rope_scaling")
+    return fitting(RopeScaling, given) if isinstance(given, Mapping) and given.get("rope_type") else None
 
 
 def _unsupported(model: Mapping[str, Any]) -> str:
@@ -159,7 +200,7 @@ def _translate(node: _Node) -> dict[str, Any]:
     )
     replicas = node.number("parallelism.dp", 1)
     stages = _stages(node)
-    seed = stages[0].number("data.seed", 0) if stages else 0
+    seed = stages[0].number("data.seed", SEED) if stages else SEED
     context = node.number("model.model_config.max_position_embeddings", 2_048)
     length = node.number("tokens.sequence_length", context)
     masking = bool(node.get("model.model_config._use_doc_masking"))
@@ -175,7 +216,7 @@ def _translate(node: _Node) -> dict[str, Any]:
             "gradient_clip": node.get("optimizer.clip_grad", 0.0),
             "z_loss": z_loss if node.get("model.model_config.z_loss_enabled") else 0.0,
             "precision": PRECISION.get(node.get("model.dtype"), "auto"),
-            "seed": node.number("general.seed", 0),
+            "seed": node.number("general.seed", SEED),
         },
         "optimizer": _optimizer(node),
         "schedule": _schedule(node),
@@ -201,6 +242,11 @@ def _model(node: _Node) -> dict[str, Any]:
     fields = {**DEFAULTS, **{key: value for key, value in given.items() if key in MODEL_FIELDS}}
     fields["num_key_value_heads"] = fields.get("num_key_value_heads") or fields["num_attention_heads"]
     fields["hidden_act"] = SILU[0]  # another one is refused, and has the same parameters
+    interval = node.number("model.model_config.no_rope_layer", 0)
+    if interval > 0:
+        layers = node.number("model.model_config.num_hidden_layers", fields["num_hidden_layers"])
+        fields["no_rope_layers"] = no_rope_layers(layers, interval)
+    fields |= {"rope_scaling": _rope_scaling(given), "qkv_bias": bool(given.get("attention_bias"))}
     std = node.get("model.init_method.std")
     if std is not None:
         fields["initializer_range"] = std
@@ -209,6 +255,8 @@ def _model(node: _Node) -> dict[str, Any]:
 
 def _optimizer(node: _Node) -> dict[str, Any]:
     factory = "optimizer.optimizer_factory"
+    if node.get(factory) is None:  # older recipes have its settings one level higher
+        factory = "optimizer"
     name = str(node.get(f"{factory}.name", "adamW")).lower()
     return {
         "name": name,
@@ -216,25 +264,53 @@ def _optimizer(node: _Node) -> dict[str, Any]:
         "betas": (node.get(f"{factory}.adam_beta1", 0.9), node.get(f"{factory}.adam_beta2", 0.95)),
         "eps": node.get(f"{factory}.adam_eps", 1e-8),
         "weight_decay": node.get("optimizer.weight_decay", 0.0),
+        "decay_embeddings": TABLE not in _not_decaying(node),
     }
+
+
+def _not_decaying(node: _Node) -> list[str]:
+    """Those of `MATRICES` that a recipe excludes from weight decay; a tied head and its table are one."""
+    patterns = [match for text in _exclusions(node) if (match := WILDCARDS.fullmatch(text))]
+    found = [
+        name
+        for name in MATRICES
+        if any(
+            pattern["text"] in name if pattern["anywhere"] else name.startswith(pattern["text"])
+            for pattern in patterns
+        )
+    ]
+    return [*found, TABLE, HEAD] if _is_tied(node) and {TABLE, HEAD} & set(found) else found
+
+
+def _is_tied(node: _Node) -> bool:
+    return bool(node.get("model.model_config.tie_word_embeddings", DEFAULTS["tie_word_embeddings"]))
+
+
+def _exclusions(node: _Node) -> list[str]:
+    return [str(text).replace("\\", "") for text in _as_list(node.get(EXCLUSIONS, ()))]
 
 
 def _schedule(node: _Node) -> dict[str, Any]:
     """wsd where the decay begins later than the warmup ends, else a decay in one piece."""
     scheduler = "optimizer.learning_rate_scheduler"
     warmup = node.number(f"{scheduler}.lr_warmup_steps", 0)
-    steps = node.number("tokens.train_steps", 1)
     start = node.number(f"{scheduler}.lr_decay_starting_step", warmup)
-    decay = node.number(f"{scheduler}.lr_decay_steps", max(steps - start, 0))
-    style = node.get(f"{scheduler}.lr_decay_style", "linear")
-    name = "cosine" if style == "cosine" and start <= warmup else "wsd"
+    left = max(node.number("tokens.train_steps", 1) - warmup, 0)
     return {
-        "name": name,
-        "warmup_steps": warmup,
+        "name": "cosine" if _decay_style(node) == "cosine" and start <= warmup else "wsd",
+        "warmup_steps": 0 if node.get(f"{scheduler}.lr_warmup_style") == "constant" else warmup,
         "decay_start": start,
-        "decay_steps": decay,
-        "min_learning_rate": node.get(f"{scheduler}.min_decay_lr", 0.0),
+        "decay_steps": node.number(f"{scheduler}.lr_decay_steps", left),
+        "min_learning_rate": node.get(f"{scheduler}.min_decay_lr", _peak(node)),
     }
+
+
+def _peak(node: _Node) -> Any:
+    return node.get("optimizer.learning_rate_scheduler.learning_rate", 3e-4)
+
+
+def _decay_style(node: _Node) -> str:
+    return str(node.get("optimizer.learning_rate_scheduler.lr_decay_style", "linear"))
 
 
 def _not_carried_over(node: _Node) -> tuple[str, ...]:
@@ -248,49 +324,74 @@ def _not_carried_over(node: _Node) -> tuple[str, ...]:
     for axis in ("tp", "pp"):
         if node.number(f"parallelism.{axis}", 1) > 1:
             notes.append(f"parallelism.{axis} {node.get(f'parallelism.{axis}')} is not carried over")
+    return (*notes, *_data_notes(node), *_model_notes(node), *_optimizer_notes(node), *_unread(node))
+
+
+def _data_notes(node: _Node) -> Iterator[str]:
     stages = _stages(node)
-    folders = [
-        folder for stage in stages for folder in _as_list(stage.get("data.dataset.dataset_folder", ()))
-    ]
-    if folders:
-        shares = _as_list(stages[0].get("data.dataset.dataset_weights", ()))
-        first = _as_list(stages[0].get("data.dataset.dataset_folder", ()))
-        mixed = dict(zip(map(str, first), shares, strict=False)) if len(shares) == len(first) else {}
-        named = [
-            f"{folder} ({mixed[folder]})" if folder in mixed else str(folder) for folder in map(str, folders)
-        ]
-        notes.append(
-            f"data_stages {', '.join(named)}: tokenized nanotron folders are not read; data.source stays at "
-            "its default, and data.weights takes the shares in parentheses"
+    named = []
+    for stage in stages:
+        given = stage.get("data.dataset.dataset_folder", ())
+        folders = list(given) if isinstance(given, Mapping) else _as_list(given)
+        shares = given.values() if isinstance(given, Mapping) else _as_list(stage.get(SHARES, ()))
+        with_share = zip(folders, shares, strict=False) if len(shares) == len(folders) else ()
+        named += [f"{folder} ({share})" for folder, share in with_share] or list(map(str, folders))
+    if named:
+        yield (
+            f"data_stages {', '.join(named)}: folders of tokens, which only nanotron reads; set data.source "
+            "to the same texts, and data.weights to shares such as those in parentheses"
         )
     if len(stages) > 1:
-        notes.append(f"{len(stages)} data stages: only the first one's seed is carried over")
-    if node.number("model.make_vocab_size_divisible_by", 1) > 1:
-        notes.append("model.make_vocab_size_divisible_by is not read: vocab_size stays as it is")
-    style = node.get("optimizer.learning_rate_scheduler.lr_decay_style", "linear")
-    if style not in ("linear", "cosine"):
-        notes.append(f"lr_decay_style {style} becomes linear")
-    if node.get("optimizer.weight_decay"):
-        excluded = node.get("optimizer.weight_decay_exclude_named_params")
-        those = f"all but {', '.join(map(str, _as_list(excluded)))}" if excluded else "every parameter"
-        notes.append(f"nanotron decays {those}; here weight decay acts on every matrix and on nothing else")
-    return (*notes, *_unread(node))
+        yield f"{len(stages)} data stages: only the first one is carried over"
+
+
+def _model_notes(node: _Node) -> Iterator[str]:
+    if started := node.get("checkpoints.resume_checkpoint_path") or node.get("model.init_method.path"):
+        yield f"nanotron starts from the weights in {shown(started)}: name the same ones with --init-from"
+    if node.get("model.model_config.rope_scaling"):
+        yield "nanotron trains without rope_scaling, whatever it is; here it is computed as the recipe says"
+    if node.get("model.model_config.rope_interleaved"):
+        yield (
+            "nanotron's rope_interleaved rotates neighbours, here rope rotates halves: the same network with"
+            " the rows of q_proj and k_proj in another order"
+        )
+    multiple = node.number("model.make_vocab_size_divisible_by", 1) * node.number("parallelism.tp", 1)
+    vocab = node.number("model.model_config.vocab_size", DEFAULTS["vocab_size"])
+    if multiple > 0 and vocab % multiple:
+        padded = vocab + -vocab % multiple
+        yield f"nanotron pads the vocabulary to {padded:,} tokens; here vocab_size stays {vocab:,}"
+
+
+def _optimizer_notes(node: _Node) -> Iterator[str]:
+    style, ours = _decay_style(node), _schedule(node)["name"]
+    if style != {"cosine": "cosine", "wsd": "linear"}[ours]:
+        yield f"lr_decay_style {style} becomes linear"
+    if not node.get("optimizer.weight_decay"):
+        return
+    patterns, excluded = _exclusions(node), set(_not_decaying(node))
+    ignored = [text for text in patterns if WILDCARDS.fullmatch(text) is None]
+    if ignored or excluded - {TABLE, HEAD if _is_tied(node) else TABLE}:
+        yield (
+            f"{EXCLUSIONS} {', '.join(patterns)}: here weight decay can leave out norms, biases and the token"
+            " table, and nothing else"
+        )
+    elif not any("norm" in text for text in patterns):
+        yield "nanotron decays norms too; here weight decay acts on matrices only"
 
 
 def _unread(node: _Node) -> tuple[str, ...]:
     """Keys that change a training and are not read."""
     found = []
     for section, known in READ.items():
-        values = node.get(section)
+        values = node.get(section) if section else node.content
         keys = values if isinstance(values, Mapping) else {}
-        found += [
-            f"{section}.{key}" for key in keys if key not in known and keys[key] not in (None, False, 0)
-        ]
+        begin = f"{section}." if section else ""
+        found += [f"{begin}{key}" for key in keys if key not in known and keys[key] not in (None, False, 0)]
     return tuple(f"{key} is not read" for key in found)
 
 
 def _stages(node: _Node) -> list[_Node]:
-    stages = node.get("data_stages", ())
+    stages = node.get("data_stages") or [node.content]  # older recipes have one, without a list
     if not isinstance(stages, list | tuple):
         return []
     return [_Node(stage, node.origin) for stage in stages if isinstance(stage, Mapping)]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from smolctl.config import RunConfig
+from smolctl.config import ModelConfig, RunConfig
 from smolctl.config.load import (
     changed_recipe,
     config_path,
@@ -24,21 +24,25 @@ from smolctl.config.load import (
     resolve_model_config,
     resolve_run_config,
 )
+from smolctl.config.run import DataConfig
 from smolctl.errors import InputError, UsageError
 from smolctl.outside import refuse_pointer
 from smolctl.ownership import require_inside
 from smolctl.runs.folder import FILES as RUN_FILES
 from smolctl.runs.folder import RUNS, RunFolder, latest_run, split_step
-from smolctl.sources.base import ModelSource, SourceKind
+from smolctl.sources.base import NO_RECIPE, ModelSource, SourceKind
 from smolctl.sources.checkpoint import ZIP_MAGIC, open_checkpoint
 from smolctl.sources.gguf.header import GGUF_MAGIC
 from smolctl.sources.gguf.model import open_gguf
 from smolctl.sources.huggingface.folder import (
+    LONE_ENDINGS,
+    broken_link,
     files_of_model,
     is_huggingface_folder,
     open_config_json,
     open_folder,
     open_safetensors,
+    refuse_broken_links,
 )
 from smolctl.sources.huggingface.safetensors_file import is_safetensors
 from smolctl.sources.huggingface.tokenizer import TOKENIZER_FILES, tokenizer_reader
@@ -56,7 +60,7 @@ FILE_ENDINGS = (".gguf", ".safetensors", ".ckpt", ".yaml", ".yml", ".json", ".bi
 NO_LONE_FILE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state).*|.+-(?!00001)\d{5}-of-\d{5}\..+"
 )
-LONE_ENDINGS = (".gguf", ".bin", ".pth", ".pt", ".ckpt")
+META_PART = re.compile(r"consolidated\.\d\d\.pth")
 MAX_CONFIG_BYTES = 20_000_000  # larger texts are corpora
 KINDS = "Give a preset, YAML, Hub id, Hugging Face or quantized folder, .safetensors, .gguf, .ckpt or run."
 
@@ -116,7 +120,7 @@ def _open(model: str, values: Mapping[str, Any]) -> ModelSource:
     if _exists(path) and not (preset and path.is_dir() and not _holds_model(path)):
         return _open_path(path, model, values)
     if path.is_symlink():
-        raise InputError(f"{model}: a link to {path.readlink()}, which is not there", "Restore its target.")
+        raise broken_link(path)
     if preset:
         return _open_recipe(presets_folder() / f"{model}.yaml", model, values)
     if path.parent == RUNS and path.name == "latest":
@@ -182,6 +186,7 @@ def _holds_model(folder: Path) -> bool:
 def _open_folder(folder: Path, name: str) -> ModelSource:
     if RunFolder.is_run(folder):
         return _open_run(folder, None, name)
+    refuse_broken_links(folder)
     if is_quantized_folder(folder):
         return open_quantized_folder(folder, name)
     if lone := _lone_file(folder):
@@ -191,6 +196,20 @@ def _open_folder(folder: Path, name: str) -> ModelSource:
     inside = sorted(path.name for path in folder.iterdir())
     shown = ", ".join(inside[:5]) or "nothing"
     raise InputError(f"{folder}: no model in it: no config.json, safetensors or run; it holds {shown}", KINDS)
+
+
+def _refuse_part_of_meta(path: Path) -> None:
+    """Refuse a file of Meta's that holds a share of every tensor.
+
+    Raises:
+        InputError: others like it lie beside the file.
+    """
+    count = len(list(path.parent.glob("consolidated.??.pth")))
+    if META_PART.fullmatch(path.name) and count > 1:
+        raise InputError(
+            f"{path}: one of {count} files of Meta's, each of which has a share of every tensor",
+            "Convert them with transformers' convert_llama_weights_to_hf.",
+        )
 
 
 def _lone_file(folder: Path) -> Path | None:
@@ -203,6 +222,8 @@ def _lone_file(folder: Path) -> Path | None:
         return None
     found = sorted(path for ending in LONE_ENDINGS for path in folder.glob(f"*{ending}"))
     parts = [path for path in found if not NO_LONE_FILE.fullmatch(path.name)]
+    for path in parts[:1]:
+        _refuse_part_of_meta(path)
     if len(parts) > 1 and not (folder / "config.json").is_file():
         names = ", ".join(path.name for path in parts[:5])
         raise InputError(f"{folder}: {len(parts)} files of weights: {names}", "Name one of them.")
@@ -215,6 +236,7 @@ def _open_file(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
     if not start:
         raise InputError(f"{name}: the file is empty", KINDS)
     refuse_pointer(start, name)
+    _refuse_part_of_meta(path)
     if start.startswith(GGUF_MAGIC):
         return open_gguf(path, name)
     if start.startswith(ZIP_MAGIC):
@@ -261,14 +283,32 @@ def _open_recipe(path: Path, name: str, values: Mapping[str, Any]) -> ModelSourc
     content = read_yaml(path)
     if is_nanotron(content):
         return open_nanotron(content, path, name)
-    run = resolve_run_config(changed_recipe(path, content, values), name)
+    recipe = changed_recipe(path, content, values)
+    problem = _too_long(recipe)
+    if problem:  # which changes nothing of the model; everything else of the recipe is checked
+        recipe = merge(recipe, {"data": {"sequence_length": 1}})
+    run = resolve_run_config(recipe, name)
     return ModelSource(
         kind=SourceKind.PRESET if is_preset(path) else SourceKind.CONFIG,
         id=name,
         config=run.model,
         declared=content.get("model") or {},
-        run=run,
+        run=None if problem else run,
+        problems=(problem,) if problem else (),
     )
+
+
+def _too_long(recipe: Mapping[str, Any]) -> str:
+    """That sequences do not fit the model's context; "" when they do, or when one of the two is no number."""
+    data, model = recipe.get("data") or {}, recipe.get("model") or {}
+    if not isinstance(data, Mapping) or not isinstance(model, Mapping):
+        return ""
+    length = data.get("sequence_length", DataConfig.model_fields["sequence_length"].default)
+    key = "max_position_embeddings"
+    context = model.get(key, ModelConfig.model_fields[key].default)
+    if type(length) is not int or type(context) is not int or length <= context:
+        return ""
+    return f"data.sequence_length {length:,} is longer than the model's context of {context:,}: {NO_RECIPE}"
 
 
 def _open_run(path: Path, step: int | None, name: str) -> ModelSource:

@@ -16,8 +16,9 @@ POSITIONS = "model.embed_positions.weight"
 HEAD = "lm_head.weight"
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 FIRST = "model.layers.0."
-# Old transformers and llama.cpp store these; they follow from rope_theta and rope_scaling.
-DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|rope_freqs\.weight")
+# Old transformers, llama.cpp and Meta store these; they follow from rope_theta and rope_scaling.
+DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|rope_freqs\.weight|rope\.freqs")
+INTEGER = re.compile(r"(^|\W)(u?int\d+|bool)$")  # the types of NumPy and PyTorch
 MAX_LAYERS = 10_000  # more would be a damaged file
 NAMED_PROBLEMS = 5  # that an error message names
 
@@ -42,10 +43,16 @@ def check_state(config: ModelConfig, tensors: Mapping[str, S], origin: str) -> d
         origin: what to call them in an error.
 
     Raises:
-        InputError: tensors are missing, unexpected or mis-shaped, each of them named, or the head of a tied
-            model is another than its table.
+        InputError: tensors are missing, unexpected or mis-shaped, each of them named, or of integers, or the
+            head of a tied model is another than its table.
     """
     state = {name: tensor for name, tensor in tensors.items() if not is_derived(name)}
+    for name, tensor in state.items():
+        if INTEGER.search(str(getattr(tensor, "dtype", ""))):  # a quantized matrix has no type of its own
+            raise InputError(
+                f"{origin}: {name} holds integers, and nothing says which weights they stand for",
+                "Save the model in floats, or in a format that smolctl reads.",
+            )
     if config.tie_word_embeddings and HEAD in state and TABLE in state:
         head, table = state.pop(HEAD), state[TABLE]
         if not _equal(head, table):

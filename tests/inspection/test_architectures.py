@@ -15,6 +15,7 @@ import pytest
 
 from smolctl.arithmetic import tensor_rows
 from smolctl.inspection import count_source, inspect
+from smolctl.inspection.architectures import _not_buildable
 from smolctl.inspection.roles import Totals, total, with_tied_head
 from smolctl.sources import open_source
 from tests.support.model_folders import llama_folder
@@ -92,6 +93,30 @@ def test_a_config_that_no_model_has_is_not_built(value: dict[str, Any], tmp_path
     assert next(iter(value)) in report.notes[0]
 
 
+def test_a_size_of_layers_or_channels_is_no_number_of_modules(tmp_path: Path) -> None:
+    sizes = {"vocab_size_per_layer_input": 262_144, "depthwise_separable_out_channel": 1_024}
+    assert _not_buildable({"model_type": "gemma3n_text", **sizes}) == ""
+
+
+def test_a_llama_whose_sizes_are_left_out_says_what_is_assumed(tmp_path: Path) -> None:
+    notes = bare(tmp_path, model_type="llama", hidden_dim=5_120, num_layers=40).notes
+    assert "hidden_size is not given: 4,096 is assumed, as by transformers" in notes
+    assert len(notes) == 5
+
+
+@pytest.mark.slow
+def test_transformers_says_what_it_assumes_and_which_tensors_are_tables(tmp_path: Path) -> None:
+    bloom = bare(tmp_path, model_type="bloom", n_embed=16, num_heads=4)
+    assert "n_layer is not given: 2 is assumed, as by transformers" in bloom.notes
+    assert not any("hidden_size" in note for note in bloom.notes)  # n_embed says it
+    sizes = {"vocab_size": 40, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    gpt = bare(tmp_path, model_type="openai-gpt", **sizes)
+    layer = 4 * 8 * 8 + 4 * 8 + 8 * 8 * 8 + 5 * 8 + 4 * 8
+    assert gpt.totals == Totals(layer + 56 * 8, layer + 96 * 8, layer, layer + 56 * 8)
+    named = {key: LLAMA[key] for key in LLAMA if key != "model_type"}
+    assert bare(tmp_path, **named).totals.unique == BODY + 640
+
+
 def test_counting_a_llama_that_cannot_be_run_imports_no_torch(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"hidden_act": "gelu"}))
     code = (
@@ -142,6 +167,16 @@ FILES: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any], int, int]] = 
     "Meta's file": ({"tok_embeddings.weight": TABLE, "output.weight": TABLE}, {}, 2, 0),
     "a tied GGUF": ({"token_embd.weight": TABLE}, {"general.architecture": "qwen2"}, 2, 0),
     "a GGUF": ({"token_embd.weight": TABLE, "output.weight": TABLE}, {"general.architecture": "qwen2"}, 2, 0),
+    "a picture's positions": (
+        {
+            "model.language_model.embed_tokens.weight": TABLE,
+            "model.vision_tower.embeddings.position_embedding.weight": (64, 32),
+            "model.visual.pos_embed": (1, 64, 32),
+            "model.visual.cell.x_position_embeddings.weight": (64, 32),
+            "lm_head.weight": TABLE,
+        },
+        *({"architectures": ["LlavaForConditionalGeneration"]}, 2, 0),
+    ),
     "an encoder's GGUF": (
         {"token_embd.weight": TABLE, "token_types.weight": (2, 32)},
         *({"general.architecture": "bert", "bert.pooling_type": 1}, 1, 0),

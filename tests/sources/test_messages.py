@@ -42,7 +42,6 @@ def test_a_git_lfs_pointer_is_called_one(name: str, in_folder: bool, tmp_path: P
             {"peft_type": "LORA", "r": 4, "base_model_name_or_path": "org/base"},
             "LORA adapter of rank 4 for org/base",
         ),
-        ({"dim": 64, "n_layers": 2, "vocab_size": 320}, "Meta's params.json"),
         ({"name": "package"}, "no config.json"),
     ],
 )
@@ -143,6 +142,32 @@ def test_a_quantization_behind_a_repository_says_how_to_get_the_file() -> None:
 def test_a_config_is_read_from_standard_input(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     assert open_source("-").config is not None
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "pytorch_model.bin"])
+def test_a_part_of_a_model_that_is_a_broken_link_is_not_taken_for_an_absent_one(
+    name: str, tmp_path: Path
+) -> None:
+    folder = write_folder(tmp_path / "model")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "gone")
+    named = [folder] if name == "model.safetensors" else [folder, folder / "model.safetensors"]
+    for model in named:
+        with pytest.raises(InputError, match=f"{name}: a link to .*gone, which is not there"):
+            open_source(str(model))
+
+
+def test_sequences_longer_than_the_context_of_our_yaml_hinder_its_recipe_alone(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: {max_position_embeddings: 64, num_hidden_layers: 2}")  # data's default is 1,024
+    source = open_source(str(path))
+    assert count_source(source).totals.unique == 28_311_552 + 64 * 576 + 2 * 3_540_096 + 576
+    assert source.run is None
+    with pytest.raises(InputError, match="longer than the model's context of 64: no recipe for train"):
+        training_config(source)
+    path.write_text("model: {max_position_embeddings: 64}\ndata: {sequence_length: 128, sead: 1}")
+    with pytest.raises(InputError, match=r"data\.sead"):
+        open_source(str(path))
 
 
 def test_train_says_how_to_translate_a_nanotron_recipe(tmp_path: Path) -> None:

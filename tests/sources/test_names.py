@@ -86,7 +86,7 @@ def test_names_that_would_collide_stay_as_they_are() -> None:
         (["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"], "a LoRA adapter"),
         (["transformer.h.0.attn.qkv.weight", "lm_head.weight"], "a litgpt checkpoint"),
         (["transformer.h.0.attn.c_attn.weight", "transformer.wte.weight"], "GPT-2's kind"),
-        (["layers.0.attention.wq.weight", "tok_embeddings.weight"], "Meta's format"),
+        (["layers.0.attention.wq.weight", "layers.0.block_sparse_moe.w1"], "Meta's format"),
         (["layers.0.attn.output_proj.weight", "tok_embeddings.weight"], "a torchtune checkpoint"),
     ],
 )
@@ -97,6 +97,141 @@ def test_what_is_no_llama_in_our_names_is_recognized(names: list[str], said: str
     assert count_source(source).totals.unique == 16 * len(names)
     with pytest.raises(InputError, match=said.split()[-1]):
         source.require_config()
+
+
+def neighbours(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Rows of Q and K as transformers' `convert_llama_weights_to_hf` finds them at Meta's."""
+    if not name.endswith(("q_proj.weight", "k_proj.weight")):
+        return tensor
+    rows, width = tensor.shape
+    return tensor.view(rows // 8, 2, 4, width).transpose(1, 2).reshape(rows, width)
+
+
+META = {
+    **{"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output"},
+    **{"model.layers": "layers", "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk"},
+    **{"self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo"},
+    **{"mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2"},
+    **{"mlp.up_proj": "feed_forward.w3", "post_attention_layernorm": "ffn_norm"},
+    "input_layernorm": "attention_norm",
+}
+TORCHTUNE = {
+    **META,
+    **{"self_attn.o_proj": "attn.output_proj", "self_attn": "attn", "mlp.gate_proj": "mlp.w1"},
+    **{
+        "mlp.down_proj": "mlp.w2",
+        "mlp.up_proj": "mlp.w3",
+        "post_attention_layernorm.weight": "mlp_norm.scale",
+    },
+    **{"input_layernorm.weight": "sa_norm.scale", "model.norm.weight": "norm.scale"},
+}
+
+
+def in_layout(names: dict[str, str]) -> State:
+    state = {}
+    for name, tensor in STATE.items():
+        new = name
+        for ours, theirs in sorted(names.items(), key=lambda pair: -len(pair[0])):
+            new = new.replace(ours, theirs)
+        state[new] = neighbours(name, tensor)
+    return state
+
+
+@pytest.mark.parametrize("layout", ["Meta", "Mistral", "torchtune"])
+def test_a_llama_in_metas_layout_is_read_with_its_rows_in_our_order(layout: str, tmp_path: Path) -> None:
+    config = NETWORK.config
+    state = in_layout(TORCHTUNE if layout == "torchtune" else META)
+    assert len(set(state) & set(STATE)) == 0
+    params = {"dim": config.hidden_size, "n_layers": config.num_hidden_layers, "rope_theta": 500.0}
+    params |= {"n_heads": config.num_attention_heads, "n_kv_heads": config.num_key_value_heads}
+    params |= {"hidden_dim": config.intermediate_size, "norm_eps": 1e-5, "vocab_size": -1, "head_dim": 8}
+    if layout == "Mistral":
+        save_file(
+            {name: tensor.clone() for name, tensor in state.items()}, tmp_path / "consolidated.safetensors"
+        )
+    else:
+        torch.save({**state, "rope.freqs": torch.ones(4)}, tmp_path / "consolidated.00.pth")
+    if layout == "torchtune":
+        (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    else:
+        (tmp_path / "params.json").write_text(json.dumps(params))
+    source = open_source(str(tmp_path))
+    loaded = load_network(source).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in STATE.items())
+    assert source.require_config().rope_theta == 500.0
+    assert bool(source.assumptions) == (layout != "torchtune")  # no params.json says how long the context is
+    assert count_source(source).totals == count_source(open_source(str(write_reference(tmp_path)))).totals
+
+
+def test_a_share_of_metas_tensors_is_no_model(tmp_path: Path) -> None:
+    for number in range(2):
+        torch.save(in_layout(META), tmp_path / f"consolidated.0{number}.pth")
+    for model in (tmp_path, tmp_path / "consolidated.01.pth"):
+        with pytest.raises(InputError, match="one of 2 files of Meta's, each of which has a share"):
+            open_source(str(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool])
+def test_integers_without_scales_are_no_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    state = {**STATE, name: STATE[name].to(dtype)}
+    save_file({name: tensor.clone() for name, tensor in state.items()}, tmp_path / "model.safetensors")
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    for model in (tmp_path, tmp_path / "pytorch_model.bin"):
+        with pytest.raises(InputError, match=f"{name} holds integers"):
+            load_network(open_source(str(model)))
+
+
+def write_reference(folder: Path) -> Path:
+    (folder / "reference").mkdir()
+    save_file(
+        {name: tensor.clone() for name, tensor in STATE.items()}, folder / "reference/model.safetensors"
+    )
+    (folder / "reference/config.json").write_text(json.dumps(CONFIG))
+    return folder / "reference"
+
+
+# Those of meta-llama/Llama-2-7b, Llama-3.2-1B and mistralai's Mixtral-8x7B.
+LLAMA_2 = {
+    "dim": 4096,
+    "multiple_of": 256,
+    "n_heads": 32,
+    "n_layers": 32,
+    "norm_eps": 1e-05,
+    "vocab_size": -1,
+}
+LLAMA_32 = {
+    **{"dim": 2048, "ffn_dim_multiplier": 1.5, "multiple_of": 256, "n_heads": 32, "n_kv_heads": 8},
+    **{"n_layers": 16, "norm_eps": 1e-05, "rope_theta": 500000.0, "use_scaled_rope": True},
+    "vocab_size": 128256,
+}
+MIXTRAL = {
+    **{"dim": 4096, "n_layers": 32, "head_dim": 128, "hidden_dim": 14336, "n_heads": 32, "n_kv_heads": 8},
+    **{"norm_eps": 1e-05, "vocab_size": 32000, "moe": {"num_experts_per_tok": 2, "num_experts": 8}},
+}
+
+
+def test_a_config_json_with_some_of_metas_words_is_none_of_metas(tmp_path: Path) -> None:
+    values = {"model_type": "distilbert", "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
+    (tmp_path / "x.json").write_text(json.dumps(values))
+    assert open_source(str(tmp_path / "x.json")).declared == values
+
+
+def test_a_params_json_alone_is_described(tmp_path: Path) -> None:
+    path = tmp_path / "params.json"
+    path.write_text(json.dumps({**LLAMA_2, "vocab_size": 32_000}))
+    assert count_source(open_source(str(path))).totals.unique == 6_738_415_616
+    path.write_text(json.dumps(LLAMA_32))
+    source = open_source(str(path))
+    config = source.require_config()
+    assert (config.intermediate_size, config.head_dim) == (8_192, 64)
+    assert config.rope_scaling is not None
+    assert count_source(source).totals.non_embedding == 973_146_112
+    path.write_text(json.dumps(MIXTRAL))
+    source = open_source(str(path))
+    assert "params.json with moe is not supported" in source.unsupported
+    assert count_source(source).totals.unique is None
 
 
 @pytest.mark.parametrize("beside", [True, False])

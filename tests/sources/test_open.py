@@ -129,12 +129,12 @@ def test_what_nanotron_says_beyond_our_recipe_is_reported(tmp_path: Path) -> Non
     ("fields", "feature"),
     [
         ({"is_llama_config": False}, "is_llama_config"),
-        ({"rope_interleaved": True}, "rope_interleaved"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
         ({"hidden_act": "gelu"}, "hidden_act gelu"),
         ({"is_mamba_config": True}, "is_mamba_config"),
         ({"is_starcoder2_config": True, "is_llama_config": False}, "is_starcoder2_config"),
-        ({"is_qwen2_config": True, "no_rope_layer": 4}, "no_rope_layer 4"),
+        ({"no_rope_layer": 3, "is_qwen2_config": True, "attention_bias": True}, "attention_bias True"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),
         ({"moe_config": {"num_experts": 8}}, "moe_config"),
         ({"sliding_window_size": 8}, "sliding_window_size 8"),
         ({"attention_bias": True}, "attention_bias"),
@@ -150,7 +150,7 @@ def test_nanotron_models_of_another_kind_are_refused(
     assert feature in source.unsupported
 
 
-@pytest.mark.parametrize("key", ["no_rope_layer", "sliding_window_size"])
+@pytest.mark.parametrize("key", ["window_size", "sliding_window_size"])
 def test_nanotron_models_that_cannot_be_run_are_counted(tmp_path: Path, key: str) -> None:
     changed = {**NANOTRON, "model": {"model_config": {**NANOTRON["model"]["model_config"], key: 4}}}
     source = open_source(str(nanotron_file(tmp_path, changed)))
@@ -185,9 +185,82 @@ def test_what_of_a_nanotron_recipe_we_have_arrives_and_the_rest_is_named(tmp_pat
     data = source.run.data
     assert (data.document_masking, data.source, data.weights) == (True, ("org/a", "org/b"), (0.75, 0.25))
     assert (data.text_field, source.run.train.z_loss) == ("content", 1e-4)
+    assert not source.run.optimizer.decay_embeddings
     problems = "\n".join(source.problems)
-    assert "all but .*embedding.*" in problems
+    assert "nanotron decays norms too" in problems
     assert "optimizer.dream is not read" in problems
+
+
+def test_nanotrons_words_for_the_near_kin_are_read(tmp_path: Path) -> None:
+    scaling = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling |= {"original_max_position_embeddings": 8_192}
+    for fields, kind in (
+        ({"is_qwen2_config": True, "no_rope_layer": 10}, "smollm3"),
+        ({"is_qwen2_config": True, "attention_bias": True}, "qwen2"),
+        ({"rope_scaling": {"rope_type": "llama3", **scaling}}, "llama"),
+    ):
+        model = {"model_config": {**NANOTRON["model"]["model_config"], **fields}}
+        source = open_source(str(nanotron_file(tmp_path, {**NANOTRON, "model": model})))
+        config = source.require_config()
+        assert (config.model_type, source.run is not None) == (kind, True)
+        if kind == "smollm3":  # layers 10, 20 and 30 have no rope
+            assert [not config.rotates(layer) for layer in range(30)] == [not n % 10 for n in range(1, 31)]
+        if kind == "llama":
+            assert config.rope_scaling is not None
+            assert "nanotron trains without rope_scaling" in "\n".join(source.problems)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "tied", "embeddings_decay", "said"),
+    [
+        ([".*token_embedding.*"], True, False, "nanotron decays norms too"),
+        ([".*lm_head.*"], True, False, "nanotron decays norms too"),
+        ([".*token_embedding.*", ".*lm_head.*"], False, False, "can leave out norms, biases"),
+        ([".*lm_head.*"], False, True, "can leave out norms, biases and the token table, and nothing else"),
+        ([".*token_position_embeddings.*", ".*norm.*"], True, False, ""),
+        ([".*mlp.*"], True, True, ".*mlp.*: here weight decay can leave out"),
+        (["(a|b)+norm"], True, True, "(a|b)+norm: here weight decay can leave out"),
+    ],
+)
+def test_what_a_nanotron_recipe_excludes_from_weight_decay_arrives_or_is_named(
+    tmp_path: Path, patterns: list[str], tied: bool, embeddings_decay: bool, said: str
+) -> None:
+    optimizer = {**NANOTRON["optimizer"], "weight_decay_exclude_named_params": patterns}
+    model = {"model_config": {**NANOTRON["model"]["model_config"], "tie_word_embeddings": tied}}
+    source = open_source(str(nanotron_file(tmp_path, {**NANOTRON, "optimizer": optimizer, "model": model})))
+    assert source.run is not None
+    assert source.run.optimizer.decay_embeddings == embeddings_decay
+    named = [problem for problem in source.problems if "decay" in problem]
+    assert (said in named[0] and len(named) == 1) if said else not named
+
+
+def test_a_nanotron_schedule_is_as_nanotron_computes_it(tmp_path: Path) -> None:
+    """Keys that are left out have nanotron's defaults: the rate never falls below its peak without
+    min_decay_lr, and the decay takes all steps but the warmup's, wherever it starts."""
+    scheduler = {"learning_rate": 1e-3, "lr_warmup_steps": 100, "lr_warmup_style": "constant"}
+    scheduler |= {"lr_decay_starting_step": 500, "lr_decay_style": "cosine"}
+    content = {
+        "model": {"model_config": {**NANOTRON["model"]["model_config"], "rope_interleaved": True}},
+        "tokens": {**NANOTRON["tokens"], "train_steps": 1_000},
+        "optimizer": {"adam_beta2": 0.99, "weight_decay": 0.1, "learning_rate_scheduler": scheduler},
+        "data": {"dataset": {"dataset_folder": {"one": 0.25, "two": 0.75}}},
+        "checkpoints": {"resume_checkpoint_path": "s3://bucket/step"},
+        "parallelism": {"tp": 7},
+        "doremi": {"ref_model": "x"},
+    }
+    source = open_source(str(nanotron_file(tmp_path, content)))
+    run = source.run
+    assert run is not None
+    schedule = run.schedule
+    assert (schedule.warmup_steps, schedule.decay_start, schedule.decay_steps) == (0, 500, 900)
+    assert (schedule.min_learning_rate, run.optimizer.betas[1]) == (1e-3, 0.99)
+    assert (run.train.seed, run.data.seed) == (42, 42)
+    problems = "\n".join(source.problems)
+    for said in ("lr_decay_style cosine becomes linear", "'s3://bucket/step'", "doremi is not read"):
+        assert said in problems
+    assert "pads the vocabulary to 49,154 tokens" in problems
+    assert "rows of q_proj and k_proj in another order" in problems
+    assert "one (0.25), two (0.75): folders of tokens" in problems
 
 
 def test_a_nanotron_sequence_that_exceeds_the_context_does_not_hinder_the_count(tmp_path: Path) -> None:

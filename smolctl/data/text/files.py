@@ -203,7 +203,7 @@ def _object_in(line: str) -> Mapping[str, Any] | str:
     try:
         record = parse_json(line)
     except ValueError as error:
-        return f"is broken JSON ({error})"
+        return f"cannot be read: {error}"
     return record if isinstance(record, dict) else f"is a JSON {type(record).__name__}, not an object"
 
 

@@ -16,6 +16,7 @@ from smolctl.sources.base import DAMAGED, ModelSource, SourceKind, TensorHeader,
 from smolctl.sources.gguf.header import GGUFHeader, GGUFTensor, as_written, read_header
 from smolctl.sources.gguf.tokenizer import read_tokenizer, special_ids
 from smolctl.sources.huggingface.tokenizer import tokenizer_reader
+from smolctl.sources.meta import halves
 from smolctl.sources.shapes import check_tensors, is_derived, no_rope_layers
 
 if TYPE_CHECKING:
@@ -358,7 +359,4 @@ class GGUFWeights(Weights):
             "attn_q.weight": self.config.num_attention_heads,
             "attn_k.weight": self.config.num_key_value_heads,
         }.get(tensor.name.split(".", 2)[-1])
-        if heads is None or raw.shape[0] % (2 * heads):
-            return raw
-        rows, width = raw.shape
-        return raw.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
+        return raw if heads is None else halves(raw, heads)

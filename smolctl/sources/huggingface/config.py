@@ -45,6 +45,7 @@ QWEN_DEFAULTS = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 ROPE = ("rope_parameters", "rope_scaling")  # transformers 5's key and 4's
 # What `push` calls a network with learned positions or scaled branches, and what its config class assumes.
 CONTEXT = "max_position_embeddings"
@@ -193,13 +194,15 @@ def _no_rope_layers(values: Mapping[str, Any]) -> list[int]:
 
 
 def assumed_keys(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """Sizes that a config.json leaves out, so that Llama's defaults are assumed."""
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    return tuple(
-        f"{key} is not given: {_value(values, key):,} is assumed, as by transformers"
-        for key in sizes
-        if key not in values
-    )
+    """Sizes that a config.json of our kinds leaves out, so that the defaults of its kind are assumed."""
+    if values.get("model_type") not in ARCHITECTURES:
+        return ()
+    return tuple(assumption(key, _value(values, key)) for key in SIZES if key not in values)
+
+
+def assumption(key: str, value: int) -> str:
+    """What is said of a size that a config.json leaves out."""
+    return f"{key} is not given: {value:,} is assumed, as by transformers"
 
 
 def unsupported_feature(values: Mapping[str, Any]) -> str:

@@ -20,11 +20,14 @@ from smolctl.sources.huggingface.safetensors_file import (
     read_weight_map,
 )
 from smolctl.sources.huggingface.tokenizer import TOKENIZER_FILES, tokenizer_reader
+from smolctl.sources.meta import MetaWeights, from_params, huggingface_name, is_meta, is_params
 from smolctl.sources.names import RenamedWeights, format_of, huggingface_names
 from smolctl.sources.shapes import check_tensors, recover_config
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PARTS = frozenset((*TOKENIZER_FILES, INDEX, "params.json"))
+LONE_ENDINGS = (".gguf", ".bin", ".pth", ".pt", ".ckpt")
 
 
 MERGE = "Merge it into its base model with peft (merge_and_unload, save_pretrained) and name the result."
@@ -36,6 +39,23 @@ BOTH = f"{SINGLE} and {INDEX} are both there: {SINGLE} is read, as transformers 
 def is_huggingface_folder(folder: Path) -> bool:
     """Whether a folder holds a config.json or safetensors."""
     return (folder / "config.json").is_file() or any(folder.glob("*.safetensors"))
+
+
+def refuse_broken_links(folder: Path) -> None:
+    """Refuse a folder that a part of its model is missing from: without it another model might be read.
+
+    Raises:
+        InputError: one of its files is a link to what is not there.
+    """
+    for path in sorted(folder.iterdir()):
+        is_part = path.name in PARTS or path.name.endswith((".safetensors", *LONE_ENDINGS))
+        if is_part and path.is_symlink() and not path.exists():
+            raise broken_link(path)
+
+
+def broken_link(path: Path) -> InputError:
+    """What is said of a link to what is not there."""
+    return InputError(f"{path}: a link to {path.readlink()}, which is not there", "Restore its target.")
 
 
 def files_of_model(folder: Path) -> tuple[str, ...]:
@@ -51,7 +71,7 @@ def open_folder(folder: Path, name: str, kind: SourceKind = SourceKind.FOLDER) -
         InputError: a file is damaged or missing.
     """
     weights, tensors, problems = _folder_weights(folder)
-    source = describe(kind, name, declared_in(folder), tensors, problems, weights, tokenizer_reader(folder))
+    source = describe_beside(kind, name, folder, tensors, problems, weights, tokenizer_reader(folder))
     return dataclasses.replace(_with_adapter(source, folder), card=card_beside(folder))
 
 
@@ -68,6 +88,10 @@ def open_config_json(path: Path, name: str) -> ModelSource:
     if path.name == "config.json":
         return open_folder(path.parent, name)
     content = read_json(path)
+    if is_params(content):
+        declared, assumed, unsupported = from_params(content, {})
+        kind = SourceKind.FOLDER
+        return describe(kind, name, declared, None, assumptions=assumed, unsupported=unsupported)
     require_config_json(content, name)
     return describe(SourceKind.FOLDER, name, content, None)
 
@@ -86,8 +110,6 @@ def require_config_json(content: Mapping[str, Any], origin: str) -> None:
         raise InputError(
             f"{origin}: a tokenizer", "Name the folder or the weights; `sample` has --tokenizer."
         )
-    if {"n_layers", "dim"} <= content.keys():
-        raise InputError(f"{origin}: Meta's params.json", "Convert the model to Hugging Face's format first.")
     if not CONFIG_KEYS & content.keys():
         raise InputError(f"{origin}: no config.json: it has no {', '.join(sorted(CONFIG_KEYS))}", KIND)
 
@@ -101,15 +123,41 @@ def _adapter(content: Mapping[str, Any]) -> str:
 def open_safetensors(path: Path, name: str) -> ModelSource:
     """Open one file; its config is the config.json beside it, or is recovered from the shapes."""
     tensors, weights, beside = read_header(path), SafetensorsWeights({path: None}), path.parent
-    declared, reader = declared_in(beside), tokenizer_reader(beside)
-    source = describe(SourceKind.SAFETENSORS, name, declared, tensors, weights=weights, reader=reader)
+    kind, reader = SourceKind.SAFETENSORS, tokenizer_reader(beside)
+    source = describe_beside(kind, name, beside, tensors, weights=weights, reader=reader)
     return dataclasses.replace(_with_adapter(source, beside), card=card_beside(beside))
 
 
-def declared_in(folder: Path) -> dict[str, Any] | None:
-    """The content of the config.json in a folder, where there is one. Raises InputError: it is damaged."""
-    path = folder / "config.json"
-    return read_json(path) if path.is_file() else None
+def describe_beside(
+    kind: SourceKind,
+    name: str,
+    folder: Path,
+    tensors: tuple[TensorHeader, ...] | None,
+    problems: tuple[str, ...] = (),
+    weights: Weights | None = None,
+    reader: Callable[[], TokenizerFiles | None] | None = None,
+) -> ModelSource:
+    """A source from the config.json, or Meta's params.json, in the folder of its weights, and the header.
+
+    Raises:
+        InputError: the config is damaged.
+    """
+    refuse_broken_links(folder)
+    declared, assumed, unsupported = _declared_in(folder, tensors or ())
+    return describe(kind, name, declared, tensors, problems, weights, reader, assumed, unsupported)
+
+
+def _declared_in(
+    folder: Path, tensors: tuple[TensorHeader, ...]
+) -> tuple[dict[str, Any] | None, tuple[str, ...], str]:
+    """What a folder says of its model, what of that is assumed, and what no network of ours has."""
+    config, params = folder / "config.json", folder / "params.json"
+    if config.is_file():
+        return read_json(config), (), ""
+    values = read_json(params) if params.is_file() else {}
+    if not is_params(values):
+        return None, (), ""
+    return from_params(values, {huggingface_name(one.name): one.shape for one in tensors})
 
 
 def describe(
@@ -120,27 +168,35 @@ def describe(
     problems: tuple[str, ...] = (),
     weights: Weights | None = None,
     reader: Callable[[], TokenizerFiles | None] | None = None,
+    assumptions: tuple[str, ...] = (),
+    unsupported: str = "",
 ) -> ModelSource:
-    """A source from the config.json's content (None: recover it from shapes) and the header."""
+    """A source from the config.json's content (None: recover it from shapes) and the header.
+
+    Args:
+        assumptions: which values of the config no file says.
+        unsupported: why this network is another one, where that is known already.
+    """
     config = shape = None
-    assumptions: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     tied = declared is None or bool(declared.get("tie_word_embeddings"))
     names = huggingface_names((tensor.name for tensor in tensors or ()), tied)
     renamed = tuple(dataclasses.replace(tensor, name=names[tensor.name]) for tensor in tensors or ())
-    if declared is not None:
+    if declared is not None and not unsupported:
         config, unsupported = from_huggingface_config(declared, name)
         shape = None if config else counted_config(declared, name)
         notes = assumed_keys(declared) if config or shape else ()
         notes += check_tensors(config, renamed) if config and tensors else ()
-    elif tensors is not None:
+    elif declared is None and tensors is not None:
         config, unsupported, assumptions = recover_config(renamed)
         if config is None and (known := format_of(tensor.name for tensor in tensors)):
             unsupported = known
-    else:
+    elif declared is None:
         unsupported = "there is no config.json and there are no weights"
     if config is not None and tensors is not None and any(old != new for old, new in names.items()):
         tensors, weights = renamed, RenamedWeights(weights, names) if weights else None
+        if weights is not None and is_meta(names):
+            weights = MetaWeights(weights, config)
     return ModelSource(
         kind=kind,
         id=name,

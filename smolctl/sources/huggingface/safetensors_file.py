@@ -94,7 +94,7 @@ def parse_header(text: bytes, data_size: int | None, origin: str) -> tuple[Tenso
     try:
         entries = parse_json(text)
     except ValueError as error:
-        raise InputError(f"{origin}: the safetensors header is no JSON object: {error}", DAMAGED) from None
+        raise InputError(f"{origin}: the safetensors header cannot be read: {error}", DAMAGED) from None
     if not isinstance(entries, dict):
         raise InputError(f"{origin}: the safetensors header is no JSON object", DAMAGED)
     placed = [_entry(name, entry, origin) for name, entry in entries.items() if name != "__metadata__"]

@@ -9,15 +9,22 @@ from smolctl.config.run import OptimizerConfig
 from smolctl.model.network import Transformer
 from smolctl.training.optim.muon import MuonAdamW
 
+TABLES = ("model.embed_tokens.", "model.embed_positions.")
+
 
 def make_optimizer(network: Transformer, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW in its fused form, or Muon for the blocks' matrices and AdamW for the rest.
 
-    Matrices decay; norms, which have one dimension, do not.
+    Matrices decay, tables only where the config says so; norms and biases, which have one dimension, do not.
     """
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
-    others = {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0}
+    named = [(name, one) for name, one in network.named_parameters() if one.requires_grad]
+    matrices = [
+        one
+        for name, one in named
+        if one.dim() >= 2 and (config.decay_embeddings or not name.startswith(TABLES))
+    ]
+    decaying = set(map(id, matrices))
+    others = {"params": [one for _, one in named if id(one) not in decaying], "weight_decay": 0.0}
     if config.name == "adamw":
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, others]
         return torch.optim.AdamW(
@@ -50,6 +57,6 @@ def hidden_matrices(network: Transformer) -> list[nn.Parameter]:
 def apply_settings(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
     """Give an optimizer that was loaded from a checkpoint the config's settings; its state stays."""
     for group in optimizer.param_groups:
-        decays = any(parameter.dim() >= 2 for parameter in group["params"])
+        decays = all(parameter.dim() >= 2 for parameter in group["params"])  # the others hold norms
         group["weight_decay"] = config.weight_decay if decays else 0.0
         group["betas"], group["eps"] = config.betas, config.eps

@@ -324,7 +324,7 @@ def entry(begin: int, end: int, shape: list[Any] | None = None, dtype: str = "F3
 @pytest.mark.parametrize(
     ("header", "cause"),
     [
-        (b"{not json", "no JSON"),
+        (b"{not json", r"header cannot be read: not JSON \(Exp"),
         ({"a": 3}, "entry of 'a' is damaged"),
         ({"a": entry(0, 8, dtype="F99")}, "damaged"),
         ({"a": entry(0, 8, shape=[-2])}, "damaged"),

@@ -1,0 +1,171 @@
+"""Meta's layout of a Llama, as its own downloads, Mistral's and torchtune's checkpoints have it.
+
+Names differ from Hugging Face's, and so does the order of rows in Q and K: here rope rotates the neighbours
+(0, 1), (2, 3), ... of a head, there its halves (0, D/2), (1, D/2 + 1), .... The config is `params.json`, with
+the keys of `ModelArgs` in https://github.com/meta-llama/llama-models.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from smolctl.config import ModelConfig
+from smolctl.sources.base import Weights
+from smolctl.sources.shapes import HEAD, TABLE
+
+if TYPE_CHECKING:
+    import torch
+
+    from smolctl.sources.arrays import Array
+    from smolctl.sources.quantized.scaled import StoredTensor
+
+    T = TypeVar("T", Array, torch.Tensor)
+
+NAME = re.compile(r"(?:layers\.(?P<layer>\d+)\.)?(?P<part>[\w.]+?)\.(?:weight|scale|(?P<bias>bias))")
+PARTS = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+# Parts of a layer by Meta's names, then by torchtune's.
+LAYER_PARTS = {
+    "attention_norm": "input_layernorm",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "sa_norm": "input_layernorm",
+    "attn.q_proj": "self_attn.q_proj",
+    "attn.k_proj": "self_attn.k_proj",
+    "attn.v_proj": "self_attn.v_proj",
+    "attn.output_proj": "self_attn.o_proj",
+    "attn.q_norm": "self_attn.q_norm",
+    "attn.k_norm": "self_attn.k_norm",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.w1": "mlp.gate_proj",
+    "mlp.w2": "mlp.down_proj",
+    "mlp.w3": "mlp.up_proj",
+}
+ANCHORS = ("layers.0.attention.wq.weight", "layers.0.attn.output_proj.weight")
+# Keys of params.json that are read, and those that say how Meta's program runs and not what it computes.
+READ = (
+    *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "multiple_of"),
+    *("ffn_dim_multiplier", "norm_eps", "rope_theta", "use_scaled_rope", "rope_scaling_factor"),
+    *("high_freq_factor", "tied_embeddings", "max_seq_len", "max_position_embeddings", "sliding_window"),
+)
+HOW = ("max_batch_size", "model_parallel_size", "use_biases")
+CONTEXT, THETA = 2_048, 10_000.0  # `max_seq_len` and the base of rope, which old files leave out
+
+
+def is_meta(names: Iterable[str]) -> bool:
+    """Whether tensors have the names of Meta or of torchtune."""
+    return bool(set(ANCHORS) & set(names))
+
+
+def huggingface_name(name: str) -> str:
+    """`layers.0.attention.wq.weight` as `model.layers.0.self_attn.q_proj.weight`; others as they are."""
+    found = NAME.fullmatch(name)
+    part = (LAYER_PARTS if found["layer"] else PARTS).get(found["part"]) if found else None
+    if found is None or part is None:
+        return name
+    layer = f"model.layers.{found['layer']}." if found["layer"] else ""
+    return f"{layer}{part}.{found['bias'] or 'weight'}"
+
+
+def is_params(values: Mapping[str, Any]) -> bool:
+    """Whether the content of a JSON file is a params.json; a config.json may have keys of the same names."""
+    return {"dim", "n_layers"} <= values.keys() and not {"model_type", "architectures"} & values.keys()
+
+
+def from_params(
+    values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, Any], tuple[str, ...], str]:
+    """A params.json in the words of a config.json.
+
+    Args:
+        values: its content.
+        shapes: of the tensors beside it by their Hugging Face names, or nothing. Llama 2's files do not say
+            how large the vocabulary is, and no file whether the head is the table.
+
+    Returns:
+        The config.json, what of it is assumed, and which key makes it another network ("": none).
+    """
+    others = [key for key, value in values.items() if key not in READ + HOW and value not in (None, False)]
+    theta, scaled = values.get("rope_theta", THETA), values.get("use_scaled_rope")
+    given = values.get("max_position_embeddings") or values.get("max_seq_len")
+    size, table = values.get("vocab_size"), shapes.get(TABLE)
+    kind = "mistral" if values.get("sliding_window") else "llama"
+    found = {
+        "model_type": None if others else kind,
+        "vocab_size": table[0] if size in (None, -1) and table else size,
+        "hidden_size": values["dim"],
+        "intermediate_size": values.get("hidden_dim") or _intermediate_size(values),
+        "num_hidden_layers": values["n_layers"],
+        "num_attention_heads": values["n_heads"],
+        "num_key_value_heads": values.get("n_kv_heads"),
+        "head_dim": values.get("head_dim"),
+        "rms_norm_eps": values.get("norm_eps", 1e-5),
+        "rope_theta": theta,
+        "max_position_embeddings": given or CONTEXT,
+        "sliding_window": values.get("sliding_window"),
+        "tie_word_embeddings": bool(values.get("tied_embeddings"))
+        or (TABLE in shapes and HEAD not in shapes),
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    if scaled:
+        found["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": values.get("rope_scaling_factor") or 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": values.get("high_freq_factor") or 4.0,
+            "original_max_position_embeddings": 8_192,
+        }
+    assumed = () if given else (f"a context of {CONTEXT:,} is assumed: params.json does not say it",)
+    reason = f"params.json with {', '.join(others)} is not supported, only Llama's" if others else ""
+    return found, assumed, reason
+
+
+def _intermediate_size(values: Mapping[str, Any]) -> Any:
+    """Two thirds of four times the width, times a factor, rounded up (`FeedForward` in Meta's model.py)."""
+    dim, factor = values["dim"], values.get("ffn_dim_multiplier") or 1
+    multiple = values.get("multiple_of") or 256
+    if type(dim) is not int or type(multiple) is not int or not isinstance(factor, int | float):
+        return None
+    size = int(factor * int(2 * 4 * dim / 3))
+    return -(-size // multiple) * multiple
+
+
+def halves(matrix: T, heads: int) -> T:
+    """Rows of Q or K, (heads × D, width), from neighbours to halves; as they are where they do not divide."""
+    rows, width = matrix.shape
+    if rows % (2 * heads):
+        return matrix
+    pairs = matrix.reshape(heads, rows // heads // 2, 2, width)
+    return pairs.swapaxes(1, 2).reshape(rows, width)
+
+
+class MetaWeights(Weights):
+    """Tensors of Meta's layout under their Hugging Face names, with Q and K in Hugging Face's order.
+
+    Args:
+        weights: under their Hugging Face names.
+        config: of the network. torchtune rotates Qwen's heads as Hugging Face does.
+    """
+
+    def __init__(self, weights: Weights, config: ModelConfig) -> None:
+        self.weights = weights
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        self.heads = heads if config.model_type == "llama" else {}
+
+    def stored(self) -> Iterator[tuple[str, StoredTensor]]:
+        return ((name, self._reordered(name, item)) for name, item in self.weights.stored())
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, self._reordered(name, item)) for name, item in self.weights.tensors())
+
+    def _reordered(self, name: str, item: Any) -> Any:
+        heads = self.heads.get(name.removesuffix(".weight").rpartition(".")[2])
+        return item if heads is None else halves(item, heads)

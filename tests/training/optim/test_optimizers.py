@@ -1,0 +1,31 @@
+"""Which parameters decay."""
+
+from __future__ import annotations
+
+import pytest
+
+from smolctl.config import ModelConfig
+from smolctl.config.run import OptimizerConfig
+from smolctl.model.network import Transformer
+from smolctl.training.optim.optimizers import apply_settings, make_optimizer
+
+SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_tables_are_left_out_of_weight_decay_before_and_after_a_resume(name: str) -> None:
+    network = Transformer(ModelConfig.model_validate({**SIZES, **HEADS, "tie_word_embeddings": False}))
+    names = {id(parameter): key for key, parameter in network.named_parameters()}
+    settings = {"name": name, "weight_decay": 0.1, "decay_embeddings": False}
+    config = OptimizerConfig.model_validate(settings)
+    optimizer = make_optimizer(network, config)
+
+    def decaying(rate: float) -> set[str]:
+        groups = [group for group in optimizer.param_groups if group["weight_decay"] == rate]
+        return {names[id(parameter)] for group in groups for parameter in group["params"]}
+
+    expected = {key for key in names.values() if key == "lm_head.weight" or "_proj" in key}
+    assert decaying(0.1) == expected
+    apply_settings(optimizer, config.model_copy(update={"weight_decay": 0.2}))
+    assert decaying(0.2) == expected
