@@ -24,7 +24,7 @@ from smolctl.escaping import json_text
 from smolctl.generation.service import BusyError, Job, Piece, Service
 from smolctl.serving.guards import Guard, Limits
 from smolctl.serving.page import page_routes
-from smolctl.serving.requests import ApiError, ApiRequest, parse_body, parse_request
+from smolctl.serving.requests import ApiError, ApiRequest, parse_body, parse_request, sentences
 from smolctl.serving.responses import Responder
 
 EVENT_STREAM = (
@@ -245,8 +245,7 @@ async def _until_left(receive: Receive) -> None:
 
 
 def _api_error(error: SmolError) -> ApiError:
-    message = f"{error.message}. {error.hint}".strip()
-    message = message[:1].upper() + message[1:]
+    message = sentences(error)
     if isinstance(error, BusyError):
         return ApiError(503, message)
     if isinstance(error, PromptTooLongError):
