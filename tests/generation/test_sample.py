@@ -163,9 +163,8 @@ def test_a_line_may_be_a_request_as_clients_of_openai_send_it(
     parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "dog"}]
     schema = {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 2}
     form = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
-    plain: dict[str, Any] = {
-        "messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "the dog"}]
-    }
+    asked = [{"role": "system", "content": "a"}, {"role": "user", "content": "the dog"}]
+    plain: dict[str, Any] = {"messages": asked}
     rows: list[dict[str, Any]] = [
         plain,
         {"messages": [{"role": "developer", "content": "a"}, {"role": "user", "content": parts}]},
