@@ -71,6 +71,6 @@ class Batch:
 def _tokenize(model: LoadedModel, line: PromptLine, conversation: Conversation) -> Sequence[int]:
     if line.fault:
         raise line.fault
-    if "messages" in line.source:
-        return conversation.render(model, line.source["messages"]).ids
+    if line.messages:
+        return conversation.render(model, line.messages).ids
     return conversation.prompt(model, line.source["prompt"]).ids

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO, TypeGuard
@@ -10,10 +10,12 @@ from typing import Any, TextIO, TypeGuard
 from smolctl.errors import InputError, UsageError
 from smolctl.escaping import json_text
 from smolctl.generation.complete import CompletionSettings
+from smolctl.generation.openai import answer_schema, parse_messages
 from smolctl.outside import parse_json
 
 STDIN = "-"
 COMPLETIONS = "completions"  # the key of the answers in a row of output
+CORRECT = "Correct it, or leave it out."
 SHAPES = 'Each line is {"prompt": "..."}, {"messages": [...]} or a string.'
 
 # What a line may set, by OpenAI's names and, where OpenAI has none, vLLM's.
@@ -23,17 +25,34 @@ COUNTS: Mapping[str, tuple[str, int | None, int | None]] = {
     "max_tokens": ("max_tokens", 1, None),
     "max_completion_tokens": ("max_tokens", 1, None),
     "n": ("samples", 1, 128),
+    "top_logprobs": ("alternatives", 0, 20),
     "seed": ("seed", None, None),
 }
 SETTINGS = (*SAMPLING, *COUNTS, "stop")
 # Settings of OpenAI, vLLM, llama.cpp and transformers that would change the answer and that smolctl lacks.
-UNSUPPORTED = frozenset({
-    "best_of", "do_sample", "echo", "frequency_penalty", "function_call", "functions", "ignore_eos",
-    "logit_bias", "logprobs", "max_new_tokens", "min_tokens", "n_predict", "num_beams",
-    "num_return_sequences", "presence_penalty", "repeat_penalty", "response_format", "stop_sequences",
-    "stop_token_ids", "stream", "suffix", "tool_choice", "tools", "top_logprobs", "typical_p",
-    "use_beam_search",
-})  # fmt: skip
+# They ask for nothing where they have one of these values, or are empty, 0 or false.
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    **dict.fromkeys(
+        (
+            *("audio", "do_sample", "frequency_penalty", "functions", "ignore_eos", "logit_bias"),
+            *("max_new_tokens", "min_tokens", "n_predict", "num_return_sequences", "prediction"),
+            *("presence_penalty", "repeat_penalty", "stop_sequences", "stop_token_ids", "suffix"),
+            *("tools", "typical_p", "use_beam_search", "web_search_options"),
+        ),
+        (),
+    ),
+    "best_of": (1,),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "num_beams": (1,),
+    "tool_choice": ("none", "auto"),
+}
+# What only a server does; the log-probabilities of its tokens are in every answer to a line.
+OF_SERVERS: Mapping[str, tuple[Any, ...]] = {"echo": (), "logprobs": (True,), "stream": ()}
+
+
+class UnsupportedError(InputError):
+    """A setting that smolctl does not have."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +63,8 @@ class PromptLine:
     source: Any  # an object with "prompt" or "messages"; of a line with a fault what is there, or its text
     settings: CompletionSettings
     fault: InputError | None = None  # why it is not a prompt
+    messages: Sequence[Mapping[str, str]] = ()  # of a chat, with one text each
+    schema: Mapping[str, Any] | None = None  # that its answers keep to
 
     def row(self, completions: list[dict[str, Any]]) -> dict[str, Any]:
         """The line of output of its answers."""
@@ -94,10 +115,7 @@ def changed_settings(values: Mapping[str, Any], settings: CompletionSettings) ->
         InputError: a value of the wrong type or out of its range, or a setting that smolctl does not have.
     """
     given = {key: value for key, value in values.items() if value is not None}
-    for key in sorted(UNSUPPORTED & given.keys()):
-        # What is off asks for nothing, and the log-probabilities of its tokens are in every answer.
-        if given[key] and not (key == "logprobs" and given[key] is True):
-            raise InputError(f'"{key}" is not supported', f"Leave it out. Supported: {', '.join(SETTINGS)}.")
+    _refuse_unsupported(given, UNSUPPORTED)
     changes: dict[str, Any] = {}
     for key, (field, least, most) in COUNTS.items():
         if key not in given:
@@ -109,21 +127,29 @@ def changed_settings(values: Mapping[str, Any], settings: CompletionSettings) ->
             or (most is not None and value > most)
         ):
             limits = " of 1 or more" if most is None else f" from {least} to {most}"
-            raise InputError(f'"{key}" is not an integer{limits if least is not None else ""}', SHAPES)
+            raise InputError(f'"{key}" is not an integer{limits if least is not None else ""}', CORRECT)
         changes[field] = value
     if "stop" in given:
         stop = [given["stop"]] if isinstance(given["stop"], str) else given["stop"]
         if not isinstance(stop, list) or not all(isinstance(text, str) for text in stop):
-            raise InputError('"stop" is neither a string nor a list of strings', SHAPES)
+            raise InputError('"stop" is neither a string nor a list of strings', CORRECT)
         changes["stop"] = tuple(stop)
     sampling = {key: given[key] for key in SAMPLING if key in given}
     for key, value in sampling.items():
         if type(value) is not int and (key == "top_k" or type(value) is not float):
-            raise InputError(f'"{key}" is not {"an integer" if key == "top_k" else "a number"}', SHAPES)
+            raise InputError(f'"{key}" is not {"an integer" if key == "top_k" else "a number"}', CORRECT)
     try:
         return replace(settings, **changes, sampling=replace(settings.sampling, **sampling))
     except UsageError as error:
         raise InputError(error.message.removeprefix("--"), error.hint) from None
+
+
+def _refuse_unsupported(given: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]]) -> None:
+    for key, harmless in unsupported.items():
+        if (value := given.get(key)) and value not in harmless:
+            raise UnsupportedError(
+                f'"{key}" is not supported', f"Leave it out. Supported: {', '.join(SETTINGS)}."
+            )
 
 
 def are_messages(value: object) -> TypeGuard[list[dict[str, Any]]]:
@@ -185,13 +211,15 @@ def _parse(number: int, text: str, defaults: CompletionSettings) -> PromptLine:
             raise InputError('neither a string nor an object with either "prompt" or "messages"', SHAPES)
         if "prompt" in value and not isinstance(value["prompt"], str):
             raise InputError('"prompt" is not a string', SHAPES)
-        if "messages" in value and not are_messages(value["messages"]):
-            raise InputError('"messages" is not a list of {"role": "...", "content": "..."}', SHAPES)
+        messages = parse_messages(value["messages"]) if "messages" in value else ()
         if COMPLETIONS in value:
             raise InputError(
                 f'it has the key "{COMPLETIONS}", under which the answers are written', "Rename that key."
             )
-        return PromptLine(number, value, changed_settings(value, defaults))
+        _refuse_unsupported(value, OF_SERVERS)
+        schema = answer_schema(value.get("response_format"))
+        settings = changed_settings(value, defaults)
+        return PromptLine(number, value, settings, messages=messages, schema=schema)
     except InputError as fault:
         return PromptLine(number, value, defaults, fault)
 

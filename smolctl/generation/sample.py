@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
 
 from smolctl.data.tokenizer.prompt import SpecialTokens
-from smolctl.errors import UsageError
+from smolctl.errors import InputError, UsageError
+from smolctl.escaping import json_text
 from smolctl.generation.compare import Divergence, diverge
 from smolctl.generation.complete import (
     CompletionResult,
@@ -21,9 +23,9 @@ from smolctl.generation.engines import EngineOptions
 from smolctl.generation.grammar import Grammar, compile_schema
 from smolctl.generation.load import LoadedModel, load_model
 from smolctl.generation.many import Batch
-from smolctl.generation.prompts import SAMPLING, STDIN, PromptFile, finished_lines, read_prompts
+from smolctl.generation.prompts import SAMPLING, STDIN, PromptFile, PromptLine, finished_lines, read_prompts
 from smolctl.generation.sampling import settle, taken_of
-from smolctl.outside import read_json
+from smolctl.outside import parse_json, read_json
 
 SCHEMA_FILE = "Name a file with a JSON schema."
 NO_PROMPT = "Give --prompt TEXT or pipe one in."
@@ -143,14 +145,19 @@ def sample(
     first = models[0]
     conversation = Conversation(bool(request.chat), request.system, special_tokens=request.special_tokens)
     if file is not None:
-        lines = (
-            line
-            if line.fault
-            else replace(
-                line, settings=_settled(request, line.settings, line.source, recommended, grammars[0])
-            )
-            for line in file.lines
+        compiled = lru_cache(
+            lambda text: compile_schema(parse_json(text), first.tokenizer, first.engine.config)
         )
+
+        def settled(line: PromptLine) -> PromptLine:
+            try:
+                grammar = grammars[0] if line.schema is None else compiled(json_text(dict(line.schema)))
+            except InputError as fault:
+                return replace(line, fault=fault)
+            own_settings = _settled(request, line.settings, line.source, recommended, grammar)
+            return replace(line, settings=own_settings)
+
+        lines = (line if line.fault else settled(line) for line in file.lines)
         file = replace(file, lines=tuple(lines))
         return Batch(first, file, conversation, request.batch_size, done)
     if text is None:

@@ -49,7 +49,7 @@ def page_chat(source: ModelSource) -> dict[str, Any] | None:
     if tokenizer.chat_template is None:
         return None
     render(tokenizer, conversation(["a"]))
-    takes_system = _takes_system(tokenizer)
+    takes_system = accepts_system(tokenizer)
     pieces = chat_pieces(tokenizer, takes_system)
     if pieces is not None:
         system = _default_system(pieces["between"])
@@ -73,7 +73,7 @@ def chat_files(chat: Mapping[str, Any] | None) -> Mapping[str, bytes]:
     return jinja_files() if chat is not None and chat["kind"] == "jinja" else {}
 
 
-def _takes_system(tokenizer: Tokenizer) -> bool:
+def accepts_system(tokenizer: Tokenizer) -> bool:
     """Whether a system message changes what the template writes, and is not refused."""
     try:
         return render(tokenizer, conversation(["a"], "b")) != render(tokenizer, conversation(["a"]))

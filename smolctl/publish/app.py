@@ -12,26 +12,29 @@ import json
 import os
 import random
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from smolctl.arithmetic import kv_cache_bytes_per_token
 from smolctl.cores import compute_threads
 from smolctl.data.tokenizer.prompt import Prompt
 from smolctl.errors import SmolError
 from smolctl.escaping import whole_characters
-from smolctl.generation.complete import CompletionSettings, complete
+from smolctl.generation.complete import CompletionSettings
 from smolctl.generation.conversation import MOST_TOKENS, Conversation
-from smolctl.generation.engine import Cancellation, CancelledError
 from smolctl.generation.load import LoadedModel, load_model
 from smolctl.generation.sampling import SamplingSettings
+from smolctl.generation.service import Asked, Piece, Service
 
 MODEL, FACTS = "model", "space.json"
 CHAT = "chat"  # the endpoint for programs
 ANSWER_S = 60.0  # for one answer, its prompt included: others are waiting
 CHECK_EVERY_S = 0.25  # whether time is up, or the visitor has left
+SLOTS = 8  # visitors at most who are answered at once
+CACHE_BYTES = 4 << 30  # of their conversations together: fewer are answered at once where a model needs more
 WAITING = 16  # visitors at most who wait for their turn; others are told to come back
 SESSIONS = 256  # visitors whose conversations are kept in memory
 REQUEST_BYTES = 1 << 20  # of a request, or more where the context holds more text
@@ -79,7 +82,7 @@ class Visit:
 
 
 class Speaker:
-    """A model that answers visitors; one who leaves or presses stop ends the work on their answer.
+    """A model that answers several visitors at once; one who leaves or presses stop ends their own answer.
 
     The answers are asynchronous generators: Gradio cancels these at once, but others only after their next
     piece of text, which may be a long prompt away.
@@ -99,6 +102,8 @@ class Speaker:
         self.model, self.answer_s, self._visit = model, answer_s, visit
         self.context = min(model.context, MOST_TOKENS)
         self.most_characters = model.tokenizer.most_characters(self.context)
+        cached = self.context * kv_cache_bytes_per_token(model.engine.config, model.engine.cache_dtype.name)
+        self.service = Service(model, min(max(CACHE_BYTES // cached, 1), SLOTS), self.context, WAITING)
 
     def engine(self) -> str:
         """The engine that runs here, and why it is not a faster one where that is so."""
@@ -140,51 +145,55 @@ class Speaker:
         visit: Visit,
         says_errors: bool = False,
     ) -> AsyncGenerator[str, None]:
-        loop, cancellation = asyncio.get_running_loop(), Cancellation()
-        pieces: asyncio.Queue[str | BaseException | None] = asyncio.Queue()
-
-        def listen(_sample: int, text: str) -> None:
-            loop.call_soon_threadsafe(pieces.put_nowait, text)
-
-        def work() -> None:
-            engine, tokenizer = self.model.engine, self.model.tokenizer
-            tokenizer.require_room(len(text), self.context)
-            prompt = make_prompt()
-            cancellation.check()
-            complete(engine, tokenizer, prompt, _settings(controls), listen, cancellation=cancellation)
-
-        worker = loop.run_in_executor(None, work)
-        worker.add_done_callback(lambda done: pieces.put_nowait(done.exception()))
+        loop = asyncio.get_running_loop()
         deadline = loop.time() + self.answer_s
+        pieces: asyncio.Queue[Piece | SmolError] = asyncio.Queue()
 
-        def watch() -> None:
-            if visit.has_left() or loop.time() >= deadline:
-                cancellation.set()
-            elif not worker.done():
-                loop.call_later(CHECK_EVERY_S, watch)
+        def listen(piece: Piece | SmolError) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        watch()
-        answer = ""
+        def read() -> Asked:
+            self.model.tokenizer.require_room(len(text), self.context)
+            return Asked(make_prompt().ids, _settings(controls))
+
+        answer, ended, job = "", False, None
         try:
-            while isinstance(piece := await pieces.get(), str):
-                answer += piece
-                yield answer
-            if isinstance(piece, CancelledError):
-                yield f"{answer}\n\n{STOPPED}".strip()
-            elif isinstance(piece, SmolError):
-                reason = f"{piece.message}. {piece.hint}".strip()
-                if not says_errors:
-                    import gradio
-
-                    # Gradio takes the message for HTML, and a chat template may have written it.
-                    raise gradio.Error(html.escape(reason), print_exception=False)
-                yield f"{answer}\n\n{REFUSED}{reason}".strip()
-            elif piece is not None:
-                raise piece
-            elif not answer:
+            job = self.service.start([await loop.run_in_executor(None, read)], listen)
+            while not ended:
+                if visit.has_left() or loop.time() >= deadline:
+                    yield f"{answer}\n\n{STOPPED}".strip()
+                    return
+                before = answer
+                # All that has come by now: with each value Gradio sends a change of the page.
+                for piece in await _waiting_in(pieces, CHECK_EVERY_S):
+                    if isinstance(piece, SmolError):
+                        raise piece
+                    answer, ended = answer + piece.text, piece.finish_reason is not None
+                if answer != before:
+                    yield answer
+            if not answer:
                 yield ENDED_AT_ONCE
+        except SmolError as error:
+            reason = f"{error.message}. {error.hint}".strip()
+            if not says_errors:
+                import gradio
+
+                # Gradio takes the message for HTML, and a chat template may have written it.
+                raise gradio.Error(html.escape(reason), print_exception=False) from None
+            yield f"{answer}\n\n{REFUSED}{reason}".strip()
         finally:
-            cancellation.set()
+            if job is not None:
+                self.service.cancel(job)
+
+
+async def _waiting_in(queue: asyncio.Queue[Piece | SmolError], at_most_s: float) -> list[Piece | SmolError]:
+    """All that waits in a queue: where that is nothing, what comes within a time."""
+    found = []
+    with suppress(TimeoutError):
+        async with asyncio.timeout(at_most_s):
+            found.append(await queue.get())
+    return found + [queue.get_nowait() for _ in range(queue.qsize())]
 
 
 def _settings(controls: Sequence[float]) -> CompletionSettings:
@@ -369,9 +378,9 @@ def main(folder: Path, on_start: Callable[[str], None] | None = None) -> None:
     # A container sees all processors of its host. More threads than its share would wait for one another.
     os.environ.setdefault("OMP_NUM_THREADS", str(compute_threads()))
     speaker = Speaker(load_model(str(folder / MODEL)), visit=_visit)
-    # One visitor at a time: the model takes all cores. The address is Gradio's choice, on a Space the Hub's.
+    # The address is Gradio's choice, on a Space the Hub's.
     page = build_page(SpaceFacts.read(folder), speaker)
-    page.queue(default_concurrency_limit=1, max_size=WAITING, api_open=False)
+    page.queue(default_concurrency_limit=speaker.service.slots, max_size=WAITING, api_open=False)
     # UTF-8 takes four bytes at most for a character.
     request_bytes = max(REQUEST_BYTES, 4 * speaker.most_characters)
     waits = on_start is None

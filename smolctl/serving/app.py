@@ -23,7 +23,8 @@ from smolctl.errors import InputError, PromptTooLongError, SmolError
 from smolctl.escaping import json_text
 from smolctl.generation.service import BusyError, Job, Piece, Service
 from smolctl.serving.guards import Guard, Limits
-from smolctl.serving.requests import ApiError, ApiRequest, parse_body, parse_request
+from smolctl.serving.page import page_routes
+from smolctl.serving.requests import ApiError, ApiRequest, parse_body, parse_request, sentences
 from smolctl.serving.responses import Responder
 
 EVENT_STREAM = (
@@ -48,7 +49,6 @@ class Server:
         self._started = int(time.time())
         self._statuses: Counter[int] = Counter()
         self._routes = [
-            Route("/", self._index),
             Route("/health", self._health),
             Route("/metrics", self._metrics),
             Route("/v1/models", self._models),
@@ -58,9 +58,10 @@ class Server:
         ]
 
     def application(self, api_key: str | None, hosts: Collection[str] | None) -> Starlette:
-        """The ASGI application; see `Guard` for the arguments."""
+        """The ASGI application; see `Guard` for the arguments. Where a key is asked for, there is no page."""
+        own = page_routes(self.service, self.name) if api_key is None else [Route("/", self._index)]
         return Starlette(
-            routes=self._routes,
+            routes=[*own, *self._routes],
             middleware=[Middleware(Guard, limits=self.limits, api_key=api_key, hosts=hosts)],
             exception_handlers={ApiError: _refuse, HTTPException: _not_there, Exception: _unexpected},
         )
@@ -244,8 +245,7 @@ async def _until_left(receive: Receive) -> None:
 
 
 def _api_error(error: SmolError) -> ApiError:
-    message = f"{error.message}. {error.hint}".strip()
-    message = message[:1].upper() + message[1:]
+    message = sentences(error)
     if isinstance(error, BusyError):
         return ApiError(503, message)
     if isinstance(error, PromptTooLongError):

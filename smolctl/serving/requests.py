@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from smolctl.errors import InputError
+from smolctl.errors import InputError, SmolError
 from smolctl.generation.complete import CompletionSettings
 from smolctl.generation.grammar import compile_schema
 from smolctl.generation.load import LoadedModel
-from smolctl.generation.prompts import SAMPLING, changed_settings, refuse_constant
+from smolctl.generation.openai import answer_schema, parse_messages
+from smolctl.generation.prompts import SAMPLING, UnsupportedError, changed_settings, refuse_constant
 from smolctl.generation.sampling import settle
 from smolctl.generation.service import Asked
 from smolctl.outside import parse_json
@@ -20,34 +22,9 @@ from smolctl.outside import parse_json
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; an answer in a chat may fill the context
 MOST_LOGPROBS = 20  # OpenAI's limit in a chat
 MOST_STOPS, MOST_STOP_CHARACTERS = 16, 1_000
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-# What these fields ask for unless they have one of these values, or are null, empty, 0 or false.
-UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "frequency_penalty": (),
-    "function_call": ("none", "auto"),
-    "functions": (),
-    "ignore_eos": (),
-    "logit_bias": (),
-    "min_tokens": (),
-    "modalities": (["text"],),
-    "prediction": (),
-    "presence_penalty": (),
-    "stop_token_ids": (),
-    "suffix": (),
-    "tool_choice": ("none", "auto"),
-    "tools": (),
-    "use_beam_search": (),
-    "web_search_options": (),
-}
-OWN = (
-    "echo",
-    "logprobs",
-    "response_format",
-    "stream",
-    "top_logprobs",
-)  # what `changed_settings` leaves to us
+ROLES = ("system", "user", "assistant")  # "developer" is another name for the first
+# What `changed_settings` leaves to us.
+OWN = ("logprobs", "top_logprobs")
 
 
 class ApiError(Exception):
@@ -127,9 +104,6 @@ def parse_request(body: Mapping[str, Any], model: LoadedModel, capacity: int, ch
         ApiError: something in it is wrong or not supported, named.
         InputError: a prompt does not fit, or the chat template refuses it.
     """
-    for field, harmless in UNSUPPORTED.items():
-        if (value := body.get(field)) and value not in harmless:
-            raise ApiError(400, f'"{field}" is not supported by this server.', "unsupported_parameter", field)
     stream, echo = _flag(body, "stream"), not chat and _flag(body, "echo")
     options = _typed(body, "stream_options", dict, "an object", {})
     only_prompt = echo and body.get("max_tokens") == 0
@@ -161,77 +135,46 @@ def parse_request(body: Mapping[str, Any], model: LoadedModel, capacity: int, ch
 def _settings(body: Mapping[str, Any], model: LoadedModel, capacity: int, chat: bool) -> CompletionSettings:
     own = {key: body[key] for key in SAMPLING if key in body}
     default = CompletionSettings(capacity if chat else COMPLETION_TOKENS, seed=random.randrange(1 << 31))
-    known = {key: value for key, value in body.items() if key not in OWN and key not in UNSUPPORTED}
-    try:
-        settings = changed_settings(known, default)
+    with named():
+        settings = changed_settings({key: value for key, value in body.items() if key not in OWN}, default)
         settings = replace(settings, sampling=settle(own, model.recommended))
-    except InputError as error:
-        named = re.match(r'"?([\w-]+)', error.message)
-        field = named[1].replace("-", "_") if named else None
-        raise ApiError(400, f"{error.message}. {error.hint}", param=field) from None
+        schema = answer_schema(body.get("response_format"))
     stops = settings.stop
     if len(stops) > MOST_STOPS or any(len(stop) > MOST_STOP_CHARACTERS for stop in stops):
         most = f"at most {MOST_STOPS} texts of at most {MOST_STOP_CHARACTERS:,} characters"
         raise ApiError(400, f'"stop" takes {most}.', param="stop")
-    if (schema := _schema(body)) is None:
+    if schema is None:
         return settings
-    try:
-        grammar = compile_schema(schema, model.tokenizer, model.engine.config)
-    except InputError as error:
-        raise ApiError(400, f"{error.message}. {error.hint}", param="response_format") from None
-    return replace(settings, grammar=grammar)
-
-
-def _schema(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The JSON schema that answers must keep to; None: they are plain text."""
-    wanted = _typed(body, "response_format", dict, "an object", {})
-    kind = wanted.get("type", "text")
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return {"type": "object"}
-    described = wanted.get("json_schema")
-    schema = described.get("schema") if isinstance(described, dict) else None
-    if kind != "json_schema" or not isinstance(schema, dict):
-        raise ApiError(
-            400,
-            '"response_format" is neither {"type": "text"} nor {"type": "json_object"} nor '
-            '{"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}.',
-            param="response_format",
-        )
-    return schema
+    with named("response_format"):
+        return replace(settings, grammar=compile_schema(schema, model.tokenizer, model.engine.config))
 
 
 def _messages(body: Mapping[str, Any]) -> list[dict[str, str]]:
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise ApiError(400, '"messages" is not a list with a message in it.', param="messages")
-    return [_message(f"messages[{number}]", message) for number, message in enumerate(messages)]
+    with named():
+        messages = parse_messages(body.get("messages"))
+    for number, message in enumerate(messages):
+        if message["role"] not in ROLES:
+            name = f"messages[{number}].role"
+            raise ApiError(400, f'"{name}" is not one of developer, {", ".join(ROLES)}.', param=name)
+    return [{key: message[key] for key in ("role", "content")} for message in messages]
 
 
-def _message(name: str, message: Any) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise ApiError(400, f'"{name}" is not an object.', param=name)
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or role not in ROLES:
-        raise ApiError(400, f'"{name}.role" is not one of {", ".join(ROLES)}.', param=f"{name}.role")
-    if message.get("tool_calls") or message.get("function_call"):
-        raise ApiError(400, f'"{name}" calls a tool, which is not supported.', "unsupported_parameter", name)
-    parts = content if isinstance(content, list) else [content or "" if role == "assistant" else content]
-    return {"role": ROLES[role], "content": "".join(_text(f"{name}.content", part) for part in parts)}
+@contextmanager
+def named(field: str | None = None) -> Iterator[None]:
+    """An error in what a client has sent names the field; without `field`, its message begins with it."""
+    try:
+        yield
+    except InputError as error:
+        begins = re.match(r'"?([^" ]+)', error.message)
+        code = "unsupported_parameter" if isinstance(error, UnsupportedError) else None
+        param = field or (begins and begins[1].replace("-", "_"))
+        raise ApiError(400, sentences(error), code, param) from None
 
 
-def _text(name: str, part: Any) -> str:
-    if isinstance(part, dict):
-        kind = part.get("type")
-        if kind not in ("text", "refusal"):
-            raise ApiError(
-                400, f'"{name}" has a part that is no text, which this model cannot read.', param=name
-            )
-        part = part.get(kind)
-    if not isinstance(part, str):
-        raise ApiError(400, f'"{name}" is neither a string nor a list of parts with text.', param=name)
-    return part
+def sentences(error: SmolError) -> str:
+    """An error as a client's user reads it."""
+    message = f"{error.message}. {error.hint}".strip()
+    return message[:1].upper() + message[1:]
 
 
 def _prompts(body: Mapping[str, Any], model: LoadedModel) -> list[Sequence[int]]:

@@ -156,6 +156,29 @@ def test_a_file_of_prompts_is_answered_in_its_order(smolctl: Smolctl, model: Pat
     assert [texts(greedy[2]), texts(greedy[3])] == [texts(alone), texts(asked)]
 
 
+def test_a_line_may_be_a_request_as_clients_of_openai_send_it(
+    smolctl: Smolctl, model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "dog"}]
+    schema = {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 2}
+    form = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+    asked = [{"role": "system", "content": "a"}, {"role": "user", "content": "the dog"}]
+    plain: dict[str, Any] = {"messages": asked}
+    rows: list[dict[str, Any]] = [
+        plain,
+        {"messages": [{"role": "developer", "content": "a"}, {"role": "user", "content": parts}]},
+        {**plain, "response_format": form, "tool_choice": "auto", "best_of": 1, "max_tokens": 90},
+        {**plain, "response_format": None, "top_logprobs": 2},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    answers = answers_of(smolctl, path, model)
+    assert texts(answers[1]) == texts(answers[0]) == texts(answers[3])
+    assert {type(one) for one in json.loads(texts(answers[2])[0])} == {bool}
+    assert {len(each) for each in answers[3]["completions"][0]["alternatives"]} == {2}
+    assert [{**answer, "completions": 0} for answer in answers] == [{**row, "completions": 0} for row in rows]
+
+
 def rows_of(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
@@ -177,6 +200,12 @@ FAULTS = {
     '{"prompt": "a", "logit_bias": {"5": 1}}': '"logit_bias" is not supported',
     '{"prompt": "a", "frequency_penalty": 0.5}': '"frequency_penalty" is not supported',
     '{"prompt": "a", "max_new_tokens": 5}': '"max_new_tokens" is not supported',
+    '{"prompt": "a", "stream": true}': '"stream" is not supported',
+    '{"prompt": "a", "response_format": {"type": "yaml"}}': '"response_format" has an unknown form',
+    '{"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}': (
+        "JSON schema: "
+    ),
+    '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}': "a part that is no text",
     '{"prompt": "a", "completions": "mine"}': "under which the answers are written",
     json.dumps("the cat " * 80): "tokens, the model's context holds 96",
     json.dumps("the cat " * 20_000): "the prompt has 160,000 characters",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
+import sys
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +22,8 @@ from smolctl.errors import InputError, UsageError
 from smolctl.generation.engines import EngineOptions, make_engine
 from smolctl.generation.native_engine import (
     FEW,
+    RESERVED_BYTES,
+    NativeCache,
     NativeEngine,
     Stored,
     cache_dtype_of,
@@ -251,6 +256,21 @@ def test_the_same_input_gives_the_same_bits() -> None:
     native, _ = engines(config_of("grouped"), "int4", load_build())
     one, two = (logits_of(native, [[ids(300)], [ids(1, 1)]], 320) for _ in range(2))
     assert torch.equal(one, two)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_large_cache_takes_memory_as_it_fills() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE
+
+    config = ModelConfig(**ROPE)
+    room = 2 * RESERVED_BYTES // (config.num_hidden_layers * config.num_key_value_heads * 64)
+    before = resident()
+    cache = NativeCache(config, 4, room // 4, np.dtype(np.float16))
+    assert cache.keys.nbytes + cache.values.nbytes > RESERVED_BYTES
+    for part in (cache.keys, cache.values):  # as the first prompts of four visitors do
+        part[:, :, :, 0] = 1
+    assert resident() - before < 8 << 20
 
 
 def test_a_full_cache_and_a_long_context_are_refused() -> None:

@@ -51,8 +51,9 @@ class Page {
     this.#write();
     this.#listen();
     this.#render();
+    const { server } = this.#about;
     try {
-      checkBrowser();
+      if (!server) checkBrowser();
       this.#link = readLink(location.hash);
     } catch (fault) {
       this.#fault(fault);
@@ -61,13 +62,15 @@ class Page {
     if (this.#link) this.#follow(this.#link);
     this.#alone = isAlone();
     this.#runner.begin();
-    await this.#choose();
+    if (server) this.#load();
+    else await this.#choose();
   }
 
   // --- what stands on the page ---
 
   #write() {
-    const { title, summary, facts, links, examples, models, chat, context } = this.#about;
+    const { title, summary, facts, links, examples, models, chat, context, server } = this.#about;
+    for (const id of ["privacy", "here"]) byId(id).hidden = server;
     document.title = title;
     document.body.classList.toggle("completion", !chat);
     byId("title").textContent = title;
@@ -170,7 +173,7 @@ class Page {
     if (!this.#about.examples.length) byId("examples").hidden = true;
     byId("welcome").classList.toggle("small", turns.length > 0);
     byId("new").hidden = turns.length === 0;
-    byId("loader").hidden = ready;
+    byId("loader").hidden = ready || this.#about.server;
     byId("load").disabled = this.#weights === null;
     const loading = this.#state === "loading";
     const focused = document.activeElement;
@@ -269,7 +272,7 @@ class Page {
     byId("progress").value = 0;
     this.#become("loading");
     announce("Loading the model");
-    const threads = remembered(this.#threadsKey());
+    const threads = this.#weights && remembered(this.#threadsKey());
     this.#runner.load({
       base: base.href,
       folder: this.#variant.folder,
@@ -311,6 +314,7 @@ class Page {
     this.#become("ready");
     this.#context(0);
     announce("The model is ready");
+    if (this.#about.server) return;
     const details = [
       ["Variant", `${this.#variant.scheme}, ${megabytes(this.#variant.bytes)}`],
       ["Context", `${grouped(facts.capacity)} tokens`],
@@ -368,7 +372,7 @@ class Page {
       turns: before.map((turn) => [turn.question, turn.answer]),
       system: this.#about.chat ? system : "",
       scheme: this.#variant.scheme,
-      weights: this.#weights.sha256.slice(0, 12),
+      weights: this.#weights?.sha256.slice(0, 12) ?? "",
       settings: { ...sampling, max_tokens, seed, context: this.#facts.capacity },
     };
     return `${location.href.split("#")[0]}#${writeLink(linked)}`;
@@ -431,7 +435,7 @@ class Page {
   #waysOn(kind) {
     const again = () => {
       this.#clearFault();
-      if (this.#weights) this.#load();
+      if (this.#weights || this.#about.server) this.#load();
       else this.#choose();
     };
     if (kind === "browser" || kind === "worker") return [];

@@ -77,7 +77,7 @@ export class Talk {
 
   reading({ done, total, used, forgotten }) {
     const turn = this.#current;
-    turn.meta.textContent = `Reading ${grouped(done)} of ${grouped(total)} tokens`;
+    if (total) turn.meta.textContent = `Reading ${grouped(done)} of ${grouped(total)} tokens`; // 0: it is not known
     turn.used = used;
     this.#mark(forgotten);
   }
@@ -89,7 +89,7 @@ export class Talk {
     const rate = (turn.text.length - 1) / ((performance.now() - turn.began) / 1_000);
     turn.meta.textContent = `${tokens(turn.text.length)}${rate > 0 ? ` · ${speed(rate)}` : ""}`;
     this.#scroll();
-    return turn.used + turn.text.length;
+    return turn.used && turn.used + turn.text.length; // 0: it is not known
   }
 
   /** @param {{reason: string, text: string, tokens: number, seconds: number}} result */

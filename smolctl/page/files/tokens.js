@@ -158,7 +158,7 @@ export class TokenText {
       this.close();
       this.#spanOf(index)?.focus();
     });
-    const place = make("p", { className: "hint" }, `Token ${index + 1} of ${this.#tokens.length}, id ${id}`);
+    const place = make("p", { className: "hint" }, `Token ${index + 1} of ${this.#tokens.length}${id === null ? "" : `, id ${id}`}`);
     const label = `The token ${name(spelled)} and its alternatives`;
     const about = { className: "card", role: "dialog", tabIndex: -1, "aria-label": label };
     return make("div", about, list, place, make("div", { className: "actions" }, earlier, later, close));
