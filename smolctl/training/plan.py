@@ -94,11 +94,11 @@ def make_plan(
 def measure_speed(
     network: Transformer, batch: Tensor, config: RunConfig, document_end: int | None = None
 ) -> float:
-    """Tokens a second of a step, from one real forward and backward on a micro-batch (B, T + 1).
+    """Tokens a second of a step, from real forwards and backwards on a micro-batch (B, T + 1).
 
-    Run once to warm up when that is cheap, then timed. Muon's orthogonalization is timed too; AdamW's
-    update, a few per cent of a step at most, is not. Gradients are dropped and the random state is put back:
-    the run that follows is the same with and without it.
+    First of one sequence, which warms up and is enough where it takes long, then of all. Muon's
+    orthogonalization is timed too; AdamW's update, a few per cent of a step at most, is not. Gradients are
+    dropped and the random state is put back: the run that follows is the same with and without it.
 
     Args:
         network: on the device to measure.
@@ -108,26 +108,25 @@ def measure_speed(
     """
     state = torch.get_rng_state()
     network.train()
-    asked = sequences_of(batch, document_end)
     device = batch.device
-    forward = update = 0.0
-    for _ in range(2):
+    forward = update = tokens = 0.0
+    for part in (batch[:1], batch):
+        asked, tokens = sequences_of(part, document_end), part[:, 1:].numel()
         started = _now(device)
         with autocast(config, device):
             loss, _ = network.training_loss(
                 asked.inputs, asked.targets, config.train.z_loss, asked.documents, asked.trained
             )
-        loss.div(batch.numel()).backward()
+        loss.div(tokens).backward()
         forward = _now(device) - started
         if config.optimizer.name == "muon":
             started = _now(device)
             _orthogonalize_gradients(network)
             update = _now(device) - started
         network.zero_grad(set_to_none=True)
-        if forward > 2:  # the allocations of a first run are a small part of it
+        if forward > 2:  # seconds: the allocations of a first run are a small part of them
             break
     torch.set_rng_state(state)
-    tokens = batch.shape[0] * (batch.shape[1] - 1)
     return config.tokens_per_step / (forward * config.tokens_per_step / tokens + update)
 
 

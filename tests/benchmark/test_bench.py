@@ -160,9 +160,18 @@ def test_sizes_follow_the_context_and_the_recipe() -> None:
     sizes = Sizes.fitting(small, None)
     assert sizes.prompt + sizes.decoded <= 8
     assert sizes.prefill == 8
-    source = open_source("nano")
-    sizes = Sizes.fitting(source.require_config(), source.run)
-    assert (sizes.sequences, sizes.length) == (4, 256)  # 1,024 tokens, of the recipe's 8 × 256
+
+
+@pytest.mark.parametrize("preset", ["nano", "smollm2-135m", "smollm2-135m-hub", None])
+def test_a_step_has_the_tokens_of_a_real_one(preset: str | None) -> None:
+    if preset is None:  # weights without a recipe
+        sizes = Sizes.fitting(tiny_network(context=8_192).config, None)
+        assert (sizes.sequences, sizes.length) == (4, 512)  # those of benchmarks/train_step.py
+        return
+    source = open_source(preset)
+    assert source.run is not None
+    sizes, recipe = Sizes.fitting(source.require_config(), source.run), source.run
+    assert (sizes.sequences, sizes.length) == (recipe.micro_batch_size, recipe.data.sequence_length)
 
 
 # --- processes ------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from smolctl.config import RunConfig, load_run_config
@@ -14,8 +15,10 @@ from smolctl.errors import UsageError
 from smolctl.runs.folder import RunFolder
 from smolctl.training.clock import Clock, Task
 from smolctl.training.optim.schedule import learning_rate
+from smolctl.training.plan import measure_speed
 from smolctl.training.resume import ResumeOptions
 from smolctl.training.verify import verify
+from tests.support.tiny_models import tiny_network
 from tests.support.tiny_runs import assert_same_run, go_on, prepare_tiny, run, state
 
 TASK_SECONDS = {"save": 1.5, "validate": 12.0}  # the second comes at the end for the first time
@@ -120,3 +123,10 @@ def test_what_the_clock_decided_is_recorded_and_a_resumed_run_is_a_function_of_i
         go_on(folder, step=0, out=part)
         assert RunFolder(part).checkpoints()[-1].step == until
     assert_same_run(one, two, until)
+
+
+def test_the_first_step_waits_for_one_micro_batch_and_one_sequence_to_be_timed() -> None:
+    network, sequences = tiny_network(), list[int]()
+    network.model.register_forward_pre_hook(lambda _, inputs: sequences.append(len(inputs[0])))
+    assert measure_speed(network, torch.zeros(4, 9, dtype=torch.long), load_run_config("nano", [])) > 0
+    assert sequences == [1, 4]
