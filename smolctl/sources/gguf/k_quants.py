@@ -72,8 +72,8 @@ def _parts(kind: str, block: Mapping[str, Array]) -> tuple[Array, ...]:
     offset = -block["dmin"].astype(np.float32)
     if kind == "Q2_K":
         return _fields(low, 2), factor * (scales & 15), offset * (scales >> 4)
-    # 8 scales and 8 offsets of 6 bits: four scales, with the upper bits of the other four above them; the same
-    # of the offsets; the lower bits of those other ones.
+    # 8 scales and 8 offsets of 6 bits: four scales, with the upper bits of the other four above them; the
+    # same of the offsets; then the lower bits of those others.
     first, second, rest = np.split(scales, 3, axis=-1)
     all_scales = np.concatenate((first & 63, rest & 15 | first >> 2 & 48), axis=-1)
     all_offsets = np.concatenate((second & 63, rest >> 4 | second >> 2 & 48), axis=-1)
