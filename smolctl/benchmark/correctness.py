@@ -16,7 +16,7 @@ LOSS_ERROR = 1e-3  # of a mean loss, relative
 
 def bits_of(precision: str) -> int:
     """The fewest bits that a precision's name contains: 4 in "int4 + int8", 8 in "q8_0"."""
-    narrow = {"int4": 4, "q4": 4, "q5": 4, "int8": 8, "q8": 8, "f16": 16, "float16": 16}
+    narrow = {"int4": 4, "q4": 4, "int5": 4, "q5": 4, "int8": 8, "q8": 8, "f16": 16, "float16": 16}
     return min([bits for name, bits in narrow.items() if name in precision.lower()], default=32)
 
 

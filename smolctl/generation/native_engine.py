@@ -28,8 +28,9 @@ from smolctl.sources.shapes import HEAD, TABLE
 
 Stored = Array | PackedMatrix
 
+# `kind` of matrix.h, of floats and of a `PackedMatrix` by its bits.
 KINDS = {np.dtype(np.float32): 0, BFLOAT16: 1, np.dtype(np.float16): 2}
-INT8, INT4 = 3, 4
+INTEGERS = {8: 3, 4: 4, 5: 5}
 # Vectors of a layer that not every network has, in the order of `layer` in forward.c.
 OPTIONAL = (
     *(f"self_attn.{name}_proj.bias" for name in "qkv"),
@@ -83,7 +84,7 @@ def matrix_of(stored: Stored, keep: list[Array]) -> Matrix:
 
     if isinstance(stored, PackedMatrix):
         parts = (stored.values, stored.scales, stored.offsets)
-        return Matrix(INT8 if stored.bits == 8 else INT4, rows, width, stored.group, *map(pointer, parts))
+        return Matrix(INTEGERS[stored.bits], rows, width, stored.group, *map(pointer, parts))
     filled = stored
     if width > columns:
         filled = np.zeros((rows, width), stored.dtype)

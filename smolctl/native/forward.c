@@ -23,7 +23,7 @@
 // What the functions return; library.py knows the numbers too.
 enum status { DONE, NO_MEMORY, BUSY, CANCELLED };
 // Counts changes of the structures and functions that library.py describes.
-#define INTERFACE 3
+#define INTERFACE 4
 
 typedef struct {
     matrix q, k, v, o, gate, up, down;

@@ -14,7 +14,7 @@ from pathlib import Path
 BUILDS = ("baseline", "avx2", "avx512", "avx512bf16")
 # For trying a lesser build than the processor allows, or `none` for no build at all.
 OVERRIDE = "SMOLCTL_NATIVE"
-INTERFACE = 3  # of forward.c, with the structures below
+INTERFACE = 4  # of forward.c, with the structures below
 
 
 class Status(IntEnum):

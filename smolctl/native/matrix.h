@@ -3,16 +3,18 @@
 
 #include "vector.h"
 
-enum kind { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };
+enum kind { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4, INT5 };
+
+#define HALF_BLOCK (BLOCK / 2)  // the smallest group: columns of a block that may have a scale of their own
 
 typedef struct {
     int32_t kind;
     int32_t rows;
     int32_t columns;  // filled up to a multiple of BLOCK
-    int32_t group;    // columns that share a scale; the last group of a row may be shorter
+    int32_t group;    // columns that share a scale: HALF_BLOCK, or blocks; the last group of a row may be shorter
     const void *values;
-    const half *scales;   // (rows, groups) of INT8 and INT4
-    const half *offsets;  // (rows, groups) of INT4
+    const half *scales;   // (rows, groups) of integers
+    const half *offsets;  // (rows, groups) of INT4 and INT5
 } matrix;
 
 #define TILE 4          // rows of the matrix that a product of many tokens reads together: `sum_four`
@@ -22,12 +24,12 @@ typedef struct {
 #else
 #define TOKENS 2  // 16, also behind WebAssembly
 #endif
-#define MAX_BLOCKS 256  // blocks of a row whose scales are converted at once
+#define MAX_UNITS 256  // blocks of a row, or halves of blocks, whose scales are converted at once
 
 INLINE int groups_of(const matrix *m) { return (m->columns + m->group - 1) / m->group; }
 
 INLINE const uint8_t *row_of(const matrix *m, int row) {
-    static const int bits[] = {32, 16, 16, 8, 4};
+    static const int bits[] = {32, 16, 16, 8, 4, 5};
     return (const uint8_t *)m->values + (size_t)row * (size_t)m->columns * (size_t)bits[m->kind] / 8;
 }
 
@@ -39,10 +41,12 @@ INLINE vec load_part(int kind, const uint8_t *row, int block, int part) {
     case BFLOAT16: return (vec)(__builtin_convertvector(LOAD(halves_vec, row + 2 * at), uvec) << 16);
     case FLOAT16: return from_half((const half *)row + at);
     case INT8: return __builtin_convertvector(LOAD(bytes_vec, row + at), vec);
-    default: {  // byte i of 16 holds column i low and column i + 16 high
-        const uint8_t *bytes = row + (size_t)block * 16 + (part * LANES) % 16;
-        ivec wide = __builtin_convertvector(LOAD(ubytes_vec, bytes), ivec);
-        return __builtin_convertvector(part * LANES < 16 ? wide & 15 : wide >> 4, vec);
+    default: {  // byte i of 16 holds column i low and column i + 16 high; bit i of 32 before them is its fifth
+        const uint8_t *from = row + (size_t)block * (kind == INT5 ? 20 : 16), *bytes = from + (kind == INT5 ? 4 : 0);
+        ivec wide = __builtin_convertvector(LOAD(ubytes_vec, bytes + (part * LANES) % HALF_BLOCK), ivec);
+        wide = part * LANES < HALF_BLOCK ? wide & 15 : wide >> 4;
+        if (kind == INT5) wide |= SPREAD(ivec, LANES, LOAD(int32_t, from) >> part * LANES) & 16;
+        return __builtin_convertvector(wide, vec);
     }
     }
 }
@@ -57,8 +61,9 @@ typedef struct {
     const float *values;  // (columns), filled up with zeros
     const float *pairs;   // (columns): in the order of `dot_pairs`
     const int16_t *integers;  // (columns): each block as integers up to 32,767 …
-    const float *scales;      // (columns / BLOCK): … of these units
-    const float *sums;    // (columns / BLOCK): of each block's values, for the offsets of INT4
+    // Of blocks and, second, of their halves:
+    const float *scales[2];   // … of these units,
+    const float *sums[2];     // and the sums of their values, for offsets
 } vector_in;
 
 #define VECTOR_ROOM 3  // floats a column that `prepare_vector` wants
@@ -67,7 +72,8 @@ typedef struct {
 // All forms of a vector; `room` holds VECTOR_ROOM × columns floats.
 static vector_in prepare_vector(const float *x, int columns, float *room) {
     int blocks = columns / BLOCK;
-    float *pairs = room, *sums = room + columns, *scales = sums + blocks;
+    float *pairs = room, *sums = room + columns, *half_sums = sums + blocks;
+    float *scales = half_sums + 2 * blocks, *half_scales = scales + blocks;
     int16_t *integers = (int16_t *)(room + 2 * columns);
     for (int at = 0; at < columns; at += 2 * LANES)
         for (int i = 0; i < LANES; i++) {
@@ -76,14 +82,18 @@ static vector_in prepare_vector(const float *x, int columns, float *room) {
         }
     for (int block = 0; block < blocks; block++) {
         const float *from = x + block * BLOCK;
-        vec total = load(from), most = maximum(total, -total);
-        for (int part = 1; part < PARTS; part++) {
+        vec totals[2] = {{0}}, most = {0};
+        for (int part = 0; part < PARTS; part++) {
             vec v = load(from + part * LANES);
-            total += v;
+            totals[part * LANES / HALF_BLOCK] += v;
             most = maximum(most, maximum(v, -v));
         }
         float largest = highest(most), units = largest > 0 ? 32767.0f / largest : 0;
-        sums[block] = sum(total);
+        for (int i = 0; i < 2; i++) {
+            half_sums[2 * block + i] = sum(totals[i]);
+            half_scales[2 * block + i] = largest / 32767.0f;
+        }
+        sums[block] = half_sums[2 * block] + half_sums[2 * block + 1];
         scales[block] = largest / 32767.0f;
         for (int part = 0; part < PARTS; part++) {
             const float magic = 12582912.0f;  // rounds, see `exponential`
@@ -91,7 +101,7 @@ static vector_in prepare_vector(const float *x, int columns, float *room) {
             STORE(integers + block * BLOCK + part * LANES, __builtin_convertvector(rounded, shorts_vec));
         }
     }
-    return (vector_in){x, pairs, integers, scales, sums};
+    return (vector_in){x, pairs, integers, {scales, half_scales}, {sums, half_sums}};
 }
 
 INLINE vec block_product(int kind, const uint8_t *row, int block, const float *x) {
@@ -124,9 +134,9 @@ INLINE float dot_pairs(const uint8_t *row, int columns, const float *x) {
     return sum(even + odd);
 }
 
-// The sum of offset × sum of its group's values.
-static float dot_offsets(const half *offsets, int groups, int blocks_a_group, int blocks, const float *sums) {
-    if (blocks_a_group == 1) {
+// The sum of offset × sum of its group's values. A unit is what `sums` has one of.
+static float dot_offsets(const half *offsets, int groups, int units_a_group, int units, const float *sums) {
+    if (units_a_group == 1) {
         vec total = {0};
         int g = 0;
         for (; g + LANES <= groups; g += LANES) total += from_half(offsets + g) * load(sums + g);
@@ -135,50 +145,68 @@ static float dot_offsets(const half *offsets, int groups, int blocks_a_group, in
         return sum(total) + rest;
     }
     float total = 0;
-    for (int block = 0; block < blocks; block++) total += half_to_float(&offsets[block / blocks_a_group]) * sums[block];
+    for (int unit = 0; unit < units; unit++) total += half_to_float(&offsets[unit / units_a_group]) * sums[unit];
     return total;
 }
 
-// Integers of a block times those of the vector, summed up over lanes in part. 16-bit products need a third
-// of the instructions of floats, and 16 bits a value of x lose nothing that could be seen.
-INLINE accumulator block_integers(int kind, const uint8_t *row, int block, const int16_t *x) {
-    accumulator total = {0};
+// Integers of the two halves of a block times those of the vector, summed up over lanes in part. 16-bit products
+// need a third of the instructions of floats, and 16 bits a value of x lose nothing that could be seen.
+INLINE void block_integers(int kind, const uint8_t *row, int block, const int16_t *x, accumulator halves[2]) {
+    const uint8_t *from = row + block * (kind == INT8 ? BLOCK : kind == INT4 ? HALF_BLOCK : HALF_BLOCK + 4);
     x += block * BLOCK;
-    if (kind == INT8)
-        for (int at = 0; at < BLOCK; at += PAIRED)
-            total += multiply_pairs(__builtin_convertvector(LOAD(paired_bytes, row + block * BLOCK + at), paired),
-                                    LOAD(paired, x + at));
-    else
-        for (int at = 0; at < BLOCK / 2; at += PAIRED) {
-            paired both = __builtin_convertvector(LOAD(paired_ubytes, row + block * (BLOCK / 2) + at), paired);
-            total += multiply_pairs(both & 15, LOAD(paired, x + at));
-            total += multiply_pairs(both >> 4, LOAD(paired, x + BLOCK / 2 + at));
+    halves[0] = halves[1] = (accumulator){0};
+    for (int at = 0; at < HALF_BLOCK; at += PAIRED) {
+        paired low, high;
+        if (kind == INT8) {
+            low = __builtin_convertvector(LOAD(paired_bytes, from + at), paired);
+            high = __builtin_convertvector(LOAD(paired_bytes, from + HALF_BLOCK + at), paired);
+        } else {
+            paired both = __builtin_convertvector(LOAD(paired_ubytes, from + (kind == INT5 ? 4 : 0) + at), paired);
+            low = both & 15, high = both >> 4;
         }
-    return total;
+        if (kind == INT5) {
+            int32_t fifths = LOAD(int32_t, from) >> at;
+            low |= SPREAD(paired, PAIRED, (int16_t)fifths) & 16;
+            high |= SPREAD(paired, PAIRED, (int16_t)(fifths >> HALF_BLOCK)) & 16;
+        }
+        halves[0] += multiply_pairs(low, LOAD(paired, x + at));
+        halves[1] += multiply_pairs(high, LOAD(paired, x + HALF_BLOCK + at));
+    }
 }
 
-INLINE float dot_integers(int kind, const matrix *m, int index, const uint8_t *row, vector_in x) {
-    int blocks = m->columns / BLOCK, blocks_a_group = m->group / BLOCK, groups = groups_of(m);
+INLINE float dot_integers(int kind, int halves, const matrix *m, int index, const uint8_t *row, vector_in x) {
+    int size = halves ? HALF_BLOCK : BLOCK, units = m->columns / size, units_a_group = m->group / size;
+    int groups = groups_of(m);
     const half *from = m->scales + (size_t)index * (size_t)groups;
-    float scales[MAX_BLOCKS];
+    float scales[MAX_UNITS];
     paired_floats even = {0}, odd = {0};
-    for (int first = 0; first < blocks; first += MAX_BLOCKS) {
-        int some = blocks - first < MAX_BLOCKS ? blocks - first : MAX_BLOCKS, b = 0;
-        if (blocks_a_group == 1)
-            for (; b + LANES <= some; b += LANES)
-                store(scales + b, from_half(from + first + b) * load(x.scales + first + b));
-        for (; b < some; b++) scales[b] = half_to_float(&from[(first + b) / blocks_a_group]) * x.scales[first + b];
-        for (b = 0; b + 2 <= some; b += 2) {
-            even += __builtin_convertvector(block_integers(kind, row, first + b, x.integers), paired_floats) * scales[b];
-            odd += __builtin_convertvector(block_integers(kind, row, first + b + 1, x.integers), paired_floats) * scales[b + 1];
+    for (int first = 0; first < units; first += MAX_UNITS) {
+        int some = units - first < MAX_UNITS ? units - first : MAX_UNITS, u = 0;
+        const float *of_x = x.scales[halves] + first;
+        if (units_a_group == 1)
+            for (; u + LANES <= some; u += LANES) store(scales + u, from_half(from + first + u) * load(of_x + u));
+        for (; u < some; u++) scales[u] = half_to_float(&from[(first + u) / units_a_group]) * of_x[u];
+        accumulator one[2], other[2];
+        for (u = 0; u + 2 <= some; u += 2) {
+            block_integers(kind, row, halves ? (first + u) / 2 : first + u, x.integers, one);
+            if (halves) {
+                other[0] = one[1];
+            } else {
+                block_integers(kind, row, first + u + 1, x.integers, other);
+                one[0] += one[1], other[0] += other[1];
+            }
+            even += __builtin_convertvector(one[0], paired_floats) * scales[u];
+            odd += __builtin_convertvector(other[0], paired_floats) * scales[u + 1];
         }
-        if (b < some)
-            even += __builtin_convertvector(block_integers(kind, row, first + b, x.integers), paired_floats) * scales[b];
+        if (u < some) {  // a last block
+            block_integers(kind, row, first + u, x.integers, one);
+            even += __builtin_convertvector(one[0] + one[1], paired_floats) * scales[u];
+        }
     }
     float product = sum_paired(even + odd);
-    if (kind == INT4) {
+    if (kind != INT8) {
         const half *offsets = m->offsets + (size_t)index * (size_t)groups;
-        product += dot_offsets(offsets, groups, blocks_a_group, blocks, x.sums);
+        product += dot_offsets(offsets, groups, units_a_group, units, x.sums[halves]);
     }
     return product;
 }
@@ -189,15 +217,19 @@ static void dot_rows(const matrix *m, int first, int last, const vector_in *x, i
     for (int i = first; i < last; i++) { \
         const uint8_t *row = row_of(m, i); \
         for (int t = 0; t < tokens; t++) y[(size_t)t * (size_t)stride + (size_t)(i - first)] = value; \
-    } \
-    break
-    switch (m->kind) {
-    case FLOAT32: EACH_ROW(dot_floats(FLOAT32, row, m->columns, x[t].values));
-    case BFLOAT16: EACH_ROW(dot_pairs(row, m->columns, x[t].pairs));
-    case FLOAT16: EACH_ROW(dot_floats(FLOAT16, row, m->columns, x[t].values));
-    case INT8: EACH_ROW(dot_integers(INT8, m, i, row, x[t]));
-    default: EACH_ROW(dot_integers(INT4, m, i, row, x[t]));
     }
+#define INTEGERS(kind) \
+    if (m->group < BLOCK) EACH_ROW(dot_integers(kind, 1, m, i, row, x[t])) \
+    else EACH_ROW(dot_integers(kind, 0, m, i, row, x[t]))
+    switch (m->kind) {
+    case FLOAT32: EACH_ROW(dot_floats(FLOAT32, row, m->columns, x[t].values)) break;
+    case BFLOAT16: EACH_ROW(dot_pairs(row, m->columns, x[t].pairs)) break;
+    case FLOAT16: EACH_ROW(dot_floats(FLOAT16, row, m->columns, x[t].values)) break;
+    case INT8: INTEGERS(INT8) break;
+    case INT4: INTEGERS(INT4) break;
+    default: INTEGERS(INT5) break;
+    }
+#undef INTEGERS
 #undef EACH_ROW
 }
 
@@ -205,14 +237,19 @@ static void dot_rows(const matrix *m, int first, int last, const vector_in *x, i
 
 INLINE void unpack_kind(int kind, const matrix *m, int row, float *out) {
     const uint8_t *values = row_of(m, row);
-    int groups = groups_of(m), blocks_a_group = m->group / BLOCK;
-    for (int block = 0; block < m->columns / BLOCK; block++) {
-        float scale = 1, offset = 0;
-        if (kind == INT8 || kind == INT4) scale = half_to_float(&m->scales[(size_t)row * groups + block / blocks_a_group]);
-        if (kind == INT4) offset = half_to_float(&m->offsets[(size_t)row * groups + block / blocks_a_group]);
-        for (int part = 0; part < PARTS; part++)
-            store(out + block * BLOCK + part * LANES, load_part(kind, values, block, part) * scale + offset);
-    }
+    size_t group = (size_t)row * (size_t)groups_of(m);
+    float scale = 1, offset = 0;
+    int left = 0;  // columns of the group
+    for (int block = 0; block < m->columns / BLOCK; block++)
+        for (int part = 0; part < PARTS; part++, left -= LANES) {
+            if (kind >= INT8 && part * LANES % HALF_BLOCK == 0 && !left) {
+                scale = half_to_float(&m->scales[group]);
+                if (kind != INT8) offset = half_to_float(&m->offsets[group]);
+                group++, left = m->group;
+            }
+            size_t at = (size_t)block * BLOCK + (size_t)part * LANES;
+            store(out + at, load_part(kind, values, block, part) * scale + offset);
+        }
 }
 
 static void unpack_row(const matrix *m, int row, float *out) {
@@ -221,7 +258,8 @@ static void unpack_row(const matrix *m, int row, float *out) {
     case BFLOAT16: unpack_kind(BFLOAT16, m, row, out); break;
     case FLOAT16: unpack_kind(FLOAT16, m, row, out); break;
     case INT8: unpack_kind(INT8, m, row, out); break;
-    default: unpack_kind(INT4, m, row, out); break;
+    case INT4: unpack_kind(INT4, m, row, out); break;
+    default: unpack_kind(INT5, m, row, out); break;
     }
 }
 

@@ -39,6 +39,9 @@ typedef int16_t shorts_vec __attribute__((vector_size(2 * LANES)));
 // Memory that a file lends us is aligned to nothing.
 #define LOAD(type, pointer) ({ type loaded_; memcpy(&loaded_, (pointer), sizeof loaded_); loaded_; })
 #define STORE(pointer, value) ({ __typeof__(value) stored_ = (value); memcpy((pointer), &stored_, sizeof stored_); })
+// A vector of integers whose lane i is all ones where bit i of `bits` is set, else 0.
+#define SPREAD(type, lanes, bits) \
+    ({ type each_; for (int i_ = 0; i_ < (lanes); i_++) each_[i_] = 1 << i_; (((bits) - (type){0}) & each_) == each_; })
 
 INLINE vec load(const float *p) { return LOAD(vec, p); }
 INLINE void store(float *p, vec v) { STORE(p, v); }

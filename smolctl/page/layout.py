@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from smolctl.errors import InputError
-from smolctl.generation.native_engine import INT4, INT8, KINDS, OPTIONAL, Stored, cache_dtype_of
+from smolctl.generation.native_engine import INTEGERS, KINDS, OPTIONAL, Stored, cache_dtype_of
 from smolctl.model.positions import rotary_frequencies
 from smolctl.sources.arrays import name_of
 from smolctl.sources.huggingface.safetensors_file import read_header
@@ -126,9 +126,8 @@ def _runnable(folder: Path, name: str, stored: StoredTensor) -> Stored:
 def _matrix(name: str, stored: Stored, places: Mapping[str, int]) -> list[int]:
     rows, columns = stored.shape
     if isinstance(stored, PackedMatrix):
-        kind = INT8 if stored.bits == 8 else INT4
         parts = [places[name + VALUES], places[name + SCALES], places.get(name + OFFSETS, 0)]
-        return [kind, rows, columns + -columns % BLOCK, stored.group, *parts]
+        return [INTEGERS[stored.bits], rows, columns + -columns % BLOCK, stored.group, *parts]
     return [KINDS[stored.dtype], rows, columns, BLOCK, places[name], 0, 0]
 
 

@@ -38,7 +38,7 @@ from smolctl.native.library import BUILDS, OVERRIDE, Library, load_library
 from smolctl.sources.arrays import Array, as_array
 from smolctl.sources.base import ModelSource, SourceKind, StateWeights
 from smolctl.sources.quantized import scaled
-from smolctl.sources.quantized.packed import PackedMatrix, pack_integers
+from smolctl.sources.quantized.packed import BLOCK, PackedMatrix, pack_integers
 from tests.support.native import library
 from tests.support.tiny_models import run_requests
 from tests.support.tiny_runs import ROPE
@@ -47,15 +47,15 @@ from tests.support.tiny_runs import ROPE
 def pack(weight: Tensor, bits: int, group: int) -> PackedMatrix:
     """Plain rounding of (rows, columns) by groups."""
     rows, columns = weight.shape
-    groups = -(-columns // group)
+    groups = -(-(columns + -columns % BLOCK) // group)
     grouped = torch.nn.functional.pad(weight, (0, groups * group - columns)).view(rows, groups, group)
-    low = grouped.amin(-1, keepdim=True) if bits == 4 else torch.zeros(rows, groups, 1)
-    top = (grouped - low).abs().amax(-1, keepdim=True) / (15 if bits == 4 else 127)
+    limits = (-127, 127) if bits == 8 else (0, 2**bits - 1)
+    low = torch.zeros(rows, groups, 1) if bits == 8 else grouped.amin(-1, keepdim=True)
+    top = (grouped - low).abs().amax(-1, keepdim=True) / limits[1]
     scales, offsets = top.half(), low.half()
-    limits = (0, 15) if bits == 4 else (-127, 127)
     integers = ((grouped - offsets.float()) / scales.float().clamp_min(1e-6)).round().clamp(*limits)
     values = pack_integers(integers.view(rows, -1)[:, :columns].numpy(), bits)
-    offset = offsets.squeeze(-1).numpy() if bits == 4 else None
+    offset = None if bits == 8 else offsets.squeeze(-1).numpy()
     return PackedMatrix(bits, columns, group, values, scales.squeeze(-1).numpy(), offset)
 
 
@@ -71,11 +71,11 @@ def dense(stored: Stored) -> Tensor:
 
 
 @pytest.mark.parametrize("build", BUILDS)
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "int8", "int5", "int4"])
 @given(data=st.data())
 def test_products_equal_the_dequantized_matrix(build: str, kind: str, data: st.DataObject) -> None:
     rows, columns = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 300))
-    tokens, group = data.draw(st.integers(1, 9)), 32 * data.draw(st.integers(1, 4))
+    tokens, group = data.draw(st.integers(1, 9)), data.draw(st.sampled_from([16, 32, 64, 96, 128]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
     weight = torch.randn(rows, columns, generator=generator)
     x = torch.randn(tokens, columns, generator=generator)
@@ -164,7 +164,7 @@ def test_float32_logits_equal_the_reference_network(shape: str, build: str) -> N
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "float16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "int8", "int5", "int4"])
 @pytest.mark.parametrize("shape", ["grouped", "learned", "odd"])
 def test_stored_formats_give_the_logits_of_their_dequantized_weights(shape: str, kind: str) -> None:
     for build in BUILDS:
@@ -221,7 +221,7 @@ def test_a_cut_or_copied_cache_goes_on_as_if_it_had_been_read_so() -> None:
 
 
 @pytest.mark.parametrize("build", BUILDS)
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int5", "int4"])
 @pytest.mark.parametrize("shape", ["grouped", "learned", "odd"])
 def test_a_few_tokens_in_a_call_have_the_bits_of_calls_with_one(shape: str, kind: str, build: str) -> None:
     native, _ = engines(config_of(shape), kind, build)

@@ -26,9 +26,9 @@ def dequantized(packed: PackedMatrix) -> torch.Tensor:
     return torch.from_numpy(packed.dequantize())
 
 
-@given(shapes, bits, st.integers(0, 1000))
+@given(shapes, st.sampled_from([4, 5, 8]), st.integers(0, 1000))
 def test_packing_integers_loses_nothing(shape: tuple[int, int], bits: int, seed: int) -> None:
-    low, high = (0, 16) if bits == 4 else (-127, 128)
+    low, high = (-127, 128) if bits == 8 else (0, 2**bits)
     values = torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
     scales = np.ones((shape[0], 1), np.float16)
     packed = PackedMatrix(bits, shape[1], BLOCK, pack_integers(values.numpy(), bits), scales)

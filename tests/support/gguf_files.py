@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,12 @@ import numpy as np
 from torch import Tensor
 
 from smolctl.config import ModelConfig
+from smolctl.sources.gguf.k_quants import K_QUANTS
 from smolctl.sources.gguf.model import NAMES
 
 BACK = {theirs: ours for ours, theirs in NAMES.items()}
+# The largest scale × the largest value of a block, as integers.
+LARGEST = {"Q2_K": 15 * 3, "Q3_K": 32 * 4, "Q4_K": 63 * 15, "Q5_K": 63 * 31, "Q6_K": 128 * 32}
 
 
 def gguf_name(name: str) -> str:
@@ -37,6 +40,24 @@ def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(rows[order])
 
 
+def random_blocks(
+    rows: int, columns: int, kind: gguf.GGMLQuantizationType, factors: Sequence[float] = ()
+) -> np.ndarray:
+    """Random K-quants, uint8 (rows, bytes per row).
+
+    Args:
+        factors: what the float16 numbers of a block are drawn from; empty: one for weights of up to 0.2.
+    """
+    factors = factors or [0.2 / LARGEST[kind.name]]
+    draw = np.random.default_rng(rows)
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = draw.integers(0, 256, (rows, columns // block * size), dtype=np.uint8)
+    fields = raw.view(np.dtype(K_QUANTS[kind.name][2]))
+    for name in {"d", "dmin"}.intersection(fields.dtype.names or ()):
+        fields[name] = draw.choice(factors, fields[name].shape)
+    return raw
+
+
 def write_gguf(
     path: Path,
     config: ModelConfig,
@@ -45,7 +66,10 @@ def write_gguf(
     metadata: Mapping[str, Any] | None = None,
     architecture: str = "llama",
 ) -> Path:
-    """A network as GGUF; matrices are stored as `kind`, vectors in float32."""
+    """A network as GGUF; matrices are stored as `kind`, vectors in float32.
+
+    The `gguf` package reads K-quants but does not write them: a matrix of such a kind is a random one.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     sizes = {
         "block_count": config.num_hidden_layers,
@@ -72,7 +96,11 @@ def write_gguf(
         if turns:
             values = interleaved(values, turns)
         stored = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, stored), raw_dtype=stored)
+        if stored.name in K_QUANTS:
+            raw = random_blocks(values.shape[0], values.shape[1], stored)
+        else:
+            raw = gguf.quants.quantize(values, stored)
+        writer.add_tensor(gguf_name(name), raw, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

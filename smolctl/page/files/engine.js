@@ -1,6 +1,6 @@
 // The compiled engine (forward.c as WebAssembly) on a model whose bytes lie in its memory as they came.
 
-const INTERFACE = 3; // of forward.c: the structures below
+const INTERFACE = 4; // of forward.c: the structures below
 const PAGE = 65536;
 const LIMIT = 65535 * PAGE; // some browsers refuse 4 GiB
 const STATIC = 2 * PAGE; // most that the compiled code itself takes: its stack and constants

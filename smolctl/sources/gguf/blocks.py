@@ -13,6 +13,7 @@ import numpy as np
 
 from smolctl.errors import InputError
 from smolctl.sources.arrays import BFLOAT16, Array
+from smolctl.sources.gguf.k_quants import K_QUANTS, recoded
 from smolctl.sources.quantized.packed import BLOCK, PackedMatrix
 
 PLAIN: Mapping[str, np.dtype[Any]] = {
@@ -21,7 +22,7 @@ PLAIN: Mapping[str, np.dtype[Any]] = {
     "BF16": BFLOAT16,
 }
 # Bits of a value, and how many float16 stand before the values of a block: the scale, and the offset.
-PACKED = {"Q8_0": (8, 1), "Q4_0": (4, 1), "Q4_1": (4, 2)}
+PACKED = {"Q8_0": (8, 1), "Q4_0": (4, 1), "Q4_1": (4, 2), "Q5_0": (5, 1), "Q5_1": (5, 2)}
 
 
 def as_stored(raw: Array, kind: str) -> Array | PackedMatrix:
@@ -38,6 +39,8 @@ def as_stored(raw: Array, kind: str) -> Array | PackedMatrix:
     """
     if kind in PLAIN:
         return raw.view(PLAIN[kind])
+    if kind in K_QUANTS and (found := recoded(raw, kind)):
+        return found
     if kind not in PACKED:
         return _unpacked(raw, kind)
     bits, halves = PACKED[kind]
@@ -49,10 +52,11 @@ def as_stored(raw: Array, kind: str) -> Array | PackedMatrix:
     if bits == 8:
         return PackedMatrix(8, columns, BLOCK, values.view(np.int8), scales)
     with np.errstate(over="ignore"):
-        offsets = np.ascontiguousarray(blocks["floats"][..., 1]) if halves == 2 else scales * np.float16(-8)
-    if not np.isfinite(offsets).all():  # -8 × a scale may be more than float16 holds
+        middle = np.float16(-(2 ** (bits - 1)))
+        offsets = np.ascontiguousarray(blocks["floats"][..., 1]) if halves == 2 else scales * middle
+    if not np.isfinite(offsets).all():  # these products may be more than float16 holds
         return _unpacked(raw, kind)
-    return PackedMatrix(4, columns, BLOCK, values.view(np.uint8), scales, offsets)
+    return PackedMatrix(bits, columns, BLOCK, values.view(np.uint8), scales, offsets)
 
 
 def _unpacked(raw: Array, kind: str) -> Array:

@@ -1,12 +1,13 @@
 """Matrices of small integers: how quantized weights lie in memory and on disk.
 
-The columns of a row form groups; a group's values share a scale and, with 4 bits, an offset:
+The columns of a row form groups; a group's values share a scale and, with 4 or 5 bits, an offset:
 
     weight = scale × value            8 bits, value in -127..127
-    weight = scale × value + offset   4 bits, value in 0..15
+    weight = scale × value + offset   4 bits, value in 0..15; 5 bits, value in 0..31
 
-Both are exactly what GGUF calls Q8_0 and Q4_1 (with groups of 32), and Q4_0 is the second one with the
-offset -8 × scale, so that those files are read without a loss.
+With groups of 32 these are exactly what GGUF calls Q8_0, Q4_1 and Q5_1. Q4_0 and Q5_0 are the last two with
+the offsets -8 × scale and -16 × scale, so that those files are read without a loss. `quantize` writes 8 or 4
+bits in groups of whole blocks; 5 bits, and groups of half a block, are for matrices of GGUF files.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from numpy.typing import NDArray
 from smolctl.sources.arrays import Array
 
 # Columns that lie together: of 32 four-bit values, byte i holds value i low and value i + 16 high.
-# Rows are filled up with zeros to a multiple of it, groups are a multiple of it.
+# Five-bit values have four bytes before these 16: bit i of them is the fifth bit of value i.
+# Rows are filled up with zeros to a multiple of it, groups are a multiple of it, or half of it.
 BLOCK = 32
 # Few enough that the intermediate results stay in the cache, and that torch does not wake its threads (it
 # does from 32,768 on). Their barriers cost more than they bring, and on a busy machine twenty times more:
@@ -29,17 +31,17 @@ VALUES_AT_ONCE = 32_000
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """A matrix (rows, columns) of 8- or 4-bit integers.
+    """A matrix (rows, columns) of 8-, 5- or 4-bit integers.
 
     Padding columns hold the value 0; what they would dequantize to is never used.
     """
 
-    bits: int  # 8 or 4
+    bits: int  # 8, 5 or 4
     columns: int  # of the matrix, without padding
-    group: int  # columns that share a scale: a multiple of BLOCK
-    values: Array  # 8 bits: int8 (rows, P); 4 bits: uint8 (rows, P / 2); P: columns filled up to BLOCK
+    group: int  # columns that share a scale: a multiple of BLOCK, or half of it
+    values: Array  # (rows, P × bits / 8), P: columns filled up to BLOCK; int8 with 8 bits, else uint8
     scales: NDArray[np.float16]  # (rows, groups)
-    offsets: NDArray[np.float16] | None = None  # (rows, groups); with 4 bits only
+    offsets: NDArray[np.float16] | None = None  # (rows, groups); not with 8 bits
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -56,7 +58,7 @@ class PackedMatrix:
         scales = self.scales.astype(np.float32)
         if self.offsets is None:
             return 128 * np.abs(scales)
-        ends = self.offsets.astype(np.float32), self.offsets + 15 * scales
+        ends = self.offsets.astype(np.float32), self.offsets + ((1 << self.bits) - 1) * scales
         return np.maximum(*map(np.abs, ends))
 
     def dequantize(self) -> NDArray[np.float32]:
@@ -85,8 +87,12 @@ def unpack_integers(values: Array, bits: int) -> Array:
     """`PackedMatrix.values` as integers (rows, P), zeros of the padding included."""
     if bits == 8:
         return values
-    blocks = values.reshape(values.shape[0], -1, BLOCK // 2)  # (rows, P/32, 16)
-    return np.concatenate((blocks & 0x0F, blocks >> 4), axis=-1).reshape(values.shape[0], -1)
+    blocks = values.reshape(values.shape[0], -1, BLOCK * bits // 8)  # (rows, P/32, 16 or 20)
+    fifths, pairs = blocks[..., : -BLOCK // 2], blocks[..., -BLOCK // 2 :]
+    integers = np.concatenate((pairs & 0x0F, pairs >> 4), axis=-1)
+    if bits == 5:
+        integers |= np.unpackbits(fifths, axis=-1, bitorder="little") << 4
+    return integers.reshape(values.shape[0], -1)
 
 
 def pack_integers(values: Array, bits: int) -> Array:
@@ -95,5 +101,8 @@ def pack_integers(values: Array, bits: int) -> Array:
     padded = np.pad(whole, ((0, 0), (0, -values.shape[1] % BLOCK)))
     if bits == 8:
         return padded
-    pairs = padded.reshape(len(values), -1, 2, BLOCK // 2)  # (rows, P/32, 2, 16)
-    return (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(len(values), -1)
+    blocks = padded.reshape(len(values), -1, BLOCK)
+    packed = blocks[..., : BLOCK // 2] & 0x0F | blocks[..., BLOCK // 2 :] << 4  # (rows, P/32, 16)
+    if bits == 5:
+        packed = np.concatenate((np.packbits(blocks >> 4, axis=-1, bitorder="little"), packed), axis=-1)
+    return packed.reshape(len(values), -1)

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
@@ -19,12 +20,18 @@ from tokenizers import Tokenizer
 
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError, SmolError
+from smolctl.generation.engine import Engine
+from smolctl.generation.engines import EngineOptions, make_engine
 from smolctl.model.weights import initialize, load_network
 from smolctl.sources import SourceKind, open_source
+from smolctl.sources.arrays import Array
+from smolctl.sources.gguf import blocks
 from smolctl.sources.gguf.blocks import as_stored
 from smolctl.sources.gguf.header import TENSOR_TYPES, read_header
-from smolctl.sources.quantized.scaled import dense
-from tests.support.gguf_files import write_gguf
+from smolctl.sources.gguf.k_quants import K_QUANTS
+from smolctl.sources.quantized.packed import PackedMatrix
+from smolctl.sources.quantized.scaled import StoredTensor, dense
+from tests.support.gguf_files import random_blocks, write_gguf
 
 CONFIG = ModelConfig(
     vocab_size=96,
@@ -106,7 +113,7 @@ def test_packed_weights_equal_the_gguf_package(tmp_path: Path, state: State, nam
         assert np.array_equal(loaded[key].numpy(), expected), key
 
 
-@pytest.mark.parametrize("name", ["F32", "F16", "BF16", *BLOCK_TYPES])
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16", *(set(BLOCK_TYPES) - K_QUANTS.keys())])
 def test_every_type_unpacks_as_the_gguf_package_does(name: str) -> None:
     kind = gguf.GGMLQuantizationType[name]
     size = gguf.GGML_QUANT_SIZES[kind][1]
@@ -119,6 +126,62 @@ def test_every_type_unpacks_as_the_gguf_package_does(name: str) -> None:
     both_nan = np.isnan(ours) & np.isnan(expected)
     assert ours.shape == expected.shape
     assert ((ours == expected) | both_nan).all()
+
+
+@pytest.mark.parametrize("name", K_QUANTS)
+def test_k_quants_keep_their_values_and_round_their_scales(name: str) -> None:
+    kind = gguf.GGMLQuantizationType[name]
+
+    def both(factors: Sequence[float]) -> tuple[StoredTensor, Array]:
+        raw = random_blocks(40, 512, kind, factors)
+        return as_stored(raw, name), gguf.quants.dequantize(raw, kind)
+
+    exact, expected = both([2**-9, 2**-12])  # times an integer of up to 8 bits: no rounding
+    assert np.array_equal(dense(exact), expected)
+    rounded, expected = both(np.random.default_rng(0).uniform(1e-5, 1e-3, 99).tolist())
+    assert isinstance(rounded, PackedMatrix)
+    largest = rounded.largest().repeat(rounded.group, axis=1)  # of scale × value and of an offset, in part
+    assert (np.abs(dense(rounded) - expected) <= 3 * 2**-11 * largest).all()
+    large, expected = both([60_000.0])  # a float16 holds no more than 65,504
+    assert np.array_equal(dense(large), expected)
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1", *K_QUANTS])
+def test_integers_take_about_as_much_memory_as_in_the_file(name: str) -> None:
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    raw = np.zeros((4, 512 // block * size), np.uint8)
+    stored = as_stored(raw, name)
+    assert isinstance(stored, PackedMatrix)
+    most = {"Q2_K": 2.3, "Q3_K": 1.75}.get(name, 1.4)  # values of 2 and 3 bits are held in 4
+    assert stored.bytes <= most * raw.nbytes
+
+
+def log_probabilities(engine: Engine, parts: list[list[int]]) -> torch.Tensor:
+    cache = engine.allocate(1, 32)
+    logits = np.concatenate([engine.forward([part], cache, every=True) for part in parts])
+    return torch.from_numpy(logits).double().log_softmax(-1)
+
+
+@pytest.mark.parametrize("name", ["Q5_0", "Q5_1", *K_QUANTS])
+def test_a_quantized_gguf_runs_at_its_size_as_if_unpacked(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CONFIG.model_copy(update={"hidden_size": 256, "head_dim": 64, "intermediate_size": 256})
+    kind = gguf.GGMLQuantizationType[name]
+    path = write_gguf(tmp_path / "k.gguf", config, initialize(config, seed=6).state_dict(), kind)
+    source = open_source(str(path))
+    engine = make_engine(source, EngineOptions(threads=1))
+    in_file = sum(tensor.bytes for tensor in source.tensors or () if len(tensor.shape) > 1)
+    assert engine.weight_bytes <= 2.3 * in_file
+    assert engine.precision == {"Q5": "int5", "Q6": "int8"}.get(name[:2], "int4")
+    for table in ("K_QUANTS", "PACKED"):
+        monkeypatch.setattr(blocks, table, {})
+    unpacked = make_engine(source, EngineOptions(threads=1))
+    assert unpacked.precision == "float32"
+    prompt = list(range(1, 31))
+    for parts in ([prompt], [[token] for token in prompt]):  # as one prompt, and token by token
+        ours, theirs = (log_probabilities(one, parts) for one in (engine, unpacked))
+        assert (theirs.exp() * (theirs - ours)).sum(-1).mean() < 1e-4
 
 
 def test_the_sizes_of_all_types_are_those_of_the_gguf_package() -> None:
