@@ -33,7 +33,8 @@ def test_an_extra_is_installed_from_where_smolctl_came(
 ) -> None:
     here = tmp_path / "a checkout"
     info = tmp_path / "smolctl-0.1.0.dist-info"
-    here.mkdir(), info.mkdir()
+    here.mkdir()
+    info.mkdir()
     (info / "METADATA").write_text("Name: smolctl\nVersion: 0.1.0\n")
     (info / "INSTALLER").write_text(f"{installer}\n")
     if record is not None:

@@ -83,7 +83,17 @@ def test_messages_have_plain_words() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["README.md", "smolctl/publish/card.md.jinja", "configs/nano.yaml", "configs/smollm2-135m.yaml"],
+    [
+        *(
+            "README.md",
+            "CONTRIBUTING.md",
+            "CHANGELOG.md",
+            "SECURITY.md",
+            "CODE_OF_CONDUCT.md",
+            "configs/nano.yaml",
+        ),
+        *("smolctl/publish/card.md.jinja", "smolctl/runs/report.html.jinja", "configs/smollm2-135m.yaml"),
+    ],
 )
 def test_documents_have_plain_words(path: str) -> None:
     lines = (CHECKOUT / path).read_text(encoding="utf-8").splitlines()

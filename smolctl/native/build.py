@@ -36,8 +36,8 @@ X86_LEVELS = {
 }
 
 
-# The oldest systems that builds of `ziglang` run on, in its words and in a wheel's: glibc 2.17 of 2012, and the
-# oldest macOS that has Python 3.11 on each processor.
+# The oldest systems that builds of `ziglang` run on, in its words and in a wheel's: glibc 2.17 of 2012, and
+# the oldest macOS for each processor.
 SYSTEMS = {
     ("Linux", "x86_64"): ("x86_64-linux-gnu.2.17", "manylinux2014_x86_64.manylinux_2_17_x86_64"),
     ("Linux", "aarch64"): ("aarch64-linux-gnu.2.17", "manylinux2014_aarch64.manylinux_2_17_aarch64"),
