@@ -116,7 +116,9 @@ def _open(model: str, values: Mapping[str, Any]) -> ModelSource:
     if _exists(path) and not (preset and path.is_dir() and not _holds_model(path)):
         return _open_path(path, model, values)
     if path.is_symlink():
-        raise InputError(f"{model}: a link to {path.readlink()}, which is not there", "Restore its target.")
+        raise InputError(
+            f"{model}: a link to {path.readlink()}, which is not supported", "Restore its target."
+        )
     if preset:
         return _open_recipe(presets_folder() / f"{model}.yaml", model, values)
     if path.parent == RUNS and path.name == "latest":
@@ -226,7 +228,7 @@ def _open_file(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
     if start.startswith(b"\x80"):
         raise InputError(
             f"{path}: a bare pickle is not read: it can execute code",
-            "Save the weights as safetensors, or with torch.save of today.",
+            "Save the weights as safetensors, or with a current torch.save (zip format).",
         )
     if _is_utf16_object(start):
         return open_config_json(path, name)
