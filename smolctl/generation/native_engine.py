@@ -36,7 +36,7 @@ OPTIONAL = (
 )
 FEW = 4  # tokens that are multiplied one by one: matrix.h
 KEYS = 16  # positions in a tile of keys, and what heads of values are filled up to: attention.h
-# Tokens that go through the network at once: enough for the products, few enough for the caches.
+# Tokens that go through the network at once: enough for efficient matmuls, few enough for the caches.
 CHUNK = 256
 
 

@@ -90,7 +90,7 @@ def run_trainer(
 
     Args:
         prepared: the run.
-        callback: hears of every step.
+        callback: called at every step.
         folder: of the run.
         start: the checkpoint to begin with, or None.
         open_end: whether the callback says which step is the last.
@@ -136,7 +136,7 @@ def run_trainer(
 
 
 def prepare_process() -> None:
-    """Set what holds for the whole process: the allocator, and the precision of products."""
+    """Set what holds for the whole process: the allocator, and the precision of matmuls."""
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")
 
