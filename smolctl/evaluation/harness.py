@@ -60,7 +60,7 @@ class EngineLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What tells this tokenizer and its template from others in lm-eval's caches."""
+        """What distinguishes this tokenizer and its template from others in lm-eval's caches."""
         return str(self.tokenizer.sha256)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -121,7 +121,7 @@ class EngineLM(TemplateLM):
         return Target(whole[-self.max_length - 1 : -1], tuple(continuation))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        """The log-probability of a whole text for each request, in windows of the model's context."""
+        """The log-probability of a whole text for each request, in sequences of the context's length."""
         windows = [
             (number, make_disjoint_window(window))
             for number, request in enumerate(requests)
@@ -189,7 +189,8 @@ class EngineLM(TemplateLM):
             key for key, value in asked.items() if key not in SAMPLING and ALWAYS.get(key) != value
         ]:
             raise InputError(
-                f"a task's generation_kwargs ask for {unknown[0]}={asked[unknown[0]]}, which is not there",
+                f"a task's generation_kwargs ask for {unknown[0]}={asked[unknown[0]]}, "
+                "which is not supported",
                 f"There are {', '.join(SAMPLING)}, do_sample, until and max_gen_toks.",
             )
         if not sampled:

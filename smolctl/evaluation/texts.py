@@ -75,7 +75,7 @@ def choose_text(
         models: with their tokenizers; the recipe of a run says what it has held out.
         data: what `--data` names: files, folders, Hub datasets.
         limit: bytes of text at most; documents are chosen by their content, whatever their order.
-        on_note: told what was decided, and of waiting for a tokenization.
+        on_note: called with what was decided, and while another tokenization is waited for.
 
     Raises:
         InputError: the text is missing or empty, or the runs have held out no document in common.
@@ -162,9 +162,11 @@ def _recipes(
     _, tokenizer = models[0]
     default = (DEFAULT, None, tokenizer)
     if not recipes:
-        on_note("None of these models says what it was trained on: they may have seen the built-in text.")
+        on_note(
+            "None of these models records what it was trained on, so they may have seen the built-in text."
+        )
         return [default]
-    on_note("The runs were trained on different texts: the held-out part of the built-in one is taken.")
+    on_note("The runs were trained on different texts: the held-out part of the built-in text is used.")
     return [default, *(one for one in recipes.values() if set(one[0].source) & set(DEFAULT.source))]
 
 

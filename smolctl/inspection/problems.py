@@ -15,7 +15,7 @@ K_QUANT_BLOCK = 256
 
 
 def find_problems(source: ModelSource) -> tuple[str, ...]:
-    """Everything that somebody should mend or expect to fail; empty for a sound model."""
+    """Everything that somebody should correct or expect to fail; empty for a sound model."""
     if source.config is None:
         return (*source.problems, source.unsupported)
     # Sources report what does not fit as they read; here only what they left out is added.
@@ -32,7 +32,7 @@ def find_notes(source: ModelSource) -> tuple[str, ...]:
         return ()
     notes = []
     if source.kind in (SourceKind.PRESET, SourceKind.CONFIG) and not source.declared:
-        notes.append("no model section: `train` takes --init-from's model, shown is the default one")
+        notes.append("no model section: `train` uses the model of --init-from; the default model is shown")
     if config.pad_token_id is None:
         notes.append("no pad token: none is needed, smolctl trains on full sequences")
     if not config.eos_token_ids:

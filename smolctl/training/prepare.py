@@ -51,7 +51,7 @@ class Prepared:
 
     @property
     def fingerprints(self) -> dict[str, Any]:
-        """What tells this data, its order and this tokenizer from others; kept in every checkpoint."""
+        """What identifies this data, its order and this tokenizer; kept in every checkpoint."""
         return {"data": self.corpus.fingerprint, "order": ORDER, "tokenizer": self.tokenizer.sha256}
 
     @property
@@ -103,8 +103,8 @@ def prepare(
         config: of the run.
         source: of the weights, shape and tokenizer that the run starts with; None draws weights from
             `train.seed`.
-        emit: hears what was decided.
-        on_tokenize: hears how far the tokenization is.
+        emit: called with a note on every decision.
+        on_tokenize: called with the progress of tokenization.
         asked: nested settings that the user gave beside the config. A config describes a model from scratch,
             so that with a source its own model section and a tokenizer to train are set aside; what is
             asked for against the weights is refused.
@@ -171,8 +171,8 @@ def prepare_again(
         decisions: of what was "auto" in its config.
         done: steps behind it.
         state: what the checkpoint keeps for us: how many samples those steps saw, and where their tokens are.
-        emit: hears what happens to the cached tokens.
-        on_tokenize: hears how far the tokenization is, should the cached tokens be gone.
+        emit: called with notes on the cached tokens.
+        on_tokenize: called with the progress of tokenization, if the cached tokens are gone.
         has_weights: whether the checkpoint has weights; else they are those that the run began with.
     """
     require_packages(config.trainer.loggers)
@@ -269,7 +269,7 @@ def with_origin(
         emit(
             Note(
                 f"The config is of a run that began with the weights of {config.init_from.id}; this one "
-                "begins with new weights. --init-from takes those."
+                "begins with new weights. Use --init-from to start from those."
             )
         )
     return config.model_copy(update={"init_from": None})
@@ -343,7 +343,7 @@ def _tokenizer_of(source: ModelSource, name: str | None, is_asked: bool, emit: L
         source: of the weights.
         name: what the config says.
         is_asked: whether the user said so beside the config.
-        emit: hears that a tokenizer to train is set aside.
+        emit: called with a note if the config's tokenizer is not used.
 
     Raises:
         InputError: the weights come without a tokenizer and none is named, or another one was asked for.
@@ -364,7 +364,7 @@ def _tokenizer_of(source: ModelSource, name: str | None, is_asked: bool, emit: L
     other = None if is_new else load_tokenizer(name)
     if other is None or (own is not None and not _agree(own, other)):
         raise InputError(
-            f"tokenizer {name}: its ids mean other tokens than those that {source.id} was trained with",
+            f"tokenizer {name}: its ids stand for other tokens than those that {source.id} was trained with",
             "Leave the tokenizer out: the weights bring theirs. Or train from scratch without --init-from.",
         )
     return other

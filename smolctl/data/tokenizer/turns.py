@@ -27,7 +27,7 @@ from smolctl.errors import InputError
 
 TrainedOn = Literal["assistant", "completion", "all"]
 Span = tuple[int, int]
-# What is told of a conversation that is trained on all the same.
+# What is reported of a conversation that is trained on all the same.
 NO_TOOLS = "The chat template does not write the tools that the row names"
 NO_TURN_END = (
     "The chat template's {% generation %} blocks leave out the token that ends a turn. It is trained on all "
@@ -207,7 +207,7 @@ class TurnEncoder:
     def _render(self, messages: Messages, tools: Messages = (), *, asks: bool = False, mark: str = "") -> str:
         template = self.tokenizer.chat_template
         if template is None:
-            raise InputError("there is no chat template", "Take a model that has one.")
+            raise InputError("there is no chat template", "Use a model that has one.")
         try:
             named = self.tokenizer.named_tokens
             return render_chat(template, messages, named, asks, tools=tools, answer_mark=mark)
