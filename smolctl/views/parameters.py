@@ -186,7 +186,7 @@ def _remarks(report: ParameterReport) -> Iterator[Text]:
         why = (
             "the file's header cannot be compared with it"
             if report.aside
-            else "there are no weights beside it"
+            else "there are no weights beside it to compare with"
         )
         yield Text(f"Counted from the config: {why}.", style="dim")
     for note in shortened(report.notes, NOTES_SHOWN):
