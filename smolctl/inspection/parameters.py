@@ -98,7 +98,9 @@ def _count_config(
         expected = {row.tensor: row.shape for row in rows}
         shapes = {one.name: _unflattened(one.shape, expected.get(one.name)) for one in stored.parameters}
         mismatches = check_rows(rows, shapes)
-        if mismatches and source.config is None:  # what cannot be run is what its file holds
+        if stored.unknown:  # the config alone says how many weights those hold
+            mismatches = ()
+        elif mismatches and source.config is None:  # what cannot be run is what its file holds
             return _count_header(source, stored)
     count = count_rows(rows)
     totals = Totals(count.unique, count.naive, count.non_embedding, count.unique)
@@ -108,7 +110,8 @@ def _count_config(
     if stored is None:
         return report
     notes = (*mismatches, *assumed, *_notes(stored))
-    return replace(report, agrees=not mismatches, notes=notes, aside=_aside(stored))
+    agrees = None if stored.unknown else not mismatches
+    return replace(report, agrees=agrees, notes=notes, aside=_aside(stored))
 
 
 def _unflattened(shape: tuple[int, ...], expected: tuple[int, ...] | None) -> tuple[int, ...]:

@@ -23,8 +23,8 @@ BUFFER = re.compile(
 )
 # What stands behind the name of a module, or of its packed tensor, for the tensors that unpack it.
 BESIDE = re.compile(
-    r"\.(scales?|biases|qzeros|g_idx|SCB|weight_format|(in|out)put_scale|input_global_scale|activation_scale)"
-    r"|[._]?(global_)?scales?(_inv|_2|_and_zero)?|_zero_point|_g_idx|_shape|_global_scale"
+    r"\.(scales?|biases|qzeros|g_idx|SCB|weight_format|(in|out)put_scale(_ub)?|input_global_scale|activation_scale)"
+    r"|[._]{0,2}(global_)?scales?(_inv|_2|_and_zero)?|_zero_point|_g_idx|_shape|_global_scale"
     r"|\.(nested_)?(absmax|quant_map)|\.quant_state\..+"
 )
 KV_SCALE = re.compile(r".*\.(k|v|q|kv|prob)_scale")
@@ -36,7 +36,7 @@ INTEGERS = {
 BYTES, WORDS = ("U8", "uint8"), ("U32", "I32", "int32")
 # Sizes of small floats, which hold one weight each but come with scales.
 NARROW_FLOATS = ("F8", "float8")
-PACKED = ("qweight", "weight_packed", "weight_qdata", "weight")
+PACKED = ("qweight", "weight_packed", "weight_qdata", "weight._data", "weight")
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,14 @@ _WORDS = {
     },
 }
 _GPT2 = next(iter(_WORDS))
+# llama.cpp's default has four regular expressions, one after the other. What none of the words of one covers
+# is a word too: behind GPT-2's words without their last alternative that is what this would match.
+_WORDS |= {
+    r"[\p{P}\$\+<=>\^~\|]+": r"[\p{P}$+<=>\^~\|]+|[^\p{P}$+<=>\^~\|]+",
+    _GPT2.removesuffix(r"|\s+"): _WORDS[_GPT2],
+    r"\p{N}+": r"\p{N}+|\P{N}+",
+    "[0-9][0-9][0-9]": "[0-9]{3}|(?:(?![0-9]{3})[^])+",
+}
 
 
 def page_tokenizer(source: ModelSource) -> dict[str, Any]:
@@ -98,6 +106,10 @@ def _lacking(state: Mapping[str, Any]) -> Iterator[str]:
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model[key]:
             yield key
+    if model["byte_fallback"] and any(
+        part["type"] == "Replace" for part in _parts(state["normalizer"], "normalizers")
+    ):
+        yield "SentencePiece's pieces, and the page is for byte-level BPE"
     every_byte = all(character in model["vocab"] for character in pre_tokenizers.ByteLevel.alphabet())
     if not every_byte and (model["unk_token"] is not None or model["byte_fallback"]):
         yield "another token in the place of bytes that have none"

@@ -24,6 +24,10 @@ DAMAGED, KEPT = ".damaged", ".kept"  # what `set_aside` adds to a checkpoint's n
 CHECKPOINT_ENDINGS = ("", CHECKSUM_SUFFIX, DAMAGED, KEPT)
 FORMAT = 2  # of what smolctl adds to Lightning's checkpoint; 1 had no tokenizer and no recorded loss
 ANOTHER = "Use another checkpoint of the run: this one is damaged or not complete."
+NO_PICKLE, UNPACK = (
+    "a zip archive, but no PyTorch checkpoint (no data.pkl)",
+    "Unpack it and name the model in it.",
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def find_damage(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:  # the directory stands at the end: a file cut off has none
             if not any(name.endswith("/data.pkl") for name in archive.namelist()):
-                return "not a PyTorch checkpoint (no data.pkl)"
+                return NO_PICKLE
             expected = _recorded_digest(path)
             if expected is None:
                 sound = holds_once(path, "zip", lambda: archive.testzip() is None)
@@ -83,7 +87,7 @@ def read_checkpoint(path: Path, mmap: bool = True) -> dict[str, Any]:
 
     damage = find_damage(path)
     if damage:
-        raise InputError(f"{path}: {damage}", ANOTHER)
+        raise InputError(f"{path}: {damage}", UNPACK if damage == NO_PICKLE else ANOTHER)
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's guesses about a damaged pickle
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -126,6 +130,10 @@ def _load_error(path: Path, error: Exception) -> InputError:
         return InputError(
             f"{path}: refused, because it holds code: {', '.join(unsafe[:3])}; nothing was executed",
             "Ask its author for safetensors, or for a checkpoint that holds tensors and plain values only.",
+        )
+    if "TorchScript" in str(error):
+        return InputError(
+            f"{path}: a TorchScript archive, which is a program", "Save its state_dict instead."
         )
     reason = (str(error) or type(error).__name__).strip().splitlines()[0][:120]
     return InputError(f"{path}: damaged checkpoint ({reason})", ANOTHER)

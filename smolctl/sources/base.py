@@ -214,9 +214,9 @@ class ModelSource:
         """The weights, or an error that says that this source has none, and why."""
         if self.weights is None:
             is_run = self.kind in (SourceKind.RUN, SourceKind.CHECKPOINT)
-            reason = f": {self.problems[0]}" if is_run and self.problems else ""
+            reason = self.missing_parts or (self.problems[0] if is_run and self.problems else "")
             raise InputError(
-                f"{self.id}: a {self.kind.value} has no weights{reason}",
+                f"{self.id}: a {self.kind.value} has no weights{': ' if reason else ''}{reason}",
                 "Name a run, a checkpoint, a folder, a GGUF or a Hub id; `smolctl train` makes a run.",
             )
         return self.weights

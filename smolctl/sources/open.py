@@ -60,6 +60,17 @@ FILE_ENDINGS = (".gguf", ".safetensors", ".ckpt", ".yaml", ".yml", ".json", ".bi
 NO_LONE_FILE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state).*|.+-(?!00001)\d{5}-of-\d{5}\..+"
 )
+# How files of other kinds begin, what they are and what to do.
+OTHER_FILES = {
+    **dict.fromkeys(
+        (b"lmgg", b"fmgg", b"tjgg"), ("a GGML file, of the time before GGUF", "Get the model as GGUF.")
+    ),
+    b"\x89HDF": ("a Keras or TensorFlow file (HDF5)", "Get the model as safetensors."),
+    b"\x93NUMPY": ("an array of NumPy's", "Save the model as safetensors."),
+    **dict.fromkeys(
+        (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!"), ("an archive", "Unpack it first.")
+    ),
+}
 META_PART = re.compile(r"consolidated\.\d\d\.pth")
 MAX_CONFIG_BYTES = 20_000_000  # larger texts are corpora
 KINDS = "Give a preset, YAML, Hub id, Hugging Face or quantized folder, .safetensors, .gguf, .ckpt or run."
@@ -227,6 +238,8 @@ def _lone_file(folder: Path) -> Path | None:
     if len(parts) > 1 and not (folder / "config.json").is_file():
         names = ", ".join(path.name for path in parts[:5])
         raise InputError(f"{folder}: {len(parts)} files of weights: {names}", "Name one of them.")
+    if not parts:  # of a split GGUF whose first part is not here
+        parts = [path for path in found if path.suffix == ".gguf"][:1]
     return parts[0] if len(parts) == 1 else None
 
 
@@ -252,6 +265,9 @@ def _open_file(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
         )
     if _is_utf16_object(start):
         return open_config_json(path, name)
+    for begin, (what, remedy) in OTHER_FILES.items():
+        if start.startswith(begin):
+            raise InputError(f"{path}: {what}, which is not read", remedy)
     if b"\0" in start or not _is_text(start):
         raise InputError(f"{path}: no known model file: it begins with {start[:8]!r}", KINDS)
     if path.stat().st_size > MAX_CONFIG_BYTES:

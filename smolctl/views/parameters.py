@@ -183,6 +183,11 @@ def _remarks(report: ParameterReport) -> Iterator[Text]:
         settings = ", ".join(f"{item:.80}" for item in report.what_if)
         yield Text.assemble(bad, f"What if: {settings}. The source is another model.")
     elif report.basis is Basis.CONFIG:
-        yield Text("Counted from the config: there are no weights beside it to compare with.", style="dim")
+        why = (
+            "the file's header cannot be compared with it"
+            if report.aside
+            else "there are no weights beside it to compare with"
+        )
+        yield Text(f"Counted from the config: {why}.", style="dim")
     for note in shortened(report.notes, NOTES_SHOWN):
         yield Text.assemble(bad, note)

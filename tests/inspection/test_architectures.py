@@ -260,6 +260,12 @@ def test_any_part_of_a_split_gguf_counts_all_of_them(tmp_path: Path) -> None:
     report = count_source(open_source(str(paths[2])))
     assert (report.totals.unique, report.partial) == (None, True)
     assert any("part 2 of 3" in note for note in report.notes)
+    report = count_source(open_source(str(tmp_path)))  # of the folder without its second part
+    assert report.totals.unique is None
+    renamed = paths[0].rename(tmp_path / "model.gguf")
+    report = count_source(open_source(str(renamed)))
+    assert (report.totals.unique, report.partial) == (None, True)
+    assert any("a part of 3, whose file is named otherwise" in note for note in report.notes)
 
 
 # --- the truth of transformers ---------------------------------------------------------------------------

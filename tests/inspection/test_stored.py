@@ -88,6 +88,23 @@ PACKINGS: dict[str, tuple[dict[str, Entry], dict[str, Any]]] = {
         {"x.weight": ("F8_E4M3", (OUT, IN)), "x.weight_scale_inv": ("F32", (1, 1))},
         {},
     ),
+    "FP8 of fbgemm": (
+        {
+            "x.weight": ("F8_E4M3", (OUT, IN)),
+            "x.weight_scale": ("F32", (OUT, 1)),
+            "x.input_scale_ub": ("F32", (1,)),
+        },
+        {},
+    ),
+    "quanto, 8 bits": (
+        {
+            "x.weight._data": ("I8", (OUT, IN)),
+            "x.weight._scale": ("F32", (OUT, 1)),
+            "x.input_scale": ("F32", ()),
+            "x.output_scale": ("F32", ()),
+        },
+        {},
+    ),
     "experts in FP8": (
         {"x": ("F8_E4M3", (4, OUT, IN)), "x_scale_inv": ("F32", (4, 1, 1))},
         {},

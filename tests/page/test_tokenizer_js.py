@@ -15,6 +15,7 @@ from smolctl.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from smolctl.errors import InputError
 from smolctl.page.tokenization import page_tokenizer
 from tests.support.node import run_module
+from tests.support.tokenizer_kinds import default, llama2
 from tests.support.tokenizer_texts import code_points, few, many
 from tests.support.tokenizers import GPT4_REGEX, byte_level, changed, gpt2, source_of, tokenizer
 
@@ -109,6 +110,7 @@ KNOWN: dict[str, Any] = {
     "a space before each word": lambda: divided_by(DIGITS, {**PLAIN, "add_prefix_space": True}),
     "gpt4": lambda: tokenizer("gpt4"),
     "qwen2": qwen2,
+    "llama.cpp's default": default,
     "one word": lambda: divided_by({**PLAIN, "use_regex": False}),
     "whole words": lambda: changed("gpt2", model={"ignore_merges": True}),
     "NFC": lambda: changed("gpt2 and added tokens", normalizer={"type": "NFC"}),
@@ -141,7 +143,9 @@ def test_every_code_point_is_in_the_same_class(kind: str) -> None:
 
 SPLIT = {"type": "Split", "pattern": {"Regex": "x+"}, "behavior": "Isolated", "invert": False}
 UNKNOWN: dict[str, tuple[Any, str]] = {
-    "sentencepiece": (lambda: tokenizer("llama"), "another token in the place of bytes"),
+    "sentencepiece": (llama2, "SentencePiece's pieces, and the page is for byte-level BPE"),
+    "another token": (lambda: changed("gpt2", model={"unk_token": "a", "vocab": {"a": 0}, "merges": []}),
+                      "another token in the place of bytes"),
     "unigram": (lambda: tokenizer("t5"), "a model of the type Unigram"),
     "wordpiece": (lambda: tokenizer("bert"), "a model of the type WordPiece"),
     "fixed": (lambda: tokenizer("fixed"), "the pre-tokenizer FixedLength"),

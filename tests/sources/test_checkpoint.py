@@ -150,7 +150,7 @@ def test_a_bare_pickle_is_never_executed(tmp_path: Path) -> None:
 def test_zip_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.ckpt", "w") as archive:
         archive.writestr("hello.txt", "hello")
-    with pytest.raises(InputError, match="not a PyTorch checkpoint"):
+    with pytest.raises(InputError, match="a zip archive, but no PyTorch checkpoint"):
         open_source(str(tmp_path / "x.ckpt"))
 
 

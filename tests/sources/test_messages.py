@@ -144,6 +144,33 @@ def test_a_config_is_read_from_standard_input(text: str, monkeypatch: pytest.Mon
     assert open_source("-").config is not None
 
 
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        (b"tjgg", "a GGML file"),
+        (b"\x89HDF\r\n", "HDF5"),
+        (b"\x93NUMPY", "NumPy"),
+        (b"\x1f\x8b\x08", "an archive"),
+    ],
+)
+def test_a_file_of_another_format_is_called_what_it_is(start: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(start + bytes(64))
+    with pytest.raises(InputError, match=f"{said}.*, which is not read"):
+        open_source(str(tmp_path / "model.bin"))
+
+
+def test_an_index_whose_files_are_all_elsewhere_does_not_hinder_the_count(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model")
+    expected = count_source(open_source(str(folder))).totals
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    source = open_source(str(folder))
+    assert count_source(source).totals == expected
+    with pytest.raises(InputError, match="a folder has no weights: none of the 2 files that"):
+        source.require_weights()
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "pytorch_model.bin"])
 def test_a_part_of_a_model_that_is_a_broken_link_is_not_taken_for_an_absent_one(
     name: str, tmp_path: Path

@@ -183,6 +183,19 @@ def test_integers_without_scales_are_no_weights(dtype: torch.dtype, tmp_path: Pa
             load_network(open_source(str(model)))
 
 
+def test_weights_that_are_packed_in_an_unknown_way_are_counted_by_the_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({**CONFIG, "quantization_config": {"quant_method": "hqq"}})
+    )
+    expected = count_source(open_source(str(tmp_path / "config.json"))).totals
+    state = {name: tensor.clone() for name, tensor in STATE.items() if "q_proj" not in name}
+    packed = {"model.layers.0.self_attn.q_proj.W_q": torch.zeros(4, 4, dtype=torch.uint8)}
+    save_file({**state, **packed}, tmp_path / "model.safetensors")
+    report = count_source(open_source(str(tmp_path)))
+    assert (report.totals, report.agrees) == (expected, None)
+    assert "in a layout that is not known" in report.notes[0]
+
+
 def write_reference(folder: Path) -> Path:
     (folder / "reference").mkdir()
     save_file(

@@ -146,8 +146,10 @@ def _with_all_parts(header: GGUFHeader) -> tuple[GGUFHeader, str]:
         The header, and which parts do not lie beside the file; "" when none is missing.
     """
     count, name = header.metadata.get("split.count"), PART.fullmatch(header.path.name)
-    if type(count) is not int or count < 2 or not name:
+    if type(count) is not int or count < 2:
         return header, ""
+    if not name:
+        return header, f"a part of {count}, whose file is named otherwise than llama.cpp names parts"
     numbers = range(1, min(count, MAX_PARTS) + 1)
     paths = {number: header.path.with_name(f"{name[1]}-{number:05}-of-{count:05}.gguf") for number in numbers}
     parts = {number: read_header(path) for number, path in paths.items() if path.is_file()}
@@ -184,6 +186,9 @@ def unsupported_feature(header: GGUFHeader) -> str:
         return f"a GGUF of type {kind} is not a model"
     if architecture not in tuple(ARCHITECTURES):
         return f"GGUF architecture {architecture} is not supported, only {', '.join(ARCHITECTURES)}"
+    for key in REQUIRED:
+        if key not in values:
+            return f"a GGUF without {architecture}.{key} is not supported"
     for key in OFF_SWITCHES:
         if values.get(key):
             return f"{architecture}.{key} {values[key]} is not supported"
@@ -282,14 +287,9 @@ def read_config(header: GGUFHeader) -> ModelConfig:
     """The network that the keys of its architecture describe.
 
     Raises:
-        InputError: a key is missing or its value makes no sense.
+        InputError: a value makes no sense.
     """
     values, architecture = model_keys(header), header.metadata["general.architecture"]
-    missing = [f"{architecture}.{key}" for key in REQUIRED if key not in values]
-    if missing:
-        raise InputError(
-            f"{header.path}: the metadata has no {missing[0]}", "Convert the model to GGUF again."
-        )
     fields = {field: values[key] for key, field in REQUIRED.items()}
     shapes = {tensor.name: tensor.shape for tensor in header.tensors}
     rows = shapes.get("token_embd.weight") or (len(header.metadata.get("tokenizer.ggml.tokens", ())),)

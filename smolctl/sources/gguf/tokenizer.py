@@ -103,7 +103,8 @@ def read_tokenizer(header: GGUFHeader) -> TokenizerFiles | None:
         parts = _sentence_piece(values) if model == "llama" else _byte_level(values, PRE_TOKENIZERS[pre])
         text = json_text(parts)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise InputError(f"{header.path}: the tokenizer is damaged ({error})", DAMAGED) from None
+        reason = f"no {error.args[0]}" if isinstance(error, KeyError) else error
+        raise InputError(f"{header.path}: the tokenizer is damaged ({reason})", DAMAGED) from None
     found = {
         "tokenizer_json": text,
         "chat_template": values.get("tokenizer.chat_template"),

@@ -37,8 +37,9 @@ BOTH = f"{SINGLE} and {INDEX} are both there: {SINGLE} is read, as transformers 
 
 
 def is_huggingface_folder(folder: Path) -> bool:
-    """Whether a folder holds a config.json or safetensors."""
-    return (folder / "config.json").is_file() or any(folder.glob("*.safetensors"))
+    """Whether a folder holds a config.json, Meta's params.json or safetensors."""
+    named = any((folder / name).is_file() for name in ("config.json", "params.json"))
+    return named or any(folder.glob("*.safetensors"))
 
 
 def refuse_broken_links(folder: Path) -> None:
@@ -72,7 +73,8 @@ def open_folder(folder: Path, name: str, kind: SourceKind = SourceKind.FOLDER) -
     """
     weights, tensors, problems = _folder_weights(folder)
     source = describe_beside(kind, name, folder, tensors, problems, weights, tokenizer_reader(folder))
-    return dataclasses.replace(_with_adapter(source, folder), card=card_beside(folder))
+    missing = problems[0] if weights is None and problems else ""
+    return dataclasses.replace(_with_adapter(source, folder), card=card_beside(folder), missing_parts=missing)
 
 
 def _with_adapter(source: ModelSource, folder: Path) -> ModelSource:
@@ -218,6 +220,9 @@ def _folder_weights(
 ) -> tuple[SafetensorsWeights | None, tuple[TensorHeader, ...] | None, tuple[str, ...]]:
     both = (folder / INDEX).is_file() and (folder / SINGLE).is_file()
     if (folder / INDEX).is_file() and not both:
+        named = read_weight_map(read_file(folder / INDEX), str(folder / INDEX))
+        if not any((folder / name).exists() for name in named):
+            return None, None, (f"none of the {len(named)} files that {INDEX} names is here",)
         shards, tensors = read_shards(folder, folder / INDEX)
         return SafetensorsWeights(shards), tensors, ()
     files = sorted(folder.glob("*.safetensors"))

@@ -298,6 +298,14 @@ def test_features_that_the_network_lacks_are_refused_by_name(
     assert source.tensors  # count-params still counts them
 
 
+def test_a_file_without_a_size_is_counted_and_not_run(tmp_path: Path, state: State) -> None:
+    path = write_gguf(tmp_path / "x.gguf", CONFIG, state)
+    path.write_bytes(path.read_bytes().replace(b"llama.context_length", b"llama.context_lengtx"))
+    source = open_source(str(path))
+    assert "without llama.context_length" in source.unsupported
+    assert source.tensors
+
+
 def test_another_architecture_is_refused_by_name(tmp_path: Path, state: State) -> None:
     path = write_gguf(tmp_path / "qwen.gguf", CONFIG, state, architecture="gemma")
     source = open_source(str(path))
