@@ -217,6 +217,7 @@ class _Answer(Response):
             if isinstance(piece, SmolError):
                 raise piece
             yield piece
+            await asyncio.sleep(0)  # sending seldom waits: meanwhile it is seen who has left
 
     async def _fail(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
         """Say what is wrong: as the answer, or as the last event of a stream that has begun."""
@@ -225,8 +226,11 @@ class _Answer(Response):
             headers = RETRY if error.status == 503 else None
             await JSONResponse(error.body(), error.status, headers)(scope, receive, send)
         elif self._asked.stream:
-            await _event(send, error.body())
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            # A client that reads nothing takes no last words either.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._server.limits.farewell_s):
+                    await _event(send, error.body())
+                    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _event(send: Send, content: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ class Limits:
     body_bytes: int = 8 << 20
     body_s: float = 30.0  # for a body to arrive
     answer_s: float = 600.0  # for an answer, its time in the queue included
+    farewell_s: float = 5.0  # for an error that ends a stream to be taken
     ping_s: float = 15.0  # between comments in a stream in which nothing else comes; 0: none
 
 

@@ -20,6 +20,7 @@ from smolctl.serving.guards import Limits
 DEFAULT_CONTEXT = 2048  # tokens of a slot, or fewer where the model's context is shorter
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 GRACE_S = 30  # for answers under way when the server is stopped
+UNREAD_S = 60.0  # after which the system drops a client that takes nothing of what was sent (Linux)
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,8 @@ def listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * UNREAD_S))
         listener.bind((name, port))
     except OSError as error:
         listener.close()

@@ -58,12 +58,16 @@ def endless(served: Served) -> Iterator[None]:
         yield
 
 
-def send(served: Served, body: dict[str, object]) -> socket.socket:
-    """A connection over which a request was sent."""
+def send(served: Served, body: dict[str, object], receive_bytes: int | None = None) -> socket.socket:
+    """A connection over which a request was sent; it holds so many bytes of an answer that nobody reads."""
     content = json.dumps(body).encode()
     host = served.url.removeprefix("http://")
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(content)}\r\n\r\n"
-    connection = socket.create_connection(("127.0.0.1", int(host.rpartition(":")[2])), PATIENCE_S)
+    connection = socket.socket()
+    if receive_bytes is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    connection.settimeout(PATIENCE_S)
+    connection.connect(("127.0.0.1", int(host.rpartition(":")[2])))
     connection.sendall(head.encode() + content)
     return connection
 
@@ -123,6 +127,28 @@ def test_an_answer_that_takes_too_long_ends_with_an_error(model: Path, stream: b
         last = answer.text.strip().rpartition("data: ")[2]
         assert "0.05 seconds" in json.loads(last)["error"]["message"]
         wait_until(served, 0, 0)
+
+
+@pytest.mark.parametrize("ends", ["its time", pytest.param("the system's patience", marks=pytest.mark.slow)])
+def test_a_client_that_reads_nothing_is_let_go(
+    model: Path, ends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = Limits(connections=1, answer_s=0.3, farewell_s=0.1)
+    if ends == "the system's patience":
+        if not hasattr(socket, "TCP_USER_TIMEOUT"):
+            pytest.skip("only Linux drops such clients")
+        limits = Limits(connections=1)
+        monkeypatch.setattr("smolctl.serving.serve.UNREAD_S", 0.3)
+    unread = {**ENDLESS, "n": 4, "logprobs": 20}
+    with (
+        serving(model, context=CONTEXT, limits=limits, send_bytes=1 << 12) as served,
+        endless(served),
+        send(served, unread, receive_bytes=1 << 12),
+    ):
+        deadline = time.monotonic() + PATIENCE_S
+        for status in (200, 503):  # until it has begun, and until it is over
+            while served.client.get("/health").status_code == status:
+                assert time.monotonic() < deadline
 
 
 def test_a_silent_stream_gets_comments(model: Path) -> None:

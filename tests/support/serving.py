@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,9 +38,17 @@ class Served:
 
 
 @contextmanager
-def serving(model: Path, **options: Any) -> Iterator[Served]:
-    """Serve a model with the options of `ServeOptions`, a single thread computing."""
+def serving(model: Path, send_bytes: int | None = None, **options: Any) -> Iterator[Served]:
+    """Serve a model with the options of `ServeOptions`, a single thread computing.
+
+    Args:
+        model: a folder.
+        send_bytes: that a connection holds of an answer that is not read; None: as the system has it.
+        options: of `ServeOptions`.
+    """
     with listen("127.0.0.1", 0) as listener:
+        if send_bytes is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         settings = ServeOptions(**{"slots": 4, "engine": EngineOptions(threads=1), **options})
         server, _ = open_server(str(model), settings, url)
