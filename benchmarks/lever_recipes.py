@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from smolctl.config import RunConfig, load_run_config
 from smolctl.data.order import starts_of_samples
+from smolctl.training.optim.muon import MOMENTUM, muon_momentum
 from smolctl.training.optim.schedule import learning_rate, phase
 
 NANO_STEPS = 450  # train.steps of configs/nano.yaml
@@ -25,8 +26,7 @@ class Extras:
     """What the config of a run cannot say. The defaults change nothing; a share is one of the run's steps.
 
     Attributes:
-        momentum_start: of Muon's momentum, which rises linearly from it over `momentum_rise`, a share.
-        momentum_end: it falls linearly to it over `momentum_fall`, the last share.
+        momentum_end: Muon's momentum falls linearly to it over `momentum_fall`, the last share.
         normuon: decay of the mean square of each row of Muon's updates, by whose root the row is divided.
         cautious: weights decay only where the step makes them smaller too.
         fading_decay: the weight decay falls linearly to 0.
@@ -43,9 +43,7 @@ class Extras:
         bfloat16: matmuls by autocast.
     """
 
-    momentum_start: float = 0.95
-    momentum_rise: float = 0.0
-    momentum_end: float = 0.95
+    momentum_end: float = MOMENTUM[1]
     momentum_fall: float = 0.0
     normuon: float = 0.0
     cautious: bool = False
@@ -67,8 +65,8 @@ LEVERS: Mapping[str, Mapping[str, Any]] = {
     # The recipe of the best ten minutes so far, muon-8-1e-2 of `time_to_loss.py` with 730 steps.
     "ten-minutes": {"optimizer.learning_rate": 1e-2, "schedule.min_learning_rate": 0.0},
     # modded-nanogpt and nanochat: 0.85 to 0.95 over the first 300 steps, there 0.1 to 0.2 of a run.
-    "momentum": {"momentum_start": 0.85, "momentum_rise": 0.133},
-    "momentum-long": {"momentum_start": 0.85, "momentum_rise": 0.3},
+    "momentum": {"optimizer.momentum_warmup": 0.133},
+    "momentum-long": {"optimizer.momentum_warmup": 0.3},
     "momentum-fall": {"momentum_end": 0.85, "momentum_fall": 0.1},
     "normuon": {"normuon": 0.95},  # Li et al., 2025, arXiv 2510.05491
     "polar": {"polar": True},  # Amsel et al., 2025, arXiv 2505.16932
@@ -96,6 +94,7 @@ LEVERS: Mapping[str, Mapping[str, Any]] = {
     "lookahead-0.3": {"lookahead": 0.3},
     "table-0.5": {"table_rate": 0.5},
     "table-2": {"table_rate": 2.0},
+    "table-3": {"table_rate": 3.0},
     "table-4": {"table_rate": 4.0},
     "norms-0.5": {"norm_rate": 0.5},
     "norms-3": {"norm_rate": 3.0},
@@ -182,12 +181,11 @@ class StepValues:
         if phase(step, config.schedule) == "decay":
             rate = floor + (peak - floor) * ((rate - floor) / (peak - floor)) ** extras.power
         done = step / steps
-        risen = min(1.0, done / extras.momentum_rise) if extras.momentum_rise else 1.0
         fallen = max(0.0, 1 - (1 - done) / extras.momentum_fall) if extras.momentum_fall else 0.0
-        momentum = extras.momentum_start + risen * (0.95 - extras.momentum_start)
+        momentum = muon_momentum(step, config.optimizer.momentum_warmup)
         return StepValues(
             rate,
-            momentum + fallen * (extras.momentum_end - 0.95),
+            momentum + fallen * (extras.momentum_end - MOMENTUM[1]),
             config.optimizer.weight_decay * (1 - (step - 1) / steps if extras.fading_decay else 1),
             extras.lookahead * rate / peak if 0.16 <= done < 0.76 else 0.0,
         )

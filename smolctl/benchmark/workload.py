@@ -14,8 +14,8 @@ from smolctl.config.run import OptimizerConfig
 # Sizes where the model's context allows them: a prompt as long as a question, an answer of a paragraph,
 # a document to read.
 PROMPT, DECODED, PREFILL, BATCH = 32, 64, 512, 8
-# Of a training step: the micro-batch of every preset that trains from scratch. In a step of a quarter of it
-# smolctl gains less over others: clearing and adding up gradients costs the same for any number of tokens.
+# Of a training step: the micro-batch of every preset that trains from scratch. A quarter of it shows another
+# ratio: others take less time for each token of a small step, smolctl more (docs/benchmarks.md).
 TRAIN_TOKENS = 2_048
 TRAIN_LENGTH = 512  # of a sequence, where no recipe says
 Tokens = tuple[tuple[int, ...], ...]

@@ -182,6 +182,9 @@ class OptimizerConfig(Section):
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.01, ge=0, description="times the learning rate, matrices only")
     decay_embeddings: bool = Field(True, description="false: tables of tokens and positions do not decay")
+    momentum_warmup: StepsOrShare = Field(
+        0, description="of muon: steps, or a share, in which its momentum rises from 0.85 to 0.95"
+    )
 
 
 class ScheduleConfig(Section):
@@ -453,4 +456,7 @@ class RunConfig(Section):
         resolved = schedule.model_copy(
             update={"warmup_steps": warmup, "decay_steps": decay, "decay_start": start}
         )
-        return self.model_copy(update={"schedule": resolved})
+        optimizer = self.optimizer.model_copy(
+            update={"momentum_warmup": whole(self.optimizer.momentum_warmup)}
+        )
+        return self.model_copy(update={"schedule": resolved, "optimizer": optimizer})

@@ -23,7 +23,7 @@ from smolctl.training.distributed import gather
 from smolctl.training.graph import GradientGraph
 from smolctl.training.guards import NonFiniteError
 from smolctl.training.lightning import LightningOptimizer, ParallelStrategy, pl
-from smolctl.training.optim.optimizers import apply_settings, make_optimizer
+from smolctl.training.optim.optimizers import apply_settings, make_optimizer, set_step
 from smolctl.training.optim.schedule import learning_rate
 from smolctl.training.patience import Progress
 from smolctl.training.rng import capture_rng, restore_rng
@@ -134,8 +134,7 @@ class TrainingModule(pl.LightningModule):
         """Run one step on tokens (sequences of this device, sequence_length + 1)."""
         optimizer, step = self._optimizer, self._first_step + self.global_step + 1
         rate = learning_rate(step, self.config.optimizer.learning_rate, self.config.schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        set_step(optimizer.optimizer, self.config.optimizer, rate, self.config.schedule.planned(step))
         losses, z_losses = self._accumulate(batch)
         loss, norm = self._mean_over_devices(losses.sum()), self._clip(optimizer)
         if finite := bool(torch.isfinite(loss) and torch.isfinite(norm)):

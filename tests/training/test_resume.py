@@ -32,7 +32,7 @@ from tests.support.tiny_runs import (
     write_corpus,
 )
 
-MUON = {"optimizer": {"name": "muon"}}
+MUON = {"optimizer": {"name": "muon", "momentum_warmup": 10}}
 Make = Callable[..., Prepared]
 Finished = Callable[[str], Path]
 
@@ -58,6 +58,8 @@ def test_interrupted_run_with_muon_equals_continuous_run(make: Make, whole: Path
     go_on(parts, until=15)
     assert_same_run(muon, parts)
     assert losses(muon) != losses(whole)
+    groups = [state(parts, step)["optimizer_states"][0]["param_groups"][0] for step in (split, 15)]
+    assert [group["momentum"] for group in groups] == pytest.approx([0.85 + 0.1 * min(1, split / 10), 0.95])
 
 
 def test_interrupted_run_with_z_loss_equals_continuous_run(make: Make) -> None:

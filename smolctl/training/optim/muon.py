@@ -27,6 +27,16 @@ NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 ADAMW_RMS = 0.2
 
 
+# At the beginning of a warmup, as in modded-nanogpt and nanochat, and from its end on: Jordan's.
+MOMENTUM = 0.85, 0.95
+
+
+def muon_momentum(place: float, warmup: float) -> float:
+    """Muon's momentum at a place in the schedule, from 1: it rises linearly for `warmup` steps."""
+    first, last = MOMENTUM
+    return first + (last - first) * min(1.0, place / warmup) if warmup else last
+
+
 def orthogonalize(
     matrices: Tensor,
     coefficients: Iterable[tuple[float, float, float]] = NEWTON_SCHULZ,
@@ -76,7 +86,7 @@ class MuonAdamW(Optimizer):
         lr: float,
         betas: tuple[float, float],
         eps: float,
-        momentum: float = 0.95,
+        momentum: float = MOMENTUM[1],
     ) -> None:
         # "fused" makes `load_state_dict` assume that AdamW's step counters belong on the parameters' device.
         defaults = {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum, "fused": True}

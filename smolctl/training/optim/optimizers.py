@@ -7,7 +7,7 @@ from torch import nn
 
 from smolctl.config.run import OptimizerConfig
 from smolctl.model.network import Transformer
-from smolctl.training.optim.muon import MuonAdamW
+from smolctl.training.optim.muon import MuonAdamW, muon_momentum
 
 TABLES = ("model.embed_tokens.", "model.embed_positions.")
 
@@ -52,6 +52,21 @@ def hidden_matrices(network: Transformer) -> list[nn.Parameter]:
         for parameter in network.model.layers.parameters()
         if parameter.requires_grad and parameter.dim() >= 2
     ]
+
+
+def set_step(optimizer: torch.optim.Optimizer, config: OptimizerConfig, rate: float, place: float) -> None:
+    """Give every group what a step's number decides: the learning rate, and Muon's momentum.
+
+    Args:
+        optimizer: from `make_optimizer`.
+        config: with a whole number of steps for the momentum's warmup.
+        rate: of the step.
+        place: of the step in the schedule, from 1.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+        if config.name == "muon":
+            group["momentum"] = muon_momentum(place, config.momentum_warmup)
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:

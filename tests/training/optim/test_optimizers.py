@@ -1,13 +1,13 @@
-"""Which parameters decay."""
+"""Which parameters decay, and what a step's number decides."""
 
 from __future__ import annotations
 
 import pytest
 
-from smolctl.config import ModelConfig
+from smolctl.config import ModelConfig, load_run_config
 from smolctl.config.run import OptimizerConfig
 from smolctl.model.network import Transformer
-from smolctl.training.optim.optimizers import apply_settings, make_optimizer
+from smolctl.training.optim.optimizers import apply_settings, make_optimizer, set_step
 
 SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
@@ -29,3 +29,19 @@ def test_tables_are_left_out_of_weight_decay_before_and_after_a_resume(name: str
     assert decaying(0.1) == expected
     apply_settings(optimizer, config.model_copy(update={"weight_decay": 0.2}))
     assert decaying(0.2) == expected
+
+
+@pytest.mark.parametrize(
+    ("warmup", "momenta"), [(0, [0.95, 0.95, 0.95]), (10, [0.86, 0.9, 0.95]), (0.5, [0.86, 0.9, 0.95])]
+)
+def test_momentum_rises_over_steps_or_a_share_of_them(warmup: float, momenta: list[float]) -> None:
+    network = Transformer(ModelConfig.model_validate({**SIZES, **HEADS}))
+    settings = [f"optimizer.momentum_warmup={warmup}", "train.steps=20"]
+    config = load_run_config("nano", settings).with_whole_steps().optimizer
+    optimizer = make_optimizer(network, config)
+    found = []
+    for step in (1, 5, 20):
+        set_step(optimizer, config, 0.1, step)
+        found.append(optimizer.param_groups[0]["momentum"])
+    assert found == pytest.approx(momenta)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.1}
