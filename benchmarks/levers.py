@@ -26,7 +26,7 @@ import multiprocessing
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from itertools import pairwise
@@ -44,6 +44,7 @@ from smolctl.timing import in_turns, ratio_of
 
 HELD_OUT = 0.1  # share of the documents: five times the preset's, for narrower intervals
 PART = 4_096  # bytes of a document that are one observation where documents are few, as in `compare`
+PRESET = Recipe(("base",))
 Record = dict[str, Any]
 
 
@@ -226,7 +227,8 @@ def judge(arguments: argparse.Namespace) -> None:
     for record in records(arguments.files):
         found[Recipe(tuple(record["levers"]), record["steps"])][record["seed"]] = record
     costs = {tuple(line["levers"]): line["cost"] for line in records([arguments.costs])}
-    to_steps = steps_of_base({recipe: list(of.values()) for recipe, of in found.items()})
+    scores = {recipe: beside(own, found.get(PRESET, own)) for recipe, own in found.items()}
+    to_steps = steps_of_base(scores)
     rows = []
     for recipe, own in found.items():
         score = mean(record["bits_per_byte"] for record in own.values())
@@ -241,7 +243,7 @@ def judge(arguments: argparse.Namespace) -> None:
             if len(shared) > 1:
                 row |= {"p": float(stats.ttest_1samp(of_seeds, 0.0).pvalue), "between_seeds": stdev(of_seeds)}
         if "eighth" not in recipe.levers:
-            row["steps"] = to_steps(score) / recipe.steps
+            row["steps"] = to_steps(scores[recipe]) / recipe.steps
             row["cost"] = costs.get(recipe.levers, 1.0 if recipe.levers == ("base",) else None)
             row["time"] = row["cost"] / row["steps"] if row["cost"] else None
         rows.append(row)
@@ -249,12 +251,20 @@ def judge(arguments: argparse.Namespace) -> None:
     print(json.dumps(rows, indent=1) if arguments.json else table(rows))
 
 
-def steps_of_base(found: dict[Recipe, list[Record]]) -> Callable[[float], float]:
+def beside(own: dict[int, Record], preset: dict[int, Record]) -> float:
+    """Bits per byte as the preset's seeds would give them: its mean, and the difference of shared seeds."""
+
+    def score(of: dict[int, Record], seeds: Iterable[int]) -> float:
+        return mean(float(of[seed]["bits_per_byte"]) for seed in seeds)
+
+    shared = set(own) & set(preset)
+    return score(preset, preset) + score(own, shared) - score(preset, shared) if shared else score(own, own)
+
+
+def steps_of_base(scores: dict[Recipe, float]) -> Callable[[float], float]:
     """Steps that the preset needs to a loss: on a line through its two nearest runs, over log(steps)."""
     known = sorted(
-        (mean(record["bits_per_byte"] for record in own), math.log(recipe.steps))
-        for recipe, own in found.items()
-        if recipe.levers == ("base",)
+        (score, math.log(recipe.steps)) for recipe, score in scores.items() if recipe.levers == ("base",)
     )
 
     def steps(score: float) -> float:
