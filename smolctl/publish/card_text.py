@@ -150,7 +150,7 @@ def _link(one: Provenance) -> str:
         name = f"{code_span(one.id)} (not on the Hub)"
     at = [f"at step {one.step:,}"] if one.step is not None else []
     if one.assumed:
-        at.append(f"with a config that was partly assumed ({', '.join(one.assumed)})")
+        at.append(f"with a config of which not all is certain ({', '.join(one.assumed)})")
     if one.revision and one.revision != one.commit:
         at.append(f"revision {code_span(one.revision)}")
     if one.commit:

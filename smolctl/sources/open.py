@@ -35,7 +35,9 @@ from smolctl.sources.checkpoint import ZIP_MAGIC, open_checkpoint
 from smolctl.sources.gguf.header import GGUF_MAGIC
 from smolctl.sources.gguf.model import open_gguf
 from smolctl.sources.huggingface.folder import (
+    INDEX,
     LONE_ENDINGS,
+    SINGLE,
     broken_link,
     files_of_model,
     is_huggingface_folder,
@@ -50,9 +52,10 @@ from smolctl.sources.nanotron import is_nanotron, open_nanotron
 from smolctl.sources.quantized.folder import DESCRIPTION, FILE, is_quantized_folder, open_quantized_folder
 
 HUB_ADDRESS = re.compile(
-    r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://(?:models/)?)(?P<name>[\w.-]+/[\w.-]+?)"
-    r"(?:(?:/(?:tree|blob|resolve)/|@)(?P<revision>[\w.-]+)(?:/.*)?)?/?(?:\?.*)?"
+    r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://(?:models/)?)(?P<name>[\w.-]+/[\w.-]+?)"
+    r"(?:(?:/(?:tree|blob|resolve)/|@)(?P<revision>[\w.-]+)(?:/(?P<file>[^?]*?))?)?(?P<tag>:[\w.-]+)?/?(?:\?.*)?"
 )
+HUB_PARTS = ("config.json", SINGLE, INDEX)  # files whose address stands for the model they belong to
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?")
 # Endings of files: `models/x.gguf` that does not exist is a wrong path and no repository.
 FILE_ENDINGS = (".gguf", ".safetensors", ".ckpt", ".yaml", ".yml", ".json", ".bin", ".pt", ".pth")
@@ -123,6 +126,8 @@ def require_own_files(source: ModelSource, carried_only: bool = False) -> None:
 
 
 def _open(model: str, values: Mapping[str, Any]) -> ModelSource:
+    if not model.strip():
+        raise InputError("MODEL is empty", KINDS)
     if model == "-":
         return _open_stdin(values)
     model = _pasted(model)
@@ -146,9 +151,11 @@ def _open(model: str, values: Mapping[str, Any]) -> ModelSource:
         return open_hub(model)
     repository, _, tag = model.partition(":")
     if tag and HUB_ID.fullmatch(repository):
+        name, at, revision = repository.partition("@")
+        revision = f" --revision {revision}" if at else ""
         raise InputError(
             f"{model}: a repository on the Hub and a quantization of llama.cpp's, which is one of its files",
-            f"`hf download {repository} --include '*{tag}*.gguf' --local-dir .`, then name the file.",
+            f"`hf download {name}{revision} --include '*{tag}*.gguf' --local-dir .`, then name the file.",
         )
     if "/" not in model and not model.lower().endswith(FILE_ENDINGS):
         config_path(model)  # raises, with presets of a similar name
@@ -156,11 +163,25 @@ def _open(model: str, values: Mapping[str, Any]) -> ModelSource:
 
 
 def _pasted(model: str) -> str:
-    """The `org/name[@revision]` in an address of the Hub; any other MODEL as it is."""
+    """The `org/name[@revision]` in an address of the Hub; any other MODEL as it is.
+
+    Raises:
+        InputError: it is the address of a file that may be another model than its repository's, or of another
+            server.
+    """
     address = HUB_ADDRESS.fullmatch(model)
     if address is None:
+        if "://" in model:
+            raise InputError(f"{model}: no address of a model on the Hub", "Download the file, then name it.")
         return model
-    return f"{address['name']}@{address['revision']}" if address["revision"] else address["name"]
+    name, revision, file = address["name"], address["revision"], address["file"]
+    if file and file not in HUB_PARTS:
+        at = f" --revision {revision}" if revision != "main" else ""
+        raise InputError(
+            f"{model}: a part of a repository on the Hub",
+            f"`hf download {name} {file}{at} --local-dir .`, then name it; or name the model {name}.",
+        )
+    return (f"{name}@{revision}" if revision else name) + (address["tag"] or "")
 
 
 def _open_stdin(values: Mapping[str, Any]) -> ModelSource:

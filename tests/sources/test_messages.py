@@ -124,6 +124,9 @@ def test_a_quantized_type_that_is_not_known_still_counts(tmp_path: Path) -> None
         ("https://hf.co/org/name?library=transformers", "org/name"),
         ("hf://org/name", "org/name"),
         ("hf://org/name@abc", "org/name@abc"),
+        ("huggingface.co/org/name", "org/name"),
+        ("hf.co/org/name:Q4_K_M", "org/name:Q4_K_M"),
+        ("https://huggingface.co/org/name/resolve/main/model.safetensors?download=true", "org/name@main"),
         ("org/name", "org/name"),
         ("./model.gguf", "./model.gguf"),
     ],
@@ -132,10 +135,29 @@ def test_a_pasted_address_names_its_repository(pasted: str, meant: str) -> None:
     assert _pasted(pasted) == meant
 
 
-def test_a_quantization_behind_a_repository_says_how_to_get_the_file() -> None:
-    with pytest.raises(InputError, match="Q4_K_M") as caught:
-        open_source("org/name:Q4_K_M")
-    assert "hf download org/name" in caught.value.hint
+@pytest.mark.parametrize(
+    ("model", "said", "hint"),
+    [
+        ("org/name:Q4_K_M", "Q4_K_M", "hf download org/name --include '*Q4_K_M*.gguf'"),
+        ("org/name@v1:Q8_0", "Q8_0", "hf download org/name --revision v1 --include"),
+        ("hf.co/org/name:Q8_0", "Q8_0", "hf download org/name --include"),
+        (
+            "https://hf.co/org/name/blob/main/x/a.gguf",
+            "a part of",
+            "hf download org/name x/a.gguf --local-dir",
+        ),
+        ("https://hf.co/org/name/tree/v2/onnx", "a part of", "hf download org/name onnx --revision v2"),
+        ("https://huggingface.co/datasets/org/name", "no address of a model", "Download"),
+        ("https://example.com/model.gguf", "no address of a model", "Download"),
+        ("", "MODEL is empty", "Give a preset"),
+    ],
+)
+def test_what_stands_for_one_file_of_a_repository_says_how_to_get_it(
+    model: str, said: str, hint: str
+) -> None:
+    with pytest.raises(InputError, match=said) as caught:
+        open_source(model)
+    assert hint in caught.value.hint
 
 
 @pytest.mark.parametrize("text", ['{"model_type": "llama"}', "model: {num_hidden_layers: 2}\n"])

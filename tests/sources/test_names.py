@@ -259,7 +259,7 @@ def test_a_lone_file_takes_the_config_beside_it_or_says_what_it_assumes(beside: 
     assert set(source.assumptions) <= set(source.problems)
     assert provenance_of(source).assumed == source.assumptions
     source.require_certainty(accept_guesses=True)
-    with pytest.raises(InputError, match=r"assumed: .*head_dim") as caught:
+    with pytest.raises(InputError, match=r"not certain: .*head_dim") as caught:
         quantize(source.id, QuantizeOptions())
     assert "--accept-guesses" in caught.value.hint
 
