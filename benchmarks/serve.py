@@ -2,7 +2,7 @@
 
     python benchmarks/serve.py FILE.gguf
     python benchmarks/serve.py FILE.gguf --space
-    python benchmarks/serve.py FILE.gguf --peer-command "llama-server -m {model} --port {port} -np 8 -c 16384"
+    python benchmarks/serve.py FILE.gguf --peer-command "llama-server -m {model} --port {port} -np 8"
     python benchmarks/serve.py FILE.gguf --url other=http://127.0.0.1:8002
 
 The first server is `smolctl serve`; --space adds the Gradio Space of the same model, --peer-command and --url
