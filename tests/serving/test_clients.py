@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +102,52 @@ def test_openai_gets_an_error_in_a_stream(model: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr(engine, "forward", lambda *_arguments, **_options: 1 / 0)
         with pytest.raises(openai.APIError, match="ZeroDivisionError"):
             list(stream)
+
+
+def test_curl_sees_an_answer_grow_and_an_error(served: Served) -> None:
+    curl = shutil.which("curl")
+    if curl is None:
+        pytest.skip("no curl: apt-get install -y curl")
+
+    def post(**body: Any) -> str:
+        sent = ("--data", json.dumps({"messages": ASK, "max_tokens": 3, **body}))
+        kind = ("--header", "Content-Type: application/json")
+        called = [curl, "-sS", "-N", *kind, *sent, f"{served.url}/v1/chat/completions"]
+        return subprocess.run(called, check=True, capture_output=True, text=True).stdout
+
+    assert json.loads(post())["usage"]["completion_tokens"] <= 3
+    assert post(stream=True).endswith("data: [DONE]\n\n")
+    assert "tools" in json.loads(post(tools=[1]))["error"]["message"]
+
+
+def test_llm_answers_with_a_model_of_its_file(served: Served, tmp_path: Path) -> None:
+    pytest.importorskip("llm")
+    (tmp_path / "extra-openai-models.yaml").write_text(
+        f"- model_id: mine\n  model_name: tiny\n  api_base: {served.url}/v1\n"
+    )
+    environment = {**os.environ, "LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "none"}
+    asked = ("-m", "mine", "the cat sat", "-s", "be brief", "-o", "max_tokens", "9", "-o", "seed", "1")
+
+    def say(*more: str) -> bytes:
+        called = [sys.executable, "-m", "llm", "prompt", *asked, "--no-log", *more]
+        return subprocess.run(called, env=environment, check=True, capture_output=True).stdout
+
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the cat sat"}]
+    answer = served.post("chat/completions", messages=messages, max_tokens=9, seed=1).json()
+    expected = answer["choices"][0]["message"]["content"]
+    assert say().decode() == say("--no-stream").decode() == f"{expected}\n"
+
+
+def test_litellm_whole_streamed_and_refused(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it would ask a site for prices
+    litellm = pytest.importorskip("litellm", reason="too large to be among the tests' requirements")
+    options = {"model": "openai/tiny", "api_base": f"{served.url}/v1", "api_key": "none", "max_tokens": 9}
+    whole = litellm.completion(messages=ASK, seed=1, **options).choices[0].message.content
+    chunks = litellm.completion(messages=ASK, seed=1, stream=True, **options)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
+    long = [{"role": "user", "content": "the cat " * CONTEXT}]
+    with pytest.raises(litellm.ContextWindowExceededError):
+        litellm.completion(messages=long, **options)
 
 
 def test_lm_eval_scores_through_the_server_as_with_the_engine(served: Served, model: Path) -> None:
