@@ -82,7 +82,7 @@ def test_messages_have_plain_words() -> None:
 
 
 def test_documents_have_plain_words() -> None:
-    patterns = ("*.md", "docs/**/*.md", "benchmarks/*.md", "smolctl/publish/*.md.jinja", "configs/*.yaml")
+    patterns = ("*.md", "docs/**/*.md", "benchmarks/*.md", "smolctl/**/*.jinja", "configs/*.yaml")
     found = [
         f"{path.relative_to(CHECKOUT)}:{number}: {word}"
         for pattern in patterns

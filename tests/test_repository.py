@@ -1,0 +1,47 @@
+"""What stands in several files of the repository agrees."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from typing import Any
+
+import pytest
+import yaml
+
+from smolctl import __version__
+from tests.support.processes import CHECKOUT
+
+
+def project() -> dict[str, Any]:
+    return tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    citation = yaml.safe_load((CHECKOUT / "CITATION.cff").read_text(encoding="utf-8"))
+    released = re.findall(r"^## \[(\d.*?)\]", (CHECKOUT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert citation["version"] == released[0] == __version__
+
+
+def test_ci_tests_every_python_that_the_package_names() -> None:
+    named = {line.rpartition(":: ")[2] for line in project()["project"]["classifiers"] if ":: 3." in line}
+    ci = yaml.safe_load((CHECKOUT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
+    assert set(ci["jobs"]["test"]["strategy"]["matrix"]["python"]) == named
+
+
+def test_the_owner_is_named_in_one_place() -> None:
+    """The placeholder, or the account that takes its place."""
+    owner = project()["project"]["urls"]["Repository"].split("/")[3]
+    others = [
+        path
+        for path in (*CHECKOUT.glob("*.*"), *CHECKOUT.glob(".github/**/*.*"))
+        if path.is_file() and path.name != "pyproject.toml" and f"{owner}/smolctl" in path.read_text("utf-8")
+    ]
+    assert others == []
+
+
+@pytest.mark.parametrize("path", sorted((CHECKOUT / ".github").rglob("*.yml")), ids=lambda path: path.name)
+def test_workflows_and_templates_are_yaml_with_a_time_limit(path: Any) -> None:
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for name, job in content.get("jobs", {}).items():
+        assert "uses" in job or "timeout-minutes" in job, name
