@@ -29,7 +29,7 @@ def check_peers(names: Sequence[str]) -> tuple[EngineName, ...]:
     """
     for name in names:
         if name not in PEERS:
-            raise UsageError(f"--against {name} is not known", f"Take {', '.join(PEERS)}.")
+            raise UsageError(f"--against {name} is not known", f"Use {', '.join(PEERS)}.")
         if not is_installed(name):
             raise UsageError(f"--against {name}: it is not installed", f"pip install {PEERS[name]}")
     return tuple(peer for peer in PEERS if peer in names)

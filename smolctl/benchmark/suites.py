@@ -63,7 +63,7 @@ def choose_suites(source: ModelSource, asked: Sequence[str]) -> tuple[str, ...]:
         missing["tokenize"] = "there is no tokenizer beside the weights"
     for suite in asked:
         if suite not in SUITES:
-            raise UsageError(f"--suite {suite} does not exist", f"Take {', '.join(SUITES)}.")
+            raise UsageError(f"--suite {suite} does not exist", f"Use {', '.join(SUITES)}.")
         if suite in missing:
             raise InputError(f"{source.id}: {missing[suite]}", f"Leave out --suite {suite}.")
     return tuple(suite for suite in SUITES if (suite in asked if asked else suite not in missing))

@@ -140,5 +140,5 @@ def quantize(
     if report.failed_gates:
         failed = {line.partition(":")[0] for line in report.failed_gates}
         hints = (f"Try {one.hint}." for one in report.variants if one.hint and one.scheme in failed)
-        hint = next(hints, "Take a scheme of more bits; int8 and int4 also have --skip and --bits-map.")
+        hint = next(hints, "Use a scheme of more bits; int8 and int4 also have --skip and --bits-map.")
         raise GateError("; ".join(report.failed_gates), hint)

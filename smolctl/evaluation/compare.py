@@ -109,7 +109,7 @@ class Pair:
                 return f"{self.a.label} and {self.b.label} predict alike: difference 0"
             return (
                 f"no difference seen between {self.a.label} and {self.b.label}: {gap:.4f} ± {margin:.4f} "
-                f"bits/byte; one of {self.difference.detectable:.4f} would be seen four times in five"
+                f"bits/byte; one of {self.difference.detectable:.4f} would be detected four times in five"
             )
         other = self.b if self.better is self.a else self.a
         return f"{self.better.label} is better than {other.label} by {gap:.4f} ± {margin:.4f} bits/byte"
@@ -295,7 +295,7 @@ def _context(models: Sequence[_Model], asked: int | None) -> int:
         if not 1 < asked <= positions[name]:
             raise UsageError(
                 f"--context {asked}: {name} has {positions[name]:,} positions",
-                f"Take 2 to {positions[name]:,}.",
+                f"Use 2 to {positions[name]:,}.",
             )
         return asked
     trained = [one.source.run.data.sequence_length for one in models if one.source.run is not None]

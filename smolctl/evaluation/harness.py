@@ -189,7 +189,8 @@ class EngineLM(TemplateLM):
             key for key, value in asked.items() if key not in SAMPLING and ALWAYS.get(key) != value
         ]:
             raise InputError(
-                f"a task's generation_kwargs ask for {unknown[0]}={asked[unknown[0]]}, which is not there",
+                f"a task's generation_kwargs ask for {unknown[0]}={asked[unknown[0]]}, "
+                "which is not supported",
                 f"There are {', '.join(SAMPLING)}, do_sample, until and max_gen_toks.",
             )
         if not sampled:

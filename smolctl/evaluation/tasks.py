@@ -238,12 +238,12 @@ def _explained() -> Iterator[None]:
         raise
     except (ConnectionError, HfHubHTTPError, datasets.exceptions.DatasetNotFoundError) as error:
         raise HubError(
-            f"the data of a task cannot be had: {first_line(error)}",
+            f"the data of a task is not available: {first_line(error)}",
             "Check its name and the network, or take a task with data of your own.",
         ) from error
     except Exception as error:  # a task is a program: it raises whatever it likes
         raise InputError(
-            f"lm-eval stops with {type(error).__name__}: {first_line(error)}",
+            f"lm-eval failed with {type(error).__name__}: {first_line(error)}",
             "Correct the task; --debug shows where it stopped.",
         ) from error
     finally:

@@ -162,9 +162,11 @@ def _recipes(
     _, tokenizer = models[0]
     default = (DEFAULT, None, tokenizer)
     if not recipes:
-        on_note("None of these models says what it was trained on: they may have seen the built-in text.")
+        on_note(
+            "None of these models records what it was trained on, so they may have seen the built-in text."
+        )
         return [default]
-    on_note("The runs were trained on different texts: the held-out part of the built-in one is taken.")
+    on_note("The runs were trained on different texts: the held-out part of the built-in text is used.")
     return [default, *(one for one in recipes.values() if set(one[0].source) & set(DEFAULT.source))]
 
 

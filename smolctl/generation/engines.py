@@ -61,7 +61,7 @@ def make_engine(source: ModelSource, options: EngineOptions) -> Engine:
         unread = ", ".join(sorted(map(name_of, dtypes)))
         why = library if isinstance(library, str) else f"it does not read {unread}"
         raise UsageError(f"the native engine cannot run here: {why}", "Leave out --engine.")
-    note = f"slower, on PyTorch: {library}" if isinstance(library, str) and library else ""
+    note = f"slower, using PyTorch: {library}" if isinstance(library, str) and library else ""
     return _torch_engine(source, weights, options, note)
 
 
@@ -73,7 +73,7 @@ def _converted(name: str, matrix: Array, dtype: str) -> Array:
         converted: Array = values.astype(dtype, copy=False)
     if not np.isfinite(converted).all() and np.isfinite(values).all():
         raise UsageError(
-            f"--dtype float16: {name} holds values above 65,504, which float16 cannot", "Take bfloat16."
+            f"--dtype float16: {name} holds values above 65,504, which float16 cannot", "Use bfloat16."
         )
     return converted
 

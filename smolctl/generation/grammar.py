@@ -71,7 +71,7 @@ class SchemaConstraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise SmolError(f"no token keeps to the JSON schema ({_reason(self._matcher)})", CHANGE)
+            raise SmolError(f"no token fits the JSON schema ({_reason(self._matcher)})", CHANGE)
 
 
 def compile_schema(schema: Mapping[str, Any], tokenizer: Tokenizer, config: ModelConfig) -> Grammar:
@@ -85,7 +85,7 @@ def compile_schema(schema: Mapping[str, Any], tokenizer: Tokenizer, config: Mode
         from llguidance import LLMatcher
     except ImportError:
         hint = f"Install it: {install_command('serve')}"
-        raise SmolError("answers by a JSON schema need the package llguidance", hint) from None
+        raise SmolError("answers that follow a JSON schema need the package llguidance", hint) from None
     if found := sorted(_keywords(schema) & NOT_KEPT):
         raise InputError(f"JSON schema: {found[0]} is not supported", CHANGE)
     source = LLMatcher.grammar_from_json_schema(json_text(dict(schema)), overrides=OPTIONS)

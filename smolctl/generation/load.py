@@ -100,7 +100,7 @@ def load_model(
     place = "the GGUF's metadata" if source.kind is SourceKind.GGUF else "generation_config.json"
     recommended, unusable = usable_settings(files.recommended)
     notes = [*source.problems, *([engine.note] if engine.note else [])]
-    notes += [f"{place} recommends what cannot be used: {reason}" for reason in unusable]
+    notes += [f"{place} recommends sampling settings that cannot be used: {reason}" for reason in unusable]
     return LoadedModel(
         model, engine, tokenizer, time.perf_counter() - started, tuple(notes), recommended, place
     )

@@ -309,7 +309,7 @@ class HubClient:
             return now
         raise ChangedError(
             f"{target.shown}: somebody else committed {now.sha[:8]} while this was being sent",
-            "Look at their commit, then run the same command again: it goes on top of it.",
+            "Look at their commit, then run the same command again: your push is then made on top of it.",
         )
 
     def _proposed(

@@ -128,7 +128,8 @@ TABLE: Mapping[str | int, Verdict] = {
     412: (
         ChangedError,
         "somebody else committed meanwhile, so nothing was changed (412)",
-        "Look at their commit at {page}/commits, then run the same command again: it goes on top of it.",
+        "Look at their commit at {page}/commits, then run the same command again: "
+        "your push is then made on top of it.",
     ),
     413: (HubError, "too large for the Hub (413)", "Leave out a file, see hf.co/docs."),
 }

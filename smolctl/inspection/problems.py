@@ -32,7 +32,7 @@ def find_notes(source: ModelSource) -> tuple[str, ...]:
         return ()
     notes = []
     if source.kind in (SourceKind.PRESET, SourceKind.CONFIG) and not source.declared:
-        notes.append("no model section: `train` takes --init-from's model, shown is the default one")
+        notes.append("no model section: `train` uses the model of --init-from; the default model is shown")
     if config.pad_token_id is None:
         notes.append("no pad token: none is needed, smolctl trains on full sequences")
     if not config.eos_token_ids:

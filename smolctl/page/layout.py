@@ -29,7 +29,7 @@ from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor
 from smolctl.sources.shapes import HEAD, POSITIONS, TABLE
 
 MAX_BYTES = 65_535 * 65_536  # WebAssembly's memory in whole pages below 4 GiB, which some browsers refuse
-REMEDY = "Take int8 or int4: `smolctl quantize MODEL --to int8`."
+REMEDY = "Use int8 or int4: `smolctl quantize MODEL --to int8`."
 
 
 def engine_layout(quantized: Path) -> dict[str, Any]:

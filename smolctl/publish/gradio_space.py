@@ -125,10 +125,11 @@ def write_card(folder: Path, facts: CardFacts, on_hub: str | None) -> None:
 def _compiled(folder: Path) -> str:
     """What the binaries in the folder are."""
     if not any((folder / "smolctl" / "native").glob("*.so")):
-        return " PyTorch computes: the machine it was pushed from had no compiled engine for the Hub's."
+        return " It runs on PyTorch: there was no compiled engine for the Hub's machines."
     return (
         " The `.so` files in `smolctl/native/` are its `forward.c`, compiled where this was pushed from; "
-        "`python -m smolctl.native.build` makes them anew. Where none of them runs, PyTorch computes, slower."
+        "`python -m smolctl.native.build` makes them anew. Where none of them runs, PyTorch "
+        "is used, which is slower."
     )
 
 

@@ -103,7 +103,7 @@ def check_scheme(scheme: str, config: ModelConfig) -> None:
         reason = f"{odd[0]} is no multiple of {K_BLOCK}" if odd else "they cannot be written from Python"
         raise InputError(
             f"{scheme}: K-quants pack {K_BLOCK} values of a row together, and {reason}",
-            f"Take one of {', '.join(f'gguf-{one}' for one in BLOCK_SCHEMES)}; their blocks are of {BLOCK}. "
+            f"Use one of {', '.join(f'gguf-{one}' for one in BLOCK_SCHEMES)}; their blocks are of {BLOCK}. "
             "Or quantize the file of gguf-bf16 with llama.cpp's llama-quantize.",
         )
     if scheme not in SCHEMES:
@@ -122,7 +122,7 @@ def make_plan(config: ModelConfig, scheme: str, options: SchemeOptions) -> Quant
     """
     check_scheme(scheme, config)
     if options.group < BLOCK or options.group % BLOCK:
-        raise UsageError(f"--group {options.group}: groups are multiples of {BLOCK}", "Take 32, 64 or 128.")
+        raise UsageError(f"--group {options.group}: groups are multiples of {BLOCK}", "Use 32, 64 or 128.")
     if options.patterns and (scheme in GGUF_SCHEMES or scheme == "bf16"):
         raise UsageError(f"--skip and --bits-map do not apply to {scheme}", "They are for int8 and int4.")
     if options.bits_map and scheme == DYNAMIC:

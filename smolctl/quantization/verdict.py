@@ -79,7 +79,7 @@ def _quality(quality: Quality | None) -> str:
         return ""
     kl = quality.kl.mean
     if not math.isfinite(quality.source_bits_per_byte.mean):
-        return "broken: already the source predicts NaN or infinite values"
+        return "broken: the source itself predicts NaN or infinite values"
     if not quality.finite:
         return "broken: it predicts NaN or infinite values"
     if kl < UNNOTICED:
@@ -128,13 +128,13 @@ def _beaten(variant: Variant, others: Sequence[Variant], source: SourceFacts) ->
     if variant.quality is None:
         return ""
     if source.bytes <= variant.bytes and variant.quality.kl.mean > 0:
-        return "worse than its size: the source is no larger"
+        return "not worth its size: the source is no larger"
     better = [
         other.scheme
         for other in others
         if other is not variant and other.bytes <= variant.bytes and _clearly_closer(other, variant)
     ]
-    return f"worse than its size: {better[0]} is no larger and better" if better else ""
+    return f"not worth its size: {better[0]} is no larger and better" if better else ""
 
 
 def _clearly_closer(one: Variant, other: Variant) -> bool:

@@ -105,7 +105,7 @@ def split_step(reference: str) -> tuple[Path, int | None]:
     """`runs/NAME@STEP` or `runs/NAME@best` as the run and the step; without either the step is None.
 
     Raises:
-        InputError: what follows the last `@` is no step, or no checkpoint of the run was validated.
+        InputError: what follows the last `@` is not a step, or no checkpoint of the run was validated.
     """
     run, at, step = reference.rpartition("@")
     if not at or Path(reference).exists():
@@ -114,7 +114,7 @@ def split_step(reference: str) -> tuple[Path, int | None]:
         return Path(run), RunFolder.open(Path(run)).best_step()
     if not (step.isascii() and step.isdecimal()):
         raise InputError(
-            f"{reference}: {step or 'nothing'} is no step",
+            f"{reference}: {step or 'nothing'} is not a step",
             "Write RUN@STEP, such as runs/nano@500, or RUN@best.",
         )
     return Path(run), int(step)
@@ -234,7 +234,10 @@ class RunFolder:
                 lock.acquire()
         except NotImplementedError:
             emit(
-                Note(f"{self.path}: this disk has no file locks: train into this folder only once at a time.")
+                Note(
+                    f"{self.path}: this disk has no file locks: do not train into this folder from two "
+                    "processes at once."
+                )
             )
             return nullcontext()
         except Timeout:
@@ -340,7 +343,7 @@ class RunFolder:
         """
         files = self.checkpoints()
         if not files:
-            raise InputError(f"{self.path}: no checkpoint yet", "Train on, or name another run.")
+            raise InputError(f"{self.path}: no checkpoint yet", "Continue training, or name another run.")
         chosen = files[-1] if step is None else next((file for file in files if file.step == step), None)
         if chosen is None:
             steps = ", ".join(str(file.step) for file in files)
@@ -365,7 +368,7 @@ class RunFolder:
         best = self.best_validation({file.step for file in self.checkpoints()})
         if best is None:
             raise InputError(
-                f"{self.path}: none of its checkpoints was scored on held-out text, so that none is the best",
+                f"{self.path}: none of its checkpoints was scored on held-out text, so there is no best one",
                 "Name a step, RUN@STEP; validation.every says how often a run is scored.",
             )
         return best["step"]
@@ -395,7 +398,7 @@ class RunFolder:
         if sound and not force:
             raise UsageError(
                 f"{self.path} has newer checkpoints (up to step {sound[-1].step:,}) "
-                f"that going on from step {step:,} would replace",
+                f"that continuing from step {step:,} would replace",
                 "Branch into a folder of its own with --out NEW, or replace them with --force.",
             )
         final = self.path / CHECKPOINTS / FINAL

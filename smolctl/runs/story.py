@@ -35,7 +35,7 @@ def to_markdown(by_prompt: Mapping[str, History]) -> str:
     lines = [
         "# Predictions",
         "",
-        f"How the model went on from each prompt, from step {min(steps, default=0):,} "
+        f"How the model continued each prompt, from step {min(steps, default=0):,} "
         f"to step {max(steps, default=0):,}. Rewritten from predictions.jsonl after every round.",
     ]
     for prompt, history in by_prompt.items():

@@ -98,9 +98,9 @@ class Server:
             ("prompt_tokens_reused_total", "counter", "Prompt tokens that were in the cache.", counts.reused),
             ("generated_tokens_total", "counter", "Tokens that were generated.", counts.generated),
             ("decode_calls_total", "counter", "Calls of the engine after the prompts.", counts.steps),
-            ("answers_active", "gauge", "Answers that are growing.", scheduler.active),
+            ("answers_active", "gauge", "Answers that are being generated.", scheduler.active),
             ("answers_waiting", "gauge", "Answers that wait for a slot.", scheduler.waiting),
-            ("slots", "gauge", "Answers that can grow at once.", self.service.slots),
+            ("slots", "gauge", "Answers that can be generated at once.", self.service.slots),
             ("cache_bytes", "gauge", "Size of the KV cache.", self.service.cache_bytes),
         ]
         lines = []

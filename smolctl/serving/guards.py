@@ -74,7 +74,8 @@ class Guard:
             named = headers.get("host", ""), *(() if origin is None else (urlsplit(origin).netloc,))
             if any(_without_port(name) not in self._hosts for name in named):
                 raise ApiError(
-                    403, "This server answers only under its own address, and no other site's pages."
+                    403,
+                    "This server answers requests to its own address only, not those of other pages.",
                 )
         if self._key is not None and path not in OPEN_PATHS:
             kind, _, given = headers.get("authorization", "").partition(" ")

@@ -42,7 +42,7 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if not self.api_key and not self.no_api_key and not is_loopback(self.host):
             raise UsageError(
-                f"--host {self.host} lets other machines in without a key",
+                f"--host {self.host} accepts other machines without a key",
                 "Add --api-key KEY, or --no-api-key if everybody may use it.",
             )
 

@@ -186,7 +186,7 @@ def _unpacked(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
         layer = key.removesuffix(PACKED)
         matrix = value[0] if isinstance(value, tuple) and value else None
         if not isinstance(matrix, torch.Tensor) or not matrix.is_quantized or matrix.dim() != 2:
-            raise InputError(f"{path}: {key} is no quantized matrix", REMEDY)
+            raise InputError(f"{path}: {key} is not a quantized matrix", REMEDY)
         for ending in (PACKED, *BESIDE):
             found.pop(layer + ending, None)
         found[f"{layer}.weight"] = ScaledMatrix.of(matrix)

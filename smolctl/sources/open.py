@@ -248,7 +248,7 @@ def _open_file(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
     if start.startswith(b"\x80"):
         raise InputError(
             f"{path}: a bare pickle is not read: it can execute code",
-            "Save the weights as safetensors, or with torch.save of today.",
+            "Save the weights as safetensors, or with a current torch.save (zip format).",
         )
     if _is_utf16_object(start):
         return open_config_json(path, name)

@@ -155,7 +155,7 @@ def find_device(accelerator: str) -> Device:
         raise InputError(
             f"trainer.accelerator {accelerator}: "
             + ("this machine has no such device" if known else "expected cpu, gpu, mps or auto"),
-            "Take --set trainer.accelerator=auto, or cpu.",
+            "Use --set trainer.accelerator=auto, or cpu.",
         )
     capabilities = torch.cpu.get_capabilities()
     return Device("cpu", "cpu", bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")))

@@ -133,7 +133,10 @@ def _count(number: int, one: str, several: str) -> str:
 
 
 def _require_no_other_launcher(config: RunConfig, asked: str) -> None:
-    environment, hint = os.environ, "Start it with torchrun or srun (README, More than one GPU)."
+    environment, hint = (
+        os.environ,
+        "Start it with torchrun or srun; the documentation on several devices shows how.",
+    )
     if config.trainer.num_nodes > 1:
         raise UsageError(f"{asked}: only torchrun and SLURM can start a run on several machines", hint)
     processes = str(process_count(config))
@@ -142,7 +145,7 @@ def _require_no_other_launcher(config: RunConfig, asked: str) -> None:
             raise UsageError(f"{name}={environment[name]} and {asked} contradict each other", hint)
     if environment.get("NODE_RANK", "0") != "0":
         raise UsageError(
-            f"NODE_RANK={environment['NODE_RANK']} speaks of another machine, of which nothing else is known",
+            f"NODE_RANK={environment['NODE_RANK']} names another machine, but nothing else describes it",
             f"Unset it to train on this machine alone. {hint}",
         )
 
@@ -166,7 +169,7 @@ def _store() -> Store | None:
     except torch.distributed.DistError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise SmolError(
-            f"the {started.world_size} processes of the run have not met at {address}",
+            f"the {started.world_size} processes of the run did not connect at {address}",
             "Start all of them within five minutes, on machines that can reach this address.",
         ) from error
     return store

@@ -136,7 +136,8 @@ class MetricLoggers:
         self._open.pop(name, None)
         self._emit(
             Note(
-                f"step {step:,}: the {name} logger failed ({reason(error)}) and is left out; training goes on"
+                f"step {step:,}: the {name} logger failed ({reason(error)}) and is left out; "
+                "training continues"
             )
         )
 

@@ -269,7 +269,7 @@ def with_origin(
         emit(
             Note(
                 f"The config is of a run that began with the weights of {config.init_from.id}; this one "
-                "begins with new weights. --init-from takes those."
+                "begins with new weights. Use --init-from to start from those."
             )
         )
     return config.model_copy(update={"init_from": None})
@@ -364,7 +364,7 @@ def _tokenizer_of(source: ModelSource, name: str | None, is_asked: bool, emit: L
     other = None if is_new else load_tokenizer(name)
     if other is None or (own is not None and not _agree(own, other)):
         raise InputError(
-            f"tokenizer {name}: its ids mean other tokens than those that {source.id} was trained with",
+            f"tokenizer {name}: its ids stand for other tokens than those that {source.id} was trained with",
             "Leave the tokenizer out: the weights bring theirs. Or train from scratch without --init-from.",
         )
     return other

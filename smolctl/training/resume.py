@@ -226,7 +226,7 @@ def run_of(content: Mapping[str, Any], path: Path) -> tuple[RunConfig, dict[str,
         )
     if ours.get("order", 1) != ORDER:  # known before anything is tokenized
         raise InputError(
-            f"{path}: the version of smolctl that trained this run cuts the text into other sequences",
+            f"{path}: the version of smolctl that trained this run splits the text into different sequences",
             "Resume it with that version, or start a new run from it: smolctl train --init-from RUN.",
         )
     checked(_Resumable, content, f"{path}: damaged", ANOTHER)
@@ -271,7 +271,7 @@ def changed_config(before: RunConfig, done: int, options: ResumeOptions) -> RunC
     if target <= done:
         raise UsageError(
             f"the run is at step {done} already and would end at {target}: nothing to do",
-            "Say how much more with --extra N.",
+            "Use --extra N to train further.",
         )
     config = resolve_run_config(merge(values, {"train": {"steps": target}}), "resume").with_whole_steps()
     fixed = [line for line in changes(before, config) if _is_fixed(line.split(" ")[0])]
@@ -308,7 +308,9 @@ def learning_rate_at_boundary(before: RunConfig, after: RunConfig, done: int) ->
     past = f" (the schedule ends at step {planned:,})" if done < planned < after.train.steps else ""
     warning = ""
     if first == end == 0:
-        warning = " Nothing will be learned: the schedule has come to its end, at 0; see --lr-policy."
+        warning = (
+            " The schedule has ended at a learning rate of 0, so nothing would be learned; see --lr-policy."
+        )
     return (
         f"Learning rate: {last:.3g} at step {done:,}, {first:.3g} at step {steps[0]:,}, "
         f"{end:.3g} at step {steps[1]:,}{past}.{warning}"

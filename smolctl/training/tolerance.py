@@ -39,7 +39,7 @@ class Tolerance:
         except Exception as error:
             if onlooker not in self._told:
                 self._told.add(onlooker)
-                self._emit(Note(f"step {step:,}: {onlooker} failed ({reason(error)}); training goes on"))
+                self._emit(Note(f"step {step:,}: {onlooker} failed ({reason(error)}); training continues"))
 
 
 def reason(error: Exception) -> str:

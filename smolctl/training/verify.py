@@ -72,7 +72,7 @@ def verify(
     """
     if options.settings or options.extra or options.out:
         raise UsageError(
-            "--verify repeats a run as it was", "Combine it with nothing but RUN@STEP and --until."
+            "--verify repeats a run without changes", "Combine it only with RUN@STEP and --until."
         )
     folder, step = find_run(run, options.step)
     if folder is None:

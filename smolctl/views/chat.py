@@ -134,7 +134,7 @@ class Chat:
     def _save(self, name: str) -> None:
         path = _file(name)
         if path.exists() and path not in self._files:
-            raise InputError(f"{path} exists and stays as it is", "Name another file.")
+            raise InputError(f"{path} exists and is not overwritten", "Name another file.")
         try:
             self.session.conversation.save(path)
         except OSError as error:

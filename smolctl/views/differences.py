@@ -46,7 +46,7 @@ def _show_kind(out: Output, kind: str, differences: Differences) -> None:
 
     items: tuple[Difference, ...] | None = getattr(differences, kind)
     if items is None:
-        out.show("", Text(f"{kind}: not compared, they do not both have any", style="dim"))
+        out.show("", Text(f"{kind}: not compared, as at least one has none", style="dim"))
         return
     if not items:
         out.show("", Text.assemble(f"{kind}: ", ("the same", "green")))

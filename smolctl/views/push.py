@@ -41,7 +41,7 @@ def show_offline(out: Output, plan: PushPlan, target: Path | None) -> None:
         if plan.space is not None and plan.options.space_sdk is Sdk.STATIC:
             out.talk(_any_host(target / SPACE))
     else:
-        out.line("Nothing was sent. Without --dry-run this goes up in one commit.")
+        out.line("Nothing was sent. Without --dry-run this is pushed in one commit.")
     out.document(_document(plan))
 
 
@@ -66,7 +66,7 @@ def _facts(plan: PushPlan) -> dict[str, str]:
     step = f" at step {source.step:,}" if source.step is not None else ""
     export = built.export
     how = "no code of its own" if not export.network.config.needs_own_code else "trust_remote_code=True"
-    card = "new" if plan.new_card else "what people wrote stays, the generated part is new"
+    card = "new" if plan.new_card else "text written by people is kept, the generated part is new"
     licence = "" if "\nlicense:" in plan.card else "; no licence stated (--license)"
     decided = f" ({plan.destination.decided})" if plan.destination.decided else ""
     place = plan.repo if plan.destination.identity is None else f"{endpoint()}/{plan.repo}"
@@ -79,7 +79,11 @@ def _facts(plan: PushPlan) -> dict[str, str]:
         "secrets": f"none found in {sum(len(repo.files) for repo in _repos(plan))} files",
     }
     hashes = {finding.hash for finding in plan.allowed}
-    nowhere = [f"{hash} was found nowhere" for hash in plan.options.allowed_secrets if hash not in hashes]
+    nowhere = [
+        f"{hash} matches nothing that was found"
+        for hash in plan.options.allowed_secrets
+        if hash not in hashes
+    ]
     if allowed := [*map(str, plan.allowed), *nowhere]:
         rows["allowed"] = "; ".join(allowed)
     for row, names in (
@@ -149,7 +153,7 @@ def _files(plan: RepoPlan, folded: Sequence[str]) -> Any:
         if inside:
             table.add_row(Text(f" {folder}"), size(_bytes(inside)), f"{len(inside)} files")
     for path in plan.removed:
-        table.add_row(Text(f" {path}"), "", "", "removed: of an earlier push")
+        table.add_row(Text(f" {path}"), "", "", "removed: left from an earlier push")
     table.add_row(Text(f" {len(files)} files", style="bold"), size(_bytes(files)))
     if len(to_send) < len(files):
         table.add_row(Text(f" {len(to_send)} to send", style="bold"), size(_bytes(to_send)))

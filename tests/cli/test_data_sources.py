@@ -96,5 +96,5 @@ def test_the_built_in_corpus_is_told_from_a_folder_of_its_name() -> None:
 
     assert open_sources(DataConfig())[0].read_as == "python: the built-in corpus."
     Path("python").mkdir()
-    assert "not what is called so in the working folder" in open_sources(DataConfig())[0].read_as
+    assert "not the file or folder of that name" in open_sources(DataConfig())[0].read_as
     assert open_sources(DataConfig())[0].read_as.endswith("write ./python for that.")

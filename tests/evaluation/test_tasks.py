@@ -153,7 +153,7 @@ def test_results_of_a_run_go_into_its_record_and_faults_have_a_remedy(
     }  # fmt: skip
     (tasks / "bad.yaml").write_text((tasks / "bare.yaml").read_text().replace("choices", "chances"))
     faults = {
-        ("--tasks", tasks / "bad.yaml"): (3, "lm-eval stops with"),
+        ("--tasks", tasks / "bad.yaml"): (3, "lm-eval failed with"),
         ("--tasks", tasks / "none.yaml"): (3, "none.yaml: no such file"),
         ("--tasks", tasks / "bare.yaml", "--apply-chat-template"): (3, "no chat template"),
         ("--tasks", tasks / "words.yaml", "--gen-kwargs", "num_beams=4"): (3, "num_beams=4"),

@@ -447,7 +447,7 @@ def test_a_session_edits_lines_and_loses_nothing_of_what_is_typed(model: Path, t
     with on_a_terminal(*command, cache=tmp_path) as terminal:
         terminal.type(UP * 3 + "\r")  # of the session before
         terminal.type(f"/save {saved}\r")
-        terminal.read_until("exists and stays as it is")
+        terminal.read_until("exists and is not overwritten")
         terminal.type(f"/save {saved}2\r")
         terminal.type("exit\r")
     assert messages_of(tmp_path / "chat.json2") == [("user", "a\nb\nc")]

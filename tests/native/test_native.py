@@ -309,7 +309,7 @@ def test_without_a_compiled_build_pytorch_runs_and_says_so(monkeypatch: pytest.M
     try:
         fallback = make_engine(source(), EngineOptions())
         assert isinstance(fallback, TorchEngine)
-        assert fallback.note == f"slower, on PyTorch: {OVERRIDE}=none"
+        assert fallback.note == f"slower, using PyTorch: {OVERRIDE}=none"
         with pytest.raises(UsageError, match="native engine cannot run here"):
             make_engine(source(), EngineOptions(engine="native"))
     finally:

@@ -122,10 +122,10 @@ def test_the_compiled_engine_goes_along_where_the_hub_can_run_it(
     add_space(learned, tmp_path)
     write_card(tmp_path, learned.card_facts("me/tiny", "mit"), None)
     assert not list(tmp_path.rglob("*.so"))
-    assert "PyTorch computes" in (tmp_path / "README.md").read_text()
+    assert "runs on PyTorch" in (tmp_path / "README.md").read_text()
     engine = smoke.smoke_test(tmp_path).engine
     assert engine.startswith("torch cpu, int8")
-    assert "slower, on PyTorch" in engine
+    assert "slower, using PyTorch" in engine
 
 
 def test_examples_are_the_runs_own_prompts(space: Path) -> None:
@@ -162,7 +162,7 @@ def test_the_controls_start_from_what_the_models_makers_recommend() -> None:
     model = LoadedModel("tiny", engine, tiny_tokenizer(), 0.0, recommended=recommended)
     starts = {name: value for name, _, _, _, value, _ in controls_of(model)}
     expected = {
-        "Tokens at most": 95,
+        "Maximum tokens": 95,
         "Temperature": 2.0,
         "Top-p": 0.95,
         "Top-k": 40,

@@ -121,7 +121,7 @@ def test_the_plan_lists_what_goes_and_what_stays(pushed: Repo, llama_run: Path, 
     edit(pushed, notes__txt=b"theirs")
     called = smolctl("push", llama_run, "--repo", "me/tiny")
     assert called.code == 0, called.err
-    removed = [line for line in called.err.splitlines() if "removed: of an earlier push" in line]
+    removed = [line for line in called.err.splitlines() if "removed: left from an earlier push" in line]
     assert [line.split()[0] for line in removed] == ["llama-f16.gguf", "llama-q8_0.gguf"]
     assert "notes.txt stay there" in called.err
     assert "and 2 of an earlier push removed" in called.out

@@ -502,7 +502,7 @@ def test_verdict_says_worse_than_its_size_and_slower() -> None:
     assert judge(good, [good, bad], SOURCE) == "as good as the source; 1.60 × as fast"
     said = judge(bad, [good, bad], SOURCE)
     assert "broken: perplexity 53, the source's 18.6" in said
-    assert "worse than its size: int8 is no larger and better" in said
+    assert "not worth its size: int8 is no larger and better" in said
     assert "slower" in said
 
 

@@ -192,7 +192,7 @@ def test_what_is_not_finite_is_broken_fails_every_gate_and_wins_nothing(value: f
     facts = SourceFacts("source", 1_000, 32.0)
     said = judge(broken, [broken, poor], facts)
     assert said.startswith("broken")
-    assert "worse than its size: int8" in said
+    assert "not worth its size: int8" in said
     assert "int4" not in judge(poor, [broken, poor], facts)
     assert advise(broken, SchemeOptions(calibrate=True))
     for gates in (Gates(max_kl=1e9), Gates(max_bpb_increase=1e9)):
@@ -207,7 +207,7 @@ def test_a_source_that_predicts_nan_is_called_broken_and_not_matched() -> None:
     nothing = Estimate(math.nan, None)
     found = replace(quality(math.nan, math.nan), source_bits_per_byte=nothing)
     said = judge(replace(variant(0.0), quality=found), [], SourceFacts("source", 1_000, 32.0))
-    assert said == "broken: already the source predicts NaN or infinite values"
+    assert said == "broken: the source itself predicts NaN or infinite values"
 
 
 # --- gates ----------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def test_one_scale_for_all_activations_breaks_the_model_and_the_verdict_says_how
     assert broken.quality.kl.mean > 0.5
     assert broken.quality.perplexity > 1.5 * broken.quality.source_perplexity
     assert broken.verdict.startswith(f"broken: perplexity {broken.quality.perplexity:.3g}")
-    assert "worse than its size" in broken.verdict
+    assert "not worth its size" in broken.verdict
     assert "--activations per-token --per-row" in broken.hint
 
 

@@ -1,4 +1,4 @@
-"""File systems that can do less: training goes on, and what cannot be had is a note."""
+"""File systems that can do less: training continues, and what cannot be had is a note."""
 
 from __future__ import annotations
 

@@ -293,7 +293,7 @@ def test_missing_runs_are_named_with_those_there_are(run: Path, monkeypatch: pyt
 def test_steps_are_read_from_the_last_at_sign() -> None:
     assert split_step("runs/a@500") == (Path("runs/a"), 500)
     assert split_step("runs/a") == (Path("runs/a"), None)
-    with pytest.raises(InputError, match="newest is no step"):
+    with pytest.raises(InputError, match="newest is not a step"):
         split_step("runs/a@newest")
 
 

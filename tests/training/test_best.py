@@ -86,5 +86,5 @@ def test_a_run_that_a_signal_interrupts_stops_where_a_continuous_run_stops(make:
 
 def test_without_a_validated_checkpoint_none_is_the_best(make: Make) -> None:
     folder = run(make(validation={"every": 0}, train={"patience": 0, "steps": 1}), "blind")
-    with pytest.raises(InputError, match="none is the best"):
+    with pytest.raises(InputError, match="there is no best one"):
         split_step(f"{folder}@best")

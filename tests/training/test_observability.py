@@ -170,7 +170,7 @@ def test_an_onlooker_that_fails_is_told_once_and_leaves_no_trace(
     monkeypatch.setattr(f"smolctl.{target}", fail)
     events = run("broken")
     assert [note.split(": ", 1)[1] for note in notes(events)] == [
-        f"{what} (RuntimeError: boom and more); training goes on" for what in told
+        f"{what} (RuntimeError: boom and more); training continues" for what in told
     ]
     assert_same_run(Path("whole"), Path("broken"), 6, but="progress")  # of the validations
 
@@ -195,7 +195,7 @@ def test_a_logger_that_fails_is_left_out_and_the_others_go_on(monkeypatch: pytes
 
     monkeypatch.setattr(CSVLogger, "log_metrics", fail_at_three)
     events = run("broken", trainer={"loggers": ["csv", "tensorboard"]})
-    expected = "step 3: the csv logger failed (OSError: no space left) and is left out; training goes on"
+    expected = "step 3: the csv logger failed (OSError: no space left) and is left out; training continues"
     assert notes(events) == [expected]
     assert losses("whole") == losses("broken")
     assert [step for step, _ in scalars("broken")["loss"]] == [1, 2, 3, 4, 5, 6]

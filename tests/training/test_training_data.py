@@ -162,7 +162,7 @@ def test_a_run_in_the_order_of_an_older_version_is_refused_by_name(
     remove_checksum(checkpoint.path)
     torch.save(content, checkpoint.path)
     monkeypatch.setattr("smolctl.training.prepare.tokenize_corpus", None)  # refused before any work
-    with pytest.raises(InputError, match="cuts the text into other sequences") as error:
+    with pytest.raises(InputError, match="splits the text into different sequences") as error:
         go_on(folder, extra=1)
     assert "--init-from" in error.value.hint
 

@@ -328,12 +328,12 @@ def test_what_is_said_beside_the_display_is_kept_until_its_end(monkeypatch: pyte
     out.__dict__["stdout"] = PlainConsole(file=io.StringIO(), force_terminal=True, force_interactive=True)
     out.__dict__["stderr"] = PlainConsole(stderr=True, force_terminal=True, no_color=True)
     with TrainingView(out) as view:
-        for event in (*STORY, Note("step 7: the prediction failed [so]; training goes on")):
+        for event in (*STORY, Note("step 7: the prediction failed [so]; training continues")):
             view(event)
         print("a warning of a library", file=sys.stderr)
         assert not said.getvalue()
     assert said.getvalue().splitlines() == [
-        "step 7: the prediction failed [so]; training goes on",
+        "step 7: the prediction failed [so]; training continues",
         "a warning of a library",
     ]
 

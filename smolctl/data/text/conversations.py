@@ -117,7 +117,7 @@ def _objects(value: object, name: str) -> list[dict[str, Any]]:
     """Tools or calls of them as templates take them: a list of objects, which some data spells as JSON."""
     objects = _from_json(value) if isinstance(value, str) else _without_nulls(value)
     if not isinstance(objects or [], list) or not all(isinstance(item, dict) for item in objects or []):
-        raise RowError(f"{name!r} is no list of objects")
+        raise RowError(f"{name!r} is not a list of objects")
     return objects or []
 
 
@@ -199,11 +199,11 @@ def _text(value: object, name: str) -> str:
 def _require_sense(messages: Sequence[Mapping[str, Any]]) -> None:
     answers = list(filter(_is_answer, messages))
     if not answers:
-        raise RowError("nothing is said by the assistant")
+        raise RowError("the assistant says nothing")
     if not all(message["content"].strip() or message.get("tool_calls") for message in answers):
         raise RowError("an answer of the assistant is empty")
     if not any(message["role"] == "user" for message in messages):
-        raise RowError("nothing is said by the user")
+        raise RowError("the user says nothing")
 
 
 def _is_answer(message: Mapping[str, Any]) -> bool:

@@ -99,7 +99,7 @@ def _open_source(name: str, text_field: str, split: str) -> Source:
     if name == library.NAME:
         read_as = f"{name}: the built-in corpus"
         if path.exists():
-            read_as += f", and not what is called so in the working folder; write ./{name} for that"
+            read_as += f", not the file or folder of that name; write ./{name} for that"
         return Source(
             name,
             library.library_size(),

@@ -66,7 +66,7 @@ def find_files(path: Path) -> FoundFiles:
     if not files:
         raise InputError(
             f"{path}: no text in this folder ({f'skipped {_counts(skipped)}' if skipped else 'it is empty'})",
-            "Text, code, .jsonl and .parquet are found in folders; name other files themselves.",
+            "Folders are searched for text, code, .jsonl and .parquet; name other files directly.",
         )
     return FoundFiles(files, skipped)
 
@@ -286,7 +286,7 @@ def _array_rows(path: Path, chunks: Iterator[str]) -> Iterator[tuple[str, dict[s
         yield where, _object(record, where)
         at, number = end, number + 1
     if any(rest.strip() for rest in chain([text[begin + 1 :]], chunks)):
-        raise InputError(f"{path}: there is more behind the array", "Write one array, or one object a line.")
+        raise InputError(f"{path}: there is more after the array", "Write one array, or one object a line.")
 
 
 def _end_of_space(text: str, start: int) -> int:

@@ -340,7 +340,7 @@ def choose_tokenizer(
         if name is not None:
             raise
         on_note(
-            f"No tokenizer was named and the default cannot be had ({error.message}): "
+            f"No tokenizer was named and the default is not available ({error.message}): "
             f"training one of {vocab_size:,} entries on the corpus."
         )
         tokenizer = train_tokenizer(texts(), vocab_size)

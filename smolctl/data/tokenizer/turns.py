@@ -207,7 +207,7 @@ class TurnEncoder:
     def _render(self, messages: Messages, tools: Messages = (), *, asks: bool = False, mark: str = "") -> str:
         template = self.tokenizer.chat_template
         if template is None:
-            raise InputError("there is no chat template", "Take a model that has one.")
+            raise InputError("there is no chat template", "Use a model that has one.")
         try:
             named = self.tokenizer.named_tokens
             return render_chat(template, messages, named, asks, tools=tools, answer_mark=mark)

@@ -379,7 +379,7 @@ def _complaints(manifest: ConversationManifest, facts: ConversationFacts, data: 
         reasons = sorted(manifest.skipped.items(), key=lambda item: (-item[1], item[0]))
         counted = "; ".join(f"{count:,} {reason}" for reason, count in reasons[:NAMED])
         yield (
-            f"Rows that are no conversation, left out: {facts.skipped:,} ({counted}). "
+            f"Rows skipped because they are not conversations: {facts.skipped:,} ({counted}). "
             f"First: {manifest.named[0]}."
         )
     for remark, count in manifest.remarks.items():
@@ -391,4 +391,4 @@ def _complaints(manifest: ConversationManifest, facts: ConversationFacts, data: 
             f"{kept[data.too_long]} is kept (data.too_long)."
         )
     if facts.dropped:
-        yield f"Conversations left out, as no answer fits into a sequence: {facts.dropped:,}."
+        yield f"Conversations skipped because no answer fits into a sequence: {facts.dropped:,}."

@@ -125,7 +125,7 @@ def _tokenize(
 def _validated_on(corpus: TokenizedCorpus, held_out: TokenizedCorpus, name: str) -> TokenizedCorpus:
     """A corpus with the whole of another one as its held-out part."""
     common = common_documents(corpus, held_out)
-    seen = f"{name}: {common:,} of its documents are trained on too, which makes the score on it too good."
+    seen = f"{name}: {common:,} of its documents are also trained on, which makes the score on it too good."
     return replace(
         corpus,
         folders=corpus.folders + held_out.folders,

@@ -283,6 +283,6 @@ def _notes(dataset: DatasetName, data: DataConfig, held_out: int, window: int) -
     if not data.validation_fraction or held_out >= least:
         return ()
     return (
-        f"{dataset}: the documents held out of its beginning have {held_out:,} tokens, fewer than {least:,}: "
-        "there is no validation on it. Raise data.validation_fraction.",
+        f"{dataset}: the documents held out from its beginning have {held_out:,} tokens, fewer than "
+        f"{least:,}: there is no validation on it. Raise data.validation_fraction.",
     )

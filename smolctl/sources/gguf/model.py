@@ -181,7 +181,7 @@ def unsupported_feature(header: GGUFHeader) -> str:
         return f"a split GGUF of {parts} parts is not supported: join them with llama-gguf-split --merge"
     kind = header.metadata.get("general.type", "model")
     if kind != "model":
-        return f"a GGUF of type {kind} is no model"
+        return f"a GGUF of type {kind} is not a model"
     if architecture not in tuple(ARCHITECTURES):
         return f"GGUF architecture {architecture} is not supported, only {', '.join(ARCHITECTURES)}"
     for key in OFF_SWITCHES:

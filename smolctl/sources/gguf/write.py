@@ -103,7 +103,7 @@ def require_gguf(config: ModelConfig, scheme: str) -> None:
         if scheme in BLOCK_SCHEMES and size % BLOCK:
             raise InputError(
                 f"GGUF {scheme} packs rows in blocks of {BLOCK}: {name} {size} does not divide",
-                "Take f16 or bf16, which have no blocks: with `quantize`, gguf-f16 or gguf-bf16.",
+                "Use f16 or bf16, which have no blocks: with `quantize`, gguf-f16 or gguf-bf16.",
             )
 
 

@@ -30,7 +30,7 @@ def read_metadata(front: str) -> dict[str, Any]:
     remedy = "Correct the part between the --- lines at its top, or delete it."
     content = parse_yaml(front.replace("---", "", 1).rsplit("---", 1)[0], "README.md: metadata", remedy)
     if content is not None and not isinstance(content, dict):
-        raise InputError("README.md: the metadata is no mapping", remedy)
+        raise InputError("README.md: the metadata is not a mapping", remedy)
     return content or {}
 
 

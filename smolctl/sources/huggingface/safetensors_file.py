@@ -164,7 +164,7 @@ def read_weight_map(text: bytes, origin: str) -> dict[str, list[str]]:
         if Path(file_name).name != file_name:
             raise InputError(f"{origin}: names a file outside its folder: {shown(file_name)}", DAMAGED)
         if not (file_name and file_name.isprintable() and len(file_name.encode()) <= MAX_NAME_BYTES):
-            raise InputError(f"{origin}: weight_map: {shown(file_name)} is no file's name", DAMAGED)
+            raise InputError(f"{origin}: weight_map: {shown(file_name)} is not the name of a file", DAMAGED)
         by_file.setdefault(file_name, []).append(name)
     return by_file
 

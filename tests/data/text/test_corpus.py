@@ -178,7 +178,7 @@ def test_json_arrays_are_read_item_by_item(tmp_path: Path, indent: int | None) -
         ('[{"text": "one"}, {"text": "tw', "item 2: broken JSON"),
         ('[{"text": "one"} {"text": "two"}]', "item 2: broken JSON (a comma or ] is missing)"),
         ('[{"text": "one"}', "item 2: broken JSON"),
-        ('[{"text": "one"}]\n[{"text": "two"}]', "there is more behind the array"),
+        ('[{"text": "one"}]\n[{"text": "two"}]', "there is more after the array"),
         ('["one"]', "item 1: a JSON str, not an object"),
         ('[{"text": ["one"]}]', "item 1: field 'text' is no text (list)"),
         ('[{"body": "one"}]', "item 1: no field 'text'; it has 'body'"),
