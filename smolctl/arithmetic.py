@@ -153,7 +153,7 @@ def layer_matrices(config: ModelConfig) -> int:
 def forward_flops_per_token(config: ModelConfig, context: int) -> int:
     """Floating-point operations of one token's forward pass, two for each multiply-add.
 
-    The head's product is counted also when its weights are tied: it is computed all the same.
+    The head's matmul is counted also when its weights are tied: it is computed all the same.
     Attention is counted causally, over half of `context` on average. Norms, biases, RoPE and the
     softmax are left out (below 1 %).
     """

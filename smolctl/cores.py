@@ -102,7 +102,7 @@ def sharing_cores() -> Iterator[None]:
     hardly spins at all. So, while this process has to wait for cores, a second team of threads that only
     sleep is kept. The number of threads that compute stays the same, and so does every result.
 
-    Nothing is done where there is no libgomp (macOS, Windows) or the system does not tell how long threads
+    Nothing is done where there is no libgomp (macOS, Windows) or the system does not say how long threads
     wait (/proc/self/task/*/schedstat).
     """
     end = threading.Event()
@@ -170,7 +170,7 @@ def _waited() -> float:
 
 
 def machine_memory() -> int | None:
-    """Bytes of main memory that this machine has; None where the operating system does not tell."""
+    """Bytes of main memory that this machine has; None where the operating system does not say."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""Every failure that a user can mend: one line of cause, one line of remedy, one exit code."""
+"""Every failure that a user can correct: one line of cause, one line of remedy, one exit code."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Record:
         files: patterns of paths inside it. `*` stands for a part of one name, `/**` at the end for everything
             below, and `/` at the end for a folder that has a record of its own. With each, the SHA-256 that a
             file was written with, where it should be known whether somebody has edited it.
-        id: tells this folder from others of its kind.
+        id: distinguishes this folder from others of its kind.
         version: of smolctl.
     """
 
@@ -105,7 +105,7 @@ def require_replaceable(target: Path, kind: str, option: str, force: bool, reads
         kind: what it will be.
         option: of the command line that names it.
         force: replace a folder of the same kind that smolctl wrote.
-        reads: what the command reads: files, folders, RUN@STEP. Names of anything else are passed over.
+        reads: what the command reads: files, folders, RUN@STEP. Other names are ignored.
 
     Raises:
         UsageError: with what stands there.
@@ -134,7 +134,7 @@ def require_replaceable(target: Path, kind: str, option: str, force: bool, reads
 def require_replaceable_file(
     target: Path, option: str, force: bool, reads: Iterable[str], is_own: Callable[[Path], bool]
 ) -> None:
-    """The same for a single file, which tells itself who wrote it.
+    """The same for a single file, whose content shows who wrote it.
 
     Args:
         is_own: whether smolctl wrote the file that is there.
@@ -178,7 +178,7 @@ def require_inside(folder: Path, names: Iterable[str]) -> None:
     Args:
         folder: that is published or copied; it may itself be named through a link. A snapshot in the cache
             of the Hub's client counts with the folder of its repository, where its files really lie.
-        names: paths inside it; one that is not there is passed over.
+        names: paths inside it; those that do not exist are ignored.
 
     Raises:
         InputError: a link leads out of the folder, or a file has another name (a hard link) outside of it.

@@ -50,7 +50,7 @@ class Ratio:
 
     @property
     def beyond_noise(self) -> bool | None:
-        """Whether the interval leaves out 1; None when there are too few rounds to tell."""
+        """Whether the interval leaves out 1; None when there are too few rounds to decide."""
         return None if self.interval is None else not self.interval[0] <= 1.0 <= self.interval[1]
 
 
@@ -68,7 +68,7 @@ def in_turns(
         works: each returns what it has measured of itself.
         rounds: that count.
         warmups: rounds before, whose results are dropped.
-        after_round: told 0 after the last warm-up, then 1, 2, ... after each round that counts.
+        after_round: called with 0 after the last warm-up, then 1, 2, ... after each round that counts.
 
     Returns:
         For each piece of work its results, round by round.
@@ -111,7 +111,7 @@ def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
 def peak_memory(device: torch.device | None = None) -> int | None:
     """Most bytes held so far: by tensors on a CUDA device, else by this process in main memory.
 
-    None where the operating system does not tell. Linux counts roughly: by a few pages the peak may fall.
+    None where the operating system does not say. Linux counts roughly: by a few pages the peak may fall.
     """
     if device is not None and device.type == "cuda":
         import torch
@@ -121,7 +121,7 @@ def peak_memory(device: torch.device | None = None) -> int | None:
 
 
 def resident_memory() -> int | None:
-    """Bytes of main memory that this process holds now; None where the operating system does not tell."""
+    """Bytes of main memory that this process holds now; None where the operating system does not say."""
     return _process_memory("VmRSS")
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import pytest
@@ -28,6 +27,12 @@ PRIVATE = {
     r"go(es)? on with|stronger still|win back": "continue with, override, save",
 }
 WORDS = re.compile(rf"(?<![\w-])({'|'.join(PRIVATE)})(?!\w)", re.IGNORECASE)
+# Words that code does not do, in docstrings and comments; windows and products are terms of the code there.
+VERBS = re.compile(
+    r"(?<![\w-])(mend(s|ed|ing)?|contenders?|onlookers?|hears?|tells?|told|passe[ds] over|what computes|"
+    r"go(es)? on with|stronger still|win back)(?!\w)",
+    re.IGNORECASE,
+)
 JSON_VALUES = {"products in "}  # what bench --json has always called the limit; people read "matmul"
 
 
@@ -36,16 +41,29 @@ def found_in(text: str) -> list[str]:
     return [match[0] for match in WORDS.finditer(text)]
 
 
-def messages(path: Path) -> Iterator[tuple[int, str]]:
-    """The texts of a source file that a person may read: strings of several words that are no docstrings."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Expr)]
-    docstrings = {id(node.value) for node in nodes if isinstance(node.value, ast.Constant)}
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Constant) or not isinstance(node.value, str) or id(node) in docstrings:
-            continue
-        if " " in node.value.strip() and node.value not in JSON_VALUES:
-            yield node.lineno, node.value
+@cache
+def texts() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """What the source says, each with its place: to people, in strings of several words; in docstrings and
+    comments.
+    """
+    messages, remarks = [], []
+    for path in sorted((CHECKOUT / "smolctl").rglob("*.py")):
+        source, name = path.read_text(encoding="utf-8"), path.relative_to(CHECKOUT)
+        docstrings: set[int] = set()
+        for node in ast.walk(ast.parse(source)):  # a statement comes before its parts
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                docstrings.add(id(node.value))
+                remarks.append((f"{name}:{node.lineno}", str(node.value.value)))
+            elif (
+                isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
+            ):
+                if " " in node.value.strip() and node.value not in JSON_VALUES:
+                    messages.append((f"{name}:{node.lineno}", node.value))
+        for number, line in enumerate(source.splitlines(), 1):
+            if (comment := re.search(r"(?:^|\s)# .*", line)) is not None:
+                remarks.append((f"{name}:{number}", comment[0]))
+    people_read = [one for one in messages if " " in one[1].strip() and one[1] not in JSON_VALUES]
+    return people_read, remarks
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -72,13 +90,11 @@ def test_no_option_is_explained_by_a_fragment() -> None:
 
 
 def test_messages_have_plain_words() -> None:
-    found = [
-        f"{path.relative_to(CHECKOUT)}:{line}: {word}: {text[:60]}"
-        for path in sorted((CHECKOUT / "smolctl").rglob("*.py"))
-        for line, text in messages(path)
-        for word in found_in(text)
-    ]
-    assert found == []
+    assert [f"{place}: {word}: {text[:60]}" for place, text in texts()[0] for word in found_in(text)] == []
+
+
+def test_docstrings_and_comments_have_plain_verbs() -> None:
+    assert [f"{place}: {match[0]}" for place, text in texts()[1] for match in VERBS.finditer(text)] == []
 
 
 def test_documents_have_plain_words() -> None:

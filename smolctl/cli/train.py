@@ -122,12 +122,12 @@ def train(
         if out is not None and not dry_run and is_main_process():  # before what takes long
             RunFolder.require_free(out, force, [init_from] if init_from else [])
         notes: list[str] = []  # of a dry run, which prints one document and no events
-        hears = (lambda event: notes.append(event.text)) if dry_run and output.json else view
+        listen = (lambda event: notes.append(event.text)) if dry_run and output.json else view
         for problem in source.problems if source else ():
-            hears(Note(f"{init_from}: {problem}"))
+            listen(Note(f"{init_from}: {problem}"))
         if Path(name).is_dir():  # which is no config, so a preset of that name was found
-            hears(Note(f"{name} is the preset; the folder {Path(name).absolute()} is not meant."))
-        prepared = prepare(run_config, source, hears, view.tokenizing, changes)
+            listen(Note(f"{name} is the preset; the folder {Path(name).absolute()} is not meant."))
+        prepared = prepare(run_config, source, listen, view.tokenizing, changes)
         if dry_run:
             plan = plan_run(prepared, out or Path("runs"))
             out_view.document({"plan": asdict(plan), "notes": notes})

@@ -191,9 +191,9 @@ def changed_recipe(path: Path, content: Mapping[str, Any], changes: Mapping[str,
     Of steps, epochs and minutes the one that the user sets takes the place of the file's.
 
     Args:
-        path: of the file; tells a preset from a user's own.
+        path: of the file; decides whether it is a preset or a user's own.
         content: of the file.
-        changes: nested values; the stronger ones.
+        changes: nested values, which override the file's.
 
     Raises:
         UsageError: several say how long the run is.

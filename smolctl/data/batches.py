@@ -80,7 +80,7 @@ class StepDataset(Dataset[Tensor]):
     """Item s is this device's share of step s: tokens (batch_size / world_size, sequence_length + 1).
 
     Samples are numbered through the whole run. Step `first_step` begins with sample `first_sample`: a
-    run that goes on with another batch size goes on behind the samples already seen.
+    run that continues with another batch size continues with the next unseen sample.
     """
 
     tokens: Mixture

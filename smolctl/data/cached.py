@@ -44,7 +44,7 @@ class CacheReport:
 
 
 class _Sources(TypedDict, total=False):
-    """What is told of a manifest: a Hub dataset's source, or several."""
+    """What is read of a manifest: a Hub dataset's source, or several."""
 
     source: str
     sources: list[str]

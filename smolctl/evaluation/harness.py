@@ -60,7 +60,7 @@ class EngineLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What tells this tokenizer and its template from others in lm-eval's caches."""
+        """What distinguishes this tokenizer and its template from others in lm-eval's caches."""
         return str(self.tokenizer.sha256)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -121,7 +121,7 @@ class EngineLM(TemplateLM):
         return Target(whole[-self.max_length - 1 : -1], tuple(continuation))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        """The log-probability of a whole text for each request, in windows of the model's context."""
+        """The log-probability of a whole text for each request, in sequences of the context's length."""
         windows = [
             (number, make_disjoint_window(window))
             for number, request in enumerate(requests)

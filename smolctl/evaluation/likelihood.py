@@ -18,7 +18,7 @@ from smolctl.generation.scheduler import common_prefix
 
 Ids = tuple[int, ...]
 
-MOST_SEQUENCES = 32  # in the cache at once: some items with their answers fill the matrix products
+MOST_SEQUENCES = 32  # in the cache at once: some items with their answers fill the matmuls
 MOST_CACHE = 512 << 20  # bytes of it, where more than one sequence is in it
 # Tokens that must be saved before what several texts begin with is read by itself: that is one more pass over
 # the weights, which takes as long as a dozen tokens do.

@@ -75,7 +75,7 @@ def choose_text(
         models: with their tokenizers; the recipe of a run says what it has held out.
         data: what `--data` names: files, folders, Hub datasets.
         limit: bytes of text at most; documents are chosen by their content, whatever their order.
-        on_note: told what was decided, and of waiting for a tokenization.
+        on_note: called with what was decided, and while another tokenization is waited for.
 
     Raises:
         InputError: the text is missing or empty, or the runs have held out no document in common.

@@ -144,7 +144,7 @@ class Session:
         self.settings = settings
 
     def load(self, path: Path) -> None:
-        """Go on with a conversation that `Conversation.save` has written, and take its system message.
+        """Continue a conversation that `Conversation.save` has written, with its system message.
 
         Raises:
             InputError: it cannot be read, or is no conversation.

@@ -38,7 +38,7 @@ OPTIONAL = (
 )
 FEW = 4  # tokens that are multiplied one by one: matrix.h
 KEYS = 16  # positions in a tile of keys, and what heads of values are filled up to: attention.h
-# Tokens that go through the network at once: enough for the products, few enough for the caches.
+# Tokens that go through the network at once: enough for efficient matmuls, few enough for the caches.
 CHUNK = 256
 # A cache above this size is reserved, and takes memory as it fills, in pages of 4 KB. NumPy asks for pages of
 # 2 MB, in which the first short prompts fill all of it. On SmolLM2-135M the small pages cost 7 % of the time

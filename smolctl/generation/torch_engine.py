@@ -19,7 +19,7 @@ from smolctl.sources.base import ModelSource
 from smolctl.sources.quantized.packed import PackedMatrix
 from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor, dense
 
-# Tokens of a long prompt that go through the network at once: enough to fill the matrix products,
+# Tokens of a long prompt that go through the network at once: enough for efficient matmuls,
 # few enough that the MLP's intermediate values stay small.
 PREFILL_CHUNK = 512
 

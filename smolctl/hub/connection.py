@@ -102,7 +102,7 @@ def way_of_transfer(xet_token: str, token: bool | str | None, note: Callable[[st
     Args:
         xet_token: the address of that request.
         token: as of `api`.
-        note: hears which way was taken, where it is not the usual one.
+        note: called with a sentence if files do not go the usual way.
 
     Raises:
         HTTPError: the Hub does not answer; what `explained` turns into `HubError`.

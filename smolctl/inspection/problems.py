@@ -15,7 +15,7 @@ K_QUANT_BLOCK = 256
 
 
 def find_problems(source: ModelSource) -> tuple[str, ...]:
-    """Everything that somebody should mend or expect to fail; empty for a sound model."""
+    """Everything that somebody should correct or expect to fail; empty for a sound model."""
     if source.config is None:
         return (*source.problems, source.unsupported)
     # Sources report what does not fit as they read; here only what they left out is added.

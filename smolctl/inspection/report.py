@@ -137,7 +137,7 @@ def _stops(source: ModelSource) -> dict[int, str | None]:
     if source.config is None:
         return {}
     files = None
-    with suppress(InputError):  # which `find_problems` tells
+    with suppress(InputError):  # which `find_problems` reports
         files = source.read_tokenizer() if source.kind is not SourceKind.HUB else None
     if files is None:
         return dict.fromkeys(source.config.eos_token_ids)

@@ -50,7 +50,7 @@ class Stored:
 
 
 def sort_tensors(tensors: Iterable[TensorHeader], declared: Mapping[str, Any]) -> Stored:
-    """Tell parameters from what lies beside them, and give packed ones their own shapes.
+    """Separate parameters from what lies beside them, and give packed ones their own shapes.
 
     Args:
         tensors: of a header.

@@ -3,7 +3,7 @@
 Autograd keeps every intermediate result for the backward pass. These keep what cannot be had again
 cheaply and compute the rest anew, in place where they can: less memory, and less traffic with it.
 
-Under autocast products are computed in autocast's dtype, everything else in the dtype of its input.
+Under autocast matmuls are computed in autocast's dtype, everything else in the dtype of its input.
 Shapes as in `network.py`.
 """
 
@@ -22,13 +22,13 @@ from smolctl.model.products import add_product, product
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that products with x are computed in."""
+    """The dtype that matmuls with x are computed in."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class _Linear(Function):
-    """A product that keeps its input."""
+    """A matmul that keeps its input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class _RMSNormLinears(Function):
-    """Keeps x, which the residual stream keeps anyway; what all the products read is computed again."""
+    """Keeps x, which the residual stream keeps anyway; the input of all the matmuls is computed again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Tensor, eps: float, *weights: Tensor) -> tuple[Tensor, ...]:

@@ -40,7 +40,7 @@ def page_chat(source: ModelSource) -> dict[str, Any] | None:
     """`chat` of page.json; None where the model has no chat template.
 
     "system" is the system message that the template writes where there is none, if it is known to;
-    "takes_system" tells whether it takes one.
+    "takes_system" says whether it takes one.
 
     Raises:
         InputError: the template is broken, or refuses a question.

@@ -60,7 +60,7 @@ def look(client: HubClient | None, target: Target) -> There:
 def plan_repo(
     client: HubClient | None, target: Target, there: There, folder: Path, files: Sequence[PlannedFile]
 ) -> RepoPlan:
-    """Write the record beside the files that go up, and tell what the repository holds besides.
+    """Write the record beside the files that go up, and return what else the repository holds.
 
     Args:
         client: to look at files whose checksum the Hub does not give.

@@ -55,16 +55,16 @@ class TensorCost:
     name: str
     stored: str  # "int8", "int4"
     bytes: int
-    output_error: float  # relative: RMS error of the product over RMS of the product
+    output_error: float  # relative: RMS error of the output over RMS of the output
     kl: float | None = None  # nats a token when this tensor alone is rounded; only of the costliest
     largest_input: float | None = None  # where inputs are rounded too, as int8-dynamic does
-    median_input: float | None = None  # of the absolute values; the mean of the windows' medians
+    median_input: float | None = None  # of the absolute values; the mean of the sequences' medians
 
 
 def output_errors(
     tensors: Mapping[str, Tensor], items: Mapping[str, StoredTensor], squares: Mapping[str, Tensor]
 ) -> list[TensorCost]:
-    """The relative error of every packed matrix's product, the costliest first.
+    """The relative error of every packed matrix's output, the costliest first.
 
     The columns of an input count as independent: their mean squares are all that is known of it.
     """
@@ -89,7 +89,7 @@ def dynamic_errors(
 ) -> list[TensorCost]:
     """The relative error of every layer of int8-dynamic on the source's own inputs, the costliest first.
 
-    The first token of a window is left out of the errors: its activations are the outliers in question,
+    The first token of a sequence is left out of the errors: its activations are the outliers in question,
     and the layer that serves it well may give all others nothing.
 
     Args:
@@ -101,7 +101,7 @@ def dynamic_errors(
     """
     exact = dynamic_network(config, tensors)
     rounded = dynamic_network(config, items, activations)
-    seen: dict[str, list[tuple[Tensor, ...]]] = {}  # window by window: squared error, square, and inputs
+    seen: dict[str, list[tuple[Tensor, ...]]] = {}  # by sequence: squared error, square, and inputs
 
     def watch(layer: nn.Module, found: list[tuple[Tensor, ...]]) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:

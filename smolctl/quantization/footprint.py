@@ -19,7 +19,7 @@ class Footprint:
     """What loading costs, seen from a process that does nothing else."""
 
     load_s: float
-    peak_bytes: int | None  # Python and PyTorch included; None where the system does not tell
+    peak_bytes: int | None  # Python and PyTorch included; None where the system does not say
 
 
 def measure_footprint(model: str) -> Footprint | None:

@@ -80,7 +80,7 @@ class Divergence:
 
 
 def measure_quality(source: Engine, variants: Sequence[Engine], windows: Windows) -> list[Quality]:
-    """Read every window with the source, once, and with each variant, and compare the predictions."""
+    """Read every sequence with the source, once, and with each variant, and compare the predictions."""
     theirs: list[TokenScores] = []
     ours: list[list[TokenScores]] = [[] for _ in variants]
     for window in windows.measured:
@@ -101,9 +101,9 @@ def _quality(
     """All as estimates over documents.
 
     Args:
-        ours: of a variant, window by window.
+        ours: of a variant, sequence by sequence.
         theirs: of its source.
-        documents: the number of each token's document, or of its window where documents are few.
+        documents: the number of each token's document, or of its sequence where documents are few.
         sizes: bytes of each token.
     """
     nats, source_nats, kl, agrees = (

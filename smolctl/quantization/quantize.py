@@ -192,7 +192,7 @@ def _prepare(
         windows = choose_windows(source, config, tokenizer, options.data, options.windows, needs_activations)
     tensors = read_tensors(source)
     if windows is not None and needs_activations:
-        # The last few windows choose between the plain and the searched scales.
+        # The last few sequences choose between the plain and the searched scales.
         if calibrate or set(options.schemes) & set(PACKED_SCHEMES):
             squares = input_squares(config, tensors, windows.calibration[:-COST_WINDOWS])
         reference = _engine(config, tensors)

@@ -17,7 +17,7 @@ VARIANTS = "variants"
 
 
 class _Named(TypedDict):
-    """What a variant's record must have to be told from others."""
+    """What a variant's record must have to be distinguished from others."""
 
     scheme: str
     step: int | None

@@ -19,7 +19,7 @@ from smolctl.data.tokens.marks import IDS
 from smolctl.sources.base import ModelSource
 from smolctl.sources.huggingface.tokenizer import ids_around_text
 
-WINDOW = 256  # tokens that are predicted in one window, fewer where the context is shorter
+WINDOW = 256  # tokens that are predicted in one sequence, fewer where the context is shorter
 CALIBRATION_WINDOWS = 24
 
 
@@ -54,14 +54,14 @@ def choose_windows(
 
     Args:
         source: its recipe says what it was trained on.
-        config: its context limits the windows.
+        config: its context limits the sequences.
         tokenizer: of the source.
         data: what `--data` names.
-        count: windows at most.
-        calibrate: also choose windows to calibrate with.
+        count: of sequences at most.
+        calibrate: also choose sequences to calibrate with.
 
     Raises:
-        InputError: the text is missing, empty, or shorter than a window.
+        InputError: the text is missing, empty, or shorter than a sequence.
     """
     length = min(WINDOW, config.max_position_embeddings)
     if data:

@@ -46,7 +46,7 @@ class RunPlan:
     held_out_tokens: int
     documents: int  # in both
     duplicates: int  # of these, equal to an earlier one
-    epochs: float  # passes over the corpus
+    epochs: float  # over the corpus
     tokens_per_parameter: float
     schedule: ScheduleOutline
     memory: TrainingMemory
@@ -89,7 +89,7 @@ class Step:
     seconds: float  # of this step
     tokens_per_second: float  # over the last steps
     eta_s: float  # left at that rate
-    memory_bytes: int | None  # most held so far; None where the system does not tell
+    memory_bytes: int | None  # most held so far; None where the system does not say
     mfu: float | None  # share of the devices' peak arithmetic; None where that is not known
     skipped: int = 0  # steps so far whose float16 gradients overflowed; their updates were not made
     phase: str = ""  # of the schedule: "warmup", "stable", "decay" or "floor"
@@ -157,7 +157,7 @@ class End:
     best_step: int | None = None  # of the run's validation with the fewest bits per byte
     best_bits_per_byte: float | None = None
     tokens: int = 0  # seen by the run
-    memory_bytes: int | None = None  # most held; None where the system does not tell
+    memory_bytes: int | None = None  # most held; None where the system does not say
     config_sha256: str = ""  # of the run's config.yaml: equal for equal settings
 
 

@@ -177,7 +177,7 @@ class RunFolder:
             out: the folder that the user named.
             force: replace the run in it; files that are not smolctl's stay.
             reads: files, folders and runs that the command reads.
-            emit: hears what stays.
+            emit: called with a note on files that are kept.
 
         Raises:
             UsageError: `out` holds something that is not to be replaced.
@@ -221,7 +221,7 @@ class RunFolder:
         Whoever has it clears away what a process that was killed had begun to write.
 
         Args:
-            emit: hears when the file system has no locks; the run then goes on without one.
+            emit: called with a note if the file system has no locks; the run then continues without one.
 
         Raises:
             InputError: another process holds it.

@@ -25,7 +25,7 @@ DAMAGED = "Download or copy the file again: it is damaged or not complete."
 
 
 class SourceKind(StrEnum):
-    """The kinds of MODEL, told apart by content."""
+    """The kinds of MODEL, distinguished by content."""
 
     PRESET = "preset"
     CONFIG = "config"  # our YAML

@@ -1,4 +1,4 @@
-"""Where the weights of a MODEL come from, told once: when a run, or a quantized model, is made of them."""
+"""Where the weights of a MODEL come from. Recorded when a run or a quantized model is made of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the processes of one run tell each other. With a single process all of it costs nothing."""
+"""What the processes of one run exchange. With a single process all of it costs nothing."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def run_trainer(
 
     Args:
         prepared: the run.
-        callback: hears of every step.
+        callback: called at every step.
         folder: of the run.
         start: the checkpoint to begin with, or None.
         open_end: whether the callback says which step is the last.

@@ -20,7 +20,7 @@ class MemoryShortageError(SmolError):
 
 @contextmanager
 def naming_the_memory_knob(micro_batch_size: int) -> Iterator[None]:
-    """Turn an allocation failure into the setting that mends it.
+    """Turn an allocation failure into the setting that avoids it.
 
     Raises:
         MemoryShortageError: in place of PyTorch's and Python's own errors.

@@ -51,7 +51,7 @@ class Prepared:
 
     @property
     def fingerprints(self) -> dict[str, Any]:
-        """What tells this data, its order and this tokenizer from others; kept in every checkpoint."""
+        """What identifies this data, its order and this tokenizer; kept in every checkpoint."""
         return {"data": self.corpus.fingerprint, "order": ORDER, "tokenizer": self.tokenizer.sha256}
 
     @property
@@ -103,8 +103,8 @@ def prepare(
         config: of the run.
         source: of the weights, shape and tokenizer that the run starts with; None draws weights from
             `train.seed`.
-        emit: hears what was decided.
-        on_tokenize: hears how far the tokenization is.
+        emit: called with a note on every decision.
+        on_tokenize: called with the progress of tokenization.
         asked: nested settings that the user gave beside the config. A config describes a model from scratch,
             so that with a source its own model section and a tokenizer to train are set aside; what is
             asked for against the weights is refused.
@@ -171,8 +171,8 @@ def prepare_again(
         decisions: of what was "auto" in its config.
         done: steps behind it.
         state: what the checkpoint keeps for us: how many samples those steps saw, and where their tokens are.
-        emit: hears what happens to the cached tokens.
-        on_tokenize: hears how far the tokenization is, should the cached tokens be gone.
+        emit: called with notes on the cached tokens.
+        on_tokenize: called with the progress of tokenization, if the cached tokens are gone.
         has_weights: whether the checkpoint has weights; else they are those that the run began with.
     """
     require_packages(config.trainer.loggers)
@@ -343,7 +343,7 @@ def _tokenizer_of(source: ModelSource, name: str | None, is_asked: bool, emit: L
         source: of the weights.
         name: what the config says.
         is_asked: whether the user said so beside the config.
-        emit: hears that a tokenizer to train is set aside.
+        emit: called with a note if the config's tokenizer is not used.
 
     Raises:
         InputError: the weights come without a tokenizer and none is named, or another one was asked for.

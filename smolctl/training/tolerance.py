@@ -14,22 +14,22 @@ LATEST_LINK = "making runs/latest a link to this run"
 
 
 class Tolerance:
-    """Turns the failure of an onlooker into a note, once for each kind."""
+    """Turns the failure of an observer into a note, once for each kind."""
 
     def __init__(self, emit: Listener) -> None:
         self._emit = emit
         self._told: set[str] = set()
 
     @contextmanager
-    def __call__(self, onlooker: str, step: int) -> Iterator[None]:
-        """Whatever fails inside is told and otherwise forgotten, as is what it drew by chance.
+    def __call__(self, observer: str, step: int) -> Iterator[None]:
+        """A failure inside becomes a note and does not stop training; the random generators are set back.
 
         Args:
-            onlooker: what fails, as the subject of a sentence.
+            observer: what may fail, as the subject of a sentence.
             step: at which.
 
         Raises:
-            NonFiniteError: that is no onlooker's failure. So are signals and interrupts, which pass too.
+            NonFiniteError: a fault of the training itself. Signals and interrupts are raised too.
         """
         try:
             with keeping_rng():
@@ -37,9 +37,9 @@ class Tolerance:
         except NonFiniteError:
             raise
         except Exception as error:
-            if onlooker not in self._told:
-                self._told.add(onlooker)
-                self._emit(Note(f"step {step:,}: {onlooker} failed ({reason(error)}); training continues"))
+            if observer not in self._told:
+                self._told.add(observer)
+                self._emit(Note(f"step {step:,}: {observer} failed ({reason(error)}); training continues"))
 
 
 def reason(error: Exception) -> str:

@@ -63,8 +63,8 @@ def verify(
         run: its folder.
         options: `step` to start from (default: the checkpoint before the last), `until` to end at
             (default: the newest checkpoint). Changes are refused: they would prove nothing.
-        emit: hears what is done.
-        on_tokenize: hears how far the tokenization is, should the cached tokens be gone.
+        emit: called with every event.
+        on_tokenize: called with the progress of tokenization, if the cached tokens are gone.
 
     Raises:
         UsageError: options that make no sense here.

@@ -142,7 +142,7 @@ def test_peaks_are_of_the_chip_that_is_named(
     assert peak_flops(name, "32-true") == float32
 
 
-# Onlookers that fail
+# Observers that fail
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_peaks_are_of_the_chip_that_is_named(
         ("runs.report.to_html", ["writing report.html failed"]),
     ],
 )
-def test_an_onlooker_that_fails_is_told_once_and_leaves_no_trace(
+def test_an_observer_that_fails_is_named_once_and_leaves_no_trace(
     target: str, told: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run("whole")

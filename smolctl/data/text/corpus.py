@@ -28,8 +28,8 @@ class Source:
     Attributes:
         name: as the user gave it.
         size: bytes that will be read, or None when nobody knows before (a Hub dataset).
-        identity: what tells it from another source without reading it: sizes, times of change.
-        read: its documents; told a function that is called with the bytes read.
+        identity: what distinguishes it from another source without reading it: sizes, times of change.
+        read: its documents; takes a function that is called with the bytes read.
         rows: likewise, its rows with all their fields and where they stand, or what is wrong with a row.
         dataset: its name, when it is a Hub dataset.
         read_as: what the name was taken for, and which files are read and which are not; empty where that
@@ -53,7 +53,7 @@ def pin_sources(names: Sequence[str]) -> tuple[str, ...]:
     """The names so that they mean the same later and elsewhere.
 
     Paths become absolute. A Hub dataset's revision is replaced by the commit that it stands for now: a run
-    that keeps these names goes on with the same rows when the dataset has moved on.
+    that keeps these names continues with the same rows after the dataset has changed.
 
     Raises:
         InputError: `datasets` is not installed.

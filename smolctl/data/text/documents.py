@@ -39,7 +39,7 @@ _OF_CONVERSATIONS = (
     {"prompt", "completion"},
 )
 
-# Told how many more bytes of a source were read.
+# Called with the number of bytes of a source that were read since the last call.
 OnRead = Callable[[int], None]
 
 

@@ -149,9 +149,9 @@ def read_file(path: Path, text_field: str, on_read: OnRead) -> Iterator[Document
     A row whose text is null or empty gives an empty document.
 
     Args:
-        path: its name tells the format; an unknown one is read as text.
+        path: its name decides the format; an unknown one is read as text.
         text_field: the column that holds the text.
-        on_read: told the bytes of the file as they are read.
+        on_read: called with the number of bytes read.
 
     Raises:
         InputError: the file is missing, binary, damaged, or has no such column.
@@ -216,7 +216,7 @@ def _read_text(path: Path, on_read: OnRead) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     before = offset = 0
     with open_chunks(path) as (chunks, position):
-        for chunk in chain(chunks, [b""]):  # the empty one tells the decoder that this is the end
+        for chunk in chain(chunks, [b""]):  # the empty one ends the decoder's input
             pending = len(decoder.getstate()[0])  # bytes of a character that the last chunk cut in two
             zero = chunk.find(b"\0")
             if zero >= 0:

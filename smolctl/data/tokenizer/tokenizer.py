@@ -325,7 +325,7 @@ def choose_tokenizer(
             trained when the Hub cannot be reached.
         texts: the corpus to train on, called only when needed.
         vocab_size: rows of the model's token table.
-        on_note: told what was decided for the user.
+        on_note: called with what was decided for the user.
 
     Raises:
         InputError: the tokenizer does not fit the model, or cannot be loaded.

@@ -27,7 +27,7 @@ from smolctl.errors import InputError
 
 TrainedOn = Literal["assistant", "completion", "all"]
 Span = tuple[int, int]
-# What is told of a conversation that is trained on all the same.
+# What is reported of a conversation that is trained on all the same.
 NO_TOOLS = "The chat template does not write the tools that the row names"
 NO_TURN_END = (
     "The chat template's {% generation %} blocks leave out the token that ends a turn. It is trained on all "

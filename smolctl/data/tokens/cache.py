@@ -170,9 +170,9 @@ def found_or_built(
 
     Args:
         folder: of the result.
-        read: gives its manifest, or None; told who hears of damage.
+        read: gives its manifest, or None; called with a function that takes notes on damage.
         build: makes the folder while its lock is held.
-        on_note: hears of damage, and that another process is waited for.
+        on_note: called with notes on damage, and while another process is waited for.
 
     Raises:
         InputError: as `locked` and `build`.
@@ -241,7 +241,7 @@ def read_manifest(
         folder: of the shards.
         schema: of the manifest.
         tokenizer: that they must be of.
-        on_note: told of damage, and that the text is therefore tokenized again.
+        on_note: called with notes on damage, and that the text is therefore tokenized again.
         dtype: of the shards; None: the one that the tokenizer's ids need.
     """
     dtype = dtype or token_dtype(tokenizer.vocab_size)

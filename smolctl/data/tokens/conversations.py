@@ -88,7 +88,7 @@ def tokenize_conversations(
 
     Raises:
         InputError: a source is damaged, or holds no conversation that can be trained on; with `data.strict`
-            a row is none; the template does not tell what the assistant says.
+            a row is none; the template does not mark what the assistant says.
     """
     encoder = TurnEncoder(tokenizer, data.loss, data.special_tokens)
     identities = [[source.name, source.identity] for source in sources]

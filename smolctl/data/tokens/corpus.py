@@ -48,7 +48,7 @@ def tokenize_corpus(
         on_progress: called after every batch of text; what it raises stops the work.
         samples: windows that the run reads from its first step to its last: no more of a Hub dataset is
             streamed than they need. None streams it to its end.
-        on_note: told at once that the cache is damaged, or that another process is waited for.
+        on_note: called at once with a note that the cache is damaged, or that another process is waited for.
         folders: names of a run's `TokenizedCorpus.folders`: they serve where its sources are gone.
 
     Raises:

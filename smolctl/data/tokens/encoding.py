@@ -93,7 +93,7 @@ def encode_documents(
     The next batch is read and the previous one is written while one is encoded.
 
     Args:
-        read: gives the documents; told a function that is called with the bytes read.
+        read: gives the documents; takes a function that is called with the bytes read.
         encoder: gives the ids.
         bytes_total: that will be read, where it is known.
         first: number of the first document that is not empty.

@@ -219,7 +219,7 @@ def _split(folder: Path, manifest: WholeManifest, data: DataConfig) -> Tokenized
 
 
 def _held_out_tokens(manifest: WholeManifest, data: DataConfig, window: int) -> tuple[int, tuple[str, ...]]:
-    """How many tokens at the end are held out, and what to tell the user about it.
+    """How many tokens at the end are held out, and a note about it for the user.
 
     With few documents chance may hold out nearly all of the text. Then the last tokens are held out instead,
     wherever in a document they begin, unless some documents are copies, of which these could be parts.

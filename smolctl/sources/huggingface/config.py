@@ -139,7 +139,7 @@ def counted_config(values: Mapping[str, Any], origin: str) -> ModelConfig | None
     """A network with the parameters and the costs of one that cannot be run; None when there is none.
 
     How positions are rotated, which function the gate has, how the weights are packed, and whether the head
-    tells the next token or a class of texts, changes nothing in the layers of a Llama or its near kin.
+    predicts the next token or a class of texts, changes nothing in the layers of a Llama or its near kin.
     """
     kind = ARCHITECTURES.get(str(values.get("model_type")), "").removesuffix("ForCausalLM")
     listed = str((values.get("architectures") or (kind,))[0])

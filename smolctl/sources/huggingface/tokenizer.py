@@ -180,7 +180,7 @@ def read_backend(tokenizer_json: str, origin: str) -> tokenizers.Tokenizer:
 
 @contextmanager
 def _without_stderr() -> Iterator[None]:
-    """Rust tells of its panics on the standard error of the process, whatever Python does with it."""
+    """Rust reports its panics on the standard error of the process, whatever Python does with it."""
     try:
         kept = os.dup(2)
     except OSError:  # there is none

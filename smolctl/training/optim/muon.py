@@ -78,7 +78,7 @@ class MuonAdamW(Optimizer):
         eps: float,
         momentum: float = 0.95,
     ) -> None:
-        # "fused" tells `load_state_dict` that AdamW's step counters belong on the parameters' device.
+        # "fused" makes `load_state_dict` assume that AdamW's step counters belong on the parameters' device.
         defaults = {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum, "fused": True}
         super().__init__(groups, defaults)
 
