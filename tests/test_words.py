@@ -54,11 +54,8 @@ def texts() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
                 docstrings.add(id(node.value))
                 remarks.append((f"{name}:{node.lineno}", str(node.value.value)))
-            elif (
-                isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
-            ):
-                if " " in node.value.strip() and node.value not in JSON_VALUES:
-                    messages.append((f"{name}:{node.lineno}", node.value))
+            elif isinstance(node, ast.Constant) and id(node) not in docstrings:
+                messages.append((f"{name}:{node.lineno}", str(node.value)))
         for number, line in enumerate(source.splitlines(), 1):
             if (comment := re.search(r"(?:^|\s)# .*", line)) is not None:
                 remarks.append((f"{name}:{number}", comment[0]))
