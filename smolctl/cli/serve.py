@@ -8,7 +8,6 @@ import typer
 
 from smolctl.cli.options import Dtype, ModelOrNewest, Threads, capped_threads, command
 from smolctl.errors import SmolError
-from smolctl.extras import install_command
 from smolctl.views.output import Output
 
 
@@ -86,6 +85,8 @@ def serve(
     except ModuleNotFoundError as error:
         if error.name not in ("starlette", "uvicorn", "anyio"):
             raise
+        from smolctl.extras import install_command
+
         raise SmolError(
             f"the package {error.name} is not installed", f"Install it: {install_command('serve')}"
         ) from None

@@ -58,7 +58,7 @@ def _model_problems(config: ModelConfig) -> Iterator[str]:
         if size % K_QUANT_BLOCK:
             yield (
                 f"{key} {size:,} is not a multiple of {K_QUANT_BLOCK}: no K-quants (Q4_K and the like) in "
-                "llama.cpp for rows of this length; Q8_0, Q5_0, Q4_0 and their kin work"
+                "llama.cpp for rows of this length; Q8_0, Q5_0, Q4_0 and similar types work"
             )
 
 

@@ -40,6 +40,7 @@ SINGLE_FILES = (
     "cores.py",
     "durable.py",
     "errors.py",
+    "extras.py",
     "escaping.py",
     "outside.py",
     "ownership.py",
