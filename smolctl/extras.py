@@ -9,7 +9,6 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from smolctl.errors import InputError
-from smolctl.outside import parse_object
 
 
 def install_command(extra: str) -> str:
@@ -19,6 +18,8 @@ def install_command(extra: str) -> str:
     names what PEP 610's direct_url.json records.
     """
     from importlib.metadata import PackageNotFoundError, distribution
+
+    from smolctl.outside import parse_object  # imports yaml, which `--help` does without
 
     try:
         installed = distribution("smolctl")
