@@ -179,9 +179,12 @@ def test_a_quantized_gguf_runs_at_its_size_as_if_unpacked(
     unpacked = make_engine(source, EngineOptions(threads=1))
     assert unpacked.precision == "float32"
     prompt = list(range(1, 31))
-    for parts in ([prompt], [[token] for token in prompt]):  # as one prompt, and token by token
-        ours, theirs = (log_probabilities(one, parts) for one in (engine, unpacked))
-        assert (theirs.exp() * (theirs - ours)).sum(-1).mean() < 1e-4
+    expected = log_probabilities(unpacked, [prompt])
+    few, ones = [prompt[at : at + 3] for at in range(0, 30, 3)], [[token] for token in prompt]
+    whole, by_few, one_by_one = (log_probabilities(engine, parts) for parts in ([prompt], few, ones))
+    for found in (whole, one_by_one):
+        assert (expected.exp() * (expected - found)).sum(-1).mean() < 1e-4
+    assert torch.equal(by_few, one_by_one)
 
 
 def test_the_sizes_of_all_types_are_those_of_the_gguf_package() -> None:
