@@ -8,8 +8,8 @@
 The first server is `smolctl serve`; --space adds the Gradio Space of the same model, --peer-command and
 --url add others of OpenAI's API. They take turns, round by round, with the same requests. Clients send one
 after the other, with prompts and answers of mixed lengths; half of the prompts begin alike. With --rough,
-some clients close the connection in the middle, and some send garbage. Prints a Markdown table, in less
-than three minutes for two servers on two idle cores.
+some clients close the connection in the middle, and some send garbage. Prints a Markdown table, in less than
+three minutes for two servers on two idle cores.
 """
 
 from __future__ import annotations

@@ -253,7 +253,7 @@ def _api_error(error: SmolError) -> ApiError:
     if isinstance(error, BusyError):
         return ApiError(503, message)
     if isinstance(error, PromptTooLongError):
-        # These words too let clients see that the prompt must be shortened.
+        # Clients recognize these words, beside the code.
         message = f"The prompt is too long: {error.message}. {error.hint}"
         return ApiError(400, message, "context_length_exceeded")
     return ApiError(400 if isinstance(error, InputError) else 500, message)
