@@ -35,6 +35,8 @@ CHUNK = 128
 # one. Where the likeliest two tokens are closer than this (in nats, ten times what rounding does), no draft
 # token is accepted or rejected: the last token is read again by itself.
 NEAR_TIE = 0.01
+# Tokens of a call, drafts included, up to which one more costs far less than a call of its own.
+DRAFTED = 8
 
 
 @dataclass(frozen=True)
@@ -356,7 +358,7 @@ class Scheduler:
     def _decode(self, slots: Sequence[_Slot]) -> list[Outcome]:
         """Read the last token and the draft of every sequence, and choose the tokens that follow."""
         exact = self.engine.exact_tokens
-        most = exact // len(slots) - 1 if exact > 1 else MOST
+        most = max(min(exact, DRAFTED) // len(slots) - 1, 0) if exact > 1 else MOST
         for slot in slots:
             room = min(most, slot.limit - len(slot.tokens) - 1)
             slot.draft = slot.lookup.draft(room) if slot.lookup and not slot.careful else []

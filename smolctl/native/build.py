@@ -32,7 +32,7 @@ X86_LEVELS = {
     "baseline": "x86_64",
     "avx2": "x86_64_v3",
     "avx512": "x86_64_v4",
-    "avx512bf16": "x86_64_v4+avx512bf16",
+    "avx512bf16": "x86_64_v4+avx512vnni+avx512bf16",
 }
 
 

@@ -6,8 +6,9 @@
 // N tokens now, C hidden_size, H query heads, K key/value heads, D head_dim, F intermediate_size. Rows of
 // activations are filled up with zeros to a multiple of BLOCK.
 //
-// A call of at most FEW tokens gives each of them the very bits that it gets in a call of its own: draft
-// tokens of speculative decoding are judged by the logits that plain decoding would have seen.
+// A call of at most `exact` tokens gives each of them the very bits that it gets in a call of its own: others may
+// be decoded beside it, and draft tokens of speculative decoding are judged by the logits that plain decoding
+// would have seen. That is FEW tokens, and EXACT where all matrices are packed.
 //
 // A context works on one call at a time. A second call made meanwhile returns BUSY and touches nothing; a
 // call whose `cancelled` flag is set by another thread returns CANCELLED after the layer it is in.
@@ -17,7 +18,7 @@
 #endif
 
 #include "attention.h"
-#include "matrix.h"
+#include "integers.h"
 #include "threads.h"
 
 // What the functions return; library.py knows the numbers too.
@@ -59,6 +60,7 @@ typedef struct {
 #define MAX_SPLITS 16        // parts where many tokens share the work already
 #define SHARED_PIECES 16     // of attention over many tokens, at least: not by the threads, for the same bits
 #define PHASES 8             // of a layer, each with a counter of claimed pieces
+#define EXACT 16             // native_engine.py and engine.js know it too
 #define PIECE_ROWS 16        // rows of a matrix in a piece of a product of many tokens
 #define PIECE_TOKENS 8       // tokens in a piece of attention
 
@@ -66,11 +68,15 @@ typedef struct {
     model m;
     pool *pool;
     int chunk;      // most tokens of a call
-    int narrows;    // whether products of many tokens want bfloat16
+    int exact;      // tokens of a call that gives each the bits of a call of its own
+    int narrows;    // whether products of more tokens want bfloat16
+    int packs;      // how many matrices are packed: 0 none, 1 some, 2 all
     int C, A, F;    // widths of rows, filled up: hidden_size, heads × head_dim, intermediate_size
     int widest;     // of them
     float *x, *normed, *q, *k, *v, *attended, *hidden;  // (chunk, C, C, H × D, K × D, K × D, A, F)
     uint16_t *narrow;      // (chunk, widest): what the next product of many reads, in bfloat16
+    integers *packed;      // (chunk): the same in integers, which lie in …
+    float *packed_room;    // (chunk, INTEGER_ROOM(widest))
     float *scratch;        // (threads, scratch_size)
     size_t scratch_size;
     partial *partials;     // (tokens × H, splits)
@@ -86,47 +92,67 @@ typedef struct {
 
 INLINE int pieces_of(int total, int piece) { return (total + piece - 1) / piece; }
 INLINE int filled_to(int total, int piece) { return pieces_of(total, piece) * piece; }
-INLINE int least(int a, int b) { return a < b ? a : b; }
 
-// Rows in a piece of a product: a multiple of PIECE_ROWS.
+// Rows in a piece of a product: a multiple of PIECE_ROWS. With few tokens, enough to read memory without a pause.
 INLINE int rows_of_piece(const pool *p, int rows, int tokens) {
-    return tokens > FEW ? PIECE_ROWS : filled_to(pieces_of(rows, p->threads), PIECE_ROWS);
+    return tokens > EXACT ? PIECE_ROWS : tokens > FEW ? 4 * PIECE_ROWS : filled_to(pieces_of(rows, p->threads), PIECE_ROWS);
 }
 
 // Claims pieces 0, 1, … of a phase until all are taken.
 #define EACH_PIECE(c, phase, pieces, piece) \
     for (int piece; (piece = atomic_fetch_add_explicit(&(c)->claimed[phase], 1, memory_order_relaxed)) < (pieces);)
 
-// A thread's own room: a panel for `multiply`, forms of vectors, a row of attention, a piece of `up`.
+// A thread's own room: a panel for products, forms of vectors, a row of attention, a piece of `up`.
 typedef struct { float *panel, *forms, *spare, *up; } room;
 
+// Floats of a panel, and of the forms of one vector.
+#define PANEL(columns) (OPENED(columns) > TILE * (columns) ? OPENED(columns) : TILE * (columns))
+#define FORMS(columns) (VECTOR_ROOM * (columns) + INTEGER_ROOM(columns))
+
 static room room_of(const context *c, int thread) {
-    float *at = c->scratch + (size_t)thread * c->scratch_size;
-    return (room){at, at + (size_t)TILE * c->widest, at + (size_t)(TILE + FEW * VECTOR_ROOM) * c->widest,
-                  at + (size_t)(TILE + FEW * VECTOR_ROOM + 1) * c->widest};
+    float *panel = c->scratch + (size_t)thread * c->scratch_size, *forms = panel + PANEL(c->widest);
+    float *spare = forms + FEW * FORMS(c->widest);
+    return (room){panel, forms, spare, spare + c->widest};
 }
 
 // ---- products ----
 
-// What a product reads: a few tokens in every form, or rows of many.
-typedef struct { int tokens; vector_in few[FEW]; const float *floats; const uint16_t *narrow; } operand;
+// What a product reads: a few vectors in every form, or rows of many.
+typedef struct {
+    int tokens;
+    vector_in few[FEW];
+    integers own[FEW];
+    const integers *packed;  // of many, or NULL
+    const float *floats;
+    const uint16_t *narrow;
+} operand;
 
-static void prepare_few(operand *x, int columns, float *forms) {
-    if (x->tokens > FEW) return;
-    for (int t = 0; t < x->tokens; t++)
-        x->few[t] = prepare_vector(x->floats + (size_t)t * columns, columns, forms + (size_t)t * VECTOR_ROOM * columns);
+INLINE int in_integers(const context *c, int tokens) { return c->packs && (tokens <= c->exact || !HAS_BF16_PRODUCTS); }
+
+// Make the form that a product of many tokens wants of one of them.
+static void prepare_row(const context *c, const float *row, int width, int token, int tokens) {
+    if (tokens <= FEW) return;
+    if (in_integers(c, tokens))
+        c->packed[token] = prepare_integers(row, width, c->packed_room + (size_t)token * INTEGER_ROOM(c->widest));
+    if (c->narrows && tokens > c->exact) to_bf16(row, width, c->narrow + (size_t)token * width);
 }
 
 static operand prepare(const context *c, const float *x, int columns, int tokens, const room *own) {
-    operand made = {tokens, {{0}}, x, c->narrow};
-    prepare_few(&made, columns, own->forms);
+    operand made = {tokens, {{0}}, {{0}}, in_integers(c, tokens) ? c->packed : NULL, x, c->narrow};
+    for (int t = 0; t < tokens && tokens <= FEW; t++) {
+        float *forms = own->forms + (size_t)t * FORMS(columns);
+        if (c->packs < 2) made.few[t] = prepare_vector(x + (size_t)t * columns, columns, forms);
+        if (c->packs) made.own[t] = prepare_integers(x + (size_t)t * columns, columns, forms + VECTOR_ROOM * columns);
+    }
     return made;
 }
 
 // y[token × stride + row - first] = row of m · token.
 static void product(const matrix *m, int first, int last, const operand *x, const room *own, float *y, int stride) {
-    if (x->tokens > FEW) multiply(m, first, last, x->floats, x->narrow, x->tokens, own->panel, y, stride);
-    else dot_rows(m, first, last, x->few, x->tokens, y, stride);
+    const integers *packed = x->tokens <= FEW ? x->own : x->packed;
+    if (is_packed(m) && packed) multiply_integers(m, first, last, packed, x->tokens, own->panel, y, (size_t)stride);
+    else if (x->tokens <= FEW) dot_rows(m, first, last, x->few, x->tokens, y, stride);
+    else multiply(m, first, last, x->floats, x->narrow, x->tokens, own->panel, y, stride);
 }
 
 // x += residual_scale × m · operand, shared out among the threads.
@@ -140,10 +166,6 @@ static void add_branch(context *c, const matrix *m, const operand *x, int phase,
                 c->x[(size_t)t * c->C + first + r] += own->up[t * most + r] * c->m.residual_scale;
     }
     barrier(c->pool);
-}
-
-static void narrow_row(const context *c, const float *row, int width, int token) {
-    if (c->narrows && c->b->count > FEW) to_bf16(row, width, c->narrow + (size_t)token * width);
 }
 
 static void rms_norm(const float *x, const float *weight, int size, float eps, float *out) {
@@ -168,7 +190,7 @@ static operand normalize(context *c, const float *weight, const int32_t *tokens,
         EACH_PIECE(c, phase, count, i) {
             float *row = to + (size_t)i * c->C;
             rms_norm(c->x + (size_t)(tokens ? tokens[i] : i) * c->C, weight, m->hidden_size, m->eps, row);
-            narrow_row(c, row, c->C, i);
+            prepare_row(c, row, c->C, i, count);
         }
         barrier(c->pool);
     }
@@ -240,7 +262,7 @@ static void attend_group(context *c, int index, int token, int count, int kv_hea
             memset(out[r].values, 0, sizeof(float) * (size_t)stride);
         }
         // A few tokens: the same parts whatever else the call reads, for the same bits.
-        int span = b->count <= FEW ? SPLIT_POSITIONS : pieces_of(pieces_of(furthest, c->splits), KEYS) * KEYS;
+        int span = b->count <= c->exact ? SPLIT_POSITIONS : pieces_of(pieces_of(furthest, c->splits), KEYS) * KEYS;
         int first = split * span, last = least(first + span, furthest);
         if (first < last) attend(&b->cache, keys, values, D, &q, first, last, out);
         for (int r = 0; r < QUERIES; r++) if (places[r]) *places[r] = out[r];
@@ -290,7 +312,7 @@ static void run_attention(context *c, int index, int thread, int phase, const ro
     } else {
         EACH_PIECE(c, phase + 3, N, token) {
             for (int head = 0; head < m->heads; head++) merge(c, token, head);
-            narrow_row(c, c->attended + (size_t)token * c->A, c->A, token);
+            prepare_row(c, c->attended + (size_t)token * c->A, c->A, token, N);
         }
     }
     barrier(c->pool);
@@ -317,8 +339,8 @@ static void run_mlp(context *c, int index, int thread, int phase, const room *ow
             }
     }
     barrier(c->pool);
-    if (N > FEW && c->narrows) {
-        for (int t = thread; t < N; t += c->pool->threads) narrow_row(c, c->hidden + (size_t)t * c->F, c->F, t);
+    if (N > FEW && (c->narrows || c->packs)) {
+        for (int t = thread; t < N; t += c->pool->threads) prepare_row(c, c->hidden + (size_t)t * c->F, c->F, t, N);
         barrier(c->pool);
     }
     x = prepare(c, c->hidden, c->F, N, own);
@@ -370,7 +392,7 @@ static void *zeros(size_t count, size_t size) {
 
 static void free_context(context *c) {
     if (c->pool) pool_destroy(c->pool);
-    void *parts[] = {c->x, c->normed, c->q, c->k, c->v, c->attended, c->hidden, c->narrow,
+    void *parts[] = {c->x, c->normed, c->q, c->k, c->v, c->attended, c->hidden, c->narrow, c->packed, c->packed_room,
                      c->scratch, c->partials, c->partial_values, c->claimed};
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) free(parts[i]);
     free(c);
@@ -384,14 +406,16 @@ EXPORT int smolctl_destroy(void *argument) {
     return DONE;
 }
 
-static int any_narrow(const model *m) {
-    int any = uses_bf16(&m->head);
-    for (int i = 0; i < m->layer_count; i++) {
-        const layer *l = &m->layers[i];
-        const matrix *all[] = {&l->q, &l->k, &l->v, &l->o, &l->gate, &l->up, &l->down};
-        for (int j = 0; j < 7; j++) any |= uses_bf16(all[j]);
+static void look_at_kinds(context *c) {
+    int packed = is_packed(&c->m.head), all = 7 * c->m.layer_count + 1;
+    c->narrows = uses_bf16(&c->m.head);
+    for (int i = 0; i < c->m.layer_count; i++) {
+        const layer *l = &c->m.layers[i];
+        const matrix *matrices[] = {&l->q, &l->k, &l->v, &l->o, &l->gate, &l->up, &l->down};
+        for (int j = 0; j < 7; j++) packed += is_packed(matrices[j]), c->narrows |= uses_bf16(matrices[j]);
     }
-    return any;
+    c->packs = packed == all ? 2 : packed > 0;
+    c->exact = c->packs == 2 ? EXACT : FEW;
 }
 
 // A context for at most `chunk` tokens a call; NULL when memory is short. The model's arrays stay the caller's.
@@ -404,9 +428,9 @@ EXPORT void *smolctl_create(const model *m, int chunk, int threads) {
     c->C = filled_to(m->hidden_size, BLOCK), c->A = filled_to(m->heads * m->head_dim, BLOCK), c->F = filled_to(m->intermediate_size, BLOCK);
     c->widest = c->C > c->A ? c->C : c->A;
     c->widest = c->widest > c->F ? c->widest : c->F;
-    c->narrows = any_narrow(m);
+    look_at_kinds(c);
     size_t rows = (size_t)c->chunk, head = (size_t)m->head_dim;
-    c->scratch_size = (size_t)(TILE + FEW * VECTOR_ROOM + 1 + FEW) * (size_t)c->widest + rows * PIECE_ROWS;
+    c->scratch_size = (size_t)(PANEL(c->widest) + FEW * FORMS(c->widest) + (1 + FEW) * c->widest) + (rows + 4 * EXACT) * PIECE_ROWS;
     c->x = zeros(rows * (size_t)c->C, sizeof(float));
     c->normed = zeros(rows * (size_t)c->C, sizeof(float));
     c->q = zeros(rows * (size_t)m->heads * head, sizeof(float));
@@ -415,11 +439,13 @@ EXPORT void *smolctl_create(const model *m, int chunk, int threads) {
     c->attended = zeros(rows * (size_t)c->A, sizeof(float));
     c->hidden = zeros(rows * (size_t)c->F, sizeof(float));
     c->narrow = zeros(c->narrows ? rows * (size_t)c->widest : 0, sizeof(uint16_t));
+    c->packed = zeros(c->packs ? rows : 0, sizeof(integers));
+    c->packed_room = zeros(c->packs ? rows * (size_t)INTEGER_ROOM(c->widest) : 0, sizeof(float));
     c->scratch = zeros((size_t)threads * c->scratch_size, sizeof(float));
     c->claimed = zeros((size_t)(m->layer_count + 1) * PHASES, sizeof(atomic_int));
     c->pool = pool_create(threads);
-    if (c->x && c->normed && c->q && c->k && c->v && c->attended && c->hidden && c->narrow && c->scratch
-        && c->claimed && c->pool)
+    if (c->x && c->normed && c->q && c->k && c->v && c->attended && c->hidden && c->narrow && c->packed
+        && c->packed_room && c->scratch && c->claimed && c->pool)
         return c;
     free_context(c);
     return NULL;
@@ -430,7 +456,7 @@ static int forward(context *c, const batch *b) {
     for (int t = 0; t < b->count; t++) longest = b->positions[t] >= longest ? b->positions[t] + 1 : longest;
     int pieces = pieces_of(b->count, PIECE_TOKENS) * c->m.kv_heads, splits = pieces_of(longest, SPLIT_POSITIONS);
     // Enough pieces that no thread waits long, none of them short.
-    if (b->count > FEW) splits = least(least(splits, pieces_of(SHARED_PIECES, pieces)), MAX_SPLITS);
+    if (b->count > c->exact) splits = least(least(splits, pieces_of(SHARED_PIECES, pieces)), MAX_SPLITS);
     size_t rows = (size_t)b->count * (size_t)c->m.heads * (size_t)splits;
     if (rows * (size_t)b->cache.value_stride > c->partial_room) {
         free(c->partial_values);
@@ -502,21 +528,26 @@ EXPORT void smolctl_help(void) {
 
 // ---- for Python: library.py ----
 
-// One product by itself, for tests: y (tokens, rows) = x (tokens, columns) · m transposed, on this thread.
+// One product by itself, for tests: y (tokens, rows) = x (tokens, columns) · m transposed, on this thread. As in a
+// network whose matrices are all like this one.
 EXPORT int smolctl_multiply(const matrix *m, const float *x, int tokens, float *y) {
-    size_t columns = (size_t)m->columns;
-    float *memory = zeros((TILE + FEW * VECTOR_ROOM) * columns, sizeof *memory);
-    uint16_t *narrow = zeros((size_t)tokens * columns, sizeof *narrow);
-    if (memory && narrow) {
-        room own = {memory, memory + TILE * columns, NULL, NULL};
-        for (int t = 0; t < tokens; t++) to_bf16(x + (size_t)t * columns, m->columns, narrow + (size_t)t * columns);
-        operand operand = {tokens, {{0}}, x, narrow};
-        prepare_few(&operand, m->columns, own.forms);
+    size_t columns = (size_t)m->columns, rows = (size_t)tokens;
+    context c = {.widest = m->columns, .packs = 2 * is_packed(m), .exact = is_packed(m) ? EXACT : FEW, .narrows = uses_bf16(m)};
+    float *memory = zeros((size_t)PANEL(m->columns) + FEW * FORMS(columns), sizeof *memory);
+    c.packed_room = zeros(rows * INTEGER_ROOM(columns), sizeof(float));
+    c.packed = zeros(rows, sizeof(integers));
+    c.narrow = zeros(rows * columns, sizeof(uint16_t));
+    int failed = !memory || !c.packed_room || !c.packed || !c.narrow;
+    if (!failed) {
+        room own = {memory, memory + PANEL(m->columns), NULL, NULL};
+        for (int t = 0; t < tokens; t++) prepare_row(&c, x + (size_t)t * columns, m->columns, t, tokens);
+        operand operand = prepare(&c, x, m->columns, tokens, &own);
         product(m, 0, m->rows, &operand, &own, y, m->rows);
     }
-    int failed = !memory || !narrow;
     free(memory);
-    free(narrow);
+    free(c.packed_room);
+    free(c.packed);
+    free(c.narrow);
     return failed ? NO_MEMORY : DONE;
 }
 

@@ -313,6 +313,8 @@ INLINE void tile_bf16(const uint16_t *const w[TILE], const uint16_t *const x[TOK
 static void to_bf16(const float *from, int count, uint16_t *to) { (void)from, (void)count, (void)to; }
 #endif
 
+// Whether integers.h multiplies its rows.
+INLINE int is_packed(const matrix *m) { return (m->kind == INT8 || m->kind == INT4) && m->group >= BLOCK; }
 INLINE int uses_bf16(const matrix *m) { return HAS_BF16_PRODUCTS && m->kind != FLOAT32; }
 
 // y[token × stride + row - first] = row of m · token, for rows first..last.

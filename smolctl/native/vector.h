@@ -46,6 +46,7 @@ typedef int16_t shorts_vec __attribute__((vector_size(2 * LANES)));
 INLINE vec load(const float *p) { return LOAD(vec, p); }
 INLINE void store(float *p, vec v) { STORE(p, v); }
 INLINE vec all(float x) { return x - (vec){0}; }
+INLINE int least(int a, int b) { return a < b ? a : b; }
 
 // ---- float16 ----
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import os
 import sys
@@ -21,6 +22,7 @@ from smolctl.cores import usable_cpus
 from smolctl.errors import InputError, UsageError
 from smolctl.generation.engines import EngineOptions, make_engine
 from smolctl.generation.native_engine import (
+    EXACT,
     FEW,
     RESERVED_BYTES,
     NativeCache,
@@ -70,33 +72,77 @@ def dense(stored: Stored) -> Tensor:
     return torch.from_numpy(scaled.dense(stored))
 
 
+def product(build: str, stored: Stored, x: Tensor) -> Tensor:
+    """x (tokens, columns) times a matrix (rows, columns), transposed, by itself in compiled code."""
+    keep: list[Array] = []
+    matrix = matrix_of(stored, keep)
+    filled = torch.nn.functional.pad(x, (0, matrix.columns - x.shape[1])).contiguous()
+    y = torch.empty(len(x), matrix.rows)
+    multiply = library(build).functions.smolctl_multiply
+    assert not multiply(ctypes.byref(matrix), filled.data_ptr(), len(x), y.data_ptr())
+    return y
+
+
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "int8", "int5", "int4"])
 @given(data=st.data())
 def test_products_equal_the_dequantized_matrix(build: str, kind: str, data: st.DataObject) -> None:
     rows, columns = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 300))
-    tokens, group = data.draw(st.integers(1, 9)), data.draw(st.sampled_from([16, 32, 64, 96, 128]))
+    tokens = data.draw(st.one_of(st.integers(1, 9), st.integers(10, EXACT + 3)))
+    group = data.draw(st.sampled_from([16, 32, 64, 96, 128]))
+    packed = kind in ("int8", "int4") and group >= BLOCK
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
     weight = torch.randn(rows, columns, generator=generator)
     x = torch.randn(tokens, columns, generator=generator)
     x[:, columns // 2] *= 100  # as real activations have it
-    keep: list[Array] = []
     stored = store(weight, kind, group)
-    matrix = matrix_of(stored, keep)
-    filled = torch.nn.functional.pad(x, (0, matrix.columns - columns)).contiguous()
-    y = torch.empty(tokens, rows)
-    functions = library(build).functions
-    assert not functions.smolctl_multiply(ctypes.byref(matrix), filled.data_ptr(), tokens, y.data_ptr())
+    y = product(build, stored, x)
 
     expected = x.double() @ dense(stored).double().T
     # What the terms of a sum could add up to, times the rounding of one of them: bfloat16 where products
     # of many tokens use it, else float32.
     size = dense(stored).double().abs()
-    narrow = build == "avx512bf16" and kind != "float32" and tokens > FEW
+    exact = EXACT if packed else FEW
+    narrow = build == "avx512bf16" and kind != "float32" and tokens > exact
     bound = (2**-7 if narrow else 2**-20) * (x.double().abs() @ size.T)
-    if kind.startswith("int") and tokens <= FEW:  # x in 16-bit integers of its largest value
+    if kind.startswith("int") and (tokens <= exact or (packed and not narrow)):  # x in 16-bit integers
         bound += 2**-15 * x.abs().max() * size.sum(-1)
     assert ((y - expected).abs() <= bound + 1e-6).all()
+    if tokens <= exact:  # to the last bit, in any company
+        assert torch.equal(y[-1:], product(build, stored, x[-1:]))
+        assert torch.equal(y[: tokens // 2], product(build, stored, x[: tokens // 2]))
+
+
+@pytest.mark.parametrize("tokens", [1, FEW + 1])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("build", BUILDS)
+def test_packed_products_of_numbers_at_the_limits(build: str, kind: str, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    stored = store(torch.randn(21, 200, generator=generator), kind)
+    x = torch.randn(tokens, 200, generator=generator)
+    for factor in (1e-45, 1e-38, 1e30):  # denormal, tiny, huge
+        scaled_x = x * factor
+        expected = scaled_x.double() @ dense(stored).double().T
+        size = dense(stored).double().abs().sum(-1) * scaled_x.abs().max()
+        assert ((product(build, stored, scaled_x) - expected).abs() <= 2**-14 * size + 1e-27).all()
+    assert not product(build, stored, x * 0).any()
+    for wrong in (math.nan, math.inf, -math.inf):
+        x[-1, 150] = wrong
+        y = product(build, stored, x)
+        assert not y[-1].isfinite().any()
+        assert y[:-1].isfinite().all()
+
+
+def test_scales_of_the_next_row_do_not_reach_a_row() -> None:
+    """What is read behind the last block of a row, whose scales lie next to those of the next."""
+    stored = store(torch.ones(40, 96), "int8")
+    assert isinstance(stored, PackedMatrix)
+    stored.scales[1::2] = math.nan
+    for build in BUILDS:
+        for tokens in (1, FEW + 1):
+            y = product(build, stored, torch.ones(tokens, 96))
+            assert y[:, ::2].isfinite().all()
+            assert not (y[:, 1::2].abs() < 1e6).any()  # NaN, or what builds without float16 make of it
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -227,7 +273,8 @@ def test_a_few_tokens_in_a_call_have_the_bits_of_calls_with_one(shape: str, kind
     native, _ = engines(config_of(shape), kind, build)
     prompt, tokens = [ids(110)], ids(40, 1)  # across the end of the context's first part, at 128
     one_by_one = logits_of(native, [prompt, *([[token]] for token in tokens)], 256)
-    for size in range(2, FEW + 1):
+    assert native.exact_tokens == (EXACT if kind in ("int8", "int4") else FEW)
+    for size in {2, 3, FEW, native.exact_tokens // 2 + 1, native.exact_tokens}:
         parts = [[tokens[at : at + size]] for at in range(0, len(tokens), size)]
         assert torch.equal(logits_of(native, [prompt, *parts], 256), one_by_one)
     two = native.allocate(2, 256)

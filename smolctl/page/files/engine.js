@@ -9,7 +9,7 @@ const FLOAT32 = 0; // a kind of matrix
 const BLOCK = 32; // columns of a row are filled up to a multiple of it: vector.h
 const KEYS = 16; // positions in a tile of keys: attention.h
 const SPLIT = 128; // positions in a part of a long context, for a few tokens: forward.c
-const FEW = 4; // tokens that are multiplied one by one: matrix.h
+const EXACT = 16; // tokens of a call that may give each the bits of a call of its own: forward.c
 const CHUNK = 64; // tokens that go through the network together: many, since each time all weights are unpacked
 const CALL_MS = 100; // what a call may take, so that "stop" is noticed
 const HELPERS_MS = 1000; // to wait for helping threads
@@ -24,9 +24,10 @@ function sizes({layout}, positions, threads) {
   const stride = filled(head_dim, KEYS);
   const cached = layers.length * kv_heads * capacity * (layout.half_precision ? 2 : 4);
   const [C, A, F] = [hidden_size, heads * head_dim, intermediate_size].map((size) => filled(size, BLOCK));
-  const rows = CHUNK * (2 * C + A + F + (heads + 2 * kv_heads) * head_dim);
-  const scratch = threads * (21 * Math.max(C, A, F) + 16 * CHUNK); // `scratch_size` of forward.c
-  const most = Math.max(FEW * Math.ceil(capacity / SPLIT), 3 * CHUNK); // tokens × splits of `forward` in forward.c
+  const widest = Math.max(C, A, F);
+  const rows = CHUNK * (2 * C + A + F + (heads + 2 * kv_heads) * head_dim + 2 * widest + 165);
+  const scratch = threads * (29 * widest + 1024 + 16 * (CHUNK + 4 * EXACT)); // `scratch_size` of forward.c
+  const most = Math.max(EXACT * Math.ceil(capacity / SPLIT), 3 * CHUNK); // tokens × splits of `forward` in forward.c
   return {
     capacity,
     stride,

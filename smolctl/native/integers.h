@@ -1,0 +1,418 @@
+// Products of packed rows with vectors, in integers: of INT8 and INT4 in groups of whole blocks.
+//
+// A block of a vector is integers up to LARGEST of a unit of its own, so its sum with a block of a row is exact.
+// Units of 8 bits would not do: a few channels of these networks are a hundred times as large as their
+// neighbours, which would lose what the largest one takes.
+//
+// Lane b % LANES of a sum adds up what blocks b, b + LANES, … contribute, and `sum_four` the lanes. Both ways
+// below keep to that order, so a vector gets the same bits by itself and in any company:
+// - A few vectors take one row after the other, straight from memory. The processor's prefetchers follow
+//   one stream at the memory's full speed, and even two interleaved ones at a third of it (measured on Zen 4).
+// - More of them share LANES rows that are opened in the cache, interleaved: every lane is a row there.
+#pragma once
+
+#include "matrix.h"
+
+typedef int16_t words __attribute__((vector_size(4 * LANES)));
+typedef int8_t half_words __attribute__((vector_size(2 * LANES)));
+typedef int8_t digits __attribute__((vector_size(4 * LANES)));
+typedef uint8_t udigits __attribute__((vector_size(4 * LANES)));
+
+#define WORDS (2 * LANES)         // in a vector
+#define DIGIT_BLOCKS (LANES / 4)  // blocks whose nibbles fill a vector
+#define LARGEST 32639             // 127 × 256 + 127: two signed digits of 8 bits
+#define PAIR 2                    // vectors that read a row from memory together
+#define TOGETHER 8                // vectors that read an opened row together
+
+// a[0] × b[0] + a[1] × b[1], a[2] × b[2] + a[3] × b[3], …
+INLINE ivec multiply_words(words a, words b) {
+#if defined(__AVX512BW__)
+    return (ivec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (ivec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    return (ivec)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#elif defined(__wasm__)
+    return (ivec)wasm_i32x4_dot_i16x8((v128_t)a, (v128_t)b);
+#else
+    typedef int32_t wide __attribute__((vector_size(8 * LANES)));
+    wide products = __builtin_convertvector(a, wide) * __builtin_convertvector(b, wide);
+    return __builtin_shufflevector(products, products, 0, 2, 4, 6) + __builtin_shufflevector(products, products, 1, 3, 5, 7);
+#endif
+}
+
+// Where the processor adds up four products of bytes, it multiplies bytes with both digits of a vector's integers.
+// x86 wants one of them without a sign: BIAS is added to those that have one, and `biases` take it away again.
+#if defined(__AVX512VNNI__)
+#define HAS_DIGITS 1
+#define BIAS 128
+INLINE ivec add_fours(ivec total, udigits a, digits b) {
+    return (ivec)_mm512_dpbusd_epi32((__m512i)total, (__m512i)a, (__m512i)b);
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#define HAS_DIGITS 1
+#define BIAS 0
+INLINE ivec add_fours(ivec total, udigits a, digits b) { return (ivec)vdotq_s32((int32x4_t)total, (int8x16_t)a, (int8x16_t)b); }
+#else
+#define HAS_DIGITS 0
+#define BIAS 0
+INLINE ivec add_fours(ivec total, udigits a, digits b) { return (void)a, (void)b, total; }
+#endif
+
+// ---- a vector ----
+
+typedef struct {
+    const int16_t *words;  // (columns): each block as integers up to LARGEST …
+    const int8_t *digits;  // … the same in digits, see `digits_at`
+    const float *scales;   // (columns / BLOCK, filled up with zeros to 16): … of these units
+    const float *sums;     // (as many): of each block's values, for offsets
+    const int32_t *biases; // (columns / BLOCK): what BIAS has added to a block's product with 8-bit values, negative
+} integers;
+
+#define INTEGER_ROOM(columns) (2 * (columns) + 160)  // floats that they take
+
+// The digits of every DIGIT_BLOCKS blocks stand together: the high ones of the blocks' first halves, those of
+// their second halves, and the low ones likewise.
+INLINE size_t digits_at(int block) { return (size_t)(block / DIGIT_BLOCKS) * (16 * LANES) + (size_t)(block % DIGIT_BLOCKS) * 16; }
+
+static integers prepare_integers(const float *x, int columns, float *room) {
+    int blocks = columns / BLOCK, padded = (blocks + 15) / 16 * 16;
+    float *scales = room, *sums = room + padded;
+    int32_t *biases = (int32_t *)(sums + padded);
+    int8_t *bytes = (int8_t *)(biases + padded);
+    int16_t *values = (int16_t *)(bytes + (size_t)(blocks + 3) / 4 * 256);
+    memset(room, 0, 3 * sizeof(float) * (size_t)padded);
+    if (HAS_DIGITS) memset(bytes + (size_t)(blocks / 4) * 256, 0, 256 * (blocks % 4 > 0));
+    for (int block = 0; block < blocks; block++) {
+        const float *from = x + block * BLOCK;
+        int16_t *to = values + block * BLOCK;
+        vec total = load(from), most = maximum(total, -total);
+        for (int part = 1; part < PARTS; part++) {
+            vec v = load(from + part * LANES);
+            total += v;
+            most = maximum(most, maximum(v, -v));
+        }
+        float largest = highest(most), units = largest > 1e-30f ? LARGEST / largest : 0;
+        sums[block] = sum(total);
+        scales[block] = (largest + 0 * sums[block]) / LARGEST;  // NaN where a value is that or infinite
+        for (int part = 0; part < PARTS; part++) {
+            const float magic = 12582912.0f;  // rounds, see `exponential`
+            vec rounded = load(from + part * LANES) * units + magic - magic;
+            STORE(to + part * LANES, __builtin_convertvector(rounded, shorts_vec));
+        }
+        if (!HAS_DIGITS) continue;
+        int all_of_them = 0;
+        for (int i = 0; i < BLOCK; i++) {
+            int high = (to[i] + 128) >> 8;
+            int8_t *at = bytes + digits_at(block) + i / 16 * 4 * LANES + i % 16;
+            at[0] = (int8_t)high, at[8 * LANES] = (int8_t)(to[i] - high * 256);
+            all_of_them += to[i];
+        }
+        biases[block] = -BIAS * all_of_them;
+    }
+    return (integers){values, bytes, scales, sums, biases};
+}
+
+// ---- rows ----
+
+typedef struct {
+    int kind;  // INT8 or INT4
+    int rows, blocks, groups, blocks_a_group;
+    const uint8_t *values;
+    const half *scales, *offsets;
+} packing;
+
+INLINE packing packing_of(const matrix *m) {
+    return (packing){m->kind, m->rows, m->columns / BLOCK, groups_of(m), m->group / BLOCK, m->values, m->scales, m->offsets};
+}
+
+INLINE const uint8_t *block_of(int kind, const packing *p, int row, int block) {
+    return p->values + ((size_t)row * (size_t)p->blocks + (size_t)block) * (kind == INT8 ? BLOCK : BLOCK / 2);
+}
+
+// The scales or offsets of LANES blocks of a row from `first` on, zeros for those past the last.
+INLINE vec widen(const half *from, const packing *p, int row, int first) {
+    int count = least(p->blocks - first, LANES);
+    size_t at = (size_t)row * (size_t)p->groups;
+    if (p->blocks_a_group == 1 && at + (size_t)(first + LANES) <= (size_t)p->rows * (size_t)p->groups) {
+        ivec lane;
+        for (int i = 0; i < LANES; i++) lane[i] = i;
+        vec wide = from_half(from + at + first);  // of the next rows too
+        return count == LANES ? wide : choose(lane < count, wide, all(0));
+    }
+    float to[LANES] = {0};
+    int group = first / p->blocks_a_group, left = p->blocks_a_group - first % p->blocks_a_group;
+    for (int i = 0; i < count; i++) {
+        to[i] = half_to_float(&from[at + group]);
+        if (!--left) group++, left = p->blocks_a_group;
+    }
+    return load(to);
+}
+
+// The values of a block as 16-bit integers, in the order of its columns.
+INLINE void open_words(int kind, const uint8_t *block, words to[BLOCK / WORDS]) {
+    if (kind == INT8) {
+        for (int p = 0; p < BLOCK / WORDS; p++)
+            to[p] = __builtin_convertvector(LOAD(half_words, block + p * WORDS), words);
+    } else {
+        typedef uint8_t packed __attribute__((vector_size(BLOCK / 2)));
+        typedef int16_t opened __attribute__((vector_size(BLOCK)));
+        opened both = __builtin_convertvector(LOAD(packed, block), opened), halves[2] = {both & 15, both >> 4};
+        memcpy(to, halves, sizeof halves);
+    }
+}
+
+#if HAS_DIGITS
+// The values of DIGIT_BLOCKS blocks from `block` on, zeros for those past the last one: the blocks' first halves,
+// and their second ones.
+INLINE void open_digits(int kind, const packing *p, int row, int block, udigits to[2]) {
+    const uint8_t *from = block_of(kind, p, row, block);
+#if LANES == 16
+#define LOAD_PARTS(at, count) (udigits)_mm512_maskz_loadu_epi64((__mmask8)((1 << 2 * least(count, 4)) - 1), from + (at))
+    int left = p->blocks - block;
+    udigits one = left < 4 ? LOAD_PARTS(0, kind == INT8 ? 2 * left : left) : LOAD(udigits, from);
+#undef LOAD_PARTS
+    if (kind == INT8) {
+        __m512i other = left < 4 ? _mm512_maskz_loadu_epi64((__mmask8)(left == 3 ? 15 : 0), from + 64) : _mm512_loadu_si512(from + 64);
+        const __m512i firsts = _mm512_set_epi64(13, 12, 9, 8, 5, 4, 1, 0), seconds = _mm512_set_epi64(15, 14, 11, 10, 7, 6, 3, 2);
+        to[0] = (udigits)_mm512_permutex2var_epi64((__m512i)one, firsts, other) ^ BIAS;
+        to[1] = (udigits)_mm512_permutex2var_epi64((__m512i)one, seconds, other) ^ BIAS;
+        return;
+    }
+#else
+    udigits one = LOAD(udigits, from);
+    if (kind == INT8) {
+        to[0] = one, to[1] = LOAD(udigits, from + BLOCK / 2);
+        return;
+    }
+#endif
+    to[0] = one & 15, to[1] = one >> 4;
+}
+#else
+INLINE void open_digits(int kind, const packing *p, int row, int block, udigits to[2]) {
+    (void)kind, (void)p, (void)row, (void)block, (void)to;
+}
+#endif
+
+// ---- one row ----
+
+// Sums within every four lanes of four vectors.
+INLINE ivec add_quads(const ivec v[4]) {
+    ivec ab = FIRST(v[0], v[1]) + LAST(v[0], v[1]), cd = FIRST(v[2], v[3]) + LAST(v[2], v[3]);
+    return FIRST_PAIRS(ab, cd) + LAST_PAIRS(ab, cd);
+}
+
+// From what `add_quads` made of every four of LANES vectors, the sum of each vector in the lane of its number.
+INLINE ivec add_lanes(const ivec fours[LANES / 4]) {
+#if LANES == 16
+#define EVEN_FOURS 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27
+#define ODD_FOURS 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31
+    ivec ab = __builtin_shufflevector(fours[0], fours[1], EVEN_FOURS) + __builtin_shufflevector(fours[0], fours[1], ODD_FOURS);
+    ivec cd = __builtin_shufflevector(fours[2], fours[3], EVEN_FOURS) + __builtin_shufflevector(fours[2], fours[3], ODD_FOURS);
+    return __builtin_shufflevector(ab, cd, EVEN_FOURS) + __builtin_shufflevector(ab, cd, ODD_FOURS);
+#elif LANES == 8
+    return __builtin_shufflevector(fours[0], fours[1], 0, 1, 2, 3, 8, 9, 10, 11)
+        + __builtin_shufflevector(fours[0], fours[1], 4, 5, 6, 7, 12, 13, 14, 15);
+#else
+    return fours[0];
+#endif
+}
+
+// Products of `count` blocks of a row with those of vectors: block first + i in lane i.
+INLINE void multiply_blocks(int kind, int tokens, const packing *p, int row, int first, int count, const integers *x,
+                            ivec out[]) {
+    if (HAS_DIGITS) {
+        ivec sums[PAIR][4] = {0};
+#pragma clang loop unroll(full)
+        for (int i = 0; i < 4; i++) {
+            int block = first + i * DIGIT_BLOCKS;
+            if (i * DIGIT_BLOCKS >= count) break;
+            udigits w[2];
+            open_digits(kind, p, row, block, w);
+            for (int t = 0; t < tokens; t++) {
+                const digits *v = (const digits *)(x[t].digits + digits_at(block));
+                ivec upper = add_fours(add_fours((ivec){0}, w[0], v[0]), w[1], v[1]);
+                ivec lower = add_fours(add_fours((ivec){0}, w[0], v[2]), w[1], v[3]);
+                sums[t][i] = (upper << 8) + lower;
+            }
+        }
+        for (int t = 0; t < tokens; t++) {
+            out[t] = add_quads(sums[t]);
+#if LANES == 16
+            out[t] = __builtin_shufflevector(out[t], out[t], 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+#endif
+            if (BIAS && kind == INT8) out[t] += LOAD(ivec, x[t].biases + first);
+        }
+        return;
+    }
+    ivec fours[PAIR][LANES / 4] = {0};
+#pragma clang loop unroll(full)
+    for (int four = 0; four < LANES / 4; four++) {
+        if (4 * four >= count) break;
+        ivec sums[PAIR][4] = {0};
+#pragma clang loop unroll(full)
+        for (int i = 0; i < 4; i++) {
+            int block = first + 4 * four + i;
+            if (4 * four + i >= count) break;
+            words w[BLOCK / WORDS];
+            open_words(kind, block_of(kind, p, row, block), w);
+            for (int t = 0; t < tokens; t++) {
+                const int16_t *v = x[t].words + block * BLOCK;
+                sums[t][i] = multiply_words(w[0], LOAD(words, v));
+                for (int part = 1; part < BLOCK / WORDS; part++) sums[t][i] += multiply_words(w[part], LOAD(words, v + part * WORDS));
+            }
+        }
+        for (int t = 0; t < tokens; t++) fours[t][four] = add_quads(sums[t]);
+    }
+    for (int t = 0; t < tokens; t++) out[t] = add_lanes(fours[t]);
+}
+
+INLINE void add_blocks(int kind, int tokens, const packing *p, int row, int first, int count, const integers *x, vec total[]) {
+    ivec products[PAIR];
+    multiply_blocks(kind, tokens, p, row, first, count, x, products);
+    vec scale = widen(p->scales, p, row, first), offset = kind == INT4 ? widen(p->offsets, p, row, first) : all(0);
+    for (int t = 0; t < tokens; t++) {
+        if (kind == INT4) total[t] += offset * load(x[t].sums + first);
+        total[t] += __builtin_convertvector(products[t], vec) * (scale * load(x[t].scales + first));
+    }
+}
+
+INLINE void direct_row(int kind, int tokens, const packing *p, int row, const integers *x, vec total[]) {
+    int first = 0;
+    for (int t = 0; t < tokens; t++) total[t] = all(0);
+    for (; first + LANES <= p->blocks; first += LANES) add_blocks(kind, tokens, p, row, first, LANES, x, total);
+    if (p->blocks - first > 4) add_blocks(kind, tokens, p, row, first, p->blocks - first, x, total);
+    else if (p->blocks > first) add_blocks(kind, tokens, p, row, first, least(4, p->blocks - first), x, total);
+}
+
+INLINE void direct_rows(int kind, const packing *p, int first, int last, const integers *x, int tokens, float *y, size_t stride) {
+    for (int row = first; row < last; row += 4)
+        for (int token = 0; token < tokens; token += PAIR) {
+            vec sums[PAIR][4] = {0}, own[PAIR];
+            int count = least(PAIR, tokens - token), rows = least(4, last - row);
+            for (int r = 0; r < rows; r++) {
+                if (count == PAIR) direct_row(kind, PAIR, p, row + r, x + token, own);
+                else direct_row(kind, 1, p, row + r, x + token, own);
+                for (int t = 0; t < count; t++) sums[t][r] = own[t];
+            }
+            for (int t = 0; t < count; t++) {
+                float four[4];
+                sum_four(sums[t], four);
+                for (int r = 0; r < rows; r++) y[(size_t)(token + t) * stride + (size_t)(row + r - first)] = four[r];
+            }
+        }
+}
+
+// ---- LANES rows ----
+
+#define UNIT (HAS_DIGITS ? 4 : 2)  // columns of a row that lie together in an opened one
+#define UNITS (BLOCK / UNIT)       // of a block
+#define OPENED(columns) (LANES * ((columns) + 96))  // floats of LANES opened rows
+
+// LANES vectors of 32-bit parts, turned: to[part × LANES + vector], every four parts `gap` parts apart.
+INLINE void interleave(const ivec v[LANES], int gap, int32_t *to) {
+    for (int r = 0; r < LANES; r += 4) {
+        ivec first_ab = FIRST(v[r], v[r + 1]), last_ab = LAST(v[r], v[r + 1]);
+        ivec first_cd = FIRST(v[r + 2], v[r + 3]), last_cd = LAST(v[r + 2], v[r + 3]);
+        ivec parts[4] = {FIRST_PAIRS(first_ab, first_cd), LAST_PAIRS(first_ab, first_cd),
+                         FIRST_PAIRS(last_ab, last_cd), LAST_PAIRS(last_ab, last_cd)};
+        for (int part = 0; part < 4; part++)
+            for (int four = 0; four < LANES / 4; four++)
+                memcpy(to + (gap * four + part) * LANES + r, (const char *)&parts[part] + 16 * four, 16);
+    }
+}
+
+INLINE float *opened_scales(const packing *p, float *panel) { return panel + (size_t)(p->blocks + 3) * UNITS * LANES; }
+INLINE float *opened_offsets(const packing *p, float *panel) {
+    return opened_scales(p, panel) + (size_t)((p->blocks + LANES - 1) / LANES * LANES) * LANES;
+}
+
+// Open LANES rows from `row` on, the last one again for those past it.
+INLINE void open_rows(int kind, const packing *p, int row, int last, float *panel) {
+    const int step = HAS_DIGITS ? DIGIT_BLOCKS : 1, parts = HAS_DIGITS ? 2 : BLOCK / WORDS;  // vectors of a row's `step` blocks
+    for (int b = 0; b < p->blocks; b += step) {
+        ivec opened[4][LANES];
+        for (int r = 0; r < LANES; r++) {
+            int index = least(row + r, last - 1);
+            union { words words[BLOCK / WORDS]; udigits digits[2]; ivec parts[4]; } w;
+            if (HAS_DIGITS) open_digits(kind, p, index, b, w.digits);
+            else open_words(kind, block_of(kind, p, index, b), w.words);
+            for (int part = 0; part < parts; part++) opened[part][r] = w.parts[part];
+        }
+        int32_t *to = (int32_t *)panel + (size_t)b * UNITS * LANES;
+        for (int part = 0; part < parts; part++)
+            interleave(opened[part], HAS_DIGITS ? UNITS : 4, to + part * (HAS_DIGITS ? 4 : LANES) * LANES);
+    }
+    for (int first = 0; first < p->blocks; first += LANES) {
+        ivec wide[LANES];
+        for (int r = 0; r < LANES; r++) wide[r] = (ivec)widen(p->scales, p, least(row + r, last - 1), first);
+        interleave(wide, 4, (int32_t *)opened_scales(p, panel) + first * LANES);
+        if (kind != INT4) continue;
+        for (int r = 0; r < LANES; r++) wide[r] = (ivec)widen(p->offsets, p, least(row + r, last - 1), first);
+        interleave(wide, 4, (int32_t *)opened_offsets(p, panel) + first * LANES);
+    }
+}
+
+INLINE ivec all_of(const void *from) { return LOAD(int32_t, from) - (ivec){0}; }
+
+// Some vectors times opened rows: y[t × stride + r] for `rows` of them. Meanwhile what lies at `next` is fetched.
+INLINE void multiply_opened(int tokens, const packing *p, float *panel, int rows, const integers *x, float *y, size_t stride,
+                            const uint8_t *next) {
+    const float *scales = opened_scales(p, panel), *offsets = opened_offsets(p, panel);
+    const int lines = LANES * BLOCK / (p->kind == INT8 ? 64 : 128);  // of a block of so many rows
+    vec total[LANES][TOGETHER] = {0};
+    for (int b = 0; b < p->blocks; b++) {
+        const int32_t *w = (const int32_t *)panel + (size_t)b * UNITS * LANES;
+        ivec sums[TOGETHER], upper[TOGETHER] = {0};
+        for (int line = 0; line < (next ? lines : 0); line++) __builtin_prefetch(next + (b * lines + line) * 64);
+        for (int t = 0; t < tokens; t++) sums[t] = (p->kind == INT8 ? x[t].biases[b] : 0) - (ivec){0};
+        for (int u = 0; u < UNITS; u++)
+            for (int t = 0; t < tokens; t++) {
+                if (HAS_DIGITS) {
+                    const int8_t *v = x[t].digits + digits_at(b) + u / 4 * 4 * LANES + u % 4 * 4;
+                    upper[t] = add_fours(upper[t], LOAD(udigits, w + u * LANES), (digits)all_of(v));
+                    sums[t] = add_fours(sums[t], LOAD(udigits, w + u * LANES), (digits)all_of(v + 8 * LANES));
+                } else sums[t] += multiply_words(LOAD(words, w + u * LANES), (words)all_of(x[t].words + b * BLOCK + u * UNIT));
+            }
+        vec scale = load(scales + b * LANES), *to = total[b % LANES];
+        if (p->kind == INT4)
+            for (int t = 0; t < tokens; t++) to[t] += load(offsets + b * LANES) * x[t].sums[b];
+        for (int t = 0; t < tokens; t++)
+            to[t] += __builtin_convertvector((upper[t] << 8) + sums[t], vec) * (scale * x[t].scales[b]);
+    }
+    for (int t = 0; t < tokens; t++) {
+        vec sum = all(0);
+        for (int i = 0; i < LANES; i += 4) {  // as `sum_four` does it
+            vec four = (total[i][t] + total[i + 2][t]) + (total[i + 1][t] + total[i + 3][t]);
+            sum = i ? sum + four : four;
+        }
+        memcpy(y + (size_t)t * stride, &sum, sizeof(float) * (size_t)rows);
+    }
+}
+
+// y[token × stride + row - first] = row of m · x[token], for rows first..last. `panel` holds OPENED(columns) floats.
+static void multiply_integers(const matrix *m, int first, int last, const integers *x, int tokens, float *panel, float *y,
+                              size_t stride) {
+    const packing p = packing_of(m);
+    if (tokens <= FEW) {
+        if (m->kind == INT8) direct_rows(INT8, &p, first, last, x, tokens, y, stride);
+        else direct_rows(INT4, &p, first, last, x, tokens, y, stride);
+        return;
+    }
+    for (int row = first; row < last; row += LANES) {
+        int rows = least(LANES, last - row), some;
+        float *to = y + (row - first);
+        const uint8_t *next = row + LANES < last ? block_of(m->kind, &p, row + LANES, 0) : NULL;
+        if (m->kind == INT8) open_rows(INT8, &p, row, last, panel);
+        else open_rows(INT4, &p, row, last, panel);
+        for (int t = 0; t < tokens; t += some) {
+#define SOME(count) (some = count, multiply_opened(count, &p, panel, rows, x + t, to + (size_t)t * stride, stride, t ? NULL : next))
+            if (tokens - t >= TOGETHER) SOME(TOGETHER);
+            else if (tokens - t >= 4) SOME(4);
+            else if (tokens - t >= 2) SOME(2);
+            else SOME(1);
+#undef SOME
+        }
+    }
+}
