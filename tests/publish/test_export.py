@@ -321,6 +321,7 @@ def test_links_of_the_card_lead_to_the_branch_that_it_is_pushed_to(learned: Buil
         links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "me/tiny" in link]
         assert [link.partition("/me/tiny/")[2] for link in links] == [
             f"tree/{spelled}/training",
+            f"blob/{spelled}/training/report.html",
             f"blob/{spelled}/training/predictions.md",
         ]
         assert all((learned.folder / link.partition(f"/{spelled}/")[2]).exists() for link in links)

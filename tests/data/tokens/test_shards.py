@@ -135,7 +135,7 @@ def test_a_held_out_file_that_is_trained_on_too_is_said(tmp_path: Path) -> None:
     (tmp_path / "own.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in [*texts[:7], "new"]))
     config = data(tmp_path / "a.jsonl").model_copy(update={"validation": str(tmp_path / "own.jsonl")})
     assert (
-        "own.jsonl: 7 of its documents are trained on too"
+        "own.jsonl: 7 of its documents are also trained on"
         in (tokenize_corpus(config, TOKENIZER, tmp_path).notes[0])
     )
 
