@@ -133,8 +133,11 @@ async def pieces_of(
     if server.is_space:
         values = [body["messages"][-1]["content"], body["max_tokens"], 0.0, 1.0, 0, 1.0, 1]
         asked = await client.post(f"{server.url}/gradio_api/call/chat", json={"data": values})
-        place, method, sent = f"call/chat/{asked.json()['event_id']}", "GET", None
-        url = f"{server.url}/gradio_api/{place}"
+        event = asked.json().get("event_id")
+        if event is None:  # as many wait as may
+            seen.failed += 1
+            return
+        url, method, sent = f"{server.url}/gradio_api/call/chat/{event}", "GET", None
     else:
         url, method, sent = f"{server.url}/v1/chat/completions", "POST", body
     async with client.stream(method, url, json=sent) as answer:
