@@ -30,7 +30,7 @@ Reuse = Literal["chunks", "all"]
 
 # Prompt tokens in one call of the engine: the sequences that decode wait that long at most. On SmolLM2-135M
 # calls of 32, 64, 128 and 256 tokens read 780, 904, 982 and 1,022 tokens/s, calls of 64 in 71 ms (Zen 4, two
-# threads, in turns; its AVX2 build: 546, 614, 636 and 661, in 104 ms). Smaller ones share more of a beginning.
+# threads, in turns; its AVX2 build: 546, 614, 636 and 661, in 104 ms). Smaller ones share more of a prompt.
 CHUNK = 64
 # For greedy decoding on engines that round the logits of several tokens in one call differently from those of
 # one. Where the likeliest two tokens are closer than this (in nats, ten times what rounding does), no draft
