@@ -77,9 +77,9 @@ WITHOUT_BFLOAT16 = ("V100-SXM2", "V100-PCIE", "T4", "RTX 20")
 # A slice of a device, and chips that share a name with larger ones.
 NOT_THE_WHOLE_CHIP = re.compile(r"\b(MIG|Laptop|Max-Q)\b")
 
-# Compiling takes about a minute, and a step of a 135M model on a large GPU some tens of milliseconds, of
-# which it saves a quarter or so: below so many steps, compiling costs more time than it saves. To be measured
-# by benchmarks/gpu.py.
+# Below so many steps, compiling costs more time than it saves. On an H100 it took 12 s, and a step of 16,384
+# tokens of a 135M model then 63 ms instead of 195 (docs/benchmarks.md): a few hundred steps are enough there.
+# Machines with fewer cores compile for longer.
 STEPS_WORTH_COMPILING = 2_000
 # Settings of which "auto" is replaced by what is decided for the device.
 DECIDED = ("train.precision", "train.compile", "trainer.accelerator")
