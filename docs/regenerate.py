@@ -146,7 +146,7 @@ def _real_run(folder: Path) -> Run:
 
 
 def _exact_run(line: str) -> str:
-    command = [Path(sys.executable).with_name("smolctl"), *line.split()[1:]]
+    command = [str(Path(sys.executable).with_name("smolctl")), *line.split()[1:]]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
