@@ -27,21 +27,26 @@ FLAGS = (
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 )
 NATIVE_FLAGS = ("-fPIC", "-shared", "-pthread", "-lm")
-# Microarchitecture levels by the names in library.py; "" is what the compiler takes for the family.
-X86_LEVELS = {
-    "baseline": "x86_64",
-    "avx2": "x86_64_v3",
-    "avx512": "x86_64_v4",
-    "avx512bf16": "x86_64_v4+avx512vnni+avx512bf16",
+# What each build needs of the processor, in zig's words, the least first: `smolctl_level` of forward.c gives
+# a place in this order. Every Mac with an ARM processor has dot products of bytes: its baseline uses them.
+LEVELS = {
+    ("Linux", "x86_64"): {
+        "baseline": "x86_64",
+        "avx2": "x86_64_v3",
+        "avx512": "x86_64_v4",
+        "avx512bf16": "x86_64_v4+avx512vnni+avx512bf16",
+    },
+    ("Linux", "aarch64"): {"baseline": "generic", "dotprod": "generic+dotprod"},
+    ("Darwin", "arm64"): {"baseline": "apple_m1"},
 }
-
+LEVELS["Darwin", "x86_64"] = LEVELS["Linux", "x86_64"]
 
 # The oldest systems that builds of `ziglang` run on, in its words and in those of a wheel: glibc 2.17 (2012),
-# and the oldest macOS that has Python 3.11 on each processor.
+# the first macOS that has `aligned_alloc`, and the first one for ARM.
 SYSTEMS = {
     ("Linux", "x86_64"): ("x86_64-linux-gnu.2.17", "manylinux2014_x86_64.manylinux_2_17_x86_64"),
     ("Linux", "aarch64"): ("aarch64-linux-gnu.2.17", "manylinux2014_aarch64.manylinux_2_17_aarch64"),
-    ("Darwin", "x86_64"): ("x86_64-macos.10.13", "macosx_10_13_x86_64"),
+    ("Darwin", "x86_64"): ("x86_64-macos.10.15", "macosx_10_15_x86_64"),
     ("Darwin", "arm64"): ("aarch64-macos.11.0", "macosx_11_0_arm64"),
 }
 
@@ -78,11 +83,20 @@ def build() -> list[Path]:
     return build_native() + build_wasm()
 
 
+def this_machine() -> tuple[str, str]:
+    """The operating system and the processor, as `LEVELS` and `SYSTEMS` name them."""
+    return platform.system(), platform.machine()
+
+
+def levels() -> dict[str, str]:
+    """The entry of `LEVELS` for this machine; elsewhere one build of what the compiler takes for it."""
+    return LEVELS.get(this_machine(), {"baseline": ""})
+
+
 def oldest_system() -> tuple[str, str] | None:
     """The entry of `SYSTEMS` for this machine; None where a build is for this machine alone."""
-    name = platform.system()
-    has_glibc = name != "Linux" or platform.libc_ver()[0] == "glibc"
-    return SYSTEMS.get((name, platform.machine())) if has_glibc else None
+    has_glibc = platform.system() != "Linux" or platform.libc_ver()[0] == "glibc"
+    return SYSTEMS.get(this_machine()) if has_glibc else None
 
 
 def build_native(commands: Sequence[list[str]] | None = None) -> list[Path]:
@@ -91,9 +105,8 @@ def build_native(commands: Sequence[list[str]] | None = None) -> list[Path]:
     Args:
         commands: of compilers; None: all that are installed.
     """
-    levels = X86_LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": ""}
     for compiler in (compilers() if commands is None else commands) if os.name == "posix" else ():
-        made = [path for name, level in levels.items() if (path := _compile_level(compiler, name, level))]
+        made = [path for name, level in levels().items() if (path := _compile_level(compiler, name, level))]
         if made:
             return made
     return []
@@ -111,11 +124,25 @@ def build_wasm() -> list[Path]:
 
 
 def _compile_level(compiler: list[str], name: str, level: str) -> Path | None:
-    march = level.replace("_v", "-v").replace("x86_64", "x86-64").replace("+", " -m")
-    options = [f"-mcpu={level}"] if "ziglang" in compiler else f"-march={march}".split()
-    system = oldest_system() if "ziglang" in compiler else None
-    target = ["-target", system[0]] if system else []
-    return _compile(compiler, f"forward_{name}.so", (*target, *(options if level else []), *NATIVE_FLAGS))
+    if "ziglang" in compiler:
+        system = oldest_system()
+        options = zig_options(level, system and system[0])
+    else:
+        options = system_options(level)
+    return _compile(compiler, f"forward_{name}.so", (*options, *NATIVE_FLAGS))
+
+
+def zig_options(level: str, target: str | None) -> list[str]:
+    """How zig compiles for a level of `LEVELS` and a system of `SYSTEMS`."""
+    return [*(["-target", target] if target else []), *([f"-mcpu={level}"] if level else [])]
+
+
+def system_options(level: str) -> list[str]:
+    """How clang and gcc, which know other names, compile for a level of `LEVELS` on this machine."""
+    base, *features = level.split("+")
+    if base.startswith("x86_64"):
+        return [f"-march={base.replace('_', '-')}", *(f"-m{name}" for name in features)]
+    return ["-march=" + "+".join(["armv8.2-a", *features])] if features else []
 
 
 def _compile(compiler: list[str], name: str, options: Sequence[str]) -> Path | None:

@@ -15,6 +15,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 #include "attention.h"
@@ -551,7 +553,7 @@ EXPORT int smolctl_multiply(const matrix *m, const float *x, int tokens, float *
     return failed ? NO_MEMORY : DONE;
 }
 
-// The most demanding build that this processor and system run: 0 baseline, 1 avx2, 2 avx512, 3 avx512bf16.
+// The most demanding build that this processor and system run, by its place in LEVELS of build.py.
 // Asked of the processor itself, as the compiler's own runtime does not answer in every library.
 EXPORT int smolctl_level(void) {
 #if defined(__x86_64__)
@@ -565,6 +567,8 @@ EXPORT int smolctl_level(void) {
     if (~b & (bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ | bit_AVX512CD)) return 1;
     if (~c & (bit_AVX512VNNI | bit_AVX512VBMI2 | bit_AVX512BITALG | bit_AVX512VPOPCNTDQ)) return 2;
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & bit_AVX512BF16 ? 3 : 2;
+#elif defined(__aarch64__) && defined(__linux__)
+    return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP: dot products of bytes
 #else
     return 0;
 #endif

@@ -10,8 +10,10 @@ from enum import IntEnum
 from functools import cache
 from pathlib import Path
 
+from smolctl.native.build import levels
+
 # Builds by what `smolctl_level` of forward.c answers. A processor that runs one runs those before it.
-BUILDS = ("baseline", "avx2", "avx512", "avx512bf16")
+BUILDS = tuple(levels())
 # For trying a lesser build than the processor allows, or `none` for no build at all.
 OVERRIDE = "SMOLCTL_NATIVE"
 INTERFACE = 4  # of forward.c, with the structures below

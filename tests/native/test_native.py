@@ -41,8 +41,8 @@ from smolctl.sources.arrays import Array, as_array
 from smolctl.sources.base import ModelSource, SourceKind, StateWeights
 from smolctl.sources.quantized import scaled
 from smolctl.sources.quantized.packed import BLOCK, PackedMatrix, pack_integers
-from tests.support.native import library
-from tests.support.tiny_models import run_requests
+from tests.support.native import EMULATED, LONG_EMULATED, library
+from tests.support.tiny_models import continue_prompt, run_requests
 from tests.support.tiny_runs import ROPE
 
 
@@ -83,7 +83,7 @@ def product(build: str, stored: Stored, x: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("build", [*BUILDS, *EMULATED])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "int8", "int5", "int4"])
 @given(data=st.data())
 def test_products_equal_the_dequantized_matrix(build: str, kind: str, data: st.DataObject) -> None:
@@ -115,7 +115,7 @@ def test_products_equal_the_dequantized_matrix(build: str, kind: str, data: st.D
 
 @pytest.mark.parametrize("tokens", [1, FEW + 1])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("build", [*BUILDS, *EMULATED])
 def test_packed_products_of_numbers_at_the_limits(build: str, kind: str, tokens: int) -> None:
     generator = torch.Generator().manual_seed(1)
     stored = store(torch.randn(21, 200, generator=generator), kind)
@@ -200,7 +200,7 @@ def ids(count: int, seed: int = 0) -> list[int]:
     return torch.randint(0, 131, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("build", [*BUILDS, *EMULATED])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_float32_logits_equal_the_reference_network(shape: str, build: str) -> None:
     native, reference = engines(config_of(shape), "float32", build)
@@ -266,7 +266,7 @@ def test_a_cut_or_copied_cache_goes_on_as_if_it_had_been_read_so() -> None:
     np.testing.assert_allclose(both[:1], native.forward([[3]], fresh), rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("build", [*BUILDS, *LONG_EMULATED])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("shape", ["grouped", "learned", "odd"])
 def test_a_few_tokens_in_a_call_have_the_bits_of_calls_with_one(shape: str, kind: str, build: str) -> None:
@@ -282,6 +282,17 @@ def test_a_few_tokens_in_a_call_have_the_bits_of_calls_with_one(shape: str, kind
     native.forward([[], ids(90, 2)], two)
     for expected, token, other in zip(one_by_one[len(prompt[0]) :], tokens, ids(40, 3), strict=True):
         assert np.array_equal(native.forward([[token], [other]], two)[0], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [*BUILDS[1:], *EMULATED])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+def test_every_build_continues_a_text_alike(kind: str, build: str) -> None:
+    said = [
+        continue_prompt(engines(config_of("grouped"), kind, which)[0], ids(12), 40)
+        for which in ("baseline", build)
+    ]
+    assert said[0] == said[1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -378,7 +389,7 @@ def test_dense_weights_can_be_rounded_when_they_are_loaded() -> None:
     assert engine.name.endswith("bfloat16")
 
 
-@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("build", [*BUILDS, *EMULATED])
 @pytest.mark.parametrize("factor", [1.0, 1e-5, 1e3])
 def test_cached_values_are_rounded_to_the_nearest_float16(build: str, factor: float) -> None:
     native, _ = engines(config_of("grouped"), "int8", build, factor=factor)

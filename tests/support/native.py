@@ -15,10 +15,18 @@ from smolctl.generation.native_engine import NativeEngine
 from smolctl.model.network import Transformer
 from smolctl.native.library import OVERRIDE, Library, load_library
 from smolctl.sources.arrays import as_array
+from tests.support.emulated import ARM, emulated_library
+
+# For tests that run on emulated processors too, and for those that take minutes there.
+EMULATED, LONG_EMULATED = (
+    [pytest.param(name, marks=mark) for name in ARM] for mark in (pytest.mark.slow, pytest.mark.proof)
+)
 
 
 def library(build: str) -> Library:
-    """A build of this installation, or a skip where the processor does not run it."""
+    """A build of this installation or of `ARM`, or a skip where the machine does not run it."""
+    if build in ARM:
+        return emulated_library(build)
     os.environ[OVERRIDE] = build
     try:
         found = load_library.__wrapped__()
