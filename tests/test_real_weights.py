@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,18 +16,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from smolctl.config.run import DataConfig
 from smolctl.data.batches import sequences_of
 from smolctl.data.tokens.corpus import tokenize_corpus
+from smolctl.evaluation.measure import score_tokens
 from smolctl.generation.complete import CompletionSettings, complete
 from smolctl.generation.load import LoadedModel, load_model
-from smolctl.generation.native_engine import NativeEngine
+from smolctl.generation.native_engine import NativeEngine, Stored
 from smolctl.generation.sampling import SamplingSettings
 from smolctl.model.cache import KVCache
 from smolctl.model.network import Transformer
 from smolctl.model.weights import load_network
-from smolctl.native.library import Library, load_library
+from smolctl.native.library import BUILDS, Library, load_library
+from smolctl.quantization.rounding import quantize_matrix
 from smolctl.runs.folder import RunFolder
 from smolctl.sources import open_source
 from smolctl.sources.arrays import as_array
 from smolctl.training.prepare import prepare
+from tests.support.native import library
 from tests.support.processes import call
 from tests.support.tiny_models import continue_prompt
 
@@ -134,6 +138,67 @@ def test_greedy_continuation_is_token_equal_to_transformers(
             past, latest = output.past_key_values, output.logits[:, -1:].argmax(-1)
             theirs.append(int(latest))
     assert continue_prompt(engine, ids[0].tolist(), 64) == [theirs]
+
+
+@pytest.fixture(scope="module")
+def text_ids(ours: LoadedModel) -> list[int]:
+    return ours.tokenizer.encode(TEXT)
+
+
+@pytest.fixture(scope="module")
+def float32_logits(network: Transformer, text_ids: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return network(torch.tensor([text_ids]))[0]
+
+
+@pytest.fixture(scope="module")
+def stored(network: Transformer) -> dict[str, dict[str, Stored]]:
+    """The weights as float32 and with all matrices in int8."""
+    state = network.state_dict()
+    packed = {
+        name: quantize_matrix(tensor, 8, 32) if tensor.dim() > 1 else as_array(tensor)
+        for name, tensor in state.items()
+    }
+    return {"float32": {name: as_array(tensor) for name, tensor in state.items()}, "int8": packed}
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize(
+    ("kind", "bound"),
+    [
+        pytest.param("int8", 0.002, marks=pytest.mark.slow),
+        pytest.param("float32", 1e-6, marks=pytest.mark.proof),
+    ],
+)
+def test_every_build_is_as_close_to_float32_and_says_the_same(
+    kind: str,
+    bound: float,
+    build: str,
+    ours: LoadedModel,
+    network: Transformer,
+    stored: dict[str, dict[str, Stored]],
+    text_ids: list[int],
+    float32_logits: torch.Tensor,
+) -> None:
+    engine = NativeEngine(library(build), network.config, stored[kind])
+    targets = torch.tensor(text_ids[1:])
+    cache = engine.allocate(1, len(text_ids))
+    logits = [engine.forward([text_ids[:-9]], cache, every=True)]  # at once, and then one by one
+    logits += [engine.forward([[token]], cache, every=True) for token in text_ids[-9:-1]]
+    found = score_tokens(torch.from_numpy(np.concatenate(logits)), targets, float32_logits[:-1])
+    print(
+        build,
+        kind,
+        found.kl.mean(),
+        found.kl[-8:].mean(),
+        found.kl.max(),
+        found.agrees.double().mean(),
+    )
+    assert found.kl.mean() <= bound
+    assert found.kl[-8:].mean() <= bound
+    prompt = ours.chat_prompt([{"role": "user", "content": "What is the capital of France?"}])
+    answer = complete(engine, ours.tokenizer, prompt, CompletionSettings(max_tokens=32, sampling=GREEDY))
+    assert answer.completions[0].text == "The capital of France is Paris."
 
 
 def test_chat_answers_paris(ours: LoadedModel) -> None:

@@ -20,7 +20,7 @@ PRIVATE = {
     r"onlookers?": "observer",
     r"what computes": "engine",
     r"hears?|tells?|told": "gets, says, prints",
-    r"(?<!sliding )windows?": "sequence",
+    r"(?<!sliding )(?-i:windows?)": "sequence",  # Windows is a system
     r"passed over|passes over": "repeated, skipped, epoch",
     r"products?": "matmul",
     r"guess(es|ed)?": "draft",

@@ -26,7 +26,7 @@ MACS = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize(
     ("processor", "expected"),
     [("cortex-a53", "baseline"), ("cortex-a57", "baseline"), ("cortex-a76", "dotprod"), ("max", "dotprod")],

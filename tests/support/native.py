@@ -17,10 +17,8 @@ from smolctl.native.library import OVERRIDE, Library, load_library
 from smolctl.sources.arrays import as_array
 from tests.support.emulated import ARM, emulated_library
 
-# For tests that run on emulated processors too, and for those that take minutes there.
-EMULATED, LONG_EMULATED = (
-    [pytest.param(name, marks=mark) for name in ARM] for mark in (pytest.mark.slow, pytest.mark.proof)
-)
+# For tests that run on emulated processors too.
+EMULATED = [pytest.param(name, marks=pytest.mark.proof) for name in ARM]
 
 
 def library(build: str) -> Library:
