@@ -77,7 +77,7 @@ def tokenizer_reader(folder: Path | None, carry: bool = True) -> Callable[[], To
 
     Args:
         folder: that may hold a tokenizer.
-        carry: keep the files in it for exports; a run's are smolctl's own, which an export writes anew.
+        carry: keep the files in it for exports; a run's are smolctl's own, which an export rewrites.
     """
     if folder is None or not has_tokenizer(folder):
         return None
