@@ -83,9 +83,7 @@ def options(command: str) -> Iterator[tuple[str, str]]:
 def option_table(command: str) -> str:
     """The arguments and options of a command as a table in Markdown."""
     rows = [
-        f"| {_code(name)} | {_cell(meaning)} |"
-        for name, meaning in options(command)
-        if not name.startswith(COMMON)
+        f"| {_code(name)} | {_cell(meaning)} |" for name, meaning in options(command) if name not in COMMON
     ]
     return "\n".join(["| argument or option | what it does |", "|---|---|", *rows])
 

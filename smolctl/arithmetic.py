@@ -163,7 +163,7 @@ def forward_flops_per_token(config: ModelConfig, context: int) -> int:
 
 
 def training_flops_per_token(config: ModelConfig, sequence_length: int) -> int:
-    """Forward plus backward: the backward pass costs two forwards."""
+    """Forward plus backward: the backward pass costs as much as two forward passes."""
     return 3 * forward_flops_per_token(config, sequence_length)
 
 

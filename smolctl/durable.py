@@ -15,7 +15,7 @@ from typing import IO, Any
 from smolctl.errors import SmolError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-# A file that was written less than so many nanoseconds ago may change once more within the resolution of its
+# A file that was written less than this many nanoseconds ago may change again within the resolution of its
 # time of change.
 SETTLED_NS = 3_000_000_000  # FAT counts time in steps of two seconds
 
@@ -76,7 +76,7 @@ def holds_once(path: Path, claim: str, check: Callable[[], bool]) -> bool:
 
 
 def lack_of_room(folder: Path, needed: int) -> str:
-    """What is wrong with the disk under a folder for so many bytes; "" when they fit."""
+    """What is wrong with the disk under a folder for this many bytes; "" when they fit."""
     free = shutil.disk_usage(folder).free
     if free >= needed:
         return ""

@@ -35,7 +35,7 @@ _NO_KEY = re.compile(r"int|float|bool|str|.*\W.*")
 
 
 class YamlSyntaxError(InputError):
-    """A text is no YAML at all."""
+    """A text is not YAML at all."""
 
 
 def read_file(path: Path, remedy: str = CORRECT, most: int = MAX_BYTES) -> bytes:
@@ -85,7 +85,7 @@ def parse_object(text: bytes | str, origin: str, remedy: str = CORRECT) -> dict[
         remedy: of the error.
 
     Raises:
-        InputError: it is no JSON or no object, or exceeds the bounds of this module.
+        InputError: it is not JSON or not an object, or exceeds the bounds of this module.
     """
     try:
         content = parse_json(text)
@@ -101,10 +101,10 @@ def parse_json(text: bytes | str, parse_constant: Callable[[str], Any] | None = 
 
     Args:
         text: the JSON.
-        parse_constant: as of `json.loads`: called with "NaN" and its kin, which are no JSON.
+        parse_constant: as of `json.loads`: called with "NaN" and its kin, which are not JSON.
 
     Raises:
-        ValueError: it is no JSON, or exceeds the bounds of this module, with the path of the key.
+        ValueError: it is not JSON, or exceeds the bounds of this module, with the path of the key.
     """
     long: list[_LongNumber] = []
 
@@ -156,7 +156,7 @@ def _path_to(value: Any, is_wanted: Callable[[Any, int], bool]) -> str:
 def parse_yaml(text: str, origin: str, remedy: str = CORRECT) -> Any:
     """The value of a YAML text: mappings, lists, texts, numbers, booleans and null.
 
-    A date is a text, as in JSON. Raises as `parse_object`, naming the line; what is no YAML at all is a
+    A date is a text, as in JSON. Raises as `parse_object`, naming the line; what is not YAML at all is a
     `YamlSyntaxError`.
     """
     if len(text) > MAX_YAML_BYTES:

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import typer.main
+from pydantic import BaseModel
 
 from smolctl.cli.main import COMMANDS, application
+from smolctl.config.run import RunConfig
 from tests.support.processes import CHECKOUT, Smolctl
 
 # What was found in them once, with the plain word beside it.
@@ -25,12 +27,18 @@ PRIVATE = {
     r"products?": "matmul",
     r"guess(es|ed)?": "draft",
     r"go(es)? on with|stronger still|win back": "continue with, override, save",
+    r"(tokens|sequences|bits|nats|values|objects?|bytes|numbers) an? "
+    r"(token|step|sequence|second|parameter|line|head|answer|weight|value|call)": "tokens per step",
+    r"(?<!there )(?:is|are) no (?!longer|larger|more|better|worse|smaller)\w+": "is not a",
+    r"anew|exclude each other|something else than|so many": "again, cannot be combined, other than",
+    r"ours": "smolctl's; chosen, for a value of a config",
 }
 WORDS = re.compile(rf"(?<![\w-])({'|'.join(PRIVATE)})(?!\w)", re.IGNORECASE)
 # Words that code does not do, in docstrings and comments; windows and products are terms of the code there.
 VERBS = re.compile(
     r"(?<![\w-])(mend(s|ed|ing)?|contenders?|onlookers?|hears?|tells?|told|passe[ds] over|what computes|"
-    r"go(es)? on with|stronger still|win back)(?!\w)",
+    r"go(es)? on with|stronger still|win back|nats a token|anew|"
+    r"something else than)(?!\w)",
     re.IGNORECASE,
 )
 JSON_VALUES = {"products in "}  # what bench --json has always called the limit; people read "matmul"
@@ -84,6 +92,24 @@ def test_no_option_is_explained_by_a_fragment() -> None:
                 name,
                 option.opts,
             )
+
+
+def test_no_setting_is_explained_by_a_fragment() -> None:
+    sections = [field.annotation for field in RunConfig.model_fields.values()]
+    fields = {
+        f"{section.__name__}.{key}": field.description or ""
+        for section in sections
+        if isinstance(section, type) and issubclass(section, BaseModel)
+        for key, field in section.model_fields.items()
+    }
+    comments = {
+        f"{path.name}:{number}": line.partition("  # ")[2]
+        for path in (CHECKOUT / "configs").glob("*.yaml")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    }
+    assert len(fields) > 60
+    fragment = re.compile(r"(of|as|on|at|in|from|where|what|which|times|steps; |steps, or )\b|\[|steps?$")
+    assert [one for one in (fields | comments).items() if fragment.match(one[1])] == []
 
 
 def test_messages_have_plain_words() -> None:

@@ -108,7 +108,7 @@ def _gguf(source: ModelSource, ours: EngineSpec, folder: Path) -> tuple[str, str
     scheme = ours.precision.removeprefix("gguf-") if ours.precision else stored_scheme(source)
     scheme = LLAMA_SCHEMES.get(scheme, scheme.lower())
     if scheme not in SCHEMES:
-        raise SmolError(f"there is no GGUF scheme like {scheme}")
+        raise SmolError(f"no GGUF scheme corresponds to {scheme}")
     config = source.require_config()
     require_gguf(config, scheme)
     files = source.read_tokenizer()

@@ -26,7 +26,7 @@ WIDER = {
 class Limits:
     """Rates of the machine: the best of all rounds, since disturbances only lower them."""
 
-    bandwidth: float  # bytes a second, reading memory
+    bandwidth: float  # bytes per second, reading memory
     products: dict[str, float]  # FLOP/s of matmuls by type, two operations for each multiply-add
     slowest_bandwidth: float  # of any round: shows how steady the machine was
     slowest_products: dict[str, float]

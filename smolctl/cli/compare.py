@@ -35,7 +35,9 @@ def compare(
     ] = None,
     size: Annotated[
         int,
-        typer.Option("--bytes", min=1, help="Maximum bytes of text; of more, only some documents are used."),
+        typer.Option(
+            "--bytes", min=1, help="Maximum bytes of text; of a longer text, some documents are used."
+        ),
     ] = 500_000,
     context: Annotated[
         int | None,
@@ -48,19 +50,19 @@ def compare(
         bool,
         typer.Option(
             "--require-better",
-            help="Exit with code 5 unless the first model is better than all others, beyond the interval.",
+            help="Exit with code 5 unless the first model is significantly better than all others.",
         ),
     ] = False,
 ) -> None:
     """Compare how well models predict the same text.
 
-    The verdict says whether the difference is more than chance. Of conversations only the answers are
+    The verdict says whether the difference is more than chance. In conversations, only the answers are
     scored, in each model's own chat template.
 
     \b
     smolctl compare runs/nano-001 runs/nano-002       on the documents that both have held out
     smolctl compare runs/nano-001 runs/nano-001@150   two steps of a run
-    smolctl compare a-1 a-2 a-3 b-1 b-2 b-3           runs that differ in the seed only count as one
+    smolctl compare a-1 a-2 a-3 b-1 b-2 b-3           runs that differ only in their seeds count as one
     smolctl compare FILE.gguf FOLDER --data notes/    any models, whatever their tokenizers
     smolctl compare runs/chat-001 FILE.gguf           on the answers that a chat run has held out
     smolctl compare runs/new runs/old --require-better   a gate for scripts: exit code 5

@@ -67,7 +67,7 @@ def eval(
 ) -> None:
     """Evaluate a model on benchmark tasks with lm-eval.
 
-    Needs the extra 'eval'.
+    Requires the extra 'eval'.
 
     \b
     smolctl eval HuggingFaceTB/SmolLM2-135M --tasks arc_easy,hellaswag

@@ -69,13 +69,14 @@ KeepEvery = Annotated[
 ]
 Devices = Annotated[int | None, typer.Option("--devices", min=1, help="Devices per machine.")]
 NumNodes = Annotated[
-    int | None, typer.Option("--num-nodes", min=1, help="Machines, launched by torchrun or SLURM.")
+    int | None,
+    typer.Option("--num-nodes", min=1, help="Number of machines; start the run with torchrun or SLURM."),
 ]
 Strategy = Annotated[
     str | None,
     typer.Option(
         "--strategy",
-        help="How several devices train together: auto or ddp.",
+        help="Strategy for several devices: auto or ddp.",
         autocompletion=names("auto", "ddp"),
     ),
 ]
@@ -93,7 +94,7 @@ AcceptGuesses = Annotated[
     bool,
     typer.Option(
         "--accept-guesses",
-        help="Accept values that the model's config lacks and smolctl assumes; the assumptions are recorded.",
+        help="Accept and record the values that smolctl assumes where the model's config is incomplete.",
     ),
 ]
 Dtype = Annotated[

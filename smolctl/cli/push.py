@@ -70,7 +70,9 @@ def push(
     revision: Annotated[
         str, typer.Option("--revision", help="Branch to push to; created if missing.")
     ] = "main",
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead of pushing to the branch.")
+    ] = False,
     allow_secret: Annotated[
         list[str] | None,
         typer.Option(
@@ -118,7 +120,7 @@ def push(
     Model, card and records are pushed in one commit, which is then verified.
 
     \b
-    smolctl push --dry-run                             what would be pushed of the newest run
+    smolctl push --dry-run                             what a push of the newest run would send
     smolctl push --repo me/my-model --public
     smolctl push runs/nano-001@300 --local-dir out     the same files, in a folder
     smolctl push --space me/my-demo                    and a page that runs it in the visitor's browser
@@ -131,9 +133,9 @@ def push(
     from smolctl.views import push as view
 
     if create_pr and revision != "main":
-        raise UsageError("--create-pr and --revision exclude each other", "Give one of them.")
+        raise UsageError("--create-pr and --revision cannot be combined", "Give one of them.")
     if dry_run + (local_dir is not None) + (page is not None) + preview > 1:
-        raise UsageError("--dry-run, --local-dir, --page and --preview exclude each other", "Give one.")
+        raise UsageError("--dry-run, --local-dir, --page and --preview cannot be combined", "Give one.")
     if (page or page_schemes != "int8") and space_sdk is Sdk.GRADIO:
         raise UsageError("--page and --page-schemes are for the static page", "Leave out --space-sdk gradio.")
     schemes = split_commas([(gguf or "").lower()])

@@ -40,13 +40,16 @@ def quantize(
         typer.Option(
             "--out",
             help="Folder of the result; with several schemes, the folder that holds them. "
-            "Default: RUN/quantized/SCHEME, or NAME-SCHEME here.",
+            "Default: RUN/quantized/SCHEME, or NAME-SCHEME in this folder.",
             show_default=False,
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the result of an earlier call.")] = False,
     group: Annotated[
-        int, typer.Option("--group", help="Columns that share a scale in int8 and int4, a multiple of 32.")
+        int,
+        typer.Option(
+            "--group", help="Number of columns that share a scale in int8 and int4; a multiple of 32."
+        ),
     ] = 32,
     skip: Annotated[
         list[str] | None,
@@ -69,7 +72,7 @@ def quantize(
     calibrate: Annotated[
         bool,
         typer.Option(
-            "--calibrate", help="Search for the best scales, with activations of the training text."
+            "--calibrate", help="Search for the best scales, using activations on the training text."
         ),
     ] = False,
     activations: Annotated[
@@ -111,7 +114,7 @@ def quantize(
     \b
     smolctl quantize                                      the newest run in int8
     smolctl quantize FILE.gguf --to int8,int4,gguf-q4_0   several schemes in one call
-    smolctl quantize --to int4 --calibrate --per-tensor   searched scales; and each tensor's loss
+    smolctl quantize --to int4 --calibrate --per-tensor   searched scales, and the loss of each tensor
     smolctl quantize --to int4 --bits-map down_proj=8     mixed precision
     smolctl quantize --to int8 --max-kl 0.01              a gate for scripts: exit code 5
     """

@@ -40,7 +40,7 @@ def resume(
         Literal["hold", "extend", "rewarm"],
         typer.Option(
             "--lr-policy",
-            help="Learning rate from here on. hold: keep the schedule, constant after its end; "
+            help="Learning rate after the resume. hold: keep the schedule, constant after its end; "
             "extend: move its end to the new last step; rewarm: another warmup and decay.",
         ),
     ] = "hold",
@@ -70,7 +70,7 @@ def resume(
 ) -> int:
     """Continue a run exactly where it stopped.
 
-    On SIGINT, SIGTERM, SIGHUP or SIGUSR1 the run is saved and exits with code 130, 143, 129 or 138.
+    On SIGINT, SIGTERM, SIGHUP or SIGUSR1 a checkpoint is saved and the exit code is 130, 143, 129 or 138.
 
     \b
     smolctl resume                                  finish what was planned

@@ -14,7 +14,7 @@ from smolctl.cli.options import Dtype, Threads, capped_threads, command
 from smolctl.views.output import Output
 
 ALTERNATIVES = 5  # other tokens that --explain shows with each
-ELSE = "Default: as the model recommends, else"
+ELSE = "Default: the model's recommendation, else"
 
 
 @command
@@ -84,11 +84,11 @@ def sample(
         typer.Option(
             "--json-schema",
             metavar="FILE",
-            help="JSON schema that every answer follows; needs the extra 'serve'.",
+            help="JSON schema that every answer follows; requires the extra 'serve'.",
         ),
     ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Mark where each MODEL's text departs from the first one's.")
+        bool, typer.Option("--compare", help="Mark where each MODEL's text differs from the first one's.")
     ] = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Show every token's probability and the likeliest alternatives.")
@@ -98,8 +98,8 @@ def sample(
         typer.Option(
             "--jsonl",
             metavar="FILE",
-            help='File with one prompt per line: {"prompt": ...} or {"messages": ...}, each with sampling '
-            "settings under OpenAI's names if needed; '-' reads stdin.",
+            help='File with one prompt per line: {"prompt": ...} or {"messages": ...}, optionally with '
+            "sampling settings under OpenAI's names; '-' reads stdin.",
         ),
     ] = None,
     resume_output: Annotated[
@@ -107,17 +107,17 @@ def sample(
         typer.Option(
             "--resume-output",
             metavar="FILE",
-            help="Write the answers of --jsonl to FILE, and skip prompts that it already answers.",
+            help="Write the answers of --jsonl to FILE, skipping prompts that FILE already answers.",
         ),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Sequences of --jsonl that are decoded together.")
+        int, typer.Option("--batch-size", min=1, help="Number of --jsonl sequences to decode together.")
     ] = 8,
     speculate: Annotated[
         Literal["auto", "off", "lookup"],
         typer.Option(
             "--speculate",
-            help="Speculative decoding; lookup: draft tokens come from the text so far; auto: only where "
+            help="Speculative decoding. lookup: take draft tokens from the text so far; auto: lookup where "
             "results stay bit-identical.",
         ),
     ] = "auto",

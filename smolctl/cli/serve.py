@@ -35,14 +35,14 @@ def serve(
         bool, typer.Option("--no-api-key", help="Accept other machines without a key.")
     ] = False,
     slots: Annotated[
-        int, typer.Option("--slots", min=1, max=256, help="Answers that are generated at once.")
+        int, typer.Option("--slots", min=1, max=256, help="Number of answers to generate at once.")
     ] = 8,
     context: Annotated[
         int | None,
         typer.Option(
             "--context",
             min=2,
-            help="Maximum tokens of a prompt and its answer. Default: the model's context, at most 2048.",
+            help="Maximum tokens of a prompt with its answer. Default: the model's context, at most 2048.",
         ),
     ] = None,
     waiting: Annotated[
@@ -53,7 +53,7 @@ def serve(
     ] = 64,
     timeout: Annotated[
         float,
-        typer.Option("--timeout", min=0.1, help="Seconds for an answer, including the wait for a slot."),
+        typer.Option("--timeout", min=0.1, help="Maximum seconds per answer, including the wait for a slot."),
     ] = 600.0,
     ping: Annotated[
         float,
@@ -68,7 +68,7 @@ def serve(
 ) -> None:
     """Serve a model over OpenAI's HTTP API.
 
-    Needs the extra 'serve'.
+    Requires the extra 'serve'.
 
     \b
     smolctl serve                                   the newest run, at http://127.0.0.1:8000/v1

@@ -24,7 +24,7 @@ def train(
         str | None,
         typer.Argument(
             metavar="CONFIG",
-            help=f"Preset or YAML. Default: {DEFAULT_CONFIG}; {DEFAULT_FINETUNE_CONFIG} with --init-from.",
+            help=f"Preset or YAML. Default: {DEFAULT_CONFIG}; with --init-from: {DEFAULT_FINETUNE_CONFIG}.",
             show_default=False,
             autocompletion=complete_config,
         ),
@@ -40,7 +40,7 @@ def train(
         float | None,
         typer.Option(
             "--minutes",
-            help="Minutes to train, instead of --steps; the time to read the data is not counted.",
+            help="Minutes to train, instead of --steps, not counting the time to read the data.",
         ),
     ] = None,
     data: Annotated[
@@ -67,7 +67,7 @@ def train(
         typer.Option(
             "--init-from",
             metavar="MODEL",
-            help="Start from the weights of MODEL, which must not be a quantized folder.",
+            help="Start from the weights of MODEL; what `quantize` wrote is refused.",
             autocompletion=complete_weights,
         ),
     ] = None,
@@ -91,7 +91,7 @@ def train(
 ) -> int | None:
     """Train a model from a config, or fine-tune one.
 
-    On SIGINT, SIGTERM, SIGHUP or SIGUSR1 the run is saved and exits with code 130, 143, 129 or 138.
+    On SIGINT, SIGTERM, SIGHUP or SIGUSR1 a checkpoint is saved and the exit code is 130, 143, 129 or 138.
 
     \b
     smolctl train nano                              three to six minutes on two CPU cores
@@ -125,8 +125,8 @@ def train(
         listen = (lambda event: notes.append(event.text)) if dry_run and output.json else view
         for problem in source.problems if source else ():
             listen(Note(f"{init_from}: {problem}"))
-        if Path(name).is_dir():  # which is no config, so a preset of that name was found
-            listen(Note(f"{name} is the preset; the folder {Path(name).absolute()} is not meant."))
+        if Path(name).is_dir():  # which is not a config, so a preset of that name was found
+            listen(Note(f"{name} is the preset; the folder {Path(name).absolute()} is not used."))
         prepared = prepare(run_config, source, listen, view.tokenizing, changes)
         if dry_run:
             plan = plan_run(prepared, out or Path("runs"))

@@ -49,7 +49,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        InputError: the file is missing, is no YAML, or holds something else than a mapping.
+        InputError: the file is missing, is not YAML, or holds something other than a mapping.
     """
     if not path.exists():
         raise InputError(f"{path}: no such file", f"Presets: {', '.join(preset_names())}.")
@@ -61,13 +61,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     content = parse_yaml(text, str(path), remedy)
     if not isinstance(content, dict):
         raise InputError(
-            f"{path}: not a config: the top level must be a mapping", "Start from one of configs/."
+            f"{path}: not a config: the top level must be a mapping", "Start from a file in configs/."
         )
     return content
 
 
 def config_path(name_or_path: str) -> Path:
-    """The file of a preset name or of a path. A folder of a preset's name is not meant.
+    """The file of a preset name or of a path. A folder of a preset's name is not used.
 
     Raises:
         InputError: there is neither.
@@ -79,12 +79,12 @@ def config_path(name_or_path: str) -> Path:
         return presets_folder() / f"{name_or_path}.yaml"
     if path.is_dir():
         raise InputError(
-            f"{name_or_path}: a folder and no config", f"To train on the text in it: --data {name_or_path}"
+            f"{name_or_path}: a folder, not a config", f"To train on the text in it: --data {name_or_path}"
         )
     near = difflib.get_close_matches(name_or_path, preset_names(), n=1)
     hint = f"Did you mean {near[0]}? " if near else ""
     raise InputError(
-        f"{name_or_path}: no preset and no file of that name", f"{hint}Presets: {', '.join(preset_names())}."
+        f"{name_or_path}: no preset or file has this name", f"{hint}Presets: {', '.join(preset_names())}."
     )
 
 
@@ -151,7 +151,7 @@ def load_run_config(
     content, changes = read_yaml(path), merge(parse_settings(settings), flags or {})
     if _given(content, "model", "model_config") is not None:
         raise InputError(
-            f"{name_or_path}: a nanotron recipe, which train does not take as it is",
+            f"{name_or_path}: a nanotron recipe, which train cannot use directly",
             f"Translate it first: smolctl inspect-config {name_or_path} --yaml > mine.yaml",
         )
     if model is not None:
@@ -205,7 +205,7 @@ def changed_recipe(path: Path, content: Mapping[str, Any], changes: Mapping[str,
         content = {**content, "data": kept}
     lengths = [key for key in ("steps", "epochs", "minutes") if _given(changes, "train", key) is not None]
     if len(lengths) > 1:
-        raise UsageError(f"train.{lengths[0]} and train.{lengths[1]} exclude each other", "Give one of them.")
+        raise UsageError(f"train.{lengths[0]} and train.{lengths[1]} cannot be combined", "Give one of them.")
     if lengths:
         content = merge(content, {"train": {"epochs": None, "minutes": None}})
     if not is_preset(path):

@@ -47,7 +47,7 @@ class RopeScaling(BaseModel):
         return f"{self.rope_type} × {self.factor:g}, {bounds}, from {self.original_max_position_embeddings:,}"
 
     def slowed(self, frequency: float) -> float:
-        """A frequency of rope, in radians a token, after the scaling; in the precision of the argument."""
+        """A frequency of rope, in radians per token, after the scaling; in the precision of the argument."""
         fitting = self.original_max_position_embeddings / (2 * pi / frequency)
         span = self.high_freq_factor - self.low_freq_factor
         kept = min(max((fitting - self.low_freq_factor) / span, 0), 1)
@@ -65,7 +65,7 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
-    vocab_size: int = Field(49_152, gt=0, le=MAX_VOCABULARY, description="tokens that the model knows")
+    vocab_size: int = Field(49_152, gt=0, le=MAX_VOCABULARY, description="tokens in the vocabulary")
     hidden_size: int = Field(576, gt=0, le=MAX_WIDTH, description="width of the residual stream")
     intermediate_size: int = Field(1_536, gt=0, le=MAX_WIDTH, description="width of the SwiGLU MLP")
     num_hidden_layers: int = Field(30, gt=0, le=10_000, description="blocks of attention and MLP")
@@ -74,26 +74,28 @@ class ModelConfig(BaseModel):
         3, gt=0, le=MAX_WIDTH, description="key/value heads, shared by groups of query heads"
     )
     head_dim: int = Field(
-        0, ge=0, le=MAX_WIDTH, description="width of a head; 0 is hidden_size / num_attention_heads"
+        0, ge=0, le=MAX_WIDTH, description="width of a head; 0: hidden_size / num_attention_heads"
     )
     max_position_embeddings: int = Field(1_024, gt=0, le=MAX_CONTEXT, description="context length in tokens")
-    position_embedding: Literal["rope", "learned"] = Field("learned", description="rope, or a learned table")
+    position_embedding: Literal["rope", "learned"] = Field("learned", description="rope or a learned table")
     rope_theta: float = Field(
-        10_000.0, gt=0, description="base of the wavelengths of rope; unused when learned"
+        10_000.0, gt=0, description="base of rope's wavelengths; unused with learned positions"
     )
-    rope_scaling: RopeScaling | None = Field(None, description="Llama 3's scaling of rope; null is none")
+    rope_scaling: RopeScaling | None = Field(None, description="Llama 3's scaling of rope; null: none")
     no_rope_layers: tuple[Literal[0, 1], ...] | None = Field(
-        None, description="for each layer 1 with rope, 0 without, as in SmolLM3; null is rope in all"
+        None, description="1 or 0 for each layer with or without rope, as in SmolLM3; null: rope in all"
     )
-    qkv_bias: bool = Field(False, description="queries, keys and values have biases, as in Qwen2")
+    qkv_bias: bool = Field(False, description="biases for queries, keys and values, as in Qwen2")
     use_qk_norm: bool = Field(
-        False, description="each head's queries and keys pass an RMSNorm before rope, as in Qwen3"
+        False, description="RMSNorm of each head's queries and keys before rope, as in Qwen3"
     )
     residual_scale: float = Field(2**-0.5, gt=0, description="factor of every residual branch")
-    rms_norm_eps: float = Field(1e-5, gt=0, description="added to the mean square in a norm")
+    rms_norm_eps: float = Field(1e-5, gt=0, description="added to the mean square in each norm")
     hidden_act: Literal["silu"] = Field("silu", description="activation of the gate")
     tie_word_embeddings: bool = Field(True, description="the head reuses the token table")
-    attention_dropout: float = Field(0.0, ge=0, lt=1, description="share of attention weights dropped")
+    attention_dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout probability of the attention weights"
+    )
     initializer_range: float = Field(
         1 / 24, gt=0, description="standard deviation of new weights; 1/24 is SmolLM2's"
     )
@@ -101,7 +103,7 @@ class ModelConfig(BaseModel):
     eos_token_id: SpecialId | tuple[SpecialId, ...] | None = Field(
         0, description="token or tokens that end a text"
     )
-    pad_token_id: SpecialId | None = Field(None, description="token that fills up short texts")
+    pad_token_id: SpecialId | None = Field(None, description="token that pads short texts")
 
     @model_validator(mode="before")
     @classmethod

@@ -16,7 +16,7 @@ def _steps_or_share(value: int | float) -> int | float:
     if value < 1:
         return value
     if value != int(value):
-        raise ValueError("give a whole number of steps, or below 1 a share of train.steps")
+        raise ValueError("give a whole number of steps, or a share of train.steps below 1")
     return int(value)
 
 
@@ -44,38 +44,46 @@ class DataConfig(Section):
         description="'python' (embedded), files, folders, or Hub datasets org/name[@revision][:config]",
     )
     weights: tuple[float, ...] | None = Field(
-        None, description="share of the samples from each source, in any unit; null: sources are concatenated"
+        None, description="relative share of the samples from each source; null: sources are concatenated"
     )
     text_field: str | tuple[str, ...] = Field(
-        "text", description="column that holds the text in json, csv, parquet and datasets; or one per source"
+        "text",
+        description="column that holds the text in JSON, CSV, Parquet and Hub datasets; or one per source",
     )
     split: str | tuple[str, ...] = Field(
-        "train", description="part of a Hub dataset, such as train_sft; or one per source"
+        "train", description="split of a Hub dataset, such as train_sft; or one per source"
     )
-    format: Literal["text", "chat"] = Field("text", description="chat: the rows are conversations")
+    format: Literal["text", "chat"] = Field("text", description="text: documents; chat: conversations")
     shape: Literal["auto", "messages", "sharegpt", "completion", "instruction"] = Field(
-        "auto", description="fields of a conversation's row; auto: the names of its fields decide"
+        "auto", description="layout of a conversation's row; auto: detected from its field names"
     )
     loss: Literal["assistant", "completion", "all"] = Field(
         "assistant",
-        description="what of a conversation is trained on: all answers, the answer to the row's prompt "
-        "(the last one where it names none), or everything",
+        description="tokens that are trained on. assistant: all answers; completion: the answer to the row's "
+        "prompt, or the last answer; all: every token",
     )
     too_long: Literal["start", "end", "drop"] = Field(
-        "start", description="what is kept of a conversation that is longer than a sequence"
+        "start", description="part to keep of a conversation that is longer than a sequence; drop: skip it"
     )
-    strict: bool = Field(False, description="stop at a row that is no conversation, instead of skipping it")
+    strict: bool = Field(
+        False, description="stop at a row that is not a conversation, instead of skipping it"
+    )
     special_tokens: Literal["text", "tokens"] = Field(
-        "text", description="what <|endoftext|> and the like in the text are: characters, or control tokens"
+        "text",
+        description="how <|endoftext|> and the like in the text are read: as text, or as control tokens",
     )
-    sequence_length: int = Field(1_024, gt=0, description="tokens of a sequence")
-    document_masking: bool = Field(False, description="a token attends to its own document only")
-    validation_fraction: float = Field(0.01, ge=0, lt=1, description="share of documents held out")
+    sequence_length: int = Field(1_024, gt=0, description="tokens per sequence")
+    document_masking: bool = Field(False, description="each token attends to its own document only")
+    validation_fraction: float = Field(
+        0.01, ge=0, lt=1, description="share of the documents to hold out for validation"
+    )
     validation: str | None = Field(
-        None, description="file, folder or Hub dataset that is held out instead of a share of the source"
+        None, description="file, folder or Hub dataset to validate on, instead of a share of the source"
     )
-    seed: int = Field(8, ge=0, lt=2**63, description="order of the sequences")
-    workers: int = Field(0, ge=0, description="threads that read batches ahead; the batches are the same")
+    seed: int = Field(8, ge=0, lt=2**63, description="seed of the order of the sequences")
+    workers: int = Field(
+        0, ge=0, description="threads that prefetch batches; the batches do not depend on it"
+    )
 
     @property
     def is_chat(self) -> bool:
@@ -144,63 +152,73 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """How much is trained, in steps of how many tokens."""
 
-    steps: int = Field(5_000, gt=0, description="optimizer steps in all")
+    steps: int = Field(5_000, gt=0, description="total optimizer steps")
     epochs: float | None = Field(
         None,
         gt=0,
-        description="epochs to train, which give a new run its steps; null: train.steps",
+        description="epochs to train instead of steps; null: train.steps applies",
     )
     minutes: float | None = Field(
-        None, gt=0, description="minutes to train, which give a new run its steps; null: train.steps"
+        None, gt=0, description="minutes to train instead of steps; null: train.steps applies"
     )
     patience: int = Field(
-        0, ge=0, description="validations in a row without improvement that end the run; 0: it never ends so"
+        0, ge=0, description="end the run after this many validations without improvement; 0: never"
     )
-    batch_size: int = Field(8, gt=0, description="sequences a step, over all devices")
-    micro_batch_size: int = Field(0, ge=0, description="sequences in memory at once; 0 is batch_size")
-    gradient_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 switches clipping off")
-    z_loss: float = Field(0.0, ge=0, description="weight of logsumexp² in the loss; PaLM: 1e-4")
+    batch_size: int = Field(8, gt=0, description="sequences per step, over all devices")
+    micro_batch_size: int = Field(0, ge=0, description="sequences in memory at once; 0: batch_size")
+    gradient_clip: float = Field(1.0, ge=0, description="maximum gradient norm; 0: no clipping")
+    z_loss: float = Field(0.0, ge=0, description="weight of logsumexp² in the loss; PaLM uses 1e-4")
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed"] = Field(
-        "auto", description="auto: bf16-mixed where a GPU has bfloat16, else 32-true"
+        "auto", description="auto: bf16-mixed on a GPU with bfloat16, else 32-true"
     )
     compile: Literal[True, False, "auto"] = Field(
-        "auto", description="torch.compile, block by block; auto: on a GPU, if there are steps enough to pay"
+        "auto", description="torch.compile each block; auto: on a GPU, if the run is long enough to save time"
     )
     checkpoint_activations: bool = Field(
-        False, description="compute each block again for its gradients instead of keeping it: slower, smaller"
+        False, description="recompute each block in the backward pass: slower, but needs less memory"
     )
     # NumPy's generator, which is seeded with it, takes 32 bits.
-    seed: int = Field(8, ge=0, lt=2**32, description="initial weights and dropout")
+    seed: int = Field(8, ge=0, lt=2**32, description="seed of the initial weights and of dropout")
 
 
 class OptimizerConfig(Section):
     """AdamW, or Muon for the blocks' matrices and AdamW for the rest; matrices alone decay."""
 
-    name: Literal["adamw", "muon"] = Field("adamw", description="muon: for the matrices of the blocks")
-    learning_rate: float = Field(3e-4, gt=0, description="the schedule's peak")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="decay of the two moments")
-    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(0.01, ge=0, description="times the learning rate, matrices only")
-    decay_embeddings: bool = Field(True, description="false: tables of tokens and positions do not decay")
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: Muon for the matrices of the blocks, AdamW for the rest"
+    )
+    learning_rate: float = Field(3e-4, gt=0, description="peak learning rate")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="decay rates of AdamW's two moments")
+    eps: float = Field(1e-8, gt=0, description="added to the square root of the second moment")
+    weight_decay: float = Field(
+        0.01, ge=0, description="multiplied by the learning rate; applied to matrices only"
+    )
+    decay_embeddings: bool = Field(
+        True, description="whether weight decay applies to the token and position tables"
+    )
     momentum_warmup: StepsOrShare = Field(
-        0, description="of muon: steps, or a share, in which its momentum rises from 0.85 to 0.95"
+        0, description="Muon: steps, or share of train.steps, over which its momentum rises from 0.85 to 0.95"
     )
 
 
 class ScheduleConfig(Section):
     """The learning rate as a pure function of the step."""
 
-    name: Literal["wsd", "cosine", "linear", "constant"] = Field("wsd", description="wsd: rise, hold, fall")
-    warmup_steps: StepsOrShare = Field(0.02, description="steps, or below 1 a share of train.steps")
-    decay_start: int | None = Field(
-        None, ge=0, description="first step of wsd's decay; null: steps - decay_steps"
+    name: Literal["wsd", "cosine", "linear", "constant"] = Field(
+        "wsd", description="wsd: warmup, stable, decay"
     )
-    decay_steps: StepsOrShare = Field(0, description="steps, or below 1 a share of train.steps")
-    min_learning_rate: float = Field(0.0, ge=0, description="at the end of the decay")
-    begin: int = Field(0, ge=0, description="steps before this schedule; resume --lr-policy rewarm sets it")
-    begin_learning_rate: float = Field(0.0, ge=0, description="where its warmup starts")
+    warmup_steps: StepsOrShare = Field(0.02, description="steps of the warmup; below 1: share of train.steps")
+    decay_start: int | None = Field(
+        None, ge=0, description="last step before wsd's decay; null: steps - decay_steps"
+    )
+    decay_steps: StepsOrShare = Field(0, description="steps of the decay; below 1: share of train.steps")
+    min_learning_rate: float = Field(0.0, ge=0, description="learning rate after the decay")
+    begin: int = Field(
+        0, ge=0, description="steps before this schedule starts; set by resume --lr-policy rewarm"
+    )
+    begin_learning_rate: float = Field(0.0, ge=0, description="learning rate at which the warmup starts")
     pace: tuple[Pace, ...] = Field(
-        (), description="a record of train.minutes: [step, where the schedule was, its pace after it]"
+        (), description="record that train.minutes writes: [step, position in the schedule, advance per step]"
     )
 
     def planned(self, step: int) -> float:
@@ -235,33 +253,29 @@ class ScheduleConfig(Section):
 class CheckpointConfig(Section):
     """When checkpoints are written and how many stay."""
 
-    every: int = Field(500, gt=0, description="steps")
-    keep_last: int = Field(3, ge=0, description="newest checkpoints kept; 0 keeps all")
-    keep_every: int = Field(0, ge=0, description="also keep every checkpoint at a multiple of this step")
-    keep_best: bool = Field(
-        True, description="save the step that predicts the held-out text best so far, and keep it"
-    )
+    every: int = Field(500, gt=0, description="steps between checkpoints")
+    keep_last: int = Field(3, ge=0, description="newest checkpoints to keep; 0: all")
+    keep_every: int = Field(0, ge=0, description="also keep checkpoints at multiples of this step; 0: none")
+    keep_best: bool = Field(True, description="also save and keep the step with the best validation score")
 
 
 class PredictionsConfig(Section):
     """What the model says to fixed prompts while it learns."""
 
-    every: int = Field(500, ge=0, description="steps; 0 switches predictions off")
+    every: int = Field(500, ge=0, description="steps between predictions; 0: none")
     prompts: tuple[str, ...] = Field(
         ("The capital of France is", "Once upon a time", "def fibonacci(n):"),
-        description="texts that the model continues",
+        description="prompts that the model continues",
     )
-    max_tokens: int = Field(32, gt=0, description="length of a prediction")
-    temperature: float = Field(0.0, ge=0, description="0 is greedy")
+    max_tokens: int = Field(32, gt=0, description="tokens per prediction")
+    temperature: float = Field(0.0, ge=0, description="sampling temperature; 0: greedy")
 
 
 class ValidationConfig(Section):
     """Bits per byte on the held-out documents."""
 
-    every: int = Field(500, ge=0, description="steps; 0 switches validation off")
-    sequences: int = Field(
-        160, gt=0, description="held-out sequences that are scored, the same ones each time"
-    )
+    every: int = Field(500, ge=0, description="steps between validations; 0: none")
+    sequences: int = Field(160, gt=0, description="held-out sequences to score, the same ones each time")
 
 
 class TrainerConfig(Section):
@@ -269,15 +283,15 @@ class TrainerConfig(Section):
 
     accelerator: str = Field("auto", description="cpu, gpu, mps or auto")
     devices: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
-        1, description="on each machine; auto: all"
+        1, description="devices per machine; auto: all"
     )
-    num_nodes: int = Field(1, gt=0, description="machines")
-    strategy: Literal["auto", "ddp"] = Field("auto", description="auto: ddp where there are several devices")
+    num_nodes: int = Field(1, gt=0, description="number of machines")
+    strategy: Literal["auto", "ddp"] = Field("auto", description="auto: ddp with several devices")
     deterministic: bool = Field(
-        True, description="on a GPU, kernels that always give the same bits, which an exact resume needs"
+        True, description="use deterministic GPU kernels, which an exact resume needs"
     )
     loggers: tuple[Literal["csv", "tensorboard", "wandb", "trackio"], ...] = Field(
-        (), description="where the metrics also go, beside metrics.jsonl"
+        (), description="loggers to use in addition to metrics.jsonl"
     )
 
     @field_validator("strategy", mode="before")
@@ -295,10 +309,12 @@ class TrainerConfig(Section):
 class PublishConfig(Section):
     """Where `push` puts the run, and what its card says of the licence."""
 
-    repo: str | None = Field(None, description="org/name on the Hub; null: your name and the run's")
-    license: str | None = Field(None, description="of the weights, as the Hub spells it: apache-2.0, mit")
+    repo: str | None = Field(None, description="repository on the Hub, org/name; null: YOU/RUN")
+    license: str | None = Field(
+        None, description="license of the weights, by its identifier on the Hub, such as apache-2.0 or mit"
+    )
     repository: str | None = Field(
-        None, pattern=r"^https?://[^\s<>\"']+$", description="address of the code that made the model"
+        None, pattern=r"^https?://[^\s<>\"']+$", description="URL of the code that made the model"
     )
 
 
@@ -306,19 +322,21 @@ class Provenance(Section):
     """Where weights came from, as it was known when they were taken."""
 
     id: str = Field(description="org/name on the Hub, or an absolute path")
-    kind: Literal["hub", "local"] = Field(description="what the id is; decided once")
+    kind: Literal["hub", "local"] = Field(description="whether the id is on the Hub or a path")
     revision: str | None = Field(None, description="branch or tag on the Hub, if one was named")
-    commit: str | None = Field(None, description="on the Hub, when the weights were taken")
-    step: int | None = Field(None, description="optimizer steps behind it, of a run")
-    sha256: str | None = Field(None, description="of its weights in float32, of a run that began with them")
-    license: str | None = Field(None, description="as its card or its config stated it")
-    assumed: tuple[str, ...] = Field((), description="values of its config that no file said")
-    made_from: Provenance | None = Field(None, description="what it was itself made from")
+    commit: str | None = Field(None, description="commit on the Hub from which the weights were loaded")
+    step: int | None = Field(None, description="step of the run, if it is one")
+    sha256: str | None = Field(
+        None, description="SHA-256 of its weights in float32, if a run began with them"
+    )
+    license: str | None = Field(None, description="license that its card or its config states")
+    assumed: tuple[str, ...] = Field((), description="config values that no file states")
+    made_from: Provenance | None = Field(None, description="the model that it was made from")
 
     @model_validator(mode="after")
     def _is_a_name_on_the_hub(self) -> Provenance:
         if self.kind == "hub" and not HUB_NAME.fullmatch(self.id):
-            raise ValueError(f"{self.id} is no org/name")
+            raise ValueError(f"{self.id} is not an org/name")
         return self
 
     @property
@@ -343,7 +361,7 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     tokenizer: str | None = Field(
         None,
-        description="Hub id, folder, tokenizer.json, GGUF, or train:N; null: SmolLM2's, trained when offline",
+        description="Hub id, folder, tokenizer.json, GGUF, or train:N; null: SmolLM2's, or a new one offline",
     )
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -355,7 +373,7 @@ class RunConfig(Section):
     trainer: TrainerConfig = TrainerConfig()
     publish: PublishConfig = PublishConfig()
     init_from: Provenance | None = Field(
-        None, description="a record: the model whose weights train --init-from took; null: new weights"
+        None, description="record of the model whose weights train --init-from loaded; null: new weights"
     )
 
     @model_validator(mode="before")
@@ -386,7 +404,7 @@ class RunConfig(Section):
         if train.epochs is not None and train.minutes is not None:
             raise ValueError("train.epochs and train.minutes both say how long the run is; set one to null")
         if train.patience and not self.validation.every:
-            raise ValueError(f"train.patience {train.patience} needs validations, validation.every is 0")
+            raise ValueError(f"train.patience {train.patience} needs validations, but validation.every is 0")
         return self
 
     @property

@@ -60,7 +60,7 @@ def look_at_cache() -> CacheReport:
 
 
 def _still_there(paths: Iterable[Path], look: Callable[[Path], CacheEntry]) -> Iterator[CacheEntry]:
-    """The entries but for those that another process deletes or builds anew at this moment."""
+    """The entries but for those that another process deletes or rebuilds at this moment."""
     for path in paths:
         with suppress(FileNotFoundError):
             yield look(path)
@@ -71,7 +71,7 @@ def _tokenizer(path: Path) -> CacheEntry:
 
 
 def prune_cache(days: float) -> CacheReport:
-    """Delete what no command has used for so many days, except what a process is writing at this moment."""
+    """Delete what no command has used for this many days, except what a process is writing at this moment."""
     before, limit = look_at_cache(), time.time() - days * DAY
     for marker in (before.folder / CHECKED).glob("*"):
         with suppress(OSError):

@@ -74,7 +74,7 @@ def windows_of_samples(
         samples: numbers from 0; the pass of a sample is samples // windows.
         windows: in the source; at least 1.
         seed: of the order.
-        block: shuffle only so many consecutive windows among themselves, block by block, so that the
+        block: shuffle only this many consecutive windows among themselves, block by block, so that the
             order of the first ones does not depend on how many follow; None shuffles all of them.
     """
     passes, positions = np.divmod(samples, windows)

@@ -106,7 +106,7 @@ class Pair:
             return f"{gap:.4f} bits/byte apart: the text is too short for an interval"
         if self.better is None:
             if not margin:
-                return f"{self.a.label} and {self.b.label} predict alike: difference 0"
+                return f"{self.a.label} and {self.b.label} predict equally well: difference 0"
             return (
                 f"no difference seen between {self.a.label} and {self.b.label}: {gap:.4f} ± {margin:.4f} "
                 f"bits/byte; one of {self.difference.detectable:.4f} would be detected four times in five"
@@ -446,15 +446,15 @@ def _notes(
     elif is_chat:
         notes.append("The conversations are few: the intervals are rough.")
     else:
-        text = "is one document" if documents == 1 else "is few documents, or one is most of it"
+        text = "is one document" if documents == 1 else "has few documents, or one of them is most of it"
         notes.append(
-            f"The text {text}: its parts of {BLOCK:,} bytes are resampled, and the intervals say nothing "
-            "about other documents."
+            f"The text {text}, so parts of {BLOCK:,} bytes are resampled: the intervals do not cover other "
+            "documents."
         )
     runs = {one.name.partition("@")[0] for one in models if one.source.run is not None}
     if len(runs) > 1 and any(len(group) == 1 for group in groups):
         notes.append(
-            "Where a run has one seed only, the intervals do not cover what another seed would give: add "
-            "runs that differ in train.seed only, and they count as one."
+            "The intervals do not cover other seeds: add runs that differ only in train.seed, which count as "
+            "one model."
         )
     return tuple(notes)

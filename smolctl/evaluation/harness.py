@@ -191,7 +191,7 @@ class EngineLM(TemplateLM):
             raise InputError(
                 f"a task's generation_kwargs ask for {unknown[0]}={asked[unknown[0]]}, "
                 "which is not supported",
-                f"There are {', '.join(SAMPLING)}, do_sample, until and max_gen_toks.",
+                f"Supported: {', '.join(SAMPLING)}, do_sample, until and max_gen_toks.",
             )
         if not sampled:
             return SamplingSettings(0.0, repetition_penalty=taken["repetition_penalty"])

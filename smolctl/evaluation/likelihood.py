@@ -53,7 +53,7 @@ class Likelihood:
 
 
 def sequences_that_fit(engine: Engine, length: int) -> int:
-    """How many sequences of so many tokens are in the cache at once: a power of two, one at least."""
+    """How many sequences of this many tokens are in the cache at once: a power of two, one at least."""
     fitting = MOST_CACHE // (kv_cache_bytes_per_token(engine.config) * length)
     return 1 << max(1, min(MOST_SEQUENCES, fitting)).bit_length() - 1
 

@@ -24,7 +24,7 @@ class BitsPerByte:
 
     bits_per_byte: float
     standard_error: float | None  # of the mean, over documents; None: one document has none
-    loss: float  # nats a token
+    loss: float  # nats per token
     margin: float | None  # bits_per_byte ± margin is the interval at `estimate.CONFIDENCE`
 
 
@@ -116,7 +116,7 @@ def bits_per_byte(
 
 @torch.inference_mode()
 def mean_loss(network: Transformer, tokens: Tensor, document_end: int | None = None) -> float:
-    """Cross entropy in nats a token of sequences (N, T + 1), one at a time, computed in float32.
+    """Cross entropy in nats per token of sequences (N, T + 1), one at a time, computed in float32.
 
     Arguments as in `bits_per_byte`.
     """
@@ -130,7 +130,7 @@ def mean_loss(network: Transformer, tokens: Tensor, document_end: int | None = N
     return torch.stack(means).mean().item()
 
 
-LARGEST_LOSS_CHANGE = 1e-3  # nats a token, between a run's own record and an export of the same weights
+LARGEST_LOSS_CHANGE = 1e-3  # nats per token, between a run's own record and an export of the same weights
 
 
 def require_recorded_loss(network: Transformer, recorded: RecordedLoss, origin: str) -> None:

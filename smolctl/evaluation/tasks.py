@@ -141,7 +141,7 @@ def _run_of(source: ModelSource) -> Path | None:
 
 
 def record_report(report: TaskReport) -> Path | None:
-    """Add the results to the record of the run that was asked; None: the model is no run.
+    """Add the results to the record of the run that was asked; None: the model is not a run.
 
     Raises:
         SmolError: the record cannot be written.
@@ -154,7 +154,7 @@ def record_report(report: TaskReport) -> Path | None:
         record_tasks(report.run, [asdict(task) | how for task in report.tasks])
     except OSError as error:
         raise SmolError(
-            f"{path}: cannot be written ({error.strerror})", "The results are above; the run is as it was."
+            f"{path}: cannot be written ({error.strerror})", "The results are above; the run was not changed."
         ) from None
     return path
 

@@ -225,7 +225,7 @@ def _content(document: str | Conversation) -> str:
 
 
 def _beginning(text: D, size: int) -> D:
-    """At most so many bytes of a text, in whole characters; a conversation as it is."""
+    """At most this many bytes of a text, in whole characters; a conversation as it is."""
     if isinstance(text, Conversation):
         return text
     return text.encode("utf-8", "replace")[:size].decode("utf-8", "ignore")

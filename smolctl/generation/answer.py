@@ -106,7 +106,7 @@ class Answer:
 
 
 def spell(tokenizer: Tokenizer, token: int) -> str:
-    """The text of one token by itself; bytes that are no whole character show as \\xe2."""
+    """The text of one token by itself; bytes that are not a whole character show as \\xe2."""
     spelled = tokenizer.bytes_of(token)
     return f"<{token}>" if spelled is None else spelled.decode("utf-8", "backslashreplace")
 

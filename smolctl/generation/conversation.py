@@ -147,7 +147,7 @@ class Session:
         """Continue a conversation that `Conversation.save` has written, with its system message.
 
         Raises:
-            InputError: it cannot be read, or is no conversation.
+            InputError: it cannot be read, or is not a conversation.
         """
         messages = read_json(path, "Name a file that /save has written.").get("messages")
         start = int(are_messages(messages) and messages[0]["role"] == "system")

@@ -83,7 +83,7 @@ class Engine(ABC):
 
     @abstractmethod
     def allocate(self, sequences: int, capacity: int) -> Cache:
-        """Room for so many sequences of at most so many tokens.
+        """Room for this many sequences of at most this many tokens.
 
         Raises:
             InputError: more tokens than the model has positions for.

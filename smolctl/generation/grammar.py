@@ -78,7 +78,7 @@ def compile_schema(schema: Mapping[str, Any], tokenizer: Tokenizer, config: Mode
     """A grammar of a JSON schema.
 
     Raises:
-        InputError: it is no JSON schema, or has a keyword that cannot be enforced, by name.
+        InputError: it is not a JSON schema, or has a keyword that cannot be enforced, by name.
         SmolError: llguidance is not installed.
     """
     try:

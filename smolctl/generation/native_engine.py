@@ -278,7 +278,7 @@ class NativeEngine(Engine):
         return NativeCache(self.config, sequences, capacity, self.cache_dtype)
 
     def _make_rotary(self, capacity: int) -> None:
-        """A longer table of angles. The context holds a copy of the model's description: make it anew."""
+        """A longer table of angles. The context holds a copy of the model's description: make it again."""
         self._close()
         angles = rotary_angles(self.config, capacity).astype(np.float64)
         self._rotary = np.stack((np.cos(angles), np.sin(angles))).astype(np.float32)

@@ -17,7 +17,7 @@ def parse_messages(value: Any) -> list[dict[str, Any]]:
         value: a list of objects with "role" and "content", which is a text, or a list of parts with text.
 
     Raises:
-        InputError: it is something else, or holds what is no text; the message begins with the field's name.
+        InputError: it is something else, or holds anything but text; the message names the field.
     """
     if not isinstance(value, list) or not value:
         raise InputError('"messages" is not a list with a message in it', LIKE_OPENAI)
@@ -63,7 +63,7 @@ def _text(name: str, part: Any) -> str:
     if isinstance(part, dict):
         kind = part.get("type")
         if kind not in ("text", "refusal"):
-            raise InputError(f'"{name}" has a part that is no text', "This model reads text only.")
+            raise InputError(f'"{name}" has a part that is not text', "This model reads text only.")
         part = part.get(kind)
     if not isinstance(part, str):
         raise InputError(f'"{name}" is neither a string nor a list of parts with text', LIKE_OPENAI)

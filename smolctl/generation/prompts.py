@@ -104,7 +104,7 @@ def read_prompts(name: str, stdin: TextIO, defaults: CompletionSettings) -> Prom
     numbered = enumerate(text.removeprefix("\ufeff").split("\n"), start=1)
     lines = tuple(_parse(number, line.strip(), defaults) for number, line in numbered if line.strip())
     if not lines:
-        raise InputError(f"{name}: no prompts in it", 'Write one JSON object a line: {"prompt": "..."}.')
+        raise InputError(f"{name}: no prompts in it", 'Write one JSON object per line: {"prompt": "..."}.')
     return PromptFile(name, lines)
 
 
@@ -225,8 +225,8 @@ def _parse(number: int, text: str, defaults: CompletionSettings) -> PromptLine:
 
 
 def refuse_constant(name: str) -> None:
-    """Raise for NaN and its kin, which are no JSON."""
-    raise ValueError(f"{name} is not a number of JSON")
+    """Raise for NaN and its kin, which are not JSON."""
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _is_row_of(row: Mapping[str, Any], line: PromptLine) -> bool:

@@ -36,7 +36,7 @@ class SampleRequest:
     """What to generate, and with which models.
 
     Raises:
-        UsageError: values that exclude each other.
+        UsageError: values that cannot be combined.
     """
 
     models: tuple[str, ...] = ()  # none: the newest run
@@ -62,7 +62,7 @@ class SampleRequest:
         if self.compare and len(self.models) < 2:
             raise UsageError("--compare needs two MODELs or more", "Name them one after the other.")
         if self.jsonl is not None and self.prompt is not None:
-            raise UsageError("--jsonl and --prompt exclude each other", "Write the prompt into the file.")
+            raise UsageError("--jsonl and --prompt cannot be combined", "Write the prompt into the file.")
         if self.jsonl is not None and len(self.models) > 1:
             raise UsageError("--jsonl takes one MODEL", "Run it once for every model.")
         if self.resume_output is not None and self.jsonl is None:

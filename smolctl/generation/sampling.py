@@ -23,7 +23,7 @@ BLOCK = 256
 # between two of them at its mean, and sorts no more than a few tokens in the end.
 RUNGS = (0.1, 1e-2, 1e-3, 1e-4, 0.0)
 FEW = 1024
-# Of a temperature and a penalty: what is far beyond any use of them is no number in float32 any more.
+# Of a temperature and a penalty: what is far beyond any use of them overflows float32.
 MOST = 1_000_000
 
 

@@ -42,7 +42,7 @@ class TorchEngine(Engine):
     """Runs a network in evaluation mode, in the dtype and on the device of its parameters."""
 
     def __init__(self, network: Transformer, note: str = "", name: str = "") -> None:
-        weight = network.model.norm.weight  # packed matrices are no parameters
+        weight = network.model.norm.weight  # packed matrices are not parameters
         kind = str(weight.dtype).removeprefix("torch.")
         super().__init__(network.config, name or f"torch {weight.device.type}, {kind}", note)
         self.network = network

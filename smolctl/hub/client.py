@@ -75,7 +75,8 @@ class Identity:
         token = f"token {self.token_name!r}" if self.token_name else "this token"
         if self.role == "read":
             raise HubError(
-                f"{token} of {self.user} may only read", "Make one of role write at hf.co/settings/tokens."
+                f"{token} of {self.user} may only read",
+                "Create one with the role write at hf.co/settings/tokens.",
             )
         known = (self.user, *self.organizations)
         if namespace.lower() not in {name.lower() for name in known}:
@@ -137,7 +138,7 @@ class HubClient:
 
     Args:
         note: receives what takes time or was decided.
-        wait: sleeps so many seconds.
+        wait: sleeps this many seconds.
 
     Raises:
         HubError: there is no token.
@@ -204,7 +205,7 @@ class HubClient:
                 self.note(f"{target.shown} is {shown} already and stays so.")
         except MissingError:
             of: dict[str, Any] = {"private": not public, "exist_ok": True, "space_sdk": space_sdk}
-            self._ask(target, "make the repository", self.api.create_repo, **of)
+            self._ask(target, "create the repository", self.api.create_repo, **of)
             head = self.head(main)
         if target.revision == "main":
             return head
@@ -212,8 +213,8 @@ class HubClient:
             return self.head(target)
         except MissingError:
             branch = target.revision
-            self.note(f"{target.shown}: branch {branch} is made.")
-            self._ask(target, f"make the branch {branch}", self.api.create_branch, branch=branch)
+            self.note(f"{target.shown}: branch {branch} was created.")
+            self._ask(target, f"create the branch {branch}", self.api.create_branch, branch=branch)
             return self.head(target)
 
     def read(self, target: Target, head: Head, path: str) -> bytes | None:
@@ -246,7 +247,7 @@ class HubClient:
 
         Raises:
             ChangedError: somebody else has committed since `head` was read.
-            HubError: the Hub refuses, does not answer, or holds something else than what was sent.
+            HubError: the Hub refuses, does not answer, or holds something other than what was sent.
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 

@@ -52,7 +52,7 @@ WRITING = Purpose(
     "write",
     "use --dry-run or --local-dir",
     elsewhere=", or name another --repo",
-    kept=" What has arrived is not sent twice.",
+    kept=" Files that have arrived are not sent again.",
 )
 Verdict = tuple[type[HubError], str, str]  # cause and remedy
 LOGIN = "Run `hf auth login`, or set HF_TOKEN to a token that may {right}"
@@ -75,7 +75,7 @@ _MISSING: Verdict = (
 STRANGE = (LookupError, TypeError, AttributeError)  # which the client raises where an answer is not a Hub's
 _STRANGE: Verdict = (
     HubError,
-    "{host} gave an answer that is not a Hub's ({said})",
+    "{host} did not answer like a Hub ({said})",
     "Is {host} a Hub? HF_ENDPOINT says where yours is.",
 )
 # Exceptions by the name of their class; other answers by their status.
@@ -86,12 +86,12 @@ TABLE: Mapping[str | int, Verdict] = {
     "TimeoutError": _LATE,
     "HTTPError": _CUT_OFF,
     "ConnectionError": _CUT_OFF,
-    "InvalidURL": (HubError, "no address can be made of it ({said})", "Check HF_ENDPOINT and the name."),
+    "InvalidURL": (HubError, "no URL can be made of it ({said})", "Check HF_ENDPOINT and the name."),
     **dict.fromkeys(("LookupError", "TypeError", "AttributeError"), _STRANGE),
     "GatedRepoError": (
         HubError,
-        "gated: its authors ask for consent first",
-        "Accept its licence at {page}, then set HF_TOKEN; with a token, wait until they have let you in.",
+        "gated: its authors ask you to accept their terms first",
+        "Accept its licence at {page}, then set HF_TOKEN; with a token, wait until they grant you access.",
     ),
     "RevisionNotFoundError": (
         MissingError,
@@ -119,7 +119,7 @@ TABLE: Mapping[str | int, Verdict] = {
         "too many requests (429)",
         f"{AGAIN} With a token (`hf auth login`) the limit is higher.",
     ),
-    500: (PassingError, "{host} has a problem of its own ({status})", AGAIN),
+    500: (PassingError, "{host} has an internal error ({status})", AGAIN),
     409: (
         HubError,
         "it conflicts with what is there already (409: {said})",

@@ -21,7 +21,7 @@ class PlannedFile:
 
 
 def planned_files(folder: Path) -> tuple[PlannedFile, ...]:
-    """Every file under a folder, by path; links are no files of it."""
+    """Every file under a folder, by path; links do not count."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     return tuple(planned_file(folder, path.relative_to(folder).as_posix()) for path in files)
 

@@ -47,7 +47,7 @@ class _Backend:
 
 
 class _Stream:
-    """A connection. Between two requests, when something is sent, its clock begins anew."""
+    """A connection. Between two requests, when something is sent, its clock starts again."""
 
     def __init__(self, stream: httpcore2.NetworkStream) -> None:
         self._stream = stream

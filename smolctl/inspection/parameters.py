@@ -208,7 +208,7 @@ def _notes(stored: Stored) -> tuple[str, ...]:
 def _stored_notes(stored: Stored) -> Iterable[str]:
     for tensors, what in (
         (stored.scales, "scales and offsets of quantized weights"),
-        (stored.buffers, "buffers, which are no parameters"),
+        (stored.buffers, "buffers, which are not parameters"),
     ):
         if tensors:
             numbers = sum(tensor.parameters for tensor in tensors)

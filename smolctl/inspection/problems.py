@@ -26,7 +26,7 @@ def find_problems(source: ModelSource) -> tuple[str, ...]:
 
 
 def find_notes(source: ModelSource) -> tuple[str, ...]:
-    """Facts that are no problem and still surprise people."""
+    """Facts that are not problems but may surprise people."""
     config = source.config
     if config is None:
         return ()

@@ -48,7 +48,7 @@ class PackedTable(nn.Module):
 
 
 class PerTokenLinear(quantized.Linear):
-    """PyTorch's dynamic layer with a scale for each row of its input, and two digits of 7 bits a value.
+    """PyTorch's dynamic layer with a scale for each row of its input, and two digits of 7 bits per value.
 
     A row divided by `unit` reaches up to the largest digit, 63. Its rounded values are the first digits, and
     what the rounding missed, times 126, are the second ones. Both are rows of one product, so that a matrix
@@ -56,7 +56,7 @@ class PerTokenLinear(quantized.Linear):
     takes its scale from the range of its input, takes 1.
 
     Measured on SmolLM2-135M-Instruct with a scale for each row of its matrices (KL to the source in nats a
-    token on 1,536 tokens; tokens a second on one core of a Zen 4, decoding and reading a prompt):
+    token on 1,536 tokens; tokens per second on one core of a Zen 4, decoding and reading a prompt):
 
     | activations | KL with VNNI | KL on AVX2 | decode | prompt |
     |---|---|---|---|---|

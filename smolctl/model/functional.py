@@ -1,7 +1,7 @@
 """The network's own operations, with gradients written by hand.
 
 Autograd keeps every intermediate result for the backward pass. These keep what cannot be had again
-cheaply and compute the rest anew, in place where they can: less memory, and less traffic with it.
+cheaply and compute the rest again, in place where they can: less memory, and less traffic with it.
 
 Under autocast matmuls are computed in autocast's dtype, everything else in the dtype of its input.
 Shapes as in `network.py`.

@@ -271,7 +271,7 @@ class Decoder(nn.Module):
         self._rotary: Tensor | None = None
 
     def _angles(self, positions: int, device: torch.device) -> Tensor:
-        """The rotary table of at least so many positions; it grows with the longest text seen.
+        """The rotary table of at least this many positions; it grows with the longest text seen.
 
         A declared context may be a million tokens: a table of that length is made for those who use it.
         """
@@ -343,7 +343,7 @@ class Transformer(nn.Module):
         without.
         """
         self.model.is_compiled = True
-        self.model.masks_documents = True  # lengths change with every batch, and each would be compiled anew
+        self.model.masks_documents = True  # lengths change with every batch, and each would be compiled again
         for block in self.model.layers:
             block.compile()
 
@@ -385,7 +385,7 @@ class Transformer(nn.Module):
         `forward`, `trained` (B, T) says which targets count; None: all. No logits are computed for others.
 
         The logits exist in chunks only, forward and backward: all of them at once would be 49,152
-        numbers a token, more than everything else that a layer keeps.
+        numbers per token, more than everything else that a layer keeps.
         """
         hidden = self.model(input_ids, documents=documents).flatten(0, 1)  # (B·T, C)
         targets = targets.flatten()

@@ -420,7 +420,7 @@ static void look_at_kinds(context *c) {
     c->exact = c->packs == 2 ? EXACT : FEW;
 }
 
-// A context for at most `chunk` tokens a call; NULL when memory is short. The model's arrays stay the caller's.
+// A context for at most `chunk` tokens per call; NULL when memory is short. The model's arrays stay the caller's.
 EXPORT void *smolctl_create(const model *m, int chunk, int threads) {
     context *c = calloc(1, sizeof *c);
     if (!c) return NULL;

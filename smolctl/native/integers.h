@@ -360,7 +360,7 @@ INLINE ivec all_of(const void *from) { return LOAD(int32_t, from) - (ivec){0}; }
 INLINE void multiply_opened(int tokens, const packing *p, float *panel, int rows, const integers *x, float *y, size_t stride,
                             const uint8_t *next) {
     const float *scales = opened_scales(p, panel), *offsets = opened_offsets(p, panel);
-    const int lines = LANES * BLOCK / (p->kind == INT8 ? 64 : 128);  // of a block of so many rows
+    const int lines = LANES * BLOCK / (p->kind == INT8 ? 64 : 128);  // of a block of this many rows
     vec total[LANES][TOGETHER] = {0};
     for (int b = 0; b < p->blocks; b++) {
         const int32_t *w = (const int32_t *)panel + (size_t)b * UNITS * LANES;

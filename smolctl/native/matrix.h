@@ -150,7 +150,7 @@ static float dot_offsets(const half *offsets, int groups, int units_a_group, int
 }
 
 // Integers of the two halves of a block times those of the vector, summed up over lanes in part. 16-bit products
-// need a third of the instructions of floats, and 16 bits a value of x lose nothing that could be seen.
+// need a third of the instructions of floats, and 16 bits per value of x lose nothing that could be seen.
 INLINE void block_integers(int kind, const uint8_t *row, int block, const int16_t *x, accumulator halves[2]) {
     const uint8_t *from = row + block * (kind == INT8 ? BLOCK : kind == INT4 ? HALF_BLOCK : HALF_BLOCK + 4);
     x += block * BLOCK;

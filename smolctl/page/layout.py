@@ -6,7 +6,7 @@ address of the file, and knows neither names of tensors nor the format.
 
 A matrix is [kind, rows, columns, group, values, scales, offsets] as matrix.h has it; an offset of 0, where
 the file's own header lies, stands for none. A tensor that is read as floats has an eighth number: how many of
-its columns are no padding. A number by itself is written as it is: 0 stands for a tensor that is not there.
+its columns are not padding. A number by itself is written as it is: 0 stands for a tensor that is not there.
 """
 
 from __future__ import annotations

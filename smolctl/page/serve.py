@@ -39,7 +39,7 @@ class PageHandler(SimpleHTTPRequestHandler):
     def end_headers(self) -> None:
         for name, value in self._sent.items():
             self.send_header(name, value)
-        self.send_header("cache-control", "no-cache")  # a page that was built anew is seen at once
+        self.send_header("cache-control", "no-cache")  # a page that was rebuilt is seen at once
         super().end_headers()
 
     def log_message(self, format: str, *arguments: Any) -> None:
@@ -68,7 +68,7 @@ class PageServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that closes a connection is no error."""
+        """A browser that closes a connection is not an error."""
 
 
 @contextlib.contextmanager

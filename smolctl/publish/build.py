@@ -63,8 +63,8 @@ class ModelToPublish:
 
     @property
     def base(self) -> Provenance | None:
-        """What the weights were made from: themselves, where a model of the Hub is published anew or a config
-        was partly assumed."""
+        """What the weights were made from: themselves, where a Hub model is published again or its config was
+        partly assumed."""
         itself = provenance_of(self.source)
         base = itself if itself.kind == "hub" or itself.assumed else itself.made_from
         return base and base.public()
@@ -143,7 +143,7 @@ def scanned_files(
 
     Args:
         folder: that goes up.
-        allowed: hashes of findings that are no secrets.
+        allowed: hashes of findings that are not secrets.
 
     Raises:
         InputError: something else looks like a secret, with file, line and hash.
@@ -157,7 +157,7 @@ def scanned_files(
         raise InputError(
             f"this looks like a secret, so nothing is published: {shown}{more}",
             "Remove it from the run's files; a key that others may have seen must be revoked. "
-            f"If it is no secret: --allow-secret {refused[0].hash}",
+            f"If it is not a secret: --allow-secret {refused[0].hash}",
         )
     return files, findings
 
@@ -233,7 +233,7 @@ def _licence_files(folder: Path | None) -> tuple[Path, ...]:
 def add_quantized(run: Path, target: Path, step: int) -> tuple[str, ...]:
     """Copy the quantized folders that were made of the published step: what `quantize` wrote into them.
 
-    The .ckpt in one holds the same again, and GGUF files are written anew.
+    The .ckpt in one holds the same again, and GGUF files are rewritten.
 
     Raises:
         InputError: a file is a link that leads out of the run, or was edited.

@@ -1,6 +1,6 @@
 """The model card: written from the run's own files, around what people have written themselves.
 
-What is generated stands between two comments, and is written anew at every push. Everything else belongs
+What is generated stands between two comments, and is rewritten at every push. Everything else belongs
 to the people who edit the card, on the Hub or in the run's folder, and so do the values of the metadata.
 """
 
@@ -17,9 +17,7 @@ from smolctl.errors import InputError
 from smolctl.publish.licenses import require_license
 from smolctl.sources.huggingface.card import read_metadata, split_card
 
-BEGIN = (
-    "<!-- smolctl: generated from here on, written anew at every push. Edit outside of these comments. -->"
-)
+BEGIN = "<!-- smolctl: generated from here on, rewritten at every push. Edit outside of these comments. -->"
 END = "<!-- smolctl: end of the generated part -->"
 _MARK = re.compile(r"<!--(?=\s*smolctl:)")
 _GENERATED = re.compile(r"<!-- smolctl: generated.*?-->.*?<!-- smolctl: end.*?-->", re.DOTALL)
@@ -45,7 +43,7 @@ def merge_card(
         forced: metadata that wins over the existing card's.
 
     Raises:
-        InputError: the existing card's front matter is no YAML mapping.
+        InputError: the existing card's front matter is not a YAML mapping.
     """
     inner = _MARK.sub("< !--", generated.strip())  # a prompt may be what ends this part
     block = f"{BEGIN}\n\n{inner}\n\n{END}"
@@ -67,7 +65,7 @@ def stated_license(text: str) -> str | None:
     """The licence that a card's metadata states.
 
     Raises:
-        InputError: the metadata is no YAML mapping.
+        InputError: the metadata is not a YAML mapping.
     """
     value = read_metadata(split_card(text)[0]).get("license")
     return ", ".join(map(str, value)) if isinstance(value, list) else value and str(value)

@@ -44,7 +44,7 @@ class RunFacts:
     step: int
     tokens: int
     seconds: float
-    loss: float | None  # nats a token, of the last step
+    loss: float | None  # nats per token, of the last step
     validations: tuple[Mapping[str, Any], ...] = ()
     histories: Mapping[str, History] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)

@@ -129,7 +129,7 @@ def _compiled(folder: Path) -> str:
         return " It runs on PyTorch: there was no compiled engine for the Hub's machines."
     return (
         " The `.so` files in `smolctl/native/` are its `forward.c`, compiled where this was pushed from; "
-        "`python -m smolctl.native.build` makes them anew. Where none of them runs, PyTorch "
+        "`python -m smolctl.native.build` rebuilds them. Where none of them runs, PyTorch "
         "is used, which is slower."
     )
 

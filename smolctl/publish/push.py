@@ -55,7 +55,7 @@ class PushOptions:
     space: str | None = None
     space_sdk: Sdk = Sdk.STATIC
     page_schemes: tuple[str, ...] = ("int8",)  # variants on a static page, the default first
-    allowed_secrets: tuple[str, ...] = ()  # hashes of findings that are no secrets
+    allowed_secrets: tuple[str, ...] = ()  # hashes of findings that are not secrets
     accept_guesses: bool = False  # of values of the config that no file says
 
 
@@ -184,7 +184,7 @@ def _require_ours(target: Path, kind: str, option: str, model: str) -> None:
     """Check that a folder is new, or was written by an earlier call and is as that left it."""
     require_replaceable(target, kind, option, force=True, reads=(model,))
     for found, what in (
-        (strange_files(target), "is no part of this"),
+        (strange_files(target), "is not part of this"),
         (edited_files(target), "was edited after smolctl wrote it"),
     ):
         if found:
@@ -288,7 +288,7 @@ def _build_with_space(options: PushOptions, model: ModelToPublish, folder: Path,
 def make_plan(
     options: PushOptions, destination: Destination, built: Built, client: HubClient | None = None
 ) -> PushPlan:
-    """What would be sent, with the cards that are written anew around the ones on the Hub.
+    """What would be sent, with the cards that are rewritten around the ones on the Hub.
 
     Without a client it is as if nothing were there.
 

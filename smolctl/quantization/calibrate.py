@@ -56,7 +56,7 @@ class TensorCost:
     stored: str  # "int8", "int4"
     bytes: int
     output_error: float  # relative: RMS error of the output over RMS of the output
-    kl: float | None = None  # nats a token when this tensor alone is rounded; only of the costliest
+    kl: float | None = None  # nats per token when this tensor alone is rounded; only of the costliest
     largest_input: float | None = None  # where inputs are rounded too, as int8-dynamic does
     median_input: float | None = None  # of the absolute values; the mean of the sequences' medians
 

@@ -86,7 +86,7 @@ def write_folder(
         Files that were there and stay, because they are not smolctl's.
 
     Raises:
-        WriteError: no room, no permission, or the disk returned other bytes than were written.
+        WriteError: no room, no permission, or the disk returned different bytes than were written.
     """
     stored = stored_arrays(items)
     twice = 2 if plan.scheme == DYNAMIC else 1  # the .ckpt holds everything again
@@ -229,4 +229,6 @@ def _compare(partial: Path, items: Mapping[str, StoredTensor], target: Path) -> 
             for name, array in expected.items()
         )
         if not same:
-            raise WriteError(f"{target}: the disk returned other values than were written", "Check the disk.")
+            raise WriteError(
+                f"{target}: the disk returned different values than were written", "Check the disk."
+            )

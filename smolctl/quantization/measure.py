@@ -46,7 +46,7 @@ class Quality:
     bits_per_byte: Estimate
     source_bits_per_byte: Estimate
     delta: Estimate  # of bits per byte; paired: both read the same documents
-    kl: Estimate  # nats a token, KL(source ‖ variant)
+    kl: Estimate  # nats per token, KL(source ‖ variant)
     kl_documents: tuple[float, ...]  # sum over each document, for comparing variants
     top1_agreement: float
     tokens: int
@@ -61,7 +61,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second of a variant and of its source, in turns."""
+    """Tokens per second of a variant and of its source, in turns."""
 
     decode: Spread
     prefill: Spread
@@ -138,7 +138,7 @@ def _perplexity(nats: Tensor) -> float:
 
 
 def mean_kl(reference: Engine, variant: Engine, windows: Sequence[Tensor]) -> float:
-    """Nats a token of KL(reference ‖ variant)."""
+    """Nats per token of KL(reference ‖ variant)."""
     found = [
         score_tokens(_logits(variant, inputs), window[1:], _logits(reference, inputs)).kl
         for window in windows

@@ -100,7 +100,7 @@ def check_scheme(scheme: str, config: ModelConfig) -> None:
     if re.fullmatch(r"i?q\d_(k|k_[sml]|nl|xs|xxs|s|m)|i?q\d_\w*k\w*", name.lower()):
         rows = (config.hidden_size, config.intermediate_size)
         odd = [size for size in rows if size % K_BLOCK]
-        reason = f"{odd[0]} is no multiple of {K_BLOCK}" if odd else "they cannot be written from Python"
+        reason = f"{odd[0]} is not a multiple of {K_BLOCK}" if odd else "they cannot be written from Python"
         raise InputError(
             f"{scheme}: K-quants pack {K_BLOCK} values of a row together, and {reason}",
             f"Use one of {', '.join(f'gguf-{one}' for one in BLOCK_SCHEMES)}; their blocks are of {BLOCK}. "
@@ -148,7 +148,7 @@ def _tensor_plan(
     if len(shape) == 1 or any(_matches(pattern, name, config) for pattern in options.skip):
         return TensorPlan(name, shape, 32)
     if scheme == DYNAMIC:
-        # Tables that are only looked up are no linear layers; a tied one is the head's.
+        # Tables that are only looked up are not linear layers; a tied one is the head's.
         looked_up = "embed_positions" in name or (name == TABLE and not config.tie_word_embeddings)
         return TensorPlan(name, shape, 32 if looked_up else 8)
     asked = next((bits for pattern, bits in options.bits_map if _matches(pattern, name, config)), None)
@@ -227,5 +227,5 @@ def _check_pattern(pattern: str, option: str) -> None:
             re.compile(pattern[3:])
         except re.error as error:
             raise UsageError(
-                f"{option} {pattern}: no regular expression ({error})", "Correct the expression."
+                f"{option} {pattern}: not a regular expression ({error})", "Correct the expression."
             ) from None

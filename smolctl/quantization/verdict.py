@@ -14,7 +14,7 @@ from smolctl.quantization.footprint import Footprint
 from smolctl.quantization.measure import Divergence, Quality, Speed
 from smolctl.quantization.schemes import DYNAMIC, GGUF_SCHEMES, PACKED_SCHEMES, SchemeOptions
 
-# Mean KL in nats a token. On SmolLM2-135M 8 bits in groups of 32 cost 0.004 and nobody notices; at 1 the
+# Mean KL in nats per token. On SmolLM2-135M 8 bits in groups of 32 cost 0.004 and nobody notices; at 1 the
 # perplexity has tripled.
 UNNOTICED, SMALL, LARGE = 0.01, 0.1, 0.5
 NOTICED = 1.05  # times as fast
@@ -134,7 +134,7 @@ def _beaten(variant: Variant, others: Sequence[Variant], source: SourceFacts) ->
         for other in others
         if other is not variant and other.bytes <= variant.bytes and _clearly_closer(other, variant)
     ]
-    return f"not worth its size: {better[0]} is no larger and better" if better else ""
+    return f"not worth its size: {better[0]} is better and no larger" if better else ""
 
 
 def _clearly_closer(one: Variant, other: Variant) -> bool:
@@ -173,7 +173,7 @@ class Gates:
             measured: whether the variants will be measured.
 
         Raises:
-            UsageError: a limit is no number, or nothing is measured that it could apply to.
+            UsageError: a limit is not a number, or nothing is measured that it could apply to.
         """
         for option, limit in (("--max-bpb-increase", self.max_bpb_increase), ("--max-kl", self.max_kl)):
             if limit is None:

@@ -20,7 +20,7 @@ SETTLING = 100  # losses from which on they do
 
 @dataclass(frozen=True)
 class Losses:
-    """The losses of a run, cross-entropies in nats a token, with the steps that they are of."""
+    """The losses of a run, cross-entropies in nats per token, with the steps that they are of."""
 
     steps: Series  # (N,)
     losses: Series  # (N,)
@@ -75,7 +75,7 @@ def draw_loss(records: Iterable[Mapping[str, Any]], target: Path) -> None:
     if z_losses.any():
         beside = axes.twinx()
         beside.plot(x, smoothed(thinned(z_losses)), color="#74c476", linewidth=1)
-        beside.set_ylabel("z-loss (nats a token)")
+        beside.set_ylabel("z-loss (nats per token)")
         beside.spines["top"].set_visible(False)
         axes.plot([], [], color="#74c476", linewidth=1, label="z-loss, right axis")
     if len(raw):
@@ -83,7 +83,7 @@ def draw_loss(records: Iterable[Mapping[str, Any]], target: Path) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -25,7 +25,7 @@ CHECKPOINT_ENDINGS = ("", CHECKSUM_SUFFIX, DAMAGED, KEPT)
 FORMAT = 2  # of what smolctl adds to Lightning's checkpoint; 1 had no tokenizer and no recorded loss
 ANOTHER = "Use another checkpoint of the run: this one is damaged or not complete."
 NO_PICKLE, UNPACK = (
-    "a zip archive, but no PyTorch checkpoint (no data.pkl)",
+    "a zip archive, but not a PyTorch checkpoint (no data.pkl)",
     "Unpack it and name the model in it.",
 )
 
@@ -95,7 +95,7 @@ def read_checkpoint(path: Path, mmap: bool = True) -> dict[str, Any]:
         raise _load_error(path, error) from None
     if not isinstance(content, dict):
         raise InputError(
-            f"{path}: no checkpoint of a training run", "Name a run folder or one of its checkpoints."
+            f"{path}: not a checkpoint of a training run", "Name a run folder or one of its checkpoints."
         )
     _require_known_format(content, path)
     return content
@@ -111,7 +111,7 @@ def _require_known_format(content: Mapping[str, Any], path: Path) -> None:
     ours = content.get("smolctl")
     written = ours.get("format", 1) if isinstance(ours, Mapping) else 1
     if type(written) is not int or written < 1:
-        raise InputError(f"{path}: its format number is {written!r}, which is none", ANOTHER)
+        raise InputError(f"{path}: its format number is {written!r}, which is not valid", ANOTHER)
     if written > FORMAT:
         raise InputError(
             f"{path}: written by a newer smolctl: format {written}, this one reads up to {FORMAT}",

@@ -81,7 +81,7 @@ class Step:
 
     event: ClassVar[str] = "step"
     step: int  # counted from 1
-    # Cross-entropy in nats a token, mean over the step's tokens, before the update; None: float16 overflow.
+    # Cross-entropy in nats per token, mean over the step's tokens, before the update; None: float16 overflow.
     loss: float | None
     learning_rate: float
     gradient_norm: float | None  # before clipping
@@ -93,7 +93,7 @@ class Step:
     mfu: float | None  # share of the devices' peak arithmetic; None where that is not known
     skipped: int = 0  # steps so far whose float16 gradients overflowed; their updates were not made
     phase: str = ""  # of the schedule: "warmup", "stable", "decay" or "floor"
-    z_loss: float | None = None  # nats a token that train.z_loss adds to the loss; None where it is off
+    z_loss: float | None = None  # nats per token that train.z_loss adds to the loss; None where it is off
     until: int | None = None  # step at which the run ends, as train.minutes has it now; None: as it started
 
 
@@ -113,7 +113,7 @@ class Prediction:
     step: int
     prompt: str
     text: str
-    loss: float | None  # nats a token on the prompt itself; None for a prompt of one token
+    loss: float | None  # nats per token on the prompt itself; None for a prompt of one token
     top: tuple[Candidate, ...]  # most likely tokens right after the prompt
 
 
@@ -125,7 +125,7 @@ class Validation:
     step: int
     bits_per_byte: float
     standard_error: float | None  # over documents; None: one document has none
-    loss: float  # nats a token
+    loss: float  # nats per token
     margin: float | None = None  # bits_per_byte ± margin is the 95 % interval over documents
 
 

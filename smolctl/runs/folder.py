@@ -151,7 +151,7 @@ class RunFolder:
         """The run in a folder; the link `runs/latest` is followed.
 
         Raises:
-            InputError: there is no such folder, or it is no run.
+            InputError: there is no such folder, or it is not a run.
         """
         if not path.is_dir():
             raise InputError(f"{path}: no such run", _runs_hint(path.parent))
@@ -292,7 +292,7 @@ class RunFolder:
         """What config.yaml says, if somebody may have edited it after smolctl wrote it.
 
         Raises:
-            InputError: it is no config any more.
+            InputError: it is not a config any more.
         """
         is_as_written = read_record(self.path) is not None and CONFIG not in edited_files(self.path)
         return None if is_as_written else self.config()
@@ -441,18 +441,18 @@ class RunFolder:
         return histories(read_records(self.path / PREDICTIONS, Prediction, last))
 
     def write_story(self) -> None:
-        """Write predictions.md anew from predictions.jsonl."""
+        """Rewrite predictions.md from predictions.jsonl."""
         write_text(self.path / STORY, to_markdown(self.predictions()))
 
     def draw_loss(self) -> None:
-        """Draw loss.png anew from metrics.jsonl."""
+        """Redraw loss.png from metrics.jsonl."""
         from smolctl.runs.chart import draw_loss
 
         with replacing(self.path / LOSS_CURVE) as partial:
             draw_loss(self.metrics(), partial)
 
     def write_report(self) -> None:
-        """Write report.html anew from the run's config and records."""
+        """Rewrite report.html from the run's config and records."""
         from smolctl.runs.report import to_html
 
         name, config, environment = self.path.resolve().name, self.config(), self.environment()

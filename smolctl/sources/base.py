@@ -77,7 +77,7 @@ class RecordedLoss:
     """What a run recorded of a checkpoint's weights: whoever exports them must find the same loss."""
 
     tokens: torch.Tensor  # int32 (N, T + 1): sequences that were held out
-    loss: float  # mean cross entropy in nats a token, computed in float32
+    loss: float  # mean cross entropy in nats per token, computed in float32
     document_end: int | None = None  # the token that attention does not cross
 
 

@@ -151,7 +151,7 @@ def network_state(content: Mapping[str, Any], path: Path) -> dict[str, torch.Ten
         if name in tensors:
             raise InputError(f"{path}: holds {name} twice", "Name a checkpoint of one network.")
         if isinstance(value, torch.Tensor) and not _is_plain(value):
-            raise InputError(f"{path}: {name} is no tensor of numbers that lie in the file", ANOTHER)
+            raise InputError(f"{path}: {name} is not a tensor whose numbers lie in the file", ANOTHER)
         tensors[name] = value
     if not tensors:
         raise InputError(

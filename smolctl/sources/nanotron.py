@@ -349,7 +349,7 @@ def _model_notes(node: _Node) -> Iterator[str]:
     if started := node.get("checkpoints.resume_checkpoint_path") or node.get("model.init_method.path"):
         yield f"nanotron starts from the weights in {shown(started)}: name the same ones with --init-from"
     if node.get("model.model_config.rope_scaling"):
-        yield "nanotron trains without rope_scaling, whatever it is; here it is computed as the recipe says"
+        yield "nanotron ignores rope_scaling; here it is computed as the recipe says"
     if node.get("model.model_config.rope_interleaved"):
         yield (
             "nanotron's rope_interleaved rotates neighbours, here rope rotates halves: the same network with"

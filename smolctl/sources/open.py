@@ -66,10 +66,10 @@ NO_LONE_FILE = re.compile(
 # How files of other kinds begin, what they are and what to do.
 OTHER_FILES = {
     **dict.fromkeys(
-        (b"lmgg", b"fmgg", b"tjgg"), ("a GGML file, of the time before GGUF", "Get the model as GGUF.")
+        (b"lmgg", b"fmgg", b"tjgg"), ("a GGML file, the format before GGUF", "Get the model as GGUF.")
     ),
     b"\x89HDF": ("a Keras or TensorFlow file (HDF5)", "Get the model as safetensors."),
-    b"\x93NUMPY": ("an array of NumPy's", "Save the model as safetensors."),
+    b"\x93NUMPY": ("a NumPy array", "Save the model as safetensors."),
     **dict.fromkeys(
         (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!"), ("an archive", "Unpack it first.")
     ),
@@ -172,7 +172,9 @@ def _pasted(model: str) -> str:
     address = HUB_ADDRESS.fullmatch(model)
     if address is None:
         if "://" in model:
-            raise InputError(f"{model}: no address of a model on the Hub", "Download the file, then name it.")
+            raise InputError(
+                f"{model}: not the address of a model on the Hub", "Download the file, then name it."
+            )
         return model
     name, revision, file = address["name"], address["revision"], address["file"]
     if file and file not in HUB_PARTS:
@@ -239,7 +241,7 @@ def _refuse_part_of_meta(path: Path) -> None:
     count = len(list(path.parent.glob("consolidated.??.pth")))
     if META_PART.fullmatch(path.name) and count > 1:
         raise InputError(
-            f"{path}: one of {count} files of Meta's, each of which has a share of every tensor",
+            f"{path}: one of {count} files of a Meta checkpoint, each of which holds a part of every tensor",
             "Convert them with transformers' convert_llama_weights_to_hf.",
         )
 
@@ -292,7 +294,7 @@ def _open_file(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
     if b"\0" in start or not _is_text(start):
         raise InputError(f"{path}: no known model file: it begins with {start[:8]!r}", KINDS)
     if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise InputError(f"{path}: {path.stat().st_size:,} bytes of text are no config", KINDS)
+        raise InputError(f"{path}: {path.stat().st_size:,} bytes of text are not a config", KINDS)
     text = start.removeprefix(codecs.BOM_UTF8).lstrip()
     if text.startswith(b"<"):
         raise InputError(f"{path}: a web page, not a model", "Download the file itself, not its page.")
@@ -336,7 +338,7 @@ def _open_recipe(path: Path, name: str, values: Mapping[str, Any]) -> ModelSourc
 
 
 def _too_long(recipe: Mapping[str, Any]) -> str:
-    """That sequences do not fit the model's context; "" when they do, or when one of the two is no number."""
+    """That sequences do not fit the model's context; "" when they do or when either is not a number."""
     data, model = recipe.get("data") or {}, recipe.get("model") or {}
     if not isinstance(data, Mapping) or not isinstance(model, Mapping):
         return ""

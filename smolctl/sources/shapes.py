@@ -125,7 +125,7 @@ def no_rope_layers(layers: int, interval: int) -> list[int]:
 
 
 def is_derived(name: str) -> bool:
-    """Whether a stored tensor is no weight but follows from the config."""
+    """Whether a stored tensor is not a weight but follows from the config."""
     return DERIVED.fullmatch(name) is not None
 
 
@@ -150,7 +150,7 @@ def recover_config(tensors: Iterable[TensorHeader]) -> tuple[ModelConfig | None,
     head_dim = likely_head_dim(hidden, queries, keys)
     layers = 1 + max(int(match[1]) for name in shapes if (match := LAYER.match(name)))
     if head_dim is None or layers > MAX_LAYERS:
-        return None, "no config.json, and the tensor shapes are no Llama's", ()
+        return None, "no config.json, and the tensor shapes are not a Llama's", ()
     fields: dict[str, object] = {
         "vocab_size": vocab,
         "hidden_size": hidden,
@@ -165,9 +165,9 @@ def recover_config(tensors: Iterable[TensorHeader]) -> tuple[ModelConfig | None,
     try:
         config = ModelConfig.model_validate(fields)
     except ValueError:
-        return None, "no config.json, and the tensor shapes are no Llama's", ()
+        return None, "no config.json, and the tensor shapes are not a Llama's", ()
     if problems := check_shapes(config, shapes):
-        return None, f"no config.json, and the tensors are no Llama's ({problems[0]})", ()
+        return None, f"no config.json, and the tensors are not a Llama's ({problems[0]})", ()
     return config, "", _assumptions(config)
 
 

@@ -32,7 +32,7 @@ class DurableCheckpointIO(CheckpointIO):
 
         Raises:
             NonFiniteError: a weight or a number of the optimizer's state is NaN or infinite.
-            SaveError: no room, no permission, or the disk returned other bytes than were written.
+            SaveError: no room, no permission, or the disk returned different bytes than were written.
         """
         target = Path(path)
         _require_finite(checkpoint)
@@ -47,7 +47,7 @@ class DurableCheckpointIO(CheckpointIO):
                 digest = hashing.digest.hexdigest()
                 if file_digest(partial) != digest:
                     raise SaveError(
-                        f"{target}: the disk returned other bytes than were written", "Check the disk."
+                        f"{target}: the disk returned different bytes than were written", "Check the disk."
                     )
                 # A checksum never stands beside other bytes than its own, whenever the process dies.
                 remove_checksum(target)
@@ -83,7 +83,7 @@ def drop_weights(path: Path) -> None:
     """Leave the weights out of a checkpoint, which somebody else keeps.
 
     Raises:
-        SaveError: it cannot be written anew.
+        SaveError: it cannot be rewritten.
     """
     content = {**read_checkpoint(path), "state_dict": {}}
     DurableCheckpointIO().save_checkpoint(content, path)

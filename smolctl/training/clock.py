@@ -15,13 +15,13 @@ from smolctl.training.device import decide, process_count
 from smolctl.training.guards import naming_the_memory_knob
 from smolctl.training.plan import measure_speed
 
-# The time that is left is measured anew after so large a share of the whole, or of the steps that are left.
+# The time that is left is measured again after so large a share of the whole, or of the steps that are left.
 TIME_SHARE, STEPS_SHARE = 1 / 20, 1 / 8
 LEAST_CHANGE = 0.01  # of the steps in all: smaller ones are not worth a correction
 
 
 def steps_in(minutes: float, network: Transformer, config: RunConfig, document_end: int | None) -> int:
-    """The steps that a run of so many minutes may have, as one micro-batch of random tokens says.
+    """The steps that a run of this many minutes may have, as one micro-batch of random tokens says.
 
     Args:
         minutes: of the run.
@@ -48,7 +48,7 @@ class Task:
 
 
 def tasks_of(config: RunConfig, held_out: int) -> dict[str, Task]:
-    """The tasks of a run with so many held-out tokens."""
+    """The tasks of a run with this many held-out tokens."""
     scored = min(held_out, config.validation.sequences * config.data.sequence_length)
     forward = scored / config.tokens_per_step / 3  # without the backward pass, which takes twice as long
     return {
@@ -78,7 +78,7 @@ class Clock:
 
     @contextmanager
     def beside(self, task: str) -> Iterator[None]:
-        """A task, which is no part of a step, runs inside."""
+        """A task, which is not part of a step, runs inside."""
         started = self._now()
         yield
         self._costs[task] = self._now() - started

@@ -77,9 +77,9 @@ WITHOUT_BFLOAT16 = ("V100-SXM2", "V100-PCIE", "T4", "RTX 20")
 # A slice of a device, and chips that share a name with larger ones.
 NOT_THE_WHOLE_CHIP = re.compile(r"\b(MIG|Laptop|Max-Q)\b")
 
-# Below so many steps, compiling costs more time than it saves. On an H100 it took 12 s, and a step of 16,384
-# tokens of a 135M model then 63 ms instead of 195 (docs/benchmarks.md): a few hundred steps are enough there.
-# Machines with fewer cores compile for longer.
+# Below this many steps, compiling costs more time than it saves. On an H100 it took 12 s, and a step of
+# 16,384 tokens of a 135M model then took 63 ms instead of 195 (docs/benchmarks.md): a few hundred steps are
+# enough there. Machines with fewer cores compile for longer.
 STEPS_WORTH_COMPILING = 2_000
 # Settings of which "auto" is replaced by what is decided for the device.
 DECIDED = ("train.precision", "train.compile", "trainer.accelerator")
@@ -267,7 +267,7 @@ def _compile_note(compiles: bool, steps: int) -> str:
 def decide_again(
     config: RunConfig, before: Decisions, changed: Mapping[str, Any], emit: Listener
 ) -> tuple[RunConfig, Decisions]:
-    """What a resumed run computes with: as before on the same device, decided anew on another one.
+    """What a resumed run computes with: as before on the same device, decided again on another one.
 
     Args:
         config: of the steps to come, with what was decided before.

@@ -196,7 +196,7 @@ def wait_for_all(identity: Mapping[str, Any]) -> None:
         identity: what must be the same everywhere; plain values.
 
     Raises:
-        InputError: another process has failed meanwhile, or this one has something else than the first.
+        InputError: another process has failed meanwhile, or this one has something other than the first.
     """
     started, store = launch(), _store()
     if started is None or store is None:

@@ -97,7 +97,7 @@ def run_trainer(
         open_end: whether the callback says which step is the last.
 
     Raises:
-        NonFiniteError: at a step whose loss or gradient is no number.
+        NonFiniteError: at a step whose loss or gradient is not a number.
         MemoryShortageError: a step does not fit.
     """
     config = prepared.config
@@ -152,7 +152,7 @@ def prepare_process(deterministic: bool = True) -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep what a step frees for the next step instead of giving it back to the system.
 
-    By default every large tensor is mapped and unmapped anew, and the system clears every page of it:
+    By default every large tensor is mapped and unmapped again, and the system clears every page of it:
     over a tenth of a step's time on a CPU (docs/benchmarks.md). Elsewhere than on glibc it does nothing.
     """
     if sys.platform != "linux":

@@ -143,7 +143,7 @@ class MetricLoggers:
 
 
 def _csv(opening: Opening) -> Opened:
-    """logs/csv/metrics.csv, written anew from the records: Lightning's logger does not continue a file."""
+    """logs/csv/metrics.csv, rewritten from the records: Lightning's logger does not continue a file."""
     path = opening.folder / LOGS / "csv" / "metrics.csv"
     path.unlink(missing_ok=True)
     logger: Logger = CSVLogger(opening.folder, name=LOGS, version="csv", flush_logs_every_n_steps=FLUSH_EVERY)

@@ -38,7 +38,7 @@ MOST_SKIPPED = 10  # steps in a row whose float16 gradients overflow: after thes
 class StepResult:
     """Numbers of the step just done."""
 
-    loss: float | None  # cross-entropy, nats a token over all devices; None where float16 has overflowed
+    loss: float | None  # cross-entropy, nats per token over all devices; None where float16 has overflowed
     gradient_norm: float | None
     learning_rate: float
     z_loss: float | None = None  # what train.z_loss adds to it; None where it is off or float16 overflowed
@@ -202,7 +202,7 @@ class TrainingModule(pl.LightningModule):
         )
 
     def _accumulate_parts(self, asked: Sequences, tokens: Tensor | int) -> tuple[Tensor, Tensor]:
-        """`_accumulate` for a step in which so many tokens, () or a number, count over all devices."""
+        """`_accumulate` for a step in which this many tokens, () or a number, count over all devices."""
         strategy = self.trainer.strategy
         losses, z_losses = [], []
         parts = list(asked.split(self._sequences))

@@ -94,7 +94,7 @@ def make_plan(
 def measure_speed(
     network: Transformer, batch: Tensor, config: RunConfig, document_end: int | None = None
 ) -> float:
-    """Tokens a second of a step, from real forwards and backwards on a micro-batch (B, T + 1).
+    """Tokens per second of a step, from real forwards and backwards on a micro-batch (B, T + 1).
 
     First of one sequence, which warms up and is enough where it takes long, then of all. Muon's
     orthogonalization is timed too; AdamW's update, a few per cent of a step at most, is not. Gradients are

@@ -86,7 +86,7 @@ class Prepared:
 
     @property
     def document_end(self) -> int | None:
-        """The token after which attention begins anew, or None where it crosses documents."""
+        """The token after which attention starts again, or None where it crosses documents."""
         return self.tokenizer.end_of_text_id if self.config.data.document_masking else None
 
 

@@ -266,7 +266,7 @@ def changed_config(before: RunConfig, done: int, options: ResumeOptions) -> RunC
     targets = {"--extra": options.extra, "--until": options.until, "train.steps": changed_steps}
     given = [name for name, value in targets.items() if value is not None]
     if len(given) > 1:
-        raise UsageError(f"{' and '.join(given)} exclude each other", "Give one of them.")
+        raise UsageError(f"{' and '.join(given)} cannot be combined", "Give one of them.")
     target = done + options.extra if options.extra else options.until or steps
     if target <= done:
         raise UsageError(

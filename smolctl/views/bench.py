@@ -131,9 +131,9 @@ def _lines(report: BenchReport, changes: Changes | None) -> list[str]:
     if report.disturbed:
         fewer = max(1, machine.threads - 1)
         lines.append(
-            f"The machine was busy: {report.disturbed}. Times are too long, and ratios are not safe either: "
-            "engines whose threads spin lose most. To repeat, end other programs and run the same command "
-            f"again, or leave them a processor with --threads {fewer}."
+            f"The machine was busy: {report.disturbed}. Times are too long, and ratios are not reliable "
+            "either: engines whose threads spin lose most. To repeat, end other programs and run the same "
+            f"command again, or leave them a processor with --threads {fewer}."
         )
     return lines
 

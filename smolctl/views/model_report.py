@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-# Hoffmann et al., 2022: about this many tokens a parameter spend a given compute best.
+# Hoffmann et al., 2022: about this many tokens per parameter spend a given compute best.
 COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER = 20
 PROBLEMS_SHOWN = 12
 
 MEMORY_MEANINGS = {
     "weights": "every parameter once",
-    "gradients": "one of each parameter, a tied table's from lookup and head",
+    "gradients": "one per parameter; a tied table has one for the lookup and one for the head",
     "optimizer": "AdamW's two moments of each parameter",
-    "activations": "what the backward pass needs of every token",
-    "logits": "the loss works in chunks: one of them, and its gradient",
+    "activations": "kept for the backward pass",
+    "logits": "one chunk of the loss, and its gradient",
 }
 
 MUON_STATE = "AdamW's two moments of each parameter, Muon's one for the matrices of the layers"
@@ -95,7 +95,7 @@ def _sections(report: ModelReport) -> Iterator[tuple[str, RenderableType]]:
         yield "config", _explained(_config_rows(source.config, report.stops))
     else:
         rows = [(Text(key), Text(written(value))) for key, value in source.declared.items()]
-        yield "config, as the source spells it", facts(rows)
+        yield "config, with the source's own names", facts(rows)
     count = report.parameters
     if source.config is None and count is not None:
         counted = f"counted from the {count.basis.value}; `smolctl count-params` shows where"
@@ -126,18 +126,18 @@ def _derived_rows(derived: Derived) -> Iterator[Row]:
     count, kv = derived.parameters, derived.kv_cache_bytes_per_token
     length = derived.memory.sequence_length
     yield "parameters", f"{count.unique:,}", "`smolctl count-params` shows where"
-    yield "head_dim", f"{derived.head_dim:,}", "numbers in a head"
+    yield "head_dim", f"{derived.head_dim:,}", "width of a head"
     yield "query heads per KV head", f"{derived.gqa_ratio:,}", "the KV cache is smaller by this factor"
     yield "KV cache per token", f"{kv['float32']:,} B", f"float32; in bfloat16 {kv['bfloat16']:,} B"
     yield (
         "forward FLOPs per token",
         quantity(derived.forward_flops_per_token),
-        f"2 per multiply-add, attention over {length:,} tokens on average half full",
+        f"2 per multiply-add, attention over half of {length:,} tokens on average",
     )
     yield (
         "training FLOPs per token",
         quantity(derived.training_flops_per_token),
-        "the backward pass costs two forwards",
+        "the backward pass costs as much as two forward passes",
     )
 
 
@@ -151,13 +151,13 @@ def _recipe_rows(recipe: RecipeFacts) -> Iterator[Row]:
         f"{recipe.tokens_per_step:,}",
         f"{sequences}, {run.micro_batch_size:,} in memory at once",
     )
-    yield "tokens in all", f"{recipe.total_tokens:,}", f"from {', '.join(run.data.source)}"
+    yield "total tokens", f"{recipe.total_tokens:,}", f"from {', '.join(run.data.source)}"
     yield (
         "tokens per parameter",
         f"{recipe.tokens_per_parameter:,.{0 if recipe.tokens_per_parameter >= 100 else 2}f}",
-        f"about {COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER} spend a given compute best (Hoffmann et al., 2022)",
+        f"about {COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER} are compute-optimal (Hoffmann et al., 2022)",
     )
-    yield "training FLOPs", f"{recipe.training_flops:.3g}", "of the whole run"
+    yield "training FLOPs", f"{recipe.training_flops:.3g}", "for the whole run"
     yield (
         "optimizer",
         optimizer.name,
@@ -165,7 +165,7 @@ def _recipe_rows(recipe: RecipeFacts) -> Iterator[Row]:
         f"weight decay {optimizer.weight_decay:g}, gradients clipped at {run.train.gradient_clip:g}",
     )
     decay = (
-        f", falls from step {schedule.decay_start:,} over {schedule.decay_steps:,}"
+        f", falls over {schedule.decay_steps:,} steps from step {schedule.decay_start:,}"
         if schedule.decay_steps
         else ""
     )
@@ -177,11 +177,11 @@ def _checkpoint_rows(checkpoint: CheckpointFacts) -> Iterator[Row]:
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in checkpoint.dtypes.items())
     yield "tensors", f"{checkpoint.tensors:,}", dtypes
     known = checkpoint.parameters
-    yield "parameters", number_or_unknown(known), "that the header lists, packed ones unpacked"
+    yield "parameters", number_or_unknown(known), "listed in the header, with packed ones unpacked"
     yield (
         "size",
         size(checkpoint.bytes),
-        f"{8 * checkpoint.bytes / known:.3g} bits a parameter" if known else "",
+        f"{8 * checkpoint.bytes / known:.3g} bits per parameter" if known else "",
     )
     if checkpoint.matches is not None:
         yield "fits the config", "yes" if checkpoint.matches else "no", "every name and shape compared"
@@ -201,7 +201,7 @@ def _memory_rows(plan: MemoryPlan) -> Iterator[Row]:
     for name, formula in plan.bytes.formulas.items():
         meaning = MUON_STATE if (name, plan.optimizer) == ("optimizer", "muon") else MEMORY_MEANINGS[name]
         yield name, size(getattr(plan.bytes, name)), f"{formula}: {meaning}"
-    yield "total", size(plan.bytes.total), "at the peak; Python and PyTorch themselves come on top"
+    yield "total", size(plan.bytes.total), "at the peak, without Python and PyTorch themselves"
 
 
 def _explained(rows: Iterator[Row]) -> Table:

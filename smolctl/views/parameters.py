@@ -21,7 +21,7 @@ TOTALS = {
     "unique": "every stored number once, as in a file of weights",
     "naive": "a tied lm_head counted a second time",
     "non_embedding": "without token table, positions and head",
-    "active": "that a token passes through: its share of the experts, and the rest",
+    "active": "that one token uses: its share of the experts, and the rest",
 }
 UNKNOWN = "not known"
 NOTES_SHOWN = 8

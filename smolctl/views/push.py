@@ -21,7 +21,7 @@ from smolctl.views.tables import facts, shortened
 
 SHOWN_SHA = 12
 SHOWN_NAMES = 8
-WHOSE = {"replaces": ", of which no record says that smolctl put them there", "not ours": " stay there"}
+WHOSE = {"replaces": ", of which no record says that smolctl put them there", "others' files": " stay there"}
 SHOWN_SPACE_FOLDERS = ("smolctl/",)  # many small files, shown as one line
 
 
@@ -72,30 +72,26 @@ def _facts(plan: PushPlan) -> dict[str, str]:
     place = plan.repo if plan.destination.identity is None else f"{endpoint()}/{plan.repo}"
     rows = {
         "model": f"{source.id}{step}, {built.card_facts(plan.repo, None).parameters:,} parameters",
-        "goes to": f"{place}, {_visibility(plan)}{decided}",
-        "as": _identity(plan),
+        "repository": f"{place}, {_visibility(plan)}{decided}",
+        "account": _identity(plan),
         "loads in": f"transformers with {how}; logits differ by {export.largest_difference:.2g} at most",
         "card": f"{card}, {len(plan.card.splitlines())} lines{licence}",
         "secrets": f"none found in {sum(len(repo.files) for repo in _repos(plan))} files",
     }
     hashes = {finding.hash for finding in plan.allowed}
-    nowhere = [
-        f"{hash} matches nothing that was found"
-        for hash in plan.options.allowed_secrets
-        if hash not in hashes
-    ]
+    nowhere = [f"{hash} matches no finding" for hash in plan.options.allowed_secrets if hash not in hashes]
     if allowed := [*map(str, plan.allowed), *nowhere]:
         rows["allowed"] = "; ".join(allowed)
     for row, names in (
         ("replaces", [name for repo in _repos(plan) for name in repo.replaced]),
-        ("not ours", [name for repo in _repos(plan) for name in repo.stays]),
+        ("others' files", [name for repo in _repos(plan) for name in repo.stays]),
     ):
         if names:
             rows[row] = f"{', '.join(shortened(names, SHOWN_NAMES))}{WHOSE[row]}"
     if wider := [f"{one.path.name}: {line}" for one in export.ggufs for line in one.wider]:
         rows["stored wider"] = "; ".join(wider)
     if built.left_out:
-        rows["stays here"] = ", ".join(built.left_out)
+        rows["not pushed"] = ", ".join(built.left_out)
     if smoke := built.smoke:
         rows["Space"] = _tried(smoke)
     rows |= {f"page, {one.scheme}": _variant(one, built) for one in built.variants}
@@ -123,7 +119,7 @@ def _visibility(plan: PushPlan) -> str:
 def _identity(plan: PushPlan) -> str:
     identity = plan.destination.identity
     if identity is None and plan.destination.has_token:
-        return "not asked: a token is there"
+        return "not asked: a token was found"
     if identity is None:
         return "no token: `hf auth login` before a push"
     token = f"token {identity.token_name!r}, " if identity.token_name else ""

@@ -49,12 +49,12 @@ class SampleView:
                 if recommended:
                     named = (f"{key.replace('_', ' ')} {value:g}" for key, value in recommended.items())
                     self.out.talk(
-                        f"{model.id}: sampling as {model.recommended_in} has it: {', '.join(named)}."
+                        f"{model.id}: sampling settings from {model.recommended_in}: {', '.join(named)}."
                     )
                 elif model.recommended and len(self.request.models) > 1:
                     self.out.talk(
-                        f"{model.id}: what {model.recommended_in} says of sampling is left aside, "
-                        "since all models get the same settings."
+                        f"{model.id}: the sampling settings in {model.recommended_in} are ignored, because "
+                        "all models get the same settings."
                     )
                 if model.can_chat and self.request.continues_text:
                     self.out.talk(
@@ -119,7 +119,7 @@ def _show_batch(out: Output, batch: Batch, target: Path | None) -> None:
 
     def report(now: float) -> None:
         seconds = now - started
-        shortened = f", {cut:,} answers cut at their greatest length" if cut else ""
+        shortened = f", {cut:,} answers cut at their maximum length" if cut else ""
         out.talk(
             f"{answered:,} of {len(lines) - batch.done:,} prompts, {tokens:,} tokens in "
             f"{seconds:.1f} s, {tokens / seconds:,.1f} tok/s{shortened}"

@@ -12,7 +12,7 @@ from smolctl.views.output import Output
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-# Where there is no terminal, a line of progress at most every so many seconds.
+# Where there is no terminal, a line of progress at most once in this many seconds.
 PLAIN_INTERVAL = 5.0
 NAME = "Tokenizing"
 
@@ -27,7 +27,7 @@ class TokenizingView:
         self._opened = self._last_line = 0.0
 
     def __call__(self, progress: TokenizeProgress) -> None:
-        """Take how far it is. Each source of a mixture begins anew."""
+        """Take how far it is. Each source of a mixture starts again."""
         if self.out.quiet or self.out.json:
             return
         now = time.monotonic()
@@ -72,7 +72,7 @@ class TokenizingView:
 
 
 def _told(progress: TokenizeProgress, rate: float) -> list[str]:
-    """What was read, what became of it, and with a rate (bytes a second) how long it takes."""
+    """What was read, what became of it, and with a rate (bytes per second) how long it takes."""
     total = progress.bytes_total
     told = [
         size(progress.bytes_read) + (f" of {size(total)}" if total else ""),

@@ -301,7 +301,7 @@ def plan_table(plan: RunPlan) -> Table:
         "model": f"{plan.parameters:,} parameters",
         "tokens": tokens,
         "data": f"{plan.corpus_tokens:,} tokens: {plan.epochs:.3g} epochs, "
-        f"{plan.tokens_per_parameter:.3g} tokens a parameter; {held_out} held out",
+        f"{plan.tokens_per_parameter:.3g} tokens per parameter; {held_out} held out",
         "documents": f"{plan.documents:,}{copies}",
         "schedule": _schedule(plan),
         "memory": f"about {size(plan.memory_bytes)}: {held}",

@@ -110,7 +110,7 @@ class TrainingDisplay:
 
 
 def loss_lines(state: RunState, width: int, height: int, ascii_only: bool) -> list[Text]:
-    """The chart in so many lines; empty ones until there are two losses."""
+    """The chart in this many lines; empty ones until there are two losses."""
     from rich.text import Text
 
     # The training thread goes on while this one draws: an array that numpy reads from cannot grow.

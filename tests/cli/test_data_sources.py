@@ -81,12 +81,12 @@ def test_a_folder_of_a_presets_or_a_corpus_name_is_not_confused_with_it(smolctl:
         Path("corpus").rename(name) if name == "python" else Path(name).mkdir()
     tiny = ("--set", "data.sequence_length=16", "--set", "tokenizer=train:300", "--steps", "1")
     plan, notes = plan_of(smolctl, "nano", "--data", "./python", *tiny)
-    assert f"nano is the preset; the folder {Path('nano').absolute()} is not meant." in notes
+    assert f"nano is the preset; the folder {Path('nano').absolute()} is not used." in notes
     assert plan["read"] == ["./python: read 30 files."]
     assert json.loads(smolctl("count-params", "smollm2-135m", "--json").out)["unique"] == 135_104_832
     done = smolctl("train", "./nano")
     assert done.code == 3
-    assert "./nano: a folder and no config" in done.err
+    assert "./nano: a folder, not a config" in done.err
     assert "--data ./nano" in done.err
 
 

@@ -152,7 +152,7 @@ def test_runs_are_compared_on_what_they_have_held_out(here: Path, smolctl: Smolc
     assert pair["low"] <= pair["difference"] <= pair["high"]
     keys = {item["key"] for item in pair["differences"]}
     assert keys == {"position_embedding", "residual_scale"}
-    assert "add runs that differ in train.seed only" in done.json["notes"][-1]
+    assert "add runs that differ only in train.seed" in done.json["notes"][-1]
     shown = smolctl("compare", "runs/learned@5", "runs/learned")
     assert "B is better than A by" in shown.out
     assert "step" in shown.out

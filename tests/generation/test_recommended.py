@@ -78,12 +78,12 @@ def test_a_recommendation_is_followed_and_said_unless_the_user_says_otherwise(
     likeliest = smolctl("sample", model, *PROMPT, "--temperature", "0")
     followed = smolctl("sample", model, *PROMPT, "--seed", "5")
     assert followed.out == likeliest.out
-    said = "sampling as generation_config.json has it: temperature 5, top k 1, repetition penalty 1."
+    said = "sampling settings from generation_config.json: temperature 5, top k 1, repetition penalty 1."
     assert said in followed.err
     assert "generation_config.json" not in likeliest.err
     own = smolctl("sample", model, *PROMPT, "--seed", "5", "--top-k", "0")
     assert own.out != likeliest.out
-    assert "has it: temperature 5, repetition penalty 1." in own.err
+    assert "generation_config.json: temperature 5, repetition penalty 1." in own.err
     chat = smolctl("sample", model, *PROMPT, "--chat")
     assert said in chat.err
     greedy = recommending(tmp_path / "greedy", {"do_sample": False})
@@ -107,7 +107,7 @@ def test_models_that_are_compared_get_the_same_settings(smolctl: Smolctl, tmp_pa
     both = smolctl("sample", models[0], plain, *PROMPT, "--json")
     one, two = (model["completions"][0]["text"] for model in both.json["models"])
     assert one == two
-    assert f"{models[0]}: what generation_config.json says of sampling is left aside" in both.err
+    assert f"{models[0]}: the sampling settings in generation_config.json are ignored" in both.err
 
 
 def test_a_gguf_recommends_too(tmp_path: Path) -> None:

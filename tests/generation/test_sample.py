@@ -344,7 +344,7 @@ def test_a_file_that_is_no_output_of_these_prompts_is_left_as_it_is(
     ("options", "cause"),
     [
         (("--compare",), "two MODELs"),
-        (("--jsonl", "x", "--prompt", "y"), "exclude each other"),
+        (("--jsonl", "x", "--prompt", "y"), "cannot be combined"),
         (("--jsonl", "x", "second"), "takes one MODEL"),
         (("--prompt", "x", "--resume-output", "y"), "--resume-output belongs to --jsonl"),
         (("--prompt", "x", "--system", "y"), "--system belongs to a chat"),

@@ -81,9 +81,9 @@ ANSWERS: dict[str, tuple[int, str, str, type[HubError], str, str]] = {
     "somebody else": (412, "", "", ChangedError, "somebody else committed", "same command again"),
     "too large": (413, "", "", HubError, "too large for the Hub (413)", "Leave out"),
     "too many": (429, "", "", PassingError, "too many requests (429)", "in a few minutes"),
-    "slow": (408, "", "", PassingError, "a problem of its own (408)", "in a few minutes"),
-    "broken": (500, "", "", PassingError, "a problem of its own (500)", "in a few minutes"),
-    "overloaded": (503, "", "", PassingError, "a problem of its own (503)", "in a few minutes"),
+    "slow": (408, "", "", PassingError, "an internal error (408)", "in a few minutes"),
+    "broken": (500, "", "", PassingError, "an internal error (500)", "in a few minutes"),
+    "overloaded": (503, "", "", PassingError, "an internal error (503)", "in a few minutes"),
     "another": (418, "", "short and stout", HubError, "answers 418 (short and stout)", "See http"),
 }
 

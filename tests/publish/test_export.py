@@ -411,7 +411,7 @@ def test_a_local_dir_holds_exactly_what_the_plan_names(
     (out / "diary.txt").write_text("mine")
     called = smolctl("push", llama_run, "--local-dir", out)
     assert called.code == 3
-    assert "diary.txt, which is no part of this" in called.err
+    assert "diary.txt, which is not part of this" in called.err
     assert (out / "diary.txt").read_text() == "mine"
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 

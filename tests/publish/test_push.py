@@ -307,7 +307,7 @@ REFUSALS = {
     "412": (Fault("/commit/", 412), "somebody else", "same command again"),
     "413": (Fault("/commit/", 413), "too large", "Leave out"),
     "429": (Fault("whoami", 429, times=99), "too many requests", "minutes"),
-    "500": (Fault("whoami", 500, times=99), "problem of its own", "again"),
+    "500": (Fault("whoami", 500, times=99), "an internal error", "again"),
     "card": (
         Fault("validate-yaml", 400, message="license must be one of"),
         "license must be one of",

@@ -502,7 +502,7 @@ def test_verdict_says_worse_than_its_size_and_slower() -> None:
     assert judge(good, [good, bad], SOURCE) == "as good as the source; 1.60 × as fast"
     said = judge(bad, [good, bad], SOURCE)
     assert "broken: perplexity 53, the source's 18.6" in said
-    assert "not worth its size: int8 is no larger and better" in said
+    assert "not worth its size: int8 is better and no larger" in said
     assert "slower" in said
 
 
@@ -574,11 +574,11 @@ def test_gates_name_the_variant_and_the_limit() -> None:
     [
         (("--to", "int3"), 2, "no such scheme"),
         (("--to", "q8_0"), 2, "Did you mean gguf-q8_0?"),
-        (("--to", "gguf-q4_k"), 3, "K-quants pack 256 values of a row together, and 32 is no multiple"),
+        (("--to", "gguf-q4_k"), 3, "K-quants pack 256 values of a row together, and 32 is not a multiple"),
         (("--to", "gguf-Q4_K_M"), 3, "K-quants"),
         (("--to", "int8", "--group", "48"), 2, "multiples of 32"),
         (("--to", "int8", "--skip", "no_such"), 2, "no tensor has such a name"),
-        (("--to", "int8", "--skip", "re:("), 2, "no regular expression"),
+        (("--to", "int8", "--skip", "re:("), 2, "not a regular expression"),
         (("--to", "int4", "--bits-map", "down_proj=5"), 2, "expected PATTERN=BITS"),
         (("--to", "bf16", "--skip", "down_proj"), 2, "do not apply to bf16"),
         (("--to", "int8-dynamic", "--bits-map", "down_proj=4"), 2, "does not apply"),

@@ -204,7 +204,7 @@ def _write_tiny(folder: Path, gguf: Path) -> None:
 def test_gguf_cannot_have_k_quants_and_says_why(gguf_file: Path, tmp_path: Path) -> None:
     from smolctl.errors import InputError
 
-    with pytest.raises(InputError, match="576 is no multiple of 256"):
+    with pytest.raises(InputError, match="576 is not a multiple of 256"):
         quantize(str(gguf_file), QuantizeOptions(("gguf-q4_k_m",), out=tmp_path / "out"))
 
 

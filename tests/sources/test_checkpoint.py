@@ -150,14 +150,14 @@ def test_a_bare_pickle_is_never_executed(tmp_path: Path) -> None:
 def test_zip_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.ckpt", "w") as archive:
         archive.writestr("hello.txt", "hello")
-    with pytest.raises(InputError, match="a zip archive, but no PyTorch checkpoint"):
+    with pytest.raises(InputError, match="a zip archive, but not a PyTorch checkpoint"):
         open_source(str(tmp_path / "x.ckpt"))
 
 
 @pytest.mark.parametrize(
     ("content", "cause"),
     [
-        ([1, 2], "no checkpoint of a training run"),
+        ([1, 2], "not a checkpoint of a training run"),
         ({"epoch": 1}, "no state_dict"),
         ({"state_dict": {}}, "holds no tensors"),
         ({"state_dict": {"a": 1}}, "holds no tensors"),

@@ -201,7 +201,7 @@ def test_a_checkpoint_of_strange_tensors_is_refused(kind: str, tmp_path: Path) -
     content = checkpoint_content()
     content["state_dict"]["network.model.embed_tokens.weight"] = STRANGE[kind]()
     torch.save(content, tmp_path / "x.ckpt")
-    with pytest.raises(InputError, match=r"embed_tokens\.weight is no tensor"):
+    with pytest.raises(InputError, match=r"embed_tokens\.weight is not a tensor"):
         open_source(str(tmp_path / "x.ckpt"))
 
 

@@ -167,7 +167,9 @@ def test_a_share_of_metas_tensors_is_no_model(tmp_path: Path) -> None:
     for number in range(2):
         torch.save(in_layout(META), tmp_path / f"consolidated.0{number}.pth")
     for model in (tmp_path, tmp_path / "consolidated.01.pth"):
-        with pytest.raises(InputError, match="one of 2 files of Meta's, each of which has a share"):
+        with pytest.raises(
+            InputError, match="one of 2 files of a Meta checkpoint, each of which holds a part"
+        ):
             open_source(str(model))
 
 

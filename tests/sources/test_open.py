@@ -207,7 +207,7 @@ def test_nanotrons_words_for_the_near_kin_are_read(tmp_path: Path) -> None:
             assert [not config.rotates(layer) for layer in range(30)] == [not n % 10 for n in range(1, 31)]
         if kind == "llama":
             assert config.rope_scaling is not None
-            assert "nanotron trains without rope_scaling" in "\n".join(source.problems)
+            assert "nanotron ignores rope_scaling" in "\n".join(source.problems)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_unknown_what_ifs_are_named_with_a_suggestion() -> None:
 @pytest.mark.parametrize(
     ("model", "cause", "hint"),
     [
-        ("smolm2-135m", "no preset and no file", "smollm2-135m"),
+        ("smolm2-135m", "no preset or file", "smollm2-135m"),
         ("nowhere/model.gguf", "no such file", "Give a preset"),
         ("Once upon a time " * 100, "no such file", "Give a preset"),
         ("./nowhere", "no such file", "Give a preset"),

@@ -89,7 +89,7 @@ def test_a_correction_changes_no_rate_of_the_steps_before_it() -> None:
 def test_one_of_steps_epochs_and_minutes_counts() -> None:
     own = load_run_config("chat", flags={"train": {"minutes": 3.0}}).train
     assert (own.minutes, own.epochs) == (3.0, None)
-    with pytest.raises(UsageError, match=r"train.steps and train.minutes exclude each other"):
+    with pytest.raises(UsageError, match=r"train.steps and train.minutes cannot be combined"):
         load_run_config("nano", flags={"train": {"minutes": 3.0, "steps": 5}})
     with pytest.raises(ValidationError, match="both say how long"):
         RunConfig.model_validate({"train": {"minutes": 3.0, "epochs": 5}})

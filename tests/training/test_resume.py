@@ -216,7 +216,7 @@ def test_edits_of_the_config_are_taken_and_named(make: Make, old: str, new: str,
     edit(folder, "steps: 4 ", "steps: 6 ")
     go_on(folder)
     assert [loss[0] for loss in losses(folder)] == [*range(1, 7)]
-    with pytest.raises(UsageError, match=r"--extra and train\.steps exclude"):
+    with pytest.raises(UsageError, match=r"--extra and train\.steps cannot"):
         go_on(folder, extra=1, settings={"train": {"steps": 9}})
 
 

@@ -38,7 +38,7 @@ FIELDS = {
 
 
 class RowError(ValueError):
-    """Why a row is no conversation to train on."""
+    """Why a row is not a conversation to train on."""
 
 
 @dataclass(frozen=True)
@@ -185,14 +185,14 @@ def _content(value: object) -> str:
         return ""
     if isinstance(value, Sequence) and not isinstance(value, str):
         if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in value):
-            raise RowError("a message holds something else than text")
+            raise RowError("a message holds something other than text")
         return whole_characters("".join(part["text"] for part in value))
     return _text(value, "content")
 
 
 def _text(value: object, name: str) -> str:
     if not isinstance(value, str):
-        raise RowError(f"{name!r} is {_a(value)}, not a text")
+        raise RowError(f"{name!r} is {_a(value)}, not text")
     return whole_characters(value)
 
 

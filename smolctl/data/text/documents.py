@@ -62,7 +62,7 @@ def cut(
 
     Args:
         chunks: the text, in parts of any length.
-        size: a piece ends at the first safe place after so many characters.
+        size: a piece ends at the first safe place after this many characters.
         longest: without a safe place a piece ends here, at white space if there is any near.
         is_safe: has the last word on a place, as the part of the text at hand and an index into it.
         ahead: characters behind the place that `is_safe` wants to see.
@@ -110,9 +110,9 @@ def no_text(where: str, reason: str, names: Iterable[str]) -> InputError:
 
 
 def not_text(where: str, name: str, value: object) -> InputError:
-    """What is said of a field or column that holds something else than text."""
+    """What is said of a field or column that holds something other than text."""
     return InputError(
-        f"{where}: field {name!r} is no text ({type(value).__name__})",
+        f"{where}: field {name!r} is not text ({type(value).__name__})",
         "Write it as one text, take it out, or name another field in data.text_field.",
     )
 

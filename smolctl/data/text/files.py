@@ -106,10 +106,10 @@ def _reason_to_skip(path: Path) -> str:
     if path.is_dir():
         return ""
     if not path.is_file():
-        return "no regular file" if path.exists() else "broken link"
+        return "not a regular file" if path.exists() else "broken link"
     ending = path.suffix.lower()
     if (kind := kind_of(path)) not in _IN_FOLDERS or (kind == "parquet" and ending != ".parquet"):
-        return ending or "without an ending"
+        return ending or "without a file extension"
     return "" if os.access(path, os.R_OK) else "unreadable"
 
 
@@ -228,7 +228,7 @@ def _read_text(path: Path, on_read: OnRead) -> Iterator[str]:
                 hint = "Convert it, as with `iconv -f LATIN1 -t UTF-8`; `iconv -c -t UTF-8` drops such bytes."
                 raise _binary(path, offset - pending + error.start, "not UTF-8", hint) from None
             if offset == 0:
-                text = text.removeprefix("\ufeff")  # a byte order mark is no text
+                text = text.removeprefix("\ufeff")  # a byte order mark is not text
             if text:
                 yield text
             offset += len(chunk)
@@ -238,7 +238,7 @@ def _read_text(path: Path, on_read: OnRead) -> Iterator[str]:
 
 
 def _binary(path: Path, offset: int, reason: str, hint: str) -> InputError:
-    return InputError(f"{path}: no text file: {reason} at byte {offset:,}", hint)
+    return InputError(f"{path}: not a text file: {reason} at byte {offset:,}", hint)
 
 
 def _json_rows(path: Path, chunks: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -286,7 +286,7 @@ def _array_rows(path: Path, chunks: Iterator[str]) -> Iterator[tuple[str, dict[s
         yield where, _object(record, where)
         at, number = end, number + 1
     if any(rest.strip() for rest in chain([text[begin + 1 :]], chunks)):
-        raise InputError(f"{path}: there is more after the array", "Write one array, or one object a line.")
+        raise InputError(f"{path}: more text follows the array", "Write one array, or one object per line.")
 
 
 def _end_of_space(text: str, start: int) -> int:

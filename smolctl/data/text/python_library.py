@@ -52,9 +52,9 @@ def library_documents(on_read: OnRead) -> Iterator[Document]:
         try:
             text = path.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError):
-            continue  # a module in another encoding is no loss
+            continue  # a module in another encoding can be left out
         on_read(path.stat().st_size)
-        if text:  # an empty __init__.py is no document
+        if text:  # an empty __init__.py is not a document
             yield Document(f"{NAME}:{path.relative_to(root).as_posix()}", iter([text]))
     for topic, text in sorted(_topics().items()):
         on_read(len(text.encode()))

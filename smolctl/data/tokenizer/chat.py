@@ -236,7 +236,7 @@ class _Namespace(jinja2.utils.Namespace):
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
-            _raise(f"a namespace takes no name like {name!r}")
+            _raise(f"a namespace does not accept a name like {name!r}")
         super().__setitem__(name, value)
 
 

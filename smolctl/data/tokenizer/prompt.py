@@ -41,7 +41,7 @@ def count_characters(value: Any, level: int = 0) -> int:
         InputError: it is nested too deeply.
     """
     if level > DEEPEST:
-        raise InputError(f"a message is nested more than {DEEPEST} levels deep", "Send less in it.")
+        raise InputError(f"a message is nested more than {DEEPEST} levels deep", "Send a simpler message.")
     if isinstance(value, str):
         return len(value)
     items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()

@@ -78,7 +78,7 @@ class Tokenizer:
         """Build it from plain data.
 
         Raises:
-            InputError: this is no tokenizer.json, naming `origin`.
+            InputError: this is not a tokenizer.json, naming `origin`.
         """
         backend = read_backend(files.tokenizer_json, origin)
         ids = files.bos_token_id, files.eos_token_id, files.pad_token_id
@@ -132,14 +132,14 @@ class Tokenizer:
         return Prompt(self.spelled.show(rendered), tuple(self.spelled.encode(rendered)))
 
     def most_characters(self, tokens: int) -> int:
-        """Characters that so many tokens can spell at most: each the longest token of the vocabulary."""
+        """Characters that this many tokens can spell at most: each the longest token of the vocabulary."""
         return tokens * self._extent[1]
 
     def require_room(self, characters: int, context: int) -> None:
         """Refuse a prompt that cannot fit a context by its length alone, before the work of tokenizing it.
 
         Raises:
-            PromptTooLongError: it has more characters than so many tokens can spell.
+            PromptTooLongError: it has more characters than this many tokens can spell.
         """
         if characters <= context:  # the usual case: every token spells a character at least
             return

@@ -28,7 +28,7 @@ from smolctl.errors import InputError
 TrainedOn = Literal["assistant", "completion", "all"]
 Span = tuple[int, int]
 # What is reported of a conversation that is trained on all the same.
-NO_TOOLS = "The chat template does not write the tools that the row names"
+NO_TOOLS = "The chat template does not render the tools that the row names"
 NO_TURN_END = (
     "The chat template's {% generation %} blocks leave out the token that ends a turn. It is trained on all "
     "the same"
@@ -96,7 +96,7 @@ class TurnEncoder:
         remarks = [NO_TOOLS] if tools and self._is_text_of(text, messages, ()) else []
         without_calls = [_without(message, "tool_calls") for message in messages]
         if without_calls != list(messages) and self._is_text_of(text, without_calls, tools):
-            raise RowError("calls tools, which the chat template does not write")
+            raise RowError("calls tools, which the chat template does not render")
         if self.loss == "all":
             return RenderedTurns(text, ((0, len(text)),), tuple(remarks))
         said = [number for number, message in enumerate(messages) if message["role"] == ASSISTANT]

@@ -49,7 +49,7 @@ class ConversationFacts:
         sequences: to train on.
         cut: conversations that were longer than a sequence.
         dropped: conversations of which nothing could be kept.
-        skipped: rows that are no conversation to train on.
+        skipped: rows that are not conversations to train on.
         remarks: what people should know of conversations that are trained on, and of how many each.
         example: one conversation as runs of text, and whether each is trained on.
     """

@@ -58,7 +58,7 @@ class ConversationManifest(Manifest):
 
     Attributes:
         shapes: of the rows, of each source.
-        skipped: how many rows are no conversation to train on, by the reason.
+        skipped: how many rows are not conversations to train on, by the reason.
         named: the first of them, with file and line.
         remarks: what is said of conversations that are trained on, and of how many each.
         settings: digest of the settings that it was made with.

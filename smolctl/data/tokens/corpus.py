@@ -69,7 +69,7 @@ def tokenize_corpus(
         everything = data.model_copy(update={"validation": None, "validation_fraction": 0.0})
         length = data.sequence_length
         if not data.is_chat:
-            length = min(length, LEAST_HELD_OUT - 1)  # so many tokens are enough
+            length = min(length, LEAST_HELD_OUT - 1)  # this many tokens are enough
         enough = HELD_OUT_SEQUENCES * data.sequence_length // length
         names = pin_sources([data.validation])
         (first, *_) = everything.one_by_one()

@@ -25,7 +25,7 @@ RESERVE_BYTES = 64 * 1024 * 1024
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
-    """Two bytes a token while they suffice, little-endian."""
+    """Two bytes per token while they suffice, little-endian."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 

@@ -182,7 +182,7 @@ def _check_read(sources: Sequence[Source], data: DataConfig, last: TokenizeProgr
         raise InputError(f"the corpus is empty: no text in {names}", "Name files that hold text.")
     now = open_sources(data)
     if [source.identity for source in now] != [source.identity for source in sources]:
-        raise InputError(f"{names}: changed while it was read", "Run again when nobody writes to it.")
+        raise InputError(f"{names}: changed while it was read", "Run again when no program writes to it.")
 
 
 def _split(folder: Path, manifest: WholeManifest, data: DataConfig) -> TokenizedCorpus:

@@ -135,7 +135,7 @@ function keep(weights, least) {
   });
 }
 
-/** The largest weights, the largest first: so many that they are `enough`, or all. */
+/** The largest weights in descending order: as many as `enough` asks for, or all. */
 function likeliest(weights, enough) {
   let some;
   for (const rung of RUNGS) {

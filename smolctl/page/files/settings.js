@@ -100,7 +100,7 @@ export class Settings {
     byId(more ? "more" : "controls").append(row);
   }
 
-  /** Show a value within its limits; the model's own where it is no number. */
+  /** Show a value within its limits; the model's own where it is not a number. */
   #put(name, value) {
     const [least, most, step] = CONTROLS[name].limits;
     const taken = Number.isFinite(value) ? value : this.#own[name];

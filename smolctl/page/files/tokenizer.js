@@ -110,7 +110,7 @@ export class Tokenizer {
   }
 
   /**
-   * A message in which control tokens are no tokens: their first characters are replaced by stand-ins, which
+   * A message in which control tokens are not read as tokens: their first characters are replaced by stand-ins, which
    * `encodeConversation` reads as these characters.
    * @param {string} text
    * @returns {string}

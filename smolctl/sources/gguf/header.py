@@ -151,7 +151,7 @@ class _Reader:
         try:
             return self.take(self.scalar("Q")).decode("utf-8")
         except UnicodeDecodeError:
-            raise self.fail(f"damaged header: {what} is no UTF-8") from None
+            raise self.fail(f"damaged header: {what} is not UTF-8") from None
 
     def value(self, type_id: int, key: str) -> Any:
         if type_id in SCALARS:

@@ -129,7 +129,7 @@ def _byte_level(values: Mapping[str, Any], pre: PreTokenizer) -> dict[str, Any]:
     tokens = list(values["tokenizer.ggml.tokens"])
     merges = list(values["tokenizer.ggml.merges"])  # "a b": read faster than a list of two, and as well
     if any(merge.count(" ") != 1 for merge in merges):
-        raise ValueError("a merge is no pair")
+        raise ValueError("a merge is not a pair")
     first, *others = pre.steps
     return _tokenizer_json(
         values,

@@ -25,7 +25,7 @@ def read_metadata(front: str) -> dict[str, Any]:
     """The mapping in a front matter.
 
     Raises:
-        InputError: it is no YAML mapping.
+        InputError: it is not a YAML mapping.
     """
     remedy = "Correct the part between the --- lines at its top, or delete it."
     content = parse_yaml(front.replace("---", "", 1).rsplit("---", 1)[0], "README.md: metadata", remedy)

@@ -96,7 +96,7 @@ def parse_header(text: bytes, data_size: int | None, origin: str) -> tuple[Tenso
     except ValueError as error:
         raise InputError(f"{origin}: the safetensors header cannot be read: {error}", DAMAGED) from None
     if not isinstance(entries, dict):
-        raise InputError(f"{origin}: the safetensors header is no JSON object", DAMAGED)
+        raise InputError(f"{origin}: the safetensors header is not a JSON object", DAMAGED)
     placed = [_entry(name, entry, origin) for name, entry in entries.items() if name != "__metadata__"]
     placed.sort(key=lambda entry: entry[:2])
     position = 0

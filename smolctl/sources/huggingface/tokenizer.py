@@ -77,7 +77,7 @@ def tokenizer_reader(folder: Path | None, carry: bool = True) -> Callable[[], To
 
     Args:
         folder: that may hold a tokenizer.
-        carry: keep the files in it for exports; a run's are smolctl's own, which an export writes anew.
+        carry: keep the files in it for exports; a run's are smolctl's own, which an export rewrites.
     """
     if folder is None or not has_tokenizer(folder):
         return None
@@ -168,7 +168,7 @@ def read_backend(tokenizer_json: str, origin: str) -> tokenizers.Tokenizer:
         with _without_stderr():
             backend = tokenizers.Tokenizer.from_str(tokenizer_json)  # noqa: TID251 - here
             backend.decode(backend.encode("a\ufdd0").ids)
-    except BaseException as error:  # the library is Rust's, whose panic is no Exception
+    except BaseException as error:  # the library is Rust's, whose panic is not an Exception
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
         raise InputError(f"{origin}: not a tokenizer.json ({error})", remedy) from None
@@ -210,7 +210,7 @@ def token_ids(tokenizer_json: str, origin: str) -> Mapping[str, int]:
     """Token to id: the added tokens of a tokenizer.json over its vocabulary.
 
     Raises:
-        InputError: it is no tokenizer.json, or an id in it is none.
+        InputError: it is not a tokenizer.json, or an id in it is none.
     """
     content = _checked(tokenizer_json, origin)
     vocab = content.get("model", {}).get("vocab", {})

@@ -74,7 +74,7 @@ def test_what_a_row_says_beside_its_turns_is_kept() -> None:
         ({"messages": [{"role": "user", "content": 3}, ANSWER]}, "'content' is a number"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]},
-            "something else than text",
+            "something other than text",
         ),
         ({"messages": [QUESTION]}, "the assistant says nothing"),
         ({"messages": [ANSWER]}, "the user says nothing"),

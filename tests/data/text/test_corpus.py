@@ -142,13 +142,13 @@ def test_folder_without_text_is_named(tmp_path: Path) -> None:
 
 def test_binary_file_is_named_with_its_offset(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"text\0more")
-    assert refused(tmp_path).message == f"{tmp_path}/a.txt: no text file: a zero byte at byte 4"
+    assert refused(tmp_path).message == f"{tmp_path}/a.txt: not a text file: a zero byte at byte 4"
 
 
 @pytest.mark.parametrize("offset", [0, 5, 2**20 - 1, 2**20, 2**20 + 7])
 def test_text_that_is_not_utf8_is_named_with_its_offset(tmp_path: Path, offset: int) -> None:
     (tmp_path / "a.txt").write_bytes(b"x" * offset + b"\xfcber")
-    assert f"a.txt: no text file: not UTF-8 at byte {offset:,}" in refused(tmp_path).message
+    assert f"a.txt: not a text file: not UTF-8 at byte {offset:,}" in refused(tmp_path).message
 
 
 def test_text_that_ends_within_a_character_is_named_with_its_offset(tmp_path: Path) -> None:
@@ -178,9 +178,9 @@ def test_json_arrays_are_read_item_by_item(tmp_path: Path, indent: int | None) -
         ('[{"text": "one"}, {"text": "tw', "item 2: broken JSON"),
         ('[{"text": "one"} {"text": "two"}]', "item 2: broken JSON (a comma or ] is missing)"),
         ('[{"text": "one"}', "item 2: broken JSON"),
-        ('[{"text": "one"}]\n[{"text": "two"}]', "there is more after the array"),
+        ('[{"text": "one"}]\n[{"text": "two"}]', "more text follows the array"),
         ('["one"]', "item 1: a JSON str, not an object"),
-        ('[{"text": ["one"]}]', "item 1: field 'text' is no text (list)"),
+        ('[{"text": ["one"]}]', "item 1: field 'text' is not text (list)"),
         ('[{"body": "one"}]', "item 1: no field 'text'; it has 'body'"),
     ],
 )
@@ -263,7 +263,7 @@ def test_parquet(tmp_path: Path) -> None:
     parquet.write_table(table, tmp_path / "a.parquet")
     assert read(tmp_path) == ["one", "", "three"]
     assert "no column 'body'; it has 'text', 'n'" in refused(tmp_path, text_field="body").message
-    assert "field 'n' is no text" in refused(tmp_path, text_field="n").message
+    assert "field 'n' is not text" in refused(tmp_path, text_field="n").message
     (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
     assert "a.parquet: damaged Parquet" in refused(tmp_path).message
 

@@ -42,15 +42,15 @@ def test_what_is_not_read_is_counted_by_its_reason(tmp_path: Path) -> None:
         ".html": 2,
         ".csv": 1,
         ".json": 1,
-        "without an ending": 1,
+        "without a file extension": 1,
         "hidden": 2,
         ".gz": 1,
         "broken link": 1,
-        "no regular file": 1,
+        "not a regular file": 1,
     }
     assert describe_files(str(tmp_path), files) == (
         f"{tmp_path}: read 1 file, skipped 10: .html 2, hidden 2, .csv 1, .gz 1, .json 1, broken link 1, "
-        "no regular file 1, without an ending 1."
+        "not a regular file 1, without a file extension 1."
     )
 
 

@@ -178,7 +178,7 @@ def test_tools_and_calls_of_them_are_what_the_template_makes_of_them() -> None:
     assert said(turns, by) == [f"{function}<|im_end|>", "So.<|im_end|>"]
     assert turns.remarks == ()
     (refused,) = TurnEncoder(chat_tokenizer("gpt2")).encode([called])
-    assert "calls tools, which the chat template does not write" in str(refused)
+    assert "calls tools, which the chat template does not render" in str(refused)
     assert encode(
         replace(one, messages=one.messages[::2] + one.messages[3:], tools=called.tools)
     ).remarks == (NO_TOOLS,)

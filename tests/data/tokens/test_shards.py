@@ -222,7 +222,7 @@ def test_empty_corpus_is_refused(tmp_path: Path) -> None:
 def test_binary_corpus_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(STORY * 2000)
     (tmp_path / "b.txt").write_bytes(b"\x00" * 9)
-    with pytest.raises(InputError, match=r"b\.txt: no text file"):
+    with pytest.raises(InputError, match=r"b\.txt: not a text file"):
         tokenize_corpus(data(tmp_path / "a.txt", tmp_path / "b.txt"), TOKENIZER, tmp_path)
     assert nothing_looks_finished(tmp_path)
 
