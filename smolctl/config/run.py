@@ -182,6 +182,9 @@ class OptimizerConfig(Section):
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.01, ge=0, description="times the learning rate, matrices only")
     decay_embeddings: bool = Field(True, description="false: tables of tokens and positions do not decay")
+    embedding_lr_multiplier: float = Field(
+        1.0, gt=0, description="learning rate of the tables of tokens and positions, times the others'"
+    )
     momentum_warmup: StepsOrShare = Field(
         0, description="of muon: steps, or a share, in which its momentum rises from 0.85 to 0.95"
     )
