@@ -19,6 +19,8 @@ from smolctl.training.optim.muon import MOMENTUM, muon_momentum
 from smolctl.training.optim.schedule import learning_rate, phase
 
 NANO_STEPS = 450  # train.steps of configs/nano.yaml
+# What `base` means stays what it meant in the runs that were recorded, whatever nano's defaults become.
+BASE: Mapping[str, Any] = {"optimizer.embedding_lr_multiplier": 1.0}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Extras:
         average: time constant of the moving average of the weights, a share; it is what is scored.
         lookahead: factor of EMA-Nesterov's step along the mean movement, times rate / peak, 0.16 to 0.76 of
             the way.
-        table_rate, norm_rate: factors of the learning rate of the token and position tables and of the norms.
+        norm_rate: factor of the learning rate of the norms.
         polar: Polar Express instead of Jordan's coefficients.
         order: `windows` as smolctl reads; `documents`: shuffled anew for each pass; `aligned`: every sequence
             lies in one document, the first at its beginning, the last at its end.
@@ -51,7 +53,6 @@ class Extras:
     power: float = 1.0
     average: float = 0.0
     lookahead: float = 0.0
-    table_rate: float = 1.0
     norm_rate: float = 1.0
     polar: bool = False
     order: str = "windows"
@@ -92,10 +93,10 @@ LEVERS: Mapping[str, Mapping[str, Any]] = {
     "average-high": {"average": 0.05, "schedule.min_learning_rate": 1.2e-3},
     "lookahead": {"lookahead": 0.6},  # modded-nanogpt, track 3, number 39; arXiv 2605.25395
     "lookahead-0.3": {"lookahead": 0.3},
-    "table-0.5": {"table_rate": 0.5},
-    "table-2": {"table_rate": 2.0},
-    "table-3": {"table_rate": 3.0},
-    "table-4": {"table_rate": 4.0},
+    "table-0.5": {"optimizer.embedding_lr_multiplier": 0.5},
+    "table-2": {"optimizer.embedding_lr_multiplier": 2.0},
+    "table-3": {"optimizer.embedding_lr_multiplier": 3.0},
+    "table-4": {"optimizer.embedding_lr_multiplier": 4.0},
     "norms-0.5": {"norm_rate": 0.5},
     "norms-3": {"norm_rate": 3.0},
     "betas-0.8": {"optimizer.betas": [0.8, 0.95]},  # modded-nanogpt's for tables
@@ -155,7 +156,7 @@ class Recipe:
 
     def config(self, seed: int) -> RunConfig:
         """The config of a run, with whole steps."""
-        values = {**self._changes, "train.steps": self.steps, "train.seed": seed, "data.seed": seed}
+        values = {**BASE, **self._changes, "train.steps": self.steps, "train.seed": seed, "data.seed": seed}
         return load_run_config("nano", [f"{k}={v}" for k, v in values.items() if "." in k]).with_whole_steps()
 
     def batch_sizes(self, config: RunConfig) -> list[int]:

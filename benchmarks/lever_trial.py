@@ -100,7 +100,7 @@ class Steps:
             else:
                 torch._foreach_mul_(parameters, 1 - rate * weight_decay)
             torch._foreach_sub_(parameters, list(update.unbind()))
-        self._adamw(self.tables, rate * self.extras.table_rate, weight_decay)
+        self._adamw(self.tables, rate * self.config.optimizer.embedding_lr_multiplier, weight_decay)
         self._adamw(self.norms, rate * self.extras.norm_rate)
 
     def _orthogonal(self, matrices: Tensor) -> Tensor:

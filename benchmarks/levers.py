@@ -157,39 +157,50 @@ def records(paths: Sequence[Path]) -> Iterator[Record]:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Compare the preset's steps here with those of smolctl's own optimizer, and with replayed ones.
+    """Compare steps here with those of smolctl's own optimizer, and with replayed ones.
 
     Raises:
         SystemExit: they differ.
     """
-    from smolctl.training.optim.optimizers import make_optimizer
+    data, device = TrialData.read(arguments.data), set_up()
+    for recipe in (PRESET, Recipe(("table-2",))):
+        _check(recipe, data, device)
+    if device.type == "cuda":
+        ramp = Trial(Recipe(("ramp",)), 1, data, device, graphs=True)
+        for _ in range(EAGER_STEPS + 5):
+            ramp.step()
+
+
+def _check(recipe: Recipe, data: TrialData, device: torch.device) -> None:
+    from smolctl.training.optim.optimizers import make_optimizer, set_step
     from smolctl.training.optim.schedule import learning_rate
 
-    device, data = set_up(), TrialData.read(arguments.data)
-    steps = EAGER_STEPS + 5
-    ours = Trial(Recipe(("base",)), 1, data, device)
-    theirs = Trial(Recipe(("base",)), 1, data, device)
-    optimizer = make_optimizer(theirs.network, theirs.config.optimizer)
-    theirs.steps.step = lambda *_: optimizer.step()  # type: ignore[method-assign]
+    ours, theirs = Trial(recipe, 1, data, device), Trial(recipe, 1, data, device)
+    settings, schedule = theirs.config.optimizer, theirs.config.schedule
+    optimizer = make_optimizer(theirs.network, settings)
+
+    def step_of_smolctl(*_: object) -> None:
+        step = theirs.done + 1
+        set_step(optimizer, settings, learning_rate(step, settings.learning_rate, schedule), step)
+        optimizer.step()
+
+    theirs.steps.step = step_of_smolctl  # type: ignore[method-assign]
     sides = {"here": ours, "smolctl": theirs}
     if device.type == "cuda":
-        sides["replayed"] = Trial(Recipe(("base",)), 1, data, device, graphs=True)
-        sides["ramp, replayed"] = Trial(Recipe(("ramp",)), 1, data, device, graphs=True)
-    for trial in sides.values():
-        started = time.perf_counter()
-        for step in range(1, steps + 1):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, 6e-3, trial.config.schedule)
-            trial.step()
-        print(trial.losses[:steps].tolist(), f"{time.perf_counter() - started:.2f} s", flush=True)
-    found = {name: trial.losses[:steps] for name, trial in sides.items() if "ramp" not in name}
+        sides["replayed"] = Trial(recipe, 1, data, device, graphs=True)
     # On a GPU smolctl's own orthogonal factors are computed in bfloat16.
     tolerance = {"here": 0.0, "smolctl": 1e-3 if device.type == "cpu" else 2e-2, "replayed": 1e-3}
-    for name, losses in found.items():
-        apart = float((losses - found["here"]).abs().max())
-        print(f"{name}: at most {apart:.6f} nats apart")
+    steps = EAGER_STEPS + 5
+    for name, trial in sides.items():
+        started = time.perf_counter()
+        for _ in range(steps):
+            trial.step()
+        losses = trial.losses[:steps]
+        apart = float((losses - ours.losses[:steps]).abs().max())
+        seconds = time.perf_counter() - started
+        print(f"{recipe.name}, {name}: {losses.tolist()}, {seconds:.2f} s, at most {apart:.6f} nats apart")
         if not apart <= tolerance[name]:
-            raise SystemExit(f"{name}: the losses differ")
+            raise SystemExit(f"{recipe.name}, {name}: the losses differ")
 
 
 def cost(arguments: argparse.Namespace) -> None:

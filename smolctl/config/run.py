@@ -196,6 +196,9 @@ class OptimizerConfig(Section):
     decay_embeddings: bool = Field(
         True, description="whether weight decay applies to the token and position tables"
     )
+    embedding_lr_multiplier: float = Field(
+        1.0, gt=0, description="multiplies the learning rate for the token and position tables"
+    )
     momentum_warmup: StepsOrShare = Field(
         0, description="Muon: steps, or share of train.steps, over which its momentum rises from 0.85 to 0.95"
     )

@@ -45,7 +45,10 @@ from smolctl.training.train import plan_run
 FIXED_SECTIONS = ("model", "tokenizer", "data", "init_from")
 # Sources may lie elsewhere; what they hold is compared by `require_same_data`.
 FREE_KEYS = ("model.attention_dropout", "data.workers", "data.source", "data.validation")
-FIXED_KEYS = ("optimizer.name", "optimizer.decay_embeddings", "train.seed", "train.minutes", "schedule.pace")
+FIXED_KEYS = (
+    *("optimizer.name", "optimizer.decay_embeddings", "optimizer.embedding_lr_multiplier"),
+    *("train.seed", "train.minutes", "schedule.pace"),
+)
 # What a run cannot go on without: of Lightning's part of a checkpoint, and of ours.
 NEEDED = (
     *("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step"),

@@ -158,10 +158,13 @@ def _recipe_rows(recipe: RecipeFacts) -> Iterator[Row]:
         f"about {COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER} are compute-optimal (Hoffmann et al., 2022)",
     )
     yield "training FLOPs", f"{recipe.training_flops:.3g}", "for the whole run"
+    multiplier = optimizer.embedding_lr_multiplier
+    tables = f" ({optimizer.learning_rate * multiplier:g} for the tables)" if multiplier != 1 else ""
     yield (
         "optimizer",
         optimizer.name,
-        f"peak rate {optimizer.learning_rate:g}, betas {optimizer.betas[0]:g} and {optimizer.betas[1]:g}, "
+        f"peak rate {optimizer.learning_rate:g}{tables}, "
+        f"betas {optimizer.betas[0]:g} and {optimizer.betas[1]:g}, "
         f"weight decay {optimizer.weight_decay:g}, gradients clipped at {run.train.gradient_clip:g}",
     )
     decay = (

@@ -32,7 +32,7 @@ from tests.support.tiny_runs import (
     write_corpus,
 )
 
-MUON = {"optimizer": {"name": "muon", "momentum_warmup": 10}}
+MUON = {"optimizer": {"name": "muon", "momentum_warmup": 10, "embedding_lr_multiplier": 2.0}}
 Make = Callable[..., Prepared]
 Finished = Callable[[str], Path]
 
@@ -177,6 +177,7 @@ def test_another_batch_size_goes_on_behind_the_samples_seen(make: Make) -> None:
         ({"data": {"seed": 9}}, "data.seed 8 → 9"),
         ({"tokenizer": "train:290"}, "tokenizer train:300 → train:290"),
         ({"optimizer": {"name": "muon"}}, "optimizer.name adamw → muon"),
+        ({"optimizer": {"embedding_lr_multiplier": 2.0}}, "optimizer.embedding_lr_multiplier 1.0 → 2.0"),
     ],
 )
 def test_what_makes_it_another_run_is_refused(make: Make, settings: dict[str, Any], key: str) -> None:

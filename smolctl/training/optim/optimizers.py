@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -16,30 +19,39 @@ def make_optimizer(network: Transformer, config: OptimizerConfig) -> torch.optim
     """AdamW in its fused form, or Muon for the blocks' matrices and AdamW for the rest.
 
     Matrices decay, tables only where the config says so; norms and biases, which have one dimension, do not.
+    Tables with a learning rate of their own are one more group. A head that is tied to the token table is
+    that table; a head of its own is none, and has the learning rate of the other matrices.
     """
-    named = [(name, one) for name, one in network.named_parameters() if one.requires_grad]
-    matrices = [
-        one
-        for name, one in named
-        if one.dim() >= 2 and (config.decay_embeddings or not name.startswith(TABLES))
+    hidden = set(map(id, hidden_matrices(network))) if config.name == "muon" else set()
+    rate, decay, multiplier = config.learning_rate, config.weight_decay, config.embedding_lr_multiplier
+
+    def kind(name: str, one: nn.Parameter) -> str:
+        is_table = name.startswith(TABLES)
+        if is_table and multiplier != 1:
+            return "table"
+        if one.dim() < 2 or (is_table and not config.decay_embeddings):
+            return "undecayed"
+        return "hidden" if id(one) in hidden else "decayed"
+
+    of: dict[str, list[nn.Parameter]] = defaultdict(list)
+    for name, one in network.named_parameters():
+        if one.requires_grad:
+            of[kind(name, one)].append(one)
+    groups: list[dict[str, Any]] = [
+        {"params": of["decayed"], "weight_decay": decay},
+        {"params": of["undecayed"], "weight_decay": 0.0},
     ]
-    decaying = set(map(id, matrices))
-    others = {"params": [one for _, one in named if id(one) not in decaying], "weight_decay": 0.0}
-    if config.name == "adamw":
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}, others]
-        return torch.optim.AdamW(
-            groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
+    if of["table"]:  # a checkpoint of a run without a multiplier has no such group
+        own = {"lr": rate * multiplier, "lr_multiplier": multiplier}
+        groups.append(
+            {"params": of["table"], "weight_decay": decay if config.decay_embeddings else 0.0, **own}
         )
-    hidden = hidden_matrices(network)
-    known = set(map(id, hidden))
-    tables = [parameter for parameter in matrices if id(parameter) not in known]
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=rate, betas=config.betas, eps=config.eps, fused=True)
+    groups = [{**group, "muon": False} for group in groups]
     return MuonAdamW(
-        [
-            {"params": hidden, "weight_decay": config.weight_decay, "muon": True},
-            {"params": tables, "weight_decay": config.weight_decay, "muon": False},
-            {**others, "muon": False},
-        ],
-        lr=config.learning_rate,
+        [{"params": of["hidden"], "weight_decay": decay, "muon": True}, *groups],
+        lr=rate,
         betas=config.betas,
         eps=config.eps,
     )
@@ -60,11 +72,11 @@ def set_step(optimizer: torch.optim.Optimizer, config: OptimizerConfig, rate: fl
     Args:
         optimizer: from `make_optimizer`.
         config: with a whole number of steps for the momentum's warmup.
-        rate: of the step.
+        rate: of the step, before the multiplier of the tables' group.
         place: of the step in the schedule, from 1.
     """
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_multiplier", 1.0)
         if config.name == "muon":
             group["momentum"] = muon_momentum(place, config.momentum_warmup)
 
@@ -72,6 +84,8 @@ def set_step(optimizer: torch.optim.Optimizer, config: OptimizerConfig, rate: fl
 def apply_settings(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
     """Give an optimizer that was loaded from a checkpoint the config's settings; its state stays."""
     for group in optimizer.param_groups:
+        is_tables = "lr_multiplier" in group
         decays = all(parameter.dim() >= 2 for parameter in group["params"])  # the others hold norms
+        decays = decays and (config.decay_embeddings or not is_tables)
         group["weight_decay"] = config.weight_decay if decays else 0.0
         group["betas"], group["eps"] = config.betas, config.eps

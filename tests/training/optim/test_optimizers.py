@@ -13,12 +13,13 @@ SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidd
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 
 
+@pytest.mark.parametrize("multiplier", [1.0, 2.0])
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_tables_are_left_out_of_weight_decay_before_and_after_a_resume(name: str) -> None:
+def test_tables_are_left_out_of_weight_decay_before_and_after_a_resume(name: str, multiplier: float) -> None:
     network = Transformer(ModelConfig.model_validate({**SIZES, **HEADS, "tie_word_embeddings": False}))
     names = {id(parameter): key for key, parameter in network.named_parameters()}
     settings = {"name": name, "weight_decay": 0.1, "decay_embeddings": False}
-    config = OptimizerConfig.model_validate(settings)
+    config = OptimizerConfig.model_validate({**settings, "embedding_lr_multiplier": multiplier})
     optimizer = make_optimizer(network, config)
 
     def decaying(rate: float) -> set[str]:
@@ -29,6 +30,38 @@ def test_tables_are_left_out_of_weight_decay_before_and_after_a_resume(name: str
     assert decaying(0.1) == expected
     apply_settings(optimizer, config.model_copy(update={"weight_decay": 0.2}))
     assert decaying(0.2) == expected
+
+
+@pytest.mark.parametrize("decays", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_tables_of_tokens_and_positions_alone_have_the_multiplied_learning_rate(
+    name: str, tied: bool, decays: bool
+) -> None:
+    sizes = {**SIZES, **HEADS, "tie_word_embeddings": tied, "position_embedding": "learned"}
+    network = Transformer(ModelConfig.model_validate(sizes))
+    names = {id(parameter): key for key, parameter in network.named_parameters()}
+    settings = {"name": name, "embedding_lr_multiplier": 3.0, "decay_embeddings": decays}
+    config = OptimizerConfig.model_validate(settings)
+    optimizer = make_optimizer(network, config)
+    rates = {}
+    for rate in (config.learning_rate, 0.5):
+        for group in optimizer.param_groups:
+            rates |= {names[id(parameter)]: group["lr"] for parameter in group["params"]}
+        assert rates.keys() == set(names.values())
+        tables = {key for key, found in rates.items() if found == pytest.approx(3 * rate)}
+        assert tables == {"model.embed_tokens.weight", "model.embed_positions.weight"}
+        assert {rates[key] for key in rates.keys() - tables} == {rate}
+        set_step(optimizer, config, 0.5, 1)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_optimizer_of_a_run_without_the_multiplier_is_as_in_its_checkpoints(name: str) -> None:
+    network = Transformer(ModelConfig.model_validate({**SIZES, **HEADS}))
+    groups = make_optimizer(network, OptimizerConfig.model_validate({"name": name})).state_dict()
+    kinds = {"adamw": [9, 3], "muon": [7, 2, 3]}[name]
+    assert [len(group["params"]) for group in groups["param_groups"]] == kinds
+    assert not any("lr_multiplier" in group for group in groups["param_groups"])
 
 
 @pytest.mark.parametrize(
