@@ -67,6 +67,10 @@ def texts() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
         for number, line in enumerate(source.splitlines(), 1):
             if (comment := re.search(r"(?:^|\s)# .*", line)) is not None:
                 remarks.append((f"{name}:{number}", comment[0]))
+    for path in sorted(one for one in (CHECKOUT / "smolctl").rglob("*") if one.suffix in (".js", ".c", ".h")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if (comment := re.search(r"(?:^\s*\*|/\*|(?<!:)//).*", line)) is not None:
+                remarks.append((f"{path.relative_to(CHECKOUT)}:{number}", comment[0]))
     people_read = [one for one in messages if " " in one[1].strip() and one[1] not in JSON_VALUES]
     return people_read, remarks
 

@@ -45,12 +45,12 @@ STOPPED = f"[stopped after {ANSWER_S:.0f} seconds]"
 REFUSED = "⚠ "  # begins the reason why there is no answer
 # Sliders under the box: name, least, most, step, value where the model recommends none, help.
 CONTROLS = (
-    ("Maximum tokens", 1, 512, 1, 128, "where an answer is cut"),
+    ("Maximum tokens", 1, 512, 1, 128, "maximum number of tokens in an answer"),
     ("Temperature", 0.0, 2.0, 0.05, 0.7, "0 always takes the likeliest token"),
     ("Top-p", 0.05, 1.0, 0.05, 0.95, "keeps the likeliest tokens up to this total probability"),
     ("Top-k", 0, 200, 1, 0, "keeps this many of the likeliest tokens; 0 keeps all"),
     ("Repetition penalty", 1.0, 2.0, 0.05, 1.1, "above 1, repeated tokens become less likely"),
-    ("Seed", 0, 1_000_000, 1, 0, "0 gives a new text every time; any other seed repeats its text"),
+    ("Seed", 0, 1_000_000, 1, 0, "0 gives a new text every time; any other seed always gives the same text"),
 )
 STYLE = """
 #facts p { font-size: 0.875rem }

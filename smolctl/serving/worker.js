@@ -96,7 +96,7 @@ async function* read(stream) {
   for (let part = await reader.read(); !part.done; part = await reader.read()) yield part.value;
 }
 
-/** The token of a choice as the page shows it; null: it has none. The API does not tell its id. */
+/** The token of a choice as the page shows it; null: it has none. The API does not give its id. */
 function described({ delta, text, logprobs }) {
   if (!logprobs) return null;
   const [token] = logprobs.content ?? logprobs.tokens.map((token) => ({ token }));

@@ -271,7 +271,7 @@ def test_memory_that_is_refused_or_never_comes_offers_less(browser: Any, site: P
             page.get_by_role("button", name="Load the model").click()
             page.wait_for_timeout(500)
             page.clock.run_for(30_000)
-            page.get_by_text("The browser does not answer when asked for the memory").wait_for()
+            page.get_by_text("The browser did not respond to the request for the memory").wait_for()
             server.mend()
             page.get_by_role("button", name="Use 512 tokens of context").click()
             page.locator("#send:enabled").wait_for()

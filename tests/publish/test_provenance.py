@@ -56,7 +56,7 @@ def test_a_base_on_this_machine_is_named_without_its_folder_and_with_its_own_bas
 def test_new_weights_have_no_base(llama: Built) -> None:
     metadata, text = card_of(llama)
     assert "base_model" not in metadata
-    assert "| first weights | random |" in text
+    assert "| initial weights | random |" in text
 
 
 def test_people_may_add_a_base(llama: Built) -> None:

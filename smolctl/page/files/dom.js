@@ -24,7 +24,7 @@ export function make(tag, properties = {}, ...children) {
 export const button = (label, onclick, className = "quiet") =>
   make("button", { type: "button", className, onclick }, label);
 
-/** Tell a screen reader what has happened. The region is for this alone: streamed text would stutter in it. */
+/** Announce what has happened to screen readers. Only this uses the region: streamed text would stutter in it. */
 export const announce = (text) => {
   byId("status").textContent = text;
 };

@@ -4,7 +4,7 @@ const PAUSES_MS = [500, 2_000]; // before the second and the third try
 const STALLED_MS = 30_000; // without a byte; the next try begins then
 const CACHE = "smolctl-weights";
 
-/** Something that a visitor is told. `kind` decides which ways on the page offers. */
+/** A fault with a message for the visitor. `kind` decides what the page offers to do about it. */
 export class Fault extends Error {
   /** @param {string} kind @param {string} sentence @param {boolean} [lasting] trying again at once is of no use */
   constructor(kind, sentence, lasting = false) {
@@ -178,7 +178,7 @@ async function fetchOnce(url, part, onBytes) {
     clearTimeout(timer);
   }
   if (here < bytes.length) {
-    throw new Fault("cut", `The server ends ${part.file} after ${here} of its ${bytes.length} bytes.`);
+    throw new Fault("cut", `The server ended ${part.file} after ${here} of its ${bytes.length} bytes.`);
   }
   if (!(await isPart(bytes, part))) {
     throw new Fault("corrupt", `${part.file} arrives damaged: its SHA-256 is not the published one.`);

@@ -37,7 +37,7 @@ export function readLink(fragment) {
   const settings = Object.fromEntries(NUMBERS.map((name) => [name, Number(fields.get(name) || NaN)]));
   const turns = pairs(fields.get("turns"));
   if (!turns || Object.values(settings).some((value) => !Number.isFinite(value))) {
-    throw new Fault("link", "The address of this page holds a link to an answer, and a piece of it is missing.");
+    throw new Fault("link", "The address of this page holds a link to an answer, but part of it is missing.");
   }
   const [system, scheme, weights] = ["system", "model", "weights"].map((name) => fields.get(name) ?? "");
   return { prompt, turns, system, scheme, weights, settings };

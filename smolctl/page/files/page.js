@@ -77,8 +77,8 @@ class Page {
     byId("headline").textContent = chat ? `Talk to ${title}` : `Write with ${title}`;
     byId("summary").textContent = summary;
     const words = chat
-      ? ["Your message", "Ask something", "Send", "Enter sends, Shift+Enter begins a new line"]
-      : ["Text to continue", "Begin a text", "Continue", "Enter continues the text, Shift+Enter begins a new line"];
+      ? ["Your message", "Ask something", "Send", "Enter sends, Shift+Enter starts a new line"]
+      : ["Text to continue", "Begin a text", "Continue", "Enter continues the text, Shift+Enter starts a new line"];
     [byId("text-label").textContent, byId("text").placeholder, byId("send").textContent, byId("hint").textContent] = words;
     byId("new").textContent = chat ? "New chat" : "Clear";
     byId("system-row").hidden = !chat?.takes_system;
@@ -136,7 +136,7 @@ class Page {
     byId("reset").onclick = () => {
       this.#settings.reset();
       byId("system").value = "";
-      announce("Settings are the model's own again");
+      announce("Settings are reset to the model's own");
     };
     byId("stop").onclick = () => this.#talk.stop();
     byId("open-panel").onclick = () => this.#panel(true);

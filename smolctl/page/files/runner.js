@@ -8,8 +8,8 @@ const BROWSERS = "Chrome 110, Edge 110, Firefox 114, Safari 16.4 and later ones 
 const PATIENCE = { begin: 20, memory: 20, start: 60, generate: 120 };
 const SILENT = {
   begin: ["worker", `The worker that runs the model did not start: the browser is too old, or a file of this page is missing. ${BROWSERS}.`],
-  memory: ["memory", "The browser does not answer when asked for the memory that the model needs."],
-  start: ["memory", "The browser does not finish to prepare the model; it may be out of memory."],
+  memory: ["memory", "The browser did not respond to the request for the memory that the model needs."],
+  start: ["memory", "The browser did not finish preparing the model; it may be out of memory."],
   generate: ["engine", "The model has not answered for two minutes; the browser may be out of memory."],
 };
 

@@ -14,13 +14,13 @@ const CONTROLS = {
   top_p: {
     label: "Top-p",
     limits: [0.01, 1, 0.01],
-    hint: "Keeps the likeliest tokens that have this probability together.",
+    hint: "Keeps the likeliest tokens up to this total probability.",
     slider: true,
   },
   max_tokens: {
     label: "Longest answer",
     limits: [1, null, 1],
-    hint: "Tokens after which an answer ends in any case.",
+    hint: "Maximum number of tokens in an answer.",
   },
   seed: {
     label: "Seed",
@@ -36,14 +36,14 @@ const CONTROLS = {
   min_p: {
     label: "Min-p",
     limits: [0, 1, 0.01],
-    hint: "Keeps tokens at least this share as likely as the likeliest one.",
+    hint: "Drops tokens below this fraction of the likeliest one's probability.",
     slider: true,
     more: true,
   },
   repetition_penalty: {
     label: "Repetition penalty",
     limits: [0.5, 2, 0.01],
-    hint: "Above 1, tokens that are already there become less likely.",
+    hint: "Above 1, repeated tokens become less likely.",
     slider: true,
     more: true,
   },

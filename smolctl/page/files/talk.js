@@ -68,7 +68,7 @@ export class Talk {
     if (this.busy) this.#hooks.stop(this.#number);
   }
 
-  // --- what the worker tells ---
+  // --- what the worker reports ---
 
   /** Whether a message of the worker is about the answer that is being made. */
   awaits(number) {
@@ -194,7 +194,7 @@ export class Talk {
       }
     };
     const later = this.turns.length - 1 - this.turns.indexOf(turn);
-    const warning = this.#chats && later ? `The ${later === 1 ? "turn" : `${later} turns`} after it will go.` : "";
+    const warning = this.#chats && later ? `The ${later === 1 ? "turn" : `${later} turns`} after it will be removed.` : "";
     const actions = [button("Send again", resend, "primary"), button("Cancel", back)];
     const row = make("div", { className: "actions" }, ...actions, make("span", { className: "hint" }, warning));
     asked.classList.add("editing");
@@ -261,8 +261,8 @@ export class Talk {
 }
 
 /**
- * Whether a key sends a text. Enter may also end the choice of a character, which Safari tells by the code 229
- * alone; on a touch screen it begins a new line.
+ * Whether a key sends a text. Enter may also end the choice of a character, which Safari shows by the code 229
+ * alone; on a touch screen it starts a new line.
  */
 export const sends = (event) =>
   event.key === "Enter" &&

@@ -48,7 +48,7 @@ async function handle({ load: loading, generate: request }) {
 async function load({ base, folder, about, weights, positions, threads }) {
   const place = new URL(`${folder}/`, base);
   const tokens = getJSON(new URL("tokenizer.json", place)); // comes meanwhile
-  tokens.catch(() => {}); // the engine's fault is told first
+  tokens.catch(() => {}); // the engine's fault is reported first
   const engine = await allocate(base, weights, positions, threads);
   postMessage({ step: "download" });
   const tokenizer = new Tokenizer(await tokens, about.tokenizer);
