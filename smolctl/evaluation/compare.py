@@ -337,7 +337,7 @@ def _read(text: Text, model: _Model, note: Callable[[str], None]) -> Iterator[_R
         begin = tuple(encoder.begin or [tokenizer.end_of_text_id])
         for document in text.documents:
             pieces = encoder.encode(list(encoder.pieces([str(document)])))
-            ids = np.concatenate([np.array(piece, np.int64) for piece in pieces])
+            ids = np.concatenate(pieces, dtype=np.int64)
             yield _Reading(begin, ids, np.ones(len(ids), dtype=bool))
         return
     if tokenizer.chat_template is None:

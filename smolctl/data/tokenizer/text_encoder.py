@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 from tokenizers import models
 
 from smolctl.data.text.documents import LONGEST_PIECE, PIECE, cut
 from smolctl.data.tokenizer.decoding import is_byte_level
 from smolctl.data.tokenizer.prompt import SpecialTokens, any_of, hide_special_tokens
 from smolctl.data.tokenizer.tokenizer import Tokenizer
+from smolctl.data.tokenizer.word_encoder import IDS, WordEncoder
 from smolctl.escaping import json_text
 from smolctl.sources.huggingface.tokenizer import ids_around_text, read_backend
 
@@ -52,7 +55,8 @@ class TextEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, special_tokens: SpecialTokens = "text") -> None:
-        self._backend = _reading_backend(tokenizer.backend, special_tokens)
+        self._backend, state = _reading_backend(tokenizer.backend, special_tokens)
+        self._words = WordEncoder.of(self._backend, state)
         self.begin, after = ids_around_text(tokenizer.backend)
         end_of_text = tokenizer.end_of_text_id
         self.end = after if after[-1:] == [end_of_text] else [*after, end_of_text]
@@ -80,11 +84,18 @@ class TextEncoder:
             yield TextPiece(text, lead, skip, len(self._special.findall(text)))
             (lead, skip), following = following, ("", 0)
 
-    def encode(self, pieces: Sequence[TextPiece]) -> list[list[int]]:
-        """Ids of pieces, on all cores. Neither `begin` nor `end` is among them."""
-        texts = [piece.lead + piece.text for piece in pieces]
-        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids[piece.skip :] for piece, encoding in zip(pieces, encodings, strict=True)]
+    def encode(self, pieces: Sequence[TextPiece]) -> list[NDArray[np.uint32]]:
+        """Ids (N,) of each piece, on all cores. Neither `begin` nor `end` is among them."""
+        found: dict[int, NDArray[np.uint32]] = {}
+        if self._words is not None:
+            texts = {n: one.text for n, one in enumerate(pieces) if self._words.suits(one.text)}
+            found |= zip(texts, self._words.encode(list(texts.values())), strict=True)
+        rest = {n: one for n, one in enumerate(pieces) if n not in found}
+        behind = [one.lead + one.text for one in rest.values()]
+        encodings = self._backend.encode_batch_fast(behind, add_special_tokens=False)
+        for (n, one), encoding in zip(rest.items(), encodings, strict=True):
+            found[n] = np.array(encoding.ids[one.skip :], IDS)
+        return [found[n] for n in range(len(pieces))]
 
     def _ids_of_lead(self, before: str, after: str) -> int | None:
         """How many ids a text has when it is cut off, or None where the cut would change an id."""
@@ -111,11 +122,13 @@ def _joins_at_spaces(backend: tokenizers.Tokenizer) -> bool:
     return not is_bpe or any(map(joint.search, backend.get_vocab(with_added_tokens=False)))
 
 
-def _reading_backend(backend: tokenizers.Tokenizer, special_tokens: SpecialTokens) -> tokenizers.Tokenizer:
-    """A copy that reads special tokens as asked for; the tokenizer of prompts stays as it is."""
+def _reading_backend(
+    backend: tokenizers.Tokenizer, special_tokens: SpecialTokens
+) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """A copy that reads special tokens as asked for, and its tokenizer.json; the original stays as it is."""
     state = json.loads(backend.to_str())  # noqa: TID251 - the library's own
     if special_tokens == "text":
         hide_special_tokens(state)
     copy = read_backend(json_text(state), "a tokenizer whose special tokens are text")
     copy.encode_special_tokens = special_tokens == "text"  # as `split_special_tokens` of transformers
-    return copy
+    return copy, state

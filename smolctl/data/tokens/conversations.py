@@ -181,7 +181,7 @@ def _build(
                     skip(conversation.where, str(turns))
                     continue
                 remarks.update(turns.remarks)
-                words.append(_marked(turns).tolist())
+                words.append(_marked(turns))
                 index.extend((_key(conversation, turns), len(turns.ids), int(turns.is_trained.sum())))
                 size = sum(utf8_size(message["content"]) for message in conversation.messages)
                 progress = replace(

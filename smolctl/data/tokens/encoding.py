@@ -8,6 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from smolctl.data.text.documents import Document, OnRead, utf8_size
 from smolctl.data.tokenizer.text_encoder import TextEncoder, TextPiece
 
@@ -42,7 +45,7 @@ class TokenizeProgress:
 class Piece(NamedTuple):
     """Ids of a part of a document."""
 
-    ids: list[int]  # with what begins and ends every document
+    ids: NDArray[np.uint32]  # (N,), with what begins and ends every document
     document: int  # number of the document; empty ones are not counted
     digest: int  # 64 bits that identify the document's text from its beginning to the end of this piece
     ends: bool  # the document
@@ -101,7 +104,7 @@ def encode_documents(
     """
     progress = TokenizeProgress(bytes_total=bytes_total)
     with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting: tuple[_Batch, Future[list[list[int]]]] | None = None
+        waiting: tuple[_Batch, Future[list[NDArray[np.uint32]]]] | None = None
         for batch in _batches(read, encoder, first, state):
             future = pool.submit(encoder.encode, batch.pieces)
             if waiting is not None:
@@ -151,13 +154,14 @@ def _batches(
 
 
 def _collect(
-    batch: _Batch, future: Future[list[list[int]]], encoder: TextEncoder, before: TokenizeProgress
+    batch: _Batch, future: Future[list[NDArray[np.uint32]]], encoder: TextEncoder, before: TokenizeProgress
 ) -> Encoded:
     pieces = []
     documents = zip(batch.documents, batch.digests, batch.begins_document, batch.ends_document, strict=True)
     rows = zip(future.result(), batch.pieces, documents, strict=True)
     for ids, text, (document, digest, begins, ends) in rows:
-        whole = [*(encoder.begin if begins else ()), *ids, *(encoder.end if ends else ())]
+        around = (encoder.begin if begins else (), ids, encoder.end if ends else ())
+        whole = np.concatenate([np.asarray(part, ids.dtype) for part in around])
         pieces.append(Piece(whole, document, digest, ends, utf8_size(text.text), text.special_tokens))
     progress = TokenizeProgress(
         bytes_read=before.bytes_read + batch.bytes_read,

@@ -83,9 +83,9 @@ class ShardWriter:
         self._in_shard = 0
         self._hash = hashlib.sha256()
 
-    def append(self, ids: Sequence[int]) -> None:
-        """Write ids, each below the vocabulary that the dtype was chosen for."""
-        array = np.fromiter(ids, self._dtype, len(ids))
+    def append(self, ids: Sequence[int] | NDArray[np.integer]) -> None:
+        """Write ids (N,), each below the vocabulary that the dtype was chosen for."""
+        array = np.asarray(ids, self._dtype)
         require_space(self._folder, array.nbytes)
         while len(array):
             part = array[: self._tokens_a_shard - self._in_shard]

@@ -124,15 +124,15 @@ def _build(
     ):
         groups = [open_files.enter_context(closing(ShardWriter(partial, name, dtype))) for name in names]
         for batch in batches:
-            ids: list[list[int]] = [[] for _ in groups]
+            ids: list[list[NDArray[np.uint32]]] = [[] for _ in groups]
             for piece in batch.pieces:
                 if piece.document != document:  # its first piece
                     document, group = piece.document, min(_group(piece.digest, limit), trained_on)
-                ids[group].extend(piece.ids)
+                ids[group].append(piece.ids)
                 if piece.ends:
                     digests.append(piece.digest)
             for writer, more in zip(groups, ids, strict=True):
-                writer.append(more)
+                writer.append(np.concatenate(more) if more else ())
             last = batch.progress
             if on_progress is not None:
                 on_progress(last)
