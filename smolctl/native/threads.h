@@ -20,12 +20,14 @@
 #include <sched.h>
 #endif
 
-// Spins before a waiting thread gives its core away: some 50 microseconds. Within a step the others are
-// never that late, unless the system has taken their core.
+// How often a waiting thread looks before it sleeps: some 50 microseconds, in which the others come unless the
+// system has taken their core; and as long as it takes to offer them this one so many times, about a millisecond.
 #if defined(__wasm__)
 #define PATIENCE 50000  // it has no pause
+#define OFFERS 0
 #else
 #define PATIENCE 2000
+#define OFFERS 2000
 #endif
 
 #define MOST_THREADS 1024
@@ -38,7 +40,8 @@ typedef struct pool {
     void (*function)(void *argument, int thread);
     void *argument;
     atomic_uint job;   // grows by MOST_THREADS each time; the rest is the number of threads that take part
-    atomic_int sleeping, arrived, round;
+    atomic_uint round; // counts barriers
+    atomic_int sleeping, arrived;
     int stop;
 #if !defined(__wasm__)
     pthread_mutex_t mutex;
@@ -47,41 +50,41 @@ typedef struct pool {
 #endif
 } pool;
 
-// ---- sleeping, by what the system has ----
+// ---- sleeping, by what the system has: until `job` or `round` is no longer what it was ----
 
 #if !defined(__wasm__)
 
-static void sleep_until_job(pool *p, unsigned done) {
+static void offer_core(void) { sched_yield(); }
+
+static void sleep_until_change(pool *p, atomic_uint *value, unsigned before) {
     pthread_mutex_lock(&p->mutex);
     atomic_fetch_add(&p->sleeping, 1);
-    while (atomic_load(&p->job) == done) pthread_cond_wait(&p->wake, &p->mutex);
+    while (atomic_load(value) == before) pthread_cond_wait(&p->wake, &p->mutex);
     atomic_fetch_sub(&p->sleeping, 1);
     pthread_mutex_unlock(&p->mutex);
 }
 
-static void wake_for_job(pool *p) {
+static void wake_for_change(pool *p, atomic_uint *value) {
+    (void)value;
     if (!atomic_load(&p->sleeping)) return;
     pthread_mutex_lock(&p->mutex);
     pthread_cond_broadcast(&p->wake);
     pthread_mutex_unlock(&p->mutex);
 }
 
-static void sleep_until_round(pool *p, int round) { (void)p, (void)round, sched_yield(); }
-static void wake_for_round(pool *p) { (void)p; }
-
 #elif defined(__wasm_atomics__)
 
-static void sleep_until_job(pool *p, unsigned done) { __builtin_wasm_memory_atomic_wait32((int *)&p->job, (int)done, -1); }
-static void wake_for_job(pool *p) { __builtin_wasm_memory_atomic_notify((int *)&p->job, MOST_THREADS); }
-static void sleep_until_round(pool *p, int round) { __builtin_wasm_memory_atomic_wait32((int *)&p->round, round, -1); }
-static void wake_for_round(pool *p) { __builtin_wasm_memory_atomic_notify((int *)&p->round, MOST_THREADS); }
+static void offer_core(void) {}
+static void sleep_until_change(pool *p, atomic_uint *value, unsigned before) {
+    (void)p, __builtin_wasm_memory_atomic_wait32((int *)value, (int)before, -1);
+}
+static void wake_for_change(pool *p, atomic_uint *value) { (void)p, __builtin_wasm_memory_atomic_notify((int *)value, MOST_THREADS); }
 
 #else  // one thread
 
-static void sleep_until_job(pool *p, unsigned done) { (void)p, (void)done; }
-static void wake_for_job(pool *p) { (void)p; }
-static void sleep_until_round(pool *p, int round) { (void)p, (void)round; }
-static void wake_for_round(pool *p) { (void)p; }
+static void offer_core(void) {}
+static void sleep_until_change(pool *p, atomic_uint *value, unsigned before) { (void)p, (void)value, (void)before; }
+static void wake_for_change(pool *p, atomic_uint *value) { (void)p, (void)value; }
 
 #endif
 
@@ -89,15 +92,17 @@ static void wake_for_round(pool *p) { (void)p; }
 
 static void barrier(pool *p) {
     if (p->threads == 1) return;
-    int round = atomic_load_explicit(&p->round, memory_order_relaxed);
+    unsigned round = atomic_load_explicit(&p->round, memory_order_relaxed);
     if (atomic_fetch_add_explicit(&p->arrived, 1, memory_order_acq_rel) == p->threads - 1) {
         atomic_store_explicit(&p->arrived, 0, memory_order_relaxed);
-        atomic_store_explicit(&p->round, round + 1, memory_order_release);
-        wake_for_round(p);
+        atomic_store(&p->round, round + 1);  // in one order with the count of those that sleep
+        wake_for_change(p, &p->round);
         return;
     }
     for (int spins = 0; atomic_load_explicit(&p->round, memory_order_acquire) == round; spins++) {
-        if (spins < PATIENCE) PAUSE(); else sleep_until_round(p, round);
+        if (spins < PATIENCE) PAUSE();
+        else if (spins < PATIENCE + OFFERS) offer_core();
+        else sleep_until_change(p, &p->round, round);
     }
 }
 
@@ -106,7 +111,7 @@ static void work(pool *p, int thread) {
     int needed = 1;  // in the last job: then the next one may come soon
     for (unsigned done = 0;;) {
         for (int spins = 0; needed && spins < PATIENCE && atomic_load(&p->job) == done; spins++) PAUSE();
-        while (atomic_load(&p->job) == done) sleep_until_job(p, done);
+        while (atomic_load(&p->job) == done) sleep_until_change(p, &p->job, done);
         done = atomic_load(&p->job);
         if (p->stop) return;
         needed = thread < (int)(done % MOST_THREADS);
@@ -121,7 +126,7 @@ static void start_job(pool *p) {
     p->threads = there < p->asked ? there : p->asked;
     unsigned before = atomic_load(&p->job);
     atomic_store(&p->job, (before / MOST_THREADS + 1) * MOST_THREADS + (unsigned)p->threads);
-    if (there > 1) wake_for_job(p);
+    if (there > 1) wake_for_change(p, &p->job);
 }
 
 // Run function(argument, thread) on every thread, this one as number 0, and return when all are done.
