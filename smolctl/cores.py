@@ -5,11 +5,16 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+ROOT = Path("/")
+# Speeds of cores as Linux's cpu_capacity gives them. Where that is missing, Intel's efficient cores are taken
+# to be half as fast as the others, which was not measured here.
+FULL_SPEED, SLOW_CORE = 1024, 512
 CHECK_EVERY_S = 1.0
 # Of a core's time, what this process's threads together have waited for a core: above the first they share
 # the machine, below the second they have it to themselves. Measured, see docs/benchmarks.md.
@@ -22,41 +27,79 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def usable_cores() -> int:
+def usable_cores(root: Path = ROOT) -> int:
     """Processors' worth of time that this process gets, its container's quota counted; at least 1."""
-    return max(1, math.floor(min(usable_cpus(), cpu_quota())))
+    return max(1, math.floor(min(usable_cpus(), cpu_quota(root))))
 
 
-def physical_cores() -> int:
-    """Cores that this process may run on, each once however many logical processors it is."""
+def computing_cores(root: Path = ROOT) -> int:
+    """With how many of the cores that this process may run on equal shares of work are done first.
+
+    A core counts once, however many logical processors it is. Where some are slower, the others wait for
+    them: n cores do n times what the slowest of them does.
+
+    Args:
+        root: of the file system.
+    """
+    if sys.platform == "darwin":
+        return _mac_fast_cores() or usable_cpus()
     if not hasattr(os, "sched_getaffinity"):
         return usable_cpus()
-    cores = set()
+    slow = _listed(root / "sys/devices/cpu_atom/cpus")
+    speeds = {}
     for cpu in os.sched_getaffinity(0):
-        try:
-            siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-            cores.add(siblings.read_text(encoding="ascii"))
-        except OSError:
-            cores.add(str(cpu))
-    return len(cores)
+        folder = root / f"sys/devices/system/cpu/cpu{cpu}"
+        speed = _text(folder / "cpu_capacity")  # of ARM, and newer kernels on Intel: 1024 is the fastest core
+        default = SLOW_CORE if cpu in slow else FULL_SPEED
+        speeds[_text(folder / "topology/thread_siblings_list") or str(cpu)] = (
+            int(speed) if speed.isdecimal() else default
+        )
+    fastest_first = sorted(speeds.values(), reverse=True)
+    return max(range(1, len(speeds) + 1), key=lambda count: count * fastest_first[count - 1])
 
 
-def compute_threads(asked: int | None = None) -> int:
+def _text(path: Path) -> str:
+    """What a file of the kernel's says, empty where there is none."""
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _listed(path: Path) -> set[int]:
+    """The processors of a list such as "16-23,30"."""
+    ends = [part.split("-") for part in _text(path).split(",") if part]
+    return {cpu for part in ends for cpu in range(int(part[0]), int(part[-1]) + 1)}
+
+
+def _mac_fast_cores() -> int:
+    """Performance cores of an ARM Mac, which PyTorch computes with too; 0 where the system names none."""
+    count = ctypes.c_int32()
+    size = ctypes.c_size_t(ctypes.sizeof(count))
+    ask = ctypes.CDLL(None).sysctlbyname
+    failed = ask(
+        b"hw.perflevel0.physicalcpu", ctypes.byref(count), ctypes.byref(size), None, ctypes.c_size_t(0)
+    )
+    return 0 if failed else count.value
+
+
+def compute_threads(asked: int | None = None, root: Path = ROOT) -> int:
     """Threads to compute with, one for each logical processor at most: more of them wait for each other, and
     very many crash.
 
     Args:
         asked: by the user; None: by OMP_NUM_THREADS, which PyTorch reads too, or else one for each core that
-            this process gets.
+            this process gets and that makes it faster.
+        root: of the file system.
     """
     if asked is None:
         chosen = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # of nested levels the first
         wanted = int(chosen) if chosen.isdecimal() else 0
-        asked = wanted or min(physical_cores(), usable_cores())
+        asked = wanted or min(computing_cores(root), usable_cores(root))
     return min(asked, usable_cpus())
 
 
-def cpu_quota(root: Path = Path("/")) -> float:
+def cpu_quota(root: Path = ROOT) -> float:
     """Processors' worth of time that Linux's control groups allow; `inf` where nothing limits it.
 
     The groups of version 1 and 2 are read, with those that they lie in: the narrowest counts. In a container

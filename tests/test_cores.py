@@ -17,14 +17,20 @@ import torch
 from smolctl import cores
 from smolctl.cores import (
     compute_threads,
+    computing_cores,
     cpu_quota,
-    physical_cores,
     sharing_cores,
     usable_cores,
     usable_cpus,
 )
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="control groups and libgomp are Linux's")
+
+
+def write(files: dict[str, str], root: Path) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
 
 
 @pytest.mark.parametrize(
@@ -54,12 +60,8 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="control groups and l
 def test_the_processors_of_a_container_are_counted_by_its_quota(
     groups: str, files: dict[str, str], expected: float, tmp_path: Path
 ) -> None:
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text(groups)
-    for name, text in files.items():
-        path = tmp_path / "sys/fs/cgroup" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    write({f"sys/fs/cgroup/{name}": text for name, text in files.items()}, tmp_path)
+    write({"proc/self/cgroup": groups}, tmp_path)
     assert cpu_quota(tmp_path) == expected
 
 
@@ -80,22 +82,96 @@ def test_threads_are_those_asked_for_but_no_more_than_processors(
     asked: int | None, variable: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cores, "usable_cpus", lambda: 6)
-    monkeypatch.setattr(cores, "physical_cores", lambda: 3)
-    monkeypatch.setattr(cores, "usable_cores", lambda: 2)
+    monkeypatch.setattr(cores, "computing_cores", lambda _root: 3)
+    monkeypatch.setattr(cores, "usable_cores", lambda _root: 2)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if variable is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
     assert compute_threads(asked) == expected
 
 
-def test_a_core_of_two_logical_processors_counts_once() -> None:
-    assert 1 <= physical_cores() <= usable_cpus()
+def processors(siblings: str, **files: str) -> dict[str, str]:
+    """Files of processors 0, 1, …: to which core each belongs, and what else is written about them."""
+    places = {
+        f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list": f"{core}\n"
+        for cpu, core in enumerate(siblings)
+    }
+    for name, values in files.items():
+        places |= {
+            f"sys/devices/system/cpu/cpu{cpu}/{name}": f"{value}\n"
+            for cpu, value in enumerate(values.split())
+        }
+    return places
+
+
+EIGHT = processors("abcdefgh")
+QUOTA_V1 = {
+    "proc/self/cgroup": "4:cpu,cpuacct:/\n",
+    "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000",
+}
+
+
+@linux
+@pytest.mark.parametrize(
+    ("files", "allowed", "expected"),
+    [
+        pytest.param({}, range(8), 8, id="nothing is known"),
+        pytest.param(EIGHT, range(8), 8, id="alike"),
+        pytest.param(EIGHT, {1, 6}, 2, id="affinity"),
+        pytest.param(processors("abcdabcd"), range(8), 4, id="siblings"),
+        pytest.param(processors("abcdabcd"), {0, 1, 4}, 2, id="siblings and affinity"),
+        pytest.param(
+            processors("aabbccdd") | {"sys/devices/cpu_atom/cpus": "\n"}, range(8), 4, id="no slow ones"
+        ),
+        pytest.param(
+            processors("aabbccdefg") | {"sys/devices/cpu_atom/cpus": "6-9"}, range(10), 7, id="many slow"
+        ),
+        pytest.param(processors("abcdef") | {"sys/devices/cpu_atom/cpus": "4,5"}, range(6), 4, id="few slow"),
+        pytest.param(processors("abcdef") | {"sys/devices/cpu_atom/cpus": "4-5"}, {4, 5}, 2, id="only slow"),
+        pytest.param(processors("abcd", cpu_capacity="300 300 1024 1024"), range(4), 2, id="big and little"),
+        pytest.param(processors("abcd", cpu_capacity="800 800 1024 1024"), range(4), 4, id="a little slower"),
+        pytest.param(processors("abcd", cpu_capacity="? ? ? ?"), range(4), 4, id="no number"),
+        pytest.param(
+            EIGHT | {"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "100000 100000"},
+            range(8),
+            1,
+            id="quota 2",
+        ),
+        pytest.param(
+            EIGHT | QUOTA_V1 | {"sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "250000"},
+            range(8),
+            2,
+            id="quota 1",
+        ),
+        pytest.param(
+            processors("aabb") | {"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "300000 100000"},
+            range(4),
+            2,
+            id="quota above the cores",
+        ),
+    ],
+)
+def test_threads_are_the_cores_that_this_process_gets_and_that_make_it_faster(
+    files: dict[str, str],
+    allowed: range | set[int],
+    expected: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write(files, tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(allowed))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert compute_threads(root=tmp_path) == expected
+
+
+def test_this_machine_has_cores_to_compute_with() -> None:
+    assert 1 <= computing_cores() <= usable_cpus()
 
 
 def test_a_quota_of_less_than_a_core_is_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu_quota(Path("nowhere")) == math.inf
     for quota, expected in ((0.5, 1), (1.9, 1), (math.inf, usable_cpus())):
-        monkeypatch.setattr(cores, "cpu_quota", lambda quota=quota: quota)
+        monkeypatch.setattr(cores, "cpu_quota", lambda _root, quota=quota: quota)
         assert usable_cores() == min(expected, usable_cpus())
 
 
