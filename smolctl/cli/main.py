@@ -13,8 +13,8 @@ import typer
 from smolctl import __version__
 from smolctl.cli.completion import answering
 from smolctl.cli.options import PlainCommand
-from smolctl.cores import sharing_cores, usable_cores, usable_cpus
-from smolctl.errors import ExitCode, UsageError
+from smolctl.cores import compute_threads, sharing_cores, usable_cores, usable_cpus
+from smolctl.errors import ExitCode, InputError, UsageError
 from smolctl.views.output import Output, prepare_streams
 
 # Every command in the order of the help, each in a module of its own name that has one function of that name.
@@ -70,10 +70,18 @@ def application(commands: Iterable[str] = COMMANDS) -> typer.Typer:
 def main() -> None:
     """Run the command line and exit with its code."""
     prepare_streams()
+    if sys.platform == "win32":
+        Output(json="--json" in sys.argv).error(
+            InputError(
+                "smolctl runs on Linux and macOS, not on Windows",
+                "Install it in WSL 2 (Windows Subsystem for Linux).",
+            )
+        )
+        sys.exit(ExitCode.BAD_INPUT)
     try:
         # A container sees all processors of its host: more threads than its share would wait for one another.
         if usable_cores() < usable_cpus():
-            os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+            os.environ.setdefault("OMP_NUM_THREADS", str(compute_threads()))
         with sharing_cores(), answering() as completed:
             called = [name for name in (completed, *sys.argv[1:2]) if name in COMMANDS]
             code = application(called or COMMANDS)(standalone_mode=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ class NativeBuildHook(BuildHookInterface):  # type: ignore[type-arg]
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if self.target_name != "wheel":
             return
+        if sys.platform == "win32":
+            raise RuntimeError("smolctl runs on Linux and macOS, not on Windows. Install it in WSL 2.")
         path = Path(self.root) / "smolctl" / "native" / "build.py"
         spec = importlib.util.spec_from_file_location("smolctl_native_build", path)
         assert spec is not None

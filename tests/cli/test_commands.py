@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import sys
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -289,3 +291,25 @@ def test_nano_ten_steps_and_five_more_equal_fifteen(smolctl: Smolctl) -> None:
     assert smolctl("resume", "parts", "--extra", "5", "-q").code == 0
     assert smolctl("train", "nano", "--steps", "15", "--out", "whole", *quiet).code == 0
     assert_same_run(Path("parts"), Path("whole"), 15)
+
+
+def test_on_windows_the_command_names_the_remedy(smolctl: Smolctl, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    called = smolctl("count-params", "nano")
+    assert called.code == 3
+    assert not called.out
+    assert "runs on Linux and macOS, not on Windows" in called.err
+    assert "WSL 2" in called.err
+
+
+def test_a_quota_does_not_hide_that_two_processors_are_one_core(
+    smolctl: Smolctl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the command gives to OpenMP is the number of threads that the engine would choose."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # put back after the test
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _process: set(range(8)), raising=False)
+    monkeypatch.setattr("smolctl.cores.cpu_quota", lambda _root: 6.0)
+    monkeypatch.setattr("smolctl.cores.computing_cores", lambda _root: 4)
+    smolctl("count-params", "nano")
+    assert os.environ["OMP_NUM_THREADS"] == "4"
