@@ -14,7 +14,8 @@ from smolctl.generation.answer import Answer
 from smolctl.generation.complete import CompletionSettings
 from smolctl.generation.load import LoadedModel
 from smolctl.generation.sampling import DEFAULT_SAMPLING
-from smolctl.generation.scheduler import Outcome, Request, Scheduler, Token
+from smolctl.generation.scheduler import Scheduler
+from smolctl.generation.slots import Outcome, Request, Token
 
 LOG = logging.getLogger(__name__)
 
