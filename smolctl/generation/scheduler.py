@@ -324,7 +324,8 @@ class Scheduler:
             return CHUNK - self._cache.lengths[slot.number] % CHUNK
         if slot.reading is Reading.FEW:
             return self._few
-        return left if CHUNK < left <= CHUNK + self._few else CHUNK
+        # What is left for the next call must not be few.
+        return left - self._few - 1 if CHUNK < left <= CHUNK + self._few else CHUNK
 
     def _joins(self, slot: Slot, parts: Mapping[Slot, Sequence[int]]) -> bool:
         """Whether a prompt may share the call that reads these parts, and gains by it."""

@@ -134,11 +134,11 @@ def test_what_is_left_of_a_prompt_is_read_in_no_smaller_call_than_its_bits_ask_f
     engine = CountingEngine(TorchEngine(NETWORK), exact_tokens=16, is_uniform=True)
     scheduler = Scheduler(engine, 2, CONTEXT, GREEDY, "off")
     found: dict[Request, list[Token]] = {}
-    for prompt in ([5] * 40, [5] * 40 + [6], [7] * 3, [7] * 3 + [8]):
+    for prompt in ([5] * 40, [5] * 40 + [6], [7] * 3, [7] * 3 + [8], [9] * (CHUNK + 1)):
         scheduler.submit(Request(prompt, 1, Random()))
         while scheduler.active or scheduler.waiting:
             collect(scheduler, found)
-    assert [sum(map(len, call)) for call in engine.calls] == [40, 17, 3, 1]
+    assert [sum(map(len, call)) for call in engine.calls] == [40, 17, 3, 1, CHUNK - 16, 17]
 
 
 @pytest.mark.parametrize("when", ["waiting", "reading", "decoding"])
