@@ -8,8 +8,9 @@
 The first server is `smolctl serve`; --space adds the Gradio Space of the same model, --peer-command and
 --url add others of OpenAI's API. They take turns, round by round, with the same requests. Clients send one
 after the other, with prompts and answers of mixed lengths; half of the prompts begin alike. With --rough,
-some clients close the connection in the middle, and some send garbage. Prints a Markdown table, in less than
-three minutes for two servers on two idle cores.
+some clients close the connection in the middle, and some send garbage. Prints a Markdown table, in less
+than three minutes for two servers on two idle cores, and ends with an error where `smolctl serve` has held
+more than the file, the KV cache of its slots and 150 MB.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ HEAD = (
     "MB at first, most | files at first, at last | failed"
 )
 SLOTS, CONTEXT = 8, 2048
+BESIDE_MB = 150  # for the interpreter, the buffers of the engine and everything else
 GARBAGE = (b"", b"{", b"[]", b'{"messages": 5}', b'{"messages": [], "n": 1e9}', b"\xff" * 1_000)
 
 
@@ -67,6 +69,19 @@ class Server:
         place = Path(f"/proc/{self.process.pid}")
         status = (place / "status").read_text(encoding="ascii")
         return int(status.partition("VmRSS:")[2].split()[0]) / 1000, len(list((place / "fd").iterdir()))
+
+    def check_memory(self, model: Path) -> str:
+        """What smolctl's server has held at most, in words; a system error where that is too much."""
+        assert self.process is not None
+        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
+        most = int(status.partition("VmHWM:")[2].split()[0]) / 1000
+        metrics = httpx.get(f"{self.url}/metrics").text
+        cache = float(metrics.partition("\nsmolctl_cache_bytes ")[2].split()[0]) / 1e6
+        weights = model.stat().st_size / 1e6
+        found = f"{most:.0f} MB at most: {weights:.0f} of the file, {cache:.0f} of the KV cache"
+        if most > weights + cache + BESIDE_MB:
+            raise SystemExit(f"{found}, and more than {BESIDE_MB} beside them")
+        return f"{found}, {max(most - weights - cache, 0):.0f} beside them"
 
 
 @contextmanager
@@ -272,6 +287,7 @@ def main() -> None:
                     asyncio.run(load(server, clients, options, seed, seen, tokenizer))
             for server, seen in found:
                 print(row(clients, server, seen), flush=True)
+        print(f"\nsmolctl serve held {servers[0].check_memory(options.model)}.")
 
 
 if __name__ == "__main__":

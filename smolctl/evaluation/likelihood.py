@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from smolctl.arithmetic import kv_cache_bytes_per_token
 from smolctl.generation.engine import Cache, Engine, Logits
 from smolctl.generation.sampling import NotFiniteError
-from smolctl.generation.scheduler import common_prefix
+from smolctl.generation.slots import common_prefix
 
 Ids = tuple[int, ...]
 

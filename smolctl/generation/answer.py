@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from smolctl.data.tokenizer.tokenizer import Tokenizer
-from smolctl.generation.scheduler import Token
+from smolctl.generation.slots import Token
 
 
 @dataclass(frozen=True)

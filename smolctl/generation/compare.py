@@ -9,7 +9,7 @@ from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.generation.answer import Completion, spell
 from smolctl.generation.complete import CompletionResult
 from smolctl.generation.load import LoadedModel
-from smolctl.generation.scheduler import common_prefix
+from smolctl.generation.slots import common_prefix
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from smolctl.generation.answer import Answer, Completion
 from smolctl.generation.engine import Cancellation, Engine
 from smolctl.generation.grammar import Grammar
 from smolctl.generation.sampling import SamplingSettings, generator_for
-from smolctl.generation.scheduler import Request, Reuse, Scheduler, Speculation, check_prompt
+from smolctl.generation.scheduler import Reuse, Scheduler, Speculation
+from smolctl.generation.slots import Request, check_prompt
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def complete(
 
 
 def new_scheduler(
-    engine: Engine, settings: CompletionSettings, slots: int, capacity: int, reuse: Reuse = "chunks"
+    engine: Engine, settings: CompletionSettings, slots: int, capacity: int, reuse: Reuse = "exact"
 ) -> Scheduler:
     return Scheduler(engine, slots, capacity, settings.sampling, settings.speculation, reuse)
 

@@ -22,7 +22,7 @@ from smolctl.generation.complete import (
 )
 from smolctl.generation.load import LoadedModel
 from smolctl.generation.prompts import are_messages, changed_settings
-from smolctl.generation.scheduler import check_prompt
+from smolctl.generation.slots import check_prompt
 from smolctl.outside import read_json
 
 # A session holds at most this many tokens, also where the model's context is longer: its cache is allocated

@@ -74,6 +74,8 @@ class Engine(ABC):
 
     # Tokens in one call whose logits have the very bits of calls with one token each.
     exact_tokens = 1
+    # Whether a token gets the same bits in every call of more tokens than these, whatever else is in it.
+    is_uniform = False
     precision: str = ""  # of the matrices in matmuls: "float32", "int4 + int8"
     cache_dtype: np.dtype[Any] = np.dtype(np.float32)  # of keys and values
     weight_bytes: int = 0  # of the matrices, which every new token reads once; 0: not known

@@ -10,7 +10,7 @@ from smolctl.generation.complete import Continuation, Generation
 from smolctl.generation.conversation import Conversation
 from smolctl.generation.load import LoadedModel
 from smolctl.generation.prompts import PromptFile, PromptLine
-from smolctl.generation.scheduler import check_prompt
+from smolctl.generation.slots import check_prompt
 
 Answers = tuple[Completion, ...]
 

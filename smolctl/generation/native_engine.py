@@ -186,6 +186,8 @@ class NativeEngine(Engine):
         threads: at most this many; None: see `compute_threads`.
     """
 
+    is_uniform = True
+
     def __init__(
         self,
         library: Library,

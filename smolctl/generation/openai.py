@@ -30,9 +30,9 @@ def answer_schema(response_format: Any) -> Mapping[str, Any] | None:
     Raises:
         InputError: it has another form.
     """
-    wanted = {"type": "text"} if response_format is None else response_format
-    kind = wanted.get("type", "text") if isinstance(wanted, dict) else None
-    if kind == "text":
+    wanted = {} if response_format is None else response_format
+    kind = wanted.get("type") if isinstance(wanted, dict) else ""
+    if kind in (None, "text"):
         return None
     if kind == "json_object":
         return {"type": "object"}

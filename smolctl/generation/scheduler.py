@@ -2,93 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import repeat
-from random import Random
-from typing import Literal, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-from smolctl.errors import InputError, PromptTooLongError, SmolError
+from smolctl.errors import SmolError
 from smolctl.generation.engine import Cancellation, Engine, Logits
 from smolctl.generation.lookup import MOST, Lookup
-from smolctl.generation.sampling import (
-    SamplingSettings,
-    choose,
-    likeliest,
-    log_normalizer,
-    margin,
-    penalize_repetition,
-)
+from smolctl.generation.sampling import SamplingSettings
+from smolctl.generation.slots import Outcome, Reading, Request, Slot, Token, check_prompt, common_prefix
 
 Speculation = Literal["auto", "off", "lookup"]
-# What a new prompt takes over of the sequences in the cache. "chunks": whole chunks of prompts, which have
-# the bits that it would compute itself. "all": any number of tokens, of answers too, which round differently.
-Reuse = Literal["chunks", "all"]
+# What a new prompt takes over of the sequences in the cache. "exact": tokens with the bits that it would
+# compute itself. "all": any tokens, of answers too, which are rounded differently.
+Reuse = Literal["exact", "all"]
 
 # Prompt tokens in one call of the engine: the sequences that decode wait that long at most. On SmolLM2-135M
 # calls of 32, 64, 128 and 256 tokens read 780, 904, 982 and 1,022 tokens/s, calls of 64 in 71 ms (Zen 4, two
 # threads, in turns; its AVX2 build: 546, 614, 636 and 661, in 104 ms). Smaller ones share more of a prompt.
 CHUNK = 64
-# For greedy decoding on engines that round the logits of several tokens in one call differently from those of
-# one. Where the likeliest two tokens are closer than this (in nats, ten times what rounding does), no draft
-# token is accepted or rejected: the last token is read again by itself.
-NEAR_TIE = 0.01
 # Tokens of a call, drafts included, up to which one more costs far less than a call of its own.
 DRAFTED = 8
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token that was chosen, or one of the prompt that was scored."""
-
-    id: int
-    logprob: float  # nats, under the unmodified model
-    # The likeliest others with their probabilities, under the unmodified model, where asked for.
-    alternatives: tuple[tuple[int, float], ...] = ()
-    of_prompt: bool = False
-
-
-class Constraint(Protocol):
-    """Says which tokens may come next in one sequence."""
-
-    def mask(self, row: Logits) -> Logits:
-        """Logits, (V,), in which no other token can be chosen.
-
-        Raises:
-            SmolError: nothing may come next.
-        """
-
-    def accept(self, token: int) -> None:
-        """Take the token that was chosen."""
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """A prompt to continue.
-
-    Args:
-        prompt: token ids, at least one.
-        max_tokens: at most this many more; cut where the context ends.
-        generator: the only source of randomness, this request's own.
-        sampling: how its tokens are chosen; None: as the scheduler says.
-        alternatives: how many other tokens to report with each.
-        score: report the prompt's own tokens too, all but the first. Nothing is reused for it.
-        constraint: this request's own; None: any token may come.
-    """
-
-    prompt: Sequence[int]
-    max_tokens: int
-    generator: Random
-    sampling: SamplingSettings | None = None
-    alternatives: int = 0
-    score: bool = False
-    constraint: Constraint | None = None
-
-
-Outcome = tuple[Request, Token | SmolError]  # an error ends its request, and no other
 
 
 @dataclass
@@ -103,41 +39,13 @@ class Counts:
     accepted: int = 0  # of these, the tokens that the model chose too
 
 
-@dataclass
-class _Slot:
-    """A sequence of the cache and the request that it continues, or continued last."""
-
-    number: int
-    request: Request
-    limit: int  # tokens in all, prompt included
-    tokens: list[int]  # prompt and what was chosen
-    lookup: Lookup | None
-    sampling: SamplingSettings
-    turn: int  # when its prompt was last given a call
-    read: int = 0  # tokens of its prompt that it has read itself
-    careful: bool = False  # no draft in the next step
-    ended: bool = False
-    draft: list[int] = field(default_factory=list)
-    row: Logits | None = None  # the logits (V,) after what was read of the prompt last
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether its prompt has been read."""
-        return len(self.tokens) > len(self.request.prompt)
-
-    def append(self, token: int) -> None:
-        self.tokens.append(token)
-        if self.lookup is not None:
-            self.lookup.add(token)
-        self.ended = self.ended or len(self.tokens) >= self.limit
-
-
 class Scheduler:
     """Sequences of one engine that decode together. One that ends makes room for the next.
 
-    A request gets the same tokens alone and in company. So its prompt is read in chunks that begin at
-    multiples of `CHUNK`, each in a call of its own, and no call decodes more than the `exact_tokens` of the
-    engine. In every round one prompt gets a chunk, in turn, and every sequence that decodes gets a token.
+    A request gets the same tokens alone and in company. So no call decodes more than the `exact_tokens` of
+    the engine, and the length of a prompt alone decides how it is read (`Reading`). A round has one call for
+    prompts, which goes to one of them in turn and has room for others where it can be shared, and a token for
+    every sequence that decodes.
 
     Args:
         engine: the model.
@@ -159,18 +67,21 @@ class Scheduler:
         capacity: int,
         settings: SamplingSettings,
         speculation: Speculation = "auto",
-        reuse: Reuse = "chunks",
+        reuse: Reuse = "exact",
     ) -> None:
         self.engine, self.settings = engine, settings
         self._speculates = speculation == "lookup" or (speculation == "auto" and engine.exact_tokens > 1)
         self._reuse = reuse
+        # Up to so many tokens, a call rounds differently from calls of more; 0: all calls here are alike.
+        self._few = engine.exact_tokens if engine.exact_tokens < CHUNK else 0
         self.capacity = capacity
         self.counts = Counts()  # of the latest run
         self._cache = engine.allocate(slots, capacity)
-        self._slots: list[_Slot | None] = [None] * slots
+        self._slots: list[Slot | None] = [None] * slots
         self._waiting: deque[Request] = deque()
-        self._calls: deque[list[_Slot]] = deque()  # those that the round still has to make
-        self._turn = 0  # counts chunks of prompts
+        # Those that the round still has to make: of slots that decode, or for prompts where it is empty.
+        self._calls: deque[list[Slot]] = deque()
+        self._turn = 0  # counts requests and calls for prompts
         self._step_lock = threading.Lock()
 
     @property
@@ -261,12 +172,14 @@ class Scheduler:
         while self._waiting and self.active < len(self._slots):
             self._occupy(self._waiting.popleft())
         while self._calls or self._plan():
-            slots = [slot for slot in self._calls.popleft() if not slot.ended]
-            if not slots:
-                continue
+            slots = self._calls.popleft()
+            reads, slots = not slots, [slot for slot in slots if not slot.ended]
             lengths = list(self._cache.lengths)
             try:
-                return self._decode(slots) if slots[0].has_begun else self._read(slots[0])
+                if reads:
+                    return self._read()
+                if slots:
+                    return self._decode(slots)
             except BaseException:  # Ctrl-C too: what the cache holds must stay what the slots say
                 for number, length in enumerate(lengths):
                     self._cache.truncate(number, length)
@@ -275,28 +188,37 @@ class Scheduler:
 
     def _plan(self) -> bool:
         """Plan a round of calls; false when all sequences have ended."""
-        active = [slot for slot in self._slots if slot is not None and not slot.ended]
-        reading = [slot for slot in active if not slot.has_begun]
-        if reading:
-            self._calls.append([min(reading, key=lambda slot: slot.turn)])
-        decoding = [slot for slot in active if slot.has_begun]
+        if self._unread():
+            self._calls.append([])
+        decoding = [slot for slot in self._slots if slot is not None and not slot.ended and slot.has_begun]
         most = self.engine.exact_tokens
         self._calls += (decoding[at : at + most] for at in range(0, len(decoding), most))
         return bool(self._calls)
 
+    def _unread(self) -> list[Slot]:
+        """Slots whose prompts have not been read, in turn."""
+        active = (slot for slot in self._slots if slot is not None and not slot.ended)
+        return sorted((slot for slot in active if not slot.has_begun), key=lambda slot: slot.turn)
+
     def _occupy(self, request: Request) -> None:
         """Give a free slot to a request, the one that holds most of its prompt, or was used longest ago."""
         free = [number for number, slot in enumerate(self._slots) if slot is None or slot.ended]
-        held = {number: self._reusable(self._slots[number], request) for number in free}
+        reading = self._way_of_reading(request)
+        held = {
+            number: self._reusable(self._slots[number], self._cache.lengths[number], request, reading)
+            for number in free
+        }
         number = max(free, key=lambda number: (held[number], -self._last_turn(number)))
         before, self._turn = self._slots[number], self._turn + 1
-        self._slots[number] = slot = _Slot(
+        self._slots[number] = slot = Slot(
             number,
             request,
             min(len(request.prompt) + request.max_tokens, self.capacity),
             list(request.prompt),
-            Lookup(request.prompt) if self._speculates else None,
             request.sampling or self.settings,
+            reading,
+            Lookup(request.prompt) if self._speculates else None,
+            self.engine.exact_tokens == 1,
             self._turn,
         )
         self._cache.truncate(number, held[number])
@@ -306,64 +228,120 @@ class Scheduler:
         slot = self._slots[number]
         return slot.turn if slot else 0
 
-    def _reusable(self, holder: _Slot | None, request: Request) -> int:
-        """How many tokens of a prompt can be taken over from what a slot holds in the cache."""
+    def _way_of_reading(self, request: Request) -> Reading:
+        if request.score or not self.engine.is_uniform:
+            return Reading.CHUNKS
+        return Reading.FEW if len(request.prompt) <= self._few else Reading.MANY
+
+    def _reusable(self, holder: Slot | None, length: int, request: Request, reading: Reading) -> int:
+        """How many tokens of a prompt can be taken over from a slot with `length` tokens in the cache."""
         if holder is None or request.score:
             return 0
-        length, prompt, theirs = self._cache.lengths[holder.number], request.prompt, holder.request.prompt
+        prompt, theirs = request.prompt, holder.request.prompt
         if holder.row is not None and length >= len(prompt) and tuple(prompt) == tuple(theirs):
             return len(prompt)
         # The last token of a prompt is read: its logits are what comes next.
         if self._reuse == "all":
             return common_prefix(holder.tokens[:length], prompt[:-1])
-        return common_prefix(theirs[:length], prompt[:-1]) // CHUNK * CHUNK
+        common, ways = common_prefix(theirs[:length], prompt[:-1]), {holder.reading, reading}
+        if Reading.CHUNKS in ways:  # a whole chunk is many tokens
+            return 0 if Reading.FEW in ways else common // CHUNK * CHUNK
+        return common if len(ways) == 1 else 0
 
-    def _take_over(self, slot: _Slot, holders: Iterable[_Slot]) -> None:
-        """Copy what another slot has read of a prompt by now, where that is more."""
-        for holder in holders:
-            length = self._reusable(holder, slot.request)
-            if length > self._cache.lengths[slot.number]:
+    def _offers(self, holder: Slot, length: int, slot: Slot) -> int:
+        """The same for a slot that has begun to read; 0 where it is not more than that."""
+        has, prompt = self._cache.lengths[slot.number], slot.request.prompt
+        if holder is slot or has >= min(length, len(prompt)) or holder.tokens[has] != prompt[has]:
+            return 0
+        found = self._reusable(holder, length, slot.request, slot.reading)
+        return found if found > has else 0
+
+    def _take_over(self, slot: Slot) -> None:
+        """Copy what other slots have read of a prompt by now, where that is more."""
+        for holder in filter(None, self._slots):
+            if length := self._offers(holder, self._cache.lengths[holder.number], slot):
                 self._cache.copy(holder.number, slot.number)
                 self._cache.truncate(slot.number, length)
                 self._take_row(slot, holder)
 
-    def _take_row(self, slot: _Slot, holder: _Slot | None) -> None:
+    def _take_row(self, slot: Slot, holder: Slot | None) -> None:
         if holder is not None and self._cache.lengths[slot.number] == len(slot.request.prompt):
             slot.row = holder.row
 
-    def _read(self, slot: _Slot) -> list[Outcome]:
-        """Read a chunk of a prompt; behind the last one, choose the first token."""
-        prompt, scores = slot.request.prompt, slot.request.score
-        self._take_over(slot, (one for one in self._slots if one is not None and one is not slot))
-        self._turn += 1
-        slot.turn = self._turn
+    def _read(self) -> list[Outcome]:
+        """Read a part of one prompt, or of several; behind their last tokens, choose the first ones."""
+        parts = self._parts()
+        scores = any(slot.request.score for slot in parts)
+        unread = {slot.number: part for slot, part in parts.items() if part}
+        logits = iter(self._forward(unread, every=scores) if unread else ())
         found: list[Outcome] = []
-        before = self._cache.lengths[slot.number]
-        if before < len(prompt):
-            tokens = list(prompt[before : before + CHUNK - before % CHUNK])
-            logits = self._forward({slot.number: tokens}, every=scores)
-            self.counts.prefilled += len(tokens)
-            slot.read += len(tokens)
+        for slot, part in sorted(parts.items(), key=lambda item: item[0].number):
+            prompt, end = slot.request.prompt, self._cache.lengths[slot.number]
+            rows = [next(logits) for _ in (part if scores else part[:1])]
+            self.counts.prefilled += len(part)
+            slot.read += len(part)
             if scores:
-                rows = logits if slot.row is None else [slot.row, *logits]
-                scored = prompt[max(before, 1) : before + len(tokens)]
-                found += self._attempt(slot, map(self._score, repeat(slot), rows, scored))
-            slot.row = logits[-1] if scores or before + len(tokens) == len(prompt) else None
-        if slot.row is not None and self._cache.lengths[slot.number] == len(prompt) and not slot.ended:
-            self.counts.reused += len(prompt) - slot.read
-            found += self._attempt(slot, map(self._choose, [slot], [slot.row]))
-            if scores:
-                slot.row = None  # of a call for many rows, which are rounded differently
+                scored = rows if slot.row is None else [slot.row, *rows]
+                found += self._attempt(slot, slot.score(scored[:-1], prompt[max(end - len(part), 1) : end]))
+            if part:
+                slot.row = rows[-1] if scores or end == len(prompt) else None
+            if slot.row is not None and end == len(prompt) and not slot.ended:
+                self.counts.reused += max(len(prompt) - slot.read, 0)
+                found += self._attempt(slot, map(slot.choose, [slot.row]))
+                if scores:
+                    slot.row = None  # of a call for many rows, which are rounded differently
         return found
 
-    def _decode(self, slots: Sequence[_Slot]) -> list[Outcome]:
+    def _parts(self) -> dict[Slot, Sequence[int]]:
+        """What the next call for prompts reads, nothing of one that was taken over whole.
+
+        A prompt waits that can soon take over what another reads in that call.
+        """
+        parts: dict[Slot, Sequence[int]] = {}
+        first, room = None, 0  # the prompt whose turn it is
+        for slot in self._unread():
+            self._take_over(slot)
+            begin, prompt = self._cache.lengths[slot.number], slot.request.prompt
+            if begin == len(prompt):
+                parts[slot] = ()
+            elif first is None:
+                first, self._turn = slot, self._turn + 1
+                slot.turn, room = self._turn, self._most(slot, len(prompt) - begin)
+                parts[slot] = prompt[begin : begin + room]
+            elif (left := room - sum(map(len, parts.values()))) and self._joins(slot, parts):
+                parts[slot] = prompt[begin : begin + left]
+        missing = self._few + 1 - sum(map(len, parts.values()))
+        if first and first.reading is Reading.MANY and self._reuse == "exact" and missing > 0:
+            # So few tokens would be rounded differently: some are read again.
+            begin = self._cache.lengths[first.number] - missing
+            parts[first] = first.request.prompt[begin : begin + missing + len(parts[first])]
+            self._cache.truncate(first.number, begin)
+        return parts
+
+    def _most(self, slot: Slot, left: int) -> int:
+        """Tokens that a call for prompts has at most, by the one whose turn it is and what is left of it."""
+        if slot.reading is Reading.CHUNKS:
+            return CHUNK - self._cache.lengths[slot.number] % CHUNK
+        if slot.reading is Reading.FEW:
+            return self._few
+        # What is left for the next call must not be few.
+        return left - self._few - 1 if CHUNK < left <= CHUNK + self._few else CHUNK
+
+    def _joins(self, slot: Slot, parts: Mapping[Slot, Sequence[int]]) -> bool:
+        """Whether a prompt may share the call that reads these parts, and gains by it."""
+        ways = {other.reading for other, part in parts.items() if part}
+        if slot.reading is Reading.CHUNKS or ways != {slot.reading} or len(parts) == self._few:
+            return False  # as many rows of logits as can be exact
+        lengths = self._cache.lengths
+        ends = ((other, lengths[other.number] + len(part)) for other, part in parts.items())
+        return not any(self._offers(other, end, slot) for other, end in ends)
+
+    def _decode(self, slots: Sequence[Slot]) -> list[Outcome]:
         """Read the last token and the draft of every sequence, and choose the tokens that follow."""
         exact = self.engine.exact_tokens
         most = max(min(exact, DRAFTED) // len(slots) - 1, 0) if exact > 1 else MOST
         for slot in slots:
-            room = min(most, slot.limit - len(slot.tokens) - 1)
-            slot.draft = slot.lookup.draft(room) if slot.lookup and not slot.careful else []
-            slot.careful = False
+            slot.make_draft(most)
         drafted = sum(len(slot.draft) for slot in slots)
         unread = {slot.number: [slot.tokens[-1], *slot.draft] for slot in slots}
         logits = iter(self._forward(unread, every=drafted > 0))
@@ -372,82 +350,22 @@ class Scheduler:
         found: list[Outcome] = []
         for slot in sorted(slots, key=lambda slot: slot.number):
             rows = [next(logits) for _ in unread[slot.number]]
-            found += self._attempt(slot, self._verify(slot, rows))
+            tokens = list(self._attempt(slot, slot.verify(rows)))
+            self.counts.accepted += max(len(tokens) - 1, 0)
+            self._cache.truncate(slot.number, len(slot.tokens) - 1)
+            found += tokens
         return found
 
-    def _attempt(self, slot: _Slot, tokens: Iterable[Token]) -> Iterator[Outcome]:
+    def _attempt(self, slot: Slot, tokens: Iterable[Token]) -> Iterator[Outcome]:
         """The tokens of a request, and the error that ends it where there is one."""
         try:
             for token in tokens:
+                self.counts.generated += not token.of_prompt
                 yield slot.request, token
         except SmolError as error:
             slot.ended = True
             yield slot.request, error
 
-    def _verify(self, slot: _Slot, rows: Sequence[Logits]) -> Iterator[Token]:
-        """Choose after the last token and after every draft token that was accepted; forget the others."""
-        for row, drafted in zip(rows, [*slot.draft, None], strict=True):
-            if slot.draft and self._is_near_tie(slot, row):
-                slot.careful = True
-                # The last token is read again, by itself.
-                self._cache.truncate(slot.number, len(slot.tokens) - 1)
-                return
-            token = self._choose(slot, row)
-            yield token
-            if token.id != drafted:
-                break
-            self.counts.accepted += 1
-        self._cache.truncate(slot.number, len(slot.tokens) - 1)
-
-    def _forward(self, unread: dict[int, list[int]], every: bool = False) -> Logits:
-        tokens = [unread.get(number, []) for number in range(len(self._slots))]
+    def _forward(self, unread: Mapping[int, Sequence[int]], every: bool) -> Logits:
+        tokens = [unread.get(number, ()) for number in range(len(self._slots))]
         return self.engine.forward(tokens, self._cache, every)
-
-    def _choose(self, slot: _Slot, row: Logits) -> Token:
-        """Choose a token by one row of logits, (V,), and append it."""
-        normalizer = log_normalizer(row)  # first, because it refuses logits that are not finite
-        constraint = slot.request.constraint
-        allowed = row if constraint is None else constraint.mask(row)
-        chosen = choose(allowed, slot.sampling, slot.request.generator, slot.tokens)
-        if constraint is not None:
-            constraint.accept(chosen)
-        slot.append(chosen)
-        self.counts.generated += 1
-        return self._token(slot, row, normalizer, chosen)
-
-    def _score(self, slot: _Slot, row: Logits, token: int) -> Token:
-        """A token of the prompt by the row of logits, (V,), before it."""
-        return self._token(slot, row, log_normalizer(row), token, of_prompt=True)
-
-    def _token(self, slot: _Slot, row: Logits, normalizer: float, id: int, of_prompt: bool = False) -> Token:
-        count = slot.request.alternatives
-        top = [one for one in likeliest(row, count + 1).tolist() if one != id] if count else []
-        others = tuple((one, math.exp(float(row[one]) - normalizer)) for one in top[:count])
-        return Token(id, min(float(row[id]) - normalizer, 0.0), others, of_prompt)
-
-    def _is_near_tie(self, slot: _Slot, row: Logits) -> bool:
-        if slot.sampling.temperature > 0 or self.engine.exact_tokens > 1:
-            return False
-        penalty = slot.sampling.repetition_penalty
-        return margin(penalize_repetition(row, slot.tokens, penalty)) < NEAR_TIE
-
-
-def check_prompt(length: int, context: int) -> None:
-    """Refuse a prompt that is empty or leaves no room in the context.
-
-    Raises:
-        InputError: it is empty.
-        PromptTooLongError: it leaves no room.
-    """
-    if length == 0:
-        raise InputError("the prompt is empty", "Give --prompt some text.")
-    if length >= context:
-        raise PromptTooLongError(
-            f"the prompt has {length} tokens, the model's context holds {context}", "Shorten the prompt."
-        )
-
-
-def common_prefix(one: Sequence[object], other: Sequence[object]) -> int:
-    """How many items two sequences begin with in common."""
-    pairs = zip(one, other, strict=False)
-    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from smolctl.arithmetic import kv_cache_bytes_per_token
-from smolctl.errors import SmolError
+from smolctl.errors import InputError, SmolError
 from smolctl.generation.answer import Answer
 from smolctl.generation.complete import CompletionSettings
 from smolctl.generation.load import LoadedModel
 from smolctl.generation.sampling import DEFAULT_SAMPLING
-from smolctl.generation.scheduler import Outcome, Request, Scheduler, Token
+from smolctl.generation.scheduler import Scheduler
+from smolctl.generation.slots import Outcome, Request, Token
 
 LOG = logging.getLogger(__name__)
 
@@ -84,15 +85,19 @@ class Service:
         """Answer prompts; `listener` gets the pieces as they come.
 
         Raises:
-            InputError: a prompt is empty or leaves no room for an answer.
+            InputError: a prompt is empty or leaves no room for an answer, or more answers than ever fit.
             BusyError: too many are waiting already.
         """
         job = Job(listener)
         for one in asked:
             self._add(job, one)
-        job.open = len(job.requests)
+        job.open, most = len(job.requests), self.slots + self.most_waiting
+        if job.open > most:
+            raise InputError(
+                f"{job.open} answers are asked for, and there is room for {most}", "Ask for fewer."
+            )
         with self._lock:
-            if self._open + job.open > self.slots + self.most_waiting:
+            if self._open + job.open > most:
                 raise BusyError(
                     f"the server gives {self.slots} answers at once, and {self.most_waiting} more may wait",
                     "Try again in a moment.",

@@ -8,7 +8,8 @@
 //
 // A call of at most `exact` tokens gives each of them the very bits that it gets in a call of its own: others may
 // be decoded beside it, and draft tokens of speculative decoding are judged by the logits that plain decoding
-// would have seen. That is FEW tokens, and EXACT where all matrices are packed.
+// would have seen. That is FEW tokens, and EXACT where all matrices are packed. A call of more tokens gives each the
+// bits that it gets in any other such call, so that prompts can be read together.
 //
 // A context works on one call at a time. A second call made meanwhile returns BUSY and touches nothing; a
 // call whose `cancelled` flag is set by another thread returns CANCELLED after the layer it is in.
@@ -59,8 +60,6 @@ typedef struct {
 } batch;
 
 #define SPLIT_POSITIONS 128  // in a part of a long context: threads share the parts out
-#define MAX_SPLITS 16        // parts where many tokens share the work already
-#define SHARED_PIECES 16     // of attention over many tokens, at least: not by the threads, for the same bits
 #define PHASES 8             // of a layer, each with a counter of claimed pieces
 #define EXACT 16             // native_engine.py and engine.js know it too
 #define PIECE_ROWS 16        // rows of a matrix in a piece of a product of many tokens
@@ -263,8 +262,8 @@ static void attend_group(context *c, int index, int token, int count, int kv_hea
             out[r] = (partial){-INFINITY, 0, places[r] ? c->partial_values + place * (size_t)stride : spare};
             memset(out[r].values, 0, sizeof(float) * (size_t)stride);
         }
-        // A few tokens: the same parts whatever else the call reads, for the same bits.
-        int span = b->count <= c->exact ? SPLIT_POSITIONS : pieces_of(pieces_of(furthest, c->splits), KEYS) * KEYS;
+        // Parts begin at the same places whatever else the call reads, for the same bits.
+        int span = c->splits > 1 ? SPLIT_POSITIONS : filled_to(furthest, KEYS);
         int first = split * span, last = least(first + span, furthest);
         if (first < last) attend(&b->cache, keys, values, D, &q, first, last, out);
         for (int r = 0; r < QUERIES; r++) if (places[r]) *places[r] = out[r];
@@ -456,9 +455,8 @@ EXPORT void *smolctl_create(const model *m, int chunk, int threads) {
 static int forward(context *c, const batch *b) {
     int longest = 0;
     for (int t = 0; t < b->count; t++) longest = b->positions[t] >= longest ? b->positions[t] + 1 : longest;
-    int pieces = pieces_of(b->count, PIECE_TOKENS) * c->m.kv_heads, splits = pieces_of(longest, SPLIT_POSITIONS);
-    // Enough pieces that no thread waits long, none of them short.
-    if (b->count > c->exact) splits = least(least(splits, pieces_of(SHARED_PIECES, pieces)), MAX_SPLITS);
+    // Many tokens are pieces enough, and get the same bits whatever else the call reads.
+    int splits = b->count > c->exact ? 1 : pieces_of(longest, SPLIT_POSITIONS);
     size_t rows = (size_t)b->count * (size_t)c->m.heads * (size_t)splits;
     if (rows * (size_t)b->cache.value_stride > c->partial_room) {
         free(c->partial_values);

@@ -56,7 +56,7 @@ class Guard:
             return
         self._under_way += 1
         try:
-            self._check(Headers(scope=scope), scope["path"])
+            self._check(Headers(scope=scope), scope["path"], scope["method"])
             body = await self._body(Headers(scope=scope), receive)
         except ApiError as error:
             headers = {"www-authenticate": "Bearer"} if error.status == 401 else {}
@@ -67,7 +67,7 @@ class Guard:
         finally:
             self._under_way -= 1
 
-    def _check(self, headers: Headers, path: str) -> None:
+    def _check(self, headers: Headers, path: str, method: str) -> None:
         if self._under_way > self._limits.connections:
             raise ApiError(503, "Too many requests are under way. Try again in a moment.")
         if self._hosts is not None:
@@ -78,7 +78,8 @@ class Guard:
                     403,
                     "This server answers requests to its own address only, not those of other pages.",
                 )
-        if self._key is not None and path not in OPEN_PATHS:
+        # A browser sends no key with the question whether it may send a request.
+        if self._key is not None and path not in OPEN_PATHS and method != "OPTIONS":
             kind, _, given = headers.get("authorization", "").partition(" ")
             key = given.strip().encode("latin-1")  # the bytes as they came
             if kind.lower() != "bearer" or not hmac.compare_digest(key, self._key):

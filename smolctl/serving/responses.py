@@ -10,8 +10,8 @@ from typing import Any
 
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.generation.answer import spell
-from smolctl.generation.scheduler import Token
 from smolctl.generation.service import Piece
+from smolctl.generation.slots import Token
 from smolctl.serving.requests import ApiRequest
 
 IMPOSSIBLE = -9999.0  # OpenAI's log-probability of what is too unlikely for a number

@@ -20,7 +20,8 @@ from smolctl.config import ModelConfig
 from smolctl.generation.engine import Cancellation, CancelledError, Engine, EngineBusyError
 from smolctl.generation.native_engine import CHUNK, NativeEngine
 from smolctl.generation.sampling import generator_for
-from smolctl.generation.scheduler import Request, Scheduler
+from smolctl.generation.scheduler import Scheduler
+from smolctl.generation.slots import Request
 from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.weights import initialize
 from smolctl.native.library import BUILDS

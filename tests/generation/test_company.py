@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from smolctl.errors import InputError, SmolError
 from smolctl.generation.engine import Engine, Logits
 from smolctl.generation.sampling import generator_for
-from smolctl.generation.scheduler import CHUNK, Request, Reuse, Scheduler, Token
+from smolctl.generation.scheduler import CHUNK, Reuse, Scheduler
+from smolctl.generation.slots import Request, Token
 from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.weights import initialize
 from tests.support.native import watched_engine
@@ -89,8 +90,9 @@ def test_an_answer_is_the_same_to_the_last_bit_alone_and_in_company(
         assert found[one] == (expected[: len(found[one])] if one in cancelled else expected)
 
 
-def test_a_long_prompt_delays_nobody_by_more_than_a_chunk_a_round() -> None:
-    engine = CountingEngine(TorchEngine(NETWORK), exact_tokens=4)
+@pytest.mark.parametrize("is_uniform", [False, True])
+def test_a_long_prompt_delays_nobody_by_more_than_a_chunk_a_round(is_uniform: bool) -> None:
+    engine = CountingEngine(TorchEngine(NETWORK), 4, is_uniform)
     scheduler = Scheduler(engine, 4, CONTEXT, GREEDY, "off")
     found: dict[Request, list[Token]] = {}
     prompts = ([5] * 3, [6] * 300, [7] * 3)
@@ -111,6 +113,34 @@ def test_a_long_prompt_delays_nobody_by_more_than_a_chunk_a_round() -> None:
     assert max(sum(map(len, call)) for call in engine.calls) <= CHUNK
 
 
+@pytest.mark.parametrize("exact_tokens", [4, CHUNK])
+def test_prompts_that_come_together_are_read_together_and_their_common_beginning_once(
+    exact_tokens: int,
+) -> None:
+    engine = CountingEngine(TorchEngine(NETWORK), exact_tokens, is_uniform=True)
+    scheduler = Scheduler(engine, 6, CONTEXT, GREEDY, "off")
+    requests = [Request([5] * 100 + [6 + number] * 20, 2, Random()) for number in range(6)]
+    for one in requests:
+        scheduler.submit(one)
+    found: dict[Request, list[Token]] = {}
+    while len(found) < len(requests):
+        collect(scheduler, found)
+    prompts = [call for call in engine.calls if sum(map(len, call)) > len(requests)]
+    assert sum(len(ids) for call in prompts for ids in call) == 100 + 6 * 20 == scheduler.counts.prefilled
+    assert len(prompts) == 4  # two of the first prompt by itself, and 100 other tokens
+
+
+def test_what_is_left_of_a_prompt_is_read_in_no_smaller_call_than_its_bits_ask_for() -> None:
+    engine = CountingEngine(TorchEngine(NETWORK), exact_tokens=16, is_uniform=True)
+    scheduler = Scheduler(engine, 2, CONTEXT, GREEDY, "off")
+    found: dict[Request, list[Token]] = {}
+    for prompt in ([5] * 40, [5] * 40 + [6], [7] * 3, [7] * 3 + [8], [9] * (CHUNK + 1)):
+        scheduler.submit(Request(prompt, 1, Random()))
+        while scheduler.active or scheduler.waiting:
+            collect(scheduler, found)
+    assert [sum(map(len, call)) for call in engine.calls] == [40, 17, 3, 1, CHUNK - 16, 17]
+
+
 @pytest.mark.parametrize("when", ["waiting", "reading", "decoding"])
 def test_a_request_that_is_ended_gets_no_further_call(when: str) -> None:
     engine = CountingEngine(TorchEngine(NETWORK))
@@ -129,7 +159,7 @@ def test_a_request_that_is_ended_gets_no_further_call(when: str) -> None:
     assert len(found[second]) == 9 == len(engine.calls) - calls
 
 
-@pytest.mark.parametrize("reuse", ["chunks", "all"])
+@pytest.mark.parametrize("reuse", ["exact", "all"])
 def test_the_same_prompt_twice_is_read_once_and_gets_the_same_answer(reuse: Reuse) -> None:
     engine = CountingEngine(TorchEngine(NETWORK))
     scheduler = Scheduler(engine, 2, CONTEXT, GREEDY, reuse=reuse)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
 
 from smolctl.errors import InputError
@@ -57,6 +58,16 @@ def test_a_schema_that_cannot_be_enforced_is_refused(schema: dict[str, object], 
     model = tiny_model()
     with pytest.raises(InputError, match=reason):
         compile_schema(schema, model.tokenizer, model.engine.config)
+
+
+def test_ids_that_no_token_has_are_never_allowed() -> None:
+    model = tiny_model()
+    size = model.tokenizer.vocab_size
+    padded = model.engine.config.model_copy(update={"vocab_size": size + 40})
+    constraint = compile_schema({"type": "string"}, model.tokenizer, padded).constraint()
+    masked = constraint.mask(np.zeros(size + 40, np.float32))
+    assert np.isneginf(masked[size:]).all()
+    assert not np.isneginf(masked[:size]).all()
 
 
 def test_a_property_may_be_called_as_a_keyword_is() -> None:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from smolctl.errors import InputError
 from smolctl.generation.lookup import Lookup
 from smolctl.generation.sampling import SamplingSettings, generator_for
-from smolctl.generation.scheduler import CHUNK, Request, Scheduler, Speculation, Token
+from smolctl.generation.scheduler import CHUNK, Scheduler, Speculation
+from smolctl.generation.slots import Request, Token
 from smolctl.generation.torch_engine import TorchEngine
 from tests.support.tiny_models import CountingEngine, plain_settings, run_requests, tiny_network, uncached
 

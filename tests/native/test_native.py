@@ -7,6 +7,7 @@ import math
 import mmap
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -307,6 +308,21 @@ def test_speculation_changes_no_token_sampled_or_greedy(kind: str, temperature: 
         drafted[speculation] = scheduler.counts.drafted
     assert tokens["auto"] == tokens["off"]
     assert drafted["off"] == 0 < drafted["auto"]
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+def test_calls_of_many_tokens_give_each_the_same_bits_whatever_else_they_read(kind: str, build: str) -> None:
+    native, _ = engines(config_of("grouped"), kind, build)
+    tokens, many = ids(250), native.exact_tokens + 1
+    found = []
+    for cuts in ([], [many], [130, 130 + many], [64, 128, 192]):  # in one part of the context, and in several
+        cache = native.allocate(2, 256)
+        for first, last in pairwise([0, *cuts, len(tokens)]):
+            company = ids(40, last)[: 5 * len(cuts)]
+            native.forward([tokens[first:last], company], cache)
+        found.append(native.forward([[3], []], cache))
+    assert all(np.array_equal(logits, found[0]) for logits in found)
 
 
 def test_the_same_input_gives_the_same_bits() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from smolctl.data.tokenizer.chatml import CHATML
 from smolctl.generation.complete import CompletionSettings, complete
+from smolctl.generation.prompts import COUNTS, SAMPLING, UNSUPPORTED
 from smolctl.generation.sampling import SamplingSettings
 from tests.support.serving import Served, serving
 from tests.support.tiny_models import write_folder
@@ -54,6 +55,8 @@ def test_a_stream_says_what_a_whole_answer_says(served: Served, body: dict[str, 
     assert usage["choices"] == []
     assert usage["usage"] == whole["usage"]
     assert usage["usage"]["completion_tokens"] <= 20 * len(whole["choices"])
+    alone = served.post(path, **{**body, "n": 1}).json()["usage"]
+    assert usage["usage"]["prompt_tokens"] == alone["prompt_tokens"]
     for choice in whole["choices"]:
         own = [one for chunk in chunks for one in chunk["choices"] if one["index"] == choice["index"]]
         assert [one["finish_reason"] for one in own[:-1]] == [None] * (len(own) - 1)
@@ -70,6 +73,54 @@ def test_a_stream_says_what_a_whole_answer_says(served: Served, body: dict[str, 
             for key, values in (one["logprobs"] or {}).items():
                 found.setdefault(key, []).extend(values)
         assert (found or None) == choice["logprobs"]
+
+
+def test_the_bytes_of_tokens_are_those_of_the_text_whole_characters_or_not(served: Served) -> None:
+    body = {"messages": ASK, "n": 8, "temperature": 3, "seed": 2, "max_tokens": 40, "logprobs": True}
+    torn = 0
+    for choice in served.post("chat/completions", **body).json()["choices"]:
+        spelled = b"".join(bytes(token["bytes"]) for token in choice["logprobs"]["content"])
+        if choice["finish_reason"] == "stop":
+            spelled = spelled.removesuffix(b"<|im_end|>").removesuffix(b"<|endoftext|>")
+        text = choice["message"]["content"]
+        assert spelled.decode("utf-8", "replace") == text
+        torn += "\ufffd" in text
+    assert torn
+
+
+def test_an_answer_that_is_cut_ends_for_its_length_one_with_a_schema_too(served: Served) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "it", "schema": {"type": "string"}}}
+    endless = {"temperature": 3, "seed": 1, "messages": ASK}
+    for body in (
+        {"max_tokens": 1},
+        {"max_completion_tokens": 1},
+        {"max_tokens": 3, "response_format": wanted},
+    ):
+        (choice,) = served.post("chat/completions", **endless, **body).json()["choices"]
+        assert choice["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+def test_null_is_the_default_of_every_field(served: Served, path: str) -> None:
+    text = {"messages": ASK} if path.startswith("chat") else {"prompt": "the cat"}
+    nothing = dict.fromkeys(
+        (
+            *SAMPLING,
+            *COUNTS,
+            *UNSUPPORTED,
+            "stop",
+            "stream",
+            "stream_options",
+            "echo",
+            "logprobs",
+            "model",
+            "user",
+        )
+    )
+    answer = served.post(path, **{**nothing, **text, "response_format": None})
+    assert answer.status_code == 200
+    nested = {"stream_options": {"include_usage": None}, "response_format": {"type": None}}
+    assert served.post(path, **text, max_tokens=1, **nested).status_code == 200
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -182,8 +233,10 @@ def test_every_answer_keeps_to_its_schema(served: Served) -> None:
     wanted = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
     body = {"messages": ASK, "n": 4, "temperature": 2, "seed": 1, "response_format": wanted}
     for choice in served.post("chat/completions", **body).json()["choices"]:
+        text = choice["message"]["content"]
         assert choice["finish_reason"] == "stop"
-        jsonschema.validate(json.loads(choice["message"]["content"]), schema)
+        jsonschema.validate(json.loads(text), schema)
+        assert text == json.dumps(json.loads(text))  # white space in its places only
 
 
 def test_models_health_and_what_is_not_there(served: Served) -> None:

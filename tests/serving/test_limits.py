@@ -110,6 +110,13 @@ def test_more_than_may_wait_are_told_to_come_back(served: Served) -> None:
     assert served.post("completions", **SHORT).status_code == 200
 
 
+def test_more_answers_than_can_ever_wait_are_not_told_to_come_back(served: Served) -> None:
+    for more in ({"n": 4}, {"prompt": ["a", "b"], "n": 2}):
+        answer = served.post("completions", **{**SHORT, **more})
+        assert answer.status_code == 400
+        assert "4 answers" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("announced", [True, False])
 def test_a_large_body_is_refused_while_it_is_read(served: Served, announced: bool) -> None:
     content = b" " * 200_000
@@ -184,6 +191,9 @@ def test_a_key_is_asked_for_where_there_is_one(model: Path) -> None:
             answer = served.client.get("/v1/models", headers=headers)
             assert answer.status_code == 401
             assert answer.headers["www-authenticate"] == "Bearer"
+        asked = served.client.options("/v1/models")  # a browser's question, which has no key
+        assert asked.status_code == 405
+        assert "access-control-allow-origin" not in asked.headers
         key = {b"authorization": "Bearer geheim ü".encode(), b"host": b"my.server"}
         assert served.client.get("/v1/models", headers=key).status_code == 200
         assert served.client.get("/health").status_code == 200

@@ -15,7 +15,8 @@ from smolctl.data.tokenizer.tokenizer import Tokenizer, train_tokenizer
 from smolctl.generation.engine import Cache, Engine, Logits
 from smolctl.generation.load import LoadedModel
 from smolctl.generation.sampling import SamplingSettings, generator_for
-from smolctl.generation.scheduler import Request, Scheduler, Token
+from smolctl.generation.scheduler import Scheduler
+from smolctl.generation.slots import Request, Token
 from smolctl.generation.torch_engine import TorchEngine
 from smolctl.model.network import Transformer
 from smolctl.model.weights import initialize
@@ -51,9 +52,9 @@ def tiny_network(seed: int = 0, context: int = 96, **changes: object) -> Transfo
 class CountingEngine(Engine):
     """Another engine, with a record of every call."""
 
-    def __init__(self, engine: Engine, exact_tokens: int = 1) -> None:
+    def __init__(self, engine: Engine, exact_tokens: int = 1, is_uniform: bool = False) -> None:
         super().__init__(engine.config, engine.name)
-        self.exact_tokens = exact_tokens
+        self.exact_tokens, self.is_uniform = exact_tokens, is_uniform
         self.engine = engine
         self.calls: list[list[list[int]]] = []
 
