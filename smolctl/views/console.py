@@ -35,7 +35,7 @@ class PlainConsole(Console):
         self._file = new_file
 
     def on_broken_pipe(self) -> None:
-        """Raises BrokenPipeError: what a closed pipe means is decided by the command; rich would exit with 1."""
+        """Raises BrokenPipeError: the command decides what a closed pipe means; rich would exit with 1."""
         raise BrokenPipeError
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
