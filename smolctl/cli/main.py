@@ -53,7 +53,6 @@ def application(commands: Iterable[str] = COMMANDS) -> typer.Typer:
     app = typer.Typer(
         name="smolctl",
         help="Train, resume, sample, compare, quantize, benchmark, serve and publish small language models.",
-        no_args_is_help=True,
         add_completion=True,
         rich_markup_mode=None,  # plain help: rich alone would take longer to load than all the rest
         pretty_exceptions_enable=False,
@@ -84,12 +83,15 @@ def main() -> None:
             os.environ.setdefault("OMP_NUM_THREADS", str(compute_threads()))
         with sharing_cores(), answering() as completed:
             called = [name for name in (completed, *sys.argv[1:2]) if name in COMMANDS]
-            code = application(called or COMMANDS)(standalone_mode=False)
+            asked = sys.argv[1:] or ["--help"]
+            code = application(called or COMMANDS)(asked, standalone_mode=False)
     except Exception as error:
         # Typer's usage errors: its class is private, its interface is not.
         if not hasattr(error, "format_message"):
             raise
-        command = getattr(getattr(error, "ctx", None), "command_path", "smolctl")
+        # An option without its value is refused before there is a context.
+        named = [name for name in sys.argv[1:2] if name in COMMANDS]
+        command = getattr(getattr(error, "ctx", None), "command_path", " ".join(["smolctl", *named]))
         usage = UsageError(str(error.format_message()), f"See {command} --help.")
         Output(json="--json" in sys.argv).error(usage)
         code = ExitCode.USAGE

@@ -25,7 +25,7 @@ from smolctl.cli.completion import (
 )
 from smolctl.cores import compute_threads
 from smolctl.durable import DISK_ERRORS
-from smolctl.errors import ExitCode, SmolError
+from smolctl.errors import ExitCode, InputError, SmolError
 from smolctl.views.output import Output, abandon_stdout
 
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON.", show_default=False)]
@@ -185,8 +185,9 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
         except Exception as error:
             if debug:
                 raise
-            output.error(_unexpected(error))
-            code = ExitCode.FAILED
+            known = _unexpected(error)
+            output.error(known)
+            code = known.exit_code
         if code:
             raise typer.Exit(int(code))
 
@@ -229,10 +230,12 @@ class PlainCommand(TyperCommand):
 
 
 def _unexpected(error: Exception) -> SmolError:
-    """An error that nobody has foreseen, but for a full disk under stdout."""
+    """An error that nobody has foreseen, but for a full disk under stdout, and files that cannot be used."""
     if isinstance(error, OSError) and error.filename is None and error.errno in DISK_ERRORS:
         abandon_stdout()
         return SmolError(f"the output cannot be written ({error.strerror})", "Send it to another place.")
+    if isinstance(error, OSError) and error.filename is not None and error.errno not in DISK_ERRORS:
+        return InputError(f"{error.filename}: {error.strerror}", "Check the path and its permissions.")
     reason = f"{type(error).__name__}: {error}"
     return SmolError(f"unexpected: {reason}", "Run again with --debug for the traceback.")
 

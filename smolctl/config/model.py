@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from math import pi
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 # Larger sizes are damage or an attack, and are refused before anything is computed or allocated. The largest
 # published: 262,144 tokens (Gemma 3), rows of 53,248 (Llama 3.1 405B), a context of 10,485,760 (Llama 4).
@@ -18,14 +18,26 @@ SpecialId = Annotated[int, Field(strict=True, ge=-1, lt=MAX_VOCABULARY)]
 ModelType = Literal["llama", "smollm3", "qwen2", "qwen3", "smolctl"]
 
 
-class RopeScaling(BaseModel):
+class Section(BaseModel):
+    """A frozen part of a config. Unknown keys, NaN, infinity and booleans for numbers are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and {int, float} & {kind, *get_args(kind)}:
+            raise ValueError("Input should be a number")
+        return value
+
+
+class RopeScaling(Section):
     """Llama 3's way to a longer context: slow rotations are slowed further by `factor`, fast ones are kept.
 
     A rotation is slow when fewer than `low_freq_factor` of its wavelengths fit into the original context, and
     fast when more than `high_freq_factor` do. Llama 3.2 has the factors 32, 1 and 4 and a context of 8,192.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     rope_type: Literal["llama3"] = "llama3"
     factor: float = Field(ge=1)
@@ -54,7 +66,7 @@ class RopeScaling(BaseModel):
         return (1 - kept) * frequency / self.factor + kept * frequency
 
 
-class ModelConfig(BaseModel):
+class ModelConfig(Section):
     """A Llama-shaped decoder, or one of its near kin.
 
     The defaults are `smollm2-135m`, the from-scratch variant: learned positions and
@@ -62,8 +74,6 @@ class ModelConfig(BaseModel):
     `residual_scale=1` the network is, tensor for tensor, a `LlamaForCausalLM`. With one of
     `no_rope_layers`, `qkv_bias` and `use_qk_norm` it is SmolLM3's, Qwen2's or Qwen3's.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     vocab_size: int = Field(49_152, gt=0, le=MAX_VOCABULARY, description="tokens in the vocabulary")
     hidden_size: int = Field(576, gt=0, le=MAX_WIDTH, description="width of the residual stream")
@@ -108,7 +118,7 @@ class ModelConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _derive_head_dim(cls, values: object) -> object:
-        if not isinstance(values, dict) or values.get("head_dim"):
+        if not isinstance(values, dict) or values.get("head_dim") not in (None, 0):
             return values
         hidden = values.get("hidden_size", cls.model_fields["hidden_size"].default)
         heads = values.get("num_attention_heads", cls.model_fields["num_attention_heads"].default)

@@ -7,9 +7,9 @@ from bisect import bisect_left
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from smolctl.config.model import ModelConfig
+from smolctl.config.model import ModelConfig, Section
 
 
 def _steps_or_share(value: int | float) -> int | float:
@@ -28,12 +28,6 @@ Pace = tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)], Annotat
 MOST_STEPS = 1 << 40
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 Decay = Annotated[float, Field(ge=0, lt=1)]  # of a moment, as AdamW takes it
-
-
-class Section(BaseModel):
-    """A frozen section of the file; an unknown key is an error, and so is NaN or infinity."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):

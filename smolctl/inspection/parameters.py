@@ -6,15 +6,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from math import prod
 from typing import Any
 
 from smolctl.arithmetic import ParameterRow, count_rows, parameter_rows, tensor_rows
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError
 from smolctl.inspection.roles import Totals, total, with_tied_head
-from smolctl.inspection.stored import Stored, sort_tensors
+from smolctl.inspection.stored import BYTES, Stored, sort_tensors
 from smolctl.inspection.tree import ModuleNode, module_tree
-from smolctl.sources.base import ModelSource
+from smolctl.sources.base import ModelSource, TensorHeader
 from smolctl.sources.huggingface.config import assumed_keys
 from smolctl.sources.shapes import check_rows
 
@@ -96,7 +97,7 @@ def _count_config(
     mismatches: tuple[str, ...] = ()
     if stored is not None:
         expected = {row.tensor: row.shape for row in rows}
-        shapes = {one.name: _unflattened(one.shape, expected.get(one.name)) for one in stored.parameters}
+        shapes = {one.name: _unflattened(one, expected.get(one.name)) for one in stored.parameters}
         mismatches = check_rows(rows, shapes)
         if stored.unknown:  # the config alone says how many weights those hold
             mismatches = ()
@@ -114,10 +115,10 @@ def _count_config(
     return replace(report, agrees=agrees, notes=notes, aside=_aside(stored))
 
 
-def _unflattened(shape: tuple[int, ...], expected: tuple[int, ...] | None) -> tuple[int, ...]:
-    """A matrix's shape where a format keeps its numbers in a flat list (bitsandbytes)."""
-    flat = expected is not None and len(shape) == 1 and len(expected) == 2
-    return expected if flat and expected and shape[0] == expected[0] * expected[1] else shape
+def _unflattened(tensor: TensorHeader, expected: tuple[int, ...] | None) -> tuple[int, ...]:
+    """A matrix's shape where a format packs its numbers into a flat list (bitsandbytes)."""
+    is_flat = tensor.dtype in BYTES and len(tensor.shape) == 1 and expected is not None
+    return expected if is_flat and expected and prod(expected) == tensor.parameters else tensor.shape
 
 
 def _with_its_head(rows: tuple[ParameterRow, ...], declared: Mapping[str, Any]) -> tuple[ParameterRow, ...]:

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 
 from smolctl.config import ModelConfig, RunConfig
 from smolctl.errors import InputError
+from smolctl.inspection.stored import INTEGERS
 from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.huggingface.tokenizer import token_ids
 from smolctl.sources.shapes import check_tensors
 
+# Types of numbers that are no weights unless a format says which.
+NO_WEIGHTS = {*INTEGERS, "C64", "complex64", "complex128"}
 # llama.cpp's K-quants (Q4_K_M, ...) store a row in blocks of this many weights.
 K_QUANT_BLOCK = 256
 
@@ -21,7 +24,7 @@ def find_problems(source: ModelSource) -> tuple[str, ...]:
     # Sources report what does not fit as they read; here only what they left out is added.
     tensors = check_tensors(source.config, source.tensors) if source.tensors is not None else ()
     recipe = () if source.run is None else _recipe_problems(source.run)
-    of_model = (*_model_problems(source.config), *_tokenizer_problems(source))
+    of_model = (*_weight_problems(source), *_model_problems(source.config), *_tokenizer_problems(source))
     return tuple(dict.fromkeys((*source.problems, *tensors, *of_model, *recipe)))
 
 
@@ -45,6 +48,17 @@ def find_notes(source: ModelSource) -> tuple[str, ...]:
     if source.run is not None:
         notes += _recipe_notes(source.run)
     return tuple(notes)
+
+
+def _weight_problems(source: ModelSource) -> Iterator[str]:
+    if source.quantization is not None:
+        return
+    no_weights = [one.name for one in source.tensors or () if one.dtype in NO_WEIGHTS]
+    if no_weights:
+        yield (
+            f"{no_weights[0]} is the first of {len(no_weights):,} tensors that hold integers or complex "
+            "numbers, and nothing says which weights they stand for"
+        )
 
 
 def _model_problems(config: ModelConfig) -> Iterator[str]:

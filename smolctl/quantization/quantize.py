@@ -125,7 +125,8 @@ def quantize(
     if source.quantization is not None:
         note(f"{source.id} is quantized already: what its {source.quantization['scheme']} lost stays lost.")
     plans = [
-        make_plan(config, scheme, _options_for(options, scheme)) for scheme in dict.fromkeys(options.schemes)
+        make_plan(config, scheme, _options_for(options, scheme))
+        for scheme in dict.fromkeys(options.schemes or ("",))
     ]
     targets = {plan.scheme: _target(source, plan.scheme, options) for plan in plans}
     for scheme, target in targets.items():

@@ -108,7 +108,9 @@ def check_scheme(scheme: str, config: ModelConfig) -> None:
         )
     if scheme not in SCHEMES:
         meant = f"Did you mean gguf-{scheme}? " if f"gguf-{scheme}" in SCHEMES else ""
-        raise UsageError(f"--to {scheme}: no such scheme", f"{meant}Schemes: {', '.join(SCHEMES)}.")
+        raise UsageError(
+            f"--to {scheme or repr(scheme)}: no such scheme", f"{meant}Schemes: {', '.join(SCHEMES)}."
+        )
     if scheme in GGUF_SCHEMES:
         require_gguf(config, name)
 

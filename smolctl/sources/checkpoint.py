@@ -142,7 +142,12 @@ def network_state(content: Mapping[str, Any], path: Path) -> dict[str, torch.Ten
     held = (content[key] for key in HOLDERS if isinstance(content.get(key), Mapping))
     state = content if bare else next(held, None)
     if not isinstance(state, Mapping):
-        raise InputError(f"{path}: has no state_dict", "Name a checkpoint that a training run has written.")
+        keys = ", ".join(map(str, list(content)[:5]))
+        raise InputError(
+            f"{path}: has no state_dict; it holds {keys}",
+            "Name a checkpoint that a training run has written, or save only the weights: "
+            "torch.save(model.state_dict(), FILE).",
+        )
     tensors: dict[str, torch.Tensor | ScaledMatrix] = {}
     for key, value in _unpacked(state, path).items():
         if not isinstance(value, kinds):

@@ -44,7 +44,7 @@ from smolctl.sources.huggingface.folder import (
     open_config_json,
     open_folder,
     open_safetensors,
-    refuse_broken_links,
+    require_parts,
 )
 from smolctl.sources.huggingface.safetensors_file import is_safetensors
 from smolctl.sources.huggingface.tokenizer import TOKENIZER_FILES, tokenizer_reader
@@ -71,10 +71,12 @@ OTHER_FILES = {
     b"\x89HDF": ("a Keras or TensorFlow file (HDF5)", "Get the model as safetensors."),
     b"\x93NUMPY": ("a NumPy array", "Save the model as safetensors."),
     **dict.fromkeys(
-        (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!"), ("an archive", "Unpack it first.")
+        (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd"),
+        ("an archive", "Unpack it first."),
     ),
 }
 META_PART = re.compile(r"consolidated\.\d\d\.pth")
+TORCH_PART = re.compile(r".+-\d{5}-of-(\d{5})\.(?:bin|pt|pth)")
 MAX_CONFIG_BYTES = 20_000_000  # larger texts are corpora
 KINDS = "Give a preset, YAML, Hub id, Hugging Face or quantized folder, .safetensors, .gguf, .ckpt or run."
 
@@ -220,7 +222,7 @@ def _holds_model(folder: Path) -> bool:
 def _open_folder(folder: Path, name: str) -> ModelSource:
     if RunFolder.is_run(folder):
         return _open_run(folder, None, name)
-    refuse_broken_links(folder)
+    require_parts(folder)
     if is_quantized_folder(folder):
         return open_quantized_folder(folder, name)
     if lone := _lone_file(folder):
@@ -232,17 +234,22 @@ def _open_folder(folder: Path, name: str) -> ModelSource:
     raise InputError(f"{folder}: no model in it: no config.json, safetensors or run; it holds {shown}", KINDS)
 
 
-def _refuse_part_of_meta(path: Path) -> None:
-    """Refuse a file of Meta's that holds a share of every tensor.
+def _refuse_part(path: Path) -> None:
+    """Refuse a file of PyTorch's that is only a part of a model.
 
     Raises:
-        InputError: others like it lie beside the file.
+        InputError: its name says so, or others of Meta's, with a share of every tensor, lie beside it.
     """
     count = len(list(path.parent.glob("consolidated.??.pth")))
     if META_PART.fullmatch(path.name) and count > 1:
         raise InputError(
             f"{path}: one of {count} files of a Meta checkpoint, each of which holds a part of every tensor",
             "Convert them with transformers' convert_llama_weights_to_hf.",
+        )
+    if (part := TORCH_PART.fullmatch(path.name)) and int(part[1]) > 1:
+        raise InputError(
+            f"{path}: one of {int(part[1])} files that PyTorch's weights are split into",
+            "Load them with transformers and save them again: it writes safetensors.",
         )
 
 
@@ -257,7 +264,7 @@ def _lone_file(folder: Path) -> Path | None:
     found = sorted(path for ending in LONE_ENDINGS for path in folder.glob(f"*{ending}"))
     parts = [path for path in found if not NO_LONE_FILE.fullmatch(path.name)]
     for path in parts[:1]:
-        _refuse_part_of_meta(path)
+        _refuse_part(path)
     if len(parts) > 1 and not (folder / "config.json").is_file():
         names = ", ".join(path.name for path in parts[:5])
         raise InputError(f"{folder}: {len(parts)} files of weights: {names}", "Name one of them.")
@@ -272,7 +279,7 @@ def _open_file(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
     if not start:
         raise InputError(f"{name}: the file is empty", KINDS)
     refuse_pointer(start, name)
-    _refuse_part_of_meta(path)
+    _refuse_part(path)
     if start.startswith(GGUF_MAGIC):
         return open_gguf(path, name)
     if start.startswith(ZIP_MAGIC):

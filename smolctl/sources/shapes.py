@@ -18,7 +18,7 @@ LAYER = re.compile(r"model\.layers\.(\d+)\.")
 FIRST = "model.layers.0."
 # Old transformers, llama.cpp and Meta store these; they follow from rope_theta and rope_scaling.
 DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|rope_freqs\.weight|rope\.freqs")
-INTEGER = re.compile(r"(^|\W)(u?int\d+|bool)$")  # the types of NumPy and PyTorch
+NO_WEIGHT = re.compile(r"(?:^|\W)(u?int\d+|bool|complex\d+)$")  # types of NumPy and PyTorch
 MAX_LAYERS = 10_000  # more would be a damaged file
 NAMED_PROBLEMS = 5  # that an error message names
 
@@ -48,9 +48,11 @@ def check_state(config: ModelConfig, tensors: Mapping[str, S], origin: str) -> d
     """
     state = {name: tensor for name, tensor in tensors.items() if not is_derived(name)}
     for name, tensor in state.items():
-        if INTEGER.search(str(getattr(tensor, "dtype", ""))):  # a quantized matrix has no type of its own
+        # A quantized matrix has no type of its own.
+        if found := NO_WEIGHT.search(str(getattr(tensor, "dtype", ""))):
+            kind = "complex numbers" if found[1].startswith("complex") else "integers"
             raise InputError(
-                f"{origin}: {name} holds integers, and nothing says which weights they stand for",
+                f"{origin}: {name} holds {kind}, and nothing says which weights they stand for",
                 "Save the model in floats, or in a format that smolctl reads.",
             )
     if config.tie_word_embeddings and HEAD in state and TABLE in state:

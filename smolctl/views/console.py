@@ -34,6 +34,10 @@ class PlainConsole(Console):
     def file(self, new_file: IO[str]) -> None:
         self._file = new_file
 
+    def on_broken_pipe(self) -> None:
+        """Raises BrokenPipeError: the command decides what a closed pipe means; rich would exit with 1."""
+        raise BrokenPipeError
+
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         """The pieces of text of anything that can be printed; all that is printed comes through here."""
         obeys = self.is_terminal

@@ -6,13 +6,17 @@ import ast
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import typer.main
 
 from smolctl.cli.main import application
-from tests.support.processes import CHECKOUT
+from smolctl.cli.options import command
+from smolctl.errors import ExitCode
+from smolctl.views.output import Output
+from tests.support.processes import CHECKOUT, Smolctl
 
 OPTION = re.compile(r"(?<![\w/-])--[a-z][a-z-]*(?![\w-])")
 # Of SLURM, pip, TensorBoard and Trackio, and a colour of the Space's page.
@@ -32,6 +36,38 @@ def options() -> Mapping[str, set[str]]:
         return {"--help", *both}
 
     return {"": of(root), **{name: of(command) for name, command in root.commands.items()}}
+
+
+def test_without_arguments_the_help_is_shown(smolctl: Smolctl) -> None:
+    called = smolctl()
+    assert (called.code, called.err) == (0, "")
+    assert called.out == smolctl("--help").out
+
+
+@pytest.mark.parametrize("option", ["--steps", "--nope", "--steps=x"])
+def test_a_wrong_option_leads_to_the_help_of_its_command(option: str, smolctl: Smolctl) -> None:
+    called = smolctl("train", option)
+    assert called.code == 2
+    assert called.err.splitlines()[-1] == " hint: See smolctl train --help."
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "folder", "file/below"])
+def test_a_path_that_cannot_be_used_is_named(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+
+    @command
+    def write(output: Output) -> None:
+        (tmp_path / name).write_text("")
+
+    with pytest.raises(typer.Exit) as ended:
+        write()
+    assert ended.value.exit_code == ExitCode.BAD_INPUT
+    cause, remedy = capsys.readouterr().err.splitlines()
+    assert cause.startswith(f"error: {tmp_path / name}: ")
+    assert remedy == " hint: Check the path and its permissions."
 
 
 def texts(tree: ast.AST) -> Iterator[tuple[int, str]]:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file, save_file
 
 from smolctl.config import RunConfig, load_run_config, preset_names
 from smolctl.config.dump import to_yaml
 from smolctl.data.mixture import Mixture, Part
 from smolctl.data.tokens.corpus import TokenizedCorpus, TokenStream
+from smolctl.errors import InputError
 from smolctl.inspection import inspect
 from smolctl.sources import ModelSource, SourceKind, TokenizerFiles, open_source
+from smolctl.sources.shapes import check_state
 from smolctl.training.plan import make_plan
 from tests.support.hub_server import COMMIT, HubRepository, HubServer
 from tests.support.model_folders import llama_folder, other_architecture
@@ -206,6 +210,30 @@ def test_folder_is_checked_against_its_header(smolctl: Smolctl, tmp_path: Path) 
     broken = smolctl("inspect-config", folder, "--json").json
     assert broken["checkpoint"]["matches"] is False
     assert any("model.embed_tokens.weight" in p and "41" in p for p in broken["problems"])
+
+
+@pytest.mark.parametrize(
+    ("change", "fits", "said"),
+    [
+        (lambda values: values.reshape(-1), False, "the config says"),  # as long as the matrix, and none
+        (lambda values: values.astype(np.int8), True, "integers or complex numbers"),
+        (lambda values: values.astype(np.complex64), True, "integers or complex numbers"),
+    ],
+)
+def test_what_a_load_would_refuse_is_a_problem_of_the_header(
+    change: Callable[[np.ndarray], np.ndarray], fits: bool, said: str, tmp_path: Path
+) -> None:
+    path, name = llama_folder(tmp_path / "model") / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    weights = load_file(path)
+    save_file({**weights, name: change(weights[name])}, path)
+    source = open_source(str(path.parent))
+    report = inspect(source)
+    assert report.checkpoint is not None
+    assert report.checkpoint.matches is fits
+    assert any(name in problem and said in problem for problem in report.problems)
+    assert source.weights is not None
+    with pytest.raises(InputError):
+        check_state(source.require_config(), dict(source.weights.tensors()), "model")
 
 
 def test_config_is_recovered_from_the_shapes_of_a_lone_safetensors(smolctl: Smolctl, tmp_path: Path) -> None:

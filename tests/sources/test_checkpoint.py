@@ -158,7 +158,7 @@ def test_zip_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     ("content", "cause"),
     [
         ([1, 2], "not a checkpoint of a training run"),
-        ({"epoch": 1}, "no state_dict"),
+        ({"epoch": 1}, "no state_dict; it holds epoch"),
         ({"state_dict": {}}, "holds no tensors"),
         ({"state_dict": {"a": 1}}, "holds no tensors"),
     ],

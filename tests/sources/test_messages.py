@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import struct
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from smolctl.config import load_run_config
 from smolctl.errors import InputError
@@ -49,6 +53,13 @@ def test_another_json_of_a_model_is_called_what_it_is(content: Any, said: str, t
     (tmp_path / "x.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match=said):
         open_source(str(tmp_path / "x.json"))
+
+
+def test_a_tokenizer_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    path = write_folder(tmp_path / "model") / "tokenizer.json"
+    files = open_source(str(path.parent)).read_tokenizer()
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert open_source(str(path.parent)).read_tokenizer() == files
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
@@ -204,6 +215,54 @@ def test_a_part_of_a_model_that_is_a_broken_link_is_not_taken_for_an_absent_one(
     for model in named:
         with pytest.raises(InputError, match=f"{name}: a link to .*gone, which is not there"):
             open_source(str(model))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "extra.gguf"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_part_of_a_model_that_is_no_file_is_neither_waited_for_nor_taken_for_an_absent_one(
+    name: str, make: Callable[[Path], None], tmp_path: Path
+) -> None:
+    folder = write_folder(tmp_path / "model")
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    if (name, make) == ("extra.gguf", os.mkdir):
+        assert open_source(str(folder)).config is not None  # a folder of that name is no part of a model
+        return
+    with pytest.raises(InputError, match=f"{name}: not a file"):
+        open_source(str(folder))
+
+
+def test_a_part_of_split_pytorch_weights_is_not_taken_for_the_whole(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    for part in (1, 2):
+        (folder / f"pytorch_model-{part:05d}-of-00002.bin").write_bytes(b"PK\x03\x04")
+    for model in (folder, folder / "pytorch_model-00002-of-00002.bin"):
+        with pytest.raises(InputError, match="one of 2 files"):
+            open_source(str(model))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+            "LORA adapter of rank 4 for org/base",
+        ),
+        ("transformer.h.0.attn.c_attn.weight", "GPT-2"),
+    ],
+)
+def test_weights_of_another_kind_beside_a_config_are_called_what_they_are(
+    tensor: str, said: str, tmp_path: Path
+) -> None:
+    folder = write_folder(tmp_path / "model")
+    save_file({tensor: np.zeros((4, 32), np.float32)}, folder / "model.safetensors")
+    if "lora" in tensor:
+        adapter = {"peft_type": "LORA", "r": 4, "base_model_name_or_path": "org/base"}
+        (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    source = open_source(str(folder))
+    assert said in source.unsupported
+    assert count_source(source).totals.unique == 4 * 32
 
 
 def test_sequences_longer_than_the_context_of_our_yaml_hinder_its_recipe_alone(tmp_path: Path) -> None:

@@ -150,3 +150,13 @@ def test_progress_bars_move_the_cursor_on_stderr(move: str, monkeypatch: pytest.
     prepare_streams()
     sys.stderr.write(move)
     assert stream.written == move
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure_of_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.raises(BrokenPipeError):  # which `command` ends with exit code 0
+        Output().show("a table")

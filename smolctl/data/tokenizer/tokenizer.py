@@ -262,7 +262,8 @@ class Tokenizer:
             raise InputError(
                 f"the tokenizer has ids up to {self.vocab_size - 1:,}, "
                 f"the model's vocab_size is {vocab_size:,}",
-                f"Set model.vocab_size={self.vocab_size}, or take --tokenizer train:{vocab_size}.",
+                "Use the model's own tokenizer; for a new model set "
+                f"model.vocab_size={self.vocab_size}, or take --tokenizer train:{vocab_size}.",
             )
 
     def files(self) -> TokenizerFiles:

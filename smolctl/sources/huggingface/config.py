@@ -154,10 +154,13 @@ def counted_config(values: Mapping[str, Any], origin: str) -> ModelConfig | None
 def _network(values: Mapping[str, Any], origin: str) -> ModelConfig:
     kind, rope = values["model_type"], _rope(values)
     fields = {key: _value(values, key) for key in LLAMA_DEFAULTS}
-    fields["num_key_value_heads"] = fields["num_key_value_heads"] or fields["num_attention_heads"]
-    fields["head_dim"] = fields["head_dim"] or 0
+    null = {
+        "num_key_value_heads": fields["num_attention_heads"],
+        "head_dim": 0,
+        "attention_dropout": 0.0,
+    }
+    fields |= {key: value for key, value in null.items() if fields[key] is None}
     fields["rope_theta"] = rope.get("rope_theta") or _value(values, "rope_theta")
-    fields["attention_dropout"] = fields["attention_dropout"] or 0.0
     fields["rope_scaling"] = _rope_scaling(values)
     if kind == "smollm3":
         fields["no_rope_layers"] = _no_rope_layers(values)

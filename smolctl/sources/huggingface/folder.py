@@ -21,7 +21,7 @@ from smolctl.sources.huggingface.safetensors_file import (
 )
 from smolctl.sources.huggingface.tokenizer import TOKENIZER_FILES, tokenizer_reader
 from smolctl.sources.meta import MetaWeights, from_params, huggingface_name, is_meta, is_params
-from smolctl.sources.names import RenamedWeights, format_of, huggingface_names
+from smolctl.sources.names import ADAPTER, RenamedWeights, format_of, huggingface_names
 from smolctl.sources.shapes import check_tensors, recover_config
 
 INDEX = "model.safetensors.index.json"
@@ -42,16 +42,20 @@ def is_huggingface_folder(folder: Path) -> bool:
     return named or any(folder.glob("*.safetensors"))
 
 
-def refuse_broken_links(folder: Path) -> None:
-    """Refuse a folder that a part of its model is missing from: without it another model might be read.
+def require_parts(folder: Path) -> None:
+    """Refuse a folder in which a part of its model cannot be read: without it another model might be read.
 
     Raises:
-        InputError: one of its files is a link to what is not there.
+        InputError: one of its files is a link to what is not there, or a folder, a pipe or a device.
     """
     for path in sorted(folder.iterdir()):
         is_part = path.name in PARTS or path.name.endswith((".safetensors", *LONE_ENDINGS))
-        if is_part and path.is_symlink() and not path.exists():
+        if not is_part or path.is_file():
+            continue
+        if not path.exists():
             raise broken_link(path)
+        if not path.is_dir() or path.name in PARTS or path.suffix == ".safetensors":
+            raise InputError(f"{path}: not a file", "Put the file there that has this name.")
 
 
 def broken_link(path: Path) -> InputError:
@@ -80,7 +84,8 @@ def open_folder(folder: Path, name: str, kind: SourceKind = SourceKind.FOLDER) -
 def _with_adapter(source: ModelSource, folder: Path) -> ModelSource:
     """A source whose reason names the base model of an adapter, where its config lies beside it."""
     path = folder / "adapter_config.json"
-    if source.config is not None or source.declared or not path.is_file():
+    is_adapter = source.unsupported == ADAPTER or not source.declared
+    if source.config is not None or not is_adapter or not path.is_file():
         return source
     return dataclasses.replace(source, unsupported=f"{_adapter(read_json(path))}. {MERGE}".rstrip("."))
 
@@ -144,7 +149,7 @@ def describe_beside(
     Raises:
         InputError: the config is damaged.
     """
-    refuse_broken_links(folder)
+    require_parts(folder)
     declared, assumed, unsupported = _declared_in(folder, tensors or ())
     return describe(kind, name, declared, tensors, problems, weights, reader, assumed, unsupported)
 
@@ -187,8 +192,10 @@ def describe(
     if declared is not None and not unsupported:
         config, unsupported = from_huggingface_config(declared, name)
         shape = None if config else counted_config(declared, name)
-        notes = assumed_keys(declared) if config or shape else ()
-        notes += check_tensors(config, renamed) if config and tensors else ()
+        unfit = check_tensors(config, renamed) if config and tensors else ()
+        if unfit and (known := format_of(tensor.name for tensor in tensors or ())):
+            config, unsupported, unfit = None, known, ()
+        notes = (*(assumed_keys(declared) if config or shape else ()), *unfit)
     elif declared is None and tensors is not None:
         config, unsupported, assumptions = recover_config(renamed)
         if config is None and (known := format_of(tensor.name for tensor in tensors)):

@@ -121,7 +121,7 @@ def read_tokenizer_folder(folder: Path, carry: bool = True) -> TokenizerFiles | 
 def read_tokenizer_json(path: Path) -> str:
     """The text of a tokenizer.json. Raises InputError: it cannot be read."""
     try:
-        return read_file(path, most=MAX_TOKENIZER_BYTES).decode("utf-8")
+        return read_file(path, most=MAX_TOKENIZER_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: cannot be read ({error})", "Download the file again.") from None
 

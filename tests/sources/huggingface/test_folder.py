@@ -151,6 +151,12 @@ def test_features_that_the_network_lacks_are_refused_by_name(fields: dict[str, A
         ({"vocab_size": "many"}, "vocab_size"),
         ({"num_hidden_layers": 10**12}, "num_hidden_layers"),
         ({"rope_parameters": 7}, "rope_parameters"),
+        ({"hidden_size": True}, "hidden_size"),  # in Python True is 1
+        ({"rms_norm_eps": True}, "rms_norm_eps"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads"),  # only null means as many as heads
+        ({"num_key_value_heads": {}}, "num_key_value_heads"),
+        ({"head_dim": []}, "head_dim"),
+        ({"attention_dropout": ""}, "attention_dropout"),
     ],
 )
 def test_senseless_values_are_named(fields: dict[str, Any], cause: str) -> None:
