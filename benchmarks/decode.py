@@ -1,196 +1,389 @@
-"""Decoding and prefill against llama.cpp and transformers: speed, KL and memory, on the same weights.
+"""smolctl's engine beside the newest peers on the same weights: decoding, prefill, eight at once, and KL.
 
-    python benchmarks/decode.py MODEL.gguf --rounds 5
+    python benchmarks/decode.py MODEL.gguf --peer-source DIR --peer-source DIR --venvs VENVS
 
-MODEL is a Llama-shaped GGUF, from which smolctl and llama.cpp (if llama-cpp-python is installed) make their
-formats. Every engine reads the same tokens in a process of its own, in turns as in `smolctl bench`. KL is
-against transformers in float32. Memory is the peak of a fresh process that loads, reads and decodes.
+MODEL is a Llama-shaped GGUF, from which every engine's formats are made once. --peer-source is the source
+code of llama.cpp or ik_llama.cpp, which is built with cmake; DIR@VERSION where the folder is not git's. VENVS
+holds virtual environments named openvino, onnxruntime, ctranslate2 and mistralrs; one that is missing is left
+out:
+
+    pip install openvino-genai nncf
+    pip install onnxruntime-genai onnx onnx-ir torch transformers
+    pip install ctranslate2 torch transformers
+    pip install mistralrs
+
+Every engine is a process of its own, stopped while others work; all take turns, round by round, and read the
+same tokens where they can be given. KL is against transformers in float32.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
+import signal
+import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from statistics import median
+from time import perf_counter
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from smolctl.benchmark import measure
-from smolctl.benchmark.engines import EngineSpec, open_engine
-from smolctl.benchmark.peers import is_installed
-from smolctl.benchmark.suites import prepare, reference_text
-from smolctl.benchmark.workload import Sizes, Tokens, Workload
+from smolctl.benchmark.engine_files import huggingface_folder
+from smolctl.benchmark.machine import describe_machine
+from smolctl.benchmark.suites import reference_text
+from smolctl.benchmark.workload import Sizes, Tokens
+from smolctl.cores import compute_threads
 from smolctl.evaluation import score_tokens
-from smolctl.generation.engine import Engine
-from smolctl.quantization.measure import mean_kl
 from smolctl.quantization.quantize import QuantizeOptions, quantize
 from smolctl.sources import open_source
-from smolctl.timing import in_turns, peak_memory, ratio_of
-from smolctl.worker import Worker
+from smolctl.timing import in_turns
 
-PROMPT, DECODED, SEQUENCE = 32, 128, 512
-CONTEXT, CONTEXT_DECODED = 1920, 64  # decoding behind a long text
-# Suites of `smolctl bench`, and how much of each.
-COLUMNS = {
-    "decode": ("decode", Sizes(PROMPT, DECODED, 0)),
-    "decode at 2k": ("decode", Sizes(CONTEXT, CONTEXT_DECODED, 0)),
-    "prefill 32": ("prefill", Sizes(0, 0, PROMPT)),
-    "prefill 512": ("prefill", Sizes(0, 0, SEQUENCE)),
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))
+
+from docs.peer_table import peer_table  # noqa: E402 - the page of measurements has the same table
+
+PEERS = Path(__file__).with_name("peers")
+# Sequences, tokens of each that are read at once, and tokens of each in all.
+CASES = {
+    "decode": (1, 32, 96),
+    "prefill 512": (1, 512, 512),
+    "eight at once": (8, 32, 64),
+    "prefill 32": (1, 32, 32),
+    "decode at 2k": (1, 1920, 1984),
 }
+QUICK = {"decode": (1, 8, 12), "prefill 512": (1, 32, 32), "eight at once": (8, 8, 10)}
+FOR_KL = (1, 32, 160)
+TOO_SLOW = 15.0  # seconds of a run in the warm-up, after which a case is left out
 REFERENCE = "transformers float32"
-LLAMA_FTYPES = {"bf16": 32, "q8_0": 7, "q4_1": 3, "q4_0": 2}  # llama.h's llama_ftype
-PAIRS = (
-    *(("bf16", "llama.cpp bf16"), ("int8", "llama.cpp q8_0"), ("int4", "llama.cpp q4_1")),
-    *((name, REFERENCE) for name in ("the file as it is", "bf16", "int8", "int4")),
-)
-Engines = dict[str, EngineSpec]
-Rates = dict[str, dict[str, list[float]]]  # tokens/s of every engine and column, round by round
+# Formats with the number of bits: llama.cpp's by their llama_ftype.
+OURS = {"bf16": 16, "int8": 8, "int4": 4}
+LLAMA = {"llama.cpp": ("bf16", "q8_0", "q4_0", "q4_1"), "ik_llama.cpp": ("bf16", "q8_0", "q4_0", "iq4_nl")}
+FTYPES = {"bf16": 32, "q8_0": 7, "q4_0": 2, "q4_1": 3, "iq4_nl": 25}
+PACKAGED = {
+    "openvino": ("float16", "int8", "int4"),
+    "onnxruntime": ("int8", "int4"),
+    "ctranslate2": ("int8",),
+    "mistralrs": ("q8_0", "q4_0"),
+}
+# Beside the number of threads, what the documentation of each advises on a CPU.
+SETTINGS = {
+    "llama.cpp": "flash attention; repacks by itself",
+    "ik_llama.cpp": "flash attention, -rtr",
+    "openvino": "LATENCY hint; int8 by NNCF, int4 as in the GGUF",
+    "onnxruntime": "blocks of 32, accuracy level 4",
+    "ctranslate2": "compute_type auto",
+    "mistralrs": "the GGUF",
+}
 
 
-def make_engines(source: Path, folder: Path, threads: int) -> Engines:
-    """Every engine with its model, made from `source` where it is missing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    engines = {"the file as it is": EngineSpec("smolctl", str(source), threads)}
-    for scheme in ("bf16", "int8", "int4"):
-        target = folder / scheme
-        if not target.exists():
-            quantize(str(source), QuantizeOptions((scheme,), out=target, measure=False))
-        engines[scheme] = EngineSpec("smolctl", str(target), threads)
-    for scheme in LLAMA_FTYPES if is_installed("llama.cpp") else ():
-        # The file as it is, where llama.cpp's own quantizer would round it once more.
+def bits_of(scheme: str) -> int:
+    return next(bits for part, bits in {"16": 16, "8": 8, "4": 4}.items() if part in scheme)
+
+
+@dataclass
+class Peer:
+    """An engine with its model, and what was measured of it."""
+
+    program: str
+    scheme: str
+    bits: int
+    command: list[str]  # that starts its process
+    version: str = ""  # "": what the process says
+    settings: str = ""
+    load_s: float = 0.0
+    kl: float | None = None  # nats a token; None: it gives no logits
+    rates: dict[str, list[float]] = field(default_factory=dict)  # tokens/s of every case, round by round
+
+    @property
+    def name(self) -> str:
+        return f"{self.program} {self.scheme}"
+
+
+class PeerProcess:
+    """The process of an engine, see peers/serve_engine.py. It is stopped while it is not asked."""
+
+    def __init__(self, peer: Peer, threads: int) -> None:
+        self.peer = peer
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
+        number = str(threads)
+        self._started = perf_counter()
+        self._process = subprocess.Popen(
+            peer.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": number, "RAYON_NUM_THREADS": number},
+        )
+
+    def wait(self) -> None:
+        """Until the model is loaded."""
+        version = self._line()
+        self.peer.version = self.peer.version or version
+        self.peer.load_s = round(perf_counter() - self._started, 2)
+        self._process.send_signal(signal.SIGSTOP)
+
+    def run(self, text: Tokens, case: tuple[int, int, int], file: Path | None = None) -> float:
+        """The seconds of a case.
+
+        Raises:
+            RuntimeError: the engine cannot, or its process has ended.
+        """
+        sequences, prompt, length = case
+        ids = (",".join(map(str, one[:length])) for one in text[:sequences])
+        assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
+        print(prompt, file or "-", *ids, file=self._process.stdin, flush=True)
+        answer = self._line()
+        self._process.send_signal(signal.SIGSTOP)
+        if answer.startswith("!"):
+            raise RuntimeError(answer[2:])
+        return float(answer)
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        if line := self._process.stdout.readline():
+            return line.strip()
+        self._process.wait()
+        self._errors.seek(0)
+        words = self._errors.read().decode(errors="replace").strip().splitlines()
+        raise RuntimeError(words[-1] if words else f"exit code {self._process.returncode}")
+
+    def __enter__(self) -> PeerProcess:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+
+def command(*words: object) -> None:
+    """Run a command whose messages are for stderr."""
+    subprocess.run([str(word) for word in words], check=True, stdout=sys.stderr)
+
+
+def our_engines(source: Path, folder: Path, threads: int) -> list[Peer]:
+    """smolctl's, and the reference."""
+    models = {REFERENCE: source}
+    for scheme in OURS:
+        models[scheme] = folder / scheme
+        if not models[scheme].exists():
+            quantize(str(source), QuantizeOptions((scheme,), out=models[scheme], measure=False))
+    serve = [sys.executable, str(PEERS / "with_smolctl.py"), "serve"]
+    return [
+        Peer("smolctl", scheme, OURS[scheme], [*serve, str(models[scheme]), str(threads), "smolctl"])
+        for scheme in OURS
+    ] + [Peer("transformers", "float32", 32, [*serve, str(source), str(threads), "transformers"])]
+
+
+def built_engines(described: str, source: Path, folder: Path, threads: int) -> list[Peer]:
+    """Those of llama.cpp's or ik_llama.cpp's source code, built where it has not been."""
+    place, _, version = described.partition("@")
+    code = Path(place).absolute()
+    program = "ik_llama.cpp" if (code / "ggml/src/iqk").exists() else "llama.cpp"
+    build = folder / f"build-{program}"
+    switches = [f"-DLLAMA_BUILD_{part}=OFF" for part in ("TESTS", "EXAMPLES", "TOOLS", "SERVER", "COMMON")]
+    command(
+        *("cmake", "-S", code, "-B", build, "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON"),
+        *("-DBUILD_SHARED_LIBS=ON", "-DGGML_IQK_FA_ALL_QUANTS=OFF", "-DLLAMA_CURL=OFF", *switches),
+    )
+    command("cmake", "--build", build, "--target", "llama", "-j", os.cpu_count())
+    engine = build / "with_llama"
+    libraries = sorted({path.parent for path in build.rglob("lib*.so")})
+    command(
+        *("c++", "-O2", "-std=c++20", PEERS / "with_llama.cpp", "-o", engine),
+        *(f"-I{code / part}" for part in ("include", "ggml/include")),
+        *(word for path in libraries for word in (f"-L{path}", f"-Wl,-rpath,{path}")),
+        *("-lllama", *(f"-l{path.stem[3:]}" for path in sorted(build.rglob("libggml*.so")))),
+    )
+    found = []
+    for scheme in LLAMA[program]:
+        # The file as it is, where its quantizer would round it once more.
         as_it_is = scheme == "q4_1" and "Q4_1" in source.name.upper()
-        model = source if as_it_is else folder / f"{scheme}.gguf"
+        model = source if as_it_is else folder / f"{program}-{scheme}.gguf"
         if not model.exists():
-            quantize_with_llama(source, model, LLAMA_FTYPES[scheme])
-        engines[f"llama.cpp {scheme}"] = EngineSpec("llama.cpp", str(model), threads, scheme)
-    return engines | {REFERENCE: EngineSpec("transformers", str(source), threads)}
-
-
-def quantize_with_llama(source: Path, target: Path, ftype: int) -> None:
-    """Write a GGUF with llama.cpp's own quantizer."""
-    import llama_cpp
-
-    settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype, settings.allow_requantize = ftype, True
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(settings)):
-        raise SystemExit(f"llama.cpp could not write {target}")
-
-
-def measure_rates(engines: Engines, source: Path, text: Tokens, rounds: int) -> Rates:
-    """All engines in turns, after a warm-up."""
-    places = {
-        Workload(suite, spec, sizes, text): (name, column)
-        for column, (suite, sizes) in COLUMNS.items()
-        for name, spec in engines.items()
-    }
-    with ExitStack() as stack:
-        prepared, left_out = prepare(list(places), open_source(str(source)), stack)
-        print(*left_out, sep="\n", file=sys.stderr)
-        works = [one.run for one in prepared]
-        measured = in_turns(works, rounds, 0, lambda number: print(f"round {number}", file=sys.stderr))
-    rates: Rates = {name: {} for name in engines}
-    for one, measurements in zip(prepared, measured, strict=True):
-        name, column = places[one.workload]
-        rates[name][column] = [one.metrics[0].value(run.seconds[0]) for run in measurements]
-    return rates
-
-
-def measure_kl(engines: Engines, text: Tokens, sequences: int) -> dict[str, tuple[float, float]]:
-    """Nats a token against transformers: sequences read at once, and tokens read one by one."""
-    tokens = torch.tensor(text[0])
-    at_once = [tokens[at * SEQUENCE : (at + 1) * SEQUENCE + 1] for at in range(sequences)]
-    reference = open_engine(engines[REFERENCE])
-    expected = one_by_one(reference, text[0])
-    found = {}
-    for name, spec in engines.items():
-        engine = reference if name == REFERENCE else open_engine(spec)
-        singles = score_tokens(one_by_one(engine, text[0]), tokens[1 : DECODED + 1], expected)
-        found[name] = mean_kl(reference, engine, at_once), singles.kl.mean().item()
+            command(engine, "make", source, model, FTYPES[scheme])
+        repack = ["repack"] if program == "ik_llama.cpp" else []
+        serve = [str(engine), "serve", str(model), str(threads), *repack]
+        found.append(Peer(program, scheme, bits_of(scheme), serve, version or commit_of(code)))
     return found
 
 
-def one_by_one(engine: Engine, tokens: Sequence[int]) -> Tensor:
-    """Logits (DECODED, V) after each of the tokens behind a prompt."""
-    cache = engine.allocate(1, PROMPT + DECODED)
-    engine.forward([tokens[:PROMPT]], cache)
-    decoded = tokens[PROMPT : PROMPT + DECODED]
-    return torch.from_numpy(np.concatenate([engine.forward([[token]], cache) for token in decoded]))
+def commit_of(code: Path) -> str:
+    """The commit that a folder of git is at, with its date."""
+    asked = ["git", "-C", str(code), "log", "-1", "--format=%h of %cs"]
+    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def measure_memory(spec: EngineSpec, text: Tokens) -> dict[str, int]:
-    """The peak of a fresh process, what it held before it loaded the model, and the time of loading."""
-    suite, sizes = COLUMNS["decode"]
-    workload = Workload(suite, spec, sizes, text)
-    with Worker(spec.engine, spec.threads) as worker:
-        worker.call(exec, f"import smolctl.benchmark.measure, {spec.engine.replace('.', '_')}")
-        libraries = worker.call(peak_memory) or 0
-        started = time.perf_counter()
-        worker.call(measure.prepare, workload)
-        load = time.perf_counter() - started
-        peak = max(worker.call(peak_memory) or 0, worker.call(measure.run, workload).peak_bytes or 0)
-    return {"libraries": libraries, "peak": peak, "load_ms": round(load * 1000)}
+def packaged_engines(venvs: Path, source: Path, folder: Path, threads: int) -> list[Peer]:
+    """Those of the package index that have a virtual environment."""
+    found = []
+    for program in PACKAGED:
+        python = venvs / program / "bin" / "python"
+        if not python.exists():
+            print(f"{program} is left out: there is no {python}", file=sys.stderr)
+            continue
+        script = PEERS / f"with_{program}.py"
+        for scheme in PACKAGED[program]:
+            target = folder / f"{program}-{scheme}"
+            if program == "mistralrs":
+                target = gguf(source, folder, scheme)
+            elif not target.exists():
+                taken = origin(program, scheme, source, folder)
+                command(python, script, "make", taken, target, scheme)
+            serve = [str(python), str(script), "serve", str(target), str(threads)]
+            found.append(Peer(program, scheme, bits_of(scheme), serve))
+    return found
 
 
-def print_table(corner: str, headers: Sequence[str], rows: Mapping[str, Mapping[str, str]]) -> None:
-    """In Markdown."""
-    print(f"| {' | '.join([corner, *headers])} |")
-    print("|---" * (len(headers) + 1) + "|")
-    for name, cells in rows.items():
-        print(f"| {' | '.join([name, *(cells.get(header, '') for header in headers)])} |")
-    print()
+def origin(program: str, scheme: str, source: Path, folder: Path) -> Path:
+    """What a peer's format is made from."""
+    if program == "openvino":
+        return source if scheme == "int4" else gguf(source, folder, "f16")
+    return Path(huggingface_folder(open_source(str(source)), folder / "huggingface"))
+
+
+def gguf(source: Path, folder: Path, scheme: str) -> Path:
+    """A GGUF that smolctl writes."""
+    target = folder / f"gguf-{scheme}"
+    if not target.exists():
+        quantize(str(source), QuantizeOptions((f"gguf-{scheme}",), out=target, measure=False))
+    return next(target.glob("*.gguf"))
+
+
+def measure_kl(processes: Mapping[str, PeerProcess], text: Tokens) -> None:
+    """Nats a token against transformers, of tokens read one by one."""
+    targets = torch.tensor(text[0][FOR_KL[1] + 1 : FOR_KL[2] + 1])
+    expected: Tensor | None = None
+    with tempfile.TemporaryDirectory() as folder:
+        for process in sorted(processes.values(), key=lambda one: one.peer.name != REFERENCE):
+            file = Path(folder) / "logits"
+            try:
+                process.run(text, FOR_KL, file)
+            except RuntimeError as error:
+                print(f"{process.peer.name}, KL: {error}", file=sys.stderr)
+                continue
+            found = torch.from_numpy(np.fromfile(file, np.float32).reshape(len(targets), -1))
+            file.unlink()
+            if process.peer.name == REFERENCE:
+                expected = found
+            elif expected is not None:
+                width = expected.shape[1]  # some add columns that no token has
+                process.peer.kl = score_tokens(found[:, :width], targets, expected).kl.mean().item()
+
+
+def measure(
+    peers: list[Peer], text: Tokens, cases: Mapping[str, tuple[int, int, int]], rounds: int, threads: int
+) -> list[str]:
+    """All engines in turns, after a warm-up.
+
+    Returns:
+        A line for everything that is left out, with the reason.
+    """
+    left_out = []
+    with ExitStack() as stack:
+        started = [stack.enter_context(PeerProcess(peer, threads)) for peer in peers]
+        processes: dict[str, PeerProcess] = {}
+        for process in started:
+            try:
+                process.wait()
+                processes[process.peer.name] = process
+            except RuntimeError as error:
+                left_out.append(f"{process.peer.name}: {error}")
+        measure_kl(processes, text)
+        works = []
+        for name, process in processes.items():
+            for case, sizes in cases.items() if name != REFERENCE else ():
+                try:
+                    seconds = process.run(text, sizes)
+                except RuntimeError as error:
+                    left_out.append(f"{name}, {case}: {error}")
+                    continue
+                if seconds > TOO_SLOW:
+                    left_out.append(f"{name}, {case}: a run takes {seconds:.0f} s")
+                    continue
+                works.append((process.peer, case, partial(process.run, text, sizes)))
+        measured = in_turns(
+            [run for _, _, run in works], rounds, 0, lambda number: print(f"round {number}", file=sys.stderr)
+        )
+    for (peer, case, _), times in zip(works, measured, strict=True):
+        sequences, prompt, length = cases[case]
+        tokens = sequences * ((length - prompt) or prompt)
+        peer.rates[case] = [round(tokens / one, 2) for one in times]
+    return left_out
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("source", type=Path, nargs="?", help="not needed to print results")
+    parser.add_argument("--peer-source", action="append", default=[], metavar="DIR[@VERSION]")
+    parser.add_argument("--venvs", type=Path, default=None)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--folder", type=Path, default=Path("build/benchmark-models"))
-    parser.add_argument("--windows", type=int, default=4, help="sequences of 512 tokens for KL; 0: no KL")
-    parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--only", nargs="*", default=None, help="engines, by name")
-    parser.add_argument("--json", type=Path, default=None, help="write all figures there")
+    parser.add_argument("--cases", nargs="*", default=list(CASES)[:3], choices=CASES)
+    parser.add_argument(
+        "--only", nargs="*", default=None, help="engines, such as 'smolctl int8'; with %(const)s"
+    )
+    parser.add_argument("--quick", action="store_true", help="whether all works: no figures to keep")
+    parser.add_argument("--make", action="store_true", help="build the peers and make their models, no more")
+    parser.add_argument("--json", type=Path, default=None, help="default: results/peers-INSTRUCTIONS.json")
+    parser.add_argument("--print", action="store_true", help="print the results of an earlier run")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    engines = make_engines(options.source, options.folder, options.threads)
-    engines = {name: engines[name] for name in options.only or engines}
-    longest = max(CONTEXT + CONTEXT_DECODED, options.windows * SEQUENCE + 1)
-    _, text = reference_text(open_source(str(options.source)), Sizes(0, 0, longest))
+    instructions = torch.backends.cpu.get_cpu_capability().lower()
+    options.json = options.json or ROOT / "benchmarks" / "results" / f"peers-{instructions}.json"
+    if not options.print:
+        run(options)
+    if not options.make:
+        print(peer_table(json.loads(options.json.read_text()), datetime.now(UTC).date()))
 
-    rates = measure_rates(engines, options.source, text, options.rounds)
-    compared = REFERENCE in engines and options.windows
-    kls = measure_kl(engines, text, options.windows) if compared else {}
-    memory = {name: measure_memory(spec, text) for name, spec in engines.items() if not options.no_memory}
 
-    cells = {
-        name: {column: f"{median(of_column):.0f}" for column, of_column in of_engine.items()}
-        for name, of_engine in rates.items()
+def run(options: argparse.Namespace) -> None:
+    """Measure, and write the results."""
+    threads = compute_threads(options.threads)
+    torch.set_num_threads(threads)
+    source, folder = options.source.absolute(), options.folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    peers = our_engines(source, folder, threads)
+    for described in options.peer_source:
+        peers += built_engines(described, source, folder, threads)
+    if options.venvs:
+        peers += packaged_engines(options.venvs.absolute(), source, folder, threads)
+    if options.make:
+        return
+    peers = [one for one in peers if options.only is None or one.name in {*options.only, REFERENCE}]
+    cases = QUICK if options.quick else {case: CASES[case] for case in options.cases}
+    longest = max(length for _, _, length in (*cases.values(), FOR_KL)) + 1
+    _, text = reference_text(
+        open_source(str(source)), Sizes(CASES["decode"][1], CASES["decode"][2], longest, 8)
+    )
+    left_out = measure(peers, text, cases, 1 if options.quick else options.rounds, threads)
+    for peer in peers:
+        peer.settings = SETTINGS.get(peer.program, "")
+    machine = describe_machine(threads)
+    results = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{machine.cpu}, {machine.instructions}",
+        "threads": threads,
+        "model": source.name,
+        "smolctl": commit_of(ROOT),
+        "left_out": left_out,
+        "engines": {
+            one.name: {key: value for key, value in asdict(one).items() if key != "command"} for one in peers
+        },
     }
-    for name, (at_once, single) in kls.items():
-        cells[name] |= {"KL": f"{at_once:.5f}", "KL one by one": f"{single:.5f}"}
-    for name, found in memory.items():
-        peak = f"{found['peak'] / 1e6:.0f} ({found['libraries'] / 1e6:.0f} before the model)"
-        cells[name] |= {"peak MB": peak, "load": f"{found['load_ms']} ms"}
-    ratios: dict[str, dict[str, str]] = {}
-    for one, other in PAIRS:
-        for column in rates.get(one, {}).keys() & rates.get(other, {}).keys():
-            spread = ratio_of(rates[one][column], rates[other][column]).spread
-            shown = f"**{spread.median:.2f}** ({spread.low:.2f}–{spread.high:.2f})"
-            ratios.setdefault(f"{one} / {other}", {})[column] = shown
-    print_table("tokens a second", [*COLUMNS, "KL", "KL one by one", "peak MB", "load"], cells)
-    print_table("ratio", list(COLUMNS), ratios)
-    if options.json:
-        figures = {"results": rates, "kl": kls, "memory": memory}
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

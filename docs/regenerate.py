@@ -23,11 +23,14 @@ from typing import Any
 
 from typer.main import get_command
 
-from smolctl.cli.main import application
-
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))
+
+from docs.peer_table import peer_table  # noqa: E402
+from smolctl.cli.main import application  # noqa: E402
+
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
-COMPARISON = ROOT / "benchmarks" / "results" / "comparison.json"
+RESULTS = ROOT / "benchmarks" / "results"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"  # the tests' copy, which the sessions use
 # Commands whose output is the same on every machine.
 EXACT = ("smolctl count-params ", "smolctl inspect-config ")
@@ -35,7 +38,9 @@ EXACT = ("smolctl count-params ", "smolctl inspect-config ")
 COMMON = ("--json", "-q, --quiet", "-v, --verbose", "--debug", "--help")
 BLOCK = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"^\$ ((?:.*\\\n)*.*)\n((?:(?!\$ ).*\n)*)", re.MULTILINE)
-PART = re.compile(r"(<!-- (options|comparison)(?: of ([a-z-]+))? -->\n\n).*?(?=\n\n<!-- end -->)", re.DOTALL)
+PART = re.compile(
+    r"(<!-- (options|comparison|peers)(?: of ([a-z0-9-]+))? -->\n\n).*?(?=\n\n<!-- end -->)", re.DOTALL
+)
 
 Run = Callable[[str], str]  # the output of a command line
 
@@ -59,7 +64,10 @@ def updated(
         return "".join(f"{line}\n" for line in (f"$ {shown[1]}", *lines)) + gap
 
     def part(match: re.Match[str]) -> str:
-        return match[1] + (option_table(match[3]) if match[2] == "options" else comparison_table())
+        kind, of = match[2], match[3]
+        if kind == "peers":
+            return match[1] + peer_table(_results(f"peers-{of}"))
+        return match[1] + (option_table(of) if kind == "options" else comparison_table())
 
     return PART.sub(part, BLOCK.sub(lambda block: COMMAND.sub(output, block[0]), text))
 
@@ -99,11 +107,15 @@ def _cell(text: str) -> str:
 def comparison_table() -> str:
     """What was measured against other programs, as a table in Markdown."""
     rows = ["| what | compared with | times as fast | peak memory |", "|---|---|---|---|"]
-    for one in json.loads(COMPARISON.read_text(encoding="utf-8")):
+    for one in _results("comparison"):
         memory = f"{one['memory']:.2f} ×" if one["memory"] else ""
         ratio = f"**{one['ratio']:.2f}** ({one['low']:.2f} to {one['high']:.2f})"
         rows.append(f"| {one['what']} | {one['against']} | {ratio} | {memory} |")
     return "\n".join(rows)
+
+
+def _results(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def command_lines(text: str) -> Iterator[str]:
