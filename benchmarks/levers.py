@@ -184,7 +184,7 @@ def _check(recipe: Recipe, data: TrialData, device: torch.device) -> None:
         set_step(optimizer, settings, learning_rate(step, settings.learning_rate, schedule), step)
         optimizer.step()
 
-    theirs.steps.step = step_of_smolctl  # type: ignore[method-assign]
+    theirs.steps.step = step_of_smolctl  # type: ignore[assignment, method-assign]
     sides = {"here": ours, "smolctl": theirs}
     if device.type == "cuda":
         sides["replayed"] = Trial(recipe, 1, data, device, graphs=True)

@@ -44,7 +44,7 @@ def test_tables_of_tokens_and_positions_alone_have_the_multiplied_learning_rate(
     settings = {"name": name, "embedding_lr_multiplier": 3.0, "decay_embeddings": decays}
     config = OptimizerConfig.model_validate(settings)
     optimizer = make_optimizer(network, config)
-    rates = {}
+    rates: dict[str, float] = {}
     for rate in (config.learning_rate, 0.5):
         for group in optimizer.param_groups:
             rates |= {names[id(parameter)]: group["lr"] for parameter in group["params"]}
