@@ -205,7 +205,7 @@ FAULTS = {
     '{"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}': (
         "JSON schema: "
     ),
-    '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}': "a part that is no text",
+    '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}': "a part that is not text",
     '{"prompt": "a", "completions": "mine"}': "under which the answers are written",
     json.dumps("the cat " * 80): "tokens, the model's context holds 96",
     json.dumps("the cat " * 20_000): "the prompt has 160,000 characters",
