@@ -76,13 +76,6 @@ def _anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def test_addresses_name_one_account() -> None:
-    text = "".join(page.read_text(encoding="utf-8") for page in (CHECKOUT / "pyproject.toml", *PAGES))
-    accounts = re.findall(r"(?<=github\.com/)[\w-]+(?=/smolctl)|[\w-]+(?=\.github\.io/smolctl)", text)
-    assert len(accounts) > 5
-    assert len(set(accounts)) == 1
-
-
 def test_readme_is_short_and_has_the_two_commands() -> None:
     text = README.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 200

@@ -33,7 +33,18 @@ def test_one_owner_is_named_everywhere() -> None:
     """The placeholder, or the account that takes its place."""
     paths = (path for pattern in ("*.*", ".github/**/*.*", "docs/**/*.md") for path in CHECKOUT.glob(pattern))
     texts = (path.read_text(encoding="utf-8") for path in paths if path.is_file())
-    assert len({owner for text in texts for owner in re.findall(r"github\.com/([\w-]+)/smolctl", text)}) == 1
+    assert (
+        len(
+            {
+                owner
+                for text in texts
+                for owner in re.findall(
+                    r"(?<=github\.com/)[\w-]+(?=/smolctl)|[\w-]+(?=\.github\.io/smolctl)", text
+                )
+            }
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize("path", sorted((CHECKOUT / ".github").rglob("*.yml")), ids=lambda path: path.name)
