@@ -176,9 +176,9 @@ def test_second_signal_stops_at_once_and_the_checkpoints_stay(number: signal.Sig
     for line in process.stdout:
         if json.loads(line)["event"] == "checkpoint":  # of step 0: training begins
             break
-    time.sleep(2)
+    time.sleep(0.6)
     process.send_signal(number)
-    time.sleep(1)
+    time.sleep(0.4)
     process.send_signal(number)
     rest = [json.loads(line) for line in process.stdout.read().splitlines()]
     assert process.wait() == code
