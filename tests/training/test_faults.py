@@ -178,7 +178,7 @@ def test_second_signal_stops_at_once_and_the_checkpoints_stay(number: signal.Sig
             break
     time.sleep(0.6)
     process.send_signal(number)
-    time.sleep(0.4)
+    time.sleep(1)
     process.send_signal(number)
     rest = [json.loads(line) for line in process.stdout.read().splitlines()]
     assert process.wait() == code
