@@ -115,10 +115,7 @@ def test_scores_are_of_the_answers_alone(tmp_path: Path) -> None:
     assert mean_loss(network, prepared.held_out) > 0
 
 
-def test_an_interrupted_run_equals_a_continuous_run_even_when_its_data_is_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_an_interrupted_run_equals_a_continuous_run_even_when_its_data_is_gone(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "rows.jsonl")
     one = run(prepare_chat(source, train={"steps": 6}), "one")
     two = run(prepare_chat(source, train={"steps": 2}), "two")
@@ -131,10 +128,7 @@ def test_an_interrupted_run_equals_a_continuous_run_even_when_its_data_is_gone(
     assert tokenizer["eos_token"] == "<|im_end|>"
 
 
-def test_micro_batches_weigh_by_the_tokens_that_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_micro_batches_weigh_by_the_tokens_that_count(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "rows.jsonl")
     found: list[list[float]] = []
     for micro in (4, 2, 1):

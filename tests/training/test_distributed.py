@@ -16,8 +16,7 @@ TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "2", "-m", "smolctl")
 
 
 @pytest.fixture(autouse=True)
-def _project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def _project(tmp_path: Path) -> None:
     write_project(tmp_path, model={"attention_dropout": 0.2}, **SHORT)
 
 

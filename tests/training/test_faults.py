@@ -25,8 +25,7 @@ from tests.support.tiny_runs import assert_same_run, go_on, prepare_tiny, run, w
 
 
 @pytest.fixture(autouse=True)
-def _project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def _project(tmp_path: Path) -> None:
     write_project(tmp_path)
 
 

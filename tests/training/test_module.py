@@ -21,17 +21,12 @@ from smolctl.sources import open_source
 from smolctl.training.module import TrainingModule
 from smolctl.training.prepare import Prepared
 from tests.support.processes import Called
-from tests.support.tiny_runs import assert_same, go_on, prepare_tiny, run, state, with_steps
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+from tests.support.tiny_runs import assert_same, go_on, run, state, with_steps
 
 
 @pytest.fixture
-def prepared(workshop: Path) -> Prepared:
-    return prepare_tiny(workshop / "corpus", **with_steps(5))
+def prepared(make: Callable[..., Prepared]) -> Prepared:
+    return make(**with_steps(5))
 
 
 @pytest.fixture

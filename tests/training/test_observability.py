@@ -45,12 +45,10 @@ from tests.support.tiny_runs import SHORT, assert_same_run, prepare_tiny, tiny_c
 # Dropout draws from the generators that an observer must not touch.
 SIX_STEPS = merge(SHORT, {"model": {"attention_dropout": 0.2}, "schedule": {"decay_start": 100}})
 CSV: dict[str, Any] = {"trainer": {"loggers": ["csv"]}}
-Make = Callable[..., Prepared]
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_with_a_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def _in_a_folder_with_a_corpus(tmp_path: Path) -> None:
     write_project(tmp_path, **SIX_STEPS)
 
 

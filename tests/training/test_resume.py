@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -37,16 +36,6 @@ from tests.support.tiny_runs import (
 MUON = {"optimizer": {"name": "muon", "momentum_warmup": 10, "embedding_lr_multiplier": 2.0}}
 Make = Callable[..., Prepared]
 Finished = Callable[[str], Path]
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def make(workshop: Path) -> Make:
-    return functools.partial(prepare_tiny, workshop / "corpus")
 
 
 def notes(events: list[Any]) -> list[str]:

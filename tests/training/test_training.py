@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 import subprocess
 import sys
@@ -43,16 +42,6 @@ from tests.support.tiny_runs import (
 Make = Callable[..., Prepared]
 Finished = Callable[[str], Path]
 DROPOUT = merge(SHORT, {"model": {"attention_dropout": 0.3}})
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def make(workshop: Path) -> Make:
-    return functools.partial(prepare_tiny, workshop / "corpus")
 
 
 @pytest.fixture
