@@ -114,7 +114,7 @@ def test_few_documents_are_resampled_in_parts_and_this_is_said(tmp_path: Path) -
     text.write_text("the cat sat on the mat. " * 500)
     found = on(text, write_folder(tmp_path / "a"), write_folder(tmp_path / "b", seed=1))
     assert (found.observations, found.by_document) == (3, False)
-    assert "say nothing about other documents" in found.notes[0]
+    assert "do not cover other documents" in found.notes[0]
 
 
 def test_of_text_beyond_the_limit_some_documents_are_taken(texts: Path, tmp_path: Path) -> None:
