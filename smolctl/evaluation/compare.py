@@ -4,39 +4,22 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import compress
 
 import numpy as np
-from numpy.typing import NDArray
 
-from smolctl.data.text.conversations import Conversation, RowError
-from smolctl.data.tokenizer.chatml import with_chatml
-from smolctl.data.tokenizer.text_encoder import TextEncoder
 from smolctl.data.tokenizer.tokenizer import Tokenizer
-from smolctl.data.tokenizer.turns import TurnEncoder
-from smolctl.errors import InputError, UsageError
-from smolctl.evaluation.estimate import (
-    FEWEST_DOCUMENTS,
-    Estimate,
-    Floats,
-    effective_number,
-    resampled_estimate,
-)
-from smolctl.evaluation.likelihood import Target, likelihoods
-from smolctl.evaluation.measure import bits
-from smolctl.evaluation.texts import NAME_TEXT, Text, choose_text, scored_bytes
-from smolctl.generation.engine import Engine
+from smolctl.errors import UsageError
+from smolctl.evaluation.estimate import Estimate, resampled_estimate
+from smolctl.evaluation.readings import BLOCK, Blocks, Reader, read_for_all, score
+from smolctl.evaluation.texts import Text, choose_text
 from smolctl.generation.load import load_model
-from smolctl.generation.sampling import NotFiniteError
 from smolctl.inspection.differences import Difference
 from smolctl.inspection.differences import compare as lay_side_by_side
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource
 
-BLOCK = 4_096  # bytes: the parts of a document that are observations where documents are few
 LONGEST = 1_024  # tokens of a sequence, where no model has fewer positions
 _LABELS = (*string.ascii_uppercase, *map(str, range(27, 1_000)))
 SEEDS = ("train.seed", "data.seed")
@@ -135,15 +118,8 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class _Model:
-    name: str
+class _Model(Reader):
     source: ModelSource
-    tokenizer: Tokenizer
-
-    @property
-    def way_of_reading(self) -> tuple[str, str | None]:
-        """Equal for models that have the same tokens for the same text, and the same conversation."""
-        return self.tokenizer.sha256, self.tokenizer.chat_template
 
     @property
     def seed(self) -> int | None:
@@ -153,56 +129,6 @@ class _Model:
     def seeds(self) -> tuple[int, int] | None:
         run = self.source.run
         return None if run is None else (run.train.seed, run.data.seed)
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """A document in the tokens of one model.
-
-    Attributes:
-        begin: what it is read behind.
-        ids: (T,)
-        is_scored: (T,) whether a token counts; one does at least.
-    """
-
-    begin: tuple[int, ...]
-    ids: NDArray[np.int64]
-    is_scored: NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class _Blocks:
-    """The text cut into parts of `BLOCK` bytes, the last part of a document into what is left.
-
-    A conversation is one part.
-
-    Attributes:
-        first: number of the first block of each document, and of all blocks, (D + 1,).
-        sizes: bytes of each block.
-    """
-
-    first: NDArray[np.int64]
-    sizes: Floats
-
-    @staticmethod
-    def of(text: Text) -> _Blocks:
-        sizes = list(map(scored_bytes, text.documents))
-        length = max(sizes) if text.is_chat else BLOCK
-        counts = [max(1, -(-size // length)) for size in sizes]
-        lengths = [
-            min(length, size - start * length)
-            for size, count in zip(sizes, counts, strict=True)
-            for start in range(count)
-        ]
-        return _Blocks(np.cumsum([0, *counts]), np.array(lengths, np.float64))
-
-    @cached_property
-    def by_document(self) -> bool:
-        return effective_number(np.add.reduceat(self.sizes, self.first[:-1])) >= FEWEST_DOCUMENTS
-
-    def observed(self, amounts: Floats) -> Floats:
-        """Amounts (…, B) of blocks as those of what is resampled: documents, or blocks where they are few."""
-        return np.add.reduceat(amounts, self.first[:-1], axis=-1) if self.by_document else amounts
 
 
 def compare(
@@ -227,16 +153,16 @@ def compare(
     models = [_open(name) for name in names]
     context = _context(models, options.context)
     text = choose_text([(one.source, one.tokenizer) for one in models], options.data, options.bytes, note)
-    text, readings = _readings(text, models, note)
-    blocks = _Blocks.of(text)
+    text, readings = read_for_all(text, models, note)
+    blocks = Blocks.of(text)
     scores, engines, tokens = [], [], []
     for model in models:
-        own = readings[model.way_of_reading]
+        own = readings[model.way]
         tokens.append(sum(int(one.is_scored.sum()) for one in own))
         note(f"scoring {model.name}: {tokens[-1]:,} tokens of the {text.name}")
         engine = load_model(model.name).engine
         lengths = None if text.is_chat else model.tokenizer.token_byte_lengths()
-        scores.append(blocks.observed(_score(engine, own, lengths, blocks, context)))
+        scores.append(blocks.observed(score(engine, own, lengths, blocks, context)))
         engines.append(engine.name)
         del engine
     sizes = blocks.observed(blocks.sizes)
@@ -281,7 +207,7 @@ def _open(name: str) -> _Model:
     source = open_source(name)
     source.require_config()
     source.require_weights()
-    return _Model(name, source, Tokenizer.from_files(source.require_tokenizer(), name))
+    return _Model(name, Tokenizer.from_files(source.require_tokenizer(), name), source)
 
 
 def _context(models: Sequence[_Model], asked: int | None) -> int:
@@ -300,103 +226,6 @@ def _context(models: Sequence[_Model], asked: int | None) -> int:
         return asked
     trained = [one.source.run.data.sequence_length for one in models if one.source.run is not None]
     return min(LONGEST, positions[name], *trained)
-
-
-def _readings(
-    text: Text, models: Sequence[_Model], note: Callable[[str], None]
-) -> tuple[Text, dict[tuple[str, str | None], list[_Reading]]]:
-    """The documents in the tokens of every model, by their ways of reading.
-
-    Conversations that the template of one of them refuses are left out for all.
-    """
-    found: dict[tuple[str, str | None], list[_Reading | None]] = {}
-    for model in models:
-        if model.way_of_reading not in found:
-            found[model.way_of_reading] = list(_read(text, model, note))
-    fits = [all(row) for row in zip(*found.values(), strict=True)]
-    if refused := fits.count(False):
-        note(
-            f"Left out: {refused:,} of {len(fits):,} conversations, "
-            "which the chat template of one of the models refuses."
-        )
-        if not any(fits):
-            raise InputError(f"{text.name}: no conversation that all models can read", NAME_TEXT)
-        text = Text(text.name, tuple(compress(text.documents, fits)), text.left_out)  # type: ignore[arg-type]
-    readings = {way: [one for one in compress(own, fits) if one] for way, own in found.items()}
-    return text, readings
-
-
-def _read(text: Text, model: _Model, note: Callable[[str], None]) -> Iterator[_Reading | None]:
-    """Every document as training has it, without the tokens that begin and end it; a conversation with them.
-
-    None: the model's chat template refuses the conversation.
-    """
-    tokenizer = model.tokenizer
-    if not text.is_chat:
-        encoder = TextEncoder(tokenizer)
-        begin = tuple(encoder.begin or [tokenizer.end_of_text_id])
-        for document in text.documents:
-            pieces = encoder.encode(list(encoder.pieces([str(document)])))
-            ids = np.concatenate(pieces, dtype=np.int64)
-            yield _Reading(begin, ids, np.ones(len(ids), dtype=bool))
-        return
-    if tokenizer.chat_template is None:
-        note(f"{model.name} has no chat template: it reads the conversations in ChatML.")
-        tokenizer = with_chatml(tokenizer)
-    conversations = (one for one in text.documents if isinstance(one, Conversation))
-    for turns in TurnEncoder(tokenizer).encode(conversations):
-        if isinstance(turns, RowError):
-            yield None
-        else:
-            yield _Reading((int(turns.ids[0]),), turns.ids[1:], turns.is_trained[1:])
-
-
-def _score(
-    engine: Engine,
-    documents: Sequence[_Reading],
-    lengths: NDArray[np.int32] | None,
-    blocks: _Blocks,
-    context: int,
-) -> Floats:
-    """Bits of every block (B,). A token counts to the block that it begins in.
-
-    Every document is read by itself behind what begins a text, or else the token that ends one. A long one is
-    read in sequences that overlap by half, so that a token is predicted from half a context at least; each
-    sequence begins as a text does.
-
-    Args:
-        engine: runs the model.
-        documents: in its tokens.
-        lengths: bytes of every id, (V,); None: a document is one block.
-        blocks: of the text.
-        context: tokens of a sequence.
-    """
-    asked: list[Target] = []
-    owners: list[int] = []
-    for number, document in enumerate(documents):
-        ids, scored = document.ids, np.flatnonzero(document.is_scored)
-        room = max(2, context - len(document.begin) + 1)
-        blocks_of = np.full(len(ids), blocks.first[number])
-        if lengths is not None:
-            starts = np.cumsum(lengths[ids]) - lengths[ids]  # bytes before each token
-            blocks_of = np.minimum(blocks_of + starts // BLOCK, blocks.first[number + 1] - 1)
-        done, last = int(scored[0]), int(scored[-1]) + 1
-        while done < last:
-            end = min(last, max(room, done + room // 2))
-            part = scored[(done <= scored) & (scored < end)]
-            cuts = np.flatnonzero((np.diff(part) > 1) | (np.diff(blocks_of[part]) > 0)) + 1
-            for run in np.split(part, cuts):  # one after another, in one block
-                inputs = (*document.begin, *ids[max(0, end - room) : run[-1]].tolist())
-                asked.append(Target(inputs, tuple(ids[run].tolist())))
-                owners.append(int(blocks_of[run[0]]))
-            done = end
-    found = np.zeros(len(blocks.sizes))
-    try:
-        nats = [-one.nats for one in likelihoods(engine, asked)]
-    except NotFiniteError:
-        return np.full_like(found, math.nan)
-    np.add.at(found, owners, bits(np.array(nats)))
-    return found
 
 
 def _groups(models: Sequence[_Model]) -> list[list[int]]:
@@ -436,7 +265,7 @@ def _differences(one: _Model, other: _Model, pooled: bool) -> tuple[Difference, 
 
 
 def _notes(
-    models: Sequence[_Model], groups: Sequence[Sequence[int]], blocks: _Blocks, is_chat: bool
+    models: Sequence[_Model], groups: Sequence[Sequence[int]], blocks: Blocks, is_chat: bool
 ) -> tuple[str, ...]:
     """What the intervals do not cover."""
     notes = []

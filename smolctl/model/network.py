@@ -22,6 +22,13 @@ from torch.utils.checkpoint import checkpoint
 from smolctl.arithmetic import GPU_LOSS_CHUNK_ROWS, LOSS_CHUNK_ROWS
 from smolctl.config import ModelConfig
 from smolctl.model.cache import KVCache
+from smolctl.model.documents import (
+    Documents,
+    document_lengths,
+    document_mask,
+    has_varlen,
+    positions_in_documents,
+)
 from smolctl.model.functional import (
     linear,
     linear_cross_entropy,
@@ -35,17 +42,6 @@ from smolctl.model.positions import rotary_angles
 M = TypeVar("M", bound=nn.Module)
 # `KVCache.append` of one layer.
 Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-# Within documents: which tokens attend to which (B, 1, T, T), or the documents' lengths. With these a CPU
-# attends to each alone, for documents of 100 tokens in sequences of 1,024 in a fifth of the mask's time; a
-# GPU does so in one kernel.
-Documents = Tensor | tuple[int, ...]
-
-
-def has_varlen(x: Tensor) -> bool:
-    """Whether FlashAttention for documents of any lengths runs here: on GPUs from Ampere on, in 16 bits."""
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    is_half = dtype in (torch.float16, torch.bfloat16)
-    return x.is_cuda and is_half and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def uninitialized(kind: Callable[..., M], *sizes: int, **options: Any) -> M:
@@ -194,28 +190,6 @@ def _continuation_mask(T: int, S: int, device: torch.device) -> Tensor | None:
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
-def _document_mask(documents: Tensor) -> Tensor:
-    """Which tokens attend to which: those before them in the same document, (B, 1, T, T) of (B, T)."""
-    same = documents[:, :, None] == documents[:, None, :]
-    return same.tril()[:, None]
-
-
-def _document_lengths(documents: Tensor) -> tuple[int, ...]:
-    """Tokens of each document, one sequence after another, by the documents' numbers (B, T)."""
-    begins = torch.ones_like(documents, dtype=torch.bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    places = begins.flatten().nonzero()[:, 0]
-    return tuple(places.diff(append=places.new_tensor([documents.numel()])).tolist())
-
-
-def positions_in_documents(documents: Tensor) -> Tensor:
-    """Position (B, T) of every token in its document, by the documents' rising numbers (B, T)."""
-    places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    begins = torch.ones_like(documents, dtype=torch.bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return places - torch.where(begins, places, 0).cummax(1).values
-
-
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) × up(x))."""
 
@@ -301,7 +275,7 @@ class Decoder(nn.Module):
         own: Documents | None = None
         if documents is not None:
             split = not self.masks_documents and (documents.device.type == "cpu" or has_varlen(x))
-            own = _document_lengths(documents) if split else _document_mask(documents)
+            own = document_lengths(documents) if split else document_mask(documents)
         for index, block in enumerate(self.layers):
             append = partial(cache.append, index) if cache is not None else None
             turned = rotary if self.config.rotates(index) else None

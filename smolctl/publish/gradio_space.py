@@ -32,7 +32,7 @@ REQUIREMENTS = (
     "tokenizers==0.23.3",
 )
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
-# Parts of the package that go along; of `publish` only the app.
+# Parts of the package that go along; of `publish` only the app and its model.
 PARTS = ("config", "data", "generation", "hub", "model", "native", "runs", "sources")
 SINGLE_FILES = (
     "__init__.py",
@@ -46,6 +46,7 @@ SINGLE_FILES = (
     "ownership.py",
     "publish/__init__.py",
     "publish/app.py",
+    "publish/speaker.py",
     "worker.py",
 )
 SUFFIXES = {".py", ".c", ".h"}

@@ -19,7 +19,8 @@ from smolctl.errors import SmolError
 from smolctl.extras import install_command
 from smolctl.hub.errors import first_line
 from smolctl.programs import running_program
-from smolctl.publish.app import CONTROLS, SpaceFacts
+from smolctl.publish.app import SpaceFacts
+from smolctl.publish.speaker import CONTROLS
 
 START_SECONDS = 600.0  # imports from a cold disk on a busy machine; an app that ends is noticed at once
 ANSWER_SECONDS = 300.0

@@ -78,19 +78,8 @@ KIND = "run"
 BEST = "best"  # in place of a step: that of the checkpoint that predicts the held-out text best
 # Everything that belongs to a run, as `ownership.Record` takes it: the rest of its folder is somebody else's.
 FILES = (
-    *(
-        CONFIG,
-        ENVIRONMENT,
-        METRICS,
-        PREDICTIONS,
-        STORY,
-        LOSS_CURVE,
-        REPORT,
-        TASKS,
-        LINEAGE,
-        LOCK,
-        ".*.partial",
-    ),
+    *(CONFIG, ENVIRONMENT, METRICS, PREDICTIONS, STORY, LOSS_CURVE, REPORT, TASKS, LINEAGE, LOCK),
+    ".*.partial",
     *(f"{TOKENIZER}/{name}.json" for name in ("tokenizer", "tokenizer_config", "generation_config")),
     f"{TOKENIZER}/chat_template.jinja",
     *(f"{CHECKPOINTS}/{name}{end}" for name in ("step-*.ckpt", FINAL) for end in CHECKPOINT_ENDINGS),

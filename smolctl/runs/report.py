@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from smolctl.escaping import for_terminal, json_text, whole_characters
 from smolctl.runs.chart import Losses, Series, loss_range, losses_of, smoothed, thinned
 from smolctl.runs.story import History, selection
 from smolctl.timing import with_error
+
+if TYPE_CHECKING:
+    import jinja2
 
 TEMPLATE = Path(__file__).parent / "report.html.jinja"
 POINTS = 500  # of a line: the picture is 720 wide
@@ -55,20 +59,10 @@ def to_html(
         predictions: by prompt.
         environment: the machine and the versions.
     """
-    import jinja2
-
     records = list(records)
     steps = [record for record in records if record["event"] == "step"]
     validations = [record for record in records if record["event"] == "validation"]
-    template = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template.filters |= {
-        "visible": lambda text: for_terminal(whole_characters(text)),
-        "number": lambda value, form: "–" if value is None else format(value, form),
-        "bits": lambda record: with_error(record["bits_per_byte"], record["standard_error"]),
-    }
-    return template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return _template().render(
         name=name,
         version=__version__,
         config=config,
@@ -85,6 +79,21 @@ def to_html(
         picture=_picture(losses_of(records)),
         size={"width": WIDTH, "height": HEIGHT, "left": LEFT, "bottom": BOTTOM, "margin": MARGIN},
     )
+
+
+@cache
+def _template() -> jinja2.Template:
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "visible": lambda text: for_terminal(whole_characters(text)),
+        "number": lambda value, form: "–" if value is None else format(value, form),
+        "bits": lambda record: with_error(record["bits_per_byte"], record["standard_error"]),
+    }
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _picture(losses: Losses) -> LossPicture | None:

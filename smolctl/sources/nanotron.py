@@ -48,17 +48,8 @@ SAME_PARAMETERS = (
 # Everything else that is read, or that changes no result, by section. What is not here is named as not read.
 READ: Mapping[str, tuple[str, ...]] = {
     "": (
-        *(
-            "checkpoints",
-            "data",
-            "data_stages",
-            "general",
-            "logging",
-            "metrics_logging",
-            "model",
-            "optimizer",
-        ),
-        *("parallelism", "profiler", "lighteval", "s3_upload", "tokenizer", "tokens"),
+        *("checkpoints", "data", "data_stages", "general", "logging", "metrics_logging", "model"),
+        *("optimizer", "parallelism", "profiler", "lighteval", "s3_upload", "tokenizer", "tokens"),
     ),
     "model.init_method": ("std",),
     "model": ("model_config", "dtype", "init_method", "ddp_bucket_cap_mb", "make_vocab_size_divisible_by"),

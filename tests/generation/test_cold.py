@@ -15,7 +15,7 @@ ANSWER = """
 import sys
 from smolctl.cli.main import application
 from smolctl.generation.load import load_model
-from smolctl.publish.app import Speaker
+from smolctl.publish.speaker import Speaker
 for model in sys.argv[1:]:
     for options in (["--prompt", "the"], ["--prompt", "the", "--chat"], ["--jsonl", "prompts.jsonl"]):
         application()(["sample", model, *options, "--max-tokens", "4", "--json"], standalone_mode=False)

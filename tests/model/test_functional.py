@@ -20,7 +20,7 @@ from smolctl.model.functional import (
     swiglu_linear,
 )
 from smolctl.model.network import rotary_table
-from smolctl.model.weights import initialize
+from tests.support.tiny_models import tiny_network
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -136,16 +136,7 @@ def test_cross_entropy_is_exact_where_a_target_is_all_but_impossible() -> None:
 
 
 def test_operations_work_under_autocast() -> None:
-    shape = ModelConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=16,
-    )
-    network = initialize(shape, 0)
+    network = tiny_network(initializer_range=0.02)
     tokens = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(0))
     exact = network.loss(tokens[:, :-1], tokens[:, 1:])
     exact.backward()

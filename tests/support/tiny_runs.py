@@ -43,6 +43,11 @@ TINY: dict[str, Any] = {
 
 
 ROPE = {"position_embedding": "rope", "residual_scale": 1.0}
+# Six steps, with everything that a run does now and then done every second step.
+SHORT: dict[str, Any] = {
+    "train": {"steps": 6},
+    **{part: {"every": 2} for part in ("checkpoint", "predictions", "validation")},
+}
 
 
 def write_corpus(folder: Path) -> Path:

@@ -32,8 +32,7 @@ Make = Callable[..., Prepared]
 
 
 @pytest.fixture
-def make(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    monkeypatch.chdir(tmp_path)
+def make(workshop: Path) -> Make:
     Path("other.txt").write_text("zebras hum 1234567890; quick fox jumps! " * 60)
     return lambda **changes: prepare_tiny(workshop / "corpus", **merge(WORSE_AFTER_3, changes))
 

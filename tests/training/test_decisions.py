@@ -137,8 +137,7 @@ def test_a_run_on_another_device_decides_again_and_names_every_change(
 
 
 @pytest.fixture
-def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
+def corpus(tmp_path: Path) -> Path:
     return write_corpus(tmp_path / "corpus")
 
 

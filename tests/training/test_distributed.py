@@ -9,16 +9,15 @@ import pytest
 
 from tests.support.launching import ends, under_slurm, under_torchrun
 from tests.support.processes import Smolctl, call
-from tests.support.tiny_runs import assert_same_run, losses, state, write_project
+from tests.support.tiny_runs import SHORT, assert_same_run, losses, state, write_project
 
 TWO = ("--devices", "2", "--strategy", "ddp", "--set", "trainer.accelerator=cpu")
 TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "2", "-m", "smolctl")
 
 
 @pytest.fixture(autouse=True)
-def _project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_project(tmp_path, model={"attention_dropout": 0.2})
+def _project(tmp_path: Path) -> None:
+    write_project(tmp_path, model={"attention_dropout": 0.2}, **SHORT)
 
 
 def told_by(*arguments: str, launcher: tuple[str, ...] = ()) -> str:
@@ -31,11 +30,11 @@ def told_by(*arguments: str, launcher: tuple[str, ...] = ()) -> str:
 
 def test_two_processes_interrupted_equal_two_processes_continuous() -> None:
     told = told_by("train", "tiny.yaml", *TWO, "--out", "whole")
-    assert told.count("Ended at step 15") == 1  # one process speaks for both
-    told_by("train", "tiny.yaml", *TWO, "--steps", "6", "--out", "parts")
-    told_by("resume", "parts", "--until", "15")
-    assert_same_run(Path("whole"), Path("parts"))
-    rng = state(Path("whole"), 15)["smolctl"]["rng"]
+    assert told.count("Ended at step 6") == 1  # one process speaks for both
+    told_by("train", "tiny.yaml", *TWO, "--steps", "3", "--out", "parts")
+    told_by("resume", "parts", "--until", "6")
+    assert_same_run(Path("whole"), Path("parts"), 6)
+    rng = state(Path("whole"), 6)["smolctl"]["rng"]
     assert len(rng) == 2
     assert (rng[0]["torch"] != rng[1]["torch"]).any()  # each process drops out other weights
     assert told_by("resume", "parts", "--verify").count("repeat bit for bit") == 1
@@ -48,14 +47,14 @@ def test_two_processes_see_what_one_with_accumulation_sees() -> None:
     told_by("train", "tiny.yaml", *still, "--micro-batch-size", "2", "--out", "one")
     for two, one in zip(losses(Path("two")), losses(Path("one")), strict=True):
         assert two == pytest.approx(one, rel=1e-4)
-    assert state(Path("two"), 15)["smolctl"]["samples"] == state(Path("one"), 15)["smolctl"]["samples"]
+    assert state(Path("two"), 6)["smolctl"]["samples"] == state(Path("one"), 6)["smolctl"]["samples"]
 
 
 @pytest.mark.slow
 def test_torchrun_starts_the_same_run() -> None:
     told_by("train", "tiny.yaml", *TWO, "--out", "lightning")
     told_by("train", "tiny.yaml", *TWO, "--out", "torchrun", launcher=TORCHRUN)
-    assert_same_run(Path("lightning"), Path("torchrun"))
+    assert_same_run(Path("lightning"), Path("torchrun"), 6)
 
 
 @pytest.mark.slow
@@ -73,7 +72,7 @@ def test_processes_that_torchrun_has_started_train_one_run() -> None:
     done = ends(under_torchrun("train", "tiny.yaml", "--json", size=2))
     assert [process.code for process in done] == [0, 0], done
     assert [path.name for path in Path("runs").glob("tiny-*")] == ["tiny-001"]
-    assert len(state(Path("runs/tiny-001"), 15)["smolctl"]["rng"]) == 2
+    assert len(state(Path("runs/tiny-001"), 6)["smolctl"]["rng"]) == 2
     assert done[1].out == ""
 
 
@@ -137,7 +136,7 @@ def machines(tmp_path: Path) -> tuple[Path, Path]:
     folders = tmp_path / "a", tmp_path / "b"
     for folder in folders:
         folder.mkdir()
-        write_project(folder)
+        write_project(folder, **SHORT)
     return folders
 
 
@@ -146,7 +145,7 @@ def test_machines_without_a_shared_folder_train_one_run_in_that_of_the_first(
 ) -> None:
     done = ends(under_torchrun("train", "tiny.yaml", "--out", "run", size=2, folders=machines))
     assert [process.code for process in done] == [0, 0], done
-    assert [loss[0] for loss in losses(machines[0] / "run")] == list(range(1, 16))
+    assert [loss[0] for loss in losses(machines[0] / "run")] == list(range(1, 7))
     assert not (machines[1] / "run").exists()
 
 

@@ -25,8 +25,7 @@ from tests.support.tiny_runs import assert_same_run, go_on, prepare_tiny, run, w
 
 
 @pytest.fixture(autouse=True)
-def _project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def _project(tmp_path: Path) -> None:
     write_project(tmp_path)
 
 
@@ -176,7 +175,7 @@ def test_second_signal_stops_at_once_and_the_checkpoints_stay(number: signal.Sig
     for line in process.stdout:
         if json.loads(line)["event"] == "checkpoint":  # of step 0: training begins
             break
-    time.sleep(2)
+    time.sleep(0.6)
     process.send_signal(number)
     time.sleep(1)
     process.send_signal(number)

@@ -16,10 +16,11 @@ from smolctl.runs.folder import RunFolder
 from smolctl.training.clock import Clock, Task
 from smolctl.training.optim.schedule import learning_rate
 from smolctl.training.plan import measure_speed
+from smolctl.training.prepare import Prepared
 from smolctl.training.resume import ResumeOptions
 from smolctl.training.verify import verify
 from tests.support.tiny_models import tiny_network
-from tests.support.tiny_runs import assert_same_run, go_on, prepare_tiny, run, state
+from tests.support.tiny_runs import assert_same_run, go_on, run, state
 
 TASK_SECONDS = {"save": 1.5, "validate": 12.0}  # the second comes at the end for the first time
 # Seconds of a step, by the share of the time that is over.
@@ -101,16 +102,15 @@ def test_numbers_of_steps_in_a_preset_become_shares_of_its_own() -> None:
 
 
 def test_what_the_clock_decided_is_recorded_and_a_resumed_run_is_a_function_of_it(
-    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Prepared],
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     changes = {
         "train": {"minutes": 0.005},
         "schedule": {"warmup_steps": 0.1, "decay_start": None, "decay_steps": 0.4},
         "checkpoint": {"every": 10, "keep_best": False},
         **{name: {"every": 0} for name in ("validation", "predictions")},
     }
-    folder = run(prepare_tiny(workshop / "corpus", **changes), "run")
+    folder = run(make(**changes), "run")
     steps = [file.step for file in RunFolder(folder).checkpoints()]
     config = RunFolder(folder).config()
     assert config.train.steps == steps[-1]

@@ -21,24 +21,19 @@ from smolctl.sources import open_source
 from smolctl.training.module import TrainingModule
 from smolctl.training.prepare import Prepared
 from tests.support.processes import Called
-from tests.support.tiny_runs import assert_same, go_on, prepare_tiny, run, state, with_steps, write_corpus
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+from tests.support.tiny_runs import assert_same, go_on, run, state, with_steps
 
 
 @pytest.fixture
-def prepared(tmp_path: Path) -> Prepared:
-    return prepare_tiny(write_corpus(tmp_path / "corpus"), **with_steps(5))
+def prepared(make: Callable[..., Prepared]) -> Prepared:
+    return make(**with_steps(5))
 
 
 @pytest.fixture
-def checkpoint(prepared: Prepared) -> Path:
+def checkpoint(prepared: Prepared, once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """A checkpoint of a finished run, moved away from it."""
-    folder = run(prepared, "run")
-    return Path(shutil.copy(folder / "checkpoints" / "final.ckpt", "smollm2_135m.ckpt"))
+    folder = shutil.copytree(once("five-steps", lambda made: run(prepared, f"{made}/run")) / "run", "run")
+    return Path(shutil.copy(f"{folder}/checkpoints/final.ckpt", "smollm2_135m.ckpt"))
 
 
 def loader(prepared: Prepared) -> DataLoader[torch.Tensor]:
@@ -127,7 +122,6 @@ def test_a_checkpoint_alone_goes_on_exactly(checkpoint: Path) -> None:
     from smolctl.training.resume import ResumeOptions, resume
 
     go_on(Path("run"), extra=3)
-    shutil.copytree("corpus", "kept")
     result = resume(Path("smollm2_135m.ckpt"), ResumeOptions(extra=3), lambda _event: None)
     assert result.folder == Path("runs/smollm2_135m-001")
     assert_same(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from smolctl.config.load import merge
 from smolctl.config.run import ScheduleConfig
 from smolctl.durable import file_digest
 from smolctl.errors import ExitCode, InputError, UsageError
@@ -22,6 +22,7 @@ from smolctl.training.prepare import Prepared
 from smolctl.training.resume import ResumeOptions
 from smolctl.training.verify import verify
 from tests.support.tiny_runs import (
+    SHORT,
     assert_same_run,
     go_on,
     losses,
@@ -35,16 +36,6 @@ from tests.support.tiny_runs import (
 MUON = {"optimizer": {"name": "muon", "momentum_warmup": 10, "embedding_lr_multiplier": 2.0}}
 Make = Callable[..., Prepared]
 Finished = Callable[[str], Path]
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def make(workshop: Path) -> Make:
-    return functools.partial(prepare_tiny, workshop / "corpus")
 
 
 def notes(events: list[Any]) -> list[str]:
@@ -63,10 +54,11 @@ def test_interrupted_run_with_muon_equals_continuous_run(make: Make, whole: Path
 
 
 def test_interrupted_run_with_z_loss_equals_continuous_run(make: Make) -> None:
-    whole = run(make(train={"z_loss": 1e-3}), "whole")
-    parts = run(make(train={"z_loss": 1e-3, "steps": 8}), "parts")
-    go_on(parts, until=15)
-    assert_same_run(whole, parts)
+    short = merge(SHORT, {"train": {"z_loss": 1e-3}})
+    whole = run(make(**short), "whole")
+    parts = run(make(**merge(short, with_steps(3))), "parts")
+    go_on(parts, until=6)
+    assert_same_run(whole, parts, 6)
 
 
 # --- verification ---------------------------------------------------------------------------------
@@ -79,7 +71,6 @@ def check(folder: Path, **options: Any) -> Any:
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
         pytest.param(MUON, marks=pytest.mark.slow),
         {"model": {"attention_dropout": 0.3}},
         pytest.param({"train": {"precision": "bf16-mixed"}}, marks=pytest.mark.slow),
@@ -153,19 +144,18 @@ def test_changed_settings_are_named_and_take_effect(make: Make) -> None:
     assert not any("Changed" in note for note in notes(go_on(folder, extra=1)))  # it stays changed
 
 
-def test_another_batch_size_goes_on_behind_the_samples_seen(make: Make) -> None:
-    prepared = make(**with_steps(10))
-    folder = run(prepared, "run")
+def test_another_batch_size_goes_on_behind_the_samples_seen(finished: Finished) -> None:
+    folder = finished("run")
     go_on(folder, extra=3, settings={"train": {"batch_size": 8}})
-    assert state(folder, 13)["smolctl"]["samples"] == 10 * 4 + 3 * 8
+    assert state(folder, 18)["smolctl"]["samples"] == 15 * 4 + 3 * 8
     tokens = [
         json.loads(line)["tokens"]
         for line in (folder / "metrics.jsonl").read_text().splitlines()
         if json.loads(line)["event"] == "step"
     ]
-    assert tokens == [*range(128, 1281, 128), 1536, 1792, 2048]
+    assert tokens == [*range(128, 1921, 128), 2176, 2432, 2688]
     go_on(folder, extra=1, settings={"train": {"batch_size": 4}})
-    assert state(folder, 14)["smolctl"]["samples"] == 68
+    assert state(folder, 19)["smolctl"]["samples"] == 88
     assert check(folder).exact
 
 
@@ -180,8 +170,8 @@ def test_another_batch_size_goes_on_behind_the_samples_seen(make: Make) -> None:
         ({"optimizer": {"embedding_lr_multiplier": 2.0}}, "optimizer.embedding_lr_multiplier 1.0 → 2.0"),
     ],
 )
-def test_what_makes_it_another_run_is_refused(make: Make, settings: dict[str, Any], key: str) -> None:
-    folder = run(make(**with_steps(2)), "run")
+def test_what_makes_it_another_run_is_refused(finished: Finished, settings: dict[str, Any], key: str) -> None:
+    folder = finished("run")
     before = (folder / "config.yaml").read_text()
     with pytest.raises(InputError) as error:
         go_on(folder, extra=1, settings=settings)
@@ -206,19 +196,19 @@ def edit(folder: Path, old: str, new: str) -> None:
         ),
     ],
 )
-def test_edits_of_the_config_are_taken_and_named(make: Make, old: str, new: str, key: str) -> None:
-    folder = run(make(**with_steps(2)), "run")
+def test_edits_of_the_config_are_taken_and_named(finished: Finished, old: str, new: str, key: str) -> None:
+    folder = finished("run")
     edit(folder, old, new)
     said = notes(go_on(folder, extra=1))
     assert any("config.yaml was edited" in note and key.split(" ")[0] in note for note in said)
     assert any(key in note for note in said)
     assert new in (folder / "config.yaml").read_text()
     assert not any("edited" in note for note in notes(go_on(folder, extra=1)))
-    edit(folder, "steps: 4 ", "steps: 6 ")
+    edit(folder, "steps: 17 ", "steps: 19 ")
     go_on(folder)
-    assert [loss[0] for loss in losses(folder)] == [*range(1, 7)]
+    assert [loss[0] for loss in losses(folder)] == [*range(1, 20)]
     with pytest.raises(UsageError, match=r"--extra and train\.steps cannot"):
-        go_on(folder, extra=1, settings={"train": {"steps": 9}})
+        go_on(folder, extra=1, settings={"train": {"steps": 22}})
 
 
 @pytest.mark.parametrize(
@@ -231,9 +221,9 @@ def test_edits_of_the_config_are_taken_and_named(make: Make, old: str, new: str,
     ],
 )
 def test_edits_of_the_config_that_cannot_be_taken_are_refused_by_name(
-    make: Make, old: str, new: str, said: str
+    finished: Finished, old: str, new: str, said: str
 ) -> None:
-    folder = run(make(**with_steps(2)), "run")
+    folder = finished("run")
     edit(folder, old, new)
     before = (folder / "config.yaml").read_text()
     with pytest.raises(InputError, match=said):
@@ -241,10 +231,11 @@ def test_edits_of_the_config_that_cannot_be_taken_are_refused_by_name(
     assert (folder / "config.yaml").read_text() == before
 
 
-def test_a_comment_in_the_config_is_no_change(make: Make, whole: Path) -> None:
-    folder = run(make(**with_steps(10)), "run")
+def test_a_comment_in_the_config_is_no_change(finished: Finished, whole: Path) -> None:
+    folder = finished("run")
     edit(folder, "model:", "# mine\nmodel:")
-    assert not any("Changed" in note or "edited" in note for note in notes(go_on(folder, until=15)))
+    again = go_on(folder, step=10, until=15, force=True)
+    assert not any("Changed" in note or "edited" in note for note in notes(again))
     assert_same_run(whole, folder)
 
 
@@ -274,46 +265,41 @@ KINDS = [
 
 
 @pytest.mark.parametrize("data", KINDS)
-def test_a_run_follows_its_data_into_another_working_folder(
+def test_a_run_goes_on_exactly_without_its_data_and_from_another_working_folder(
     data: dict[str, Any], project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run(prepare_tiny(Path("corpus"), data=data), "whole")
-    parts = run(prepare_tiny(Path("corpus"), data=data, **with_steps(5)), "parts")
-    shutil.rmtree(project / "cache")
-    (project / "elsewhere").mkdir()
-    monkeypatch.chdir(project / "elsewhere")
-    go_on(project / parts, until=15)
-    assert_same_run(project / whole, project / parts)
+    short = merge(SHORT, {"data": data})
+    whole = run(prepare_tiny(Path("corpus"), **short), "whole")
+    parts = run(prepare_tiny(Path("corpus"), **merge(short, with_steps(3))), "parts")
+    shutil.copytree(parts, "elsewhere/parts")
 
-
-@pytest.mark.parametrize("data", KINDS)
-def test_a_run_whose_data_is_gone_goes_on_with_its_tokens(data: dict[str, Any], project: Path) -> None:
-    whole = run(prepare_tiny(Path("corpus"), data=data), "whole")
-    parts = run(prepare_tiny(Path("corpus"), data=data, **with_steps(5)), "parts")
     Path("corpus").rename("moved")
-    said = notes(go_on(parts, until=15))
+    said = notes(go_on(parts, until=6))
     assert any("still in the cache" in note for note in said)
-    assert_same_run(whole, parts)
+    assert_same_run(whole, parts, 6)
+
+    Path("moved").rename("corpus")
+    shutil.rmtree("cache")
+    monkeypatch.chdir("elsewhere")
+    go_on(Path("parts"), until=6)
+    assert_same_run(project / whole, Path("parts"), 6)
 
 
-def test_a_run_whose_data_was_moved_is_told_where_it_is(project: Path) -> None:
-    whole = run(prepare_tiny(Path("corpus")), "whole")
-    parts = run(prepare_tiny(Path("corpus"), **with_steps(5)), "parts")
-    Path("corpus").rename("moved")
-    shutil.rmtree(project / "cache")
-    with pytest.raises(InputError, match="no such file") as error:
-        go_on(parts, until=15)
-    assert "data.source" in error.value.hint
-    said = notes(go_on(parts, until=15, settings={"data": {"source": ["moved"]}}))
-    assert any("data.source" in note for note in said)
-    assert_same_run(whole, parts)
-
-
-def test_other_data_under_the_same_name_is_refused(project: Path) -> None:
-    parts = run(prepare_tiny(Path("corpus"), **with_steps(5)), "parts")
+def test_a_run_whose_data_was_moved_or_is_another_is_told_where_it_is(project: Path) -> None:
+    whole = run(prepare_tiny(Path("corpus"), **SHORT), "whole")
+    parts = run(prepare_tiny(Path("corpus"), **merge(SHORT, with_steps(3))), "parts")
+    shutil.copytree("corpus", "moved")
     (project / "corpus" / "00.txt").write_text("something else " * 50)
     with pytest.raises(InputError, match="not the one that the run was trained on"):
-        go_on(parts, until=15)
+        go_on(parts, until=6)
+    shutil.rmtree("corpus")
+    shutil.rmtree("cache")
+    with pytest.raises(InputError, match="no such file") as error:
+        go_on(parts, until=6)
+    assert "data.source" in error.value.hint
+    said = notes(go_on(parts, until=6, settings={"data": {"source": ["moved"]}}))
+    assert any("data.source" in note for note in said)
+    assert_same_run(whole, parts, 6)
 
 
 # --- where to go on -------------------------------------------------------------------------------
@@ -416,13 +402,11 @@ def test_a_smaller_batch_lowers_the_micro_batch_of_a_resumed_run(finished: Finis
 
 
 def test_policies_are_exact_when_they_are_interrupted_again(make: Make) -> None:
-    start = make(schedule={"decay_start": 6, "decay_steps": 4}, **with_steps(10))
-    one, two = (
-        run(start, "one"),
-        run(make(schedule={"decay_start": 6, "decay_steps": 4}, **with_steps(10)), "two"),
-    )
-    go_on(one, until=30, policy="rewarm")
-    go_on(two, until=30, policy="rewarm", settings={"checkpoint": {"every": 10}})
-    go_on(two, step=20, until=30, force=True)
+    schedule = {"warmup_steps": 2, "decay_start": 3, "decay_steps": 3}
+    one = run(make(schedule=schedule, **SHORT), "one")
+    two = Path(shutil.copytree(one, "two"))
+    go_on(one, until=14, policy="rewarm", settings={"checkpoint": {"every": 8}})
+    go_on(two, until=14, policy="rewarm")
+    go_on(two, step=10, until=14, force=True)
     assert losses(one) == losses(two)
-    assert losses(one)[11][2] > losses(one)[9][2]
+    assert losses(one)[7][2] > losses(one)[5][2]

@@ -21,8 +21,7 @@ from tests.support.tiny_runs import losses, prepare_tiny, run, with_steps, write
 
 
 @pytest.fixture(autouse=True)
-def _in_a_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def _in_a_project(tmp_path: Path) -> None:
     write_project(tmp_path)
 
 

@@ -30,8 +30,7 @@ FOREVER = ("--steps", "100000", *(word for setting in SELDOM for word in ("--set
 
 
 @pytest.fixture(autouse=True)
-def _project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def _project(tmp_path: Path) -> None:
     write_project(tmp_path)
 
 

@@ -20,6 +20,7 @@ from smolctl.training.verify import verify
 from tests.support.dataset_hub import dataset
 from tests.support.hub_server import HubServer
 from tests.support.tiny_runs import (
+    SHORT,
     TINY,
     assert_same_run,
     go_on,
@@ -34,8 +35,7 @@ Make = Callable[..., Prepared]
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMOLCTL_CACHE", str(tmp_path / "cache"))
 
 
@@ -48,10 +48,10 @@ def corpus(tmp_path: Path) -> Path:
 def small_stream(
     dataset_hub: HubServer, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> HubServer:
-    """A dataset on a loopback Hub, org/rows, of which a run of ten steps reads a part."""
+    """A dataset on a loopback Hub, org/rows, of which a run of six steps reads a part."""
     monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 2_000)
-    monkeypatch.setattr(streamed, "BLOCK_WINDOWS", 10)
-    monkeypatch.setattr(streamed, "SEGMENT_TOKENS", (500, 500))
+    monkeypatch.setattr(streamed, "BLOCK_WINDOWS", 5)
+    monkeypatch.setattr(streamed, "SEGMENT_TOKENS", (200, 200))
     texts = [path.read_text() for path in sorted(corpus.iterdir())]
     dataset_hub.repositories["datasets/org/rows"] = dataset(
         [f"{text} {n}" for n in range(6) for text in texts]
@@ -66,11 +66,11 @@ def make(*sources: str, weights: tuple[float, ...] | None = None, **changes: Any
 
 
 def assert_exact(prepared: Callable[..., Prepared]) -> Path:
-    """15 steps, and 7 with 8 more, are the same run; returns the folder of the resumed one."""
-    parts = run(prepared(**with_steps(7)), "parts")
-    go_on(parts, extra=8)
-    whole = run(prepared(), "whole")
-    assert_same_run(whole, parts)
+    """Six steps, and three with three more, are the same run; returns the folder of the resumed one."""
+    parts = run(prepared(**merge(SHORT, with_steps(3))), "parts")
+    go_on(parts, extra=3)
+    whole = run(prepared(**SHORT), "whole")
+    assert_same_run(whole, parts, 6)
     assert verify(parts, ResumeOptions(), lambda _event: None).exact
     return parts
 
@@ -97,19 +97,19 @@ def test_interrupted_run_on_a_hub_dataset_equals_continuous_run(small_stream: Hu
 def test_a_resumed_run_streams_on_without_the_cache(
     small_stream: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run(make("org/rows"), "whole")
-    parts = run(make("org/rows", **with_steps(7)), "parts")
+    whole = run(make("org/rows", **SHORT), "whole")
+    parts = run(make("org/rows", **merge(SHORT, with_steps(3))), "parts")
     monkeypatch.setenv("SMOLCTL_CACHE", str(tmp_path / "empty"))
-    go_on(parts, until=15)
-    assert_same_run(whole, parts)
+    go_on(parts, until=6)
+    assert_same_run(whole, parts, 6)
 
 
 def test_a_resumed_run_needs_no_hub_for_what_is_cached(small_stream: HubServer) -> None:
-    whole = run(make("org/rows"), "whole")  # fills the cache
-    parts = run(make("org/rows", **with_steps(7)), "parts")
+    whole = run(make("org/rows", **SHORT), "whole")  # fills the cache
+    parts = run(make("org/rows", **merge(SHORT, with_steps(3))), "parts")
     small_stream.fails_with = 503
-    go_on(parts, until=15)
-    assert_same_run(whole, parts)
+    go_on(parts, until=6)
+    assert_same_run(whole, parts, 6)
 
 
 def test_a_resumed_run_stays_on_its_commit_when_the_dataset_moves(small_stream: HubServer) -> None:
@@ -122,7 +122,7 @@ def test_a_resumed_run_stays_on_its_commit_when_the_dataset_moves(small_stream: 
 
 
 def test_a_dataset_shorter_than_the_run_is_passed_over_again_exactly(small_stream: HubServer) -> None:
-    small_stream.repositories["datasets/org/few"] = dataset(["the cat sat on a mat and saw birds " * 12] * 8)
+    small_stream.repositories["datasets/org/few"] = dataset(["the cat sat on a mat and saw birds " * 6] * 8)
     short: dict[str, Any] = {"data": {"validation_fraction": 0.0}}
     assert make("org/few", **short).corpus.train.parts[0].repeats
     assert_exact(lambda **changes: make("org/few", **merge(short, changes)))
@@ -131,7 +131,7 @@ def test_a_dataset_shorter_than_the_run_is_passed_over_again_exactly(small_strea
 def test_interrupted_run_on_a_mixture_equals_continuous_run(small_stream: HubServer, corpus: Path) -> None:
     mixture = (str(corpus), "org/rows")
     folder = assert_exact(lambda **changes: make(*mixture, weights=(0.6, 0.4), **changes))
-    assert losses(folder) != losses(run(make(*mixture, weights=(0.4, 0.6)), "other"))
+    assert losses(folder) != losses(run(make(*mixture, weights=(0.4, 0.6), **SHORT), "other"))
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
@@ -146,7 +146,7 @@ def test_interrupted_run_over_many_epochs_equals_continuous_run(
         few = {"data": {"workers": workers, "validation_fraction": 0.0}}
         return make("a.txt", "b.txt", weights=weights, **merge(few, changes))
 
-    tokens, stop = len(prepared().corpus.train), 7 * 4  # sequences before the stop
+    tokens, stop = len(prepared().corpus.train), 3 * 4  # sequences before the stop
     assert stop * 32 > 2 * tokens
     assert stop % -(-tokens // 32)  # the stop is within an epoch
     assert_exact(prepared)
@@ -155,7 +155,7 @@ def test_interrupted_run_over_many_epochs_equals_continuous_run(
 def test_a_run_in_the_order_of_an_older_version_is_refused_by_name(
     corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = run(prepare_tiny(corpus, **with_steps(3)), "old")
+    folder = run(prepare_tiny(corpus, **with_steps(1)), "old")
     checkpoint = RunFolder(folder).checkpoint()
     content = torch.load(checkpoint.path, weights_only=True)
     del content["smolctl"]["order"]  # as versions before it was recorded wrote it
@@ -170,7 +170,7 @@ def test_a_run_in_the_order_of_an_older_version_is_refused_by_name(
 def test_interrupted_run_with_document_masking_equals_continuous_run(corpus: Path) -> None:
     masked = {"data": {"document_masking": True}, "model": {"attention_dropout": 0.2}}
     folder = assert_exact(lambda **changes: prepare_tiny(corpus, **merge(masked, changes)))
-    plain = run(prepare_tiny(corpus, model={"attention_dropout": 0.2}), "plain")
+    plain = run(prepare_tiny(corpus, **merge(SHORT, {"model": {"attention_dropout": 0.2}})), "plain")
     assert losses(folder) != losses(plain)
 
 

@@ -7,28 +7,18 @@ import copy
 import pytest
 import torch
 
-from smolctl.config import ModelConfig
 from smolctl.config.run import OptimizerConfig
 from smolctl.model.network import Transformer
-from smolctl.model.weights import initialize
 from smolctl.training.optim.muon import orthogonalize
 from smolctl.training.optim.optimizers import make_optimizer
+from tests.support.tiny_models import tiny_network
 
 MUON = OptimizerConfig(name="muon", learning_rate=1e-2, weight_decay=0.0)
 
 
 @pytest.fixture
 def network() -> Transformer:
-    shape = ModelConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=16,
-    )
-    return initialize(shape, 0)
+    return tiny_network(initializer_range=0.02)
 
 
 def take_step(network: Transformer, optimizer: torch.optim.Optimizer, seed: int) -> None:

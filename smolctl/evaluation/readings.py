@@ -1,0 +1,191 @@
+"""The documents of a text in the tokens of every model to compare, and how many bits each costs a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import compress
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smolctl.data.text.conversations import Conversation, RowError
+from smolctl.data.tokenizer.chatml import with_chatml
+from smolctl.data.tokenizer.text_encoder import TextEncoder
+from smolctl.data.tokenizer.tokenizer import Tokenizer
+from smolctl.data.tokenizer.turns import TurnEncoder
+from smolctl.errors import InputError
+from smolctl.evaluation.estimate import FEWEST_DOCUMENTS, Floats, effective_number
+from smolctl.evaluation.likelihood import Target, likelihoods
+from smolctl.evaluation.measure import bits
+from smolctl.evaluation.texts import NAME_TEXT, Text, scored_bytes
+from smolctl.generation.engine import Engine
+from smolctl.generation.sampling import NotFiniteError
+
+BLOCK = 4_096  # bytes: the parts of a document that are observations where documents are few
+Way = tuple[str, str | None]  # of reading: the digest of the tokenizer, and the chat template
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model by what decides how it reads a text."""
+
+    name: str
+    tokenizer: Tokenizer
+
+    @property
+    def way(self) -> Way:
+        """Equal for models that have the same tokens for the same text, and the same conversation."""
+        return self.tokenizer.sha256, self.tokenizer.chat_template
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A document in the tokens of one model.
+
+    Attributes:
+        begin: what it is read behind.
+        ids: (T,)
+        is_scored: (T,) whether a token counts; one does at least.
+    """
+
+    begin: tuple[int, ...]
+    ids: NDArray[np.int64]
+    is_scored: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The text cut into parts of `BLOCK` bytes, the last part of a document into what is left.
+
+    A conversation is one part.
+
+    Attributes:
+        first: number of the first block of each document, and of all blocks, (D + 1,).
+        sizes: bytes of each block.
+    """
+
+    first: NDArray[np.int64]
+    sizes: Floats
+
+    @staticmethod
+    def of(text: Text) -> Blocks:
+        sizes = list(map(scored_bytes, text.documents))
+        length = max(sizes) if text.is_chat else BLOCK
+        counts = [max(1, -(-size // length)) for size in sizes]
+        lengths = [
+            min(length, size - start * length)
+            for size, count in zip(sizes, counts, strict=True)
+            for start in range(count)
+        ]
+        return Blocks(np.cumsum([0, *counts]), np.array(lengths, np.float64))
+
+    @cached_property
+    def by_document(self) -> bool:
+        return effective_number(np.add.reduceat(self.sizes, self.first[:-1])) >= FEWEST_DOCUMENTS
+
+    def observed(self, amounts: Floats) -> Floats:
+        """Amounts (…, B) of blocks as those of what is resampled: documents, or blocks where they are few."""
+        return np.add.reduceat(amounts, self.first[:-1], axis=-1) if self.by_document else amounts
+
+
+def read_for_all(
+    text: Text, readers: Sequence[Reader], note: Callable[[str], None]
+) -> tuple[Text, dict[Way, list[Reading]]]:
+    """The documents that all can read, and their tokens for each way of reading.
+
+    Conversations that the chat template of one of them refuses are left out for all.
+
+    Raises:
+        InputError: there is no conversation that all can read.
+    """
+    found: dict[Way, list[Reading | None]] = {}
+    for reader in readers:
+        if reader.way not in found:
+            found[reader.way] = list(_read(text, reader, note))
+    fits = [all(row) for row in zip(*found.values(), strict=True)]
+    if refused := fits.count(False):
+        note(
+            f"Left out: {refused:,} of {len(fits):,} conversations, "
+            "which the chat template of one of the models refuses."
+        )
+        if not any(fits):
+            raise InputError(f"{text.name}: no conversation that all models can read", NAME_TEXT)
+        text = Text(text.name, tuple(compress(text.documents, fits)), text.left_out)  # type: ignore[arg-type]
+    readings = {way: [one for one in compress(own, fits) if one] for way, own in found.items()}
+    return text, readings
+
+
+def _read(text: Text, reader: Reader, note: Callable[[str], None]) -> Iterator[Reading | None]:
+    """Every document as training has it, without the tokens that begin and end it; a conversation with them.
+
+    None: the model's chat template refuses the conversation.
+    """
+    tokenizer = reader.tokenizer
+    if not text.is_chat:
+        encoder = TextEncoder(tokenizer)
+        begin = tuple(encoder.begin or [tokenizer.end_of_text_id])
+        for document in text.documents:
+            pieces = encoder.encode(list(encoder.pieces([str(document)])))
+            ids = np.concatenate(pieces, dtype=np.int64)
+            yield Reading(begin, ids, np.ones(len(ids), dtype=bool))
+        return
+    if tokenizer.chat_template is None:
+        note(f"{reader.name} has no chat template: it reads the conversations in ChatML.")
+        tokenizer = with_chatml(tokenizer)
+    conversations = (one for one in text.documents if isinstance(one, Conversation))
+    for turns in TurnEncoder(tokenizer).encode(conversations):
+        if isinstance(turns, RowError):
+            yield None
+        else:
+            yield Reading((int(turns.ids[0]),), turns.ids[1:], turns.is_trained[1:])
+
+
+def score(
+    engine: Engine,
+    documents: Sequence[Reading],
+    lengths: NDArray[np.int32] | None,
+    blocks: Blocks,
+    context: int,
+) -> Floats:
+    """Bits of every block (B,). A token counts to the block that it begins in.
+
+    Every document is read by itself behind what begins a text, or else the token that ends one. A long one is
+    read in sequences that overlap by half, so that a token is predicted from half a context at least; each
+    sequence begins as a text does.
+
+    Args:
+        engine: runs the model.
+        documents: in its tokens.
+        lengths: bytes of every id, (V,); None: a document is one block.
+        blocks: of the text.
+        context: tokens of a sequence.
+    """
+    asked: list[Target] = []
+    owners: list[int] = []
+    for number, document in enumerate(documents):
+        ids, scored = document.ids, np.flatnonzero(document.is_scored)
+        room = max(2, context - len(document.begin) + 1)
+        blocks_of = np.full(len(ids), blocks.first[number])
+        if lengths is not None:
+            starts = np.cumsum(lengths[ids]) - lengths[ids]  # bytes before each token
+            blocks_of = np.minimum(blocks_of + starts // BLOCK, blocks.first[number + 1] - 1)
+        done, last = int(scored[0]), int(scored[-1]) + 1
+        while done < last:
+            end = min(last, max(room, done + room // 2))
+            part = scored[(done <= scored) & (scored < end)]
+            cuts = np.flatnonzero((np.diff(part) > 1) | (np.diff(blocks_of[part]) > 0)) + 1
+            for run in np.split(part, cuts):  # one after another, in one block
+                inputs = (*document.begin, *ids[max(0, end - room) : run[-1]].tolist())
+                asked.append(Target(inputs, tuple(ids[run].tolist())))
+                owners.append(int(blocks_of[run[0]]))
+            done = end
+    found = np.zeros(len(blocks.sizes))
+    try:
+        nats = [-one.nats for one in likelihoods(engine, asked)]
+    except NotFiniteError:
+        return np.full_like(found, math.nan)
+    np.add.at(found, owners, bits(np.array(nats)))
+    return found
