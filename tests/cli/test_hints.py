@@ -44,6 +44,17 @@ def test_without_arguments_the_help_is_shown(smolctl: Smolctl) -> None:
     assert called.out == smolctl("--help").out
 
 
+def test_without_a_run_push_asks_for_one_before_it_asks_for_a_login(
+    smolctl: Smolctl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    called = smolctl("push")
+    assert called.code == 3
+    assert "smolctl train nano" in called.err
+
+
 @pytest.mark.parametrize("option", ["--steps", "--nope", "--steps=x"])
 def test_a_wrong_option_leads_to_the_help_of_its_command(option: str, smolctl: Smolctl) -> None:
     called = smolctl("train", option)
