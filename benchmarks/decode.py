@@ -31,6 +31,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from select import select
 from time import perf_counter
 
 import numpy as np
@@ -64,6 +65,7 @@ CASES = {
 QUICK = {"decode": (1, 8, 12), "prefill 512": (1, 32, 32), "eight at once": (8, 8, 10)}
 FOR_KL = (1, 32, 160)
 TOO_SLOW = 15.0  # seconds of a run in the warm-up, after which a case is left out
+LONGEST_WAIT = 180.0  # seconds for an answer, after which an engine is left out
 REFERENCE = "transformers float32"
 # Formats with the number of bits: llama.cpp's by their llama_ftype.
 OURS = {"bf16": 16, "int8": 8, "int4": 4}
@@ -79,7 +81,7 @@ PACKAGED = {
 SETTINGS = {
     "llama.cpp": "flash attention; repacks by itself",
     "ik_llama.cpp": "flash attention, -rtr",
-    "openvino": "LATENCY hint; int8 by NNCF, int4 as in the GGUF",
+    "openvino": "LATENCY hint; compressed by NNCF",
     "onnxruntime": "blocks of 32, accuracy level 4",
     "ctranslate2": "compute_type auto",
     "mistralrs": "the GGUF",
@@ -142,16 +144,22 @@ class PeerProcess:
         sequences, prompt, length = case
         ids = (",".join(map(str, one[:length])) for one in text[:sequences])
         assert self._process.stdin is not None
+        if self._process.poll() is not None:
+            raise RuntimeError("its process has ended")
         self._process.send_signal(signal.SIGCONT)
         print(prompt, file or "-", *ids, file=self._process.stdin, flush=True)
-        answer = self._line()
+        answer = self._line(2 * TOO_SLOW if file is None else LONGEST_WAIT)
         self._process.send_signal(signal.SIGSTOP)
         if answer.startswith("!"):
             raise RuntimeError(answer[2:])
         return float(answer)
 
-    def _line(self) -> str:
+    def _line(self, limit: float = LONGEST_WAIT) -> str:
         assert self._process.stdout is not None
+        if not select([self._process.stdout], [], [], limit)[0]:
+            self._process.kill()
+            self._process.wait()
+            raise RuntimeError(f"no answer within {limit:.0f} s")
         if line := self._process.stdout.readline():
             return line.strip()
         self._process.wait()
@@ -240,18 +248,14 @@ def packaged_engines(venvs: Path, source: Path, folder: Path, threads: int) -> l
             if program == "mistralrs":
                 target = gguf(source, folder, scheme)
             elif not target.exists():
-                taken = origin(program, scheme, source, folder)
+                if program == "openvino":
+                    taken = gguf(source, folder, "f16")
+                else:
+                    taken = Path(huggingface_folder(open_source(str(source)), folder / "huggingface"))
                 command(python, script, "make", taken, target, scheme)
             serve = [str(python), str(script), "serve", str(target), str(threads)]
             found.append(Peer(program, scheme, bits_of(scheme), serve))
     return found
-
-
-def origin(program: str, scheme: str, source: Path, folder: Path) -> Path:
-    """What a peer's format is made from."""
-    if program == "openvino":
-        return source if scheme == "int4" else gguf(source, folder, "f16")
-    return Path(huggingface_folder(open_source(str(source)), folder / "huggingface"))
 
 
 def gguf(source: Path, folder: Path, scheme: str) -> Path:

@@ -51,7 +51,7 @@ def peer_table(results: Mapping[str, Any], today: date | None = None) -> str:
         for case, ratio in found.items()
         if ratio.spread.median < 1 and ratio.beyond_noise
     ]
-    left_out = [f"- Not measured: {line}." for line in results["left_out"]]
+    left_out = [f"- Not measured: {line[:120].rstrip('.')}." for line in results["left_out"]]
     notes = faster or ["- No peer is faster, beyond noise, at the same bits."]
     return "\n\n".join([heading, speeds, ratios, "\n".join([*notes, *left_out])])
 

@@ -49,7 +49,7 @@ def load(model: str, threads: int) -> Run:
 def make(source: Path, target: Path, scheme: str) -> None:
     """From a Hugging Face folder; activations in 8 bits, the builder's advice for a CPU."""
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(target)]
-    options = ["accuracy_level=4", "block_size=32", "is_symmetric=false"]
+    options = ["accuracy_level=4", "block_size=32"]
     command = [*builder, "-p", scheme, "-e", "cpu", "-c", str(target), "--extra_options", *options]
     subprocess.run(command, check=True)
 
