@@ -167,6 +167,15 @@ def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
+def muon_dtype(config: RunConfig, device: torch.device) -> torch.dtype | None:
+    """What Muon's orthogonal factors are computed in; None: as `orthogonalize` chooses.
+
+    A run in bfloat16 computes them so too where the CPU multiplies it: in half the time.
+    """
+    is_used = device.type == "cpu" and config.train.precision.startswith("bf16")
+    return torch.bfloat16 if is_used and find_device("cpu").bfloat16 else None
+
+
 def process_count(config: RunConfig) -> int:
     """Devices that share a step, over all machines."""
     devices = config.trainer.devices

@@ -18,7 +18,7 @@ from smolctl.model.network import Transformer
 from smolctl.model.weights import initialize
 from smolctl.runs.checkpoint_file import FORMAT
 from smolctl.sources.base import TokenizerFiles
-from smolctl.training.device import autocast
+from smolctl.training.device import autocast, muon_dtype
 from smolctl.training.distributed import gather
 from smolctl.training.graph import GradientGraph
 from smolctl.training.guards import NonFiniteError
@@ -113,7 +113,8 @@ class TrainingModule(pl.LightningModule):
         return complete(engine, self.tokenizer, self.tokenizer.prompt(prompt), settings).completions[0].text
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return make_optimizer(self.network, self.config.optimizer)
+        dtype = muon_dtype(self.config, self.device)
+        return make_optimizer(self.network, self.config.optimizer, dtype)
 
     def on_train_start(self) -> None:
         self.network.train()

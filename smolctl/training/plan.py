@@ -13,7 +13,7 @@ from smolctl.data.batches import sequences_of
 from smolctl.data.tokens.corpus import TokenizedCorpus
 from smolctl.model.network import Transformer
 from smolctl.runs.events import RunPlan
-from smolctl.training.device import autocast
+from smolctl.training.device import autocast, muon_dtype
 from smolctl.training.optim.muon import by_shape, orthogonalize
 from smolctl.training.optim.optimizers import hidden_matrices
 from smolctl.training.optim.schedule import outline
@@ -121,7 +121,7 @@ def measure_speed(
         forward = _now(device) - started
         if config.optimizer.name == "muon":
             started = _now(device)
-            _orthogonalize_gradients(network)
+            _orthogonalize_gradients(network, muon_dtype(config, device))
             update = _now(device) - started
         network.zero_grad(set_to_none=True)
         if forward > 2:  # seconds: the allocations of a first run are a small part of them
@@ -136,7 +136,8 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _orthogonalize_gradients(network: Transformer) -> None:
+def _orthogonalize_gradients(network: Transformer, dtype: torch.dtype | None) -> None:
     """What Muon does to the gradients of a step, without the step."""
-    for gradients in by_shape(hidden_matrices(network)).values():
-        orthogonalize(torch.stack([parameter.grad for parameter in gradients if parameter.grad is not None]))
+    for members in by_shape(hidden_matrices(network)).values():
+        gradients = [parameter.grad for parameter in members if parameter.grad is not None]
+        orthogonalize(torch.stack(gradients), dtype=dtype)

@@ -47,8 +47,8 @@ def orthogonalize(
     Args:
         matrices: to orthogonalize.
         coefficients: of each iteration.
-        dtype: to compute in; None: bfloat16 on a GPU, as the authors do, and float32 on a CPU, which
-            emulates bfloat16.
+        dtype: to compute in; None: bfloat16 on a GPU, as the authors do, and float32 on a CPU, as most
+            emulate bfloat16.
     """
     x = matrices.to(dtype or (torch.bfloat16 if matrices.is_cuda else torch.float32))
     wide = x.shape[-2] <= x.shape[-1]
@@ -78,6 +78,7 @@ class MuonAdamW(Optimizer):
         lr: learning rate of both.
         betas, eps: AdamW's.
         momentum: Muon's, in Nesterov's form.
+        dtype: that orthogonal factors are computed in, as `orthogonalize` takes it.
     """
 
     def __init__(
@@ -87,10 +88,12 @@ class MuonAdamW(Optimizer):
         betas: tuple[float, float],
         eps: float,
         momentum: float = MOMENTUM[1],
+        dtype: torch.dtype | None = None,
     ) -> None:
         # "fused" makes `load_state_dict` assume that AdamW's step counters belong on the parameters' device.
         defaults = {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum, "fused": True}
         super().__init__(groups, defaults)
+        self._dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -118,7 +121,8 @@ class MuonAdamW(Optimizer):
                 buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
                 directions.append(parameter.grad.lerp(buffer, group["momentum"]))
             rate = group["lr"] * ADAMW_RMS * math.sqrt(max(shape))
-            for parameter, update in zip(members, orthogonalize(torch.stack(directions)), strict=True):
+            updates = orthogonalize(torch.stack(directions), dtype=self._dtype)
+            for parameter, update in zip(members, updates, strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
 
     def _adamw_step(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:

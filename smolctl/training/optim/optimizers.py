@@ -15,12 +15,19 @@ from smolctl.training.optim.muon import MuonAdamW, muon_momentum
 TABLES = ("model.embed_tokens.", "model.embed_positions.")
 
 
-def make_optimizer(network: Transformer, config: OptimizerConfig) -> torch.optim.Optimizer:
+def make_optimizer(
+    network: Transformer, config: OptimizerConfig, dtype: torch.dtype | None = None
+) -> torch.optim.Optimizer:
     """AdamW in its fused form, or Muon for the blocks' matrices and AdamW for the rest.
 
     Matrices decay, tables only where the config says so; norms and biases, which have one dimension, do not.
     Tables with a learning rate of their own are one more group. A head that is tied to the token table is
     that table; a head of its own is none, and has the learning rate of the other matrices.
+
+    Args:
+        network: whose parameters are trained.
+        config: of the optimizer.
+        dtype: that Muon's orthogonal factors are computed in (`device.muon_dtype`).
     """
     hidden = set(map(id, hidden_matrices(network))) if config.name == "muon" else set()
     rate, decay, multiplier = config.learning_rate, config.weight_decay, config.embedding_lr_multiplier
@@ -54,6 +61,7 @@ def make_optimizer(network: Transformer, config: OptimizerConfig) -> torch.optim
         lr=rate,
         betas=config.betas,
         eps=config.eps,
+        dtype=dtype,
     )
 
 

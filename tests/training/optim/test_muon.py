@@ -7,8 +7,10 @@ import copy
 import pytest
 import torch
 
+from smolctl.config import load_run_config
 from smolctl.config.run import OptimizerConfig
 from smolctl.model.network import Transformer
+from smolctl.training.device import muon_dtype
 from smolctl.training.optim.muon import orthogonalize
 from smolctl.training.optim.optimizers import make_optimizer
 from tests.support.tiny_models import tiny_network
@@ -38,6 +40,22 @@ def test_orthogonalized_matrices_have_singular_values_near_one(shape: tuple[int,
     u, _, v = torch.linalg.svd(matrices, full_matrices=False)
     inner = u.mT @ orthogonalize(matrices) @ v.mT
     assert torch.allclose(inner, torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1)), atol=1e-4)
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_bfloat16_runs_compute_orthogonal_factors_in_it_where_the_cpu_has_it(
+    network: Transformer, has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bfloat16})
+    found = {}
+    for precision in ("32-true", "bf16-mixed"):
+        dtype = muon_dtype(load_run_config("nano", [f"train.precision={precision}"]), torch.device("cpu"))
+        trained = copy.deepcopy(network)
+        take_step(trained, make_optimizer(trained, MUON, dtype), 0)
+        name = "model.layers.0.mlp.down_proj.weight"
+        found[precision] = (trained.get_parameter(name) - network.get_parameter(name)).detach()
+    apart = (found["bf16-mixed"] - found["32-true"]).norm() / found["32-true"].norm()
+    assert 1e-3 < apart < 0.05 if has_bfloat16 else apart == 0
 
 
 def test_muon_steps_the_matrices_of_the_blocks_and_adamw_the_rest(network: Transformer) -> None:
