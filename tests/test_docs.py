@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.regenerate import EXACT, PAGES, command_lines, options, updated
+from docs.regenerate import COMMON, EXACT, PAGES, command_lines, options, updated
 from smolctl.cli.main import COMMANDS
 from tests.support.processes import CHECKOUT, Smolctl
 
@@ -27,6 +27,9 @@ def test_every_command_has_a_page_with_its_options_and_a_session() -> None:
         page = (DOCS / "commands" / f"{command}.md").read_text(encoding="utf-8")
         assert f"<!-- options of {command} -->" in page
         assert f"\n$ smolctl {command}" in page
+        rows = set(re.findall(r"^\| (?:`|<code>)(--?[\w-]+)", page, re.MULTILINE))
+        flags = {name.split()[0].strip(",") for name, _ in options(command) if name not in COMMON}
+        assert {flag for flag in flags if flag.startswith("-")} <= rows
         assert f"docs/commands/{command}.md" in README.read_text(encoding="utf-8")
     shown = list(command_lines(README.read_text(encoding="utf-8")))
     assert any(f"{line} ".startswith(EXACT) for line in shown)
