@@ -36,9 +36,6 @@ OPTIONAL = (
     *(f"self_attn.{name}_proj.bias" for name in "qkv"),
     *(f"self_attn.{name}_norm.weight" for name in "qk"),
 )
-# Tokens of a call that gives each the bits of a call of its own, where integers.h multiplies all matrices and
-# otherwise.
-EXACT, FEW = 16, 4  # forward.c, matrix.h
 KEYS = 16  # positions in a tile of keys, and what heads of values are filled up to: attention.h
 # Tokens that go through the network at once: enough for efficient matmuls, few enough for the caches.
 CHUNK = 256
@@ -66,14 +63,6 @@ def kind_of(weights: Mapping[str, Stored]) -> str:
         if len(stored.shape) > 1:
             sizes[kind] += math.prod(stored.shape)
     return " + ".join(kind for kind, _ in sizes.most_common())
-
-
-def exact_tokens_of(weights: Mapping[str, Stored]) -> int:
-    """Tokens that a call may have so that each gets the bits of a call of its own: `exact` of forward.c."""
-    head = HEAD if HEAD in weights else TABLE
-    matrices = (stored for name, stored in weights.items() if name.endswith("_proj.weight") or name == head)
-    packed = (isinstance(one, PackedMatrix) and one.bits != 5 and one.group >= BLOCK for one in matrices)
-    return EXACT if all(packed) else FEW
 
 
 def matrix_of(stored: Stored, keep: list[Array]) -> Matrix:
@@ -196,7 +185,6 @@ class NativeEngine(Engine):
         threads: int | None = None,
     ) -> None:
         self.precision, self.weight_bytes = kind_of(weights), read_bytes(weights)
-        self.exact_tokens = exact_tokens_of(weights)
         super().__init__(config, f"native {library.build}, {self.precision}")
         # Where all weights are float32, so is everything else: the same words as any other engine's.
         self.cache_dtype = cache_dtype_of(config, weights)
@@ -205,7 +193,7 @@ class NativeEngine(Engine):
         self._keep: list[Array] = []
         self._model = self._describe(weights)
         self._reset()
-        self._open()
+        self.exact_tokens = library.functions.smolctl_exact(self._open())
         _ENGINES.add(self)
 
     def _reset(self) -> None:

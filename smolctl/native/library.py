@@ -16,7 +16,7 @@ from smolctl.native.build import levels
 BUILDS = tuple(levels())
 # For trying a lesser build than the processor allows, or `none` for no build at all.
 OVERRIDE = "SMOLCTL_NATIVE"
-INTERFACE = 4  # of forward.c, with the structures below
+INTERFACE = 5  # of forward.c, with the structures below
 
 
 class Status(IntEnum):
@@ -141,6 +141,7 @@ def _open(path: Path) -> ctypes.CDLL:
     functions.smolctl_create.argtypes = [POINTER(Model), c_int, c_int]
     functions.smolctl_create.restype = c_void_p
     functions.smolctl_forward.argtypes = [c_void_p, POINTER(Batch)]
+    functions.smolctl_exact.argtypes = [c_void_p]
     functions.smolctl_destroy.argtypes = [c_void_p]
     functions.smolctl_multiply.argtypes = [POINTER(Matrix), c_void_p, c_int, c_void_p]
     return functions
