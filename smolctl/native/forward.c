@@ -27,7 +27,7 @@
 // What the functions return; library.py knows the numbers too.
 enum status { DONE, NO_MEMORY, BUSY, CANCELLED };
 // Counts changes of the structures and functions that library.py describes.
-#define INTERFACE 5
+#define INTERFACE 6
 
 typedef struct {
     matrix q, k, v, o, gate, up, down;
@@ -240,9 +240,7 @@ static void attend_group(context *c, int index, int token, int count, int kv_hea
     const model *m = &c->m;
     const batch *b = c->b;
     int D = m->head_dim, group = m->heads / m->kv_heads, stride = b->cache.value_stride, rows = count * group;
-    size_t head = cached_head(c, index, token, kv_head), width = b->cache.half_precision ? 2 : 4;
-    const char *keys = (const char *)b->cache.keys + head * head_keys(&b->cache, D) * width;
-    const char *values = (const char *)b->cache.values + head * head_values(&b->cache) * width;
+    const cached from = cached_at(&b->cache, cached_head(c, index, token, kv_head), D);
     for (int row = 0; row < rows; row += QUERIES) {
         queries q;
         partial out[QUERIES], *places[QUERIES];
@@ -262,7 +260,7 @@ static void attend_group(context *c, int index, int token, int count, int kv_hea
         // Parts begin at the same places whatever else the call reads, for the same bits.
         int span = c->splits > 1 ? SPLIT_POSITIONS : filled_to(furthest, KEYS);
         int first = split * span, last = least(first + span, furthest);
-        if (first < last) attend(&b->cache, keys, values, D, &q, first, last, out);
+        if (first < last) attend(&b->cache, &from, D, &q, first, last, out);
         for (int r = 0; r < QUERIES; r++) if (places[r]) *places[r] = out[r];
     }
 }

@@ -305,6 +305,31 @@ def test_every_build_continues_a_text_alike(kind: str, build: str) -> None:
     assert said[0] == said[1]
 
 
+@pytest.mark.parametrize("build", [*BUILDS, *EMULATED])
+def test_a_cache_in_8_bits_changes_logits_little_and_the_same_in_any_company(build: str) -> None:
+    native, _ = engines(config_of("odd"), "int8", build)
+    prompt, tokens = ids(120), ids(16, 1)  # across the end of the context's first part, at 128
+    parts = [[prompt], *([[token]] for token in tokens)]
+    exact = logits_of(native, parts, 160)
+    native.cache_dtype = np.dtype(np.int8)
+    one_by_one = logits_of(native, parts, 160)
+    assert 0 < (one_by_one - exact).abs().max() < 0.05 * exact.abs().max()
+    assert torch.equal(logits_of(native, [[prompt], [tokens]], 160), one_by_one)
+    cache = native.allocate(2, 160)
+    native.forward([[*prompt, *ids(9, 2)], ids(40, 3)], cache)
+    cache.truncate(0, len(prompt))
+    cache.copy(0, 1)
+    both = native.forward([tokens[:1], tokens[:1]], cache)
+    assert np.array_equal(both[0], both[1])
+    kept = cache.keys.astype(np.float32) * cache.scales[0].reshape(2, 2, 1, -1, 1, 16)
+    native.cache_dtype = np.dtype(np.float32)
+    plain = native.allocate(2, 160)
+    native.forward([prompt, ids(40, 3)], plain)
+    tiles = len(prompt) // 16
+    steps = cache.scales[0, 0, 0].reshape(1, -1, 1, 16)[:, :tiles]
+    assert (np.abs(kept - plain.keys)[0, 0, :, :tiles] <= 0.501 * steps).all()
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
 def test_speculation_changes_no_token_sampled_or_greedy(kind: str, temperature: float) -> None:
@@ -387,6 +412,7 @@ def test_without_a_compiled_build_pytorch_runs_and_says_so(monkeypatch: pytest.M
     compiled = make_engine(source(), EngineOptions())
     assert isinstance(compiled, NativeEngine)
     assert not compiled.note
+    assert make_engine(source(), EngineOptions(kv_cache="int8")).cache_dtype == np.int8
     monkeypatch.setenv(OVERRIDE, "none")
     load_library.cache_clear()
     try:
@@ -399,6 +425,8 @@ def test_without_a_compiled_build_pytorch_runs_and_says_so(monkeypatch: pytest.M
         load_library.cache_clear()
     one, two = (logits_of(engine, [[ids(9)]], 9) for engine in (compiled, fallback))
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-3)
+    with pytest.raises(UsageError, match="needs the native engine"):
+        make_engine(source(), EngineOptions(engine="torch", kv_cache="int8"))
     chosen = make_engine(source(), EngineOptions(engine="torch"))
     assert isinstance(chosen, TorchEngine)
     assert not chosen.note
