@@ -168,9 +168,9 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> int:
 
 
 def kv_cache_bytes_per_token(config: ModelConfig, dtype: str = "float32") -> int:
-    """Keys and values of one position over all layers."""
-    values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return values * BYTES_PER_VALUE[dtype]
+    """Keys and values of one position over all layers; with "int8", each head's float32 scales too."""
+    heads = 2 * config.num_hidden_layers * config.num_key_value_heads
+    return heads * (config.head_dim + 4 if dtype == "int8" else config.head_dim * BYTES_PER_VALUE[dtype])
 
 
 @dataclass(frozen=True)

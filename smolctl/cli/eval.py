@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from smolctl.cli.options import Dtype, ModelOrNewest, Threads, capped_threads, command
+from smolctl.cli.options import Dtype, KvCache, ModelOrNewest, Threads, capped_threads, command
 from smolctl.errors import UsageError
 from smolctl.views.output import Output
 
@@ -63,6 +63,7 @@ def eval(
         ),
     ] = None,
     dtype: Dtype = None,
+    kv_cache: KvCache = "auto",
     threads: Threads = None,
 ) -> None:
     """Evaluate a model on benchmark tasks with lm-eval.
@@ -88,7 +89,7 @@ def eval(
         chat=chat,
         system=system,
         generation=generation,
-        engine=EngineOptions(dtype=dtype, threads=capped_threads(output, threads)),
+        engine=EngineOptions(dtype=dtype, threads=capped_threads(output, threads), kv_cache=kv_cache),
     )
     if samples is not None:
         require_replaceable_file(samples, "--samples", force=True, reads=(), is_own=is_samples)

@@ -101,6 +101,14 @@ Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     typer.Option("--dtype", help="Convert weights that are not quantized. Default: as stored in the file."),
 ]
+KvCache = Annotated[
+    Literal["auto", "int8"],
+    typer.Option(
+        "--kv-cache",
+        help="Store attention keys and values in this format. auto: float16, or float32 for float32 weights"
+        " and where float16 could overflow; int8: about half of float16's memory, slightly different logits.",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from smolctl.cli.completion import complete_weights
-from smolctl.cli.options import Dtype, Threads, capped_threads, command
+from smolctl.cli.options import Dtype, KvCache, Threads, capped_threads, command
 from smolctl.views.output import Output
 
 ALTERNATIVES = 5  # other tokens that --explain shows with each
@@ -137,6 +137,7 @@ def sample(
         ),
     ] = "auto",
     dtype: Dtype = None,
+    kv_cache: KvCache = "auto",
     threads: Threads = None,
 ) -> None:
     """Generate text from a prompt, or chat.
@@ -175,7 +176,7 @@ def sample(
         compare=compare,
         batch_size=batch_size,
         tokenizer=tokenizer,
-        engine=EngineOptions(engine, dtype, capped_threads(output, threads)),
+        engine=EngineOptions(engine, dtype, capped_threads(output, threads), kv_cache),
         settings=CompletionSettings(
             max_tokens=max_tokens,
             samples=samples,

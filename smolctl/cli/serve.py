@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from smolctl.cli.options import Dtype, ModelOrNewest, Threads, capped_threads, command
+from smolctl.cli.options import Dtype, KvCache, ModelOrNewest, Threads, capped_threads, command
 from smolctl.errors import SmolError
 from smolctl.views.output import Output
 
@@ -64,6 +64,7 @@ def serve(
         ),
     ] = 15.0,
     dtype: Dtype = None,
+    kv_cache: KvCache = "auto",
     threads: Threads = None,
 ) -> None:
     """Serve a model over OpenAI's HTTP API.
@@ -98,6 +99,6 @@ def serve(
         slots=slots,
         context=context,
         limits=Limits(waiting=waiting, answer_s=timeout, ping_s=ping),
-        engine=EngineOptions(dtype=dtype, threads=capped_threads(output, threads)),
+        engine=EngineOptions(dtype=dtype, threads=capped_threads(output, threads), kv_cache=kv_cache),
     )
     run(model, options, lambda ready: show_ready(output, ready))

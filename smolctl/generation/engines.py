@@ -30,6 +30,7 @@ class EngineOptions:
     engine: Literal["auto", "native", "torch"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of dense weights; None keeps the file's
     threads: int | None = None  # see `compute_threads`; PyTorch's are the process's own
+    kv_cache: Literal["auto", "int8"] = "auto"  # auto: see `cache_dtype_of`
 
 
 def make_engine(source: ModelSource, options: EngineOptions) -> Engine:
@@ -56,7 +57,9 @@ def make_engine(source: ModelSource, options: EngineOptions) -> Engine:
     library = load_library() if options.engine != "torch" else ""
     dtypes = {one.dtype for one in weights.values() if isinstance(one, np.ndarray) and one.ndim > 1}
     if isinstance(library, Library) and dtypes <= KINDS.keys():
-        return NativeEngine(library, config, weights, compute_threads(options.threads))
+        return NativeEngine(
+            library, config, weights, compute_threads(options.threads), options.kv_cache == "int8"
+        )
     if options.engine == "native":
         unread = ", ".join(sorted(map(name_of, dtypes)))
         why = library if isinstance(library, str) else f"it does not read {unread}"
@@ -82,5 +85,10 @@ def _torch_engine(
     source: ModelSource, stored: Mapping[str, StoredTensor], options: EngineOptions, note: str = ""
 ) -> Engine:
     from smolctl.generation.torch_engine import open_torch_engine
+
+    if options.kv_cache == "int8":
+        raise UsageError(
+            "--kv-cache int8 needs the native engine, and PyTorch would run this model", "Leave it out."
+        )
 
     return open_torch_engine(source, stored, note, options.threads)

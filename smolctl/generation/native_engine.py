@@ -36,9 +36,8 @@ OPTIONAL = (
     *(f"self_attn.{name}_proj.bias" for name in "qkv"),
     *(f"self_attn.{name}_norm.weight" for name in "qk"),
 )
-# Tokens of a call that gives each the bits of a call of its own, where integers.h multiplies all matrices and
-# otherwise.
-EXACT, FEW = 16, 4  # forward.c, matrix.h
+# `format` of attention.h: what keys and values are kept in.
+FORMATS = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.int8): 2}
 KEYS = 16  # positions in a tile of keys, and what heads of values are filled up to: attention.h
 # Tokens that go through the network at once: enough for efficient matmuls, few enough for the caches.
 CHUNK = 256
@@ -66,14 +65,6 @@ def kind_of(weights: Mapping[str, Stored]) -> str:
         if len(stored.shape) > 1:
             sizes[kind] += math.prod(stored.shape)
     return " + ".join(kind for kind, _ in sizes.most_common())
-
-
-def exact_tokens_of(weights: Mapping[str, Stored]) -> int:
-    """Tokens that a call may have so that each gets the bits of a call of its own: `exact` of forward.c."""
-    head = HEAD if HEAD in weights else TABLE
-    matrices = (stored for name, stored in weights.items() if name.endswith("_proj.weight") or name == head)
-    packed = (isinstance(one, PackedMatrix) and one.bits != 5 and one.group >= BLOCK for one in matrices)
-    return EXACT if all(packed) else FEW
 
 
 def matrix_of(stored: Stored, keep: list[Array]) -> Matrix:
@@ -145,7 +136,10 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype[Any], reserve: bool) -> Array
 
 
 class NativeCache(Cache):
-    """Keys in tiles and values in rows, as attention.h lays them out."""
+    """Keys in tiles and values in rows, as attention.h lays them out.
+
+    With int8, each position of each head has a float32 scale beside its key and one beside its value.
+    """
 
     def __init__(self, config: ModelConfig, sequences: int, capacity: int, dtype: np.dtype[Any]) -> None:
         super().__init__(sequences, capacity)
@@ -156,10 +150,13 @@ class NativeCache(Cache):
         reserve = rows * (width + stride) * dtype.itemsize > RESERVED_BYTES
         self.keys = _empty((layers, sequences, heads, room // KEYS, width, KEYS), dtype, reserve)
         self.values = _empty((layers, sequences, heads, room, stride), dtype, reserve)
+        scales = (2, layers, sequences, heads, room) if dtype == np.int8 else (2, 0)
+        self.scales = np.zeros(scales, np.float32)  # of keys and of values
         self.buffers = CacheBuffers(
             self.keys.ctypes.data,
             self.values.ctypes.data,
-            dtype == np.float16,
+            *(part.ctypes.data for part in self.scales),
+            FORMATS[dtype],
             sequences,
             room,
             stride,
@@ -170,6 +167,8 @@ class NativeCache(Cache):
         tiles = (length + KEYS - 1) // KEYS
         self.keys[:, target, :, :tiles] = self.keys[:, source, :, :tiles]
         self.values[:, target, :, :length] = self.values[:, source, :, :length]
+        if self.scales.size:
+            self.scales[:, :, target, :, :length] = self.scales[:, :, source, :, :length]
         self.lengths[target] = length
 
 
@@ -184,6 +183,7 @@ class NativeEngine(Engine):
         config: the model's shape.
         weights: every tensor by its Hugging Face name; a tied head is left out.
         threads: at most this many; None: see `compute_threads`.
+        int8_cache: keep keys and values in 8 bits rather than in what `cache_dtype_of` says.
     """
 
     is_uniform = True
@@ -194,18 +194,18 @@ class NativeEngine(Engine):
         config: ModelConfig,
         weights: Mapping[str, Stored],
         threads: int | None = None,
+        int8_cache: bool = False,
     ) -> None:
         self.precision, self.weight_bytes = kind_of(weights), read_bytes(weights)
-        self.exact_tokens = exact_tokens_of(weights)
         super().__init__(config, f"native {library.build}, {self.precision}")
         # Where all weights are float32, so is everything else: the same words as any other engine's.
-        self.cache_dtype = cache_dtype_of(config, weights)
+        self.cache_dtype = np.dtype(np.int8) if int8_cache else cache_dtype_of(config, weights)
         self.library = library
         self.threads = threads or compute_threads()
         self._keep: list[Array] = []
         self._model = self._describe(weights)
         self._reset()
-        self._open()
+        self.exact_tokens = library.functions.smolctl_exact(self._open())
         _ENGINES.add(self)
 
     def _reset(self) -> None:

@@ -11,14 +11,25 @@
 #define QUERIES 4     // rows of queries that share what is loaded
 #define KEY_PARTS (KEYS / LANES < 2 ? 1 : 2)  // vectors of keys at once: more sums do not fit 16 registers
 
+// What keys and values are kept in; library.py and engine.js know the numbers too. Eight bits have a scale for each
+// position of each head.
+enum format { KEPT_FLOAT32, KEPT_FLOAT16, KEPT_INT8 };
+
 typedef struct {
     void *keys;    // (layers, sequences, heads, capacity / KEYS, head_dim, KEYS)
     void *values;  // (layers, sequences, heads, capacity, value_stride)
-    int32_t half_precision;  // float16 rather than float32
+    float *key_scales, *value_scales;  // of KEPT_INT8: (layers, sequences, heads, capacity)
+    int32_t format;
     int32_t sequences;
     int32_t capacity;        // a multiple of KEYS
     int32_t value_stride;    // head_dim filled up to a multiple of LANES_MOST
 } cache;
+
+// One head of one sequence in a cache.
+typedef struct {
+    const void *keys, *values;
+    const float *key_scales, *value_scales;
+} cached;
 
 // Queries that attend together: rows of one sequence and one key/value head.
 typedef struct {
@@ -33,11 +44,13 @@ typedef struct {
     float *values;  // (value_stride): sum of e^(score - maximum) × value
 } partial;
 
-INLINE vec load_cached(int half_precision, const void *base, size_t at) {
-    return half_precision ? from_half((const half *)base + at) : load((const float *)base + at);
+// Scales are not applied.
+INLINE vec load_cached(int format, const void *base, size_t at) {
+    if (format == KEPT_INT8) return __builtin_convertvector(LOAD(bytes_vec, (const int8_t *)base + at), vec);
+    return format == KEPT_FLOAT16 ? from_half((const half *)base + at) : load((const float *)base + at);
 }
 
-INLINE void score(int half_precision, int rows, const void *keys, int head_dim, const queries *q, int position,
+INLINE void score(int format, int rows, const cached *from, int head_dim, const queries *q, int position,
                   float scores[QUERIES][SPAN], int to) {
     size_t tile = (size_t)(position / KEYS) * (size_t)head_dim * KEYS;
     for (int first = 0; first < KEYS; first += KEY_PARTS * LANES) {
@@ -45,12 +58,15 @@ INLINE void score(int half_precision, int rows, const void *keys, int head_dim, 
         for (int d = 0; d < head_dim; d++) {
             vec k[KEY_PARTS];
             for (int p = 0; p < KEY_PARTS; p++)
-                k[p] = load_cached(half_precision, keys, tile + (size_t)d * KEYS + (size_t)(first + p * LANES));
+                k[p] = load_cached(format, from->keys, tile + (size_t)d * KEYS + (size_t)(first + p * LANES));
             for (int r = 0; r < rows; r++)
                 for (int p = 0; p < KEY_PARTS; p++) totals[r][p] += k[p] * q->query[r][d];
         }
-        for (int r = 0; r < rows; r++)
-            for (int p = 0; p < KEY_PARTS; p++) store(&scores[r][to + first + p * LANES], totals[r][p]);
+        for (int p = 0; p < KEY_PARTS; p++) {
+            int at = first + p * LANES;
+            vec scale = format == KEPT_INT8 ? load(from->key_scales + position + at) : all(1);
+            for (int r = 0; r < rows; r++) store(&scores[r][to + at], format == KEPT_INT8 ? totals[r][p] * scale : totals[r][p]);
+        }
     }
 }
 
@@ -78,7 +94,7 @@ static void weigh(float *scores, int count, int seen, partial *out, int stride) 
 
 #define VALUE_PARTS (LANES == 16 ? 4 : 2)
 
-INLINE void add_values(int half_precision, int rows, const void *values, int stride, int position, int count,
+INLINE void add_values(int format, int rows, const void *values, int stride, int position, int count,
                        float scores[QUERIES][SPAN], partial out[QUERIES]) {
     for (int d = 0; d < stride; d += VALUE_PARTS * LANES) {
         int parts = (stride - d) / LANES < VALUE_PARTS ? (stride - d) / LANES : VALUE_PARTS;
@@ -87,7 +103,7 @@ INLINE void add_values(int half_precision, int rows, const void *values, int str
             for (int i = 0; i < count; i++) {
                 vec v[VALUE_PARTS];
                 size_t at = (size_t)(position + i) * (size_t)stride + (size_t)d;
-                for (int p = 0; p < VALUE_PARTS; p++) v[p] = load_cached(half_precision, values, at + p * LANES);
+                for (int p = 0; p < VALUE_PARTS; p++) v[p] = load_cached(format, values, at + p * LANES);
                 for (int r = 0; r < rows; r++)
                     for (int p = 0; p < VALUE_PARTS; p++) totals[r][p] += v[p] * scores[r][i];
             }
@@ -95,7 +111,7 @@ INLINE void add_values(int half_precision, int rows, const void *values, int str
             for (int i = 0; i < count; i++)
                 for (int p = 0; p < parts; p++) {
                     size_t at = (size_t)(position + i) * (size_t)stride + (size_t)(d + p * LANES);
-                    vec v = load_cached(half_precision, values, at);
+                    vec v = load_cached(format, values, at);
                     for (int r = 0; r < rows; r++) totals[r][p] += v * scores[r][i];
                 }
         }
@@ -108,47 +124,72 @@ INLINE void add_values(int half_precision, int rows, const void *values, int str
 }
 
 // Let queries attend to positions first..last of one head, and put it into `out`.
-INLINE void attend_kind(int half_precision, int rows, const void *keys, const void *values, int head_dim, int stride,
-                        const queries *q, int first, int last, partial out[QUERIES]) {
+INLINE void attend_kind(int format, int rows, const cached *from, int head_dim, int stride, const queries *q, int first,
+                        int last, partial out[QUERIES]) {
     for (int position = first; position < last; position += SPAN) {
         float scores[QUERIES][SPAN];
         int count = last - position < SPAN ? last - position : SPAN;
         int whole = (count + KEYS - 1) / KEYS * KEYS;
-        for (int to = 0; to < count; to += KEYS) score(half_precision, rows, keys, head_dim, q, position + to, scores, to);
+        for (int to = 0; to < count; to += KEYS) score(format, rows, from, head_dim, q, position + to, scores, to);
         for (int r = 0; r < rows; r++) {
             int seen = q->limit[r] - position;
             weigh(scores[r], whole, seen < count ? seen : count, &out[r], stride);
+            for (int i = 0; i < whole && format == KEPT_INT8; i += LANES)
+                store(scores[r] + i, load(scores[r] + i) * load(from->value_scales + position + i));
         }
-        add_values(half_precision, rows, values, stride, position, count, scores, out);
+        add_values(format, rows, from->values, stride, position, count, scores, out);
     }
 }
 
-static void attend(const cache *c, const void *keys, const void *values, int head_dim, const queries *q,
-                   int first, int last, partial out[QUERIES]) {
-#define ATTEND(half, rows) attend_kind(half, rows, keys, values, head_dim, c->value_stride, q, first, last, out)
+static void attend(const cache *c, const cached *from, int head_dim, const queries *q, int first, int last, partial out[QUERIES]) {
+#define ATTEND(format, rows) attend_kind(format, rows, from, head_dim, c->value_stride, q, first, last, out)
     // SmolLM's three query heads of a key/value head are a case of their own: a fourth row would be a third more.
-    if (q->count == 3) {
-        if (c->half_precision) ATTEND(1, 3); else ATTEND(0, 3);
-    } else if (c->half_precision) ATTEND(1, QUERIES); else ATTEND(0, QUERIES);
+#define ATTEND_ROWS(format) if (q->count == 3) ATTEND(format, 3); else ATTEND(format, QUERIES)
+    switch (c->format) {
+    case KEPT_FLOAT32: ATTEND_ROWS(KEPT_FLOAT32); break;
+    case KEPT_FLOAT16: ATTEND_ROWS(KEPT_FLOAT16); break;
+#if !defined(__wasm__)  // the page never asks for it
+    case KEPT_INT8: ATTEND_ROWS(KEPT_INT8); break;
+#endif
+    }
+#undef ATTEND_ROWS
 #undef ATTEND
 }
 
 INLINE size_t head_keys(const cache *c, int head_dim) { return (size_t)c->capacity * (size_t)head_dim; }
 INLINE size_t head_values(const cache *c) { return (size_t)c->capacity * (size_t)c->value_stride; }
 
-// Store a key or a value of one position; `head` counts the heads of all layers and sequences.
+// A head; `head` counts the heads of all layers and sequences.
+INLINE cached cached_at(const cache *c, size_t head, int head_dim) {
+    static const size_t bytes[] = {4, 2, 1};
+    size_t scales = head * (size_t)c->capacity;
+    return (cached){(const char *)c->keys + head * head_keys(c, head_dim) * bytes[c->format],
+                    (const char *)c->values + head * head_values(c) * bytes[c->format],
+                    c->key_scales + scales, c->value_scales + scales};
+}
+
+// Store numbers at every `step`th place from `at` on, and their scale where the format has one.
+INLINE void remember(int format, const float *from, int count, void *base, size_t at, size_t step, float *scale) {
+    float most = 0, units = 0, added = 0;
+    if (format == KEPT_INT8) {
+        for (int d = 0; d < count; d++) most = fabsf(from[d]) > most ? fabsf(from[d]) : most, added += 0 * from[d];
+        units = most > 1e-30f ? 127 / most : 0;
+        *scale = (most + added) / 127;  // NaN where a number is that or infinite
+    }
+    for (int d = 0; d < count; d++, at += step) {
+        const float magic = 12582912.0f;  // rounds, see `exponential`
+        if (format == KEPT_INT8) ((int8_t *)base)[at] = (int8_t)(added == 0 ? from[d] * units + magic - magic : 0);
+        else if (format == KEPT_FLOAT16) store_half((half *)base + at, from[d]);
+        else ((float *)base)[at] = from[d];
+    }
+}
+
 static void remember_key(const cache *c, size_t head, int head_dim, int position, const float *key) {
     size_t at = head * head_keys(c, head_dim) + (size_t)(position / KEYS * head_dim * KEYS + position % KEYS);
-    for (int d = 0; d < head_dim; d++, at += KEYS) {
-        if (c->half_precision) store_half((half *)c->keys + at, key[d]);
-        else ((float *)c->keys)[at] = key[d];
-    }
+    remember(c->format, key, head_dim, c->keys, at, KEYS, c->key_scales + head * (size_t)c->capacity + position);
 }
 
 static void remember_value(const cache *c, size_t head, int head_dim, int position, const float *value) {
     size_t at = head * head_values(c) + (size_t)position * (size_t)c->value_stride;
-    for (int d = 0; d < head_dim; d++, at++) {
-        if (c->half_precision) store_half((half *)c->values + at, value[d]);
-        else ((float *)c->values)[at] = value[d];
-    }
+    remember(c->format, value, head_dim, c->values, at, 1, c->value_scales + head * (size_t)c->capacity + position);
 }

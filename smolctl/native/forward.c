@@ -27,7 +27,7 @@
 // What the functions return; library.py knows the numbers too.
 enum status { DONE, NO_MEMORY, BUSY, CANCELLED };
 // Counts changes of the structures and functions that library.py describes.
-#define INTERFACE 4
+#define INTERFACE 6
 
 typedef struct {
     matrix q, k, v, o, gate, up, down;
@@ -61,7 +61,7 @@ typedef struct {
 
 #define SPLIT_POSITIONS 128  // in a part of a long context: threads share the parts out
 #define PHASES 8             // of a layer, each with a counter of claimed pieces
-#define EXACT 16             // native_engine.py and engine.js know it too
+#define EXACT 16             // engine.js knows it too
 #define PIECE_ROWS 16        // rows of a matrix in a piece of a product of many tokens
 #define PIECE_TOKENS 8       // tokens in a piece of attention
 
@@ -91,9 +91,6 @@ typedef struct {
     int leaving;           // whether it was cancelled
 } context;
 
-INLINE int pieces_of(int total, int piece) { return (total + piece - 1) / piece; }
-INLINE int filled_to(int total, int piece) { return pieces_of(total, piece) * piece; }
-
 // Rows in a piece of a product: a multiple of PIECE_ROWS. With few tokens, enough to read memory without a pause.
 INLINE int rows_of_piece(const pool *p, int rows, int tokens) {
     return tokens > EXACT ? PIECE_ROWS : tokens > FEW ? 4 * PIECE_ROWS : filled_to(pieces_of(rows, p->threads), PIECE_ROWS);
@@ -108,7 +105,7 @@ typedef struct { float *panel, *forms, *spare, *up; } room;
 
 // Floats of a panel, and of the forms of one vector.
 #define PANEL(columns) (OPENED(columns) > TILE * (columns) ? OPENED(columns) : TILE * (columns))
-#define FORMS(columns) (VECTOR_ROOM * (columns) + INTEGER_ROOM(columns))
+#define FORMS(columns) ((columns) + INTEGER_ROOM(columns))
 
 static room room_of(const context *c, int thread) {
     float *panel = c->scratch + (size_t)thread * c->scratch_size, *forms = panel + PANEL(c->widest);
@@ -143,7 +140,7 @@ static operand prepare(const context *c, const float *x, int columns, int tokens
     for (int t = 0; t < tokens && tokens <= FEW; t++) {
         float *forms = own->forms + (size_t)t * FORMS(columns);
         if (c->packs < 2) made.few[t] = prepare_vector(x + (size_t)t * columns, columns, forms);
-        if (c->packs) made.own[t] = prepare_integers(x + (size_t)t * columns, columns, forms + VECTOR_ROOM * columns);
+        if (c->packs) made.own[t] = prepare_integers(x + (size_t)t * columns, columns, forms + columns);
     }
     return made;
 }
@@ -243,9 +240,7 @@ static void attend_group(context *c, int index, int token, int count, int kv_hea
     const model *m = &c->m;
     const batch *b = c->b;
     int D = m->head_dim, group = m->heads / m->kv_heads, stride = b->cache.value_stride, rows = count * group;
-    size_t head = cached_head(c, index, token, kv_head), width = b->cache.half_precision ? 2 : 4;
-    const char *keys = (const char *)b->cache.keys + head * head_keys(&b->cache, D) * width;
-    const char *values = (const char *)b->cache.values + head * head_values(&b->cache) * width;
+    const cached from = cached_at(&b->cache, cached_head(c, index, token, kv_head), D);
     for (int row = 0; row < rows; row += QUERIES) {
         queries q;
         partial out[QUERIES], *places[QUERIES];
@@ -265,7 +260,7 @@ static void attend_group(context *c, int index, int token, int count, int kv_hea
         // Parts begin at the same places whatever else the call reads, for the same bits.
         int span = c->splits > 1 ? SPLIT_POSITIONS : filled_to(furthest, KEYS);
         int first = split * span, last = least(first + span, furthest);
-        if (first < last) attend(&b->cache, keys, values, D, &q, first, last, out);
+        if (first < last) attend(&b->cache, &from, D, &q, first, last, out);
         for (int r = 0; r < QUERIES; r++) if (places[r]) *places[r] = out[r];
     }
 }
@@ -486,6 +481,9 @@ EXPORT int smolctl_forward(void *argument, const batch *b) {
     atomic_store(&c->busy, 0);
     return status;
 }
+
+// How many tokens a call may have so that each gets the bits of a call of its own.
+EXPORT int smolctl_exact(const void *argument) { return ((const context *)argument)->exact; }
 
 EXPORT int smolctl_interface(void) { return INTERFACE; }
 

@@ -1,4 +1,4 @@
-// Products of packed rows with vectors, in integers: of INT8 and INT4 in groups of whole blocks.
+// Products of packed rows with vectors, in integers.
 //
 // A block of a vector is integers up to LARGEST of a unit of its own, so its sum with a block of a row is exact.
 // Units of 8 bits would not do: a few channels of these networks are a hundred times as large as their
@@ -9,6 +9,8 @@
 // - A few vectors take one row after the other, straight from memory. The processor's prefetchers follow
 //   one stream at the memory's full speed, and even two interleaved ones at a third of it (measured on Zen 4).
 // - More of them share LANES rows that are opened in the cache, interleaved: every lane is a row there.
+//
+// Where groups are halves of blocks, a block has two parts with a scale each, else one: `parts` below.
 #pragma once
 
 #include "matrix.h"
@@ -66,8 +68,9 @@ typedef struct {
     const int16_t *words;  // (columns): each block as integers up to LARGEST …
     const int8_t *digits;  // … the same in digits, see `digits_at`
     const float *scales;   // (columns / BLOCK, filled up with zeros to 16): … of these units
-    const float *sums;     // (as many): of each block's values, for offsets
-    const int32_t *biases; // (columns / BLOCK): what BIAS has added to a block's product with 8-bit values, negative
+    // As many, of each block, of its first half and of its second, see `form_of`:
+    const float *sums[3];     // of the values, for offsets
+    const int32_t *biases[3]; // what BIAS has added to a product with 8-bit values, negative
 } integers;
 
 #define INTEGER_ROOM(columns) (2 * (columns) + 160)  // floats that they take
@@ -76,76 +79,90 @@ typedef struct {
 // their second halves, and the low ones likewise.
 INLINE size_t digits_at(int block) { return (size_t)(block / DIGIT_BLOCKS) * (16 * LANES) + (size_t)(block % DIGIT_BLOCKS) * 16; }
 
+// Which of `sums` and `biases` belong to a part of a block.
+INLINE int form_of(int parts, int part) { return parts - 1 + part; }
+
 static integers prepare_integers(const float *x, int columns, float *room) {
     int blocks = columns / BLOCK, padded = (blocks + 15) / 16 * 16;
     float *scales = room, *sums = room + padded;
-    int32_t *biases = (int32_t *)(sums + padded);
-    int8_t *bytes = (int8_t *)(biases + padded);
+    int32_t *biases = (int32_t *)(sums + 3 * padded);
+    int8_t *bytes = (int8_t *)(biases + 3 * padded);
     int16_t *values = (int16_t *)(bytes + (size_t)(blocks + 3) / 4 * 256);
-    memset(room, 0, 3 * sizeof(float) * (size_t)padded);
+    memset(room, 0, 7 * sizeof(float) * (size_t)padded);
     if (HAS_DIGITS) memset(bytes + (size_t)(blocks / 4) * 256, 0, 256 * (blocks % 4 > 0));
     for (int block = 0; block < blocks; block++) {
         const float *from = x + block * BLOCK;
         int16_t *to = values + block * BLOCK;
-        vec total = load(from), most = maximum(total, -total);
-        for (int part = 1; part < PARTS; part++) {
+        vec totals[2] = {{0}}, most = {0};
+        for (int part = 0; part < PARTS; part++) {
             vec v = load(from + part * LANES);
-            total += v;
+            totals[part * LANES / HALF_BLOCK] += v;
             most = maximum(most, maximum(v, -v));
         }
         float largest = highest(most), units = largest > 1e-30f ? LARGEST / largest : 0;
-        sums[block] = sum(total);
-        scales[block] = (largest + 0 * sums[block]) / LARGEST;  // NaN where a value is that or infinite
+        float parts[4];
+        sum_four((vec[4]){totals[0] + totals[1], totals[0], totals[1], all(0)}, parts);
+        for (int i = 0; i < 3; i++) sums[i * padded + block] = parts[i];
+        scales[block] = (largest + 0 * parts[0]) / LARGEST;  // NaN where a value is that or infinite
         for (int part = 0; part < PARTS; part++) {
             const float magic = 12582912.0f;  // rounds, see `exponential`
             vec rounded = load(from + part * LANES) * units + magic - magic;
             STORE(to + part * LANES, __builtin_convertvector(rounded, shorts_vec));
         }
         if (!HAS_DIGITS) continue;
-        int all_of_them = 0;
-        for (int i = 0; i < BLOCK; i++) {
-            int high = (to[i] + 128) >> 8;
-            int8_t *at = bytes + digits_at(block) + i / 16 * 4 * LANES + i % 16;
-            at[0] = (int8_t)high, at[8 * LANES] = (int8_t)(to[i] - high * 256);
-            all_of_them += to[i];
+        for (int half = 0; half < 2; half++) {
+            int8_t *at = bytes + digits_at(block) + half * 4 * LANES;
+            int total = 0;
+            for (int i = 0; i < HALF_BLOCK; i++) {
+                int value = to[half * HALF_BLOCK + i], high = (value + 128) >> 8;
+                at[i] = (int8_t)high, at[8 * LANES + i] = (int8_t)(value - high * 256);
+                total += value;
+            }
+            biases[(1 + half) * padded + block] = -BIAS * total;
         }
-        biases[block] = -BIAS * all_of_them;
+        biases[block] = biases[padded + block] + biases[2 * padded + block];
     }
-    return (integers){values, bytes, scales, sums, biases};
+    return (integers){values, bytes, scales, {sums, sums + padded, sums + 2 * padded},
+                      {biases, biases + padded, biases + 2 * padded}};
 }
 
 // ---- rows ----
 
 typedef struct {
-    int kind;  // INT8 or INT4
+    int kind, parts;
     int rows, blocks, groups, blocks_a_group;
     const uint8_t *values;
     const half *scales, *offsets;
 } packing;
 
 INLINE packing packing_of(const matrix *m) {
-    return (packing){m->kind, m->rows, m->columns / BLOCK, groups_of(m), m->group / BLOCK, m->values, m->scales, m->offsets};
+    int parts = m->group < BLOCK ? 2 : 1;
+    return (packing){m->kind, parts, m->rows, m->columns / BLOCK, groups_of(m), parts * m->group / BLOCK, m->values, m->scales, m->offsets};
 }
 
 INLINE const uint8_t *block_of(int kind, const packing *p, int row, int block) {
-    return p->values + ((size_t)row * (size_t)p->blocks + (size_t)block) * (kind == INT8 ? BLOCK : BLOCK / 2);
+    return p->values + ((size_t)row * (size_t)p->blocks + (size_t)block) * (kind == INT8 ? 32 : kind == INT4 ? 16 : 20);
 }
 
-// The scales or offsets of LANES blocks of a row from `first` on, zeros for those past the last.
-INLINE vec widen(const half *from, const packing *p, int row, int first) {
+// The scales or offsets of a part of LANES blocks of a row from `first` on, zeros for those past the last.
+INLINE vec widen(const half *from, int parts, int part, const packing *p, int row, int first) {
     int count = least(p->blocks - first, LANES);
     size_t at = (size_t)row * (size_t)p->groups;
-    if (p->blocks_a_group == 1 && at + (size_t)(first + LANES) <= (size_t)p->rows * (size_t)p->groups) {
+    if (p->blocks_a_group == 1 && at + (size_t)(parts * (first + LANES)) <= (size_t)p->rows * (size_t)p->groups) {
         ivec lane;
         for (int i = 0; i < LANES; i++) lane[i] = i;
-        vec wide = from_half(from + at + first);  // of the next rows too
+        vec wide;  // of the next rows too
+        if (parts == 2) {
+            halves_vec own = __builtin_convertvector(LOAD(uvec, from + at + 2 * first) >> 16 * part, halves_vec);
+            wide = from_half((const half *)&own);
+        } else wide = from_half(from + at + first);
         return count == LANES ? wide : choose(lane < count, wide, all(0));
     }
     float to[LANES] = {0};
-    int group = first / p->blocks_a_group, left = p->blocks_a_group - first % p->blocks_a_group;
+    int group = parts * (first / p->blocks_a_group) + part, left = p->blocks_a_group - first % p->blocks_a_group;
     for (int i = 0; i < count; i++) {
         to[i] = half_to_float(&from[at + group]);
-        if (!--left) group++, left = p->blocks_a_group;
+        if (!--left) group += parts, left = p->blocks_a_group;
     }
     return load(to);
 }
@@ -156,44 +173,65 @@ INLINE void open_words(int kind, const uint8_t *block, words to[BLOCK / WORDS]) 
         for (int p = 0; p < BLOCK / WORDS; p++)
             to[p] = __builtin_convertvector(LOAD(half_words, block + p * WORDS), words);
     } else {
-        typedef uint8_t packed __attribute__((vector_size(BLOCK / 2)));
-        typedef int16_t opened __attribute__((vector_size(BLOCK)));
-        opened both = __builtin_convertvector(LOAD(packed, block), opened), halves[2] = {both & 15, both >> 4};
+        typedef uint8_t packed __attribute__((vector_size(HALF_BLOCK)));
+        typedef int16_t opened __attribute__((vector_size(2 * HALF_BLOCK)));
+        opened both = __builtin_convertvector(LOAD(packed, block + (kind == INT5 ? 4 : 0)), opened), halves[2] = {both & 15, both >> 4};
+        for (int i = 0; i < 2 && kind == INT5; i++) halves[i] |= SPREAD(opened, HALF_BLOCK, LOAD(int16_t, block + 2 * i)) & 16;
         memcpy(to, halves, sizeof halves);
     }
 }
 
-#if HAS_DIGITS
+INLINE ivec all_of(const void *from) { return LOAD(int32_t, from) - (ivec){0}; }
+
+// 16 where the fifth bit of a value is set: of a half of the 32 bits that every four bytes of a block repeat.
+INLINE udigits fifths_of(udigits bits, int half) {
+#if LANES == 16 && HAS_DIGITS
+    const long long ones = 0x0101010101010101;
+    __m512i own = _mm512_shuffle_epi8((__m512i)bits, _mm512_add_epi8(_mm512_set_epi64(ones, 0, ones, 0, ones, 0, ones, 0), _mm512_set1_epi8((char)(2 * half))));
+    return (udigits)_mm512_maskz_set1_epi8(_mm512_test_epi8_mask(own, _mm512_set1_epi64((long long)0x8040201008040201)), 16);
+#else
+    udigits own, each;
+    for (int i = 0; i < 4 * LANES; i++) own[i] = bits[i / 16 * 16 + half * 2 + i % 16 / 8], each[i] = (uint8_t)(1 << i % 8);
+    return (udigits)((own & each) == each) & 16;
+#endif
+}
+
 // The values of DIGIT_BLOCKS blocks from `block` on, zeros for those past the last one: the blocks' first halves,
 // and their second ones.
 INLINE void open_digits(int kind, const packing *p, int row, int block, udigits to[2]) {
     const uint8_t *from = block_of(kind, p, row, block);
-#if LANES == 16
-#define LOAD_PARTS(at, count) (udigits)_mm512_maskz_loadu_epi64((__mmask8)((1 << 2 * least(count, 4)) - 1), from + (at))
-    int left = p->blocks - block;
-    udigits one = left < 4 ? LOAD_PARTS(0, kind == INT8 ? 2 * left : left) : LOAD(udigits, from);
-#undef LOAD_PARTS
+    udigits one, bits = {0};
+#if LANES == 16 && HAS_DIGITS
+    int left = least(p->blocks - block, 4), count = left * (kind == INT8 ? 8 : kind == INT4 ? 4 : 5);  // of 32 bits
+#define LOAD_32S(at) \
+    (left < 4 ? _mm512_maskz_loadu_epi32((__mmask16)(((1u << count) - 1) >> (at) / 4), from + (at)) : _mm512_loadu_si512(from + (at)))
+    __m512i first = LOAD_32S(0);
+    one = (udigits)first;
     if (kind == INT8) {
-        __m512i other = left < 4 ? _mm512_maskz_loadu_epi64((__mmask8)(left == 3 ? 15 : 0), from + 64) : _mm512_loadu_si512(from + 64);
+        __m512i other = LOAD_32S(64);
         const __m512i firsts = _mm512_set_epi64(13, 12, 9, 8, 5, 4, 1, 0), seconds = _mm512_set_epi64(15, 14, 11, 10, 7, 6, 3, 2);
-        to[0] = (udigits)_mm512_permutex2var_epi64((__m512i)one, firsts, other) ^ BIAS;
-        to[1] = (udigits)_mm512_permutex2var_epi64((__m512i)one, seconds, other) ^ BIAS;
+        to[0] = (udigits)_mm512_permutex2var_epi64(first, firsts, other) ^ BIAS;
+        to[1] = (udigits)_mm512_permutex2var_epi64(first, seconds, other) ^ BIAS;
         return;
     }
+    if (kind == INT5) {
+        const __m512i repeated = _mm512_set_epi32(15, 15, 15, 15, 10, 10, 10, 10, 5, 5, 5, 5, 0, 0, 0, 0);
+        const __m512i nibbles = _mm512_set_epi32(19, 18, 17, 16, 14, 13, 12, 11, 9, 8, 7, 6, 4, 3, 2, 1);
+        bits = (udigits)_mm512_permutexvar_epi32(repeated, first);
+        one = (udigits)_mm512_permutex2var_epi32(first, nibbles, _mm512_maskz_loadu_epi32((__mmask16)(left < 4 ? 0 : 15), from + 64));
+    }
+#undef LOAD_32S
 #else
-    udigits one = LOAD(udigits, from);
+    one = LOAD(udigits, from + (kind == INT5 ? 4 : 0));
     if (kind == INT8) {
-        to[0] = one, to[1] = LOAD(udigits, from + BLOCK / 2);
+        to[0] = one, to[1] = LOAD(udigits, from + HALF_BLOCK);
         return;
     }
+    if (kind == INT5) bits = (udigits)all_of(from);
 #endif
     to[0] = one & 15, to[1] = one >> 4;
+    for (int half = 0; half < 2 && kind == INT5; half++) to[half] |= fifths_of(bits, half);
 }
-#else
-INLINE void open_digits(int kind, const packing *p, int row, int block, udigits to[2]) {
-    (void)kind, (void)p, (void)row, (void)block, (void)to;
-}
-#endif
 
 // ---- one row ----
 
@@ -219,11 +257,18 @@ INLINE ivec add_lanes(const ivec fours[LANES / 4]) {
 #endif
 }
 
-// Products of `count` blocks of a row with those of vectors: block first + i in lane i.
-INLINE void multiply_blocks(int kind, int tokens, const packing *p, int row, int first, int count, const integers *x,
-                            ivec out[]) {
+// Those lanes of a product of words that belong to a half of their block, which are all of them where there is one part.
+INLINE ivec in_part(int parts, int part, int vector, ivec products) {
+    ivec own;
+    for (int i = 0; i < LANES; i++) own[i] = -(parts == 1 || (vector * WORDS + 2 * i) / HALF_BLOCK == part);
+    return products & own;
+}
+
+// Products of `count` blocks of a row with those of vectors, each part for itself: block first + i in lane i.
+INLINE void multiply_blocks(int kind, int parts, int tokens, const packing *p, int row, int first, int count,
+                            const integers *x, ivec out[][2]) {
     if (HAS_DIGITS) {
-        ivec sums[PAIR][4] = {0};
+        ivec sums[PAIR][2][4] = {0};
 #pragma clang loop unroll(full)
         for (int i = 0; i < 4; i++) {
             int block = first + i * DIGIT_BLOCKS;
@@ -232,68 +277,79 @@ INLINE void multiply_blocks(int kind, int tokens, const packing *p, int row, int
             open_digits(kind, p, row, block, w);
             for (int t = 0; t < tokens; t++) {
                 const digits *v = (const digits *)(x[t].digits + digits_at(block));
-                ivec upper = add_fours(add_fours((ivec){0}, w[0], v[0]), w[1], v[1]);
-                ivec lower = add_fours(add_fours((ivec){0}, w[0], v[2]), w[1], v[3]);
-                sums[t][i] = (upper << 8) + lower;
+                ivec upper[2] = {{0}}, lower[2] = {{0}};
+                for (int half = 0; half < 2; half++) {
+                    upper[half * (parts - 1)] = add_fours(upper[half * (parts - 1)], w[half], v[half]);
+                    lower[half * (parts - 1)] = add_fours(lower[half * (parts - 1)], w[half], v[2 + half]);
+                }
+                for (int part = 0; part < parts; part++) sums[t][part][i] = (upper[part] << 8) + lower[part];
             }
         }
-        for (int t = 0; t < tokens; t++) {
-            out[t] = add_quads(sums[t]);
+        for (int t = 0; t < tokens; t++)
+            for (int part = 0; part < parts; part++) {
+                ivec own = add_quads(sums[t][part]);
 #if LANES == 16
-            out[t] = __builtin_shufflevector(out[t], out[t], 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+                own = __builtin_shufflevector(own, own, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
 #endif
-            if (BIAS && kind == INT8) out[t] += LOAD(ivec, x[t].biases + first);
-        }
+                if (BIAS && kind == INT8) own += LOAD(ivec, x[t].biases[form_of(parts, part)] + first);
+                out[t][part] = own;
+            }
         return;
     }
-    ivec fours[PAIR][LANES / 4] = {0};
+    ivec fours[PAIR][2][LANES / 4] = {0};
 #pragma clang loop unroll(full)
     for (int four = 0; four < LANES / 4; four++) {
         if (4 * four >= count) break;
-        ivec sums[PAIR][4] = {0};
+        ivec sums[PAIR][2][4] = {0};
 #pragma clang loop unroll(full)
         for (int i = 0; i < 4; i++) {
             int block = first + 4 * four + i;
             if (4 * four + i >= count) break;
             words w[BLOCK / WORDS];
             open_words(kind, block_of(kind, p, row, block), w);
-            for (int t = 0; t < tokens; t++) {
-                const int16_t *v = x[t].words + block * BLOCK;
-                sums[t][i] = multiply_words(w[0], LOAD(words, v));
-                for (int part = 1; part < BLOCK / WORDS; part++) sums[t][i] += multiply_words(w[part], LOAD(words, v + part * WORDS));
-            }
+            for (int t = 0; t < tokens; t++)
+                for (int vector = 0; vector < BLOCK / WORDS; vector++) {
+                    ivec products = multiply_words(w[vector], LOAD(words, x[t].words + block * BLOCK + vector * WORDS));
+                    for (int part = 0; part < parts; part++) sums[t][part][i] += in_part(parts, part, vector, products);
+                }
         }
-        for (int t = 0; t < tokens; t++) fours[t][four] = add_quads(sums[t]);
+        for (int t = 0; t < tokens; t++)
+            for (int part = 0; part < parts; part++) fours[t][part][four] = add_quads(sums[t][part]);
     }
-    for (int t = 0; t < tokens; t++) out[t] = add_lanes(fours[t]);
+    for (int t = 0; t < tokens; t++)
+        for (int part = 0; part < parts; part++) out[t][part] = add_lanes(fours[t][part]);
 }
 
-INLINE void add_blocks(int kind, int tokens, const packing *p, int row, int first, int count, const integers *x, vec total[]) {
-    ivec products[PAIR];
-    multiply_blocks(kind, tokens, p, row, first, count, x, products);
-    vec scale = widen(p->scales, p, row, first), offset = kind == INT4 ? widen(p->offsets, p, row, first) : all(0);
-    for (int t = 0; t < tokens; t++) {
-        if (kind == INT4) total[t] += offset * load(x[t].sums + first);
-        total[t] += __builtin_convertvector(products[t], vec) * (scale * load(x[t].scales + first));
+INLINE void add_blocks(int kind, int parts, int tokens, const packing *p, int row, int first, int count, const integers *x,
+                       vec total[]) {
+    ivec products[PAIR][2];
+    multiply_blocks(kind, parts, tokens, p, row, first, count, x, products);
+    for (int part = 0; part < parts; part++) {
+        vec scale = widen(p->scales, parts, part, p, row, first);
+        vec offset = kind == INT8 ? all(0) : widen(p->offsets, parts, part, p, row, first);
+        for (int t = 0; t < tokens; t++) {
+            if (kind != INT8) total[t] += offset * load(x[t].sums[form_of(parts, part)] + first);
+            total[t] += __builtin_convertvector(products[t][part], vec) * (scale * load(x[t].scales + first));
+        }
     }
 }
 
-INLINE void direct_row(int kind, int tokens, const packing *p, int row, const integers *x, vec total[]) {
+INLINE void direct_row(int kind, int parts, int tokens, const packing *p, int row, const integers *x, vec total[]) {
     int first = 0;
     for (int t = 0; t < tokens; t++) total[t] = all(0);
-    for (; first + LANES <= p->blocks; first += LANES) add_blocks(kind, tokens, p, row, first, LANES, x, total);
-    if (p->blocks - first > 4) add_blocks(kind, tokens, p, row, first, p->blocks - first, x, total);
-    else if (p->blocks > first) add_blocks(kind, tokens, p, row, first, least(4, p->blocks - first), x, total);
+    for (; first + LANES <= p->blocks; first += LANES) add_blocks(kind, parts, tokens, p, row, first, LANES, x, total);
+    if (p->blocks - first > 4) add_blocks(kind, parts, tokens, p, row, first, p->blocks - first, x, total);
+    else if (p->blocks > first) add_blocks(kind, parts, tokens, p, row, first, least(4, p->blocks - first), x, total);
 }
 
-INLINE void direct_rows(int kind, const packing *p, int first, int last, const integers *x, int tokens, float *y, size_t stride) {
+INLINE void direct_rows(int kind, int parts, const packing *p, int first, int last, const integers *x, int tokens, float *y, size_t stride) {
     for (int row = first; row < last; row += 4)
         for (int token = 0; token < tokens; token += PAIR) {
             vec sums[PAIR][4] = {0}, own[PAIR];
             int count = least(PAIR, tokens - token), rows = least(4, last - row);
             for (int r = 0; r < rows; r++) {
-                if (count == PAIR) direct_row(kind, PAIR, p, row + r, x + token, own);
-                else direct_row(kind, 1, p, row + r, x + token, own);
+                if (count == PAIR) direct_row(kind, parts, PAIR, p, row + r, x + token, own);
+                else direct_row(kind, parts, 1, p, row + r, x + token, own);
                 for (int t = 0; t < count; t++) sums[t][r] = own[t];
             }
             for (int t = 0; t < count; t++) {
@@ -308,7 +364,7 @@ INLINE void direct_rows(int kind, const packing *p, int first, int last, const i
 
 #define UNIT (HAS_DIGITS ? 4 : 2)  // columns of a row that lie together in an opened one
 #define UNITS (BLOCK / UNIT)       // of a block
-#define OPENED(columns) (LANES * ((columns) + 96))  // floats of LANES opened rows
+#define OPENED(columns) (LANES * ((columns) + 128))  // floats of LANES opened rows
 
 // LANES vectors of 32-bit parts, turned: to[part × LANES + vector], every four parts `gap` parts apart.
 INLINE void interleave(const ivec v[LANES], int gap, int32_t *to) {
@@ -323,63 +379,66 @@ INLINE void interleave(const ivec v[LANES], int gap, int32_t *to) {
     }
 }
 
-INLINE float *opened_scales(const packing *p, float *panel) { return panel + (size_t)(p->blocks + 3) * UNITS * LANES; }
-INLINE float *opened_offsets(const packing *p, float *panel) {
-    return opened_scales(p, panel) + (size_t)((p->blocks + LANES - 1) / LANES * LANES) * LANES;
+// Where the scales of a part of opened rows lie; the offsets follow those of the last part.
+INLINE float *opened_scales(const packing *p, float *panel, int part) {
+    return panel + ((size_t)(p->blocks + 3) * UNITS + (size_t)(part * filled_to(p->blocks, LANES))) * LANES;
 }
 
 // Open LANES rows from `row` on, the last one again for those past it.
-INLINE void open_rows(int kind, const packing *p, int row, int last, float *panel) {
-    const int step = HAS_DIGITS ? DIGIT_BLOCKS : 1, parts = HAS_DIGITS ? 2 : BLOCK / WORDS;  // vectors of a row's `step` blocks
+INLINE void open_rows(int kind, int parts, const packing *p, int row, int last, float *panel) {
+    const int step = HAS_DIGITS ? DIGIT_BLOCKS : 1, vectors = HAS_DIGITS ? 2 : BLOCK / WORDS;  // of `step` blocks of a row
     for (int b = 0; b < p->blocks; b += step) {
         ivec opened[4][LANES];
         for (int r = 0; r < LANES; r++) {
             int index = least(row + r, last - 1);
-            union { words words[BLOCK / WORDS]; udigits digits[2]; ivec parts[4]; } w;
+            union { words words[BLOCK / WORDS]; udigits digits[2]; ivec vectors[4]; } w;
             if (HAS_DIGITS) open_digits(kind, p, index, b, w.digits);
             else open_words(kind, block_of(kind, p, index, b), w.words);
-            for (int part = 0; part < parts; part++) opened[part][r] = w.parts[part];
+            for (int v = 0; v < vectors; v++) opened[v][r] = w.vectors[v];
         }
         int32_t *to = (int32_t *)panel + (size_t)b * UNITS * LANES;
-        for (int part = 0; part < parts; part++)
-            interleave(opened[part], HAS_DIGITS ? UNITS : 4, to + part * (HAS_DIGITS ? 4 : LANES) * LANES);
+        for (int v = 0; v < vectors; v++)
+            interleave(opened[v], HAS_DIGITS ? UNITS : 4, to + v * (HAS_DIGITS ? 4 : LANES) * LANES);
     }
-    for (int first = 0; first < p->blocks; first += LANES) {
-        ivec wide[LANES];
-        for (int r = 0; r < LANES; r++) wide[r] = (ivec)widen(p->scales, p, least(row + r, last - 1), first);
-        interleave(wide, 4, (int32_t *)opened_scales(p, panel) + first * LANES);
-        if (kind != INT4) continue;
-        for (int r = 0; r < LANES; r++) wide[r] = (ivec)widen(p->offsets, p, least(row + r, last - 1), first);
-        interleave(wide, 4, (int32_t *)opened_offsets(p, panel) + first * LANES);
+    for (int part = 0; part < parts * (kind == INT8 ? 1 : 2); part++) {
+        const half *from = part < parts ? p->scales : p->offsets;
+        for (int first = 0; first < p->blocks; first += LANES) {
+            ivec wide[LANES];
+            for (int r = 0; r < LANES; r++) wide[r] = (ivec)widen(from, parts, part % parts, p, least(row + r, last - 1), first);
+            interleave(wide, 4, (int32_t *)opened_scales(p, panel, part) + first * LANES);
+        }
     }
 }
 
-INLINE ivec all_of(const void *from) { return LOAD(int32_t, from) - (ivec){0}; }
-
 // Some vectors times opened rows: y[t × stride + r] for `rows` of them. Meanwhile what lies at `next` is fetched.
-INLINE void multiply_opened(int tokens, const packing *p, float *panel, int rows, const integers *x, float *y, size_t stride,
-                            const uint8_t *next) {
-    const float *scales = opened_scales(p, panel), *offsets = opened_offsets(p, panel);
+INLINE void multiply_opened(int parts, int tokens, const packing *p, float *panel, int rows, const integers *x, float *y,
+                            size_t stride, const uint8_t *next) {
     const int lines = LANES * BLOCK / (p->kind == INT8 ? 64 : 128);  // of a block of this many rows
+    const int units = UNITS / parts;
+    const float *scales = opened_scales(p, panel, 0), *offsets = opened_scales(p, panel, parts);
+    const int plane = (int)(opened_scales(p, panel, 1) - scales);
     vec total[LANES][TOGETHER] = {0};
     for (int b = 0; b < p->blocks; b++) {
-        const int32_t *w = (const int32_t *)panel + (size_t)b * UNITS * LANES;
-        ivec sums[TOGETHER], upper[TOGETHER] = {0};
         for (int line = 0; line < (next ? lines : 0); line++) __builtin_prefetch(next + (b * lines + line) * 64);
-        for (int t = 0; t < tokens; t++) sums[t] = (p->kind == INT8 ? x[t].biases[b] : 0) - (ivec){0};
-        for (int u = 0; u < UNITS; u++)
-            for (int t = 0; t < tokens; t++) {
-                if (HAS_DIGITS) {
-                    const int8_t *v = x[t].digits + digits_at(b) + u / 4 * 4 * LANES + u % 4 * 4;
-                    upper[t] = add_fours(upper[t], LOAD(udigits, w + u * LANES), (digits)all_of(v));
-                    sums[t] = add_fours(sums[t], LOAD(udigits, w + u * LANES), (digits)all_of(v + 8 * LANES));
-                } else sums[t] += multiply_words(LOAD(words, w + u * LANES), (words)all_of(x[t].words + b * BLOCK + u * UNIT));
-            }
-        vec scale = load(scales + b * LANES), *to = total[b % LANES];
-        if (p->kind == INT4)
-            for (int t = 0; t < tokens; t++) to[t] += load(offsets + b * LANES) * x[t].sums[b];
-        for (int t = 0; t < tokens; t++)
-            to[t] += __builtin_convertvector((upper[t] << 8) + sums[t], vec) * (scale * x[t].scales[b]);
+        for (int part = 0; part < parts; part++) {
+            const int32_t *w = (const int32_t *)panel + (size_t)b * UNITS * LANES;
+            const int form = form_of(parts, part);
+            ivec sums[TOGETHER], upper[TOGETHER] = {0};
+            for (int t = 0; t < tokens; t++) sums[t] = (p->kind == INT8 ? x[t].biases[form][b] : 0) - (ivec){0};
+            for (int u = part * units; u < (part + 1) * units; u++)
+                for (int t = 0; t < tokens; t++) {
+                    if (HAS_DIGITS) {
+                        const int8_t *v = x[t].digits + digits_at(b) + u / 4 * 4 * LANES + u % 4 * 4;
+                        upper[t] = add_fours(upper[t], LOAD(udigits, w + u * LANES), (digits)all_of(v));
+                        sums[t] = add_fours(sums[t], LOAD(udigits, w + u * LANES), (digits)all_of(v + 8 * LANES));
+                    } else sums[t] += multiply_words(LOAD(words, w + u * LANES), (words)all_of(x[t].words + b * BLOCK + u * UNIT));
+                }
+            vec *to = total[b % LANES], scale = load(scales + part * plane + b * LANES);
+            if (p->kind != INT8)
+                for (int t = 0; t < tokens; t++) to[t] += load(offsets + part * plane + b * LANES) * x[t].sums[form][b];
+            for (int t = 0; t < tokens; t++)
+                to[t] += __builtin_convertvector((upper[t] << 8) + sums[t], vec) * (scale * x[t].scales[b]);
+        }
     }
     for (int t = 0; t < tokens; t++) {
         vec sum = all(0);
@@ -391,28 +450,33 @@ INLINE void multiply_opened(int tokens, const packing *p, float *panel, int rows
     }
 }
 
+#define BY_KIND(kind, call) \
+    if ((kind) == INT8) call(INT8); \
+    else if ((kind) == INT4) call(INT4); \
+    else call(INT5);
+
 // y[token × stride + row - first] = row of m · x[token], for rows first..last. `panel` holds OPENED(columns) floats.
 static void multiply_integers(const matrix *m, int first, int last, const integers *x, int tokens, float *panel, float *y,
                               size_t stride) {
     const packing p = packing_of(m);
     if (tokens <= FEW) {
-        if (m->kind == INT8) direct_rows(INT8, &p, first, last, x, tokens, y, stride);
-        else direct_rows(INT4, &p, first, last, x, tokens, y, stride);
+#define DIRECT(kind) (p.parts == 1 ? direct_rows(kind, 1, &p, first, last, x, tokens, y, stride) : direct_rows(kind, 2, &p, first, last, x, tokens, y, stride))
+        BY_KIND(m->kind, DIRECT)
         return;
     }
     for (int row = first; row < last; row += LANES) {
         int rows = least(LANES, last - row), some;
         float *to = y + (row - first);
         const uint8_t *next = row + LANES < last ? block_of(m->kind, &p, row + LANES, 0) : NULL;
-        if (m->kind == INT8) open_rows(INT8, &p, row, last, panel);
-        else open_rows(INT4, &p, row, last, panel);
+#define OPEN(kind) (p.parts == 1 ? open_rows(kind, 1, &p, row, last, panel) : open_rows(kind, 2, &p, row, last, panel))
+        BY_KIND(m->kind, OPEN)
         for (int t = 0; t < tokens; t += some) {
-#define SOME(count) (some = count, multiply_opened(count, &p, panel, rows, x + t, to + (size_t)t * stride, stride, t ? NULL : next))
+#define OF_PARTS(parts, count) multiply_opened(parts, count, &p, panel, rows, x + t, to + (size_t)t * stride, stride, t ? NULL : next)
+#define SOME(count) (some = count, p.parts == 1 ? OF_PARTS(1, count) : OF_PARTS(2, count))
             if (tokens - t >= TOGETHER) SOME(TOGETHER);
             else if (tokens - t >= 4) SOME(4);
             else if (tokens - t >= 2) SOME(2);
             else SOME(1);
-#undef SOME
         }
     }
 }

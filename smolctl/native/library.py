@@ -16,7 +16,7 @@ from smolctl.native.build import levels
 BUILDS = tuple(levels())
 # For trying a lesser build than the processor allows, or `none` for no build at all.
 OVERRIDE = "SMOLCTL_NATIVE"
-INTERFACE = 4  # of forward.c, with the structures below
+INTERFACE = 6  # of forward.c, with the structures below
 
 
 class Status(IntEnum):
@@ -78,7 +78,9 @@ class CacheBuffers(Structure):
     _fields_ = [
         ("keys", c_void_p),
         ("values", c_void_p),
-        ("half_precision", c_int32),
+        ("key_scales", c_void_p),
+        ("value_scales", c_void_p),
+        ("format", c_int32),
         ("sequences", c_int32),
         ("capacity", c_int32),
         ("value_stride", c_int32),
@@ -141,6 +143,7 @@ def _open(path: Path) -> ctypes.CDLL:
     functions.smolctl_create.argtypes = [POINTER(Model), c_int, c_int]
     functions.smolctl_create.restype = c_void_p
     functions.smolctl_forward.argtypes = [c_void_p, POINTER(Batch)]
+    functions.smolctl_exact.argtypes = [c_void_p]
     functions.smolctl_destroy.argtypes = [c_void_p]
     functions.smolctl_multiply.argtypes = [POINTER(Matrix), c_void_p, c_int, c_void_p]
     return functions

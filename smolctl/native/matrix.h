@@ -24,9 +24,8 @@ typedef struct {
 #else
 #define TOKENS 2  // 16, also behind WebAssembly
 #endif
-#define MAX_UNITS 256  // blocks of a row, or halves of blocks, whose scales are converted at once
 
-INLINE int groups_of(const matrix *m) { return (m->columns + m->group - 1) / m->group; }
+INLINE int groups_of(const matrix *m) { return pieces_of(m->columns, m->group); }
 
 INLINE const uint8_t *row_of(const matrix *m, int row) {
     static const int bits[] = {32, 16, 16, 8, 4, 5};
@@ -60,48 +59,18 @@ INLINE vec load_part(int kind, const uint8_t *row, int block, int part) {
 typedef struct {
     const float *values;  // (columns), filled up with zeros
     const float *pairs;   // (columns): in the order of `dot_pairs`
-    const int16_t *integers;  // (columns): each block as integers up to 32,767 …
-    // Of blocks and, second, of their halves:
-    const float *scales[2];   // … of these units,
-    const float *sums[2];     // and the sums of their values, for offsets
 } vector_in;
 
-#define VECTOR_ROOM 3  // floats a column that `prepare_vector` wants
-#define FEW 4          // tokens up to which this is faster than to unpack the rows; native_engine.py knows it too
+#define FEW 4  // tokens up to which this is faster than to unpack the rows
 
-// All forms of a vector; `room` holds VECTOR_ROOM × columns floats.
+// Both forms of a vector; `room` holds as many floats as it has columns.
 static vector_in prepare_vector(const float *x, int columns, float *room) {
-    int blocks = columns / BLOCK;
-    float *pairs = room, *sums = room + columns, *half_sums = sums + blocks;
-    float *scales = half_sums + 2 * blocks, *half_scales = scales + blocks;
-    int16_t *integers = (int16_t *)(room + 2 * columns);
     for (int at = 0; at < columns; at += 2 * LANES)
         for (int i = 0; i < LANES; i++) {
-            pairs[at + i] = x[at + 2 * i];
-            pairs[at + LANES + i] = x[at + 2 * i + 1];
+            room[at + i] = x[at + 2 * i];
+            room[at + LANES + i] = x[at + 2 * i + 1];
         }
-    for (int block = 0; block < blocks; block++) {
-        const float *from = x + block * BLOCK;
-        vec totals[2] = {{0}}, most = {0};
-        for (int part = 0; part < PARTS; part++) {
-            vec v = load(from + part * LANES);
-            totals[part * LANES / HALF_BLOCK] += v;
-            most = maximum(most, maximum(v, -v));
-        }
-        float largest = highest(most), units = largest > 0 ? 32767.0f / largest : 0;
-        for (int i = 0; i < 2; i++) {
-            half_sums[2 * block + i] = sum(totals[i]);
-            half_scales[2 * block + i] = largest / 32767.0f;
-        }
-        sums[block] = half_sums[2 * block] + half_sums[2 * block + 1];
-        scales[block] = largest / 32767.0f;
-        for (int part = 0; part < PARTS; part++) {
-            const float magic = 12582912.0f;  // rounds, see `exponential`
-            vec rounded = load(from + part * LANES) * units + magic - magic;
-            STORE(integers + block * BLOCK + part * LANES, __builtin_convertvector(rounded, shorts_vec));
-        }
-    }
-    return (vector_in){x, pairs, integers, {scales, half_scales}, {sums, half_sums}};
+    return (vector_in){x, room};
 }
 
 INLINE vec block_product(int kind, const uint8_t *row, int block, const float *x) {
@@ -134,83 +103,6 @@ INLINE float dot_pairs(const uint8_t *row, int columns, const float *x) {
     return sum(even + odd);
 }
 
-// The sum of offset × sum of its group's values. A unit is what `sums` has one of.
-static float dot_offsets(const half *offsets, int groups, int units_a_group, int units, const float *sums) {
-    if (units_a_group == 1) {
-        vec total = {0};
-        int g = 0;
-        for (; g + LANES <= groups; g += LANES) total += from_half(offsets + g) * load(sums + g);
-        float rest = 0;
-        for (; g < groups; g++) rest += half_to_float(&offsets[g]) * sums[g];
-        return sum(total) + rest;
-    }
-    float total = 0;
-    for (int unit = 0; unit < units; unit++) total += half_to_float(&offsets[unit / units_a_group]) * sums[unit];
-    return total;
-}
-
-// Integers of the two halves of a block times those of the vector, summed up over lanes in part. 16-bit products
-// need a third of the instructions of floats, and 16 bits per value of x lose nothing that could be seen.
-INLINE void block_integers(int kind, const uint8_t *row, int block, const int16_t *x, accumulator halves[2]) {
-    const uint8_t *from = row + block * (kind == INT8 ? BLOCK : kind == INT4 ? HALF_BLOCK : HALF_BLOCK + 4);
-    x += block * BLOCK;
-    halves[0] = halves[1] = (accumulator){0};
-    for (int at = 0; at < HALF_BLOCK; at += PAIRED) {
-        paired low, high;
-        if (kind == INT8) {
-            low = __builtin_convertvector(LOAD(paired_bytes, from + at), paired);
-            high = __builtin_convertvector(LOAD(paired_bytes, from + HALF_BLOCK + at), paired);
-        } else {
-            paired both = __builtin_convertvector(LOAD(paired_ubytes, from + (kind == INT5 ? 4 : 0) + at), paired);
-            low = both & 15, high = both >> 4;
-        }
-        if (kind == INT5) {
-            int32_t fifths = LOAD(int32_t, from) >> at;
-            low |= SPREAD(paired, PAIRED, (int16_t)fifths) & 16;
-            high |= SPREAD(paired, PAIRED, (int16_t)(fifths >> HALF_BLOCK)) & 16;
-        }
-        halves[0] += multiply_pairs(low, LOAD(paired, x + at));
-        halves[1] += multiply_pairs(high, LOAD(paired, x + HALF_BLOCK + at));
-    }
-}
-
-INLINE float dot_integers(int kind, int halves, const matrix *m, int index, const uint8_t *row, vector_in x) {
-    int size = halves ? HALF_BLOCK : BLOCK, units = m->columns / size, units_a_group = m->group / size;
-    int groups = groups_of(m);
-    const half *from = m->scales + (size_t)index * (size_t)groups;
-    float scales[MAX_UNITS];
-    paired_floats even = {0}, odd = {0};
-    for (int first = 0; first < units; first += MAX_UNITS) {
-        int some = units - first < MAX_UNITS ? units - first : MAX_UNITS, u = 0;
-        const float *of_x = x.scales[halves] + first;
-        if (units_a_group == 1)
-            for (; u + LANES <= some; u += LANES) store(scales + u, from_half(from + first + u) * load(of_x + u));
-        for (; u < some; u++) scales[u] = half_to_float(&from[(first + u) / units_a_group]) * of_x[u];
-        accumulator one[2], other[2];
-        for (u = 0; u + 2 <= some; u += 2) {
-            block_integers(kind, row, halves ? (first + u) / 2 : first + u, x.integers, one);
-            if (halves) {
-                other[0] = one[1];
-            } else {
-                block_integers(kind, row, first + u + 1, x.integers, other);
-                one[0] += one[1], other[0] += other[1];
-            }
-            even += __builtin_convertvector(one[0], paired_floats) * scales[u];
-            odd += __builtin_convertvector(other[0], paired_floats) * scales[u + 1];
-        }
-        if (u < some) {  // a last block
-            block_integers(kind, row, first + u, x.integers, one);
-            even += __builtin_convertvector(one[0] + one[1], paired_floats) * scales[u];
-        }
-    }
-    float product = sum_paired(even + odd);
-    if (kind != INT8) {
-        const half *offsets = m->offsets + (size_t)index * (size_t)groups;
-        product += dot_offsets(offsets, groups, units_a_group, units, x.sums[halves]);
-    }
-    return product;
-}
-
 // y[token × stride + i] = row first + i of m, times x[token], for first..last.
 static void dot_rows(const matrix *m, int first, int last, const vector_in *x, int tokens, float *y, int stride) {
 #define EACH_ROW(value) \
@@ -218,18 +110,11 @@ static void dot_rows(const matrix *m, int first, int last, const vector_in *x, i
         const uint8_t *row = row_of(m, i); \
         for (int t = 0; t < tokens; t++) y[(size_t)t * (size_t)stride + (size_t)(i - first)] = value; \
     }
-#define INTEGERS(kind) \
-    if (m->group < BLOCK) EACH_ROW(dot_integers(kind, 1, m, i, row, x[t])) \
-    else EACH_ROW(dot_integers(kind, 0, m, i, row, x[t]))
     switch (m->kind) {
     case FLOAT32: EACH_ROW(dot_floats(FLOAT32, row, m->columns, x[t].values)) break;
     case BFLOAT16: EACH_ROW(dot_pairs(row, m->columns, x[t].pairs)) break;
-    case FLOAT16: EACH_ROW(dot_floats(FLOAT16, row, m->columns, x[t].values)) break;
-    case INT8: INTEGERS(INT8) break;
-    case INT4: INTEGERS(INT4) break;
-    default: INTEGERS(INT5) break;
+    default: EACH_ROW(dot_floats(FLOAT16, row, m->columns, x[t].values)) break;
     }
-#undef INTEGERS
 #undef EACH_ROW
 }
 
@@ -314,7 +199,7 @@ static void to_bf16(const float *from, int count, uint16_t *to) { (void)from, (v
 #endif
 
 // Whether integers.h multiplies its rows.
-INLINE int is_packed(const matrix *m) { return (m->kind == INT8 || m->kind == INT4) && m->group >= BLOCK; }
+INLINE int is_packed(const matrix *m) { return m->kind >= INT8; }
 INLINE int uses_bf16(const matrix *m) { return HAS_BF16_PRODUCTS && m->kind != FLOAT32; }
 
 // y[token × stride + row - first] = row of m · token, for rows first..last.

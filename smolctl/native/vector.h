@@ -47,6 +47,8 @@ INLINE vec load(const float *p) { return LOAD(vec, p); }
 INLINE void store(float *p, vec v) { STORE(p, v); }
 INLINE vec all(float x) { return x - (vec){0}; }
 INLINE int least(int a, int b) { return a < b ? a : b; }
+INLINE int pieces_of(int total, int piece) { return (total + piece - 1) / piece; }
+INLINE int filled_to(int total, int piece) { return pieces_of(total, piece) * piece; }
 
 // ---- float16 ----
 
@@ -136,43 +138,6 @@ INLINE float highest(vec v) {
     most = lanes[0];
     for (int i = 1; i < LANES; i++) most = lanes[i] > most ? lanes[i] : most;
     return most;
-}
-
-// ---- 16-bit integers in pairs; 256 bits are enough also for AVX-512 ----
-
-#if defined(__AVX2__)
-#define PAIRED 16
-#else
-#define PAIRED 8
-#endif
-
-typedef int16_t paired __attribute__((vector_size(2 * PAIRED)));
-typedef int8_t paired_bytes __attribute__((vector_size(PAIRED)));
-typedef uint8_t paired_ubytes __attribute__((vector_size(PAIRED)));
-typedef int32_t accumulator __attribute__((vector_size(2 * PAIRED)));
-typedef float paired_floats __attribute__((vector_size(2 * PAIRED)));
-
-// a[0] × b[0] + a[1] × b[1], a[2] × b[2] + a[3] × b[3], …
-INLINE accumulator multiply_pairs(paired a, paired b) {
-#if defined(__AVX2__)
-    return (accumulator)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__)
-    return (accumulator)_mm_madd_epi16((__m128i)a, (__m128i)b);
-#elif defined(__wasm__)
-    return (accumulator)wasm_i32x4_dot_i16x8((v128_t)a, (v128_t)b);
-#else
-    typedef int32_t wide __attribute__((vector_size(4 * PAIRED)));
-    wide products = __builtin_convertvector(a, wide) * __builtin_convertvector(b, wide);
-    return __builtin_shufflevector(products, products, 0, 2, 4, 6) + __builtin_shufflevector(products, products, 1, 3, 5, 7);
-#endif
-}
-
-INLINE float sum_paired(paired_floats v) {
-    float lanes[PAIRED / 2];
-    STORE(lanes, v);
-    for (int width = PAIRED / 4; width; width /= 2)
-        for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
-    return lanes[0];
 }
 
 // e^x to about one unit in the last place; 0 below -87.

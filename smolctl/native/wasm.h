@@ -7,6 +7,7 @@
 #define memcpy __builtin_memcpy
 #define memset __builtin_memset
 #define sqrtf __builtin_sqrtf
+#define fabsf __builtin_fabsf
 #define INFINITY __builtin_inff()
 #define WASM_PAGE 65536
 

@@ -23,8 +23,6 @@ from smolctl.cores import usable_cpus
 from smolctl.errors import InputError, UsageError
 from smolctl.generation.engines import EngineOptions, make_engine
 from smolctl.generation.native_engine import (
-    EXACT,
-    FEW,
     RESERVED_BYTES,
     NativeCache,
     NativeEngine,
@@ -46,6 +44,10 @@ from tests.support.native import EMULATED, library
 from tests.support.tiny_models import continue_prompt, run_requests
 from tests.support.tiny_runs import ROPE
 
+# Tokens of a call that gives each the bits of a call of its own: packed matrices, and others.
+EXACT, FEW = 16, 4
+PACKED = [f"int{bits}{group}" for bits in (8, 5, 4) for group in ("", "/16")]
+
 
 def pack(weight: Tensor, bits: int, group: int) -> PackedMatrix:
     """Plain rounding of (rows, columns) by groups."""
@@ -62,11 +64,13 @@ def pack(weight: Tensor, bits: int, group: int) -> PackedMatrix:
     return PackedMatrix(bits, columns, group, values, scales.squeeze(-1).numpy(), offset)
 
 
-def store(weight: Tensor, kind: str, group: int = 32) -> Stored:
+def store(weight: Tensor, kind: str) -> Stored:
+    """`kind`: a dtype, or "int8" in groups of 32, "int8/16" in groups of 16, …"""
     dense = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if kind in dense:
         return as_array(weight.to(dense[kind]))
-    return pack(weight, int(kind.removeprefix("int")), group)
+    bits, _, group = kind.removeprefix("int").partition("/")
+    return pack(weight, int(bits), int(group or BLOCK))
 
 
 def dense(stored: Stored) -> Tensor:
@@ -91,12 +95,12 @@ def test_products_equal_the_dequantized_matrix(build: str, kind: str, data: st.D
     rows, columns = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 300))
     tokens = data.draw(st.one_of(st.integers(1, 9), st.integers(10, EXACT + 3)))
     group = data.draw(st.sampled_from([16, 32, 64, 96, 128]))
-    packed = kind in ("int8", "int4") and group >= BLOCK
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
     weight = torch.randn(rows, columns, generator=generator)
     x = torch.randn(tokens, columns, generator=generator)
     x[:, columns // 2] *= 100  # as real activations have it
-    stored = store(weight, kind, group)
+    packed = kind.startswith("int")
+    stored = store(weight, f"{kind}/{group}" if packed else kind)
     y = product(build, stored, x)
 
     expected = x.double() @ dense(stored).double().T
@@ -106,7 +110,7 @@ def test_products_equal_the_dequantized_matrix(build: str, kind: str, data: st.D
     exact = EXACT if packed else FEW
     narrow = build == "avx512bf16" and kind != "float32" and tokens > exact
     bound = (2**-7 if narrow else 2**-20) * (x.double().abs() @ size.T)
-    if kind.startswith("int") and (tokens <= exact or (packed and not narrow)):  # x in 16-bit integers
+    if packed and not narrow:  # x in 16-bit integers
         bound += 2**-15 * x.abs().max() * size.sum(-1)
     assert ((y - expected).abs() <= bound + 1e-6).all()
     if tokens <= exact:  # to the last bit, in any company
@@ -115,7 +119,7 @@ def test_products_equal_the_dequantized_matrix(build: str, kind: str, data: st.D
 
 
 @pytest.mark.parametrize("tokens", [1, FEW + 1])
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", PACKED)
 @pytest.mark.parametrize("build", [*BUILDS, *EMULATED])
 def test_packed_products_of_numbers_at_the_limits(build: str, kind: str, tokens: int) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -136,14 +140,15 @@ def test_packed_products_of_numbers_at_the_limits(build: str, kind: str, tokens:
 
 def test_scales_of_the_next_row_do_not_reach_a_row() -> None:
     """What is read behind the last block of a row, whose scales lie next to those of the next."""
-    stored = store(torch.ones(40, 96), "int8")
-    assert isinstance(stored, PackedMatrix)
-    stored.scales[1::2] = math.nan
-    for build in BUILDS:
-        for tokens in (1, FEW + 1):
-            y = product(build, stored, torch.ones(tokens, 96))
-            assert y[:, ::2].isfinite().all()
-            assert not (y[:, 1::2].abs() < 1e6).any()  # NaN, or what builds without float16 make of it
+    for kind in ("int8", "int8/16"):
+        stored = store(torch.ones(40, 96), kind)
+        assert isinstance(stored, PackedMatrix)
+        stored.scales[1::2] = math.nan
+        for build in BUILDS:
+            for tokens in (1, FEW + 1):
+                y = product(build, stored, torch.ones(tokens, 96))
+                assert y[:, ::2].isfinite().all()
+                assert not (y[:, 1::2].abs() < 1e6).any()  # NaN, or what builds without float16 make of it
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -268,13 +273,18 @@ def test_a_cut_or_copied_cache_goes_on_as_if_it_had_been_read_so() -> None:
 
 
 @pytest.mark.parametrize("build", [*BUILDS, *EMULATED])
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
-@pytest.mark.parametrize("shape", ["grouped", "learned", "odd"])
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        *((kind, shape) for kind in ("float32", "int4") for shape in ("grouped", "learned", "odd")),
+        *((kind, "odd") for kind in ("bfloat16", "int8", "int5", "int8/16", "int4/16", "int5/16")),
+    ],
+)
 def test_a_few_tokens_in_a_call_have_the_bits_of_calls_with_one(shape: str, kind: str, build: str) -> None:
     native, _ = engines(config_of(shape), kind, build)
     prompt, tokens = [ids(110)], ids(40, 1)  # across the end of the context's first part, at 128
     one_by_one = logits_of(native, [prompt, *([[token]] for token in tokens)], 256)
-    assert native.exact_tokens == (EXACT if kind in ("int8", "int4") else FEW)
+    assert native.exact_tokens == (EXACT if kind.startswith("int") else FEW)
     for size in {2, 3, FEW, native.exact_tokens // 2 + 1, native.exact_tokens}:
         parts = [[tokens[at : at + size]] for at in range(0, len(tokens), size)]
         assert torch.equal(logits_of(native, [prompt, *parts], 256), one_by_one)
@@ -293,6 +303,31 @@ def test_every_build_continues_a_text_alike(kind: str, build: str) -> None:
         for which in ("baseline", build)
     ]
     assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("build", [*BUILDS, *EMULATED])
+def test_a_cache_in_8_bits_changes_logits_little_and_the_same_in_any_company(build: str) -> None:
+    native, _ = engines(config_of("odd"), "int8", build)
+    prompt, tokens = ids(120), ids(16, 1)  # across the end of the context's first part, at 128
+    parts = [[prompt], *([[token]] for token in tokens)]
+    exact = logits_of(native, parts, 160)
+    native.cache_dtype = np.dtype(np.int8)
+    one_by_one = logits_of(native, parts, 160)
+    assert 0 < (one_by_one - exact).abs().max() < 0.05 * exact.abs().max()
+    assert torch.equal(logits_of(native, [[prompt], [tokens]], 160), one_by_one)
+    cache = native.allocate(2, 160)
+    native.forward([[*prompt, *ids(9, 2)], ids(40, 3)], cache)
+    cache.truncate(0, len(prompt))
+    cache.copy(0, 1)
+    both = native.forward([tokens[:1], tokens[:1]], cache)
+    assert np.array_equal(both[0], both[1])
+    kept = cache.keys.astype(np.float32) * cache.scales[0].reshape(2, 2, 1, -1, 1, 16)
+    native.cache_dtype = np.dtype(np.float32)
+    plain = native.allocate(2, 160)
+    native.forward([prompt, ids(40, 3)], plain)
+    tiles = len(prompt) // 16
+    steps = cache.scales[0, 0, 0].reshape(1, -1, 1, 16)[:, :tiles]
+    assert (np.abs(kept - plain.keys)[0, 0, :, :tiles] <= 0.501 * steps).all()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -377,6 +412,7 @@ def test_without_a_compiled_build_pytorch_runs_and_says_so(monkeypatch: pytest.M
     compiled = make_engine(source(), EngineOptions())
     assert isinstance(compiled, NativeEngine)
     assert not compiled.note
+    assert make_engine(source(), EngineOptions(kv_cache="int8")).cache_dtype == np.int8
     monkeypatch.setenv(OVERRIDE, "none")
     load_library.cache_clear()
     try:
@@ -389,6 +425,8 @@ def test_without_a_compiled_build_pytorch_runs_and_says_so(monkeypatch: pytest.M
         load_library.cache_clear()
     one, two = (logits_of(engine, [[ids(9)]], 9) for engine in (compiled, fallback))
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-3)
+    with pytest.raises(UsageError, match="needs the native engine"):
+        make_engine(source(), EngineOptions(engine="torch", kv_cache="int8"))
     chosen = make_engine(source(), EngineOptions(engine="torch"))
     assert isinstance(chosen, TorchEngine)
     assert not chosen.note

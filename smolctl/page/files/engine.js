@@ -1,6 +1,6 @@
 // The compiled engine (forward.c as WebAssembly) on a model whose bytes lie in its memory as they came.
 
-const INTERFACE = 4; // of forward.c: the structures below
+const INTERFACE = 6; // of forward.c: the structures below
 const PAGE = 65536;
 const LIMIT = 65535 * PAGE; // some browsers refuse 4 GiB
 const STATIC = 2 * PAGE; // most that the compiled code itself takes: its stack and constants
@@ -26,7 +26,7 @@ function sizes({layout}, positions, threads) {
   const [C, A, F] = [hidden_size, heads * head_dim, intermediate_size].map((size) => filled(size, BLOCK));
   const widest = Math.max(C, A, F);
   const rows = CHUNK * (2 * C + A + F + (heads + 2 * kv_heads) * head_dim + 2 * widest + 165);
-  const scratch = threads * (29 * widest + 1024 + 16 * (CHUNK + 4 * EXACT)); // `scratch_size` of forward.c
+  const scratch = threads * (21 * widest + 1152 + 16 * (CHUNK + 4 * EXACT)); // `scratch_size` of forward.c
   const most = Math.max(EXACT * Math.ceil(capacity / SPLIT), 3 * CHUNK); // tokens × splits of `forward` in forward.c
   return {
     capacity,
@@ -137,7 +137,7 @@ class Engine {
     this.#logits = this.#allocate(4 * layout.vocab_size);
     const sequences = this.#integers(new Array(CHUNK).fill(0));
     const cancelled = this.#integers([0]);
-    const cache = [this.#allocate(keys), this.#allocate(values), layout.half_precision ? 1 : 0, 1, capacity, stride];
+    const cache = [this.#allocate(keys), this.#allocate(values), 0, 0, layout.half_precision ? 1 : 0, 1, capacity, stride];
     this.#batch = this.#integers(
       [0, this.#ids, sequences, this.#places, ...cache, 1, this.#wanted, this.#logits, cancelled]);
     this.#exports.smolctl_heap(this.#next);

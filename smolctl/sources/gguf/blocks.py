@@ -14,6 +14,7 @@ import numpy as np
 from smolctl.errors import InputError
 from smolctl.sources.arrays import BFLOAT16, Array
 from smolctl.sources.gguf.k_quants import K_QUANTS, recoded
+from smolctl.sources.memory import weight_copy
 from smolctl.sources.quantized.packed import BLOCK, PackedMatrix
 
 PLAIN: Mapping[str, np.dtype[Any]] = {
@@ -47,13 +48,13 @@ def as_stored(raw: Array, kind: str) -> Array | PackedMatrix:
     # Blocks of one item each: copying 16 bytes at once is several times faster than one by one.
     parts = np.dtype([("floats", np.float16, (halves,)), ("values", f"V{BLOCK * bits // 8}")])
     blocks = raw.view(parts)  # (rows, groups)
-    values, scales = np.ascontiguousarray(blocks["values"]), np.ascontiguousarray(blocks["floats"][..., 0])
+    values, scales = weight_copy(blocks["values"]), weight_copy(blocks["floats"][..., 0])
     columns = blocks.shape[1] * BLOCK
     if bits == 8:
         return PackedMatrix(8, columns, BLOCK, values.view(np.int8), scales)
     with np.errstate(over="ignore"):
         middle = np.float16(-(2 ** (bits - 1)))
-        offsets = np.ascontiguousarray(blocks["floats"][..., 1]) if halves == 2 else scales * middle
+        offsets = weight_copy(blocks["floats"][..., 1] if halves == 2 else scales * middle)
     if not np.isfinite(offsets).all():  # these products may be more than float16 holds
         return _unpacked(raw, kind)
     return PackedMatrix(bits, columns, BLOCK, values.view(np.uint8), scales, offsets)

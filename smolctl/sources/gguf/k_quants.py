@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from smolctl.sources.arrays import Array
+from smolctl.sources.memory import weight_array
 from smolctl.sources.quantized.packed import PackedMatrix, pack_integers
 
 K_BLOCK = 256  # values
@@ -45,8 +46,8 @@ def recoded(raw: Array, kind: str) -> PackedMatrix | None:
     bits, group, fields = K_QUANTS[kind]
     blocks = raw.view(np.dtype(fields))  # (rows, columns / 256)
     rows, columns = len(blocks), blocks.shape[1] * K_BLOCK
-    values = np.empty((rows, columns * bits // 8), np.int8 if bits == 8 else np.uint8)
-    factors = np.empty((1 if bits == 8 else 2, rows, columns // group), np.float16)
+    values = weight_array((rows, columns * bits // 8), np.int8 if bits == 8 else np.uint8)
+    factors = weight_array((1 if bits == 8 else 2, rows, columns // group), np.float16)
     at_once = max(1, VALUES_AT_ONCE // columns)
     with np.errstate(over="ignore", invalid="ignore"):
         for start in range(0, rows, at_once):
