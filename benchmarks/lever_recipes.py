@@ -97,6 +97,9 @@ LEVERS: Mapping[str, Mapping[str, Any]] = {
     "table-2": {"optimizer.embedding_lr_multiplier": 2.0},
     "table-3": {"optimizer.embedding_lr_multiplier": 3.0},
     "table-4": {"optimizer.embedding_lr_multiplier": 4.0},
+    "table-6": {"optimizer.embedding_lr_multiplier": 6.0},
+    "table-8": {"optimizer.embedding_lr_multiplier": 8.0},
+    "table-12": {"optimizer.embedding_lr_multiplier": 12.0},
     "norms-0.5": {"norm_rate": 0.5},
     "norms-3": {"norm_rate": 3.0},
     "betas-0.8": {"optimizer.betas": [0.8, 0.95]},  # modded-nanogpt's for tables
