@@ -97,7 +97,7 @@ def test_the_plan_tells_what_is_there_already(
     publish(llama, repo="me/tiny")
     said = smolctl("push", llama_run, "--repo", "me/tiny", "--public", "--license", "mit").err
     lines = {line.split()[0]: line for line in said.splitlines() if line.split()}
-    assert "private already" in lines["goes"]
+    assert "private already" in lines["repository"]
     assert "there already" in lines["model.safetensors"]
     assert "there already" not in lines["README.md"]
     assert " 1 to send" in said
