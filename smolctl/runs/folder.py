@@ -338,15 +338,19 @@ class RunFolder:
             steps = ", ".join(str(file.step) for file in files)
             raise InputError(f"{self.path}: no checkpoint of step {step}", f"There are: {steps}.")
         if damage := chosen.damage:
-            others = (file.step for file in reversed(files) if file != chosen and not file.damage)
-            good = next(others, None)
+            good = self.newest_sound(but=chosen.path)
             hint = (
                 "No other checkpoint is sound."
                 if good is None
-                else f"The newest sound one: {self.path}@{good}"
+                else f"The newest sound one: {self.path}@{good.step}"
             )
             raise InputError(f"{chosen.path}: {damage}", hint)
         return chosen
+
+    def newest_sound(self, but: Path) -> CheckpointFile | None:
+        """The newest checkpoint, except one, whose bytes are those that were written; None without any."""
+        others = (file for file in reversed(self.checkpoints()) if file.path.name != but.name)
+        return next((file for file in others if not file.damage), None)
 
     def best_step(self) -> int:
         """The step of the checkpoint that predicts the held-out text best, as its validation recorded.

@@ -5,28 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NotRequired
-
-from typing_extensions import TypedDict
+from typing import Any
 
 from smolctl.config import RunConfig, resolve_run_config
 from smolctl.config.load import changed_run, merge, nested, with_scaled_floor
-from smolctl.data.order import ORDER
 from smolctl.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from smolctl.data.tokens.corpus import TokenizeProgress
 from smolctl.durable import naming_the_disk
 from smolctl.errors import InputError, UsageError
-from smolctl.outside import checked
-from smolctl.runs.checkpoint_file import (
-    ANOTHER,
-    CheckpointFile,
-    holds_weights,
-    read_checkpoint,
-    recorded_config,
-)
+from smolctl.runs.checkpoint_file import CheckpointFile, holds_weights, read_checkpoint
 from smolctl.runs.events import Listener, Note, Start
 from smolctl.runs.folder import CHECKPOINT_NAME, CONFIG, RUNS, RunFolder
-from smolctl.runs.records import StepNumber
 from smolctl.sources.checkpoint import tokenizer_inside
 from smolctl.training.device import Decisions, decide_again, describe_environment
 from smolctl.training.distributed import is_main_process, with_process_counts
@@ -38,6 +27,7 @@ from smolctl.training.optim.schedule import (
     require_sense,
 )
 from smolctl.training.prepare import Prepared, prepare_again, with_pinned_sources
+from smolctl.training.state import run_of
 from smolctl.training.tolerance import LATEST_LINK, Tolerance
 from smolctl.training.train import plan_run
 
@@ -49,41 +39,6 @@ FIXED_KEYS = (
     *("optimizer.name", "optimizer.decay_embeddings", "optimizer.embedding_lr_multiplier"),
     *("train.seed", "train.minutes", "schedule.pace"),
 )
-# What a run cannot go on without: of Lightning's part of a checkpoint, and of ours.
-NEEDED = (
-    *("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step"),
-    *("pytorch-lightning_version", "smolctl"),
-)
-NEEDED_OF_OURS = ("samples", "data", "tokenizer", "rng")
-
-
-class _Decided(TypedDict):
-    device: str
-    asked: list[str]
-
-
-class _Progress(TypedDict):
-    step: StepNumber
-    best_step: StepNumber
-    bits_per_byte: float
-    since: StepNumber
-
-
-class _Ours(TypedDict):
-    samples: int
-    data: str
-    tokenizer: str
-    rng: list[dict[str, Any]]
-    tokens: NotRequired[list[str]]
-    decisions: NotRequired[_Decided | None]
-    progress: NotRequired[_Progress]
-
-
-class _Resumable(TypedDict):
-    """What is read of a checkpoint before Lightning reads it."""
-
-    global_step: StepNumber
-    smolctl: _Ours
 
 
 @dataclass(frozen=True)
@@ -206,34 +161,6 @@ def edited_settings(run: RunFolder, before: RunConfig) -> dict[str, Any]:
         return {}
     old, new = before.settings(), edited.settings()
     return {key: value for key, value in new.items() if value != old.get(key)}
-
-
-def run_of(content: Mapping[str, Any], path: Path) -> tuple[RunConfig, dict[str, Any]]:
-    """The config of a checkpoint and what smolctl keeps of the run in it.
-
-    Raises:
-        InputError: no run can go on from it.
-    """
-    config, state = recorded_config(content, path), content.get("smolctl")
-    ours = state if isinstance(state, Mapping) else {}
-    missing = [key for key in NEEDED if key not in content] + [
-        key for key in NEEDED_OF_OURS if key not in ours
-    ]
-    origin = config.init_from if config else None
-    if not missing and not holds_weights(content) and not (origin and origin.sha256):
-        missing = ["weights"]
-    if config is None or missing:
-        raise InputError(
-            f"{path}: no run can be resumed from it: it has no {missing[0] if missing else 'config'}",
-            "Start a new run from its weights instead: smolctl train --init-from FILE.",
-        )
-    if ours.get("order", 1) != ORDER:  # known before anything is tokenized
-        raise InputError(
-            f"{path}: the version of smolctl that trained this run splits the text into different sequences",
-            "Resume it with that version, or start a new run from it: smolctl train --init-from RUN.",
-        )
-    checked(_Resumable, content, f"{path}: damaged", ANOTHER)
-    return config, dict(ours)
 
 
 def decisions_of(state: Mapping[str, Any]) -> Decisions:

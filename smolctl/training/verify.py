@@ -24,9 +24,9 @@ from smolctl.training.resume import (
     decisions_of,
     find_run,
     require_same_data,
-    run_of,
     tokenizer_of,
 )
+from smolctl.training.state import run_of
 
 
 @dataclass(frozen=True)
