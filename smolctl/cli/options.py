@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
@@ -25,7 +26,7 @@ from smolctl.cli.completion import (
 )
 from smolctl.cores import compute_threads
 from smolctl.durable import DISK_ERRORS
-from smolctl.errors import ExitCode, InputError, SmolError
+from smolctl.errors import ExitCode, InputError, SmolError, UsageError
 from smolctl.views.output import Output, abandon_stdout
 
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON.", show_default=False)]
@@ -176,6 +177,7 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
     ) -> None:
         output = Output(json, quiet, verbose)
         try:
+            _require_paths(asked)
             with output.quieting_libraries():
                 code = function(output, **asked)
             if sys.stdout is not None:
@@ -209,6 +211,16 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
     return run
 
 
+def _require_paths(asked: Mapping[str, Any]) -> None:
+    """Refuse "-" where a path is needed: what reads stdin takes a text. Raises UsageError."""
+    for name, value in asked.items():
+        if value == Path("-"):
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"{option} -: this option takes a path, not stdin or stdout", f"Name one: {option} PATH."
+            )
+
+
 def _name_type(annotation: Any) -> None:
     """Name the values of an option TEXT or [auto|off] in the help; Typer's own are <str> and <auto|off>."""
     kind, info = get_args(annotation)[:2]
@@ -221,7 +233,17 @@ def _name_type(annotation: Any) -> None:
 
 
 class PlainCommand(TyperCommand):
-    """A command whose help names its arguments MODEL; Typer's own are {MODEL} and MODEL <str>."""
+    """A command whose help names its arguments MODEL; Typer's own are {MODEL} and MODEL <str>.
+
+    It refuses a second value for an option that takes one; Typer's own would drop the first.
+    """
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        for option, times in Counter(self.make_parser(ctx).parse_args(list(args))[2]).items():
+            takes_one = not any(getattr(option, kind, True) for kind in ("multiple", "count", "is_flag"))
+            if times > 1 and takes_one and not ctx.resilient_parsing:
+                ctx.fail(f"{option.opts[0]} was given {times} times, but takes one value.")
+        return super().parse_args(ctx, args)
 
     def collect_usage_pieces(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]

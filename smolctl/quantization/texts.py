@@ -13,9 +13,11 @@ from smolctl.config import ModelConfig
 from smolctl.config.run import DataConfig
 from smolctl.data.batches import validation_batches, validation_documents
 from smolctl.data.mixture import Mixture
+from smolctl.data.text.corpus import SequenceLengthError
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokens.corpus import tokenize_corpus
 from smolctl.data.tokens.marks import IDS
+from smolctl.errors import InputError
 from smolctl.sources.base import ModelSource
 from smolctl.sources.huggingface.tokenizer import ids_around_text
 
@@ -74,7 +76,12 @@ def choose_windows(
     samples = None
     if source.run is not None and not data:
         samples = source.run.train.steps * source.run.train.batch_size
-    corpus = tokenize_corpus(settings, tokenizer, samples=samples)
+    try:
+        corpus = tokenize_corpus(settings, tokenizer, samples=samples)
+    except SequenceLengthError as error:
+        raise InputError(
+            error.message, f"Name another text with --data: sequences of {length} tokens are measured."
+        ) from None
     named = settings.validation or ", ".join(settings.source)
     begin, _ = ids_around_text(tokenizer.backend)
     held_out = corpus.validation or corpus.train

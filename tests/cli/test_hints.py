@@ -62,6 +62,42 @@ def test_a_wrong_option_leads_to_the_help_of_its_command(option: str, smolctl: S
     assert called.err.splitlines()[-1] == " hint: See smolctl train --help."
 
 
+@pytest.mark.parametrize(
+    ("arguments", "twice"),
+    [
+        (("sample", "--prompt", "a", "--prompt", "b"), "--prompt"),
+        (("sample", "--prompt=a", "-p", "b"), "--prompt"),
+        (("train", "--lr", "1", "--learning-rate", "2"), "--learning-rate"),
+        (("resume", "--extra", "1", "--extra", "1"), "--extra"),
+    ],
+)
+def test_a_second_value_of_an_option_that_takes_one_is_refused(
+    arguments: tuple[str, ...], twice: str, smolctl: Smolctl
+) -> None:
+    called = smolctl(*arguments)
+    assert called.code == ExitCode.USAGE
+    assert called.err.startswith(f"error: {twice} was given 2 times")
+
+
+def test_flags_and_repeatable_options_may_be_given_again(smolctl: Smolctl) -> None:
+    called = smolctl("count-params", "nano", "--set", "num_hidden_layers=1", "--set", "vocab_size=300", "-qq")
+    assert (called.code, called.err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("quantize", "--out"), ("train", "nano", "--dry-run", "--out"), ("sample", "--resume-output")],
+)
+def test_a_dash_is_no_path(
+    arguments: tuple[str, ...], smolctl: Smolctl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    called = smolctl(*arguments, "-")
+    assert called.code == ExitCode.USAGE
+    assert called.err.startswith(f"error: {arguments[-1]} -: this option takes a path")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["x" * 300, "folder", "file/below"])
 def test_a_path_that_cannot_be_used_is_named(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -49,6 +49,10 @@ class MissingSourceError(InputError):
     """Nothing is where a source is said to be."""
 
 
+class SequenceLengthError(InputError):
+    """No sequence of `data.sequence_length` tokens can be made of a text; who asked may not have set it."""
+
+
 def pin_sources(names: Sequence[str]) -> tuple[str, ...]:
     """The names so that they mean the same later and elsewhere.
 

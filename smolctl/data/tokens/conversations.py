@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from smolctl.config.run import DataConfig
 from smolctl.data.mixture import Mixture, Part
 from smolctl.data.text.conversations import Conversation, RowError, read_conversation
-from smolctl.data.text.corpus import Source, readable_conversations
+from smolctl.data.text.corpus import SequenceLengthError, Source, readable_conversations
 from smolctl.data.text.documents import utf8_size
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokenizer.turns import TurnEncoder, Turns
@@ -304,7 +304,7 @@ def _split(
     records = _records(folder, stream, data)
     kept = records.trained_tokens > 0
     if not kept.any():
-        raise InputError(
+        raise SequenceLengthError(
             f"{', '.join(manifest.sources)}: every conversation is longer than a sequence of {size:,} tokens",
             "Raise data.sequence_length.",
         )

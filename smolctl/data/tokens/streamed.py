@@ -17,6 +17,7 @@ import numpy as np
 
 from smolctl.config.run import DataConfig
 from smolctl.data.mixture import Mixture, Part
+from smolctl.data.text.corpus import SequenceLengthError
 from smolctl.data.text.hub import DatasetName, DatasetReader
 from smolctl.data.tokenizer.text_encoder import TextEncoder
 from smolctl.data.tokenizer.tokenizer import Tokenizer
@@ -235,7 +236,7 @@ def _cut(
     total = sum(segment.train_tokens for segment in segments)
     length = total if needed is None else min(total, needed)
     if length < window:
-        raise InputError(
+        raise SequenceLengthError(
             f"{dataset}: {length:,} tokens to train on; a sequence takes sequence_length + 1 = {window:,}",
             "Name a larger dataset, or lower data.sequence_length or data.validation_fraction.",
         )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from smolctl.config.run import DataConfig
 from smolctl.data.mixture import Mixture, Part
-from smolctl.data.text.corpus import Source, open_sources
+from smolctl.data.text.corpus import SequenceLengthError, Source, open_sources
 from smolctl.data.text.documents import Document, OnRead
 from smolctl.data.tokenizer.text_encoder import TextEncoder
 from smolctl.data.tokenizer.tokenizer import Tokenizer
@@ -192,7 +192,7 @@ def _split(folder: Path, manifest: WholeManifest, data: DataConfig) -> Tokenized
     """
     window = data.sequence_length + 1
     if manifest.tokens < window:
-        raise InputError(
+        raise SequenceLengthError(
             f"{', '.join(manifest.sources)} has {manifest.tokens:,} tokens; "
             f"a sequence takes sequence_length + 1 = {window:,}",
             "Add text, or lower data.sequence_length.",
