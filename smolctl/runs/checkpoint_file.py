@@ -29,6 +29,13 @@ NO_PICKLE, UNPACK = (
     "Unpack it and name the model in it.",
 )
 
+# `torch.save` never compresses. A few kilobytes could stand for more than the memory holds.
+COMPRESSED, SAVE_AGAIN = (
+    "its records are compressed, which those of torch.save are not",
+    "Save it again with torch.save.",
+)
+REMEDIES = {NO_PICKLE: UNPACK, COMPRESSED: SAVE_AGAIN}
+
 
 @dataclass(frozen=True)
 class CheckpointFile:
@@ -54,6 +61,9 @@ def find_damage(path: Path) -> str:
         with zipfile.ZipFile(path) as archive:  # the directory stands at the end: a file cut off has none
             if not any(name.endswith("/data.pkl") for name in archive.namelist()):
                 return NO_PICKLE
+            packed = (one for one in archive.infolist() if one.compress_type != zipfile.ZIP_STORED)
+            if any("/code/" not in one.filename for one in packed):  # that of a TorchScript archive is
+                return COMPRESSED
             expected = _recorded_digest(path)
             if expected is None:
                 sound = holds_once(path, "zip", lambda: archive.testzip() is None)
@@ -87,7 +97,7 @@ def read_checkpoint(path: Path, mmap: bool = True) -> dict[str, Any]:
 
     damage = find_damage(path)
     if damage:
-        raise InputError(f"{path}: {damage}", UNPACK if damage == NO_PICKLE else ANOTHER)
+        raise InputError(f"{path}: {damage}", REMEDIES.get(damage, ANOTHER))
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's guesses about a damaged pickle
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -135,6 +145,8 @@ def _load_error(path: Path, error: Exception) -> InputError:
         return InputError(
             f"{path}: a TorchScript archive, which is a program", "Save its state_dict instead."
         )
+    if isinstance(error, pickle.UnpicklingError):  # PyTorch's text is long, and about its own options
+        return InputError(f"{path}: damaged checkpoint: its data.pkl cannot be unpickled", ANOTHER)
     reason = (str(error) or type(error).__name__).strip().splitlines()[0][:120]
     return InputError(f"{path}: damaged checkpoint ({reason})", ANOTHER)
 

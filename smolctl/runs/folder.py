@@ -332,7 +332,10 @@ class RunFolder:
         """
         files = self.checkpoints()
         if not files:
-            raise InputError(f"{self.path}: no checkpoint yet", "Continue training, or name another run.")
+            raise InputError(
+                f"{self.path}: no checkpoint yet: training ended before it saved one, or is about to",
+                f"Start the run again: smolctl train {self.path / CONFIG}. Or name another run.",
+            )
         chosen = files[-1] if step is None else next((file for file in files if file.step == step), None)
         if chosen is None:
             steps = ", ".join(str(file.step) for file in files)
@@ -456,7 +459,7 @@ class RunFolder:
         last = step or -1  # a run that goes on from step 0 predicts there once more
         for name in (METRICS, PREDICTIONS):
             keep_records((parent or self).path / name, last, self.path / name)
-        if (self.path / PREDICTIONS).exists():
+        if (self.path / PREDICTIONS).is_file():
             self.write_story()
 
     # Lineage

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -265,3 +266,25 @@ def test_a_missing_key_is_one_line_or_is_not_missed(
         called = smolctl(*arguments)
         assert called.code in (ExitCode.DONE, ExitCode.BAD_INPUT), (arguments, called.err)
         assert "unexpected" not in called.err
+
+
+def write_zip(path: Path, compression: int, pickled: bytes) -> None:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("model/data.pkl", pickled)
+        archive.writestr("model/version", "3\n")
+
+
+@pytest.mark.parametrize(
+    ("compression", "pickled", "cause"),
+    [
+        (zipfile.ZIP_DEFLATED, bytes(1_000_000), "its records are compressed"),
+        (zipfile.ZIP_STORED, bytes(100), "its data.pkl cannot be unpickled$"),
+    ],
+)
+def test_an_archive_that_pytorch_did_not_write_is_refused_in_our_words(
+    compression: int, pickled: bytes, cause: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.pt"
+    write_zip(path, compression, pickled)
+    with pytest.raises(InputError, match=cause):
+        read_checkpoint(path)

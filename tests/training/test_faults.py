@@ -110,8 +110,9 @@ def test_emptied_checkpoint_folder_is_said(make: Callable[..., Prepared]) -> Non
     folder = run(make(**with_steps(2)), "run")
     for path in (folder / "checkpoints").iterdir():
         path.unlink()
-    with pytest.raises(InputError, match="no checkpoint yet"):
+    with pytest.raises(InputError, match="no checkpoint yet") as caught:
         go_on(folder, extra=1)
+    assert caught.value.hint.startswith(f"Start the run again: smolctl train {folder}/config.yaml")
 
 
 # --- kills and signals ----------------------------------------------------------------------------
