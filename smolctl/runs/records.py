@@ -73,7 +73,7 @@ def keep_records(path: Path, last: int, target: Path | None = None) -> None:
 
     Those of a later version are kept as they are.
     """
-    if path.exists():
+    if path.is_file():
         write_text(target or path, "".join(f"{line}\n" for line in _lines(path, last)))
 
 
@@ -101,7 +101,7 @@ def add_measurements(
 
 
 def _lines(path: Path, last: int) -> Iterator[str]:
-    if path.exists():
+    if path.is_file():
         with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
             for line in iter(lambda: file.readline(MAX_LINE), ""):
                 record = fitting_json(_Numbered, line)

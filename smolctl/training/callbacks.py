@@ -12,6 +12,7 @@ import torch
 
 from smolctl.config import RunConfig
 from smolctl.data.batches import validation_batches, validation_documents
+from smolctl.durable import DISK_ERRORS
 from smolctl.evaluation import bits_per_byte
 from smolctl.runs.events import Checkpoint, End, Event, Listener, Note, Step, Validation, to_json
 from smolctl.runs.folder import RunFolder
@@ -195,9 +196,18 @@ class RunCallback(pl.Callback):
 
     def _publish(self, trainer: pl.Trainer, event: Event) -> None:
         if trainer.is_global_zero:
-            self.run.record(event)
+            self._record(event, trainer.global_step)
             self._loggers.log(to_json(event))
             self.emit(event)
+
+    def _record(self, event: Event, step: int) -> None:
+        try:
+            self.run.record(event)
+        except OSError as error:
+            if error.errno in DISK_ERRORS:
+                raise  # the next checkpoint would meet it too
+            with self._tolerating(f"writing {Path(error.filename).name}", step):
+                raise
 
     def _record_step(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         assert module.result is not None

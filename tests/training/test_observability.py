@@ -464,3 +464,18 @@ def test_a_loss_curve_can_be_drawn_of_any_run(tmp_path: Path, count: int, z_loss
     recorder.draw_loss()
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in tmp_path.iterdir()} <= {"loss.png", "metrics.jsonl", "corpus", "tiny.yaml"}
+
+
+@pytest.mark.slow
+def test_a_record_that_cannot_be_written_is_told_once_and_ends_no_run(
+    finished: Callable[[str], Path],
+) -> None:
+    folder = finished("run")
+    for name in ("metrics.jsonl", "predictions.jsonl", "loss.png"):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+    events: list[Event] = []
+    assert resume(folder, ResumeOptions(extra=2), events.append).exit_code == ExitCode.DONE
+    failed = [event.text for event in events if isinstance(event, Note) and "failed" in event.text]
+    for name in ("writing metrics.jsonl", "writing predictions.jsonl", "drawing loss.png"):
+        assert sum(name in text for text in failed) == 1
