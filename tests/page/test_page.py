@@ -184,7 +184,7 @@ def test_a_link_reproduces_the_answer_elsewhere(browser: Any, site: Path) -> Non
         with visiting(browser, link.replace("weights=", "weights=0")) as page:
             assert "may differ" in page.locator(".notice").text_content()
         with visiting(browser, link.split("seed=")[0]) as page:
-            page.get_by_role("alert").get_by_text("a piece of it is missing").wait_for()
+            page.get_by_role("alert").get_by_text("part of it is missing").wait_for()
 
 
 def test_the_second_visit_downloads_no_weights(browser: Any, site: Path) -> None:
