@@ -232,15 +232,19 @@ def _name_type(annotation: Any) -> None:
     info.metavar = f"[{'|'.join(choices)}]" if choices else TYPE_NAMES.get(kind)
 
 
+NEVER_TWICE = {"prompt", "jsonl", "data", "out", "to", "against", "save", "tasks"}  # what is read or written
+
+
 class PlainCommand(TyperCommand):
     """A command whose help names its arguments MODEL; Typer's own are {MODEL} and MODEL <str>.
 
-    It refuses a second value for an option that takes one; Typer's own would drop the first.
+    It refuses a second prompt, file or format where one is taken: Typer's own would drop the first without a
+    word. Of settings such as --temperature the last one applies, so that an alias can be overridden.
     """
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         for option, times in Counter(self.make_parser(ctx).parse_args(list(args))[2]).items():
-            takes_one = not any(getattr(option, kind, True) for kind in ("multiple", "count", "is_flag"))
+            takes_one = option.name in NEVER_TWICE and not getattr(option, "multiple", True)
             if times > 1 and takes_one and not ctx.resilient_parsing:
                 ctx.fail(f"{option.opts[0]} was given {times} times, but takes one value.")
         return super().parse_args(ctx, args)

@@ -67,11 +67,11 @@ def test_a_wrong_option_leads_to_the_help_of_its_command(option: str, smolctl: S
     [
         (("sample", "--prompt", "a", "--prompt", "b"), "--prompt"),
         (("sample", "--prompt=a", "-p", "b"), "--prompt"),
-        (("train", "--lr", "1", "--learning-rate", "2"), "--learning-rate"),
-        (("resume", "--extra", "1", "--extra", "1"), "--extra"),
+        (("quantize", "nano", "--out", "a", "--out=b"), "--out"),
+        (("inspect-config", "nano", "--against", "a", "--against", "b"), "--against"),
     ],
 )
-def test_a_second_value_of_an_option_that_takes_one_is_refused(
+def test_a_second_prompt_file_or_format_is_refused_where_one_is_taken(
     arguments: tuple[str, ...], twice: str, smolctl: Smolctl
 ) -> None:
     called = smolctl(*arguments)
@@ -79,9 +79,11 @@ def test_a_second_value_of_an_option_that_takes_one_is_refused(
     assert called.err.startswith(f"error: {twice} was given 2 times")
 
 
-def test_flags_and_repeatable_options_may_be_given_again(smolctl: Smolctl) -> None:
+def test_flags_repeatable_options_and_settings_may_be_given_again(smolctl: Smolctl) -> None:
     called = smolctl("count-params", "nano", "--set", "num_hidden_layers=1", "--set", "vocab_size=300", "-qq")
     assert (called.code, called.err) == (0, "")
+    called = smolctl("train", "--dry-run", "--steps", "1", "--steps", "x")
+    assert "unable to parse" in called.err  # the last one applies
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_constant_stays_after_its_warmup() -> None:
 def test_an_outline_counts_what_the_steps_see(
     name: str, steps: int, done: int, warmup: int, start: int | None, decay: int, begin: int
 ) -> None:
-    assume(done < steps)
+    done %= steps
     least = 0.25
     run = resolve_run_config(
         {
