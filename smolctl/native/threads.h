@@ -91,9 +91,10 @@ static void wake_for_change(pool *p, atomic_uint *value) { (void)p, (void)value;
 // ---- the work ----
 
 static void barrier(pool *p) {
-    if (p->threads == 1) return;
+    int threads = p->threads;  // once: behind the last barrier of a job the next one may have another number
+    if (threads == 1) return;
     unsigned round = atomic_load_explicit(&p->round, memory_order_relaxed);
-    if (atomic_fetch_add_explicit(&p->arrived, 1, memory_order_acq_rel) == p->threads - 1) {
+    if (atomic_fetch_add_explicit(&p->arrived, 1, memory_order_acq_rel) == threads - 1) {
         atomic_store_explicit(&p->arrived, 0, memory_order_relaxed);
         atomic_store(&p->round, round + 1);  // in one order with the count of those that sleep
         wake_for_change(p, &p->round);

@@ -74,7 +74,7 @@ def test_an_answer_is_the_same_to_the_last_bit_alone_and_in_company(
 ) -> None:
     scheduler = Scheduler(engine, slots, CONTEXT, GREEDY)
     requests = [request(number, temperature) for number in numbers]
-    cancelled = {one for one in requests if chance.random() < 0.2}
+    cancelled = [one for one in requests if chance.random() < 0.2]  # a set would have an order of its own
     found: dict[Request, list[Token]] = {one: [] for one in requests}
     coming = list(requests)
     while coming or scheduler.active or scheduler.waiting:

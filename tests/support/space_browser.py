@@ -139,8 +139,11 @@ def ask_after_abandoned(
 def _take_the_likeliest(page: Any) -> None:
     page.get_by_role("button", name="Sampling").click()
     temperature = page.get_by_label("number input for Temperature")
-    temperature.fill("0")
-    temperature.press("Tab")
+    slider = page.get_by_label("range slider for Temperature")
+    while slider.input_value() != "0":  # a page that is not ready yet takes no notice of what is typed
+        temperature.fill("0")
+        temperature.press("Tab")
+        page.wait_for_timeout(100)
 
 
 def _ask(page: Any, prompt: str) -> str:
