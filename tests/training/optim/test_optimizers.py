@@ -69,7 +69,11 @@ def test_optimizer_of_a_run_without_the_multiplier_is_as_in_its_checkpoints(name
 )
 def test_momentum_rises_over_steps_or_a_share_of_them(warmup: float, momenta: list[float]) -> None:
     network = Transformer(ModelConfig.model_validate({**SIZES, **HEADS}))
-    settings = [f"optimizer.momentum_warmup={warmup}", "train.steps=20", "optimizer.embedding_lr_multiplier=1"]
+    settings = [
+        f"optimizer.momentum_warmup={warmup}",
+        "train.steps=20",
+        "optimizer.embedding_lr_multiplier=1",
+    ]
     config = load_run_config("nano", settings).with_whole_steps().optimizer
     optimizer = make_optimizer(network, config)
     found = []
