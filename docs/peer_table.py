@@ -49,7 +49,7 @@ def peer_table(results: Mapping[str, Any], today: date | None = None) -> str:
         f"- {case}: {name} is {1 / ratio.spread.median:.2f} times as fast as {ours}."
         for ours, name, found in compared
         for case, ratio in found.items()
-        if ratio.spread.median < 1 and ratio.beyond_noise
+        if _bounds(ratio)[1] < 1
     ]
     left_out = [f"- Not measured: {line[:120].rstrip('.')}." for line in results["left_out"]]
     notes = faster or ["- No peer is faster, beyond noise, at the same bits."]
@@ -82,11 +82,15 @@ def _kl(engine: Mapping[str, Any]) -> str:
 
 
 def _ratio(ratio: Ratio) -> str:
-    """With the interval of the median, or, of a few rounds, their range."""
-    low, high = ratio.interval or (ratio.spread.low, ratio.spread.high)
+    low, high = _bounds(ratio)
     return f"**{ratio.spread.median:.2f}** ({low:.2f}–{high:.2f})"
 
 
 def _table(headers: list[str], rows: Iterator[list[str]]) -> str:
     lines = [headers, ["---"] * len(headers), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _bounds(ratio: Ratio) -> tuple[float, float]:
+    """The interval of the median, or, of a few rounds, their range."""
+    return ratio.interval or (ratio.spread.low, ratio.spread.high)
