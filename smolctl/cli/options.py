@@ -232,7 +232,7 @@ def _name_type(annotation: Any) -> None:
     info.metavar = f"[{'|'.join(choices)}]" if choices else TYPE_NAMES.get(kind)
 
 
-NEVER_TWICE = {"prompt", "jsonl", "data", "out", "to", "against", "save", "tasks"}  # what is read or written
+NEVER_TWICE = {"prompt", "jsonl", "out", "against", "save"}  # what is read or written, where it is one
 
 
 class PlainCommand(TyperCommand):

@@ -42,7 +42,7 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class Reading:
+class EncodedDocument:
     """A document in the tokens of one model.
 
     Attributes:
@@ -93,7 +93,7 @@ class Blocks:
 
 def read_for_all(
     text: Text, readers: Sequence[Reader], note: Callable[[str], None]
-) -> tuple[Text, dict[Way, list[Reading]]]:
+) -> tuple[Text, dict[Way, list[EncodedDocument]]]:
     """The documents that all can read, and their tokens for each way of reading.
 
     Conversations that the chat template of one of them refuses are left out for all.
@@ -101,7 +101,7 @@ def read_for_all(
     Raises:
         InputError: there is no conversation that all can read.
     """
-    found: dict[Way, list[Reading | None]] = {}
+    found: dict[Way, list[EncodedDocument | None]] = {}
     for reader in readers:
         if reader.way not in found:
             found[reader.way] = list(_read(text, reader, note))
@@ -118,7 +118,7 @@ def read_for_all(
     return text, readings
 
 
-def _read(text: Text, reader: Reader, note: Callable[[str], None]) -> Iterator[Reading | None]:
+def _read(text: Text, reader: Reader, note: Callable[[str], None]) -> Iterator[EncodedDocument | None]:
     """Every document as training has it, without the tokens that begin and end it; a conversation with them.
 
     None: the model's chat template refuses the conversation.
@@ -130,7 +130,7 @@ def _read(text: Text, reader: Reader, note: Callable[[str], None]) -> Iterator[R
         for document in text.documents:
             pieces = encoder.encode(list(encoder.pieces([str(document)])))
             ids = np.concatenate(pieces, dtype=np.int64)
-            yield Reading(begin, ids, np.ones(len(ids), dtype=bool))
+            yield EncodedDocument(begin, ids, np.ones(len(ids), dtype=bool))
         return
     if tokenizer.chat_template is None:
         note(f"{reader.name} has no chat template: it reads the conversations in ChatML.")
@@ -140,12 +140,12 @@ def _read(text: Text, reader: Reader, note: Callable[[str], None]) -> Iterator[R
         if isinstance(turns, RowError):
             yield None
         else:
-            yield Reading((int(turns.ids[0]),), turns.ids[1:], turns.is_trained[1:])
+            yield EncodedDocument((int(turns.ids[0]),), turns.ids[1:], turns.is_trained[1:])
 
 
 def score(
     engine: Engine,
-    documents: Sequence[Reading],
+    documents: Sequence[EncodedDocument],
     lengths: NDArray[np.int32] | None,
     blocks: Blocks,
     context: int,
