@@ -51,7 +51,7 @@ def add_space(built: Built, folder: Path, sdk: Sdk, schemes: Sequence[str], trie
             prompt = examples(built.card_facts(built.model.name, None))[0]
             trial = try_page(folder, quantized[0], prompt)
             engine = f"the page in {trial.engine}, with this machine's tokens"
-            smoke = SmokeTest(prompt, trial.text, trial.tokens, trial.start_s, trial.answer_s, engine)
+            smoke = SmokeTest(prompt, trial.text, trial.start_s, trial.answer_s, engine)
     return replace(built, space=folder, smoke=smoke, variants=variants)
 
 

@@ -106,8 +106,8 @@ def _variant(one: PageModel, built: Built) -> str:
 
 def _tried(smoke: SmokeTest) -> str:
     return (
-        f"tried here: up after {smoke.start_s:.0f} s, {smoke.prompt!r} answered in "
-        f"{smoke.outputs} pieces and {smoke.answer_s:.1f} s by {smoke.engine}"
+        f"tried here: up after {smoke.start_s:.0f} s, {smoke.prompt!r} answered "
+        f"in {smoke.answer_s:.1f} s by {smoke.engine}"
     )
 
 

@@ -142,7 +142,6 @@ def test_the_folder_answers_through_its_api_and_stops(kind: str, request: pytest
     before = sorted(folder.rglob("*"))
     result = smoke.smoke_test(folder)
     assert result.text.strip()
-    assert result.outputs > 1  # it streams
     assert sorted(folder.rglob("*")) == before  # nothing is left in what goes up
 
 
