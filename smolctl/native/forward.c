@@ -62,7 +62,8 @@ typedef struct {
 #define SPLIT_POSITIONS 128  // in a part of a long context: threads share the parts out
 #define PHASES 8             // of a layer, each with a counter of claimed pieces
 #define EXACT 16             // engine.js knows it too
-#define PIECE_ROWS 16        // rows of a matrix in a piece of a product of many tokens
+#define PIECE_ROWS 32        // rows of a matrix in a piece of a product of many tokens
+#define EXACT_ROWS 320       // at most, of EXACT tokens
 #define PIECE_TOKENS 8       // tokens in a piece of attention
 
 typedef struct {
@@ -91,9 +92,11 @@ typedef struct {
     int leaving;           // whether it was cancelled
 } context;
 
-// Rows in a piece of a product: a multiple of PIECE_ROWS. With few tokens, enough to read memory without a pause.
+// Rows in a piece of a product: a multiple of 16. With few tokens, enough to read memory without a pause.
 INLINE int rows_of_piece(const pool *p, int rows, int tokens) {
-    return tokens > EXACT ? PIECE_ROWS : tokens > FEW ? 4 * PIECE_ROWS : filled_to(pieces_of(rows, p->threads), PIECE_ROWS);
+    int share = pieces_of(rows, p->threads);
+    if (tokens > EXACT) return PIECE_ROWS;
+    return tokens > FEW ? filled_to(pieces_of(share, pieces_of(share, EXACT_ROWS)), PIECE_ROWS) : filled_to(share, 16);
 }
 
 // Claims pieces 0, 1, … of a phase until all are taken.
@@ -426,7 +429,7 @@ EXPORT void *smolctl_create(const model *m, int chunk, int threads) {
     c->widest = c->widest > c->F ? c->widest : c->F;
     look_at_kinds(c);
     size_t rows = (size_t)c->chunk, head = (size_t)m->head_dim;
-    c->scratch_size = (size_t)(PANEL(c->widest) + FEW * FORMS(c->widest) + (1 + FEW) * c->widest) + (rows + 4 * EXACT) * PIECE_ROWS;
+    c->scratch_size = (size_t)(PANEL(c->widest) + FEW * FORMS(c->widest) + (1 + FEW) * c->widest) + rows * PIECE_ROWS + EXACT * EXACT_ROWS;
     c->x = zeros(rows * (size_t)c->C, sizeof(float));
     c->normed = zeros(rows * (size_t)c->C, sizeof(float));
     c->q = zeros(rows * (size_t)m->heads * head, sizeof(float));

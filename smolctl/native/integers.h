@@ -24,7 +24,7 @@ typedef uint8_t udigits __attribute__((vector_size(4 * LANES)));
 #define DIGIT_BLOCKS (LANES / 4)  // blocks whose nibbles fill a vector
 #define LARGEST 32639             // 127 × 256 + 127: two signed digits of 8 bits
 #define PAIR 2                    // vectors that read a row from memory together
-#define TOGETHER 8                // vectors that read an opened row together
+#define TOGETHER 4                // vectors that read opened rows together
 
 // a[0] × b[0] + a[1] × b[1], a[2] × b[2] + a[3] × b[3], …
 INLINE ivec multiply_words(words a, words b) {
@@ -110,14 +110,15 @@ static integers prepare_integers(const float *x, int columns, float *room) {
             STORE(to + part * LANES, __builtin_convertvector(rounded, shorts_vec));
         }
         if (!HAS_DIGITS) continue;
+        typedef int16_t values_of_half __attribute__((vector_size(2 * HALF_BLOCK)));
+        typedef int8_t digits_of_half __attribute__((vector_size(HALF_BLOCK)));
         for (int half = 0; half < 2; half++) {
             int8_t *at = bytes + digits_at(block) + half * 4 * LANES;
+            values_of_half value = LOAD(values_of_half, to + half * HALF_BLOCK), high = (value + 128) >> 8;
+            STORE(at, __builtin_convertvector(high, digits_of_half));
+            STORE(at + 8 * LANES, __builtin_convertvector(value - (high << 8), digits_of_half));
             int total = 0;
-            for (int i = 0; i < HALF_BLOCK; i++) {
-                int value = to[half * HALF_BLOCK + i], high = (value + 128) >> 8;
-                at[i] = (int8_t)high, at[8 * LANES + i] = (int8_t)(value - high * 256);
-                total += value;
-            }
+            for (int i = 0; i < HALF_BLOCK; i++) total += value[i];
             biases[(1 + half) * padded + block] = -BIAS * total;
         }
         biases[block] = biases[padded + block] + biases[2 * padded + block];
@@ -241,17 +242,23 @@ INLINE ivec add_quads(const ivec v[4]) {
     return FIRST_PAIRS(ab, cd) + LAST_PAIRS(ab, cd);
 }
 
+// The fours of lanes with an even number of two vectors, and those with an odd one.
+#if LANES == 16
+#define EVEN_FOURS(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
+#define ODD_FOURS(a, b) __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
+#elif LANES == 8
+#define EVEN_FOURS(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11)
+#define ODD_FOURS(a, b) __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
+#endif
+
 // From what `add_quads` made of every four of LANES vectors, the sum of each vector in the lane of its number.
 INLINE ivec add_lanes(const ivec fours[LANES / 4]) {
 #if LANES == 16
-#define EVEN_FOURS 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27
-#define ODD_FOURS 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31
-    ivec ab = __builtin_shufflevector(fours[0], fours[1], EVEN_FOURS) + __builtin_shufflevector(fours[0], fours[1], ODD_FOURS);
-    ivec cd = __builtin_shufflevector(fours[2], fours[3], EVEN_FOURS) + __builtin_shufflevector(fours[2], fours[3], ODD_FOURS);
-    return __builtin_shufflevector(ab, cd, EVEN_FOURS) + __builtin_shufflevector(ab, cd, ODD_FOURS);
+    ivec ab = EVEN_FOURS(fours[0], fours[1]) + ODD_FOURS(fours[0], fours[1]);
+    ivec cd = EVEN_FOURS(fours[2], fours[3]) + ODD_FOURS(fours[2], fours[3]);
+    return EVEN_FOURS(ab, cd) + ODD_FOURS(ab, cd);
 #elif LANES == 8
-    return __builtin_shufflevector(fours[0], fours[1], 0, 1, 2, 3, 8, 9, 10, 11)
-        + __builtin_shufflevector(fours[0], fours[1], 4, 5, 6, 7, 12, 13, 14, 15);
+    return EVEN_FOURS(fours[0], fours[1]) + ODD_FOURS(fours[0], fours[1]);
 #else
     return fours[0];
 #endif
@@ -360,29 +367,51 @@ INLINE void direct_rows(int kind, int parts, const packing *p, int first, int la
         }
 }
 
-// ---- LANES rows ----
+// ---- OPENED_ROWS rows ----
 
 #define UNIT (HAS_DIGITS ? 4 : 2)  // columns of a row that lie together in an opened one
 #define UNITS (BLOCK / UNIT)       // of a block
-#define OPENED(columns) (LANES * ((columns) + 128))  // floats of LANES opened rows
+#define VECTORS 2                  // of opened rows that share what is loaded of the vectors they are multiplied with
+#define OPENED_ROWS (VECTORS * LANES)
+#define OPENED(columns) (OPENED_ROWS * ((columns) + 128))  // floats of as many opened rows
 
-// LANES vectors of 32-bit parts, turned: to[part × LANES + vector], every four parts `gap` parts apart.
+// Every four lanes of LANES / 4 vectors, turned: to[i] holds the i-th four lanes of each.
+INLINE void turn_fours(const ivec from[LANES / 4], ivec to[LANES / 4]) {
+#if LANES == 16
+    ivec even_ab = EVEN_FOURS(from[0], from[1]), odd_ab = ODD_FOURS(from[0], from[1]);
+    ivec even_cd = EVEN_FOURS(from[2], from[3]), odd_cd = ODD_FOURS(from[2], from[3]);
+    to[0] = EVEN_FOURS(even_ab, even_cd), to[1] = EVEN_FOURS(odd_ab, odd_cd);
+    to[2] = ODD_FOURS(even_ab, even_cd), to[3] = ODD_FOURS(odd_ab, odd_cd);
+#elif LANES == 8
+    to[0] = EVEN_FOURS(from[0], from[1]), to[1] = ODD_FOURS(from[0], from[1]);
+#else
+    to[0] = from[0];
+#endif
+}
+
+// LANES vectors of 32-bit parts, turned: to[part × OPENED_ROWS + vector], every four parts `gap` parts apart.
 INLINE void interleave(const ivec v[LANES], int gap, int32_t *to) {
-    for (int r = 0; r < LANES; r += 4) {
-        ivec first_ab = FIRST(v[r], v[r + 1]), last_ab = LAST(v[r], v[r + 1]);
-        ivec first_cd = FIRST(v[r + 2], v[r + 3]), last_cd = LAST(v[r + 2], v[r + 3]);
-        ivec parts[4] = {FIRST_PAIRS(first_ab, first_cd), LAST_PAIRS(first_ab, first_cd),
-                         FIRST_PAIRS(last_ab, last_cd), LAST_PAIRS(last_ab, last_cd)};
-        for (int part = 0; part < 4; part++)
-            for (int four = 0; four < LANES / 4; four++)
-                memcpy(to + (gap * four + part) * LANES + r, (const char *)&parts[part] + 16 * four, 16);
+    ivec parts[4][LANES / 4], turned[LANES / 4];
+    for (int i = 0; i < LANES / 4; i++) {
+        const ivec *own = v + 4 * i;
+        ivec first_ab = FIRST(own[0], own[1]), last_ab = LAST(own[0], own[1]);
+        ivec first_cd = FIRST(own[2], own[3]), last_cd = LAST(own[2], own[3]);
+        parts[0][i] = FIRST_PAIRS(first_ab, first_cd), parts[1][i] = LAST_PAIRS(first_ab, first_cd);
+        parts[2][i] = FIRST_PAIRS(last_ab, last_cd), parts[3][i] = LAST_PAIRS(last_ab, last_cd);
+    }
+    for (int part = 0; part < 4; part++) {
+        turn_fours(parts[part], turned);
+        for (int four = 0; four < LANES / 4; four++) STORE(to + (gap * four + part) * OPENED_ROWS, turned[four]);
     }
 }
 
 // Where the scales of a part of opened rows lie; the offsets follow those of the last part.
 INLINE float *opened_scales(const packing *p, float *panel, int part) {
-    return panel + ((size_t)(p->blocks + 3) * UNITS + (size_t)(part * filled_to(p->blocks, LANES))) * LANES;
+    return panel + ((size_t)(p->blocks + 3) * UNITS + (size_t)(part * filled_to(p->blocks, LANES))) * OPENED_ROWS;
 }
+
+INLINE ivec add_digits(ivec total, ivec w, ivec x) { return add_fours(total, (udigits)w, (digits)x); }
+INLINE ivec add_words(ivec total, ivec w, ivec x) { return total + multiply_words((words)w, (words)x); }
 
 // Open LANES rows from `row` on, the last one again for those past it.
 INLINE void open_rows(int kind, int parts, const packing *p, int row, int last, float *panel) {
@@ -396,58 +425,81 @@ INLINE void open_rows(int kind, int parts, const packing *p, int row, int last, 
             else open_words(kind, block_of(kind, p, index, b), w.words);
             for (int v = 0; v < vectors; v++) opened[v][r] = w.vectors[v];
         }
-        int32_t *to = (int32_t *)panel + (size_t)b * UNITS * LANES;
+        int32_t *to = (int32_t *)panel + (size_t)b * UNITS * OPENED_ROWS;
         for (int v = 0; v < vectors; v++)
-            interleave(opened[v], HAS_DIGITS ? UNITS : 4, to + v * (HAS_DIGITS ? 4 : LANES) * LANES);
+            interleave(opened[v], HAS_DIGITS ? UNITS : 4, to + v * (HAS_DIGITS ? 4 : LANES) * OPENED_ROWS);
     }
     for (int part = 0; part < parts * (kind == INT8 ? 1 : 2); part++) {
         const half *from = part < parts ? p->scales : p->offsets;
         for (int first = 0; first < p->blocks; first += LANES) {
             ivec wide[LANES];
             for (int r = 0; r < LANES; r++) wide[r] = (ivec)widen(from, parts, part % parts, p, least(row + r, last - 1), first);
-            interleave(wide, 4, (int32_t *)opened_scales(p, panel, part) + first * LANES);
+            interleave(wide, 4, (int32_t *)opened_scales(p, panel, part) + first * OPENED_ROWS);
         }
     }
 }
 
-// Some vectors times opened rows: y[t × stride + r] for `rows` of them. Meanwhile what lies at `next` is fetched.
-INLINE void multiply_opened(int parts, int tokens, const packing *p, float *panel, int rows, const integers *x, float *y,
-                            size_t stride, const uint8_t *next) {
-    const int lines = LANES * BLOCK / (p->kind == INT8 ? 64 : 128);  // of a block of this many rows
+#define EACH_VECTOR_OF(count, v) _Pragma("clang loop unroll(full)") for (int v = 0; v < (count); v++)
+#define EACH_VECTOR(v) EACH_VECTOR_OF(VECTORS, v)
+
+// Add to each lane the products of block `b` of opened rows with those of some vectors.
+INLINE void add_opened(int parts, int tokens, const packing *p, float *panel, int b, const integers *x,
+                       vec lane[VECTORS][TOGETHER]) {
     const int units = UNITS / parts;
-    const float *scales = opened_scales(p, panel, 0), *offsets = opened_scales(p, panel, parts);
-    const int plane = (int)(opened_scales(p, panel, 1) - scales);
-    vec total[LANES][TOGETHER] = {0};
-    for (int b = 0; b < p->blocks; b++) {
-        for (int line = 0; line < (next ? lines : 0); line++) __builtin_prefetch(next + (b * lines + line) * 64);
-        for (int part = 0; part < parts; part++) {
-            const int32_t *w = (const int32_t *)panel + (size_t)b * UNITS * LANES;
-            const int form = form_of(parts, part);
-            ivec sums[TOGETHER], upper[TOGETHER] = {0};
-            for (int t = 0; t < tokens; t++) sums[t] = (p->kind == INT8 ? x[t].biases[form][b] : 0) - (ivec){0};
-            for (int u = part * units; u < (part + 1) * units; u++)
-                for (int t = 0; t < tokens; t++) {
-                    if (HAS_DIGITS) {
-                        const int8_t *v = x[t].digits + digits_at(b) + u / 4 * 4 * LANES + u % 4 * 4;
-                        upper[t] = add_fours(upper[t], LOAD(udigits, w + u * LANES), (digits)all_of(v));
-                        sums[t] = add_fours(sums[t], LOAD(udigits, w + u * LANES), (digits)all_of(v + 8 * LANES));
-                    } else sums[t] += multiply_words(LOAD(words, w + u * LANES), (words)all_of(x[t].words + b * BLOCK + u * UNIT));
-                }
-            vec *to = total[b % LANES], scale = load(scales + part * plane + b * LANES);
-            if (p->kind != INT8)
-                for (int t = 0; t < tokens; t++) to[t] += load(offsets + part * plane + b * LANES) * x[t].sums[form][b];
-            for (int t = 0; t < tokens; t++)
-                to[t] += __builtin_convertvector((upper[t] << 8) + sums[t], vec) * (scale * x[t].scales[b]);
+    for (int part = 0; part < parts; part++) {
+        const int form = form_of(parts, part);
+        const float *scales = opened_scales(p, panel, part) + b * OPENED_ROWS, *offsets = opened_scales(p, panel, parts + part) + b * OPENED_ROWS;
+        const float *w = panel + (size_t)b * UNITS * OPENED_ROWS;
+        ivec sums[VECTORS][TOGETHER], upper[VECTORS][TOGETHER];
+        EACH_VECTOR_OF(tokens, t) {
+            int bias = BIAS && p->kind == INT8 ? x[t].biases[form][b] : 0;
+            EACH_VECTOR(v) sums[v][t] = bias - (ivec){0}, upper[v][t] = (ivec){0};
+        }
+#define EACH_PRODUCT(to, multiply, from) \
+    for (int u = part * units; u < (part + 1) * units; u++) \
+        EACH_VECTOR_OF(tokens, t) { \
+            ivec own = all_of(from); \
+            EACH_VECTOR(v) to[v][t] = multiply(to[v][t], LOAD(ivec, w + u * OPENED_ROWS + v * LANES), own); \
+        }
+        if (HAS_DIGITS) {
+            EACH_PRODUCT(upper, add_digits, x[t].digits + digits_at(b) + u / 4 * 4 * LANES + u % 4 * 4)
+            EACH_PRODUCT(sums, add_digits, x[t].digits + digits_at(b) + u / 4 * 4 * LANES + u % 4 * 4 + 8 * LANES)
+        } else EACH_PRODUCT(sums, add_words, x[t].words + b * BLOCK + u * UNIT)
+#undef EACH_PRODUCT
+        if (p->kind != INT8)
+            EACH_VECTOR(v) EACH_VECTOR_OF(tokens, t)
+                lane[v][t] += load(offsets + v * LANES) * x[t].sums[form][b];
+        EACH_VECTOR(v) EACH_VECTOR_OF(tokens, t) {
+            vec scale = load(scales + v * LANES) * x[t].scales[b];
+            lane[v][t] += __builtin_convertvector((upper[v][t] << 8) + sums[v][t], vec) * scale;
         }
     }
-    for (int t = 0; t < tokens; t++) {
-        vec sum = all(0);
-        for (int i = 0; i < LANES; i += 4) {  // as `sum_four` does it
-            vec four = (total[i][t] + total[i + 2][t]) + (total[i + 1][t] + total[i + 3][t]);
-            sum = i ? sum + four : four;
+}
+
+// Some vectors times OPENED_ROWS opened rows: y[t × stride + r] for `rows` of them. Meanwhile what lies at `next` is fetched.
+INLINE void multiply_opened(int parts, int tokens, const packing *p, float *panel, int rows, const integers *x, float *y,
+                            size_t stride, const uint8_t *next, int lines) {
+    vec sum[VECTORS][TOGETHER], pair[2][VECTORS][TOGETHER], lane[VECTORS][TOGETHER];
+    for (int i = 0; i < LANES; i++) {  // lanes in the order of `sum_four`: (0 + 2) + (1 + 3), and so on
+        int first = i / 4 * 4 + i % 4 / 2 + i % 2 * 2;
+        for (int v = 0; v < VECTORS; v++)
+            for (int t = 0; t < tokens; t++) lane[v][t] = all(0);
+        for (int b = first; b < p->blocks; b += LANES) {
+            for (int line = 0; line < lines; line++) __builtin_prefetch(next + (b * lines + line) * 64, 0, 2);
+            add_opened(parts, tokens, p, panel, b, x, lane);
         }
-        memcpy(y + (size_t)t * stride, &sum, sizeof(float) * (size_t)rows);
+        for (int v = 0; v < VECTORS; v++)
+            for (int t = 0; t < tokens; t++) {
+                vec *to = &pair[i % 4 / 2][v][t];
+                *to = i % 2 ? *to + lane[v][t] : lane[v][t];
+                if (i % 4 < 3) continue;
+                vec four = pair[0][v][t] + pair[1][v][t];
+                sum[v][t] = i > 3 ? sum[v][t] + four : four;
+            }
     }
+    for (int v = 0; v * LANES < rows; v++)
+        for (int t = 0; t < tokens; t++)
+            memcpy(y + (size_t)t * stride + v * LANES, &sum[v][t], sizeof(float) * (size_t)least(LANES, rows - v * LANES));
 }
 
 #define BY_KIND(kind, call) \
@@ -464,17 +516,24 @@ static void multiply_integers(const matrix *m, int first, int last, const intege
         BY_KIND(m->kind, DIRECT)
         return;
     }
-    for (int row = first; row < last; row += LANES) {
-        int rows = least(LANES, last - row), some;
+    // Cache lines of a block of the next rows, which some calls share out: memory keeps up with them then.
+    const int lines = OPENED_ROWS * BLOCK / (m->kind == INT8 ? 64 : 128), shares = tokens > 3 * TOGETHER ? 4 : tokens > TOGETHER ? 2 : 1;
+    for (int row = first; row < last; row += OPENED_ROWS) {
+        int rows = least(OPENED_ROWS, last - row), some;
         float *to = y + (row - first);
-        const uint8_t *next = row + LANES < last ? block_of(m->kind, &p, row + LANES, 0) : NULL;
-#define OPEN(kind) (p.parts == 1 ? open_rows(kind, 1, &p, row, last, panel) : open_rows(kind, 2, &p, row, last, panel))
-        BY_KIND(m->kind, OPEN)
+        const uint8_t *next = row + OPENED_ROWS < last ? block_of(m->kind, &p, row + OPENED_ROWS, 0) : NULL;
+        for (int v = 0; v < VECTORS; v++) {
+            float *own = panel + v * LANES;
+#define OPEN(kind) (p.parts == 1 ? open_rows(kind, 1, &p, row + v * LANES, last, own) : open_rows(kind, 2, &p, row + v * LANES, last, own))
+            BY_KIND(m->kind, OPEN)
+        }
         for (int t = 0; t < tokens; t += some) {
-#define OF_PARTS(parts, count) multiply_opened(parts, count, &p, panel, rows, x + t, to + (size_t)t * stride, stride, t ? NULL : next)
+            const int fetched = next && t < shares * TOGETHER ? lines / shares : 0;
+#define OF_PARTS(parts, count) \
+    multiply_opened(parts, count, &p, panel, rows, x + t, to + (size_t)t * stride, stride, \
+                    next + (size_t)(t / TOGETHER * fetched * p.blocks * 64), fetched)
 #define SOME(count) (some = count, p.parts == 1 ? OF_PARTS(1, count) : OF_PARTS(2, count))
             if (tokens - t >= TOGETHER) SOME(TOGETHER);
-            else if (tokens - t >= 4) SOME(4);
             else if (tokens - t >= 2) SOME(2);
             else SOME(1);
         }
