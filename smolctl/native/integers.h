@@ -8,7 +8,7 @@
 // below keep to that order, so a vector gets the same bits by itself and in any company:
 // - A few vectors take one row after the other, straight from memory. The processor's prefetchers follow
 //   one stream at the memory's full speed, and even two interleaved ones at a third of it (measured on Zen 4).
-// - More of them share LANES rows that are opened in the cache, interleaved: every lane is a row there.
+// - More of them share OPENED_ROWS rows that are opened in the cache, interleaved: every lane is a row there.
 //
 // Where groups are halves of blocks, a block has two parts with a scale each, else one: `parts` below.
 #pragma once
@@ -439,6 +439,7 @@ INLINE void open_rows(int kind, int parts, const packing *p, int row, int last, 
     }
 }
 
+// Unrolled, or sums would not stay in registers.
 #define EACH_VECTOR_OF(count, v) _Pragma("clang loop unroll(full)") for (int v = 0; v < (count); v++)
 #define EACH_VECTOR(v) EACH_VECTOR_OF(VECTORS, v)
 
