@@ -8,7 +8,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
-from smolctl.config.run import Provenance, PublishConfig
+from smolctl.config import Provenance
+from smolctl.config.run import PublishConfig
 from smolctl.errors import InputError
 from smolctl.hub.client import README
 from smolctl.hub.files import PlannedFile, planned_files

@@ -8,8 +8,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from smolctl.config import RunConfig
+from smolctl.config.data import DataConfig
 from smolctl.config.dump import to_yaml
-from smolctl.config.run import DataConfig
 from smolctl.data.text.hub import DatasetName
 from smolctl.durable import write_text
 from smolctl.escaping import json_text

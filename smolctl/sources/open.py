@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from smolctl.config import ModelConfig, RunConfig
+from smolctl.config.data import DataConfig
 from smolctl.config.load import (
     changed_recipe,
     config_path,
@@ -24,7 +25,6 @@ from smolctl.config.load import (
     resolve_model_config,
     resolve_run_config,
 )
-from smolctl.config.run import DataConfig
 from smolctl.errors import InputError, UsageError
 from smolctl.outside import refuse_pointer
 from smolctl.ownership import require_inside

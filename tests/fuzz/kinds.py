@@ -26,8 +26,8 @@ from smolctl.benchmark.baseline import FORMAT as BENCH
 from smolctl.benchmark.baseline import is_baseline, read_baseline
 from smolctl.cli.main import application
 from smolctl.config import ModelConfig, RunConfig
+from smolctl.config.data import DataConfig
 from smolctl.config.dump import to_yaml
-from smolctl.config.run import DataConfig
 from smolctl.data.text.corpus import iter_texts
 from smolctl.data.tokenizer.chat import fill
 from smolctl.data.tokenizer.text_encoder import TextEncoder

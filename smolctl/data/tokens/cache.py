@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 from filelock import FileLock, Timeout
 
-from smolctl.config.run import DataConfig
+from smolctl.config.data import DataConfig
 from smolctl.data.mixture import Mixture
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokens.encoding import TokenizeProgress

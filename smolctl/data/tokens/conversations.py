@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from smolctl.config.run import DataConfig
+from smolctl.config.data import DataConfig
 from smolctl.data.mixture import Mixture, Part
 from smolctl.data.text.conversations import Conversation, RowError, read_conversation
 from smolctl.data.text.corpus import SequenceLengthError, Source, readable_conversations

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from smolctl.config.run import DataConfig
+from smolctl.config.data import DataConfig
 from smolctl.data.mixture import Mixture, Part
 from smolctl.data.text.corpus import SequenceLengthError
 from smolctl.data.text.hub import DatasetName, DatasetReader

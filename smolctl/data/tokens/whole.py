@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from smolctl.config.run import DataConfig
+from smolctl.config.data import DataConfig
 from smolctl.data.mixture import Mixture, Part
 from smolctl.data.text.corpus import SequenceLengthError, Source, open_sources
 from smolctl.data.text.documents import Document, OnRead
