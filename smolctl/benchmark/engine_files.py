@@ -10,7 +10,8 @@ from smolctl.benchmark.engines import PEERS, EngineName, EngineSpec
 from smolctl.benchmark.peers import is_installed
 from smolctl.errors import SmolError, UsageError
 from smolctl.quantization.quantize import QuantizeOptions, quantize
-from smolctl.runs.folder import RunFolder, split_step
+from smolctl.runs.folder import RunFolder
+from smolctl.runs.reference import split_step
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.gguf.write import SCHEMES, require_gguf, write_gguf

@@ -25,7 +25,10 @@ from smolctl.extras import install_command
 from smolctl.generation.engines import EngineOptions
 from smolctl.generation.load import load_model
 from smolctl.hub.errors import first_line
-from smolctl.runs.folder import TASKS, RunFolder, latest_run, split_step
+from smolctl.runs.folder import RunFolder
+from smolctl.runs.layout import TASKS
+from smolctl.runs.reference import split_step
+from smolctl.runs.root import latest_run
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
 

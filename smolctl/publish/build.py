@@ -23,7 +23,8 @@ from smolctl.publish.export import Export, export_model
 from smolctl.publish.facts import RunFacts, read_facts, write_records
 from smolctl.publish.secrets import Finding, scan
 from smolctl.publish.smoke import SmokeTest
-from smolctl.runs.folder import (
+from smolctl.runs.folder import RunFolder
+from smolctl.runs.layout import (
     CONFIG,
     ENVIRONMENT,
     LOCK,
@@ -35,10 +36,9 @@ from smolctl.runs.folder import (
     STORY,
     TASKS,
     TOKENIZER,
-    RunFolder,
-    latest_run,
-    split_step,
 )
+from smolctl.runs.reference import split_step
+from smolctl.runs.root import latest_run
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.huggingface.card import read_metadata, split_card

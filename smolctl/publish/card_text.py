@@ -16,7 +16,7 @@ from smolctl.data.text.hub import DatasetName
 from smolctl.escaping import code_span, fenced
 from smolctl.hub.connection import endpoint
 from smolctl.publish.facts import EMBEDDED, RECORDS, RunFacts
-from smolctl.runs.folder import LOSS_CURVE, REPORT, STORY
+from smolctl.runs.layout import LOSS_CURVE, REPORT, STORY
 from smolctl.runs.story import selection
 from smolctl.sources.gguf.write import GGUFResult
 from smolctl.timing import with_error

@@ -16,17 +16,8 @@ from smolctl.escaping import json_text
 from smolctl.evaluation.task_record import RESULTS, RecordedTask, read_tasks
 from smolctl.quantization.record import read_record
 from smolctl.runs.chart import draw_loss
-from smolctl.runs.folder import (
-    CONFIG,
-    ENVIRONMENT,
-    LOSS_CURVE,
-    METRICS,
-    PREDICTIONS,
-    REPORT,
-    STORY,
-    TASKS,
-    RunFolder,
-)
+from smolctl.runs.folder import RunFolder
+from smolctl.runs.layout import CONFIG, ENVIRONMENT, LOSS_CURVE, METRICS, PREDICTIONS, REPORT, STORY, TASKS
 from smolctl.runs.records import keep_records
 from smolctl.runs.report import to_html
 from smolctl.runs.story import History, to_markdown

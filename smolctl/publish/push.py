@@ -33,7 +33,7 @@ from smolctl.publish.secrets import Finding
 from smolctl.publish.space import add_space, require_space, write_card
 from smolctl.publish.space_hub import await_space, explained_payment
 from smolctl.publish.static_space import page_text
-from smolctl.runs.folder import latest_run
+from smolctl.runs.root import latest_run
 from smolctl.sources.gguf.write import require_gguf
 
 SPACE = "space"  # the folder beside MODEL, and what the Hub calls such a repository

@@ -8,7 +8,7 @@ from smolctl.publish.build import Built
 from smolctl.quantization.build import build_items, read_tensors, widened
 from smolctl.quantization.folder import Origin, write_folder
 from smolctl.quantization.schemes import SchemeOptions, make_plan
-from smolctl.runs.folder import QUANTIZED
+from smolctl.runs.layout import QUANTIZED
 from smolctl.sources import open_source
 from smolctl.sources.quantized.folder import read_description
 

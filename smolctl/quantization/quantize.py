@@ -42,7 +42,8 @@ from smolctl.quantization.schemes import (
 )
 from smolctl.quantization.texts import Windows, choose_windows
 from smolctl.quantization.verdict import Calibration, Gates, SourceFacts, Variant, advise, judge
-from smolctl.runs.folder import QUANTIZED, RunFolder
+from smolctl.runs.folder import RunFolder
+from smolctl.runs.layout import QUANTIZED, is_run
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind, TokenizerFiles
 from smolctl.sources.gguf.write import is_own_gguf, write_gguf
@@ -218,7 +219,7 @@ def _target(source: ModelSource, scheme: str, options: QuantizeOptions) -> Path:
 def _run_of(source: ModelSource) -> Path | None:
     """The folder of the run that a source is, if it is one."""
     path = Path(source.id.rpartition("@")[0] if source.step is not None and "@" in source.id else source.id)
-    return RunFolder.open(path).path if source.kind is SourceKind.RUN and RunFolder.is_run(path) else None
+    return RunFolder.open(path).path if source.kind is SourceKind.RUN and is_run(path) else None
 
 
 def model_name(source: ModelSource) -> str:

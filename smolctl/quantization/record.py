@@ -9,7 +9,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from smolctl.quantization.verdict import Variant
-from smolctl.runs.folder import QUANTIZED
+from smolctl.runs.layout import QUANTIZED
 from smolctl.runs.records import add_measurements, read_measurements
 
 RECORD = Path(QUANTIZED) / "verdict.json"  # in the run's folder

@@ -28,8 +28,11 @@ from smolctl.config.load import (
 from smolctl.errors import InputError, UsageError
 from smolctl.outside import refuse_pointer
 from smolctl.ownership import require_inside
-from smolctl.runs.folder import FILES as RUN_FILES
-from smolctl.runs.folder import RUNS, RunFolder, latest_run, split_step
+from smolctl.runs.folder import RunFolder
+from smolctl.runs.layout import FILES as RUN_FILES
+from smolctl.runs.layout import is_run
+from smolctl.runs.reference import split_step
+from smolctl.runs.root import LATEST, RUNS, latest_run
 from smolctl.sources.base import NO_RECIPE, ModelSource, SourceKind
 from smolctl.sources.checkpoint import ZIP_MAGIC, open_checkpoint
 from smolctl.sources.gguf.header import GGUF_MAGIC
@@ -141,10 +144,10 @@ def _open(model: str, values: Mapping[str, Any]) -> ModelSource:
         raise broken_link(path)
     if preset:
         return _open_recipe(presets_folder() / f"{model}.yaml", model, values)
-    if path.parent == RUNS and path.name == "latest":
+    if path == RUNS / LATEST:
         return _open_run(latest_run(), None, model)
     run, at, _ = model.rpartition("@")
-    if (at and RunFolder.is_run(Path(run))) or path.parts[:1] == RUNS.parts:
+    if (at and is_run(Path(run))) or path.parts[:1] == RUNS.parts:
         folder, step = split_step(model)
         return _open_run(folder, step, model)
     if HUB_ID.fullmatch(model) and not model.lower().endswith(FILE_ENDINGS):
@@ -216,11 +219,11 @@ def _open_path(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
 
 
 def _holds_model(folder: Path) -> bool:
-    return RunFolder.is_run(folder) or is_quantized_folder(folder) or is_huggingface_folder(folder)
+    return is_run(folder) or is_quantized_folder(folder) or is_huggingface_folder(folder)
 
 
 def _open_folder(folder: Path, name: str) -> ModelSource:
-    if RunFolder.is_run(folder):
+    if is_run(folder):
         return _open_run(folder, None, name)
     require_parts(folder)
     if is_quantized_folder(folder):

@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from smolctl.config import Provenance
-from smolctl.runs.folder import RunFolder, split_step
+from smolctl.runs.layout import is_run
+from smolctl.runs.reference import split_step
 from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.huggingface.card import license_of
 
@@ -60,7 +61,7 @@ def reference_of(provenance: Provenance) -> str:
     if provenance.kind == "hub":
         version = provenance.commit or provenance.revision
         return f"{provenance.id}@{version}" if version else provenance.id
-    is_step = provenance.step is not None and RunFolder.is_run(Path(provenance.id))
+    is_step = provenance.step is not None and is_run(Path(provenance.id))
     return f"{provenance.id}@{provenance.step}" if is_step else provenance.id
 
 

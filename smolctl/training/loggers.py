@@ -23,7 +23,7 @@ from smolctl.config import RunConfig
 from smolctl.errors import UsageError
 from smolctl.extras import install_command
 from smolctl.runs.events import Listener, Note
-from smolctl.runs.folder import LOGS
+from smolctl.runs.layout import LOGS
 from smolctl.training.lightning import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from smolctl.training.rng import keeping_rng
 from smolctl.training.tolerance import reason

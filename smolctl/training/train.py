@@ -9,7 +9,8 @@ from pathlib import Path
 from smolctl.arithmetic import run_memory
 from smolctl.durable import naming_the_disk
 from smolctl.runs.events import Listener, RunPlan, Start
-from smolctl.runs.folder import RUNS, RunFolder
+from smolctl.runs.folder import RunFolder
+from smolctl.runs.root import RUNS
 from smolctl.timing import resident_memory
 from smolctl.training.device import describe_environment, process_count
 from smolctl.training.distributed import is_main_process

@@ -39,8 +39,10 @@ from smolctl.evaluation.task_record import record_tasks
 from smolctl.hub.client import read_identity
 from smolctl.publish.card import merge_card, stated_license
 from smolctl.publish.facts import read_facts, write_records
+from smolctl.runs.environment import write_environment
 from smolctl.runs.events import Candidate, Prediction, Step, Validation
 from smolctl.runs.folder import RunFolder
+from smolctl.runs.layout import ENVIRONMENT
 from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.huggingface.config import to_huggingface_config
 from tests.fuzz.harness import Case
@@ -128,7 +130,8 @@ def with_run(run: Path) -> None:
     run.mkdir()
     folder = RunFolder(run)
     folder.write_config(RunConfig())
-    folder.write_environment(
+    write_environment(
+        folder.path / ENVIRONMENT,
         {
             "device": "cpu",
             "devices": [],
@@ -136,7 +139,7 @@ def with_run(run: Path) -> None:
             "packages": {"torch": "2"},
             "data": ["a"],
             "earlier": [],
-        }
+        },
     )
     for step in range(1, 6):
         folder.record(Step(step, 3.0 / step, 1e-3, 1.0, 10 * step, 0.1, 100.0, 1.0, 10**9, None))

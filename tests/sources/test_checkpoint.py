@@ -19,7 +19,9 @@ from smolctl.config.dump import to_yaml
 from smolctl.errors import InputError, SmolError
 from smolctl.generation.engines import EngineOptions, make_engine
 from smolctl.model.weights import initialize, load_network
-from smolctl.runs.folder import RunFolder, latest_run, split_step
+from smolctl.runs.folder import RunFolder
+from smolctl.runs.reference import split_step
+from smolctl.runs.root import latest_run
 from smolctl.sources import SourceKind, open_source
 from smolctl.sources.checkpoint import clean_name
 from smolctl.sources.huggingface.write import write_tokenizer
