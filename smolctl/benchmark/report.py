@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from smolctl.arithmetic import count_parameters
-from smolctl.benchmark.limits import Limits
+from smolctl.benchmark.limits import HardwareLimits
 from smolctl.benchmark.machine import Machine, SystemLoad
 from smolctl.benchmark.metrics import SECONDS
 from smolctl.config import ModelConfig
@@ -82,7 +82,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RelativeSpeed:
     """The speed of one result relative to another of the same rounds."""
 
     suite: str
@@ -100,11 +100,11 @@ class BenchReport:
     machine: Machine
     load: SystemLoad
     disturbed: str  # why the numbers are doubtful; "" if they are not
-    limits: Limits
+    limits: HardwareLimits
     model: ModelFacts
     repeats: int
     results: tuple[Result, ...]
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[RelativeSpeed, ...]
     notes: tuple[str, ...]
 
     @property
@@ -113,7 +113,7 @@ class BenchReport:
         return tuple(result for result in self.results if not result.right)
 
 
-def compare(results: Sequence[Result]) -> tuple[Comparison, ...]:
+def compare(results: Sequence[Result]) -> tuple[RelativeSpeed, ...]:
     """Every result of smolctl compared with the peers' and with smolctl's of the stored weights.
 
     Only equal work is compared, and only where both outputs are right.
@@ -127,7 +127,7 @@ def compare(results: Sequence[Result]) -> tuple[Comparison, ...]:
         for other in [*([stored] if stored is not ours else []), *peers]:
             if (other.suite, other.work) == (ours.suite, ours.work) and other.right:
                 pair = ours.suite, ours.engine, ours.precision, other.engine, other.precision
-                found.append(Comparison(*pair, speed_ratio(ours.unit, ours.values, other.values)))
+                found.append(RelativeSpeed(*pair, speed_ratio(ours.unit, ours.values, other.values)))
     return tuple(found)
 
 

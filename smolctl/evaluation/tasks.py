@@ -51,7 +51,7 @@ class TaskOptions:
 
 
 @dataclass(frozen=True)
-class Metric:
+class TaskMetric:
     """One figure of a task."""
 
     name: str
@@ -69,7 +69,7 @@ class TaskResult:
     version: str
     shots: int | None
     items: int  # that were asked
-    metrics: tuple[Metric, ...]
+    metrics: tuple[TaskMetric, ...]
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ def _result(name: str, found: Mapping[str, Any]) -> TaskResult:
             continue
         error = figures.get(f"{metric}_stderr,{filter}")
         metrics.append(
-            Metric(
+            TaskMetric(
                 metric, filter, float(value), float(error) if _is_number(error) else None, better.get(metric)
             )
         )

@@ -26,7 +26,7 @@ from smolctl.quantization.folder import (
     CHECKPOINT_SUFFIX,
     QUANTIZED_MODEL,
     Origin,
-    naming_the_disk,
+    write_errors,
     write_folder,
 )
 from smolctl.quantization.footprint import measure_footprint
@@ -38,7 +38,7 @@ from smolctl.quantization.schemes import (
     PACKED_SCHEMES,
     QuantizationPlan,
     SchemeOptions,
-    make_plan,
+    plan_quantization,
 )
 from smolctl.quantization.texts import Windows, choose_windows
 from smolctl.quantization.verdict import Calibration, Gates, SourceFacts, Variant, advise, judge
@@ -126,7 +126,7 @@ def quantize(
     if source.quantization is not None:
         note(f"{source.id} is quantized already: what its {source.quantization['scheme']} lost stays lost.")
     plans = [
-        make_plan(config, scheme, _options_for(options, scheme))
+        plan_quantization(config, scheme, _options_for(options, scheme))
         for scheme in dict.fromkeys(options.schemes or ("",))
     ]
     targets = {plan.scheme: _target(source, plan.scheme, options) for plan in plans}
@@ -286,7 +286,7 @@ def _write(
     if items is None:
         assert job.files is not None
         scheme = plan.scheme.removeprefix("gguf-")
-        with naming_the_disk(target):
+        with write_errors(target):
             tensors = job.tensors.items()
             write_gguf(job.config, tensors, job.files, scheme, target, name, provenance)
         weights = target

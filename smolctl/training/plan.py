@@ -91,7 +91,7 @@ def make_plan(
     )
 
 
-def measure_speed(
+def measure_training_speed(
     network: Transformer, batch: Tensor, config: RunConfig, document_end: int | None = None
 ) -> float:
     """Tokens per second of a step, from real forwards and backwards on a micro-batch (B, T + 1).

@@ -16,7 +16,7 @@ from smolctl.training.device import describe_environment, process_count
 from smolctl.training.distributed import is_main_process
 from smolctl.training.fit import RunResult, fit, prepare_process
 from smolctl.training.guards import naming_the_memory_knob
-from smolctl.training.plan import make_plan, measure_speed
+from smolctl.training.plan import make_plan, measure_training_speed
 from smolctl.training.prepare import Prepared
 
 
@@ -35,7 +35,7 @@ def plan_run(prepared: Prepared, disk: Path) -> RunPlan:
     with naming_the_memory_knob(config.micro_batch_size):
         network = prepared.network.to(device)
         batch = prepared.dataset(0, process_count(config))[done][:sequences].to(device)
-        speed = measure_speed(network, batch, config, prepared.document_end)
+        speed = measure_training_speed(network, batch, config, prepared.document_end)
     if device == "cuda":  # processes on a CPU share its cores
         speed *= process_count(config)
     existing = next(path for path in (disk.absolute(), *disk.absolute().parents) if path.exists())

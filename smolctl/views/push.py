@@ -17,7 +17,7 @@ from smolctl.publish.sdk import Sdk
 from smolctl.publish.smoke import SmokeTest
 from smolctl.views.numbers import size
 from smolctl.views.output import Output
-from smolctl.views.tables import facts, shortened
+from smolctl.views.tables import facts, first_lines
 
 SHOWN_SHA = 12
 SHOWN_NAMES = 8
@@ -87,7 +87,7 @@ def _facts(plan: PushPlan) -> dict[str, str]:
         ("others' files", [name for repo in _repos(plan) for name in repo.stays]),
     ):
         if names:
-            rows[row] = f"{', '.join(shortened(names, SHOWN_NAMES))}{WHOSE[row]}"
+            rows[row] = f"{', '.join(first_lines(names, SHOWN_NAMES))}{WHOSE[row]}"
     if wider := [f"{one.path.name}: {line}" for one in export.ggufs for line in one.wider]:
         rows["stored wider"] = "; ".join(wider)
     if built.left_out:

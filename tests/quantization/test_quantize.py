@@ -19,7 +19,7 @@ from smolctl.generation.torch_engine import TorchEngine
 from smolctl.quantization.build import build_items, dequantized, read_tensors
 from smolctl.quantization.footprint import measure_footprint
 from smolctl.quantization.quantize import QuantizeOptions, QuantizeReport, quantize
-from smolctl.quantization.schemes import GGUF_SCHEMES, SCHEMES, SchemeOptions, make_plan
+from smolctl.quantization.schemes import GGUF_SCHEMES, SCHEMES, SchemeOptions, plan_quantization
 from smolctl.quantization.verdict import Gates, SourceFacts, Variant, advise, judge
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
@@ -59,7 +59,7 @@ def test_what_loading_costs_is_measured_without_the_modules_of_the_working_folde
 def test_folder_holds_exactly_what_was_computed(here: Path, model: str, scheme: str) -> None:
     make(model, scheme)
     source, written = open_source(model), open_source("out")
-    plan = make_plan(source.require_config(), scheme, SchemeOptions())
+    plan = plan_quantization(source.require_config(), scheme, SchemeOptions())
     expected = dequantized(build_items(source.require_config(), read_tensors(source), plan))
     found = {name: tensor.float() for name, tensor in weights_of(written).items()}
     assert found.keys() == expected.keys()

@@ -38,7 +38,7 @@ from smolctl.data.tokens.encoding import TokenizeProgress, encode_documents
 from smolctl.data.tokens.shards import ShardWriter, TokenStream, disk_errors, token_dtype
 from smolctl.errors import InputError
 
-DIGESTS = "documents.bin"  # `Piece.digest` of every different document, sorted; little-endian uint64
+DIGESTS = "documents.bin"  # `DocumentPiece.digest` of every different document, sorted; little-endian uint64
 
 
 @dataclass(frozen=True, kw_only=True)
