@@ -33,14 +33,13 @@ from smolctl.runs.layout import FILES as RUN_FILES
 from smolctl.runs.layout import is_run
 from smolctl.runs.reference import split_step
 from smolctl.runs.root import LATEST, RUNS, latest_run
+from smolctl.sources.address import hub_id_of, is_file_name, is_hub_id, refuse_tag
 from smolctl.sources.base import NO_RECIPE, ModelSource, SourceKind
 from smolctl.sources.checkpoint import ZIP_MAGIC, open_checkpoint
 from smolctl.sources.gguf.header import GGUF_MAGIC
 from smolctl.sources.gguf.model import open_gguf
 from smolctl.sources.huggingface.folder import (
-    INDEX,
     LONE_ENDINGS,
-    SINGLE,
     broken_link,
     files_of_model,
     is_huggingface_folder,
@@ -54,14 +53,6 @@ from smolctl.sources.huggingface.tokenizer import TOKENIZER_FILES, tokenizer_rea
 from smolctl.sources.nanotron import is_nanotron, open_nanotron
 from smolctl.sources.quantized.folder import DESCRIPTION, FILE, is_quantized_folder, open_quantized_folder
 
-HUB_ADDRESS = re.compile(
-    r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://(?:models/)?)(?P<name>[\w.-]+/[\w.-]+?)"
-    r"(?:(?:/(?:tree|blob|resolve)/|@)(?P<revision>[\w.-]+)(?:/(?P<file>[^?]*?))?)?(?P<tag>:[\w.-]+)?/?(?:\?.*)?"
-)
-HUB_PARTS = ("config.json", SINGLE, INDEX)  # files whose address stands for the model they belong to
-HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?")
-# Endings of files: `models/x.gguf` that does not exist is a wrong path and no repository.
-FILE_ENDINGS = (".gguf", ".safetensors", ".ckpt", ".yaml", ".yml", ".json", ".bin", ".pt", ".pth")
 # What trainers write beside weights, and further parts of a split file.
 NO_LONE_FILE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state).*|.+-(?!00001)\d{5}-of-\d{5}\..+"
@@ -135,7 +126,7 @@ def _open(model: str, values: Mapping[str, Any]) -> ModelSource:
         raise InputError("MODEL is empty", KINDS)
     if model == "-":
         return _open_stdin(values)
-    model = _pasted(model)
+    model = hub_id_of(model)
     path = Path(model)
     preset = model in preset_names()
     if _exists(path) and not (preset and path.is_dir() and not _holds_model(path)):
@@ -150,45 +141,14 @@ def _open(model: str, values: Mapping[str, Any]) -> ModelSource:
     if (at and is_run(Path(run))) or path.parts[:1] == RUNS.parts:
         folder, step = split_step(model)
         return _open_run(folder, step, model)
-    if HUB_ID.fullmatch(model) and not model.lower().endswith(FILE_ENDINGS):
+    if is_hub_id(model):
         from smolctl.sources.hub import open_hub
 
         return open_hub(model)
-    repository, _, tag = model.partition(":")
-    if tag and HUB_ID.fullmatch(repository):
-        name, at, revision = repository.partition("@")
-        revision = f" --revision {revision}" if at else ""
-        raise InputError(
-            f"{model}: a repository on the Hub and a quantization of llama.cpp's, which is one of its files",
-            f"`hf download {name}{revision} --include '*{tag}*.gguf' --local-dir .`, then name the file.",
-        )
-    if "/" not in model and not model.lower().endswith(FILE_ENDINGS):
+    refuse_tag(model)
+    if "/" not in model and not is_file_name(model):
         config_path(model)  # raises, with presets of a similar name
     raise InputError(f"{model}: no such file or folder", KINDS)
-
-
-def _pasted(model: str) -> str:
-    """The `org/name[@revision]` in an address of the Hub; any other MODEL as it is.
-
-    Raises:
-        InputError: it is the address of a file that may be another model than its repository's, or of another
-            server.
-    """
-    address = HUB_ADDRESS.fullmatch(model)
-    if address is None:
-        if "://" in model:
-            raise InputError(
-                f"{model}: not the address of a model on the Hub", "Download the file, then name it."
-            )
-        return model
-    name, revision, file = address["name"], address["revision"], address["file"]
-    if file and file not in HUB_PARTS:
-        at = f" --revision {revision}" if revision != "main" else ""
-        raise InputError(
-            f"{model}: a part of a repository on the Hub",
-            f"`hf download {name} {file}{at} --local-dir .`, then name it; or name the model {name}.",
-        )
-    return (f"{name}@{revision}" if revision else name) + (address["tag"] or "")
 
 
 def _open_stdin(values: Mapping[str, Any]) -> ModelSource:
