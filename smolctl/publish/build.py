@@ -23,7 +23,6 @@ from smolctl.publish.export import Export, export_model
 from smolctl.publish.facts import RunFacts, read_facts, write_records
 from smolctl.publish.secrets import Finding, scan
 from smolctl.publish.smoke import SmokeTest
-from smolctl.runs.folder import RunFolder
 from smolctl.runs.layout import (
     CONFIG,
     ENVIRONMENT,
@@ -37,7 +36,6 @@ from smolctl.runs.layout import (
     TASKS,
     TOKENIZER,
 )
-from smolctl.runs.reference import split_step
 from smolctl.runs.root import latest_run
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
@@ -179,9 +177,8 @@ def open_model(model: str | None, accept_guesses: bool = False) -> ModelToPublis
     source.require_weights()
     source.require_certainty(accept_guesses)
     require_own_files(source)
-    if source.kind == SourceKind.RUN:
-        path, _ = split_step(reference)
-        folder = RunFolder.open(path).path
+    if run := source.run_folder:
+        folder = run.path
         _require_texts_inside(folder)
         return ModelToPublish(source, repository_name(folder.resolve().name), folder, is_run=True)
     path = Path(reference)

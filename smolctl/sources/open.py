@@ -107,8 +107,7 @@ def require_own_files(source: ModelSource, carried_only: bool = False) -> None:
         InputError: one of them only seems to lie there, see `ownership.require_inside`.
     """
     path = Path(source.id)
-    if source.kind is SourceKind.RUN:
-        run = RunFolder.open(split_step(source.id)[0])
+    if run := source.run_folder:
         named = [name for name in RUN_FILES if "*" not in name]
         if carried_only:
             named = [name for name in named if name.startswith(run.tokenizer.name)]
