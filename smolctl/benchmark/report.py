@@ -12,6 +12,7 @@ from smolctl.benchmark.limits import HardwareLimits
 from smolctl.benchmark.machine import Machine, SystemLoad
 from smolctl.benchmark.metrics import SECONDS
 from smolctl.config import ModelConfig
+from smolctl.errors import GateError
 from smolctl.timing import Ratio, median_interval, ratio_of
 
 # Fields of a config that no time depends on.
@@ -111,6 +112,12 @@ class BenchReport:
     def wrong(self) -> tuple[Result, ...]:
         """Results whose output was wrong."""
         return tuple(result for result in self.results if not result.right)
+
+    def require_right(self) -> None:
+        """Check that every engine gave the output it should. Raises GateError."""
+        if self.wrong:
+            named = ", ".join(one.name for one in self.wrong)
+            raise GateError(f"wrong output: {named}", "Ignore their speed, and report this.")
 
 
 def compare(results: Sequence[Result]) -> tuple[RelativeSpeed, ...]:
