@@ -35,7 +35,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from smolctl.page.folder import CODE, ENGINES, write_model
+from smolctl.page.folder import CODE, ENGINES, write_page_model
 from smolctl.page.tokenization import page_tokenizer
 from smolctl.quantization.quantize import QuantizeOptions, quantize
 from smolctl.sources import open_source
@@ -80,7 +80,7 @@ def engines(source: Path, folder: Path, onnx: Path | None) -> list[Measured]:
         if not quantized.exists():
             quantize(str(source), QuantizeOptions((scheme,), out=quantized, measure=False))
         shutil.rmtree(page, ignore_errors=True)
-        write_model(quantized, page)
+        write_page_model(quantized, page)
         model = open_source(str(quantized))
         options = {"engine": "smolctl", "model": f"/models/{page.name}", "tokenizer": page_tokenizer(model)}
         for threads in (1, 2):

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smolctl.benchmark.workload import Measurement
-from smolctl.config.run import DataConfig
+from smolctl.config.data import DataConfig
 from smolctl.data.batches import sequences_of
 from smolctl.data.text.conversations import read_conversation
 from smolctl.data.text.library_questions import library_questions

@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from smolctl.config.run import DataConfig
+from smolctl.config.data import DataConfig
 from smolctl.data.text.corpus import iter_texts
 from smolctl.data.tokenizer.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from smolctl.timing import Ratio, in_turns, ratio_of

@@ -1,4 +1,4 @@
-"""The command that installs a missing optional package into this installation of smolctl."""
+"""Other packages: which version is installed, and the command that installs a missing optional one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from smolctl.errors import InputError
+
+
+def installed_version(package: str) -> str | None:
+    """The version of a package that is installed; None where it is not."""
+    from importlib.metadata import PackageNotFoundError, version  # takes milliseconds that not all need
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def install_command(extra: str) -> str:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from smolctl.config.run import DataConfig
+from smolctl.config.data import DataConfig
 from smolctl.data.batches import sequences_of
 from smolctl.data.tokens.corpus import tokenize_corpus
 from smolctl.evaluation.measure import score_tokens

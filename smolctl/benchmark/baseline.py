@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 from smolctl.benchmark.metrics import SECONDS
 from smolctl.benchmark.report import BenchReport, Result
 from smolctl.durable import write_text
-from smolctl.errors import InputError, SmolError
+from smolctl.errors import GateError, InputError, SmolError
 from smolctl.escaping import json_text
 from smolctl.outside import checked, read_json, shown
 from smolctl.timing import median_interval
@@ -93,6 +93,24 @@ class Changes:
         """Changes below the limit, beyond the noise or not: whoever sets the limit knows the noise."""
         limit = self.fail_below
         return tuple(one for one in self.changes if limit is not None and not one.ratio >= limit)
+
+    def require_passed(self) -> None:
+        """Check that nothing is below the limit, if one is set.
+
+        Raises:
+            GateError: naming what is, or what has nothing to be compared with.
+        """
+        if self.failed:
+            named = ", ".join(f"{one.result.name} × {one.ratio:.2f}" for one in self.failed)
+            doubt = f"; the machine was busy: {self.disturbed}" if self.disturbed else ""
+            raise GateError(
+                f"below {self.fail_below} of the baseline: {named}{doubt}", "Repeat on an idle machine."
+            )
+        if self.missing and self.fail_below is not None:
+            raise GateError(
+                f"not compared with the baseline: {'; '.join(self.missing)}",
+                "Measure the same suites and schemes on both sides.",
+            )
 
 
 def read_baseline(path: Path) -> Baseline:

@@ -14,7 +14,7 @@ from torch import Tensor
 from smolctl.benchmark.correctness import allowed_error, error_of
 from smolctl.benchmark.engine_files import check_peers, make_engine_files
 from smolctl.benchmark.engines import open_weighted
-from smolctl.benchmark.limits import LimitMeter, Limits, limits_of, roofline
+from smolctl.benchmark.limits import HardwareLimits, LimitMeter, limits_of, roofline
 from smolctl.benchmark.machine import cpu_times, describe_machine, disturbance, load_average, load_between
 from smolctl.benchmark.report import BenchReport, ModelFacts, Result, compare
 from smolctl.benchmark.suites import (
@@ -113,7 +113,7 @@ def results_of(
     prepared: PreparedWorkload,
     measurements: Sequence[Measurement],
     expected: Mapping[str, Tensor],
-    limits: Limits,
+    limits: HardwareLimits,
 ) -> list[Result]:
     """A result for each metric of a workload; none where a repeat could not be measured.
 

@@ -10,7 +10,6 @@ from smolctl.benchmark.engines import PEERS, EngineName, EngineSpec
 from smolctl.benchmark.peers import is_installed
 from smolctl.errors import SmolError, UsageError
 from smolctl.quantization.quantize import QuantizeOptions, quantize
-from smolctl.runs.folder import RunFolder, split_step
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.gguf.write import SCHEMES, require_gguf, write_gguf
@@ -133,9 +132,9 @@ def stored_scheme(source: ModelSource) -> str:
 
 def weight_files(model: str) -> tuple[Path, ...]:
     """The files that loading a model reads; none for a preset or for a model in the Hub's cache."""
-    source, path = open_source(model), split_step(model)[0]
-    if source.kind is SourceKind.RUN:
-        return (RunFolder.open(path).checkpoint(source.step).path,)
+    source, path = open_source(model), Path(model)
+    if run := source.run_folder:
+        return (run.checkpoint(source.step).path,)
     if path.is_dir():
         return tuple(sorted(path.glob("*.safetensors")))
     return (path,) if source.tensors and path.is_file() else ()

@@ -23,7 +23,7 @@ WIDER = {
 
 
 @dataclass(frozen=True)
-class Limits:
+class HardwareLimits:
     """Rates of the machine: the best of all rounds, since disturbances only lower them."""
 
     bandwidth: float  # bytes per second, reading memory
@@ -50,7 +50,7 @@ class LimitMeter:
         square = torch.randn(SIZE, SIZE, generator=generator)
         self._squares = {name: square.to(dtype) for name, dtype in DTYPES.items()}
         self._small = (square * 16).to(torch.int8)
-        self.rounds: list[tuple[float, dict[str, float]]] = []  # bandwidth and products, as in Limits
+        self.rounds: list[tuple[float, dict[str, float]]] = []  # bandwidth and products, as in HardwareLimits
 
     def measure(self) -> None:
         """One round: about half a second."""
@@ -66,10 +66,10 @@ class LimitMeter:
         self.rounds.append((bandwidth, products))
 
 
-def limits_of(rounds: Sequence[tuple[float, dict[str, float]]]) -> Limits:
+def limits_of(rounds: Sequence[tuple[float, dict[str, float]]]) -> HardwareLimits:
     """The best and the worst round of each rate."""
     names = rounds[0][1].keys()
-    return Limits(
+    return HardwareLimits(
         max(bandwidth for bandwidth, _ in rounds),
         {name: max(products[name] for _, products in rounds) for name in names},
         min(bandwidth for bandwidth, _ in rounds),
@@ -77,7 +77,7 @@ def limits_of(rounds: Sequence[tuple[float, dict[str, float]]]) -> Limits:
     )
 
 
-def roofline(cost: Cost, seconds: float, limits: Limits) -> tuple[float, str] | tuple[None, None]:
+def roofline(cost: Cost, seconds: float, limits: HardwareLimits) -> tuple[float, str] | tuple[None, None]:
     """The share of the limit that applies, and its name; None for both if the cost is not known.
 
     A workload needs at least the time to read its bytes and at least the time for its arithmetic: the

@@ -6,13 +6,13 @@ import os
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from smolctl import __version__
 from smolctl.cores import machine_memory, usable_cpus
+from smolctl.extras import installed_version
 
 PACKAGES = ("torch", "transformers", "tokenizers", "llama-cpp-python", "litgpt", "numpy", "lightning")
 # Above these shares results are called disturbed: 5 % of the machine's time is as much as a difference in
@@ -61,12 +61,7 @@ class SystemLoad:
 
 def describe_machine(threads: int) -> Machine:
     """What the operating system reports about the machine."""
-    found = {"python": platform.python_version(), "smolctl": __version__}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    packages = {package: found for package in PACKAGES if (found := installed_version(package))}
     return Machine(
         cpu=_cpu_name(),
         gpu=torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
@@ -75,7 +70,7 @@ def describe_machine(threads: int) -> Machine:
         memory_bytes=machine_memory(),
         instructions=torch.backends.cpu.get_cpu_capability(),
         os=f"{platform.system()} {platform.release()}",
-        versions=found,
+        versions={"python": platform.python_version(), "smolctl": __version__, **packages},
     )
 
 

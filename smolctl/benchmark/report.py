@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from smolctl.arithmetic import count_parameters
-from smolctl.benchmark.limits import Limits
+from smolctl.benchmark.limits import HardwareLimits
 from smolctl.benchmark.machine import Machine, SystemLoad
 from smolctl.benchmark.metrics import SECONDS
 from smolctl.config import ModelConfig
+from smolctl.errors import GateError
 from smolctl.timing import Ratio, median_interval, ratio_of
 
 # Fields of a config that no time depends on.
@@ -82,7 +83,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RelativeSpeed:
     """The speed of one result relative to another of the same rounds."""
 
     suite: str
@@ -100,11 +101,11 @@ class BenchReport:
     machine: Machine
     load: SystemLoad
     disturbed: str  # why the numbers are doubtful; "" if they are not
-    limits: Limits
+    limits: HardwareLimits
     model: ModelFacts
     repeats: int
     results: tuple[Result, ...]
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[RelativeSpeed, ...]
     notes: tuple[str, ...]
 
     @property
@@ -112,8 +113,14 @@ class BenchReport:
         """Results whose output was wrong."""
         return tuple(result for result in self.results if not result.right)
 
+    def require_right(self) -> None:
+        """Check that every engine gave the output it should. Raises GateError."""
+        if self.wrong:
+            named = ", ".join(one.name for one in self.wrong)
+            raise GateError(f"wrong output: {named}", "Ignore their speed, and report this.")
 
-def compare(results: Sequence[Result]) -> tuple[Comparison, ...]:
+
+def compare(results: Sequence[Result]) -> tuple[RelativeSpeed, ...]:
     """Every result of smolctl compared with the peers' and with smolctl's of the stored weights.
 
     Only equal work is compared, and only where both outputs are right.
@@ -127,7 +134,7 @@ def compare(results: Sequence[Result]) -> tuple[Comparison, ...]:
         for other in [*([stored] if stored is not ours else []), *peers]:
             if (other.suite, other.work) == (ours.suite, ours.work) and other.right:
                 pair = ours.suite, ours.engine, ours.precision, other.engine, other.precision
-                found.append(Comparison(*pair, speed_ratio(ours.unit, ours.values, other.values)))
+                found.append(RelativeSpeed(*pair, speed_ratio(ours.unit, ours.values, other.values)))
     return tuple(found)
 
 

@@ -12,7 +12,7 @@ import typer
 
 from smolctl.cli.completion import PEERS, SCHEMES, SUITES, complete_model, names
 from smolctl.cli.options import Threads, capped_threads, command
-from smolctl.errors import ExitCode, GateError, UsageError
+from smolctl.errors import ExitCode, UsageError
 from smolctl.views.output import Output
 
 
@@ -136,15 +136,6 @@ def bench(
         output.talk(f"Saved to {save}.")
     if plot is not None:
         draw_bench(report, plot)
-    if report.wrong:
-        named = ", ".join(one.name for one in report.wrong)
-        raise GateError(f"wrong output: {named}", "Ignore their speed, and report this.")
-    if changes is not None and changes.failed:
-        named = ", ".join(f"{one.result.name} × {one.ratio:.2f}" for one in changes.failed)
-        doubt = f"; the machine was busy: {changes.disturbed}" if changes.disturbed else ""
-        raise GateError(f"below {fail_below} of the baseline: {named}{doubt}", "Repeat on an idle machine.")
-    if changes is not None and changes.missing and fail_below is not None:
-        raise GateError(
-            f"not compared with the baseline: {'; '.join(changes.missing)}",
-            "Measure the same suites and schemes on both sides.",
-        )
+    report.require_right()
+    if changes is not None:
+        changes.require_passed()

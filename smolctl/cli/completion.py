@@ -135,7 +135,10 @@ def _files(typed: str, suffixes: set[str]) -> list[str]:
 
 
 def _runs(typed: str) -> list[str]:
-    from smolctl.runs.folder import BEST, RUNS, RunFolder
+    from smolctl.runs.folder import RunFolder
+    from smolctl.runs.layout import is_run
+    from smolctl.runs.reference import BEST
+    from smolctl.runs.root import RUNS
 
     name, at, _ = typed.rpartition("@")
     if at:
@@ -146,7 +149,7 @@ def _runs(typed: str) -> list[str]:
         f"{folder}{path.name}"
         for folder in folders
         for path in _inside(Path(folder).expanduser())
-        if RunFolder.is_run(path)
+        if is_run(path)
     ]
 
 

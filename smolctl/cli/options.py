@@ -232,19 +232,21 @@ def _name_type(annotation: Any) -> None:
     info.metavar = f"[{'|'.join(choices)}]" if choices else TYPE_NAMES.get(kind)
 
 
-NEVER_TWICE = {"prompt", "jsonl", "out", "against", "save"}  # what is read or written, where it is one
+# Values that name what is read or written. A second one would be taken in place of the first without a word.
+ONE_ONLY = {"PATH", "FILE", "FOLDER", "MODEL", "OTHER", "ORG/NAME"}
 
 
 class PlainCommand(TyperCommand):
     """A command whose help names its arguments MODEL; Typer's own are {MODEL} and MODEL <str>.
 
-    It refuses a second prompt, file or format where one is taken: Typer's own would drop the first without a
-    word. Of settings such as --temperature the last one applies, so that an alias can be overridden.
+    It refuses a second prompt, file or repository where one is taken. Of settings such as --temperature the
+    last one applies, so that an alias can be overridden.
     """
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         for option, times in Counter(self.make_parser(ctx).parse_args(list(args))[2]).items():
-            takes_one = option.name in NEVER_TWICE and not getattr(option, "multiple", True)
+            is_one = option.name == "prompt" or option.metavar in ONE_ONLY
+            takes_one = is_one and not getattr(option, "multiple", True)
             if times > 1 and takes_one and not ctx.resilient_parsing:
                 ctx.fail(f"{option.opts[0]} was given {times} times, but takes one value.")
         return super().parse_args(ctx, args)

@@ -127,7 +127,7 @@ def push(
     smolctl push --preview                             that page on this machine
     smolctl push --page site                           that page as a folder for any static host
     """
-    from smolctl.runs.folder import latest_run
+    from smolctl.runs.root import latest_run
 
     model = model or str(latest_run())  # before anything else is asked for: without a run it is in vain
 

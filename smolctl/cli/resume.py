@@ -80,7 +80,8 @@ def resume(
     """
     changes = run_changes(locals())
     from smolctl.config.load import merge, parse_settings
-    from smolctl.runs.folder import latest_run, split_step
+    from smolctl.runs.reference import split_step
+    from smolctl.runs.root import latest_run
     from smolctl.training.distributed import failing_together, is_main_process
     from smolctl.training.resume import ResumeOptions
     from smolctl.training.resume import resume as resume_run

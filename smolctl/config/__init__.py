@@ -2,7 +2,8 @@
 
 from smolctl.config.load import load_run_config, preset_names, presets_folder, resolve_run_config
 from smolctl.config.model import ModelConfig, RopeScaling
-from smolctl.config.run import Provenance, RunConfig
+from smolctl.config.provenance import Provenance
+from smolctl.config.run import RunConfig
 
 __all__ = [
     "ModelConfig",

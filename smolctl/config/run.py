@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left
-from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from smolctl.config.data import DataConfig
 from smolctl.config.model import ModelConfig, Section
+from smolctl.config.provenance import Provenance
 
 
 def _steps_or_share(value: int | float) -> int | float:
@@ -26,121 +26,7 @@ StepsOrShare = Annotated[int | float, Field(ge=0), AfterValidator(_steps_or_shar
 # A step, where in the schedule the run was after it, and by how much every further step advances it.
 Pace = tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
 MOST_STEPS = 1 << 40
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 Decay = Annotated[float, Field(ge=0, lt=1)]  # of a moment, as AdamW takes it
-
-
-class DataConfig(Section):
-    """Where the tokens come from."""
-
-    source: tuple[str, ...] = Field(
-        ("python",),
-        description="'python' (embedded), files, folders, or Hub datasets org/name[@revision][:config]",
-    )
-    weights: tuple[float, ...] | None = Field(
-        None, description="relative share of the samples from each source; null: sources are concatenated"
-    )
-    text_field: str | tuple[str, ...] = Field(
-        "text",
-        description="column that holds the text in JSON, CSV, Parquet and Hub datasets; or one per source",
-    )
-    split: str | tuple[str, ...] = Field(
-        "train", description="split of a Hub dataset, such as train_sft; or one per source"
-    )
-    format: Literal["text", "chat"] = Field("text", description="text: documents; chat: conversations")
-    shape: Literal["auto", "messages", "sharegpt", "completion", "instruction"] = Field(
-        "auto", description="layout of a conversation's row; auto: detected from its field names"
-    )
-    loss: Literal["assistant", "completion", "all"] = Field(
-        "assistant",
-        description="tokens that are trained on. assistant: all answers; completion: the answer to the row's "
-        "prompt, or the last answer; all: every token",
-    )
-    too_long: Literal["start", "end", "drop"] = Field(
-        "start", description="part to keep of a conversation that is longer than a sequence; drop: skip it"
-    )
-    strict: bool = Field(
-        False, description="stop at a row that is not a conversation, instead of skipping it"
-    )
-    special_tokens: Literal["text", "tokens"] = Field(
-        "text",
-        description="how <|endoftext|> and the like in the text are read: as text, or as control tokens",
-    )
-    sequence_length: int = Field(1_024, gt=0, description="tokens per sequence")
-    document_masking: bool = Field(False, description="each token attends to its own document only")
-    validation_fraction: float = Field(
-        0.01, ge=0, lt=1, description="share of the documents to hold out for validation"
-    )
-    validation: str | None = Field(
-        None, description="file, folder or Hub dataset to validate on, instead of a share of the source"
-    )
-    seed: int = Field(8, ge=0, lt=2**63, description="seed of the order of the sequences")
-    workers: int = Field(
-        0, ge=0, description="threads that prefetch batches; the batches do not depend on it"
-    )
-
-    @property
-    def is_chat(self) -> bool:
-        """Whether the rows are conversations."""
-        return self.format == "chat"
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """Everything that is read, the held-out file too."""
-        return (*self.source, *filter(None, (self.validation,)))
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_source_is_a_list(cls, values: object) -> object:
-        if isinstance(values, dict) and isinstance(values.get("source"), str):
-            return {**values, "source": (values["source"],)}
-        return values
-
-    @model_validator(mode="after")
-    def _one_for_each_source(self) -> DataConfig:
-        for name in ("text_field", "split"):
-            given = getattr(self, name)
-            if isinstance(given, tuple) and len(given) != len(self.source):
-                raise ValueError(
-                    f"{name} has {len(given)} entries for {len(self.source)} sources; give one for each"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _weights_fit_the_sources(self) -> DataConfig:
-        weights = self.weights
-        if weights is None:
-            return self
-        if len(weights) != len(self.source):
-            raise ValueError(f"{len(weights)} weights for {len(self.source)} sources; give one for each")
-        if min(weights) <= 0:
-            raise ValueError("every weight must be above 0; leave a source out to not use it")
-        if min(weights) < sum(weights) / 1_000:
-            raise ValueError("every weight must be at least a thousandth of their sum")
-        return self
-
-    @property
-    def text_fields(self) -> tuple[str, ...]:
-        """The text field of each source."""
-        return self._of_each(self.text_field)
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """The split of each source; files have none."""
-        return self._of_each(self.split)
-
-    def _of_each(self, value: str | tuple[str, ...]) -> tuple[str, ...]:
-        return (value,) * len(self.source) if isinstance(value, str) else value
-
-    def one_by_one(self) -> tuple[DataConfig, ...]:
-        """A config of each source alone."""
-        of_each = zip(self.source, self.text_fields, self.splits, strict=True)
-        return tuple(
-            self.model_copy(
-                update={"source": (name,), "weights": None, "text_field": (field,), "split": (split,)}
-            )
-            for name, field, split in of_each
-        )
 
 
 class TrainConfig(Section):
@@ -313,43 +199,6 @@ class PublishConfig(Section):
     repository: str | None = Field(
         None, pattern=r"^https?://[^\s<>\"']+$", description="URL of the code that made the model"
     )
-
-
-class Provenance(Section):
-    """Where weights came from, as it was known when they were taken."""
-
-    id: str = Field(description="org/name on the Hub, or an absolute path")
-    kind: Literal["hub", "local"] = Field(description="whether the id is on the Hub or a path")
-    revision: str | None = Field(None, description="branch or tag on the Hub, if one was named")
-    commit: str | None = Field(None, description="commit on the Hub from which the weights were loaded")
-    step: int | None = Field(None, description="step of the run, if it is one")
-    sha256: str | None = Field(
-        None, description="SHA-256 of its weights in float32, if a run began with them"
-    )
-    license: str | None = Field(None, description="license that its card or its config states")
-    assumed: tuple[str, ...] = Field((), description="config values that no file states")
-    made_from: Provenance | None = Field(None, description="the model that it was made from")
-
-    @model_validator(mode="after")
-    def _is_a_name_on_the_hub(self) -> Provenance:
-        if self.kind == "hub" and not HUB_NAME.fullmatch(self.id):
-            raise ValueError(f"{self.id} is not an org/name")
-        return self
-
-    @property
-    def chain(self) -> tuple[Provenance, ...]:
-        """This model, what it was made from, and so on back."""
-        return (self, *(self.made_from.chain if self.made_from else ()))
-
-    @property
-    def on_hub(self) -> Provenance | None:
-        """The nearest of the chain that is on the Hub."""
-        return next((one for one in self.chain if one.kind == "hub"), None)
-
-    def public(self) -> Provenance:
-        """The same as strangers may read it: paths of this machine by their last part."""
-        name = self.id if self.kind == "hub" else PurePath(self.id).name
-        return self.model_copy(update={"id": name, "made_from": self.made_from and self.made_from.public()})
 
 
 class RunConfig(Section):

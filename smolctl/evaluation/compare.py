@@ -6,6 +6,7 @@ import math
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -167,21 +168,19 @@ def compare(
         del engine
     sizes = blocks.observed(blocks.sizes)
     groups = _groups(models)
-    measures, amounts = [], []
-    for label, members in zip(_LABELS, groups, strict=False):
-        amount = np.stack([scores[member] for member in members])
-        amounts.append(amount)
-        measures.append(
-            Measure(
-                label,
-                tuple(models[member].name for member in members),
-                tuple(models[member].seed for member in members),
-                resampled_estimate(amount, sizes),
-                tuple((amount.sum(1) / sizes.sum()).tolist()),
-                tokens[members[0]],
-                engines[members[0]],
-            )
+    amounts = [np.stack([scores[member] for member in members]) for members in groups]
+    measures = [
+        Measure(
+            label,
+            tuple(models[member].name for member in members),
+            tuple(models[member].seed for member in members),
+            resampled_estimate(amount, sizes),
+            tuple((amount.sum(1) / sizes.sum()).tolist()),
+            tokens[members[0]],
+            engines[members[0]],
         )
+        for label, members, amount in zip(_LABELS, groups, amounts, strict=False)
+    ]
     pairs = tuple(
         Pair(
             measures[a],
@@ -189,8 +188,7 @@ def compare(
             resampled_estimate(amounts[a], sizes, amounts[b]),
             _differences(models[groups[a][0]], models[groups[b][0]], pooled=len(groups) < len(models)),
         )
-        for a in range(len(groups))
-        for b in range(a + 1, len(groups))
+        for a, b in combinations(range(len(groups)), 2)
     )
     return Comparison(
         text,

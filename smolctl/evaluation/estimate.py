@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from smolctl.timing import CONFIDENCE
+
 Floats = NDArray[np.float64]
 
 RESAMPLES = 10_000
-CONFIDENCE = 0.95
 FEWEST_DOCUMENTS = 5  # of equal size, see `effective_number`
 POWER = 0.8  # how often `Estimate.detectable` would be seen
 SEED = 0  # of the resampling: the same numbers give the same interval
@@ -34,7 +35,7 @@ class Estimate:
     Attributes:
         mean: the ratio over all documents; the mean of the seeds' ratios where there are several.
         standard_error: of the mean, over documents; None: one document has none.
-        margin: mean ± margin is the interval at `CONFIDENCE`; None where nothing was resampled.
+        margin: mean ± margin is the interval at `timing.CONFIDENCE`; None where nothing was resampled.
     """
 
     mean: float

@@ -25,7 +25,7 @@ class BitsPerByte:
     bits_per_byte: float
     standard_error: float | None  # of the mean, over documents; None: one document has none
     loss: float  # nats per token
-    margin: float | None  # bits_per_byte ± margin is the interval at `estimate.CONFIDENCE`
+    margin: float | None  # bits_per_byte ± margin is the interval at `timing.CONFIDENCE`
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pydantic import FiniteFloat
 from typing_extensions import TypedDict
 
 from smolctl.outside import fitting
-from smolctl.runs.folder import TASKS
+from smolctl.runs.layout import TASKS
 from smolctl.runs.records import add_measurements, read_measurements
 
 RESULTS = "tasks"

@@ -25,9 +25,8 @@ from smolctl.extras import install_command
 from smolctl.generation.engines import EngineOptions
 from smolctl.generation.load import load_model
 from smolctl.hub.errors import first_line
-from smolctl.runs.folder import TASKS, RunFolder, latest_run, split_step
+from smolctl.runs.layout import TASKS
 from smolctl.sources import open_source
-from smolctl.sources.base import ModelSource, SourceKind
 
 LIBRARY = "lm_eval"
 # Of what lm-eval returns, what its users know and programs read.
@@ -48,7 +47,7 @@ class TaskOptions:
 
 
 @dataclass(frozen=True)
-class Metric:
+class TaskMetric:
     """One figure of a task."""
 
     name: str
@@ -66,7 +65,7 @@ class TaskResult:
     version: str
     shots: int | None
     items: int  # that were asked
-    metrics: tuple[Metric, ...]
+    metrics: tuple[TaskMetric, ...]
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def evaluate_tasks(
     return TaskReport(
         model=model,
         step=source.step,
-        run=_run_of(source),
+        run=run.path if (run := source.run_folder) else None,
         engine=loaded.engine.name,
         library=version(LIBRARY),
         chat=options.chat,
@@ -131,13 +130,6 @@ def evaluate_tasks(
         document={key: _plain(found[key]) for key in KEPT if key in found},
         samples=_plain(found["samples"]),
     )
-
-
-def _run_of(source: ModelSource) -> Path | None:
-    if source.kind is not SourceKind.RUN:
-        return None
-    path, _ = split_step(source.id)  # runs/latest need not be there
-    return RunFolder.open(path if path.exists() else latest_run()).path
 
 
 def record_report(report: TaskReport) -> Path | None:
@@ -261,7 +253,7 @@ def _result(name: str, found: Mapping[str, Any]) -> TaskResult:
             continue
         error = figures.get(f"{metric}_stderr,{filter}")
         metrics.append(
-            Metric(
+            TaskMetric(
                 metric, filter, float(value), float(error) if _is_number(error) else None, better.get(metric)
             )
         )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from smolctl.config.run import DataConfig
+from smolctl.config.data import DataConfig
 from smolctl.data.mixture import Mixture
 from smolctl.data.text.conversations import Conversation, shape_of
 from smolctl.data.text.corpus import Source, open_sources, readable_conversations, shown_name

@@ -116,19 +116,11 @@ def changed_settings(values: Mapping[str, Any], settings: CompletionSettings) ->
     """
     given = {key: value for key, value in values.items() if value is not None}
     _refuse_unsupported(given, UNSUPPORTED)
-    changes: dict[str, Any] = {}
-    for key, (field, least, most) in COUNTS.items():
-        if key not in given:
-            continue
-        value = given[key]
-        if (
-            type(value) is not int
-            or (least is not None and value < least)
-            or (most is not None and value > most)
-        ):
-            limits = " of 1 or more" if most is None else f" from {least} to {most}"
-            raise InputError(f'"{key}" is not an integer{limits if least is not None else ""}', CORRECT)
-        changes[field] = value
+    changes: dict[str, Any] = {
+        field: _integer(key, given[key], least, most)
+        for key, (field, least, most) in COUNTS.items()
+        if key in given
+    }
     if "stop" in given:
         stop = [given["stop"]] if isinstance(given["stop"], str) else given["stop"]
         if not isinstance(stop, list) or not all(isinstance(text, str) for text in stop):
@@ -142,6 +134,13 @@ def changed_settings(values: Mapping[str, Any], settings: CompletionSettings) ->
         return replace(settings, **changes, sampling=replace(settings.sampling, **sampling))
     except UsageError as error:
         raise InputError(error.message.removeprefix("--"), error.hint) from None
+
+
+def _integer(key: str, value: object, least: int | None, most: int | None) -> int:
+    if type(value) is int and (least is None or value >= least) and (most is None or value <= most):
+        return value
+    limits = " of 1 or more" if most is None else f" from {least} to {most}"
+    raise InputError(f'"{key}" is not an integer{limits if least is not None else ""}', CORRECT)
 
 
 def _refuse_unsupported(given: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]]) -> None:

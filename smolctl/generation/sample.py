@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -145,42 +145,64 @@ def sample(
     first = models[0]
     conversation = Conversation(bool(request.chat), request.system, special_tokens=request.special_tokens)
     if file is not None:
-        compiled = lru_cache(
-            lambda text: compile_schema(parse_json(text), first.tokenizer, first.engine.config)
-        )
-
-        def settled(line: PromptLine) -> PromptLine:
-            try:
-                grammar = grammars[0] if line.schema is None else compiled(json_text(dict(line.schema)))
-            except InputError as fault:
-                return replace(line, fault=fault)
-            own_settings = _settled(request, line.settings, line.source, recommended, grammar)
-            return replace(line, settings=own_settings)
-
-        lines = (line if line.fault else settled(line) for line in file.lines)
-        file = replace(file, lines=tuple(lines))
-        return Batch(first, file, conversation, request.batch_size, done)
+        settled = _settled_file(file, request, first, recommended, grammars[0])
+        return Batch(first, settled, conversation, request.batch_size, done)
     if text is None:
         conversation.chat = first.can_chat if request.chat is None else request.chat
         if request.system is not None and not conversation.chat:
             raise UsageError(f"--system belongs to a chat, and {first.id} has no template", "Leave it out.")
         return Session(first, replace(settings, grammar=grammars[0]), conversation)
+    own_settings = [replace(settings, grammar=grammar) for grammar in grammars]
+    return _complete_each(models, own_settings, conversation, text, on_event, request.compare)
+
+
+def _settled_file(
+    file: PromptFile,
+    request: SampleRequest,
+    model: LoadedModel,
+    recommended: Mapping[str, Any],
+    grammar: Grammar | None,
+) -> PromptFile:
+    """The prompts with the settings of every line. A schema that does not compile is its line's fault."""
+
+    @lru_cache
+    def compiled(schema: str) -> Grammar:
+        return compile_schema(parse_json(schema), model.tokenizer, model.engine.config)
+
+    def settled(line: PromptLine) -> PromptLine:
+        try:
+            own = grammar if line.schema is None else compiled(json_text(dict(line.schema)))
+        except InputError as fault:
+            return replace(line, fault=fault)
+        return replace(line, settings=_settled(request, line.settings, line.source, recommended, own))
+
+    return replace(file, lines=tuple(line if line.fault else settled(line) for line in file.lines))
+
+
+def _complete_each(
+    models: Sequence[LoadedModel],
+    settings: Sequence[CompletionSettings],
+    conversation: Conversation,
+    text: str,
+    on_event: Callable[[Rendered | Streamed], None],
+    compare: bool,
+) -> SampleResult:
+    """The completions of one prompt by every model, each with its own settings; one model's are streamed."""
     streams = len(models) == 1
+    on_text = (lambda number, piece: on_event(Streamed(number, piece))) if streams else None
     results, interrupted = [], False
-    for model, grammar in zip(models, grammars, strict=True):
+    for model, own in zip(models, settings, strict=True):
         prompt = conversation.prompt(model, text)
         if streams:
             on_event(Rendered(prompt.text))
-        on_text = (lambda number, piece: on_event(Streamed(number, piece))) if streams else None
         try:
-            own_settings = replace(settings, grammar=grammar)
-            result = complete(model.engine, model.tokenizer, prompt, own_settings, on_text)
+            result = complete(model.engine, model.tokenizer, prompt, own, on_text)
         except InterruptedCompletion as stopped:
             result, interrupted = stopped.result, True
         results.append((model, result))
         if interrupted:
             break
-    return SampleResult(tuple(results), diverge(results) if request.compare else None, interrupted)
+    return SampleResult(tuple(results), diverge(results) if compare else None, interrupted)
 
 
 def _settled(

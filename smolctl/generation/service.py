@@ -35,7 +35,7 @@ class Piece:
 
 
 # Called in the service's thread: with every piece, or with the error that ends the whole job.
-Listener = Callable[[Piece | SmolError], None]
+OnPiece = Callable[[Piece | SmolError], None]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Asked:
 class Job:
     """Prompts with their answers, counted through: `samples` of the first prompt, then of the next."""
 
-    listener: Listener
+    listener: OnPiece
     answers: list[Answer] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
     open: int = 0  # answers that have not ended
@@ -81,7 +81,7 @@ class Service:
         self._thread = threading.Thread(target=self._work, name="scheduler", daemon=True)
         self._thread.start()
 
-    def start(self, asked: Sequence[Asked], listener: Listener) -> Job:
+    def start(self, asked: Sequence[Asked], listener: OnPiece) -> Job:
         """Answer prompts; `listener` gets the pieces as they come.
 
         Raises:

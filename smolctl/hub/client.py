@@ -249,8 +249,6 @@ class HubClient:
             ChangedError: somebody else has committed since `head` was read.
             HubError: the Hub refuses, does not answer, or holds something other than what was sent.
         """
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
         if head.is_as_planned(files, removed):
             return Commit(head.sha, ())
         if create_pr and (proposed := self._proposed(target, files, removed)):
@@ -258,34 +256,17 @@ class HubClient:
         changed = [file for file in files if not head.has(file)]
         gone = tuple(path for path in removed if path in head.checksums)
         sent = tuple(file.path for file in changed)
-        xet_token = f"{self._api_url(target)}/xet-write-token/{quote(target.revision, safe='')}"
-        xet_token += "?create_pr=1" if create_pr else ""
 
         def attempt() -> Commit:
             try:
-                with (
-                    explained(target.shown, WRITING, SENDING),
-                    way_of_transfer(xet_token, self.api.token, self.note),
-                ):
-                    info = self.api.create_commit(
-                        target.repo,
-                        [
-                            *(CommitOperationAdd(file.path, str(file.local)) for file in changed),
-                            *(CommitOperationDelete(path) for path in gone),
-                        ],
-                        commit_message=message,
-                        repo_type=target.kind,
-                        revision=target.revision,
-                        parent_commit=head.sha,
-                        create_pr=create_pr,
-                    )
+                sha, page = self._commit(target, head, changed, gone, message, create_pr)
             except PassingError:
                 # Whether a pull request was opened cannot be seen from here.
                 landed = None if create_pr else self._landed(target, head, files, gone)
                 if landed is None:
                     raise
                 return Commit(landed.sha, sent, gone)
-            return Commit(info.oid, sent, gone, info.pr_url)
+            return Commit(sha, sent, gone, page)
 
         commit = attempt() if create_pr else self.patiently(target.shown, SENDING, attempt)
         there = self.head(target, commit.sha)
@@ -298,6 +279,38 @@ class HubClient:
                 "Run the same command again; if it stays so, delete the file on the Hub first.",
             )
         return commit
+
+    def _commit(
+        self,
+        target: Target,
+        head: Head,
+        changed: Sequence[PlannedFile],
+        gone: Sequence[str],
+        message: str,
+        create_pr: bool,
+    ) -> tuple[str, str | None]:
+        """Send one commit. Returns its checksum and, of one that is proposed, its page."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        xet_token = f"{self._api_url(target)}/xet-write-token/{quote(target.revision, safe='')}"
+        xet_token += "?create_pr=1" if create_pr else ""
+        with (
+            explained(target.shown, WRITING, SENDING),
+            way_of_transfer(xet_token, self.api.token, self.note),
+        ):
+            info = self.api.create_commit(
+                target.repo,
+                [
+                    *(CommitOperationAdd(file.path, str(file.local)) for file in changed),
+                    *(CommitOperationDelete(path) for path in gone),
+                ],
+                commit_message=message,
+                repo_type=target.kind,
+                revision=target.revision,
+                parent_commit=head.sha,
+                create_pr=create_pr,
+            )
+        return info.oid, info.pr_url
 
     def _landed(
         self, target: Target, head: Head, files: Sequence[PlannedFile], removed: Sequence[str]

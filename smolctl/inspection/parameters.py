@@ -13,7 +13,7 @@ from smolctl.arithmetic import ParameterRow, count_rows, parameter_rows, tensor_
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError
 from smolctl.inspection.roles import Totals, total, with_tied_head
-from smolctl.inspection.stored import BYTES, Stored, sort_tensors
+from smolctl.inspection.stored import BYTES, SortedTensors, sort_tensors
 from smolctl.inspection.tree import ModuleNode, module_tree
 from smolctl.sources.base import ModelSource, TensorHeader
 from smolctl.sources.huggingface.config import assumed_keys
@@ -91,7 +91,7 @@ def parameters_in(source: ModelSource) -> int | None:
 
 
 def _count_config(
-    source: ModelSource, shape: ModelConfig, stored: Stored | None, what_if: tuple[str, ...]
+    source: ModelSource, shape: ModelConfig, stored: SortedTensors | None, what_if: tuple[str, ...]
 ) -> ParameterReport:
     rows = _with_its_head(parameter_rows(shape), source.declared)
     mismatches: tuple[str, ...] = ()
@@ -137,7 +137,7 @@ def _with_its_head(rows: tuple[ParameterRow, ...], declared: Mapping[str, Any]) 
     return (*body, score)
 
 
-def _count_header(source: ModelSource, stored: Stored) -> ParameterReport:
+def _count_header(source: ModelSource, stored: SortedTensors) -> ParameterReport:
     rows = tensor_rows((tensor.name, tensor.shape) for tensor in stored.parameters)
     shared = {tensor.name.removesuffix(".weight") for tensor in stored.parameters if tensor.shares}
     rows = tuple(replace(row, tied=row.module in shared) for row in rows)
@@ -193,7 +193,7 @@ def _known_rows(declared: Mapping[str, Any]) -> tuple[ParameterRow, ...]:
     return tensor_rows([("token table", shape)]) if len(shape) == 2 else ()
 
 
-def _aside(stored: Stored) -> dict[str, Aside]:
+def _aside(stored: SortedTensors) -> dict[str, Aside]:
     kinds = {"scales": stored.scales, "buffers": stored.buffers, "packed": stored.unknown}
     return {
         kind: Aside(len(tensors), sum(tensor.parameters for tensor in tensors))
@@ -202,11 +202,11 @@ def _aside(stored: Stored) -> dict[str, Aside]:
     }
 
 
-def _notes(stored: Stored) -> tuple[str, ...]:
+def _notes(stored: SortedTensors) -> tuple[str, ...]:
     return tuple(_stored_notes(stored))
 
 
-def _stored_notes(stored: Stored) -> Iterable[str]:
+def _stored_notes(stored: SortedTensors) -> Iterable[str]:
     for tensors, what in (
         (stored.scales, "scales and offsets of quantized weights"),
         (stored.buffers, "buffers, which are not parameters"),

@@ -126,25 +126,17 @@ def with_tied_head(
     """
     vocabulary = vocabulary_of(rows, declared)
     roles = [role_of(row, vocabulary) for row in rows]
-    tables = [
-        row
-        for row, role in zip(rows, roles, strict=True)
-        if role is Role.TOKENS and "per_layer" not in row.module
-    ]
-    heads = [
-        row
-        for row, role in zip(rows, roles, strict=True)
-        if role is Role.HEAD and len(row.shape) == 2 and not row.tied
-    ]
+    placed = list(zip(rows, roles, strict=True))
+    tables = [row for row, role in placed if role is Role.TOKENS and "per_layer" not in row.module]
+    heads = [row for row, role in placed if role is Role.HEAD and len(row.shape) == 2 and not row.tied]
     if not tables or any(row.tied for row in rows):
         return rows
     tied = _tie_of(declared)
     if heads:
         copies = [row for row in heads if row.shape == tables[0].shape] if tied else []
         return tuple(_tied(row) if row in copies else row for row in rows)
-    expected = Role.HEAD in roles or _expects_head(
-        declared
-    )  # the bias of a head is stored even if it is tied
+    # The bias of a head is stored even if it is tied.
+    expected = Role.HEAD in roles or _expects_head(declared)
     if expected is False:
         return rows
     if len(tables) > 1 or (not expected and not tied) or declared.get("tie_word_embeddings") is False:

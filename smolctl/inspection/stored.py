@@ -40,7 +40,7 @@ PACKED = ("qweight", "weight_packed", "weight_qdata", "weight._data", "weight")
 
 
 @dataclass(frozen=True)
-class Stored:
+class SortedTensors:
     """The tensors of a file by what they are."""
 
     parameters: tuple[TensorHeader, ...]  # in the network's shapes; `bytes` stay those in the file
@@ -49,7 +49,7 @@ class Stored:
     unknown: tuple[TensorHeader, ...] = ()  # packed in a way that is not known: how many weights is not known
 
 
-def sort_tensors(tensors: Iterable[TensorHeader], declared: Mapping[str, Any]) -> Stored:
+def sort_tensors(tensors: Iterable[TensorHeader], declared: Mapping[str, Any]) -> SortedTensors:
     """Separate parameters from what lies beside them, and give packed ones their own shapes.
 
     Args:
@@ -85,7 +85,7 @@ def sort_tensors(tensors: Iterable[TensorHeader], declared: Mapping[str, Any]) -
     unknown = {name: tensor for name, tensor in unknown.items() if name not in scales}
     aside = scales.keys() | unknown.keys()
     parameters = tuple(packed.get(name, tensor) for name, tensor in left.items() if name not in aside)
-    return Stored(parameters, tuple(scales.values()), tuple(buffers.values()), tuple(unknown.values()))
+    return SortedTensors(parameters, tuple(scales.values()), tuple(buffers.values()), tuple(unknown.values()))
 
 
 def _is_buffer(tensor: TensorHeader) -> bool:

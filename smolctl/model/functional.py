@@ -188,7 +188,7 @@ def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
     return _SwiGLULinear.apply(gate, up, weight)  # type: ignore[no-any-return, no-untyped-call]
 
 
-Losses = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
+ChunkLosses = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
 
 
 def _losses(logits: Tensor, target: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,7 +222,7 @@ def _fusable_losses(logits: Tensor, target: Tensor, z_loss: float) -> tuple[Tens
 
 
 @cache
-def _compiled_losses() -> Losses:
+def _compiled_losses() -> ChunkLosses:
     return torch.compile(_fusable_losses)
 
 

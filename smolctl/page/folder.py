@@ -34,6 +34,13 @@ WEIGHTS_FORMAT, WEIGHTS_VERSION = "smolctl-weights", 1
 # for a range of bytes were reported to fail from a page at the Hub's storage.
 PART_BYTES = 8 << 20
 MAX_TOKENS = 256  # of an answer, where a visitor changes nothing
+# What a visitor can ask a model that answers, and let one continue that does not.
+QUESTIONS = (
+    "What is the capital of France?",
+    "Explain gravity in two sentences.",
+    "Write a haiku about rain.",
+)
+BEGINNINGS = ("Once upon a time", "The capital of France is", "def fibonacci(n):")
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ def write_page(
         description = read_description(source)
         scheme = str(description["scheme"])
         name = "model" if number == 0 else f"model-{scheme}"
-        write_model(source, folder / name)
+        write_page_model(source, folder / name)
         models.append(PageModel(name, scheme, description["file"]["bytes"], verdicts.get(scheme)))
     for file, content in chat_files(chat).items():
         (folder / file).write_bytes(content)
@@ -132,7 +139,7 @@ def write_code(folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def write_model(quantized: Path, folder: Path) -> None:
+def write_page_model(quantized: Path, folder: Path) -> None:
     """Cut the weights of a quantized folder into parts, and copy what else is in it.
 
     Raises:

@@ -8,7 +8,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
-from smolctl.config.run import Provenance, PublishConfig
+from smolctl.config import Provenance
+from smolctl.config.run import PublishConfig
 from smolctl.errors import InputError
 from smolctl.hub.client import README
 from smolctl.hub.files import PlannedFile, planned_files
@@ -22,7 +23,7 @@ from smolctl.publish.export import Export, export_model
 from smolctl.publish.facts import RunFacts, read_facts, write_records
 from smolctl.publish.secrets import Finding, scan
 from smolctl.publish.smoke import SmokeTest
-from smolctl.runs.folder import (
+from smolctl.runs.layout import (
     CONFIG,
     ENVIRONMENT,
     LOCK,
@@ -34,10 +35,8 @@ from smolctl.runs.folder import (
     STORY,
     TASKS,
     TOKENIZER,
-    RunFolder,
-    latest_run,
-    split_step,
 )
+from smolctl.runs.root import latest_run
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.huggingface.card import read_metadata, split_card
@@ -178,9 +177,8 @@ def open_model(model: str | None, accept_guesses: bool = False) -> ModelToPublis
     source.require_weights()
     source.require_certainty(accept_guesses)
     require_own_files(source)
-    if source.kind == SourceKind.RUN:
-        path, _ = split_step(reference)
-        folder = RunFolder.open(path).path
+    if run := source.run_folder:
+        folder = run.path
         _require_texts_inside(folder)
         return ModelToPublish(source, repository_name(folder.resolve().name), folder, is_run=True)
     path = Path(reference)

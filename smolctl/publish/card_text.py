@@ -12,11 +12,12 @@ import jinja2
 
 from smolctl import __version__
 from smolctl.config import ModelConfig, Provenance
+from smolctl.data.text import python_library
 from smolctl.data.text.hub import DatasetName
 from smolctl.escaping import code_span, fenced
 from smolctl.hub.connection import endpoint
-from smolctl.publish.facts import EMBEDDED, RECORDS, RunFacts
-from smolctl.runs.folder import LOSS_CURVE, REPORT, STORY
+from smolctl.publish.facts import RECORDS, RunFacts
+from smolctl.runs.layout import LOSS_CURVE, REPORT, STORY
 from smolctl.runs.story import selection
 from smolctl.sources.gguf.write import GGUFResult
 from smolctl.timing import with_error
@@ -160,7 +161,7 @@ def _link(one: Provenance) -> str:
 
 
 def _described(source: str) -> str:
-    if source == EMBEDDED:
+    if source == python_library.NAME:
         return "the source and documentation of Python's standard library (PSF licence)"
     name = DatasetName.recorded(source)
     return f"[{source}](https://huggingface.co/datasets/{name.repository})" if name else source

@@ -8,32 +8,23 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from smolctl.config import RunConfig
+from smolctl.config.data import DataConfig
 from smolctl.config.dump import to_yaml
-from smolctl.config.run import DataConfig
+from smolctl.data.text import python_library
 from smolctl.data.text.hub import DatasetName
 from smolctl.durable import write_text
 from smolctl.escaping import json_text
 from smolctl.evaluation.task_record import RESULTS, RecordedTask, read_tasks
-from smolctl.quantization.record import read_record
+from smolctl.quantization.record import read_variants
 from smolctl.runs.chart import draw_loss
-from smolctl.runs.folder import (
-    CONFIG,
-    ENVIRONMENT,
-    LOSS_CURVE,
-    METRICS,
-    PREDICTIONS,
-    REPORT,
-    STORY,
-    TASKS,
-    RunFolder,
-)
+from smolctl.runs.folder import RunFolder
+from smolctl.runs.layout import CONFIG, ENVIRONMENT, LOSS_CURVE, METRICS, PREDICTIONS, REPORT, STORY, TASKS
 from smolctl.runs.records import keep_records
 from smolctl.runs.report import to_html
 from smolctl.runs.story import History, to_markdown
 from smolctl.sources.base import ModelSource
 
 RECORDS = "training"  # the folder of the records in the repository
-EMBEDDED = "python"
 
 
 @dataclass(frozen=True)
@@ -97,7 +88,7 @@ def _hardware(environment: Mapping[str, Any]) -> str:
 
 def public_source(source: str) -> str:
     """A data source without the folders of this machine that it lies in."""
-    is_public = source == EMBEDDED or DatasetName.recorded(source)
+    is_public = source == python_library.NAME or DatasetName.recorded(source)
     return source if is_public else PurePath(source).name or "files"
 
 
@@ -118,7 +109,7 @@ def read_facts(source: ModelSource, folder: Path) -> RunFacts:
         histories=run.predictions(step),
         environment=run.environment(),
         tasks=tuple(read_tasks(folder, step)),
-        variants=tuple(record for record in read_record(folder) if record.get("step") == step),
+        variants=tuple(record for record in read_variants(folder) if record.get("step") == step),
         curve=bool(steps),
     )
 

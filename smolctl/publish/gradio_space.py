@@ -22,7 +22,6 @@ PYTHON_VERSION = "3.12"  # the Hub's default is older than what this needs
 # What `import smolctl.publish.app` and a model in a folder need, in versions that were installed and tried
 # together with what the Hub adds: Gradio of sdk_version with the extras oauth and mcp, of which the second
 # allows no newer pydantic, and `spaces`. Plain torch would bring gigabytes of CUDA.
-ADDED_BY_THE_HUB = (f"gradio[oauth,mcp]=={SDK_VERSION}", "spaces")
 TORCH = "torch==2.13.0"
 REQUIREMENTS = (
     "jinja2==3.1.6",

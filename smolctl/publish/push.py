@@ -33,7 +33,7 @@ from smolctl.publish.secrets import Finding
 from smolctl.publish.space import add_space, require_space, write_card
 from smolctl.publish.space_hub import await_space, explained_payment
 from smolctl.publish.static_space import page_text
-from smolctl.runs.folder import latest_run
+from smolctl.runs.root import latest_run
 from smolctl.sources.gguf.write import require_gguf
 
 SPACE = "space"  # the folder beside MODEL, and what the Hub calls such a repository
@@ -159,7 +159,7 @@ def plan_push(options: PushOptions, folder: Path, client: HubClient | None = Non
     """
     model = open_model(options.model, options.accept_guesses)
     destination = choose_destination(options, model, client)
-    return make_plan(options, destination, build_push(options, model, folder), client)
+    return plan_built(options, destination, build_push(options, model, folder), client)
 
 
 def write_local(options: PushOptions, target: Path) -> PushPlan:
@@ -285,7 +285,7 @@ def _build_with_space(options: PushOptions, model: ModelToPublish, folder: Path,
     return add_space(built, folder / SPACE, options.space_sdk, options.page_schemes, tried)
 
 
-def make_plan(
+def plan_built(
     options: PushOptions, destination: Destination, built: Built, client: HubClient | None = None
 ) -> PushPlan:
     """What would be sent, with the cards that are rewritten around the ones on the Hub.

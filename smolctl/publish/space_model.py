@@ -7,8 +7,8 @@ from pathlib import Path
 from smolctl.publish.build import Built
 from smolctl.quantization.build import build_items, read_tensors, widened
 from smolctl.quantization.folder import Origin, write_folder
-from smolctl.quantization.schemes import SchemeOptions, make_plan
-from smolctl.runs.folder import QUANTIZED
+from smolctl.quantization.schemes import SchemeOptions, plan_quantization
+from smolctl.runs.layout import QUANTIZED
 from smolctl.sources import open_source
 from smolctl.sources.quantized.folder import read_description
 
@@ -22,7 +22,7 @@ def write_space_model(built: Built, scheme: str, folder: Path) -> None:
     source = open_source(str(built.folder))
     config = source.require_config()
     tensors = read_tensors(source)
-    plan, _ = widened(make_plan(config, scheme, SchemeOptions()), tensors)
+    plan, _ = widened(plan_quantization(config, scheme, SchemeOptions()), tensors)
     items = build_items(config, tensors, plan)
     origin = Origin(built.model.name, built.model.source.kind.value, step=built.model.source.step)
     write_folder(folder, config, plan, items, source.read_tokenizer(), origin)

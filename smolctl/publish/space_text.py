@@ -7,16 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from smolctl.hub.client import README
+from smolctl.page.folder import BEGINNINGS, QUESTIONS
 from smolctl.publish.card import merge_card
 from smolctl.publish.card_text import CardFacts
 
 EXAMPLES = 4
-QUESTIONS = (
-    "What is the capital of France?",
-    "Explain gravity in two sentences.",
-    "Write a haiku about rain.",
-)
-BEGINNINGS = ("Once upon a time", "The capital of France is", "def fibonacci(n):")
 
 
 def write_space_card(

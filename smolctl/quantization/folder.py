@@ -91,7 +91,7 @@ def write_folder(
     stored = stored_arrays(items)
     twice = 2 if plan.scheme == DYNAMIC else 1  # the .ckpt holds everything again
     needed = twice * sum(array.nbytes for array in stored.values())
-    with naming_the_disk(target):
+    with write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         if lack := lack_of_room(target.parent, needed + min(SMALL_FILES, needed)):
             raise WriteError(
@@ -109,7 +109,7 @@ def write_folder(
 
 
 @contextmanager
-def naming_the_disk(target: Path) -> Iterator[None]:
+def write_errors(target: Path) -> Iterator[None]:
     """Turn the operating system's refusal into the reason and the remedy."""
     from safetensors import SafetensorError
 

@@ -72,7 +72,7 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Divergence:
+class GreedyDivergence:
     """Where greedy text leaves the source's; tokens count from 0."""
 
     first: tuple[int | None, ...]  # for each prompt the first token that differs; None: none does
@@ -154,7 +154,7 @@ def _logits(engine: Engine, tokens: Sequence[int]) -> Tensor:
 
 def measure_speed(
     source: Engine, variants: Sequence[Engine], tokenizer: Tokenizer
-) -> list[tuple[Speed, Divergence]]:
+) -> list[tuple[Speed, GreedyDivergence]]:
     """Continue the fixed prompts greedily and read a longer one; in every turn each model has its go.
 
     Who goes first changes from turn to turn: a machine that slows down meanwhile favours none.
@@ -191,7 +191,7 @@ def measure_speed(
             speedup=ratio_of(decode[index], decode[0]).spread,
             prefill_speedup=ratio_of(prefill[index], prefill[0]).spread,
         )
-        results.append((speed, Divergence(tuple(first[index]), DECODED_TOKENS)))
+        results.append((speed, GreedyDivergence(tuple(first[index]), DECODED_TOKENS)))
     return results
 
 

@@ -26,7 +26,7 @@ from smolctl.quantization.folder import (
     CHECKPOINT_SUFFIX,
     QUANTIZED_MODEL,
     Origin,
-    naming_the_disk,
+    write_errors,
     write_folder,
 )
 from smolctl.quantization.footprint import measure_footprint
@@ -38,13 +38,13 @@ from smolctl.quantization.schemes import (
     PACKED_SCHEMES,
     QuantizationPlan,
     SchemeOptions,
-    make_plan,
+    plan_quantization,
 )
 from smolctl.quantization.texts import Windows, choose_windows
 from smolctl.quantization.verdict import Calibration, Gates, SourceFacts, Variant, advise, judge
-from smolctl.runs.folder import QUANTIZED, RunFolder
+from smolctl.runs.layout import QUANTIZED
 from smolctl.sources import open_source
-from smolctl.sources.base import ModelSource, SourceKind, TokenizerFiles
+from smolctl.sources.base import ModelSource, TokenizerFiles
 from smolctl.sources.gguf.write import is_own_gguf, write_gguf
 from smolctl.sources.open import require_own_files
 from smolctl.sources.provenance import provenance_of
@@ -115,25 +115,13 @@ def quantize(
             is written before everything that can be checked is.
     """
     options.gates.require_checkable(options.measure)
-    source = open_source(model)
+    source = _open(model, options, note)
     config = source.require_config()
-    source.require_weights()
-    source.require_certainty(options.accept_guesses)
-    for problem in source.problems:
-        note(f"{source.id}: {problem}")
-    require_own_files(source, carried_only=True)
-    if source.quantization is not None:
-        note(f"{source.id} is quantized already: what its {source.quantization['scheme']} lost stays lost.")
     plans = [
-        make_plan(config, scheme, _options_for(options, scheme))
+        plan_quantization(config, scheme, _options_for(options, scheme))
         for scheme in dict.fromkeys(options.schemes or ("",))
     ]
-    targets = {plan.scheme: _target(source, plan.scheme, options) for plan in plans}
-    for scheme, target in targets.items():
-        if scheme in GGUF_SCHEMES:
-            require_replaceable_file(target, "--out", options.force, (source.id,), is_own_gguf)
-        else:
-            require_replaceable(target, QUANTIZED_MODEL, "--out", options.force, (source.id,))
+    targets = {plan.scheme: _free_target(source, plan.scheme, options) for plan in plans}
     job = _prepare(source, config, options, any(plan.options.calibrate for plan in plans), note)
     variants, costs = [], {}
     for index, asked in enumerate(plans):
@@ -147,8 +135,8 @@ def quantize(
         variants.append(_write(job, plan, items, targets[plan.scheme], calibration))
         for path in filter(None, (variants[-1].path, variants[-1].checkpoint)):
             note(f"{plan.scheme}  written: {path}")
-    run = _run_of(source)
-    name = source.id if run is None else f"{run}@{source.step}"
+    run = source.run_folder
+    name = source.id if run is None else f"{run.path}@{source.step}"
     facts = SourceFacts(name, *_size(source, config))
     if options.measure:
         facts, variants = _measure(job, model, facts, variants)
@@ -157,7 +145,7 @@ def quantize(
         for one, plan in zip(variants, plans, strict=True)
     )
     if run is not None and options.measure:
-        record_variants(run, source.step, judged)
+        record_variants(run.path, source.step, judged)
     text, tokens = (job.windows.name, job.windows.tokens) if job.windows and options.measure else ("", 0)
     return QuantizeReport(facts, text, tokens, judged, costs, options.gates.broken_by(judged))
 
@@ -172,6 +160,20 @@ def _options_for(options: QuantizeOptions, scheme: str) -> SchemeOptions:
     if scheme == "int8-dynamic":
         return dataclasses.replace(asked, bits_map=(), calibrate=False)
     return asked
+
+
+def _open(model: str, options: QuantizeOptions, note: Callable[[str], None]) -> ModelSource:
+    """The model, if it can be quantized; notes say what is odd about it."""
+    source = open_source(model)
+    source.require_config()
+    source.require_weights()
+    source.require_certainty(options.accept_guesses)
+    for problem in source.problems:
+        note(f"{source.id}: {problem}")
+    require_own_files(source, carried_only=True)
+    if source.quantization is not None:
+        note(f"{source.id} is quantized already: what its {source.quantization['scheme']} lost stays lost.")
+    return source
 
 
 def _prepare(
@@ -204,10 +206,20 @@ def _engine(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Engine:
     return TorchEngine(from_state(config, tensors, "in memory").requires_grad_(False).eval())
 
 
+def _free_target(source: ModelSource, scheme: str, options: QuantizeOptions) -> Path:
+    """Where a scheme goes. Raises UsageError where what lies there is not to be replaced."""
+    target = _target(source, scheme, options)
+    if scheme in GGUF_SCHEMES:
+        require_replaceable_file(target, "--out", options.force, (source.id,), is_own_gguf)
+    else:
+        require_replaceable(target, QUANTIZED_MODEL, "--out", options.force, (source.id,))
+    return target
+
+
 def _target(source: ModelSource, scheme: str, options: QuantizeOptions) -> Path:
     """Where a scheme goes: a folder, or a file for GGUF."""
-    name, run = model_name(source), _run_of(source)
-    folder = options.out or (run / QUANTIZED if run is not None else None)
+    name, run = model_name(source), source.run_folder
+    folder = options.out or (run.path / QUANTIZED if run is not None else None)
     if scheme in GGUF_SCHEMES:
         return (folder or Path()) / f"{name}-{scheme.removeprefix('gguf-')}.gguf"
     if folder is None:
@@ -215,16 +227,10 @@ def _target(source: ModelSource, scheme: str, options: QuantizeOptions) -> Path:
     return options.out if options.out and len(options.schemes) == 1 else folder / scheme
 
 
-def _run_of(source: ModelSource) -> Path | None:
-    """The folder of the run that a source is, if it is one."""
-    path = Path(source.id.rpartition("@")[0] if source.step is not None and "@" in source.id else source.id)
-    return RunFolder.open(path).path if source.kind is SourceKind.RUN and RunFolder.is_run(path) else None
-
-
 def model_name(source: ModelSource) -> str:
     """What to call files after a model: the last part of its name, without the endings of a file."""
-    if (run := _run_of(source)) is not None:
-        return run.name
+    if (run := source.run_folder) is not None:
+        return run.path.name
     path = Path(source.id.partition("@")[0])
     if path.exists():
         path = path.resolve()
@@ -285,7 +291,7 @@ def _write(
     if items is None:
         assert job.files is not None
         scheme = plan.scheme.removeprefix("gguf-")
-        with naming_the_disk(target):
+        with write_errors(target):
             tensors = job.tensors.items()
             write_gguf(job.config, tensors, job.files, scheme, target, name, provenance)
         weights = target

@@ -9,10 +9,10 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from smolctl.quantization.verdict import Variant
-from smolctl.runs.folder import QUANTIZED
+from smolctl.runs.layout import QUANTIZED
 from smolctl.runs.records import add_measurements, read_measurements
 
-RECORD = Path(QUANTIZED) / "verdict.json"  # in the run's folder
+VERDICTS = Path(QUANTIZED) / "verdict.json"  # in the run's folder
 VARIANTS = "variants"
 
 
@@ -26,12 +26,12 @@ class _Named(TypedDict):
 def record_variants(run: Path, step: int | None, variants: Iterable[Variant]) -> None:
     """Add variants to a run's record; of the same scheme and step the newest counts."""
     fresh = [{**measurements(variant), "step": step} for variant in variants]
-    add_measurements(run / RECORD, VARIANTS, _Named, fresh, ("scheme", "step"))
+    add_measurements(run / VERDICTS, VARIANTS, _Named, fresh, ("scheme", "step"))
 
 
-def read_record(run: Path) -> list[Mapping[str, Any]]:
+def read_variants(run: Path) -> list[Mapping[str, Any]]:
     """Every variant that was recorded; an unreadable record is an empty one."""
-    return read_measurements(run / RECORD, VARIANTS, _Named)
+    return read_measurements(run / VERDICTS, VARIANTS, _Named)
 
 
 def measurements(variant: Variant) -> dict[str, Any]:

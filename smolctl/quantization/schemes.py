@@ -115,7 +115,7 @@ def check_scheme(scheme: str, config: ModelConfig) -> None:
         require_gguf(config, name)
 
 
-def make_plan(config: ModelConfig, scheme: str, options: SchemeOptions) -> QuantizationPlan:
+def plan_quantization(config: ModelConfig, scheme: str, options: SchemeOptions) -> QuantizationPlan:
     """The plan of a scheme for a model. A tied head has no entry of its own: its table serves both.
 
     Raises:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smolctl.config import ModelConfig
-from smolctl.config.run import DataConfig
+from smolctl.config.data import DataConfig
 from smolctl.data.batches import validation_batches, validation_documents
 from smolctl.data.mixture import Mixture
 from smolctl.data.text.corpus import SequenceLengthError

@@ -11,7 +11,7 @@ import numpy as np
 from smolctl.errors import UsageError
 from smolctl.evaluation import resampled_estimate
 from smolctl.quantization.footprint import Footprint
-from smolctl.quantization.measure import Divergence, Quality, Speed
+from smolctl.quantization.measure import GreedyDivergence, Quality, Speed
 from smolctl.quantization.schemes import DYNAMIC, GGUF_SCHEMES, PACKED_SCHEMES, SchemeOptions
 
 # Mean KL in nats per token. On SmolLM2-135M 8 bits in groups of 32 cost 0.004 and nobody notices; at 1 the
@@ -31,7 +31,7 @@ class Variant:
     plan: tuple[str, ...]
     quality: Quality | None = None
     speed: Speed | None = None
-    divergence: Divergence | None = None
+    divergence: GreedyDivergence | None = None
     footprint: Footprint | None = None
     engine: str = ""
     calibration: Calibration | None = None

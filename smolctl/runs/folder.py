@@ -1,25 +1,13 @@
-"""A run folder: what lies where in it, and how it is read, written, branched and continued.
-
-config.yaml       the resolved config        checkpoints/step-000500.ckpt and final.ckpt
-environment.json  machine and versions       tokenizer/
-metrics.jsonl     steps and validations      lineage.json, of a branch
-predictions.jsonl, predictions.md            quantized/, logs/
-loss.png, report.html         tasks.json, of `smolctl eval`
-"""
+"""A run folder: how its files are read, written, branched and continued. `layout` says what lies where."""
 
 from __future__ import annotations
 
-import itertools
-import os
-import re
 import shutil
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from typing_extensions import TypedDict
 
 from smolctl.config import RunConfig
 from smolctl.config.dump import to_yaml
@@ -28,7 +16,6 @@ from smolctl.config.run import CheckpointConfig
 from smolctl.durable import file_digest, naming_the_disk, remove_partial, replacing, write_text
 from smolctl.errors import InputError, UsageError
 from smolctl.escaping import json_text
-from smolctl.outside import fitting, read_json
 from smolctl.ownership import (
     Record,
     edited_files,
@@ -39,14 +26,33 @@ from smolctl.ownership import (
     write_record,
 )
 from smolctl.runs.checkpoint_file import (
-    CHECKPOINT_ENDINGS,
     CheckpointFile,
     link_checkpoint,
     remove_checkpoint,
     set_aside,
     write_checksum,
 )
+from smolctl.runs.environment import read_environment, read_if_sound, update_environment, write_environment
 from smolctl.runs.events import Event, Listener, Note, Prediction, Step, Validation, to_json
+from smolctl.runs.layout import (
+    CHECKPOINTS,
+    CONFIG,
+    ENVIRONMENT,
+    FILES,
+    FINAL,
+    KIND,
+    LINEAGE,
+    LOCK,
+    LOSS_CURVE,
+    METRICS,
+    PREDICTIONS,
+    REPORT,
+    STORY,
+    TOKENIZER,
+    checkpoint_name,
+    is_run,
+    step_in_name,
+)
 from smolctl.runs.records import (
     EVERY_STEP,
     StepRecord,
@@ -55,73 +61,8 @@ from smolctl.runs.records import (
     keep_records,
     read_records,
 )
+from smolctl.runs.root import new_run, require_run
 from smolctl.runs.story import History, histories, to_markdown
-
-RUNS = Path("runs")
-LATEST = "latest"  # in `runs`: a link to the newest run
-CONFIG = "config.yaml"
-ENVIRONMENT = "environment.json"
-TOKENIZER = "tokenizer"
-CHECKPOINTS = "checkpoints"
-FINAL = "final.ckpt"
-METRICS = "metrics.jsonl"
-PREDICTIONS = "predictions.jsonl"
-STORY = "predictions.md"
-LOSS_CURVE = "loss.png"
-REPORT = "report.html"
-TASKS = "tasks.json"
-LINEAGE = "lineage.json"
-QUANTIZED = "quantized"
-LOGS = "logs"
-LOCK = ".lock"
-KIND = "run"
-BEST = "best"  # in place of a step: that of the checkpoint that predicts the held-out text best
-# Everything that belongs to a run, as `ownership.Record` takes it: the rest of its folder is somebody else's.
-FILES = (
-    *(CONFIG, ENVIRONMENT, METRICS, PREDICTIONS, STORY, LOSS_CURVE, REPORT, TASKS, LINEAGE, LOCK),
-    ".*.partial",
-    *(f"{TOKENIZER}/{name}.json" for name in ("tokenizer", "tokenizer_config", "generation_config")),
-    f"{TOKENIZER}/chat_template.jinja",
-    *(f"{CHECKPOINTS}/{name}{end}" for name in ("step-*.ckpt", FINAL) for end in CHECKPOINT_ENDINGS),
-    f"{CHECKPOINTS}/.*.partial",
-    *(f"{QUANTIZED}/{name}" for name in ("verdict.json", "*.gguf", "*/")),
-    *(f"{LOGS}/{name}" for name in ("csv/**", "tensorboard/**", "wandb/**", "wandb-id", "trackio/**")),
-)
-CHECKPOINT_NAME = re.compile(r"step-(\d+)\.ckpt")
-
-
-def split_step(reference: str) -> tuple[Path, int | None]:
-    """`runs/NAME@STEP` or `runs/NAME@best` as the run and the step; without either the step is None.
-
-    Raises:
-        InputError: what follows the last `@` is not a step, or no checkpoint of the run was validated.
-    """
-    run, at, step = reference.rpartition("@")
-    if not at or Path(reference).exists():
-        return Path(reference), None
-    if step == BEST:
-        return Path(run), RunFolder.open(Path(run)).best_step()
-    if not (step.isascii() and step.isdecimal()):
-        raise InputError(
-            f"{reference}: {step or 'nothing'} is not a step",
-            "Write RUN@STEP, such as runs/nano@500, or RUN@best.",
-        )
-    return Path(run), int(step)
-
-
-class _Session(TypedDict, total=False):
-    """What is read of environment.json."""
-
-    devices: list[str]
-    device: str
-    threads: int | None
-    packages: dict[str, str | None]
-    smolctl: str
-    data: list[str]
-
-
-class _Environment(_Session, total=False):
-    earlier: list[_Session]
 
 
 @dataclass(frozen=True)
@@ -130,11 +71,6 @@ class RunFolder:
 
     path: Path
 
-    @staticmethod
-    def is_run(path: Path) -> bool:
-        """Whether a folder is a run: it has a config.yaml, and no Hugging Face config beside it."""
-        return (path / CONFIG).is_file() and not (path / "config.json").exists()
-
     @classmethod
     def open(cls, path: Path) -> RunFolder:
         """The run in a folder; the link `runs/latest` is followed.
@@ -142,17 +78,13 @@ class RunFolder:
         Raises:
             InputError: there is no such folder, or it is not a run.
         """
-        if not path.is_dir():
-            raise InputError(f"{path}: no such run", _runs_hint(path.parent))
-        if not cls.is_run(path):
-            raise InputError(f"{path}: not a run: it has no {CONFIG}", _runs_hint(path.parent))
-        return cls(path.parent / path.readlink() if path.is_symlink() else path)
+        return cls(require_run(path))
 
     @classmethod
     def around(cls, checkpoint: Path) -> RunFolder | None:
         """The run that a checkpoint file lies in; None for a file that was moved elsewhere."""
         folder = checkpoint.absolute().parent
-        is_inside = folder.name == CHECKPOINTS and cls.is_run(folder.parent)
+        is_inside = folder.name == CHECKPOINTS and is_run(folder.parent)
         return cls(checkpoint.parent.parent) if is_inside else None
 
     @classmethod
@@ -173,7 +105,7 @@ class RunFolder:
             InputError: another process is training into it.
         """
         if out is None:
-            folder = _next_free(name)
+            folder = new_run(name)
         else:
             cls.require_free(out, force, reads)
             folder = out.resolve() if out.is_symlink() else out
@@ -189,20 +121,6 @@ class RunFolder:
     def require_free(cls, out: Path, force: bool, reads: Iterable[str]) -> None:
         """Refuse a folder that `claim` would not give to a new run. Arguments and errors as there."""
         require_replaceable(out, KIND, "--out", force, reads)
-
-    def become_latest(self) -> None:
-        """Make runs/latest a link to this run, replacing an older link in one move.
-
-        Raises:
-            OSError: the working folder cannot be written, or its file system has no symbolic links.
-        """
-        RUNS.mkdir(exist_ok=True)
-        target = self.path.resolve()
-        inside = target.parent == RUNS.resolve()
-        partial = RUNS / f".{LATEST}.{os.getpid()}"
-        partial.unlink(missing_ok=True)
-        partial.symlink_to(target.name if inside else target, target_is_directory=True)
-        partial.replace(RUNS / LATEST)
 
     def lock(self, emit: Listener) -> AbstractContextManager[object]:
         """The lock of the folder, held while a process trains into it.
@@ -252,12 +170,12 @@ class RunFolder:
         Raises:
             UsageError: another process was faster to make a run of this folder.
         """
-        if self.is_run(self.path):
+        if is_run(self.path):
             raise UsageError(
                 f"{self.path}: another process has just started a run there", "Choose another --out."
             )
         self.write_config(config)
-        self.write_environment(environment)
+        write_environment(self.path / ENVIRONMENT, environment)
         save_tokenizer(self.tokenizer)
         (self.path / CHECKPOINTS).mkdir(exist_ok=True)
 
@@ -288,20 +206,11 @@ class RunFolder:
 
     def environment(self) -> dict[str, Any]:
         """The machine, the versions, and what was decided for them; empty where that was not recorded."""
-        content = _read_json(self.path / ENVIRONMENT)
-        return content if fitting(_Environment, content) is not None else {}
-
-    def write_environment(self, environment: Mapping[str, Any]) -> None:
-        """Write environment.json."""
-        write_text(self.path / ENVIRONMENT, json_text(environment, indent=2) + "\n")
+        return read_environment(self.path / ENVIRONMENT)
 
     def update_environment(self, environment: Mapping[str, Any]) -> None:
         """Record that the run goes on elsewhere or otherwise; what was recorded before stays in `earlier`."""
-        before = _read_json(self.path / ENVIRONMENT)
-        earlier = before.pop("earlier", [])
-        earlier = earlier if isinstance(earlier, list) else [earlier]
-        if before != environment:
-            self.write_environment({**environment, "earlier": [*earlier, before]} if before else environment)
+        update_environment(self.path / ENVIRONMENT, environment)
 
     @property
     def tokenizer(self) -> Path:
@@ -312,15 +221,15 @@ class RunFolder:
 
     def checkpoint_path(self, step: int) -> Path:
         """Where the checkpoint of a step lies, be it there or not."""
-        return self.path / CHECKPOINTS / f"step-{step:06d}.ckpt"
+        return self.path / CHECKPOINTS / checkpoint_name(step)
 
     def checkpoints(self) -> tuple[CheckpointFile, ...]:
         """Every checkpoint by rising step; files that are still being written are left out."""
         folder = self.path / CHECKPOINTS
         found = (
-            CheckpointFile(int(match[1]), path)
+            CheckpointFile(step, path)
             for path in (folder.iterdir() if folder.is_dir() else ())
-            if path.is_file() and (match := CHECKPOINT_NAME.fullmatch(path.name))
+            if path.is_file() and (step := step_in_name(path)) is not None
         )
         return tuple(sorted(found, key=lambda file: file.step))
 
@@ -342,12 +251,9 @@ class RunFolder:
             raise InputError(f"{self.path}: no checkpoint of step {step}", f"There are: {steps}.")
         if damage := chosen.damage:
             good = self.newest_sound(but=chosen.path)
-            hint = (
-                "No other checkpoint is sound."
-                if good is None
-                else f"The newest sound one: {self.path}@{good.step}"
-            )
-            raise InputError(f"{chosen.path}: {damage}", hint)
+            none = "No other checkpoint is sound."
+            instead = f"The newest sound one: {self.path}@{good.step}" if good else none
+            raise InputError(f"{chosen.path}: {damage}", instead)
         return chosen
 
     def newest_sound(self, but: Path) -> CheckpointFile | None:
@@ -482,45 +388,6 @@ class RunFolder:
             "parent": str(parent.path if parent else checkpoint),
             "step": step,
             "checkpoint_sha256": digest,
-            "parent_lineage": (_read_json(parent.path / LINEAGE) or None) if parent else None,
+            "parent_lineage": (read_if_sound(parent.path / LINEAGE) or None) if parent else None,
         }
         write_text(self.path / LINEAGE, json_text(lineage, indent=2) + "\n")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty when the file is missing or damaged."""
-    try:
-        return read_json(path)
-    except InputError:
-        return {}
-
-
-def _next_free(name: str) -> Path:
-    for number in itertools.count(1):
-        path = RUNS / f"{name}-{number:03d}"
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            continue  # of an older run, or of one that starts at this very moment
-        return path
-    raise AssertionError("unreachable")
-
-
-def latest_run(root: Path = RUNS) -> Path:
-    """The run that `root/latest` points at, else the one that was written to last.
-
-    Raises:
-        InputError: there is no run.
-    """
-    link = root / LATEST
-    if RunFolder.is_run(link):
-        return RunFolder.open(link).path
-    runs = [path for path in (root.iterdir() if root.is_dir() else ()) if RunFolder.is_run(path)]
-    if not runs:
-        raise InputError(f"{root}: no run here", "`smolctl train nano` makes one; or name a MODEL.")
-    return max(runs, key=lambda path: (path / CONFIG).stat().st_mtime)
-
-
-def _runs_hint(root: Path) -> str:
-    runs = sorted(path.name for path in (root.iterdir() if root.is_dir() else ()) if RunFolder.is_run(path))
-    return f"Runs in {root}: {', '.join(runs[:10])}." if runs else "`smolctl train nano` makes a run."

@@ -15,7 +15,7 @@ from starlette.routing import Route
 from smolctl.generation.sampling import settle
 from smolctl.generation.service import Service
 from smolctl.page.chat import accepts_system
-from smolctl.page.folder import CODE, FORMAT, MAX_TOKENS, PAGE, VERSION
+from smolctl.page.folder import BEGINNINGS, CODE, FORMAT, MAX_TOKENS, PAGE, QUESTIONS, VERSION
 
 TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".svg": "image/svg+xml"}
 OURS = "'self'"
@@ -29,10 +29,7 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",  # another version of smolctl has other files
 }
-EXAMPLES = {
-    True: ("What is the capital of France?", "Explain gravity in two sentences."),
-    False: ("Once upon a time", "The capital of France is"),
-}
+EXAMPLES = 2
 
 
 def page_routes(service: Service, name: str) -> list[Route]:
@@ -59,7 +56,7 @@ def _content(service: Service, name: str) -> Mapping[str, Any]:
         "summary": "The model runs on the server that this page comes from.",
         "facts": [("Engine", model.engine.name), ("Answers at once", str(service.slots))],
         "links": [],
-        "examples": EXAMPLES[model.can_chat],
+        "examples": (QUESTIONS if model.can_chat else BEGINNINGS)[:EXAMPLES],
         "context": service.capacity,
         "models": [{"folder": ".", "scheme": model.engine.precision, "bytes": 0, "verdict": None}],
         "chat": chat,

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 from smolctl.config import ModelConfig, RunConfig
 from smolctl.config.model import TokenId
 from smolctl.errors import InputError
+from smolctl.runs.folder import RunFolder
+from smolctl.runs.reference import split_step
+from smolctl.runs.root import LATEST, RUNS, latest_run
 
 if TYPE_CHECKING:
     import torch
@@ -184,6 +187,14 @@ class ModelSource:
         if files is None:
             raise InputError(f"{self.id}: there is no tokenizer beside the weights", remedy)
         return files
+
+    @property
+    def run_folder(self) -> RunFolder | None:
+        """The folder of the run that the model is. `runs/latest` is found as `latest_run` finds it."""
+        if self.kind is not SourceKind.RUN:
+            return None
+        path, _ = split_step(self.id)
+        return RunFolder.open(latest_run() if path == RUNS / LATEST else path)
 
     def require_config(self) -> ModelConfig:
         """The config, or the reason why this network cannot stand in for the model.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from smolctl.config import ModelConfig, RunConfig
+from smolctl.config.data import DataConfig
 from smolctl.config.load import (
     changed_recipe,
     config_path,
@@ -24,20 +25,21 @@ from smolctl.config.load import (
     resolve_model_config,
     resolve_run_config,
 )
-from smolctl.config.run import DataConfig
 from smolctl.errors import InputError, UsageError
 from smolctl.outside import refuse_pointer
 from smolctl.ownership import require_inside
-from smolctl.runs.folder import FILES as RUN_FILES
-from smolctl.runs.folder import RUNS, RunFolder, latest_run, split_step
+from smolctl.runs.folder import RunFolder
+from smolctl.runs.layout import FILES as RUN_FILES
+from smolctl.runs.layout import is_run
+from smolctl.runs.reference import split_step
+from smolctl.runs.root import LATEST, RUNS, latest_run
+from smolctl.sources.address import hub_id_of, is_file_name, is_hub_id, refuse_tag
 from smolctl.sources.base import NO_RECIPE, ModelSource, SourceKind
 from smolctl.sources.checkpoint import ZIP_MAGIC, open_checkpoint
 from smolctl.sources.gguf.header import GGUF_MAGIC
 from smolctl.sources.gguf.model import open_gguf
 from smolctl.sources.huggingface.folder import (
-    INDEX,
     LONE_ENDINGS,
-    SINGLE,
     broken_link,
     files_of_model,
     is_huggingface_folder,
@@ -51,14 +53,6 @@ from smolctl.sources.huggingface.tokenizer import TOKENIZER_FILES, tokenizer_rea
 from smolctl.sources.nanotron import is_nanotron, open_nanotron
 from smolctl.sources.quantized.folder import DESCRIPTION, FILE, is_quantized_folder, open_quantized_folder
 
-HUB_ADDRESS = re.compile(
-    r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://(?:models/)?)(?P<name>[\w.-]+/[\w.-]+?)"
-    r"(?:(?:/(?:tree|blob|resolve)/|@)(?P<revision>[\w.-]+)(?:/(?P<file>[^?]*?))?)?(?P<tag>:[\w.-]+)?/?(?:\?.*)?"
-)
-HUB_PARTS = ("config.json", SINGLE, INDEX)  # files whose address stands for the model they belong to
-HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?")
-# Endings of files: `models/x.gguf` that does not exist is a wrong path and no repository.
-FILE_ENDINGS = (".gguf", ".safetensors", ".ckpt", ".yaml", ".yml", ".json", ".bin", ".pt", ".pth")
 # What trainers write beside weights, and further parts of a split file.
 NO_LONE_FILE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state).*|.+-(?!00001)\d{5}-of-\d{5}\..+"
@@ -113,8 +107,7 @@ def require_own_files(source: ModelSource, carried_only: bool = False) -> None:
         InputError: one of them only seems to lie there, see `ownership.require_inside`.
     """
     path = Path(source.id)
-    if source.kind is SourceKind.RUN:
-        run = RunFolder.open(split_step(source.id)[0])
+    if run := source.run_folder:
         named = [name for name in RUN_FILES if "*" not in name]
         if carried_only:
             named = [name for name in named if name.startswith(run.tokenizer.name)]
@@ -132,7 +125,7 @@ def _open(model: str, values: Mapping[str, Any]) -> ModelSource:
         raise InputError("MODEL is empty", KINDS)
     if model == "-":
         return _open_stdin(values)
-    model = _pasted(model)
+    model = hub_id_of(model)
     path = Path(model)
     preset = model in preset_names()
     if _exists(path) and not (preset and path.is_dir() and not _holds_model(path)):
@@ -141,51 +134,20 @@ def _open(model: str, values: Mapping[str, Any]) -> ModelSource:
         raise broken_link(path)
     if preset:
         return _open_recipe(presets_folder() / f"{model}.yaml", model, values)
-    if path.parent == RUNS and path.name == "latest":
+    if path == RUNS / LATEST:
         return _open_run(latest_run(), None, model)
     run, at, _ = model.rpartition("@")
-    if (at and RunFolder.is_run(Path(run))) or path.parts[:1] == RUNS.parts:
+    if (at and is_run(Path(run))) or path.parts[:1] == RUNS.parts:
         folder, step = split_step(model)
         return _open_run(folder, step, model)
-    if HUB_ID.fullmatch(model) and not model.lower().endswith(FILE_ENDINGS):
+    if is_hub_id(model):
         from smolctl.sources.hub import open_hub
 
         return open_hub(model)
-    repository, _, tag = model.partition(":")
-    if tag and HUB_ID.fullmatch(repository):
-        name, at, revision = repository.partition("@")
-        revision = f" --revision {revision}" if at else ""
-        raise InputError(
-            f"{model}: a repository on the Hub and a quantization of llama.cpp's, which is one of its files",
-            f"`hf download {name}{revision} --include '*{tag}*.gguf' --local-dir .`, then name the file.",
-        )
-    if "/" not in model and not model.lower().endswith(FILE_ENDINGS):
+    refuse_tag(model)
+    if "/" not in model and not is_file_name(model):
         config_path(model)  # raises, with presets of a similar name
     raise InputError(f"{model}: no such file or folder", KINDS)
-
-
-def _pasted(model: str) -> str:
-    """The `org/name[@revision]` in an address of the Hub; any other MODEL as it is.
-
-    Raises:
-        InputError: it is the address of a file that may be another model than its repository's, or of another
-            server.
-    """
-    address = HUB_ADDRESS.fullmatch(model)
-    if address is None:
-        if "://" in model:
-            raise InputError(
-                f"{model}: not the address of a model on the Hub", "Download the file, then name it."
-            )
-        return model
-    name, revision, file = address["name"], address["revision"], address["file"]
-    if file and file not in HUB_PARTS:
-        at = f" --revision {revision}" if revision != "main" else ""
-        raise InputError(
-            f"{model}: a part of a repository on the Hub",
-            f"`hf download {name} {file}{at} --local-dir .`, then name it; or name the model {name}.",
-        )
-    return (f"{name}@{revision}" if revision else name) + (address["tag"] or "")
 
 
 def _open_stdin(values: Mapping[str, Any]) -> ModelSource:
@@ -216,11 +178,11 @@ def _open_path(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
 
 
 def _holds_model(folder: Path) -> bool:
-    return RunFolder.is_run(folder) or is_quantized_folder(folder) or is_huggingface_folder(folder)
+    return is_run(folder) or is_quantized_folder(folder) or is_huggingface_folder(folder)
 
 
 def _open_folder(folder: Path, name: str) -> ModelSource:
-    if RunFolder.is_run(folder):
+    if is_run(folder):
         return _open_run(folder, None, name)
     require_parts(folder)
     if is_quantized_folder(folder):

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from smolctl.config import Provenance
-from smolctl.runs.folder import RunFolder, split_step
+from smolctl.runs.layout import is_run
 from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.huggingface.card import license_of
 
@@ -34,8 +34,8 @@ def provenance_of(source: ModelSource) -> Provenance:
         )
     run, recorded = source.run, (source.quantization or {}).get("source")
     path = Path(source.id).expanduser().absolute()
-    if source.kind is SourceKind.RUN:
-        path = split_step(source.id)[0].resolve()  # runs/latest will be another one
+    if from_run := source.run_folder:
+        path = from_run.path.resolve()  # runs/latest will be another one
     license, base = license_of(source.card), _base_on_hub(source.card.get("base_model"))
     if source.kind is SourceKind.GGUF:
         license = _text(source.declared.get(LICENSE))
@@ -60,7 +60,7 @@ def reference_of(provenance: Provenance) -> str:
     if provenance.kind == "hub":
         version = provenance.commit or provenance.revision
         return f"{provenance.id}@{version}" if version else provenance.id
-    is_step = provenance.step is not None and RunFolder.is_run(Path(provenance.id))
+    is_step = provenance.step is not None and is_run(Path(provenance.id))
     return f"{provenance.id}@{provenance.step}" if is_step else provenance.id
 
 

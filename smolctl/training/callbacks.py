@@ -16,6 +16,7 @@ from smolctl.durable import DISK_ERRORS
 from smolctl.evaluation import bits_per_byte
 from smolctl.runs.events import Checkpoint, End, Event, Listener, Note, Step, Validation, to_json
 from smolctl.runs.folder import RunFolder
+from smolctl.runs.root import make_latest
 from smolctl.timing import peak_memory
 from smolctl.training.checkpoint import drop_weights
 from smolctl.training.clock import Clock
@@ -92,7 +93,7 @@ class RunCallback(pl.Callback):
             self._save(trainer)  # shows before step 1 that a checkpoint can be written and read
             if trainer.is_global_zero:
                 with self._tolerating(LATEST_LINK, 0):
-                    self.run.become_latest()
+                    make_latest(self.run.path)
         if self._stopping(trainer):
             return
         if trainer.global_step == 0:

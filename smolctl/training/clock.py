@@ -13,7 +13,7 @@ from smolctl.config import RunConfig
 from smolctl.model.network import Transformer
 from smolctl.training.device import decide, process_count
 from smolctl.training.guards import naming_the_memory_knob
-from smolctl.training.plan import measure_speed
+from smolctl.training.plan import measure_training_speed
 
 # The time that is left is measured again after so large a share of the whole, or of the steps that are left.
 TIME_SHARE, STEPS_SHARE = 1 / 20, 1 / 8
@@ -34,7 +34,7 @@ def steps_in(minutes: float, network: Transformer, config: RunConfig, document_e
     shape = max(1, config.micro_batch_size // processes), config.data.sequence_length + 1
     tokens = torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     with naming_the_memory_knob(config.micro_batch_size):
-        speed = measure_speed(network.to(device), tokens.to(device), config, document_end)
+        speed = measure_training_speed(network.to(device), tokens.to(device), config, document_end)
     speed *= processes if device == "cuda" else 1
     return max(1, round(minutes * 60 * speed / config.tokens_per_step))
 

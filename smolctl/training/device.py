@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import re
 import warnings
@@ -16,6 +15,7 @@ from smolctl import __version__
 from smolctl.arithmetic import training_flops_per_token
 from smolctl.config import RunConfig
 from smolctl.errors import InputError
+from smolctl.extras import installed_version
 from smolctl.runs.events import Listener, Note
 from smolctl.training.lightning import pl
 
@@ -305,17 +305,11 @@ def decide_again(
 
 def describe_environment(config: RunConfig, decisions: Decisions, read: Sequence[str]) -> dict[str, Any]:
     """The machine, the versions, what was decided, and which data was read, for environment.json."""
-    packages: dict[str, str | None] = {}
-    for package in RECORDED_PACKAGES:
-        try:
-            packages[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            packages[package] = None
     return {
         "smolctl": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": packages,
+        "packages": {package: installed_version(package) for package in RECORDED_PACKAGES},
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

@@ -20,7 +20,8 @@ from smolctl.data.batches import StepLoader
 from smolctl.durable import naming_the_disk
 from smolctl.errors import ExitCode, InputError
 from smolctl.runs.events import Listener
-from smolctl.runs.folder import CHECKPOINTS, RunFolder
+from smolctl.runs.folder import RunFolder
+from smolctl.runs.layout import CHECKPOINTS
 from smolctl.training.callbacks import RunCallback
 from smolctl.training.checkpoint import DurableCheckpointIO
 from smolctl.training.clock import Clock, tasks_of

@@ -23,7 +23,7 @@ from smolctl.config import RunConfig
 from smolctl.errors import UsageError
 from smolctl.extras import install_command
 from smolctl.runs.events import Listener, Note
-from smolctl.runs.folder import LOGS
+from smolctl.runs.layout import LOGS
 from smolctl.training.lightning import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from smolctl.training.rng import keeping_rng
 from smolctl.training.tolerance import reason
@@ -66,7 +66,7 @@ def require_packages(loggers: Iterable[str]) -> None:
             )
 
 
-def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
+def logged_metrics(record: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a record of metrics.jsonl, or of an event, under their names in the log."""
     names = LOGGED.get(record["event"], {})
     return {name: record[key] for key, name in names.items() if record.get(key) is not None}
@@ -113,7 +113,7 @@ class MetricLoggers:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Take the record of an event. With a checkpoint, what was logged so far goes to the disk."""
-        metrics = metrics_of(record)
+        metrics = logged_metrics(record)
         if metrics:
             self._each(record["step"], lambda logger: logger.log_metrics(metrics, record["step"]))
         elif record["event"] == "checkpoint":
@@ -148,7 +148,7 @@ def _csv(opening: Opening) -> Opened:
     path.unlink(missing_ok=True)
     logger: Logger = CSVLogger(opening.folder, name=LOGS, version="csv", flush_logs_every_n_steps=FLUSH_EVERY)
     for record in opening.records:
-        logger.log_metrics(metrics_of(record), record["step"])
+        logger.log_metrics(logged_metrics(record), record["step"])
     logger.save()
     return logger, str(path)
 

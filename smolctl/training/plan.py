@@ -52,17 +52,7 @@ def make_plan(
     accumulates = config.micro_batch_size < config.train.batch_size
     gaps = round(GAPS_PER_GRADIENT_BYTE * memory.gradients) if device == "cpu" and accumulates else 0
     checkpoint = memory.weights + memory.optimizer
-    written, keep_last = {0, *range(0, steps, config.checkpoint.every), steps}, config.checkpoint.keep_last
-    if config.init_from is not None:
-        written -= {0}  # it has no weights
-    if config.checkpoint.keep_best and config.validation.every and corpus.validation is not None:
-        written |= {
-            *range(config.validation.every, steps, config.validation.every)
-        }  # if each is better than those before
-        keep_last += bool(keep_last)
-    kept = min(len(written), keep_last or len(written))
-    if config.checkpoint.keep_every:
-        kept += steps // config.checkpoint.keep_every
+    kept = _most_checkpoints(config, steps, corpus.validation is not None)
     return RunPlan(
         parameters=parameters,
         steps=steps,
@@ -91,7 +81,21 @@ def make_plan(
     )
 
 
-def measure_speed(
+def _most_checkpoints(config: RunConfig, steps: int, validates: bool) -> int:
+    """Checkpoints that are there at most when a run ends."""
+    settings, written = config.checkpoint, {0, *range(0, steps, config.checkpoint.every), steps}
+    keep_last = settings.keep_last
+    if config.init_from is not None:
+        written -= {0}  # it has no weights
+    if settings.keep_best and config.validation.every and validates:
+        # Each validation may be better than those before.
+        written |= {*range(config.validation.every, steps, config.validation.every)}
+        keep_last += bool(keep_last)
+    kept = min(len(written), keep_last or len(written))
+    return kept + (steps // settings.keep_every if settings.keep_every else 0)
+
+
+def measure_training_speed(
     network: Transformer, batch: Tensor, config: RunConfig, document_end: int | None = None
 ) -> float:
     """Tokens per second of a step, from real forwards and backwards on a micro-batch (B, T + 1).

@@ -15,7 +15,9 @@ from smolctl.durable import naming_the_disk
 from smolctl.errors import InputError, UsageError
 from smolctl.runs.checkpoint_file import CheckpointFile, holds_weights, read_checkpoint
 from smolctl.runs.events import Listener, Note, Start
-from smolctl.runs.folder import CHECKPOINT_NAME, CONFIG, RUNS, RunFolder
+from smolctl.runs.folder import RunFolder
+from smolctl.runs.layout import CONFIG, step_in_name
+from smolctl.runs.root import RUNS, make_latest
 from smolctl.sources.checkpoint import tokenizer_inside
 from smolctl.training.device import Decisions, decide_again, describe_environment
 from smolctl.training.distributed import is_main_process, with_process_counts
@@ -90,7 +92,7 @@ def resume(
                 run.describe(prepared.config, environment, prepared.tokenizer.save)
                 run.branch_from(checkpoint.path, checkpoint.step, parent)
             with Tolerance(emit)(LATEST_LINK, checkpoint.step):
-                run.become_latest()
+                make_latest(run.path)
             return _go_on(prepared, run, checkpoint, emit)
     with parent.lock(emit):
         prepared, checkpoint = _prepare(parent, reference, step, options, emit, on_tokenize)
@@ -109,8 +111,7 @@ def find_run(reference: Path, step: int | None) -> tuple[RunFolder | None, int |
     if not reference.is_file():
         return RunFolder.open(reference), step
     run = RunFolder.around(reference)
-    name = CHECKPOINT_NAME.fullmatch(reference.name)
-    return run, int(name[1]) if run and name else None
+    return run, step_in_name(reference) if run else None
 
 
 def _go_on(prepared: Prepared, run: RunFolder, checkpoint: CheckpointFile, emit: Listener) -> RunResult:

@@ -22,7 +22,8 @@ from smolctl.errors import InputError
 from smolctl.model.network import Transformer
 from smolctl.outside import checked
 from smolctl.runs.checkpoint_file import ANOTHER, holds_weights, recorded_config
-from smolctl.runs.folder import CHECKPOINT_NAME, RunFolder
+from smolctl.runs.folder import RunFolder
+from smolctl.runs.layout import step_in_name
 from smolctl.runs.records import StepNumber
 from smolctl.training.optim.optimizers import make_optimizer
 from smolctl.training.rng import keeping_rng, restore_rng
@@ -177,9 +178,9 @@ def _misfits(content: Mapping[str, Any], config: RunConfig, path: Path) -> Itera
     yield from _differences(LOOPS, loops, "loops")
     if (counted := loops[STEPS]["total"]["completed"]) != step:
         yield f"global_step is {step}, but the loops have counted {counted}"
-    name = CHECKPOINT_NAME.fullmatch(path.name)
-    if name and int(name[1]) != step and RunFolder.around(path):
-        yield f"global_step is {step}, but the file is named after step {int(name[1])}"
+    named = step_in_name(path)
+    if named not in (None, step) and RunFolder.around(path):
+        yield f"global_step is {step}, but the file is named after step {named}"
     if config.train.precision == "16-mixed" and step and not {"scaler", "skipped"} <= ours.keys():
         yield "smolctl has no scaler of the gradients"
     for generators in ours["rng"]:

@@ -9,13 +9,14 @@ from pathlib import Path
 from smolctl.arithmetic import run_memory
 from smolctl.durable import naming_the_disk
 from smolctl.runs.events import Listener, RunPlan, Start
-from smolctl.runs.folder import RUNS, RunFolder
+from smolctl.runs.folder import RunFolder
+from smolctl.runs.root import RUNS
 from smolctl.timing import resident_memory
 from smolctl.training.device import describe_environment, process_count
 from smolctl.training.distributed import is_main_process
 from smolctl.training.fit import RunResult, fit, prepare_process
 from smolctl.training.guards import naming_the_memory_knob
-from smolctl.training.plan import make_plan, measure_speed
+from smolctl.training.plan import make_plan, measure_training_speed
 from smolctl.training.prepare import Prepared
 
 
@@ -34,7 +35,7 @@ def plan_run(prepared: Prepared, disk: Path) -> RunPlan:
     with naming_the_memory_knob(config.micro_batch_size):
         network = prepared.network.to(device)
         batch = prepared.dataset(0, process_count(config))[done][:sequences].to(device)
-        speed = measure_speed(network, batch, config, prepared.document_end)
+        speed = measure_training_speed(network, batch, config, prepared.document_end)
     if device == "cuda":  # processes on a CPU share its cores
         speed *= process_count(config)
     existing = next(path for path in (disk.absolute(), *disk.absolute().parents) if path.exists())

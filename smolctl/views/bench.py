@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from smolctl.benchmark.baseline import FORMAT, VERSION, Changes
-from smolctl.benchmark.report import BenchReport, Comparison, Result
+from smolctl.benchmark.report import BenchReport, RelativeSpeed, Result
 from smolctl.views.numbers import figure, quantity, size
 from smolctl.views.output import Output, fields
 from smolctl.views.tables import headed
@@ -80,7 +80,7 @@ def _comparisons(report: BenchReport) -> Table:
     return table
 
 
-def _comparison_verdict(one: Comparison, disturbed: str) -> str:
+def _comparison_verdict(one: RelativeSpeed, disturbed: str) -> str:
     interval = one.ratio.interval
     if disturbed and interval is not None:
         return f"{DISTURBED}, 95% interval {interval[0]:.2f} to {interval[1]:.2f}"

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from smolctl.evaluation.compare import Comparison, Measure, Pair
-from smolctl.evaluation.estimate import CONFIDENCE, RESAMPLES
+from smolctl.evaluation.estimate import RESAMPLES
+from smolctl.timing import CONFIDENCE
 from smolctl.views.model_report import written
 from smolctl.views.numbers import size
 from smolctl.views.output import Output

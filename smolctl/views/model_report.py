@@ -11,7 +11,7 @@ from smolctl.inspection.report import CheckpointFacts, Derived, MemoryPlan, Mode
 from smolctl.views.numbers import quantity, size
 from smolctl.views.output import Output, fields
 from smolctl.views.parameters import number_or_unknown, source_document, title
-from smolctl.views.tables import GAP, facts, shortened
+from smolctl.views.tables import GAP, facts, first_lines
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -50,7 +50,7 @@ def show_report(out: Output, report: ModelReport) -> None:
         (Text("note", style="dim"), report.notes),
     ):
         if lines:
-            out.show(facts((mark, Text(line)) for line in shortened(lines, PROBLEMS_SHOWN)))
+            out.show(facts((mark, Text(line)) for line in first_lines(lines, PROBLEMS_SHOWN)))
     if not report.problems:
         out.show(Text("no problems found", style="green"))
 

@@ -11,7 +11,7 @@ from smolctl.inspection.tree import ModuleNode
 from smolctl.sources.base import ModelSource
 from smolctl.views.numbers import size
 from smolctl.views.output import Output, fields
-from smolctl.views.tables import GAP, headed, shortened
+from smolctl.views.tables import GAP, first_lines, headed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -189,5 +189,5 @@ def _remarks(report: ParameterReport) -> Iterator[Text]:
             else "there are no weights beside it to compare with"
         )
         yield Text(f"Counted from the config: {why}.", style="dim")
-    for note in shortened(report.notes, NOTES_SHOWN):
+    for note in first_lines(report.notes, NOTES_SHOWN):
         yield Text.assemble(bad, note)

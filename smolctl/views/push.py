@@ -17,7 +17,7 @@ from smolctl.publish.sdk import Sdk
 from smolctl.publish.smoke import SmokeTest
 from smolctl.views.numbers import size
 from smolctl.views.output import Output
-from smolctl.views.tables import facts, shortened
+from smolctl.views.tables import facts, first_lines
 
 SHOWN_SHA = 12
 SHOWN_NAMES = 8
@@ -78,6 +78,16 @@ def _facts(plan: PushPlan) -> dict[str, str]:
         "card": f"{card}, {len(plan.card.splitlines())} lines{licence}",
         "secrets": f"none found in {sum(len(repo.files) for repo in _repos(plan))} files",
     }
+    rows |= _exceptions(plan)
+    if smoke := built.smoke:
+        rows["Space"] = _tried(smoke)
+    rows |= {f"page, {one.scheme}": _variant(one, built) for one in built.variants}
+    return rows
+
+
+def _exceptions(plan: PushPlan) -> dict[str, str]:
+    """What is not as usual: findings that are allowed, files that are replaced, kept or left out."""
+    rows: dict[str, str] = {}
     hashes = {finding.hash for finding in plan.allowed}
     nowhere = [f"{hash} matches no finding" for hash in plan.options.allowed_secrets if hash not in hashes]
     if allowed := [*map(str, plan.allowed), *nowhere]:
@@ -87,14 +97,11 @@ def _facts(plan: PushPlan) -> dict[str, str]:
         ("others' files", [name for repo in _repos(plan) for name in repo.stays]),
     ):
         if names:
-            rows[row] = f"{', '.join(shortened(names, SHOWN_NAMES))}{WHOSE[row]}"
-    if wider := [f"{one.path.name}: {line}" for one in export.ggufs for line in one.wider]:
+            rows[row] = f"{', '.join(first_lines(names, SHOWN_NAMES))}{WHOSE[row]}"
+    if wider := [f"{one.path.name}: {line}" for one in plan.built.export.ggufs for line in one.wider]:
         rows["stored wider"] = "; ".join(wider)
-    if built.left_out:
-        rows["not pushed"] = ", ".join(built.left_out)
-    if smoke := built.smoke:
-        rows["Space"] = _tried(smoke)
-    rows |= {f"page, {one.scheme}": _variant(one, built) for one in built.variants}
+    if plan.built.left_out:
+        rows["not pushed"] = ", ".join(plan.built.left_out)
     return rows
 
 

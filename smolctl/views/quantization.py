@@ -8,7 +8,7 @@ from typing import Any
 
 from smolctl.quantization.calibrate import TensorCost
 from smolctl.quantization.footprint import Footprint
-from smolctl.quantization.measure import Divergence
+from smolctl.quantization.measure import GreedyDivergence
 from smolctl.quantization.quantize import QuantizeReport
 from smolctl.quantization.record import measurements
 from smolctl.quantization.verdict import Variant
@@ -65,7 +65,7 @@ def _show_quality(out: Output, report: QuantizeReport) -> None:
     out.show(table)
 
 
-def _divergence(divergence: Divergence | None) -> str:
+def _divergence(divergence: GreedyDivergence | None) -> str:
     """`1, 9, –, –`: for every prompt the first token that differs, a dash where none does."""
     if divergence is None:
         return ""

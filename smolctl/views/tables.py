@@ -32,7 +32,7 @@ def facts(rows: Iterable[Sequence[RenderableType]], style: str = "") -> Table:
     return table
 
 
-def shortened(lines: Sequence[str], most: int) -> list[str]:
+def first_lines(lines: Sequence[str], most: int) -> list[str]:
     """The first lines, and how many more there are."""
     more = [f"and {len(lines) - most:,} more (--json has all)"] if len(lines) > most else []
     return [*lines[:most], *more]

@@ -23,7 +23,7 @@ from smolctl.benchmark.engine_files import huggingface_folder, make_engine_files
 from smolctl.benchmark.engines import EngineSpec, RandomWeights, open_engine, open_weighted
 from smolctl.benchmark.file_suites import drop_from_page_cache
 from smolctl.benchmark.inference_suites import decode, prefill
-from smolctl.benchmark.limits import Limits
+from smolctl.benchmark.limits import HardwareLimits
 from smolctl.benchmark.metrics import metrics_of
 from smolctl.benchmark.report import Result
 from smolctl.benchmark.suites import PreparedWorkload, choose_suites
@@ -47,7 +47,7 @@ RESULT_KEYS = {
     *("suite", "model", "engine", "precision", "median", "min", "max", "unit"),
     *("peak_rss_bytes", "roofline_share"),
 }
-LIMITS = Limits(10e9, {"float32": 100e9}, 10e9, {"float32": 100e9})
+LIMITS = HardwareLimits(10e9, {"float32": 100e9}, 10e9, {"float32": 100e9})
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import torch
 
 from smolctl.benchmark.baseline import compare_with, save_record
 from smolctl.benchmark.correctness import allowed_error, bits_of, error_of
-from smolctl.benchmark.limits import Cost, Limits, limits_of, roofline
+from smolctl.benchmark.limits import Cost, HardwareLimits, limits_of, roofline
 from smolctl.benchmark.machine import CpuTimes, Machine, SystemLoad, cpu_times, disturbance, load_between
 from smolctl.benchmark.report import BenchReport, ModelFacts, Result, compare
 from smolctl.config import ModelConfig
@@ -20,7 +20,9 @@ from smolctl.timing import Spread
 from smolctl.views.bench import bench_document, show_bench
 from smolctl.views.output import Output
 
-LIMITS = Limits(10e9, {"float32": 100e9, "bfloat16": 400e9}, 9e9, {"float32": 90e9, "bfloat16": 300e9})
+LIMITS = HardwareLimits(
+    10e9, {"float32": 100e9, "bfloat16": 400e9}, 9e9, {"float32": 90e9, "bfloat16": 300e9}
+)
 
 
 def result(

@@ -91,7 +91,7 @@ def test_a_folder_of_a_presets_or_a_corpus_name_is_not_confused_with_it(smolctl:
 
 
 def test_the_built_in_corpus_is_told_from_a_folder_of_its_name() -> None:
-    from smolctl.config.run import DataConfig
+    from smolctl.config.data import DataConfig
     from smolctl.data.text.corpus import open_sources
 
     assert open_sources(DataConfig())[0].read_as == "python: the built-in corpus."

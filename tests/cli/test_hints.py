@@ -69,6 +69,9 @@ def test_a_wrong_option_leads_to_the_help_of_its_command(option: str, smolctl: S
         (("sample", "--prompt=a", "-p", "b"), "--prompt"),
         (("quantize", "nano", "--out", "a", "--out=b"), "--out"),
         (("inspect-config", "nano", "--against", "a", "--against", "b"), "--against"),
+        (("push", "--page", "a", "--page", "b"), "--page"),
+        (("push", "--repo", "me/a", "--repo", "me/b"), "--repo"),
+        (("sample", "--json-schema", "a", "--json-schema", "b"), "--json-schema"),
     ],
 )
 def test_a_second_prompt_file_or_format_is_refused_where_one_is_taken(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from smolctl.config.run import DataConfig
+from smolctl.config.data import DataConfig
 from smolctl.data.cached import DAY, look_at_cache
 from smolctl.data.tokenizer.tokenizer import train_tokenizer
 from smolctl.data.tokens.cache import MANIFEST, lock_of, remove_leftovers, whole_or_absent

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from smolctl.config import load_run_config
+from smolctl.config.data import DataConfig
 from smolctl.config.load import resolve_run_config
-from smolctl.config.run import DataConfig
 from smolctl.data.batches import StepDataset, validation_batches
 from smolctl.data.order import MIXTURE
 from smolctl.data.tokenizer.tokenizer import train_tokenizer

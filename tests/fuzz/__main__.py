@@ -6,7 +6,8 @@ import argparse
 import time
 
 from tests.fuzz.harness import Finding, run_cases, show
-from tests.fuzz.kinds import KINDS, base
+from tests.fuzz.inputs import base
+from tests.fuzz.kinds import KINDS
 
 
 def main() -> None:

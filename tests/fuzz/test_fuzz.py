@@ -10,7 +10,8 @@ import pytest
 
 from tests.fuzz import harness
 from tests.fuzz.harness import run_cases
-from tests.fuzz.kinds import KINDS, base
+from tests.fuzz.inputs import base
+from tests.fuzz.kinds import KINDS
 
 pytestmark = [
     pytest.mark.skipif("sys.platform != 'linux'", reason="children are limited as Linux limits them"),

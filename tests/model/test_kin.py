@@ -13,7 +13,7 @@ from smolctl.generation.native_engine import NativeEngine
 from smolctl.model.dynamic import dynamic_network
 from smolctl.model.positions import rotary_frequencies
 from smolctl.quantization.build import build_items
-from smolctl.quantization.schemes import SchemeOptions, make_plan
+from smolctl.quantization.schemes import SchemeOptions, plan_quantization
 from smolctl.sources.arrays import as_array
 from smolctl.sources.huggingface.config import from_huggingface_config, to_huggingface_config
 from smolctl.sources.quantized.scaled import ScaledMatrix
@@ -111,7 +111,7 @@ def test_quantized_weights_stay_close(kind: str, scheme: str) -> None:
     config = kin_config(kind)
     network = kin_network(config)
     tensors = dict(network.state_dict())
-    plan = make_plan(config, scheme, SchemeOptions(activations="per-token"))
+    plan = plan_quantization(config, scheme, SchemeOptions(activations="per-token"))
     items = build_items(config, tensors, plan)
     ids = torch.arange(60)[None]
     if scheme == "int8-dynamic":

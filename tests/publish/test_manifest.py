@@ -13,7 +13,7 @@ from smolctl.errors import ExitCode
 from smolctl.hub.client import HubClient
 from smolctl.ownership import RECORD
 from smolctl.publish.build import Built
-from smolctl.publish.push import PushOptions, PushPlan, choose_destination, make_plan
+from smolctl.publish.push import PushOptions, PushPlan, choose_destination, plan_built
 from tests.support.processes import Smolctl
 from tests.support.publishing import publish
 from tests.support.push_hub import Blob, Fault, PushHub, Repo
@@ -23,7 +23,7 @@ def plan(built: Built, **options: object) -> PushPlan:
     """What a push would do."""
     asked = PushOptions(repo="me/tiny", **options)  # type: ignore[arg-type]
     client = HubClient(print, wait=lambda _s: None)
-    return make_plan(asked, choose_destination(asked, built.model, client), built, client)
+    return plan_built(asked, choose_destination(asked, built.model, client), built, client)
 
 
 def edit(repo: Repo, **files: bytes) -> None:

@@ -18,7 +18,7 @@ from smolctl.generation.load import load_model
 from smolctl.hub.client import HubClient, read_identity
 from smolctl.hub.errors import ChangedError
 from smolctl.publish.build import Built
-from smolctl.publish.push import PushOptions, choose_destination, make_plan, push, send
+from smolctl.publish.push import PushOptions, choose_destination, plan_built, push, send
 from smolctl.sources import open_source
 from tests.support.processes import Smolctl, start
 from tests.support.publishing import publish, serving
@@ -353,7 +353,7 @@ def test_a_slow_commit_is_waited_for_whatever_was_read_before(
     client = HubClient(notes.append, wait=lambda _s: None)
     assert open_source("me/tiny").config is not None
     options = PushOptions(repo="me/tiny", license="mit")
-    plan = make_plan(options, choose_destination(options, llama.model, client), llama, client)
+    plan = plan_built(options, choose_destination(options, llama.model, client), llama, client)
     assert send(plan, client).repo.commit.sent == ("README.md",)
     assert not any("again" in note for note in notes)
 

@@ -190,12 +190,12 @@ def _write_tiny(folder: Path, gguf: Path) -> None:
     """The same tokenizer with next to no weights: what Python, PyTorch and it take by themselves."""
     from smolctl.quantization.build import build_items
     from smolctl.quantization.folder import Origin, write_folder
-    from smolctl.quantization.schemes import make_plan
+    from smolctl.quantization.schemes import plan_quantization
 
     source = open_source(str(gguf))
     small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = source.require_config().model_copy(update={**small, "num_key_value_heads": 1})
-    plan = make_plan(config, "bf16", SchemeOptions())
+    plan = plan_quantization(config, "bf16", SchemeOptions())
     tensors = {tensor.name: torch.zeros(tensor.shape) for tensor in plan.tensors}
     items = build_items(config, tensors, plan)
     write_folder(folder, config, plan, items, source.read_tokenizer(), Origin("tiny", "test"))

@@ -11,8 +11,10 @@ import pytest
 
 from smolctl.config import RunConfig
 from smolctl.config.run import PredictionsConfig
+from smolctl.runs.environment import write_environment
 from smolctl.runs.events import Candidate, Event, Prediction, Step, Validation
 from smolctl.runs.folder import RunFolder
+from smolctl.runs.layout import ENVIRONMENT
 from smolctl.runs.report import POINTS
 
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(1)>\x1b[31m\u202e{{ 7*7 }}&amp;"
@@ -47,7 +49,7 @@ def page(folder: Path, *events: Event, text: str = "prompt", name: str = "run") 
     run = RunFolder(folder / name)
     run.path.mkdir()
     run.write_config(RunConfig(predictions=PredictionsConfig(prompts=(text,))))
-    run.write_environment({"device": text, "devices": [text]})
+    write_environment(run.path / ENVIRONMENT, {"device": text, "devices": [text]})
     for event in events:
         run.record(event)
     run.write_report()

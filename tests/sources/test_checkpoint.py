@@ -15,14 +15,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from smolctl.benchmark.engine_files import weight_files
 from smolctl.config.dump import to_yaml
 from smolctl.errors import InputError, SmolError
 from smolctl.generation.engines import EngineOptions, make_engine
 from smolctl.model.weights import initialize, load_network
-from smolctl.runs.folder import RunFolder, latest_run, split_step
+from smolctl.runs.folder import RunFolder
+from smolctl.runs.reference import split_step
+from smolctl.runs.root import latest_run
 from smolctl.sources import SourceKind, open_source
 from smolctl.sources.checkpoint import clean_name
 from smolctl.sources.huggingface.write import write_tokenizer
+from smolctl.sources.open import require_own_files
+from smolctl.sources.provenance import provenance_of
 from tests.support.checkpoints import RUN, save_checkpoint
 from tests.support.tiny_models import tiny_tokenizer
 
@@ -279,6 +284,17 @@ def test_latest_follows_the_link_else_the_newest_run(run: Path, monkeypatch: pyt
     assert open_source("runs/latest").step == 1000
     assert open_source("runs/tiny@500").step == 500
     assert open_source("runs/latest@500").step == 500
+
+
+def test_the_newest_run_is_found_where_the_link_to_it_is_gone(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parent.parent)
+    source = open_source("runs/latest")
+    require_own_files(source)
+    assert source.run_folder == RunFolder(Path("runs/tiny"))
+    assert provenance_of(source).id == str(run)
+    assert weight_files("runs/latest") == (Path("runs/tiny/checkpoints/step-001000.ckpt"),)
 
 
 def test_missing_runs_are_named_with_those_there_are(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

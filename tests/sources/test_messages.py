@@ -20,7 +20,7 @@ from smolctl.config import load_run_config
 from smolctl.errors import InputError
 from smolctl.inspection import compare, count_source, training_config
 from smolctl.sources import SourceKind, open_source
-from smolctl.sources.open import _pasted
+from smolctl.sources.address import hub_id_of
 from tests.support.gguf_files import write_gguf
 from tests.support.model_folders import llama_folder
 from tests.support.tiny_models import tiny_network, write_folder
@@ -143,7 +143,7 @@ def test_a_quantized_type_that_is_not_known_still_counts(tmp_path: Path) -> None
     ],
 )
 def test_a_pasted_address_names_its_repository(pasted: str, meant: str) -> None:
-    assert _pasted(pasted) == meant
+    assert hub_id_of(pasted) == meant
 
 
 @pytest.mark.parametrize(

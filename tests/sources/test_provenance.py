@@ -13,6 +13,7 @@ from smolctl.config.dump import to_yaml
 from smolctl.config.load import read_yaml, resolve_run_config
 from smolctl.errors import InputError
 from smolctl.runs.events import Event, Note
+from smolctl.runs.folder import RunFolder
 from smolctl.sources import ModelSource, SourceKind, open_source
 from smolctl.sources.provenance import LONGEST_CHAIN, gguf_metadata, provenance_of, read_provenance
 from smolctl.training.prepare import with_origin
@@ -75,8 +76,9 @@ def test_a_folder_says_what_its_card_says(
 
 def test_a_run_a_quantized_model_and_a_gguf_pass_on_what_they_know(tmp_path: Path) -> None:
     run = RunConfig(init_from=BASE, publish={"license": "mit"})
-    of_run = provenance_of(source(SourceKind.RUN, "runs/a@300", run=run, step=300))
-    assert of_run.id == str(Path("runs/a").absolute())
+    RunFolder(tmp_path).write_config(run)
+    of_run = provenance_of(source(SourceKind.RUN, f"{tmp_path}@300", run=run, step=300))
+    assert of_run.id == str(tmp_path)
     assert (of_run.step, of_run.license, of_run.on_hub) == (300, "mit", BASE)
     description = {"source": {"provenance": of_run.model_dump(mode="json", exclude_none=True)}}
     quantized = provenance_of(source(SourceKind.QUANTIZED, "q", quantization=description))

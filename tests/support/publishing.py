@@ -15,7 +15,7 @@ import pytest
 from smolctl.data.tokenizer.tokenizer import train_tokenizer
 from smolctl.hub.client import HubClient
 from smolctl.publish.build import Built, build, open_model
-from smolctl.publish.push import Pushed, PushOptions, choose_destination, make_plan, send
+from smolctl.publish.push import Pushed, PushOptions, choose_destination, plan_built, send
 from smolctl.sources.huggingface.write import write_model
 from tests.support.push_hub import TOKEN, PushHub
 from tests.support.tiny_models import TEXTS, tiny_network
@@ -75,4 +75,4 @@ def publish(
     client = HubClient(said.append, wait or (lambda s: said.append(f"waits {s:g} s")))
     asked = PushOptions(**options)
     destination = choose_destination(asked, built.model, client)
-    return send(make_plan(asked, destination, built, client), client)
+    return send(plan_built(asked, destination, built, client), client)

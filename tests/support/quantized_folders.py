@@ -12,7 +12,8 @@ from smolctl.config import ModelConfig
 from smolctl.model.weights import initialize
 from smolctl.quantization.build import build_items
 from smolctl.quantization.folder import Origin, write_folder
-from smolctl.quantization.schemes import SchemeOptions, make_plan
+from smolctl.quantization.quantize import QuantizeOptions, QuantizeReport, quantize
+from smolctl.quantization.schemes import SchemeOptions, plan_quantization
 from tests.support.kin import SCALING
 
 ROPE = {"position_embedding": "rope", "residual_scale": 1.0}
@@ -53,6 +54,14 @@ def quantized_folder(folder: Path, scheme: str, factor: float = 1.0, **options: 
             tensor *= factor
         if name.endswith((".bias", "q_norm.weight", "k_norm.weight")):
             tensor += 0.3 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1))
-    plan = make_plan(config, scheme, SchemeOptions(**options))
+    plan = plan_quantization(config, scheme, SchemeOptions(**options))
     write_folder(folder, config, plan, build_items(config, state, plan), None, Origin("test", "test"))
     return folder
+
+
+def make_quantized(
+    model: str = "runs/llama", scheme: str = "int8", out: str = "out", **options: Any
+) -> QuantizeReport:
+    """Quantize a model into a folder of the working directory, without measuring it."""
+    asked = SchemeOptions(**options)
+    return quantize(model, QuantizeOptions((scheme,), asked, Path(out), measure=False))

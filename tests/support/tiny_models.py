@@ -22,6 +22,8 @@ from smolctl.model.network import Transformer
 from smolctl.model.weights import initialize
 from smolctl.sources.huggingface.config import to_huggingface_config
 
+# A short answer of `smolctl sample`, the same each time.
+SHORT = ("--max-tokens", "5", "--temperature", "0", "--threads", "1")
 TEXTS = ["the cat sat on the mat, and the dog saw the cat. " * 4, "Größe 界面 🎉👩‍👧 e\u0301 12"]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

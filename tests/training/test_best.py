@@ -12,7 +12,8 @@ import pytest
 from smolctl.config.load import merge
 from smolctl.errors import InputError
 from smolctl.runs.events import End, Event, Note, Step
-from smolctl.runs.folder import RunFolder, split_step
+from smolctl.runs.folder import RunFolder
+from smolctl.runs.reference import split_step
 from smolctl.sources import open_source
 from smolctl.training.prepare import Prepared
 from smolctl.training.train import train

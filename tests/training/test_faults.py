@@ -17,6 +17,7 @@ import pytest
 from smolctl.errors import InputError
 from smolctl.runs.checkpoint_file import find_damage
 from smolctl.runs.folder import RunFolder
+from smolctl.runs.layout import is_run
 from smolctl.training.checkpoint import SaveError
 from smolctl.training.prepare import Prepared
 from tests.support.disks import small_disk
@@ -122,7 +123,7 @@ EVERY_STEP = ("--steps", "12", *("--set", "checkpoint.every=1"), *("--set", "val
 
 
 def saved_steps(folder: Path) -> list[int]:
-    return [file.step for file in RunFolder(folder).checkpoints()] if RunFolder.is_run(folder) else []
+    return [file.step for file in RunFolder(folder).checkpoints()] if is_run(folder) else []
 
 
 def kill_at_random(out: Path, chance: random.Random) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from smolctl.errors import UsageError
 from smolctl.runs.folder import RunFolder
 from smolctl.training.clock import Clock, Task
 from smolctl.training.optim.schedule import learning_rate
-from smolctl.training.plan import measure_speed
+from smolctl.training.plan import measure_training_speed
 from smolctl.training.prepare import Prepared
 from smolctl.training.resume import ResumeOptions
 from smolctl.training.verify import verify
@@ -128,5 +128,7 @@ def test_what_the_clock_decided_is_recorded_and_a_resumed_run_is_a_function_of_i
 def test_the_first_step_waits_for_one_micro_batch_and_one_sequence_to_be_timed() -> None:
     network, sequences = tiny_network(), list[int]()
     network.model.register_forward_pre_hook(lambda _, inputs: sequences.append(len(inputs[0])))
-    assert measure_speed(network, torch.zeros(4, 9, dtype=torch.long), load_run_config("nano", [])) > 0
+    assert (
+        measure_training_speed(network, torch.zeros(4, 9, dtype=torch.long), load_run_config("nano", [])) > 0
+    )
     assert sequences == [1, 4]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smolctl.config.run import DataConfig
+from smolctl.config.data import DataConfig
 from smolctl.data.text import python_library as library
 from smolctl.data.text.conversations import Conversation, RowError, read_conversation
 from smolctl.data.text.documents import Document, OnRead, cut

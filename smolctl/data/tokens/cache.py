@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 import numpy as np
 from filelock import FileLock, Timeout
 
-from smolctl.config.run import DataConfig
+from smolctl.config.data import DataConfig
 from smolctl.data.mixture import Mixture
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokens.encoding import TokenizeProgress
-from smolctl.data.tokens.shards import Shard, disk_errors, find_damage, token_dtype
+from smolctl.data.tokens.shards import Shard, disk_errors, find_shard_damage, token_dtype
 from smolctl.durable import sync_folder, write_text
 from smolctl.errors import InputError
 from smolctl.escaping import json_text
@@ -254,7 +254,7 @@ def read_manifest(
         if of != (FORMAT, tokenizer.sha256, dtype.str):
             raise ValueError(f"{MANIFEST} is of another version or tokenizer")
         for shard in (*manifest.train, *manifest.held_out):
-            if damage := find_damage(folder / shard.file, shard, dtype, tokenizer.vocab_size):
+            if damage := find_shard_damage(folder / shard.file, shard, dtype, tokenizer.vocab_size):
                 raise ValueError(damage)
     except (OSError, ValueError, InputError) as error:
         on_note(f"{folder}: the cached tokens are damaged ({error}). The text is tokenized again.")
@@ -265,7 +265,7 @@ def read_manifest(
 
 
 def held_out_limit(fraction: float) -> int:
-    """A document is held out when the `Piece.digest` of its first piece is below this.
+    """A document is held out when the `DocumentPiece.digest` of its first piece is below this.
 
     So equal documents, and those that begin with the same 16 thousand characters, are held out together,
     whatever the seed and wherever in the corpus they are.

@@ -1,77 +1,47 @@
-"""Conversations as tokens with their marks: rendered once, kept in the cache, packed when they are read."""
+"""Conversations as a corpus: their tokens from the cache, cut to a sequence, held out in part, and packed."""
 
 from __future__ import annotations
 
-import hashlib
-from array import array
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from smolctl.config.run import DataConfig
+from smolctl.config.data import DataConfig
 from smolctl.data.mixture import Mixture, Part
-from smolctl.data.text.conversations import Conversation, RowError, read_conversation
+from smolctl.data.text.conversations import Conversation, RowError
 from smolctl.data.text.corpus import SequenceLengthError, Source, readable_conversations
-from smolctl.data.text.documents import utf8_size
 from smolctl.data.tokenizer.tokenizer import Tokenizer
-from smolctl.data.tokenizer.turns import TurnEncoder, Turns
+from smolctl.data.tokenizer.turns import TurnEncoder
 from smolctl.data.tokens.cache import (
     FORMAT,
     TOKENS,
     ConversationFacts,
-    Manifest,
     OnNote,
     OnProgress,
     TokenizedCorpus,
     digest,
     folder_of,
     found_or_built,
-    read_manifest,
-    whole_or_absent,
-    write_manifest,
 )
-from smolctl.data.tokens.encoding import TokenizeProgress
-from smolctl.data.tokens.marks import CONTEXT, FIRST, IDS
+from smolctl.data.tokens.conversation_shards import (
+    AT_ONCE,
+    NAME,
+    NAMED,
+    ConversationManifest,
+    key_of,
+    read_conversation_manifest,
+    read_index,
+    read_tokens,
+    settings_of,
+    write_conversations,
+)
+from smolctl.data.tokens.marks import CONTEXT, IDS
 from smolctl.data.tokens.packing import PackedStream
-from smolctl.data.tokens.shards import Shard, ShardWriter, TokenStream, disk_errors
-from smolctl.durable import file_digest, holds_once
-from smolctl.errors import InputError
-
-DTYPE = np.dtype("<u4")
-NAME = "conversations"
-MASKS = 3  # of the rules by which conversations become tokens and masks
-INDEX = "index.bin"  # key, length and trained tokens of every conversation, (N, 3); little-endian uint64
-AT_ONCE = 512  # conversations that are encoded together
-NAMED = 5  # rows that do not fit and are named
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConversationManifest(Manifest):
-    """What the manifest of conversations says.
-
-    Attributes:
-        shapes: of the rows, of each source.
-        skipped: how many rows are not conversations to train on, by the reason.
-        named: the first of them, with file and line.
-        remarks: what is said of conversations that are trained on, and of how many each.
-        settings: digest of the settings that it was made with.
-        index: SHA-256 of the file `INDEX`.
-    """
-
-    sources: tuple[str, ...]
-    shapes: tuple[str, ...]
-    skipped: dict[str, int]
-    named: tuple[str, ...]
-    remarks: dict[str, int]
-    settings: str
-    index: str
+from smolctl.data.tokens.shards import TokenStream
 
 
 def tokenize_conversations(
@@ -92,11 +62,11 @@ def tokenize_conversations(
     """
     encoder = TurnEncoder(tokenizer, data.loss, data.special_tokens)
     identities = [[source.name, source.identity] for source in sources]
-    folder = folder_of(cache, [FORMAT, NAME, identities, _settings(data, tokenizer)], data, tokenizer)
+    folder = folder_of(cache, [FORMAT, NAME, identities, settings_of(data, tokenizer)], data, tokenizer)
     manifest = found_or_built(
         folder,
-        lambda on_note: _open(folder, tokenizer, on_note),
-        lambda: _build(folder, data, sources, encoder, on_progress),
+        lambda on_note: read_conversation_manifest(folder, tokenizer, on_note),
+        lambda: write_conversations(folder, data, sources, encoder, on_progress),
         on_note,
     )
     return _split(folder, manifest, data, tokenizer)
@@ -107,120 +77,11 @@ def find_conversations(
 ) -> TokenizedCorpus | None:
     """The tokens of sources that are gone, in those of the cache's folders that a run was trained on."""
     for name in folders:
-        manifest = _open(cache / TOKENS / name, tokenizer, lambda _: None)
+        manifest = read_conversation_manifest(cache / TOKENS / name, tokenizer, lambda _: None)
         made_from = manifest and (manifest.sources, manifest.settings)
-        if manifest and made_from == (data.source, digest(_settings(data, tokenizer))):
+        if manifest and made_from == (data.source, digest(settings_of(data, tokenizer))):
             return _split(cache / TOKENS / name, manifest, data, tokenizer)
     return None
-
-
-def _settings(data: DataConfig, tokenizer: Tokenizer) -> list[Any]:
-    """All that changes the tokens and masks of given rows, beside what `folder_of` knows."""
-    named = sorted(tokenizer.named_tokens.items())
-    return [MASKS, data.shape, data.loss, data.strict, tokenizer.chat_template, named]
-
-
-def _open(folder: Path, tokenizer: Tokenizer, on_note: OnNote) -> ConversationManifest | None:
-    manifest = read_manifest(folder, ConversationManifest, tokenizer, on_note, DTYPE)
-    if manifest is None:
-        return None
-    path = folder / INDEX
-    try:
-        sound = holds_once(path, f"sha256 {manifest.index}", lambda: file_digest(path) == manifest.index)
-    except OSError:
-        sound = False
-    return manifest if sound else None
-
-
-def _build(
-    folder: Path,
-    data: DataConfig,
-    sources: Sequence[Source],
-    encoder: TurnEncoder,
-    on_progress: OnProgress | None,
-) -> ConversationManifest:
-    progress = TokenizeProgress(bytes_total=sum(source.size or 0 for source in sources))
-    skipped: Counter[str] = Counter()
-    remarks: Counter[str] = Counter()
-    named: list[str] = []
-    shapes: dict[str, None] = {}
-    index = array("Q")
-
-    def on_read(count: int) -> None:
-        nonlocal progress
-        progress = replace(progress, bytes_read=progress.bytes_read + count)
-
-    def skip(where: str, reason: str) -> None:
-        if data.strict:
-            raise InputError(f"{where}: {reason}", "Correct the row, or leave out --strict to skip it.")
-        skipped[reason] += 1
-        if len(named) < NAMED:
-            named.append(f"{where}: {reason}")
-
-    def conversations() -> Iterator[Conversation]:
-        for source in sources:
-            for where, row in source.rows(on_read):
-                if isinstance(row, str):
-                    skip(where, row)
-                    continue
-                try:
-                    conversation = read_conversation(row, data.shape, where)
-                    shapes[conversation.shape.value] = None
-                    yield conversation
-                except RowError as error:
-                    skip(where, str(error))
-
-    with (
-        whole_or_absent(folder) as partial,
-        closing(ShardWriter(partial, NAME, DTYPE)) as words,
-    ):
-        rows = conversations()
-        while batch := list(islice(rows, AT_ONCE)):
-            for conversation, turns in zip(batch, encoder.encode(batch), strict=True):
-                if isinstance(turns, RowError):
-                    skip(conversation.where, str(turns))
-                    continue
-                remarks.update(turns.remarks)
-                words.append(_marked(turns))
-                index.extend((_key(conversation, turns), len(turns.ids), int(turns.is_trained.sum())))
-                size = sum(utf8_size(message["content"]) for message in conversation.messages)
-                progress = replace(
-                    progress,
-                    documents=progress.documents + 1,
-                    tokens=progress.tokens + len(turns.ids),
-                    bytes=progress.bytes + size,
-                )
-            if on_progress is not None:
-                on_progress(progress)
-        if not progress.documents:
-            raise InputError(
-                f"{', '.join(source.name for source in sources)}: no conversation to train on"
-                + (f"; {named[0]}" if named else ""),
-                "Each row needs messages, conversations, prompt and completion, or instruction and output.",
-            )
-        records = np.frombuffer(index, np.uint64)
-        with disk_errors(partial):
-            records.astype("<u8").tofile(partial / INDEX)
-        manifest = ConversationManifest(
-            tokenizer=encoder.tokenizer.sha256,
-            sources=tuple(source.name for source in sources),
-            dtype=DTYPE.str,
-            documents=progress.documents,
-            duplicates=progress.documents - len(np.unique(records[::3])),
-            tokens=progress.tokens,
-            bytes=progress.bytes,
-            special_tokens=0,
-            train=words.finish(),
-            held_out=(),
-            shapes=tuple(shapes),
-            skipped=dict(skipped),
-            named=tuple(named),
-            remarks=dict(remarks),
-            settings=digest(_settings(data, encoder.tokenizer)),
-            index=file_digest(partial / INDEX),
-        )
-        write_manifest(partial, manifest)
-    return manifest
 
 
 def held_out_conversations(
@@ -234,34 +95,17 @@ def held_out_conversations(
         data: the run's settings; of a file that is held out as a whole, all conversations are given.
         tokenizer: the run's, with its chat template.
     """
-    manifest = _open(folder, tokenizer, lambda _: None)
+    manifest = read_conversation_manifest(folder, tokenizer, lambda _: None)
     assert manifest is not None
-    records = _records(folder, _stream(folder, manifest.train), data)
+    records = _records(folder, read_tokens(folder, manifest), data)
     chosen, _ = _held_out(records.keys, records.trained_tokens > 0, data.validation_fraction)
     held_out = set(records.keys[chosen].tolist())
     encoder = TurnEncoder(tokenizer, data.loss, data.special_tokens)
     rows = (one for source in sources for one in readable_conversations(source, data.shape))
     while batch := list(islice(rows, AT_ONCE)):
         for conversation, turns in zip(batch, encoder.encode(batch), strict=True):
-            if not isinstance(turns, RowError) and _key(conversation, turns) in held_out:
+            if not isinstance(turns, RowError) and key_of(conversation, turns) in held_out:
                 yield conversation
-
-
-def _key(conversation: Conversation, turns: Turns) -> int:
-    """64 bits: equal for conversations that must be held out together, or not at all."""
-    text = conversation.group.encode() or turns.ids.tobytes()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-
-
-def _marked(turns: Turns) -> NDArray[np.int64]:
-    words = turns.ids | np.where(turns.is_trained, 0, CONTEXT)
-    words[0] |= FIRST
-    return words
-
-
-def _stream(folder: Path, shards: Sequence[Shard]) -> TokenStream:
-    files = [(folder / shard.file, shard.tokens) for shard in shards]
-    return TokenStream(files, DTYPE, 0, sum(shard.tokens for shard in shards))
 
 
 @dataclass(frozen=True)
@@ -269,7 +113,7 @@ class _Records:
     """What the index says of N conversations, after those are cut that are longer than a sequence.
 
     Attributes:
-        keys: (N,) see `_key`.
+        keys: (N,) see `key_of`.
         spans: (N, 2) where each begins in the tokens, and how many are kept.
         trained_tokens: (N,) among these; 0 for those that are dropped.
         is_long: (N,) whether it is longer than a sequence.
@@ -282,8 +126,7 @@ class _Records:
 
 
 def _records(folder: Path, stream: TokenStream, data: DataConfig) -> _Records:
-    keys, *numbers = np.fromfile(folder / INDEX, "<u8").reshape(-1, 3).T.copy()
-    lengths, counts = (column.astype(np.int64) for column in numbers)
+    keys, lengths, counts = read_index(folder)
     spans = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1)
     size = data.sequence_length
     is_long = lengths > size
@@ -300,7 +143,7 @@ def _split(
     folder: Path, manifest: ConversationManifest, data: DataConfig, tokenizer: Tokenizer
 ) -> TokenizedCorpus:
     """Cut or drop what is too long, hold some conversations out, and pack both parts."""
-    stream, size = _stream(folder, manifest.train), data.sequence_length
+    stream, size = read_tokens(folder, manifest), data.sequence_length
     records = _records(folder, stream, data)
     kept = records.trained_tokens > 0
     if not kept.any():

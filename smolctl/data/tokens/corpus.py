@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from smolctl.config.run import DataConfig
+from smolctl.config.data import DataConfig
 from smolctl.data.mixture import Mixture
 from smolctl.data.order import MIXTURE, shares_of
 from smolctl.data.text.corpus import MissingSourceError, open_sources, pin_sources, shown_name

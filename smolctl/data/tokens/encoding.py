@@ -42,7 +42,7 @@ class TokenizeProgress:
     empty: int = 0
 
 
-class Piece(NamedTuple):
+class DocumentPiece(NamedTuple):
     """Ids of a part of a document."""
 
     ids: NDArray[np.uint32]  # (N,), with what begins and ends every document
@@ -65,7 +65,7 @@ class Bookmark:
 class Encoded:
     """The ids of a batch, and how far the work has come with it."""
 
-    pieces: list[Piece]
+    pieces: list[DocumentPiece]
     bookmark: Bookmark | None  # before the first document that begins in this batch
     progress: TokenizeProgress
 
@@ -162,7 +162,7 @@ def _collect(
     for ids, text, (document, digest, begins, ends) in rows:
         around = (encoder.begin if begins else (), ids, encoder.end if ends else ())
         whole = np.concatenate([np.asarray(part, ids.dtype) for part in around])
-        pieces.append(Piece(whole, document, digest, ends, utf8_size(text.text), text.special_tokens))
+        pieces.append(DocumentPiece(whole, document, digest, ends, utf8_size(text.text), text.special_tokens))
     progress = TokenizeProgress(
         bytes_read=before.bytes_read + batch.bytes_read,
         bytes_total=before.bytes_total,

@@ -38,7 +38,7 @@ class Shard:
     sha256: str
 
 
-def find_damage(path: Path, shard: Shard, dtype: np.dtype[np.unsignedinteger], vocab_size: int) -> str:
+def find_shard_damage(path: Path, shard: Shard, dtype: np.dtype[np.unsignedinteger], vocab_size: int) -> str:
     """Why a file of tokens must not be used; "" when it holds what was written, all ids of the vocabulary.
 
     It is read once for each identity of the file (`durable.holds_once`).

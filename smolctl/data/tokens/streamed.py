@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from smolctl.config.run import DataConfig
+from smolctl.config.data import DataConfig
 from smolctl.data.mixture import Mixture, Part
 from smolctl.data.text.corpus import SequenceLengthError
 from smolctl.data.text.hub import DatasetName, DatasetReader
@@ -36,7 +36,7 @@ from smolctl.data.tokens.cache import (
     whole_or_absent,
     write_manifest,
 )
-from smolctl.data.tokens.encoding import Bookmark, Encoded, Piece, encode_documents
+from smolctl.data.tokens.encoding import Bookmark, DocumentPiece, Encoded, encode_documents
 from smolctl.data.tokens.shards import Shard, ShardWriter, TokenStream, token_dtype
 from smolctl.errors import InputError
 
@@ -56,7 +56,8 @@ class Segment(Manifest):
         documents: from the beginning of the stream to the end of this segment.
         duplicates: documents of this segment that are equal to an earlier one in it.
         tokens, bytes, special_tokens: of this segment.
-        held_out_digests: `Piece.digest` of the first piece of each document held out; of the first segment.
+        held_out_digests: `DocumentPiece.digest` of the first piece of each document held out; of the first
+            segment.
         bookmark: where to go on reading; up to a batch of documents before the segment's end.
         ended: the stream has no more.
     """
@@ -158,7 +159,7 @@ class _Work:
                 segments.append(self._write(segments, pieces))
         return segments
 
-    def _pieces(self, batches: Iterator[Encoded]) -> Iterator[tuple[Piece, Bookmark]]:
+    def _pieces(self, batches: Iterator[Encoded]) -> Iterator[tuple[DocumentPiece, Bookmark]]:
         """Every piece with the last bookmark before its end."""
         bookmark = Bookmark()
         for batch in batches:
@@ -168,7 +169,7 @@ class _Work:
             for piece in batch.pieces:
                 yield piece, bookmark
 
-    def _write(self, before: list[Segment], pieces: Iterator[tuple[Piece, Bookmark]]) -> Segment:
+    def _write(self, before: list[Segment], pieces: Iterator[tuple[DocumentPiece, Bookmark]]) -> Segment:
         """The next segment: documents until it has tokens enough, or the stream has no more."""
         least, most = SEGMENT_TOKENS
         target = min(most, max(least, sum(segment.train_tokens for segment in before) // 8))

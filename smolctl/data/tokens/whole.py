@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from smolctl.config.run import DataConfig
+from smolctl.config.data import DataConfig
 from smolctl.data.mixture import Mixture, Part
 from smolctl.data.text.corpus import SequenceLengthError, Source, open_sources
 from smolctl.data.text.documents import Document, OnRead
@@ -38,7 +38,7 @@ from smolctl.data.tokens.encoding import TokenizeProgress, encode_documents
 from smolctl.data.tokens.shards import ShardWriter, TokenStream, disk_errors, token_dtype
 from smolctl.errors import InputError
 
-DIGESTS = "documents.bin"  # `Piece.digest` of every different document, sorted; little-endian uint64
+DIGESTS = "documents.bin"  # `DocumentPiece.digest` of every different document, sorted; little-endian uint64
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,6 +51,31 @@ def tokenizer_metadata(files: TokenizerFiles, config: ModelConfig) -> dict[str, 
             f"the tokenizer has ids up to {max(names):,}, the model's vocab_size is {config.vocab_size:,}",
             "Give the model the tokenizer that it was trained with.",
         )
+    kinds = _kinds(content, names, pieces)
+    rows = range(config.vocab_size)
+    joins = (
+        {"tokenizer.ggml.scores": _scores(content, [names.get(row, "") for row in rows])}
+        if pieces
+        else {"tokenizer.ggml.merges": _merges(content)}
+    )
+    metadata: dict[str, Any] = {
+        "tokenizer.ggml.model": "llama" if pieces else "gpt2",  # llama.cpp's names
+        "tokenizer.ggml.pre": "default" if pieces else pre_tokenizer_name(content),
+        "tokenizer.ggml.tokens": [names.get(row, f"[PAD{row}]") for row in rows],
+        "tokenizer.ggml.token_type": [kinds.get(row, NORMAL) if row in names else UNUSED for row in rows],
+        **joins,
+        "tokenizer.ggml.add_space_prefix": pieces and _begins_with_space(content),
+        "tokenizer.ggml.add_bos_token": _begins_with_bos(files),
+    }
+    ids = _special_ids(files, config)
+    metadata |= {f"tokenizer.ggml.{key}_token_id": value for key, value in ids.items() if value is not None}
+    if files.chat_template:
+        metadata["tokenizer.chat_template"] = files.chat_template
+    return metadata | _recommended(files.recommended)
+
+
+def _kinds(content: Mapping[str, Any], names: Mapping[int, str], pieces: bool) -> dict[int, int]:
+    """What the tokens are, by their ids, where they are not `NORMAL`."""
     kinds = {
         token["id"]: CONTROL if token.get("special") else USER_DEFINED
         for token in content.get("added_tokens") or ()
@@ -58,20 +83,11 @@ def tokenizer_metadata(files: TokenizerFiles, config: ModelConfig) -> dict[str, 
     if pieces:
         kinds |= {row: BYTE for row, name in names.items() if BYTE_TOKEN.fullmatch(name)}
         kinds |= {row: UNKNOWN for row, name in names.items() if name == content["model"].get("unk_token")}
-    rows = range(config.vocab_size)
-    metadata: dict[str, Any] = {
-        "tokenizer.ggml.model": "llama" if pieces else "gpt2",  # llama.cpp's names
-        "tokenizer.ggml.pre": "default" if pieces else pre_tokenizer_name(content),
-        "tokenizer.ggml.tokens": [names.get(row, f"[PAD{row}]") for row in rows],
-        "tokenizer.ggml.token_type": [kinds.get(row, NORMAL) if row in names else UNUSED for row in rows],
-        **(
-            {"tokenizer.ggml.scores": _scores(content, [names.get(row, "") for row in rows])}
-            if pieces
-            else {"tokenizer.ggml.merges": _merges(content)}
-        ),
-        "tokenizer.ggml.add_space_prefix": pieces and _begins_with_space(content),
-        "tokenizer.ggml.add_bos_token": _begins_with_bos(files),
-    }
+    return kinds
+
+
+def _special_ids(files: TokenizerFiles, config: ModelConfig) -> dict[str, int | None]:
+    """llama.cpp's names of the special tokens, and their ids."""
     eos = files.eos_token_id
     ids = {
         "bos": files.bos_token_id if files.bos_token_id is not None else config.bos_token_id,
@@ -79,11 +95,8 @@ def tokenizer_metadata(files: TokenizerFiles, config: ModelConfig) -> dict[str, 
         "padding": files.pad_token_id if files.pad_token_id is not None else config.pad_token_id,
     }
     # Where an answer ends beside `eos`: llama.cpp has two more places for that.
-    ids |= dict(zip(("eot", "eom"), (end for end in files.end_token_ids if end != ids["eos"]), strict=False))
-    metadata |= {f"tokenizer.ggml.{key}_token_id": value for key, value in ids.items() if value is not None}
-    if files.chat_template:
-        metadata["tokenizer.chat_template"] = files.chat_template
-    return metadata | _recommended(files.recommended)
+    others = (end for end in files.end_token_ids if end != ids["eos"])
+    return ids | dict(zip(("eot", "eom"), others, strict=False))
 
 
 def _recommended(found: Mapping[str, Any]) -> dict[str, Any]:

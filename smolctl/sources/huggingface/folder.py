@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smolctl.config import ModelConfig
 from smolctl.errors import InputError
 from smolctl.outside import read_file, read_json
 from smolctl.sources.base import ModelSource, SourceKind, TensorHeader, TokenizerFiles, Weights
@@ -167,6 +169,42 @@ def _declared_in(
     return from_params(values, {huggingface_name(one.name): one.shape for one in tensors})
 
 
+@dataclass(frozen=True)
+class _Network:
+    """A network as its config.json states it or its shapes show it; fields as in `ModelSource`."""
+
+    config: ModelConfig | None = None
+    shape: ModelConfig | None = None
+    unsupported: str = ""
+    assumptions: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def _declared(
+    declared: Mapping[str, Any],
+    name: str,
+    renamed: tuple[TensorHeader, ...],
+    tensors: tuple[TensorHeader, ...],
+    assumptions: tuple[str, ...],
+) -> _Network:
+    """The network of a config.json, if the tensors are its own."""
+    config, unsupported = from_huggingface_config(declared, name)
+    shape = None if config else counted_config(declared, name)
+    unfit = check_tensors(config, renamed) if config and tensors else ()
+    if unfit and (known := format_of(tensor.name for tensor in tensors)):
+        config, unsupported, unfit = None, known, ()
+    assumed = assumed_keys(declared) if config or shape else ()
+    return _Network(config, shape, unsupported, assumptions, (*assumed, *unfit))
+
+
+def _recovered(renamed: tuple[TensorHeader, ...], tensors: tuple[TensorHeader, ...]) -> _Network:
+    """The network that has tensors of these shapes, without a config.json."""
+    config, unsupported, assumptions = recover_config(renamed)
+    if config is None and (known := format_of(tensor.name for tensor in tensors)):
+        unsupported = known
+    return _Network(config, unsupported=unsupported, assumptions=assumptions)
+
+
 def describe(
     kind: SourceKind,
     name: str,
@@ -184,24 +222,18 @@ def describe(
         assumptions: which values of the config no file says.
         unsupported: why this network is another one, where that is known already.
     """
-    config = shape = None
-    notes: tuple[str, ...] = ()
     tied = declared is None or bool(declared.get("tie_word_embeddings"))
     names = huggingface_names((tensor.name for tensor in tensors or ()), tied)
     renamed = tuple(dataclasses.replace(tensor, name=names[tensor.name]) for tensor in tensors or ())
     if declared is not None and not unsupported:
-        config, unsupported = from_huggingface_config(declared, name)
-        shape = None if config else counted_config(declared, name)
-        unfit = check_tensors(config, renamed) if config and tensors else ()
-        if unfit and (known := format_of(tensor.name for tensor in tensors or ())):
-            config, unsupported, unfit = None, known, ()
-        notes = (*(assumed_keys(declared) if config or shape else ()), *unfit)
+        network = _declared(declared, name, renamed, tensors or (), assumptions)
     elif declared is None and tensors is not None:
-        config, unsupported, assumptions = recover_config(renamed)
-        if config is None and (known := format_of(tensor.name for tensor in tensors)):
-            unsupported = known
-    elif declared is None:
-        unsupported = "there is no config.json and there are no weights"
+        network = _recovered(renamed, tensors)
+    else:
+        nothing = "there is no config.json and there are no weights"
+        reason = nothing if declared is None else unsupported
+        network = _Network(unsupported=reason, assumptions=assumptions)
+    config = network.config
     if config is not None and tensors is not None and any(old != new for old, new in names.items()):
         tensors, weights = renamed, RenamedWeights(weights, names) if weights else None
         if weights is not None and is_meta(names):
@@ -210,13 +242,13 @@ def describe(
         kind=kind,
         id=name,
         config=config,
-        unsupported=unsupported,
-        shape=shape,
+        unsupported=network.unsupported,
+        shape=network.shape,
         declared=declared or {},
         recovered_from_shapes=declared is None,
         tensors=tensors,
-        problems=problems + assumptions + notes,
-        assumptions=assumptions,
+        problems=problems + network.assumptions + network.notes,
+        assumptions=network.assumptions,
         weights=weights,
         tokenizer_reader=reader,
     )

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from smolctl.config.run import DataConfig
+from smolctl.config.data import DataConfig
 from smolctl.data.text.corpus import iter_texts, open_sources
 from smolctl.data.text.documents import Document, OnRead, cut
 from smolctl.errors import ExitCode, InputError

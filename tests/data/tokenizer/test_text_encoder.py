@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smolctl.config.run import DataConfig
+from smolctl.config.data import DataConfig
 from smolctl.data.tokenizer.text_encoder import TextEncoder
 from smolctl.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from smolctl.data.tokens.corpus import tokenize_corpus

@@ -172,7 +172,7 @@ def test_trained_tokenizer_has_smollms_special_tokens_and_single_digits() -> Non
 
 def test_training_gives_the_same_tokenizer_in_every_process() -> None:
     code = (
-        "from smolctl.config.run import DataConfig;"
+        "from smolctl.config.data import DataConfig;"
         "from smolctl.data.text.corpus import iter_texts;"
         "from smolctl.data.tokenizer.tokenizer import train_tokenizer;"
         "from itertools import islice;"

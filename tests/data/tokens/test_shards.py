@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smolctl.config.run import DataConfig
+from smolctl.config.data import DataConfig
 from smolctl.data.batches import validation_batches
 from smolctl.data.mixture import Mixture
 from smolctl.data.tokenizer.tokenizer import train_tokenizer
@@ -277,7 +277,7 @@ def test_interrupted_tokenization_leaves_nothing(tmp_path: Path) -> None:
 KILLED = """
 import sys
 from pathlib import Path
-from smolctl.config.run import DataConfig
+from smolctl.config.data import DataConfig
 from smolctl.data.tokens import encoding
 from smolctl.data.tokens.corpus import tokenize_corpus
 from smolctl.data.tokenizer.tokenizer import load_tokenizer

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smolctl.config.run import DataConfig
+from smolctl.config.data import DataConfig
 from smolctl.data.mixture import Mixture
 from smolctl.data.text.corpus import iter_texts, pin_sources
 from smolctl.data.text.hub import DatasetName

@@ -1,0 +1,57 @@
+"""environment.json of a run: the machine, the versions, and what was decided for them, session by session."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import TypedDict
+
+from smolctl.durable import write_text
+from smolctl.errors import InputError
+from smolctl.escaping import json_text
+from smolctl.outside import fitting, read_json
+
+
+class _Session(TypedDict, total=False):
+    """What is read of environment.json."""
+
+    devices: list[str]
+    device: str
+    threads: int | None
+    packages: dict[str, str | None]
+    smolctl: str
+    data: list[str]
+
+
+class _Environment(_Session, total=False):
+    earlier: list[_Session]
+
+
+def read_environment(path: Path) -> dict[str, Any]:
+    """What was recorded; empty where nothing was, or where it is not understood."""
+    content = read_if_sound(path)
+    return content if fitting(_Environment, content) is not None else {}
+
+
+def write_environment(path: Path, environment: Mapping[str, Any]) -> None:
+    """Write the environment of a new run."""
+    write_text(path, json_text(environment, indent=2) + "\n")
+
+
+def update_environment(path: Path, environment: Mapping[str, Any]) -> None:
+    """Record that a run goes on elsewhere or otherwise; what was recorded before stays in `earlier`."""
+    before = read_if_sound(path)
+    earlier = before.pop("earlier", [])
+    earlier = earlier if isinstance(earlier, list) else [earlier]
+    if before != environment:
+        write_environment(path, {**environment, "earlier": [*earlier, before]} if before else environment)
+
+
+def read_if_sound(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when the file is missing or damaged."""
+    try:
+        return read_json(path)
+    except InputError:
+        return {}

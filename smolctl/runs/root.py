@@ -1,0 +1,77 @@
+"""The folder `runs`: the runs in it, the next free name, and the link to the newest run."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+from smolctl.errors import InputError
+from smolctl.runs.layout import CONFIG, is_run
+
+RUNS = Path("runs")
+LATEST = "latest"  # in `runs`: a link to the newest run
+
+
+def new_run(name: str) -> Path:
+    """Make the next free folder runs/NAME-001."""
+    for number in itertools.count(1):
+        path = RUNS / f"{name}-{number:03d}"
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue  # of an older run, or of one that starts at this very moment
+        return path
+    raise AssertionError("unreachable")
+
+
+def make_latest(run: Path) -> None:
+    """Make runs/latest a link to a run, replacing an older link in one move.
+
+    Raises:
+        OSError: the working folder cannot be written, or its file system has no symbolic links.
+    """
+    RUNS.mkdir(exist_ok=True)
+    target = run.resolve()
+    inside = target.parent == RUNS.resolve()
+    partial = RUNS / f".{LATEST}.{os.getpid()}"
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(target.name if inside else target, target_is_directory=True)
+    partial.replace(RUNS / LATEST)
+
+
+def require_run(path: Path) -> Path:
+    """The folder of a run; the link `runs/latest` is followed.
+
+    Raises:
+        InputError: there is no such folder, or it is not a run.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path}: no such run", _runs_hint(path.parent))
+    if not is_run(path):
+        raise InputError(f"{path}: not a run: it has no {CONFIG}", _runs_hint(path.parent))
+    return path.parent / path.readlink() if path.is_symlink() else path
+
+
+def latest_run(root: Path = RUNS) -> Path:
+    """The run that `root/latest` points at, else the one that was written to last.
+
+    Raises:
+        InputError: there is no run.
+    """
+    link = root / LATEST
+    if is_run(link):
+        return require_run(link)
+    runs = _runs_in(root)
+    if not runs:
+        raise InputError(f"{root}: no run here", "`smolctl train nano` makes one; or name a MODEL.")
+    return max(runs, key=lambda path: (path / CONFIG).stat().st_mtime)
+
+
+def _runs_in(root: Path) -> list[Path]:
+    return [path for path in (root.iterdir() if root.is_dir() else ()) if is_run(path)]
+
+
+def _runs_hint(root: Path) -> str:
+    runs = sorted(path.name for path in _runs_in(root))
+    return f"Runs in {root}: {', '.join(runs[:10])}." if runs else "`smolctl train nano` makes a run."
