@@ -36,6 +36,7 @@ from smolctl.sources.huggingface.safetensors_file import (
     SafetensorsWeights,
     check_header_length,
     parse_header,
+    promised_tensors,
     read_weight_map,
 )
 from smolctl.sources.huggingface.tokenizer import (
@@ -208,8 +209,12 @@ def _weight_files(repository: Repository, commit: str, files: set[str]) -> Shard
 
 def _read_headers(repository: Repository, commit: str, shards: Shards) -> tuple[TensorHeader, ...]:
     with ThreadPoolExecutor(min(PARALLEL_REQUESTS, len(shards))) as pool:
-        headers = pool.map(lambda path: _read_header(repository, commit, path), shards)
-        return tuple(tensor for header in headers for tensor in header)
+        headers = dict(
+            zip(shards, pool.map(lambda path: _read_header(repository, commit, path), shards), strict=True)
+        )
+    of_all = {path: [tensor.name for tensor in header] for path, header in headers.items()}
+    promised = {path: of_all[path] if names is None else names for path, names in shards.items()}
+    return promised_tensors(promised, headers)
 
 
 def _read_header(repository: Repository, commit: str, path: str) -> tuple[TensorHeader, ...]:

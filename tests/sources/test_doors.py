@@ -65,6 +65,11 @@ def test_a_config_that_no_model_has_names_its_key(key: str, value: Any) -> None:
     assert caught.value.hint
 
 
+def test_a_base_of_zero_is_not_taken_for_one_that_is_left_out() -> None:
+    with pytest.raises(InputError, match=r"config\.json: rope_theta: .* greater than 0"):
+        from_huggingface_config(at(CONFIG, "rope_parameters.rope_theta", 0), "config.json")
+
+
 def test_weights_that_no_machine_holds_are_refused_before_memory_is_taken() -> None:
     sizes = {"hidden_size": 2**20, "intermediate_size": 2**20, "vocab_size": 2**24}
     config = from_huggingface_config({**CONFIG, **sizes, "head_dim": 2}, "here")[0]
@@ -142,6 +147,11 @@ def test_a_panic_of_the_tokenizers_library_is_an_error_of_ours(
     with pytest.raises(InputError, match=r"here: not a tokenizer\.json"):
         read_backend(json.dumps(at(TOKENIZER, *PANICS[when])), "here")
     assert capfd.readouterr().err == ""
+
+
+def test_dropout_of_merges_is_left_to_the_training_of_the_tokenizer() -> None:
+    backend = read_backend(json.dumps(at(TOKENIZER, "model.dropout", 0.9)), "here")
+    assert len({tuple(backend.encode("the cat sat on the mat").ids) for _ in range(9)}) == 1
 
 
 def test_an_id_that_no_table_has_is_refused() -> None:

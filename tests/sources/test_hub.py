@@ -111,6 +111,25 @@ def test_sharded_headers_are_all_read(hub: HubServer, state: dict[str, torch.Ten
     assert all(torch.equal(loaded[name], state[name]) for name in names)
 
 
+@pytest.mark.parametrize("moved", [1, -1])
+def test_shards_that_contradict_their_index_are_refused_before_a_download(
+    moved: int, hub: HubServer, state: dict[str, torch.Tensor]
+) -> None:
+    names = sorted(state)
+    parts = {"a.safetensors": names[:5], "b.safetensors": names[5:]}
+    index = {"weight_map": {name: path for path, some in parts.items() for name in some}}
+    parts["b.safetensors"] = names[5 - moved :] if moved > 0 else names[5:-1]
+    hub.repositories["org/sharded"] = HubRepository(
+        {
+            "config.json": CONFIG_JSON,
+            "model.safetensors.index.json": json.dumps(index).encode(),
+            **{path: save({name: state[name] for name in some}) for path, some in parts.items()},
+        }
+    )
+    with pytest.raises(InputError, match=r"b\.safetensors: (holds|has no) model\."):
+        open_source("org/sharded")
+
+
 def test_weights_are_downloaded_when_asked_and_cached(
     hub: HubServer, state: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
