@@ -131,7 +131,7 @@ def quantize(
     targets = {plan.scheme: _target(source, plan.scheme, options) for plan in plans}
     for scheme, target in targets.items():
         if scheme in GGUF_SCHEMES:
-            require_replaceable_file(target, "--out", options.force, (source.id,), is_own_gguf)
+            require_replaceable_file(target, "--out", options.force, (source.id,), is_own_gguf, True)
         else:
             require_replaceable(target, QUANTIZED_MODEL, "--out", options.force, (source.id,))
     job = _prepare(source, config, options, any(plan.options.calibrate for plan in plans), note)

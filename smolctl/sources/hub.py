@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NotRequired
+from typing import TYPE_CHECKING, Annotated, NotRequired
 
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from smolctl.errors import HubError
 from smolctl.hub.connection import Fetched, api, endpoint, fetch
-from smolctl.hub.errors import READING, STRANGE, PassingError, explained
+from smolctl.hub.errors import READING, STRANGE, PassingError, answered, explained
 from smolctl.outside import MAX_BYTES, checked, parse_object
 from smolctl.sources.base import ArrayWeights, ModelSource, SourceKind, TensorHeader, TokenizerFiles
 from smolctl.sources.huggingface.folder import (
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 HEADER_GUESS = 100_000  # bytes of the first Range request; longer headers take a second one
 PARALLEL_REQUESTS = 8
 OTHER_WEIGHTS = re.compile(r".+\.(bin|gguf|pth|pt|h5|msgpack|onnx)")
+COMMIT = r"^[0-9A-Za-z_-]+$"  # the client names a folder so
 # Safetensors files of a repository, with the names of the tensors to read there (None: all).
 Shards = dict[str, list[str] | None]
 
@@ -86,7 +88,7 @@ class _File(TypedDict):
 class _Info(TypedDict):
     """What is read of the Hub's answer about a repository."""
 
-    sha: NotRequired[str | None]
+    sha: NotRequired[Annotated[str, Field(pattern=COMMIT)] | None]
     siblings: NotRequired[list[_File] | None]
     cardData: NotRequired[object]
 
@@ -110,8 +112,8 @@ class Repository:
         """The Hub's description of the repository: its commit and its files."""
         revision = f"/revision/{self.revision.replace('/', '%2F')}" if self.revision else ""
         answer = self._fetch(f"{endpoint()}/api/models/{self.name}{revision}", MAX_BYTES)
-        remedy = f"Is {endpoint()} a Hub?"
-        return checked(_Info, parse_object(answer.content, self.url, remedy), self.url, remedy)
+        with answered():
+            return checked(_Info, parse_object(answer.content, self.url), self.url)
 
     def file(
         self, commit: str, path: str, limit: int = MAX_BYTES, start: int | None = None
@@ -121,7 +123,8 @@ class Repository:
         return answer.content, answer.size
 
     def _fetch(self, url: str, limit: int, start: int | None = None) -> Fetched:
-        answer = fetch(url, limit, start)
+        with explained(self.name, READING, wrappers=STRANGE):
+            answer = fetch(url, limit, start)
         with self._lock:
             self.bytes_fetched += answer.downloaded
         return answer

@@ -29,7 +29,7 @@ from smolctl.errors import InputError, UsageError
 from smolctl.outside import refuse_pointer
 from smolctl.ownership import require_inside
 from smolctl.runs.folder import FILES as RUN_FILES
-from smolctl.runs.folder import RUNS, RunFolder, latest_run, split_step
+from smolctl.runs.folder import LATEST, RUNS, RunFolder, latest_run, split_step
 from smolctl.sources.base import NO_RECIPE, ModelSource, SourceKind
 from smolctl.sources.checkpoint import ZIP_MAGIC, open_checkpoint
 from smolctl.sources.gguf.header import GGUF_MAGIC
@@ -137,12 +137,12 @@ def _open(model: str, values: Mapping[str, Any]) -> ModelSource:
     preset = model in preset_names()
     if _exists(path) and not (preset and path.is_dir() and not _holds_model(path)):
         return _open_path(path, model, values)
+    if path == RUNS / LATEST:  # also when its run was deleted or moved
+        return _open_run(latest_run(), None, model)
     if path.is_symlink():
         raise broken_link(path)
     if preset:
         return _open_recipe(presets_folder() / f"{model}.yaml", model, values)
-    if path.parent == RUNS and path.name == "latest":
-        return _open_run(latest_run(), None, model)
     run, at, _ = model.rpartition("@")
     if (at and RunFolder.is_run(Path(run))) or path.parts[:1] == RUNS.parts:
         folder, step = split_step(model)

@@ -281,6 +281,17 @@ def test_latest_follows_the_link_else_the_newest_run(run: Path, monkeypatch: pyt
     assert open_source("runs/latest@500").step == 500
 
 
+@pytest.mark.parametrize("target", [None, "deleted", "latest"])
+def test_without_the_run_that_latest_named_every_door_takes_the_newest(
+    target: str | None, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parent.parent)
+    if target:
+        (run.parent / "latest").symlink_to(target)
+    assert latest_run() == Path("runs/tiny")
+    assert open_source("runs/latest").step == 1000
+
+
 def test_missing_runs_are_named_with_those_there_are(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run.parent.parent)
     with pytest.raises(InputError, match="runs/nope: no such run") as caught:

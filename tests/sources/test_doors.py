@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from smolctl.data.tokenizer.tokenizer import Tokenizer, choose_tokenizer, load_tokenizer
-from smolctl.errors import InputError
+from smolctl.errors import HubError, InputError
 from smolctl.hub.client import read_identity
 from smolctl.inspection import inspect
 from smolctl.model.weights import initialize
@@ -250,6 +250,7 @@ def test_a_tensor_that_is_missing_is_named_by_whoever_needs_it_and_by_whoever_on
         {"siblings": [5]},
         {"siblings": [{"rfilename": 5}]},
         {"sha": 5},
+        {"sha": "../../etc"},
         [],
         "x",
     ],
@@ -262,7 +263,7 @@ def test_an_answer_that_is_not_a_hubs_is_named(answer: Any, monkeypatch: pytest.
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     content = json.dumps(answer).encode()
     monkeypatch.setattr(hub, "fetch", lambda *_: Fetched(content, 0, len(content)))
-    with pytest.raises(InputError, match=r"127\.0\.0\.1") as caught:
+    with pytest.raises(HubError, match=r"127\.0\.0\.1") as caught:
         hub.Repository("me/x", None).info()
     assert "Hub" in caught.value.hint
 
@@ -271,7 +272,7 @@ def test_an_answer_that_is_not_a_hubs_is_named(answer: Any, monkeypatch: pytest.
     "answer", [None, [], {}, {"name": 5}, {"name": "me", "orgs": 5}, {"name": "me", "auth": 5}]
 )
 def test_an_answer_about_a_token_that_is_not_a_hubs_is_named(answer: Any) -> None:
-    with pytest.raises(InputError, match="the answer about the token"):
+    with pytest.raises(HubError, match="the answer about the token"):
         read_identity(answer)
 
 
