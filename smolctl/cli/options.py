@@ -269,7 +269,7 @@ def _unexpected(error: Exception) -> SmolError:
         abandon_stdout()
         return SmolError(f"the output cannot be written ({error.strerror})", "Send it to another place.")
     if isinstance(error, OSError) and error.filename is not None:
-        said = f"{error.filename}: {error.strerror}"
+        said = f"{error.filename2 or error.filename}: {error.strerror}"  # of a copy, where it goes to
         if error.errno in DISK_ERRORS:
             return SmolError(said, "Check the permissions and the free space of its disk.")
         return InputError(said, "Check the path and its permissions.")

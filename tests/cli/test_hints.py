@@ -154,7 +154,7 @@ def test_a_file_that_nobody_expected_to_fail_is_named_with_its_reason(
 ) -> None:
     @command
     def fail(output: Output) -> None:
-        raise OSError(number, os.strerror(number), "model/weights.json")
+        raise OSError(number, os.strerror(number), "made/weights.json", None, "model/weights.json")
 
     with pytest.raises(typer.Exit):
         fail()
