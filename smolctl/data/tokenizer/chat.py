@@ -80,7 +80,7 @@ def render_chat(
         raise InputError(
             f"{origin}: {fault}", "Change the messages, or leave out --chat to complete plain text."
         )
-    text = whole_characters(text)  # a template can write half a surrogate pair
+    text = whole_characters(text)  # messages and the template itself can hold halves
     if len(text) > most:
         raise PromptTooLongError(f"the conversation has more than {most:,} characters", "Shorten it.")
     return text
