@@ -80,7 +80,8 @@ def lack_of_room(folder: Path, needed: int) -> str:
     free = shutil.disk_usage(folder).free
     if free >= needed:
         return ""
-    return f"needs {needed / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB left"
+    unit, name = (1e6, "MB") if needed >= 1e7 else (1e3, "kB")
+    return f"needs {needed / unit:,.0f} {name}, the disk has {free / unit:,.0f} {name} left"
 
 
 @contextmanager

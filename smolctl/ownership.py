@@ -132,17 +132,25 @@ def require_replaceable(target: Path, kind: str, option: str, force: bool, reads
 
 
 def require_replaceable_file(
-    target: Path, option: str, force: bool, reads: Iterable[str], is_own: Callable[[Path], bool]
+    target: Path,
+    option: str,
+    force: bool,
+    reads: Iterable[str],
+    is_own: Callable[[Path], bool],
+    folder_is_made: bool = False,
 ) -> None:
     """The same for a single file, whose content shows who wrote it.
 
     Args:
         is_own: whether smolctl wrote the file that is there.
+        folder_is_made: whether the command makes the file's folder.
     """
     another = f"Choose another {option}."
     if target.is_dir():
         raise UsageError(f"{target} is a folder, not a file", another)
     if not target.exists():
+        if not folder_is_made and not target.parent.is_dir():
+            raise UsageError(f"{target.parent} is not a folder that a file can be written to", another)
         return
     _require_not_read(target, option, reads)
     if not force:

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from smolctl.durable import file_digest
-from smolctl.ownership import RECORD, Record, read_record, remove_own_files, write_record
+from smolctl.errors import UsageError
+from smolctl.ownership import (
+    RECORD,
+    Record,
+    read_record,
+    remove_own_files,
+    require_replaceable_file,
+    write_record,
+)
 from tests.support.processes import Smolctl
 from tests.support.tiny_runs import write_project
 
@@ -189,6 +197,12 @@ def test_an_empty_folder_and_a_link_to_one_are_free(here: Path, smolctl: Smolctl
     record = read_record(here / "empty")
     assert record is not None
     assert record.kind == "run"
+
+
+def test_a_file_whose_folder_is_missing_is_refused_before_the_work(tmp_path: Path) -> None:
+    target = tmp_path / "none" / "x.json"
+    with pytest.raises(UsageError, match="none is not a folder"):
+        require_replaceable_file(target, "--save", force=True, reads=(), is_own=bool)
 
 
 def test_a_record_names_files_part_by_part(tmp_path: Path) -> None:

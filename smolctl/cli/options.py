@@ -270,8 +270,11 @@ def _unexpected(error: Exception) -> SmolError:
     if isinstance(error, OSError) and error.filename is None and error.errno in DISK_ERRORS:
         abandon_stdout()
         return SmolError(f"the output cannot be written ({error.strerror})", "Send it to another place.")
-    if isinstance(error, OSError) and error.filename is not None and error.errno not in DISK_ERRORS:
-        return InputError(f"{error.filename}: {error.strerror}", "Check the path and its permissions.")
+    if isinstance(error, OSError) and error.filename is not None:
+        said = f"{error.filename2 or error.filename}: {error.strerror}"  # of a copy, where it goes to
+        if error.errno in DISK_ERRORS:
+            return SmolError(said, "Check the permissions and the free space of its disk.")
+        return InputError(said, "Check the path and its permissions.")
     reason = f"{type(error).__name__}: {error}"
     return SmolError(f"unexpected: {reason}", "Run again with --debug for the traceback.")
 

@@ -168,7 +168,6 @@ def push(
     elif local_dir is not None:
         view.show_offline(output, publish.write_local(options, local_dir), local_dir)
     else:
-        view.limit_progress_bars(output)
 
         def agree(plan: publish.PushPlan) -> None:
             view.show_plan(output, plan)

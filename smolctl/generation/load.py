@@ -10,7 +10,6 @@ from typing import Any
 from smolctl.data.tokenizer.prompt import Prompt, SpecialTokens, count_characters
 from smolctl.data.tokenizer.tokenizer import Tokenizer, read_tokenizer_of
 from smolctl.errors import InputError
-from smolctl.escaping import whole_characters
 from smolctl.generation.complete import CompletionSettings
 from smolctl.generation.engine import Engine
 from smolctl.generation.engines import EngineOptions, make_engine
@@ -48,7 +47,7 @@ class LoadedModel:
             PromptTooLongError: the text cannot fit the context.
         """
         self.tokenizer.require_room(len(text), self.context)
-        return self.tokenizer.prompt(whole_characters(text))
+        return self.tokenizer.prompt(text)
 
     def chat_prompt(
         self, messages: Sequence[Mapping[str, str]], special_tokens: SpecialTokens = "text"
@@ -65,8 +64,7 @@ class LoadedModel:
                 "Leave out --chat, or choose an instruction-tuned model.",
             )
         self.tokenizer.require_room(count_characters(list(messages)), self.context)
-        whole = [{**one, "content": whole_characters(one["content"])} for one in messages]
-        return self.tokenizer.chat_prompt(whole, special_tokens, self.context)
+        return self.tokenizer.chat_prompt(messages, special_tokens, self.context)
 
 
 def load_model(

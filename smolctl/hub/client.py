@@ -12,7 +12,16 @@ from typing_extensions import TypedDict
 
 from smolctl.errors import HubError
 from smolctl.hub.connection import api, endpoint, fetch, way_of_transfer
-from smolctl.hub.errors import STRANGE, TABLE, WRITING, ChangedError, MissingError, PassingError, explained
+from smolctl.hub.errors import (
+    STRANGE,
+    TABLE,
+    WRITING,
+    ChangedError,
+    MissingError,
+    PassingError,
+    answered,
+    explained,
+)
 from smolctl.hub.files import PlannedFile
 from smolctl.outside import checked
 
@@ -379,9 +388,10 @@ def read_identity(answer: object) -> Identity:
     """What whoami answers, as far as it matters here.
 
     Raises:
-        InputError: it is no such answer.
+        HubError: it is no such answer.
     """
-    said = checked(_Whoami, answer, f"{endpoint()}: the answer about the token", f"Is {endpoint()} a Hub?")
+    with answered():
+        said = checked(_Whoami, answer, f"{endpoint()}: the answer about the token")
     token: _Token = (said.get("auth") or {}).get("accessToken") or {}
     scopes = (token.get("fineGrained") or {}).get("scoped") or ()
     writable = None

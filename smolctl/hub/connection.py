@@ -162,6 +162,8 @@ def fetch(url: str, limit: int, start: int | None = None, token: bool | str | No
             content += piece
             if len(content) >= skip + limit:
                 break
-        whole = response.headers.get("content-range", "").rpartition("/")[2]
-        size = int(whole) if whole.isdecimal() else int(response.headers.get("content-length") or 0)
+        # A part is as long as itself, and Content-Range may say "*" of the whole.
+        is_part = response.status_code == 206
+        whole = response.headers.get("content-range" if is_part else "content-length", "").rpartition("/")[2]
+        size = int(whole) if whole.isdecimal() else 0
         return Fetched(bytes(content[skip : skip + limit]), size, response.num_bytes_downloaded)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from smolctl.errors import HubError, SmolError
+from smolctl.errors import HubError, InputError, SmolError
 from smolctl.hub.connection import TIMEOUT_VARIABLE, endpoint
 
 # Tokens, and the user and password in an address.
@@ -72,7 +72,8 @@ _MISSING: Verdict = (
     "not on the Hub, or private{besides} ({status})",
     f"Check the name. If it is private: {LOGIN} it.",
 )
-STRANGE = (LookupError, TypeError, AttributeError)  # which the client raises where an answer is not a Hub's
+# Which the client raises where an answer is not a Hub's.
+STRANGE = (LookupError, TypeError, AttributeError, AssertionError)
 _STRANGE: Verdict = (
     HubError,
     "{host} did not answer like a Hub ({said})",
@@ -87,7 +88,7 @@ TABLE: Mapping[str | int, Verdict] = {
     "HTTPError": _CUT_OFF,
     "ConnectionError": _CUT_OFF,
     "InvalidURL": (HubError, "no URL can be made of it ({said})", "Check HF_ENDPOINT and the name."),
-    **dict.fromkeys(("LookupError", "TypeError", "AttributeError"), _STRANGE),
+    **dict.fromkeys((kind.__name__ for kind in STRANGE), _STRANGE),
     "GatedRepoError": (
         HubError,
         "gated: its authors ask you to accept their terms first",
@@ -134,6 +135,19 @@ TABLE: Mapping[str | int, Verdict] = {
     413: (HubError, "too large for the Hub (413)", "Leave out a file, see hf.co/docs."),
 }
 OTHERWISE: Verdict = (HubError, "{host} answers {status} ({said})", "See {page}.")
+
+
+@contextmanager
+def answered() -> Iterator[None]:
+    """Read an answer of the Hub by our own schema: one that does not fit is the fault of what answers.
+
+    Raises:
+        HubError: in place of every `InputError`.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise HubError(error.message, f"Is {endpoint()} a Hub? HF_ENDPOINT says where yours is.") from None
 
 
 @contextmanager

@@ -59,8 +59,7 @@ def load_network(source: ModelSource, dtype: torch.dtype | None = None) -> Trans
             unexpected or mis-shaped, each of them named.
     """
     config, weights = source.require_config(), source.require_weights()
-    tensors = {name: tensor.to(dtype) for name, tensor in weights.tensors()}
-    return from_state(config, tensors, source.id).eval()
+    return from_state(config, dict(weights.tensors()), source.id, dtype).eval()
 
 
 def weights_sha256(network: Transformer) -> str:
@@ -98,13 +97,21 @@ def _finite(tensors: Iterable[tuple[str, Tensor]], source: ModelSource) -> Itera
         yield name, tensor
 
 
-def from_state(config: ModelConfig, tensors: Mapping[str, Tensor], origin: str) -> Transformer:
-    """A network that takes the given tensors as its parameters, without a copy.
+def from_state(
+    config: ModelConfig, tensors: Mapping[str, Tensor], origin: str, dtype: torch.dtype | None = None
+) -> Transformer:
+    """A network that takes the given tensors as its parameters, without a copy where they have its type.
+
+    Args:
+        config: of the network.
+        tensors: under their Hugging Face names, of the types in which they are stored.
+        origin: what to call them in an error.
+        dtype: of the parameters; None keeps the tensors'.
 
     Raises:
         InputError: as `load_network`.
     """
-    state = check_state(config, tensors, origin)
+    state = {name: tensor.to(dtype) for name, tensor in check_state(config, tensors, origin).items()}
     with torch.device("meta"):
         network = Transformer(config)
     network.load_state_dict(state, strict=True, assign=True)

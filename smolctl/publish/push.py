@@ -223,7 +223,9 @@ def write_page_alone(options: PushOptions, target: Path) -> Page:
         facts = built.card_facts(options.repo or built.model.name, options.license)
         update_text(built.space, page_text(facts))
         files, allowed = scanned_files(built.space, options.allowed_secrets)
-        shutil.copytree(built.space, folder, dirs_exist_ok=True)
+        for file in files:
+            (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file.local, folder / file.path)
         write_record(folder, Record(PAGE_KIND, {glob.escape(file.path): file.sha256 for file in files}))
         put_in_place(folder, target)
     return Page(built, files, allowed)

@@ -27,8 +27,8 @@ def read_tensors(source: ModelSource) -> dict[str, Tensor]:
     Raises:
         InputError: the weights cannot be read, do not fit the config, or hold NaN or infinite values.
     """
-    tensors = {name: tensor.detach().float().cpu() for name, tensor in finite_tensors(source)}
-    return check_state(source.require_config(), tensors, source.id)
+    state = check_state(source.require_config(), dict(finite_tensors(source)), source.id)
+    return {name: tensor.detach().float().cpu() for name, tensor in state.items()}
 
 
 def widened(

@@ -210,7 +210,7 @@ def _free_target(source: ModelSource, scheme: str, options: QuantizeOptions) -> 
     """Where a scheme goes. Raises UsageError where what lies there is not to be replaced."""
     target = _target(source, scheme, options)
     if scheme in GGUF_SCHEMES:
-        require_replaceable_file(target, "--out", options.force, (source.id,), is_own_gguf)
+        require_replaceable_file(target, "--out", options.force, (source.id,), is_own_gguf, True)
     else:
         require_replaceable(target, QUANTIZED_MODEL, "--out", options.force, (source.id,))
     return target

@@ -28,7 +28,8 @@ class ServeOptions:
     """How to serve a model.
 
     Raises:
-        UsageError: others than this machine could reach it without a key, and nobody has said they may.
+        UsageError: others than this machine could reach it without a key, and nobody has said they may; or
+            no client could send the key.
     """
 
     host: str = "127.0.0.1"
@@ -41,7 +42,13 @@ class ServeOptions:
     engine: EngineOptions = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
-        if not self.api_key and not self.no_api_key and not is_loopback(self.host):
+        key = self.api_key
+        if key is not None and (not key or key != key.strip() or not key.isprintable()):
+            raise UsageError(
+                "--api-key is empty, or has spaces or line ends around it, which no client can send",
+                "Give a key such as `openssl rand -hex 16` prints, or leave the option out.",
+            )
+        if not key and not self.no_api_key and not is_loopback(self.host):
             raise UsageError(
                 f"--host {self.host} accepts other machines without a key",
                 "Add --api-key KEY, or --no-api-key if everybody may use it.",

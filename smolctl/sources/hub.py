@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NotRequired
+from typing import TYPE_CHECKING, Annotated, NotRequired
 
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from smolctl.errors import HubError
 from smolctl.hub.connection import Fetched, api, endpoint, fetch
-from smolctl.hub.errors import READING, STRANGE, PassingError, explained
+from smolctl.hub.errors import READING, STRANGE, PassingError, answered, explained
 from smolctl.outside import MAX_BYTES, checked, parse_object
 from smolctl.sources.base import ArrayWeights, ModelSource, SourceKind, TensorHeader, TokenizerFiles
 from smolctl.sources.huggingface.folder import (
@@ -36,6 +37,7 @@ from smolctl.sources.huggingface.safetensors_file import (
     SafetensorsWeights,
     check_header_length,
     parse_header,
+    promised_tensors,
     read_weight_map,
 )
 from smolctl.sources.huggingface.tokenizer import (
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 HEADER_GUESS = 100_000  # bytes of the first Range request; longer headers take a second one
 PARALLEL_REQUESTS = 8
 OTHER_WEIGHTS = re.compile(r".+\.(bin|gguf|pth|pt|h5|msgpack|onnx)")
+COMMIT = r"^[0-9A-Za-z_-]+$"  # the client names a folder so
 # Safetensors files of a repository, with the names of the tensors to read there (None: all).
 Shards = dict[str, list[str] | None]
 
@@ -85,7 +88,7 @@ class _File(TypedDict):
 class _Info(TypedDict):
     """What is read of the Hub's answer about a repository."""
 
-    sha: NotRequired[str | None]
+    sha: NotRequired[Annotated[str, Field(pattern=COMMIT)] | None]
     siblings: NotRequired[list[_File] | None]
     cardData: NotRequired[object]
 
@@ -109,8 +112,8 @@ class Repository:
         """The Hub's description of the repository: its commit and its files."""
         revision = f"/revision/{self.revision.replace('/', '%2F')}" if self.revision else ""
         answer = self._fetch(f"{endpoint()}/api/models/{self.name}{revision}", MAX_BYTES)
-        remedy = f"Is {endpoint()} a Hub?"
-        return checked(_Info, parse_object(answer.content, self.url, remedy), self.url, remedy)
+        with answered():
+            return checked(_Info, parse_object(answer.content, self.url), self.url)
 
     def file(
         self, commit: str, path: str, limit: int = MAX_BYTES, start: int | None = None
@@ -120,7 +123,8 @@ class Repository:
         return answer.content, answer.size
 
     def _fetch(self, url: str, limit: int, start: int | None = None) -> Fetched:
-        answer = fetch(url, limit, start)
+        with explained(self.name, READING, wrappers=STRANGE):
+            answer = fetch(url, limit, start)
         with self._lock:
             self.bytes_fetched += answer.downloaded
         return answer
@@ -208,8 +212,12 @@ def _weight_files(repository: Repository, commit: str, files: set[str]) -> Shard
 
 def _read_headers(repository: Repository, commit: str, shards: Shards) -> tuple[TensorHeader, ...]:
     with ThreadPoolExecutor(min(PARALLEL_REQUESTS, len(shards))) as pool:
-        headers = pool.map(lambda path: _read_header(repository, commit, path), shards)
-        return tuple(tensor for header in headers for tensor in header)
+        headers = dict(
+            zip(shards, pool.map(lambda path: _read_header(repository, commit, path), shards), strict=True)
+        )
+    of_all = {path: [tensor.name for tensor in header] for path, header in headers.items()}
+    promised = {path: of_all[path] if names is None else names for path, names in shards.items()}
+    return promised_tensors(promised, headers)
 
 
 def _read_header(repository: Repository, commit: str, path: str) -> tuple[TensorHeader, ...]:

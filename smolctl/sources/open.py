@@ -130,12 +130,12 @@ def _open(model: str, values: Mapping[str, Any]) -> ModelSource:
     preset = model in preset_names()
     if _exists(path) and not (preset and path.is_dir() and not _holds_model(path)):
         return _open_path(path, model, values)
+    if path == RUNS / LATEST:  # also when its run was deleted or moved
+        return _open_run(latest_run(), None, model)
     if path.is_symlink():
         raise broken_link(path)
     if preset:
         return _open_recipe(presets_folder() / f"{model}.yaml", model, values)
-    if path == RUNS / LATEST:
-        return _open_run(latest_run(), None, model)
     run, at, _ = model.rpartition("@")
     if (at and is_run(Path(run))) or path.parts[:1] == RUNS.parts:
         folder, step = split_step(model)

@@ -62,7 +62,7 @@ class Chat:
             except KeyboardInterrupt:
                 self.out.talk("Ctrl-D ends.")
                 continue
-            if text.rstrip() in ("exit", "quit", "/exit", "/quit"):
+            if text.rstrip() in ("exit", "quit") or re.match(r"/(exit|quit)(\s|$)", text):
                 return
             try:
                 if text.strip():

@@ -119,7 +119,10 @@ class Output:
 
     @contextlib.contextmanager
     def quieting_libraries(self) -> Iterator[None]:
-        """Keep what libraries warn of and log, errors excepted, off stderr under `--quiet`."""
+        """Keep what libraries warn of and log, errors excepted, off stderr under `--quiet`, and leave the Hub
+        client's progress bars, which it switches by the environment when it is imported, to a terminal."""
+        if self.json or self.quiet or not self.stderr.is_terminal:
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         if not self.quiet:
             yield
             return

@@ -230,14 +230,6 @@ def _document(plan: PushPlan) -> dict[str, Any]:
     return {"repo": repo, "space": space, "allowed_secrets": list(map(str, plan.allowed))}
 
 
-def limit_progress_bars(out: Output) -> None:
-    """Leave the Hub client's own bars to a terminal."""
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    if out.json or out.quiet or not out.stderr.is_terminal:
-        disable_progress_bars()
-
-
 def serve(out: Output, folder: Path, sdk: Sdk) -> None:
     """The page of a Space's folder until Ctrl-C."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import errno
+import os
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -147,6 +149,21 @@ def messages() -> list[tuple[str, str]]:
             if " " in text.strip():
                 found.append((f"{path.relative_to(CHECKOUT)}:{line}", text))
     return found
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.ENOTDIR])
+def test_a_file_that_nobody_expected_to_fail_is_named_with_its_reason(
+    number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @command
+    def fail(output: Output) -> None:
+        raise OSError(number, os.strerror(number), "made/weights.json", None, "model/weights.json")
+
+    with pytest.raises(typer.Exit):
+        fail()
+    cause, remedy = capsys.readouterr().err.splitlines()
+    assert cause == f"error: model/weights.json: {os.strerror(number)}"
+    assert "hint: Check the" in remedy
 
 
 def test_every_command_that_a_message_names_exists() -> None:

@@ -15,10 +15,10 @@ import httpx
 import pytest
 
 from smolctl.data.tokenizer.chatml import CHATML
-from smolctl.errors import SmolError
+from smolctl.errors import SmolError, UsageError
 from smolctl.generation.scheduler import CHUNK
 from smolctl.serving.guards import Limits
-from smolctl.serving.serve import listen
+from smolctl.serving.serve import ServeOptions, listen
 from tests.support.processes import Smolctl
 from tests.support.serving import PATIENCE_S, Served, serving
 from tests.support.tiny_models import write_folder
@@ -212,6 +212,12 @@ def test_other_machines_come_in_with_a_key_or_by_an_explicit_yes(smolctl: Smolct
         done = smolctl("serve", "nothing", "--host", host)
         assert done.code == 2
         assert "--api-key" in done.err
+
+
+@pytest.mark.parametrize("key", ["", " ", "secret\n", " secret", "sec\x00ret"])
+def test_a_key_that_no_client_can_send_is_refused(key: str) -> None:
+    with pytest.raises(UsageError, match="--api-key is empty, or has"):
+        ServeOptions(api_key=key)
 
 
 def test_an_unforeseen_error_ends_what_runs_and_nothing_after_it(

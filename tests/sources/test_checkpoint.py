@@ -297,6 +297,17 @@ def test_the_newest_run_is_found_where_the_link_to_it_is_gone(
     assert weight_files("runs/latest") == (Path("runs/tiny/checkpoints/step-001000.ckpt"),)
 
 
+@pytest.mark.parametrize("target", [None, "deleted", "latest"])
+def test_without_the_run_that_latest_named_every_door_takes_the_newest(
+    target: str | None, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parent.parent)
+    if target:
+        (run.parent / "latest").symlink_to(target)
+    assert latest_run() == Path("runs/tiny")
+    assert open_source("runs/latest").step == 1000
+
+
 def test_missing_runs_are_named_with_those_there_are(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run.parent.parent)
     with pytest.raises(InputError, match="runs/nope: no such run") as caught:

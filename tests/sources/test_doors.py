@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from smolctl.data.tokenizer.tokenizer import Tokenizer, choose_tokenizer, load_tokenizer
-from smolctl.errors import InputError
+from smolctl.errors import HubError, InputError
 from smolctl.hub.client import read_identity
 from smolctl.inspection import inspect
 from smolctl.model.weights import initialize
@@ -63,6 +63,11 @@ def test_a_config_that_no_model_has_names_its_key(key: str, value: Any) -> None:
         from_huggingface_config(at(CONFIG, key, value), "config.json")
     assert len(caught.value.message) < 200
     assert caught.value.hint
+
+
+def test_a_base_of_zero_is_not_taken_for_one_that_is_left_out() -> None:
+    with pytest.raises(InputError, match=r"config\.json: rope_theta: .* greater than 0"):
+        from_huggingface_config(at(CONFIG, "rope_parameters.rope_theta", 0), "config.json")
 
 
 def test_weights_that_no_machine_holds_are_refused_before_memory_is_taken() -> None:
@@ -142,6 +147,11 @@ def test_a_panic_of_the_tokenizers_library_is_an_error_of_ours(
     with pytest.raises(InputError, match=r"here: not a tokenizer\.json"):
         read_backend(json.dumps(at(TOKENIZER, *PANICS[when])), "here")
     assert capfd.readouterr().err == ""
+
+
+def test_dropout_of_merges_is_left_to_the_training_of_the_tokenizer() -> None:
+    backend = read_backend(json.dumps(at(TOKENIZER, "model.dropout", 0.9)), "here")
+    assert len({tuple(backend.encode("the cat sat on the mat").ids) for _ in range(9)}) == 1
 
 
 def test_an_id_that_no_table_has_is_refused() -> None:
@@ -240,6 +250,7 @@ def test_a_tensor_that_is_missing_is_named_by_whoever_needs_it_and_by_whoever_on
         {"siblings": [5]},
         {"siblings": [{"rfilename": 5}]},
         {"sha": 5},
+        {"sha": "../../etc"},
         [],
         "x",
     ],
@@ -252,7 +263,7 @@ def test_an_answer_that_is_not_a_hubs_is_named(answer: Any, monkeypatch: pytest.
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     content = json.dumps(answer).encode()
     monkeypatch.setattr(hub, "fetch", lambda *_: Fetched(content, 0, len(content)))
-    with pytest.raises(InputError, match=r"127\.0\.0\.1") as caught:
+    with pytest.raises(HubError, match=r"127\.0\.0\.1") as caught:
         hub.Repository("me/x", None).info()
     assert "Hub" in caught.value.hint
 
@@ -261,7 +272,7 @@ def test_an_answer_that_is_not_a_hubs_is_named(answer: Any, monkeypatch: pytest.
     "answer", [None, [], {}, {"name": 5}, {"name": "me", "orgs": 5}, {"name": "me", "auth": 5}]
 )
 def test_an_answer_about_a_token_that_is_not_a_hubs_is_named(answer: Any) -> None:
-    with pytest.raises(InputError, match="the answer about the token"):
+    with pytest.raises(HubError, match="the answer about the token"):
         read_identity(answer)
 
 

@@ -92,6 +92,14 @@ def test_a_server_that_ignores_range_is_not_read_to_the_end(hub: HubServer) -> N
     assert open_source("org/big").bytes_fetched < len(weights) / 4
 
 
+def test_a_part_of_a_file_of_unknown_size_is_not_taken_for_the_whole(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.knows_sizes = False
+    add_model(hub, {"model.embed_tokens.weight": torch.zeros(200, 256)})
+    assert open_source("org/tiny").tensors
+
+
 def test_sharded_headers_are_all_read(hub: HubServer, state: dict[str, torch.Tensor]) -> None:
     names = sorted(state)
     parts = {"model-00001-of-00002.safetensors": names[:5], "model-00002-of-00002.safetensors": names[5:]}
@@ -109,6 +117,35 @@ def test_sharded_headers_are_all_read(hub: HubServer, state: dict[str, torch.Ten
     assert source.bytes_fetched == hub.bytes_sent()
     loaded = dict(source.require_weights().tensors())
     assert all(torch.equal(loaded[name], state[name]) for name in names)
+
+
+@pytest.mark.parametrize("moved", [1, -1])
+def test_shards_that_contradict_their_index_are_refused_before_a_download(
+    moved: int, hub: HubServer, state: dict[str, torch.Tensor]
+) -> None:
+    names = sorted(state)
+    parts = {"a.safetensors": names[:5], "b.safetensors": names[5:]}
+    index = {"weight_map": {name: path for path, some in parts.items() for name in some}}
+    parts["b.safetensors"] = names[5 - moved :] if moved > 0 else names[5:-1]
+    hub.repositories["org/sharded"] = HubRepository(
+        {
+            "config.json": CONFIG_JSON,
+            "model.safetensors.index.json": json.dumps(index).encode(),
+            **{path: save({name: state[name] for name in some}) for path, some in parts.items()},
+        }
+    )
+    with pytest.raises(InputError, match=r"b\.safetensors: (holds|has no) model\."):
+        open_source("org/sharded")
+
+
+def test_a_commit_that_the_client_refuses_is_the_servers_fault(
+    hub: HubServer, state: dict[str, torch.Tensor]
+) -> None:
+    add_model(hub, state)
+    hub.repositories["org/tiny"].commit = ""
+    source = open_source("org/tiny")
+    with pytest.raises(HubError, match="did not answer like a Hub"):
+        dict(source.require_weights().tensors())
 
 
 def test_weights_are_downloaded_when_asked_and_cached(

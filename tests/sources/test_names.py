@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 from smolctl.errors import InputError
 from smolctl.inspection import count_source
 from smolctl.model.weights import load_network
+from smolctl.quantization.build import read_tensors
 from smolctl.quantization.quantize import QuantizeOptions, quantize
 from smolctl.sources import open_source
+from smolctl.sources.base import ModelSource
 from smolctl.sources.huggingface.config import to_huggingface_config
 from smolctl.sources.names import huggingface_names
 from smolctl.sources.provenance import provenance_of
@@ -173,8 +175,13 @@ def test_a_share_of_metas_tensors_is_no_model(tmp_path: Path) -> None:
             open_source(str(model))
 
 
+@pytest.mark.parametrize(
+    "read", [load_network, lambda source: load_network(source, torch.float32), read_tensors]
+)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool])
-def test_integers_without_scales_are_no_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_integers_without_scales_are_no_weights(
+    dtype: torch.dtype, read: Callable[[ModelSource], object], tmp_path: Path
+) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     state = {**STATE, name: STATE[name].to(dtype)}
     save_file({name: tensor.clone() for name, tensor in state.items()}, tmp_path / "model.safetensors")
@@ -182,7 +189,7 @@ def test_integers_without_scales_are_no_weights(dtype: torch.dtype, tmp_path: Pa
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     for model in (tmp_path, tmp_path / "pytorch_model.bin"):
         with pytest.raises(InputError, match=f"{name} holds integers"):
-            load_network(open_source(str(model)))
+            read(open_source(str(model)))
 
 
 def test_weights_that_are_packed_in_an_unknown_way_are_counted_by_the_config(tmp_path: Path) -> None:

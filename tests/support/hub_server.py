@@ -50,6 +50,7 @@ class HubServer(Loopback):
         error_code: with this code of the Hub's own,
         error_message: and with these words.
         hangs_for: seconds that every answer waits.
+        knows_sizes: whether it says how long a file is of which a part is asked for.
         drips: seconds between one byte of an answer and the next; with `drips_from`, from that byte on.
     """
 
@@ -61,6 +62,7 @@ class HubServer(Loopback):
     drips: float = 0.0
     drips_from: int = 0
     ignores_range: bool = False
+    knows_sizes: bool = True
     log: list[Request] = field(default_factory=list)
 
     def __enter__(self) -> HubServer:
@@ -143,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
         info = {
             "id": name,
             "modelId": name,
-            "sha": repository.commit,
+            "sha": repository.commit or None,
             "private": repository.private,
             "gated": "auto" if repository.gated else False,
             "siblings": [{"rfilename": path} for path in repository.files],
@@ -173,7 +175,8 @@ class _Handler(BaseHTTPRequestHandler):
             return 200, content, headers
         start, _, end = asked.removeprefix("bytes=").partition("-")
         last = min(int(end), len(content) - 1) if end else len(content) - 1
-        headers["Content-Range"] = f"bytes {start}-{last}/{len(content)}"
+        whole = len(content) if self.server_state.knows_sizes else "*"
+        headers["Content-Range"] = f"bytes {start}-{last}/{whole}"
         return 206, content[int(start) : last + 1], headers
 
     def _error(self, status: int, code: str, message: str) -> tuple[int, bytes, dict[str, str]]:

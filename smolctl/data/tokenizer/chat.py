@@ -29,6 +29,7 @@ import jinja2.sandbox
 import jinja2.utils
 
 from smolctl.errors import InputError, PromptTooLongError
+from smolctl.escaping import whole_characters
 from smolctl.worker import Worker, WorkerEndedError
 
 MOST_CPU_S = 2  # of processor time for one conversation, of which real templates take 0.01
@@ -79,6 +80,7 @@ def render_chat(
         raise InputError(
             f"{origin}: {fault}", "Change the messages, or leave out --chat to complete plain text."
         )
+    text = whole_characters(text)  # messages and the template itself can hold halves
     if len(text) > most:
         raise PromptTooLongError(f"the conversation has more than {most:,} characters", "Shorten it.")
     return text

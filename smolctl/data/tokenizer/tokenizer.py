@@ -19,6 +19,7 @@ from smolctl.data.tokenizer.bpe import train_bpe
 from smolctl.data.tokenizer.decoding import TextStream, bytes_of_token, is_byte_level
 from smolctl.data.tokenizer.prompt import Prompt, SpecialTokens, SpelledTokens
 from smolctl.errors import HubError, InputError, PromptTooLongError
+from smolctl.escaping import whole_characters
 from smolctl.outside import shown
 from smolctl.sources import open_source
 from smolctl.sources.base import TokenizerFiles
@@ -97,6 +98,7 @@ class Tokenizer:
     def prompt(self, text: str) -> Prompt:
         """A text to continue; an empty one is the token that begins a text, where there is one."""
         begin = [] if self.bos_token_id is None else [self.bos_token_id]
+        text = whole_characters(text)
         return Prompt(text, tuple(self.encode(text) or begin))
 
     def chat_prompt(

@@ -64,6 +64,11 @@ OFF_SWITCHES = (
     "logit_scale",
     "embedding_scale",
     "residual_scale",
+    "attention.scale",
+    "attention.clamp_kqv",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "use_parallel_residual",
 )
 # Sizes that some models give layer by layer.
 SIZES = {
@@ -192,6 +197,8 @@ def unsupported_feature(header: GGUFHeader) -> str:
     for key in OFF_SWITCHES:
         if values.get(key):
             return f"{architecture}.{key} {values[key]} is not supported"
+    if not values.get("attention.causal", True):
+        return "attention to later tokens is not supported"
     for tensor in header.tensors:
         if tensor.name.endswith(".bias") and not (
             architecture == "qwen2" and tensor.name.endswith(QKV_BIASES)
@@ -296,7 +303,7 @@ def read_config(header: GGUFHeader) -> ModelConfig:
     vocab = values.get("vocab_size") or rows[0]
     fields |= {
         "vocab_size": vocab,
-        "num_key_value_heads": values.get("attention.head_count_kv") or fields["num_attention_heads"],
+        "num_key_value_heads": values.get("attention.head_count_kv", fields["num_attention_heads"]),
         "head_dim": _head_dim(values),
         "rope_theta": as_written(values.get("rope.freq_base", DEFAULT_THETA)),
         "rope_scaling": _rope_scaling(header),

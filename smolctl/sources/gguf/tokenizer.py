@@ -104,6 +104,8 @@ def read_tokenizer(header: GGUFHeader) -> TokenizerFiles | None:
         text = json_text(parts)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         reason = f"no {error.args[0]}" if isinstance(error, KeyError) else error
+        if isinstance(error, (AttributeError, IndexError, TypeError)):
+            reason = "a value of the wrong type, or an id that no token has"
         raise InputError(f"{header.path}: the tokenizer is damaged ({reason})", DAMAGED) from None
     found = {
         "tokenizer_json": text,

@@ -160,7 +160,7 @@ def _network(values: Mapping[str, Any], origin: str) -> ModelConfig:
         "attention_dropout": 0.0,
     }
     fields |= {key: value for key, value in null.items() if fields[key] is None}
-    fields["rope_theta"] = rope.get("rope_theta") or _value(values, "rope_theta")
+    fields["rope_theta"] = _rope_theta(rope, values)
     fields["rope_scaling"] = _rope_scaling(values)
     if kind == "smollm3":
         fields["no_rope_layers"] = _no_rope_layers(values)
@@ -267,8 +267,13 @@ def _meaning(rope: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, An
     """What one of the two spellings says, with what it leaves out: where both are there, transformers takes
     `rope_scaling`, and its base from the top level."""
     rest = {key: value for key, value in rope.items() if key not in ("type", "rope_type", "rope_theta")}
-    theta = rope.get("rope_theta") or _value(values, "rope_theta")
-    return {**rest, "rope_type": _rope_kind(rope), "rope_theta": theta}
+    return {**rest, "rope_type": _rope_kind(rope), "rope_theta": _rope_theta(rope, values)}
+
+
+def _rope_theta(rope: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
+    """The base that a `rope_parameters` says, else the top level's; 0 is a base too, and refused later."""
+    theta = rope.get("rope_theta")
+    return _value(values, "rope_theta") if theta is None else theta
 
 
 def _rope(values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -140,20 +140,47 @@ def read_shards(folder: Path, index: Path) -> tuple[dict[Path, list[str]], tuple
     """The files that an index names and all their tensors.
 
     Raises:
-        InputError: the index is damaged, or a shard is missing, or lacks a tensor that is promised.
+        InputError: the index is damaged, or a shard is missing; also as `promised_tensors`.
     """
     promised = read_weight_map(read_file(index, DAMAGED), str(index))
     shards = {folder / file_name: names for file_name, names in promised.items()}
-    headers: list[TensorHeader] = []
-    for path, names in shards.items():
+    headers = {}
+    for path in shards:
         if not path.is_file():
             raise InputError(f"{path}: missing, though {index.name} names it", "Download the missing file.")
-        found = {tensor.name: tensor for tensor in read_header(path)}
-        lost = [name for name in names if name not in found]
-        if lost:
-            raise InputError(f"{path}: has no {lost[0]}, though {index.name} promises it", DAMAGED)
-        headers += [found[name] for name in names]
-    return shards, tuple(headers)
+        headers[str(path)] = read_header(path)
+    return shards, promised_tensors({str(path): names for path, names in shards.items()}, headers)
+
+
+def promised_tensors(
+    promised: Mapping[str, Sequence[str]], headers: Mapping[str, Sequence[TensorHeader]]
+) -> tuple[TensorHeader, ...]:
+    """The tensors that an index of weights names, each from the file in which it says that it lies.
+
+    Args:
+        promised: names by file, from the index.
+        headers: what each of these files holds.
+
+    Raises:
+        InputError: a file lacks a tensor, or also holds one that the index has in another file: which of
+            the two is meant is not known, and transformers takes the one that it reads last.
+    """
+    home = {name: path for path, names in promised.items() for name in names}
+    tensors: list[TensorHeader] = []
+    for path, names in promised.items():
+        found = {tensor.name: tensor for tensor in headers[path]}
+        for name in found:
+            other = home.get(name, path)
+            if other != path:
+                raise InputError(
+                    f"{path}: holds {name}, though the index of weights has it in {Path(other).name}",
+                    "Save the model again, so that every tensor lies in one file.",
+                )
+        for name in names:
+            if name not in found:
+                raise InputError(f"{path}: has no {name}, though the index of weights promises it", DAMAGED)
+            tensors.append(found[name])
+    return tuple(tensors)
 
 
 def read_weight_map(text: bytes, origin: str) -> dict[str, list[str]]:

@@ -167,6 +167,8 @@ def read_backend(tokenizer_json: str, origin: str) -> tokenizers.Tokenizer:
     try:
         with _without_stderr():
             backend = tokenizers.Tokenizer.from_str(tokenizer_json)  # noqa: TID251 - here
+            if getattr(backend.model, "dropout", None):  # left over from a training that drew its merges
+                backend.model.dropout = None
             backend.decode(backend.encode("a\ufdd0").ids)
     except BaseException as error:  # the library is Rust's, whose panic is not an Exception
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):

@@ -149,6 +149,10 @@ def test_whatever_a_template_does_ends_in_one_line_that_names_its_source(kind: s
     assert len(caught.value.message) < 500
 
 
+def test_half_a_surrogate_pair_that_a_template_writes_is_a_replacement_character() -> None:
+    assert render_chat("{{ '\\ud800' }}{{ messages[0].content }}", [{"content": "é"}], {}) == "\ufffdé"
+
+
 def test_a_template_that_writes_without_end_is_stopped_where_the_context_is_full() -> None:
     template = "{% for i in range(99999) %}{% for j in range(99999) %}xxxxxxxxxx{% endfor %}{% endfor %}"
     with pytest.raises(PromptTooLongError, match="1,000 characters"):

@@ -16,6 +16,7 @@ from tokenizers import AddedToken
 from smolctl.data.tokenizer.text_encoder import TextEncoder
 from smolctl.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from smolctl.errors import InputError
+from tests.support.tiny_models import tiny_tokenizer
 from tests.support.tokenizers import MAKERS, tokenizer
 
 TEXTS = ("", "The old clock.", " a\n\n b  c", "Größe 界面", "long hill cats! [old] twice\n every")
@@ -149,6 +150,14 @@ def test_templates_name_only_the_tokens_that_the_tokenizer_names(tmp_path: Path)
     (tmp_path / "chat_template.jinja").write_text(named)
     theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(chat("x"), tokenize=False)
     assert load_tokenizer(str(tmp_path)).chat_prompt(chat("x")).text == theirs == "|<|im_end|>|a|<|im_start|>"
+
+
+def test_half_a_surrogate_pair_is_a_replacement_character_whoever_asks() -> None:
+    reader = tiny_tokenizer()
+    assert reader.prompt("the \ud800 cat") == reader.prompt("the \ufffd cat")
+    asked = ([{"role": "user", "content": text}] for text in ("the \ud800 cat", "the \ufffd cat"))
+    first, second = map(reader.chat_prompt, asked)
+    assert first == second
 
 
 def test_without_a_template_there_is_no_chat() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError, SmolError
@@ -302,6 +302,15 @@ def test_missing_shard_is_named(tmp_path: Path) -> None:
     shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(InputError, match=shard.name):
+        open_source(str(tmp_path))
+
+
+def test_a_tensor_in_two_shards_is_refused_because_readers_differ_in_which_they_take(tmp_path: Path) -> None:
+    llama_folder(tmp_path, max_shard_size="20KB")
+    first, second = sorted(tmp_path.glob("model-*.safetensors"))[:2]
+    state, name = load_file(second), next(iter(load_file(first)))
+    save_file({**state, name: load_file(first)[name] * 2}, second, {"format": "pt"})
+    with pytest.raises(InputError, match=f"{second.name}: holds {name}, though .* {first.name}"):
         open_source(str(tmp_path))
 
 
