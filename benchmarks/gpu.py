@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -64,7 +65,7 @@ def attempt(work: Callable[[], Any]) -> Any:
         return {"failed": f"{type(error).__name__}: {error}"}
 
 
-def steps(rounds: int) -> Iterator[list[Found]]:
+def steps(rounds: int) -> Iterator[Found]:
     """A step of each engine, of sequences of 1,024 tokens, then ours alone for other shapes."""
     with llama_folder("smollm2-135m-hub" if GPU else "nano") as model:
         batch, length = (8, 1_024) if GPU else (4, 64)  # all engines are in the GPU's memory together
@@ -81,7 +82,7 @@ def steps(rounds: int) -> Iterator[list[Found]]:
         for group in groups:
             found = attempt(partial(measured, group, rounds))
             rows += found if isinstance(found, list) else [found]
-            yield rows
+            yield {"rows": rows}
 
 
 def measured(cases: list[Case], rounds: int) -> list[Found]:
@@ -196,9 +197,12 @@ def job(folder: Path, picture: Path) -> Iterator[Found]:
         started = time.perf_counter()
         with events.open("ab") as stream:
             process = subprocess.Popen(command(*arguments, "--json"), stdout=stream)
-        while process.poll() is None:
-            time.sleep(min(SECONDS_BETWEEN_LOOKS, 1 + time.perf_counter() - started))
-            yield found | told(events)
+        try:
+            while process.poll() is None:
+                time.sleep(min(SECONDS_BETWEEN_LOOKS, 1 + time.perf_counter() - started))
+                yield found | told(events)
+        finally:
+            process.kill()
         found["seconds"].append(round(time.perf_counter() - started, 1))
         if (run / LOSS_CURVE).is_file():
             shutil.copyfile(run / LOSS_CURVE, picture)
@@ -239,13 +243,16 @@ def printed(found: Found) -> str:
     """Everything that was found, as Markdown."""
     lines = [f"{found['device']}, PyTorch {found['torch']}{', a rehearsal' * found['rehearsal']}", ""]
     lines += [f"exact, {way}: {json.dumps(verdict)}" for way, verdict in found.get("exact", {}).items()]
-    lines += [f"documents: {json.dumps(found['documents'])}"] * ("documents" in found)
+    if "documents" in found:
+        lines.append(f"documents: {json.dumps(found['documents'])}")
     done = found.get("job", {})
     lines += [f"job, {key}: {json.dumps(done[key])}" for key in done if key not in ("loss", "predictions")]
     lines += [""]
-    if rows := found.get("steps"):
+    taken = found.get("steps", {})
+    rows = [*taken.get("rows", ()), *([taken] if "failed" in taken else ())]
+    if rows:
         lines += ["| step | tokens | tokens/s | MFU | peak GB | time over the first's |", "|---" * 6 + "|"]
-    for row in rows or ():
+    for row in rows:
         if "failed" in row:
             lines.append(f"| {row['failed']} |")
             continue
@@ -275,13 +282,14 @@ def measure(arguments: argparse.Namespace) -> None:
         partial_file.write_text(f"{json.dumps(found, ensure_ascii=False)}\n", encoding="utf-8")
         partial_file.replace(arguments.out)
 
-    def take(part: str, findings: Iterator[Any]) -> None:
+    def take(part: str, findings: Iterator[Found]) -> None:
         for found[part] in findings:
             save()
 
     save()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # of `timeout`: what was started ends too
     with tempfile.TemporaryDirectory() as folder:
-        works: dict[str, Callable[[], Iterator[Any]]] = {
+        works: dict[str, Callable[[], Iterator[Found]]] = {
             "exact": lambda: exact(Path(folder)),
             "job": lambda: job(Path(folder), arguments.out.with_suffix(".png")),
             "steps": lambda: steps(rounds),
@@ -290,7 +298,7 @@ def measure(arguments: argparse.Namespace) -> None:
         for part in parts:
             started = time.perf_counter()
             if failure := attempt(partial(take, part, works[part]())):
-                found[part] = {**found[part], **failure} if isinstance(found.get(part), dict) else failure
+                found[part] = found.get(part, {}) | failure
             found["minutes"][part] = round((time.perf_counter() - started) / 60, 1)
             print(f"{part}: {found['minutes'][part]} minutes", file=sys.stderr)
             save()
