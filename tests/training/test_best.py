@@ -51,18 +51,16 @@ def test_scores_of_another_text_are_not_compared(make: Make, tmp_path: Path) -> 
     records = RunFolder(tmp_path)
     for step, score, tokens, best in ((1, 1.5, None, 1), (2, 1.0, 128, 2), (3, 1.1, 128, 2), (4, 2.0, 32, 4)):
         records.record(Validation(step, score, 0.1, 3.0, None, tokens))
-        found = records.best_validation()
-        assert found and found["step"] == best
+        fewest = records.best_validation()
+        assert fewest
+        assert fewest["step"] == best
+
     folder = run(make(train={"steps": 4}), "run")
     go_on(folder, extra=2, settings={"validation": {"sequences": 1}})
     assert state(folder, 6)["smolctl"]["progress"]["tokens"] == 32
     scored = [record for record in RunFolder(folder).metrics() if record["event"] == "validation"]
-    assert [(record["step"], record["tokens"]) for record in scored[3:]] == [
-        (4, 128),
-        (4, 32),
-        (5, 32),
-        (6, 32),
-    ]
+    found = [(record["step"], record["tokens"]) for record in scored]
+    assert found[3:] == [(4, 128), (4, 32), (5, 32), (6, 32)]
 
 
 def test_a_run_out_of_patience_stops_keeps_its_best_and_goes_on_with_more(
