@@ -1,30 +1,36 @@
 """Everything that a GPU has to show, in one command: about ten minutes of an H100.
 
-    python benchmarks/gpu.py --out gpu.json [--only steps --only exact …]
+    python benchmarks/gpu.py --out gpu.json [--only exact --only job …]
+    python benchmarks/gpu.py --out gpu.json --print
 
+exact:     a short run in bfloat16, compiled and not, whose last steps are repeated and compared bit for bit
+           by `resume --verify`; with several GPUs, on two of them as well.
+job:       5,000 steps of `smollm2-135m` with predictions and checkpoints every 500, then `resume --extra 50`.
 steps:     the training step of SmolLM2-135M's shape in bfloat16, compiled and not: tokens a second, MFU and
            memory, in turns with transformers and nanoGPT's step.
 documents: attention within documents, by one kernel for all and by a mask: the same loss and gradient, and
            the time of both.
-exact:     a short run whose last steps are repeated, compared bit for bit by `resume --verify`; with
-           several GPUs, on two of them as well.
-job:       5,000 steps of `smollm2-135m` with predictions and checkpoints every 500, then `resume --extra 50`.
 
-What a part has found is written as soon as it ends, and a part that fails does not end the others. Without a
-GPU it is a rehearsal: the same path with the nano model and a few steps, on the CPU.
+A machine may be taken away at any moment: what is known is in the file within seconds, that of a run at work
+too, and what fails does not end the rest. Beside the file, of some 50 kB, goes a picture of the job's
+loss. At the end, and with --print, all is printed as Markdown. Without a GPU it is a rehearsal: the same path
+with the nano model and a few steps, on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,7 +41,7 @@ from training_engines import Case, llama_folder, steps_in_turns
 from smolctl.arithmetic import training_flops_per_token
 from smolctl.model.network import Transformer
 from smolctl.model.weights import initialize
-from smolctl.runs.folder import RunFolder
+from smolctl.runs.layout import LOSS_CURVE
 from smolctl.sources import open_source
 from smolctl.timing import in_turns, ratio_of
 from smolctl.training.device import peak_flops
@@ -44,21 +50,39 @@ TOLERANCE = 2e-2  # of the loss, relative: bfloat16 rounds to 0.4 %
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 PRESET = "smollm2-135m" if GPU else "nano"
+MINUTES = {"exact": 3, "job": 5, "steps": 3, "documents": 0.5}  # about, of an H100; in this order
+SECONDS_BETWEEN_LOOKS = 10  # at a run at work
 
 Found = dict[str, Any]
 
 
-def steps(rounds: int) -> list[Found]:
+def attempt(work: Callable[[], Any]) -> Any:
+    """What a function finds, or how it has failed: the rest goes on."""
+    try:
+        return work()
+    except Exception as error:
+        traceback.print_exc()
+        return {"failed": f"{type(error).__name__}: {error}"}
+
+
+def steps(rounds: int) -> Iterator[Found]:
     """A step of each engine, of sequences of 1,024 tokens, then ours alone for other shapes."""
     with llama_folder("smollm2-135m-hub" if GPU else "nano") as model:
         batch, length = (8, 1_024) if GPU else (4, 64)  # all engines are in the GPU's memory together
         base = Case("smolctl", model, bfloat16=GPU, batch=batch, length=length, device=DEVICE.type)
         compiled = replace(base, compiled=True)
         peers = [replace(compiled, engine=engine) for engine in ("transformers", "nanogpt")]
-        rows = measured([compiled, base, *peers, replace(base, engine="transformers")], rounds)
-        for shape in ((2 * batch, length), (8 * batch, length), (batch, 2 * length)):
-            rows += measured([replace(compiled, batch=shape[0], length=shape[1])], rounds)
-    return rows
+        shapes = ((2 * batch, length), (8 * batch, length), (batch, 2 * length))
+        groups = [
+            [compiled, base],
+            *([replace(compiled, batch=sequences, length=tokens)] for sequences, tokens in shapes),
+            [compiled, *peers, replace(base, engine="transformers")],
+        ]
+        rows: list[Found] = []
+        for group in groups:
+            found = attempt(partial(measured, group, rounds))
+            rows += found if isinstance(found, list) else [found]
+            yield {"rows": rows}
 
 
 def measured(cases: list[Case], rounds: int) -> list[Found]:
@@ -85,7 +109,7 @@ def measured(cases: list[Case], rounds: int) -> list[Found]:
     return rows
 
 
-def documents(rounds: int) -> Found:
+def documents(rounds: int) -> Iterator[Found]:
     """Loss, gradient and time of attention within documents of some 100 tokens, apart and by a mask."""
     config = open_source(PRESET).require_config()
     length = config.max_position_embeddings
@@ -105,7 +129,7 @@ def documents(rounds: int) -> Found:
     (apart, gradient), (masked, expected) = step(False), step(True)
     error = ((gradient - expected).norm() / expected.norm()).item()
     seconds = in_turns([lambda: timed(step, False), lambda: timed(step, True)], rounds, warmups=2)
-    return {
+    yield {
         "loss": [apart, masked],
         "gradient_error": error,
         "apart_is_faster": asdict(ratio_of(*seconds[::-1])),
@@ -123,89 +147,173 @@ def timed(step: Callable[[bool], object], with_mask: bool) -> float:
     return time.perf_counter() - started
 
 
-def smolctl(*arguments: object) -> float:
-    """Run a command; the seconds that it took."""
-    started = time.perf_counter()
-    command = [sys.executable, "-m", "smolctl", *map(str, arguments), "-q"]
-    subprocess.run(command, check=True, stdout=sys.stderr)
-    return round(time.perf_counter() - started, 1)
+def command(*arguments: object) -> list[str]:
+    """A command of smolctl."""
+    return [sys.executable, "-m", "smolctl", *map(str, arguments)]
 
 
-def exact(folder: Path) -> Found:
+def exact(folder: Path) -> Iterator[Found]:
     """Whether a run repeated from a checkpoint has the same bits, in each way of computing."""
-    found: Found = {}
     ways: dict[str, tuple[str, ...]] = {
-        "eager": ("train.compile=false",),
         "compiled": ("train.compile=true",),
+        "eager": ("train.compile=false",),
     }
     if torch.cuda.device_count() > 1:
         ways["two devices"] = ("train.compile=false", "trainer.devices=2")
+    always = (
+        "train.precision=bf16-mixed",
+        "checkpoint.every=10",
+        "validation.every=0",
+        "predictions.every=0",
+    )
+    found: Found = {}
     for way, settings in ways.items():
         run = folder / way.replace(" ", "-")
-        options = [f"--set={setting}" for setting in (*settings, "checkpoint.every=10", "validation.every=0")]
-        smolctl("train", PRESET, "--steps=20", f"--out={run}", *options)
+        options = [f"--set={setting}" for setting in (*settings, *always)]
+        found[way] = attempt(partial(verified, run, options))
+        shutil.rmtree(run, ignore_errors=True)
+        yield found
+
+
+def verified(run: Path, options: Sequence[str]) -> Found:
+    """What `resume --verify` says of a run of 20 steps."""
+    subprocess.run(
+        command("train", PRESET, "--steps=20", f"--out={run}", *options, "-q"), check=True, stdout=sys.stderr
+    )
+    verdict = subprocess.run(command("resume", run, "--verify", "--json"), stdout=subprocess.PIPE, text=True)
+    lines = verdict.stdout.splitlines()
+    return {"exit": verdict.returncode, **json.loads(lines[-1] if lines else "{}")}
+
+
+def job(folder: Path, picture: Path) -> Iterator[Found]:
+    """Train and resume, as a user would: the time of both and the loss curve, from time to time."""
+    run, events, (total, extra) = folder / "run", folder / "events.jsonl", (5_000, 50) if GPU else (20, 5)
+    options = [] if GPU else ["--set=checkpoint.every=10", "--set=predictions.every=10"]
+    found: Found = {"preset": PRESET, "steps": [total, extra], "seconds": []}
+    for arguments in (
+        ("train", PRESET, f"--steps={total}", "--micro-batch-size=8", f"--out={run}", *options),
+        ("resume", run, f"--extra={extra}"),
+    ):
+        started = time.perf_counter()
+        with events.open("ab") as stream:
+            process = subprocess.Popen(command(*arguments, "--json"), stdout=stream)
         try:
-            smolctl("resume", run, "--verify")
-        except subprocess.CalledProcessError as error:
-            found[way] = f"exit {error.returncode}"
-        else:
-            found[way] = True
-    return found
+            while process.poll() is None:
+                time.sleep(min(SECONDS_BETWEEN_LOOKS, 1 + time.perf_counter() - started))
+                yield found | told(events)
+        finally:
+            process.kill()
+        found["seconds"].append(round(time.perf_counter() - started, 1))
+        if (run / LOSS_CURVE).is_file():
+            shutil.copyfile(run / LOSS_CURVE, picture)
+        yield found | told(events)
+        if process.returncode:
+            raise RuntimeError(f"{arguments[0]} has ended with exit code {process.returncode}")
 
 
-def job(folder: Path) -> Found:
-    """Train and resume, as a user would: the time of both and the loss curve."""
-    run, (steps, extra) = folder / "run", (5_000, 50) if GPU else (20, 5)
-    seconds = [
-        smolctl("train", PRESET, f"--steps={steps}", "--micro-batch-size=8", f"--out={run}"),
-        smolctl("resume", run, f"--extra={extra}"),
-    ]
-    records = list(RunFolder(run).metrics())
-    taken = [record for record in records if record["event"] == "step"]
-    checks = [record for record in records if record["event"] == "validation"]
-    assert [record["step"] for record in taken] == list(range(1, steps + extra + 1))
-    mfu = [record["mfu"] for record in taken if record.get("mfu") is not None]
+def told(path: Path) -> Found:
+    """What the events of a run say so far."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    events = [json.loads(line) for line in lines if line.endswith("\n")]
+    of = {kind: [event for event in events if event["event"] == kind] for kind in ("start", "step")}
+    if not of["step"]:
+        return {}
+    mfu = [step["mfu"] for step in of["step"] if step["mfu"] is not None]
+    plan, memory = of["start"][0]["plan"], max(step["memory_bytes"] or 0 for step in of["step"])
+    numbers = [step["step"] for step in of["step"]]
+    assert numbers == list(range(1, len(numbers) + 1))
     return {
-        "preset": PRESET,
-        "steps": [steps, extra],
-        "seconds": seconds,
-        "tokens_per_second": round(median(record["tokens_per_second"] for record in taken), 1),
+        "steps_taken": len(numbers),
+        "tokens_per_second": round(median(step["tokens_per_second"] for step in of["step"]), 1),
         "mfu": round(median(mfu), 4) if mfu else None,
-        "loss": [[record["step"], round(record["loss"], 4)] for record in taken if record["step"] % 10 == 0],
-        "validation": [[record["step"], round(record["bits_per_byte"], 4)] for record in checks],
-        "peak_gb": round(max(record["memory_bytes"] or 0 for record in taken) / 1e9, 2),
-        "predictions": len((run / "predictions.jsonl").read_text(encoding="utf-8").splitlines()),
+        "planned": {key: plan[key] for key in ("tokens_per_second", "eta_s", "memory_bytes")},
+        "peak_gb": round(memory / 1e9, 2),
+        "loss": [[one["step"], round(one["loss"], 4)] for one in of["step"] if one["step"] % 10 == 0],
+        "validation": [
+            [one["step"], round(one["bits_per_byte"], 4)] for one in events if one["event"] == "validation"
+        ],
+        "checkpoint_seconds": [round(one["seconds"], 1) for one in events if one["event"] == "checkpoint"],
+        "predictions": [
+            [one["step"], one["prompt"], one["text"]] for one in events if one["event"] == "prediction"
+        ],
     }
+
+
+def printed(found: Found) -> str:
+    """Everything that was found, as Markdown."""
+    lines = [f"{found['device']}, PyTorch {found['torch']}{', a rehearsal' * found['rehearsal']}", ""]
+    lines += [f"exact, {way}: {json.dumps(verdict)}" for way, verdict in found.get("exact", {}).items()]
+    if "documents" in found:
+        lines.append(f"documents: {json.dumps(found['documents'])}")
+    done = found.get("job", {})
+    lines += [f"job, {key}: {json.dumps(done[key])}" for key in done if key not in ("loss", "predictions")]
+    lines += [""]
+    taken = found.get("steps", {})
+    rows = [*taken.get("rows", ()), *([taken] if "failed" in taken else ())]
+    if rows:
+        lines += ["| step | tokens | tokens/s | MFU | peak GB | time over the first's |", "|---" * 6 + "|"]
+    for row in rows:
+        if "failed" in row:
+            lines.append(f"| {row['failed']} |")
+            continue
+        sequences, length = row["tokens"]
+        spread, mfu = row["first_is_faster"]["spread"], "" if row["mfu"] is None else f"{row['mfu']:.1%}"
+        ratio = f"{spread['median']:.2f} ({spread['low']:.2f}–{spread['high']:.2f})"
+        cells = (row["engine"], f"{sequences} × {length}", f"{row['tokens_per_second']:,.0f}", mfu)
+        lines.append(f"| {' | '.join((*cells, str(row['peak_gb']), ratio))} |")
+    return "\n".join(lines)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Measure part by part, and write what is known from time to time."""
+    parts = list(dict.fromkeys(arguments.only or MINUTES))
+    found: Found = {
+        "rehearsal": not GPU,
+        "device": torch.cuda.get_device_name() if GPU else "cpu",
+        "torch": torch.__version__,
+        "minutes": {},
+    }
+    rounds = arguments.rounds if GPU else 2
+    expected = ", ".join(f"{part} {MINUTES[part]:g}" for part in parts)
+    print(f"On {found['device']}, into {arguments.out}. Minutes of an H100: {expected}.", file=sys.stderr)
+
+    def save() -> None:
+        partial_file = arguments.out.with_suffix(".partial")
+        partial_file.write_text(f"{json.dumps(found, ensure_ascii=False)}\n", encoding="utf-8")
+        partial_file.replace(arguments.out)
+
+    def take(part: str, findings: Iterator[Found]) -> None:
+        for found[part] in findings:
+            save()
+
+    save()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # of `timeout`: what was started ends too
+    with tempfile.TemporaryDirectory() as folder:
+        works: dict[str, Callable[[], Iterator[Found]]] = {
+            "exact": lambda: exact(Path(folder)),
+            "job": lambda: job(Path(folder), arguments.out.with_suffix(".png")),
+            "steps": lambda: steps(rounds),
+            "documents": lambda: documents(rounds),
+        }
+        for part in parts:
+            started = time.perf_counter()
+            if failure := attempt(partial(take, part, works[part]())):
+                found[part] = found.get(part, {}) | failure
+            found["minutes"][part] = round((time.perf_counter() - started) / 60, 1)
+            print(f"{part}: {found['minutes'][part]} minutes", file=sys.stderr)
+            save()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--only", action="append", help="one part; repeatable; default: all")
+    parser.add_argument("--only", action="append", choices=MINUTES, help="one part; repeatable; default: all")
     parser.add_argument("--out", type=Path, required=True, help="the JSON document")
+    parser.add_argument("--print", action="store_true", help="print what an earlier call has found")
     arguments = parser.parse_args()
-    rounds = arguments.rounds if GPU else 2
-    found: Found = {
-        "rehearsal": not GPU,
-        "device": torch.cuda.get_device_name() if GPU else "cpu",
-        "torch": torch.__version__,
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        parts: dict[str, Callable[[], object]] = {
-            "steps": lambda: steps(rounds),
-            "documents": lambda: documents(rounds),
-            "exact": lambda: exact(Path(folder)),
-            "job": lambda: job(Path(folder)),
-        }
-        for name in arguments.only or parts:
-            started = time.perf_counter()
-            try:
-                found[name] = parts[name]()
-            except Exception as error:
-                traceback.print_exc()
-                found[name] = {"failed": f"{type(error).__name__}: {error}"}
-            print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
-            arguments.out.write_text(f"{json.dumps(found, indent=2)}\n", encoding="utf-8")
+    if not arguments.print:
+        measure(arguments)
+    print(printed(json.loads(arguments.out.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":

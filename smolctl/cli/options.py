@@ -6,7 +6,7 @@ import functools
 import inspect
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from enum import Enum
 from pathlib import Path
 from types import NoneType
@@ -154,6 +154,7 @@ ModelOrNewest = Annotated[
     ),
 ]
 
+TEXTS = {"prompt", "system", "stop"}  # parameters of which the empty text is one
 TYPE_NAMES = {str: "TEXT", int: "INTEGER", float: "NUMBER", Path: "PATH"}
 
 
@@ -177,7 +178,7 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
     ) -> None:
         output = Output(json, quiet, verbose)
         try:
-            _require_paths(asked)
+            _require_names(asked, names, texts)
             with output.quieting_libraries():
                 code = function(output, **asked)
             if sys.stdout is not None:
@@ -206,19 +207,43 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
     *common, _asked = inspect.signature(run, eval_str=True).parameters.values()
     for parameter in own:
         _name_type(parameter.annotation)
+    names = {parameter.name: _shown(parameter) for parameter in own}
+    texts = TEXTS | {parameter.name for parameter in own if parameter.default is parameter.empty}
     functools.update_wrapper(run, function)
     run.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]
     return run
 
 
-def _require_paths(asked: Mapping[str, Any]) -> None:
-    """Refuse "-" where a path is needed: what reads stdin takes a text. Raises UsageError."""
-    for name, value in asked.items():
+def _require_names(asked: Mapping[str, Any], names: Mapping[str, str], texts: Container[str]) -> None:
+    """Refuse what names nothing: "-" in place of a path, and the empty value of a shell variable that is not
+    set, which would stand for another run, for the working folder, or for weights from scratch.
+
+    Args:
+        asked: values by the names of their parameters.
+        names: of these as a user writes them.
+        texts: parameters that may be empty here; of what cannot be left out the command says what it needs.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    for key, value in asked.items():
+        name = names[key]
         if value == Path("-"):
-            option = f"--{name.replace('_', '-')}"
             raise UsageError(
-                f"{option} -: this option takes a path, not stdin or stdout", f"Name one: {option} PATH."
+                f"{name} -: this option takes a path, not stdin or stdout", f"Name one: {name} PATH."
             )
+        if key not in texts and "" in (value if isinstance(value, list) else [value]):
+            raise UsageError(f"{name} is empty", "Give it a value, or leave it out.")
+
+
+def _shown(parameter: inspect.Parameter) -> str:
+    """A parameter as a user writes it: `--lr` or `MODEL`."""
+    _, info = get_args(parameter.annotation)[:2]
+    if isinstance(info, OptionInfo):
+        given = (info.default, *(info.param_decls or ()))  # Typer has the first name in the default's place
+        own = f"--{parameter.name.replace('_', '-')}"
+        return next((name for name in given if isinstance(name, str) and name.startswith("--")), own)
+    return info.metavar or parameter.name.upper()
 
 
 def _name_type(annotation: Any) -> None:

@@ -157,7 +157,12 @@ def recorded_config(content: Mapping[str, Any], path: Path) -> RunConfig | None:
     values = parameters.get("config") if isinstance(parameters, Mapping) else None
     if not isinstance(values, Mapping) or "model" not in values:
         return None
-    return resolve_run_config(values, str(path))
+    try:
+        return resolve_run_config(values, str(path))
+    except InputError as error:
+        raise InputError(
+            error.message, f"{error.hint} If a newer smolctl has written it, update this one."
+        ) from None
 
 
 def write_checksum(path: Path, digest: str) -> None:
@@ -187,6 +192,21 @@ def link_checkpoint(path: Path, link: Path) -> None:
         link.symlink_to(path.name)
     if (digest := _recorded_digest(path)) is not None:
         write_checksum(link, digest)
+
+
+def is_recorded_alike(one: Path, other: Path) -> bool:
+    """Whether two checkpoints are one file, or were written with the same bytes as their checksums say."""
+    digest = _recorded_digest(one)
+    return one.samefile(other) or (digest is not None and digest == _recorded_digest(other))
+
+
+def rename_checkpoint(path: Path, target: Path) -> None:
+    """Give a checkpoint another name in place of the one that it has; its checksum goes along."""
+    digest = _recorded_digest(path)
+    path.replace(target)
+    remove_checksum(path)
+    if digest is not None:
+        write_checksum(target, digest)
 
 
 def set_aside(path: Path) -> None:

@@ -127,6 +127,7 @@ class Validation:
     standard_error: float | None  # over documents; None: one document has none
     loss: float  # nats per token
     margin: float | None = None  # bits_per_byte ± margin is the 95 % interval over documents
+    tokens: int | None = None  # that were scored
 
 
 @dataclass(frozen=True)

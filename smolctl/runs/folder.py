@@ -27,8 +27,10 @@ from smolctl.ownership import (
 )
 from smolctl.runs.checkpoint_file import (
     CheckpointFile,
+    is_recorded_alike,
     link_checkpoint,
     remove_checkpoint,
+    rename_checkpoint,
     set_aside,
     write_checksum,
 )
@@ -224,14 +226,29 @@ class RunFolder:
         return self.path / CHECKPOINTS / checkpoint_name(step)
 
     def checkpoints(self) -> tuple[CheckpointFile, ...]:
-        """Every checkpoint by rising step; files that are still being written are left out."""
+        """Every checkpoint by rising step; files that are still being written are left out.
+
+        The last one is final.ckpt where somebody has deleted the name of its step.
+        """
         folder = self.path / CHECKPOINTS
-        found = (
+        found = [
             CheckpointFile(step, path)
             for path in (folder.iterdir() if folder.is_dir() else ())
             if path.is_file() and (step := step_in_name(path)) is not None
-        )
+        ]
+        final = folder / FINAL
+        if final.is_file() and not any(is_recorded_alike(final, file.path) for file in found):
+            last = max((record["step"] for record in self.metrics()), default=0)
+            if last and all(file.step != last for file in found):
+                found.append(CheckpointFile(last, final))
         return tuple(sorted(found, key=lambda file: file.step))
+
+    def under_its_step(self, file: CheckpointFile) -> CheckpointFile:
+        """A checkpoint by the name of its step, which final.ckpt is given in place of its own."""
+        path = self.checkpoint_path(file.step)
+        if file.path.name == FINAL and not path.exists():
+            rename_checkpoint(file.path, path)
+        return CheckpointFile(file.step, path)
 
     def checkpoint(self, step: int | None = None) -> CheckpointFile:
         """The newest checkpoint, or the one of a step, if it is sound.
@@ -289,8 +306,8 @@ class RunFolder:
     def clear_after(self, step: int, force: bool) -> None:
         """Make room for the steps after `step`: damaged files are set aside, sound ones go only by force.
 
-        The name final.ckpt goes too: its checkpoint keeps the name of its step. A final.ckpt that is a copy
-        is set aside.
+        The name final.ckpt goes too: its checkpoint keeps the name of its step. A final.ckpt that may be the
+        only sound copy of one is set aside.
 
         Raises:
             UsageError: a newer sound checkpoint would be replaced.
@@ -304,10 +321,12 @@ class RunFolder:
                 "Branch into a folder of its own with --out NEW, or replace them with --force.",
             )
         final = self.path / CHECKPOINTS / FINAL
-        if final.exists():  # in a copied folder it may be a file of its own, perhaps the only sound one
-            is_a_name = any(final.samefile(file.path) for file in self.checkpoints())
-            (remove_checkpoint if is_a_name else set_aside)(final)
-        for file in newer:
+        files = [file for file in self.checkpoints() if file.path != final]
+        if final.exists():  # in a copied folder it is a file of its own
+            alike = [file for file in files if is_recorded_alike(final, file.path)]
+            is_kept = any(final.samefile(file.path) or not file.damage for file in alike)
+            (remove_checkpoint if is_kept else set_aside)(final)
+        for file in newer.keys() & set(files):
             (remove_checkpoint if file in sound else set_aside)(file.path)
 
     def name_final(self, step: int) -> None:
@@ -331,11 +350,15 @@ class RunFolder:
     def best_validation(self, steps: Container[int] | None = None) -> ValidationRecord | None:
         """The record with the fewest bits per byte, of equal ones the first; None where there is none.
 
+        Of scores of several texts those of the last one count.
+
         Args:
             steps: that are asked about; None: all.
         """
-        records = read_records(self.path / METRICS, ValidationRecord)
-        asked = (record for record in records if steps is None or record["step"] in steps)
+        records = list(read_records(self.path / METRICS, ValidationRecord))
+        tokens = records[-1].get("tokens") if records else None
+        alike = (record for record in records if record.get("tokens", tokens) == tokens)
+        asked = (record for record in alike if steps is None or record["step"] in steps)
         return min(asked, key=lambda record: record["bits_per_byte"], default=None)
 
     def predictions(self, last: int = EVERY_STEP) -> dict[str, History]:

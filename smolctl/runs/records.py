@@ -49,6 +49,7 @@ class ValidationRecord(TypedDict):
     bits_per_byte: FiniteFloat
     standard_error: FiniteFloat | None
     loss: FiniteFloat
+    tokens: NotRequired[int | None]
 
 
 class _Numbered(TypedDict):

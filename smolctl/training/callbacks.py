@@ -11,16 +11,17 @@ from typing import Any
 import torch
 
 from smolctl.config import RunConfig
-from smolctl.data.batches import validation_batches, validation_documents
+from smolctl.data.batches import sequences_of, validation_batches, validation_documents
 from smolctl.durable import DISK_ERRORS
 from smolctl.evaluation import bits_per_byte
 from smolctl.runs.events import Checkpoint, End, Event, Listener, Note, Step, Validation, to_json
 from smolctl.runs.folder import RunFolder
+from smolctl.runs.layout import is_run
 from smolctl.runs.root import make_latest
 from smolctl.timing import peak_memory
 from smolctl.training.checkpoint import drop_weights
 from smolctl.training.clock import Clock
-from smolctl.training.device import flops_utilization, run_peak_flops
+from smolctl.training.device import describe_environment, flops_utilization, run_peak_flops
 from smolctl.training.distributed import from_main, largest
 from smolctl.training.lightning import pl
 from smolctl.training.loggers import MetricLoggers, Opening
@@ -249,12 +250,22 @@ class RunCallback(pl.Callback):
         trainer.save_checkpoint(path)
         self.saved_at = step
         if trainer.is_global_zero:
+            if not is_run(self.run.path):
+                self._describe_again(step)
             origin = self.config.init_from
             if step == 0 and origin is not None and origin.sha256:
                 drop_weights(path)  # the model that the run begins with has them
             self._remove_old_checkpoints(trainer)
             seconds = time.perf_counter() - started
             self._publish(trainer, Checkpoint(step, str(path), path.stat().st_size, seconds))
+
+    def _describe_again(self, step: int) -> None:
+        """Make a run of the folder again: somebody has moved or deleted it."""
+        moved = f"step {step:,}: {self.run.path} was moved or deleted"
+        self.emit(Note(f"{moved}; the run continues in a new folder there."))
+        prepared = self.prepared
+        environment = describe_environment(self.config, prepared.decisions, prepared.corpus.read)
+        self.run.describe(self.config, environment, prepared.tokenizer.save)
 
     def _remove_old_checkpoints(self, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero:
@@ -267,11 +278,15 @@ class RunCallback(pl.Callback):
             Whether the model is the best so far; the same in every process.
         """
         progress, step, patience = module.progress, trainer.global_step, self.config.train.patience
+        improved = False
         with self._beside("validate"):
-            score = self._score(trainer, module)
-        improved = score is not None and progress.is_improved_by(score)
-        if score is not None and step % self.config.validation.every == 0 and step > progress.step:
-            progress = module.progress = progress.after(step, score)
+            found = self._score(trainer, module)
+        if found is not None:
+            score, tokens = found
+            progress = progress.on_text(tokens)
+            improved = progress.is_improved_by(score)
+            if step % self.config.validation.every == 0 and step > progress.step:
+                progress = module.progress = progress.after(step, score)
         self.out_of_patience = bool(largest(0 < patience <= progress.since, trainer))
         if self.out_of_patience:
             trainer.should_stop = True
@@ -285,33 +300,32 @@ class RunCallback(pl.Callback):
                 )
         return bool(largest(improved, trainer))
 
-    def _score(self, trainer: pl.Trainer, module: TrainingModule) -> float | None:
-        """Bits per byte of the held-out text; None where there is none, and in other processes."""
+    def _score(self, trainer: pl.Trainer, module: TrainingModule) -> tuple[float, int] | None:
+        """Bits per byte of the held-out text and its tokens; None where there is none, and elsewhere."""
         held_out = self.prepared.corpus.validation
         if held_out is None or not trainer.is_global_zero:
             return None
         config, step, result = self.config, trainer.global_step, None
-        if step == self.prepared.first_step and (recorded := self.run.best_validation({step})):
-            return recorded["bits_per_byte"]
+        which = (
+            held_out,
+            config.data.sequence_length,
+            config.micro_batch_size,
+            config.validation.sequences,
+        )
+        end = self.prepared.document_end
         with self._tolerating("the validation", step), observing(module.network):
-            which = (
-                held_out,
-                config.data.sequence_length,
-                config.micro_batch_size,
-                config.validation.sequences,
-            )
-            result = bits_per_byte(
-                module.network,
-                validation_batches(*which),
-                self._token_bytes,
-                self.prepared.document_end,
-                validation_documents(*which, self.prepared.tokenizer.end_of_text_id),
-            )
+            batches = list(validation_batches(*which))
+            tokens = sum(int(sequences_of(batch, end).trained_tokens) for batch in batches)
+            recorded = self.run.best_validation({step}) if step == self.prepared.first_step else None
+            if recorded and recorded.get("tokens", tokens) == tokens:
+                return recorded["bits_per_byte"], tokens
+            documents = validation_documents(*which, self.prepared.tokenizer.end_of_text_id)
+            result = bits_per_byte(module.network, batches, self._token_bytes, end, documents)
         if result is None:
             return None
-        self._last_validation = Validation(step, **vars(result))
+        self._last_validation = Validation(step, **vars(result), tokens=tokens)
         self._publish(trainer, self._last_validation)
-        return result.bits_per_byte
+        return result.bits_per_byte, tokens
 
     def _predict(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         with self._beside("predict"):

@@ -74,7 +74,7 @@ def fit(prepared: Prepared, run: RunFolder, start: Path | None, emit: Listener) 
         step, last = trainer.global_step, callback.config.train.steps
         signal = Signals(callback.stopped_by) if callback.stopped_by else None
         if is_main_process():
-            if signal is None:
+            if signal is None or step == last:
                 with Tolerance(emit)("giving the last checkpoint the name final.ckpt", step):
                     run.name_final(step)
             reason = signal.name if signal else "patience" if callback.out_of_patience else "done"

@@ -37,9 +37,10 @@ from smolctl.training.train import plan_run
 FIXED_SECTIONS = ("model", "tokenizer", "data", "init_from")
 # Sources may lie elsewhere; what they hold is compared by `require_same_data`.
 FREE_KEYS = ("model.attention_dropout", "data.workers", "data.source", "data.validation")
+LENGTHS = ("train.epochs", "train.minutes")  # which a new run turns into its number of steps
 FIXED_KEYS = (
     *("optimizer.name", "optimizer.decay_embeddings", "optimizer.embedding_lr_multiplier"),
-    *("train.seed", "train.minutes", "schedule.pace"),
+    *("train.seed", "schedule.pace", *LENGTHS),
 )
 
 
@@ -97,6 +98,7 @@ def resume(
     with parent.lock(emit):
         prepared, checkpoint = _prepare(parent, reference, step, options, emit, on_tokenize)
         with naming_the_disk(parent.path):
+            checkpoint = parent.under_its_step(checkpoint)
             parent.clear_after(checkpoint.step, options.force)
             parent.keep_records(checkpoint.step)
             parent.write_config(prepared.config)
@@ -192,7 +194,17 @@ def changed_config(before: RunConfig, done: int, options: ResumeOptions) -> RunC
         InputError: a setting was changed that makes it another run.
     """
     values = changed_run(with_scaled_floor(before.model_dump(), options.settings), options.settings)
-    steps = resolve_run_config(values, "resume").train.steps
+    asked = resolve_run_config(values, "resume")
+    fixed = [line for line in changes(before, asked) if _is_fixed(line.split(" ")[0])]
+    if fixed:
+        is_length = fixed[0].startswith(LENGTHS)
+        raise InputError(
+            f"a resumed run cannot change {fixed[0]}",
+            "Say how far it goes with --extra or --until."
+            if is_length
+            else "Change it back, or start a new run from its weights: smolctl train --init-from RUN.",
+        )
+    steps = asked.train.steps
     changed_steps = steps if steps != before.train.steps else None
     targets = {"--extra": options.extra, "--until": options.until, "train.steps": changed_steps}
     given = [name for name, value in targets.items() if value is not None]
@@ -205,12 +217,6 @@ def changed_config(before: RunConfig, done: int, options: ResumeOptions) -> RunC
             "Use --extra N to train further.",
         )
     config = resolve_run_config(merge(values, {"train": {"steps": target}}), "resume").with_whole_steps()
-    fixed = [line for line in changes(before, config) if _is_fixed(line.split(" ")[0])]
-    if fixed:
-        raise InputError(
-            f"a resumed run cannot change {fixed[0]}",
-            "Change it back, or start a new run from its weights: smolctl train --init-from RUN.",
-        )
     if {"schedule", "optimizer"} & options.settings.keys():
         require_sense(config)
     schedule = continue_schedule(
@@ -242,10 +248,9 @@ def learning_rate_at_boundary(before: RunConfig, after: RunConfig, done: int) ->
         warning = (
             " The schedule has ended at a learning rate of 0, so nothing would be learned; see --lr-policy."
         )
-    return (
-        f"Learning rate: {last:.3g} at step {done:,}, {first:.3g} at step {steps[0]:,}, "
-        f"{end:.3g} at step {steps[1]:,}{past}.{warning}"
-    )
+    rates = {done: last, steps[0]: first, steps[1]: end}
+    shown = ", ".join(f"{rate:.3g} at step {step:,}" for step, rate in rates.items())
+    return f"Learning rate: {shown}{past}.{warning}"
 
 
 def require_same_data(state: Mapping[str, Any], prepared: Prepared, checkpoint: CheckpointFile) -> None:

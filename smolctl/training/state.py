@@ -62,6 +62,7 @@ class _Progress(TypedDict):
     best_step: StepNumber
     bits_per_byte: float
     since: StepNumber
+    tokens: NotRequired[StepNumber]
 
 
 @strict

@@ -59,6 +59,10 @@ class TerminalStream:
         return getattr(self.rich_proxied_file, name)
 
 
+class StdoutError(SmolError):
+    """Stdout takes no more, as on a full disk; nothing is written to it from then on."""
+
+
 @dataclass(frozen=True)
 class Output:
     """One command's way of speaking.
@@ -104,7 +108,7 @@ class Output:
         """Data that stdout does not take goes to stderr instead: nothing that was computed is lost.
 
         Raises:
-            SmolError: stdout took no more, for another reason than a reader that has seen enough.
+            StdoutError: for another reason than a reader that has seen enough.
         """
         try:
             yield
@@ -113,7 +117,7 @@ class Output:
         except OSError as error:
             abandon_stdout()
             write()
-            raise SmolError(
+            raise StdoutError(
                 f"stdout cannot be written ({error.strerror})", "What it did not take is above this line."
             ) from None
 

@@ -27,7 +27,7 @@ from smolctl.runs.events import (
 from smolctl.runs.story import selection
 from smolctl.views.chart import LEAST_WIDTH
 from smolctl.views.numbers import duration, size, sparkline
-from smolctl.views.output import Output
+from smolctl.views.output import Output, StdoutError
 from smolctl.views.tables import facts
 from smolctl.views.tokenizing import PLAIN_INTERVAL, TokenizingView
 from smolctl.views.training_display import RunState, TrainingDisplay, bits_per_byte, loss_lines, number
@@ -70,9 +70,14 @@ class TrainingView:
                 self.out.line(self._step_line(self.state.step))
 
     def __call__(self, event: Event) -> None:
-        """Take one event. A run goes on when its terminal or the reader of its pipe is gone."""
+        """Take one event. A run goes on when its terminal, the reader of its pipe, or the disk's room for its
+        output is gone.
+        """
         with suppress(OSError):
-            self._show(event)
+            try:
+                self._show(event)
+            except StdoutError as error:
+                self.out.talk(f"{error.message}; training continues.")
 
     def _show(self, event: Event) -> None:
         self.out.event(to_json(event))

@@ -105,6 +105,24 @@ def test_a_dash_is_no_path(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (("train", "", "--dry-run"), "CONFIG"),
+        (("train", "nano", "--dry-run", "--init-from", ""), "--init-from"),
+        (("train", "nano", "--dry-run", "--data", "configs", "--data", ""), "--data"),
+        (("train", "nano", "--dry-run", "--set", ""), "--set"),
+        (("resume", ""), "RUN"),
+        (("push", ""), "MODEL"),
+        (("serve", "--api-key", ""), "--api-key"),
+    ],
+)
+def test_an_empty_value_is_not_the_default(arguments: tuple[str, ...], name: str, smolctl: Smolctl) -> None:
+    called = smolctl(*arguments)
+    assert called.code == ExitCode.USAGE
+    assert called.err.startswith(f"error: {name} is empty\n")
+
+
 @pytest.mark.parametrize("name", ["x" * 300, "folder", "file/below"])
 def test_a_path_that_cannot_be_used_is_named(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

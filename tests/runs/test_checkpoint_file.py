@@ -16,11 +16,11 @@ import torch
 
 from smolctl import durable
 from smolctl.errors import ExitCode, InputError
-from smolctl.runs.checkpoint_file import FORMAT, find_damage, read_checkpoint
+from smolctl.runs.checkpoint_file import FORMAT, find_damage, read_checkpoint, recorded_config
 from smolctl.runs.folder import RunFolder
 from smolctl.sources import open_source
 from tests.support.processes import Called
-from tests.support.tiny_runs import prepare_tiny, run, with_steps, write_corpus
+from tests.support.tiny_runs import prepare_tiny, run, tiny_config, with_steps, write_corpus
 
 Damage = Callable[[Path], None]
 
@@ -30,6 +30,14 @@ def flip_bits(path: Path) -> None:
     for at in range(len(content) // 2, len(content) // 2 + 64):
         content[at] ^= 0xFF
     path.write_bytes(content)
+
+
+def test_a_setting_of_a_later_version_leads_to_an_update() -> None:
+    values = tiny_config(Path("corpus")).model_dump(mode="json")
+    values["train"]["wings"] = 2
+    with pytest.raises(InputError, match=r"unknown key train\.wings") as error:
+        recorded_config({"hyper_parameters": {"config": values}}, Path("x.ckpt"))
+    assert "If a newer smolctl has written it, update this one." in error.value.hint
 
 
 def flip_one_bit(path: Path) -> None:

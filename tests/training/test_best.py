@@ -11,14 +11,15 @@ import pytest
 
 from smolctl.config.load import merge
 from smolctl.errors import InputError
-from smolctl.runs.events import End, Event, Note, Step
+from smolctl.runs.events import End, Event, Note, Step, Validation
 from smolctl.runs.folder import RunFolder
 from smolctl.runs.reference import split_step
 from smolctl.sources import open_source
+from smolctl.training.patience import Progress
 from smolctl.training.prepare import Prepared
 from smolctl.training.train import train
 from tests.support.processes import Smolctl
-from tests.support.tiny_runs import assert_same_run, go_on, prepare_tiny, run
+from tests.support.tiny_runs import assert_same_run, go_on, prepare_tiny, run, state
 
 # On text that is nothing like the corpus, three steps help, and after them each score is worse.
 WORSE_AFTER_3: dict[str, Any] = {
@@ -42,6 +43,25 @@ def scores(folder: Path) -> Iterator[tuple[int, float]]:
     for record in RunFolder(folder).metrics():
         if record["event"] == "validation":
             yield record["step"], record["bits_per_byte"]
+
+
+def test_scores_of_another_text_are_not_compared(make: Make, tmp_path: Path) -> None:
+    before = Progress(step=5, best_step=5, bits_per_byte=1.0, since=0, tokens=128)
+    assert before.on_text(128).after(6, 2.0).since == 1
+    assert before.on_text(32).after(6, 2.0) == Progress(6, 6, 2.0, 0, 32)
+    records = RunFolder(tmp_path)
+    for step, score, tokens, best in ((1, 1.5, None, 1), (2, 1.0, 128, 2), (3, 1.1, 128, 2), (4, 2.0, 32, 4)):
+        records.record(Validation(step, score, 0.1, 3.0, None, tokens))
+        fewest = records.best_validation()
+        assert fewest
+        assert fewest["step"] == best
+
+    folder = run(make(train={"steps": 4}), "run")
+    go_on(folder, extra=2, settings={"validation": {"sequences": 1}})
+    assert state(folder, 6)["smolctl"]["progress"]["tokens"] == 32
+    scored = [record for record in RunFolder(folder).metrics() if record["event"] == "validation"]
+    found = [(record["step"], record["tokens"]) for record in scored]
+    assert found[3:] == [(4, 128), (4, 32), (5, 32), (6, 32)]
 
 
 def test_a_run_out_of_patience_stops_keeps_its_best_and_goes_on_with_more(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import random
 import signal
 import subprocess
@@ -11,15 +12,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from smolctl.errors import InputError
+from smolctl.errors import ExitCode, InputError
 from smolctl.runs.checkpoint_file import find_damage
+from smolctl.runs.events import Event, Note, Step
 from smolctl.runs.folder import RunFolder
 from smolctl.runs.layout import is_run
 from smolctl.training.checkpoint import SaveError
 from smolctl.training.prepare import Prepared
+from smolctl.training.train import train
 from tests.support.disks import small_disk
 from tests.support.processes import call, start
 from tests.support.tiny_runs import assert_same_run, go_on, prepare_tiny, run, with_steps, write_project
@@ -185,6 +189,38 @@ def test_second_signal_stops_at_once_and_the_checkpoints_stay(number: signal.Sig
     assert process.wait() == code
     assert not [event for event in rest if event["event"] in ("step", "end")]
     assert good_steps(Path("run")) == [0]
+
+
+SHORT: dict[str, Any] = {
+    "train": {"steps": 4},
+    "checkpoint": {"every": 2},
+    "validation": {"every": 0},
+    "predictions": {"every": 0},
+}
+
+
+def test_a_signal_at_the_last_step_leaves_a_finished_run(make: Callable[..., Prepared]) -> None:
+    def emit(event: Event) -> None:
+        if isinstance(event, Step) and event.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert train(make(**SHORT), "tiny", Path("run"), force=False, emit=emit).exit_code == ExitCode.TERMINATED
+    final = Path("run/checkpoints/final.ckpt")
+    assert final.samefile(RunFolder(Path("run")).checkpoint_path(4))
+
+
+def test_a_run_whose_folder_is_moved_continues_in_a_new_one(make: Callable[..., Prepared]) -> None:
+    said = []
+
+    def emit(event: Event) -> None:
+        said.append(event)
+        if isinstance(event, Step) and event.step == 3:
+            Path("run").rename("moved")
+
+    train(make(**SHORT), "tiny", Path("run"), force=False, emit=emit)
+    assert good_steps(Path("run")) == [4]
+    assert any(isinstance(event, Note) and "run was moved or deleted" in event.text for event in said)
+    go_on(Path("run"), extra=1)
 
 
 # --- two at once ----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from smolctl.runs.events import Note
 from smolctl.runs.folder import RunFolder
 from smolctl.training.optim.schedule import continue_schedule, learning_rate
 from smolctl.training.prepare import Prepared
-from smolctl.training.resume import ResumeOptions
+from smolctl.training.resume import ResumeOptions, changed_config
 from smolctl.training.verify import verify
 from tests.support.tiny_runs import (
     SHORT,
@@ -29,6 +29,7 @@ from tests.support.tiny_runs import (
     prepare_tiny,
     run,
     state,
+    tiny_config,
     with_steps,
     write_corpus,
 )
@@ -178,6 +179,15 @@ def test_what_makes_it_another_run_is_refused(finished: Finished, settings: dict
     assert key in error.value.message
     assert "--init-from" in error.value.hint
     assert (folder / "config.yaml").read_text() == before
+
+
+@pytest.mark.parametrize("length", ["epochs", "minutes"])
+def test_what_says_how_long_a_new_run_is_says_nothing_of_a_resumed_one(length: str) -> None:
+    asked = {"train": {length: 1.0}}
+    for options in (ResumeOptions(settings=asked), ResumeOptions(settings=asked, extra=1)):
+        with pytest.raises(InputError, match=rf"train\.{length} None → 1\.0") as error:
+            changed_config(tiny_config(Path("corpus")), 15, options)
+        assert "--extra" in error.value.hint
 
 
 def edit(folder: Path, old: str, new: str) -> None:

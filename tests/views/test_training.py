@@ -309,6 +309,19 @@ def test_a_terminal_that_was_closed_does_not_fail_the_run() -> None:
         view(End(1_240, "x", "SIGHUP", 75.0))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_full_disk_under_stdout_does_not_fail_the_run(
+    as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with TrainingView(Output(json=as_json)) as view:
+            for event in (*STORY, End(1_240, "x", "done", 75.0)):
+                view(event)
+    assert capsys.readouterr().err.count("stdout cannot be written") == 1
+
+
 def test_an_error_leaves_the_display_and_says_how_far_the_run_has_come() -> None:
     out = Output()
     with terminal(out, 80, 24) as seen, suppress(InputError), TrainingView(out) as view:
