@@ -267,7 +267,9 @@ def _unexpected(error: Exception) -> SmolError:
     """An error that nobody has foreseen, but for a full disk under stdout, and files that cannot be used."""
     if isinstance(error, OSError) and error.filename is None and error.errno in DISK_ERRORS:
         abandon_stdout()
-        return SmolError(f"the output cannot be written ({error.strerror})", "Send it to another place.")
+        return SmolError(
+            f"the output cannot be written ({error.strerror})", "Write it to another file or device."
+        )
     if isinstance(error, OSError) and error.filename is not None and error.errno not in DISK_ERRORS:
         return InputError(f"{error.filename}: {error.strerror}", "Check the path and its permissions.")
     reason = f"{type(error).__name__}: {error}"

@@ -149,7 +149,9 @@ def compare(
         SmolError: a model cannot be read, or there is no text for all of them.
     """
     if len(names) < 2:
-        raise UsageError("one model has nothing to be compared with", "Name two models or more.")
+        raise UsageError(
+            "there is only one model, and nothing to compare it with", "Name two models or more."
+        )
     models = [_open(name) for name in names]
     context = _context(models, options.context)
     text = choose_text([(one.source, one.tokenizer) for one in models], options.data, options.bytes, note)

@@ -56,8 +56,8 @@ def _weight_problems(source: ModelSource) -> Iterator[str]:
     no_weights = [one.name for one in source.tensors or () if one.dtype in NO_WEIGHTS]
     if no_weights:
         yield (
-            f"{no_weights[0]} is the first of {len(no_weights):,} tensors that hold integers or complex "
-            "numbers, and nothing says which weights they stand for"
+            f"{no_weights[0]} is the first of {len(no_weights):,} tensors that contain integers or complex "
+            "numbers, and nothing says how to convert them to weights"
         )
 
 

@@ -156,8 +156,8 @@ def _open(model: str, values: Mapping[str, Any]) -> ModelSource:
         name, at, revision = repository.partition("@")
         revision = f" --revision {revision}" if at else ""
         raise InputError(
-            f"{model}: a repository on the Hub and a quantization of llama.cpp's, which is one of its files",
-            f"`hf download {name}{revision} --include '*{tag}*.gguf' --local-dir .`, then name the file.",
+            f"{model}: this is one GGUF file of a repository on the Hub",
+            f"`hf download {name}{revision} --include '*{tag}*.gguf' --local-dir .`, then give its path.",
         )
     if "/" not in model and not model.lower().endswith(FILE_ENDINGS):
         config_path(model)  # raises, with presets of a similar name
@@ -182,7 +182,7 @@ def _pasted(model: str) -> str:
     if file and file not in HUB_PARTS:
         at = f" --revision {revision}" if revision != "main" else ""
         raise InputError(
-            f"{model}: a part of a repository on the Hub",
+            f"{model}: this is only a part of a repository on the Hub",
             f"`hf download {name} {file}{at} --local-dir .`, then name it; or name the model {name}.",
         )
     return (f"{name}@{revision}" if revision else name) + (address["tag"] or "")
@@ -212,7 +212,9 @@ def _open_path(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
             raise InputError(f"{path}: neither a file nor a folder", KINDS)
         return _open_file(path, name, values)
     except PermissionError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})", "Check the file's rights.") from None
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror})", "Check the file's permissions."
+        ) from None
 
 
 def _holds_model(folder: Path) -> bool:
@@ -231,7 +233,7 @@ def _open_folder(folder: Path, name: str) -> ModelSource:
         return open_folder(folder, name)
     inside = sorted(path.name for path in folder.iterdir())
     shown = ", ".join(inside[:5]) or "nothing"
-    raise InputError(f"{folder}: no model in it: no config.json, safetensors or run; it holds {shown}", KINDS)
+    raise InputError(f"{folder}: contains no model (config.json, safetensors or run), only {shown}", KINDS)
 
 
 def _refuse_part(path: Path) -> None:

@@ -364,8 +364,8 @@ def _tokenizer_of(source: ModelSource, name: str | None, is_asked: bool, emit: L
     other = None if is_new else load_tokenizer(name)
     if other is None or (own is not None and not _agree(own, other)):
         raise InputError(
-            f"tokenizer {name}: its ids stand for other tokens than those that {source.id} was trained with",
-            "Leave the tokenizer out: the weights bring theirs. Or train from scratch without --init-from.",
+            f"tokenizer {name}: its ids mean other tokens than those {source.id} was trained with",
+            "Leave the tokenizer out: the weights have their own. Or train from scratch without --init-from.",
         )
     return other
 

@@ -77,4 +77,6 @@ def write_samples(path: Path, report: TaskReport) -> None:
     try:
         write_text(path, "".join(f"{line}\n" for line in lines))
     except OSError as error:
-        raise SmolError(f"{path}: cannot be written ({error.strerror})", "Name another --samples.") from None
+        raise SmolError(
+            f"{path}: cannot be written ({error.strerror})", "Name another file with --samples."
+        ) from None

@@ -206,10 +206,10 @@ FAULTS = {
         "JSON schema: "
     ),
     '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}': "a part that is not text",
-    '{"prompt": "a", "completions": "mine"}': "under which the answers are written",
-    json.dumps("the cat " * 80): "tokens, the model's context holds 96",
+    '{"prompt": "a", "completions": "mine"}': "which is reserved for the answers",
+    json.dumps("the cat " * 80): "tokens, but the model's context holds 96",
     json.dumps("the cat " * 20_000): "the prompt has 160,000 characters",
-    json.dumps({"messages": [{"role": "user", "content": "hi", "a": "x" * 90_000}]}): "characters, and the",
+    json.dumps({"messages": [{"role": "user", "content": "hi", "a": "x" * 90_000}]}): "characters, but the",
     '{"messages": [{"role": "user", "content": "hi", "a": ' + "[" * 400 + "]" * 400 + "}]}": "levels deep",
 }
 
@@ -237,7 +237,7 @@ def test_a_bad_line_is_one_error_and_the_others_are_answered(
     assert "no chat template" in rows_of(smolctl("sample", other, "--jsonl", path).out)[0]["error"]["message"]
 
 
-@pytest.mark.parametrize(("content", "cause"), [("\n", "no prompts in it"), (None, "No such file")])
+@pytest.mark.parametrize(("content", "cause"), [("\n", "contains no prompts"), (None, "No such file")])
 def test_a_file_without_prompts_is_an_error(
     content: str | None, cause: str, smolctl: Smolctl, model: Path, tmp_path: Path
 ) -> None:
@@ -346,8 +346,8 @@ def test_a_file_that_is_no_output_of_these_prompts_is_left_as_it_is(
         (("--compare",), "two MODELs"),
         (("--jsonl", "x", "--prompt", "y"), "cannot be combined"),
         (("--jsonl", "x", "second"), "takes one MODEL"),
-        (("--prompt", "x", "--resume-output", "y"), "--resume-output belongs to --jsonl"),
-        (("--prompt", "x", "--system", "y"), "--system belongs to a chat"),
+        (("--prompt", "x", "--resume-output", "y"), "--resume-output needs --jsonl"),
+        (("--prompt", "x", "--system", "y"), "--system needs --chat"),
         (("--top-p", "3"), "--top-p 3.0 is out of range"),
         (("--json",), "no prompt"),
         (("second",), "no prompt"),
@@ -433,7 +433,7 @@ def test_a_session_edits_lines_and_loses_nothing_of_what_is_typed(model: Path, t
         terminal.type(f"he ct{LEFT}a{HOME}t\r")
         assert "chatting with the model's template" in terminal.shown or terminal.read_until("prefill")
         terminal.type("cat " * 1500 + "\r")  # more than a terminal's own line holds, and than the context
-        error = terminal.read_until(" characters, and the model's context of 96 tokens holds")
+        error = terminal.read_until(" characters, but the model's context of 96 tokens holds")
         assert int(error.rpartition("the prompt has ")[2].replace(",", "")) >= 6000
         terminal.type(f"{PASTE}a\nb\r\nc{PASTED}\r")
         terminal.type("\x03")
@@ -497,7 +497,7 @@ def test_the_commands_of_a_session(model: Path, tmp_path: Path) -> None:
 def test_without_a_template_and_on_a_terminal_that_can_do_nothing(other: Path, tmp_path: Path) -> None:
     """Every prompt stands alone there."""
     with on_a_terminal("sample", other, *SHORT, term="dumb", ready="> ", cache=tmp_path) as terminal:
-        assert "each prompt stands alone" in terminal.read_until("Ctrl-D ends.")
+        assert "each prompt is independent" in terminal.read_until("Ctrl-D ends.")
         answers = []
         for _ in range(2):
             terminal.type("the cat\r")

@@ -181,7 +181,7 @@ def test_integers_without_scales_are_no_weights(dtype: torch.dtype, tmp_path: Pa
     torch.save(state, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     for model in (tmp_path, tmp_path / "pytorch_model.bin"):
-        with pytest.raises(InputError, match=f"{name} holds integers"):
+        with pytest.raises(InputError, match=f"{name} contains integers"):
             load_network(open_source(str(model)))
 
 
@@ -261,7 +261,7 @@ def test_a_lone_file_takes_the_config_beside_it_or_says_what_it_assumes(beside: 
     assert set(source.assumptions) <= set(source.problems)
     assert provenance_of(source).assumed == source.assumptions
     source.require_certainty(accept_guesses=True)
-    with pytest.raises(InputError, match=r"not certain: .*head_dim") as caught:
+    with pytest.raises(InputError, match=r"incomplete: .*head_dim") as caught:
         quantize(source.id, QuantizeOptions())
     assert "--accept-guesses" in caught.value.hint
 

@@ -116,7 +116,7 @@ def _tokenize(
     else:
         raise InputError(
             f"{dataset}: a Hub dataset is streamed, so it cannot be shuffled together with other sources",
-            f"Say how much comes from each, for example data.weights={[1] * len(sources)}.",
+            f"Set their shares, for example data.weights={[1] * len(sources)}.",
         )
     read = [source.read_as for source in sources if source.read_as]
     return replace(corpus, read=(*read, *_what_was_met(corpus, data)))

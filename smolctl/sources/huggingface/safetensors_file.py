@@ -67,7 +67,7 @@ def read_header(path: Path) -> tuple[TensorHeader, ...]:
             text = file.read(length)
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be read ({error.strerror})", "Check the path and its rights."
+            f"{path}: cannot be read ({error.strerror})", "Check the path and its permissions."
         ) from None
     tensors = parse_header(text, size - 8 - length, str(path))
     if not tensors:
@@ -111,7 +111,7 @@ def parse_header(text: bytes, data_size: int | None, origin: str) -> tuple[Tenso
         )
     if data_size is not None and placed and position < data_size:
         raise InputError(
-            f"{origin}: {data_size - position:,} bytes follow the last tensor, which no safetensors file has",
+            f"{origin}: {data_size - position:,} bytes follow the last tensor, which is not valid",
             "Download or save the file again; the safetensors library refuses it too.",
         )
     return tuple(tensor for _, _, tensor in placed)
@@ -147,11 +147,11 @@ def read_shards(folder: Path, index: Path) -> tuple[dict[Path, list[str]], tuple
     headers: list[TensorHeader] = []
     for path, names in shards.items():
         if not path.is_file():
-            raise InputError(f"{path}: missing, though {index.name} names it", "Download the missing file.")
+            raise InputError(f"{path}: missing, although {index.name} lists it", "Download the missing file.")
         found = {tensor.name: tensor for tensor in read_header(path)}
         lost = [name for name in names if name not in found]
         if lost:
-            raise InputError(f"{path}: has no {lost[0]}, though {index.name} promises it", DAMAGED)
+            raise InputError(f"{path}: has no {lost[0]}, although {index.name} lists it", DAMAGED)
         headers += [found[name] for name in names]
     return shards, tuple(headers)
 
