@@ -22,7 +22,7 @@ def count_params(
     ] = 2,
     settings: ModelSettings = None,
 ) -> None:
-    """Count a model's parameters without loading its weights.
+    """Count parameters without loading weights.
 
     \b
     smolctl count-params smollm2-135m
