@@ -92,7 +92,7 @@ class Pair:
                 return f"{self.a.label} and {self.b.label} predict equally well: difference 0"
             return (
                 f"no difference seen between {self.a.label} and {self.b.label}: {gap:.4f} ± {margin:.4f} "
-                f"bits/byte; one of {self.difference.detectable:.4f} would be detected four times in five"
+                f"bits/byte; {self.difference.detectable:.4f} would be detected with a probability of 80 %"
             )
         other = self.b if self.better is self.a else self.a
         return f"{self.better.label} is better than {other.label} by {gap:.4f} ± {margin:.4f} bits/byte"
@@ -275,7 +275,7 @@ def _notes(
     if blocks.by_document:
         pass
     elif is_chat:
-        notes.append("The conversations are few: the intervals are rough.")
+        notes.append("There are few conversations, so the intervals are rough.")
     else:
         text = "is one document" if documents == 1 else "has few documents, or one of them is most of it"
         notes.append(

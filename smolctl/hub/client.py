@@ -202,7 +202,7 @@ class HubClient:
             head = self.head(main)
             if head.private == public:
                 shown = "private" if head.private else "public"
-                self.note(f"{target.shown} is {shown} already and stays so.")
+                self.note(f"{target.shown} is {shown} already, and stays so.")
         except MissingError:
             of: dict[str, Any] = {"private": not public, "exist_ok": True, "space_sdk": space_sdk}
             self._ask(target, "create the repository", self.api.create_repo, **of)

@@ -123,7 +123,7 @@ def quantize(
         note(f"{source.id}: {problem}")
     require_own_files(source, carried_only=True)
     if source.quantization is not None:
-        note(f"{source.id} is quantized already: what its {source.quantization['scheme']} lost stays lost.")
+        note(f"{source.id} is already quantized: its {source.quantization['scheme']} loss is permanent.")
     plans = [
         make_plan(config, scheme, _options_for(options, scheme))
         for scheme in dict.fromkeys(options.schemes or ("",))

@@ -68,7 +68,7 @@ class Server:
 
     async def _index(self, request: Request) -> Response:
         paths = (route.path for route in self._routes if "{" not in route.path)
-        return PlainTextResponse("\n".join((f"smolctl serves {self.name} by OpenAI's API:", *paths, "")))
+        return PlainTextResponse("\n".join((f"smolctl serves {self.name} with OpenAI's API:", *paths, "")))
 
     async def _health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})

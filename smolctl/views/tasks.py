@@ -42,7 +42,7 @@ def show_tasks(out: Output, report: TaskReport) -> None:
     out.show("", _table(report), "")
     out.line(f"± is one standard error over the items. lm-eval {report.library}.")
     if report.limit is not None:
-        out.line("Only some items were asked (--limit): do not compare these figures with others'.")
+        out.line("Only some items were used (--limit): do not compare these figures with others'.")
 
 
 def _table(report: TaskReport) -> Any:

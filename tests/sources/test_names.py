@@ -195,7 +195,7 @@ def test_weights_that_are_packed_in_an_unknown_way_are_counted_by_the_config(tmp
     save_file({**state, **packed}, tmp_path / "model.safetensors")
     report = count_source(open_source(str(tmp_path)))
     assert (report.totals, report.agrees) == (expected, None)
-    assert "in a layout that is not known" in report.notes[0]
+    assert "in an unknown layout" in report.notes[0]
 
 
 def write_reference(folder: Path) -> Path:
