@@ -49,8 +49,7 @@ def eval(
         typer.Option(
             "--gen-kwargs",
             metavar="KEY=VALUE,...",
-            help="Generation settings of tasks with free answers, such as "
-            "max_gen_toks=64,do_sample=True,temperature=0.7.",
+            help="Generation settings of tasks with free answers, such as max_gen_toks=64,do_sample=True.",
             show_default=False,
         ),
     ] = None,
