@@ -97,7 +97,9 @@ def option_table(command: str) -> str:
 
 
 def _code(text: str) -> str:
-    return f"<code>{_cell(text)}</code>" if "|" in text else f"`{text}`"
+    """As code. A choice may break after each of its values, where a phone is too narrow for all of them."""
+    choice = _cell(text).replace("&#124;", "&#124;<wbr>")
+    return f"<code>{choice}</code>" if "|" in text else f"`{text}`"
 
 
 def _cell(text: str) -> str:

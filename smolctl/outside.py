@@ -202,10 +202,10 @@ class YamlLoader(yaml.SafeLoader):
         assert node is not None
         is_alias = isinstance(event, yaml.AliasEvent)
         if is_alias and node not in self._sizes:
-            raise _Refusal(key, f"*{event.anchor} stands for something that it is a part of", event)
+            raise _Refusal(key, f"*{event.anchor} refers to a value that contains it", event)
         self._nodes += self._sizes[node] if is_alias else 1
         if self._nodes > MAX_YAML_NODES:
-            raise _Refusal(key, f"stands for more than {MAX_YAML_NODES:,} values", event)
+            raise _Refusal(key, f"expands to more than {MAX_YAML_NODES:,} values", event)
         self._sizes.setdefault(node, self._nodes - before)
         self._paths.setdefault(node, key)
         if parent is not None:
@@ -215,7 +215,7 @@ class YamlLoader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         key, written = self._paths.get(node, ""), node.value
         if node.tag not in self.yaml_constructors:
-            raise _Refusal(key, f"the tag {node.tag} is not read", node)
+            raise _Refusal(key, f"the tag {node.tag} is not supported", node)
         if node.tag in NUMBERS and len(written) > MAX_DIGITS:
             raise _Refusal(key, f"a number of {len(written):,} digits", node)
         try:

@@ -155,10 +155,12 @@ def require_replaceable_file(
     _require_not_read(target, option, reads)
     if not force:
         raise UsageError(
-            f"{target} is there already", f"Choose another {option}, or replace the file with --force."
+            f"{target} already exists", f"Choose another {option}, or replace the file with --force."
         )
     if not is_own(target):
-        raise UsageError(f"{target} is not replaced, because smolctl did not write it as such", another)
+        raise UsageError(
+            f"{target} is not replaced, because smolctl did not write it as this kind of file", another
+        )
 
 
 def _require_not_read(target: Path, option: str, reads: Iterable[str]) -> None:
@@ -201,7 +203,7 @@ def require_inside(folder: Path, names: Iterable[str]) -> None:
         real = path.resolve()
         if not real.is_relative_to(root):
             raise InputError(
-                f"{path} is not taken, because it is a link to {real}, outside of the folder",
+                f"{path} is refused, because it is a link to {real}, outside of the folder",
                 "Put a copy in the place of the link, or remove it.",
             )
         if real.is_file() and (links := real.stat().st_nlink) > 1:
@@ -209,7 +211,7 @@ def require_inside(folder: Path, names: Iterable[str]) -> None:
             inside = sum(other.samefile(real) for other in names_of)
             if inside < links:
                 raise InputError(
-                    f"{path} is not taken, because the same file has another name outside of the folder",
+                    f"{path} is refused, because it is a hard link to a file outside of the folder",
                     f"Make it a file of its own: cp {path} COPY && mv COPY {path}",
                 )
 

@@ -31,6 +31,8 @@ PRIVATE = {
     r"(token|step|sequence|second|parameter|line|head|answer|weight|value|call)": "tokens per step",
     r"(?<!there )(?:is|are) no (?!longer|larger|more|better|worse|smaller)\w+": "is not a",
     r"anew|exclude each other|something else than|so many": "again, cannot be combined, other than",
+    r"cannot be a GGUF|(?:not|is) taken, because|is there already|no \w+ in it": "refused, exists, contains",
+    r"answers? with nothing|another way than|all the same|by heart|stands? alone": "anyway",
     r"ours": "smolctl's; chosen, for a value of a config",
 }
 WORDS = re.compile(rf"(?<![\w-])({'|'.join(PRIVATE)})(?!\w)", re.IGNORECASE)

@@ -124,7 +124,7 @@ def read_baseline(path: Path) -> Baseline:
         raise InputError(f"{path}: not a file of `smolctl bench --save`", REMEDY)
     if content.get("version") != VERSION:
         version = shown(content.get("version"))
-        raise InputError(f"{path}: version {version}, this smolctl reads {VERSION}", REMEDY)
+        raise InputError(f"{path}: version {version}, but this smolctl reads version {VERSION}", REMEDY)
     return checked(Baseline, content, f"{path}: damaged", REMEDY)
 
 

@@ -30,7 +30,7 @@ from smolctl.timing import Spread, in_turns
 
 REPEATS = 7  # of six the smallest and the largest bound the median; one more makes the median a value
 ABOVE_THE_LIMIT = (
-    "above 100 % of the memory bandwidth the weights stay in the processor's cache; above 100 % of the "
+    "above 100 % of the memory bandwidth, the weights stay in the processor's cache; above 100 % of the "
     "matmul rate the engine's matmuls are faster than PyTorch's"
 )
 

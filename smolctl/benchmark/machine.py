@@ -118,7 +118,7 @@ def disturbance(load: SystemLoad, cpus: int) -> str:
     if load.others is not None and load.others > OTHERS_SHARE:
         found.append(f"other processes took {load.others:.0%} of the processors' time")
     if load.steal is not None and load.steal > STEAL_SHARE:
-        found.append(f"the host took {load.steal:.0%} of it away")
+        found.append(f"the host took {load.steal:.0%} of the processors' time away")
     if load.others is None and load.load_average is not None and load.load_average > 0.5 * cpus:
         found.append(f"the load average was {load.load_average:.1f} on {cpus} processors before the start")
     return " and ".join(found)

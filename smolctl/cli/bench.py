@@ -90,7 +90,7 @@ def bench(
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
 ) -> None:
-    """Measure a model's speed and memory.
+    """Measure the speed and memory of a model.
 
     Results are compared with the machine's limits, and with other engines if asked.
 
@@ -114,7 +114,9 @@ def bench(
     if fail_below is not None and baseline is None:
         raise UsageError("--fail-below needs a baseline to compare with", "Name one with --baseline.")
     if fail_below is not None and not 0 < fail_below < math.inf:
-        raise UsageError(f"--fail-below {fail_below}: not a share above 0", "Give one such as 0.95.")
+        raise UsageError(
+            f"--fail-below {fail_below}: must be a finite number above 0", "Give one such as 0.95."
+        )
     if baseline is not None:
         read_baseline(baseline)  # fail now rather than after minutes
     for target, name, is_own in ((save, "--save", is_baseline), (plot, "--plot", is_own_chart)):

@@ -76,6 +76,6 @@ def compare(
     if require_better and not comparison.first_is_best:
         failed = [pair.verdict for pair in comparison.pairs if pair.a is comparison.measures[0]]
         raise GateError(
-            f"A is not better than each other one: {'; '.join(failed)}",
-            "Keep the other one, or compare on more text.",
+            f"A is not better than every other model: {'; '.join(failed)}",
+            "Keep the other model, or compare on more text.",
         )

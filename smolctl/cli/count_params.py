@@ -17,12 +17,12 @@ def count_params(
     depth: Annotated[
         int,
         typer.Option(
-            "--depth", "-d", min=1, help="Depth of the tree: 2 groups equal layers, 4 lists every matrix."
+            "--depth", "-d", min=1, help="Depth of the tree: 2 groups identical layers, 4 lists every matrix."
         ),
     ] = 2,
     settings: ModelSettings = None,
 ) -> None:
-    """Count a model's parameters without loading its weights.
+    """Count parameters without loading weights.
 
     \b
     smolctl count-params smollm2-135m

@@ -49,8 +49,7 @@ def eval(
         typer.Option(
             "--gen-kwargs",
             metavar="KEY=VALUE,...",
-            help="Generation settings of tasks with free answers, such as "
-            "max_gen_toks=64,do_sample=True,temperature=0.7.",
+            help="Generation settings of tasks with free answers, such as max_gen_toks=64,do_sample=True.",
             show_default=False,
         ),
     ] = None,
@@ -81,7 +80,9 @@ def eval(
     from smolctl.views.tasks import is_samples, show_tasks, write_samples
 
     if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit.is_integer())):
-        raise UsageError(f"--limit {limit:g} is out of range", "Use a whole number, or a share below 1.")
+        raise UsageError(
+            f"--limit {limit:g} is out of range", "Use a whole number of items, or a share below 1."
+        )
     options = TaskOptions(
         tasks=tuple(tasks or ()),
         shots=shots,

@@ -46,7 +46,7 @@ def inspect_config(
     ] = None,
     settings: ModelSettings = None,
 ) -> None:
-    """Show a model's config, derived facts and problems.
+    """Show a config, derived figures and problems.
 
     \b
     smolctl inspect-config smollm2-135m

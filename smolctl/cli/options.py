@@ -294,7 +294,9 @@ def _unexpected(error: Exception) -> SmolError:
     """An error that nobody has foreseen, but for a full disk under stdout, and files that cannot be used."""
     if isinstance(error, OSError) and error.filename is None and error.errno in DISK_ERRORS:
         abandon_stdout()
-        return SmolError(f"the output cannot be written ({error.strerror})", "Send it to another place.")
+        return SmolError(
+            f"the output cannot be written ({error.strerror})", "Write it to another file or device."
+        )
     if isinstance(error, OSError) and error.filename is not None:
         said = f"{error.filename2 or error.filename}: {error.strerror}"  # of a copy, where it goes to
         if error.errno in DISK_ERRORS:

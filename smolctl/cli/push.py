@@ -123,7 +123,7 @@ def push(
     smolctl push --dry-run                             what a push of the newest run would send
     smolctl push --repo me/my-model --public
     smolctl push runs/nano-001@300 --local-dir out     the same files, in a folder
-    smolctl push --space me/my-demo                    and a page that runs it in the visitor's browser
+    smolctl push --space me/my-demo                    also a page that runs it in the visitor's browser
     smolctl push --preview                             that page on this machine
     smolctl push --page site                           that page as a folder for any static host
     """

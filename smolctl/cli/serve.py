@@ -67,7 +67,7 @@ def serve(
     kv_cache: KvCache = "auto",
     threads: Threads = None,
 ) -> None:
-    """Serve a model over OpenAI's HTTP API.
+    """Serve a model over an OpenAI-compatible API.
 
     Requires the extra 'serve'.
 

@@ -48,7 +48,8 @@ def train(
         typer.Option(
             "--data",
             metavar="TEXT",
-            help="File, folder, Hub dataset (org/name[@revision][:config]) or 'python'; repeatable.",
+            help="File, folder, Hub dataset (org/name[@revision][:config]), or 'python', the built-in "
+            "corpus; repeatable.",
             autocompletion=names("python"),
         ),
     ] = None,

@@ -93,7 +93,9 @@ class DataConfig(Section):
         if len(weights) != len(self.source):
             raise ValueError(f"{len(weights)} weights for {len(self.source)} sources; give one for each")
         if min(weights) <= 0:
-            raise ValueError("every weight must be above 0; leave a source out to not use it")
+            raise ValueError(
+                "every weight must be above 0; to leave a source out, remove it from data.source"
+            )
         if min(weights) < sum(weights) / 1_000:
             raise ValueError("every weight must be at least a thousandth of their sum")
         return self

@@ -79,7 +79,8 @@ def config_path(name_or_path: str) -> Path:
         return presets_folder() / f"{name_or_path}.yaml"
     if path.is_dir():
         raise InputError(
-            f"{name_or_path}: a folder, not a config", f"To train on the text in it: --data {name_or_path}"
+            f"{name_or_path}: this is a folder, not a config",
+            f"To train on the text in it: --data {name_or_path}",
         )
     near = difflib.get_close_matches(name_or_path, preset_names(), n=1)
     hint = f"Did you mean {near[0]}? " if near else ""
@@ -151,7 +152,7 @@ def load_run_config(
     content, changes = read_yaml(path), merge(parse_settings(settings), flags or {})
     if _given(content, "model", "model_config") is not None:
         raise InputError(
-            f"{name_or_path}: a nanotron recipe, which train cannot use directly",
+            f"{name_or_path}: this is a nanotron recipe, which train cannot use directly",
             f"Translate it first: smolctl inspect-config {name_or_path} --yaml > mine.yaml",
         )
     if model is not None:

@@ -138,7 +138,7 @@ class ModelConfig(Section):
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
         if self.position_embedding == "rope" and self.head_dim % 2:
-            raise ValueError(f"rope rotates pairs: head_dim {self.head_dim} is odd")
+            raise ValueError(f"head_dim {self.head_dim} is odd, but rope needs an even one")
         if self.no_rope_layers and len(self.no_rope_layers) != self.num_hidden_layers:
             raise ValueError(
                 f"no_rope_layers has {len(self.no_rope_layers)} entries, the model "

@@ -93,7 +93,7 @@ class Pair:
                 return f"{self.a.label} and {self.b.label} predict equally well: difference 0"
             return (
                 f"no difference seen between {self.a.label} and {self.b.label}: {gap:.4f} ± {margin:.4f} "
-                f"bits/byte; one of {self.difference.detectable:.4f} would be detected four times in five"
+                f"bits/byte; {self.difference.detectable:.4f} would be detected with a probability of 80 %"
             )
         other = self.b if self.better is self.a else self.a
         return f"{self.better.label} is better than {other.label} by {gap:.4f} ± {margin:.4f} bits/byte"
@@ -150,7 +150,9 @@ def compare(
         SmolError: a model cannot be read, or there is no text for all of them.
     """
     if len(names) < 2:
-        raise UsageError("one model has nothing to be compared with", "Name two models or more.")
+        raise UsageError(
+            "there is only one model, and nothing to compare it with", "Name two models or more."
+        )
     models = [_open(name) for name in names]
     context = _context(models, options.context)
     text = choose_text([(one.source, one.tokenizer) for one in models], options.data, options.bytes, note)
@@ -271,7 +273,7 @@ def _notes(
     if blocks.by_document:
         pass
     elif is_chat:
-        notes.append("The conversations are few: the intervals are rough.")
+        notes.append("There are few conversations, so the intervals are rough.")
     else:
         text = "is one document" if documents == 1 else "has few documents, or one of them is most of it"
         notes.append(

@@ -113,7 +113,7 @@ class EngineLM(TemplateLM):
         if not 0 < len(continuation) <= self.max_length:
             raise InputError(
                 f"a task asks for the probability of {len(continuation):,} tokens, "
-                f"the model's context holds {self.max_length:,}",
+                f"but the model's context holds {self.max_length:,}",
                 "Leave out the task, or choose a model with a longer context.",
             )
         whole = (*context, *continuation)
@@ -170,7 +170,7 @@ class EngineLM(TemplateLM):
         most = asked.pop("max_gen_toks")
         if most >= self.max_length:
             raise InputError(
-                f"a task asks for {most:,} new tokens, the model's context holds {self.max_length:,}",
+                f"a task asks for {most:,} new tokens, but the model's context holds {self.max_length:,}",
                 "Ask for fewer: --gen-kwargs max_gen_toks=N.",
             )
         ids = self.tok_encode(context) or [self.prefix_token_id]

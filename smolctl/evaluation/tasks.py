@@ -198,7 +198,9 @@ def _find_tasks(asked: Sequence[str]) -> tuple[Any, list[str]]:
     for folder in folders:
         inside = TaskManager(include_path=folder, include_defaults=False).all_subtasks
         if not inside:
-            raise InputError(f"{folder}: no task in it", "Name a folder with YAML files of lm-eval's tasks.")
+            raise InputError(
+                f"{folder}: contains no task", "Name a folder with YAML files of lm-eval's tasks."
+            )
         found += inside
     manager = TaskManager(include_path=folders or None, include_defaults=bool(by_name))
     for name in by_name:
@@ -231,7 +233,7 @@ def _explained() -> Iterator[None]:
     except (ConnectionError, HfHubHTTPError, datasets.exceptions.DatasetNotFoundError) as error:
         raise HubError(
             f"the data of a task is not available: {first_line(error)}",
-            "Check its name and the network, or take a task with data of your own.",
+            "Check its name and the network, or use a task with your own data.",
         ) from error
     except Exception as error:  # a task is a program: it raises whatever it likes
         raise InputError(

@@ -78,7 +78,7 @@ def choose_text(
         on_note: called with what was decided, and while another tokenization is waited for.
 
     Raises:
-        InputError: the text is missing or empty, or the runs have held out no document in common.
+        InputError: the text is missing or empty, or the runs have no held-out document in common.
         HubError: a Hub dataset cannot be had.
     """
     if data:
@@ -103,7 +103,7 @@ def choose_text(
         found = dict.fromkeys(_documents(corpus.validation, tokenizer))
         common = found if common is None else {text: None for text in common if text in found}
     if not common:
-        raise InputError("the runs have held out no document in common", NAME_TEXT)
+        raise InputError("the runs have no held-out document in common", NAME_TEXT)
     return _chosen(f"held-out part of {name}", common, limit)
 
 
@@ -132,7 +132,7 @@ def _held_out_conversations(
         found = {_content(one): one for one in _held_out_of(data, tokenizer, on_note)}
         common = found if common is None else {key: one for key, one in common.items() if key in found}
     if not common:
-        raise InputError("the runs have held out no conversation in common", NAME_TEXT)
+        raise InputError("the runs have no held-out conversation in common", NAME_TEXT)
     return _chosen(f"held-out part of {', '.join(names)}", common.values(), limit)
 
 
@@ -214,7 +214,7 @@ def _chosen(name: str, documents: Iterable[D], limit: int) -> Text:
             left_out += 1
     chosen = tuple(text for _, _, text in sorted(heap, key=lambda one: one[1]) if text)
     if not chosen:
-        raise InputError(f"{name}: no text in it", "Name files that hold text.")
+        raise InputError(f"{name}: contains no text", "Name files that contain text.")
     is_cut = longest < limit and isinstance(chosen[0], str)
     return Text(name, chosen, left_out, longest if is_cut else None)
 

@@ -76,7 +76,8 @@ def _converted(name: str, matrix: Array, dtype: str) -> Array:
         converted: Array = values.astype(dtype, copy=False)
     if not np.isfinite(converted).all() and np.isfinite(values).all():
         raise UsageError(
-            f"--dtype float16: {name} holds values above 65,504, which float16 cannot", "Use bfloat16."
+            f"--dtype float16: {name} has values above 65,504, which float16 cannot represent",
+            "Use bfloat16.",
         )
     return converted
 

@@ -60,7 +60,7 @@ class LoadedModel:
         """
         if self.tokenizer.chat_template is None:
             raise InputError(
-                f"{self.id}: the model has no chat template; it continues text",
+                f"{self.id}: the model has no chat template and can only continue text",
                 "Leave out --chat, or choose an instruction-tuned model.",
             )
         self.tokenizer.require_room(count_characters(list(messages)), self.context)

@@ -20,7 +20,7 @@ def parse_messages(value: Any) -> list[dict[str, Any]]:
         InputError: it is something else, or holds anything but text; the message names the field.
     """
     if not isinstance(value, list) or not value:
-        raise InputError('"messages" is not a list with a message in it', LIKE_OPENAI)
+        raise InputError('"messages" is not a list of at least one message', LIKE_OPENAI)
     return [_message(f"messages[{number}]", message) for number, message in enumerate(value)]
 
 

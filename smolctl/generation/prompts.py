@@ -104,7 +104,7 @@ def read_prompts(name: str, stdin: TextIO, defaults: CompletionSettings) -> Prom
     numbered = enumerate(text.removeprefix("\ufeff").split("\n"), start=1)
     lines = tuple(_parse(number, line.strip(), defaults) for number, line in numbered if line.strip())
     if not lines:
-        raise InputError(f"{name}: no prompts in it", 'Write one JSON object per line: {"prompt": "..."}.')
+        raise InputError(f"{name}: contains no prompts", 'Write one JSON object per line: {"prompt": "..."}.')
     return PromptFile(name, lines)
 
 
@@ -213,7 +213,7 @@ def _parse(number: int, text: str, defaults: CompletionSettings) -> PromptLine:
         messages = parse_messages(value["messages"]) if "messages" in value else ()
         if COMPLETIONS in value:
             raise InputError(
-                f'it has the key "{COMPLETIONS}", under which the answers are written', "Rename that key."
+                f'it has the key "{COMPLETIONS}", which is reserved for the answers', "Rename that key."
             )
         _refuse_unsupported(value, OF_SERVERS)
         schema = answer_schema(value.get("response_format"))

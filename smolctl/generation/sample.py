@@ -66,7 +66,7 @@ class SampleRequest:
         if self.jsonl is not None and len(self.models) > 1:
             raise UsageError("--jsonl takes one MODEL", "Run it once for every model.")
         if self.resume_output is not None and self.jsonl is None:
-            raise UsageError("--resume-output belongs to --jsonl", "Name the prompts with --jsonl FILE.")
+            raise UsageError("--resume-output needs --jsonl", "Name the prompts with --jsonl FILE.")
 
     @property
     def continues_text(self) -> bool:
@@ -129,7 +129,7 @@ def sample(
     done = finished_lines(file, request.resume_output) if file and request.resume_output else 0
     text = _prompt(request, stdin) if file is None else None
     if request.system is not None and not request.chat and _has_raw_prompt(text, file):
-        raise UsageError("--system belongs to a chat", "Add --chat, or write it into the prompt.")
+        raise UsageError("--system needs --chat", "Add --chat, or write it into the prompt.")
     models = [
         load_model(name, request.engine, request.tokenizer) for name in request.models or ("runs/latest",)
     ]
@@ -150,7 +150,7 @@ def sample(
     if text is None:
         conversation.chat = first.can_chat if request.chat is None else request.chat
         if request.system is not None and not conversation.chat:
-            raise UsageError(f"--system belongs to a chat, and {first.id} has no template", "Leave it out.")
+            raise UsageError(f"--system needs a chat template, and {first.id} has none", "Leave it out.")
         return Session(first, replace(settings, grammar=grammars[0]), conversation)
     own_settings = [replace(settings, grammar=grammar) for grammar in grammars]
     return _complete_each(models, own_settings, conversation, text, on_event, request.compare)

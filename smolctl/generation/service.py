@@ -94,7 +94,7 @@ class Service:
         job.open, most = len(job.requests), self.slots + self.most_waiting
         if job.open > most:
             raise InputError(
-                f"{job.open} answers are asked for, and there is room for {most}", "Ask for fewer."
+                f"{job.open} answers were requested, but only {most} are possible", "Ask for fewer."
             )
         with self._lock:
             if self._open + job.open > most:

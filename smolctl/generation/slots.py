@@ -177,7 +177,7 @@ def check_prompt(length: int, context: int) -> None:
         raise InputError("the prompt is empty", "Give --prompt some text.")
     if length >= context:
         raise PromptTooLongError(
-            f"the prompt has {length} tokens, the model's context holds {context}", "Shorten the prompt."
+            f"the prompt has {length} tokens, but the model's context holds {context}", "Shorten the prompt."
         )
 
 

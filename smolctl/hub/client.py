@@ -84,7 +84,7 @@ class Identity:
         token = f"token {self.token_name!r}" if self.token_name else "this token"
         if self.role == "read":
             raise HubError(
-                f"{token} of {self.user} may only read",
+                f"{token} of {self.user} has read access only",
                 "Create one with the role write at hf.co/settings/tokens.",
             )
         known = (self.user, *self.organizations)
@@ -211,7 +211,7 @@ class HubClient:
             head = self.head(main)
             if head.private == public:
                 shown = "private" if head.private else "public"
-                self.note(f"{target.shown} is {shown} already and stays so.")
+                self.note(f"{target.shown} is {shown} already, and stays so.")
         except MissingError:
             of: dict[str, Any] = {"private": not public, "exist_ok": True, "space_sdk": space_sdk}
             self._ask(target, "create the repository", self.api.create_repo, **of)
@@ -283,7 +283,7 @@ class HubClient:
         wrong += [path for path in gone if path in there.checksums]
         if wrong:
             raise HubError(
-                f"{target.shown}: after the commit {commit.sha[:8]} the Hub holds another "
+                f"{target.shown}: after the commit {commit.sha[:8]} the Hub has different content in "
                 f"{', '.join(wrong[:5])}",
                 "Run the same command again; if it stays so, delete the file on the Hub first.",
             )

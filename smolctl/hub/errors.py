@@ -123,7 +123,7 @@ TABLE: Mapping[str | int, Verdict] = {
     500: (PassingError, "{host} has an internal error ({status})", AGAIN),
     409: (
         HubError,
-        "it conflicts with what is there already (409: {said})",
+        "it conflicts with what already exists there (409: {said})",
         "Look at {page}, and remove what is there{elsewhere}.",
     ),
     412: (

@@ -153,7 +153,7 @@ def _count_header(source: ModelSource, stored: SortedTensors) -> ParameterReport
     )
     if missing:
         here = sum(row.parameters for row in rows if not row.tied)
-        notes += (f"{missing}: the parts that are here hold {here:,} parameters",)
+        notes += (f"{missing}: the parts that are present have {here:,} parameters",)
     return ParameterReport(
         source,
         Basis.HEADER,
@@ -178,7 +178,7 @@ def _count_architecture(source: ModelSource) -> ParameterReport:
         notes = (f"{source.unsupported}: {note}", *built.assumed)
         return ParameterReport(source, Basis.TRANSFORMERS, totals, module_tree(rows), None, notes)
     rows = _known_rows(source.declared)
-    notes = (f"{built}: only what the fields of the config say is listed, a part of the model",)
+    notes = (f"{built}: only the parts that the config describes are listed, not the whole model",)
     nothing = Totals(None, None, None, None)
     return ParameterReport(source, Basis.FIELDS, nothing, module_tree(rows), None, notes, partial=True)
 
@@ -216,6 +216,6 @@ def _stored_notes(stored: SortedTensors) -> Iterable[str]:
             yield f"not counted: {len(tensors):,} tensors of {numbers:,} numbers: {what}"
     if stored.unknown:
         yield (
-            f"{len(stored.unknown):,} tensors hold packed integers in a layout that is not known "
-            f"({stored.unknown[0].name} is the first): how many weights they hold is not known"
+            f"{len(stored.unknown):,} tensors contain packed integers in an unknown layout "
+            f"({stored.unknown[0].name} is the first), so their number of weights is not known"
         )

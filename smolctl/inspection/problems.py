@@ -42,8 +42,8 @@ def find_notes(source: ModelSource) -> tuple[str, ...]:
         notes.append("no eos token: generation ends at --max-tokens only")
     if config.needs_own_code:
         notes.append(
-            "learned positions or scaled residual branches: transformers has no class of its own for them, "
-            "other tools need its code"
+            "learned positions or scaled residual branches: transformers has no class for them, "
+            "so other tools need the code that `push` adds"
         )
     if source.run is not None:
         notes += _recipe_notes(source.run)
@@ -56,8 +56,8 @@ def _weight_problems(source: ModelSource) -> Iterator[str]:
     no_weights = [one.name for one in source.tensors or () if one.dtype in NO_WEIGHTS]
     if no_weights:
         yield (
-            f"{no_weights[0]} is the first of {len(no_weights):,} tensors that hold integers or complex "
-            "numbers, and nothing says which weights they stand for"
+            f"{no_weights[0]} is the first of {len(no_weights):,} tensors that contain integers or complex "
+            "numbers, and nothing says how to convert them to weights"
         )
 
 
@@ -101,7 +101,7 @@ def _recipe_problems(run: RunConfig) -> Iterator[str]:
     whole = run.with_whole_steps()
     steps, warmup = whole.train.steps, whole.schedule.warmup_steps
     if warmup >= steps:
-        yield f"schedule.warmup_steps {warmup:,} is not below train.steps {steps:,}: the peak is never held"
+        yield f"schedule.warmup_steps {warmup:,} is not below train.steps {steps:,}: the peak does not last"
     yield from whole.schedule_contradictions()
 
 

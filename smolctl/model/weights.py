@@ -30,7 +30,7 @@ def initialize(config: ModelConfig, seed: int) -> Transformer:
     size, memory = 4 * count_parameters(config).unique, machine_memory()
     if memory is not None and size > memory:
         raise InputError(
-            f"the weights of this model take {size / 1e9:,.0f} GB, this machine has {memory / 1e9:,.0f} GB",
+            f"the weights take {size / 1e9:,.0f} GB, but this machine has {memory / 1e9:,.0f} GB",
             "Choose a smaller vocab_size, hidden_size, intermediate_size or num_hidden_layers.",
         )
     generator = torch.Generator().manual_seed(seed)

@@ -50,7 +50,7 @@ def engine_layout(quantized: Path) -> dict[str, Any]:
     if size >= MAX_BYTES:
         raise InputError(
             f"{quantized}: {size:,} bytes of weights do not fit a page's memory, which is below 4 GiB",
-            "Publish a smaller model, or one of fewer bits: `smolctl quantize MODEL --to int4`.",
+            "Publish a smaller model, or one with fewer bits: `smolctl quantize MODEL --to int4`.",
         )
     weights = {name: _runnable(quantized, name, stored) for name, stored in source.require_weights().stored()}
 

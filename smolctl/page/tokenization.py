@@ -73,7 +73,7 @@ def page_tokenizer(source: ModelSource) -> dict[str, Any]:
         lacking = "added tokens whose ids are not those of its vocabulary"
     if lacking:
         raise InputError(
-            f"{source.id}: the page cannot tokenize as this model does: its tokenizer has {lacking}",
+            f"{source.id}: the page cannot reproduce this model's tokenizer, which has {lacking}",
             "Publish it with --space-sdk gradio, whose server runs every tokenizer.",
         )
     begin, end = ids_around_text(backend)

@@ -127,8 +127,8 @@ def check_with_transformers(folder: Path, network: Transformer, tokenizer: Token
         if their_tokenizer(sample)["input_ids"] != tokenizer.encode(sample):
             if config.model_type == "qwen2":  # whatever tokenizer_config.json says
                 raise SmolError(
-                    "transformers reads texts for every model of the type qwen2 as Qwen does, "
-                    "and this model has another tokenizer",
+                    "transformers tokenizes texts for every model of the type qwen2 as Qwen does, "
+                    "but this model has another tokenizer",
                     "Train with the tokenizer of Qwen2.5, or without qkv_bias.",
                 )
             raise _not_the_same(f"transformers cuts {sample[:30]!r} into other tokens")

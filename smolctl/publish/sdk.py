@@ -29,5 +29,5 @@ def page_variants(schemes: Sequence[str]) -> tuple[str, ...]:
                 f"--page-schemes {scheme}: the page has {' and '.join(PAGE_SCHEMES)}", "Name one or both."
             )
     if not schemes:
-        raise UsageError("--page-schemes names no scheme", f"There are {' and '.join(PAGE_SCHEMES)}.")
+        raise UsageError("--page-schemes is empty", f"There are {' and '.join(PAGE_SCHEMES)}.")
     return tuple(dict.fromkeys(schemes))

@@ -46,7 +46,8 @@ def require_gradio() -> None:
     """
     if importlib.util.find_spec("gradio") is None or importlib.util.find_spec("gradio_client") is None:
         raise SmolError(
-            "Gradio is not installed, so the Space cannot be tried", f"Install it: {install_command('space')}"
+            "Gradio is not installed, so the Space cannot be tested",
+            f"Install it: {install_command('space')}",
         )
 
 
@@ -136,5 +137,5 @@ def _ask(url: str, facts: SpaceFacts, start_s: float) -> SmokeTest:
             f"the Space's app does not answer ({first_line(error)})", "Nothing of the Space was sent."
         ) from None
     if not text.strip():
-        raise SmolError("the Space's app answers with nothing", "Nothing of the Space was sent.")
+        raise SmolError("the Space's app gives an empty answer", "Nothing of the Space was sent.")
     return SmokeTest(prompt, text, start_s, answer_s, engine)

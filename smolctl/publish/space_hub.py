@@ -67,6 +67,6 @@ def _broken(client: HubClient, target: Target, stage: str) -> HubError:
     except HubError as error:
         log = f"(no log: {first_line(error)})"
     return HubError(
-        f"{target.shown}: {stage}; the files are up, the app does not run",
+        f"{target.shown}: {stage}; the files were uploaded, but the app does not run",
         f"See {client.url(target)}. The end of its {'build' if build else 'run'} log:\n{log}",
     )

@@ -172,7 +172,7 @@ def _open(model: str, options: QuantizeOptions, note: Callable[[str], None]) -> 
         note(f"{source.id}: {problem}")
     require_own_files(source, carried_only=True)
     if source.quantization is not None:
-        note(f"{source.id} is quantized already: what its {source.quantization['scheme']} lost stays lost.")
+        note(f"{source.id} is already quantized: its {source.quantization['scheme']} loss is permanent.")
     return source
 
 

@@ -134,7 +134,9 @@ def plan_quantization(config: ModelConfig, scheme: str, options: SchemeOptions) 
     shapes = {row.tensor: row.shape for row in parameter_rows(config) if not row.tied}
     for pattern in options.patterns:
         if not any(_matches(pattern, name, config) for name in shapes):
-            raise UsageError(f"{pattern}: no tensor has such a name", "Names: `smolctl count-params -d 9`.")
+            raise UsageError(
+                f"{pattern}: no tensor has a name like this", "`smolctl count-params -d 9` lists the names."
+            )
     tensors = (_tensor_plan(name, shape, config, scheme, options) for name, shape in shapes.items())
     return QuantizationPlan(scheme, tuple(tensors), options)
 

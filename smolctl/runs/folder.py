@@ -151,7 +151,7 @@ class RunFolder:
             return nullcontext()
         except Timeout:
             raise InputError(
-                f"{self.path}: another process is training into this run",
+                f"{self.path}: another process is training this run",
                 "Wait for it, or start a run of your own with --out.",
             ) from None
         remove_partial(self.path, self.path / CHECKPOINTS, self.tokenizer)

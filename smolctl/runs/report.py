@@ -110,15 +110,15 @@ def _picture(losses: Losses) -> LossPicture | None:
         return round(LEFT + (step - first) / max(1, last - first) * (WIDTH - LEFT - MARGIN), 1)
 
     def y(loss: float) -> float:
-        inside = min(max(loss, low), high)  # the first losses may leave the picture
-        return round(MARGIN + (high - inside) / (high - low) * (HEIGHT - BOTTOM - MARGIN), 1)
+        shown = min(loss, 2 * high - low)  # the first losses leave the picture at the top
+        return round(MARGIN + (high - shown) / (high - low) * (HEIGHT - BOTTOM - MARGIN), 1)
 
     def line(values: Series) -> str:
         points = zip(thinned(losses.steps, POINTS), values, strict=True)
         return " ".join(f"{x(step)},{y(loss)}" for step, loss in points)
 
     def marks(lowest: float, highest: float, whole: bool) -> list[float]:
-        found = MaxNLocator(6, integer=whole).tick_values(lowest, highest)
+        found = MaxNLocator(6, integer=whole, steps=[1, 2, 5, 10]).tick_values(lowest, highest)
         return [value for value in found if lowest <= value <= highest]
 
     return LossPicture(

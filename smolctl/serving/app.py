@@ -68,7 +68,7 @@ class Server:
 
     async def _index(self, request: Request) -> Response:
         paths = (route.path for route in self._routes if "{" not in route.path)
-        return PlainTextResponse("\n".join((f"smolctl serves {self.name} by OpenAI's API:", *paths, "")))
+        return PlainTextResponse("\n".join((f"smolctl serves {self.name} with OpenAI's API:", *paths, "")))
 
     async def _health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -87,7 +87,7 @@ class Server:
     def _require_model(self, name: object) -> None:
         if name not in (self.name, self.service.model.id):
             raise ApiError(
-                404, f"There is no such model here; this server has {self.name}.", "model_not_found", "model"
+                404, f"This server does not have that model; it has {self.name}.", "model_not_found", "model"
             )
 
     async def _metrics(self, request: Request) -> Response:
@@ -272,4 +272,4 @@ async def _not_there(request: Request, error: Exception) -> Response:
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
-    return JSONResponse(ApiError(500, "The server has failed; its log says how.").body(), 500)
+    return JSONResponse(ApiError(500, "The server has failed; see its log.").body(), 500)

@@ -194,7 +194,9 @@ def _ids(prompt: Any, model: LoadedModel) -> Sequence[int]:
     vocab_size = model.engine.config.vocab_size
     if unknown := [one for one in prompt if not 0 <= one < vocab_size]:
         raise ApiError(
-            400, f'"prompt" has the token id {unknown[0]}, and there are {vocab_size:,}.', param="prompt"
+            400,
+            f'"prompt" has the token id {unknown[0]}, but the vocabulary has {vocab_size:,} tokens.',
+            param="prompt",
         )
     return list(prompt)
 

@@ -123,7 +123,8 @@ def open_server(model: str, options: ServeOptions, url: str) -> tuple[Server, Re
     context = options.context or min(DEFAULT_CONTEXT, loaded.context)
     if context > loaded.context:
         raise InputError(
-            f"--context {context:,}: the model's context holds {loaded.context:,} tokens", "Ask for fewer."
+            f"--context {context:,}: the model's context holds {loaded.context:,} tokens",
+            "Choose a smaller --context.",
         )
     service = Service(loaded, options.slots, context, options.limits.waiting)
     name = Path(model).stem if Path(model).suffix in (".gguf", ".safetensors", ".ckpt") else model

@@ -45,7 +45,7 @@ def hub_id_of(model: str) -> str:
     if file and file not in HUB_PARTS:
         at = f" --revision {revision}" if revision != "main" else ""
         raise InputError(
-            f"{model}: a part of a repository on the Hub",
+            f"{model}: this is only a part of a repository on the Hub",
             f"`hf download {name} {file}{at} --local-dir .`, then name it; or name the model {name}.",
         )
     return (f"{name}@{revision}" if revision else name) + (address["tag"] or "")
@@ -58,6 +58,6 @@ def refuse_tag(model: str) -> None:
         name, at, revision = repository.partition("@")
         revision = f" --revision {revision}" if at else ""
         raise InputError(
-            f"{model}: a repository on the Hub and a quantization of llama.cpp's, which is one of its files",
-            f"`hf download {name}{revision} --include '*{tag}*.gguf' --local-dir .`, then name the file.",
+            f"{model}: this is one GGUF file of a repository on the Hub",
+            f"`hf download {name}{revision} --include '*{tag}*.gguf' --local-dir .`, then give its path.",
         )

@@ -217,7 +217,7 @@ class ModelSource:
         """
         if self.assumptions and not accept_guesses:
             raise InputError(
-                f"{self.id}: its config is not certain: {'; '.join(self.assumptions)}",
+                f"{self.id}: its config is incomplete: {'; '.join(self.assumptions)}",
                 "Put the model's config.json beside the file, or accept this with --accept-guesses.",
             )
 

@@ -154,13 +154,13 @@ def network_state(content: Mapping[str, Any], path: Path) -> dict[str, torch.Ten
             continue
         name = clean_name(str(key))
         if name in tensors:
-            raise InputError(f"{path}: holds {name} twice", "Name a checkpoint of one network.")
+            raise InputError(f"{path}: contains {name} twice", "Name a checkpoint of one network.")
         if isinstance(value, torch.Tensor) and not _is_plain(value):
-            raise InputError(f"{path}: {name} is not a tensor whose numbers lie in the file", ANOTHER)
+            raise InputError(f"{path}: {name} is not a tensor with its data in the file", ANOTHER)
         tensors[name] = value
     if not tensors:
         raise InputError(
-            f"{path}: its state_dict holds no tensors", "Name a checkpoint that a run has written."
+            f"{path}: its state_dict contains no tensors", "Name a checkpoint that a run has written."
         )
     return tensors
 

@@ -150,7 +150,7 @@ def _open_online(repository: Repository, model: str) -> ModelSource:
         source = open_folder(cached, model, SourceKind.HUB)
         return dataclasses.replace(source, revision=commit, card=card, bytes_fetched=repository.bytes_fetched)
     if not shards and not files.intersection(("config.json", *TOKENIZERS)):
-        raise HubError(f"{repository.name}: no model in it{_others(files)}", _other_hint(files))
+        raise HubError(f"{repository.name}: contains no model{_others(files)}", _other_hint(files))
     declared = None
     if "config.json" in files:
         declared = parse_object(repository.file(commit, "config.json")[0], f"{model}/config.json")

@@ -123,7 +123,7 @@ def from_params(
             "high_freq_factor": values.get("high_freq_factor") or 4.0,
             "original_max_position_embeddings": 8_192,
         }
-    assumed = () if given else (f"a context of {CONTEXT:,} is assumed: params.json does not say it",)
+    assumed = () if given else (f"a context of {CONTEXT:,} is assumed: params.json does not state it",)
     reason = f"params.json with {', '.join(others)} is not supported, only Llama's" if others else ""
     return found, assumed, reason
 

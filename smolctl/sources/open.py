@@ -174,7 +174,9 @@ def _open_path(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
             raise InputError(f"{path}: neither a file nor a folder", KINDS)
         return _open_file(path, name, values)
     except PermissionError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})", "Check the file's rights.") from None
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror})", "Check the file's permissions."
+        ) from None
 
 
 def _holds_model(folder: Path) -> bool:
@@ -193,7 +195,7 @@ def _open_folder(folder: Path, name: str) -> ModelSource:
         return open_folder(folder, name)
     inside = sorted(path.name for path in folder.iterdir())
     shown = ", ".join(inside[:5]) or "nothing"
-    raise InputError(f"{folder}: no model in it: no config.json, safetensors or run; it holds {shown}", KINDS)
+    raise InputError(f"{folder}: contains no model (config.json, safetensors or run), only {shown}", KINDS)
 
 
 def _refuse_part(path: Path) -> None:

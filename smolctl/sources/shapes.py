@@ -52,7 +52,7 @@ def check_state(config: ModelConfig, tensors: Mapping[str, S], origin: str) -> d
         if found := NO_WEIGHT.search(str(getattr(tensor, "dtype", ""))):
             kind = "complex numbers" if found[1].startswith("complex") else "integers"
             raise InputError(
-                f"{origin}: {name} holds {kind}, and nothing says which weights they stand for",
+                f"{origin}: {name} contains {kind}, and nothing says how to convert them to weights",
                 "Save the model in floats, or in a format that smolctl reads.",
             )
     if config.tie_word_embeddings and HEAD in state and TABLE in state:

@@ -295,7 +295,7 @@ class RunCallback(pl.Callback):
                     Note(
                         f"Stopped by train.patience: {progress.since} validations in a row were no better "
                         f"than {progress.bits_per_byte:.4f} bits/byte at step {progress.best_step:,}. "
-                        f"--set train.patience={2 * patience} lets `resume` go further."
+                        f"--set train.patience={2 * patience} lets `resume` continue."
                     )
                 )
         return bool(largest(improved, trainer))

@@ -127,7 +127,7 @@ def prepare(
     if source is None:
         network = initialize(config.model, config.train.seed)
     else:
-        emit(Note(f"Weights and shape from {source.id}; a new optimizer starts at step 0."))
+        emit(Note(f"Weights and architecture from {source.id}; a new optimizer starts at step 0."))
         network = load_network(replace(source, config=config.model), dtype=torch.float32)
         require_finite(network, source)
         assert config.init_from is not None
@@ -268,8 +268,8 @@ def with_origin(
     if config.init_from is not None:
         emit(
             Note(
-                f"The config is of a run that began with the weights of {config.init_from.id}; this one "
-                "begins with new weights. Use --init-from to start from those."
+                f"The config belongs to a run that began with the weights of {config.init_from.id}, but this "
+                "run begins with new weights. Use --init-from to start from those."
             )
         )
     return config.model_copy(update={"init_from": None})
@@ -352,7 +352,7 @@ def _tokenizer_of(source: ModelSource, name: str | None, is_asked: bool, emit: L
     own = None if files is None else Tokenizer.from_files(files, source.id)
     is_new = (name or "").startswith("train:")
     if own is not None and is_new and not is_asked:
-        emit(Note(f"The tokenizer is that of {source.id}; the config's own, {name}, is for new weights."))
+        emit(Note(f"The tokenizer is that of {source.id}; the config's own, {name}, is for new models."))
         return own
     if own is not None and name is None:
         return own
@@ -364,8 +364,8 @@ def _tokenizer_of(source: ModelSource, name: str | None, is_asked: bool, emit: L
     other = None if is_new else load_tokenizer(name)
     if other is None or (own is not None and not _agree(own, other)):
         raise InputError(
-            f"tokenizer {name}: its ids stand for other tokens than those that {source.id} was trained with",
-            "Leave the tokenizer out: the weights bring theirs. Or train from scratch without --init-from.",
+            f"tokenizer {name}: its ids mean other tokens than those {source.id} was trained with",
+            "Leave the tokenizer out: the weights have their own. Or train from scratch without --init-from.",
         )
     return other
 

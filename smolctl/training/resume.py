@@ -182,7 +182,7 @@ def tokenizer_of(content: Mapping[str, Any], parent: RunFolder | None, path: Pat
         return load_tokenizer(str(parent.tokenizer))
     read = tokenizer_inside(content, path)
     if read is None:
-        raise InputError(f"{path}: there is no tokenizer in it", "Put the file back into its run folder.")
+        raise InputError(f"{path}: contains no tokenizer", "Put the file back into its run folder.")
     return Tokenizer.from_files(read(), str(path))
 
 

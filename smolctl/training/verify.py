@@ -117,7 +117,7 @@ def _start(folder: RunFolder, end: CheckpointFile, step: int | None) -> Checkpoi
     if step is not None:
         start = folder.checkpoint(step)
         if start.step >= end.step:
-            raise UsageError(f"step {start.step} does not lie before {end.step}", "Name an older step.")
+            raise UsageError(f"step {start.step} is not before step {end.step}", "Name an older step.")
         return start
     older = [file for file in folder.checkpoints() if file.step < end.step and not file.damage]
     if not older:

@@ -132,8 +132,8 @@ def _lines(report: BenchReport, changes: Changes | None) -> list[str]:
         fewer = max(1, machine.threads - 1)
         lines.append(
             f"The machine was busy: {report.disturbed}. Times are too long, and ratios are not reliable "
-            "either: engines whose threads spin lose most. To repeat, end other programs and run the same "
-            f"command again, or leave them a processor with --threads {fewer}."
+            "either: engines whose threads spin are slowed down most. To repeat, end other programs and run "
+            f"the same command again, or leave them a processor with --threads {fewer}."
         )
     return lines
 

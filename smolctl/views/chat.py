@@ -51,7 +51,7 @@ class Chat:
     def run(self) -> None:
         """Read and answer until Ctrl-D or /exit."""
         chats = self.session.conversation.chat
-        mode = "chatting with the model's template" if chats else "each prompt stands alone"
+        mode = "chatting with the model's template" if chats else "each prompt is independent"
         self.out.talk(f"{self.session.model.id}: {mode}. /help lists the commands, Ctrl-D ends.")
         read = _editor()
         while True:
@@ -134,7 +134,7 @@ class Chat:
     def _save(self, name: str) -> None:
         path = _file(name)
         if path.exists() and path not in self._files:
-            raise InputError(f"{path} exists and is not overwritten", "Name another file.")
+            raise InputError(f"{path} already exists and is not overwritten", "Name another file.")
         try:
             self.session.conversation.save(path)
         except OSError as error:

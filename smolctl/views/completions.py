@@ -61,7 +61,7 @@ def show_facts(out: Output, model: LoadedModel, result: CompletionResult, max_to
         place = "where the model's context is full" if full else f"at --max-tokens {max_tokens:,}"
         count = len(result.completions)
         answers = "The answer was" if count == 1 else f"{len(cut):,} of {count:,} answers were"
-        out.talk(f"{answers} cut {place}: the model had more to say.")
+        out.talk(f"{answers} cut {place}, before the model ended it.")
 
 
 def timing_line(model: LoadedModel, timing: Timing) -> str:

@@ -118,7 +118,8 @@ class Output:
             abandon_stdout()
             write()
             raise StdoutError(
-                f"stdout cannot be written ({error.strerror})", "What it did not take is above this line."
+                f"stdout cannot be written ({error.strerror})",
+                "The part that was not written is above this line.",
             ) from None
 
     @contextlib.contextmanager

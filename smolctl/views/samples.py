@@ -37,7 +37,9 @@ class SampleView:
 
     def __init__(self, out: Output, request: SampleRequest) -> None:
         if sys.stdout is None:
-            raise UsageError("stdout is closed: the answer has nowhere to go", "Send it to a file or a pipe.")
+            raise UsageError(
+                "stdout is closed, so the answer cannot be written", "Send it to a file or a pipe."
+            )
         self.out, self.request, self.settings = out, request, request.settings
         self._stream = StreamView(out, self.settings.samples)
 

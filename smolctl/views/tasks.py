@@ -42,7 +42,7 @@ def show_tasks(out: Output, report: TaskReport) -> None:
     out.show("", _table(report), "")
     out.line(f"± is one standard error over the items. lm-eval {report.library}.")
     if report.limit is not None:
-        out.line("Only some items were asked (--limit): do not compare these figures with others'.")
+        out.line("Only some items were used (--limit): do not compare these figures with others'.")
 
 
 def _table(report: TaskReport) -> Any:
@@ -77,4 +77,6 @@ def write_samples(path: Path, report: TaskReport) -> None:
     try:
         write_text(path, "".join(f"{line}\n" for line in lines))
     except OSError as error:
-        raise SmolError(f"{path}: cannot be written ({error.strerror})", "Name another --samples.") from None
+        raise SmolError(
+            f"{path}: cannot be written ({error.strerror})", "Name another file with --samples."
+        ) from None

@@ -86,7 +86,7 @@ def test_a_folder_of_a_presets_or_a_corpus_name_is_not_confused_with_it(smolctl:
     assert json.loads(smolctl("count-params", "smollm2-135m", "--json").out)["unique"] == 135_104_832
     done = smolctl("train", "./nano")
     assert done.code == 3
-    assert "./nano: a folder, not a config" in done.err
+    assert "./nano: this is a folder, not a config" in done.err
     assert "--data ./nano" in done.err
 
 

@@ -95,10 +95,10 @@ FAULTS = {
         "JSON schema: "
     ),
     '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}': "a part that is not text",
-    '{"prompt": "a", "completions": "mine"}': "under which the answers are written",
-    json.dumps("the cat " * 80): "tokens, the model's context holds 96",
+    '{"prompt": "a", "completions": "mine"}': "which is reserved for the answers",
+    json.dumps("the cat " * 80): "tokens, but the model's context holds 96",
     json.dumps("the cat " * 20_000): "the prompt has 160,000 characters",
-    json.dumps({"messages": [{"role": "user", "content": "hi", "a": "x" * 90_000}]}): "characters, and the",
+    json.dumps({"messages": [{"role": "user", "content": "hi", "a": "x" * 90_000}]}): "characters, but the",
     '{"messages": [{"role": "user", "content": "hi", "a": ' + "[" * 400 + "]" * 400 + "}]}": "levels deep",
 }
 
@@ -126,7 +126,7 @@ def test_a_bad_line_is_one_error_and_the_others_are_answered(
     assert "no chat template" in rows_of(smolctl("sample", other, "--jsonl", path).out)[0]["error"]["message"]
 
 
-@pytest.mark.parametrize(("content", "cause"), [("\n", "no prompts in it"), (None, "No such file")])
+@pytest.mark.parametrize(("content", "cause"), [("\n", "contains no prompts"), (None, "No such file")])
 def test_a_file_without_prompts_is_an_error(
     content: str | None, cause: str, smolctl: Smolctl, model: Path, tmp_path: Path
 ) -> None:

@@ -86,7 +86,7 @@ def test_a_session_edits_lines_and_loses_nothing_of_what_is_typed(model: Path, t
         terminal.type(f"he ct{LEFT}a{HOME}t\r")
         assert "chatting with the model's template" in terminal.shown or terminal.read_until("prefill")
         terminal.type("cat " * 1500 + "\r")  # more than a terminal's own line holds, and than the context
-        error = terminal.read_until(" characters, and the model's context of 96 tokens holds")
+        error = terminal.read_until(" characters, but the model's context of 96 tokens holds")
         assert int(error.rpartition("the prompt has ")[2].replace(",", "")) >= 6000
         terminal.type(f"{PASTE}a\nb\r\nc{PASTED}\r")
         terminal.type("\x03")
@@ -150,7 +150,7 @@ def test_the_commands_of_a_session(model: Path, tmp_path: Path) -> None:
 def test_without_a_template_and_on_a_terminal_that_can_do_nothing(other: Path, tmp_path: Path) -> None:
     """Every prompt stands alone there."""
     with on_a_terminal("sample", other, *SHORT, term="dumb", ready="> ", cache=tmp_path) as terminal:
-        assert "each prompt stands alone" in terminal.read_until("Ctrl-D ends.")
+        assert "each prompt is independent" in terminal.read_until("Ctrl-D ends.")
         answers = []
         for _ in range(2):
             terminal.type("the cat\r")

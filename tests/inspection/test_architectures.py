@@ -265,7 +265,7 @@ def test_any_part_of_a_split_gguf_counts_all_of_them(tmp_path: Path) -> None:
     renamed = paths[0].rename(tmp_path / "model.gguf")
     report = count_source(open_source(str(renamed)))
     assert (report.totals.unique, report.partial) == (None, True)
-    assert any("a part of 3, whose file is named otherwise" in note for note in report.notes)
+    assert any("one of 3 parts, whose file name" in note for note in report.notes)
 
 
 # --- the truth of transformers ---------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def test_a_link_out_of_a_run_is_refused(name: str, llama_run: Path, elsewhere: P
     run = shutil.copytree(llama_run, tmp_path / "run")
     (run / name).parent.mkdir(exist_ok=True)
     link(run / name, elsewhere / "notes")
-    with pytest.raises(InputError, match=f"{name} is not taken, because it is a link to "):
+    with pytest.raises(InputError, match=f"{name} is refused, because it is a link to "):
         open_model(str(run))
 
 
@@ -59,7 +59,7 @@ def test_a_link_out_of_a_run_is_refused(name: str, llama_run: Path, elsewhere: P
 def test_a_linked_folder_in_a_run_is_refused(name: str, llama_run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(llama_run, tmp_path / "run")
     link(run / name, llama_run / name)
-    with pytest.raises(InputError, match=f"{name}.* is not taken, because it is a link to "):
+    with pytest.raises(InputError, match=f"{name}.* is refused, because it is a link to "):
         open_model(str(run))
 
 
@@ -68,7 +68,7 @@ def test_a_hard_link_with_a_name_elsewhere_is_refused(
 ) -> None:
     run = shutil.copytree(llama_run, tmp_path / "run")
     os.link(elsewhere / "notes", run / "LICENSE")
-    with pytest.raises(InputError, match="LICENSE is not taken, because the same file has another name"):
+    with pytest.raises(InputError, match="LICENSE is refused, because it is a hard link"):
         open_model(str(run))
     (elsewhere / "notes").unlink()  # now the run's is its only name
     os.link(run / "LICENSE", run / "LICENSE.txt")  # and a second one inside is none elsewhere

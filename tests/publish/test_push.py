@@ -120,7 +120,7 @@ def test_private_unless_public(llama: Built, hub: PushHub) -> None:
     notes: list[str] = []
     publish(llama, notes, repo="me/tiny", public=True)
     assert hub.repos["models/me/tiny"].private
-    assert any("private already and stays so" in note for note in notes)
+    assert any("private already, and stays so" in note for note in notes)
 
 
 def test_the_repository_is_taken_from_the_user_and_the_run(llama: Built, hub: PushHub) -> None:
@@ -251,7 +251,7 @@ def test_a_file_that_the_server_holds_differently_is_named(llama: Built, hub: Pu
         return type(repo).commit(repo, branch, {**files, "config.json": wrong}, message)
 
     repo.commit = commit  # type: ignore[method-assign]
-    with pytest.raises(HubError, match=r"the Hub holds another config\.json"):
+    with pytest.raises(HubError, match=r"the Hub has different content in config\.json"):
         publish(llama, repo="me/tiny")
 
 
@@ -379,7 +379,7 @@ def test_without_a_token_one_line_says_what_to_do(
 @pytest.mark.parametrize(
     ("role", "scopes", "repo", "says"),
     [
-        ("read", None, "me/tiny", "may only read"),
+        ("read", None, "me/tiny", "has read access only"),
         ("write", None, "them/tiny", "me does not belong to them"),
         ("", {"lab": ["repo.content.read"]}, "me/tiny", "may write to nothing"),
         ("", {"lab": ["repo.write"]}, "me/tiny", "may write to lab"),

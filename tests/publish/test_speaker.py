@@ -220,7 +220,7 @@ def test_the_page_says_why_there_is_no_answer(speaker_of: Callable[..., Speaker]
         return [text async for text in speaker.chat("the cat " * 1000, [], 8, 0.0, 1.0, 0, 1.0, 1)]
 
     assert asyncio.run(ask()) == [
-        f"{REFUSED}the prompt has 8,000 characters, and the model's context of 96 tokens holds 1,536 at most"
+        f"{REFUSED}the prompt has 8,000 characters, but the model's context of 96 tokens holds 1,536 at most"
         ". Shorten the prompt."
     ]
 

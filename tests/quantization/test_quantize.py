@@ -189,7 +189,7 @@ def flipped(data: bytes) -> bytes:
         (lambda data: data[:40], FILE, "truncated"),
         (lambda data: b"", FILE, "header|truncated"),
         (flipped, FILE, "bytes are not the ones that were written"),
-        (lambda data: data.replace(b'"I8"', b'"U8"', 1), FILE, "header is not the one|checksum"),
+        (lambda data: data.replace(b'"I8"', b'"U8"', 1), FILE, "header has changed|checksum"),
         (lambda data: data[:50], DESCRIPTION, "not JSON"),
         (lambda data: b"{}", DESCRIPTION, "not a description"),
         (lambda data: data.replace(b'"version": 1', b'"version": 9'), DESCRIPTION, "format version 9"),
@@ -218,7 +218,7 @@ def test_weights_of_another_model_are_refused(here: Path) -> None:
     make_quantized("runs/llama", "int8", "out")
     make_quantized("runs/llama", "int4", "other")
     Path("out", FILE).write_bytes(Path("other", FILE).read_bytes())
-    with pytest.raises(InputError, match=r"has no model\.|does not describe|were written"):
+    with pytest.raises(InputError, match=r"has no model\.|does not list|were written"):
         open_source("out")
 
 
@@ -348,7 +348,7 @@ def test_costs_of_int8_dynamic_are_those_of_its_activations(here: Path) -> None:
         (("--to", "gguf-q4_k"), 3, "K-quants pack 256 values of a row together, and 32 is not a multiple"),
         (("--to", "gguf-Q4_K_M"), 3, "K-quants"),
         (("--to", "int8", "--group", "48"), 2, "multiples of 32"),
-        (("--to", "int8", "--skip", "no_such"), 2, "no tensor has such a name"),
+        (("--to", "int8", "--skip", "no_such"), 2, "no tensor has a name like this"),
         (("--to", "int8", "--skip", "re:("), 2, "not a regular expression"),
         (("--to", "int4", "--bits-map", "down_proj=5"), 2, "expected PATTERN=BITS"),
         (("--to", "bf16", "--skip", "down_proj"), 2, "do not apply to bf16"),

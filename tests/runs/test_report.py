@@ -15,7 +15,7 @@ from smolctl.runs.environment import write_environment
 from smolctl.runs.events import Candidate, Event, Prediction, Step, Validation
 from smolctl.runs.folder import RunFolder
 from smolctl.runs.layout import ENVIRONMENT
-from smolctl.runs.report import POINTS
+from smolctl.runs.report import HEIGHT, POINTS
 
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(1)>\x1b[31m\u202e{{ 7*7 }}&amp;"
 SHOWN = HOSTILE.replace("\x1b", "␛").replace("\u202e", "�")
@@ -109,3 +109,18 @@ def test_a_report_can_be_written_of_any_run(count: int, loss: float | None, tmp_
     assert len(html) < 60_000
     assert "nan" not in re.sub("(?s)<style>.*</style>", "", html)
     assert ("svg" in found.tags) == bool(count and loss)
+
+
+def test_the_high_losses_of_the_first_steps_leave_the_picture_at_its_top(tmp_path: Path) -> None:
+    falling = [
+        Step(
+            step, 1000.0 if step < 3 else 4.0 - step / 200, 1e-3, 1.0, step * 10, 0.1, 100.0, 1.0, None, None
+        )
+        for step in range(1, 201)
+    ]
+    page(tmp_path, *falling)
+    html = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    heights = [float(point.split(",")[1]) for point in re.findall(r'points="([^"]*)"', html)[0].split()]
+    assert heights[0] < 0  # a line along the top would be read as a loss that does not fall
+    assert all(0 <= height <= HEIGHT for height in heights[10:])
+    assert re.findall(r">(50|100|150|200)</text>", html) == ["50", "100", "150", "200"]

@@ -71,7 +71,7 @@ def test_wrappers_are_taken_off_names(name: str) -> None:
 def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
     state = {"network.model.norm.weight": torch.ones(1), "module.model.norm.weight": torch.ones(1)}
     path = save_checkpoint(tmp_path / "twice.ckpt", state_dict=state)
-    with pytest.raises(InputError, match=r"holds model\.norm\.weight twice"):
+    with pytest.raises(InputError, match=r"contains model\.norm\.weight twice"):
         open_source(str(path))
 
 
@@ -164,8 +164,8 @@ def test_zip_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     [
         ([1, 2], "not a checkpoint of a training run"),
         ({"epoch": 1}, "no state_dict; it holds epoch"),
-        ({"state_dict": {}}, "holds no tensors"),
-        ({"state_dict": {"a": 1}}, "holds no tensors"),
+        ({"state_dict": {}}, "contains no tensors"),
+        ({"state_dict": {"a": 1}}, "contains no tensors"),
     ],
 )
 def test_checkpoint_without_weights_is_named(tmp_path: Path, content: Any, cause: str) -> None:

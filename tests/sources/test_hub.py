@@ -325,7 +325,7 @@ def test_repository_without_safetensors_says_what_it_has(hub: HubServer) -> None
     with pytest.raises(HubError, match=r"no safetensors in the repository; it has pytorch_model\.bin"):
         list(source.require_weights().tensors())
     hub.repositories["org/gguf"] = HubRepository({"model.gguf": b"GGUF"})
-    with pytest.raises(HubError, match="no model in it") as caught:
+    with pytest.raises(HubError, match="contains no model") as caught:
         open_source("org/gguf")
     assert "model.gguf" in caught.value.hint
 

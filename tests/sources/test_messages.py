@@ -154,10 +154,10 @@ def test_a_pasted_address_names_its_repository(pasted: str, meant: str) -> None:
         ("hf.co/org/name:Q8_0", "Q8_0", "hf download org/name --include"),
         (
             "https://hf.co/org/name/blob/main/x/a.gguf",
-            "a part of",
+            "only a part of",
             "hf download org/name x/a.gguf --local-dir",
         ),
-        ("https://hf.co/org/name/tree/v2/onnx", "a part of", "hf download org/name onnx --revision v2"),
+        ("https://hf.co/org/name/tree/v2/onnx", "only a part of", "hf download org/name onnx --revision v2"),
         ("https://huggingface.co/datasets/org/name", "not the address of a model", "Download"),
         ("https://example.com/model.gguf", "not the address of a model", "Download"),
         ("", "MODEL is empty", "Give a preset"),

@@ -188,7 +188,7 @@ def test_integers_without_scales_are_no_weights(
     torch.save(state, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     for model in (tmp_path, tmp_path / "pytorch_model.bin"):
-        with pytest.raises(InputError, match=f"{name} holds integers"):
+        with pytest.raises(InputError, match=f"{name} contains integers"):
             read(open_source(str(model)))
 
 
@@ -202,7 +202,7 @@ def test_weights_that_are_packed_in_an_unknown_way_are_counted_by_the_config(tmp
     save_file({**state, **packed}, tmp_path / "model.safetensors")
     report = count_source(open_source(str(tmp_path)))
     assert (report.totals, report.agrees) == (expected, None)
-    assert "in a layout that is not known" in report.notes[0]
+    assert "in an unknown layout" in report.notes[0]
 
 
 def write_reference(folder: Path) -> Path:
@@ -268,7 +268,7 @@ def test_a_lone_file_takes_the_config_beside_it_or_says_what_it_assumes(beside: 
     assert set(source.assumptions) <= set(source.problems)
     assert provenance_of(source).assumed == source.assumptions
     source.require_certainty(accept_guesses=True)
-    with pytest.raises(InputError, match=r"not certain: .*head_dim") as caught:
+    with pytest.raises(InputError, match=r"incomplete: .*head_dim") as caught:
         quantize(source.id, QuantizeOptions())
     assert "--accept-guesses" in caught.value.hint
 

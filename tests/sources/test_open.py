@@ -375,7 +375,7 @@ def test_files_that_are_no_model_are_named(tmp_path: Path, content: bytes, cause
 
 def test_folder_without_a_model_says_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(InputError, match=r"no model in it.*notes\.txt"):
+    with pytest.raises(InputError, match=r"contains no model.*notes\.txt"):
         open_source(str(tmp_path))
 
 

@@ -259,7 +259,7 @@ def test_resuming_a_run_that_is_training_is_refused() -> None:
     process.kill()
     process.communicate()
     assert done.code == 3
-    assert "another process is training into this run" in done.err
+    assert "another process is training this run" in done.err
 
 
 # --- the cost of a save ---------------------------------------------------------------------------

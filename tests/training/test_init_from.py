@@ -118,7 +118,7 @@ def test_a_tokenizer_to_train_that_was_asked_for_is_refused(smolctl: Smolctl) ->
 
 def test_another_tokenizer_is_refused_wherever_it_is_named(smolctl: Smolctl) -> None:
     train_tokenizer(texts(), 290).save(Path("other"))
-    named = "tokenizer other: its ids stand for other tokens"
+    named = "tokenizer other: its ids mean other tokens"
     assert is_refused(tune(smolctl, "--tokenizer", "other"), named)
     Path("recipe.yaml").write_text(yaml.safe_dump({**RECIPE, "tokenizer": "other"}))
     assert is_refused(tune(smolctl), named)

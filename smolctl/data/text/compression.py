@@ -49,7 +49,9 @@ def open_chunks(path: Path) -> Iterator[tuple[Iterator[bytes], Callable[[], int]
             yield _chunks(path, raw), raw.tell
     except OSError as error:
         reason = error.strerror or error
-        raise InputError(f"{path}: cannot be read ({reason})", "Check the file and its rights.") from None
+        raise InputError(
+            f"{path}: cannot be read ({reason})", "Check the file and its permissions."
+        ) from None
 
 
 def _chunks(path: Path, raw: BinaryIO) -> Iterator[bytes]:

@@ -185,7 +185,7 @@ def _content(value: object) -> str:
         return ""
     if isinstance(value, Sequence) and not isinstance(value, str):
         if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in value):
-            raise RowError("a message holds something other than text")
+            raise RowError("a message contains something other than text")
         return whole_characters("".join(part["text"] for part in value))
     return _text(value, "content")
 

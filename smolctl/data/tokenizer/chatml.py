@@ -24,7 +24,7 @@ def with_chatml(tokenizer: Tokenizer) -> Tokenizer:
     end = tokenizer.backend.token_to_id(TURN_END)
     if end is None or tokenizer.backend.token_to_id(TURN_BEGIN) is None:
         raise InputError(
-            f"there is no chat template, and the tokenizer has no {TURN_BEGIN} and {TURN_END} for one",
+            f"there is no chat template, and the tokenizer has no {TURN_BEGIN} and {TURN_END} for ChatML",
             "Start from a chat model, from SmolLM2, or from a run with --tokenizer train:N.",
         )
     ids = tokenizer.bos_token_id, end, tokenizer.pad_token_id

@@ -148,7 +148,7 @@ class Tokenizer:
         most = self.most_characters(context)
         if characters > most:
             raise PromptTooLongError(
-                f"the prompt has {characters:,} characters, and the model's context of {context:,} tokens "
+                f"the prompt has {characters:,} characters, but the model's context of {context:,} tokens "
                 f"holds {most:,} at most",
                 "Shorten the prompt.",
             )
@@ -305,7 +305,7 @@ def read_tokenizer_of(name: str) -> TokenizerFiles:
         files = open_source(name).read_tokenizer()
     if files is None:
         raise InputError(
-            f"{name}: there is no tokenizer in it", "Name a tokenizer.json, a folder, a GGUF or a Hub id."
+            f"{name}: contains no tokenizer", "Name a tokenizer.json, a folder, a GGUF or a Hub id."
         )
     return files
 

@@ -27,11 +27,11 @@ from smolctl.errors import InputError
 
 TrainedOn = Literal["assistant", "completion", "all"]
 Span = tuple[int, int]
-# What is reported of a conversation that is trained on all the same.
+# What is reported of a conversation that is trained on anyway.
 NO_TOOLS = "The chat template does not render the tools that the row names"
 NO_TURN_END = (
-    "The chat template's {% generation %} blocks leave out the token that ends a turn. It is trained on all "
-    "the same"
+    "The chat template's {% generation %} blocks leave out the token that ends a turn. "
+    "It is trained on anyway"
 )
 _GENERATION = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 
@@ -110,7 +110,9 @@ class TurnEncoder:
         if len(blocks) == len(said):
             blocks = [block for block, number in zip(blocks, said, strict=True) if number in counted]
         elif len(conversation.answers) < len(said):
-            raise RowError("gives an answer no weight, and the chat template does not mark every answer")
+            raise RowError(
+                "has an answer of weight 0, which requires a chat template that marks every answer"
+            )
         elif self.loss == "completion":
             start = self._start(messages[:first], tools, text)
             blocks = [block for block in blocks if block[0] >= start]
@@ -221,14 +223,14 @@ def _without(message: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 def _not_found() -> InputError:
     return InputError(
-        "the chat template writes an answer in another way than it asks for one, or in another way when more "
-        "messages follow, so that the tokens of the answer cannot be found",
+        "the chat template renders an answer differently after its own prompt, or when more messages follow, "
+        "so the tokens of the answer cannot be found",
         "Correct the template, or train on everything: data.loss=all.",
     )
 
 
 def _no_turn_end() -> InputError:
     return InputError(
-        "the chat template ends an answer without a token at which a model could stop",
+        "the chat template ends an answer without a token that stops the model",
         "Correct the template: an answer must end with the end-of-sequence or end-of-turn token.",
     )

@@ -252,7 +252,7 @@ def read_manifest(
         manifest = checked(schema, content, MANIFEST)
         of = content.get("format"), manifest.tokenizer, manifest.dtype
         if of != (FORMAT, tokenizer.sha256, dtype.str):
-            raise ValueError(f"{MANIFEST} is of another version or tokenizer")
+            raise ValueError(f"{MANIFEST} belongs to another version or tokenizer")
         for shard in (*manifest.train, *manifest.held_out):
             if damage := find_shard_damage(folder / shard.file, shard, dtype, tokenizer.vocab_size):
                 raise ValueError(damage)

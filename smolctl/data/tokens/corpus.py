@@ -104,7 +104,9 @@ def _tokenize(
         find = find_conversations if data.is_chat else find_tokenized
         if (kept := find(cache, folders, data, tokenizer)) is None:
             raise
-        on_note(f"{', '.join(data.source)}: no such file any more; its tokens are still in the cache.")
+        on_note(
+            f"{', '.join(data.source)}: the file no longer exists, but its tokens are still in the cache."
+        )
         return kept
     dataset = next((source.dataset for source in sources if source.dataset is not None), None)
     if data.is_chat:
@@ -116,7 +118,7 @@ def _tokenize(
     else:
         raise InputError(
             f"{dataset}: a Hub dataset is streamed, so it cannot be shuffled together with other sources",
-            f"Say how much comes from each, for example data.weights={[1] * len(sources)}.",
+            f"Set their shares, for example data.weights={[1] * len(sources)}.",
         )
     read = [source.read_as for source in sources if source.read_as]
     return replace(corpus, read=(*read, *_what_was_met(corpus, data)))

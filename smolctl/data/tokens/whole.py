@@ -179,10 +179,12 @@ def _check_read(sources: Sequence[Source], data: DataConfig, last: TokenizeProgr
     """Something was read, and it is still what it was when its identity was taken."""
     names = ", ".join(source.name for source in sources)
     if not last.documents:
-        raise InputError(f"the corpus is empty: no text in {names}", "Name files that hold text.")
+        raise InputError(f"the corpus is empty: no text in {names}", "Name files that contain text.")
     now = open_sources(data)
     if [source.identity for source in now] != [source.identity for source in sources]:
-        raise InputError(f"{names}: changed while it was read", "Run again when no program writes to it.")
+        raise InputError(
+            f"{names}: changed while it was read", "Run again when no other program is writing to it."
+        )
 
 
 def _split(folder: Path, manifest: WholeManifest, data: DataConfig) -> TokenizedCorpus:

@@ -8,7 +8,7 @@ const CONTROLS = {
   temperature: {
     label: "Temperature",
     limits: [0, 2, 0.05],
-    hint: "0 always takes the likeliest token; higher values surprise more.",
+    hint: "0 always takes the likeliest token; higher values make the text more varied.",
     slider: true,
   },
   top_p: {

@@ -154,7 +154,7 @@ def _with_all_parts(header: GGUFHeader) -> tuple[GGUFHeader, str]:
     if type(count) is not int or count < 2:
         return header, ""
     if not name:
-        return header, f"a part of {count}, whose file is named otherwise than llama.cpp names parts"
+        return header, f"one of {count} parts, whose file name does not have llama.cpp's form for parts"
     numbers = range(1, min(count, MAX_PARTS) + 1)
     paths = {number: header.path.with_name(f"{name[1]}-{number:05}-of-{count:05}.gguf") for number in numbers}
     parts = {number: read_header(path) for number, path in paths.items() if path.is_file()}

@@ -84,13 +84,13 @@ def require_gguf(config: ModelConfig, scheme: str) -> None:
         raise InputError(f"GGUF scheme {scheme} is not known", f"Schemes: {', '.join(SCHEMES)}.")
     if config.position_embedding == "learned":
         raise InputError(
-            "a model with learned positions cannot be a GGUF: llama.cpp's llama architecture rotates (RoPE)",
+            "learned positions cannot be written as a GGUF: llama.cpp's llama architecture uses RoPE",
             "Train with position_embedding: rope and residual_scale: 1, such as smollm2-135m-hub.",
         )
     _require_same_rope(config)
     if config.residual_scale != 1.0:
         raise InputError(
-            f"a model with residual_scale {config.residual_scale:g} cannot be a GGUF: "
+            f"a model with residual_scale {config.residual_scale:g} cannot be written as a GGUF: "
             "llama.cpp's llama architecture adds its branches unscaled",
             "Train with residual_scale: 1, such as smollm2-135m-hub.",
         )
@@ -112,8 +112,8 @@ def _require_same_rope(config: ModelConfig) -> None:
     layers, scaling = config.num_hidden_layers, config.rope_scaling
     if config.no_rope_layers and config.no_rope_layers != tuple(no_rope_layers(layers, NO_ROPE_INTERVAL)):
         raise InputError(
-            f"no_rope_layers {list(config.no_rope_layers)} cannot be a GGUF: "
-            f"llama.cpp takes rope from every {NO_ROPE_INTERVAL}th layer",
+            f"no_rope_layers {list(config.no_rope_layers)} cannot be written as a GGUF: "
+            f"in llama.cpp exactly every {NO_ROPE_INTERVAL}th layer has no rope",
             "Leave out the GGUF.",
         )
     if scaling is None:
@@ -122,8 +122,8 @@ def _require_same_rope(config: ModelConfig) -> None:
     known = all(getattr(scaling, key) == bound for key, bound in LLAMA3_BOUNDS.items())
     if not known or abs(slowest / scaling.factor - 1) > 1e-6:
         raise InputError(
-            "this rope_scaling cannot be a GGUF, which names neither low_freq_factor nor high_freq_factor "
-            "nor factor: the first two must be 1 and 4, and some rotation must be slowed by all of factor",
+            "this rope_scaling cannot be written as a GGUF, which has no fields for it: "
+            "low_freq_factor must be 1, high_freq_factor 4, and the slowest rotation scaled by factor",
             "Leave out the GGUF.",
         )
 

@@ -247,7 +247,7 @@ def _unsupported_rope(values: Mapping[str, Any]) -> str:
     rope = _rope(values)
     by_layer = [key for key, value in rope.items() if isinstance(value, Mapping)]
     if by_layer:
-        return f"rope_parameters of their own for {by_layer[0]} are not supported"
+        return f"separate rope_parameters for {by_layer[0]} are not supported"
     kind = _rope_kind(rope)
     if kind not in ("default", "llama3"):
         return f"rope scaling {kind} is not supported"

@@ -57,7 +57,7 @@ def require_parts(folder: Path) -> None:
         if not path.exists():
             raise broken_link(path)
         if not path.is_dir() or path.name in PARTS or path.suffix == ".safetensors":
-            raise InputError(f"{path}: not a file", "Put the file there that has this name.")
+            raise InputError(f"{path}: not a file", "Put the file of this name there.")
 
 
 def broken_link(path: Path) -> InputError:
@@ -112,7 +112,7 @@ def require_config_json(content: Mapping[str, Any], origin: str) -> None:
         InputError: it is an index, a tokenizer or an adapter's config, or has nothing of a config.json.
     """
     if "weight_map" in content:
-        raise InputError(f"{origin}: an index of weights", "Name the folder that it lies in.")
+        raise InputError(f"{origin}: an index of weights", "Name the folder that contains it.")
     if "peft_type" in content:
         raise InputError(f"{origin}: {_adapter(content)}", MERGE)
     if isinstance(content.get("model"), dict) and {"added_tokens", "pre_tokenizer"} & content.keys():

@@ -67,7 +67,7 @@ def read_header(path: Path) -> tuple[TensorHeader, ...]:
             text = file.read(length)
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be read ({error.strerror})", "Check the path and its rights."
+            f"{path}: cannot be read ({error.strerror})", "Check the path and its permissions."
         ) from None
     tensors = parse_header(text, size - 8 - length, str(path))
     if not tensors:
@@ -111,7 +111,7 @@ def parse_header(text: bytes, data_size: int | None, origin: str) -> tuple[Tenso
         )
     if data_size is not None and placed and position < data_size:
         raise InputError(
-            f"{origin}: {data_size - position:,} bytes follow the last tensor, which no safetensors file has",
+            f"{origin}: {data_size - position:,} bytes follow the last tensor, which is not valid",
             "Download or save the file again; the safetensors library refuses it too.",
         )
     return tuple(tensor for _, _, tensor in placed)
@@ -147,7 +147,7 @@ def read_shards(folder: Path, index: Path) -> tuple[dict[Path, list[str]], tuple
     headers = {}
     for path in shards:
         if not path.is_file():
-            raise InputError(f"{path}: missing, though {index.name} names it", "Download the missing file.")
+            raise InputError(f"{path}: missing, although {index.name} lists it", "Download the missing file.")
         headers[str(path)] = read_header(path)
     return shards, promised_tensors({str(path): names for path, names in shards.items()}, headers)
 
@@ -173,12 +173,12 @@ def promised_tensors(
             other = home.get(name, path)
             if other != path:
                 raise InputError(
-                    f"{path}: holds {name}, though the index of weights has it in {Path(other).name}",
+                    f"{path}: holds {name}, although the index of weights lists it in {Path(other).name}",
                     "Save the model again, so that every tensor lies in one file.",
                 )
         for name in names:
             if name not in found:
-                raise InputError(f"{path}: has no {name}, though the index of weights promises it", DAMAGED)
+                raise InputError(f"{path}: has no {name}, although the index of weights lists it", DAMAGED)
             tensors.append(found[name])
     return tuple(tensors)
 

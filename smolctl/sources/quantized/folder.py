@@ -106,7 +106,7 @@ def open_quantized_folder(folder: Path, name: str) -> ModelSource:
     description = read_description(folder)
     path = folder / FILE
     if not path.is_file():
-        raise InputError(f"{path}: missing, though {DESCRIPTION} describes it", REMEDY)
+        raise InputError(f"{path}: missing, although {DESCRIPTION} lists it", REMEDY)
     tensors = _described(description, read_header(path), path)
     _check_header(description, path)
     config_path = folder / "config.json"
@@ -115,7 +115,7 @@ def open_quantized_folder(folder: Path, name: str) -> ModelSource:
     if config is None:
         raise InputError(f"{config_path}: {unsupported}", REMEDY)
     if file_digest(config_path) != description["config_sha256"]:
-        raise InputError(f"{config_path}: is not the one that was written (checksum differs)", REMEDY)
+        raise InputError(f"{config_path}: it has changed since it was written (checksum differs)", REMEDY)
     mismatches = check_tensors(config, tensors)
     if mismatches:
         raise InputError(f"{folder}: config.json is not this model's: {mismatches[0]}", REMEDY)
@@ -141,9 +141,9 @@ def header_digest(path: Path) -> str:
 def _check_header(description: Mapping[str, Any], path: Path) -> None:
     recorded, size = description["file"], path.stat().st_size
     if recorded["bytes"] != size:
-        raise InputError(f"{path}: has {size:,} bytes, {recorded['bytes']:,} were written", REMEDY)
+        raise InputError(f"{path}: has {size:,} bytes, but {recorded['bytes']:,} were written", REMEDY)
     if recorded["header_sha256"] != header_digest(path):
-        raise InputError(f"{path}: its header is not the one that was written (checksum differs)", REMEDY)
+        raise InputError(f"{path}: its header has changed since it was written (checksum differs)", REMEDY)
 
 
 def parts_of(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
@@ -164,11 +164,11 @@ def _described(
         parts = parts_of(name, entry)
         missing = [part for part in parts if part not in found]
         if missing:
-            raise InputError(f"{path}: has no {missing[0]}, though {DESCRIPTION} describes it", REMEDY)
+            raise InputError(f"{path}: has no {missing[0]}, although {DESCRIPTION} lists it", REMEDY)
         size = sum(found.pop(part).bytes for part in parts)
         tensors.append(TensorHeader(name, tuple(entry["shape"]), entry["stored"], size))
     if found:
-        raise InputError(f"{path}: holds {next(iter(found))}, which {DESCRIPTION} does not describe", REMEDY)
+        raise InputError(f"{path}: holds {next(iter(found))}, which {DESCRIPTION} does not list", REMEDY)
     return tuple(tensors)
 
 

@@ -105,13 +105,13 @@ def test_an_answer_of_weight_0_is_read_and_not_trained_on(template: str | None) 
 
 def test_a_template_of_which_nobody_can_tell_the_answers_is_refused() -> None:
     forgets = HEADERS.replace("{{ m.content }}", "{{ m.content if loop.last else '' }}") + ASKS
-    with pytest.raises(InputError, match="in another way"):
+    with pytest.raises(InputError, match="renders an answer differently"):
         encode(conversation(*TALK), template=forgets)
     never_ends = HEADERS.replace("<|im_end|>", "") + ASKS
-    with pytest.raises(InputError, match="without a token at which a model could stop"):
+    with pytest.raises(InputError, match="without a token that stops the model"):
         encode(conversation(*TALK), template=never_ends)
     other_header = HEADERS + ASKS.replace("assistant", "model")
-    with pytest.raises(InputError, match="in another way"):
+    with pytest.raises(InputError, match="renders an answer differently"):
         encode(conversation(*TALK), template=other_header)
 
 
@@ -157,7 +157,7 @@ def test_marked_answers_are_found_wherever_the_template_writes_them() -> None:
         assert said(turns, by) == [answer[:-10] + space + "<|im_end|>" for answer in answers]
         assert turns.remarks == (NO_TURN_END,)
     assert encode(one, template=MARKED).remarks == ()
-    with pytest.raises(InputError, match="without a token at which a model could stop"):
+    with pytest.raises(InputError, match="without a token that stops the model"):
         encode(one, template=MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}"))
 
 
