@@ -103,7 +103,7 @@ def _lacking(state: Mapping[str, Any]) -> Iterator[str]:
     if model["type"] != "BPE":
         yield f"a model of the type {model['type']}"
         return
-    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model[key]:
             yield key
     if model["byte_fallback"] and any(

@@ -156,7 +156,6 @@ UNKNOWN: dict[str, tuple[Any, str]] = {
               "a pre-tokenizer that does not end with ByteLevel"),
     "normalizer": (lambda: changed("gpt2", normalizer={"type": "Lowercase"}), "the normalizer Lowercase"),
     "decoder": (lambda: changed("gpt2", decoder=None), "a decoder other than ByteLevel"),
-    "dropout": (lambda: changed("gpt2", model={"dropout": 0.1}), "dropout"),
     "suffix": (lambda: changed("gpt2", model={"end_of_word_suffix": "</w>"}), "end_of_word_suffix"),
 }  # fmt: skip
 

@@ -343,7 +343,7 @@ def test_costs_of_int8_dynamic_are_those_of_its_activations(here: Path) -> None:
     ("arguments", "code", "said"),
     [
         (("--to", "int3"), 2, "no such scheme"),
-        (("--to", ""), 2, "no such scheme"),
+        (("--to", ""), 2, "--to is empty"),
         (("--to", "q8_0"), 2, "Did you mean gguf-q8_0?"),
         (("--to", "gguf-q4_k"), 3, "K-quants pack 256 values of a row together, and 32 is not a multiple"),
         (("--to", "gguf-Q4_K_M"), 3, "K-quants"),

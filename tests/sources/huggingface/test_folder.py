@@ -310,7 +310,7 @@ def test_a_tensor_in_two_shards_is_refused_because_readers_differ_in_which_they_
     first, second = sorted(tmp_path.glob("model-*.safetensors"))[:2]
     state, name = load_file(second), next(iter(load_file(first)))
     save_file({**state, name: load_file(first)[name] * 2}, second, {"format": "pt"})
-    with pytest.raises(InputError, match=f"{second.name}: holds {name}, though .* {first.name}"):
+    with pytest.raises(InputError, match=f"{second.name}: holds {name}, although .* {first.name}"):
         open_source(str(tmp_path))
 
 
