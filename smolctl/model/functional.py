@@ -9,7 +9,7 @@ Shapes as in `network.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -97,30 +97,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def joins_matrices(device: torch.device) -> bool:
-    """Whether matrices that multiply the same input are multiplied as one matrix there.
-
-    A GPU is faster at one large product than at several small ones, and the gradient of the input needs no
-    sum. On a CPU joining them would only be another copy.
-    """
-    return device.type == "cuda"
-
-
 class _RMSNormLinears(Function):
     """Keeps x, which the residual stream keeps anyway; the input of all the matmuls is computed again."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, norm: Tensor, eps: float, joined: bool, *weights: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, norm: Tensor, eps: float, *weights: Tensor) -> tuple[Tensor, ...]:
         scale = _rms_scale(x, eps)
-        ctx.joined = joined
         ctx.save_for_backward(x, norm, scale, *weights)
         dtype = _product_dtype(x)
         normed = (x * scale).to(x.dtype).mul_(norm).to(dtype)
-        if joined:
-            outputs = [weight.shape[0] for weight in weights]
-            return product(normed, _joined(weights, dtype)).split(outputs, dim=-1)
         return tuple(product(normed, weight.to(dtype)) for weight in weights)
 
     @staticmethod
@@ -130,33 +115,18 @@ class _RMSNormLinears(Function):
         normed = x * scale
         inputs = (normed * norm).to(dtype)
         dinputs: Tensor | None = None
-        dweights: list[Tensor] = []
-        if ctx.joined:
-            gradient = torch.cat(gradients, dim=-1)
-            dinputs = product(gradient, _joined(weights, dtype).mT)
-            found = _weight_gradient(gradient, inputs)
-            parts = found.split([weight.shape[0] for weight in weights])
-            dweights = [part.to(weight.dtype) for part, weight in zip(parts, weights, strict=True)]
-        else:
-            for gradient, weight in zip(gradients, weights, strict=True):
-                dweights.append(_weight_gradient(gradient, inputs).to(weight.dtype))
-                matrix = weight.to(dtype).mT
-                dinputs = (
-                    product(gradient, matrix) if dinputs is None else add_product(dinputs, gradient, matrix)
-                )
+        dweights = []
+        for gradient, weight in zip(gradients, weights, strict=True):
+            dweights.append(_weight_gradient(gradient, inputs).to(weight.dtype))
+            matrix = weight.to(dtype).mT
+            dinputs = product(gradient, matrix) if dinputs is None else add_product(dinputs, gradient, matrix)
         assert dinputs is not None
-        return *_rms_norm_backward(dinputs.to(x.dtype), x, norm, scale, normed), None, None, *dweights
-
-
-def _joined(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Matrices (O, I) below one another, (sum of O, I), in the dtype of a product."""
-    return torch.cat([weight.to(dtype) for weight in weights])
+        return *_rms_norm_backward(dinputs.to(x.dtype), x, norm, scale, normed), None, *dweights
 
 
 def rms_norm_linears(x: Tensor, norm: Tensor, eps: float, *weights: Tensor) -> tuple[Tensor, ...]:
     """Products of rms_norm(x, norm, eps) with several matrices: (…, I) with (O, I) gives (…, O)."""
-    joined = joins_matrices(x.device)
-    return _RMSNormLinears.apply(x, norm, eps, joined, *weights)  # type: ignore[no-any-return, no-untyped-call]
+    return _RMSNormLinears.apply(x, norm, eps, *weights)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
