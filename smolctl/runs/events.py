@@ -60,6 +60,7 @@ class RunPlan:
     device: str
     tokens_per_second: float
     eta_s: float
+    compiles: bool = False  # the blocks, after this was measured: the run is faster than its plan
     read: tuple[str, ...] = ()  # which data was read and what was not, in sentences
     conversations: dict[str, Any] | None = None  # what became of them, as `ConversationFacts` says
 
@@ -157,6 +158,7 @@ class End:
     margin: float | None = None
     best_step: int | None = None  # of the run's validation with the fewest bits per byte
     best_bits_per_byte: float | None = None
+    best_is_kept: bool = False  # whether the checkpoint of that step is there
     tokens: int = 0  # seen by the run
     memory_bytes: int | None = None  # most held; None where the system does not say
     config_sha256: str = ""  # of the run's config.yaml: equal for equal settings

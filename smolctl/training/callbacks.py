@@ -163,6 +163,7 @@ class RunCallback(pl.Callback):
             margin=scored.margin if scored else None,
             best_step=best["step"] if best else None,
             best_bits_per_byte=best["bits_per_byte"] if best else None,
+            best_is_kept=best is not None and self.run.checkpoint_path(best["step"]).is_file(),
             tokens=last.tokens if last else tokens,
             memory_bytes=peak_memory(trainer.strategy.root_device),
             config_sha256=self.run.config_sha256(),

@@ -78,6 +78,7 @@ def make_plan(
         device=device,
         tokens_per_second=tokens_per_second,
         eta_s=tokens / tokens_per_second,
+        compiles=config.train.compile is True,
     )
 
 
@@ -100,9 +101,11 @@ def measure_training_speed(
 ) -> float:
     """Tokens per second of a step, from real forwards and backwards on a micro-batch (B, T + 1).
 
-    First of one sequence, which warms up and is enough where it takes long, then of all. Muon's
-    orthogonalization is timed too; AdamW's update, a few per cent of a step at most, is not. Gradients are
-    dropped and the random state is put back: the run that follows is the same with and without it.
+    First of one sequence, which warms up and is enough where it takes long, then of all; on a GPU three
+    times, since its libraries choose their kernels at the first call for a shape. Muon's orthogonalization
+    is timed too; AdamW's update, a few per cent of a step at most, is not, and blocks are not compiled yet.
+    Gradients are dropped and the random state is put back: the run that follows is the same with and without
+    it.
 
     Args:
         network: on the device to measure.
@@ -114,7 +117,7 @@ def measure_training_speed(
     network.train()
     device = batch.device
     forward = update = tokens = 0.0
-    for part in (batch[:1], batch):
+    for part in (batch[:1], *[batch] * (3 if device.type == "cuda" else 1)):
         asked, tokens = sequences_of(part, document_end), part[:, 1:].numel()
         started = _now(device)
         with autocast(config, device):

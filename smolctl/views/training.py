@@ -43,6 +43,12 @@ FINAL_CHART = 16  # lines that it takes when the run has ended
 SCHEDULE_WIDTH = 20  # columns of the plan's curve
 EXAMPLE_CHARACTERS = 300  # of each part of the conversation that the plan shows
 VERSIONS_SHOWN = 5  # of every prompt's answer, when the run has ended
+# So many help nearly as much as new text: Muennighoff et al., "Scaling Data-Constrained Language Models", 2023.
+EPOCHS_LIKE_NEW_TEXT = 4
+REPEATS = (
+    "After about 4 epochs, reading the same text again helps little, and the held-out score can get worse. "
+    "The best checkpoint is RUN@best; --set train.patience=3 ends a run after 3 validations without improvement."
+)
 
 
 class TrainingView:
@@ -177,6 +183,7 @@ class TrainingView:
             )
         if event.best_step not in (None, event.step):
             rows["best"] = f"{event.best_bits_per_byte:.4f} bits/byte at step {event.best_step:,}"
+            rows["best"] += f" ({event.run}@best)" * event.best_is_kept
         rows["saved in"] = f"{event.run}: {self._records()}"
         if not done:
             rows["go on"] = f"smolctl resume {event.run}"
@@ -190,6 +197,7 @@ class TrainingView:
         check = f", held out {bits_per_byte(state.validation)}" if state.validation else ""
         if event.best_step not in (None, event.step):
             check += f", best {event.best_bits_per_byte:.4f} at step {event.best_step:,}"
+            check += f" ({event.run}@best)" * event.best_is_kept
         self.out.line(f"Ended{why} at step {event.step:,} after {duration(event.seconds)}{loss}{check}.")
         self.out.line(f"{event.run}: {self._records()}")
         target = "" if event.reason == "done" else f"; continue with: smolctl resume {event.run}"
@@ -298,6 +306,7 @@ def plan_table(plan: RunPlan) -> Table:
     shares = {name: count for name, count in vars(plan.memory).items() if name != "formulas"}
     shares |= {"libraries": plan.framework_bytes, "allocator's gaps": plan.gap_bytes}
     held = ", ".join(f"{name} {size(count)}" for name, count in shares.items() if count)
+    limit, when = ("at most", " before compiling") if plan.compiles else ("about", "")
     tokens = f"{plan.steps:,} steps × {plan.batch_size:,} × {plan.sequence_length:,} = {plan.tokens:,} tokens"
     checkpoints = f"{plan.checkpoints_kept} checkpoints × {size(plan.checkpoint_bytes)}"
     held_out = f"{plan.held_out_tokens:,} tokens" if plan.held_out_tokens else "nothing"
@@ -308,11 +317,12 @@ def plan_table(plan: RunPlan) -> Table:
         "data": f"{plan.corpus_tokens:,} tokens: {plan.epochs:.3g} epochs, "
         f"{plan.tokens_per_parameter:.3g} tokens per parameter; {held_out} held out",
         "documents": f"{plan.documents:,}{copies}",
+        **({"repeats": REPEATS} if plan.epochs > EPOCHS_LIKE_NEW_TEXT else {}),
         "schedule": _schedule(plan),
         "memory": f"about {size(plan.memory_bytes)}: {held}",
         "disk": f"{checkpoints} = {size(plan.disk_bytes)} of {size(plan.disk_free_bytes)} free",
-        "time": f"about {duration(plan.eta_s)} on {plan.device} at {plan.tokens_per_second:,.0f} tok/s, "
-        "measured on one micro-batch",
+        "time": f"{limit} {duration(plan.eta_s)} on {plan.device} at {plan.tokens_per_second:,.0f} tok/s, "
+        f"measured on one micro-batch{when}",
     }
     table = facts(rows.items(), style="bold")
     if chat := plan.conversations:

@@ -71,7 +71,7 @@ def test_a_run_out_of_patience_stops_keeps_its_best_and_goes_on_with_more(
     folder = run(make(), "whole", events)
     end, best = events[-1], f"{folder}@best"
     assert isinstance(end, End)
-    assert (end.reason, end.step, end.best_step) == ("patience", 6, 3)
+    assert (end.reason, end.step, end.best_step, end.best_is_kept) == ("patience", 6, 3, True)
     assert any(
         "train.patience: 3 validations in a row" in note.text for note in events if isinstance(note, Note)
     )

@@ -197,11 +197,29 @@ def test_more_prompts_than_lines_are_counted() -> None:
     assert "every step" in "".join(lines)
 
 
-def plan_line(outline: ScheduleOutline) -> str:
+def plan_text(plan: RunPlan) -> str:
     screen = PlainConsole(file=io.StringIO(), width=200)
-    screen.print(plan_table(replace(PLAN, steps=100, schedule=outline)))
+    screen.print(plan_table(plan))
     assert isinstance(screen.file, io.StringIO)
-    return next(line for line in screen.file.getvalue().splitlines() if "schedule" in line)
+    return screen.file.getvalue()
+
+
+def plan_line(outline: ScheduleOutline) -> str:
+    lines = plan_text(replace(PLAN, steps=100, schedule=outline)).splitlines()
+    return next(line for line in lines if "schedule" in line)
+
+
+def test_the_plan_says_where_its_time_was_measured_before_compiling() -> None:
+    assert "about 6 min 55 s on cuda at 98,765 tok/s, measured on one micro-batch " in plan_text(PLAN)
+    compiled = plan_text(replace(PLAN, compiles=True))
+    assert (
+        "at most 6 min 55 s on cuda at 98,765 tok/s, measured on one micro-batch before compiling" in compiled
+    )
+
+
+def test_the_plan_warns_of_many_epochs() -> None:
+    assert "RUN@best" not in plan_text(PLAN)
+    assert "the held-out score can get worse" in plan_text(replace(PLAN, epochs=12.0))
 
 
 def test_the_plan_tells_what_the_run_sees_of_the_schedule() -> None:
@@ -287,6 +305,19 @@ def test_when_the_run_has_ended_its_sum_stays_on_the_screen(width: int, height: 
     assert "every step 4.1234" in seen.text  # the chart
     assert "Plan" in seen.text
     assert "elapsed" not in seen.text  # of the display
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_end_of_a_run_names_a_better_checkpoint_that_it_has_kept(terminal: bool) -> None:
+    worse = End(5_000, "runs/x", "done", 75.0, best_step=3_000, best_bits_per_byte=1.1882, best_is_kept=True)
+    for event, named in ((worse, True), (replace(worse, best_is_kept=False), False)):
+        out = Output()
+        stdout, _ = consoles(out, 120, terminal)
+        with TrainingView(out) as view:
+            view(STORY[0])
+            view(event)
+        assert "3,000" in stdout.getvalue()
+        assert ("(runs/x@best)" in stdout.getvalue()) == named
 
 
 def test_a_terminal_that_was_closed_does_not_fail_the_run() -> None:
