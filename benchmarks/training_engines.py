@@ -31,6 +31,7 @@ from smolctl.config import ModelConfig
 from smolctl.model.network import Transformer
 from smolctl.sources import open_source
 from smolctl.timing import in_turns
+from smolctl.training.fit import prepare_process
 from smolctl.training.graph import GradientGraph
 from smolctl.worker import Worker
 
@@ -111,6 +112,7 @@ def training_step(case: Case) -> TrainingStep:
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     step = TrainingStep(lambda: loss(inputs, targets), optimizer, device, case.bfloat16)
     if device.type == "cuda" and isinstance(network, Transformer):
+        prepare_process()
         torch.use_deterministic_algorithms(True)  # as `smolctl train`
         if case.compiled:
             return graphed(step, network, tokens)

@@ -43,11 +43,11 @@ FINAL_CHART = 16  # lines that it takes when the run has ended
 SCHEDULE_WIDTH = 20  # columns of the plan's curve
 EXAMPLE_CHARACTERS = 300  # of each part of the conversation that the plan shows
 VERSIONS_SHOWN = 5  # of every prompt's answer, when the run has ended
-# So many help nearly as much as new text: Muennighoff et al., "Scaling Data-Constrained Language Models", 2023.
+# They help nearly as much as new text: Muennighoff et al., "Scaling Data-Constrained Language Models", 2023.
 EPOCHS_LIKE_NEW_TEXT = 4
 REPEATS = (
     "After about 4 epochs, reading the same text again helps little, and the held-out score can get worse. "
-    "The best checkpoint is RUN@best; --set train.patience=3 ends a run after 3 validations without improvement."
+    "The best checkpoint is RUN@best; --set train.patience=3 stops after 3 validations without improvement."
 )
 
 
