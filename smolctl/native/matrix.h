@@ -56,10 +56,11 @@ INLINE vec load_part(int kind, const uint8_t *row, int block, int part) {
 // four interleaved ones at a third of it (measured on Zen 4). On a Zen 5, whose cores compute faster than its
 // prefetchers run ahead, one core reads half as much again where rows are also asked for in advance.
 
-#define READ_AHEAD 8192  // bytes; from 4 to 16 KiB it makes little difference
+// Bytes; from 4 to 16 KiB it makes little difference. With 4 lanes computing takes longer than reading.
+#define READ_AHEAD (LANES > 4 ? 8192 : 0)
 
 INLINE void read_ahead(const uint8_t *from, int bytes) {
-    for (int at = 0; at < bytes; at += 64) __builtin_prefetch(from + READ_AHEAD + at);
+    for (int at = 0; READ_AHEAD && at < bytes; at += 64) __builtin_prefetch(from + READ_AHEAD + at);
 }
 
 // A vector in the forms that the kinds of rows want; see `prepare_vector`.
