@@ -23,6 +23,7 @@ from smolctl.publish.export import Export, export_model
 from smolctl.publish.facts import RunFacts, read_facts, write_records
 from smolctl.publish.secrets import Finding, scan
 from smolctl.publish.smoke import SmokeTest
+from smolctl.runs.folder import RunFolder
 from smolctl.runs.layout import (
     CONFIG,
     ENVIRONMENT,
@@ -72,6 +73,15 @@ class ModelToPublish:
     def settings(self) -> PublishConfig:
         """The repository and the licence that the run's config names."""
         return self.source.run.publish if self.source.run else PublishConfig()
+
+    @property
+    def better_step(self) -> int | None:
+        """The step of the run's checkpoint with the best held-out score, where this is another one."""
+        if not self.is_run or self.folder is None:
+            return None
+        run = RunFolder(self.folder)
+        best = run.best_validation({file.step for file in run.checkpoints()})
+        return best["step"] if best and best["step"] != self.source.step else None
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,8 @@ def _facts(plan: PushPlan) -> dict[str, str]:
 def _exceptions(plan: PushPlan) -> dict[str, str]:
     """What is not as usual: findings that are allowed, files that are replaced, kept or left out."""
     rows: dict[str, str] = {}
+    if better := plan.built.model.better_step:
+        rows["better"] = f"step {better:,} has the run's best held-out score: {plan.built.model.folder}@best"
     hashes = {finding.hash for finding in plan.allowed}
     nowhere = [f"{hash} matches no finding" for hash in plan.options.allowed_secrets if hash not in hashes]
     if allowed := [*map(str, plan.allowed), *nowhere]:

@@ -11,6 +11,7 @@ import pytest
 
 from smolctl.config.load import merge
 from smolctl.errors import InputError
+from smolctl.publish.build import open_model
 from smolctl.runs.events import End, Event, Note, Step, Validation
 from smolctl.runs.folder import RunFolder
 from smolctl.runs.reference import split_step
@@ -80,6 +81,10 @@ def test_a_run_out_of_patience_stops_keeps_its_best_and_goes_on_with_more(
 
     assert split_step(best) == (folder, 3)
     assert open_source(best).step == 3
+    assert (open_model(str(folder)).better_step, open_model(best).better_step) == (
+        3,
+        None,
+    )  # what `push` says
     assert smolctl("resume", best, "--out", "branch", "--until", "5").code == 0
     assert [file.step for file in RunFolder(Path("branch")).checkpoints()] == [3, 5]
 
