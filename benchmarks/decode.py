@@ -71,7 +71,10 @@ LONGEST_WAIT = 180.0  # seconds for an answer, after which an engine is left out
 REFERENCE = "transformers float32"
 # Formats with the number of bits: llama.cpp's by their llama_ftype.
 OURS = {"bf16": 16, "int8": 8, "int4": 4}
-LLAMA = {"llama.cpp": ("bf16", "q8_0", "q4_0", "q4_1"), "ik_llama.cpp": ("bf16", "q8_0", "q4_0", "iq4_nl")}
+LLAMA = {
+    "llama.cpp": ("bf16", "q8_0", "q4_0", "q4_1"),
+    "ik_llama.cpp": ("bf16", "q8_0", "q4_0", "q4_1", "iq4_nl"),
+}
 FTYPES = {"bf16": 32, "q8_0": 7, "q4_0": 2, "q4_1": 3, "iq4_nl": 25}
 PACKAGED = {
     "openvino": ("float16", "int8", "int4"),
