@@ -19,8 +19,8 @@ PACKAGES = ("torch", "transformers", "tokenizers", "llama-cpp-python", "litgpt",
 # speed that people would report.
 OTHERS_SHARE = 0.05
 STEAL_SHARE = 0.02
-# Generations of AMD's Zen, by CPU family and the first of the model's two hexadecimal digits, as Linux tells
-# them apart (arch/x86/kernel/cpu/amd.c).
+# Generations of AMD's Zen, by CPU family and the first of the model's two hexadecimal digits, as in Linux's
+# arch/x86/kernel/cpu/amd.c.
 ZEN = {
     0x17: {1: "0125", 2: "34679a"},
     0x19: {3: "02345", 4: "16789a"},
