@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import os
-import platform
 import re
 import shutil
 import subprocess
@@ -35,6 +33,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from smolctl.benchmark.machine import describe_machine
 from smolctl.page.folder import CODE, ENGINES, write_page_model
 from smolctl.page.tokenization import page_tokenizer
 from smolctl.quantization.quantize import QuantizeOptions, quantize
@@ -280,8 +279,8 @@ def spread(values: Sequence[float]) -> str:
 
 def machine() -> str:
     """The processor's name and the cores that this process may use."""
-    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return f"{found[1] if found else platform.processor()}, {len(os.sched_getaffinity(0))} cores"
+    found = describe_machine(1)
+    return f"{found.cpu}, {found.logical_cpus} cores"
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from functools import partial
 from pathlib import Path
 from select import select
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +71,10 @@ LONGEST_WAIT = 180.0  # seconds for an answer, after which an engine is left out
 REFERENCE = "transformers float32"
 # Formats with the number of bits: llama.cpp's by their llama_ftype.
 OURS = {"bf16": 16, "int8": 8, "int4": 4}
-LLAMA = {"llama.cpp": ("bf16", "q8_0", "q4_0", "q4_1"), "ik_llama.cpp": ("bf16", "q8_0", "q4_0", "iq4_nl")}
+LLAMA = {
+    "llama.cpp": ("bf16", "q8_0", "q4_0", "q4_1"),
+    "ik_llama.cpp": ("bf16", "q8_0", "q4_0", "q4_1", "iq4_nl"),
+}
 FTYPES = {"bf16": 32, "q8_0": 7, "q4_0": 2, "q4_1": 3, "iq4_nl": 25}
 PACKAGED = {
     "openvino": ("float16", "int8", "int4"),
@@ -337,26 +342,32 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--folder", type=Path, default=Path("build/benchmark-models"))
     parser.add_argument("--cases", nargs="*", default=list(CASES)[:3], choices=CASES)
-    parser.add_argument(
-        "--only", nargs="*", default=None, help="engines, such as 'smolctl int8'; with %(const)s"
-    )
+    parser.add_argument("--only", nargs="*", default=None, help="engines, such as 'smolctl int8'")
     parser.add_argument("--quick", action="store_true", help="whether all works: no figures to keep")
     parser.add_argument("--make", action="store_true", help="build the peers and make their models, no more")
-    parser.add_argument("--json", type=Path, default=None, help="default: results/peers-INSTRUCTIONS.json")
+    parser.add_argument("--json", type=Path, default=None, help="default: results/peers-MACHINE.json")
     parser.add_argument("--print", action="store_true", help="print the results of an earlier run")
     options = parser.parse_args()
-    instructions = torch.backends.cpu.get_cpu_capability().lower()
-    options.json = options.json or ROOT / "benchmarks" / "results" / f"peers-{instructions}.json"
-    if not options.print:
-        run(options)
-    if not options.make:
-        print(peer_table(json.loads(options.json.read_text()), datetime.now(UTC).date()))
-
-
-def run(options: argparse.Namespace) -> None:
-    """Measure, and write the results."""
     threads = compute_threads(options.threads)
-    torch.set_num_threads(threads)
+    machine = describe_machine(threads)
+    described = f"{machine.cpu}, {machine.instructions}"
+    named = re.sub("[^a-z0-9]+", "-", described.lower())
+    file = options.json or ROOT / "benchmarks" / "results" / f"peers-{named}.json"
+    if options.print:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    else:
+        torch.set_num_threads(threads)
+        peers = every_engine(options, threads)
+        if options.make:
+            return
+        results = {"machine": described, **measured_results(options, peers, threads)}
+        if not options.quick:
+            file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(peer_table(results, datetime.now(UTC).date()))
+
+
+def every_engine(options: argparse.Namespace, threads: int) -> list[Peer]:
+    """Those that are asked for, built and with their models."""
     source, folder = options.source.absolute(), options.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     peers = our_engines(source, folder, threads)
@@ -364,30 +375,28 @@ def run(options: argparse.Namespace) -> None:
         peers += built_engines(described, source, folder, threads)
     if options.venvs:
         peers += packaged_engines(options.venvs.absolute(), source, folder, threads)
-    if options.make:
-        return
-    peers = [one for one in peers if options.only is None or one.name in {*options.only, REFERENCE}]
-    cases = QUICK if options.quick else {case: CASES[case] for case in options.cases}
-    longest = max(length for _, _, length in (*cases.values(), FOR_KL)) + 1
-    _, text = reference_text(
-        open_source(str(source)), Sizes(CASES["decode"][1], CASES["decode"][2], longest, 8)
-    )
-    left_out = measure(peers, text, cases, 1 if options.quick else options.rounds, threads)
     for peer in peers:
         peer.settings = SETTINGS.get(peer.program, "")
-    machine = describe_machine(threads)
-    results = {
+    return [one for one in peers if options.only is None or one.name in {*options.only, REFERENCE}]
+
+
+def measured_results(options: argparse.Namespace, peers: list[Peer], threads: int) -> dict[str, Any]:
+    """What was measured, with what and when."""
+    cases = QUICK if options.quick else {case: CASES[case] for case in options.cases}
+    longest = max(length for _, _, length in (*cases.values(), FOR_KL)) + 1
+    sizes = Sizes(CASES["decode"][1], CASES["decode"][2], longest, 8)
+    _, text = reference_text(open_source(str(options.source)), sizes)
+    left_out = measure(peers, text, cases, 1 if options.quick else options.rounds, threads)
+    return {
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{machine.cpu}, {machine.instructions}",
         "threads": threads,
-        "model": source.name,
+        "model": options.source.name,
         "smolctl": commit_of(ROOT),
         "left_out": left_out,
         "engines": {
             one.name: {key: value for key, value in asdict(one).items() if key != "command"} for one in peers
         },
     }
-    options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

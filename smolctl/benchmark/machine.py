@@ -19,13 +19,20 @@ PACKAGES = ("torch", "transformers", "tokenizers", "llama-cpp-python", "litgpt",
 # speed that people would report.
 OTHERS_SHARE = 0.05
 STEAL_SHARE = 0.02
+# Generations of AMD's Zen, by CPU family and the first of the model's two hexadecimal digits, as in Linux's
+# arch/x86/kernel/cpu/amd.c.
+ZEN = {
+    0x17: {1: "0125", 2: "34679a"},
+    0x19: {3: "02345", 4: "16789a"},
+    0x1A: {5: "012467", 6: "589acde"},
+}
 
 
 @dataclass(frozen=True)
 class Machine:
     """What the speed depends on."""
 
-    cpu: str
+    cpu: str  # name, and generation where it is known
     gpu: str | None  # present, but not used
     logical_cpus: int  # that this process may use
     threads: int  # that every engine was given
@@ -124,6 +131,22 @@ def disturbance(load: SystemLoad, cpus: int) -> str:
     return " and ".join(found)
 
 
+def named_cpu(cpuinfo: str) -> str:
+    """The name of the first processor in the text of /proc/cpuinfo; "" if it has none.
+
+    The generation of an AMD processor is added: a virtual machine may call any of them "AMD EPYC".
+    """
+    pairs = (line.partition(":") for line in cpuinfo.partition("\n\n")[0].splitlines())
+    found = {key.strip(): value.strip() for key, _, value in pairs}
+    name = found.get("model name", "")
+    if found.get("vendor_id") == "AuthenticAMD":
+        digit = f"{int(found['model']):02x}"[0]
+        for generation, digits in ZEN.get(int(found["cpu family"]), {}).items():
+            if digit in digits:
+                return f"{name} (Zen {generation})"
+    return name
+
+
 def _process_seconds(process: int, ticks: int) -> float:
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
@@ -134,8 +157,5 @@ def _process_seconds(process: int, ticks: int) -> float:
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    named = named_cpu(info.read_text()) if info.exists() else ""
+    return named or platform.processor() or platform.machine()

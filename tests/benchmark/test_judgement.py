@@ -12,7 +12,16 @@ import torch
 from smolctl.benchmark.baseline import compare_with, save_record
 from smolctl.benchmark.correctness import allowed_error, bits_of, error_of
 from smolctl.benchmark.limits import Cost, HardwareLimits, limits_of, roofline
-from smolctl.benchmark.machine import CpuTimes, Machine, SystemLoad, cpu_times, disturbance, load_between
+from smolctl.benchmark.machine import (
+    CpuTimes,
+    Machine,
+    SystemLoad,
+    cpu_times,
+    describe_machine,
+    disturbance,
+    load_between,
+    named_cpu,
+)
 from smolctl.benchmark.report import BenchReport, ModelFacts, Result, compare
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError, SmolError
@@ -79,6 +88,33 @@ def test_limits_are_the_best_round_and_keep_the_worst() -> None:
     limits = limits_of([(8.0, {"float32": 5.0}), (10.0, {"float32": 4.0}), (9.0, {"float32": 6.0})])
     assert (limits.bandwidth, limits.slowest_bandwidth) == (10.0, 8.0)
     assert (limits.products, limits.slowest_products) == ({"float32": 6.0}, {"float32": 4.0})
+
+
+# --- which machine --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "model", "named"),
+    [
+        ("AuthenticAMD", 23, 49, "A CPU (Zen 2)"),
+        ("AuthenticAMD", 25, 1, "A CPU (Zen 3)"),
+        ("AuthenticAMD", 25, 17, "A CPU (Zen 4)"),
+        ("AuthenticAMD", 25, 97, "A CPU (Zen 4)"),
+        ("AuthenticAMD", 26, 2, "A CPU (Zen 5)"),
+        ("AuthenticAMD", 26, 80, "A CPU (Zen 6)"),
+        ("AuthenticAMD", 26, 255, "A CPU"),  # not known yet
+        ("AuthenticAMD", 21, 2, "A CPU"),
+        ("GenuineIntel", 6, 143, "A CPU"),
+    ],
+)
+def test_processors_of_one_name_are_told_apart(vendor: str, family: int, model: int, named: str) -> None:
+    first = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: {model}\n"
+    assert named_cpu(f"{first}model name\t: A CPU\nflags\t\t: fpu vme\n\nprocessor\t: 1\n") == named
+
+
+def test_a_processor_without_a_name_has_none() -> None:
+    assert named_cpu("processor\t: 0\nBogoMIPS\t: 50.00\nCPU architecture: 8\n\n") == ""
+    assert describe_machine(1).cpu
 
 
 # --- a busy machine -------------------------------------------------------------------------------
