@@ -36,7 +36,11 @@ LEVELS = {
         "avx512": "x86_64_v4",
         "avx512bf16": "x86_64_v4+avx512vnni+avx512bf16",
     },
-    ("Linux", "aarch64"): {"baseline": "generic", "dotprod": "generic+dotprod"},
+    ("Linux", "aarch64"): {
+        "baseline": "generic",
+        "dotprod": "generic+dotprod",
+        "bf16": "generic+dotprod+i8mm+bf16",
+    },
     ("Darwin", "arm64"): {"baseline": "apple_m1"},
 }
 LEVELS["Darwin", "x86_64"] = LEVELS["Linux", "x86_64"]

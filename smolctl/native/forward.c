@@ -76,7 +76,7 @@ typedef struct {
     int C, A, F;    // widths of rows, filled up: hidden_size, heads × head_dim, intermediate_size
     int widest;     // of them
     float *x, *normed, *q, *k, *v, *attended, *hidden;  // (chunk, C, C, H × D, K × D, K × D, A, F)
-    uint16_t *narrow;      // (chunk, widest): what the next product of many reads, in bfloat16
+    uint16_t *narrow;      // (chunk, filled up to NARROW_ROWS, widest): what the next product of many reads, in bfloat16
     integers *packed;      // (chunk): the same in integers, which lie in …
     float *packed_room;    // (chunk, INTEGER_ROOM(widest))
     float *scratch;        // (threads, scratch_size)
@@ -107,7 +107,7 @@ INLINE int rows_of_piece(const pool *p, int rows, int tokens) {
 typedef struct { float *panel, *forms, *spare, *up; } room;
 
 // Floats of a panel, and of the forms of one vector.
-#define PANEL(columns) (OPENED(columns) > TILE * (columns) ? OPENED(columns) : TILE * (columns))
+#define PANEL(columns) (OPENED(columns) > NARROW_TILE * (columns) ? OPENED(columns) : NARROW_TILE * (columns))
 #define FORMS(columns) ((columns) + INTEGER_ROOM(columns))
 
 static room room_of(const context *c, int thread) {
@@ -135,7 +135,7 @@ static void prepare_row(const context *c, const float *row, int width, int token
     if (tokens <= FEW) return;
     if (in_integers(c, tokens))
         c->packed[token] = prepare_integers(row, width, c->packed_room + (size_t)token * INTEGER_ROOM(c->widest));
-    if (c->narrows && tokens > c->exact) to_bf16(row, width, c->narrow + (size_t)token * width);
+    if (c->narrows && tokens > c->exact) to_bf16(row, width, narrow_row(c->narrow, token, width));
 }
 
 static operand prepare(const context *c, const float *x, int columns, int tokens, const room *own) {
@@ -437,7 +437,7 @@ EXPORT void *smolctl_create(const model *m, int chunk, int threads) {
     c->v = zeros(rows * (size_t)m->kv_heads * head, sizeof(float));
     c->attended = zeros(rows * (size_t)c->A, sizeof(float));
     c->hidden = zeros(rows * (size_t)c->F, sizeof(float));
-    c->narrow = zeros(c->narrows ? rows * (size_t)c->widest : 0, sizeof(uint16_t));
+    c->narrow = zeros(c->narrows ? (rows + NARROW_ROWS - 1) * (size_t)c->widest : 0, sizeof(uint16_t));
     c->packed = zeros(c->packs ? rows : 0, sizeof(integers));
     c->packed_room = zeros(c->packs ? rows * (size_t)INTEGER_ROOM(c->widest) : 0, sizeof(float));
     c->scratch = zeros((size_t)threads * c->scratch_size, sizeof(float));
@@ -537,7 +537,7 @@ EXPORT int smolctl_multiply(const matrix *m, const float *x, int tokens, float *
     float *memory = zeros((size_t)PANEL(m->columns) + FEW * FORMS(columns), sizeof *memory);
     c.packed_room = zeros(rows * INTEGER_ROOM(columns), sizeof(float));
     c.packed = zeros(rows, sizeof(integers));
-    c.narrow = zeros(rows * columns, sizeof(uint16_t));
+    c.narrow = zeros((rows + NARROW_ROWS - 1) * columns, sizeof(uint16_t));
     int failed = !memory || !c.packed_room || !c.packed || !c.narrow;
     if (!failed) {
         room own = {memory, memory + PANEL(m->columns), NULL, NULL};
@@ -567,7 +567,13 @@ EXPORT int smolctl_level(void) {
     if (~c & (bit_AVX512VNNI | bit_AVX512VBMI2 | bit_AVX512BITALG | bit_AVX512VPOPCNTDQ)) return 2;
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & bit_AVX512BF16 ? 3 : 2;
 #elif defined(__aarch64__) && defined(__linux__)
-    return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP: dot products of bytes
+    // Bits of the kernel's hwcap.h. Apple's processors multiply bfloat16 at half the rate of float32, and gain
+    // nothing from I8MM: in a virtual machine on a Mac the build for dot products is faster.
+    enum { CPUID = 1 << 11, ASIMDDP = 1 << 20, I8MM_BF16 = 1 << 13 | 1 << 14, APPLE = 0x61 };
+    unsigned long features = getauxval(AT_HWCAP), id = 0;
+    if (!(features & ASIMDDP)) return 0;
+    if (features & CPUID) __asm__("mrs %0, midr_el1" : "=r"(id));
+    return ~getauxval(AT_HWCAP2) & I8MM_BF16 || id >> 24 == APPLE ? 1 : 2;
 #else
     return 0;
 #endif

@@ -62,10 +62,18 @@ INLINE ivec add_fours(ivec total, udigits a, digits b) { return (ivec)vdotq_s32(
 INLINE ivec add_fours(ivec total, udigits a, digits b) { return (void)a, (void)b, total; }
 #endif
 
+// Where the processor multiplies 8 bytes of two rows with two others, the others are both digits of a vector.
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#define HAS_EIGHTS 1
+INLINE ivec add_eights(ivec total, ivec a, ivec b) { return (ivec)vmmlaq_s32((int32x4_t)total, (int8x16_t)a, (int8x16_t)b); }
+#else
+#define HAS_EIGHTS 0
+#endif
+
 // ---- a vector ----
 
 typedef struct {
-    const int16_t *words;  // (columns): each block as integers up to LARGEST …
+    const int16_t *words;  // (columns): each block as integers up to LARGEST (see `digits_at` for HAS_EIGHTS) …
     const int8_t *digits;  // … the same in digits, see `digits_at`
     const float *scales;   // (columns / BLOCK, filled up with zeros to 16): … of these units
     // As many, of each block, of its first half and of its second, see `form_of`:
@@ -76,7 +84,7 @@ typedef struct {
 #define INTEGER_ROOM(columns) (2 * (columns) + 160)  // floats that they take
 
 // The digits of every DIGIT_BLOCKS blocks stand together: the high ones of the blocks' first halves, those of
-// their second halves, and the low ones likewise.
+// their second halves, and the low ones likewise. HAS_EIGHTS: in the place of `words`, 8 high ones and 8 low ones in turns.
 INLINE size_t digits_at(int block) { return (size_t)(block / DIGIT_BLOCKS) * (16 * LANES) + (size_t)(block % DIGIT_BLOCKS) * 16; }
 
 // Which of `sums` and `biases` belong to a part of a block.
@@ -115,8 +123,15 @@ static integers prepare_integers(const float *x, int columns, float *room) {
         for (int half = 0; half < 2; half++) {
             int8_t *at = bytes + digits_at(block) + half * 4 * LANES;
             values_of_half value = LOAD(values_of_half, to + half * HALF_BLOCK), high = (value + 128) >> 8;
-            STORE(at, __builtin_convertvector(high, digits_of_half));
-            STORE(at + 8 * LANES, __builtin_convertvector(value - (high << 8), digits_of_half));
+            digits_of_half highs = __builtin_convertvector(high, digits_of_half);
+            digits_of_half lows = __builtin_convertvector(value - (high << 8), digits_of_half);
+            STORE(at, highs);
+            STORE(at + 8 * LANES, lows);
+#if HAS_EIGHTS
+            typedef int64_t eights __attribute__((vector_size(16)));
+            STORE(to + half * HALF_BLOCK, __builtin_shufflevector((eights)highs, (eights)lows, 0, 2));
+            STORE(to + half * HALF_BLOCK + 8, __builtin_shufflevector((eights)highs, (eights)lows, 1, 3));
+#endif
             int total = 0;
             for (int i = 0; i < HALF_BLOCK; i++) total += value[i];
             biases[(1 + half) * padded + block] = -BIAS * total;
@@ -279,7 +294,8 @@ INLINE void multiply_blocks(int kind, int parts, int tokens, const packing *p, i
 #pragma clang loop unroll(full)
         for (int i = 0; i < 4; i++) {
             int block = first + i * DIGIT_BLOCKS;
-            if (i * DIGIT_BLOCKS >= count) break;
+            if (i * DIGIT_BLOCKS >= count && LANES > 4) break;
+            if (i * DIGIT_BLOCKS >= count) continue;  // 4 lanes: a loop with a second way out is not unrolled
             udigits w[2];
             open_digits(kind, p, row, block, w);
             for (int t = 0; t < tokens; t++) {
@@ -390,8 +406,9 @@ INLINE void turn_fours(const ivec from[LANES / 4], ivec to[LANES / 4]) {
 #endif
 }
 
-// LANES vectors of 32-bit parts, turned: to[part × OPENED_ROWS + vector], every four parts `gap` parts apart.
-INLINE void interleave(const ivec v[LANES], int gap, int32_t *to) {
+// LANES vectors of 32-bit parts, turned: to[part × OPENED_ROWS + vector], every four parts `gap` parts apart. `by_two`:
+// two parts of two vectors instead of one part of four.
+INLINE void interleave(const ivec v[LANES], int gap, int by_two, int32_t *to) {
     ivec parts[4][LANES / 4], turned[LANES / 4];
     for (int i = 0; i < LANES / 4; i++) {
         const ivec *own = v + 4 * i;
@@ -399,6 +416,9 @@ INLINE void interleave(const ivec v[LANES], int gap, int32_t *to) {
         ivec first_cd = FIRST(own[2], own[3]), last_cd = LAST(own[2], own[3]);
         parts[0][i] = FIRST_PAIRS(first_ab, first_cd), parts[1][i] = LAST_PAIRS(first_ab, first_cd);
         parts[2][i] = FIRST_PAIRS(last_ab, last_cd), parts[3][i] = LAST_PAIRS(last_ab, last_cd);
+        if (!by_two) continue;
+        parts[0][i] = FIRST_PAIRS(own[0], own[1]), parts[1][i] = FIRST_PAIRS(own[2], own[3]);
+        parts[2][i] = LAST_PAIRS(own[0], own[1]), parts[3][i] = LAST_PAIRS(own[2], own[3]);
     }
     for (int part = 0; part < 4; part++) {
         turn_fours(parts[part], turned);
@@ -428,14 +448,14 @@ INLINE void open_rows(int kind, int parts, const packing *p, int row, int last, 
         }
         int32_t *to = (int32_t *)panel + (size_t)b * UNITS * OPENED_ROWS;
         for (int v = 0; v < vectors; v++)
-            interleave(opened[v], HAS_DIGITS ? UNITS : 4, to + v * (HAS_DIGITS ? 4 : LANES) * OPENED_ROWS);
+            interleave(opened[v], HAS_DIGITS ? UNITS : 4, HAS_EIGHTS, to + v * (HAS_DIGITS ? 4 : LANES) * OPENED_ROWS);
     }
     for (int part = 0; part < parts * (kind == INT8 ? 1 : 2); part++) {
         const half *from = part < parts ? p->scales : p->offsets;
         for (int first = 0; first < p->blocks; first += LANES) {
             ivec wide[LANES];
             for (int r = 0; r < LANES; r++) wide[r] = (ivec)widen(from, parts, part % parts, p, least(row + r, last - 1), first);
-            interleave(wide, 4, (int32_t *)opened_scales(p, panel, part) + first * OPENED_ROWS);
+            interleave(wide, 4, 0, (int32_t *)opened_scales(p, panel, part) + first * OPENED_ROWS);
         }
     }
 }
@@ -457,6 +477,33 @@ INLINE void add_opened(int parts, int tokens, const packing *p, float *panel, in
             int bias = BIAS && p->kind == INT8 ? x[t].biases[form][b] : 0;
             EACH_VECTOR(v) sums[v][t] = bias - (ivec){0}, upper[v][t] = (ivec){0};
         }
+#if HAS_EIGHTS
+        for (int u = part * units; u < (part + 1) * units; u += 2)
+            EACH_VECTOR_OF(tokens, t) {
+                ivec own = LOAD(ivec, x[t].words + b * BLOCK + u * UNIT);
+                EACH_VECTOR(v) {
+                    upper[v][t] = add_eights(upper[v][t], LOAD(ivec, w + u * OPENED_ROWS + v * LANES), own);
+                    sums[v][t] = add_eights(sums[v][t], LOAD(ivec, w + (u + 1) * OPENED_ROWS + v * LANES), own);
+                }
+            }
+        // So far of rows 0, 0, 1, 1 and 2, 2, 3, 3: of high and low digits in turns.
+        EACH_VECTOR(v) EACH_VECTOR_OF(tokens, t) {
+            ivec rows_01 = upper[v][t], rows_23 = sums[v][t];
+            upper[v][t] = __builtin_shufflevector(rows_01, rows_23, 0, 2, 4, 6);
+            sums[v][t] = __builtin_shufflevector(rows_01, rows_23, 1, 3, 5, 7);
+        }
+#elif defined(__ARM_FEATURE_DOTPROD)
+// A vector is loaded once for four units: instructions multiply with one of its parts.
+#define EACH_PRODUCT(to, digits_from) \
+    for (int u = part * units; u < (part + 1) * units; u += 4) { \
+        ivec four[TOGETHER]; \
+        EACH_VECTOR_OF(tokens, t) four[t] = LOAD(ivec, x[t].digits + digits_at(b) + u * UNIT + digits_from); \
+        EACH_VECTOR_OF(4, i) EACH_VECTOR_OF(tokens, t) EACH_VECTOR(v) \
+            to[v][t] = add_digits(to[v][t], LOAD(ivec, w + (u + i) * OPENED_ROWS + v * LANES), four[t][i] - (ivec){0}); \
+    }
+        EACH_PRODUCT(upper, 0)
+        EACH_PRODUCT(sums, 8 * LANES)
+#else
 #define EACH_PRODUCT(to, multiply, from) \
     for (int u = part * units; u < (part + 1) * units; u++) \
         EACH_VECTOR_OF(tokens, t) { \
@@ -467,6 +514,7 @@ INLINE void add_opened(int parts, int tokens, const packing *p, float *panel, in
             EACH_PRODUCT(upper, add_digits, x[t].digits + digits_at(b) + u / 4 * 4 * LANES + u % 4 * 4)
             EACH_PRODUCT(sums, add_digits, x[t].digits + digits_at(b) + u / 4 * 4 * LANES + u % 4 * 4 + 8 * LANES)
         } else EACH_PRODUCT(sums, add_words, x[t].words + b * BLOCK + u * UNIT)
+#endif
 #undef EACH_PRODUCT
         if (p->kind != INT8)
             EACH_VECTOR(v) EACH_VECTOR_OF(tokens, t)

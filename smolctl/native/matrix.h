@@ -160,9 +160,31 @@ static void unpack_row(const matrix *m, int row, float *out) {
 
 // ---- many tokens: rows of weights are unpacked into the cache and used for all tokens ----
 
+// Where the processor multiplies bfloat16 into float32, products of many tokens use it, except for float32
+// weights, which stay exact. NARROW_TILE rows of the matrix share what is loaded then, and NARROW_ROWS rows of
+// bfloat16 lie together, 4 columns of each in turns.
+#if defined(__AVX512BF16__)
+#define HAS_BF16_PRODUCTS 1
+#define NARROW_TILE TILE
+#define NARROW_ROWS 1
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#include <arm_neon.h>
+#define HAS_BF16_PRODUCTS 1
+#define NARROW_TILE 8
+#define NARROW_ROWS 2
+#else
+#define HAS_BF16_PRODUCTS 0
+#define NARROW_TILE TILE
+#define NARROW_ROWS 1
+#endif
+
+INLINE uint16_t *narrow_row(const uint16_t *rows, int row, int columns) {
+    return (uint16_t *)rows + (size_t)(row / NARROW_ROWS * NARROW_ROWS) * (size_t)columns + row % NARROW_ROWS * 4;
+}
+
 // y[t][r] = w[r] · x[t] over `columns`, for TILE rows and TOKENS tokens.
 INLINE void tile_floats(const float *const w[TILE], const float *const x[TOKENS], int columns,
-                        float y[TOKENS][TILE]) {
+                        float y[TOKENS][NARROW_TILE]) {
     vec total[TOKENS][TILE] = {0};
     for (int at = 0; at < columns; at += LANES) {
         vec weights[TILE];
@@ -175,12 +197,10 @@ INLINE void tile_floats(const float *const w[TILE], const float *const x[TOKENS]
     for (int t = 0; t < TOKENS; t++) sum_four(total[t], y[t]);
 }
 
-// Where the processor multiplies pairs of bfloat16 into float32, products of many tokens use it, except
-// for float32 weights, which stay exact.
+// The same for NARROW_TILE rows in bfloat16.
 #if defined(__AVX512BF16__)
-#define HAS_BF16_PRODUCTS 1
-INLINE void tile_bf16(const uint16_t *const w[TILE], const uint16_t *const x[TOKENS], int columns,
-                      float y[TOKENS][TILE]) {
+INLINE void tile_bf16(const uint16_t *const w[NARROW_TILE], const uint16_t *const x[TOKENS], int columns,
+                      float y[TOKENS][NARROW_TILE]) {
     vec total[TOKENS][TILE] = {0};
     for (int at = 0; at < columns; at += BLOCK) {
         __m512bh weights[TILE];
@@ -199,10 +219,36 @@ static void to_bf16(const float *from, int count, uint16_t *to) {
         STORE(to + at, both);
     }
 }
+#elif HAS_BF16_PRODUCTS
+// An instruction multiplies 4 columns of two tokens with those of two rows. Columns take turns between two sums, so
+// that enough of them are under way at once.
+INLINE void tile_bf16(const uint16_t *const w[NARROW_TILE], const uint16_t *const x[TOKENS], int columns,
+                      float y[TOKENS][NARROW_TILE]) {
+    vec total[2][TOKENS / 2][NARROW_TILE / 2] = {0};
+    for (int at = 0; at < 2 * columns; at += 16)
+        for (int turn = 0; turn < 2; turn++)
+            for (int t = 0; t < TOKENS / 2; t++) {
+                bfloat16x8_t v = LOAD(bfloat16x8_t, x[2 * t] + at + 8 * turn);
+                for (int r = 0; r < NARROW_TILE / 2; r++) {
+                    bfloat16x8_t weights = LOAD(bfloat16x8_t, w[2 * r] + at + 8 * turn);
+                    total[turn][t][r] = (vec)vbfmmlaq_f32((float32x4_t)total[turn][t][r], v, weights);
+                }
+            }
+    for (int t = 0; t < TOKENS / 2; t++)
+        for (int r = 0; r < NARROW_TILE / 2; r++) {
+            float both[4];
+            store(both, total[0][t][r] + total[1][t][r]);
+            memcpy(&y[2 * t][2 * r], both, 8);
+            memcpy(&y[2 * t + 1][2 * r], both + 2, 8);
+        }
+}
+
+static void to_bf16(const float *from, int count, uint16_t *to) {
+    for (int at = 0; at < count; at += 4) STORE(to + NARROW_ROWS * at, vcvt_bf16_f32((float32x4_t)load(from + at)));
+}
 #else
-#define HAS_BF16_PRODUCTS 0
-INLINE void tile_bf16(const uint16_t *const w[TILE], const uint16_t *const x[TOKENS], int columns,
-                      float y[TOKENS][TILE]) {
+INLINE void tile_bf16(const uint16_t *const w[NARROW_TILE], const uint16_t *const x[TOKENS], int columns,
+                      float y[TOKENS][NARROW_TILE]) {
     (void)w, (void)x, (void)columns, (void)y;
 }
 static void to_bf16(const float *from, int count, uint16_t *to) { (void)from, (void)count, (void)to; }
@@ -213,39 +259,35 @@ INLINE int is_packed(const matrix *m) { return m->kind >= INT8; }
 INLINE int uses_bf16(const matrix *m) { return HAS_BF16_PRODUCTS && m->kind != FLOAT32; }
 
 // y[token × stride + row - first] = row of m · token, for rows first..last.
-// `floats` is (tokens, columns), `narrow` the same in bfloat16; `panel` holds TILE × columns floats.
+// `floats` is (tokens, columns), `narrow` the same in bfloat16; `panel` holds NARROW_TILE × columns floats.
 static void multiply(const matrix *m, int first, int last, const float *floats, const uint16_t *narrow, int tokens,
                      float *panel, float *y, int stride) {
-    int columns = m->columns, pairs = uses_bf16(m);
-    for (int row = first; row < last; row += TILE) {
-        const void *w[TILE];
-        for (int r = 0; r < TILE; r++) {
-            int index = row + r < last ? row + r : last - 1;
-            if (m->kind == (pairs ? BFLOAT16 : FLOAT32)) {
+    int columns = m->columns, is_narrow = uses_bf16(m), tall = is_narrow ? NARROW_TILE : TILE;
+    for (int row = first; row < last; row += tall) {
+        const void *w[NARROW_TILE];
+        for (int r = 0; r < tall; r++) {
+            int index = least(row + r, last - 1);
+            float *unpacked = panel + r * columns;
+            if (m->kind == FLOAT32 || (m->kind == BFLOAT16 && is_narrow && NARROW_ROWS == 1)) {
                 w[r] = row_of(m, index);
                 continue;
             }
-            float *unpacked = panel + r * columns;
             unpack_row(m, index, unpacked);
-            if (pairs) to_bf16(unpacked, columns, (uint16_t *)unpacked);
-            w[r] = unpacked;
+            w[r] = is_narrow ? (void *)narrow_row((uint16_t *)panel, r, columns) : unpacked;
+            if (is_narrow) to_bf16(unpacked, columns, (uint16_t *)w[r]);
         }
         for (int token = 0; token < tokens; token += TOKENS) {
-            float tile[TOKENS][TILE];
-            size_t at[TOKENS];
-            for (int t = 0; t < TOKENS; t++)
-                at[t] = (size_t)(token + t < tokens ? token + t : tokens - 1) * (size_t)columns;
-            if (pairs) {
-                const uint16_t *x[TOKENS];
-                for (int t = 0; t < TOKENS; t++) x[t] = narrow + at[t];
-                tile_bf16((const uint16_t *const *)w, x, columns, tile);
-            } else {
-                const float *x[TOKENS];
-                for (int t = 0; t < TOKENS; t++) x[t] = floats + at[t];
-                tile_floats((const float *const *)w, x, columns, tile);
+            float tile[TOKENS][NARROW_TILE];
+            const uint16_t *narrow_x[TOKENS];
+            const float *x[TOKENS];
+            for (int t = 0; t < TOKENS; t++) {
+                int index = token + t < tokens ? token + t : 0;
+                narrow_x[t] = narrow_row(narrow, index, columns), x[t] = floats + (size_t)index * (size_t)columns;
             }
+            if (is_narrow) tile_bf16((const uint16_t *const *)w, narrow_x, columns, tile);
+            else tile_floats((const float *const *)w, x, columns, tile);
             for (int t = 0; t < TOKENS && token + t < tokens; t++)
-                for (int r = 0; r < TILE && row + r < last; r++)
+                for (int r = 0; r < tall && row + r < last; r++)
                     y[(size_t)(token + t) * (size_t)stride + (size_t)(row + r - first)] = tile[t][r];
         }
     }

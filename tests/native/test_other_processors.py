@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import struct
 import subprocess
 from collections.abc import Iterator
@@ -10,12 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from smolctl.generation import native_engine
 from smolctl.native import build, library
 from tests.support.emulated import emulated
 
-# What library.py calls, as a Mac's linker names it.
+# What Python calls, as a Mac's linker names it.
 FUNCTIONS = {
-    f"_smolctl_{name}" for name in ("interface", "level", "create", "forward", "destroy", "multiply")
+    f"_{name}"
+    for module in (library, native_engine)
+    for name in re.findall(r"smolctl_\w+", Path(module.__file__).read_text(encoding="utf-8"))
 }
 PROCESSORS = {"arm64": 0x0100000C, "x86_64": 0x01000007}  # CPU_TYPE_* of mach/machine.h
 MACS = [
@@ -29,7 +33,14 @@ MACS = [
 @pytest.mark.proof
 @pytest.mark.parametrize(
     ("processor", "expected"),
-    [("cortex-a53", "baseline"), ("cortex-a57", "baseline"), ("cortex-a76", "dotprod"), ("max", "dotprod")],
+    [
+        ("cortex-a53", "baseline"),
+        ("cortex-a57", "baseline"),
+        ("cortex-a76", "dotprod"),
+        ("neoverse-n1", "dotprod"),
+        ("max", "bf16"),
+        ("max,midr=0x61000000", "dotprod"),  # Apple's: slower in bfloat16
+    ],
 )
 def test_an_arm_processor_gets_the_best_build_that_it_runs(processor: str, expected: str) -> None:
     levels = list(build.LEVELS["Linux", "aarch64"])
@@ -41,7 +52,7 @@ def test_an_arm_processor_gets_the_best_build_that_it_runs(processor: str, expec
     [
         ("Linux", "x86_64", ["baseline", "avx2", "avx512", "avx512bf16"]),
         ("Darwin", "x86_64", ["baseline", "avx2", "avx512", "avx512bf16"]),
-        ("Linux", "aarch64", ["baseline", "dotprod"]),
+        ("Linux", "aarch64", ["baseline", "dotprod", "bf16"]),
         ("Darwin", "arm64", ["baseline"]),
         ("Linux", "riscv64", ["baseline"]),
     ],
@@ -62,6 +73,7 @@ def test_every_machine_has_a_baseline_and_what_its_processors_add(
         ("x86_64_v4+avx512vnni+avx512bf16", ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"]),
         ("generic", []),
         ("generic+dotprod", ["-march=armv8.2-a+dotprod"]),
+        ("generic+dotprod+i8mm+bf16", ["-march=armv8.2-a+dotprod+i8mm+bf16"]),
         ("", []),
     ],
 )

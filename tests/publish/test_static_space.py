@@ -211,8 +211,8 @@ def test_the_real_model_says_in_a_browser_what_it_says_here(
 ) -> None:
     """64 greedy tokens of 10 prompts in Chromium; not even at ties do they differ."""
     library = load_library()
-    if isinstance(library, Library) and library.build == "avx512bf16":
-        pytest.skip("this build reads prompts in bfloat16: set SMOLCTL_NATIVE=avx512")
+    if isinstance(library, Library) and library.build.endswith("bf16"):
+        pytest.skip("this build reads prompts in bfloat16: set SMOLCTL_NATIVE to the one before")
     site, quantized = real_page
     monkeypatch.setattr(smoke, "TIE", 0)
     for prompt in REAL_PROMPTS:

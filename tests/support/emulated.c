@@ -8,9 +8,10 @@ int smolctl_level(void);
 int smolctl_multiply(const void *m, const float *x, int tokens, float *y);
 void *smolctl_create(const void *m, int chunk, int threads);
 int smolctl_forward(void *context, const void *b);
+int smolctl_exact(const void *context);
 int smolctl_destroy(void *context);
 
-enum { LEVEL, MULTIPLY, CREATE, FORWARD, DESTROY };
+enum { LEVEL, MULTIPLY, CREATE, FORWARD, DESTROY, EXACT };
 
 static void take(void *to, size_t size) {
     if (fread(to, 1, size, stdin) != size) exit(0);
@@ -36,6 +37,7 @@ int main(void) {
         case CREATE: answer = (uintptr_t)smolctl_create(memory, (int)call.numbers[0], (int)call.numbers[1]); break;
         case FORWARD: answer = (uint64_t)smolctl_forward((void *)call.numbers[0], memory); break;
         case DESTROY: answer = (uint64_t)smolctl_destroy((void *)call.numbers[0]); break;
+        case EXACT: answer = (uint64_t)smolctl_exact((void *)call.numbers[0]); break;
         }
         fwrite(&answer, sizeof answer, 1, stdout);
         if (call.function == MULTIPLY || call.function == FORWARD) fwrite(memory, 1, call.size, stdout);

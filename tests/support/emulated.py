@@ -24,17 +24,19 @@ import pytest
 from smolctl.native import build
 from smolctl.native.library import Batch, Layer, Library, Matrix, Model
 
-# Builds by the least processor that runs each: without and with dot products of bytes.
-ARM = {"arm baseline": "cortex-a53", "arm dotprod": "cortex-a76"}
+# Builds by the least processor of qemu 7.2 that runs each: without dot products of bytes, with them, and with
+# products of small matrices too.
+ARM = {"arm baseline": "cortex-a53", "arm dotprod": "cortex-a76", "arm bf16": "max"}
 # Static, so that qemu needs no libraries of that processor.
 TARGET = "aarch64-linux-musl"
 BITS = (32, 16, 16, 8, 4, 5)  # of a value of each `kind` of matrix.h
+CACHED_BYTES = (4, 2, 1)  # of one in each `format` of attention.h; the last one has scales
 
 
 class Function(IntEnum):
     """What emulated.c can be asked for."""
 
-    LEVEL, MULTIPLY, CREATE, FORWARD, DESTROY = range(5)
+    LEVEL, MULTIPLY, CREATE, FORWARD, DESTROY, EXACT = range(6)
 
 
 class Memory:
@@ -102,8 +104,10 @@ class Memory:
         self.point_fields(0, batch, {**sizes, "logits": logits, "cancelled": 4})
         kept = batch.cache
         rows = model.layer_count * kept.sequences * model.kv_heads * kept.capacity
-        width = rows * (2 if kept.half_precision else 4)
+        width = rows * CACHED_BYTES[kept.format]
+        scales = 4 * rows * (width == rows)
         sizes = {"keys": width * model.head_dim, "values": width * kept.value_stride}
+        sizes |= {"key_scales": scales, "value_scales": scales}
         self.point_fields(Batch.cache.offset, kept, sizes)
 
 
@@ -165,6 +169,9 @@ class Emulated:
         memory = Memory()
         memory.add_batch(batch._obj, self._models[context])
         return self._call(Function.FORWARD, context, memory=memory)
+
+    def smolctl_exact(self, context: int) -> int:
+        return self._call(Function.EXACT, context)
 
     def smolctl_destroy(self, context: int) -> int:
         return self._call(Function.DESTROY, context)
