@@ -46,6 +46,7 @@ from smolctl.sources.quantized import scaled
 from smolctl.sources.quantized.packed import BLOCK, PackedMatrix, pack_integers
 from smolctl.sources.quantized.scaled import ScaledMatrix
 from smolctl.sources.shapes import check_state
+from tests.support.emulated import CONTEXT
 from tests.support.native import EMULATED, library
 from tests.support.tiny_models import continue_prompt, run_requests
 from tests.support.tiny_runs import ROPE
@@ -191,7 +192,7 @@ def config_of(shape: str) -> ModelConfig:
         "vocab_size": 131,
         "intermediate_size": 70,
         "num_hidden_layers": 2,
-        "max_position_embeddings": 1500,
+        "max_position_embeddings": CONTEXT,
         "initializer_range": 0.15,
     }
     return ModelConfig(**{**values, **SHAPES[shape]})
@@ -388,8 +389,9 @@ def real_network(file: Path) -> tuple[ModelConfig, dict[str, Stored], list[list[
     weights = {name: one for name, one in stored.items() if not isinstance(one, ScaledMatrix)}
     exact = NativeEngine(library("baseline"), config, {name: scaled.dense(one) for name, one in weights.items()})
     tokens = Tokenizer.from_files(source.require_tokenizer("")).encode(str(argparse.__doc__))
-    calls = [[tokens[:70]], [tokens[70 : 70 + EXACT]], *([[token]] for token in tokens[70 + EXACT : 90])]
-    return config, weights, calls, logits_of(exact, calls, 90).log_softmax(-1)
+    cuts = [0, 24, 24 + EXACT, 24 + 2 * EXACT, *range(57, 61)]
+    calls = [[tokens[first:last]] for first, last in pairwise(cuts)]
+    return config, weights, calls, logits_of(exact, calls, 60).log_softmax(-1)
 
 
 @pytest.mark.real_weights
@@ -405,10 +407,10 @@ def test_no_build_moves_what_the_real_network_predicts(
             name: store(torch.from_numpy(scaled.dense(one)), kind if len(one.shape) > 1 else "float32")
             for name, one in weights.items()
         }
-    found = logits_of(NativeEngine(library(build), config, weights), calls, 90).log_softmax(-1)
+    found = logits_of(NativeEngine(library(build), config, weights), calls, 60).log_softmax(-1)
     assert (expected.exp() * (expected - found)).sum(-1).mean() < most
     sure = expected.exp().amax(-1) > 0.6
-    assert sure.sum() > 20
+    assert sure.sum() > 10
     assert torch.equal(found[sure].argmax(-1), expected[sure].argmax(-1))
 
 
