@@ -263,12 +263,13 @@ INLINE int uses_bf16(const matrix *m) { return HAS_BF16_PRODUCTS && m->kind != F
 static void multiply(const matrix *m, int first, int last, const float *floats, const uint16_t *narrow, int tokens,
                      float *panel, float *y, int stride) {
     int columns = m->columns, is_narrow = uses_bf16(m), tall = is_narrow ? NARROW_TILE : TILE;
+    int as_stored = is_narrow ? m->kind == BFLOAT16 && NARROW_ROWS == 1 : m->kind == FLOAT32;
     for (int row = first; row < last; row += tall) {
         const void *w[NARROW_TILE];
         for (int r = 0; r < tall; r++) {
             int index = least(row + r, last - 1);
             float *unpacked = panel + r * columns;
-            if (m->kind == FLOAT32 || (m->kind == BFLOAT16 && is_narrow && NARROW_ROWS == 1)) {
+            if (as_stored) {
                 w[r] = row_of(m, index);
                 continue;
             }
@@ -278,14 +279,15 @@ static void multiply(const matrix *m, int first, int last, const float *floats, 
         }
         for (int token = 0; token < tokens; token += TOKENS) {
             float tile[TOKENS][NARROW_TILE];
-            const uint16_t *narrow_x[TOKENS];
-            const float *x[TOKENS];
-            for (int t = 0; t < TOKENS; t++) {
-                int index = token + t < tokens ? token + t : 0;
-                narrow_x[t] = narrow_row(narrow, index, columns), x[t] = floats + (size_t)index * (size_t)columns;
+            if (is_narrow) {
+                const uint16_t *x[TOKENS];
+                for (int t = 0; t < TOKENS; t++) x[t] = narrow_row(narrow, token + t < tokens ? token + t : 0, columns);
+                tile_bf16((const uint16_t *const *)w, x, columns, tile);
+            } else {
+                const float *x[TOKENS];
+                for (int t = 0; t < TOKENS; t++) x[t] = floats + (size_t)(token + t < tokens ? token + t : 0) * (size_t)columns;
+                tile_floats((const float *const *)w, x, columns, tile);
             }
-            if (is_narrow) tile_bf16((const uint16_t *const *)w, narrow_x, columns, tile);
-            else tile_floats((const float *const *)w, x, columns, tile);
             for (int t = 0; t < TOKENS && token + t < tokens; t++)
                 for (int r = 0; r < tall && row + r < last; r++)
                     y[(size_t)(token + t) * (size_t)stride + (size_t)(row + r - first)] = tile[t][r];
