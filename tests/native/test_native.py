@@ -379,7 +379,7 @@ def test_calls_of_many_tokens_give_each_the_same_bits_whatever_else_they_read(ki
 
 @functools.cache
 def real_network(file: Path) -> tuple[ModelConfig, dict[str, Stored], list[list[list[int]]], Tensor]:
-    """SmolLM2-135M-Instruct: its shape, its weights as they are stored, calls, and what these predict in float32.
+    """SmolLM2-135M-Instruct: shape, weights as they are stored, calls, and what these predict in float32.
 
     Calls: a prompt, as many tokens as have the bits of calls of their own, and one by one.
     """
@@ -387,7 +387,9 @@ def real_network(file: Path) -> tuple[ModelConfig, dict[str, Stored], list[list[
     config = source.require_config()
     stored = check_state(config, dict(source.require_weights().stored()), source.id)
     weights = {name: one for name, one in stored.items() if not isinstance(one, ScaledMatrix)}
-    exact = NativeEngine(library("baseline"), config, {name: scaled.dense(one) for name, one in weights.items()})
+    exact = NativeEngine(
+        library("baseline"), config, {name: scaled.dense(one) for name, one in weights.items()}
+    )
     tokens = Tokenizer.from_files(source.require_tokenizer("")).encode(str(argparse.__doc__))
     cuts = [0, 24, 24 + EXACT, 24 + 2 * EXACT, *range(57, 61)]
     calls = [[tokens[first:last]] for first, last in pairwise(cuts)]
@@ -395,7 +397,9 @@ def real_network(file: Path) -> tuple[ModelConfig, dict[str, Stored], list[list[
 
 
 @pytest.mark.real_weights
-@pytest.mark.parametrize("build", [*(pytest.param(name, marks=pytest.mark.slow) for name in BUILDS), *EMULATED])
+@pytest.mark.parametrize(
+    "build", [*(pytest.param(name, marks=pytest.mark.slow) for name in BUILDS), *EMULATED]
+)
 @pytest.mark.parametrize(("kind", "most"), [("as stored", 2e-4), ("int8", 2e-3)])
 def test_no_build_moves_what_the_real_network_predicts(
     kind: str, most: float, build: str, gguf_file: Path

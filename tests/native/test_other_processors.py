@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import platform
 import re
 import struct
@@ -19,7 +20,7 @@ from tests.support.emulated import emulated
 FUNCTIONS = {
     f"_{name}"
     for module in (library, native_engine)
-    for name in re.findall(r"smolctl_\w+", Path(module.__file__).read_text(encoding="utf-8"))
+    for name in re.findall(r"smolctl_\w+", inspect.getsource(module))
 }
 PROCESSORS = {"arm64": 0x0100000C, "x86_64": 0x01000007}  # CPU_TYPE_* of mach/machine.h
 MACS = [
