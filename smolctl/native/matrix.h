@@ -163,17 +163,11 @@ static void unpack_row(const matrix *m, int row, float *out) {
 // Where the processor multiplies bfloat16 into float32, products of many tokens use it, except for float32
 // weights, which stay exact. NARROW_TILE rows of the matrix share what is loaded then, and NARROW_ROWS rows of
 // bfloat16 lie together, 4 columns of each in turns.
-#if defined(__AVX512BF16__)
-#define HAS_BF16_PRODUCTS 1
-#define NARROW_TILE TILE
-#define NARROW_ROWS 1
-#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #include <arm_neon.h>
-#define HAS_BF16_PRODUCTS 1
 #define NARROW_TILE 8
 #define NARROW_ROWS 2
 #else
-#define HAS_BF16_PRODUCTS 0
 #define NARROW_TILE TILE
 #define NARROW_ROWS 1
 #endif
@@ -199,6 +193,7 @@ INLINE void tile_floats(const float *const w[TILE], const float *const x[TOKENS]
 
 // The same for NARROW_TILE rows in bfloat16.
 #if defined(__AVX512BF16__)
+#define HAS_BF16_PRODUCTS 1
 INLINE void tile_bf16(const uint16_t *const w[NARROW_TILE], const uint16_t *const x[TOKENS], int columns,
                       float y[TOKENS][NARROW_TILE]) {
     vec total[TOKENS][TILE] = {0};
@@ -219,7 +214,8 @@ static void to_bf16(const float *from, int count, uint16_t *to) {
         STORE(to + at, both);
     }
 }
-#elif HAS_BF16_PRODUCTS
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define HAS_BF16_PRODUCTS 1
 // An instruction multiplies 4 columns of two tokens with those of two rows. Columns take turns between two sums, so
 // that enough of them are under way at once.
 INLINE void tile_bf16(const uint16_t *const w[NARROW_TILE], const uint16_t *const x[TOKENS], int columns,
@@ -247,6 +243,7 @@ static void to_bf16(const float *from, int count, uint16_t *to) {
     for (int at = 0; at < count; at += 4) STORE(to + NARROW_ROWS * at, vcvt_bf16_f32((float32x4_t)load(from + at)));
 }
 #else
+#define HAS_BF16_PRODUCTS 0
 INLINE void tile_bf16(const uint16_t *const w[NARROW_TILE], const uint16_t *const x[TOKENS], int columns,
                       float y[TOKENS][NARROW_TILE]) {
     (void)w, (void)x, (void)columns, (void)y;
