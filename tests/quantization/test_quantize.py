@@ -194,6 +194,7 @@ def flipped(data: bytes) -> bytes:
         (lambda data: b"{}", DESCRIPTION, "not a description"),
         (lambda data: data.replace(b'"version": 1', b'"version": 9'), DESCRIPTION, "format version 9"),
         (lambda data: data.replace(b"q_proj", b"r_proj", 1), DESCRIPTION, "has no model.layers.0"),
+        (lambda data: data.replace(b'"scheme": "int', b'"scheme": "nf'), DESCRIPTION, "scheme: .* 'int8'"),
         (lambda data: data.replace(b'"rms_norm_eps"', b'"rms_norm_epsi"'), "config.json", "checksum"),
     ],
 )
