@@ -160,10 +160,12 @@ def compare(
     sizes = blocks.observed(blocks.sizes)
     if len(sizes) < 2:
         what = "one conversation" if text.is_chat else f"{text.bytes:,} bytes in one document"
+        more = (
+            "two conversations or more" if text.is_chat else f"two documents, or on more than {BLOCK:,} bytes"
+        )
         raise InputError(
             f"{text.name}: {what}, which is too little for an interval",
-            f"Compare on two {'conversations' if text.is_chat else 'documents'} or more"
-            f"{'' if text.is_chat else f', or on more than {BLOCK:,} bytes'}: --data FILE, or a larger --bytes.",
+            f"Compare on {more}: --data FILE, or a larger --bytes.",
         )
     scores, engines, tokens = [], [], []
     for model in models:

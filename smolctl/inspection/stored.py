@@ -222,9 +222,10 @@ def _in_groups(
     size = _stated(declared, module, "group_size")
     if groups == (-(-columns // size) if size else math.gcd(columns, groups)):
         return shape
+    stated = f"{_bits(declared, module) or 4} bits per weight{f' in groups of {size}' if size else ''}"
     raise ValueError(
-        f"{_bits(declared, module) or 4} bits per weight{f' in groups of {size}' if size else ''}, as the config "
-        f"states, do not fit the shape {list(packed.shape)} and the scales' {list(scales.shape)}"
+        f"{stated}, as the config states, do not fit the shape {list(packed.shape)} and the scales' "
+        f"{list(scales.shape)}"
     )
 
 
@@ -243,8 +244,8 @@ def _bits(declared: Mapping[str, Any], module: str) -> int | None:
 
 
 def _stated(declared: Mapping[str, Any], module: str, *names: str) -> int | None:
-    """A number from 1 that a config states of the quantization of a module under one of these names; None when
-    it does not, or states several."""
+    """A positive number that a config states of the quantization of a module under one of these names; None
+    when it states none or several."""
     found = _quantization(declared)
     own = found.get(module)
     described = [own if isinstance(own, Mapping) else found]

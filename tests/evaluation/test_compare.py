@@ -128,7 +128,7 @@ def test_a_text_that_is_too_short_for_an_interval_is_refused(
     assert called.out == ""
     cause, remedy = called.err.splitlines()
     assert cause.endswith("in one document, which is too little for an interval")
-    assert "two documents or more" in remedy
+    assert "two documents, or on more than 4,096 bytes" in remedy
 
 
 def test_of_text_beyond_the_limit_some_documents_are_taken(texts: Path, tmp_path: Path) -> None:
