@@ -62,7 +62,7 @@ class Interruption:
         def deliver() -> None:
             time.sleep(AGAIN_S)
             self._own = True
-            _thread.interrupt_main(number)
+            _thread.interrupt_main(signal.Signals(number))
 
         with suppress(RuntimeError):  # Python is ending, or there are no more threads
             _thread.start_new_thread(deliver, ())

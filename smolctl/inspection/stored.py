@@ -248,7 +248,7 @@ def _stated(declared: Mapping[str, Any], module: str, *names: str) -> int | None
     when it states none or several."""
     found = _quantization(declared)
     own = found.get(module)
-    described = [own if isinstance(own, Mapping) else found]
+    described: list[Any] = [own if isinstance(own, Mapping) else found]
     groups = described[0].get("config_groups")
     if isinstance(groups, Mapping):
         described += [group.get("weights") for group in groups.values() if isinstance(group, Mapping)]

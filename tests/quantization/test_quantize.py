@@ -349,6 +349,7 @@ def test_costs_of_int8_dynamic_are_those_of_its_activations(here: Path) -> None:
         (("--to", "gguf-q4_k"), 3, "K-quants pack 256 values of a row together, and 32 is not a multiple"),
         (("--to", "gguf-Q4_K_M"), 3, "K-quants"),
         (("--to", "int8", "--group", "48"), 2, "multiples of 32"),
+        (("--to", "int8", "--group", "1000000000"), 2, "no row has more than"),
         (("--to", "int8", "--skip", "no_such"), 2, "no tensor has a name like this"),
         (("--to", "int8", "--skip", "re:("), 2, "not a regular expression"),
         (("--to", "int4", "--bits-map", "down_proj=5"), 2, "expected PATTERN=BITS"),
