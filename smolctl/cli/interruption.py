@@ -25,6 +25,7 @@ class Interruption:
     def __init__(self) -> None:
         self._held_back = False  # a signal came during an import
         self._own = False  # the next signal is the one that is delivered again
+        self._main = _thread.get_ident()
 
     def install(self) -> None:
         """Take both signals, unless somebody has decided that they are ignored."""
@@ -62,7 +63,7 @@ class Interruption:
         def deliver() -> None:
             time.sleep(AGAIN_S)
             self._own = True
-            _thread.interrupt_main(signal.Signals(number))
+            signal.pthread_kill(self._main, number)
 
         with suppress(RuntimeError):  # Python is ending, or there are no more threads
             _thread.start_new_thread(deliver, ())
