@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +10,7 @@ import typer
 
 from smolctl.cli.completion import PEERS, SCHEMES, SUITES, complete_model, names
 from smolctl.cli.options import Threads, capped_threads, command
-from smolctl.errors import ExitCode, UsageError
+from smolctl.errors import UsageError
 from smolctl.views.output import Output
 
 
@@ -109,8 +107,6 @@ def bench(
     from smolctl.views.bench import bench_document, show_bench
     from smolctl.views.bench_chart import draw_bench, is_own_chart
 
-    # A signal exits like an error, so that the engines' processes and files are removed.
-    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(ExitCode.TERMINATED))
     if fail_below is not None and baseline is None:
         raise UsageError("--fail-below needs a baseline to compare with", "Name one with --baseline.")
     if fail_below is not None and not 0 < fail_below < math.inf:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -72,7 +73,9 @@ def _tokenizer(path: Path) -> CacheEntry:
 
 def prune_cache(days: float) -> CacheReport:
     """Delete what no command has used for this many days, except what a process is writing at this moment."""
-    before, limit = look_at_cache(), time.time() - days * DAY
+    before = look_at_cache()
+    # 0: also what seems to be of the future, as after the clock was set back.
+    limit = time.time() - days * DAY if days else math.inf
     for marker in (before.folder / CHECKED).glob("*"):
         with suppress(OSError):
             if marker.stat().st_mtime <= limit:

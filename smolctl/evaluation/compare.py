@@ -11,7 +11,7 @@ from itertools import combinations
 import numpy as np
 
 from smolctl.data.tokenizer.tokenizer import Tokenizer
-from smolctl.errors import UsageError
+from smolctl.errors import InputError, UsageError
 from smolctl.evaluation.estimate import Estimate, resampled_estimate
 from smolctl.evaluation.readings import BLOCK, Blocks, Reader, read_for_all, score
 from smolctl.evaluation.texts import Text, choose_text
@@ -86,8 +86,7 @@ class Pair:
         if broken:
             return f"{broken}: broken, predicts NaN or infinite values"
         gap, margin = abs(self.difference.mean), self.difference.margin
-        if margin is None or self.difference.detectable is None:
-            return f"{gap:.4f} bits/byte apart: the text is too short for an interval"
+        assert margin is not None  # `compare` refuses what is too short for an interval
         if self.better is None:
             if not margin:
                 return f"{self.a.label} and {self.b.label} predict equally well: difference 0"
@@ -147,7 +146,7 @@ def compare(
         note: called with each line of progress.
 
     Raises:
-        SmolError: a model cannot be read, or there is no text for all of them.
+        SmolError: a model cannot be read, or there is no text for all of them, or too little.
     """
     if len(names) < 2:
         raise UsageError(
@@ -158,6 +157,16 @@ def compare(
     text = choose_text([(one.source, one.tokenizer) for one in models], options.data, options.bytes, note)
     text, readings = read_for_all(text, models, note)
     blocks = Blocks.of(text)
+    sizes = blocks.observed(blocks.sizes)
+    if len(sizes) < 2:
+        what = "one conversation" if text.is_chat else f"{text.bytes:,} bytes in one document"
+        more = (
+            "two conversations or more" if text.is_chat else f"two documents, or on more than {BLOCK:,} bytes"
+        )
+        raise InputError(
+            f"{text.name}: {what}, which is too little for an interval",
+            f"Compare on {more}: --data FILE, or a larger --bytes.",
+        )
     scores, engines, tokens = [], [], []
     for model in models:
         own = readings[model.way]
@@ -168,7 +177,6 @@ def compare(
         scores.append(blocks.observed(score(engine, own, lengths, blocks, context)))
         engines.append(engine.name)
         del engine
-    sizes = blocks.observed(blocks.sizes)
     groups = _groups(models)
     amounts = [np.stack([scores[member] for member in members]) for members in groups]
     measures = [

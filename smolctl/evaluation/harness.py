@@ -14,7 +14,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from smolctl.data.tokenizer.chat import render_chat
-from smolctl.errors import InputError
+from smolctl.errors import InputError, UsageError
 from smolctl.escaping import whole_characters
 from smolctl.evaluation.likelihood import Target, likelihoods, sequences_that_fit
 from smolctl.generation.complete import CompletionSettings, Continuation, Generation
@@ -110,7 +110,9 @@ class EngineLM(TemplateLM):
         return [(one.nats, one.is_greedy) for one in found]
 
     def _target(self, context: list[int], continuation: list[int]) -> Target:
-        if not 0 < len(continuation) <= self.max_length:
+        if not continuation:
+            raise InputError("a task asks for the probability of an empty text", "Correct its doc_to_target.")
+        if len(continuation) > self.max_length:
             raise InputError(
                 f"a task asks for the probability of {len(continuation):,} tokens, "
                 f"but the model's context holds {self.max_length:,}",
@@ -168,6 +170,10 @@ class EngineLM(TemplateLM):
         ending = self.tokenizer.decode([self.eot_token_id], skip_special=False)
         stops: list[str] = handle_stop_sequences(asked.pop("until"), eos=ending)
         most = asked.pop("max_gen_toks")
+        if most < 1:
+            raise InputError(
+                f"a task asks for {most} new tokens", "Ask for more: --gen-kwargs max_gen_toks=N."
+            )
         if most >= self.max_length:
             raise InputError(
                 f"a task asks for {most:,} new tokens, but the model's context holds {self.max_length:,}",
@@ -193,10 +199,14 @@ class EngineLM(TemplateLM):
                 "which is not supported",
                 f"Supported: {', '.join(SAMPLING)}, do_sample, until and max_gen_toks.",
             )
-        if not sampled:
-            return SamplingSettings(0.0, repetition_penalty=taken["repetition_penalty"])
         chosen = {"top_k": TRANSFORMERS_TOP_K, **taken}
-        return SamplingSettings(**{key: value for key, value in chosen.items() if key in SAMPLING})
+        if not sampled:
+            chosen = {"temperature": 0.0, "repetition_penalty": taken["repetition_penalty"]}
+        try:
+            return SamplingSettings(**{key: value for key, value in chosen.items() if key in SAMPLING})
+        except UsageError as error:
+            reason = error.message.removeprefix("--")
+            raise InputError(f"a task's generation_kwargs: {reason}", error.hint) from None
 
     def _text(self, tokens: Sequence[int], stops: Sequence[str]) -> str:
         """The text of an answer up to the first of its stops; one may be a special token."""

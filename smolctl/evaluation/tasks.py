@@ -25,6 +25,7 @@ from smolctl.extras import install_command
 from smolctl.generation.engines import EngineOptions
 from smolctl.generation.load import load_model
 from smolctl.hub.errors import first_line
+from smolctl.outside import shown
 from smolctl.runs.layout import TASKS
 from smolctl.sources import open_source
 
@@ -102,7 +103,7 @@ def evaluate_tasks(
     """
     if find_spec(LIBRARY) is None:
         raise InputError("lm-eval is not installed", f"Install it: {install_command('eval')}")
-    with _explained():
+    with _explained(options):
         manager, names = _find_tasks(options.tasks)
     source = open_source(model)
     loaded = load_model(model, options.engine)
@@ -112,10 +113,19 @@ def evaluate_tasks(
 
     asked = EngineLM(loaded, note)
     started = time.perf_counter()
-    with _explained():
-        found = _ask(asked, manager.load(names), options)
+    with _explained(options):
+        tasks = manager.load(names)
+        for name, task in tasks["tasks"].items():
+            _require_sound(name, task, options)
+        found = _ask(asked, tasks, options)
     if asked.truncated:
         note(f"{asked.truncated:,} requests did not fit {loaded.context:,} tokens: cut at the beginning.")
+    results = tuple(one for name in found["results"] if (one := _result(name, found)).metrics)
+    if not results:
+        raise InputError(
+            f"{', '.join(options.tasks)}: the task has no figure to show",
+            "Add a metric_list to its YAML file.",
+        )
     return TaskReport(
         model=model,
         step=source.step,
@@ -126,7 +136,7 @@ def evaluate_tasks(
         limit=options.limit,
         seconds=time.perf_counter() - started,
         truncated=asked.truncated,
-        tasks=tuple(one for name in found["results"] if (one := _result(name, found)).metrics),
+        tasks=results,
         document={key: _plain(found[key]) for key in KEPT if key in found},
         samples=_plain(found["samples"]),
     )
@@ -178,6 +188,30 @@ def _ask(model: Any, tasks: Mapping[str, Any], options: TaskOptions) -> Mapping[
     return found
 
 
+def _require_sound(name: str, task: Any, options: TaskOptions) -> None:
+    """Refuse what lm-eval would fail on without saying why. Raises InputError: naming the key."""
+    config = {key: task.get_config(key) for key in ("output_type", "doc_to_text", "doc_to_target")}
+    config["num_fewshot"] = task.get_config("num_fewshot")
+    if config["output_type"] == "multiple_choice":
+        config["doc_to_choice"] = task.get_config("doc_to_choice")
+    own = type(task).__name__ != "ConfigurableTask"  # written in Python, with methods in place of keys
+    lacking = [key for key, value in config.items() if value is None and key != "num_fewshot" and not own]
+    if lacking:
+        raise InputError(f"{name}: the task has no {lacking[0]}", "Add it to its YAML file.")
+    shots = config["num_fewshot"]
+    if shots is not None and (type(shots) is not int or shots < 0):
+        raise InputError(f"{name}: num_fewshot is {shown(shots)}", "Use a whole number from 0.")
+    asked = shots if options.shots is None or shots == 0 else options.shots
+    examples = task.fewshot_docs() if asked else ()
+    if asked and asked > (count := len(list(examples or ()))):
+        raise InputError(
+            f"{name}: {asked:,} examples are asked for, and the task has {count:,}",
+            "Use a smaller --num-fewshot.",
+        )
+    if not len(task.eval_docs):
+        raise InputError(f"{name}: the task has no items", "Name data with items in its YAML file.")
+
+
 def _find_tasks(asked: Sequence[str]) -> tuple[Any, list[str]]:
     """lm-eval's task manager, and the tasks by the names and paths that it takes.
 
@@ -214,12 +248,15 @@ def _find_tasks(asked: Sequence[str]) -> tuple[Any, list[str]]:
 
 
 @contextlib.contextmanager
-def _explained() -> Iterator[None]:
+def _explained(options: TaskOptions) -> Iterator[None]:
     """Run lm-eval without bars and warnings, with what it prints on stderr, and explain what it raises."""
     import datasets
     import lm_eval.api.task as module
     from huggingface_hub.errors import HfHubHTTPError
+    from jinja2.sandbox import safe_range
+    from lm_eval.utils import env
 
+    env.globals["range"] = safe_range  # no template of a task counts to a billion
     logger, bars = logging.getLogger(LIBRARY), module.tqdm
     level = logger.level
     datasets.disable_progress_bars()
@@ -236,8 +273,9 @@ def _explained() -> Iterator[None]:
             "Check its name and the network, or use a task with your own data.",
         ) from error
     except Exception as error:  # a task is a program: it raises whatever it likes
+        said = dict.fromkeys((type(error).__name__, first_line(error)))
         raise InputError(
-            f"lm-eval failed with {type(error).__name__}: {first_line(error)}",
+            f"{', '.join(options.tasks)}: lm-eval failed with {': '.join(said)}",
             "Correct the task; --debug shows where it stopped.",
         ) from error
     finally:
@@ -260,7 +298,7 @@ def _result(name: str, found: Mapping[str, Any]) -> TaskResult:
             )
         )
     shots, version = found["n-shot"].get(name), found["versions"].get(name)
-    return TaskResult(name, str(version), shots, int(figures.get("sample_len") or 0), tuple(metrics))
+    return TaskResult(str(name), str(version), shots, int(figures.get("sample_len") or 0), tuple(metrics))
 
 
 def _is_number(value: object) -> bool:

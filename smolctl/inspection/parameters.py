@@ -21,6 +21,11 @@ from smolctl.sources.shapes import check_rows
 
 # What the formulas call the number of layers of our own network.
 LAYERS = "num_hidden_layers"
+WIDTHS = ("hidden_size", "d_model", "n_embd", "dim")  # what the architectures call the width of their tables
+
+
+class NothingToCountError(InputError):
+    """A source has neither a config nor a header."""
 
 
 class Basis(StrEnum):
@@ -67,16 +72,17 @@ def count_source(source: ModelSource, what_if: Sequence[str] = ()) -> ParameterR
         what_if: the settings that its config was changed by on purpose.
 
     Raises:
-        InputError: there is neither a config nor a header.
+        NothingToCountError: there is neither a config nor a header.
+        InputError: they contradict each other.
     """
-    stored = None if source.tensors is None or what_if else sort_tensors(source.tensors, source.declared)
+    stored = None if source.tensors is None or what_if else _sorted(source)
     shape = source.config or source.shape
     if shape is not None:
         return _count_config(source, shape, stored, tuple(what_if))
     if stored is not None:
         return _count_header(source, stored)
     if not source.declared:
-        raise InputError(
+        raise NothingToCountError(
             f"{source.id}: {source.unsupported}, and there is no header of weights to count",
             "Name a config.json, or a file or Hub model with weights in .safetensors or .gguf.",
         )
@@ -85,9 +91,13 @@ def count_source(source: ModelSource, what_if: Sequence[str] = ()) -> ParameterR
 
 def parameters_in(source: ModelSource) -> int | None:
     """Parameters that a header lists, unpacked; None when some are packed in a way that is not known."""
-    stored = sort_tensors(source.tensors or (), source.declared)
+    stored = _sorted(source)
     counted = [tensor.parameters for tensor in stored.parameters if not tensor.shares]
     return None if stored.unknown else sum(counted)
+
+
+def _sorted(source: ModelSource) -> SortedTensors:
+    return sort_tensors(source.tensors or (), source.declared, source.id)
 
 
 def _count_config(
@@ -187,8 +197,8 @@ def _known_rows(declared: Mapping[str, Any]) -> tuple[ParameterRow, ...]:
     """What the fields of a config say whatever the architecture is: the token table."""
     text = declared.get("text_config")
     values: Mapping[str, Any] = {**declared, **text} if isinstance(text, Mapping) else declared
-    sizes = [values.get(key) for key in ("vocab_size", "hidden_size")]
-    sizes[1] = sizes[1] or values.get("d_model") or values.get("n_embd") or values.get("dim")
+    widths = [values[key] for key in WIDTHS if values.get(key) is not None]
+    sizes = (values.get("vocab_size"), *widths[:1])
     shape = tuple(size for size in sizes if type(size) is int and size > 0)
     return tensor_rows([("token table", shape)]) if len(shape) == 2 else ()
 

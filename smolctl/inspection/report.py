@@ -22,7 +22,7 @@ from smolctl.arithmetic import (
 )
 from smolctl.config import ModelConfig, Provenance, RunConfig
 from smolctl.errors import InputError, UsageError
-from smolctl.inspection.parameters import ParameterReport, count_source, parameters_in
+from smolctl.inspection.parameters import NothingToCountError, ParameterReport, count_source, parameters_in
 from smolctl.inspection.problems import find_notes, find_problems
 from smolctl.sources.base import NO_RECIPE, ModelSource, SourceKind
 from smolctl.sources.huggingface.tokenizer import added_token_ids, token_ids
@@ -126,7 +126,7 @@ def inspect(
 
 
 def _count(source: ModelSource) -> ParameterReport | None:
-    with suppress(InputError):  # there is neither a config nor a header
+    with suppress(NothingToCountError):
         return count_source(source)
     return None
 

@@ -6,12 +6,13 @@ are computed from the config. A count that takes these for parameters is wrong.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
+from smolctl.errors import InputError
 from smolctl.sources.base import TensorHeader
 
 # Computed from the config, or gathered in training without a gradient: positions, masks, wavelengths, what
@@ -36,6 +37,7 @@ INTEGERS = {
 BYTES, WORDS = ("U8", "uint8"), ("U32", "I32", "int32")
 # Sizes of small floats, which hold one weight each but come with scales.
 NARROW_FLOATS = ("F8", "float8")
+CORRECT = "Correct the quantization section of config.json, or download the model again."
 PACKED = ("qweight", "weight_packed", "weight_qdata", "weight._data", "weight")
 
 
@@ -49,12 +51,16 @@ class SortedTensors:
     unknown: tuple[TensorHeader, ...] = ()  # packed in a way that is not known: how many weights is not known
 
 
-def sort_tensors(tensors: Iterable[TensorHeader], declared: Mapping[str, Any]) -> SortedTensors:
+def sort_tensors(tensors: Iterable[TensorHeader], declared: Mapping[str, Any], origin: str) -> SortedTensors:
     """Separate parameters from what lies beside them, and give packed ones their own shapes.
 
     Args:
         tensors: of a header.
         declared: the config.json beside it, whose description of the quantization is used; or nothing.
+        origin: what to call the model in an error.
+
+    Raises:
+        InputError: the bits and groups that it states are not those of the tensors.
     """
     left = {tensor.name: tensor for tensor in tensors}
     buffers = {name: tensor for name, tensor in left.items() if _is_buffer(tensor)}
@@ -72,7 +78,10 @@ def sort_tensors(tensors: Iterable[TensorHeader], declared: Mapping[str, Any]) -
             for other in modules.get(module, ())
             if other != name and (rest := _beside(other, name, module))
         }
-        shape = _shape(tensor, beside, module, declared)
+        try:
+            shape = _shape(tensor, beside, module, declared)
+        except ValueError as error:
+            raise InputError(f"{origin}: {name}: {error}", CORRECT) from None
         if shape is None:
             if name not in scales:
                 unknown[name] = tensor
@@ -140,7 +149,7 @@ def _shape(
         return _gptq_or_awq(shape, scales, beside.get(".qzeros"), _bits(declared, module))
     if name.endswith(".weight_packed"):
         bits = 4 if "_global_scale" in beside else _bits(declared, module)
-        return _wider(shape, size, bits)
+        return _in_groups(tensor, _wider(shape, size, bits), beside.get("_scale"), declared, module)
     if name.endswith("weight_qdata"):  # torchao's: 8 bits as they are, 4 bits in pairs
         if size == 8 and tensor.dtype not in BYTES:
             return shape
@@ -148,7 +157,8 @@ def _shape(
     if name.endswith("_blocks") and tensor.dtype in BYTES and len(shape) >= 2:  # OpenAI's MXFP4
         return (*shape[:-2], shape[-2] * shape[-1] * 2)
     if tensor.dtype in WORDS:
-        return _wider(shape, size, _bits(declared, module)) if scales is not None else None  # MLX
+        found = _wider(shape, size, _bits(declared, module)) if scales is not None else None  # MLX
+        return _in_groups(tensor, found, scales, declared, module)
     if tensor.dtype in BYTES:
         return _bytes(shape, beside, declared)
     return shape if size == 8 else None  # one integer a weight
@@ -158,7 +168,7 @@ def _bytes(
     shape: tuple[int, ...], beside: Mapping[str, TensorHeader], declared: Mapping[str, Any]
 ) -> tuple[int, ...] | None:
     if ".absmax" in beside:  # bitsandbytes: a flat list of pairs
-        return (2 * prod(shape),)
+        return (2 * math.prod(shape),)
     scale = beside.get("_scale")
     if scale is not None and scale.dtype.startswith(NARROW_FLOATS):  # NVFP4: a scale for 16 weights
         return _wider(shape, 8, 4)
@@ -194,6 +204,31 @@ def _wider(shape: tuple[int, ...], size: int, bits: int | None) -> tuple[int, ..
     return (*shape[:-1], shape[-1] * size // bits)
 
 
+def _in_groups(
+    packed: TensorHeader,
+    shape: tuple[int, ...] | None,
+    scales: TensorHeader | None,
+    declared: Mapping[str, Any],
+    module: str,
+) -> tuple[int, ...] | None:
+    """The shape of the weights of a tensor, of which each group of a row has a scale.
+
+    Raises:
+        ValueError: there are more scales or fewer.
+    """
+    if shape is None or scales is None or len(scales.shape) != len(shape):
+        return shape
+    columns, groups = shape[-1], scales.shape[-1]
+    size = _stated(declared, module, "group_size")
+    if groups == (-(-columns // size) if size else math.gcd(columns, groups)):
+        return shape
+    stated = f"{_bits(declared, module) or 4} bits per weight{f' in groups of {size}' if size else ''}"
+    raise ValueError(
+        f"{stated}, as the config states, do not fit the shape {list(packed.shape)} and the scales' "
+        f"{list(scales.shape)}"
+    )
+
+
 def _quantization(declared: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a config says of its quantization: MLX writes `quantization`, the others `quantization_config`."""
     for key in ("quantization", "quantization_config", "compression_config"):
@@ -204,14 +239,19 @@ def _quantization(declared: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _bits(declared: Mapping[str, Any], module: str) -> int | None:
     """Bits of a weight of a module; None when the config does not say, or says several."""
+    bits = _stated(declared, module, "bits", "w_bit", "num_bits")
+    return bits if bits is not None and bits <= 32 else None
+
+
+def _stated(declared: Mapping[str, Any], module: str, *names: str) -> int | None:
+    """A positive number that a config states of the quantization of a module under one of these names; None
+    when it states none or several."""
     found = _quantization(declared)
     own = found.get(module)
-    if isinstance(own, Mapping):
-        found = own
-    groups = found.get("config_groups")
-    listed = [found.get("bits"), found.get("w_bit")]
+    described: list[Any] = [own if isinstance(own, Mapping) else found]
+    groups = described[0].get("config_groups")
     if isinstance(groups, Mapping):
-        weights = [group.get("weights") for group in groups.values() if isinstance(group, Mapping)]
-        listed += [one.get("num_bits") for one in weights if isinstance(one, Mapping)]
-    bits = {value for value in listed if type(value) is int and 1 <= value <= 32}
-    return bits.pop() if len(bits) == 1 else None
+        described += [group.get("weights") for group in groups.values() if isinstance(group, Mapping)]
+    listed = [one.get(name) for one in described if isinstance(one, Mapping) for name in names]
+    numbers = {value for value in listed if type(value) is int and value > 0}
+    return numbers.pop() if len(numbers) == 1 else None

@@ -21,6 +21,7 @@ GGUF_SCHEMES = tuple(f"gguf-{scheme}" for scheme in ("bf16", "f16", *BLOCK_SCHEM
 PACKED_SCHEMES = ("int8", "int4")
 DYNAMIC = "int8-dynamic"
 SCHEMES = (*PACKED_SCHEMES, DYNAMIC, "bf16", *GGUF_SCHEMES)
+USUAL_GROUP = 128  # the largest that other tools offer
 K_BLOCK = 256  # values of a row that llama.cpp's K-quants pack together
 STORED = {4: "int4", 8: "int8", 16: "bfloat16", 32: "float32"}  # a tensor, by its bits
 
@@ -125,6 +126,13 @@ def plan_quantization(config: ModelConfig, scheme: str, options: SchemeOptions) 
     check_scheme(scheme, config)
     if options.group < BLOCK or options.group % BLOCK:
         raise UsageError(f"--group {options.group}: groups are multiples of {BLOCK}", "Use 32, 64 or 128.")
+    widest = max(
+        columns for _, columns in (row.shape for row in parameter_rows(config) if len(row.shape) == 2)
+    )
+    if options.group > max(USUAL_GROUP, widest + BLOCK):
+        raise UsageError(
+            f"--group {options.group}: no row has more than {widest:,} columns", "Use 32, 64 or 128."
+        )
     if options.patterns and (scheme in GGUF_SCHEMES or scheme == "bf16"):
         raise UsageError(f"--skip and --bits-map do not apply to {scheme}", "They are for int8 and int4.")
     if options.bits_map and scheme == DYNAMIC:

@@ -48,6 +48,7 @@ class Server:
         self.service, self.name, self.limits = service, name, limits
         self._started = int(time.time())
         self._statuses: Counter[int] = Counter()
+        self.stopped = asyncio.Event()  # answers under way end with an error
         self._routes = [
             Route("/health", self._health),
             Route("/metrics", self._metrics),
@@ -134,6 +135,10 @@ class Server:
             self.count(400)
             raise _api_error(error) from None
 
+    def stop(self) -> None:
+        """End the answers that are under way, each with an error."""
+        self.stopped.set()
+
     def count(self, status: int) -> None:
         """Count a request for an answer by its status."""
         self._statuses[status] += 1
@@ -162,22 +167,28 @@ class _Answer(Response):
             job = service.start(self._asked.asked, listen)
             sending = asyncio.ensure_future(self._send(pieces, send))
             leaving = asyncio.ensure_future(_until_left(receive))
+            stopping = asyncio.ensure_future(self._server.stopped.wait())
+            waiting = (sending, leaving, stopping)
             try:
                 async with asyncio.timeout(limits.answer_s):
-                    await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 if sending.done():
                     sending.result()
                     self._server.count(200)
-                else:
+                elif leaving.done():
                     self._server.count(499)  # as nginx counts clients that close the connection
+                else:
+                    raise ApiError(503, "The server is being stopped.")
             finally:
-                sending.cancel()
-                leaving.cancel()
-                await asyncio.gather(sending, leaving, return_exceptions=True)
+                for one in waiting:
+                    one.cancel()
+                await asyncio.gather(*waiting, return_exceptions=True)
         except TimeoutError:
             await self._fail(
                 ApiError(504, f"The answer took more than {limits.answer_s:g} seconds."), scope, receive, send
             )
+        except ApiError as error:
+            await self._fail(error, scope, receive, send)
         except SmolError as error:
             await self._fail(_api_error(error), scope, receive, send)
         finally:

@@ -118,7 +118,11 @@ def parse_request(body: Mapping[str, Any], model: LoadedModel, capacity: int, ch
         prompts = _prompts(body, model)
         given = body.get("logprobs")
         logprobs = given is not None and given is not False
-        count = 1 if given is True else _number({"logprobs": given or 0}, "logprobs", MOST_LOGPROBS)
+        count = (
+            1
+            if given is True
+            else _number({"logprobs": given} if logprobs else {}, "logprobs", MOST_LOGPROBS)
+        )
     settings = replace(settings, alternatives=count)
     decode = model.tokenizer.decode
     return ApiRequest(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
@@ -87,6 +89,8 @@ def is_loopback(host: str) -> bool:
 def serve(model: str, options: ServeOptions, on_ready: Callable[[Ready], None]) -> None:
     """Serve a model until SIGINT or SIGTERM: then answers under way have `GRACE_S` to end, and no more begin.
 
+    After that time, or a second signal, they end with an error.
+
     Args:
         model: what `load_model` takes.
         options: how.
@@ -104,10 +108,10 @@ def serve(model: str, options: ServeOptions, on_ready: Callable[[Ready], None]) 
             access_log=False,
             lifespan="off",
             server_header=False,
-            timeout_graceful_shutdown=GRACE_S,
+            timeout_graceful_shutdown=GRACE_S + int(options.limits.farewell_s) + 1,
         )
         try:
-            running = _Running(config, lambda: on_ready(ready))
+            running = _Running(config, lambda: on_ready(ready), server.stop)
             running.run([listener])
         finally:
             server.service.close()
@@ -137,16 +141,31 @@ def open_server(model: str, options: ServeOptions, url: str) -> tuple[Server, Re
 
 
 class _Running(uvicorn.Server):
-    """A server of uvicorn that says when it has started."""
+    """A server of uvicorn that says when it has started, and ends answers when it has waited long enough."""
 
-    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, on_started: Callable[[], None], stop: Callable[[], None]
+    ) -> None:
         super().__init__(config)
-        self._on_started = on_started
+        self._on_started, self._stop = on_started, stop
+        self._loop: asyncio.AbstractEventLoop | None = None  # where answers are being ended
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._on_started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        waiting = self._loop.call_later(GRACE_S, self._stop)
+        await super().shutdown(sockets)
+        waiting.cancel()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._loop is None:
+            super().handle_exit(sig, frame)
+        else:  # a second signal
+            self._loop.call_soon_threadsafe(self._stop)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -31,6 +31,7 @@ from smolctl.sources.base import (
 from smolctl.sources.huggingface.folder import describe_beside
 from smolctl.sources.huggingface.tokenizer import tokenizer_reader
 from smolctl.sources.provenance import reference_of
+from smolctl.sources.quantized.folder import Made
 from smolctl.sources.shapes import check_tensors, with_table
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ def _model_of_quantized(content: Mapping[str, Any], path: Path) -> ModelConfig |
     values = content.get("config")
     if not isinstance(values, Mapping):
         raise InputError(f"{path}: has no config", REMEDY)
+    checked(Made, content["quantization"], f"{path}: quantization", REMEDY)
     return resolve_model_config(values, str(path))
 
 

@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Required, TypeVar
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from smolctl.config import ModelConfig
+from smolctl.config.model import MAX_CONTEXT
+from smolctl.outside import checked
 from smolctl.sources.base import Weights
 from smolctl.sources.shapes import HEAD, TABLE
 
@@ -59,6 +64,32 @@ HOW = ("max_batch_size", "model_parallel_size", "use_biases")
 CONTEXT, THETA = 2_048, 10_000.0  # `max_seq_len` and the base of rope, which old files leave out
 
 
+Size = Annotated[int, Field(strict=True, gt=0, le=MAX_CONTEXT)]
+Factor = Annotated[float, Field(strict=True, gt=0, le=1e12)]
+Flag = Annotated[bool, Field(strict=True)]
+
+
+class _Params(TypedDict, total=False):
+    """The values that a params.json may have; a key that is null is left out."""
+
+    dim: Required[Size]
+    n_layers: Required[Size]
+    n_heads: Required[Size]
+    n_kv_heads: Size
+    head_dim: Size
+    hidden_dim: Size
+    multiple_of: Size
+    ffn_dim_multiplier: Factor
+    norm_eps: Factor
+    rope_theta: Factor
+    rope_scaling_factor: Factor
+    high_freq_factor: Factor
+    max_seq_len: Size
+    max_position_embeddings: Size
+    use_scaled_rope: Flag
+    tied_embeddings: Flag
+
+
 def is_meta(names: Iterable[str]) -> bool:
     """Whether tensors have the names of Meta or of torchtune."""
     return bool(set(ANCHORS) & set(names))
@@ -80,35 +111,41 @@ def is_params(values: Mapping[str, Any]) -> bool:
 
 
 def from_params(
-    values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+    content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], origin: str
 ) -> tuple[dict[str, Any], tuple[str, ...], str]:
     """A params.json in the words of a config.json.
 
     Args:
-        values: its content.
+        content: of the file.
         shapes: of the tensors beside it by their Hugging Face names, or nothing. Llama 2's files do not say
             how large the vocabulary is, and no file whether the head is the table.
+        origin: what to call the file in an error.
 
     Returns:
         The config.json, what of it is assumed, and which key makes it another network ("": none).
+
+    Raises:
+        InputError: a value is of the wrong kind or makes no sense.
     """
-    others = [key for key, value in values.items() if key not in READ + HOW and value not in (None, False)]
+    values = {key: value for key, value in content.items() if value is not None}
+    checked(_Params, values, origin)
+    others = [key for key, value in values.items() if key not in READ + HOW and value is not False]
     theta, scaled = values.get("rope_theta", THETA), values.get("use_scaled_rope")
-    given = values.get("max_position_embeddings") or values.get("max_seq_len")
+    given = values.get("max_position_embeddings", values.get("max_seq_len"))
     size, table = values.get("vocab_size"), shapes.get(TABLE)
     kind = "mistral" if values.get("sliding_window") else "llama"
     found = {
         "model_type": None if others else kind,
         "vocab_size": table[0] if size in (None, -1) and table else size,
         "hidden_size": values["dim"],
-        "intermediate_size": values.get("hidden_dim") or _intermediate_size(values),
+        "intermediate_size": values["hidden_dim"] if "hidden_dim" in values else _intermediate_size(values),
         "num_hidden_layers": values["n_layers"],
         "num_attention_heads": values["n_heads"],
         "num_key_value_heads": values.get("n_kv_heads"),
         "head_dim": values.get("head_dim"),
         "rms_norm_eps": values.get("norm_eps", 1e-5),
         "rope_theta": theta,
-        "max_position_embeddings": given or CONTEXT,
+        "max_position_embeddings": CONTEXT if given is None else given,
         "sliding_window": values.get("sliding_window"),
         "tie_word_embeddings": bool(values.get("tied_embeddings"))
         or (TABLE in shapes and HEAD not in shapes),
@@ -118,23 +155,22 @@ def from_params(
     if scaled:
         found["rope_scaling"] = {
             "rope_type": "llama3",
-            "factor": values.get("rope_scaling_factor") or 8.0,
+            "factor": values.get("rope_scaling_factor", 8.0),
             "low_freq_factor": 1.0,
-            "high_freq_factor": values.get("high_freq_factor") or 4.0,
+            "high_freq_factor": values.get("high_freq_factor", 4.0),
             "original_max_position_embeddings": 8_192,
         }
-    assumed = () if given else (f"a context of {CONTEXT:,} is assumed: params.json does not state it",)
+    assumed = (
+        () if given is not None else (f"a context of {CONTEXT:,} is assumed: params.json does not state it",)
+    )
     reason = f"params.json with {', '.join(others)} is not supported, only Llama's" if others else ""
     return found, assumed, reason
 
 
 def _intermediate_size(values: Mapping[str, Any]) -> Any:
     """Two thirds of four times the width, times a factor, rounded up (`FeedForward` in Meta's model.py)."""
-    dim, factor = values["dim"], values.get("ffn_dim_multiplier") or 1
-    multiple = values.get("multiple_of") or 256
-    if type(dim) is not int or type(multiple) is not int or not isinstance(factor, int | float):
-        return None
-    size = int(factor * int(2 * 4 * dim / 3))
+    multiple, factor = values.get("multiple_of", 256), values.get("ffn_dim_multiplier", 1)
+    size = int(factor * int(2 * 4 * values["dim"] / 3))
     return -(-size // multiple) * multiple
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from smolctl.config import ModelConfig, RopeScaling
 from smolctl.config.load import resolve_model_config, resolve_run_config
@@ -18,6 +18,8 @@ from smolctl.outside import fitting, shown
 from smolctl.sources.base import NO_RECIPE, ModelSource, SourceKind
 from smolctl.sources.huggingface.config import SILU
 from smolctl.sources.shapes import no_rope_layers
+
+T = TypeVar("T")
 
 # What nanotron's LlamaConfig assumes for a key that is left out (nanotron/config/models_config.py).
 DEFAULTS: Mapping[str, Any] = {
@@ -176,10 +178,16 @@ class _Node:
         return value
 
     def number(self, dotted: str, default: int) -> int:
+        return self._of_type(int, "a whole number", dotted, default)
+
+    def flag(self, dotted: str) -> bool:
+        return self._of_type(bool, "true or false", dotted, False)
+
+    def _of_type(self, kind: type[T], spelled: str, dotted: str, default: T) -> T:
         value = self.get(dotted, default)
-        if type(value) is not int:
+        if type(value) is not kind:
             raise InputError(
-                f"{self.origin}: {dotted} must be a whole number, got {shown(value)}", "Correct the YAML."
+                f"{self.origin}: {dotted} must be {spelled}, got {shown(value)}", "Correct the YAML."
             )
         return value
 
@@ -194,7 +202,7 @@ def _translate(node: _Node) -> dict[str, Any]:
     seed = stages[0].number("data.seed", SEED) if stages else SEED
     context = node.number("model.model_config.max_position_embeddings", 2_048)
     length = node.number("tokens.sequence_length", context)
-    masking = bool(node.get("model.model_config._use_doc_masking"))
+    masking = node.flag("model.model_config._use_doc_masking")
     z_loss = node.get("model.model_config.z_loss_coefficient", 1e-4)
     return {
         "model": _model(node),
@@ -205,7 +213,7 @@ def _translate(node: _Node) -> dict[str, Any]:
             "batch_size": micro * accumulation * replicas,
             "micro_batch_size": micro,
             "gradient_clip": node.get("optimizer.clip_grad", 0.0),
-            "z_loss": z_loss if node.get("model.model_config.z_loss_enabled") else 0.0,
+            "z_loss": z_loss if node.flag("model.model_config.z_loss_enabled") else 0.0,
             "precision": PRECISION.get(node.get("model.dtype"), "auto"),
             "seed": node.number("general.seed", SEED),
         },
@@ -231,13 +239,15 @@ def _sources(stages: list[_Node]) -> dict[str, Any]:
 def _model(node: _Node) -> dict[str, Any]:
     given = node.get("model.model_config")
     fields = {**DEFAULTS, **{key: value for key, value in given.items() if key in MODEL_FIELDS}}
-    fields["num_key_value_heads"] = fields.get("num_key_value_heads") or fields["num_attention_heads"]
+    if fields.get("num_key_value_heads") is None:
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
     fields["hidden_act"] = SILU[0]  # another one is refused, and has the same parameters
     interval = node.number("model.model_config.no_rope_layer", 0)
     if interval > 0:
         layers = node.number("model.model_config.num_hidden_layers", fields["num_hidden_layers"])
         fields["no_rope_layers"] = no_rope_layers(layers, interval)
-    fields |= {"rope_scaling": _rope_scaling(given), "qkv_bias": bool(given.get("attention_bias"))}
+    bias = node.flag("model.model_config.attention_bias")
+    fields |= {"rope_scaling": _rope_scaling(given), "qkv_bias": bias}
     std = node.get("model.init_method.std")
     if std is not None:
         fields["initializer_range"] = std
@@ -274,7 +284,7 @@ def _not_decaying(node: _Node) -> list[str]:
 
 
 def _is_tied(node: _Node) -> bool:
-    return bool(node.get("model.model_config.tie_word_embeddings", DEFAULTS["tie_word_embeddings"]))
+    return node.flag("model.model_config.tie_word_embeddings")
 
 
 def _exclusions(node: _Node) -> list[str]:
@@ -341,7 +351,7 @@ def _model_notes(node: _Node) -> Iterator[str]:
         yield f"nanotron starts from the weights in {shown(started)}: name the same ones with --init-from"
     if node.get("model.model_config.rope_scaling"):
         yield "nanotron ignores rope_scaling; here it is computed as the recipe says"
-    if node.get("model.model_config.rope_interleaved"):
+    if node.flag("model.model_config.rope_interleaved"):
         yield (
             "nanotron's rope_interleaved rotates neighbours, here rope rotates halves: the same network with"
             " the rows of q_proj and k_proj in another order"

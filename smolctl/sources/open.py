@@ -27,10 +27,10 @@ from smolctl.config.load import (
 )
 from smolctl.errors import InputError, UsageError
 from smolctl.outside import refuse_pointer
-from smolctl.ownership import require_inside
+from smolctl.ownership import RECORD, require_inside
 from smolctl.runs.folder import RunFolder
+from smolctl.runs.layout import CONFIG, is_run
 from smolctl.runs.layout import FILES as RUN_FILES
-from smolctl.runs.layout import is_run
 from smolctl.runs.reference import split_step
 from smolctl.runs.root import LATEST, RUNS, latest_run
 from smolctl.sources.address import hub_id_of, is_file_name, is_hub_id, refuse_tag
@@ -238,6 +238,8 @@ def _lone_file(folder: Path) -> Path | None:
 
 
 def _open_file(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
+    if is_run(path.parent) and path.name != CONFIG and path.name in (RECORD, *RUN_FILES):
+        raise InputError(f"{path}: a record of a run, not a model", f"Name the run: {path.parent}")
     with path.open("rb") as file:
         start = file.read(512)
     if not start:

@@ -94,7 +94,12 @@ def verify(
     emit(Note(f"Repeating steps {start.step + 1:,} to {end.step:,} from {start.path}."))
     watcher = _Watcher()
     wait_for_all(prepared.identity)
-    trainer, module = run_trainer(prepared, watcher, folder.path, start.path)
+    try:
+        trainer, module = run_trainer(prepared, watcher, folder.path, start.path)
+    except SystemExit as ended:
+        if isinstance(ended.__context__, KeyboardInterrupt):  # which Lightning turns into exit code 1
+            raise KeyboardInterrupt from None
+        raise
     again = {
         "weights": module.state_dict(),
         "optimizer": trainer.optimizers[0].state_dict(),

@@ -1,24 +1,21 @@
-"""A session on a terminal: an editor for lines, commands, and answers as they stream."""
+"""A session on a terminal: commands, and answers as they stream."""
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from smolctl.durable import cache_folder
 from smolctl.errors import InputError, SmolError
-from smolctl.escaping import whole_characters
 from smolctl.generation.complete import CompletionResult, InterruptedCompletion, TextListener
 from smolctl.generation.conversation import Session
 from smolctl.generation.prompts import COUNTS, SAMPLING, SETTINGS
 from smolctl.outside import parse_json
 from smolctl.views.completions import StreamView, show_facts
+from smolctl.views.editor import open_editor
 from smolctl.views.output import Output
 
-HISTORY = "chat-history"  # in the cache folder
 HELP = """\
 /clear              begin a new conversation
 /system [TEXT]      show the system message, or set it; "none" removes it
@@ -53,7 +50,7 @@ class Chat:
         chats = self.session.conversation.chat
         mode = "chatting with the model's template" if chats else "each prompt is independent"
         self.out.talk(f"{self.session.model.id}: {mode}. /help lists the commands, Ctrl-D ends.")
-        read = _editor()
+        read = open_editor()
         while True:
             try:
                 text = read()
@@ -162,38 +159,3 @@ def _value(text: str) -> Any:
         return parse_json(text)
     except ValueError:
         return text
-
-
-def _editor() -> Callable[[], str]:
-    """What reads one message from the terminal, with the history of this session and those before it.
-
-    Raises EOFError for Ctrl-D and KeyboardInterrupt for Ctrl-C. The prompt goes to the terminal also where
-    stdout does not.
-    """
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import FileHistory
-    from prompt_toolkit.output import create_output
-    from prompt_toolkit.renderer import CPR_Support
-    from prompt_toolkit.utils import is_dumb_terminal
-
-    class History(FileHistory):
-        """A history that may be lost where its file cannot be read or written: the chat goes on."""
-
-        def load_history_strings(self) -> Iterable[str]:
-            with contextlib.suppress(OSError):
-                return list(super().load_history_strings())
-            return []
-
-        def store_string(self, string: str) -> None:
-            with contextlib.suppress(OSError):
-                path = cache_folder() / HISTORY
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.touch(mode=0o600)  # nobody else's
-                super().store_string(whole_characters(string))
-
-    # Without an output of its own it finds out that a terminal is dumb, and writes plain text there.
-    output = None if is_dumb_terminal() else create_output(always_prefer_tty=True)
-    session: PromptSession[str] = PromptSession(history=History(str(cache_folder() / HISTORY)), output=output)
-    # Do not ask the terminal where its cursor is: lines need no answer, and some terminals never give one.
-    session.app.renderer.cpr_support = CPR_Support.NOT_SUPPORTED
-    return lambda: session.prompt("> ")

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,19 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(number: signal.Signals, cod
     done = call("resume", "x", "--extra", "2", "--json")
     steps = [event["step"] for event in events(done.out) if event["event"] == "step"]
     assert steps == [last + 1, last + 2]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_verification_with_its_code(smolctl: Smolctl) -> None:
+    many = ("--steps", "3000", "--set", "checkpoint.every=1500", "--set", "validation.every=0")
+    smolctl("train", "tiny.yaml", *many, "--set", "predictions.every=0", "--out", "long", "-q")
+    process = start("resume", "long", "--verify")
+    assert process.stderr is not None
+    assert any("Repeating" in line for line in process.stderr)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode == 130
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint_as_if_nothing_had_happened(smolctl: Smolctl) -> None:

@@ -117,6 +117,20 @@ def test_few_documents_are_resampled_in_parts_and_this_is_said(tmp_path: Path) -
     assert "do not cover other documents" in found.notes[0]
 
 
+@pytest.mark.parametrize("text", ["a", "the cat sat on the mat. " * 20])
+def test_a_text_that_is_too_short_for_an_interval_is_refused(
+    text: str, tmp_path: Path, smolctl: Smolctl
+) -> None:
+    (tmp_path / "one.txt").write_text(text)
+    model = write_folder(tmp_path / "a")
+    called = smolctl("compare", model, model, "--data", tmp_path / "one.txt", "--quiet")
+    assert called.code == 3
+    assert called.out == ""
+    cause, remedy = called.err.splitlines()
+    assert cause.endswith("in one document, which is too little for an interval")
+    assert "two documents, or on more than 4,096 bytes" in remedy
+
+
 def test_of_text_beyond_the_limit_some_documents_are_taken(texts: Path, tmp_path: Path) -> None:
     model = write_folder(tmp_path / "a")
     found = on(texts, model, model, bytes=300).text

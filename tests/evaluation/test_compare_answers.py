@@ -98,6 +98,12 @@ def test_conversations_that_one_model_cannot_read_at_all_are_no_ground_for_a_ver
         on(rows, *models)
 
 
+def test_one_conversation_is_too_little_for_an_interval(tmp_path: Path) -> None:
+    model = write_folder(tmp_path / "a", template=CHATML)
+    with pytest.raises(InputError, match="one conversation, which is too little for an interval"):
+        on(write_rows(tmp_path / "rows.jsonl", pairs=[("rain?", "rain.")]), model, model)
+
+
 def test_a_chat_run_is_compared_with_any_model_on_the_answers_that_it_has_held_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,9 +151,30 @@ def test_results_of_a_run_go_into_its_record_and_faults_have_a_remedy(
     assert {key: kept[key] for key in ("task", "step", "limit", "items")} == {
         "task": "bare", "step": 10, "limit": 5, "items": 5,
     }  # fmt: skip
-    (tasks / "bad.yaml").write_text((tasks / "bare.yaml").read_text().replace("choices", "chances"))
+    bare = yaml.safe_load((tasks / "bare.yaml").read_text())
+    for name, change in {
+        "bad": {"doc_to_choice": "chances"},
+        "loops": {"doc_to_text": "{% for n in range(10**9) %}{% endfor %}"},
+        "unspoken": {"output_type": None},
+        "nothing": {"metric_list": []},
+        "minus": {"num_fewshot": -1},
+        "many": {"num_fewshot": 10**9},
+        "silent": {**KINDS["words"], "generation_kwargs": {"until": [], "max_gen_toks": 0}},
+        "odd": {
+            **KINDS["words"],
+            "generation_kwargs": {"max_gen_toks": 4, "do_sample": True, "temperature": -1},
+        },
+    }.items():
+        (tasks / f"{name}.yaml").write_text(yaml.safe_dump(bare | {"task": name} | change))
     faults = {
-        ("--tasks", tasks / "bad.yaml"): (3, "lm-eval failed with"),
+        ("--tasks", tasks / "bad.yaml"): (3, "bad.yaml: lm-eval failed with"),
+        ("--tasks", tasks / "loops.yaml"): (3, "Range too big"),
+        ("--tasks", tasks / "unspoken.yaml"): (3, "unspoken: the task has no output_type"),
+        ("--tasks", tasks / "nothing.yaml"): (3, "the task has no figure to show"),
+        ("--tasks", tasks / "minus.yaml"): (3, "minus: num_fewshot is -1"),
+        ("--tasks", tasks / "many.yaml"): (3, "1,000,000,000 examples are asked for, and the task has 6"),
+        ("--tasks", tasks / "silent.yaml"): (3, "asks for 0 new tokens"),
+        ("--tasks", tasks / "odd.yaml"): (3, "generation_kwargs: temperature -1"),
         ("--tasks", tasks / "none.yaml"): (3, "none.yaml: no such file"),
         ("--tasks", tasks / "bare.yaml", "--apply-chat-template"): (3, "no chat template"),
         ("--tasks", tasks / "words.yaml", "--gen-kwargs", "num_beams=4"): (3, "num_beams=4"),

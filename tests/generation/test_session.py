@@ -147,6 +147,22 @@ def test_the_commands_of_a_session(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_paste_whose_end_never_comes_holds_nothing_up(model: Path, tmp_path: Path) -> None:
+    with on_a_terminal("sample", model, *SHORT, cache=tmp_path) as terminal:
+        terminal.read_until("Ctrl-D ends.")
+        terminal.type(f"{PASTE}forgotten\x03")
+        terminal.read_until("Ctrl-D ends.")
+        terminal.type(f"{PASTE}a\nb")
+        time.sleep(1)  # Enter is a part of what is pasted, unless it comes after a pause
+        os.write(terminal.screen, b"\r")
+        terminal.type(f"/save {tmp_path / 'chat.json'}\r")
+        terminal.read_until("Saved")
+        terminal.type(f"{PASTE}forgotten")
+        os.write(terminal.screen, b"\x04")
+    assert messages_of(tmp_path / "chat.json") == [("user", "a\nb")]
+
+
+@pytest.mark.slow
 def test_without_a_template_and_on_a_terminal_that_can_do_nothing(other: Path, tmp_path: Path) -> None:
     """Every prompt stands alone there."""
     with on_a_terminal("sample", other, *SHORT, term="dumb", ready="> ", cache=tmp_path) as terminal:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from smolctl.errors import InputError
 from smolctl.inspection.stored import sort_tensors
 from smolctl.sources.base import TensorHeader
 
@@ -146,7 +147,7 @@ PACKINGS: dict[str, tuple[dict[str, Entry], dict[str, Any]]] = {
 def test_packed_weights_are_counted_as_the_weights_that_they_hold(packing: str) -> None:
     entries, config = PACKINGS[packing]
     norm: Entry = ("F32", (IN,))
-    found = sort_tensors(headers({"norm.weight": norm, **entries}), config)
+    found = sort_tensors(headers({"norm.weight": norm, **entries}), config, "m")
     biases = OUT if "x.bias" in entries else 0
     experts = 4 if "experts" in packing else 1
     assert sum(tensor.parameters for tensor in found.parameters) == experts * OUT * IN + biases + IN
@@ -164,7 +165,31 @@ def test_packed_weights_are_counted_as_the_weights_that_they_hold(packing: str) 
     ],
 )
 def test_integers_that_nothing_explains_are_not_taken_for_weights(entries: dict[str, Entry]) -> None:
-    assert len(sort_tensors(headers(entries), {}).unknown) == 1
+    assert len(sort_tensors(headers(entries), {}, "m").unknown) == 1
+
+
+@pytest.mark.parametrize(
+    ("entries", "config"),
+    [
+        (mlx(8), {"quantization": {"bits": 4, "group_size": GROUP}}),
+        (mlx(4), {"quantization": {"bits": 8, "group_size": GROUP}}),
+        (mlx(4), {"quantization": {"bits": 4, "group_size": 2 * GROUP}}),
+        (mlx(8), {"quantization": {"bits": 8, "group_size": GROUP, "x": {"bits": 4, "group_size": GROUP}}}),
+        (
+            compressed(8),
+            {
+                "quantization_config": {
+                    "config_groups": {"g": {"weights": {"num_bits": 4, "group_size": GROUP}}}
+                }
+            },
+        ),
+    ],
+)
+def test_bits_that_contradict_the_tensors_are_refused(
+    entries: dict[str, Entry], config: dict[str, Any]
+) -> None:
+    with pytest.raises(InputError, match=r"m: x\.weight\w*: \d bits .* do not fit the shape"):
+        sort_tensors(headers(entries), config, "m")
 
 
 @pytest.mark.parametrize(
@@ -182,12 +207,12 @@ def test_integers_that_nothing_explains_are_not_taken_for_weights(entries: dict[
     ],
 )
 def test_buffers_are_no_parameters(name: str, shape: tuple[int, ...]) -> None:
-    found = sort_tensors(headers({name: ("F32", shape), "x.weight": ("F32", (2, 2))}), {})
+    found = sort_tensors(headers({name: ("F32", shape), "x.weight": ("F32", (2, 2))}), {}, "m")
     assert [tensor.name for tensor in found.buffers] == [name]
     assert [tensor.name for tensor in found.parameters] == ["x.weight"]
 
 
 @pytest.mark.parametrize("name", ["x.scale", "x.attn.bias", "layer_scale", "logit_scale", "x.scales"])
 def test_parameters_that_are_called_like_scales_are_counted(name: str) -> None:
-    found = sort_tensors(headers({name: ("F32", (4,)), "x.weight": ("BF16", (4, 4))}), {})
+    found = sort_tensors(headers({name: ("F32", (4,)), "x.weight": ("BF16", (4, 4))}), {}, "m")
     assert len(found.parameters) == 2

@@ -78,6 +78,17 @@ def test_every_command_but_training_takes_a_dynamic_checkpoint_alone(
     assert called.code == 0, called.err
 
 
+@pytest.mark.parametrize(("key", "value"), [("scheme", "nf4"), ("scheme", 8), ("activations", "per-layer")])
+def test_a_checkpoint_that_was_quantized_in_an_unknown_way_is_refused(
+    here: Path, key: str, value: object
+) -> None:
+    make_quantized("runs/llama", "int8-dynamic")
+    content = torch.load("out/llama_quantized.ckpt", weights_only=True)
+    torch.save({**content, "quantization": {**content["quantization"], key: value}}, "odd.ckpt")
+    with pytest.raises(InputError, match=rf"odd\.ckpt: quantization: {key}: "):
+        open_source("odd.ckpt")
+
+
 def test_dynamic_checkpoint_takes_nothing_of_its_source_along(here: Path) -> None:
     """Norms of a GGUF are views of the mapped file, and torch.save keeps all that a view looks at."""
     make_quantized("runs/llama", "gguf-q8_0", "files")

@@ -194,6 +194,7 @@ def flipped(data: bytes) -> bytes:
         (lambda data: b"{}", DESCRIPTION, "not a description"),
         (lambda data: data.replace(b'"version": 1', b'"version": 9'), DESCRIPTION, "format version 9"),
         (lambda data: data.replace(b"q_proj", b"r_proj", 1), DESCRIPTION, "has no model.layers.0"),
+        (lambda data: data.replace(b'"scheme": "int', b'"scheme": "nf'), DESCRIPTION, "scheme: .* 'int8'"),
         (lambda data: data.replace(b'"rms_norm_eps"', b'"rms_norm_epsi"'), "config.json", "checksum"),
     ],
 )
@@ -348,6 +349,7 @@ def test_costs_of_int8_dynamic_are_those_of_its_activations(here: Path) -> None:
         (("--to", "gguf-q4_k"), 3, "K-quants pack 256 values of a row together, and 32 is not a multiple"),
         (("--to", "gguf-Q4_K_M"), 3, "K-quants"),
         (("--to", "int8", "--group", "48"), 2, "multiples of 32"),
+        (("--to", "int8", "--group", "1000000000"), 2, "no row has more than"),
         (("--to", "int8", "--skip", "no_such"), 2, "no tensor has a name like this"),
         (("--to", "int8", "--skip", "re:("), 2, "not a regular expression"),
         (("--to", "int4", "--bits-map", "down_proj=5"), 2, "expected PATTERN=BITS"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from smolctl.errors import SmolError, UsageError
 from smolctl.generation.scheduler import CHUNK
 from smolctl.serving.guards import Limits
 from smolctl.serving.serve import ServeOptions, listen
-from tests.support.processes import Smolctl
+from tests.support.processes import Smolctl, start
 from tests.support.serving import PATIENCE_S, Served, serving
 from tests.support.tiny_models import write_folder
 
@@ -251,3 +253,25 @@ def test_requests_under_way_are_bounded(model: Path) -> None:
             answer = served.client.get("/health")
         assert answer.status_code == 503
         stream.close()
+
+
+@pytest.mark.slow
+@pytest.mark.real_weights
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_answers_end_with_an_error_where_the_server_is_stopped_at_once(
+    number: signal.Signals, code: int, gguf_file: Path
+) -> None:
+    process = start("serve", gguf_file, "--port", 0)
+    assert process.stdout is not None
+    url = next(found[0] for line in process.stdout if (found := re.search(r"http://[\d.:]+", line)))
+    body = {"prompt": "Once upon a time", "max_tokens": 2_000, "temperature": 1.5, "n": 8, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=PATIENCE_S) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        process.send_signal(number)  # after which answers have half a minute
+        time.sleep(1)
+        process.send_signal(number)
+        *_, last = filter(None, lines)
+    assert json.loads(last.removeprefix("data: "))["error"]["message"] == "The server is being stopped."
+    assert "Traceback" not in process.communicate(timeout=PATIENCE_S)[1]
+    assert process.returncode == code

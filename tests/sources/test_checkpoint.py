@@ -230,6 +230,16 @@ def test_step_of_a_run_can_be_named(run: Path) -> None:
     assert caught.value.hint == "There are: 500, 1000."
 
 
+@pytest.mark.parametrize(
+    "name", ["report.html", "loss.png", "metrics.jsonl", "environment.json", "tasks.json"]
+)
+def test_a_record_of_a_run_is_no_model_and_leads_to_the_run(run: Path, name: str) -> None:
+    (run / name).write_text('{"hidden_size": 4}')
+    with pytest.raises(InputError, match=rf"{name}: a record of a run, not a model") as caught:
+        open_source(str(run / name))
+    assert caught.value.hint == f"Name the run: {run}"
+
+
 def test_weights_alone_take_the_tokenizer_beside_them(run: Path, tmp_path: Path) -> None:
     torch.save({"state_dict": initialize(RUN.model, 0).state_dict()}, tmp_path / "bare.ckpt")
     assert open_source(str(tmp_path / "bare.ckpt")).read_tokenizer() is None

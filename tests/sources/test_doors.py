@@ -53,6 +53,7 @@ def at(content: Any, path: str, value: Any) -> Any:
         *((key, 2**62) for key in ("hidden_size", "intermediate_size", "vocab_size", "head_dim")),
         *((key, 2**62) for key in ("max_position_embeddings", "num_attention_heads", "num_hidden_layers")),
         *((key, 10**9) for key in ("vocab_size", "bos_token_id", "num_hidden_layers")),
+        *((key, 0) for key in ("head_dim", "num_key_value_heads", "max_position_embeddings")),
         *((key, 10**99) for key in ("intermediate_size", "eos_token_id")),
         *((key, [[1]]) for key in ("eos_token_id", "bos_token_id")),
     ],
@@ -68,6 +69,11 @@ def test_a_config_that_no_model_has_names_its_key(key: str, value: Any) -> None:
 def test_a_base_of_zero_is_not_taken_for_one_that_is_left_out() -> None:
     with pytest.raises(InputError, match=r"config\.json: rope_theta: .* greater than 0"):
         from_huggingface_config(at(CONFIG, "rope_parameters.rope_theta", 0), "config.json")
+
+
+def test_an_empty_kind_of_rope_is_not_taken_for_one_that_is_left_out() -> None:
+    reason = from_huggingface_config(at(CONFIG, "rope_parameters.rope_type", ""), "config.json")[1]
+    assert "rope scaling" in reason
 
 
 def test_weights_that_no_machine_holds_are_refused_before_memory_is_taken() -> None:

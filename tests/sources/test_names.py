@@ -256,6 +256,29 @@ def test_a_params_json_alone_is_described(tmp_path: Path) -> None:
     assert count_source(source).totals.unique is None
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, 0) for key in ("n_kv_heads", "head_dim", "hidden_dim", "multiple_of", "max_seq_len")),
+        *((key, 0) for key in ("ffn_dim_multiplier", "rope_scaling_factor", "high_freq_factor", "norm_eps")),
+        *(("n_heads", value) for value in (0, "32", True, None)),
+        *(("tied_embeddings", value) for value in ("false", 0)),
+        ("ffn_dim_multiplier", 1e300),
+    ],
+)
+def test_a_wrong_value_of_a_params_json_is_not_taken_for_one_that_is_left_out(
+    key: str, value: object, tmp_path: Path
+) -> None:
+    (tmp_path / "params.json").write_text(json.dumps({**LLAMA_32, key: value}))
+    with pytest.raises(InputError, match=rf"params\.json: {key}: "):
+        open_source(str(tmp_path / "params.json"))
+
+
+def test_null_in_a_params_json_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "params.json").write_text(json.dumps({**LLAMA_32, "n_kv_heads": None, "multiple_of": None}))
+    assert open_source(str(tmp_path / "params.json")).require_config().num_key_value_heads == 32
+
+
 @pytest.mark.parametrize("beside", [True, False])
 def test_a_lone_file_takes_the_config_beside_it_or_says_what_it_assumes(beside: bool, tmp_path: Path) -> None:
     torch.save(STATE, tmp_path / "pytorch_model.bin")

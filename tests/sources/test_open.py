@@ -281,6 +281,18 @@ def test_senseless_nanotron_values_are_named(tmp_path: Path) -> None:
         open_source(str(nanotron_file(tmp_path, changed)))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_key_value_heads", 0), ("tie_word_embeddings", "false"), ("_use_doc_masking", 1)],
+)
+def test_a_wrong_value_of_a_nanotron_model_is_not_taken_for_one_that_is_left_out(
+    tmp_path: Path, key: str, value: object
+) -> None:
+    model = {"model_config": {**NANOTRON["model"]["model_config"], key: value}}
+    with pytest.raises(InputError, match=key):
+        open_source(str(nanotron_file(tmp_path, {**NANOTRON, "model": model})))
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_is_a_model(name: str) -> None:
     source = open_source(name)

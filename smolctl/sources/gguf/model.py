@@ -285,9 +285,8 @@ def _unsupported_heads(values: Mapping[str, Any], architecture: str) -> str:
 
 
 def _head_dim(values: Mapping[str, Any]) -> int:
-    explicit = values.get("attention.key_length")
     hidden, heads = values.get("embedding_length", 0), values.get("attention.head_count", 0)
-    return int(explicit or (hidden // heads if heads else 0))
+    return int(values.get("attention.key_length", hidden // heads if heads else 0))
 
 
 def read_config(header: GGUFHeader) -> ModelConfig:
@@ -300,9 +299,8 @@ def read_config(header: GGUFHeader) -> ModelConfig:
     fields = {field: values[key] for key, field in REQUIRED.items()}
     shapes = {tensor.name: tensor.shape for tensor in header.tensors}
     rows = shapes.get("token_embd.weight") or (len(header.metadata.get("tokenizer.ggml.tokens", ())),)
-    vocab = values.get("vocab_size") or rows[0]
     fields |= {
-        "vocab_size": vocab,
+        "vocab_size": values.get("vocab_size", rows[0]),
         "num_key_value_heads": values.get("attention.head_count_kv", fields["num_attention_heads"]),
         "head_dim": _head_dim(values),
         "rope_theta": as_written(values.get("rope.freq_base", DEFAULT_THETA)),

@@ -187,7 +187,7 @@ def _sentence_piece(values: Mapping[str, Any]) -> dict[str, Any]:
 def _types(values: Mapping[str, Any]) -> list[int]:
     """llama.cpp's type of each token."""
     count = len(values["tokenizer.ggml.tokens"])
-    types = list(values.get("tokenizer.ggml.token_type") or (NORMAL,) * count)
+    types = list(values.get("tokenizer.ggml.token_type", (NORMAL,) * count))
     if len(types) != count:
         raise ValueError(f"{len(types)} token types for {count} tokens")
     return types

@@ -108,6 +108,7 @@ class _OurKinds(TypedDict, total=False):
     """What is read beside that where `model_type` is one of `ARCHITECTURES`."""
 
     num_hidden_layers: int
+    head_dim: Annotated[int, Field(gt=0)] | None
     max_position_embeddings: int
     sliding_window: int | None
     layer_types: list[str] | None
@@ -260,7 +261,8 @@ def _unsupported_rope(values: Mapping[str, Any]) -> str:
 
 
 def _rope_kind(rope: Mapping[str, Any]) -> Any:
-    return rope.get("rope_type") or rope.get("type") or "default"
+    named = [kind for key in ("rope_type", "type") if (kind := rope.get(key)) is not None]
+    return named[0] if named else "default"
 
 
 def _meaning(rope: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

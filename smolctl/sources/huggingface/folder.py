@@ -98,7 +98,7 @@ def open_config_json(path: Path, name: str) -> ModelSource:
         return open_folder(path.parent, name)
     content = read_json(path)
     if is_params(content):
-        declared, assumed, unsupported = from_params(content, {})
+        declared, assumed, unsupported = from_params(content, {}, name)
         kind = SourceKind.FOLDER
         return describe(kind, name, declared, None, assumptions=assumed, unsupported=unsupported)
     require_config_json(content, name)
@@ -166,7 +166,8 @@ def _declared_in(
     values = read_json(params) if params.is_file() else {}
     if not is_params(values):
         return None, (), ""
-    return from_params(values, {huggingface_name(one.name): one.shape for one in tensors})
+    shapes = {huggingface_name(one.name): one.shape for one in tensors}
+    return from_params(values, shapes, str(params))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -62,15 +62,20 @@ class _Source(TypedDict):
     step: NotRequired[int | None]
 
 
-class _Description(TypedDict):
+class Made(TypedDict):
+    """How a model was quantized."""
+
+    scheme: Literal["int8", "int4", "int8-dynamic", "bf16"]
+    source: _Source
+    activations: NotRequired[Literal["per-tensor", "per-token"]]
+
+
+class _Description(Made):
     """What is read of a quantization.json."""
 
-    scheme: str
-    source: _Source
     config_sha256: str
     file: _File
     tensors: dict[str, _Entry]
-    activations: NotRequired[str]
 
 
 def is_quantized_folder(folder: Path) -> bool:

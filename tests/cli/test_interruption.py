@@ -1,0 +1,58 @@
+"""Ctrl-C and SIGTERM reach the command wherever they arrive."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import CHECKOUT
+
+# A library that swallows whatever comes while it is imported, and a destructor, in which Python prints it.
+LIBRARY = """
+import signal, time
+try:
+    signal.raise_signal({number})
+    time.sleep(0.1)
+except BaseException:
+    raise SystemExit("it came during the import")
+"""
+DESTRUCTOR = """
+import signal
+class Lost:
+    def __del__(self):
+        signal.raise_signal({number})
+Lost()
+"""
+COMMAND = """
+import sys, time
+from smolctl.cli.interruption import Interruption
+Interruption().install()
+try:
+    {code}
+    time.sleep(60)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("place", ["import", "destructor"])
+def test_a_signal_is_not_lost_where_its_exception_would_be(
+    number: signal.Signals, code: int, place: str, tmp_path: Path
+) -> None:
+    (tmp_path / "library.py").write_text(LIBRARY.format(number=int(number)))
+    (tmp_path / "destructor.txt").write_text(DESTRUCTOR.format(number=int(number)))
+    lines = {"import": "import library", "destructor": "exec(open('destructor.txt').read())"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND.format(code=lines[place])],
+        cwd=tmp_path,
+        env={"PYTHONPATH": f"{CHECKOUT}:{tmp_path}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (code, "")
