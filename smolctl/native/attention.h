@@ -15,6 +15,8 @@
 #else
 #define KEY_PARTS 2  // 16
 #endif
+// From memory, which is read fastest as one stream, no more than a tile at once.
+#define TILE_PARTS (KEYS / LANES < KEY_PARTS ? KEYS / LANES : KEY_PARTS)
 
 // What keys and values are kept in; library.py and engine.js know the numbers too. Eight bits have a scale for each
 // position of each head.
@@ -41,6 +43,7 @@ typedef struct {
     const float *query[QUERIES];  // (head_dim), scaled already
     int limit[QUERIES];           // positions that each may see
     int count;                    // rows in use; the others repeat the last one
+    int again;                    // whether others have just read the same keys: they are in the processor's cache
 } queries;
 
 // What some positions contribute to a query; several of these can be put together.
@@ -135,9 +138,10 @@ INLINE void attend_kind(int format, int rows, const cached *from, int head_dim, 
         float scores[QUERIES][SPAN];
         int count = last - position < SPAN ? last - position : SPAN;
         int whole = filled_to(count, KEYS), to = 0;
-        for (; to + KEY_PARTS * LANES <= whole; to += KEY_PARTS * LANES)
+        for (; KEY_PARTS > TILE_PARTS && q->again && to + KEY_PARTS * LANES <= whole; to += KEY_PARTS * LANES)
             score(format, rows, KEY_PARTS, from, head_dim, q, position + to, scores, to);
-        for (; to < whole; to += LANES) score(format, rows, 1, from, head_dim, q, position + to, scores, to);
+        for (; to < whole; to += TILE_PARTS * LANES)
+            score(format, rows, TILE_PARTS, from, head_dim, q, position + to, scores, to);
         for (int r = 0; r < rows; r++) {
             int seen = q->limit[r] - position;
             weigh(scores[r], whole, seen < count ? seen : count, &out[r], stride);

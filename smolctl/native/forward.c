@@ -248,7 +248,7 @@ static void attend_group(context *c, int index, int token, int count, int kv_hea
         queries q;
         partial out[QUERIES], *places[QUERIES];
         int furthest = 0;
-        q.count = least(QUERIES, rows - row);
+        q.count = least(QUERIES, rows - row), q.again = row || b->count > c->exact;
         for (int r = 0; r < QUERIES; r++) {
             int real = least(row + r, rows - 1), t = token + real / group;
             size_t query = (size_t)t * m->heads + (size_t)(kv_head * group + real % group);
