@@ -9,7 +9,14 @@
 #define KEYS 16       // positions in a tile of keys
 #define SPAN 256      // positions whose scores are held at once
 #define QUERIES 4     // rows of queries that share what is loaded
-#define KEY_PARTS (KEYS / LANES < 2 ? 1 : 2)  // vectors of keys at once: more sums do not fit 16 registers
+// Vectors of keys at once: as many as registers hold the sums of, and enough that no sum waits for its last addition.
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define KEY_PARTS 4  // 32 registers
+#else
+#define KEY_PARTS 2  // 16
+#endif
+// From memory, which is read fastest as one stream, no more than a tile at once.
+#define TILE_PARTS (KEYS / LANES < KEY_PARTS ? KEYS / LANES : KEY_PARTS)
 
 // What keys and values are kept in; library.py and engine.js know the numbers too. Eight bits have a scale for each
 // position of each head.
@@ -36,6 +43,7 @@ typedef struct {
     const float *query[QUERIES];  // (head_dim), scaled already
     int limit[QUERIES];           // positions that each may see
     int count;                    // rows in use; the others repeat the last one
+    int again;                    // whether others have just read the same keys: they are in the processor's cache
 } queries;
 
 // What some positions contribute to a query; several of these can be put together.
@@ -50,23 +58,23 @@ INLINE vec load_cached(int format, const void *base, size_t at) {
     return format == KEPT_FLOAT16 ? from_half((const half *)base + at) : load((const float *)base + at);
 }
 
-INLINE void score(int format, int rows, const cached *from, int head_dim, const queries *q, int position,
+// Scores of `parts` × LANES positions.
+INLINE void score(int format, int rows, int parts, const cached *from, int head_dim, const queries *q, int position,
                   float scores[QUERIES][SPAN], int to) {
-    size_t tile = (size_t)(position / KEYS) * (size_t)head_dim * KEYS;
-    for (int first = 0; first < KEYS; first += KEY_PARTS * LANES) {
-        vec totals[QUERIES][KEY_PARTS] = {0};
-        for (int d = 0; d < head_dim; d++) {
-            vec k[KEY_PARTS];
-            for (int p = 0; p < KEY_PARTS; p++)
-                k[p] = load_cached(format, from->keys, tile + (size_t)d * KEYS + (size_t)(first + p * LANES));
-            for (int r = 0; r < rows; r++)
-                for (int p = 0; p < KEY_PARTS; p++) totals[r][p] += k[p] * q->query[r][d];
+    vec totals[QUERIES][KEY_PARTS] = {0};
+    for (int d = 0; d < head_dim; d++) {
+        vec k[KEY_PARTS];
+        for (int p = 0; p < parts; p++) {
+            int at = position + p * LANES;
+            k[p] = load_cached(format, from->keys, ((size_t)(at / KEYS) * (size_t)head_dim + (size_t)d) * KEYS + (size_t)(at % KEYS));
         }
-        for (int p = 0; p < KEY_PARTS; p++) {
-            int at = first + p * LANES;
-            vec scale = format == KEPT_INT8 ? load(from->key_scales + position + at) : all(1);
-            for (int r = 0; r < rows; r++) store(&scores[r][to + at], format == KEPT_INT8 ? totals[r][p] * scale : totals[r][p]);
-        }
+        for (int r = 0; r < rows; r++)
+            for (int p = 0; p < parts; p++) totals[r][p] += k[p] * q->query[r][d];
+    }
+    for (int p = 0; p < parts; p++) {
+        vec scale = format == KEPT_INT8 ? load(from->key_scales + position + p * LANES) : all(1);
+        for (int r = 0; r < rows; r++)
+            store(&scores[r][to + p * LANES], format == KEPT_INT8 ? totals[r][p] * scale : totals[r][p]);
     }
 }
 
@@ -76,20 +84,20 @@ static void weigh(float *scores, int count, int seen, partial *out, int stride) 
         memset(scores, 0, (size_t)count * sizeof *scores);
         return;
     }
-    float highest = out->maximum;
-    for (int i = 0; i < seen; i++) highest = scores[i] > highest ? scores[i] : highest;
     for (int i = seen; i < count; i++) scores[i] = -INFINITY;
-    vec total = {0};
+    vec most = all(out->maximum), total = {0};
+    for (int i = 0; i < count; i += LANES) most = maximum(load(scores + i), most);
+    float largest = highest(most);
     for (int i = 0; i < count; i += LANES) {
-        vec weights = exponential(load(scores + i) - highest);
+        vec weights = exponential(load(scores + i) - largest);
         store(scores + i, weights);
         total += weights;
     }
-    float before = out->maximum == -INFINITY ? 0 : exponential_of(out->maximum - highest);
+    float before = out->maximum == -INFINITY ? 0 : exponential_of(out->maximum - largest);
     if (before != 1)
         for (int d = 0; d < stride; d += LANES) store(out->values + d, load(out->values + d) * before);
     out->total = out->total * before + sum(total);
-    out->maximum = highest;
+    out->maximum = largest;
 }
 
 #define VALUE_PARTS (LANES == 16 ? 4 : 2)
@@ -129,8 +137,11 @@ INLINE void attend_kind(int format, int rows, const cached *from, int head_dim, 
     for (int position = first; position < last; position += SPAN) {
         float scores[QUERIES][SPAN];
         int count = last - position < SPAN ? last - position : SPAN;
-        int whole = (count + KEYS - 1) / KEYS * KEYS;
-        for (int to = 0; to < count; to += KEYS) score(format, rows, from, head_dim, q, position + to, scores, to);
+        int whole = filled_to(count, KEYS), to = 0;
+        for (; KEY_PARTS > TILE_PARTS && q->again && to + KEY_PARTS * LANES <= whole; to += KEY_PARTS * LANES)
+            score(format, rows, KEY_PARTS, from, head_dim, q, position + to, scores, to);
+        for (; to < whole; to += TILE_PARTS * LANES)
+            score(format, rows, TILE_PARTS, from, head_dim, q, position + to, scores, to);
         for (int r = 0; r < rows; r++) {
             int seen = q->limit[r] - position;
             weigh(scores[r], whole, seen < count ? seen : count, &out[r], stride);
@@ -184,12 +195,17 @@ INLINE void remember(int format, const float *from, int count, void *base, size_
     }
 }
 
+#define REMEMBER(...) \
+    if (c->format == KEPT_FLOAT16) remember(KEPT_FLOAT16, __VA_ARGS__); \
+    else if (c->format == KEPT_FLOAT32) remember(KEPT_FLOAT32, __VA_ARGS__); \
+    else remember(KEPT_INT8, __VA_ARGS__);
+
 static void remember_key(const cache *c, size_t head, int head_dim, int position, const float *key) {
     size_t at = head * head_keys(c, head_dim) + (size_t)(position / KEYS * head_dim * KEYS + position % KEYS);
-    remember(c->format, key, head_dim, c->keys, at, KEYS, c->key_scales + head * (size_t)c->capacity + position);
+    REMEMBER(key, head_dim, c->keys, at, KEYS, c->key_scales + head * (size_t)c->capacity + position);
 }
 
 static void remember_value(const cache *c, size_t head, int head_dim, int position, const float *value) {
     size_t at = head * head_values(c) + (size_t)position * (size_t)c->value_stride;
-    remember(c->format, value, head_dim, c->values, at, 1, c->value_scales + head * (size_t)c->capacity + position);
+    REMEMBER(value, head_dim, c->values, at, 1, c->value_scales + head * (size_t)c->capacity + position);
 }

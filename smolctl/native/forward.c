@@ -60,11 +60,11 @@ typedef struct {
 } batch;
 
 #define SPLIT_POSITIONS 128  // in a part of a long context: threads share the parts out
-#define PHASES 8             // of a layer, each with a counter of claimed pieces
+#define PHASES 7             // of a layer, each with a counter of claimed pieces
 #define EXACT 16             // engine.js knows it too
 #define PIECE_ROWS 32        // rows of a matrix in a piece of a product of many tokens
 #define EXACT_ROWS 320       // at most, of EXACT tokens
-#define PIECE_TOKENS 8       // tokens in a piece of attention
+#define PIECE_TOKENS 4       // tokens in a piece of attention
 
 typedef struct {
     model m;
@@ -85,6 +85,7 @@ typedef struct {
     float *partial_values; // (tokens × H, splits, value_stride)
     size_t partial_room;   // floats in it
     atomic_int *claimed;   // (layers × PHASES + PHASES)
+    atomic_int *attended_parts;  // (chunk / PIECE_TOKENS): of a block of tokens, how many are done
     atomic_int busy;       // whether a call is under way, or `smolctl_destroy`
     const batch *b;        // that call
     int first_layer, last_layer;  // that it runs: all, unless JavaScript wants to look up between some
@@ -103,17 +104,17 @@ INLINE int rows_of_piece(const pool *p, int rows, int tokens) {
 #define EACH_PIECE(c, phase, pieces, piece) \
     for (int piece; (piece = atomic_fetch_add_explicit(&(c)->claimed[phase], 1, memory_order_relaxed)) < (pieces);)
 
-// A thread's own room: a panel for products, forms of vectors, a row of attention, a piece of `up`.
-typedef struct { float *panel, *forms, *spare, *up; } room;
+// A thread's own room: a panel for products, norms of a few vectors, their forms, a row of attention, a piece of `up`.
+typedef struct { float *panel, *normed, *forms, *spare, *up; } room;
 
 // Floats of a panel, and of the forms of one vector.
 #define PANEL(columns) (OPENED(columns) > NARROW_TILE * (columns) ? OPENED(columns) : NARROW_TILE * (columns))
 #define FORMS(columns) ((columns) + INTEGER_ROOM(columns))
 
 static room room_of(const context *c, int thread) {
-    float *panel = c->scratch + (size_t)thread * c->scratch_size, *forms = panel + PANEL(c->widest);
-    float *spare = forms + FEW * FORMS(c->widest);
-    return (room){panel, forms, spare, spare + c->widest};
+    float *panel = c->scratch + (size_t)thread * c->scratch_size, *normed = panel + PANEL(c->widest);
+    float *forms = normed + FEW * c->widest, *spare = forms + FEW * FORMS(c->widest);
+    return (room){panel, normed, forms, spare, spare + c->widest};
 }
 
 // ---- products ----
@@ -179,22 +180,21 @@ static void rms_norm(const float *x, const float *weight, int size, float eps, f
     for (int i = 0; i < size; i++) out[i] = x[i] * scale * weight[i];
 }
 
-// The norm of some tokens (NULL: the first `count`), ready for a product. One token is normed by every
+// The norm of some tokens (NULL: the first `count`), ready for a product. A few tokens are normed by every
 // thread for itself, which is cheaper than to wait for each other.
-static operand normalize(context *c, const float *weight, const int32_t *tokens, int count, int phase, int thread,
-                         const room *own) {
+static operand normalize(context *c, const float *weight, const int32_t *tokens, int count, int phase, const room *own) {
     const model *m = &c->m;
-    float *to = count == 1 ? c->normed + (size_t)thread * c->C : c->normed;
-    if (count == 1) {
-        rms_norm(c->x + (size_t)(tokens ? tokens[0] : 0) * c->C, weight, m->hidden_size, m->eps, to);
-    } else {
+    float *to = count <= FEW ? own->normed : c->normed;
+#define NORM(i) rms_norm(c->x + (size_t)(tokens ? tokens[i] : i) * c->C, weight, m->hidden_size, m->eps, to + (size_t)(i) * c->C)
+    for (int i = 0; i < count && count <= FEW; i++) NORM(i);
+    if (count > FEW) {
         EACH_PIECE(c, phase, count, i) {
-            float *row = to + (size_t)i * c->C;
-            rms_norm(c->x + (size_t)(tokens ? tokens[i] : i) * c->C, weight, m->hidden_size, m->eps, row);
-            prepare_row(c, row, c->C, i, count);
+            NORM(i);
+            prepare_row(c, to + (size_t)i * c->C, c->C, i, count);
         }
         barrier(c->pool);
     }
+#undef NORM
     return prepare(c, to, c->C, count, own);
 }
 
@@ -248,7 +248,7 @@ static void attend_group(context *c, int index, int token, int count, int kv_hea
         queries q;
         partial out[QUERIES], *places[QUERIES];
         int furthest = 0;
-        q.count = least(QUERIES, rows - row);
+        q.count = least(QUERIES, rows - row), q.again = row || b->count > c->exact;
         for (int r = 0; r < QUERIES; r++) {
             int real = least(row + r, rows - 1), t = token + real / group;
             size_t query = (size_t)t * m->heads + (size_t)(kv_head * group + real % group);
@@ -284,39 +284,32 @@ static void merge(const context *c, int token, int head) {
     for (int d = 0; d < D; d++) to[d] /= total;
 }
 
-static void run_attention(context *c, int index, int thread, int phase, const room *own) {
+static void run_attention(context *c, int index, int phase, const room *own) {
     const model *m = &c->m;
     const batch *b = c->b;
     int N = b->count;
-    operand x = normalize(c, m->layers[index].input_norm, NULL, N, phase, thread, own);
+    operand x = normalize(c, m->layers[index].input_norm, NULL, N, phase, own);
     EACH_PIECE(c, phase + 1, m->heads + 2 * m->kv_heads, piece) project_head(c, index, piece, &x, own);
     barrier(c->pool);
 
-    int blocks = pieces_of(N, PIECE_TOKENS);
-    EACH_PIECE(c, phase + 2, blocks * m->kv_heads * c->splits, piece) {
-        int split = piece % c->splits, kv_head = piece / c->splits % m->kv_heads;
-        int token = (blocks - 1 - piece / c->splits / m->kv_heads) * PIECE_TOKENS;  // the longest context first
-        int end = least(token + PIECE_TOKENS, N);
-        while (token < end) {
-            int next = token + 1;
-            while (next < end && b->sequences[next] == b->sequences[token]) next++;
+    int blocks = pieces_of(N, PIECE_TOKENS), parts = m->kv_heads * c->splits;
+    EACH_PIECE(c, phase + 2, blocks * parts, piece) {
+        int split = piece % c->splits, kv_head = piece % parts / c->splits, block = blocks - 1 - piece / parts;  // the longest context first
+        int first = block * PIECE_TOKENS, end = least(first + PIECE_TOKENS, N);
+        for (int token = first, next; token < end; token = next) {
+            for (next = token + 1; next < end && b->sequences[next] == b->sequences[token];) next++;
             attend_group(c, index, token, next - token, kv_head, split, own->spare);
-            token = next;
         }
-    }
-    barrier(c->pool);
-
-    if (N == 1) {
-        EACH_PIECE(c, phase + 3, m->heads, head) merge(c, 0, head);
-    } else {
-        EACH_PIECE(c, phase + 3, N, token) {
+        if (atomic_fetch_add_explicit(&c->attended_parts[block], 1, memory_order_acq_rel) < parts - 1) continue;
+        atomic_store_explicit(&c->attended_parts[block], 0, memory_order_relaxed);
+        for (int token = first; token < end; token++) {  // whoever has done the block's last part puts them together
             for (int head = 0; head < m->heads; head++) merge(c, token, head);
             prepare_row(c, c->attended + (size_t)token * c->A, c->A, token, N);
         }
     }
     barrier(c->pool);
     x = prepare(c, c->attended, c->A, N, own);
-    add_branch(c, &m->layers[index].o, &x, phase + 4, own);
+    add_branch(c, &m->layers[index].o, &x, phase + 3, own);
 }
 
 // ---- MLP ----
@@ -324,7 +317,7 @@ static void run_attention(context *c, int index, int thread, int phase, const ro
 static void run_mlp(context *c, int index, int thread, int phase, const room *own) {
     const layer *l = &c->m.layers[index];
     int N = c->b->count;
-    operand x = normalize(c, l->post_attention_norm, NULL, N, phase, thread, own);
+    operand x = normalize(c, l->post_attention_norm, NULL, N, phase, own);
     int most = rows_of_piece(c->pool, l->gate.rows, N);
     EACH_PIECE(c, phase + 1, pieces_of(l->gate.rows, most), piece) {
         int first = piece * most, last = least(first + most, l->gate.rows);
@@ -365,15 +358,15 @@ static void run(void *argument, int thread) {
     for (int t = thread; !c->first_layer && t < b->count; t += c->pool->threads) embed(c, t);
     barrier(c->pool);
     for (int index = c->first_layer; index < c->last_layer; index++) {
-        run_attention(c, index, thread, index * PHASES, &own);
+        run_attention(c, index, index * PHASES, &own);
         // One thread looks, and the barriers of `run_mlp` show the others what it saw: all leave together.
         if (thread == 0) c->leaving = atomic_load_explicit(b->cancelled, memory_order_relaxed);
-        run_mlp(c, index, thread, index * PHASES + 5, &own);
+        run_mlp(c, index, thread, index * PHASES + 4, &own);
         if (c->leaving) return;
     }
     if (!b->wanted_count || c->last_layer < c->m.layer_count) return;
     int phase = c->m.layer_count * PHASES;
-    operand x = normalize(c, c->m.norm, b->wanted, b->wanted_count, phase, thread, &own);
+    operand x = normalize(c, c->m.norm, b->wanted, b->wanted_count, phase, &own);
     int most = rows_of_piece(c->pool, head->rows, b->wanted_count);
     EACH_PIECE(c, phase + 1, pieces_of(head->rows, most), piece) {
         int first = piece * most, last = least(first + most, head->rows);
@@ -392,7 +385,7 @@ static void *zeros(size_t count, size_t size) {
 static void free_context(context *c) {
     if (c->pool) pool_destroy(c->pool);
     void *parts[] = {c->x, c->normed, c->q, c->k, c->v, c->attended, c->hidden, c->narrow, c->packed, c->packed_room,
-                     c->scratch, c->partials, c->partial_values, c->claimed};
+                     c->scratch, c->partials, c->partial_values, c->claimed, c->attended_parts};
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) free(parts[i]);
     free(c);
 }
@@ -429,7 +422,7 @@ EXPORT void *smolctl_create(const model *m, int chunk, int threads) {
     c->widest = c->widest > c->F ? c->widest : c->F;
     look_at_kinds(c);
     size_t rows = (size_t)c->chunk, head = (size_t)m->head_dim;
-    c->scratch_size = (size_t)(PANEL(c->widest) + FEW * FORMS(c->widest) + (1 + FEW) * c->widest) + rows * PIECE_ROWS + EXACT * EXACT_ROWS;
+    c->scratch_size = (size_t)(PANEL(c->widest) + FEW * FORMS(c->widest) + (1 + 2 * FEW) * c->widest) + rows * PIECE_ROWS + EXACT * EXACT_ROWS;
     c->x = zeros(rows * (size_t)c->C, sizeof(float));
     c->normed = zeros(rows * (size_t)c->C, sizeof(float));
     c->q = zeros(rows * (size_t)m->heads * head, sizeof(float));
@@ -442,9 +435,10 @@ EXPORT void *smolctl_create(const model *m, int chunk, int threads) {
     c->packed_room = zeros(c->packs ? rows * (size_t)INTEGER_ROOM(c->widest) : 0, sizeof(float));
     c->scratch = zeros((size_t)threads * c->scratch_size, sizeof(float));
     c->claimed = zeros((size_t)(m->layer_count + 1) * PHASES, sizeof(atomic_int));
+    c->attended_parts = zeros((size_t)pieces_of(c->chunk, PIECE_TOKENS), sizeof(atomic_int));
     c->pool = pool_create(threads);
     if (c->x && c->normed && c->q && c->k && c->v && c->attended && c->hidden && c->narrow && c->packed
-        && c->packed_room && c->scratch && c->claimed && c->pool)
+        && c->packed_room && c->scratch && c->claimed && c->attended_parts && c->pool)
         return c;
     free_context(c);
     return NULL;
@@ -540,7 +534,7 @@ EXPORT int smolctl_multiply(const matrix *m, const float *x, int tokens, float *
     c.narrow = zeros((rows + NARROW_ROWS - 1) * columns, sizeof(uint16_t));
     int failed = !memory || !c.packed_room || !c.packed || !c.narrow;
     if (!failed) {
-        room own = {memory, memory + PANEL(m->columns), NULL, NULL};
+        room own = {.panel = memory, .forms = memory + PANEL(m->columns)};
         for (int t = 0; t < tokens; t++) prepare_row(&c, x + (size_t)t * columns, m->columns, t, tokens);
         operand operand = prepare(&c, x, m->columns, tokens, &own);
         product(m, 0, m->rows, &operand, &own, y, m->rows);

@@ -371,7 +371,7 @@ INLINE void direct_rows(int kind, int parts, const packing *p, int first, int la
             vec sums[PAIR][4] = {0}, own[PAIR];
             int count = least(PAIR, tokens - token), rows = least(4, last - row);
             for (int r = 0; r < rows; r++) {
-                read_ahead(block_of(kind, p, row + r, 0), (int)(block_of(kind, p, 1, 0) - block_of(kind, p, 0, 0)));
+                if (!token) read_ahead(block_of(kind, p, row + r, 0), (int)(block_of(kind, p, 1, 0) - p->values));
                 if (count == PAIR) direct_row(kind, parts, PAIR, p, row + r, x + token, own);
                 else direct_row(kind, parts, 1, p, row + r, x + token, own);
                 for (int t = 0; t < count; t++) sums[t][r] = own[t];

@@ -73,11 +73,11 @@ typedef struct {
 
 // Both forms of a vector; `room` holds as many floats as it has columns.
 static vector_in prepare_vector(const float *x, int columns, float *room) {
-    for (int at = 0; at < columns; at += 2 * LANES)
-        for (int i = 0; i < LANES; i++) {
-            room[at + i] = x[at + 2 * i];
-            room[at + LANES + i] = x[at + 2 * i + 1];
-        }
+    for (int at = 0; at < columns; at += 2 * LANES) {
+        vec even, odd;
+        for (int i = 0; i < LANES; i++) even[i] = x[at + 2 * i], odd[i] = x[at + 2 * i + 1];
+        store(room + at, even), store(room + at + LANES, odd);
+    }
     return (vector_in){x, room};
 }
 

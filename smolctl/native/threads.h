@@ -90,6 +90,15 @@ static void wake_for_change(pool *p, atomic_uint *value) { (void)p, (void)value;
 
 // ---- the work ----
 
+// Until `value` is no longer what it was; `patience` is how often to look before sleeping.
+static void wait_for_change(pool *p, atomic_uint *value, unsigned before, int patience) {
+    for (int spins = PATIENCE + OFFERS - patience; atomic_load(value) == before; spins++) {
+        if (spins < PATIENCE) PAUSE();
+        else if (spins < PATIENCE + OFFERS) offer_core();
+        else sleep_until_change(p, value, before);
+    }
+}
+
 static void barrier(pool *p) {
     int threads = p->threads;  // once: behind the last barrier of a job the next one may have another number
     if (threads == 1) return;
@@ -100,19 +109,14 @@ static void barrier(pool *p) {
         wake_for_change(p, &p->round);
         return;
     }
-    for (int spins = 0; atomic_load_explicit(&p->round, memory_order_acquire) == round; spins++) {
-        if (spins < PATIENCE) PAUSE();
-        else if (spins < PATIENCE + OFFERS) offer_core();
-        else sleep_until_change(p, &p->round, round);
-    }
+    wait_for_change(p, &p->round, round, PATIENCE + OFFERS);
 }
 
 // What a thread beside number 0 does until the pool stops. One that comes late takes part from the next job on.
 static void work(pool *p, int thread) {
     int needed = 1;  // in the last job: then the next one may come soon
     for (unsigned done = 0;;) {
-        for (int spins = 0; needed && spins < PATIENCE && atomic_load(&p->job) == done; spins++) PAUSE();
-        while (atomic_load(&p->job) == done) sleep_until_change(p, &p->job, done);
+        wait_for_change(p, &p->job, done, needed ? PATIENCE + OFFERS : 0);
         done = atomic_load(&p->job);
         if (p->stop) return;
         needed = thread < (int)(done % MOST_THREADS);

@@ -133,11 +133,11 @@ INLINE vec choose(ivec condition, vec yes, vec no) {
 INLINE vec maximum(vec a, vec b) { return choose(a > b, a, b); }
 
 INLINE float highest(vec v) {
-    float lanes[LANES], most;
+    float lanes[LANES];
     store(lanes, v);
-    most = lanes[0];
-    for (int i = 1; i < LANES; i++) most = lanes[i] > most ? lanes[i] : most;
-    return most;
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+    return lanes[0];
 }
 
 // e^x to about one unit in the last place; 0 below -87.

@@ -26,7 +26,7 @@ function sizes({layout}, positions, threads) {
   const [C, A, F] = [hidden_size, heads * head_dim, intermediate_size].map((size) => filled(size, BLOCK));
   const widest = Math.max(C, A, F);
   const rows = CHUNK * (2 * C + A + F + (heads + 2 * kv_heads) * head_dim + 2 * widest + 165);
-  const scratch = threads * (21 * widest + 1152 + 16 * (CHUNK + 4 * EXACT)); // `scratch_size` of forward.c
+  const scratch = threads * (25 * widest + 1152 + 16 * (CHUNK + 4 * EXACT)); // `scratch_size` of forward.c
   const most = Math.max(EXACT * Math.ceil(capacity / SPLIT), 3 * CHUNK); // tokens × splits of `forward` in forward.c
   return {
     capacity,
