@@ -322,15 +322,28 @@ def measure(
                 if seconds > TOO_SLOW:
                     left_out.append(f"{name}, {case}: a run takes {seconds:.0f} s")
                     continue
-                works.append((process.peer, case, partial(process.run, text, sizes)))
+                works.append((process.peer, case, partial(timed, process, text, sizes, left_out)))
         measured = in_turns(
             [run for _, _, run in works], rounds, 0, lambda number: print(f"round {number}", file=sys.stderr)
         )
     for (peer, case, _), times in zip(works, measured, strict=True):
         sequences, prompt, length = cases[case]
         tokens = sequences * ((length - prompt) or prompt)
-        peer.rates[case] = [round(tokens / one, 2) for one in times]
+        taken = [one for one in times if one is not None]
+        if len(taken) == len(times):
+            peer.rates[case] = [round(tokens / one, 2) for one in taken]
     return left_out
+
+
+def timed(
+    process: PeerProcess, text: Tokens, case: tuple[int, int, int], left_out: list[str]
+) -> float | None:
+    """The seconds of a case; None, and a line in `left_out`, where an engine has failed since the warm-up."""
+    try:
+        return process.run(text, case)
+    except RuntimeError as error:
+        left_out.append(f"{process.peer.name}: {error}")
+        return None
 
 
 def main() -> None:
