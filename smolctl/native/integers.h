@@ -535,7 +535,7 @@ INLINE void multiply_opened(int parts, int tokens, const packing *p, float *pane
         for (int v = 0; v < VECTORS; v++)
             for (int t = 0; t < tokens; t++) lane[v][t] = all(0);
         for (int b = first; b < p->blocks; b += LANES) {
-            for (int line = 0; line < lines; line++) __builtin_prefetch(next + (b * lines + line) * 64, 0, 2);
+            for (int line = 0; line < lines; line++) __builtin_prefetch(next + (b * lines + line) * 64);
             add_opened(parts, tokens, p, panel, b, x, lane);
         }
         for (int v = 0; v < VECTORS; v++)
