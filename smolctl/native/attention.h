@@ -52,10 +52,20 @@ typedef struct {
     float *values;  // (value_stride): sum of e^(score - maximum) × value
 } partial;
 
+INLINE size_t bytes_of(int format) { return format == KEPT_FLOAT32 ? 4 : format == KEPT_FLOAT16 ? 2 : 1; }
+
 // Scales are not applied.
 INLINE vec load_cached(int format, const void *base, size_t at) {
     if (format == KEPT_INT8) return __builtin_convertvector(LOAD(bytes_vec, (const int8_t *)base + at), vec);
     return format == KEPT_FLOAT16 ? from_half((const half *)base + at) : load((const float *)base + at);
+}
+
+// The same where it comes from memory: what lies CACHED_AHEAD bytes behind is asked for, see `read_ahead`. Not all of a
+// tile at once, which one core has no room for.
+#define CACHED_AHEAD 4096
+INLINE vec read_cached(int format, const void *base, size_t at) {
+    if (LANES > 4) __builtin_prefetch((const char *)base + at * bytes_of(format) + CACHED_AHEAD);
+    return load_cached(format, base, at);
 }
 
 // Scores of `parts` × LANES positions.
@@ -66,7 +76,8 @@ INLINE void score(int format, int rows, int parts, const cached *from, int head_
         vec k[KEY_PARTS];
         for (int p = 0; p < parts; p++) {
             int at = position + p * LANES;
-            k[p] = load_cached(format, from->keys, ((size_t)(at / KEYS) * (size_t)head_dim + (size_t)d) * KEYS + (size_t)(at % KEYS));
+            size_t place = ((size_t)(at / KEYS) * (size_t)head_dim + (size_t)d) * KEYS + (size_t)(at % KEYS);
+            k[p] = parts > TILE_PARTS ? load_cached(format, from->keys, place) : read_cached(format, from->keys, place);
         }
         for (int r = 0; r < rows; r++)
             for (int p = 0; p < parts; p++) totals[r][p] += k[p] * q->query[r][d];
@@ -111,7 +122,7 @@ INLINE void add_values(int format, int rows, const void *values, int stride, int
             for (int i = 0; i < count; i++) {
                 vec v[VALUE_PARTS];
                 size_t at = (size_t)(position + i) * (size_t)stride + (size_t)d;
-                for (int p = 0; p < VALUE_PARTS; p++) v[p] = load_cached(format, values, at + p * LANES);
+                for (int p = 0; p < VALUE_PARTS; p++) v[p] = read_cached(format, values, at + p * LANES);
                 for (int r = 0; r < rows; r++)
                     for (int p = 0; p < VALUE_PARTS; p++) totals[r][p] += v[p] * scores[r][i];
             }
@@ -172,10 +183,10 @@ INLINE size_t head_values(const cache *c) { return (size_t)c->capacity * (size_t
 
 // A head; `head` counts the heads of all layers and sequences.
 INLINE cached cached_at(const cache *c, size_t head, int head_dim) {
-    static const size_t bytes[] = {4, 2, 1};
+    size_t bytes = bytes_of(c->format);
     size_t scales = head * (size_t)c->capacity;
-    return (cached){(const char *)c->keys + head * head_keys(c, head_dim) * bytes[c->format],
-                    (const char *)c->values + head * head_values(c) * bytes[c->format],
+    return (cached){(const char *)c->keys + head * head_keys(c, head_dim) * bytes,
+                    (const char *)c->values + head * head_values(c) * bytes,
                     c->key_scales + scales, c->value_scales + scales};
 }
 
