@@ -342,7 +342,8 @@ def timed(
     try:
         return process.run(text, case)
     except RuntimeError as error:
-        left_out.append(f"{process.peer.name}: {error}")
+        line = f"{process.peer.name}: {error}"
+        left_out += [line] * (line not in left_out)  # an ended process says so each time
         return None
 
 

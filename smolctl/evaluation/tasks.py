@@ -9,7 +9,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -190,20 +190,19 @@ def _ask(model: Any, tasks: Mapping[str, Any], options: TaskOptions) -> Mapping[
 
 def _require_sound(name: str, task: Any, options: TaskOptions) -> None:
     """Refuse what lm-eval would fail on without saying why. Raises InputError: naming the key."""
-    config = {key: task.get_config(key) for key in ("output_type", "doc_to_text", "doc_to_target")}
-    config["num_fewshot"] = task.get_config("num_fewshot")
-    if config["output_type"] == "multiple_choice":
-        config["doc_to_choice"] = task.get_config("doc_to_choice")
-    own = type(task).__name__ != "ConfigurableTask"  # written in Python, with methods in place of keys
-    lacking = [key for key, value in config.items() if value is None and key != "num_fewshot" and not own]
-    if lacking:
-        raise InputError(f"{name}: the task has no {lacking[0]}", "Add it to its YAML file.")
-    shots = config["num_fewshot"]
+    if (
+        type(task).__name__ == "ConfigurableTask"
+    ):  # else it is written in Python, with methods in place of keys
+        keys = ["output_type", "doc_to_text", "doc_to_target"]
+        keys += ["doc_to_choice"] * (task.get_config("output_type") == "multiple_choice")
+        if lacking := [key for key in keys if task.get_config(key) is None]:
+            raise InputError(f"{name}: the task has no {lacking[0]}", "Add it to its YAML file.")
+    shots = task.get_config("num_fewshot")
     if shots is not None and (type(shots) is not int or shots < 0):
         raise InputError(f"{name}: num_fewshot is {shown(shots)}", "Use a whole number from 0.")
     asked = shots if options.shots is None or shots == 0 else options.shots
-    examples = task.fewshot_docs() if asked else ()
-    if asked and asked > (count := len(list(examples or ()))):
+    examples = (task.fewshot_docs() if asked else None) or ()
+    if asked and asked > (count := len(examples if isinstance(examples, Sized) else list(examples))):
         raise InputError(
             f"{name}: {asked:,} examples are asked for, and the task has {count:,}",
             "Use a smaller --num-fewshot.",

@@ -180,8 +180,8 @@ class _Node:
     def number(self, dotted: str, default: int) -> int:
         return self._of_type(int, "a whole number", dotted, default)
 
-    def flag(self, dotted: str) -> bool:
-        return self._of_type(bool, "true or false", dotted, False)
+    def flag(self, dotted: str, default: bool = False) -> bool:
+        return self._of_type(bool, "true or false", dotted, default)
 
     def _of_type(self, kind: type[T], spelled: str, dotted: str, default: T) -> T:
         value = self.get(dotted, default)
@@ -284,7 +284,7 @@ def _not_decaying(node: _Node) -> list[str]:
 
 
 def _is_tied(node: _Node) -> bool:
-    return node.flag("model.model_config.tie_word_embeddings")
+    return node.flag("model.model_config.tie_word_embeddings", DEFAULTS["tie_word_embeddings"])
 
 
 def _exclusions(node: _Node) -> list[str]:

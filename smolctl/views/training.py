@@ -182,8 +182,7 @@ class TrainingView:
                 f"{bits_per_byte(self.state.validation)} at step {self.state.validation.step:,}"
             )
         if event.best_step not in (None, event.step):
-            rows["best"] = f"{event.best_bits_per_byte:.4f} bits/byte at step {event.best_step:,}"
-            rows["best"] += f" ({event.run}@best)" * event.best_is_kept
+            rows["best"] = f"{event.best_bits_per_byte:.4f} bits/byte at {_best_step(event)}"
         rows["saved in"] = f"{event.run}: {self._records()}"
         if not done:
             rows["go on"] = f"smolctl resume {event.run}"
@@ -196,8 +195,7 @@ class TrainingView:
         loss = f", loss {number(state.step.loss, '.4f')}" if state.step else ""
         check = f", held out {bits_per_byte(state.validation)}" if state.validation else ""
         if event.best_step not in (None, event.step):
-            check += f", best {event.best_bits_per_byte:.4f} at step {event.best_step:,}"
-            check += f" ({event.run}@best)" * event.best_is_kept
+            check += f", best {event.best_bits_per_byte:.4f} at {_best_step(event)}"
         self.out.line(f"Ended{why} at step {event.step:,} after {duration(event.seconds)}{loss}{check}.")
         self.out.line(f"{event.run}: {self._records()}")
         target = "" if event.reason == "done" else f"; continue with: smolctl resume {event.run}"
@@ -297,6 +295,11 @@ def _example(runs: Sequence[tuple[str, bool]]) -> Text:
         shown = part if len(part) <= EXAMPLE_CHARACTERS else f"{part[:EXAMPLE_CHARACTERS]}…"
         text.append(f"⟦{shown}⟧" if is_trained else shown, style="bold green" if is_trained else "dim")
     return text
+
+
+def _best_step(event: End) -> str:
+    """The run's best step, and what to call its checkpoint where that is kept."""
+    return f"step {event.best_step:,}" + f" ({event.run}@best)" * event.best_is_kept
 
 
 def plan_table(plan: RunPlan) -> Table:

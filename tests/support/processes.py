@@ -42,7 +42,9 @@ def start(*arguments: object, module: str = "smolctl", **options: Any) -> subpro
     """`python -m smolctl ARGUMENTS` with its output and errors piped as text."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, **pipes | options)
+    # Without one, a new process would also get what C code has set here, such as llama.cpp's KMP_BLOCKTIME.
+    environment = {"env": dict(os.environ)}
+    return subprocess.Popen(command, **pipes | environment | options)
 
 
 def call(*arguments: object, input: str | None = None, timeout: float | None = 300, **options: Any) -> Called:
