@@ -75,8 +75,8 @@ typedef struct {
     int packs;      // how many matrices are packed: 0 none, 1 some, 2 all
     int C, A, F;    // widths of rows, filled up: hidden_size, heads × head_dim, intermediate_size
     int widest;     // of them
-    float *x, *normed, *q, *k, *v, *attended, *hidden;  // (chunk, C, C, H × D, K × D, K × D, A, F)
-    uint16_t *narrow;      // (chunk, filled up to NARROW_ROWS, widest): what the next product of many reads, in bfloat16
+    float *x, *normed, *q, *k, *v, *attended, *hidden;  // (chunk + TOKENS, C, C, H × D, K × D, K × D, A, F)
+    uint16_t *narrow;      // (chunk + TOKENS, widest): what the next product of many reads, in bfloat16
     integers *packed;      // (chunk): the same in integers, which lie in …
     float *packed_room;    // (chunk, INTEGER_ROOM(widest))
     float *scratch;        // (threads, scratch_size)
@@ -108,7 +108,7 @@ INLINE int rows_of_piece(const pool *p, int rows, int tokens) {
 typedef struct { float *panel, *normed, *forms, *spare, *up; } room;
 
 // Floats of a panel, and of the forms of one vector.
-#define PANEL(columns) (OPENED(columns) > NARROW_TILE * (columns) ? OPENED(columns) : NARROW_TILE * (columns))
+#define PANEL(columns) OPENED(columns)
 #define FORMS(columns) ((columns) + INTEGER_ROOM(columns))
 
 static room room_of(const context *c, int thread) {
@@ -421,7 +421,7 @@ EXPORT void *smolctl_create(const model *m, int chunk, int threads) {
     c->widest = c->C > c->A ? c->C : c->A;
     c->widest = c->widest > c->F ? c->widest : c->F;
     look_at_kinds(c);
-    size_t rows = (size_t)c->chunk, head = (size_t)m->head_dim;
+    size_t rows = (size_t)c->chunk + TOKENS, head = (size_t)m->head_dim;
     c->scratch_size = (size_t)(PANEL(c->widest) + FEW * FORMS(c->widest) + (1 + 2 * FEW) * c->widest) + rows * PIECE_ROWS + EXACT * EXACT_ROWS;
     c->x = zeros(rows * (size_t)c->C, sizeof(float));
     c->normed = zeros(rows * (size_t)c->C, sizeof(float));
@@ -430,7 +430,7 @@ EXPORT void *smolctl_create(const model *m, int chunk, int threads) {
     c->v = zeros(rows * (size_t)m->kv_heads * head, sizeof(float));
     c->attended = zeros(rows * (size_t)c->A, sizeof(float));
     c->hidden = zeros(rows * (size_t)c->F, sizeof(float));
-    c->narrow = zeros(c->narrows ? (rows + NARROW_ROWS - 1) * (size_t)c->widest : 0, sizeof(uint16_t));
+    c->narrow = zeros(c->narrows ? rows * (size_t)c->widest : 0, sizeof(uint16_t));
     c->packed = zeros(c->packs ? rows : 0, sizeof(integers));
     c->packed_room = zeros(c->packs ? rows * (size_t)INTEGER_ROOM(c->widest) : 0, sizeof(float));
     c->scratch = zeros((size_t)threads * c->scratch_size, sizeof(float));
@@ -526,17 +526,18 @@ EXPORT void smolctl_help(void) {
 // One product by itself, for tests: y (tokens, rows) = x (tokens, columns) · m transposed, on this thread. As in a
 // network whose matrices are all like this one.
 EXPORT int smolctl_multiply(const matrix *m, const float *x, int tokens, float *y) {
-    size_t columns = (size_t)m->columns, rows = (size_t)tokens;
+    size_t columns = (size_t)m->columns, rows = (size_t)tokens + TOKENS;
     context c = {.widest = m->columns, .packs = 2 * is_packed(m), .exact = is_packed(m) ? EXACT : FEW, .narrows = uses_bf16(m)};
-    float *memory = zeros((size_t)PANEL(m->columns) + FEW * FORMS(columns), sizeof *memory);
+    float *memory = zeros((size_t)PANEL(m->columns) + FEW * FORMS(columns) + rows * columns, sizeof *memory);
     c.packed_room = zeros(rows * INTEGER_ROOM(columns), sizeof(float));
     c.packed = zeros(rows, sizeof(integers));
-    c.narrow = zeros((rows + NARROW_ROWS - 1) * columns, sizeof(uint16_t));
+    c.narrow = zeros(rows * columns, sizeof(uint16_t));
     int failed = !memory || !c.packed_room || !c.packed || !c.narrow;
     if (!failed) {
         room own = {.panel = memory, .forms = memory + PANEL(m->columns)};
-        for (int t = 0; t < tokens; t++) prepare_row(&c, x + (size_t)t * columns, m->columns, t, tokens);
-        operand operand = prepare(&c, x, m->columns, tokens, &own);
+        float *padded = memcpy(own.forms + FEW * FORMS(columns), x, sizeof *x * (size_t)tokens * columns);
+        for (int t = 0; t < tokens; t++) prepare_row(&c, padded + (size_t)t * columns, m->columns, t, tokens);
+        operand operand = prepare(&c, padded, m->columns, tokens, &own);
         product(m, 0, m->rows, &operand, &own, y, m->rows);
     }
     free(memory);

@@ -257,15 +257,6 @@ INLINE ivec add_quads(const ivec v[4]) {
     return FIRST_PAIRS(ab, cd) + LAST_PAIRS(ab, cd);
 }
 
-// The fours of lanes with an even number of two vectors, and those with an odd one.
-#if LANES == 16
-#define EVEN_FOURS(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
-#define ODD_FOURS(a, b) __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
-#elif LANES == 8
-#define EVEN_FOURS(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11)
-#define ODD_FOURS(a, b) __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
-#endif
-
 // From what `add_quads` made of every four of LANES vectors, the sum of each vector in the lane of its number.
 INLINE ivec add_lanes(const ivec fours[LANES / 4]) {
 #if LANES == 16
@@ -388,43 +379,7 @@ INLINE void direct_rows(int kind, int parts, const packing *p, int first, int la
 
 #define UNIT (HAS_DIGITS ? 4 : 2)  // columns of a row that lie together in an opened one
 #define UNITS (BLOCK / UNIT)       // of a block
-#define VECTORS 2                  // of opened rows that share what is loaded of the vectors they are multiplied with
-#define OPENED_ROWS (VECTORS * LANES)
 #define OPENED(columns) (OPENED_ROWS * ((columns) + 128))  // floats of as many opened rows
-
-// Every four lanes of LANES / 4 vectors, turned: to[i] holds the i-th four lanes of each.
-INLINE void turn_fours(const ivec from[LANES / 4], ivec to[LANES / 4]) {
-#if LANES == 16
-    ivec even_ab = EVEN_FOURS(from[0], from[1]), odd_ab = ODD_FOURS(from[0], from[1]);
-    ivec even_cd = EVEN_FOURS(from[2], from[3]), odd_cd = ODD_FOURS(from[2], from[3]);
-    to[0] = EVEN_FOURS(even_ab, even_cd), to[1] = EVEN_FOURS(odd_ab, odd_cd);
-    to[2] = ODD_FOURS(even_ab, even_cd), to[3] = ODD_FOURS(odd_ab, odd_cd);
-#elif LANES == 8
-    to[0] = EVEN_FOURS(from[0], from[1]), to[1] = ODD_FOURS(from[0], from[1]);
-#else
-    to[0] = from[0];
-#endif
-}
-
-// LANES vectors of 32-bit parts, turned: to[part × OPENED_ROWS + vector], every four parts `gap` parts apart. `by_two`:
-// two parts of two vectors instead of one part of four.
-INLINE void interleave(const ivec v[LANES], int gap, int by_two, int32_t *to) {
-    ivec parts[4][LANES / 4], turned[LANES / 4];
-    for (int i = 0; i < LANES / 4; i++) {
-        const ivec *own = v + 4 * i;
-        ivec first_ab = FIRST(own[0], own[1]), last_ab = LAST(own[0], own[1]);
-        ivec first_cd = FIRST(own[2], own[3]), last_cd = LAST(own[2], own[3]);
-        parts[0][i] = FIRST_PAIRS(first_ab, first_cd), parts[1][i] = LAST_PAIRS(first_ab, first_cd);
-        parts[2][i] = FIRST_PAIRS(last_ab, last_cd), parts[3][i] = LAST_PAIRS(last_ab, last_cd);
-        if (!by_two) continue;
-        parts[0][i] = FIRST_PAIRS(own[0], own[1]), parts[1][i] = FIRST_PAIRS(own[2], own[3]);
-        parts[2][i] = LAST_PAIRS(own[0], own[1]), parts[3][i] = LAST_PAIRS(own[2], own[3]);
-    }
-    for (int part = 0; part < 4; part++) {
-        turn_fours(parts[part], turned);
-        for (int four = 0; four < LANES / 4; four++) STORE(to + (gap * four + part) * OPENED_ROWS, turned[four]);
-    }
-}
 
 // Where the scales of a part of opened rows lie; the offsets follow those of the last part.
 INLINE float *opened_scales(const packing *p, float *panel, int part) {
@@ -459,10 +414,6 @@ INLINE void open_rows(int kind, int parts, const packing *p, int row, int last, 
         }
     }
 }
-
-// Unrolled, or sums would not stay in registers.
-#define EACH_VECTOR_OF(count, v) _Pragma("clang loop unroll(full)") for (int v = 0; v < (count); v++)
-#define EACH_VECTOR(v) EACH_VECTOR_OF(VECTORS, v)
 
 // Add to each lane the products of block `b` of opened rows with those of some vectors.
 INLINE void add_opened(int parts, int tokens, const packing *p, float *panel, int b, const integers *x,
