@@ -64,7 +64,6 @@ typedef struct {
 #define EXACT 16             // engine.js knows it too
 #define PIECE_ROWS 32        // rows of a matrix in a piece of a product of many tokens
 #define EXACT_ROWS 320       // at most, of EXACT tokens
-#define PIECE_TOKENS 4       // tokens in a piece of attention
 
 typedef struct {
     model m;
@@ -75,7 +74,8 @@ typedef struct {
     int packs;      // how many matrices are packed: 0 none, 1 some, 2 all
     int C, A, F;    // widths of rows, filled up: hidden_size, heads × head_dim, intermediate_size
     int widest;     // of them
-    float *x, *normed, *q, *k, *v, *attended, *hidden;  // (chunk + TOKENS, C, C, H × D, K × D, K × D, A, F)
+    int together;   // tokens in a piece of attention: their queries of a key/value head fill QUERIES rows
+    float *x, *normed, *q, *k, *v, *attended, *hidden;  // (chunk + TOKENS, C, C, …, K × D, K × D, A, F); q: (K, chunk + TOKENS, H / K, D)
     uint16_t *narrow;      // (chunk + TOKENS, widest): what the next product of many reads, in bfloat16
     integers *packed;      // (chunk): the same in integers, which lie in …
     float *packed_room;    // (chunk, INTEGER_ROOM(widest))
@@ -85,7 +85,7 @@ typedef struct {
     float *partial_values; // (tokens × H, splits, value_stride)
     size_t partial_room;   // floats in it
     atomic_int *claimed;   // (layers × PHASES + PHASES)
-    atomic_int *attended_parts;  // (chunk / PIECE_TOKENS): of a block of tokens, how many are done
+    atomic_int *attended_parts;  // (chunk / together): of a block of tokens, how many are done
     atomic_int busy;       // whether a call is under way, or `smolctl_destroy`
     const batch *b;        // that call
     int first_layer, last_layer;  // that it runs: all, unless JavaScript wants to look up between some
@@ -216,6 +216,11 @@ static void rotate(const model *m, int position, float *head) {
     }
 }
 
+// The queries of a key/value head: (H / K, D) of each token from `token` on.
+INLINE float *queries_of(const context *c, int kv_head, int token) {
+    return c->q + ((size_t)kv_head * (size_t)(c->chunk + TOKENS) + (size_t)token) * (size_t)(c->m.heads / c->m.kv_heads * c->m.head_dim);
+}
+
 // One head of q, k or v for all tokens: product, bias, norm, rotation, and into the cache.
 static void project_head(context *c, int index, int piece, const operand *x, const room *own) {
     const model *m = &c->m;
@@ -223,12 +228,13 @@ static void project_head(context *c, int index, int piece, const operand *x, con
     const batch *b = c->b;
     int D = m->head_dim, is_q = piece < m->heads, is_k = !is_q && piece < m->heads + m->kv_heads;
     int heads = is_q ? m->heads : m->kv_heads, head = is_q ? piece : (piece - m->heads) % m->kv_heads;
-    float *to = (is_q ? c->q : is_k ? c->k : c->v) + (size_t)head * D, scale = 1.0f / sqrtf((float)D);
+    int group = is_q ? m->heads / m->kv_heads : 1, stride = (is_q ? group : heads) * D;
+    float *to = is_q ? queries_of(c, head / group, 0) + head % group * D : (is_k ? c->k : c->v) + (size_t)head * D, scale = 1.0f / sqrtf((float)D);
     const float *bias = is_q ? l->q_bias : is_k ? l->k_bias : l->v_bias;
     const float *norm = is_q ? l->q_norm : is_k ? l->k_norm : NULL;
-    product(is_q ? &l->q : is_k ? &l->k : &l->v, head * D, head * D + D, x, own, to, heads * D);
+    product(is_q ? &l->q : is_k ? &l->k : &l->v, head * D, head * D + D, x, own, to, stride);
     for (int t = 0; t < b->count; t++) {
-        float *row = to + (size_t)t * heads * D;
+        float *row = to + (size_t)t * stride;
         if (bias) for (int d = 0; d < D; d++) row[d] += bias[head * D + d];
         if (norm) rms_norm(row, norm, D, m->eps, row);
         if (m->rotary && l->rotates && (is_q || is_k)) rotate(m, b->positions[t], row);
@@ -245,18 +251,17 @@ static void attend_group(context *c, int index, int token, int count, int kv_hea
     int D = m->head_dim, group = m->heads / m->kv_heads, stride = b->cache.value_stride, rows = count * group;
     const cached from = cached_at(&b->cache, cached_head(c, index, token, kv_head), D);
     for (int row = 0; row < rows; row += QUERIES) {
-        queries q;
+        queries q = {.query = queries_of(c, kv_head, token) + (size_t)row * (size_t)D};
         partial out[QUERIES], *places[QUERIES];
         int furthest = 0;
         q.count = least(QUERIES, rows - row), q.again = row || b->count > c->exact;
         for (int r = 0; r < QUERIES; r++) {
-            int real = least(row + r, rows - 1), t = token + real / group;
-            size_t query = (size_t)t * m->heads + (size_t)(kv_head * group + real % group);
+            int is_used = row + r < rows, t = token + (row + r) / group;
+            size_t query = (size_t)t * m->heads + (size_t)(kv_head * group + (row + r) % group);
             size_t place = query * (size_t)c->splits + (size_t)split;
-            q.query[r] = c->q + query * (size_t)D;
-            q.limit[r] = b->positions[t] + 1;
+            q.limit[r] = is_used ? b->positions[t] + 1 : 0;
             furthest = q.limit[r] > furthest ? q.limit[r] : furthest;
-            places[r] = row + r < rows ? &c->partials[place] : NULL;
+            places[r] = is_used ? &c->partials[place] : NULL;
             out[r] = (partial){-INFINITY, 0, places[r] ? c->partial_values + place * (size_t)stride : spare};
             memset(out[r].values, 0, sizeof(float) * (size_t)stride);
         }
@@ -292,10 +297,10 @@ static void run_attention(context *c, int index, int phase, const room *own) {
     EACH_PIECE(c, phase + 1, m->heads + 2 * m->kv_heads, piece) project_head(c, index, piece, &x, own);
     barrier(c->pool);
 
-    int blocks = pieces_of(N, PIECE_TOKENS), parts = m->kv_heads * c->splits;
+    int blocks = pieces_of(N, c->together), parts = m->kv_heads * c->splits;
     EACH_PIECE(c, phase + 2, blocks * parts, piece) {
         int split = piece % c->splits, kv_head = piece % parts / c->splits, block = blocks - 1 - piece / parts;  // the longest context first
-        int first = block * PIECE_TOKENS, end = least(first + PIECE_TOKENS, N);
+        int first = block * c->together, end = least(first + c->together, N);
         for (int token = first, next; token < end; token = next) {
             for (next = token + 1; next < end && b->sequences[next] == b->sequences[token];) next++;
             attend_group(c, index, token, next - token, kv_head, split, own->spare);
@@ -420,6 +425,7 @@ EXPORT void *smolctl_create(const model *m, int chunk, int threads) {
     c->C = filled_to(m->hidden_size, BLOCK), c->A = filled_to(m->heads * m->head_dim, BLOCK), c->F = filled_to(m->intermediate_size, BLOCK);
     c->widest = c->C > c->A ? c->C : c->A;
     c->widest = c->widest > c->F ? c->widest : c->F;
+    for (c->together = 1; c->together * m->heads / m->kv_heads % QUERIES;) c->together++;
     look_at_kinds(c);
     size_t rows = (size_t)c->chunk + TOKENS, head = (size_t)m->head_dim;
     c->scratch_size = (size_t)(PANEL(c->widest) + FEW * FORMS(c->widest) + (1 + 2 * FEW) * c->widest) + rows * PIECE_ROWS + EXACT * EXACT_ROWS;
@@ -435,7 +441,7 @@ EXPORT void *smolctl_create(const model *m, int chunk, int threads) {
     c->packed_room = zeros(c->packs ? rows * (size_t)INTEGER_ROOM(c->widest) : 0, sizeof(float));
     c->scratch = zeros((size_t)threads * c->scratch_size, sizeof(float));
     c->claimed = zeros((size_t)(m->layer_count + 1) * PHASES, sizeof(atomic_int));
-    c->attended_parts = zeros((size_t)pieces_of(c->chunk, PIECE_TOKENS), sizeof(atomic_int));
+    c->attended_parts = zeros((size_t)pieces_of(c->chunk, c->together), sizeof(atomic_int));
     c->pool = pool_create(threads);
     if (c->x && c->normed && c->q && c->k && c->v && c->attended && c->hidden && c->narrow && c->packed
         && c->packed_room && c->scratch && c->claimed && c->attended_parts && c->pool)

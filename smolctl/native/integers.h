@@ -424,21 +424,21 @@ INLINE void add_opened(int parts, int tokens, const packing *p, float *panel, in
         const float *scales = opened_scales(p, panel, part) + b * OPENED_ROWS, *offsets = opened_scales(p, panel, parts + part) + b * OPENED_ROWS;
         const float *w = panel + (size_t)b * UNITS * OPENED_ROWS;
         ivec sums[VECTORS][TOGETHER], upper[VECTORS][TOGETHER];
-        EACH_VECTOR_OF(tokens, t) {
+        EACH_OF(tokens, t) {
             int bias = BIAS && p->kind == INT8 ? x[t].biases[form][b] : 0;
-            EACH_VECTOR(v) sums[v][t] = bias - (ivec){0}, upper[v][t] = (ivec){0};
+            EACH_OF(VECTORS, v) sums[v][t] = bias - (ivec){0}, upper[v][t] = (ivec){0};
         }
 #if HAS_EIGHTS
         for (int u = part * units; u < (part + 1) * units; u += 2)
-            EACH_VECTOR_OF(tokens, t) {
+            EACH_OF(tokens, t) {
                 ivec own = LOAD(ivec, x[t].words + b * BLOCK + u * UNIT);
-                EACH_VECTOR(v) {
+                EACH_OF(VECTORS, v) {
                     upper[v][t] = add_eights(upper[v][t], LOAD(ivec, w + u * OPENED_ROWS + v * LANES), own);
                     sums[v][t] = add_eights(sums[v][t], LOAD(ivec, w + (u + 1) * OPENED_ROWS + v * LANES), own);
                 }
             }
         // So far of rows 0, 0, 1, 1 and 2, 2, 3, 3: of high and low digits in turns.
-        EACH_VECTOR(v) EACH_VECTOR_OF(tokens, t) {
+        EACH_OF(VECTORS, v) EACH_OF(tokens, t) {
             ivec rows_01 = upper[v][t], rows_23 = sums[v][t];
             upper[v][t] = __builtin_shufflevector(rows_01, rows_23, 0, 2, 4, 6);
             sums[v][t] = __builtin_shufflevector(rows_01, rows_23, 1, 3, 5, 7);
@@ -448,8 +448,8 @@ INLINE void add_opened(int parts, int tokens, const packing *p, float *panel, in
 #define EACH_PRODUCT(to, digits_from) \
     for (int u = part * units; u < (part + 1) * units; u += 4) { \
         ivec four[TOGETHER]; \
-        EACH_VECTOR_OF(tokens, t) four[t] = LOAD(ivec, x[t].digits + digits_at(b) + u * UNIT + digits_from); \
-        EACH_VECTOR_OF(4, i) EACH_VECTOR_OF(tokens, t) EACH_VECTOR(v) \
+        EACH_OF(tokens, t) four[t] = LOAD(ivec, x[t].digits + digits_at(b) + u * UNIT + digits_from); \
+        EACH_OF(4, i) EACH_OF(tokens, t) EACH_OF(VECTORS, v) \
             to[v][t] = add_digits(to[v][t], LOAD(ivec, w + (u + i) * OPENED_ROWS + v * LANES), four[t][i] - (ivec){0}); \
     }
         EACH_PRODUCT(upper, 0)
@@ -457,9 +457,9 @@ INLINE void add_opened(int parts, int tokens, const packing *p, float *panel, in
 #else
 #define EACH_PRODUCT(to, multiply, from) \
     for (int u = part * units; u < (part + 1) * units; u++) \
-        EACH_VECTOR_OF(tokens, t) { \
+        EACH_OF(tokens, t) { \
             ivec own = all_of(from); \
-            EACH_VECTOR(v) to[v][t] = multiply(to[v][t], LOAD(ivec, w + u * OPENED_ROWS + v * LANES), own); \
+            EACH_OF(VECTORS, v) to[v][t] = multiply(to[v][t], LOAD(ivec, w + u * OPENED_ROWS + v * LANES), own); \
         }
         if (HAS_DIGITS) {
             EACH_PRODUCT(upper, add_digits, x[t].digits + digits_at(b) + u / 4 * 4 * LANES + u % 4 * 4)
@@ -468,9 +468,9 @@ INLINE void add_opened(int parts, int tokens, const packing *p, float *panel, in
 #endif
 #undef EACH_PRODUCT
         if (p->kind != INT8)
-            EACH_VECTOR(v) EACH_VECTOR_OF(tokens, t)
+            EACH_OF(VECTORS, v) EACH_OF(tokens, t)
                 lane[v][t] += load(offsets + v * LANES) * x[t].sums[form][b];
-        EACH_VECTOR(v) EACH_VECTOR_OF(tokens, t) {
+        EACH_OF(VECTORS, v) EACH_OF(tokens, t) {
             vec scale = load(scales + v * LANES) * x[t].scales[b];
             lane[v][t] += __builtin_convertvector((upper[v][t] << 8) + sums[v][t], vec) * scale;
         }

@@ -17,18 +17,7 @@ typedef struct {
     const half *offsets;  // (rows, groups) of INT4 and INT5
 } matrix;
 
-#define VECTORS 2  // of opened rows that share what is loaded of the vectors they are multiplied with
-#define OPENED_ROWS (VECTORS * LANES)
-// Tokens that are multiplied with them together: as many as registers hold the sums of.
-#if defined(__AVX512F__) || defined(__aarch64__)
-#define TOKENS 12  // 32 registers
-#else
-#define TOKENS 6  // 16, also behind WebAssembly
-#endif
-
-// Unrolled, or sums would not stay in registers.
-#define EACH_VECTOR_OF(count, v) _Pragma("clang loop unroll(full)") for (int v = 0; v < (count); v++)
-#define EACH_VECTOR(v) EACH_VECTOR_OF(VECTORS, v)
+#define OPENED_ROWS (VECTORS * LANES)  // rows of the matrix that a product of many tokens reads together
 
 INLINE int groups_of(const matrix *m) { return pieces_of(m->columns, m->group); }
 
@@ -207,31 +196,6 @@ INLINE void interleave(const ivec v[LANES], int gap, int by_two, int32_t *to) {
     }
 }
 
-// Where the processor multiplies bfloat16 into float32, products of many tokens use it, except for float32
-// weights, which stay exact. `narrow` rounds two vectors of columns to one.
-#if defined(__AVX512BF16__)
-#define HAS_BF16_PRODUCTS 1
-#define NARROW_ROWS 1  // tokens in bfloat16 that lie together, 4 columns of each in turns
-INLINE vec add_pairs(vec total, vec a, vec b) { return (vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b); }
-INLINE vec narrow(vec first, vec second) { return (vec)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
-#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-#include <arm_neon.h>
-#define HAS_BF16_PRODUCTS 1
-#define NARROW_ROWS 2
-// 4 columns of two tokens times those of two rows.
-INLINE vec add_squares(vec total, vec a, vec b) { return (vec)vbfmmlaq_f32((float32x4_t)total, (bfloat16x8_t)a, (bfloat16x8_t)b); }
-INLINE vec narrow(vec first, vec second) {
-    return (vec)vcvtq_high_bf16_f32(vcvtq_low_bf16_f32((float32x4_t)first), (float32x4_t)second);
-}
-#else
-#define HAS_BF16_PRODUCTS 0
-#define NARROW_ROWS 1
-INLINE vec narrow(vec first, vec second) { return (void)second, first; }
-#endif
-#if NARROW_ROWS == 2 || !HAS_BF16_PRODUCTS
-INLINE vec add_pairs(vec total, vec a, vec b) { return (void)a, (void)b, total; }
-#endif
-
 INLINE uint16_t *narrow_row(const uint16_t *rows, int row, int columns) {
     return (uint16_t *)rows + (size_t)(row / NARROW_ROWS * NARROW_ROWS) * (size_t)columns + row % NARROW_ROWS * 4;
 }
@@ -265,30 +229,24 @@ INLINE void open_floats(int kind, int parts, const matrix *m, int row, int last,
 
 // y[t][r] = opened row r · x[t], for some tokens of `units` times 32 bits each.
 INLINE void multiply_tile(int is_narrow, int tokens, const float *panel, const float *x, int units, float y[TOKENS][OPENED_ROWS]) {
-    vec total[TOKENS][VECTORS];
-    EACH_VECTOR_OF(tokens, t) EACH_VECTOR(v) total[t][v] = all(0);
+    vec total[TOKENS][MOST_VECTORS];
+    EACH_OF(tokens, t) EACH_OF(VECTORS, v) total[t][v] = all(0);
 #if NARROW_ROWS == 2
     for (int u = 0; is_narrow && u < units; u += 2)
-        EACH_VECTOR_OF(tokens / 2, pair) {
+        EACH_OF(tokens / 2, pair) {
             vec own = load(x + 2 * (pair * units + u));
-            EACH_VECTOR(v) EACH_VECTOR_OF(2, i)
+            EACH_OF(VECTORS, v) EACH_OF(2, i)
                 total[2 * pair + i][v] = add_squares(total[2 * pair + i][v], own, load(panel + (u + i) * OPENED_ROWS + v * LANES));
         }
     // So far of rows 0, 1, 0, 1 and 2, 3, 2, 3: of both tokens in turns.
-    EACH_VECTOR_OF(is_narrow * tokens / 2, pair) EACH_VECTOR(v) {
+    EACH_OF(is_narrow * tokens / 2, pair) EACH_OF(VECTORS, v) {
         vec rows_01 = total[2 * pair][v], rows_23 = total[2 * pair + 1][v];
         total[2 * pair][v] = FIRST_PAIRS(rows_01, rows_23), total[2 * pair + 1][v] = LAST_PAIRS(rows_01, rows_23);
     }
+    if (!is_narrow)
 #endif
-    for (int u = 0; (!is_narrow || NARROW_ROWS == 1) && u < units; u++) {
-        vec w[VECTORS];
-        EACH_VECTOR(v) w[v] = load(panel + u * OPENED_ROWS + v * LANES);
-        EACH_VECTOR_OF(tokens, t) {
-            vec own = (vec)(LOAD(int32_t, x + t * units + u) - (ivec){0});
-            EACH_VECTOR(v) total[t][v] = is_narrow ? add_pairs(total[t][v], w[v], own) : total[t][v] + w[v] * own;
-        }
-    }
-    EACH_VECTOR_OF(tokens, t) EACH_VECTOR(v) store(y[t] + v * LANES, total[t][v]);
+    add_products(is_narrow ? KEPT_PAIRS : KEPT_FLOAT32, tokens, VECTORS, 0, panel, OPENED_ROWS, LANES, units, x, (size_t)units, total);
+    EACH_OF(tokens, t) EACH_OF(VECTORS, v) store(y[t] + v * LANES, total[t][v]);
 }
 
 // Whether integers.h multiplies its rows.
