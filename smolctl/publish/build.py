@@ -44,7 +44,7 @@ from smolctl.sources.huggingface.card import read_metadata, split_card
 from smolctl.sources.huggingface.write import write_json
 from smolctl.sources.open import require_own_files
 from smolctl.sources.provenance import provenance_of, read_provenance
-from smolctl.sources.quantized.folder import DESCRIPTION, FILE, is_quantized_folder, read_description
+from smolctl.sources.quantized_folder import DESCRIPTION, FILE, is_quantized_folder, read_description
 
 # Texts beside the model that belong to it and are taken as they are.
 LICENCE_FILES = re.compile(r"(LICEN[CS]E|NOTICE)([.-].*)?", re.IGNORECASE)
