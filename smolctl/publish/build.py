@@ -11,8 +11,7 @@ from pathlib import Path, PurePath
 from smolctl.config import Provenance
 from smolctl.config.run import PublishConfig
 from smolctl.errors import InputError
-from smolctl.hub.client import README
-from smolctl.hub.files import PlannedFile, planned_files
+from smolctl.hub.files import README, PlannedFile, planned_files
 from smolctl.model.weights import parameter_count
 from smolctl.outside import read_json
 from smolctl.ownership import RECORD, edited_files, own_files, require_inside, strange_files
