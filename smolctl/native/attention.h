@@ -1,51 +1,52 @@
-// Attention over a cache of keys and values, for any number of new tokens of any sequences.
+// Attention over a KV cache, for any number of new tokens of any sequences.
 //
-// Keys lie in tiles of KEYS positions, dimension by dimension: the scores of KEYS positions grow in the
-// lanes of a vector, without a sum over lanes. Values lie position by position.
+// Keys are stored in transposed tiles of KEYS positions, dimension by dimension: every SIMD lane accumulates the
+// score of one position, without a horizontal sum. Values are stored position by position.
 #pragma once
 
 #include "vector.h"
 
 #define KEYS 16       // positions in a tile of keys
-#define SPAN 256      // positions whose scores are held at once
-#define QUERIES TOKENS  // rows of queries that share what is loaded
-#define FEW_QUERIES 4   // of a token that is read by itself, with FEW_VECTORS at once
-#define FEW_VECTORS (TOKENS * VECTORS / FEW_QUERIES < MOST_VECTORS ? VECTORS : MOST_VECTORS)
+#define SPAN 256      // positions whose scores are buffered at once
+#define QUERIES TOKENS  // most query rows that share each load of a key or value, with VECTORS vectors at a time
+#define FEW_QUERIES 4   // rows up to which there are registers for FEW_VECTORS vectors
+#define FEW_VECTORS (TOKENS * VECTORS < FEW_QUERIES * MOST_VECTORS ? VECTORS : MOST_VECTORS)
 
 typedef struct {
     void *keys;    // (layers, sequences, heads, capacity / KEYS, head_dim, KEYS)
     void *values;  // (layers, sequences, heads, capacity, value_stride)
-    float *key_scales, *value_scales;  // of KEPT_INT8: (layers, sequences, heads, capacity)
+    float *key_scales, *value_scales;  // for KEPT_INT8: (layers, sequences, heads, capacity)
     int32_t format;
     int32_t sequences;
     int32_t capacity;        // a multiple of KEYS
-    int32_t value_stride;    // head_dim filled up to a multiple of LANES_MOST
+    int32_t value_stride;    // head_dim padded to a multiple of KEYS
 } cache;
 
-// One head of one sequence in a cache.
+// One head of one sequence in a KV cache.
 typedef struct {
     const void *keys, *values;
     const float *key_scales, *value_scales;
 } cached;
 
-// Queries that attend together: rows of one sequence and one key/value head.
+// Queries that are processed together: rows of one sequence whose heads share a key/value head.
 typedef struct {
-    const float *query;   // (QUERIES, head_dim), scaled already
-    int limit[QUERIES];   // positions that each may see; 0 where there is no query
+    const float *query;   // (QUERIES, head_dim), already scaled
+    int limit[QUERIES];   // number of positions that each may attend to; 0 for unused rows
     int count;            // rows in use
-    int again;            // whether others have just read the same keys: they are in the processor's cache
+    int again;            // whether other rows have just brought the same keys into the CPU cache
 } queries;
 
-// What some positions contribute to a query; several of these can be put together.
+// Online-softmax state of a query over some of its positions; several of these can be merged.
 typedef struct {
     float maximum, total;
     float *values;  // (value_stride): sum of e^(score - maximum) × value
 } partial;
 
-// Bytes, from memory. Not all of a tile at once, which one core has no room for.
+// Prefetch distance in bytes, for keys and values in memory (see `read_ahead`). Each load prefetches its own line: a
+// whole tile at once would be more outstanding cache misses than a core can track.
 #define CACHED_AHEAD (LANES > 4 ? 4096 : 0)
 
-// Scores of `vectors` × LANES positions.
+// Dot products of the queries with the keys of `vectors` × LANES positions.
 INLINE void score(int format, int rows, int vectors, int ahead, const cached *from, int head_dim, const queries *q, int position,
                   float scores[QUERIES][SPAN], int to) {
     vec totals[QUERIES][MOST_VECTORS] = {0};
@@ -58,7 +59,8 @@ INLINE void score(int format, int rows, int vectors, int ahead, const cached *fr
     }
 }
 
-// Scores of a row to weights, relative to the largest so far; those past `seen`, which may be below 0, become 0.
+// Turn a row of scores into softmax weights relative to the largest score so far, and rescale `out` to match. Scores
+// from `seen` on, which may be negative, are masked.
 static void weigh(float *scores, int count, int seen, partial *out, int stride) {
     if (seen <= 0) {
         memset(scores, 0, (size_t)count * sizeof *scores);
@@ -80,7 +82,7 @@ static void weigh(float *scores, int count, int seen, partial *out, int stride) 
     out->maximum = largest;
 }
 
-// out[r].values[d] += scores[r][i] × value i, for `vectors` × LANES numbers from d on.
+// Add `count` values, weighted by scores, to `out`: `vectors` × LANES dimensions from d on.
 INLINE void add_values(int format, int rows, int vectors, const void *values, int stride, int position, int count, int d,
                        float scores[QUERIES][SPAN], partial out[QUERIES]) {
     vec totals[QUERIES][MOST_VECTORS] = {0};
@@ -92,10 +94,10 @@ INLINE void add_values(int format, int rows, int vectors, const void *values, in
     }
 }
 
-// Let queries attend to positions first..last of one head, and put it into `out`. `most`: vectors that `rows` leave registers for.
+// Accumulate in `out` the attention of queries to positions first..last of one head, `most` vectors at a time.
 INLINE void attend_kind(int format, int rows, int most, const cached *from, int head_dim, int stride, const queries *q, int first,
                         int last, partial out[QUERIES]) {
-    // From memory, which is read fastest as one stream, no more than a tile at once.
+    // Keys that are not in the CPU cache: at most one tile at a time, as memory is read fastest as a single stream.
     const int tile = KEYS / LANES < most ? KEYS / LANES : most;
     for (int position = first; position < last; position += SPAN) {
         float scores[QUERIES][SPAN];
@@ -119,7 +121,7 @@ INLINE void attend_kind(int format, int rows, int most, const cached *from, int 
 
 static void attend(const cache *c, const cached *from, int head_dim, const queries *q, int first, int last, partial out[QUERIES]) {
 #define ATTEND(format, rows, most) attend_kind(format, rows, most, from, head_dim, c->value_stride, q, first, last, out)
-    // SmolLM's three query heads of a key/value head are a case of their own: a fourth row would be a third more.
+    // SmolLM has three query heads per key/value head. They get their own code: a fourth row would cost a third more.
 #define ATTEND_ROWS(format) \
     if (q->count == 3) ATTEND(format, 3, FEW_VECTORS); \
     else if (q->count <= FEW_QUERIES) ATTEND(format, FEW_QUERIES, FEW_VECTORS); \
@@ -127,7 +129,7 @@ static void attend(const cache *c, const cached *from, int head_dim, const queri
     switch (c->format) {
     case KEPT_FLOAT32: ATTEND_ROWS(KEPT_FLOAT32) break;
     case KEPT_FLOAT16: ATTEND_ROWS(KEPT_FLOAT16) break;
-#if !defined(__wasm__)  // the page never asks for it
+#if !defined(__wasm__)  // the web page never uses it
     case KEPT_INT8: ATTEND_ROWS(KEPT_INT8) break;
 #endif
     }
@@ -138,7 +140,7 @@ static void attend(const cache *c, const cached *from, int head_dim, const queri
 INLINE size_t head_keys(const cache *c, int head_dim) { return (size_t)c->capacity * (size_t)head_dim; }
 INLINE size_t head_values(const cache *c) { return (size_t)c->capacity * (size_t)c->value_stride; }
 
-// A head; `head` counts the heads of all layers and sequences.
+// `head` is the index of a head over all layers and sequences.
 INLINE cached cached_at(const cache *c, size_t head, int head_dim) {
     size_t bytes = bytes_of(c->format);
     size_t scales = head * (size_t)c->capacity;
@@ -147,13 +149,13 @@ INLINE cached cached_at(const cache *c, size_t head, int head_dim) {
                     c->key_scales + scales, c->value_scales + scales};
 }
 
-// Store numbers at every `step`th place from `at` on, and their scale where the format has one.
+// Store floats in `format` at every `step`th element from `at` on, and their scale if the format has one.
 INLINE void remember(int format, const float *from, int count, void *base, size_t at, size_t step, float *scale) {
     float most = 0, units = 0, added = 0;
     if (format == KEPT_INT8) {
         for (int d = 0; d < count; d++) most = fabsf(from[d]) > most ? fabsf(from[d]) : most, added += 0 * from[d];
         units = most > 1e-30f ? 127 / most : 0;
-        *scale = (most + added) / 127;  // NaN where a number is that or infinite
+        *scale = (most + added) / 127;  // NaN if a number is NaN or infinite
     }
     for (int d = 0; d < count; d++, at += step) {
         const float magic = 12582912.0f;  // rounds, see `exponential`

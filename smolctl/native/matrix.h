@@ -1,23 +1,23 @@
-// Products with a matrix whose rows are floats or packed integers (see sources/packed.py).
+// Matmuls with weights whose rows are floats or packed integers (see sources/quantized/packed.py).
 #pragma once
 
 #include "vector.h"
 
 enum kind { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4, INT5 };
 
-#define HALF_BLOCK (BLOCK / 2)  // the smallest group: columns of a block that may have a scale of their own
+#define HALF_BLOCK (BLOCK / 2)  // columns of the smallest quantization group
 
 typedef struct {
     int32_t kind;
     int32_t rows;
-    int32_t columns;  // filled up to a multiple of BLOCK
-    int32_t group;    // columns that share a scale: HALF_BLOCK, or blocks; the last group of a row may be shorter
+    int32_t columns;  // padded to a multiple of BLOCK
+    int32_t group;    // columns that share a scale: HALF_BLOCK or whole blocks; the last group of a row may be shorter
     const void *values;
-    const half *scales;   // (rows, groups) of integers
-    const half *offsets;  // (rows, groups) of INT4 and INT5
+    const half *scales;   // (rows, groups), of packed integers
+    const half *offsets;  // (rows, groups), of INT4 and INT5
 } matrix;
 
-#define OPENED_ROWS (VECTORS * LANES)  // rows of the matrix that a product of many tokens reads together
+#define OPENED_ROWS (VECTORS * LANES)  // matrix rows that are unpacked together for many tokens
 
 INLINE int groups_of(const matrix *m) { return pieces_of(m->columns, m->group); }
 
@@ -26,7 +26,7 @@ INLINE const uint8_t *row_of(const matrix *m, int row) {
     return (const uint8_t *)m->values + (size_t)row * (size_t)m->columns * (size_t)bits[m->kind] / 8;
 }
 
-// Part `part` of block `block` of a row, as floats. Scales are not applied.
+// Vector `part` of block `block` of a row, as floats. Scales are not applied.
 INLINE vec load_part(int kind, const uint8_t *row, int block, int part) {
     size_t at = (size_t)block * BLOCK + (size_t)part * LANES;
     switch (kind) {
@@ -34,7 +34,7 @@ INLINE vec load_part(int kind, const uint8_t *row, int block, int part) {
     case BFLOAT16: return (vec)(__builtin_convertvector(LOAD(halves_vec, row + 2 * at), uvec) << 16);
     case FLOAT16: return from_half((const half *)row + at);
     case INT8: return __builtin_convertvector(LOAD(bytes_vec, row + at), vec);
-    default: {  // byte i of 16 holds column i low and column i + 16 high; bit i of 32 before them is its fifth
+    default: {  // byte i of 16: column i in the low nibble, i + 16 in the high one; INT5: 32 fifth bits before them
         const uint8_t *from = row + (size_t)block * (kind == INT5 ? 20 : 16), *bytes = from + (kind == INT5 ? 4 : 0);
         ivec wide = __builtin_convertvector(LOAD(ubytes_vec, bytes + (part * LANES) % HALF_BLOCK), ivec);
         wide = part * LANES < HALF_BLOCK ? wide & 15 : wide >> 4;
@@ -44,28 +44,28 @@ INLINE vec load_part(int kind, const uint8_t *row, int block, int part) {
     }
 }
 
-// ---- a few tokens: every row is read once, straight from memory, and multiplied with each ----
+// ---- a few tokens (GEMV): every row is read from memory once and multiplied with each token ----
 //
-// One row after the other: the processor's prefetchers follow one stream at the memory's full speed, and
-// four interleaved ones at a third of it (measured on Zen 4). On a Zen 5, whose cores compute faster than its
-// prefetchers run ahead, one core reads half as much again where rows are also asked for in advance.
+// One row at a time: hardware prefetchers reach the memory's full bandwidth with one stream, but only a third of it
+// with four interleaved ones (measured on Zen 4). On a Zen 5, whose cores outrun the hardware prefetchers, software
+// prefetching raises the bandwidth of one core by half.
 
-// Bytes; from 4 to 16 KiB it makes little difference. With 4 lanes computing takes longer than reading.
+// Prefetch distance in bytes; 4 to 16 KiB perform alike. With 4 lanes, arithmetic is the bottleneck, not memory.
 #define READ_AHEAD (LANES > 4 ? 8192 : 0)
 
 INLINE void read_ahead(const uint8_t *from, int bytes) {
     for (int at = 0; READ_AHEAD && at < bytes; at += 64) __builtin_prefetch(from + READ_AHEAD + at);
 }
 
-// A vector in the forms that the kinds of rows want; see `prepare_vector`.
+// An activation vector in the layouts that the kinds of weights need; see `prepare_vector`.
 typedef struct {
-    const float *values;  // (columns), filled up with zeros
-    const float *pairs;   // (columns): in the order of `dot_pairs`
+    const float *values;  // (columns), zero-padded
+    const float *pairs;   // (columns), in the order of `dot_pairs`
 } vector_in;
 
-#define FEW 4  // tokens up to which this is faster than to unpack the rows
+#define FEW 4  // up to this many tokens, this is faster than unpacking the rows
 
-// Both forms of a vector; `room` holds as many floats as it has columns.
+// Both layouts of an activation vector; `room` holds `columns` floats.
 static vector_in prepare_vector(const float *x, int columns, float *room) {
     for (int at = 0; at < columns; at += 2 * LANES) {
         vec even, odd;
@@ -93,8 +93,8 @@ INLINE float dot_floats(int kind, const uint8_t *row, int columns, const float *
     return sum(even + odd);
 }
 
-// bfloat16 in pairs: two values lie in every 32 bits, and masks take them apart without a shuffle.
-// x comes in the order that this gives.
+// Dot product with a bfloat16 row. Every 32 bits hold two values, which a shift and a mask separate without a shuffle;
+// x must be in the order that results.
 INLINE float dot_pairs(const uint8_t *row, int columns, const float *x) {
     vec even = {0}, odd = {0};
     for (int at = 0; at < columns; at += 2 * LANES) {
@@ -105,7 +105,7 @@ INLINE float dot_pairs(const uint8_t *row, int columns, const float *x) {
     return sum(even + odd);
 }
 
-// y[token × stride + i] = row first + i of m, times x[token], for first..last.
+// y[token × stride + row - first] = row of m · x[token], for rows first..last.
 static void dot_rows(const matrix *m, int first, int last, const vector_in *x, int tokens, float *y, int stride) {
     int bytes = m->columns * (m->kind == FLOAT32 ? 4 : 2);
 #define EACH_ROW(value) \
@@ -122,9 +122,9 @@ static void dot_rows(const matrix *m, int first, int last, const vector_in *x, i
 #undef EACH_ROW
 }
 
-// ---- one row of weights as floats ----
+// ---- dequantizing a row of weights ----
 
-// `load_part` with scale and offset, those of a group.
+// `load_part` with the scale and offset of a group of the row.
 INLINE vec unpack_part(int kind, const matrix *m, int row, int block, int part, int group) {
     vec values = load_part(kind, row_of(m, row), block, part);
     if (kind < INT8) return values;
@@ -151,9 +151,11 @@ static void unpack_row(const matrix *m, int row, float *out) {
 #undef UNPACK
 }
 
-// ---- many tokens: OPENED_ROWS rows of weights are unpacked into the cache and used for all tokens ----
+// ---- many tokens (GEMM): rows of weights are unpacked into the CPU cache and used for all tokens ----
+//
+// OPENED_ROWS rows are interleaved: every lane is a row, and a tile of sums needs no horizontal sum.
 
-// The fours of lanes with an even number of two vectors, and those with an odd one.
+// Groups of four lanes of two vectors: those with an even index, and those with an odd one.
 #if LANES == 16
 #define EVEN_FOURS(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
 #define ODD_FOURS(a, b) __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
@@ -162,7 +164,7 @@ static void unpack_row(const matrix *m, int row, float *out) {
 #define ODD_FOURS(a, b) __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
 #endif
 
-// Every four lanes of LANES / 4 vectors, turned: to[i] holds the i-th four lanes of each.
+// Transpose LANES / 4 vectors in units of four lanes: to[i] holds the i-th four lanes of each.
 INLINE void turn_fours(const ivec from[LANES / 4], ivec to[LANES / 4]) {
 #if LANES == 16
     ivec even_ab = EVEN_FOURS(from[0], from[1]), odd_ab = ODD_FOURS(from[0], from[1]);
@@ -176,8 +178,8 @@ INLINE void turn_fours(const ivec from[LANES / 4], ivec to[LANES / 4]) {
 #endif
 }
 
-// LANES vectors of 32-bit parts, turned: to[part × OPENED_ROWS + vector], every four parts `gap` parts apart. `by_two`:
-// two parts of two vectors instead of one part of four.
+// Transpose LANES vectors of 32-bit parts to to[part × OPENED_ROWS + vector], with every four parts `gap` parts apart.
+// `by_two`: four lanes hold two parts of two vectors instead of one part of four.
 INLINE void interleave(const ivec v[LANES], int gap, int by_two, int32_t *to) {
     ivec parts[4][LANES / 4], turned[LANES / 4];
     for (int i = 0; i < LANES / 4; i++) {
@@ -196,11 +198,12 @@ INLINE void interleave(const ivec v[LANES], int gap, int by_two, int32_t *to) {
     }
 }
 
+// A row of activations in bfloat16. Groups of NARROW_ROWS rows are interleaved, 4 columns of each at a time.
 INLINE uint16_t *narrow_row(const uint16_t *rows, int row, int columns) {
     return (uint16_t *)rows + (size_t)(row / NARROW_ROWS * NARROW_ROWS) * (size_t)columns + row % NARROW_ROWS * 4;
 }
 
-// A token in bfloat16, see `narrow_row`.
+// Write a token in bfloat16 to its `narrow_row`.
 static void to_bf16(const float *from, int columns, uint16_t *to) {
     for (int at = 0; HAS_BF16_PRODUCTS && at < columns; at += 2 * LANES) {
         vec both = narrow(load(from + at), load(from + at + LANES));
@@ -209,8 +212,9 @@ static void to_bf16(const float *from, int columns, uint16_t *to) {
     }
 }
 
-// Open LANES rows from `row` on, the last one again for those past it, with `parts` groups in a block or fewer: 32 bits of each in turns, which are a float or
-// two columns in bfloat16. NARROW_ROWS is 2: 4 columns of two rows, the same of the next two, the next 4 columns, ….
+// Unpack LANES rows from `row` on into interleaved units of 32 bits, a float or two columns in bfloat16; rows past the
+// last repeat it. With NARROW_ROWS of 2, 4 columns of two rows alternate with those of the next two. A block has at most
+// `parts` groups.
 INLINE void open_floats(int kind, int parts, const matrix *m, int row, int last, float *panel) {
     const int is_narrow = HAS_BF16_PRODUCTS && kind != FLOAT32, step = 1 + is_narrow, bytes = (int)(row_of(m, 1) - row_of(m, 0));
     for (int block = 0; block < m->columns / BLOCK; block++)
@@ -227,7 +231,7 @@ INLINE void open_floats(int kind, int parts, const matrix *m, int row, int last,
         }
 }
 
-// y[t][r] = opened row r · x[t], for some tokens of `units` times 32 bits each.
+// y[t][r] = unpacked row r · x[t], for some tokens of `units` times 32 bits each.
 INLINE void multiply_tile(int is_narrow, int tokens, const float *panel, const float *x, int units, float y[TOKENS][OPENED_ROWS]) {
     vec total[TOKENS][MOST_VECTORS];
     EACH_OF(tokens, t) EACH_OF(VECTORS, v) total[t][v] = all(0);
@@ -238,7 +242,7 @@ INLINE void multiply_tile(int is_narrow, int tokens, const float *panel, const f
             EACH_OF(VECTORS, v) EACH_OF(2, i)
                 total[2 * pair + i][v] = add_squares(total[2 * pair + i][v], own, load(panel + (u + i) * OPENED_ROWS + v * LANES));
         }
-    // So far of rows 0, 1, 0, 1 and 2, 3, 2, 3: of both tokens in turns.
+    // The lanes are rows 0, 1, 0, 1 and 2, 3, 2, 3, of one token and the next: separate the tokens.
     EACH_OF(is_narrow * tokens / 2, pair) EACH_OF(VECTORS, v) {
         vec rows_01 = total[2 * pair][v], rows_23 = total[2 * pair + 1][v];
         total[2 * pair][v] = FIRST_PAIRS(rows_01, rows_23), total[2 * pair + 1][v] = LAST_PAIRS(rows_01, rows_23);
@@ -249,7 +253,7 @@ INLINE void multiply_tile(int is_narrow, int tokens, const float *panel, const f
     EACH_OF(tokens, t) EACH_OF(VECTORS, v) store(y[t] + v * LANES, total[t][v]);
 }
 
-// Whether integers.h multiplies its rows.
+// Whether the kernels of integers.h multiply its rows.
 INLINE int is_packed(const matrix *m) { return m->kind >= INT8; }
 INLINE int uses_bf16(const matrix *m) { return HAS_BF16_PRODUCTS && m->kind != FLOAT32; }
 
