@@ -33,6 +33,7 @@ typedef struct {
     const float *query;   // (QUERIES, head_dim), already scaled
     int limit[QUERIES];   // number of positions that each may attend to; 0 for unused rows
     int count;            // rows in use
+    int pairs;            // whether to multiply values in bfloat16; scores, whose errors grow exponentially, stay in float32
     int again;            // whether other rows have just brought the same keys into the CPU cache
 } queries;
 
@@ -52,7 +53,7 @@ INLINE void score(int format, int rows, int vectors, int ahead, const cached *fr
     vec totals[QUERIES][MOST_VECTORS] = {0};
     size_t tile = KEYS * (size_t)head_dim;
     const char *keys = (const char *)from->keys + (position / KEYS * tile + (size_t)(position % KEYS)) * bytes_of(format);
-    add_products(format, rows, vectors, ahead, keys, KEYS, LANES == KEYS ? tile : LANES, head_dim, q->query, (size_t)head_dim, totals);
+    add_products(format, 0, rows, vectors, ahead, keys, KEYS, LANES == KEYS ? tile : LANES, head_dim, q->query, (size_t)head_dim, totals);
     EACH_OF(vectors, v) {
         vec scale = format == KEPT_INT8 ? load(from->key_scales + position + v * LANES) : all(1);
         EACH_OF(rows, r) store(&scores[r][to + v * LANES], format == KEPT_INT8 ? totals[r][v] * scale : totals[r][v]);
@@ -83,11 +84,11 @@ static void weigh(float *scores, int count, int seen, partial *out, int stride) 
 }
 
 // Add `count` values, weighted by scores, to `out`: `vectors` × LANES dimensions from d on.
-INLINE void add_values(int format, int rows, int vectors, const void *values, int stride, int position, int count, int d,
+INLINE void add_values(int format, int pairs, int rows, int vectors, const void *values, int stride, int position, int count, int d,
                        float scores[QUERIES][SPAN], partial out[QUERIES]) {
     vec totals[QUERIES][MOST_VECTORS] = {0};
     const char *from = (const char *)values + ((size_t)position * (size_t)stride + (size_t)d) * bytes_of(format);
-    add_products(format, rows, vectors, CACHED_AHEAD, from, (size_t)stride, LANES, count, scores[0], SPAN, totals);
+    add_products(format, pairs, rows, vectors, CACHED_AHEAD, from, (size_t)stride, LANES, count, scores[0], SPAN, totals);
     EACH_OF(rows, r) EACH_OF(vectors, v) {
         float *to = out[r].values + d + v * LANES;
         store(to, load(to) + totals[r][v]);
@@ -95,7 +96,7 @@ INLINE void add_values(int format, int rows, int vectors, const void *values, in
 }
 
 // Accumulate in `out` the attention of queries to positions first..last of one head, `most` vectors at a time.
-INLINE void attend_kind(int format, int rows, int most, const cached *from, int head_dim, int stride, const queries *q, int first,
+INLINE void attend_kind(int format, int pairs, int rows, int most, const cached *from, int head_dim, int stride, const queries *q, int first,
                         int last, partial out[QUERIES]) {
     // Keys that are not in the CPU cache: at most one tile at a time, as memory is read fastest as a single stream.
     const int tile = KEYS / LANES < most ? KEYS / LANES : most;
@@ -112,15 +113,17 @@ INLINE void attend_kind(int format, int rows, int most, const cached *from, int 
             weigh(scores[r], whole, seen < count ? seen : count, &out[r], stride);
             for (int i = 0; i < whole && format == KEPT_INT8; i += LANES)
                 store(scores[r] + i, load(scores[r] + i) * load(from->value_scales + position + i));
+            if (pairs) to_bf16(scores[r], whole, (uint16_t *)scores[r]);
         }
         for (; d + most * LANES <= stride; d += most * LANES)
-            add_values(format, rows, most, from->values, stride, position, count, d, scores, out);
-        for (; d < stride; d += LANES) add_values(format, rows, 1, from->values, stride, position, count, d, scores, out);
+            add_values(format, pairs, rows, most, from->values, stride, position, count, d, scores, out);
+        for (; d < stride; d += LANES) add_values(format, pairs, rows, 1, from->values, stride, position, count, d, scores, out);
     }
 }
 
 static void attend(const cache *c, const cached *from, int head_dim, const queries *q, int first, int last, partial out[QUERIES]) {
-#define ATTEND(format, rows, most) attend_kind(format, rows, most, from, head_dim, c->value_stride, q, first, last, out)
+#define ATTEND_KIND(...) attend_kind(__VA_ARGS__, from, head_dim, c->value_stride, q, first, last, out)
+#define ATTEND(format, rows, most) (q->pairs ? ATTEND_KIND(format, HAS_PAIRS, rows, most) : ATTEND_KIND(format, 0, rows, most))
     // SmolLM has three query heads per key/value head. They get their own code: a fourth row would cost a third more.
 #define ATTEND_ROWS(format) \
     if (q->count == 3) ATTEND(format, 3, FEW_VECTORS); \
@@ -135,6 +138,7 @@ static void attend(const cache *c, const cached *from, int head_dim, const queri
     }
 #undef ATTEND_ROWS
 #undef ATTEND
+#undef ATTEND_KIND
 }
 
 INLINE size_t head_keys(const cache *c, int head_dim) { return (size_t)c->capacity * (size_t)head_dim; }

@@ -255,7 +255,7 @@ static void attend_group(context *c, int index, int token, int count, int kv_hea
         queries q = {.query = queries_of(c, kv_head, token) + (size_t)row * (size_t)D};
         partial out[QUERIES], *places[QUERIES];
         int furthest = 0;
-        q.count = least(QUERIES, rows - row), q.again = row || b->count > c->exact;
+        q.count = least(QUERIES, rows - row), q.again = row || b->count > c->exact, q.pairs = HAS_PAIRS && c->narrows && b->count > c->exact;
         for (int r = 0; r < QUERIES; r++) {
             int is_used = row + r < rows, t = token + (row + r) / group;
             size_t query = (size_t)t * m->heads + (size_t)(kv_head * group + (row + r) % group);

@@ -198,20 +198,6 @@ INLINE void interleave(const ivec v[LANES], int gap, int by_two, int32_t *to) {
     }
 }
 
-// A row of activations in bfloat16. Groups of NARROW_ROWS rows are interleaved, 4 columns of each at a time.
-INLINE uint16_t *narrow_row(const uint16_t *rows, int row, int columns) {
-    return (uint16_t *)rows + (size_t)(row / NARROW_ROWS * NARROW_ROWS) * (size_t)columns + row % NARROW_ROWS * 4;
-}
-
-// Write a token in bfloat16 to its `narrow_row`.
-static void to_bf16(const float *from, int columns, uint16_t *to) {
-    for (int at = 0; HAS_BF16_PRODUCTS && at < columns; at += 2 * LANES) {
-        vec both = narrow(load(from + at), load(from + at + LANES));
-        if (NARROW_ROWS == 1) store((float *)(to + at), both);
-        else for (int i = 0; i < 2; i++) memcpy(to + 2 * at + i * 8, (char *)&both + i * 8, 8);
-    }
-}
-
 // Unpack LANES rows from `row` on into interleaved units of 32 bits, a float or two columns in bfloat16; rows past the
 // last repeat it. With NARROW_ROWS of 2, 4 columns of two rows alternate with those of the next two. A block has at most
 // `parts` groups.
@@ -249,7 +235,7 @@ INLINE void multiply_tile(int is_narrow, int tokens, const float *panel, const f
     }
     if (!is_narrow)
 #endif
-    add_products(is_narrow ? KEPT_PAIRS : KEPT_FLOAT32, tokens, VECTORS, 0, panel, OPENED_ROWS, LANES, units, x, (size_t)units, total);
+    add_products(is_narrow ? KEPT_PAIRS : KEPT_FLOAT32, 0, tokens, VECTORS, 0, panel, OPENED_ROWS, LANES, units, x, (size_t)units, total);
     EACH_OF(tokens, t) EACH_OF(VECTORS, v) store(y[t] + v * LANES, total[t][v]);
 }
 

@@ -175,13 +175,20 @@ INLINE uint16_t float_to_bf16(float x) {
 // ---- bfloat16 ----
 
 // CPUs with bfloat16 dot products that accumulate in float32 use them in matmuls of many tokens, except for float32
-// weights, which would lose precision. `narrow` rounds two vectors of consecutive columns to one.
+// weights, which would lose precision. `narrow` rounds two vectors of consecutive columns to one, `pair_up` makes their lanes
+// pairs.
 #if defined(__AVX512BF16__)
 #define HAS_BF16_PRODUCTS 1
 #define NARROW_ROWS 1
 // Every lane holds a pair of columns.
 INLINE vec add_pairs(vec total, vec a, vec b) { return (vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b); }
 INLINE vec narrow(vec first, vec second) { return (vec)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
+INLINE vec pair_up(vec first, vec second) {
+    typedef uint16_t words __attribute__((vector_size(64)));
+    words both = (words)narrow(first, second);
+    return (vec)__builtin_shufflevector(both, both, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #include <arm_neon.h>
 #define HAS_BF16_PRODUCTS 1
@@ -196,9 +203,25 @@ INLINE vec narrow(vec first, vec second) {
 #define NARROW_ROWS 1
 INLINE vec narrow(vec first, vec second) { return (void)second, first; }
 #endif
-#if NARROW_ROWS == 2 || !HAS_BF16_PRODUCTS
+#define HAS_PAIRS (HAS_BF16_PRODUCTS && NARROW_ROWS == 1)
+#if !HAS_PAIRS
 INLINE vec add_pairs(vec total, vec a, vec b) { return (void)a, (void)b, total; }
+INLINE vec pair_up(vec first, vec second) { return (void)second, first; }
 #endif
+
+// A row of activations in bfloat16. Groups of NARROW_ROWS rows are interleaved, 4 columns of each at a time.
+INLINE uint16_t *narrow_row(const uint16_t *rows, int row, int columns) {
+    return (uint16_t *)rows + (size_t)(row / NARROW_ROWS * NARROW_ROWS) * (size_t)columns + row % NARROW_ROWS * 4;
+}
+
+// Write a token in bfloat16 to its `narrow_row`.
+static void to_bf16(const float *from, int columns, uint16_t *to) {
+    for (int at = 0; HAS_BF16_PRODUCTS && at < columns; at += 2 * LANES) {
+        vec both = narrow(load(from + at), load(from + at + LANES));
+        if (NARROW_ROWS == 1) store((float *)(to + at), both);
+        else for (int i = 0; i < 2; i++) memcpy(to + 2 * at + i * 8, (char *)&both + i * 8, 8);
+    }
+}
 
 // ---- register tiles ----
 
@@ -227,20 +250,21 @@ INLINE vec load_kept(int format, const void *base, size_t at) {
 }
 
 // total[r][v] += x[r × stride + u] × w[u × step + v × gap …], for all u: an outer product for each u. `ahead`: prefetch
-// distance in bytes, or 0.
-INLINE void add_products(int format, int rows, int vectors, int ahead, const void *w, size_t step, size_t gap, int units,
+// distance in bytes, or 0. `pairs`: x holds pairs of bfloat16, and w is rounded to them.
+INLINE void add_products(int format, int pairs, int rows, int vectors, int ahead, const void *w, size_t step, size_t gap, int units,
                          const float *x, size_t stride, vec total[][MOST_VECTORS]) {
-    for (int u = 0; u < units; u++) {
+    for (int u = 0; u < units; u += 1 + pairs) {
         vec own[MOST_VECTORS];
         EACH_OF(vectors, v) {
             size_t at = (size_t)u * step + (size_t)v * gap;
             if (ahead) __builtin_prefetch((const char *)w + at * bytes_of(format) + ahead);
             own[v] = load_kept(format, w, at);
+            if (pairs) own[v] = pair_up(own[v], u + 1 < units ? load_kept(format, w, at + step) : all(0));
         }
         EACH_OF(rows, r) {
-            vec factor = all(x[(size_t)r * stride + (size_t)u]);
+            vec factor = all(x[(size_t)r * stride + (size_t)(u >> pairs)]);
             EACH_OF(vectors, v)
-                total[r][v] = format == KEPT_PAIRS ? add_pairs(total[r][v], own[v], factor) : total[r][v] + own[v] * factor;
+                total[r][v] = pairs || format == KEPT_PAIRS ? add_pairs(total[r][v], own[v], factor) : total[r][v] + own[v] * factor;
         }
     }
 }
