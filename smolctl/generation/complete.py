@@ -144,7 +144,7 @@ def complete(
     later = sum(max(len(answer.tokens) - 1, 0) for answer in generation.answers)
     timing = Timing(
         prompt_tokens=len(prompt.ids),
-        reused_tokens=len(prompt.ids) - done.prefilled,  # whatever is read is read once
+        reused_tokens=max(len(prompt.ids) - done.prefilled, 0),  # every sample reads a lone token
         first_token_s=first_at - started,
         prefill_tokens_per_s=done.prefilled / (first_at - started),
         decode_tokens_per_s=later / (ended - first_at) if later else None,

@@ -1,52 +1,52 @@
-// Attention over a cache of keys and values, for any number of new tokens of any sequences.
+// Attention over a KV cache, for any number of new tokens of any sequences.
 //
-// Keys lie in tiles of KEYS positions, dimension by dimension: the scores of KEYS positions grow in the
-// lanes of a vector, without a sum over lanes. Values lie position by position.
+// Keys are stored in transposed tiles of KEYS positions, dimension by dimension: every SIMD lane accumulates the
+// score of one position, without a horizontal sum. Values are stored position by position.
 #pragma once
 
 #include "vector.h"
 
 #define KEYS 16       // positions in a tile of keys
-#define SPAN 256      // positions whose scores are held at once
-#define QUERIES 4     // rows of queries that share what is loaded
-// Vectors of keys at once: as many as registers hold the sums of, and enough that no sum waits for its last addition.
+#define SPAN 256      // positions whose scores are buffered at once
+#define QUERIES 4     // query rows that share each load of a key or value
+// Key vectors in a register tile: as many as there are registers for the accumulators, to hide the latency of FMAs.
 #if defined(__AVX512F__) || defined(__aarch64__)
 #define KEY_PARTS 4  // 32 registers
 #else
-#define KEY_PARTS 2  // 16
+#define KEY_PARTS 2  // 16 registers
 #endif
-// From memory, which is read fastest as one stream, no more than a tile at once.
+// Keys that are not in the CPU cache: at most one tile at a time, as memory is read fastest as a single stream.
 #define TILE_PARTS (KEYS / LANES < KEY_PARTS ? KEYS / LANES : KEY_PARTS)
 
-// What keys and values are kept in; library.py and engine.js know the numbers too. Eight bits have a scale for each
-// position of each head.
+// Data types of the KV cache; library.py and engine.js repeat the numbers. KEPT_INT8 has a scale for each position of
+// each head.
 enum format { KEPT_FLOAT32, KEPT_FLOAT16, KEPT_INT8 };
 
 typedef struct {
     void *keys;    // (layers, sequences, heads, capacity / KEYS, head_dim, KEYS)
     void *values;  // (layers, sequences, heads, capacity, value_stride)
-    float *key_scales, *value_scales;  // of KEPT_INT8: (layers, sequences, heads, capacity)
+    float *key_scales, *value_scales;  // for KEPT_INT8: (layers, sequences, heads, capacity)
     int32_t format;
     int32_t sequences;
     int32_t capacity;        // a multiple of KEYS
-    int32_t value_stride;    // head_dim filled up to a multiple of LANES_MOST
+    int32_t value_stride;    // head_dim padded to a multiple of KEYS
 } cache;
 
-// One head of one sequence in a cache.
+// One head of one sequence in a KV cache.
 typedef struct {
     const void *keys, *values;
     const float *key_scales, *value_scales;
 } cached;
 
-// Queries that attend together: rows of one sequence and one key/value head.
+// Queries that are processed together: rows of one sequence whose heads share a key/value head.
 typedef struct {
-    const float *query[QUERIES];  // (head_dim), scaled already
-    int limit[QUERIES];           // positions that each may see
+    const float *query[QUERIES];  // (head_dim), already scaled
+    int limit[QUERIES];           // number of positions that each may attend to
     int count;                    // rows in use; the others repeat the last one
-    int again;                    // whether others have just read the same keys: they are in the processor's cache
+    int again;                    // whether other rows have just brought the same keys into the CPU cache
 } queries;
 
-// What some positions contribute to a query; several of these can be put together.
+// Online-softmax state of a query over some of its positions; several of these can be merged.
 typedef struct {
     float maximum, total;
     float *values;  // (value_stride): sum of e^(score - maximum) × value
@@ -54,21 +54,21 @@ typedef struct {
 
 INLINE size_t bytes_of(int format) { return format == KEPT_FLOAT32 ? 4 : format == KEPT_FLOAT16 ? 2 : 1; }
 
-// Scales are not applied.
+// LANES elements as floats. The scales of KEPT_INT8 are not applied.
 INLINE vec load_cached(int format, const void *base, size_t at) {
     if (format == KEPT_INT8) return __builtin_convertvector(LOAD(bytes_vec, (const int8_t *)base + at), vec);
     return format == KEPT_FLOAT16 ? from_half((const half *)base + at) : load((const float *)base + at);
 }
 
-// The same where it comes from memory: what lies CACHED_AHEAD bytes behind is asked for, see `read_ahead`. Not all of a
-// tile at once, which one core has no room for.
+// `load_cached` with a prefetch CACHED_AHEAD bytes ahead, for data in memory (see `read_ahead`). Each load prefetches
+// its own line: a whole tile at once would be more outstanding cache misses than a core can track.
 #define CACHED_AHEAD 4096
 INLINE vec read_cached(int format, const void *base, size_t at) {
     if (LANES > 4) __builtin_prefetch((const char *)base + at * bytes_of(format) + CACHED_AHEAD);
     return load_cached(format, base, at);
 }
 
-// Scores of `parts` × LANES positions.
+// Dot products of the queries with the keys of `parts` × LANES positions.
 INLINE void score(int format, int rows, int parts, const cached *from, int head_dim, const queries *q, int position,
                   float scores[QUERIES][SPAN], int to) {
     vec totals[QUERIES][KEY_PARTS] = {0};
@@ -89,7 +89,8 @@ INLINE void score(int format, int rows, int parts, const cached *from, int head_
     }
 }
 
-// Scores of a row to weights, relative to the largest so far; those past `seen`, which may be below 0, become 0.
+// Turn a row of scores into softmax weights relative to the largest score so far, and rescale `out` to match. Scores
+// from `seen` on, which may be negative, are masked.
 static void weigh(float *scores, int count, int seen, partial *out, int stride) {
     if (seen <= 0) {
         memset(scores, 0, (size_t)count * sizeof *scores);
@@ -142,7 +143,7 @@ INLINE void add_values(int format, int rows, const void *values, int stride, int
     }
 }
 
-// Let queries attend to positions first..last of one head, and put it into `out`.
+// Accumulate in `out` the attention of queries to positions first..last of one head.
 INLINE void attend_kind(int format, int rows, const cached *from, int head_dim, int stride, const queries *q, int first,
                         int last, partial out[QUERIES]) {
     for (int position = first; position < last; position += SPAN) {
@@ -165,12 +166,12 @@ INLINE void attend_kind(int format, int rows, const cached *from, int head_dim, 
 
 static void attend(const cache *c, const cached *from, int head_dim, const queries *q, int first, int last, partial out[QUERIES]) {
 #define ATTEND(format, rows) attend_kind(format, rows, from, head_dim, c->value_stride, q, first, last, out)
-    // SmolLM's three query heads of a key/value head are a case of their own: a fourth row would be a third more.
+    // SmolLM has three query heads per key/value head. They get their own code: a fourth row would cost a third more.
 #define ATTEND_ROWS(format) if (q->count == 3) ATTEND(format, 3); else ATTEND(format, QUERIES)
     switch (c->format) {
     case KEPT_FLOAT32: ATTEND_ROWS(KEPT_FLOAT32); break;
     case KEPT_FLOAT16: ATTEND_ROWS(KEPT_FLOAT16); break;
-#if !defined(__wasm__)  // the page never asks for it
+#if !defined(__wasm__)  // the web page never uses it
     case KEPT_INT8: ATTEND_ROWS(KEPT_INT8); break;
 #endif
     }
@@ -181,7 +182,7 @@ static void attend(const cache *c, const cached *from, int head_dim, const queri
 INLINE size_t head_keys(const cache *c, int head_dim) { return (size_t)c->capacity * (size_t)head_dim; }
 INLINE size_t head_values(const cache *c) { return (size_t)c->capacity * (size_t)c->value_stride; }
 
-// A head; `head` counts the heads of all layers and sequences.
+// `head` is the index of a head over all layers and sequences.
 INLINE cached cached_at(const cache *c, size_t head, int head_dim) {
     size_t bytes = bytes_of(c->format);
     size_t scales = head * (size_t)c->capacity;
@@ -190,13 +191,13 @@ INLINE cached cached_at(const cache *c, size_t head, int head_dim) {
                     c->key_scales + scales, c->value_scales + scales};
 }
 
-// Store numbers at every `step`th place from `at` on, and their scale where the format has one.
+// Store floats in `format` at every `step`th element from `at` on, and their scale if the format has one.
 INLINE void remember(int format, const float *from, int count, void *base, size_t at, size_t step, float *scale) {
     float most = 0, units = 0, added = 0;
     if (format == KEPT_INT8) {
         for (int d = 0; d < count; d++) most = fabsf(from[d]) > most ? fabsf(from[d]) : most, added += 0 * from[d];
         units = most > 1e-30f ? 127 / most : 0;
-        *scale = (most + added) / 127;  // NaN where a number is that or infinite
+        *scale = (most + added) / 127;  // NaN if a number is NaN or infinite
     }
     for (int d = 0; d < count; d++, at += step) {
         const float magic = 12582912.0f;  // rounds, see `exponential`

@@ -1,28 +1,28 @@
-// Products with a matrix whose rows are floats or packed integers (see sources/packed.py).
+// Matmuls with weights whose rows are floats or packed integers (see sources/quantized/packed.py).
 #pragma once
 
 #include "vector.h"
 
 enum kind { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4, INT5 };
 
-#define HALF_BLOCK (BLOCK / 2)  // the smallest group: columns of a block that may have a scale of their own
+#define HALF_BLOCK (BLOCK / 2)  // columns of the smallest quantization group
 
 typedef struct {
     int32_t kind;
     int32_t rows;
-    int32_t columns;  // filled up to a multiple of BLOCK
-    int32_t group;    // columns that share a scale: HALF_BLOCK, or blocks; the last group of a row may be shorter
+    int32_t columns;  // padded to a multiple of BLOCK
+    int32_t group;    // columns that share a scale: HALF_BLOCK or whole blocks; the last group of a row may be shorter
     const void *values;
-    const half *scales;   // (rows, groups) of integers
-    const half *offsets;  // (rows, groups) of INT4 and INT5
+    const half *scales;   // (rows, groups), of packed integers
+    const half *offsets;  // (rows, groups), of INT4 and INT5
 } matrix;
 
-#define TILE 4          // rows of the matrix that a product of many tokens reads together: `sum_four`
-// Tokens with them: as many as registers hold the sums of.
+#define TILE 4          // matrix rows in a register tile, which `sum_four` reduces
+// Tokens in a register tile: as many as there are registers for the accumulators.
 #if defined(__AVX512F__) || defined(__aarch64__)
 #define TOKENS 4  // 32 registers
 #else
-#define TOKENS 2  // 16, also behind WebAssembly
+#define TOKENS 2  // 16 registers, assumed for WebAssembly too
 #endif
 
 INLINE int groups_of(const matrix *m) { return pieces_of(m->columns, m->group); }
@@ -32,7 +32,7 @@ INLINE const uint8_t *row_of(const matrix *m, int row) {
     return (const uint8_t *)m->values + (size_t)row * (size_t)m->columns * (size_t)bits[m->kind] / 8;
 }
 
-// Part `part` of block `block` of a row, as floats. Scales are not applied.
+// Vector `part` of block `block` of a row, as floats. Scales are not applied.
 INLINE vec load_part(int kind, const uint8_t *row, int block, int part) {
     size_t at = (size_t)block * BLOCK + (size_t)part * LANES;
     switch (kind) {
@@ -40,7 +40,7 @@ INLINE vec load_part(int kind, const uint8_t *row, int block, int part) {
     case BFLOAT16: return (vec)(__builtin_convertvector(LOAD(halves_vec, row + 2 * at), uvec) << 16);
     case FLOAT16: return from_half((const half *)row + at);
     case INT8: return __builtin_convertvector(LOAD(bytes_vec, row + at), vec);
-    default: {  // byte i of 16 holds column i low and column i + 16 high; bit i of 32 before them is its fifth
+    default: {  // byte i of 16: column i in the low nibble, i + 16 in the high one; INT5: 32 fifth bits before them
         const uint8_t *from = row + (size_t)block * (kind == INT5 ? 20 : 16), *bytes = from + (kind == INT5 ? 4 : 0);
         ivec wide = __builtin_convertvector(LOAD(ubytes_vec, bytes + (part * LANES) % HALF_BLOCK), ivec);
         wide = part * LANES < HALF_BLOCK ? wide & 15 : wide >> 4;
@@ -50,28 +50,28 @@ INLINE vec load_part(int kind, const uint8_t *row, int block, int part) {
     }
 }
 
-// ---- a few tokens: every row is read once, straight from memory, and multiplied with each ----
+// ---- a few tokens (GEMV): every row is read from memory once and multiplied with each token ----
 //
-// One row after the other: the processor's prefetchers follow one stream at the memory's full speed, and
-// four interleaved ones at a third of it (measured on Zen 4). On a Zen 5, whose cores compute faster than its
-// prefetchers run ahead, one core reads half as much again where rows are also asked for in advance.
+// One row at a time: hardware prefetchers reach the memory's full bandwidth with one stream, but only a third of it
+// with four interleaved ones (measured on Zen 4). On a Zen 5, whose cores outrun the hardware prefetchers, software
+// prefetching raises the bandwidth of one core by half.
 
-// Bytes; from 4 to 16 KiB it makes little difference. With 4 lanes computing takes longer than reading.
+// Prefetch distance in bytes; 4 to 16 KiB perform alike. With 4 lanes, arithmetic is the bottleneck, not memory.
 #define READ_AHEAD (LANES > 4 ? 8192 : 0)
 
 INLINE void read_ahead(const uint8_t *from, int bytes) {
     for (int at = 0; READ_AHEAD && at < bytes; at += 64) __builtin_prefetch(from + READ_AHEAD + at);
 }
 
-// A vector in the forms that the kinds of rows want; see `prepare_vector`.
+// An activation vector in the layouts that the kinds of weights need; see `prepare_vector`.
 typedef struct {
-    const float *values;  // (columns), filled up with zeros
-    const float *pairs;   // (columns): in the order of `dot_pairs`
+    const float *values;  // (columns), zero-padded
+    const float *pairs;   // (columns), in the order of `dot_pairs`
 } vector_in;
 
-#define FEW 4  // tokens up to which this is faster than to unpack the rows
+#define FEW 4  // up to this many tokens, this is faster than unpacking the rows
 
-// Both forms of a vector; `room` holds as many floats as it has columns.
+// Both layouts of an activation vector; `room` holds `columns` floats.
 static vector_in prepare_vector(const float *x, int columns, float *room) {
     for (int at = 0; at < columns; at += 2 * LANES) {
         vec even, odd;
@@ -99,8 +99,8 @@ INLINE float dot_floats(int kind, const uint8_t *row, int columns, const float *
     return sum(even + odd);
 }
 
-// bfloat16 in pairs: two values lie in every 32 bits, and masks take them apart without a shuffle.
-// x comes in the order that this gives.
+// Dot product with a bfloat16 row. Every 32 bits hold two values, which a shift and a mask separate without a shuffle;
+// x must be in the order that results.
 INLINE float dot_pairs(const uint8_t *row, int columns, const float *x) {
     vec even = {0}, odd = {0};
     for (int at = 0; at < columns; at += 2 * LANES) {
@@ -111,7 +111,7 @@ INLINE float dot_pairs(const uint8_t *row, int columns, const float *x) {
     return sum(even + odd);
 }
 
-// y[token × stride + i] = row first + i of m, times x[token], for first..last.
+// y[token × stride + row - first] = row of m · x[token], for rows first..last.
 static void dot_rows(const matrix *m, int first, int last, const vector_in *x, int tokens, float *y, int stride) {
     int bytes = m->columns * (m->kind == FLOAT32 ? 4 : 2);
 #define EACH_ROW(value) \
@@ -128,13 +128,13 @@ static void dot_rows(const matrix *m, int first, int last, const vector_in *x, i
 #undef EACH_ROW
 }
 
-// ---- one row of weights as floats ----
+// ---- dequantizing a row of weights ----
 
 INLINE void unpack_kind(int kind, const matrix *m, int row, float *out) {
     const uint8_t *values = row_of(m, row);
     size_t group = (size_t)row * (size_t)groups_of(m);
     float scale = 1, offset = 0;
-    int left = 0;  // columns of the group
+    int left = 0;  // columns of the group that are left
     for (int block = 0; block < m->columns / BLOCK; block++)
         for (int part = 0; part < PARTS; part++, left -= LANES) {
             if (kind >= INT8 && part * LANES % HALF_BLOCK == 0 && !left) {
@@ -158,11 +158,11 @@ static void unpack_row(const matrix *m, int row, float *out) {
     }
 }
 
-// ---- many tokens: rows of weights are unpacked into the cache and used for all tokens ----
+// ---- many tokens (GEMM): rows of weights are unpacked into the CPU cache and used for all tokens ----
 
-// Where the processor multiplies bfloat16 into float32, products of many tokens use it, except for float32
-// weights, which stay exact. NARROW_TILE rows of the matrix share what is loaded then, and NARROW_ROWS rows of
-// bfloat16 lie together, 4 columns of each in turns.
+// CPUs with bfloat16 dot products that accumulate in float32 use them here, except for float32 weights, which would
+// lose precision. A register tile then has NARROW_TILE matrix rows, and groups of NARROW_ROWS rows of bfloat16 are
+// interleaved, 4 columns of each at a time.
 #if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #include <arm_neon.h>
 #define NARROW_TILE 8
@@ -191,7 +191,7 @@ INLINE void tile_floats(const float *const w[TILE], const float *const x[TOKENS]
     for (int t = 0; t < TOKENS; t++) sum_four(total[t], y[t]);
 }
 
-// The same for NARROW_TILE rows in bfloat16.
+// `tile_floats` in bfloat16, for NARROW_TILE rows.
 #if defined(__AVX512BF16__)
 #define HAS_BF16_PRODUCTS 1
 INLINE void tile_bf16(const uint16_t *const w[NARROW_TILE], const uint16_t *const x[TOKENS], int columns,
@@ -216,8 +216,8 @@ static void to_bf16(const float *from, int count, uint16_t *to) {
 }
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #define HAS_BF16_PRODUCTS 1
-// An instruction multiplies 4 columns of two tokens with those of two rows. Columns take turns between two sums, so
-// that enough of them are under way at once.
+// BFMMLA multiplies 4 columns of two tokens with those of two rows. Columns alternate between two accumulators to hide
+// its latency.
 INLINE void tile_bf16(const uint16_t *const w[NARROW_TILE], const uint16_t *const x[TOKENS], int columns,
                       float y[TOKENS][NARROW_TILE]) {
     vec total[2][TOKENS / 2][NARROW_TILE / 2] = {0};
@@ -251,7 +251,7 @@ INLINE void tile_bf16(const uint16_t *const w[NARROW_TILE], const uint16_t *cons
 static void to_bf16(const float *from, int count, uint16_t *to) { (void)from, (void)count, (void)to; }
 #endif
 
-// Whether integers.h multiplies its rows.
+// Whether the kernels of integers.h multiply its rows.
 INLINE int is_packed(const matrix *m) { return m->kind >= INT8; }
 INLINE int uses_bf16(const matrix *m) { return HAS_BF16_PRODUCTS && m->kind != FLOAT32; }
 
