@@ -33,7 +33,6 @@ from smolctl.quantization.footprint import measure_footprint
 from smolctl.quantization.measure import mean_kl, measure_quality, measure_speed
 from smolctl.quantization.record import record_variants
 from smolctl.quantization.schemes import (
-    DYNAMIC,
     GGUF_SCHEMES,
     PACKED_SCHEMES,
     QuantizationPlan,
@@ -49,7 +48,7 @@ from smolctl.sources.gguf.write import is_own_gguf, write_gguf
 from smolctl.sources.open import require_own_files
 from smolctl.sources.provenance import provenance_of
 from smolctl.sources.quantized.scaled import StoredTensor
-from smolctl.sources.quantized_folder import FILE
+from smolctl.sources.quantized_folder import DYNAMIC, FILE
 
 COSTLIEST = 5  # tensors whose KL is measured one by one
 COST_WINDOWS = 4

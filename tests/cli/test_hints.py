@@ -103,7 +103,6 @@ def test_the_examples_of_a_help_can_be_pasted_and_fit_80_columns(
             one.make_context(verb, arguments)  # raises where a word is no option, value or argument
 
 
-
 @pytest.mark.parametrize(
     ("arguments", "twice"),
     [

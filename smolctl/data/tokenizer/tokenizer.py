@@ -120,7 +120,8 @@ class Tokenizer:
             InputError: there is no chat template, or it refuses the messages.
             PromptTooLongError: the conversation cannot fit the context.
         """
-        from smolctl.data.tokenizer.chat import MOST_CHARACTERS, render_chat  # Jinja: not for plain text
+        from smolctl.data.tokenizer.chat import render_chat  # Jinja: not for plain text
+        from smolctl.templates import MOST_CHARACTERS
 
         if self.chat_template is None:
             raise InputError(
