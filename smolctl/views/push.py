@@ -15,7 +15,7 @@ from smolctl.publish.manifest import RepoPlan
 from smolctl.publish.push import SPACE, Page, Pushed, PushedRepo, PushPlan
 from smolctl.publish.sdk import Sdk
 from smolctl.publish.smoke import SmokeTest
-from smolctl.views.numbers import size
+from smolctl.views.numbers import counted, size
 from smolctl.views.output import Output
 from smolctl.views.tables import facts, first_lines
 
@@ -191,8 +191,8 @@ def _pushed_line(repo: PushedRepo) -> str:
         return f"{place}: everything was there already at {commit.sha[:8]}; nothing sent."
     removed = f" and {len(commit.removed)} of an earlier push removed" if commit.removed else ""
     return (
-        f"{place}: {len(commit.sent)} of {len(repo.files)} files sent{removed} in commit {commit.sha[:8]}; "
-        "the checksums of all were compared on the server."
+        f"{place}: {len(commit.sent)} of {counted(len(repo.files), 'file')} sent{removed} in commit "
+        f"{commit.sha[:8]}; the checksums of all were compared on the server."
     )
 
 
