@@ -18,8 +18,10 @@ def show_ready(output: Output, ready: Ready) -> None:
     if output.json:
         output.event({"event": "ready", **fields(ready, ("notes",))})
         return
+    page = f"Chat in a browser: {ready.page}\n" if ready.page else ""
     output.write(
         f"{ready.model} at {ready.url}/v1 ({ready.engine})\n"
         f"{counted(ready.slots, 'answer')} at once, {ready.context:,} tokens each: "
-        f"weights {size(ready.weight_bytes)}, KV cache up to {size(ready.cache_bytes)}. Stop with Ctrl-C.\n"
+        f"weights {size(ready.weight_bytes)}, KV cache up to {size(ready.cache_bytes)}.\n"
+        f"{page}Stop with Ctrl-C.\n"
     )
