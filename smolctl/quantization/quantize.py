@@ -325,7 +325,8 @@ def _measure(
     assert job.windows is not None
     source = load_model(model)
     loaded = [load_model(variant.path).engine for variant in variants]
-    job.note(f"measuring {len(loaded)} variants on {job.windows.tokens:,} tokens of the {job.windows.name}")
+    schemes = ", ".join(variant.scheme for variant in variants)
+    job.note(f"measuring {schemes} on {job.windows.tokens:,} tokens of the {job.windows.name}")
     qualities = measure_quality(source.engine, loaded, job.windows)
     speeds = measure_speed(source.engine, loaded, source.tokenizer)
     engines = [engine.name for engine in loaded]

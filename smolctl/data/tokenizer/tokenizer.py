@@ -34,6 +34,7 @@ from smolctl.sources.stops import END_TOKENS, stop_token_ids
 
 DEFAULT_TOKENIZER = "HuggingFaceTB/SmolLM2-135M"
 END_OF_TEXT = "<|endoftext|>"
+KINDS = "Name a tokenizer.json, a folder, a GGUF, a run or a Hub id; train:N trains one with N entries."
 
 
 class Tokenizer:
@@ -302,12 +303,12 @@ def read_tokenizer_of(name: str) -> TokenizerFiles:
         files = TokenizerFiles(read_tokenizer_json(path))
     elif path.is_dir() and has_tokenizer(path):
         files = read_tokenizer_folder(path)
+    elif "/" not in name and not path.exists():  # for a MODEL the presets would be listed
+        raise InputError(f"{name}: no tokenizer has this name", KINDS)
     else:
         files = open_source(name).read_tokenizer()
     if files is None:
-        raise InputError(
-            f"{name}: contains no tokenizer", "Name a tokenizer.json, a folder, a GGUF or a Hub id."
-        )
+        raise InputError(f"{name}: contains no tokenizer", KINDS)
     return files
 
 

@@ -250,6 +250,14 @@ def test_truncation_and_padding_in_the_file_are_not_obeyed() -> None:
     assert loaded.sha256 == TRAINED.sha256
 
 
+def test_a_name_of_no_tokenizer_leads_to_what_can_be_named(tmp_path: Path) -> None:
+    for name in ("smollm", "nano"):
+        with pytest.raises(InputError, match=f"{name}: no tokenizer") as caught:
+            load_tokenizer(name)
+        assert "train:N" in caught.value.hint
+        assert "Presets" not in caught.value.hint
+
+
 def test_broken_tokenizer_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     for content in ("not JSON", json.dumps({"model": 3})):
