@@ -1,6 +1,4 @@
-"""Chooses the documents, or answers in conversations, that models are compared on; none was trained on
-them.
-"""
+"""Chooses held-out documents, or answers in held-out conversations, to compare models on."""
 
 from __future__ import annotations
 
