@@ -93,11 +93,11 @@ def bench(
     Results are compared with the machine's limits, and with other engines if asked.
 
     \b
-    smolctl bench                                       the newest run, every suite
-    smolctl bench FILE.gguf --against llama.cpp         which is faster, and is it more than noise
-    smolctl bench --to int8,int4 --suite decode         the gain from quantizing
-    smolctl bench --save base.json                      save a baseline, then compare with it:
-    smolctl bench --baseline base.json --fail-below 0.95
+    smolctl bench                                         # the newest run
+    smolctl bench FILE.gguf --against llama.cpp           # which one is faster
+    smolctl bench --to int8,int4 --suite decode           # gain by quantizing
+    smolctl bench --save base.json                        # save a baseline
+    smolctl bench --baseline base.json --fail-below 0.95  # compare with it
     """
     from smolctl.benchmark.baseline import compare_with, is_baseline, read_baseline, save_record
     from smolctl.benchmark.bench import BenchOptions

@@ -27,8 +27,8 @@ def cache(
     """Show or prune the cache of tokenized text.
 
     \b
-    smolctl cache                                   its entries, and when each was last used
-    smolctl cache --prune 30                        delete entries not used for 30 days
+    smolctl cache               # its entries, and when each was last used
+    smolctl cache --prune 30    # delete entries not used for 30 days
     """
     from smolctl.data.cached import look_at_cache, prune_cache
     from smolctl.views.cache import show_cache

@@ -60,12 +60,12 @@ def compare(
     scored, in each model's own chat template.
 
     \b
-    smolctl compare runs/nano-001 runs/nano-002       on the documents that both have held out
-    smolctl compare runs/nano-001 runs/nano-001@150   two steps of a run
-    smolctl compare a-1 a-2 a-3 b-1 b-2 b-3           runs that differ only in their seeds count as one
-    smolctl compare FILE.gguf FOLDER --data notes/    any models, whatever their tokenizers
-    smolctl compare runs/chat-001 FILE.gguf           on the answers that a chat run has held out
-    smolctl compare runs/new runs/old --require-better   a gate for scripts: exit code 5
+    smolctl compare runs/nano-001 runs/nano-002      # on their held-out documents
+    smolctl compare runs/nano-001 runs/nano-001@150  # two steps of a run
+    smolctl compare a-1 a-2 a-3 b-1 b-2 b-3          # the seeds of a and of b
+    smolctl compare FILE.gguf FOLDER --data notes/   # whatever their tokenizers
+    smolctl compare runs/chat-001 FILE.gguf          # on held-out answers
+    smolctl compare runs/new runs/old --require-better  # a gate: exit code 5
     """
     from smolctl.evaluation.compare import CompareOptions
     from smolctl.evaluation.compare import compare as run

@@ -171,20 +171,19 @@ def _settings(schema: Any, typed: str) -> list[str]:
     return keys + [f"{key}={value}" for key, values in fitting.items() for value in values]
 
 
-def _leaves(schema: Any, before: str = "") -> dict[str, list[str]]:
+def _leaves(schema: Any) -> dict[str, list[str]]:
     """The keys below a pydantic model, each with its choices or a default that is a number."""
+    from smolctl.config.load import settings_of
+
     leaves: dict[str, list[str]] = {}
-    for name, field in schema.model_fields.items():
+    for name, field in settings_of(schema):
         annotation = field.annotation
-        if hasattr(annotation, "model_fields"):
-            leaves |= _leaves(annotation, f"{before}{name}.")
-            continue
         choices = typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
         if annotation is bool:
             choices = (True, False)
         elif not choices and isinstance(field.default, int | float):
             choices = (field.default,)
-        leaves[before + name] = [
+        leaves[name] = [
             str(value).lower() if isinstance(value, bool) else str(value) for value in choices
         ]
     return leaves

@@ -27,7 +27,7 @@ def count_params(
     \b
     smolctl count-params smollm2-135m
     smolctl count-params FILE.gguf --depth 4
-    smolctl count-params smollm2-135m --set num_hidden_layers=12      with fewer layers
+    smolctl count-params smollm2-135m --set num_hidden_layers=12  # fewer layers
     """
     from smolctl.inspection import count_source
     from smolctl.sources import open_source

@@ -72,7 +72,7 @@ def eval(
     \b
     smolctl eval HuggingFaceTB/SmolLM2-135M --tasks arc_easy,hellaswag
     smolctl eval runs/chat-001 --tasks ifeval --apply-chat-template
-    smolctl eval --tasks questions.yaml --samples answers.jsonl    the newest run, a task of your own
+    smolctl eval --tasks questions.yaml --samples answers.jsonl  # your own task
     """
     from smolctl.evaluation.tasks import TaskOptions, evaluate_tasks, record_report
     from smolctl.generation.engines import EngineOptions

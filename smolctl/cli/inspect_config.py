@@ -50,7 +50,7 @@ def inspect_config(
 
     \b
     smolctl inspect-config smollm2-135m
-    smolctl inspect-config HuggingFaceTB/SmolLM2-135M --batch-size 4 --dtype bfloat16
+    smolctl inspect-config ORG/NAME --batch-size 4 --dtype bfloat16
     smolctl inspect-config FILE.gguf --against runs/latest
     smolctl inspect-config recipe.yaml --yaml > mine.yaml
     """

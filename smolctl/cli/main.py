@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Iterable
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -89,10 +90,30 @@ def main() -> None:
         # Typer's usage errors: its class is private, its interface is not.
         if not hasattr(error, "format_message"):
             raise
-        # An option without its value is refused before there is a context.
-        named = [name for name in sys.argv[1:2] if name in COMMANDS]
-        command = getattr(getattr(error, "ctx", None), "command_path", " ".join(["smolctl", *named]))
-        usage = UsageError(str(error.format_message()), f"See {command} --help.")
-        Output(json="--json" in sys.argv).error(usage)
+        Output(json="--json" in sys.argv).error(_usage_error(error))
         code = ExitCode.USAGE
     sys.exit(int(code or 0))
+
+
+def _usage_error(error: Any) -> UsageError:
+    """A usage error of Typer's with a remedy; for an option that does not exist, with what was surely meant."""
+    # An option without its value is refused before there is a context.
+    named = [name for name in sys.argv[1:2] if name in COMMANDS]
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else " ".join(["smolctl", *named])
+    remedy = f"See {command} --help."
+    if context is None or not hasattr(error, "possibilities"):
+        return UsageError(str(error.format_message()), remedy)
+    option, parameters = error.option_name, context.command.params
+    later = [name for name in sys.argv[1:] if name in COMMANDS] if context.parent is None else []
+    known = [name for one in parameters for name in (*one.opts, *one.secondary_opts) if name[:2] == "--"]
+    near = [name for name in known if name.startswith(option) and option > "--"]
+    near = near or difflib.get_close_matches(option, known, 2, 0.75)
+    arguments = [one.metavar for one in parameters if one.param_type_name == "argument"]
+    if later:
+        remedy = f"Options come after the command: smolctl {later[0]} {option}."
+    elif near:
+        remedy = f"Did you mean {' or '.join(near)}? {remedy}"
+    elif option.strip("-") and any(name.lower().startswith(option.lstrip("-")) for name in arguments):
+        remedy = f"{arguments[0]} is given without an option's name: {command} {arguments[0]}. {remedy}"
+    return UsageError(error.message, remedy)

@@ -120,12 +120,12 @@ def push(
     Model, card and records are pushed in one commit, which is then verified.
 
     \b
-    smolctl push --dry-run                             what a push of the newest run would send
+    smolctl push --dry-run                           # what would be sent
     smolctl push --repo me/my-model --public
-    smolctl push runs/nano-001@300 --local-dir out     the same files, in a folder
-    smolctl push --space me/my-demo                    also a page that runs it in the visitor's browser
-    smolctl push --preview                             that page on this machine
-    smolctl push --page site                           that page as a folder for any static host
+    smolctl push runs/nano-001@300 --local-dir out   # the same files, in a folder
+    smolctl push --space me/my-demo                  # also a page to try it
+    smolctl push --preview                           # that page on this machine
+    smolctl push --page site                         # that page as a folder
     """
     from smolctl.runs.root import latest_run
 

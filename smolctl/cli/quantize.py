@@ -112,11 +112,12 @@ def quantize(
     """Quantize a model, and measure its quality and speed.
 
     \b
-    smolctl quantize                                      the newest run in int8
-    smolctl quantize FILE.gguf --to int8,int4,gguf-q4_0   several schemes in one call
-    smolctl quantize --to int4 --calibrate --per-tensor   searched scales, and the loss caused by each tensor
-    smolctl quantize --to int4 --bits-map down_proj=8     mixed precision
-    smolctl quantize --to int8 --max-kl 0.01              a gate for scripts: exit code 5
+    smolctl quantize                                     # the newest run in int8
+    smolctl quantize FILE.gguf --to int8,int4,gguf-q4_0  # several schemes
+    smolctl quantize --to int4 --calibrate               # searched scales
+    smolctl quantize --to int4 --per-tensor              # the loss of each tensor
+    smolctl quantize --to int4 --bits-map down_proj=8    # mixed precision
+    smolctl quantize --to int8 --max-kl 0.01             # a gate: exit code 5
     """
     from smolctl.quantization.quantize import QuantizeOptions
     from smolctl.quantization.quantize import quantize as run

@@ -73,10 +73,10 @@ def resume(
     On SIGINT, SIGTERM, SIGHUP or SIGUSR1 a checkpoint is saved and the exit code is 130, 143, 129 or 138.
 
     \b
-    smolctl resume                                  finish what was planned
-    smolctl resume --extra 50                       50 steps more than the newest checkpoint
-    smolctl resume runs/nano-001@400 --out runs/b   branch from an older checkpoint
-    smolctl resume --verify                         prove that resuming is exact
+    smolctl resume                                 # finish what was planned
+    smolctl resume --extra 50                      # 50 more steps
+    smolctl resume runs/nano-001@300 --out runs/b  # branch from an older step
+    smolctl resume --verify                        # prove that resuming is exact
     """
     changes = run_changes(locals())
     from smolctl.config.load import merge, parse_settings

@@ -143,10 +143,10 @@ def sample(
     """Generate text from a prompt, or chat.
 
     \b
-    smolctl sample                                  the newest run, interactively
+    smolctl sample                             # the newest run, interactively
     smolctl sample runs/latest --prompt "Once upon a time"
     smolctl sample FILE.gguf --chat --prompt "What is the capital of France?"
-    smolctl sample runs/nano-001@100 runs/nano-001 --compare --prompt "def main():"
+    smolctl sample runs/nano-001@150 runs/nano-001 --compare --prompt "def f("
     smolctl sample FILE.gguf --jsonl prompts.jsonl > answers.jsonl
     smolctl sample FILE.gguf --jsonl prompts.jsonl --resume-output answers.jsonl
     """

@@ -72,7 +72,7 @@ def serve(
     Requires the extra 'serve'.
 
     \b
-    smolctl serve                                   the newest run, at http://127.0.0.1:8000/v1
+    smolctl serve                          # the newest run, at 127.0.0.1:8000/v1
     smolctl serve FILE.gguf --port 8080 --slots 4
     smolctl serve FILE.gguf --host 0.0.0.0 --api-key SECRET
     """

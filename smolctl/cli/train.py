@@ -95,8 +95,8 @@ def train(
     On SIGINT, SIGTERM, SIGHUP or SIGUSR1 a checkpoint is saved and the exit code is 130, 143, 129 or 138.
 
     \b
-    smolctl train nano                              three to six minutes on two CPU cores
-    smolctl train --steps 5000                      smollm2-135m at its full size
+    smolctl train nano                   # three to six minutes on two CPU cores
+    smolctl train --steps 5000           # smollm2-135m at its full size
     smolctl train --init-from FILE.gguf --data notes.txt --steps 20
     smolctl train chat --init-from FILE.gguf --data conversations.jsonl
     """

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from smolctl.config.model import ModelConfig
 from smolctl.config.run import RunConfig
@@ -300,11 +301,22 @@ def _config_error(schema: type[BaseModel], error: ValidationError, origin: str) 
     keys = list(dict.fromkeys(key_of(problem) for problem in problems))
     key, more = keys[0], f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
     if first["type"] == "extra_forbidden":
-        known = _keys_beside(schema, [str(part) for part in first["loc"]])
-        near = _near(str(first["loc"][-1]), known)
+        *section, name = (str(part) for part in first["loc"])
+        known = _keys_beside(schema, [*section, name])
+        elsewhere = [path for path, _ in settings_of(schema) if path.rpartition(".")[2] == name]
+        near = elsewhere or [".".join((*section, one)) for one in _near(name, known)]
         hint = f"Did you mean {' or '.join(near)}?" if near else f"Known keys here: {', '.join(known)}."
         return InputError(f"{origin}: unknown key {key}{more}", hint)
     return InputError(f"{origin}: {first_fault(error)}{more}", "Change the value and run again.")
+
+
+def settings_of(schema: type[BaseModel], section: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting below a schema, by its dotted name: `train.steps`."""
+    for name, field in schema.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from settings_of(field.annotation, f"{section}{name}.")
+        else:
+            yield f"{section}{name}", field
 
 
 def _near(key: str, known: list[str]) -> list[str]:

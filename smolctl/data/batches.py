@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from smolctl.data.mixture import Mixture, Window
 from smolctl.data.order import window_count
 from smolctl.data.tokens.marks import CONTEXT, FIRST, IDS
+from smolctl.data.tokens.mixture import Mixture, Window
 from smolctl.errors import InputError
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from smolctl.config.data import DataConfig
-from smolctl.data.mixture import Mixture
 from smolctl.data.text.conversations import Conversation, shape_of
 from smolctl.data.text.corpus import Source, open_sources, readable_conversations, shown_name
 from smolctl.data.text.documents import utf8_size
@@ -19,6 +18,7 @@ from smolctl.data.tokens.cache import OnNote
 from smolctl.data.tokens.conversations import held_out_conversations
 from smolctl.data.tokens.corpus import tokenize_corpus
 from smolctl.data.tokens.marks import IDS
+from smolctl.data.tokens.mixture import Mixture
 from smolctl.errors import InputError
 from smolctl.escaping import json_text
 from smolctl.sources.base import ModelSource

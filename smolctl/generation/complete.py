@@ -145,7 +145,7 @@ def complete(
     later = sum(max(len(answer.tokens) - 1, 0) for answer in generation.answers)
     timing = Timing(
         prompt_tokens=len(prompt.ids),
-        reused_tokens=len(prompt.ids) - done.prefilled,  # every other token is processed once
+        reused_tokens=max(len(prompt.ids) - done.prefilled, 0),  # a one-token prompt counts per sample
         first_token_s=first_at - started,
         prefill_tokens_per_s=done.prefilled / (first_at - started),
         decode_tokens_per_s=later / (ended - first_at) if later else None,

@@ -1,14 +1,12 @@
-"""Writing to the Hub: who we are, one commit, and the proof that it arrived."""
+"""Writing to the Hub: one commit, and the proof that it arrived."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NotRequired, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
-
-from typing_extensions import TypedDict
 
 from smolctl.errors import HubError
 from smolctl.hub.connection import api, endpoint, fetch, way_of_transfer
@@ -19,88 +17,16 @@ from smolctl.hub.errors import (
     ChangedError,
     MissingError,
     PassingError,
-    answered,
     explained,
 )
 from smolctl.hub.files import PlannedFile
-from smolctl.outside import checked
+from smolctl.hub.identity import Identity, read_identity
 
 T = TypeVar("T")
 WAITS = (1.0, 2.0, 4.0)  # seconds before another attempt, unless the Hub says how long
 LONGEST_WAIT = 300.0
-README = "README.md"
 SENDING = "send the files"
 MAX_TEXT_BYTES = 10_000_000
-
-
-class _Named(TypedDict):
-    name: str
-
-
-class _Scope(TypedDict):
-    entity: NotRequired[_Named | None]
-    permissions: NotRequired[list[str] | None]
-
-
-class _Scopes(TypedDict):
-    scoped: NotRequired[list[_Scope] | None]
-
-
-class _Token(TypedDict):
-    displayName: NotRequired[str | None]
-    role: NotRequired[str | None]
-    fineGrained: NotRequired[_Scopes | None]
-
-
-class _Auth(TypedDict):
-    accessToken: NotRequired[_Token | None]
-
-
-class _Whoami(TypedDict):
-    """What is read of the Hub's answer about a token."""
-
-    name: str
-    orgs: NotRequired[list[_Named] | None]
-    auth: NotRequired[_Auth | None]
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Whose a token is, and what it allows."""
-
-    user: str
-    organizations: tuple[str, ...]
-    token_name: str
-    role: str  # read, write or fineGrained
-    writable: tuple[str, ...] | None = None  # names that a fine-grained token may write to; None: all
-
-    def require_write(self, repo: str) -> None:
-        """Check that this token can write to a repository, as far as the Hub describes it.
-
-        Raises:
-            HubError: a read-only token, somebody else's namespace, or one outside the token's scope.
-        """
-        namespace = repo.split("/")[0]
-        token = f"token {self.token_name!r}" if self.token_name else "this token"
-        if self.role == "read":
-            raise HubError(
-                f"{token} of {self.user} has read access only",
-                "Create one with the role write at hf.co/settings/tokens.",
-            )
-        known = (self.user, *self.organizations)
-        if namespace.lower() not in {name.lower() for name in known}:
-            raise HubError(
-                f"{repo}: {self.user} does not belong to {namespace}",
-                f"Namespaces of this token: {', '.join(known)}. --create-pr proposes a change instead.",
-            )
-        if self.writable is not None and not {namespace.lower(), repo.lower()} & {
-            name.lower() for name in self.writable
-        }:
-            scope = ", ".join(self.writable) or "nothing"
-            raise HubError(
-                f"{repo}: the fine-grained {token} may write to {scope}",
-                f"Give it write access to repositories of {namespace} at hf.co/settings/tokens.",
-            )
 
 
 @dataclass(frozen=True)
@@ -382,29 +308,3 @@ class HubClient:
                     raise
                 self.note(f"{error.message}; trying again in {asked_s:.0f} s.")
                 self.wait(asked_s)
-
-
-def read_identity(answer: object) -> Identity:
-    """What whoami answers, as far as it matters here.
-
-    Raises:
-        HubError: it is no such answer.
-    """
-    with answered():
-        said = checked(_Whoami, answer, f"{endpoint()}: the answer about the token")
-    token: _Token = (said.get("auth") or {}).get("accessToken") or {}
-    scopes = (token.get("fineGrained") or {}).get("scoped") or ()
-    writable = None
-    if token.get("role") == "fineGrained":
-        writable = tuple(
-            (scope.get("entity") or {"name": ""})["name"]
-            for scope in scopes
-            if any(right.startswith("repo.write") for right in scope.get("permissions") or ())
-        )
-    return Identity(
-        user=said["name"],
-        organizations=tuple(organization["name"] for organization in said.get("orgs") or ()),
-        token_name=token.get("displayName") or "",
-        role=token.get("role") or "unknown",
-        writable=writable,
-    )

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from smolctl.durable import file_digest
 
+README = "README.md"  # the card of a model or of a Space
+
 
 @dataclass(frozen=True)
 class PlannedFile:

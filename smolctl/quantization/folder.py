@@ -24,7 +24,9 @@ from smolctl.sources import open_source
 from smolctl.sources.arrays import Array, as_tensor, name_of
 from smolctl.sources.base import TokenizerFiles
 from smolctl.sources.huggingface.write import write_json, write_model
-from smolctl.sources.quantized.folder import (
+from smolctl.sources.quantized.packed import PackedMatrix
+from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor
+from smolctl.sources.quantized_folder import (
     DESCRIPTION,
     FILE,
     FORMAT,
@@ -34,8 +36,6 @@ from smolctl.sources.quantized.folder import (
     VERSION,
     header_digest,
 )
-from smolctl.sources.quantized.packed import PackedMatrix
-from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor
 
 SMALL_FILES = 32 << 20  # free space for tokenizer, configs and the file system's own data
 CHECKPOINT_SUFFIX = "_quantized.ckpt"

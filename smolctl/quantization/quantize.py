@@ -48,8 +48,8 @@ from smolctl.sources.base import ModelSource, TokenizerFiles
 from smolctl.sources.gguf.write import is_own_gguf, write_gguf
 from smolctl.sources.open import require_own_files
 from smolctl.sources.provenance import provenance_of
-from smolctl.sources.quantized.folder import FILE
 from smolctl.sources.quantized.scaled import StoredTensor
+from smolctl.sources.quantized_folder import FILE
 
 COSTLIEST = 5  # tensors whose KL is measured separately
 COST_WINDOWS = 4

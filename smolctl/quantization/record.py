@@ -9,10 +9,9 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from smolctl.quantization.verdict import Variant
-from smolctl.runs.layout import QUANTIZED
+from smolctl.runs.layout import VERDICTS
 from smolctl.runs.records import add_measurements, read_measurements
 
-VERDICTS = Path(QUANTIZED) / "verdict.json"  # in the run's folder
 VARIANTS = "variants"
 
 

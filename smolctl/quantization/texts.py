@@ -12,11 +12,11 @@ from torch import Tensor
 from smolctl.config import ModelConfig
 from smolctl.config.data import DataConfig
 from smolctl.data.batches import validation_batches, validation_documents
-from smolctl.data.mixture import Mixture
 from smolctl.data.text.corpus import SequenceLengthError
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokens.corpus import tokenize_corpus
 from smolctl.data.tokens.marks import IDS
+from smolctl.data.tokens.mixture import Mixture
 from smolctl.errors import InputError
 from smolctl.sources.base import ModelSource
 from smolctl.sources.huggingface.tokenizer import ids_around_text

@@ -12,7 +12,6 @@ from typing import Any
 from smolctl.config import RunConfig
 from smolctl.config.dump import to_yaml
 from smolctl.config.load import read_yaml, resolve_run_config
-from smolctl.config.run import CheckpointConfig
 from smolctl.durable import file_digest, naming_the_disk, remove_partial, replacing, write_text
 from smolctl.errors import InputError, UsageError
 from smolctl.escaping import json_text
@@ -29,9 +28,7 @@ from smolctl.runs.checkpoint_file import (
     CheckpointFile,
     is_recorded_alike,
     link_checkpoint,
-    remove_checkpoint,
     rename_checkpoint,
-    set_aside,
     write_checksum,
 )
 from smolctl.runs.environment import read_environment, read_if_sound, update_environment, write_environment
@@ -291,43 +288,6 @@ class RunFolder:
                 "Name a step, RUN@STEP; validation.every says how often a run is scored.",
             )
         return best["step"]
-
-    def remove_old_checkpoints(self, kept: CheckpointConfig) -> None:
-        """Delete the checkpoints that a run does not keep."""
-        old = self.checkpoints()[: -kept.keep_last] if kept.keep_last else ()
-        if not old:
-            return
-        best = self.best_validation({file.step for file in self.checkpoints()}) if kept.keep_best else None
-        for file in old:
-            is_due = kept.keep_every and file.step and file.step % kept.keep_every == 0
-            if not is_due and not (best and file.step == best["step"]):
-                remove_checkpoint(file.path)
-
-    def clear_after(self, step: int, force: bool) -> None:
-        """Make room for the steps after `step`: damaged files are set aside, sound ones go only by force.
-
-        The name final.ckpt goes too: its checkpoint keeps the name of its step. A final.ckpt that may be the
-        only sound copy of one is set aside.
-
-        Raises:
-            UsageError: a newer sound checkpoint would be replaced.
-        """
-        newer = {file: not file.damage for file in self.checkpoints() if file.step > step}
-        sound = [file for file, is_sound in newer.items() if is_sound]
-        if sound and not force:
-            raise UsageError(
-                f"{self.path} has newer checkpoints (up to step {sound[-1].step:,}) "
-                f"that continuing from step {step:,} would replace",
-                "Branch into a folder of its own with --out NEW, or replace them with --force.",
-            )
-        final = self.path / CHECKPOINTS / FINAL
-        files = [file for file in self.checkpoints() if file.path != final]
-        if final.exists():  # in a copied folder it is a file of its own
-            alike = [file for file in files if is_recorded_alike(final, file.path)]
-            is_kept = any(final.samefile(file.path) or not file.damage for file in alike)
-            (remove_checkpoint if is_kept else set_aside)(final)
-        for file in newer.keys() & set(files):
-            (remove_checkpoint if file in sound else set_aside)(file.path)
 
     def name_final(self, step: int) -> None:
         """Give the checkpoint of the last step the name final.ckpt as well."""

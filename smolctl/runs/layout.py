@@ -27,7 +27,9 @@ REPORT = "report.html"
 TASKS = "tasks.json"
 LINEAGE = "lineage.json"
 QUANTIZED = "quantized"
+VERDICTS = f"{QUANTIZED}/verdict.json"
 LOGS = "logs"
+WANDB_ID = f"{LOGS}/wandb-id"
 LOCK = ".lock"
 KIND = "run"
 # Everything that belongs to a run, as `ownership.Record` takes it: the rest of its folder is somebody else's.
@@ -38,8 +40,8 @@ FILES = (
     f"{TOKENIZER}/chat_template.jinja",
     *(f"{CHECKPOINTS}/{name}{end}" for name in ("step-*.ckpt", FINAL) for end in CHECKPOINT_ENDINGS),
     f"{CHECKPOINTS}/.*.partial",
-    *(f"{QUANTIZED}/{name}" for name in ("verdict.json", "*.gguf", "*/")),
-    *(f"{LOGS}/{name}" for name in ("csv/**", "tensorboard/**", "wandb/**", "wandb-id", "trackio/**")),
+    *(VERDICTS, f"{QUANTIZED}/*.gguf", f"{QUANTIZED}/*/"),
+    *(WANDB_ID, *(f"{LOGS}/{name}/**" for name in ("csv", "tensorboard", "wandb", "trackio"))),
 )
 
 

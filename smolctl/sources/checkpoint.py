@@ -31,7 +31,7 @@ from smolctl.sources.base import (
 from smolctl.sources.huggingface.folder import describe_beside
 from smolctl.sources.huggingface.tokenizer import tokenizer_reader
 from smolctl.sources.provenance import reference_of
-from smolctl.sources.quantized.folder import Made
+from smolctl.sources.quantized_folder import Made
 from smolctl.sources.shapes import check_tensors, with_table
 
 if TYPE_CHECKING:

@@ -50,8 +50,8 @@ from smolctl.sources.huggingface.folder import (
 )
 from smolctl.sources.huggingface.safetensors_file import is_safetensors
 from smolctl.sources.huggingface.tokenizer import TOKENIZER_FILES, tokenizer_reader
-from smolctl.sources.nanotron import is_nanotron, open_nanotron
-from smolctl.sources.quantized.folder import DESCRIPTION, FILE, is_quantized_folder, open_quantized_folder
+from smolctl.sources.nanotron.open import is_nanotron, open_nanotron
+from smolctl.sources.quantized_folder import DESCRIPTION, FILE, is_quantized_folder, open_quantized_folder
 
 # What trainers write beside weights, and further parts of a split file.
 NO_LONE_FILE = re.compile(

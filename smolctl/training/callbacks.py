@@ -17,6 +17,7 @@ from smolctl.evaluation import bits_per_byte
 from smolctl.runs.events import Checkpoint, End, Event, Listener, Note, Step, Validation, to_json
 from smolctl.runs.folder import RunFolder
 from smolctl.runs.layout import is_run
+from smolctl.runs.retention import remove_old_checkpoints
 from smolctl.runs.root import make_latest
 from smolctl.timing import peak_memory
 from smolctl.training.checkpoint import drop_weights
@@ -273,7 +274,7 @@ class RunCallback(pl.Callback):
 
     def _remove_old_checkpoints(self, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero:
-            self.run.remove_old_checkpoints(self.config.checkpoint)
+            remove_old_checkpoints(self.run, self.config.checkpoint)
 
     def _validate(self, trainer: pl.Trainer, module: TrainingModule) -> bool:
         """Score the held-out text, and end a run that has not improved for too long.

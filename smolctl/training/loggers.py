@@ -23,7 +23,7 @@ from smolctl.config import RunConfig
 from smolctl.errors import UsageError
 from smolctl.extras import install_command
 from smolctl.runs.events import Listener, Note
-from smolctl.runs.layout import LOGS
+from smolctl.runs.layout import LOGS, WANDB_ID
 from smolctl.training.lightning import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from smolctl.training.rng import keeping_rng
 from smolctl.training.tolerance import reason
@@ -187,7 +187,7 @@ def _wandb(opening: Opening) -> Opened:
 
     logs = opening.folder / LOGS
     logs.mkdir(exist_ok=True)
-    id_file = logs / "wandb-id"
+    id_file = opening.folder / WANDB_ID
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4), encoding="ascii")
     settings = wandb.Settings(

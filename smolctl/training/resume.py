@@ -17,6 +17,7 @@ from smolctl.runs.checkpoint_file import CheckpointFile, holds_weights, read_che
 from smolctl.runs.events import Listener, Note, Start
 from smolctl.runs.folder import RunFolder
 from smolctl.runs.layout import CONFIG, step_in_name
+from smolctl.runs.retention import clear_after
 from smolctl.runs.root import RUNS, make_latest
 from smolctl.sources.checkpoint import tokenizer_inside
 from smolctl.training.device import Decisions, decide_again, describe_environment
@@ -99,7 +100,7 @@ def resume(
         prepared, checkpoint = _prepare(parent, reference, step, options, emit, on_tokenize)
         with naming_the_disk(parent.path):
             checkpoint = parent.under_its_step(checkpoint)
-            parent.clear_after(checkpoint.step, options.force)
+            clear_after(parent, checkpoint.step, options.force)
             parent.keep_records(checkpoint.step)
             parent.write_config(prepared.config)
             parent.update_environment(

@@ -61,7 +61,7 @@ def show_facts(out: Output, model: LoadedModel, result: CompletionResult, max_to
         place = "where the model's context is full" if full else f"at --max-tokens {max_tokens:,}"
         count = len(result.completions)
         answers = "The answer was" if count == 1 else f"{len(cut):,} of {count:,} answers were"
-        out.talk(f"{answers} cut {place}, before the model ended it.")
+        out.talk(f"{answers} cut {place}, before the model ended {'it' if count == 1 else 'them'}.")
 
 
 def timing_line(model: LoadedModel, timing: Timing) -> str:
@@ -76,7 +76,7 @@ def timing_line(model: LoadedModel, timing: Timing) -> str:
     )
     return (
         f"{model.engine.name}: loaded in {model.load_s:.1f} s, "
-        f"prompt of {timing.prompt_tokens:,} tokens{reused}, first token after {timing.first_token_s:.2f} s, "
+        f"prompt of {timing.prompt_tokens:,} token{'' if timing.prompt_tokens == 1 else 's'}{reused}, first token after {timing.first_token_s:.2f} s, "
         f"prefill {timing.prefill_tokens_per_s:,.0f} tok/s{decode}{drafted}"
     )
 

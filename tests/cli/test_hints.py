@@ -6,6 +6,7 @@ import ast
 import errno
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -62,6 +63,45 @@ def test_a_wrong_option_leads_to_the_help_of_its_command(option: str, smolctl: S
     called = smolctl("train", option)
     assert called.code == 2
     assert called.err.splitlines()[-1] == " hint: See smolctl train --help."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("sample", "--temp", "0"), "Did you mean --temperature?"),
+        (("sample", "--max-token=4"), "Did you mean --max-tokens?"),
+        (("train", "--learning-rat", "1"), "Did you mean --learning-rate?"),
+        (("sample", "--model", "x"), "MODEL is given without an option's name: smolctl sample MODEL."),
+        (("sample", "-m", "x"), "MODEL is given without an option's name: smolctl sample MODEL."),
+        (("resume", "--run", "x"), "RUN is given without an option's name: smolctl resume RUN."),
+        (("--json", "sample"), "Options come after the command: smolctl sample --json."),
+        (("-q", "inspect-config", "nano"), "Options come after the command: smolctl inspect-config -q."),
+    ],
+)
+def test_an_option_that_does_not_exist_leads_to_the_one_that_was_meant(
+    arguments: tuple[str, ...], hint: str, smolctl: Smolctl
+) -> None:
+    called = smolctl(*arguments)
+    assert called.code == ExitCode.USAGE
+    assert hint in called.err
+
+
+def test_the_examples_of_a_help_can_be_pasted_and_fit_80_columns(
+    smolctl: Smolctl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    root: Any = typer.main.get_command(application())
+    for name, one in root.commands.items():
+        text = smolctl(name, "--help").out
+        assert [line for line in text.splitlines() if len(line) > 80] == []
+        examples = [line for line in text.splitlines() if line.startswith("  smolctl ")]
+        assert examples
+        for line in examples:
+            words = shlex.split(line, comments=True)
+            _, verb, *arguments = words[: words.index(">")] if ">" in words else words
+            assert verb == name
+            one.make_context(verb, arguments)  # raises where a word is no option, value or argument
+
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,10 @@ def test_shares_become_whole_steps_of_the_run() -> None:
 @pytest.mark.parametrize(
     ("setting", "message", "hint"),
     [
-        ("train.stepz=1", "unknown key train.stepz", "Did you mean steps?"),
+        ("train.stepz=1", "unknown key train.stepz", "Did you mean train.steps?"),
+        ("steps=1", "unknown key steps", "Did you mean train.steps?"),
+        ("train.learning_rate=1", "unknown key train.learning_rate", "Did you mean optimizer.learning_rate?"),
+        ("seed=1", "unknown key seed", "Did you mean data.seed or train.seed?"),
         ("optimiser.eps=1", "unknown key optimiser", "Did you mean optimizer?"),
         ("model.n_layers=3", "unknown key model.n_layers", "num_hidden_layers"),
         ("train.steps=many", "train.steps", "Change the value"),

@@ -152,7 +152,7 @@ def test_packed_integers_are_not_passed_off_as_parameters(smolctl: Smolctl, tmp_
     [
         (["smollm2-135"], 3, "Did you mean smollm2-135m?"),
         (["no/such/file.gguf"], 3, "no such file"),
-        (["smollm2-135m", "--set", "num_hidden_layer=3"], 3, "Did you mean num_hidden_layers?"),
+        (["smollm2-135m", "--set", "num_hidden_layer=3"], 3, "Did you mean model.num_hidden_layers?"),
         (["smollm2-135m", "--set", "num_hidden_layers=-3"], 3, "num_hidden_layers"),
         (["smollm2-135m", "--set", "num_hidden_layers"], 2, "key=value"),
         (["smollm2-135m", "--depth", "0"], 2, "--depth"),

@@ -19,8 +19,8 @@ from smolctl.quantization.quantize import QuantizeOptions, quantize
 from smolctl.quantization.schemes import GGUF_SCHEMES, SchemeOptions, plan_quantization
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
-from smolctl.sources.quantized.folder import DESCRIPTION, FILE
 from smolctl.sources.quantized.packed import PackedMatrix
+from smolctl.sources.quantized_folder import DESCRIPTION, FILE
 from tests.support.disks import small_disk
 from tests.support.processes import ADDRESS, Called, call
 from tests.support.quantized_folders import make_quantized

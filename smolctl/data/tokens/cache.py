@@ -18,9 +18,9 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from smolctl.config.data import DataConfig
-from smolctl.data.mixture import Mixture
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokens.encoding import TokenizeProgress
+from smolctl.data.tokens.mixture import Mixture
 from smolctl.data.tokens.shards import Shard, disk_errors, find_shard_damage, token_dtype
 from smolctl.durable import sync_folder, write_text
 from smolctl.errors import InputError

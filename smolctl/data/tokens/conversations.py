@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smolctl.config.data import DataConfig
-from smolctl.data.mixture import Mixture, Part
 from smolctl.data.text.conversations import Conversation, RowError
 from smolctl.data.text.corpus import SequenceLengthError, Source, readable_conversations
 from smolctl.data.tokenizer.tokenizer import Tokenizer
@@ -40,6 +39,7 @@ from smolctl.data.tokens.conversation_shards import (
     write_conversations,
 )
 from smolctl.data.tokens.marks import CONTEXT, IDS
+from smolctl.data.tokens.mixture import Mixture, Part
 from smolctl.data.tokens.packing import PackedStream
 from smolctl.data.tokens.shards import TokenStream
 

@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 
 from smolctl.config.data import DataConfig
-from smolctl.data.mixture import Mixture
 from smolctl.data.order import MIXTURE, shares_of
 from smolctl.data.text.corpus import MissingSourceError, open_sources, pin_sources, shown_name
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokens.cache import LEAST_HELD_OUT, OnNote, OnProgress, TokenizedCorpus, digest
 from smolctl.data.tokens.conversations import find_conversations, tokenize_conversations
 from smolctl.data.tokens.encoding import TokenizeProgress
+from smolctl.data.tokens.mixture import Mixture
 from smolctl.data.tokens.shards import TokenStream
 from smolctl.data.tokens.streamed import tokenize_stream
 from smolctl.data.tokens.whole import common_documents, find_tokenized, tokenize_whole

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 from smolctl.config.data import DataConfig
-from smolctl.data.mixture import Mixture, Part
 from smolctl.data.text.corpus import SequenceLengthError
 from smolctl.data.text.hub import DatasetName, DatasetReader
 from smolctl.data.tokenizer.text_encoder import TextEncoder
@@ -37,6 +36,7 @@ from smolctl.data.tokens.cache import (
     write_manifest,
 )
 from smolctl.data.tokens.encoding import Bookmark, DocumentPiece, Encoded, encode_documents
+from smolctl.data.tokens.mixture import Mixture, Part
 from smolctl.data.tokens.shards import Shard, ShardWriter, TokenStream, token_dtype
 from smolctl.errors import InputError
 

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smolctl.config.data import DataConfig
-from smolctl.data.mixture import Mixture, Part
 from smolctl.data.text.corpus import SequenceLengthError, Source, open_sources
 from smolctl.data.text.documents import Document, OnRead
 from smolctl.data.tokenizer.text_encoder import TextEncoder
@@ -35,6 +34,7 @@ from smolctl.data.tokens.cache import (
     write_manifest,
 )
 from smolctl.data.tokens.encoding import TokenizeProgress, encode_documents
+from smolctl.data.tokens.mixture import Mixture, Part
 from smolctl.data.tokens.shards import ShardWriter, TokenStream, disk_errors, token_dtype
 from smolctl.errors import InputError
 

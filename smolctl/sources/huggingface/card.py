@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from smolctl.errors import InputError
-from smolctl.hub.client import README
+from smolctl.hub.files import README
 from smolctl.outside import parse_yaml
 
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)

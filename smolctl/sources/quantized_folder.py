@@ -2,8 +2,8 @@
 
 A folder holds `model.safetensors` and `quantization.json`, which says what every tensor in it stands for.
 A packed matrix NAME lies as `NAME.values`, `NAME.scales` and, with 4 bits, `NAME.offsets`
-(see `packed.py`); of the scheme int8-dynamic as `NAME.values` and `NAME.scales` in float32, a single one or
-one a row. Everything else lies under its own name.
+(see `quantized/packed.py`); of the scheme int8-dynamic as `NAME.values` and `NAME.scales` in float32, a
+single one or one a row. Everything else lies under its own name.
 
 Opening reads the headers and compares the size and the SHA-256 of the header with what was written.
 Asking for weights compares the SHA-256 of the whole file first (about a millisecond a megabyte), then
