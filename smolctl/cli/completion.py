@@ -183,7 +183,5 @@ def _leaves(schema: Any) -> dict[str, list[str]]:
             choices = (True, False)
         elif not choices and isinstance(field.default, int | float):
             choices = (field.default,)
-        leaves[name] = [
-            str(value).lower() if isinstance(value, bool) else str(value) for value in choices
-        ]
+        leaves[name] = [str(value).lower() if isinstance(value, bool) else str(value) for value in choices]
     return leaves
