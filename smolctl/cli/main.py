@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def _usage_error(error: Any) -> UsageError:
-    """A usage error of Typer's with a remedy; for an unknown option, with the option that was probably meant."""
+    """A usage error of Typer's with a remedy; for an unknown option, with the one probably meant."""
     # An option without its value is refused before there is a context.
     named = [name for name in sys.argv[1:2] if name in COMMANDS]
     context = getattr(error, "ctx", None)

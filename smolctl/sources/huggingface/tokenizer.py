@@ -78,7 +78,7 @@ def tokenizer_reader(folder: Path | None, carry: bool = True) -> Callable[[], To
 
     Args:
         folder: that may hold a tokenizer.
-        carry: keep the files in it for exports; a run's files are smolctl's, and an export writes them anew.
+        carry: keep the files in it for exports; a run's files are smolctl's, which an export rewrites.
     """
     if folder is None or not has_tokenizer(folder):
         return None
