@@ -1,4 +1,4 @@
-"""`smolctl eval`: tasks of lm-eval (EleutherAI's lm-evaluation-harness) on our engine."""
+"""`smolctl eval`: tasks of lm-eval (EleutherAI's lm-evaluation-harness) on smolctl's engine."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from smolctl.runs.layout import TASKS
 from smolctl.sources import open_source
 
 LIBRARY = "lm_eval"
-# Of what lm-eval returns, what its users know and programs read.
+# The parts of lm-eval's results that its users know and programs read.
 KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better")
 
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """What a call asks for."""
+    """Options of a call."""
 
     tasks: tuple[str, ...]  # names that lm-eval knows, YAML files, folders of them
-    shots: int | None = None  # examples in front of each question; None: as the task says
-    limit: float | None = None  # items of each task at most; below 1: this share of them
+    shots: int | None = None  # examples before each question; None: the task's default
+    limit: float | None = None  # maximum items per task; below 1: a share of them
     chat: bool = False  # ask in the model's chat template
     system: str | None = None  # system message in front of each question
-    generation: str | None = None  # key=value,… for tasks that have the model write
+    generation: str | None = None  # key=value,… for tasks with generated answers
     engine: EngineOptions = field(default_factory=EngineOptions)
 
 
@@ -53,7 +53,7 @@ class TaskMetric:
     """One figure of a task."""
 
     name: str
-    filter: str  # what an answer went through before it was judged; "none": nothing
+    filter: str  # the processing of an answer before it was scored; "none": none
     value: float
     standard_error: float | None  # over the items
     higher_is_better: bool | None
@@ -66,13 +66,13 @@ class TaskResult:
     task: str
     version: str
     shots: int | None
-    items: int  # that were asked
+    items: int  # number of evaluated items
     metrics: tuple[TaskMetric, ...]
 
 
 @dataclass(frozen=True)
 class TaskReport:
-    """Everything that a call has found."""
+    """The results of a call."""
 
     model: str
     step: int | None  # of a run
@@ -82,25 +82,25 @@ class TaskReport:
     chat: bool
     limit: float | None
     seconds: float  # without loading
-    truncated: int  # requests whose beginning did not fit the model's context
+    truncated: int  # requests that were truncated at the start to fit the model's context
     tasks: tuple[TaskResult, ...]
-    document: Mapping[str, Any]  # `KEPT` as lm-eval has it
+    document: Mapping[str, Any]  # `KEPT` parts of lm-eval's results
     samples: Mapping[str, Sequence[Mapping[str, Any]]] = field(repr=False)  # every item with its answers
 
 
 def evaluate_tasks(
     model: str, options: TaskOptions, note: Callable[[str], None] = lambda _text: None
 ) -> TaskReport:
-    """Ask a model the items of some tasks.
+    """Evaluate a model on some tasks.
 
     Args:
         model: any MODEL with weights and a tokenizer.
-        options: the tasks, and how they are asked.
+        options: the tasks, and how their questions are asked.
         note: called with each line of progress.
 
     Raises:
         InputError: lm-eval is not installed, a task is unknown or broken, or the model cannot be read.
-        HubError: a task's data cannot be had.
+        HubError: a task's data cannot be downloaded.
     """
     if find_spec(LIBRARY) is None:
         raise InputError("lm-eval is not installed", f"Install it: {install_command('eval')}")
@@ -144,7 +144,7 @@ def evaluate_tasks(
 
 
 def record_report(report: TaskReport) -> Path | None:
-    """Add the results to the record of the run that was asked; None: the model is not a run.
+    """Add the results to the record of the evaluated run; None: the model is not a run.
 
     Raises:
         SmolError: the record cannot be written.
@@ -163,7 +163,7 @@ def record_report(report: TaskReport) -> Path | None:
 
 
 def _ask(model: Any, tasks: Mapping[str, Any], options: TaskOptions) -> Mapping[str, Any]:
-    """What lm-eval's `simple_evaluate` does, but for its look at git and at every package of the machine."""
+    """Like lm-eval's `simple_evaluate`, without its queries of git and of all installed packages."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
     from lm_eval.evaluator import evaluate
     from lm_eval.utils import simple_parse_args_string
@@ -175,7 +175,7 @@ def _ask(model: Any, tasks: Mapping[str, Any], options: TaskOptions) -> Mapping[
             settings = simple_parse_args_string(options.generation)
             task.set_config(key="generation_kwargs", value=settings, update=True)
         own = task.get_config("num_fewshot")
-        if own != 0:  # 0 says that the task has no examples
+        if own != 0:  # 0 means that the task has no examples
             task.set_config(key="num_fewshot", value=(own or 0) if options.shots is None else options.shots)
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     found: Mapping[str, Any] = evaluate(
@@ -190,10 +190,10 @@ def _ask(model: Any, tasks: Mapping[str, Any], options: TaskOptions) -> Mapping[
 
 
 def _require_sound(name: str, task: Any, options: TaskOptions) -> None:
-    """Refuse what lm-eval would fail on without saying why. Raises InputError: naming the key."""
+    """Refuse tasks on which lm-eval would fail without an explanation. Raises InputError: naming the key."""
     if (
         type(task).__name__ == "ConfigurableTask"
-    ):  # else it is written in Python, with methods in place of keys
+    ):  # otherwise it is written in Python, with methods instead of keys
         keys = ["output_type", "doc_to_text", "doc_to_target"]
         keys += ["doc_to_choice"] * (task.get_config("output_type") == "multiple_choice")
         if lacking := [key for key in keys if task.get_config(key) is None]:
@@ -217,9 +217,9 @@ def _no_items(name: str) -> InputError:
 
 
 def _find_tasks(asked: Sequence[str]) -> tuple[Any, list[str]]:
-    """lm-eval's task manager, and the tasks by the names and paths that it takes.
+    """lm-eval's task manager, and the tasks by their names and paths.
 
-    To look up a name, it reads all of its 15,000 YAML files, which takes seconds.
+    To look up a name, lm-eval reads all of its 15,000 YAML files, which takes seconds.
     """
     from lm_eval.tasks import TaskManager
 
@@ -253,7 +253,9 @@ def _find_tasks(asked: Sequence[str]) -> tuple[Any, list[str]]:
 
 @contextlib.contextmanager
 def _explained(options: TaskOptions) -> Iterator[None]:
-    """Run lm-eval without bars and warnings, with what it prints on stderr, and explain what it raises."""
+    """Run lm-eval without progress bars and warnings, with its prints on stderr, and explain its
+    exceptions.
+    """
     import datasets
     import lm_eval.api.task as module
     from huggingface_hub.errors import HfHubHTTPError
@@ -311,7 +313,7 @@ def _is_number(value: object) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has of a value: items of a task's data may be anything."""
+    """A value in JSON's types: items of a task's data may have any type."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

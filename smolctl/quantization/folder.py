@@ -1,4 +1,4 @@
-"""A model as a folder: written beside its place, read back and compared bit for bit, then renamed."""
+"""Writes a model as a folder: to a temporary place, read back and compared bit for bit, then renamed."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ from smolctl.sources.quantized_folder import (
     header_digest,
 )
 
-SMALL_FILES = 32 << 20  # tokenizer, configs and the file system's own: room that is left for them
+SMALL_FILES = 32 << 20  # free space for tokenizer, configs and the file system's own data
 CHECKPOINT_SUFFIX = "_quantized.ckpt"
 QUANTIZED_MODEL = "quantized model"
 
 
 class WriteError(SmolError):
-    """A quantized model could not be written; what was there before is as it was."""
+    """A quantized model could not be written; earlier files are unchanged."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What was quantized."""
+    """The model that was quantized."""
 
     id: str
     kind: str
@@ -72,25 +72,25 @@ def write_folder(
     origin: Origin,
     name: str = "model",
 ) -> tuple[str, ...]:
-    """Write a model so that every command takes the folder as MODEL.
+    """Write a model as a folder that every command accepts as MODEL.
 
     Args:
         target: the folder. smolctl's own files in it are replaced.
         config: of the network.
-        plan: what the items follow.
-        items: every tensor under its Hugging Face name, as it will be stored.
-        tokenizer: travels with the model.
-        origin: kept in the description.
+        plan: how the items are stored.
+        items: every tensor under its Hugging Face name, in its stored form.
+        tokenizer: written with the model.
+        origin: written into the description.
         name: of the model, for `NAME_quantized.ckpt`.
 
     Returns:
-        Files that were there and stay, because they are not smolctl's.
+        Files of others that were already there and were kept.
 
     Raises:
         WriteError: no room, no permission, or the disk returned different bytes than were written.
     """
     stored = stored_arrays(items)
-    twice = 2 if plan.scheme == DYNAMIC else 1  # the .ckpt holds everything again
+    twice = 2 if plan.scheme == DYNAMIC else 1  # the .ckpt contains everything a second time
     needed = twice * sum(array.nbytes for array in stored.values())
     with write_errors(target), building(target) as folder:
         if lack := lack_of_room(folder, needed + min(SMALL_FILES, needed)):
@@ -109,13 +109,13 @@ def write_folder(
 
 @contextmanager
 def write_errors(target: Path) -> Iterator[None]:
-    """Turn the operating system's refusal into the reason and the remedy."""
+    """Turn an error of the operating system into the reason and the remedy."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (SafetensorError, OSError, RuntimeError) as error:
-        # torch.save turns a short write into a RuntimeError that names no cause.
+        # torch.save turns a short write into a RuntimeError that does not name the cause.
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise WriteError(
             f"{target}: cannot be written ({reason})", "Free some space or choose another --out."
@@ -145,7 +145,7 @@ def _write_files(
     origin: Origin,
     name: str,
 ) -> None:
-    plain = plan.scheme == "bf16" and not config.needs_own_code  # transformers loads it as it is
+    plain = plan.scheme == "bf16" and not config.needs_own_code  # needs no code of smolctl's
     write_model(
         folder,
         config,
@@ -220,7 +220,7 @@ def _write_checkpoint(
 
 
 def _compare(partial: Path, items: Mapping[str, StoredTensor], target: Path) -> None:
-    """Read everything back, through the readers that every command uses."""
+    """Read everything back with the readers that every command uses, and compare it."""
     for path in (partial, *partial.glob(f"*{CHECKPOINT_SUFFIX}")):
         found = stored_arrays(dict(open_source(str(path)).require_weights().stored()))
         expected = stored_arrays(items)

@@ -24,7 +24,7 @@ _ANSWER_MARK = "answer_mark"  # the variable that `{% generation %}` writes
 # SHA-256 of templates that were read and found harmless. They need no process, which takes 0.1 s to start.
 HARMLESS = frozenset({
     "872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788",  # SmolLM2-Instruct
-    "66edfb854931c933d3ac94f507626dd4fa2d5ca0a9b1036b11729d296a7392ac",  # our own ChatML
+    "66edfb854931c933d3ac94f507626dd4fa2d5ca0a9b1036b11729d296a7392ac",  # smolctl's ChatML
 })  # fmt: skip
 Messages = Sequence[Mapping[str, Any]]
 
@@ -39,16 +39,16 @@ def render_chat(
     tools: Messages = (),
     answer_mark: str = "",
 ) -> str:
-    """Fill a model's chat template.
+    """Render a model's chat template.
 
     Args:
         template: Jinja source, as in tokenizer_config.json or a GGUF.
         messages: `{"role": ..., "content": ...}` each.
-        tokens: special tokens by the names that templates know them by, such as bos_token.
+        tokens: special tokens under the names that templates use, such as bos_token.
         add_generation_prompt: end with the header of the assistant's turn.
-        origin: where the template comes from, for error messages.
-        most: characters that the text may have.
-        tools: functions that the assistant may call, as the template takes them.
+        origin: of the template, for error messages.
+        most: maximum characters of the text.
+        tools: functions that the assistant may call, in the template's form.
         answer_mark: written before and after the text of every `{% generation %}` block.
 
     Raises:
@@ -63,7 +63,7 @@ def render_chat(
             f"{origin}: the chat template {fault}",
             "Change the messages, or leave out --chat to complete plain text.",
         )
-    text = whole_characters(text)  # messages and the template itself can hold halves
+    text = whole_characters(text)  # messages and template may contain surrogates
     if len(text) > most:
         raise PromptTooLongError(f"the conversation has more than {most:,} characters", "Shorten it.")
     return text
@@ -92,7 +92,7 @@ def fill(
 
 @lru_cache(maxsize=4)
 def _compiled(template: str) -> jinja2.Template:
-    """A template ready to be filled: compiling takes a hundred times longer than filling."""
+    """A compiled template, because compiling takes a hundred times longer than rendering."""
     return _environment().from_string(template)
 
 
@@ -104,14 +104,16 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     environment.globals.update(
         raise_exception=_raise,
         strftime_now=lambda form: datetime.now().strftime(form),
-        dict=lambda *pairs, **items: dict(*pairs, **items),  # the class itself has more to reach for
+        dict=lambda *pairs, **items: dict(*pairs, **items),  # the class itself gives access to more
         namespace=_Namespace,
     )
     return environment
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}` encloses what the assistant says: its content, between two marks if there is one."""
+    """`{% generation %}` encloses the assistant's text: outputs its content, between two marks if there
+    are any.
+    """
 
     tags = {"generation"}  # noqa: RUF012 (the name and type that Jinja asks for)
 
@@ -123,7 +125,9 @@ class _GenerationBlock(jinja2.ext.Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Jinja's namespace without names that begin with an underscore: none of Python's inner ones."""
+    """Jinja's namespace without names that start with an underscore, which would give access to Python's
+    internals.
+    """
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
@@ -142,7 +146,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Unlike Jinja's own filter this one leaves <, > and & alone."""
+    """Unlike Jinja's own filter, this one does not escape <, > and &."""
     return json.dumps(  # noqa: TID251 - as transformers has it in its templates
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
