@@ -256,21 +256,22 @@ static void attend_group(context *c, int index, int token, int count, int kv_hea
         partial out[QUERIES], *places[QUERIES];
         int furthest = 0;
         q.count = least(QUERIES, rows - row), q.again = row || b->count > c->exact, q.pairs = HAS_PAIRS && c->narrows && b->count > c->exact;
-        for (int r = 0; r < QUERIES; r++) {
-            int is_used = row + r < rows, t = token + (row + r) / group;
+        for (int r = q.count; r < QUERIES; r++) out[r].values = spare;
+        for (int r = 0; r < q.count; r++) {
+            int t = token + (row + r) / group;
             size_t query = (size_t)t * m->heads + (size_t)(kv_head * group + (row + r) % group);
             size_t place = query * (size_t)c->splits + (size_t)split;
-            q.limit[r] = is_used ? b->positions[t] + 1 : 0;
+            q.limit[r] = b->positions[t] + 1;
             furthest = q.limit[r] > furthest ? q.limit[r] : furthest;
-            places[r] = is_used ? &c->partials[place] : NULL;
-            out[r] = (partial){-INFINITY, 0, places[r] ? c->partial_values + place * (size_t)stride : spare};
+            places[r] = &c->partials[place];
+            out[r] = (partial){-INFINITY, 0, c->partial_values + place * (size_t)stride};
             memset(out[r].values, 0, sizeof(float) * (size_t)stride);
         }
         // Parts begin at fixed positions, so that other tokens of the call do not change the bits.
         int span = c->splits > 1 ? SPLIT_POSITIONS : filled_to(furthest, KEYS);
         int first = split * span, last = least(first + span, furthest);
         if (first < last) attend(&b->cache, &from, D, &q, first, last, out);
-        for (int r = 0; r < QUERIES; r++) if (places[r]) *places[r] = out[r];
+        for (int r = 0; r < q.count; r++) *places[r] = out[r];
     }
 }
 
