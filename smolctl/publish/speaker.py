@@ -1,4 +1,4 @@
-"""The model of a Gradio Space: it answers several visitors at once, each until they leave or press stop."""
+"""The model of a Gradio Space: answers several visitors at once, each until they leave or press stop."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from smolctl.generation.load import LoadedModel
 from smolctl.generation.sampling import SamplingSettings
 from smolctl.generation.service import Asked, Piece, Service
 
-ANSWER_S = 60.0  # for one answer, its prompt included: others are waiting
-CHECK_EVERY_S = 0.25  # whether time is up, or the visitor has left
-SLOTS = 8  # visitors at most who are answered at once
-CACHE_BYTES = 4 << 30  # of their conversations together: fewer are answered at once where a model needs more
-WAITING = 16  # visitors at most who wait for their turn; others are asked to come back
-# What the page says below an answer in place of the model.
+ANSWER_S = 60.0  # per answer, including its prompt, because others are waiting
+CHECK_EVERY_S = 0.25  # for the end of the time, or of the visit
+SLOTS = 8  # maximum number of visitors who are answered at once
+CACHE_BYTES = 4 << 30  # of their conversations; a model that needs more answers fewer visitors
+WAITING = 16  # maximum number of waiting visitors; others are asked to come back
+# Texts of the page, not of the model, below an answer.
 ENDED_AT_ONCE = "(the model ended its answer at once)"
 STOPPED = f"[stopped after {ANSWER_S:.0f} seconds]"
-REFUSED = "⚠ "  # begins the reason why there is no answer
-# Sliders under the box: name, least, most, step, value where the model recommends none, help.
+REFUSED = "⚠ "  # starts the reason why there is no answer
+# Sliders below the box: name, minimum, maximum, step, value if the model recommends none, help.
 CONTROLS = (
     ("Maximum tokens", 1, 512, 1, 128, "maximum number of tokens in an answer"),
     ("Temperature", 0.0, 2.0, 0.05, 0.7, "0 always takes the likeliest token"),
@@ -43,10 +43,10 @@ CONTROLS = (
 
 @dataclass(frozen=True)
 class Visit:
-    """What is known of a visitor who is being answered."""
+    """A visitor who is being answered."""
 
     has_left: Callable[[], bool] = lambda: False  # closed the page or the connection
-    by_program: bool = True  # asks through the endpoint for programs
+    by_program: bool = True  # uses the endpoint for programs
 
 
 class Speaker:
