@@ -161,14 +161,7 @@ def compare(
     blocks = Blocks.of(text)
     sizes = blocks.observed(blocks.sizes)
     if len(sizes) < 2:
-        what = "one conversation" if text.is_chat else f"{text.bytes:,} bytes in one document"
-        more = (
-            "two conversations or more" if text.is_chat else f"two documents, or on more than {BLOCK:,} bytes"
-        )
-        raise InputError(
-            f"{text.name}: {what}, which is too little for an interval",
-            f"Compare on {more}: --data FILE, or a larger --bytes.",
-        )
+        raise _too_little(text)
     scores, engines, tokens = [], [], []
     for model in models:
         own = readings[model.way]
@@ -210,6 +203,15 @@ def compare(
         tuple(measures),
         pairs,
         _notes(models, groups, blocks, text.is_chat),
+    )
+
+
+def _too_little(text: Text) -> InputError:
+    what = "one conversation" if text.is_chat else f"{text.bytes:,} bytes in one document"
+    more = "two conversations or more" if text.is_chat else f"two documents, or on more than {BLOCK:,} bytes"
+    return InputError(
+        f"{text.name}: {what}, which is too little for an interval",
+        f"Compare on {more}: --data FILE, or a larger --bytes.",
     )
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from smolctl.errors import HubError, InputError, SmolError, UsageError
 from smolctl.evaluation.task_record import record_tasks
+from smolctl.evaluation.task_templates import apply_template
 from smolctl.extras import install_command
 from smolctl.generation.engines import EngineOptions
 from smolctl.generation.load import load_model
@@ -208,7 +209,11 @@ def _require_sound(name: str, task: Any, options: TaskOptions) -> None:
             "Use a smaller --num-fewshot.",
         )
     if not len(task.eval_docs):
-        raise InputError(f"{name}: the task has no items", "Name data with items in its YAML file.")
+        raise _no_items(name)
+
+
+def _no_items(name: str) -> InputError:
+    return InputError(f"{name}: the task has no items", "Name data with items in its YAML file.")
 
 
 def _find_tasks(asked: Sequence[str]) -> tuple[Any, list[str]]:
@@ -254,15 +259,14 @@ def _explained(options: TaskOptions) -> Iterator[None]:
     import datasets
     import lm_eval.api.task as module
     from huggingface_hub.errors import HfHubHTTPError
-    from jinja2.sandbox import safe_range
-    from lm_eval.utils import env
+    from lm_eval import utils
 
-    env.globals["range"] = safe_range  # prevents a template of a task from counting to a billion
     logger, bars = logging.getLogger(LIBRARY), module.tqdm
     level = logger.level
     datasets.disable_progress_bars()
     logger.setLevel(logging.ERROR)
     module.tqdm = partial(bars, disable=True)
+    fill, utils.apply_template = utils.apply_template, apply_template
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
@@ -273,14 +277,16 @@ def _explained(options: TaskOptions) -> Iterator[None]:
             f"the data of a task is not available: {first_line(error)}",
             "Check its name and the network, or use a task with your own data.",
         ) from error
-    except Exception as error:  # a task is a program and may raise anything
+    except Exception as error:  # a task is a program: it raises whatever it likes
+        if isinstance(error, StopIteration) or "corresponds to no data" in str(error):  # of `datasets`
+            raise _no_items(", ".join(options.tasks)) from error
         said = dict.fromkeys((type(error).__name__, first_line(error)))
         raise InputError(
             f"{', '.join(options.tasks)}: lm-eval failed with {': '.join(said)}",
             "Correct the task; --debug shows where it stopped.",
         ) from error
     finally:
-        module.tqdm = bars
+        module.tqdm, utils.apply_template = bars, fill
         logger.setLevel(level)
 
 

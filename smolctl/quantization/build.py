@@ -12,12 +12,13 @@ from smolctl.config import ModelConfig
 from smolctl.model.dynamic import quantize_dynamically
 from smolctl.model.weights import finite_tensors
 from smolctl.quantization.rounding import quantize_matrix
-from smolctl.quantization.schemes import DYNAMIC, QuantizationPlan, wider
+from smolctl.quantization.schemes import QuantizationPlan, wider
 from smolctl.sources.arrays import as_array, as_tensor
 from smolctl.sources.base import ModelSource
 from smolctl.sources.quantized.packed import BLOCK
 from smolctl.sources.quantized.range import holds
 from smolctl.sources.quantized.scaled import StoredTensor, dense
+from smolctl.sources.quantized_folder import DYNAMIC
 from smolctl.sources.shapes import check_state
 
 

@@ -18,7 +18,7 @@ from smolctl.durable import file_digest, lack_of_room, sync_file, sync_folder
 from smolctl.errors import SmolError
 from smolctl.model.dynamic import dynamic_network, dynamic_state
 from smolctl.ownership import Record, building, put_in_place, write_record
-from smolctl.quantization.schemes import DYNAMIC, QuantizationPlan
+from smolctl.quantization.schemes import QuantizationPlan
 from smolctl.runs.checkpoint_file import FORMAT as CHECKPOINT_FORMAT
 from smolctl.sources import open_source
 from smolctl.sources.arrays import Array, as_tensor, name_of
@@ -28,6 +28,7 @@ from smolctl.sources.quantized.packed import PackedMatrix
 from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor
 from smolctl.sources.quantized_folder import (
     DESCRIPTION,
+    DYNAMIC,
     FILE,
     FORMAT,
     OFFSETS,
@@ -91,21 +92,19 @@ def write_folder(
     stored = stored_arrays(items)
     twice = 2 if plan.scheme == DYNAMIC else 1  # the .ckpt contains everything a second time
     needed = twice * sum(array.nbytes for array in stored.values())
-    with write_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if lack := lack_of_room(target.parent, needed + min(SMALL_FILES, needed)):
+    with write_errors(target), building(target) as folder:
+        if lack := lack_of_room(folder, needed + min(SMALL_FILES, needed)):
             raise WriteError(
                 f"{target}: the quantized model {lack}", "Free some space or choose another --out."
             )
-        with building(target) as folder:
-            _write_files(folder, config, plan, items, stored, tokenizer, origin, name)
-            written = {glob.escape(path.name): file_digest(path) for path in folder.iterdir()}
-            write_record(folder, Record(QUANTIZED_MODEL, written))
-            for path in folder.iterdir():
-                sync_file(path)
-            sync_folder(folder)
-            _compare(folder, items, target)
-            return put_in_place(folder, target)
+        _write_files(folder, config, plan, items, stored, tokenizer, origin, name)
+        written = {glob.escape(path.name): file_digest(path) for path in folder.iterdir()}
+        write_record(folder, Record(QUANTIZED_MODEL, written))
+        for path in folder.iterdir():
+            sync_file(path)
+        sync_folder(folder)
+        _compare(folder, items, target)
+        return put_in_place(folder, target)
 
 
 @contextmanager
@@ -185,6 +184,7 @@ def describe(plan: QuantizationPlan, items: Mapping[str, StoredTensor], origin: 
         "source": origin.document(),
         "calibrated": plan.options.calibrate,
         "skip": list(plan.options.skip),
+        "bits_map": [list(pair) for pair in plan.options.bits_map],
         "tensors": {name: _entry(item) for name, item in items.items()},
     }
     if plan.scheme == DYNAMIC:

@@ -33,7 +33,6 @@ from smolctl.quantization.footprint import measure_footprint
 from smolctl.quantization.measure import mean_kl, measure_quality, measure_speed
 from smolctl.quantization.record import record_variants
 from smolctl.quantization.schemes import (
-    DYNAMIC,
     GGUF_SCHEMES,
     PACKED_SCHEMES,
     QuantizationPlan,
@@ -49,7 +48,7 @@ from smolctl.sources.gguf.write import is_own_gguf, write_gguf
 from smolctl.sources.open import require_own_files
 from smolctl.sources.provenance import provenance_of
 from smolctl.sources.quantized.scaled import StoredTensor
-from smolctl.sources.quantized_folder import FILE
+from smolctl.sources.quantized_folder import DYNAMIC, FILE
 
 COSTLIEST = 5  # tensors whose KL is measured separately
 COST_WINDOWS = 4
@@ -328,7 +327,8 @@ def _measure(
     assert job.windows is not None
     source = load_model(model)
     loaded = [load_model(variant.path).engine for variant in variants]
-    job.note(f"measuring {len(loaded)} variants on {job.windows.tokens:,} tokens of the {job.windows.name}")
+    schemes = ", ".join(variant.scheme for variant in variants)
+    job.note(f"measuring {schemes} on {job.windows.tokens:,} tokens of the {job.windows.name}")
     qualities = measure_quality(source.engine, loaded, job.windows)
     speeds = measure_speed(source.engine, loaded, source.tokenizer)
     engines = [engine.name for engine in loaded]

@@ -12,7 +12,8 @@ from smolctl.errors import UsageError
 from smolctl.evaluation import resampled_estimate
 from smolctl.quantization.footprint import Footprint
 from smolctl.quantization.measure import GreedyDivergence, Quality, Speed
-from smolctl.quantization.schemes import DYNAMIC, GGUF_SCHEMES, PACKED_SCHEMES, SchemeOptions
+from smolctl.quantization.schemes import GGUF_SCHEMES, PACKED_SCHEMES, SchemeOptions
+from smolctl.sources.quantized_folder import DYNAMIC
 
 # Mean KL in nats per token. On SmolLM2-135M, 8 bits in groups of 32 cost 0.004, which is not noticeable; at 1
 # the perplexity has tripled.

@@ -47,7 +47,7 @@ def require_run(path: Path) -> Path:
         InputError: there is no such folder, or it is not a run.
     """
     if not path.is_dir():
-        raise InputError(f"{path}: no such run", _runs_hint(path.parent))
+        raise InputError(f"{path}: no such run", run_meant(str(path)) or _runs_hint(path.parent))
     if not is_run(path):
         raise InputError(f"{path}: not a run: it has no {CONFIG}", _runs_hint(path.parent))
     return path.parent / path.readlink() if path.is_symlink() else path
@@ -66,6 +66,11 @@ def latest_run(root: Path = RUNS) -> Path:
     if not runs:
         raise InputError(f"{root}: no run here", "`smolctl train nano` makes one; or name a MODEL.")
     return max(runs, key=lambda path: (path / CONFIG).stat().st_mtime)
+
+
+def run_meant(name: str) -> str:
+    """A hint where a run was named without its folder, as `nano-001` or `nano-001@300`; else no text."""
+    return f"Did you mean {RUNS / name}?" if is_run(RUNS / (name.rpartition("@")[0] or name)) else ""
 
 
 def _runs_in(root: Path) -> list[Path]:

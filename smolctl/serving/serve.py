@@ -74,7 +74,8 @@ class Ready:
     slots: int
     context: int  # tokens of a prompt and its answer
     weight_bytes: int
-    cache_bytes: int  # of the KV cache: its maximum size
+    cache_bytes: int  # of the KV cache: it grows to this and no further
+    page: str | None = None  # address of the chat page; None: there is none, as it could not send the key
     notes: tuple[str, ...] = ()
 
 
@@ -136,7 +137,15 @@ def open_server(model: str, options: ServeOptions, url: str) -> tuple[Server, Re
     name = Path(name).name if Path(model).exists() else name
     engine, notes = loaded.engine, loaded.notes
     ready = Ready(
-        url, name, engine.name, options.slots, context, engine.weight_bytes, service.cache_bytes, notes
+        url=url,
+        model=name,
+        engine=engine.name,
+        slots=options.slots,
+        context=context,
+        weight_bytes=engine.weight_bytes,
+        cache_bytes=service.cache_bytes,
+        page=None if options.api_key else f"{url}/",
+        notes=notes,
     )
     return Server(service, name, options.limits), ready
 

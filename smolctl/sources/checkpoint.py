@@ -31,7 +31,7 @@ from smolctl.sources.base import (
 from smolctl.sources.huggingface.folder import describe_beside
 from smolctl.sources.huggingface.tokenizer import tokenizer_reader
 from smolctl.sources.provenance import reference_of
-from smolctl.sources.quantized_folder import Made
+from smolctl.sources.quantized_folder import DYNAMIC, Made
 from smolctl.sources.shapes import check_tensors, with_table
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def open_checkpoint(path: Path, name: str) -> ModelSource:
         source = replace(source, problems=check_tensors(model, source.tensors or ()))
     quantization = content["quantization"] if model and not run else None
     if quantization is None and not all(isinstance(value, torch.Tensor) for value in state.values()):
-        quantization = {"scheme": "int8-dynamic"}
+        quantization = {"scheme": DYNAMIC}
     step = content.get("global_step")
     return replace(
         source,
@@ -124,7 +124,9 @@ def _model_of_quantized(content: Mapping[str, Any], path: Path) -> ModelConfig |
     values = content.get("config")
     if not isinstance(values, Mapping):
         raise InputError(f"{path}: has no config", REMEDY)
-    checked(Made, content["quantization"], f"{path}: quantization", REMEDY)
+    made = checked(Made, content["quantization"], f"{path}: quantization", REMEDY)
+    if made["scheme"] != DYNAMIC:
+        raise InputError(f"{path}: quantization: scheme: no checkpoint holds {made['scheme']}", REMEDY)
     return resolve_model_config(values, str(path))
 
 

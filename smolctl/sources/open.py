@@ -32,7 +32,7 @@ from smolctl.runs.folder import RunFolder
 from smolctl.runs.layout import CONFIG, is_run
 from smolctl.runs.layout import FILES as RUN_FILES
 from smolctl.runs.reference import split_step
-from smolctl.runs.root import LATEST, RUNS, latest_run
+from smolctl.runs.root import LATEST, RUNS, latest_run, run_meant
 from smolctl.sources.address import hub_id_of, is_file_name, is_hub_id, refuse_tag
 from smolctl.sources.base import NO_RECIPE, ModelSource, SourceKind
 from smolctl.sources.checkpoint import ZIP_MAGIC, open_checkpoint
@@ -146,6 +146,8 @@ def _open(model: str, values: Mapping[str, Any]) -> ModelSource:
 
         return open_hub(model)
     refuse_tag(model)
+    if hint := run_meant(model):
+        raise InputError(f"{model}: no preset or file has this name", hint)
     if "/" not in model and not is_file_name(model):
         config_path(model)  # raises, with presets of a similar name
     raise InputError(f"{model}: no such file or folder", KINDS)
@@ -194,9 +196,13 @@ def _open_folder(folder: Path, name: str) -> ModelSource:
         return _open_file(lone, name, {})
     if is_huggingface_folder(folder):
         return open_folder(folder, name)
-    inside = sorted(path.name for path in folder.iterdir())
-    shown = ", ".join(inside[:5]) or "nothing"
-    raise InputError(f"{folder}: contains no model (config.json, safetensors or run), only {shown}", KINDS)
+    inside = sorted(folder.iterdir())
+    shown = ", ".join(path.name for path in inside[:5]) or "nothing"
+    models = [str(path) for path in inside if path.is_dir() and _holds_model(path)]
+    raise InputError(
+        f"{folder}: contains no model (config.json, safetensors or run), only {shown}",
+        f"Name one of the models in it: {', '.join(models[:5])}." if models else KINDS,
+    )
 
 
 def _refuse_part(path: Path) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NotRequired, get_args
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -39,7 +39,9 @@ FILE = "model.safetensors"
 FORMAT, VERSION = "smolctl-quantized", 1
 REMEDY = "Copy the folder again, or run `smolctl quantize` again: it is damaged, changed or not complete."
 VALUES, SCALES, OFFSETS = ".values", ".scales", ".offsets"
-
+PackedScheme = Literal["int8", "int4"]
+DYNAMIC: Final = "int8-dynamic"
+FolderScheme = Literal[PackedScheme, "int8-dynamic", "bf16"]  # that a folder may be written in
 
 Size = Annotated[int, Field(strict=True, ge=0)]
 
@@ -65,7 +67,7 @@ class _Source(TypedDict):
 class Made(TypedDict):
     """How a model was quantized."""
 
-    scheme: Literal["int8", "int4", "int8-dynamic", "bf16"]
+    scheme: FolderScheme
     source: _Source
     activations: NotRequired[Literal["per-tensor", "per-token"]]
 
@@ -73,6 +75,7 @@ class Made(TypedDict):
 class _Description(Made):
     """The relevant part of a quantization.json."""
 
+    bits_map: NotRequired[list[tuple[str, int]]]  # that was asked for; files of older versions do not say
     config_sha256: str
     file: _File
     tensors: dict[str, _Entry]
@@ -99,7 +102,23 @@ def read_description(folder: Path) -> dict[str, Any]:
             "Update smolctl, or quantize the model again.",
         )
     checked(_Description, content, str(path), REMEDY)
+    for name, entry in content["tensors"].items():
+        if not _fits(content, entry):
+            raise InputError(
+                f"{path}: {name} is stored as the scheme {content['scheme']} stores no tensor", REMEDY
+            )
     return content
+
+
+def _fits(description: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
+    """Whether the scheme of a folder can be that of one of its tensors."""
+    scheme, bits = description["scheme"], entry.get("bits")
+    if bits is None:
+        return True  # of every scheme, where its integers cannot hold a tensor
+    if entry.get("group") is None:
+        return bool(scheme == DYNAMIC)
+    asked_for = bits == 8 or scheme == "int4" or description.get("bits_map") != []
+    return scheme in get_args(PackedScheme) and asked_for
 
 
 def open_quantized_folder(folder: Path, name: str) -> ModelSource:

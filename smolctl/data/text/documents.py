@@ -103,11 +103,10 @@ def no_text(where: str, reason: str, names: Iterable[str]) -> InputError:
     hint = (
         "Set data.text_field to the field or column that holds the text, or to a list of one for each source."
     )
+    if len(fields) == 1:
+        hint = f"If it holds the text: --set data.text_field={fields[0]}"
     if any(group.issubset(fields) for group in _OF_CONVERSATIONS):
-        hint = (
-            "These are conversations or instructions. Training reads plain text: write each as one text, in "
-            "the form of the model's chat template, into one field, and name it in data.text_field."
-        )
+        hint = "These are conversations or instructions: train on them with `smolctl train chat --data …`."
     return InputError(f"{where}: {reason}; it has {', '.join(map(repr, fields)) or 'no fields'}", hint)
 
 

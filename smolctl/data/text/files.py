@@ -185,7 +185,8 @@ def read_rows(path: Path, on_read: OnRead) -> Iterator[tuple[str, Mapping[str, A
         return
     if kind not in (*_JSON, *_TABLES):
         raise InputError(
-            f"{path}: conversations are not read from plain text", "Write JSON Lines, JSON, CSV or Parquet."
+            f"{path}: conversations are not read from plain text",
+            "Write JSON Lines, JSON, CSV or Parquet; or train on the text with another preset than chat.",
         )
     chunks = _read_text(path, on_read)
     first = next(chunks, "")

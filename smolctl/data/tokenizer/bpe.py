@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,13 +20,18 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2,
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256  # a token for every byte
 # More text hardly improves a vocabulary of this size, but takes memory.
 SAMPLE_BYTES = 64 * 1024 * 1024
+# Characters. Learning a merge takes time by the square of a word's length: a word of three million, as in a
+# file of base64, never ended.
+LONGEST_WORD = 1_000
+_LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     """Learn merges like SmolLM's: first split off single digits, then GPT-2's regex, then bytes.
 
-    The result is a pure function of the texts and is cached. Memory is bounded: from a corpus above 64 MiB,
-    an evenly spread sample is used.
+    The result is a pure function of the texts, and kept in the cache: another run over them reads it. Memory
+    is bounded: of a corpus above 64 MiB an evenly spread sample is used. So is time: longer words are cut
+    into words of `LONGEST_WORD` characters.
 
     Args:
         texts: in parts of any length.
@@ -79,8 +85,17 @@ def _learn(sample: list[str], vocab_size: int) -> tokenizers.Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(sample, trainer)
+    backend.train_from_iterator(_without_long_words(sample), trainer)
     return backend
+
+
+def _without_long_words(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        start = 0
+        for found in _LONG_WORD.finditer(text):
+            yield text[start : found.end()]
+            start = found.end()
+        yield text[start:]
 
 
 def evenly_spread(texts: Iterable[str], limit: int) -> list[str]:

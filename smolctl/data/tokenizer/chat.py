@@ -1,24 +1,12 @@
-"""A conversation as the text on which a chat model was trained.
-
-A chat template is a program that comes with an untrusted model. Jinja's sandbox prevents access to the
-interpreter, but not endless loops or excessive memory: `{{ 10 ** (10 ** 8) }}` is a single operation.
-Therefore it runs in a separate process, which the operating system limits.
-"""
+"""A conversation as the text that a chat model was trained on."""
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import hashlib
 import json
-import os
-import signal
-import threading
-import traceback
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
@@ -30,21 +18,15 @@ import jinja2.utils
 
 from smolctl.errors import InputError, PromptTooLongError
 from smolctl.escaping import whole_characters
-from smolctl.worker import Worker, WorkerEndedError
+from smolctl.templates import MOST_CHARACTERS, filled, with_limits
 
-MOST_CPU_S = 2  # seconds of CPU time per conversation; real templates take 0.01
-MOST_MB = 512  # of memory, in addition to Python and Jinja
-MOST_CHARACTERS = 10_000_000  # per conversation, if the context does not limit it further
-_ANSWER_MARK = "answer_mark"  # the variable that `{% generation %}` outputs
-MOST_SAID = 300  # characters of a template's own error message
-# SHA-256 of templates that were reviewed and are harmless. They run without a process, which takes 0.1 s to
-# start.
+_ANSWER_MARK = "answer_mark"  # the variable that `{% generation %}` writes
+# SHA-256 of templates that were read and found harmless. They need no process, which takes 0.1 s to start.
 HARMLESS = frozenset({
     "872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788",  # SmolLM2-Instruct
     "66edfb854931c933d3ac94f507626dd4fa2d5ca0a9b1036b11729d296a7392ac",  # smolctl's ChatML
 })  # fmt: skip
 Messages = Sequence[Mapping[str, Any]]
-Arguments = tuple[str, Messages, Mapping[str, str], bool, int, Messages, str]  # of `fill`
 
 
 def render_chat(
@@ -74,12 +56,12 @@ def render_chat(
         PromptTooLongError: the text is longer than `most`.
     """
     harmless = hashlib.sha256(template.encode("utf-8", "replace")).hexdigest() in HARMLESS
-    text, fault = (fill if harmless else _PROCESS.fill)(
-        template, messages, tokens, add_generation_prompt, most, tools, answer_mark
-    )
+    asked = template, messages, tokens, add_generation_prompt, most, tools, answer_mark
+    text, fault = fill(*asked) if harmless else with_limits(fill, *asked)
     if fault:
         raise InputError(
-            f"{origin}: {fault}", "Change the messages, or leave out --chat to complete plain text."
+            f"{origin}: the chat template {fault}",
+            "Change the messages, or leave out --chat to complete plain text.",
         )
     text = whole_characters(text)  # messages and template may contain surrogates
     if len(text) > most:
@@ -96,110 +78,16 @@ def fill(
     tools: Messages = (),
     answer_mark: str = "",
 ) -> tuple[str, str]:
-    """The text of a template, rendered until it is longer than `most`; and the error.
-
-    One of the two is empty.
-    """
-    pieces, length = [], 0
-    try:
-        for piece in _compiled(template).generate(
-            messages=[dict(message) for message in messages],
-            **{"bos_token": "", "eos_token": "", **tokens},
-            add_generation_prompt=add_generation_prompt,
-            tools=[dict(tool) for tool in tools] or None,
-            **{_ANSWER_MARK: answer_mark},
-            documents=None,
-        ):
-            pieces.append(piece)
-            length += len(piece)
-            if length > most:
-                break
-        return "".join(pieces), ""
-    except jinja2.TemplateSyntaxError as error:
-        return "", f"the chat template is broken at line {error.lineno}: {_said(error)}"
-    except SyntaxError as error:  # in the Python code that Jinja generates, which has other line numbers
-        return "", f"the chat template is broken: {error.msg}"
-    except MemoryError:
-        return "", f"the chat template needs more than {MOST_MB} MB of memory, or is nested too deeply"
-    except Exception as error:  # whatever a template raises is the template's fault
-        return "", f"the chat template refuses the conversation{_place(error)}: {_said(error)}"
-
-
-def fill_with_limits(*asked: *Arguments) -> tuple[str, str]:
-    """`fill` in a process that the operating system ends if it takes too long.
-
-    Windows has no such limits, and macOS has none for memory.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the calling process
-    with contextlib.suppress(ImportError):
-        import resource
-
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + MOST_CPU_S)
-        _limit(resource.RLIMIT_CORE, 0)
-        with contextlib.suppress(OSError):  # no /proc, and on macOS no such limit
-            pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-            _limit(resource.RLIMIT_AS, pages * resource.getpagesize() + (MOST_MB << 20))
-    return fill(*asked)
-
-
-def _limit(kind: int, most: int) -> None:
-    import resource
-
-    hard = resource.getrlimit(kind)[1]
-    resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
-
-
-class _Process:
-    """The process for templates. It is started when first needed, and again after it has ended."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._worker: Worker | None = None
-
-    def fill(self, *asked: *Arguments) -> tuple[str, str]:
-        """See `fill`."""
-        with self._lock:
-            if self._worker is None or not self._worker.running:
-                self._worker = Worker("the chat template")
-            text, fault = "", ""
-            try:
-                text, fault = self._worker.call(fill_with_limits, *asked)
-            except WorkerEndedError as error:
-                too_long = error.code == -getattr(signal, "SIGXCPU", 0)
-                why = f"takes more than {MOST_CPU_S} s" if too_long else f"cannot be filled ({error.message})"
-                fault = f"the chat template {why}"
-            finally:
-                # After Ctrl-C its answer would be taken for that to the next conversation, and if Python's
-                # compiler ran out of memory, Python was found damaged.
-                if not text:
-                    self.end()
-            return text, fault
-
-    def end(self) -> None:
-        """End the process, if there is one."""
-        if self._worker is not None:
-            self._worker.__exit__()
-            self._worker = None
-
-
-_PROCESS = _Process()
-atexit.register(_PROCESS.end)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_PROCESS.__init__)  # type: ignore[misc]
-
-
-def _said(error: Exception) -> str:
-    """An error's message on one short line; messages of Jinja's own errors need no class name."""
-    said = " ".join(str(error)[:MOST_SAID].split())
-    return said if said and isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {said}"
-
-
-def _place(error: Exception) -> str:
-    """The template's line that raised an error; Jinja sets the line numbers of a template's frames."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
-    return f" at line {lines[-1]}" if lines else ""
+    """The text of a chat template, and what is wrong with it; see `filled`."""
+    variables = {
+        "messages": [dict(message) for message in messages],
+        **{"bos_token": "", "eos_token": "", **tokens},
+        "add_generation_prompt": add_generation_prompt,
+        "tools": [dict(tool) for tool in tools] or None,
+        _ANSWER_MARK: answer_mark,
+        "documents": None,
+    }
+    return filled(lambda: _compiled(template), variables, most)
 
 
 @lru_cache(maxsize=4)

@@ -34,6 +34,7 @@ from smolctl.sources.stops import END_TOKENS, stop_token_ids
 
 DEFAULT_TOKENIZER = "HuggingFaceTB/SmolLM2-135M"
 END_OF_TEXT = "<|endoftext|>"
+KINDS = "Name a tokenizer.json, a folder, a GGUF, a run or a Hub id; train:N trains one with N entries."
 
 
 class Tokenizer:
@@ -122,7 +123,8 @@ class Tokenizer:
             InputError: there is no chat template, or it refuses the messages.
             PromptTooLongError: the conversation cannot fit the context.
         """
-        from smolctl.data.tokenizer.chat import MOST_CHARACTERS, render_chat  # Jinja: not for plain text
+        from smolctl.data.tokenizer.chat import render_chat  # Jinja: not for plain text
+        from smolctl.templates import MOST_CHARACTERS
 
         if self.chat_template is None:
             raise InputError(
@@ -305,12 +307,12 @@ def read_tokenizer_of(name: str) -> TokenizerFiles:
         files = TokenizerFiles(read_tokenizer_json(path))
     elif path.is_dir() and has_tokenizer(path):
         files = read_tokenizer_folder(path)
+    elif "/" not in name and not path.exists():  # for a MODEL the presets would be listed
+        raise InputError(f"{name}: no tokenizer has this name", KINDS)
     else:
         files = open_source(name).read_tokenizer()
     if files is None:
-        raise InputError(
-            f"{name}: contains no tokenizer", "Name a tokenizer.json, a folder, a GGUF or a Hub id."
-        )
+        raise InputError(f"{name}: contains no tokenizer", KINDS)
     return files
 
 

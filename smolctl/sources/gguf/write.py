@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from smolctl.config import ModelConfig, Provenance
-from smolctl.durable import lack_of_room, replacing
+from smolctl.durable import folder_of, lack_of_room, replacing
 from smolctl.errors import InputError, SmolError
 from smolctl.sources.base import TokenizerFiles
 from smolctl.sources.gguf.header import read_header
@@ -166,18 +166,19 @@ def write_gguf(
     if config.tie_word_embeddings:
         state.pop(HEAD, None)
     blocks = {key: _block(key, tensor, scheme) for key, tensor in state.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if lack := lack_of_room(path.parent, sum(_bytes(tensor, blocks[key]) for key, tensor in state.items())):
-        raise SmolError(f"{path}: the GGUF {lack}", "Free some space or choose another place.")
-    with replacing(path) as partial:
-        _write(partial, metadata, state, config, blocks)
-        try:
-            error = _read_back(partial, state, config, tokenizer, blocks)
-        except InputError as damage:  # a full disk may silently write less than requested
-            raise SmolError(
-                f"{path}: cannot be written (reads back as: {damage.message})",
-                "Look at the disk's space and health.",
-            ) from None
+    needed = sum(_bytes(tensor, blocks[key]) for key, tensor in state.items())
+    with folder_of(path):
+        if lack := lack_of_room(path.parent, needed):
+            raise SmolError(f"{path}: the GGUF {lack}", "Free some space or choose another place.")
+        with replacing(path) as partial:
+            _write(partial, metadata, state, config, blocks)
+            try:
+                error = _read_back(partial, state, config, tokenizer, blocks)
+            except InputError as damage:  # a disk that is full takes less than it was given, without a word
+                raise SmolError(
+                    f"{path}: cannot be written (reads back as: {damage.message})",
+                    "Look at the disk's space and health.",
+                ) from None
     parameters = sum(tensor.numel() for tensor in state.values())
     wider = tuple(
         f"{key} is stored as {block}: its values are outside the range of {scheme}"
