@@ -169,7 +169,7 @@ def _place(target: Path, another: str) -> Path:
     try:
         real = target.resolve()
     except (OSError, RuntimeError):  # RuntimeError before Python 3.13
-        raise UsageError(f"{target}: its links lead in a circle", another) from None
+        raise UsageError(f"{target}: its links form a loop", another) from None
     above = next(path for path in real.parents if path.exists())
     if not above.is_dir():
         raise UsageError(f"{target}: {above} is a file, not a folder", another)

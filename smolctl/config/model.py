@@ -126,7 +126,7 @@ class ModelConfig(Section):
         if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
             if hidden % heads:
                 raise ValueError(
-                    f"hidden_size {hidden} does not divide by num_attention_heads {heads}; set head_dim"
+                    f"hidden_size {hidden} is not divisible by num_attention_heads {heads}; set head_dim"
                 )
             return {**values, "head_dim": hidden // heads}
         return values
@@ -135,15 +135,15 @@ class ModelConfig(Section):
     def _check(self) -> ModelConfig:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} does not divide by "
+                f"num_attention_heads {self.num_attention_heads} is not divisible by "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
         if self.position_embedding == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd, but rope needs an even one")
         if self.no_rope_layers and len(self.no_rope_layers) != self.num_hidden_layers:
             raise ValueError(
-                f"no_rope_layers has {len(self.no_rope_layers)} entries, the model "
-                f"num_hidden_layers {self.num_hidden_layers}"
+                f"no_rope_layers has {len(self.no_rope_layers)} entries, but num_hidden_layers is "
+                f"{self.num_hidden_layers}"
             )
         self._check_kin()
         return self

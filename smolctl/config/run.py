@@ -246,7 +246,7 @@ class RunConfig(Section):
             )
         if train.micro_batch_size and train.batch_size % train.micro_batch_size:
             raise ValueError(
-                f"train.batch_size {train.batch_size} does not divide by "
+                f"train.batch_size {train.batch_size} is not divisible by "
                 f"train.micro_batch_size {train.micro_batch_size}"
             )
         if train.epochs is not None and train.minutes is not None:

@@ -101,7 +101,10 @@ def _recipe_problems(run: RunConfig) -> Iterator[str]:
     whole = run.with_whole_steps()
     steps, warmup = whole.train.steps, whole.schedule.warmup_steps
     if warmup >= steps:
-        yield f"schedule.warmup_steps {warmup:,} is not below train.steps {steps:,}: the peak does not last"
+        yield (
+            f"schedule.warmup_steps {warmup:,} is not below train.steps {steps:,}: the learning rate never "
+            f"stays at its peak"
+        )
     yield from whole.schedule_contradictions()
 
 

@@ -49,7 +49,7 @@ def jinja_files() -> Mapping[str, bytes]:
 def _fetched(kept: Path) -> bytes:
     registry = os.environ.get("NPM_CONFIG_REGISTRY") or REGISTRY
     address = f"{registry.rstrip('/')}/{PACKAGE}/-/jinja-{VERSION}.tgz"
-    reason = "its SHA-256 is another"
+    reason = "its SHA-256 differs"
     try:
         with urllib.request.urlopen(address, timeout=ANSWER_SECONDS) as answer:
             content: bytes = answer.read(_MOST_BYTES)

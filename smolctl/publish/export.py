@@ -131,10 +131,10 @@ def check_with_transformers(folder: Path, network: Transformer, tokenizer: Token
                     "but this model has another tokenizer",
                     "Train with the tokenizer of Qwen2.5, or without qkv_bias.",
                 )
-            raise _not_the_same(f"transformers cuts {sample[:30]!r} into other tokens")
+            raise _not_the_same(f"transformers splits {sample[:30]!r} into different tokens")
     ours = (tokenizer.chat_template or "").replace("\r\n", "\n")  # as Python and Jinja read a text file
     if ours != (their_tokenizer.chat_template or ""):
-        raise _not_the_same("transformers finds another chat template")
+        raise _not_the_same("transformers finds a different chat template")
     return difference
 
 

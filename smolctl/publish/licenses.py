@@ -40,6 +40,6 @@ def require_license(license: str, named_by: str) -> None:
     near = difflib.get_close_matches(spelled, sorted(LICENSES), n=1, cutoff=0.5)
     meant = f"Did you mean {near[0]}? " if near else ""
     raise InputError(
-        f"{named_by}: the Hub knows no licence {license!r}",
+        f"{named_by}: the Hub does not know the licence {license!r}",
         f"{meant}Its list: {PAGE}. For another one, write `license: other` and license_name in README.md.",
     )

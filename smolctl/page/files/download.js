@@ -18,7 +18,7 @@ export class Fault extends Error {
  * A JSON file of the page.
  * @param {URL} url
  * @param {string} [format] which it must name, in version 1
- * @throws {Fault} it cannot be had, or is something else
+ * @throws {Fault} it cannot be downloaded, or is something else
  */
 export async function getJSON(url, format) {
   const name = nameOf(url);

@@ -102,7 +102,7 @@ def require_gguf(config: ModelConfig, scheme: str) -> None:
     for name, size in rows.items():
         if scheme in BLOCK_SCHEMES and size % BLOCK:
             raise InputError(
-                f"GGUF {scheme} packs rows in blocks of {BLOCK}: {name} {size} does not divide",
+                f"GGUF {scheme} packs rows in blocks of {BLOCK}: {name} {size} is not divisible by it",
                 "Use f16 or bf16, which have no blocks: with `quantize`, gguf-f16 or gguf-bf16.",
             )
 

@@ -119,4 +119,4 @@ def _unread(node: Node) -> tuple[str, ...]:
         keys = values if isinstance(values, Mapping) else {}
         begin = f"{section}." if section else ""
         found += [f"{begin}{key}" for key in keys if key not in known and keys[key] not in (None, False, 0)]
-    return tuple(f"{key} is not read" for key in found)
+    return tuple(f"{key} is ignored" for key in found)
