@@ -13,7 +13,7 @@ from types import FrameType
 from smolctl.errors import ExitCode
 
 AGAIN_S = 0.02
-PATIENCE_S = 2.0  # for a command that is to end
+PATIENCE_S = 2.0  # for an interrupted command to end
 SHOW_CURSOR = b"\x1b[?25h"  # which a live display hides
 
 

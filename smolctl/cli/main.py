@@ -33,7 +33,7 @@ COMMANDS = (
     "push",
     "cache",
 )
-# What to use in place of options that a command does not have, but is often given.
+# Replacements for options that users often try but that a command does not have.
 INSTEAD = {
     ("resume", "--steps"): "Use --until N for the last step, or --extra N for further steps.",
     (

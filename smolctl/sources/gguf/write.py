@@ -174,7 +174,7 @@ def write_gguf(
             _write(partial, metadata, state, config, blocks)
             try:
                 error = _read_back(partial, state, config, tokenizer, blocks)
-            except InputError as damage:  # a disk that is full takes less than it was given, without a word
+            except InputError as damage:  # a full disk may silently write less than requested
                 raise SmolError(
                     f"{path}: cannot be written (reads back as: {damage.message})",
                     "Look at the disk's space and health.",
