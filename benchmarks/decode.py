@@ -1,19 +1,19 @@
-"""smolctl's engine beside the newest peers on the same weights: decoding, prefill, eight at once, and KL.
+"""smolctl's engine compared with other engines on the same weights: decoding, prefill, batches of eight, KL.
 
     python benchmarks/decode.py MODEL.gguf --peer-source DIR --peer-source DIR --venvs VENVS
 
-MODEL is a Llama-shaped GGUF, from which every engine's formats are made once. --peer-source is the source
-code of llama.cpp or ik_llama.cpp, which is built with cmake; DIR@VERSION where the folder is not git's. VENVS
-holds virtual environments named openvino, onnxruntime, ctranslate2 and mistralrs; one that is missing is left
-out:
+MODEL is a GGUF of a Llama-like model, from which every engine's formats are made once. --peer-source is the
+source code of llama.cpp or ik_llama.cpp, which is built with cmake; DIR@VERSION where the folder is not
+git's. VENVS holds virtual environments named openvino, onnxruntime, ctranslate2 and mistralrs; one that is
+missing is left out:
 
     pip install openvino-genai nncf
     pip install onnxruntime-genai onnx onnx-ir torch transformers
     pip install ctranslate2 torch transformers
     pip install mistralrs
 
-Every engine is a process of its own, stopped while others work; all take turns, round by round, and read the
-same tokens where they can be given. KL is against transformers in float32.
+Every engine runs in its own process, which is stopped while others work; all take turns in every round, and
+process the same tokens if these can be given. KL is measured against transformers in float32.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where the tokens of a run come from: the section `data` of its YAML file."""
+"""The section `data` of a run's YAML file: the sources of its tokens."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class DataConfig(Section):
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Everything that is read, the held-out file too."""
+        """All sources, including the held-out file."""
         return (*self.source, *filter(None, (self.validation,)))
 
     @model_validator(mode="before")
@@ -114,7 +114,7 @@ class DataConfig(Section):
         return (value,) * len(self.source) if isinstance(value, str) else value
 
     def one_by_one(self) -> tuple[DataConfig, ...]:
-        """A config of each source alone."""
+        """One config for each source."""
         of_each = zip(self.source, self.text_fields, self.splits, strict=True)
         return tuple(
             self.model_copy(

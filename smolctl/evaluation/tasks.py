@@ -124,7 +124,7 @@ def evaluate_tasks(
     results = tuple(one for name in found["results"] if (one := _result(name, found)).metrics)
     if not results:
         raise InputError(
-            f"{', '.join(options.tasks)}: the task has no figure to show",
+            f"{', '.join(options.tasks)}: the task has no metric to show",
             "Add a metric_list to its YAML file.",
         )
     return TaskReport(

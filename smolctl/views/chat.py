@@ -31,11 +31,11 @@ character makes a message of what would be a command."""
 
 
 class Chat:
-    """Answers what is typed until the input ends."""
+    """Answers the user's input until it ends."""
 
     def __init__(self, out: Output, session: Session) -> None:
         self.out, self.session = out, session
-        self._files: set[Path] = set()  # which this session has written or read, and may replace
+        self._files: set[Path] = set()  # written or read by this session, and therefore replaceable
         self._commands: dict[str, Callable[[str], object]] = {
             "/help": lambda _: out.talk(HELP),
             "/clear": self._clear,
@@ -73,7 +73,7 @@ class Chat:
                 self.out.talk("Stopped.")
 
     def _obey(self, text: str) -> None:
-        """Run a command or answer a message; errors end this turn only."""
+        """Run a command or answer a message; an error ends only this turn."""
         name, _, argument = text.strip().partition(" ")
         try:
             if not re.match(r"/[a-z]+(\s|$)", text):
@@ -173,7 +173,7 @@ def _file(name: str) -> Path:
 
 
 def _value(text: str) -> Any:
-    """A value as JSON has it, or the text itself."""
+    """A value parsed as JSON, or the text itself."""
     try:
         return parse_json(text)
     except ValueError:

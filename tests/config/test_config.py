@@ -133,9 +133,9 @@ def test_shares_become_whole_steps_of_the_run() -> None:
         ("train.steps=many", "train.steps", "Change the value"),
         ("train.steps=0", "train.steps", "Change the value"),
         ("schedule.name=wobbly", "schedule.name", "Change the value"),
-        ("model.num_key_value_heads=2", "does not divide by num_key_value_heads 2", "Change the value"),
+        ("model.num_key_value_heads=2", "is not divisible by num_key_value_heads 2", "Change the value"),
         ("data.sequence_length=4096", "exceeds model.max_position_embeddings", "Change the value"),
-        ("train.micro_batch_size=3", "does not divide by train.micro_batch_size 3", "Change the value"),
+        ("train.micro_batch_size=3", "is not divisible by train.micro_batch_size 3", "Change the value"),
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_a_remedy(setting: str, message: str, hint: str) -> None:
@@ -203,7 +203,7 @@ def test_another_batch_size_lowers_a_micro_batch_size_that_does_not_fit(
 
 
 def test_two_sizes_that_do_not_fit_are_refused_where_the_user_named_both() -> None:
-    with pytest.raises(InputError, match=r"train.batch_size 2 does not divide by train.micro_batch_size 8"):
+    with pytest.raises(InputError, match=r"train.batch_size 2 is not divisible by train.micro_batch_size 8"):
         load_run_config("nano", ["train.batch_size=2", "train.micro_batch_size=8"])
 
 

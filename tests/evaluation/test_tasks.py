@@ -177,7 +177,7 @@ def test_results_of_a_run_go_into_its_record_and_faults_have_a_remedy(
         ("--tasks", tasks / "long.yaml"): (3, "writes more than 10,000,000 characters"),
         ("--tasks", tasks / "itemless.yaml"): (3, "the task has no items"),
         ("--tasks", tasks / "unspoken.yaml"): (3, "unspoken: the task has no output_type"),
-        ("--tasks", tasks / "nothing.yaml"): (3, "the task has no figure to show"),
+        ("--tasks", tasks / "nothing.yaml"): (3, "the task has no metric to show"),
         ("--tasks", tasks / "minus.yaml"): (3, "minus: num_fewshot is -1"),
         ("--tasks", tasks / "many.yaml"): (3, "1,000,000,000 examples are asked for, and the task has 6"),
         ("--tasks", tasks / "silent.yaml"): (3, "asks for 0 new tokens"),

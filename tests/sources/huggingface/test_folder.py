@@ -147,7 +147,7 @@ def test_features_that_the_network_lacks_are_refused_by_name(fields: dict[str, A
     ("fields", "cause"),
     [
         ({"hidden_size": -1}, "hidden_size"),
-        ({"num_attention_heads": 5}, "does not divide"),
+        ({"num_attention_heads": 5}, "is not divisible"),
         ({"vocab_size": "many"}, "vocab_size"),
         ({"num_hidden_layers": 10**12}, "num_hidden_layers"),
         ({"rope_parameters": 7}, "rope_parameters"),
