@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from smolctl.escaping import whole_characters
-from smolctl.outside import MAX_DEPTH, parse_json
+from smolctl.outside import MAX_DEPTH, json_or_text
 
 # Names that ShareGPT's rows and their kin have for the roles of today's chat templates.
 ROLES = {
@@ -115,18 +115,10 @@ def read_conversation(row: Mapping[str, Any], shape: str, where: str) -> Convers
 
 def _objects(value: object, name: str) -> list[dict[str, Any]]:
     """Tools or calls of them as templates take them: a list of objects, which some data spells as JSON."""
-    objects = _from_json(value) if isinstance(value, str) else _without_nulls(value)
+    objects = json_or_text(value) if isinstance(value, str) else _without_nulls(value)
     if not isinstance(objects or [], list) or not all(isinstance(item, dict) for item in objects or []):
         raise RowError(f"{name!r} is not a list of objects")
     return objects or []
-
-
-def _from_json(text: str) -> Any:
-    """What a text of JSON says; the text itself where it is none."""
-    try:
-        return parse_json(text)
-    except ValueError:
-        return text
 
 
 def _without_nulls(value: Any, level: int = 0) -> Any:
@@ -175,7 +167,7 @@ def _call(value: dict[str, Any]) -> dict[str, Any]:
     """A call whose arguments are an object, as templates expect; OpenAI's API spells them as JSON."""
     function = value.get("function", value)
     if isinstance(function, dict) and isinstance(spelled := function.get("arguments"), str):
-        function = {**function, "arguments": _from_json(spelled)}
+        function = {**function, "arguments": json_or_text(spelled)}
     return {**value, "function": function} if "function" in value else function
 
 
