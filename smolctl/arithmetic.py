@@ -21,7 +21,7 @@ TRAINING_DTYPES = {
     "bfloat16": ("bfloat16", "bfloat16"),
     "float16": ("float16", "float16"),
     "bf16-mixed": ("float32", "bfloat16"),
-    "fp16-mixed": ("float32", "float16"),
+    "16-mixed": ("float32", "float16"),
 }
 # Lightning's names of a run's precision. "auto" is float32 until a device decides otherwise.
 DTYPE_OF_PRECISION = {
@@ -29,7 +29,7 @@ DTYPE_OF_PRECISION = {
     "32-true": "float32",
     "bf16-mixed": "bf16-mixed",
     "bf16-true": "bfloat16",
-    "16-mixed": "fp16-mixed",
+    "16-mixed": "16-mixed",
 }
 
 # Rows of logits that the loss holds at once: 256 × 49,152 in float32 are 48 MiB. Larger chunks are not

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from docs.regenerate import COMMON, EXACT, PAGES, command_lines, options, updated
+from docs.regenerate import BLOCK, COMMON, EXACT, PAGES, command_lines, options, updated
 from smolctl.cli.main import COMMANDS
+from smolctl.config import load_run_config
+from smolctl.runs.events import Checkpoint, End, Note, Prediction, Start, Step, Validation
+from smolctl.serving.serve import Ready
+from smolctl.training.verify import Verification
 from tests.support.processes import CHECKOUT, Smolctl
 
 README = CHECKOUT / "README.md"
@@ -52,6 +57,14 @@ def test_every_option_of_a_shown_command_exists() -> None:
     assert wrong == []
 
 
+def test_the_steps_of_nano_that_pages_and_help_name_are_kept_when_it_ends(smolctl: Smolctl) -> None:
+    config = load_run_config("nano")
+    kept = range(0, config.train.steps + 1, config.checkpoint.keep_every)[1:]
+    pages = {page.name: BLOCK.sub("", page.read_text(encoding="utf-8")) for page in PAGES}
+    for name, text in {**pages, **{one: smolctl(one, "--help").out for one in COMMANDS}}.items():
+        assert {int(step) for step in re.findall(r"runs/nano-001@(\d+)", text)} <= {*kept}, name
+
+
 @pytest.mark.parametrize("command", ["inspect-config", "inspect-config --against", "count-params"])
 def test_keys_of_json_are_documented(command: str, smolctl: Smolctl) -> None:
     page = (DOCS / "json.md").read_text(encoding="utf-8")
@@ -59,6 +72,18 @@ def test_keys_of_json_are_documented(command: str, smolctl: Smolctl) -> None:
     other = ["smollm2-135m"] if "--against" in command else []
     document = smolctl(command.split()[0], "nano", *command.split()[1:], *other, "--json").json
     assert re.findall(r"`(\w+)`", row) == list(document)
+
+
+def test_keys_of_events_are_documented() -> None:
+    page = (DOCS / "json.md").read_text(encoding="utf-8")
+    rows = {
+        name: re.findall(r"`(\w+)`", keys)
+        for name, keys in re.findall(r"^\| `(\w+)`.* \| (.*) \|$", page, re.M)
+    }
+    for kind in (Note, Start, Step, Prediction, Validation, Checkpoint, End):
+        assert rows[kind.event] == [field.name for field in fields(kind)]
+    assert rows["verification"] == [*(field.name for field in fields(Verification)), "exact"]
+    assert rows["ready"] == [field.name for field in fields(Ready) if field.name != "notes"]
 
 
 def test_links_lead_to_files_and_headings_that_exist() -> None:

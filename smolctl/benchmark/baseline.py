@@ -98,7 +98,7 @@ class Changes:
         """Check that no result is below the limit, if one is set.
 
         Raises:
-                GateError: naming the results that are, or that exist on one side only.
+            GateError: naming the results that are, or that exist on one side only.
         """
         if self.failed:
             named = ", ".join(f"{one.result.name} × {one.ratio:.2f}" for one in self.failed)
@@ -152,8 +152,7 @@ def compare_with(report: BenchReport, path: Path, fail_below: float | None) -> C
     """Compare new results with a baseline.
 
     Raises:
-            InputError: the baseline is damaged, comes from another machine or model, or has no result in
-                common.
+        InputError: the baseline is damaged, comes from another machine or model, or has no result in common.
     """
     content = read_baseline(path)
     machine, model = content["machine"], content["model"]

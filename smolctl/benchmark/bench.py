@@ -54,7 +54,7 @@ def bench(
 
     Args:
         model: any MODEL; one without weights, such as a preset, is measured with random ones.
-            options: what to measure, against which peers, and how often.
+        options: what to measure, against which peers, and how often.
         progress: called with a line of text at every stage.
 
     Raises:

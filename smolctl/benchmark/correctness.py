@@ -24,9 +24,9 @@ def error_of(suite: str, output: Tensor, expected: Tensor) -> float:
     """How far an output is from the expected one; infinite if it has another shape or is not finite.
 
     Args:
-            suite: the suite that produced the output.
+        suite: the suite that produced the output.
         output: logits (N, V), a mean loss (1,), or numbers that must be equal.
-            expected: the expected output, of the same shape.
+        expected: the expected output, of the same shape.
     """
     if output.shape != expected.shape or not output.isfinite().all():
         return float("inf")

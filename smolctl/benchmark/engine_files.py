@@ -40,18 +40,18 @@ def make_engine_files(
     """Write the files that the engines read.
 
     Args:
-            source: a model; one without weights gets random ones.
-            schemes: of `quantize`, measured in addition to the stored weights.
+        source: a model; one without weights gets random ones.
+        schemes: of `quantize`, measured in addition to the stored weights.
         peers: from `check_peers`.
-            threads: of each engine.
-            folder: an empty folder for the files that have to be written.
+        threads: of each engine.
+        folder: an empty folder for the files that have to be written.
 
     Returns:
-            The engines, smolctl's first: the stored weights, the variants, the peers; and for each peer that
-            is left out a line with the reason.
+        The engines, smolctl's first: the stored weights, the variants, the peers; and for each peer that is
+        left out a line with the reason.
 
     Raises:
-            SmolError: a scheme does not support this model.
+        SmolError: a scheme does not support this model.
     """
     engines = [EngineSpec("smolctl", source.id, threads)]
     if schemes:
@@ -120,8 +120,8 @@ def _gguf(source: ModelSource, ours: EngineSpec, folder: Path) -> tuple[str, str
 
 
 def stored_scheme(source: ModelSource) -> str:
-    """The scheme of a source that `quantize` wrote, else the type of most of its parameters, such as "F32" or
-    "Q4_1"; float32 if it has no weights.
+    """The scheme of a source that `quantize` wrote, else the type of most of its parameters, such as "F32"
+    or "Q4_1"; float32 if it has no weights.
     """
     if quantized := (source.quantization or {}).get("scheme"):
         return str(quantized)

@@ -68,8 +68,8 @@ def open_engine(spec: EngineSpec, config: ModelConfig | None = None) -> Engine:
 
     Args:
         spec: any.
-            config: of a peer's model, if it has been read already: the time of smolctl's reader must not
-                count for the peer.
+        config: of a peer's model, if it has been read already: the time of smolctl's reader must not count
+            for the peer.
 
     Raises:
         SmolError: the model cannot be read.

@@ -90,7 +90,7 @@ def cpu_times(children: Iterable[int] = ()) -> CpuTimes | None:
     """CPU time so far; None where there is no /proc/stat.
 
     Args:
-            children: ids of child processes that are still running.
+        children: ids of child processes that are still running.
     """
     stat = Path("/proc/stat")
     if not stat.exists():

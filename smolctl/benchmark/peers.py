@@ -93,8 +93,8 @@ class TransformersEngine(Engine):
 
 
 class _GridCache(Cache):
-    """litgpt stores keys and values inside its model, with the same length for all sequences: one cache at a
-    time.
+    """litgpt stores keys and values inside its model, with the same length for all sequences: one cache at
+    a time.
     """
 
     def __init__(self, engine: LitgptEngine, sequences: int, capacity: int) -> None:

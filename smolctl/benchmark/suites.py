@@ -54,7 +54,7 @@ def choose_suites(source: ModelSource, asked: Sequence[str]) -> tuple[str, ...]:
 
     Raises:
         UsageError: there is no such suite.
-            InputError: a requested suite does not support this model.
+        InputError: a requested suite does not support this model.
     """
     missing = {}
     if not source.tensors:
@@ -137,7 +137,7 @@ def prepare(
     The processes end when the exit stack is closed.
 
     Returns:
-            The prepared workloads, and a line for each of a peer's workloads that is left out.
+        The prepared workloads, and a line for each of a peer's workloads that is left out.
 
     Raises:
         SmolError: smolctl's own engine cannot run.

@@ -26,7 +26,7 @@ GGUF_SCHEMES = tuple(name.removeprefix("gguf-") for name in SCHEMES if name.star
 SUITES = ("load", "prefill", "decode", "batch", "train", "tokenize", "checkpoint")
 PEERS = ("transformers", "llama.cpp", "litgpt")
 LOGGERS = ("csv", "tensorboard", "wandb", "trackio", "none")
-DTYPES = ("float32", "bfloat16", "float16", "bf16-mixed")
+DTYPES = ("float32", "bfloat16", "float16", "bf16-mixed", "16-mixed")
 
 MODEL_FILES = {".gguf", ".safetensors", ".ckpt"}
 CONFIG_FILES = {".yaml", ".yml"}
@@ -183,7 +183,5 @@ def _leaves(schema: Any) -> dict[str, list[str]]:
             choices = (True, False)
         elif not choices and isinstance(field.default, int | float):
             choices = (field.default,)
-        leaves[name] = [
-            str(value).lower() if isinstance(value, bool) else str(value) for value in choices
-        ]
+        leaves[name] = [str(value).lower() if isinstance(value, bool) else str(value) for value in choices]
     return leaves

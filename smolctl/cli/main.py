@@ -33,6 +33,16 @@ COMMANDS = (
     "push",
     "cache",
 )
+# What to use in place of options that a command does not have, but is often given.
+INSTEAD = {
+    ("resume", "--steps"): "Use --until N for the last step, or --extra N for further steps.",
+    (
+        "resume",
+        "--data",
+    ): "A run keeps its data. For other data: smolctl train --init-from RUN --data …",
+    ("sample", "--greedy"): "Use --temperature 0.",
+    ("quantize", "--scheme"): "Use --to SCHEME.",
+}
 
 
 def _version(asked: bool) -> None:
@@ -96,7 +106,7 @@ def main() -> None:
 
 
 def _usage_error(error: Any) -> UsageError:
-    """A usage error of Typer's with a remedy; for an option that does not exist, with what was surely meant."""
+    """A usage error of Typer's with a remedy; of an option that does not exist, the one that was meant."""
     # An option without its value is refused before there is a context.
     named = [name for name in sys.argv[1:2] if name in COMMANDS]
     context = getattr(error, "ctx", None)
@@ -110,7 +120,9 @@ def _usage_error(error: Any) -> UsageError:
     near = [name for name in known if name.startswith(option) and option > "--"]
     near = near or difflib.get_close_matches(option, known, 2, 0.75)
     arguments = [one.metavar for one in parameters if one.param_type_name == "argument"]
-    if later:
+    if instead := INSTEAD.get((context.info_name, option)):
+        remedy = instead
+    elif later:
         remedy = f"Options come after the command: smolctl {later[0]} {option}."
     elif near:
         remedy = f"Did you mean {' or '.join(near)}? {remedy}"

@@ -1,4 +1,4 @@
-"""Writing to the Hub: one commit, and the proof that it arrived."""
+"""Writes to the Hub: one commit, and the check that it arrived."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from smolctl.hub.files import PlannedFile
 from smolctl.hub.identity import Identity, read_identity
 
 T = TypeVar("T")
-WAITS = (1.0, 2.0, 4.0)  # seconds before another attempt, unless the Hub says how long
+WAITS = (1.0, 2.0, 4.0)  # seconds before another attempt, unless the Hub specifies them
 LONGEST_WAIT = 300.0
 SENDING = "send the files"
 MAX_TEXT_BYTES = 10_000_000
@@ -31,7 +31,7 @@ MAX_TEXT_BYTES = 10_000_000
 
 @dataclass(frozen=True)
 class Target:
-    """Where files go."""
+    """The repository and revision to write to."""
 
     repo: str
     kind: str = "model"  # or space
@@ -44,7 +44,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Head:
-    """A repository as it stands at a commit."""
+    """A repository at a commit."""
 
     sha: str
     private: bool
@@ -54,25 +54,25 @@ class Head:
         return self.checksums.get(file.path) in (file.sha256, file.git_sha1)
 
     def is_as_planned(self, files: Iterable[PlannedFile], removed: Iterable[str]) -> bool:
-        """Whether a push of these files has nothing left to do."""
+        """Whether the repository already has exactly these files."""
         return all(map(self.has, files)) and not any(path in self.checksums for path in removed)
 
 
 @dataclass(frozen=True)
 class Commit:
-    """A push that was verified."""
+    """A verified push."""
 
     sha: str
-    sent: tuple[str, ...]  # paths; empty when everything was there already
+    sent: tuple[str, ...]  # paths; empty if everything was already there
     removed: tuple[str, ...] = ()
     pull_request: str | None = None
 
 
 class HubClient:
-    """The Hub's client for writing: with patience, and with errors in our words.
+    """A client for writing to the Hub, with retries and smolctl's errors.
 
     Args:
-        note: receives what takes time or was decided.
+        note: called with a line about slow work or a decision.
         wait: sleeps this many seconds.
 
     Raises:
@@ -96,10 +96,10 @@ class HubClient:
         return f"{endpoint()}/api/{target.kind}s/{target.repo}"
 
     def identity(self) -> Identity:
-        """Whose token this is, and what it may do.
+        """The owner of the token and its permissions.
 
         Raises:
-            HubError: there is none, or the Hub does not accept it.
+            HubError: there is no token, or the Hub does not accept it.
         """
         return read_identity(self.patiently("", "ask who this token belongs to", self.api.whoami))
 
@@ -107,7 +107,7 @@ class HubClient:
         """The newest commit and its files.
 
         Raises:
-            MissingError: no such repository or revision.
+            MissingError: there is no such repository or revision.
         """
         at = revision or target.revision
         info = self._ask(target, "look at the repository", self.api.repo_info, revision=at)
@@ -122,15 +122,15 @@ class HubClient:
         return Head(str(info.sha), bool(info.private), checksums)
 
     def ensure(self, target: Target, public: bool, space_sdk: str | None = None) -> Head:
-        """The head of a repository that is made when it is not there, and of a branch likewise.
+        """The head of a repository and branch, which are created if they do not exist.
 
         Args:
             target: the repository.
-            public: whether everybody may see a new one.
-            space_sdk: of a new Space.
+            public: whether a new repository is public.
+            space_sdk: for a new Space.
 
         Raises:
-            HubError: it cannot be made.
+            HubError: the repository cannot be created.
         """
         main = Target(target.repo, target.kind)
         try:
@@ -153,7 +153,7 @@ class HubClient:
             return self.head(target)
 
     def read(self, target: Target, head: Head, path: str) -> bytes | None:
-        """A small file at a commit, such as README.md; None when there is none."""
+        """Read a small file at a commit, such as README.md; None if it does not exist."""
         if path not in head.checksums:
             return None
         url = f"{self.url(target)}/resolve/{head.sha}/{quote(path)}"
@@ -170,19 +170,19 @@ class HubClient:
         create_pr: bool = False,
         removed: Sequence[str] = (),
     ) -> Commit:
-        """Send what differs in one commit on top of `head`, and check every file on the server.
+        """Send changed files in one commit on top of `head`, and check every file on the server.
 
         Args:
             target: the repository.
-            head: what it holds now.
-            files: all that it is to hold of ours.
-            message: of the commit.
-            create_pr: propose the commit instead.
-            removed: paths of files that go in the same commit.
+            head: its current commit and files.
+            files: all files that it must contain.
+            message: commit message.
+            create_pr: open a pull request instead.
+            removed: paths of files to delete in the same commit.
 
         Raises:
             ChangedError: somebody else has committed since `head` was read.
-            HubError: the Hub refuses, does not answer, or holds something other than what was sent.
+            HubError: the Hub refuses, does not respond, or has other content than was sent.
         """
         if head.is_as_planned(files, removed):
             return Commit(head.sha, ())
@@ -196,7 +196,7 @@ class HubClient:
             try:
                 sha, page = self._commit(target, head, changed, gone, message, create_pr)
             except PassingError:
-                # Whether a pull request was opened cannot be seen from here.
+                # A retry cannot see whether a pull request was opened.
                 landed = None if create_pr else self._landed(target, head, files, gone)
                 if landed is None:
                     raise
@@ -224,7 +224,7 @@ class HubClient:
         message: str,
         create_pr: bool,
     ) -> tuple[str, str | None]:
-        """Send one commit. Returns its checksum and, of one that is proposed, its page."""
+        """Send one commit. Returns its hash and, for a pull request, its page."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         xet_token = f"{self._api_url(target)}/xet-write-token/{quote(target.revision, safe='')}"
@@ -250,7 +250,9 @@ class HubClient:
     def _landed(
         self, target: Target, head: Head, files: Sequence[PlannedFile], removed: Sequence[str]
     ) -> Head | None:
-        """The new head when our commit arrived although its answer did not; None when nothing moved."""
+        """The new head if the commit arrived although the response did not; None if the head has not
+        changed.
+        """
         now = self.head(target)
         if now.sha == head.sha:
             return None
@@ -264,7 +266,7 @@ class HubClient:
     def _proposed(
         self, target: Target, files: Sequence[PlannedFile], removed: Sequence[str]
     ) -> Commit | None:
-        """An open pull request that has all of this already."""
+        """An open pull request that already contains all of this."""
         wanted = {"discussion_type": "pull_request", "discussion_status": "open"}
         listed = self.api.get_repo_discussions
         for discussion in self._list(target, "look at its pull requests", listed, **wanted):
@@ -275,23 +277,23 @@ class HubClient:
         return None
 
     def _ask(self, target: Target, doing: str, method: Callable[..., T], **options: Any) -> T:
-        """Call a method of the Hub's client on a repository, `patiently`."""
+        """Call a method of the Hub's client for a repository, with retries."""
         kind = target.kind
         return self.patiently(target.shown, doing, lambda: method(target.repo, repo_type=kind, **options))
 
     def _list(
         self, target: Target, doing: str, method: Callable[..., Iterable[T]], **options: Any
     ) -> list[T]:
-        """All that a method gives which asks the Hub again for every page."""
+        """Collect the results of a method that requests every page from the Hub."""
         return self._ask(target, doing, lambda *repo, **of: list(method(*repo, **of)), **options)
 
     def patiently(self, name: str, doing: str, call: Callable[[], T]) -> T:
-        """A call that may be repeated, several times where the Hub is out of order for a moment.
+        """Make a repeatable call, with retries if the Hub has a temporary problem.
 
         Args:
-            name: the repository, as its page's address ends; "" for the Hub itself.
-            doing: what is tried, as in "cannot {doing}".
-            call: does it.
+            name: the path of the repository's page; "" for the Hub itself.
+            doing: the action, as in "cannot {doing}".
+            call: makes the call.
 
         Raises:
             HubError: as `explained`, after the last attempt.

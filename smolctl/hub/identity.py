@@ -1,4 +1,4 @@
-"""Whose token it is, and what it allows, as the Hub answers."""
+"""The owner of a token and its permissions, as reported by the Hub."""
 
 from __future__ import annotations
 
@@ -46,19 +46,20 @@ class _Whoami(TypedDict):
 
 @dataclass(frozen=True)
 class Identity:
-    """Whose a token is, and what it allows."""
+    """The owner of a token and its permissions."""
 
     user: str
     organizations: tuple[str, ...]
     token_name: str
     role: str  # read, write or fineGrained
-    writable: tuple[str, ...] | None = None  # names that a fine-grained token may write to; None: all
+    writable: tuple[str, ...] | None = None  # names to which a fine-grained token may write; None: all
 
     def require_write(self, repo: str) -> None:
-        """Check that this token can write to a repository, as far as the Hub describes it.
+        """Check that this token can write to a repository, as far as the Hub reports it.
 
         Raises:
-            HubError: a read-only token, somebody else's namespace, or one outside the token's scope.
+            HubError: the token is read-only, the namespace belongs to somebody else, or is outside the
+                token's scope.
         """
         namespace = repo.split("/")[0]
         token = f"token {self.token_name!r}" if self.token_name else "this token"
@@ -84,10 +85,10 @@ class Identity:
 
 
 def read_identity(answer: object) -> Identity:
-    """What whoami answers, as far as it matters here.
+    """The relevant part of a whoami response.
 
     Raises:
-        HubError: it is no such answer.
+        HubError: it is not a whoami response.
     """
     with answered():
         said = checked(_Whoami, answer, f"{endpoint()}: the answer about the token")

@@ -64,7 +64,6 @@ typedef struct {
 #define EXACT 16             // tokens; engine.js repeats the number
 #define PIECE_ROWS 32        // matrix rows per piece of a matmul of many tokens
 #define EXACT_ROWS 320       // most matrix rows per piece of a matmul of up to EXACT tokens
-#define PIECE_TOKENS 4       // tokens per piece of attention
 
 typedef struct {
     model m;
@@ -75,8 +74,11 @@ typedef struct {
     int packs;      // how many matrices are packed: 0 none, 1 some, 2 all
     int C, A, F;    // padded widths of rows: hidden_size, heads × head_dim, intermediate_size
     int widest;     // the largest of these
-    float *x, *normed, *q, *k, *v, *attended, *hidden;  // (chunk, C, C, H × D, K × D, K × D, A, F)
-    uint16_t *narrow;      // (chunk, padded to NARROW_ROWS, widest): input of the next large matmul, in bfloat16
+    int together;   // tokens per piece of attention: their queries of a key/value head fill tiles of QUERIES rows
+    // Rows of `chunk` tokens, and TOKENS more for reads past the last one:
+    float *x, *normed, *k, *v, *attended, *hidden;  // (rows, C, C, K × D, K × D, A, F)
+    float *q;              // (K, rows, H / K, D)
+    uint16_t *narrow;      // (rows, widest): input of the next large matmul, in bfloat16
     integers *packed;      // (chunk): the same in integers, stored in `packed_room`
     float *packed_room;    // (chunk, INTEGER_ROOM(widest))
     float *scratch;        // (threads, scratch_size)
@@ -85,7 +87,7 @@ typedef struct {
     float *partial_values; // (tokens × H, splits, value_stride)
     size_t partial_room;   // size of `partial_values` in floats
     atomic_int *claimed;   // (layers × PHASES + PHASES)
-    atomic_int *attended_parts;  // (chunk / PIECE_TOKENS): finished parts per block of tokens
+    atomic_int *attended_parts;  // (chunk / together): finished parts per block of tokens
     atomic_int busy;       // whether a call or `smolctl_destroy` is running
     const batch *b;        // the current call
     int first_layer, last_layer;  // layers to run: all, unless JavaScript divides a call
@@ -107,12 +109,11 @@ INLINE int rows_of_piece(const pool *p, int rows, int tokens) {
 // Scratch memory of a thread: unpacked weights, normed vectors, their layouts, a spare attention row, a piece of `up`.
 typedef struct { float *panel, *normed, *forms, *spare, *up; } room;
 
-// Sizes in floats: of the unpacked weights, and of the layouts of one vector.
-#define PANEL(columns) (OPENED(columns) > NARROW_TILE * (columns) ? OPENED(columns) : NARROW_TILE * (columns))
+// Size in floats of the layouts of one vector.
 #define FORMS(columns) ((columns) + INTEGER_ROOM(columns))
 
 static room room_of(const context *c, int thread) {
-    float *panel = c->scratch + (size_t)thread * c->scratch_size, *normed = panel + PANEL(c->widest);
+    float *panel = c->scratch + (size_t)thread * c->scratch_size, *normed = panel + OPENED(c->widest);
     float *forms = normed + FEW * c->widest, *spare = forms + FEW * FORMS(c->widest);
     return (room){panel, normed, forms, spare, spare + c->widest};
 }
@@ -216,6 +217,11 @@ static void rotate(const model *m, int position, float *head) {
     }
 }
 
+// The query rows of a key/value head, (tokens, H / K, D), from a token on.
+INLINE float *queries_of(const context *c, int kv_head, int token) {
+    return c->q + ((size_t)kv_head * (size_t)(c->chunk + TOKENS) + (size_t)token) * (size_t)(c->m.heads / c->m.kv_heads * c->m.head_dim);
+}
+
 // One head of q, k or v for all tokens: matmul, bias, norm and RoPE. Keys and values are stored in the cache.
 static void project_head(context *c, int index, int piece, const operand *x, const room *own) {
     const model *m = &c->m;
@@ -223,12 +229,13 @@ static void project_head(context *c, int index, int piece, const operand *x, con
     const batch *b = c->b;
     int D = m->head_dim, is_q = piece < m->heads, is_k = !is_q && piece < m->heads + m->kv_heads;
     int heads = is_q ? m->heads : m->kv_heads, head = is_q ? piece : (piece - m->heads) % m->kv_heads;
-    float *to = (is_q ? c->q : is_k ? c->k : c->v) + (size_t)head * D, scale = 1.0f / sqrtf((float)D);
+    int group = is_q ? m->heads / m->kv_heads : 1, stride = (is_q ? group : heads) * D;
+    float *to = is_q ? queries_of(c, head / group, 0) + head % group * D : (is_k ? c->k : c->v) + (size_t)head * D, scale = 1.0f / sqrtf((float)D);
     const float *bias = is_q ? l->q_bias : is_k ? l->k_bias : l->v_bias;
     const float *norm = is_q ? l->q_norm : is_k ? l->k_norm : NULL;
-    product(is_q ? &l->q : is_k ? &l->k : &l->v, head * D, head * D + D, x, own, to, heads * D);
+    product(is_q ? &l->q : is_k ? &l->k : &l->v, head * D, head * D + D, x, own, to, stride);
     for (int t = 0; t < b->count; t++) {
-        float *row = to + (size_t)t * heads * D;
+        float *row = to + (size_t)t * stride;
         if (bias) for (int d = 0; d < D; d++) row[d] += bias[head * D + d];
         if (norm) rms_norm(row, norm, D, m->eps, row);
         if (m->rotary && l->rotates && (is_q || is_k)) rotate(m, b->positions[t], row);
@@ -245,18 +252,17 @@ static void attend_group(context *c, int index, int token, int count, int kv_hea
     int D = m->head_dim, group = m->heads / m->kv_heads, stride = b->cache.value_stride, rows = count * group;
     const cached from = cached_at(&b->cache, cached_head(c, index, token, kv_head), D);
     for (int row = 0; row < rows; row += QUERIES) {
-        queries q;
+        queries q = {.query = queries_of(c, kv_head, token) + (size_t)row * (size_t)D};
         partial out[QUERIES], *places[QUERIES];
         int furthest = 0;
         q.count = least(QUERIES, rows - row), q.again = row || b->count > c->exact;
         for (int r = 0; r < QUERIES; r++) {
-            int real = least(row + r, rows - 1), t = token + real / group;
-            size_t query = (size_t)t * m->heads + (size_t)(kv_head * group + real % group);
+            int is_used = row + r < rows, t = token + (row + r) / group;
+            size_t query = (size_t)t * m->heads + (size_t)(kv_head * group + (row + r) % group);
             size_t place = query * (size_t)c->splits + (size_t)split;
-            q.query[r] = c->q + query * (size_t)D;
-            q.limit[r] = b->positions[t] + 1;
+            q.limit[r] = is_used ? b->positions[t] + 1 : 0;
             furthest = q.limit[r] > furthest ? q.limit[r] : furthest;
-            places[r] = row + r < rows ? &c->partials[place] : NULL;
+            places[r] = is_used ? &c->partials[place] : NULL;
             out[r] = (partial){-INFINITY, 0, places[r] ? c->partial_values + place * (size_t)stride : spare};
             memset(out[r].values, 0, sizeof(float) * (size_t)stride);
         }
@@ -292,10 +298,10 @@ static void run_attention(context *c, int index, int phase, const room *own) {
     EACH_PIECE(c, phase + 1, m->heads + 2 * m->kv_heads, piece) project_head(c, index, piece, &x, own);
     barrier(c->pool);
 
-    int blocks = pieces_of(N, PIECE_TOKENS), parts = m->kv_heads * c->splits;
+    int blocks = pieces_of(N, c->together), parts = m->kv_heads * c->splits;
     EACH_PIECE(c, phase + 2, blocks * parts, piece) {
         int split = piece % c->splits, kv_head = piece % parts / c->splits, block = blocks - 1 - piece / parts;  // the longest context first
-        int first = block * PIECE_TOKENS, end = least(first + PIECE_TOKENS, N);
+        int first = block * c->together, end = least(first + c->together, N);
         for (int token = first, next; token < end; token = next) {
             for (next = token + 1; next < end && b->sequences[next] == b->sequences[token];) next++;
             attend_group(c, index, token, next - token, kv_head, split, own->spare);
@@ -420,9 +426,10 @@ EXPORT void *smolctl_create(const model *m, int chunk, int threads) {
     c->C = filled_to(m->hidden_size, BLOCK), c->A = filled_to(m->heads * m->head_dim, BLOCK), c->F = filled_to(m->intermediate_size, BLOCK);
     c->widest = c->C > c->A ? c->C : c->A;
     c->widest = c->widest > c->F ? c->widest : c->F;
+    for (c->together = 1; c->together * m->heads / m->kv_heads % QUERIES;) c->together++;
     look_at_kinds(c);
-    size_t rows = (size_t)c->chunk, head = (size_t)m->head_dim;
-    c->scratch_size = (size_t)(PANEL(c->widest) + FEW * FORMS(c->widest) + (1 + 2 * FEW) * c->widest) + rows * PIECE_ROWS + EXACT * EXACT_ROWS;
+    size_t rows = (size_t)c->chunk + TOKENS, head = (size_t)m->head_dim;
+    c->scratch_size = (size_t)(OPENED(c->widest) + FEW * FORMS(c->widest) + (1 + 2 * FEW) * c->widest) + rows * PIECE_ROWS + EXACT * EXACT_ROWS;
     c->x = zeros(rows * (size_t)c->C, sizeof(float));
     c->normed = zeros(rows * (size_t)c->C, sizeof(float));
     c->q = zeros(rows * (size_t)m->heads * head, sizeof(float));
@@ -430,12 +437,12 @@ EXPORT void *smolctl_create(const model *m, int chunk, int threads) {
     c->v = zeros(rows * (size_t)m->kv_heads * head, sizeof(float));
     c->attended = zeros(rows * (size_t)c->A, sizeof(float));
     c->hidden = zeros(rows * (size_t)c->F, sizeof(float));
-    c->narrow = zeros(c->narrows ? (rows + NARROW_ROWS - 1) * (size_t)c->widest : 0, sizeof(uint16_t));
+    c->narrow = zeros(c->narrows ? rows * (size_t)c->widest : 0, sizeof(uint16_t));
     c->packed = zeros(c->packs ? rows : 0, sizeof(integers));
     c->packed_room = zeros(c->packs ? rows * (size_t)INTEGER_ROOM(c->widest) : 0, sizeof(float));
     c->scratch = zeros((size_t)threads * c->scratch_size, sizeof(float));
     c->claimed = zeros((size_t)(m->layer_count + 1) * PHASES, sizeof(atomic_int));
-    c->attended_parts = zeros((size_t)pieces_of(c->chunk, PIECE_TOKENS), sizeof(atomic_int));
+    c->attended_parts = zeros((size_t)pieces_of(c->chunk, c->together), sizeof(atomic_int));
     c->pool = pool_create(threads);
     if (c->x && c->normed && c->q && c->k && c->v && c->attended && c->hidden && c->narrow && c->packed
         && c->packed_room && c->scratch && c->claimed && c->attended_parts && c->pool)
@@ -526,17 +533,18 @@ EXPORT void smolctl_help(void) {
 // A single matmul, for tests: y (tokens, rows) = x (tokens, columns) · m transposed, on the calling thread, with the
 // kernels of a network whose matrices are all like m.
 EXPORT int smolctl_multiply(const matrix *m, const float *x, int tokens, float *y) {
-    size_t columns = (size_t)m->columns, rows = (size_t)tokens;
+    size_t columns = (size_t)m->columns, rows = (size_t)tokens + TOKENS;
     context c = {.widest = m->columns, .packs = 2 * is_packed(m), .exact = is_packed(m) ? EXACT : FEW, .narrows = uses_bf16(m)};
-    float *memory = zeros((size_t)PANEL(m->columns) + FEW * FORMS(columns), sizeof *memory);
+    float *memory = zeros((size_t)OPENED(m->columns) + FEW * FORMS(columns) + rows * columns, sizeof *memory);
     c.packed_room = zeros(rows * INTEGER_ROOM(columns), sizeof(float));
     c.packed = zeros(rows, sizeof(integers));
-    c.narrow = zeros((rows + NARROW_ROWS - 1) * columns, sizeof(uint16_t));
+    c.narrow = zeros(rows * columns, sizeof(uint16_t));
     int failed = !memory || !c.packed_room || !c.packed || !c.narrow;
     if (!failed) {
-        room own = {.panel = memory, .forms = memory + PANEL(m->columns)};
-        for (int t = 0; t < tokens; t++) prepare_row(&c, x + (size_t)t * columns, m->columns, t, tokens);
-        operand operand = prepare(&c, x, m->columns, tokens, &own);
+        room own = {.panel = memory, .forms = memory + OPENED(m->columns)};
+        float *padded = memcpy(own.forms + FEW * FORMS(columns), x, sizeof *x * (size_t)tokens * columns);
+        for (int t = 0; t < tokens; t++) prepare_row(&c, padded + (size_t)t * columns, m->columns, t, tokens);
+        operand operand = prepare(&c, padded, m->columns, tokens, &own);
         product(m, 0, m->rows, &operand, &own, y, m->rows);
     }
     free(memory);

@@ -257,15 +257,6 @@ INLINE ivec add_quads(const ivec v[4]) {
     return FIRST_PAIRS(ab, cd) + LAST_PAIRS(ab, cd);
 }
 
-// Groups of four lanes of two vectors: those with an even index, and those with an odd one.
-#if LANES == 16
-#define EVEN_FOURS(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
-#define ODD_FOURS(a, b) __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
-#elif LANES == 8
-#define EVEN_FOURS(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11)
-#define ODD_FOURS(a, b) __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
-#endif
-
 // Finish the horizontal sums of LANES vectors that `add_quads` began, four at a time: lane i is the sum of vector i.
 INLINE ivec add_lanes(const ivec fours[LANES / 4]) {
 #if LANES == 16
@@ -388,43 +379,7 @@ INLINE void direct_rows(int kind, int parts, const packing *p, int first, int la
 
 #define UNIT (HAS_DIGITS ? 4 : 2)  // adjacent columns that stay together when rows are interleaved
 #define UNITS (BLOCK / UNIT)       // per block
-#define VECTORS 2                  // SIMD vectors of rows that share each load of activations
-#define OPENED_ROWS (VECTORS * LANES)
 #define OPENED(columns) (OPENED_ROWS * ((columns) + 128))  // size of the unpacked rows in floats
-
-// Transpose LANES / 4 vectors in units of four lanes: to[i] holds the i-th four lanes of each.
-INLINE void turn_fours(const ivec from[LANES / 4], ivec to[LANES / 4]) {
-#if LANES == 16
-    ivec even_ab = EVEN_FOURS(from[0], from[1]), odd_ab = ODD_FOURS(from[0], from[1]);
-    ivec even_cd = EVEN_FOURS(from[2], from[3]), odd_cd = ODD_FOURS(from[2], from[3]);
-    to[0] = EVEN_FOURS(even_ab, even_cd), to[1] = EVEN_FOURS(odd_ab, odd_cd);
-    to[2] = ODD_FOURS(even_ab, even_cd), to[3] = ODD_FOURS(odd_ab, odd_cd);
-#elif LANES == 8
-    to[0] = EVEN_FOURS(from[0], from[1]), to[1] = ODD_FOURS(from[0], from[1]);
-#else
-    to[0] = from[0];
-#endif
-}
-
-// Transpose LANES vectors of 32-bit parts to to[part × OPENED_ROWS + vector], with every four parts `gap` parts apart.
-// `by_two`: four lanes hold two parts of two vectors instead of one part of four.
-INLINE void interleave(const ivec v[LANES], int gap, int by_two, int32_t *to) {
-    ivec parts[4][LANES / 4], turned[LANES / 4];
-    for (int i = 0; i < LANES / 4; i++) {
-        const ivec *own = v + 4 * i;
-        ivec first_ab = FIRST(own[0], own[1]), last_ab = LAST(own[0], own[1]);
-        ivec first_cd = FIRST(own[2], own[3]), last_cd = LAST(own[2], own[3]);
-        parts[0][i] = FIRST_PAIRS(first_ab, first_cd), parts[1][i] = LAST_PAIRS(first_ab, first_cd);
-        parts[2][i] = FIRST_PAIRS(last_ab, last_cd), parts[3][i] = LAST_PAIRS(last_ab, last_cd);
-        if (!by_two) continue;
-        parts[0][i] = FIRST_PAIRS(own[0], own[1]), parts[1][i] = FIRST_PAIRS(own[2], own[3]);
-        parts[2][i] = LAST_PAIRS(own[0], own[1]), parts[3][i] = LAST_PAIRS(own[2], own[3]);
-    }
-    for (int part = 0; part < 4; part++) {
-        turn_fours(parts[part], turned);
-        for (int four = 0; four < LANES / 4; four++) STORE(to + (gap * four + part) * OPENED_ROWS, turned[four]);
-    }
-}
 
 // The scales of a part of unpacked rows. Behind the scales of the last part, the offsets follow.
 INLINE float *opened_scales(const packing *p, float *panel, int part) {
@@ -460,10 +415,6 @@ INLINE void open_rows(int kind, int parts, const packing *p, int row, int last, 
     }
 }
 
-// Unrolled, as the accumulators would not stay in registers otherwise.
-#define EACH_VECTOR_OF(count, v) _Pragma("clang loop unroll(full)") for (int v = 0; v < (count); v++)
-#define EACH_VECTOR(v) EACH_VECTOR_OF(VECTORS, v)
-
 // Add to each lane, which is a row, the dot products of block `b` of unpacked rows with `tokens` vectors.
 INLINE void add_opened(int parts, int tokens, const packing *p, float *panel, int b, const integers *x,
                        vec lane[VECTORS][TOGETHER]) {
@@ -473,21 +424,21 @@ INLINE void add_opened(int parts, int tokens, const packing *p, float *panel, in
         const float *scales = opened_scales(p, panel, part) + b * OPENED_ROWS, *offsets = opened_scales(p, panel, parts + part) + b * OPENED_ROWS;
         const float *w = panel + (size_t)b * UNITS * OPENED_ROWS;
         ivec sums[VECTORS][TOGETHER], upper[VECTORS][TOGETHER];
-        EACH_VECTOR_OF(tokens, t) {
+        EACH_OF(tokens, t) {
             int bias = BIAS && p->kind == INT8 ? x[t].biases[form][b] : 0;
-            EACH_VECTOR(v) sums[v][t] = bias - (ivec){0}, upper[v][t] = (ivec){0};
+            EACH_OF(VECTORS, v) sums[v][t] = bias - (ivec){0}, upper[v][t] = (ivec){0};
         }
 #if HAS_EIGHTS
         for (int u = part * units; u < (part + 1) * units; u += 2)
-            EACH_VECTOR_OF(tokens, t) {
+            EACH_OF(tokens, t) {
                 ivec own = LOAD(ivec, x[t].words + b * BLOCK + u * UNIT);
-                EACH_VECTOR(v) {
+                EACH_OF(VECTORS, v) {
                     upper[v][t] = add_eights(upper[v][t], LOAD(ivec, w + u * OPENED_ROWS + v * LANES), own);
                     sums[v][t] = add_eights(sums[v][t], LOAD(ivec, w + (u + 1) * OPENED_ROWS + v * LANES), own);
                 }
             }
         // The lanes are rows 0, 0, 1, 1 and 2, 2, 3, 3, with high and low digits alternating: separate the digits.
-        EACH_VECTOR(v) EACH_VECTOR_OF(tokens, t) {
+        EACH_OF(VECTORS, v) EACH_OF(tokens, t) {
             ivec rows_01 = upper[v][t], rows_23 = sums[v][t];
             upper[v][t] = __builtin_shufflevector(rows_01, rows_23, 0, 2, 4, 6);
             sums[v][t] = __builtin_shufflevector(rows_01, rows_23, 1, 3, 5, 7);
@@ -497,8 +448,8 @@ INLINE void add_opened(int parts, int tokens, const packing *p, float *panel, in
 #define EACH_PRODUCT(to, digits_from) \
     for (int u = part * units; u < (part + 1) * units; u += 4) { \
         ivec four[TOGETHER]; \
-        EACH_VECTOR_OF(tokens, t) four[t] = LOAD(ivec, x[t].digits + digits_at(b) + u * UNIT + digits_from); \
-        EACH_VECTOR_OF(4, i) EACH_VECTOR_OF(tokens, t) EACH_VECTOR(v) \
+        EACH_OF(tokens, t) four[t] = LOAD(ivec, x[t].digits + digits_at(b) + u * UNIT + digits_from); \
+        EACH_OF(4, i) EACH_OF(tokens, t) EACH_OF(VECTORS, v) \
             to[v][t] = add_digits(to[v][t], LOAD(ivec, w + (u + i) * OPENED_ROWS + v * LANES), four[t][i] - (ivec){0}); \
     }
         EACH_PRODUCT(upper, 0)
@@ -506,9 +457,9 @@ INLINE void add_opened(int parts, int tokens, const packing *p, float *panel, in
 #else
 #define EACH_PRODUCT(to, multiply, from) \
     for (int u = part * units; u < (part + 1) * units; u++) \
-        EACH_VECTOR_OF(tokens, t) { \
+        EACH_OF(tokens, t) { \
             ivec own = all_of(from); \
-            EACH_VECTOR(v) to[v][t] = multiply(to[v][t], LOAD(ivec, w + u * OPENED_ROWS + v * LANES), own); \
+            EACH_OF(VECTORS, v) to[v][t] = multiply(to[v][t], LOAD(ivec, w + u * OPENED_ROWS + v * LANES), own); \
         }
         if (HAS_DIGITS) {
             EACH_PRODUCT(upper, add_digits, x[t].digits + digits_at(b) + u / 4 * 4 * LANES + u % 4 * 4)
@@ -517,9 +468,9 @@ INLINE void add_opened(int parts, int tokens, const packing *p, float *panel, in
 #endif
 #undef EACH_PRODUCT
         if (p->kind != INT8)
-            EACH_VECTOR(v) EACH_VECTOR_OF(tokens, t)
+            EACH_OF(VECTORS, v) EACH_OF(tokens, t)
                 lane[v][t] += load(offsets + v * LANES) * x[t].sums[form][b];
-        EACH_VECTOR(v) EACH_VECTOR_OF(tokens, t) {
+        EACH_OF(VECTORS, v) EACH_OF(tokens, t) {
             vec scale = load(scales + v * LANES) * x[t].scales[b];
             lane[v][t] += __builtin_convertvector((upper[v][t] << 8) + sums[v][t], vec) * scale;
         }

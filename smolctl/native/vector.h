@@ -171,3 +171,76 @@ INLINE uint16_t float_to_bf16(float x) {
     uint32_t bits = LOAD(uint32_t, &x);
     return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
+
+// ---- bfloat16 ----
+
+// CPUs with bfloat16 dot products that accumulate in float32 use them in matmuls of many tokens, except for float32
+// weights, which would lose precision. `narrow` rounds two vectors of consecutive columns to one.
+#if defined(__AVX512BF16__)
+#define HAS_BF16_PRODUCTS 1
+#define NARROW_ROWS 1
+// Every lane holds a pair of columns.
+INLINE vec add_pairs(vec total, vec a, vec b) { return (vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b); }
+INLINE vec narrow(vec first, vec second) { return (vec)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#include <arm_neon.h>
+#define HAS_BF16_PRODUCTS 1
+#define NARROW_ROWS 2
+// BFMMLA multiplies 4 columns of two tokens with those of two rows.
+INLINE vec add_squares(vec total, vec a, vec b) { return (vec)vbfmmlaq_f32((float32x4_t)total, (bfloat16x8_t)a, (bfloat16x8_t)b); }
+INLINE vec narrow(vec first, vec second) {
+    return (vec)vcvtq_high_bf16_f32(vcvtq_low_bf16_f32((float32x4_t)first), (float32x4_t)second);
+}
+#else
+#define HAS_BF16_PRODUCTS 0
+#define NARROW_ROWS 1
+INLINE vec narrow(vec first, vec second) { return (void)second, first; }
+#endif
+#if NARROW_ROWS == 2 || !HAS_BF16_PRODUCTS
+INLINE vec add_pairs(vec total, vec a, vec b) { return (void)a, (void)b, total; }
+#endif
+
+// ---- register tiles ----
+
+// A tile has VECTORS vectors of accumulators for each of TOKENS rows: as many as there are registers for.
+#define VECTORS 2
+#define MOST_VECTORS 4  // with fewer rows
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define TOKENS 12  // 32 registers
+#else
+#define TOKENS 6  // 16 registers, assumed for WebAssembly too
+#endif
+
+// Unrolled, as the accumulators would not stay in registers otherwise.
+#define EACH_OF(count, i) _Pragma("clang loop unroll(full)") for (int i = 0; i < (count); i++)
+
+// Data types of the KV cache; library.py and engine.js repeat the numbers. KEPT_INT8 has a scale for each position of
+// each head. KEPT_PAIRS, pairs of bfloat16, is for weights only.
+enum format { KEPT_FLOAT32, KEPT_FLOAT16, KEPT_INT8, KEPT_PAIRS };
+
+INLINE size_t bytes_of(int format) { return format == KEPT_FLOAT32 ? 4 : format == KEPT_FLOAT16 ? 2 : 1; }
+
+// LANES elements as floats, or pairs. The scales of KEPT_INT8 are not applied.
+INLINE vec load_kept(int format, const void *base, size_t at) {
+    if (format == KEPT_INT8) return __builtin_convertvector(LOAD(bytes_vec, (const int8_t *)base + at), vec);
+    return format == KEPT_FLOAT16 ? from_half((const half *)base + at) : load((const float *)base + at);
+}
+
+// total[r][v] += x[r × stride + u] × w[u × step + v × gap …], for all u: an outer product for each u. `ahead`: prefetch
+// distance in bytes, or 0.
+INLINE void add_products(int format, int rows, int vectors, int ahead, const void *w, size_t step, size_t gap, int units,
+                         const float *x, size_t stride, vec total[][MOST_VECTORS]) {
+    for (int u = 0; u < units; u++) {
+        vec own[MOST_VECTORS];
+        EACH_OF(vectors, v) {
+            size_t at = (size_t)u * step + (size_t)v * gap;
+            if (ahead) __builtin_prefetch((const char *)w + at * bytes_of(format) + ahead);
+            own[v] = load_kept(format, w, at);
+        }
+        EACH_OF(rows, r) {
+            vec factor = all(x[(size_t)r * stride + (size_t)u]);
+            EACH_OF(vectors, v)
+                total[r][v] = format == KEPT_PAIRS ? add_pairs(total[r][v], own[v], factor) : total[r][v] + own[v] * factor;
+        }
+    }
+}

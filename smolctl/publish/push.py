@@ -256,7 +256,7 @@ def choose_destination(
     repo, decided = options.repo or model.settings.repo, ""
     if repo is None:
         repo = f"{identity.user if identity else SOMEBODY}/{model.name}"
-        decided = "from your name and the run's"
+        decided = f"from your name and the {'run' if model.is_run else 'model'}'s"
     elif not options.repo:
         require_repository(repo, "publish.repo")
         decided = "from the run's config (publish.repo)"

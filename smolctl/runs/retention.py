@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps, and which make room for later ones."""
+"""Which checkpoints a run keeps, and which are deleted for later ones."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ def remove_old_checkpoints(run: RunFolder, kept: CheckpointConfig) -> None:
 
 
 def clear_after(run: RunFolder, step: int, force: bool) -> None:
-    """Make room for the steps after `step`: damaged files are set aside, sound ones go only by force.
+    """Prepare for repeating the steps after `step`: damaged files are set aside, intact ones are deleted only
+    with force.
 
-    The name final.ckpt goes too: its checkpoint keeps the name of its step. A final.ckpt that may be the
-    only sound copy of one is set aside.
+    The name final.ckpt is removed too, because its checkpoint keeps its step's name. A final.ckpt that may be
+    the only intact copy of one is set aside.
 
     Raises:
-        UsageError: a newer sound checkpoint would be replaced.
+        UsageError: a newer intact checkpoint would be replaced.
     """
     newer = {file: not file.damage for file in run.checkpoints() if file.step > step}
     sound = [file for file, is_sound in newer.items() if is_sound]
@@ -41,7 +42,7 @@ def clear_after(run: RunFolder, step: int, force: bool) -> None:
         )
     final = run.path / CHECKPOINTS / FINAL
     files = [file for file in run.checkpoints() if file.path != final]
-    if final.exists():  # in a copied folder it is a file of its own
+    if final.exists():  # in a copied folder it is a separate file
         alike = [file for file in files if is_recorded_alike(final, file.path)]
         is_kept = any(final.samefile(file.path) or not file.damage for file in alike)
         (remove_checkpoint if is_kept else set_aside)(final)

@@ -14,22 +14,22 @@ LATEST = "latest"  # in `runs`: a link to the newest run
 
 
 def new_run(name: str) -> Path:
-    """Make the next free folder runs/NAME-001."""
+    """Create the next free folder runs/NAME-001."""
     for number in itertools.count(1):
         path = RUNS / f"{name}-{number:03d}"
         try:
             path.mkdir(parents=True)
         except FileExistsError:
-            continue  # of an older run, or of one that starts at this very moment
+            continue  # of an older run, or of one that is just starting
         return path
     raise AssertionError("unreachable")
 
 
 def make_latest(run: Path) -> None:
-    """Make runs/latest a link to a run, replacing an older link in one move.
+    """Make runs/latest a link to a run, replacing an older link atomically.
 
     Raises:
-        OSError: the working folder cannot be written, or its file system has no symbolic links.
+        OSError: the working folder is not writable, or its file system has no symbolic links.
     """
     RUNS.mkdir(exist_ok=True)
     target = run.resolve()
@@ -47,14 +47,14 @@ def require_run(path: Path) -> Path:
         InputError: there is no such folder, or it is not a run.
     """
     if not path.is_dir():
-        raise InputError(f"{path}: no such run", _runs_hint(path.parent))
+        raise InputError(f"{path}: no such run", run_meant(str(path)) or _runs_hint(path.parent))
     if not is_run(path):
         raise InputError(f"{path}: not a run: it has no {CONFIG}", _runs_hint(path.parent))
     return path.parent / path.readlink() if path.is_symlink() else path
 
 
 def latest_run(root: Path = RUNS) -> Path:
-    """The run that `root/latest` points at, else the one that was written to last.
+    """The run to which `root/latest` points, else the run that was written last.
 
     Raises:
         InputError: there is no run.
@@ -66,6 +66,11 @@ def latest_run(root: Path = RUNS) -> Path:
     if not runs:
         raise InputError(f"{root}: no run here", "`smolctl train nano` makes one; or name a MODEL.")
     return max(runs, key=lambda path: (path / CONFIG).stat().st_mtime)
+
+
+def run_meant(name: str) -> str:
+    """A hint where a run was named without its folder, as `nano-001` or `nano-001@300`; else no text."""
+    return f"Did you mean {RUNS / name}?" if is_run(RUNS / (name.rpartition("@")[0] or name)) else ""
 
 
 def _runs_in(root: Path) -> list[Path]:

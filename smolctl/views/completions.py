@@ -12,6 +12,7 @@ from smolctl.generation.answer import Completion, spell
 from smolctl.generation.compare import Divergence
 from smolctl.generation.complete import CompletionResult, Timing
 from smolctl.generation.load import LoadedModel
+from smolctl.views.numbers import counted
 from smolctl.views.output import Output
 from smolctl.views.tables import headed
 
@@ -70,13 +71,13 @@ def timing_line(model: LoadedModel, timing: Timing) -> str:
     decode = f", decode {timing.decode_tokens_per_s:,.1f} tok/s" if timing.decode_tokens_per_s else ""
     drafted = (
         f", {timing.accepted_tokens:,} of {timing.guessed_tokens:,} draft tokens accepted in "
-        f"{timing.decode_steps:,} steps"
+        f"{counted(timing.decode_steps, 'step')}"
         if timing.guessed_tokens
         else ""
     )
     return (
-        f"{model.engine.name}: loaded in {model.load_s:.1f} s, "
-        f"prompt of {timing.prompt_tokens:,} token{'' if timing.prompt_tokens == 1 else 's'}{reused}, first token after {timing.first_token_s:.2f} s, "
+        f"{model.engine.name}: loaded in {model.load_s:.1f} s, prompt of "
+        f"{counted(timing.prompt_tokens, 'token')}{reused}, first token after {timing.first_token_s:.2f} s, "
         f"prefill {timing.prefill_tokens_per_s:,.0f} tok/s{decode}{drafted}"
     )
 

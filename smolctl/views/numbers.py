@@ -40,6 +40,11 @@ def quantity(count: float) -> str:
     return f"{count:,.3g} T"
 
 
+def counted(count: int, name: str) -> str:
+    """1 checkpoint, 2 checkpoints."""
+    return f"{count:,} {name}" if count == 1 else f"{count:,} {name}s"
+
+
 def figure(value: float) -> str:
     """12,345, 123, 0.0123: three significant digits, and every digit before the point."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

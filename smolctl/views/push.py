@@ -15,7 +15,8 @@ from smolctl.publish.manifest import RepoPlan
 from smolctl.publish.push import SPACE, Page, Pushed, PushedRepo, PushPlan
 from smolctl.publish.sdk import Sdk
 from smolctl.publish.smoke import SmokeTest
-from smolctl.views.numbers import size
+from smolctl.runs.layout import QUANTIZED
+from smolctl.views.numbers import counted, size
 from smolctl.views.output import Output
 from smolctl.views.tables import facts, first_lines
 
@@ -103,7 +104,11 @@ def _exceptions(plan: PushPlan) -> dict[str, str]:
     if wider := [f"{one.path.name}: {line}" for one in plan.built.export.ggufs for line in one.wider]:
         rows["stored wider"] = "; ".join(wider)
     if plan.built.left_out:
-        rows["not pushed"] = ", ".join(plan.built.left_out)
+        older = " (not made from this step)" if plan.built.model.is_run else ""
+        rows["not pushed"] = ", ".join(
+            name + older * (name.startswith(f"{QUANTIZED}/") and name.endswith("/"))
+            for name in plan.built.left_out
+        )
     return rows
 
 
@@ -191,8 +196,8 @@ def _pushed_line(repo: PushedRepo) -> str:
         return f"{place}: everything was there already at {commit.sha[:8]}; nothing sent."
     removed = f" and {len(commit.removed)} of an earlier push removed" if commit.removed else ""
     return (
-        f"{place}: {len(commit.sent)} of {len(repo.files)} files sent{removed} in commit {commit.sha[:8]}; "
-        "the checksums of all were compared on the server."
+        f"{place}: {len(commit.sent)} of {counted(len(repo.files), 'file')} sent{removed} in commit "
+        f"{commit.sha[:8]}; the checksums of all were compared on the server."
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from smolctl.views.numbers import size
+from smolctl.views.numbers import counted, size
 from smolctl.views.output import Output, fields
 
 if TYPE_CHECKING:
@@ -18,8 +18,10 @@ def show_ready(output: Output, ready: Ready) -> None:
     if output.json:
         output.event({"event": "ready", **fields(ready, ("notes",))})
         return
+    page = f"Chat in a browser: {ready.page}\n" if ready.page else ""
     output.write(
         f"{ready.model} at {ready.url}/v1 ({ready.engine})\n"
-        f"{ready.slots} answers at once, {ready.context:,} tokens each: weights {size(ready.weight_bytes)}, "
-        f"KV cache up to {size(ready.cache_bytes)}. Stop with Ctrl-C.\n"
+        f"{counted(ready.slots, 'answer')} at once, {ready.context:,} tokens each: "
+        f"weights {size(ready.weight_bytes)}, KV cache up to {size(ready.cache_bytes)}.\n"
+        f"{page}Stop with Ctrl-C.\n"
     )

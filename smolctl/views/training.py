@@ -26,7 +26,7 @@ from smolctl.runs.events import (
 )
 from smolctl.runs.story import selection
 from smolctl.views.chart import LEAST_WIDTH
-from smolctl.views.numbers import duration, size, sparkline
+from smolctl.views.numbers import counted, duration, size, sparkline
 from smolctl.views.output import Output, StdoutError
 from smolctl.views.tables import facts
 from smolctl.views.tokenizing import PLAIN_INTERVAL, TokenizingView
@@ -112,7 +112,9 @@ class TrainingView:
         self.tokenizing.close()
         self.out.event({"event": "verification", **asdict(verification), "exact": verification.exact})
         steps = f"Steps {verification.first + 1:,} to {verification.last:,} of {verification.run}"
-        compared = f"{verification.tensors:,} tensors and the losses of {verification.losses:,} steps"
+        compared = (
+            f"{verification.tensors:,} tensors and the losses of {counted(verification.losses, 'step')}"
+        )
         if verification.exact:
             self.out.show(f"{steps} repeat bit for bit: {compared} are equal.")
             return
@@ -274,16 +276,12 @@ def _schedule(plan: RunPlan) -> str:
 
 def _conversations(facts: Mapping[str, Any]) -> str:
     shapes = " and ".join(facts["shapes"])
-    conversations = _counted(facts["conversations"], "conversation")
-    sequences = _counted(facts["sequences"], "sequence")
+    conversations = counted(facts["conversations"], "conversation")
+    sequences = counted(facts["sequences"], "sequence")
     return (
         f"{conversations} ({shapes}), {facts['trained_share']:.0%} of their tokens trained on; "
         f"packed in {sequences}, of which {facts['padding']:.1%} is padding"
     )
-
-
-def _counted(count: int, name: str) -> str:
-    return f"{count:,} {name}" if count == 1 else f"{count:,} {name}s"
 
 
 def _example(runs: Sequence[tuple[str, bool]]) -> Text:
@@ -310,10 +308,12 @@ def plan_table(plan: RunPlan) -> Table:
     shares |= {"libraries": plan.framework_bytes, "allocator's gaps": plan.gap_bytes}
     held = ", ".join(f"{name} {size(count)}" for name, count in shares.items() if count)
     limit, when = ("at most", " before compiling") if plan.compiles else ("about", "")
-    tokens = f"{plan.steps:,} steps × {plan.batch_size:,} × {plan.sequence_length:,} = {plan.tokens:,} tokens"
-    checkpoints = f"{plan.checkpoints_kept} checkpoints × {size(plan.checkpoint_bytes)}"
+    sequences = f"{plan.batch_size:,} × {plan.sequence_length:,}"
+    tokens = f"{counted(plan.steps, 'step')} × {sequences} = {plan.tokens:,} tokens"
+    checkpoints = f"{counted(plan.checkpoints_kept, 'checkpoint')} × {size(plan.checkpoint_bytes)}"
     held_out = f"{plan.held_out_tokens:,} tokens" if plan.held_out_tokens else "nothing"
-    copies = f", {plan.duplicates:,} of them copies of others" if plan.duplicates else ""
+    alike = "with the text or the group of another" if plan.conversations else "copies of others"
+    copies = f", {plan.duplicates:,} of them {alike}" if plan.duplicates else ""
     rows = {
         "model": f"{plan.parameters:,} parameters",
         "tokens": tokens,

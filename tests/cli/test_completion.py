@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from smolctl.arithmetic import TRAINING_DTYPES
 from smolctl.benchmark.bench import BenchOptions
 from smolctl.benchmark.engines import PEERS
 from smolctl.benchmark.suites import SUITES
@@ -115,6 +116,7 @@ def test_names_are_the_librarys() -> None:
     assert set(completion.SCHEMES) == set(SCHEMES)
     assert completion.SUITES == SUITES
     assert tuple(PEERS) == completion.PEERS
+    assert tuple(TRAINING_DTYPES) == completion.DTYPES
     loggers = TrainerConfig.model_json_schema()["properties"]["loggers"]["items"]["enum"]
     assert (*loggers, "none") == completion.LOGGERS
 

@@ -73,6 +73,8 @@ def test_a_wrong_option_leads_to_the_help_of_its_command(option: str, smolctl: S
         (("train", "--learning-rat", "1"), "Did you mean --learning-rate?"),
         (("sample", "--model", "x"), "MODEL is given without an option's name: smolctl sample MODEL."),
         (("sample", "-m", "x"), "MODEL is given without an option's name: smolctl sample MODEL."),
+        (("resume", "--steps", "9"), "Use --until N for the last step, or --extra N for further steps."),
+        (("resume", "--data", "x"), "smolctl train --init-from RUN --data"),
         (("resume", "--run", "x"), "RUN is given without an option's name: smolctl resume RUN."),
         (("--json", "sample"), "Options come after the command: smolctl sample --json."),
         (("-q", "inspect-config", "nano"), "Options come after the command: smolctl inspect-config -q."),
@@ -101,7 +103,6 @@ def test_the_examples_of_a_help_can_be_pasted_and_fit_80_columns(
             _, verb, *arguments = words[: words.index(">")] if ">" in words else words
             assert verb == name
             one.make_context(verb, arguments)  # raises where a word is no option, value or argument
-
 
 
 @pytest.mark.parametrize(

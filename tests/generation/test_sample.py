@@ -212,7 +212,8 @@ def test_what_a_user_should_know_is_said(smolctl: Smolctl, model: Path, other: P
     assert "The answer was cut at --max-tokens 5" in asked.err
     for command in ((model, "--no-chat"), (model, "--chat"), (other,)):
         assert "add --chat" not in smolctl("sample", *command, "--prompt", "the cat", *SHORT).err
-    several = smolctl("sample", model, "--prompt", "the", "-n", "3", *SHORT)
+    several = smolctl("sample", model, "--prompt", "t", "-n", "3", *SHORT)
+    assert "prompt of 1 token, first token" in several.err  # and none of them was cached
     assert "3 of 3 answers were cut at --max-tokens 5, before the model ended them." in several.err
     full = smolctl("sample", other, "--prompt", "the cat", "--max-tokens", "999", "--temperature", "0")
     assert "cut where the model's context is full" in full.err or "cut" not in full.err

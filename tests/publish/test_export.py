@@ -265,6 +265,7 @@ def test_what_quantize_has_made_and_measured_goes_along(tmp_path: Path, smolctl:
     older = build(open_model(f"{run}@10"), tmp_path_of(tmp_path), ())
     assert older.quantized == ()  # they were made of another step
     assert "quantized/" in older.left_out
+    assert "quantized/ (not made from this step)" in smolctl("push", f"{run}@10", "--dry-run").out
 
 
 def tmp_path_of(folder: Path) -> Path:

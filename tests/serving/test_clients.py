@@ -188,6 +188,7 @@ def test_a_stopped_server_ends_the_answers_under_way(model: Path) -> None:
         assert process.stdout is not None
         ready = json.loads(process.stdout.readline())
         assert ready["context"] == CONTEXT
+        assert "<html" in httpx.get(ready["page"]).text
         body = {"prompt": "the", "max_tokens": 350, "stream": True, "seed": 3, "temperature": 3, "n": 4}
         with httpx.stream("POST", f"{ready['url']}/v1/completions", json=body, timeout=PATIENCE_S) as answer:
             lines = answer.iter_lines()

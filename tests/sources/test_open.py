@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,11 @@ import yaml
 from safetensors.torch import save_file
 
 from smolctl.config import ModelConfig, load_run_config, preset_names
+from smolctl.config.load import presets_folder
 from smolctl.errors import InputError, UsageError
 from smolctl.inspection import count_source
 from smolctl.model.weights import initialize
+from smolctl.runs.root import require_run
 from smolctl.sources import SourceKind, open_source
 
 # The fields of SmolLM2-135M's pre-training recipe, as nanotron spells them.
@@ -360,6 +363,25 @@ def test_names_that_lead_nowhere_are_explained(
     with pytest.raises(InputError, match=cause) as caught:
         open_source(model)
     assert hint in caught.value.hint
+
+
+def test_a_run_named_without_its_folder_and_models_inside_a_folder_are_offered(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/mine-001")
+    run.mkdir(parents=True)
+    shutil.copy(presets_folder() / "nano.yaml", run / "config.yaml")
+    for name in ("mine-001", "mine-001@300", "mine-001@best"):
+        with pytest.raises(InputError) as caught:
+            open_source(name)
+        assert caught.value.hint == f"Did you mean runs/{name}?"
+    with pytest.raises(InputError) as caught:
+        require_run(Path("mine-001"))
+    assert caught.value.hint == "Did you mean runs/mine-001?"
+    with pytest.raises(InputError, match="contains no model") as caught:
+        open_source("runs")
+    assert caught.value.hint == "Name one of the models in it: runs/mine-001."
 
 
 @pytest.mark.parametrize(

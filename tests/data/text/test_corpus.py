@@ -216,7 +216,7 @@ def test_a_table_that_would_lose_text_is_refused(tmp_path: Path) -> None:
 )
 def test_conversations_are_told_from_plain_text(tmp_path: Path, row: dict[str, object]) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
-    assert "conversations or instructions" in refused(tmp_path).hint
+    assert "`smolctl train chat --data …`" in refused(tmp_path).hint
 
 
 def test_missing_text_field_names_line_and_fields(tmp_path: Path) -> None:
@@ -224,6 +224,8 @@ def test_missing_text_field_names_line_and_fields(tmp_path: Path) -> None:
     message = refused(tmp_path).message
     assert "line 2: no field 'text'; it has 'content', 'id'" in message
     assert "line 1: no field 'content'" in refused(tmp_path, text_field="content").message
+    (tmp_path / "a.jsonl").write_text('{"content": "one"}\n')
+    assert "--set data.text_field=content" in refused(tmp_path).hint
 
 
 @pytest.mark.parametrize("kind", PACKERS)

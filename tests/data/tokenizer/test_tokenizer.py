@@ -196,6 +196,12 @@ def test_sample_is_spread_evenly_and_bounded() -> None:
     assert evenly_spread(iter(numbers), limit=4000) == numbers
 
 
+def test_a_corpus_of_one_endless_word_teaches_a_tokenizer() -> None:
+    tokenizer = train_tokenizer(iter(["ab" * 1_000_000, "the cat sat on the mat"]), 270)
+    assert tokenizer.encode("abababab the")[-1] == tokenizer.encode(" the")[-1]
+    assert len(tokenizer.encode("ab" * 500)) < 10
+
+
 def test_too_small_a_vocabulary_is_refused() -> None:
     with pytest.raises(InputError, match=f"at least {SMALLEST_VOCABULARY}"):
         train_tokenizer(texts(), 100)
@@ -242,6 +248,14 @@ def test_truncation_and_padding_in_the_file_are_not_obeyed() -> None:
     loaded = Tokenizer.from_files(TokenizerFiles(backend.to_str()))
     assert loaded.encode_batch(["a", "cat " * 9]) == [TRAINED.encode("a"), TRAINED.encode("cat " * 9)]
     assert loaded.sha256 == TRAINED.sha256
+
+
+def test_a_name_of_no_tokenizer_leads_to_what_can_be_named(tmp_path: Path) -> None:
+    for name in ("smollm", "nano"):
+        with pytest.raises(InputError, match=f"{name}: no tokenizer") as caught:
+            load_tokenizer(name)
+        assert "train:N" in caught.value.hint
+        assert "Presets" not in caught.value.hint
 
 
 def test_broken_tokenizer_file_is_named(tmp_path: Path) -> None:
