@@ -129,6 +129,14 @@ def parse_json(text: bytes | str, parse_constant: Callable[[str], Any] | None = 
     return value
 
 
+def json_or_text(text: str) -> Any:
+    """The value of a JSON text; the text itself where it is not JSON."""
+    try:
+        return parse_json(text)
+    except ValueError:
+        return text
+
+
 class _LongNumber(str):
     """The digits of a number that is not parsed."""
 

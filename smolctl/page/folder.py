@@ -13,6 +13,7 @@ import smolctl
 from smolctl.errors import SmolError
 from smolctl.generation.load import usable_settings
 from smolctl.generation.sampling import settle
+from smolctl.native.build import HERE, WASM_BUILDS
 from smolctl.outside import read_json
 from smolctl.ownership import RECORD
 from smolctl.page.chat import chat_files, page_chat
@@ -24,9 +25,7 @@ from smolctl.sources.open import open_source
 from smolctl.sources.quantized_folder import FILE, read_description
 
 CODE = Path(__file__).parent / "files"
-ENGINES = tuple(
-    Path(smolctl.__file__).parent / "native" / name for name in ("engine.wasm", "engine-threads.wasm")
-)
+ENGINES = tuple(HERE / name for name in WASM_BUILDS)
 PAGE, WEIGHTS = "page.json", "weights.json"
 FORMAT, VERSION = "smolctl-page", 1
 WEIGHTS_FORMAT, WEIGHTS_VERSION = "smolctl-weights", 1

@@ -13,7 +13,7 @@ from smolctl.errors import InputError, SmolError
 from smolctl.generation.complete import CompletionResult, InterruptedCompletion, TextListener
 from smolctl.generation.conversation import Session
 from smolctl.generation.prompts import COUNTS, SAMPLING, SETTINGS
-from smolctl.outside import parse_json
+from smolctl.outside import json_or_text
 from smolctl.views.completions import StreamView, show_facts
 from smolctl.views.editor import open_editor
 from smolctl.views.output import Output
@@ -125,7 +125,7 @@ class Chat:
             name, _, value = text.replace("=", " ", 1).partition(" ")
             if name not in SETTINGS:
                 raise InputError(f"there is no setting {name}", f"There are {', '.join(SETTINGS)}.")
-            self.session.change({name: _value(value.strip())})
+            self.session.change({name: json_or_text(value.strip())})
         settings = self.session.settings
         values: dict[str, Any] = {name: getattr(settings.sampling, name) for name in SAMPLING}
         values |= {name: getattr(settings, field) for name, (field, *_) in COUNTS.items()}
@@ -170,11 +170,3 @@ def _file(name: str) -> Path:
     if not name:
         raise InputError("no file is named", "Name one, as in /save chat.json.")
     return Path(name).expanduser()
-
-
-def _value(text: str) -> Any:
-    """A value parsed as JSON, or the text itself."""
-    try:
-        return parse_json(text)
-    except ValueError:
-        return text
