@@ -1,4 +1,4 @@
-"""The engines that decode.py measures: built, and given their models, where that has not been done."""
+"""Builds the engines that `decode.py` measures, and converts their models, unless that has been done."""
 
 from __future__ import annotations
 

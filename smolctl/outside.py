@@ -306,9 +306,15 @@ def first_fault(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     if first["type"] == "json_invalid":
         return f"not JSON ({first['ctx']['error']})"
-    key, reason, given = key_of(first), first["msg"].removeprefix("Value error, "), first["input"]
+    key, reason, given = key_of(first), plain_reason(first["msg"]), first["input"]
     is_told = not key or first["type"] == "missing" or isinstance(given, dict)
     return f"{key + ': ' if key else ''}{reason}{'' if is_told else f', got {shown(given)}'}"
+
+
+def plain_reason(said: str) -> str:
+    """What pydantic says of a value, or Typer with its words, without what only programmers know."""
+    said = said.replace("Value error, ", "").replace("Input should be", "must be")
+    return re.sub(", unable to parse string as an? (integer|number)", "", said)
 
 
 def key_of(problem: Any) -> str:

@@ -22,7 +22,7 @@ SCHEMES = (
     *("int8", "int4", "int8-dynamic", "bf16", "gguf-bf16", "gguf-f16", "gguf-q8_0", "gguf-q5_1"),
     *("gguf-q5_0", "gguf-q4_1", "gguf-q4_0"),
 )
-GGUF_SCHEMES = tuple(name.removeprefix("gguf-") for name in SCHEMES if name.startswith("gguf-"))
+GGUF_SCHEMES = ("f32", *(name.removeprefix("gguf-") for name in SCHEMES if name.startswith("gguf-")))
 SUITES = ("load", "prefill", "decode", "batch", "train", "tokenize", "checkpoint")
 PEERS = ("transformers", "llama.cpp", "litgpt")
 LOGGERS = ("csv", "tensorboard", "wandb", "trackio", "none")

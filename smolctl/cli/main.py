@@ -107,13 +107,15 @@ def main() -> None:
 
 def _usage_error(error: Any) -> UsageError:
     """A usage error of Typer's with a remedy; of an option that does not exist, the one that was meant."""
+    from smolctl.outside import plain_reason
+
     # An option without its value is refused before there is a context.
     named = [name for name in sys.argv[1:2] if name in COMMANDS]
     context = getattr(error, "ctx", None)
     command = context.command_path if context else " ".join(["smolctl", *named])
     remedy = f"See {command} --help."
     if context is None or not hasattr(error, "possibilities"):
-        return UsageError(str(error.format_message()), remedy)
+        return UsageError(plain_reason(str(error.format_message())), remedy)
     option, parameters = error.option_name, context.command.params
     later = [name for name in sys.argv[1:] if name in COMMANDS] if context.parent is None else []
     known = [name for one in parameters for name in (*one.opts, *one.secondary_opts) if name[:2] == "--"]

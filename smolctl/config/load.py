@@ -83,11 +83,16 @@ def config_path(name_or_path: str) -> Path:
             f"{name_or_path}: this is a folder, not a config",
             f"To train on the text in it: --data {name_or_path}",
         )
-    near = difflib.get_close_matches(name_or_path, preset_names(), n=1)
-    hint = f"Did you mean {near[0]}? " if near else ""
     raise InputError(
-        f"{name_or_path}: no preset or file has this name", f"{hint}Presets: {', '.join(preset_names())}."
+        f"{name_or_path}: no preset or file has this name",
+        f"{preset_meant(name_or_path)}Presets: {', '.join(preset_names())}.",
     )
+
+
+def preset_meant(name: str) -> str:
+    """The beginning of a hint to the preset of a similar name; no text where there is none."""
+    near = difflib.get_close_matches(name, preset_names(), n=1)
+    return f"Did you mean {near[0]}? " if near else ""
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:

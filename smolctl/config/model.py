@@ -29,7 +29,7 @@ class Section(BaseModel):
     def _no_boolean_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         kind = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and {int, float} & {kind, *get_args(kind)}:
-            raise ValueError("Input should be a number")
+            raise ValueError("must be a number")
         return value
 
 

@@ -15,10 +15,10 @@ from smolctl.config import ModelConfig, RunConfig
 from smolctl.config.data import DataConfig
 from smolctl.config.load import (
     changed_recipe,
-    config_path,
     is_preset,
     merge,
     parse_settings,
+    preset_meant,
     preset_names,
     presets_folder,
     read_yaml,
@@ -146,10 +146,9 @@ def _open(model: str, values: Mapping[str, Any]) -> ModelSource:
 
         return open_hub(model)
     refuse_tag(model)
-    if hint := run_meant(model):
-        raise InputError(f"{model}: no preset or file has this name", hint)
     if "/" not in model and not is_file_name(model):
-        config_path(model)  # raises, with presets of a similar name
+        hint = run_meant(model) or preset_meant(model) + KINDS
+        raise InputError(f"{model}: no preset or file has this name", hint)
     raise InputError(f"{model}: no such file or folder", KINDS)
 
 

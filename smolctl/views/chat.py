@@ -16,6 +16,7 @@ from smolctl.generation.prompts import COUNTS, SAMPLING, SETTINGS
 from smolctl.outside import json_or_text
 from smolctl.views.completions import StreamView, show_facts
 from smolctl.views.editor import open_editor
+from smolctl.views.numbers import counted
 from smolctl.views.output import Output
 
 HELP = """\
@@ -149,7 +150,7 @@ class Chat:
         self.session.load(path)
         self._files.add(path)
         turns = len(self.session.conversation.turns) // 2
-        self.out.talk(f"The conversation of {path} continues after {turns:,} turns.")
+        self.out.talk(f"The conversation of {path} continues after {counted(turns, 'turn')}.")
 
 
 @contextmanager

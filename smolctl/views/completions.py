@@ -75,10 +75,12 @@ def timing_line(model: LoadedModel, timing: Timing) -> str:
         if timing.guessed_tokens
         else ""
     )
+    rate = timing.prefill_tokens_per_s
+    prefill = f", prefill {rate:,.0f} tok/s" if rate else ""  # 0: the whole prompt was cached
     return (
         f"{model.engine.name}: loaded in {model.load_s:.1f} s, prompt of "
-        f"{counted(timing.prompt_tokens, 'token')}{reused}, first token after {timing.first_token_s:.2f} s, "
-        f"prefill {timing.prefill_tokens_per_s:,.0f} tok/s{decode}{drafted}"
+        f"{counted(timing.prompt_tokens, 'token')}{reused}, first token after {timing.first_token_s:.2f} s"
+        f"{prefill}{decode}{drafted}"
     )
 
 

@@ -22,6 +22,7 @@ from smolctl.views.completions import (
     show_side_by_side,
     to_json,
 )
+from smolctl.views.numbers import counted
 from smolctl.views.output import Output
 
 PROGRESS_S = 5.0  # seconds between two lines of progress
@@ -121,7 +122,7 @@ def _show_batch(out: Output, batch: Batch, target: Path | None) -> None:
 
     def report(now: float) -> None:
         seconds = now - started
-        shortened = f", {cut:,} answers cut at their maximum length" if cut else ""
+        shortened = f", {counted(cut, 'answer')} cut at the maximum length" if cut else ""
         out.talk(
             f"{answered:,} of {len(lines) - batch.done:,} prompts, {tokens:,} tokens in "
             f"{seconds:.1f} s, {tokens / seconds:,.1f} tok/s{shortened}"

@@ -130,7 +130,7 @@ def test_shares_become_whole_steps_of_the_run() -> None:
         ("seed=1", "unknown key seed", "Did you mean data.seed or train.seed?"),
         ("optimiser.eps=1", "unknown key optimiser", "Did you mean optimizer?"),
         ("model.n_layers=3", "unknown key model.n_layers", "num_hidden_layers"),
-        ("train.steps=many", "train.steps", "Change the value"),
+        ("train.steps=many", "train.steps: must be a valid integer, got 'many'", "Change the value"),
         ("train.steps=0", "train.steps", "Change the value"),
         ("schedule.name=wobbly", "schedule.name", "Change the value"),
         ("model.num_key_value_heads=2", "is not divisible by num_key_value_heads 2", "Change the value"),

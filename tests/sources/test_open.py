@@ -353,6 +353,7 @@ def test_unknown_what_ifs_are_named_with_a_suggestion() -> None:
         ("nowhere/model.gguf", "no such file", "Give a preset"),
         ("Once upon a time " * 100, "no such file", "Give a preset"),
         ("./nowhere", "no such file", "Give a preset"),
+        ("nowhere", "no preset or file", "Give a preset"),
         ("runs/nope", "no such run", "smolctl train"),
     ],
 )
