@@ -85,6 +85,20 @@ def lack_of_room(folder: Path, needed: int) -> str:
 
 
 @contextmanager
+def folder_of(target: Path) -> Iterator[None]:
+    """The folder of a file or folder that is written inside this context. Of the folders that it makes, those
+    that are empty in the end are removed again."""
+    made = [path for path in target.parents if not path.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # not empty
+            for path in made:
+                path.rmdir()
+
+
+@contextmanager
 def replacing(target: Path, concurrent: bool = False) -> Iterator[Path]:
     """A path beside `target` to write a file to. It takes the place of `target` when nothing fails.
 

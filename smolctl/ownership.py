@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
 from smolctl import __version__
-from smolctl.durable import file_digest, sync_folder, write_text
+from smolctl.durable import file_digest, folder_of, sync_folder, write_text
 from smolctl.errors import InputError, UsageError
 from smolctl.escaping import json_text
 from smolctl.outside import checked, parse_object, read_file
@@ -110,8 +110,8 @@ def require_replaceable(target: Path, kind: str, option: str, force: bool, reads
     Raises:
         UsageError: with what stands there.
     """
-    real = target.resolve()
     another = f"Choose another {option}."
+    real = _place(target, another)
     if real.exists() and not real.is_dir():
         raise UsageError(f"{target} is a file, not a folder", another)
     if not real.is_dir() or not any(real.iterdir()):
@@ -146,6 +146,7 @@ def require_replaceable_file(
         folder_is_made: whether the command makes the file's folder.
     """
     another = f"Choose another {option}."
+    _place(target, another)
     if target.is_dir():
         raise UsageError(f"{target} is a folder, not a file", another)
     if not target.exists():
@@ -161,6 +162,18 @@ def require_replaceable_file(
         raise UsageError(
             f"{target} is not replaced, because smolctl did not write it as this kind of file", another
         )
+
+
+def _place(target: Path, another: str) -> Path:
+    """The real path of what is to be written. Raises UsageError: there can be nothing at this path."""
+    try:
+        real = target.resolve()
+    except (OSError, RuntimeError):  # RuntimeError before Python 3.13
+        raise UsageError(f"{target}: its links lead in a circle", another) from None
+    above = next(path for path in real.parents if path.exists())
+    if not above.is_dir():
+        raise UsageError(f"{target}: {above} is a file, not a folder", another)
+    return real
 
 
 def _require_not_read(target: Path, option: str, reads: Iterable[str]) -> None:
@@ -245,18 +258,18 @@ def building(target: Path) -> Iterator[Path]:
     What a process that died has left of it is cleared away by the next one.
     """
     real = target.resolve()
-    real.parent.mkdir(parents=True, exist_ok=True)
     work = real.with_name(f".{real.name}.partial")
-    if (record := read_record(work)) is not None and record.kind == UNFINISHED:
-        shutil.rmtree(work)
-    work.mkdir()
-    try:
-        write_record(work, Record(UNFINISHED, {}))
-        folder = work / real.name
-        folder.mkdir()
-        yield folder
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with folder_of(work):
+        if (record := read_record(work)) is not None and record.kind == UNFINISHED:
+            shutil.rmtree(work)
+        work.mkdir()
+        try:
+            write_record(work, Record(UNFINISHED, {}))
+            folder = work / real.name
+            folder.mkdir()
+            yield folder
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def put_in_place(built: Path, target: Path) -> tuple[str, ...]:

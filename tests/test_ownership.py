@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -68,6 +69,19 @@ def test_a_folder_that_smolctl_has_not_written_is_left_alone(
         assert called.code == 2, command
         assert "mine is not replaced" in called.err
         assert contents(here) == before
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "gguf"])
+@pytest.mark.parametrize("place", ["file", "file/new", "file/new/out", "circle", "circle/out"])
+def test_where_no_folder_can_be_is_a_wrong_option(
+    command: str, place: str, here: Path, smolctl: Smolctl
+) -> None:
+    (here / "file").touch()
+    (here / "circle").symlink_to("circle")
+    asked = COMMANDS.get(command, ("quantize", "runs/llama", "--to", "gguf-q8_0", "--no-measure", "--out"))
+    called = smolctl(*asked, place)
+    assert called.code == 2, called.err
+    assert re.search("is a file, not a folder|its links lead in a circle", called.err)
 
 
 @pytest.mark.parametrize("command", ["train", "push"])

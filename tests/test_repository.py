@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import tomllib
+from fnmatch import fnmatch
 from typing import Any
 
 import pytest
@@ -27,6 +29,16 @@ def test_ci_tests_every_python_that_the_package_names() -> None:
     named = {line.rpartition(":: ")[2] for line in project()["project"]["classifiers"] if ":: 3." in line}
     ci = yaml.safe_load((CHECKOUT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
     assert set(ci["jobs"]["test"]["strategy"]["matrix"]["python"]) == named
+
+
+def test_the_source_distribution_has_every_file_of_the_repository() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=CHECKOUT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a checkout of git's")
+    included = project()["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    always = {"pyproject.toml", ".gitignore"}
+    tops = {path.partition("/")[0] for path in listed.stdout.splitlines()} - always
+    assert not [top for top in sorted(tops) if not any(fnmatch(top, pattern) for pattern in included)]
 
 
 def test_one_owner_is_named_everywhere() -> None:

@@ -24,7 +24,7 @@ PRIVATE = {
     r"hears?|tells?|told": "gets, says, prints",
     r"(?<!sliding )(?-i:windows?)": "sequence",  # Windows is a system
     r"passed over|passes over": "repeated, skipped, epoch",
-    r"products?": "matmul",
+    r"(?<!dot )products?": "matmul",
     r"guess(es|ed)?": "draft",
     r"go(es)? on with|stronger still|win back": "continue with, override, save",
     r"(tokens|sequences|bits|nats|values|objects?|bytes|numbers) an? "

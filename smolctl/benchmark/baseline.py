@@ -59,7 +59,7 @@ class _Result(TypedDict):
 
 
 class Baseline(TypedDict):
-    """What is read of a document that `--save` has written."""
+    """The parts of a document written by `--save` that a comparison reads."""
 
     machine: _Machine
     model: _Model
@@ -69,11 +69,11 @@ class Baseline(TypedDict):
 
 @dataclass(frozen=True)
 class Change:
-    """A result and the same one of the baseline."""
+    """A result and the corresponding one of the baseline."""
 
     result: Result
-    before: float  # its median
-    ratio: float  # of speeds: below 1 it is slower now
+    before: float  # median of the baseline
+    ratio: float  # ratio of the speeds; below 1, the new result is slower
     beyond_noise: bool | None  # the intervals of both medians do not touch; None: too few repeats
 
 
@@ -83,8 +83,8 @@ class Changes:
 
     path: str
     changes: tuple[Change, ...]
-    notes: tuple[str, ...]  # differences that are not of this toolkit's code
-    missing: tuple[str, ...]  # results of one side alone, which cannot be compared
+    notes: tuple[str, ...]  # differences that smolctl's code does not cause
+    missing: tuple[str, ...]  # results of only one side, which cannot be compared
     disturbed: str  # why either side's numbers are doubtful; "" if they are not
     fail_below: float | None
 
@@ -95,10 +95,10 @@ class Changes:
         return tuple(one for one in self.changes if limit is not None and not one.ratio >= limit)
 
     def require_passed(self) -> None:
-        """Check that nothing is below the limit, if one is set.
+        """Check that no result is below the limit, if one is set.
 
         Raises:
-            GateError: naming what is, or what has nothing to be compared with.
+            GateError: naming the results that are, or that exist on one side only.
         """
         if self.failed:
             named = ", ".join(f"{one.result.name} × {one.ratio:.2f}" for one in self.failed)
@@ -114,7 +114,7 @@ class Changes:
 
 
 def read_baseline(path: Path) -> Baseline:
-    """A document that `--save` has written.
+    """Read a document that `--save` has written.
 
     Raises:
         InputError: it is missing, or is not such a document.
@@ -137,7 +137,7 @@ def is_baseline(path: Path) -> bool:
 
 
 def save_record(document: Mapping[str, Any], path: Path) -> None:
-    """Write a bench's document: completely, or not at all.
+    """Write a bench's document atomically.
 
     Raises:
         SmolError: it cannot be written.
@@ -152,8 +152,7 @@ def compare_with(report: BenchReport, path: Path, fail_below: float | None) -> C
     """Compare new results with a baseline.
 
     Raises:
-        InputError: the baseline is damaged, of another machine or of another model, or has no result in
-            common.
+        InputError: the baseline is damaged, comes from another machine or model, or has no result in common.
     """
     content = read_baseline(path)
     machine, model = content["machine"], content["model"]

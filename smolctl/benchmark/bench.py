@@ -28,7 +28,7 @@ from smolctl.benchmark.workload import BATCH, Measurement
 from smolctl.cores import compute_threads
 from smolctl.timing import Spread, in_turns
 
-REPEATS = 7  # of six the smallest and the largest bound the median; one more makes the median a value
+REPEATS = 7  # with six, the median's interval is the whole range; a seventh makes the median a value
 ABOVE_THE_LIMIT = (
     "above 100 % of the memory bandwidth, the weights stay in the processor's cache; above 100 % of the "
     "matmul rate the engine's matmuls are faster than PyTorch's"
@@ -37,10 +37,10 @@ ABOVE_THE_LIMIT = (
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What a call asks for."""
+    """Options of a call."""
 
     suites: tuple[str, ...] = ()  # empty: every one that the model supports
-    schemes: tuple[str, ...] = ()  # of `quantize`, measured beside the stored weights
+    schemes: tuple[str, ...] = ()  # of `quantize`, measured in addition to the stored weights
     against: tuple[str, ...] = ()  # peers
     repeats: int = REPEATS
     threads: int | None = None  # see `compute_threads`
@@ -54,14 +54,14 @@ def bench(
 
     Args:
         model: any MODEL; one without weights, such as a preset, is measured with random ones.
-        options: what is measured, against which peers, how often.
+        options: what to measure, against which peers, and how often.
         progress: called with a line of text at every stage.
 
     Raises:
         SmolError: the model cannot be read, a suite or a peer is not known, or smolctl's own engine cannot
             run.
     """
-    average = load_average()  # before we add to it
+    average = load_average()  # before this process adds to it
     peers = check_peers(options.against)
     source = open_weighted(model)
     suites = choose_suites(source, options.suites)
@@ -115,7 +115,7 @@ def results_of(
     expected: Mapping[str, Tensor],
     limits: HardwareLimits,
 ) -> list[Result]:
-    """A result for each metric of a workload; none where a repeat could not be measured.
+    """A result for each metric of a workload; none if a repeat could not be measured.
 
     The output of every repeat is compared with the expected one, and the largest error counts.
     """

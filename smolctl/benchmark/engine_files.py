@@ -1,4 +1,4 @@
-"""The file that each engine reads: variants come from the same weights, and peers get their own format."""
+"""The file that each engine reads: quantized variants of the same weights, and each peer's own format."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from smolctl.sources.gguf.write import SCHEMES, require_gguf, write_gguf
 from smolctl.sources.huggingface.write import write_model
 from smolctl.sources.shapes import HEAD
 
-# llama.cpp's scheme with the same bits as one of ours, where it has another name.
+# llama.cpp's scheme with the same number of bits as a scheme of smolctl, if its name differs.
 LLAMA_SCHEMES = {"int8": "q8_0", "int8-dynamic": "q8_0", "int4": "q4_1"}
 
 
 def check_peers(names: Sequence[str]) -> tuple[EngineName, ...]:
-    """The peers that were asked for, each once.
+    """The requested peers without duplicates.
 
     Raises:
         UsageError: one is not known, or not installed.
@@ -40,18 +40,18 @@ def make_engine_files(
     """Write the files that the engines read.
 
     Args:
-        source: with weights, or random ones.
-        schemes: of `quantize`, to measure beside what is stored.
+        source: a model; one without weights gets random ones.
+        schemes: of `quantize`, measured in addition to the stored weights.
         peers: from `check_peers`.
-        threads: for all of them.
-        folder: an empty one for what has to be written.
+        threads: of each engine.
+        folder: an empty folder for the files that have to be written.
 
     Returns:
-        The engines, smolctl's first: the stored weights, the variants, the peers. And a line for each peer
-        that is left out, with the reason.
+        The engines, smolctl's first: the stored weights, the variants, the peers; and for each peer that is
+        left out a line with the reason.
 
     Raises:
-        SmolError: a scheme is not for this model.
+        SmolError: a scheme does not support this model.
     """
     engines = [EngineSpec("smolctl", source.id, threads)]
     if schemes:
@@ -83,9 +83,9 @@ def _peers(
 
 
 def huggingface_folder(source: ModelSource, folder: Path) -> str:
-    """A folder that transformers loads: the source's own, or one with its weights in float32."""
+    """A folder that transformers loads: the source's own folder, or a new one with its weights in float32."""
     config = source.require_config()
-    # transformers runs the code in the folder of a model that is none of its own: only this toolkit's.
+    # transformers runs the code in the folder of a model of an unknown class: only smolctl's code is allowed.
     is_folder = source.kind is SourceKind.FOLDER and source.tensors and Path(source.id).is_dir()
     if is_folder and not config.needs_own_code:
         return source.id
@@ -100,7 +100,7 @@ def huggingface_folder(source: ModelSource, folder: Path) -> str:
 
 
 def _gguf(source: ModelSource, ours: EngineSpec, folder: Path) -> tuple[str, str]:
-    """The file that llama.cpp reads in comparison with one of ours, and its scheme."""
+    """The file that llama.cpp reads for the comparison with a variant of smolctl, and its scheme."""
     stored = open_source(ours.model)
     if stored.kind is SourceKind.GGUF:
         return ours.model, stored_scheme(stored).lower()
@@ -120,8 +120,9 @@ def _gguf(source: ModelSource, ours: EngineSpec, folder: Path) -> tuple[str, str
 
 
 def stored_scheme(source: ModelSource) -> str:
-    """What `quantize` has made of a source, else the type of most of its parameters: "F32", "Q4_1"; float32
-    where nothing is stored."""
+    """The scheme of a source that `quantize` wrote, else the type of most of its parameters, such as "F32"
+    or "Q4_1"; float32 if it has no weights.
+    """
     if quantized := (source.quantization or {}).get("scheme"):
         return str(quantized)
     sizes: dict[str, int] = {}
@@ -141,9 +142,9 @@ def weight_files(model: str) -> tuple[Path, ...]:
 
 
 def copy_apart(model: str, files: Sequence[Path], folder: Path) -> str:
-    """A copy, as a MODEL, of the `weight_files` of a model, in a folder.
+    """Copy the `weight_files` of a model to a folder, and return the copy as a MODEL.
 
-    No other process has it open: a mapped file stays in the page cache.
+    The copy is not open in another process, whose mapping would keep it in the page cache.
     """
     target = folder / f"apart-{sum(1 for _ in folder.iterdir())}"
     if Path(model).is_dir() and files[0].parent == Path(model):

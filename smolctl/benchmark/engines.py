@@ -1,4 +1,4 @@
-"""The engines: smolctl's, the plain PyTorch network that all outputs are compared with, and peers."""
+"""The engines: smolctl's, the plain PyTorch network that all outputs are compared with, and the peers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from smolctl.sources.arrays import Array, as_array
 from smolctl.sources.base import ArrayWeights, ModelSource
 
 EngineName = Literal["smolctl", "reference", "transformers", "llama.cpp", "litgpt"]
-# What pip calls the packages of the peers.
+# Names of the peers' packages on the package index.
 PEERS: dict[EngineName, str] = {
     "transformers": "transformers",
     "llama.cpp": "llama-cpp-python",
@@ -31,17 +31,17 @@ PEERS: dict[EngineName, str] = {
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """An engine with the model that it opens in a process of its own."""
+    """An engine and the model that it opens in its own process."""
 
     engine: EngineName
-    model: str  # a MODEL for smolctl, the file or folder of a peer
+    model: str  # a MODEL for smolctl, a file or folder for a peer
     threads: int
-    precision: str = ""  # as users name it; "": what the engine reports
-    rival_of: str = ""  # the model of smolctl that stores the same bits; "": a rival of every one
+    precision: str = ""  # as shown to users; "": what the engine reports
+    rival_of: str = ""  # smolctl's model with the same number of bits; "": compared with every one
 
 
 class RandomWeights(ArrayWeights):
-    """The weights of a new network: they take as much time as trained ones."""
+    """The weights of a new network; computing with them takes as long as with trained ones."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -52,7 +52,7 @@ class RandomWeights(ArrayWeights):
 
 
 def open_weighted(model: str) -> ModelSource:
-    """A source; one without weights, such as a preset, gets random ones."""
+    """Open a source; one without weights, such as a preset, gets random ones."""
     source = open_source(model)
     weights = source.weights or RandomWeights(source.require_config())
     return dataclasses.replace(source, weights=weights)
@@ -68,7 +68,8 @@ def open_engine(spec: EngineSpec, config: ModelConfig | None = None) -> Engine:
 
     Args:
         spec: any.
-        config: of a peer's model, where it has been read already: our reader's time is not the peer's.
+        config: of a peer's model, if it has been read already: the time of smolctl's reader must not count
+            for the peer.
 
     Raises:
         SmolError: the model cannot be read.

@@ -1,4 +1,4 @@
-"""The suites load, checkpoint and tokenize, which work with files and with text."""
+"""The suites load, checkpoint and tokenize, which measure files and text."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.sources import open_source
 from smolctl.training.optim.optimizers import make_optimizer
 
-# Of its files that a cold load reads from the disk at least: two thirds of a checkpoint are the optimizer's.
+# A cold load must read at least this share of the files from the disk: two thirds of a checkpoint are
+# optimizer state.
 SHARE_READ = 0.2
 NOT_COLD = "the system kept the file in memory: a cold load could not be measured here"
 
 
 def load(workload: Workload) -> Run:
-    """Open the model and read one token: by then every weight has been read."""
+    """Open the model and process one token, which reads every weight."""
     spec = replace(workload.engine, model=workload.cold_copy or workload.engine.model)
     config = open_source(spec.model).config if spec.engine in PEERS else None
 
     def run() -> Measurement:
-        gc.collect()  # the engine of the last run would keep its file in memory
+        gc.collect()  # otherwise the engine of the last run keeps its file in memory
         cold = not workload.cold_copy or drop_from_page_cache(workload.files)
         read_before = bytes_from_disk()
         started = time.perf_counter()
@@ -47,18 +48,18 @@ def load(workload: Workload) -> Run:
 
 
 def drop_from_page_cache(files: Sequence[str]) -> bool:
-    """Ask the system to drop files from its page cache; False where it cannot be asked."""
+    """Ask the system to drop files from its page cache; False if that is not possible."""
     if not hasattr(os, "posix_fadvise"):
         return False
     for file in files:
         with Path(file).open("rb") as opened:
-            os.fsync(opened.fileno())  # pages that are not on the disk yet would stay
+            os.fsync(opened.fileno())  # pages that are not yet on the disk would stay in the cache
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return True
 
 
 def bytes_from_disk() -> int | None:
-    """Bytes that were read from storage for this process so far; None where the system does not count."""
+    """Bytes read from storage for this process so far; None if the system does not count them."""
     try:
         lines = Path("/proc/self/io").read_text().splitlines()
     except OSError:
@@ -69,9 +70,9 @@ def bytes_from_disk() -> int | None:
 def checkpoint(workload: Workload) -> Run:
     """Save weights and optimizer state as a run does, and read them back.
 
-    Saving writes, syncs, reads back, compares checksums and renames. Reading finds the file in memory.
+    Saving writes, syncs, reads back, compares checksums and renames. Reading is served from the page cache.
     """
-    # These import Lightning, which takes seconds: no other suite waits for it.
+    # Imported here because Lightning takes seconds to import and no other suite needs it.
     from smolctl.runs.checkpoint_file import read_checkpoint
     from smolctl.training.checkpoint import DurableCheckpointIO
 
@@ -79,7 +80,7 @@ def checkpoint(workload: Workload) -> Run:
     optimizer = make_optimizer(network, workload.optimizer)
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # makes its state
+    optimizer.step()  # creates the optimizer's state
     optimizer.zero_grad(set_to_none=True)
     content: dict[str, Any] = {
         "state_dict": network.state_dict(),
@@ -103,7 +104,7 @@ def checkpoint(workload: Workload) -> Run:
 
 
 def tokenize(workload: Workload) -> Run:
-    """Tokenize a text in documents of a few kilobytes on all cores, as a corpus is."""
+    """Tokenize a text in documents of a few kilobytes on all cores, like a corpus."""
     texts = [workload.document[at : at + 4096] for at in range(0, len(workload.document), 4096)]
     encode = _encoder(workload.engine)
 
@@ -129,7 +130,7 @@ def _encoder(spec: EngineSpec) -> Callable[[Sequence[str]], Sequence[Sequence[in
 
 
 def token_digest(documents: Sequence[Sequence[int]]) -> Tensor:
-    """Numbers that are equal for equal tokens: their count, and a hash in exact floats."""
+    """Numbers that are equal for equal tokens: their count and a hash, stored exactly as floats."""
     flat = ",".join(str(token) for document in documents for token in (*document, -1))
     digest = hashlib.sha256(flat.encode()).digest()
     return torch.tensor([sum(map(len, documents)), *digest[:8]], dtype=torch.float64)

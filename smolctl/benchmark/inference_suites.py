@@ -14,7 +14,7 @@ KEEP_EVERY = 8  # the logits of every eighth decoded token are compared
 
 
 def prefill(engine: Engine, workload: Workload) -> Run:
-    """Read a text and return the logits after it."""
+    """Process a prompt and return the logits after it."""
     tokens = [list(workload.text[0][: workload.sizes.prefill])]
     cache = engine.allocate(1, len(tokens[0]))
 
@@ -28,10 +28,10 @@ def prefill(engine: Engine, workload: Workload) -> Run:
 
 
 def decode(engine: Engine, workload: Workload) -> Run:
-    """Continue each sequence token by token, looking up the most probable token each time.
+    """Decode each sequence token by token, and find the most probable token at every step.
 
-    The continuation is given, so that all engines read the same tokens even where they would have chosen
-    others; the prompt is read before the clock starts.
+    The continuation is given, so that all engines process the same tokens even if they would have chosen
+    others; the prompt is processed before the clock starts.
     """
     sizes = workload.sizes
     text = workload.text[: sizes.batch if workload.suite == "batch" else 1]

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-# Larger than the last-level caches of today's processors, several times over for most of them.
+# Larger than the last-level caches of today's processors, in most cases several times.
 BUFFER_BYTES = 256 << 20
-# Rows and columns of the matmuls: large enough to be bound by arithmetic, small enough for a laptop.
+# Rows and columns of the matmuls: large enough to be compute-bound, small enough for a laptop.
 SIZE = 1024
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# A matmul of a narrow type may be computed in any wider one, whichever is fastest here.
+# A matmul of a narrow type may be computed in any wider type if that is faster on this machine.
 WIDER = {
     "float32": ("float32",),
     "bfloat16": ("bfloat16", "float32"),
@@ -24,17 +24,17 @@ WIDER = {
 
 @dataclass(frozen=True)
 class HardwareLimits:
-    """Rates of the machine: the best of all rounds, since disturbances only lower them."""
+    """Rates of the machine: the best of all rounds, because disturbances can only lower them."""
 
-    bandwidth: float  # bytes per second, reading memory
+    bandwidth: float  # bytes per second when reading memory
     products: dict[str, float]  # FLOP/s of matmuls by type, two operations for each multiply-add
-    slowest_bandwidth: float  # of any round: shows how steady the machine was
+    slowest_bandwidth: float  # lowest of all rounds: shows how steady the machine was
     slowest_products: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The least that a workload reads and computes."""
+    """The minimum of memory traffic and arithmetic of a workload."""
 
     bytes: float = 0.0  # read from memory
     flops: float = 0.0
@@ -53,7 +53,7 @@ class LimitMeter:
         self.rounds: list[tuple[float, dict[str, float]]] = []  # bandwidth and products, as in HardwareLimits
 
     def measure(self) -> None:
-        """One round: about half a second."""
+        """Measure one round, which takes about half a second."""
         reads = (self._buffer.sum, lambda: torch.linalg.vector_norm(self._buffer))
         bandwidth = max(BUFFER_BYTES / fastest_run(read, 3) for read in reads)
         work = 2.0 * SIZE**3
@@ -61,7 +61,7 @@ class LimitMeter:
             name: work / fastest_run(lambda one=square: one @ one, 3)  # type: ignore[misc]
             for name, square in self._squares.items()
         }
-        with contextlib.suppress(RuntimeError, AttributeError):  # not in every build of PyTorch
+        with contextlib.suppress(RuntimeError, AttributeError):  # not available in every build of PyTorch
             products["int8"] = work / fastest_run(lambda: torch._int_mm(self._small, self._small), 3)
         self.rounds.append((bandwidth, products))
 
@@ -80,8 +80,8 @@ def limits_of(rounds: Sequence[tuple[float, dict[str, float]]]) -> HardwareLimit
 def roofline(cost: Cost, seconds: float, limits: HardwareLimits) -> tuple[float, str] | tuple[None, None]:
     """The share of the limit that applies, and its name; None for both if the cost is not known.
 
-    A workload needs at least the time to read its bytes and at least the time for its arithmetic: the
-    longer of the two applies.
+    A workload takes at least the time to read its bytes and at least the time for its arithmetic; the longer
+    of the two is the limit.
     """
     if not cost.bytes and not cost.flops:
         return None, None

@@ -1,4 +1,4 @@
-"""llama.cpp behind this toolkit's interface, through the C functions of llama-cpp-python alone."""
+"""llama.cpp behind smolctl's engine interface, using only the C functions of llama-cpp-python."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from smolctl.config import ModelConfig
 from smolctl.errors import SmolError
 from smolctl.generation.engine import Cache, Engine, Logits
 
-BATCH = 512  # tokens that are read at once: llama.cpp's own default
+BATCH = 512  # tokens per call of a prefill: llama.cpp's own default
 REMEDY = "Leave out --against llama.cpp."
 
 
-# llama.cpp would print its messages into the middle of a table.
+# Otherwise llama.cpp prints its messages into the middle of a table.
 SILENCE = llama_cpp.llama_log_callback(lambda _level, _text, _data: None)
 
 
 class _LlamaCache(Cache):
-    """A context of llama.cpp: its threads, its buffers and its cells for all sequences."""
+    """A context of llama.cpp: its threads, its buffers and its KV cache for all sequences."""
 
     def __init__(self, engine: LlamaEngine, sequences: int, capacity: int) -> None:
         super().__init__(sequences, capacity)
-        self.engine = engine  # its model must outlive the context
+        self.engine = engine  # keeps the model alive as long as the context
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx = sequences * (capacity + -capacity % 256)
         settings.n_seq_max = sequences
@@ -48,7 +48,7 @@ class _LlamaCache(Cache):
 
 
 class LlamaEngine(Engine):
-    """llama.cpp with flash attention, which is its faster way on a CPU."""
+    """llama.cpp with flash attention, which is faster on a CPU."""
 
     def __init__(self, model: str, config: ModelConfig, threads: int) -> None:
         llama_cpp.llama_log_set(SILENCE, None)

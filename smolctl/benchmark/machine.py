@@ -1,4 +1,4 @@
-"""The machine that was measured on, and how busy it was with other work."""
+"""The machine that runs the bench, and how busy it is with other work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from smolctl.cores import machine_memory, usable_cpus
 from smolctl.extras import installed_version
 
 PACKAGES = ("torch", "transformers", "tokenizers", "llama-cpp-python", "litgpt", "numpy", "lightning")
-# Above these shares results are called disturbed: 5 % of the machine's time is as much as a difference in
+# Above these shares results are called disturbed: 5 % of the machine's time is as large as a difference in
 # speed that people would report.
 OTHERS_SHARE = 0.05
 STEAL_SHARE = 0.02
@@ -30,12 +30,12 @@ ZEN = {
 
 @dataclass(frozen=True)
 class Machine:
-    """What the speed depends on."""
+    """The properties that speed depends on."""
 
     cpu: str  # name, and generation where it is known
     gpu: str | None  # present, but not used
     logical_cpus: int  # that this process may use
-    threads: int  # that every engine was given
+    threads: int  # per engine
     memory_bytes: int | None
     instructions: str  # the set that PyTorch uses: AVX2, AVX512
     os: str
@@ -43,26 +43,26 @@ class Machine:
 
     @property
     def identity(self) -> tuple[str, int, int]:
-        """Times are comparable where this is equal."""
+        """Times are comparable between machines with equal identity."""
         return self.cpu, self.logical_cpus, self.threads
 
 
 @dataclass(frozen=True)
 class CpuTimes:
-    """Seconds of CPU since some moment."""
+    """Seconds of CPU time since some moment."""
 
-    total: float  # all processors, idle too
+    total: float  # all processors, including idle time
     idle: float
-    steal: float  # that the host of a virtual machine took
-    own: float  # of this process and those it has started
+    steal: float  # taken by the host of a virtual machine
+    own: float  # of this process and its child processes
 
 
 @dataclass(frozen=True)
 class SystemLoad:
     """How busy the machine was with other work."""
 
-    load_average: float | None  # of the minute before the start
-    others: float | None  # share of all processors' time that other processes took meanwhile
+    load_average: float | None  # in the minute before the start
+    others: float | None  # share of all processors' time that other processes used in between
     steal: float | None
 
 
@@ -90,7 +90,7 @@ def cpu_times(children: Iterable[int] = ()) -> CpuTimes | None:
     """CPU time so far; None where there is no /proc/stat.
 
     Args:
-        children: processes of ours that are still running.
+        children: ids of child processes that are still running.
     """
     stat = Path("/proc/stat")
     if not stat.exists():
@@ -105,7 +105,7 @@ def cpu_times(children: Iterable[int] = ()) -> CpuTimes | None:
 
 
 def load_between(before: CpuTimes | None, after: CpuTimes | None, average: float | None) -> SystemLoad:
-    """The machine's other work between two moments."""
+    """The machine's other work between two measurements of CPU time."""
     if before is None or after is None or after.total <= before.total:
         return SystemLoad(average, None, None)
     total = after.total - before.total
@@ -116,10 +116,10 @@ def load_between(before: CpuTimes | None, after: CpuTimes | None, average: float
 
 
 def disturbance(load: SystemLoad, cpus: int) -> str:
-    """Why numbers measured meanwhile are doubtful; "" if they are not.
+    """Why numbers measured in this time are doubtful; "" if they are not.
 
-    The load average before the start counts only where nothing better is known: it still includes processes
-    that ended half a minute ago.
+    The load average before the start counts only if nothing better is known, because it still includes
+    processes that ended half a minute ago.
     """
     found = []
     if load.others is not None and load.others > OTHERS_SHARE:
@@ -134,7 +134,7 @@ def disturbance(load: SystemLoad, cpus: int) -> str:
 def named_cpu(cpuinfo: str) -> str:
     """The name of the first processor in the text of /proc/cpuinfo; "" if it has none.
 
-    The generation of an AMD processor is added: a virtual machine may call any of them "AMD EPYC".
+    The generation of an AMD processor is added, because a virtual machine may call any of them "AMD EPYC".
     """
     pairs = (line.partition(":") for line in cpuinfo.partition("\n\n")[0].splitlines())
     found = {key.strip(): value.strip() for key, _, value in pairs}

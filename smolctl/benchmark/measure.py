@@ -1,4 +1,4 @@
-"""What the process of an engine does: it prepares a workload once and runs it whenever it is asked to."""
+"""The work of an engine's process: it prepares a workload once and runs it on request."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from smolctl.benchmark.workload import EngineFacts, Measurement, Run, Workload
 from smolctl.generation.engine import Engine
 from smolctl.timing import peak_memory
 
-loaded_engine = cache(open_engine)  # the suites with an engine share it
+loaded_engine = cache(open_engine)  # shared by the suites that need a loaded engine
 WITH_ENGINE = {"prefill": prefill, "decode": decode, "batch": decode}
 WITHOUT_ENGINE = {"load": load, "train": train, "tokenize": tokenize, "checkpoint": checkpoint}
 
 
 def prepare(workload: Workload) -> EngineFacts:
-    """Load what a workload needs.
+    """Load everything that a workload needs.
 
     Raises:
         Exception: whatever the engine raises.
@@ -30,10 +30,10 @@ def prepare(workload: Workload) -> EngineFacts:
 
 
 def run(workload: Workload) -> Measurement:
-    """Run a workload once, and report the peak memory of the process meanwhile."""
+    """Run a workload once, and report the peak memory of the process during the run."""
     measure = _prepared(workload)[1]
-    with contextlib.suppress(OSError):  # where the system cannot, the peak is that of the whole process
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets VmHWM back to what is held now
+    with contextlib.suppress(OSError):  # if not supported, the peak is that of the whole process
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM to the current size
     return replace(measure(), peak_bytes=peak_memory())
 
 

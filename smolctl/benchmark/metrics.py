@@ -1,4 +1,6 @@
-"""What the times of a workload mean: units, amounts, and the least memory traffic and arithmetic."""
+"""Turns the times of a workload into metrics: units, amounts, and the minimum of memory traffic and
+arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,16 @@ ADAMW_TRANSFERS, FLOAT = 7, 4
 
 @dataclass(frozen=True)
 class Metric:
-    """One number that a workload gives."""
+    """One number that a workload measures."""
 
     name: str  # a suite in results: "train-forward" of the workload "train"
     unit: str
     amount: float  # of tokens or megabytes in a run; 1 for seconds
-    work: str  # how much of what, for people and for comparing with a baseline
+    work: str  # description of the work, for people and for comparing with a baseline
     cost: Cost
 
     def value(self, seconds: float) -> float:
-        """The seconds of a run in the metric's unit."""
+        """Convert the seconds of a run to the metric's unit."""
         return seconds if self.unit == SECONDS else self.amount / seconds
 
 
@@ -36,7 +38,7 @@ def metrics_of(
     """The metrics of a workload, in the order of its measured seconds; loading reads `file_bytes`."""
     sizes = workload.sizes
     if workload.suite == "load":
-        # The disk's own limit is not measured.
+        # The disk's own speed limit is not measured.
         cost = Cost() if workload.cold_copy else Cost(bytes=file_bytes)
         name = "load-cold" if workload.cold_copy else "load-warm"
         return (Metric(name, SECONDS, 1, "until the first token is there", cost),)
@@ -90,5 +92,5 @@ def _training(workload: Workload, config: ModelConfig) -> tuple[Metric, ...]:
 
 
 def _dtype(precision: str) -> str:
-    """The narrowest type that the matmuls could be computed in."""
+    """The narrowest type in which the matmuls could be computed."""
     return {32: "float32", 16: "bfloat16"}.get(bits_of(precision), "int8")

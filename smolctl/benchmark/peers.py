@@ -1,4 +1,4 @@
-"""Other engines behind this toolkit's interface, so that all of them do the same work."""
+"""Other engines behind smolctl's engine interface, so that all of them do the same work."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_installed(peer: str) -> bool:
 
 
 def open_peer(peer: str, model: str, config: ModelConfig, threads: int) -> Engine:
-    """Load a model with a peer; the number of threads is llama.cpp's, the others take PyTorch's."""
+    """Load a model with a peer; `threads` applies to llama.cpp, the others use PyTorch's setting."""
     if peer == "transformers":
         return TransformersEngine(model, config)
     if peer == "litgpt":
@@ -35,8 +35,8 @@ def open_peer(peer: str, model: str, config: ModelConfig, threads: int) -> Engin
 def load_transformers(model: str, config: ModelConfig) -> Any:
     """AutoModelForCausalLM of a folder or a GGUF, in float32, without progress bars and warnings.
 
-    A model that is not a Llama needs this toolkit's modelling file: its folder must come from
-    `engine_files.huggingface_folder`, since transformers runs the code that it finds there.
+    A model that is not a Llama needs smolctl's modelling file, so its folder must come from
+    `engine_files.huggingface_folder`, because transformers runs the code that it finds there.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -52,7 +52,7 @@ def load_transformers(model: str, config: ModelConfig) -> Any:
 
 
 class _PastCache(Cache):
-    """transformers' own cache, which grows as it is used."""
+    """transformers' own KV cache, which grows as it is used."""
 
     past: Any = None
 
@@ -71,7 +71,7 @@ class TransformersEngine(Engine):
         self.network = load_transformers(model, config).eval().requires_grad_(False)
         super().__init__(config, "transformers, float32")
         names = inspect.signature(type(self.network).forward).parameters
-        self.cache_name = "cache" if "cache" in names else "past_key_values"  # before transformers 5.24
+        self.cache_name = "cache" if "cache" in names else "past_key_values"  # name before transformers 5.24
         self.weight_bytes = matrix_bytes(self.network, self.network.lm_head.weight)
 
     def allocate(self, sequences: int, capacity: int) -> _PastCache:
@@ -93,7 +93,9 @@ class TransformersEngine(Engine):
 
 
 class _GridCache(Cache):
-    """litgpt keeps keys and values inside its model, all sequences of one length: one cache at a time."""
+    """litgpt stores keys and values inside its model, with the same length for all sequences: one cache at
+    a time.
+    """
 
     def __init__(self, engine: LitgptEngine, sequences: int, capacity: int) -> None:
         super().__init__(sequences, capacity)
@@ -109,7 +111,7 @@ class LitgptEngine(Engine):
     """litgpt's GPT in eager mode with its key/value cache, from a Hugging Face folder."""
 
     precision = "float32"
-    shape = (0, 0)  # sequences and capacity of the cache that the model has now
+    shape = (0, 0)  # sequences and capacity of the model's current cache
 
     def __init__(self, folder: str, config: ModelConfig) -> None:
         self.network = load_litgpt(folder, config).eval().requires_grad_(False)
@@ -122,7 +124,7 @@ class LitgptEngine(Engine):
         return cache
 
     def use(self, cache: Cache) -> None:
-        """Give the model room for a cache, unless it has just that."""
+        """Allocate a cache in the model, unless it already has one of this shape."""
         shape = len(cache.lengths), cache.capacity
         if shape != self.shape:
             self.shape = shape
@@ -178,7 +180,7 @@ def load_litgpt(folder: str, config: ModelConfig) -> Any:
 
 
 def matrix_bytes(network: torch.nn.Module, head: Tensor) -> int:
-    """Bytes of the matrices that every token is multiplied with: tables are looked up, unless tied."""
+    """Bytes of the matrices that are multiplied for every token: tables are only looked up, unless tied."""
     tables = {
         id(module.weight)
         for module in network.modules()

@@ -1,4 +1,4 @@
-"""What a bench has measured."""
+"""The results of a bench."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from smolctl.config import ModelConfig
 from smolctl.errors import GateError
 from smolctl.timing import Ratio, median_interval, ratio_of
 
-# Fields of a config that no time depends on.
+# Fields of a config that do not affect times.
 IRRELEVANT_FIELDS = {
     "bos_token_id",
     "eos_token_id",
@@ -28,7 +28,7 @@ IRRELEVANT_FIELDS = {
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The model that was measured; models of equal shape take equal times, whatever their weights are."""
+    """The measured model; models of equal shape take equal times, whatever their weights are."""
 
     id: str
     parameters: int
@@ -49,7 +49,7 @@ class Result:
     model: str
     engine: str
     precision: str
-    build: str  # as the engine describes itself
+    build: str  # the engine's description of its build
     work: str
     unit: str
     values: tuple[float, ...]  # round by round
@@ -57,11 +57,11 @@ class Result:
     min: float
     max: float
     peak_rss_bytes: int | None  # of the engine's process; None where the system does not report it
-    roofline_share: float | None  # of the limit below; None where no limit was measured
+    roofline_share: float | None  # share of the limit below; None if no limit was measured
     limit: str | None
-    answer_error: float  # distance from the plain PyTorch network's output
+    answer_error: float  # difference from the output of the plain PyTorch network
     allowed_error: float
-    rival_of: str = ""  # the model of smolctl that stores the same bits; "": a rival of every one
+    rival_of: str = ""  # smolctl's model with the same number of bits; "": compared with every one
 
     @property
     def name(self) -> str:
@@ -69,7 +69,7 @@ class Result:
 
     @property
     def right(self) -> bool:
-        """Whether the output was right in every repeat."""
+        """Whether the output was correct in every repeat."""
         return self.answer_error <= self.allowed_error
 
     @property
@@ -78,7 +78,7 @@ class Result:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """Equal for results of another run that this one is comparable with."""
+        """Identifies the comparable result of another run."""
         return self.suite, self.engine, self.precision, self.work
 
 
@@ -91,12 +91,12 @@ class RelativeSpeed:
     precision: str
     against: str
     against_precision: str
-    ratio: Ratio  # of speeds: above 1 the first one is faster
+    ratio: Ratio  # ratio of the speeds; above 1, the first one is faster
 
 
 @dataclass(frozen=True)
 class BenchReport:
-    """Everything that a bench has measured."""
+    """All results of a bench."""
 
     machine: Machine
     load: SystemLoad
@@ -110,20 +110,20 @@ class BenchReport:
 
     @property
     def wrong(self) -> tuple[Result, ...]:
-        """Results whose output was wrong."""
+        """Results with an incorrect output."""
         return tuple(result for result in self.results if not result.right)
 
     def require_right(self) -> None:
-        """Check that every engine gave the output it should. Raises GateError."""
+        """Check that every engine's output was correct. Raises GateError."""
         if self.wrong:
             named = ", ".join(one.name for one in self.wrong)
             raise GateError(f"wrong output: {named}", "Ignore their speed, and report this.")
 
 
 def compare(results: Sequence[Result]) -> tuple[RelativeSpeed, ...]:
-    """Every result of smolctl compared with the peers' and with smolctl's of the stored weights.
+    """Compare every result of smolctl with the peers', and with smolctl's for the stored weights.
 
-    Only equal work is compared, and only where both outputs are right.
+    Only results of equal work are compared, and only if both outputs are correct.
     """
     found = []
     for ours in results:
@@ -139,5 +139,5 @@ def compare(results: Sequence[Result]) -> tuple[RelativeSpeed, ...]:
 
 
 def speed_ratio(unit: str, ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
-    """Above 1 where ours are faster: a higher rate, or fewer seconds."""
+    """Above 1 if smolctl is faster: a higher rate, or fewer seconds."""
     return ratio_of(theirs, ours) if unit == SECONDS else ratio_of(ours, theirs)

@@ -1,4 +1,4 @@
-"""The suites: which there are, their workloads for each engine, and the outputs that are expected."""
+"""The suites, their workloads for each engine, and the outputs that are expected."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from smolctl.sources.base import ModelSource
 from smolctl.worker import Worker
 
 SUITES = ("load", "prefill", "decode", "batch", "train", "tokenize", "checkpoint")
-# The suites that each engine can run.
+# The suites that each engine supports.
 SUITES_OF = {
     "smolctl": set(SUITES),
     "transformers": {"load", "prefill", "decode", "batch", "train", "tokenize"},
     "llama.cpp": {"load", "prefill", "decode", "batch"},
-    "litgpt": {"prefill", "decode", "batch"},  # its weights come through our reader: no load
+    "litgpt": {"prefill", "decode", "batch"},  # its weights are read by smolctl: no load
 }
-# Suites that do not depend on how the weights are stored: only the first model of an engine runs them.
+# Suites that do not depend on how the weights are stored: only the first model of each engine runs them.
 ONCE = {"train", "tokenize", "checkpoint"}
 DOCUMENT_CHARACTERS = 400_000
-# Suites that share a process with another one: a loaded engine, or the files of a model.
+# Suites that share a process with another suite, because they share a loaded engine or the files of a model.
 SHARES_PROCESS_WITH = {"prefill": "decode", "batch": "decode", "load": "tokenize"}
 
 
@@ -46,15 +46,15 @@ class PreparedWorkload:
     run: Run
     metrics: tuple[Metric, ...]
     facts: EngineFacts
-    process: int  # its id
+    process: int  # process id
 
 
 def choose_suites(source: ModelSource, asked: Sequence[str]) -> tuple[str, ...]:
-    """The suites to run: those that were asked for, or every one that the model supports.
+    """The suites to run: the requested ones, or every one that the model supports.
 
     Raises:
         UsageError: there is no such suite.
-        InputError: one that was asked for does not support this model.
+        InputError: a requested suite does not support this model.
     """
     missing = {}
     if not source.tensors:
@@ -72,7 +72,7 @@ def choose_suites(source: ModelSource, asked: Sequence[str]) -> tuple[str, ...]:
 def make_workloads(
     source: ModelSource, engines: Sequence[EngineSpec], suites: Sequence[str], batch: int, folder: Path
 ) -> tuple[Workload, ...]:
-    """Every workload of every engine, those of one suite side by side."""
+    """All workloads of all engines, grouped by suite."""
     run = source.run
     sizes = Sizes.fitting(source.require_config(), run, batch)
     document, text = reference_text(source, sizes)
@@ -94,7 +94,7 @@ def make_workloads(
 
 
 def _loads(workload: Workload) -> list[Workload]:
-    """A cold and a warm load; only a warm one where it is not known which files are read."""
+    """A cold and a warm load; only a warm one if the files that loading reads are not known."""
     model = workload.engine.model
     files = weight_files(model)
     warm = replace(workload, files=tuple(map(str, files)))
@@ -105,8 +105,7 @@ def _loads(workload: Workload) -> list[Workload]:
 
 
 def reference_text(source: ModelSource, sizes: Sizes) -> tuple[str, Tokens]:
-    """Python's language reference as text and as the tokens that are read; random tokens where the model
-    has no tokenizer."""
+    """Python's language reference as text and as tokens; random tokens if the model has no tokenizer."""
     from pydoc_data.topics import topics
 
     document = "\n\n".join(topics[name] for name in sorted(topics))[:DOCUMENT_CHARACTERS]
@@ -120,7 +119,7 @@ def reference_text(source: ModelSource, sizes: Sizes) -> tuple[str, Tokens]:
 
 def expected_outputs(workloads: Sequence[Workload], source: ModelSource, threads: int) -> dict[str, Tensor]:
     """The output of the plain PyTorch network in each suite, from the stored weights in float32."""
-    expected: dict[str, Tensor] = {"checkpoint": torch.zeros(1)}  # no tensor differs
+    expected: dict[str, Tensor] = {"checkpoint": torch.zeros(1)}  # number of tensors that differ
     reference = EngineSpec("reference", source.id, threads)
     with Worker(reference.engine, threads) as worker:
         for workload in workloads:
@@ -133,18 +132,18 @@ def expected_outputs(workloads: Sequence[Workload], source: ModelSource, threads
 def prepare(
     workloads: Sequence[Workload], source: ModelSource, stack: ExitStack
 ) -> tuple[list[PreparedWorkload], list[str]]:
-    """Start the engines' processes, load what they need and run each workload once to warm up.
+    """Start the engines' processes, load what they need, and run each workload once to warm up.
 
-    The processes end when the stack is left.
+    The processes end when the exit stack is closed.
 
     Returns:
-        The prepared workloads, and a line for every one of a peer's that is left out.
+        The prepared workloads, and a line for each of a peer's workloads that is left out.
 
     Raises:
         SmolError: smolctl's own engine cannot run.
     """
     workers: dict[tuple[EngineSpec, str], Worker] = {}
-    for workload in workloads:  # all start before the first is waited for
+    for workload in workloads:  # start all of them before waiting for the first one
         if _process_of(workload) not in workers:
             worker = Worker(workload.engine.engine, workload.engine.threads)
             workers[_process_of(workload)] = stack.enter_context(worker)

@@ -1,4 +1,4 @@
-"""The suite train: a training step, timed as a whole and by forward, backward and optimizer."""
+"""The suite train: the time of a training step and of its forward pass, backward pass and optimizer step."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from smolctl.sources import open_source
 from smolctl.timing import peak_memory
 from smolctl.training.optim.optimizers import make_optimizer
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # mean over tokens (B, T) and the tokens after them
+Loss = Callable[[Tensor, Tensor], Tensor]  # mean over tokens (B, T) and their next tokens
 CLIP = 1.0  # norm of the gradient, the default of `train`
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """A step on one fixed batch; calling it takes the step.
+    """A training step on a fixed batch; each call takes the step.
 
-    The times are those of the whole step and of its three parts. On a GPU only the whole waits for the
-    device; the parts are then the times of launching.
+    The times are those of the whole step and of its three parts. On a GPU only the whole step waits for the
+    device; the times of the parts are those of launching kernels.
     """
 
     loss: Callable[[], Tensor]
     optimizer: torch.optim.Optimizer
     device: torch.device = CPU
-    bfloat16: bool = False  # by autocast
+    bfloat16: bool = False  # whether autocast uses it
 
     def __call__(self) -> Measurement:
         marks = [self._now()]
@@ -60,7 +60,7 @@ class TrainingStep:
 
 def open_smolctl(model: str) -> tuple[Transformer, Loss]:
     """The network and the loss of `smolctl train`."""
-    from smolctl.training.fit import keep_freed_memory  # imports Lightning: seconds, and 80 MB
+    from smolctl.training.fit import keep_freed_memory  # imports Lightning, which takes seconds and 80 MB
 
     keep_freed_memory()
     network = plain_network(model).train()
@@ -72,7 +72,7 @@ def open_transformers(model: str) -> tuple[nn.Module, Loss]:
     network = load_transformers(model, open_source(model).require_config()).train()
 
     def loss(inputs: Tensor, targets: Tensor) -> Tensor:
-        # With shift_labels the targets are taken as they are: the same tokens as for smolctl.
+        # With shift_labels the targets are used without another shift: the same tokens as for smolctl.
         out = network(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False)
         found: Tensor = out.loss
         return found
@@ -83,12 +83,12 @@ def open_transformers(model: str) -> tuple[nn.Module, Loss]:
 def train(workload: Workload) -> Run:
     """The training step of an engine.
 
-    The learning rate is zero: all the arithmetic is done, the weights stay as they are, and every run does
-    the same work and finds the same loss.
+    The learning rate is zero, so all the arithmetic is done but the weights do not change, and every run does
+    the same work and has the same loss.
     """
     inputs, targets = batch(workload)
     model = workload.engine.model
-    if workload.engine.engine == "reference":  # from whole logits, which no engine computes for its loss
+    if workload.engine.engine == "reference":  # from complete logits, which no engine computes for its loss
         with torch.inference_mode():
             losses = plain_network(model).token_losses(inputs, targets)
         return lambda: Measurement((0.0,), losses.mean().view(1))
@@ -103,7 +103,7 @@ def train(workload: Workload) -> Run:
 
 
 def batch(workload: Workload) -> tuple[Tensor, Tensor]:
-    """Tokens (sequences, length) and those that follow them."""
+    """Tokens (sequences, length) and their next tokens."""
     sizes, text = workload.sizes, workload.text
     rows = torch.tensor([text[at % len(text)][: sizes.length + 1] for at in range(sizes.sequences)])
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()

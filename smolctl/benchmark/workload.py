@@ -1,4 +1,4 @@
-"""A workload, which every engine runs in the same way, and a measurement of one run."""
+"""A workload, which every engine runs in the same way, and the measurement of one run."""
 
 from __future__ import annotations
 
@@ -11,31 +11,33 @@ from smolctl.benchmark.engines import EngineSpec
 from smolctl.config import ModelConfig, RunConfig
 from smolctl.config.run import OptimizerConfig
 
-# Sizes where the model's context allows them: a prompt as long as a question, an answer of a paragraph,
-# a document to read.
+# Used if the model's context is long enough: a prompt the size of a question, an answer of a paragraph, and a
+# document to process.
 PROMPT, DECODED, PREFILL, BATCH = 32, 64, 512, 8
-# Of a training step: the micro-batch of every preset that trains from scratch. A quarter of it shows another
-# ratio: others take less time for each token of a small step, smolctl more (docs/benchmarks.md).
+# Of a training step: the micro-batch of every preset that trains from scratch. With a quarter of it the ratio
+# is different: other programs take less time per token in a small step, and smolctl takes more
+# (docs/benchmarks.md).
 TRAIN_TOKENS = 2_048
-TRAIN_LENGTH = 512  # of a sequence, where no recipe says
+TRAIN_LENGTH = 512  # of a sequence, if there is no recipe
 Tokens = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many tokens a run has. Only results of equal work are comparable."""
+    """The numbers of tokens in a run. Only results of equal work are comparable."""
 
     prompt: int
     decoded: int
     prefill: int
-    batch: int = 1  # sequences of batched decoding
-    sequences: int = 1  # of a training step
-    length: int = 1  # of each
+    batch: int = 1  # sequences in the batch suite
+    sequences: int = 1  # sequences per training step
+    length: int = 1  # tokens per sequence of a training step
 
     @staticmethod
     def fitting(config: ModelConfig, run: RunConfig | None, batch: int = BATCH) -> Sizes:
-        """The usual sizes, or what the model's context has room for; a training step of TRAIN_TOKENS tokens,
-        or of a recipe's micro-batch where that is less."""
+        """The usual sizes, or the largest that fit the model's context; a training step has TRAIN_TOKENS
+        tokens, or a recipe's micro-batch if that is smaller.
+        """
         context = config.max_position_embeddings
         length = min(TRAIN_TOKENS, context, run.data.sequence_length if run else TRAIN_LENGTH)
         micro = run.micro_batch_size if run else TRAIN_TOKENS
@@ -52,16 +54,16 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Workload:
-    """What one engine does in one suite, as it is sent to the engine's process."""
+    """One engine's work in one suite, as it is sent to the engine's process."""
 
-    suite: str  # one of suites.SUITES
+    suite: str  # a name from suites.SUITES
     engine: EngineSpec
     sizes: Sizes
-    text: Tokens = ()  # for each sequence its tokens, prompt and continuation
+    text: Tokens = ()  # tokens of each sequence: prompt and continuation
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     document: str = ""  # text to tokenize
-    cold_copy: str = ""  # the model to load from the disk, not the page cache; "": a warm load
-    files: tuple[str, ...] = ()  # that a load reads
+    cold_copy: str = ""  # the model to load from the disk instead of the page cache; "": a warm load
+    files: tuple[str, ...] = ()  # files that a load reads
     folder: str = ""  # where files may be written
 
 
@@ -69,17 +71,17 @@ class Workload:
 class Measurement:
     """One run of a workload."""
 
-    seconds: tuple[float, ...]  # for each metric of the workload
+    seconds: tuple[float, ...]  # one for each metric of the workload
     output: Tensor  # logits, token ids, or a loss
     note: str = ""  # why this run does not count
-    peak_bytes: int | None = None  # most memory that the process held meanwhile; None: not known
+    peak_bytes: int | None = None  # peak memory of the process during the run; None: not known
 
 
 @dataclass(frozen=True)
 class EngineFacts:
     """What an engine reports about itself."""
 
-    name: str = ""  # and build, for people
+    name: str = ""  # name and build, for people
     precision: str = ""
     weight_bytes: int = 0
 
@@ -88,7 +90,7 @@ Run = Callable[[], Measurement]
 
 
 def cut(ids: Sequence[int], sizes: Sizes) -> Tokens:
-    """A long text as the sequences of a batch, each from another place; repeated where it is short."""
+    """Cut a long text into the sequences of a batch, each from another position; a short text is repeated."""
     length = max(sizes.prefill, sizes.prompt + sizes.decoded, sizes.length + 1)
     stride = sizes.prompt + sizes.decoded
     needed = length + stride * sizes.batch

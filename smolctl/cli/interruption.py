@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import os
 import signal
 import sys
 import time
@@ -12,6 +13,8 @@ from types import FrameType
 from smolctl.errors import ExitCode
 
 AGAIN_S = 0.02
+PATIENCE_S = 2.0  # for a command that is to end
+SHOW_CURSOR = b"\x1b[?25h"  # which a live display hides
 
 
 class Interruption:
@@ -20,6 +23,11 @@ class Interruption:
     A library that is interrupted while it is imported may swallow the exception, fail with another one, or
     abort the process; and an exception in a destructor or a callback is printed by Python, which goes on. In
     both cases the signal is delivered again a moment later. A second one during an import is not held back.
+
+    Python runs a handler between two steps of the main thread. While that thread is inside one call of a
+    library, such as the training of a tokenizer, or waits for another thread that is, nothing is raised. So a
+    command that has not ended after `PATIENCE_S` is ended by a thread that does nothing else; whoever takes a
+    signal with a handler of their own decides when to end.
     """
 
     def __init__(self) -> None:
@@ -32,6 +40,7 @@ class Interruption:
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._raise)
+        self._watch()
         report = sys.unraisablehook
 
         def again(lost: sys.UnraisableHookArgs) -> None:
@@ -45,6 +54,22 @@ class Interruption:
                 report(lost)
 
         sys.unraisablehook = again
+
+    def _watch(self) -> None:
+        """Start the thread that ends a command. Signals reach it at once, through a pipe."""
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=_not_watched)
+
+        def wait() -> None:
+            while True:
+                for number in os.read(read, 1):
+                    if signal.getsignal(number) == self._raise:
+                        time.sleep(PATIENCE_S)
+                        _end(128 + number)
+
+        _thread.start_new_thread(wait, ())
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
         is_second = self._held_back and not self._own
@@ -67,6 +92,20 @@ class Interruption:
 
         with suppress(RuntimeError):  # Python is ending, or there are no more threads
             _thread.start_new_thread(deliver, ())
+
+
+def _not_watched() -> None:
+    """Keep the signals of a forked process out of the pipe of the first one."""
+    with suppress(ValueError):  # not in the main thread
+        signal.set_wakeup_fd(-1)
+
+
+def _end(code: int) -> None:
+    """End the process without anything that Python does at its end, which may be to wait for a thread."""
+    with suppress(OSError):
+        if os.isatty(2):
+            os.write(2, SHOW_CURSOR)
+    os._exit(code)
 
 
 def _is_importing(frame: FrameType | None) -> bool:

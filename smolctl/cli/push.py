@@ -144,18 +144,18 @@ def push(
         raise UsageError("--page and --page-schemes are for the static page", "Leave out --space-sdk gradio.")
     schemes = split_commas([(gguf or "").lower()])
     options = publish.PushOptions(
-        model,
-        repo,
-        public,
-        license,
-        schemes,
-        revision,
-        create_pr,
-        space,
-        space_sdk,
-        page_variants(split_commas([page_schemes.lower()])),
-        tuple(allow_secret or ()),
-        accept_guesses,
+        model=model,
+        repo=repo,
+        public=public,
+        license=license,
+        schemes=schemes,
+        revision=revision,
+        create_pr=create_pr,
+        space=space,
+        space_sdk=space_sdk,
+        page_schemes=page_variants(split_commas([page_schemes.lower()])),
+        allowed_secrets=tuple(allow_secret or ()),
+        accept_guesses=accept_guesses,
     )
     if preview:
         with tempfile.TemporaryDirectory(prefix="smolctl-preview-") as work:

@@ -1,4 +1,4 @@
-"""Steps of a run as batches of tokens, read from the memory-mapped shards."""
+"""The steps of a run as batches of tokens, read from the memory-mapped shards."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from smolctl.data.mixture import Mixture, Window
 from smolctl.data.order import window_count
 from smolctl.data.tokens.marks import CONTEXT, FIRST, IDS
+from smolctl.data.tokens.mixture import Mixture, Window
 from smolctl.errors import InputError
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """What a network is given, and what it is asked for.
+    """The inputs and targets of a network.
 
     Attributes:
         inputs: (B, T) ids.
@@ -38,11 +38,11 @@ class Sequences:
 
     @property
     def trained_tokens(self) -> Tensor | int:
-        """How many targets count: (), or a number where all do."""
+        """Number of targets that count: (), or an int if all do."""
         return self.targets.numel() if self.trained is None else self.trained.sum()
 
     def counted(self, values: Tensor) -> Tensor:
-        """Values (B, T) of the targets, 0 where a target does not count."""
+        """Values (B, T) of the targets, with 0 for targets that do not count."""
         return values if self.trained is None else values * self.trained
 
     def split(self, size: int) -> Iterator[Sequences]:
@@ -54,17 +54,17 @@ class Sequences:
 
 
 def text_sequences(tokens: Tensor, documents: Tensor | None = None) -> Sequences:
-    """What tokens (B, T + 1) without marks ask of a network."""
+    """Inputs and targets of tokens (B, T + 1) without marks."""
     return Sequences(tokens[:, :-1], tokens[:, 1:], documents=documents)
 
 
 def sequences_of(tokens: Tensor, document_end: int | None = None) -> Sequences:
-    """What tokens (B, T + 1) of a batch, with or without marks, ask of a network.
+    """Inputs and targets of a batch's tokens (B, T + 1), with or without marks.
 
     Args:
         tokens: any integers.
-        document_end: of plain text, the token that ends a document, to which it belongs, and that attention
-            does not cross; None: it crosses all.
+        document_end: for plain text, the token that ends a document, to which it belongs, and that limits
+            attention; None: attention crosses documents.
     """
     before = tokens[:, :-1]
     if not bool((tokens >= FIRST).any()):
@@ -79,8 +79,8 @@ def sequences_of(tokens: Tensor, document_end: int | None = None) -> Sequences:
 class StepDataset(Dataset[Tensor]):
     """Item s is this device's share of step s: tokens (batch_size / world_size, sequence_length + 1).
 
-    Samples are numbered through the whole run. Step `first_step` begins with sample `first_sample`: a
-    run that continues with another batch size continues with the next unseen sample.
+    Samples are numbered through the whole run. Step `first_step` starts with sample `first_sample`: after a
+    change of batch size, the run continues with the next unseen sample.
     """
 
     tokens: Mixture
@@ -91,7 +91,7 @@ class StepDataset(Dataset[Tensor]):
     world_size: int = 1
     first_step: int = 0
     first_sample: int = 0
-    document_end: int | None = None  # the token that attention does not cross; None: it crosses all
+    document_end: int | None = None  # ends a document for attention; None: attention crosses documents
 
     def __post_init__(self) -> None:
         if self.batch_size % self.world_size:
@@ -101,7 +101,7 @@ class StepDataset(Dataset[Tensor]):
             )
 
     def samples_before(self, step: int) -> int:
-        """Samples that the run has seen before a step."""
+        """Samples used before a step."""
         return self.first_sample + (step - self.first_step) * self.batch_size
 
     def windows(self, step: int) -> list[Window]:
@@ -119,9 +119,10 @@ class StepDataset(Dataset[Tensor]):
 class StepLoader:
     """Batches of the steps from `start` to `stop`.
 
-    Its length is `stop`, not what is left: Lightning counts the steps of the whole run, also after a
-    resume. The order does not depend on `workers`, threads that read ahead: they copy memory, which one
-    process does as well as several, and no signal or shortage of shared memory can kill them alone.
+    Its length is `stop`, not the number of remaining steps, because Lightning counts the steps of the whole
+    run, also after a resume. The order does not depend on `workers`, which are threads that read ahead: they
+    only copy memory, so processes would not be faster, and threads cannot be killed separately by a signal or
+    a lack of shared memory.
     """
 
     def __init__(self, dataset: StepDataset, start: int, stop: int, workers: int = 0) -> None:
@@ -150,11 +151,11 @@ class StepLoader:
 def validation_batches(
     held_out: Mixture, sequence_length: int, batch_size: int, sequences: int
 ) -> Iterator[Tensor]:
-    """Held-out sequences in batches (batch_size or fewer, sequence_length + 1), the same ones every time.
+    """Held-out sequences in batches (at most batch_size, sequence_length + 1), always the same ones.
 
-    Which they are does not depend on `batch_size`. Every source gives sequences by its share, spread evenly
-    over its held-out tokens; fewer where it has not so many, and one shorter sequence where its held-out
-    tokens are not enough for a whole one.
+    The choice does not depend on `batch_size`. Every source gives sequences in proportion to its share,
+    spread evenly over its held-out tokens; fewer if it does not have enough tokens, and a single shorter
+    sequence if they do not fill one.
     """
     for windows, length in _validation_windows(held_out, sequence_length, batch_size, sequences):
         yield torch.from_numpy(np.stack([held_out.read(window, length) for window in windows]))
@@ -178,7 +179,7 @@ def validation_documents(
 def _validation_windows(
     held_out: Mixture, sequence_length: int, batch_size: int, sequences: int
 ) -> Iterator[tuple[list[Window], int]]:
-    """The sequences of each batch, all of one source, and their length."""
+    """The sequences of each batch, all from one source, and their length."""
     shares = sum(part.share for part in held_out.parts)
     for index, part in enumerate(held_out.parts):
         length = min(sequence_length, len(part.tokens) - 1)

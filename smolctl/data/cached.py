@@ -1,4 +1,4 @@
-"""What the cache holds, how large it is, and how what is no longer used goes."""
+"""The entries of the cache, their size, and how unused ones are deleted."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ DAY = 24 * 60 * 60  # seconds
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """Tokens of a text, or a tokenizer that was trained."""
+    """Tokens of a text, or a trained tokenizer."""
 
     path: Path
     content: str
     bytes: int
-    used: float  # when a command last opened it, or wrote it: seconds since 1970
+    used: float  # last time a command opened or wrote it: seconds since 1970
 
 
 @dataclass(frozen=True)
 class CacheReport:
-    """The cache as it is now."""
+    """The current state of the cache."""
 
     folder: Path
-    entries: tuple[CacheEntry, ...]  # the one that was not used for longest first
+    entries: tuple[CacheEntry, ...]  # the least recently used first
     removed: tuple[CacheEntry, ...] = ()
 
     @property
     def bytes(self) -> int:
-        """Of all entries."""
+        """Total size of all entries."""
         return sum(entry.bytes for entry in self.entries)
 
 
 class _Sources(TypedDict, total=False):
-    """What is read of a manifest: a Hub dataset's source, or several."""
+    """The relevant part of a manifest: the source or sources of a Hub dataset."""
 
     source: str
     sources: list[str]
 
 
 def look_at_cache() -> CacheReport:
-    """Everything in the user's cache. What killed processes left unfinished is deleted."""
+    """Report everything in the user's cache. Unfinished entries of killed processes are deleted."""
     folder = cache_folder()
     remove_leftovers(folder / TOKENS)
     kept = [path for path in (folder / TOKENS).glob("*") if path.is_dir() and path.suffix != ".partial"]
@@ -61,7 +61,7 @@ def look_at_cache() -> CacheReport:
 
 
 def _still_there(paths: Iterable[Path], look: Callable[[Path], CacheEntry]) -> Iterator[CacheEntry]:
-    """The entries but for those that another process deletes or rebuilds at this moment."""
+    """The entries, without those that another process is deleting or rebuilding."""
     for path in paths:
         with suppress(FileNotFoundError):
             yield look(path)
@@ -72,9 +72,9 @@ def _tokenizer(path: Path) -> CacheEntry:
 
 
 def prune_cache(days: float) -> CacheReport:
-    """Delete what no command has used for this many days, except what a process is writing at this moment."""
+    """Delete entries that no command has used for this many days, except those that a process is writing."""
     before = look_at_cache()
-    # 0: also what seems to be of the future, as after the clock was set back.
+    # 0 also deletes entries with a time in the future, as after the clock was set back.
     limit = time.time() - days * DAY if days else math.inf
     for marker in (before.folder / CHECKED).glob("*"):
         with suppress(OSError):
@@ -83,7 +83,7 @@ def prune_cache(days: float) -> CacheReport:
     for entry in before.entries:
         if entry.used > limit:
             continue
-        with suppress(OSError):  # being written (Timeout), or not ours to delete: it stays
+        with suppress(OSError):  # being written (Timeout), or not permitted: it is kept
             if entry.path.is_dir():
                 with lock_of(entry.path).acquire(timeout=0):
                     shutil.rmtree(entry.path)

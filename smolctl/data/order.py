@@ -1,16 +1,16 @@
-"""Which window of which source a sample is: a pure function of (seed, sample number).
+"""The source and window of a sample: a pure function of (seed, sample number).
 
-The tokens are read as a ring, whose last token is followed by the first. A pass cuts the ring into the
-fewest windows of `sequence_length` that cover it (each is read with one token more, its last target): every
-token is trained on once, and less than a window of them twice. Each pass begins at another token, so these
-are others every time, and so are the places where windows begin.
+The tokens are treated as a ring, in which the first token follows the last one. Each pass over the ring is
+cut into the fewest windows of `sequence_length` tokens that cover it (each is read with one more token, its
+last target): every token is trained on once, and less than a window of them twice. Passes start at different
+tokens, so the twice-used tokens and the window boundaries differ between passes.
 
-Sample number g of a source lies in pass g // windows, and every pass is another pseudo-random
-permutation of the windows. The permutation is computed for the numbers asked for and never stored, so a
-billion windows cost what a thousand cost, and resuming is arithmetic.
+Sample number g of a source belongs to pass g // windows, and every pass has its own pseudo-random permutation
+of the windows. The permutation is computed for the requested numbers and never stored, so a billion windows
+cost as much as a thousand, and resuming is arithmetic.
 
-A source that is streamed may grow when a run is continued. Its first pass begins at its first token, and its
-windows are shuffled in consecutive blocks, which do not depend on what follows.
+A streamed source may grow when a run is extended. Its first pass starts at its first token, and its windows
+are shuffled in consecutive blocks, which do not depend on later tokens.
 """
 
 from __future__ import annotations
@@ -20,29 +20,30 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-# Of what this file decides, kept in every checkpoint: a run goes on in the order that it began with, or not
-# at all. Order 1 began every pass at the first token and never read the tokens behind the last whole window.
+# Version of the order that this file defines, stored in every checkpoint: a run continues only in the order
+# with which it began. Order 1 began every pass at the first token and never read the tokens after the last
+# whole window.
 ORDER = 2
-MIXTURE = 1_000  # consecutive samples that hold exactly the shares of the sources
+MIXTURE = 1_000  # consecutive samples that contain exactly the shares of the sources
 
-# Rounds of the Feistel network. Four suffice for a pseudo-random permutation given good round
-# functions (Luby and Rackoff, 1988); two more make up for ours being a plain integer hash.
+# Rounds of the Feistel network. Four suffice for a pseudo-random permutation with good round functions (Luby
+# and Rackoff, 1988); two more compensate for using a simple integer hash.
 ROUNDS = 6
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio
-_STREAM, _MIXED = 1, 2  # beginnings of paths for `derived_seed`
+_STREAM, _MIXED = 1, 2  # first numbers of paths for `derived_seed`
 
 
 def window_count(tokens: int, sequence_length: int) -> int:
-    """Whole windows in a row of tokens: each needs one token after its end as the last target."""
+    """Whole windows in a sequence of tokens: each needs one more token as its last target."""
     return max(0, (tokens - 1) // sequence_length)
 
 
 def pass_start(number: int, tokens: int) -> int:
-    """The token at which pass `number` of a ring begins; pass 0 begins at token 0.
+    """The token at which pass `number` of a ring starts; pass 0 starts at token 0.
 
-    Every pass begins a golden section of the ring further on. No other step spreads the beginnings more
-    evenly, however many passes there are: in 1,000 passes no token is read over 4 times more often than
-    another one.
+    Every pass starts a golden section of the ring after the previous one. No other constant step spreads the
+    starts more evenly, however many passes there are: in 1,000 passes, no token is read over 4 times more
+    often than another one.
     """
     return (number * _GOLDEN % 2**64) * tokens >> 64
 
@@ -50,7 +51,7 @@ def pass_start(number: int, tokens: int) -> int:
 def starts_of_samples(
     samples: NDArray[np.int64], tokens: int, sequence_length: int, seed: int, block: int | None = None
 ) -> NDArray[np.int64]:
-    """First tokens (n,) of the windows of the samples (n,) of one source that is read as a ring.
+    """First tokens (n,) of the windows of the samples (n,) of one source that is treated as a ring.
 
     Args:
         samples: numbers from 0.
@@ -74,8 +75,8 @@ def windows_of_samples(
         samples: numbers from 0; the pass of a sample is samples // windows.
         windows: in the source; at least 1.
         seed: of the order.
-        block: shuffle only this many consecutive windows among themselves, block by block, so that the
-            order of the first ones does not depend on how many follow; None shuffles all of them.
+        block: shuffle only within blocks of this many consecutive windows, so that the order of the first
+            ones does not depend on how many follow; None shuffles all of them.
     """
     passes, positions = np.divmod(samples, windows)
     if block is None:
@@ -92,13 +93,13 @@ def windows_of_samples(
 
 
 def shares_of(weights: Sequence[float]) -> tuple[int, ...]:
-    """How many samples of every `MIXTURE` come from each source: in all exactly `MIXTURE`.
+    """How many samples of every `MIXTURE` come from each source: exactly `MIXTURE` in total.
 
-    Shares are rounded down, and what is left goes to the largest remainders.
+    Shares are rounded down, and the rest goes to the largest remainders.
     """
     exact = np.asarray(weights, dtype=np.float64) / sum(weights) * MIXTURE
     shares = np.floor(exact).astype(np.int64)
-    most = np.argsort(shares - exact, kind="stable")  # of the largest remainder first
+    most = np.argsort(shares - exact, kind="stable")  # largest remainder first
     shares[most[: MIXTURE - int(shares.sum())]] += 1
     return tuple(int(share) for share in shares)
 
@@ -106,10 +107,10 @@ def shares_of(weights: Sequence[float]) -> tuple[int, ...]:
 def sources_of_samples(
     samples: NDArray[np.int64], shares: Sequence[int], seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which source each sample comes from, and its number within that source: (n,) and (n,).
+    """The source of each sample, and the sample's number within that source: (n,) and (n,).
 
-    Every `MIXTURE` consecutive samples hold exactly the shares, in another pseudo-random order each
-    time. Within a source the numbers 0, 1, 2 ... are all taken, none twice.
+    Every `MIXTURE` consecutive samples contain exactly the shares, each time in a different pseudo-random
+    order. Within a source, the numbers 0, 1, 2 ... are all used exactly once.
 
     Args:
         samples: numbers (n,) from 0.
@@ -125,7 +126,7 @@ def sources_of_samples(
 
 
 def derived_seed(seed: int, *path: int) -> int:
-    """A seed of its own for every path of numbers."""
+    """A separate seed for every path of numbers."""
     state = np.asarray([seed], dtype=np.uint64)
     for number in path:
         state = _mix(state ^ _mix(np.asarray([number], dtype=np.uint64)))
@@ -135,7 +136,7 @@ def derived_seed(seed: int, *path: int) -> int:
 def _permuted(
     positions: NDArray[np.int64], numbers: NDArray[np.int64], size: Callable[[int], int], seed: int
 ) -> NDArray[np.int64]:
-    """Every position under the permutation of its number, of range(size(number))."""
+    """Every position under the permutation with its number, of range(size(number))."""
     images = np.empty_like(positions)
     for number in np.unique(numbers):
         here = numbers == number
@@ -146,8 +147,8 @@ def _permuted(
 def permute(positions: NDArray[np.int64], size: int, seed: int, number: int) -> NDArray[np.int64]:
     """Images of `positions` under permutation `number` of range(size).
 
-    A Feistel network permutes the smallest range of 4^k numbers that holds `size`; an image beyond
-    `size` is sent through again until it falls inside ("cycle walking"), four times at most on average.
+    A Feistel network permutes the smallest range of 4^k numbers that contains `size`; images of `size` or
+    more are permuted again until they are in range ("cycle walking"), at most four times on average.
     """
     half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half_bits)) - 1)
@@ -164,7 +165,7 @@ def permute(positions: NDArray[np.int64], size: int, seed: int, number: int) -> 
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of splitmix64 (Steele, Lea and Flood, 2014): every bit in changes every bit out."""
+    """The finalizer of splitmix64 (Steele, Lea and Flood, 2014): every input bit affects every output bit."""
     with np.errstate(over="ignore"):
         x = x + np.uint64(_GOLDEN)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

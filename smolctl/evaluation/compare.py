@@ -1,4 +1,6 @@
-"""Which of several models predicts the same documents better, and whether that is more than chance."""
+"""Which of several models predicts the same documents better, and whether the difference is more than
+chance.
+"""
 
 from __future__ import annotations
 
@@ -21,32 +23,32 @@ from smolctl.inspection.differences import compare as lay_side_by_side
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource
 
-LONGEST = 1_024  # tokens of a sequence, where no model has fewer positions
+LONGEST = 1_024  # maximum tokens per sequence, or fewer if a model has fewer positions
 _LABELS = (*string.ascii_uppercase, *map(str, range(27, 1_000)))
 SEEDS = ("train.seed", "data.seed")
-# Settings of a run that change nothing in what it learns.
+# Settings of a run that do not affect what it learns.
 INCIDENTAL = ("checkpoint.", "predictions.", "validation.", "trainer.loggers", "publish.", "data.workers")
 
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """What a call asks for."""
+    """Options of a call."""
 
-    data: tuple[str, ...] = ()  # text to compare on; empty: what was held out
-    bytes: int = 500_000  # of text at most
-    context: int | None = None  # tokens of a sequence; None: as many as the shortest context has
+    data: tuple[str, ...] = ()  # text to compare on; empty: held-out text
+    bytes: int = 500_000  # maximum bytes of text
+    context: int | None = None  # tokens per sequence; None: the shortest context of the models
 
 
 @dataclass(frozen=True)
 class Measure:
-    """How one model, or one recipe with several seeds, predicts the text."""
+    """The score of one model, or of one recipe with several seeds."""
 
     label: str  # A, B, C
-    models: tuple[str, ...]  # several: runs that differ in their seeds only
+    models: tuple[str, ...]  # several: runs that differ only in their seeds
     seeds: tuple[int | None, ...]  # train.seed of each; None: not known
     bits_per_byte: Estimate  # the mean over the seeds; its interval covers documents and seeds
-    of_each: tuple[float, ...]  # bits per byte of each model
-    tokens: int  # that the text has for it
+    of_each: tuple[float, ...]  # bits per byte of each run
+    tokens: int  # number of tokens of the text in its tokenizer
     engine: str
 
     @property
@@ -56,22 +58,22 @@ class Measure:
 
     @property
     def seed_deviation(self) -> float | None:
-        """Standard deviation between the seeds, in bits per byte; None: there is one seed only."""
+        """Standard deviation between the seeds, in bits per byte; None: there is only one seed."""
         return float(np.std(self.of_each, ddof=1)) if len(self.of_each) > 1 else None
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two of them on the same documents."""
+    """Two of them, compared on the same documents."""
 
     a: Measure
     b: Measure
-    difference: Estimate  # a - b, in bits per byte: below 0 where a is better
-    differences: tuple[Difference, ...]  # of their configs and recipes
+    difference: Estimate  # a - b, in bits per byte: negative if a is better
+    differences: tuple[Difference, ...]  # between their configs and recipes
 
     @property
     def better(self) -> Measure | None:
-        """The one that is better beyond the interval; one that predicts NaN never is."""
+        """The one that is better beyond the interval; a model that predicts NaN never is."""
         if self.a.broken or self.b.broken:
             return None if self.a.broken and self.b.broken else self.b if self.a.broken else self.a
         margin = self.difference.margin
@@ -86,7 +88,7 @@ class Pair:
         if broken:
             return f"{broken}: broken, predicts NaN or infinite values"
         gap, margin = abs(self.difference.mean), self.difference.margin
-        assert margin is not None  # `compare` refuses what is too short for an interval
+        assert margin is not None  # `compare` refuses text that is too short for an interval
         if self.better is None:
             if not margin:
                 return f"{self.a.label} and {self.b.label} predict equally well: difference 0"
@@ -100,14 +102,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that a call has found."""
+    """The results of a call."""
 
     text: Text
-    context: int  # tokens of a sequence
-    observations: int  # that were resampled
-    by_document: bool  # whether these are documents; else parts of them
+    context: int  # tokens per sequence
+    observations: int  # number of resampled observations
+    by_document: bool  # whether observations are documents, or parts of them
     measures: tuple[Measure, ...]
-    pairs: tuple[Pair, ...]  # every two, in the order of the measures
+    pairs: tuple[Pair, ...]  # all pairs, in the order of the measures
     notes: tuple[str, ...]  # what the intervals do not cover
 
     @property
@@ -136,17 +138,17 @@ def compare(
     options: CompareOptions = CompareOptions(),
     note: Callable[[str], None] = lambda _text: None,
 ) -> Comparison:
-    """Score every model on the same documents, one model in memory at a time, and compare each two.
+    """Score every model on the same documents, with one model in memory at a time, and compare all pairs.
 
-    Runs that differ in nothing but their seeds count as one, where others remain to compare it with.
+    Runs that differ only in their seeds count as one model if there are others to compare it with.
 
     Args:
-        names: any MODEL with weights and a tokenizer, two at least.
-        options: the text and how it is read.
+        names: any MODEL with weights and a tokenizer, at least two.
+        options: the text and how it is processed.
         note: called with each line of progress.
 
     Raises:
-        SmolError: a model cannot be read, or there is no text for all of them, or too little.
+        SmolError: a model cannot be read, or there is not enough text that all of them can read.
     """
     if len(names) < 2:
         raise UsageError(
@@ -159,14 +161,7 @@ def compare(
     blocks = Blocks.of(text)
     sizes = blocks.observed(blocks.sizes)
     if len(sizes) < 2:
-        what = "one conversation" if text.is_chat else f"{text.bytes:,} bytes in one document"
-        more = (
-            "two conversations or more" if text.is_chat else f"two documents, or on more than {BLOCK:,} bytes"
-        )
-        raise InputError(
-            f"{text.name}: {what}, which is too little for an interval",
-            f"Compare on {more}: --data FILE, or a larger --bytes.",
-        )
+        raise _too_little(text)
     scores, engines, tokens = [], [], []
     for model in models:
         own = readings[model.way]
@@ -211,6 +206,15 @@ def compare(
     )
 
 
+def _too_little(text: Text) -> InputError:
+    what = "one conversation" if text.is_chat else f"{text.bytes:,} bytes in one document"
+    more = "two conversations or more" if text.is_chat else f"two documents, or on more than {BLOCK:,} bytes"
+    return InputError(
+        f"{text.name}: {what}, which is too little for an interval",
+        f"Compare on {more}: --data FILE, or a larger --bytes.",
+    )
+
+
 def _open(name: str) -> _Model:
     source = open_source(name)
     source.require_config()
@@ -219,9 +223,9 @@ def _open(name: str) -> _Model:
 
 
 def _context(models: Sequence[_Model], asked: int | None) -> int:
-    """Tokens of a sequence: the same for all, at most what each has positions for.
+    """Tokens per sequence: the same for all, and at most the positions of each.
 
-    Of a run no more than it was trained on, unless more is asked for.
+    For a run, at most the length that it was trained on, unless more is requested.
     """
     positions = {one.name: one.source.require_config().max_position_embeddings for one in models}
     name = min(positions, key=lambda one: positions[one])
@@ -237,7 +241,9 @@ def _context(models: Sequence[_Model], asked: int | None) -> int:
 
 
 def _groups(models: Sequence[_Model]) -> list[list[int]]:
-    """The models, by number, that differ in nothing but their seeds; each alone where all would be one."""
+    """Groups of models, by number, that differ only in their seeds; single models if there would be only
+    one group.
+    """
     groups: list[list[int]] = []
     for number, model in enumerate(models):
         for group in groups:
@@ -258,7 +264,7 @@ def _is_same_recipe(one: _Model, other: _Model) -> bool:
 
 
 def _differences(one: _Model, other: _Model, pooled: bool) -> tuple[Difference, ...]:
-    """What differs in model, recipe and tokenizer; without the seeds where these are pooled."""
+    """Differences of model, recipe and tokenizer; without the seeds if these are pooled."""
     found = lay_side_by_side(one.source, other.source)
     skipped = (*INCIDENTAL, *(SEEDS if pooled else ()))
     recipe = [item for item in found.recipe or () if not item.key.startswith(skipped)]

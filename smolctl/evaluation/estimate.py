@@ -1,8 +1,8 @@
-"""Ratios of sums, such as bits per byte, with intervals that come from resampling whole documents.
+"""Ratios of sums, such as bits per byte, with intervals from resampling whole documents.
 
-The tokens of one document resemble each other more than those of another, so that a document counts as one
-observation, however long it is. Two models that read the same documents are compared document by document:
-what makes a text easy or hard for both drops out.
+Tokens of one document resemble each other more than those of other documents, so a document counts as one
+observation, however long it is. Two models that process the same documents are compared by document: what
+makes a text easy or hard for both cancels out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 
 RESAMPLES = 10_000
 FEWEST_DOCUMENTS = 5  # of equal size, see `effective_number`
-POWER = 0.8  # how often `Estimate.detectable` would be seen
+POWER = 0.8  # probability with which a difference of `Estimate.detectable` would be detected
 SEED = 0  # of the resampling: the same numbers give the same interval
 _CELLS = 2**22  # random numbers drawn at once: 32 MB
 _NORMAL = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
@@ -33,9 +33,9 @@ class Estimate:
     """A ratio of sums, or the difference of two, with its uncertainty.
 
     Attributes:
-        mean: the ratio over all documents; the mean of the seeds' ratios where there are several.
-        standard_error: of the mean, over documents; None: one document has none.
-        margin: mean ± margin is the interval at `timing.CONFIDENCE`; None where nothing was resampled.
+        mean: the ratio over all documents; with several seeds, the mean of their ratios.
+        standard_error: of the mean, over documents; None: a single document has none.
+        margin: mean ± margin is the interval at `timing.CONFIDENCE`; None if nothing was resampled.
     """
 
     mean: float
@@ -52,21 +52,23 @@ class Estimate:
 
     @property
     def detectable(self) -> float | None:
-        """The difference that an interval this wide would exclude 0 for, `POWER` of the time."""
+        """The difference that would be detected with a probability of `POWER` with an interval of this
+        width.
+        """
         return None if self.margin is None else self.margin * (1 + NormalDist().inv_cdf(POWER) / _NORMAL)
 
 
 def effective_number(sizes: ArrayLike) -> float:
-    """How many documents of equal size say as much as these do: (Σ size)² / Σ size² (Kish 1965)."""
+    """Number of documents of equal size that carry as much information: (Σ size)² / Σ size² (Kish 1965)."""
     size = np.asarray(sizes, np.float64)
     return float(size.sum() ** 2 / np.square(size).sum())
 
 
 def observations(documents: ArrayLike, parts: ArrayLike) -> NDArray[np.int64]:
-    """Which observation each token (T,) belongs to: its document, or its part of it where documents are few.
+    """The observation of each token (T,): its document, or a part of the document if there are few documents.
 
-    Of fewer than `FEWEST_DOCUMENTS` an interval says next to nothing. The parts of one document are not
-    independent; an interval over them covers this text alone, and no others like it.
+    With fewer than `FEWEST_DOCUMENTS`, an interval is almost meaningless. The parts of one document are not
+    independent, so an interval over them covers only this text, and not others like it.
     """
     documents, parts = np.asarray(documents), np.asarray(parts)
     if effective_number(np.unique(documents, return_counts=True)[1]) >= FEWEST_DOCUMENTS:
@@ -76,14 +78,14 @@ def observations(documents: ArrayLike, parts: ArrayLike) -> NDArray[np.int64]:
 
 
 def by_document(documents: ArrayLike, *amounts: ArrayLike) -> tuple[Floats, ...]:
-    """Amounts (T,) of tokens summed for each of the documents (T,) that they belong to: (D,) each."""
+    """Amounts (T,) of tokens, summed over their documents (T,): (D,)."""
     index = np.unique(np.asarray(documents), return_inverse=True)[1]
     sums = (np.bincount(index, np.asarray(amount, np.float64)) for amount in amounts)
     return tuple(one.astype(np.float64) for one in sums)
 
 
 def ratio_estimate(amounts: ArrayLike, sizes: ArrayLike) -> Estimate:
-    """Sum of amounts (D,) over sum of sizes (D,), one of each for every document.
+    """Sum of amounts (D,) over sum of sizes (D,), both by document.
 
     The standard error is that of a ratio estimate, from the spread of (amount - ratio × size) over the
     documents, which are treated as independent.
@@ -99,27 +101,28 @@ def ratio_estimate(amounts: ArrayLike, sizes: ArrayLike) -> Estimate:
 def resampled_estimate(
     ours: ArrayLike, sizes: ArrayLike, theirs: ArrayLike = 0.0, resamples: int = RESAMPLES
 ) -> Estimate:
-    """Sum of amounts over sum of sizes, less that of others on the same documents, with its interval.
+    """Sum of amounts over sum of sizes, minus that of others on the same documents, with its interval.
 
-    A two-level bootstrap: every resample draws seeds of each side, where there are several, and documents,
-    the same ones for all seeds of both sides. The interval is symmetric: it reaches as far as `CONFIDENCE` of
-    the resamples deviate from the mean (Hall 1988). Resampling few observations makes intervals too narrow;
-    against that stand the usual factors √(n / (n - 1)) and Student's t over the normal quantile, whose
-    degrees of freedom are Welch's over the levels; of documents they are those of their effective number.
+    A two-level bootstrap: every resample draws seeds of each side, if there are several, and documents, which
+    are the same for all seeds of both sides. The interval is symmetric: its half-width covers the share
+    `CONFIDENCE` of the resamples' deviations from the mean (Hall 1988). With few observations, resampling
+    gives intervals that are too narrow; this is corrected by the usual factors √(n / (n - 1)) and Student's t
+    over the normal quantile, with Welch's degrees of freedom over the levels; for documents, those of their
+    effective number.
 
-    Swapping the two sides changes the sign and nothing else. Equal sides give exactly 0 ± 0.
+    Swapping the two sides changes only the sign. Equal sides give exactly 0 ± 0.
 
     Args:
         ours: amounts (D,), or (K, D) of K seeds.
         sizes: (D,), shared by all.
         theirs: amounts as `ours`; 0 for an interval of `ours` alone.
-        resamples: drawn, of documents and seeds together.
+        resamples: number of resamples of documents and seeds.
     """
     size = np.asarray(sizes, np.float64)
     sides = [np.atleast_2d(np.asarray(one, np.float64) + np.zeros_like(size)) for one in (ours, theirs)]
     values = [side.sum(1) / size.sum() for side in sides]  # (K,) each
     mean = float(values[0].mean() - values[1].mean())
-    if mean < 0:  # the draws do not depend on which side comes first
+    if mean < 0:  # the draws do not depend on the order of the sides
         swapped = resampled_estimate(sides[1], size, sides[0], resamples)
         return Estimate(-swapped.mean, swapped.standard_error, swapped.margin)
     gaps = sides[0].mean(0) - sides[1].mean(0)
@@ -144,7 +147,7 @@ def resampled_estimate(
 
 
 def _document_counts(generator: np.random.Generator, documents: int, resamples: int) -> Iterator[Floats]:
-    """How often every document is drawn: (n, D) at a time, `resamples` rows in all."""
+    """How often every document is drawn: (n, D) at a time, `resamples` rows in total."""
     at_once = max(1, _CELLS // documents)
     for start in range(0, resamples, at_once):
         rows = min(at_once, resamples - start)
@@ -152,7 +155,9 @@ def _document_counts(generator: np.random.Generator, documents: int, resamples: 
 
 
 def _seed_weights(generator: np.random.Generator, seeds: int, resamples: int) -> Floats:
-    """The weight of every seed in every resample, (resamples, K), spread as if drawn from all seeds."""
+    """The weight of every seed in every resample, (resamples, K), with the variance of draws from all
+    possible seeds.
+    """
     if seeds == 1:
         return np.ones((resamples, 1))
     drawn = generator.multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds

@@ -1,6 +1,6 @@
-"""A model on our engine as lm-eval (EleutherAI's lm-evaluation-harness) asks models.
+"""Makes a model on smolctl's engine available to lm-eval (EleutherAI's lm-evaluation-harness).
 
-Texts become tokens, and too long ones are cut, as its own `--model hf` does it: the answers are the same.
+Texts are encoded and truncated as in lm-eval's own `--model hf`, so the results are the same.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from smolctl.generation.load import LoadedModel
 from smolctl.generation.prompts import SAMPLING
 from smolctl.generation.sampling import SamplingSettings
 
-TRANSFORMERS_TOP_K = 50  # what `generate` samples from where nobody says it
-# Settings of `generate` at the values that our engine has always.
+TRANSFORMERS_TOP_K = 50  # the default of transformers' `generate`
+# Settings of `generate` that smolctl's engine supports only with these values.
 ALWAYS = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "length_penalty": 1.0}
 _TO_BE_CONTINUED = "<to be continued>"
 
@@ -32,14 +32,14 @@ class EngineLM(TemplateLM):
     """Answers the requests of lm-eval's tasks.
 
     Args:
-        model: to ask.
+        model: to evaluate.
         note: called with each line of progress.
     """
 
     def __init__(self, model: LoadedModel, note: Callable[[str], None]) -> None:
         super().__init__()
         self.model, self.tokenizer, self._note = model, model.tokenizer, note
-        self.truncated = 0  # requests that did not fit the context and lost their beginning
+        self.truncated = 0  # requests that did not fit the context and were truncated at the start
 
     @property
     def eot_token_id(self) -> int:
@@ -49,22 +49,22 @@ class EngineLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that a text without a context follows."""
+        """The token before a text without a context."""
         beginning: int | None = self.tokenizer.bos_token_id
         return self.eot_token_id if beginning is None else beginning
 
     @property
     def max_length(self) -> int:
-        """Most tokens that the model reads."""
+        """Maximum tokens that the model reads."""
         return self.model.context
 
     @property
     def tokenizer_name(self) -> str:
-        """What distinguishes this tokenizer and its template from others in lm-eval's caches."""
+        """Distinguishes this tokenizer and its template from others in lm-eval's caches."""
         return str(self.tokenizer.sha256)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text; None adds what the tokenizer puts around texts, but for a BOS that is there."""
+        """Ids of a text; None adds the tokenizer's special tokens, except a BOS that is already there."""
         if add_special_tokens is None:
             beginning = self.tokenizer.decode([self.prefix_token_id], skip_special=False)
             add_special_tokens = not string.startswith(beginning)
@@ -73,20 +73,22 @@ class EngineLM(TemplateLM):
         return ids
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As lm-eval does it; where a token spans the join, which is fatal there, each part by itself."""
+        """Like lm-eval; if a token spans the boundary, which is an error there, each part is encoded
+        separately.
+        """
         first, then = super()._encode_pair(context, continuation)
         return first, then or self.tok_encode(continuation, add_special_tokens=False)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Messages in the model's template; without a generation prompt, the last one is left open."""
+        """Messages in the model's template; without a generation prompt, the last message is left open."""
         *before, last = chat_history
         if not add_generation_prompt:
             last = {**last, "content": last["content"] + _TO_BE_CONTINUED}
         try:
             text = self._rendered([*before, last], add_generation_prompt)
-        except InputError:  # as lm-eval does it, for templates that refuse a system message
+        except InputError:  # like lm-eval, for templates that refuse a system message
             others = [message for message in before if message["role"] != "system"]
             text = self._rendered([*others, last], add_generation_prompt)
         return text if add_generation_prompt else text[: text.rindex(_TO_BE_CONTINUED)]
@@ -98,7 +100,9 @@ class EngineLM(TemplateLM):
         )
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """(log-probability, whether greedy decoding gives it) of a text behind another, for each request."""
+        """(log-probability, whether it is the greedy continuation) of a text after its context, for each
+        request.
+        """
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return found
 
@@ -141,11 +145,11 @@ class EngineLM(TemplateLM):
         return sums
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """What the model writes behind the text of each request until one of its stops."""
+        """The continuation of each request's text, up to one of its stop texts."""
         if not requests:
             return []
         asked = [self._prompt(number, *request.args) for number, request in enumerate(requests)]
-        # Neighbours that begin alike follow each other in a sequence, which keeps what they share.
+        # Requests with a common prefix follow each other in a sequence, which keeps the prefix in its cache.
         order = sorted(range(len(asked)), key=lambda number: tuple(asked[number][0].ids))
         prompts = [asked[number][0] for number in order]
         engine = self.model.engine
@@ -165,7 +169,7 @@ class EngineLM(TemplateLM):
     def _prompt(
         self, number: int, context: str, settings: Mapping[str, Any]
     ) -> tuple[Continuation, list[str]]:
-        """What to continue, and the texts at which that ends."""
+        """The text to continue, and the texts that end the continuation."""
         asked: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), DEFAULT_MAX_GEN_TOKS))
         ending = self.tokenizer.decode([self.eot_token_id], skip_special=False)
         stops: list[str] = handle_stop_sequences(asked.pop("until"), eos=ending)
@@ -188,7 +192,7 @@ class EngineLM(TemplateLM):
         ), stops
 
     def _sampling(self, asked: dict[str, Any]) -> SamplingSettings:
-        """How tokens are chosen, as `generate` of transformers does it, with what the model recommends."""
+        """Sampling settings as in transformers' `generate`, with the model's recommendations."""
         sampled = asked.pop("do_sample") and asked.get("temperature") != 0
         taken = {"repetition_penalty": 1.0, **self.model.recommended, **asked}
         if unknown := [
@@ -209,14 +213,14 @@ class EngineLM(TemplateLM):
             raise InputError(f"a task's generation_kwargs: {reason}", error.hint) from None
 
     def _text(self, tokens: Sequence[int], stops: Sequence[str]) -> str:
-        """The text of an answer up to the first of its stops; one may be a special token."""
+        """The text of an answer up to its first stop text, which may be a special token."""
         ends = {self.tokenizer.backend.token_to_id(stop) for stop in stops}
         kept = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
         text: str = postprocess_generated_text(self.tokenizer.decode(tokens[:kept]), list(stops), None)
         return text
 
     def _progress(self, what: str, total: int) -> Callable[[int], None]:
-        """Notes every tenth of some work."""
+        """Report every tenth of the work."""
         said = 0
 
         def heard(done: int) -> None:

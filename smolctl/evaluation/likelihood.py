@@ -1,4 +1,4 @@
-"""How likely given tokens are behind others, for many at once. What several have in common is read once."""
+"""Likelihoods of given tokens after others, for many at once; common prefixes are processed once."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from smolctl.generation.slots import common_prefix
 
 Ids = tuple[int, ...]
 
-MOST_SEQUENCES = 32  # in the cache at once: some items with their answers fill the matmuls
-MOST_CACHE = 512 << 20  # bytes of it, where more than one sequence is in it
-# Tokens that must be saved before what several texts begin with is read by itself: that is one more pass over
-# the weights, which takes as long as a dozen tokens do.
+MOST_SEQUENCES = 32  # in the cache at the same time: several items with their answers fill the matmuls
+MOST_CACHE = 512 << 20  # bytes of the cache, if it holds more than one sequence
+# Minimum tokens that must be saved before a common prefix is processed in a call of its own, which reads the
+# weights once more and takes as long as a dozen tokens.
 WORTH = 16
 AT_ONCE = 256  # tokens whose logits are in memory: 50 MB for 49,152 entries
 
 
 @dataclass(frozen=True)
 class Target:
-    """Tokens whose probability is asked for.
+    """Tokens whose probability is requested.
 
     Args:
-        inputs: ids that the model reads, at least as many as targets.
-        targets: ids, one or more: the last one follows all inputs, the one before it all inputs but one, ….
+        inputs: ids of the model's input, at least as many as targets.
+        targets: one or more ids: the last one follows all inputs, the one before it all but the last input,
+            ….
     """
 
     inputs: Ids
@@ -40,20 +41,22 @@ class Target:
 
     @property
     def first(self) -> int:
-        """The place in `inputs` of the token that the first target follows."""
+        """The index in `inputs` of the token before the first target."""
         return len(self.inputs) - len(self.targets)
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """How likely the targets are together."""
+    """The joint likelihood of the targets."""
 
     nats: float  # log-probability
-    is_greedy: bool  # whether each is the likeliest token at its place
+    is_greedy: bool  # whether each target is the likeliest token at its place
 
 
 def sequences_that_fit(engine: Engine, length: int) -> int:
-    """How many sequences of this many tokens are in the cache at once: a power of two, one at least."""
+    """How many sequences of this many tokens the cache holds at the same time: a power of two, at least
+    one.
+    """
     fitting = MOST_CACHE // (kv_cache_bytes_per_token(engine.config) * length)
     return 1 << max(1, min(MOST_SEQUENCES, fitting)).bit_length() - 1
 
@@ -61,16 +64,16 @@ def sequences_that_fit(engine: Engine, length: int) -> int:
 def likelihoods(
     engine: Engine, asked: Sequence[Target], on_read: Callable[[int], None] = lambda _done: None
 ) -> list[Likelihood]:
-    """The likelihood of each, in the order of `asked`.
+    """The likelihood of each target, in the order of `asked`.
 
-    The inputs are sorted, so that those which begin alike are neighbours, and some are read at a time: first
-    what all of these share, then what fewer of them share, in the end what each has alone. What the next ones
-    share with the last of these stays in the cache.
+    The inputs are sorted, so that those with a common prefix are adjacent, and are processed in batches:
+    first the prefix that all of a batch share, then those that fewer share, and finally what each has alone.
+    What the next batch shares with the last sequence stays in the cache.
 
     Args:
         engine: the model.
         asked: none has more inputs than the model has positions.
-        on_read: called with the number of those that are done.
+        on_read: called with the number of finished targets.
 
     Raises:
         InputError: the model's output is not finite.
@@ -97,7 +100,7 @@ def likelihoods(
 
 
 def _neighbours(engine: Engine, inputs: Sequence[Ids]) -> Iterator[list[Ids]]:
-    """Those that are in the cache together."""
+    """Those that are in the cache at the same time."""
     batch: list[Ids] = []
     longest = 0
     for ids in inputs:
@@ -112,13 +115,13 @@ def _neighbours(engine: Engine, inputs: Sequence[Ids]) -> Iterator[list[Ids]]:
 
 @dataclass(frozen=True)
 class _Found:
-    """What is known so far of each target, (N,): the sum over its tokens, and whether all are likeliest."""
+    """The result so far for each target, (N,): the sum over its tokens, and whether all are likeliest."""
 
     nats: NDArray[np.float64]
     is_greedy: NDArray[np.bool_]
 
     def add(self, logits: Logits, rows: list[int], numbers: list[int], tokens: list[int]) -> None:
-        """Take tokens (M,) of the targets with these numbers, predicted by these rows of logits (R, V)."""
+        """Add tokens (M,) of the targets with these numbers, predicted by these rows of logits (R, V)."""
         values, row, token = torch.from_numpy(logits), torch.tensor(rows), torch.tensor(tokens)
         normalizers = values.logsumexp(-1)
         if not normalizers.isfinite().all():
@@ -130,9 +133,9 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Stretch:
-    """Inputs with the numbers from `low` on, up to `high`, that share their first `stop` tokens.
+    """Inputs `low` to `high` (exclusive), which share their first `stop` tokens.
 
-    The first of them reads what its sequence does not hold of these.
+    The first of them processes the tokens that its sequence does not have yet.
     """
 
     low: int
@@ -142,7 +145,7 @@ class _Stretch:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Sorted inputs, each with the sequence of the cache that has its number, and their numbered targets."""
+    """Sorted inputs, each with the cache sequence of the same number, and their numbered targets."""
 
     engine: Engine
     cache: Cache
@@ -151,7 +154,7 @@ class _Batch:
     found: _Found
 
     def read(self, before: _Batch | None) -> None:
-        """Read all of them. The batch before was read into the same cache."""
+        """Process all inputs. The previous batch used the same cache."""
         kept = self._kept(before.inputs[-1]) if before is not None else 0
         if before is not None and len(before.inputs) > 1:
             self.cache.copy(len(before.inputs) - 1, 0)
@@ -164,22 +167,24 @@ class _Batch:
 
     @cached_property
     def _shared(self) -> list[int]:
-        """How many tokens each of the inputs begins with as the one before it does; 0 of the first."""
+        """For each input, how many tokens it shares with the start of the one before it; 0 for the first."""
         return [0, *(common_prefix(one, other) for one, other in pairwise(self.inputs))]
 
     def _kept(self, last: Ids) -> int:
-        """How many tokens of the inputs that were read last the first sequence can begin with."""
+        """How many tokens of the last processed inputs the first sequence can reuse."""
         kept = common_prefix(last, self.inputs[0])
-        within = len(self.inputs[0])  # tokens that all inputs up to here begin with
+        within = len(self.inputs[0])  # tokens that all inputs up to here share
         for targets, shared in zip(self.targets, [within, *self._shared[1:]], strict=True):
             within = min(within, shared)
             first = min(target.first for _, target in targets)
-            if first < within:  # what it predicts is still to be computed
+            if first < within:  # its prediction still has to be computed
                 kept = min(kept, first)
         return kept
 
     def _unread(self, low: int, high: int) -> list[_Stretch]:
-        """What to read next of some neighbours; the first one's sequence holds a beginning of theirs."""
+        """What to process next for some adjacent inputs; the first one's sequence already has a common
+        prefix.
+        """
         held = self.cache.lengths[low]
         stop = min(self._shared[low + 1 : high], default=len(self.inputs[low]))
         alone = high - low == 1
@@ -188,7 +193,9 @@ class _Batch:
         return [] if alone else self._parts(_Stretch(low, high, stop))
 
     def _parts(self, stretch: _Stretch) -> list[_Stretch]:
-        """What to read behind a stretch, by those that go on alike; each begins with what the first holds."""
+        """What to process after a stretch, grouped by common continuation; each part starts with the first
+        one's tokens.
+        """
         ends = (n for n in range(stretch.low + 1, stretch.high) if self._shared[n] == stretch.stop)
         starts = [stretch.low, *ends]
         for start in starts[1:]:
@@ -198,9 +205,9 @@ class _Batch:
         return [part for low, high in pairs for part in self._unread(low, high)] if starts[1:] else []
 
     def _forward(self, wave: Sequence[_Stretch]) -> None:
-        """Read stretches, by the order of their sequences, and take what they say about targets."""
+        """Process stretches in the order of their sequences, and score the targets they predict."""
         leads: dict[int, Ids] = {}
-        asked: list[tuple[_Stretch, int]] = []  # with a place whose logits are wanted
+        asked: list[tuple[_Stretch, int]] = []  # with a place whose logits are requested
         for one in wave:
             first = min(target.first for _, target in self._owners(one))
             first = min(max(first, self.cache.lengths[one.low]), one.stop)
@@ -212,7 +219,7 @@ class _Batch:
             self._score(asked[start : start + AT_ONCE])
 
     def _score(self, asked: Sequence[tuple[_Stretch, int]]) -> None:
-        """Read the token at each place, and take the targets that follow it."""
+        """Process the token at each place, and score the targets that follow it."""
         read: dict[int, list[int]] = {}
         rows, numbers, followers = [], [], []
         for row, (one, place) in enumerate(asked):

@@ -1,4 +1,6 @@
-"""How well a model predicts text it has not seen, in a unit that outlives its tokenizer."""
+"""How well a model predicts text that it was not trained on, in a unit that does not depend on its
+tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +25,18 @@ class BitsPerByte:
     """Mean information of a byte of text under the model."""
 
     bits_per_byte: float
-    standard_error: float | None  # of the mean, over documents; None: one document has none
+    standard_error: float | None  # of the mean, over documents; None: a single document has none
     loss: float  # nats per token
     margin: float | None  # bits_per_byte ± margin is the interval at `timing.CONFIDENCE`
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """The predictions of T tokens under a model, and beside a reference where there is one; (T,) each."""
+    """Scores of T predictions under a model, and against a reference if there is one; (T,) each."""
 
     nats: Tensor  # float64
     kl: Tensor  # KL(reference ‖ model) in nats, float64; zeros without a reference
-    agrees: Tensor  # whether both rank the same token first; never where a prediction is NaN
+    agrees: Tensor  # whether both rank the same token first; false if a prediction is NaN
 
 
 def score_tokens(
@@ -44,9 +46,9 @@ def score_tokens(
 
     Args:
         logits: (T, V) of the model.
-        targets: (T,) the tokens that came.
-        reference: (T, V) logits of the model that it is compared with.
-        rows: tokens that are worked on at once: a table of 49,152 columns needs no second copy.
+        targets: (T,) the actual tokens.
+        reference: (T, V) logits of the model to compare with.
+        rows: tokens per step, so that a table of 49,152 columns needs no second copy.
     """
     nats = torch.empty(len(targets), dtype=torch.float64)
     kl, agrees = torch.zeros_like(nats), torch.zeros(len(targets), dtype=torch.bool)
@@ -69,7 +71,7 @@ def bits(nats: Tensor | Floats) -> Floats:
 def _losses(
     network: Transformer, batches: Iterable[Tensor], document_end: int | None
 ) -> Iterator[tuple[Sequences, Tensor]]:
-    """Batches (B, T + 1) as sequences, and the nats (B, T) of their targets, in evaluation mode."""
+    """Yields batches (B, T + 1) as sequences, with the nats (B, T) of their targets, in evaluation mode."""
     was_training = network.training
     network.eval()
     for batch in batches:
@@ -90,13 +92,13 @@ def bits_per_byte(
     """Evaluate sequences of tokens.
 
     Args:
-        network: any mode; dropout is switched off meanwhile.
-        batches: tokens (B, T + 1); of conversations only what the assistant says counts.
-        token_bytes: bytes of text behind every token id, (V,).
-        document_end: the token that attention does not cross; None: it crosses all.
+        network: in any mode; dropout is off during the evaluation.
+        batches: tokens (B, T + 1); of conversations, only what the assistant says counts.
+        token_bytes: bytes of text of every token id, (V,).
+        document_end: the token that ends a document for attention; None: attention crosses documents.
         documents: the number of every target's document, (B, T) for each batch; None: every sequence is one.
     """
-    found: list[tuple[Tensor, ...]] = []  # of every batch: sequences, documents, nats and bytes
+    found: list[tuple[Tensor, ...]] = []  # for each batch: sequences, documents, nats and bytes
     numbers = None if documents is None else iter(documents)
     sequences = counted = 0
     for asked, losses in _losses(network, batches, document_end):
@@ -130,14 +132,14 @@ def mean_loss(network: Transformer, tokens: Tensor, document_end: int | None = N
     return torch.stack(means).mean().item()
 
 
-LARGEST_LOSS_CHANGE = 1e-3  # nats per token, between a run's own record and an export of the same weights
+LARGEST_LOSS_CHANGE = 1e-3  # nats per token, between a run's record and an export of the same weights
 
 
 def require_recorded_loss(network: Transformer, recorded: RecordedLoss, origin: str) -> None:
-    """Check that weights give the loss that their run recorded when it wrote the checkpoint.
+    """Check that the weights give the loss that their run recorded when it wrote the checkpoint.
 
     Raises:
-        InputError: they do not: the weights are not the ones that were trained.
+        InputError: they do not, so the weights are not those that were trained.
     """
     loss = mean_loss(network, recorded.tokens, recorded.document_end)
     if not abs(loss - recorded.loss) <= LARGEST_LOSS_CHANGE:

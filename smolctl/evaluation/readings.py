@@ -1,4 +1,4 @@
-"""The documents of a text in the tokens of every model to compare, and how many bits each costs a model."""
+"""The documents of a text in the tokens of every model, and the bits that each document costs a model."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from smolctl.evaluation.texts import NAME_TEXT, Text, scored_bytes
 from smolctl.generation.engine import Engine
 from smolctl.generation.sampling import NotFiniteError
 
-BLOCK = 4_096  # bytes: the parts of a document that are observations where documents are few
-Way = tuple[str, str | None]  # of reading: the digest of the tokenizer, and the chat template
+BLOCK = 4_096  # bytes of a part of a document, which is an observation if there are few documents
+Way = tuple[str, str | None]  # the digest of the tokenizer, and the chat template
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A model by what decides how it reads a text."""
+    """The properties of a model that determine how it reads a text."""
 
     name: str
     tokenizer: Tokenizer
 
     @property
     def way(self) -> Way:
-        """Equal for models that have the same tokens for the same text, and the same conversation."""
+        """Equal for models that encode the same text, and the same conversation, to the same tokens."""
         return self.tokenizer.sha256, self.tokenizer.chat_template
 
 
@@ -46,9 +46,9 @@ class EncodedDocument:
     """A document in the tokens of one model.
 
     Attributes:
-        begin: what it is read behind.
+        begin: the tokens before the document.
         ids: (T,)
-        is_scored: (T,) whether a token counts; one does at least.
+        is_scored: (T,) whether a token counts; at least one does.
     """
 
     begin: tuple[int, ...]
@@ -58,12 +58,12 @@ class EncodedDocument:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The text cut into parts of `BLOCK` bytes, the last part of a document into what is left.
+    """The text divided into parts of `BLOCK` bytes; the last part of a document is the rest.
 
     A conversation is one part.
 
     Attributes:
-        first: number of the first block of each document, and of all blocks, (D + 1,).
+        first: number of the first block of each document, and the number of all blocks, (D + 1,).
         sizes: bytes of each block.
     """
 
@@ -87,16 +87,18 @@ class Blocks:
         return effective_number(np.add.reduceat(self.sizes, self.first[:-1])) >= FEWEST_DOCUMENTS
 
     def observed(self, amounts: Floats) -> Floats:
-        """Amounts (…, B) of blocks as those of what is resampled: documents, or blocks where they are few."""
+        """Amounts (…, B) of blocks, summed for the resampled observations: documents, or blocks if there
+        are few documents.
+        """
         return np.add.reduceat(amounts, self.first[:-1], axis=-1) if self.by_document else amounts
 
 
 def read_for_all(
     text: Text, readers: Sequence[Reader], note: Callable[[str], None]
 ) -> tuple[Text, dict[Way, list[EncodedDocument]]]:
-    """The documents that all can read, and their tokens for each way of reading.
+    """Documents that all models can read, with their tokens for each way of reading.
 
-    Conversations that the chat template of one of them refuses are left out for all.
+    Conversations that the chat template of one model refuses are left out for all.
 
     Raises:
         InputError: there is no conversation that all can read.
@@ -119,7 +121,7 @@ def read_for_all(
 
 
 def _read(text: Text, reader: Reader, note: Callable[[str], None]) -> Iterator[EncodedDocument | None]:
-    """Every document as training has it, without the tokens that begin and end it; a conversation with them.
+    """Every document as in training, without the tokens that begin and end it; a conversation includes them.
 
     None: the model's chat template refuses the conversation.
     """
@@ -150,18 +152,18 @@ def score(
     blocks: Blocks,
     context: int,
 ) -> Floats:
-    """Bits of every block (B,). A token counts to the block that it begins in.
+    """Bits of every block (B,). A token counts for the block in which it begins.
 
-    Every document is read by itself behind what begins a text, or else the token that ends one. A long one is
-    read in sequences that overlap by half, so that a token is predicted from half a context at least; each
-    sequence begins as a text does.
+    Every document is scored separately, after the token that begins a text, or else the one that ends it. A
+    long document is divided into sequences that overlap by half, so that a token is predicted from at least
+    half a context; each sequence begins like a text.
 
     Args:
         engine: runs the model.
-        documents: in its tokens.
+        documents: in the model's tokens.
         lengths: bytes of every id, (V,); None: a document is one block.
         blocks: of the text.
-        context: tokens of a sequence.
+        context: tokens per sequence.
     """
     asked: list[Target] = []
     owners: list[int] = []
@@ -177,7 +179,7 @@ def score(
             end = min(last, max(room, done + room // 2))
             part = scored[(done <= scored) & (scored < end)]
             cuts = np.flatnonzero((np.diff(part) > 1) | (np.diff(blocks_of[part]) > 0)) + 1
-            for run in np.split(part, cuts):  # one after another, in one block
+            for run in np.split(part, cuts):  # consecutive tokens in one block
                 inputs = (*document.begin, *ids[max(0, end - room) : run[-1]].tolist())
                 asked.append(Target(inputs, tuple(ids[run].tolist())))
                 owners.append(int(blocks_of[run[0]]))

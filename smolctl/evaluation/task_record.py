@@ -1,4 +1,4 @@
-"""What tasks have found out about a run, kept in its folder for the model card."""
+"""Results of tasks for a run, stored in its folder for the model card."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RecordedMetric(TypedDict):
 
 
 class RecordedTask(TypedDict):
-    """A task as a run's record has it."""
+    """A task as stored in a run's record."""
 
     task: str
     version: str
@@ -35,16 +35,16 @@ class RecordedTask(TypedDict):
     limit: FiniteFloat | None
     chat: bool
     step: int | None
-    lm_eval: str  # its version
+    lm_eval: str  # version of lm-eval
     metrics: list[RecordedMetric]
 
 
 def record_tasks(run: Path, tasks: Iterable[Mapping[str, Any]]) -> None:
-    """Add results to a run's record; of those of one task that were asked in one way the newest counts.
+    """Add results to a run's record; a new result replaces one of the same task with the same options.
 
     Args:
         run: its folder.
-        tasks: each with the keys of `RecordedTask`, and others.
+        tasks: each with at least the keys of `RecordedTask`.
     """
     add_measurements(
         run / TASKS, RESULTS, RecordedTask, list(tasks), ("task", "step", "shots", "limit", "chat")
@@ -52,7 +52,7 @@ def record_tasks(run: Path, tasks: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_tasks(run: Path, step: int | None) -> list[RecordedTask]:
-    """What was recorded at a step; an unreadable record is an empty one."""
+    """The results recorded at a step; an unreadable record counts as empty."""
     found = read_measurements(run / TASKS, RESULTS, RecordedTask)
-    checked = (fitting(RecordedTask, one) for one in found)  # numbers that were texts are numbers now
+    checked = (fitting(RecordedTask, one) for one in found)  # converts numbers that were stored as text
     return [one for one in checked if one is not None and one["step"] == step]

@@ -1,4 +1,4 @@
-"""`smolctl eval`: tasks of lm-eval (EleutherAI's lm-evaluation-harness) on our engine."""
+"""`smolctl eval`: tasks of lm-eval (EleutherAI's lm-evaluation-harness) on smolctl's engine."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from smolctl.errors import HubError, InputError, SmolError, UsageError
 from smolctl.evaluation.task_record import record_tasks
+from smolctl.evaluation.task_templates import apply_template
 from smolctl.extras import install_command
 from smolctl.generation.engines import EngineOptions
 from smolctl.generation.load import load_model
@@ -30,20 +31,20 @@ from smolctl.runs.layout import TASKS
 from smolctl.sources import open_source
 
 LIBRARY = "lm_eval"
-# Of what lm-eval returns, what its users know and programs read.
+# The parts of lm-eval's results that its users know and programs read.
 KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better")
 
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """What a call asks for."""
+    """Options of a call."""
 
     tasks: tuple[str, ...]  # names that lm-eval knows, YAML files, folders of them
-    shots: int | None = None  # examples in front of each question; None: as the task says
-    limit: float | None = None  # items of each task at most; below 1: this share of them
+    shots: int | None = None  # examples before each question; None: the task's default
+    limit: float | None = None  # maximum items per task; below 1: a share of them
     chat: bool = False  # ask in the model's chat template
     system: str | None = None  # system message in front of each question
-    generation: str | None = None  # key=value,… for tasks that have the model write
+    generation: str | None = None  # key=value,… for tasks with generated answers
     engine: EngineOptions = field(default_factory=EngineOptions)
 
 
@@ -52,7 +53,7 @@ class TaskMetric:
     """One figure of a task."""
 
     name: str
-    filter: str  # what an answer went through before it was judged; "none": nothing
+    filter: str  # the processing of an answer before it was scored; "none": none
     value: float
     standard_error: float | None  # over the items
     higher_is_better: bool | None
@@ -65,13 +66,13 @@ class TaskResult:
     task: str
     version: str
     shots: int | None
-    items: int  # that were asked
+    items: int  # number of evaluated items
     metrics: tuple[TaskMetric, ...]
 
 
 @dataclass(frozen=True)
 class TaskReport:
-    """Everything that a call has found."""
+    """The results of a call."""
 
     model: str
     step: int | None  # of a run
@@ -81,25 +82,25 @@ class TaskReport:
     chat: bool
     limit: float | None
     seconds: float  # without loading
-    truncated: int  # requests whose beginning did not fit the model's context
+    truncated: int  # requests that were truncated at the start to fit the model's context
     tasks: tuple[TaskResult, ...]
-    document: Mapping[str, Any]  # `KEPT` as lm-eval has it
+    document: Mapping[str, Any]  # `KEPT` parts of lm-eval's results
     samples: Mapping[str, Sequence[Mapping[str, Any]]] = field(repr=False)  # every item with its answers
 
 
 def evaluate_tasks(
     model: str, options: TaskOptions, note: Callable[[str], None] = lambda _text: None
 ) -> TaskReport:
-    """Ask a model the items of some tasks.
+    """Evaluate a model on some tasks.
 
     Args:
         model: any MODEL with weights and a tokenizer.
-        options: the tasks, and how they are asked.
+        options: the tasks, and how their questions are asked.
         note: called with each line of progress.
 
     Raises:
         InputError: lm-eval is not installed, a task is unknown or broken, or the model cannot be read.
-        HubError: a task's data cannot be had.
+        HubError: a task's data cannot be downloaded.
     """
     if find_spec(LIBRARY) is None:
         raise InputError("lm-eval is not installed", f"Install it: {install_command('eval')}")
@@ -143,7 +144,7 @@ def evaluate_tasks(
 
 
 def record_report(report: TaskReport) -> Path | None:
-    """Add the results to the record of the run that was asked; None: the model is not a run.
+    """Add the results to the record of the evaluated run; None: the model is not a run.
 
     Raises:
         SmolError: the record cannot be written.
@@ -162,7 +163,7 @@ def record_report(report: TaskReport) -> Path | None:
 
 
 def _ask(model: Any, tasks: Mapping[str, Any], options: TaskOptions) -> Mapping[str, Any]:
-    """What lm-eval's `simple_evaluate` does, but for its look at git and at every package of the machine."""
+    """Like lm-eval's `simple_evaluate`, without its queries of git and of all installed packages."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
     from lm_eval.evaluator import evaluate
     from lm_eval.utils import simple_parse_args_string
@@ -174,7 +175,7 @@ def _ask(model: Any, tasks: Mapping[str, Any], options: TaskOptions) -> Mapping[
             settings = simple_parse_args_string(options.generation)
             task.set_config(key="generation_kwargs", value=settings, update=True)
         own = task.get_config("num_fewshot")
-        if own != 0:  # 0 says that the task has no examples
+        if own != 0:  # 0 means that the task has no examples
             task.set_config(key="num_fewshot", value=(own or 0) if options.shots is None else options.shots)
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     found: Mapping[str, Any] = evaluate(
@@ -189,10 +190,10 @@ def _ask(model: Any, tasks: Mapping[str, Any], options: TaskOptions) -> Mapping[
 
 
 def _require_sound(name: str, task: Any, options: TaskOptions) -> None:
-    """Refuse what lm-eval would fail on without saying why. Raises InputError: naming the key."""
+    """Refuse tasks on which lm-eval would fail without an explanation. Raises InputError: naming the key."""
     if (
         type(task).__name__ == "ConfigurableTask"
-    ):  # else it is written in Python, with methods in place of keys
+    ):  # otherwise it is written in Python, with methods instead of keys
         keys = ["output_type", "doc_to_text", "doc_to_target"]
         keys += ["doc_to_choice"] * (task.get_config("output_type") == "multiple_choice")
         if lacking := [key for key in keys if task.get_config(key) is None]:
@@ -208,13 +209,17 @@ def _require_sound(name: str, task: Any, options: TaskOptions) -> None:
             "Use a smaller --num-fewshot.",
         )
     if not len(task.eval_docs):
-        raise InputError(f"{name}: the task has no items", "Name data with items in its YAML file.")
+        raise _no_items(name)
+
+
+def _no_items(name: str) -> InputError:
+    return InputError(f"{name}: the task has no items", "Name data with items in its YAML file.")
 
 
 def _find_tasks(asked: Sequence[str]) -> tuple[Any, list[str]]:
-    """lm-eval's task manager, and the tasks by the names and paths that it takes.
+    """lm-eval's task manager, and the tasks by their names and paths.
 
-    To look up a name, it reads all of its 15,000 YAML files, which takes seconds.
+    To look up a name, lm-eval reads all of its 15,000 YAML files, which takes seconds.
     """
     from lm_eval.tasks import TaskManager
 
@@ -248,19 +253,20 @@ def _find_tasks(asked: Sequence[str]) -> tuple[Any, list[str]]:
 
 @contextlib.contextmanager
 def _explained(options: TaskOptions) -> Iterator[None]:
-    """Run lm-eval without bars and warnings, with what it prints on stderr, and explain what it raises."""
+    """Run lm-eval without progress bars and warnings, with its prints on stderr, and explain its
+    exceptions.
+    """
     import datasets
     import lm_eval.api.task as module
     from huggingface_hub.errors import HfHubHTTPError
-    from jinja2.sandbox import safe_range
-    from lm_eval.utils import env
+    from lm_eval import utils
 
-    env.globals["range"] = safe_range  # no template of a task counts to a billion
     logger, bars = logging.getLogger(LIBRARY), module.tqdm
     level = logger.level
     datasets.disable_progress_bars()
     logger.setLevel(logging.ERROR)
     module.tqdm = partial(bars, disable=True)
+    fill, utils.apply_template = utils.apply_template, apply_template
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
@@ -272,13 +278,15 @@ def _explained(options: TaskOptions) -> Iterator[None]:
             "Check its name and the network, or use a task with your own data.",
         ) from error
     except Exception as error:  # a task is a program: it raises whatever it likes
+        if isinstance(error, StopIteration) or "corresponds to no data" in str(error):  # of `datasets`
+            raise _no_items(", ".join(options.tasks)) from error
         said = dict.fromkeys((type(error).__name__, first_line(error)))
         raise InputError(
             f"{', '.join(options.tasks)}: lm-eval failed with {': '.join(said)}",
             "Correct the task; --debug shows where it stopped.",
         ) from error
     finally:
-        module.tqdm = bars
+        module.tqdm, utils.apply_template = bars, fill
         logger.setLevel(level)
 
 
@@ -305,7 +313,7 @@ def _is_number(value: object) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has of a value: items of a task's data may be anything."""
+    """A value in JSON's types: items of a task's data may have any type."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What models are compared on: documents, or answers in conversations, that none was trained on."""
+"""Chooses held-out documents, or answers in held-out conversations, to compare models on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from smolctl.config.data import DataConfig
-from smolctl.data.mixture import Mixture
 from smolctl.data.text.conversations import Conversation, shape_of
 from smolctl.data.text.corpus import Source, open_sources, readable_conversations, shown_name
 from smolctl.data.text.documents import utf8_size
@@ -19,12 +18,13 @@ from smolctl.data.tokens.cache import OnNote
 from smolctl.data.tokens.conversations import held_out_conversations
 from smolctl.data.tokens.corpus import tokenize_corpus
 from smolctl.data.tokens.marks import IDS
+from smolctl.data.tokens.mixture import Mixture
 from smolctl.errors import InputError
 from smolctl.escaping import json_text
 from smolctl.sources.base import ModelSource
 from smolctl.sources.huggingface.tokenizer import ids_around_text
 
-# Of the embedded corpus, where no model says what it was trained on; nano's share.
+# Of the built-in corpus, if no model records what it was trained on; the share of nano.
 DEFAULT = DataConfig(validation_fraction=0.02)
 D = TypeVar("D", str, Conversation)
 NAME_TEXT = "Name a text that none of them was trained on: --data FILE."
@@ -32,13 +32,13 @@ NAME_TEXT = "Name a text that none of them was trained on: --data FILE."
 
 @dataclass(frozen=True)
 class Text:
-    """The documents that every model reads.
+    """The documents that every model is scored on.
 
     Attributes:
         name: for people.
-        documents: in the order of their source; of conversations the answers are what counts.
-        left_out: documents that were not taken, as `limit` was reached.
-        longest: bytes that long documents were cut to; None: all are whole.
+        documents: in the order of their source; of conversations, the answers count.
+        left_out: documents that were not used because `limit` was reached.
+        longest: bytes to which long documents were cut; None: all are complete.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Text:
 
 
 def scored_bytes(document: str | Conversation) -> int:
-    """Bytes of a text, or of what the assistant says in a conversation, whatever the template adds."""
+    """Bytes of a text, or of the assistant's messages in a conversation, without what the template adds."""
     if isinstance(document, str):
         return utf8_size(document)
     return sum(utf8_size(document.messages[number]["content"]) for number in document.answers)
@@ -66,20 +66,20 @@ def scored_bytes(document: str | Conversation) -> int:
 def choose_text(
     models: Sequence[tuple[ModelSource, Tokenizer]], data: Sequence[str], limit: int, on_note: OnNote
 ) -> Text:
-    """What `--data` names, or the documents that all runs among the models have held out.
+    """The text that `--data` names, or the documents that all runs among the models have held out.
 
-    Where they were trained on different texts, or none is a run, it is the held-out part of the embedded
-    corpus. Where some were trained on conversations, it is the conversations that these have held out.
+    If the runs were trained on different texts, or no model is a run, this is the held-out part of the
+    built-in corpus. If some were trained on conversations, it is the conversations that these have held out.
 
     Args:
-        models: with their tokenizers; the recipe of a run says what it has held out.
+        models: with their tokenizers; the recipe of a run records what it held out.
         data: what `--data` names: files, folders, Hub datasets.
-        limit: bytes of text at most; documents are chosen by their content, whatever their order.
-        on_note: called with what was decided, and while another tokenization is waited for.
+        limit: maximum bytes of text; documents are chosen by their content, independent of their order.
+        on_note: called with decisions, and while another process tokenizes the text.
 
     Raises:
         InputError: the text is missing or empty, or the runs have no held-out document in common.
-        HubError: a Hub dataset cannot be had.
+        HubError: a Hub dataset cannot be downloaded.
     """
     if data:
         sources = open_sources(DataConfig(source=tuple(data)))
@@ -108,7 +108,9 @@ def choose_text(
 
 
 def _has_conversations(source: Source) -> bool:
-    """Whether the first row of a source has the fields of a conversation; the built-in corpus is text."""
+    """Whether the first row of a source has the fields of a conversation; the built-in corpus is plain
+    text.
+    """
     if source.name == PYTHON:
         return False
     try:
@@ -121,7 +123,7 @@ def _has_conversations(source: Source) -> bool:
 def _held_out_conversations(
     models: Sequence[tuple[ModelSource, Tokenizer]], limit: int, on_note: OnNote
 ) -> Text:
-    """Those that all models have held out that were trained on conversations."""
+    """Conversations held out by all models that were trained on conversations."""
     common: dict[str, Conversation] | None = None
     names: dict[str, None] = {}
     for source, tokenizer in models:
@@ -149,7 +151,7 @@ def _held_out_of(data: DataConfig, tokenizer: Tokenizer, on_note: OnNote) -> Ite
 def _recipes(
     models: Sequence[tuple[ModelSource, Tokenizer]], on_note: OnNote
 ) -> list[tuple[DataConfig, int | None, Tokenizer]]:
-    """What was held out by whom: settings, samples that the run reads, and tokenizer, each once."""
+    """The distinct held-out texts: settings, samples that the run reads, and tokenizer."""
     recipes: dict[tuple[tuple[object, ...], str], tuple[DataConfig, int | None, Tokenizer]] = {}
     for source, tokenizer in models:
         if source.run is not None:
@@ -171,7 +173,7 @@ def _recipes(
 
 
 def _identity(data: DataConfig) -> tuple[object, ...]:
-    """What text a run was trained on, and last how much of it was held out."""
+    """Identifies the text that a run was trained on; the last item is how much of it was held out."""
     text = data.source, data.text_field, data.split, data.special_tokens, data.validation
     return (*text, data.validation_fraction)
 
@@ -182,17 +184,17 @@ def _documents(held_out: Mixture, tokenizer: Tokenizer) -> Iterator[str]:
     for part in held_out.parts:
         start = 0
         for end in [*part.tokens.places_of(tokenizer.end_of_text_id).tolist(), len(part.tokens)]:
-            ids = (part.tokens.read(start, end - start) & IDS).tolist()  # of a conversation all is scored
+            ids = (part.tokens.read(start, end - start) & IDS).tolist()  # scores whole conversations
             start = end + 1
-            if text := tokenizer.decode(ids[begin:]).strip("\ufffd"):  # cut where a character was in two
+            if text := tokenizer.decode(ids[begin:]).strip("\ufffd"):  # the cut may divide a character
                 yield text
 
 
 def _chosen(name: str, documents: Iterable[D], limit: int) -> Text:
-    """Documents of at most `limit` bytes in all: those whose digests are smallest, each once.
+    """Documents of at most `limit` bytes in total: those with the smallest digests, without duplicates.
 
-    Where all do not fit, long texts are cut to an eighth of the limit, so that some remain to be resampled.
-    No more than the limit is held in memory.
+    If not all documents fit, long texts are cut to an eighth of the limit, so that several remain to be
+    resampled. At most `limit` bytes are held in memory.
     """
     heap: list[tuple[int, int, D]] = []  # the largest digest first
     seen: set[int] = set()
@@ -220,12 +222,12 @@ def _chosen(name: str, documents: Iterable[D], limit: int) -> Text:
 
 
 def _content(document: str | Conversation) -> str:
-    """What makes two documents the same."""
+    """The content by which two documents are the same."""
     return document if isinstance(document, str) else json_text([document.messages, document.tools])
 
 
 def _beginning(text: D, size: int) -> D:
-    """At most this many bytes of a text, in whole characters; a conversation as it is."""
+    """At most this many bytes of a text, in whole characters; a conversation is not cut."""
     if isinstance(text, Conversation):
         return text
     return text.encode("utf-8", "replace")[:size].decode("utf-8", "ignore")

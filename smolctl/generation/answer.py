@@ -1,4 +1,4 @@
-"""One answer while it grows: its text, what of it is certain, and where it ends."""
+"""One answer while it is generated: its text, which part of it is final, and where it ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from smolctl.generation.slots import Token
 
 @dataclass(frozen=True)
 class Alternative:
-    """Another token that could have stood there."""
+    """Another token that the model could have chosen there."""
 
     token: int
     text: str
@@ -27,16 +27,16 @@ class Completion:
     logprobs: tuple[float, ...]  # nats, under the unmodified model
     # "stop": end of text or a stop text; "length": max_tokens or the context's end; "interrupted": Ctrl-C
     finish_reason: str
-    # For every token the likeliest others, where they were asked for.
+    # For every token the likeliest other tokens, if they were requested.
     alternatives: tuple[tuple[Alternative, ...], ...] | None = None
 
 
 class Answer:
-    """Takes tokens and gives text as soon as it cannot change any more.
+    """Collects tokens and returns text as soon as it cannot change any more.
 
     Args:
         tokenizer: the model's own.
-        prompt: ids that it continues.
+        prompt: ids that the answer continues.
         stop: texts that end the answer and are not part of it.
         ends: ids that end it.
     """
@@ -47,13 +47,13 @@ class Answer:
         self._stream = tokenizer.stream(prompt)
         self._tokenizer = tokenizer
         self._stop, self._ends = tuple(text for text in stop if text), ends
-        self._emitted = 0  # characters of the text that were given out
+        self._emitted = 0  # characters of the text that were returned
         self.text = ""  # decoded so far
         self.tokens: list[Token] = []
         self.finish_reason = ""
 
     def add(self, token: Token) -> str:
-        """Take a token and return the text that it made certain."""
+        """Add a token and return the text that became final with it."""
         self.tokens.append(token)
         if token.id in self._ends:
             return self._finish("stop")
@@ -65,7 +65,7 @@ class Answer:
         return self._emit(len(self.text) - held)
 
     def finish(self, reason: str = "length") -> str:
-        """End, for lack of room or another reason, and return what was held back; nothing after an end."""
+        """End the answer and return the text that was held back; after the end, returns nothing."""
         return "" if self.finish_reason else self._finish(reason)
 
     def completion(self) -> Completion:
@@ -93,7 +93,7 @@ class Answer:
     def _cut(self) -> bool:
         """Cut the text before the first stop text in it, if there is one."""
         found = [(self.text.find(stop, self._emitted), stop) for stop in self._stop]
-        # The one that was complete first, however the text came in tokens.
+        # The first stop text to be complete counts, however the text is divided into tokens.
         places = [(at + len(stop), at) for at, stop in found if at >= 0]
         if places:
             self.text = self.text[: min(places)[1]]
@@ -106,13 +106,13 @@ class Answer:
 
 
 def spell(tokenizer: Tokenizer, token: int) -> str:
-    """The text of one token by itself; bytes that are not a whole character show as \\xe2."""
+    """The text of one token alone; bytes that are not a whole character are shown as \\xe2."""
     spelled = tokenizer.bytes_of(token)
     return f"<{token}>" if spelled is None else spelled.decode("utf-8", "backslashreplace")
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`: it may still become it."""
+    """Length of the longest end of `text` with which `stop` begins, and which may therefore become it."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if stop.startswith(text[-length:]):
             return length

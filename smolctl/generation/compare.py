@@ -16,16 +16,17 @@ from smolctl.generation.slots import common_prefix
 class Divergence:
     """The first difference of a completion from the first model's."""
 
-    token: int | None  # index of the first token that differs; None where the tokenizers differ
-    character: int  # place in the text
-    expected: str | None  # the first model's text there; None where it had ended
+    token: int | None  # index of the first token that differs; None if the tokenizers differ
+    character: int  # position in the text
+    expected: str | None  # the first model's text there; None if it had ended
     found: str | None
 
 
 def diverge(
     results: Sequence[tuple[LoadedModel, CompletionResult]],
 ) -> tuple[tuple[Divergence | None, ...], ...]:
-    """For every model and each of its completions the first difference from the first model's; None: none.
+    """For each model and each of its completions, the first difference from the first model's; None: no
+    difference.
 
     The first model's own entries are None.
     """

@@ -1,4 +1,4 @@
-"""Text in, text out: one prompt continued, with its timing."""
+"""Continues a prompt, text to text, and times it."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ class CompletionSettings:
     """What to generate and where to stop."""
 
     max_tokens: int = 128
-    samples: int = 1  # completions of the one prompt
+    samples: int = 1  # completions per prompt
     stop: tuple[str, ...] = ()  # texts that end a completion and are not part of it
     seed: int = 0
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     speculation: Speculation = "auto"
     alternatives: int = 0  # how many of the likeliest other tokens to report with each token
-    grammar: Grammar | None = None  # of a JSON schema that every answer keeps to
+    grammar: Grammar | None = None  # of a JSON schema that every answer follows
 
     def request(
         self, prompt: Sequence[int], room: int, sample: int, number: int = 0, score: bool = False
     ) -> Request:
-        """What the scheduler gets for one of the samples.
+        """The scheduler's request for one of the samples.
 
         Args:
             prompt: token ids.
-            room: tokens of an answer at most.
-            sample: its number; each draws tokens of its own.
-            number: of the prompt; another one draws other tokens with the same seed.
+            room: maximum tokens of an answer.
+            sample: its number; each sample draws its own tokens.
+            number: of the prompt; a different number draws different tokens with the same seed.
             score: see `Request`.
         """
         return Request(
@@ -54,16 +54,16 @@ class CompletionSettings:
 
 @dataclass(frozen=True)
 class Timing:
-    """Where the time went."""
+    """How long each part took."""
 
     prompt_tokens: int
-    reused_tokens: int  # of the prompt: they were in the cache already
-    first_token_s: float  # prefill and the first choice
-    prefill_tokens_per_s: float  # over the prompt tokens that were read
-    decode_tokens_per_s: float | None  # over all samples; None when a single token came
+    reused_tokens: int  # of the prompt: already in the cache
+    first_token_s: float  # prefill and the choice of the first token
+    prefill_tokens_per_s: float  # over the prompt tokens that were processed
+    decode_tokens_per_s: float | None  # over all samples; None if only one token was generated
     decode_steps: int  # calls of the engine after the prompt
     guessed_tokens: int  # draft tokens that the engine checked
-    accepted_tokens: int  # of these, the tokens that the model chose too
+    accepted_tokens: int  # draft tokens that equal the model's choice
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ class CompletionResult:
 
 
 class InterruptedCompletion(KeyboardInterrupt):
-    """Ctrl-C while answers grew.
+    """Ctrl-C during generation.
 
     Args:
-        result: what there was; an unfinished answer has the finish reason "interrupted".
+        result: the text until then; an unfinished answer has the finish reason "interrupted".
     """
 
     def __init__(self, result: CompletionResult) -> None:
@@ -89,11 +89,11 @@ class InterruptedCompletion(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class Continuation:
-    """A prompt to continue, and how."""
+    """A prompt and how to continue it."""
 
     ids: Sequence[int]
     settings: CompletionSettings
-    number: int = 0  # another one draws other tokens with the same seed
+    number: int = 0  # a different number draws different tokens with the same seed
 
 
 # Called with (sample, new text) as soon as the text cannot change any more.
@@ -110,22 +110,23 @@ def complete(
     turn: int = 0,
     cancellation: Cancellation | None = None,
 ) -> CompletionResult:
-    """Continue a prompt `settings.samples` times, streaming text as it becomes certain.
+    """Continue a prompt `settings.samples` times, and stream text as it becomes final.
 
     Args:
         engine: the model.
         tokenizer: the model's own.
-        prompt: what `tokenizer` made of a text or of a conversation.
-        settings: lengths, stops, seed and how tokens are chosen.
+        prompt: the encoded text or conversation.
+        settings: lengths, stop texts, seed and sampling.
         on_text: called with every piece of text, in order for each sample.
-        scheduler: of an earlier call with the same settings; what it holds of the prompt is not read again.
-        turn: another number draws other tokens with the same seed.
-        cancellation: lets another thread end this call.
+        scheduler: of an earlier call with the same settings; prompt tokens in its cache are not processed
+            again.
+        turn: a different number draws different tokens with the same seed.
+        cancellation: lets another thread stop this call.
 
     Raises:
         InputError: the prompt is empty or does not fit the context.
         CancelledError: `cancellation` was set, or another call with this scheduler began.
-        InterruptedCompletion: Ctrl-C; it holds what came until then.
+        InterruptedCompletion: Ctrl-C; contains the text until then.
     """
     context = scheduler.capacity if scheduler else engine.config.max_position_embeddings
     generation = Generation(engine, tokenizer, [Continuation(prompt.ids, settings, turn)], context)
@@ -144,7 +145,7 @@ def complete(
     later = sum(max(len(answer.tokens) - 1, 0) for answer in generation.answers)
     timing = Timing(
         prompt_tokens=len(prompt.ids),
-        reused_tokens=max(len(prompt.ids) - done.prefilled, 0),  # every sample reads a lone token
+        reused_tokens=max(len(prompt.ids) - done.prefilled, 0),  # a one-token prompt counts per sample
         first_token_s=first_at - started,
         prefill_tokens_per_s=done.prefilled / (first_at - started),
         decode_tokens_per_s=later / (ended - first_at) if later else None,
@@ -165,16 +166,16 @@ def new_scheduler(
 
 
 class Generation:
-    """Prompts and their answers, as many of each as its settings say, that grow together.
+    """Prompts with their answers, as many for each as its settings say, which are generated together.
 
-    Every sequence has a generator of its own, by the seed and the numbers of its prompt and of the sample, so
-    that its text does not depend on the other sequences.
+    Every sequence has its own random generator, seeded by the seed and the numbers of its prompt and sample,
+    so its text does not depend on the other sequences.
 
     Args:
         engine: the model.
         tokenizer: the model's own.
-        prompts: one or more; speculation is the first one's.
-        context: most tokens of a sequence, prompt included.
+        prompts: one or more; the first one's setting for speculation applies.
+        context: maximum tokens of a sequence, prompt included.
 
     Raises:
         InputError: a prompt is empty or leaves no room in the context.
@@ -187,8 +188,8 @@ class Generation:
         ends = tokenizer.stop_token_ids(engine.config)
         self.answers: list[Answer] = []
         self._requests: list[Request] = []
-        self._prompt_of: list[int] = []  # of every sequence
-        self._sequences: list[range] = []  # of every prompt
+        self._prompt_of: list[int] = []  # for each sequence
+        self._sequences: list[range] = []  # for each prompt
         for index, prompt in enumerate(prompts):
             check_prompt(len(prompt.ids), context)
             settings, room = prompt.settings, context - len(prompt.ids)
@@ -199,7 +200,9 @@ class Generation:
                 self._prompt_of.append(index)
 
     def scheduler(self, slots: int) -> Scheduler:
-        """One with room for all prompts and answers, of which at most `slots` decode together."""
+        """A scheduler with room for all prompts and answers, of which at most `slots` decode at the same
+        time.
+        """
         capacity = max(len(request.prompt) + request.max_tokens for request in self._requests)
         return new_scheduler(self._engine, self._settings, min(slots, len(self._requests)), capacity)
 
@@ -209,7 +212,7 @@ class Generation:
         on_text: TextListener | None = None,
         cancellation: Cancellation | None = None,
     ) -> Iterator[list[int]]:
-        """After each call of the engine, the numbers of the prompts whose last answer ended with it.
+        """Yield, after each call of the engine, the numbers of the prompts whose last answer ended with it.
 
         Args:
             scheduler: runs the sequences.
@@ -237,7 +240,7 @@ class Generation:
         return tuple(answer.completion() for answer in self._of(prompt))
 
     def interrupt(self, on_text: TextListener | None = None) -> None:
-        """End the answers that have not ended, and give out what was held back of them."""
+        """End the unfinished answers, and pass on the text that was held back."""
         for index, answer in enumerate(self.answers):
             text = answer.finish("interrupted")
             if text and on_text:

@@ -1,4 +1,4 @@
-"""Prompts one after another: each on its own, or as turns of a chat."""
+"""Consecutive prompts: independent, or as turns of a chat."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from smolctl.generation.prompts import are_messages, changed_settings
 from smolctl.generation.slots import check_prompt
 from smolctl.outside import read_json
 
-# A session holds at most this many tokens, also where the model's context is longer: its cache is allocated
-# at once.
+# A session holds at most this many tokens, even if the model's context is longer, because its cache is
+# allocated at the start.
 MOST_TOKENS = 8192
-# When the context is full, the oldest turns go until this share of it is free: what follows them must be read
-# again, and not at every turn.
+# When the context is full, the oldest turns are dropped until this share of it is free: the turns after them
+# must be processed again, which should not happen at every turn.
 FREE_SHARE = 0.25
 
 
 @dataclass
 class Conversation:
-    """The turns so far. Without `chat` a prompt is the text itself and nothing is remembered."""
+    """The turns so far. Without `chat`, a prompt is plain text and nothing is remembered."""
 
     chat: bool
     system: str | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
-    special_tokens: SpecialTokens = "text"  # what special tokens are that a message spells
+    special_tokens: SpecialTokens = "text"  # how special tokens spelled in a message are read
 
     def prompt(self, model: LoadedModel, text: str) -> Prompt:
-        """What to continue so that the model answers `text`.
+        """The prompt with which the model answers `text`.
 
         Raises:
             InputError: `chat` is set and the model has no chat template.
@@ -54,7 +54,8 @@ class Conversation:
         return self.render(model, [*self.turns, {"role": "user", "content": text}])
 
     def render(self, model: LoadedModel, messages: Sequence[Mapping[str, str]]) -> Prompt:
-        """Messages in the model's template, the system message first where they bring none of their own.
+        """Render messages with the model's template, with the system message first unless they contain their
+        own.
 
         Raises:
             InputError: the model has no chat template, or it refuses the messages.
@@ -64,30 +65,30 @@ class Conversation:
         return model.chat_prompt([*first, *messages], self.special_tokens)
 
     def remember(self, text: str, answer: str) -> None:
-        """Add a turn of each side."""
+        """Add a turn of the user and one of the model."""
         if self.chat:
             self.turns.append({"role": "user", "content": text})
             self.turns.append({"role": "assistant", "content": answer})
 
     def save(self, path: Path) -> None:
-        """Write the messages, as an object that `/load` reads and that a line of `--jsonl` may be."""
+        """Write the messages as an object that `/load` reads and that can be a line of `--jsonl`."""
         first = [{"role": "system", "content": self.system}] if self.system else []
         write_text(path, json_text({"messages": [*first, *self.turns]}, indent=2) + "\n")
 
     def make_room(self, model: LoadedModel, text: str, capacity: int, max_tokens: int) -> int:
-        """Forget the oldest turns until `text` and its answer fit.
+        """Drop the oldest turns until `text` and its answer fit.
 
         Args:
-            model: whose template and tokenizer count.
+            model: provides template and tokenizer.
             text: the next prompt.
             capacity: tokens of a conversation.
-            max_tokens: of the answer; half of the capacity at most is kept free for it.
+            max_tokens: of the answer; at most half of the capacity is kept free for it.
 
         Returns:
-            How many turns were forgotten.
+            Number of turns dropped.
 
         Raises:
-            PromptTooLongError: not even the text alone fits. Nothing is forgotten then.
+            PromptTooLongError: even the text alone does not fit. Then nothing is dropped.
         """
         free = min(max_tokens, capacity // 2)
 
@@ -104,7 +105,7 @@ class Conversation:
         if not fits(0):
             free = max(free, int(capacity * FREE_SHARE))
             every = (len(self.turns) + 1) // 2
-            # By halves: whoever sends a thousand turns does not have them tokenized a thousand times.
+            # Binary search: a conversation of a thousand turns must not be tokenized a thousand times.
             forgotten = bisect_left(range(every), True, lo=min(1, every), key=fits)
             if forgotten == every:
                 check_prompt(length(every), capacity)
@@ -113,12 +114,12 @@ class Conversation:
 
 
 class Session:
-    """A conversation that keeps its KV cache: every turn prefills only what is new.
+    """A conversation that keeps its KV cache, so that each turn prefills only its new tokens.
 
     Args:
         model: answers.
-        settings: how; of several samples the first is remembered.
-        conversation: may have turns already.
+        settings: of the answers; if they ask for several samples, the first one is remembered.
+        conversation: may already have turns.
     """
 
     def __init__(self, model: LoadedModel, settings: CompletionSettings, conversation: Conversation) -> None:
@@ -133,10 +134,10 @@ class Session:
         return self.conversation.make_room(self.model, text, self.capacity, self.settings.max_tokens)
 
     def change(self, values: Mapping[str, Any]) -> None:
-        """Change settings, by the names that a line of JSON has for them.
+        """Change settings, using the names of the JSON settings of a line of `--jsonl`.
 
         Raises:
-            InputError: a name or a value that cannot be.
+            InputError: a name or a value that is not valid.
         """
         settings = changed_settings(values, self.settings)
         if settings.samples != self.settings.samples:
@@ -144,7 +145,7 @@ class Session:
         self.settings = settings
 
     def load(self, path: Path) -> None:
-        """Continue a conversation that `Conversation.save` has written, with its system message.
+        """Continue a conversation that `Conversation.save` wrote, with its system message.
 
         Raises:
             InputError: it cannot be read, or is not a conversation.
@@ -162,10 +163,10 @@ class Session:
         self.asked = messages[-2]["content"] if roles else None
 
     def retry(self, on_text: TextListener) -> CompletionResult:
-        """Answer the latest question once more, in place of its answer, drawing other tokens.
+        """Replace the answer to the latest question by a new one with different random tokens.
 
         Raises:
-            InputError: nothing has been asked.
+            InputError: there is no question yet.
             InterruptedCompletion: Ctrl-C.
         """
         if self.asked is None:
@@ -176,15 +177,16 @@ class Session:
         try:
             return self.answer(self.asked, on_text)
         finally:
-            if len(self.conversation.turns) < len(before):  # no other answer came
+            if len(self.conversation.turns) < len(before):  # there is no new answer
                 self.conversation.turns = before
 
     def answer(self, text: str, on_text: TextListener) -> CompletionResult:
-        """Answer and remember both; when interrupted, remember the part of the answer until then.
+        """Answer and remember question and answer; after an interruption, remember the part of the answer
+        until then.
 
         Raises:
             InputError: the text alone does not fit the context.
-            InterruptedCompletion: Ctrl-C; it holds what came until then.
+            InterruptedCompletion: Ctrl-C; contains the text until then.
         """
         self.asked = text
         prompt = self.conversation.prompt(self.model, text)

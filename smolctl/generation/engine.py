@@ -1,4 +1,4 @@
-"""What every engine does: append tokens to the sequences of a cache and return logits."""
+"""The interface of all engines: append tokens to the sequences of a cache and return logits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Logits = NDArray[np.float32]  # (N, V)
 
 
 class EngineBusyError(SmolError):
-    """An engine was called while another call was under way in it."""
+    """An engine was called while another call was running in it."""
 
     def __init__(self) -> None:
         super().__init__("the engine is busy with another call", "Wait until that call has returned.")
@@ -31,7 +31,7 @@ class CancelledError(SmolError):
 
 
 class Cancellation:
-    """Lets any thread cancel work that goes on in another one."""
+    """Lets any thread cancel work that is running in another one."""
 
     def __init__(self) -> None:
         self.flag = ctypes.c_int32(0)  # the compiled engine reads it between layers
@@ -51,41 +51,42 @@ class Cache:
 
     def __init__(self, sequences: int, capacity: int) -> None:
         self.capacity = capacity
-        self.lengths = [0] * sequences  # tokens stored of each sequence
-        self.cancellation = Cancellation()  # of the calls that read into this cache
+        self.lengths = [0] * sequences  # tokens stored for each sequence
+        self.cancellation = Cancellation()  # of the calls that use this cache
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Forget what lies behind the first `length` tokens of a sequence."""
+        """Drop everything after the first `length` tokens of a sequence."""
         self.lengths[sequence] = min(self.lengths[sequence], length)
 
     def copy(self, source: int, target: int) -> None:
-        """Make one sequence start as another is now; a peer in `bench` is never asked to."""
+        """Make one sequence a copy of another; `bench` never calls this for a peer."""
         raise NotImplementedError
 
 
 class Engine(ABC):
-    """A model that is ready to run. Several threads may use it, each with a cache of its own.
+    """A model that is ready to run. Several threads may use it, each with its own cache.
 
     Args:
         config: its shape.
         name: of the engine and its precision, for people: "native AVX2, int8".
-        note: why it is not the fastest one; empty when it is.
+        note: why it is not the fastest engine; empty if it is.
     """
 
-    # Tokens in one call whose logits have the very bits of calls with one token each.
+    # Calls of up to this many tokens give the same logits, bit for bit, as calls with one token each.
     exact_tokens = 1
-    # Whether a token gets the same bits in every call of more tokens than these, whatever else is in it.
+    # Whether a token gets the same bits in every call of more tokens than these, whatever else the call
+    # contains.
     is_uniform = False
     precision: str = ""  # of the matrices in matmuls: "float32", "int4 + int8"
     cache_dtype: np.dtype[Any] = np.dtype(np.float32)  # of keys and values
-    weight_bytes: int = 0  # of the matrices, which every new token reads once; 0: not known
+    weight_bytes: int = 0  # of the matrices that are read for every new token; 0: not known
 
     def __init__(self, config: ModelConfig, name: str, note: str = "") -> None:
         self.config, self.name, self.note = config, name, note
 
     @abstractmethod
     def allocate(self, sequences: int, capacity: int) -> Cache:
-        """Room for this many sequences of at most this many tokens.
+        """Allocate a cache for this many sequences of at most this many tokens.
 
         Raises:
             InputError: more tokens than the model has positions for.
@@ -98,14 +99,14 @@ class Engine(ABC):
         Args:
             tokens: ids for each sequence of the cache; an empty list leaves a sequence as it is.
             cache: from `allocate` of this engine; its lengths grow.
-            every: return logits after every token rather than after the last of each sequence.
+            every: return logits after every token instead of only after the last of each sequence.
 
         Returns:
             (N, V): one row for each sequence that got tokens, or for each token, in order.
 
         Raises:
             InputError: a sequence does not fit the cache.
-            CancelledError: the cache's cancellation was set; its lengths are what they were.
+            CancelledError: the cache's cancellation was set; its lengths are unchanged.
         """
 
     def check_room(self, tokens: Sequence[Sequence[int]], cache: Cache) -> None:

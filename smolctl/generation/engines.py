@@ -1,7 +1,7 @@
-"""Which engine runs a model: the compiled one where it can, PyTorch everywhere else.
+"""The choice of the engine for a model: the compiled one if it supports the model, else PyTorch.
 
-PyTorch is imported only where it runs a model: importing it takes longer than the compiled engine takes for
-an answer.
+PyTorch is imported only if it runs a model, because importing it takes longer than the compiled engine takes
+for an answer.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from smolctl.sources.shapes import check_state
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How to run a model."""
+    """Options for running a model."""
 
     engine: Literal["auto", "native", "torch"] = "auto"
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of dense weights; None keeps the file's
-    threads: int | None = None  # see `compute_threads`; PyTorch's are the process's own
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # for dense weights; None: as in the file
+    threads: int | None = None  # see `compute_threads`; PyTorch uses the process's setting
     kv_cache: Literal["auto", "int8"] = "auto"  # auto: see `cache_dtype_of`
 
 
 def make_engine(source: ModelSource, options: EngineOptions) -> Engine:
     """The engine for a source.
 
-    Matrices that PyTorch's `quantize_dynamic` made stay as they are and run there.
+    Matrices made by PyTorch's `quantize_dynamic` are kept and run in PyTorch.
 
     Raises:
-        SmolError: the weights are damaged, do not fit the config, or `options` asks for an engine that
-            this installation does not have.
+        SmolError: the weights are damaged or do not fit the config, or `options` selects an engine that this
+            installation does not have.
     """
     config = source.require_config()
     read: dict[str, StoredTensor] = {}

@@ -1,4 +1,4 @@
-"""Answers that keep to a JSON schema: the tokens that may come next, by llguidance."""
+"""Answers that follow a JSON schema: llguidance computes which tokens may come next."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from llguidance._lib import JsonCompileOptions
 
-# Spaces where Python's json.dumps has them, and nowhere else: a small model that may write white space where
-# it likes writes nothing else until its tokens are used up.
+# White space as Python's json.dumps writes it, and nowhere else: a small model that may write white space
+# anywhere writes nothing else until its maximum number of tokens is reached.
 OPTIONS: JsonCompileOptions = {
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
     "lenient": False,
 }
-# Keywords that llguidance 1.9 accepts and does not keep to (its issue 265).
+# Keywords that llguidance 1.9 accepts but does not enforce (its issue 265).
 NOT_KEPT = frozenset({"patternProperties"})
-# Keywords whose value maps names of the user's own to schemas.
+# Keywords whose value maps the user's own names to schemas.
 NAMED = ("properties", "$defs", "definitions")
 CHANGE = "Change the schema, or ask for JSON in the prompt."
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """A JSON schema ready for one tokenizer."""
+    """A JSON schema compiled for one tokenizer."""
 
-    matcher: LLMatcher  # at the beginning of an answer
-    ends: Collection[int]  # ids that end one
+    matcher: LLMatcher  # at the start of an answer
+    ends: Collection[int]  # ids that end an answer
 
     def constraint(self) -> SchemaConstraint:
-        """A fresh constraint, for one answer."""
+        """A new constraint, for one answer."""
         return SchemaConstraint(self.matcher.deep_copy(), self.ends)
 
 
@@ -55,7 +55,7 @@ class SchemaConstraint:
 
     def mask(self, row: Logits) -> Logits:
         if self._ended:
-            return row  # of a draft behind the end, which nobody reads
+            return row  # of a draft token after the end, which is never used
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
         allowed = np.unpackbits(bits, count=len(row), bitorder="little").view(bool)
@@ -92,27 +92,27 @@ def compile_schema(schema: Mapping[str, Any], tokenizer: Tokenizer, config: Mode
     ends = tokenizer.stop_token_ids(config)
     matcher = LLMatcher(_backend(tokenizer, config.vocab_size, ends), source, log_level=0)
     first = matcher.deep_copy()
-    first.compute_bitmask()  # shows whether anything can be written by it
+    first.compute_bitmask()  # fails if no text matches the schema
     if wrong := [*filter(None, [_reason(first)]), *matcher.get_grammar_warnings()]:
         raise InputError(f"JSON schema: {wrong[0]}", CHANGE)
     return Grammar(matcher, ends)
 
 
 def _reason(matcher: LLMatcher) -> str:
-    """Why a matcher goes no further, without the dump of its state; empty where it does."""
+    """Why a matcher stopped with an error, without the dump of its state; empty if there is no error."""
     return matcher.get_error().partition("<state>")[0].strip()
 
 
 @lru_cache(maxsize=1)
 def _backend(tokenizer: Tokenizer, vocab_size: int, ends: frozenset[int]) -> LLTokenizer:
-    """The tokenizer as llguidance knows it, which takes a second at 49,152 tokens."""
+    """The tokenizer in llguidance's form, which takes a second to build for 49,152 tokens."""
     from llguidance import LLTokenizer
 
     return LLTokenizer(tokenizer.backend.to_str(), n_vocab=vocab_size, eos_token=sorted(ends))
 
 
 def _keywords(schema: Any) -> set[str]:
-    """All keywords in a schema and in those within it; names of properties are none."""
+    """All keywords of a schema and its subschemas; names of properties do not count."""
     if isinstance(schema, list):
         return set[str]().union(*map(_keywords, schema))
     if not isinstance(schema, Mapping):

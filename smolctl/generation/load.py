@@ -26,8 +26,8 @@ class LoadedModel:
     engine: Engine
     tokenizer: Tokenizer
     load_s: float
-    notes: tuple[str, ...] = ()  # problems of the source, and why no faster engine runs
-    # Fields of `SamplingSettings` that the model's makers recommend, and where they do.
+    notes: tuple[str, ...] = ()  # problems of the source, and why a faster engine is not used
+    # Fields of `SamplingSettings` that the model's authors recommend, and the file that contains them.
     recommended: Mapping[str, Any] = field(default_factory=dict)
     recommended_in: str = ""
 
@@ -37,11 +37,11 @@ class LoadedModel:
 
     @property
     def context(self) -> int:
-        """Most tokens of a prompt and its answer."""
+        """Maximum tokens of a prompt and its answer."""
         return self.engine.config.max_position_embeddings
 
     def prompt(self, text: str) -> Prompt:
-        """See `Tokenizer.prompt`. Text from anywhere comes through here, or through `chat_prompt`.
+        """See `Tokenizer.prompt`. All text is encoded here or in `chat_prompt`.
 
         Raises:
             PromptTooLongError: the text cannot fit the context.
@@ -72,7 +72,7 @@ def load_model(
     options: EngineOptions = EngineOptions(),  # noqa: B008 - frozen
     tokenizer_of: str | None = None,
 ) -> LoadedModel:
-    """Read weights, as they are stored where the engine can run that, and the tokenizer.
+    """Load weights, as they are stored if the engine supports that, and the tokenizer.
 
     Args:
         model: any MODEL with weights.
@@ -80,7 +80,7 @@ def load_model(
         tokenizer_of: a tokenizer.json, a folder, a GGUF or a Hub id; None: the model's own.
 
     Raises:
-        SmolError: the model cannot be read or run, or it comes without a tokenizer.
+        SmolError: the model cannot be read or run, or has no tokenizer.
     """
     started = time.perf_counter()
     source = open_source(model)
@@ -105,11 +105,11 @@ def load_model(
 
 
 def usable_settings(found: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Fields of `SamplingSettings` among what a model recommends, and why others cannot be used.
+    """The recommended fields of `SamplingSettings` that are usable, and why the others are not.
 
     Args:
-        found: by the names of generation_config.json. Without `do_sample`, settings for sampling are taken
-            to be meant for it; false asks for the likeliest token.
+        found: under the names of generation_config.json. Without `do_sample`, sampling settings are assumed
+            to apply; if it is false, the likeliest token is chosen.
     """
     usable, reasons = {}, []
     for key in (key for key in SAMPLING if key in found):

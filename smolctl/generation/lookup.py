@@ -5,31 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-# A draft is what followed the last tokens at their latest earlier place. Longer matches are tried first. Each
-# length keeps its own acceptance rate, the share of draft tokens that were right; it starts from these.
+# A draft is the text that followed the latest earlier occurrence of the last tokens. Longer matches are tried
+# first. Each match length has its own acceptance rate, the share of draft tokens that were correct, which
+# starts at these values.
 FIRST_RATES = {8: 0.9, 5: 0.8, 3: 0.5, 2: 0.2}
 # The acceptance rate is a running mean over about this many tokens.
 MEMORY = 8
-# The cost of one more token in the same call, in calls for a single token. A draft token is worth it when it
-# is accepted at least this often.
+# The cost of one more token in the same call, as a fraction of a call for a single token. A draft token is
+# worth its cost if it is accepted at least this often.
 COST_OF_A_TOKEN = 0.45
 MOST = 16  # tokens in one draft
 
 
 class Lookup:
-    """Learns the tokens of one sequence and drafts the next ones.
+    """Tracks the tokens of one sequence and drafts the next ones.
 
-    The rates are updated for every token, also where nothing was drafted, so that a text that begins to
-    repeat itself is noticed at no cost.
+    The rates are updated with every token, even if nothing was drafted, so text that starts to repeat itself
+    is noticed at no cost.
 
     Args:
-        prompt: the first tokens; nothing is drafted there.
+        prompt: the first tokens, for which nothing is drafted.
     """
 
     def __init__(self, prompt: Sequence[int] = ()) -> None:
         self.tokens: list[int] = []
         self.rates = dict(FIRST_RATES)
-        # n tokens in a row -> the place right behind them, the latest one
+        # n consecutive tokens -> the position after their latest occurrence
         self._places: dict[int, dict[tuple[int, ...], int]] = {n: {} for n in FIRST_RATES}
         for token in prompt:
             self._learn(token)
@@ -49,17 +50,17 @@ class Lookup:
         self.tokens.append(token)
 
     def draft(self, most: int) -> list[int]:
-        """At most `most` tokens that may come next, as many as are worth their cost; often none."""
+        """At most `most` tokens that may come next, only as many as are worth their cost; often none."""
         matched, place = self._match()
         count = min(most, MOST, self._worthwhile(self.rates[matched])) if matched else 0
         drafted: list[int] = []
-        for at in range(place, place + count):  # a draft may run on into itself: "ababab"
+        for at in range(place, place + count):  # a draft may continue into itself: "ababab"
             behind = at - len(self.tokens)
             drafted.append(self.tokens[at] if behind < 0 else drafted[behind])
         return drafted
 
     def _match(self) -> tuple[int, int]:
-        """Length of the longest match of the last tokens, 0 for none, and the place behind it."""
+        """Length of the longest match of the last tokens (0: no match), and the position after it."""
         for n, places in self._places.items():
             place = places.get(tuple(self.tokens[-n:]))
             if place is not None:
@@ -68,7 +69,7 @@ class Lookup:
 
     @staticmethod
     def _worthwhile(rate: float) -> int:
-        """The largest n for which n draft tokens in a row are accepted often enough."""
+        """The largest n for which n consecutive draft tokens are accepted often enough."""
         if rate <= COST_OF_A_TOKEN:
             return 0
         return MOST if rate >= 1 else min(MOST, int(math.log(COST_OF_A_TOKEN) / math.log(rate)))

@@ -1,4 +1,4 @@
-"""Many prompts, continued together."""
+"""Continues many prompts together."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ Answers = tuple[Completion, ...]
 
 
 class Batch:
-    """The prompts of a file and their answers, which are computed while they are iterated over.
+    """The prompts of a file and their answers, which are computed during iteration.
 
-    Each text is what it would be alone. A line with a fault has the fault in place of answers.
+    Each text is the same as if it were generated alone. A line with an error has that error instead of
+    answers.
 
     Args:
         model: continues them.
         file: the prompts.
-        conversation: how a prompt and messages become the text that the model reads.
-        size: sequences that decode at once, however many samples a prompt has.
-        done: lines at the beginning of the file that are answered already.
+        conversation: turns prompts and messages into the model's input.
+        size: sequences that decode at the same time, however many samples a prompt has.
+        done: number of lines at the start of the file that are already answered.
     """
 
     def __init__(
         self, model: LoadedModel, file: PromptFile, conversation: Conversation, size: int, done: int = 0
     ) -> None:
         self.file, self.done, self._size = file, done, size
-        self.faults: dict[int, InputError] = {}  # by index of the line; those of answered lines too
-        self._indexes: list[int] = []  # of the lines that are generated
+        self.faults: dict[int, InputError] = {}  # by line index; those of answered lines too
+        self._indexes: list[int] = []  # of the lines to generate
         context, prompts = model.engine.config.max_position_embeddings, []
         for index, line in enumerate(file.lines):
             try:
@@ -44,13 +45,13 @@ class Batch:
                 continue
             if index >= done:
                 self._indexes.append(index)
-                # A seed of the line's own gives what it would give alone.
+                # A line with its own seed gives the same answer as alone.
                 number = index if line.source.get("seed") is None else 0
                 prompts.append(Continuation(ids, line.settings, number))
         self._generation = Generation(model.engine, model.tokenizer, prompts, context) if prompts else None
 
     def answers(self) -> Iterator[tuple[int, Answers | InputError]]:
-        """Indexes of lines with their answers or their fault, as they become known."""
+        """Yield indexes of lines with their answers or their error, as soon as they are known."""
         yield from ((index, fault) for index, fault in self.faults.items() if index >= self.done)
         if self._generation is None:
             return
@@ -59,7 +60,7 @@ class Batch:
                 yield self._indexes[number], self._generation.completions(number)
 
     def interrupt(self) -> Iterator[tuple[int, Answers]]:
-        """End all answers, and give those of the lines up to the last one that has been begun."""
+        """End all answers, and yield those of the lines up to the last one that was started."""
         if self._generation is None:
             return
         self._generation.interrupt()

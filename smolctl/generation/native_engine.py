@@ -1,4 +1,4 @@
-"""The engine that runs compiled code on a CPU: every format, from the bytes as they are stored."""
+"""The compiled CPU engine: runs weights of every format as they are stored."""
 
 from __future__ import annotations
 
@@ -28,27 +28,29 @@ from smolctl.sources.shapes import HEAD, TABLE
 
 Stored = Array | PackedMatrix
 
-# `kind` of matrix.h, of floats and of a `PackedMatrix` by its bits.
+# `kind` of matrix.h, for float types and for the bits of a `PackedMatrix`.
 KINDS = {np.dtype(np.float32): 0, BFLOAT16: 1, np.dtype(np.float16): 2}
 INTEGERS = {8: 3, 4: 4, 5: 5}
-# Vectors of a layer that not every network has, in the order of `layer` in forward.c.
+# Vectors of a layer that only some networks have, in the order of `layer` in forward.c.
 OPTIONAL = (
     *(f"self_attn.{name}_proj.bias" for name in "qkv"),
     *(f"self_attn.{name}_norm.weight" for name in "qk"),
 )
-# `format` of attention.h: what keys and values are kept in.
+# `format` of attention.h: the data types of the KV cache.
 FORMATS = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.int8): 2}
-KEYS = 16  # positions in a tile of keys, and what heads of values are filled up to: attention.h
-# Tokens that go through the network at once: enough for efficient matmuls, few enough for the caches.
+KEYS = 16  # positions in a tile of keys, and padding of values: attention.h
+# Tokens per call: enough for efficient matmuls, few enough for the caches.
 CHUNK = 256
-# A cache above this size is reserved, and takes memory as it fills, in pages of 4 KB. NumPy asks for pages of
-# 2 MB, in which the first short prompts fill all of it. On SmolLM2-135M the small pages cost 7 % of the time
-# of a token behind 4,096 others (Zen 4, two threads, in turns).
+# Address space for a larger cache is reserved, and memory is allocated as it fills, in pages of 4 KB. NumPy
+# asks for pages of 2 MB, of which the first short prompts would touch all. On SmolLM2-135M the small pages
+# cost 7 % of the time of a token after 4,096 others (Zen 4, two threads, in turns).
 RESERVED_BYTES = 1 << 29
 
 
 def read_bytes(weights: Mapping[str, Stored]) -> int:
-    """Bytes of the matrices that every token is multiplied with; of a table for lookup it reads a row."""
+    """Bytes of the matrices that every token is multiplied with; of a table that is only looked up, one
+    row.
+    """
     tables = {"model.embed_positions.weight"} | ({TABLE} if HEAD in weights else set())
     return sum(
         stored.bytes if isinstance(stored, PackedMatrix) else stored.nbytes
@@ -58,7 +60,7 @@ def read_bytes(weights: Mapping[str, Stored]) -> int:
 
 
 def kind_of(weights: Mapping[str, Stored]) -> str:
-    """What the matrices are, the most numerous weights first: "int4 + int8"."""
+    """The data types of the matrices, the most frequent first: "int4 + int8"."""
     sizes: Counter[str] = Counter()
     for stored in weights.values():
         kind = f"int{stored.bits}" if isinstance(stored, PackedMatrix) else name_of(stored.dtype)
@@ -68,11 +70,11 @@ def kind_of(weights: Mapping[str, Stored]) -> str:
 
 
 def matrix_of(stored: Stored, keep: list[Array]) -> Matrix:
-    """A matrix as the compiled code takes it, its columns filled up with zeros where they need it.
+    """A matrix in the form of the compiled code, with padded columns if it needs them.
 
     Args:
         stored: (rows, columns), of a dtype in `KINDS` or packed.
-        keep: gets every array that must outlive the result.
+        keep: receives every array that must outlive the result.
     """
     rows, columns = stored.shape
     width = columns + -columns % BLOCK
@@ -80,7 +82,7 @@ def matrix_of(stored: Stored, keep: list[Array]) -> Matrix:
     def pointer(part: Array | None) -> int | None:
         if part is None:
             return None
-        keep.append(np.ascontiguousarray(part))  # of a mapped file: no copy
+        keep.append(np.ascontiguousarray(part))  # no copy of a mapped file
         return keep[-1].ctypes.data
 
     if isinstance(stored, PackedMatrix):
@@ -94,12 +96,13 @@ def matrix_of(stored: Stored, keep: list[Array]) -> Matrix:
 
 
 def cache_dtype_of(config: ModelConfig, weights: Mapping[str, Stored]) -> np.dtype[Any]:
-    """What keys and values are kept in: float16, or float32 where all weights are or where one may overflow.
+    """The data type of the KV cache: float16, or float32 if all weights are float32 or a value may overflow
+    float16.
 
-    The input of a projection comes from a norm: its length is √hidden_size at most, before the norm's own
-    weights. A row of the projection turns it into at most the product of the lengths, and RoPE, which mixes
-    two rows, into √2 times that. A bias adds its own values, and where keys have a norm, its weights
-    alone count. So no text can overflow float16 where this bound does not.
+    The input of a projection comes from a norm, so its length is at most √hidden_size before the norm's
+    weights. A row of the projection gives at most the product of the two lengths, and RoPE, which mixes two
+    rows, at most √2 times that. A bias adds its own values, and if keys have a norm, only its weights count.
+    If this bound is below float16's maximum, no text can cause an overflow.
     """
     if kind_of(weights) == "float32":
         return np.dtype(np.float32)
@@ -115,7 +118,7 @@ def cache_dtype_of(config: ModelConfig, weights: Mapping[str, Stored]) -> np.dty
         limit = max(largest - added, 0) / math.sqrt(config.hidden_size)
         norm = dense(weights[f"{layer}input_layernorm.weight"])
         stored = weights[f"{layer}self_attn.{name}_proj.weight"]  # (rows, hidden_size)
-        if isinstance(stored, PackedMatrix):  # mostly its scales show it
+        if isinstance(stored, PackedMatrix):  # its scales usually suffice
             squares = np.add.reduceat(norm**2, np.arange(0, len(norm), stored.group))
             if (stored.largest() ** 2 @ squares).max() < limit**2:
                 return True
@@ -127,7 +130,7 @@ def cache_dtype_of(config: ModelConfig, weights: Mapping[str, Stored]) -> np.dty
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype[Any], reserve: bool) -> Array:
-    """An array of any content; with `reserve` it takes no memory before it is written."""
+    """An uninitialized array; with `reserve`, memory is allocated when it is written."""
     if not reserve or not hasattr(mmap, "MADV_NOHUGEPAGE"):
         return np.empty(shape, dtype)
     pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
@@ -136,9 +139,9 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype[Any], reserve: bool) -> Array
 
 
 class NativeCache(Cache):
-    """Keys in tiles and values in rows, as attention.h lays them out.
+    """Keys in tiles and values in rows, in the layout of attention.h.
 
-    With int8, each position of each head has a float32 scale beside its key and one beside its value.
+    With int8, each position of each head has a float32 scale for its key and one for its value.
     """
 
     def __init__(self, config: ModelConfig, sequences: int, capacity: int, dtype: np.dtype[Any]) -> None:
@@ -151,7 +154,7 @@ class NativeCache(Cache):
         self.keys = _empty((layers, sequences, heads, room // KEYS, width, KEYS), dtype, reserve)
         self.values = _empty((layers, sequences, heads, room, stride), dtype, reserve)
         scales = (2, layers, sequences, heads, room) if dtype == np.int8 else (2, 0)
-        self.scales = np.zeros(scales, np.float32)  # of keys and of values
+        self.scales = np.zeros(scales, np.float32)  # of keys and values
         self.buffers = CacheBuffers(
             self.keys.ctypes.data,
             self.values.ctypes.data,
@@ -173,17 +176,17 @@ class NativeCache(Cache):
 
 
 class NativeEngine(Engine):
-    """Runs weights as they are stored, on `threads` threads of its own that sleep between calls.
+    """Runs weights as they are stored, on up to `threads` threads of its own that sleep between calls.
 
-    The compiled code works on one call at a time: calls from several Python threads take turns, a chunk of
-    tokens each.
+    The compiled code runs one call at a time: calls from several Python threads take turns after every chunk
+    of tokens.
 
     Args:
         library: the build to use.
         config: the model's shape.
-        weights: every tensor by its Hugging Face name; a tied head is left out.
-        threads: at most this many; None: see `compute_threads`.
-        int8_cache: keep keys and values in 8 bits rather than in what `cache_dtype_of` says.
+        weights: every tensor by its Hugging Face name, except a tied head.
+        threads: the maximum; None: see `compute_threads`.
+        int8_cache: store keys and values in 8 bits instead of the type that `cache_dtype_of` chooses.
     """
 
     is_uniform = True
@@ -198,7 +201,7 @@ class NativeEngine(Engine):
     ) -> None:
         self.precision, self.weight_bytes = kind_of(weights), read_bytes(weights)
         super().__init__(config, f"native {library.build}, {self.precision}")
-        # Where all weights are float32, so is everything else: the same words as any other engine's.
+        # If all weights are float32, so is everything else: the same text as from any other engine.
         self.cache_dtype = np.dtype(np.int8) if int8_cache else cache_dtype_of(config, weights)
         self.library = library
         self.threads = threads or compute_threads()
@@ -209,8 +212,10 @@ class NativeEngine(Engine):
         _ENGINES.add(self)
 
     def _reset(self) -> None:
-        """No threads and buffers yet: in a new engine, and in a forked process, which inherits none."""
-        self._turn = threading.Lock()  # held by the thread that is in the compiled code
+        """Start without threads and buffers: in a new engine, and in a forked process, which inherits no
+        threads.
+        """
+        self._turn = threading.Lock()  # held by the thread that is running compiled code
         self._context: int | None = None
 
     def _describe(self, weights: Mapping[str, Stored]) -> Model:
@@ -255,7 +260,7 @@ class NativeEngine(Engine):
         )
 
     def _open(self) -> int:
-        """The threads and buffers, made where there are none."""
+        """The context with its threads and buffers, created if there is none."""
         if self._context is None:
             create = self.library.functions.smolctl_create
             self._context = create(ctypes.byref(self._model), CHUNK, self.threads)
@@ -280,7 +285,9 @@ class NativeEngine(Engine):
         return NativeCache(self.config, sequences, capacity, self.cache_dtype)
 
     def _make_rotary(self, capacity: int) -> None:
-        """A longer table of angles. The context holds a copy of the model's description: make it again."""
+        """Extend the table of RoPE's angles. The C context has a copy of the model's description, so it is
+        created again.
+        """
         self._close()
         angles = rotary_angles(self.config, capacity).astype(np.float64)
         self._rotary = np.stack((np.cos(angles), np.sin(angles))).astype(np.float32)

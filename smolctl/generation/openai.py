@@ -1,4 +1,6 @@
-"""What requests of OpenAI's API say in their own form: messages, and the form of an answer."""
+"""Parses the parts of OpenAI's requests that have a form of their own: messages, and the format of an
+answer.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,13 @@ LIKE_OPENAI = 'Write {"role": "...", "content": "..."}.'
 
 
 def parse_messages(value: Any) -> list[dict[str, Any]]:
-    """Messages with their roles as chat templates name them, and with one text each.
+    """Messages with the role names of chat templates, and with one text each.
 
     Args:
         value: a list of objects with "role" and "content", which is a text, or a list of parts with text.
 
     Raises:
-        InputError: it is something else, or holds anything but text; the message names the field.
+        InputError: it has another form, or contains anything but text; the message names the field.
     """
     if not isinstance(value, list) or not value:
         raise InputError('"messages" is not a list of at least one message', LIKE_OPENAI)

@@ -1,4 +1,4 @@
-"""A file of prompts: lines of JSON with settings of their own, and how many of them an output answers."""
+"""Files of prompts: JSON lines with their own settings, and how many of them an output already answers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from smolctl.generation.openai import answer_schema, parse_messages
 from smolctl.outside import parse_json
 
 STDIN = "-"
-COMPLETIONS = "completions"  # the key of the answers in a row of output
+COMPLETIONS = "completions"  # the key of the answers in an output row
 CORRECT = "Correct it, or leave it out."
 SHAPES = 'Each line is {"prompt": "..."}, {"messages": [...]} or a string.'
 
-# What a line may set, by OpenAI's names and, where OpenAI has none, vLLM's.
+# Settings of a line, under OpenAI's names or, if OpenAI has none, vLLM's.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-# The field of the settings, its least and its greatest value (128: as OpenAI has it).
+# The field of the settings, its minimum and its maximum (128 as in OpenAI's API).
 COUNTS: Mapping[str, tuple[str, int | None, int | None]] = {
     "max_tokens": ("max_tokens", 1, None),
     "max_completion_tokens": ("max_tokens", 1, None),
@@ -29,8 +29,8 @@ COUNTS: Mapping[str, tuple[str, int | None, int | None]] = {
     "seed": ("seed", None, None),
 }
 SETTINGS = (*SAMPLING, *COUNTS, "stop")
-# Settings of OpenAI, vLLM, llama.cpp and transformers that would change the answer and that smolctl lacks.
-# They ask for nothing where they have one of these values, or are empty, 0 or false.
+# Settings of OpenAI, vLLM, llama.cpp and transformers that would change the answer and that smolctl does not
+# support. They have no effect with one of these values, or if they are empty, 0 or false.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         (
@@ -47,7 +47,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "tool_choice": ("none", "auto"),
 }
-# What only a server does; the log-probabilities of its tokens are in every answer to a line.
+# Settings for servers only; answers to lines always contain log-probabilities.
 OF_SERVERS: Mapping[str, tuple[Any, ...]] = {"echo": (), "logprobs": (True,), "stream": ()}
 
 
@@ -59,19 +59,19 @@ class UnsupportedError(InputError):
 class PromptLine:
     """A line of a file of prompts."""
 
-    number: int  # in the file, from 1
-    source: Any  # an object with "prompt" or "messages"; of a line with a fault what is there, or its text
+    number: int  # in the file, starting at 1
+    source: Any  # an object with "prompt" or "messages"; for an invalid line, what it contains
     settings: CompletionSettings
-    fault: InputError | None = None  # why it is not a prompt
+    fault: InputError | None = None  # why the line is not a prompt
     messages: Sequence[Mapping[str, str]] = ()  # of a chat, with one text each
-    schema: Mapping[str, Any] | None = None  # that its answers keep to
+    schema: Mapping[str, Any] | None = None  # that its answers follow
 
     def row(self, completions: list[dict[str, Any]]) -> dict[str, Any]:
-        """The line of output of its answers."""
+        """The output row with its answers."""
         return {**self.source, COMPLETIONS: completions}
 
     def fault_row(self, fault: InputError) -> dict[str, Any]:
-        """The line of output that says why there is no answer."""
+        """The output row that explains why there is no answer."""
         error = {"code": int(fault.exit_code), "message": fault.message, "hint": fault.hint}
         return {"line": self.number, "input": self.source, "error": error}
 
@@ -85,15 +85,15 @@ class PromptFile:
 
 
 def read_prompts(name: str, stdin: TextIO, defaults: CompletionSettings) -> PromptFile:
-    """The prompts of JSON lines: objects with "prompt" or "messages", or strings. Empty lines are skipped.
+    """Read prompts from JSON lines: objects with "prompt" or "messages", or strings. Empty lines are skipped.
 
     Args:
-        name: of the file; "-" reads stdin.
-        stdin: what "-" reads.
-        defaults: the settings that a line does not set.
+        name: path of the file; "-" reads stdin.
+        stdin: the stream that "-" reads.
+        defaults: settings that apply unless a line sets them.
 
     Raises:
-        InputError: the file cannot be read or has no lines. What is wrong in a line is that line's fault.
+        InputError: the file cannot be read or has no lines. An error in a line is stored with that line.
     """
     try:
         text = stdin.read() if name == STDIN else Path(name).read_text(encoding="utf-8", errors="replace")
@@ -109,10 +109,10 @@ def read_prompts(name: str, stdin: TextIO, defaults: CompletionSettings) -> Prom
 
 
 def changed_settings(values: Mapping[str, Any], settings: CompletionSettings) -> CompletionSettings:
-    """Settings with those that `values` names put in their place; null sets nothing, other keys are ignored.
+    """Settings with the values that `values` overrides; null changes nothing, and other keys are ignored.
 
     Raises:
-        InputError: a value of the wrong type or out of its range, or a setting that smolctl does not have.
+        InputError: a value of the wrong type or out of range, or a setting that smolctl does not support.
     """
     given = {key: value for key, value in values.items() if value is not None}
     _refuse_unsupported(given, UNSUPPORTED)
@@ -152,7 +152,7 @@ def _refuse_unsupported(given: Mapping[str, Any], unsupported: Mapping[str, tupl
 
 
 def are_messages(value: object) -> TypeGuard[list[dict[str, Any]]]:
-    """Whether a value is a list of {"role": "...", "content": "..."}, with one or more in it."""
+    """Whether a value is a non-empty list of {"role": "...", "content": "..."}."""
     return (
         isinstance(value, list)
         and bool(value)
@@ -162,12 +162,13 @@ def are_messages(value: object) -> TypeGuard[list[dict[str, Any]]]:
 
 
 def finished_lines(file: PromptFile, output: Path) -> int:
-    """How many lines of a file have their row in an output of an earlier run, which is cut behind the last.
+    """How many lines of a file have a row in the output of an earlier run, which is truncated after the last
+    of them.
 
-    A row that a kill has torn, and answers that Ctrl-C has cut short, are to be made again.
+    A row that was cut by a kill, and answers that Ctrl-C interrupted, are generated again.
 
     Raises:
-        InputError: the output holds something else, and stays as it is; or it cannot be read or written.
+        InputError: the output contains something else, and is not changed; or it cannot be read or written.
     """
     try:
         content = output.read_bytes() if output.exists() else b""
@@ -197,7 +198,7 @@ def finished_lines(file: PromptFile, output: Path) -> int:
 
 
 def _parse(number: int, text: str, defaults: CompletionSettings) -> PromptLine:
-    """One line of a file, with what is wrong in it."""
+    """Parse one line of a file; an error in it is stored with the line."""
     value: Any = text
     try:
         try:
@@ -224,7 +225,7 @@ def _parse(number: int, text: str, defaults: CompletionSettings) -> PromptLine:
 
 
 def refuse_constant(name: str) -> None:
-    """Raise for NaN and its kin, which are not JSON."""
+    """Raise for NaN and infinity, which are not JSON."""
     raise ValueError(f"{name} is not a JSON number")
 
 
@@ -236,7 +237,7 @@ def _is_row_of(row: Mapping[str, Any], line: PromptLine) -> bool:
 
 
 def _heads(line: PromptLine) -> list[bytes]:
-    """How the rows of a line begin: that of its answers, and that of its fault."""
+    """The possible starts of a line's rows: with answers, and with an error."""
     parts = [line.source, {"line": line.number, "input": line.source}]
     return [json_text(part)[:-1].encode() for part in parts if isinstance(part, dict)]
 

@@ -42,19 +42,19 @@ class SampleRequest:
     models: tuple[str, ...] = ()  # none: the newest run
     prompt: str | None = None  # "-" and a pipe read stdin
     jsonl: str | None = None  # a file of prompts; "-" reads stdin
-    resume_output: Path | None = None  # of `jsonl`: where the answers go; what it holds is not made again
+    resume_output: Path | None = None  # of `jsonl`: file for the answers; prompts that it answers are skipped
     interactive: bool = True  # whether a terminal without a prompt opens a session
-    chat: bool | None = None  # use the chat template; None: in a session where the model has one
+    chat: bool | None = None  # use the chat template; None: in a session if the model has one
     system: str | None = None  # the system message of a chat
-    special_tokens: SpecialTokens = "text"  # what special tokens are that a message spells
-    compare: bool = False  # find where the other models leave the first one
-    batch_size: int = 8  # sequences of `jsonl` that decode together
+    special_tokens: SpecialTokens = "text"  # how special tokens spelled in a message are read
+    compare: bool = False  # find where the other models' texts differ from the first one's
+    batch_size: int = 8  # sequences of `jsonl` to decode together
     tokenizer: str | None = None  # a tokenizer.json, a folder, a GGUF or a Hub id; None: each model's own
     engine: EngineOptions = field(default_factory=EngineOptions)
     settings: CompletionSettings = field(default_factory=CompletionSettings)
-    json_schema: Path | None = None  # a file with the JSON schema that every answer keeps to
-    # Fields of `SamplingSettings` that the user sets, the others being the model's or the default; None: all
-    # are those of `settings`.
+    json_schema: Path | None = None  # a file with the JSON schema that every answer follows
+    # Fields of `SamplingSettings` that the user set; the others come from the model or the defaults. None:
+    # all come from `settings`.
     sampling: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -70,28 +70,28 @@ class SampleRequest:
 
     @property
     def continues_text(self) -> bool:
-        """Whether a prompt is given to the model as it is, without the user having asked for that."""
+        """Whether the prompt is continued as plain text although the user did not ask for that."""
         return self.prompt is not None and self.chat is None
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model is ready."""
+    """Event: a model is ready."""
 
     model: LoadedModel
-    recommended: Mapping[str, Any]  # what is taken of its recommendation for sampling
+    recommended: Mapping[str, Any]  # the recommended sampling settings that apply
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """The prompt as the model reads it, the chat template applied."""
+    """Event: the prompt as the model reads it, after the chat template."""
 
     prompt: str
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """A piece of text of a sample that will not change any more."""
+    """Event: a piece of a sample's text that will not change any more."""
 
     sample: int
     text: str
@@ -102,9 +102,9 @@ class SampleResult:
     """The completions of one prompt by every model."""
 
     by_model: tuple[tuple[LoadedModel, CompletionResult], ...]
-    # For every model and completion where it leaves the first model's; None where models are not compared.
+    # For each model and completion, where it differs from the first model's; None if models are not compared.
     divergences: tuple[tuple[Divergence | None, ...], ...] | None
-    interrupted: bool = False  # by Ctrl-C: the last answers are unfinished, and models after that have none
+    interrupted: bool = False  # by Ctrl-C: the last answers are unfinished, and later models have none
 
 
 def sample(
@@ -114,15 +114,16 @@ def sample(
 
     Args:
         request: what to generate.
-        on_event: called when a model is ready and, with one model and one prompt, with the text as it grows.
+        on_event: called when a model is ready and, with one model and one prompt, with each new piece of
+            text.
         stdin: where a prompt is read from.
 
     Returns:
-        The completions of one prompt; of a file of prompts a batch to iterate over; without a prompt on a
-        terminal a session that answers the questions put to it.
+        The completions of one prompt; for a file of prompts a batch to iterate over; without a prompt on a
+        terminal an interactive session.
 
     Raises:
-        SmolError: a model cannot be read or run, or there is no prompt, or it does not fit the context.
+        SmolError: a model cannot be read or run, or the prompt is missing or does not fit the context.
     """
     file = read_prompts(request.jsonl, stdin, request.settings) if request.jsonl is not None else None
     schema = read_json(request.json_schema, SCHEMA_FILE) if request.json_schema is not None else None
@@ -134,7 +135,7 @@ def sample(
         load_model(name, request.engine, request.tokenizer) for name in request.models or ("runs/latest",)
     ]
     own = request.sampling
-    # Models that are compared are all given the same settings.
+    # Models that are compared get the same settings.
     recommended = models[0].recommended if own is not None and len(models) == 1 else {}
     settings = _settled(request, request.settings, {}, recommended)
     grammars = [
@@ -163,7 +164,7 @@ def _settled_file(
     recommended: Mapping[str, Any],
     grammar: Grammar | None,
 ) -> PromptFile:
-    """The prompts with the settings of every line. A schema that does not compile is its line's fault."""
+    """The prompts with the settings of every line. A schema that does not compile is an error of its line."""
 
     @lru_cache
     def compiled(schema: str) -> Grammar:
@@ -187,7 +188,9 @@ def _complete_each(
     on_event: Callable[[Rendered | Streamed], None],
     compare: bool,
 ) -> SampleResult:
-    """The completions of one prompt by every model, each with its own settings; one model's are streamed."""
+    """The completions of one prompt by every model, each with its own settings; those of a single model
+    are streamed.
+    """
     streams = len(models) == 1
     on_text = (lambda number, piece: on_event(Streamed(number, piece))) if streams else None
     results, interrupted = [], False
@@ -212,7 +215,7 @@ def _settled(
     recommended: Mapping[str, Any],
     grammar: Grammar | None = None,
 ) -> CompletionSettings:
-    """Settings with what the user and a line of a file leave open taken from the model."""
+    """Settings with the model's recommendations for everything that the user and the line do not set."""
     settings = replace(settings, grammar=grammar)
     if request.sampling is None:
         return settings

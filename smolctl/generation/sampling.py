@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 
 from smolctl.errors import InputError, UsageError
 
-# Everything below works on one row of logits at a time in NumPy: at a vocabulary of 49,152 torch's operators
-# wake their threads for every call, which takes longer than the work, and a full sort takes longer than a
-# whole step of a small model.
+# The functions below process one row of logits at a time in NumPy: with a vocabulary of 49,152, torch's
+# operators wake their threads at every call, which takes longer than the work, and a full sort takes longer
+# than a whole step of a small model.
 
-# Weights are summed in blocks of this size first, so that a draw looks into one block only.
+# Weights are first summed in blocks of this size, so that a draw searches only one block.
 BLOCK = 256
-# The search for the edge of top-p starts at these shares of the likeliest token, goes on by splitting what is
-# between two of them at its mean, and sorts no more than a few tokens in the end.
+# The search for the threshold of top-p starts at these shares of the likeliest token's probability, continues
+# by splitting the tokens between two of them at their mean, and sorts only a few tokens in the end.
 RUNGS = (0.1, 1e-2, 1e-3, 1e-4, 0.0)
 FEW = 1024
-# Of a temperature and a penalty: what is far beyond any use of them overflows float32.
+# Limits of temperature and penalty: values far beyond any use overflow float32.
 MOST = 1_000_000
 
 
@@ -32,14 +32,14 @@ class SamplingSettings:
     """How the next token is chosen. The defaults keep the model's own distribution.
 
     Raises:
-        UsageError: a value outside its range, named.
+        UsageError: a value is out of range; the message names it.
     """
 
     temperature: float = 1.0  # 0 takes the most likely token
     top_k: int = 0  # keep the k most likely tokens; 0 keeps all
     top_p: float = 1.0  # keep the smallest set of tokens with this probability together
-    min_p: float = 0.0  # keep tokens at least this share as likely as the most likely one
-    repetition_penalty: float = 1.0  # divide the logits of tokens already there (Keskar et al., 2019)
+    min_p: float = 0.0  # keep tokens with at least this share of the likeliest token's probability
+    repetition_penalty: float = 1.0  # divide the logits of tokens that already occurred (Keskar et al., 2019)
 
     def __post_init__(self) -> None:
         penalty = self.repetition_penalty
@@ -61,7 +61,7 @@ class SamplingSettings:
 
 
 class NotFiniteError(InputError):
-    """Logits are not numbers to choose by or to score."""
+    """Logits that are not finite, so no token can be chosen or scored."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -69,28 +69,28 @@ class NotFiniteError(InputError):
         )
 
 
-# What `smolctl sample` takes where neither the user nor the model says anything.
+# Used by `smolctl sample` if neither the user nor the model specifies a setting.
 DEFAULT_SAMPLING = SamplingSettings(temperature=0.8, top_p=0.95)
 
 
 def taken_of(recommended: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What counts of the fields that a model's makers recommend: those that the user leaves open.
+    """The recommended fields that apply: those that the user does not set.
 
-    A temperature of 0 of the user's asks for the model's likeliest token, and no penalty for another one.
+    If the user sets temperature 0, the model's likeliest token is meant, so no recommended penalty applies.
     """
     greedy = own.get("temperature") == 0
     return {} if greedy else {key: value for key, value in recommended.items() if key not in own}
 
 
 def settle(own: Mapping[str, Any], recommended: Mapping[str, Any]) -> SamplingSettings:
-    """How to choose tokens: as the user says, else as the model's makers recommend, else by default.
+    """The sampling settings: the user's, else the recommendation of the model's authors, else the defaults.
 
     Args:
         own: fields that the user sets.
-        recommended: fields that the makers recommend.
+        recommended: fields that the authors recommend.
 
     Raises:
-        UsageError: a value outside its range, named.
+        UsageError: a value is out of range; the message names it.
     """
     return replace(DEFAULT_SAMPLING, **taken_of(recommended, own), **own)
 
@@ -101,12 +101,12 @@ def choose(
     generator: Random,
     seen: Sequence[int],
 ) -> int:
-    """The next token of a sequence. It takes one number from the generator.
+    """Choose the next token of a sequence. Draws one number from the generator.
 
     Args:
         logits: (V,).
         settings: how to choose.
-        generator: the only source of chance; untouched when temperature is 0.
+        generator: the only source of randomness; not used when temperature is 0.
         seen: token ids already in the sequence, for the repetition penalty.
     """
     logits = penalize_repetition(logits, seen, settings.repetition_penalty)
@@ -116,9 +116,10 @@ def choose(
 
 
 def generator_for(seed: int, *place: int) -> Random:
-    """A generator for one of many sequences: by the seed and by numbers that say which one it is.
+    """A generator for one of many sequences, determined by the seed and by numbers that identify the
+    sequence.
 
-    Python promises the same numbers from `random()` in its later versions.
+    Python guarantees that `random()` gives the same numbers in later versions.
     """
     return Random(repr((seed, *place)))
 
@@ -126,7 +127,7 @@ def generator_for(seed: int, *place: int) -> Random:
 def penalize_repetition(
     logits: NDArray[np.float32], seen: Sequence[int], penalty: float
 ) -> NDArray[np.float32]:
-    """Make tokens that were seen less likely: positive logits divided, negative ones multiplied."""
+    """Make tokens that occurred less likely: positive logits are divided, negative ones multiplied."""
     if penalty == 1.0:
         return logits
     ids = np.asarray(seen)
@@ -139,7 +140,7 @@ def log_normalizer(logits: NDArray[np.float32]) -> float:
     """What to subtract from one row of logits, (V,), to get log-probabilities in nats.
 
     Raises:
-        InputError: the logits are not numbers to choose by.
+        InputError: the logits are not finite.
     """
     top = float(logits.max())
     total = float(np.exp(logits - top).sum()) if math.isfinite(top) else math.nan
@@ -149,13 +150,13 @@ def log_normalizer(logits: NDArray[np.float32]) -> float:
 
 
 def likeliest(logits: NDArray[np.float32], count: int) -> NDArray[np.intp]:
-    """The ids of the largest of one row of logits, (V,), the largest first."""
+    """The ids of the largest logits of one row, (V,), the largest first."""
     few = np.argpartition(logits, -count)[-count:] if count < len(logits) else np.arange(len(logits))
     return few[np.argsort(-logits[few], kind="stable")]
 
 
 def margin(logits: NDArray[np.float32]) -> float:
-    """By how much the largest of one row of logits, (V,), exceeds every other."""
+    """The distance of the largest logit of one row, (V,), from the second largest."""
     best = int(logits.argmax())
     before, behind = logits[:best], logits[best + 1 :]
     return float(logits[best] - max(before.max(initial=-np.inf), behind.max(initial=-np.inf)))
@@ -165,7 +166,7 @@ def distribution(logits: NDArray[np.float32], settings: SamplingSettings) -> NDA
     """Probabilities (V,) after temperature, top-k, top-p and min-p, in this order."""
     out: NDArray[np.float32] = logits - logits.max()
     out /= np.float32(max(settings.temperature, 1 / MOST))
-    np.exp(out, out=out)  # shares of the likeliest token
+    np.exp(out, out=out)  # relative to the likeliest token
     if 0 < settings.top_k < len(out):
         out *= out >= np.partition(out, -settings.top_k)[-settings.top_k]
     if settings.top_p < 1:
@@ -177,24 +178,24 @@ def distribution(logits: NDArray[np.float32], settings: SamplingSettings) -> NDA
 
 
 def _keep_nucleus(weights: NDArray[np.float32], top_p: float) -> None:
-    """Set to 0 what does not belong to the smallest set with a share `top_p` of the weights, (V,).
+    """Set to 0 all weights, (V,), outside the smallest set with a share `top_p` of their sum.
 
-    A token stays when those before it, by weight and then by id, have not yet reached the share.
+    A token is kept if those before it, in order of weight and then id, have not yet reached the share.
     """
     goal = top_p * float(weights.sum(dtype=np.float64))
     ceiling = np.inf
-    for floor in RUNGS:  # few reach the first ones, and mostly they are enough
+    for floor in RUNGS:  # few tokens reach the first thresholds, and usually these are enough
         unsure = weights[weights >= floor]
         if float(unsure.sum(dtype=np.float64)) >= goal or floor == 0:
             break
         ceiling = floor
-    surely = unsure[unsure >= ceiling]  # stay; those below `unsure` go
+    surely = unsure[unsure >= ceiling]  # certainly kept; those below `unsure` are dropped
     above, mass_above = len(surely), float(surely.sum(dtype=np.float64))
     unsure = unsure[unsure < ceiling]
     while len(unsure) > FEW:
         high = unsure >= unsure.mean()
         if high.all() or not high.any():
-            break  # all the same, up to the rounding of their mean
+            break  # all equal, up to the rounding of their mean
         upper = unsure[high]
         mass = float(upper.sum(dtype=np.float64))
         if mass_above + mass >= goal:
@@ -207,17 +208,17 @@ def _keep_nucleus(weights: NDArray[np.float32], top_p: float) -> None:
     smallest = ordered[min(count, len(ordered)) - 1]
     stays = weights >= smallest
     surplus = int(np.count_nonzero(stays)) - above - count
-    if surplus > 0:  # of equally likely tokens at the edge those with the lower ids stay
+    if surplus > 0:  # of equally likely tokens at the threshold, those with lower ids are kept
         stays[np.flatnonzero(weights == smallest)[-surplus:]] = False
     weights *= stays
 
 
 def _draw(probabilities: NDArray[np.float32], draw: float) -> int:
-    """The token at which the running sum of (V,) probabilities passes `draw`, a share of their sum."""
+    """The token at which the cumulative sum of probabilities, (V,), exceeds the share `draw` of their sum."""
     edges = np.arange(0, len(probabilities), BLOCK)
     ends = np.add.reduceat(probabilities, edges, dtype=np.float64).cumsum()
     target = draw * ends[-1]
-    # The clips are for sums that round differently in blocks and one by one.
+    # The clips are needed because sums by block and one by one round differently.
     block = min(int(np.searchsorted(ends, target, side="right")), int(np.searchsorted(ends, ends[-1])))
     part = probabilities[block * BLOCK : (block + 1) * BLOCK]
     sums = part.cumsum(dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Continuous batching: requests join and leave between calls of the engine. Knows token ids only."""
+"""Continuous batching: requests join and leave between calls of the engine. Works on token ids only."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from smolctl.generation.sampling import SamplingSettings
 from smolctl.generation.slots import Outcome, Reading, Request, Slot, Token, check_prompt, common_prefix
 
 Speculation = Literal["auto", "off", "lookup"]
-# What a new prompt takes over of the sequences in the cache. "exact": tokens with the bits that it would
-# compute itself. "all": any tokens, of answers too, which are rounded differently.
+# What a new prompt reuses from sequences in the cache. "exact": tokens with the bits that the prompt would
+# compute itself. "all": any tokens, also those of answers, which are rounded differently.
 Reuse = Literal["exact", "all"]
 
-# Prompt tokens in one call of the engine: the sequences that decode wait that long at most. On SmolLM2-135M
-# calls of 32, 64, 128 and 256 tokens read 780, 904, 982 and 1,022 tokens/s, calls of 64 in 71 ms (Zen 4, two
-# threads, in turns; its AVX2 build: 546, 614, 636 and 661, in 104 ms). Smaller ones share more of a prompt.
+# Maximum prompt tokens per call of the engine: sequences that decode wait at most that long. On SmolLM2-135M,
+# calls of 32, 64, 128 and 256 tokens process 780, 904, 982 and 1,022 tokens/s, and a call of 64 takes 71 ms
+# (Zen 4, two threads, in turns; with the AVX2 build 546, 614, 636 and 661, and 104 ms). Smaller calls let
+# prompts share more of a common prefix.
 CHUNK = 64
-# Tokens of a call, drafts included, up to which one more costs far less than a call of its own.
+# Up to this many tokens per call, drafts included, one more token costs far less than a call of its own.
 DRAFTED = 8
 
 
@@ -31,30 +32,30 @@ DRAFTED = 8
 class Counts:
     """What a scheduler has done so far."""
 
-    prefilled: int = 0  # prompt tokens that went through the engine
-    reused: int = 0  # prompt tokens that were in the cache already
+    prefilled: int = 0  # prompt tokens that the engine processed
+    reused: int = 0  # prompt tokens that were already in the cache
     generated: int = 0  # tokens that were chosen
     steps: int = 0  # calls of the engine after the prompts
-    drafted: int = 0  # draft tokens that went through the engine
-    accepted: int = 0  # of these, the tokens that the model chose too
+    drafted: int = 0  # draft tokens that the engine processed
+    accepted: int = 0  # draft tokens that equal the model's choice
 
 
 class Scheduler:
-    """Sequences of one engine that decode together. One that ends makes room for the next.
+    """Sequences of one engine that decode together. When one ends, the next request takes its place.
 
-    A request gets the same tokens alone and in company. So no call decodes more than the `exact_tokens` of
-    the engine, and the length of a prompt alone decides how it is read (`Reading`). A round has one call for
-    prompts, which goes to one of them in turn and has room for others where it can be shared, and a token for
-    every sequence that decodes.
+    A request gets the same tokens alone and in a batch. Therefore no call decodes more than the engine's
+    `exact_tokens`, and the calls that process a prompt depend only on its length (`Reading`). A round has one
+    call for prompts, which serves one prompt in turn and others if the call can be shared, and decodes one
+    token for every sequence.
 
     Args:
         engine: the model.
-        slots: sequences at once.
+        slots: maximum number of concurrent sequences.
         capacity: tokens of the longest sequence, prompt included.
-        settings: how a token is chosen, where a request does not say it.
-        speculation: whether draft tokens are looked up in the text so far and several checked in one call.
-            "auto": where that gives every token the bits it would have had without.
-        reuse: what is not read again.
+        settings: sampling settings of requests that have none.
+        speculation: whether draft tokens are looked up in the text so far and several are checked in one
+            call. "auto": if every token gets the same bits as without.
+        reuse: which cached tokens are not processed again.
 
     Raises:
         InputError: more tokens than the model has positions for.
@@ -72,16 +73,16 @@ class Scheduler:
         self.engine, self.settings = engine, settings
         self._speculates = speculation == "lookup" or (speculation == "auto" and engine.exact_tokens > 1)
         self._reuse = reuse
-        # Up to so many tokens, a call rounds differently from calls of more; 0: all calls here are alike.
+        # Calls of up to this many tokens round differently from larger calls; 0: all calls round alike.
         self._few = engine.exact_tokens if engine.exact_tokens < CHUNK else 0
         self.capacity = capacity
         self.counts = Counts()  # of the latest run
         self._cache = engine.allocate(slots, capacity)
         self._slots: list[Slot | None] = [None] * slots
         self._waiting: deque[Request] = deque()
-        # Those that the round still has to make: of slots that decode, or for prompts where it is empty.
+        # Calls that the round still has to make: for decoding slots, or for prompts if the list is empty.
         self._calls: deque[list[Slot]] = deque()
-        self._turn = 0  # counts requests and calls for prompts
+        self._turn = 0  # counts requests, and calls for prompts
         self._step_lock = threading.Lock()
 
     @property
@@ -91,11 +92,11 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Requests that have none yet."""
+        """Requests that wait for a slot."""
         return len(self._waiting)
 
     def check(self, request: Request) -> None:
-        """Refuse a request that can never run.
+        """Refuse a request that cannot run.
 
         Raises:
             InputError: its prompt is empty or leaves no room in the model's context.
@@ -103,7 +104,7 @@ class Scheduler:
         check_prompt(len(request.prompt), min(self.capacity, self.engine.config.max_position_embeddings))
 
     def submit(self, request: Request) -> None:
-        """Have a request continued by the next steps, behind those that were submitted before.
+        """Queue a request, which the next steps continue after those submitted before.
 
         Raises:
             InputError: see `check`.
@@ -112,7 +113,7 @@ class Scheduler:
         self._waiting.append(request)
 
     def end(self, request: Request) -> None:
-        """A request needs no more tokens."""
+        """End a request that needs no more tokens."""
         for slot in self._slots:
             if slot is not None and slot.request is request:
                 slot.ended = True
@@ -122,21 +123,22 @@ class Scheduler:
     def run(
         self, requests: Sequence[Request], cancellation: Cancellation | None = None
     ) -> Iterator[list[tuple[int, Token]]]:
-        """Continue these requests; an item holds what one call of the engine gave: (index of request, token).
+        """Continue these requests; each item holds the results of one call of the engine: (index of request,
+        token).
 
-        A request's tokens come in order. Tokens that come in one item after `end` of their request are to be
+        A request's tokens come in order. Tokens in the same item after the `end` of their request must be
         ignored.
 
-        A run cancels the one before it and waits until that has left the engine: an abandoned run, in this
-        thread or another, never disturbs the next.
+        A run cancels the previous run and waits until it has left the engine, so an abandoned run, in this or
+        another thread, never disturbs the next.
 
         Args:
             requests: what to continue, started in order.
             cancellation: of this run only.
 
         Raises:
-            SmolError: a request is refused, see `check`, or has failed.
-            CancelledError: `cancellation` was set, or another run began.
+            SmolError: a request is refused (see `check`), or has failed.
+            CancelledError: `cancellation` was set, or another run started.
         """
         for request in requests:
             self.check(request)
@@ -144,7 +146,7 @@ class Scheduler:
         cancellation = cancellation or Cancellation()
         self._cache.cancellation.set()
         with self._step_lock:
-            self._cache.cancellation.set()  # another one, if a third thread was faster
+            self._cache.cancellation.set()  # of another run, if a third thread was faster
             self._cache.cancellation = cancellation
             self.counts = Counts()
             self._waiting = deque(requests)
@@ -165,9 +167,9 @@ class Scheduler:
                 yield tokens
 
     def step(self) -> list[Outcome]:
-        """Call the engine once, at most, and choose tokens. Those of one request come in order.
+        """Call the engine at most once, and choose tokens. Those of one request come in order.
 
-        It gives nothing where a prompt was read in part, and where there is nothing to do.
+        Returns nothing if a prompt was only partly processed, or if there is nothing to do.
         """
         while self._waiting and self.active < len(self._slots):
             self._occupy(self._waiting.popleft())
@@ -180,7 +182,7 @@ class Scheduler:
                     return self._read()
                 if slots:
                     return self._decode(slots)
-            except BaseException:  # Ctrl-C too: what the cache holds must stay what the slots say
+            except BaseException:  # including Ctrl-C: cache and slots must stay consistent
                 for number, length in enumerate(lengths):
                     self._cache.truncate(number, length)
                 raise
@@ -196,12 +198,12 @@ class Scheduler:
         return bool(self._calls)
 
     def _unread(self) -> list[Slot]:
-        """Slots whose prompts have not been read, in turn."""
+        """Slots whose prompts have not been processed, in turn."""
         active = (slot for slot in self._slots if slot is not None and not slot.ended)
         return sorted((slot for slot in active if not slot.has_begun), key=lambda slot: slot.turn)
 
     def _occupy(self, request: Request) -> None:
-        """Give a free slot to a request, the one that holds most of its prompt, or was used longest ago."""
+        """Give a request a slot: the free one whose cache has most of its prompt, or was used longest ago."""
         free = [number for number, slot in enumerate(self._slots) if slot is None or slot.ended]
         reading = self._way_of_reading(request)
         held = {
@@ -234,22 +236,22 @@ class Scheduler:
         return Reading.FEW if len(request.prompt) <= self._few else Reading.MANY
 
     def _reusable(self, holder: Slot | None, length: int, request: Request, reading: Reading) -> int:
-        """How many tokens of a prompt can be taken over from a slot with `length` tokens in the cache."""
+        """How many tokens of a prompt can be reused from a slot with `length` tokens in the cache."""
         if holder is None or request.score:
             return 0
         prompt, theirs = request.prompt, holder.request.prompt
         if holder.row is not None and length >= len(prompt) and tuple(prompt) == tuple(theirs):
             return len(prompt)
-        # The last token of a prompt is read: its logits are what comes next.
+        # The last token of a prompt is always processed, because its logits choose the next one.
         if self._reuse == "all":
             return common_prefix(holder.tokens[:length], prompt[:-1])
         common, ways = common_prefix(theirs[:length], prompt[:-1]), {holder.reading, reading}
-        if Reading.CHUNKS in ways:  # a whole chunk is many tokens
+        if Reading.CHUNKS in ways:  # a whole chunk counts as many tokens
             return 0 if Reading.FEW in ways else common // CHUNK * CHUNK
         return common if len(ways) == 1 else 0
 
     def _offers(self, holder: Slot, length: int, slot: Slot) -> int:
-        """The same for a slot that has begun to read; 0 where it is not more than that."""
+        """`_reusable` for a slot that has started its prompt; 0 if that is not more than it already has."""
         has, prompt = self._cache.lengths[slot.number], slot.request.prompt
         if holder is slot or has >= min(length, len(prompt)) or holder.tokens[has] != prompt[has]:
             return 0
@@ -257,7 +259,7 @@ class Scheduler:
         return found if found > has else 0
 
     def _take_over(self, slot: Slot) -> None:
-        """Copy what other slots have read of a prompt by now, where that is more."""
+        """Copy what other slots have processed of a prompt so far, if that is more."""
         for holder in filter(None, self._slots):
             if length := self._offers(holder, self._cache.lengths[holder.number], slot):
                 self._cache.copy(holder.number, slot.number)
@@ -269,7 +271,7 @@ class Scheduler:
             slot.row = holder.row
 
     def _read(self) -> list[Outcome]:
-        """Read a part of one prompt, or of several; behind their last tokens, choose the first ones."""
+        """Process a part of one prompt or of several; after their last tokens, choose the first ones."""
         parts = self._parts()
         scores = any(slot.request.score for slot in parts)
         unread = {slot.number: part for slot, part in parts.items() if part}
@@ -289,13 +291,13 @@ class Scheduler:
                 self.counts.reused += max(len(prompt) - slot.read, 0)
                 found += self._attempt(slot, map(slot.choose, [slot.row]))
                 if scores:
-                    slot.row = None  # of a call for many rows, which are rounded differently
+                    slot.row = None  # from a call with many rows, which rounds differently
         return found
 
     def _parts(self) -> dict[Slot, Sequence[int]]:
-        """What the next call for prompts reads, nothing of one that was taken over whole.
+        """The parts of prompts for the next call, without prompts that were reused as a whole.
 
-        A prompt waits that can soon take over what another reads in that call.
+        A prompt waits if it can soon reuse what that call processes for another.
         """
         parts: dict[Slot, Sequence[int]] = {}
         first, room = None, 0  # the prompt whose turn it is
@@ -312,32 +314,32 @@ class Scheduler:
                 parts[slot] = prompt[begin : begin + left]
         missing = self._few + 1 - sum(map(len, parts.values()))
         if first and first.reading is Reading.MANY and self._reuse == "exact" and missing > 0:
-            # So few tokens would be rounded differently: some are read again.
+            # So few tokens would be rounded differently, so some are processed again.
             begin = self._cache.lengths[first.number] - missing
             parts[first] = first.request.prompt[begin : begin + missing + len(parts[first])]
             self._cache.truncate(first.number, begin)
         return parts
 
     def _most(self, slot: Slot, left: int) -> int:
-        """Tokens that a call for prompts has at most, by the one whose turn it is and what is left of it."""
+        """Maximum tokens of a call for prompts, by the prompt whose turn it is and its remaining tokens."""
         if slot.reading is Reading.CHUNKS:
             return CHUNK - self._cache.lengths[slot.number] % CHUNK
         if slot.reading is Reading.FEW:
             return self._few
-        # What is left for the next call must not be few.
+        # The remainder for the next call must not be too small.
         return left - self._few - 1 if CHUNK < left <= CHUNK + self._few else CHUNK
 
     def _joins(self, slot: Slot, parts: Mapping[Slot, Sequence[int]]) -> bool:
-        """Whether a prompt may share the call that reads these parts, and gains by it."""
+        """Whether a prompt may share the call that processes these parts, and benefits from it."""
         ways = {other.reading for other, part in parts.items() if part}
         if slot.reading is Reading.CHUNKS or ways != {slot.reading} or len(parts) == self._few:
-            return False  # as many rows of logits as can be exact
+            return False  # the call has as many rows of logits as can be exact
         lengths = self._cache.lengths
         ends = ((other, lengths[other.number] + len(part)) for other, part in parts.items())
         return not any(self._offers(other, end, slot) for other, end in ends)
 
     def _decode(self, slots: Sequence[Slot]) -> list[Outcome]:
-        """Read the last token and the draft of every sequence, and choose the tokens that follow."""
+        """Process the last token and the draft of every sequence, and choose the next tokens."""
         exact = self.engine.exact_tokens
         most = max(min(exact, DRAFTED) // len(slots) - 1, 0) if exact > 1 else MOST
         for slot in slots:
@@ -357,7 +359,7 @@ class Scheduler:
         return found
 
     def _attempt(self, slot: Slot, tokens: Iterable[Token]) -> Iterator[Outcome]:
-        """The tokens of a request, and the error that ends it where there is one."""
+        """The tokens of a request, and the error that ends it, if there is one."""
         try:
             for token in tokens:
                 self.counts.generated += not token.of_prompt

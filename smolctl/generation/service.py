@@ -1,4 +1,4 @@
-"""One thread that answers everybody: it steps the scheduler and passes on what comes."""
+"""One thread that answers all requests: it steps the scheduler and passes on the results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Piece:
     """A token of one of the answers of a job, or of its prompt."""
 
     choice: int
-    text: str  # that became certain, perhaps none
+    text: str  # text that became final, possibly empty
     token: Token
     finish_reason: str | None  # "stop" or "length" in the last piece of an answer
 
@@ -44,12 +44,12 @@ class Asked:
 
     ids: Sequence[int]
     settings: CompletionSettings
-    score: bool = False  # report the prompt's own tokens too
+    score: bool = False  # also report the prompt's own tokens
 
 
 @dataclass(eq=False)
 class Job:
-    """Prompts with their answers, counted through: `samples` of the first prompt, then of the next."""
+    """Prompts with their answers, numbered consecutively: `samples` of the first prompt, then of the next."""
 
     listener: OnPiece
     answers: list[Answer] = field(default_factory=list)
@@ -62,9 +62,9 @@ class Service:
 
     Args:
         model: answers.
-        slots: answers that grow at once.
+        slots: answers that are generated at the same time.
         capacity: tokens of a prompt and its answer.
-        waiting: answers that may wait for a slot.
+        waiting: maximum number of answers that wait for a slot.
     """
 
     def __init__(self, model: LoadedModel, slots: int, capacity: int, waiting: int) -> None:
@@ -74,10 +74,10 @@ class Service:
             slots * capacity * kv_cache_bytes_per_token(model.engine.config, model.engine.cache_dtype.name)
         )
         self._ends = model.tokenizer.stop_token_ids(model.engine.config)
-        self._jobs: dict[Request, tuple[Job, int]] = {}  # with the number of the answer; of the thread
+        self._jobs: dict[Request, tuple[Job, int]] = {}  # with the answer's number; only for the thread
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._open = 0  # answers that were asked for and have not ended
+        self._open = 0  # answers that were requested and have not ended
         self._thread = threading.Thread(target=self._work, name="scheduler", daemon=True)
         self._thread.start()
 
@@ -85,7 +85,8 @@ class Service:
         """Answer prompts; `listener` gets the pieces as they come.
 
         Raises:
-            InputError: a prompt is empty or leaves no room for an answer, or more answers than ever fit.
+            InputError: a prompt is empty or leaves no room for an answer, or there are more answers than can
+                ever run.
             BusyError: too many are waiting already.
         """
         job = Job(listener)
@@ -107,7 +108,7 @@ class Service:
         return job
 
     def cancel(self, job: Job) -> None:
-        """End a job before the next call of the engine; one that has ended stays as it is."""
+        """End a job before the next call of the engine; one that has ended does not change."""
         self._inbox.put(lambda: self._drop(job))
 
     def close(self) -> None:
@@ -134,7 +135,7 @@ class Service:
                     idle = False
                 self._deliver(self.scheduler.step())
             except Exception as error:
-                # The others' answers are lost with this one's, and the next ones are answered again.
+                # The other answers of this call are lost too; later requests are served normally.
                 LOG.exception("unexpected, in the scheduler's thread")
                 for job in {job for job, _ in self._jobs.values()}:
                     self._fail(job, SmolError(f"unexpected: {type(error).__name__}: {error}"))

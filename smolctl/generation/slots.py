@@ -21,35 +21,35 @@ from smolctl.generation.sampling import (
     penalize_repetition,
 )
 
-# For greedy decoding on engines that round the logits of several tokens in one call differently from those of
-# one. Where the likeliest two tokens are closer than this (in nats, ten times what rounding does), no draft
-# token is accepted or rejected: the last token is read again by itself.
+# For greedy decoding on engines whose logits of several tokens in one call are rounded differently from those
+# of one. If the two likeliest tokens are closer than this (in nats, ten times the rounding error), no draft
+# token is accepted or rejected, and the last token is processed again alone.
 NEAR_TIE = 0.01
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token that was chosen, or one of the prompt that was scored."""
+    """A token that was chosen, or a prompt token that was scored."""
 
     id: int
     logprob: float  # nats, under the unmodified model
-    # The likeliest others with their probabilities, under the unmodified model, where asked for.
+    # The likeliest other tokens with their probabilities, under the unmodified model, if requested.
     alternatives: tuple[tuple[int, float], ...] = ()
     of_prompt: bool = False
 
 
 class Constraint(Protocol):
-    """Says which tokens may come next in one sequence."""
+    """Decides which tokens may come next in one sequence."""
 
     def mask(self, row: Logits) -> Logits:
-        """Logits, (V,), in which no other token can be chosen.
+        """Logits, (V,), with which only allowed tokens can be chosen.
 
         Raises:
-            SmolError: nothing may come next.
+            SmolError: no token is allowed.
         """
 
     def accept(self, token: int) -> None:
-        """Take the token that was chosen."""
+        """Update the constraint with the chosen token."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +58,12 @@ class Request:
 
     Args:
         prompt: token ids, at least one.
-        max_tokens: at most this many more; cut where the context ends.
-        generator: the only source of randomness, this request's own.
-        sampling: how its tokens are chosen; None: as the scheduler says.
-        alternatives: how many other tokens to report with each.
-        score: report the prompt's own tokens too, all but the first. Nothing is reused for it.
-        constraint: this request's own; None: any token may come.
+        max_tokens: maximum number of new tokens; fewer at the end of the context.
+        generator: the request's own and only source of randomness.
+        sampling: how its tokens are chosen; None: the scheduler's settings.
+        alternatives: how many other tokens to report with each token.
+        score: also report the prompt's own tokens, except the first. Nothing is reused for it.
+        constraint: the request's own; None: any token is allowed.
     """
 
     prompt: Sequence[int]
@@ -75,11 +75,11 @@ class Request:
     constraint: Constraint | None = None
 
 
-Outcome = tuple[Request, Token | SmolError]  # an error ends its request, and no other
+Outcome = tuple[Request, Token | SmolError]  # an error ends its request, but no other
 
 
 class Reading(Enum):
-    """The calls that a prompt is read in, which decide how its keys and values are rounded."""
+    """The kinds of calls that process a prompt, which determine how its keys and values are rounded."""
 
     CHUNKS = "of its own, at the same places whatever is taken over"
     FEW = "shared, of the engine's exact tokens at most"
@@ -92,37 +92,37 @@ class Slot:
 
     number: int
     request: Request
-    limit: int  # tokens in all, prompt included
-    tokens: list[int]  # prompt and what was chosen
+    limit: int  # total tokens, prompt included
+    tokens: list[int]  # prompt and chosen tokens
     sampling: SamplingSettings
     reading: Reading
     lookup: Lookup | None  # drafts tokens
-    rounds: bool  # whether logits after a draft token are rounded differently from those after a token alone
-    turn: int  # when its prompt last had its turn to be read
-    read: int = 0  # tokens of its prompt that it has read itself
+    rounds: bool  # whether logits after a draft token are rounded differently from those after a single token
+    turn: int  # when its prompt last had its turn
+    read: int = 0  # prompt tokens that this slot processed itself
     careful: bool = False  # no draft in the next step
     ended: bool = False
     draft: list[int] = field(default_factory=list)
-    row: Logits | None = None  # the logits (V,) after what was read of the prompt last
+    row: Logits | None = None  # the logits (V,) after the last processed part of the prompt
 
     @property
     def has_begun(self) -> bool:
-        """Whether its prompt has been read."""
+        """Whether its prompt has been processed."""
         return len(self.tokens) > len(self.request.prompt)
 
     def make_draft(self, most: int) -> None:
-        """Draft the next tokens, as many as are worth it and `most` at most."""
+        """Draft the next tokens: as many as are worth their cost, at most `most`."""
         room = min(most, self.limit - len(self.tokens) - 1)
         self.draft = self.lookup.draft(room) if self.lookup and not self.careful else []
         self.careful = False
 
     def choose(self, row: Logits) -> Token:
-        """Choose a token by one row of logits, (V,), and append it.
+        """Choose a token from one row of logits, (V,), and append it.
 
         Raises:
-            SmolError: nothing can be chosen.
+            SmolError: no token can be chosen.
         """
-        normalizer = log_normalizer(row)  # first, because it refuses logits that are not finite
+        normalizer = log_normalizer(row)  # first, because it checks that the logits are finite
         constraint = self.request.constraint
         allowed = row if constraint is None else constraint.mask(row)
         chosen = choose(allowed, self.sampling, self.request.generator, self.tokens)
@@ -135,7 +135,7 @@ class Slot:
         return self._token(row, normalizer, chosen)
 
     def verify(self, rows: Sequence[Logits]) -> Iterator[Token]:
-        """Choose after the last token and after every draft token that was right.
+        """Choose a token after the last one and after every draft token that was correct.
 
         Args:
             rows: (1 + drafted, V).
@@ -150,7 +150,7 @@ class Slot:
                 return
 
     def score(self, rows: Sequence[Logits], tokens: Sequence[int]) -> Iterator[Token]:
-        """Tokens of the prompt, each by the row of logits, (V,), before it."""
+        """Score prompt tokens, each by the row of logits, (V,), before it."""
         for row, token in zip(rows, tokens, strict=True):
             yield self._token(row, log_normalizer(row), token, of_prompt=True)
 
@@ -182,6 +182,6 @@ def check_prompt(length: int, context: int) -> None:
 
 
 def common_prefix(one: Sequence[object], other: Sequence[object]) -> int:
-    """How many items two sequences begin with in common."""
+    """The number of leading items that two sequences have in common."""
     pairs = zip(one, other, strict=False)
     return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -1,4 +1,4 @@
-"""The engine that runs everywhere: the network as PyTorch runs it, on any device."""
+"""The PyTorch engine, which runs on any device."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from smolctl.sources.base import ModelSource
 from smolctl.sources.quantized.packed import PackedMatrix
 from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor, dense
 
-# Tokens of a long prompt that go through the network at once: enough for efficient matmuls,
-# few enough that the MLP's intermediate values stay small.
+# Tokens of a long prompt per call: enough for efficient matmuls, few enough that the MLP's intermediate
+# values stay small.
 PREFILL_CHUNK = 512
 
 
 class TorchCache(Cache):
-    """One buffer for all sequences, so that those of equal length are read together."""
+    """One buffer for all sequences, so that sequences of equal length are processed together."""
 
     def __init__(self, buffers: KVCache, sequences: int, capacity: int) -> None:
         super().__init__(sequences, capacity)
@@ -81,13 +81,13 @@ class TorchEngine(Engine):
 def open_torch_engine(
     source: ModelSource, stored: Mapping[str, StoredTensor], note: str = "", threads: int | None = None
 ) -> TorchEngine:
-    """An engine of a source's tensors in float32; matrices of `quantize_dynamic` run as they are.
+    """An engine for a source's tensors in float32; matrices of `quantize_dynamic` run as they are.
 
     Args:
-        source: says what the tensors are.
-        stored: what a network of its config takes.
+        source: describes the tensors.
+        stored: the tensors that a network of its config loads.
         note: why it is not the fastest engine.
-        threads: of PyTorch in this process, see `compute_threads`; None: as they are.
+        threads: of PyTorch in this process, see `compute_threads`; None: unchanged.
     """
     if threads is not None:
         torch.set_num_threads(compute_threads(threads))

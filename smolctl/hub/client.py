@@ -1,14 +1,12 @@
-"""Writing to the Hub: who we are, one commit, and the proof that it arrived."""
+"""Writes to the Hub: one commit, and the check that it arrived."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NotRequired, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
-
-from typing_extensions import TypedDict
 
 from smolctl.errors import HubError
 from smolctl.hub.connection import api, endpoint, fetch, way_of_transfer
@@ -19,93 +17,21 @@ from smolctl.hub.errors import (
     ChangedError,
     MissingError,
     PassingError,
-    answered,
     explained,
 )
 from smolctl.hub.files import PlannedFile
-from smolctl.outside import checked
+from smolctl.hub.identity import Identity, read_identity
 
 T = TypeVar("T")
-WAITS = (1.0, 2.0, 4.0)  # seconds before another attempt, unless the Hub says how long
+WAITS = (1.0, 2.0, 4.0)  # seconds before another attempt, unless the Hub specifies them
 LONGEST_WAIT = 300.0
-README = "README.md"
 SENDING = "send the files"
 MAX_TEXT_BYTES = 10_000_000
 
 
-class _Named(TypedDict):
-    name: str
-
-
-class _Scope(TypedDict):
-    entity: NotRequired[_Named | None]
-    permissions: NotRequired[list[str] | None]
-
-
-class _Scopes(TypedDict):
-    scoped: NotRequired[list[_Scope] | None]
-
-
-class _Token(TypedDict):
-    displayName: NotRequired[str | None]
-    role: NotRequired[str | None]
-    fineGrained: NotRequired[_Scopes | None]
-
-
-class _Auth(TypedDict):
-    accessToken: NotRequired[_Token | None]
-
-
-class _Whoami(TypedDict):
-    """What is read of the Hub's answer about a token."""
-
-    name: str
-    orgs: NotRequired[list[_Named] | None]
-    auth: NotRequired[_Auth | None]
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Whose a token is, and what it allows."""
-
-    user: str
-    organizations: tuple[str, ...]
-    token_name: str
-    role: str  # read, write or fineGrained
-    writable: tuple[str, ...] | None = None  # names that a fine-grained token may write to; None: all
-
-    def require_write(self, repo: str) -> None:
-        """Check that this token can write to a repository, as far as the Hub describes it.
-
-        Raises:
-            HubError: a read-only token, somebody else's namespace, or one outside the token's scope.
-        """
-        namespace = repo.split("/")[0]
-        token = f"token {self.token_name!r}" if self.token_name else "this token"
-        if self.role == "read":
-            raise HubError(
-                f"{token} of {self.user} has read access only",
-                "Create one with the role write at hf.co/settings/tokens.",
-            )
-        known = (self.user, *self.organizations)
-        if namespace.lower() not in {name.lower() for name in known}:
-            raise HubError(
-                f"{repo}: {self.user} does not belong to {namespace}",
-                f"Namespaces of this token: {', '.join(known)}. --create-pr proposes a change instead.",
-            )
-        if self.writable is not None and not {namespace.lower(), repo.lower()} & {
-            name.lower() for name in self.writable
-        }:
-            scope = ", ".join(self.writable) or "nothing"
-            raise HubError(
-                f"{repo}: the fine-grained {token} may write to {scope}",
-                f"Give it write access to repositories of {namespace} at hf.co/settings/tokens.",
-            )
-
-
 @dataclass(frozen=True)
 class Target:
-    """Where files go."""
+    """The repository and revision to write to."""
 
     repo: str
     kind: str = "model"  # or space
@@ -118,7 +44,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Head:
-    """A repository as it stands at a commit."""
+    """A repository at a commit."""
 
     sha: str
     private: bool
@@ -128,25 +54,25 @@ class Head:
         return self.checksums.get(file.path) in (file.sha256, file.git_sha1)
 
     def is_as_planned(self, files: Iterable[PlannedFile], removed: Iterable[str]) -> bool:
-        """Whether a push of these files has nothing left to do."""
+        """Whether the repository already has exactly these files."""
         return all(map(self.has, files)) and not any(path in self.checksums for path in removed)
 
 
 @dataclass(frozen=True)
 class Commit:
-    """A push that was verified."""
+    """A verified push."""
 
     sha: str
-    sent: tuple[str, ...]  # paths; empty when everything was there already
+    sent: tuple[str, ...]  # paths; empty if everything was already there
     removed: tuple[str, ...] = ()
     pull_request: str | None = None
 
 
 class HubClient:
-    """The Hub's client for writing: with patience, and with errors in our words.
+    """A client for writing to the Hub, with retries and smolctl's errors.
 
     Args:
-        note: receives what takes time or was decided.
+        note: called with a line about slow work or a decision.
         wait: sleeps this many seconds.
 
     Raises:
@@ -170,10 +96,10 @@ class HubClient:
         return f"{endpoint()}/api/{target.kind}s/{target.repo}"
 
     def identity(self) -> Identity:
-        """Whose token this is, and what it may do.
+        """The owner of the token and its permissions.
 
         Raises:
-            HubError: there is none, or the Hub does not accept it.
+            HubError: there is no token, or the Hub does not accept it.
         """
         return read_identity(self.patiently("", "ask who this token belongs to", self.api.whoami))
 
@@ -181,7 +107,7 @@ class HubClient:
         """The newest commit and its files.
 
         Raises:
-            MissingError: no such repository or revision.
+            MissingError: there is no such repository or revision.
         """
         at = revision or target.revision
         info = self._ask(target, "look at the repository", self.api.repo_info, revision=at)
@@ -196,15 +122,15 @@ class HubClient:
         return Head(str(info.sha), bool(info.private), checksums)
 
     def ensure(self, target: Target, public: bool, space_sdk: str | None = None) -> Head:
-        """The head of a repository that is made when it is not there, and of a branch likewise.
+        """The head of a repository and branch, which are created if they do not exist.
 
         Args:
             target: the repository.
-            public: whether everybody may see a new one.
-            space_sdk: of a new Space.
+            public: whether a new repository is public.
+            space_sdk: for a new Space.
 
         Raises:
-            HubError: it cannot be made.
+            HubError: the repository cannot be created.
         """
         main = Target(target.repo, target.kind)
         try:
@@ -227,7 +153,7 @@ class HubClient:
             return self.head(target)
 
     def read(self, target: Target, head: Head, path: str) -> bytes | None:
-        """A small file at a commit, such as README.md; None when there is none."""
+        """Read a small file at a commit, such as README.md; None if it does not exist."""
         if path not in head.checksums:
             return None
         url = f"{self.url(target)}/resolve/{head.sha}/{quote(path)}"
@@ -244,19 +170,19 @@ class HubClient:
         create_pr: bool = False,
         removed: Sequence[str] = (),
     ) -> Commit:
-        """Send what differs in one commit on top of `head`, and check every file on the server.
+        """Send changed files in one commit on top of `head`, and check every file on the server.
 
         Args:
             target: the repository.
-            head: what it holds now.
-            files: all that it is to hold of ours.
-            message: of the commit.
-            create_pr: propose the commit instead.
-            removed: paths of files that go in the same commit.
+            head: its current commit and files.
+            files: all files that it must contain.
+            message: commit message.
+            create_pr: open a pull request instead.
+            removed: paths of files to delete in the same commit.
 
         Raises:
             ChangedError: somebody else has committed since `head` was read.
-            HubError: the Hub refuses, does not answer, or holds something other than what was sent.
+            HubError: the Hub refuses, does not respond, or has other content than was sent.
         """
         if head.is_as_planned(files, removed):
             return Commit(head.sha, ())
@@ -270,7 +196,7 @@ class HubClient:
             try:
                 sha, page = self._commit(target, head, changed, gone, message, create_pr)
             except PassingError:
-                # Whether a pull request was opened cannot be seen from here.
+                # A retry cannot see whether a pull request was opened.
                 landed = None if create_pr else self._landed(target, head, files, gone)
                 if landed is None:
                     raise
@@ -298,7 +224,7 @@ class HubClient:
         message: str,
         create_pr: bool,
     ) -> tuple[str, str | None]:
-        """Send one commit. Returns its checksum and, of one that is proposed, its page."""
+        """Send one commit. Returns its hash and, for a pull request, its page."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         xet_token = f"{self._api_url(target)}/xet-write-token/{quote(target.revision, safe='')}"
@@ -324,7 +250,9 @@ class HubClient:
     def _landed(
         self, target: Target, head: Head, files: Sequence[PlannedFile], removed: Sequence[str]
     ) -> Head | None:
-        """The new head when our commit arrived although its answer did not; None when nothing moved."""
+        """The new head if the commit arrived although the response did not; None if the head has not
+        changed.
+        """
         now = self.head(target)
         if now.sha == head.sha:
             return None
@@ -338,7 +266,7 @@ class HubClient:
     def _proposed(
         self, target: Target, files: Sequence[PlannedFile], removed: Sequence[str]
     ) -> Commit | None:
-        """An open pull request that has all of this already."""
+        """An open pull request that already contains all of this."""
         wanted = {"discussion_type": "pull_request", "discussion_status": "open"}
         listed = self.api.get_repo_discussions
         for discussion in self._list(target, "look at its pull requests", listed, **wanted):
@@ -349,23 +277,23 @@ class HubClient:
         return None
 
     def _ask(self, target: Target, doing: str, method: Callable[..., T], **options: Any) -> T:
-        """Call a method of the Hub's client on a repository, `patiently`."""
+        """Call a method of the Hub's client for a repository, with retries."""
         kind = target.kind
         return self.patiently(target.shown, doing, lambda: method(target.repo, repo_type=kind, **options))
 
     def _list(
         self, target: Target, doing: str, method: Callable[..., Iterable[T]], **options: Any
     ) -> list[T]:
-        """All that a method gives which asks the Hub again for every page."""
+        """Collect the results of a method that requests every page from the Hub."""
         return self._ask(target, doing, lambda *repo, **of: list(method(*repo, **of)), **options)
 
     def patiently(self, name: str, doing: str, call: Callable[[], T]) -> T:
-        """A call that may be repeated, several times where the Hub is out of order for a moment.
+        """Make a repeatable call, with retries if the Hub has a temporary problem.
 
         Args:
-            name: the repository, as its page's address ends; "" for the Hub itself.
-            doing: what is tried, as in "cannot {doing}".
-            call: does it.
+            name: the path of the repository's page; "" for the Hub itself.
+            doing: the action, as in "cannot {doing}".
+            call: makes the call.
 
         Raises:
             HubError: as `explained`, after the last attempt.
@@ -382,29 +310,3 @@ class HubClient:
                     raise
                 self.note(f"{error.message}; trying again in {asked_s:.0f} s.")
                 self.wait(asked_s)
-
-
-def read_identity(answer: object) -> Identity:
-    """What whoami answers, as far as it matters here.
-
-    Raises:
-        HubError: it is no such answer.
-    """
-    with answered():
-        said = checked(_Whoami, answer, f"{endpoint()}: the answer about the token")
-    token: _Token = (said.get("auth") or {}).get("accessToken") or {}
-    scopes = (token.get("fineGrained") or {}).get("scoped") or ()
-    writable = None
-    if token.get("role") == "fineGrained":
-        writable = tuple(
-            (scope.get("entity") or {"name": ""})["name"]
-            for scope in scopes
-            if any(right.startswith("repo.write") for right in scope.get("permissions") or ())
-        )
-    return Identity(
-        user=said["name"],
-        organizations=tuple(organization["name"] for organization in said.get("orgs") or ()),
-        token_name=token.get("displayName") or "",
-        role=token.get("role") or "unknown",
-        writable=writable,
-    )

@@ -1,4 +1,4 @@
-"""How this program reaches the Hub: at which address, with which client, and for how long it waits."""
+"""Connections to the Hub: address, client and time limits."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 120.0  # without a byte: the Hub works that long on a large commit
-QUESTION_SECONDS = 30.0  # the same for what changes nothing, such as a list of files
-TIMEOUT_VARIABLE = "SMOLCTL_HUB_TIMEOUT"  # seconds, in place of ANSWER_SECONDS and HF_HUB_ETAG_TIMEOUT
+QUESTION_SECONDS = 30.0  # the same for requests that change nothing, such as a list of files
+TIMEOUT_VARIABLE = "SMOLCTL_HUB_TIMEOUT"  # seconds, instead of ANSWER_SECONDS and HF_HUB_ETAG_TIMEOUT
 
 
 def endpoint() -> str:
-    """The Hub's address, of the environment as it is now: the client reads it once, at its import."""
+    """The Hub's address in the current environment; the client reads it only once, when it is imported."""
     from huggingface_hub import constants
 
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
 
 def api(token: str | None = None) -> HfApi:
-    """The Hub's own client at our address, with our time limit.
+    """The Hub's own client with smolctl's address and time limit.
 
     Args:
-        token: sent with every request; None leaves it to the client, which may be set to send none.
+        token: sent with every request; None leaves the choice to the client, which may send none.
     """
     from huggingface_hub import HfApi
 
@@ -42,10 +42,10 @@ def api(token: str | None = None) -> HfApi:
 
 
 def session() -> httpx2.Client:
-    """The HTTP session that all of the Hub's client shares, with a time limit.
+    """The HTTP session that the Hub's client shares, with a time limit.
 
-    The client's default session waits for ever. A session with a limit of its own, which a program that uses
-    this library may have set up with its proxies, stays as it is.
+    The client's default session waits forever. A session with its own limit, which a program that uses this
+    library may have configured with its proxies, is not changed.
     """
     import httpx2
     from huggingface_hub import get_session, set_client_factory
@@ -62,7 +62,7 @@ def session() -> httpx2.Client:
 
 
 def _limit(request: httpx2.Request) -> None:
-    """Give a request the limits that it does not name; many of the client's ask for none at all."""
+    """Add time limits that a request does not set; many of the client's requests set none."""
     seconds = answer_seconds(QUESTION_SECONDS if request.method in ("GET", "HEAD") else ANSWER_SECONDS)
     limits = {"connect": min(seconds, CONNECT_SECONDS), "read": seconds, "write": seconds, "pool": seconds}
     named = {key: limit for key, limit in request.extensions["timeout"].items() if limit is not None}
@@ -70,10 +70,10 @@ def _limit(request: httpx2.Request) -> None:
 
 
 def answer_seconds(otherwise: float = ANSWER_SECONDS) -> float:
-    """The time from one byte of an answer to the next.
+    """The maximum time between two bytes of a response.
 
     Raises:
-        InputError: $SMOLCTL_HUB_TIMEOUT is not a number of seconds.
+        InputError: $SMOLCTL_HUB_TIMEOUT is not a number.
     """
     named = os.environ.get(TIMEOUT_VARIABLE)
     try:
@@ -86,7 +86,7 @@ def answer_seconds(otherwise: float = ANSWER_SECONDS) -> float:
 
 
 def question_seconds() -> float:
-    """The time that a short question has, by the client's own $HF_HUB_ETAG_TIMEOUT."""
+    """The time limit of a short request, from the client's own $HF_HUB_ETAG_TIMEOUT."""
     from huggingface_hub import constants
 
     return answer_seconds(constants.HF_HUB_ETAG_TIMEOUT)
@@ -94,18 +94,18 @@ def question_seconds() -> float:
 
 @contextmanager
 def way_of_transfer(xet_token: str, token: bool | str | None, note: Callable[[str], None]) -> Iterator[None]:
-    """Let the Hub's client send large files in a way that this Hub knows.
+    """Choose a transfer method for large files that this Hub supports.
 
-    The client takes Xet where its package is installed, and tries for over a minute on a Hub that has none.
-    A Hub that answers 404 to a request for Xet's token gets them through Git LFS instead.
+    The client uses Xet if its package is installed, and retries for over a minute if the Hub does not have
+    Xet. For a Hub that answers 404 to a request for Xet's token, Git LFS is used instead.
 
     Args:
         xet_token: the address of that request.
         token: as of `api`.
-        note: called with a sentence if files do not go the usual way.
+        note: called with a sentence if files are not sent in the usual way.
 
     Raises:
-        HTTPError: the Hub does not answer; what `explained` turns into `HubError`.
+        HTTPError: the Hub does not respond; `explained` converts it to `HubError`.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
@@ -130,21 +130,21 @@ class Fetched:
     """The answer to a GET."""
 
     content: bytes
-    size: int  # of the whole file; 0 when the Hub does not give it
+    size: int  # of the whole file; 0 if the Hub does not report it
     downloaded: int  # bytes over the network
 
 
 def fetch(url: str, limit: int, start: int | None = None, token: bool | str | None = None) -> Fetched:
-    """One GET without retries; reads no more than it needs even where Range is ignored.
+    """Make one GET without retries; reads no more than needed even if the server ignores Range.
 
     Args:
         url: at the Hub.
-        limit: bytes to read at most.
-        start: first of them, asked for by Range; None asks for the whole file.
+        limit: maximum bytes to read.
+        start: first byte, requested with Range; None requests the whole file.
         token: as of `api`.
 
     Raises:
-        HTTPError, OSError: what `explained` turns into `HubError`.
+        HTTPError, OSError: `explained` converts them to `HubError`.
     """
     from huggingface_hub import hf_raise_for_status
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
@@ -162,7 +162,7 @@ def fetch(url: str, limit: int, start: int | None = None, token: bool | str | No
             content += piece
             if len(content) >= skip + limit:
                 break
-        # A part is as long as itself, and Content-Range may say "*" of the whole.
+        # The size of a part is its length; Content-Range may give "*" for the size of the whole file.
         is_part = response.status_code == 206
         whole = response.headers.get("content-range" if is_part else "content-length", "").rpartition("/")[2]
         size = int(whole) if whole.isdecimal() else 0

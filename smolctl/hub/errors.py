@@ -1,6 +1,6 @@
-"""Whatever the Hub answers and its client raises, decided once: one line of cause, one line of remedy.
+"""Turns every error of the Hub and its client into one line of cause and one line of remedy.
 
-Reading a model, reading a dataset and writing share the table. Their remedies differ (`Purpose`).
+Reading a model, reading a dataset and writing share the table; their remedies differ (`Purpose`).
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from smolctl.errors import HubError, InputError, SmolError
 from smolctl.hub.connection import TIMEOUT_VARIABLE, endpoint
 
-# Tokens, and the user and password in an address.
+# Tokens, and user and password in a URL.
 _SECRETS = re.compile(r"\b(?:hf|api_org)_(?:oauth_)?[A-Za-z0-9.-]{8,}|(?<=://)[^/@\s]+(?=@)")
 
 
 class PassingError(HubError):
-    """The Hub may do it in a moment: it is too busy or out of order, or the connection broke."""
+    """A temporary failure: the Hub is overloaded or out of order, or the connection broke."""
 
-    wait_s: float | None = None  # as the Hub asks for
+    wait_s: float | None = None  # as specified by the Hub
 
 
 class MissingError(HubError):
@@ -28,7 +28,7 @@ class MissingError(HubError):
 
 
 class ChangedError(HubError):
-    """Somebody else has committed since we looked."""
+    """Somebody else has committed since the head was read."""
 
 
 class PaymentError(HubError):
@@ -37,13 +37,13 @@ class PaymentError(HubError):
 
 @dataclass(frozen=True)
 class Purpose:
-    """What the Hub is asked for, as far as remedies differ."""
+    """The purpose of a request, which determines the remedies."""
 
-    right: str  # that a token needs: read or write
-    offline: str  # what can be done without the Hub
-    besides: str = ""  # where else a name was looked for
-    elsewhere: str = ""  # what helps where rights are missing
-    kept: str = ""  # what a failure does not undo
+    right: str  # permission that a token needs: read or write
+    offline: str  # alternative without the Hub
+    besides: str = ""  # other places that were searched for a name
+    elsewhere: str = ""  # remedy for missing permissions
+    kept: str = ""  # what a failure does not affect
 
 
 READING = Purpose("read", "name a local file or folder", ", and no local file or folder")
@@ -72,14 +72,14 @@ _MISSING: Verdict = (
     "not on the Hub, or private{besides} ({status})",
     f"Check the name. If it is private: {LOGIN} it.",
 )
-# Which the client raises where an answer is not a Hub's.
+# Raised by the client if a response does not come from a Hub.
 STRANGE = (LookupError, TypeError, AttributeError, AssertionError)
 _STRANGE: Verdict = (
     HubError,
     "{host} did not answer like a Hub ({said})",
     "Is {host} a Hub? HF_ENDPOINT says where yours is.",
 )
-# Exceptions by the name of their class; other answers by their status.
+# Exceptions by class name; other responses by status.
 TABLE: Mapping[str | int, Verdict] = {
     "OfflineModeIsEnabled": (HubError, "HF_HUB_OFFLINE is set", "Unset it, or {offline}."),
     "LocalTokenNotFoundError": (HubError, "no Hugging Face token was found", f"{LOGIN}."),
@@ -139,10 +139,10 @@ OTHERWISE: Verdict = (HubError, "{host} answers {status} ({said})", "See {page}.
 
 @contextmanager
 def answered() -> Iterator[None]:
-    """Read an answer of the Hub by our own schema: one that does not fit is the fault of what answers.
+    """Parse a response of the Hub with a schema; an invalid response is the server's fault.
 
     Raises:
-        HubError: in place of every `InputError`.
+        HubError: instead of every `InputError`.
     """
     try:
         yield
@@ -158,17 +158,17 @@ def explained(
     path: str | None = None,
     wrappers: tuple[type[Exception], ...] = (),
 ) -> Iterator[None]:
-    """Turn the client's exceptions into `HubError`.
+    """Convert the client's exceptions to `HubError`.
 
     Args:
         name: the repository, or the Hub itself.
         purpose: reading or writing.
-        doing: what was tried, as in "cannot {doing}".
-        path: of its page on the Hub; None when that is its name.
+        doing: the action, as in "cannot {doing}".
+        path: of the repository's page on the Hub; None if it is the name.
         wrappers: exceptions of other libraries in which those of the client may be wrapped.
 
     Raises:
-        HubError: with cause and remedy, and never with a token in it. A `PassingError` may be tried again.
+        HubError: with cause and remedy, without tokens. After a `PassingError`, a retry may succeed.
     """
     import httpx2
 
@@ -199,13 +199,15 @@ def explained(
 
 
 def _verdict(error: BaseException) -> tuple[Verdict, BaseException]:
-    """The table's line for an exception, and the link in its chain of causes that the line is about."""
+    """The table's entry for an exception, and the exception in its chain of causes to which the entry
+    applies.
+    """
     from huggingface_hub.errors import HfHubHTTPError
 
     chain = [error]
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
-    for link in sorted(chain, key=lambda link: not isinstance(link, HfHubHTTPError)):  # answers first
+    for link in sorted(chain, key=lambda link: not isinstance(link, HfHubHTTPError)):  # responses first
         for kind in type(link).__mro__:
             if kind.__name__ in TABLE:
                 return TABLE[kind.__name__], link
@@ -220,7 +222,7 @@ def _verdict(error: BaseException) -> tuple[Verdict, BaseException]:
 
 
 def first_line(error: BaseException) -> str:
-    """The server's own words where there are any, else the exception's first line; without secrets."""
+    """The server's own message if there is one, else the exception's first line; without secrets."""
     text = str(getattr(error, "server_message", None) or error).strip()
     return _without_secrets(text.splitlines()[0][:300] if text else type(error).__name__)
 

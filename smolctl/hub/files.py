@@ -1,4 +1,4 @@
-"""Files that go up, with the checksums by which both sides know them."""
+"""Files to upload, with the checksums that identify them on both sides."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from pathlib import Path
 
 from smolctl.durable import file_digest
 
+README = "README.md"  # the card of a model or of a Space
+
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """One file of the repository to be."""
+    """One file of the planned repository."""
 
     path: str  # in the repository
     local: Path
     bytes: int
     sha256: str
-    git_sha1: str  # of git's blob, which the Hub gives for files that are not in LFS
+    git_sha1: str  # of git's blob, which the Hub reports for files that are not in LFS
 
 
 def planned_files(folder: Path) -> tuple[PlannedFile, ...]:

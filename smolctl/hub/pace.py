@@ -1,8 +1,9 @@
-"""A least speed for answers: a server that sends a byte now and then keeps nobody waiting for ever.
+"""A minimum speed for responses: a server that sends a byte from time to time cannot block a client forever.
 
-The client's time limits run from one byte to the next, so that such an answer never ends. Here the limit of
-a read is also the time after which the whole answer must have come at `LEAST_BYTES_PER_SECOND` or more: a
-small one ends, well or badly, within twice the limit, and a large one lasts as long as it really moves.
+The client's time limits apply from one byte to the next, so such a response would never end. Here, the read
+limit is also the time after which the whole response must have arrived at `LEAST_BYTES_PER_SECOND` or more: a
+small response ends, with or without success, within twice the limit, and a large one may take as long as it
+makes progress.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ if TYPE_CHECKING:
     import httpcore2
     import httpx2
 
-LEAST_BYTES_PER_SECOND = 1_000  # a third of a modem's of 1998
+LEAST_BYTES_PER_SECOND = 1_000  # a third of the speed of a modem of 1998
 
 
 def paced(client: httpx2.Client) -> httpx2.Client:
-    """The client, with a least speed for what it receives."""
+    """The client with a minimum speed for what it receives."""
     for transport in (client._transport, *client._mounts.values()):
-        # httpcore takes its way to the network as an argument, which httpx has no word for; with a transport
-        # of our own instead, httpx would leave the environment's proxies out.
+        # httpcore takes its network backend as an argument, which httpx does not expose; with a custom
+        # transport, httpx would ignore the environment's proxies.
         pool = getattr(transport, "_pool", None)
         if pool is not None:
             pool._network_backend = _Backend(pool._network_backend)
@@ -31,7 +32,7 @@ def paced(client: httpx2.Client) -> httpx2.Client:
 
 
 class _Backend:
-    """Connections of another backend, with a least speed."""
+    """Connections of another backend, with a minimum speed."""
 
     def __init__(self, backend: httpcore2.NetworkBackend) -> None:
         self._backend = backend
@@ -47,12 +48,12 @@ class _Backend:
 
 
 class _Stream:
-    """A connection. Between two requests, when something is sent, its clock starts again."""
+    """A connection. Its clock restarts with the next request, when something is sent."""
 
     def __init__(self, stream: httpcore2.NetworkStream) -> None:
         self._stream = stream
-        self._received = 0  # bytes of the answer
-        self._waited = 0.0  # seconds for them, from the first one on
+        self._received = 0  # bytes of the response
+        self._waited = 0.0  # seconds since its first byte
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         begin = time.monotonic()

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens seen so far, in buffers that are allocated once."""
+"""Keys and values of the tokens so far, in buffers that are allocated once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class KVCache:
     def allocate(
         config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> KVCache:
-        """Room for `capacity` tokens of `batch` sequences.
+        """Allocate room for `capacity` tokens of `batch` sequences.
 
         Raises:
             InputError: more tokens than the model has positions for.
@@ -34,9 +34,9 @@ class KVCache:
         return KVCache(keys, torch.empty_like(keys))
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's (B, K, T, D) behind what is there and return views of all, (B, K, S, D).
+        """Store one layer's (B, K, T, D) after the existing ones, and return views of all, (B, K, S, D).
 
-        `length` stays until every layer has stored its own.
+        `length` does not change until every layer has stored its own.
         """
         end = self.length + keys.shape[2]
         all_keys, all_values = self.keys[layer, :, :, :end], self.values[layer, :, :, :end]

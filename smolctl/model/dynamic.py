@@ -1,14 +1,14 @@
-"""The network after PyTorch's `quantize_dynamic`: 8-bit weights, activations rounded to integers on the fly.
+"""The network after PyTorch's `quantize_dynamic`: 8-bit weights, and activations quantized at run time.
 
-Each input has one scale for the whole tensor: the largest value takes it all, and the others share what is
-left of 127 steps. SmolLM2's first token sends 3,169 into a down_proj whose other inputs stay below 2: they
-round to nothing. Per token, every row has a scale of its own.
+Each input has one scale for the whole tensor, which is set by its largest value. SmolLM2's first token sends
+3,169 into a down_proj whose other inputs stay below 2, so these are rounded to zero. With scales per token,
+every row has its own.
 
-A CPU without VNNI (an AVX2 one, for example) adds every two products of bytes in 16 bits, and a sum that does
-not fit is cut off. With inputs of 7 bits all sums fit, 2 × 127 × 128 < 2¹⁵, so that every CPU computes the
-same. PyTorch's own layers keep to 7 bits, whatever the weights are, and so does `PerTokenLinear`.
+A CPU without VNNI (such as one with AVX2) adds pairs of byte products in 16 bits, and saturates sums that do
+not fit. With 7-bit inputs all sums fit, 2 × 127 × 128 < 2¹⁵, so every CPU computes the same. PyTorch's own
+layers always use 7-bit inputs, whatever the weights are, and so does `PerTokenLinear`.
 
-A tied head is a linear layer here, and the token table looks its rows up in the head's integers.
+A tied head is a linear layer here, and the token table reads its rows from the head's integers.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from smolctl.sources.arrays import as_tensor
 from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor, dense
 from smolctl.sources.shapes import tensor_name
 
-SMALLEST = 1e-12  # divisor of a row of zeros
+SMALLEST = 1e-12  # divisor for a row of zeros
 
 
-# Hides what PyTorch says about `torch.ao.quantization` being replaced some day: it is there and works.
+# Hides PyTorch's warning that `torch.ao.quantization` will be replaced; it still works.
 silence = partial(warnings.catch_warnings, action="ignore")
 
 
 class PackedTable(nn.Module):
-    """Rows of a tied table, looked up in the head's integers. It has no state of its own."""
+    """Rows of a tied table, read from the head's integers. It has no state of its own."""
 
     def __init__(self, matrix: ScaledMatrix) -> None:
         super().__init__()
@@ -48,15 +48,15 @@ class PackedTable(nn.Module):
 
 
 class PerTokenLinear(quantized.Linear):
-    """PyTorch's dynamic layer with a scale for each row of its input, and two digits of 7 bits per value.
+    """PyTorch's dynamic layer with a scale for each row of its input, and two 7-bit digits per value.
 
-    A row divided by `unit` reaches up to the largest digit, 63. Its rounded values are the first digits, and
-    what the rounding missed, times 126, are the second ones. Both are rows of one product, so that a matrix
-    is read from memory once. A last row holds the least and the largest digit: with them PyTorch, which
-    takes its scale from the range of its input, takes 1.
+    A row divided by `unit` has a maximum of the largest digit, 63. Its rounded values are the first digits,
+    and the rounding errors, times 126, are the second ones. Both are rows of the same matmul, so the matrix
+    is read from memory once. An additional row contains the smallest and the largest digit, so that PyTorch,
+    which derives its scale from the range of its input, chooses 1.
 
-    Measured on SmolLM2-135M-Instruct with a scale for each row of its matrices (KL to the source in nats a
-    token on 1,536 tokens; tokens per second on one core of a Zen 4, decoding and reading a prompt):
+    Measured on SmolLM2-135M-Instruct with a scale for each matrix row (KL to the source in nats per token on
+    1,536 tokens; tokens per second on one core of a Zen 4, for decoding and for a prompt):
 
     | activations | KL with VNNI | KL on AVX2 | decode | prompt |
     |---|---|---|---|---|
@@ -68,11 +68,11 @@ class PerTokenLinear(quantized.Linear):
     | two digits of 7 bits | 0.005 | 0.005 | 27 | 502 |
     """
 
-    added: Tensor | None = None  # the bias, which the packed weights have too
+    added: Tensor | None = None  # the bias, which is also in the packed weights
 
     def __init__(self, *sizes: int, **options: Any) -> None:
         super().__init__(*sizes, **options)  # type: ignore[no-untyped-call]
-        # qnnpack, PyTorch's kernels on ARM, always uses 8 bits, and adds in 32.
+        # qnnpack, PyTorch's kernels on ARM, always uses 8 bits, and accumulates in 32.
         self.largest_digit = 127 if torch.backends.quantized.engine == "qnnpack" else 63
 
     def set_weight_bias(self, w: Tensor, b: Tensor | None) -> None:
@@ -89,7 +89,7 @@ class PerTokenLinear(quantized.Linear):
         digits = torch.cat((first, values.sub_(first).mul_(2 * most), extremes))  # (2 N + 1, columns)
         weights = self._packed_params._packed_params
         sums: Tensor = torch.ops.quantized.linear_dynamic(digits, weights, reduce_range=most == 63)
-        if self.added is not None:  # PyTorch added it to both digits
+        if self.added is not None:  # PyTorch added the bias to both digits
             sums -= self.added
         high, low = sums[:-1].chunk(2)
         total = high.add_(low, alpha=0.5 / most).mul_(unit)
@@ -101,12 +101,12 @@ class PerTokenLinear(quantized.Linear):
 def dynamic_network(
     config: ModelConfig, stored: Mapping[str, Tensor | StoredTensor], activations: str = "per-tensor"
 ) -> Transformer:
-    """A network in which the linear layers, the head among them, are modules of PyTorch's own kinds.
+    """A network whose linear layers, including the head, are PyTorch's quantized or plain layers.
 
     Args:
         config: the shape.
         stored: every tensor under its Hugging Face name; a `ScaledMatrix` becomes a quantized layer.
-        activations: "per-tensor", as PyTorch does it, or "per-token".
+        activations: "per-tensor", as in PyTorch, or "per-token".
     """
     layer = PerTokenLinear if activations == "per-token" else quantized.Linear
     with torch.device("meta"):
@@ -146,8 +146,8 @@ def quantize_dynamically(
     Args:
         config: of the network.
         tensors: its weights in float32 under their Hugging Face names.
-        kept: names of matrices that stay as they are; a tied table's is that of the head.
-        per_row: a scale for each row of a matrix in place of one for all of it.
+        kept: names of matrices that are not quantized; a tied table is named by its head.
+        per_row: use a scale for each row of a matrix instead of one for the matrix.
     """
     from torch.ao.quantization import (
         default_dynamic_qconfig,
@@ -170,9 +170,9 @@ def quantize_dynamically(
 
 
 def dynamic_state(network: Transformer) -> dict[str, Any]:
-    """PyTorch's state of the network, as a `_quantized.ckpt` keeps it.
+    """PyTorch's state of the network, as stored in a `_quantized.ckpt`.
 
-    Vectors are copied: one that is a view of a mapped file would take the whole file along.
+    Vectors are copied, because a view of a mapped file would be saved with the whole file.
     """
     with silence():
         state = network.state_dict()

@@ -1,9 +1,9 @@
-"""The network's own operations, with gradients written by hand.
+"""The network's fused operations, with hand-written gradients.
 
-Autograd keeps every intermediate result for the backward pass. These keep what cannot be had again
-cheaply and compute the rest again, in place where they can: less memory, and less traffic with it.
+Autograd saves every intermediate result for the backward pass. These operations save only what is expensive
+to recompute, and recompute the rest, in place where possible: this takes less memory and less memory traffic.
 
-Under autocast matmuls are computed in autocast's dtype, everything else in the dtype of its input.
+Under autocast, matmuls are computed in autocast's dtype, and everything else in the dtype of its input.
 Shapes as in `network.py`.
 """
 
@@ -22,13 +22,13 @@ from smolctl.model.products import add_product, product
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that matmuls with x are computed in."""
+    """The dtype in which matmuls with x are computed."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class _Linear(Function):
-    """A matmul that keeps its input."""
+    """A matmul that saves its input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
-    """The gradient (O, I) of a matrix whose product with x (…, I) has the gradient (…, O)."""
+    """The gradient (O, I) of a matrix, if its output for x (…, I) has the gradient (…, O)."""
     found: Tensor = gradient.flatten(0, -2).mT @ x.flatten(0, -2)
     return found
 
@@ -67,8 +67,8 @@ def _rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight; `normed` is x × scale."""
     rows = (gradient * normed).flatten(0, -2)
-    # What the step along x takes away again, as scaling x changes nothing: its share in every row.
-    if torch.compiler.is_compiling():  # which makes one kernel of a sum and what follows it, not of a product
+    # Remove the component along x, because scaling x does not change the output: its share of every row.
+    if torch.compiler.is_compiling():  # which fuses a sum with the operations after it, but not a matmul
         share = (gradient * normed * weight).mean(-1, keepdim=True)
     else:
         share = (rows @ weight.to(rows.dtype)).view_as(scale).div_(x.shape[-1])
@@ -77,7 +77,7 @@ def _rms_norm_backward(
 
 
 class _RMSNorm(Function):
-    """Keeps the input and one number a row."""
+    """Saves the input and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -98,7 +98,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class _RMSNormLinears(Function):
-    """Keeps x, which the residual stream keeps anyway; the input of all the matmuls is computed again."""
+    """Saves only x, which the residual stream keeps anyway; the input of the matmuls is recomputed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Tensor, eps: float, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -125,13 +125,13 @@ class _RMSNormLinears(Function):
 
 
 def rms_norm_linears(x: Tensor, norm: Tensor, eps: float, *weights: Tensor) -> tuple[Tensor, ...]:
-    """Products of rms_norm(x, norm, eps) with several matrices: (…, I) with (O, I) gives (…, O)."""
+    """rms_norm(x, norm, eps) times several matrices: (…, I) with (O, I) gives (…, O)."""
     return _RMSNormLinears.apply(x, norm, eps, *weights)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     left, right = x.chunk(2, dim=-1)
-    if torch.compiler.is_compiling():  # which makes one pass of it, and cannot write into parts of a tensor
+    if torch.compiler.is_compiling():  # which fuses them, and cannot write to parts of a tensor
         return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
     out = torch.empty_like(x)
     out_left, out_right = out.chunk(2, dim=-1)
@@ -141,7 +141,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotate(Function):
-    """Keeps nothing of its input: the gradient is turned back by the same angles."""
+    """Saves none of its inputs: the gradient is rotated back by the same angles."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -155,16 +155,16 @@ class _Rotate(Function):
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turn queries or keys (B, T, H, D) by the angles whose cos and sin are (2, T, 1, D/2).
+    """Rotate queries or keys (B, T, H, D) by the angles whose cos and sin are (2, T, 1, D/2).
 
-    The two halves of a head turn together ("rotate half"), as in Hugging Face's Llama.
+    The two halves of a head form the pairs ("rotate half"), as in Hugging Face's Llama.
     """
     cos, sin = rotary.to(x.dtype)
     return _Rotate.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _SwiGLULinear(Function):
-    """Keeps gate and up; the activated product, as large as each, is computed again."""
+    """Saves gate and up; the activated values, as large as each of them, are recomputed."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ ChunkLosses = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
 
 
 def _losses(logits: Tensor, target: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What a chunk of logits (rows, V), which it overwrites, and their targets (rows, 1) give.
+    """Loss and gradient of a chunk of logits (rows, V), which is overwritten, with targets (rows, 1).
 
     Returns:
         The sum of cross entropy and z-loss, the sum of the z-loss, and the gradient (rows, V) of the first.
@@ -201,7 +201,7 @@ def _losses(logits: Tensor, target: Tensor, z_loss: float) -> tuple[Tensor, Tens
     chosen = exact.gather(1, target)
     largest = exact.amax(1, keepdim=True)
     probabilities = torch.softmax(exact, dim=1, out=exact)
-    # The most likely token has at least 1/V, so that its logarithm is exact enough for all.
+    # The most likely token has a probability of at least 1/V, so its logarithm is accurate.
     logsumexp = largest - probabilities.amax(1, keepdim=True).log_()
     z_losses = z_loss * logsumexp.square()
     if z_loss:
@@ -211,7 +211,7 @@ def _losses(logits: Tensor, target: Tensor, z_loss: float) -> tuple[Tensor, Tens
 
 
 def _fusable_losses(logits: Tensor, target: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_losses`, for torch.compile, which reads the logits twice for it and nothing else of their size."""
+    """`_losses` for torch.compile, which then reads the logits twice and nothing else of their size."""
     exact = logits.float()
     logsumexp = exact.logsumexp(1, keepdim=True)  # (rows, 1)
     z_losses = z_loss * logsumexp.square()
@@ -227,7 +227,7 @@ def _compiled_losses() -> ChunkLosses:
 
 
 class _LinearCrossEntropy(Function):
-    """The gradients are computed chunk by chunk together with the loss: no logits are kept."""
+    """Computes the gradients chunk by chunk together with the loss, so no logits are kept."""
 
     @staticmethod
     def forward(
@@ -260,8 +260,8 @@ class _LinearCrossEntropy(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, dweight = ctx.saved_tensors
-        # In place: at this moment memory is fullest. PyTorch counts the changes of what it saved, so that a
-        # second backward pass over the same loss fails instead of multiplying once more.
+        # In place, because memory use is highest here. PyTorch counts changes to saved tensors, so a second
+        # backward pass over the same loss fails instead of multiplying again.
         return dhidden.mul_(gradient), dweight.mul_(gradient).to(ctx.dtype), None, None, None, None
 
 
@@ -279,11 +279,11 @@ def linear_cross_entropy(
         hidden: (N, C).
         weight: of the head, (V, C).
         targets: (N,).
-        rows: tokens whose logits exist at once.
-        z_loss: weight of logsumexp², which holds the logits near 0 (Chowdhery et al., "PaLM", 2022: 1e-4).
-        compiled: whether torch.compile makes one kernel of what is done with the logits.
+        rows: tokens whose logits exist at the same time.
+        z_loss: weight of logsumexp², which keeps the logits near 0 (Chowdhery et al., "PaLM", 2022: 1e-4).
+        compiled: whether torch.compile fuses the operations on the logits.
 
     Returns:
-        The sum of both, and the part of it that is z-loss, which has no gradient of its own.
+        The sum of both, and its z-loss part, which has no gradient of its own.
     """
     return _LinearCrossEntropy.apply(hidden, weight, targets, z_loss, rows, compiled)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,10 +1,10 @@
-"""The network: a Llama-shaped decoder that reads from top to bottom.
+"""The network: a Llama-like decoder, written to be read from top to bottom.
 
-Shapes: B sequences, T tokens given now, S tokens attended to, C hidden_size, F intermediate_size,
+Shapes: B sequences, T new tokens, S tokens attended to, C hidden_size, F intermediate_size,
 H query heads, K key/value heads, D head_dim, V vocab_size.
 
-Module names are Hugging Face's, so that `Transformer.state_dict()` is what `LlamaForCausalLM` saves
-and loads. A tied head has no tensor of its own: the token table is used twice.
+Module names are Hugging Face's, so `Transformer.state_dict()` has the names of `LlamaForCausalLM`. A tied
+head has no tensor of its own: the token table is used twice.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def uninitialized(kind: Callable[..., M], *sizes: int, **options: Any) -> M:
-    """A layer whose values are still to come: `weights.py` draws or loads them.
+    """A layer without values, which `weights.py` initializes or loads.
 
-    PyTorch's own draw would take seconds for 135 million parameters and be thrown away.
+    PyTorch's own initialization would take seconds for 135 million parameters and be discarded.
     """
     with torch.device("meta"):
         layer = kind(*sizes, **options)
@@ -55,21 +55,22 @@ def uninitialized(kind: Callable[..., M], *sizes: int, **options: Any) -> M:
 
 
 def linear_layer(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
-    """A matrix (outputs, inputs), as the stock layer: tools that replace `nn.Linear` find it."""
+    """A matrix (outputs, inputs) as the stock layer, so that tools that replace `nn.Linear` find it."""
     return uninitialized(nn.Linear, inputs, outputs, bias=bias)
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is the stock one, so that its product may be fused with what surrounds it.
+    """Whether a layer is the stock one, so that its matmul may be fused with neighbouring operations.
 
-    A layer that was replaced, by PyTorch's `quantize_dynamic` or by an adapter, or that has hooks, is called.
+    A layer that was replaced by PyTorch's `quantize_dynamic` or an adapter, or that has hooks, is called as a
+    module.
     """
     hooked = layer._forward_hooks or layer._forward_pre_hooks
     return type(layer) is nn.Linear and not hooked
 
 
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """The product of x (…, I) with a layer (O, I), and its bias if it has one: (…, O)."""
+    """x (…, I) times a layer's matrix (O, I), plus its bias if it has one: (…, O)."""
     if not is_plain(layer):
         return cast(Tensor, layer(x))
     plain = cast(nn.Linear, layer)
@@ -93,7 +94,7 @@ class RMSNorm(nn.Module):
 
 
 def normed_linears(x: Tensor, norm: RMSNorm, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    """Each of the layers after the norm; where gradients are wanted, as one operation that keeps less."""
+    """Each of the layers applied to the norm; with gradients, as one fused operation that saves less."""
     if torch.is_grad_enabled() and norm.weight.requires_grad and all(map(is_plain, layers)):
         products = rms_norm_linears(x, norm.weight, norm.eps, *(layer.weight for layer in layers))
         return tuple(map(_with_bias, layers, products))
@@ -150,7 +151,7 @@ class Attention(nn.Module):
         return apply_linear(self.o_proj, y.reshape(B, T, -1))  # (B, T, C)
 
     def _attend_apart(self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """What queries (N, H, D) take of keys and values (N, K, D) of their own document: (N, H, D)."""
+        """Attention of queries (N, H, D) to keys and values (N, K, D) of their own document: (N, H, D)."""
         if has_varlen(v) and not (self.training and self.dropout):
             from torch.nn.attention.varlen import varlen_attn  # takes a second to import
 
@@ -166,7 +167,7 @@ class Attention(nn.Module):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, append: Append | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """What queries (B, T, H, D) take of keys and values (B, T, K, D) and cached ones: (B, T, H, D)."""
+        """Attention of queries (B, T, H, D) to keys and values (B, T, K, D) and cached ones: (B, T, H, D)."""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
         if append is not None:
             k, v = append(k, v)  # (B, K, S, D)
@@ -184,7 +185,7 @@ class Attention(nn.Module):
 
 
 def _continuation_mask(T: int, S: int, device: torch.device) -> Tensor | None:
-    """The causal mask of T new tokens after S - T cached ones; None where SDPA needs none."""
+    """The causal mask of T new tokens after S - T cached ones; None if SDPA needs none."""
     if T in (1, S):
         return None
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
@@ -226,7 +227,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens to hidden states. Its name in the tree, `model`, is Hugging Face's."""
+    """Tokens to hidden states. Its module name, `model`, is Hugging Face's."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -240,19 +241,19 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.config = config
         self.is_compiled = False  # whether the blocks are
-        self.masks_documents = False  # whether a mask says what a document is, not the documents' lengths
-        self.checkpoint_activations = False  # keep a block's input only, and compute the block again
+        self.masks_documents = False  # whether documents are separated by a mask instead of by their lengths
+        self.checkpoint_activations = False  # save only a block's input, and recompute the block
         self._rotary: Tensor | None = None
 
     def _angles(self, positions: int, device: torch.device) -> Tensor:
-        """The rotary table of at least this many positions; it grows with the longest text seen.
+        """The rotary table for at least this many positions; it grows with the longest sequence so far.
 
-        A declared context may be a million tokens: a table of that length is made for those who use it.
+        A declared context may be a million tokens, so a table of that length is created only when needed.
         """
         table = self._rotary
         if table is None or table.shape[1] < positions or table.device != device:
             longer = min(2 * positions, self.config.max_position_embeddings)
-            with torch.inference_mode(False):  # training may use the table that a prediction has made
+            with torch.inference_mode(False):  # training may use a table created by a prediction
                 table = rotary_table(self.config, max(positions, longer), device)
             self._rotary = table
         return table
@@ -270,7 +271,7 @@ class Decoder(nn.Module):
             else:
                 x = x + self.embed_positions(positions_in_documents(documents))
         else:
-            # Turned by it, queries and keys meet by their distance: a document need not begin at angle 0.
+            # RoPE depends only on relative positions, so a document need not start at angle 0.
             rotary = self._angles(positions.stop, x.device)[:, positions]
         own: Documents | None = None
         if documents is not None:
@@ -291,10 +292,10 @@ class Decoder(nn.Module):
 class Transformer(nn.Module):
     """The language model: a decoder and a head that may share its token table.
 
-    A new one holds no values yet: `weights.initialize` draws them, `weights.load_network` reads them.
+    A new one has no values yet: `weights.initialize` initializes them, `weights.load_network` reads them.
 
     Args:
-        config: the shape. At most `max_position_embeddings` tokens can be seen at once.
+        config: the shape. At most `max_position_embeddings` tokens can be processed at once.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -307,14 +308,14 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The matrix (V, C) that turns hidden states into logits."""
+        """The matrix (V, C) from hidden states to logits."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def compile_blocks(self) -> None:
-        """Let torch.compile translate the blocks, in place: the names of their tensors stay as they are.
+        """Compile the blocks with torch.compile, in place: the names of their tensors do not change.
 
-        All have the same shape, so that one translation serves them all, or one those with rope and one those
-        without.
+        All have the same shape, so one compilation serves all of them, or one the blocks with RoPE and one
+        those without.
         """
         self.model.is_compiled = True
         self.model.masks_documents = True  # lengths change with every batch, and each would be compiled again
@@ -332,17 +333,17 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V) of the token after each of `input_ids` (B, T).
 
-        With `documents` (B, T), without a cache, a token attends to those of the same number only.
-        Learned positions begin at 0 in each document.
+        With `documents` (B, T), without a cache, a token attends only to tokens of the same document.
+        Learned positions start at 0 in each document.
         """
         return self.logits(self.model(input_ids, cache, documents))
 
     def next_token_logits(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits (B, V) after the last token alone: a prompt needs no others."""
+        """Logits (B, V) after the last token only: a prompt needs no others."""
         return self.logits(self.model(input_ids, cache)[:, -1])
 
     def loss(self, input_ids: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
-        """Sum over all tokens of the cross entropy in nats; all as in `training_loss`."""
+        """Sum of the cross entropy over all tokens in nats; arguments as in `training_loss`."""
         return self.training_loss(input_ids, targets, 0.0, documents)[0]
 
     def training_loss(
@@ -353,13 +354,14 @@ class Transformer(nn.Module):
         documents: Tensor | None = None,
         trained: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Sum over the targets that count of cross entropy and z-loss in nats, and the part that is z-loss.
+        """Sum of cross entropy and z-loss over the targets that count, in nats, and its z-loss part.
 
-        `input_ids` and `targets` are (B, T), `z_loss` is the weight of logsumexp², `documents` as in
-        `forward`, `trained` (B, T) says which targets count; None: all. No logits are computed for others.
+        `input_ids` and `targets` are (B, T), `z_loss` is the weight of logsumexp², `documents` is as in
+        `forward`, and `trained` (B, T) says which targets count; None: all. No logits are computed for other
+        targets.
 
-        The logits exist in chunks only, forward and backward: all of them at once would be 49,152
-        numbers per token, more than everything else that a layer keeps.
+        The logits exist only in chunks, forward and backward: all of them at once would be 49,152 numbers per
+        token, more than everything else that a layer saves.
         """
         hidden = self.model(input_ids, documents=documents).flatten(0, 1)  # (B·T, C)
         targets = targets.flatten()

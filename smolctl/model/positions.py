@@ -19,13 +19,13 @@ def check_capacity(config: ModelConfig, capacity: int) -> None:
 
 
 def rotary_angles(config: ModelConfig, positions: int) -> NDArray[np.float32]:
-    """The angles of the first positions, (positions, 1, D/2), rounded as transformers rounds them."""
+    """The RoPE angles of the first positions, (positions, 1, D/2), rounded as in transformers."""
     angles: NDArray[np.float32] = np.outer(np.arange(positions, dtype=np.float32), rotary_frequencies(config))
     return angles[:, None]
 
 
 def rotary_frequencies(config: ModelConfig) -> NDArray[np.float32]:
-    """By how much each pair of a head turns from one position to the next, in radians: (D/2,)."""
+    """The angle in radians by which each pair of a head rotates from one position to the next: (D/2,)."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     powers = np.power(config.rope_theta, exponents, dtype=np.float64).astype(np.float32)
     frequencies: NDArray[np.float32] = 1 / powers

@@ -1,9 +1,9 @@
-"""Products with a matrix, on the library that is fastest on this machine.
+"""Matmuls with the library that is fastest on this machine.
 
-PyTorch multiplies float32 matrices on a CPU with MKL, which runs slower on processors that are not Intel's.
-oneDNN, which PyTorch brings too, does not: on a Zen 4 it multiplies the shapes of SmolLM2-135M's training
-step 10 to 50 % faster (docs/benchmarks.md). The choice depends on nothing but the processor, so that a
-run on one machine always has the same bits.
+PyTorch uses MKL for float32 matmuls on a CPU, which is slower on processors other than Intel's. oneDNN, which
+PyTorch includes as well, is not: on a Zen 4 it computes the matmuls of SmolLM2-135M's training step 10 to 50
+% faster (docs/benchmarks.md). The choice depends only on the processor, so a run on one machine always has
+the same bits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEWEST_ROWS = 32  # below, calling oneDNN costs more than it gains
+FEWEST_ROWS = 32  # with fewer rows, calling oneDNN costs more than it gains
 
 
 def _is_amd() -> bool:
@@ -22,7 +22,7 @@ def _is_amd() -> bool:
     if not cpuinfo.exists():
         return False
     with cpuinfo.open("rb") as file:
-        return b"AuthenticAMD" in file.read(1024)  # the first core's maker is in its first lines
+        return b"AuthenticAMD" in file.read(1024)  # the vendor is in the first core's lines
 
 
 PREFERS_ONEDNN = torch.backends.mkldnn.is_available() and _is_amd()
@@ -38,14 +38,14 @@ def _on_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weightᵀ, (…, I) with (O, I) to (…, O). It has no gradient: `functional.py` gives it one."""
+    """x @ weightᵀ, (…, I) with (O, I) to (…, O). It has no gradient, which `functional.py` adds."""
     if _on_onednn(x, weight):
         return _opaque_product(x, weight) if torch.compiler.is_compiling() else _onednn(x, weight)
     return F.linear(x, weight)
 
 
 def add_product(sum: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """sum + x @ weightᵀ, without a pass over memory of its own for the sum."""
+    """sum + x @ weightᵀ, with the addition fused into the matmul."""
     if _on_onednn(x, weight) and not torch.compiler.is_compiling():
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, sum, weight, None, "add")
         return out
@@ -57,8 +57,8 @@ def _onednn(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-# torch.compile takes oneDNN's operation for one of its own, whose matrix has to be a constant. Under another
-# name it leaves it alone; calling that name costs more, so that it is used there only.
+# torch.compile mistakes oneDNN's operation for one of its own, whose matrix must be a constant. It ignores
+# the operation under another name, which is slower to call and therefore used only there.
 @torch.library.custom_op("smolctl::product", mutates_args=())
 def _opaque_product(x: Tensor, weight: Tensor) -> Tensor:
     return _onednn(x, weight)

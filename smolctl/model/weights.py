@@ -1,4 +1,4 @@
-"""Weights into the network: drawn from a seed, or read from a source and checked name by name."""
+"""Weights of the network: initialized from a seed, or read from a source and checked name by name."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from smolctl.sources.shapes import check_state
 def initialize(config: ModelConfig, seed: int) -> Transformer:
     """A new network whose weights are a pure function of (config, seed).
 
-    Matrices are normal with standard deviation `initializer_range`. The two that write to the
-    residual stream, o_proj and down_proj, are smaller by 1/sqrt(2 × layers), as in SmolLM2's
-    training with nanotron. Norms are one, biases zero.
+    Matrices are normal with standard deviation `initializer_range`. The two that write to the residual
+    stream, o_proj and down_proj, are scaled by 1/sqrt(2 × layers), as in SmolLM2's training with nanotron.
+    Norms are one, biases zero.
 
     Raises:
-        InputError: this machine has not the memory for its weights.
+        InputError: this machine does not have enough memory for the weights.
     """
     size, memory = 4 * count_parameters(config).unique, machine_memory()
     if memory is not None and size > memory:
@@ -55,15 +55,15 @@ def load_network(source: ModelSource, dtype: torch.dtype | None = None) -> Trans
         dtype: of the parameters; None keeps the file's.
 
     Raises:
-        InputError: the model is not representable, the file is damaged, or tensors are missing,
-            unexpected or mis-shaped, each of them named.
+        InputError: the model cannot be represented, the file is damaged, or tensors are missing, unexpected
+            or mis-shaped, each of them named.
     """
     config, weights = source.require_config(), source.require_weights()
     return from_state(config, dict(weights.tensors()), source.id, dtype).eval()
 
 
 def weights_sha256(network: Transformer) -> str:
-    """The SHA-256 of a network's parameters by their names: the same however a file stores them."""
+    """The SHA-256 of a network's parameters by name, independent of how a file stores them."""
     digest = hashlib.sha256()
     for name, parameter in sorted(network.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
@@ -72,16 +72,16 @@ def weights_sha256(network: Transformer) -> str:
 
 
 def require_finite(network: Transformer, source: ModelSource) -> None:
-    """Check a source's weights after they were loaded. Raises as `finite_tensors`."""
+    """Check a source's weights after loading. Raises as `finite_tensors`."""
     for _ in _finite(network.named_parameters(), source):
         pass
 
 
 def finite_tensors(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a source that is about to be written in another form.
+    """Every tensor of a source that will be written in another form.
 
     Raises:
-        InputError: the weights cannot be read, or hold NaN or infinite values: with the tensor's name.
+        InputError: the weights cannot be read, or contain NaN or infinite values; names the tensor.
     """
     return _finite(source.require_weights().tensors(), source)
 
@@ -100,11 +100,11 @@ def _finite(tensors: Iterable[tuple[str, Tensor]], source: ModelSource) -> Itera
 def from_state(
     config: ModelConfig, tensors: Mapping[str, Tensor], origin: str, dtype: torch.dtype | None = None
 ) -> Transformer:
-    """A network that takes the given tensors as its parameters, without a copy where they have its type.
+    """A network with the given tensors as its parameters, without a copy if they have the right type.
 
     Args:
         config: of the network.
-        tensors: under their Hugging Face names, of the types in which they are stored.
+        tensors: under their Hugging Face names, in their stored types.
         origin: what to call them in an error.
         dtype: of the parameters; None keeps the tensors'.
 

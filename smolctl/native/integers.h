@@ -1,16 +1,16 @@
-// Products of packed rows with vectors, in integers.
+// Integer matmuls: packed rows of weights times quantized activations.
 //
-// A block of a vector is integers up to LARGEST of a unit of its own, so its sum with a block of a row is exact.
-// Units of 8 bits would not do: a few channels of these networks are a hundred times as large as their
-// neighbours, which would lose what the largest one takes.
+// Each block of an activation vector is quantized to 16-bit integers with its own scale, so its integer dot product
+// with a block of weights is exact. 8 bits would not do: a few channels of these networks are a hundred times as
+// large as their neighbours, which would lose their precision to the largest one.
 //
-// Lane b % LANES of a sum adds up what blocks b, b + LANES, … contribute, and `sum_four` the lanes. Both ways
-// below keep to that order, so a vector gets the same bits by itself and in any company:
-// - A few vectors take one row after the other, straight from memory. The processor's prefetchers follow
-//   one stream at the memory's full speed, and even two interleaved ones at a third of it (measured on Zen 4).
-// - More of them share OPENED_ROWS rows that are opened in the cache, interleaved: every lane is a row there.
+// Lane b % LANES of a float accumulator adds up blocks b, b + LANES, …, and `sum_four` reduces the lanes. Both
+// kernels keep to that order, so a vector gets the same bits alone and in any batch:
+// - For a few vectors, rows are read from memory one at a time: hardware prefetchers reach the memory's full
+//   bandwidth with one stream, but only a third of it even with two interleaved ones (measured on Zen 4).
+// - More vectors share OPENED_ROWS rows that are unpacked into the CPU cache, interleaved: every lane is a row.
 //
-// Where groups are halves of blocks, a block has two parts with a scale each, else one: `parts` below.
+// A block of two groups has two parts with a scale each, any other block has one: `parts` below.
 #pragma once
 
 #include "matrix.h"
@@ -20,11 +20,11 @@ typedef int8_t half_words __attribute__((vector_size(2 * LANES)));
 typedef int8_t digits __attribute__((vector_size(4 * LANES)));
 typedef uint8_t udigits __attribute__((vector_size(4 * LANES)));
 
-#define WORDS (2 * LANES)         // in a vector
-#define DIGIT_BLOCKS (LANES / 4)  // blocks whose nibbles fill a vector
+#define WORDS (2 * LANES)         // in a SIMD vector
+#define DIGIT_BLOCKS (LANES / 4)  // blocks whose packed nibbles fill a SIMD vector
 #define LARGEST 32639             // 127 × 256 + 127: two signed digits of 8 bits
-#define PAIR 2                    // vectors that read a row from memory together
-#define TOGETHER 4                // vectors that read opened rows together
+#define PAIR 2                    // activation vectors that share each row read from memory
+#define TOGETHER 4                // activation vectors that share each load of unpacked rows
 
 // a[0] × b[0] + a[1] × b[1], a[2] × b[2] + a[3] × b[3], …
 INLINE ivec multiply_words(words a, words b) {
@@ -43,8 +43,8 @@ INLINE ivec multiply_words(words a, words b) {
 #endif
 }
 
-// Where the processor adds up four products of bytes, it multiplies bytes with both digits of a vector's integers.
-// x86 wants one of them without a sign: BIAS is added to those that have one, and `biases` take it away again.
+// CPUs with 4-byte dot products multiply the weights' bytes with the high and the low 8-bit digits of activations.
+// On x86 one operand is unsigned: BIAS is added to signed weights, and `biases` subtract it from the result.
 #if defined(__AVX512VNNI__)
 #define HAS_DIGITS 1
 #define BIAS 128
@@ -62,7 +62,7 @@ INLINE ivec add_fours(ivec total, udigits a, digits b) { return (ivec)vdotq_s32(
 INLINE ivec add_fours(ivec total, udigits a, digits b) { return (void)a, (void)b, total; }
 #endif
 
-// Where the processor multiplies 8 bytes of two rows with two others, the others are both digits of a vector.
+// I8MM multiplies 8 bytes of two rows with two other rows: here, two rows of weights with both digits of activations.
 #if defined(__ARM_FEATURE_MATMUL_INT8)
 #define HAS_EIGHTS 1
 INLINE ivec add_eights(ivec total, ivec a, ivec b) { return (ivec)vmmlaq_s32((int32x4_t)total, (int8x16_t)a, (int8x16_t)b); }
@@ -70,24 +70,24 @@ INLINE ivec add_eights(ivec total, ivec a, ivec b) { return (ivec)vmmlaq_s32((in
 #define HAS_EIGHTS 0
 #endif
 
-// ---- a vector ----
+// ---- quantizing an activation vector ----
 
 typedef struct {
-    const int16_t *words;  // (columns): each block as integers up to LARGEST (see `digits_at` for HAS_EIGHTS) …
-    const int8_t *digits;  // … the same in digits, see `digits_at`
-    const float *scales;   // (columns / BLOCK, filled up with zeros to 16): … of these units
-    // As many, of each block, of its first half and of its second, see `form_of`:
-    const float *sums[3];     // of the values, for offsets
-    const int32_t *biases[3]; // what BIAS has added to a product with 8-bit values, negative
+    const int16_t *words;  // (columns): integers up to LARGEST (HAS_EIGHTS: digits, see `digits_at`)
+    const int8_t *digits;  // the same integers as digits, see `digits_at`
+    const float *scales;   // (columns / BLOCK, zero-padded to a multiple of 16)
+    // As many as scales, for whole blocks, their first halves and their second halves, see `form_of`:
+    const float *sums[3];     // of the activations, to be multiplied with offsets
+    const int32_t *biases[3]; // minus what BIAS adds to the dot product with INT8 weights
 } integers;
 
-#define INTEGER_ROOM(columns) (2 * (columns) + 160)  // floats that they take
+#define INTEGER_ROOM(columns) (2 * (columns) + 160)  // size in floats
 
-// The digits of every DIGIT_BLOCKS blocks stand together: the high ones of the blocks' first halves, those of
-// their second halves, and the low ones likewise. HAS_EIGHTS: in the place of `words`, 8 high ones and 8 low ones in turns.
+// Every DIGIT_BLOCKS blocks store their digits together: the high digits of the blocks' first halves, those of their
+// second halves, then the low digits in the same order. HAS_EIGHTS: `words` alternates 8 high and 8 low digits.
 INLINE size_t digits_at(int block) { return (size_t)(block / DIGIT_BLOCKS) * (16 * LANES) + (size_t)(block % DIGIT_BLOCKS) * 16; }
 
-// Which of `sums` and `biases` belong to a part of a block.
+// Index into `sums` and `biases` for a part of a block.
 INLINE int form_of(int parts, int part) { return parts - 1 + part; }
 
 static integers prepare_integers(const float *x, int columns, float *room) {
@@ -111,7 +111,7 @@ static integers prepare_integers(const float *x, int columns, float *room) {
         float parts[4];
         sum_four((vec[4]){totals[0] + totals[1], totals[0], totals[1], all(0)}, parts);
         for (int i = 0; i < 3; i++) sums[i * padded + block] = parts[i];
-        scales[block] = (largest + 0 * parts[0]) / LARGEST;  // NaN where a value is that or infinite
+        scales[block] = (largest + 0 * parts[0]) / LARGEST;  // NaN if a value is NaN or infinite
         for (int part = 0; part < PARTS; part++) {
             const float magic = 12582912.0f;  // rounds, see `exponential`
             vec rounded = load(from + part * LANES) * units + magic - magic;
@@ -142,7 +142,7 @@ static integers prepare_integers(const float *x, int columns, float *room) {
                       {biases, biases + padded, biases + 2 * padded}};
 }
 
-// ---- rows ----
+// ---- unpacking rows of weights ----
 
 typedef struct {
     int kind, parts;
@@ -160,14 +160,14 @@ INLINE const uint8_t *block_of(int kind, const packing *p, int row, int block) {
     return p->values + ((size_t)row * (size_t)p->blocks + (size_t)block) * (kind == INT8 ? 32 : kind == INT4 ? 16 : 20);
 }
 
-// The scales or offsets of a part of LANES blocks of a row from `first` on, zeros for those past the last.
+// Scales or offsets of one part of LANES blocks of a row from block `first` on; zeros past the last block.
 INLINE vec widen(const half *from, int parts, int part, const packing *p, int row, int first) {
     int count = least(p->blocks - first, LANES);
     size_t at = (size_t)row * (size_t)p->groups;
     if (p->blocks_a_group == 1 && at + (size_t)(parts * (first + LANES)) <= (size_t)p->rows * (size_t)p->groups) {
         ivec lane;
         for (int i = 0; i < LANES; i++) lane[i] = i;
-        vec wide;  // of the next rows too
+        vec wide;  // may include values of the next rows
         if (parts == 2) {
             halves_vec own = __builtin_convertvector(LOAD(uvec, from + at + 2 * first) >> 16 * part, halves_vec);
             wide = from_half((const half *)&own);
@@ -183,7 +183,7 @@ INLINE vec widen(const half *from, int parts, int part, const packing *p, int ro
     return load(to);
 }
 
-// The values of a block as 16-bit integers, in the order of its columns.
+// Unpack a block to 16-bit integers, in the order of its columns.
 INLINE void open_words(int kind, const uint8_t *block, words to[BLOCK / WORDS]) {
     if (kind == INT8) {
         for (int p = 0; p < BLOCK / WORDS; p++)
@@ -199,7 +199,7 @@ INLINE void open_words(int kind, const uint8_t *block, words to[BLOCK / WORDS]) 
 
 INLINE ivec all_of(const void *from) { return LOAD(int32_t, from) - (ivec){0}; }
 
-// 16 where the fifth bit of a value is set: of a half of the 32 bits that every four bytes of a block repeat.
+// 16 for each value of a half block whose fifth bit is set. `bits` repeats a block's 32 fifth bits in every four bytes.
 INLINE udigits fifths_of(udigits bits, int half) {
 #if LANES == 16 && HAS_DIGITS
     const long long ones = 0x0101010101010101;
@@ -212,13 +212,13 @@ INLINE udigits fifths_of(udigits bits, int half) {
 #endif
 }
 
-// The values of DIGIT_BLOCKS blocks from `block` on, zeros for those past the last one: the blocks' first halves,
-// and their second ones.
+// Unpack DIGIT_BLOCKS blocks from `block` on to bytes, with zeros past the last block: their first halves to to[0],
+// their second halves to to[1].
 INLINE void open_digits(int kind, const packing *p, int row, int block, udigits to[2]) {
     const uint8_t *from = block_of(kind, p, row, block);
     udigits one, bits = {0};
 #if LANES == 16 && HAS_DIGITS
-    int left = least(p->blocks - block, 4), count = left * (kind == INT8 ? 8 : kind == INT4 ? 4 : 5);  // of 32 bits
+    int left = least(p->blocks - block, 4), count = left * (kind == INT8 ? 8 : kind == INT4 ? 4 : 5);  // 32-bit words
 #define LOAD_32S(at) \
     (left < 4 ? _mm512_maskz_loadu_epi32((__mmask16)(((1u << count) - 1) >> (at) / 4), from + (at)) : _mm512_loadu_si512(from + (at)))
     __m512i first = LOAD_32S(0);
@@ -249,24 +249,15 @@ INLINE void open_digits(int kind, const packing *p, int row, int block, udigits 
     for (int half = 0; half < 2 && kind == INT5; half++) to[half] |= fifths_of(bits, half);
 }
 
-// ---- one row ----
+// ---- a few vectors (GEMV): one row at a time ----
 
-// Sums within every four lanes of four vectors.
+// Sum every four lanes of four vectors: lane 4 × i + j is the sum of the i-th four lanes of v[j].
 INLINE ivec add_quads(const ivec v[4]) {
     ivec ab = FIRST(v[0], v[1]) + LAST(v[0], v[1]), cd = FIRST(v[2], v[3]) + LAST(v[2], v[3]);
     return FIRST_PAIRS(ab, cd) + LAST_PAIRS(ab, cd);
 }
 
-// The fours of lanes with an even number of two vectors, and those with an odd one.
-#if LANES == 16
-#define EVEN_FOURS(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
-#define ODD_FOURS(a, b) __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
-#elif LANES == 8
-#define EVEN_FOURS(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11)
-#define ODD_FOURS(a, b) __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
-#endif
-
-// From what `add_quads` made of every four of LANES vectors, the sum of each vector in the lane of its number.
+// Finish the horizontal sums of LANES vectors that `add_quads` began, four at a time: lane i is the sum of vector i.
 INLINE ivec add_lanes(const ivec fours[LANES / 4]) {
 #if LANES == 16
     ivec ab = EVEN_FOURS(fours[0], fours[1]) + ODD_FOURS(fours[0], fours[1]);
@@ -279,14 +270,14 @@ INLINE ivec add_lanes(const ivec fours[LANES / 4]) {
 #endif
 }
 
-// Those lanes of a product of words that belong to a half of their block, which are all of them where there is one part.
+// Zero the lanes of 16-bit products that belong to the other part of the block, if it has two.
 INLINE ivec in_part(int parts, int part, int vector, ivec products) {
     ivec own;
     for (int i = 0; i < LANES; i++) own[i] = -(parts == 1 || (vector * WORDS + 2 * i) / HALF_BLOCK == part);
     return products & own;
 }
 
-// Products of `count` blocks of a row with those of vectors, each part for itself: block first + i in lane i.
+// Integer dot products of `count` blocks of a row with each vector, one result per part: block first + i in lane i.
 INLINE void multiply_blocks(int kind, int parts, int tokens, const packing *p, int row, int first, int count,
                             const integers *x, ivec out[][2]) {
     if (HAS_DIGITS) {
@@ -295,7 +286,7 @@ INLINE void multiply_blocks(int kind, int parts, int tokens, const packing *p, i
         for (int i = 0; i < 4; i++) {
             int block = first + i * DIGIT_BLOCKS;
             if (i * DIGIT_BLOCKS >= count && LANES > 4) break;
-            if (i * DIGIT_BLOCKS >= count) continue;  // 4 lanes: a loop with a second way out is not unrolled
+            if (i * DIGIT_BLOCKS >= count) continue;  // 4 lanes: clang does not unroll a loop with a second exit
             udigits w[2];
             open_digits(kind, p, row, block, w);
             for (int t = 0; t < tokens; t++) {
@@ -384,49 +375,13 @@ INLINE void direct_rows(int kind, int parts, const packing *p, int first, int la
         }
 }
 
-// ---- OPENED_ROWS rows ----
+// ---- more vectors (GEMM): OPENED_ROWS rows at a time ----
 
-#define UNIT (HAS_DIGITS ? 4 : 2)  // columns of a row that lie together in an opened one
-#define UNITS (BLOCK / UNIT)       // of a block
-#define VECTORS 2                  // of opened rows that share what is loaded of the vectors they are multiplied with
-#define OPENED_ROWS (VECTORS * LANES)
-#define OPENED(columns) (OPENED_ROWS * ((columns) + 128))  // floats of as many opened rows
+#define UNIT (HAS_DIGITS ? 4 : 2)  // adjacent columns that stay together when rows are interleaved
+#define UNITS (BLOCK / UNIT)       // per block
+#define OPENED(columns) (OPENED_ROWS * ((columns) + 128))  // size of the unpacked rows in floats
 
-// Every four lanes of LANES / 4 vectors, turned: to[i] holds the i-th four lanes of each.
-INLINE void turn_fours(const ivec from[LANES / 4], ivec to[LANES / 4]) {
-#if LANES == 16
-    ivec even_ab = EVEN_FOURS(from[0], from[1]), odd_ab = ODD_FOURS(from[0], from[1]);
-    ivec even_cd = EVEN_FOURS(from[2], from[3]), odd_cd = ODD_FOURS(from[2], from[3]);
-    to[0] = EVEN_FOURS(even_ab, even_cd), to[1] = EVEN_FOURS(odd_ab, odd_cd);
-    to[2] = ODD_FOURS(even_ab, even_cd), to[3] = ODD_FOURS(odd_ab, odd_cd);
-#elif LANES == 8
-    to[0] = EVEN_FOURS(from[0], from[1]), to[1] = ODD_FOURS(from[0], from[1]);
-#else
-    to[0] = from[0];
-#endif
-}
-
-// LANES vectors of 32-bit parts, turned: to[part × OPENED_ROWS + vector], every four parts `gap` parts apart. `by_two`:
-// two parts of two vectors instead of one part of four.
-INLINE void interleave(const ivec v[LANES], int gap, int by_two, int32_t *to) {
-    ivec parts[4][LANES / 4], turned[LANES / 4];
-    for (int i = 0; i < LANES / 4; i++) {
-        const ivec *own = v + 4 * i;
-        ivec first_ab = FIRST(own[0], own[1]), last_ab = LAST(own[0], own[1]);
-        ivec first_cd = FIRST(own[2], own[3]), last_cd = LAST(own[2], own[3]);
-        parts[0][i] = FIRST_PAIRS(first_ab, first_cd), parts[1][i] = LAST_PAIRS(first_ab, first_cd);
-        parts[2][i] = FIRST_PAIRS(last_ab, last_cd), parts[3][i] = LAST_PAIRS(last_ab, last_cd);
-        if (!by_two) continue;
-        parts[0][i] = FIRST_PAIRS(own[0], own[1]), parts[1][i] = FIRST_PAIRS(own[2], own[3]);
-        parts[2][i] = LAST_PAIRS(own[0], own[1]), parts[3][i] = LAST_PAIRS(own[2], own[3]);
-    }
-    for (int part = 0; part < 4; part++) {
-        turn_fours(parts[part], turned);
-        for (int four = 0; four < LANES / 4; four++) STORE(to + (gap * four + part) * OPENED_ROWS, turned[four]);
-    }
-}
-
-// Where the scales of a part of opened rows lie; the offsets follow those of the last part.
+// The scales of a part of unpacked rows. Behind the scales of the last part, the offsets follow.
 INLINE float *opened_scales(const packing *p, float *panel, int part) {
     return panel + ((size_t)(p->blocks + 3) * UNITS + (size_t)(part * filled_to(p->blocks, LANES))) * OPENED_ROWS;
 }
@@ -434,9 +389,9 @@ INLINE float *opened_scales(const packing *p, float *panel, int part) {
 INLINE ivec add_digits(ivec total, ivec w, ivec x) { return add_fours(total, (udigits)w, (digits)x); }
 INLINE ivec add_words(ivec total, ivec w, ivec x) { return total + multiply_words((words)w, (words)x); }
 
-// Open LANES rows from `row` on, the last one again for those past it.
+// Unpack and interleave LANES rows from `row` on, repeating the last row past the end.
 INLINE void open_rows(int kind, int parts, const packing *p, int row, int last, float *panel) {
-    const int step = HAS_DIGITS ? DIGIT_BLOCKS : 1, vectors = HAS_DIGITS ? 2 : BLOCK / WORDS;  // of `step` blocks of a row
+    const int step = HAS_DIGITS ? DIGIT_BLOCKS : 1, vectors = HAS_DIGITS ? 2 : BLOCK / WORDS;  // per `step` blocks
     for (int b = 0; b < p->blocks; b += step) {
         ivec opened[4][LANES];
         for (int r = 0; r < LANES; r++) {
@@ -460,11 +415,7 @@ INLINE void open_rows(int kind, int parts, const packing *p, int row, int last, 
     }
 }
 
-// Unrolled, or sums would not stay in registers.
-#define EACH_VECTOR_OF(count, v) _Pragma("clang loop unroll(full)") for (int v = 0; v < (count); v++)
-#define EACH_VECTOR(v) EACH_VECTOR_OF(VECTORS, v)
-
-// Add to each lane the products of block `b` of opened rows with those of some vectors.
+// Add to each lane, which is a row, the dot products of block `b` of unpacked rows with `tokens` vectors.
 INLINE void add_opened(int parts, int tokens, const packing *p, float *panel, int b, const integers *x,
                        vec lane[VECTORS][TOGETHER]) {
     const int units = UNITS / parts;
@@ -473,32 +424,32 @@ INLINE void add_opened(int parts, int tokens, const packing *p, float *panel, in
         const float *scales = opened_scales(p, panel, part) + b * OPENED_ROWS, *offsets = opened_scales(p, panel, parts + part) + b * OPENED_ROWS;
         const float *w = panel + (size_t)b * UNITS * OPENED_ROWS;
         ivec sums[VECTORS][TOGETHER], upper[VECTORS][TOGETHER];
-        EACH_VECTOR_OF(tokens, t) {
+        EACH_OF(tokens, t) {
             int bias = BIAS && p->kind == INT8 ? x[t].biases[form][b] : 0;
-            EACH_VECTOR(v) sums[v][t] = bias - (ivec){0}, upper[v][t] = (ivec){0};
+            EACH_OF(VECTORS, v) sums[v][t] = bias - (ivec){0}, upper[v][t] = (ivec){0};
         }
 #if HAS_EIGHTS
         for (int u = part * units; u < (part + 1) * units; u += 2)
-            EACH_VECTOR_OF(tokens, t) {
+            EACH_OF(tokens, t) {
                 ivec own = LOAD(ivec, x[t].words + b * BLOCK + u * UNIT);
-                EACH_VECTOR(v) {
+                EACH_OF(VECTORS, v) {
                     upper[v][t] = add_eights(upper[v][t], LOAD(ivec, w + u * OPENED_ROWS + v * LANES), own);
                     sums[v][t] = add_eights(sums[v][t], LOAD(ivec, w + (u + 1) * OPENED_ROWS + v * LANES), own);
                 }
             }
-        // So far of rows 0, 0, 1, 1 and 2, 2, 3, 3: of high and low digits in turns.
-        EACH_VECTOR(v) EACH_VECTOR_OF(tokens, t) {
+        // The lanes are rows 0, 0, 1, 1 and 2, 2, 3, 3, with high and low digits alternating: separate the digits.
+        EACH_OF(VECTORS, v) EACH_OF(tokens, t) {
             ivec rows_01 = upper[v][t], rows_23 = sums[v][t];
             upper[v][t] = __builtin_shufflevector(rows_01, rows_23, 0, 2, 4, 6);
             sums[v][t] = __builtin_shufflevector(rows_01, rows_23, 1, 3, 5, 7);
         }
 #elif defined(__ARM_FEATURE_DOTPROD)
-// A vector is loaded once for four units: instructions multiply with one of its parts.
+// Load four units of activations at once: the instruction can multiply with one lane of a vector.
 #define EACH_PRODUCT(to, digits_from) \
     for (int u = part * units; u < (part + 1) * units; u += 4) { \
         ivec four[TOGETHER]; \
-        EACH_VECTOR_OF(tokens, t) four[t] = LOAD(ivec, x[t].digits + digits_at(b) + u * UNIT + digits_from); \
-        EACH_VECTOR_OF(4, i) EACH_VECTOR_OF(tokens, t) EACH_VECTOR(v) \
+        EACH_OF(tokens, t) four[t] = LOAD(ivec, x[t].digits + digits_at(b) + u * UNIT + digits_from); \
+        EACH_OF(4, i) EACH_OF(tokens, t) EACH_OF(VECTORS, v) \
             to[v][t] = add_digits(to[v][t], LOAD(ivec, w + (u + i) * OPENED_ROWS + v * LANES), four[t][i] - (ivec){0}); \
     }
         EACH_PRODUCT(upper, 0)
@@ -506,9 +457,9 @@ INLINE void add_opened(int parts, int tokens, const packing *p, float *panel, in
 #else
 #define EACH_PRODUCT(to, multiply, from) \
     for (int u = part * units; u < (part + 1) * units; u++) \
-        EACH_VECTOR_OF(tokens, t) { \
+        EACH_OF(tokens, t) { \
             ivec own = all_of(from); \
-            EACH_VECTOR(v) to[v][t] = multiply(to[v][t], LOAD(ivec, w + u * OPENED_ROWS + v * LANES), own); \
+            EACH_OF(VECTORS, v) to[v][t] = multiply(to[v][t], LOAD(ivec, w + u * OPENED_ROWS + v * LANES), own); \
         }
         if (HAS_DIGITS) {
             EACH_PRODUCT(upper, add_digits, x[t].digits + digits_at(b) + u / 4 * 4 * LANES + u % 4 * 4)
@@ -517,16 +468,16 @@ INLINE void add_opened(int parts, int tokens, const packing *p, float *panel, in
 #endif
 #undef EACH_PRODUCT
         if (p->kind != INT8)
-            EACH_VECTOR(v) EACH_VECTOR_OF(tokens, t)
+            EACH_OF(VECTORS, v) EACH_OF(tokens, t)
                 lane[v][t] += load(offsets + v * LANES) * x[t].sums[form][b];
-        EACH_VECTOR(v) EACH_VECTOR_OF(tokens, t) {
+        EACH_OF(VECTORS, v) EACH_OF(tokens, t) {
             vec scale = load(scales + v * LANES) * x[t].scales[b];
             lane[v][t] += __builtin_convertvector((upper[v][t] << 8) + sums[v][t], vec) * scale;
         }
     }
 }
 
-// Some vectors times OPENED_ROWS opened rows: y[t × stride + r] for `rows` of them. Meanwhile what lies at `next` is fetched.
+// y[t × stride + r] = vector t · unpacked row r, for the first `rows` rows. Meanwhile, prefetches the rows at `next`.
 INLINE void multiply_opened(int parts, int tokens, const packing *p, float *panel, int rows, const integers *x, float *y,
                             size_t stride, const uint8_t *next, int lines) {
     vec sum[VECTORS][TOGETHER], pair[2][VECTORS][TOGETHER], lane[VECTORS][TOGETHER];
@@ -566,7 +517,7 @@ static void multiply_integers(const matrix *m, int first, int last, const intege
         BY_KIND(m->kind, DIRECT)
         return;
     }
-    // Cache lines of a block of the next rows, which some calls share out: memory keeps up with them then.
+    // Cache lines to prefetch per block of the next rows, shared among several calls so that memory keeps up.
     const int lines = OPENED_ROWS * BLOCK / (m->kind == INT8 ? 64 : 128), shares = tokens > 3 * TOGETHER ? 4 : tokens > TOGETHER ? 2 : 1;
     for (int row = first; row < last; row += OPENED_ROWS) {
         int rows = least(OPENED_ROWS, last - row), some;

@@ -1,29 +1,23 @@
-// Products with a matrix whose rows are floats or packed integers (see sources/packed.py).
+// Matmuls with weights whose rows are floats or packed integers (see sources/quantized/packed.py).
 #pragma once
 
 #include "vector.h"
 
 enum kind { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4, INT5 };
 
-#define HALF_BLOCK (BLOCK / 2)  // the smallest group: columns of a block that may have a scale of their own
+#define HALF_BLOCK (BLOCK / 2)  // columns of the smallest quantization group
 
 typedef struct {
     int32_t kind;
     int32_t rows;
-    int32_t columns;  // filled up to a multiple of BLOCK
-    int32_t group;    // columns that share a scale: HALF_BLOCK, or blocks; the last group of a row may be shorter
+    int32_t columns;  // padded to a multiple of BLOCK
+    int32_t group;    // columns that share a scale: HALF_BLOCK or whole blocks; the last group of a row may be shorter
     const void *values;
-    const half *scales;   // (rows, groups) of integers
-    const half *offsets;  // (rows, groups) of INT4 and INT5
+    const half *scales;   // (rows, groups), of packed integers
+    const half *offsets;  // (rows, groups), of INT4 and INT5
 } matrix;
 
-#define TILE 4          // rows of the matrix that a product of many tokens reads together: `sum_four`
-// Tokens with them: as many as registers hold the sums of.
-#if defined(__AVX512F__) || defined(__aarch64__)
-#define TOKENS 4  // 32 registers
-#else
-#define TOKENS 2  // 16, also behind WebAssembly
-#endif
+#define OPENED_ROWS (VECTORS * LANES)  // matrix rows that are unpacked together for many tokens
 
 INLINE int groups_of(const matrix *m) { return pieces_of(m->columns, m->group); }
 
@@ -32,7 +26,7 @@ INLINE const uint8_t *row_of(const matrix *m, int row) {
     return (const uint8_t *)m->values + (size_t)row * (size_t)m->columns * (size_t)bits[m->kind] / 8;
 }
 
-// Part `part` of block `block` of a row, as floats. Scales are not applied.
+// Vector `part` of block `block` of a row, as floats. Scales are not applied.
 INLINE vec load_part(int kind, const uint8_t *row, int block, int part) {
     size_t at = (size_t)block * BLOCK + (size_t)part * LANES;
     switch (kind) {
@@ -40,7 +34,7 @@ INLINE vec load_part(int kind, const uint8_t *row, int block, int part) {
     case BFLOAT16: return (vec)(__builtin_convertvector(LOAD(halves_vec, row + 2 * at), uvec) << 16);
     case FLOAT16: return from_half((const half *)row + at);
     case INT8: return __builtin_convertvector(LOAD(bytes_vec, row + at), vec);
-    default: {  // byte i of 16 holds column i low and column i + 16 high; bit i of 32 before them is its fifth
+    default: {  // byte i of 16: column i in the low nibble, i + 16 in the high one; INT5: 32 fifth bits before them
         const uint8_t *from = row + (size_t)block * (kind == INT5 ? 20 : 16), *bytes = from + (kind == INT5 ? 4 : 0);
         ivec wide = __builtin_convertvector(LOAD(ubytes_vec, bytes + (part * LANES) % HALF_BLOCK), ivec);
         wide = part * LANES < HALF_BLOCK ? wide & 15 : wide >> 4;
@@ -50,28 +44,28 @@ INLINE vec load_part(int kind, const uint8_t *row, int block, int part) {
     }
 }
 
-// ---- a few tokens: every row is read once, straight from memory, and multiplied with each ----
+// ---- a few tokens (GEMV): every row is read from memory once and multiplied with each token ----
 //
-// One row after the other: the processor's prefetchers follow one stream at the memory's full speed, and
-// four interleaved ones at a third of it (measured on Zen 4). On a Zen 5, whose cores compute faster than its
-// prefetchers run ahead, one core reads half as much again where rows are also asked for in advance.
+// One row at a time: hardware prefetchers reach the memory's full bandwidth with one stream, but only a third of it
+// with four interleaved ones (measured on Zen 4). On a Zen 5, whose cores outrun the hardware prefetchers, software
+// prefetching raises the bandwidth of one core by half.
 
-// Bytes; from 4 to 16 KiB it makes little difference. With 4 lanes computing takes longer than reading.
+// Prefetch distance in bytes; 4 to 16 KiB perform alike. With 4 lanes, arithmetic is the bottleneck, not memory.
 #define READ_AHEAD (LANES > 4 ? 8192 : 0)
 
 INLINE void read_ahead(const uint8_t *from, int bytes) {
     for (int at = 0; READ_AHEAD && at < bytes; at += 64) __builtin_prefetch(from + READ_AHEAD + at);
 }
 
-// A vector in the forms that the kinds of rows want; see `prepare_vector`.
+// An activation vector in the layouts that the kinds of weights need; see `prepare_vector`.
 typedef struct {
-    const float *values;  // (columns), filled up with zeros
-    const float *pairs;   // (columns): in the order of `dot_pairs`
+    const float *values;  // (columns), zero-padded
+    const float *pairs;   // (columns), in the order of `dot_pairs`
 } vector_in;
 
-#define FEW 4  // tokens up to which this is faster than to unpack the rows
+#define FEW 4  // up to this many tokens, this is faster than unpacking the rows
 
-// Both forms of a vector; `room` holds as many floats as it has columns.
+// Both layouts of an activation vector; `room` holds `columns` floats.
 static vector_in prepare_vector(const float *x, int columns, float *room) {
     for (int at = 0; at < columns; at += 2 * LANES) {
         vec even, odd;
@@ -99,8 +93,8 @@ INLINE float dot_floats(int kind, const uint8_t *row, int columns, const float *
     return sum(even + odd);
 }
 
-// bfloat16 in pairs: two values lie in every 32 bits, and masks take them apart without a shuffle.
-// x comes in the order that this gives.
+// Dot product with a bfloat16 row. Every 32 bits hold two values, which a shift and a mask separate without a shuffle;
+// x must be in the order that results.
 INLINE float dot_pairs(const uint8_t *row, int columns, const float *x) {
     vec even = {0}, odd = {0};
     for (int at = 0; at < columns; at += 2 * LANES) {
@@ -111,7 +105,7 @@ INLINE float dot_pairs(const uint8_t *row, int columns, const float *x) {
     return sum(even + odd);
 }
 
-// y[token × stride + i] = row first + i of m, times x[token], for first..last.
+// y[token × stride + row - first] = row of m · x[token], for rows first..last.
 static void dot_rows(const matrix *m, int first, int last, const vector_in *x, int tokens, float *y, int stride) {
     int bytes = m->columns * (m->kind == FLOAT32 ? 4 : 2);
 #define EACH_ROW(value) \
@@ -128,166 +122,168 @@ static void dot_rows(const matrix *m, int first, int last, const vector_in *x, i
 #undef EACH_ROW
 }
 
-// ---- one row of weights as floats ----
+// ---- dequantizing a row of weights ----
 
-INLINE void unpack_kind(int kind, const matrix *m, int row, float *out) {
-    const uint8_t *values = row_of(m, row);
-    size_t group = (size_t)row * (size_t)groups_of(m);
-    float scale = 1, offset = 0;
-    int left = 0;  // columns of the group
-    for (int block = 0; block < m->columns / BLOCK; block++)
-        for (int part = 0; part < PARTS; part++, left -= LANES) {
-            if (kind >= INT8 && part * LANES % HALF_BLOCK == 0 && !left) {
-                scale = half_to_float(&m->scales[group]);
-                if (kind != INT8) offset = half_to_float(&m->offsets[group]);
-                group++, left = m->group;
-            }
-            size_t at = (size_t)block * BLOCK + (size_t)part * LANES;
-            store(out + at, load_part(kind, values, block, part) * scale + offset);
-        }
+// `load_part` with the scale and offset of a group of the row.
+INLINE vec unpack_part(int kind, const matrix *m, int row, int block, int part, int group) {
+    vec values = load_part(kind, row_of(m, row), block, part);
+    if (kind < INT8) return values;
+    size_t at = (size_t)row * (size_t)groups_of(m) + (size_t)group;
+    return values * half_to_float(&m->scales[at]) + (kind == INT8 ? 0 : half_to_float(&m->offsets[at]));
 }
 
+#define BY_EACH_KIND(kind, call) \
+    switch (kind) { \
+    case FLOAT32: call(FLOAT32); break; \
+    case BFLOAT16: call(BFLOAT16); break; \
+    case FLOAT16: call(FLOAT16); break; \
+    case INT8: call(INT8); break; \
+    case INT4: call(INT4); break; \
+    default: call(INT5); break; \
+    }
+
 static void unpack_row(const matrix *m, int row, float *out) {
-    switch (m->kind) {
-    case FLOAT32: unpack_kind(FLOAT32, m, row, out); break;
-    case BFLOAT16: unpack_kind(BFLOAT16, m, row, out); break;
-    case FLOAT16: unpack_kind(FLOAT16, m, row, out); break;
-    case INT8: unpack_kind(INT8, m, row, out); break;
-    case INT4: unpack_kind(INT4, m, row, out); break;
-    default: unpack_kind(INT5, m, row, out); break;
+#define UNPACK(kind) \
+    for (int block = 0; block < m->columns / BLOCK; block++) \
+        for (int part = 0; part < PARTS; part++) \
+            store(out + block * BLOCK + part * LANES, unpack_part(kind, m, row, block, part, (block * BLOCK + part * LANES) / m->group))
+    BY_EACH_KIND(m->kind, UNPACK)
+#undef UNPACK
+}
+
+// ---- many tokens (GEMM): rows of weights are unpacked into the CPU cache and used for all tokens ----
+//
+// OPENED_ROWS rows are interleaved: every lane is a row, and a tile of sums needs no horizontal sum.
+
+// Groups of four lanes of two vectors: those with an even index, and those with an odd one.
+#if LANES == 16
+#define EVEN_FOURS(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
+#define ODD_FOURS(a, b) __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
+#elif LANES == 8
+#define EVEN_FOURS(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11)
+#define ODD_FOURS(a, b) __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
+#endif
+
+// Transpose LANES / 4 vectors in units of four lanes: to[i] holds the i-th four lanes of each.
+INLINE void turn_fours(const ivec from[LANES / 4], ivec to[LANES / 4]) {
+#if LANES == 16
+    ivec even_ab = EVEN_FOURS(from[0], from[1]), odd_ab = ODD_FOURS(from[0], from[1]);
+    ivec even_cd = EVEN_FOURS(from[2], from[3]), odd_cd = ODD_FOURS(from[2], from[3]);
+    to[0] = EVEN_FOURS(even_ab, even_cd), to[1] = EVEN_FOURS(odd_ab, odd_cd);
+    to[2] = ODD_FOURS(even_ab, even_cd), to[3] = ODD_FOURS(odd_ab, odd_cd);
+#elif LANES == 8
+    to[0] = EVEN_FOURS(from[0], from[1]), to[1] = ODD_FOURS(from[0], from[1]);
+#else
+    to[0] = from[0];
+#endif
+}
+
+// Transpose LANES vectors of 32-bit parts to to[part × OPENED_ROWS + vector], with every four parts `gap` parts apart.
+// `by_two`: four lanes hold two parts of two vectors instead of one part of four.
+INLINE void interleave(const ivec v[LANES], int gap, int by_two, int32_t *to) {
+    ivec parts[4][LANES / 4], turned[LANES / 4];
+    for (int i = 0; i < LANES / 4; i++) {
+        const ivec *own = v + 4 * i;
+        ivec first_ab = FIRST(own[0], own[1]), last_ab = LAST(own[0], own[1]);
+        ivec first_cd = FIRST(own[2], own[3]), last_cd = LAST(own[2], own[3]);
+        parts[0][i] = FIRST_PAIRS(first_ab, first_cd), parts[1][i] = LAST_PAIRS(first_ab, first_cd);
+        parts[2][i] = FIRST_PAIRS(last_ab, last_cd), parts[3][i] = LAST_PAIRS(last_ab, last_cd);
+        if (!by_two) continue;
+        parts[0][i] = FIRST_PAIRS(own[0], own[1]), parts[1][i] = FIRST_PAIRS(own[2], own[3]);
+        parts[2][i] = LAST_PAIRS(own[0], own[1]), parts[3][i] = LAST_PAIRS(own[2], own[3]);
+    }
+    for (int part = 0; part < 4; part++) {
+        turn_fours(parts[part], turned);
+        for (int four = 0; four < LANES / 4; four++) STORE(to + (gap * four + part) * OPENED_ROWS, turned[four]);
     }
 }
 
-// ---- many tokens: rows of weights are unpacked into the cache and used for all tokens ----
-
-// Where the processor multiplies bfloat16 into float32, products of many tokens use it, except for float32
-// weights, which stay exact. NARROW_TILE rows of the matrix share what is loaded then, and NARROW_ROWS rows of
-// bfloat16 lie together, 4 columns of each in turns.
-#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-#include <arm_neon.h>
-#define NARROW_TILE 8
-#define NARROW_ROWS 2
-#else
-#define NARROW_TILE TILE
-#define NARROW_ROWS 1
-#endif
-
+// A row of activations in bfloat16. Groups of NARROW_ROWS rows are interleaved, 4 columns of each at a time.
 INLINE uint16_t *narrow_row(const uint16_t *rows, int row, int columns) {
     return (uint16_t *)rows + (size_t)(row / NARROW_ROWS * NARROW_ROWS) * (size_t)columns + row % NARROW_ROWS * 4;
 }
 
-// y[t][r] = w[r] · x[t] over `columns`, for TILE rows and TOKENS tokens.
-INLINE void tile_floats(const float *const w[TILE], const float *const x[TOKENS], int columns,
-                        float y[TOKENS][NARROW_TILE]) {
-    vec total[TOKENS][TILE] = {0};
-    for (int at = 0; at < columns; at += LANES) {
-        vec weights[TILE];
-        for (int r = 0; r < TILE; r++) weights[r] = load(w[r] + at);
-        for (int t = 0; t < TOKENS; t++) {
-            vec v = load(x[t] + at);
-            for (int r = 0; r < TILE; r++) total[t][r] += weights[r] * v;
-        }
+// Write a token in bfloat16 to its `narrow_row`.
+static void to_bf16(const float *from, int columns, uint16_t *to) {
+    for (int at = 0; HAS_BF16_PRODUCTS && at < columns; at += 2 * LANES) {
+        vec both = narrow(load(from + at), load(from + at + LANES));
+        if (NARROW_ROWS == 1) store((float *)(to + at), both);
+        else for (int i = 0; i < 2; i++) memcpy(to + 2 * at + i * 8, (char *)&both + i * 8, 8);
     }
-    for (int t = 0; t < TOKENS; t++) sum_four(total[t], y[t]);
 }
 
-// The same for NARROW_TILE rows in bfloat16.
-#if defined(__AVX512BF16__)
-#define HAS_BF16_PRODUCTS 1
-INLINE void tile_bf16(const uint16_t *const w[NARROW_TILE], const uint16_t *const x[TOKENS], int columns,
-                      float y[TOKENS][NARROW_TILE]) {
-    vec total[TOKENS][TILE] = {0};
-    for (int at = 0; at < columns; at += BLOCK) {
-        __m512bh weights[TILE];
-        for (int r = 0; r < TILE; r++) weights[r] = LOAD(__m512bh, w[r] + at);
-        for (int t = 0; t < TOKENS; t++) {
-            __m512bh v = LOAD(__m512bh, x[t] + at);
-            for (int r = 0; r < TILE; r++) total[t][r] = (vec)_mm512_dpbf16_ps((__m512)total[t][r], weights[r], v);
-        }
-    }
-    for (int t = 0; t < TOKENS; t++) sum_four(total[t], y[t]);
-}
-
-static void to_bf16(const float *from, int count, uint16_t *to) {
-    for (int at = 0; at < count; at += BLOCK) {
-        __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + at + 16), _mm512_loadu_ps(from + at));
-        STORE(to + at, both);
-    }
-}
-#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-#define HAS_BF16_PRODUCTS 1
-// An instruction multiplies 4 columns of two tokens with those of two rows. Columns take turns between two sums, so
-// that enough of them are under way at once.
-INLINE void tile_bf16(const uint16_t *const w[NARROW_TILE], const uint16_t *const x[TOKENS], int columns,
-                      float y[TOKENS][NARROW_TILE]) {
-    vec total[2][TOKENS / 2][NARROW_TILE / 2] = {0};
-    for (int at = 0; at < 2 * columns; at += 16)
-        for (int turn = 0; turn < 2; turn++)
-            for (int t = 0; t < TOKENS / 2; t++) {
-                bfloat16x8_t v = LOAD(bfloat16x8_t, x[2 * t] + at + 8 * turn);
-                for (int r = 0; r < NARROW_TILE / 2; r++) {
-                    bfloat16x8_t weights = LOAD(bfloat16x8_t, w[2 * r] + at + 8 * turn);
-                    total[turn][t][r] = (vec)vbfmmlaq_f32((float32x4_t)total[turn][t][r], v, weights);
-                }
+// Unpack LANES rows from `row` on into interleaved units of 32 bits, a float or two columns in bfloat16; rows past the
+// last repeat it. With NARROW_ROWS of 2, 4 columns of two rows alternate with those of the next two. A block has at most
+// `parts` groups.
+INLINE void open_floats(int kind, int parts, const matrix *m, int row, int last, float *panel) {
+    const int is_narrow = HAS_BF16_PRODUCTS && kind != FLOAT32, step = 1 + is_narrow, bytes = (int)(row_of(m, 1) - row_of(m, 0));
+    for (int block = 0; block < m->columns / BLOCK; block++)
+        for (int part = 0; part < PARTS; part += step) {
+            ivec opened[LANES];
+            int at = block * BLOCK + part * LANES, group = at / m->group, next = parts == 1 ? group : (at + is_narrow * LANES) / m->group;
+            for (int r = 0; r < LANES; r++) {
+                int index = least(row + r, last - 1);
+                __builtin_prefetch(row_of(m, index + LANES) + (size_t)at * (size_t)bytes / (size_t)m->columns);
+                vec v = unpack_part(kind, m, index, block, part, group);
+                opened[r] = (ivec)(is_narrow ? narrow(v, unpack_part(kind, m, index, block, part + 1, next)) : v);
             }
-    for (int t = 0; t < TOKENS / 2; t++)
-        for (int r = 0; r < NARROW_TILE / 2; r++) {
-            float both[4];
-            store(both, total[0][t][r] + total[1][t][r]);
-            memcpy(&y[2 * t][2 * r], both, 8);
-            memcpy(&y[2 * t + 1][2 * r], both + 2, 8);
+            interleave(opened, 4, is_narrow && NARROW_ROWS == 2, (int32_t *)panel + at / step * OPENED_ROWS);
         }
 }
 
-static void to_bf16(const float *from, int count, uint16_t *to) {
-    for (int at = 0; at < count; at += 4) STORE(to + NARROW_ROWS * at, vcvt_bf16_f32((float32x4_t)load(from + at)));
-}
-#else
-#define HAS_BF16_PRODUCTS 0
-INLINE void tile_bf16(const uint16_t *const w[NARROW_TILE], const uint16_t *const x[TOKENS], int columns,
-                      float y[TOKENS][NARROW_TILE]) {
-    (void)w, (void)x, (void)columns, (void)y;
-}
-static void to_bf16(const float *from, int count, uint16_t *to) { (void)from, (void)count, (void)to; }
+// y[t][r] = unpacked row r · x[t], for some tokens of `units` times 32 bits each.
+INLINE void multiply_tile(int is_narrow, int tokens, const float *panel, const float *x, int units, float y[TOKENS][OPENED_ROWS]) {
+    vec total[TOKENS][MOST_VECTORS];
+    EACH_OF(tokens, t) EACH_OF(VECTORS, v) total[t][v] = all(0);
+#if NARROW_ROWS == 2
+    for (int u = 0; is_narrow && u < units; u += 2)
+        EACH_OF(tokens / 2, pair) {
+            vec own = load(x + 2 * (pair * units + u));
+            EACH_OF(VECTORS, v) EACH_OF(2, i)
+                total[2 * pair + i][v] = add_squares(total[2 * pair + i][v], own, load(panel + (u + i) * OPENED_ROWS + v * LANES));
+        }
+    // The lanes are rows 0, 1, 0, 1 and 2, 3, 2, 3, of one token and the next: separate the tokens.
+    EACH_OF(is_narrow * tokens / 2, pair) EACH_OF(VECTORS, v) {
+        vec rows_01 = total[2 * pair][v], rows_23 = total[2 * pair + 1][v];
+        total[2 * pair][v] = FIRST_PAIRS(rows_01, rows_23), total[2 * pair + 1][v] = LAST_PAIRS(rows_01, rows_23);
+    }
+    if (!is_narrow)
 #endif
+    add_products(is_narrow ? KEPT_PAIRS : KEPT_FLOAT32, tokens, VECTORS, 0, panel, OPENED_ROWS, LANES, units, x, (size_t)units, total);
+    EACH_OF(tokens, t) EACH_OF(VECTORS, v) store(y[t] + v * LANES, total[t][v]);
+}
 
-// Whether integers.h multiplies its rows.
+// Whether the kernels of integers.h multiply its rows.
 INLINE int is_packed(const matrix *m) { return m->kind >= INT8; }
 INLINE int uses_bf16(const matrix *m) { return HAS_BF16_PRODUCTS && m->kind != FLOAT32; }
 
 // y[token × stride + row - first] = row of m · token, for rows first..last.
-// `floats` is (tokens, columns), `narrow` the same in bfloat16; `panel` holds NARROW_TILE × columns floats.
-static void multiply(const matrix *m, int first, int last, const float *floats, const uint16_t *narrow, int tokens,
+// `floats` is (tokens, columns), `halves` the same in bfloat16, with room for TOKENS more behind them; `panel` holds
+// OPENED_ROWS × columns floats.
+static void multiply(const matrix *m, int first, int last, const float *floats, const uint16_t *halves, int tokens,
                      float *panel, float *y, int stride) {
-    int columns = m->columns, is_narrow = uses_bf16(m), tall = is_narrow ? NARROW_TILE : TILE;
-    int as_stored = is_narrow ? m->kind == BFLOAT16 && NARROW_ROWS == 1 : m->kind == FLOAT32;
-    for (int row = first; row < last; row += tall) {
-        const void *w[NARROW_TILE];
-        for (int r = 0; r < tall; r++) {
-            int index = least(row + r, last - 1);
-            float *unpacked = panel + r * columns;
-            if (as_stored) {
-                w[r] = row_of(m, index);
-                continue;
-            }
-            unpack_row(m, index, unpacked);
-            w[r] = is_narrow ? (void *)narrow_row((uint16_t *)panel, r, columns) : unpacked;
-            if (is_narrow) to_bf16(unpacked, columns, (uint16_t *)w[r]);
+    const int is_narrow = uses_bf16(m), units = m->columns / (1 + is_narrow);
+    const float *x = is_narrow ? (const float *)halves : floats;
+    for (int row = first; row < last; row += OPENED_ROWS) {
+        size_t rows = sizeof(float) * (size_t)least(OPENED_ROWS, last - row);
+        for (int v = 0; v < VECTORS; v++) {
+#define OPEN_PARTS(kind, parts) open_floats(kind, parts, m, row + v * LANES, last, panel + v * LANES)
+#define OPEN(kind) if (kind < INT8 || m->group >= BLOCK) OPEN_PARTS(kind, 1); else OPEN_PARTS(kind, 2)
+            BY_EACH_KIND(m->kind, OPEN)
+#undef OPEN
+#undef OPEN_PARTS
         }
-        for (int token = 0; token < tokens; token += TOKENS) {
-            float tile[TOKENS][NARROW_TILE];
-            if (is_narrow) {
-                const uint16_t *x[TOKENS];
-                for (int t = 0; t < TOKENS; t++) x[t] = narrow_row(narrow, token + t < tokens ? token + t : 0, columns);
-                tile_bf16((const uint16_t *const *)w, x, columns, tile);
-            } else {
-                const float *x[TOKENS];
-                for (int t = 0; t < TOKENS; t++) x[t] = floats + (size_t)(token + t < tokens ? token + t : 0) * (size_t)columns;
-                tile_floats((const float *const *)w, x, columns, tile);
-            }
-            for (int t = 0; t < TOKENS && token + t < tokens; t++)
-                for (int r = 0; r < tall && row + r < last; r++)
-                    y[(size_t)(token + t) * (size_t)stride + (size_t)(row + r - first)] = tile[t][r];
+        for (int token = 0, some; token < tokens; token += some) {
+            float tile[TOKENS][OPENED_ROWS];
+            const float *from = x + (size_t)token * (size_t)units;
+            int left = tokens - token;
+#define MULTIPLY(count) \
+    (some = count, is_narrow ? multiply_tile(HAS_BF16_PRODUCTS, count, panel, from, units, tile) : multiply_tile(0, count, panel, from, units, tile))
+            if (left > TOKENS * 2 / 3) MULTIPLY(TOKENS);
+            else if (left > TOKENS / 3) MULTIPLY(TOKENS * 2 / 3);
+            else MULTIPLY(TOKENS / 3);
+#undef MULTIPLY
+            for (int t = 0; t < some && t < left; t++) memcpy(y + (size_t)(token + t) * (size_t)stride + (row - first), tile[t], rows);
         }
     }
 }

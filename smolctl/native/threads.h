@@ -1,4 +1,4 @@
-// A few threads that run one function together, with barriers inside. They sleep between calls.
+// A thread pool. All threads run the same function, with barriers inside it, and sleep between calls.
 #pragma once
 
 #include <stdatomic.h>
@@ -20,10 +20,10 @@
 #include <sched.h>
 #endif
 
-// How often a waiting thread looks before it sleeps: some 50 microseconds, in which the others come unless the
-// system has taken their core; and as long as it takes to offer them this one so many times, about a millisecond.
+// A waiting thread spins PATIENCE times, about 50 microseconds, in which the others arrive unless they have lost their
+// core. Then it yields its own core OFFERS times, about a millisecond, and then sleeps.
 #if defined(__wasm__)
-#define PATIENCE 50000  // it has no pause
+#define PATIENCE 50000  // WebAssembly has no pause instruction
 #define OFFERS 0
 #else
 #define PATIENCE 2000
@@ -33,13 +33,13 @@
 #define MOST_THREADS 1024
 
 typedef struct pool {
-    int threads;       // that take part in the present job
-    int most;          // that there can be
-    int asked;         // that shall take part
-    atomic_int ready;  // threads beside number 0 that may be given jobs
+    int threads;       // that take part in the current job
+    int most;          // upper limit
+    int asked;         // requested number
+    atomic_int ready;  // threads besides number 0 that can take part in jobs
     void (*function)(void *argument, int thread);
     void *argument;
-    atomic_uint job;   // grows by MOST_THREADS each time; the rest is the number of threads that take part
+    atomic_uint job;   // grows by MOST_THREADS per job; modulo MOST_THREADS: threads that take part
     atomic_uint round; // counts barriers
     atomic_int sleeping, arrived;
     int stop;
@@ -50,7 +50,7 @@ typedef struct pool {
 #endif
 } pool;
 
-// ---- sleeping, by what the system has: until `job` or `round` is no longer what it was ----
+// ---- sleeping until `job` or `round` changes, by the means of each platform ----
 
 #if !defined(__wasm__)
 
@@ -80,7 +80,7 @@ static void sleep_until_change(pool *p, atomic_uint *value, unsigned before) {
 }
 static void wake_for_change(pool *p, atomic_uint *value) { (void)p, __builtin_wasm_memory_atomic_notify((int *)value, MOST_THREADS); }
 
-#else  // one thread
+#else  // WebAssembly without threads
 
 static void offer_core(void) {}
 static void sleep_until_change(pool *p, atomic_uint *value, unsigned before) { (void)p, (void)value, (void)before; }
@@ -88,9 +88,9 @@ static void wake_for_change(pool *p, atomic_uint *value) { (void)p, (void)value;
 
 #endif
 
-// ---- the work ----
+// ---- jobs and barriers ----
 
-// Until `value` is no longer what it was; `patience` is how often to look before sleeping.
+// Wait until `value` differs from `before`; `patience` is the number of checks before sleeping.
 static void wait_for_change(pool *p, atomic_uint *value, unsigned before, int patience) {
     for (int spins = PATIENCE + OFFERS - patience; atomic_load(value) == before; spins++) {
         if (spins < PATIENCE) PAUSE();
@@ -100,21 +100,21 @@ static void wait_for_change(pool *p, atomic_uint *value, unsigned before, int pa
 }
 
 static void barrier(pool *p) {
-    int threads = p->threads;  // once: behind the last barrier of a job the next one may have another number
+    int threads = p->threads;  // read once: after a job's last barrier, the next job may change it
     if (threads == 1) return;
     unsigned round = atomic_load_explicit(&p->round, memory_order_relaxed);
     if (atomic_fetch_add_explicit(&p->arrived, 1, memory_order_acq_rel) == threads - 1) {
         atomic_store_explicit(&p->arrived, 0, memory_order_relaxed);
-        atomic_store(&p->round, round + 1);  // in one order with the count of those that sleep
+        atomic_store(&p->round, round + 1);  // sequentially consistent with `sleeping`, so that no sleeper misses it
         wake_for_change(p, &p->round);
         return;
     }
     wait_for_change(p, &p->round, round, PATIENCE + OFFERS);
 }
 
-// What a thread beside number 0 does until the pool stops. One that comes late takes part from the next job on.
+// Loop of every thread besides number 0 until the pool stops. A thread that starts late joins with the next job.
 static void work(pool *p, int thread) {
-    int needed = 1;  // in the last job: then the next one may come soon
+    int needed = 1;  // in the last job: if so, spin first, as the next one may come soon
     for (unsigned done = 0;;) {
         wait_for_change(p, &p->job, done, needed ? PATIENCE + OFFERS : 0);
         done = atomic_load(&p->job);
@@ -134,7 +134,7 @@ static void start_job(pool *p) {
     if (there > 1) wake_for_change(p, &p->job);
 }
 
-// Run function(argument, thread) on every thread, this one as number 0, and return when all are done.
+// Run function(argument, thread) on every thread, with the caller as number 0, and return when all are done.
 static void pool_run(pool *p, void (*function)(void *, int), void *argument) {
     p->function = function;
     p->argument = argument;
@@ -143,16 +143,16 @@ static void pool_run(pool *p, void (*function)(void *, int), void *argument) {
     barrier(p);
 }
 
-// ---- beginning and end ----
+// ---- creation and destruction ----
 
 #if defined(__wasm__)
 
-#define STACK_BYTES 65536  // of a thread; also what build.py gives to number 0
+#define STACK_BYTES 65536  // of a thread's stack; build.py gives number 0 the same
 
-static pool *only_pool;       // of this memory
+static pool *only_pool;       // in this WebAssembly memory
 static char *helper_stacks;
 
-// JavaScript starts the threads, by `smolctl_help`; until it does, number 0 works alone.
+// JavaScript starts the threads by calling `smolctl_help`; until then, number 0 works alone.
 static pool *pool_create(int threads) {
     pool *p = calloc(1, sizeof *p);
     helper_stacks = aligned_alloc(64, (size_t)(threads - 1) * STACK_BYTES);
@@ -186,7 +186,7 @@ static void pool_destroy(pool *p) {
     free(p);
 }
 
-// As many threads as can be had, at most `threads`.
+// A pool of `threads` threads, or of as many as the system allows.
 static pool *pool_create(int threads) {
     pool *p = calloc(1, sizeof *p);
     if (!p) return NULL;

@@ -1,4 +1,4 @@
-// Vectors of floats in the compiler's own notation: one source for AVX-512, AVX2, SSE2, NEON and WebAssembly.
+// SIMD float vectors with the compiler's vector extensions: one source for AVX-512, AVX2, SSE2, NEON and WebAssembly.
 #pragma once
 
 #include <stdint.h>
@@ -26,7 +26,7 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
-#define BLOCK 32  // columns of a row are filled up to a multiple of it
+#define BLOCK 32  // rows are padded to a multiple of it
 #define PARTS (BLOCK / LANES)
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -36,10 +36,10 @@ typedef int8_t bytes_vec __attribute__((vector_size(LANES)));
 typedef uint8_t ubytes_vec __attribute__((vector_size(LANES)));
 typedef uint16_t halves_vec __attribute__((vector_size(2 * LANES)));
 typedef int16_t shorts_vec __attribute__((vector_size(2 * LANES)));
-// Memory that a file lends us is aligned to nothing.
+// Weights may be used in place in a memory-mapped file, which guarantees no alignment.
 #define LOAD(type, pointer) ({ type loaded_; memcpy(&loaded_, (pointer), sizeof loaded_); loaded_; })
 #define STORE(pointer, value) ({ __typeof__(value) stored_ = (value); memcpy((pointer), &stored_, sizeof stored_); })
-// A vector of integers whose lane i is all ones where bit i of `bits` is set, else 0.
+// An integer mask: lane i is all ones if bit i of `bits` is set, else 0.
 #define SPREAD(type, lanes, bits) \
     ({ type each_; for (int i_ = 0; i_ < (lanes); i_++) each_[i_] = 1 << i_; (((bits) - (type){0}) & each_) == each_; })
 
@@ -58,11 +58,11 @@ typedef half half_vec __attribute__((vector_size(2 * LANES)));
 INLINE vec from_half(const half *p) { return __builtin_convertvector(LOAD(half_vec, p), vec); }
 INLINE float half_to_float(const half *p) { return (float)LOAD(half, p); }
 INLINE void store_half(half *p, float x) { *p = (half)x; }
-#else  // SSE2 and WebAssembly have no instruction for it
+#else  // SSE2 and WebAssembly have no instructions for float16
 typedef uint16_t half;
 
-// The bits are moved to where float32 has its sign, exponent and mantissa. What that gives is 2^112 times too
-// small, subnormal numbers too. Infinity and NaN become 65,536 and more: no scale and no cached value is that.
+// Shift the bits into the sign, exponent and mantissa fields of float32. The result, subnormals included, is too
+// small by 2^112. Infinity and NaN, which scales and cached values never are, become numbers of 65,536 and more.
 #define HALF_BITS 0x8FFFE000u
 INLINE vec from_half(const half *p) {
     ivec wide = __builtin_convertvector(LOAD(shorts_vec, p), ivec);
@@ -73,7 +73,7 @@ INLINE float half_to_float(const half *p) {
     return LOAD(float, &bits) * 0x1p112f;
 }
 
-// Rounds to nearest, ties to even. Below the normal numbers the addition rounds.
+// Rounds to nearest, ties to even. For subnormal results, the addition of 0.5 rounds.
 INLINE void store_half(half *p, float x) {
     const float smallest = 0x1p-14f, limit = 65520.0f;
     uint32_t bits = LOAD(uint32_t, &x), sign = bits >> 16 & 0x8000;
@@ -96,7 +96,8 @@ INLINE float sum(vec v) {
     return lanes[0];
 }
 
-// Within every four lanes: the first two of a and b in turns, the last two, and the same with pairs of lanes.
+// Within every four lanes: FIRST interleaves the first two lanes of a and b, LAST the last two. FIRST_PAIRS joins the
+// first pairs of lanes of a and b, LAST_PAIRS the last ones.
 #if LANES == 16
 #define FIRST(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
 #define LAST(a, b) __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
@@ -114,10 +115,10 @@ INLINE float sum(vec v) {
 #define LAST_PAIRS(a, b) __builtin_shufflevector(a, b, 2, 3, 6, 7)
 #endif
 
-// The sums of four vectors at once: a third of the instructions of four times `sum`.
+// Horizontal sums of four vectors, in a third of the instructions of four calls of `sum`.
 INLINE void sum_four(const vec v[4], float out[4]) {
     vec ab = FIRST(v[0], v[1]) + LAST(v[0], v[1]), cd = FIRST(v[2], v[3]) + LAST(v[2], v[3]);
-    vec abcd = FIRST_PAIRS(ab, cd) + LAST_PAIRS(ab, cd);  // every four lanes are a part of the four sums
+    vec abcd = FIRST_PAIRS(ab, cd) + LAST_PAIRS(ab, cd);  // every four lanes are partial sums of the four vectors
     typedef float four __attribute__((vector_size(16)));
     four parts[LANES / 4], total;
     memcpy(parts, &abcd, sizeof parts);
@@ -140,14 +141,14 @@ INLINE float highest(vec v) {
     return lanes[0];
 }
 
-// e^x to about one unit in the last place; 0 below -87.
+// e^x to about one ulp; 0 below -87.
 INLINE vec exponential(vec x) {
     const float magic = 12582912.0f;  // 1.5 × 2^23: adding it rounds to an integer
     vec clamped = maximum(choose(x < 88.0f, x, all(88.0f)), all(-87.0f));
     vec shifted = clamped * 1.44269504f + magic;
     vec n = shifted - magic;
-    vec r = clamped - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
-    vec p = all(1.9875691500e-4f);  // Cephes' expf
+    vec r = clamped - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts, for precision
+    vec p = all(1.9875691500e-4f);  // coefficients of Cephes' expf
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
@@ -165,8 +166,81 @@ INLINE float bf16_to_float(uint16_t x) {
     return LOAD(float, &bits);
 }
 
-// Round to nearest, ties to even; inputs are finite.
+// Rounds to nearest, ties to even. The input must be finite.
 INLINE uint16_t float_to_bf16(float x) {
     uint32_t bits = LOAD(uint32_t, &x);
     return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+// ---- bfloat16 ----
+
+// CPUs with bfloat16 dot products that accumulate in float32 use them in matmuls of many tokens, except for float32
+// weights, which would lose precision. `narrow` rounds two vectors of consecutive columns to one.
+#if defined(__AVX512BF16__)
+#define HAS_BF16_PRODUCTS 1
+#define NARROW_ROWS 1
+// Every lane holds a pair of columns.
+INLINE vec add_pairs(vec total, vec a, vec b) { return (vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b); }
+INLINE vec narrow(vec first, vec second) { return (vec)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#include <arm_neon.h>
+#define HAS_BF16_PRODUCTS 1
+#define NARROW_ROWS 2
+// BFMMLA multiplies 4 columns of two tokens with those of two rows.
+INLINE vec add_squares(vec total, vec a, vec b) { return (vec)vbfmmlaq_f32((float32x4_t)total, (bfloat16x8_t)a, (bfloat16x8_t)b); }
+INLINE vec narrow(vec first, vec second) {
+    return (vec)vcvtq_high_bf16_f32(vcvtq_low_bf16_f32((float32x4_t)first), (float32x4_t)second);
+}
+#else
+#define HAS_BF16_PRODUCTS 0
+#define NARROW_ROWS 1
+INLINE vec narrow(vec first, vec second) { return (void)second, first; }
+#endif
+#if NARROW_ROWS == 2 || !HAS_BF16_PRODUCTS
+INLINE vec add_pairs(vec total, vec a, vec b) { return (void)a, (void)b, total; }
+#endif
+
+// ---- register tiles ----
+
+// A tile has VECTORS vectors of accumulators for each of TOKENS rows: as many as there are registers for.
+#define VECTORS 2
+#define MOST_VECTORS 4  // with fewer rows
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define TOKENS 12  // 32 registers
+#else
+#define TOKENS 6  // 16 registers, assumed for WebAssembly too
+#endif
+
+// Unrolled, as the accumulators would not stay in registers otherwise.
+#define EACH_OF(count, i) _Pragma("clang loop unroll(full)") for (int i = 0; i < (count); i++)
+
+// Data types of the KV cache; library.py and engine.js repeat the numbers. KEPT_INT8 has a scale for each position of
+// each head. KEPT_PAIRS, pairs of bfloat16, is for weights only.
+enum format { KEPT_FLOAT32, KEPT_FLOAT16, KEPT_INT8, KEPT_PAIRS };
+
+INLINE size_t bytes_of(int format) { return format == KEPT_FLOAT32 ? 4 : format == KEPT_FLOAT16 ? 2 : 1; }
+
+// LANES elements as floats, or pairs. The scales of KEPT_INT8 are not applied.
+INLINE vec load_kept(int format, const void *base, size_t at) {
+    if (format == KEPT_INT8) return __builtin_convertvector(LOAD(bytes_vec, (const int8_t *)base + at), vec);
+    return format == KEPT_FLOAT16 ? from_half((const half *)base + at) : load((const float *)base + at);
+}
+
+// total[r][v] += x[r × stride + u] × w[u × step + v × gap …], for all u: an outer product for each u. `ahead`: prefetch
+// distance in bytes, or 0.
+INLINE void add_products(int format, int rows, int vectors, int ahead, const void *w, size_t step, size_t gap, int units,
+                         const float *x, size_t stride, vec total[][MOST_VECTORS]) {
+    for (int u = 0; u < units; u++) {
+        vec own[MOST_VECTORS];
+        EACH_OF(vectors, v) {
+            size_t at = (size_t)u * step + (size_t)v * gap;
+            if (ahead) __builtin_prefetch((const char *)w + at * bytes_of(format) + ahead);
+            own[v] = load_kept(format, w, at);
+        }
+        EACH_OF(rows, r) {
+            vec factor = all(x[(size_t)r * stride + (size_t)u]);
+            EACH_OF(vectors, v)
+                total[r][v] = format == KEPT_PAIRS ? add_pairs(total[r][v], own[v], factor) : total[r][v] + own[v] * factor;
+        }
+    }
 }

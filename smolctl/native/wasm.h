@@ -1,4 +1,4 @@
-// What WebAssembly lacks of the C library: there is none on wasm32-freestanding, and the only import is the memory.
+// Replaces the C library, which wasm32-freestanding lacks, so that the memory remains the only import.
 #pragma once
 
 #include <stddef.h>
@@ -11,7 +11,7 @@
 #define INFINITY __builtin_inff()
 #define WASM_PAGE 65536
 
-// Memory is a stack that begins above everything that the page has put there: see `smolctl_heap`.
+// A stack allocator, in the memory above the data that the page has placed there: see `smolctl_heap`.
 static uintptr_t heap;
 
 static void *aligned_alloc(size_t alignment, size_t bytes) {

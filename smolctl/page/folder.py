@@ -21,7 +21,7 @@ from smolctl.page.tokenization import page_tokenizer
 from smolctl.sources.base import ModelSource
 from smolctl.sources.huggingface.write import write_json
 from smolctl.sources.open import open_source
-from smolctl.sources.quantized.folder import FILE, read_description
+from smolctl.sources.quantized_folder import FILE, read_description
 
 CODE = Path(__file__).parent / "files"
 ENGINES = tuple(

@@ -23,9 +23,9 @@ from smolctl.model.positions import rotary_frequencies
 from smolctl.sources.arrays import name_of
 from smolctl.sources.huggingface.safetensors_file import read_header
 from smolctl.sources.open import open_source
-from smolctl.sources.quantized.folder import FILE, OFFSETS, SCALES, VALUES
 from smolctl.sources.quantized.packed import BLOCK, PackedMatrix
 from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor
+from smolctl.sources.quantized_folder import FILE, OFFSETS, SCALES, VALUES
 from smolctl.sources.shapes import HEAD, POSITIONS, TABLE
 
 MAX_BYTES = 65_535 * 65_536  # WebAssembly's memory in whole pages below 4 GiB, which some browsers refuse

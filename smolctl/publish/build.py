@@ -11,8 +11,7 @@ from pathlib import Path, PurePath
 from smolctl.config import Provenance
 from smolctl.config.run import PublishConfig
 from smolctl.errors import InputError
-from smolctl.hub.client import README
-from smolctl.hub.files import PlannedFile, planned_files
+from smolctl.hub.files import README, PlannedFile, planned_files
 from smolctl.model.weights import parameter_count
 from smolctl.outside import read_json
 from smolctl.ownership import RECORD, edited_files, own_files, require_inside, strange_files
@@ -44,7 +43,7 @@ from smolctl.sources.huggingface.card import read_metadata, split_card
 from smolctl.sources.huggingface.write import write_json
 from smolctl.sources.open import require_own_files
 from smolctl.sources.provenance import provenance_of, read_provenance
-from smolctl.sources.quantized.folder import DESCRIPTION, FILE, is_quantized_folder, read_description
+from smolctl.sources.quantized_folder import DESCRIPTION, FILE, is_quantized_folder, read_description
 
 # Texts beside the model that belong to it and are taken as they are.
 LICENCE_FILES = re.compile(r"(LICEN[CS]E|NOTICE)([.-].*)?", re.IGNORECASE)

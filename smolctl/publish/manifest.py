@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from smolctl.hub.client import README, Head, HubClient, Target
+from smolctl.hub.client import Head, HubClient, Target
 from smolctl.hub.errors import MissingError
-from smolctl.hub.files import PlannedFile, planned_file
+from smolctl.hub.files import README, PlannedFile, planned_file
 from smolctl.ownership import RECORD, Record, parse_record, write_record
 
 KIND = "repository"

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from smolctl.errors import HubError, InputError, SmolError
-from smolctl.hub.client import README, Commit, HubClient, Identity, Target
+from smolctl.hub.client import Commit, HubClient, Target
 from smolctl.hub.errors import PaymentError
-from smolctl.hub.files import PlannedFile
+from smolctl.hub.files import README, PlannedFile
+from smolctl.hub.identity import Identity
 from smolctl.ownership import (
     Record,
     building,

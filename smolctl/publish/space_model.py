@@ -10,7 +10,7 @@ from smolctl.quantization.folder import Origin, write_folder
 from smolctl.quantization.schemes import SchemeOptions, plan_quantization
 from smolctl.runs.layout import QUANTIZED
 from smolctl.sources import open_source
-from smolctl.sources.quantized.folder import read_description
+from smolctl.sources.quantized_folder import read_description
 
 
 def write_space_model(built: Built, scheme: str, folder: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from smolctl.hub.client import README
+from smolctl.hub.files import README
 from smolctl.page.folder import BEGINNINGS, QUESTIONS
 from smolctl.publish.card import merge_card
 from smolctl.publish.card_text import CardFacts

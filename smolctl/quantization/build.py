@@ -1,4 +1,4 @@
-"""From a source's tensors to what a plan stores."""
+"""Converts a source's tensors to the form that a plan stores."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from smolctl.config import ModelConfig
 from smolctl.model.dynamic import quantize_dynamically
 from smolctl.model.weights import finite_tensors
 from smolctl.quantization.rounding import quantize_matrix
-from smolctl.quantization.schemes import DYNAMIC, QuantizationPlan, wider
+from smolctl.quantization.schemes import QuantizationPlan, wider
 from smolctl.sources.arrays import as_array, as_tensor
 from smolctl.sources.base import ModelSource
 from smolctl.sources.quantized.packed import BLOCK
 from smolctl.sources.quantized.range import holds
 from smolctl.sources.quantized.scaled import StoredTensor, dense
+from smolctl.sources.quantized_folder import DYNAMIC
 from smolctl.sources.shapes import check_state
 
 
 def read_tensors(source: ModelSource) -> dict[str, Tensor]:
-    """Every tensor in float32, a tied head left out; all of them finite.
+    """Every tensor in float32, without a tied head; all of them are finite.
 
     Raises:
-        InputError: the weights cannot be read, do not fit the config, or hold NaN or infinite values.
+        InputError: the weights cannot be read, do not fit the config, or contain NaN or infinite values.
     """
     state = check_state(source.require_config(), dict(finite_tensors(source)), source.id)
     return {name: tensor.detach().float().cpu() for name, tensor in state.items()}
@@ -34,10 +35,11 @@ def read_tensors(source: ModelSource) -> dict[str, Tensor]:
 def widened(
     plan: QuantizationPlan, tensors: Mapping[str, Tensor]
 ) -> tuple[QuantizationPlan, tuple[str, ...]]:
-    """A plan in which every matrix is stored in a way whose range holds it, and a line for each that changed.
+    """Change the storage of each matrix whose values exceed its range: the new plan, and a line for each
+    change.
 
     Args:
-        plan: as it was asked for.
+        plan: as requested.
         tensors: in float32 under their Hugging Face names.
     """
     if plan.scheme == DYNAMIC:  # its scales are float32
@@ -66,8 +68,8 @@ def build_items(
     Args:
         config: of the network.
         tensors: in float32 under their Hugging Face names.
-        plan: of a scheme that becomes a folder, `widened`.
-        importance: mean square of every matrix's input, (columns,), to search the scales with.
+        plan: of a scheme that becomes a folder, after `widened`.
+        importance: mean square of every matrix's input, (columns,), for the search for scales.
     """
     if plan.scheme == DYNAMIC:
         kept = {tensor.name for tensor in plan.tensors if not tensor.packed}
@@ -88,7 +90,7 @@ def build_items(
 
 
 def _smallest(tensor: Tensor) -> Tensor:
-    """A matrix that is left alone: in bfloat16 where that holds every value of it, else in float32."""
+    """A matrix that is not quantized: in bfloat16 if that represents every value exactly, else in float32."""
     short = tensor.bfloat16()
     return short if torch.equal(short.float(), tensor) else tensor
 

@@ -1,4 +1,4 @@
-"""What the inputs of every matrix look like, and what the rounding of each costs."""
+"""Statistics of every matrix's inputs, and the cost of rounding each matrix."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from smolctl.sources.shapes import tensor_name
 def input_squares(
     config: ModelConfig, tensors: Mapping[str, Tensor], windows: Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    """Mean square of every matrix's input, column by column: (columns,) under the matrix's name.
+    """Mean square of every matrix's input, per column: (columns,) under the matrix's name.
 
     Args:
         config: of the network.
@@ -50,15 +50,15 @@ def input_squares(
 
 @dataclass(frozen=True)
 class TensorCost:
-    """What the rounding of one tensor costs by itself."""
+    """The cost of rounding one tensor while all others stay exact."""
 
     name: str
     stored: str  # "int8", "int4"
     bytes: int
     output_error: float  # relative: RMS error of the output over RMS of the output
-    kl: float | None = None  # nats per token when this tensor alone is rounded; only of the costliest
-    largest_input: float | None = None  # where inputs are rounded too, as int8-dynamic does
-    median_input: float | None = None  # of the absolute values; the mean of the sequences' medians
+    kl: float | None = None  # nats per token if only this tensor is rounded; for the costliest only
+    largest_input: float | None = None  # if inputs are rounded too, as in int8-dynamic
+    median_input: float | None = None  # of the absolute values: the mean of the sequences' medians
 
 
 def output_errors(
@@ -66,7 +66,7 @@ def output_errors(
 ) -> list[TensorCost]:
     """The relative error of every packed matrix's output, the costliest first.
 
-    The columns of an input count as independent: their mean squares are all that is known of it.
+    The columns of an input are treated as independent, because only their mean squares are known.
     """
     costs = []
     for name, item in items.items():
@@ -89,13 +89,13 @@ def dynamic_errors(
 ) -> list[TensorCost]:
     """The relative error of every layer of int8-dynamic on the source's own inputs, the costliest first.
 
-    The first token of a sequence is left out of the errors: its activations are the outliers in question,
-    and the layer that serves it well may give all others nothing.
+    The first token of a sequence is excluded from the errors: its activations are the outliers, and a layer
+    that is accurate for it may give zeros for all other tokens.
 
     Args:
         config: of the network.
         tensors: its weights in float32.
-        items: what int8-dynamic makes of them.
+        items: the tensors of int8-dynamic.
         activations: "per-tensor" or "per-token".
         windows: token ids (T + 1,) each.
     """

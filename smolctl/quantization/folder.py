@@ -1,4 +1,4 @@
-"""A model as a folder: written beside its place, read back and compared bit for bit, then renamed."""
+"""Writes a model as a folder: to a temporary place, read back and compared bit for bit, then renamed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from smolctl.durable import file_digest, lack_of_room, sync_file, sync_folder
 from smolctl.errors import SmolError
 from smolctl.model.dynamic import dynamic_network, dynamic_state
 from smolctl.ownership import Record, building, put_in_place, write_record
-from smolctl.quantization.schemes import DYNAMIC, QuantizationPlan
+from smolctl.quantization.schemes import QuantizationPlan
 from smolctl.runs.checkpoint_file import FORMAT as CHECKPOINT_FORMAT
 from smolctl.sources import open_source
 from smolctl.sources.arrays import Array, as_tensor, name_of
 from smolctl.sources.base import TokenizerFiles
 from smolctl.sources.huggingface.write import write_json, write_model
-from smolctl.sources.quantized.folder import (
+from smolctl.sources.quantized.packed import PackedMatrix
+from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor
+from smolctl.sources.quantized_folder import (
     DESCRIPTION,
+    DYNAMIC,
     FILE,
     FORMAT,
     OFFSETS,
@@ -34,21 +37,19 @@ from smolctl.sources.quantized.folder import (
     VERSION,
     header_digest,
 )
-from smolctl.sources.quantized.packed import PackedMatrix
-from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor
 
-SMALL_FILES = 32 << 20  # tokenizer, configs and the file system's own: room that is left for them
+SMALL_FILES = 32 << 20  # free space for tokenizer, configs and the file system's own data
 CHECKPOINT_SUFFIX = "_quantized.ckpt"
 QUANTIZED_MODEL = "quantized model"
 
 
 class WriteError(SmolError):
-    """A quantized model could not be written; what was there before is as it was."""
+    """A quantized model could not be written; earlier files are unchanged."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What was quantized."""
+    """The model that was quantized."""
 
     id: str
     kind: str
@@ -71,52 +72,50 @@ def write_folder(
     origin: Origin,
     name: str = "model",
 ) -> tuple[str, ...]:
-    """Write a model so that every command takes the folder as MODEL.
+    """Write a model as a folder that every command accepts as MODEL.
 
     Args:
         target: the folder. smolctl's own files in it are replaced.
         config: of the network.
-        plan: what the items follow.
-        items: every tensor under its Hugging Face name, as it will be stored.
-        tokenizer: travels with the model.
-        origin: kept in the description.
+        plan: how the items are stored.
+        items: every tensor under its Hugging Face name, in its stored form.
+        tokenizer: written with the model.
+        origin: written into the description.
         name: of the model, for `NAME_quantized.ckpt`.
 
     Returns:
-        Files that were there and stay, because they are not smolctl's.
+        Files of others that were already there and were kept.
 
     Raises:
         WriteError: no room, no permission, or the disk returned different bytes than were written.
     """
     stored = stored_arrays(items)
-    twice = 2 if plan.scheme == DYNAMIC else 1  # the .ckpt holds everything again
+    twice = 2 if plan.scheme == DYNAMIC else 1  # the .ckpt contains everything a second time
     needed = twice * sum(array.nbytes for array in stored.values())
-    with write_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if lack := lack_of_room(target.parent, needed + min(SMALL_FILES, needed)):
+    with write_errors(target), building(target) as folder:
+        if lack := lack_of_room(folder, needed + min(SMALL_FILES, needed)):
             raise WriteError(
                 f"{target}: the quantized model {lack}", "Free some space or choose another --out."
             )
-        with building(target) as folder:
-            _write_files(folder, config, plan, items, stored, tokenizer, origin, name)
-            written = {glob.escape(path.name): file_digest(path) for path in folder.iterdir()}
-            write_record(folder, Record(QUANTIZED_MODEL, written))
-            for path in folder.iterdir():
-                sync_file(path)
-            sync_folder(folder)
-            _compare(folder, items, target)
-            return put_in_place(folder, target)
+        _write_files(folder, config, plan, items, stored, tokenizer, origin, name)
+        written = {glob.escape(path.name): file_digest(path) for path in folder.iterdir()}
+        write_record(folder, Record(QUANTIZED_MODEL, written))
+        for path in folder.iterdir():
+            sync_file(path)
+        sync_folder(folder)
+        _compare(folder, items, target)
+        return put_in_place(folder, target)
 
 
 @contextmanager
 def write_errors(target: Path) -> Iterator[None]:
-    """Turn the operating system's refusal into the reason and the remedy."""
+    """Turn an error of the operating system into the reason and the remedy."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (SafetensorError, OSError, RuntimeError) as error:
-        # torch.save turns a short write into a RuntimeError that names no cause.
+        # torch.save turns a short write into a RuntimeError that does not name the cause.
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise WriteError(
             f"{target}: cannot be written ({reason})", "Free some space or choose another --out."
@@ -146,7 +145,7 @@ def _write_files(
     origin: Origin,
     name: str,
 ) -> None:
-    plain = plan.scheme == "bf16" and not config.needs_own_code  # transformers loads it as it is
+    plain = plan.scheme == "bf16" and not config.needs_own_code  # needs no code of smolctl's
     write_model(
         folder,
         config,
@@ -185,6 +184,7 @@ def describe(plan: QuantizationPlan, items: Mapping[str, StoredTensor], origin: 
         "source": origin.document(),
         "calibrated": plan.options.calibrate,
         "skip": list(plan.options.skip),
+        "bits_map": [list(pair) for pair in plan.options.bits_map],
         "tensors": {name: _entry(item) for name, item in items.items()},
     }
     if plan.scheme == DYNAMIC:
@@ -220,7 +220,7 @@ def _write_checkpoint(
 
 
 def _compare(partial: Path, items: Mapping[str, StoredTensor], target: Path) -> None:
-    """Read everything back, through the readers that every command uses."""
+    """Read everything back with the readers that every command uses, and compare it."""
     for path in (partial, *partial.glob(f"*{CHECKPOINT_SUFFIX}")):
         found = stored_arrays(dict(open_source(str(path)).require_weights().stored()))
         expected = stored_arrays(items)

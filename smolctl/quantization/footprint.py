@@ -1,4 +1,4 @@
-"""What loading a model and decoding a little of it costs."""
+"""The cost of loading a model and decoding a few tokens."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ TOKENS = 8
 
 @dataclass(frozen=True)
 class Footprint:
-    """What loading costs, seen from a process that does nothing else."""
+    """The cost of loading, measured in an otherwise idle process."""
 
     load_s: float
-    peak_bytes: int | None  # Python and PyTorch included; None where the system does not say
+    peak_bytes: int | None  # includes Python and PyTorch; None if the system does not report it
 
 
 def measure_footprint(model: str) -> Footprint | None:
-    """The costs in a process of its own, whose peak is that of one model; None when that is not possible."""
+    """Measure the cost in a separate process, whose peak is that of one model; None if that is not
+    possible.
+    """
     try:
         with Worker("smolctl", torch.get_num_threads()) as worker:
             return worker.call(load_and_decode, model)
@@ -32,7 +34,7 @@ def measure_footprint(model: str) -> Footprint | None:
 
 
 def load_and_decode(model: str) -> Footprint:
-    """The costs in this process."""
+    """Measure the cost in this process."""
     loaded = load_model(model)
     engine = loaded.engine
     cache = engine.allocate(1, min(2 * TOKENS, engine.config.max_position_embeddings))

@@ -1,4 +1,4 @@
-"""A variant beside its source: what it loses, what it gains, measured in turns on the same text."""
+"""Measures a variant against its source, in turns and on the same text: quality and speed."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ from smolctl.generation.engine import Engine
 from smolctl.quantization.texts import Windows
 from smolctl.timing import Spread, ratio_of
 
-# Text, code, a list and a question: the greedy continuations of source and variant are compared on them.
+# Text, code, a list and a question, on which the greedy continuations of source and variant are compared.
 PROMPTS = (
     "Once upon a time, in a village by the sea, there lived",
     "def fibonacci(n):\n    ",
     "The capital of France is Paris. The capital of Italy is",
     "What makes the sky blue? The light of the sun",
 )
-DECODED_TOKENS = 32  # of each prompt
+DECODED_TOKENS = 32  # per prompt
 PREFILL_TOKENS = 256
-TURN_SECONDS = 0.2  # of decoding: a small model says the same several times
+TURN_SECONDS = 0.2  # of decoding per turn: a small model repeats the same work
 
 
 @dataclass(frozen=True)
 class Quality:
-    """How a variant predicts, beside its source."""
+    """The quality of a variant's predictions compared with its source's."""
 
     bits_per_byte: Estimate
     source_bits_per_byte: Estimate
-    delta: Estimate  # of bits per byte; paired: both read the same documents
+    delta: Estimate  # of bits per byte; paired, because both process the same documents
     kl: Estimate  # nats per token, KL(source ‖ variant)
     kl_documents: tuple[float, ...]  # sum over each document, for comparing variants
     top1_agreement: float
     tokens: int
-    perplexity: float  # of a token
+    perplexity: float  # per token
     source_perplexity: float
 
     @property
@@ -67,20 +67,20 @@ class Speed:
     prefill: Spread
     source_decode: Spread
     source_prefill: Spread
-    speedup: Spread  # of decoding: a ratio for each turn
+    speedup: Spread  # of decoding: one ratio per turn
     prefill_speedup: Spread
 
 
 @dataclass(frozen=True)
 class GreedyDivergence:
-    """Where greedy text leaves the source's; tokens count from 0."""
+    """Where a variant's greedy text departs from the source's; tokens count from 0."""
 
-    first: tuple[int | None, ...]  # for each prompt the first token that differs; None: none does
-    tokens: int  # decoded of each
+    first: tuple[int | None, ...]  # for each prompt, the first token that differs; None: no difference
+    tokens: int  # decoded per prompt
 
 
 def measure_quality(source: Engine, variants: Sequence[Engine], windows: Windows) -> list[Quality]:
-    """Read every sequence with the source, once, and with each variant, and compare the predictions."""
+    """Score every sequence with the source once and with each variant, and compare the predictions."""
     theirs: list[TokenScores] = []
     ours: list[list[TokenScores]] = [[] for _ in variants]
     for window in windows.measured:
@@ -98,12 +98,12 @@ def measure_quality(source: Engine, variants: Sequence[Engine], windows: Windows
 def _quality(
     ours: Sequence[TokenScores], theirs: Sequence[TokenScores], documents: NDArray[np.int64], sizes: Tensor
 ) -> Quality:
-    """All as estimates over documents.
+    """The quality as estimates over documents.
 
     Args:
-        ours: of a variant, sequence by sequence.
+        ours: of a variant, by sequence.
         theirs: of its source.
-        documents: the number of each token's document, or of its sequence where documents are few.
+        documents: the number of each token's document, or of its sequence if there are few documents.
         sizes: bytes of each token.
     """
     nats, source_nats, kl, agrees = (
@@ -124,7 +124,7 @@ def _quality(
         bits_per_byte=ratio_estimate(own, bytes_),
         source_bits_per_byte=ratio_estimate(source, bytes_),
         delta=resampled_estimate(own, bytes_, source),
-        kl=replace(mean_kl, mean=0.0) if mean_kl.mean < 0 else mean_kl,  # rounding
+        kl=replace(mean_kl, mean=0.0) if mean_kl.mean < 0 else mean_kl,  # negative by rounding
         kl_documents=tuple(divergence),
         top1_agreement=agrees.double().mean().item(),
         tokens=len(nats),
@@ -134,7 +134,7 @@ def _quality(
 
 
 def _perplexity(nats: Tensor) -> float:
-    return math.exp(min(nats.mean().item(), 700.0))  # beyond that a float is infinite
+    return math.exp(min(nats.mean().item(), 700.0))  # a float is infinite beyond that
 
 
 def mean_kl(reference: Engine, variant: Engine, windows: Sequence[Tensor]) -> float:
@@ -145,7 +145,7 @@ def mean_kl(reference: Engine, variant: Engine, windows: Sequence[Tensor]) -> fl
         for inputs in [window[:-1].tolist()]
     ]
     mean = torch.cat(found).mean().item()
-    return 0.0 if mean < 0 else mean  # rounding; not max(), which may drop a NaN
+    return 0.0 if mean < 0 else mean  # negative by rounding; not max(), which may drop a NaN
 
 
 def _logits(engine: Engine, tokens: Sequence[int]) -> Tensor:
@@ -155,15 +155,15 @@ def _logits(engine: Engine, tokens: Sequence[int]) -> Tensor:
 def measure_speed(
     source: Engine, variants: Sequence[Engine], tokenizer: Tokenizer
 ) -> list[tuple[Speed, GreedyDivergence]]:
-    """Continue the fixed prompts greedily and read a longer one; in every turn each model has its go.
+    """Continue the fixed prompts greedily and process a longer one, with every model once per turn.
 
-    Who goes first changes from turn to turn: a machine that slows down meanwhile favours none.
+    The order changes from turn to turn, so a machine that slows down favours none of them.
     """
     prompts = [_prompt(tokenizer, text, source) for text in PROMPTS]
     length = min(PREFILL_TOKENS, source.config.max_position_embeddings)
     long = [token for prompt in prompts * PREFILL_TOKENS for token in prompt][:length]
     engines = (source, *variants)
-    for engine in engines:  # a first call sets up threads and buffers
+    for engine in engines:  # the first call sets up threads and buffers
         _greedy(engine, prompts[0], 2)
     decode: list[list[float]] = [[] for _ in engines]
     prefill: list[list[float]] = [[] for _ in engines]
@@ -201,7 +201,7 @@ def _prompt(tokenizer: Tokenizer, text: str, engine: Engine) -> list[int]:
 
 
 def _greedy(engine: Engine, prompt: Sequence[int], count: int) -> tuple[list[int], float]:
-    """The likeliest continuation, and the seconds that all but its first token took."""
+    """The likeliest continuation, and the seconds for all its tokens except the first."""
     capacity = min(len(prompt) + count, engine.config.max_position_embeddings)
     cache = engine.allocate(1, capacity)
     tokens = [int(engine.forward([prompt], cache).argmax())]

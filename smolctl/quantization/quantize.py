@@ -1,4 +1,4 @@
-"""One call of `quantize`: a source read once, every scheme written, each measured beside the source."""
+"""`quantize`: reads a source once, writes every scheme, and measures each result against the source."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ from smolctl.quantization.footprint import measure_footprint
 from smolctl.quantization.measure import mean_kl, measure_quality, measure_speed
 from smolctl.quantization.record import record_variants
 from smolctl.quantization.schemes import (
-    DYNAMIC,
     GGUF_SCHEMES,
     PACKED_SCHEMES,
     QuantizationPlan,
@@ -48,46 +47,46 @@ from smolctl.sources.base import ModelSource, TokenizerFiles
 from smolctl.sources.gguf.write import is_own_gguf, write_gguf
 from smolctl.sources.open import require_own_files
 from smolctl.sources.provenance import provenance_of
-from smolctl.sources.quantized.folder import FILE
 from smolctl.sources.quantized.scaled import StoredTensor
+from smolctl.sources.quantized_folder import DYNAMIC, FILE
 
-COSTLIEST = 5  # tensors whose KL is measured one by one
+COSTLIEST = 5  # tensors whose KL is measured separately
 COST_WINDOWS = 4
-# What people write behind a name to say how it is stored: it is stored otherwise now.
+# Suffixes by which people name the storage of a model, which no longer applies to the result.
 FORMAT_ENDING = r"(?i)[.-](i?q\d(_\w+)?|bf16|f16|fp16|f32|fp32)$"
 
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """What a call asks for."""
+    """The options of a call."""
 
     schemes: tuple[str, ...] = ("int8",)
     scheme_options: SchemeOptions = dataclasses.field(default_factory=SchemeOptions)
     out: Path | None = None
     force: bool = False
     measure: bool = True
-    data: tuple[str, ...] = ()  # text to measure on; empty: what was held out
+    data: tuple[str, ...] = ()  # text to measure on; empty: held-out text
     windows: int = 24
     per_tensor: bool = False
     gates: Gates = dataclasses.field(default_factory=Gates)
-    accept_guesses: bool = False  # of values of the config that no file says
+    accept_guesses: bool = False  # of config values that are in no file
 
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """Everything that a call has found."""
+    """The results of a call."""
 
     source: SourceFacts
-    text: str  # that was measured on; "" when nothing was
+    text: str  # the text that was measured on; "" if nothing was measured
     tokens: int
     variants: tuple[Variant, ...]
-    costs: Mapping[str, tuple[TensorCost, ...]]  # by scheme, when asked for
+    costs: Mapping[str, tuple[TensorCost, ...]]  # by scheme, if requested
     failed_gates: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What all schemes of a call share."""
+    """Shared by all schemes of a call."""
 
     source: ModelSource
     config: ModelConfig
@@ -103,16 +102,16 @@ class _Job:
 def quantize(
     model: str, options: QuantizeOptions, note: Callable[[str], None] = lambda _text: None
 ) -> QuantizeReport:
-    """Write a model in smaller schemes and say what each costs and brings.
+    """Write a model in smaller schemes and report what each of them costs and gains.
 
     Args:
         model: any MODEL with weights.
-        options: schemes, where to, and how to measure.
+        options: schemes, targets, and how to measure.
         note: called with each line of progress.
 
     Raises:
-        SmolError: the model cannot be read, a scheme is not for it, or a file cannot be written; nothing
-            is written before everything that can be checked is.
+        SmolError: the model cannot be read, a scheme does not support it, or a file cannot be written;
+            nothing is written before all checks that are possible in advance have passed.
     """
     options.gates.require_checkable(options.measure)
     source = _open(model, options, note)
@@ -151,7 +150,7 @@ def quantize(
 
 
 def _options_for(options: QuantizeOptions, scheme: str) -> SchemeOptions:
-    """The options that apply to a scheme, where several were named; a single one gets all of them."""
+    """The options that apply to a scheme if several were named; a single scheme gets all of them."""
     asked = options.scheme_options
     if len(options.schemes) == 1:
         return asked
@@ -163,7 +162,7 @@ def _options_for(options: QuantizeOptions, scheme: str) -> SchemeOptions:
 
 
 def _open(model: str, options: QuantizeOptions, note: Callable[[str], None]) -> ModelSource:
-    """The model, if it can be quantized; notes say what is odd about it."""
+    """Open the model if it can be quantized; notes describe anything unusual."""
     source = open_source(model)
     source.require_config()
     source.require_weights()
@@ -195,7 +194,7 @@ def _prepare(
         windows = choose_windows(source, config, tokenizer, options.data, options.windows, needs_activations)
     tensors = read_tensors(source)
     if windows is not None and needs_activations:
-        # The last few sequences choose between the plain and the searched scales.
+        # The last few sequences decide between the plain and the searched scales.
         if calibrate or set(options.schemes) & set(PACKED_SCHEMES):
             squares = input_squares(config, tensors, windows.calibration[:-COST_WINDOWS])
         reference = _engine(config, tensors)
@@ -207,7 +206,7 @@ def _engine(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Engine:
 
 
 def _free_target(source: ModelSource, scheme: str, options: QuantizeOptions) -> Path:
-    """Where a scheme goes. Raises UsageError where what lies there is not to be replaced."""
+    """The target of a scheme. Raises UsageError if something is there that must not be replaced."""
     target = _target(source, scheme, options)
     if scheme in GGUF_SCHEMES:
         require_replaceable_file(target, "--out", options.force, (source.id,), is_own_gguf, True)
@@ -217,7 +216,7 @@ def _free_target(source: ModelSource, scheme: str, options: QuantizeOptions) -> 
 
 
 def _target(source: ModelSource, scheme: str, options: QuantizeOptions) -> Path:
-    """Where a scheme goes: a folder, or a file for GGUF."""
+    """The target of a scheme: a folder, or a file for GGUF."""
     name, run = model_name(source), source.run_folder
     folder = options.out or (run.path / QUANTIZED if run is not None else None)
     if scheme in GGUF_SCHEMES:
@@ -228,7 +227,7 @@ def _target(source: ModelSource, scheme: str, options: QuantizeOptions) -> Path:
 
 
 def model_name(source: ModelSource) -> str:
-    """What to call files after a model: the last part of its name, without the endings of a file."""
+    """A base name for files: the last part of the model's name, without file suffixes."""
     if (run := source.run_folder) is not None:
         return run.path.name
     path = Path(source.id.partition("@")[0])
@@ -258,7 +257,9 @@ def _build(job: _Job, plan: QuantizationPlan) -> tuple[dict[str, StoredTensor] |
 
 
 def _costs(job: _Job, plan: QuantizationPlan, items: Mapping[str, StoredTensor]) -> tuple[TensorCost, ...]:
-    """Every tensor's relative output error, and the KL of the costliest when each alone is rounded."""
+    """Every tensor's relative output error, and the KL of the costliest tensors when only that tensor is
+    rounded.
+    """
     assert job.windows is not None
     assert job.reference is not None
     windows = job.windows.calibration[-COST_WINDOWS:]
@@ -314,7 +315,7 @@ def _write(
 
 
 def _size(source: ModelSource, config: ModelConfig) -> tuple[int, float]:
-    """Bytes of the weights as they are stored, and bits for each of the model's parameters."""
+    """Bytes of the weights as stored, and bits per parameter of the model."""
     stored = sum(tensor.bytes for tensor in source.tensors or ())
     return stored, 8 * stored / count_parameters(config).unique
 
@@ -322,7 +323,7 @@ def _size(source: ModelSource, config: ModelConfig) -> tuple[int, float]:
 def _measure(
     job: _Job, model: str, facts: SourceFacts, variants: Sequence[Variant]
 ) -> tuple[SourceFacts, list[Variant]]:
-    """Every variant, as it is loaded from its file, beside the source and in turns with it."""
+    """Measure every variant, loaded from its file, in turns with the source."""
     assert job.windows is not None
     source = load_model(model)
     loaded = [load_model(variant.path).engine for variant in variants]
@@ -332,7 +333,7 @@ def _measure(
     speeds = measure_speed(source.engine, loaded, source.tokenizer)
     engines = [engine.name for engine in loaded]
     facts = dataclasses.replace(facts, engine=source.engine.name)
-    del source, loaded  # what loads below has the memory for itself
+    del source, loaded  # frees memory for the models that are loaded next
     facts = dataclasses.replace(facts, footprint=measure_footprint(model))
     return facts, [
         dataclasses.replace(

@@ -1,4 +1,4 @@
-"""What was measured on a run's quantized variants, kept beside them for the model card."""
+"""The measurements of a run's quantized variants, stored next to them for the model card."""
 
 from __future__ import annotations
 
@@ -9,33 +9,32 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from smolctl.quantization.verdict import Variant
-from smolctl.runs.layout import QUANTIZED
+from smolctl.runs.layout import VERDICTS
 from smolctl.runs.records import add_measurements, read_measurements
 
-VERDICTS = Path(QUANTIZED) / "verdict.json"  # in the run's folder
 VARIANTS = "variants"
 
 
 class _Named(TypedDict):
-    """What a variant's record must have to be distinguished from others."""
+    """What distinguishes a variant's record from others."""
 
     scheme: str
     step: int | None
 
 
 def record_variants(run: Path, step: int | None, variants: Iterable[Variant]) -> None:
-    """Add variants to a run's record; of the same scheme and step the newest counts."""
+    """Add variants to a run's record; a new variant replaces one of the same scheme and step."""
     fresh = [{**measurements(variant), "step": step} for variant in variants]
     add_measurements(run / VERDICTS, VARIANTS, _Named, fresh, ("scheme", "step"))
 
 
 def read_variants(run: Path) -> list[Mapping[str, Any]]:
-    """Every variant that was recorded; an unreadable record is an empty one."""
+    """All recorded variants; an unreadable record counts as empty."""
     return read_measurements(run / VERDICTS, VARIANTS, _Named)
 
 
 def measurements(variant: Variant) -> dict[str, Any]:
-    """The figures of a variant that every document names alike; what was not measured is None."""
+    """The figures of a variant under the names that all documents use; None if not measured."""
     quality, speed = variant.quality, variant.speed
     return {
         "scheme": variant.scheme,

@@ -1,7 +1,7 @@
-"""Matrices to small integers: rounded plainly, or with scales that were searched for.
+"""Quantizes matrices to small integers, with plain or with searched scales.
 
-A group of columns of one row shares a scale (and, with 4 bits, an offset); see `sources/packed.py`. Scales
-are float16, and values are rounded against the scale as it is stored, so that nothing is lost twice.
+A group of columns of one row shares a scale (and, with 4 bits, an offset); see `sources/quantized/packed.py`.
+Scales are float16, and values are rounded against the stored scale, so that its rounding error is not added.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from smolctl.sources.quantized.packed import VALUES_AT_ONCE, PackedMatrix, pack_integers
 
-# A float32 near 1.5 × 2²³ has no room for fractions: adding and taking it away rounds, to even at the half.
-# `round_` does the same but wakes torch's threads even for this little.
+# A float32 near 1.5 × 2²³ has no fractional bits: adding and subtracting it rounds, half to even. `round_`
+# does the same, but wakes torch's threads even for small tensors.
 ROUNDS = 1.5 * 2**23
 SMALLEST = 2**-24  # the smallest float16 above 0
 # Shares of a group's range that the search tries as the range of the scale.
@@ -21,14 +21,14 @@ SHRINKS_4 = tuple(1.06 - step * 0.03 for step in range(0, 16))
 
 
 def quantize_matrix(weight: Tensor, bits: int, group: int, importance: Tensor | None = None) -> PackedMatrix:
-    """A matrix as packed integers.
+    """Quantize a matrix to packed integers.
 
     Args:
         weight: (rows, columns), any float type.
         bits: 8 or 4.
         group: columns that share a scale, a multiple of 32.
-        importance: (columns,) mean square of what each column is multiplied with; with it the scales are
-            searched for so that the squared error of the product is least.
+        importance: (columns,) mean square of each column's input; with it, scales are searched for that
+            minimize the squared error of the output.
     """
     columns = weight.shape[1]
     parts = [
@@ -65,18 +65,18 @@ def _quantize_rows(
 
 
 def _grouped(matrix: Tensor, group: int) -> Tensor:
-    """(rows, columns) as (rows, groups, group), filled up with zeros."""
+    """(rows, columns) as (rows, groups, group), zero-padded."""
     padded = torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % group))
     return padded.view(matrix.shape[0], -1, group)
 
 
 def _stored(scales: Tensor) -> Tensor:
-    """Scales as float16 keeps them; one that would vanish keeps the smallest."""
+    """Scales as stored in float16; one that would become 0 gets the smallest positive value."""
     return scales.clamp(max=65_504).half().float().clamp(min=SMALLEST)
 
 
 def _plain(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scales and offsets that just cover every group's range."""
+    """Scales and offsets that cover exactly the range of every group."""
     if bits == 8:
         return _stored(torch.maximum(high, -low) / 127), torch.zeros_like(low)
     offsets = low.half().float()
@@ -92,10 +92,11 @@ def _round(grouped: Tensor, scales: Tensor, offsets: Tensor, bits: int) -> Tenso
 def _searched(
     grouped: Tensor, weights: Tensor, low: Tensor, high: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:
-    """The scales and offsets with the least weighted squared error among those tried.
+    """The tried scales and offsets with the least weighted squared error.
 
-    Every candidate range is rounded to, then scale and offset are solved for by least squares with the
-    values held, as stored in float16. The plain ones are among the candidates: never worse.
+    For every candidate range, values are rounded, and then scale and offset are solved for by least squares
+    with the values fixed, rounded to float16. The plain ones are among the candidates, so the result is never
+    worse.
     """
     best_scales, best_offsets = _plain(low, high, bits)
     best = _error(grouped, weights, best_scales, best_offsets, bits)
@@ -127,7 +128,9 @@ def _error(grouped: Tensor, weights: Tensor, scales: Tensor, offsets: Tensor, bi
 def _least_squares(
     grouped: Tensor, weights: Tensor, values: Tensor, scales: Tensor, offsets: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:
-    """Scale and offset that fit best for given values; the given ones where they are not determined."""
+    """Least-squares scale and offset for fixed values; the given ones if the problem has no unique
+    solution.
+    """
     weighted = weights * values
     squares, product = (weighted * values).sum(-1), (weighted * grouped).sum(-1)
     if bits == 8:

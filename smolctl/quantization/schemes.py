@@ -1,4 +1,4 @@
-"""What every scheme does with every tensor: a plan that can be shown before anything is computed."""
+"""Plans how each scheme stores every tensor; a plan can be shown before anything is computed."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 from smolctl.arithmetic import parameter_rows
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError, UsageError
 from smolctl.sources.gguf.write import BITS, BLOCK_SCHEMES, block_of, require_gguf, wider_blocks
 from smolctl.sources.quantized.packed import BLOCK
+from smolctl.sources.quantized_folder import DYNAMIC, FolderScheme, PackedScheme
 from smolctl.sources.shapes import HEAD, TABLE
 
 GGUF_SCHEMES = tuple(f"gguf-{scheme}" for scheme in ("bf16", "f16", *BLOCK_SCHEMES))
-PACKED_SCHEMES = ("int8", "int4")
-DYNAMIC = "int8-dynamic"
-SCHEMES = (*PACKED_SCHEMES, DYNAMIC, "bf16", *GGUF_SCHEMES)
+PACKED_SCHEMES: tuple[str, ...] = get_args(PackedScheme)
+SCHEMES: tuple[str, ...] = (*get_args(FolderScheme), *GGUF_SCHEMES)
 USUAL_GROUP = 128  # the largest that other tools offer
 K_BLOCK = 256  # values of a row that llama.cpp's K-quants pack together
 STORED = {4: "int4", 8: "int8", 16: "bfloat16", 32: "float32"}  # a tensor, by its bits
@@ -28,13 +29,13 @@ STORED = {4: "int4", 8: "int8", 16: "bfloat16", 32: "float32"}  # a tensor, by i
 
 @dataclass(frozen=True)
 class SchemeOptions:
-    """What can be asked for beside the name of a scheme."""
+    """Options of a scheme."""
 
     group: int = 32  # columns that share a scale
-    skip: tuple[str, ...] = ()  # patterns of tensors that stay as they are
-    bits_map: tuple[tuple[str, int], ...] = ()  # pattern and bits; the first that matches counts
+    skip: tuple[str, ...] = ()  # patterns of tensors that are not quantized
+    bits_map: tuple[tuple[str, int], ...] = ()  # patterns with bits; the first match counts
     activations: str = "per-tensor"  # of int8-dynamic
-    per_row: bool = False  # int8-dynamic: a scale for each row of a matrix
+    per_row: bool = False  # for int8-dynamic: a scale for each row of a matrix
     calibrate: bool = False
 
     @property
@@ -50,7 +51,7 @@ class TensorPlan:
     shape: tuple[int, ...]
     bits: int  # 4 or 8 (5 too in a GGUF): packed; 16: bfloat16 (float16 too in a GGUF); 32: float32
     group: int | None = None  # columns that share a scale, of a packed matrix
-    block: str = ""  # of a GGUF: the kind of its blocks, "q4_0"
+    block: str = ""  # for a GGUF: the type of its blocks, such as "q4_0"
 
     @property
     def packed(self) -> bool:
@@ -70,7 +71,7 @@ class QuantizationPlan:
     options: SchemeOptions = field(default_factory=SchemeOptions)
 
     def summary(self) -> tuple[str, ...]:
-        """One line for each way of storing: how many tensors, which, in how many numbers."""
+        """One line for each kind of storage: how many tensors, which, and how many numbers."""
         groups: dict[str, list[TensorPlan]] = {}
         for tensor in self.tensors:
             key = f"{tensor.label} in groups of {tensor.group}" if tensor.group else tensor.label
@@ -91,11 +92,11 @@ def _what(tensors: Sequence[TensorPlan]) -> str:
 
 
 def check_scheme(scheme: str, config: ModelConfig) -> None:
-    """Refuse what there is not, with the reason.
+    """Refuse a scheme that does not exist or does not support the model, with the reason.
 
     Raises:
-        UsageError: no such scheme.
-        InputError: the model cannot have it.
+        UsageError: there is no such scheme.
+        InputError: the scheme does not support the model.
     """
     name = scheme.removeprefix("gguf-")
     if re.fullmatch(r"i?q\d_(k|k_[sml]|nl|xs|xxs|s|m)|i?q\d_\w*k\w*", name.lower()):
@@ -117,11 +118,11 @@ def check_scheme(scheme: str, config: ModelConfig) -> None:
 
 
 def plan_quantization(config: ModelConfig, scheme: str, options: SchemeOptions) -> QuantizationPlan:
-    """The plan of a scheme for a model. A tied head has no entry of its own: its table serves both.
+    """Plan a scheme for a model. A tied head has no entry of its own, because it shares its table's.
 
     Raises:
-        UsageError: no such scheme, a pattern that matches nothing, a group that cannot be.
-        InputError: the model cannot have the scheme.
+        UsageError: there is no such scheme, a pattern matches nothing, or a group size is not valid.
+        InputError: the scheme does not support the model.
     """
     check_scheme(scheme, config)
     if options.group < BLOCK or options.group % BLOCK:
@@ -161,23 +162,23 @@ def _tensor_plan(
     if len(shape) == 1 or any(_matches(pattern, name, config) for pattern in options.skip):
         return TensorPlan(name, shape, 32)
     if scheme == DYNAMIC:
-        # Tables that are only looked up are not linear layers; a tied one is the head's.
+        # Tables that are only looked up are not linear layers; a tied table is also the head.
         looked_up = "embed_positions" in name or (name == TABLE and not config.tie_word_embeddings)
         return TensorPlan(name, shape, 32 if looked_up else 8)
     asked = next((bits for pattern, bits in options.bits_map if _matches(pattern, name, config)), None)
     if asked is None:
-        # Tables are read at both ends of the network: they keep 8 bits, as in published GGUF files.
+        # Tables affect both ends of the network, so they keep 8 bits, as in published GGUF files.
         asked = 8 if scheme == "int8" or name in (TABLE, HEAD) or "embed_positions" in name else 4
     return TensorPlan(name, shape, asked, options.group if asked in (4, 8) else None)
 
 
 def _blocks(entry: TensorPlan, block: str) -> TensorPlan:
-    """The plan of a tensor of a GGUF."""
+    """The plan of a tensor in a GGUF."""
     return dataclasses.replace(entry, bits=BITS[block], block="" if block == "f32" else block)
 
 
 def wider(entry: TensorPlan) -> Iterator[TensorPlan]:
-    """A tensor's plan, and those to fall back on in turn; the last one holds everything."""
+    """A tensor's plan, followed by its fallbacks; the last one can store any values."""
     yield entry
     if entry.block:
         yield from (_blocks(entry, block) for block in wider_blocks(entry.block))
@@ -188,7 +189,9 @@ def wider(entry: TensorPlan) -> Iterator[TensorPlan]:
 
 
 def _matches(pattern: str, name: str, config: ModelConfig) -> bool:
-    """Whether a pattern means a tensor: a part of its name with wildcards, or `re:` and an expression."""
+    """Whether a pattern matches a tensor: a part of its name with wildcards, or `re:` and a regular
+    expression.
+    """
     names = [name.removesuffix(".weight"), name]
     if name == TABLE and config.tie_word_embeddings:
         names.append("lm_head")
@@ -202,7 +205,7 @@ def _matches(pattern: str, name: str, config: ModelConfig) -> bool:
 
 
 def split_commas(items: Iterable[str]) -> tuple[str, ...]:
-    """The values of an option that is repeatable and takes several at once, with commas; each value once."""
+    """The values of a repeatable option that also accepts commas, without duplicates."""
     parts = (part.strip() for item in items for part in item.split(","))
     return tuple(dict.fromkeys(part for part in parts if part))
 
@@ -219,7 +222,7 @@ def parse_bits_map(items: Sequence[str]) -> tuple[tuple[str, int], ...]:
     """`PATTERN=8,re:EXPRESSION=4` as pairs.
 
     Raises:
-        UsageError: not of this form.
+        UsageError: a value does not have this form.
     """
     pairs = []
     for part in split_commas(items):

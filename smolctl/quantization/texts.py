@@ -1,4 +1,4 @@
-"""Windows of text to measure on, and others to calibrate with."""
+"""Chooses sequences of text to measure on, and others for calibration."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from torch import Tensor
 from smolctl.config import ModelConfig
 from smolctl.config.data import DataConfig
 from smolctl.data.batches import validation_batches, validation_documents
-from smolctl.data.mixture import Mixture
 from smolctl.data.text.corpus import SequenceLengthError
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokens.corpus import tokenize_corpus
 from smolctl.data.tokens.marks import IDS
+from smolctl.data.tokens.mixture import Mixture
 from smolctl.errors import InputError
 from smolctl.sources.base import ModelSource
 from smolctl.sources.huggingface.tokenizer import ids_around_text
 
-WINDOW = 256  # tokens that are predicted in one sequence, fewer where the context is shorter
+WINDOW = 256  # predicted tokens per sequence, fewer if the context is shorter
 CALIBRATION_WINDOWS = 24
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Tokens that the model is measured on."""
+    """The tokens for measuring and calibrating a model."""
 
     name: str  # of the text, for people
     measured: tuple[Tensor, ...]  # (T + 1,) each
-    documents: tuple[Tensor, ...]  # number of the document of each predicted token, (T,) for each of them
-    calibration: tuple[Tensor, ...]  # (T + 1,) each; none of them is measured
-    token_bytes: Tensor  # (V,) bytes of text behind every id
+    documents: tuple[Tensor, ...]  # for each sequence, (T,): the document number of each predicted token
+    calibration: tuple[Tensor, ...]  # (T + 1,) each; not used for measuring
+    token_bytes: Tensor  # (V,) bytes of text of every id
 
     @property
     def tokens(self) -> int:
@@ -48,19 +48,19 @@ def choose_windows(
     count: int,
     calibrate: bool,
 ) -> Windows:
-    """Windows spread evenly over held-out text.
+    """Choose sequences spread evenly over held-out text.
 
-    Without `data` that is what the run of the source held out, or the held-out documents of the embedded
-    corpus. Text that is named is measured on as a whole; when scales are to be calibrated they come from
-    one half of it and the measure from the other.
+    Without `data`, this is the text that the source's run held out, or the held-out documents of the built-in
+    corpus. Text named by `data` is used as a whole; for calibration, one half of it is used for the scales
+    and the other half for measuring.
 
     Args:
         source: its recipe says what it was trained on.
         config: its context limits the sequences.
         tokenizer: of the source.
         data: what `--data` names.
-        count: of sequences at most.
-        calibrate: also choose sequences to calibrate with.
+        count: maximum number of sequences.
+        calibrate: also choose sequences for calibration.
 
     Raises:
         InputError: the text is missing, empty, or shorter than a sequence.
@@ -98,8 +98,9 @@ def choose_windows(
 
 
 def _windows(tokens: Mixture, length: int, count: int, begin: Sequence[int]) -> tuple[Tensor, ...]:
-    """Windows (T + 1,) each. The first token of each, which is not predicted, is the one that begins every
-    text where the tokenizer has one: without BOS such models predict badly, and llama.cpp measures so too."""
+    """Sequences (T + 1,). The first token of each, which is not predicted, is BOS if the tokenizer has
+    one: without BOS such models predict badly, and llama.cpp measures with BOS too.
+    """
     batches = validation_batches(tokens, length, 1, count)
-    windows = [batch[0].long() & IDS for batch in batches]  # of a conversation all is measured
+    windows = [batch[0].long() & IDS for batch in batches]  # all tokens of a conversation are measured
     return tuple(torch.cat([window.new_tensor(begin[:1]), window[len(begin[:1]) :]]) for window in windows)

@@ -1,4 +1,4 @@
-"""The sentence about a variant: what its size buys, and what it costs."""
+"""The verdict on a variant: what its size gains, and what it costs."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from smolctl.errors import UsageError
 from smolctl.evaluation import resampled_estimate
 from smolctl.quantization.footprint import Footprint
 from smolctl.quantization.measure import GreedyDivergence, Quality, Speed
-from smolctl.quantization.schemes import DYNAMIC, GGUF_SCHEMES, PACKED_SCHEMES, SchemeOptions
+from smolctl.quantization.schemes import GGUF_SCHEMES, PACKED_SCHEMES, SchemeOptions
+from smolctl.sources.quantized_folder import DYNAMIC
 
-# Mean KL in nats per token. On SmolLM2-135M 8 bits in groups of 32 cost 0.004 and nobody notices; at 1 the
-# perplexity has tripled.
+# Mean KL in nats per token. On SmolLM2-135M, 8 bits in groups of 32 cost 0.004, which is not noticeable; at 1
+# the perplexity has tripled.
 UNNOTICED, SMALL, LARGE = 0.01, 0.1, 0.5
-NOTICED = 1.05  # times as fast
+NOTICED = 1.05  # speed-up
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One quantized model with what was measured of it."""
+    """A quantized model with its measurements."""
 
     scheme: str
     path: str
-    bytes: int  # of the file of weights
+    bytes: int  # of the weights file
     bits_per_weight: float
     plan: tuple[str, ...]
     quality: Quality | None = None
@@ -37,12 +38,12 @@ class Variant:
     calibration: Calibration | None = None
     checkpoint: str = ""  # of int8-dynamic: the `_quantized.ckpt` in the folder
     verdict: str = ""
-    hint: str = ""  # what to ask for instead; empty when nothing has to change
+    hint: str = ""  # better options to try; empty if none are needed
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What searching the scales brought, on text that it did not see."""
+    """The effect of searching for scales, on text that the search did not use."""
 
     plain_kl: float
     searched_kl: float
@@ -57,14 +58,14 @@ class SourceFacts:
     """The model that was quantized."""
 
     id: str
-    bytes: int  # of its weights as they are stored
+    bytes: int  # of its weights as stored
     bits_per_weight: float
     footprint: Footprint | None = None
     engine: str = ""
 
 
 def judge(variant: Variant, others: Sequence[Variant], source: SourceFacts) -> str:
-    """The verdict on a variant beside its source and the other variants."""
+    """The verdict on a variant compared with its source and the other variants."""
     words = (
         _quality(variant.quality),
         _beaten(variant, others, source),
@@ -101,10 +102,10 @@ def _calibration(calibration: Calibration | None) -> str:
 
 
 def advise(variant: Variant, options: SchemeOptions) -> str:
-    """What to try when a variant has lost too much; empty when it has not."""
+    """What to try if a variant has lost too much; empty if it has not."""
     if variant.quality is None or variant.quality.kl.mean < UNNOTICED:
         return ""
-    lossy = not variant.quality.kl.mean < SMALL  # NaN too
+    lossy = not variant.quality.kl.mean < SMALL  # true for NaN as well
     if variant.scheme == DYNAMIC and options.activations == "per-tensor":
         return (
             "--activations per-token --per-row: one scale for all tokens rounds them to the size of the "
@@ -124,7 +125,7 @@ def advise(variant: Variant, options: SchemeOptions) -> str:
 
 
 def _beaten(variant: Variant, others: Sequence[Variant], source: SourceFacts) -> str:
-    """Whether something smaller or equal in size predicts more like the source."""
+    """Whether another variant of at most this size predicts more like the source."""
     if variant.quality is None:
         return ""
     if source.bytes <= variant.bytes and variant.quality.kl.mean > 0:
@@ -138,7 +139,7 @@ def _beaten(variant: Variant, others: Sequence[Variant], source: SourceFacts) ->
 
 
 def _clearly_closer(one: Variant, other: Variant) -> bool:
-    """Whether the KL of one is lower beyond noise, document by document; NaN never is."""
+    """Whether the KL of one is lower beyond noise, compared by document; never true for NaN."""
     if one.quality is None or other.quality is None:
         return False
     if not (one.quality.finite and other.quality.finite):
@@ -149,7 +150,7 @@ def _clearly_closer(one: Variant, other: Variant) -> bool:
 
 
 def _speed(speed: Speed | None) -> str:
-    """Faster or slower only where every turn says so, and a few percent are neither."""
+    """Faster or slower only if every turn agrees, and by more than a few per cent."""
     if speed is None:
         return ""
     if speed.speedup.high < 1 and speed.speedup.median < 1 / NOTICED:
@@ -161,7 +162,7 @@ def _speed(speed: Speed | None) -> str:
 
 @dataclass(frozen=True)
 class Gates:
-    """Limits that a variant must keep."""
+    """Limits that a variant must meet."""
 
     max_bpb_increase: float | None = None
     max_kl: float | None = None
@@ -173,7 +174,7 @@ class Gates:
             measured: whether the variants will be measured.
 
         Raises:
-            UsageError: a limit is not a number, or nothing is measured that it could apply to.
+            UsageError: a limit is not a number, or it applies to something that is not measured.
         """
         for option, limit in (("--max-bpb-increase", self.max_bpb_increase), ("--max-kl", self.max_kl)):
             if limit is None:
@@ -186,7 +187,7 @@ class Gates:
                 )
 
     def broken_by(self, variants: Sequence[Variant]) -> tuple[str, ...]:
-        """One line for each limit that a variant does not keep; what is not finite keeps none."""
+        """One line for each limit that a variant exceeds; values that are not finite exceed every limit."""
         lines = []
         for variant in variants:
             quality = variant.quality

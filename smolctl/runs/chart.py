@@ -12,26 +12,26 @@ from numpy.typing import NDArray
 
 Series = NDArray[np.float64]
 
-POINTS = 4_000  # of a line at most: the picture has fewer columns, and its drawer a limit
-SMOOTHED_SHARE = 0.05  # of the run, that a point of the smooth line averages
-FIRST_SHARE = 0.05  # of the run, whose high losses may leave the picture at the top
-SETTLING = 100  # losses from which on they do
+POINTS = 4_000  # of a line at most: the picture has fewer columns, and the drawing library a limit
+SMOOTHED_SHARE = 0.05  # of the run, over which a point of the smooth line averages
+FIRST_SHARE = 0.05  # of the run, whose high losses may exceed the top of the picture
+SETTLING = 100  # number of losses from which this applies
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The losses of a run, cross-entropies in nats per token, with the steps that they are of."""
+    """The losses of a run, cross-entropies in nats per token, with their steps."""
 
     steps: Series  # (N,)
     losses: Series  # (N,)
-    z_losses: Series  # (N,), 0 where there is none
+    z_losses: Series  # (N,), 0 without z-loss
     held_out_steps: Series  # (M,)
     held_out: Series  # (M,)
     bits_per_byte: float | None  # of the last validation
 
 
 def losses_of(records: Iterable[Mapping[str, Any]]) -> Losses:
-    """The losses in the records of metrics.jsonl; steps in which float16 overflowed have none."""
+    """The losses in the records of metrics.jsonl; steps with a float16 overflow have none."""
     training, held_out, bits = [], [], None
     for record in records:
         if record["loss"] is None:
@@ -49,10 +49,10 @@ def losses_of(records: Iterable[Mapping[str, Any]]) -> Losses:
 def draw_loss(records: Iterable[Mapping[str, Any]], target: Path) -> None:
     """Draw the training loss, a smooth line through it, and the held-out loss into a PNG.
 
-    The losses are cross-entropies. Where there is a z-loss, it is a line of its own, with its own axis.
+    The losses are cross-entropies. A z-loss is drawn as a separate line with its own axis.
 
     Args:
-        records: of metrics.jsonl, by rising step.
+        records: of metrics.jsonl, in order of steps.
         target: the file, whatever its suffix.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -66,7 +66,7 @@ def draw_loss(records: Iterable[Mapping[str, Any]], target: Path) -> None:
     figure = Figure(figsize=(8, 4.5))
     FigureCanvasAgg(figure)
     width = 0.80 if z_losses.any() else 0.88
-    axes = figure.add_axes((0.105, 0.115, width, 0.865))  # a layout that is solved for takes twice the time
+    axes = figure.add_axes((0.105, 0.115, width, 0.865))  # computing a layout takes twice the time
     axes.plot(x, raw, color="#9ecae1", linewidth=0.8, label="training")
     axes.plot(x, smooth, color="#08519c", linewidth=1.6, label="training, smoothed")
     if found.held_out.size:
@@ -91,7 +91,7 @@ def draw_loss(records: Iterable[Mapping[str, Any]], target: Path) -> None:
 
 
 def loss_range(raw: Series, held_out: Sequence[float] | Series) -> tuple[float, float]:
-    """The lowest and the highest loss of a picture; of 100 losses or more, the first may leave it at the top.
+    """The lowest and the highest loss of a picture; with 100 losses or more, the first may exceed the top.
 
     Args:
         raw: training losses (N,), at least one.
@@ -100,12 +100,12 @@ def loss_range(raw: Series, held_out: Sequence[float] | Series) -> tuple[float, 
     settled = raw[round(FIRST_SHARE * len(raw)) :] if len(raw) >= SETTLING else raw
     low, high = min([settled.min(), *held_out]), max([settled.max(), *held_out])
     scale = max(1.0, abs(low), abs(high))
-    margin = 0.05 * (high - low) if high - low > 1e-3 * scale else 0.1 * scale  # else a line in the middle
+    margin = 0.05 * (high - low) if high - low > 1e-3 * scale else 0.1 * scale  # a flat line, centred
     return low - margin, high + margin
 
 
 def thinned(values: Series, most: int = POINTS) -> Series:
-    """A series (N,) as at most `most` means of neighbours."""
+    """A series (N,) as at most `most` means of consecutive values."""
     if len(values) <= most:
         return values
     edges = np.linspace(0, len(values), most + 1).astype(int)
@@ -113,8 +113,8 @@ def thinned(values: Series, most: int = POINTS) -> Series:
 
 
 def smoothed(values: Series, share: float = SMOOTHED_SHARE) -> Series:
-    """The mean around every point of a series (N,), over `share` of it; over less near its beginning,
-    where a loss falls fast.
+    """The moving average of a series (N,) over `share` of it; over less near the start, where a loss falls
+    fast.
     """
     at = np.arange(len(values))
     reach = np.minimum(at // 4, round(share * len(values) / 2))

@@ -1,7 +1,7 @@
-"""Checkpoint files: whether one is sound, what is in it, and how it goes.
+"""Checkpoint files: whether one is intact, its content, and how it is deleted.
 
-This is the one place that decides whether a checkpoint may be used. `CheckpointIO` in `training/` writes
-them; every command reads them through `read_checkpoint`.
+This is the only place that decides whether a checkpoint may be used. `CheckpointIO` in `training/` writes
+them; every command reads them with `read_checkpoint`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from smolctl.config.load import resolve_run_config
 from smolctl.durable import has_digest, holds_once, write_text
 from smolctl.errors import InputError
 
-CHECKSUM_SUFFIX = ".sha256"  # of the file beside a checkpoint, in sha256sum's format
-DAMAGED, KEPT = ".damaged", ".kept"  # what `set_aside` adds to a checkpoint's name
+CHECKSUM_SUFFIX = ".sha256"  # of the file next to a checkpoint, in sha256sum's format
+DAMAGED, KEPT = ".damaged", ".kept"  # suffixes that `set_aside` adds to a checkpoint's name
 CHECKPOINT_ENDINGS = ("", CHECKSUM_SUFFIX, DAMAGED, KEPT)
-FORMAT = 2  # of what smolctl adds to Lightning's checkpoint; 1 had no tokenizer and no recorded loss
+FORMAT = 2  # of smolctl's data in a checkpoint; 1 had no tokenizer and no recorded loss
 ANOTHER = "Use another checkpoint of the run: this one is damaged or not complete."
 NO_PICKLE, UNPACK = (
     "a zip archive, but not a PyTorch checkpoint (no data.pkl)",
     "Unpack it and name the model in it.",
 )
 
-# `torch.save` never compresses. A few kilobytes could stand for more than the memory holds.
+# `torch.save` never compresses. A few compressed kilobytes could expand to more than fits in memory.
 COMPRESSED, SAVE_AGAIN = (
     "its records are compressed, which those of torch.save are not",
     "Save it again with torch.save.",
@@ -46,23 +46,23 @@ class CheckpointFile:
 
     @property
     def damage(self) -> str:
-        """Why it must not be used; "" when it is sound."""
+        """Why it must not be used; "" if it is intact."""
         return find_damage(self.path)
 
 
 def find_damage(path: Path) -> str:
-    """Why a checkpoint must not be used; "" when its bytes are those that were written.
+    """Why a checkpoint must not be used; "" if its bytes are those that were written.
 
-    They are compared with the SHA-256 beside the file. A file that was moved without it is checked by the
-    CRC-32 that torch.save gives every record of its zip archive. Either is read once for each identity of
-    the file (`durable.holds_once`).
+    They are compared with the SHA-256 next to the file. A file that was moved without it is checked with the
+    CRC-32 of every record in its zip archive, which torch.save writes. The file is read once for each
+    identity (`durable.holds_once`).
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # the directory stands at the end: a file cut off has none
+        with zipfile.ZipFile(path) as archive:  # the directory is at the end, so a truncated file has none
             if not any(name.endswith("/data.pkl") for name in archive.namelist()):
                 return NO_PICKLE
             packed = (one for one in archive.infolist() if one.compress_type != zipfile.ZIP_STORED)
-            if any("/code/" not in one.filename for one in packed):  # that of a TorchScript archive is
+            if any("/code/" not in one.filename for one in packed):  # TorchScript compresses its code
                 return COMPRESSED
             expected = _recorded_digest(path)
             if expected is None:
@@ -76,7 +76,7 @@ def find_damage(path: Path) -> str:
 
 
 def _recorded_digest(path: Path) -> str | None:
-    """The SHA-256 beside a checkpoint; None where there is none."""
+    """The SHA-256 next to a checkpoint; None if there is none."""
     checksum = Path(f"{path}{CHECKSUM_SUFFIX}")
     if not checksum.is_file():
         return None
@@ -84,14 +84,14 @@ def _recorded_digest(path: Path) -> str | None:
 
 
 def read_checkpoint(path: Path, mmap: bool = True) -> dict[str, Any]:
-    """The dictionary in a sound checkpoint.
+    """The dictionary in an intact checkpoint.
 
     Args:
         path: the file.
         mmap: whether tensors stay on the disk until they are used.
 
     Raises:
-        InputError: the file is damaged, no checkpoint, or holds code, which is never executed.
+        InputError: the file is damaged, is not a checkpoint, or contains code, which is never executed.
     """
     import torch
 
@@ -112,12 +112,14 @@ def read_checkpoint(path: Path, mmap: bool = True) -> dict[str, Any]:
 
 
 def holds_weights(content: Mapping[str, Any]) -> bool:
-    """Whether a run's checkpoint has weights of its own: at step 0 they may be those that it began with."""
+    """Whether a run's checkpoint has its own weights: at step 0 they may be those from which the run
+    started.
+    """
     return bool(content.get("state_dict"))
 
 
 def _require_known_format(content: Mapping[str, Any], path: Path) -> None:
-    """Refuse what a later smolctl has added to a checkpoint; other tools' have nothing of ours in them."""
+    """Refuse a checkpoint format of a later smolctl; other tools' checkpoints have none."""
     ours = content.get("smolctl")
     written = ours.get("format", 1) if isinstance(ours, Mapping) else 1
     if type(written) is not int or written < 1:
@@ -133,7 +135,7 @@ def _load_error(path: Path, error: Exception) -> InputError:
     from torch.serialization import get_unsafe_globals_in_checkpoint
 
     try:
-        unsafe = sorted(get_unsafe_globals_in_checkpoint(str(path)))  # reads the pickle, does not run it
+        unsafe = sorted(get_unsafe_globals_in_checkpoint(str(path)))  # reads the pickle without executing it
     except Exception:
         unsafe = []
     if unsafe and isinstance(error, pickle.UnpicklingError):
@@ -152,7 +154,7 @@ def _load_error(path: Path, error: Exception) -> InputError:
 
 
 def recorded_config(content: Mapping[str, Any], path: Path) -> RunConfig | None:
-    """The resolved config that smolctl keeps in a checkpoint; None in checkpoints of other tools."""
+    """The resolved config that smolctl stores in a checkpoint; None in checkpoints of other tools."""
     parameters = content.get("hyper_parameters")
     values = parameters.get("config") if isinstance(parameters, Mapping) else None
     if not isinstance(values, Mapping) or "model" not in values:
@@ -166,12 +168,12 @@ def recorded_config(content: Mapping[str, Any], path: Path) -> RunConfig | None:
 
 
 def write_checksum(path: Path, digest: str) -> None:
-    """Record the SHA-256 of a checkpoint beside it."""
+    """Write the SHA-256 of a checkpoint to a file next to it."""
     write_text(Path(f"{path}{CHECKSUM_SUFFIX}"), f"{digest}  {path.name}\n")
 
 
 def remove_checksum(path: Path) -> None:
-    """Delete the record of a checkpoint's SHA-256, where there is one."""
+    """Delete the file with a checkpoint's SHA-256, if there is one."""
     Path(f"{path}{CHECKSUM_SUFFIX}").unlink(missing_ok=True)
 
 
@@ -182,8 +184,8 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def link_checkpoint(path: Path, link: Path) -> None:
-    """Give a checkpoint a second name in the same folder: a hard link, or a symbolic one where the file
-    system has no hard links. What had the name before loses it.
+    """Give a checkpoint a second name in the same folder, which replaces an existing file: a hard link, or a
+    symbolic one if the file system has no hard links.
     """
     remove_checkpoint(link)
     try:
@@ -195,13 +197,13 @@ def link_checkpoint(path: Path, link: Path) -> None:
 
 
 def is_recorded_alike(one: Path, other: Path) -> bool:
-    """Whether two checkpoints are one file, or were written with the same bytes as their checksums say."""
+    """Whether two checkpoints are the same file, or have equal recorded checksums."""
     digest = _recorded_digest(one)
     return one.samefile(other) or (digest is not None and digest == _recorded_digest(other))
 
 
 def rename_checkpoint(path: Path, target: Path) -> None:
-    """Give a checkpoint another name in place of the one that it has; its checksum goes along."""
+    """Rename a checkpoint together with its checksum file."""
     digest = _recorded_digest(path)
     path.replace(target)
     remove_checksum(path)
@@ -210,6 +212,6 @@ def rename_checkpoint(path: Path, target: Path) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Rename a checkpoint, so that no command uses it and it can still be looked at."""
+    """Rename a checkpoint such that commands ignore it but it is kept."""
     path.replace(f"{path}{DAMAGED if find_damage(path) else KEPT}")
     remove_checksum(path)

@@ -1,4 +1,6 @@
-"""environment.json of a run: the machine, the versions, and what was decided for them, session by session."""
+"""environment.json of a run: for each session, the machine, the versions, and the settings chosen for
+them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from smolctl.outside import fitting, read_json
 
 
 class _Session(TypedDict, total=False):
-    """What is read of environment.json."""
+    """The relevant part of environment.json."""
 
     devices: list[str]
     device: str
@@ -30,7 +32,7 @@ class _Environment(_Session, total=False):
 
 
 def read_environment(path: Path) -> dict[str, Any]:
-    """What was recorded; empty where nothing was, or where it is not understood."""
+    """Read the recorded environment; empty if there is none or it cannot be parsed."""
     content = read_if_sound(path)
     return content if fitting(_Environment, content) is not None else {}
 
@@ -41,7 +43,9 @@ def write_environment(path: Path, environment: Mapping[str, Any]) -> None:
 
 
 def update_environment(path: Path, environment: Mapping[str, Any]) -> None:
-    """Record that a run goes on elsewhere or otherwise; what was recorded before stays in `earlier`."""
+    """Record that a run continues on another machine or with other settings; the earlier record is kept in
+    `earlier`.
+    """
     before = read_if_sound(path)
     earlier = before.pop("earlier", [])
     earlier = earlier if isinstance(earlier, list) else [earlier]
@@ -50,7 +54,7 @@ def update_environment(path: Path, environment: Mapping[str, Any]) -> None:
 
 
 def read_if_sound(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty when the file is missing or damaged."""
+    """The object in a JSON file; empty if the file is missing or damaged."""
     try:
         return read_json(path)
     except InputError:

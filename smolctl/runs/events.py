@@ -1,4 +1,4 @@
-"""What happens during a run, as plain data: for the display, the JSON stream and the run's records."""
+"""Events of a run as plain data: for the display, the JSON stream and the run's records."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from smolctl.arithmetic import TrainingMemory
 
 @dataclass(frozen=True)
 class Note:
-    """Something that was decided or found out, in one sentence for a person."""
+    """A decision or a finding, in one sentence for people."""
 
     event: ClassVar[str] = "note"
     text: str
@@ -19,30 +19,32 @@ class Note:
 
 @dataclass(frozen=True)
 class ScheduleOutline:
-    """What the steps to come see of the learning-rate schedule. Each step counts in one part at most;
-    what is left is spent at the peak.
+    """The learning-rate schedule of the remaining steps. Each step counts in at most one part; the rest is at
+    the peak.
     """
 
     name: str
     peak: float  # highest rate of these steps
     end: float  # rate of the last one
-    warmup_steps: int  # on the way up
-    decay_steps: int  # on the way down
-    floor_steps: int  # at the end of the decay, where the rate does not change any more
-    curve: tuple[float, ...]  # rates of steps evenly spread from the first to the last
+    warmup_steps: int  # with a rising rate
+    decay_steps: int  # with a falling rate
+    floor_steps: int  # after the decay, at a constant rate
+    curve: tuple[float, ...]  # rates at evenly spaced steps from the first to the last
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The run in numbers. Times are measured on this machine with one real forward and backward."""
+    """The numbers of a run's plan. Times are measured on this machine with one real forward and backward
+    pass.
+    """
 
     parameters: int
-    steps: int  # still to do
+    steps: int  # remaining
     batch_size: int
     sequence_length: int
     tokens_per_step: int
     tokens: int
-    corpus_tokens: int  # to train on
+    corpus_tokens: int  # for training
     held_out_tokens: int
     documents: int  # in both
     duplicates: int  # of these, equal to an earlier one
@@ -50,35 +52,35 @@ class RunPlan:
     tokens_per_parameter: float
     schedule: ScheduleOutline
     memory: TrainingMemory
-    memory_bytes: int  # expected peak of the process or of the GPU's memory: `memory`, libraries, gaps
-    framework_bytes: int  # held by the process before the run: Python and its libraries; 0 on a GPU
-    gap_bytes: int  # lost in the allocator's gaps; 0 on a GPU
-    checkpoint_bytes: int  # of one
+    memory_bytes: int  # expected peak of the process or the GPU: `memory`, libraries, gaps
+    framework_bytes: int  # used by the process before the run: Python and its libraries; 0 on a GPU
+    gap_bytes: int  # lost to fragmentation; 0 on a GPU
+    checkpoint_bytes: int  # of a single one
     checkpoints_kept: int
-    disk_bytes: int  # of all that stay
+    disk_bytes: int  # of all that are kept
     disk_free_bytes: int
     device: str
     tokens_per_second: float
     eta_s: float
-    compiles: bool = False  # the blocks, after this was measured: the run is faster than its plan
-    read: tuple[str, ...] = ()  # which data was read and what was not, in sentences
-    conversations: dict[str, Any] | None = None  # what became of them, as `ConversationFacts` says
+    compiles: bool = False  # the blocks, after this measurement: the run is faster than its plan
+    read: tuple[str, ...] = ()  # sentences on which data was read and skipped
+    conversations: dict[str, Any] | None = None  # their statistics, as in `ConversationFacts`
 
 
 @dataclass(frozen=True)
 class Start:
-    """The first step is about to run."""
+    """The first step is about to start."""
 
     event: ClassVar[str] = "start"
     run: str  # folder
-    step: int  # steps already behind this run
-    until: int  # step at which it ends
+    step: int  # finished steps
+    until: int  # last step
     plan: RunPlan
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step is done."""
+    """One optimizer step has finished."""
 
     event: ClassVar[str] = "step"
     step: int  # counted from 1
@@ -86,21 +88,21 @@ class Step:
     loss: float | None
     learning_rate: float
     gradient_norm: float | None  # before clipping
-    tokens: int  # seen by the run so far
+    tokens: int  # used by the run so far
     seconds: float  # of this step
     tokens_per_second: float  # over the last steps
-    eta_s: float  # left at that rate
-    memory_bytes: int | None  # most held so far; None where the system does not say
-    mfu: float | None  # share of the devices' peak arithmetic; None where that is not known
-    skipped: int = 0  # steps so far whose float16 gradients overflowed; their updates were not made
+    eta_s: float  # remaining seconds at that rate
+    memory_bytes: int | None  # peak so far; None if the system does not report it
+    mfu: float | None  # share of the devices' peak FLOP/s; None if not known
+    skipped: int = 0  # steps so far whose updates were skipped because float16 gradients overflowed
     phase: str = ""  # of the schedule: "warmup", "stable", "decay" or "floor"
-    z_loss: float | None = None  # nats per token that train.z_loss adds to the loss; None where it is off
-    until: int | None = None  # step at which the run ends, as train.minutes has it now; None: as it started
+    z_loss: float | None = None  # nats per token that train.z_loss adds to the loss; None if it is off
+    until: int | None = None  # current last step of a run with train.minutes; None: unchanged
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A token that could come next."""
+    """A possible next token."""
 
     text: str
     probability: float
@@ -108,14 +110,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Prediction:
-    """How the model continues a fixed prompt at this step."""
+    """The model's continuation of a fixed prompt at this step."""
 
     event: ClassVar[str] = "prediction"
     step: int
     prompt: str
     text: str
     loss: float | None  # nats per token on the prompt itself; None for a prompt of one token
-    top: tuple[Candidate, ...]  # most likely tokens right after the prompt
+    top: tuple[Candidate, ...]  # most likely tokens after the prompt
 
 
 @dataclass(frozen=True)
@@ -125,15 +127,15 @@ class Validation:
     event: ClassVar[str] = "validation"
     step: int
     bits_per_byte: float
-    standard_error: float | None  # over documents; None: one document has none
+    standard_error: float | None  # over documents; None: a single document has none
     loss: float  # nats per token
     margin: float | None = None  # bits_per_byte ± margin is the 95 % interval over documents
-    tokens: int | None = None  # that were scored
+    tokens: int | None = None  # number scored
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint is on disk and was read back."""
+    """A checkpoint was written and read back."""
 
     event: ClassVar[str] = "checkpoint"
     step: int
@@ -144,23 +146,23 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class End:
-    """The run has ended, as planned or by a signal: where, and with what result."""
+    """The run has ended, as planned or by a signal; with its result."""
 
     event: ClassVar[str] = "end"
     step: int
     run: str
-    reason: str  # "done", "patience" (as train.patience says), or the name of the signal
-    seconds: float  # since training began, or went on
-    loss: float | None = None  # of the last step, as `Step` has it; None: this session took no step
-    # On the held-out documents after `step`, as `Validation` has them; None: they were not scored there.
+    reason: str  # "done", "patience" (see train.patience), or the name of the signal
+    seconds: float  # since training began or was resumed
+    loss: float | None = None  # of the last step, as in `Step`; None: this session took no step
+    # On the held-out documents after `step`, as in `Validation`; None: not scored there.
     bits_per_byte: float | None = None
     standard_error: float | None = None
     margin: float | None = None
-    best_step: int | None = None  # of the run's validation with the fewest bits per byte
+    best_step: int | None = None  # of the run's validation with the lowest bits per byte
     best_bits_per_byte: float | None = None
-    best_is_kept: bool = False  # whether the checkpoint of that step is there
-    tokens: int = 0  # seen by the run
-    memory_bytes: int | None = None  # most held; None where the system does not say
+    best_is_kept: bool = False  # whether the checkpoint of that step exists
+    tokens: int = 0  # used by the run
+    memory_bytes: int | None = None  # peak; None if the system does not report it
     config_sha256: str = ""  # of the run's config.yaml: equal for equal settings
 
 
@@ -169,5 +171,5 @@ Listener = Callable[[Event], None]
 
 
 def to_json(event: Event) -> dict[str, Any]:
-    """The event as one flat JSON object that begins with its name."""
+    """The event as one flat JSON object that starts with its name."""
     return {"event": event.event, **asdict(event)}

@@ -12,7 +12,6 @@ from typing import Any
 from smolctl.config import RunConfig
 from smolctl.config.dump import to_yaml
 from smolctl.config.load import read_yaml, resolve_run_config
-from smolctl.config.run import CheckpointConfig
 from smolctl.durable import file_digest, naming_the_disk, remove_partial, replacing, write_text
 from smolctl.errors import InputError, UsageError
 from smolctl.escaping import json_text
@@ -29,9 +28,7 @@ from smolctl.runs.checkpoint_file import (
     CheckpointFile,
     is_recorded_alike,
     link_checkpoint,
-    remove_checkpoint,
     rename_checkpoint,
-    set_aside,
     write_checksum,
 )
 from smolctl.runs.environment import read_environment, read_if_sound, update_environment, write_environment
@@ -69,7 +66,7 @@ from smolctl.runs.story import History, histories, to_markdown
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The files of one run. They are read when asked for; nothing is kept in memory."""
+    """The files of one run. They are read on request; nothing is cached in memory."""
 
     path: Path
 
@@ -84,7 +81,7 @@ class RunFolder:
 
     @classmethod
     def around(cls, checkpoint: Path) -> RunFolder | None:
-        """The run that a checkpoint file lies in; None for a file that was moved elsewhere."""
+        """The run that a checkpoint file belongs to; None for a file that was moved out of its run."""
         folder = checkpoint.absolute().parent
         is_inside = folder.name == CHECKPOINTS and is_run(folder.parent)
         return cls(checkpoint.parent.parent) if is_inside else None
@@ -93,18 +90,18 @@ class RunFolder:
     def claim(
         cls, name: str, out: Path | None, force: bool, reads: Iterable[str], emit: Listener
     ) -> RunFolder:
-        """A fresh folder for a run: `out`, or the next free runs/NAME-001.
+        """Create a new folder for a run: `out`, or the next free runs/NAME-001.
 
         Args:
             name: of the config.
-            out: the folder that the user named.
-            force: replace the run in it; files that are not smolctl's stay.
+            out: the folder named by the user.
+            force: replace the run in it; files that are not smolctl's are kept.
             reads: files, folders and runs that the command reads.
             emit: called with a note on files that are kept.
 
         Raises:
-            UsageError: `out` holds something that is not to be replaced.
-            InputError: another process is training into it.
+            UsageError: `out` contains something that must not be replaced.
+            InputError: another process is training in it.
         """
         if out is None:
             folder = new_run(name)
@@ -121,16 +118,16 @@ class RunFolder:
 
     @classmethod
     def require_free(cls, out: Path, force: bool, reads: Iterable[str]) -> None:
-        """Refuse a folder that `claim` would not give to a new run. Arguments and errors as there."""
+        """Refuse a folder that `claim` would refuse. Arguments and errors are the same."""
         require_replaceable(out, KIND, "--out", force, reads)
 
     def lock(self, emit: Listener) -> AbstractContextManager[object]:
-        """The lock of the folder, held while a process trains into it.
+        """The lock of the folder, held while a process trains in it.
 
-        Whoever has it clears away what a process that was killed had begun to write.
+        The process that holds it deletes unfinished files of killed processes.
 
         Args:
-            emit: called with a note if the file system has no locks; the run then continues without one.
+            emit: called with a note if the file system has no locks; then the run continues without one.
 
         Raises:
             InputError: another process holds it.
@@ -157,20 +154,20 @@ class RunFolder:
         remove_partial(self.path, self.path / CHECKPOINTS, self.tokenizer)
         return lock
 
-    # What the run is
+    # Description of the run
 
     def describe(
         self, config: RunConfig, environment: Mapping[str, Any], save_tokenizer: Callable[[Path], None]
     ) -> None:
-        """Write what a run is before its first step.
+        """Write the description of a run before its first step.
 
         Args:
             config: of the run.
-            environment: the machine, the versions, and what was decided for them.
+            environment: the machine, the versions, and the settings chosen for them.
             save_tokenizer: writes the tokenizer into a folder.
 
         Raises:
-            UsageError: another process was faster to make a run of this folder.
+            UsageError: another process has just started a run in this folder.
         """
         if is_run(self.path):
             raise UsageError(
@@ -182,7 +179,7 @@ class RunFolder:
         (self.path / CHECKPOINTS).mkdir(exist_ok=True)
 
     def config(self) -> RunConfig:
-        """The resolved config that the run was started with."""
+        """The resolved config with which the run was started."""
         path = self.path / CONFIG
         return resolve_run_config(read_yaml(path), str(path))
 
@@ -194,24 +191,26 @@ class RunFolder:
         write_record(self.path, replace(record, files=digests))
 
     def config_sha256(self) -> str:
-        """The SHA-256 of config.yaml as it lies there."""
+        """The SHA-256 of the current config.yaml."""
         return file_digest(self.path / CONFIG)
 
     def edited_config(self) -> RunConfig | None:
-        """What config.yaml says, if somebody may have edited it after smolctl wrote it.
+        """The content of config.yaml, if somebody may have edited it after smolctl wrote it.
 
         Raises:
-            InputError: it is not a config any more.
+            InputError: it is no longer a valid config.
         """
         is_as_written = read_record(self.path) is not None and CONFIG not in edited_files(self.path)
         return None if is_as_written else self.config()
 
     def environment(self) -> dict[str, Any]:
-        """The machine, the versions, and what was decided for them; empty where that was not recorded."""
+        """The machine, the versions, and the settings chosen for them; empty if not recorded."""
         return read_environment(self.path / ENVIRONMENT)
 
     def update_environment(self, environment: Mapping[str, Any]) -> None:
-        """Record that the run goes on elsewhere or otherwise; what was recorded before stays in `earlier`."""
+        """Record that the run continues on another machine or with other settings; the earlier record is
+        kept in `earlier`.
+        """
         update_environment(self.path / ENVIRONMENT, environment)
 
     @property
@@ -222,13 +221,13 @@ class RunFolder:
     # Checkpoints
 
     def checkpoint_path(self, step: int) -> Path:
-        """Where the checkpoint of a step lies, be it there or not."""
+        """The path of a step's checkpoint, whether it exists or not."""
         return self.path / CHECKPOINTS / checkpoint_name(step)
 
     def checkpoints(self) -> tuple[CheckpointFile, ...]:
-        """Every checkpoint by rising step; files that are still being written are left out.
+        """All checkpoints in order of steps, without files that are still being written.
 
-        The last one is final.ckpt where somebody has deleted the name of its step.
+        The last one is final.ckpt if somebody has deleted the file with its step's name.
         """
         folder = self.path / CHECKPOINTS
         found = [
@@ -244,17 +243,17 @@ class RunFolder:
         return tuple(sorted(found, key=lambda file: file.step))
 
     def under_its_step(self, file: CheckpointFile) -> CheckpointFile:
-        """A checkpoint by the name of its step, which final.ckpt is given in place of its own."""
+        """A checkpoint under its step's name instead of final.ckpt."""
         path = self.checkpoint_path(file.step)
         if file.path.name == FINAL and not path.exists():
             rename_checkpoint(file.path, path)
         return CheckpointFile(file.step, path)
 
     def checkpoint(self, step: int | None = None) -> CheckpointFile:
-        """The newest checkpoint, or the one of a step, if it is sound.
+        """The newest checkpoint, or that of a step, if it is intact.
 
         Raises:
-            InputError: there is none, none of that step, or it is damaged, naming the newest sound one.
+            InputError: there is none, none of that step, or it is damaged; names the newest intact one.
         """
         files = self.checkpoints()
         if not files:
@@ -274,15 +273,15 @@ class RunFolder:
         return chosen
 
     def newest_sound(self, but: Path) -> CheckpointFile | None:
-        """The newest checkpoint, except one, whose bytes are those that were written; None without any."""
+        """The newest intact checkpoint, except one; None if there is none."""
         others = (file for file in reversed(self.checkpoints()) if file.path.name != but.name)
         return next((file for file in others if not file.damage), None)
 
     def best_step(self) -> int:
-        """The step of the checkpoint that predicts the held-out text best, as its validation recorded.
+        """The step of the checkpoint with the best score on the held-out text, as recorded by its validation.
 
         Raises:
-            InputError: no checkpoint that is there was validated.
+            InputError: no existing checkpoint was validated.
         """
         best = self.best_validation({file.step for file in self.checkpoints()})
         if best is None:
@@ -292,51 +291,14 @@ class RunFolder:
             )
         return best["step"]
 
-    def remove_old_checkpoints(self, kept: CheckpointConfig) -> None:
-        """Delete the checkpoints that a run does not keep."""
-        old = self.checkpoints()[: -kept.keep_last] if kept.keep_last else ()
-        if not old:
-            return
-        best = self.best_validation({file.step for file in self.checkpoints()}) if kept.keep_best else None
-        for file in old:
-            is_due = kept.keep_every and file.step and file.step % kept.keep_every == 0
-            if not is_due and not (best and file.step == best["step"]):
-                remove_checkpoint(file.path)
-
-    def clear_after(self, step: int, force: bool) -> None:
-        """Make room for the steps after `step`: damaged files are set aside, sound ones go only by force.
-
-        The name final.ckpt goes too: its checkpoint keeps the name of its step. A final.ckpt that may be the
-        only sound copy of one is set aside.
-
-        Raises:
-            UsageError: a newer sound checkpoint would be replaced.
-        """
-        newer = {file: not file.damage for file in self.checkpoints() if file.step > step}
-        sound = [file for file, is_sound in newer.items() if is_sound]
-        if sound and not force:
-            raise UsageError(
-                f"{self.path} has newer checkpoints (up to step {sound[-1].step:,}) "
-                f"that continuing from step {step:,} would replace",
-                "Branch into a folder of its own with --out NEW, or replace them with --force.",
-            )
-        final = self.path / CHECKPOINTS / FINAL
-        files = [file for file in self.checkpoints() if file.path != final]
-        if final.exists():  # in a copied folder it is a file of its own
-            alike = [file for file in files if is_recorded_alike(final, file.path)]
-            is_kept = any(final.samefile(file.path) or not file.damage for file in alike)
-            (remove_checkpoint if is_kept else set_aside)(final)
-        for file in newer.keys() & set(files):
-            (remove_checkpoint if file in sound else set_aside)(file.path)
-
     def name_final(self, step: int) -> None:
-        """Give the checkpoint of the last step the name final.ckpt as well."""
+        """Give the checkpoint of the last step the additional name final.ckpt."""
         link_checkpoint(self.checkpoint_path(step), self.path / CHECKPOINTS / FINAL)
 
     # Records
 
     def record(self, event: Event) -> None:
-        """Append an event to the file it belongs to."""
+        """Append an event to its file."""
         if isinstance(event, Step | Validation):
             append_record(self.path / METRICS, to_json(event))
         elif isinstance(event, Prediction):
@@ -348,12 +310,12 @@ class RunFolder:
         return read_records(self.path / METRICS, either, last)
 
     def best_validation(self, steps: Container[int] | None = None) -> ValidationRecord | None:
-        """The record with the fewest bits per byte, of equal ones the first; None where there is none.
+        """The record with the lowest bits per byte, the first of equal ones; None if there is none.
 
-        Of scores of several texts those of the last one count.
+        If several texts were scored, only the scores of the last one count.
 
         Args:
-            steps: that are asked about; None: all.
+            steps: to consider; None: all.
         """
         records = list(read_records(self.path / METRICS, ValidationRecord))
         tokens = records[-1].get("tokens") if records else None
@@ -384,8 +346,8 @@ class RunFolder:
         write_text(self.path / REPORT, to_html(name, config, self.metrics(), self.predictions(), environment))
 
     def keep_records(self, step: int, parent: RunFolder | None = None) -> None:
-        """Keep the records up to a step, or take over those of a parent: later steps come again."""
-        last = step or -1  # a run that goes on from step 0 predicts there once more
+        """Keep the records up to a step, of this run or of its parent; later steps will be repeated."""
+        last = step or -1  # a run that continues from step 0 predicts there again
         for name in (METRICS, PREDICTIONS):
             keep_records((parent or self).path / name, last, self.path / name)
         if (self.path / PREDICTIONS).is_file():
@@ -394,12 +356,12 @@ class RunFolder:
     # Lineage
 
     def branch_from(self, checkpoint: Path, step: int, parent: RunFolder | None) -> None:
-        """Begin with a copy of a checkpoint and, of a parent run, the records up to its step.
+        """Start with a copy of a checkpoint and, from a parent run, the records up to its step.
 
         Args:
-            checkpoint: the file to go on from.
+            checkpoint: the file to continue from.
             step: its step.
-            parent: the run that it lies in; None for a file that was moved elsewhere.
+            parent: its run; None for a file that was moved out of its run.
         """
         copy, digest = self.checkpoint_path(step), file_digest(checkpoint)
         with replacing(copy) as partial:

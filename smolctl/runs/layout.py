@@ -1,4 +1,4 @@
-"""The layout of a run folder: what lies where in it.
+"""The layout of a run folder: its files and their places.
 
 config.yaml       the resolved config        checkpoints/step-000500.ckpt and final.ckpt
 environment.json  machine and versions       tokenizer/
@@ -27,10 +27,13 @@ REPORT = "report.html"
 TASKS = "tasks.json"
 LINEAGE = "lineage.json"
 QUANTIZED = "quantized"
+VERDICTS = f"{QUANTIZED}/verdict.json"
 LOGS = "logs"
+WANDB_ID = f"{LOGS}/wandb-id"
 LOCK = ".lock"
 KIND = "run"
-# Everything that belongs to a run, as `ownership.Record` takes it: the rest of its folder is somebody else's.
+# Everything that belongs to a run, in the form of `ownership.Record`: other files in its folder are not
+# smolctl's.
 FILES = (
     *(CONFIG, ENVIRONMENT, METRICS, PREDICTIONS, STORY, LOSS_CURVE, REPORT, TASKS, LINEAGE, LOCK),
     ".*.partial",
@@ -38,13 +41,13 @@ FILES = (
     f"{TOKENIZER}/chat_template.jinja",
     *(f"{CHECKPOINTS}/{name}{end}" for name in ("step-*.ckpt", FINAL) for end in CHECKPOINT_ENDINGS),
     f"{CHECKPOINTS}/.*.partial",
-    *(f"{QUANTIZED}/{name}" for name in ("verdict.json", "*.gguf", "*/")),
-    *(f"{LOGS}/{name}" for name in ("csv/**", "tensorboard/**", "wandb/**", "wandb-id", "trackio/**")),
+    *(VERDICTS, f"{QUANTIZED}/*.gguf", f"{QUANTIZED}/*/"),
+    *(WANDB_ID, *(f"{LOGS}/{name}/**" for name in ("csv", "tensorboard", "wandb", "trackio"))),
 )
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is a run: it has a config.yaml, and no Hugging Face config beside it."""
+    """Whether a folder is a run: it has a config.yaml, and no Hugging Face config."""
     return (path / CONFIG).is_file() and not (path / "config.json").exists()
 
 
@@ -54,6 +57,6 @@ def checkpoint_name(step: int) -> str:
 
 
 def step_in_name(path: Path) -> int | None:
-    """The step that a checkpoint file is named after; None for a file of another name."""
+    """The step in a checkpoint's file name; None for a file with another name."""
     match = re.fullmatch(r"step-(\d+)\.ckpt", path.name)
     return int(match[1]) if match else None

@@ -1,7 +1,7 @@
-"""Records of a run: lines of JSON, one an event, appended and flushed at once; and lists of measurements.
+"""Records of a run: JSON lines, one per event, appended and flushed immediately; and lists of measurements.
 
-A later version may have written them: keys that are not known here are left out, and so are lines that are
-not understood. Whoever only reads them is never stopped by one.
+A later version may have written them: unknown keys are ignored, and so are lines that cannot be parsed, so
+that reading them never fails.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ StepNumber = Annotated[int, Field(ge=0, le=EVERY_STEP)]
 
 
 class StepRecord(TypedDict):
-    """What is read of an `events.Step` in metrics.jsonl."""
+    """The fields of an `events.Step` that are read from metrics.jsonl."""
 
     event: Literal["step"]
     step: StepNumber
@@ -42,7 +42,7 @@ class StepRecord(TypedDict):
 
 
 class ValidationRecord(TypedDict):
-    """What is read of an `events.Validation` in metrics.jsonl."""
+    """The fields of an `events.Validation` that are read from metrics.jsonl."""
 
     event: Literal["validation"]
     step: StepNumber
@@ -63,23 +63,24 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_records(path: Path, schema: type[R], last: int = EVERY_STEP) -> Iterator[R]:
-    """Every record up to step `last` that fits a schema. A line that a crash has cut off does not; a missing
-    file has none."""
+    """Every record up to step `last` that fits a schema. A line truncated by a crash does not; a missing
+    file has none.
+    """
     records = (fitting_json(schema, line) for line in _lines(path, last))
     return (record for record in records if record is not None)
 
 
 def keep_records(path: Path, last: int, target: Path | None = None) -> None:
-    """Write the records up to step `last` to `target`, by default in place of the file they are in.
+    """Write the records up to step `last` to `target`, by default to the same file.
 
-    Those of a later version are kept as they are.
+    Records of a later version are kept unchanged.
     """
     if path.is_file():
         write_text(target or path, "".join(f"{line}\n" for line in _lines(path, last)))
 
 
 def read_measurements(path: Path, name: str, schema: type[R]) -> list[Mapping[str, Any]]:
-    """What the list `name` in a JSON file holds that fits a schema; nothing where it cannot be read."""
+    """The items of the list `name` in a JSON file that fit a schema; empty if the file cannot be read."""
     try:
         found = read_json(path).get(name)
     except InputError:
@@ -90,7 +91,7 @@ def read_measurements(path: Path, name: str, schema: type[R]) -> list[Mapping[st
 def add_measurements(
     path: Path, name: str, schema: type[R], fresh: Sequence[Mapping[str, Any]], identity: Sequence[str]
 ) -> None:
-    """Add to the list `name` in a JSON file, in place of what has the same values under these keys."""
+    """Add to the list `name` in a JSON file, replacing items with equal values for these keys."""
 
     def what(one: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(one.get(key) for key in identity)

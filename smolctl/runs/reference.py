@@ -1,4 +1,4 @@
-"""A run as a command line names it: RUN, RUN@STEP or RUN@best."""
+"""A run on the command line: RUN, RUN@STEP or RUN@best."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from pathlib import Path
 from smolctl.errors import InputError
 from smolctl.runs.folder import RunFolder
 
-BEST = "best"  # in place of a step: that of the checkpoint that predicts the held-out text best
+BEST = "best"  # instead of a step: the checkpoint with the best score on the held-out text
 
 
 def split_step(reference: str) -> tuple[Path, int | None]:
-    """`runs/NAME@STEP` or `runs/NAME@best` as the run and the step; without either the step is None.
+    """Split `runs/NAME@STEP` or `runs/NAME@best` into the run and the step; the step is None if there is
+    none.
 
     Raises:
-        InputError: what follows the last `@` is not a step, or no checkpoint of the run was validated.
+        InputError: the text after the last `@` is not a step, or no checkpoint of the run was validated.
     """
     run, at, step = reference.rpartition("@")
     if not at or Path(reference).exists():

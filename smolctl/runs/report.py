@@ -1,7 +1,7 @@
-"""report.html: a run on one page, for a browser without a network.
+"""report.html: a run on one page, for a browser without a network connection.
 
-The page holds everything itself and runs no script. What a model or a user has written is escaped, and the
-page's own policy forbids whatever a mistake there could load.
+The page is self-contained and runs no script. Text from models and users is escaped, and the page's content
+security policy forbids whatever could be loaded if escaping failed.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).parent / "report.html.jinja"
 POINTS = 500  # of a line: the picture is 720 wide
-WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 720, 320, 52, 44, 12  # of the picture and of what surrounds its curves
-SHOWN_PREDICTIONS = 12  # of each prompt, the first and the last among them
+WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 720, 320, 52, 44, 12  # of the picture and of the area around its curves
+SHOWN_PREDICTIONS = 12  # for each prompt, including the first and the last
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class LossPicture:
     training: str  # points of polylines
     smooth: str
     held_out: tuple[tuple[float, float], ...]
-    steps: tuple[tuple[float, str], ...]  # marks of the axes: where they are, and what they say
+    steps: tuple[tuple[float, str], ...]  # axis marks: position and text
     losses: tuple[tuple[float, str], ...]
 
 
@@ -55,7 +55,7 @@ def to_html(
     Args:
         name: of the run.
         config: its settings.
-        records: of metrics.jsonl, by rising step.
+        records: of metrics.jsonl, in order of steps.
         predictions: by prompt.
         environment: the machine and the versions.
     """
@@ -97,7 +97,7 @@ def _template() -> jinja2.Template:
 
 
 def _picture(losses: Losses) -> LossPicture | None:
-    """The loss curve; None where no step has a loss."""
+    """The loss curve; None if no step has a loss."""
     from matplotlib.ticker import MaxNLocator
 
     if not losses.losses.size:
@@ -110,7 +110,7 @@ def _picture(losses: Losses) -> LossPicture | None:
         return round(LEFT + (step - first) / max(1, last - first) * (WIDTH - LEFT - MARGIN), 1)
 
     def y(loss: float) -> float:
-        shown = min(loss, 2 * high - low)  # the first losses leave the picture at the top
+        shown = min(loss, 2 * high - low)  # the first losses may exceed the top of the picture
         return round(MARGIN + (high - shown) / (high - low) * (HEIGHT - BOTTOM - MARGIN), 1)
 
     def line(values: Series) -> str:

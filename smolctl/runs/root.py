@@ -14,22 +14,22 @@ LATEST = "latest"  # in `runs`: a link to the newest run
 
 
 def new_run(name: str) -> Path:
-    """Make the next free folder runs/NAME-001."""
+    """Create the next free folder runs/NAME-001."""
     for number in itertools.count(1):
         path = RUNS / f"{name}-{number:03d}"
         try:
             path.mkdir(parents=True)
         except FileExistsError:
-            continue  # of an older run, or of one that starts at this very moment
+            continue  # of an older run, or of one that is just starting
         return path
     raise AssertionError("unreachable")
 
 
 def make_latest(run: Path) -> None:
-    """Make runs/latest a link to a run, replacing an older link in one move.
+    """Make runs/latest a link to a run, replacing an older link atomically.
 
     Raises:
-        OSError: the working folder cannot be written, or its file system has no symbolic links.
+        OSError: the working folder is not writable, or its file system has no symbolic links.
     """
     RUNS.mkdir(exist_ok=True)
     target = run.resolve()
@@ -54,7 +54,7 @@ def require_run(path: Path) -> Path:
 
 
 def latest_run(root: Path = RUNS) -> Path:
-    """The run that `root/latest` points at, else the one that was written to last.
+    """The run to which `root/latest` points, else the run that was written last.
 
     Raises:
         InputError: there is no run.

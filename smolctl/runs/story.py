@@ -1,4 +1,4 @@
-"""How the answers to the fixed prompts changed: predictions.jsonl as a text to read."""
+"""predictions.jsonl as a text: how the continuations of the fixed prompts changed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ History = tuple[Prediction, ...]
 
 
 def histories(predictions: Iterable[Prediction]) -> dict[str, History]:
-    """Every prompt's predictions by rising step, the prompts in the order they first came.
+    """Every prompt's predictions in order of steps; prompts in order of their first occurrence.
 
     Args:
-        predictions: of predictions.jsonl. Of two with the same prompt and step the later one counts.
+        predictions: of predictions.jsonl. A later one replaces an earlier one with the same prompt and step.
     """
     by_prompt: dict[str, dict[int, Prediction]] = {}
     for prediction in predictions:
@@ -23,14 +23,16 @@ def histories(predictions: Iterable[Prediction]) -> dict[str, History]:
 
 
 def selection(history: History, most: int) -> History:
-    """The first prediction, the last, and some evenly between: at most `most`, which is 2 or more."""
+    """The first prediction, the last, and some evenly spaced ones between: at most `most`, which is at
+    least 2.
+    """
     if len(history) <= most:
         return history
     return tuple(history[round(number * (len(history) - 1) / (most - 1))] for number in range(most))
 
 
 def to_markdown(by_prompt: Mapping[str, History]) -> str:
-    """One section a prompt, one block a step. No text can break out of its block."""
+    """One section per prompt, one block per step. No text can end its block."""
     steps = [prediction.step for history in by_prompt.values() for prediction in history]
     lines = [
         "# Predictions",

@@ -30,7 +30,7 @@ from smolctl.serving.responses import Responder
 EVENT_STREAM = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
-    (b"x-accel-buffering", b"no"),  # nginx would collect the pieces
+    (b"x-accel-buffering", b"no"),  # otherwise nginx buffers the stream
 )
 RETRY = {"retry-after": "1"}
 
@@ -48,7 +48,7 @@ class Server:
         self.service, self.name, self.limits = service, name, limits
         self._started = int(time.time())
         self._statuses: Counter[int] = Counter()
-        self.stopped = asyncio.Event()  # answers under way end with an error
+        self.stopped = asyncio.Event()  # ends answers in progress with an error
         self._routes = [
             Route("/health", self._health),
             Route("/metrics", self._metrics),
@@ -59,7 +59,7 @@ class Server:
         ]
 
     def application(self, api_key: str | None, hosts: Collection[str] | None) -> Starlette:
-        """The ASGI application; see `Guard` for the arguments. Where a key is asked for, there is no page."""
+        """The ASGI application; see `Guard` for the arguments. With an API key, there is no chat page."""
         own = page_routes(self.service, self.name) if api_key is None else [Route("/", self._index)]
         return Starlette(
             routes=[*own, *self._routes],
@@ -82,7 +82,7 @@ class Server:
         return JSONResponse(self._description())
 
     def _description(self) -> dict[str, Any]:
-        limits = {"max_model_len": self.service.capacity}  # as vLLM names it
+        limits = {"max_model_len": self.service.capacity}  # vLLM's name
         return {"id": self.name, "object": "model", "created": self._started, "owned_by": "smolctl", **limits}
 
     def _require_model(self, name: object) -> None:
@@ -125,7 +125,7 @@ class Server:
             body = parse_body(await request.body())
             if "model" in body:
                 self._require_model(body["model"])
-            # Tokenizing a long prompt and filling a template take their time.
+            # Tokenizing a long prompt and rendering a template take time.
             parse = partial(parse_request, body, self.service.model, self.service.capacity, chat)
             return _Answer(self, await to_thread.run_sync(parse))
         except ApiError as error:
@@ -136,22 +136,22 @@ class Server:
             raise _api_error(error) from None
 
     def stop(self) -> None:
-        """End the answers that are under way, each with an error."""
+        """End all answers in progress with an error."""
         self.stopped.set()
 
     def count(self, status: int) -> None:
-        """Count a request for an answer by its status."""
+        """Count a request by its status."""
         self._statuses[status] += 1
 
 
 class _Answer(Response):
-    """An answer that is generated while it is sent. A client that leaves ends the work on it."""
+    """An answer that is sent while it is generated. If the client disconnects, generation stops."""
 
     def __init__(self, server: Server, asked: ApiRequest) -> None:
         super().__init__()
         self._server, self._asked = server, asked
         self._responder = Responder(asked, server.name, server.service.model.tokenizer)
-        self._started = False  # whether the head of the answer was sent
+        self._started = False  # whether the headers were sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service, limits = self._server.service, self._server.limits
@@ -159,7 +159,7 @@ class _Answer(Response):
         pieces: asyncio.Queue[Piece | SmolError] = asyncio.Queue()
 
         def listen(piece: Piece | SmolError) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed, so there is no receiver
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         job: Job | None = None
@@ -176,7 +176,7 @@ class _Answer(Response):
                     sending.result()
                     self._server.count(200)
                 elif leaving.done():
-                    self._server.count(499)  # as nginx counts clients that close the connection
+                    self._server.count(499)  # nginx's status for clients that closed the connection
                 else:
                     raise ApiError(503, "The server is being stopped.")
             finally:
@@ -217,7 +217,7 @@ class _Answer(Response):
     async def _pieces(
         self, pieces: asyncio.Queue[Piece | SmolError], ping_s: float | None, send: Send
     ) -> AsyncIterator[Piece]:
-        """The pieces of the answer; a comment goes out wherever none comes for a while."""
+        """Yield the pieces of the answer, and a comment whenever none came for a while."""
         while not self._responder.done:
             try:
                 async with asyncio.timeout(ping_s):
@@ -228,16 +228,16 @@ class _Answer(Response):
             if isinstance(piece, SmolError):
                 raise piece
             yield piece
-            await asyncio.sleep(0)  # sending seldom waits: meanwhile it is seen who has left
+            await asyncio.sleep(0)  # lets the loop notice disconnected clients, because sending rarely waits
 
     async def _fail(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-        """Say what is wrong: as the answer, or as the last event of a stream that has begun."""
+        """Report an error: as the response, or as the last event of a stream that has started."""
         self._server.count(error.status)
         if not self._started:
             headers = RETRY if error.status == 503 else None
             await JSONResponse(error.body(), error.status, headers)(scope, receive, send)
         elif self._asked.stream:
-            # A client that reads nothing takes no last words either.
+            # A client that does not read cannot receive the error either.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._server.limits.farewell_s):
                     await _event(send, error.body())
@@ -254,7 +254,7 @@ async def _nothing() -> Any:
 
 
 async def _until_left(receive: Receive) -> None:
-    """Wait until the client has closed its connection."""
+    """Wait until the client closes its connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -264,7 +264,7 @@ def _api_error(error: SmolError) -> ApiError:
     if isinstance(error, BusyError):
         return ApiError(503, message)
     if isinstance(error, PromptTooLongError):
-        # Clients recognize these words, beside the code.
+        # Clients recognize these words in addition to the code.
         message = f"The prompt is too long: {error.message}. {error.hint}"
         return ApiError(400, message, "context_length_exceeded")
     return ApiError(400 if isinstance(error, InputError) else 500, message)

@@ -1,4 +1,4 @@
-"""Who may ask, and how much: checked before anything of a request is read."""
+"""Access control and limits, checked before a request's body is read."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ OPEN_PATHS = ("/", "/health")  # answered without a key
 
 @dataclass(frozen=True)
 class Limits:
-    """What one server takes on. Times in seconds."""
+    """Limits of a server. Times in seconds."""
 
     waiting: int = 64  # answers that wait for a slot
-    connections: int = 256  # requests that are under way, whatever they do
+    connections: int = 256  # concurrent requests of any kind
     body_bytes: int = 8 << 20
     body_s: float = 30.0  # for a body to arrive
-    answer_s: float = 600.0  # for an answer, its time in the queue included
-    farewell_s: float = 5.0  # for an error that ends a stream to be taken
-    ping_s: float = 15.0  # between comments in a stream in which nothing else comes; 0: none
+    answer_s: float = 600.0  # for an answer, including its time in the queue
+    farewell_s: float = 5.0  # for a client to receive the error that ends a stream
+    ping_s: float = 15.0  # between comments in a stream without other data; 0: none
 
 
 class Guard:
-    """An ASGI application that lets through what may come in.
+    """An ASGI application that passes on permitted requests.
 
-    A page of any site can have its visitor's browser send requests here, and can have its own name point to
-    this machine. So without a key, Host must be one of `hosts`, and Origin too where there is one.
+    Any web page can make its visitor's browser send requests to this server, and can point its own host name
+    to this machine. Therefore, without a key, Host must be one of `hosts`, and so must Origin if it is sent.
 
     Args:
-        app: gets what is let through.
+        app: gets the permitted requests.
         limits: of a request.
-        api_key: what clients must send as a bearer token; None: nothing.
-        hosts: names that this server is called by; None: any.
+        api_key: the bearer token that clients must send; None: none is needed.
+        hosts: permitted host names of this server; None: any.
     """
 
     def __init__(
@@ -78,10 +78,10 @@ class Guard:
                     403,
                     "This server answers requests to its own address only, not those of other pages.",
                 )
-        # A browser sends no key with the question whether it may send a request.
+        # A browser sends no key with a preflight request.
         if self._key is not None and path not in OPEN_PATHS and method != "OPTIONS":
             kind, _, given = headers.get("authorization", "").partition(" ")
-            key = given.strip().encode("latin-1")  # the bytes as they came
+            key = given.strip().encode("latin-1")  # the bytes as received
             if kind.lower() != "bearer" or not hmac.compare_digest(key, self._key):
                 raise ApiError(401, "The API key is missing or wrong.", "invalid_api_key")
 
@@ -111,7 +111,7 @@ def _without_port(netloc: str) -> str:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives a body that was read already, and then what comes after it."""
+    """A `receive` that returns a body that was already read, and then later messages."""
     waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replayed() -> Message:

@@ -1,4 +1,4 @@
-"""The chat page at `/`: that of `push --page`, with this server as its engine."""
+"""The chat page at `/`: the page of `push --page`, with this server as its engine."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ HEADERS = {
     "content-security-policy": "; ".join(f"{name} {value}" for name, value in POLICY.items()),
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
-    "cache-control": "no-cache",  # another version of smolctl has other files
+    "cache-control": "no-cache",  # the files differ between versions of smolctl
 }
 EXAMPLES = 2
 
 
 def page_routes(service: Service, name: str) -> list[Route]:
-    """Everything that a browser asks for to show the page of a model, by its name."""
+    """All files of a model's page, by name."""
     files = {path.name: path for path in CODE.iterdir() if path.suffix in TYPES}
     files |= {"": files["index.html"], "worker.js": Path(__file__).with_name("worker.js")}
     content = JSONResponse(_content(service, name), headers=HEADERS)
@@ -46,7 +46,7 @@ async def _file(path: Path, request: Request) -> Response:
 
 
 def _content(service: Service, name: str) -> Mapping[str, Any]:
-    """page.json; `page.folder.write_page` writes the one of a page that runs its model by itself."""
+    """page.json; for pages that run the model themselves, `page.folder.write_page` writes it."""
     model = service.model
     chat = {"takes_system": accepts_system(model.tokenizer), "system": None} if model.can_chat else None
     return {

@@ -1,4 +1,4 @@
-"""What a client asks for: the bodies of OpenAI's API, checked before anything runs."""
+"""Requests of OpenAI's API, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ COMPLETION_TOKENS = 16  # OpenAI's default for completions; an answer in a chat 
 MOST_LOGPROBS = 20  # OpenAI's limit in a chat
 MOST_STOPS, MOST_STOP_CHARACTERS = 16, 1_000
 ROLES = ("system", "user", "assistant")  # "developer" is another name for the first
-# What `changed_settings` leaves to us.
+# Settings that `changed_settings` does not handle.
 OWN = ("logprobs", "top_logprobs")
 
 
 class ApiError(Exception):
-    """An answer of the server that is an error.
+    """An error response of the server.
 
     Args:
-        status: of HTTP.
+        status: HTTP status.
         message: one sentence or two for the client's user.
-        code: OpenAI's name for the kind of error, where it has one.
-        param: the field that is wrong.
+        code: OpenAI's name for the kind of error, if there is one.
+        param: the invalid field.
     """
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
@@ -50,16 +50,16 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class ApiRequest:
-    """A request that can run.
+    """A valid request.
 
     Args:
-        chat: whether it came to chat/completions.
+        chat: whether it was sent to chat/completions.
         asked: its prompts.
-        texts: what comes before the answers to each prompt, which `echo` asks for; else empty.
-        logprobs: whether log-probabilities are part of the answer.
-        stream: whether the answer comes in pieces.
-        include_usage: whether a stream ends with the numbers of tokens.
-        only_prompt: whether `max_tokens` was 0, which a chosen token must not show.
+        texts: for each prompt the text before its answers, which `echo` requests; else empty.
+        logprobs: whether log-probabilities are requested.
+        stream: whether the answer is streamed.
+        include_usage: whether a stream ends with the token counts.
+        only_prompt: whether `max_tokens` was 0, so that no generated token may be returned.
     """
 
     chat: bool
@@ -72,15 +72,15 @@ class ApiRequest:
 
     @property
     def choices(self) -> list[int]:
-        """The number of its prompt for every answer."""
+        """For every answer, the number of its prompt."""
         return [number for number, one in enumerate(self.asked) for _ in range(one.settings.samples)]
 
 
 def parse_body(content: bytes) -> dict[str, Any]:
-    """The object in a request's body, without what is null.
+    """The JSON object in a request's body, without null values.
 
     Raises:
-        ApiError: there is none.
+        ApiError: it is not an object.
     """
     try:
         body = parse_json(content, parse_constant=refuse_constant)
@@ -92,16 +92,16 @@ def parse_body(content: bytes) -> dict[str, Any]:
 
 
 def parse_request(body: Mapping[str, Any], model: LoadedModel, capacity: int, chat: bool) -> ApiRequest:
-    """What a body asks a model for.
+    """Parse the request in a body.
 
     Args:
         body: from `parse_body`.
-        model: answers.
+        model: the model that answers.
         capacity: tokens of a prompt and its answer.
-        chat: whether it came to chat/completions.
+        chat: whether it was sent to chat/completions.
 
     Raises:
-        ApiError: something in it is wrong or not supported, named.
+        ApiError: a field is invalid or not supported; names the field.
         InputError: a prompt does not fit, or the chat template refuses it.
     """
     stream, echo = _flag(body, "stream"), not chat and _flag(body, "echo")
@@ -165,7 +165,9 @@ def _messages(body: Mapping[str, Any]) -> list[dict[str, str]]:
 
 @contextmanager
 def named(field: str | None = None) -> Iterator[None]:
-    """An error in what a client has sent names the field; without `field`, its message begins with it."""
+    """Make an error about a client's request name the field; without `field`, its message starts with the
+    name.
+    """
     try:
         yield
     except InputError as error:
@@ -176,13 +178,13 @@ def named(field: str | None = None) -> Iterator[None]:
 
 
 def sentences(error: SmolError) -> str:
-    """An error as a client's user reads it."""
+    """An error as sentences for a client's user."""
     message = f"{error.message}. {error.hint}".strip()
     return message[:1].upper() + message[1:]
 
 
 def _prompts(body: Mapping[str, Any], model: LoadedModel) -> list[Sequence[int]]:
-    """Ids of the prompts: "prompt" is a text, a list of texts, token ids, or a list of lists of these."""
+    """Ids of the prompts: "prompt" is a text, a list of texts, token ids, or a list of lists of token ids."""
     given = body.get("prompt")
     many = given if isinstance(given, list) and not _are_ids(given) else [given]
     if not many:

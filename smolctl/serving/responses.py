@@ -1,4 +1,4 @@
-"""Answers in OpenAI's form: whole, or piece by piece."""
+"""Answers in OpenAI's format, complete or streamed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from smolctl.generation.service import Piece
 from smolctl.generation.slots import Token
 from smolctl.serving.requests import ApiRequest
 
-IMPOSSIBLE = -9999.0  # OpenAI's log-probability of what is too unlikely for a number
+IMPOSSIBLE = -9999.0  # OpenAI's log-probability of a token that is too unlikely
 
 
 class Responder:
-    """Turns pieces into the chunks of a stream, and into one answer.
+    """Converts pieces to the chunks of a stream and to a complete answer.
 
     Args:
-        request: what was asked for.
+        request: the request to answer.
         model: its name.
         tokenizer: the model's own.
     """
@@ -40,7 +40,7 @@ class Responder:
         return all(choice.finish_reason for choice in self._choices)
 
     def whole(self) -> dict[str, Any]:
-        """The answer, when all pieces have been added."""
+        """The complete answer, after all pieces were added."""
         choices = [
             {
                 "index": number,
@@ -65,7 +65,7 @@ class Responder:
                 yield self._chunk(number, choice.echoed)
 
     def add(self, piece: Piece) -> Iterator[dict[str, Any]]:
-        """Take the next piece and give its chunks, none where nothing became certain."""
+        """Add the next piece and return its chunks, none if no text became final."""
         choice, is_chat = self._choices[piece.choice], self._request.chat
         self._generated += not piece.token.of_prompt
         before = len(choice.ids)
@@ -80,7 +80,7 @@ class Responder:
             yield self._chunk(piece.choice, {} if is_chat else "", None, piece.finish_reason)
 
     def closing(self) -> Iterator[dict[str, Any]]:
-        """Chunks behind the last piece: the numbers of tokens, where they were asked for."""
+        """Chunks after the last piece: the token counts, if requested."""
         if self._request.include_usage:
             yield {**self._chunk(0, ""), "choices": [], "usage": self._usage()}
 
@@ -100,17 +100,17 @@ class Responder:
 
 
 class _Choice:
-    """One answer while it grows."""
+    """One answer while it is generated."""
 
     def __init__(self, request: ApiRequest, prompt: int, tokenizer: Tokenizer) -> None:
         asked = request.asked[prompt]
         self.text, self.finish_reason = "", ""
         self.echoed = request.texts[prompt]
-        self._taken = 0  # characters of the text that chunks have
+        self._taken = 0  # characters of the text already sent in chunks
         self._has_logprobs, self._is_chat, self._tokenizer = request.logprobs, request.chat, tokenizer
-        self._tokens: list[Token | None] = []  # None: the first one of a prompt, which has no probability
+        self._tokens: list[Token | None] = []  # None: a prompt's first token, which has no probability
         self.ids: list[int] = []
-        self._offsets: list[int] = []  # where each begins in the returned text, in characters
+        self._offsets: list[int] = []  # start of each token in the returned text, in characters
         self._stream = tokenizer.stream(() if asked.score else asked.ids, skip_special=False)
         self._length = 0 if asked.score else len(self.echoed)
         if asked.score:
@@ -122,7 +122,7 @@ class _Choice:
             self._append(piece.token, piece.token.id)
 
     def take(self) -> str:
-        """The text that no chunk has yet."""
+        """The text that was not yet sent in a chunk."""
         before, self._taken = self._taken, len(self.text)
         return self.text[before:]
 
@@ -133,11 +133,13 @@ class _Choice:
         self._length += len(self._stream.feed(id))
 
     def logprobs(self, start: int = 0) -> dict[str, Any] | None:
-        """In OpenAI's form, from a token on; None where they were not asked for, or there are none."""
+        """Log-probabilities in OpenAI's format from a token on; None if not requested, or if there are
+        none.
+        """
         tokens = self._tokens[start:]
         if self._is_chat:
             return {"content": [self._described(token) for token in tokens if token]} if tokens else None
-        if start == 1 and self._tokens[0] is None:  # the first one comes with the second
+        if start == 1 and self._tokens[0] is None:  # the first token is sent with the second
             start, tokens = 0, self._tokens
         return (
             {
@@ -151,14 +153,16 @@ class _Choice:
         )
 
     def _top(self, token: Token) -> dict[str, float]:
-        """The likeliest tokens by their text; the chosen one is among them, whatever its rank."""
+        """The likeliest tokens by their text, including the chosen one, whatever its rank."""
         top = {spell(self._tokenizer, token.id): token.logprob}
         for id, probability in token.alternatives:
             top.setdefault(spell(self._tokenizer, id), _log(probability))
         return top
 
     def _described(self, token: Token) -> dict[str, Any]:
-        """A token as a chat describes it, with the likeliest in its place; the chosen one may be of them."""
+        """A token in the chat format, with the likeliest tokens at its place, which may include the chosen
+        one.
+        """
         place = [(token.id, token.logprob), *((id, _log(share)) for id, share in token.alternatives)]
         place.sort(key=lambda one: -one[1])
         top = [self._one(*one) for one in place[: len(token.alternatives)]]

@@ -1,4 +1,4 @@
-"""`smolctl serve`: a model behind OpenAI's API until the process is stopped."""
+"""`smolctl serve`: serves a model with OpenAI's API until the process is stopped."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from smolctl.generation.service import Service
 from smolctl.serving.app import Server
 from smolctl.serving.guards import Limits
 
-DEFAULT_CONTEXT = 2048  # tokens of a slot, or fewer where the model's context is shorter
+DEFAULT_CONTEXT = 2048  # tokens per slot, or fewer if the model's context is shorter
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
-GRACE_S = 30  # for answers under way when the server is stopped
-UNREAD_S = 60.0  # after which the system drops a client that takes nothing of what was sent (Linux)
+GRACE_S = 30  # for answers in progress when the server is stopped
+UNREAD_S = 60.0  # after which the system disconnects a client that does not read (Linux)
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,16 @@ class ServeOptions:
     """How to serve a model.
 
     Raises:
-        UsageError: others than this machine could reach it without a key, and nobody has said they may; or
-            no client could send the key.
+        UsageError: other machines could use it without a key although that was not allowed, or no client
+            could send the key.
     """
 
     host: str = "127.0.0.1"
-    port: int = 8000  # 0: a free one
+    port: int = 8000  # 0: a free port
     api_key: str | None = None
-    no_api_key: bool = False  # whether others may come in without a key
+    no_api_key: bool = False  # whether other machines may connect without a key
     slots: int = 8
-    context: int | None = None  # tokens of a slot; None: `DEFAULT_CONTEXT`
+    context: int | None = None  # tokens per slot; None: `DEFAULT_CONTEXT`
     limits: Limits = field(default_factory=Limits)
     engine: EngineOptions = field(default_factory=EngineOptions)
 
@@ -58,7 +58,7 @@ class ServeOptions:
 
     @property
     def hosts(self) -> tuple[str, ...] | None:
-        """Names that requests must call the server by; None: any."""
+        """Host names that requests may use; None: any."""
         if self.api_key or not is_loopback(self.host):
             return None
         return (*LOOPBACK, self.host.lower())
@@ -66,7 +66,7 @@ class ServeOptions:
 
 @dataclass(frozen=True)
 class Ready:
-    """The server answers from now on."""
+    """Event: the server is ready."""
 
     url: str
     model: str  # as clients name it
@@ -88,17 +88,18 @@ def is_loopback(host: str) -> bool:
 
 
 def serve(model: str, options: ServeOptions, on_ready: Callable[[Ready], None]) -> None:
-    """Serve a model until SIGINT or SIGTERM: then answers under way have `GRACE_S` to end, and no more begin.
+    """Serve a model until SIGINT or SIGTERM; then answers in progress have `GRACE_S` to finish, and no new
+    ones start.
 
     After that time, or a second signal, they end with an error.
 
     Args:
         model: what `load_model` takes.
-        options: how.
-        on_ready: called when the server answers.
+        options: how to serve it.
+        on_ready: called when the server is ready.
 
     Raises:
-        SmolError: the model cannot be read or run, or the address cannot be had.
+        SmolError: the model cannot be read or run, or the address is not available.
     """
     listener = listen(options.host, options.port)
     with listener:
@@ -119,10 +120,10 @@ def serve(model: str, options: ServeOptions, on_ready: Callable[[Ready], None]) 
 
 
 def open_server(model: str, options: ServeOptions, url: str) -> tuple[Server, Ready]:
-    """The server and what is to be known of it.
+    """Create the server and its description.
 
     Raises:
-        SmolError: the model cannot be read or run, or has a shorter context than `options` ask for.
+        SmolError: the model cannot be read or run, or its context is shorter than requested.
     """
     loaded = load_model(model, options.engine)
     context = options.context or min(DEFAULT_CONTEXT, loaded.context)
@@ -150,14 +151,14 @@ def open_server(model: str, options: ServeOptions, url: str) -> tuple[Server, Re
 
 
 class _Running(uvicorn.Server):
-    """A server of uvicorn that says when it has started, and ends answers when it has waited long enough."""
+    """A uvicorn server that reports its start, and ends answers after the grace period."""
 
     def __init__(
         self, config: uvicorn.Config, on_started: Callable[[], None], stop: Callable[[], None]
     ) -> None:
         super().__init__(config)
         self._on_started, self._stop = on_started, stop
-        self._loop: asyncio.AbstractEventLoop | None = None  # where answers are being ended
+        self._loop: asyncio.AbstractEventLoop | None = None  # of the server, while answers are being ended
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -178,14 +179,15 @@ class _Running(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket bound to an address, before the model is loaded.
+    """Open a socket at an address, before the model is loaded.
 
     Raises:
-        SmolError: it cannot be had.
+        SmolError: the address is not available.
     """
     name = host.strip("[]")
     family = socket.AF_INET6 if ":" in name else socket.AF_INET
-    # By the protocol asyncio knows that nothing may be held back: a token would wait 40 ms for the next one.
+    # With this protocol number asyncio disables Nagle's algorithm; otherwise a token waits 40 ms for the
+    # next.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

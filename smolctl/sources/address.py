@@ -1,4 +1,4 @@
-"""Names of models on the Hub, as people type them and paste them from its pages."""
+"""Names of models on the Hub, as people type them or paste them from its pages."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ HUB_ADDRESS = re.compile(
     r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://(?:models/)?)(?P<name>[\w.-]+/[\w.-]+?)"
     r"(?:(?:/(?:tree|blob|resolve)/|@)(?P<revision>[\w.-]+)(?:/(?P<file>[^?]*?))?)?(?P<tag>:[\w.-]+)?/?(?:\?.*)?"
 )
-HUB_PARTS = ("config.json", SINGLE, INDEX)  # files whose address stands for the model they belong to
+HUB_PARTS = ("config.json", SINGLE, INDEX)  # files whose URL stands for the model they belong to
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?")
-# Endings of files: `models/x.gguf` that does not exist is a wrong path and no repository.
+# File suffixes: `models/x.gguf` that does not exist is a wrong path, not a repository.
 FILE_ENDINGS = (".gguf", ".safetensors", ".ckpt", ".yaml", ".yml", ".json", ".bin", ".pt", ".pth")
 
 
 def is_file_name(model: str) -> bool:
-    """Whether a MODEL ends as a file does."""
+    """Whether a MODEL ends like a file name."""
     return model.lower().endswith(FILE_ENDINGS)
 
 
@@ -28,10 +28,10 @@ def is_hub_id(model: str) -> bool:
 
 
 def hub_id_of(model: str) -> str:
-    """The `org/name[@revision]` in an address of the Hub; any other MODEL as it is.
+    """The `org/name[@revision]` in a URL of the Hub; any other MODEL is returned unchanged.
 
     Raises:
-        InputError: it is the address of a file that may be another model than its repository's, or of another
+        InputError: it is the URL of a file that may be another model than its repository's, or of another
             server.
     """
     address = HUB_ADDRESS.fullmatch(model)
@@ -52,7 +52,7 @@ def hub_id_of(model: str) -> str:
 
 
 def refuse_tag(model: str) -> None:
-    """Refuse `org/name:Q4_K_M`, llama.cpp's name of a file of a repository. Raises InputError."""
+    """Refuse `org/name:Q4_K_M`, llama.cpp's notation for a file of a repository. Raises InputError."""
     repository, _, tag = model.partition(":")
     if tag and HUB_ID.fullmatch(repository):
         name, at, revision = repository.partition("@")

@@ -1,7 +1,7 @@
-"""A model's numbers as NumPy's arrays, and as PyTorch's tensors for those who compute with them there.
+"""A model's tensors as NumPy arrays, and as PyTorch tensors for code that computes with PyTorch.
 
-NumPy has no bfloat16 and no floats of 8 bits. An array of these has a structured type of one field, which
-holds the bits and is named as PyTorch names the type: no operator of NumPy takes it for integers.
+NumPy has no bfloat16 and no 8-bit floats. Arrays of these have a structured type of one field, which contains
+the bits and is named like PyTorch's type, so that no NumPy operator mistakes them for integers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Array = NDArray[Any]
 
 
 def type_named(name: str, size: int) -> np.dtype[Any]:
-    """The type of an array that PyTorch calls `name`, of `size` bytes an item."""
+    """The NumPy type for PyTorch's type `name` with `size` bytes per item."""
     try:
         return np.dtype(name)
     except TypeError:
@@ -29,12 +29,12 @@ BFLOAT16 = type_named("bfloat16", 2)
 
 
 def name_of(dtype: np.dtype[Any]) -> str:
-    """What PyTorch calls a type: "float32", "bfloat16"."""
+    """PyTorch's name of a type: "float32", "bfloat16"."""
     return dtype.names[0] if dtype.names else dtype.name
 
 
 def as_float32(array: Array) -> NDArray[np.float32]:
-    """The values of an array of floats; one of float32 is returned as it is."""
+    """The values of an array of floats; an array of float32 is returned as it is."""
     if array.dtype == BFLOAT16:
         bits = array.view(np.uint16).astype(np.uint32)
         bits <<= 16
@@ -46,16 +46,16 @@ def as_float32(array: Array) -> NDArray[np.float32]:
 
 
 def as_bfloat16(array: Array) -> Array:
-    """The values of an array of floats rounded to bfloat16, those in the middle to the even one."""
+    """The values of an array of floats, rounded to bfloat16, ties to even."""
     values = as_float32(array)
     bits = values.view(np.uint32)
     rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-    rounded[np.isnan(values)] = 0x7FC0  # adding may have made an infinity of it
+    rounded[np.isnan(values)] = 0x7FC0  # the addition may have turned it into infinity
     return rounded.view(BFLOAT16)
 
 
 def as_tensor(array: Array) -> torch.Tensor:
-    """The same memory as a tensor on the CPU."""
+    """A tensor on the CPU that shares the array's memory."""
     import torch
 
     if not array.dtype.names:
@@ -65,7 +65,7 @@ def as_tensor(array: Array) -> torch.Tensor:
 
 
 def as_array(tensor: torch.Tensor) -> Array:
-    """The values of a tensor, in the same memory where it lies on the CPU."""
+    """The values of a tensor, sharing its memory if that is on the CPU."""
     import torch
 
     tensor = tensor.detach().cpu()

@@ -1,4 +1,4 @@
-"""What every kind of MODEL argument becomes: headers now, weights only when asked."""
+"""`ModelSource`, to which every MODEL argument is opened: headers immediately, weights on request."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from smolctl.sources.arrays import Array
     from smolctl.sources.quantized.scaled import StoredTensor
 
-# Of a recipe whose sequences are longer than the context of its model, which is described all the same.
+# For a recipe with sequences longer than its model's context, which can be inspected anyway.
 NO_RECIPE = "no recipe for train"
 DAMAGED = "Download or copy the file again: it is damaged or not complete."
 
 
 class SourceKind(StrEnum):
-    """The kinds of MODEL, distinguished by content."""
+    """The kinds of MODEL, detected by content."""
 
     PRESET = "preset"
-    CONFIG = "config"  # our YAML
+    CONFIG = "config"  # smolctl's YAML
     NANOTRON = "nanotron"  # a nanotron training YAML
     HUB = "hub"
     FOLDER = "folder"  # a Hugging Face folder, or its config.json
@@ -46,11 +46,11 @@ class SourceKind(StrEnum):
 class TensorHeader:
     """One tensor as a header declares it."""
 
-    name: str  # Hugging Face name where the architecture is known, else the file's own
+    name: str  # Hugging Face name if the architecture is known, else the file's own name
     shape: tuple[int, ...]
-    dtype: str  # as the file names it: "F32", "BF16", "Q4_1"
+    dtype: str  # as in the file: "F32", "BF16", "Q4_1"
     bytes: int  # size in the file
-    shares: str = ""  # the tensor before it whose numbers these are, in files that keep such ties
+    shares: str = ""  # an earlier tensor that has the same data, in files that store ties
 
     @property
     def parameters(self) -> int:
@@ -59,44 +59,45 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """A tokenizer as plain data, before any library has read it."""
+    """A tokenizer as plain data, before a library parses it."""
 
     tokenizer_json: str  # the text of a tokenizer.json
     chat_template: str | None = None
     bos_token_id: TokenId | None = None
     eos_token_id: TokenId | None = None
     pad_token_id: TokenId | None = None
-    end_token_ids: tuple[TokenId, ...] = ()  # every id at which the source says that text ends
-    # Special tokens by the names that chat templates know them by, such as bos_token; None: those of the ids.
+    end_token_ids: tuple[TokenId, ...] = ()  # all ids at which the source declares that text ends
+    # Special tokens under the names that chat templates use, such as bos_token; None: derived from the ids.
     named_tokens: Mapping[str, str] | None = None
-    # What the model's makers recommend for sampling, by the names of generation_config.json, as it was found.
+    # Sampling settings recommended by the model's authors, under the names of generation_config.json, as
+    # found.
     recommended: Mapping[str, Any] = field(default_factory=dict)
-    # Other files of the tokenizer and of the generation settings by their names, for exports: as they were.
+    # Other files of the tokenizer and of the generation settings by name, copied unchanged into exports.
     carried: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
 class RecordedLoss:
-    """What a run recorded of a checkpoint's weights: whoever exports them must find the same loss."""
+    """The loss that a run recorded for a checkpoint's weights; an export must reproduce it."""
 
-    tokens: torch.Tensor  # int32 (N, T + 1): sequences that were held out
+    tokens: torch.Tensor  # int32 (N, T + 1): held-out sequences
     loss: float  # mean cross entropy in nats per token, computed in float32
-    document_end: int | None = None  # the token that attention does not cross
+    document_end: int | None = None  # the token that ends a document for attention
 
 
 class Weights(ABC):
-    """Access to the tensors behind a header. Nothing is read before it is asked for."""
+    """Access to the tensors behind a header. Nothing is read before it is requested."""
 
     @abstractmethod
     def stored(self) -> Iterator[tuple[str, StoredTensor]]:
-        """Every tensor under its Hugging Face name as it is stored, one at a time, without PyTorch.
+        """Yield every tensor under its Hugging Face name in its stored form, without PyTorch.
 
         Raises:
             InputError: the file is truncated or damaged.
         """
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor of `stored` for PyTorch: in float32, or in their own types where all are floats."""
+        """Every tensor of `stored` for PyTorch: in float32, or in their own types if all are floats."""
         from smolctl.sources.arrays import as_tensor
         from smolctl.sources.quantized.scaled import dense
 
@@ -105,7 +106,7 @@ class Weights(ABC):
 
 
 class ArrayWeights(Weights):
-    """Tensors of floats, in their own types for PyTorch too."""
+    """Tensors of floats, which PyTorch gets in their own types too."""
 
     @abstractmethod
     def stored(self) -> Iterator[tuple[str, Array]]: ...
@@ -117,7 +118,7 @@ class ArrayWeights(Weights):
 
 
 class StateWeights(Weights):
-    """Tensors that are in memory, or mapped into it, already."""
+    """Tensors that are already in memory or memory-mapped."""
 
     def __init__(self, state: Mapping[str, torch.Tensor | StoredTensor]) -> None:
         self.state = state
@@ -142,43 +143,43 @@ class StateWeights(Weights):
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that somebody named on the command line."""
+    """A model named by the user."""
 
     kind: SourceKind
     id: str  # as the user named it
-    config: ModelConfig | None  # None when this network cannot represent the model
-    unsupported: str = ""  # why config is None, naming the feature
-    shape: ModelConfig | None = None  # a network with the parameters and costs of one that cannot be run
+    config: ModelConfig | None  # None if smolctl's network cannot represent the model
+    unsupported: str = ""  # why config is None; names the feature
+    shape: ModelConfig | None = None  # of equal size and cost, for a model that cannot be run
     revision: str | None = None  # commit on the Hub
     bytes_fetched: int = 0  # over the network
-    declared: Mapping[str, Any] = field(default_factory=dict)  # the config as the source spells it
+    declared: Mapping[str, Any] = field(default_factory=dict)  # the config in the source's own keys
     card: Mapping[str, Any] = field(default_factory=dict)  # metadata of its model card: licence, base model
-    recovered_from_shapes: bool = False  # no config was found; it was derived from the tensors
-    tensors: tuple[TensorHeader, ...] | None = None  # None when the source has no weights
-    missing_parts: str = ""  # which files of the model do not lie beside this one
-    run: RunConfig | None = None  # the training recipe, where the source has one
-    problems: tuple[str, ...] = ()  # what is odd about it, for a person to read
-    assumptions: tuple[str, ...] = ()  # values of the config that no file says; among the problems too
-    step: int | None = None  # optimizer steps behind a checkpoint
+    recovered_from_shapes: bool = False  # there was no config; it was derived from the tensors
+    tensors: tuple[TensorHeader, ...] | None = None  # None if the source has no weights
+    missing_parts: str = ""  # missing files of a model that is split into several
+    run: RunConfig | None = None  # the training recipe, if the source has one
+    problems: tuple[str, ...] = ()  # anything unusual about it, for people
+    assumptions: tuple[str, ...] = ()  # values of the config that are in no file; also among the problems
+    step: int | None = None  # optimizer steps of a checkpoint
     weights: Weights | None = None
-    quantization: Mapping[str, Any] | None = None  # quantization.json, of a quantized model
-    recorded_loss: RecordedLoss | None = None  # of a checkpoint that a run wrote
-    # Called by `read_tokenizer`; None when the source carries no tokenizer.
+    quantization: Mapping[str, Any] | None = None  # quantization.json of a quantized model
+    recorded_loss: RecordedLoss | None = None  # for a checkpoint written by a run
+    # Called by `read_tokenizer`; None if the source has no tokenizer.
     tokenizer_reader: Callable[[], TokenizerFiles | None] | None = field(default=None, repr=False)
 
     def read_tokenizer(self) -> TokenizerFiles | None:
-        """The tokenizer that travels with the model, read now; None when there is none.
+        """Read the model's tokenizer; None if there is none.
 
         Raises:
-            InputError: its files are damaged or of a kind that cannot be read.
+            InputError: its files are damaged, or of a kind that cannot be read.
         """
         return self.tokenizer_reader() if self.tokenizer_reader else None
 
     def require_tokenizer(self, remedy: str = "Put its tokenizer.json there.") -> TokenizerFiles:
-        """The tokenizer that travels with the model, read now.
+        """Read the model's tokenizer, which must exist.
 
         Args:
-            remedy: what to do where there is none.
+            remedy: what to do if there is none.
 
         Raises:
             InputError: there is none, or its files are damaged or of a kind that cannot be read.
@@ -190,17 +191,17 @@ class ModelSource:
 
     @property
     def run_folder(self) -> RunFolder | None:
-        """The folder of the run that the model is. `runs/latest` is found as `latest_run` finds it."""
+        """The folder of the run that the model is. `runs/latest` is resolved like `latest_run`."""
         if self.kind is not SourceKind.RUN:
             return None
         path, _ = split_step(self.id)
         return RunFolder.open(latest_run() if path == RUNS / LATEST else path)
 
     def require_config(self) -> ModelConfig:
-        """The config, or the reason why this network cannot stand in for the model.
+        """The config, or an error with the reason why smolctl's network cannot represent the model.
 
         Raises:
-            InputError: the model is not representable.
+            InputError: the model cannot be represented.
         """
         if self.config is None:
             raise InputError(
@@ -210,10 +211,11 @@ class ModelSource:
         return self.config
 
     def require_certainty(self, accept_guesses: bool) -> None:
-        """Check that every value of the config was read, before something lasting is made of the model.
+        """Check that every value of the config was read from a file, before something permanent is made of
+        the model.
 
         Raises:
-            InputError: some were assumed, and the user has not accepted that.
+            InputError: some values were assumed, and the user has not accepted that.
         """
         if self.assumptions and not accept_guesses:
             raise InputError(
@@ -222,7 +224,7 @@ class ModelSource:
             )
 
     def require_weights(self) -> Weights:
-        """The weights, or an error that says that this source has none, and why."""
+        """The weights, or an error that explains why this source has none."""
         if self.weights is None:
             is_run = self.kind in (SourceKind.RUN, SourceKind.CHECKPOINT)
             reason = self.missing_parts or (self.problems[0] if is_run and self.problems else "")

@@ -1,10 +1,10 @@
-"""PyTorch's .ckpt files as a MODEL: Lightning's, a bare state, and what `quantize_dynamic` made of either.
+"""PyTorch's .ckpt files as a MODEL: Lightning's, a plain state dict, and either after `quantize_dynamic`.
 
-Their pickle is never executed: `weights_only=True` always. After `quantize_dynamic` the keys are PyTorch's
-own: `….q_proj._packed_params._packed_params` is a pair of a quantized tensor and a bias. `quantize` writes
-such a state as `NAME_quantized.ckpt`, with a tied head once, as `lm_head`. PyTorch's own layers can load it
-too: they round activations to 7 bits, which every CPU adds up exactly, with one scale for all tokens,
-whatever the file asks.
+Code in their pickle is never executed: `weights_only=True` always. After `quantize_dynamic` the keys are
+PyTorch's own: `….q_proj._packed_params._packed_params` is a pair of a quantized tensor and a bias. `quantize`
+writes such a state as `NAME_quantized.ckpt`, with a tied head stored once, as `lm_head`. PyTorch's own layers
+can load it too, but they always quantize activations to 7 bits, for which every CPU computes exact sums, with
+one scale for all tokens, whatever the file specifies.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from smolctl.sources.base import (
 from smolctl.sources.huggingface.folder import describe_beside
 from smolctl.sources.huggingface.tokenizer import tokenizer_reader
 from smolctl.sources.provenance import reference_of
-from smolctl.sources.quantized.folder import Made
+from smolctl.sources.quantized_folder import DYNAMIC, Made
 from smolctl.sources.shapes import check_tensors, with_table
 
 if TYPE_CHECKING:
@@ -39,21 +39,21 @@ if TYPE_CHECKING:
 
     from smolctl.sources.quantized.scaled import ScaledMatrix
 
-ZIP_MAGIC = b"PK\x03\x04"  # of a zip, which is what torch.save writes
-# What torch.compile, DDP and FSDP put before the names of the modules they wrap.
+ZIP_MAGIC = b"PK\x03\x04"  # of a zip archive, which torch.save writes
+# Prefixes that torch.compile, DDP and FSDP add to the names of the modules they wrap.
 WRAPPERS = {"_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module"}
-# Where trainers keep the weights: Lightning, nanoGPT and litgpt, DeepSpeed, and what many scripts write.
+# Keys under which trainers store the weights: Lightning, nanoGPT and litgpt, DeepSpeed, and many scripts.
 HOLDERS = ("state_dict", "model", "module", "model_state_dict", "model_state")
 PACKED = "._packed_params._packed_params"
-BESIDE = ("._packed_params.dtype", ".scale", ".zero_point")  # says nothing that the packed matrix does not
+BESIDE = ("._packed_params.dtype", ".scale", ".zero_point")  # redundant with the packed matrix
 REMEDY = "Run `smolctl quantize --to int8-dynamic` again."
 
 
 def open_checkpoint(path: Path, name: str) -> ModelSource:
-    """Read what a checkpoint says of itself; its tensors stay on the disk.
+    """Read a checkpoint's description; its tensors stay on the disk.
 
     Raises:
-        InputError: the file is damaged, holds code, or no weights.
+        InputError: the file is damaged, contains code, or has no weights.
     """
     import torch
 
@@ -91,7 +91,7 @@ def open_checkpoint(path: Path, name: str) -> ModelSource:
         source = replace(source, problems=check_tensors(model, source.tensors or ()))
     quantization = content["quantization"] if model and not run else None
     if quantization is None and not all(isinstance(value, torch.Tensor) for value in state.values()):
-        quantization = {"scheme": "int8-dynamic"}
+        quantization = {"scheme": DYNAMIC}
     step = content.get("global_step")
     return replace(
         source,
@@ -103,7 +103,7 @@ def open_checkpoint(path: Path, name: str) -> ModelSource:
 
 
 def _headers(state: Mapping[str, torch.Tensor | ScaledMatrix]) -> tuple[TensorHeader, ...]:
-    """The header of every tensor, with the ties between those that share their numbers."""
+    """The header of every tensor, with ties between those that share their data."""
     import torch
 
     seen: dict[object, str] = {}
@@ -118,21 +118,23 @@ def _headers(state: Mapping[str, torch.Tensor | ScaledMatrix]) -> tuple[TensorHe
 
 
 def _model_of_quantized(content: Mapping[str, Any], path: Path) -> ModelConfig | None:
-    """The config in what `quantize` wrote; None in other checkpoints."""
+    """The config of a checkpoint that `quantize` wrote; None in other checkpoints."""
     if not isinstance(content.get("quantization"), Mapping):
         return None
     values = content.get("config")
     if not isinstance(values, Mapping):
         raise InputError(f"{path}: has no config", REMEDY)
-    checked(Made, content["quantization"], f"{path}: quantization", REMEDY)
+    made = checked(Made, content["quantization"], f"{path}: quantization", REMEDY)
+    if made["scheme"] != DYNAMIC:
+        raise InputError(f"{path}: quantization: scheme: no checkpoint holds {made['scheme']}", REMEDY)
     return resolve_model_config(values, str(path))
 
 
 def network_state(content: Mapping[str, Any], path: Path) -> dict[str, torch.Tensor | ScaledMatrix]:
-    """The network's tensors under their Hugging Face names, and what `quantize_dynamic` made of some.
+    """The network's tensors under their Hugging Face names, some of them packed by `quantize_dynamic`.
 
     Raises:
-        InputError: there are none, or two tensors have the same name once wrappers are taken off.
+        InputError: there are none, or two tensors have the same name without the wrappers' prefixes.
     """
     import torch
 
@@ -168,7 +170,7 @@ def network_state(content: Mapping[str, Any], path: Path) -> dict[str, torch.Ten
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's numbers are all there: not sparse, not without content, not one number repeated."""
+    """Whether a tensor has ordinary storage: not sparse, not without data, not one number repeated."""
     import torch
 
     if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_complex():
@@ -177,10 +179,10 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _unpacked(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """A state in which what `quantize_dynamic` has packed is a `ScaledMatrix` under the layer's name.
+    """A state in which every matrix packed by `quantize_dynamic` is a `ScaledMatrix` under the layer's name.
 
     Raises:
-        InputError: a packed matrix is not what `quantize_dynamic` makes.
+        InputError: a packed matrix is not one of `quantize_dynamic`.
     """
     import torch
 
@@ -203,7 +205,7 @@ def _unpacked(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def clean_name(name: str) -> str:
-    """`network._orig_mod.model.norm.weight` as `model.norm.weight`."""
+    """`network._orig_mod.model.norm.weight` -> `model.norm.weight`."""
     parts = [part for part in name.split(".") if part not in WRAPPERS]
     while len(parts) > 1 and parts[0] == "network":
         parts = parts[1:]
@@ -222,14 +224,14 @@ def _header_of(name: str, value: torch.Tensor | ScaledMatrix) -> TensorHeader:
 
 
 def _tokenizer_of(content: Mapping[str, Any], path: Path) -> Callable[[], TokenizerFiles | None] | None:
-    """The tokenizer of the run that a checkpoint lies in, else the one in it, else the one beside it."""
+    """The tokenizer of the checkpoint's run, else the one inside it, else the one next to it."""
     run = RunFolder.around(path)
     of_run = tokenizer_reader(run.tokenizer, carry=False) if run else None
     return of_run or tokenizer_inside(content, path) or tokenizer_reader(path.parent)
 
 
 def tokenizer_inside(content: Mapping[str, Any], path: Path) -> Callable[[], TokenizerFiles] | None:
-    """Reads the tokenizer that a checkpoint carries; None where it carries none."""
+    """A reader for the tokenizer inside a checkpoint; None if there is none."""
     inside = content.get("tokenizer")
     if not isinstance(inside, Mapping):
         return None
@@ -238,7 +240,7 @@ def tokenizer_inside(content: Mapping[str, Any], path: Path) -> Callable[[], Tok
 
 
 def _recorded_loss(content: Mapping[str, Any], path: Path) -> RecordedLoss | None:
-    """What the run recorded when it wrote the checkpoint.
+    """The loss that the run recorded when it wrote the checkpoint.
 
     Raises:
         InputError: it is damaged.

@@ -1,9 +1,8 @@
-"""A model on the Hub: config and tensor headers over the network now, weights when they are asked for.
+"""A model on the Hub: config and tensor headers over the network immediately, weights on request.
 
-Headers cost one request a file: the first 100 kB by Range. Everything here asks once and waits a few
-seconds at most, where the client's own downloads retry for half a minute. A snapshot that is in the
-client's cache is used without the network: always when it is the newest commit, and otherwise when the
-Hub cannot be reached.
+Headers cost one request per file: the first 100 kB, with Range. Every request is made once and waits at most
+a few seconds, while the client's own downloads retry for half a minute. A snapshot in the client's cache is
+used without the network: always if it is the newest commit, and otherwise if the Hub cannot be reached.
 """
 
 from __future__ import annotations
@@ -50,11 +49,11 @@ from smolctl.sources.huggingface.tokenizer import (
 if TYPE_CHECKING:
     from smolctl.sources.arrays import Array
 
-HEADER_GUESS = 100_000  # bytes of the first Range request; longer headers take a second one
+HEADER_GUESS = 100_000  # bytes of the first Range request; longer headers need a second one
 PARALLEL_REQUESTS = 8
 OTHER_WEIGHTS = re.compile(r".+\.(bin|gguf|pth|pt|h5|msgpack|onnx)")
-COMMIT = r"^[0-9A-Za-z_-]+$"  # the client names a folder so
-# Safetensors files of a repository, with the names of the tensors to read there (None: all).
+COMMIT = r"^[0-9A-Za-z_-]+$"  # the client names folders like this
+# Safetensors files of a repository, with the names of the tensors to read from each (None: all).
 Shards = dict[str, list[str] | None]
 
 
@@ -62,7 +61,7 @@ def open_hub(model: str) -> ModelSource:
     """Open `org/name[@revision]`.
 
     Raises:
-        HubError: not there, private, gated, refused, unreachable, or without anything to read.
+        HubError: not found, private, gated, refused, unreachable, or without a readable model.
         InputError: the repository's files are damaged.
     """
     from huggingface_hub import is_offline_mode
@@ -86,7 +85,7 @@ class _File(TypedDict):
 
 
 class _Info(TypedDict):
-    """What is read of the Hub's answer about a repository."""
+    """The relevant part of the Hub's response about a repository."""
 
     sha: NotRequired[Annotated[str, Field(pattern=COMMIT)] | None]
     siblings: NotRequired[list[_File] | None]
@@ -95,14 +94,14 @@ class _Info(TypedDict):
 
 @dataclass
 class Repository:
-    """Requests to one repository, with the bytes that they cost."""
+    """Requests to one repository, with their cost in bytes."""
 
     name: str
     revision: str | None
     bytes_fetched: int = 0
 
     def __post_init__(self) -> None:
-        self._lock = threading.Lock()  # headers of shards are read side by side
+        self._lock = threading.Lock()  # headers of shards are read concurrently
 
     @property
     def url(self) -> str:
@@ -118,7 +117,7 @@ class Repository:
     def file(
         self, commit: str, path: str, limit: int = MAX_BYTES, start: int | None = None
     ) -> tuple[bytes, int]:
-        """Bytes of a file, by Range from `start` on, and the size of the whole file (0: unknown)."""
+        """Bytes of a file, with Range from `start` on, and the size of the whole file (0: not known)."""
         answer = self._fetch(f"{self.url}/resolve/{commit}/{path}", limit, start)
         return answer.content, answer.size
 
@@ -130,10 +129,10 @@ class Repository:
         return answer
 
     def download(self, patterns: list[str]) -> Path:
-        """Files of the repository in the client's own cache; the folder of the snapshot.
+        """Download files of the repository into the client's cache; returns the folder of the snapshot.
 
         Raises:
-            HubError: they cannot be had.
+            HubError: they cannot be downloaded.
         """
         with explained(self.name, READING, wrappers=STRANGE):
             return Path(api().snapshot_download(self.name, revision=self.revision, allow_patterns=patterns))
@@ -167,14 +166,14 @@ def _open_online(repository: Repository, model: str) -> ModelSource:
 
 
 def _open_cached(repository: Repository, model: str, why: str) -> ModelSource:
-    """The snapshot in the client's cache, without the network."""
+    """The snapshot in the client's cache, without using the network."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
     folder = None
     try:
         folder = Path(snapshot_download(repository.name, revision=repository.revision, local_files_only=True))
-    except IncompleteSnapshotError as error:  # only what was asked for at the time lies there
+    except IncompleteSnapshotError as error:  # it contains only the files that were requested before
         folder = Path(str(error.snapshot_path))
     except LocalEntryNotFoundError:
         pass
@@ -189,7 +188,7 @@ def _open_cached(repository: Repository, model: str, why: str) -> ModelSource:
 
 
 def _cached_snapshot(repository: Repository, commit: str, needed: set[str]) -> Path | None:
-    """The cache's folder of a commit, when everything that may be asked for lies there."""
+    """The cache's folder of a commit, if it has all files that may be needed."""
     from huggingface_hub import try_to_load_from_cache
 
     if "config.json" not in needed or not any(path.endswith(".safetensors") for path in needed):
@@ -200,7 +199,7 @@ def _cached_snapshot(repository: Repository, commit: str, needed: set[str]) -> P
 
 
 def _weight_files(repository: Repository, commit: str, files: set[str]) -> Shards:
-    """The safetensors files of a model: the sharded ones, the usual one, or the only one."""
+    """The safetensors files of a model: the shards, the usual file, or the only file."""
     if INDEX in files and SINGLE not in files:
         index, _ = repository.file(commit, INDEX)
         return dict(read_weight_map(index, f"{repository.name}/{INDEX}"))
@@ -233,7 +232,7 @@ def _read_header(repository: Repository, commit: str, path: str) -> tuple[Tensor
 
 
 class HubWeights(ArrayWeights):
-    """Weights that are downloaded into the client's cache when they are first read, if there are any."""
+    """Weights that are downloaded into the client's cache when they are first read."""
 
     def __init__(self, repository: Repository, shards: Shards, files: set[str]) -> None:
         self.repository, self.shards, self.files = repository, shards, files

@@ -1,4 +1,4 @@
-"""Memory for weights that every token reads."""
+"""Memory for weights, which are read for every token."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import numpy as np
 from smolctl.sources.arrays import Array
 
 CHUNK_BYTES = 32 << 20
-LINE_BYTES = 64  # of a processor's cache: where arrays begin
+LINE_BYTES = 64  # of a CPU's cache line, to which arrays are aligned
 PAGE_BYTES = 2 << 20  # a huge page
 
 _lock = threading.Lock()
-_rest: Array = np.empty(0, np.uint8)  # of the newest chunk: what no array has taken yet
+_rest: Array = np.empty(0, np.uint8)  # the unused rest of the newest chunk
 
 
 def weight_array(shape: tuple[int, ...], dtype: np.dtype[Any] | type[np.generic]) -> Array:
-    """An array of any content, side by side with other such arrays, in huge pages where the system has them.
+    """An uninitialized array next to other such arrays, in huge pages if the system has them.
 
-    The processor then translates fewer addresses while it reads a network's weights, which lie one behind the
-    other: decoding SmolLM2-135M with 4 bits takes 1.1 to 1.2 times less processor time than from arrays of
-    their own (Zen 4). NumPy asks for huge pages itself, but only for arrays of 4 MB and more. The arrays of a
-    chunk keep all of it, which is freed with the last of them.
+    The CPU then translates fewer addresses while it reads a network's weights, which are stored one after the
+    other: decoding SmolLM2-135M with 4 bits takes 1.1 to 1.2 times less CPU time than with separate arrays
+    (Zen 4). NumPy itself requests huge pages, but only for arrays of at least 4 MB. Each array of a chunk
+    keeps the whole chunk alive, which is freed with the last of them.
     """
     global _rest
     size = math.prod(shape) * np.dtype(dtype).itemsize
@@ -42,7 +42,7 @@ def weight_array(shape: tuple[int, ...], dtype: np.dtype[Any] | type[np.generic]
 
 
 def weight_copy(array: Array) -> Array:
-    """A copy of an array of any strides: see `weight_array`."""
+    """A copy of an array with any strides: see `weight_array`."""
     copied = weight_array(array.shape, array.dtype)
     copied[...] = array
     return copied

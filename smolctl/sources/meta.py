@@ -1,8 +1,8 @@
-"""Meta's layout of a Llama, as its own downloads, Mistral's and torchtune's checkpoints have it.
+"""Meta's layout of a Llama, used by Meta's own downloads, Mistral's, and torchtune's checkpoints.
 
-Names differ from Hugging Face's, and so does the order of rows in Q and K: here rope rotates the neighbours
-(0, 1), (2, 3), ... of a head, there its halves (0, D/2), (1, D/2 + 1), .... The config is `params.json`, with
-the keys of `ModelArgs` in https://github.com/meta-llama/llama-models.
+Names differ from Hugging Face's, and so does the order of rows in Q and K: Meta's RoPE rotates neighbours (0,
+1), (2, 3), ... of a head, Hugging Face's rotates halves (0, D/2), (1, D/2 + 1), .... The config is
+`params.json`, with the keys of `ModelArgs` in https://github.com/meta-llama/llama-models.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 NAME = re.compile(r"(?:layers\.(?P<layer>\d+)\.)?(?P<part>[\w.]+?)\.(?:weight|scale|(?P<bias>bias))")
 PARTS = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
-# Parts of a layer by Meta's names, then by torchtune's.
+# Parts of a layer under Meta's names, then under torchtune's.
 LAYER_PARTS = {
     "attention_norm": "input_layernorm",
     "attention.wq": "self_attn.q_proj",
@@ -54,14 +54,14 @@ LAYER_PARTS = {
     "mlp.w3": "mlp.up_proj",
 }
 ANCHORS = ("layers.0.attention.wq.weight", "layers.0.attn.output_proj.weight")
-# Keys of params.json that are read, and those that say how Meta's program runs and not what it computes.
+# Keys of params.json that are read, and keys that configure Meta's program without affecting its results.
 READ = (
     *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "multiple_of"),
     *("ffn_dim_multiplier", "norm_eps", "rope_theta", "use_scaled_rope", "rope_scaling_factor"),
     *("high_freq_factor", "tied_embeddings", "max_seq_len", "max_position_embeddings", "sliding_window"),
 )
 HOW = ("max_batch_size", "model_parallel_size", "use_biases")
-CONTEXT, THETA = 2_048, 10_000.0  # `max_seq_len` and the base of rope, which old files leave out
+CONTEXT, THETA = 2_048, 10_000.0  # `max_seq_len` and the base of RoPE, which old files omit
 
 
 Size = Annotated[int, Field(strict=True, gt=0, le=MAX_CONTEXT)]
@@ -70,7 +70,7 @@ Flag = Annotated[bool, Field(strict=True)]
 
 
 class _Params(TypedDict, total=False):
-    """The values that a params.json may have; a key that is null is left out."""
+    """The values that a params.json may have; a null key counts as missing."""
 
     dim: Required[Size]
     n_layers: Required[Size]
@@ -91,12 +91,12 @@ class _Params(TypedDict, total=False):
 
 
 def is_meta(names: Iterable[str]) -> bool:
-    """Whether tensors have the names of Meta or of torchtune."""
+    """Whether tensors have Meta's or torchtune's names."""
     return bool(set(ANCHORS) & set(names))
 
 
 def huggingface_name(name: str) -> str:
-    """`layers.0.attention.wq.weight` as `model.layers.0.self_attn.q_proj.weight`; others as they are."""
+    """`layers.0.attention.wq.weight` -> `model.layers.0.self_attn.q_proj.weight`; others unchanged."""
     found = NAME.fullmatch(name)
     part = (LAYER_PARTS if found["layer"] else PARTS).get(found["part"]) if found else None
     if found is None or part is None:
@@ -113,19 +113,19 @@ def is_params(values: Mapping[str, Any]) -> bool:
 def from_params(
     content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], origin: str
 ) -> tuple[dict[str, Any], tuple[str, ...], str]:
-    """A params.json in the words of a config.json.
+    """Convert a params.json to the keys of a config.json.
 
     Args:
         content: of the file.
-        shapes: of the tensors beside it by their Hugging Face names, or nothing. Llama 2's files do not say
-            how large the vocabulary is, and no file whether the head is the table.
-        origin: what to call the file in an error.
+        shapes: of the tensors next to it by their Hugging Face names, or empty. Llama 2's files do not
+            contain the size of the vocabulary, and no file says whether the head is tied.
+        origin: name of the file in an error.
 
     Returns:
-        The config.json, what of it is assumed, and which key makes it another network ("": none).
+        The config.json, its assumed values, and the key for an unsupported network ("": none).
 
     Raises:
-        InputError: a value is of the wrong kind or makes no sense.
+        InputError: a value has the wrong type or is not valid.
     """
     values = {key: value for key, value in content.items() if value is not None}
     checked(_Params, values, origin)
@@ -175,7 +175,9 @@ def _intermediate_size(values: Mapping[str, Any]) -> Any:
 
 
 def halves(matrix: T, heads: int) -> T:
-    """Rows of Q or K, (heads × D, width), from neighbours to halves; as they are where they do not divide."""
+    """Rows of Q or K, (heads × D, width), reordered from neighbours to halves; unchanged if they do not
+    divide.
+    """
     rows, width = matrix.shape
     if rows % (2 * heads):
         return matrix
@@ -188,7 +190,7 @@ class MetaWeights(Weights):
 
     Args:
         weights: under their Hugging Face names.
-        config: of the network. torchtune rotates Qwen's heads as Hugging Face does.
+        config: of the network. torchtune rotates Qwen's heads like Hugging Face.
     """
 
     def __init__(self, weights: Weights, config: ModelConfig) -> None:

@@ -1,4 +1,4 @@
-"""Tensor names of other tools: those of a Llama under other prefixes are read, the others are recognized."""
+"""Tensor names of other tools: a Llama's names with other prefixes are read, others are recognized."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
     from smolctl.sources.quantized.scaled import StoredTensor
 
-ANCHOR = "layers.0.input_layernorm.weight"  # a name that no layer of another kind has
+ANCHOR = "layers.0.input_layernorm.weight"  # a name that only such layers have
 ADAPTER = "a LoRA adapter, which holds no model: merge it into its base model with peft first"
 LITGPT = "a litgpt checkpoint: convert it with `litgpt convert_from_litgpt`"
-# The end of a name that only one tool writes, what wrote it, and what makes a folder of it that can be read.
+# Suffixes of names that only one tool writes, the tool, and how to convert its files to a readable folder.
 FORMATS = (
     ("lora_A.weight", ADAPTER),
     ("lora_A.default.weight", ADAPTER),
@@ -30,7 +30,7 @@ FORMATS = (
 
 
 def huggingface_names(names: Iterable[str], tied: bool) -> dict[str, str]:
-    """The names of a Llama as `LlamaForCausalLM` has them, by those in the file.
+    """The names of `LlamaForCausalLM` by the names in the file.
 
     A wrapper's prefix (`net.model.`, `module.model.`, `language_model.model.`) becomes `model.`, and so does
     a missing one. Meta's and torchtune's names are translated. Names that do not lie in the network stay as
@@ -58,7 +58,7 @@ def _name(name: str, prefix: str) -> str:
 
 
 def format_of(names: Iterable[str]) -> str:
-    """What wrote a file, and what to do with it; "" when the names do not show it."""
+    """The tool that wrote a file, and what to do with it; "" if the names do not show it."""
     ends = {".".join(name.rsplit(".", 3)[-count:]) for name in names for count in (2, 3)}
     return next((what for end, what in FORMATS if end in ends), "")
 
@@ -67,8 +67,8 @@ class RenamedWeights(Weights):
     """Tensors under other names.
 
     Args:
-        weights: as the file has them.
-        names: new names by those in the file; tensors without one are left out.
+        weights: with the file's names.
+        names: new names by the file's names; tensors without a new name are left out.
     """
 
     def __init__(self, weights: Weights, names: Mapping[str, str]) -> None:

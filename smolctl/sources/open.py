@@ -1,4 +1,4 @@
-"""The MODEL argument: a string becomes a `ModelSource`, by what is found and not by how it is called."""
+"""The MODEL argument: opens a string as a `ModelSource`, by content and not by name."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ from smolctl.sources.huggingface.folder import (
 )
 from smolctl.sources.huggingface.safetensors_file import is_safetensors
 from smolctl.sources.huggingface.tokenizer import TOKENIZER_FILES, tokenizer_reader
-from smolctl.sources.nanotron import is_nanotron, open_nanotron
-from smolctl.sources.quantized.folder import DESCRIPTION, FILE, is_quantized_folder, open_quantized_folder
+from smolctl.sources.nanotron.open import is_nanotron, open_nanotron
+from smolctl.sources.quantized_folder import DESCRIPTION, FILE, is_quantized_folder, open_quantized_folder
 
-# What trainers write beside weights, and further parts of a split file.
+# Files that trainers write next to weights, and further parts of a split file.
 NO_LONE_FILE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state).*|.+-(?!00001)\d{5}-of-\d{5}\..+"
 )
-# How files of other kinds begin, what they are and what to do.
+# Magic bytes of files of other kinds, their names, and what to do with them.
 OTHER_FILES = {
     **dict.fromkeys(
         (b"lmgg", b"fmgg", b"tjgg"), ("a GGML file, the format before GGUF", "Get the model as GGUF.")
@@ -76,16 +76,17 @@ KINDS = "Give a preset, YAML, Hub id, Hugging Face or quantized folder, .safeten
 
 
 def open_source(model: str, settings: Sequence[str] = ()) -> ModelSource:
-    """Whatever MODEL names.
+    """Open whatever MODEL names.
 
     Args:
         model: a preset, a path, `RUN@STEP`, `RUN@best`, or `org/name[@revision]` on the Hub.
-        settings: `key=value` items of a what-if, `num_hidden_layers=12` or `model.num_hidden_layers=12`.
-            A model with weights is then only good for counting: the weights no longer fit.
+        settings: `key=value` items for a what-if, such as `num_hidden_layers=12` or
+            `model.num_hidden_layers=12`. A model with weights can then only be counted, because the weights
+            no longer fit.
 
     Raises:
         InputError: there is no such model, or its files are damaged.
-        HubError: the Hub did not give it.
+        HubError: the Hub did not provide it.
         UsageError: a setting does not apply.
     """
     values = _model_settings(settings)
@@ -95,16 +96,16 @@ def open_source(model: str, settings: Sequence[str] = ()) -> ModelSource:
 
 
 def require_own_files(source: ModelSource, carried_only: bool = False) -> None:
-    """Check that the files of a model lie in its folder, before they are published or carried over.
+    """Check that the files of a model are in its folder, before they are published or copied.
 
-    A file that was named itself may be a link; what is read beside it may not.
+    A file that the user named may be a link; files that are read next to it may not.
 
     Args:
         source: the model.
-        carried_only: check what a copy of the model carries over as it is: configs and tokenizer.
+        carried_only: check only files that are copied unchanged: configs and tokenizer.
 
     Raises:
-        InputError: one of them only seems to lie there, see `ownership.require_inside`.
+        InputError: one of them is not really in the folder, see `ownership.require_inside`.
     """
     path = Path(source.id)
     if run := source.run_folder:
@@ -130,7 +131,7 @@ def _open(model: str, values: Mapping[str, Any]) -> ModelSource:
     preset = model in preset_names()
     if _exists(path) and not (preset and path.is_dir() and not _holds_model(path)):
         return _open_path(path, model, values)
-    if path == RUNS / LATEST:  # also when its run was deleted or moved
+    if path == RUNS / LATEST:  # even if its run was deleted or moved
         return _open_run(latest_run(), None, model)
     if path.is_symlink():
         raise broken_link(path)
@@ -152,7 +153,7 @@ def _open(model: str, values: Mapping[str, Any]) -> ModelSource:
 
 
 def _open_stdin(values: Mapping[str, Any]) -> ModelSource:
-    """A config.json or a YAML on standard input."""
+    """Open a config.json or a YAML from standard input."""
     content = sys.stdin.buffer.read(MAX_CONFIG_BYTES)
     with tempfile.TemporaryDirectory(prefix="smolctl-stdin-") as folder:
         path = Path(folder) / "config"
@@ -163,7 +164,7 @@ def _open_stdin(values: Mapping[str, Any]) -> ModelSource:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError as error:  # too long for a name, such as a prompt in the wrong place
+    except OSError as error:  # too long for a file name, such as a prompt in the wrong place
         raise InputError(f"{str(path)[:60]}: no such file ({error.strerror})", KINDS) from None
 
 
@@ -204,10 +205,10 @@ def _open_folder(folder: Path, name: str) -> ModelSource:
 
 
 def _refuse_part(path: Path) -> None:
-    """Refuse a file of PyTorch's that is only a part of a model.
+    """Refuse a PyTorch file that is only a part of a model.
 
     Raises:
-        InputError: its name says so, or others of Meta's, with a share of every tensor, lie beside it.
+        InputError: its name says so, or files of Meta's with other parts of every tensor are next to it.
     """
     count = len(list(path.parent.glob("consolidated.??.pth")))
     if META_PART.fullmatch(path.name) and count > 1:
@@ -223,7 +224,7 @@ def _refuse_part(path: Path) -> None:
 
 
 def _lone_file(folder: Path) -> Path | None:
-    """The one file of weights in a folder without safetensors: a GGUF, or what PyTorch has saved.
+    """The only weights file in a folder without safetensors: a GGUF, or a file of PyTorch's.
 
     Raises:
         InputError: there are several.
@@ -237,7 +238,7 @@ def _lone_file(folder: Path) -> Path | None:
     if len(parts) > 1 and not (folder / "config.json").is_file():
         names = ", ".join(path.name for path in parts[:5])
         raise InputError(f"{folder}: {len(parts)} files of weights: {names}", "Name one of them.")
-    if not parts:  # of a split GGUF whose first part is not here
+    if not parts:  # of a split GGUF whose first part is missing
         parts = [path for path in found if path.suffix == ".gguf"][:1]
     return parts[0] if len(parts) == 1 else None
 
@@ -282,7 +283,7 @@ def _open_file(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
 
 
 def _is_utf16_object(start: bytes) -> bool:
-    """Whether a file begins as a JSON object in UTF-16."""
+    """Whether a file starts as a JSON object in UTF-16."""
     marked = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return marked and start.decode("utf-16", "ignore").lstrip().startswith("{")
 
@@ -291,18 +292,18 @@ def _is_text(start: bytes) -> bool:
     try:
         start.decode("utf-8")
     except UnicodeDecodeError as error:
-        return error.start > len(start) - 4  # a character that the sample has cut in two
+        return error.start > len(start) - 4  # a character cut by the end of the sample
     return True
 
 
 def _open_recipe(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
-    """Our YAML, a preset among them, or nanotron's."""
+    """Open smolctl's YAML, such as a preset, or nanotron's."""
     content = read_yaml(path)
     if is_nanotron(content):
         return open_nanotron(content, path, name)
     recipe = changed_recipe(path, content, values)
     problem = _too_long(recipe)
-    if problem:  # which changes nothing of the model; everything else of the recipe is checked
+    if problem:  # does not affect the model; everything else of the recipe is checked
         recipe = merge(recipe, {"data": {"sequence_length": 1}})
     run = resolve_run_config(recipe, name)
     return ModelSource(
@@ -316,7 +317,7 @@ def _open_recipe(path: Path, name: str, values: Mapping[str, Any]) -> ModelSourc
 
 
 def _too_long(recipe: Mapping[str, Any]) -> str:
-    """That sequences do not fit the model's context; "" when they do or when either is not a number."""
+    """A problem if sequences do not fit the model's context; "" if they do, or if either is not a number."""
     data, model = recipe.get("data") or {}, recipe.get("model") or {}
     if not isinstance(data, Mapping) or not isinstance(model, Mapping):
         return ""
@@ -329,7 +330,7 @@ def _too_long(recipe: Mapping[str, Any]) -> str:
 
 
 def _open_run(path: Path, step: int | None, name: str) -> ModelSource:
-    """A run with its newest sound checkpoint; a run that has none yet is a config."""
+    """Open a run with its newest intact checkpoint; a run without one is opened as a config."""
     folder = RunFolder.open(path)
     config = folder.config()
     reader = tokenizer_reader(folder.tokenizer, carry=False)
@@ -355,7 +356,7 @@ def _open_run(path: Path, step: int | None, name: str) -> ModelSource:
 
 
 def _model_settings(settings: Sequence[str]) -> dict[str, Any]:
-    """Settings as nested values of a run config; a key that names no section is one of the model's."""
+    """Settings as nested values of a run config; a key that is not a section belongs to the model."""
     keys = RunConfig.model_fields
     return parse_settings(
         item if re.split("[.=]", item)[0].strip() in keys else f"model.{item}" for item in settings
@@ -363,14 +364,14 @@ def _model_settings(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def _what_if(source: ModelSource, values: Mapping[str, Any]) -> ModelSource:
-    """A source with a changed config. Its weights do not fit any more and are left behind."""
+    """A source with a changed config. Its weights no longer fit and are dropped."""
     if source.run is None and set(values) - {"model"}:
         key = next(iter(set(values) - {"model"}))
         raise UsageError(f"--set {key}: {source.id} has no training recipe", "Set keys of its model only.")
     config, origin = source.require_config(), f"{source.id} with --set"
     fields = config.model_dump()
     if config.head_dim * config.num_attention_heads == config.hidden_size:
-        del fields["head_dim"]  # it followed from the width, and still does
+        del fields["head_dim"]  # it was derived from the width, and is again
     if source.run is None:
         config = resolve_model_config(merge(fields, values["model"]), origin)
         return dataclasses.replace(source, config=config, tensors=None, weights=None)

@@ -1,4 +1,4 @@
-"""Where the weights of a MODEL come from. Recorded when a run or a quantized model is made of them."""
+"""The origin of a MODEL's weights, recorded when a run or a quantized model is made from them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.huggingface.card import license_of
 
 HUB_PAGE = "https://huggingface.co/"
-# Of a GGUF's metadata, as llama.cpp's converter writes it.
+# Of a GGUF's metadata, as written by llama.cpp's converter.
 LICENSE, BASES, BASE_PAGE = "general.license", "general.base_model.count", "general.base_model.0.repo_url"
-LONGEST_CHAIN = 16  # of models that were made from one another; a record that goes on is not believed
+LONGEST_CHAIN = 16  # of models made from one another; a longer record is not valid
 
 
 def provenance_of(source: ModelSource) -> Provenance:
-    """A model with weights as the origin of others: what it is, and what it says that it was made from."""
+    """A model with weights as the origin of others: its identity, and the origin that it declares itself."""
     if source.kind is SourceKind.HUB:
         name, _, revision = source.id.partition("@")
         return Provenance(
@@ -35,7 +35,7 @@ def provenance_of(source: ModelSource) -> Provenance:
     run, recorded = source.run, (source.quantization or {}).get("source")
     path = Path(source.id).expanduser().absolute()
     if from_run := source.run_folder:
-        path = from_run.path.resolve()  # runs/latest will be another one
+        path = from_run.path.resolve()  # runs/latest will later be a different run
     license, base = license_of(source.card), _base_on_hub(source.card.get("base_model"))
     if source.kind is SourceKind.GGUF:
         license = _text(source.declared.get(LICENSE))
@@ -56,7 +56,7 @@ def provenance_of(source: ModelSource) -> Provenance:
 
 
 def reference_of(provenance: Provenance) -> str:
-    """The MODEL that a record names, as it was when it was taken."""
+    """The MODEL that a record names, as it was when the record was made."""
     if provenance.kind == "hub":
         version = provenance.commit or provenance.revision
         return f"{provenance.id}@{version}" if version else provenance.id
@@ -65,7 +65,7 @@ def reference_of(provenance: Provenance) -> str:
 
 
 def read_provenance(values: Any) -> Provenance | None:
-    """A record of where something comes from; None where there is none that can be read."""
+    """Read a record of an origin; None if there is none that can be read."""
     try:
         found = Provenance.model_validate(values)
     except (ValidationError, RecursionError):
@@ -74,7 +74,7 @@ def read_provenance(values: Any) -> Provenance | None:
 
 
 def gguf_metadata(provenance: Provenance | None) -> dict[str, str | int]:
-    """What a GGUF says of where its weights come from, in llama.cpp's keys."""
+    """The origin of weights that a GGUF declares, in llama.cpp's keys."""
     base = provenance.on_hub if provenance else None
     found: dict[str, str | int] = {}
     if provenance and (license := next((one.license for one in provenance.chain if one.license), None)):
@@ -87,7 +87,7 @@ def gguf_metadata(provenance: Provenance | None) -> dict[str, str | int]:
 
 
 def _base_on_hub(name: Any) -> Provenance | None:
-    """The model that a card names as the base; the first of several."""
+    """The base model that a card names; the first of several."""
     return read_provenance({"id": name[0] if isinstance(name, list) and name else name, "kind": "hub"})
 
 

@@ -1,4 +1,4 @@
-"""What tensor names and shapes say: whether they fit a config, and a config where there is none."""
+"""Tensor names and shapes: whether they fit a config, and a config derived from them if there is none."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FIRST = "model.layers.0."
 DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|rope_freqs\.weight|rope\.freqs")
 NO_WEIGHT = re.compile(r"(?:^|\W)(u?int\d+|bool|complex\d+)$")  # types of NumPy and PyTorch
 MAX_LAYERS = 10_000  # more would be a damaged file
-NAMED_PROBLEMS = 5  # that an error message names
+NAMED_PROBLEMS = 5  # maximum number in an error message
 
 
 class Shaped(Protocol):
@@ -35,16 +35,16 @@ T = TypeVar("T")
 
 
 def check_state(config: ModelConfig, tensors: Mapping[str, S], origin: str) -> dict[str, S]:
-    """The tensors that a network of this config takes, without a tied head's copy and derived ones.
+    """The tensors that a network of this config loads, without a tied head's copy and derived tensors.
 
     Args:
         config: of the network.
         tensors: under their Hugging Face names.
-        origin: what to call them in an error.
+        origin: their name in an error.
 
     Raises:
-        InputError: tensors are missing, unexpected or mis-shaped, each of them named, or of integers, or the
-            head of a tied model is another than its table.
+        InputError: tensors are missing, unexpected or mis-shaped, each of them named, or of integers, or a
+            tied model's head differs from its table.
     """
     state = {name: tensor for name, tensor in tensors.items() if not is_derived(name)}
     for name, tensor in state.items():
@@ -74,7 +74,7 @@ def check_state(config: ModelConfig, tensors: Mapping[str, S], origin: str) -> d
 
 
 def with_table(tensors: Mapping[str, T], tied: bool) -> dict[str, T]:
-    """Tensors of which a tied model has kept one for table and head, under the table's name."""
+    """Tensors of a tied model that stores one for table and head, under the table's name."""
     found = dict(tensors)
     if tied and HEAD in found and TABLE not in found:
         found[TABLE] = found.pop(HEAD)
@@ -87,17 +87,17 @@ def check_tensors(config: ModelConfig, tensors: Iterable[TensorHeader]) -> tuple
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Whether two arrays, or two tensors, hold the same; matrices of integers are not compared."""
+    """Whether two arrays or tensors are equal; matrices of integers are not compared."""
     if not hasattr(one, "dtype") or not hasattr(other, "dtype"):
         return False
     return one.dtype == other.dtype and one.shape == other.shape and bool((one == other).all())
 
 
 def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
-    """Every missing, unexpected or mis-shaped tensor, named; empty when the shapes fit the config.
+    """Every missing, unexpected or mis-shaped tensor by name; empty if the shapes fit the config.
 
-    A stored `lm_head.weight` of a tied model is accepted here: whether its values are the table's is
-    checked when the weights are read.
+    A stored `lm_head.weight` of a tied model is accepted here; whether it equals the table is checked when
+    the weights are read.
     """
     return check_rows(parameter_rows(config), shapes)
 
@@ -117,22 +117,22 @@ def check_rows(parameters: Iterable[ParameterRow], shapes: Mapping[str, tuple[in
 
 
 def tensor_name(module: str, config: ModelConfig) -> str:
-    """The tensor behind a module that multiplies or looks up; a tied head's is the token table."""
+    """The tensor of a module that multiplies or looks up; for a tied head, the token table."""
     return TABLE if module == "lm_head" and config.tie_word_embeddings else f"{module}.weight"
 
 
 def no_rope_layers(layers: int, interval: int) -> list[int]:
-    """`no_rope_layers` of a model in which every `interval`-th layer has no rope."""
+    """`no_rope_layers` of a model in which every `interval`-th layer has no RoPE."""
     return [int(index % interval != 0) for index in range(1, min(layers, MAX_LAYERS) + 1)]
 
 
 def is_derived(name: str) -> bool:
-    """Whether a stored tensor is not a weight but follows from the config."""
+    """Whether a stored tensor is not a weight but derived from the config."""
     return DERIVED.fullmatch(name) is not None
 
 
 def recover_config(tensors: Iterable[TensorHeader]) -> tuple[ModelConfig | None, str, tuple[str, ...]]:
-    """The Llama-shaped network that has these tensors, why there is none, and what was assumed.
+    """The Llama-like network with these tensors, or the reason why there is none, and the assumed values.
 
     Shapes do not show head_dim, rope_theta or the context length.
     """
@@ -174,7 +174,7 @@ def recover_config(tensors: Iterable[TensorHeader]) -> tuple[ModelConfig | None,
 
 
 def likely_head_dim(hidden: int, queries: int, keys: int) -> int | None:
-    """The head size that Llama models of this width use; None when none divides.
+    """The usual head size of Llama models of this width; None if none divides it.
 
     Up to a width of 2,048 that is 64 (SmolLM, TinyLlama, Llama 3.2 1B), above it 128 (Llama 7B, 8B).
     """

@@ -1,4 +1,4 @@
-"""What happens around a step: records, checkpoints, validation, predictions, signals."""
+"""The work around each step: records, checkpoints, validation, predictions, signals."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from smolctl.evaluation import bits_per_byte
 from smolctl.runs.events import Checkpoint, End, Event, Listener, Note, Step, Validation, to_json
 from smolctl.runs.folder import RunFolder
 from smolctl.runs.layout import is_run
+from smolctl.runs.retention import remove_old_checkpoints
 from smolctl.runs.root import make_latest
 from smolctl.timing import peak_memory
 from smolctl.training.checkpoint import drop_weights
@@ -32,16 +33,17 @@ from smolctl.training.prepare import Prepared
 from smolctl.training.stopping import StopFlag
 from smolctl.training.tolerance import LATEST_LINK, Tolerance, shortened
 
-# Steps over which the displayed speed is averaged: enough to be calm, few enough to follow a change.
+# Steps over which the displayed speed is averaged: enough to be steady, few enough to follow a change.
 SPEED_WINDOW = 20
-SECONDS_BETWEEN_PICTURES = 10.0  # of the loss: a picture costs 0.1 s, a checkpoint of a small model less
+SECONDS_BETWEEN_PICTURES = 10.0  # of the loss; drawing takes 0.1 s, more than a small checkpoint
 
 
 class RunCallback(pl.Callback):
-    """After every step: record it, then save, then look at the model, then heed a signal.
+    """After every step: record it, then save, then observe the model, then handle a signal.
 
-    Saving comes first: nothing that can fail afterwards costs more than itself. So a checkpoint does not know
-    how its own step was scored, unless it was saved for that: a resumed run looks it up, or scores it.
+    Saving comes first, so that a later failure costs nothing else. A checkpoint therefore does not contain
+    the score of its own step, unless it was saved because of that score: a resumed run looks the score up or
+    computes it.
     """
 
     def __init__(
@@ -53,11 +55,11 @@ class RunCallback(pl.Callback):
         clock: Clock | None = None,
     ) -> None:
         self.prepared, self.config = prepared, prepared.config
-        self.run = run  # the main process's, once training has started
+        self.run = run  # in the main process, after training has started
         self.emit = emit
         self.stop = stop
-        self._clock = clock  # of train.minutes, where it decides how many steps there are
-        self.stopped_by = 0  # number of the signal for which all processes have agreed to stop
+        self._clock = clock  # of train.minutes, if that determines the number of steps
+        self.stopped_by = 0  # number of the signal at which all processes have agreed to stop
         self.saved_at = prepared.first_step or None  # step of the newest checkpoint
         self.out_of_patience = False  # of `train.patience`
         self._last_step: Step | None = None
@@ -85,13 +87,13 @@ class RunCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.run = RunFolder(Path(from_main(str(self.run.path), trainer)))
-        if self._clock is not None:  # each process has measured a number of steps of its own
+        if self._clock is not None:  # each process has measured its own number of steps
             assert isinstance(pl_module, TrainingModule)
             self._set_config(
                 pl_module, RunConfig.model_validate(from_main(self.config.model_dump(), trainer))
             )
         if trainer.global_step == 0:
-            self._save(trainer)  # shows before step 1 that a checkpoint can be written and read
+            self._save(trainer)  # checks before step 1 that a checkpoint can be written and read
             if trainer.is_global_zero:
                 with self._tolerating(LATEST_LINK, 0):
                     make_latest(self.run.path)
@@ -140,14 +142,14 @@ class RunCallback(pl.Callback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        if isinstance(exception, Exception):  # a second signal does not wait for anybody
+        if isinstance(exception, Exception):  # a second signal does not wait for other processes
             self._loggers.close(trainer.global_step, "failed")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._loggers.close(trainer.global_step, "success")
 
     def end(self, trainer: pl.Trainer, reason: str, seconds: float) -> End:
-        """How the run has ended, with its result; in the main process."""
+        """Record the end of the run and its result, in the main process."""
         step, scored, last = trainer.global_step, self._last_validation, self._last_step
         scored = scored if scored is not None and scored.step == step else None
         best = self.run.best_validation()
@@ -173,7 +175,7 @@ class RunCallback(pl.Callback):
         return time.monotonic() - self._drawn_at > SECONDS_BETWEEN_PICTURES
 
     def _heed_the_clock(self, trainer: pl.Trainer, module: TrainingModule) -> None:
-        """Move the end of a run of train.minutes to where the time is up, and record it."""
+        """Move the end of a run of train.minutes to the time limit, and record it."""
         if self._clock is None:
             return
         step, config, until = trainer.global_step, self.config, self.config.train.steps
@@ -192,7 +194,9 @@ class RunCallback(pl.Callback):
         return self._clock.beside(task) if self._clock else nullcontext()
 
     def _stopping(self, trainer: pl.Trainer) -> bool:
-        """Whether a signal has reached one process at least: all of them find the same and stop here."""
+        """Whether at least one process has received a signal: all processes get the same result and stop
+        at this step.
+        """
         self.stopped_by = largest(self.stop.received, trainer)
         trainer.should_stop = self.stopped_by > 0
         return trainer.should_stop
@@ -208,7 +212,7 @@ class RunCallback(pl.Callback):
             self.run.record(event)
         except OSError as error:
             if error.errno in DISK_ERRORS:
-                raise  # the next checkpoint would meet it too
+                raise  # the next checkpoint would fail in the same way
             with self._tolerating(f"writing {Path(error.filename).name}", step):
                 raise
 
@@ -255,13 +259,13 @@ class RunCallback(pl.Callback):
                 self._describe_again(step)
             origin = self.config.init_from
             if step == 0 and origin is not None and origin.sha256:
-                drop_weights(path)  # the model that the run begins with has them
+                drop_weights(path)  # the model from which the run started contains them
             self._remove_old_checkpoints(trainer)
             seconds = time.perf_counter() - started
             self._publish(trainer, Checkpoint(step, str(path), path.stat().st_size, seconds))
 
     def _describe_again(self, step: int) -> None:
-        """Make a run of the folder again: somebody has moved or deleted it."""
+        """Write the folder's record again, after somebody moved or deleted the folder."""
         moved = f"step {step:,}: {self.run.path} was moved or deleted"
         self.emit(Note(f"{moved}; the run continues in a new folder there."))
         prepared = self.prepared
@@ -270,13 +274,13 @@ class RunCallback(pl.Callback):
 
     def _remove_old_checkpoints(self, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero:
-            self.run.remove_old_checkpoints(self.config.checkpoint)
+            remove_old_checkpoints(self.run, self.config.checkpoint)
 
     def _validate(self, trainer: pl.Trainer, module: TrainingModule) -> bool:
-        """Score the held-out text, and end the run that has not improved for too long.
+        """Score the held-out text, and end a run that has not improved for too long.
 
         Returns:
-            Whether the model is the best so far; the same in every process.
+            Whether the model is the best so far; all processes return the same.
         """
         progress, step, patience = module.progress, trainer.global_step, self.config.train.patience
         improved = False
@@ -302,7 +306,9 @@ class RunCallback(pl.Callback):
         return bool(largest(improved, trainer))
 
     def _score(self, trainer: pl.Trainer, module: TrainingModule) -> tuple[float, int] | None:
-        """Bits per byte of the held-out text and its tokens; None where there is none, and elsewhere."""
+        """Bits per byte of the held-out text and its tokens; None without held-out text, and outside the
+        main process.
+        """
         held_out = self.prepared.corpus.validation
         if held_out is None or not trainer.is_global_zero:
             return None

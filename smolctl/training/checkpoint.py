@@ -1,4 +1,4 @@
-"""Checkpoints that survive: written beside the target, synced, read back, then renamed."""
+"""Crash-safe checkpoints: written to a temporary file, synced, read back, then renamed."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ FREE_SOME = "Free some space or choose another --out; earlier checkpoints are un
 
 
 class SaveError(SmolError):
-    """A checkpoint could not be written; the ones before it are as they were."""
+    """A checkpoint could not be written; earlier ones are unchanged."""
 
 
 class DurableCheckpointIO(CheckpointIO):
-    """Lightning's checkpoint files, written so that a crash or a full disk costs nothing good."""
+    """Writes Lightning's checkpoint files such that a crash or a full disk never damages an earlier one."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write, sync, read back, rename.
+        """Write, sync, read back and rename.
 
         Raises:
-            NonFiniteError: a weight or a number of the optimizer's state is NaN or infinite.
+            NonFiniteError: a weight or a value of the optimizer's state is NaN or infinite.
             SaveError: no room, no permission, or the disk returned different bytes than were written.
         """
         target = Path(path)
@@ -49,7 +49,7 @@ class DurableCheckpointIO(CheckpointIO):
                     raise SaveError(
                         f"{target}: the disk returned different bytes than were written", "Check the disk."
                     )
-                # A checksum never stands beside other bytes than its own, whenever the process dies.
+                # A checksum must never belong to other bytes, whenever the process dies.
                 remove_checksum(target)
             write_checksum(target, digest)
         except OSError as error:
@@ -60,7 +60,7 @@ class DurableCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a sound checkpoint as plain data; no code in it is executed."""
+        """Read an intact checkpoint as plain data; code in it is not executed."""
         return read_checkpoint(Path(path), mmap=False)
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -69,18 +69,18 @@ class DurableCheckpointIO(CheckpointIO):
 
 
 def _save(checkpoint: Mapping[str, Any], file: HashingFile) -> None:
-    """`torch.save`, which raises the OSError of a write that failed, and not what follows from it."""
+    """`torch.save`, but raising the OSError of the failed write instead of a later error."""
     try:
         torch.save(checkpoint, cast(IO[bytes], file))
     except RuntimeError as error:
-        # PyTorch closes its archive after a write that failed, and finds less in it than it wrote.
+        # After a failed write PyTorch closes its archive, which contains less than expected.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
 
 
 def drop_weights(path: Path) -> None:
-    """Leave the weights out of a checkpoint, which somebody else keeps.
+    """Remove the weights from a checkpoint, because they are stored elsewhere.
 
     Raises:
         SaveError: it cannot be rewritten.
@@ -90,7 +90,7 @@ def drop_weights(path: Path) -> None:
 
 
 def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors inside nested dicts and lists, each with the path to it."""
+    """All tensors inside nested dicts and lists, each with its path."""
     if isinstance(value, torch.Tensor):
         yield name, value
     elif isinstance(value, Mapping | list | tuple):
@@ -100,8 +100,8 @@ def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]
 
 
 def _require_finite(checkpoint: Mapping[str, Any]) -> None:
-    """One pass over the numbers, without a copy: the least and the largest of a tensor are NaN if one is."""
-    # A trainer's checkpoint of weights alone has no states of an optimizer.
+    """Checks without a copy: minimum and maximum of a tensor are NaN if one of its values is."""
+    # A trainer's weights-only checkpoint has no optimizer states.
     kept = {"weights": checkpoint.get("state_dict"), "optimizer": checkpoint.get("optimizer_states")}
     for name, tensor in tensors_in(kept):
         is_float = tensor.is_floating_point() and tensor.numel()

@@ -1,4 +1,4 @@
-"""`train.minutes`: how many steps fit into the time that is left, as the run itself measures it."""
+"""`train.minutes`: how many steps fit into the remaining time, as measured during the run."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from smolctl.training.device import decide, process_count
 from smolctl.training.guards import naming_the_memory_knob
 from smolctl.training.plan import measure_training_speed
 
-# The time that is left is measured again after so large a share of the whole, or of the steps that are left.
+# The remaining time is measured again after this share of the total time, or of the remaining steps.
 TIME_SHARE, STEPS_SHARE = 1 / 20, 1 / 8
-LEAST_CHANGE = 0.01  # of the steps in all: smaller ones are not worth a correction
+LEAST_CHANGE = 0.01  # of all steps: smaller corrections are not made
 
 
 def steps_in(minutes: float, network: Transformer, config: RunConfig, document_end: int | None) -> int:
-    """The steps that a run of this many minutes may have, as one micro-batch of random tokens says.
+    """Estimate the steps of a run of this many minutes from one micro-batch of random tokens.
 
     Args:
-        minutes: of the run.
+        minutes: length of the run.
         network: of the run.
-        config: of the run; its number of steps does not count.
-        document_end: token that ends a document, where attention stays within documents.
+        config: of the run; its number of steps is ignored.
+        document_end: token that ends a document, if attention stays within documents.
     """
     config, _ = decide(config, lambda _event: None)
     device, processes = config.trainer.accelerator, process_count(config)
@@ -41,10 +41,10 @@ def steps_in(minutes: float, network: Transformer, config: RunConfig, document_e
 
 @dataclass(frozen=True)
 class Task:
-    """What a run does beside its steps, and once more at its end."""
+    """Work of a run besides its steps, which is also done once at its end."""
 
-    every: int  # steps from one time to the next; 0: never
-    steps: float = 0.0  # as many take as long, as far as is known before the first time
+    every: int  # steps between two occurrences; 0: never
+    steps: float = 0.0  # duration in steps, as estimated before the first occurrence
 
 
 def tasks_of(config: RunConfig, held_out: int) -> dict[str, Task]:
@@ -59,12 +59,12 @@ def tasks_of(config: RunConfig, held_out: int) -> dict[str, Task]:
 
 
 class Clock:
-    """Measures a run that has `seconds` from now on.
+    """Measures a run that may take `seconds` from now on.
 
     Args:
-        seconds: for all of the run: its steps, and the tasks beside them.
-        tasks: by their names.
-        now: the time in seconds.
+        seconds: for the whole run: its steps and its tasks.
+        tasks: by name.
+        now: returns the time in seconds.
     """
 
     def __init__(
@@ -72,24 +72,24 @@ class Clock:
     ) -> None:
         self._seconds, self._tasks, self._now = seconds, tasks, now
         self._started = now()
-        self._beside = 0.0  # seconds so far that were no part of a step
-        self._marks: list[tuple[int, float]] = []  # steps, and the seconds that they had taken
-        self._costs: dict[str, float] = {}  # seconds that saving, validating and the like took last time
+        self._beside = 0.0  # seconds so far outside steps
+        self._marks: list[tuple[int, float]] = []  # number of steps, and the seconds that they took
+        self._costs: dict[str, float] = {}  # seconds that saving, validation and so on took last time
 
     @contextmanager
     def beside(self, task: str) -> Iterator[None]:
-        """A task, which is not part of a step, runs inside."""
+        """Context of a task, whose time does not count as part of a step."""
         started = self._now()
         yield
         self._costs[task] = self._now() - started
         self._beside += self._costs[task]
 
     def steps(self, step: int, until: int) -> int:
-        """At which step the run shall end: `until`, unless the time says otherwise by more than a little.
+        """The last step of the run: `until`, unless the time requires a noticeably different one.
 
         Args:
-            step: that is just done.
-            until: the last step, as planned so far.
+            step: the step just finished.
+            until: the last step as planned so far.
         """
         elapsed = self._now() - self._started
         taken = elapsed - self._beside
@@ -99,7 +99,7 @@ class Clock:
         is_enough = step - last_step >= STEPS_SHARE * (until - step)
         if step == last_step or not (is_enough or taken - last_taken >= TIME_SHARE * self._seconds):
             return until
-        # The newer half of the steps: calm, and still of what the machine does now.
+        # The later half of the steps: averages out noise, but reflects the current speed.
         half, before = next((mark for mark in reversed(self._marks) if 2 * mark[0] <= step), self._marks[0])
         self._marks.append((step, taken))
         seconds = (taken - before) / (step - half)

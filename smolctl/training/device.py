@@ -1,4 +1,4 @@
-"""The device a run trains on: what it can compute, how fast, and what is decided for it."""
+"""The device of a run: what it can compute, how fast, and the settings chosen for it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from smolctl.extras import installed_version
 from smolctl.runs.events import Listener, Note
 from smolctl.training.lightning import pl
 
-# Dense matrix multiplications, in 10¹² operations a second: (16 bits, float32). 16 bits: bfloat16 and
-# float16 with sums in float32. float32: by way of TF32 where the chip has it (SM 8.0 on), else on CUDA cores.
-# Sources: NVIDIA's data sheets of the data-centre chips (where those quote the double for sparse matrices,
-# halved) and its architecture whitepapers for GeForce: Turing (2018; reference clocks), Ampere GA102 (2020),
-# Ada (2022), RTX Blackwell (2025). GB10: an eighth of the FP4 figure with sparsity, the only one published.
-# The first name that occurs as words in the device's own decides, so that longer names come before those they
-# contain. Lightning's table is not used: it has sparse figures for some chips, and no plain "H200".
+# Dense matmuls, in 10¹² operations per second: (16 bits, float32). 16 bits: bfloat16 and float16 with
+# accumulation in float32. float32: through TF32 on chips that have it (SM 8.0 and later), else on CUDA cores.
+# Sources: NVIDIA's data sheets of the data-centre chips (halved where they quote the double rate of sparse
+# matrices) and its architecture whitepapers for GeForce: Turing (2018; reference clocks), Ampere GA102
+# (2020), Ada (2022), RTX Blackwell (2025). GB10: an eighth of the FP4 figure with sparsity, the only
+# published one. The first name whose words occur in the device's name is used, so longer names come before
+# those that they contain. Lightning's table is not used, because it has sparse figures for some chips and no
+# plain "H200".
 PEAK_TERAFLOPS = (
     ("B200", 2250.0, 1125.0),
     ("GB10", 125.0, 62.5),
@@ -72,29 +73,29 @@ PEAK_TERAFLOPS = (
     ("RTX 2070", 29.9, 7.5),
     ("RTX 2060", 25.8, 6.5),
 )
-# Chips whose 16 bits are float16 alone: a bfloat16 run has no peak there.
+# Chips with only float16 in 16 bits: a bfloat16 run has no peak there.
 WITHOUT_BFLOAT16 = ("V100-SXM2", "V100-PCIE", "T4", "RTX 20")
-# A slice of a device, and chips that share a name with larger ones.
+# Slices of a device, and chips that share a name with larger ones.
 NOT_THE_WHOLE_CHIP = re.compile(r"\b(MIG|Laptop|Max-Q)\b")
 
-# Below this many steps, compiling costs more time than it saves. On an H100 it took 12 s, and a step of
-# 16,384 tokens of a 135M model then took 63 ms instead of 195 (docs/benchmarks.md): a few hundred steps are
-# enough there. Machines with fewer cores compile for longer.
+# For fewer steps, compiling costs more time than it saves. On an H100 it took 12 s, after which a step of
+# 16,384 tokens of a 135M model took 63 ms instead of 195 (docs/benchmarks.md), so a few hundred steps suffice
+# there. Machines with fewer cores take longer to compile.
 STEPS_WORTH_COMPILING = 2_000
-# Settings of which "auto" is replaced by what is decided for the device.
+# Settings whose "auto" is replaced by a choice for the device.
 DECIDED = ("train.precision", "train.compile", "trainer.accelerator")
 RECORDED_PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "numpy", "safetensors")
 
 
 def peak_flops(name: str, precision: str) -> float | None:
-    """Operations a second that a device's matrix units reach at most.
+    """Peak operations per second of a device's matrix units.
 
     Args:
-        name: as `torch.cuda.get_device_name` has it.
+        name: from `torch.cuda.get_device_name`.
         precision: Lightning's name: "32-true", "bf16-mixed", "bf16-true" or "16-mixed".
 
     Returns:
-        None for a device that is not in the table, for a part of one, and for bfloat16 on a device that
+        None for a device that is not in the table, for a slice of one, and for bfloat16 on a device that
         emulates it.
     """
     if NOT_THE_WHOLE_CHIP.search(name):
@@ -108,7 +109,7 @@ def peak_flops(name: str, precision: str) -> float | None:
 
 
 def run_peak_flops(device: torch.device, precision: str, devices: int) -> float | None:
-    """`peak_flops` of all devices of a run together; None where it is not known, as for a CPU."""
+    """`peak_flops` of all devices of a run together; None if not known, as for a CPU."""
     if device.type != "cuda":
         return None
     one = peak_flops(torch.cuda.get_device_name(device), precision)
@@ -116,10 +117,9 @@ def run_peak_flops(device: torch.device, precision: str, devices: int) -> float 
 
 
 def flops_utilization(config: RunConfig, tokens_per_second: float, peak: float | None) -> float | None:
-    """MFU: the share of `peak` (operations a second) that goes into the model's own arithmetic.
+    """MFU: the share of `peak` (operations per second) that the model's own arithmetic uses.
 
-    The head's matmul counts also when its weights are tied; what is computed twice to save memory does
-    not count.
+    The head's matmul counts even if its weights are tied; recomputation that saves memory does not count.
     """
     if peak is None:
         return None
@@ -128,17 +128,17 @@ def flops_utilization(config: RunConfig, tokens_per_second: float, peak: float |
 
 @dataclass(frozen=True)
 class Device:
-    """What a run computes on."""
+    """The device of a run."""
 
     kind: str  # PyTorch's: "cpu", "cuda", "mps"
-    name: str  # "cpu", or the GPU's own
-    bfloat16: bool  # multiplies bfloat16 in hardware, without emulation
+    name: str  # "cpu", or the GPU's name
+    bfloat16: bool  # has bfloat16 matmuls in hardware, without emulation
 
 
 def find_device(accelerator: str) -> Device:
-    """The device that Lightning's `accelerator` stands for on this machine.
+    """The device on this machine that Lightning's `accelerator` selects.
 
-    Whether a GPU has bfloat16 is asked without emulation: a T4 or V100 (SM below 8.0) emulates it, slowly.
+    Emulated bfloat16 does not count: a T4 or V100 (SM below 8.0) emulates it, slowly.
 
     Raises:
         InputError: the machine has no such device.
@@ -149,7 +149,7 @@ def find_device(accelerator: str) -> Device:
             "cuda", torch.cuda.get_device_name(0), torch.cuda.is_bf16_supported(including_emulation=False)
         )
     if accelerator in ("auto", "gpu", "mps") and has_mps:
-        return Device("mps", platform.processor() or "mps", False)  # float32 there is not slower
+        return Device("mps", platform.processor() or "mps", False)  # float32 is not slower there
     if accelerator not in ("auto", "cpu"):
         known = accelerator in ("gpu", "cuda", "mps")
         raise InputError(
@@ -162,22 +162,22 @@ def find_device(accelerator: str) -> Device:
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """The context in which a run's precision computes forward passes."""
+    """The autocast context of a run's precision for forward passes."""
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config.train.precision)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def muon_dtype(config: RunConfig, device: torch.device) -> torch.dtype | None:
-    """What Muon's orthogonal factors are computed in; None: as `orthogonalize` chooses.
+    """The dtype in which Muon computes orthogonal factors; None: the default of `orthogonalize`.
 
-    A run in bfloat16 computes them so too where the CPU multiplies it: in half the time.
+    A run in bfloat16 uses it for these too, on CPUs with bfloat16 matmuls: it takes half the time.
     """
     is_used = device.type == "cpu" and config.train.precision.startswith("bf16")
     return torch.bfloat16 if is_used and find_device("cpu").bfloat16 else None
 
 
 def process_count(config: RunConfig) -> int:
-    """Devices that share a step, over all machines."""
+    """Number of devices that share a step, over all machines."""
     devices = config.trainer.devices
     if devices == "auto":
         devices = torch.cuda.device_count() if config.trainer.accelerator == "cuda" else 1
@@ -185,7 +185,7 @@ def process_count(config: RunConfig) -> int:
 
 
 def require_trainer(config: RunConfig) -> None:
-    """Let Lightning look at the trainer's settings, before anything is written. No process is started.
+    """Let Lightning check the trainer's settings before anything is written. No process is started.
 
     Raises:
         InputError: Lightning refuses them, with its reason.
@@ -203,7 +203,7 @@ def require_trainer(config: RunConfig) -> None:
                 enable_progress_bar=False,
                 enable_model_summary=False,
             )
-    except Exception as error:  # of many kinds, each with a sentence of its own
+    except Exception as error:  # of many types, each with its own message
         reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
         raise InputError(
             f"the trainer cannot be made on this machine: {reason}",
@@ -213,20 +213,20 @@ def require_trainer(config: RunConfig) -> None:
 
 @dataclass(frozen=True)
 class Decisions:
-    """What was decided for a device, kept in the run's checkpoints."""
+    """The settings that were chosen for a device, stored in the run's checkpoints."""
 
     device: str
     asked: tuple[str, ...]  # the settings that were "auto"
 
 
 def decided_settings(config: RunConfig) -> dict[str, Any]:
-    """The settings of `DECIDED` by name."""
+    """The settings named in `DECIDED`, with their values."""
     settings = config.settings()
     return {key: settings[key] for key in DECIDED}
 
 
 def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
-    """The config with other values of `DECIDED`."""
+    """The config with other values for the settings in `DECIDED`."""
     values = config.model_dump()
     for key, value in settings.items():
         section, _, name = key.partition(".")
@@ -235,14 +235,14 @@ def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
 
 
 def decide(config: RunConfig, emit: Listener) -> tuple[RunConfig, Decisions]:
-    """Replace "auto" in precision, compile and accelerator by what suits the device, and say why.
+    """Replace "auto" in precision, compile and accelerator by a choice for the device, and report why.
 
-    On a CPU, blocks are not compiled: their operations are fused by hand, and compiled blocks took 0.93 to
-    0.99 of the time but a fifth more memory (docs/benchmarks.md). A CPU that multiplies bfloat16 still gets
-    float32: the same config shall give the same numbers on every CPU.
+    On a CPU, blocks are not compiled, because their operations are already fused by hand: compiled blocks
+    took 0.93 to 0.99 of the time but a fifth more memory (docs/benchmarks.md). A CPU with bfloat16 matmuls
+    still uses float32, so that the same config gives the same numbers on every CPU.
 
     Raises:
-        InputError: the device that the config names is not there.
+        InputError: the config names a device that this machine does not have.
     """
     device = find_device(config.trainer.accelerator)
     asked = tuple(key for key, value in decided_settings(config).items() if value == "auto")
@@ -276,16 +276,16 @@ def _compile_note(compiles: bool, steps: int) -> str:
 def decide_again(
     config: RunConfig, before: Decisions, changed: Mapping[str, Any], emit: Listener
 ) -> tuple[RunConfig, Decisions]:
-    """What a resumed run computes with: as before on the same device, decided again on another one.
+    """The settings of a resumed run: unchanged on the same device, chosen again on another one.
 
     Args:
-        config: of the steps to come, with what was decided before.
-        before: what was decided then.
-        changed: nested settings that the user has given now; they are not decided.
-        emit: gets a note when the device is another one.
+        config: of the next steps, with the earlier choices.
+        before: the earlier choices.
+        changed: nested settings that the user has just given; they are not chosen again.
+        emit: gets a note if the device has changed.
 
     Raises:
-        InputError: the device that the config names is not there.
+        InputError: the config names a device that this machine does not have.
     """
     current = decided_settings(config)
 
@@ -304,7 +304,7 @@ def decide_again(
 
 
 def describe_environment(config: RunConfig, decisions: Decisions, read: Sequence[str]) -> dict[str, Any]:
-    """The machine, the versions, what was decided, and which data was read, for environment.json."""
+    """Machine, versions, chosen settings, and the data that was read, for environment.json."""
     return {
         "smolctl": __version__,
         "python": platform.python_version(),

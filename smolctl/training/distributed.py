@@ -1,4 +1,4 @@
-"""What the processes of one run exchange. With a single process all of it costs nothing."""
+"""Communication between the processes of one run. With a single process, none of it has a cost."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ from smolctl.training.lightning import SLURMEnvironment, pl, rank_zero_only
 
 T = TypeVar("T")
 
-# How long the first process waits for the others to be started, and they for it: machines boot at their pace.
+# How long the first process waits for the others to start, and they for it: machines boot at different
+# speeds.
 PATIENCE = timedelta(minutes=5)
-# Where other launchers than torchrun and SLURM say how many processes there are.
+# Environment variables in which launchers other than torchrun and SLURM store the number of processes.
 SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "JSM_NAMESPACE_SIZE")
 SHARE = (
     "Every machine needs the same config, data and, to resume, run folder at the same paths: "
@@ -36,7 +37,7 @@ SHARE = (
 
 
 def is_main_process() -> bool:
-    """Whether this process keeps the records; known from the environment, before anything is set up.
+    """Whether this process keeps the records; known from the environment before anything is set up.
 
     Lightning, torchrun and SLURM start the same command once for every device.
     """
@@ -44,18 +45,18 @@ def is_main_process() -> bool:
 
 
 def gather(value: T, trainer: pl.Trainer) -> list[T]:
-    """The values of all processes, in the order of their ranks, on each of them: tensors and plain data."""
+    """The values of all processes, in the order of their ranks, on each process: tensors and plain data."""
     if trainer.world_size == 1:
         return [value]
     packed = io.BytesIO()
-    torch.save(value, packed)  # all_gather_object itself fails on tensors of bytes in PyTorch 2.13
+    torch.save(value, packed)  # all_gather_object fails on tensors of bytes in PyTorch 2.13
     received: list[bytes] = [b""] * trainer.world_size
     torch.distributed.all_gather_object(received, packed.getvalue())
     return [torch.load(io.BytesIO(content), weights_only=True) for content in received]
 
 
 def largest(value: int, trainer: pl.Trainer) -> int:
-    """The largest value that a process has, on each of them."""
+    """The largest value of all processes, on each of them."""
     if trainer.world_size == 1:
         return value
     tensor = torch.tensor(value, device=trainer.strategy.root_device)
@@ -63,16 +64,16 @@ def largest(value: int, trainer: pl.Trainer) -> int:
 
 
 def from_main(value: T, trainer: pl.Trainer) -> T:
-    """The main process's value on all of them."""
+    """The main process's value, on all processes."""
     return value if trainer.world_size == 1 else trainer.strategy.broadcast(value)
 
 
-# Processes that torchrun or SLURM has started
+# Processes started by torchrun or SLURM
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What torchrun or SLURM says of the processes that it has started."""
+    """The processes that torchrun or SLURM started."""
 
     launcher: str
     rank: int
@@ -81,15 +82,16 @@ class Launch:
 
     @property
     def devices(self) -> int:
-        """Processes on each machine."""
+        """Processes per machine."""
         return self.world_size // self.num_nodes
 
 
 def launch() -> Launch | None:
-    """How this process was started with others; None where Lightning itself starts the others, if any.
+    """How torchrun or SLURM started this process; None if Lightning starts the other processes, if there are
+    any.
 
     Raises:
-        UsageError: SLURM does not say how many processes there are on each machine.
+        UsageError: SLURM does not state how many processes each machine has.
     """
     environment = os.environ
     if torch.distributed.is_torchelastic_launched():
@@ -108,10 +110,11 @@ def launch() -> Launch | None:
 
 
 def with_process_counts(config: RunConfig) -> RunConfig:
-    """The config with as many devices and machines as torchrun or SLURM has started processes for.
+    """The config with the numbers of devices and machines for which torchrun or SLURM started processes.
 
     Raises:
-        UsageError: the counts contradict each other: several runs would begin instead of one, or none.
+        UsageError: the numbers contradict each other, so that several runs would start instead of one, or
+            none.
     """
     trainer, started = config.trainer, launch()
     asked = f"--devices {trainer.devices} --num-nodes {trainer.num_nodes}"
@@ -152,17 +155,17 @@ def _require_no_other_launcher(config: RunConfig, asked: str) -> None:
 
 @functools.cache
 def _store() -> Store | None:
-    """What the processes write messages into before they can exchange tensors; None for a single process.
+    """A store for messages between processes that cannot exchange tensors yet; None for a single process.
 
     Raises:
-        SmolError: the others were not there in time.
+        SmolError: the other processes did not start in time.
     """
     started = launch()
     if started is None or started.world_size == 1:
         return None
     if started.launcher == "SLURM":
         slurm = SLURMEnvironment()
-        _ = slurm.main_address, slurm.main_port  # writes both into the environment
+        _ = slurm.main_address, slurm.main_port  # both write it into the environment
     try:
         found = rendezvous("env://", started.rank, started.world_size, timeout=PATIENCE)
         store: Store = next(found)[0]
@@ -177,7 +180,7 @@ def _store() -> Store | None:
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """A failure inside ends the other processes too, as long as they wait in `wait_for_all`."""
+    """A failure inside also ends the other processes while they wait in `wait_for_all`."""
     store = _store()
     try:
         yield
@@ -193,10 +196,10 @@ def wait_for_all(identity: Mapping[str, Any]) -> None:
     """Wait until all processes are ready to train, on the same data and from the same step.
 
     Args:
-        identity: what must be the same everywhere; plain values.
+        identity: what must be the same in every process; plain values.
 
     Raises:
-        InputError: another process has failed meanwhile, or this one has something other than the first.
+        InputError: another process has failed, or this one's identity differs from that of the first.
     """
     started, store = launch(), _store()
     if started is None or store is None:

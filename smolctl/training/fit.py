@@ -1,4 +1,4 @@
-"""Lightning's part of a run: a trainer that goes from one step to another, and nothing around it."""
+"""Runs Lightning's trainer from one step to another."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from smolctl.training.tolerance import Tolerance
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 
-# The module itself scales float16's gradients: clipping needs them unscaled.
+# The module itself scales float16's gradients, and clipping needs them unscaled.
 LIGHTNING_PRECISION: Mapping[str, Literal["32-true", "bf16-mixed", "bf16-true"]] = {
     "32-true": "32-true",
     "bf16-mixed": "bf16-mixed",
@@ -52,21 +52,21 @@ class RunResult:
 
     folder: Path
     step: int
-    exit_code: ExitCode  # DONE, or the signal's after saving; the main process alone has that one
+    exit_code: ExitCode  # DONE, or the signal's code after saving; only set in the main process
 
 
 def fit(prepared: Prepared, run: RunFolder, start: Path | None, emit: Listener) -> RunResult:
-    """Train from the first step, or from a checkpoint, to the config's last step.
+    """Train from the first step, or from a checkpoint, to the last step of the config.
 
     Args:
         prepared: the run.
         run: its folder.
-        start: the checkpoint; None begins at step 0.
-        emit: gets every event, in the main process.
+        start: the checkpoint; None starts at step 0.
+        emit: gets every event in the main process.
     """
-    wait_for_all(prepared.identity)  # may take long: until here a signal ends the process at once
+    wait_for_all(prepared.identity)  # may take long: until here a signal ends the process immediately
     started, minutes, clock = time.perf_counter(), prepared.config.train.minutes, None
-    if minutes and start is None:  # a resumed run keeps its steps
+    if minutes and start is None:  # a resumed run keeps its number of steps
         clock = Clock(60 * minutes, tasks_of(prepared.config, len(prepared.corpus.validation or ())))
     with naming_the_disk(run.path), StopFlag() as stop:
         callback = RunCallback(prepared, run, emit, stop, clock)
@@ -81,31 +81,31 @@ def fit(prepared: Prepared, run: RunFolder, start: Path | None, emit: Listener) 
             emit(callback.end(trainer, reason, time.perf_counter() - started))
     if signal is None and step != last and not callback.out_of_patience:
         raise InputError(f"the run ended at step {step} of {last}", "Resume it; this is a bug.")
-    # Whoever started the processes takes the others' exit for a failure if it is not 0, and kills this one.
+    # A launcher treats any exit code except 0 as a failure, and would kill this process.
     return RunResult(run.path, step, EXIT_CODES[signal] if signal and is_main_process() else ExitCode.DONE)
 
 
 def run_trainer(
     prepared: Prepared, callback: pl.Callback, folder: Path, start: Path | None, open_end: bool = False
 ) -> tuple[pl.Trainer, TrainingModule]:
-    """Run Lightning's loop over the steps that are left, with one callback around them.
+    """Run Lightning's loop over the remaining steps, with one callback around them.
 
     Args:
         prepared: the run.
         callback: called at every step.
         folder: of the run.
-        start: the checkpoint to begin with, or None.
-        open_end: whether the callback says which step is the last.
+        start: the checkpoint to start from, or None.
+        open_end: whether the callback determines the last step.
 
     Raises:
-        NonFiniteError: at a step whose loss or gradient is not a number.
-        MemoryShortageError: a step does not fit.
+        NonFiniteError: the loss or gradient of a step is not finite.
+        MemoryShortageError: a step does not fit into memory.
     """
     config = prepared.config
     prepare_process(config.trainer.deterministic)
     pl.seed_everything(config.train.seed, verbose=False)
     trainer = Trainer(
-        # Under SLURM Lightning starts with any hpc_ckpt_*.ckpt that it finds there.
+        # Under SLURM, Lightning starts from any hpc_ckpt_*.ckpt that it finds there.
         default_root_dir=folder / CHECKPOINTS,
         max_steps=-1 if open_end else config.train.steps,
         max_epochs=-1,
@@ -114,7 +114,7 @@ def run_trainer(
         num_nodes=config.trainer.num_nodes,
         strategy=config.trainer.strategy,
         precision=LIGHTNING_PRECISION[config.train.precision],
-        # A CPU always is.
+        # CPUs are always deterministic.
         deterministic=(config.trainer.accelerator == "cuda" and config.trainer.deterministic) or None,
         callbacks=[callback],
         plugins=[DurableCheckpointIO()],
@@ -140,21 +140,21 @@ def run_trainer(
 
 
 def prepare_process(deterministic: bool = True) -> None:
-    """Set what holds for the whole process: the allocator, the precision and the choice of kernels."""
+    """Configure the process: the allocator, the precision and the choice of kernels."""
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")
-    if deterministic:  # on a GPU; Lightning does the rest, but only when a plan has computed there already
+    if deterministic:  # on a GPU; for Lightning it is too late once the plan has computed
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # no kernels chosen by their time
-    # Filled is what no kernel has written yet, for debugging.
+        os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # no choice of kernels by timing
+    # PyTorch would fill uninitialized memory, for debugging.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next step instead of giving it back to the system.
+    """Let glibc keep the memory that a step frees for the next step, instead of returning it to the system.
 
-    By default every large tensor is mapped and unmapped again, and the system clears every page of it:
-    over a tenth of a step's time on a CPU (docs/benchmarks.md). Elsewhere than on glibc it does nothing.
+    By default, every large tensor is mapped and unmapped again, and the system clears all its pages, which
+    takes over a tenth of a step's time on a CPU (docs/benchmarks.md). Without glibc, this does nothing.
     """
     if sys.platform != "linux":
         return

@@ -1,4 +1,4 @@
-"""Failures of the machine, said in words that help."""
+"""Turns failures of the machine into helpful errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from smolctl.errors import SmolError
 
 
 class NonFiniteError(SmolError):
-    """The loss or the gradient is not a number; the weights were left as they were."""
+    """The loss or the gradient is not finite; the weights were not changed."""
 
 
 class MemoryShortageError(SmolError):
@@ -20,10 +20,10 @@ class MemoryShortageError(SmolError):
 
 @contextmanager
 def naming_the_memory_knob(micro_batch_size: int) -> Iterator[None]:
-    """Turn an allocation failure into the setting that avoids it.
+    """Turn an allocation failure into an error that names the setting which avoids it.
 
     Raises:
-        MemoryShortageError: in place of PyTorch's and Python's own errors.
+        MemoryShortageError: instead of PyTorch's and Python's own errors.
     """
     try:
         yield

@@ -1,8 +1,8 @@
-"""Lightning without torchmetrics, which it imports and which nothing here uses.
+"""Imports Lightning without torchmetrics, which Lightning imports but smolctl does not use.
 
-torchmetrics takes 1.3 s to import, transformers with it: a third of what `smolctl train` does before its
-first step. Lightning itself needs its two base classes only, to see whether a logged value is a metric.
-Every module takes Lightning's names from here, so that none of them imports it first.
+torchmetrics and, through it, transformers take 1.3 s to import, a third of what `smolctl train` does before
+its first step. Lightning itself needs only two base classes of it, to check whether a logged value is a
+metric. All modules import Lightning's names from here, so that none of them imports it first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 @contextmanager
 def _without_torchmetrics() -> Iterator[None]:
-    """Give Lightning two empty classes for `torchmetrics`; whoever imports it later gets the real one."""
+    """Give Lightning two empty classes for `torchmetrics`; later imports get the real package."""
     if any(name in sys.modules for name in ("torchmetrics", "lightning")):
         yield
         return
@@ -45,15 +45,16 @@ with _without_torchmetrics():
     from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
     from lightning.pytorch.utilities import rank_zero_only
 
-# Lightning's own lines about devices and tips would cut through the display.
+# Lightning's messages about devices and tips would disturb the display.
 for _name in ("lightning.pytorch", "lightning.fabric", "lightning"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 class _NoSignals(_SignalConnector):
-    """Lightning's own handlers talk to the other processes while they may be in the middle of a talk.
+    """Replaces Lightning's signal handlers, which communicate with other processes even during another
+    communication.
 
-    Under SLURM they also save a checkpoint into the working folder, from which later runs start.
+    Under SLURM they also save a checkpoint into the working folder, from which later runs would start.
     """
 
     def register_signal_handlers(self) -> None:

@@ -1,7 +1,7 @@
-"""Where the metrics also go: Lightning's loggers, opened in the run folder and fed with its records.
+"""Additional outputs for metrics: Lightning's loggers, opened in the run folder and fed with its records.
 
-The trainer itself gets no logger: one that fails there would end the run. metrics.jsonl stays the record
-of the run; a logger's files and pages are copies.
+The trainer itself gets no logger, because a failing one would end the run. metrics.jsonl is the record of the
+run; a logger's files and pages are copies.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from smolctl.config import RunConfig
 from smolctl.errors import UsageError
 from smolctl.extras import install_command
 from smolctl.runs.events import Listener, Note
-from smolctl.runs.layout import LOGS
+from smolctl.runs.layout import LOGS, WANDB_ID
 from smolctl.training.lightning import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from smolctl.training.rng import keeping_rng
 from smolctl.training.tolerance import reason
@@ -31,10 +31,10 @@ from smolctl.training.tolerance import reason
 PROJECT = "smolctl"  # on the pages of wandb and trackio
 FLUSH_EVERY = 20  # steps between two writes of metrics.csv
 
-# Any one of the packages does; the extra that installs the first has the logger's name.
+# Any of the packages suffices; the extra that installs the first one has the logger's name.
 PACKAGES = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb",), "trackio": ("trackio",)}
 
-# For each kind of record, its keys that are logged, and their names in the log.
+# For each kind of record, the keys that are logged, and their names in the log.
 LOGGED = {
     "step": {
         key: key
@@ -52,7 +52,7 @@ LOGGED = {
 
 
 def require_packages(loggers: Iterable[str]) -> None:
-    """Look for the packages that loggers need, without importing them.
+    """Check that the packages of loggers are installed, without importing them.
 
     Raises:
         UsageError: one is missing, naming what to install.
@@ -74,13 +74,13 @@ def logged_metrics(record: Mapping[str, Any]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Opening:
-    """What a logger needs to know when it is opened.
+    """The arguments with which a logger is opened.
 
     Args:
         folder: of the run.
         config: of the run.
-        done: steps behind it.
-        records: of metrics.jsonl up to there.
+        done: number of finished steps.
+        records: of metrics.jsonl up to that step.
     """
 
     folder: Path
@@ -89,20 +89,20 @@ class Opening:
     records: Iterable[Mapping[str, Any]]
 
 
-Opened = tuple[Logger, str]  # and how to look at what it logs
+Opened = tuple[Logger, str]  # and how to view what it logs
 
 
 class MetricLoggers:
-    """The loggers of a run. One that fails is left out from then on, and a note says so."""
+    """The loggers of a run. One that fails is dropped with a note."""
 
     def __init__(self, emit: Listener) -> None:
         self._emit = emit
         self._open: dict[str, Logger] = {}
 
     def open(self, names: Sequence[str], opening: Opening) -> None:
-        """Open loggers and say how to look at each; a run that goes on continues its logs."""
+        """Open loggers and return how to view each; a resumed run continues its logs."""
         for name in dict.fromkeys(names):
-            chatter = io.StringIO()  # what a library says of itself would cut through the display
+            chatter = io.StringIO()  # messages of the library would disturb the display
             try:
                 with keeping_rng(), redirect_stdout(chatter), redirect_stderr(chatter):
                     self._open[name], place = OPENERS[name](opening)
@@ -112,7 +112,7 @@ class MetricLoggers:
                 self._emit(Note(f"Logging to {name}: {place}"))
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Take the record of an event. With a checkpoint, what was logged so far goes to the disk."""
+        """Log the record of an event. At a checkpoint, everything logged so far is flushed."""
         metrics = logged_metrics(record)
         if metrics:
             self._each(record["step"], lambda logger: logger.log_metrics(metrics, record["step"]))
@@ -120,14 +120,14 @@ class MetricLoggers:
             self._each(record["step"], lambda logger: logger.save())
 
     def close(self, step: int, status: str) -> None:
-        """Write what is left. `status` is Lightning's word: "success" or "failed"."""
+        """Flush and close. `status` is Lightning's value: "success" or "failed"."""
         self._each(step, lambda logger: logger.finalize(status))
         self._open.clear()
 
     def _each(self, step: int, act: Callable[[Logger], None]) -> None:
         for name, logger in tuple(self._open.items()):
             try:
-                with keeping_rng(), redirect_stdout(sys.stderr):  # stdout is for data
+                with keeping_rng(), redirect_stdout(sys.stderr):  # stdout is for results
                     act(logger)
             except Exception as error:
                 self._drop(name, step, error)
@@ -143,7 +143,7 @@ class MetricLoggers:
 
 
 def _csv(opening: Opening) -> Opened:
-    """logs/csv/metrics.csv, rewritten from the records: Lightning's logger does not continue a file."""
+    """logs/csv/metrics.csv, rewritten from the records, because Lightning's logger cannot continue a file."""
     path = opening.folder / LOGS / "csv" / "metrics.csv"
     path.unlink(missing_ok=True)
     logger: Logger = CSVLogger(opening.folder, name=LOGS, version="csv", flush_logs_every_n_steps=FLUSH_EVERY)
@@ -154,22 +154,23 @@ def _csv(opening: Opening) -> Opened:
 
 
 def _tensorboard(opening: Opening) -> Opened:
-    """logs/tensorboard; what an earlier session wrote beyond the step to go on from is hidden."""
+    """logs/tensorboard; records of an earlier session after the resumed step are hidden."""
     logger = TensorBoardLogger(
         opening.folder,
         name=LOGS,
         version="tensorboard",
         default_hp_metric=False,
         purge_step=opening.done + 1 if opening.done else None,
-        # The writer names files by the second: two of one second would be one file, the first one emptied.
+        # The writer names files by second: two files of the same second would be one, and the first would be
+        # overwritten.
         filename_suffix=f".{time.time_ns()}",
     )
-    _ = logger.experiment  # made at the first use otherwise, and only then known to fail
+    _ = logger.experiment  # otherwise created at the first use, which would hide a failure until then
     return logger, f"tensorboard --logdir {logger.log_dir}"
 
 
 class _WandbLogger(WandbLogger):
-    """Ends its run with the training, not with the process."""
+    """Ends its run with the training instead of with the process."""
 
     def finalize(self, status: str) -> None:
         super().finalize(status)
@@ -177,16 +178,16 @@ class _WandbLogger(WandbLogger):
 
 
 def _wandb(opening: Opening) -> Opened:
-    """The project $WANDB_PROJECT or "smolctl"; the files and the run's id lie in logs/.
+    """The project $WANDB_PROJECT or "smolctl"; the files and the run's id are in logs/.
 
-    Neither the command line nor git's remote is recorded: both may hold a token.
+    Neither the command line nor git's remote is recorded, because both may contain a token.
     """
-    os.environ.setdefault("WANDB_SILENT", "true")  # no lines through the display, no question for a key
+    os.environ.setdefault("WANDB_SILENT", "true")  # no output over the display, no prompt for a key
     import wandb
 
     logs = opening.folder / LOGS
     logs.mkdir(exist_ok=True)
-    id_file = logs / "wandb-id"
+    id_file = opening.folder / WANDB_ID
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4), encoding="ascii")
     settings = wandb.Settings(
@@ -204,7 +205,7 @@ def _wandb(opening: Opening) -> Opened:
 
 
 class TrackioLogger(Logger):
-    """trackio as a logger of Lightning, which has none. Its database lies in $TRACKIO_DIR."""
+    """trackio as a Lightning logger, which Lightning lacks. Its database is in $TRACKIO_DIR."""
 
     def __init__(self, project: str, name: str, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -229,15 +230,15 @@ class TrackioLogger(Logger):
         self._run.log(metrics, step=step)
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
-        """Nothing: the config was given to trackio at the start."""
+        """Does nothing: the config was passed to trackio at the start."""
 
     def finalize(self, status: str) -> None:
-        """Send what is left and end the run."""
-        self._trackio.finish()  # the run's own finish() would be called once more at the process's end
+        """Send the remaining records and end the run."""
+        self._trackio.finish()  # the run's own finish() would be called again when the process ends
 
 
 def _trackio(opening: Opening) -> Opened:
-    """A database in logs/trackio, unless $TRACKIO_DIR names another place."""
+    """A database in logs/trackio, unless $TRACKIO_DIR is set."""
     folder = os.environ.setdefault("TRACKIO_DIR", str((opening.folder / LOGS / "trackio").absolute()))
     config = opening.config.model_dump(mode="json")
     logger = TrackioLogger(PROJECT, opening.folder.resolve().name, config)

@@ -1,4 +1,4 @@
-"""One optimizer step: what Lightning calls, and nothing else."""
+"""The LightningModule, which computes one optimizer step."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ from smolctl.training.rng import capture_rng, restore_rng
 if TYPE_CHECKING:
     from smolctl.training.prepare import Prepared
 
-MOST_SKIPPED = 10  # steps in a row whose float16 gradients overflow: after these the scaler has not helped
+MOST_SKIPPED = 10  # consecutive overflows of float16 gradients, which lowering the scale did not prevent
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Numbers of the step just done."""
+    """The numbers of the last step."""
 
-    loss: float | None  # cross-entropy, nats per token over all devices; None where float16 has overflowed
+    loss: float | None  # cross-entropy, nats per token over all devices; None if float16 overflowed
     gradient_norm: float | None
     learning_rate: float
-    z_loss: float | None = None  # what train.z_loss adds to it; None where it is off or float16 overflowed
+    z_loss: float | None = None  # the term that train.z_loss adds; None if it is off or float16 overflowed
 
 
 class TrainingModule(pl.LightningModule):
-    """A batch is a whole step: it is cut into micro-batches here, so that one batch is one update.
+    """A batch is a whole step, which is split into micro-batches here, so that one batch gives one update.
 
-    The loss of every micro-batch is divided by the tokens that count in the whole step: any cut of the
-    step gives the same gradient, however many of them a micro-batch or a device has.
+    The loss of every micro-batch is divided by the tokens that count in the whole step, so every division of
+    the step gives the same gradient, however many tokens a micro-batch or a device has.
 
-    A checkpoint alone is enough to make one: `TrainingModule.load_from_checkpoint("final.ckpt")`. Calling it
-    with tokens (B, T) gives logits (B, T, V), `generate` continues a text, and a stock `Trainer` goes on
-    training it on batches of tokens (B, T + 1), with the learning rate of the checkpoint's step.
+    A checkpoint is sufficient to create one: `TrainingModule.load_from_checkpoint("final.ckpt")`. Calling it
+    with tokens (B, T) gives logits (B, T, V), `generate` continues a text, and a stock `Trainer` continues
+    training with batches of tokens (B, T + 1) at the learning rate of the checkpoint's step.
 
     Args:
-        config: of the run, or its values as a checkpoint keeps them.
-        prepared: weights, tokenizer and tokens of the run; None draws new weights.
+        config: of the run, or its values from a checkpoint.
+        prepared: weights, tokenizer and tokens of the run; None initializes new weights.
         rank, world_size: of this device.
     """
 
@@ -78,20 +78,20 @@ class TrainingModule(pl.LightningModule):
         )
         self.result: StepResult | None = None
         self.progress = Progress()  # of the validations
-        self.skipped = 0  # steps so far whose float16 gradients overflowed
+        self.skipped = 0  # steps so far with overflowing float16 gradients
         self._skipped_in_a_row = 0
         self._scaler: torch.amp.GradScaler | None = None
-        self._kept: dict[str, Any] = {}  # what the checkpoint that this was loaded from says of the run
-        self._first_step = 0  # step of the checkpoint, where a new Trainer counts from 0
+        self._kept: dict[str, Any] = {}  # the run's data in the checkpoint that this was loaded from
+        self._first_step = 0  # step of the checkpoint; a new Trainer counts from 0
         self._graph: GradientGraph[tuple[Tensor, Tensor]] | None = None
-        self._rng: list[dict[str, Any]] = []  # of every process, to restore before the first resumed step
+        self._rng: list[dict[str, Any]] = []  # for each process, to be restored before the first resumed step
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__("network" if name == "model" else name, value)
 
     @property
     def model(self) -> nn.Module:
-        """The network, by the name that it often has in a LightningModule."""
+        """The network, under the name that is common in LightningModules."""
         return self.network
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class TrainingModule(pl.LightningModule):
         return logits
 
     def generate(self, prompt: str, max_tokens: int = 32) -> str:
-        """The likeliest continuation of a text.
+        """The greedy continuation of a text.
 
         Raises:
             InputError: the prompt does not fit the context.
@@ -118,7 +118,7 @@ class TrainingModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         self.network.train()
-        # A resumed optimizer comes with the settings it was saved with; the config may have changed them.
+        # A resumed optimizer has the settings of its checkpoint, but the config may have changed.
         apply_settings(self._optimizer.optimizer, self.config.optimizer)
         if self.config.train.precision == "16-mixed":
             self._scaler = torch.amp.GradScaler(self.device.type)
@@ -143,7 +143,7 @@ class TrainingModule(pl.LightningModule):
         else:
             optimizer.zero_grad(set_to_none=True)
             self._count_skipped(losses, loss, norm)
-        optimizer.step()  # without gradients it counts the step and leaves the weights alone
+        optimizer.step()  # without gradients it counts the step but does not change the weights
         optimizer.zero_grad(set_to_none=True)
         if self._scaler is not None:
             self._scaler.update()
@@ -155,10 +155,10 @@ class TrainingModule(pl.LightningModule):
             self.result = StepResult((loss - z_loss).item(), norm.item(), rate, z_loss.item())
 
     def _count_skipped(self, losses: Tensor, loss: Tensor, norm: Tensor) -> None:
-        """Skip a step whose float16 gradients have overflowed: the scaler then lowers its scale.
+        """Skip a step with overflowing float16 gradients; the scaler then lowers its scale.
 
         Raises:
-            NonFiniteError: without a scaler, or after `MOST_SKIPPED` of them in a row.
+            NonFiniteError: there is no scaler, or `MOST_SKIPPED` consecutive steps overflowed.
         """
         self.skipped, self._skipped_in_a_row = self.skipped + 1, self._skipped_in_a_row + 1
         if self._scaler is None or self._skipped_in_a_row >= MOST_SKIPPED:
@@ -166,7 +166,7 @@ class TrainingModule(pl.LightningModule):
 
     @property
     def _sequences(self) -> int:
-        """Sequences of this device in memory at once."""
+        """Sequences in memory at the same time on this device."""
         return max(1, self.config.micro_batch_size // self.trainer.world_size)
 
     @property
@@ -174,10 +174,10 @@ class TrainingModule(pl.LightningModule):
         return self.dataset.document_end if self.dataset else None
 
     def _accumulate(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of the mean loss over all tokens that count in the step, on all devices.
+        """Compute gradients of the mean loss over all tokens that count in the step, on all devices.
 
         Returns:
-            Each micro-batch's part of that loss, and the z-loss in it, both (micro-batches,), detached.
+            Each micro-batch's part of that loss, and of the z-loss in it, both (micro-batches,), detached.
         """
         asked = sequences_of(batch, self._document_end)
         if self._suits_a_graph(asked):
@@ -191,7 +191,9 @@ class TrainingModule(pl.LightningModule):
         return self._accumulate_parts(asked, tokens)
 
     def _suits_a_graph(self, asked: Sequences) -> bool:
-        """Whether every step does the same on one GPU: no marks, no chance, no exchange, no scaler."""
+        """Whether a CUDA graph is possible: one GPU, no masks, no random numbers, no communication, no
+        loss scaler.
+        """
         return (
             self.config.train.compile is True
             and asked.inputs.is_cuda
@@ -203,13 +205,13 @@ class TrainingModule(pl.LightningModule):
         )
 
     def _accumulate_parts(self, asked: Sequences, tokens: Tensor | int) -> tuple[Tensor, Tensor]:
-        """`_accumulate` for a step in which this many tokens, () or a number, count over all devices."""
+        """`_accumulate` for a step with this many counted tokens over all devices, () or a number."""
         strategy = self.trainer.strategy
         losses, z_losses = [], []
         parts = list(asked.split(self._sequences))
         for index, part in enumerate(parts):
             last = index + 1 == len(parts)
-            # Several devices exchange gradients once a step, with the last micro-batch.
+            # Several devices exchange gradients once per step, with the last micro-batch.
             waits = not last and isinstance(strategy, ParallelStrategy)
             with cast(ParallelStrategy, strategy).block_backward_sync() if waits else nullcontext():
                 with autocast(self.config, asked.inputs.device):
@@ -227,14 +229,14 @@ class TrainingModule(pl.LightningModule):
         return reduced if isinstance(reduced, Tensor) else loss
 
     def _clip(self, optimizer: LightningOptimizer) -> Tensor:
-        """Scale the gradients to the largest allowed norm; returns the norm before, ()."""
+        """Scale the gradients to the maximum norm; returns the norm before, ()."""
         if self._scaler is not None:
             self._scaler.unscale_(optimizer.optimizer)
         largest = self.config.train.gradient_clip or float("inf")
         return torch.nn.utils.clip_grad_norm_(self.network.parameters(), largest)
 
     def _non_finite(self, losses: Tensor, loss: Tensor, norm: Tensor) -> NonFiniteError:
-        """The error that names the step and the sequences it read, those of the first bad micro-batch."""
+        """The error that names the step and the sequences of its first micro-batch that is not finite."""
         where = ""
         if self.dataset is not None:
             windows = self.dataset.windows(self.global_step)
@@ -254,7 +256,9 @@ class TrainingModule(pl.LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What Lightning leaves out: config, tokenizer, random states, what the data was. Plain values."""
+        """Add what Lightning leaves out, as plain values: config, tokenizer, random states, identity of
+        the data.
+        """
         checkpoint["hyper_parameters"] = {"config": self.config.model_dump(mode="json")}
         if self.tokenizer is not None:
             checkpoint["tokenizer"] = asdict(self.tokenizer.files())
@@ -282,13 +286,13 @@ class TrainingModule(pl.LightningModule):
         self.progress = Progress(**self._kept.get("progress", {}))
         if self.tokenizer is None and (files := checkpoint.get("tokenizer")):
             self.tokenizer = Tokenizer.from_files(TokenizerFiles(**files))
-        if self._trainer is None:  # by load_from_checkpoint: no Trainer restores the step
+        if self._trainer is None:  # set by load_from_checkpoint: no Trainer restores the step
             self._first_step = checkpoint.get("global_step", 0)
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
-        """Put the random states back at the last moment: what comes before may have drawn from them."""
+        """Restore the random states at the last moment, because earlier callbacks may draw random numbers."""
         if not self._rng and self.trainer.global_rank and not self.global_step:
-            torch.manual_seed(self.config.train.seed + self.trainer.global_rank)  # other dropout on each
+            torch.manual_seed(self.config.train.seed + self.trainer.global_rank)  # each its own dropout
         if self.trainer.global_rank < len(self._rng):
             restore_rng(self._rng[self.trainer.global_rank])
         self._rng = []

@@ -1,4 +1,4 @@
-"""Which validation of a run was the best, and when a run has waited long enough for a better one."""
+"""The best validation of a run, and whether the run has waited long enough for a better one."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Progress:
-    """What the validations at multiples of `validation.every` have found so far; kept in every checkpoint.
+    """The results of the validations at multiples of `validation.every` so far; stored in every checkpoint.
 
-    Those alone count: where a run is interrupted or extended changes nothing about them.
+    Other validations do not count, so interrupting or extending a run does not change the result.
     """
 
-    step: int = 0  # of the last one
-    best_step: int = 0  # of the one with the fewest bits per byte
-    bits_per_byte: float = math.inf  # of that one
-    since: int = 0  # validations after it
-    tokens: int = 0  # that each of them has scored; 0: not recorded
+    step: int = 0  # of the last validation
+    best_step: int = 0  # of the validation with the lowest bits per byte
+    bits_per_byte: float = math.inf  # of that validation
+    since: int = 0  # number of later validations
+    tokens: int = 0  # scored by each of them; 0: not recorded
 
     def on_text(self, tokens: int) -> Progress:
-        """The progress on this many held-out tokens: scores of other text, as of a run that was resumed with
-        another validation.sequences, cannot be compared with theirs.
+        """The progress on this many held-out tokens: scores of other text, as after a resume with another
+        validation.sequences, cannot be compared.
         """
         if self.tokens in (0, tokens):
             return replace(self, tokens=tokens)
@@ -32,7 +32,7 @@ class Progress:
         return bits_per_byte < self.bits_per_byte
 
     def after(self, step: int, bits_per_byte: float) -> Progress:
-        """The progress when one more validation, at `step`, has given a score."""
+        """The progress after one more validation, at `step`, with this score."""
         if self.is_improved_by(bits_per_byte):
             return Progress(step, step, bits_per_byte, tokens=self.tokens)
         return replace(self, step=step, since=self.since + 1)

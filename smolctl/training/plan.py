@@ -1,4 +1,4 @@
-"""What a run will cost, said before it starts."""
+"""The cost of a run, estimated before it starts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from smolctl.training.optim.muon import by_shape, orthogonalize
 from smolctl.training.optim.optimizers import hidden_matrices
 from smolctl.training.optim.schedule import outline
 
-# Where gradients wait for further micro-batches, glibc's allocator keeps gaps between tensors: about half as
-# much as the gradients. Measured; see docs/benchmarks.md.
+# With several micro-batches, glibc's allocator leaves gaps between tensors of about half the size of the
+# gradients. Measured; see docs/benchmarks.md.
 GAPS_PER_GRADIENT_BYTE = 0.5
 
 
@@ -33,17 +33,17 @@ def make_plan(
     sequences: int,
     framework: int,
 ) -> RunPlan:
-    """Put the numbers together.
+    """Combine the numbers of a plan.
 
     Args:
         config: of the run.
-        done: steps that lie behind it already.
+        done: number of finished steps.
         corpus: of the run.
         tokens_per_second: as measured.
-        disk_free: bytes where the checkpoints will go.
+        disk_free: bytes available for checkpoints.
         device: "cpu" or "cuda".
-        sequences: of one device in memory at once.
-        framework: bytes of main memory that the process holds without the run, where they count.
+        sequences: in memory at the same time on one device.
+        framework: bytes of main memory that the process uses without the run, if they count.
     """
     parameters = count_parameters(config.model).unique
     steps = config.train.steps - done
@@ -83,13 +83,13 @@ def make_plan(
 
 
 def _most_checkpoints(config: RunConfig, steps: int, validates: bool) -> int:
-    """Checkpoints that are there at most when a run ends."""
+    """The largest number of checkpoints at the end of a run."""
     settings, written = config.checkpoint, {0, *range(0, steps, config.checkpoint.every), steps}
     keep_last = settings.keep_last
     if config.init_from is not None:
         written -= {0}  # it has no weights
     if settings.keep_best and config.validation.every and validates:
-        # Each validation may be better than those before.
+        # Each validation may be the best so far.
         written |= {*range(config.validation.every, steps, config.validation.every)}
         keep_last += bool(keep_last)
     kept = min(len(written), keep_last or len(written))
@@ -99,19 +99,18 @@ def _most_checkpoints(config: RunConfig, steps: int, validates: bool) -> int:
 def measure_training_speed(
     network: Transformer, batch: Tensor, config: RunConfig, document_end: int | None = None
 ) -> float:
-    """Tokens per second of a step, from real forwards and backwards on a micro-batch (B, T + 1).
+    """Tokens per second of a step, from forward and backward passes of a micro-batch (B, T + 1).
 
-    First of one sequence, which warms up and is enough where it takes long, then of all; on a GPU three
-    times, since its libraries choose their kernels at the first call for a shape. Muon's orthogonalization
-    is timed too; AdamW's update, a few per cent of a step at most, is not, and blocks are not compiled yet.
-    Gradients are dropped and the random state is put back: the run that follows is the same with and without
-    it.
+    First with one sequence, which warms up and is sufficient if it takes long, then with all; on a GPU three
+    times, because its libraries choose their kernels at the first call with a shape. Muon's orthogonalization
+    is also timed; AdamW's update, at most a few per cent of a step, is not, and blocks are not compiled yet.
+    Gradients are dropped and the random state is restored, so the measurement does not affect the run.
 
     Args:
         network: on the device to measure.
         batch: on the same device.
         config: of the run.
-        document_end: token that ends a document, where attention stays within documents.
+        document_end: token that ends a document, if attention stays within documents.
     """
     state = torch.get_rng_state()
     network.train()
@@ -131,7 +130,7 @@ def measure_training_speed(
             _orthogonalize_gradients(network, muon_dtype(config, device))
             update = _now(device) - started
         network.zero_grad(set_to_none=True)
-        if forward > 2:  # seconds: the allocations of a first run are a small part of them
+        if forward > 2:  # seconds: the allocations of a first run are a small part of that
             break
     torch.set_rng_state(state)
     return config.tokens_per_step / (forward * config.tokens_per_step / tokens + update)
@@ -144,7 +143,7 @@ def _now(device: torch.device) -> float:
 
 
 def _orthogonalize_gradients(network: Transformer, dtype: torch.dtype | None) -> None:
-    """What Muon does to the gradients of a step, without the step."""
+    """The work of Muon for the gradients of a step, without the update."""
     for members in by_shape(hidden_matrices(network)).values():
         gradients = [parameter.grad for parameter in members if parameter.grad is not None]
         orthogonalize(torch.stack(gradients), dtype=dtype)

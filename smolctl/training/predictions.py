@@ -1,4 +1,4 @@
-"""What the model says to fixed prompts, without leaving a trace in the training."""
+"""The model's continuations of fixed prompts, generated without affecting training."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ TOP_TOKENS = 5
 
 @contextmanager
 def observing(network: Transformer) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; after it, also after a failure, training finds the
-    network's mode and every random state as they were.
+    """Evaluation mode without gradients; afterwards, even after a failure, the network's mode and all random
+    states are restored.
     """
     was_training = network.training
     network.eval()
@@ -42,9 +42,9 @@ def predict(
     step: int,
     chat: bool = False,
 ) -> Prediction:
-    """How the model continues a prompt, or answers it in a chat.
+    """The model's continuation of a prompt, or its answer in a chat.
 
-    Chance comes from a generator of its own, seeded by the step.
+    Randomness comes from a separate generator, seeded with the step.
 
     Raises:
         InputError: the prompt does not fit the context.
@@ -54,7 +54,7 @@ def predict(
     )
     turn = {"role": "user", "content": prompt}
     given = tokenizer.chat_prompt([turn]) if chat else tokenizer.prompt(prompt)
-    # A compiled block would be compiled again for every length of a prompt.
+    # A compiled block would be compiled again for every prompt length.
     with observing(network), torch.compiler.set_stance("force_eager"):
         completion = complete(TorchEngine(network), tokenizer, given, settings).completions[0]
         ids = torch.tensor([given.ids], device=network.head_weight.device)

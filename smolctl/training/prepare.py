@@ -1,4 +1,4 @@
-"""From a config to weights, tokenizer and tokens: all that a run needs before its first step."""
+"""From a config to weights, tokenizer and tokens: everything that a run needs before its first step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from smolctl.training.distributed import with_process_counts
 from smolctl.training.loggers import require_packages
 from smolctl.training.optim.schedule import require_sense
 
-# What every checkpoint records its loss on: seconds of a 135M model's time on a CPU.
+# Text on which every checkpoint records its loss: takes seconds with a 135M model on a CPU.
 RECORDED_SEQUENCES, RECORDED_TOKENS = 8, 256
 
 
@@ -39,19 +39,19 @@ RECORDED_SEQUENCES, RECORDED_TOKENS = 8, 256
 class Prepared:
     """A run that is ready to start."""
 
-    config: RunConfig  # with whole steps, and the model of --init-from if there is one
+    config: RunConfig  # with steps as whole numbers, and with the model of --init-from, if there is one
     network: Transformer
     tokenizer: Tokenizer
     corpus: TokenizedCorpus
-    decisions: Decisions  # of what was "auto" in the config
-    first_step: int = 0  # steps behind the run
-    first_sample: int = 0  # samples that they saw
-    begins_with_origin: bool = False  # at step 0, whose weights are those of the config's init_from
-    reads: tuple[str, ...] = ()  # files, folders and runs that it was made of
+    decisions: Decisions  # for settings that were "auto" in the config
+    first_step: int = 0  # number of finished steps
+    first_sample: int = 0  # samples used by these steps
+    begins_with_origin: bool = False  # at step 0, with the weights of the config's init_from
+    reads: tuple[str, ...] = ()  # files, folders and runs that were read
 
     @property
     def fingerprints(self) -> dict[str, Any]:
-        """What identifies this data, its order and this tokenizer; kept in every checkpoint."""
+        """Identifies the data, its order and the tokenizer; stored in every checkpoint."""
         return {"data": self.corpus.fingerprint, "order": ORDER, "tokenizer": self.tokenizer.sha256}
 
     @property
@@ -60,7 +60,7 @@ class Prepared:
         return {**self.fingerprints, "step": self.first_step}
 
     def dataset(self, rank: int = 0, world_size: int = 1) -> StepDataset:
-        """The steps' batches for one device."""
+        """The batches of the steps for one device."""
         config = self.config
         return StepDataset(
             self.corpus.train,
@@ -78,7 +78,7 @@ class Prepared:
     def held_out(self) -> Tensor:
         """Sequences (at most 8, at most 257 tokens) whose loss every checkpoint records; int32.
 
-        They are held out, or the run's own where nothing is held out.
+        They are held out, or training sequences if nothing is held out.
         """
         length = min(RECORDED_TOKENS, self.config.data.sequence_length)
         source = self.corpus.validation or self.corpus.train
@@ -86,7 +86,7 @@ class Prepared:
 
     @property
     def document_end(self) -> int | None:
-        """The token after which attention starts again, or None where it crosses documents."""
+        """The token that ends a document for attention, or None if attention crosses documents."""
         return self.tokenizer.end_of_text_id if self.config.data.document_masking else None
 
 
@@ -97,24 +97,24 @@ def prepare(
     on_tokenize: Callable[[TokenizeProgress], None] | None = None,
     asked: Mapping[str, Any] | None = None,
 ) -> Prepared:
-    """Read or draw the weights, choose the tokenizer, tokenize the corpus.
+    """Read or initialize the weights, choose the tokenizer, tokenize the corpus.
 
     Args:
         config: of the run.
-        source: of the weights, shape and tokenizer that the run starts with; None draws weights from
+        source: of the weights, shape and tokenizer from which the run starts; None initializes weights from
             `train.seed`.
         emit: called with a note on every decision.
         on_tokenize: called with the progress of tokenization.
-        asked: nested settings that the user gave beside the config. A config describes a model from scratch,
-            so that with a source its own model section and a tokenizer to train are set aside; what is
-            asked for against the weights is refused.
+        asked: nested settings that the user gave in addition to the config. A config describes a model from
+            scratch, so with a source its model section and its tokenizer to be trained are ignored; explicit
+            settings that contradict the weights are refused.
 
     Raises:
-        SmolError: the model, the tokenizer, the trainer or the corpus cannot be used; each with its remedy.
+        SmolError: the model, the tokenizer, the trainer or the corpus cannot be used; with the remedy.
     """
     require_packages(config.trainer.loggers)
     config = with_pinned_sources(with_origin(source, config, asked or {}, emit))
-    if config.train.epochs is config.train.minutes is None:  # else the number of steps is not known yet
+    if config.train.epochs is config.train.minutes is None:  # otherwise the number of steps is not known yet
         config, decisions = _decided(config, emit)
     if source is None:
         tokenizer = _chosen_tokenizer(config, emit)
@@ -163,17 +163,17 @@ def prepare_again(
     on_tokenize: Callable[[TokenizeProgress], None] | None = None,
     has_weights: bool = True,
 ) -> Prepared:
-    """What a run needs after step `done`; its weights are to be read from the checkpoint.
+    """Prepare the run after step `done`; its weights are then read from the checkpoint.
 
     Args:
-        config: of the steps to come.
+        config: of the next steps.
         tokenizer: of the run.
-        decisions: of what was "auto" in its config.
-        done: steps behind it.
-        state: what the checkpoint keeps for us: how many samples those steps saw, and where their tokens are.
+        decisions: for settings that were "auto" in its config.
+        done: number of finished steps.
+        state: the run's data in the checkpoint: how many samples were used, and where the tokens are.
         emit: called with notes on the cached tokens.
-        on_tokenize: called with the progress of tokenization, if the cached tokens are gone.
-        has_weights: whether the checkpoint has weights; else they are those that the run began with.
+        on_tokenize: called with the progress of tokenization if the cached tokens are missing.
+        has_weights: whether the checkpoint has weights; otherwise they are those from which the run started.
     """
     require_packages(config.trainer.loggers)
     require_trainer(config)
@@ -190,11 +190,11 @@ def prepare_again(
 
 
 def _network_of_origin(config: RunConfig) -> Transformer:
-    """The weights that a run began with, read again.
+    """Read the weights from which a run started again.
 
     Raises:
-        InputError: the model is gone, or has other weights now.
-        HubError: the Hub did not give it.
+        InputError: the model is missing, or its weights have changed.
+        HubError: the Hub did not provide it.
     """
     assert config.init_from is not None
     reference = reference_of(config.init_from)
@@ -210,7 +210,7 @@ def _network_of_origin(config: RunConfig) -> Transformer:
 
 
 def _decided(config: RunConfig, emit: Listener) -> tuple[RunConfig, Decisions]:
-    """The config with whole steps and what was "auto" in it, if it makes sense."""
+    """The config with steps as whole numbers and without "auto", after a check."""
     config = config.with_whole_steps()
     require_sense(config)
     config, decisions = decide(config, emit)
@@ -220,7 +220,7 @@ def _decided(config: RunConfig, emit: Listener) -> tuple[RunConfig, Decisions]:
 
 
 def _with_steps(config: RunConfig, steps: int) -> RunConfig:
-    """The config with another number of steps."""
+    """The config with a different number of steps."""
     return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
 
 
@@ -246,7 +246,7 @@ def _tokenized(
 
 
 def _as_trained(network: Transformer, config: RunConfig) -> Transformer:
-    """The network with what the config says of how it is computed."""
+    """The network with the config's settings for how it is computed."""
     network.model.checkpoint_activations = config.train.checkpoint_activations
     return network
 
@@ -254,10 +254,10 @@ def _as_trained(network: Transformer, config: RunConfig) -> Transformer:
 def with_origin(
     source: ModelSource | None, config: RunConfig, asked: Mapping[str, Any], emit: Listener
 ) -> RunConfig:
-    """The config with the shape of the weights to start from, and with the record of where they come from.
+    """The config with the shape of the source's weights, and with the record of their origin.
 
     Raises:
-        InputError: the record, or another shape, was asked for, or the weights are quantized.
+        InputError: the user set the record or another shape, or the weights are quantized.
     """
     if "init_from" in asked:
         raise InputError("--set init_from: that is a record, not a setting", "Name the model: --init-from.")
@@ -276,10 +276,10 @@ def with_origin(
 
 
 def _require_unquantized(source: ModelSource) -> None:
-    """Refuse what `quantize` wrote: what rounding took from the weights is in the model that it was made of.
+    """Refuse quantized weights: the model from which they were made has what rounding lost.
 
     Raises:
-        InputError: naming that model where it is known.
+        InputError: naming that model if it is known.
     """
     if source.kind is not SourceKind.QUANTIZED:
         return
@@ -294,10 +294,10 @@ def _require_unquantized(source: ModelSource) -> None:
 
 
 def _with_model_of(source: ModelSource, config: RunConfig, asked: Mapping[str, Any]) -> RunConfig:
-    """The config with the source's shape; only dropout stays the config's own.
+    """The config with the source's shape; only dropout comes from the config.
 
     Raises:
-        InputError: another shape was asked for.
+        InputError: the user set another shape.
     """
     source.require_weights()
     model = source.require_config().model_copy(update={"attention_dropout": config.model.attention_dropout})
@@ -313,7 +313,7 @@ def _with_model_of(source: ModelSource, config: RunConfig, asked: Mapping[str, A
 
 
 def with_pinned_sources(config: RunConfig) -> RunConfig:
-    """The config with sources that mean the same when the run is resumed, also from another folder."""
+    """The config with sources that mean the same after a resume, also from another folder."""
     data = config.data
     held_out = None if data.validation is None else pin_sources([data.validation])[0]
     pinned = data.model_copy(update={"source": pin_sources(data.source), "validation": held_out})
@@ -321,7 +321,7 @@ def with_pinned_sources(config: RunConfig) -> RunConfig:
 
 
 def _with_pinned_tokenizer(config: RunConfig) -> RunConfig:
-    """The config with a tokenizer that is a path only when it is absolute, and else a Hub id or train:N."""
+    """The config with a tokenizer that is an absolute path, a Hub id or train:N."""
     path = Path(config.tokenizer or "").expanduser()
     is_path = config.tokenizer is not None and path.exists()
     return config.model_copy(update={"tokenizer": str(path.absolute())}) if is_path else config
@@ -337,16 +337,16 @@ def _chosen_tokenizer(config: RunConfig, emit: Listener) -> Tokenizer:
 
 
 def _tokenizer_of(source: ModelSource, name: str | None, is_asked: bool, emit: Listener) -> Tokenizer:
-    """The tokenizer that weights were trained with, or a named one in which the ids mean the same.
+    """The tokenizer of the weights, or a named one in which the ids mean the same.
 
     Args:
         source: of the weights.
-        name: what the config says.
-        is_asked: whether the user said so beside the config.
+        name: the config's tokenizer.
+        is_asked: whether the user named it in addition to the config.
         emit: called with a note if the config's tokenizer is not used.
 
     Raises:
-        InputError: the weights come without a tokenizer and none is named, or another one was asked for.
+        InputError: the weights have no tokenizer and none is named, or a different one was requested.
     """
     files = source.read_tokenizer()
     own = None if files is None else Tokenizer.from_files(files, source.id)
@@ -371,6 +371,6 @@ def _tokenizer_of(source: ModelSource, name: str | None, is_asked: bool, emit: L
 
 
 def _agree(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether every id that two tokenizers share stands for the same token in both."""
+    """Whether every id that two tokenizers share has the same token in both."""
     pairs = zip(one.token_bytes, other.token_bytes, strict=False)
     return all(a == b or not a or not b for a, b in pairs)

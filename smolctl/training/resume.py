@@ -1,4 +1,4 @@
-"""`resume`: go on from a checkpoint, in the same folder or as a branch, exactly or with named changes."""
+"""`resume`: continue from a checkpoint, in the same folder or as a branch, exactly or with listed changes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from smolctl.runs.checkpoint_file import CheckpointFile, holds_weights, read_che
 from smolctl.runs.events import Listener, Note, Start
 from smolctl.runs.folder import RunFolder
 from smolctl.runs.layout import CONFIG, step_in_name
+from smolctl.runs.retention import clear_after
 from smolctl.runs.root import RUNS, make_latest
 from smolctl.sources.checkpoint import tokenizer_inside
 from smolctl.training.device import Decisions, decide_again, describe_environment
@@ -33,11 +34,11 @@ from smolctl.training.state import run_of
 from smolctl.training.tolerance import LATEST_LINK, Tolerance
 from smolctl.training.train import plan_run
 
-# A run cannot change these and be the same run. What the optimizer keeps belongs to one optimizer.
+# A run that changes these is a different run. An optimizer's state fits only that optimizer.
 FIXED_SECTIONS = ("model", "tokenizer", "data", "init_from")
-# Sources may lie elsewhere; what they hold is compared by `require_same_data`.
+# Sources may have moved; `require_same_data` compares their content.
 FREE_KEYS = ("model.attention_dropout", "data.workers", "data.source", "data.validation")
-LENGTHS = ("train.epochs", "train.minutes")  # which a new run turns into its number of steps
+LENGTHS = ("train.epochs", "train.minutes")  # a new run converts these to its number of steps
 FIXED_KEYS = (
     *("optimizer.name", "optimizer.decay_embeddings", "optimizer.embedding_lr_multiplier"),
     *("train.seed", "schedule.pace", *LENGTHS),
@@ -46,15 +47,15 @@ FIXED_KEYS = (
 
 @dataclass(frozen=True)
 class ResumeOptions:
-    """What a user may ask of a resumed run beyond its target."""
+    """Options of a resumed run besides its target."""
 
-    step: int | None = None  # of the checkpoint to go on from; None takes the newest
-    extra: int | None = None  # steps beyond it
-    until: int | None = None  # or the step of the whole run to end at
+    step: int | None = None  # of the checkpoint to continue from; None: the newest
+    extra: int | None = None  # steps after that checkpoint
+    until: int | None = None  # or the total number of steps
     settings: Mapping[str, Any] = field(default_factory=dict)  # nested config values to change
     policy: LearningRatePolicy = "hold"
     out: Path | None = None  # a new folder to branch into
-    force: bool = False  # let newer checkpoints go
+    force: bool = False  # allow newer checkpoints to be replaced
 
 
 def resume(
@@ -66,14 +67,14 @@ def resume(
     """Continue a run exactly where a checkpoint left it.
 
     Args:
-        reference: its folder, or a checkpoint file. A file that lies in no run becomes a new run.
-        options: target, changes, and where to go on.
+        reference: its folder, or a checkpoint file. A file outside of a run becomes a new run.
+        options: target, changes, and the folder.
         emit: gets every event.
-        on_tokenize: gets how far the tokenization is, should the cached tokens be gone.
+        on_tokenize: gets the progress of tokenization if the cached tokens are missing.
 
     Raises:
-        UsageError: nothing would be left to do, or newer checkpoints would be replaced.
-        InputError: the checkpoint is damaged, or the data, the tokenizer or the shape would be another one.
+        UsageError: no step is left, or newer checkpoints would be replaced.
+        InputError: the checkpoint is damaged, or the data, the tokenizer or the shape differs.
     """
     parent, step = find_run(reference, options.step)
     if not is_main_process():
@@ -81,7 +82,7 @@ def resume(
         return fit(prepared, parent or RunFolder(options.out or RUNS), checkpoint.path, emit)
     if parent is None or options.out is not None:
         reads: tuple[str, ...] = (str(reference),)
-        if options.out is not None:  # before what takes long
+        if options.out is not None:  # before anything that takes long
             RunFolder.require_free(options.out, options.force, reads)
         prepared, checkpoint = _prepare(parent, reference, step, options, emit, on_tokenize)
         with naming_the_disk(options.out or RUNS):
@@ -99,7 +100,7 @@ def resume(
         prepared, checkpoint = _prepare(parent, reference, step, options, emit, on_tokenize)
         with naming_the_disk(parent.path):
             checkpoint = parent.under_its_step(checkpoint)
-            parent.clear_after(checkpoint.step, options.force)
+            clear_after(parent, checkpoint.step, options.force)
             parent.keep_records(checkpoint.step)
             parent.write_config(prepared.config)
             parent.update_environment(
@@ -109,7 +110,7 @@ def resume(
 
 
 def find_run(reference: Path, step: int | None) -> tuple[RunFolder | None, int | None]:
-    """The run that a folder or a checkpoint file names, and the step; no run for a file that lies in none."""
+    """The run of a folder or checkpoint file, and the step; no run for a file outside of one."""
     if not reference.is_file():
         return RunFolder.open(reference), step
     run = RunFolder.around(reference)
@@ -130,7 +131,7 @@ def _prepare(
     emit: Listener,
     on_tokenize: Callable[[TokenizeProgress], None] | None,
 ) -> tuple[Prepared, CheckpointFile]:
-    """Everything that can be refused, before anything is touched."""
+    """All checks, before anything is changed."""
     path = parent.checkpoint(step).path if parent else reference
     content = read_checkpoint(path)
     before, state = run_of(content, path)
@@ -144,21 +145,21 @@ def _prepare(
     config, decisions = decide_again(changed, decisions_of(state), options.settings, emit)
     config = with_process_counts(config)
     tokenizer, has_weights = tokenizer_of(content, parent, path), holds_weights(content)
-    del content  # Lightning reads the file again; two copies need not be in memory
+    del content  # Lightning reads the file again, so this copy is not needed in memory
     prepared = prepare_again(
         config, tokenizer, decisions, checkpoint.step, state, emit, on_tokenize, has_weights
     )
     require_same_data(state, prepared, checkpoint)
     for line in changes(before, config):
         if line.startswith("schedule.pace "):
-            continue  # too long to read, and it follows from the others
+            continue  # too long to print, and determined by the other settings
         emit(Note(f"Changed: {line}"))
     emit(Note(learning_rate_at_boundary(before, config, checkpoint.step)))
     return prepared, checkpoint
 
 
 def edited_settings(run: RunFolder, before: RunConfig) -> dict[str, Any]:
-    """Settings that somebody has changed in a run's config.yaml, by the dotted names that `--set` takes."""
+    """Settings that were edited in a run's config.yaml, under the dotted names of `--set`."""
     edited = run.edited_config()
     if edited is None:
         return {}
@@ -167,7 +168,7 @@ def edited_settings(run: RunFolder, before: RunConfig) -> dict[str, Any]:
 
 
 def decisions_of(state: Mapping[str, Any]) -> Decisions:
-    """What was decided for the device that a checkpoint was written on."""
+    """The settings chosen for the device on which a checkpoint was written."""
     kept = state.get("decisions") or {"device": "", "asked": ()}
     return Decisions(kept["device"], tuple(kept["asked"]))
 
@@ -176,7 +177,7 @@ def tokenizer_of(content: Mapping[str, Any], parent: RunFolder | None, path: Pat
     """The tokenizer of a run's folder, or the one in the checkpoint itself.
 
     Raises:
-        InputError: there is neither.
+        InputError: neither exists.
     """
     if parent is not None and parent.tokenizer.is_dir():
         return load_tokenizer(str(parent.tokenizer))
@@ -187,11 +188,11 @@ def tokenizer_of(content: Mapping[str, Any], parent: RunFolder | None, path: Pat
 
 
 def changed_config(before: RunConfig, done: int, options: ResumeOptions) -> RunConfig:
-    """The config of the steps to come.
+    """The config of the next steps.
 
     Raises:
-        UsageError: both or senseless targets were given, or no step would be left to do.
-        InputError: a setting was changed that makes it another run.
+        UsageError: both targets or an invalid one were given, or no step is left.
+        InputError: a changed setting would make it a different run.
     """
     values = changed_run(with_scaled_floor(before.model_dump(), options.settings), options.settings)
     asked = resolve_run_config(values, "resume")
@@ -230,14 +231,14 @@ def _is_fixed(key: str) -> bool:
 
 
 def changes(before: RunConfig, after: RunConfig) -> list[str]:
-    """Every setting that differs, as "section.key old → new"; the number of steps is no such change."""
+    """Every setting that differs, as "section.key old → new", except the number of steps."""
     old, new = before.settings(), after.settings()
     pairs = {key: (old.get(key), new.get(key)) for key in (*old, *new)}
     return [f"{key} {a} → {b}" for key, (a, b) in pairs.items() if a != b and key != "train.steps"]
 
 
 def learning_rate_at_boundary(before: RunConfig, after: RunConfig, done: int) -> str:
-    """What the learning rate does where the run goes on, and at its end, in one sentence."""
+    """A sentence on the learning rate where the run continues, and at its end."""
     last = learning_rate(done, before.optimizer.learning_rate, before.schedule)
     steps = (done + 1, after.train.steps)
     first, end = (learning_rate(step, after.optimizer.learning_rate, after.schedule) for step in steps)
@@ -254,10 +255,10 @@ def learning_rate_at_boundary(before: RunConfig, after: RunConfig, done: int) ->
 
 
 def require_same_data(state: Mapping[str, Any], prepared: Prepared, checkpoint: CheckpointFile) -> None:
-    """Compare the fingerprints in a checkpoint with the tokenizer and the corpus at hand.
+    """Compare the fingerprints in a checkpoint with the current tokenizer and corpus.
 
     Raises:
-        InputError: one of them is another one.
+        InputError: one of them differs.
     """
     if state["tokenizer"] != prepared.fingerprints["tokenizer"]:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The state of every random generator that training may draw from, as plain data."""
+"""The states of all random generators that training may use, as plain data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def capture_rng() -> dict[str, Any]:
 
 
 def restore_rng(state: dict[str, Any]) -> None:
-    """Put every generator back to a captured state."""
+    """Restore the captured state of every generator."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
@@ -42,7 +42,7 @@ def restore_rng(state: dict[str, Any]) -> None:
 
 @contextmanager
 def keeping_rng() -> Iterator[None]:
-    """Whatever is drawn inside, every generator is put back after; also after a failure."""
+    """Restore every generator's state after the block, even after a failure."""
     state = capture_rng()
     try:
         yield

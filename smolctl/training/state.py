@@ -1,8 +1,8 @@
-"""What a checkpoint must hold for a run to go on from it, checked before anything is changed.
+"""Checks that a checkpoint contains everything that a run needs to continue, before anything is changed.
 
-A checksum says that the bytes are those that were written, not that they are the whole state of a run.
-PyTorch and Lightning accept much of what does not fit without a word: no optimizer state, moments of another
-shape, no count of steps. So the state is compared with the one that a run of the recorded config has.
+A checksum shows that the bytes are those that were written, but not that they are the complete state of a
+run. PyTorch and Lightning silently accept much that does not fit: a missing optimizer state, moments of
+another shape, a missing step count. So the state is compared with that of a run with the recorded config.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from smolctl.runs.records import StepNumber
 from smolctl.training.optim.optimizers import make_optimizer
 from smolctl.training.rng import keeping_rng, restore_rng
 
-# What a run cannot go on without: of Lightning's part of a checkpoint, and of ours.
+# Required for a run to continue: parts of Lightning's data in a checkpoint, and of smolctl's.
 NEEDED = (
     *("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step"),
     *("pytorch-lightning_version", "smolctl"),
 )
 NEEDED_OF_OURS = ("samples", "data", "tokenizer", "rng")
-# What Lightning counts, and counts from 0 again where it is missing.
+# Lightning's counters, which start at 0 again if they are missing.
 COUNTS = dict.fromkeys(("ready", "started", "processed", "completed"), 0)
 UPDATES = dict.fromkeys(("ready", "completed"), 0)
 STEPS = "epoch_loop.manual_optimization.optim_step_progress"
@@ -44,10 +44,10 @@ LOOPS: Mapping[str, Any] = {
     "epoch_progress": {"total": COUNTS, "current": COUNTS},
     STEPS: {"total": UPDATES, "current": UPDATES},
 }
-SET_AGAIN = {"params", "lr", "weight_decay", "betas", "eps", "momentum"}  # of a group: the config has them
-OURS_OF_A_GROUP = {"muon", "lr_multiplier"}  # PyTorch fills in what is missing of its own
+SET_AGAIN = {"params", "lr", "weight_decay", "betas", "eps", "momentum"}  # of a group: set from the config
+OURS_OF_A_GROUP = {"muon", "lr_multiplier"}  # PyTorch replaces missing values of its own only
 
-strict = with_config(ConfigDict(strict=True))  # "6" is no step
+strict = with_config(ConfigDict(strict=True))  # does not accept "6" as a step
 
 
 @strict
@@ -110,7 +110,7 @@ _Written = TypedDict(
 
 @strict
 class _Resumable(_Written):
-    """The types in a checkpoint; what the config decides is compared by `_misfits`."""
+    """The types in a checkpoint; values that depend on the config are compared by `_misfits`."""
 
     global_step: StepNumber
     state_dict: dict[str, Any]
@@ -122,10 +122,10 @@ class _Resumable(_Written):
 
 
 def run_of(content: Mapping[str, Any], path: Path) -> tuple[RunConfig, dict[str, Any]]:
-    """The config of a checkpoint and what smolctl keeps of the run in it.
+    """The config of a checkpoint, and smolctl's data of the run in it.
 
     Raises:
-        InputError: no run can go on from it, naming what is missing or does not fit.
+        InputError: no run can continue from it; names what is missing or does not fit.
     """
     config, state = recorded_config(content, path), content.get("smolctl")
     ours = state if isinstance(state, Mapping) else {}
@@ -152,7 +152,7 @@ def run_of(content: Mapping[str, Any], path: Path) -> tuple[RunConfig, dict[str,
         if misfit := next(_misfits(content, config, path), None):
             raise InputError(f"{path}: damaged: {misfit}")
     except InputError as error:
-        raise InputError(error.message, _remedy(path)) from None  # finding another one may take a while
+        raise InputError(error.message, _remedy(path)) from None  # finding an intact one may take a while
     return config, dict(ours)
 
 
@@ -165,8 +165,10 @@ def _remedy(path: Path) -> str:
 
 
 def _misfits(content: Mapping[str, Any], config: RunConfig, path: Path) -> Iterator[str]:
-    """Where a checkpoint's state is not that of a run with its config, as the end of a sentence."""
-    with torch.device("meta"):  # names, shapes and types without a number
+    """Differences between a checkpoint's state and that of a run with its config, as the end of a
+    sentence.
+    """
+    with torch.device("meta"):  # names, shapes and types without data
         network = Transformer(config.model)
     if config.train.precision == "bf16-true":
         network = network.bfloat16()
@@ -188,14 +190,14 @@ def _misfits(content: Mapping[str, Any], config: RunConfig, path: Path) -> Itera
         try:
             with keeping_rng():
                 restore_rng(generators)
-        except Exception as error:  # each generator refuses in its own way
+        except Exception as error:  # each generator raises a different exception
             yield f"smolctl.rng cannot be restored ({type(error).__name__}: {error})"
 
 
 def _optimizer_misfits(
     found: Mapping[str, Any], network: Transformer, config: RunConfig, is_new: bool
 ) -> Iterator[str]:
-    """The same for the optimizer; one that `is_new` has made no update, and has no moments yet."""
+    """`_misfits` of the optimizer; one that `is_new` has made no update, and has no moments yet."""
     wanted = make_optimizer(network, config.optimizer).param_groups
     groups, place = found["param_groups"], "optimizer_states"
     if [len(group["params"]) for group in groups] != [len(group["params"]) for group in wanted]:
@@ -221,13 +223,13 @@ def _optimizer_misfits(
 
 
 def _differences(wanted: Any, found: Any, place: str, is_whole: bool = False) -> Iterator[str]:
-    """Where nested values are missing, or of another type or shape, as the end of a sentence.
+    """Nested values that are missing or have another type or shape, as the end of a sentence.
 
     Args:
-        wanted: values of which the types and the shapes count.
-        found: what there is in their place.
-        place: what to call it.
-        is_whole: whether anything else than what is wanted is a difference too.
+        wanted: values with the expected types and shapes.
+        found: the actual values.
+        place: their name in the sentence.
+        is_whole: whether additional values are differences too.
     """
     if isinstance(wanted, Mapping):
         if not isinstance(found, Mapping):
@@ -250,6 +252,6 @@ def _differences(wanted: Any, found: Any, place: str, is_whole: bool = False) ->
 
 
 def _kind(tensor: Tensor) -> str:
-    """A tensor's type and shape, and its layout where that is none that a network has."""
+    """A tensor's type and shape, and its layout if a network never has that."""
     layout = "" if tensor.layout is torch.strided else f"{tensor.layout} ".removeprefix("torch.")
     return f"{layout}{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")

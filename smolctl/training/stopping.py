@@ -1,4 +1,4 @@
-"""Signals that stop a run: the step at hand is finished and saved first."""
+"""Signals that stop a run, after the current step is finished and saved."""
 
 from __future__ import annotations
 
@@ -13,45 +13,44 @@ from smolctl.errors import ExitCode
 EXIT_CODES = {
     signal.Signals[name]: code
     for name, code in {
-        "SIGHUP": ExitCode.HUNG_UP,  # the terminal or the ssh connection is gone
+        "SIGHUP": ExitCode.HUNG_UP,  # the terminal or the ssh connection was closed
         "SIGINT": ExitCode.INTERRUPTED,
-        "SIGUSR1": ExitCode.USER_SIGNAL,  # what SLURM's --signal=USR1@120 sends before the time is up
+        "SIGUSR1": ExitCode.USER_SIGNAL,  # sent by SLURM's --signal=USR1@120 before the time limit
         "SIGTERM": ExitCode.TERMINATED,
     }.items()
     if hasattr(signal, name)
 }
-# `timeout` of coreutils signals the process and then its group: two signals that mean one.
+# coreutils' `timeout` signals the process and then its group: two signals that count as one.
 SECONDS_BETWEEN_TWO = 0.5
 
 
 class StopFlag:
-    """Inside this context a signal is noted instead of ending the process; a second one of its kind ends it.
+    """In this context a signal is recorded instead of ending the process; a second one of its kind ends it.
 
-    Only the handler writes `received`, and nothing takes it back: a signal is seen at the next step at the
-    latest, whenever it arrives.
+    Only the handler writes `received`, and nothing resets it, so a signal is always noticed by the next step.
     """
 
     def __init__(self) -> None:
-        self.received = 0  # number of the signal that came last; 0: none came
-        self._noted: dict[int, float] = {}  # when each kind came first
+        self.received = 0  # number of the last signal; 0: none
+        self._noted: dict[int, float] = {}  # time of the first signal of each kind
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopFlag:
         try:
             for number in EXIT_CODES:
-                # Under nohup a run shall outlive its terminal.
+                # Under nohup, a run must survive its terminal.
                 if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._note)
-                    signal.siginterrupt(number, False)  # nothing that waits for a disk or a socket fails
-        except ValueError:  # only the main thread of a process can take signals
+                    signal.siginterrupt(number, False)  # so that waiting for a disk or a socket does not fail
+        except ValueError:  # only the main thread of a process can handle signals
             self._previous.clear()
         self._mask("SIG_BLOCK")
         return self
 
     def all_processes_started(self) -> None:
-        """Let signals through, which wait until now: processes that Lightning starts inherit that they wait.
+        """Unblock signals, which were blocked because processes started by Lightning inherit that.
 
-        So none of them is killed before it has come here itself.
+        So none of them is killed before it has reached this point itself.
         """
         self._mask("SIG_UNBLOCK")
 

@@ -1,4 +1,4 @@
-"""What only looks at a run may fail without ending it."""
+"""Lets observers of a run fail without ending it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LATEST_LINK = "making runs/latest a link to this run"
 
 
 class Tolerance:
-    """Turns the failure of an observer into a note, once for each kind."""
+    """Turns failures of observers into notes, one for each kind."""
 
     def __init__(self, emit: Listener) -> None:
         self._emit = emit
@@ -22,14 +22,15 @@ class Tolerance:
 
     @contextmanager
     def __call__(self, observer: str, step: int) -> Iterator[None]:
-        """A failure inside becomes a note and does not stop training; the random generators are set back.
+        """A failure in the block becomes a note and does not stop training; the random generators are
+        restored.
 
         Args:
-            observer: what may fail, as the subject of a sentence.
-            step: at which.
+            observer: name of the part that may fail, as the subject of a sentence.
+            step: the current step.
 
         Raises:
-            NonFiniteError: a fault of the training itself. Signals and interrupts are raised too.
+            NonFiniteError: a failure of the training itself. Signals and interrupts are raised too.
         """
         try:
             with keeping_rng():
@@ -49,5 +50,5 @@ def reason(error: Exception) -> str:
 
 
 def shortened(text: str, most: int = 30) -> str:
-    """The beginning of a text, with an ellipsis where more follows."""
+    """The beginning of a text, with an ellipsis if it was cut."""
     return text if len(text) <= most else f"{text[: most - 1]}…"

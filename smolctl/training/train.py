@@ -1,4 +1,4 @@
-"""`train`: a run folder from the first step to the last."""
+"""`train`: a run from the first step to the last."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from smolctl.training.prepare import Prepared
 
 
 def plan_run(prepared: Prepared, disk: Path) -> RunPlan:
-    """What the steps to come will cost, measured on the run's own first micro-batch.
+    """Estimate the cost of the next steps, measured on the run's first micro-batch.
 
     Args:
         prepared: the run.
-        disk: where checkpoints will go; its free space is looked up.
+        disk: folder for checkpoints; its free space is looked up.
     """
     config, done = prepared.config, prepared.first_step
     prepare_process(config.trainer.deterministic)
@@ -56,9 +56,9 @@ def train(prepared: Prepared, name: str, out: Path | None, force: bool, emit: Li
         emit: gets every event.
 
     Raises:
-        SmolError: with the cause; the checkpoints written so far stay.
+        SmolError: with the cause; the checkpoints written so far are kept.
     """
-    if not is_main_process():  # the main process keeps the records, and says where
+    if not is_main_process():  # the main process keeps the records, and announces their folder
         return fit(prepared, RunFolder(out or RUNS), None, emit)
     plan = plan_run(prepared, out or RUNS)
     with naming_the_disk(out or RUNS):

@@ -1,4 +1,4 @@
-"""`resume --verify`: the steps before a checkpoint once more, compared bit for bit with what is on disk."""
+"""`resume --verify`: repeats the steps before a checkpoint and compares the result bit for bit."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ from smolctl.training.state import run_of
 
 @dataclass(frozen=True)
 class Verification:
-    """Whether a run, repeated from one checkpoint, arrives at the next one."""
+    """Whether a run, repeated from one checkpoint, reproduces the next one."""
 
     run: str
-    first: int  # step that was started from
-    last: int  # step that was compared
-    tensors: int  # compared: weights, optimizer state, random states
+    first: int  # step of the first checkpoint
+    last: int  # step of the compared checkpoint
+    tensors: int  # number compared: weights, optimizer state, random states
     losses: int  # steps whose loss, gradient norm and learning rate were compared
-    differences: tuple[str, ...]  # the first few; empty when everything is equal bit for bit
+    differences: tuple[str, ...]  # the first few; empty if everything is equal bit for bit
 
     @property
     def exact(self) -> bool:
-        """Whether nothing differs."""
+        """Whether there is no difference."""
         return not self.differences
 
     @property
     def exit_code(self) -> ExitCode:
-        """DONE, or GATE_NOT_MET when something differs."""
+        """DONE, or GATE_NOT_MET if there is a difference."""
         return ExitCode.DONE if self.exact else ExitCode.GATE_NOT_MET
 
 
@@ -61,14 +61,14 @@ def verify(
 
     Args:
         run: its folder.
-        options: `step` to start from (default: the checkpoint before the last), `until` to end at
-            (default: the newest checkpoint). Changes are refused: they would prove nothing.
+        options: `step` to start from (default: the second newest checkpoint), `until` to end at (default: the
+            newest checkpoint). Changed settings are refused, because the result would prove nothing.
         emit: called with every event.
-        on_tokenize: called with the progress of tokenization, if the cached tokens are gone.
+        on_tokenize: called with the progress of tokenization if the cached tokens are missing.
 
     Raises:
-        UsageError: options that make no sense here.
-        InputError: there are no two good checkpoints, or the data or the tokenizer is another one.
+        UsageError: options that do not apply here.
+        InputError: there are not two intact checkpoints, or the data or the tokenizer differs.
     """
     if options.settings or options.extra or options.out:
         raise UsageError(
@@ -97,7 +97,7 @@ def verify(
     try:
         trainer, module = run_trainer(prepared, watcher, folder.path, start.path)
     except SystemExit as ended:
-        if isinstance(ended.__context__, KeyboardInterrupt):  # which Lightning turns into exit code 1
+        if isinstance(ended.__context__, KeyboardInterrupt):  # Lightning turns it into exit code 1
             raise KeyboardInterrupt from None
         raise
     again = {
@@ -134,7 +134,7 @@ def _start(folder: RunFolder, end: CheckpointFile, step: int | None) -> Checkpoi
 
 
 class _Watcher(pl.Callback):
-    """Remembers every step, and the state after the last one."""
+    """Records every step, and the state after the last one."""
 
     def __init__(self) -> None:
         self.results: dict[int, StepResult] = {}
@@ -153,9 +153,9 @@ class _Watcher(pl.Callback):
 
 
 def _recorded(folder: RunFolder, first: int, last: int, has_z_loss: bool) -> dict[int, StepResult]:
-    """What metrics.jsonl says of the steps after `first` up to `last`.
+    """The steps after `first` up to `last` in metrics.jsonl.
 
-    A step that was recorded when the loss still had the z-loss in it is left out.
+    A step recorded when the loss still included the z-loss is left out.
     """
     return {
         record["step"]: StepResult(
@@ -175,7 +175,7 @@ def _loss_differences(recorded: Mapping[int, StepResult], results: Mapping[int, 
 
 
 def _differences(before: Any, again: Any, path: str) -> Iterator[str]:
-    """Where two nested values differ in one bit or more."""
+    """The places where two nested values differ in at least one bit."""
     if isinstance(before, torch.Tensor) and isinstance(again, torch.Tensor):
         if before.shape != again.shape or not torch.equal(before, again.cpu()):
             yield path

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,10 @@ class Chat:
         chats = self.session.conversation.chat
         mode = "chatting with the model's template" if chats else "each prompt is independent"
         self.out.talk(f"{self.session.model.id}: {mode}. /help lists the commands, Ctrl-D ends.")
-        read = open_editor()
+        with _own_interrupts():
+            self._answer_all(open_editor())
+
+    def _answer_all(self, read: Callable[[], str]) -> None:
         while True:
             try:
                 text = read()
@@ -146,6 +151,20 @@ class Chat:
         self._files.add(path)
         turns = len(self.session.conversation.turns) // 2
         self.out.talk(f"The conversation of {path} continues after {counted(turns, 'turn')}.")
+
+
+@contextmanager
+def _own_interrupts() -> Iterator[None]:
+    """Inside this context Ctrl-C raises as before, but ends nothing else than the chat decides."""
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before):  # ignored
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: before(number, frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _file(name: str) -> Path:

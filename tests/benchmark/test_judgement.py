@@ -291,7 +291,11 @@ def test_other_versions_are_said_and_not_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", '{"format": "other"}', '{"format": "smolctl-bench", "version": 99}'],
+    [
+        *("", "{", "[]", '{"format": "other"}', '{"format": "smolctl-bench", "version": 99}'),
+        *("[" * 100_000, '{"format": "smolctl-bench", "version": 1' + "0" * 5_000 + "}"),
+    ],
+    ids=lambda content: content[:50],
 )
 def test_a_file_that_is_no_baseline_is_named(tmp_path: Path, content: str) -> None:
     path = tmp_path / "base.json"
@@ -402,14 +406,4 @@ def test_a_value_that_no_baseline_has_names_its_key(
     path = saved(tmp_path / "base.json", report(result()))
     path.write_text(json.dumps({**json.loads(path.read_text()), place: value}))
     with pytest.raises(InputError, match=rf"base\.json: damaged: {key}"):
-        compare_with(report(result()), path, 0.95)
-
-
-@pytest.mark.parametrize(
-    "text", ["[" * 100_000, '{"format": "smolctl-bench", "version": 1' + "0" * 5_000 + "}"]
-)
-def test_a_baseline_without_end_is_named(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "base.json"
-    path.write_text(text)
-    with pytest.raises(InputError, match=r"base\.json"):
         compare_with(report(result()), path, 0.95)

@@ -5,18 +5,30 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from smolctl.arithmetic import TRAINING_DTYPES
+from smolctl.benchmark.bench import BenchOptions
 from smolctl.benchmark.engines import PEERS
 from smolctl.benchmark.suites import SUITES
 from smolctl.cli import completion
 from smolctl.config import RunConfig
 from smolctl.config.load import preset_names
 from smolctl.config.run import TrainerConfig
-from smolctl.quantization.schemes import SCHEMES
+from smolctl.evaluation.compare import CompareOptions
+from smolctl.generation.engines import EngineOptions
+from smolctl.publish.push import PushOptions
+from smolctl.quantization.quantize import QuantizeOptions
+from smolctl.quantization.schemes import SCHEMES, SchemeOptions
+from smolctl.serving.guards import Limits
+from smolctl.serving.serve import ServeOptions
 from smolctl.sources.gguf import write as gguf
 from tests.support.processes import Smolctl
 
@@ -109,6 +121,31 @@ def test_names_are_the_librarys() -> None:
     assert tuple(TRAINING_DTYPES) == completion.DTYPES
     loggers = TrainerConfig.model_json_schema()["properties"]["loggers"]["items"]["enum"]
     assert (*loggers, "none") == completion.LOGGERS
+
+
+@pytest.mark.parametrize(
+    ("command", "kinds", "renamed"),
+    [
+        ("bench", (BenchOptions,), {}),
+        ("compare", (CompareOptions,), {"size": "bytes"}),
+        ("eval", (EngineOptions,), {}),
+        ("push", (PushOptions,), {}),
+        ("quantize", (QuantizeOptions, SchemeOptions), {}),
+        ("sample", (EngineOptions,), {}),
+        ("serve", (ServeOptions, Limits, EngineOptions), {"timeout": "answer_s", "ping": "ping_s"}),
+    ],
+)
+def test_options_have_the_defaults_of_the_library(
+    command: str, kinds: Sequence[type[Any]], renamed: Mapping[str, str]
+) -> None:
+    """They are written twice: help shows them before the library is imported."""
+    function = getattr(import_module(f"smolctl.cli.{command}"), command)
+    library = {one.name: one.default for kind in kinds for one in fields(kind)}
+    shown = {renamed.get(name, name): one.default for name, one in signature(function).parameters.items()}
+    both = {name: value for name, value in shown.items() if name in library and value is not None}
+    assert both
+    for name, value in both.items():
+        assert library[name] in (value, (value,)), name
 
 
 @pytest.mark.slow

@@ -56,3 +56,42 @@ def test_a_signal_is_not_lost_where_its_exception_would_be(
         check=False,
     )
     assert (done.returncode, done.stderr) == (code, "")
+
+
+# Python raises nothing in the main thread while it is in a library, or waits for a thread that is.
+BUSY = {
+    "a library": "import tokenizers; backend = tokenizers.Tokenizer(tokenizers.models.BPE()); "
+    "learn = lambda: backend.train_from_iterator(['ab' * 10**7], tokenizers.trainers.BpeTrainer()); "
+    "print('busy', flush=True); learn()",
+    "a thread that is waited for": "import concurrent.futures, time; "
+    "pool = concurrent.futures.ThreadPoolExecutor(); busy = pool.submit(time.sleep, 600); "
+    "print('busy', flush=True); busy.result()",
+}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("place", BUSY)
+def test_a_signal_ends_a_command_whatever_it_is_busy_with(
+    number: signal.Signals, code: int, place: str
+) -> None:
+    called = [sys.executable, "-c", COMMAND.format(code=BUSY[place])]
+    with subprocess.Popen(called, env={"PYTHONPATH": str(CHECKOUT)}, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"busy\n"
+        process.send_signal(number)
+        try:
+            assert process.wait(timeout=60) == code
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_work_is_done_leaves_its_exit_code(number: signal.Signals) -> None:
+    ending = f"import atexit, signal; atexit.register(signal.raise_signal, {int(number)}); "
+    called = (
+        ending + "import sys; sys.argv = ['smolctl', '--version']; from smolctl.__main__ import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", called], env={"PYTHONPATH": str(CHECKOUT)}, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -155,6 +155,9 @@ def test_results_of_a_run_go_into_its_record_and_faults_have_a_remedy(
     for name, change in {
         "bad": {"doc_to_choice": "chances"},
         "loops": {"doc_to_text": "{% for n in range(10**9) %}{% endfor %}"},
+        "huge": {"doc_to_text": "{{ 'x' * 10**9 }}"},
+        "long": {"doc_to_text": "{{ 'x' * (10**7 + 1) }}"},
+        "itemless": {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "empty.jsonl")}}},
         "unspoken": {"output_type": None},
         "nothing": {"metric_list": []},
         "minus": {"num_fewshot": -1},
@@ -166,9 +169,13 @@ def test_results_of_a_run_go_into_its_record_and_faults_have_a_remedy(
         },
     }.items():
         (tasks / f"{name}.yaml").write_text(yaml.safe_dump(bare | {"task": name} | change))
+    (tmp_path / "empty.jsonl").touch()
     faults = {
         ("--tasks", tasks / "bad.yaml"): (3, "bad.yaml: lm-eval failed with"),
-        ("--tasks", tasks / "loops.yaml"): (3, "Range too big"),
+        ("--tasks", tasks / "loops.yaml"): (3, "takes more than 2 s"),
+        ("--tasks", tasks / "huge.yaml"): (3, "needs more than 512 MB of memory"),
+        ("--tasks", tasks / "long.yaml"): (3, "writes more than 10,000,000 characters"),
+        ("--tasks", tasks / "itemless.yaml"): (3, "the task has no items"),
         ("--tasks", tasks / "unspoken.yaml"): (3, "unspoken: the task has no output_type"),
         ("--tasks", tasks / "nothing.yaml"): (3, "the task has no figure to show"),
         ("--tasks", tasks / "minus.yaml"): (3, "minus: num_fewshot is -1"),

@@ -20,7 +20,7 @@ from smolctl.config.dump import to_yaml
 from smolctl.data.text.corpus import iter_texts
 from smolctl.data.tokens.cache import MANIFEST
 from smolctl.data.tokens.corpus import tokenize_corpus
-from smolctl.hub.client import read_identity
+from smolctl.hub.identity import read_identity
 from smolctl.publish.card import merge_card, stated_license
 from smolctl.publish.facts import read_facts, write_records
 from smolctl.runs.folder import RunFolder

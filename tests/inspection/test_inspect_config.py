@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from smolctl.config import RunConfig, load_run_config, preset_names
 from smolctl.config.dump import to_yaml
-from smolctl.data.mixture import Mixture, Part
 from smolctl.data.tokens.corpus import TokenizedCorpus, TokenStream
+from smolctl.data.tokens.mixture import Mixture, Part
 from smolctl.errors import InputError
 from smolctl.inspection import inspect
 from smolctl.sources import ModelSource, SourceKind, TokenizerFiles, open_source

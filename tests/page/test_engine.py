@@ -18,7 +18,7 @@ from smolctl.generation.native_engine import NativeEngine
 from smolctl.native.build import HERE
 from smolctl.page.layout import engine_layout
 from smolctl.sources.open import open_source
-from smolctl.sources.quantized.folder import FILE
+from smolctl.sources.quantized_folder import FILE
 from tests.support.native import library
 from tests.support.node import run_module
 from tests.support.processes import Smolctl

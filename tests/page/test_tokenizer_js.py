@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from smolctl.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from smolctl.errors import InputError
@@ -17,7 +17,7 @@ from smolctl.page.tokenization import page_tokenizer
 from tests.support.node import run_module
 from tests.support.tokenizer_kinds import default, llama2
 from tests.support.tokenizer_texts import code_points, few, many
-from tests.support.tokenizers import GPT4_REGEX, byte_level, changed, gpt2, source_of, tokenizer
+from tests.support.tokenizers import GPT4_REGEX, changed, divided_at, gpt2, source_of, tokenizer
 
 # Reads {"tokenizers": [[tokenizer.json, options], ...], "texts": [...]} and writes, for each tokenizer, the
 # ids and the decoded text of each text.
@@ -50,9 +50,7 @@ def differing(given: Sequence[Tokenizer], texts: Sequence[str]) -> list[tuple[in
 
 
 def qwen2() -> tokenizers.Tokenizer:
-    split = pre_tokenizers.Split(Regex(GPT4_REGEX.replace("{1,3}", "")), "isolated")
-    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return byte_level(pre_tokenizers.Sequence([split, plain]))
+    return divided_at(GPT4_REGEX.replace("{1,3}", ""))
 
 
 def divided_by(*parts: dict[str, Any]) -> tokenizers.Tokenizer:

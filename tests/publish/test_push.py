@@ -15,8 +15,9 @@ from huggingface_hub import snapshot_download
 
 from smolctl.errors import ExitCode, HubError
 from smolctl.generation.load import load_model
-from smolctl.hub.client import HubClient, read_identity
+from smolctl.hub.client import HubClient
 from smolctl.hub.errors import ChangedError
+from smolctl.hub.identity import read_identity
 from smolctl.publish.build import Built
 from smolctl.publish.push import PushOptions, choose_destination, plan_built, push, send
 from smolctl.sources import open_source

@@ -78,7 +78,9 @@ def test_every_command_but_training_takes_a_dynamic_checkpoint_alone(
     assert called.code == 0, called.err
 
 
-@pytest.mark.parametrize(("key", "value"), [("scheme", "nf4"), ("scheme", 8), ("activations", "per-layer")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("scheme", "nf4"), ("scheme", 8), ("scheme", "int4"), ("activations", "per-layer")]
+)
 def test_a_checkpoint_that_was_quantized_in_an_unknown_way_is_refused(
     here: Path, key: str, value: object
 ) -> None:

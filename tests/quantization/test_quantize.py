@@ -19,8 +19,8 @@ from smolctl.quantization.quantize import QuantizeOptions, quantize
 from smolctl.quantization.schemes import GGUF_SCHEMES, SchemeOptions, plan_quantization
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
-from smolctl.sources.quantized.folder import DESCRIPTION, FILE
 from smolctl.sources.quantized.packed import PackedMatrix
+from smolctl.sources.quantized_folder import DESCRIPTION, FILE
 from tests.support.disks import small_disk
 from tests.support.processes import ADDRESS, Called, call
 from tests.support.quantized_folders import make_quantized
@@ -215,6 +215,24 @@ def test_damage_is_one_line(
     assert re.search(said, called.err), called.err
 
 
+@pytest.mark.parametrize(
+    ("scheme", "label"),
+    [
+        *(("int8", label) for label in ("int8-dynamic", "bf16")),
+        *(("int4", label) for label in ("int8", "int8-dynamic", "bf16")),
+        *(("int8-dynamic", label) for label in ("int8", "int4", "bf16")),
+    ],
+)
+def test_a_folder_under_the_name_of_another_scheme_is_refused(here: Path, scheme: str, label: str) -> None:
+    make_quantized(scheme=scheme)
+    damage(
+        lambda data: data.replace(b'"scheme": "' + scheme.encode(), b'"scheme": "' + label.encode()),
+        DESCRIPTION,
+    )
+    with pytest.raises(InputError, match=rf"is stored as the scheme {label} stores no tensor"):
+        open_source("out")
+
+
 def test_weights_of_another_model_are_refused(here: Path) -> None:
     make_quantized("runs/llama", "int8", "out")
     make_quantized("runs/llama", "int4", "other")
@@ -265,14 +283,13 @@ def test_full_disk_is_seen_before_anything_is_written(small: Path, scheme: str, 
 
 @pytest.mark.parametrize("scheme", ["int8", "int8-dynamic", "gguf-q8_0"])
 def test_write_that_fails_half_way_leaves_nothing(here: Path, scheme: str) -> None:
-    command = ("quantize", "runs/llama", "--to", scheme, "--out", "out", "--no-measure")
+    command = ("quantize", "runs/llama", "--to", scheme, "--out", "new/out", "--no-measure")
     done = call(20_000, *command, module="tests.support.small_files")
     assert done.code == 1, done.err
     assert "cannot be written" in done.err
     assert "None" not in done.err
     assert "unexpected" not in done.err
-    assert [path for path in here.rglob("out/*") if path.is_file()] == []
-    assert [path.name for path in here.rglob("*partial*")] == []
+    assert not Path("new").exists()
 
 
 @pytest.mark.parametrize("scheme", ["int8", "gguf-q8_0"])

@@ -25,7 +25,7 @@ from smolctl.quantization.quantize import QuantizeOptions, QuantizeReport, quant
 from smolctl.quantization.schemes import SchemeOptions
 from smolctl.quantization.verdict import Variant
 from smolctl.sources import open_source
-from smolctl.sources.quantized.folder import FILE
+from smolctl.sources.quantized_folder import FILE
 from tests.support.instruction_sets import AVX2, computed_with, predictions
 
 # One process makes the variants for all tests.

@@ -10,7 +10,7 @@ import pytest
 from smolctl.quantization.schemes import SCHEMES, SchemeOptions
 from smolctl.quantization.verdict import Gates, SourceFacts, Variant, advise, judge
 from smolctl.sources import open_source
-from smolctl.sources.quantized.folder import FILE
+from smolctl.sources.quantized_folder import FILE
 from tests.support.processes import Called
 
 KEYS = {

@@ -13,6 +13,7 @@ from smolctl.ownership import strange_files
 from smolctl.runs.checkpoint_file import find_damage
 from smolctl.runs.events import Candidate, Prediction, Step
 from smolctl.runs.folder import RunFolder
+from smolctl.runs.retention import clear_after
 from smolctl.sources import open_source
 from smolctl.training.resume import ResumeOptions
 from smolctl.training.verify import verify
@@ -75,7 +76,7 @@ def test_a_final_checkpoint_that_is_a_copy_is_kept(finished: Callable[[str], Pat
 
 def test_of_a_copied_run_no_checkpoint_is_kept_twice(finished: Callable[[str], Path]) -> None:
     copied = finished("copied")
-    RunFolder(copied).clear_after(15, force=False)
+    clear_after(RunFolder(copied), 15, force=False)
     assert not list((copied / "checkpoints").glob("final*"))
 
 
@@ -89,9 +90,9 @@ def test_final_is_the_last_checkpoint_where_the_name_of_its_step_is_gone(
     assert [file.step for file in run_folder.checkpoints()] == [0, 5, 10, 15]
     assert open_source(str(folder)).step == 15
     with pytest.raises(UsageError, match=r"newer checkpoints \(up to step 15\)"):
-        run_folder.clear_after(10, force=False)
+        clear_after(run_folder, 10, force=False)
     again = run_folder.under_its_step(run_folder.checkpoint())
-    run_folder.clear_after(15, force=False)
+    clear_after(run_folder, 15, force=False)
     assert again.path == run_folder.checkpoint_path(15)
     assert not again.damage
     assert Path(f"{again.path}.sha256").read_text().endswith("  step-000015.ckpt\n")

@@ -12,7 +12,7 @@ import torch
 
 from smolctl.data.tokenizer.tokenizer import Tokenizer, choose_tokenizer, load_tokenizer
 from smolctl.errors import HubError, InputError
-from smolctl.hub.client import read_identity
+from smolctl.hub.identity import read_identity
 from smolctl.inspection import inspect
 from smolctl.model.weights import initialize
 from smolctl.quantization.build import read_tensors

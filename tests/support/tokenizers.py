@@ -55,17 +55,20 @@ def gpt2(add_prefix_space: bool = False) -> Tokenizer:
     return byte_level(pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space))
 
 
-def gpt4() -> Tokenizer:
-    split = pre_tokenizers.Split(Regex(GPT4_REGEX), "isolated")
+def divided_at(words: str) -> Tokenizer:
+    """GPT-2's kind, with the words that a regular expression finds."""
+    split = pre_tokenizers.Split(Regex(words), "isolated")
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return byte_level(pre_tokenizers.Sequence([split, plain]))
+
+
+def gpt4() -> Tokenizer:
+    return divided_at(GPT4_REGEX)
 
 
 def joining() -> Tokenizer:
     """Tokens of several words, as of tokenizers that do not divide a text at spaces."""
-    split = pre_tokenizers.Split(Regex(r"[^.\n]+|[.\n]+"), "isolated")
-    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return byte_level(pre_tokenizers.Sequence([split, plain]))
+    return divided_at(r"[^.\n]+|[.\n]+")
 
 
 def llama(scheme: str = "prepend") -> Tokenizer:

@@ -1,1 +1,1 @@
-"""Files, datasets and the embedded corpus as documents."""
+"""Files, datasets and the built-in corpus as documents."""

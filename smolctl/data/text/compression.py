@@ -1,4 +1,4 @@
-"""The bytes of a file, unpacked by the ending of its name: .gz, .xz, .bz2, .zst, or as they are."""
+"""The bytes of a file, decompressed by its suffix: .gz, .xz, .bz2, .zst, or unchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import IO, BinaryIO, Protocol
 from smolctl.errors import InputError
 from smolctl.extras import install_command
 
-# What the standard library unpacks: how a damaged file is called, and what opens one.
+# Formats of the standard library: the message for a damaged file, and the function that opens one.
 _STANDARD: Mapping[str, tuple[str, Callable[[BinaryIO], IO[bytes] | gzip.GzipFile]]] = {
     "gz": ("gzip", gzip.open),
     "xz": ("xz", lzma.open),
@@ -22,11 +22,11 @@ _STANDARD: Mapping[str, tuple[str, Callable[[BinaryIO], IO[bytes] | gzip.GzipFil
 }
 ENDINGS = (*_STANDARD, "zst")
 _CHUNK = 1024 * 1024  # bytes read at once
-_PACKED_CHUNK = 64 * 1024  # of a zstd file, which may unpack to a thousand times as much
+_PACKED_CHUNK = 64 * 1024  # for a zstd file, which may decompress to a thousand times as much
 
 
 class _Frame(Protocol):
-    """One zstd frame; a file may hold several, one after another."""
+    """One zstd frame; a file may contain several, one after another."""
 
     def decompress(self, data: bytes, /) -> bytes: ...
 
@@ -39,10 +39,10 @@ class _Frame(Protocol):
 
 @contextmanager
 def open_chunks(path: Path) -> Iterator[tuple[Iterator[bytes], Callable[[], int]]]:
-    """The content of a file in chunks, and how far into the file itself they reach, in bytes.
+    """The content of a file in chunks, with the number of bytes read from the file so far.
 
     Raises:
-        InputError: the file is damaged, cannot be read, or needs a package that is not there.
+        InputError: the file is damaged, cannot be read, or needs a package that is not installed.
     """
     try:
         with path.open("rb") as raw:
@@ -72,7 +72,7 @@ def _standard_chunks(
             yield from iter(lambda: unpacked.read(_CHUNK), b"")
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise _damaged(path, kind, error) from None
-    except OSError as error:  # of the disk with a number; of gzip and bz2 without
+    except OSError as error:  # an error of the disk has a number; those of gzip and bz2 do not
         if error.errno is not None:
             raise
         raise _damaged(path, kind, error) from None
@@ -80,7 +80,7 @@ def _standard_chunks(
 
 def _zstd_chunks(path: Path, raw: BinaryIO) -> Iterator[bytes]:
     new_frame, failure = _zstd(path)
-    frame: _Frame | None = None  # the one begun
+    frame: _Frame | None = None  # the current one
     try:
         for packed in iter(lambda: raw.read(_PACKED_CHUNK), b""):
             rest = packed
@@ -96,7 +96,7 @@ def _zstd_chunks(path: Path, raw: BinaryIO) -> Iterator[bytes]:
 
 
 def _zstd(path: Path) -> tuple[Callable[[], _Frame], type[Exception]]:
-    """What unpacks a frame, and what it raises: Python's own from 3.14 on, else the package."""
+    """The decompressor of a frame, and its exception: Python's own from 3.14 on, else the package's."""
     try:
         from compression import zstd  # type: ignore[import-not-found, unused-ignore]
     except ImportError:

@@ -1,4 +1,4 @@
-"""Conversations as people have them: what a row of data says, as messages."""
+"""Parses rows of data as conversations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from smolctl.escaping import whole_characters
 from smolctl.outside import MAX_DEPTH, parse_json
 
-# Names that ShareGPT's rows and their kin have for the roles of today's chat templates.
+# Names of ShareGPT's and similar data for the roles of chat templates.
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -21,7 +21,7 @@ ASSISTANT = "assistant"
 
 
 class Shape(StrEnum):
-    """The fields in which a row holds its conversation."""
+    """The fields in which a row contains its conversation."""
 
     MESSAGES = "messages"  # messages: [{role, content}]
     SHAREGPT = "sharegpt"  # conversations: [{from, value}]
@@ -38,20 +38,21 @@ FIELDS = {
 
 
 class RowError(ValueError):
-    """Why a row is not a conversation to train on."""
+    """The reason why a row is not a conversation for training."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages with what a chat template is given beside them.
+    """Messages with the other inputs of a chat template.
 
     Attributes:
-        where: it stands, for people: a file and a line.
+        where: its origin for people: a file and a line.
         shape: of its row.
-        messages: `{"role": ..., "content": ...}` each, with other keys of theirs, such as tool_calls.
-        tools: functions that the assistant may call, as the template takes them.
-        completion: number of the first message that answers the row's prompt; None where no prompt is named.
-        group: conversations of one group are held out together; empty: those with the same text.
+        messages: `{"role": ..., "content": ...}` each, with their other keys, such as tool_calls.
+        tools: functions that the assistant may call, in the template's form.
+        completion: number of the first message that answers the row's prompt; None if the row has no prompt
+            field.
+        group: conversations with the same group are held out together; empty: those with the same text.
     """
 
     where: str
@@ -63,28 +64,28 @@ class Conversation:
 
     @property
     def answers(self) -> list[int]:
-        """Numbers of the messages in which the assistant says what is to be learned.
+        """Numbers of the assistant's messages to train on.
 
-        A `weight` of 0, as OpenAI's fine-tuning reads it, leaves a message out.
+        A message with a `weight` of 0 is excluded, as in OpenAI's fine-tuning.
         """
         return [number for number, message in enumerate(self.messages) if _is_answer(message)]
 
 
 def shape_of(names: Sequence[str]) -> Shape | None:
-    """The shape of rows with these fields; None where it is none of them."""
+    """The shape of rows with these fields; None if it is not supported."""
     return next((shape for shape, fields in FIELDS.items() if set(fields) <= set(names)), None)
 
 
 def read_conversation(row: Mapping[str, Any], shape: str, where: str) -> Conversation:
-    """The conversation of a row.
+    """Parse the conversation of a row.
 
     Args:
         row: its fields.
-        shape: that it has; auto: as its fields say.
-        where: it stands.
+        shape: of the row; auto: detected from its fields.
+        where: its origin for people.
 
     Raises:
-        RowError: it holds none, or one that nothing can be learned from.
+        RowError: there is none, or none that can be trained on.
     """
     found = shape_of(list(row)) if shape == "auto" else Shape(shape)
     if found is None:
@@ -114,7 +115,9 @@ def read_conversation(row: Mapping[str, Any], shape: str, where: str) -> Convers
 
 
 def _objects(value: object, name: str) -> list[dict[str, Any]]:
-    """Tools or calls of them as templates take them: a list of objects, which some data spells as JSON."""
+    """Tools or tool calls in the form of templates: a list of objects, which some data stores as JSON
+    text.
+    """
     objects = _from_json(value) if isinstance(value, str) else _without_nulls(value)
     if not isinstance(objects or [], list) or not all(isinstance(item, dict) for item in objects or []):
         raise RowError(f"{name!r} is not a list of objects")
@@ -122,7 +125,7 @@ def _objects(value: object, name: str) -> list[dict[str, Any]]:
 
 
 def _from_json(text: str) -> Any:
-    """What a text of JSON says; the text itself where it is none."""
+    """The value of a JSON text; the text itself if it is not JSON."""
     try:
         return parse_json(text)
     except ValueError:
@@ -130,7 +133,7 @@ def _from_json(text: str) -> Any:
 
 
 def _without_nulls(value: Any, level: int = 0) -> Any:
-    """A value as lists and dicts, without keys that are null: Parquet gives every object the keys of all."""
+    """A value as lists and dicts, without null keys: Parquet gives every object the keys of all objects."""
     if level > MAX_DEPTH:
         raise RowError(f"is nested more than {MAX_DEPTH} levels deep")
     if isinstance(value, Mapping):
@@ -141,7 +144,9 @@ def _without_nulls(value: Any, level: int = 0) -> Any:
 
 
 def _turns(value: object, role: str, name: str) -> list[dict[str, Any]]:
-    """A prompt or a completion as messages; the ends of a text are the template's business."""
+    """A prompt or a completion as messages, with surrounding white space removed, because the template
+    adds its own.
+    """
     if isinstance(value, str):
         return [{"role": role, "content": whole_characters(value).strip()}]
     return _messages(value, name)
@@ -172,7 +177,7 @@ def _message(value: object) -> dict[str, Any]:
 
 
 def _call(value: dict[str, Any]) -> dict[str, Any]:
-    """A call whose arguments are an object, as templates expect; OpenAI's API spells them as JSON."""
+    """A call with an object as arguments, as templates expect; OpenAI's API has them as JSON text."""
     function = value.get("function", value)
     if isinstance(function, dict) and isinstance(spelled := function.get("arguments"), str):
         function = {**function, "arguments": _from_json(spelled)}
@@ -180,7 +185,7 @@ def _call(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _content(value: object) -> str:
-    """A message's text; a list of parts is joined where all of them are text."""
+    """A message's text; a list of parts is joined if all of them are text."""
     if value is None:
         return ""
     if isinstance(value, Sequence) and not isinstance(value, str):

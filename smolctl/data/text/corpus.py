@@ -1,4 +1,4 @@
-"""What `--data` names, as a stream of documents."""
+"""The sources that `--data` names, as streams of documents."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ from smolctl.data.text.hub import DatasetName, DatasetReader
 from smolctl.data.text.library_questions import library_questions
 from smolctl.errors import InputError
 
-# Of a Hub dataset no more is downloaded to train a tokenizer than it is trained on.
+# At most this much of a Hub dataset is downloaded to train a tokenizer.
 _HUB_SAMPLE = 64 * 1024 * 1024  # characters
 
 
 @dataclass(frozen=True)
 class Source:
-    """One item of `--data`; nothing of its text is read yet.
+    """One item of `--data`; its text has not been read yet.
 
     Attributes:
         name: as the user gave it.
-        size: bytes that will be read, or None when nobody knows before (a Hub dataset).
-        identity: what distinguishes it from another source without reading it: sizes, times of change.
-        read: its documents; takes a function that is called with the bytes read.
-        rows: likewise, its rows with all their fields and where they stand, or what is wrong with a row.
-        dataset: its name, when it is a Hub dataset.
-        read_as: what the name was taken for, and which files are read and which are not; empty where that
-            goes without saying.
+        size: bytes that will be read, or None if not known (a Hub dataset).
+        identity: distinguishes it from other sources without reading it: sizes, modification times.
+        read: yields its documents; takes a function that is called with the bytes read.
+        rows: likewise, yields its rows with all their fields and their origin, or the error of a row.
+        dataset: its name if it is a Hub dataset.
+        read_as: how the name was interpreted, and which files are read and skipped; empty if that is obvious.
     """
 
     name: str
@@ -46,28 +45,30 @@ class Source:
 
 
 class MissingSourceError(InputError):
-    """Nothing is where a source is said to be."""
+    """A source does not exist."""
 
 
 class SequenceLengthError(InputError):
-    """No sequence of `data.sequence_length` tokens can be made of a text; who asked may not have set it."""
+    """A text is too short for a sequence of `data.sequence_length` tokens, which the caller may not have
+    set.
+    """
 
 
 def pin_sources(names: Sequence[str]) -> tuple[str, ...]:
-    """The names so that they mean the same later and elsewhere.
+    """Replace names by names that mean the same later and elsewhere.
 
-    Paths become absolute. A Hub dataset's revision is replaced by the commit that it stands for now: a run
-    that keeps these names continues with the same rows after the dataset has changed.
+    Paths become absolute. A Hub dataset's revision is replaced by its current commit, so a run that stores
+    these names continues with the same rows even after the dataset has changed.
 
     Raises:
         InputError: `datasets` is not installed.
-        HubError: a dataset cannot be had.
+        HubError: a dataset is not available.
     """
     return tuple(map(_pinned, names))
 
 
 def shown_name(name: str) -> str:
-    """A source's name for people: short where it lies in the working folder."""
+    """A source's name for people: relative if it is in the working folder."""
     path, here = Path(name), Path.cwd()
     if not path.is_absolute() or not path.is_relative_to(here):
         return name
@@ -84,11 +85,11 @@ def _pinned(name: str) -> str:
 
 
 def open_sources(data: DataConfig) -> list[Source]:
-    """Find what each name stands for: the embedded `python`, a file, a folder, or a Hub dataset.
+    """Open what each name refers to: the built-in `python`, a file, a folder, or a Hub dataset.
 
     Raises:
         MissingSourceError: there is no such file.
-        InputError: a folder without text, or a split of what has none.
+        InputError: a folder without text, or a split for a source without splits.
     """
     if not data.source:
         raise InputError("data.source is empty", "Name files, folders, a Hub dataset, or 'python'.")
@@ -131,7 +132,7 @@ def _open_source(name: str, text_field: str, split: str) -> Source:
 
 
 def _dataset(name: str) -> DatasetName | None:
-    """The name as that of a Hub dataset, unless it stands for something on this machine."""
+    """A name as that of a Hub dataset, unless it refers to something on this machine."""
     path = Path(name).expanduser()
     return None if path.exists() or is_file_name(path) else DatasetName.parse(name)
 
@@ -157,7 +158,7 @@ def _local_source(name: str, path: Path, text_field: str) -> Source:
 
 
 def iter_texts(data: DataConfig) -> Iterator[str]:
-    """The pieces of all documents, to train a tokenizer on; of a Hub dataset only its beginning."""
+    """The pieces of all documents, for training a tokenizer; of a Hub dataset only the beginning."""
     for source in open_sources(data):
         seen = 0
         texts = _messages(source, data.shape) if data.is_chat else source.read(lambda _: None)
@@ -170,7 +171,7 @@ def iter_texts(data: DataConfig) -> Iterator[str]:
 
 
 def readable_conversations(source: Source, shape: str) -> Iterator[Conversation]:
-    """What the rows of a source hold; rows that hold no conversation are left out."""
+    """The conversations in the rows of a source; rows without a conversation are skipped."""
     for where, row in source.rows(lambda _: None):
         with suppress(RowError):
             if not isinstance(row, str):
@@ -178,6 +179,6 @@ def readable_conversations(source: Source, shape: str) -> Iterator[Conversation]
 
 
 def _messages(source: Source, shape: str) -> Iterator[Document]:
-    """What is said in the conversations of a source."""
+    """The texts of the conversations of a source."""
     for found in readable_conversations(source, shape):
         yield Document(found.where, iter([message["content"] for message in found.messages]))

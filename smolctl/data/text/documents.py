@@ -1,4 +1,4 @@
-"""A document, and where a long one may be cut without changing a single token."""
+"""Documents, and the places where a long one can be cut without changing a token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from smolctl.errors import InputError
 
 # Small pieces keep an encoder's working set in the CPU's cache and spread evenly over the cores.
 PIECE = 16 * 1024  # characters
-# Characters; a stretch without a safe place is cut here anyway. Encoding one takes about 2 GB of memory.
+# Characters; a text without a safe place is cut here anyway. Encoding so much takes about 2 GB of memory.
 LONGEST_PIECE = 16 * 1024 * 1024
 
 # Where a cut is likely to be safe: after a single newline, or before a single space, between two visible
@@ -31,7 +31,7 @@ _VISIBLE = r"[\w!-~\u2010-\u2027\u2030-\u205e\u3001-\u3029\uff01-\uff5e]"
 _LIKELY_CUT = re.compile(rf"(?<={_VISIBLE}\n)(?={_VISIBLE})|(?<={_VISIBLE})(?= {_VISIBLE})")
 _LAST_SPACE = re.compile(r"\s\S*\Z")
 
-# Fields by which chat and instruction data are known; all of a group.
+# Fields by which chat and instruction data are recognized; all fields of a group must be present.
 _OF_CONVERSATIONS = (
     {"messages"},
     {"conversations"},
@@ -45,7 +45,9 @@ OnRead = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Document:
-    """One text; its chunks, of any length, concatenated, are the whole of it. They can be iterated once."""
+    """One text as chunks of any length, whose concatenation is the whole text. They can be iterated only
+    once.
+    """
 
     name: str
     chunks: Iterator[str]
@@ -64,10 +66,10 @@ def cut(
         chunks: the text, in parts of any length.
         size: a piece ends at the first safe place after this many characters.
         longest: without a safe place a piece ends here, at white space if there is any near.
-        is_safe: has the last word on a place, as the part of the text at hand and an index into it.
-        ahead: characters behind the place that `is_safe` wants to see.
+        is_safe: makes the final decision on a place, given the current part of the text and an index into it.
+        ahead: characters after the place that `is_safe` needs.
     """
-    buffer, looked = "", 0  # up to where no place was found
+    buffer, looked = "", 0  # searched without a result up to here
     for chunk in chunks:
         buffer += chunk
         start = 0
@@ -75,13 +77,13 @@ def cut(
             last = min(start + longest, len(buffer) - ahead)
             first = max(start + size, looked)
             while (likely := _LIKELY_CUT.search(buffer, first, last)) and not is_safe(buffer, likely.end()):
-                first = likely.end() + 1 + size // 16  # where one is refused many may be
+                first = likely.end() + 1 + size // 16  # after one refusal, many may follow
             if likely:
                 end = likely.end()
             elif len(buffer) - start >= longest + ahead:
                 end = _forced_cut(buffer, start, size, start + longest)
             else:
-                looked = max(first, last - 2)  # the pattern looks at two characters behind a place
+                looked = max(first, last - 2)  # the pattern looks at two characters after a place
                 break
             yield buffer[start:end]
             start = end
@@ -96,7 +98,7 @@ def _forced_cut(text: str, start: int, size: int, stop: int) -> int:
 
 
 def no_text(where: str, reason: str, names: Iterable[str]) -> InputError:
-    """What is said of a row whose text cannot be found among its fields or columns."""
+    """The message about a row whose text is not found among its fields or columns."""
     fields = tuple(names)
     hint = (
         "Set data.text_field to the field or column that holds the text, or to a list of one for each source."
@@ -109,7 +111,7 @@ def no_text(where: str, reason: str, names: Iterable[str]) -> InputError:
 
 
 def not_text(where: str, name: str, value: object) -> InputError:
-    """What is said of a field or column that holds something other than text."""
+    """The message about a field or column that is not text."""
     return InputError(
         f"{where}: field {name!r} is not text ({type(value).__name__})",
         "Write it as one text, take it out, or name another field in data.text_field.",

@@ -1,4 +1,4 @@
-"""Text files, tables, JSON and Parquet as documents, read piece by piece."""
+"""Text files, tables, JSON and Parquet as documents, read in pieces."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from smolctl.extras import install_command
 from smolctl.outside import parse_json
 
 _JSON = ("jsonl", "ndjson", "json")
-_TABLES = {"csv": ",", "tsv": "\t"}  # and what separates their columns
+_TABLES = {"csv": ",", "tsv": "\t"}  # with the separators of their columns
 _PROSE = "txt text md markdown rst adoc org tex"
 _CODE = (
     "py pyi js mjs cjs ts jsx tsx c h cc cpp cxx hpp cu java kt scala go rs rb php pl pm lua swift cs fs hs "
     "ml ex exs erl clj jl r f90 zig nim dart sh bash zsh sql"
 )
-# Found in folders. A .json or .csv file there may be anything, so it must be named to be read.
+# Read in folders. A .json or .csv file may be anything, so it must be named explicitly.
 _IN_FOLDERS = frozenset([*_PROSE.split(), *_CODE.split(), "jsonl", "ndjson", "parquet"])
 _READABLE = _IN_FOLDERS | {"json", *_TABLES}
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
@@ -36,11 +36,11 @@ _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 @dataclass(frozen=True)
 class FoundFiles:
-    """What lies under a path.
+    """The files under a path.
 
     Attributes:
-        files: that are read, sorted by path.
-        skipped: how many are not, by the reason.
+        files: those that are read, sorted by path.
+        skipped: how many are skipped, by reason.
     """
 
     files: tuple[Path, ...]
@@ -48,12 +48,12 @@ class FoundFiles:
 
 
 def find_files(path: Path) -> FoundFiles:
-    """A file itself, or what can be read of a folder and the folders in it.
+    """A file itself, or the readable files of a folder and its subfolders.
 
-    Links are followed, and what they lead to is read once. A hidden folder counts as one file.
+    Links are followed, and their targets are read only once. A hidden folder counts as one file.
 
     Raises:
-        InputError: the path is neither a file nor a folder, or there is nothing to read in the folder.
+        InputError: the path is neither a file nor a folder, or the folder has no readable files.
     """
     if path.is_file():
         return FoundFiles((path,), {})
@@ -72,7 +72,7 @@ def find_files(path: Path) -> FoundFiles:
 
 
 def _walk(folder: Path, seen: set[object], skipped: Counter[str]) -> Iterator[Path]:
-    """Files to read, in order; what is not read is counted by its reason."""
+    """Yield files to read, in order; skipped files are counted by reason."""
     try:
         inside = sorted(folder.iterdir())
     except OSError:
@@ -94,13 +94,13 @@ def _walk(folder: Path, seen: set[object], skipped: Counter[str]) -> Iterator[Pa
 
 
 def _identity(path: Path) -> object:
-    """Equal for two paths to one file or folder; some file systems do not number them."""
+    """Equal for two paths to the same file or folder; some file systems do not support this."""
     stat = path.stat()
     return (stat.st_dev, stat.st_ino) if stat.st_ino else path.resolve()
 
 
 def _reason_to_skip(path: Path) -> str:
-    """Why a file or folder found in a folder is not read; empty where it is."""
+    """The reason for skipping a file or folder found in a folder; empty to read it."""
     if path.name.startswith("."):
         return "hidden"
     if path.is_dir():
@@ -114,7 +114,7 @@ def _reason_to_skip(path: Path) -> str:
 
 
 def describe_files(name: str, found: FoundFiles) -> str:
-    """What of a source is read and what is not, in one sentence; empty where that is all there is to it."""
+    """One sentence on which files of a source are read and skipped; empty if that is obvious."""
     if found.skipped:
         return f"{name}: read {_files(len(found.files))}, skipped {_counts(found.skipped)}."
     if Path(name).is_dir():
@@ -127,34 +127,35 @@ def _files(count: int) -> str:
 
 
 def _counts(skipped: Mapping[str, int]) -> str:
-    """As in "4: .html 2, unreadable 1, hidden 1"."""
+    """Formats counts as "4: .html 2, unreadable 1, hidden 1"."""
     most = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
     return f"{sum(skipped.values()):,}: " + ", ".join(f"{reason} {count:,}" for reason, count in most)
 
 
 def kind_of(path: Path) -> str:
-    """The ending of a file's name that says what it holds: `jsonl` of `a.JSONL.gz`."""
+    """The suffix that determines a file's format: `jsonl` for `a.JSONL.gz`."""
     suffixes = [suffix.lstrip(".").lower() for suffix in path.suffixes]
     return next((suffix for suffix in reversed(suffixes) if suffix not in ENDINGS), "")
 
 
 def is_file_name(path: Path) -> bool:
-    """Whether a path can only be meant as a file of text, be it there or not."""
+    """Whether a path can only mean a text file, whether it exists or not."""
     return kind_of(path) in _READABLE
 
 
 def read_file(path: Path, text_field: str, on_read: OnRead) -> Iterator[Document]:
-    """The documents of one file: a text file is one; an object of JSON and a row of a table are one each.
+    """The documents of one file: a text file is one document; in other formats, each JSON object or table row
+    is one.
 
     A row whose text is null or empty gives an empty document.
 
     Args:
-        path: its name decides the format; an unknown one is read as text.
+        path: its suffix determines the format; an unknown one is read as text.
         text_field: the column that holds the text.
         on_read: called with the number of bytes read.
 
     Raises:
-        InputError: the file is missing, binary, damaged, or has no such column.
+        InputError: the file is missing, binary or damaged, or has no such column.
     """
     kind = kind_of(path)
     if kind == "parquet":
@@ -174,7 +175,7 @@ def read_file(path: Path, text_field: str, on_read: OnRead) -> Iterator[Document
 
 
 def read_rows(path: Path, on_read: OnRead) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
-    """The rows of one file with all their fields, and where they stand; of a broken line, the reason.
+    """The rows of one file with all their fields and their origin; for a broken line, the reason.
 
     Arguments and errors as in `read_file`; a text file has no rows.
     """
@@ -212,13 +213,13 @@ def _read_text(path: Path, on_read: OnRead) -> Iterator[str]:
     """The text of a file in chunks.
 
     Raises:
-        InputError: the file is damaged, or holds bytes that are not text: with their offset.
+        InputError: the file is damaged, or contains bytes that are not text; with their offset.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     before = offset = 0
     with open_chunks(path) as (chunks, position):
-        for chunk in chain(chunks, [b""]):  # the empty one ends the decoder's input
-            pending = len(decoder.getstate()[0])  # bytes of a character that the last chunk cut in two
+        for chunk in chain(chunks, [b""]):  # the empty chunk ends the decoder's input
+            pending = len(decoder.getstate()[0])  # bytes of a character cut by the end of the last chunk
             zero = chunk.find(b"\0")
             if zero >= 0:
                 hint = "Convert UTF-16 with `iconv -f UTF-16 -t UTF-8`; `tr -d '\\0'` drops zero bytes."
@@ -229,7 +230,7 @@ def _read_text(path: Path, on_read: OnRead) -> Iterator[str]:
                 hint = "Convert it, as with `iconv -f LATIN1 -t UTF-8`; `iconv -c -t UTF-8` drops such bytes."
                 raise _binary(path, offset - pending + error.start, "not UTF-8", hint) from None
             if offset == 0:
-                text = text.removeprefix("\ufeff")  # a byte order mark is not text
+                text = text.removeprefix("\ufeff")  # a byte order mark is not part of the text
             if text:
                 yield text
             offset += len(chunk)
@@ -243,7 +244,7 @@ def _binary(path: Path, offset: int, reason: str, hint: str) -> InputError:
 
 
 def _json_rows(path: Path, chunks: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a file, one a line or in one array, and where they stand."""
+    """The objects of a file, one per line or in one array, with their origin."""
     first = next(chunks, "")
     chunks = chain([first], chunks)
     if first.lstrip().startswith("["):
@@ -254,14 +255,14 @@ def _json_rows(path: Path, chunks: Iterator[str]) -> Iterator[tuple[str, dict[st
             where = f"{path}, line {number}"
             try:
                 record = json.loads(line)  # noqa: TID251 - nobody computes with a row's numbers
-            except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
+            except (ValueError, RecursionError) as error:  # ValueError: including a number of 5,000 digits
                 hint = "Every line must be one JSON object, or the whole file one array of objects."
                 raise InputError(f"{where}: broken JSON ({error})", hint) from None
             yield where, _object(record, where)
 
 
 def _array_rows(path: Path, chunks: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The items of an array, of which no more than one chunk and one item are held in memory."""
+    """The items of an array, with at most one chunk and one item in memory."""
     decoder, number = json.JSONDecoder(), 1
     text = next(chunks)
     at = text.index("[") + 1
@@ -296,7 +297,7 @@ def _end_of_space(text: str, start: int) -> int:
 
 
 def _table_rows(path: Path, chunks: Iterator[str], separator: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a table whose first line names its columns, and where they end."""
+    """The rows of a table whose first line has the column names, and where they end."""
     csv.field_size_limit(2**31 - 1)  # a field may be a whole book
     reader = csv.DictReader((f"{line}\n" for line in _lines(chunks)), delimiter=separator, strict=True)
     try:
@@ -312,8 +313,8 @@ def _table_rows(path: Path, chunks: Iterator[str], separator: str) -> Iterator[t
 
 
 def _lines(chunks: Iterator[str]) -> Iterator[str]:
-    """Lines that end in a newline alone: JSON text may hold every other kind of line end."""
-    begun: list[str] = []  # parts of a line that is not yet complete
+    """Lines that end only in a newline: JSON text may contain all other kinds of line ends."""
+    begun: list[str] = []  # parts of an incomplete line
     for chunk in chunks:
         first, *rest = chunk.split("\n")
         begun.append(first)
@@ -344,7 +345,7 @@ def _text_of(row: Mapping[str, Any], text_field: str, where: str) -> str:
 
 
 def _parquet_rows(path: Path, column: str | None, on_read: OnRead) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Rows with one column, or with all where none is named."""
+    """Rows with one column, or with all columns if none is named."""
     try:
         import pyarrow
         import pyarrow.parquet

@@ -1,4 +1,4 @@
-"""A dataset on the Hub as documents, streamed: what is not asked for is not downloaded."""
+"""A dataset on the Hub as documents, streamed, so that only what is needed is downloaded."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class DatasetName:
 
     @staticmethod
     def parse(name: str) -> DatasetName | None:
-        """The parts of a name, or None when it does not read like one."""
+        """Parse a name; None if it does not have this form."""
         match = _NAME.fullmatch(name)
         return DatasetName(*match.groups()) if match else None
 
     @staticmethod
     def recorded(name: str) -> DatasetName | None:
-        """The dataset that a source in a run's config is; None for everything else.
+        """The dataset that a source in a run's config refers to; None for other sources.
 
-        What a name means is decided once, before the first step (`corpus.pin_sources`): from then on a
-        dataset carries its commit and a path is absolute, whatever lies in the working folder later.
+        The meaning of a name is decided once, before the first step (`corpus.pin_sources`): from then on, a
+        dataset includes its commit and a path is absolute, whatever files the working folder has later.
         """
         found = DatasetName.parse(name)
         return found if found and _COMMIT.fullmatch(found.revision or "") else None
@@ -48,11 +48,11 @@ class DatasetName:
         return f"{self.repository}{revision}" + (f":{self.config}" if self.config else "")
 
     def pinned(self) -> DatasetName:
-        """This name with the commit that its revision stands for now. A commit is not asked about.
+        """This name with its revision's current commit. A name with a commit needs no request.
 
         Raises:
             InputError: `datasets` is not installed.
-            HubError: there is no such dataset, or the Hub does not answer.
+            HubError: there is no such dataset, or the Hub does not respond.
         """
         if self.revision and _COMMIT.fullmatch(self.revision):
             return self
@@ -61,13 +61,14 @@ class DatasetName:
 
 
 class DatasetReader:
-    """The rows of a split in their order, from a place on; each a document, and a file of plain text is one.
+    """Reads the rows of a split in order from a position on; each row is a document, and so is a file of
+    plain text.
 
     Args:
-        name: of the dataset; best with a commit, as other revisions may move.
+        name: of the dataset; should have a commit, because other revisions may change.
         text_field: the column that holds the text.
         split: train, train_sft, ...
-        state: where an earlier reader of the same dataset was, from its `state`; None: the beginning.
+        state: position of an earlier reader of the same dataset, from its `state`; None: the beginning.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class DatasetReader:
     ) -> None:
         self.name, self.text_field, self.split = name, text_field, split
         self._state = state
-        self._rows: Any = None  # the iterable of `datasets`, once it is opened
+        self._rows: Any = None  # the iterable of `datasets`, after it was opened
         self._row = state["row"] if state else 0
 
     def documents(self) -> Iterator[Document]:
@@ -83,13 +84,13 @@ class DatasetReader:
 
         Raises:
             InputError: `datasets` is not installed, or there is no such split or column.
-            HubError: there is no such dataset, or the Hub did not give it.
+            HubError: there is no such dataset, or the Hub did not provide it.
         """
         for where, row in self.rows():
             yield Document(where, iter([self._text(row, where)]))
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Stream the rows with all their fields, and where they stand. Errors as in `documents`."""
+        """Stream the rows with all their fields and their origin. Errors as in `documents`."""
         _require_datasets(self.name)
         from datasets.exceptions import DatasetsError
 
@@ -100,21 +101,21 @@ class DatasetReader:
                 yield f"{self.name}, row {self._row}", row
 
     def state(self) -> dict[str, Any] | None:
-        """Where it is, between two documents, as plain data; None at the beginning."""
+        """The position between two documents, as plain data; None at the beginning."""
         if self._rows is None:
             return self._state
         return {"row": self._row, "rows": self._rows.state_dict()}
 
     def _open(self) -> Any:
-        """The iterable of `datasets`, set to begin at our place."""
-        # One question with a time limit: the library itself tries for half a minute to reach a dead server.
+        """The iterable of `datasets`, set to start at the position."""
+        # A request with a time limit first, because the library tries for half a minute to reach a server.
         commit = _commit(self.name)
         import datasets
 
         datasets.disable_progress_bars()
         source = self.name.repository, self.name.config
         builder = datasets.load_dataset_builder(*source, revision=commit)
-        if hasattr(builder.config, "sample_by"):  # plain text, of which the library makes a row of every line
+        if hasattr(builder.config, "sample_by"):  # plain text, for which the library gives a row per line
             builder = datasets.load_dataset_builder(*source, revision=commit, sample_by="document")
         splits = builder.as_streaming_dataset()
         if self.split not in splits:
@@ -145,7 +146,7 @@ def _require_datasets(name: DatasetName) -> None:
 
 
 def _commit(name: DatasetName) -> str:
-    """The commit that a revision stands for now: one request, without retries."""
+    """The current commit of a revision: one request, without retries."""
     with _explained(name):
         info = api().dataset_info(name.repository, revision=name.revision, timeout=question_seconds())
     return str(info.sha)

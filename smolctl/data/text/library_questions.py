@@ -1,5 +1,5 @@
-"""Questions and answers from the docstrings of the running interpreter's standard library: the embedded
-conversations, for chat fine-tuning without data of one's own.
+"""Questions and answers from the docstrings of Python's standard library: the built-in conversations, for
+chat fine-tuning without your own data.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any
 from smolctl.data.text.documents import OnRead
 from smolctl.data.text.python_library import library_files, library_root
 
-# Modules without Python source whose objects everybody uses.
+# Commonly used modules without Python source.
 _COMPILED = (builtins, math, itertools, time)
 _LEFT_OUT = {
     "idlelib",
     "lib2to3",
     "ensurepip",
     "distutils",
-}  # applications, and what is gone in newer versions
+}  # applications, and modules that newer versions removed
 _PHRASINGS = {
     "function": (
         "What does {name} do?",
@@ -47,16 +47,16 @@ _PHRASINGS = {
         "Describe the Python module {name}.",
     ),
 }
-PHRASINGS_EACH = 2  # of an object's four: the others stay unseen
+PHRASINGS_EACH = 2  # of an object's four: the others are never trained on
 SHORTEST, LONGEST = 20, 400  # characters of an answer
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 _PROSE = re.compile(r"[A-Z`'\"(][^\n]*[a-z]{2}[^\n]*", re.DOTALL)
 
 
 def library_questions(on_read: OnRead) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """A row of `messages` for every question, and where it comes from.
+    """A row of `messages` for every question, and its origin.
 
-    Questions about one object have the same `group`, so that they are held out together.
+    Questions about one object have the same `group`, so they are held out together.
     """
     for path in library_files():
         name = path.relative_to(library_root()).with_suffix("").as_posix().replace("/", ".")
@@ -72,7 +72,7 @@ def _rows(documented: Iterator[tuple[str, str, str]]) -> Iterator[tuple[str, Map
     seen = set()
     for name, kind, docstring in documented:
         if name in seen or not (answer := _answer(docstring)):
-            continue  # what a module defines twice, as for two systems, has two answers
+            continue  # an object defined twice in a module, as for two systems, has two answers
         seen.add(name)
         phrasings = _PHRASINGS[kind]
         first = hashlib.blake2b(name.encode(), digest_size=1).digest()[0]
@@ -83,7 +83,7 @@ def _rows(documented: Iterator[tuple[str, str, str]]) -> Iterator[tuple[str, Map
 
 
 def _in_source(path: Path, module: str) -> Iterator[tuple[str, str, str]]:
-    """Name, kind and docstring of a module and of what it defines."""
+    """Name, kind and docstring of a module and of its objects."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, SyntaxError, OSError):
@@ -119,7 +119,7 @@ def _is_public(name: str) -> bool:
 
 
 def _answer(docstring: str) -> str:
-    """As many sentences of the first paragraph of prose as are not too long; empty where there is none."""
+    """As many sentences of the first paragraph of prose as fit; empty if there is none."""
     for paragraph in re.split(r"\n\s*\n", docstring.strip()):
         text = " ".join(paragraph.split())
         if not _PROSE.fullmatch(text) or ">>>" in text or not text.isascii():

@@ -1,4 +1,4 @@
-"""The embedded corpus `python`: the running interpreter's standard library and its documentation."""
+"""The built-in corpus `python`: the running interpreter's standard library and its documentation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from smolctl.data.text.documents import Document, OnRead
 
 NAME = "python"
-# Tests repeat themselves, packages of others are not the library, pydoc_data is read as documents.
+# Tests are repetitive, third-party packages are not the library, and pydoc_data is read as documents.
 _LEFT_OUT = {
     "test",
     "tests",
@@ -25,7 +25,7 @@ _LEFT_OUT = {
 
 
 def library_files() -> list[Path]:
-    """Source files of the standard library in one order everywhere."""
+    """Source files of the standard library, in the same order everywhere."""
     found = []
     for folder, folders, files in os.walk(library_root()):
         folders[:] = sorted(set(folders) - _LEFT_OUT)
@@ -34,7 +34,7 @@ def library_files() -> list[Path]:
 
 
 def library_identity() -> list[object]:
-    """Changes when the corpus does."""
+    """Changes when the corpus changes."""
     return [platform.python_version(), [path.stat().st_size for path in library_files()]]
 
 
@@ -46,13 +46,13 @@ def library_size() -> int:
 
 
 def library_documents(on_read: OnRead) -> Iterator[Document]:
-    """Every module, then every topic of the language reference as `help()` knows it."""
+    """Every module, then every topic of the language reference of `help()`."""
     root = library_root()
     for path in library_files():
         try:
             text = path.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError):
-            continue  # a module in another encoding can be left out
+            continue  # a module in another encoding is left out
         on_read(path.stat().st_size)
         if text:  # an empty __init__.py is not a document
             yield Document(f"{NAME}:{path.relative_to(root).as_posix()}", iter([text]))
@@ -68,6 +68,6 @@ def library_root() -> Path:
 def _topics() -> dict[str, str]:
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions ship the documentation apart
+    except ImportError:  # some distributions package the documentation separately
         return {}
     return topics

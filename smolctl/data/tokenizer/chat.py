@@ -1,24 +1,12 @@
-"""A conversation as the text that a chat model was trained on.
-
-A chat template is a program that comes with a model from anywhere. Jinja's sandbox keeps it from reaching the
-interpreter, but not from running forever or filling the memory: `{{ 10 ** (10 ** 8) }}` is a single step. So
-it runs in a process of its own, which the operating system limits.
-"""
+"""A conversation as the text that a chat model was trained on."""
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import hashlib
 import json
-import os
-import signal
-import threading
-import traceback
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
@@ -30,20 +18,15 @@ import jinja2.utils
 
 from smolctl.errors import InputError, PromptTooLongError
 from smolctl.escaping import whole_characters
-from smolctl.worker import Worker, WorkerEndedError
+from smolctl.templates import MOST_CHARACTERS, filled, with_limits
 
-MOST_CPU_S = 2  # of processor time for one conversation, of which real templates take 0.01
-MOST_MB = 512  # of memory, besides what Python and Jinja take
-MOST_CHARACTERS = 10_000_000  # of a conversation, where no context says less
 _ANSWER_MARK = "answer_mark"  # the variable that `{% generation %}` writes
-MOST_SAID = 300  # characters of a template's own error message
 # SHA-256 of templates that were read and found harmless. They need no process, which takes 0.1 s to start.
 HARMLESS = frozenset({
     "872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788",  # SmolLM2-Instruct
-    "66edfb854931c933d3ac94f507626dd4fa2d5ca0a9b1036b11729d296a7392ac",  # our own ChatML
+    "66edfb854931c933d3ac94f507626dd4fa2d5ca0a9b1036b11729d296a7392ac",  # smolctl's ChatML
 })  # fmt: skip
 Messages = Sequence[Mapping[str, Any]]
-Arguments = tuple[str, Messages, Mapping[str, str], bool, int, Messages, str]  # of `fill`
 
 
 def render_chat(
@@ -56,16 +39,16 @@ def render_chat(
     tools: Messages = (),
     answer_mark: str = "",
 ) -> str:
-    """Fill a model's chat template.
+    """Render a model's chat template.
 
     Args:
         template: Jinja source, as in tokenizer_config.json or a GGUF.
         messages: `{"role": ..., "content": ...}` each.
-        tokens: special tokens by the names that templates know them by, such as bos_token.
+        tokens: special tokens under the names that templates use, such as bos_token.
         add_generation_prompt: end with the header of the assistant's turn.
-        origin: where the template comes from, for error messages.
-        most: characters that the text may have.
-        tools: functions that the assistant may call, as the template takes them.
+        origin: of the template, for error messages.
+        most: maximum characters of the text.
+        tools: functions that the assistant may call, in the template's form.
         answer_mark: written before and after the text of every `{% generation %}` block.
 
     Raises:
@@ -73,14 +56,14 @@ def render_chat(
         PromptTooLongError: the text is longer than `most`.
     """
     harmless = hashlib.sha256(template.encode("utf-8", "replace")).hexdigest() in HARMLESS
-    text, fault = (fill if harmless else _PROCESS.fill)(
-        template, messages, tokens, add_generation_prompt, most, tools, answer_mark
-    )
+    asked = template, messages, tokens, add_generation_prompt, most, tools, answer_mark
+    text, fault = fill(*asked) if harmless else with_limits(fill, *asked)
     if fault:
         raise InputError(
-            f"{origin}: {fault}", "Change the messages, or leave out --chat to complete plain text."
+            f"{origin}: the chat template {fault}",
+            "Change the messages, or leave out --chat to complete plain text.",
         )
-    text = whole_characters(text)  # messages and the template itself can hold halves
+    text = whole_characters(text)  # messages and template may contain surrogates
     if len(text) > most:
         raise PromptTooLongError(f"the conversation has more than {most:,} characters", "Shorten it.")
     return text
@@ -95,115 +78,21 @@ def fill(
     tools: Messages = (),
     answer_mark: str = "",
 ) -> tuple[str, str]:
-    """The text of a template, of which no more is made once it is longer than `most`; and what is wrong.
-
-    One of the two is empty.
-    """
-    pieces, length = [], 0
-    try:
-        for piece in _compiled(template).generate(
-            messages=[dict(message) for message in messages],
-            **{"bos_token": "", "eos_token": "", **tokens},
-            add_generation_prompt=add_generation_prompt,
-            tools=[dict(tool) for tool in tools] or None,
-            **{_ANSWER_MARK: answer_mark},
-            documents=None,
-        ):
-            pieces.append(piece)
-            length += len(piece)
-            if length > most:
-                break
-        return "".join(pieces), ""
-    except jinja2.TemplateSyntaxError as error:
-        return "", f"the chat template is broken at line {error.lineno}: {_said(error)}"
-    except SyntaxError as error:  # of the Python that Jinja makes of it, whose lines are others
-        return "", f"the chat template is broken: {error.msg}"
-    except MemoryError:
-        return "", f"the chat template needs more than {MOST_MB} MB of memory, or is nested too deeply"
-    except Exception as error:  # whatever a template raises is the template's fault
-        return "", f"the chat template refuses the conversation{_place(error)}: {_said(error)}"
-
-
-def fill_with_limits(*asked: *Arguments) -> tuple[str, str]:
-    """`fill` in a process that the operating system ends when it takes too long.
-
-    Windows has no such limits, and macOS none of memory.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
-    with contextlib.suppress(ImportError):
-        import resource
-
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + MOST_CPU_S)
-        _limit(resource.RLIMIT_CORE, 0)
-        with contextlib.suppress(OSError):  # no /proc, and on macOS no such limit
-            pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-            _limit(resource.RLIMIT_AS, pages * resource.getpagesize() + (MOST_MB << 20))
-    return fill(*asked)
-
-
-def _limit(kind: int, most: int) -> None:
-    import resource
-
-    hard = resource.getrlimit(kind)[1]
-    resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
-
-
-class _Process:
-    """The process for templates. It is started when it is needed first, and again after it has ended."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._worker: Worker | None = None
-
-    def fill(self, *asked: *Arguments) -> tuple[str, str]:
-        """See `fill`."""
-        with self._lock:
-            if self._worker is None or not self._worker.running:
-                self._worker = Worker("the chat template")
-            text, fault = "", ""
-            try:
-                text, fault = self._worker.call(fill_with_limits, *asked)
-            except WorkerEndedError as error:
-                too_long = error.code == -getattr(signal, "SIGXCPU", 0)
-                why = f"takes more than {MOST_CPU_S} s" if too_long else f"cannot be filled ({error.message})"
-                fault = f"the chat template {why}"
-            finally:
-                # After Ctrl-C its answer would pass for that to the next conversation, and where memory was
-                # refused to Python's compiler, Python was found damaged.
-                if not text:
-                    self.end()
-            return text, fault
-
-    def end(self) -> None:
-        """End the process, if there is one."""
-        if self._worker is not None:
-            self._worker.__exit__()
-            self._worker = None
-
-
-_PROCESS = _Process()
-atexit.register(_PROCESS.end)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_PROCESS.__init__)  # type: ignore[misc]
-
-
-def _said(error: Exception) -> str:
-    """What an error says, on one short line; Jinja's own say all without the name of their class."""
-    said = " ".join(str(error)[:MOST_SAID].split())
-    return said if said and isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {said}"
-
-
-def _place(error: Exception) -> str:
-    """The template's line that raised an error; Jinja gives the frames of a template its lines."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
-    return f" at line {lines[-1]}" if lines else ""
+    """The text of a chat template, and what is wrong with it; see `filled`."""
+    variables = {
+        "messages": [dict(message) for message in messages],
+        **{"bos_token": "", "eos_token": "", **tokens},
+        "add_generation_prompt": add_generation_prompt,
+        "tools": [dict(tool) for tool in tools] or None,
+        _ANSWER_MARK: answer_mark,
+        "documents": None,
+    }
+    return filled(lambda: _compiled(template), variables, most)
 
 
 @lru_cache(maxsize=4)
 def _compiled(template: str) -> jinja2.Template:
-    """A template ready to be filled: compiling takes a hundred times longer than filling."""
+    """A compiled template, because compiling takes a hundred times longer than rendering."""
     return _environment().from_string(template)
 
 
@@ -215,14 +104,16 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     environment.globals.update(
         raise_exception=_raise,
         strftime_now=lambda form: datetime.now().strftime(form),
-        dict=lambda *pairs, **items: dict(*pairs, **items),  # the class itself has more to reach for
+        dict=lambda *pairs, **items: dict(*pairs, **items),  # the class itself gives access to more
         namespace=_Namespace,
     )
     return environment
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}` encloses what the assistant says: its content, between two marks if there is one."""
+    """`{% generation %}` encloses the assistant's text: outputs its content, between two marks if there
+    are any.
+    """
 
     tags = {"generation"}  # noqa: RUF012 (the name and type that Jinja asks for)
 
@@ -234,7 +125,9 @@ class _GenerationBlock(jinja2.ext.Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Jinja's namespace without names that begin with an underscore: none of Python's inner ones."""
+    """Jinja's namespace without names that start with an underscore, which would give access to Python's
+    internals.
+    """
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
@@ -253,7 +146,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Unlike Jinja's own filter this one leaves <, > and & alone."""
+    """Unlike Jinja's own filter, this one does not escape <, > and &."""
     return json.dumps(  # noqa: TID251 - as transformers has it in its templates
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

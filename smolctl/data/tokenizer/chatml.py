@@ -1,4 +1,4 @@
-"""ChatML, for models that have no chat template of their own."""
+"""ChatML, for models without a chat template."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.errors import InputError
 
 TURN_BEGIN, TURN_END = "<|im_start|>", "<|im_end|>"
-# Like SmolLM2-Instruct's, without its default system message.
+# Like SmolLM2-Instruct's, but without its default system message.
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
@@ -16,10 +16,10 @@ CHATML = (
 
 
 def with_chatml(tokenizer: Tokenizer) -> Tokenizer:
-    """The same tokenizer with ChatML as its template; the end of a turn is its end-of-sequence token.
+    """The same tokenizer with ChatML as its template; the end-of-turn token is its end-of-sequence token.
 
     Raises:
-        InputError: it has no tokens for the beginning and the end of a turn.
+        InputError: it has no tokens for the start and the end of a turn.
     """
     end = tokenizer.backend.token_to_id(TURN_END)
     if end is None or tokenizer.backend.token_to_id(TURN_BEGIN) is None:

@@ -1,4 +1,4 @@
-"""What a model is given to continue, and special tokens that messages spell."""
+"""The model's input to continue, and special tokens spelled in messages."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from smolctl.sources.huggingface.tokenizer import read_backend
 from smolctl.sources.stops import END_TOKENS
 
 SpecialTokens = Literal["text", "tokens"]
-# A character that no text holds: what begins with it is never found in one.
+# A character that no text contains, so that a token starting with it is never found in one.
 _NEVER = "\ufdd0"
-DEEPEST = 100  # levels of lists and objects in a message
-# The first stand-in, in a plane for private use.
+DEEPEST = 100  # nesting depth of a message
+# The first placeholder, in a private-use plane.
 _STAND_INS = 0xF0000
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model continues."""
+    """The model's input to continue."""
 
     text: str
     ids: tuple[int, ...]
 
 
 def count_characters(value: Any, level: int = 0) -> int:
-    """Characters of all texts in a message, or in several.
+    """Characters of all texts in one or several messages.
 
     Raises:
         InputError: it is nested too deeply.
@@ -49,25 +49,25 @@ def count_characters(value: Any, level: int = 0) -> int:
 
 
 def any_of(tokens: Iterable[str]) -> str:
-    """A regular expression that finds tokens in a text, of several at one place the longest."""
+    """A regular expression that finds tokens in a text, at each place the longest."""
     return "|".join(map(re.escape, sorted(filter(None, tokens), key=len, reverse=True))) or "(?!)"
 
 
 def is_control(token: tokenizers.AddedToken) -> bool:
-    """Whether an added token steers a model: it is special, or is not marked so but looks like one."""
+    """Whether an added token controls a model: it is marked as special, or looks like a special token."""
     spelled = token.content
     looks_special = spelled.startswith(("<|", "<｜")) and spelled.endswith(("|>", "｜>"))
     return bool(token.special) or looks_special or spelled in END_TOKENS
 
 
 class SpelledTokens:
-    """Keeps control tokens that messages spell apart from those that a chat template writes.
+    """Distinguishes control tokens spelled in messages from those that a chat template writes.
 
-    Before the template is filled, the first character of each spelled one is replaced by a stand-in. The
-    tokenizer finds no token there, and then reads the stand-in as the character.
+    Before the template is rendered, the first character of each spelled one is replaced by a placeholder. The
+    tokenizer then finds no token there, and reads the placeholder as the character.
 
     Args:
-        backend: the tokenizer; it stays as it is.
+        backend: the tokenizer; it is not changed.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
@@ -77,10 +77,10 @@ class SpelledTokens:
         self._beginning = re.compile(f"(?={any_of(self._control)}).", re.DOTALL)
         first = sorted({token[0] for token in self._control})
         self._stand_in_of = {character: chr(_STAND_INS + number) for number, character in enumerate(first)}
-        self._id_of: dict[int, int] = {}  # of added tokens, where the reader numbers them otherwise
+        self._id_of: dict[int, int] = {}  # of added tokens, if the reader numbers them differently
 
     def hide(self, value: Any) -> Any:
-        """A message, or a part of one, with stand-ins in every text."""
+        """A message, or a part of one, with placeholders in every text."""
         if isinstance(value, str):
             return self._beginning.sub(lambda found: self._stand_in_of[found[0]], value)
         if isinstance(value, Mapping):
@@ -88,20 +88,22 @@ class SpelledTokens:
         return [self.hide(item) for item in value] if isinstance(value, list) else value
 
     def show(self, text: str) -> str:
-        """A text with the characters that stand-ins stand for."""
+        """A text with its placeholders replaced by the original characters."""
         for character, stand_in in self._stand_in_of.items():
             text = text.replace(stand_in, character)
         return text
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text with stand-ins; nothing is put around it."""
+        """Ids of a text with placeholders, without tokens around it."""
         if not any(stand_in in text for stand_in in self._stand_in_of.values()):
             plain: list[int] = self._backend.encode(text, add_special_tokens=False).ids
             return plain
         return [self._id_of.get(i, i) for i in self._reader.encode(text, add_special_tokens=False).ids]
 
     def encode_with_places(self, texts: Sequence[str]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Ids (N,) of texts with stand-ins, and the character (N,) at which each begins; on all cores."""
+        """Ids (N,) of texts with placeholders, and the character (N,) at which each id begins; on all
+        cores.
+        """
         found = []
         for encoding in self._reader.encode_batch(list(texts), add_special_tokens=False):
             ids = np.array([self._id_of.get(i, i) for i in encoding.ids], dtype=np.int64)
@@ -110,10 +112,10 @@ class SpelledTokens:
 
     @cached_property
     def _reader(self) -> tokenizers.Tokenizer:
-        """A copy whose normalizer, which acts after tokens were found, takes out the stand-ins."""
+        """A copy whose normalizer, which runs after tokens were found, removes the placeholders."""
         state = json.loads(self._backend.to_str())  # noqa: TID251 - the library's own
         added = state["added_tokens"]
-        for token in added:  # these are looked for in the text as it is
+        for token in added:  # these are matched in the original text
             token["normalized"] = token["normalized"] and token["content"] not in self._control
         replaced = [
             {"type": "Replace", "pattern": {"String": stand_in}, "content": character}
@@ -131,13 +133,14 @@ class SpelledTokens:
 
 
 def hide_special_tokens(state: dict[str, Any]) -> None:
-    """Spell special tokens in the vocabulary of a tokenizer.json as no text does, where the model looks up
-    whole words or pieces and could find them; their ids and all others stay."""
+    """Rename special tokens in the vocabulary of a tokenizer.json to names that no text contains, for
+    models that look up whole words or pieces and could find them; ids do not change.
+    """
     model = state["model"]
     if model["type"] == "BPE" and not model.get("ignore_merges"):
         return
     vocab = model["vocab"]
-    kept = {model.get("unk_token")}  # the model finds it by its name
+    kept = {model.get("unk_token")}  # the model finds it by name
     listed = set(dict(vocab)) - kept
     special = {token["content"] for token in state["added_tokens"] if token["special"]}
     hidden = special & listed

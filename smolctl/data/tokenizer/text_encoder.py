@@ -1,4 +1,4 @@
-"""Documents to token ids as transformers encodes them, a long one piece by piece without changing an id."""
+"""Encodes documents like transformers; long ones in pieces, without changing an id."""
 
 from __future__ import annotations
 
@@ -20,38 +20,37 @@ from smolctl.data.tokenizer.word_encoder import IDS, WordEncoder
 from smolctl.escaping import json_text
 from smolctl.sources.huggingface.tokenizer import ids_around_text, read_backend
 
-# Characters on each side of a cut that are encoded to see whether it is safe, and that a piece is encoded
-# behind. Longer than what any known tokenizer looks at to divide a text into words.
+# Characters on each side of a cut that are encoded to check that it is safe, and the context before a piece.
+# Longer than what any known tokenizer uses to divide a text into words.
 CONTEXT = 64
 
 
 class TextPiece(NamedTuple):
-    """A part of a text, and how its ids are had: those of `lead + text` without the first `skip`."""
+    """A part of a text; its ids are those of `lead + text` without the first `skip`."""
 
     text: str
-    lead: str  # what stands before it in the document; empty at its beginning
+    lead: str  # the text before it in the document; empty at the start
     skip: int  # ids of the lead
-    special_tokens: int  # spelled in `text`
+    special_tokens: int  # number spelled in `text`
 
 
 class TextEncoder:
     """Encodes whole documents for training.
 
-    A cut could change ids: where a tokenizer treats the beginning of a text differently (SentencePiece's
-    "▁"), and where one token holds characters of both sides. So a text is cut only where the ids before the
-    place do not depend on what follows, and where either the tokenizer divides the text into words or no
-    entry of its vocabulary could join the two sides. Each further piece is encoded behind some of the text
-    before it, whose ids are dropped. Where a tokenizer has no such place a document stays whole (up to
-    `LONGEST_PIECE`).
+    A cut could change ids, if a tokenizer treats the beginning of a text differently (SentencePiece's "▁"),
+    or if a token contains characters of both sides. So a text is cut only where the ids before the place do
+    not depend on what follows, and where either the tokenizer divides the text into words or no vocabulary
+    entry could join the two sides. Each further piece is encoded with some of the text before it, whose ids
+    are dropped. If a tokenizer has no such place, a document is not cut (up to `LONGEST_PIECE`).
 
     Args:
         tokenizer: gives the ids.
-        special_tokens: "text" reads special tokens that a text spells, such as `<|endoftext|>`, as ordinary
-            characters; "tokens" as the tokens that they name.
+        special_tokens: "text" reads special tokens spelled in a text, such as `<|endoftext|>`, as ordinary
+            characters; "tokens" reads them as the tokens.
 
     Attributes:
-        begin: ids that transformers puts before every text, such as BOS.
-        end: ids after every text: what transformers puts there, and the end-of-text token.
+        begin: ids that transformers adds before every text, such as BOS.
+        end: ids after every text: those that transformers adds, and the end-of-text token.
     """
 
     def __init__(self, tokenizer: Tokenizer, special_tokens: SpecialTokens = "text") -> None:
@@ -63,7 +62,7 @@ class TextEncoder:
         added = tokenizer.backend.get_added_tokens_decoder().values()
         self._special = re.compile(any_of(token.content for token in added if token.special))
         self._joins_at_spaces = _joins_at_spaces(self._backend)
-        # FixedLength counts from a text's beginning: no place is like another.
+        # FixedLength counts from a text's beginning, so no place is safe.
         self._has_places = '"FixedLength"' not in self._backend.to_str()
 
     def pieces(
@@ -85,7 +84,7 @@ class TextEncoder:
             (lead, skip), following = following, ("", 0)
 
     def encode(self, pieces: Sequence[TextPiece]) -> list[NDArray[np.uint32]]:
-        """Ids (N,) of each piece, on all cores. Neither `begin` nor `end` is among them."""
+        """Ids (N,) of each piece, on all cores, without `begin` and `end`."""
         found: dict[int, NDArray[np.uint32]] = {}
         if self._words is not None:
             texts = {n: one.text for n, one in enumerate(pieces) if self._words.suits(one.text)}
@@ -98,7 +97,7 @@ class TextEncoder:
         return [found[n] for n in range(len(pieces))]
 
     def _ids_of_lead(self, before: str, after: str) -> int | None:
-        """How many ids a text has when it is cut off, or None where the cut would change an id."""
+        """The number of ids of a text that is cut off, or None if the cut would change an id."""
         if not self._has_places:
             return None
         head, both = (
@@ -112,9 +111,9 @@ class TextEncoder:
 
 
 def _joins_at_spaces(backend: tokenizers.Tokenizer) -> bool:
-    """Whether a model could join a visible character with the space behind it: only an entry like "x▁y" does.
+    """Whether the model could join a visible character and the space after it: only an entry like "x▁y" does.
 
-    What holds for byte-pair merges does not for the sums of Unigram, which round, and for whole words.
+    This holds for byte-pair merges, but not for Unigram's sums, which are rounded, and for whole words.
     """
     space = "Ġ" if is_byte_level(backend) else "[▁ ]"
     joint = re.compile(rf"[^▁Ġ ]{space}")
@@ -125,10 +124,10 @@ def _joins_at_spaces(backend: tokenizers.Tokenizer) -> bool:
 def _reading_backend(
     backend: tokenizers.Tokenizer, special_tokens: SpecialTokens
 ) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """A copy that reads special tokens as asked for, and its tokenizer.json; the original stays as it is."""
+    """A copy that reads special tokens as requested, and its tokenizer.json; the original is not changed."""
     state = json.loads(backend.to_str())  # noqa: TID251 - the library's own
     if special_tokens == "text":
         hide_special_tokens(state)
     copy = read_backend(json_text(state), "a tokenizer whose special tokens are text")
-    copy.encode_special_tokens = special_tokens == "text"  # as `split_special_tokens` of transformers
+    copy.encode_special_tokens = special_tokens == "text"  # like `split_special_tokens` of transformers
     return copy, state

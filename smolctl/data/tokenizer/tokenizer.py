@@ -38,18 +38,18 @@ KINDS = "Name a tokenizer.json, a folder, a GGUF, a run or a Hub id; train:N tra
 
 
 class Tokenizer:
-    """A tokenizer with the facts that training and sampling need.
+    """A tokenizer with the information that training and sampling need.
 
     Args:
-        backend: does the work; its truncation and padding are switched off.
-        chat_template: Jinja source, where the model has one.
-        bos_token_id: begins a text; None when unknown.
-        eos_token_id: ends one; `<|endoftext|>`, where there is one, when not given.
-        pad_token_id: fills up a batch; None when unknown.
-        end_token_ids: other ids at which text ends.
-        named_tokens: special tokens by the names that chat templates know them by, such as bos_token; None:
-            those of the ids above.
-        origin: where it comes from, for error messages.
+        backend: the `tokenizers` object; its truncation and padding are switched off.
+        chat_template: Jinja source, if the model has one.
+        bos_token_id: starts a text; None if unknown.
+        eos_token_id: ends a text; default: `<|endoftext|>`, if it exists.
+        pad_token_id: pads a batch; None if unknown.
+        end_token_ids: other ids that end a text.
+        named_tokens: special tokens under the names that chat templates use, such as bos_token; None: derived
+            from the ids above.
+        origin: of the tokenizer, for error messages.
     """
 
     def __init__(
@@ -77,27 +77,28 @@ class Tokenizer:
 
     @staticmethod
     def from_files(files: TokenizerFiles, origin: str = "tokenizer.json") -> Tokenizer:
-        """Build it from plain data.
+        """Create it from plain data.
 
         Raises:
-            InputError: this is not a tokenizer.json, naming `origin`.
+            InputError: this is not a tokenizer.json; names `origin`.
         """
         backend = read_backend(files.tokenizer_json, origin)
         ids = files.bos_token_id, files.eos_token_id, files.pad_token_id
         return Tokenizer(backend, files.chat_template, *ids, files.end_token_ids, files.named_tokens, origin)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text as `tokenizer(text)` of transformers gives them: with what the tokenizer puts around
-        every text, such as BOS, and with the special tokens that the text spells."""
+        """Ids of a text like `tokenizer(text)` of transformers: with the tokens added around every text,
+        such as BOS, and with special tokens spelled in the text.
+        """
         ids: list[int] = self.backend.encode(text).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of many texts, on all cores; of each as `encode` gives them."""
+        """Ids of many texts, on all cores; for each as `encode`."""
         return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts))]
 
     def prompt(self, text: str) -> Prompt:
-        """A text to continue; an empty one is the token that begins a text, where there is one."""
+        """A text to continue; for an empty text, the token that starts a text, if there is one."""
         begin = [] if self.bos_token_id is None else [self.bos_token_id]
         text = whole_characters(text)
         return Prompt(text, tuple(self.encode(text) or begin))
@@ -108,20 +109,22 @@ class Tokenizer:
         special_tokens: SpecialTokens = "text",
         context: int | None = None,
     ) -> Prompt:
-        """A conversation in the chat template, ready for its answer, as `apply_chat_template` of transformers
-        gives it.
+        """A conversation in the chat template, ready for its answer, like `apply_chat_template` of
+        transformers.
 
         Args:
             messages: `{"role": ..., "content": ...}` each.
-            special_tokens: what special tokens are that a message spells, such as `<|im_end|>`: "text", or
-                the "tokens" themselves. Those that the template writes are tokens always.
-            context: most tokens; a template that writes more text than they can spell is stopped. None: any.
+            special_tokens: how special tokens spelled in a message, such as `<|im_end|>`, are read: as "text"
+                or as "tokens". Those that the template writes are always tokens.
+            context: maximum tokens; a template that outputs more text than they can spell is stopped. None:
+                unlimited.
 
         Raises:
             InputError: there is no chat template, or it refuses the messages.
             PromptTooLongError: the conversation cannot fit the context.
         """
-        from smolctl.data.tokenizer.chat import MOST_CHARACTERS, render_chat  # Jinja: not for plain text
+        from smolctl.data.tokenizer.chat import render_chat  # Jinja: not for plain text
+        from smolctl.templates import MOST_CHARACTERS
 
         if self.chat_template is None:
             raise InputError(
@@ -135,16 +138,16 @@ class Tokenizer:
         return Prompt(self.spelled.show(rendered), tuple(self.spelled.encode(rendered)))
 
     def most_characters(self, tokens: int) -> int:
-        """Characters that this many tokens can spell at most: each the longest token of the vocabulary."""
+        """The maximum number of characters that this many tokens can spell."""
         return tokens * self._extent[1]
 
     def require_room(self, characters: int, context: int) -> None:
-        """Refuse a prompt that cannot fit a context by its length alone, before the work of tokenizing it.
+        """Refuse a prompt that is too long for a context by its length alone, before it is tokenized.
 
         Raises:
             PromptTooLongError: it has more characters than this many tokens can spell.
         """
-        if characters <= context:  # the usual case: every token spells a character at least
+        if characters <= context:  # the usual case: every token spells at least one character
             return
         most = self.most_characters(context)
         if characters > most:
@@ -156,16 +159,16 @@ class Tokenizer:
 
     @cached_property
     def spelled(self) -> SpelledTokens:
-        """What reads texts in which messages spell special tokens."""
+        """The encoder for texts in which messages spell special tokens."""
         return SpelledTokens(self.backend)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of ids; bytes that are not UTF-8 become U+FFFD."""
+        """The text of ids; invalid UTF-8 becomes U+FFFD."""
         text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special)
         return text
 
     def stream(self, before: Sequence[int] = (), skip_special: bool = True) -> TextStream:
-        """A decoder that is fed ids one by one and never shows half a character.
+        """An incremental decoder, which never returns part of a character.
 
         Args:
             before: ids of the prompt that is continued.
@@ -186,13 +189,13 @@ class Tokenizer:
         return max(vocabulary.values(), default=-1) + 1, max(map(len, vocabulary), default=0)
 
     def token(self, token_id: int | None) -> str | None:
-        """How an id is spelled; None when there is no such id."""
+        """The text of an id's token; None if there is no such id."""
         spelled: str | None = None if token_id is None else self.backend.id_to_token(token_id)
         return spelled
 
     @property
     def named_tokens(self) -> Mapping[str, str]:
-        """Special tokens by the names that chat templates know them by."""
+        """Special tokens under the names that chat templates use."""
         if self._named_tokens is not None:
             return self._named_tokens
         ids = {"bos_token": self.bos_token_id, "eos_token": self.eos_token_id, "pad_token": self.pad_token_id}
@@ -217,20 +220,20 @@ class Tokenizer:
 
     @property
     def end_tokens(self) -> frozenset[str]:
-        """Every token at which an answer ends, as it is spelled; `stop_token_ids` has the model's own too."""
+        """The text of every token that ends an answer; `stop_token_ids` includes the model's own."""
         added = (token.content for token in self.backend.get_added_tokens_decoder().values())
         named = filter(None, map(self.token, self._end_token_ids))
         return frozenset(named).union(END_TOKENS.intersection(added))
 
     def stop_token_ids(self, config: ModelConfig) -> frozenset[int]:
-        """Every id at which an answer of a model with this tokenizer ends."""
+        """All ids that end an answer of a model with this tokenizer."""
         added = self.backend.get_added_tokens_decoder()
         spelled = {token_id: token.content for token_id, token in added.items()}
         return stop_token_ids(config, self._end_token_ids, spelled)
 
     @cached_property
     def sha256(self) -> str:
-        """Of the tokenizer.json in one canonical spelling: equal for tokenizers that do the same."""
+        """Hash of the tokenizer.json in canonical form: equal for equivalent tokenizers."""
         canonical = json.dumps(json.loads(self.backend.to_str()), sort_keys=True, separators=(",", ":"))  # noqa: TID251
         return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -239,17 +242,17 @@ class Tokenizer:
         return is_byte_level(self.backend)
 
     def bytes_of(self, token_id: int) -> bytes | None:
-        """The bytes that an id stands for, a special token by its name; None when there is no such id."""
+        """The bytes of an id, for a special token its name; None if there is no such id."""
         token = self.token(token_id)
         return None if token is None else bytes_of_token(token, self._byte_level)
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """The bytes that every id stands for; of those that no token has, none."""
+        """The bytes of every id; none for ids without a token."""
         return [self.bytes_of(token_id) or b"" for token_id in range(self.vocab_size)]
 
     def token_byte_lengths(self) -> NDArray[np.int32]:
-        """Bytes of text that every id stands for, 0 for special tokens: (vocab_size,), for bits per byte."""
+        """Bytes of text of every id, 0 for special tokens: (vocab_size,), for bits per byte."""
         lengths = np.array([len(spelled) for spelled in self.token_bytes], dtype=np.int32)
         for token_id, token in self.backend.get_added_tokens_decoder().items():
             lengths[token_id] = 0 if token.special else len(token.content.encode())
@@ -259,7 +262,7 @@ class Tokenizer:
         """Check that a model has a row for every id.
 
         Raises:
-            InputError: naming both numbers.
+            InputError: it does not; names both numbers.
         """
         if self.vocab_size > vocab_size:
             raise InputError(
@@ -276,23 +279,25 @@ class Tokenizer:
         return TokenizerFiles(self.backend.to_str(), self.chat_template, *ids, ends, dict(self.named_tokens))
 
     def save(self, folder: Path) -> None:
-        """Write the files that transformers' AutoTokenizer loads, and where text ends."""
+        """Write the files that transformers' AutoTokenizer loads, including the generation config's end
+        tokens.
+        """
         files = self.files()
         write_tokenizer(folder, files)
         write_json(folder / GENERATION, generation_config(None, files))
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that a name stands for; takes and raises what `read_tokenizer_of` does."""
+    """The tokenizer with this name; arguments and errors as in `read_tokenizer_of`."""
     return Tokenizer.from_files(read_tokenizer_of(name), name)
 
 
 def read_tokenizer_of(name: str) -> TokenizerFiles:
-    """The files of the tokenizer of a tokenizer.json, a folder, a GGUF, a run or a Hub id.
+    """The files of the tokenizer in a tokenizer.json, a folder, a GGUF, a run or a Hub repository.
 
     Raises:
-        InputError: nothing is there, it has no tokenizer, or it is damaged.
-        HubError: the Hub did not give it.
+        InputError: it does not exist, has no tokenizer, or is damaged.
+        HubError: the Hub did not provide it.
     """
     path = Path(name).expanduser()
     files: TokenizerFiles | None
@@ -322,14 +327,14 @@ def choose_tokenizer(
     vocab_size: int,
     on_note: Callable[[str], None],
 ) -> Tokenizer:
-    """The tokenizer of a run.
+    """Choose the tokenizer of a run.
 
     Args:
-        name: what `load_tokenizer` takes, `train:N`, or None for SmolLM2's, in whose place one is
-            trained when the Hub cannot be reached.
-        texts: the corpus to train on, called only when needed.
+        name: as for `load_tokenizer`, or `train:N`; None for SmolLM2's, or a newly trained one if the Hub
+            cannot be reached.
+        texts: the corpus for training, called only if needed.
         vocab_size: rows of the model's token table.
-        on_note: called with what was decided for the user.
+        on_note: called with decisions.
 
     Raises:
         InputError: the tokenizer does not fit the model, or cannot be loaded.

@@ -1,9 +1,9 @@
-"""A conversation as ids, and which of them the assistant says: what chat fine-tuning trains on.
+"""A conversation as ids, and which of them are the assistant's: the data of chat fine-tuning.
 
-The text is the template's. Some templates enclose what the assistant says in `{% generation %}` blocks. With
-others an answer begins where the template, given the messages before it, hands over to the assistant, and
-ends with the token that ends the turn: so far a model goes by itself, and no further. It is checked, answer
-by answer, that the text of the first messages is the beginning of the whole text.
+The text is rendered by the template. Some templates enclose the assistant's text in `{% generation %}`
+blocks. With others, an answer begins where the template, given the messages before it, ends with the header
+of the assistant's turn, and ends with the token that ends the turn: that is what a model generates, and no
+more. For each answer it is checked that the text of the first messages is a prefix of the whole text.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from smolctl.errors import InputError
 
 TrainedOn = Literal["assistant", "completion", "all"]
 Span = tuple[int, int]
-# What is reported of a conversation that is trained on anyway.
+# Remarks about conversations that are trained on anyway.
 NO_TOOLS = "The chat template does not render the tools that the row names"
 NO_TURN_END = (
     "The chat template's {% generation %} blocks leave out the token that ends a turn. "
@@ -41,9 +41,9 @@ class RenderedTurns:
     """A conversation as text.
 
     Attributes:
-        text: with stand-ins for special tokens that messages spell.
-        trained: spans of it that are trained on.
-        remarks: what people should know about it: `NO_TOOLS`, `NO_TURN_END`.
+        text: with placeholders for special tokens spelled in messages.
+        trained: spans of the text to train on.
+        remarks: notes for the user: `NO_TOOLS`, `NO_TURN_END`.
     """
 
     text: str
@@ -57,7 +57,7 @@ class Turns:
 
     Attributes:
         ids: (N,)
-        is_trained: (N,) whether a token is trained on; never the first one, which nothing predicts.
+        is_trained: (N,) whether a token is trained on; never the first one, which is not predicted.
         remarks: as in `RenderedTurns`.
     """
 
@@ -68,13 +68,13 @@ class Turns:
 
 @dataclass(frozen=True)
 class TurnEncoder:
-    """Gives conversations their tokens.
+    """Encodes conversations.
 
     Args:
         tokenizer: with a chat template.
-        loss: what is trained on: all that the assistant says; of this what answers the row's prompt, or the
-            last answer where the row names no prompt; or everything.
-        special_tokens: what those are that a message spells.
+        loss: what to train on: all of the assistant's text; only the answer to the row's prompt, or the last
+            answer if the row names no prompt; or everything.
+        special_tokens: how special tokens spelled in a message are read.
     """
 
     tokenizer: Tokenizer
@@ -85,8 +85,8 @@ class TurnEncoder:
         """A conversation as text.
 
         Raises:
-            RowError: the template refuses the messages, or does not write the tool calls in them.
-            InputError: there is no template, or it writes an answer in another way than it asks for one.
+            RowError: the template refuses the messages, or does not render their tool calls.
+            InputError: there is no template, or it renders answers differently from its generation prompt.
         """
         messages: Messages = conversation.messages
         tools: Messages = conversation.tools
@@ -123,10 +123,10 @@ class TurnEncoder:
         return RenderedTurns(text, tuple(spans), tuple(remarks))
 
     def encode(self, conversations: Iterable[Conversation]) -> list[Turns | RowError]:
-        """Conversations as tokens, on all cores; of one that cannot be trained on, the reason.
+        """Conversations as tokens, on all cores; for one that cannot be trained on, the reason.
 
         Raises:
-            InputError: as `rendered`.
+            InputError: as in `rendered`.
         """
         found: list[Turns | RowError] = []
         rendered: list[tuple[int, RenderedTurns]] = []
@@ -137,7 +137,7 @@ class TurnEncoder:
                 found.append(error)
                 continue
             rendered.append((len(found), one))
-            found.append(RowError())  # its place
+            found.append(RowError())  # placeholder
         encoded = self.tokenizer.spelled.encode_with_places([one.text for _, one in rendered])
         for (place, one), (ids, begins) in zip(rendered, encoded, strict=True):
             is_trained = np.zeros(len(ids), dtype=bool)
@@ -152,26 +152,26 @@ class TurnEncoder:
         return found
 
     def _blocks(self, messages: Messages, tools: Messages) -> tuple[str, list[Span]]:
-        """The text of messages, and where in it the template's `{% generation %}` blocks stand."""
+        """The text of messages, and the positions of the template's `{% generation %}` blocks in it."""
         pieces = self._render(messages, tools, mark=self._mark).split(self._mark)
         edges = pairwise(accumulate(map(len, pieces), initial=0))
         return "".join(pieces), [edge for number, edge in enumerate(edges) if number % 2]
 
     def _with_turn_end(self, block: Span, text: str) -> Span:
-        """A block with the token that ends the turn, where it leaves that out and it comes next."""
+        """A block with the token that ends the turn, if the block omits that and it comes next."""
         start, end = block
         follows = None if self._turn_end.search(text, start, end) else self._turn_end_next.match(text, end)
         return start, follows.end() if follows else end
 
     def _start(self, messages: Messages, tools: Messages, text: str) -> int:
-        """Where the answer to messages begins in the text of more messages."""
+        """Start of the answer to messages in the text of more messages."""
         asked = self._render(messages, tools, asks=True)
         if not text.startswith(asked):
             raise _not_found()
         return len(asked)
 
     def _span(self, messages: Messages, tools: Messages, number: int, text: str) -> Span:
-        """Where the answer that is message `number` stands in the text of all."""
+        """The span of the answer that is message `number` in the text of all messages."""
         answered = text
         if number + 1 < len(messages):
             answered = self._render(messages[: number + 1], tools)
@@ -197,7 +197,7 @@ class TurnEncoder:
 
     @cached_property
     def _mark(self) -> str:
-        """Encloses blocks; what nobody knows no message spells."""
+        """A mark around blocks; it is random, so that no message can contain it."""
         return secrets.token_hex()
 
     def _is_text_of(self, text: str, messages: Messages, tools: Messages) -> bool:

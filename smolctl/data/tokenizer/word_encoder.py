@@ -1,4 +1,4 @@
-"""Ids of texts in GPT-2's division into words, each of which is encoded once."""
+"""Encodes texts that are divided into words like GPT-2's, each distinct word once."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from smolctl.data.tokenizer.prompt import any_of
 
 IDS = np.dtype("<u4")
 _BEYOND = r"\x80-\U0010ffff"  # ASCII
-# White space that is not ASCII's: how much of it is one word depends on what follows.
+# Non-ASCII white space: how much of it belongs to a word depends on what follows.
 _OTHER_SPACE = r"[\x85\xa0\u1680\u180e\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
-# Characters of the words that are kept: 50 MB where words are short, as an entry takes about 200 bytes.
+# Characters of cached words: about 50 MB for short words, because an entry takes about 200 bytes.
 _KEPT = 1 << 20
 
 
 def _division(digits: bool) -> re.Pattern[str]:
-    """GPT-2's division of a text into words, as it reads ASCII.
+    """GPT-2's division of a text into words, for ASCII text.
 
-    A word that other characters could belong to is left to the tokenizer, together with all up to the next
+    A word that other characters might belong to is left to the tokenizer, with everything up to the next
     white space, before which every word ends.
 
     Args:
-        digits: whether the text is split at every digit first, as SmolLM's is. What stands before a digit is
-            then at the end of its part.
+        digits: whether the text is first split at every digit, as in SmolLM. The text before a digit is then
+            at the end of its part.
     """
     # 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ is the original.
     alone = rf"(?![{_BEYOND}])"
@@ -44,11 +44,11 @@ def _division(digits: bool) -> re.Pattern[str]:
 
 
 class WordEncoder:
-    """Encodes texts by looking up their words; only words that are new go through the tokenizer.
+    """Encodes texts by looking up their words; only new words are encoded by the tokenizer.
 
     Args:
         backend: the tokenizer.
-        division: finds the words of a text, one after another.
+        division: finds the words of a text in order.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, division: re.Pattern[str]) -> None:
@@ -56,15 +56,15 @@ class WordEncoder:
         added = backend.get_added_tokens_decoder().values()
         self._unsuited = re.compile(f"{_OTHER_SPACE}|{any_of(token.content for token in added)}")
         self._known: dict[str, bytes] = {}  # ids of a word
-        self._kept = 0  # characters
+        self._kept = 0  # characters of cached words
 
     @staticmethod
     def of(backend: tokenizers.Tokenizer, state: Mapping[str, Any]) -> WordEncoder | None:
-        """For byte-level BPE such as GPT-2's and SmolLM's; None for a tokenizer of another kind.
+        """Create one for byte-level BPE like GPT-2's and SmolLM's; None for other kinds of tokenizers.
 
         Args:
             backend: the tokenizer.
-            state: of its tokenizer.json.
+            state: the content of its tokenizer.json.
         """
         model, steps = state["model"], state["pre_tokenizer"] or {}
         *before, last = steps.get("pretokenizers") or [steps]
@@ -76,11 +76,11 @@ class WordEncoder:
         return WordEncoder(backend, _division(digits))
 
     def suits(self, text: str) -> bool:
-        """Whether the words of a text can be found here."""
+        """Whether a text can be divided into words here."""
         return not self._unsuited.search(text)
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """Ids (N,) of each text that suits."""
+        """Ids (N,) of each suitable text."""
         if self._kept > _KEPT:
             self._known, self._kept = {}, 0
         divided = [self._division.findall(text) for text in texts]

@@ -1,4 +1,4 @@
-"""What is kept of a corpus's tokens: its parts, and folders that are whole or absent."""
+"""The cached tokens of a corpus: its parts, and folders that are complete or absent."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from smolctl.config.data import DataConfig
-from smolctl.data.mixture import Mixture
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokens.encoding import TokenizeProgress
+from smolctl.data.tokens.mixture import Mixture
 from smolctl.data.tokens.shards import Shard, disk_errors, find_shard_damage, token_dtype
 from smolctl.durable import sync_folder, write_text
 from smolctl.errors import InputError
 from smolctl.escaping import json_text
 from smolctl.outside import checked, read_json
 
-FORMAT = 3  # of the folders; an older one is never read
+FORMAT = 3  # of the folders; older ones are never read
 MANIFEST = "manifest.json"
 TOKENS = "tokens"  # the folder of the folders, in the cache
 NAME_LENGTH = 32  # of a folder's name: hexadecimal digits of its `digest`
-# Fewer held-out tokens than these say too little about a model.
+# Fewer held-out tokens give too little information about a model.
 LEAST_HELD_OUT = 33
 OnProgress = Callable[[TokenizeProgress], None]
 OnNote = Callable[[str], None]
@@ -39,19 +39,19 @@ OnNote = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ConversationFacts:
-    """What became of the conversations of a corpus.
+    """Statistics of a corpus's conversations.
 
     Attributes:
-        conversations: that are trained on or held out.
+        conversations: number that are trained on or held out.
         shapes: of their rows.
-        trained_share: of their tokens, that are trained on.
-        padding: share of the training sequences that is filler.
-        sequences: to train on.
+        trained_share: share of their tokens that are trained on.
+        padding: share of padding in the training sequences.
+        sequences: number of training sequences.
         cut: conversations that were longer than a sequence.
-        dropped: conversations of which nothing could be kept.
-        skipped: rows that are not conversations to train on.
-        remarks: what people should know of conversations that are trained on, and of how many each.
-        example: one conversation as runs of text, and whether each is trained on.
+        dropped: conversations that were dropped completely.
+        skipped: rows that are not conversations for training.
+        remarks: notes about conversations that are trained on, with their numbers.
+        example: one conversation as segments of text, and whether each is trained on.
     """
 
     conversations: int
@@ -68,24 +68,24 @@ class ConversationFacts:
 
 @dataclass(frozen=True)
 class TokenizedCorpus:
-    """Tokens to train on and tokens to validate on.
+    """Tokens for training and validation.
 
     Attributes:
-        folders: the shards and their manifests, of each part.
-        fingerprint: SHA-256 that identifies the training tokens and their order. It stays the same when
-            more of a Hub dataset is streamed.
-        train: tokens to train on; every document ends with the end-of-text token.
-        validation: tokens held out, or None. Of a mixture: of each source, by its share.
+        folders: of the shards and manifests of each part.
+        fingerprint: SHA-256 that identifies the training tokens and their order. It does not change when more
+            of a Hub dataset is streamed.
+        train: training tokens; every document ends with the end-of-text token.
+        validation: held-out tokens, or None; for a mixture, of each source in proportion to its share.
         documents: texts in both.
-        duplicates: of these, texts that are equal to an earlier one of their source. Of a Hub dataset those
+        duplicates: texts that are equal to an earlier one of their source. Of a Hub dataset, only those
             within a segment of some million tokens are counted.
         tokens: in both.
         bytes: of UTF-8 text in both.
-        notes: what the user should know about them.
-        read: what was read and what was not, in sentences.
-        special_tokens: spelled in the text.
-        empty: texts without a character, which were left out; not counted of a Hub dataset.
-        conversations: what became of them; None of plain text.
+        notes: messages for the user about them.
+        read: sentences on what was read and what was skipped.
+        special_tokens: number spelled in the text.
+        empty: empty texts, which were left out; not counted for a Hub dataset.
+        conversations: their statistics; None for plain text.
     """
 
     folders: tuple[Path, ...]
@@ -105,7 +105,7 @@ class TokenizedCorpus:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What `manifest.json` says of a folder; its writers add what they were made from."""
+    """The content of `manifest.json` in a folder; the writers add what the folder was made from."""
 
     tokenizer: str  # sha256
     dtype: str
@@ -113,7 +113,7 @@ class Manifest:
     duplicates: int
     tokens: int
     bytes: int
-    special_tokens: int  # spelled in the text
+    special_tokens: int  # number spelled in the text
     train: tuple[Shard, ...]
     held_out: tuple[Shard, ...]
 
@@ -127,7 +127,7 @@ def digest(parts: object) -> str:
 
 
 def folder_of(cache: Path, made_from: list[Any], data: DataConfig, tokenizer: Tokenizer) -> Path:
-    """Where a result is kept: under a name that changes with everything that changes the result."""
+    """The folder of a result: its name changes with everything that affects the result."""
     parts = [
         *made_from,
         [tokenizer.sha256, tokenizer.end_of_text_id],
@@ -143,7 +143,7 @@ def lock_of(folder: Path) -> FileLock:
 
 @contextmanager
 def locked(folder: Path, on_note: OnNote) -> Iterator[None]:
-    """One process at a time builds a folder; the others say that they wait, and wait.
+    """Let one process at a time build a folder; the others report that they wait.
 
     Raises:
         InputError: the cache cannot be written.
@@ -166,16 +166,16 @@ def locked(folder: Path, on_note: OnNote) -> Iterator[None]:
 def found_or_built(
     folder: Path, read: Callable[[OnNote], M | None], build: Callable[[], M], on_note: OnNote
 ) -> M:
-    """The manifest of a folder, which one process at a time builds where `read` finds none.
+    """The manifest of a folder; if `read` finds none, one process at a time builds it.
 
     Args:
         folder: of the result.
-        read: gives its manifest, or None; called with a function that takes notes on damage.
-        build: makes the folder while its lock is held.
-        on_note: called with notes on damage, and while another process is waited for.
+        read: returns its manifest, or None; called with a function that takes notes on damage.
+        build: creates the folder while its lock is held.
+        on_note: called with notes on damage, and while waiting for another process.
 
     Raises:
-        InputError: as `locked` and `build`.
+        InputError: as in `locked` and `build`.
     """
     found = read(on_note)
     if found is None:
@@ -185,9 +185,9 @@ def found_or_built(
 
 
 def remove_leftovers(tokens: Path) -> None:
-    """Delete the unfinished folders of processes that were killed: nobody holds their lock."""
+    """Delete the unfinished folders of killed processes: their locks are free."""
     for pattern in ("*.partial", "*/*.partial"):
-        # Unlike a path's own, this one does not mind folders that others rename while it looks into them.
+        # Unlike Path's own glob, this one tolerates folders that others rename meanwhile.
         for found in glob(pattern, root_dir=tokens):  # noqa: PTH207
             with suppress(OSError), lock_of(tokens / found[:NAME_LENGTH]).acquire(timeout=0):  # held: Timeout
                 shutil.rmtree(tokens / found, ignore_errors=True)
@@ -195,9 +195,10 @@ def remove_leftovers(tokens: Path) -> None:
 
 @contextmanager
 def whole_or_absent(folder: Path) -> Iterator[Path]:
-    """A new folder beside its place, moved there in one step when nothing went wrong. The lock is held.
+    """A new folder at a temporary place, moved to its final place in one step if nothing failed. The lock is
+    held.
 
-    Leftovers of a process that was killed, and a damaged folder in its place, are removed before.
+    Leftovers of a killed process, and a damaged folder at the final place, are removed first.
 
     Raises:
         InputError: the disk is full or cannot be written.
@@ -221,7 +222,7 @@ def whole_or_absent(folder: Path) -> Iterator[Path]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Say what a folder holds. Raises InputError as `disk_errors` does."""
+    """Write the manifest of a folder. Raises InputError as in `disk_errors`."""
     with disk_errors(folder):
         write_text(folder / MANIFEST, json_text(asdict(manifest) | {"format": FORMAT}, indent=2))
 
@@ -233,16 +234,16 @@ def read_manifest(
     on_note: OnNote,
     dtype: np.dtype[np.unsignedinteger] | None = None,
 ) -> M | None:
-    """What `write_manifest` said, or None when nothing is there or the shards do not agree with it.
+    """The manifest of a folder, or None if there is none or the shards do not match it.
 
-    Keys that a later version has added are left out. The folder counts as used now.
+    Keys added by a later version are ignored. The folder is marked as used now.
 
     Args:
         folder: of the shards.
         schema: of the manifest.
-        tokenizer: that they must be of.
-        on_note: called with notes on damage, and that the text is therefore tokenized again.
-        dtype: of the shards; None: the one that the tokenizer's ids need.
+        tokenizer: hash of the tokenizer that they must have.
+        on_note: called with notes on damage, and that the text is tokenized again because of it.
+        dtype: of the shards; None: the one that the tokenizer's ids require.
     """
     dtype = dtype or token_dtype(tokenizer.vocab_size)
     if not folder.is_dir():
@@ -265,9 +266,9 @@ def read_manifest(
 
 
 def held_out_limit(fraction: float) -> int:
-    """A document is held out when the `DocumentPiece.digest` of its first piece is below this.
+    """A document is held out if the `DocumentPiece.digest` of its first piece is below this.
 
-    So equal documents, and those that begin with the same 16 thousand characters, are held out together,
-    whatever the seed and wherever in the corpus they are.
+    So documents that are equal, or have the same first 16 thousand characters, are held out together,
+    whatever the seed and their position in the corpus.
     """
     return int(fraction * 2**64)

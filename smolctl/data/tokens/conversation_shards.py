@@ -1,4 +1,4 @@
-"""Conversations in the cache: their tokens and marks in shards, an index of them, and the manifest."""
+"""Conversations in the cache: tokens and marks in shards, an index, and the manifest."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ from smolctl.errors import InputError
 
 DTYPE = np.dtype("<u4")
 NAME = "conversations"
-MASKS = 3  # of the rules by which conversations become tokens and masks
+MASKS = 3  # version of the rules by which conversations become tokens and masks
 INDEX = "index.bin"  # key, length and trained tokens of every conversation, (N, 3); little-endian uint64
 AT_ONCE = 512  # conversations that are encoded together
-NAMED = 5  # rows that do not fit and are named
+NAMED = 5  # number of skipped rows to list
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversationManifest(Manifest):
-    """What the manifest of conversations says.
+    """The manifest of conversations.
 
     Attributes:
         shapes: of the rows, of each source.
-        skipped: how many rows are not conversations to train on, by the reason.
+        skipped: how many rows are not conversations for training, by reason.
         named: the first of them, with file and line.
-        remarks: what is said of conversations that are trained on, and of how many each.
-        settings: digest of the settings that it was made with.
+        remarks: notes about conversations that are trained on, with their numbers.
+        settings: digest of the settings that affect it.
         index: SHA-256 of the file `INDEX`.
     """
 
@@ -67,7 +67,7 @@ class ConversationManifest(Manifest):
 
 
 def settings_of(data: DataConfig, tokenizer: Tokenizer) -> list[Any]:
-    """All that changes the tokens and masks of given rows, beside what `folder_of` knows."""
+    """All settings that affect the tokens and masks of given rows, in addition to those of `folder_of`."""
     named = sorted(tokenizer.named_tokens.items())
     return [MASKS, data.shape, data.loss, data.strict, tokenizer.chat_template, named]
 
@@ -75,7 +75,7 @@ def settings_of(data: DataConfig, tokenizer: Tokenizer) -> list[Any]:
 def read_conversation_manifest(
     folder: Path, tokenizer: Tokenizer, on_note: OnNote
 ) -> ConversationManifest | None:
-    """The manifest of a folder whose files are sound; None where they are not, or are not there."""
+    """The manifest of a folder with intact files; None if they are damaged or missing."""
     manifest = read_manifest(folder, ConversationManifest, tokenizer, on_note, DTYPE)
     if manifest is None:
         return None
@@ -88,7 +88,7 @@ def read_conversation_manifest(
 
 
 class _Rows:
-    """The conversations in the rows of sources, read once, and what became of the rows meanwhile."""
+    """The conversations in the rows of sources, read once, with statistics of the rows."""
 
     def __init__(self, sources: Sequence[Source], data: DataConfig) -> None:
         self.sources, self.data = sources, data
@@ -114,7 +114,7 @@ class _Rows:
         self.bytes_read += count
 
     def skip(self, where: str, reason: str) -> None:
-        """Leave a row out. Raises InputError where `data.strict` forbids it."""
+        """Skip a row. Raises InputError if `data.strict` forbids it."""
         if self.data.strict:
             raise InputError(f"{where}: {reason}", "Correct the row, or leave out --strict to skip it.")
         self.skipped[reason] += 1
@@ -129,10 +129,11 @@ def write_conversations(
     encoder: TurnEncoder,
     on_progress: OnProgress | None,
 ) -> ConversationManifest:
-    """Render and encode all conversations of the sources into a folder, which is there as a whole or not.
+    """Render and encode all conversations of the sources into a folder, which is written atomically.
 
     Raises:
-        InputError: a source is damaged or has no conversation to train on; with `data.strict` a row is none.
+        InputError: a source is damaged or has no conversation for training; with `data.strict`, a row is not
+            one.
     """
     rows, remarks, index = _Rows(sources, data), Counter[str](), array("Q")
     progress = TokenizeProgress(bytes_total=sum(source.size or 0 for source in sources))
@@ -191,7 +192,7 @@ def write_conversations(
 
 
 def key_of(conversation: Conversation, turns: Turns) -> int:
-    """64 bits: equal for conversations that must be held out together, or not at all."""
+    """64 bits that are equal for conversations that must be held out together."""
     text = conversation.group.encode() or turns.ids.tobytes()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
@@ -203,7 +204,7 @@ def _marked(turns: Turns) -> NDArray[np.int64]:
 
 
 def read_tokens(folder: Path, manifest: ConversationManifest) -> TokenStream:
-    """The tokens of all conversations, one after another, with their marks."""
+    """The marked tokens of all conversations, one after another."""
     files = [(folder / shard.file, shard.tokens) for shard in manifest.train]
     return TokenStream(files, DTYPE, 0, sum(shard.tokens for shard in manifest.train))
 

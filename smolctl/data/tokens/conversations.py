@@ -1,4 +1,4 @@
-"""Conversations as a corpus: their tokens from the cache, cut to a sequence, held out in part, and packed."""
+"""Conversations as a corpus: tokens from the cache, cut to a sequence, partly held out, and packed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smolctl.config.data import DataConfig
-from smolctl.data.mixture import Mixture, Part
 from smolctl.data.text.conversations import Conversation, RowError
 from smolctl.data.text.corpus import SequenceLengthError, Source, readable_conversations
 from smolctl.data.tokenizer.tokenizer import Tokenizer
@@ -40,6 +39,7 @@ from smolctl.data.tokens.conversation_shards import (
     write_conversations,
 )
 from smolctl.data.tokens.marks import CONTEXT, IDS
+from smolctl.data.tokens.mixture import Mixture, Part
 from smolctl.data.tokens.packing import PackedStream
 from smolctl.data.tokens.shards import TokenStream
 
@@ -57,8 +57,8 @@ def tokenize_conversations(
     Arguments as in `tokenize_corpus`.
 
     Raises:
-        InputError: a source is damaged, or holds no conversation that can be trained on; with `data.strict`
-            a row is none; the template does not mark what the assistant says.
+        InputError: a source is damaged, or has no conversation that can be trained on; with `data.strict`, a
+            row is not one; the template does not mark the assistant's text.
     """
     encoder = TurnEncoder(tokenizer, data.loss, data.special_tokens)
     identities = [[source.name, source.identity] for source in sources]
@@ -75,7 +75,7 @@ def tokenize_conversations(
 def find_conversations(
     cache: Path, folders: Sequence[str], data: DataConfig, tokenizer: Tokenizer
 ) -> TokenizedCorpus | None:
-    """The tokens of sources that are gone, in those of the cache's folders that a run was trained on."""
+    """The tokens of missing sources, in the cache folders that a run was trained on."""
     for name in folders:
         manifest = read_conversation_manifest(cache / TOKENS / name, tokenizer, lambda _: None)
         made_from = manifest and (manifest.sources, manifest.settings)
@@ -87,12 +87,12 @@ def find_conversations(
 def held_out_conversations(
     folder: Path, sources: Sequence[Source], data: DataConfig, tokenizer: Tokenizer
 ) -> Iterator[Conversation]:
-    """The conversations that a run has held out, read from its sources again.
+    """The conversations that a run has held out, read again from its sources.
 
     Args:
-        folder: of their tokens, one of `TokenizedCorpus.folders`.
-        sources: they come from.
-        data: the run's settings; of a file that is held out as a whole, all conversations are given.
+        folder: of their tokens, from `TokenizedCorpus.folders`.
+        sources: the sources of the conversations.
+        data: the run's settings; for a file that is held out as a whole, all conversations are returned.
         tokenizer: the run's, with its chat template.
     """
     manifest = read_conversation_manifest(folder, tokenizer, lambda _: None)
@@ -110,12 +110,12 @@ def held_out_conversations(
 
 @dataclass(frozen=True)
 class _Records:
-    """What the index says of N conversations, after those are cut that are longer than a sequence.
+    """The index of N conversations, after those longer than a sequence were cut.
 
     Attributes:
         keys: (N,) see `key_of`.
-        spans: (N, 2) where each begins in the tokens, and how many are kept.
-        trained_tokens: (N,) among these; 0 for those that are dropped.
+        spans: (N, 2) start of each in the tokens, and number of tokens kept.
+        trained_tokens: (N,) of these; 0 for dropped conversations.
         is_long: (N,) whether it is longer than a sequence.
     """
 
@@ -142,7 +142,7 @@ def _records(folder: Path, stream: TokenStream, data: DataConfig) -> _Records:
 def _split(
     folder: Path, manifest: ConversationManifest, data: DataConfig, tokenizer: Tokenizer
 ) -> TokenizedCorpus:
-    """Cut or drop what is too long, hold some conversations out, and pack both parts."""
+    """Cut or drop conversations that are too long, hold some out, and pack both parts."""
     stream, size = read_tokens(folder, manifest), data.sequence_length
     records = _records(folder, stream, data)
     kept = records.trained_tokens > 0
@@ -195,9 +195,9 @@ def _split(
 def _held_out(
     keys: NDArray[np.uint64], kept: NDArray[np.bool_], fraction: float
 ) -> tuple[NDArray[np.bool_], tuple[str, ...]]:
-    """Which conversations (N,) are held out: those with the lowest keys, whatever the seed and the order.
+    """Which conversations (N,) are held out: those with the lowest keys, independent of seed and order.
 
-    So conversations with one key are held out together.
+    So conversations with the same key are held out together.
     """
     different = np.unique(keys[kept])
     count = min(max(1, round(fraction * len(different))), len(different) // 2) if fraction else 0
@@ -209,7 +209,7 @@ def _held_out(
 
 
 def _example(words: NDArray[np.int64], tokenizer: Tokenizer) -> tuple[tuple[str, bool], ...]:
-    """A conversation as runs of text, and whether each is trained on."""
+    """A conversation as segments of text, and whether each is trained on."""
     is_trained = (words & CONTEXT) == 0
     edges = [0, *(np.flatnonzero(np.diff(is_trained)) + 1).tolist(), len(words)]
     runs = [(words[start:end] & IDS, bool(is_trained[start])) for start, end in pairwise(edges)]
@@ -217,7 +217,7 @@ def _example(words: NDArray[np.int64], tokenizer: Tokenizer) -> tuple[tuple[str,
 
 
 def _complaints(manifest: ConversationManifest, facts: ConversationFacts, data: DataConfig) -> Iterator[str]:
-    """What of the rows is not trained on, or not as a whole."""
+    """Notes on rows that are not trained on, or not completely."""
     if facts.skipped:
         reasons = sorted(manifest.skipped.items(), key=lambda item: (-item[1], item[0]))
         counted = "; ".join(f"{count:,} {reason}" for reason, count in reasons[:NAMED])

@@ -1,4 +1,4 @@
-"""A corpus as tokens: encoded once, kept in a cache, mapped into memory from then on."""
+"""A corpus as tokens: encoded once, cached, and then memory-mapped."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 
 from smolctl.config.data import DataConfig
-from smolctl.data.mixture import Mixture
 from smolctl.data.order import MIXTURE, shares_of
 from smolctl.data.text.corpus import MissingSourceError, open_sources, pin_sources, shown_name
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.data.tokens.cache import LEAST_HELD_OUT, OnNote, OnProgress, TokenizedCorpus, digest
 from smolctl.data.tokens.conversations import find_conversations, tokenize_conversations
 from smolctl.data.tokens.encoding import TokenizeProgress
+from smolctl.data.tokens.mixture import Mixture
 from smolctl.data.tokens.shards import TokenStream
 from smolctl.data.tokens.streamed import tokenize_stream
 from smolctl.data.tokens.whole import common_documents, find_tokenized, tokenize_whole
@@ -23,7 +23,7 @@ from smolctl.errors import InputError
 
 __all__ = ["TokenStream", "TokenizeProgress", "TokenizedCorpus", "tokenize_corpus"]
 
-# Read of a Hub dataset that is held out as a whole: more than a run scores.
+# Maximum read of a Hub dataset that is held out as a whole: more than a run scores.
 HELD_OUT_SEQUENCES = 2_048
 
 
@@ -38,23 +38,24 @@ def tokenize_corpus(
 ) -> TokenizedCorpus:
     """Encode a corpus and its held-out part, or find them in the cache.
 
-    An interrupted call leaves nothing that looks finished. Several processes may call it at once:
-    one works, the others wait for it.
+    An interrupted call leaves nothing that looks finished. If several processes call it at the same time, one
+    works and the others wait for it.
 
     Args:
         data: sources, their weights, text field, held-out share or file.
-        tokenizer: gives the ids.
+        tokenizer: encodes the text.
         cache: folder of the results; None is `$SMOLCTL_CACHE` or `~/.cache/smolctl`.
-        on_progress: called after every batch of text; what it raises stops the work.
-        samples: windows that the run reads from its first step to its last: no more of a Hub dataset is
-            streamed than they need. None streams it to its end.
-        on_note: called at once with a note that the cache is damaged, or that another process is waited for.
-        folders: names of a run's `TokenizedCorpus.folders`: they serve where its sources are gone.
+        on_progress: called after every batch of text; an exception from it stops the work.
+        samples: number of windows that the run reads in total: no more of a Hub dataset is streamed than they
+            need. None streams all of it.
+        on_note: called immediately with notes that the cache is damaged, or that another process is waited
+            for.
+        folders: names from a run's `TokenizedCorpus.folders`, used if its sources are missing.
 
     Raises:
-        InputError: a source is missing, binary, damaged or empty; the corpus is shorter than one
-            window; the disk is full; a Hub dataset stands beside other sources without weights.
-        HubError: a Hub dataset cannot be had.
+        InputError: a source is missing, binary, damaged or empty; the corpus is shorter than one window; the
+            disk is full; a Hub dataset is combined with other sources without weights.
+        HubError: a Hub dataset is not available.
     """
     cache = cache or cache_folder()
     tokenize = partial(
@@ -69,7 +70,7 @@ def tokenize_corpus(
         everything = data.model_copy(update={"validation": None, "validation_fraction": 0.0})
         length = data.sequence_length
         if not data.is_chat:
-            length = min(length, LEAST_HELD_OUT - 1)  # this many tokens are enough
+            length = min(length, LEAST_HELD_OUT - 1)  # this many tokens suffice
         enough = HELD_OUT_SEQUENCES * data.sequence_length // length
         names = pin_sources([data.validation])
         (first, *_) = everything.one_by_one()
@@ -125,7 +126,7 @@ def _tokenize(
 
 
 def _validated_on(corpus: TokenizedCorpus, held_out: TokenizedCorpus, name: str) -> TokenizedCorpus:
-    """A corpus with the whole of another one as its held-out part."""
+    """A corpus with all of another one as its held-out part."""
     common = common_documents(corpus, held_out)
     seen = f"{name}: {common:,} of its documents are also trained on, which makes the score on it too good."
     return replace(
@@ -143,7 +144,7 @@ def _validated_on(corpus: TokenizedCorpus, held_out: TokenizedCorpus, name: str)
 
 
 def _what_was_met(corpus: TokenizedCorpus, data: DataConfig) -> Iterator[str]:
-    """What of the texts may not be read as the user thinks."""
+    """Notes on texts that may be read differently from what the user expects."""
     if corpus.empty:
         yield f"Empty texts, left out: {corpus.empty:,}."
     if corpus.special_tokens:
@@ -157,7 +158,7 @@ def _what_was_met(corpus: TokenizedCorpus, data: DataConfig) -> Iterator[str]:
 def _mixed(
     parts: list[TokenizedCorpus], shares: tuple[int, ...], data: DataConfig, samples: int | None
 ) -> TokenizedCorpus:
-    """Sources of one part each as one corpus."""
+    """Combine sources of one part each into one corpus."""
 
     def mixture(of: list[Mixture | None]) -> Mixture:
         chosen = [(one.parts[0], share) for one, share in zip(of, shares, strict=True) if one is not None]

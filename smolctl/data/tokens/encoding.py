@@ -14,23 +14,23 @@ from numpy.typing import NDArray
 from smolctl.data.text.documents import Document, OnRead, utf8_size
 from smolctl.data.tokenizer.text_encoder import TextEncoder, TextPiece
 
-# Text that is encoded at once: enough for every core, little enough for any memory (a token takes
-# about 100 bytes on its way).
+# Text that is encoded together: enough for every core, little enough for any memory (a token temporarily
+# takes about 100 bytes).
 BATCH_CHARACTERS = 2 * 1024 * 1024
 
 
 @dataclass(frozen=True)
 class TokenizeProgress:
-    """How far the work has come.
+    """Progress of tokenization.
 
     Attributes:
-        bytes_read: of the sources; compressed ones count as they lie on the disk.
+        bytes_read: of the sources; of compressed ones, their size on the disk.
         bytes_total: of the sources; None for a Hub dataset.
         documents: encoded so far.
         tokens: so far.
-        bytes: of UTF-8 text that these tokens stand for.
+        bytes: of the UTF-8 text of these tokens.
         special_tokens: spelled in that text.
-        empty: documents without text, which are left out and not counted otherwise.
+        empty: documents without text, which are left out of the other counts.
     """
 
     bytes_read: int = 0
@@ -45,17 +45,17 @@ class TokenizeProgress:
 class DocumentPiece(NamedTuple):
     """Ids of a part of a document."""
 
-    ids: NDArray[np.uint32]  # (N,), with what begins and ends every document
+    ids: NDArray[np.uint32]  # (N,), including the tokens that begin and end every document
     document: int  # number of the document; empty ones are not counted
-    digest: int  # 64 bits that identify the document's text from its beginning to the end of this piece
-    ends: bool  # the document
+    digest: int  # 64 bits that identify the document's text from its start to the end of this piece
+    ends: bool  # whether the document ends with this piece
     size: int  # bytes of UTF-8 text
     special_tokens: int  # spelled in it
 
 
 @dataclass(frozen=True)
 class Bookmark:
-    """A place between two documents, from which reading can go on later."""
+    """A position between two documents, from which reading can continue later."""
 
     documents: int = 0  # before it; empty ones are not counted
     state: dict[str, Any] | None = None  # of the reader; None: its beginning
@@ -63,7 +63,7 @@ class Bookmark:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The ids of a batch, and how far the work has come with it."""
+    """The ids of a batch, and the progress after it."""
 
     pieces: list[DocumentPiece]
     bookmark: Bookmark | None  # before the first document that begins in this batch
@@ -72,7 +72,7 @@ class Encoded:
 
 @dataclass
 class _Batch:
-    """Pieces of documents; a document may go on in the next batch."""
+    """Pieces of documents; a document may continue in the next batch."""
 
     pieces: list[TextPiece] = field(default_factory=list)
     documents: list[int] = field(default_factory=list)
@@ -91,16 +91,16 @@ def encode_documents(
     first: int = 0,
     state: Callable[[], dict[str, Any] | None] = lambda: None,
 ) -> Generator[Encoded, None, None]:
-    """Encode every document, with what the encoder puts at its beginning and its end.
+    """Encode every document, with the tokens that the encoder adds at its beginning and end.
 
     The next batch is read and the previous one is written while one is encoded.
 
     Args:
-        read: gives the documents; takes a function that is called with the bytes read.
-        encoder: gives the ids.
-        bytes_total: that will be read, where it is known.
+        read: yields the documents; takes a function that is called with the bytes read.
+        encoder: encodes the pieces.
+        bytes_total: that will be read, if known.
         first: number of the first document that is not empty.
-        state: of what is read, for bookmarks; asked for between two documents.
+        state: returns the reader's position for bookmarks; called between two documents.
     """
     progress = TokenizeProgress(bytes_total=bytes_total)
     with ThreadPoolExecutor(max_workers=1) as pool:

@@ -1,4 +1,4 @@
-"""Conversations in sequences of one length, none cut in two."""
+"""Packs conversations into sequences of one length, without cutting any."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from smolctl.data.tokens.shards import TokenStream
 
 
 def pack(lengths: NDArray[np.int64], size: int) -> list[list[int]]:
-    """Items of the given lengths (N,), none above `size`, in sequences of `size`: the numbers in each.
+    """Pack items of the given lengths (N,), at most `size`, into sequences of `size`: returns the items'
+    numbers in each.
 
-    The longest come first, each to where the least room is left that holds it (best fit decreasing: at most
-    11/9 of the fewest sequences possible and 4 more; Johnson, 1974). Equal lengths keep their order.
+    The longest come first, each goes to the sequence with the least sufficient room (best fit decreasing: at
+    most 11/9 of the smallest possible number of sequences, plus 4; Johnson, 1974). Equal lengths keep their
+    order.
     """
     packed: list[list[int]] = []
-    with_room: dict[int, list[int]] = {}  # sequences by what is left in them
-    rooms = 0  # bit r is set where some have r left
+    with_room: dict[int, list[int]] = {}  # sequences by their free room
+    rooms = 0  # bit r is set if some have r free
     for number in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[number])
         if fitting := rooms >> length:
@@ -38,15 +40,15 @@ def pack(lengths: NDArray[np.int64], size: int) -> list[list[int]]:
 
 
 class PackedStream(TokenStream):
-    """Conversations of a stream, packed, as if their sequences lay one after another.
+    """Packed conversations of a stream, as if their sequences were stored one after another.
 
-    One token more follows, as the target of the last one; it is filler, as is what is left of a sequence.
+    One more token follows as the target of the last one; it is padding, like the free room of a sequence.
 
     Args:
         stream: of marked tokens.
-        spans: first token and length (N, 2) of every conversation in it.
-        sequence_length: of the sequences; no conversation is longer.
-        filler: id of the filler.
+        spans: first token and length (N, 2) of every conversation in the stream.
+        sequence_length: of the sequences; every conversation fits one.
+        filler: id of the padding.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class PackedStream(TokenStream):
 
     @property
     def filled(self) -> int:
-        """Tokens that are not filler."""
+        """Tokens that are not padding."""
         return int(self._spans[:, 1].sum())
 
     def read(self, start: int, length: int) -> NDArray[np.int64]:
@@ -78,7 +80,7 @@ class PackedStream(TokenStream):
         return whole[start - first * self._size :][:length]
 
     def places_of(self, token: int) -> NDArray[np.int64]:
-        """Where conversations end, whatever the token that ends them, in ascending order: (n,)."""
+        """Ends of conversations, whatever token ends them, in ascending order: (n,)."""
         starts = range(0, len(self), self._size)
         begins = [
             start + np.flatnonzero(self.read(start, min(self._size, len(self) - start)) & FIRST)
@@ -91,7 +93,7 @@ class PackedStream(TokenStream):
         at = 0
         for begin, length in self._spans[numbers].tolist():
             row[at : at + length] = self._stream.read(begin, length)
-            row[at] |= FIRST | CONTEXT  # also where the beginning of the conversation was cut off
+            row[at] |= FIRST | CONTEXT  # even if the beginning of the conversation was cut off
             at += length
-        row[at : at + 1] |= FIRST  # the filler is one conversation
+        row[at : at + 1] |= FIRST  # the padding is one conversation
         return row

@@ -1,4 +1,4 @@
-"""Tokens on disk: flat files of integers, written once and then mapped into memory."""
+"""Tokens on disk: flat files of integers, written once and then memory-mapped."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from smolctl.durable import holds_once, sync_file
 from smolctl.errors import InputError
 
 SHARD_BYTES = 256 * 1024 * 1024
-_READ_AT_ONCE = 16 * 1024 * 1024  # bytes; a multiple of every token's size
-# Left free for others, and for the checkpoints of the run itself.
+_READ_AT_ONCE = 16 * 1024 * 1024  # bytes; a multiple of every token size
+# Kept free for other programs, and for the checkpoints of the run itself.
 RESERVE_BYTES = 64 * 1024 * 1024
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
-    """Two bytes per token while they suffice, little-endian."""
+    """Two bytes per token if they suffice, little-endian."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of tokens as the manifest describes it."""
+    """One file of tokens in the manifest."""
 
     file: str
     tokens: int
@@ -39,9 +39,9 @@ class Shard:
 
 
 def find_shard_damage(path: Path, shard: Shard, dtype: np.dtype[np.unsignedinteger], vocab_size: int) -> str:
-    """Why a file of tokens must not be used; "" when it holds what was written, all ids of the vocabulary.
+    """Why a file of tokens must not be used; "" if it is as written, and all ids are in the vocabulary.
 
-    It is read once for each identity of the file (`durable.holds_once`).
+    The file is read once for each identity (`durable.holds_once`).
 
     Raises:
         OSError: the file cannot be read.
@@ -84,7 +84,7 @@ class ShardWriter:
         self._hash = hashlib.sha256()
 
     def append(self, ids: Sequence[int] | NDArray[np.integer]) -> None:
-        """Write ids (N,), each below the vocabulary that the dtype was chosen for."""
+        """Write ids (N,), each below the vocabulary size for which the dtype was chosen."""
         array = np.asarray(ids, self._dtype)
         require_space(self._folder, array.nbytes)
         while len(array):
@@ -117,12 +117,12 @@ class ShardWriter:
         self._file, self._in_shard, self._hash = None, 0, hashlib.sha256()
 
     def finish(self) -> tuple[Shard, ...]:
-        """Everything is on the disk; what was written."""
+        """Sync everything to the disk; returns the shards written."""
         self._end_shard()
         return tuple(self._shards)
 
     def close(self) -> None:
-        """Let go of an unfinished file; what of it is not on the disk does not matter any more."""
+        """Close an unfinished file, whose data no longer matters."""
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()
@@ -132,7 +132,7 @@ def require_space(folder: Path, size: int) -> None:
     """Check that `size` more bytes fit.
 
     Raises:
-        InputError: naming what is free.
+        InputError: they do not; names the free space.
     """
     free = shutil.disk_usage(folder).free
     if free < size + RESERVE_BYTES:
@@ -141,7 +141,7 @@ def require_space(folder: Path, size: int) -> None:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a failed write into words.
+    """Turn a failed write into an error message.
 
     Raises:
         InputError: the disk is full, or the folder cannot be written.
@@ -164,9 +164,9 @@ def _disk_full(folder: Path, free: int) -> InputError:
 
 
 class TokenStream:
-    """A range of the tokens in a row of shards, mapped when first read.
+    """A range of tokens in consecutive shards, mapped when first read.
 
-    It can be pickled: a worker process maps the files again.
+    It can be pickled: a worker process maps the files itself.
 
     Args:
         files: path of every shard with its number of tokens.
@@ -208,7 +208,7 @@ class TokenStream:
         return out
 
     def places_of(self, token: int) -> NDArray[np.int64]:
-        """Where a token stands, in ascending order: (n,)."""
+        """Positions of a token, in ascending order: (n,)."""
         size = _READ_AT_ONCE // np.dtype(np.int64).itemsize
         starts = range(0, self._length, size)
         found = [

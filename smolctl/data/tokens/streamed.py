@@ -1,9 +1,9 @@
-"""A Hub dataset, tokenized as far as a run reads it and further when a run goes on.
+"""A Hub dataset, tokenized as far as a run reads it, and further when a run is extended.
 
-The cache holds the beginning of the stream in segments of whole documents. What a segment holds depends
-on the rows before its end alone, never on how much a run asked for: a longer run reads the same segments
-and adds others behind them. Validation is held out of the first segment only, so it stays the same too; what
-is held out is left out where it comes again in a later segment.
+The cache contains the beginning of the stream in segments of whole documents. The content of a segment
+depends only on the rows before its end, never on how much a run needed: a longer run reads the same segments
+and appends others. Validation is held out only from the first segment, so it does not change either; held-out
+documents are left out if they occur again in a later segment.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 from smolctl.config.data import DataConfig
-from smolctl.data.mixture import Mixture, Part
 from smolctl.data.text.corpus import SequenceLengthError
 from smolctl.data.text.hub import DatasetName, DatasetReader
 from smolctl.data.tokenizer.text_encoder import TextEncoder
@@ -37,29 +36,30 @@ from smolctl.data.tokens.cache import (
     write_manifest,
 )
 from smolctl.data.tokens.encoding import Bookmark, DocumentPiece, Encoded, encode_documents
+from smolctl.data.tokens.mixture import Mixture, Part
 from smolctl.data.tokens.shards import Shard, ShardWriter, TokenStream, token_dtype
 from smolctl.errors import InputError
 
-# Windows that are shuffled among themselves. A run reads whole blocks: their order must not depend on
+# Windows that are shuffled among themselves. A run reads whole blocks, because their order must not depend on
 # how many follow.
 BLOCK_WINDOWS = 2_048
-# Training tokens of a segment: an eighth of what lies before it, so that little is read in vain and a
-# long stream does not become many thousands of files, but at least and at most so many.
+# Training tokens of a segment: an eighth of those before it, so that little is read in vain and a long stream
+# does not need thousands of files, within these limits.
 SEGMENT_TOKENS = 2**21, 2**25
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segment(Manifest):
-    """What the manifest of a segment says.
+    """The manifest of a segment.
 
     Attributes:
         documents: from the beginning of the stream to the end of this segment.
         duplicates: documents of this segment that are equal to an earlier one in it.
         tokens, bytes, special_tokens: of this segment.
-        held_out_digests: `DocumentPiece.digest` of the first piece of each document held out; of the first
+        held_out_digests: `DocumentPiece.digest` of the first piece of each held-out document; for the first
             segment.
-        bookmark: where to go on reading; up to a batch of documents before the segment's end.
-        ended: the stream has no more.
+        bookmark: where reading continues; up to a batch of documents before the segment's end.
+        ended: the stream has no more rows.
     """
 
     source: str
@@ -69,7 +69,7 @@ class Segment(Manifest):
 
     @property
     def train_tokens(self) -> int:
-        """Tokens of this segment to train on."""
+        """Training tokens of this segment."""
         return sum(shard.tokens for shard in self.train)
 
 
@@ -82,20 +82,20 @@ def tokenize_stream(
     on_progress: OnProgress | None,
     on_note: OnNote,
 ) -> TokenizedCorpus:
-    """Encode the beginning of a dataset, or find it in the cache, in whole or in part.
+    """Encode the beginning of a dataset, or find all or part of it in the cache.
 
     Args:
         dataset: with a commit, so that its rows stay the same.
         data: text field, window length and held-out share.
-        tokenizer: gives the ids.
+        tokenizer: encodes the text.
         cache: folder of the results.
-        samples: windows that the run reads in all; None reads the dataset to its end.
+        samples: windows that the run reads in total; None reads the whole dataset.
         on_progress: called after every batch of new text.
         on_note: as in `tokenize_corpus`.
 
     Raises:
         InputError: the dataset is empty or shorter than one window; the disk is full.
-        HubError: the dataset cannot be had.
+        HubError: the dataset is not available.
     """
     folder = folder_of(cache, [[FORMAT, *SEGMENT_TOKENS], str(dataset)], data, tokenizer)
     needed = None
@@ -117,7 +117,7 @@ def _path(folder: Path, number: int) -> Path:
 
 
 def _read(folder: Path, tokenizer: Tokenizer, needed: int | None, on_note: OnNote) -> list[Segment]:
-    """As many segments as are needed, up to the first that is missing or damaged."""
+    """Read as many segments as needed, up to the first that is missing or damaged."""
     segments: list[Segment] = []
     while not _suffice(segments, needed):
         segment = read_manifest(_path(folder, len(segments)), Segment, tokenizer, on_note)
@@ -135,7 +135,7 @@ def _suffice(segments: list[Segment], needed: int | None) -> bool:
 
 @dataclass(frozen=True)
 class _Work:
-    """Adds segments to a folder. The lock is held."""
+    """Adds segments to a folder. The lock must be held."""
 
     folder: Path
     dataset: DatasetName
@@ -144,7 +144,7 @@ class _Work:
     on_progress: OnProgress | None
 
     def extend(self, segments: list[Segment], needed: int | None) -> list[Segment]:
-        """Read on behind the last segment until there is enough, or no more."""
+        """Continue after the last segment until there is enough, or the stream ends."""
         start = segments[-1].bookmark if segments else Bookmark()
         reader = DatasetReader(self.dataset, self.data.text_fields[0], self.data.splits[0], start.state)
         encoder = TextEncoder(self.tokenizer, self.data.special_tokens)
@@ -170,7 +170,7 @@ class _Work:
                 yield piece, bookmark
 
     def _write(self, before: list[Segment], pieces: Iterator[tuple[DocumentPiece, Bookmark]]) -> Segment:
-        """The next segment: documents until it has tokens enough, or the stream has no more."""
+        """Write the next segment: documents until it has enough tokens, or the stream ends."""
         least, most = SEGMENT_TOKENS
         target = min(most, max(least, sum(segment.train_tokens for segment in before) // 8))
         limit = held_out_limit(self.data.validation_fraction)
@@ -232,7 +232,7 @@ class _Work:
 def _cut(
     folder: Path, dataset: DatasetName, segments: list[Segment], data: DataConfig, needed: int | None
 ) -> TokenizedCorpus:
-    """What a run trains on: whole blocks of windows, or all that there is."""
+    """The training tokens of a run: whole blocks of windows, or everything if the stream has ended."""
     window = data.sequence_length + 1
     total = sum(segment.train_tokens for segment in segments)
     length = total if needed is None else min(total, needed)
@@ -273,9 +273,9 @@ def _stream(
 
 
 def _fingerprint(dataset: DatasetName, first: Segment) -> str:
-    """Of the dataset's commit and its first segment, as it must not change when more is streamed.
+    """Hash of the dataset's commit and its first segment, which must not change when more is streamed.
 
-    The commit vouches for the rows behind them.
+    The commit determines the later rows.
     """
     return digest([str(dataset), first.dtype, [shard.sha256 for shard in first.train + first.held_out]])
 

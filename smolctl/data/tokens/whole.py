@@ -1,4 +1,4 @@
-"""Sources whose size is known, tokenized to their end: files, folders and the embedded corpus."""
+"""Sources of known size, tokenized completely: files, folders and the built-in corpus."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smolctl.config.data import DataConfig
-from smolctl.data.mixture import Mixture, Part
 from smolctl.data.text.corpus import SequenceLengthError, Source, open_sources
 from smolctl.data.text.documents import Document, OnRead
 from smolctl.data.tokenizer.text_encoder import TextEncoder
@@ -35,23 +34,24 @@ from smolctl.data.tokens.cache import (
     write_manifest,
 )
 from smolctl.data.tokens.encoding import TokenizeProgress, encode_documents
+from smolctl.data.tokens.mixture import Mixture, Part
 from smolctl.data.tokens.shards import ShardWriter, TokenStream, disk_errors, token_dtype
 from smolctl.errors import InputError
 
-DIGESTS = "documents.bin"  # `DocumentPiece.digest` of every different document, sorted; little-endian uint64
+DIGESTS = "documents.bin"  # `DocumentPiece.digest` of every distinct document, sorted; little-endian uint64
 
 
 @dataclass(frozen=True, kw_only=True)
 class WholeManifest(Manifest):
-    """What the manifest of one or several sources says.
+    """The manifest of one or several sources.
 
     A small corpus may have no document below `held_out_limit`, or none that is long enough. So the shards
-    keep the documents below twice that limit apart, those below four times, and so on up to half of all.
-    Those below the lowest of these limits that gives enough tokens are held out; how many are enough depends
-    on the run.
+    store the documents below twice that limit separately, those below four times, and so on up to half of
+    all. Those below the lowest of these limits that gives enough tokens are held out; how many are enough
+    depends on the run.
 
     Attributes:
-        held_out: documents that may be held out; those below the lowest limit lie at the end.
+        held_out: documents that may be held out; those below the lowest limit are at the end.
         held_out_tokens: below the lowest limit, below twice that, below four times ...
     """
 
@@ -89,7 +89,7 @@ def tokenize_whole(
 def find_tokenized(
     cache: Path, folders: Sequence[str], data: DataConfig, tokenizer: Tokenizer
 ) -> TokenizedCorpus | None:
-    """The tokens of sources that are gone, in those of the cache's folders that a run was trained on."""
+    """The tokens of missing sources, in the cache folders that a run was trained on."""
     for name in folders:
         manifest = read_manifest(cache / TOKENS / name, WholeManifest, tokenizer, lambda _: None)
         if manifest is not None and manifest.sources == data.source:
@@ -165,7 +165,7 @@ def _group(digest: int, limit: int) -> int:
 
 
 def common_documents(one: TokenizedCorpus, other: TokenizedCorpus) -> int:
-    """How many different documents are in both; those of a Hub dataset are not known."""
+    """How many distinct documents are in both; not known for a Hub dataset."""
 
     def digests(corpus: TokenizedCorpus) -> NDArray[np.uint64]:
         files = [folder / DIGESTS for folder in corpus.folders]
@@ -176,7 +176,7 @@ def common_documents(one: TokenizedCorpus, other: TokenizedCorpus) -> int:
 
 
 def _check_read(sources: Sequence[Source], data: DataConfig, last: TokenizeProgress) -> None:
-    """Something was read, and it is still what it was when its identity was taken."""
+    """Check that something was read, and that it has not changed since its identity was computed."""
     names = ", ".join(source.name for source in sources)
     if not last.documents:
         raise InputError(f"the corpus is empty: no text in {names}", "Name files that contain text.")
@@ -188,7 +188,7 @@ def _check_read(sources: Sequence[Source], data: DataConfig, last: TokenizeProgr
 
 
 def _split(folder: Path, manifest: WholeManifest, data: DataConfig) -> TokenizedCorpus:
-    """Decide what is trained on: all but the documents held out, or all but the last tokens.
+    """Choose the training tokens: all except the held-out documents, or all except the last tokens.
 
     Both are a range of the same files.
     """
@@ -221,10 +221,11 @@ def _split(folder: Path, manifest: WholeManifest, data: DataConfig) -> Tokenized
 
 
 def _held_out_tokens(manifest: WholeManifest, data: DataConfig, window: int) -> tuple[int, tuple[str, ...]]:
-    """How many tokens at the end are held out, and a note about it for the user.
+    """The number of held-out tokens at the end, and a note for the user.
 
-    With few documents chance may hold out nearly all of the text. Then the last tokens are held out instead,
-    wherever in a document they begin, unless some documents are copies, of which these could be parts.
+    With few documents, nearly all of the text might be held out by chance. Then the last tokens are held out
+    instead, wherever in a document they begin, unless some documents are copies, of which they could be
+    parts.
     """
     fraction, tokens = data.validation_fraction, manifest.tokens
     if not fraction:

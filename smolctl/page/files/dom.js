@@ -24,6 +24,12 @@ export function make(tag, properties = {}, ...children) {
 export const button = (label, onclick, className = "quiet") =>
   make("button", { type: "button", className, onclick }, label);
 
+/** A link to another site; text where the address is not one of the web. @param {string} label @param {string} address */
+export const outward = (label, address) =>
+  /^https?:/.test(address)
+    ? make("a", { href: address, target: "_blank", rel: "noopener noreferrer" }, label)
+    : make("span", {}, label);
+
 /** Announce what has happened to screen readers. Only this uses the region: streamed text would stutter in it. */
 export const announce = (text) => {
   byId("status").textContent = text;

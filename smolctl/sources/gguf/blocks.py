@@ -1,6 +1,6 @@
-"""GGUF's packed blocks as matrices of small integers or in float32, equal to the `gguf` package's values.
+"""GGUF's block formats as matrices of small integers or float32, with the same values as the `gguf` package.
 
-A block holds 32 values of one row, or 256: scales and offsets in float16, and the bits of the values.
+A block contains 32 or 256 values of one row: scales and offsets in float16, and the bits of the values.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ PLAIN: Mapping[str, np.dtype[Any]] = {
     "F16": np.dtype(np.float16),
     "BF16": BFLOAT16,
 }
-# Bits of a value, and how many float16 stand before the values of a block: the scale, and the offset.
+# Bits per value, and number of float16 before the values of a block: the scale, and the offset.
 PACKED = {"Q8_0": (8, 1), "Q4_0": (4, 1), "Q4_1": (4, 2), "Q5_0": (5, 1), "Q5_1": (5, 2)}
 
 
 def as_stored(raw: Array, kind: str) -> Array | PackedMatrix:
-    """Rows as they are: floats in their own type, and the block types that a `PackedMatrix` can hold.
+    """Rows as stored: floats in their own type, and the block types that a `PackedMatrix` supports.
 
     Everything else is unpacked to float32, (rows, columns).
 
     Args:
         raw: bytes, uint8 of shape (rows, bytes per row).
-        kind: how they are packed, by llama.cpp's name.
+        kind: their type, by llama.cpp's name.
 
     Raises:
-        InputError: nothing here can unpack the type.
+        InputError: the type cannot be unpacked.
     """
     if kind in PLAIN:
         return raw.view(PLAIN[kind])
@@ -45,7 +45,7 @@ def as_stored(raw: Array, kind: str) -> Array | PackedMatrix:
     if kind not in PACKED:
         return _unpacked(raw, kind)
     bits, halves = PACKED[kind]
-    # Blocks of one item each: copying 16 bytes at once is several times faster than one by one.
+    # Blocks as single items: copying 16 bytes at once is several times faster than one by one.
     parts = np.dtype([("floats", np.float16, (halves,)), ("values", f"V{BLOCK * bits // 8}")])
     blocks = raw.view(parts)  # (rows, groups)
     values, scales = weight_copy(blocks["values"]), weight_copy(blocks["floats"][..., 0])
@@ -55,7 +55,7 @@ def as_stored(raw: Array, kind: str) -> Array | PackedMatrix:
     with np.errstate(over="ignore"):
         middle = np.float16(-(2 ** (bits - 1)))
         offsets = weight_copy(blocks["floats"][..., 1] if halves == 2 else scales * middle)
-    if not np.isfinite(offsets).all():  # these products may be more than float16 holds
+    if not np.isfinite(offsets).all():  # they may exceed the range of float16
         return _unpacked(raw, kind)
     return PackedMatrix(bits, columns, BLOCK, values.view(np.uint8), scales, offsets)
 
@@ -75,5 +75,5 @@ def _unpacked(raw: Array, kind: str) -> Array:
     return np.ascontiguousarray(values, dtype=np.float32)
 
 
-if sys.byteorder != "little":  # every view above takes the file's bytes as they are
+if sys.byteorder != "little":  # every view above assumes the file's byte order
     raise ImportError("GGUF files are little endian, and so must be the machine")

@@ -1,9 +1,9 @@
-"""The header of a GGUF file, read by hand: 0.1 s where the `gguf` package takes three, half of one to be
-imported.
+"""A reader for the header of a GGUF file: takes 0.1 s, while the `gguf` package takes three, half a second of
+it for its import.
 
-Layout (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), all little endian: magic, version,
-number of tensors, number of metadata pairs, the pairs, the tensors' names, sizes, types and offsets,
-padding to `general.alignment`, the data. Every length is checked against the file before it is used.
+Layout (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), all little endian: magic, version, number
+of tensors, number of metadata pairs, the pairs, the tensors' names, sizes, types and offsets, padding to
+`general.alignment`, the data. Every length is checked against the file before it is used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from smolctl.errors import InputError
 from smolctl.sources.base import DAMAGED
 
 GGUF_MAGIC = b"GGUF"
-VERSIONS = (2, 3)  # version 1 counted in 32 bits and is gone since 2023
+VERSIONS = (2, 3)  # version 1 used 32-bit counts and was replaced in 2023
 LITTLE_ENDIAN = "Convert it with gguf_convert_endian of the gguf package, or download the usual file."
 ANOTHER_VERSION = "Convert the model with a current llama.cpp, or update smolctl if the file is newer."
 DEFAULT_ALIGNMENT = 32
@@ -29,7 +29,7 @@ MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 STRING, ARRAY = 8, 9
 # Metadata type id -> struct code.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-# Tensor type id -> name, values in a block, bytes of a block (GGML_QUANT_SIZES in the `gguf` package).
+# Tensor type id -> name, values per block, bytes per block (GGML_QUANT_SIZES in the `gguf` package).
 TENSOR_TYPES = {
     **{0: ("F32", 1, 4), 1: ("F16", 1, 2), 28: ("F64", 1, 8), 30: ("BF16", 1, 2)},
     **{24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8)},
@@ -50,13 +50,13 @@ class GGUFTensor:
 
     name: str
     shape: tuple[int, ...]  # row-major as in PyTorch; the file stores it reversed
-    type: str  # as llama.cpp names it: "Q4_1"; "type 99" when it is newer than this table
+    type: str  # llama.cpp's name: "Q4_1"; "type 99" if it is newer than this table
     offset: int  # from the start of the file
-    bytes: int  # 0 when the type is not known
+    bytes: int  # 0 if the type is not known
 
 
 class Strings(Sequence[str]):
-    """An array of strings that is decoded when it is first looked at: a vocabulary has 100,000."""
+    """An array of strings that is decoded at the first access: a vocabulary has 100,000."""
 
     def __init__(self, raw: bytes, count: int) -> None:
         self._raw, self._count = raw, count
@@ -92,11 +92,11 @@ class GGUFHeader:
 
 
 def read_header(path: Path) -> GGUFHeader:
-    """Read and check everything that precedes the data.
+    """Read and check everything before the data.
 
     Raises:
-        InputError: not a GGUF, an unknown version, a truncated or damaged header, or tensors that do
-            not fit in the file.
+        InputError: not a GGUF, an unknown version, a truncated or damaged header, or tensors that exceed the
+            file.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -122,7 +122,7 @@ class _Reader:
                 raise self.fail("big-endian GGUF is not supported", LITTLE_ENDIAN)
             raise self.fail(f"GGUF version {version} is not supported, only 2 and 3", ANOTHER_VERSION)
         tensor_count, pair_count = self.scalar("Q"), self.scalar("Q")
-        # A pair takes at least 13 bytes and a tensor 24: larger counts are damage, not data.
+        # A pair takes at least 13 bytes and a tensor 24, so larger counts mean a damaged file.
         if pair_count * 13 + tensor_count * 24 > self.size:
             raise self.fail(
                 f"damaged header: {tensor_count:,} tensors and {pair_count:,} keys in {self.size:,} bytes"
@@ -173,7 +173,7 @@ class _Reader:
         return self.strings(key, count)
 
     def strings(self, key: str, count: int) -> Strings:
-        """Walk over an array of strings without decoding it."""
+        """Skip an array of strings without decoding it."""
         start = position = self.position
         data, size, length_at = self.data, self.size, struct.Struct("<Q").unpack_from
         for _ in range(count):
@@ -194,7 +194,7 @@ class _Reader:
     def placed(
         self, entries: list[tuple[str, tuple[int, ...], int, int]], metadata: dict[str, Any]
     ) -> tuple[GGUFTensor, ...]:
-        """The tensors with their place in the file, checked against its size and each other."""
+        """The tensors with their positions in the file, checked against its size and each other."""
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if type(alignment) is not int or alignment <= 0 or alignment % 8:
             raise self.fail(f"damaged header: general.alignment is {alignment!r}")
@@ -214,7 +214,7 @@ class _Reader:
     def place(
         self, name: str, shape: tuple[int, ...], type_id: int, offset: int, start: int, alignment: int
     ) -> GGUFTensor:
-        # A type that is newer than the table has no known size, and its values can still be counted.
+        # A type that is newer than the table has no known size, but its values can be counted.
         values, (kind, block, size) = math.prod(shape), TENSOR_TYPES.get(type_id, (f"type {type_id}", 1, 0))
         if not values or shape[-1] % block or offset % alignment:
             entry = f"tensor {name[:80]} of shape {list(shape)} in {kind} at {offset}"
@@ -223,5 +223,5 @@ class _Reader:
 
 
 def as_written(value: Any) -> Any:
-    """The number that was rounded to float32: 1e-5, where the file has 9.999999747e-06."""
+    """The number before rounding to float32: 1e-5, if the file has 9.999999747e-06."""
     return float(f"{value:.7g}") if isinstance(value, float) else value

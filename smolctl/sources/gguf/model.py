@@ -1,4 +1,4 @@
-"""A GGUF file as a MODEL: llama.cpp's keys and names turned into Hugging Face's."""
+"""A GGUF file as a MODEL: converts llama.cpp's keys and names to Hugging Face's."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# llama.cpp's architectures, with what each implies. No key says which of SmolLM3's layers have no rope:
-# llama.cpp takes every fourth.
+# llama.cpp's architectures and their implied settings. No key states which of SmolLM3's layers have no RoPE:
+# llama.cpp assumes every fourth.
 NO_ROPE_INTERVAL = 4
 ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     "llama": {},
@@ -49,7 +49,7 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     "qwen3": {"use_qk_norm": True},
 }
 QKV_BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
-ROPE_FACTORS = "rope_freqs.weight"  # by which llama.cpp divides the frequencies of rope
+ROPE_FACTORS = "rope_freqs.weight"  # divisors of RoPE's frequencies
 LLAMA3_BOUNDS = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3_CONTEXT, DEFAULT_THETA, CONTEXT = 8_192, 10_000.0, "max_position_embeddings"
 INTERLEAVED = ("llama", "smollm3")  # architectures whose heads llama.cpp rotates by neighbours
@@ -57,7 +57,7 @@ ORIGINAL_CONTEXT = "rope.scaling.original_context_length"
 PART = re.compile(r"(.+)-\d{5}-of-\d{5}\.gguf")
 MAX_PARTS = 1_000
 LAYER_NAME = re.compile(r"blk\.(\d+)\.(.+)")
-# Metadata that changes the computation in ways this network does not have, when set to anything truthy.
+# Metadata that, if truthy, changes the computation in ways that this network does not support.
 OFF_SWITCHES = (
     "expert_count",
     "attention.sliding_window",
@@ -70,7 +70,7 @@ OFF_SWITCHES = (
     "final_logit_softcapping",
     "use_parallel_residual",
 )
-# Sizes that some models give layer by layer.
+# Sizes that some models specify per layer.
 SIZES = {
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
@@ -91,16 +91,16 @@ OPTIONAL = ("vocab_size", "num_key_value_heads", "head_dim", "rope_theta")
 REQUIRED = {key: field for key, field in KEYS.items() if field not in OPTIONAL}
 
 
-# A file of the vocabulary alone, as llama.cpp tests its tokenizers with.
+# A vocabulary-only file, as in the tests of llama.cpp's tokenizers.
 NO_HEAD_SAID = "tie_word_embeddings true is assumed: a file without tensors does not show it"
 
 
 def open_gguf(path: Path, name: str) -> ModelSource:
-    """Read the header of a GGUF file.
+    """Open a GGUF file by its header.
 
     Args:
         path: the file.
-        name: how the user called it.
+        name: the user's name for it.
 
     Raises:
         InputError: the file is damaged, or lacks a key that every Llama has.
@@ -134,7 +134,7 @@ def open_gguf(path: Path, name: str) -> ModelSource:
 
 
 def _tokenizer(header: GGUFHeader) -> TokenizerFiles | None:
-    """The tokenizer in a file; where that cannot be read, or there is none, the one beside it."""
+    """The tokenizer in a file; if that cannot be read or there is none, the one next to it."""
     beside = tokenizer_reader(header.path.parent)
     try:
         return read_tokenizer(header) or (beside() if beside else None)
@@ -145,10 +145,10 @@ def _tokenizer(header: GGUFHeader) -> TokenizerFiles | None:
 
 
 def _with_all_parts(header: GGUFHeader) -> tuple[GGUFHeader, str]:
-    """The header of a model that is split over several files: metadata of the first, tensors of all.
+    """The header of a model that is split into several files: metadata of the first, tensors of all.
 
     Returns:
-        The header, and which parts do not lie beside the file; "" when none is missing.
+        The header, and the missing parts; "" if none is missing.
     """
     count, name = header.metadata.get("split.count"), PART.fullmatch(header.path.name)
     if type(count) is not int or count < 2:
@@ -166,12 +166,12 @@ def _with_all_parts(header: GGUFHeader) -> tuple[GGUFHeader, str]:
 
 
 def _is_long(value: Any) -> bool:
-    """Vocabularies and templates, which nobody wants to read among the settings."""
+    """Whether a value is a vocabulary or template, which is too long to be shown among the settings."""
     return not isinstance(value, str | int | float | bool) or (isinstance(value, str) and len(value) > 200)
 
 
 def huggingface_name(name: str) -> str:
-    """`blk.0.attn_q.weight` as `model.layers.0.self_attn.q_proj.weight`; unknown names as they are."""
+    """`blk.0.attn_q.weight` -> `model.layers.0.self_attn.q_proj.weight`; unknown names unchanged."""
     layer = LAYER_NAME.fullmatch(name)
     stem, dot, suffix = (layer[2] if layer else name).rpartition(".")
     if stem not in NAMES:
@@ -181,7 +181,7 @@ def huggingface_name(name: str) -> str:
 
 
 def unsupported_feature(header: GGUFHeader) -> str:
-    """The first feature of the file that this network does not have; "" when there is none."""
+    """The first unsupported feature of the file; "" if there is none."""
     architecture, values = header.metadata.get("general.architecture"), model_keys(header)
     parts = header.metadata.get("split.count")
     if parts not in (None, 0, 1):
@@ -211,7 +211,7 @@ def unsupported_feature(header: GGUFHeader) -> str:
 
 
 def model_keys(header: GGUFHeader) -> dict[str, Any]:
-    """The metadata of the network, without the name of the architecture that begins each key."""
+    """The metadata of the network, without the architecture's name that starts each key."""
     prefix = f"{header.metadata.get('general.architecture')}."
     return {
         key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)
@@ -219,10 +219,10 @@ def model_keys(header: GGUFHeader) -> dict[str, Any]:
 
 
 def rope_factors(header: GGUFHeader) -> tuple[float, ...]:
-    """By what each frequency of rope is divided; empty where the file does not say.
+    """The divisor of each RoPE frequency; empty if the file has none.
 
     Raises:
-        InputError: the file ends before that.
+        InputError: the file is truncated.
     """
     for tensor in header.tensors:
         if tensor.name == ROPE_FACTORS and tensor.type == "F32":
@@ -236,10 +236,10 @@ def rope_factors(header: GGUFHeader) -> tuple[float, ...]:
 
 
 def _rope_scaling(header: GGUFHeader) -> RopeScaling | None:
-    """Llama 3's scaling that has the factors of the file; None where there are none, or others.
+    """Llama 3's scaling with the factors of the file; None if there are none, or others.
 
-    The two bounds are those of all models of Llama 3 and are not in the file. Its largest factor is that of
-    the slow rotations.
+    The two bounds are the same in all models of Llama 3 and are not in the file. The largest factor is that
+    of the slow rotations.
     """
     values, factors = model_keys(header), rope_factors(header)
     if not factors:
@@ -257,7 +257,7 @@ def _rope_scaling(header: GGUFHeader) -> RopeScaling | None:
 
 
 def llama3_factors(scaling: RopeScaling, theta: float, head_dim: int) -> list[float]:
-    """By what a scaling divides the frequency of each pair of a head."""
+    """The divisor that a scaling gives the frequency of each pair of a head."""
     frequencies = [theta ** (-index / head_dim) for index in range(0, head_dim, 2)]
     return [one / scaling.slowed(one) for one in frequencies]
 
@@ -266,7 +266,7 @@ def _unsupported_rope(values: Mapping[str, Any]) -> str:
     scaling = values.get("rope.scaling.type", "none")
     if scaling != "none":
         return f"rope scaling {scaling} is not supported"
-    # Older converters wrote the factor alone.
+    # Older converters wrote only the factor.
     factors = (values.get("rope.scaling.factor", 1.0), values.get("rope.scale_linear", 1.0))
     return "" if all(factor in (0.0, 1.0) for factor in factors) else "rope scaling linear is not supported"
 
@@ -290,10 +290,10 @@ def _head_dim(values: Mapping[str, Any]) -> int:
 
 
 def read_config(header: GGUFHeader) -> ModelConfig:
-    """The network that the keys of its architecture describe.
+    """The network described by the keys of its architecture.
 
     Raises:
-        InputError: a value makes no sense.
+        InputError: a value is not valid.
     """
     values, architecture = model_keys(header), header.metadata["general.architecture"]
     fields = {field: values[key] for key, field in REQUIRED.items()}
@@ -318,7 +318,9 @@ def read_config(header: GGUFHeader) -> ModelConfig:
 
 
 class GGUFWeights(Weights):
-    """Tensors one by one from the file, in what a `PackedMatrix` or an array can hold as it is stored."""
+    """Tensors from the file, one at a time, in their stored form if a `PackedMatrix` or an array supports
+    it.
+    """
 
     def __init__(self, header: GGUFHeader, config: ModelConfig) -> None:
         self.header, self.config = header, config
@@ -333,7 +335,9 @@ class GGUFWeights(Weights):
             yield huggingface_name(tensor.name), found if matrix else dense(found).reshape(tensor.shape)
 
     def _raw(self) -> Iterator[tuple[GGUFTensor, Array]]:
-        """Every tensor's bytes, (rows, bytes per row), mapped one by one: memory never holds all."""
+        """Every tensor's bytes, (rows, bytes per row), mapped one at a time, so that memory never contains
+        all of them.
+        """
         import numpy as np
 
         path = self.header.path
@@ -354,9 +358,9 @@ class GGUFWeights(Weights):
     def _reordered(self, tensor: GGUFTensor, raw: Array) -> Array:
         """Rows of Q and K in Hugging Face's order.
 
-        llama.cpp rotates neighbours (0, 1), (2, 3), ... and Hugging Face rotates halves (0, D/2),
-        (1, D/2 + 1), ..., so that converters interleave the two halves of every head. This undoes it. For
-        Qwen's architectures llama.cpp rotates halves as well.
+        llama.cpp rotates neighbours (0, 1), (2, 3), ... and Hugging Face rotates halves (0, D/2), (1, D/2 +
+        1), ..., so converters interleave the two halves of every head. This undoes the interleaving. For
+        Qwen's architectures, llama.cpp rotates halves as well.
         """
         if self.header.metadata["general.architecture"] not in INTERLEAVED:
             return raw

@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF, rebuilt as the text of a tokenizer.json."""
+"""The tokenizer in a GGUF, converted to the text of a tokenizer.json."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from smolctl.outside import checked
 from smolctl.sources.base import DAMAGED, TokenizerFiles
 from smolctl.sources.gguf.header import GGUFHeader, as_written
 
-# Token types of llama.cpp's vocabulary; all but the first are found in a text before the merges.
+# Token types of llama.cpp's vocabulary; all except the first are matched before the merges.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 BYTES_ALONE = {**BYTE_LEVEL, "use_regex": False}
@@ -23,7 +23,7 @@ def _split(regex: str) -> dict[str, Any]:
     return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
 
 
-# As the tokenizer.json of Llama 3 and of Qwen 2 have it: at most three digits together, or each by itself.
+# As in the tokenizer.json of Llama 3 and Qwen 2: groups of at most three digits, or single digits.
 LLAMA3, QWEN2 = (
     _split(
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -32,7 +32,7 @@ LLAMA3, QWEN2 = (
     )
     for digits in (r"\p{N}{1,3}", r"\p{N}")
 )
-# What llama.cpp does one after the other where a file names no other way.
+# llama.cpp's default steps for a file that does not name a pre-tokenizer.
 DEFAULT = tuple(
     _split(regex)
     for regex in (
@@ -46,29 +46,29 @@ DEFAULT = tuple(
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """How text is cut before the merges, and what else llama.cpp knows a tokenizer by."""
+    """How text is split before the merges, and other properties of llama.cpp's pre-tokenizers."""
 
-    steps: tuple[dict[str, Any], ...]  # of tokenizer.json
+    steps: tuple[dict[str, Any], ...]  # in the format of tokenizer.json
     normalizer: dict[str, Any] | None = None
-    ignore_merges: bool = False  # a word that is an entry is one token, whatever the merges make of it
-    adds_bos: bool = False  # where the file does not say
+    ignore_merges: bool = False  # a word that is an entry is one token, whatever the merges give
+    adds_bos: bool = False  # default if the file does not say
 
 
-# By tokenizer.ggml.pre. llama.cpp leaves Qwen's normalizer out: texts that are not NFC get other ids there.
+# By tokenizer.ggml.pre. llama.cpp omits Qwen's normalizer, so it gives other ids for texts that are not NFC.
 PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     "smollm": PreTokenizer((DIGITS, BYTE_LEVEL)),
     "gpt-2": PreTokenizer((BYTE_LEVEL,)),
     "llama-bpe": PreTokenizer((LLAMA3, BYTES_ALONE), ignore_merges=True, adds_bos=True),
     "qwen2": PreTokenizer((QWEN2, BYTES_ALONE), normalizer={"type": "NFC"}),
-    "smaug-bpe": PreTokenizer((LLAMA3, BYTES_ALONE)),  # what SmolLM3's files say
+    "smaug-bpe": PreTokenizer((LLAMA3, BYTES_ALONE)),  # used by SmolLM3's files
     "default": PreTokenizer((*DEFAULT, BYTES_ALONE)),
 }
 OTHER_NAMES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "smollm3": "smaug-bpe"}
 WORD_START = "▁"  # SentencePiece's space
-MAX_PIECE = 1_000  # characters, as all divisions of a piece are tried; Llama 2's longest piece has 16
-# Keys of the ids at which text ends: of a text, of a turn, of a message.
+MAX_PIECE = 1_000  # characters, because all divisions of a piece are tried; Llama 2's longest piece has 16
+# Keys of the ids that end a text, a turn or a message.
 ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
-# Keys of what the model's makers recommend for sampling, by the names of generation_config.json.
+# Keys of the recommended sampling settings, by the names of generation_config.json.
 RECOMMENDED = {
     "general.sampling.temp": "temperature",
     "general.sampling.top_k": "top_k",
@@ -76,12 +76,12 @@ RECOMMENDED = {
     "general.sampling.min_p": "min_p",
     "general.sampling.penalty_repeat": "repetition_penalty",
 }
-NO_TOKEN = (-1, 2**32 - 1)  # how some converters spell that there is no such token
+NO_TOKEN = (-1, 2**32 - 1)  # values with which some converters mean that there is no such token
 OTHER_GGUF = "Name a tokenizer.json or a Hub id as the tokenizer instead."
 
 
 def read_tokenizer(header: GGUFHeader) -> TokenizerFiles | None:
-    """The tokenizer of a GGUF, a byte-level BPE or SentencePiece's; None when the file has no vocabulary.
+    """Read the tokenizer of a GGUF, byte-level BPE or SentencePiece; None if the file has no vocabulary.
 
     Raises:
         InputError: another kind of tokenizer, another pre-tokenizer, or damaged metadata.
@@ -119,7 +119,7 @@ def read_tokenizer(header: GGUFHeader) -> TokenizerFiles | None:
 
 
 def special_ids(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The ids of the tokens that begin, end and fill up a text, by the names that a config has for them."""
+    """The ids of the BOS, EOS and padding tokens, under the names of a config."""
     named = {"bos": "bos", "eos": "eos", "pad": "padding"}
     found = {
         f"{ours}_token_id": values.get(f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in named.items()
@@ -129,7 +129,7 @@ def special_ids(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _byte_level(values: Mapping[str, Any], pre: PreTokenizer) -> dict[str, Any]:
     tokens = list(values["tokenizer.ggml.tokens"])
-    merges = list(values["tokenizer.ggml.merges"])  # "a b": read faster than a list of two, and as well
+    merges = list(values["tokenizer.ggml.merges"])  # "a b": as good as a list of two, and faster to read
     if any(merge.count(" ") != 1 for merge in merges):
         raise ValueError("a merge is not a pair")
     first, *others = pre.steps
@@ -144,10 +144,10 @@ def _byte_level(values: Mapping[str, Any], pre: PreTokenizer) -> dict[str, Any]:
 
 
 def _sentence_piece(values: Mapping[str, Any]) -> dict[str, Any]:
-    """As transformers writes the tokenizer.json of Llama 2 and TinyLlama.
+    """The same tokenizer.json that transformers writes for Llama 2 and TinyLlama.
 
-    SentencePiece joins the neighbours that make the piece of the highest score. The same as merges: all
-    divisions of each piece in two, those of the highest score first.
+    SentencePiece joins the neighbours that form the piece with the highest score. The equivalent merges: all
+    divisions of each piece in two, in descending order of score.
     """
     tokens, kinds = list(values["tokenizer.ggml.tokens"]), _types(values)
     scores = list(values["tokenizer.ggml.scores"])
@@ -230,7 +230,7 @@ def _tokenizer_json(values: Mapping[str, Any], model: Mapping[str, Any], **parts
 
 
 def _bos_template(values: Mapping[str, Any], tokens: list[str], adds_bos: bool) -> dict[str, Any] | None:
-    """Put the first token before every text if the file asks for it, or if it says nothing and `adds_bos`."""
+    """Add BOS before every text if the file requests it, or if it does not say and `adds_bos`."""
     bos = values.get("tokenizer.ggml.bos_token_id")
     if not values.get("tokenizer.ggml.add_bos_token", adds_bos) or bos is None:
         return None

@@ -1,7 +1,7 @@
-"""A Llama-shaped network with its tokenizer as one GGUF file, as llama.cpp's converter writes it.
+"""Writes a Llama-like network with its tokenizer as one GGUF file, like llama.cpp's converter.
 
-The file is written beside its place, read back by the toolkit's own reader and compared with what went in,
-and only then renamed: what stands under the name is whole and right.
+The file is written to a temporary name, read back with smolctl's own reader, compared with the input, and
+only then renamed, so a file under the final name is always complete and correct.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from smolctl.config import ModelConfig, Provenance
-from smolctl.durable import lack_of_room, replacing
+from smolctl.durable import folder_of, lack_of_room, replacing
 from smolctl.errors import InputError, SmolError
 from smolctl.sources.base import TokenizerFiles
 from smolctl.sources.gguf.header import read_header
@@ -37,8 +37,8 @@ from smolctl.sources.quantized.packed import BLOCK
 from smolctl.sources.quantized.range import holds
 from smolctl.sources.shapes import HEAD, TABLE, no_rope_layers
 
-# Rounding cannot move a value further than this share of the tensor's largest one. Half a step, and a whole
-# one where the scale is set by one end of the range and the other end is cut.
+# Maximum rounding error as a share of the tensor's largest value: half a step, or a whole step if one end of
+# the range sets the scale and the other end is clipped.
 LARGEST_ERROR = {
     "f32": 0.0,
     "f16": 2**-11,
@@ -50,11 +50,11 @@ LARGEST_ERROR = {
     "q4_0": 1.02 / 8,
 }
 BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8, "q5_1": 5, "q5_0": 5, "q4_1": 4, "q4_0": 4}
-WRITER_KEY, WRITER = "general.quantized_by", "smolctl"  # of the files that smolctl may replace
-SCALE_UNDERFLOW = 8e-6  # scales are float16, whose smallest step is 6e-8, times up to 127
+WRITER_KEY, WRITER = "general.quantized_by", "smolctl"  # in files that smolctl may replace
+SCALE_UNDERFLOW = 8e-6  # scales are float16 with a smallest step of 6e-8, times up to 127
 SCHEMES = tuple(LARGEST_ERROR)
 BLOCK_SCHEMES = tuple(scheme for scheme in SCHEMES if scheme.startswith("q"))
-# Fields of a config that the file's keys do not hold, or hold in the tokenizer's words.
+# Fields of a config that the file's keys do not contain, or contain in the tokenizer's keys.
 NOT_IN_THE_FILE = {"attention_dropout", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"}
 
 
@@ -66,8 +66,8 @@ class GGUFResult:
     scheme: str
     bytes: int
     parameters: int
-    largest_error: float  # of a value, as a share of its tensor's largest one
-    wider: tuple[str, ...] = ()  # a line for each matrix that the scheme's range does not hold
+    largest_error: float  # of a value, as a share of its tensor's largest value
+    wider: tuple[str, ...] = ()  # a line for each matrix that exceeds the scheme's range
 
     @property
     def bits_per_weight(self) -> float:
@@ -75,7 +75,7 @@ class GGUFResult:
 
 
 def require_gguf(config: ModelConfig, scheme: str) -> None:
-    """Check that a network can be a GGUF of this scheme, before anything is read.
+    """Check that a network can be written as a GGUF of this scheme, before anything is read.
 
     Raises:
         InputError: with the reason.
@@ -108,7 +108,7 @@ def require_gguf(config: ModelConfig, scheme: str) -> None:
 
 
 def _require_same_rope(config: ModelConfig) -> None:
-    """Check that llama.cpp, which assumes what its files do not say, turns the heads as the network does."""
+    """Check that llama.cpp, which uses defaults for missing keys, rotates heads like the network."""
     layers, scaling = config.num_hidden_layers, config.rope_scaling
     if config.no_rope_layers and config.no_rope_layers != tuple(no_rope_layers(layers, NO_ROPE_INTERVAL)):
         raise InputError(
@@ -139,25 +139,25 @@ def write_gguf(
 ) -> GGUFResult:
     """Write a network as GGUF.
 
-    Matrices are stored in `scheme`, norms in float32. The 4- and 5-bit schemes keep the token table (and a
-    head of its own) at q8_0, as published files do: it is read at both ends of the network. A matrix with
-    values outside the range of a scheme's float16 scales becomes q8_0, or else float32.
+    Matrices are stored in `scheme`, norms in float32. The 4- and 5-bit schemes store the token table (and an
+    untied head) in q8_0, like published files, because it affects both ends of the network. A matrix with
+    values outside the range of a scheme's float16 scales is stored in q8_0, or else in float32.
 
     Args:
         config: of the network.
-        tensors: every tensor under its Hugging Face name; a head that equals a tied table may be there.
-        tokenizer: goes into the file, chat template included.
+        tensors: every tensor under its Hugging Face name; may include a head that equals a tied table.
+        tokenizer: written into the file with its chat template.
         scheme: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.
-        path: of the file; replaced when it exists.
+        path: of the file; an existing file is replaced.
         name: of the model, `general.name`.
-        provenance: of the weights; its licence and its model on the Hub are named in the file.
+        provenance: of the weights; the file names its licence and its model on the Hub.
 
     Returns:
-        What was written, after it was read back and compared.
+        Facts about the file, after it was read back and compared.
 
     Raises:
-        InputError: llama.cpp has no such network, tokenizer or block size.
-        SmolError: the file does not read back as what went in; nothing stands under `path` then.
+        InputError: llama.cpp does not support the network, the tokenizer or the block size.
+        SmolError: the file does not read back as written; then there is no file at `path`.
     """
     require_gguf(config, scheme)
     metadata = _model_metadata(config, scheme, name) | gguf_metadata(provenance)
@@ -166,18 +166,19 @@ def write_gguf(
     if config.tie_word_embeddings:
         state.pop(HEAD, None)
     blocks = {key: _block(key, tensor, scheme) for key, tensor in state.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if lack := lack_of_room(path.parent, sum(_bytes(tensor, blocks[key]) for key, tensor in state.items())):
-        raise SmolError(f"{path}: the GGUF {lack}", "Free some space or choose another place.")
-    with replacing(path) as partial:
-        _write(partial, metadata, state, config, blocks)
-        try:
-            error = _read_back(partial, state, config, tokenizer, blocks)
-        except InputError as damage:  # a disk that is full takes less than it was given, without a word
-            raise SmolError(
-                f"{path}: cannot be written (reads back as: {damage.message})",
-                "Look at the disk's space and health.",
-            ) from None
+    needed = sum(_bytes(tensor, blocks[key]) for key, tensor in state.items())
+    with folder_of(path):
+        if lack := lack_of_room(path.parent, needed):
+            raise SmolError(f"{path}: the GGUF {lack}", "Free some space or choose another place.")
+        with replacing(path) as partial:
+            _write(partial, metadata, state, config, blocks)
+            try:
+                error = _read_back(partial, state, config, tokenizer, blocks)
+            except InputError as damage:  # a disk that is full takes less than it was given, without a word
+                raise SmolError(
+                    f"{path}: cannot be written (reads back as: {damage.message})",
+                    "Look at the disk's space and health.",
+                ) from None
     parameters = sum(tensor.numel() for tensor in state.values())
     wider = tuple(
         f"{key} is stored as {block}: its values are outside the range of {scheme}"
@@ -196,19 +197,19 @@ def is_own_gguf(path: Path) -> bool:
 
 
 def block_of(name: str, dimensions: int, scheme: str) -> str:
-    """What a tensor is stored as in a file of a scheme: tables keep 8 bits, vectors float32."""
+    """The type of a tensor in a file of a scheme: tables keep 8 bits, vectors float32."""
     if dimensions == 1:
         return "f32"
     return "q8_0" if scheme in BLOCK_SCHEMES and name in (TABLE, HEAD) else scheme
 
 
 def wider_blocks(block: str) -> tuple[str, ...]:
-    """What a matrix becomes whose values a kind of blocks cannot hold: the first that can."""
+    """Fallbacks for a matrix whose values exceed a block type; the first suitable one is used."""
     return ("f32",) if block in ("q8_0", "f16", "bf16", "f32") else ("q8_0", "f32")
 
 
 def _block(name: str, tensor: Tensor, scheme: str) -> str:
-    """What a tensor of these values is stored as in a file of a scheme."""
+    """The type of a tensor with these values in a file of a scheme."""
     wanted = block_of(name, tensor.dim(), scheme)
     values = tensor.float().cpu()
     return next(block for block in (wanted, *wider_blocks(wanted)) if holds(block, values))
@@ -254,7 +255,7 @@ def _write(
     try:
         for key, value in metadata.items():
             kind = gguf.GGUFValueType.get_type(value)
-            # llama.cpp wants its sizes and ids without a sign.
+            # llama.cpp requires unsigned sizes and ids.
             writer.add_key_value(key, value, gguf.GGUFValueType.UINT32 if type(value) is int else kind)
         if (scaling := config.rope_scaling) is not None:
             writer.add_uint32(
@@ -279,7 +280,7 @@ def _write(
 
 
 def gguf_name(name: str) -> str:
-    """`model.layers.0.mlp.up_proj.weight` as `blk.0.ffn_up.weight`.
+    """`model.layers.0.mlp.up_proj.weight` -> `blk.0.ffn_up.weight`.
 
     Raises:
         InputError: a Llama has no such tensor.
@@ -296,7 +297,9 @@ def gguf_name(name: str) -> str:
 
 
 def _interleaved(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
-    """Rows of Q and K in llama.cpp's order: the two halves of every head take turns, as it rotates pairs."""
+    """Rows of Q and K in llama.cpp's order: the two halves of every head interleaved, because it rotates
+    pairs.
+    """
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
         name.split(".")[-2]
     )
@@ -313,7 +316,9 @@ def _read_back(
     tokenizer: TokenizerFiles,
     blocks: Mapping[str, str],
 ) -> float:
-    """The largest error of a value as a share of its tensor's largest one, after checking all of the file."""
+    """Check all of the file; returns the largest error of a value as a share of its tensor's largest
+    value.
+    """
     source = open_gguf(path, path.name)
     if source.config is None or source.weights is None:
         raise _differs(source.unsupported)

@@ -1,4 +1,4 @@
-"""A tokenizer as the keys of a GGUF, and the check that it still is the same one."""
+"""Converts a tokenizer to the keys of a GGUF, and checks that it still is the same tokenizer."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from smolctl.sources.huggingface.tokenizer import ids_around_text, read_backend,
 
 UNUSED, BYTE = 5, 6  # token types of llama.cpp's vocabulary
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
-# What a tokenizer may do differently in spite of equal entries: digits, contractions, spaces, line ends,
-# scripts, marks of their own, special tokens within a text.
+# Texts on which tokenizers with equal entries may differ: digits, contractions, spaces, line ends, scripts,
+# combining marks, special tokens within a text.
 SAMPLES = (
     "In 2026 they'll sell 1,234.5 of them; we've 12345 left.",
     "def f(x):\n    return  x**2  # twice   as much\n\n\n\treturn\r\n",
@@ -38,10 +38,10 @@ REMEDY = "Leave out the GGUF, or train with --tokenizer train:N."
 def tokenizer_metadata(files: TokenizerFiles, config: ModelConfig) -> dict[str, Any]:
     """The `tokenizer.*` keys.
 
-    The vocabulary is filled up to the rows of the model's table, as llama.cpp wants one entry a row.
+    The vocabulary is padded to the rows of the model's table, because llama.cpp requires one entry per row.
 
     Raises:
-        InputError: llama.cpp has no tokenizer that does the same.
+        InputError: llama.cpp has no equivalent tokenizer.
     """
     content = parse_object(files.tokenizer_json, "tokenizer.json")
     pieces = is_sentence_piece(content)
@@ -75,7 +75,7 @@ def tokenizer_metadata(files: TokenizerFiles, config: ModelConfig) -> dict[str, 
 
 
 def _kinds(content: Mapping[str, Any], names: Mapping[int, str], pieces: bool) -> dict[int, int]:
-    """What the tokens are, by their ids, where they are not `NORMAL`."""
+    """Types of the tokens that are not `NORMAL`, by id."""
     kinds = {
         token["id"]: CONTROL if token.get("special") else USER_DEFINED
         for token in content.get("added_tokens") or ()
@@ -94,14 +94,14 @@ def _special_ids(files: TokenizerFiles, config: ModelConfig) -> dict[str, int | 
         "eos": eos if eos is not None else next(iter(config.eos_token_ids), None),
         "padding": files.pad_token_id if files.pad_token_id is not None else config.pad_token_id,
     }
-    # Where an answer ends beside `eos`: llama.cpp has two more places for that.
+    # End tokens other than `eos`: llama.cpp has two more keys for them.
     others = (end for end in files.end_token_ids if end != ids["eos"])
     return ids | dict(zip(("eot", "eom"), others, strict=False))
 
 
 def _recommended(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model's makers recommend for sampling, as llama.cpp takes it."""
-    if found.get("do_sample") is False:  # in other words
+    """The recommended sampling settings under llama.cpp's keys."""
+    if found.get("do_sample") is False:  # equivalent to temperature 0
         found = {**found, "temperature": 0.0}
     given = {key: found[name] for key, name in RECOMMENDED.items() if name in found}
     usable = {key: one for key, one in given.items() if type(one) in (int, float) and 0 <= one < 2**31}
@@ -109,10 +109,10 @@ def _recommended(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pre_tokenizer_name(content: Mapping[str, Any]) -> str:
-    """llama.cpp's name of the way in which a tokenizer.json cuts text before the merges.
+    """llama.cpp's name for the way in which a tokenizer.json splits text before the merges.
 
     Raises:
-        InputError: it does anything else.
+        InputError: there is no such name.
     """
     model = content.get("model") or {}
     if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
@@ -132,14 +132,14 @@ def pre_tokenizer_name(content: Mapping[str, Any]) -> str:
 
 
 def _parts(part: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
-    """The parts of a sequence, or the one part that there is."""
+    """The parts of a sequence, or the only part."""
     if not part:
         return []
     return list(part.get(key, [])) if part.get("type") == "Sequence" else [part]
 
 
 def _kind(step: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a pre-tokenizer does; offsets, which it may keep as well, change no token."""
+    """The behaviour of a pre-tokenizer, without its offsets, which do not affect tokens."""
     match step:
         case {"type": "ByteLevel"}:
             return "ByteLevel", bool(step.get("add_prefix_space")), step.get("use_regex", True)
@@ -163,7 +163,7 @@ def _begins_with_space(content: Mapping[str, Any]) -> bool:
 
 
 def _scores(content: Mapping[str, Any], tokens: Sequence[str]) -> list[float]:
-    """What llama.cpp has in the place of merges: the earlier a piece is joined, the higher it scores."""
+    """llama.cpp's replacement for merges: the earlier a piece is merged, the higher its score."""
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(_merges(content)):
         ranks.setdefault(merge.replace(" ", ""), rank)
@@ -173,10 +173,10 @@ def _scores(content: Mapping[str, Any], tokens: Sequence[str]) -> list[float]:
 def require_same_tokenizer(
     given: TokenizerFiles, back: TokenizerFiles, differs: Callable[[str], SmolError]
 ) -> None:
-    """Check that two tokenizers turn the same texts into the same ids, and have the same template.
+    """Check that two tokenizers give the same ids for the same texts, and have the same template.
 
     Raises:
-        SmolError: what `differs` makes of the first difference.
+        SmolError: `differs`, called with the first difference.
     """
     one, two = (read_backend(files.tokenizer_json, "tokenizer.json") for files in (given, back))
     for sample in SAMPLES:
@@ -189,10 +189,10 @@ def require_same_tokenizer(
 
 
 def _merges(content: Mapping[str, Any]) -> list[str]:
-    """Both spellings of tokenizer.json, "a b" and ["a", "b"], as GGUF's "a b".
+    """Both forms of tokenizer.json, "a b" and ["a", "b"], as GGUF's "a b".
 
     Raises:
-        InputError: there are none, which llama.cpp does not load.
+        InputError: there are none; llama.cpp cannot load such a tokenizer.
     """
     merges = (content.get("model") or {}).get("merges") or ()
     if not merges:
@@ -201,7 +201,7 @@ def _merges(content: Mapping[str, Any]) -> list[str]:
 
 
 def _begins_with_bos(files: TokenizerFiles) -> bool:
-    """Whether the tokenizer puts its first token before every text.
+    """Whether the tokenizer adds BOS before every text.
 
     Raises:
         InputError: it adds something else.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from smolctl.errors import InputError
-from smolctl.hub.client import README
+from smolctl.hub.files import README
 from smolctl.outside import parse_yaml
 
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
@@ -16,7 +16,7 @@ _MAX_METADATA = 100_000  # characters
 
 
 def split_card(text: str) -> tuple[str, str]:
-    """The front matter, its fences included ("" when there is none), and the rest."""
+    """The front matter with its fences ("" if there is none), and the rest."""
     match = _FRONT_MATTER.match(text)
     return (match[0], text[match.end() :]) if match else ("", text)
 
@@ -35,7 +35,7 @@ def read_metadata(front: str) -> dict[str, Any]:
 
 
 def card_beside(folder: Path) -> Mapping[str, Any]:
-    """The metadata of the card in a folder; empty where there is none that can be read."""
+    """The metadata of the card in a folder; empty if there is none that can be read."""
     try:
         with (folder / README).open(encoding="utf-8", errors="replace") as file:
             return read_metadata(split_card(file.read(_MAX_METADATA))[0])
@@ -44,7 +44,7 @@ def card_beside(folder: Path) -> Mapping[str, Any]:
 
 
 def license_of(metadata: Mapping[str, Any]) -> str | None:
-    """The licence that a card's metadata states; several in one text."""
+    """The licence in a card's metadata; several are joined into one text."""
     value = metadata.get("license")
     if value == "other":
         value = metadata.get("license_name") or value

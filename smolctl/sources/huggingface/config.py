@@ -1,7 +1,7 @@
 """Hugging Face's config.json, read into a `ModelConfig` and written from one.
 
-Both spellings are read: transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and transformers 5
-(`rope_parameters`, `dtype`). What the network cannot compute is refused by name.
+Both key styles are read: transformers 4's (`rope_theta`, `rope_scaling`, `torch_dtype`) and transformers 5's
+(`rope_parameters`, `dtype`). Features that the network does not have are refused by name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from smolctl.config.load import resolve_model_config
 from smolctl.outside import checked, fitting, shown
 from smolctl.sources.shapes import no_rope_layers
 
-# What transformers' config classes assume for a key that config.json leaves out.
+# Defaults of transformers' config classes for keys that config.json omits.
 LLAMA_DEFAULTS: Mapping[str, Any] = {
     "vocab_size": 32_000,
     "hidden_size": 4_096,
@@ -47,11 +47,12 @@ QWEN_DEFAULTS = {
 }
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 ROPE = ("rope_parameters", "rope_scaling")  # transformers 5's key and 4's
-# What `push` calls a network with learned positions or scaled branches, and what its config class assumes.
+# The model type with which `push` names a network with learned positions or scaled branches, and the defaults
+# of its config class.
 CONTEXT = "max_position_embeddings"
 OWN_TYPE, OWN_ARCHITECTURE = "smolctl", "SmolctlForCausalLM"
 OWN_DEFAULTS = {"position_embedding": "learned", "residual_scale": 1.0}
-# The kinds that this network computes, with the class and the defaults that each has in transformers.
+# The supported model types, with the class and the defaults of each in transformers.
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -84,18 +85,19 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "qwen2": {**QWEN_DEFAULTS, "sliding_window": 4_096},
     "qwen3": {**QWEN_DEFAULTS, "sliding_window": 4_096, "head_dim": 128},
 }
-# Features that are off when the key is absent, null, false or zero.
+# Features that are off if the key is missing, null, false or zero.
 OFF_SWITCHES = (
     *("attention_bias", "mlp_bias", "quantization_config", "quantization"),
     *("rope_interleaved", "use_mrope"),
 )
-# Fields of `ModelConfig` that transformers does not know: two of our own, and two that its classes imply.
+# Fields of `ModelConfig` that transformers does not have: two are smolctl's, and two are implied by the
+# class.
 NOT_WRITTEN = {"position_embedding", "residual_scale", "no_rope_layers", "qkv_bias", "use_qk_norm"}
-SILU = ("silu", "swish")  # two names of one function
+SILU = ("silu", "swish")  # two names of the same function
 
 
 class _Declared(TypedDict, total=False):
-    """What a config.json says of itself, beside the fields of `ModelConfig`."""
+    """The keys of a config.json that are read in addition to the fields of `ModelConfig`."""
 
     architectures: list[str] | None
     model_type: str | None
@@ -105,7 +107,7 @@ class _Declared(TypedDict, total=False):
 
 
 class _OurKinds(TypedDict, total=False):
-    """What is read beside that where `model_type` is one of `ARCHITECTURES`."""
+    """Further keys that are read if `model_type` is one of `ARCHITECTURES`."""
 
     num_hidden_layers: int
     head_dim: Annotated[int, Field(gt=0)] | None
@@ -117,17 +119,17 @@ class _OurKinds(TypedDict, total=False):
 
 
 def from_huggingface_config(values: Mapping[str, Any], origin: str) -> tuple[ModelConfig | None, str]:
-    """The network that a config.json describes, or why this toolkit's network is another one.
+    """The network that a config.json describes, or the reason why smolctl's network cannot represent it.
 
     Args:
         values: the parsed config.json.
-        origin: what to call it in an error.
+        origin: name of the file in an error.
 
     Returns:
-        The config and "", or None and the feature that is not supported.
+        The config and "", or None and the unsupported feature.
 
     Raises:
-        InputError: a value is wrong in itself (negative size, heads that do not divide, ...).
+        InputError: a value is invalid (negative size, heads that do not divide, ...).
     """
     checked(_Declared, values, origin)
     if values.get("model_type") in ARCHITECTURES:
@@ -137,10 +139,10 @@ def from_huggingface_config(values: Mapping[str, Any], origin: str) -> tuple[Mod
 
 
 def counted_config(values: Mapping[str, Any], origin: str) -> ModelConfig | None:
-    """A network with the parameters and the costs of one that cannot be run; None when there is none.
+    """A network with the parameters and costs of one that cannot be run; None if there is none.
 
-    How positions are rotated, which function the gate has, how the weights are packed, and whether the head
-    predicts the next token or a class of texts, changes nothing in the layers of a Llama or its near kin.
+    The rotation of positions, the gate's activation, the packing of weights, and whether the head predicts a
+    token or a class do not change the parameters of a Llama-like model's layers.
     """
     kind = ARCHITECTURES.get(str(values.get("model_type")), "").removesuffix("ForCausalLM")
     listed = str((values.get("architectures") or (kind,))[0])
@@ -175,12 +177,12 @@ def _network(values: Mapping[str, Any], origin: str) -> ModelConfig:
 
 
 def _value(values: Mapping[str, Any], key: str) -> Any:
-    """What a config.json says, or what transformers assumes for its kind."""
+    """The value in a config.json, or the default of its model type in transformers."""
     return values.get(key, {**LLAMA_DEFAULTS, **DEFAULTS.get(str(values.get("model_type")), {})}.get(key))
 
 
 def _rope_scaling(values: Mapping[str, Any]) -> RopeScaling | None:
-    """Llama 3's scaling; None where there is none, or where its values are missing or make no sense."""
+    """Llama 3's scaling; None if there is none, or if its values are missing or invalid."""
     rope = _rope(values)
     if _rope_kind(rope) != "llama3":
         return None
@@ -189,7 +191,7 @@ def _rope_scaling(values: Mapping[str, Any]) -> RopeScaling | None:
 
 
 def _no_rope_layers(values: Mapping[str, Any]) -> list[int]:
-    """For each layer whether it has rope: a list that may be longer, or all but every n-th."""
+    """Whether each layer has RoPE: from a list, which may be too long, or all except every n-th layer."""
     layers = _value(values, "num_hidden_layers")
     given = values.get("no_rope_layers")
     if given is not None:
@@ -198,19 +200,19 @@ def _no_rope_layers(values: Mapping[str, Any]) -> list[int]:
 
 
 def assumed_keys(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """Sizes that a config.json of our kinds leaves out, so that the defaults of its kind are assumed."""
+    """Sizes missing in a config.json of a supported type, for which the type's defaults are assumed."""
     if values.get("model_type") not in ARCHITECTURES:
         return ()
     return tuple(assumption(key, _value(values, key)) for key in SIZES if key not in values)
 
 
 def assumption(key: str, value: int) -> str:
-    """What is said of a size that a config.json leaves out."""
+    """The message about a size missing in a config.json."""
     return f"{key} is not given: {value:,} is assumed, as by transformers"
 
 
 def unsupported_feature(values: Mapping[str, Any]) -> str:
-    """The first feature of a config.json that this network does not have; "" when there is none."""
+    """The first unsupported feature of a config.json; "" if there is none."""
     model_type, architectures = values.get("model_type"), values.get("architectures") or ()
     if model_type not in ARCHITECTURES:
         named = f"model_type {model_type}" if model_type else "a config.json without model_type"
@@ -266,20 +268,21 @@ def _rope_kind(rope: Mapping[str, Any]) -> Any:
 
 
 def _meaning(rope: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """What one of the two spellings says, with what it leaves out: where both are there, transformers takes
-    `rope_scaling`, and its base from the top level."""
+    """One of the two key styles with its defaults: if both are there, transformers uses `rope_scaling`,
+    with its base from the top level.
+    """
     rest = {key: value for key, value in rope.items() if key not in ("type", "rope_type", "rope_theta")}
     return {**rest, "rope_type": _rope_kind(rope), "rope_theta": _rope_theta(rope, values)}
 
 
 def _rope_theta(rope: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
-    """The base that a `rope_parameters` says, else the top level's; 0 is a base too, and refused later."""
+    """The base in `rope_parameters`, else at the top level; 0 is a value too, and refused later."""
     theta = rope.get("rope_theta")
     return _value(values, "rope_theta") if theta is None else theta
 
 
 def _rope(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """v5 `rope_parameters`, or v4 `rope_scaling`; empty when neither is there."""
+    """v5 `rope_parameters`, or v4 `rope_scaling`; empty if neither is there."""
     for key in ROPE:
         if rope := values.get(key):
             return dict(rope)
@@ -287,7 +290,7 @@ def _rope(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _detail(value: Any) -> str:
-    """How a switched-on feature is described: `quant_method bitsandbytes`, `4096`, or nothing."""
+    """The description of a feature that is on: `quant_method bitsandbytes`, `4096`, or nothing."""
     if isinstance(value, Mapping):
         method = value.get("quant_method")
         return f" ({method if isinstance(method, str) else shown(method)})" if method else ""
@@ -295,11 +298,10 @@ def _detail(value: Any) -> str:
 
 
 def to_huggingface_config(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
-    """The config.json of a network, in both spellings, for old readers and new.
+    """The config.json of a network, in both key styles, for old and new versions of transformers.
 
-    A Llama-shaped one is a `LlamaForCausalLM`, its near kin are transformers' own classes too. One with
-    learned positions or scaled residual branches names the two Python files that it needs beside it
-    (`transformers_code/`).
+    A Llama-like network is a `LlamaForCausalLM` or another class of transformers. One with learned positions
+    or scaled residual branches names the two Python files that it needs next to it (`transformers_code/`).
     """
     fields = config.model_dump(mode="json", exclude=NOT_WRITTEN)
     scaling = fields["rope_scaling"] or {"rope_type": "default"}

@@ -39,16 +39,17 @@ BOTH = f"{SINGLE} and {INDEX} are both there: {SINGLE} is read, as transformers 
 
 
 def is_huggingface_folder(folder: Path) -> bool:
-    """Whether a folder holds a config.json, Meta's params.json or safetensors."""
+    """Whether a folder contains a config.json, Meta's params.json or safetensors."""
     named = any((folder / name).is_file() for name in ("config.json", "params.json"))
     return named or any(folder.glob("*.safetensors"))
 
 
 def require_parts(folder: Path) -> None:
-    """Refuse a folder in which a part of its model cannot be read: without it another model might be read.
+    """Refuse a folder in which a part of the model cannot be read, because another model might be read
+    without it.
 
     Raises:
-        InputError: one of its files is a link to what is not there, or a folder, a pipe or a device.
+        InputError: one of its files is a broken link, a folder, a pipe or a device.
     """
     for path in sorted(folder.iterdir()):
         is_part = path.name in PARTS or path.name.endswith((".safetensors", *LONE_ENDINGS))
@@ -61,18 +62,18 @@ def require_parts(folder: Path) -> None:
 
 
 def broken_link(path: Path) -> InputError:
-    """What is said of a link to what is not there."""
+    """The message about a broken link."""
     return InputError(f"{path}: a link to {path.readlink()}, which is not there", "Restore its target.")
 
 
 def files_of_model(folder: Path) -> tuple[str, ...]:
-    """Names of what a folder holds of a model: configs, tokenizer and weights."""
+    """Names of a model's files in a folder: configs, tokenizer and weights."""
     weights = (path.name for path in sorted(folder.glob("*.safetensors*")))
     return (*(name for name in TOKENIZER_FILES if os.path.lexists(folder / name)), *weights)
 
 
 def open_folder(folder: Path, name: str, kind: SourceKind = SourceKind.FOLDER) -> ModelSource:
-    """Open a folder as transformers saves it.
+    """Open a folder saved by transformers.
 
     Raises:
         InputError: a file is damaged or missing.
@@ -84,7 +85,7 @@ def open_folder(folder: Path, name: str, kind: SourceKind = SourceKind.FOLDER) -
 
 
 def _with_adapter(source: ModelSource, folder: Path) -> ModelSource:
-    """A source whose reason names the base model of an adapter, where its config lies beside it."""
+    """If an adapter's config is in the folder, add the name of its base model to the reason."""
     path = folder / "adapter_config.json"
     is_adapter = source.unsupported == ADAPTER or not source.declared
     if source.config is not None or not is_adapter or not path.is_file():
@@ -93,7 +94,7 @@ def _with_adapter(source: ModelSource, folder: Path) -> ModelSource:
 
 
 def open_config_json(path: Path, name: str) -> ModelSource:
-    """Open a config.json, with the weights that lie beside it."""
+    """Open a config.json, with the weights next to it."""
     if path.name == "config.json":
         return open_folder(path.parent, name)
     content = read_json(path)
@@ -109,7 +110,7 @@ def require_config_json(content: Mapping[str, Any], origin: str) -> None:
     """Refuse the other JSON files of a model.
 
     Raises:
-        InputError: it is an index, a tokenizer or an adapter's config, or has nothing of a config.json.
+        InputError: it is an index, a tokenizer or an adapter's config, or has no key of a config.json.
     """
     if "weight_map" in content:
         raise InputError(f"{origin}: an index of weights", "Name the folder that contains it.")
@@ -124,13 +125,13 @@ def require_config_json(content: Mapping[str, Any], origin: str) -> None:
 
 
 def _adapter(content: Mapping[str, Any]) -> str:
-    """What an adapter_config.json says that weights beside it are."""
+    """What an adapter_config.json says about the weights next to it."""
     base, rank = content.get("base_model_name_or_path"), content.get("r")
     return f"a {content.get('peft_type')} adapter of rank {rank} for {base}, which holds no model of its own"
 
 
 def open_safetensors(path: Path, name: str) -> ModelSource:
-    """Open one file; its config is the config.json beside it, or is recovered from the shapes."""
+    """Open one file; its config is the config.json next to it, or is recovered from the shapes."""
     tensors, weights, beside = read_header(path), SafetensorsWeights({path: None}), path.parent
     kind, reader = SourceKind.SAFETENSORS, tokenizer_reader(beside)
     source = describe_beside(kind, name, beside, tensors, weights=weights, reader=reader)
@@ -146,7 +147,7 @@ def describe_beside(
     weights: Weights | None = None,
     reader: Callable[[], TokenizerFiles | None] | None = None,
 ) -> ModelSource:
-    """A source from the config.json, or Meta's params.json, in the folder of its weights, and the header.
+    """A source from the header and from the config.json, or Meta's params.json, in the same folder.
 
     Raises:
         InputError: the config is damaged.
@@ -159,7 +160,7 @@ def describe_beside(
 def _declared_in(
     folder: Path, tensors: tuple[TensorHeader, ...]
 ) -> tuple[dict[str, Any] | None, tuple[str, ...], str]:
-    """What a folder says of its model, what of that is assumed, and what no network of ours has."""
+    """What a folder declares about its model, the assumed values, and the unsupported feature."""
     config, params = folder / "config.json", folder / "params.json"
     if config.is_file():
         return read_json(config), (), ""
@@ -172,7 +173,7 @@ def _declared_in(
 
 @dataclass(frozen=True)
 class _Network:
-    """A network as its config.json states it or its shapes show it; fields as in `ModelSource`."""
+    """A network from its config.json or its shapes; fields as in `ModelSource`."""
 
     config: ModelConfig | None = None
     shape: ModelConfig | None = None
@@ -188,7 +189,7 @@ def _declared(
     tensors: tuple[TensorHeader, ...],
     assumptions: tuple[str, ...],
 ) -> _Network:
-    """The network of a config.json, if the tensors are its own."""
+    """The network of a config.json, if the tensors belong to it."""
     config, unsupported = from_huggingface_config(declared, name)
     shape = None if config else counted_config(declared, name)
     unfit = check_tensors(config, renamed) if config and tensors else ()
@@ -199,7 +200,7 @@ def _declared(
 
 
 def _recovered(renamed: tuple[TensorHeader, ...], tensors: tuple[TensorHeader, ...]) -> _Network:
-    """The network that has tensors of these shapes, without a config.json."""
+    """The network with tensors of these shapes, without a config.json."""
     config, unsupported, assumptions = recover_config(renamed)
     if config is None and (known := format_of(tensor.name for tensor in tensors)):
         unsupported = known
@@ -217,11 +218,11 @@ def describe(
     assumptions: tuple[str, ...] = (),
     unsupported: str = "",
 ) -> ModelSource:
-    """A source from the config.json's content (None: recover it from shapes) and the header.
+    """A source from the header and from config.json's content (None: recovered from shapes).
 
     Args:
-        assumptions: which values of the config no file says.
-        unsupported: why this network is another one, where that is known already.
+        assumptions: values of the config that are in no file.
+        unsupported: the reason why smolctl's network cannot represent it, if already known.
     """
     tied = declared is None or bool(declared.get("tie_word_embeddings"))
     names = huggingface_names((tensor.name for tensor in tensors or ()), tied)
@@ -282,5 +283,5 @@ def _folder_weights(
 
 
 def _names_only(index: Path, name: str) -> bool:
-    """Whether an index leads to this file alone."""
+    """Whether an index refers only to this file."""
     return set(read_weight_map(read_file(index), str(index))) == {name}

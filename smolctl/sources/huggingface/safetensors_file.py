@@ -1,7 +1,7 @@
-"""Safetensors files, read by hand: headers in microseconds, weights memory-mapped, nothing with torch.
+"""A reader for safetensors files: headers in microseconds, weights memory-mapped, without torch.
 
-A file is 8 bytes of header length (little endian), the header as JSON, then the data. Every entry
-names a dtype, a shape and a range of the data. https://github.com/huggingface/safetensors#format
+A file consists of 8 bytes of header length (little endian), the header as JSON, and the data. Every entry has
+a dtype, a shape and a range of the data. https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BITS = {
     **{"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
     **{"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
 }
-# What PyTorch calls the types that an array can have.
+# PyTorch's names of the types that an array can have.
 TYPES = {
     **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"},
     **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"},
@@ -40,18 +40,18 @@ TYPES = {
 
 
 class _Index(TypedDict):
-    """What is read of a model.safetensors.index.json."""
+    """The relevant part of a model.safetensors.index.json."""
 
     weight_map: dict[str, str]
 
 
 def is_safetensors(start: bytes) -> bool:
-    """Whether a file begins as safetensors do: a header length, then a JSON object."""
+    """Whether a file starts like safetensors: a header length, then a JSON object."""
     return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER_BYTES
 
 
 def read_header(path: Path) -> tuple[TensorHeader, ...]:
-    """Every tensor that a file declares, checked against the file's size.
+    """Read all tensors that a file declares, checked against the file's size.
 
     Raises:
         InputError: the file is truncated, or its header is damaged.
@@ -76,7 +76,7 @@ def read_header(path: Path) -> tuple[TensorHeader, ...]:
 
 
 def check_header_length(length: int, file_size: int | None, origin: str) -> None:
-    """Refuse a header that is longer than the format allows, or than the file."""
+    """Refuse a header that is longer than the format or the file allows."""
     if length > MAX_HEADER_BYTES:
         raise InputError(f"{origin}: not a safetensors file (header of {length:,} bytes)", DAMAGED)
     if file_size is not None and (file_size < 8 or length > file_size - 8):
@@ -88,8 +88,8 @@ def parse_header(text: bytes, data_size: int | None, origin: str) -> tuple[Tenso
 
     Args:
         text: the JSON.
-        data_size: bytes that follow the header; None when they cannot be known.
-        origin: what to call the file in an error.
+        data_size: bytes that follow the header; None if not known.
+        origin: name of the file in an error.
     """
     try:
         entries = parse_json(text)
@@ -137,10 +137,10 @@ def _entry(name: str, entry: Any, origin: str) -> tuple[int, int, TensorHeader]:
 
 
 def read_shards(folder: Path, index: Path) -> tuple[dict[Path, list[str]], tuple[TensorHeader, ...]]:
-    """The files that an index names and all their tensors.
+    """Read the files that an index names, and all their tensors.
 
     Raises:
-        InputError: the index is damaged, or a shard is missing; also as `promised_tensors`.
+        InputError: the index is damaged, a shard is missing, or as in `promised_tensors`.
     """
     promised = read_weight_map(read_file(index, DAMAGED), str(index))
     shards = {folder / file_name: names for file_name, names in promised.items()}
@@ -155,15 +155,15 @@ def read_shards(folder: Path, index: Path) -> tuple[dict[Path, list[str]], tuple
 def promised_tensors(
     promised: Mapping[str, Sequence[str]], headers: Mapping[str, Sequence[TensorHeader]]
 ) -> tuple[TensorHeader, ...]:
-    """The tensors that an index of weights names, each from the file in which it says that it lies.
+    """The tensors that an index names, each from the file that it names for it.
 
     Args:
         promised: names by file, from the index.
-        headers: what each of these files holds.
+        headers: the tensors in each of these files.
 
     Raises:
-        InputError: a file lacks a tensor, or also holds one that the index has in another file: which of
-            the two is meant is not known, and transformers takes the one that it reads last.
+        InputError: a file lacks a tensor, or has one that the index assigns to another file: which of the two
+            is meant is not known, and transformers uses the one that it reads last.
     """
     home = {name: path for path, names in promised.items() for name in names}
     tensors: list[TensorHeader] = []
@@ -200,7 +200,7 @@ class SafetensorsWeights(ArrayWeights):
     """Memory-mapped tensors of one or more files.
 
     Args:
-        files: path to the names to read there, or None for all of them.
+        files: paths with the names to read from each, or None for all of them.
     """
 
     def __init__(self, files: Mapping[Path, Sequence[str] | None]) -> None:
@@ -215,10 +215,10 @@ class SafetensorsWeights(ArrayWeights):
 
 
 def mapped_arrays(path: Path) -> Iterator[tuple[str, Array]]:
-    """Every tensor of a file, in the memory that the file is mapped into; writing changes a copy.
+    """Every tensor of a file, in the memory-mapped file; writing changes a private copy.
 
     Raises:
-        InputError: the file cannot be read, is damaged, or holds a type that no array has.
+        InputError: the file cannot be read, is damaged, or has a type that arrays do not support.
     """
     import numpy as np
 

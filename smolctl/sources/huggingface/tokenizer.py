@@ -1,4 +1,4 @@
-"""The tokenizer that lies in a Hugging Face folder, as plain data."""
+"""The tokenizer in a Hugging Face folder, as plain data."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from smolctl.sources.base import TokenizerFiles
 if TYPE_CHECKING:
     import tokenizers
 
-# Files that hold a tokenizer in formats older than tokenizer.json.
+# Tokenizer files in formats older than tokenizer.json.
 SLOW_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 SPECIAL_MAP = "special_tokens_map.json"  # names of special tokens, in older repositories
-# What goes unchanged into every export of a model, tokenizer.json aside: nothing can rebuild these settings.
+# Files copied unchanged into every export of a model, besides tokenizer.json: their settings cannot be
+# rebuilt.
 CARRIED = (
     "tokenizer_config.json",
     "generation_config.json",
@@ -31,9 +32,9 @@ CARRIED = (
     SPECIAL_MAP,
     "added_tokens.json",
 )
-# Settings of generation_config.json that say how to sample.
+# Sampling settings of generation_config.json.
 RECOMMENDED = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-# Everything of a repository that a tokenizer may need, tokenizer.json aside.
+# All files of a repository that a tokenizer may need, besides tokenizer.json.
 SIDE_FILES = (*CARRIED, "config.json")
 TOKENIZERS = ("tokenizer.json", *SLOW_FILES)
 TOKENIZER_FILES = (*TOKENIZERS, "merges.txt", *SIDE_FILES)
@@ -53,14 +54,14 @@ class _Model(TypedDict):
 
 
 class _TokenizerJson(TypedDict):
-    """What smolctl itself reads of a tokenizer.json; the rest is the `tokenizers` library's."""
+    """The parts of a tokenizer.json that smolctl itself reads; the `tokenizers` library reads the rest."""
 
     model: NotRequired[_Model]
     added_tokens: NotRequired[list[_AddedToken] | None]
 
 
 class _SpecialIds(TypedDict, total=False):
-    """What smolctl reads of a generation_config.json, and of a config.json beside a tokenizer."""
+    """The parts that smolctl reads of a generation_config.json, and of a config.json next to a tokenizer."""
 
     bos_token_id: SpecialId | list[SpecialId] | None
     eos_token_id: SpecialId | list[SpecialId] | None
@@ -68,16 +69,16 @@ class _SpecialIds(TypedDict, total=False):
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer in any format."""
+    """Whether a folder contains a tokenizer in any format."""
     return any((folder / name).is_file() for name in TOKENIZERS)
 
 
 def tokenizer_reader(folder: Path | None, carry: bool = True) -> Callable[[], TokenizerFiles | None] | None:
-    """What `ModelSource.tokenizer_reader` is for the tokenizer in a folder; None where there is none.
+    """A `ModelSource.tokenizer_reader` for the tokenizer in a folder; None if there is none.
 
     Args:
         folder: that may hold a tokenizer.
-        carry: keep the files in it for exports; a run's are smolctl's own, which an export rewrites.
+        carry: keep the files in it for exports; a run's files are smolctl's, which an export rewrites.
     """
     if folder is None or not has_tokenizer(folder):
         return None
@@ -85,10 +86,10 @@ def tokenizer_reader(folder: Path | None, carry: bool = True) -> Callable[[], To
 
 
 def read_tokenizer_folder(folder: Path, carry: bool = True) -> TokenizerFiles | None:
-    """The tokenizer of a folder; None when it holds none. Arguments as of `tokenizer_reader`.
+    """Read the tokenizer of a folder; None if there is none. Arguments as in `tokenizer_reader`.
 
     Raises:
-        InputError: a file is damaged, or only a format is there that cannot be converted.
+        InputError: a file is damaged, or exists only in a format that cannot be converted.
     """
     if not has_tokenizer(folder):
         return None
@@ -100,7 +101,7 @@ def read_tokenizer_folder(folder: Path, carry: bool = True) -> TokenizerFiles | 
         for name in ("generation_config.json", "config.json")
     )
     given = _beside(folder / "generation_config.json")
-    if "added_tokens_decoder" not in settings:  # as transformers does: newer files leave the map aside
+    if "added_tokens_decoder" not in settings:  # like transformers: newer files ignore the map
         settings |= special
     text = _as_transformers_reads(text, settings, str(path))
     ids = token_ids(text, str(path))
@@ -131,13 +132,15 @@ def _beside(path: Path) -> dict[str, Any]:
 
 
 def _as_transformers_reads(text: str, settings: Mapping[str, Any], origin: str) -> str:
-    """A tokenizer.json as transformers 5 takes it: where tokenizer_config.json names Llama's class, this one
-    divides and joins texts its own way (models/llama/tokenization_llama.py), whatever the file says."""
+    """A tokenizer.json as transformers 5 loads it: if tokenizer_config.json names Llama's class, that
+    class splits and joins texts in its own way (models/llama/tokenization_llama.py), whatever the file
+    says.
+    """
     if str(settings.get("tokenizer_class")).removesuffix("Fast") != "LlamaTokenizer":
         return text
     content = parse_object(text, origin)
     if "ByteLevel" in json_text({key: content.get(key) for key in ("pre_tokenizer", "decoder")}):
-        return text  # Llama 3's kind, which transformers leaves as it is
+        return text  # like Llama 3's, which transformers does not change
     prefix = settings.get("add_prefix_space") is not False
     scheme = ("always" if settings.get("legacy") else "first") if prefix else "never"
     parts: list[dict[str, Any]] = [
@@ -155,11 +158,10 @@ def _as_transformers_reads(text: str, settings: Mapping[str, Any], origin: str) 
 
 
 def read_backend(tokenizer_json: str, origin: str) -> tokenizers.Tokenizer:
-    """What the `tokenizers` library makes of a tokenizer.json.
+    """Load a tokenizer.json with the `tokenizers` library.
 
     Raises:
-        InputError: it makes nothing of it, cannot read a letter or what no vocabulary has, or an id is none
-            of any model.
+        InputError: it cannot be loaded, cannot encode a letter or unknown text, or has an impossible id.
     """
     import tokenizers
 
@@ -167,10 +169,10 @@ def read_backend(tokenizer_json: str, origin: str) -> tokenizers.Tokenizer:
     try:
         with _without_stderr():
             backend = tokenizers.Tokenizer.from_str(tokenizer_json)  # noqa: TID251 - here
-            if getattr(backend.model, "dropout", None):  # left over from a training that drew its merges
+            if getattr(backend.model, "dropout", None):  # a setting of training with random merges
                 backend.model.dropout = None
             backend.decode(backend.encode("a\ufdd0").ids)
-    except BaseException as error:  # the library is Rust's, whose panic is not an Exception
+    except BaseException as error:  # the library is written in Rust, and its panics are not Exceptions
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
         raise InputError(f"{origin}: not a tokenizer.json ({error})", remedy) from None
@@ -182,10 +184,10 @@ def read_backend(tokenizer_json: str, origin: str) -> tokenizers.Tokenizer:
 
 @contextmanager
 def _without_stderr() -> Iterator[None]:
-    """Rust reports its panics on the standard error of the process, whatever Python does with it."""
+    """Rust writes panics to the process's standard error, independent of Python's sys.stderr."""
     try:
         kept = os.dup(2)
-    except OSError:  # there is none
+    except OSError:  # there is no standard error
         yield
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -199,9 +201,9 @@ def _without_stderr() -> Iterator[None]:
 
 
 def ids_around_text(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
-    """The special tokens that transformers puts before and after every text: BOS and EOS, or none.
+    """The special tokens that transformers adds before and after every text: BOS and EOS, or none.
 
-    tokenizer.json alone decides it: transformers 5 leaves `add_bos_token` of tokenizer_config.json out.
+    Only tokenizer.json determines them: transformers 5 ignores `add_bos_token` in tokenizer_config.json.
     """
     bare, full = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
     begin = next(n for n in range(len(full) + 1) if full[n : n + len(bare)] == bare)
@@ -209,10 +211,10 @@ def ids_around_text(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]
 
 
 def token_ids(tokenizer_json: str, origin: str) -> Mapping[str, int]:
-    """Token to id: the added tokens of a tokenizer.json over its vocabulary.
+    """Token to id: the vocabulary of a tokenizer.json, overridden by its added tokens.
 
     Raises:
-        InputError: it is not a tokenizer.json, or an id in it is none.
+        InputError: it is not a tokenizer.json, or has an invalid id.
     """
     content = _checked(tokenizer_json, origin)
     vocab = content.get("model", {}).get("vocab", {})
@@ -222,7 +224,7 @@ def token_ids(tokenizer_json: str, origin: str) -> Mapping[str, int]:
 
 
 def added_token_ids(tokenizer_json: str, origin: str) -> dict[str, int]:
-    """Token to id: what a tokenizer.json adds to its vocabulary. Raises as `token_ids`."""
+    """Token to id: the added tokens of a tokenizer.json. Raises as `token_ids`."""
     return _added(_checked(tokenizer_json, origin))
 
 
@@ -237,7 +239,7 @@ def _added(content: _TokenizerJson) -> dict[str, int]:
 def _special_id(
     name: str, settings: Mapping[str, Any], ids: Mapping[str, int], configs: tuple[Mapping[str, Any], ...]
 ) -> int | None:
-    """tokenizer_config.json names the token; the other files give its id, or several."""
+    """tokenizer_config.json names the token; the other files contain its id, or several."""
     token = _named_tokens(settings).get(f"{name}_token")
     if token is not None and token in ids:
         return ids[token]
@@ -248,7 +250,7 @@ def _special_id(
 
 
 def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens of a tokenizer_config.json, bos_token and the like, as they are spelled."""
+    """The special tokens of a tokenizer_config.json, such as bos_token, by their text."""
     named = {key: settings.get(f"{key}_token") for key in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
     spelled = {
         key: token.get("content") if isinstance(token, Mapping) else token for key, token in named.items()
@@ -265,7 +267,7 @@ def _listed(config: Mapping[str, Any], name: str = "eos") -> list[int]:
 
 
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """The template file, else the one within tokenizer_config.json; of several the default one."""
+    """The template file, else the template in tokenizer_config.json; the default one of several."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return _text(path)
@@ -277,12 +279,12 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
 
 
 def _text(path: Path) -> str:
-    """The text of a file, its line ends as they are."""
+    """The text of a file, with its line ends unchanged."""
     return read_file(path).decode("utf-8", errors="replace")
 
 
 def _converted(folder: Path) -> str:
-    """tokenizer.json's text from an older format, through transformers; its own code only."""
+    """Convert an older format to a tokenizer.json's text with transformers, using only its own code."""
     from transformers import AutoTokenizer
 
     try:

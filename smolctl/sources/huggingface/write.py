@@ -1,4 +1,4 @@
-"""A model as a folder that transformers loads: weights, configs, tokenizer, and code where it needs some."""
+"""Writes a model as a folder for transformers: weights, configs, tokenizer, and code if it needs some."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def write_model(
     tokenizer: TokenizerFiles | None,
     quantization: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a model into a folder that is there.
+    """Write a model into an existing folder.
 
     Args:
-        folder: what it holds under the same names is replaced.
+        folder: files with the same names are replaced.
         config: of the network.
         tensors: under their Hugging Face names, without a tied head.
-        dtype: that config.json names.
-        tokenizer: goes along, with its chat template and the files that it carries.
-        quantization: of config.json, when the tensors are packed; transformers does not read such a model.
+        dtype: for config.json.
+        tokenizer: written with its chat template and the files that it carries.
+        quantization: for config.json, if the tensors are packed; transformers cannot read such a model.
 
     Raises:
-        OSError, SafetensorError: the disk does not take it.
+        OSError, SafetensorError: the files cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -54,24 +54,24 @@ def write_model(
         for path in CODE.glob("*.py"):
             shutil.copyfile(path, folder / path.name)
     write_json(folder / CONFIG, values)
-    (folder / SINGLE).chmod((folder / CONFIG).stat().st_mode)  # safetensors makes it its owner's alone
+    (folder / SINGLE).chmod((folder / CONFIG).stat().st_mode)  # safetensors makes it private
     write_json(folder / GENERATION, generation_config(config, tokenizer))
     if tokenizer is not None:
         write_tokenizer(folder, tokenizer, config.max_position_embeddings)
 
 
 def write_tokenizer(folder: Path, files: TokenizerFiles, context: int | None = None) -> None:
-    """Write what transformers' AutoTokenizer loads: carried files as they are, or else settings of our own
-    with the chat template in a file of its own.
+    """Write the files that transformers' AutoTokenizer loads: carried files unchanged, or else smolctl's own
+    settings, with the chat template in a separate file.
 
     Args:
-        folder: made when it is not there.
+        folder: created if it does not exist.
         files: the tokenizer.
-        context: tokens that the model reads at once; None when that is not known.
+        context: the model's context length; None if not known.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TOKENIZER).write_text(files.tokenizer_json, encoding="utf-8", newline="\n")
-    for name in CARRIED:  # and no other name that a checkpoint may hold
+    for name in CARRIED:  # other names that a checkpoint may contain are ignored
         if name in files.carried:
             (folder / name).write_text(files.carried[name], encoding="utf-8", newline="")
     if TOKENIZER_CONFIG in files.carried:
@@ -90,11 +90,11 @@ def write_tokenizer(folder: Path, files: TokenizerFiles, context: int | None = N
 
 
 def generation_config(config: ModelConfig | None, tokenizer: TokenizerFiles | None) -> dict[str, Any]:
-    """Where text begins and ends. Sampling is left to the caller: nothing here was tuned.
+    """The tokens that begin and end text. Without sampling settings, because none were tuned here.
 
     Args:
-        config: of the model; None: what the tokenizer says is all.
-        tokenizer: the model's own, where it has one.
+        config: of the model; None: only the tokenizer's information is used.
+        tokenizer: the model's own, if it has one.
     """
     first, ends, pad = None, set[int](), None
     if config is not None:
@@ -110,5 +110,5 @@ def generation_config(config: ModelConfig | None, tokenizer: TokenizerFiles | No
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write an object as people read it: indented, and in UTF-8."""
+    """Write an object for people to read: indented, and in UTF-8."""
     path.write_text(json_text(content, indent=2) + "\n", encoding="utf-8")

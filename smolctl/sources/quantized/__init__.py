@@ -1,1 +1,1 @@
-"""What `smolctl quantize` writes: matrices of small integers and their folder."""
+"""Quantized matrices in memory: small integers with their scales."""

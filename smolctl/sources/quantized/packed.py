@@ -1,13 +1,13 @@
-"""Matrices of small integers: how quantized weights lie in memory and on disk.
+"""Matrices of small integers: the form of quantized weights in memory and on disk.
 
 The columns of a row form groups; a group's values share a scale and, with 4 or 5 bits, an offset:
 
     weight = scale × value            8 bits, value in -127..127
     weight = scale × value + offset   4 bits, value in 0..15; 5 bits, value in 0..31
 
-With groups of 32 these are exactly what GGUF calls Q8_0, Q4_1 and Q5_1. Q4_0 and Q5_0 are the last two with
-the offsets -8 × scale and -16 × scale, so that those files are read without a loss. `quantize` writes 8 or 4
-bits in groups of whole blocks; 5 bits, and groups of half a block, are for matrices of GGUF files.
+With groups of 32 these are exactly GGUF's Q8_0, Q4_1 and Q5_1. Q4_0 and Q5_0 are the last two with the
+offsets -8 × scale and -16 × scale, so these files are read without loss. `quantize` writes 8 or 4 bits in
+groups of whole blocks; 5 bits, and groups of half a block, are for matrices of GGUF files.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from smolctl.sources.arrays import Array
 
-# Columns that lie together: of 32 four-bit values, byte i holds value i low and value i + 16 high.
-# Five-bit values have four bytes before these 16: bit i of them is the fifth bit of value i.
-# Rows are filled up with zeros to a multiple of it, groups are a multiple of it, or half of it.
+# Columns stored together: of 32 four-bit values, byte i contains value i in its low nibble and value i + 16
+# in its high one. Five-bit values have four bytes before these 16, in which bit i is the fifth bit of value
+# i. Rows are zero-padded to a multiple of BLOCK; groups are a multiple or half of it.
 BLOCK = 32
-# Few enough that the intermediate results stay in the cache, and that torch does not wake its threads (it
-# does from 32,768 on). Their barriers cost more than they bring, and on a busy machine twenty times more:
-# 0.7 s for 135 M values became 13 s.
+# Few enough that intermediate results stay in the CPU cache, and that torch does not wake its threads (which
+# it does from 32,768 on). Their barriers cost more than the threads gain, and on a busy machine twenty times
+# more: 0.7 s for 135 M values became 13 s.
 VALUES_AT_ONCE = 32_000
 
 
@@ -33,13 +33,13 @@ VALUES_AT_ONCE = 32_000
 class PackedMatrix:
     """A matrix (rows, columns) of 8-, 5- or 4-bit integers.
 
-    Padding columns hold the value 0; what they would dequantize to is never used.
+    Padding columns have the value 0; they are never dequantized.
     """
 
     bits: int  # 8, 5 or 4
-    columns: int  # of the matrix, without padding
+    columns: int  # without padding
     group: int  # columns that share a scale: a multiple of BLOCK, or half of it
-    values: Array  # (rows, P × bits / 8), P: columns filled up to BLOCK; int8 with 8 bits, else uint8
+    values: Array  # (rows, P × bits / 8), P: columns padded to BLOCK; int8 with 8 bits, else uint8
     scales: NDArray[np.float16]  # (rows, groups)
     offsets: NDArray[np.float16] | None = None  # (rows, groups); not with 8 bits
 
@@ -49,12 +49,12 @@ class PackedMatrix:
 
     @property
     def bytes(self) -> int:
-        """Size of all parts together."""
+        """Total size of all parts."""
         parts = (self.values, self.scales, self.offsets)
         return sum(part.nbytes for part in parts if part is not None)
 
     def largest(self) -> NDArray[np.float32]:
-        """What no absolute value of a group is above: (rows, groups)."""
+        """An upper bound of the absolute values of each group: (rows, groups)."""
         scales = self.scales.astype(np.float32)
         if self.offsets is None:
             return 128 * np.abs(scales)
@@ -84,7 +84,7 @@ class PackedMatrix:
 
 
 def unpack_integers(values: Array, bits: int) -> Array:
-    """`PackedMatrix.values` as integers (rows, P), zeros of the padding included."""
+    """`PackedMatrix.values` as integers (rows, P), including padding."""
     if bits == 8:
         return values
     blocks = values.reshape(values.shape[0], -1, BLOCK * bits // 8)  # (rows, P/32, 16 or 20)
@@ -96,7 +96,7 @@ def unpack_integers(values: Array, bits: int) -> Array:
 
 
 def pack_integers(values: Array, bits: int) -> Array:
-    """Integers (rows, columns) as `PackedMatrix.values`, filled up with zeros."""
+    """Integers (rows, columns) as `PackedMatrix.values`, zero-padded."""
     whole = values.astype(np.int8 if bits == 8 else np.uint8)
     padded = np.pad(whole, ((0, 0), (0, -values.shape[1] % BLOCK)))
     if bits == 8:

@@ -1,4 +1,4 @@
-"""Whether a way of storing holds a matrix: scales and offsets are float16, from 6e-8 to 65,504."""
+"""Whether a storage format can represent a matrix: scales and offsets are float16, from 6e-8 to 65,504."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from torch import Tensor
 
 from smolctl.sources.quantized.packed import BLOCK
 
-# Steps from one end of a group's range to the other where an offset stands at the lower end, and from 0 to
-# the largest absolute value where there is none.
+# Steps from one end of a group's range to the other for formats with an offset at the lower end, and from 0
+# to the largest absolute value for formats without.
 STEPS_WITH_OFFSET = {"int4": 15, "q4_1": 15, "q5_1": 31}
 STEPS = {"int8": 127, "q8_0": 127, "q5_0": 16, "q4_0": 8}
 PLAIN = {"f16": torch.float16, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
-# Share of a matrix's largest value that rounding scales and offsets to float16, or values to 16 bits, may
-# cost. In range it costs at most a thousandth (bfloat16: 4).
+# Permitted error of rounding scales and offsets to float16, or values to 16 bits, as a share of a matrix's
+# largest value. In range, the error is at most a thousandth (bfloat16: 4).
 TOLERANCE = 0.01
 
 
 def holds(kind: str, matrix: Tensor, group: int = BLOCK) -> bool:
-    """Whether values, scales and offsets of a matrix are in the range of a way of storing.
+    """Whether values, scales and offsets of a matrix are in the range of a storage format.
 
-    They may be too large, and become infinite, or so small that a matrix becomes 0.
+    They may be so large that they become infinite, or so small that the matrix becomes 0.
 
     Args:
-        kind: int8 or int4, a kind of GGUF's blocks, f16, bf16 or bfloat16; everything else holds all.
+        kind: int8 or int4, a GGUF block type, f16, bf16 or bfloat16; every other format can represent all
+            values.
         matrix: (rows, columns), finite.
         group: columns that share a scale.
     """
@@ -38,11 +39,13 @@ def holds(kind: str, matrix: Tensor, group: int = BLOCK) -> bool:
             error = steps * _lost((high - low) / steps) + _lost(low)
     else:
         return True
-    return bool((error <= TOLERANCE * matrix.abs().max()).all())  # NaN is not below it
+    return bool((error <= TOLERANCE * matrix.abs().max()).all())  # false for NaN
 
 
 def _ranges(matrix: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest value of every group, (rows, groups) each; the last may be shorter."""
+    """The smallest and the largest value of every group, (rows, groups) each; the last group may be
+    shorter.
+    """
     whole = matrix.shape[1] // group * group
     parts = [matrix[:, :whole].unflatten(1, (-1, group))] if whole else []
     parts += [matrix[:, None, whole:]] if whole < matrix.shape[1] else []
@@ -51,5 +54,5 @@ def _ranges(matrix: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 def _lost(values: Tensor) -> Tensor:
-    """What float16 cannot hold of them."""
+    """The error of rounding them to float16."""
     return (values.half().float() - values).abs()

@@ -1,4 +1,4 @@
-"""Matrices of 8-bit integers with one scale, or one a row: the weights of `quantize_dynamic`."""
+"""Matrices of 8-bit integers with one scale, or one per row: the weights of `quantize_dynamic`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class ScaledMatrix:
     """weight = scale × value, with values in -128..127."""
 
     values: NDArray[np.int8]  # (rows, columns)
-    scales: NDArray[np.float32]  # (1,), or (rows,) with one a row
+    scales: NDArray[np.float32]  # (1,), or (rows,) with one per row
 
     @classmethod
     def of(cls, matrix: torch.Tensor) -> ScaledMatrix:
-        """A quantized tensor (rows, columns) of PyTorch's, with one scale or one a row."""
+        """Convert a quantized PyTorch tensor (rows, columns) with one scale, or one per row."""
         import torch
 
         per_tensor = matrix.qscheme() == torch.per_tensor_affine
@@ -32,7 +32,7 @@ class ScaledMatrix:
         return cls(as_array(matrix.int_repr()), as_array(scales.float()))
 
     def quantized(self) -> torch.Tensor:
-        """The matrix as a quantized tensor of PyTorch's."""
+        """The matrix as a quantized PyTorch tensor."""
         import torch
 
         values, scales = as_tensor(self.values), as_tensor(self.scales)
@@ -47,7 +47,7 @@ class ScaledMatrix:
 
     @property
     def bytes(self) -> int:
-        """Size of both parts together."""
+        """Total size of both parts."""
         return self.values.nbytes + self.scales.nbytes
 
     def dequantize(self) -> NDArray[np.float32]:

@@ -1,8 +1,8 @@
-"""Muon for the matrices between the embeddings, AdamW for everything else, as one optimizer.
+"""Muon for the matrices between the embeddings, and AdamW for everything else, as one optimizer.
 
-Muon (Jordan et al., 2024) keeps a momentum of each matrix's gradient and steps along the nearest
-orthogonal matrix instead: every direction that the gradient has gets the same length. A Newton-Schulz
-iteration finds that matrix with products alone.
+Muon (Jordan et al., 2024) keeps a momentum of each matrix's gradient, and the update is the nearest
+orthogonal matrix, so that every direction of the gradient gets the same length. A Newton-Schulz iteration
+computes that matrix using only matmuls.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-# Coefficients of five quintic iterations, chosen by Jordan for the steepest rise at 0; with them singular
-# values end between 0.7 and 1.2, which trains as well as exactly 1.
+# Coefficients of five quintic iterations, chosen by Jordan for the steepest slope at 0; the resulting
+# singular values lie between 0.7 and 1.2, which trains as well as exactly 1.
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 
-# A step of an orthogonal (m, n) matrix has entries of root mean square 1/√max(m, n). Times 0.2·√max(m, n)
-# it is what AdamW's steps usually are (Liu et al., "Muon is scalable for LLM training", 2025), so that both
-# parts share one learning rate and one weight decay.
+# The entries of an orthogonal (m, n) matrix have a root mean square of 1/√max(m, n). Multiplied by
+# 0.2·√max(m, n), it has the usual size of AdamW's updates (Liu et al., "Muon is scalable for LLM training",
+# 2025), so both parts can share a learning rate and a weight decay.
 ADAMW_RMS = 0.2
 
 
-# At the beginning of a warmup, as in modded-nanogpt and nanochat, and from its end on: Jordan's.
+# At the start of the momentum's warmup, as in modded-nanogpt and nanochat, and after it, as in Jordan's Muon.
 MOMENTUM = 0.85, 0.95
 
 
 def muon_momentum(place: float, warmup: float) -> float:
-    """Muon's momentum at a place in the schedule, from 1: it rises linearly for `warmup` steps."""
+    """Muon's momentum at a step of the schedule, from 1: it rises linearly for `warmup` steps."""
     first, last = MOMENTUM
     return first + (last - first) * min(1.0, place / warmup) if warmup else last
 
@@ -47,12 +47,12 @@ def orthogonalize(
     Args:
         matrices: to orthogonalize.
         coefficients: of each iteration.
-        dtype: to compute in; None: bfloat16 on a GPU, as the authors do, and float32 on a CPU, as most
-            emulate bfloat16.
+        dtype: to compute in; None: bfloat16 on a GPU, as the authors do, and float32 on a CPU, because most
+            CPUs emulate bfloat16.
     """
     x = matrices.to(dtype or (torch.bfloat16 if matrices.is_cuda else torch.float32))
     wide = x.shape[-2] <= x.shape[-1]
-    x = x if wide else x.mT  # the products are of the smaller side
+    x = x if wide else x.mT  # the matmuls have the size of the smaller side
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
     for a, b, c in coefficients:
         gram = x @ x.mT  # (N, small, small)
@@ -61,7 +61,7 @@ def orthogonalize(
 
 
 def by_shape(parameters: Iterable[nn.Parameter]) -> dict[torch.Size, list[nn.Parameter]]:
-    """Parameters of one shape together: their products run as one batch."""
+    """Group parameters by shape: their matmuls run as one batch."""
     groups: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
         groups[parameter.shape].append(parameter)
@@ -69,16 +69,16 @@ def by_shape(parameters: Iterable[nn.Parameter]) -> dict[torch.Size, list[nn.Par
 
 
 class MuonAdamW(Optimizer):
-    """Parameter groups with `muon: True` are stepped by Muon, the others by fused AdamW.
+    """Parameter groups with `muon: True` are updated by Muon, the others by fused AdamW.
 
-    One object with one flat state: its `state_dict` is saved and loaded like any optimizer's.
+    One object with one flat state: its `state_dict` is saved and loaded like that of any optimizer.
 
     Args:
-        groups: of parameters, each with `muon` and `weight_decay`; those of Muon hold matrices only.
+        groups: of parameters, each with `muon` and `weight_decay`; groups for Muon contain only matrices.
         lr: learning rate of both.
         betas, eps: AdamW's.
         momentum: Muon's, in Nesterov's form.
-        dtype: that orthogonal factors are computed in, as `orthogonalize` takes it.
+        dtype: for computing orthogonal factors, see `orthogonalize`.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class MuonAdamW(Optimizer):
         momentum: float = MOMENTUM[1],
         dtype: torch.dtype | None = None,
     ) -> None:
-        # "fused" makes `load_state_dict` assume that AdamW's step counters belong on the parameters' device.
+        # "fused" makes `load_state_dict` expect AdamW's step counters on the parameters' device.
         defaults = {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum, "fused": True}
         super().__init__(groups, defaults)
         self._dtype = dtype

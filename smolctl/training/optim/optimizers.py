@@ -18,16 +18,16 @@ TABLES = ("model.embed_tokens.", "model.embed_positions.")
 def make_optimizer(
     network: Transformer, config: OptimizerConfig, dtype: torch.dtype | None = None
 ) -> torch.optim.Optimizer:
-    """AdamW in its fused form, or Muon for the blocks' matrices and AdamW for the rest.
+    """Fused AdamW, or Muon for the blocks' matrices and AdamW for the rest.
 
-    Matrices decay, tables only where the config says so; norms and biases, which have one dimension, do not.
-    Tables with a learning rate of their own are one more group. A head that is tied to the token table is
-    that table; a head of its own is none, and has the learning rate of the other matrices.
+    Weight decay applies to matrices, to tables only if the config says so, and not to norms and biases, which
+    have one dimension. Tables with a separate learning rate form one more group. A head that is tied to the
+    token table belongs to that group; an untied head has the learning rate of the other matrices.
 
     Args:
-        network: whose parameters are trained.
+        network: the network to train.
         config: of the optimizer.
-        dtype: that Muon's orthogonal factors are computed in (`device.muon_dtype`).
+        dtype: for Muon's orthogonal factors (`device.muon_dtype`).
     """
     hidden = set(map(id, hidden_matrices(network))) if config.name == "muon" else set()
     rate, decay, multiplier = config.learning_rate, config.weight_decay, config.embedding_lr_multiplier
@@ -66,7 +66,7 @@ def make_optimizer(
 
 
 def hidden_matrices(network: Transformer) -> list[nn.Parameter]:
-    """The matrices between the embeddings and the head, which Muon steps."""
+    """The matrices between the embeddings and the head, which Muon updates."""
     return [
         parameter
         for parameter in network.model.layers.parameters()
@@ -75,13 +75,13 @@ def hidden_matrices(network: Transformer) -> list[nn.Parameter]:
 
 
 def set_step(optimizer: torch.optim.Optimizer, config: OptimizerConfig, rate: float, place: float) -> None:
-    """Give every group what a step's number decides: the learning rate, and Muon's momentum.
+    """Set the values of every group that depend on the step: the learning rate, and Muon's momentum.
 
     Args:
         optimizer: from `make_optimizer`.
-        config: with a whole number of steps for the momentum's warmup.
-        rate: of the step, before the multiplier of the tables' group.
-        place: of the step in the schedule, from 1.
+        config: with the momentum's warmup as a whole number of steps.
+        rate: of the step, before the multiplier for tables.
+        place: number of the step in the schedule, from 1.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_multiplier", 1.0)
@@ -90,10 +90,10 @@ def set_step(optimizer: torch.optim.Optimizer, config: OptimizerConfig, rate: fl
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
-    """Give an optimizer that was loaded from a checkpoint the config's settings; its state stays."""
+    """Apply the config's settings to an optimizer loaded from a checkpoint; its state is kept."""
     for group in optimizer.param_groups:
         is_tables = "lr_multiplier" in group
-        decays = all(parameter.dim() >= 2 for parameter in group["params"])  # the others hold norms
+        decays = all(parameter.dim() >= 2 for parameter in group["params"])  # the others contain norms
         decays = decays and (config.decay_embeddings or not is_tables)
         group["weight_decay"] = config.weight_decay if decays else 0.0
         group["betas"], group["eps"] = config.betas, config.eps

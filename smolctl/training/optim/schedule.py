@@ -1,4 +1,4 @@
-"""The learning rate: a pure function of the step."""
+"""The learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from smolctl.config.run import ScheduleConfig
 from smolctl.errors import InputError
 from smolctl.runs.events import ScheduleOutline
 
-# What a resumed run's schedule does with steps that it was not planned for.
+# What the schedule of a resumed run does at steps that were not planned.
 LearningRatePolicy = Literal["hold", "extend", "rewarm"]
 Phase = Literal["warmup", "stable", "decay", "floor"]
-# Of the steps to come, the longest share that a second warmup and a second decay may take.
+# Maximum share of the next steps for a second warmup and a second decay.
 REWARM_SHARE, DECAY_SHARE = 0.1, 0.5
-CURVE_POINTS = 40  # of an outline
+CURVE_POINTS = 40  # of a drawn schedule
 
 
 def learning_rate(step: int, peak: float, schedule: ScheduleConfig) -> float:
-    """The rate of optimizer step `step`, counted from 1.
+    """The learning rate of optimizer step `step`, counted from 1.
 
     It rises linearly from `begin_learning_rate` to `peak` over `warmup_steps`, stays there until
-    `decay_start`, and falls to `min_learning_rate` over `decay_steps` in the shape that `name` says.
-    Past the end it stays there.
+    `decay_start`, and falls to `min_learning_rate` over `decay_steps` with the shape `name`. After that it is
+    constant.
 
     Args:
-        step: of the whole run, whatever the run was resumed from.
+        step: counted over the whole run, including the steps before a resume.
         peak: the optimizer's learning_rate.
         schedule: with whole numbers of steps (`RunConfig.with_whole_steps`).
     """
@@ -53,7 +53,7 @@ def require_sense(config: RunConfig) -> None:
 
 
 def outline(config: RunConfig, done: int = 0) -> ScheduleOutline:
-    """What the steps after `done` up to train.steps see of a run's schedule."""
+    """The shape of a run's schedule over the steps after `done` up to train.steps."""
     config = config.with_whole_steps()
     schedule, first, last = config.schedule, done + 1, config.train.steps
     in_steps = schedule.in_steps()
@@ -84,21 +84,21 @@ def outline(config: RunConfig, done: int = 0) -> ScheduleOutline:
 def continue_schedule(
     schedule: ScheduleConfig, peak: float, done: int, until: int, policy: LearningRatePolicy
 ) -> ScheduleConfig:
-    """The schedule of a run that goes on from step `done` to step `until`.
+    """The schedule of a run that continues from step `done` to step `until`.
 
     Args:
-        schedule: so far, in whole steps.
+        schedule: so far, with whole numbers of steps.
         peak: the learning rate so far.
-        done: steps behind the run.
-        until: step at which it will end.
-        policy: `hold` leaves the schedule as it is, so that past its end the rate stays at its last value;
-            `extend` moves the end of the decay to `until`, as if the run had been planned so;
-            `rewarm` begins another warmup, from the rate at hand, and another decay that ends at `until`.
+        done: number of finished steps.
+        until: the new last step.
+        policy: `hold` keeps the schedule, with a constant rate after its end; `extend` moves the end of the
+            decay to `until`, as if the run had been planned so; `rewarm` adds another warmup from the current
+            rate, and another decay that ends at `until`.
     """
     before, schedule = schedule, schedule.in_steps() if policy != "hold" else schedule
     length = int(schedule.decay_steps)
     start = schedule.decay_start or 0
-    to_the_end = schedule.name in ("cosine", "linear")  # these fall all the way from the warmup
+    to_the_end = schedule.name in ("cosine", "linear")  # these decay from the end of the warmup
     if policy == "hold" or (schedule.name == "constant" and policy == "extend"):
         return schedule
     if policy == "extend":
@@ -119,10 +119,10 @@ def continue_schedule(
 
 
 def phase(step: int, schedule: ScheduleConfig) -> Phase:
-    """The part of the schedule that optimizer step `step`, counted from 1, lies in.
+    """The phase of the schedule at optimizer step `step`, counted from 1.
 
     Args:
-        step: of the whole run.
+        step: counted over the whole run.
         schedule: with whole numbers of steps (`RunConfig.with_whole_steps`).
     """
     start, length, place = schedule.decay_start, schedule.decay_steps, schedule.planned(step)

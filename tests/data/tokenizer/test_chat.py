@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from smolctl.data.tokenizer import chat
+from smolctl import templates
 from smolctl.data.tokenizer.bpe import train_bpe
 from smolctl.data.tokenizer.chat import render_chat
 from smolctl.data.tokenizer.tokenizer import load_tokenizer
@@ -178,13 +178,13 @@ def test_templates_outlive_the_death_of_their_process_and_a_ctrl_c() -> None:
     """The answer to an abandoned question never becomes that to the next one."""
     fill = "{{ messages[0].content }}"
     assert render_chat(fill, [{"role": "user", "content": "one"}], {}) == "one"
-    worker = chat._PROCESS._worker
+    worker = templates._PROCESS._worker
     assert worker is not None
     os.kill(worker.pid, signal.SIGKILL)
     while worker.running:
         time.sleep(0.001)
     assert render_chat(fill, [{"role": "user", "content": "two"}], {}) == "two"
-    worker = chat._PROCESS._worker
+    worker = templates._PROCESS._worker
     assert worker is not None
 
     def interrupt(*_: object) -> None:
@@ -201,5 +201,5 @@ def test_templates_outlive_the_death_of_their_process_and_a_ctrl_c() -> None:
 def test_the_template_of_smollm2_needs_no_process(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     template = load_tokenizer(str(gguf_file)).chat_template
     assert template is not None
-    monkeypatch.setattr(chat, "_PROCESS", None)
+    monkeypatch.setattr(templates, "_PROCESS", None)
     assert "<|im_start|>" in render_chat(template, CHATS[0], {})

@@ -196,6 +196,12 @@ def test_sample_is_spread_evenly_and_bounded() -> None:
     assert evenly_spread(iter(numbers), limit=4000) == numbers
 
 
+def test_a_corpus_of_one_endless_word_teaches_a_tokenizer() -> None:
+    tokenizer = train_tokenizer(iter(["ab" * 1_000_000, "the cat sat on the mat"]), 270)
+    assert tokenizer.encode("abababab the")[-1] == tokenizer.encode(" the")[-1]
+    assert len(tokenizer.encode("ab" * 500)) < 10
+
+
 def test_too_small_a_vocabulary_is_refused() -> None:
     with pytest.raises(InputError, match=f"at least {SMALLEST_VOCABULARY}"):
         train_tokenizer(texts(), 100)

@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 
 from smolctl.config.data import DataConfig
 from smolctl.data.batches import validation_batches
-from smolctl.data.mixture import Mixture
 from smolctl.data.tokenizer.tokenizer import train_tokenizer
 from smolctl.data.tokens import encoding
 from smolctl.data.tokens.cache import MANIFEST
 from smolctl.data.tokens.corpus import TokenizedCorpus, TokenizeProgress, tokenize_corpus
+from smolctl.data.tokens.mixture import Mixture
 from smolctl.data.tokens.shards import ShardWriter, TokenStream, token_dtype
 from smolctl.errors import InputError
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from smolctl.config.data import DataConfig
-from smolctl.data.mixture import Mixture
 from smolctl.data.text.corpus import iter_texts, pin_sources
 from smolctl.data.text.hub import DatasetName
 from smolctl.data.tokenizer.tokenizer import train_tokenizer
 from smolctl.data.tokens import encoding, streamed
 from smolctl.data.tokens.cache import MANIFEST
 from smolctl.data.tokens.corpus import TokenizedCorpus, TokenizeProgress, tokenize_corpus
+from smolctl.data.tokens.mixture import Mixture
 from smolctl.errors import ExitCode, HubError, InputError, SmolError
 from tests.support.dataset_hub import dataset, parquet
 from tests.support.hub_server import HubRepository, HubServer

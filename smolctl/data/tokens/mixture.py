@@ -1,4 +1,4 @@
-"""Tokens of one or several sources, and which of them a sample reads."""
+"""Tokens of one or several sources, and the choice of tokens for each sample."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from smolctl.data.tokens.shards import TokenStream
 
 
 class Window(NamedTuple):
-    """A window's place in a mixture."""
+    """The position of a window in a mixture."""
 
     part: int  # number of the source
-    start: int  # its first token there
+    start: int  # its first token in that source
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,9 @@ class Part:
     Attributes:
         tokens: of all its documents.
         share: samples from it in every `MIXTURE` samples.
-        block: windows that are shuffled among themselves; None: all of them.
-        aligned: whether windows begin at multiples of their length only, as those of packed conversations do.
-        repeats: whether the first token follows the last one; a stream that was not read to its end goes on
-            there.
+        block: number of windows that are shuffled among themselves; None: all of them.
+        aligned: whether windows begin only at multiples of their length, as for packed conversations.
+        repeats: whether the first token follows the last one; a partly read stream continues instead.
     """
 
     tokens: TokenStream
@@ -48,7 +47,7 @@ class Part:
         """First tokens (n,) of the windows of the part's own samples (n,).
 
         Raises:
-            IndexError: more windows are asked for than were streamed.
+            IndexError: more windows are requested than were streamed.
         """
         if self.repeats and not self.aligned:
             return starts_of_samples(samples, len(self.tokens), sequence_length, seed, self.block)
@@ -60,16 +59,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The parts that samples are drawn from."""
+    """The parts from which samples are drawn."""
 
     parts: tuple[Part, ...]
 
     def __len__(self) -> int:
-        """Tokens of all parts."""
+        """Total tokens of all parts."""
         return sum(len(part.tokens) for part in self.parts)
 
     def windows(self, samples: NDArray[np.int64], sequence_length: int, seed: int) -> list[Window]:
-        """Where each of the samples (n,) of the run comes from: a pure function of the arguments."""
+        """The window of each of the run's samples (n,): a pure function of the arguments."""
         if len(self.parts) == 1:
             sources, numbers = np.zeros_like(samples), samples
         else:
@@ -81,14 +80,16 @@ class Mixture:
         return [Window(int(part), int(start)) for part, start in zip(sources, chosen, strict=True)]
 
     def describe(self, window: Window) -> str:
-        """A window in words: its first token, and its source where there are several."""
+        """A window in words: its first token, and its source if there are several."""
         source = f" of source {window.part + 1}" if len(self.parts) > 1 else ""
         return f"{window.start:,}{source}"
 
     def read(self, window: Window, sequence_length: int) -> NDArray[np.int64]:
-        """Tokens (sequence_length + 1,) of a window; the first token follows the last one."""
+        """Tokens (sequence_length + 1,) of a window; after the last token of the part, its first one
+        follows.
+        """
         stream = self.parts[window.part].tokens
-        before = min(sequence_length + 1, len(stream) - window.start)  # the end
+        before = min(sequence_length + 1, len(stream) - window.start)  # up to the end
         tokens = stream.read(window.start, before)
         if before == sequence_length + 1:
             return tokens

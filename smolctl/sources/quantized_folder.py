@@ -1,13 +1,13 @@
 """Quantized models as a MODEL: the folder that `quantize` writes.
 
-A folder holds `model.safetensors` and `quantization.json`, which says what every tensor in it stands for.
-A packed matrix NAME lies as `NAME.values`, `NAME.scales` and, with 4 bits, `NAME.offsets`
-(see `packed.py`); of the scheme int8-dynamic as `NAME.values` and `NAME.scales` in float32, a single one or
-one a row. Everything else lies under its own name.
+A folder contains `model.safetensors` and `quantization.json`, which describes every tensor in it. A packed
+matrix NAME is stored as `NAME.values`, `NAME.scales` and, with 4 bits, `NAME.offsets` (see
+`quantized/packed.py`); with the scheme int8-dynamic as `NAME.values` and `NAME.scales` in float32, either one
+scale or one per row. Everything else is stored under its own name.
 
-Opening reads the headers and compares the size and the SHA-256 of the header with what was written.
-Asking for weights compares the SHA-256 of the whole file first (about a millisecond a megabyte), then
-maps it into memory: a model that was cut off, exchanged or changed in a single bit never runs.
+Opening reads the headers and compares the file's size and the SHA-256 of its header with the recorded ones.
+Requesting weights first compares the SHA-256 of the whole file (about a millisecond per megabyte), then
+memory-maps it: a model that was truncated, replaced or changed in a single bit never runs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NotRequired, get_args
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -39,7 +39,9 @@ FILE = "model.safetensors"
 FORMAT, VERSION = "smolctl-quantized", 1
 REMEDY = "Copy the folder again, or run `smolctl quantize` again: it is damaged, changed or not complete."
 VALUES, SCALES, OFFSETS = ".values", ".scales", ".offsets"
-
+PackedScheme = Literal["int8", "int4"]
+DYNAMIC: Final = "int8-dynamic"
+FolderScheme = Literal[PackedScheme, "int8-dynamic", "bf16"]  # that a folder may be written in
 
 Size = Annotated[int, Field(strict=True, ge=0)]
 
@@ -65,14 +67,15 @@ class _Source(TypedDict):
 class Made(TypedDict):
     """How a model was quantized."""
 
-    scheme: Literal["int8", "int4", "int8-dynamic", "bf16"]
+    scheme: FolderScheme
     source: _Source
     activations: NotRequired[Literal["per-tensor", "per-token"]]
 
 
 class _Description(Made):
-    """What is read of a quantization.json."""
+    """The relevant part of a quantization.json."""
 
+    bits_map: NotRequired[list[tuple[str, int]]]  # that was asked for; files of older versions do not say
     config_sha256: str
     file: _File
     tensors: dict[str, _Entry]
@@ -84,10 +87,10 @@ def is_quantized_folder(folder: Path) -> bool:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """The content of quantization.json.
+    """Read a quantization.json.
 
     Raises:
-        InputError: it is damaged, or of a newer smolctl.
+        InputError: it is damaged, or from a newer smolctl.
     """
     path = folder / DESCRIPTION
     content = read_json(path, REMEDY)
@@ -99,14 +102,30 @@ def read_description(folder: Path) -> dict[str, Any]:
             "Update smolctl, or quantize the model again.",
         )
     checked(_Description, content, str(path), REMEDY)
+    for name, entry in content["tensors"].items():
+        if not _fits(content, entry):
+            raise InputError(
+                f"{path}: {name} is stored as the scheme {content['scheme']} stores no tensor", REMEDY
+            )
     return content
+
+
+def _fits(description: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
+    """Whether the scheme of a folder can be that of one of its tensors."""
+    scheme, bits = description["scheme"], entry.get("bits")
+    if bits is None:
+        return True  # of every scheme, where its integers cannot hold a tensor
+    if entry.get("group") is None:
+        return bool(scheme == DYNAMIC)
+    asked_for = bits == 8 or scheme == "int4" or description.get("bits_map") != []
+    return scheme in get_args(PackedScheme) and asked_for
 
 
 def open_quantized_folder(folder: Path, name: str) -> ModelSource:
     """Open a folder by its headers.
 
     Raises:
-        InputError: a file is missing, cut off, exchanged or damaged.
+        InputError: a file is missing, truncated, replaced or damaged.
     """
     description = read_description(folder)
     path = folder / FILE
@@ -152,7 +171,7 @@ def _check_header(description: Mapping[str, Any], path: Path) -> None:
 
 
 def parts_of(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
-    """The stored tensors that make up one of the model's."""
+    """The stored tensors that make up one tensor of the model."""
     bits = entry.get("bits")
     if bits not in (4, 8):
         return (name,)
@@ -162,7 +181,7 @@ def parts_of(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
 def _described(
     description: Mapping[str, Any], stored: tuple[TensorHeader, ...], path: Path
 ) -> tuple[TensorHeader, ...]:
-    """The model's own tensors as the plan describes them, checked against what the file holds."""
+    """The model's own tensors as the plan describes them, checked against the file."""
     found = {tensor.name: tensor for tensor in stored}
     tensors = []
     for name, entry in description["tensors"].items():
@@ -178,7 +197,7 @@ def _described(
 
 
 class QuantizedWeights(Weights):
-    """The tensors of a quantized folder, mapped into memory after the file's checksum was compared."""
+    """The tensors of a quantized folder, memory-mapped after the file's checksum was compared."""
 
     def __init__(self, path: Path, description: Mapping[str, Any]) -> None:
         self.path, self.description = path, description
