@@ -220,6 +220,16 @@ class YamlLoader(yaml.SafeLoader):
             self._keys.pop()
         return node
 
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise _Refusal(dotted([*self._keys, key.value]), "the key is given twice", key)
+                seen.add((key.tag, key.value))
+        return node
+
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         key, written = self._paths.get(node, ""), node.value
         if node.tag not in self.yaml_constructors:
@@ -246,6 +256,18 @@ YamlLoader.add_implicit_resolver(
     re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
+
+
+def _number(loader: YamlLoader, node: yaml.ScalarNode) -> Any:
+    """A number as YAML 1.2 reads it: to PyYAML 010 is 8, and 1:30 is 90."""
+    if ":" in node.value:
+        return node.value
+    if re.fullmatch(r"[-+]?[0-9][0-9_]*", node.value):
+        return int(node.value.replace("_", ""))
+    return yaml.SafeLoader.yaml_constructors[node.tag](loader, node)
+
+
+YamlLoader.yaml_constructors |= dict.fromkeys(NUMBERS, _number)
 
 
 _ADAPTERS: dict[Any, TypeAdapter[Any]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
 import sys
@@ -296,6 +297,9 @@ class PlainCommand(TyperCommand):
 
 def _unexpected(error: Exception) -> SmolError:
     """An unexpected error, except for a full disk under stdout, and files that cannot be used."""
+    if isinstance(error, OSError) and error.filename is None and error.errno == errno.EIO:
+        abandon_stdout()
+        return SmolError(f"reading or writing failed ({error.strerror})", "Check the disks in use.")
     if isinstance(error, OSError) and error.filename is None and error.errno in DISK_ERRORS:
         abandon_stdout()
         return SmolError(

@@ -16,6 +16,7 @@ TokenId = Annotated[int, Field(strict=True, ge=0, lt=MAX_VOCABULARY)]
 SpecialId = Annotated[int, Field(strict=True, ge=-1, lt=MAX_VOCABULARY)]
 
 
+Name = Annotated[str, Field(min_length=1)]
 ModelType = Literal["llama", "smollm3", "qwen2", "qwen3", "smolctl"]
 
 

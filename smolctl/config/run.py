@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from smolctl.config.data import DataConfig
-from smolctl.config.model import ModelConfig, Section
+from smolctl.config.model import ModelConfig, Name, Section
 from smolctl.config.provenance import Provenance
 
 
@@ -25,27 +25,30 @@ def _steps_or_share(value: int | float) -> int | float:
 StepsOrShare = Annotated[int | float, Field(ge=0), AfterValidator(_steps_or_share)]
 # A step, the run's position in the schedule after it, and the advance per further step.
 Pace = tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
-MOST_STEPS = 1 << 40
+# More is a typing error: the largest published step had 16 million tokens.
+MOST_STEPS, MOST_SEQUENCES = 1 << 40, 1 << 20
 Decay = Annotated[float, Field(ge=0, lt=1)]  # decay rate of a moment in AdamW
 
 
 class TrainConfig(Section):
     """How much is trained, in steps of how many tokens."""
 
-    steps: int = Field(5_000, gt=0, description="total optimizer steps")
+    steps: int = Field(5_000, gt=0, le=MOST_STEPS, description="total optimizer steps")
     epochs: float | None = Field(
         None,
         gt=0,
         description="epochs to train instead of steps; null: train.steps applies",
     )
     minutes: float | None = Field(
-        None, gt=0, description="minutes to train instead of steps; null: train.steps applies"
+        None, gt=0, le=10_000_000, description="minutes to train instead of steps; null: train.steps applies"
     )
     patience: int = Field(
         0, ge=0, description="end the run after this many validations without improvement; 0: never"
     )
-    batch_size: int = Field(8, gt=0, description="sequences per step, over all devices")
-    micro_batch_size: int = Field(0, ge=0, description="sequences in memory at once; 0: batch_size")
+    batch_size: int = Field(8, gt=0, le=MOST_SEQUENCES, description="sequences per step, over all devices")
+    micro_batch_size: int = Field(
+        0, ge=0, le=MOST_SEQUENCES, description="sequences in memory at once; 0: batch_size"
+    )
     gradient_clip: float = Field(1.0, ge=0, description="maximum gradient norm; 0: no clipping")
     z_loss: float = Field(0.0, ge=0, description="weight of logsumexp² in the loss; PaLM uses 1e-4")
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed"] = Field(
@@ -207,7 +210,7 @@ class RunConfig(Section):
     """One training run: the model and all settings of its training."""
 
     model: ModelConfig = ModelConfig()
-    tokenizer: str | None = Field(
+    tokenizer: Name | None = Field(
         None,
         description="Hub id, folder, tokenizer.json, GGUF, or train:N; null: SmolLM2's, or a new one offline",
     )

@@ -227,7 +227,8 @@ def _find_tasks(asked: Sequence[str]) -> tuple[Any, list[str]]:
     if not parts:
         raise UsageError("no task is named", "Name one with --tasks.")
     folders = [part for part in parts if Path(part).is_dir()]
-    files = [part for part in parts if Path(part).suffix in (".yaml", ".yml")]
+    files = [part for part in parts if Path(part).suffix in (".yaml", ".yml") or "/" in part]
+    files = [part for part in files if part not in folders]
     by_name = [part for part in parts if part not in (*folders, *files)]
     found = [str(Path(file).absolute()) for file in files]
     for file in files:

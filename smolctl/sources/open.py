@@ -246,8 +246,11 @@ def _lone_file(folder: Path) -> Path | None:
 def _open_file(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
     if is_run(path.parent) and path.name != CONFIG and path.name in (RECORD, *RUN_FILES):
         raise InputError(f"{path}: a record of a run, not a model", f"Name the run: {path.parent}")
-    with path.open("rb") as file:
-        start = file.read(512)
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError as error:  # of a failing read, which names no file
+        raise InputError(f"{name}: {error.strerror}", "Check the path and its permissions.") from None
     if not start:
         raise InputError(f"{name}: the file is empty", KINDS)
     refuse_pointer(start, name)

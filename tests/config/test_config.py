@@ -95,6 +95,12 @@ def test_flags_beat_set_beats_file_beats_defaults(tmp_path: Path) -> None:
     assert config.train.gradient_clip == RunConfig().train.gradient_clip
 
 
+@pytest.mark.parametrize("key", ["train.steps", "train.minutes", "train.batch_size"])
+def test_a_number_that_nobody_can_mean_is_refused(key: str) -> None:
+    with pytest.raises(InputError, match=rf"{key}: .*less than or equal to"):
+        load_run_config("nano", [f"{key}={10**20}"])
+
+
 def test_set_keeps_the_other_keys_of_its_section() -> None:
     changed = load_run_config("nano", ["model.num_hidden_layers=2"])
     assert changed.model.num_hidden_layers == 2

@@ -183,6 +183,7 @@ def test_results_of_a_run_go_into_its_record_and_faults_have_a_remedy(
         ("--tasks", tasks / "silent.yaml"): (3, "asks for 0 new tokens"),
         ("--tasks", tasks / "odd.yaml"): (3, "generation_kwargs: temperature -1"),
         ("--tasks", tasks / "none.yaml"): (3, "none.yaml: no such file"),
+        ("--tasks", tasks / "none"): (3, "none: no such file"),
         ("--tasks", tasks / "bare.yaml", "--apply-chat-template"): (3, "no chat template"),
         ("--tasks", tasks / "words.yaml", "--gen-kwargs", "num_beams=4"): (3, "num_beams=4"),
         ("--tasks", tasks / "words.yaml", "--gen-kwargs", "max_gen_toks=999"): (3, "999 new tokens"),
