@@ -1,4 +1,4 @@
-"""The page's engine against wllama (llama.cpp) and ONNX Runtime Web, in headless Chromium.
+"""The page's engine compared with wllama (llama.cpp) and ONNX Runtime Web, in headless Chromium.
 
     pip install playwright
     python benchmarks/browser.py SmolLM2-135M-Instruct.Q4_1.gguf --rounds 5
@@ -7,9 +7,9 @@ MODEL is a Q4_1 GGUF, from which smolctl makes int8, int4 and Q8_0. Peers come f
 `npm`. For ONNX Runtime Web, name a graph with `--onnx FILE`; `benchmarks/browser/make_onnx.py` says how to
 make it. Chromium is the system's.
 
-Each engine has a browser of its own, all stay open, and they take turns, round by round; the first round
-warms up and is left out. A speed is tokens per second of processor time that the renderer's process used:
-other load on the machine hardly changes it. Of several threads the time by the clock counts; it is shown too.
+Each engine has its own browser, all of them stay open, and they take turns in every round; the first round is
+a warm-up. Speeds are tokens per second of CPU time of the renderer process, which other load on the machine
+hardly changes. With several threads, wall time is what counts; it is shown too.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Chat fine-tuning by smolctl and by TRL: the same tokens trained on, then a step on the same packed data.
+"""Chat fine-tuning with smolctl and TRL: which tokens each trains on, and a step on the same packed data.
 
     pip install trl==1.16.0
     python benchmarks/chat_step.py masks SmolLM2-135M-Instruct.Q4_1.gguf
     python benchmarks/chat_step.py steps SmolLM2-135M-Instruct.Q4_1.gguf --rounds 3
 
 `masks` prepares rows with TRL's SFTTrainer and compares the labels that it keeps with smolctl's, for several
-chat templates. `steps` takes optimizer steps in turns, every engine in a process of its own. All read
-micro-batches of one sequence, so that TRL's mask over a whole batch does not count against it. The learning
-rate is zero: all the work is done, and the losses must agree.
+chat templates. `steps` takes optimizer steps in turns, every program in its own process. All use
+micro-batches of one sequence, so that TRL's mask over a whole batch is no disadvantage. The learning rate is
+zero, so all the work is done, and the losses must agree.
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
-"""smolctl's engine beside the newest peers on the same weights: decoding, prefill, eight at once, and KL.
+"""smolctl's engine compared with other engines on the same weights: decoding, prefill, batches of eight, KL.
 
     python benchmarks/decode.py MODEL.gguf --peer-source DIR --peer-source DIR --venvs VENVS
 
-MODEL is a Llama-shaped GGUF, from which every engine's formats are made once. --peer-source is the source
-code of llama.cpp or ik_llama.cpp, which is built with cmake; DIR@VERSION where the folder is not git's. VENVS
-holds virtual environments named openvino, onnxruntime, ctranslate2 and mistralrs; one that is missing is left
-out:
+MODEL is a GGUF of a Llama-like model, from which every engine's formats are made once. --peer-source is the
+source code of llama.cpp or ik_llama.cpp, which is built with cmake; DIR@VERSION where the folder is not
+git's. VENVS holds virtual environments named openvino, onnxruntime, ctranslate2 and mistralrs; one that is
+missing is left out:
 
     pip install openvino-genai nncf
     pip install onnxruntime-genai onnx onnx-ir torch transformers
     pip install ctranslate2 torch transformers
     pip install mistralrs
 
-Every engine is a process of its own, stopped while others work; all take turns, round by round, and read the
-same tokens where they can be given. KL is against transformers in float32.
+Every engine runs in its own process, which is stopped while others work; all take turns in every round, and
+process the same tokens if these can be given. KL is measured against transformers in float32.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -38,15 +38,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from decode_engines import REFERENCE, Peer, commit_of, every_engine
 from torch import Tensor
 
-from smolctl.benchmark.engine_files import huggingface_folder
 from smolctl.benchmark.machine import describe_machine
 from smolctl.benchmark.suites import reference_text
 from smolctl.benchmark.workload import Sizes, Tokens
 from smolctl.cores import compute_threads
 from smolctl.evaluation import score_tokens
-from smolctl.quantization.quantize import QuantizeOptions, quantize
 from smolctl.sources import open_source
 from smolctl.timing import in_turns
 
@@ -55,7 +54,6 @@ sys.path.append(str(ROOT))
 
 from docs.peer_table import peer_table  # noqa: E402 - the page of measurements has the same table
 
-PEERS = Path(__file__).with_name("peers")
 # Sequences, tokens of each that are read at once, and tokens of each in all.
 CASES = {
     "decode": (1, 32, 96),
@@ -68,52 +66,6 @@ QUICK = {"decode": (1, 8, 12), "prefill 512": (1, 32, 32), "eight at once": (8, 
 FOR_KL = (1, 32, 160)
 TOO_SLOW = 15.0  # seconds of a run in the warm-up, after which a case is left out
 LONGEST_WAIT = 180.0  # seconds for an answer, after which an engine is left out
-REFERENCE = "transformers float32"
-# Formats with the number of bits: llama.cpp's by their llama_ftype.
-OURS = {"bf16": 16, "int8": 8, "int4": 4}
-LLAMA = {
-    "llama.cpp": ("bf16", "q8_0", "q4_0", "q4_1"),
-    "ik_llama.cpp": ("bf16", "q8_0", "q4_0", "q4_1", "iq4_nl"),
-}
-FTYPES = {"bf16": 32, "q8_0": 7, "q4_0": 2, "q4_1": 3, "iq4_nl": 25}
-PACKAGED = {
-    "openvino": ("float16", "int8", "int4"),
-    "onnxruntime": ("int8", "int4"),
-    "ctranslate2": ("int8",),
-    "mistralrs": ("q8_0", "q4_0"),
-}
-# Beside the number of threads, what the documentation of each advises on a CPU.
-SETTINGS = {
-    "llama.cpp": "flash attention; repacks by itself",
-    "ik_llama.cpp": "flash attention, -rtr",
-    "openvino": "LATENCY hint; compressed by NNCF",
-    "onnxruntime": "blocks of 32, accuracy level 4",
-    "ctranslate2": "compute_type auto",
-    "mistralrs": "the GGUF",
-}
-
-
-def bits_of(scheme: str) -> int:
-    return next(bits for part, bits in {"16": 16, "8": 8, "4": 4}.items() if part in scheme)
-
-
-@dataclass
-class Peer:
-    """An engine with its model, and what was measured of it."""
-
-    program: str
-    scheme: str
-    bits: int
-    command: list[str]  # that starts its process
-    version: str = ""  # "": what the process says
-    settings: str = ""
-    load_s: float = 0.0
-    kl: float | None = None  # nats a token; None: it gives no logits
-    rates: dict[str, list[float]] = field(default_factory=dict)  # tokens/s of every case, round by round
-
-    @property
-    def name(self) -> str:
-        return f"{self.program} {self.scheme}"
 
 
 class PeerProcess:
@@ -179,96 +131,6 @@ class PeerProcess:
         self._process.kill()
         self._process.communicate()
         self._errors.close()
-
-
-def command(*words: object) -> None:
-    """Run a command whose messages are for stderr."""
-    subprocess.run([str(word) for word in words], check=True, stdout=sys.stderr)
-
-
-def our_engines(source: Path, folder: Path, threads: int) -> list[Peer]:
-    """smolctl's, and the reference."""
-    models = {REFERENCE: source}
-    for scheme in OURS:
-        models[scheme] = folder / scheme
-        if not models[scheme].exists():
-            quantize(str(source), QuantizeOptions((scheme,), out=models[scheme], measure=False))
-    serve = [sys.executable, str(PEERS / "with_smolctl.py"), "serve"]
-    return [
-        Peer("smolctl", scheme, OURS[scheme], [*serve, str(models[scheme]), str(threads), "smolctl"])
-        for scheme in OURS
-    ] + [Peer("transformers", "float32", 32, [*serve, str(source), str(threads), "transformers"])]
-
-
-def built_engines(described: str, source: Path, folder: Path, threads: int) -> list[Peer]:
-    """Those of llama.cpp's or ik_llama.cpp's source code, built where it has not been."""
-    place, _, version = described.partition("@")
-    code = Path(place).absolute()
-    program = "ik_llama.cpp" if (code / "ggml/src/iqk").exists() else "llama.cpp"
-    build = folder / f"build-{program}"
-    switches = [f"-DLLAMA_BUILD_{part}=OFF" for part in ("TESTS", "EXAMPLES", "TOOLS", "SERVER", "COMMON")]
-    command(
-        *("cmake", "-S", code, "-B", build, "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON"),
-        *("-DBUILD_SHARED_LIBS=ON", "-DGGML_IQK_FA_ALL_QUANTS=OFF", "-DLLAMA_CURL=OFF", *switches),
-    )
-    command("cmake", "--build", build, "--target", "llama", "-j", os.cpu_count())
-    engine = build / "with_llama"
-    libraries = sorted({path.parent for path in build.rglob("lib*.so")})
-    command(
-        *("c++", "-O2", "-std=c++20", PEERS / "with_llama.cpp", "-o", engine),
-        *(f"-I{code / part}" for part in ("include", "ggml/include")),
-        *(word for path in libraries for word in (f"-L{path}", f"-Wl,-rpath,{path}")),
-        *("-lllama", *(f"-l{path.stem[3:]}" for path in sorted(build.rglob("libggml*.so")))),
-    )
-    found = []
-    for scheme in LLAMA[program]:
-        # The file as it is, where its quantizer would round it once more.
-        as_it_is = scheme == "q4_1" and "Q4_1" in source.name.upper()
-        model = source if as_it_is else folder / f"{program}-{scheme}.gguf"
-        if not model.exists():
-            command(engine, "make", source, model, FTYPES[scheme])
-        repack = ["repack"] if program == "ik_llama.cpp" else []
-        serve = [str(engine), "serve", str(model), str(threads), *repack]
-        found.append(Peer(program, scheme, bits_of(scheme), serve, version or commit_of(code)))
-    return found
-
-
-def commit_of(code: Path) -> str:
-    """The commit that a folder of git is at, with its date."""
-    asked = ["git", "-C", str(code), "log", "-1", "--format=%h of %cs"]
-    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def packaged_engines(venvs: Path, source: Path, folder: Path, threads: int) -> list[Peer]:
-    """Those of the package index that have a virtual environment."""
-    found = []
-    for program in PACKAGED:
-        python = venvs / program / "bin" / "python"
-        if not python.exists():
-            print(f"{program} is left out: there is no {python}", file=sys.stderr)
-            continue
-        script = PEERS / f"with_{program}.py"
-        for scheme in PACKAGED[program]:
-            target = folder / f"{program}-{scheme}"
-            if program == "mistralrs":
-                target = gguf(source, folder, scheme)
-            elif not target.exists():
-                if program == "openvino":
-                    taken = gguf(source, folder, "f16")
-                else:
-                    taken = Path(huggingface_folder(open_source(str(source)), folder / "huggingface"))
-                command(python, script, "make", taken, target, scheme)
-            serve = [str(python), str(script), "serve", str(target), str(threads)]
-            found.append(Peer(program, scheme, bits_of(scheme), serve))
-    return found
-
-
-def gguf(source: Path, folder: Path, scheme: str) -> Path:
-    """A GGUF that smolctl writes."""
-    target = folder / f"gguf-{scheme}"
-    if not target.exists():
-        quantize(str(source), QuantizeOptions((f"gguf-{scheme}",), out=target, measure=False))
-    return next(target.glob("*.gguf"))
 
 
 def measure_kl(processes: Mapping[str, PeerProcess], text: Tokens) -> None:
@@ -378,20 +240,6 @@ def main() -> None:
         if not options.quick:
             file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(peer_table(results, datetime.now(UTC).date()))
-
-
-def every_engine(options: argparse.Namespace, threads: int) -> list[Peer]:
-    """Those that are asked for, built and with their models."""
-    source, folder = options.source.absolute(), options.folder.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    peers = our_engines(source, folder, threads)
-    for described in options.peer_source:
-        peers += built_engines(described, source, folder, threads)
-    if options.venvs:
-        peers += packaged_engines(options.venvs.absolute(), source, folder, threads)
-    for peer in peers:
-        peer.settings = SETTINGS.get(peer.program, "")
-    return [one for one in peers if options.only is None or one.name in {*options.only, REFERENCE}]
 
 
 def measured_results(options: argparse.Namespace, peers: list[Peer], threads: int) -> dict[str, Any]:

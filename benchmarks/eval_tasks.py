@@ -1,4 +1,4 @@
-"""`smolctl eval` against lm-eval's own `--model hf`: the same float32 weights, the same items, in turns.
+"""`smolctl eval` compared with lm-eval's own `--model hf` on the same float32 weights and items, in turns.
 
     pip install '.[eval]'
     python benchmarks/eval_tasks.py MODEL --rounds 3

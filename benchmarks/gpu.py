@@ -1,4 +1,4 @@
-"""Everything that a GPU has to show, in one command: about ten minutes of an H100.
+"""All GPU measurements in one command, which takes about ten minutes on an H100.
 
     python benchmarks/gpu.py --out gpu.json [--only exact --only job …]
     python benchmarks/gpu.py --out gpu.json --print

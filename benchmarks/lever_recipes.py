@@ -1,4 +1,4 @@
-"""The levers that `levers.py` pulls: what each changes in nano's recipe, and where it comes from.
+"""The changes to nano's recipe that `levers.py` tries, called levers, and where each comes from.
 
 A lever is a dictionary. Keys with a dot are settings of the run's config; the others are fields of `Extras`,
 which are not (yet) part of smolctl.

@@ -1,4 +1,4 @@
-"""What shortens nano's training: time and steps to a loss with each lever, over several seeds.
+"""The effect of changes to nano's recipe: time and steps to a loss with each change, over several seeds.
 
     python benchmarks/levers.py prepare                                    # the corpus, once
     python benchmarks/levers.py check                                      # the steps are smolctl's own
@@ -6,15 +6,16 @@
     python benchmarks/levers.py cost --levers all                          # on the CPU that counts
     python benchmarks/levers.py judge runs.jsonl                           # the table
 
-`lever_recipes.py` lists the levers; `a+b` pulls two, `a@600` trains for 600 steps. A run is one line of
-runs.jsonl, written when it ends, and is not repeated by the next call. Runs of one seed begin with the same
-weights and read the same tokens in the same order. All compute in float32, and are scored as by
-`smolctl compare` on the same held-out documents.
+`lever_recipes.py` lists the changes, called levers; `a+b` combines two, `a@600` trains for 600 steps. A run
+is one line of runs.jsonl, written when it ends, and is not repeated by the next call. Runs with the same seed
+start from the same weights and read the same tokens in the same order. All of them compute in float32, and
+are scored as by `smolctl compare` on the same held-out documents.
 
-The table: bits per byte; the difference to the preset with the same seeds, with its 95 % interval over
-seeds and documents, and Student's p over the seeds; how many of the preset's steps a step is worth, from
-runs of the preset with several numbers of steps (base@300 base base@600); the cost of a step on this CPU, in
-turns with the preset's; and the time to the same loss, which is cost over worth.
+The table shows bits per byte; the difference from the preset with the same seeds, with its 95 % interval over
+seeds and documents, and p of Student's t-test over the seeds; how many of the preset's steps one step
+replaces, from runs of the preset with several numbers of steps (base@300 base base@600); the cost of a step
+on this CPU, in turns with the preset's; and the time to the same loss, which is the cost divided by the steps
+replaced.
 """
 
 from __future__ import annotations

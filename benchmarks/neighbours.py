@@ -1,12 +1,13 @@
-"""Training and answering beside two other busy processes: what is left of the speed of a quiet machine.
+"""Training and decoding next to two other busy processes, compared with the speed on a quiet machine.
 
     python benchmarks/neighbours.py                              # nano's training step
     python benchmarks/neighbours.py --preset smollm2-135m-hub --batch 2
     python benchmarks/neighbours.py --model FILE.gguf            # and decoding, on the C engine
 
-With as many busy neighbours as there are cores a fair share is 0.5. Each is measured as libgomp does by
-itself and with `smolctl.cores.sharing_cores`, in turns, quiet and busy. All sides see the same batches, and
-their losses must be equal to the last bit. Run it on a quiet machine. Prints one JSON document.
+With as many busy processes as there are cores, a fair share is 0.5. Training is measured with libgomp's
+default and with `smolctl.cores.sharing_cores`, in turns, on the quiet and the busy machine. All variants use
+the same batches, and their losses must be equal to the last bit. Run it on a quiet machine. Prints one JSON
+document.
 """
 
 from __future__ import annotations

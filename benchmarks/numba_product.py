@@ -1,11 +1,11 @@
-"""The matmul of decoding, a packed matrix times one vector, compiled by Numba and by smolctl's C compiler.
+"""The matmul of decoding, a packed matrix times one vector, in Numba and in smolctl's C.
 
     pip install numba
     python benchmarks/numba_product.py --rounds 15
 
-49,152 × 576 values in groups of 32, as in SmolLM2's head, on one thread. Numba's loops use integers of 16
-bits for the vector, as the C does. Prints milliseconds and ratios of interleaved rounds. It was the reason to
-ship C.
+49,152 × 576 values in groups of 32, as in SmolLM2's head, on one thread. Numba's loops use 16-bit
+integers for the vector, like the C code. Prints milliseconds and ratios of interleaved rounds. The result was
+the reason for C.
 """
 
 from __future__ import annotations

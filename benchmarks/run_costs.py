@@ -1,4 +1,4 @@
-"""What a run spends outside its steps, and what two processes gain: SmolLM2-135M's shape on a CPU.
+"""The time of a run outside its steps, and the gain from two processes: SmolLM2-135M's shape on a CPU.
 
     python benchmarks/run_costs.py --rounds 3
 

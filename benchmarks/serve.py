@@ -1,16 +1,16 @@
-"""Servers under load: tokens a second in all, how long clients wait, and what the servers hold.
+"""Servers with OpenAI's API under load: total tokens per second, how long clients wait, and memory.
 
     python benchmarks/serve.py FILE.gguf
     python benchmarks/serve.py FILE.gguf --space
     python benchmarks/serve.py FILE.gguf --peer-command "llama-server -m {model} --port {port} -np 8"
     python benchmarks/serve.py FILE.gguf --url other=http://127.0.0.1:8002
 
-The first server is `smolctl serve`; --space adds the Gradio Space of the same model, --peer-command and
---url add others of OpenAI's API. They take turns, round by round, with the same requests. Clients send one
-after the other, with prompts and answers of mixed lengths; half of the prompts begin alike. With --rough,
-some clients close the connection in the middle, and some send garbage. Prints a Markdown table, in less
-than three minutes for two servers on two idle cores, and ends with an error where `smolctl serve` has held
-more than the file, the KV cache of its slots and 150 MB.
+The first server is `smolctl serve`; --space adds the Gradio Space of the same model, --peer-command and --url
+add other servers with OpenAI's API. They take turns in every round, with the same requests. Each client sends
+one request after the other, with prompts and answers of mixed lengths; half of the prompts share a prefix.
+With --rough, some clients drop the connection, and some send invalid requests. Prints a Markdown table, in
+less than three minutes for two servers on two idle cores, and fails if `smolctl serve` used more memory than
+the file, the KV cache of its slots and 150 MB.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Prompt lookup against plain decoding: accepted tokens and speed on three kinds of text.
+"""Prompt lookup compared with plain decoding: accepted tokens and speed on three kinds of text.
 
     python benchmarks/speculation.py MODEL --rounds 5
 
-MODEL has a chat template. Each kind of text has prompts of its own; decoding with and without guesses takes
-turns, round by round, and must give the same text. Prints a Markdown table: guessed and accepted tokens,
-tokens a call of the model, and the ratio of decoding speeds.
+MODEL has a chat template. Each kind of text has its own prompts; decoding with and without drafts takes turns
+in every round, and must give the same text. Prints a Markdown table: drafted and accepted tokens, tokens per
+call of the model, and the ratio of decoding speeds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where a training step of SmolLM2-135M's shape spends its time, and how near its matmuls are to the limit.
+"""Where a training step of SmolLM2-135M's shape spends its time, and how close its matmuls are to the limit.
 
     python benchmarks/step_profile.py
 

@@ -1,4 +1,4 @@
-"""Bits per byte that a recipe reaches in a given time: nano on the embedded corpus.
+"""The bits per byte that a recipe reaches in a given time: nano on the built-in corpus.
 
     python benchmarks/time_to_loss.py --seconds 600 adamw-8-2e-3 adamw-4-1e-3
     python benchmarks/time_to_loss.py --seconds 300 muon-8-6e-3 muon-4-4e-3

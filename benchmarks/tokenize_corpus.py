@@ -1,4 +1,4 @@
-"""Tokenizing a corpus: smolctl, from a file to tokens on the disk, against `datasets.map`, same tokenizer.
+"""Tokenizing a corpus with smolctl and with `datasets.map`, from a file to tokens on the disk.
 
     pip install datasets
     python benchmarks/tokenize_corpus.py --rounds 3
@@ -7,9 +7,9 @@
 Both read the embedded corpus as JSON lines, encode it on all cores and write the ids. `datasets` maps batches
 of 1,000 rows through the fast tokenizer of transformers, as its documentation says, once in one process whose
 tokenizer uses all cores and once in a process for each core; the packing into sequences that it needs after
-that is left out. `encode_batch` of the tokenizers package, in memory, is what both stand on. They take turns,
-each time in a new process, after its imports. Peak memory is that of this process and that of the largest
-that it has started. Prints one JSON document.
+that is left out. Both are compared with `encode_batch` of the tokenizers package, in memory. They take turns,
+each time in a new process, after its imports. Peak memory is that of this process and that of its largest
+child process. Prints one JSON document.
 """
 
 from __future__ import annotations

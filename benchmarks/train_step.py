@@ -1,4 +1,4 @@
-"""A training step of SmolLM2-135M's shape: smolctl against transformers, litgpt and nanoGPT's step.
+"""A training step of SmolLM2-135M's shape: smolctl compared with transformers, litgpt and nanoGPT's step.
 
     python benchmarks/train_step.py                # as they come
     python benchmarks/train_step.py --compiled     # the others through torch.compile, smolctl as it comes

@@ -1,4 +1,4 @@
-"""A training step of SmolLM2-135M's shape by smolctl and by its peers, for the scripts that compare them.
+"""A training step of SmolLM2-135M's shape with smolctl and other programs, for the scripts that compare them.
 
 Every engine starts from the same weights and sees the same tokens, with the same fused AdamW and the same
 clipping, so that their losses agree from step to step. `transformers` and `litgpt` are the packages;

@@ -1,4 +1,4 @@
-"""The entry point: signals have their handlers before the first library is imported."""
+"""The entry point: installs signal handlers before any library is imported."""
 
 import signal
 import sys

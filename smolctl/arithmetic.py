@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and memory of a model: exact integers with the formula of each.
+"""Parameters, FLOPs and memory of a model, as exact integers with their formulas.
 
 Everything here is a function of a config and a few sizes. Nothing is allocated.
 """
@@ -14,8 +14,8 @@ from smolctl.config.run import RunConfig
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-# How training may store (weights and optimizer, activations). "bf16-mixed" is Lightning's name for
-# float32 weights with the matrix products in bfloat16.
+# Training data types (weights and optimizer, activations). "bf16-mixed" is Lightning's name for float32
+# weights with matmuls in bfloat16.
 TRAINING_DTYPES = {
     "float32": ("float32", "float32"),
     "bfloat16": ("bfloat16", "bfloat16"),
@@ -23,7 +23,7 @@ TRAINING_DTYPES = {
     "bf16-mixed": ("float32", "bfloat16"),
     "16-mixed": ("float32", "float16"),
 }
-# Lightning's names of a run's precision. "auto" is float32 until a device decides otherwise.
+# Lightning's names for a run's precision. "auto" is float32 until it is chosen for a device.
 DTYPE_OF_PRECISION = {
     "auto": "float32",
     "32-true": "float32",
@@ -32,14 +32,14 @@ DTYPE_OF_PRECISION = {
     "16-mixed": "16-mixed",
 }
 
-# Rows of logits that the loss holds at once: 256 × 49,152 in float32 are 48 MiB. Larger chunks are not
-# faster (the product is as wide as the vocabulary), smaller ones lose some speed.
+# Rows of logits that exist at the same time in the loss: 256 × 49,152 in float32 are 48 MiB. Larger chunks
+# are not faster (the matmul is as wide as the vocabulary), smaller ones lose some speed.
 LOSS_CHUNK_ROWS = 256
-# On a GPU such chunks are over sooner than their kernels are launched, and each adds to a gradient as large
-# as the head: 4,096 rows hold 805 MB twice. By reckoning, not measured yet.
+# On a GPU, such chunks take less time than launching their kernels, and each adds to a gradient as large as
+# the head: 4,096 rows take 805 MB twice. This is an estimate, not yet measured.
 GPU_LOSS_CHUNK_ROWS = 4_096
 
-# Modules that `non_embedding` leaves out.
+# Modules that `non_embedding` excludes.
 EMBEDDINGS = ("model.embed_tokens", "model.embed_positions", "lm_head")
 
 
@@ -47,9 +47,9 @@ EMBEDDINGS = ("model.embed_tokens", "model.embed_positions", "lm_head")
 class ParameterRow:
     """One weight matrix or vector of the network."""
 
-    module: str  # the tensor's name without ".weight"; a bias keeps its ending
+    module: str  # the tensor's name without ".weight"; a bias keeps its suffix
     shape: tuple[int, ...]
-    formula: str  # the shape in the config's own words
+    formula: str  # the shape with the config's names
     parameters: int
     tied: bool = False  # shares its storage with another row and adds nothing to `unique`
 
@@ -61,7 +61,7 @@ class ParameterRow:
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """The three totals that people mean by "the number of parameters"."""
+    """The three totals that are called "the number of parameters"."""
 
     unique: int  # every stored number once
     naive: int  # a tied lm_head counted again
@@ -120,7 +120,7 @@ def parameter_rows(config: ModelConfig) -> tuple[ParameterRow, ...]:
 
 
 def tensor_rows(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[ParameterRow, ...]:
-    """Rows for named shapes of any architecture; a formula can only repeat the shape."""
+    """Rows for named shapes of any architecture; their formulas can only repeat the shapes."""
     return tuple(
         ParameterRow(
             name.removesuffix(".weight"), shape, " × ".join(f"{size:,}" for size in shape) or "1", prod(shape)
@@ -151,7 +151,7 @@ def layer_matrices(config: ModelConfig) -> int:
 
 
 def forward_flops_per_token(config: ModelConfig, context: int) -> int:
-    """Floating-point operations of one token's forward pass, two for each multiply-add.
+    """Floating-point operations of the forward pass for one token, two per multiply-add.
 
     The head's matmul is counted also when its weights are tied: it is computed all the same.
     Attention is counted causally, over half of `context` on average. Norms, biases, RoPE and the
@@ -163,7 +163,7 @@ def forward_flops_per_token(config: ModelConfig, context: int) -> int:
 
 
 def training_flops_per_token(config: ModelConfig, sequence_length: int) -> int:
-    """Forward plus backward: the backward pass costs as much as two forward passes."""
+    """Forward plus backward pass: the backward pass costs as much as two forward passes."""
     return 3 * forward_flops_per_token(config, sequence_length)
 
 
@@ -175,14 +175,14 @@ def kv_cache_bytes_per_token(config: ModelConfig, dtype: str = "float32") -> int
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes that a training step holds at its peak."""
+    """The peak memory of a training step, in bytes."""
 
     weights: int
-    gradients: int  # a tied table's twice: from the lookup and from the head, before they are added
+    gradients: int  # a tied table has two: from the lookup and from the head, before they are added
     optimizer: int  # AdamW's two moments, or Muon's one for the matrices of the layers
-    activations: int  # kept from forward for backward
-    logits: int  # the chunk of logits and of their gradient that the loss holds at once
-    formulas: Mapping[str, str] = field(compare=False)  # of each number, with the values put in
+    activations: int  # saved by the forward pass for the backward pass
+    logits: int  # the chunk of logits and its gradient that exist at the same time in the loss
+    formulas: Mapping[str, str] = field(compare=False)  # of each number, with the values inserted
 
     @property
     def total(self) -> int:
@@ -190,17 +190,18 @@ class TrainingMemory:
 
 
 def activation_values_per_token(config: ModelConfig, checkpointed: bool = False) -> int:
-    """Numbers that autograd keeps of one token between the forward and the backward pass.
+    """Numbers per token that autograd saves between the forward and the backward pass.
 
-    A layer keeps of each of its two norms the input and 1/rms (2 hidden + 2); the queries and the
-    attention's output (2 queries), keys and values (2 keys), the attention's log-sum-exp (heads); and
-    the SwiGLU's gate and up (2 FFN). Norms of queries and keys keep their inputs and a 1/rms a head. After
+    A layer saves, for each of its two norms, the input and 1/rms (2 hidden + 2); the queries and the
+    attention's output (2 queries), keys and values (2 keys), the attention's log-sum-exp (heads); and the
+    SwiGLU's gate and up (2 FFN). Norms of queries and keys save their inputs and one 1/rms per head. After
     the layers come the final norm's input, output and 1/rms, and the gradient of the last hidden state, which
     the chunked loss computes in the forward pass.
 
     Args:
         config: the network.
-        checkpointed: whether a layer keeps its input only, all but the one whose gradients are computed.
+        checkpointed: whether a layer saves only its input, except the layer whose gradients are being
+            computed.
     """
     hidden = config.hidden_size
     queries = config.num_attention_heads * config.head_dim
@@ -220,16 +221,16 @@ def run_memory(
     dtype: str | None = None,
     device: str | None = None,
 ) -> TrainingMemory:
-    """What a training step holds at its peak, without the framework's own memory.
+    """The peak memory of a training step, without the framework's own memory.
 
-    Every argument but the run stands in for what its config says.
+    Every argument except the run overrides its config.
 
     Args:
-        run: the model, the batch, the precision, the optimizer, and whether activations are kept.
-        sequences: of one device in memory at once.
-        sequence_length: tokens of each.
+        run: the model, the batch, the precision, the optimizer, and whether activations are saved.
+        sequences: in memory at the same time on one device.
+        sequence_length: tokens per sequence.
         dtype: a key of `TRAINING_DTYPES`.
-        device: "cpu" or "cuda", where "auto" has been decided.
+        device: "cpu" or "cuda", if "auto" has been decided.
     """
     config, float32 = run.model, BYTES_PER_VALUE["float32"]
     dtype = dtype or DTYPE_OF_PRECISION[run.train.precision]
@@ -239,7 +240,7 @@ def run_memory(
     on_gpu = (device or run.trainer.accelerator) in ("cuda", "gpu")
     rows = min(GPU_LOSS_CHUNK_ROWS if on_gpu else LOSS_CHUNK_ROWS, tokens)
     count = count_parameters(config)
-    saved = layer_matrices(config) if run.optimizer.name == "muon" else 0  # one moment in place of two
+    saved = layer_matrices(config) if run.optimizer.name == "muon" else 0  # one moment instead of two
     return TrainingMemory(
         weights=count.unique * stored,
         gradients=count.naive * stored,

@@ -1,4 +1,6 @@
-"""The machine's cores: how many this process may use, and how its threads wait while others need them."""
+"""The machine's cores: how many this process may use, and how its threads wait while other processes need
+them.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 ROOT = Path("/")
-# Speeds of cores as Linux's cpu_capacity gives them. Where that is missing, Intel's efficient cores are taken
-# to be half as fast as the others, which was not measured here.
+# Relative speeds of cores, from Linux's cpu_capacity. Without it, Intel's efficiency cores are assumed to be
+# half as fast as the others, which was not measured.
 FULL_SPEED, SLOW_CORE = 1024, 512
 CHECK_EVERY_S = 1.0
-# Of a core's time, what this process's threads together have waited for a core: above the first they share
-# the machine, below the second they have it to themselves. Measured, see docs/benchmarks.md.
+# Time that this process's threads together wait for a core, as a share of one core's time: above the first
+# value the process shares the machine, below the second it does not. Measured, see docs/benchmarks.md.
 SHARED, ALONE = 0.2, 0.05
-CHOSEN = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}  # variables by which a user decides how threads wait
+CHOSEN = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}  # variables with which a user decides how threads wait
 
 
 def usable_cpus() -> int:
@@ -28,15 +30,15 @@ def usable_cpus() -> int:
 
 
 def usable_cores(root: Path = ROOT) -> int:
-    """Processors' worth of time that this process gets, its container's quota counted; at least 1."""
+    """Processors' worth of time for this process, including its container's quota; at least 1."""
     return max(1, math.floor(min(usable_cpus(), cpu_quota(root))))
 
 
 def computing_cores(root: Path = ROOT) -> int:
-    """With how many of the cores that this process may run on equal shares of work are done first.
+    """The number of usable cores with which equal shares of work finish first.
 
-    A core counts once, however many logical processors it is. Where some are slower, the others wait for
-    them: n cores do n times what the slowest of them does.
+    A core counts once, however many logical processors it has. If some cores are slower, the others wait for
+    them: n cores do n times the work of the slowest of them.
 
     Args:
         root: of the file system.
@@ -49,7 +51,7 @@ def computing_cores(root: Path = ROOT) -> int:
     speeds = {}
     for cpu in os.sched_getaffinity(0):
         folder = root / f"sys/devices/system/cpu/cpu{cpu}"
-        speed = _text(folder / "cpu_capacity")  # of ARM, and newer kernels on Intel: 1024 is the fastest core
+        speed = _text(folder / "cpu_capacity")  # ARM, and Intel with newer kernels: 1024 is the fastest core
         default = SLOW_CORE if cpu in slow else FULL_SPEED
         speeds[_text(folder / "topology/thread_siblings_list") or str(cpu)] = (
             int(speed) if speed.isdecimal() else default
@@ -59,7 +61,7 @@ def computing_cores(root: Path = ROOT) -> int:
 
 
 def _text(path: Path) -> str:
-    """What a file of the kernel's says, empty where there is none."""
+    """The text of a kernel file; empty if there is none."""
     try:
         return path.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError):
@@ -73,7 +75,7 @@ def _listed(path: Path) -> set[int]:
 
 
 def _mac_fast_cores() -> int:
-    """Performance cores of an ARM Mac, which PyTorch computes with too; 0 where the system names none."""
+    """Performance cores of an ARM Mac, which PyTorch uses too; 0 if the system does not report them."""
     count = ctypes.c_int32()
     size = ctypes.c_size_t(ctypes.sizeof(count))
     ask = ctypes.CDLL(None).sysctlbyname
@@ -84,26 +86,26 @@ def _mac_fast_cores() -> int:
 
 
 def compute_threads(asked: int | None = None, root: Path = ROOT) -> int:
-    """Threads to compute with, one for each logical processor at most: more of them wait for each other, and
-    very many crash.
+    """The number of threads to compute with, at most one per logical processor: more of them wait for each
+    other, and very many crash.
 
     Args:
-        asked: by the user; None: by OMP_NUM_THREADS, which PyTorch reads too, or else one for each core that
+        asked: by the user; None: OMP_NUM_THREADS, which PyTorch reads too, or else one for each core that
             this process gets and that makes it faster.
         root: of the file system.
     """
     if asked is None:
-        chosen = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # of nested levels the first
+        chosen = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # the first of nested levels
         wanted = int(chosen) if chosen.isdecimal() else 0
         asked = wanted or min(computing_cores(root), usable_cores(root))
     return min(asked, usable_cpus())
 
 
 def cpu_quota(root: Path = ROOT) -> float:
-    """Processors' worth of time that Linux's control groups allow; `inf` where nothing limits it.
+    """Processors' worth of time that Linux's control groups allow; `inf` if there is no limit.
 
-    The groups of version 1 and 2 are read, with those that they lie in: the narrowest counts. In a container
-    the path in /proc/self/cgroup may be the host's; then the container's own group is at the top.
+    Groups of version 1 and 2 are read, with their parents; the smallest limit counts. In a container, the
+    path in /proc/self/cgroup may be the host's; then the container's own group is at the top.
 
     Args:
         root: of the file system.
@@ -137,20 +139,21 @@ def _quota_of(group: Path) -> float:
 
 @contextmanager
 def sharing_cores() -> Iterator[None]:
-    """Let OpenMP's threads give their cores away at every barrier while other processes need them.
+    """Let OpenMP's threads yield their cores at every barrier while other processes need them.
 
-    A thread of libgomp spins for milliseconds at a barrier before it sleeps. On a machine of its own that is
-    the fastest; where another process holds the core of the thread that all wait for, it is lost time. How
-    long it spins is fixed when the process starts, but while libgomp counts more threads than processors it
-    hardly spins at all. So, while this process has to wait for cores, a second team of threads that only
-    sleep is kept. The number of threads that compute stays the same, and so does every result.
+    A thread of libgomp spins for milliseconds at a barrier before it sleeps. On an otherwise idle machine
+    this is fastest; but if another process occupies the core of the thread that all wait for, the spinning is
+    lost time. The spinning time is fixed when the process starts, but as long as libgomp counts more threads
+    than processors, it hardly spins at all. So, while this process has to wait for cores, a second team of
+    threads that only sleep is kept. The number of computing threads does not change, and neither do the
+    results.
 
-    Nothing is done where there is no libgomp (macOS, Windows) or the system does not say how long threads
-    wait (/proc/self/task/*/schedstat).
+    Does nothing without libgomp (macOS, Windows), or if the system does not report how long threads wait
+    (/proc/self/task/*/schedstat).
     """
     end = threading.Event()
     watcher = threading.Thread(target=_watch, args=(end,), daemon=True)
-    if not CHOSEN & os.environ.keys():  # the user has said how threads wait
+    if not CHOSEN & os.environ.keys():  # otherwise the user has decided how threads wait
         watcher.start()
     try:
         yield
@@ -161,7 +164,7 @@ def sharing_cores() -> Iterator[None]:
 
 
 def _watch(end: threading.Event) -> None:
-    """Keep a sleeping team while threads of this process wait for cores, until `end`."""
+    """Keep a sleeping team while threads of this process wait for cores, until `end` is set."""
     release: threading.Event | None = None
     before = _waited()
     while not end.wait(CHECK_EVERY_S):
@@ -177,7 +180,7 @@ def _watch(end: threading.Event) -> None:
 
 
 def _sleeping_team(library: ctypes.CDLL) -> threading.Event:
-    """A team of more threads than there are processors; it sleeps, and ends when the event is set."""
+    """A team of more threads than there are processors; it sleeps until the event is set."""
     release = threading.Event()
 
     def hold() -> None:
@@ -191,18 +194,20 @@ def _sleeping_team(library: ctypes.CDLL) -> threading.Event:
 
 
 def _libgomp() -> ctypes.CDLL | None:
-    """The OpenMP runtime that PyTorch has loaded; None where it is another one."""
+    """The OpenMP runtime that PyTorch has loaded; None if it is not libgomp."""
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
         paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "libgomp" in line}
         library = ctypes.CDLL(min(paths, key=lambda path: ("torch" not in path, path)))
-    except (OSError, ValueError, IndexError):  # not loaded, or not at all
+    except (OSError, ValueError, IndexError):  # not loaded, or there is no list of libraries
         return None
     return library if hasattr(library, "GOMP_parallel") else None
 
 
 def _waited() -> float:
-    """Seconds that all threads of this process have waited for a core so far; 0 where nobody counts them."""
+    """Seconds that all threads of this process have waited for a core so far; 0 if the system does not
+    count them.
+    """
     total = 0
     for task in Path("/proc/self/task").glob("*/schedstat"):
         try:
@@ -213,7 +218,7 @@ def _waited() -> float:
 
 
 def machine_memory() -> int | None:
-    """Bytes of main memory that this machine has; None where the operating system does not say."""
+    """Bytes of main memory of this machine; None if the operating system does not report it."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):

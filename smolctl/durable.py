@@ -1,4 +1,4 @@
-"""Files that survive a crash and a full disk: written beside their place, synced, then renamed."""
+"""Crash-safe files: written to a temporary name, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import IO, Any
 from smolctl.errors import SmolError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-# A file that was written less than this many nanoseconds ago may change again within the resolution of its
-# time of change.
-SETTLED_NS = 3_000_000_000  # FAT counts time in steps of two seconds
+# A file that was written less than this many nanoseconds ago may change again without a new modification
+# time.
+SETTLED_NS = 3_000_000_000  # FAT has a resolution of two seconds
 
 
 # Folders in the cache.
@@ -25,7 +25,7 @@ CHECKED, TOKENIZERS = "checked", "tokenizers"
 
 
 class HashingFile:
-    """A file opened for writing that hashes what passes through."""
+    """A file opened for writing that hashes everything written."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
@@ -40,25 +40,25 @@ class HashingFile:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
+    """SHA-256 of a file, which is read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def has_digest(path: Path, expected: str) -> bool:
-    """Whether a file's SHA-256 is the expected one. The file is read once for each identity of it."""
+    """Whether a file's SHA-256 is the expected one. The file is read once for each identity."""
     return holds_once(path, f"sha256 {expected}", lambda: file_digest(path) == expected)
 
 
 def holds_once(path: Path, claim: str, check: Callable[[], bool]) -> bool:
-    """Whether a claim about a file's content holds, checked once as long as the file is the same one.
+    """Whether a check of a file's content succeeds; a successful check is not repeated for the same file.
 
-    A file counts as the same while its device, inode, size and time of change are. That the claim holds is
-    remembered in the user's cache; that it does not is never remembered.
+    A file counts as the same while its device, inode, size and modification time are unchanged. Successful
+    checks are recorded in the user's cache, failed ones are not.
 
     Args:
         path: the file.
-        claim: names what is checked.
+        claim: names the check.
         check: reads the file.
     """
     before = path.stat()
@@ -69,14 +69,14 @@ def holds_once(path: Path, claim: str, check: Callable[[], bool]) -> bool:
         return True
     holds = check()
     if holds and time.time_ns() - before.st_mtime_ns > SETTLED_NS:
-        with suppress(OSError):  # a cache that cannot be written costs another reading
+        with suppress(OSError):  # without a writable cache, the file is read again next time
             marker.parent.mkdir(parents=True, exist_ok=True)
             marker.touch()
     return holds
 
 
 def lack_of_room(folder: Path, needed: int) -> str:
-    """What is wrong with the disk under a folder for this many bytes; "" when they fit."""
+    """The problem if a disk has no space for this many bytes under a folder; "" if they fit."""
     free = shutil.disk_usage(folder).free
     if free >= needed:
         return ""
@@ -100,13 +100,13 @@ def folder_of(target: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(target: Path, concurrent: bool = False) -> Iterator[Path]:
-    """A path beside `target` to write a file to. It takes the place of `target` when nothing fails.
+    """A temporary path next to `target` to write a file to. It replaces `target` if nothing fails.
 
-    Whenever the process dies, `target` is either the old file or the new one, whole and on the disk.
+    Whenever the process dies, `target` is either the old file or the new one, complete and on the disk.
 
     Args:
-        target: the file to be.
-        concurrent: whether several processes may write the same target at once.
+        target: the final path.
+        concurrent: whether several processes may write the same target at the same time.
     """
     process = f".{os.getpid()}" if concurrent else ""
     partial = target.with_name(f".{target.name}{process}.partial")
@@ -121,7 +121,7 @@ def replacing(target: Path, concurrent: bool = False) -> Iterator[Path]:
 
 
 def remove_partial(*folders: Path) -> None:
-    """Delete what `replacing` has left where a process was killed; nobody may be writing there."""
+    """Delete temporary files that a killed process has left; no other process may be writing there."""
     for folder in folders:
         for path in folder.glob(".*.partial"):
             if path.is_file():
@@ -129,14 +129,14 @@ def remove_partial(*folders: Path) -> None:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Write a text file whole or not at all, in UTF-8 with line ends as they are."""
+    """Write a text file atomically, in UTF-8 with its line ends unchanged."""
     with replacing(target) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
 
 
 def sync_file(path: Path) -> None:
-    """Wait until a file's bytes are on the disk, where its file system can say so."""
-    with path.open("r+b") as file:  # Windows syncs only what is open for writing
+    """Wait until a file's bytes are on the disk, if its file system supports that."""
+    with path.open("r+b") as file:  # Windows syncs only files opened for writing
         try:
             os.fsync(file.fileno())
         except OSError as error:
@@ -145,7 +145,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the renames in a folder outlive a power cut, on systems that can sync a folder."""
+    """Make the renames in a folder survive a power failure, on systems that can sync a folder."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -155,7 +155,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Where tokens, tokenizers and checked identities are kept: `$SMOLCTL_CACHE` or `~/.cache/smolctl`."""
+    """The folder for cached tokens, tokenizers and file checks: `$SMOLCTL_CACHE` or `~/.cache/smolctl`."""
     named = os.environ.get("SMOLCTL_CACHE")
     return Path(named).expanduser() if named else Path.home() / ".cache" / "smolctl"
 
@@ -166,10 +166,10 @@ class DiskError(SmolError):
 
 @contextmanager
 def naming_the_disk(folder: Path) -> Iterator[None]:
-    """Turn a failed write into a run folder into the reason and the remedy.
+    """Turn a failed write to a run folder into an error with the reason and the remedy.
 
     Raises:
-        DiskError: in place of the operating system's error.
+        DiskError: instead of the operating system's error.
     """
     try:
         yield

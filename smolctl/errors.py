@@ -1,4 +1,4 @@
-"""Every failure that a user can correct: one line of cause, one line of remedy, one exit code."""
+"""Failures that a user can correct: one line of cause, one line of remedy, one exit code."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class SmolError(Exception):
     """A failure with its cause and its remedy.
 
     Args:
-        message: what is wrong, naming the file, key or value. Whatever names and values are like, it becomes
-            one line of at most `LONGEST` characters.
-        hint: what the user can do about it, in one line; may be empty.
+        message: what is wrong, naming the file, key or value. It is reduced to one line of at most `LONGEST`
+            characters, whatever names and values contain.
+        hint: what the user can do about it, on one line; may be empty.
     """
 
     exit_code: ExitCode = ExitCode.FAILED
@@ -43,7 +43,7 @@ class SmolError(Exception):
 
 
 class UsageError(SmolError):
-    """The command line asks for something that cannot be meant."""
+    """The command line is not valid."""
 
     exit_code = ExitCode.USAGE
 

@@ -1,4 +1,4 @@
-"""Text of a model or a user, escaped for a terminal, for Markdown, and for one line of JSON."""
+"""Escapes text of models and users for a terminal, for Markdown, and for one line of JSON."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# Characters that a terminal or a renderer would obey instead of showing them. For ASCII's, Unicode has
-# symbols; its own (C1, line and paragraph ends, changes of direction) become the replacement character.
+# Characters that a terminal or a renderer would interpret instead of showing them. ASCII's are replaced by
+# Unicode's symbols for them; Unicode's own (C1, line and paragraph separators, changes of direction) by the
+# replacement character.
 _VISIBLE: dict[int, int | str] = {
     **{code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"},
     127: 0x2421,
@@ -19,13 +20,13 @@ _VISIBLE: dict[int, int | str] = {
 }
 
 
-# JSON itself escapes ASCII's control characters below 32. The others are escaped here, so that no terminal
-# obeys JSON that it shows; half a surrogate pair, which may be in a broken file name, has no UTF-8.
+# JSON itself escapes ASCII's control characters below 32. The others are escaped here, so that JSON is safe
+# on a terminal; an unpaired surrogate, which may come from an invalid file name, has no UTF-8.
 _UNESCAPED = re.compile(f"[{''.join(chr(code) for code in _VISIBLE if code >= 127)}\ud800-\udfff]")
 
 
 def for_terminal(text: str) -> str:
-    """A text that a terminal shows: it obeys no character of it but line ends and tabs."""
+    """A text that is safe on a terminal: no character except line ends and tabs controls it."""
     return text if text.isprintable() else text.translate(_VISIBLE)
 
 
@@ -56,10 +57,10 @@ def one_line(text: str) -> str:
 
 
 def whole_characters(text: str) -> str:
-    """A text whose halves of characters, which no tokenizer takes, are replacement characters.
+    """A text with unpaired surrogates, which tokenizers refuse, replaced by replacement characters.
 
-    JSON's escapes can spell half a surrogate pair, and Python reads bytes of the command line that are not
-    UTF-8 as such halves. Two that belong together become their character.
+    JSON escapes can contain unpaired surrogates, and Python reads invalid UTF-8 of the command line as such.
+    Matching pairs become their character.
     """
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -69,10 +70,10 @@ def _longest_run(text: str) -> int:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """A value as JSON that every reader takes. All JSON that smolctl writes or prints is made here.
+    """A value as JSON for every reader. smolctl writes and prints all its JSON with this function.
 
     JSON has no NaN and no infinity: they become null. Control characters are escaped. Without `indent` it is
-    one line, also for readers to whom Unicode's other line ends are line ends.
+    one line, also for readers that treat Unicode's separators as line ends.
     """
     try:
         text = json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
@@ -82,7 +83,7 @@ def json_text(value: Any, indent: int | None = None) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """Nested values with None in place of numbers that JSON does not have."""
+    """Nested values with None instead of numbers that JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Other packages: which version is installed, and the command that installs a missing optional one."""
+"""Optional packages: their installed versions, and the commands that install missing ones."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from smolctl.errors import InputError
 
 
 def installed_version(package: str) -> str | None:
-    """The version of a package that is installed; None where it is not."""
-    from importlib.metadata import PackageNotFoundError, version  # takes milliseconds that not all need
+    """The installed version of a package; None if it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version  # takes milliseconds, often not needed
 
     try:
         return version(package)
@@ -24,12 +24,12 @@ def installed_version(package: str) -> str | None:
 def install_command(extra: str) -> str:
     """The command that adds an extra of pyproject.toml to this installation.
 
-    An installation from a folder or an address does not find `smolctl[extra]` in every index, so the command
-    names what PEP 610's direct_url.json records.
+    If smolctl was installed from a folder or a URL, an index may not have `smolctl[extra]`, so the command
+    uses the source recorded in PEP 610's direct_url.json.
     """
     from importlib.metadata import PackageNotFoundError, distribution
 
-    from smolctl.outside import parse_object  # imports yaml, which `--help` does without
+    from smolctl.outside import parse_object  # imports yaml, which `--help` does not need
 
     try:
         installed = distribution("smolctl")

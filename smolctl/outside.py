@@ -1,8 +1,8 @@
-"""The one door for what others have written: configs, headers, tokenizers, records, answers of a Hub.
+"""Parses all untrusted data: configs, headers, tokenizers, records, responses of a Hub.
 
-It may hold anything. So its size is bounded before it is read, its depth and its numbers before anybody
-computes with them, and a schema says what is needed of it. Whatever is wrong is one `InputError`, with the
-path of the key.
+Such data may contain anything. So its size is limited before it is read, its depth and its numbers before
+they are used, and a schema defines what is needed. Every problem becomes an `InputError` with the path of the
+key.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from smolctl.errors import InputError
 T = TypeVar("T")
 
 MAX_BYTES = 50_000_000  # of a JSON file; the index of a model of 100,000 tensors has ten million
-MAX_YAML_BYTES = 1_000_000  # PyYAML takes seconds for a megabyte
-MAX_YAML_NODES = 20_000  # keys and values of a YAML file, with those that its aliases stand for
-MAX_DEPTH = 64  # of lists and mappings in each other; known files have up to eight
-# Of a whole number: tokenizer_config.json has 10**30 for "no limit", and 10**100 still is a float.
+MAX_YAML_BYTES = 1_000_000  # PyYAML takes seconds per megabyte
+MAX_YAML_NODES = 20_000  # keys and values of a YAML file, including those inserted by aliases
+MAX_DEPTH = 64  # of nested lists and mappings; known files have up to eight
+# Of an integer: tokenizer_config.json has 10**30 for "no limit", and 10**100 still fits a float.
 MAX_DIGITS = 100
-SHOWN = 80  # characters of a value or of a key that an error repeats
+SHOWN = 80  # characters of a value or a key in an error
 
 CORRECT = "Correct the file, or download it again."
 _TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
-# In pydantic's path to a value, beside its keys: members of a union, and "[key]" for the key itself.
+# In pydantic's path to a value, besides its keys: members of a union, and "[key]" for the key itself.
 _NO_KEY = re.compile(r"int|float|bool|str|.*\W.*")
 
 
@@ -39,12 +39,12 @@ class YamlSyntaxError(InputError):
 
 
 def read_file(path: Path, remedy: str = CORRECT, most: int = MAX_BYTES) -> bytes:
-    """The bytes of a file.
+    """Read the bytes of a file.
 
     Args:
-        path: of the file. Pipes and devices, which may never end, are none.
+        path: of the file. Pipes and devices, which may never end, are refused.
         remedy: of the error.
-        most: bytes that it may have.
+        most: maximum size in bytes.
 
     Raises:
         InputError: it cannot be read, or is larger.
@@ -64,7 +64,7 @@ def read_file(path: Path, remedy: str = CORRECT, most: int = MAX_BYTES) -> bytes
 
 
 def refuse_pointer(start: bytes, origin: str) -> None:
-    """Refuse what git leaves in the place of a large file. Raises InputError: `start` begins as one does."""
+    """Refuse a Git LFS pointer in place of a large file. Raises InputError: `start` begins like one."""
     if start.startswith(b"version https://git-lfs"):
         raise InputError(
             f"{origin}: a Git LFS pointer, not the file itself", "Run `git lfs pull` in its repository."
@@ -72,20 +72,20 @@ def refuse_pointer(start: bytes, origin: str) -> None:
 
 
 def read_json(path: Path, remedy: str = CORRECT, most: int = MAX_BYTES) -> dict[str, Any]:
-    """The object in a JSON file. Raises as `read_file` and `parse_object`."""
+    """Read the object in a JSON file. Raises as `read_file` and `parse_object`."""
     return parse_object(read_file(path, remedy, most), str(path), remedy)
 
 
 def parse_object(text: bytes | str, origin: str, remedy: str = CORRECT) -> dict[str, Any]:
-    """The object in a JSON text.
+    """Parse the object in a JSON text.
 
     Args:
         text: the JSON.
-        origin: what to call it in an error.
+        origin: its name in an error.
         remedy: of the error.
 
     Raises:
-        InputError: it is not JSON or not an object, or exceeds the bounds of this module.
+        InputError: it is not JSON or not an object, or exceeds the limits of this module.
     """
     try:
         content = parse_json(text)
@@ -97,14 +97,14 @@ def parse_object(text: bytes | str, origin: str, remedy: str = CORRECT) -> dict[
 
 
 def parse_json(text: bytes | str, parse_constant: Callable[[str], Any] | None = None) -> Any:
-    """The value of a JSON text, for callers with an error of their own.
+    """Parse a JSON text, for callers with their own errors.
 
     Args:
         text: the JSON.
-        parse_constant: as of `json.loads`: called with "NaN" and its kin, which are not JSON.
+        parse_constant: as in `json.loads`: called with "NaN" and similar names, which are not JSON.
 
     Raises:
-        ValueError: it is not JSON, or exceeds the bounds of this module, with the path of the key.
+        ValueError: it is not JSON, or exceeds the limits of this module; with the path of the key.
     """
     long: list[_LongNumber] = []
 
@@ -129,8 +129,16 @@ def parse_json(text: bytes | str, parse_constant: Callable[[str], Any] | None = 
     return value
 
 
+def json_or_text(text: str) -> Any:
+    """The value of a JSON text; the text itself where it is not JSON."""
+    try:
+        return parse_json(text)
+    except ValueError:
+        return text
+
+
 class _LongNumber(str):
-    """The digits of a number that is not read as one."""
+    """The digits of a number that is not parsed."""
 
 
 def _depth(value: Any) -> int:
@@ -142,7 +150,7 @@ def _depth(value: Any) -> int:
 
 
 def _path_to(value: Any, is_wanted: Callable[[Any, int], bool]) -> str:
-    """The dotted path of the first value that is wanted, by itself and its depth."""
+    """The dotted path of the first value for which `wanted`, called with value and depth, is true."""
     waiting: list[tuple[tuple[str, ...], Any]] = [((), value)]
     while waiting:
         path, one = waiting.pop()
@@ -154,10 +162,10 @@ def _path_to(value: Any, is_wanted: Callable[[Any, int], bool]) -> str:
 
 
 def parse_yaml(text: str, origin: str, remedy: str = CORRECT) -> Any:
-    """The value of a YAML text: mappings, lists, texts, numbers, booleans and null.
+    """Parse a YAML text: mappings, lists, strings, numbers, booleans and null.
 
-    A date is a text, as in JSON. Raises as `parse_object`, naming the line; what is not YAML at all is a
-    `YamlSyntaxError`.
+    A date is a string, as in JSON. Raises as `parse_object`, naming the line; text that is not YAML at all
+    raises `YamlSyntaxError`.
     """
     if len(text) > MAX_YAML_BYTES:
         raise InputError(f"{origin}: has more than {MAX_YAML_BYTES:,} characters", remedy)
@@ -171,24 +179,24 @@ def parse_yaml(text: str, origin: str, remedy: str = CORRECT) -> Any:
 
 
 class _Refusal(yaml.MarkedYAMLError):
-    """The text is YAML, but its value is none that anybody can mean."""
+    """The text is YAML, but a value is not acceptable."""
 
     def __init__(self, key: str, problem: str, at: Any) -> None:
         super().__init__(problem=f"{key}: {problem}" if key else problem, problem_mark=at.start_mark)
 
 
 class YamlLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, bounded and without its own ideas of dates; `3e-4` is a number.
+    """PyYAML's safe loader with limits and without dates; `3e-4` is a number.
 
-    A file of a few hundred bytes may stand for billions of values, each alias for many others. Values are
-    counted as written out, before any is made.
+    With aliases, a file of a few hundred bytes may expand to billions of values. Values are counted in their
+    expanded form before any is created.
     """
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
-        self._keys: list[str] = []  # of the value that is being read, from the top
+        self._keys: list[str] = []  # of the value being read, outermost first
         self._paths: dict[yaml.Node, str] = {}
-        self._sizes: dict[yaml.Node, int] = {}  # nodes below each that is complete, itself included
+        self._sizes: dict[yaml.Node, int] = {}  # number of nodes of each complete node, including itself
         self._nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -210,6 +218,16 @@ class YamlLoader(yaml.SafeLoader):
         self._paths.setdefault(node, key)
         if parent is not None:
             self._keys.pop()
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise _Refusal(dotted([*self._keys, key.value]), "the key is given twice", key)
+                seen.add((key.tag, key.value))
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
@@ -240,22 +258,34 @@ YamlLoader.add_implicit_resolver(
 )
 
 
+def _number(loader: YamlLoader, node: yaml.ScalarNode) -> Any:
+    """A number as YAML 1.2 reads it: to PyYAML 010 is 8, and 1:30 is 90."""
+    if ":" in node.value:
+        return node.value
+    if re.fullmatch(r"[-+]?[0-9][0-9_]*", node.value):
+        return int(node.value.replace("_", ""))
+    return yaml.SafeLoader.yaml_constructors[node.tag](loader, node)
+
+
+YamlLoader.yaml_constructors |= dict.fromkeys(NUMBERS, _number)
+
+
 _ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
 
 
 def _adapter(schema: Any) -> TypeAdapter[Any]:
-    """What validates a schema; made once, when it is first needed."""
+    """The validator of a schema, created when first needed."""
     if schema not in _ADAPTERS:
         _ADAPTERS[schema] = TypeAdapter(schema)
     return _ADAPTERS[schema]
 
 
 def checked(schema: type[T], value: object, origin: str, remedy: str = CORRECT) -> T:
-    """A value as a schema has it: a dataclass, a TypedDict or a pydantic model. Keys that it does not know
-    are left out, unless it forbids them.
+    """A value validated by a schema: a dataclass, a TypedDict or a pydantic model. Unknown keys are dropped,
+    unless the schema forbids them.
 
     Raises:
-        InputError: the value does not fit, naming the key.
+        InputError: the value is not valid; names the key.
     """
     try:
         result: T = _adapter(schema).validate_python(value)
@@ -265,8 +295,9 @@ def checked(schema: type[T], value: object, origin: str, remedy: str = CORRECT) 
 
 
 def checked_json(schema: type[T], text: str, origin: str, remedy: str = CORRECT) -> T:
-    """The value of a JSON text as `checked` gives it, without making what the schema does not know: of a
-    large file in half the time of `parse_object`. Raises as `checked`."""
+    """A JSON text validated like `checked`, without creating values that the schema does not have: for a
+    large file in half the time of `parse_object`. Raises as `checked`.
+    """
     try:
         result: T = _adapter(schema).validate_json(text.encode("utf-8", "replace"))
     except ValidationError as error:
@@ -275,7 +306,7 @@ def checked_json(schema: type[T], text: str, origin: str, remedy: str = CORRECT)
 
 
 def fitting(schema: type[T], value: object) -> T | None:
-    """A value as `checked` gives it; None where it does not fit."""
+    """A value like `checked`; None if it is not valid."""
     try:
         result: T = _adapter(schema).validate_python(value)
     except ValidationError:
@@ -284,7 +315,7 @@ def fitting(schema: type[T], value: object) -> T | None:
 
 
 def fitting_json(schema: type[T], text: str) -> T | None:
-    """The value of a JSON text as `checked` gives it; None where it does not fit."""
+    """The value of a JSON text like `checked`; None if it is not valid."""
     try:
         result: T = _adapter(schema).validate_json(text.encode("utf-8", "replace"))
     except ValidationError:
@@ -293,30 +324,36 @@ def fitting_json(schema: type[T], text: str) -> T | None:
 
 
 def first_fault(error: ValidationError) -> str:
-    """The first thing that a schema finds wrong, as "key: reason, got value"."""
+    """The first validation error, as "key: reason, got value"."""
     first = error.errors(include_url=False)[0]
     if first["type"] == "json_invalid":
         return f"not JSON ({first['ctx']['error']})"
-    key, reason, given = key_of(first), first["msg"].removeprefix("Value error, "), first["input"]
+    key, reason, given = key_of(first), plain_reason(first["msg"]), first["input"]
     is_told = not key or first["type"] == "missing" or isinstance(given, dict)
     return f"{key + ': ' if key else ''}{reason}{'' if is_told else f', got {shown(given)}'}"
 
 
+def plain_reason(said: str) -> str:
+    """What pydantic says of a value, or Typer with its words, without what only programmers know."""
+    said = said.replace("Value error, ", "").replace("Input should be", "must be")
+    return re.sub(", unable to parse string as an? (integer|number)", "", said)
+
+
 def key_of(problem: Any) -> str:
-    """The dotted path of a value that pydantic complains about."""
+    """The dotted path of the value in a pydantic error."""
     parts = [str(part) for part in problem["loc"]]
-    if problem["type"] != "extra_forbidden":  # a key that nobody knows may look like anything
+    if problem["type"] != "extra_forbidden":  # an unknown key may look like anything
         parts = [part for part in parts if not _NO_KEY.fullmatch(part)]
     return dotted(parts)
 
 
 def dotted(parts: Iterator[str] | tuple[str, ...] | list[str]) -> str:
-    """Keys as one path, without the middle of a long one."""
+    """Keys as one path, shortened in the middle."""
     path = ".".join(parts)
     return path if len(path) <= SHOWN else f"{path[: SHOWN // 2]}…{path[-SHOWN // 4 :]}"
 
 
 def shown(value: object) -> str:
-    """A value as an error repeats it."""
+    """A value in the form for an error message."""
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"

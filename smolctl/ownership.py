@@ -1,8 +1,8 @@
-"""Which files are smolctl's, to replace and to publish: those that a folder's record names, and no others.
+"""Which files are smolctl's, and may be replaced and published: exactly those in a folder's record.
 
-Every folder that smolctl writes holds `.smolctl.json`: what kind of folder it is, and its files. A folder
-without it is somebody else's, whatever the files in it are called. And a name in a folder may stand for a
-file that lies elsewhere: `require_inside` says so before such a file is published.
+Every folder that smolctl writes contains `.smolctl.json`: the kind of the folder, and its files. A folder
+without it is not smolctl's, whatever the names of its files. A name in a folder may also be a link to a file
+elsewhere: `require_inside` refuses such files before they are published.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ UNFINISHED = "folder that is being written"
 
 @dataclass(frozen=True)
 class Record:
-    """What smolctl has written into a folder.
+    """The record of smolctl's files in a folder.
 
     Args:
         kind: of the folder: "run", "quantized model", "repository".
-        files: patterns of paths inside it. `*` stands for a part of one name, `/**` at the end for everything
-            below, and `/` at the end for a folder that has a record of its own. With each, the SHA-256 that a
-            file was written with, where it should be known whether somebody has edited it.
+        files: patterns of paths inside it. `*` matches a part of one name, `/**` at the end everything below,
+            and `/` at the end a folder that has its own record. Each has the SHA-256 of the written file, if
+            later edits must be detected.
         id: distinguishes this folder from others of its kind.
         version: of smolctl.
     """
@@ -46,7 +46,7 @@ class Record:
     format: int = FORMAT
 
     def names(self, path: str, is_folder: bool = False) -> bool:
-        """Whether a path inside the folder is one of the record's."""
+        """Whether a path inside the folder is in the record."""
         place = PurePosixPath("/", path)
         for pattern in (RECORD, *self.files):
             if pattern.endswith("/**"):
@@ -57,7 +57,7 @@ class Record:
         return False
 
     def leads_to(self, path: str) -> bool:
-        """Whether files of the record may lie below a path."""
+        """Whether files of the record may be below a path."""
         parts = PurePosixPath(path).parts
         for pattern in self.files:
             above = PurePosixPath(pattern).parts[: len(parts)]
@@ -67,7 +67,7 @@ class Record:
 
 
 def read_record(folder: Path) -> Record | None:
-    """The record in a folder; None where there is none that can be read."""
+    """The record in a folder; None if there is none that can be read."""
     try:
         return parse_record(read_file(folder / RECORD))
     except InputError:
@@ -75,7 +75,7 @@ def read_record(folder: Path) -> Record | None:
 
 
 def parse_record(content: bytes) -> Record | None:
-    """The record in the bytes of its file; None where they hold none of this format."""
+    """Parse a record; None if the bytes are not in this format."""
     try:
         record = checked(Record, parse_object(content, RECORD), RECORD)
     except InputError:
@@ -84,12 +84,12 @@ def parse_record(content: bytes) -> Record | None:
 
 
 def write_record(folder: Path, record: Record) -> None:
-    """Say what in a folder is smolctl's."""
+    """Write the record of smolctl's files in a folder."""
     write_text(folder / RECORD, json_text(asdict(record), indent=2) + "\n")
 
 
 def edited_files(folder: Path) -> tuple[str, ...]:
-    """Files that are no longer as smolctl wrote them, of those whose SHA-256 a record holds."""
+    """Files that were changed after smolctl wrote them, among those with a recorded SHA-256."""
     return tuple(
         name
         for name, _, digest in (_files(folder) if folder.is_dir() else ())
@@ -98,17 +98,17 @@ def edited_files(folder: Path) -> tuple[str, ...]:
 
 
 def require_replaceable(target: Path, kind: str, option: str, force: bool, reads: Iterable[str]) -> None:
-    """Refuse to write where something is that nobody asked to replace, or that is not smolctl's.
+    """Refuse to replace anything that is not smolctl's, or that the user did not ask to replace.
 
     Args:
-        target: the folder to be written.
-        kind: what it will be.
-        option: of the command line that names it.
+        target: the folder to write.
+        kind: of the new folder.
+        option: of the command line that names the folder.
         force: replace a folder of the same kind that smolctl wrote.
-        reads: what the command reads: files, folders, RUN@STEP. Other names are ignored.
+        reads: inputs of the command: files, folders, RUN@STEP. Other names are ignored.
 
     Raises:
-        UsageError: with what stands there.
+        UsageError: naming what is there.
     """
     another = f"Choose another {option}."
     real = _place(target, another)
@@ -139,11 +139,11 @@ def require_replaceable_file(
     is_own: Callable[[Path], bool],
     folder_is_made: bool = False,
 ) -> None:
-    """The same for a single file, whose content shows who wrote it.
+    """`require_replaceable` for a single file, whose content shows who wrote it.
 
     Args:
-        is_own: whether smolctl wrote the file that is there.
-        folder_is_made: whether the command makes the file's folder.
+        is_own: whether smolctl wrote the existing file.
+        folder_is_made: whether the command creates the file's folder.
     """
     another = f"Choose another {option}."
     _place(target, another)
@@ -169,7 +169,7 @@ def _place(target: Path, another: str) -> Path:
     try:
         real = target.resolve()
     except (OSError, RuntimeError):  # RuntimeError before Python 3.13
-        raise UsageError(f"{target}: its links lead in a circle", another) from None
+        raise UsageError(f"{target}: its links form a loop", another) from None
     above = next(path for path in real.parents if path.exists())
     if not above.is_dir():
         raise UsageError(f"{target}: {above} is a file, not a folder", another)
@@ -186,7 +186,7 @@ def _require_not_read(target: Path, option: str, reads: Iterable[str]) -> None:
 
 
 def own_files(folder: Path) -> tuple[str, ...]:
-    """Paths of the files in a folder that are smolctl's, links among them."""
+    """Paths of smolctl's files in a folder, including links."""
     return tuple(name for name, is_ours, _ in _files(folder) if is_ours) if folder.is_dir() else ()
 
 
@@ -196,12 +196,12 @@ def strange_files(folder: Path) -> tuple[str, ...]:
 
 
 def require_inside(folder: Path, names: Iterable[str]) -> None:
-    """Refuse to take what only seems to lie in a folder, so that no file from elsewhere is published with it.
+    """Refuse files that are only apparently in a folder, so that no file from elsewhere is published.
 
     Args:
-        folder: that is published or copied; it may itself be named through a link. A snapshot in the cache
-            of the Hub's client counts with the folder of its repository, where its files really lie.
-        names: paths inside it; those that do not exist are ignored.
+        folder: to be published or copied; it may itself be named through a link. A snapshot in the Hub
+            client's cache includes the folder of its repository, where the files really are.
+        names: paths inside it; missing ones are ignored.
 
     Raises:
         InputError: a link leads out of the folder, or a file has another name (a hard link) outside of it.
@@ -230,12 +230,12 @@ def require_inside(folder: Path, names: Iterable[str]) -> None:
 
 
 def remove_own_files(folder: Path) -> tuple[str, ...]:
-    """Delete smolctl's files in a folder, and the folders that are empty after it; never the folder itself.
+    """Delete smolctl's files in a folder, and subfolders that become empty; never the folder itself.
 
     Returns:
-        What stays, because it is not smolctl's.
+        The files that are kept because they are not smolctl's.
     """
-    files = list(_files(folder))  # the record decides, and goes with the rest
+    files = list(_files(folder))  # listed first, because the record is deleted too
     for name, is_ours, _ in files:
         if is_ours:
             path = folder / name
@@ -246,16 +246,16 @@ def remove_own_files(folder: Path) -> tuple[str, ...]:
 
 
 def kept_files(folder: Path, names: Sequence[str]) -> str:
-    """A sentence for people on what was not replaced in a folder."""
+    """A sentence for the user on files in a folder that were not replaced."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return f"{folder}: kept, because smolctl did not write them: {', '.join(names[:5])}{more}"
 
 
 @contextmanager
 def building(target: Path) -> Iterator[Path]:
-    """A new folder beside `target` to write its content to; `put_in_place` then moves it there.
+    """A temporary folder next to `target` for new content, which `put_in_place` then moves.
 
-    What a process that died has left of it is cleared away by the next one.
+    The next call deletes the leftovers of a process that died.
     """
     real = target.resolve()
     work = real.with_name(f".{real.name}.partial")
@@ -273,22 +273,22 @@ def building(target: Path) -> Iterator[Path]:
 
 
 def put_in_place(built: Path, target: Path) -> tuple[str, ...]:
-    """Move a built folder to `target`, in place of smolctl's files that are there.
+    """Move a built folder to `target`, replacing smolctl's files there.
 
-    Whenever the process dies, old and new files do not mix: the old ones go first.
+    Old and new files are never mixed, whenever the process dies, because the old ones are deleted first.
 
     Args:
-        built: by `building`.
+        built: from `building`.
         target: where smolctl's own files may be replaced, see `require_replaceable`.
 
     Returns:
-        What stays, because it is not smolctl's.
+        The files that are kept because they are not smolctl's.
     """
     real = target.resolve()
     stays: tuple[str, ...] = ()
     if real.is_dir():
         stays = remove_own_files(real)
-        for path in sorted(path for path in built.rglob("*") if path.is_file()):  # its record is the first
+        for path in sorted(path for path in built.rglob("*") if path.is_file()):  # its record is moved first
             place = real / path.relative_to(built)
             place.parent.mkdir(parents=True, exist_ok=True)
             path.replace(place)
@@ -302,11 +302,11 @@ def put_in_place(built: Path, target: Path) -> tuple[str, ...]:
 def _files(
     folder: Path, record: Record | None = None, inside: str = ""
 ) -> Iterable[tuple[str, bool, str | None]]:
-    """Every file below a folder, links to folders included; whether it is smolctl's; its recorded SHA-256.
+    """Every file below a folder, including links to folders; whether it is smolctl's; its recorded SHA-256.
 
     Args:
-        folder: whose record decides, up to a folder below it that has one of its own.
-        record: of `folder`, when it was read already.
+        folder: whose record applies, except in subfolders that have their own.
+        record: of `folder`, if it was already read.
         inside: path of a part of it.
     """
     record = record or read_record(folder)

@@ -1,4 +1,4 @@
-"""Other programs, which see of this machine only what they need, and end with the block that needs them."""
+"""Runs other programs, with a minimal environment and for the duration of a block."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-# Of this machine's environment only what a program needs to run: no token reaches it.
+# Variables that a program needs to run: tokens are not passed on.
 PASSED_ON = (
     "PATH",
     "HOME",
@@ -21,11 +21,11 @@ PASSED_ON = (
     "LD_LIBRARY_PATH",
     "VIRTUAL_ENV",
 )
-PATIENCE_S = 10.0  # for a program that was asked to end
+PATIENCE_S = 10.0  # for a program to exit
 
 
 def bare_environment() -> dict[str, str]:
-    """The variables that programs get."""
+    """The environment variables of programs."""
     return {name: os.environ[name] for name in PASSED_ON if name in os.environ}
 
 
@@ -36,13 +36,13 @@ def running_program(
     settings: Mapping[str, str] | None = None,
     folder: Path | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A program while the block runs; then it is asked to end, and killed where it does not.
+    """Run a program during the block; then it is asked to exit, and killed if it does not.
 
     Args:
         command: the program and its arguments.
-        log: gets all that it prints; `subprocess.DEVNULL`: nobody.
-        settings: variables beside those that every program gets.
-        folder: where it works; None: here.
+        log: receives its output; or `subprocess.DEVNULL`.
+        settings: additional environment variables.
+        folder: its working folder; None: the current one.
     """
     environment = bare_environment() | dict(settings or {})
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)

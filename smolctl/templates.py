@@ -1,7 +1,7 @@
-"""Jinja templates that come from anywhere: bounded in time, memory and the length of their text.
+"""Renders untrusted Jinja templates with limits on time, memory and the length of their text.
 
-A template is a program. Jinja's sandbox keeps it from reaching the interpreter, but not from running forever
-or filling the memory: `{{ 10 ** (10 ** 8) }}` is a single step. So it is filled in a process of its own,
+A template is a program. Jinja's sandbox prevents access to the interpreter, but not endless loops or
+excessive memory: `{{ 10 ** (10 ** 8) }}` is a single operation. So it is rendered in a separate process,
 which the operating system limits.
 """
 
@@ -23,21 +23,21 @@ from smolctl.worker import Worker, WorkerEndedError
 
 A = TypeVarTuple("A")
 
-MOST_CPU_S = 2  # of processor time for one text, of which real templates take 0.01
-MOST_MB = 512  # of memory, besides what Python and Jinja take
-MOST_CHARACTERS = 10_000_000  # of a text, where no context says less
+MOST_CPU_S = 2  # seconds of CPU time per text; real templates take 0.01
+MOST_MB = 512  # of memory, in addition to Python and Jinja
+MOST_CHARACTERS = 10_000_000  # per text, if the context does not limit it further
 MOST_SAID = 300  # characters of a template's own error message
 
 
 def filled(
     compiled: Callable[[], jinja2.Template], variables: Mapping[str, Any], most: int
 ) -> tuple[str, str]:
-    """The text of a template; what is wrong, as in "the template {fault}". One of the two is empty.
+    """The text of a template; and the error, as in "the template {fault}". One of the two is empty.
 
     Args:
-        compiled: gives the template.
-        variables: that it may use.
-        most: characters; of a longer text no more than one above it are made.
+        compiled: returns the compiled template.
+        variables: for the template.
+        most: maximum characters; a longer text is rendered only up to one character more.
     """
     pieces, length = [], 0
     try:
@@ -49,7 +49,7 @@ def filled(
         return "".join(pieces)[: most + 1], ""
     except jinja2.TemplateSyntaxError as error:
         return "", f"is broken at line {error.lineno}: {_said(error)}"
-    except SyntaxError as error:  # of the Python that Jinja makes of it, whose lines are others
+    except SyntaxError as error:  # in the Python code that Jinja generates, which has other line numbers
         return "", f"is broken: {error.msg}"
     except MemoryError:
         return "", f"needs more than {MOST_MB} MB of memory, or is nested too deeply"
@@ -58,21 +58,21 @@ def filled(
 
 
 def with_limits(fill: Callable[[*A], tuple[str, str]], *asked: *A) -> tuple[str, str]:
-    """What a function makes of `filled`, in the process for templates.
+    """Call a function that renders templates with `filled`, in the process for templates.
 
     Args:
-        fill: one that a module has at its top level.
-        asked: its arguments, which can be pickled.
+        fill: at the top level of a module.
+        asked: its arguments, which must be picklable.
     """
     return _PROCESS.run(fill, *asked)
 
 
 def _limited(fill: Callable[[*A], tuple[str, str]], *asked: *A) -> tuple[str, str]:
-    """Call a function in a process that the operating system ends when it takes too long.
+    """Call a function in a process that the operating system ends if it takes too long.
 
-    Windows has no such limits, and macOS none of memory.
+    Windows has no such limits, and macOS has none for memory.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the calling process
     with contextlib.suppress(ImportError):
         import resource
 
@@ -93,7 +93,7 @@ def _limit(kind: int, most: int) -> None:
 
 
 class _Process:
-    """The process for templates. It is started when it is needed first, and again after it has ended."""
+    """The process for templates. It is started when first needed, and again after it has ended."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -114,8 +114,8 @@ class _Process:
                     f"takes more than {MOST_CPU_S} s" if too_long else f"cannot be filled ({error.message})"
                 )
             finally:
-                # After Ctrl-C its answer would pass for that to the next text, and where memory was
-                # refused to Python's compiler, Python was found damaged.
+                # After Ctrl-C its answer would be taken for that to the next text, and if Python's compiler
+                # ran out of memory, Python was found damaged.
                 if not done:
                     self.end()
             return text, fault
@@ -134,13 +134,13 @@ if hasattr(os, "register_at_fork"):
 
 
 def _said(error: Exception) -> str:
-    """What an error says, on one short line; Jinja's own say all without the name of their class."""
+    """An error's message on one short line; messages of Jinja's own errors need no class name."""
     said = " ".join(str(error)[:MOST_SAID].split())
     return said if said and isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {said}"
 
 
 def _place(error: Exception) -> str:
-    """The template's line that raised an error; Jinja gives the frames of a template its lines."""
+    """The template's line that raised an error; Jinja sets the line numbers of a template's frames."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
     return f" at line {lines[-1]}" if lines else ""

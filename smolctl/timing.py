@@ -1,9 +1,9 @@
-"""Measuring on machines that others use too: work in turns, what may be said of the numbers, and memory.
+"""Measurements on shared machines: taking turns, statistics of the results, and memory.
 
-A single time on a shared machine means little. Here several pieces of work take turns, round by round, so
-that the numbers of one round are neighbours in time and their ratio cancels most of what disturbs them both.
-What is reported is a median, never a best; whether a difference is more than noise is decided by a rule that
-assumes nothing about how times are distributed (see `median_interval`).
+A single time on a shared machine means little. Here several pieces of work take turns in every round, so that
+the times of one round are close together and their ratio cancels most disturbances. Results are medians,
+never best values; whether a difference is more than noise is decided without assumptions about the
+distribution of times (see `median_interval`).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ CONFIDENCE = 0.95
 
 
 def with_error(mean: float, standard_error: float | None, form: str = ".4f") -> str:
-    """`2.1906 ± 0.0294`, or the mean alone where one measurement gives no error."""
+    """`2.1906 ± 0.0294`, or only the mean if a single measurement has no error."""
     return format(mean, form) + ("" if standard_error is None else f" ± {standard_error:.4f}")
 
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of several measurements and what lies around it."""
+    """The median and the range of several measurements."""
 
     median: float
     low: float
@@ -43,14 +43,14 @@ class Spread:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times one series is another, from the ratios of neighbours."""
+    """The ratio of two series, from the ratios within each round."""
 
     spread: Spread
     interval: tuple[float, float] | None  # of the median, at CONFIDENCE; None: too few rounds
 
     @property
     def beyond_noise(self) -> bool | None:
-        """Whether the interval leaves out 1; None when there are too few rounds to decide."""
+        """Whether the interval excludes 1; None if there are too few rounds to decide."""
         return None if self.interval is None else not self.interval[0] <= 1.0 <= self.interval[1]
 
 
@@ -60,18 +60,18 @@ def in_turns(
     warmups: int = 1,
     after_round: Callable[[int], None] = lambda _round: None,
 ) -> list[list[T]]:
-    """Do every piece of work once a round.
+    """Do every piece of work once per round.
 
-    The order turns around from round to round: a machine that slows down within each favours none.
+    The order is reversed from round to round, so a machine that slows down favours none.
 
     Args:
-        works: each returns what it has measured of itself.
-        rounds: that count.
-        warmups: rounds before, whose results are dropped.
+        works: each returns its own measurement.
+        rounds: number of rounds that count.
+        warmups: rounds before them, whose results are dropped.
         after_round: called with 0 after the last warm-up, then 1, 2, ... after each round that counts.
 
     Returns:
-        For each piece of work its results, round by round.
+        For each piece of work, its results by round.
     """
     results: list[list[T]] = [[] for _ in works]
     for number in range(1 - warmups, rounds + 1):
@@ -86,11 +86,11 @@ def in_turns(
 
 
 def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-    """An interval that holds the true median with this probability, whatever the distribution.
+    """An interval that contains the true median with this probability, for any distribution.
 
-    A measurement lies below the true median with probability 1/2, so that the k-th smallest of N lies above
-    it as seldom as a fair coin shows fewer than k heads in N throws. Of six values the smallest and the
-    largest will do, of nine the second and the eighth; of five no two will, and the answer is None.
+    A measurement is below the true median with probability 1/2, so the probability that the k-th smallest of
+    N is above it is that of fewer than k heads in N throws of a fair coin. Of six values, the smallest and
+    the largest suffice; of nine, the second and the eighth; of five, no two do, and the result is None.
     """
     ordered, count = sorted(values), len(values)
     outside, rank, tail = (1 - confidence) / 2, 0, 0.0
@@ -103,15 +103,16 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
 
 
 def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
-    """Ours over theirs, round by round."""
+    """smolctl's values divided by the other's, by round."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return Ratio(Spread.of(ratios), median_interval(ratios))
 
 
 def peak_memory(device: torch.device | None = None) -> int | None:
-    """Most bytes held so far: by tensors on a CUDA device, else by this process in main memory.
+    """Peak memory so far: of tensors on a CUDA device, else of this process in main memory.
 
-    None where the operating system does not say. Linux counts roughly: by a few pages the peak may fall.
+    None if the operating system does not report it. Linux counts imprecisely: the peak may decrease by a few
+    pages.
     """
     if device is not None and device.type == "cuda":
         import torch
@@ -121,12 +122,12 @@ def peak_memory(device: torch.device | None = None) -> int | None:
 
 
 def resident_memory() -> int | None:
-    """Bytes of main memory that this process holds now; None where the operating system does not say."""
+    """Bytes of main memory used by this process now; None if the operating system does not report it."""
     return _process_memory("VmRSS")
 
 
 def _process_memory(field: str) -> int | None:
-    status = Path("/proc/self/status")  # Linux's getrusage would count what the parent process held
+    status = Path("/proc/self/status")  # Linux's getrusage would include the parent process's peak
     if status.exists():
         lines = status.read_text(encoding="ascii", errors="replace").splitlines()
         return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)

@@ -1,10 +1,10 @@
-"""A process of its own that runs functions, one at a time.
+"""A separate process that runs functions, one at a time.
 
-Every engine of `bench` has one. Its peak memory is then its own, its threads disturb no other engine while
-it waits, a file that it has closed can be loaded cold, and an engine that crashes takes nothing with it. Chat
-templates have one too, which can be ended at any time.
+Every engine of `bench` has one. Its peak memory can then be measured separately, its threads do not disturb
+other engines while it waits, a closed file can be loaded cold, and a crash of the engine affects nothing
+else. Chat templates also run in one, because it can be killed at any time.
 
-Requests go to its standard input and answers come from its standard output, both as pickles.
+Requests are sent to its standard input and results to its standard output, both as pickles.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ START = "from smolctl.worker import main; main()"
 
 
 class WorkerEndedError(SmolError):
-    """The process ended before it answered.
+    """The process ended before it returned a result.
 
     Args:
-        message: its last words.
-        code: its exit code; -N where signal N ended it.
+        message: its last output.
+        code: its exit code; -N if signal N ended it.
     """
 
     def __init__(self, message: str, code: int) -> None:
@@ -39,18 +39,18 @@ class WorkerEndedError(SmolError):
 
 
 class Worker:
-    """The process, seen from the one that asks.
+    """The process, for its caller.
 
     Args:
         name: of its engine, for messages.
-        threads: of every engine and of the tokenizer there; 0: it computes nothing, and starts in 0.1 s.
+        threads: of the engine and the tokenizer in it; 0: it computes nothing, and starts in 0.1 s.
     """
 
     def __init__(self, name: str, threads: int = 0) -> None:
         self.name = name
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
         self._process = subprocess.Popen(
-            # -P: modules of the working folder do not stand in for those of a library.
+            # -P: modules in the working folder must not replace a library's modules.
             [sys.executable, "-P", "-c", START, str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -69,15 +69,15 @@ class Worker:
         return self._process.poll() is None
 
     def call(self, function: Callable[[*A], T], *arguments: *A) -> T:
-        """What a function returns in the process.
+        """Call a function in the process and return its result.
 
         Args:
-            function: one that a module of `sys.path` has at its top level.
-            arguments: that can be pickled, like the result.
+            function: at the top level of an importable module.
+            arguments: must be picklable, like the result.
 
         Raises:
-            SmolError: the function has failed, with the reason.
-            WorkerEndedError: the process has ended.
+            SmolError: the function failed; with the reason.
+            WorkerEndedError: the process ended.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -103,14 +103,14 @@ class Worker:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        """End the process: it has nothing to save."""
+        """Kill the process: it has nothing to save."""
         self._process.kill()
         self._process.communicate()
         self._errors.close()
 
 
 def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Run what is asked for until the other end closes; answer with (result, "") or (None, error)."""
+    """Run requested functions until the other end closes; reply with (result, "") or (None, error)."""
     while True:
         try:
             function, arguments = pickle.load(requests)
@@ -127,7 +127,7 @@ def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
 
 
 def main() -> None:
-    """Serve on stdin and stdout; what libraries print goes to stderr."""
+    """Serve on stdin and stdout; output of libraries goes to stderr."""
     answers, threads = os.fdopen(os.dup(1), "wb"), int(sys.argv[1])
     os.dup2(2, 1)
     if not threads:

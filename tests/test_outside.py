@@ -40,6 +40,11 @@ LAUGH = "\n".join(
         (f"train: {'[' * 200}", r"train\..*nested more than 64 levels deep"),
         (f"train: {'- ' * 5_000}", "line 1"),
         (LAUGH, "expands to more than 20,000 values"),
+        ("train: {steps: 1:30}", "train.steps: .*got '1:30'"),
+        ("train: {steps: 5}\ntrain: {batch_size: 2}", "line 2: train: the key is given twice"),
+        ("train: {steps: 5, steps: 6}", "train.steps: the key is given twice"),
+        ('tokenizer: ""', "tokenizer: "),
+        ("data: {source: ['']}", "data.source"),
         ("train: &a {steps: [*a]}", r"train.steps.0: \*a refers to a value that contains it"),
         ("x" * (MAX_YAML_BYTES + 1), "more than 1,000,000 bytes"),
     ],
@@ -60,6 +65,13 @@ def test_aliases_and_merges_of_sensible_size_are_read(tmp_path: Path) -> None:
     path.write_text("model: &a {hidden_size: 64}\nother: {<<: *a, x: [*a, *a]}")
     size = {"hidden_size": 64}
     assert read_yaml(path) == {"model": size, "other": {**size, "x": [size, size]}}
+    path.write_text("a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}")
+    assert read_yaml(path) == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}}
+
+
+def test_numbers_are_those_that_people_read() -> None:
+    text = "[010, +1_000, 0x10, 1e3, 1.5, 1:30, 1:30.5, .inf]"
+    assert parse_yaml(text, "here") == [10, 1000, 16, 1000.0, 1.5, "1:30", "1:30.5", float("inf")]
 
 
 @pytest.mark.parametrize("item", [f"train.steps={'9' * 5_000}", f"train.steps={'[' * 200}", "a=!!int x"])

@@ -34,13 +34,15 @@ PRIVATE = {
     r"cannot be a GGUF|(?:not|is) taken, because|is there already|no \w+ in it": "refused, exists, contains",
     r"answers? with nothing|another way than|all the same|by heart|stands? alone": "anyway",
     r"ours": "smolctl's; chosen, for a value of a config",
+    r"do(?:es)? not divide(?: by)?|stays? so": "is not divisible by, does not change",
+    r"in company|be had": "in a batch, is available",
 }
 WORDS = re.compile(rf"(?<![\w-])({'|'.join(PRIVATE)})(?!\w)", re.IGNORECASE)
 # Words that code does not do, in docstrings and comments; windows and products are terms of the code there.
 VERBS = re.compile(
     r"(?<![\w-])(mend(s|ed|ing)?|contenders?|onlookers?|hears?|tells?|told|passe[ds] over|what computes|"
     r"go(es)? on with|stronger still|win back|nats a token|anew|"
-    r"something else than)(?!\w)",
+    r"something else than|in company|be had|at hand|goes along|lies? beside|anybody)(?!\w)",
     re.IGNORECASE,
 )
 JSON_VALUES = {"products in "}  # what bench --json has always called the limit; people read "matmul"

@@ -1,1 +1,1 @@
-"""The verbs: options in, one library call, one view out. The only place that imports typer."""
+"""The commands: options in, one library call, one view out. Only this package imports typer."""

@@ -65,7 +65,9 @@ def bench(
         ),
     ] = 7,
     threads: Threads = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences per batch in the batch suite.")] = 8,
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, max=10_000, help="Sequences per batch in the batch suite.")
+    ] = 8,
     save: Annotated[
         Path | None,
         typer.Option("--save", help="Write the results to a file, for --baseline.", show_default=False),

@@ -1,7 +1,7 @@
-"""What the shell offers after TAB: models, runs and their steps, names, and the keys of --set.
+"""Shell completion: models, runs and their steps, names, and the keys of --set.
 
-The functions return values of which Typer takes those that begin with what was typed. None imports PyTorch or
-reads a model: a shell waits for them. Where nothing fits, the shell completes names of files.
+The functions return values that Typer filters by the typed prefix. None of them imports PyTorch or reads a
+model, because the shell waits for them. If nothing matches, the shell completes file names.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any, Literal
 
 Completer = Callable[[str], list[str]]
 
-# The library's own lists need PyTorch to be imported; tests/cli/test_completion.py compares.
+# The library's own lists require importing PyTorch; tests/cli/test_completion.py compares them.
 SCHEMES = (
     *("int8", "int4", "int8-dynamic", "bf16", "gguf-bf16", "gguf-f16", "gguf-q8_0", "gguf-q5_1"),
     *("gguf-q5_0", "gguf-q4_1", "gguf-q4_0"),
 )
-GGUF_SCHEMES = tuple(name.removeprefix("gguf-") for name in SCHEMES if name.startswith("gguf-"))
+GGUF_SCHEMES = ("f32", *(name.removeprefix("gguf-") for name in SCHEMES if name.startswith("gguf-")))
 SUITES = ("load", "prefill", "decode", "batch", "train", "tokenize", "checkpoint")
 PEERS = ("transformers", "llama.cpp", "litgpt")
 LOGGERS = ("csv", "tensorboard", "wandb", "trackio", "none")
@@ -30,7 +30,7 @@ DTYPES = ("float32", "bfloat16", "float16", "bf16-mixed", "16-mixed")
 
 MODEL_FILES = {".gguf", ".safetensors", ".ckpt"}
 CONFIG_FILES = {".yaml", ".yml"}
-# Variables by which Typer's scripts for the shells ask, and hand over the words of the line.
+# Variables with which Typer's shell scripts request completions and pass the words of the line.
 ASKED, BASH_WORDS, BASH_WORD, OTHER_WORDS = (
     "_SMOLCTL_COMPLETE",
     "COMP_WORDS",
@@ -42,13 +42,14 @@ BREAK = re.compile("[@=:]+")
 
 @contextmanager
 def answering(environ: MutableMapping[str, str] = os.environ) -> Iterator[str]:
-    """Lend the words of a line that bash asks to complete a form that Typer understands.
+    """Convert the words of a line completed by bash to a form that Typer understands.
 
-    Bash ends words at `@`, `=` and `:`, which runs and settings contain, and replaces what follows them. Here
-    the words are whole while Typer works, and its answers lose what bash keeps.
+    Bash splits words at `@`, `=` and `:`, which occur in runs and settings, and replaces only what follows
+    them. Here the words are joined while Typer works, and the part that bash keeps is removed from its
+    results.
 
     Yields:
-        The command of the line; empty where no shell asks for anything, or there is no command yet.
+        The command of the line; empty if no shell requests completions, or there is no command yet.
     """
     if environ.get(ASKED) != "complete_bash":
         yield (environ.get(OTHER_WORDS, "").split()[1:2] or [""])[0]
@@ -61,7 +62,7 @@ def answering(environ: MutableMapping[str, str] = os.environ) -> Iterator[str]:
         whole = [*whole[:-1], whole[-1] + word] if is_break or joins else [*whole, word]
         joins = is_break
     environ.update({BASH_WORDS: "\n".join(whole[1:]), BASH_WORD: str(len(whole) - 2)})
-    typed = re.sub("^--[^=]*=", "", whole[-1])  # Typer reads --option=value by itself
+    typed = re.sub("^--[^=]*=", "", whole[-1])  # Typer handles --option=value itself
     kept = len(typed) - len(BREAK.sub("", words[-1])) if len(whole) - 1 < len(words) else 0
     try:
         with redirect_stdout(io.StringIO()) as answers:
@@ -71,7 +72,7 @@ def answering(environ: MutableMapping[str, str] = os.environ) -> Iterator[str]:
 
 
 def names(*values: str) -> Completer:
-    """Completes names; of several with commas between them, the last one."""
+    """Completes names; in a comma-separated list, the last one."""
 
     def complete(incomplete: str) -> list[str]:
         before = incomplete[: incomplete.rfind(",") + 1]
@@ -86,23 +87,23 @@ def complete_run(incomplete: str) -> list[str]:
 
 
 def complete_weights(incomplete: str) -> list[str]:
-    """Models that have weights: runs and files."""
+    """Models with weights: runs and files."""
     return [*_runs(incomplete), *_files(incomplete, MODEL_FILES)]
 
 
 def complete_model(incomplete: str) -> list[str]:
-    """Everything that has a config: presets, runs and files."""
+    """All models with a config: presets, runs and files."""
     files = _files(incomplete, MODEL_FILES | CONFIG_FILES)
     return [*_presets(), *_runs(incomplete), *files]
 
 
 def complete_config(incomplete: str) -> list[str]:
-    """Configs to train from: presets and files."""
+    """Configs for training: presets and files."""
     return [*_presets(), *_files(incomplete, CONFIG_FILES)]
 
 
 def complete_license(incomplete: str) -> list[str]:
-    """Licences that the Hub knows."""
+    """Licence identifiers of the Hub."""
     from smolctl.publish.licenses import LICENSES
 
     return sorted(LICENSES)
@@ -161,7 +162,7 @@ def _inside(folder: Path) -> list[Path]:
 
 
 def _settings(schema: Any, typed: str) -> list[str]:
-    """`section.key=` for every setting; for the only one that fits, with the values that it may have too."""
+    """`section.key=` for every setting; if only one matches, also with its possible values."""
     fitting = {
         key: values for key, values in _leaves(schema).items() if f"{key}=".startswith(typed[: len(key) + 1])
     }
@@ -172,7 +173,7 @@ def _settings(schema: Any, typed: str) -> list[str]:
 
 
 def _leaves(schema: Any) -> dict[str, list[str]]:
-    """The keys below a pydantic model, each with its choices or a default that is a number."""
+    """The keys below a pydantic model, each with its choices or a numeric default."""
     from smolctl.config.load import settings_of
 
     leaves: dict[str, list[str]] = {}

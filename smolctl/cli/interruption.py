@@ -1,4 +1,4 @@
-"""Signals that end a command, raised where their exception reaches it."""
+"""Handles signals that end a command, and raises their exceptions only where they arrive intact."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from types import FrameType
 from smolctl.errors import ExitCode
 
 AGAIN_S = 0.02
-PATIENCE_S = 2.0  # for a command that is to end
+PATIENCE_S = 2.0  # for an interrupted command to end
 SHOW_CURSOR = b"\x1b[?25h"  # which a live display hides
 
 
 class Interruption:
-    """A handler that raises KeyboardInterrupt for SIGINT, and SystemExit for SIGTERM, outside of imports.
+    """A handler that raises KeyboardInterrupt for SIGINT and SystemExit for SIGTERM, but not during imports.
 
-    A library that is interrupted while it is imported may swallow the exception, fail with another one, or
-    abort the process; and an exception in a destructor or a callback is printed by Python, which goes on. In
-    both cases the signal is delivered again a moment later. A second one during an import is not held back.
+    A library that is interrupted while it is imported may swallow the exception, raise a different one, or
+    abort the process; and an exception in a destructor or a callback is printed by Python but ignored. In
+    both cases the signal is delivered again a moment later. A second signal during an import is not delayed.
 
-    Python runs a handler between two steps of the main thread. While that thread is inside one call of a
-    library, such as the training of a tokenizer, or waits for another thread that is, nothing is raised. So a
-    command that has not ended after `PATIENCE_S` is ended by a thread that does nothing else; whoever takes a
-    signal with a handler of their own decides when to end.
+    Python runs a handler between two bytecode steps of the main thread. While that thread is inside one call
+    of a library, such as the training of a tokenizer, or waits for a thread that is, nothing is raised. So a
+    separate thread ends a command that is still running after `PATIENCE_S`; code that handles a signal with
+    its own handler decides itself when to end.
     """
 
     def __init__(self) -> None:
-        self._held_back = False  # a signal came during an import
-        self._own = False  # the next signal is the one that is delivered again
+        self._held_back = False  # a signal arrived during an import
+        self._own = False  # the next signal is the one delivered again
         self._main = _thread.get_ident()
 
     def install(self) -> None:
-        """Take both signals, unless somebody has decided that they are ignored."""
+        """Handle both signals, unless they are ignored."""
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._raise)
@@ -83,14 +83,14 @@ class Interruption:
             raise KeyboardInterrupt
 
     def _deliver_again(self, number: int) -> None:
-        """Let a signal come again. A plain thread takes no lock that the interrupted code may hold."""
+        """Send a signal again. A plain thread takes no lock that the interrupted code may hold."""
 
         def deliver() -> None:
             time.sleep(AGAIN_S)
             self._own = True
             signal.pthread_kill(self._main, number)
 
-        with suppress(RuntimeError):  # Python is ending, or there are no more threads
+        with suppress(RuntimeError):  # Python is exiting, or there are no more threads
             _thread.start_new_thread(deliver, ())
 
 

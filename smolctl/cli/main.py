@@ -1,4 +1,4 @@
-"""The application: its commands, its version, and usage errors in our own words."""
+"""The application: its commands, its version, and usage errors in smolctl's words."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from smolctl.cores import compute_threads, sharing_cores, usable_cores, usable_c
 from smolctl.errors import ExitCode, InputError, UsageError
 from smolctl.views.output import Output, prepare_streams
 
-# Every command in the order of the help, each in a module of its own name that has one function of that name.
+# Every command in the order of the help, each in a module of its name with one function of that name.
 COMMANDS = (
     "inspect-config",
     "count-params",
@@ -33,7 +33,7 @@ COMMANDS = (
     "push",
     "cache",
 )
-# What to use in place of options that a command does not have, but is often given.
+# Replacements for options that users often try but that a command does not have.
 INSTEAD = {
     ("resume", "--steps"): "Use --until N for the last step, or --extra N for further steps.",
     (
@@ -60,14 +60,14 @@ def _root(
 
 
 def application(commands: Iterable[str] = COMMANDS) -> typer.Typer:
-    """The application with some of its `COMMANDS`: only these are imported, which takes time."""
+    """The application with some of its `COMMANDS`: only these are imported, because imports take time."""
     app = typer.Typer(
         name="smolctl",
         help="Train, resume, sample, compare, quantize, benchmark, serve and publish small language models.",
         add_completion=True,
-        rich_markup_mode=None,  # plain help: rich alone would take longer to load than all the rest
+        rich_markup_mode=None,  # plain help: rich alone would take longer to load than everything else
         pretty_exceptions_enable=False,
-        # Our stdout does not let colours through that are not its own.
+        # Output's streams pass on only their own colours.
         context_settings={"help_option_names": ["-h", "--help"], "color": False},
     )
     app.callback()(_root)
@@ -89,7 +89,7 @@ def main() -> None:
         )
         sys.exit(ExitCode.BAD_INPUT)
     try:
-        # A container sees all processors of its host: more threads than its share would wait for one another.
+        # A container sees all processors of its host: more threads than its share would wait for each other.
         if usable_cores() < usable_cpus():
             os.environ.setdefault("OMP_NUM_THREADS", str(compute_threads()))
         with sharing_cores(), answering() as completed:
@@ -97,7 +97,7 @@ def main() -> None:
             asked = sys.argv[1:] or ["--help"]
             code = application(called or COMMANDS)(asked, standalone_mode=False)
     except Exception as error:
-        # Typer's usage errors: its class is private, its interface is not.
+        # Typer's usage errors: the class is private, its interface is public.
         if not hasattr(error, "format_message"):
             raise
         Output(json="--json" in sys.argv).error(_usage_error(error))
@@ -107,13 +107,15 @@ def main() -> None:
 
 def _usage_error(error: Any) -> UsageError:
     """A usage error of Typer's with a remedy; of an option that does not exist, the one that was meant."""
+    from smolctl.outside import plain_reason
+
     # An option without its value is refused before there is a context.
     named = [name for name in sys.argv[1:2] if name in COMMANDS]
     context = getattr(error, "ctx", None)
     command = context.command_path if context else " ".join(["smolctl", *named])
     remedy = f"See {command} --help."
     if context is None or not hasattr(error, "possibilities"):
-        return UsageError(str(error.format_message()), remedy)
+        return UsageError(plain_reason(str(error.format_message())), remedy)
     option, parameters = error.option_name, context.command.params
     later = [name for name in sys.argv[1:] if name in COMMANDS] if context.parent is None else []
     known = [name for one in parameters for name in (*one.opts, *one.secondary_opts) if name[:2] == "--"]

@@ -1,7 +1,8 @@
-"""Options that several commands share, spelled once, and what wraps every command."""
+"""Options shared by several commands, and the wrapper of every command."""
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
 import sys
@@ -55,7 +56,7 @@ ModelSettings = Annotated[
         autocompletion=complete_model_setting,
     ),
 ]
-# Settings of a run that both `train` and `resume` have a short name for.
+# Settings of a run for which both `train` and `resume` have an option.
 BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Sequences per optimizer step.")]
 MicroBatchSize = Annotated[
     int | None,
@@ -116,7 +117,7 @@ Threads = Annotated[
         "--threads", min=1, help="CPU threads, at most one per logical processor. Default: one per core."
     ),
 ]
-# The setting behind each option of `train` and `resume`, by the name of its parameter.
+# The setting for each option of `train` and `resume`, by parameter name.
 RUN_SETTINGS = {
     "steps": "train.steps",
     "epochs": "train.epochs",
@@ -154,12 +155,14 @@ ModelOrNewest = Annotated[
     ),
 ]
 
-TEXTS = {"prompt", "system", "stop"}  # parameters of which the empty text is one
+TEXTS = {"prompt", "system", "stop"}  # parameters for which an empty text is valid
 TYPE_NAMES = {str: "TEXT", int: "INTEGER", float: "NUMBER", Path: "PATH"}
 
 
 def capped_threads(output: Output, asked: int | None) -> int | None:
-    """The value of --threads: more than there are processors only wait for each other, and too many crash."""
+    """The value of --threads, limited: more than there are processors only wait for each other, and very
+    many crash.
+    """
     used = None if asked is None else compute_threads(asked)
     if used != asked:
         output.talk(f"--threads {asked}: there are {used} processors here, so {used} are used.")
@@ -167,10 +170,10 @@ def capped_threads(output: Output, asked: int | None) -> int | None:
 
 
 def command(function: Callable[..., int | None]) -> Callable[..., None]:
-    """A command of the application from a function of its `Output` and its own options.
+    """Make a command of the application from a function of its `Output` and its own options.
 
-    It also takes --json, --quiet, --verbose and --debug. Errors become two lines and an exit code, a
-    traceback only with --debug.
+    It also gets --json, --quiet, --verbose and --debug. Errors become two lines and an exit code, with a
+    traceback only for --debug.
     """
 
     def run(
@@ -182,7 +185,7 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
             with output.quieting_libraries():
                 code = function(output, **asked)
             if sys.stdout is not None:
-                sys.stdout.flush()  # here, where a full disk has its line, and not when Python ends
+                sys.stdout.flush()  # here, where a full disk gives an error, not at Python's exit
         except SmolError as error:
             if debug:
                 raise
@@ -192,7 +195,7 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
             code = ExitCode.INTERRUPTED
         except BrokenPipeError:
             abandon_stdout()
-            code = ExitCode.DONE  # the reader of our stdout has seen enough
+            code = ExitCode.DONE  # the reader of stdout has closed the pipe
         except Exception as error:
             if debug:
                 raise
@@ -202,7 +205,7 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
         if code:
             raise typer.Exit(int(code))
 
-    # Typer makes an option of every parameter that it finds in the signature.
+    # Typer makes an option of every parameter in the signature.
     _output, *own = inspect.signature(function, eval_str=True).parameters.values()
     *common, _asked = inspect.signature(run, eval_str=True).parameters.values()
     for parameter in own:
@@ -215,13 +218,13 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
 
 
 def _require_names(asked: Mapping[str, Any], names: Mapping[str, str], texts: Container[str]) -> None:
-    """Refuse what names nothing: "-" in place of a path, and the empty value of a shell variable that is not
-    set, which would stand for another run, for the working folder, or for weights from scratch.
+    """Refuse values that name nothing: "-" instead of a path, and the empty value of an unset shell variable,
+    which would mean another run, the working folder, or weights from scratch.
 
     Args:
-        asked: values by the names of their parameters.
-        names: of these as a user writes them.
-        texts: parameters that may be empty here; of what cannot be left out the command says what it needs.
+        asked: values by parameter name.
+        names: the parameters' names as the user writes them.
+        texts: parameters that may be empty; if a required one is missing, the command reports that itself.
 
     Raises:
         UsageError: naming the option.
@@ -237,7 +240,7 @@ def _require_names(asked: Mapping[str, Any], names: Mapping[str, str], texts: Co
 
 
 def _shown(parameter: inspect.Parameter) -> str:
-    """A parameter as a user writes it: `--lr` or `MODEL`."""
+    """A parameter as the user writes it: `--lr` or `MODEL`."""
     _, info = get_args(parameter.annotation)[:2]
     if isinstance(info, OptionInfo):
         given = (info.default, *(info.param_decls or ()))  # Typer has the first name in the default's place
@@ -247,7 +250,9 @@ def _shown(parameter: inspect.Parameter) -> str:
 
 
 def _name_type(annotation: Any) -> None:
-    """Name the values of an option TEXT or [auto|off] in the help; Typer's own are <str> and <auto|off>."""
+    """Show the values of an option as TEXT or [auto|off] in the help, instead of Typer's <str> and
+    <auto|off>.
+    """
     kind, info = get_args(annotation)[:2]
     if not isinstance(info, OptionInfo) or info.metavar is not None:
         return
@@ -257,15 +262,15 @@ def _name_type(annotation: Any) -> None:
     info.metavar = f"[{'|'.join(choices)}]" if choices else TYPE_NAMES.get(kind)
 
 
-# Values that name what is read or written. A second one would be taken in place of the first without a word.
+# Values that name what is read or written. With two of them, one would silently be ignored.
 ONE_ONLY = {"PATH", "FILE", "FOLDER", "MODEL", "OTHER", "ORG/NAME"}
 
 
 class PlainCommand(TyperCommand):
-    """A command whose help names its arguments MODEL; Typer's own are {MODEL} and MODEL <str>.
+    """A command whose help shows its arguments as MODEL, instead of Typer's {MODEL} and MODEL <str>.
 
-    It refuses a second prompt, file or repository where one is taken. Of settings such as --temperature the
-    last one applies, so that an alias can be overridden.
+    It refuses a second prompt, file or repository if only one is accepted. For settings such as --temperature
+    the last one applies, so that an alias can be overridden.
     """
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
@@ -291,14 +296,17 @@ class PlainCommand(TyperCommand):
 
 
 def _unexpected(error: Exception) -> SmolError:
-    """An error that nobody has foreseen, but for a full disk under stdout, and files that cannot be used."""
+    """An unexpected error, except for a full disk under stdout, and files that cannot be used."""
+    if isinstance(error, OSError) and error.filename is None and error.errno == errno.EIO:
+        abandon_stdout()
+        return SmolError(f"reading or writing failed ({error.strerror})", "Check the disks in use.")
     if isinstance(error, OSError) and error.filename is None and error.errno in DISK_ERRORS:
         abandon_stdout()
         return SmolError(
             f"the output cannot be written ({error.strerror})", "Write it to another file or device."
         )
     if isinstance(error, OSError) and error.filename is not None:
-        said = f"{error.filename2 or error.filename}: {error.strerror}"  # of a copy, where it goes to
+        said = f"{error.filename2 or error.filename}: {error.strerror}"  # the target of a copy
         if error.errno in DISK_ERRORS:
             return SmolError(said, "Check the permissions and the free space of its disk.")
         return InputError(said, "Check the path and its permissions.")
@@ -307,7 +315,7 @@ def _unexpected(error: Exception) -> SmolError:
 
 
 def run_changes(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What the options of a command change in a run: {"steps": 5} as {"train": {"steps": 5}}."""
+    """The changes to a run from a command's options: {"steps": 5} as {"train": {"steps": 5}}."""
     from smolctl.config.load import nested
 
     given = {key: options.get(name) for name, key in RUN_SETTINGS.items()}

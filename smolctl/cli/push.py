@@ -129,7 +129,7 @@ def push(
     """
     from smolctl.runs.root import latest_run
 
-    model = model or str(latest_run())  # before anything else is asked for: without a run it is in vain
+    model = model or str(latest_run())  # checked first, because nothing works without a run
 
     from smolctl.hub.client import HubClient
     from smolctl.publish import push as publish
@@ -181,10 +181,10 @@ def push(
 
 
 def _ask(repos: Sequence[str]) -> None:
-    """Make sure that the user knows that a repository is public already, where --public does not say so.
+    """Ask the user before pushing to a repository that is already public, unless --public was given.
 
     Raises:
-        UsageError: the user says no, or cannot be asked.
+        UsageError: the user declines, or cannot be asked.
     """
     are = f"{' and '.join(repos)} {'is' if len(repos) == 1 else 'are'} public: everybody sees what is pushed"
     if not sys.stdin.isatty():

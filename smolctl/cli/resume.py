@@ -96,7 +96,7 @@ def resume(
         if verify:
             verification = verify_run(path, asked, view, view.tokenizing)
             if not is_main_process():
-                return ExitCode.DONE  # the main process says how it went
+                return ExitCode.DONE  # the main process reports the result
             view.show_verification(verification)
             return verification.exit_code
         return resume_run(path, asked, view, view.tokenizing).exit_code

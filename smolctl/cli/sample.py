@@ -47,7 +47,9 @@ def sample(
             help="How <|im_end|> and the like in chat messages are read: as text or as control tokens.",
         ),
     ] = "text",
-    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Completions per prompt.")] = 1,
+    samples: Annotated[
+        int, typer.Option("--samples", "-n", min=1, max=10_000, help="Completions per prompt.")
+    ] = 1,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=1, help="Maximum number of tokens to generate.")
     ] = 128,

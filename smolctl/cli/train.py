@@ -120,13 +120,13 @@ def train(
     run_config = load_run_config(name, flags=changes, model=source.require_config() if source else None)
     out_view = output if is_main_process() else Output(quiet=True)
     with TrainingView(out_view) as view, failing_together():
-        if out is not None and not dry_run and is_main_process():  # before what takes long
+        if out is not None and not dry_run and is_main_process():  # before slow work
             RunFolder.require_free(out, force, [init_from] if init_from else [])
-        notes: list[str] = []  # of a dry run, which prints one document and no events
+        notes: list[str] = []  # of a dry run, which prints one document instead of events
         listen = (lambda event: notes.append(event.text)) if dry_run and output.json else view
         for problem in source.problems if source else ():
             listen(Note(f"{init_from}: {problem}"))
-        if Path(name).is_dir():  # which is not a config, so a preset of that name was found
+        if Path(name).is_dir():  # a folder is not a config, so a preset of that name was used
             listen(Note(f"{name} is the preset; the folder {Path(name).absolute()} is not used."))
         prepared = prepare(run_config, source, listen, view.tokenizing, changes)
         if dry_run:

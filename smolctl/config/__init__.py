@@ -1,4 +1,4 @@
-"""What a model and a run are. Plain, validated data; nothing here imports torch."""
+"""The settings of a model and of a run: plain, validated data; without importing torch."""
 
 from smolctl.config.load import load_run_config, preset_names, presets_folder, resolve_run_config
 from smolctl.config.model import ModelConfig, RopeScaling

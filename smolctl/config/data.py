@@ -1,4 +1,4 @@
-"""Where the tokens of a run come from: the section `data` of its YAML file."""
+"""The section `data` of a run's YAML file: the sources of its tokens."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from smolctl.config.model import Section
+from smolctl.config.model import Name, Section
 
 
 class DataConfig(Section):
     """Where the tokens come from."""
 
-    source: tuple[str, ...] = Field(
+    source: tuple[Name, ...] = Field(
         ("python",),
         description="'python' (embedded), files, folders, or Hub datasets org/name[@revision][:config]",
     )
     weights: tuple[float, ...] | None = Field(
         None, description="relative share of the samples from each source; null: sources are concatenated"
     )
-    text_field: str | tuple[str, ...] = Field(
+    text_field: Name | tuple[Name, ...] = Field(
         "text",
         description="column that holds the text in JSON, CSV, Parquet and Hub datasets; or one per source",
     )
-    split: str | tuple[str, ...] = Field(
+    split: Name | tuple[Name, ...] = Field(
         "train", description="split of a Hub dataset, such as train_sft; or one per source"
     )
     format: Literal["text", "chat"] = Field("text", description="text: documents; chat: conversations")
@@ -50,7 +50,7 @@ class DataConfig(Section):
     validation_fraction: float = Field(
         0.01, ge=0, lt=1, description="share of the documents to hold out for validation"
     )
-    validation: str | None = Field(
+    validation: Name | None = Field(
         None, description="file, folder or Hub dataset to validate on, instead of a share of the source"
     )
     seed: int = Field(8, ge=0, lt=2**63, description="seed of the order of the sequences")
@@ -65,7 +65,7 @@ class DataConfig(Section):
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Everything that is read, the held-out file too."""
+        """All sources, including the held-out file."""
         return (*self.source, *filter(None, (self.validation,)))
 
     @model_validator(mode="before")
@@ -114,7 +114,7 @@ class DataConfig(Section):
         return (value,) * len(self.source) if isinstance(value, str) else value
 
     def one_by_one(self) -> tuple[DataConfig, ...]:
-        """A config of each source alone."""
+        """One config for each source."""
         of_each = zip(self.source, self.text_fields, self.splits, strict=True)
         return tuple(
             self.model_copy(

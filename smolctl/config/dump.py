@@ -1,4 +1,4 @@
-"""A `RunConfig` as YAML that `load_run_config` reads back to an equal one."""
+"""A `RunConfig` as YAML, which `load_run_config` reads back to an equal one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LINE_LENGTH = 110
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes the texts that `YamlLoader` would take for numbers, "3e-4" among them."""
+    """Quotes texts that `YamlLoader` would read as numbers, including "3e-4"."""
 
     yaml_implicit_resolvers = YamlLoader.yaml_implicit_resolvers
 
@@ -35,7 +35,7 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def _lines(key: str, value: Any, description: str | None, indent: str = "  ") -> str:
-    """One key: its comment behind it where there is room, else above."""
+    """One key, with its comment after it if it fits, otherwise above."""
     pair = f"{indent}{key}: {_written(value)}"
     if not description:
         return pair

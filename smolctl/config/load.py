@@ -1,6 +1,6 @@
-"""From files, `--set key=value` and flags to one validated `RunConfig`.
+"""Combines files, `--set key=value` and options into one validated `RunConfig`.
 
-Precedence, strongest first: flags, `--set`, the file, the defaults.
+Precedence, highest first: options, `--set`, the file, the defaults.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from smolctl.outside import (
 C = TypeVar("C", bound=BaseModel)
 CHAT = "chat"  # the preset for conversations
 LARGEST_CHAT_RATE = 3e-3
-PER_SOURCE = ("text_field", "split")  # keys of data that may be a list, one entry for each source
+PER_SOURCE = ("text_field", "split")  # keys of data that may be a list with one entry per source
 
 
 def presets_folder() -> Path:
-    """The folder of the shipped configs: inside an installed package, or beside it in a checkout."""
+    """The folder of the shipped configs: inside an installed package, or next to it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
 
 
 def preset_names() -> list[str]:
-    """Names that `train` and every MODEL argument take without a path."""
+    """Names that `train` and every MODEL argument accept without a path."""
     return sorted(path.stem for path in presets_folder().glob("*.yaml"))
 
 
@@ -50,7 +50,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        InputError: the file is missing, is not YAML, or holds something other than a mapping.
+        InputError: the file is missing, is not YAML, or is not a mapping.
     """
     if not path.exists():
         raise InputError(f"{path}: no such file", f"Presets: {', '.join(preset_names())}.")
@@ -68,10 +68,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def config_path(name_or_path: str) -> Path:
-    """The file of a preset name or of a path. A folder of a preset's name is not used.
+    """The file of a preset name or of a path. A folder with a preset's name is ignored.
 
     Raises:
-        InputError: there is neither.
+        InputError: neither exists.
     """
     path = Path(name_or_path)
     if path.suffix in {".yaml", ".yml"} or path.is_file():
@@ -83,18 +83,23 @@ def config_path(name_or_path: str) -> Path:
             f"{name_or_path}: this is a folder, not a config",
             f"To train on the text in it: --data {name_or_path}",
         )
-    near = difflib.get_close_matches(name_or_path, preset_names(), n=1)
-    hint = f"Did you mean {near[0]}? " if near else ""
     raise InputError(
-        f"{name_or_path}: no preset or file has this name", f"{hint}Presets: {', '.join(preset_names())}."
+        f"{name_or_path}: no preset or file has this name",
+        f"{preset_meant(name_or_path)}Presets: {', '.join(preset_names())}.",
     )
+
+
+def preset_meant(name: str) -> str:
+    """The beginning of a hint to the preset of a similar name; no text where there is none."""
+    near = difflib.get_close_matches(name, preset_names(), n=1)
+    return f"Did you mean {near[0]}? " if near else ""
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     """`["train.steps=10"]` as a nested mapping; values are read as YAML.
 
     Raises:
-        UsageError: an item without `=`.
+        UsageError: an item has no `=`.
         InputError: a value exceeds the bounds of `smolctl.outside`.
     """
     values: dict[str, Any] = {}
@@ -113,7 +118,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by their dotted names as sections: {"train.steps": 5} as {"train": {"steps": 5}}."""
+    """Settings with dotted names as sections: {"train.steps": 5} as {"train": {"steps": 5}}."""
     sections: dict[str, Any] = {}
     for key, value in settings.items():
         for part in reversed(key.split(".")):
@@ -123,7 +128,7 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with every leaf of `over` laid on top of it."""
+    """`base`, with every leaf of `over` replacing its own."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
@@ -139,15 +144,15 @@ def load_run_config(
     flags: Mapping[str, Any] | None = None,
     model: ModelConfig | None = None,
 ) -> RunConfig:
-    """Read a preset or a YAML file and lay `--set` items and flags over it.
+    """Read a preset or a YAML file, and apply `--set` items and options to it.
 
     Args:
-        name_or_path: a name in `configs/` or the path of a YAML file.
+        name_or_path: a name in `configs/`, or the path of a YAML file.
         settings: `section.key=value` items.
-        flags: nested values of the command line's own options; the strongest.
-        model: of the weights to start from. It takes the place of the file's model section, which describes
-            new weights; dropout, which no weights have, stays the file's. A preset's sequences are no longer
-            than its context.
+        flags: nested values of the command's own options, which have the highest precedence.
+        model: of the weights to start from. It replaces the file's model section, which describes new
+            weights, except dropout, which is not a property of weights. A preset's sequences are limited to
+            its context.
     """
     path = config_path(name_or_path)
     content, changes = read_yaml(path), merge(parse_settings(settings), flags or {})
@@ -169,10 +174,11 @@ def load_run_config(
 
 
 def _chat_rate(rate: float, model: ModelConfig) -> float:
-    """The chat preset's peak rate for another model than SmolLM2-135M, which it is written for.
+    """The chat preset's peak rate for models other than SmolLM2-135M, for which it was written.
 
-    It is in inverse proportion to the weights of the blocks, that is to layers × hidden_size². Ours: nano,
-    with a 45th of these weights, reaches 1.53 bits per byte of held-out answers with 3e-3 and 1.82 with 1e-4.
+    It is inversely proportional to the number of weights in the blocks, that is, to layers × hidden_size².
+    This formula is smolctl's own: nano, with a 45th of these weights, reaches 1.53 bits per byte of held-out
+    answers with 3e-3 and 1.82 with 1e-4.
     """
     smollm2 = 30 * 576**2
     scaled = rate * smollm2 / (model.num_hidden_layers * model.hidden_size**2)
@@ -185,23 +191,23 @@ def is_preset(path: Path) -> bool:
 
 
 def changed_recipe(path: Path, content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a config file with a user's changes, and with what follows from them.
+    """The content of a config file with a user's changes and their consequences.
 
-    A preset's schedule fits its own number of steps and its own peak. With another number of steps its
-    numbers of steps are scaled, with another peak its least rate; under another `schedule.name` it decays
-    as that one does by itself. What the user sets stays as it is set, and so does all of a user's own file.
-    Of steps, epochs and minutes the one that the user sets takes the place of the file's.
+    A preset's schedule fits its own number of steps and its own peak. With another number of steps, its
+    numbers of steps are scaled; with another peak, its minimum rate; under another `schedule.name`, that
+    schedule's default decay applies. The user's own settings are never scaled, and neither is the user's own
+    file. Of steps, epochs and minutes, the one that the user sets replaces the file's.
 
     Args:
-        path: of the file; decides whether it is a preset or a user's own.
+        path: of the file; determines whether it is a preset or the user's own.
         content: of the file.
-        changes: nested values, which override the file's.
+        changes: nested values that override the file's.
 
     Raises:
-        UsageError: several say how long the run is.
+        UsageError: several of them set the length of the run.
     """
     if _given(changes, "data", "source") is not None:
-        content = merge(content, {"data": {"weights": None}})  # they were those of the file's own sources
+        content = merge(content, {"data": {"weights": None}})  # they belonged to the file's own sources
         own = content["data"]
         kept = {key: own[key] for key in own if key not in PER_SOURCE or isinstance(own[key], str)}
         content = {**content, "data": kept}
@@ -214,10 +220,10 @@ def changed_recipe(path: Path, content: Mapping[str, Any], changes: Mapping[str,
         return changed_run(content, changes)
     schedule = dict(content["schedule"])
     name = _given(changes, "schedule", "name") or schedule["name"]
-    if name != schedule["name"]:  # 0: cosine and linear fall to the last step; wsd's share is SmolLM2's
+    if name != schedule["name"]:  # 0: cosine and linear decay to the last step; wsd's share is SmolLM2's
         schedule |= {"decay_start": None, "decay_steps": 0.2 if name == "wsd" else 0}
     steps = _ratio(_given(changes, "train", "steps"), content["train"]["steps"])
-    if lengths == ["minutes"]:  # the number of steps is not known yet: shares fit each
+    if lengths == ["minutes"]:  # the number of steps is not known yet, and shares fit any number
         schedule = _in_shares(schedule, content["train"]["steps"])
     for key in ("warmup_steps", "decay_start", "decay_steps"):
         if (schedule[key] or 0) >= 1:
@@ -226,7 +232,7 @@ def changed_recipe(path: Path, content: Mapping[str, Any], changes: Mapping[str,
 
 
 def _in_shares(schedule: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """A preset's schedule with its numbers of steps as shares of the run that it was written for."""
+    """A preset's schedule with its numbers of steps as shares of the preset's run."""
     start, shares = schedule["decay_start"], dict(schedule)
     if start is not None:
         shares |= {"decay_start": None, "decay_steps": max(0, steps - start)}
@@ -237,7 +243,7 @@ def _in_shares(schedule: Mapping[str, Any], steps: int) -> dict[str, Any]:
 
 
 def with_scaled_floor(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's nested values whose least learning rate is the same share of the peak that changes ask for."""
+    """A run's nested values with the minimum learning rate scaled like the peak that the changes set."""
     peak = _ratio(_given(changes, "optimizer", "learning_rate"), values["optimizer"]["learning_rate"])
     if peak == 1:
         return dict(values)
@@ -246,10 +252,10 @@ def with_scaled_floor(values: Mapping[str, Any], changes: Mapping[str, Any]) -> 
 
 
 def changed_run(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's nested values with changes over them.
+    """A run's nested values with changes applied.
 
-    Another batch size lowers a micro-batch size that it does not divide by, which changes nothing but the
-    memory, unless the changes name both.
+    A new batch size lowers a micro-batch size that does not divide it, which affects only memory, unless the
+    changes set both.
     """
     merged = merge(values, changes)
     batch, micro = (_given(merged, "train", key) for key in ("batch_size", "micro_batch_size"))
@@ -263,13 +269,15 @@ def changed_run(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[s
 
 
 def _given(values: Mapping[str, Any], section: str, key: str) -> Any:
-    """A key of a section; None where either is missing."""
+    """A key of a section; None if either is missing."""
     found = values.get(section)
     return found.get(key) if isinstance(found, Mapping) else None
 
 
 def _ratio(asked: Any, own: float) -> float:
-    """How many times as much was asked for; 1 where nothing sensible was: validation names it later."""
+    """The factor between the requested value and the old one; 1 if the request is invalid, which
+    validation reports later.
+    """
     is_number = isinstance(asked, int | float) and not isinstance(asked, bool) and 0 < asked < math.inf
     return asked / own if is_number else 1
 
@@ -278,13 +286,13 @@ def resolve_run_config(values: Mapping[str, Any], origin: str) -> RunConfig:
     """Validate nested values.
 
     Raises:
-        InputError: naming the first wrong key, with a suggestion when it is unknown.
+        InputError: naming the first invalid key, with a suggestion if it is unknown.
     """
     return _validate(RunConfig, values, origin)
 
 
 def resolve_model_config(values: Mapping[str, Any], origin: str) -> ModelConfig:
-    """Validate the fields of a model alone. Raises as `resolve_run_config`."""
+    """Validate only the fields of a model. Raises as `resolve_run_config`."""
     return _validate(ModelConfig, values, origin)
 
 
@@ -311,7 +319,7 @@ def _config_error(schema: type[BaseModel], error: ValidationError, origin: str) 
 
 
 def settings_of(schema: type[BaseModel], section: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting below a schema, by its dotted name: `train.steps`."""
+    """All settings of a schema with their dotted names: `train.steps`."""
     for name, field in schema.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from settings_of(field.annotation, f"{section}{name}.")
@@ -320,7 +328,7 @@ def settings_of(schema: type[BaseModel], section: str = "") -> Iterator[tuple[st
 
 
 def _near(key: str, known: list[str]) -> list[str]:
-    """The key that was surely meant, or the two that may have been."""
+    """The key that was probably meant, or the two best candidates."""
     return difflib.get_close_matches(key, known, 1, 0.8) or difflib.get_close_matches(key, known, 2, 0.5)
 
 

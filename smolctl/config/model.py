@@ -1,4 +1,4 @@
-"""The shape of the network: Hugging Face's field names plus two of our own."""
+"""The shape of the network: Hugging Face's field names, plus two of smolctl's."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-# Larger sizes are damage or an attack, and are refused before anything is computed or allocated. The largest
-# published: 262,144 tokens (Gemma 3), rows of 53,248 (Llama 3.1 405B), a context of 10,485,760 (Llama 4).
+# Larger sizes mean damage or an attack, and are refused before anything is computed or allocated. The largest
+# published sizes: 262,144 tokens (Gemma 3), rows of 53,248 (Llama 3.1 405B), a context of 10,485,760 (Llama
+# 4).
 MAX_VOCABULARY, MAX_WIDTH, MAX_CONTEXT = 2**24, 2**20, 2**30
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=MAX_VOCABULARY)]
-# -1 is how old configs spell that there is no such token.
+# In old configs, -1 means that there is no such token.
 SpecialId = Annotated[int, Field(strict=True, ge=-1, lt=MAX_VOCABULARY)]
 
 
+Name = Annotated[str, Field(min_length=1)]
 ModelType = Literal["llama", "smollm3", "qwen2", "qwen3", "smolctl"]
 
 
 class Section(BaseModel):
-    """A frozen part of a config. Unknown keys, NaN, infinity and booleans for numbers are errors."""
+    """A frozen part of a config. Unknown keys, NaN, infinity, and booleans in place of numbers are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -28,15 +30,15 @@ class Section(BaseModel):
     def _no_boolean_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         kind = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and {int, float} & {kind, *get_args(kind)}:
-            raise ValueError("Input should be a number")
+            raise ValueError("must be a number")
         return value
 
 
 class RopeScaling(Section):
-    """Llama 3's way to a longer context: slow rotations are slowed further by `factor`, fast ones are kept.
+    """Llama 3's context extension: slow rotations are slowed down by `factor`, fast ones are unchanged.
 
-    A rotation is slow when fewer than `low_freq_factor` of its wavelengths fit into the original context, and
-    fast when more than `high_freq_factor` do. Llama 3.2 has the factors 32, 1 and 4 and a context of 8,192.
+    A rotation is slow if fewer than `low_freq_factor` of its wavelengths fit the original context, and fast
+    if more than `high_freq_factor` do. Llama 3.2 has the factors 32, 1 and 4 and a context of 8,192.
     """
 
     rope_type: Literal["llama3"] = "llama3"
@@ -59,7 +61,7 @@ class RopeScaling(Section):
         return f"{self.rope_type} × {self.factor:g}, {bounds}, from {self.original_max_position_embeddings:,}"
 
     def slowed(self, frequency: float) -> float:
-        """A frequency of rope, in radians per token, after the scaling; in the precision of the argument."""
+        """A RoPE frequency, in radians per token, after the scaling; in the precision of the argument."""
         fitting = self.original_max_position_embeddings / (2 * pi / frequency)
         span = self.high_freq_factor - self.low_freq_factor
         kept = min(max((fitting - self.low_freq_factor) / span, 0), 1)
@@ -67,12 +69,12 @@ class RopeScaling(Section):
 
 
 class ModelConfig(Section):
-    """A Llama-shaped decoder, or one of its near kin.
+    """A Llama-like decoder.
 
-    The defaults are `smollm2-135m`, the from-scratch variant: learned positions and
-    residual branches scaled by 1/sqrt(2). With `position_embedding="rope"` and
-    `residual_scale=1` the network is, tensor for tensor, a `LlamaForCausalLM`. With one of
-    `no_rope_layers`, `qkv_bias` and `use_qk_norm` it is SmolLM3's, Qwen2's or Qwen3's.
+    The defaults are `smollm2-135m`, the from-scratch variant: learned positions and residual branches scaled
+    by 1/sqrt(2). With `position_embedding="rope"` and `residual_scale=1` the network is, tensor for tensor, a
+    `LlamaForCausalLM`. With one of `no_rope_layers`, `qkv_bias` and `use_qk_norm` it is SmolLM3's, Qwen2's or
+    Qwen3's.
     """
 
     vocab_size: int = Field(49_152, gt=0, le=MAX_VOCABULARY, description="tokens in the vocabulary")
@@ -125,7 +127,7 @@ class ModelConfig(Section):
         if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
             if hidden % heads:
                 raise ValueError(
-                    f"hidden_size {hidden} does not divide by num_attention_heads {heads}; set head_dim"
+                    f"hidden_size {hidden} is not divisible by num_attention_heads {heads}; set head_dim"
                 )
             return {**values, "head_dim": hidden // heads}
         return values
@@ -134,21 +136,21 @@ class ModelConfig(Section):
     def _check(self) -> ModelConfig:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} does not divide by "
+                f"num_attention_heads {self.num_attention_heads} is not divisible by "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
         if self.position_embedding == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd, but rope needs an even one")
         if self.no_rope_layers and len(self.no_rope_layers) != self.num_hidden_layers:
             raise ValueError(
-                f"no_rope_layers has {len(self.no_rope_layers)} entries, the model "
-                f"num_hidden_layers {self.num_hidden_layers}"
+                f"no_rope_layers has {len(self.no_rope_layers)} entries, but num_hidden_layers is "
+                f"{self.num_hidden_layers}"
             )
         self._check_kin()
         return self
 
     def _check_kin(self) -> None:
-        """No library has a class for two of these at once: such a model would run nowhere else."""
+        """No library has a class for two of these at once, so such a model would run nowhere else."""
         kin = [name for name in ("no_rope_layers", "qkv_bias", "use_qk_norm") if getattr(self, name)]
         if len(kin) > 1:
             raise ValueError(f"{kin[0]} and {kin[1]} in one model are not supported")
@@ -158,14 +160,16 @@ class ModelConfig(Section):
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Every token that ends a text; empty when the model declares none."""
+        """Every token that ends a text; empty if the model declares none."""
         if self.eos_token_id is None:
             return ()
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
 
     @property
     def model_type(self) -> ModelType:
-        """transformers' name of the class that computes exactly this network; "smolctl" is our own code."""
+        """transformers' name of the class that computes exactly this network; "smolctl" for smolctl's own
+        code.
+        """
         if self.position_embedding == "learned" or self.residual_scale != 1.0:
             return "smolctl"
         if self.no_rope_layers:
@@ -176,11 +180,11 @@ class ModelConfig(Section):
 
     @property
     def needs_own_code(self) -> bool:
-        """Whether transformers itself has no class for the network."""
+        """Whether transformers has no class for the network."""
         return self.model_type == "smolctl"
 
     def rotates(self, layer: int) -> bool:
-        """Whether rope turns the queries and keys of a layer, counted from 0."""
+        """Whether RoPE rotates the queries and keys of a layer, counted from 0."""
         return self.position_embedding == "rope" and not (
             self.no_rope_layers and self.no_rope_layers[layer] == 0
         )

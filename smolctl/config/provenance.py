@@ -1,4 +1,4 @@
-"""The record of the model that others were made from."""
+"""The record of a model from which others were made."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 class Provenance(Section):
-    """Where weights came from, as it was known when they were taken."""
+    """The origin of weights, as known when they were used."""
 
     id: str = Field(description="org/name on the Hub, or an absolute path")
     kind: Literal["hub", "local"] = Field(description="whether the id is on the Hub or a path")
@@ -36,15 +36,15 @@ class Provenance(Section):
 
     @property
     def chain(self) -> tuple[Provenance, ...]:
-        """This model, what it was made from, and so on back."""
+        """This model, its own origin, and so on."""
         return (self, *(self.made_from.chain if self.made_from else ()))
 
     @property
     def on_hub(self) -> Provenance | None:
-        """The nearest of the chain that is on the Hub."""
+        """The nearest model of the chain that is on the Hub."""
         return next((one for one in self.chain if one.kind == "hub"), None)
 
     def public(self) -> Provenance:
-        """The same as strangers may read it: paths of this machine by their last part."""
+        """A copy for publication: paths of this machine are reduced to their last part."""
         name = self.id if self.kind == "hub" else PurePath(self.id).name
         return self.model_copy(update={"id": name, "made_from": self.made_from and self.made_from.public()})

@@ -1,4 +1,4 @@
-"""Everything that decides a training run, section by section of its YAML file."""
+"""All settings of a training run, by section of its YAML file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from smolctl.config.data import DataConfig
-from smolctl.config.model import ModelConfig, Section
+from smolctl.config.model import ModelConfig, Name, Section
 from smolctl.config.provenance import Provenance
 
 
@@ -20,32 +20,35 @@ def _steps_or_share(value: int | float) -> int | float:
     return int(value)
 
 
-# A number of steps, or a share of train.steps when below 1. Shares become whole steps in the
-# resolved config, so that a run that is resumed later keeps the schedule it was started with.
+# A number of steps, or, below 1, a share of train.steps. Shares become numbers of steps in the resolved
+# config, so that a resumed run keeps the schedule with which it started.
 StepsOrShare = Annotated[int | float, Field(ge=0), AfterValidator(_steps_or_share)]
-# A step, where in the schedule the run was after it, and by how much every further step advances it.
+# A step, the run's position in the schedule after it, and the advance per further step.
 Pace = tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
-MOST_STEPS = 1 << 40
-Decay = Annotated[float, Field(ge=0, lt=1)]  # of a moment, as AdamW takes it
+# More is a typing error: the largest published step had 16 million tokens.
+MOST_STEPS, MOST_SEQUENCES = 1 << 40, 1 << 20
+Decay = Annotated[float, Field(ge=0, lt=1)]  # decay rate of a moment in AdamW
 
 
 class TrainConfig(Section):
     """How much is trained, in steps of how many tokens."""
 
-    steps: int = Field(5_000, gt=0, description="total optimizer steps")
+    steps: int = Field(5_000, gt=0, le=MOST_STEPS, description="total optimizer steps")
     epochs: float | None = Field(
         None,
         gt=0,
         description="epochs to train instead of steps; null: train.steps applies",
     )
     minutes: float | None = Field(
-        None, gt=0, description="minutes to train instead of steps; null: train.steps applies"
+        None, gt=0, le=10_000_000, description="minutes to train instead of steps; null: train.steps applies"
     )
     patience: int = Field(
         0, ge=0, description="end the run after this many validations without improvement; 0: never"
     )
-    batch_size: int = Field(8, gt=0, description="sequences per step, over all devices")
-    micro_batch_size: int = Field(0, ge=0, description="sequences in memory at once; 0: batch_size")
+    batch_size: int = Field(8, gt=0, le=MOST_SEQUENCES, description="sequences per step, over all devices")
+    micro_batch_size: int = Field(
+        0, ge=0, le=MOST_SEQUENCES, description="sequences in memory at once; 0: batch_size"
+    )
     gradient_clip: float = Field(1.0, ge=0, description="maximum gradient norm; 0: no clipping")
     z_loss: float = Field(0.0, ge=0, description="weight of logsumexp² in the loss; PaLM uses 1e-4")
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed"] = Field(
@@ -57,12 +60,12 @@ class TrainConfig(Section):
     checkpoint_activations: bool = Field(
         False, description="recompute each block in the backward pass: slower, but needs less memory"
     )
-    # NumPy's generator, which is seeded with it, takes 32 bits.
+    # The limit of NumPy's generator, which is seeded with it, is 32 bits.
     seed: int = Field(8, ge=0, lt=2**32, description="seed of the initial weights and of dropout")
 
 
 class OptimizerConfig(Section):
-    """AdamW, or Muon for the blocks' matrices and AdamW for the rest; matrices alone decay."""
+    """AdamW, or Muon for the blocks' matrices and AdamW for the rest; only matrices decay."""
 
     name: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: Muon for the matrices of the blocks, AdamW for the rest"
@@ -105,18 +108,20 @@ class ScheduleConfig(Section):
     )
 
     def planned(self, step: int) -> float:
-        """Where in the schedule a step is: at itself, unless train.minutes has changed the pace."""
+        """The position of a step in the schedule: the step itself, unless train.minutes has changed the
+        pace.
+        """
         for begin, place, stride in reversed(self.pace):
             if step > begin:
                 return place + (step - begin) * stride
         return step
 
     def step_at(self, place: float) -> int:
-        """The first step of the run that is at least so far in the schedule."""
+        """The first step of the run that is at least at this position of the schedule."""
         return bisect_left(range(MOST_STEPS), place, key=self.planned)
 
     def in_steps(self) -> ScheduleConfig:
-        """The same schedule, in steps of the run."""
+        """The same schedule in steps of the run."""
         if not self.pace:
             return self
         ends = (self.begin + self.warmup_steps, self.decay_start or 0)
@@ -134,7 +139,7 @@ class ScheduleConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are written and how many stay."""
+    """When checkpoints are written, and how many are kept."""
 
     every: int = Field(500, gt=0, description="steps between checkpoints")
     keep_last: int = Field(3, ge=0, description="newest checkpoints to keep; 0: all")
@@ -143,7 +148,7 @@ class CheckpointConfig(Section):
 
 
 class PredictionsConfig(Section):
-    """What the model says to fixed prompts while it learns."""
+    """The model's continuations of fixed prompts during training."""
 
     every: int = Field(500, ge=0, description="steps between predictions; 0: none")
     prompts: tuple[str, ...] = Field(
@@ -180,7 +185,7 @@ class TrainerConfig(Section):
     @field_validator("strategy", mode="before")
     @classmethod
     def _no_fsdp(cls, strategy: object) -> object:
-        """Under fsdp a device sees a part of every matrix: its norms and what decays would be wrong."""
+        """Under fsdp a device has only a part of every matrix, so norms and weight decay would be wrong."""
         if isinstance(strategy, str) and strategy.startswith("fsdp"):
             raise ValueError(
                 "fsdp is not supported: it would clip each device's part of the gradient by itself and "
@@ -190,7 +195,7 @@ class TrainerConfig(Section):
 
 
 class PublishConfig(Section):
-    """Where `push` puts the run, and what its card says of the licence."""
+    """The repository for `push`, and the licence on the card."""
 
     repo: str | None = Field(None, description="repository on the Hub, org/name; null: YOU/RUN")
     license: str | None = Field(
@@ -202,10 +207,10 @@ class PublishConfig(Section):
 
 
 class RunConfig(Section):
-    """One training run: the model and all that shapes its training."""
+    """One training run: the model and all settings of its training."""
 
     model: ModelConfig = ModelConfig()
-    tokenizer: str | None = Field(
+    tokenizer: Name | None = Field(
         None,
         description="Hub id, folder, tokenizer.json, GGUF, or train:N; null: SmolLM2's, or a new one offline",
     )
@@ -244,7 +249,7 @@ class RunConfig(Section):
             )
         if train.micro_batch_size and train.batch_size % train.micro_batch_size:
             raise ValueError(
-                f"train.batch_size {train.batch_size} does not divide by "
+                f"train.batch_size {train.batch_size} is not divisible by "
                 f"train.micro_batch_size {train.micro_batch_size}"
             )
         if train.epochs is not None and train.minutes is not None:
@@ -276,7 +281,7 @@ class RunConfig(Section):
         return flat
 
     def schedule_contradictions(self) -> tuple[str, ...]:
-        """What cannot be meant in the schedule, one line each; of a run with whole steps."""
+        """Contradictions in the schedule, one line each; for a run with steps as whole numbers."""
         schedule, peak = self.schedule, self.optimizer.learning_rate
         found = []
         rises = schedule.begin + int(schedule.warmup_steps)
@@ -292,7 +297,9 @@ class RunConfig(Section):
         return tuple(found)
 
     def with_end(self, step: int, until: int) -> RunConfig:
-        """This run with another last step, when `step` is done; the rest of the schedule is spread evenly."""
+        """This run with another last step, after `step` was done; the rest of the schedule is spread
+        evenly.
+        """
         place, end = self.schedule.planned(step), round(self.schedule.planned(self.train.steps))
         stride = max(0.0, end - place) / max(1, until - step)
         schedule = {"pace": (*self.schedule.pace, (step, place, stride))}
@@ -304,7 +311,7 @@ class RunConfig(Section):
         )
 
     def with_whole_steps(self) -> RunConfig:
-        """This run with every share of `train.steps` turned into a number of steps."""
+        """This run with every share of `train.steps` converted to a number of steps."""
         steps, schedule = self.train.steps, self.schedule
 
         def whole(value: int | float) -> int:
@@ -312,7 +319,7 @@ class RunConfig(Section):
 
         warmup, decay = whole(schedule.warmup_steps), whole(schedule.decay_steps)
         start = schedule.decay_start
-        if schedule.name in ("cosine", "linear"):  # these fall from the end of the warmup to the last step
+        if schedule.name in ("cosine", "linear"):  # these decay from the end of the warmup to the last step
             start = warmup if start is None else start
             decay = decay or max(1, steps - start)
         elif start is None:

@@ -96,7 +96,7 @@ class StepDataset(Dataset[Tensor]):
     def __post_init__(self) -> None:
         if self.batch_size % self.world_size:
             raise InputError(
-                f"train.batch_size {self.batch_size} does not divide by {self.world_size} devices",
+                f"train.batch_size {self.batch_size} is not divisible by {self.world_size} devices",
                 "Choose a batch_size that is a multiple of the number of devices.",
             )
 

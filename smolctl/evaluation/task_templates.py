@@ -14,14 +14,14 @@ from smolctl.templates import MOST_CHARACTERS, filled, with_limits
 
 
 def apply_template(template: str, item: Mapping[str, Any]) -> str:
-    """In place of lm-eval's function of this name.
+    """Replaces lm-eval's function of this name.
 
     Args:
         template: Jinja source, as in a task's YAML file.
         item: of the task's data.
 
     Raises:
-        InputError: the template fails, or needs too much time or memory, or its text is too long.
+        InputError: the template fails, needs too much time or memory, or its text is too long.
     """
     text, fault = with_limits(fill, template, dict(item))
     if len(text) > MOST_CHARACTERS:
@@ -34,7 +34,7 @@ def apply_template(template: str, item: Mapping[str, Any]) -> str:
 
 
 def fill(template: str, item: Mapping[str, Any]) -> tuple[str, str]:
-    """The text of a template, and what is wrong with it; see `filled`."""
+    """The text of a template, and the error; see `filled`."""
     return filled(lambda: _compiled(template), item, MOST_CHARACTERS)
 
 

@@ -124,7 +124,7 @@ def evaluate_tasks(
     results = tuple(one for name in found["results"] if (one := _result(name, found)).metrics)
     if not results:
         raise InputError(
-            f"{', '.join(options.tasks)}: the task has no figure to show",
+            f"{', '.join(options.tasks)}: the task has no metric to show",
             "Add a metric_list to its YAML file.",
         )
     return TaskReport(
@@ -227,7 +227,8 @@ def _find_tasks(asked: Sequence[str]) -> tuple[Any, list[str]]:
     if not parts:
         raise UsageError("no task is named", "Name one with --tasks.")
     folders = [part for part in parts if Path(part).is_dir()]
-    files = [part for part in parts if Path(part).suffix in (".yaml", ".yml")]
+    files = [part for part in parts if Path(part).suffix in (".yaml", ".yml") or "/" in part]
+    files = [part for part in files if part not in folders]
     by_name = [part for part in parts if part not in (*folders, *files)]
     found = [str(Path(file).absolute()) for file in files]
     for file in files:

@@ -28,6 +28,7 @@ COUNTS: Mapping[str, tuple[str, int | None, int | None]] = {
     "top_logprobs": ("alternatives", 0, 20),
     "seed": ("seed", None, None),
 }
+MOST_PROMPTS = 500_000_000  # characters of a file; a device may never end
 SETTINGS = (*SAMPLING, *COUNTS, "stop")
 # Settings of OpenAI, vLLM, llama.cpp and transformers that would change the answer and that smolctl does not
 # support. They have no effect with one of these values, or if they are empty, 0 or false.
@@ -96,11 +97,17 @@ def read_prompts(name: str, stdin: TextIO, defaults: CompletionSettings) -> Prom
         InputError: the file cannot be read or has no lines. An error in a line is stored with that line.
     """
     try:
-        text = stdin.read() if name == STDIN else Path(name).read_text(encoding="utf-8", errors="replace")
+        if name == STDIN:
+            text = stdin.read(MOST_PROMPTS + 1)
+        else:
+            with Path(name).open(encoding="utf-8", errors="replace") as file:
+                text = file.read(MOST_PROMPTS + 1)
     except OSError as error:
         reason = error.strerror or "it cannot be read"
         raise InputError(f"{name}: {reason}", "Name a file of JSON lines, or '-' for stdin.") from None
     name = "stdin" if name == STDIN else name
+    if len(text) > MOST_PROMPTS:
+        raise InputError(f"{name}: has more than {MOST_PROMPTS:,} characters", "Split the file.")
     numbered = enumerate(text.removeprefix("\ufeff").split("\n"), start=1)
     lines = tuple(_parse(number, line.strip(), defaults) for number, line in numbered if line.strip())
     if not lines:

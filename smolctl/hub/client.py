@@ -137,7 +137,7 @@ class HubClient:
             head = self.head(main)
             if head.private == public:
                 shown = "private" if head.private else "public"
-                self.note(f"{target.shown} is {shown} already, and stays so.")
+                self.note(f"{target.shown} is {shown} already, and does not change.")
         except MissingError:
             of: dict[str, Any] = {"private": not public, "exist_ok": True, "space_sdk": space_sdk}
             self._ask(target, "create the repository", self.api.create_repo, **of)
@@ -211,7 +211,7 @@ class HubClient:
             raise HubError(
                 f"{target.shown}: after the commit {commit.sha[:8]} the Hub has different content in "
                 f"{', '.join(wrong[:5])}",
-                "Run the same command again; if it stays so, delete the file on the Hub first.",
+                "Run the same command again; if that does not help, delete the file on the Hub first.",
             )
         return commit
 

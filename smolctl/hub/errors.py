@@ -107,7 +107,7 @@ TABLE: Mapping[str | int, Verdict] = {
     "DisabledRepoError": (HubError, "the Hub has disabled this repository", "See {page}."),
     "RepositoryNotFoundError": _MISSING,
     404: _MISSING,
-    400: (HubError, "the Hub refuses it ({said})", "Correct what it names."),
+    400: (HubError, "the Hub refuses it ({said})", "Correct the field that it names."),
     401: (HubError, "the Hub does not accept the token (401)", f"{LOGIN}."),
     402: (PaymentError, "the account's plan does not cover it (402)", "{said}"),
     403: (
@@ -218,7 +218,7 @@ def _verdict(error: BaseException) -> tuple[Verdict, BaseException]:
         return (HubError, "{said}", "Check the disk and the rights of its files."), error
     if isinstance(error, (RuntimeError, OSError)):  # the client wraps failed transfers in these
         return (PassingError, "{said}", AGAIN), error
-    return (HubError, "{said}", "Correct what it names, or {offline}."), error
+    return (HubError, "{said}", "Correct the field that it names, or {offline}."), error
 
 
 def first_line(error: BaseException) -> str:

@@ -37,7 +37,7 @@ class _Auth(TypedDict):
 
 
 class _Whoami(TypedDict):
-    """What is read of the Hub's answer about a token."""
+    """The fields of the Hub's response about a token that are read."""
 
     name: str
     orgs: NotRequired[list[_Named] | None]

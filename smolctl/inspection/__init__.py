@@ -1,4 +1,4 @@
-"""What can be said about a model without its weights: counts, costs, problems, differences."""
+"""Facts about a model without reading its weights: counts, costs, problems, differences."""
 
 from smolctl.inspection.differences import compare
 from smolctl.inspection.parameters import count_source

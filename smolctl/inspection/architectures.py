@@ -1,7 +1,7 @@
-"""The parameters of an architecture that this toolkit does not have, built by transformers without memory.
+"""The parameters of an architecture that smolctl does not support, built by transformers without memory.
 
-Only this imports PyTorch to count. A module on the meta device has shapes and no numbers: one of 100 billion
-parameters is built in a second.
+Only this module imports PyTorch for counting. A module on the meta device has shapes but no data: one with
+100 billion parameters is built in a second.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from smolctl.sources.huggingface.config import SIZES, assumption
 if TYPE_CHECKING:
     import transformers
 
-# More would be damage or an attack and take minutes. Published models have up to 126 layers (Llama 3.1 405B)
-# and 512 experts (Qwen3-Next).
+# More would mean a damaged file or an attack, and take minutes. Published models have up to 126 layers (Llama
+# 3.1 405B) and 512 experts (Qwen3-Next).
 MAX_BLOCKS, MAX_EXPERTS = 1_000, 4_096
-# Words in the names of sizes that are numbers of modules, and in those of other sizes of layers, such as
+# Words in the names of sizes that count modules, and in the names of other sizes of layers, such as
 # vocab_size_per_layer_input.
 EXPERTS = {"expert", "experts", "nexperts"}
 COUNTED = {"layer", "layers", "nlayers", "block", "blocks", "depth", "depths", *EXPERTS}
@@ -32,29 +32,29 @@ MEASURED = {"size", "dim"}
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network as transformers builds it."""
+    """A network built by transformers."""
 
     rows: tuple[ParameterRow, ...]  # every parameter, a tied head last
-    config: Mapping[str, Any]  # with the values that the config.json leaves out
-    roles: Mapping[str, Role]  # of the modules that the network itself knows
-    assumed: tuple[str, ...] = ()  # the sizes that the config.json leaves out
+    config: Mapping[str, Any]  # with the values that the config.json omits
+    roles: Mapping[str, Role]  # of the modules that the network identifies itself
+    assumed: tuple[str, ...] = ()  # sizes that the config.json omits
 
 
 def build_architecture(declared: Mapping[str, Any]) -> Architecture | str:
-    """The parameters of the network that a config.json describes.
+    """Build the network that a config.json describes, and list its parameters.
 
     Args:
         declared: the config.json. Code that it names is never executed.
 
     Returns:
-        The network, or why there is none: transformers does not know the architecture, or makes nothing of
-        the config.
+        The network, or the reason why there is none: transformers does not support the architecture, or
+        cannot build it from the config.
     """
     if reason := _not_buildable(declared):
         return reason
     try:
         network = _network(declared)
-    except Exception as error:  # whatever a class of transformers makes of the values
+    except Exception as error:  # whatever a class of transformers raises for the values
         text = " ".join(str(error).split())
         return f"transformers: {text[:200] or type(error).__name__}"
     if isinstance(network, str):
@@ -63,18 +63,18 @@ def build_architecture(declared: Mapping[str, Any]) -> Architecture | str:
     if not rows:
         return f"transformers' {type(network).__name__} has no parameters"
     assumed: list[str] = []
-    with suppress(Exception):  # what some classes of transformers raise when asked for a size
+    with suppress(Exception):  # some classes of transformers raise when a size is read
         assumed += _assumed(network.config, declared)
     rows = (*rows, *_tied_head(network))
     return Architecture(rows, network.config.to_dict(), _roles(network), tuple(assumed))
 
 
 def _roles(network: Any) -> dict[str, Role]:
-    """The modules that the network itself calls its token table and its head."""
+    """The modules that the network itself identifies as token table and head."""
     names = {id(tensor): name.removesuffix(".weight") for name, tensor in network.named_parameters()}
     found: dict[str, Role] = {}
     for get, role in (("get_output_embeddings", Role.HEAD), ("get_input_embeddings", Role.TOKENS)):
-        with suppress(NotImplementedError, AttributeError):  # of images or sounds
+        with suppress(NotImplementedError, AttributeError):  # for images or audio
             module = getattr(network, get)()
             tensors = (getattr(module, key, None) for key in ("weight", "bias"))
             found |= {names[id(tensor)]: role for tensor in tensors if id(tensor) in names}
@@ -82,7 +82,7 @@ def _roles(network: Any) -> dict[str, Role]:
 
 
 def _assumed(config: Any, declared: Mapping[str, Any], part: str = "") -> Iterator[str]:
-    """Sizes of a config, and of its parts, that a config.json leaves out and that are the defaults."""
+    """Sizes of a config and of its parts that a config.json omits, so that their defaults apply."""
     names = type(config).attribute_map
     usual = type(config)()
     for size in SIZES:
@@ -98,7 +98,7 @@ def _assumed(config: Any, declared: Mapping[str, Any], part: str = "") -> Iterat
 
 
 def _network(declared: Mapping[str, Any]) -> transformers.PreTrainedModel | str:
-    """The network on the meta device, or why transformers has none."""
+    """The network on the meta device, or the reason why transformers has none."""
     import torch
     import transformers
 
@@ -114,7 +114,7 @@ def _network(declared: Mapping[str, Any]) -> transformers.PreTrainedModel | str:
     with _silent():
         values = {key: value for key, value in declared.items() if key not in IGNORED}
         config = transformers.AutoConfig.for_model(**{**_with_infinities(values), "model_type": model_type})
-        if not hasattr(config, "pad_token_id"):  # some classes read it where their config has it in a part
+        if not hasattr(config, "pad_token_id"):  # some classes read it although their config has it in a part
             config.pad_token_id = None
         kind = found or _usual_class(config)
         with torch.device("meta"):
@@ -123,7 +123,7 @@ def _network(declared: Mapping[str, Any]) -> transformers.PreTrainedModel | str:
 
 
 def _with_infinities(value: Any) -> Any:
-    """Nested values with the numbers that no JSON has, which transformers writes as objects of one key."""
+    """Nested values with the numbers that JSON lacks, which transformers writes as objects with one key."""
     if isinstance(value, list):
         return [_with_infinities(item) for item in value]
     if not isinstance(value, Mapping):
@@ -133,12 +133,12 @@ def _with_infinities(value: Any) -> Any:
     return {key: _with_infinities(item) for key, item in value.items()}
 
 
-# Neither how a network was stored nor code of its makers changes its parameters.
+# Neither a network's storage nor its authors' code changes its parameters.
 IGNORED = ("quantization_config", "quantization", "auto_map", "torch_dtype", "dtype", "transformers_version")
 
 
 def _usual_class(config: Any) -> Any:
-    """The class of a config that names none that transformers has: with a head where there is one."""
+    """The class for a config that names none of transformers' classes: with a head if one exists."""
     import transformers
 
     autos = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
@@ -151,10 +151,10 @@ def _usual_class(config: Any) -> Any:
 
 
 def _tied_head(network: Any) -> tuple[ParameterRow, ...]:
-    """The head as a row of its own where it is the token table."""
+    """The head as a separate row if it is tied to the token table."""
     try:
         head, table = network.get_output_embeddings(), network.get_input_embeddings()
-    except NotImplementedError:  # of images or sounds
+    except NotImplementedError:  # for images or audio
         return ()
     if head is None or getattr(head, "weight", None) is not getattr(table, "weight", network):
         return ()
@@ -163,7 +163,7 @@ def _tied_head(network: Any) -> tuple[ParameterRow, ...]:
 
 
 def _not_buildable(declared: Mapping[str, Any]) -> str:
-    """The first number of modules that no published model has, or a part that would be a download."""
+    """The first number of modules that no published model has, or a part that would have to be downloaded."""
     if isinstance(backbone := declared.get("backbone"), str):
         return f"its backbone {shown(backbone)} is another model, whose config is not here"
     for key, value in _numbers(declared):
@@ -184,7 +184,7 @@ def _numbers(declared: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without what transformers writes of keys that it does not know."""
+    """Suppresses transformers' warnings about unknown keys."""
     from transformers.utils import logging as logs
 
     level = logs.get_verbosity()

@@ -1,4 +1,4 @@
-"""How two models differ: configs, recipes and tensors, whatever kinds of MODEL they are."""
+"""Differences between two models: configs, recipes and tensors, for all kinds of MODEL."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FIELDS = tuple(ModelConfig.model_fields)
 
 @dataclass(frozen=True)
 class Difference:
-    """One key or tensor that the two do not share. None: it is absent on that side."""
+    """A key or tensor that differs. None: it is missing on that side."""
 
     key: str
     this: Any
@@ -23,25 +23,25 @@ class Difference:
 
 @dataclass(frozen=True)
 class Differences:
-    """All of them, by kind; a kind is None when one of the two has nothing of it to compare."""
+    """All differences by kind; a kind is None if one of the models has nothing of it to compare."""
 
     this: ModelSource
     other: ModelSource
     config: tuple[Difference, ...]
     recipe: tuple[Difference, ...] | None
-    tensors: tuple[Difference, ...] | None  # their shapes; dtypes where the shapes are equal
+    tensors: tuple[Difference, ...] | None  # of shapes; of dtypes if the shapes are equal
 
     @property
     def none(self) -> bool:
-        """Whether nothing that could be compared differs."""
+        """Whether no compared value differs."""
         return not (self.config or self.recipe or self.tensors)
 
 
 def compare(this: ModelSource, other: ModelSource) -> Differences:
-    """Lay two models side by side.
+    """Compare two models.
 
-    The configs are compared in normalised form, by what the network of one of them has too when this toolkit
-    cannot represent the other, and as both files spell them when it can represent neither.
+    Configs are compared in normalized form; if smolctl cannot represent one of the models, only by the keys
+    that are in both; if it can represent neither, as written in the files.
     """
     recipe = None
     if this.run is not None and other.run is not None:
@@ -63,7 +63,7 @@ def _comparable(this: ModelSource, other: ModelSource) -> tuple[Mapping[str, Any
         else {key: source.declared[key] for key in FIELDS if key in source.declared}
         for model, source in zip(models, (this, other), strict=True)
     ]
-    if None in models:  # what one of the two leaves out has a default that is not known here
+    if None in models:  # a value missing in one of them has an unknown default
         sides = [
             {key: side[key] for key in side if key in sides[0].keys() & sides[1].keys()} for side in sides
         ]

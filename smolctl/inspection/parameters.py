@@ -1,5 +1,6 @@
-"""How many parameters a source has: by arithmetic where the network is ours, else by its header, else by its
-architecture."""
+"""The parameter count of a source: by formula if smolctl supports the network, else from its header, else
+from its architecture.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +20,9 @@ from smolctl.sources.base import ModelSource, TensorHeader
 from smolctl.sources.huggingface.config import assumed_keys
 from smolctl.sources.shapes import check_rows
 
-# What the formulas call the number of layers of our own network.
+# The name of the number of layers in formulas for smolctl's network.
 LAYERS = "num_hidden_layers"
-WIDTHS = ("hidden_size", "d_model", "n_embd", "dim")  # what the architectures call the width of their tables
+WIDTHS = ("hidden_size", "d_model", "n_embd", "dim")  # the width of tables in different architectures
 
 
 class NothingToCountError(InputError):
@@ -29,17 +30,17 @@ class NothingToCountError(InputError):
 
 
 class Basis(StrEnum):
-    """What was counted."""
+    """The basis of a count."""
 
     CONFIG = "config"
     HEADER = "header"
     TRANSFORMERS = "transformers"  # the network that transformers builds from the config
-    FIELDS = "fields"  # of a config whose architecture nothing here knows: a part of the model
+    FIELDS = "fields"  # a config of an unknown architecture: only a part of the model
 
 
 @dataclass(frozen=True)
 class Aside:
-    """What a header lists beside parameters."""
+    """Tensors in a header that are not parameters."""
 
     tensors: int
     numbers: int
@@ -47,29 +48,29 @@ class Aside:
 
 @dataclass(frozen=True)
 class ParameterReport:
-    """The parameters of one source."""
+    """The parameter count of one source."""
 
     source: ModelSource
     basis: Basis
     totals: Totals
     tree: tuple[ModuleNode, ...]
-    agrees: bool | None  # header with config; None when there is only one of them
-    notes: tuple[str, ...] = ()  # what a reader of the numbers should know
-    what_if: tuple[str, ...] = ()  # settings that make this another model than the source's
-    partial: bool = False  # the rows are a part of the model
-    aside: Mapping[str, Aside] = field(default_factory=dict)  # in the file and not counted, by kind
+    agrees: bool | None  # header and config; None if there is only one of them
+    notes: tuple[str, ...] = ()  # for the reader of the numbers
+    what_if: tuple[str, ...] = ()  # settings that make it a different model from the source's
+    partial: bool = False  # the rows are only a part of the model
+    aside: Mapping[str, Aside] = field(default_factory=dict)  # in the file but not counted, by kind
 
     def rows(self, depth: int) -> tuple[ModuleNode, ...]:
-        """The tree cut where names have `depth` parts; those not tied add up to `unique`."""
+        """The tree of names cut at `depth` parts; the untied rows add up to `unique`."""
         return tuple(node for top in self.tree for node in top.at_depth(depth))
 
 
 def count_source(source: ModelSource, what_if: Sequence[str] = ()) -> ParameterReport:
-    """Count a model without its weights.
+    """Count a model's parameters without its weights.
 
     Args:
         source: its config, its header, or both.
-        what_if: the settings that its config was changed by on purpose.
+        what_if: settings by which its config was changed deliberately.
 
     Raises:
         NothingToCountError: there is neither a config nor a header.
@@ -90,7 +91,7 @@ def count_source(source: ModelSource, what_if: Sequence[str] = ()) -> ParameterR
 
 
 def parameters_in(source: ModelSource) -> int | None:
-    """Parameters that a header lists, unpacked; None when some are packed in a way that is not known."""
+    """Parameters in a header, unpacked; None if some are packed in an unknown way."""
     stored = _sorted(source)
     counted = [tensor.parameters for tensor in stored.parameters if not tensor.shares]
     return None if stored.unknown else sum(counted)
@@ -109,9 +110,9 @@ def _count_config(
         expected = {row.tensor: row.shape for row in rows}
         shapes = {one.name: _unflattened(one, expected.get(one.name)) for one in stored.parameters}
         mismatches = check_rows(rows, shapes)
-        if stored.unknown:  # the config alone says how many weights those hold
+        if stored.unknown:  # only the config determines how many weights these contain
             mismatches = ()
-        elif mismatches and source.config is None:  # what cannot be run is what its file holds
+        elif mismatches and source.config is None:  # without a runnable model, the file counts
             return _count_header(source, stored)
     count = count_rows(rows)
     totals = Totals(count.unique, count.naive, count.non_embedding, count.unique)
@@ -126,13 +127,13 @@ def _count_config(
 
 
 def _unflattened(tensor: TensorHeader, expected: tuple[int, ...] | None) -> tuple[int, ...]:
-    """A matrix's shape where a format packs its numbers into a flat list (bitsandbytes)."""
+    """A matrix's shape if a format packs its numbers into a flat list (bitsandbytes)."""
     is_flat = tensor.dtype in BYTES and len(tensor.shape) == 1 and expected is not None
     return expected if is_flat and expected and prod(expected) == tensor.parameters else tensor.shape
 
 
 def _with_its_head(rows: tuple[ParameterRow, ...], declared: Mapping[str, Any]) -> tuple[ParameterRow, ...]:
-    """The rows of a Llama with the head of its architecture: none, or one that classifies sequences."""
+    """The rows of a Llama with the head of its architecture: none, or one for sequence classification."""
     listed = declared.get("architectures")
     name = str(listed[0]) if isinstance(listed, list) and listed else ""
     if not name.endswith(("Model", "ForSequenceClassification")):
@@ -194,7 +195,7 @@ def _count_architecture(source: ModelSource) -> ParameterReport:
 
 
 def _known_rows(declared: Mapping[str, Any]) -> tuple[ParameterRow, ...]:
-    """What the fields of a config say whatever the architecture is: the token table."""
+    """The rows that the fields of a config determine for any architecture: the token table."""
     text = declared.get("text_config")
     values: Mapping[str, Any] = {**declared, **text} if isinstance(text, Mapping) else declared
     widths = [values[key] for key in WIDTHS if values.get(key) is not None]

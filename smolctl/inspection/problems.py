@@ -1,4 +1,4 @@
-"""What is wrong with a model or its recipe, and what is merely worth knowing."""
+"""Problems of a model or its recipe, and notes on it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.huggingface.tokenizer import token_ids
 from smolctl.sources.shapes import check_tensors
 
-# Types of numbers that are no weights unless a format says which.
+# Number types that are not weights unless a format defines them.
 NO_WEIGHTS = {*INTEGERS, "C64", "complex64", "complex128"}
-# llama.cpp's K-quants (Q4_K_M, ...) store a row in blocks of this many weights.
+# llama.cpp's K-quants (Q4_K_M, ...) store rows in blocks of this many weights.
 K_QUANT_BLOCK = 256
 
 
 def find_problems(source: ModelSource) -> tuple[str, ...]:
-    """Everything that somebody should correct or expect to fail; empty for a sound model."""
+    """Everything that needs a correction or will fail; empty for a model without problems."""
     if source.config is None:
         return (*source.problems, source.unsupported)
-    # Sources report what does not fit as they read; here only what they left out is added.
+    # Sources report problems found while reading; only the others are added here.
     tensors = check_tensors(source.config, source.tensors) if source.tensors is not None else ()
     recipe = () if source.run is None else _recipe_problems(source.run)
     of_model = (*_weight_problems(source), *_model_problems(source.config), *_tokenizer_problems(source))
@@ -29,7 +29,7 @@ def find_problems(source: ModelSource) -> tuple[str, ...]:
 
 
 def find_notes(source: ModelSource) -> tuple[str, ...]:
-    """Facts that are not problems but may surprise people."""
+    """Facts that are not problems but may be surprising."""
     config = source.config
     if config is None:
         return ()
@@ -69,7 +69,7 @@ def _model_problems(config: ModelConfig) -> Iterator[str]:
                 yield f"{key} {token} is outside the vocabulary of {config.vocab_size:,}"
     for key in ("hidden_size", "intermediate_size"):
         size = getattr(config, key)
-        if size % K_QUANT_BLOCK:
+        if size % K_QUANT_BLOCK and not config.needs_own_code:  # which llama.cpp does not run at all
             yield (
                 f"{key} {size:,} is not a multiple of {K_QUANT_BLOCK}: no K-quants (Q4_K and the like) in "
                 "llama.cpp for rows of this length; Q8_0, Q5_0, Q4_0 and similar types work"
@@ -77,7 +77,7 @@ def _model_problems(config: ModelConfig) -> Iterator[str]:
 
 
 def _tokenizer_problems(source: ModelSource) -> Iterator[str]:
-    if source.config is None or source.kind is SourceKind.HUB:  # on the Hub it would be a download
+    if source.config is None or source.kind is SourceKind.HUB:  # on the Hub this would need a download
         return
     try:
         files = source.read_tokenizer()
@@ -101,7 +101,10 @@ def _recipe_problems(run: RunConfig) -> Iterator[str]:
     whole = run.with_whole_steps()
     steps, warmup = whole.train.steps, whole.schedule.warmup_steps
     if warmup >= steps:
-        yield f"schedule.warmup_steps {warmup:,} is not below train.steps {steps:,}: the peak does not last"
+        yield (
+            f"schedule.warmup_steps {warmup:,} is not below train.steps {steps:,}: the learning rate never "
+            f"stays at its peak"
+        )
     yield from whole.schedule_contradictions()
 
 

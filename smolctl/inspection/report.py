@@ -1,4 +1,4 @@
-"""One model looked at from all sides, without its weights."""
+"""A report on one model, without its weights."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ from smolctl.sources.huggingface.tokenizer import added_token_ids, token_ids
 from smolctl.sources.provenance import provenance_of
 from smolctl.sources.stops import stop_token_ids
 
-# Where neither the command line nor a recipe says: one sequence of at most this many tokens.
+# Default without a command-line value or a recipe: one sequence of at most this many tokens.
 DEFAULT_SEQUENCE_LENGTH = 2_048
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Training memory and the sizes it was worked out for."""
+    """Training memory, and the sizes for which it was computed."""
 
     batch_size: int  # sequences in memory at once
     sequence_length: int
     dtype: str
     bytes: TrainingMemory
-    optimizer: str  # whose state is counted
+    optimizer: str  # whose state is included
 
 
 @dataclass(frozen=True)
 class Derived:
-    """What follows from a config."""
+    """Figures derived from a config."""
 
     parameters: ParameterCount
     head_dim: int
-    gqa_ratio: int  # query heads that share one key/value head
+    gqa_ratio: int  # query heads per key/value head
     kv_cache_bytes_per_token: Mapping[str, int]  # by dtype
     forward_flops_per_token: int  # at the plan's sequence length
     training_flops_per_token: int
@@ -59,7 +59,7 @@ class Derived:
 
 @dataclass(frozen=True)
 class RecipeFacts:
-    """What follows from a training recipe."""
+    """Figures derived from a training recipe."""
 
     run: RunConfig
     tokens_per_step: int
@@ -70,26 +70,26 @@ class RecipeFacts:
 
 @dataclass(frozen=True)
 class CheckpointFacts:
-    """What a header says."""
+    """Figures from a header."""
 
     tensors: int
-    parameters: int | None  # of the network; None when some are packed in a way that is not known
+    parameters: int | None  # of the network; None if some are packed in an unknown way
     bytes: int
-    dtypes: Mapping[str, int]  # tensors of each
-    matches: bool | None  # the config; None when this network has none for the model
+    dtypes: Mapping[str, int]  # number of tensors of each
+    matches: bool | None  # the config; None if smolctl cannot represent the model
 
 
 @dataclass(frozen=True)
 class ModelReport:
-    """Everything that `inspect-config` shows."""
+    """The contents of `inspect-config`."""
 
     source: ModelSource
-    derived: Derived | None  # None when no network of ours has its costs
-    parameters: ParameterReport | None  # None when there is nothing to count
+    derived: Derived | None  # None if smolctl cannot compute its costs
+    parameters: ParameterReport | None  # None if there is nothing to count
     recipe: RecipeFacts | None
     checkpoint: CheckpointFacts | None
-    provenance: Provenance | None  # of the weights; None where there are none
-    stops: Mapping[int, str | None]  # tokens at which an answer ends, as the tokenizer spells them
+    provenance: Provenance | None  # of the weights; None if there are none
+    stops: Mapping[int, str | None]  # tokens at which an answer ends, with their text
     problems: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -100,16 +100,16 @@ def inspect(
     sequence_length: int | None = None,
     dtype: str | None = None,
 ) -> ModelReport:
-    """Look at a model.
+    """Inspect a model.
 
     Args:
         source: any MODEL.
-        batch_size: sequences in memory at once for the memory table; None takes the recipe's, else 1.
-        sequence_length: tokens of each; None takes the recipe's, else the context up to 2,048.
-        dtype: a key of `TRAINING_DTYPES`; None takes the recipe's precision, else float32.
+        batch_size: sequences in memory at once, for the memory table; None: the recipe's, else 1.
+        sequence_length: tokens per sequence; None: the recipe's, else the context up to 2,048.
+        dtype: a key of `TRAINING_DTYPES`; None: the recipe's precision, else float32.
 
     Raises:
-        UsageError: a size or dtype that cannot be.
+        UsageError: a size or dtype that is not valid.
     """
     count = _count(source)
     return ModelReport(
@@ -132,12 +132,13 @@ def _count(source: ModelSource) -> ParameterReport | None:
 
 
 def _stops(source: ModelSource) -> dict[int, str | None]:
-    """Tokens at which an answer ends; of the config alone where the tokenizer would be a download, or cannot
-    be read."""
+    """Tokens at which an answer ends; only from the config if the tokenizer would have to be downloaded or
+    cannot be read.
+    """
     if source.config is None:
         return {}
     files = None
-    with suppress(InputError):  # which `find_problems` reports
+    with suppress(InputError):  # reported by `find_problems`
         files = source.read_tokenizer() if source.kind is not SourceKind.HUB else None
     if files is None:
         return dict.fromkeys(source.config.eos_token_ids)
@@ -206,10 +207,10 @@ def _checkpoint(source: ModelSource, count: ParameterReport | None) -> Checkpoin
 
 
 def training_config(source: ModelSource) -> RunConfig:
-    """A complete recipe for a source: its own, or the defaults around its model.
+    """A complete recipe for a source: its own, or the defaults with its model.
 
     Raises:
-        InputError: this network cannot stand in for the model, or its own recipe cannot be run.
+        InputError: smolctl cannot represent the model, or cannot run its recipe.
     """
     config = source.require_config()
     refused = next((problem for problem in source.problems if problem.endswith(NO_RECIPE)), "")
@@ -221,7 +222,7 @@ def training_config(source: ModelSource) -> RunConfig:
 
 
 def _lasting(model: str) -> str:
-    """A MODEL as a file may name it that is read in another folder."""
+    """A MODEL in a form that is valid in a file in another folder."""
     path = Path(model)
     return str(path.absolute()) if path.exists() else model
 

@@ -1,7 +1,7 @@
-"""What the tensors of any architecture are for: token table, positions, head, experts, or the rest.
+"""The roles of the tensors of any architecture: token table, positions, head, experts, or other.
 
-Names decide: those of transformers' models, of llama.cpp and of Meta. A table of an unknown name makes the
-totals that depend on it unknown: a number is true or absent.
+Roles are determined by names: those of transformers' models, of llama.cpp and of Meta. If a table has an
+unknown name, the totals that depend on it are unknown, because a wrong number is worse than none.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ TOKENS = frozenset(
 POSITIONS = re.compile(
     r"(.*\.)?(wpe|embed_positions|token_type(s|_embeddings)(_\d+)?|(\w+_)?pos(ition(s|al)?)?_emb\w*(\.\w+)?)"
 )
-# Modules of heads, with their biases. "output" and "head" are heads where they stand alone only.
+# Modules of heads, including their biases. "output" and "head" are heads only as whole names.
 HEADS = re.compile(
     r"(.*\.)?(lm_head|lm_loss|embed_out|proj_out|vocab_projector|generator_lm_head|mlm_head)(\.decoder)?"
     r"|(.*\.)?predictions(\.decoder)?|output|head|decoder|unembed"
 )
 EXPERTS = re.compile(r"(.*\.)?(experts(\..+)?|experts_.+|ffn_\w+_exps)")
-NUMBER = re.compile(r"(^|\.)\d+(\.|$)")  # in the names of layers and of their parts
-# Architectures whose class ends so have a head that is as large as the token table.
+NUMBER = re.compile(r"(^|\.)\d+(\.|$)")  # in the names of layers and their parts
+# Suffixes of architecture classes whose head is as large as the token table.
 WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")
-# Types whose config leaves `tie_word_embeddings` out when it is true, and whose files may hold both copies.
+# Model types whose config omits `tie_word_embeddings` when it is true, and whose files may contain both
+# copies.
 TIED_BY_DEFAULT = frozenset(
     (
         *("gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "opt", "bloom", "falcon", "mpt", "mamba", "xglm"),
@@ -43,7 +44,7 @@ TIED_BY_DEFAULT = frozenset(
         *("starcoder2", "smollm3", "lfm2"),
     )
 )
-# What configs call the experts of a layer, and those that a token passes through.
+# Config keys for the number of experts per layer, and for the experts per token.
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "expert_count")
 USED_EXPERTS = (
     *("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k"),
@@ -52,31 +53,31 @@ USED_EXPERTS = (
 
 
 class Role(Enum):
-    """What a tensor is for."""
+    """The role of a tensor."""
 
     TOKENS = auto()
     POSITIONS = auto()
     HEAD = auto()
     BODY = auto()
-    UNKNOWN = auto()  # as long as the vocabulary, under a name that is not known
+    UNKNOWN = auto()  # as long as the vocabulary, under an unknown name
 
 
 @dataclass(frozen=True)
 class Totals:
-    """The numbers that people mean by "the number of parameters"; None where one is not known."""
+    """The numbers that people mean by "the number of parameters"; None if unknown."""
 
     unique: int | None  # every stored number once
     naive: int | None  # a tied head counted again
     non_embedding: int | None  # without token table, positions and head
-    active: int | None  # that a token passes through: all of `unique` where there are no experts
+    active: int | None  # used by one token: all of `unique` if there are no experts
 
 
 def role_of(row: ParameterRow, vocabulary: int | None) -> Role:
-    """What a tensor is for.
+    """The role of a tensor.
 
     Args:
         row: of the tensor.
-        vocabulary: tokens of the model, where that is known.
+        vocabulary: number of tokens of the model, if known.
     """
     module = row.module.removesuffix(".bias")
     last = module.rsplit(".", 1)[-1]
@@ -96,12 +97,12 @@ def total(
     declared: Mapping[str, Any],
     known_roles: Mapping[str, Role] | None = None,
 ) -> Totals:
-    """Add up rows of any architecture.
+    """Add up the rows of any architecture.
 
     Args:
         rows: every parameter. A tied one adds to `naive` only.
-        declared: the config as the source spells it; says how many experts a token passes through.
-        known_roles: of modules, where something better than their names says them.
+        declared: the config as written in the source; contains the number of experts per token.
+        known_roles: of modules, if they are known from more than their names.
     """
     vocabulary = vocabulary_of(rows, declared)
     roles = [(known_roles or {}).get(row.module) or role_of(row, vocabulary) for row in rows]
@@ -119,10 +120,10 @@ def total(
 def with_tied_head(
     rows: tuple[ParameterRow, ...], declared: Mapping[str, Any]
 ) -> tuple[ParameterRow, ...] | None:
-    """The rows of a file with a tied head as a row of its own, whether the file holds a copy of it or not.
+    """The rows of a file with a tied head as a separate row, whether the file contains a copy of it or not.
 
     Returns:
-        None when neither the names nor the config say whether the head is tied.
+        None if neither the names nor the config show whether the head is tied.
     """
     vocabulary = vocabulary_of(rows, declared)
     roles = [role_of(row, vocabulary) for row in rows]
@@ -135,7 +136,7 @@ def with_tied_head(
     if heads:
         copies = [row for row in heads if row.shape == tables[0].shape] if tied else []
         return tuple(_tied(row) if row in copies else row for row in rows)
-    # The bias of a head is stored even if it is tied.
+    # The bias of a head is stored even if the head is tied.
     expected = Role.HEAD in roles or _expects_head(declared)
     if expected is False:
         return rows
@@ -149,15 +150,15 @@ def _tied(row: ParameterRow, module: str = "") -> ParameterRow:
 
 
 def _tie_of(declared: Mapping[str, Any]) -> bool:
-    """Whether a config ties the head to the table, in words or by the default of its type."""
+    """Whether a config ties the head to the table, explicitly or by the default of its type."""
     tied = declared.get("tie_word_embeddings")
     return bool(tied) if isinstance(tied, bool) else declared.get("model_type") in TIED_BY_DEFAULT
 
 
 def _expects_head(declared: Mapping[str, Any]) -> bool | None:
-    """Whether a model predicts tokens; None when its source does not say."""
+    """Whether a model predicts tokens; None if its source does not show it."""
     architecture = declared.get("general.architecture")
-    if architecture is not None:  # a GGUF: llama.cpp reads the table where an output is missing
+    if architecture is not None:  # a GGUF: llama.cpp uses the table if there is no output tensor
         encodes = f"{architecture}.pooling_type" in declared
         causal = declared.get(f"{architecture}.attention.causal", not encodes)
         return bool(causal) and declared.get("general.type", "model") == "model"
@@ -171,7 +172,7 @@ def _expects_head(declared: Mapping[str, Any]) -> bool | None:
 
 
 def vocabulary_of(rows: Iterable[ParameterRow], declared: Mapping[str, Any]) -> int | None:
-    """Tokens of a model: by its config, else by the table whose name is known."""
+    """Number of tokens of a model: from its config, else from the table if its name is known."""
     for values in _sections(declared):
         if type(size := values.get("vocab_size")) is int:
             return int(size)
@@ -180,9 +181,9 @@ def vocabulary_of(rows: Iterable[ParameterRow], declared: Mapping[str, Any]) -> 
 
 
 def active_parameters(rows: tuple[ParameterRow, ...], declared: Mapping[str, Any]) -> int | None:
-    """Parameters that a token passes through, experts among them; None when that is not known.
+    """Parameters that one token uses, with its share of the experts; None if unknown.
 
-    A mixture's token passes through k of its n experts, and so through k/n of their parameters.
+    A token uses k of n experts, and therefore k/n of their parameters.
     """
     experts, used = _number(declared, EXPERT_COUNTS), _number(declared, USED_EXPERTS)
     own = [row for row in rows if not row.tied]
@@ -201,7 +202,7 @@ def _is_expert(row: ParameterRow, experts: int | None) -> bool:
 
 
 def _number(declared: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
-    """The first whole number of these names in a config, its text part, or a GGUF's metadata."""
+    """The first integer under these names in a config, its text part, or a GGUF's metadata."""
     architecture = declared.get("general.architecture")
     keys = (*names, *(f"{architecture}.{name}" for name in names)) if architecture else names
     for values in _sections(declared):

@@ -1,7 +1,7 @@
-"""What a header's tensors are: parameters in the shapes of the network, or what lies beside them.
+"""The tensors of a header: parameters in the shapes of the network, or other tensors.
 
-Quantized files hold several weights in one number, with scales beside them; old files hold buffers, which
-are computed from the config. A count that takes these for parameters is wrong.
+Quantized files store several weights in one number, with scales in other tensors; old files contain buffers,
+which are computed from the config. They must not be counted as parameters.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from typing import Any
 from smolctl.errors import InputError
 from smolctl.sources.base import TensorHeader
 
-# Computed from the config, or gathered in training without a gradient: positions, masks, wavelengths, what
-# balances the load of experts (DeepSeek-V3's name and llama.cpp's), statistics of batches.
+# Computed from the config, or collected in training without a gradient: positions, masks, wavelengths, the
+# load balancing of experts (DeepSeek-V3's name and llama.cpp's), batch statistics.
 BUFFER = re.compile(
     r"(.*\.)?(position_ids|token_type_ids|masked_bias|causal_mask|(original_)?inv_freq|(cos|sin)_cached"
     r"|rope[_.]freqs(\.weight)?|rope_factors_(long|short)(\.weight)?|relative_position_index|num_batches_tracked"
     r"|running_(mean|var)|final_logits_bias|e_score_correction_bias|exp_probs_b(\.bias)?)"
 )
-# What stands behind the name of a module, or of its packed tensor, for the tensors that unpack it.
+# Suffixes to the name of a module or its packed tensor, for tensors that are needed to unpack it.
 BESIDE = re.compile(
     r"\.(scales?|biases|qzeros|g_idx|SCB|weight_format|(in|out)put_scale(_ub)?|input_global_scale|activation_scale)"
     r"|[._]{0,2}(global_)?scales?(_inv|_2|_and_zero)?|_zero_point|_g_idx|_shape|_global_scale"
     r"|\.(nested_)?(absmax|quant_map)|\.quant_state\..+"
 )
 KV_SCALE = re.compile(r".*\.(k|v|q|kv|prob)_scale")
-# Bits of a number in the integer types of safetensors and PyTorch.
+# Bits per number of the integer types of safetensors and PyTorch.
 INTEGERS = {
     **{"U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64, "BOOL": 8},
     **{"uint8": 8, "int8": 8, "int16": 16, "int32": 32, "int64": 64, "bool": 8},
 }
 BYTES, WORDS = ("U8", "uint8"), ("U32", "I32", "int32")
-# Sizes of small floats, which hold one weight each but come with scales.
+# Sizes of small floats, which store one weight each but have scales.
 NARROW_FLOATS = ("F8", "float8")
 CORRECT = "Correct the quantization section of config.json, or download the model again."
 PACKED = ("qweight", "weight_packed", "weight_qdata", "weight._data", "weight")
@@ -43,24 +43,24 @@ PACKED = ("qweight", "weight_packed", "weight_qdata", "weight._data", "weight")
 
 @dataclass(frozen=True)
 class SortedTensors:
-    """The tensors of a file by what they are."""
+    """The tensors of a file by kind."""
 
-    parameters: tuple[TensorHeader, ...]  # in the network's shapes; `bytes` stay those in the file
+    parameters: tuple[TensorHeader, ...]  # in the network's shapes; `bytes` is their size in the file
     scales: tuple[TensorHeader, ...] = ()  # scales, offsets and orders of quantized weights
     buffers: tuple[TensorHeader, ...] = ()
-    unknown: tuple[TensorHeader, ...] = ()  # packed in a way that is not known: how many weights is not known
+    unknown: tuple[TensorHeader, ...] = ()  # packed in an unknown way, with an unknown number of weights
 
 
 def sort_tensors(tensors: Iterable[TensorHeader], declared: Mapping[str, Any], origin: str) -> SortedTensors:
-    """Separate parameters from what lies beside them, and give packed ones their own shapes.
+    """Separate parameters from other tensors, and give packed ones the shapes of their weights.
 
     Args:
         tensors: of a header.
-        declared: the config.json beside it, whose description of the quantization is used; or nothing.
-        origin: what to call the model in an error.
+        declared: the config.json, whose description of the quantization is used; may be empty.
+        origin: name of the model in an error.
 
     Raises:
-        InputError: the bits and groups that it states are not those of the tensors.
+        InputError: the bits and groups in the config do not match the tensors.
     """
     left = {tensor.name: tensor for tensor in tensors}
     buffers = {name: tensor for name, tensor in left.items() if _is_buffer(tensor)}
@@ -103,12 +103,12 @@ def _is_buffer(tensor: TensorHeader) -> bool:
 
 
 def _may_be_packed(tensor: TensorHeader) -> bool:
-    """Whether a tensor is of integers, or of floats that are so small that scales lie beside it."""
+    """Whether a tensor may be packed: integers, or floats that are so small that they need scales."""
     return tensor.dtype in INTEGERS or tensor.dtype.startswith(NARROW_FLOATS)
 
 
 def _split(name: str) -> tuple[str, str]:
-    """The module of a packed tensor, and what the tensor is called unpacked."""
+    """The module of a packed tensor, and the tensor's unpacked name."""
     for ending in PACKED:
         for joint in (".", "._"):
             if name.endswith(joint + ending):
@@ -119,7 +119,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _by_module(tensors: Mapping[str, TensorHeader]) -> dict[str, list[str]]:
-    """Every name under the modules that it may belong to: all that it begins with."""
+    """All names by the modules to which they may belong: all their prefixes."""
     found: dict[str, list[str]] = {}
     for name in tensors:
         stems = {name[: match.start()] for match in re.finditer(r"[._]", name)}
@@ -129,7 +129,9 @@ def _by_module(tensors: Mapping[str, TensorHeader]) -> dict[str, list[str]]:
 
 
 def _beside(other: str, name: str, module: str) -> str:
-    """What `other` is to a packed tensor, `.scales` or `_zero_point`; "" when it is something else."""
+    """The suffix of `other` for a packed tensor, such as `.scales` or `_zero_point`; "" if it does not
+    belong to it.
+    """
     for stem in (name, f"{module}.weight", f"{module}._weight", module):
         rest = other.removeprefix(stem)
         if rest != other and BESIDE.fullmatch(rest):
@@ -140,17 +142,17 @@ def _beside(other: str, name: str, module: str) -> str:
 def _shape(
     tensor: TensorHeader, beside: Mapping[str, TensorHeader], module: str, declared: Mapping[str, Any]
 ) -> tuple[int, ...] | None:
-    """The shape of the weights in a tensor; None when that is not known."""
+    """The shape of the weights in a tensor; None if unknown."""
     name, shape, size = tensor.name, tensor.shape, INTEGERS.get(tensor.dtype, 0)
     if not size:
-        return shape  # small floats, one a weight
+        return shape  # small floats, one per weight
     scales = beside.get(".scales")
     if name.endswith(".qweight"):
         return _gptq_or_awq(shape, scales, beside.get(".qzeros"), _bits(declared, module))
     if name.endswith(".weight_packed"):
         bits = 4 if "_global_scale" in beside else _bits(declared, module)
         return _in_groups(tensor, _wider(shape, size, bits), beside.get("_scale"), declared, module)
-    if name.endswith("weight_qdata"):  # torchao's: 8 bits as they are, 4 bits in pairs
+    if name.endswith("weight_qdata"):  # torchao's: 8 bits unpacked, 4 bits in pairs
         if size == 8 and tensor.dtype not in BYTES:
             return shape
         return _wider(shape, size, 4) if tensor.dtype in BYTES and len(shape) == 2 else None
@@ -161,7 +163,7 @@ def _shape(
         return _in_groups(tensor, found, scales, declared, module)
     if tensor.dtype in BYTES:
         return _bytes(shape, beside, declared)
-    return shape if size == 8 else None  # one integer a weight
+    return shape if size == 8 else None  # one integer per weight
 
 
 def _bytes(
@@ -170,7 +172,7 @@ def _bytes(
     if ".absmax" in beside:  # bitsandbytes: a flat list of pairs
         return (2 * math.prod(shape),)
     scale = beside.get("_scale")
-    if scale is not None and scale.dtype.startswith(NARROW_FLOATS):  # NVFP4: a scale for 16 weights
+    if scale is not None and scale.dtype.startswith(NARROW_FLOATS):  # NVFP4: one scale per 16 weights
         return _wider(shape, 8, 4)
     if scale is not None and _quantization(declared).get("quant_method") == "bitnet" and len(shape) == 2:
         return 4 * shape[0], shape[1]
@@ -211,10 +213,10 @@ def _in_groups(
     declared: Mapping[str, Any],
     module: str,
 ) -> tuple[int, ...] | None:
-    """The shape of the weights of a tensor, of which each group of a row has a scale.
+    """The shape of the weights of a tensor with a scale for each group of a row.
 
     Raises:
-        ValueError: there are more scales or fewer.
+        ValueError: the number of scales does not match.
     """
     if shape is None or scales is None or len(scales.shape) != len(shape):
         return shape
@@ -230,7 +232,9 @@ def _in_groups(
 
 
 def _quantization(declared: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a config says of its quantization: MLX writes `quantization`, the others `quantization_config`."""
+    """A config's description of its quantization: MLX uses `quantization`, the others
+    `quantization_config`.
+    """
     for key in ("quantization", "quantization_config", "compression_config"):
         if isinstance(found := declared.get(key), Mapping):
             return found
@@ -238,14 +242,15 @@ def _quantization(declared: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _bits(declared: Mapping[str, Any], module: str) -> int | None:
-    """Bits of a weight of a module; None when the config does not say, or says several."""
+    """Bits per weight of a module; None if the config has none, or several."""
     bits = _stated(declared, module, "bits", "w_bit", "num_bits")
     return bits if bits is not None and bits <= 32 else None
 
 
 def _stated(declared: Mapping[str, Any], module: str, *names: str) -> int | None:
-    """A positive number that a config states of the quantization of a module under one of these names; None
-    when it states none or several."""
+    """A positive number in a config for the quantization of a module under one of these names; None if
+    there is none, or several.
+    """
     found = _quantization(declared)
     own = found.get(module)
     described: list[Any] = [own if isinstance(own, Mapping) else found]

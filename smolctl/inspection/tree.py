@@ -1,4 +1,4 @@
-"""Parameter rows as a tree of modules, in which identical layers are one node."""
+"""Parameter rows as a tree of modules, in which identical layers are merged into one node."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from smolctl.arithmetic import ParameterRow
 
 @dataclass(frozen=True)
 class ModuleNode:
-    """A module, a parameter, or several identical ones that differ in their number only.
+    """A module, a parameter, or several identical ones that differ only in their number.
 
-    The formula gives `parameters`: in the config's own words for a parameter, as a sum of the children
-    for a module.
+    The formula gives `parameters`: with the config's names for a parameter, as a sum of the children for a
+    module.
     """
 
     name: str  # the last part of the module's name: "q_proj", "layers"
-    module: str  # the whole name, with * for the numbers of identical modules
+    module: str  # the full name, with * for the numbers of identical modules
     shape: tuple[int, ...] | None  # None for a module with children
-    copies: int  # how often it exists; shape is that of one copy
+    copies: int  # number of identical ones; shape is that of one copy
     formula: str
     parameters: int  # in all copies
-    tied: bool  # every parameter below is counted elsewhere already
+    tied: bool  # every parameter below is already counted elsewhere
     children: tuple[ModuleNode, ...] = ()
 
     def at_depth(self, depth: int) -> Iterator[ModuleNode]:
-        """Nodes with `depth` parts in their name, and parameters that are reached before that.
+        """Nodes with `depth` parts in their name, and parameters at a smaller depth.
 
-        They partition the model: the parameters of those that are not tied add up to the total.
+        They partition the model: the untied ones add up to the total.
         """
         if depth <= 1 or not self.children:
             yield self
@@ -42,7 +42,7 @@ def module_tree(rows: tuple[ParameterRow, ...], layers: str = "") -> tuple[Modul
 
     Args:
         rows: every parameter of the model.
-        layers: what to call the number of identical layers in formulas; "" writes the number.
+        layers: name of the number of identical layers in formulas; "": the number itself.
     """
     return _nodes("", [(tuple(row.module.split(".")), row) for row in rows], layers)
 
@@ -61,7 +61,7 @@ def _node(name: str, module: str, below: _Entries, layers: str) -> ModuleNode:
     if below == [((), below[0][1])]:
         row = below[0][1]
         return ModuleNode(name, module, row.shape, 1, row.formula, row.parameters, row.tied)
-    # A parameter beside its own children ("proj" and "proj.bias") is its weight.
+    # A parameter with the name of a module ("proj" and "proj.bias") is that module's weight.
     parts = [(rest or ("weight",), row) for rest, row in below]
     numbered = all(rest[0].isdigit() for rest, _ in parts)
     children = _nodes(f"{module}.", parts, layers)
@@ -84,7 +84,7 @@ def _parent(name: str, module: str, children: tuple[ModuleNode, ...]) -> ModuleN
 
 
 def _merged(name: str, module: str, numbered: tuple[ModuleNode, ...], layers: str) -> ModuleNode:
-    """A list of modules: its children are what one of them holds, times the number of equal ones."""
+    """A list of modules: the children of one of them, times the number of identical ones."""
     kinds: dict[object, list[ModuleNode]] = {}
     for node in numbered:
         kinds.setdefault(_content(node), []).append(node)
@@ -102,7 +102,7 @@ def _merged(name: str, module: str, numbered: tuple[ModuleNode, ...], layers: st
 
 
 def _content(node: ModuleNode) -> object:
-    """What makes two numbered modules identical: all but their numbers."""
+    """The properties that make two numbered modules identical: everything except their numbers."""
     return (
         node.shape,
         node.copies,
@@ -112,9 +112,9 @@ def _content(node: ModuleNode) -> object:
 
 
 def _repeat(node: ModuleNode, count: int, word: str, label: str, first: str = "") -> ModuleNode:
-    """A node that stands for `count` equal ones, which `label` names together and `first` alone.
+    """A node for `count` identical ones, named `label` together; `first` is one of them.
 
-    `word` is the count as a formula spells it.
+    `word` is the count in formulas.
     """
     first = first or node.module
     one = f"{node.parameters:,}" if node.children and node.copies == 1 else node.formula

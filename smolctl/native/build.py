@@ -1,11 +1,11 @@
 """Compiles the forward pass when the package is built, and for a checkout: python -m smolctl.native.build
 
-The compiler is clang as the `ziglang` package brings it, so that nothing has to be installed by hand; a
-compiler of the system's stands in where that package is missing. Where neither works, the package is built
-without the compiled engine, and PyTorch does its work.
+The compiler is clang from the `ziglang` package, so that nothing has to be installed by hand; without that
+package, a compiler of the system is used. If neither works, the package is built without the compiled engine,
+and PyTorch is used instead.
 
-The same source becomes WebAssembly for the page that runs a model in a browser. Only `ziglang` compiles that
-on every machine: without it, there is no such page.
+The same source is compiled to WebAssembly for the page that runs a model in a browser. This works on every
+machine, but only with `ziglang`; without it, there is no such page.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 FLAGS = (
     *("-O3", "-std=gnu11", "-fvisibility=hidden", "-s"),
-    # Sums may use fused multiply-adds, and no code asks for the errors of mathematical functions.
+    # Sums may use fused multiply-adds, and no code checks the error codes of mathematical functions.
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 )
 NATIVE_FLAGS = ("-fPIC", "-shared", "-pthread", "-lm")
-# What each build needs of the processor, in zig's words, the least first: `smolctl_level` of forward.c gives
-# a place in this order. Every Mac with an ARM processor has dot products of bytes: its baseline uses them.
+# The CPU features of each build, in zig's notation, from the least demanding: `smolctl_level` of forward.c
+# returns an index into this order. Every ARM Mac has 8-bit dot products, which its baseline uses.
 LEVELS = {
     ("Linux", "x86_64"): {
         "baseline": "x86_64",
@@ -45,8 +45,8 @@ LEVELS = {
 }
 LEVELS["Darwin", "x86_64"] = LEVELS["Linux", "x86_64"]
 
-# The oldest systems that builds of `ziglang` run on, in its words and in those of a wheel: glibc 2.17 (2012),
-# the first macOS that has `aligned_alloc`, and the first one for ARM.
+# The oldest systems that builds with `ziglang` support, in its notation and in that of wheels: glibc 2.17
+# (2012), the first macOS with `aligned_alloc`, and the first macOS for ARM.
 SYSTEMS = {
     ("Linux", "x86_64"): ("x86_64-linux-gnu.2.17", "manylinux2014_x86_64.manylinux_2_17_x86_64"),
     ("Linux", "aarch64"): ("aarch64-linux-gnu.2.17", "manylinux2014_aarch64.manylinux_2_17_aarch64"),
@@ -61,7 +61,7 @@ WASM_FLAGS = (
     *("-Wl,--export=__heap_base", "-Wl,--export=__stack_pointer"),
 )
 WASM_CPU = "-mcpu=generic+simd128+bulk_memory+mutable_globals"
-# The memory of threads is declared with its limit, which browsers want below 4 GiB.
+# Shared memory is declared with its maximum size, which browsers require to be below 4 GiB.
 WASM_BUILDS = {
     "engine.wasm": (WASM_CPU,),
     "engine-threads.wasm": (f"{WASM_CPU}+atomics", "-Wl,--shared-memory", "-Wl,--max-memory=4294901760"),
@@ -69,45 +69,47 @@ WASM_BUILDS = {
 
 
 def compilers() -> list[list[str]]:
-    """Commands that compile C, the preferred first."""
+    """Commands that compile C, in order of preference."""
     return zig() + [[path] for name in ("clang", "gcc", "cc") if (path := shutil.which(name))]
 
 
 def zig() -> list[list[str]]:
-    """The command of the `ziglang` package, where that is installed."""
+    """The command of the `ziglang` package, if it is installed."""
     return [[sys.executable, "-m", "ziglang", "cc"]] if importlib.util.find_spec("ziglang") else []
 
 
 def build() -> list[Path]:
-    """Compile every level that the compiler knows, beside this file, and the engines for browsers.
+    """Compile every level that the compiler supports, in this file's folder, and the engines for browsers.
 
     Returns:
-        The files made; empty when there is no working compiler.
+        The files made; empty without a working compiler.
     """
     return build_native() + build_wasm()
 
 
 def this_machine() -> tuple[str, str]:
-    """The operating system and the processor, as `LEVELS` and `SYSTEMS` name them."""
+    """The operating system and the processor, in the notation of `LEVELS` and `SYSTEMS`."""
     return platform.system(), platform.machine()
 
 
 def levels() -> dict[str, str]:
-    """The entry of `LEVELS` for this machine; elsewhere one build of what the compiler takes for it."""
+    """The entry of `LEVELS` for this machine; on other machines one build for the compiler's default
+    target.
+    """
     return LEVELS.get(this_machine(), {"baseline": ""})
 
 
 def oldest_system() -> tuple[str, str] | None:
-    """The entry of `SYSTEMS` for this machine; None where a build is for this machine alone."""
+    """The entry of `SYSTEMS` for this machine; None if a build is only for this machine."""
     has_glibc = platform.system() != "Linux" or platform.libc_ver()[0] == "glibc"
     return SYSTEMS.get(this_machine()) if has_glibc else None
 
 
 def build_native(commands: Sequence[list[str]] | None = None) -> list[Path]:
-    """Compile every level that the first working compiler knows.
+    """Compile every level that the first working compiler supports.
 
     Args:
-        commands: of compilers; None: all that are installed.
+        commands: of compilers; None: all installed ones.
     """
     for compiler in (compilers() if commands is None else commands) if os.name == "posix" else ():
         made = [path for name, level in levels().items() if (path := _compile_level(compiler, name, level))]
@@ -137,12 +139,12 @@ def _compile_level(compiler: list[str], name: str, level: str) -> Path | None:
 
 
 def zig_options(level: str, target: str | None) -> list[str]:
-    """How zig compiles for a level of `LEVELS` and a system of `SYSTEMS`."""
+    """zig's options for a level of `LEVELS` and a system of `SYSTEMS`."""
     return [*(["-target", target] if target else []), *([f"-mcpu={level}"] if level else [])]
 
 
 def system_options(level: str) -> list[str]:
-    """How clang and gcc, which know other names, compile for a level of `LEVELS` on this machine."""
+    """Options of clang and gcc, which use other names, for a level of `LEVELS` on this machine."""
     base, *features = level.split("+")
     if base.startswith("x86_64"):
         return [f"-march={base.replace('_', '-')}", *(f"-m{name}" for name in features)]

@@ -1,4 +1,4 @@
-"""Hatchling's hook: compile before a wheel is packed, and leave a pure one where that fails."""
+"""Hatchling's hook: compiles before a wheel is packed, and packs a pure one if that fails."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-PURE = "SMOLCTL_PURE_WHEEL"  # set to build the wheel for systems that have none of their own
+PURE = "SMOLCTL_PURE_WHEEL"  # set to build the wheel for systems without a wheel of their own
 
 
 class NativeBuildHook(BuildHookInterface):  # type: ignore[type-arg]
-    """Runs build.py, which is loaded by its path: the package itself cannot be imported yet."""
+    """Runs build.py, loaded by path, because the package itself cannot be imported yet."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if self.target_name != "wheel":

@@ -1,4 +1,4 @@
-"""The compiled forward pass as Python sees it: which build fits this processor, and its C structures."""
+"""Python bindings of the compiled forward pass: the build for this processor, and the C structures."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 
 from smolctl.native.build import levels
 
-# Builds by what `smolctl_level` of forward.c answers. A processor that runs one runs those before it.
+# Builds in the order of `smolctl_level` in forward.c. A processor that runs one also runs those before it.
 BUILDS = tuple(levels())
-# For trying a lesser build than the processor allows, or `none` for no build at all.
+# Selects a less demanding build for tests, or `none` for no build at all.
 OVERRIDE = "SMOLCTL_NATIVE"
-INTERFACE = 6  # of forward.c, with the structures below
+INTERFACE = 6  # of forward.c; includes the structures below
 
 
 class Status(IntEnum):
@@ -112,7 +112,7 @@ class Library:
 
 
 def library_path(build: str) -> Path:
-    """Where build.py puts a build."""
+    """The path of a build."""
     return Path(__file__).parent / f"forward_{build}.so"
 
 

@@ -1,8 +1,8 @@
-"""A model's chat template for the page: as texts between messages where that is all it does.
+"""A model's chat template for the page: as texts between messages, if that is all it does.
 
-A template is a program. Those of most models write the same text between two messages whatever is said in
-them. This is found by filling the template with marks, and proved by filling it with many conversations; what
-does not stand the proof is filled in the page by a Jinja library.
+A template is a program. The templates of most models write the same text between two messages whatever the
+messages contain. These texts are found by rendering the template with marks, and verified with many
+conversations; templates that fail the verification are rendered in the page by a Jinja library.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from smolctl.page.jinja import jinja_files
 from smolctl.sources import ModelSource
 
 Message = dict[str, str]
-# Beside the roles of messages: what comes before the first and after the last.
+# In addition to the roles of messages: before the first message and after the last one.
 START, ANSWER = "start", "answer"
-# A template that calls it writes another text on another day.
+# A template that calls it depends on the date.
 _CLOCK = "strftime_now"
-# Contents that a template may treat in its own way, beside those that it names itself.
+# Contents that a template may treat specially, in addition to the texts in the template itself.
 _CONTENTS = [
     "", " ", "a", "Hello, how are you?", "  two spaces around  ", "\n\nlines\n\n", "\r\nx\r\n", "0", "None",
     "\t\x1c\x85\xa0\u3000x\u2003", "\ufeffmarked\ufeff", "\u200bx\u200b", "naïve 界面 🎉👩‍👩‍👧 e\u0301",
     "{{ 7 * 7 }} {% if %} {# #}", "<b>&amp;</b> \"quoted\" 'so' \\n", "def f(x):\n    return x\n",
     "<think>\nfirst\n</think>\n\nthen", "[INST] x [/INST]", "<tool_call>{}</tool_call>", "x" * 2_000,
 ]  # fmt: skip
-_ROUNDS = 60  # conversations of contents that are drawn
+_ROUNDS = 60  # conversations with random contents
 
 
 def page_chat(source: ModelSource) -> dict[str, Any] | None:
-    """`chat` of page.json; None where the model has no chat template.
+    """`chat` of page.json; None if the model has no chat template.
 
-    "system" is the system message that the template writes where there is none, if it is known to;
-    "takes_system" says whether it takes one.
+    "system" is the system message that the template adds by default, if known; "takes_system" says whether it
+    accepts one.
 
     Raises:
         InputError: the template is broken, or refuses a question.
@@ -61,7 +61,7 @@ def page_chat(source: ModelSource) -> dict[str, Any] | None:
         "system": None,
         "template": tokenizer.chat_template,
         "tokens": {"bos_token": "", "eos_token": "", **tokenizer.named_tokens},
-        # What the library must make of it, unless it is another on another day.
+        # The expected output of the library, unless it depends on the date.
         "example": None
         if _CLOCK in tokenizer.chat_template
         else {"messages": example, "text": render(tokenizer, example)},
@@ -69,12 +69,12 @@ def page_chat(source: ModelSource) -> dict[str, Any] | None:
 
 
 def chat_files(chat: Mapping[str, Any] | None) -> Mapping[str, bytes]:
-    """Files that the page needs for a `page_chat`, by their names. Raises as `jinja_files`."""
+    """The files that the page needs for a `page_chat`, by name. Raises as `jinja_files`."""
     return jinja_files() if chat is not None and chat["kind"] == "jinja" else {}
 
 
 def accepts_system(tokenizer: Tokenizer) -> bool:
-    """Whether a system message changes what the template writes, and is not refused."""
+    """Whether a system message is accepted and changes the output."""
     try:
         return render(tokenizer, conversation(["a"], "b")) != render(tokenizer, conversation(["a"]))
     except InputError:
@@ -82,11 +82,11 @@ def accepts_system(tokenizer: Tokenizer) -> bool:
 
 
 def chat_pieces(tokenizer: Tokenizer, takes_system: bool = True) -> dict[str, Any] | None:
-    """What the template writes between messages: of a system message or none, then of questions and answers
-    in turn, then of a question. None where this is not all that it does.
+    """The texts of the template between messages: after an optional system message, alternating questions and
+    answers, and a last question. None if the template does more than that.
 
     Keys: "between": role to role to text, with START and ANSWER for the ends; "strip": roles whose contents
-    lose the whitespace around them.
+    are stripped of whitespace.
     """
     template = tokenizer.chat_template or ""
     if _CLOCK in template:
@@ -113,18 +113,18 @@ def chat_pieces(tokenizer: Tokenizer, takes_system: bool = True) -> dict[str, An
             hidden = tokenizer.spelled.hide(messages)
             if render(tokenizer, hidden) != join(pieces, hidden):
                 return None
-    except InputError:  # it refuses what is said
+    except InputError:  # it refuses these messages
         return None
     return pieces
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
-    """The template filled with messages, up to where the answer begins. Raises as `render_chat`."""
+    """Render the template with messages, up to the start of the answer. Raises as `render_chat`."""
     return render_chat(tokenizer.chat_template or "", messages, tokenizer.named_tokens)
 
 
 def join(pieces: Mapping[str, Any], messages: Sequence[Message]) -> str:
-    """What chat.js writes."""
+    """The output of chat.js."""
     text = ""
     for before, message in pairwise([{"role": START}, *messages, {"role": ANSWER, "content": ""}]):
         content = message["content"]
@@ -134,15 +134,16 @@ def join(pieces: Mapping[str, Any], messages: Sequence[Message]) -> str:
 
 
 def conversation(contents: Sequence[str], system: str | None = None) -> list[Message]:
-    """Messages of a user and an assistant in turn, a system message before them where there is one."""
+    """Alternating messages of a user and an assistant, after an optional system message."""
     first = [] if system is None else [{"role": "system", "content": system}]
     roles = ("user", "assistant")
     return [*first, *({"role": roles[number % 2], "content": one} for number, one in enumerate(contents))]
 
 
 def conversations(contents: Sequence[str], takes_system: bool) -> Iterator[list[Message]]:
-    """Conversations that a template must stand: every content in every role, then contents by chance, then
-    very many turns."""
+    """Conversations for the verification: every content in every role, then random contents, then very
+    many turns.
+    """
     for content in contents:
         yield conversation([content])
         yield conversation(["a", content, content])
@@ -157,14 +158,16 @@ def conversations(contents: Sequence[str], takes_system: bool) -> Iterator[list[
 
 
 def _literals(template: str) -> list[str]:
-    """Texts that a template names, alone and within others: it may look for them in messages."""
+    """Texts in a template, also as parts of other texts, because the template may search for them in
+    messages.
+    """
     found = {value[1:-1] for _, kind, value in jinja2.Environment().lex(template) if kind == "string"}
     decoded = [one.encode("ascii", "backslashreplace").decode("unicode-escape") for one in sorted(found)]
     return [around + one + around for one in decoded for around in ("", " x ")]
 
 
 def _default_system(between: Mapping[str, Mapping[str, str]]) -> str | None:
-    """The system message that a template writes where there is none."""
+    """The system message that a template adds if there is none."""
     begin, end = between[START].get("system"), between.get("system", {}).get("user")
     without = between[START]["user"]
     if begin is None or end is None or not (without.startswith(begin) and without.endswith(end)):

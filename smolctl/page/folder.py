@@ -1,4 +1,4 @@
-"""The static page as a folder: its code, the model in parts that can be checked, and what the page says."""
+"""The static page as a folder: its code, the model in verifiable parts, and the page's texts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import smolctl
 from smolctl.errors import SmolError
 from smolctl.generation.load import usable_settings
 from smolctl.generation.sampling import settle
+from smolctl.native.build import HERE, WASM_BUILDS
 from smolctl.outside import read_json
 from smolctl.ownership import RECORD
 from smolctl.page.chat import chat_files, page_chat
@@ -24,17 +25,15 @@ from smolctl.sources.open import open_source
 from smolctl.sources.quantized_folder import FILE, read_description
 
 CODE = Path(__file__).parent / "files"
-ENGINES = tuple(
-    Path(smolctl.__file__).parent / "native" / name for name in ("engine.wasm", "engine-threads.wasm")
-)
+ENGINES = tuple(HERE / name for name in WASM_BUILDS)
 PAGE, WEIGHTS = "page.json", "weights.json"
 FORMAT, VERSION = "smolctl-page", 1
 WEIGHTS_FORMAT, WEIGHTS_VERSION = "smolctl-weights", 1
-# A part is what a visitor has to fetch again where one byte is wrong. Parts are whole files because requests
-# for a range of bytes were reported to fail from a page at the Hub's storage.
+# A visitor has to download a part again if one byte is wrong. Parts are whole files because range requests
+# from a page to the Hub's storage were reported to fail.
 PART_BYTES = 8 << 20
-MAX_TOKENS = 256  # of an answer, where a visitor changes nothing
-# What a visitor can ask a model that answers, and let one continue that does not.
+MAX_TOKENS = 256  # of an answer, by default
+# Example prompts: questions for a chat model, beginnings of texts for others.
 QUESTIONS = (
     "What is the capital of France?",
     "Explain gravity in two sentences.",
@@ -45,22 +44,22 @@ BEGINNINGS = ("Once upon a time", "The capital of France is", "def fibonacci(n):
 
 @dataclass(frozen=True)
 class PageModel:
-    """A variant of the model that a visitor can choose."""
+    """A variant of the model that visitors can choose."""
 
-    folder: str  # beside page.json
+    folder: str  # next to page.json
     scheme: str
     bytes: int  # of the weights
-    verdict: str | None  # what `quantize` measured; None: it was not measured
+    verdict: str | None  # the verdict of `quantize`; None: not measured
 
 
 @dataclass(frozen=True)
 class PageText:
-    """What the page says about the model; all of it plain text."""
+    """The page's text about the model, all of it plain text."""
 
     title: str
     summary: str
     facts: Sequence[tuple[str, str]]  # label and value
-    links: Sequence[tuple[str, str]]  # label and address
+    links: Sequence[tuple[str, str]]  # label and URL
     examples: Sequence[str]
 
 
@@ -70,20 +69,20 @@ def write_page(
     """Write the page into an existing folder.
 
     Args:
-        folder: gets the page.
-        quantized: folders that `quantize` wrote, of one model; the first is what visitors get by default.
-        text: what the page says.
-        verdicts: by scheme, where they were measured.
+        folder: for the page.
+        quantized: folders that `quantize` wrote, of one model; the first is the default.
+        text: the page's text.
+        verdicts: by scheme, if measured.
 
     Returns:
         The variants, the default first.
 
     Raises:
-        InputError: the page cannot run such a model, or such a tokenizer.
+        InputError: the page cannot run this model or its tokenizer.
         SmolError: this installation has no engine for browsers.
     """
     first = open_source(str(quantized[0]))
-    tokenizer, chat = page_tokenizer(first), page_chat(first)  # what the page cannot follow is refused first
+    tokenizer, chat = page_tokenizer(first), page_chat(first)  # checked before anything is written
     write_code(folder)
     models = []
     for number, source in enumerate(quantized):
@@ -112,19 +111,19 @@ def write_page(
 
 
 def _sampling(source: ModelSource) -> dict[str, Any]:
-    """What `smolctl sample` takes where nobody says anything."""
+    """The default settings of `smolctl sample`."""
     recommended, _ = usable_settings(source.require_tokenizer().recommended)
     return {**asdict(settle({}, recommended)), "max_tokens": MAX_TOKENS}
 
 
 def update_text(folder: Path, text: PageText) -> None:
-    """Say something else on a page that is written already."""
+    """Change the text of an existing page."""
     path = folder / PAGE
     write_json(path, {**read_json(path), **asdict(text)})
 
 
 def write_code(folder: Path) -> None:
-    """Everything of the page that is the same for every model.
+    """Write the files that are the same for every model.
 
     Raises:
         SmolError: this installation has no engine for browsers.
@@ -140,10 +139,10 @@ def write_code(folder: Path) -> None:
 
 
 def write_page_model(quantized: Path, folder: Path) -> None:
-    """Cut the weights of a quantized folder into parts, and copy what else is in it.
+    """Divide the weights of a quantized folder into parts, and copy the other files.
 
     Raises:
-        InputError: the page cannot run such a model.
+        InputError: the page cannot run this model.
     """
     layout = engine_layout(quantized)
     folder.mkdir()

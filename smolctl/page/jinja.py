@@ -1,6 +1,6 @@
 """The Jinja library for pages whose chat template is more than texts between messages.
 
-It is fetched when such a page is written first, and kept in the cache; nothing else of the page is fetched.
+It is downloaded when such a page is first written, and cached; nothing else of the page is downloaded.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from pathlib import Path
 from smolctl.durable import cache_folder, replacing
 from smolctl.errors import SmolError
 
-# @huggingface/jinja: MIT licence, no code of others in it.
+# @huggingface/jinja: MIT licence, contains no third-party code.
 PACKAGE, VERSION = "@huggingface/jinja", "0.5.11"
 SHA256 = "c92401a23cdef23be5a2773eafc22db6723e113380aa02fedd0ca40ceb123f29"  # of the archive, 83 kB
 MEMBERS = {"jinja.js": "package/dist/index.js", "jinja-LICENSE.txt": "package/LICENSE"}
-REGISTRY = "https://registry.npmjs.org"  # where $NPM_CONFIG_REGISTRY, which npm reads too, names no other
+REGISTRY = "https://registry.npmjs.org"  # unless $NPM_CONFIG_REGISTRY, which npm reads too, names another one
 ANSWER_SECONDS = 30.0
 _MOST_BYTES = 10_000_000
 
 
 def jinja_files() -> Mapping[str, bytes]:
-    """Files by their names in the page: the library and its licence.
+    """The library and its licence, by file name in the page.
 
     Raises:
-        SmolError: the library is not in the cache and cannot be fetched, or is not the one that was tried.
+        SmolError: the library is not in the cache and cannot be downloaded, or its hash differs.
     """
     kept = cache_folder() / "page" / f"jinja-{VERSION}.tgz"
     content = kept.read_bytes() if kept.is_file() else b""
     if hashlib.sha256(content).hexdigest() != SHA256:
         content = _fetched(kept)
-        with suppress(OSError):  # where the cache cannot be written, the next page fetches it again
+        with suppress(OSError):  # without a writable cache, the next page downloads it again
             kept.parent.mkdir(parents=True, exist_ok=True)
             with replacing(kept, concurrent=True) as partial:
                 partial.write_bytes(content)
@@ -49,7 +49,7 @@ def jinja_files() -> Mapping[str, bytes]:
 def _fetched(kept: Path) -> bytes:
     registry = os.environ.get("NPM_CONFIG_REGISTRY") or REGISTRY
     address = f"{registry.rstrip('/')}/{PACKAGE}/-/jinja-{VERSION}.tgz"
-    reason = "its SHA-256 is another"
+    reason = "its SHA-256 differs"
     try:
         with urllib.request.urlopen(address, timeout=ANSWER_SECONDS) as answer:
             content: bytes = answer.read(_MOST_BYTES)

@@ -1,12 +1,12 @@
-"""Where the engine finds each tensor in a quantized folder's model.safetensors, for JavaScript.
+"""The position of each tensor in a quantized folder's model.safetensors, for JavaScript.
 
-The page puts the bytes of that file into the engine's memory as they are. What is written here are the
-fields of the structures of forward.c, with offsets in the file where these have pointers: engine.js adds the
-address of the file, and knows neither names of tensors nor the format.
+The page puts the bytes of that file unchanged into the engine's memory. This module writes the fields of the
+structures of forward.c, with offsets in the file instead of pointers: engine.js adds the address of the file,
+and does not need the tensors' names or the format.
 
-A matrix is [kind, rows, columns, group, values, scales, offsets] as matrix.h has it; an offset of 0, where
-the file's own header lies, stands for none. A tensor that is read as floats has an eighth number: how many of
-its columns are not padding. A number by itself is written as it is: 0 stands for a tensor that is not there.
+A matrix is [kind, rows, columns, group, values, scales, offsets] as in matrix.h; an offset of 0, where the
+file's own header is, means none. A tensor that is read as floats has an eighth number: its columns without
+padding. Single numbers are written unchanged: 0 stands for a missing tensor.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor
 from smolctl.sources.quantized_folder import FILE, OFFSETS, SCALES, VALUES
 from smolctl.sources.shapes import HEAD, POSITIONS, TABLE
 
-MAX_BYTES = 65_535 * 65_536  # WebAssembly's memory in whole pages below 4 GiB, which some browsers refuse
+MAX_BYTES = 65_535 * 65_536  # whole pages of WebAssembly memory below 4 GiB, which some browsers refuse
 REMEDY = "Use int8 or int4: `smolctl quantize MODEL --to int8`."
 
 
@@ -39,10 +39,10 @@ def engine_layout(quantized: Path) -> dict[str, Any]:
         quantized: the folder.
 
     Returns:
-        What engine.js reads; plain JSON.
+        The input of engine.js as plain JSON.
 
     Raises:
-        InputError: the folder is damaged, or of a kind that the page cannot run.
+        InputError: the folder is damaged, or of a kind that the page does not support.
     """
     source = open_source(str(quantized))
     config = source.require_config()
@@ -83,9 +83,9 @@ def engine_layout(quantized: Path) -> dict[str, Any]:
         "eps": config.rms_norm_eps,
         "residual_scale": config.residual_scale,
         "max_positions": config.max_position_embeddings,
-        # Whether keys and values are kept in float16.
+        # Whether the KV cache is in float16.
         "half_precision": cache_dtype_of(config, weights) == np.float16,
-        # By how much RoPE turns each pair of a head from one position to the next; None: they are learned.
+        # The RoPE angle of each pair of a head from one position to the next; None: positions are learned.
         "frequencies": rotary_frequencies(config).tolist() if config.position_embedding == "rope" else None,
         "layers": layers,
         "table": matrix(TABLE),
@@ -132,7 +132,7 @@ def _matrix(name: str, stored: Stored, places: Mapping[str, int]) -> list[int]:
 
 
 def _floats(name: str, stored: Stored, places: Mapping[str, int]) -> list[int]:
-    """A tensor that is read as floats: one that is not quantized is a single row."""
+    """A tensor that is read as floats: an unquantized one is a single row."""
     if isinstance(stored, PackedMatrix):
         return [*_matrix(name, stored, places), stored.columns]
     return [

@@ -1,4 +1,4 @@
-"""A page's folder on this machine, with the headers that a Space sends."""
+"""Serves a page's folder on this machine, with the headers of a Space."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-# With the first two a browser lets the page share memory between threads; they stand in the Space's front
+# With the first two, a browser allows the page to share memory between threads; they are in the Space's front
 # matter as `custom_headers`.
 ISOLATION = {
     "cross-origin-embedder-policy": "require-corp",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "cross-origin",
 }
-PREVIEW_PORT = 7860  # Gradio's, so that the preview of either kind of Space has one address
+PREVIEW_PORT = 7860  # Gradio's port, so that both kinds of Space have the same preview address
 TYPES = {
     ".js": "text/javascript",
     ".mjs": "text/javascript",
@@ -27,7 +27,7 @@ TYPES = {
 
 
 class PageHandler(SimpleHTTPRequestHandler):
-    """Answers with files of one folder, and logs nothing."""
+    """Serves the files of one folder without logging."""
 
     protocol_version = "HTTP/1.1"
     extensions_map = {**SimpleHTTPRequestHandler.extensions_map, **TYPES}  # noqa: RUF012
@@ -39,7 +39,7 @@ class PageHandler(SimpleHTTPRequestHandler):
     def end_headers(self) -> None:
         for name, value in self._sent.items():
             self.send_header(name, value)
-        self.send_header("cache-control", "no-cache")  # a page that was rebuilt is seen at once
+        self.send_header("cache-control", "no-cache")  # so that a rebuilt page is shown immediately
         super().end_headers()
 
     def log_message(self, format: str, *arguments: Any) -> None:
@@ -51,8 +51,8 @@ class PageServer(ThreadingHTTPServer):
 
     Args:
         folder: of the page.
-        port: 0 takes one that is free.
-        handler: answers; called as PageHandler is, with the keyword `directory`.
+        port: 0 chooses a free one.
+        handler: called like PageHandler, with the keyword `directory`.
 
     Raises:
         OSError: the port is taken.
@@ -73,7 +73,7 @@ class PageServer(ThreadingHTTPServer):
 
 @contextlib.contextmanager
 def serving(server: PageServer) -> Iterator[str]:
-    """Answer in the background while the block runs; yields the address."""
+    """Serve in the background during the block; yields the address."""
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:
@@ -85,7 +85,7 @@ def serving(server: PageServer) -> Iterator[str]:
 
 
 def preview_server(folder: Path) -> PageServer:
-    """A server for people, at one port where that is free: a browser keeps the model by its address."""
+    """A server for people, on a fixed port if that is free, because browsers cache the model by address."""
     try:
         return PageServer(folder, PREVIEW_PORT)
     except OSError:

@@ -1,4 +1,6 @@
-"""A page tried before it is published: one prompt, answered in a browser or in Node, with native's tokens."""
+"""Tries a page before it is published: one prompt in a browser or in Node, compared with the native
+engine.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,9 @@ from smolctl.programs import bare_environment, running_program
 TRIAL = Path(__file__).parent / "trial"
 TOKENS = 16
 POSITIONS = 256  # enough for a question; a browser allocates no more
-# Two engines add the same numbers in another order, and some builds of the native one multiply prompts in
-# bfloat16: where two tokens are as likely as that, both are right.
-TIE = 0.5  # of a logit
+# Two engines add the same numbers in a different order, and some builds of the native one compute prompts in
+# bfloat16: if two tokens are nearly equally likely, both are correct.
+TIE = 0.5  # difference of the logits
 PATIENCE_S = 300.0  # to load a model of 143 MB and answer on a busy machine
 BROWSERS = (
     *("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge"),
@@ -46,31 +48,31 @@ NOTHING_SENT = "Nothing of the page was sent."
 
 @dataclass(frozen=True)
 class PageTrial:
-    """How the page did."""
+    """The result of the trial."""
 
     prompt: str
     text: str
     tokens: int
     start_s: float  # until the model was loaded
     answer_s: float
-    engine: str  # what ran it: "chromium", "node"
+    engine: str  # what ran the page: "chromium", "node"
 
 
 def try_page(
     folder: Path, quantized: Path, prompt: str, variant: str = "model", threads: int = 1, tokens: int = TOKENS
 ) -> PageTrial:
-    """Ask the page one prompt, and compare its tokens with the native engine's on the same weights.
+    """Send the page one prompt, and compare its tokens with the native engine's for the same weights.
 
     Args:
         folder: of the page.
-        quantized: the folder that the variant was made from.
+        quantized: the folder from which the variant was made.
         prompt: a question to a chat model, or a text to continue.
         variant: the variant's folder in the page.
-        threads: of the page's engine; Node takes one.
-        tokens: at most.
+        threads: of the page's engine; Node uses one.
+        tokens: maximum number.
 
     Raises:
-        SmolError: there is nothing to try it with, it does not answer, or answers otherwise.
+        SmolError: there is no browser or Node, the page does not answer, or its tokens differ.
     """
     model = load_model(str(quantized))
     conversation = Conversation(chat=model.tokenizer.chat_template is not None)
@@ -94,7 +96,7 @@ def try_page(
 
 
 def require_trial() -> str:
-    """The browser, or Node, that a page can be tried with.
+    """The browser or Node for trying the page.
 
     Raises:
         SmolError: this machine has neither.
@@ -138,7 +140,7 @@ def _ask_browser(program: str, folder: Path, request: dict[str, Any]) -> dict[st
     results: queue.Queue[bytes] = queue.Queue()
 
     class TrialHandler(PageHandler):
-        """The page's folder, and beside it the trial."""
+        """The page's folder with the trial page added."""
 
         def do_GET(self) -> None:  # noqa: N802 - http.server calls it
             if self.path == "/trial.html":
@@ -159,7 +161,7 @@ def _ask_browser(program: str, folder: Path, request: dict[str, Any]) -> dict[st
             self.end_headers()
             self.wfile.write(body)
 
-    root = ["--no-sandbox"] if getattr(os, "geteuid", lambda: 1)() == 0 else []  # Chromium asks for it there
+    root = ["--no-sandbox"] if getattr(os, "geteuid", lambda: 1)() == 0 else []  # required for root
     with (
         tempfile.TemporaryDirectory(prefix="smolctl-browser-", ignore_cleanup_errors=True) as profile,
         serving(PageServer(folder, handler=TrialHandler)) as url,
@@ -173,7 +175,7 @@ def _ask_browser(program: str, folder: Path, request: dict[str, Any]) -> dict[st
 
 
 def _require_the_same(model: LoadedModel, prompt: Prompt, ids: Sequence[int]) -> None:
-    """Check greedy tokens against the native engine's; at a tie either is right, and the rest is free."""
+    """Compare greedy tokens with the native engine's; at a tie both are correct, and the rest may differ."""
     cache = model.engine.allocate(1, len(prompt.ids) + len(ids))
     given: Sequence[int] = prompt.ids
     for number, token in enumerate(ids):

@@ -1,7 +1,7 @@
-"""Which tokenizers the page knows, and what its tokenizer.js needs besides tokenizer.json.
+"""The tokenizers that the page supports, and the data that tokenizer.js needs besides tokenizer.json.
 
-The page is for byte-level BPE. What it does not do exactly as the `tokenizers` library is refused here by
-name, so that no visitor's text gets other ids than the model was trained on.
+The page supports byte-level BPE. Features that it does not implement exactly like the `tokenizers` library
+are refused here by name, so that a visitor's text always gets the same ids as in training.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from smolctl.outside import shown
 from smolctl.sources import ModelSource
 from smolctl.sources.huggingface.tokenizer import added_token_ids, ids_around_text
 
-# How texts are divided into words: regular expressions as the library reads them, and what finds the same
-# words in JavaScript with the flags g and u. Every character of a text is in one of the words. They are the
-# same words for the characters of Unicode 16, as far as a browser knows them: each has tables of its own.
+# Division of texts into words: regular expressions of the library, and the JavaScript expressions with the
+# flags g and u that find the same words. Every character of a text is in one of the words. The words are the
+# same for the characters of Unicode 16, as far as a browser supports them, because each browser has its own
+# tables.
 _CONTRACTIONS = "'[sS\u017f]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"  # U+017F is a small long s
 _WORDS = {
     # GPT-2, SmolLM, SmolLM2: `byte_level.rs` of the library.
@@ -30,7 +31,7 @@ _WORDS = {
         r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+"
         r"|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+"
     ),
-    # GPT-4, Llama 3, SmolLM3: three digits at most; Qwen 2 and 3: one.
+    # GPT-4, Llama 3, SmolLM3: at most three digits; Qwen 2 and 3: one.
     **{
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+": (
@@ -44,8 +45,8 @@ _WORDS = {
     },
 }
 _GPT2 = next(iter(_WORDS))
-# llama.cpp's default has four regular expressions, one after the other. What none of the words of one covers
-# is a word too: behind GPT-2's words without their last alternative that is what this would match.
+# llama.cpp's default applies four regular expressions, one after the other. Text that an expression does not
+# match is a word too: after GPT-2's words, its last alternative would match that text, so it is left out.
 _WORDS |= {
     r"[\p{P}\$\+<=>\^~\|]+": r"[\p{P}$+<=>\^~\|]+|[^\p{P}$+<=>\^~\|]+",
     _GPT2.removesuffix(r"|\s+"): _WORDS[_GPT2],
@@ -55,10 +56,10 @@ _WORDS |= {
 
 
 def page_tokenizer(source: ModelSource) -> dict[str, Any]:
-    """`tokenizer` of page.json: the ids that end an answer, and what tokenizer.js needs.
+    """`tokenizer` of page.json: the ids that end an answer, and the data for tokenizer.js.
 
     Raises:
-        InputError: the page would not give the same ids, naming the part of the tokenizer that it lacks.
+        InputError: the page would not give the same ids; names the unsupported part of the tokenizer.
     """
     files = source.require_tokenizer()
     tokenizer = Tokenizer.from_files(files, source.id)
@@ -89,7 +90,7 @@ def page_tokenizer(source: ModelSource) -> dict[str, Any]:
 
 
 def _parts(part: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
-    """The parts of a sequence, which may hold sequences; of anything else the part itself."""
+    """The parts of a sequence, which may contain sequences; anything else is a single part."""
     if part is None:
         return []
     return (
@@ -98,7 +99,7 @@ def _parts(part: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
 
 
 def _lacking(state: Mapping[str, Any]) -> Iterator[str]:
-    """Parts of a tokenizer.json that the page does not know."""
+    """Parts of a tokenizer.json that the page does not support."""
     model = state["model"]
     if model["type"] != "BPE":
         yield f"a model of the type {model['type']}"
@@ -121,13 +122,13 @@ def _lacking(state: Mapping[str, Any]) -> Iterator[str]:
         if _step(part) is None:
             pattern = f" with the pattern {shown(part['pattern'])}" if "pattern" in part else ""
             yield f"the pre-tokenizer {part['type']}{pattern}"
-    # It writes bytes as other characters, which no part behind it may divide.
+    # It writes bytes as other characters, which no later part may split.
     if [part["type"] == "ByteLevel" for part in division] != [False] * (len(division) - 1) + [True]:
         yield "a pre-tokenizer that does not end with ByteLevel"
 
 
 def _step(part: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A pre-tokenizer for tokenizer.js; None when the page does not know it."""
+    """A pre-tokenizer in the form of tokenizer.js; None if the page does not support it."""
     prefix, words = False, None
     match part:
         case {"type": "Digits", "individual_digits": individual}:

@@ -1,1 +1,1 @@
-"""From a run to the Hub: what goes up, what is checked, and the Space that shows it."""
+"""From a run to the Hub: the files to upload, the checks, and the Space that shows the model."""

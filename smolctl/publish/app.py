@@ -1,7 +1,7 @@
-"""The Space's app: a chat, or a box that continues text, streamed from the model that lies beside it.
+"""The Space's app: a chat, or a box that continues text, with streamed answers of the model next to it.
 
-It runs as `python app.py` in the Space's folder, which holds the model, `space.json`, and a copy of the
-parts of smolctl that this needs. `gradio` is imported here and in speaker.py only.
+It runs as `python app.py` in the Space's folder, which contains the model, `space.json`, and a copy of the
+required parts of smolctl. Only this module and speaker.py import `gradio`.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from smolctl.publish.speaker import WAITING, Speaker, Visit, controls_of
 MODEL, FACTS = "model", "space.json"
 CHAT = "chat"  # the endpoint for programs
 SESSIONS = 256  # visitors whose conversations are kept in memory
-REQUEST_BYTES = 1 << 20  # of a request, or more where the context holds more text
-DISCARDED_BYTES = 64 << 20  # of a request that is too large, before the connection is closed
+REQUEST_BYTES = 1 << 20  # of a request, or more if the context fits more text
+DISCARDED_BYTES = 64 << 20  # read from a request that is too large, before the connection is closed
 STYLE = """
 #facts p { font-size: 0.875rem }
 #continuation textarea { font-family: ui-monospace, monospace }
 button.example { border: 1px solid var(--border-color-primary) }
 """
-FONTS = ("ui-sans-serif", "system-ui", "sans-serif")  # of the visitor's system: nothing is fetched
+FONTS = ("ui-sans-serif", "system-ui", "sans-serif")  # of the visitor's system: nothing is downloaded
 
 
 @dataclass(frozen=True)
 class SpaceFacts:
-    """What the page says about the model."""
+    """The page's information about the model."""
 
     title: str
     summary: str  # Markdown
@@ -46,11 +46,11 @@ class SpaceFacts:
 
 
 class BodyLimit:
-    """An ASGI application that reads no larger requests; its answer to them is 413.
+    """An ASGI application that refuses larger requests with status 413.
 
     Args:
-        app: gets the others.
-        most: bytes of a request's body.
+        app: gets all other requests.
+        most: maximum bytes of a request's body.
     """
 
     def __init__(self, app: Any, most: int) -> None:
@@ -66,7 +66,8 @@ class BodyLimit:
             message = await receive()
             size += len(message.get("body", b""))
             messages = [*messages, message] if size <= self.most else []
-            # A browser sees no answer while it is still sending: the rest is received, and forgotten.
+            # A browser cannot read a response while it is still sending, so the rest is received and
+            # discarded.
             more = message.get("more_body", False) and size < DISCARDED_BYTES
         if size > self.most:
             await self._refuse(scope, receive, send)
@@ -87,7 +88,7 @@ class BodyLimit:
 def _visit() -> Visit:
     """The visitor whose answer begins.
 
-    Gradio knows at once who has left, but ends a generator only after its next value.
+    Gradio notices immediately that a visitor has left, but ends a generator only after its next value.
     """
     from gradio.context import LocalContext
 
@@ -113,7 +114,7 @@ def build_page(facts: SpaceFacts, speaker: Speaker) -> Any:
         fill(gradio, facts, speaker, controls)
         gradio.api(speaker.engine, api_name="engine")  # type: ignore[attr-defined]
     for function in page.fns.values():
-        if function.types_generator:  # what answers, by whatever button it was asked
+        if function.types_generator:  # functions that answer, whatever button triggers them
             function.concurrency_id = "model"
     return page
 
@@ -124,18 +125,19 @@ def _chat(gradio: Any, facts: SpaceFacts, speaker: Speaker, controls: list[Any])
         chatbot=_text_chatbot(gradio),
         additional_inputs=controls,
         additional_inputs_accordion=gradio.Accordion("Sampling", open=False, render=False),
-        # Without values for the controls the examples stand in the empty chat, else in a table under it.
+        # Without values for the controls, the examples are shown in the empty chat, otherwise in a table
+        # below it.
         examples=[[example] for example in facts.examples] or None,
         cache_examples=False,
         api_name=CHAT,
     )
-    page.textbox.max_length = speaker.most_characters + 1  # this one is refused with its reason
+    page.textbox.max_length = speaker.most_characters + 1  # one character too many is refused with the reason
 
 
 def _text_chatbot(gradio: Any) -> Any:
-    """Gradio's chatbot, which shows messages as the text that they are.
+    """Gradio's chatbot, but it shows messages as plain text.
 
-    By itself it takes HTML and pictures from other servers in them for what they are, without Markdown too.
+    By default it renders HTML and loads pictures from other servers, even without Markdown.
     """
 
     def each_text(change: Callable[[str], str], messages: Any) -> Any:
@@ -144,10 +146,10 @@ def _text_chatbot(gradio: Any) -> Any:
             part.text = change(part.text)
         return changed
 
-    # Its buttons for copying would give the text with "&lt;" for "<".
+    # Its copy buttons would copy "&lt;" for "<".
     chatbot = gradio.Chatbot(label="Chatbot", scale=1, render_markdown=False, latex_delimiters=[], buttons=[])
     to_page, from_page = chatbot.postprocess, chatbot.preprocess
-    # A class of our own would have Gradio write a file beside this one.
+    # For a custom subclass, Gradio would write a file next to this one.
     chatbot.postprocess = lambda value: each_text(partial(html.escape, quote=False), to_page(value))
     chatbot.preprocess = lambda value: from_page(value and each_text(html.unescape, value))
     return chatbot
@@ -159,7 +161,7 @@ def _continuation(gradio: Any, facts: SpaceFacts, speaker: Speaker, controls: li
         lines=2,
         max_lines=8,
         placeholder="The model continues what you write here.",
-        max_length=speaker.most_characters + 1,  # this one is refused with its reason
+        max_length=speaker.most_characters + 1,  # one character too many is refused with the reason
     )
     with gradio.Row():
         start = gradio.Button("Continue", variant="primary")
@@ -186,7 +188,7 @@ def main(folder: Path, on_start: Callable[[str], None] | None = None) -> None:
 
     Args:
         folder: of the Space.
-        on_start: called with the address once the page is there; None leaves that to Gradio.
+        on_start: called with the address when the page is ready; None: Gradio prints it.
 
     Raises:
         SmolError: the model cannot be loaded.
@@ -195,13 +197,13 @@ def main(folder: Path, on_start: Callable[[str], None] | None = None) -> None:
     import gradio
     from starlette.middleware import Middleware
 
-    # A container sees all processors of its host. More threads than its share would wait for one another.
+    # A container sees all processors of its host. More threads than its share would wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", str(compute_threads()))
     speaker = Speaker(load_model(str(folder / MODEL)), visit=_visit)
-    # The address is Gradio's choice, on a Space the Hub's.
+    # Gradio chooses the address, or the Hub on a Space.
     page = build_page(SpaceFacts.read(folder), speaker)
     page.queue(default_concurrency_limit=speaker.service.slots, max_size=WAITING, api_open=False)
-    # UTF-8 takes four bytes at most for a character.
+    # A character has at most four bytes in UTF-8.
     request_bytes = max(REQUEST_BYTES, 4 * speaker.most_characters)
     waits = on_start is None
     _, url, _ = page.launch(
@@ -209,7 +211,7 @@ def main(folder: Path, on_start: Callable[[str], None] | None = None) -> None:
         css=STYLE,
         share=False,
         app_kwargs={"middleware": [Middleware(BodyLimit, most=request_bytes)]},
-        max_file_size=0,  # the page takes no files
+        max_file_size=0,  # the page accepts no files
         state_session_capacity=SESSIONS,
         prevent_thread_lock=not waits,
         quiet=not waits,

@@ -1,4 +1,4 @@
-"""The model repository as a folder: everything that goes up, and nothing else."""
+"""Builds the model repository as a folder that contains exactly the files to upload."""
 
 from __future__ import annotations
 
@@ -45,37 +45,38 @@ from smolctl.sources.open import require_own_files
 from smolctl.sources.provenance import provenance_of, read_provenance
 from smolctl.sources.quantized_folder import DESCRIPTION, FILE, is_quantized_folder, read_description
 
-# Texts beside the model that belong to it and are taken as they are.
+# Text files next to the model that are copied unchanged.
 LICENCE_FILES = re.compile(r"(LICEN[CS]E|NOTICE)([.-].*)?", re.IGNORECASE)
-# What of a run goes up in another form.
+# Files of a run that are uploaded in another form.
 USED = {README, CONFIG, ENVIRONMENT, TOKENIZER, METRICS, PREDICTIONS, STORY, TASKS, LOSS_CURVE, REPORT}
 
 
 @dataclass(frozen=True)
 class ModelToPublish:
-    """A model that was opened, before anything is written."""
+    """An opened model, before anything is written."""
 
     source: ModelSource
-    name: str  # of the repository, when none is named
+    name: str  # of the repository, if the user does not name one
     folder: Path | None  # the run, or the Hugging Face folder
     is_run: bool
 
     @property
     def base(self) -> Provenance | None:
-        """What the weights were made from: themselves, where a Hub model is published again or its config was
-        partly assumed."""
+        """The origin of the weights: the model itself, if a Hub model is published again or its config was
+        partly assumed.
+        """
         itself = provenance_of(self.source)
         base = itself if itself.kind == "hub" or itself.assumed else itself.made_from
         return base and base.public()
 
     @property
     def settings(self) -> PublishConfig:
-        """The repository and the licence that the run's config names."""
+        """The repository and the licence named in the run's config."""
         return self.source.run.publish if self.source.run else PublishConfig()
 
     @property
     def better_step(self) -> int | None:
-        """The step of the run's checkpoint with the best held-out score, where this is another one."""
+        """The step of the run's checkpoint with the best held-out score, if it is a different one."""
         if not self.is_run or self.folder is None:
             return None
         run = RunFolder(self.folder)
@@ -85,17 +86,17 @@ class ModelToPublish:
 
 @dataclass(frozen=True)
 class Built:
-    """The folders that go up, complete but for what depends on where they go: the cards."""
+    """The folders to upload, complete except for the cards, which depend on the destination."""
 
     model: ModelToPublish
     folder: Path
     export: Export
     facts: RunFacts | None
     left_out: tuple[str, ...]
-    quantized: tuple[str, ...] = ()  # schemes of the folders that go along
+    quantized: tuple[str, ...] = ()  # schemes of the included quantized folders
     space: Path | None = None  # folder of the Space
-    variants: tuple[PageModel, ...] = ()  # that visitors of a static page can choose
-    smoke: SmokeTest | None = None  # how the Space's page did on this machine
+    variants: tuple[PageModel, ...] = ()  # for visitors of a static page to choose from
+    smoke: SmokeTest | None = None  # result of the Space's page on this machine
 
     def card_facts(self, repo: str, license: str | None) -> CardFacts:
         network = self.export.network
@@ -115,16 +116,17 @@ class Built:
         )
 
     def write_card(self, repo: str, license: str | None, on_hub: str | None, revision: str = "main") -> str:
-        """Write README.md around what people have written in the one on the Hub, or else beside the model.
+        """Write README.md, keeping people's text from the card on the Hub, or else from the one next to the
+        model.
 
         Args:
-            repo: where it goes.
-            license: that the user states now; None keeps what the card or the run's config states.
+            repo: the destination.
+            license: given by the user now; None keeps that of the card or the run's config.
             on_hub: the card there.
             revision: the branch, for links.
 
         Raises:
-            InputError: the metadata of that card is damaged, or would not be taken.
+            InputError: the metadata of that card is damaged, or the Hub would refuse it.
         """
         existing = self.local_card() if on_hub is None else on_hub
         stated = license or stated_license(existing or "")
@@ -136,7 +138,7 @@ class Built:
         return text
 
     def local_card(self) -> str | None:
-        """The card beside the model, if somebody has written one."""
+        """The card next to the model, if there is one."""
         path = self.model.folder / README if self.model.folder else None
         if path is None or not path.is_file():
             return None
@@ -147,14 +149,14 @@ class Built:
 def scanned_files(
     folder: Path, allowed: Collection[str]
 ) -> tuple[tuple[PlannedFile, ...], tuple[Finding, ...]]:
-    """Everything in a folder that goes up but its record, and what in it looks like a secret and is allowed.
+    """The files of a folder to upload, except its record, and the allowed findings of the secret scan.
 
     Args:
-        folder: that goes up.
+        folder: to upload.
         allowed: hashes of findings that are not secrets.
 
     Raises:
-        InputError: something else looks like a secret, with file, line and hash.
+        InputError: something else looks like a secret; with file, line and hash.
     """
     files = tuple(file for file in planned_files(folder) if file.path != RECORD)
     findings = scan(folder, (file.path for file in files))
@@ -171,11 +173,11 @@ def scanned_files(
 
 
 def open_model(model: str | None, accept_guesses: bool = False) -> ModelToPublish:
-    """What is to be published: by default the newest run.
+    """Open the model to publish, by default the newest run.
 
     Args:
         model: any MODEL with weights; None: the newest run.
-        accept_guesses: whether values of its config may be assumed.
+        accept_guesses: accept assumed values in its config.
 
     Raises:
         SmolError: there is no such model, it has no weights, or values of its config are assumed.
@@ -204,16 +206,17 @@ def _require_texts_inside(folder: Path | None) -> None:
 
 
 def repository_name(name: str) -> str:
-    """A name that the Hub takes: letters, digits, dots, hyphens, underscores, at most 96."""
+    """A name that the Hub accepts: letters, digits, dots, hyphens, underscores, at most 96."""
     text = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
     return re.sub(r"[-.]{2,}", "-", text).strip("-.")[:96] or "model"
 
 
 def build(model: ModelToPublish, folder: Path, schemes: Sequence[str]) -> Built:
-    """Write everything but the card into an empty folder, with GGUF files of some schemes; load it back.
+    """Write everything except the card into an empty folder, with GGUF files of some schemes, and load it
+    back.
 
     Raises:
-        SmolError: the model cannot be exported, or does not load back as the same one.
+        SmolError: the model cannot be exported, or differs after loading it back.
     """
     export = export_model(model.source, folder, model.name, schemes)
     facts = None
@@ -232,25 +235,25 @@ def build(model: ModelToPublish, folder: Path, schemes: Sequence[str]) -> Built:
 
 
 def _licence_files(folder: Path | None) -> tuple[Path, ...]:
-    """The texts beside a model that belong to it."""
+    """The licence files next to a model."""
     found = sorted(path for path in folder.iterdir() if path.is_file()) if folder else ()
     return tuple(path for path in found if LICENCE_FILES.fullmatch(path.name))
 
 
 def add_quantized(run: Path, target: Path, step: int) -> tuple[str, ...]:
-    """Copy the quantized folders that were made of the published step: what `quantize` wrote into them.
+    """Copy the quantized folders of the published step: the files that `quantize` wrote.
 
-    The .ckpt in one holds the same again, and GGUF files are rewritten.
+    A .ckpt in such a folder is redundant, and GGUF files are written again.
 
     Raises:
-        InputError: a file is a link that leads out of the run, or was edited.
+        InputError: a file was edited, or is a link that leads out of the run.
     """
     taken = []
     for folder in sorted((run / QUANTIZED).iterdir()) if (run / QUANTIZED).is_dir() else ():
         if is_quantized_folder(folder) and read_description(folder).get("source", {}).get("step") == step:
             names = [name for name in own_files(folder) if name != RECORD and not name.endswith(".ckpt")]
             if not {DESCRIPTION, FILE} <= set(names):
-                continue  # it has no record of what wrote it
+                continue  # it has no record of smolctl's
             require_inside(run, (f"{QUANTIZED}/{folder.name}/{name}" for name in names))
             if edited := edited_files(folder):
                 raise InputError(
@@ -266,7 +269,7 @@ def add_quantized(run: Path, target: Path, step: int) -> tuple[str, ...]:
 
 
 def _forget_path(path: Path) -> None:
-    """Name the source of a quantized folder without the folders of this machine."""
+    """Name the source of a quantized folder without paths of this machine."""
     description = read_json(path)
     source = description["source"]
     source["id"] = PurePath(str(source.get("id"))).name
@@ -276,12 +279,12 @@ def _forget_path(path: Path) -> None:
 
 
 def left_out(folder: Path, taken: Collection[str], quantized: Sequence[str]) -> tuple[str, ...]:
-    """What lies beside a model, and in its quantized folders, and stays there.
+    """Files next to a model and in its quantized folders that are not uploaded.
 
     Args:
         folder: of the model.
-        taken: names of what goes up, in this form or another.
-        quantized: names of the quantized folders that go up.
+        taken: names of files that are uploaded, in this or another form.
+        quantized: names of the uploaded quantized folders.
     """
     names = [f"{path.name}/" if path.is_dir() else path.name for path in sorted(folder.iterdir())]
     if quantized:

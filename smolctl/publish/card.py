@@ -1,7 +1,7 @@
-"""The model card: written from the run's own files, around what people have written themselves.
+"""The model card: a part generated from the run's files, within text written by people.
 
-What is generated stands between two comments, and is rewritten at every push. Everything else belongs
-to the people who edit the card, on the Hub or in the run's folder, and so do the values of the metadata.
+The generated part is between two comments and is rewritten at every push. Everything else, including metadata
+values, belongs to the people who edit the card, on the Hub or in the run's folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BEGIN = "<!-- smolctl: generated from here on, rewritten at every push. Edit out
 END = "<!-- smolctl: end of the generated part -->"
 _MARK = re.compile(r"<!--(?=\s*smolctl:)")
 _GENERATED = re.compile(r"<!-- smolctl: generated.*?-->.*?<!-- smolctl: end.*?-->", re.DOTALL)
-# Keys whose values on the Hub are lists to which both sides may add.
+# Keys whose values on the Hub are lists that smolctl and people may extend.
 UNITED = ("tags", "datasets", "base_model")
 TEXTS = ("license", "library_name", "pipeline_tag", "license_name", "license_link")  # license: also a list
 LISTS = (*UNITED, "language")  # or a single text
@@ -36,16 +36,16 @@ def merge_card(
     """The card with a new generated part.
 
     Args:
-        metadata: for the front matter. A value that the existing card has under the same key wins; lists of
-            tags and datasets are united.
+        metadata: for the front matter. An existing value of the same key takes precedence; lists of tags and
+            datasets are merged.
         generated: Markdown.
-        existing: the card as it is now, if there is one.
-        forced: metadata that wins over the existing card's.
+        existing: the current card, if there is one.
+        forced: metadata that takes precedence over the existing card's.
 
     Raises:
         InputError: the existing card's front matter is not a YAML mapping.
     """
-    inner = _MARK.sub("< !--", generated.strip())  # a prompt may be what ends this part
+    inner = _MARK.sub("< !--", generated.strip())  # a prompt may contain the marker that ends this part
     block = f"{BEGIN}\n\n{inner}\n\n{END}"
     if existing is None or not existing.strip():
         return f"{_front_matter({**metadata, **(forced or {})})}{block}\n"
@@ -62,7 +62,7 @@ def merge_card(
 
 
 def stated_license(text: str) -> str | None:
-    """The licence that a card's metadata states.
+    """The licence in a card's metadata.
 
     Raises:
         InputError: the metadata is not a YAML mapping.
@@ -72,10 +72,10 @@ def stated_license(text: str) -> str | None:
 
 
 def require_valid(metadata: Mapping[str, Any]) -> None:
-    """Check the metadata as the Hub does, as far as that is possible without it.
+    """Check the metadata like the Hub, as far as possible offline.
 
     Raises:
-        InputError: naming the key.
+        InputError: it is not valid; names the key.
     """
     for key in (*TEXTS, *LISTS):
         value = metadata.get(key)

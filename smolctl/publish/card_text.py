@@ -1,4 +1,4 @@
-"""What the generated part of a model card says: its metadata, and the text of card.md.jinja."""
+"""The generated part of a model card: its metadata, and the text of card.md.jinja."""
 
 from __future__ import annotations
 
@@ -29,40 +29,40 @@ SHAPES = {"llama": "Llama", "smollm3": "SmolLM3", "qwen2": "Qwen2", "qwen3": "Qw
 
 @dataclass(frozen=True)
 class CardFacts:
-    """All that the card is made of."""
+    """The contents of the card."""
 
-    repo: str  # org/name, as the examples spell it
+    repo: str  # org/name, for the examples
     name: str
     config: ModelConfig
     parameters: int
     dtype: str
     can_chat: bool
     license: str | None = None
-    base: Provenance | None = None  # what the weights were made from
+    base: Provenance | None = None  # the origin of the weights
     run: RunFacts | None = None
     ggufs: tuple[GGUFResult, ...] = ()
     quantized: tuple[str, ...] = ()  # names of folders in quantized/
     revision: str = "main"
-    code: str | None = None  # address of the repository that the model was made with
+    code: str | None = None  # URL of the repository of the code that made the model
 
     @property
     def url(self) -> str:
-        """The address of the model on the Hub; empty while it has no full name."""
+        """The URL of the model on the Hub; empty while its full name is not known."""
         return f"{endpoint()}/{self.repo}" if "/" in self.repo else ""
 
     def page(self, kind: str, path: str) -> str:
-        """The address of a file ("blob") or a folder ("tree") of the repository, at the card's revision."""
+        """The URL of a file ("blob") or a folder ("tree") of the repository, at the card's revision."""
         return f"{endpoint()}/{self.repo}/{kind}/{quote(self.revision, safe='')}/{path}"
 
     @property
     def size(self) -> str:
-        """The number of parameters in two words or three."""
+        """The number of parameters in two or three words."""
         count = self.parameters
         return f"{count / 1e6:,.1f} million parameters" if count >= 1e6 else f"{count:,} parameters"
 
     @property
     def shape(self) -> str:
-        """How the network differs from a Llama."""
+        """The differences between the network and a Llama."""
         if not self.config.needs_own_code:
             return f"{SHAPES[self.config.model_type]}-shaped"
         parts = ["learned positions"] if self.config.position_embedding == "learned" else []
@@ -72,13 +72,13 @@ class CardFacts:
 
     @property
     def prompt(self) -> str:
-        """A text to continue."""
+        """An example prompt."""
         prompts = self.run.config.predictions.prompts if self.run else ()
         return prompts[0] if prompts else "Once upon a time"
 
     @property
     def shown_validations(self) -> Sequence[Mapping[str, Any]]:
-        """All validations of the run, or some from the first to the last, evenly spaced."""
+        """All validations of the run, or an evenly spaced selection."""
         found = self.run.validations if self.run else ()
         if len(found) <= SHOWN_VALIDATIONS:
             return found
@@ -101,7 +101,7 @@ def card_metadata(facts: CardFacts) -> dict[str, Any]:
         metadata["datasets"] = list(facts.run.datasets)
     if base := facts.base and facts.base.on_hub:
         metadata["base_model"] = [base.id]
-        if facts.run:  # else the Hub takes a repository with a GGUF for a quantized model
+        if facts.run:  # otherwise the Hub classifies a repository with a GGUF as a quantized model
             metadata["base_model_relation"] = "finetune"
     return metadata
 
@@ -115,7 +115,7 @@ def card_text(facts: CardFacts) -> str:
         "code_span": code_span,
         "fenced": fenced,
         "selection": selection,
-        "cell": lambda text: str(text).replace("|", "\\|"),  # a bar would end a table's cell
+        "cell": lambda text: str(text).replace("|", "\\|"),  # a bar would end a table cell
         "bits": lambda record: with_error(record["bits_per_byte"], record["standard_error"]),
         "with_error": with_error,
         "measured": _measured,
@@ -134,12 +134,12 @@ def card_text(facts: CardFacts) -> str:
 
 
 def _measured(value: Any, form: str, unit: float = 1, name: str = "") -> str:
-    """A number of a quantized model's record in a unit; a dash where it holds none."""
+    """A number of a quantized model's record with its unit; a dash if it has none."""
     return format(value / unit, form) + name if isinstance(value, int | float) else "–"
 
 
 def _origin(base: Provenance) -> str:
-    """A model that another one was made from, and what that one was made from."""
+    """The model from which another one was made, with its own origin."""
     return ", made from ".join(map(_link, base.chain))
 
 

@@ -1,4 +1,4 @@
-"""A model as the files that stock tools load, and the proof that they load the same model."""
+"""Exports a model for stock tools, and checks that they load the same model."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from smolctl.sources.gguf.write_tokenizer import SAMPLES
 from smolctl.sources.huggingface.write import write_model
 from smolctl.sources.provenance import provenance_of
 
-# Float32 sums in another order: the logits of a 135M model differ by 1e-4 of the largest one at most.
+# float32 sums in a different order: the logits of a 135M model differ by at most 1e-4 of the largest one.
 TOLERANCE = 2e-4
 CHECKED_TOKENS = 96
 
 
 @dataclass(frozen=True)
 class Export:
-    """What was written, and how well it loads back."""
+    """The result of an export and of loading it back."""
 
     network: Transformer
     tokenizer: Tokenizer
     dtype: str
-    largest_difference: float  # of a logit, between transformers and smolctl
+    largest_difference: float  # of the logits, between transformers and smolctl
     ggufs: tuple[GGUFResult, ...]
 
 
@@ -44,13 +44,13 @@ def export_model(source: ModelSource, folder: Path, name: str, schemes: Sequence
     Args:
         source: a model with weights and a tokenizer.
         folder: an empty folder.
-        name: of the model, for GGUF files.
-        schemes: of the GGUF files to add.
+        name: of the model in GGUF files.
+        schemes: of additional GGUF files.
 
     Raises:
-        InputError: the source has no tokenizer, cannot be a GGUF, holds NaN or infinite values, or does not
-            give the loss that its run recorded.
-        SmolError: what was written does not load as the same model.
+        InputError: the source has no tokenizer, cannot be written as a GGUF, contains NaN or infinite values,
+            or does not reproduce the loss that its run recorded.
+        SmolError: the export does not load as the same model.
     """
     config = source.require_config()
     for scheme in schemes:
@@ -81,7 +81,7 @@ def export_model(source: ModelSource, folder: Path, name: str, schemes: Sequence
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers without its progress bars and notices."""
+    """Suppress transformers' progress bars and notices."""
     from transformers.utils import logging
 
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -97,23 +97,23 @@ def _quiet() -> Iterator[None]:
 
 @_quiet()
 def check_with_transformers(folder: Path, network: Transformer, tokenizer: Tokenizer) -> float:
-    """Load a folder with transformers and compare logits, tokens and chat with ours.
+    """Load a folder with transformers and compare logits, tokens and chat with smolctl's.
 
     Returns:
-        The largest difference of a logit.
+        The largest difference of the logits.
 
     Raises:
-        SmolError: it does not load, or is another model.
+        SmolError: it does not load, or loads as a different model.
     """
     config = network.config
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        # The only code that this can run is our own, copied there a moment ago.
+        # The only code that this can run is smolctl's, which was just copied there.
         trust = {"trust_remote_code": config.needs_own_code}
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **trust).eval()
         their_tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
-    except Exception as error:  # whatever it raises, users of the repository would see it
+    except Exception as error:  # users of the repository would see the same exception
         raise _not_the_same(f"transformers cannot load it ({first_line(error)})") from None
     generator = torch.Generator().manual_seed(0)
     length = min(CHECKED_TOKENS, config.max_position_embeddings)
@@ -125,16 +125,16 @@ def check_with_transformers(folder: Path, network: Transformer, tokenizer: Token
         raise _not_the_same(f"logits in transformers are off by {difference:.3g}")
     for sample in SAMPLES:
         if their_tokenizer(sample)["input_ids"] != tokenizer.encode(sample):
-            if config.model_type == "qwen2":  # whatever tokenizer_config.json says
+            if config.model_type == "qwen2":  # even if tokenizer_config.json says otherwise
                 raise SmolError(
                     "transformers tokenizes texts for every model of the type qwen2 as Qwen does, "
                     "but this model has another tokenizer",
                     "Train with the tokenizer of Qwen2.5, or without qkv_bias.",
                 )
-            raise _not_the_same(f"transformers cuts {sample[:30]!r} into other tokens")
+            raise _not_the_same(f"transformers splits {sample[:30]!r} into different tokens")
     ours = (tokenizer.chat_template or "").replace("\r\n", "\n")  # as Python and Jinja read a text file
     if ours != (their_tokenizer.chat_template or ""):
-        raise _not_the_same("transformers finds another chat template")
+        raise _not_the_same("transformers finds a different chat template")
     return difference
 
 

@@ -1,4 +1,4 @@
-"""What a run's own files record: the facts of the card, and the records that go up with the model."""
+"""The facts in a run's files, for the card, and the records that are published with the model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class RunFacts:
     step: int
     tokens: int
     seconds: float
-    loss: float | None  # nats per token, of the last step
+    loss: float | None  # nats per token at the last step
     validations: tuple[Mapping[str, Any], ...] = ()
     histories: Mapping[str, History] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class RunFacts:
 
     @property
     def hardware(self) -> str:
-        """Devices and software of the run's sessions, as far as they were recorded, in their order."""
+        """Devices and software of the run's sessions, as recorded and in order."""
         sessions = [*(self.environment.get("earlier") or ()), self.environment]
         return "; then ".join(dict.fromkeys(map(_hardware, sessions)))
 
@@ -56,14 +56,14 @@ class RunFacts:
         return tuple(name.repository for name in names if name)
 
     def public_data(self) -> DataConfig:
-        """The data as strangers may read it: paths of this machine by their last part."""
+        """The data for publication: paths of this machine are reduced to their last part."""
         data = self.config.data
         names = tuple(public_source(source) for source in data.source)
         held_out = data.validation and public_source(data.validation)
         return data.model_copy(update={"source": names, "validation": held_out})
 
     def public_environment(self) -> dict[str, Any]:
-        """The sessions' records as strangers may read them, what was read by the last part of its path."""
+        """The sessions' records for publication: paths of data are reduced to their last part."""
         earlier = [
             {key: value for key, value in session.items() if key != "data"}
             for session in self.environment.get("earlier") or ()
@@ -76,7 +76,7 @@ class RunFacts:
 
 def _hardware(environment: Mapping[str, Any]) -> str:
     devices = list(environment.get("devices") or ())
-    if environment.get("device") == "cpu":  # whatever else the machine has was not used
+    if environment.get("device") == "cpu":  # other devices of the machine were not used
         devices = []
     threads = environment.get("threads")
     where = ", ".join(f"{devices.count(name)} × {name}" for name in dict.fromkeys(devices))
@@ -87,13 +87,13 @@ def _hardware(environment: Mapping[str, Any]) -> str:
 
 
 def public_source(source: str) -> str:
-    """A data source without the folders of this machine that it lies in."""
+    """A data source without this machine's folders."""
     is_public = source == python_library.NAME or DatasetName.recorded(source)
     return source if is_public else PurePath(source).name or "files"
 
 
 def read_facts(source: ModelSource, folder: Path) -> RunFacts:
-    """The facts of a run up to the step that is published."""
+    """The facts of a run up to the published step."""
     assert source.run is not None
     step = source.step or 0
     run = RunFolder(folder)
@@ -115,9 +115,9 @@ def read_facts(source: ModelSource, folder: Path) -> RunFacts:
 
 
 def write_records(facts: RunFacts, run: Path, target: Path) -> None:
-    """The loss curve and, in a folder, the report, config, environment, metrics, predictions and tasks.
+    """Write the loss curve and a folder with report, config, environment, metrics, predictions and tasks.
 
-    They end at the published step, and name no folder of this machine.
+    They end at the published step, and contain no paths of this machine.
     """
     if facts.curve:
         draw_loss(RunFolder(run).metrics(facts.step), target / LOSS_CURVE)

@@ -1,4 +1,4 @@
-"""A Gradio Space as a folder: a page, the model that answers on it, and all the code it needs."""
+"""A Gradio Space as a folder: a page, its model, and all required code."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from smolctl.publish.space_text import examples, model_link, summary, write_spac
 from smolctl.sources.huggingface.write import CODE, write_json
 
 SPACE_SCHEME = "int8"
-SDK_VERSION = "6.31.0"  # of Gradio; the Hub wants all three numbers
-PYTHON_VERSION = "3.12"  # the Hub's default is older than what this needs
-# What `import smolctl.publish.app` and a model in a folder need, in versions that were installed and tried
-# together with what the Hub adds: Gradio of sdk_version with the extras oauth and mcp, of which the second
-# allows no newer pydantic, and `spaces`. Plain torch would bring gigabytes of CUDA.
+SDK_VERSION = "6.31.0"  # of Gradio; the Hub requires all three numbers
+PYTHON_VERSION = "3.12"  # the Hub's default is older than required
+# Requirements of `smolctl.publish.app` and a model in a folder, in versions that were tested together with
+# those that the Hub adds: Gradio of sdk_version with the extras oauth and mcp, of which the second does not
+# allow a newer pydantic, and `spaces`. Plain torch would install gigabytes of CUDA.
 TORCH = "torch==2.13.0"
 REQUIREMENTS = (
     "jinja2==3.1.6",
@@ -31,7 +31,7 @@ REQUIREMENTS = (
     "tokenizers==0.23.3",
 )
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
-# Parts of the package that go along; of `publish` only the app and its model.
+# Parts of the package to copy; of `publish` only the app and its model.
 PARTS = ("config", "data", "generation", "hub", "model", "native", "runs", "sources")
 SINGLE_FILES = (
     "__init__.py",
@@ -63,13 +63,13 @@ HUB_MACHINE = ("linux", "x86_64")
 
 
 def add_space(built: Built, folder: Path) -> None:
-    """Write the Space into an empty folder, complete but for its card.
+    """Write the Space into an empty folder, complete except for its card.
 
     Raises:
         SmolError: something cannot be written.
     """
     write_space_model(built, SPACE_SCHEME, folder / MODEL)
-    (folder / MODEL / RECORD).unlink()  # it is a part of the Space, whose own record names its files
+    (folder / MODEL / RECORD).unlink()  # it is part of the Space, whose record lists its files
     copy_package(folder / "smolctl")
     (folder / "app.py").write_text(APP, encoding="utf-8")
     (folder / "requirements.txt").write_text(requirements(), encoding="utf-8")
@@ -77,17 +77,17 @@ def add_space(built: Built, folder: Path) -> None:
 
 
 def _write_page(folder: Path, facts: CardFacts) -> None:
-    """Write the page's facts of the model, with a link once the repository is known."""
+    """Write the page's information about the model, with a link if the repository is known."""
     content = {"title": facts.name, "summary": _summary(facts), "examples": examples(facts)}
     write_json(folder / FACTS, content)
 
 
 def copy_package(folder: Path) -> None:
-    """The parts of smolctl that the app needs: nothing has to be on a package index.
+    """Copy the parts of smolctl that the app needs, so that nothing has to be on a package index.
 
-    The compiled engine goes along where it was compiled for what the Hub's machines are, Linux on x86-64: a
-    Space has no step in which it could be compiled. Each build is for a kind of processor, and the Space
-    chooses at its start; without one that fits, PyTorch answers.
+    The compiled engine is included if it was compiled for the Hub's machines, Linux on x86-64, because a
+    Space has no build step. Each build is for a class of processors, and the Space chooses one when it
+    starts; if none fits, PyTorch is used.
     """
     root = Path(smolctl.__file__).parent
     suffixes = SUFFIXES | {".so"} if (sys.platform, platform.machine()) == HUB_MACHINE else SUFFIXES
@@ -107,7 +107,9 @@ def requirements() -> str:
 
 
 def write_card(folder: Path, facts: CardFacts, on_hub: str | None) -> None:
-    """Write what depends on where the model goes: the page's facts, and README.md. See `space.write_card`."""
+    """Write the parts that depend on the destination: the page's information, and README.md. See
+    `space.write_card`.
+    """
     _write_page(folder, facts)
     decided = {
         "sdk": "gradio",
@@ -124,7 +126,7 @@ def write_card(folder: Path, facts: CardFacts, on_hub: str | None) -> None:
 
 
 def _compiled(folder: Path) -> str:
-    """What the binaries in the folder are."""
+    """Description of the binaries in the folder."""
     if not any((folder / "smolctl" / "native").glob("*.so")):
         return " It runs on PyTorch: there was no compiled engine for the Hub's machines."
     return (
@@ -135,5 +137,5 @@ def _compiled(folder: Path) -> str:
 
 
 def _summary(facts: CardFacts) -> str:
-    """The facts of the card in a line of Markdown."""
+    """The facts of the card in one line of Markdown."""
     return f"{summary(facts, markdown=True)} It answers in {SPACE_SCHEME}.{model_link(facts)}"

@@ -1,4 +1,4 @@
-"""The licences that the Hub knows by an identifier; it refuses a card with another one.
+"""The licence identifiers of the Hub, which refuses cards with other ones.
 
 From https://github.com/huggingface/hub-docs, docs/hub/repositories-licenses.md, of August 2026.
 """
@@ -28,11 +28,11 @@ def require_license(license: str, named_by: str) -> None:
     """Check that the Hub knows a licence.
 
     Args:
-        license: its identifier.
-        named_by: what the user wrote it in, for the error.
+        license: an identifier.
+        named_by: the option or key that contains it, for the error.
 
     Raises:
-        InputError: it does not, with the nearest one that it knows.
+        InputError: it does not; suggests the nearest identifier.
     """
     if license in LICENSES:
         return
@@ -40,6 +40,6 @@ def require_license(license: str, named_by: str) -> None:
     near = difflib.get_close_matches(spelled, sorted(LICENSES), n=1, cutoff=0.5)
     meant = f"Did you mean {near[0]}? " if near else ""
     raise InputError(
-        f"{named_by}: the Hub knows no licence {license!r}",
+        f"{named_by}: the Hub does not know the licence {license!r}",
         f"{meant}Its list: {PAGE}. For another one, write `license: other` and license_name in README.md.",
     )

@@ -1,8 +1,8 @@
-"""What smolctl has put into a repository: a record in it, by which the next push knows what is stale.
+"""smolctl's files in a repository: a record in it by which the next push finds stale files.
 
-It is the same `.smolctl.json` that stands in every folder of smolctl's (see `ownership`), with the SHA-256 of
-each file. A file that an earlier push put there and this one has no more goes in the same commit. A file that
-no record names, or that somebody has changed since, is other people's.
+It is the `.smolctl.json` of every folder that smolctl writes (see `ownership`), with the SHA-256 of each
+file. A file of an earlier push that the new one does not contain is deleted in the same commit. A file that
+is not in the record, or that somebody has changed since, belongs to other people.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ GIT_ATTRIBUTES = ".gitattributes"  # the Hub's own
 
 @dataclass(frozen=True)
 class There:
-    """What a repository on the Hub holds already."""
+    """The current content of a repository on the Hub."""
 
-    head: Head | None = None  # None: it is not there, or nobody was asked
+    head: Head | None = None  # None: it does not exist, or the Hub was not asked
     card: str | None = None
-    record: Record | None = None  # None: nothing of smolctl's, or of a version that kept no record
+    record: Record | None = None  # None: there is no file of smolctl's, or only of a version without records
 
 
 @dataclass(frozen=True)
 class RepoPlan:
-    """What a repository is to hold of smolctl's, and what becomes of the rest."""
+    """The planned files of smolctl in a repository, and the plan for the others."""
 
     files: tuple[PlannedFile, ...]
     there: There = There()
-    removed: tuple[str, ...] = ()  # an earlier push put them there
-    replaced: tuple[str, ...] = ()  # files of other people's, or of a push without a record
-    stays: tuple[str, ...] = ()  # other people's
+    removed: tuple[str, ...] = ()  # from an earlier push
+    replaced: tuple[str, ...] = ()  # files of other people, or of a push without a record
+    stays: tuple[str, ...] = ()  # files of other people
 
 
 def look(client: HubClient | None, target: Target) -> There:
-    """What a branch holds, or main, from which a new branch is made. Nothing without a client."""
+    """Read a branch, or main, from which a new branch is created. Empty without a client."""
     if client is None:
         return There()
     try:
@@ -60,19 +60,19 @@ def look(client: HubClient | None, target: Target) -> There:
 def plan_repo(
     client: HubClient | None, target: Target, there: There, folder: Path, files: Sequence[PlannedFile]
 ) -> RepoPlan:
-    """Write the record beside the files that go up, and return what else the repository holds.
+    """Write the record next to the files to upload, and return the plan for the repository's other files.
 
     Args:
-        client: to look at files whose checksum the Hub does not give.
+        client: for reading files whose checksum the Hub does not provide.
         target: the repository.
-        there: what it holds now.
+        there: its current content.
         folder: of the files.
-        files: all that goes up, but for the record.
+        files: all files to upload, except the record.
     """
     names: dict[str, str | None] = {glob.escape(file.path): file.sha256 for file in files}
     if client is not None:
-        names[README] = None  # people write in it, on the Hub too: it never goes
-    # The same for the same files, so that pushing again changes nothing.
+        names[README] = None  # people edit it, also on the Hub: it is never deleted
+    # The same record for the same files, so that pushing again changes nothing.
     identity = hashlib.sha256(target.shown.encode()).hexdigest()[:16]
     write_record(folder, Record(KIND, names, identity))
     planned = (*files, planned_file(folder, RECORD))
@@ -98,7 +98,7 @@ def plan_repo(
 
 
 def _digests(client: HubClient, target: Target, head: Head, path: str) -> tuple[str, str]:
-    """What may be the SHA-256 of a file on the Hub: its checksum is that in LFS, and SHA-1 otherwise."""
+    """Possible SHA-256 of a file on the Hub: its checksum is a SHA-256 in LFS, and a SHA-1 otherwise."""
     checksum = head.checksums[path]
     if len(checksum) == 64:
         return checksum, checksum

@@ -1,4 +1,4 @@
-"""`push`: build, plan, send. What is built does not depend on where it goes; the cards do."""
+"""`push`: build, plan, send. The cards depend on the destination, everything else does not."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from smolctl.publish.static_space import page_text
 from smolctl.runs.root import latest_run
 from smolctl.sources.gguf.write import require_gguf
 
-SPACE = "space"  # the folder beside MODEL, and what the Hub calls such a repository
-PAGE_KIND = "page"  # of a folder with the static page alone
-SOMEBODY = "you"  # in front of the run's name, while nobody has been asked who that is
+SPACE = "space"  # the folder next to MODEL, and the Hub's name of such a repository
+PAGE_KIND = "page"  # of a folder with only the static page
+SOMEBODY = "you"  # before the run's name, as long as the user's name is not known
 
 
 @dataclass(frozen=True)
 class PushOptions:
-    """What the user asks for."""
+    """The user's options."""
 
     model: str | None = None
     repo: str | None = None
@@ -57,22 +57,22 @@ class PushOptions:
     space_sdk: Sdk = Sdk.STATIC
     page_schemes: tuple[str, ...] = ("int8",)  # variants on a static page, the default first
     allowed_secrets: tuple[str, ...] = ()  # hashes of findings that are not secrets
-    accept_guesses: bool = False  # of values of the config that no file says
+    accept_guesses: bool = False  # of config values that are in no file
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a model goes."""
+    """The destination of a push."""
 
     target: Target
-    decided: str  # how it was chosen, where the user did not name it
-    identity: Identity | None  # None: nobody was asked
+    decided: str  # how it was chosen, if the user did not name it
+    identity: Identity | None  # None: the Hub was not asked
     has_token: bool
 
 
 @dataclass(frozen=True)
 class PushPlan:
-    """What would go where."""
+    """What would be pushed, and where."""
 
     options: PushOptions
     destination: Destination
@@ -81,7 +81,7 @@ class PushPlan:
     card: str
     new_card: bool
     space: RepoPlan | None = None
-    allowed: tuple[Finding, ...] = ()  # what looks like a secret and is none, as the user says
+    allowed: tuple[Finding, ...] = ()  # findings that the user declared not to be secrets
 
     @property
     def repo(self) -> str:
@@ -89,13 +89,13 @@ class PushPlan:
 
     @property
     def is_public(self) -> bool:
-        """What it will be: a repository that is there stays as it is."""
+        """Whether it will be public: an existing repository keeps its visibility."""
         head = self.model.there.head
         return self.options.public if head is None else not head.private
 
     @property
     def open_to_all(self) -> tuple[str, ...]:
-        """Repositories that are public already, though nobody has asked for a public one."""
+        """Repositories that are already public although the user did not ask for that."""
         repos = {self.repo: self.model, f"spaces/{self.options.space}": self.space}
         heads = {name: plan.there.head for name, plan in repos.items() if plan}
         public = (name for name, head in heads.items() if head is not None and not head.private)
@@ -104,7 +104,7 @@ class PushPlan:
 
 @dataclass(frozen=True)
 class Page:
-    """A static page that was written alone."""
+    """A static page written without a push."""
 
     built: Built
     files: tuple[PlannedFile, ...]
@@ -113,13 +113,13 @@ class Page:
 
 @dataclass(frozen=True)
 class PushedRepo:
-    """A repository that holds what was planned."""
+    """A repository after a push."""
 
     id: str
     url: str
     commit: Commit
     files: tuple[PlannedFile, ...]
-    code: str | None = None  # address of the repository that made the model
+    code: str | None = None  # URL of the repository of the code that made the model
 
 
 @dataclass(frozen=True)
@@ -129,20 +129,20 @@ class Pushed:
     repo: PushedRepo
     space: PushedRepo | None = None
     space_stage: str | None = None
-    space_error: SmolError | None = None  # the model is up, the Space is not
+    space_error: SmolError | None = None  # the model was pushed, the Space was not
 
 
 def push(options: PushOptions, client: HubClient, agree: Callable[[PushPlan], None]) -> Pushed:
-    """Publish a model, and its Space when one is asked for.
+    """Publish a model, with its Space if requested.
 
     Args:
-        options: what the user asks for.
-        client: sends it.
-        agree: sees the plan before anything is sent, and raises where it is not to be.
+        options: the user's options.
+        client: sends the files.
+        agree: called with the plan before anything is sent; raises to refuse it.
 
     Raises:
-        HubError: the Hub refuses, or does not hold what was sent.
-        SmolError: the model or the Space cannot be published; nothing was sent then.
+        HubError: the Hub refuses, or has other content than was sent.
+        SmolError: the model or the Space cannot be published; then nothing was sent.
     """
     with tempfile.TemporaryDirectory(prefix="smolctl-push-") as work:
         plan = plan_push(options, Path(work), client)
@@ -151,9 +151,9 @@ def push(options: PushOptions, client: HubClient, agree: Callable[[PushPlan], No
 
 
 def plan_push(options: PushOptions, folder: Path, client: HubClient | None = None) -> PushPlan:
-    """Build everything that would go up into an empty folder; without a client nobody is asked.
+    """Build everything to upload into an empty folder; without a client, the Hub is not asked.
 
-    With a Space the folder gets `model/` and `space/`, else the repository itself.
+    With a Space the folder contains `model/` and `space/`, otherwise the repository itself.
 
     Raises:
         SmolError: something cannot be published.
@@ -164,25 +164,25 @@ def plan_push(options: PushOptions, folder: Path, client: HubClient | None = Non
 
 
 def write_local(options: PushOptions, target: Path) -> PushPlan:
-    """Write exactly what would go up into a folder, without the network, and the record of what was written.
+    """Write exactly the files to upload into a folder, without the network, with a record of them.
 
     Raises:
-        UsageError: the folder is not one that an earlier call has written.
-        InputError: it holds another file, or one that was edited since.
+        UsageError: the folder was not written by an earlier call.
+        InputError: it contains another file, or one that was edited since.
         SmolError: something cannot be published.
     """
     model = options.model or str(latest_run())
     _require_ours(target, KIND, "--local-dir", model)
     with building(target) as work:
         plan = plan_push(replace(options, model=model), work)
-        if plan.space is not None:  # each has a record of its own
+        if plan.space is not None:  # each has its own record
             write_record(work, Record(KIND, {f"{MODEL}/": None, f"{SPACE}/": None}))
         put_in_place(work, target)
     return plan
 
 
 def _require_ours(target: Path, kind: str, option: str, model: str) -> None:
-    """Check that a folder is new, or was written by an earlier call and is as that left it."""
+    """Check that a folder is new, or unchanged since an earlier call wrote it."""
     require_replaceable(target, kind, option, force=True, reads=(model,))
     for found, what in (
         (strange_files(target), "is not part of this"),
@@ -195,10 +195,10 @@ def _require_ours(target: Path, kind: str, option: str, model: str) -> None:
 
 
 def build_preview(options: PushOptions, folder: Path) -> Path:
-    """A Space's folder to try on this machine; nothing is sent and nobody is asked.
+    """A Space's folder to try on this machine; nothing is sent, and the Hub is not asked.
 
     Raises:
-        SmolError: the model cannot be exported, or something that the Space needs is not installed.
+        SmolError: the model cannot be exported, or a requirement of the Space is not installed.
     """
     if options.space_sdk is Sdk.GRADIO:
         require_space(options.space_sdk)
@@ -207,11 +207,12 @@ def build_preview(options: PushOptions, folder: Path) -> Path:
 
 
 def write_page_alone(options: PushOptions, target: Path) -> Page:
-    """Write the static page, for any host of static files; no network.
+    """Write the static page for any static host, without the network.
 
     Raises:
-        UsageError: the folder is not one that an earlier call has written.
-        InputError: it holds another file, or one that was edited since, or what looks like a secret.
+        UsageError: the folder was not written by an earlier call.
+        InputError: it contains another file, one that was edited since, or something that looks like a
+            secret.
         SmolError: the page cannot run the model, or does not answer.
     """
     require_space(Sdk.STATIC)
@@ -235,10 +236,10 @@ def write_page_alone(options: PushOptions, target: Path) -> Page:
 def choose_destination(
     options: PushOptions, model: ModelToPublish, client: HubClient | None = None
 ) -> Destination:
-    """Where the model goes, after everything was checked that can be before it is built.
+    """Choose the destination, after all checks that are possible before the build.
 
     Raises:
-        SmolError: an option cannot be met, or the token may not write there.
+        SmolError: an option cannot be satisfied, or the token may not write there.
     """
     from huggingface_hub import get_token
 
@@ -266,12 +267,12 @@ def choose_destination(
     if identity and options.space:
         identity.require_write(options.space)
     if client and options.create_pr:
-        client.head(target)  # names what is wrong when there is nothing to propose a change to
+        client.head(target)  # raises if there is nothing to propose a change to
     return Destination(target, decided, identity, get_token() is not None)
 
 
 def build_push(options: PushOptions, model: ModelToPublish, folder: Path) -> Built:
-    """Everything that takes long and needs no network: the files, loaded back, and the Space, tried.
+    """All slow work without the network: the files, loaded back, and the Space, tried.
 
     Raises:
         SmolError: the model cannot be exported, or the Space does not answer.
@@ -291,9 +292,9 @@ def _build_with_space(options: PushOptions, model: ModelToPublish, folder: Path,
 def plan_built(
     options: PushOptions, destination: Destination, built: Built, client: HubClient | None = None
 ) -> PushPlan:
-    """What would be sent, with the cards that are rewritten around the ones on the Hub.
+    """The plan of what would be sent, with the cards merged with those on the Hub.
 
-    Without a client it is as if nothing were there.
+    Without a client, the repositories are assumed not to exist.
 
     Raises:
         SmolError: a card is damaged, or something looks like a secret.
@@ -320,10 +321,10 @@ def plan_built(
 
 
 def send(plan: PushPlan, client: HubClient) -> Pushed:
-    """Send what was planned, and have the Hub's checksums compared.
+    """Send what was planned, and compare the Hub's checksums.
 
     Raises:
-        HubError: the Hub refuses, or does not hold what was sent.
+        HubError: the Hub refuses, or has other content than was sent.
     """
     options, target = plan.options, plan.destination.target
     base, planned = client.ensure(target, options.public), plan.model.there.head
@@ -345,7 +346,7 @@ def send(plan: PushPlan, client: HubClient) -> Pushed:
 def _send_space(
     target: Target, plan: PushPlan, of_space: RepoPlan, model: PushedRepo, client: HubClient
 ) -> Pushed:
-    """The Space after the model. What goes wrong here leaves the model's push done."""
+    """Push the Space after the model. A failure here does not affect the model's push."""
     space = None
     try:
         head = client.ensure(target, plan.options.public, plan.options.space_sdk)

@@ -1,4 +1,4 @@
-"""What kinds of Space there are, for the command line: nothing heavy is imported here."""
+"""The kinds of Space, for the command line: without heavy imports."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ PAGE_SCHEMES = ("int8", "int4")
 
 
 class Sdk(StrEnum):
-    """What the Hub calls the kinds; free accounts can make static ones only."""
+    """The Hub's names of the kinds; free accounts can create only static ones."""
 
     STATIC = "static"
     GRADIO = "gradio"
 
 
 def page_variants(schemes: Sequence[str]) -> tuple[str, ...]:
-    """The schemes of the variants on a static page, each once.
+    """The schemes of the variants on a static page, without duplicates.
 
     Raises:
-        UsageError: none is named, or one that the page does not offer.
+        UsageError: none is named, or one that the page does not support.
     """
     for scheme in schemes:
         if scheme not in PAGE_SCHEMES:

@@ -1,9 +1,8 @@
-"""What secrets look like: the table by which `secrets.scan` finds them.
+"""The patterns of secrets that `secrets.scan` searches for.
 
-The shapes are facts of their issuers, as the rule sets of gitleaks (config/gitleaks.toml of July 2026) and
-detect-secrets (1.5.0) collect them, or as the issuer documents them: the last column says which. Where a
-prefix is unmistakable nothing is asked of what stands before or after it, so that a token is found that is
-glued to other characters.
+The formats come from the rule sets of gitleaks (config/gitleaks.toml of July 2026) and detect-secrets
+(1.5.0), or from the issuer's documentation; the last column names the source. If a prefix is unmistakable,
+the surrounding characters do not matter, so that a token is found even within other text.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-# Before a shape that a word may end with.
+# Before a format with which a word may end.
 _START = r"(?<![A-Za-z0-9_-])"
 _UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 GITLEAKS, DETECT, ISSUER = "gitleaks", "detect-secrets", "issuer"
@@ -19,14 +18,15 @@ GITLEAKS, DETECT, ISSUER = "gitleaks", "detect-secrets", "issuer"
 
 @dataclass(frozen=True)
 class Rule:
-    """One kind of secret.
+    """A kind of secret.
 
     Args:
         kind: for people.
-        hints: lower-case texts of which one is in every match: where there is none, the pattern is not tried.
-        pattern: its group 1 is the secret, or else all of it.
-        entropy: the least Shannon entropy of the secret, in bits a character.
-        source: where the shape is documented.
+        hints: lower-case texts, one of which is in every match: without any of them, the pattern is not
+            tried.
+        pattern: its group 1 is the secret, or else the whole match.
+        entropy: minimum Shannon entropy of the secret, in bits per character.
+        source: of the format.
     """
 
     kind: str
@@ -36,9 +36,9 @@ class Rule:
     source: str
 
 
-Row = tuple[str, str, str, float, str]  # kind, hints, pattern, least entropy, source
+Row = tuple[str, str, str, float, str]  # kind, hints, pattern, minimum entropy, source
 
-# Secrets that are one piece of `TOKEN`: they are looked for in such pieces only, which are few in most texts.
+# Secrets that consist of one `TOKEN`: searched only in such tokens, which are rare in most texts.
 TOKEN = re.compile(r"[A-Za-z0-9_./+=~:$%?&@-]{16,}")
 _TOKENS: tuple[Row, ...] = (
     # Machine learning
@@ -48,7 +48,7 @@ _TOKENS: tuple[Row, ...] = (
     ("Anthropic key", "sk-ant-", r"sk-ant-[A-Za-z0-9_-]{20,}", 0, GITLEAKS),
     ("OpenRouter key", "sk-or-", r"sk-or-(?:v1-)?[0-9a-f]{40,}", 0, ISSUER),
     ("key of a model's service", "sk-", r"sk-[A-Za-z0-9]{40,}", 0, DETECT),
-    # Shorter ones are ids where a word stands before them: task-, disk-, mask-.
+    # Shorter ones are ids after words such as task-, disk-, mask-.
     ("key of a model's service", "sk-", r"(?<!ta)(?<![dr]i)(?<![lm]a)(?<!de)sk-[A-Za-z0-9]{32,}", 0, DETECT),
     ("Groq key", "gsk_", r"gsk_[A-Za-z0-9]{40,}", 0, ISSUER),
     ("xAI key", "xai-", r"xai-[A-Za-z0-9]{60,}", 0, ISSUER),
@@ -133,7 +133,7 @@ _TOKENS: tuple[Row, ...] = (
     ("Scalingo token", "tk-us-", r"tk-us-[\w-]{48}", 0, GITLEAKS),
     ("Tailscale key", "tskey-", r"tskey-[a-z]+-[A-Za-z0-9]{8,}-[A-Za-z0-9]{16,}", 0, ISSUER),
     ("Prefect key", "pnu_ pnb_", r"pn[ub]_[A-Za-z0-9]{36}", 0, GITLEAKS),
-    # Secrets about secrets
+    # Secret managers
     ("Vault token", "hvs. hvb. hvr.", r"hv[sbr]\.[A-Za-z0-9_-]{20,}", 0, GITLEAKS),
     ("Doppler token", "dp.", r"dp\.(?:pt|st|ct|sa|scim|audit)\.[A-Za-z0-9._-]{40,}", 0, GITLEAKS),
     ("1Password token", "ops_eyj", r"ops_eyJ[A-Za-z0-9+/]{100,}={0,3}", 0, GITLEAKS),
@@ -204,9 +204,9 @@ _TOKENS: tuple[Row, ...] = (
     ("PostHog key", "phc_ phx_", r"ph[cx]_[A-Za-z0-9]{40,}", 0, ISSUER),
     ("Dynatrace token", "dt0", r"dt0[a-z]\d\d\.[A-Z0-9]{24}\.[A-Z0-9]{64}", 0, GITLEAKS),
     ("LaunchDarkly key", "api- sdk-", _START + r"(?:api|sdk)-" + _UUID, 0, ISSUER),
-    # Passwords in places that are made for them
+    # Passwords in the places intended for them
 )
-# What is known by the words around it.
+# Secrets recognized by the words around them.
 _CONTEXTS: tuple[Row, ...] = (
     (
         "Weights & Biases key",
@@ -286,14 +286,14 @@ def _rules(table: tuple[Row, ...]) -> tuple[Rule, ...]:
 
 TOKENS, CONTEXTS = _rules(_TOKENS), _rules(_CONTEXTS)
 
-# A value that is given to a name. What is random enough to be a secret decides `secrets.is_random`.
+# A value assigned to a name. `secrets.is_random` decides whether it is random enough to be a secret.
 _NAMES = (
     r"api[_.-]?key|api[_.-]?secret|apikey|access[_.-]?key|secret(?!s)|token(?!iz)|passw(?:or)?d|passphrase|pwd|"
     r"credential|auth[_.-]?key|private[_.-]?key|encryption[_.-]?key|signing[_.-]?key|account[_.-]?key|"
     r"service[_.-]?key|client[_.-]?key|deploy[_.-]?key|session[_.-]?key|master[_.-]?key|db[_.-]?pass|"
     r"conn(?:ection)?[_.-]?str(?:ing)?"
 )
-# Services whose keys have no shape of their own.
+# Services whose keys have no format of their own.
 _SERVICES = (
     r"adafruit|adobe|airtable|algolia|alibaba|asana|assemblyai|azure|beamer|bitbucket|bittrex|cloudflare|"
     r"codecov|cohere|coinbase|comet|confluent|contentful|datadog|deepgram|deepseek|discord|droneci|dropbox|"
@@ -302,7 +302,7 @@ _SERVICES = (
     r"mistral|neptune|netlify|newrelic|ngrok|nytimes|okta|plaid|postmark|railway|rapidapi|sendbird|sentry|"
     r"snyk|softlayer|sonar|squarespace|sumologic|together|travis|twitch|twitter|voyage|zendesk|zhipu"
 )
-# What is given to a name, and the name before it.
+# An assigned value, and the name before it.
 VALUE = re.compile(r"(?:=>|:=|=|:)[ \t]{0,4}(?P<quote>[\"'`]?)(?P<value>[^\s\"'`,;<>(){}\[\]\\]{6,300})")
 NAME_BEFORE = re.compile(
     rf"(?i)(?P<name>(?:{_NAMES}|(?<![a-z])(?:{_SERVICES})(?=[_.-]|\w{{0,8}}(?:key|id|secret|token)))[\w.-]{{0,30}})"
@@ -311,7 +311,7 @@ NAME_BEFORE = re.compile(
 )
 LONGEST_NAME = 80
 
-# Files that hold secrets by their names, in lower case.
+# File names, in lower case, of files that contain secrets.
 NAMES = re.compile(
     r"\.env(\..+)?|.+\.env|\.?envrc|[._]netrc|netrc|id_(rsa|dsa|ecdsa|ed25519)(_sk)?|.+_(rsa|ed25519)|"
     r".+\.(pem|key|p8|p12|pfx|pkcs12|kdbx?|jks|keystore|bks|ppk|ovpn|tfvars|tfstate|kubeconfig|"

@@ -1,4 +1,4 @@
-"""A scan for secrets in what is about to be published. It reports where, and never what."""
+"""Scans files for secrets before they are published. It reports places, but never the secrets."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from smolctl.sources.gguf.header import GGUF_MAGIC, read_header
 from smolctl.sources.huggingface.safetensors_file import is_safetensors
 
 SECRET_VARIABLE = re.compile(r"TOKEN|KEY|SECRET|PASS|PWD|CREDENTIAL|AUTH|COOKIE|DSN", re.IGNORECASE)
-SHORTEST_VALUE = 16  # of a variable: shorter ones occur in ordinary text
+SHORTEST_VALUE = 16  # of an environment variable: shorter values occur in ordinary text
 SHORTEST_PASSWORD = 8
-PIECE, OVERLAP = 8 << 20, 8 << 10  # bytes that are searched at once, and that two such pieces share
-# What stands where a secret belongs, and is none.
+PIECE, OVERLAP = 8 << 20, 8 << 10  # bytes that are searched together, and the overlap of consecutive pieces
+# Placeholders in the place of a secret.
 PLACEHOLDER = re.compile(
     r"(?i)[*.x#-]+|[<{$%@].*|.*(?:example|placeholder|changeme|change_me|redacted|dummy|your[_-]).*|"
     r"(?:my|the|some|an?)?[_-]?(?:user(?:name)?|passw(?:or)?d|pass|pwd|secret|token|key|none|null|true|false|"
@@ -42,21 +42,21 @@ NOT_RANDOM = re.compile(
 )
 FILE_NAME = re.compile(r".+\.(?:json|txt|md|py|jinja|safetensors|gguf|ya?ml|png|model|ckpt|so|c|h|bin)")
 WORD = re.compile(r"[A-Za-z]+\d{0,3}|\d+[A-Za-z]{0,2}|[vV]\d+")
-ESCAPED = re.compile(r"\\([nrt\"'/])")  # in a string of JSON or of a program
-WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|\d+")  # of random letters and digits they are two characters long
-LONGEST_MEAN = 4  # characters: where they are longer, they are words
-LEAST_ENTROPY = 2.8  # bits a character of what is random; eight different ones have 3
+ESCAPED = re.compile(r"\\([nrt\"'/])")  # in a string of JSON or of source code
+WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|\d+")  # two characters on average in random text
+LONGEST_MEAN = 4  # characters: if the mean is longer, the text consists of words
+LEAST_ENTROPY = 2.8  # bits per character of random text; eight distinct characters have 3
 LETTERS, DIGITS = re.compile(r"[A-Za-z]"), re.compile(r"\d")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Where something looks like a secret."""
+    """The place of a possible secret."""
 
     path: str
-    line: int  # from 1; 0: the file itself
+    line: int  # starting at 1; 0: the file itself
     kind: str
-    hash: str  # of what was found: the beginning of its SHA-256, by which it can be said to be no secret
+    hash: str  # start of the SHA-256 of the finding, with which the user can allow it
 
     def __str__(self) -> str:
         place = f"{self.path}:{self.line}" if self.line else self.path
@@ -64,10 +64,10 @@ class Finding:
 
 
 def scan(folder: Path, paths: Iterable[str]) -> tuple[Finding, ...]:
-    """Everything in files of a folder that looks like a secret.
+    """Everything in the files of a folder that looks like a secret.
 
-    Every byte is taken for a character: secrets are ASCII, in whatever encoding and whatever kind of file. Of
-    weights the header is searched: their numbers hold no text.
+    Every byte is read as a character, because secrets are ASCII in every encoding and kind of file. Of
+    weights only the header is searched, because their numbers contain no text.
     """
     values = _secret_values()
     findings: list[Finding] = []
@@ -80,7 +80,7 @@ def scan(folder: Path, paths: Iterable[str]) -> tuple[Finding, ...]:
             for start, kind, secret in _found(text, values):
                 line = first_line + text.count("\n", 0, start)
                 finding = Finding(path, line, kind, _hash(secret.encode("latin-1")))
-                if (finding.line, finding.hash) not in known:  # where two pieces overlap
+                if (finding.line, finding.hash) not in known:  # in the overlap of two pieces
                     known.add((finding.line, finding.hash))
                     findings.append(finding)
     return tuple(findings)
@@ -93,8 +93,8 @@ def _hash(secret: bytes) -> str:
 def _texts(file: Path) -> Iterator[tuple[int, str]]:
     """A file in pieces of text, each with the number of its first line.
 
-    Without its NUL bytes a text in UTF-16 or UTF-32 is one in ASCII; with spaces in their place the strings
-    in a program or a picture stay apart.
+    Without NUL bytes, UTF-16 and UTF-32 become ASCII; with spaces in their place, the strings in a program or
+    a picture remain separate.
     """
     line, left = 1, _bytes_to_search(file)
     before = b""
@@ -111,12 +111,12 @@ def _texts(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def _unescaped(match: re.Match[str]) -> str:
-    """What an escape stands for; for a line end another space, so that lines can be counted."""
+    """The character of an escape; for a line end a second space, so that lines can be counted."""
     return match[1] if match[1] in "\"'/" else "\t"
 
 
 def _bytes_to_search(file: Path) -> int:
-    """How much of a file can hold text: all of it, but of weights their header."""
+    """The bytes of a file that can contain text: all of it, but of weights only the header."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         start = opened.read(512)
@@ -131,7 +131,7 @@ def _bytes_to_search(file: Path) -> int:
 
 
 def _found(text: str, values: Mapping[str, str]) -> Iterator[tuple[int, str, str]]:
-    """Where something begins that looks like a secret, its kind, and the secret; no part twice."""
+    """Start, kind and text of each possible secret; no part is reported twice."""
     spans: list[tuple[int, int]] = []
     for start, kind, secret in itertools.chain(
         _values_in(text, values),
@@ -154,7 +154,7 @@ def _values_in(text: str, values: Mapping[str, str]) -> Iterator[tuple[int, str,
 
 
 def _tokens_in(text: str) -> Iterator[tuple[int, str, str]]:
-    """Secrets that are known by themselves, looked for in the long pieces without spaces."""
+    """Secrets with a format of their own, searched in the long tokens without spaces."""
     pieces = [(match.start(), match[0]) for match in TOKEN.finditer(text)]
     places = list(itertools.accumulate((len(piece) + 1 for _, piece in pieces), initial=0))
     for place, kind, secret in _matches(" ".join(piece for _, piece in pieces), TOKENS):
@@ -175,7 +175,7 @@ def _matches(text: str, rules: Iterable[Rule]) -> Iterator[tuple[int, str, str]]
 
 
 def _assigned_in(text: str) -> Iterator[tuple[int, str, str]]:
-    """Values that are given to names such as `api_key` or `password`."""
+    """Values assigned to names such as `api_key` or `password`."""
     for match in VALUE.finditer(text):
         value = match["value"]
         is_mixed = bool(DIGITS.search(value) and LETTERS.search(value))
@@ -201,7 +201,7 @@ def _is_password(named: re.Match[str], given: re.Match[str]) -> bool:
 
 
 def is_random(value: str) -> bool:
-    """Whether a text of letters and digits is none that a person would write: long, mixed, and no words."""
+    """Whether a text of letters and digits is random: long, mixed, and without words."""
     if len(value) < SHORTEST_VALUE or NOT_RANDOM.fullmatch(value):
         return False
     if not (DIGITS.search(value) and LETTERS.search(value)):
@@ -214,13 +214,13 @@ def is_random(value: str) -> bool:
 
 
 def _entropy(text: str) -> float:
-    """Shannon's, in bits a character."""
+    """Shannon entropy, in bits per character."""
     counts = Counter(text).values()
     return -sum(count / len(text) * math.log2(count / len(text)) for count in counts) if text else 0.0
 
 
 def _secret_values() -> dict[str, str]:
-    """Secrets of this process's environment, whatever they are called, and the saved Hub token."""
+    """Secrets in this process's environment, under any name, and the saved Hub token."""
     from huggingface_hub import get_token
 
     values = {name: value for name, value in os.environ.items() if _may_be_secret(name, value)}
@@ -231,12 +231,12 @@ def _secret_values() -> dict[str, str]:
 
 
 def _may_be_secret(name: str, value: str) -> bool:
-    """Whether a variable holds a secret: its name says so, or its value is random."""
+    """Whether a variable contains a secret: by its name, or because its value is random."""
     if any(character.isspace() for character in value) or PLACEHOLDER.fullmatch(value):
         return False
     if not SECRET_VARIABLE.search(name):
         return is_random(value)
-    if NOT_RANDOM.fullmatch(value):  # the place of a file or a server
+    if NOT_RANDOM.fullmatch(value):  # a path or a server address
         return False
     is_mixed = bool(DIGITS.search(value) and LETTERS.search(value))
     return len(value) >= SHORTEST_VALUE or (len(value) >= SHORTEST_PASSWORD and is_mixed)

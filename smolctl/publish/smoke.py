@@ -1,4 +1,4 @@
-"""A Space's folder started on this machine: one prompt is answered, then it is stopped again."""
+"""Starts a Space's folder on this machine, checks the answer to one prompt, and stops it."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from smolctl.programs import running_program
 from smolctl.publish.app import SpaceFacts
 from smolctl.publish.speaker import CONTROLS
 
-START_SECONDS = 600.0  # imports from a cold disk on a busy machine; an app that ends is noticed at once
+START_SECONDS = 600.0  # imports from a cold disk on a busy machine; an app that exits is detected immediately
 ANSWER_SECONDS = 300.0
 LOG_LINES = 15
 
 
 @dataclass(frozen=True)
 class SmokeTest:
-    """How the folder did."""
+    """The result of the test."""
 
     prompt: str
     text: str
-    start_s: float  # until the page was there
+    start_s: float  # until the page was ready
     answer_s: float
-    engine: str  # as the app names it
+    engine: str  # the app's description
 
 
 def require_gradio() -> None:
@@ -52,14 +52,14 @@ def require_gradio() -> None:
 
 
 def smoke_test(folder: Path, python: str = sys.executable) -> SmokeTest:
-    """Start the folder as the Hub would, ask it one prompt through its API, stop it.
+    """Start the folder like the Hub, send one prompt through its API, and stop it.
 
     Args:
         folder: of the Space.
-        python: the interpreter; its environment has the Space's requirements and Gradio.
+        python: the interpreter; its environment must have the Space's requirements and Gradio.
 
     Raises:
-        SmolError: it does not start, fails, or gives no answer; with the end of its log.
+        SmolError: it does not start, fails, or does not answer; with the end of its log.
     """
     require_gradio()
     started = time.perf_counter()
@@ -70,7 +70,7 @@ def smoke_test(folder: Path, python: str = sys.executable) -> SmokeTest:
 
 @contextlib.contextmanager
 def running(folder: Path, python: str = sys.executable) -> Iterator[str]:
-    """The app of a folder on a port of this machine while the block runs; yields its address.
+    """Run the app of a folder on a port of this machine during the block; yields its address.
 
     Raises:
         SmolError: it does not start, with the end of its log.
@@ -123,7 +123,7 @@ def _ask(url: str, facts: SpaceFacts, start_s: float) -> SmokeTest:
 
     prompt = facts.examples[0] if facts.examples else "Hello"
     values = [control[4] for control in CONTROLS]
-    values[0], values[-1] = 16, 1  # tokens are enough, and the same ones every time
+    values[0], values[-1] = 16, 1  # few tokens are enough, and temperature 0 gives the same ones every time
     try:
         client = Client(url, verbose=False, analytics_enabled=False)
         named = client.view_api(print_info=False, return_format="dict")["named_endpoints"]

@@ -17,10 +17,10 @@ from smolctl.publish.space_text import examples
 
 
 def require_space(sdk: Sdk) -> None:
-    """Check that a Space can be tried on this machine before it goes up.
+    """Check that a Space can be tried on this machine before it is pushed.
 
     Raises:
-        SmolError: what it takes is not installed.
+        SmolError: a requirement is not installed.
     """
     if sdk is Sdk.GRADIO:
         require_gradio()
@@ -29,14 +29,14 @@ def require_space(sdk: Sdk) -> None:
 
 
 def add_space(built: Built, folder: Path, sdk: Sdk, schemes: Sequence[str], tried: bool) -> Built:
-    """Write a Space into an empty folder, complete but for its card.
+    """Write a Space into an empty folder, complete except for its card.
 
     Args:
-        built: what is published.
+        built: the built model.
         folder: of the Space.
-        sdk: which kind.
+        sdk: the kind of Space.
         schemes: of the variants on a static page; the first is the default.
-        tried: whether it has to answer a prompt on this machine.
+        tried: whether it must answer a prompt on this machine.
 
     Raises:
         SmolError: it cannot be made, or does not answer.
@@ -56,13 +56,13 @@ def add_space(built: Built, folder: Path, sdk: Sdk, schemes: Sequence[str], trie
 
 
 def write_card(sdk: Sdk, folder: Path, facts: CardFacts, on_hub: str | None) -> None:
-    """Write what depends on where the model goes: what the page links to, and README.md.
+    """Write the parts that depend on the destination: the page's links, and README.md.
 
     Args:
-        sdk: which kind.
+        sdk: the kind of Space.
         folder: of the Space, from `add_space`.
-        facts: of the model's card; its `repo` is where the model lies on the Hub.
-        on_hub: the Space's README.md as it is now.
+        facts: of the model's card; its `repo` is the model's repository on the Hub.
+        on_hub: the Space's current README.md.
     """
     kind = gradio_space if sdk is Sdk.GRADIO else static_space
     kind.write_card(folder, facts, on_hub)

@@ -1,4 +1,4 @@
-"""The Space on the Hub: what its account needs, and whether it runs."""
+"""The Space on the Hub: the account that it needs, and whether it runs."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from smolctl.hub.client import HubClient, Target
 from smolctl.hub.errors import WRITING, PaymentError, explained, first_line
 
 POLL_SECONDS = 5.0
-LONGEST_SECONDS = 30 * 60.0  # as long as the Hub itself lets a Space start
+LONGEST_SECONDS = 30 * 60.0  # the Hub's own limit for starting a Space
 RUNNING = "RUNNING"
-# Stages from which a Space does not get on by itself.
+# Stages that a Space does not leave by itself.
 ASLEEP = ("SLEEPING", "PAUSED", "STOPPED")
 BROKEN = ("BUILD_ERROR", "CONFIG_ERROR", "NO_APP_FILE", "RUNTIME_ERROR", "DELETING")
 LOG_LINES = 30
 
 
 def explained_payment(error: PaymentError) -> HubError:
-    """What kind of account a Gradio Space needs, when the account is what is missing."""
+    """Explain which account a Gradio Space needs, if the account is the problem."""
     return HubError(
         f"{error.message}; the model itself is published",
         "A Gradio Space on cpu-basic needs a PRO, Team or Enterprise account (hf.co/pricing). A static Space "
@@ -30,10 +30,10 @@ def await_space(client: HubClient, target: Target, longest_s: float = LONGEST_SE
     """Wait until a Space runs.
 
     Returns:
-        Its stage: running, or asleep.
+        Its stage: running or sleeping.
 
     Raises:
-        HubError: it failed, with the end of its log, or is not there in time.
+        HubError: it failed, with the end of its log, or did not start in time.
     """
     deadline = time.monotonic() + longest_s
     last = ""

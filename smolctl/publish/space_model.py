@@ -1,4 +1,4 @@
-"""The quantized model that a Space answers with."""
+"""The quantized model of a Space."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from smolctl.sources.quantized_folder import read_description
 
 
 def write_space_model(built: Built, scheme: str, folder: Path) -> None:
-    """Quantize what is published into a new folder.
+    """Quantize the published model into a new folder.
 
     Raises:
-        SmolError: it cannot be quantized so, or cannot be written.
+        SmolError: it cannot be quantized with this scheme, or cannot be written.
     """
     source = open_source(str(built.folder))
     config = source.require_config()
@@ -29,7 +29,7 @@ def write_space_model(built: Built, scheme: str, folder: Path) -> None:
 
 
 def space_model(built: Built, scheme: str, work: Path) -> Path:
-    """The folder of a scheme: the run's own, which `quantize` may have calibrated, or a new one in `work`."""
+    """The folder of a scheme: the run's own, which may be calibrated, or a new one in `work`."""
     for name in built.quantized:
         folder = built.folder / QUANTIZED / name
         if read_description(folder)["scheme"] == scheme:

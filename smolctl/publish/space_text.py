@@ -1,4 +1,4 @@
-"""What both kinds of Space say: about the model on the page, and in README.md about the Space."""
+"""Texts of both kinds of Space: about the model on the page, and about the Space in README.md."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ EXAMPLES = 4
 def write_space_card(
     folder: Path, facts: CardFacts, on_hub: str | None, decided: Mapping[str, Any], text: str
 ) -> None:
-    """Write a Space's README.md around what people have written in the one on the Hub.
+    """Write a Space's README.md, keeping people's text from the one on the Hub.
 
     Args:
         folder: of the Space.
-        facts: of the model's card; its `repo` is where the model lies on the Hub.
-        on_hub: the Space's README.md as it is now.
-        decided: front matter that the folder needs; people's own values do not count there.
+        facts: of the model's card; its `repo` is the model's repository on the Hub.
+        on_hub: the Space's current README.md.
+        decided: front matter that the folder requires and that overrides people's values.
         text: Markdown below the title.
     """
     changeable: dict[str, Any] = {
@@ -42,7 +42,7 @@ def write_space_card(
 
 
 def summary(facts: CardFacts, markdown: bool = False) -> str:
-    """The model in two or three sentences of plain text, or of Markdown with a link to its base."""
+    """Two or three sentences on the model in plain text, or in Markdown with a link to its base."""
     config = facts.config
     parts = [
         f"{facts.parameters:,} parameters",
@@ -61,12 +61,12 @@ def summary(facts: CardFacts, markdown: bool = False) -> str:
 
 
 def model_link(facts: CardFacts) -> str:
-    """A sentence of Markdown that names the model's repository, once it is known."""
+    """A sentence of Markdown with a link to the model's repository, if it is known."""
     return f" Model: [{facts.repo}]({facts.url})" if facts.url else ""
 
 
 def examples(facts: CardFacts) -> Sequence[str]:
-    """The prompts that the run was asked all along; questions for a chat model."""
+    """The prompts of the run's predictions; questions for a chat model."""
     asked = facts.run and (not facts.can_chat or facts.run.config.data.format == "chat")
     if facts.run and asked and facts.run.histories:
         return list(facts.run.histories)[:EXAMPLES]

@@ -1,4 +1,4 @@
-"""The model of a Gradio Space: it answers several visitors at once, each until they leave or press stop."""
+"""The model of a Gradio Space: answers several visitors at once, each until they leave or press stop."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from smolctl.generation.load import LoadedModel
 from smolctl.generation.sampling import SamplingSettings
 from smolctl.generation.service import Asked, Piece, Service
 
-ANSWER_S = 60.0  # for one answer, its prompt included: others are waiting
-CHECK_EVERY_S = 0.25  # whether time is up, or the visitor has left
-SLOTS = 8  # visitors at most who are answered at once
-CACHE_BYTES = 4 << 30  # of their conversations together: fewer are answered at once where a model needs more
-WAITING = 16  # visitors at most who wait for their turn; others are asked to come back
-# What the page says below an answer in place of the model.
+ANSWER_S = 60.0  # per answer, including its prompt, because others are waiting
+CHECK_EVERY_S = 0.25  # for the end of the time, or of the visit
+SLOTS = 8  # maximum number of visitors who are answered at once
+CACHE_BYTES = 4 << 30  # of their conversations; a model that needs more answers fewer visitors
+WAITING = 16  # maximum number of waiting visitors; others are asked to come back
+# Texts of the page, not of the model, below an answer.
 ENDED_AT_ONCE = "(the model ended its answer at once)"
 STOPPED = f"[stopped after {ANSWER_S:.0f} seconds]"
-REFUSED = "⚠ "  # begins the reason why there is no answer
-# Sliders under the box: name, least, most, step, value where the model recommends none, help.
+REFUSED = "⚠ "  # starts the reason why there is no answer
+# Sliders below the box: name, minimum, maximum, step, value if the model recommends none, help.
 CONTROLS = (
     ("Maximum tokens", 1, 512, 1, 128, "maximum number of tokens in an answer"),
     ("Temperature", 0.0, 2.0, 0.05, 0.7, "0 always takes the likeliest token"),
@@ -43,22 +43,23 @@ CONTROLS = (
 
 @dataclass(frozen=True)
 class Visit:
-    """What is known of a visitor who is being answered."""
+    """A visitor who is being answered."""
 
     has_left: Callable[[], bool] = lambda: False  # closed the page or the connection
-    by_program: bool = True  # asks through the endpoint for programs
+    by_program: bool = True  # uses the endpoint for programs
 
 
 class Speaker:
-    """A model that answers several visitors at once; one who leaves or presses stop ends their own answer.
+    """A model that answers several visitors at once; one who leaves or presses stop ends only their own
+    answer.
 
-    The answers are asynchronous generators: Gradio cancels these at once, but others only after their next
-    piece of text, which may be a long prompt away.
+    The answers are asynchronous generators: Gradio cancels these immediately, but others only after their
+    next piece of text, which may be a long prompt away.
 
     Args:
-        model: answers.
-        answer_s: seconds after which an answer is stopped.
-        visit: called when an answer begins.
+        model: the model that answers.
+        answer_s: maximum seconds per answer.
+        visit: returns the current visitor; called when an answer begins.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Speaker:
         self.service = Service(model, min(max(CACHE_BYTES // cached, 1), SLOTS), self.context, WAITING)
 
     def engine(self) -> str:
-        """The engine that runs here, and why it is not a faster one where that is so."""
+        """The engine, and the reason if a faster one is not used."""
         engine = self.model.engine
         note = f" ({engine.note})" if engine.note else ""
         return f"{engine.name}, {compute_threads()} threads{note}"
@@ -82,7 +83,9 @@ class Speaker:
     async def chat(
         self, message: str, history: Sequence[Mapping[str, Any]], *controls: float
     ) -> AsyncGenerator[str, None]:
-        """The answer so far, again and again as it grows. The oldest turns go when there is no room."""
+        """Yield the answer so far, repeatedly as it grows. The oldest turns are dropped if there is no
+        room.
+        """
         turns = [{"role": str(turn["role"]), "content": _text(turn["content"])} for turn in history]
         conversation = Conversation(chat=True, turns=turns)
 
@@ -91,14 +94,14 @@ class Speaker:
             return conversation.prompt(self.model, message)
 
         visit = self._visit()
-        # Gradio locks the page's box for good when an answer ends with an error.
+        # Gradio locks the page's input box permanently if an answer ends with an error.
         answers = self._answers(message, prompt, controls, visit, says_errors=not visit.by_program)
         async with aclosing(answers):
             async for text in answers:
                 yield text
 
     async def continue_text(self, prompt: str, *controls: float) -> AsyncGenerator[str, None]:
-        """The prompt and what follows it so far, again and again as it grows."""
+        """Yield the prompt and its continuation so far, repeatedly as it grows."""
         given = whole_characters(prompt)
         answers = self._answers(given, lambda: self.model.prompt(given), controls, self._visit())
         async with aclosing(answers):
@@ -118,7 +121,7 @@ class Speaker:
         pieces: asyncio.Queue[Piece | SmolError] = asyncio.Queue()
 
         def listen(piece: Piece | SmolError) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            with suppress(RuntimeError):  # the loop is closed, so there is no receiver
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         def read() -> Asked:
@@ -133,7 +136,7 @@ class Speaker:
                     yield f"{answer}\n\n{STOPPED}".strip()
                     return
                 before = answer
-                # All that has come by now: with each value Gradio sends a change of the page.
+                # All pieces that have arrived: for each value, Gradio sends an update of the page.
                 for piece in await _waiting_in(pieces, CHECK_EVERY_S):
                     if isinstance(piece, SmolError):
                         raise piece
@@ -147,7 +150,7 @@ class Speaker:
             if not says_errors:
                 import gradio
 
-                # Gradio takes the message for HTML, and a chat template may have written it.
+                # Gradio renders the message as HTML, and a chat template may have written it.
                 raise gradio.Error(html.escape(reason), print_exception=False) from None
             yield f"{answer}\n\n{REFUSED}{reason}".strip()
         finally:
@@ -156,7 +159,7 @@ class Speaker:
 
 
 async def _waiting_in(queue: asyncio.Queue[Piece | SmolError], at_most_s: float) -> list[Piece | SmolError]:
-    """All that waits in a queue: where that is nothing, what comes within a time."""
+    """All items in a queue; if it is empty, the items that arrive within a timeout."""
     found = []
     with suppress(TimeoutError):
         async with asyncio.timeout(at_most_s):
@@ -175,7 +178,7 @@ def _settings(controls: Sequence[float]) -> CompletionSettings:
 
 
 def _text(content: Any) -> str:
-    """A turn's text, without what the page has said below it; Gradio's own page sends it in parts."""
+    """A turn's text, without the page's remarks below it; Gradio's own page sends it in parts."""
     parts = [content] if isinstance(content, str) else content or ()
     text = "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in parts)
     head, _, last = text.rpartition("\n\n")
@@ -183,7 +186,7 @@ def _text(content: Any) -> str:
 
 
 def controls_of(model: LoadedModel) -> list[tuple[str, float, float, float, float, str]]:
-    """`CONTROLS` as a model's page starts with them: within its context, and as its makers recommend."""
+    """`CONTROLS` for a model's page: limited by its context, and with its recommended values."""
     found = []
     for name, low, high, step, value, info in CONTROLS:
         if name == CONTROLS[0][0]:

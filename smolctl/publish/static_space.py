@@ -1,4 +1,4 @@
-"""A static Space as a folder: the page that runs the model in the visitor's browser."""
+"""A static Space as a folder: a page that runs the model in the visitor's browser."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from smolctl.publish.space_text import examples, model_link, summary, write_spac
 def add_space(
     built: Built, folder: Path, schemes: Sequence[str], work: Path
 ) -> tuple[tuple[Path, ...], tuple[PageModel, ...]]:
-    """Write the page into an empty folder, complete but for its links and README.md.
+    """Write the page into an empty folder, complete except for its links and README.md.
 
     Args:
-        built: what is published.
-        folder: gets the page.
-        schemes: of the variants that visitors can choose; the first is the one that they get by default.
-        work: for quantized models that the run does not have yet.
+        built: the built model.
+        folder: for the page.
+        schemes: of the variants that visitors can choose; the first is the default.
+        work: folder for quantized models that the run does not have yet.
 
     Returns:
-        The quantized folders that the page was made from, and what the page has of them.
+        The quantized folders that the page was made from, and the page's variants.
 
     Raises:
         InputError: the page cannot run the model, or its tokenizer.
@@ -38,13 +38,13 @@ def add_space(
 
 
 def verdicts(built: Built) -> dict[str, str]:
-    """What `quantize` measured of the published step, by scheme."""
+    """The verdicts of `quantize` on the published step, by scheme."""
     records = built.facts.variants if built.facts else ()
     return {str(record["scheme"]): str(record["verdict"]) for record in records if record.get("verdict")}
 
 
 def page_text(facts: CardFacts) -> PageText:
-    """What the page says about the model."""
+    """The page's text about the model."""
     return PageText(
         title=facts.name,
         summary=summary(facts),
@@ -71,7 +71,9 @@ def _facts(facts: CardFacts) -> Iterator[tuple[str, str]]:
 
 
 def write_card(folder: Path, facts: CardFacts, on_hub: str | None) -> None:
-    """Write what depends on where the model goes: the page's links, and README.md. See `space.write_card`."""
+    """Write the parts that depend on the destination: the page's links, and README.md. See
+    `space.write_card`.
+    """
     update_text(folder, page_text(facts))
     decided = {"sdk": "static", "app_file": "index.html", "custom_headers": dict(ISOLATION)}
     text = (

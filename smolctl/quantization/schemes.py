@@ -144,7 +144,8 @@ def plan_quantization(config: ModelConfig, scheme: str, options: SchemeOptions) 
     for pattern in options.patterns:
         if not any(_matches(pattern, name, config) for name in shapes):
             raise UsageError(
-                f"{pattern}: no tensor has a name like this", "`smolctl count-params -d 9` lists the names."
+                f"{pattern}: no tensor has a name like this",
+                "`smolctl count-params MODEL --depth 4` lists the names.",
             )
     tensors = (_tensor_plan(name, shape, config, scheme, options) for name, shape in shapes.items())
     return QuantizationPlan(scheme, tuple(tensors), options)

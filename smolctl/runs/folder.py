@@ -267,8 +267,8 @@ class RunFolder:
             raise InputError(f"{self.path}: no checkpoint of step {step}", f"There are: {steps}.")
         if damage := chosen.damage:
             good = self.newest_sound(but=chosen.path)
-            none = "No other checkpoint is sound."
-            instead = f"The newest sound one: {self.path}@{good.step}" if good else none
+            none = "No other checkpoint is intact."
+            instead = f"The newest intact one: {self.path}@{good.step}" if good else none
             raise InputError(f"{chosen.path}: {damage}", instead)
         return chosen
 

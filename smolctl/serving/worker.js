@@ -1,10 +1,10 @@
 /**
- * In place of the page's own worker.js: the model runs on the server that sent the page, and answers over OpenAI's
- * API. It takes and gives the same messages.
+ * Replaces the page's own worker.js: the model runs on the server that sent the page, and answers over OpenAI's API.
+ * It handles the same messages.
  */
 
 const ALTERNATIVES = 5;
-const running = new Map(); // what aborts a generation, by its number
+const running = new Map(); // abort controllers of running generations, by number
 let capacity = 0; // tokens of a prompt and its answer
 
 onmessage = ({ data: { load, generate: request, stop } }) => {
@@ -23,7 +23,7 @@ async function generate({ number, messages, prompt, sampling, max_tokens, seed }
   const began = performance.now();
   const asked = { ...sampling, max_tokens, seed, stream: true, stream_options: { include_usage: true } };
   const done = { number, reason: "stopped", text: "", tokens: 0, forgotten: 0, used: 0, capacity };
-  let first = began; // when the first token was there
+  let first = began; // time of the first token
   try {
     const answer = messages
       ? await chat(asked, [...messages], done, controller.signal)
@@ -43,7 +43,7 @@ async function generate({ number, messages, prompt, sampling, max_tokens, seed }
     if (done.reason === "length" && done.used >= capacity) done.reason = "context";
   } catch (error) {
     if (!controller.signal.aborted) {
-      const lost = error instanceof TypeError; // of fetch
+      const lost = error instanceof TypeError; // raised by fetch
       const sentence = lost ? "The server does not answer; it may have been stopped." : error.message;
       postMessage({ number, fault: { kind: lost ? "server" : "prompt", sentence } });
       return;
@@ -55,7 +55,7 @@ async function generate({ number, messages, prompt, sampling, max_tokens, seed }
   postMessage({ number, done: { ...done, first: (first - began) / 1_000, seconds } });
 }
 
-/** Ask in a chat; the oldest turns are left out until the others fit. */
+/** Send a chat; the oldest turns are dropped until the others fit. */
 async function chat(asked, messages, done, signal) {
   for (;;) {
     try {
@@ -90,13 +90,13 @@ async function* events(body) {
   }
 }
 
-/** What a stream gives; Safari cannot iterate over one. */
+/** The chunks of a stream; Safari cannot iterate over one. */
 async function* read(stream) {
   const reader = stream.getReader();
   for (let part = await reader.read(); !part.done; part = await reader.read()) yield part.value;
 }
 
-/** The token of a choice as the page shows it; null: it has none. The API does not give its id. */
+/** A choice's token in the page's form; null: it has none. The API does not provide its id. */
 function described({ delta, text, logprobs }) {
   if (!logprobs) return null;
   const [token] = logprobs.content ?? logprobs.tokens.map((token) => ({ token }));

@@ -15,10 +15,10 @@ from smolctl.config import ModelConfig, RunConfig
 from smolctl.config.data import DataConfig
 from smolctl.config.load import (
     changed_recipe,
-    config_path,
     is_preset,
     merge,
     parse_settings,
+    preset_meant,
     preset_names,
     presets_folder,
     read_yaml,
@@ -146,10 +146,9 @@ def _open(model: str, values: Mapping[str, Any]) -> ModelSource:
 
         return open_hub(model)
     refuse_tag(model)
-    if hint := run_meant(model):
-        raise InputError(f"{model}: no preset or file has this name", hint)
     if "/" not in model and not is_file_name(model):
-        config_path(model)  # raises, with presets of a similar name
+        hint = run_meant(model) or preset_meant(model) + KINDS
+        raise InputError(f"{model}: no preset or file has this name", hint)
     raise InputError(f"{model}: no such file or folder", KINDS)
 
 
@@ -247,8 +246,11 @@ def _lone_file(folder: Path) -> Path | None:
 def _open_file(path: Path, name: str, values: Mapping[str, Any]) -> ModelSource:
     if is_run(path.parent) and path.name != CONFIG and path.name in (RECORD, *RUN_FILES):
         raise InputError(f"{path}: a record of a run, not a model", f"Name the run: {path.parent}")
-    with path.open("rb") as file:
-        start = file.read(512)
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError as error:  # of a failing read, which names no file
+        raise InputError(f"{name}: {error.strerror}", "Check the path and its permissions.") from None
     if not start:
         raise InputError(f"{name}: the file is empty", KINDS)
     refuse_pointer(start, name)

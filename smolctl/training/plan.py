@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -84,15 +85,15 @@ def make_plan(
 
 def _most_checkpoints(config: RunConfig, steps: int, validates: bool) -> int:
     """The largest number of checkpoints at the end of a run."""
-    settings, written = config.checkpoint, {0, *range(0, steps, config.checkpoint.every), steps}
-    keep_last = settings.keep_last
+    settings, keep_last = config.checkpoint, config.checkpoint.keep_last
+    written = 2 + (steps - 1) // settings.every  # at step 0, between, and at the end
     if config.init_from is not None:
-        written -= {0}  # it has no weights
-    if settings.keep_best and config.validation.every and validates:
-        # Each validation may be the best so far.
-        written |= {*range(config.validation.every, steps, config.validation.every)}
+        written -= 1  # that of step 0 has no weights
+    if settings.keep_best and (every := config.validation.every) and validates:
+        # Each validation may be better than those before.
+        written += (steps - 1) // every - (steps - 1) // math.lcm(every, settings.every)
         keep_last += bool(keep_last)
-    kept = min(len(written), keep_last or len(written))
+    kept = min(written, keep_last or written)
     return kept + (steps // settings.keep_every if settings.keep_every else 0)
 
 

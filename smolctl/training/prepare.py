@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from smolctl.config import RunConfig, resolve_run_config
+from smolctl.config.run import MOST_STEPS
 from smolctl.data.batches import StepDataset, validation_batches
 from smolctl.data.order import ORDER
 from smolctl.data.text.corpus import MissingSourceError, iter_texts, pin_sources
@@ -148,6 +149,11 @@ def prepare(
         emit(Note(note))
     if config.train.epochs is not None:
         steps = max(1, round(config.train.epochs * len(corpus.train) / config.tokens_per_step))
+        if steps > MOST_STEPS:
+            raise InputError(
+                f"train.epochs {config.train.epochs:g} are {steps:,} steps, more than {MOST_STEPS:,}",
+                "Choose fewer epochs.",
+            )
         config, decisions = _decided(_with_steps(config, steps), emit)
     reads = tuple(filter(None, (source.id if source else None, config.tokenizer, *config.data.texts)))
     return Prepared(config, _as_trained(network, config), tokenizer, corpus, decisions, reads=reads)

@@ -1,1 +1,1 @@
-"""Result objects as tables, lines and JSON. The only place that imports rich."""
+"""Result objects as tables, lines and JSON. Only this package imports rich."""

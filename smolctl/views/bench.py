@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 DISTURBED = "disturbed"
-# Columns of words.
+# Columns of text.
 LEFT = ("suite", "engine", "precision", "of the limit", "output", "against", "verdict")
 
 
@@ -88,7 +88,9 @@ def _comparison_verdict(one: RelativeSpeed, disturbed: str) -> str:
 
 
 def _verdict(ratio: float, beyond_noise: bool | None, equal: str, disturbed: str) -> str:
-    """Faster or slower only on a machine that did nothing else: threads that spin lose most on a busy one."""
+    """Faster or slower only on an otherwise idle machine: threads that spin are slowed down most by other
+    work.
+    """
     if disturbed:
         return DISTURBED
     if beyond_noise is None:
@@ -150,7 +152,7 @@ def _markdown(table: Table) -> list[str]:
 
 
 def bench_document(report: BenchReport, changes: Changes | None = None) -> Mapping[str, Any]:
-    """The JSON document, which `--save` writes and `--baseline` reads."""
+    """The JSON document that `--save` writes and `--baseline` reads."""
     machine = asdict(report.machine) | asdict(report.load) | {"limits": asdict(report.limits)}
     return {
         "format": FORMAT,

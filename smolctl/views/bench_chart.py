@@ -1,4 +1,4 @@
-"""A bench as a chart: a panel for each suite, a bar for each engine."""
+"""A bench as a chart with a panel for each suite and a bar for each engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the cache holds, as a table."""
+"""The contents of the cache, as a table."""
 
 from __future__ import annotations
 

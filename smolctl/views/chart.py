@@ -1,4 +1,4 @@
-"""The loss of a run as a chart of characters: braille dots, or ASCII where there is nothing else."""
+"""The loss of a run as a chart of characters: braille dots, or ASCII if necessary."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from smolctl.runs.chart import Series, loss_range, smoothed, thinned
 if TYPE_CHECKING:
     from rich.text import Text
 
-Points = NDArray[np.float64]  # (N, 2): steps, rising, and losses
+Points = NDArray[np.float64]  # (N, 2): ascending steps, and losses
 
 AROUND = 3  # lines above and below the curves: the legend, the axis, its labels
-LEAST_LINES, LEAST_WIDTH = AROUND + 4, 30  # of a chart that still says something
-LABEL_ROWS, LABEL_COLUMNS = 2, 10  # an axis has about one label in so many, or fewer
+LEAST_LINES, LEAST_WIDTH = AROUND + 4, 30  # of a readable chart
+LABEL_ROWS, LABEL_COLUMNS = 2, 10  # an axis has at most about one label per this many
 MOST_LABELS = 7
-# What a dot adds to the code of its braille character, by its row and column there (Unicode's U+2800 block).
+# The value that a dot adds to the code of its braille character, by row and column (Unicode's U+2800 block).
 BRAILLE = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
 
 
 class Layer(NamedTuple):
-    """One of the curves: its name, how it looks, and its sign in the legend with and without Unicode."""
+    """One of the curves: its name, style, and sign in the legend with and without Unicode."""
 
     name: str
     style: str
@@ -36,20 +36,20 @@ class Layer(NamedTuple):
 EVERY_STEP = Layer("every step", "dim", "⣿", ".")
 SMOOTHED = Layer("smoothed", "bold cyan", "━", "*")
 HELD_OUT = Layer("held out", "bold dark_orange", "●", "o")
-LAYERS = (EVERY_STEP, SMOOTHED, HELD_OUT)  # the later ones in front
+LAYERS = (EVERY_STEP, SMOOTHED, HELD_OUT)  # later ones are in front
 
 
 def loss_chart(
     losses: Points, held_out: Points, width: int, height: int, ascii_only: bool = False
 ) -> list[Text]:
-    """The loss of every step behind its smooth curve, and the held-out losses, against the step.
+    """The loss of every step behind its smoothed curve, and the held-out losses, by step.
 
     Args:
-        losses: of two steps at least.
+        losses: of at least two steps.
         held_out: may be empty.
-        width: columns of every line, `LEAST_WIDTH` or more.
-        height: lines, `LEAST_LINES` or more.
-        ascii_only: draw without braille and lines.
+        width: columns per line, at least `LEAST_WIDTH`.
+        height: lines, at least `LEAST_LINES`.
+        ascii_only: draw without braille and box characters.
     """
     from rich.text import Text
 
@@ -65,7 +65,7 @@ def loss_chart(
     x_labels = {_cell((value - left) / (right - left), columns): name for value, name in x_ticks}
 
     def shares(steps: Series, values: Series) -> tuple[Series, Series]:
-        """Points as shares of the way from left to right and from top to bottom."""
+        """Points as shares of the width (from the left) and the height (from the top)."""
         return (steps - left) / (right - left), (high - values) / (high - low)
 
     layers = [shares(x, raw), shares(x, smooth), shares(held_out[:, 0], held_out[:, 1])]
@@ -81,13 +81,13 @@ def loss_chart(
 
 
 def ticks(low: float, high: float, most: int, whole: bool = False) -> list[tuple[float, str]]:
-    """About `most` round values (1, 2 or 5 times a power of ten) from low to high, and how they are written.
+    """About `most` round values (1, 2 or 5 times a power of ten) from low to high, and their texts.
 
     Args:
         low: of the axis.
         high: of the axis, above `low`.
         most: values; no more than `MOST_LABELS`.
-        whole: take whole numbers only.
+        whole: use integers only.
     """
     least = (high - low) / max(1, min(most, MOST_LABELS))
     power = 10.0 ** math.floor(math.log10(least))
@@ -100,10 +100,10 @@ def ticks(low: float, high: float, most: int, whole: bool = False) -> list[tuple
 
 
 def _cells(layers: list[tuple[Series, Series]], columns: int, rows: int, ascii_only: bool) -> list[Text]:
-    """Two curves and marks on a canvas of characters, the later ones in front."""
+    """Two curves and marks on a canvas of characters, later ones in front."""
     from rich.text import Text
 
-    across, down = (1, 1) if ascii_only else (2, 4)  # dots of a character
+    across, down = (1, 1) if ascii_only else (2, 4)  # dots per character
     characters = np.full((rows, columns), " ", dtype="<U1")
     front = np.full((rows, columns), -1)
     for number, (x, y) in enumerate(layers[:2]):
@@ -132,13 +132,13 @@ def _cells(layers: list[tuple[Series, Series]], columns: int, rows: int, ascii_o
 
 
 def _cell(share: float, cells: int) -> int:
-    """The cell that lies a share (0 to 1) of the way along an axis."""
+    """The cell at a share (0 to 1) of an axis."""
     return min(cells - 1, int(share * cells))
 
 
 def _curve(x: Series, y: Series, columns: int, rows: int) -> NDArray[np.bool_]:
-    """The dots (rows, columns) of a curve: in each column from its lowest point to its highest, and as far
-    as it takes to touch the column before. What lies outside is not drawn.
+    """The dots (rows, columns) of a curve: in each column from its lowest point to its highest, extended to
+    touch the previous column. Points outside are not drawn.
     """
     top = np.interp(np.arange(columns), x, y)
     bottom = top.copy()
@@ -161,7 +161,7 @@ def _legend(last: tuple[float, ...], ascii_only: bool) -> Text:
 
 
 def _below(labels: dict[int, str], margin: int, width: int) -> str:
-    """Labels in the middle below their columns, and what they count."""
+    """Labels centred below their columns, and the name of the axis."""
     line = "step"
     for column, name in labels.items():
         start = min(margin + column - len(name) // 2, width - len(name))

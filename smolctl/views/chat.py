@@ -13,9 +13,10 @@ from smolctl.errors import InputError, SmolError
 from smolctl.generation.complete import CompletionResult, InterruptedCompletion, TextListener
 from smolctl.generation.conversation import Session
 from smolctl.generation.prompts import COUNTS, SAMPLING, SETTINGS
-from smolctl.outside import parse_json
+from smolctl.outside import json_or_text
 from smolctl.views.completions import StreamView, show_facts
 from smolctl.views.editor import open_editor
+from smolctl.views.numbers import counted
 from smolctl.views.output import Output
 
 HELP = """\
@@ -31,11 +32,11 @@ character makes a message of what would be a command."""
 
 
 class Chat:
-    """Answers what is typed until the input ends."""
+    """Answers the user's input until it ends."""
 
     def __init__(self, out: Output, session: Session) -> None:
         self.out, self.session = out, session
-        self._files: set[Path] = set()  # which this session has written or read, and may replace
+        self._files: set[Path] = set()  # written or read by this session, and therefore replaceable
         self._commands: dict[str, Callable[[str], object]] = {
             "/help": lambda _: out.talk(HELP),
             "/clear": self._clear,
@@ -73,7 +74,7 @@ class Chat:
                 self.out.talk("Stopped.")
 
     def _obey(self, text: str) -> None:
-        """Run a command or answer a message; errors end this turn only."""
+        """Run a command or answer a message; an error ends only this turn."""
         name, _, argument = text.strip().partition(" ")
         try:
             if not re.match(r"/[a-z]+(\s|$)", text):
@@ -125,7 +126,7 @@ class Chat:
             name, _, value = text.replace("=", " ", 1).partition(" ")
             if name not in SETTINGS:
                 raise InputError(f"there is no setting {name}", f"There are {', '.join(SETTINGS)}.")
-            self.session.change({name: _value(value.strip())})
+            self.session.change({name: json_or_text(value.strip())})
         settings = self.session.settings
         values: dict[str, Any] = {name: getattr(settings.sampling, name) for name in SAMPLING}
         values |= {name: getattr(settings, field) for name, (field, *_) in COUNTS.items()}
@@ -149,7 +150,7 @@ class Chat:
         self.session.load(path)
         self._files.add(path)
         turns = len(self.session.conversation.turns) // 2
-        self.out.talk(f"The conversation of {path} continues after {turns:,} turns.")
+        self.out.talk(f"The conversation of {path} continues after {counted(turns, 'turn')}.")
 
 
 @contextmanager
@@ -170,11 +171,3 @@ def _file(name: str) -> Path:
     if not name:
         raise InputError("no file is named", "Name one, as in /save chat.json.")
     return Path(name).expanduser()
-
-
-def _value(text: str) -> Any:
-    """A value as JSON has it, or the text itself."""
-    try:
-        return parse_json(text)
-    except ValueError:
-        return text

@@ -1,4 +1,4 @@
-"""Which model is better: a table of the models, a sentence for each pair, or JSON."""
+"""The comparison of models: a table of the models, a sentence for each pair, or JSON."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from smolctl.views.numbers import size
 from smolctl.views.output import Output
 from smolctl.views.tables import facts, headed
 
-SHOWN = 8  # of the settings that differ
+SHOWN = 8  # number of different settings
 LEFT = ("", "model", "engine")
 
 
 def show_comparison(out: Output, comparison: Comparison) -> None:
-    """The models, the verdicts and what they rest on."""
+    """Show the models, the verdicts, and their basis."""
     out.document(comparison_document(comparison))
     if out.json:
         return

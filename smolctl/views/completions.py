@@ -19,12 +19,12 @@ from smolctl.views.tables import headed
 if TYPE_CHECKING:
     from rich.text import Text
 
-MARK = "▶"  # before the first difference, for where there is no colour
+MARK = "▶"  # before the first difference, for terminals without colour
 SURE, UNSURE = 0.5, 0.1  # probabilities of a token, for its colour
 
 
 class StreamView:
-    """Prints the pieces of one prompt's completions as they come."""
+    """Prints the pieces of one prompt's completions as they arrive."""
 
     def __init__(self, out: Output, samples: int) -> None:
         self.out = out
@@ -32,13 +32,13 @@ class StreamView:
         self.pieces: list[list[str]] = [[] for _ in range(samples)]
 
     def __call__(self, sample: int, text: str) -> None:
-        """Take a piece of text. Several samples are printed one after the other when all are complete."""
+        """Add a piece of text. Several samples are printed one after the other when all are complete."""
         self.pieces[sample].append(text)
         if self.samples == 1 and not self.out.json:
             self.out.write(text)
 
     def close(self) -> None:
-        """End the line, or print what could not be streamed."""
+        """End the line, or print completions that could not be streamed."""
         if self.out.json:
             return
         if self.samples == 1:
@@ -50,7 +50,7 @@ class StreamView:
 
 
 def show_facts(out: Output, model: LoadedModel, result: CompletionResult, max_tokens: int) -> None:
-    """The tokens of an answer, where they were asked for, how long it took, and whether it was cut."""
+    """Show the tokens of an answer if requested, its timing, and whether it was cut."""
     if result.completions[0].alternatives is not None:
         show_explanation(out, model, result)
     if out.json:
@@ -66,7 +66,7 @@ def show_facts(out: Output, model: LoadedModel, result: CompletionResult, max_to
 
 
 def timing_line(model: LoadedModel, timing: Timing) -> str:
-    """One line of how fast it went."""
+    """One line on the speed."""
     reused = f" ({timing.reused_tokens:,} of them cached)" if timing.reused_tokens else ""
     decode = f", decode {timing.decode_tokens_per_s:,.1f} tok/s" if timing.decode_tokens_per_s else ""
     drafted = (
@@ -75,10 +75,12 @@ def timing_line(model: LoadedModel, timing: Timing) -> str:
         if timing.guessed_tokens
         else ""
     )
+    rate = timing.prefill_tokens_per_s
+    prefill = f", prefill {rate:,.0f} tok/s" if rate else ""  # 0: the whole prompt was cached
     return (
         f"{model.engine.name}: loaded in {model.load_s:.1f} s, prompt of "
-        f"{counted(timing.prompt_tokens, 'token')}{reused}, first token after {timing.first_token_s:.2f} s, "
-        f"prefill {timing.prefill_tokens_per_s:,.0f} tok/s{decode}{drafted}"
+        f"{counted(timing.prompt_tokens, 'token')}{reused}, first token after {timing.first_token_s:.2f} s"
+        f"{prefill}{decode}{drafted}"
     )
 
 
@@ -87,7 +89,9 @@ def show_side_by_side(
     results: Sequence[tuple[LoadedModel, CompletionResult]],
     divergences: Sequence[Sequence[Divergence | None]] | None = None,
 ) -> None:
-    """One column a model: the same prompt, the same seed; divergences mark where one leaves the first."""
+    """One column per model, for the same prompt and seed; divergences mark where one differs from the
+    first.
+    """
     from rich.table import Table
     from rich.text import Text
 
@@ -109,7 +113,7 @@ def show_side_by_side(
 
 
 def _marked(text: str, divergence: Divergence | None) -> Text:
-    """A text with a mark before the place where it leaves the first model's, in colour from there on."""
+    """A text with a mark where it first differs from the first model's, and in colour from there on."""
     from rich.text import Text
 
     if divergence is None:
@@ -134,7 +138,7 @@ def _in_words(completion: Completion, divergence: Divergence | None) -> str:
 
 
 def show_explanation(out: Output, model: LoadedModel, result: CompletionResult) -> None:
-    """Every token with its probability and what else could have stood there."""
+    """Every token with its probability and the alternatives."""
     from rich.text import Text
 
     for number, completion in enumerate(result.completions, start=1):
@@ -153,7 +157,7 @@ def show_explanation(out: Output, model: LoadedModel, result: CompletionResult) 
 
 
 def visible(text: str) -> str:
-    """A token's text with its spaces, line breaks and control characters to be seen."""
+    """A token's text with visible spaces, line breaks and control characters."""
     return one_line(text).replace(" ", "␣")
 
 
@@ -164,7 +168,7 @@ def _percent(share: float) -> str:
 def to_json(
     model: LoadedModel, result: CompletionResult, divergences: Sequence[Divergence | None] | None = None
 ) -> dict[str, Any]:
-    """The JSON document of one model's completions; with divergences, when models are compared."""
+    """The JSON document of one model's completions; with divergences if models are compared."""
     document: dict[str, Any] = {
         "model": model.id,
         "engine": model.engine.name,
@@ -178,7 +182,7 @@ def to_json(
 
 
 def completion_json(completion: Completion) -> dict[str, Any]:
-    """One completion; `alternatives` only where they were asked for."""
+    """One completion; `alternatives` only if requested."""
     values = asdict(completion)
     if completion.alternatives is None:
         del values["alternatives"]

@@ -1,4 +1,4 @@
-"""rich's console, for text that anybody may have written."""
+"""rich's console for untrusted text."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from smolctl.escaping import for_terminal
 
 
 class PlainConsole(Console):
-    """Prints strings as they are: they have no markup and no names of emoji, and a terminal obeys none of
-    their characters. What rich itself has to say to the terminal passes.
+    """Prints strings literally: without markup or emoji names, and without control sequences for the
+    terminal. rich's own control sequences are passed on.
 
     Args:
         options: see `rich.console.Console`.
@@ -24,7 +24,7 @@ class PlainConsole(Console):
 
     @property
     def file(self) -> IO[str]:
-        """The stream itself, below those that translate or redirect what others write."""
+        """The original stream, below wrappers that translate or redirect output."""
         file = super().file
         while (below := getattr(file, "rich_proxied_file", None)) is not None:
             file = below
@@ -35,17 +35,19 @@ class PlainConsole(Console):
         self._file = new_file
 
     def on_broken_pipe(self) -> None:
-        """Raises BrokenPipeError: the command decides what a closed pipe means; rich would exit with 1."""
+        """Raise BrokenPipeError, because the command decides what a closed pipe means; rich would exit
+        with 1.
+        """
         raise BrokenPipeError
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
-        """The pieces of text of anything that can be printed; all that is printed comes through here."""
+        """The segments of any printable object; all output passes through here."""
         obeys = self.is_terminal
         for segment in super().render(renderable, options):
             if segment.control or not obeys:
                 yield segment
                 continue
             style = segment.style
-            if style and style.link:  # rich reads links from what libraries print beside a progress bar
+            if style and style.link:  # rich reads links from text that libraries print next to a progress bar
                 style = style.update_link()
             yield Segment(for_terminal(segment.text), style)

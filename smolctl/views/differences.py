@@ -1,4 +1,4 @@
-"""Two models side by side: only what differs."""
+"""Shows only the differences of two models."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _show_kind(out: Output, kind: str, differences: Differences) -> None:
     table = headed((kind,), (kind,))
     absent = ABSENT if kind == "tensors" else written(None)
     for source in (differences.this, differences.other):
-        name = source.id.rstrip("/").rsplit("/", 1)[-1]  # the line above has the whole
+        name = source.id.rstrip("/").rsplit("/", 1)[-1]  # the line above has the full name
         table.add_column(Text(name), justify="right", overflow="fold")
     for item in _merged(items) if kind == "tensors" else items:
         sides = (absent if side is None else written(side) for side in (item.this, item.other))

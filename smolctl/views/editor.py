@@ -1,4 +1,4 @@
-"""The editor for the lines of a session on a terminal."""
+"""The line editor of a session on a terminal."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from smolctl.durable import cache_folder
 from smolctl.escaping import whole_characters
 
 HISTORY = "chat-history"  # in the cache folder
-PASTED = "\x1b[201~"  # what a terminal sends behind pasted text
+PASTED = "\x1b[201~"  # sent by a terminal after pasted text
 
 
 def open_editor() -> Callable[[], str]:
-    """What reads one message from the terminal, with the history of this session and those before it.
+    """A function that reads one message from the terminal, with the history of this and earlier sessions.
 
-    Raises EOFError for Ctrl-D and KeyboardInterrupt for Ctrl-C. The prompt goes to the terminal also where
-    stdout does not.
+    Raises EOFError for Ctrl-D and KeyboardInterrupt for Ctrl-C. The prompt is written to the terminal even if
+    stdout is redirected.
     """
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import FileHistory
@@ -27,7 +27,7 @@ def open_editor() -> Callable[[], str]:
     from prompt_toolkit.utils import is_dumb_terminal
 
     class History(FileHistory):
-        """A history that may be lost where its file cannot be read or written: the chat goes on."""
+        """A history that does not fail if its file cannot be read or written."""
 
         def load_history_strings(self) -> Iterable[str]:
             with contextlib.suppress(OSError):
@@ -38,13 +38,14 @@ def open_editor() -> Callable[[], str]:
             with contextlib.suppress(OSError):
                 path = cache_folder() / HISTORY
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.touch(mode=0o600)  # nobody else's
+                path.touch(mode=0o600)  # readable only by its owner
                 super().store_string(whole_characters(string))
 
     class Keys(Vt100Parser):
-        """Leaves a paste of which the end never comes, because a terminal or a connection has lost its mark.
+        """Ends a paste whose end mark was lost by a terminal or a connection.
 
-        Enter after a pause takes what was pasted; Ctrl-C and Ctrl-D forget it and do what they always do.
+        After a pause, Enter accepts the pasted text; Ctrl-C and Ctrl-D discard it and have their usual
+        effect.
         """
 
         paused = False
@@ -58,18 +59,18 @@ def open_editor() -> Callable[[], str]:
             self.paused = False
             super().feed(data)
 
-        def flush(self) -> None:  # nothing has come for half a second
+        def flush(self) -> None:  # called after half a second without input
             self.paused = True
             super().flush()
 
     keys = create_input()
     if hasattr(keys, "vt100_parser"):  # not on Windows
         keys.vt100_parser = Keys(keys.vt100_parser.feed_key_callback)
-    # Without an output of its own it finds out that a terminal is dumb, and writes plain text there.
+    # Without an explicit output, prompt_toolkit detects a dumb terminal, and writes plain text to it.
     output = None if is_dumb_terminal() else create_output(always_prefer_tty=True)
     session: PromptSession[str] = PromptSession(
         history=History(str(cache_folder() / HISTORY)), input=keys, output=output
     )
-    # Do not ask the terminal where its cursor is: lines need no answer, and some terminals never give one.
+    # Do not query the terminal's cursor position: it is not needed for lines, and some terminals never reply.
     session.app.renderer.cpr_support = CPR_Support.NOT_SUPPORTED
     return lambda: session.prompt("> ")

@@ -1,4 +1,4 @@
-"""What a model is, what follows from it, what it costs, and what is wrong with it."""
+"""A model's config, derived figures, costs and problems."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-# Hoffmann et al., 2022: about this many tokens per parameter spend a given compute best.
+# Hoffmann et al., 2022: about this many tokens per parameter are compute-optimal.
 COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER = 20
 PROBLEMS_SHOWN = 12
 
@@ -31,11 +31,11 @@ MEMORY_MEANINGS = {
 
 MUON_STATE = "AdamW's two moments of each parameter, Muon's one for the matrices of the layers"
 
-Row = tuple[str, str, str]  # name, value, what it means
+Row = tuple[str, str, str]  # name, value, meaning
 
 
 def show_report(out: Output, report: ModelReport) -> None:
-    """All of it as tables, or as the JSON document."""
+    """The whole report as tables or as the JSON document."""
     out.document(report_document(report))
     if out.json:
         return
@@ -219,7 +219,7 @@ def _explained(rows: Iterator[Row]) -> Table:
 
 
 def written(value: Any) -> str:
-    """A config value as a person writes it: 49,152, true, null, 1e-05."""
+    """A config value in a readable form: 49,152, true, null, 1e-05."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, int):

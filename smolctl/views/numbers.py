@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers in a readable form."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """512 B, 38.9 MB, 1.62 GB: powers of 1,000, as disks are sold."""
+    """512 B, 38.9 MB, 1.62 GB: powers of 1,000, as for disks."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 99.5 else f"{count:.3g} {unit}"
@@ -46,12 +46,14 @@ def counted(count: int, name: str) -> str:
 
 
 def figure(value: float) -> str:
-    """12,345, 123, 0.0123: three significant digits, and every digit before the point."""
+    """12,345, 123, 0.0123: three significant digits, and all digits before the decimal point."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def sparkline(values: Sequence[float], width: int, low: float | None = None) -> str:
-    """A series as a row of bars, the mean of every stretch between `low`, or the lowest, and the highest."""
+    """A series as a row of bars, each the mean of an interval, scaled from `low` or the minimum to the
+    maximum.
+    """
     if not values or width < 1:
         return ""
     width = min(width, len(values))

@@ -1,4 +1,4 @@
-"""Where words go: data to stdout, talk to stderr, as a table, as plain lines or as JSON."""
+"""Output of commands: results to stdout and messages to stderr, as tables, plain lines or JSON."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from smolctl.escaping import for_terminal, json_text
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-# A pipe has no width. Tables are laid out for this many columns there.
+# A pipe has no width. Tables for a pipe have this many columns.
 PIPE_WIDTH = 120
-# How tqdm, which draws the progress bars of the Hub's client, moves the cursor: to the beginning of the line
+# Cursor movements of tqdm, which draws the progress bars of the Hub's client: to the beginning of the line
 # before a bar, and by whole lines between bars.
 BAR_MOVES = re.compile(r"\r?(?=[^\r\x1b]*\Z)|(?:\n|\x1b\[A)*\Z")
 
 
 class TerminalStream:
-    """A standard stream that ends in a terminal, which shows control characters and obeys none.
+    """A standard stream connected to a terminal, which shows control characters instead of sending them.
 
-    Much of what is printed comes from models, files and Hubs, some of it through the warnings of libraries.
+    Much of the output comes from models, files and Hubs, some of it through warnings of libraries.
 
     Args:
         stream: the terminal's.
@@ -40,7 +40,7 @@ class TerminalStream:
     """
 
     def __init__(self, stream: TextIO, bars: bool = False) -> None:
-        self.rich_proxied_file = stream  # by this name rich finds where its own sequences go
+        self.rich_proxied_file = stream  # the name by which rich finds the stream for its own sequences
         self._bars = bars
 
     def write(self, text: str) -> int:
@@ -51,7 +51,7 @@ class TerminalStream:
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """Write texts one after the other."""
+        """Write several texts."""
         for line in lines:
             self.write(line)
 
@@ -60,17 +60,17 @@ class TerminalStream:
 
 
 class StdoutError(SmolError):
-    """Stdout takes no more, as on a full disk; nothing is written to it from then on."""
+    """Stdout cannot be written, as on a full disk; nothing more is written to it."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """One command's way of speaking.
+    """The output of one command.
 
     Args:
-        json: print machine-readable documents and nothing else on stdout.
-        quiet: print data and errors only.
-        verbose: say more; repeatable.
+        json: print only machine-readable documents on stdout.
+        quiet: print only results and errors.
+        verbose: print more; repeatable.
     """
 
     json: bool = False
@@ -86,29 +86,29 @@ class Output:
         return _console(stderr=True)
 
     def show(self, *renderables: RenderableType) -> None:
-        """Print data for a person; nothing under `--json`."""
+        """Print a result for people; nothing with `--json`."""
         if not self.json:
             with self._or_on_stderr(lambda: self.stderr.print(*renderables, sep="\n")):
                 for renderable in renderables:
                     self.stdout.print(renderable)
 
     def line(self, text: str) -> None:
-        """Print one line of data as it is, however long; nothing under `--json`."""
+        """Print one line of a result unchanged, however long; nothing with `--json`."""
         if not self.json:
             self.stdout.print(text, highlight=False, soft_wrap=True)
 
     def write(self, text: str) -> None:
-        """Write data to stdout as it is and at once."""
+        """Write a result to stdout unchanged and immediately."""
         with self._or_on_stderr(lambda: sys.stderr.write(text if text.endswith("\n") else text + "\n")):
             sys.stdout.write(text)
             sys.stdout.flush()
 
     @contextlib.contextmanager
     def _or_on_stderr(self, write: Callable[[], object]) -> Iterator[None]:
-        """Data that stdout does not take goes to stderr instead: nothing that was computed is lost.
+        """Write results to stderr if stdout fails, so that no computed result is lost.
 
         Raises:
-            StdoutError: for another reason than a reader that has seen enough.
+            StdoutError: the failure is not a closed pipe.
         """
         try:
             yield
@@ -124,8 +124,10 @@ class Output:
 
     @contextlib.contextmanager
     def quieting_libraries(self) -> Iterator[None]:
-        """Keep what libraries warn of and log, errors excepted, off stderr under `--quiet`, and leave the Hub
-        client's progress bars, which it switches by the environment when it is imported, to a terminal."""
+        """With `--quiet`, suppress warnings and logs of libraries on stderr, except errors. Show the Hub
+        client's progress bars only on a terminal; the client reads that setting from the environment when
+        it is imported.
+        """
         if self.json or self.quiet or not self.stderr.is_terminal:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         if not self.quiet:
@@ -150,12 +152,12 @@ class Output:
             self.write(json_text(value) + "\n")
 
     def talk(self, text: str) -> None:
-        """Say something beside the data; nothing under `--quiet`."""
+        """Print a message in addition to the results; nothing with `--quiet`."""
         if not self.quiet:
             self.stderr.print(text, highlight=False, soft_wrap=True)
 
     def error(self, error: SmolError) -> None:
-        """One line of cause and one of remedy, or the JSON object of both."""
+        """Print an error as one line of cause and one of remedy, or as a JSON object of both."""
         if self.json:
             body = {"code": int(error.exit_code), "message": error.message, "hint": error.hint}
             print(json_text({"error": body}), file=sys.stderr, flush=True)
@@ -167,22 +169,22 @@ class Output:
 
 
 def fields(result: object, without: Container[str]) -> dict[str, Any]:
-    """The fields of a frozen result as a JSON object, but for some."""
+    """The fields of a frozen result as a JSON object, except some."""
     return {name: value for name, value in vars(result).items() if name not in without}
 
 
 def abandon_stdout() -> None:
-    """Drop what stdout still holds and all that follows: it failed, and would fail again at exit."""
-    with contextlib.suppress(OSError, AttributeError):  # no file, in tests
+    """Discard stdout's buffer and further output: it failed, and would fail again at exit."""
+    with contextlib.suppress(OSError, AttributeError):  # not a file, in tests
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def prepare_streams() -> None:
-    """Have the standard streams stand for what their encodings lack, instead of failing, and keep terminals
-    from obeying what is printed.
+    """Make the standard streams replace characters that their encodings lack instead of failing, and protect
+    terminals from control characters in the output.
 
-    Stdout and stderr write characters that they lack as "?" on a terminal, which keeps its columns in line,
-    and elsewhere as JSON's escapes, which lose nothing. Stdin reads other bytes as replacement characters.
+    Stdout and stderr write missing characters as "?" on a terminal, which keeps columns aligned, and
+    otherwise as JSON escapes, which lose nothing. Stdin reads invalid bytes as replacement characters.
     """
 
     def escape(error: UnicodeError) -> tuple[str, int]:
@@ -192,7 +194,7 @@ def prepare_streams() -> None:
     codecs.register_error("json", escape)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # Python asks a file for its place, which a pipe that took over its descriptor does not have.
+            # Python queries a file's position, which a pipe that replaced its descriptor does not have.
             with contextlib.suppress(OSError):
                 stream.reconfigure(errors="replace" if stream.isatty() else "json")
     if isinstance(sys.stdin, io.TextIOWrapper):

@@ -28,7 +28,7 @@ NOTES_SHOWN = 8
 
 
 def show_parameters(out: Output, report: ParameterReport, depth: int) -> None:
-    """Totals, tree and remarks; or the JSON document."""
+    """Show totals, tree and notes, or the JSON document."""
     out.document(parameters_document(report, depth))
     if out.json:
         return
@@ -45,13 +45,13 @@ def show_parameters(out: Output, report: ParameterReport, depth: int) -> None:
 
 
 def fits(out: Output, table: Table) -> bool:
-    """Whether a table without wrapping cells is as narrow as the terminal."""
+    """Whether a table fits the terminal without wrapping cells."""
     unlimited = out.stdout.options.update(max_width=10_000)
     return out.stdout.measure(table, options=unlimited).maximum <= out.stdout.width
 
 
 def title(source: ModelSource) -> Text:
-    """What is looked at, on one line."""
+    """The inspected model, on one line."""
     from rich.text import Text
 
     at = f" at {source.revision[:12]}" if source.revision else ""
@@ -66,7 +66,7 @@ def source_document(source: ModelSource) -> Mapping[str, Any]:
 
 
 def parameters_document(report: ParameterReport, depth: int) -> Mapping[str, Any]:
-    """The JSON document. Its rows that are not tied add up to `unique`."""
+    """The JSON document. Its untied rows add up to `unique`."""
     return {
         "source": source_document(report.source),
         "what_if": list(report.what_if),
@@ -93,7 +93,7 @@ def _totals(report: ParameterReport) -> Table:
 
 
 def number_or_unknown(number: int | None) -> str:
-    """A count as a person writes it."""
+    """A count in a readable form."""
     return UNKNOWN if number is None else f"{number:,}"
 
 
@@ -146,7 +146,7 @@ def _formulas(report: ParameterReport, depth: int) -> Table:
 
 
 def _values(report: ParameterReport, depth: int) -> Text:
-    """The numbers behind the words of the formulas."""
+    """The values of the names in the formulas."""
     from rich.text import Text
 
     formulas = " ".join(node.formula for _, node in _visible(report.tree, depth)).split()

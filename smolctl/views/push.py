@@ -1,4 +1,4 @@
-"""What `push` plans and has done."""
+"""The plan and the result of `push`."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ SHOWN_SPACE_FOLDERS = ("smolctl/",)  # many small files, shown as one line
 
 
 def show_plan(out: Output, plan: PushPlan) -> None:
-    """The plan of a push that is about to happen; beside the data, as the result is still to come."""
+    """The plan of a push that is about to happen; on stderr, because the result follows."""
     if out.json or out.quiet:
         return
     out.stderr.print(*_plan(plan, out.verbose > 0), sep="\n")
 
 
 def show_offline(out: Output, plan: PushPlan, target: Path | None) -> None:
-    """The plan of a dry run, or what was written into a folder."""
+    """The plan of a dry run, or the files written into a folder."""
     if target is None or not out.quiet:
         out.show(*_plan(plan, out.verbose > 0))
     if target is not None:
@@ -87,7 +87,7 @@ def _facts(plan: PushPlan) -> dict[str, str]:
 
 
 def _exceptions(plan: PushPlan) -> dict[str, str]:
-    """What is not as usual: findings that are allowed, files that are replaced, kept or left out."""
+    """Unusual facts: allowed findings, files that are replaced, kept or left out."""
     rows: dict[str, str] = {}
     if better := plan.built.model.better_step:
         rows["better"] = f"step {better:,} has the run's best held-out score: {plan.built.model.folder}@best"
@@ -146,7 +146,9 @@ def _repos(plan: PushPlan) -> Sequence[RepoPlan]:
 
 
 def _files(plan: RepoPlan, folded: Sequence[str]) -> Any:
-    """A table of files: which the repository on the Hub has already, and which it has of an earlier push."""
+    """A table of files, with those that the repository on the Hub already has, or has from an earlier
+    push.
+    """
     from rich.table import Column, Table
     from rich.text import Text
 
@@ -175,7 +177,7 @@ def _bytes(files: Sequence[PlannedFile]) -> int:
 
 
 def show_pushed(out: Output, pushed: Pushed) -> None:
-    """What stands on the Hub now."""
+    """Show the result on the Hub."""
     for repo in (pushed.repo, pushed.space):
         if repo is not None:
             out.line(_pushed_line(repo))
@@ -238,7 +240,7 @@ def _document(plan: PushPlan) -> dict[str, Any]:
 
 
 def serve(out: Output, folder: Path, sdk: Sdk) -> None:
-    """The page of a Space's folder until Ctrl-C."""
+    """Serve the page of a Space's folder until Ctrl-C."""
 
     def say(url: str) -> None:
         out.talk(f"{url} shows the page of the Space; Ctrl-C ends it.")
@@ -259,7 +261,7 @@ def _any_host(folder: Path) -> str:
 
 
 def show_page(out: Output, page: Page, target: Path) -> None:
-    """A static page that was written into a folder."""
+    """Show that a static page was written into a folder."""
     smoke, files = page.built.smoke, page.files
     assert smoke is not None
     out.line(f"Written to {target}: {len(files)} files, {size(_bytes(files))}.")

@@ -1,4 +1,4 @@
-"""What quantization cost and brought: a table, or JSON."""
+"""Cost and gain of quantization, as a table or JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from smolctl.views.tables import headed
 
 COSTS_SHOWN = 10
 SOURCE = "source"  # the row above the variants
-LEFT = ("variant", "verdict", "engine", "greedy text differs from token")  # columns of words
+LEFT = ("variant", "verdict", "engine", "greedy text differs from token")  # columns of text
 
 
 def show_quantization(out: Output, report: QuantizeReport) -> None:
@@ -66,7 +66,7 @@ def _show_quality(out: Output, report: QuantizeReport) -> None:
 
 
 def _divergence(divergence: GreedyDivergence | None) -> str:
-    """`1, 9, –, –`: for every prompt the first token that differs, a dash where none does."""
+    """`1, 9, –, –`: for every prompt, the first token that differs; a dash: no difference."""
     if divergence is None:
         return ""
     if all(first is None for first in divergence.first):
@@ -130,7 +130,7 @@ def _show_costs(out: Output, scheme: str, costs: Sequence[TensorCost]) -> None:
 
 
 def quantization_document(report: QuantizeReport) -> Mapping[str, Any]:
-    """The JSON document; what was not measured is null."""
+    """The JSON document; values that were not measured are null."""
     return {
         "source": asdict(report.source),
         "text": report.text or None,

@@ -1,4 +1,4 @@
-"""What `smolctl sample` prints: text as it streams, and a line of JSON for every prompt of a file."""
+"""Output of `smolctl sample`: streamed text, and a JSON line for every prompt of a file."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from smolctl.views.completions import (
     show_side_by_side,
     to_json,
 )
+from smolctl.views.numbers import counted
 from smolctl.views.output import Output
 
 PROGRESS_S = 5.0  # seconds between two lines of progress
-NAMED_LINES = 3  # faulty lines of a file that an error message names
+NAMED_LINES = 3  # faulty lines in an error message
 
 
 class SampleView:
-    """Prints events as they come, and the result.
+    """Prints events as they arrive, and the result.
 
     Raises:
         UsageError: stdout is closed.
@@ -68,16 +69,16 @@ class SampleView:
                 self._stream(sample, text)
 
     def show(self, result: SampleResult | Batch | Session) -> None:
-        """Print a result, or generate while it is printed.
+        """Print a result, or generate it while printing.
 
         Raises:
-            KeyboardInterrupt: the result was interrupted; what there is of it has been printed.
+            KeyboardInterrupt: the result was interrupted; its finished part has been printed.
         """
         match result:
             case Batch():
                 _show_batch(self.out, result, self.request.resume_output)
             case Session():
-                from smolctl.views.chat import Chat  # with prompt_toolkit, only when a chat begins
+                from smolctl.views.chat import Chat  # with prompt_toolkit, only for a chat
 
                 Chat(self.out, result).run()
             case SampleResult():
@@ -105,23 +106,23 @@ class SampleView:
 
 
 def _show_batch(out: Output, batch: Batch, target: Path | None) -> None:
-    """A line of JSON for every line of the file, in its order, with progress beside them.
+    """Print a JSON line for every line of the file, in order, and progress messages.
 
-    A line holds the fields of its prompt and the completions, or why there are none. After Ctrl-C the lines
-    that had begun follow, with what there was of them.
+    A line has the fields of its prompt and the completions, or the error. After Ctrl-C, the lines that had
+    started follow with their text so far.
 
     Raises:
-        InputError: at the end, when lines of the file have no answers; or the target cannot be written.
+        InputError: at the end, if lines of the file have no answers; or the target cannot be written.
     """
     lines, started = batch.file.lines, time.perf_counter()
     reported, answered, tokens, cut, written = started, 0, 0, 0, batch.done
-    ready: dict[int, dict[str, Any]] = {}  # rows that wait for those before them
+    ready: dict[int, dict[str, Any]] = {}  # rows that wait for earlier ones
     if batch.done:
         out.talk(f"{batch.done:,} of {len(lines):,} prompts are in {target} already.")
 
     def report(now: float) -> None:
         seconds = now - started
-        shortened = f", {cut:,} answers cut at their maximum length" if cut else ""
+        shortened = f", {counted(cut, 'answer')} cut at the maximum length" if cut else ""
         out.talk(
             f"{answered:,} of {len(lines) - batch.done:,} prompts, {tokens:,} tokens in "
             f"{seconds:.1f} s, {tokens / seconds:,.1f} tok/s{shortened}"
@@ -163,7 +164,7 @@ def _show_batch(out: Output, batch: Batch, target: Path | None) -> None:
 
 @contextlib.contextmanager
 def _rows_to(out: Output, target: Path | None) -> Iterator[Callable[[str], None]]:
-    """What writes a row: to stdout, or behind what the target holds."""
+    """A function that writes a row: to stdout, or appended to the target."""
     if target is None:
         yield out.write
         return
@@ -182,7 +183,7 @@ def _rows_to(out: Output, target: Path | None) -> Iterator[Callable[[str], None]
 
 
 def _faults(batch: Batch) -> InputError:
-    """One error for all lines that have no answers."""
+    """One error for all lines without answers."""
     found = [(batch.file.lines[index].number, fault) for index, fault in sorted(batch.faults.items())]
     named = "; ".join(f"line {number}: {fault.message}" for number, fault in found[:NAMED_LINES])
     more = f"; and {len(found) - NAMED_LINES} more lines" if len(found) > NAMED_LINES else ""

@@ -1,4 +1,4 @@
-"""What `serve` says when it is ready."""
+"""Output of `serve` when it is ready."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def show_ready(output: Output, ready: Ready) -> None:
-    """One line of JSON, or a few for people."""
+    """Print one line of JSON, or a few lines for people."""
     for note in ready.notes:
         output.talk(note)
     if output.json:

@@ -1,4 +1,4 @@
-"""Tables without lines, their columns two spaces apart."""
+"""Tables without rules, with two spaces between columns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GAP = (0, 2, 0, 0)
 
 
 def headed(headers: Iterable[str], left: Container[str]) -> Table:
-    """An empty table with a dim header; columns that are not in `left` stand to the right."""
+    """An empty table with a dim header; columns that are not in `left` are right-aligned."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=GAP, header_style="dim")
@@ -23,7 +23,7 @@ def headed(headers: Iterable[str], left: Container[str]) -> Table:
 
 
 def facts(rows: Iterable[Sequence[RenderableType]], style: str = "") -> Table:
-    """Names in a style, and behind each what is to be said of it, folded where it is long."""
+    """Styled names, each followed by its text, wrapped if it is long."""
     from rich.table import Column, Table
 
     table = Table.grid(Column(style=style, no_wrap=True), Column(overflow="fold"), padding=GAP)
@@ -33,6 +33,6 @@ def facts(rows: Iterable[Sequence[RenderableType]], style: str = "") -> Table:
 
 
 def first_lines(lines: Sequence[str], most: int) -> list[str]:
-    """The first lines, and how many more there are."""
+    """The first lines, and the number of further ones."""
     more = [f"and {len(lines) - most:,} more (--json has all)"] if len(lines) > most else []
     return [*lines[:most], *more]

@@ -1,4 +1,4 @@
-"""What tasks have found out about a model: a table, JSON, and a file of every item."""
+"""Results of tasks on a model: a table, JSON, and a file of every item."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ LEFT = ("task", "metric")
 
 
 class _Sample(TypedDict):
-    """What a line of `write_samples` has in any case."""
+    """The keys that every line of `write_samples` has."""
 
     task: str
     doc_id: int
 
 
 def show_tasks(out: Output, report: TaskReport) -> None:
-    """The figures, and what they rest on."""
+    """Show the figures and their basis."""
     out.document(
         {**fields(report, ("run", "tasks", "document", "samples", "library")), "lm_eval": report.library}
         | dict(report.document)
@@ -66,7 +66,7 @@ def is_samples(path: Path) -> bool:
 
 
 def write_samples(path: Path, report: TaskReport) -> None:
-    """Every item with the model's answers as a line of JSON.
+    """Write every item with the model's answers as a JSON line.
 
     Raises:
         SmolError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""How far the tokenization is: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of tokenization: a bar on a terminal, otherwise a line from time to time."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from smolctl.views.output import Output
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-# Where there is no terminal, a line of progress at most once in this many seconds.
+# Without a terminal, minimum seconds between progress lines.
 PLAIN_INTERVAL = 5.0
 NAME = "Tokenizing"
 
 
 class TokenizingView:
-    """A listener of the tokenization; `close` leaves its bar on the screen as it is."""
+    """Shows the progress of tokenization; `close` leaves the bar on the screen."""
 
     def __init__(self, out: Output) -> None:
         self.out = out
@@ -27,7 +27,7 @@ class TokenizingView:
         self._opened = self._last_line = 0.0
 
     def __call__(self, progress: TokenizeProgress) -> None:
-        """Take how far it is. Each source of a mixture starts again."""
+        """Update the progress. Each source of a mixture starts again."""
         if self.out.quiet or self.out.json:
             return
         now = time.monotonic()
@@ -48,7 +48,7 @@ class TokenizingView:
         self._last = progress
 
     def close(self) -> None:
-        """End the bar, if there is one."""
+        """Finish the bar, if there is one."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -72,7 +72,7 @@ class TokenizingView:
 
 
 def _told(progress: TokenizeProgress, rate: float) -> list[str]:
-    """What was read, what became of it, and with a rate (bytes per second) how long it takes."""
+    """The text read, the resulting tokens, and, with a rate in bytes per second, the remaining time."""
     total = progress.bytes_total
     told = [
         size(progress.bytes_read) + (f" of {size(total)}" if total else ""),

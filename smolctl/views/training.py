@@ -1,4 +1,4 @@
-"""A run while it goes on: a live display on a terminal, plain lines elsewhere, or JSON lines."""
+"""A running training: a live display on a terminal, otherwise plain lines, or JSON lines."""
 
 from __future__ import annotations
 
@@ -38,12 +38,13 @@ if TYPE_CHECKING:
 
     from smolctl.training.verify import Verification
 
-REDRAWS_PER_SECOND = 1  # one takes some 10 ms of a core, and of the interpreter's lock
-FINAL_CHART = 16  # lines that it takes when the run has ended
+REDRAWS_PER_SECOND = 1  # a redraw takes about 10 ms of a core, and of the interpreter's lock
+FINAL_CHART = 16  # lines of the chart after the run has ended
 SCHEDULE_WIDTH = 20  # columns of the plan's curve
-EXAMPLE_CHARACTERS = 300  # of each part of the conversation that the plan shows
-VERSIONS_SHOWN = 5  # of every prompt's answer, when the run has ended
-# They help nearly as much as new text: Muennighoff et al., "Scaling Data-Constrained Language Models", 2023.
+EXAMPLE_CHARACTERS = 300  # of each part of the plan's example conversation
+VERSIONS_SHOWN = 5  # of the continuation of every prompt, after the run has ended
+# These epochs help nearly as much as new text: Muennighoff et al., "Scaling Data-Constrained Language
+# Models", 2023.
 EPOCHS_LIKE_NEW_TEXT = 4
 REPEATS = (
     "After about 4 epochs, reading the same text again helps little, and the held-out score can get worse. "
@@ -52,13 +53,13 @@ REPEATS = (
 
 
 class TrainingView:
-    """Listens to the events of a run and shows them. A context manager: leaving it ends the display."""
+    """Shows the events of a run. A context manager: leaving it ends the display."""
 
     def __init__(self, out: Output) -> None:
         self.out = out
         self.state = RunState()
         self.tokenizing = TokenizingView(out)
-        self._screen: ExitStack | None = None  # while the live display has it
+        self._screen: ExitStack | None = None  # during the live display
         self._last_line = 0.0
 
     def __enter__(self) -> TrainingView:
@@ -72,12 +73,12 @@ class TrainingView:
             return
         with suppress(OSError):
             self._close()
-            if self.state.step is not None:  # an error ends the run: say how far it has come
+            if self.state.step is not None:  # an error ends the run: show how far it has come
                 self.out.line(self._step_line(self.state.step))
 
     def __call__(self, event: Event) -> None:
-        """Take one event. A run goes on when its terminal, the reader of its pipe, or the disk's room for its
-        output is gone.
+        """Show one event. The run continues if its terminal is closed, its output pipe has no reader, or the
+        disk has no space for its output.
         """
         with suppress(OSError):
             try:
@@ -103,12 +104,12 @@ class TrainingView:
             self._plain_line(event)
 
     def show_plan(self, plan: RunPlan) -> None:
-        """The plan as a table, or as one JSON document."""
+        """Show the plan as a table or as one JSON document."""
         self.tokenizing.close()
         self.out.show(plan_table(plan))
 
     def show_verification(self, verification: Verification) -> None:
-        """Whether the repeated steps were the same, in one line, and what differed."""
+        """Show whether the repeated steps were the same, in one line, and the differences."""
         self.tokenizing.close()
         self.out.event({"event": "verification", **asdict(verification), "exact": verification.exact})
         steps = f"Steps {verification.first + 1:,} to {verification.last:,} of {verification.run}"
@@ -130,9 +131,9 @@ class TrainingView:
             self._open()
 
     def _open(self) -> None:
-        """Give the terminal's second screen to the display; the first comes back as it was.
+        """Open the display on the terminal's alternate screen; afterwards the first screen is restored.
 
-        What is said on stderr meanwhile would cut through the display: it is kept until its end.
+        Output to stderr would disturb the display, so it is held back until the display ends.
         """
         from rich.live import Live
 
@@ -172,7 +173,7 @@ class TrainingView:
             self.out.show("", *chart, "")
 
     def _show_summary(self, event: End) -> None:
-        """What stays on the screen when the display has left it."""
+        """Print the summary that remains after the display."""
         done = event.reason == "done"
         name, why = ("done", "") if done else ("stopped", f"by {event.reason} at ")
         after = duration(event.seconds)
@@ -242,7 +243,7 @@ class TrainingView:
         )
 
     def _show_predictions(self) -> None:
-        """How the answer to every prompt changed: its first version, some in between, its last."""
+        """How the continuation of every prompt changed: the first version, some in between, the last."""
         if not self.state.predictions:
             return
         from rich.table import Table
@@ -260,7 +261,9 @@ class TrainingView:
 
 
 def _schedule(plan: RunPlan) -> str:
-    """The learning rate of the steps to come: its curve, its ends, and how many steps each part has."""
+    """The learning rate of the remaining steps: its curve, its ends, and the number of steps in each
+    phase.
+    """
     seen = plan.schedule
     parts = {
         "warming up": seen.warmup_steps,
@@ -285,7 +288,7 @@ def _conversations(facts: Mapping[str, Any]) -> str:
 
 
 def _example(runs: Sequence[tuple[str, bool]]) -> Text:
-    """A conversation as it is trained on: what is trained on stands out, and lies between marks."""
+    """An example conversation, with the trained text highlighted and between marks."""
     from rich.text import Text
 
     text = Text()
@@ -296,12 +299,12 @@ def _example(runs: Sequence[tuple[str, bool]]) -> Text:
 
 
 def _best_step(event: End) -> str:
-    """The run's best step, and what to call its checkpoint where that is kept."""
+    """The run's best step, and the name of its checkpoint if it was kept."""
     return f"step {event.best_step:,}" + f" ({event.run}@best)" * event.best_is_kept
 
 
 def plan_table(plan: RunPlan) -> Table:
-    """What the run will cost, one line a fact."""
+    """The cost of the run, one fact per line."""
     from rich.text import Text
 
     shares = {name: count for name, count in vars(plan.memory).items() if name != "formulas"}

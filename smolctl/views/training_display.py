@@ -1,4 +1,4 @@
-"""A run on a terminal while it goes on: what its events have said so far, as lines that fill the screen."""
+"""The live display of a run: its state as lines that fill the screen."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 LABEL_WIDTH, FACT_WIDTH = 10, 40  # columns of a fact's name, and of a fact
-AIRY = 30  # lines of a screen from which on its parts stand apart
+AIRY = 30  # minimum screen lines for blank lines between its parts
 SHORTEST_BAR = 10
 WAITING = "waiting for the first steps; Ctrl-C at any time saves the run and ends it"
-LEAST_PREDICTIONS = 3  # lines of them, if there are as many, before the chart has any
+LEAST_PREDICTIONS = 3  # minimum lines of predictions, if there are as many, before the chart gets any
 
 
 @dataclass
 class RunState:
-    """What the events of a run have said so far; a listener."""
+    """The state of a run, updated by its events."""
 
     run: str = ""
-    first: int = 0  # steps behind the run when it started
+    first: int = 0  # finished steps when the session started
     until: int = 0
     corpus_tokens: int = 0
     is_chat: bool = False  # trained on conversations
     curve: array[float] = field(default_factory=lambda: array("d"))  # step, loss, step, loss, …
-    held_out: array[float] = field(default_factory=lambda: array("d"))  # likewise
+    held_out: array[float] = field(default_factory=lambda: array("d"))  # alternating like `curve`
     predictions: dict[str, History] = field(default_factory=dict)
     step: Step | None = None
     validation: Validation | None = None
     checkpoint: Checkpoint | None = None
-    note: str = ""  # the newest
-    at: dict[str, float] = field(default_factory=dict)  # time.monotonic() of the newest event of each name
+    note: str = ""  # the latest one
+    at: dict[str, float] = field(default_factory=dict)  # time.monotonic() of the latest event of each kind
 
     def __call__(self, event: Event) -> None:
-        """Take one event."""
+        """Update the state with an event."""
         self.at[event.event] = time.monotonic()
         if isinstance(event, Start):
             self._start(event)
@@ -68,7 +68,7 @@ class RunState:
             self.note = event.text
 
     def _start(self, event: Start) -> None:
-        """Begin with what the sessions before have recorded."""
+        """Start with the records of earlier sessions."""
         self.run, self.first, self.until, self.note = event.run, event.step, event.until, ""
         self.corpus_tokens, self.is_chat = event.plan.corpus_tokens, event.plan.conversations is not None
         folder = RunFolder(Path(event.run))
@@ -81,12 +81,12 @@ class RunState:
 
 @dataclass(frozen=True)
 class TrainingDisplay:
-    """A run's state as a renderable that makes use of all the width and height that there is."""
+    """A run's state as a renderable that fills the width and height."""
 
     state: RunState
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Progress, facts, the chart, and the predictions, of which none is cut while there is room."""
+        """Progress, facts, the chart, and the predictions, which are cut only if there is no room."""
         from rich.text import Text
 
         state, width, ascii_only = self.state, options.max_width, options.ascii_only
@@ -110,10 +110,10 @@ class TrainingDisplay:
 
 
 def loss_lines(state: RunState, width: int, height: int, ascii_only: bool) -> list[Text]:
-    """The chart in this many lines; empty ones until there are two losses."""
+    """The chart in this many lines; empty lines until there are two losses."""
     from rich.text import Text
 
-    # The training thread goes on while this one draws: an array that numpy reads from cannot grow.
+    # The training thread continues meanwhile, and an array that numpy reads from cannot grow.
     losses, held_out = (np.array(points[:]).reshape(-1, 2) for points in (state.curve, state.held_out))
     if len(losses) < 2:
         return [Text(WAITING, "dim"), *(Text() for _ in range(height - 1))]
@@ -121,7 +121,7 @@ def loss_lines(state: RunState, width: int, height: int, ascii_only: bool) -> li
 
 
 def _bar(state: RunState, width: int, ascii_only: bool) -> Text:
-    """The run, its step, and how much of it is done."""
+    """The run, its step, and its progress."""
     from rich.text import Text
 
     done = state.step.step if state.step else state.first
@@ -138,7 +138,7 @@ def _bar(state: RunState, width: int, ascii_only: bool) -> Text:
 
 
 def _facts(state: RunState, width: int) -> list[Text]:
-    """What is known in numbers, in as many columns as there is room for, to be read downwards."""
+    """The facts in as many columns as fit, in column order."""
     from rich.text import Text
 
     facts = known(state, time.monotonic())
@@ -153,7 +153,7 @@ def _facts(state: RunState, width: int) -> list[Text]:
 
 
 def known(state: RunState, now: float) -> dict[str, str]:
-    """The facts by their names; what is not known is left out.
+    """The facts by name, without unknown ones.
 
     Args:
         state: of the run.
@@ -188,12 +188,12 @@ def bits_per_byte(check: Validation) -> str:
 
 
 def number(value: float | None, form: str) -> str:
-    """A number of a step, or that float16 has overflowed in it."""
+    """A number of a step, or a note that float16 overflowed."""
     return "overflow" if value is None else format(value, form)
 
 
 def _paragraph(console: Console, width: int, head: str, text: str) -> list[Text]:
-    """A text behind a bold head, wrapped; the lines after the first stand a little to the right."""
+    """A wrapped text after a bold heading, with a hanging indent."""
     from rich.text import Text
 
     whole = Text.assemble((one_line(head), "bold"), one_line(text))
@@ -202,7 +202,7 @@ def _paragraph(console: Console, width: int, head: str, text: str) -> list[Text]
 
 
 def _fitted(paragraphs: list[list[Text]], room: int) -> list[Text]:
-    """As many lines of each as there is room for, the same number for all; an ellipsis where one is cut."""
+    """As many lines of each as fit, the same number for all, with an ellipsis if one is cut."""
     from rich.text import Text
 
     if len(paragraphs) > room > 0:

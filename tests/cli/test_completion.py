@@ -29,6 +29,7 @@ from smolctl.quantization.quantize import QuantizeOptions
 from smolctl.quantization.schemes import SCHEMES, SchemeOptions
 from smolctl.serving.guards import Limits
 from smolctl.serving.serve import ServeOptions
+from smolctl.sources.gguf import write as gguf
 from tests.support.processes import Smolctl
 
 ASK = "_SMOLCTL_COMPLETE"
@@ -114,6 +115,7 @@ def test_bash_is_given_the_part_of_a_word_that_it_replaces(
 
 def test_names_are_the_librarys() -> None:
     assert set(completion.SCHEMES) == set(SCHEMES)
+    assert set(completion.GGUF_SCHEMES) == set(gguf.SCHEMES)
     assert completion.SUITES == SUITES
     assert tuple(PEERS) == completion.PEERS
     assert tuple(TRAINING_DTYPES) == completion.DTYPES

@@ -129,7 +129,7 @@ def test_flags_repeatable_options_and_settings_may_be_given_again(smolctl: Smolc
     called = smolctl("count-params", "nano", "--set", "num_hidden_layers=1", "--set", "vocab_size=300", "-qq")
     assert (called.code, called.err) == (0, "")
     called = smolctl("train", "--dry-run", "--steps", "1", "--steps", "x")
-    assert "unable to parse" in called.err  # the last one applies
+    assert "'--steps': must be a valid integer\n" in called.err  # the last one applies
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,12 @@ def test_flags_beat_set_beats_file_beats_defaults(tmp_path: Path) -> None:
     assert config.train.gradient_clip == RunConfig().train.gradient_clip
 
 
+@pytest.mark.parametrize("key", ["train.steps", "train.minutes", "train.batch_size"])
+def test_a_number_that_nobody_can_mean_is_refused(key: str) -> None:
+    with pytest.raises(InputError, match=rf"{key}: .*less than or equal to"):
+        load_run_config("nano", [f"{key}={10**20}"])
+
+
 def test_set_keeps_the_other_keys_of_its_section() -> None:
     changed = load_run_config("nano", ["model.num_hidden_layers=2"])
     assert changed.model.num_hidden_layers == 2
@@ -130,12 +136,12 @@ def test_shares_become_whole_steps_of_the_run() -> None:
         ("seed=1", "unknown key seed", "Did you mean data.seed or train.seed?"),
         ("optimiser.eps=1", "unknown key optimiser", "Did you mean optimizer?"),
         ("model.n_layers=3", "unknown key model.n_layers", "num_hidden_layers"),
-        ("train.steps=many", "train.steps", "Change the value"),
+        ("train.steps=many", "train.steps: must be a valid integer, got 'many'", "Change the value"),
         ("train.steps=0", "train.steps", "Change the value"),
         ("schedule.name=wobbly", "schedule.name", "Change the value"),
-        ("model.num_key_value_heads=2", "does not divide by num_key_value_heads 2", "Change the value"),
+        ("model.num_key_value_heads=2", "is not divisible by num_key_value_heads 2", "Change the value"),
         ("data.sequence_length=4096", "exceeds model.max_position_embeddings", "Change the value"),
-        ("train.micro_batch_size=3", "does not divide by train.micro_batch_size 3", "Change the value"),
+        ("train.micro_batch_size=3", "is not divisible by train.micro_batch_size 3", "Change the value"),
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_a_remedy(setting: str, message: str, hint: str) -> None:
@@ -203,7 +209,7 @@ def test_another_batch_size_lowers_a_micro_batch_size_that_does_not_fit(
 
 
 def test_two_sizes_that_do_not_fit_are_refused_where_the_user_named_both() -> None:
-    with pytest.raises(InputError, match=r"train.batch_size 2 does not divide by train.micro_batch_size 8"):
+    with pytest.raises(InputError, match=r"train.batch_size 2 is not divisible by train.micro_batch_size 8"):
         load_run_config("nano", ["train.batch_size=2", "train.micro_batch_size=8"])
 
 

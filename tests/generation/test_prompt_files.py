@@ -45,6 +45,18 @@ def test_a_file_of_prompts_is_answered_in_its_order(smolctl: Smolctl, model: Pat
     assert [texts(greedy[2]), texts(greedy[3])] == [texts(alone), texts(asked)]
 
 
+def test_prompts_without_end_are_refused(
+    smolctl: Smolctl, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("prompts", "sample"):
+        monkeypatch.setattr(f"smolctl.generation.{module}.MOST_PROMPTS", 5_000)
+    for options in (["--jsonl", "/dev/zero"], ["--jsonl", "-"], []):
+        monkeypatch.setattr("sys.stdin", io.StringIO("x" * 6_000))
+        called = smolctl("sample", model, *options)
+        assert called.code == 3
+        assert "has more than 5,000 characters" in called.err
+
+
 def test_a_line_may_be_a_request_as_clients_of_openai_send_it(
     smolctl: Smolctl, model: Path, tmp_path: Path
 ) -> None:

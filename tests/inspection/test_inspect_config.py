@@ -264,7 +264,7 @@ def test_another_architecture_is_shown_as_it_spells_itself(smolctl: Smolctl, tmp
         (["eos_token_id=[1,60000]"], "eos_token_id 60000 is outside the vocabulary"),
         (["schedule.min_learning_rate=1"], "min_learning_rate 1 is above"),
         (["schedule.decay_start=10"], "decay_start 10 comes before the end of the warmup"),
-        ([], "hidden_size 576 is not a multiple of 256"),
+        (["position_embedding=rope", "residual_scale=1"], "hidden_size 576 is not a multiple of 256"),
     ],
 )
 def test_problems_are_named(smolctl: Smolctl, settings: list[str], words: str) -> None:
@@ -273,6 +273,14 @@ def test_problems_are_named(smolctl: Smolctl, settings: list[str], words: str) -
     assert any(words in problem for problem in document["problems"]), document["problems"]
     shown = " ".join(smolctl("inspect-config", "smollm2-135m", *options).out.split())
     assert words in shown
+
+
+def test_types_of_llama_cpp_are_recommended_only_to_models_that_it_runs(smolctl: Smolctl) -> None:
+    documents = {
+        name: smolctl("inspect-config", name, "--json").json for name in ("smollm2-135m", "smollm2-135m-hub")
+    }
+    assert documents["smollm2-135m"]["problems"] == []
+    assert "K-quants" in documents["smollm2-135m-hub"]["problems"][0]
 
 
 def test_sound_recipe_of_fitting_sizes_has_no_problems(smolctl: Smolctl, tmp_path: Path) -> None:

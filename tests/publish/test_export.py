@@ -334,10 +334,10 @@ def test_links_of_the_card_lead_to_the_branch_that_it_is_pushed_to(learned: Buil
     [("Apache 2.0", "apache-2.0"), ("MIT License", "mit"), ("gpl3", "gpl"), ("none of these", "")],
 )
 def test_a_licence_is_one_that_the_hub_knows(license: str, near: str, llama: Built) -> None:
-    with pytest.raises(InputError, match="the Hub knows no licence") as caught:
+    with pytest.raises(InputError, match="the Hub does not know the licence") as caught:
         choose_destination(PushOptions(license=license), llama.model)
     assert f"Did you mean {near}?" in caught.value.hint or not near
-    with pytest.raises(InputError, match=r"README\.md: the Hub knows no licence"):
+    with pytest.raises(InputError, match=r"README\.md: the Hub does not know the licence"):
         require_valid({"license": ["mit", license]})
     choose_destination(PushOptions(license="apache-2.0"), llama.model)
 

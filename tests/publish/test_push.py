@@ -121,7 +121,7 @@ def test_private_unless_public(llama: Built, hub: PushHub) -> None:
     notes: list[str] = []
     publish(llama, notes, repo="me/tiny", public=True)
     assert hub.repos["models/me/tiny"].private
-    assert any("private already, and stays so" in note for note in notes)
+    assert any("private already, and does not change" in note for note in notes)
 
 
 def test_the_repository_is_taken_from_the_user_and_the_run(llama: Built, hub: PushHub) -> None:

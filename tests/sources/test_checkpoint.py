@@ -269,7 +269,7 @@ def test_run_with_damaged_checkpoints_only_says_so(run: Path) -> None:
         path.write_bytes(b"PK\x03\x04")
     with pytest.raises(InputError, match="damaged") as caught:
         open_source(str(run))
-    assert caught.value.hint == "No other checkpoint is sound."
+    assert caught.value.hint == "No other checkpoint is intact."
 
 
 def test_run_without_checkpoints_still_opens(run: Path) -> None:

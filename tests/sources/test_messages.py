@@ -28,6 +28,12 @@ from tests.support.tiny_models import tiny_network, write_folder
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no file here that cannot be read")
+def test_a_file_that_the_disk_does_not_give_is_named() -> None:
+    with pytest.raises(InputError, match="/proc/self/mem: Input/output error"):
+        open_source("/proc/self/mem")
+
+
 @pytest.mark.parametrize("name", ["model.gguf", "model.safetensors", "pytorch_model.bin", "config.json"])
 @pytest.mark.parametrize("in_folder", [True, False])
 def test_a_git_lfs_pointer_is_called_one(name: str, in_folder: bool, tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def test_what_of_a_nanotron_recipe_we_have_arrives_and_the_rest_is_named(tmp_pat
     assert not source.run.optimizer.decay_embeddings
     problems = "\n".join(source.problems)
     assert "nanotron decays norms too" in problems
-    assert "optimizer.dream is not read" in problems
+    assert "optimizer.dream is ignored" in problems
 
 
 def test_nanotrons_words_for_the_near_kin_are_read(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_a_nanotron_schedule_is_as_nanotron_computes_it(tmp_path: Path) -> None:
     assert (schedule.min_learning_rate, run.optimizer.betas[1]) == (1e-3, 0.99)
     assert (run.train.seed, run.data.seed) == (42, 42)
     problems = "\n".join(source.problems)
-    for said in ("lr_decay_style cosine becomes linear", "'s3://bucket/step'", "doremi is not read"):
+    for said in ("lr_decay_style cosine becomes linear", "'s3://bucket/step'", "doremi is ignored"):
         assert said in problems
     assert "pads the vocabulary to 49,154 tokens" in problems
     assert "rows of q_proj and k_proj in another order" in problems
@@ -353,6 +353,7 @@ def test_unknown_what_ifs_are_named_with_a_suggestion() -> None:
         ("nowhere/model.gguf", "no such file", "Give a preset"),
         ("Once upon a time " * 100, "no such file", "Give a preset"),
         ("./nowhere", "no such file", "Give a preset"),
+        ("nowhere", "no preset or file", "Give a preset"),
         ("runs/nope", "no such run", "smolctl train"),
     ],
 )

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from smolctl.config import load_run_config
+from smolctl.config import RunConfig, load_run_config
+from smolctl.config.run import CheckpointConfig, ValidationConfig
 from smolctl.errors import ExitCode
 from smolctl.runs.events import Step
 from smolctl.runs.folder import RunFolder
 from smolctl.training.checkpoint import DurableCheckpointIO
 from smolctl.training.guards import NonFiniteError
+from smolctl.training.plan import _most_checkpoints
 from tests.support.processes import Smolctl
 from tests.support.tiny_runs import losses, prepare_tiny, run, with_steps, write_project
 
@@ -125,3 +127,21 @@ def test_the_recorded_loss_is_cross_entropy_and_z_loss_stands_beside_it() -> Non
         assert step.z_loss == pytest.approx(1e-2 * math.log(300) ** 2, rel=0.2)  # all logits are near 0
     first = json.loads((without / "metrics.jsonl").open().readline())
     assert first["z_loss"] is None
+
+
+@pytest.mark.parametrize("steps", [1, 2, 12, 97])
+@pytest.mark.parametrize("every", [1, 6, 40])
+@pytest.mark.parametrize("scored", [0, 1, 4])
+@pytest.mark.parametrize(("keep_last", "keep_every"), [(0, 0), (3, 0), (2, 5)])
+def test_the_plan_counts_the_checkpoints_of_a_run_of_any_length(
+    steps: int, every: int, scored: int, keep_last: int, keep_every: int
+) -> None:
+    checkpoint = CheckpointConfig(every=every, keep_last=keep_last, keep_every=keep_every)
+    config = RunConfig(checkpoint=checkpoint, validation=ValidationConfig(every=scored))
+    written = {0, *range(0, steps, every), steps}
+    if scored:
+        written |= {*range(scored, steps, scored)}
+    last = keep_last + bool(keep_last and scored)
+    kept = min(len(written), last or len(written)) + (steps // keep_every if keep_every else 0)
+    assert _most_checkpoints(config, steps, validates=True) == kept
+    assert _most_checkpoints(config, 10**12, validates=True) > 0  # without counting one by one

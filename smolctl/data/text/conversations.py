@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from smolctl.escaping import whole_characters
-from smolctl.outside import MAX_DEPTH, parse_json
+from smolctl.outside import MAX_DEPTH, json_or_text
 
 # Names of ShareGPT's and similar data for the roles of chat templates.
 ROLES = {
@@ -118,18 +118,10 @@ def _objects(value: object, name: str) -> list[dict[str, Any]]:
     """Tools or tool calls in the form of templates: a list of objects, which some data stores as JSON
     text.
     """
-    objects = _from_json(value) if isinstance(value, str) else _without_nulls(value)
+    objects = json_or_text(value) if isinstance(value, str) else _without_nulls(value)
     if not isinstance(objects or [], list) or not all(isinstance(item, dict) for item in objects or []):
         raise RowError(f"{name!r} is not a list of objects")
     return objects or []
-
-
-def _from_json(text: str) -> Any:
-    """The value of a JSON text; the text itself if it is not JSON."""
-    try:
-        return parse_json(text)
-    except ValueError:
-        return text
 
 
 def _without_nulls(value: Any, level: int = 0) -> Any:
@@ -180,7 +172,7 @@ def _call(value: dict[str, Any]) -> dict[str, Any]:
     """A call with an object as arguments, as templates expect; OpenAI's API has them as JSON text."""
     function = value.get("function", value)
     if isinstance(function, dict) and isinstance(spelled := function.get("arguments"), str):
-        function = {**function, "arguments": _from_json(spelled)}
+        function = {**function, "arguments": json_or_text(spelled)}
     return {**value, "function": function} if "function" in value else function
 
 

@@ -20,8 +20,8 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2,
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256  # a token for every byte
 # More text hardly improves a vocabulary of this size, but takes memory.
 SAMPLE_BYTES = 64 * 1024 * 1024
-# Characters. Learning a merge takes time by the square of a word's length: a word of three million, as in a
-# file of base64, never ended.
+# Characters. Learning a merge takes time quadratic in a word's length: a word of three million characters, as
+# in a base64 file, never finished.
 LONGEST_WORD = 1_000
 _LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
 

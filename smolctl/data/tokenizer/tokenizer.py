@@ -25,6 +25,7 @@ from smolctl.sources import open_source
 from smolctl.sources.base import TokenizerFiles
 from smolctl.sources.huggingface.tokenizer import (
     has_tokenizer,
+    ids_around_text,
     read_backend,
     read_tokenizer_folder,
     read_tokenizer_json,
@@ -186,7 +187,9 @@ class Tokenizer:
     def _extent(self) -> tuple[int, int]:
         """The largest id plus one, and the characters of the longest token."""
         vocabulary: dict[str, int] = self.backend.get_vocab(with_added_tokens=True)
-        return max(vocabulary.values(), default=-1) + 1, max(map(len, vocabulary), default=0)
+        begin, end = ids_around_text(self.backend)  # which the file may give any number
+        largest = max(*vocabulary.values(), *begin, *end, -1)
+        return largest + 1, max(map(len, vocabulary), default=0)
 
     def token(self, token_id: int | None) -> str | None:
         """The text of an id's token; None if there is no such id."""

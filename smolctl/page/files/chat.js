@@ -1,23 +1,23 @@
 /**
  * A conversation as the token ids that a chat model was trained on.
  *
- * Most templates put the same text between two messages whatever stands in these. smolctl/page/chat.py proves it
- * of a model's template and ships these texts. Other templates are filled by the Jinja library beside the page,
- * which differs from Python's in one known thing: `trim` leaves U+001C to U+001F and U+0085, and takes U+FEFF.
+ * Most templates write the same text between two messages whatever the messages contain. smolctl/page/chat.py
+ * verifies this for a model's template and ships these texts. Other templates are rendered by the page's Jinja library,
+ * which is known to differ from Python's in one point: `trim` keeps U+001C to U+001F and U+0085, and removes U+FEFF.
  */
 
-// When the context is full, the oldest turns go until this share of it is free: what follows them must be read
-// again, and not at every turn.
+// When the context is full, the oldest turns are dropped until this share of it is free: the turns after them must be
+// processed again, which should not happen at every turn.
 const FREE_SHARE = 0.25;
 
-/** What Python's `str.strip` removes; JavaScript's `trim` removes other characters. */
+/** The characters that Python's `str.strip` removes; JavaScript's `trim` removes others. */
 const SPACE = /[\p{White_Space}\x1c-\x1f]/u;
 
 /** A conversation leaves no room for an answer, even without its oldest turns. */
 export class PromptTooLongError extends Error {
   /**
    * @param {number} tokens of the prompt
-   * @param {number} capacity tokens that the model can hold
+   * @param {number} capacity tokens that the KV cache can hold
    */
   constructor(tokens, capacity) {
     super(`The prompt has ${tokens} tokens; the model can hold ${capacity}.`);
@@ -29,14 +29,14 @@ export class PromptTooLongError extends Error {
 
 /**
  * @typedef {{role: "system" | "user" | "assistant", content: string}} Message
- * @typedef {(messages: Message[]) => string} Render fills the template, up to where the answer begins
+ * @typedef {(messages: Message[]) => string} Render renders the template up to the start of the answer
  */
 
 /**
  * Prepare a model's chat template.
  * @param {object} chat `chat` of page.json
- * @returns {Promise<Render>} it throws where the template refuses the messages
- * @throws the Jinja library does not fill this template as Python's does
+ * @returns {Promise<Render>} throws if the template refuses the messages
+ * @throws the Jinja library renders this template differently from Python's
  */
 export async function openChat(chat) {
   if (chat.kind === "pieces") return (messages) => join(chat, messages);
@@ -71,7 +71,7 @@ function stripped(text) {
 }
 
 /**
- * Ids of a conversation with the beginning of its answer. Special tokens that a message spells are text.
+ * Ids of a conversation with the header of its answer. Special tokens spelled in messages are read as text.
  * @param {import("./tokenizer.js").Tokenizer} tokenizer
  * @param {Render} render from `openChat`
  * @param {Message[]} messages
@@ -83,14 +83,14 @@ export function chatPrompt(tokenizer, render, messages) {
 }
 
 /**
- * Ids of a conversation from which the oldest turns were taken until it and its answer fit.
+ * Ids of a conversation whose oldest turns were dropped until it and its answer fit.
  * @param {import("./tokenizer.js").Tokenizer} tokenizer
  * @param {Render} render from `openChat`
- * @param {Message[]} messages a system message or none, then questions with their answers, then a question
- * @param {number} capacity tokens that the model can hold
- * @param {number} maxTokens of the answer; half of the capacity at most is kept free for it
- * @returns {{ids: number[], forgotten: number}} and how many questions were forgotten with their answers
- * @throws {PromptTooLongError} not even the last question fits
+ * @param {Message[]} messages an optional system message, then questions with their answers, then a question
+ * @param {number} capacity tokens that the KV cache can hold
+ * @param {number} maxTokens of the answer; at most half of the capacity is kept free for it
+ * @returns {{ids: number[], forgotten: number}} with the number of dropped questions and their answers
+ * @throws {PromptTooLongError} even the last question does not fit
  */
 export function fit(tokenizer, render, messages, capacity, maxTokens) {
   const system = messages.filter(({ role }) => role === "system");
@@ -102,7 +102,7 @@ export function fit(tokenizer, render, messages, capacity, maxTokens) {
 
   free = Math.max(free, Math.floor(capacity * FREE_SHARE));
   const every = turns.length >> 1;
-  // By halves: a thousand turns are not tokenized a thousand times.
+  // Binary search: a conversation of a thousand turns must not be tokenized a thousand times.
   let [low, high] = [Math.min(1, every), every];
   while (low < high) {
     const middle = (low + high) >> 1;

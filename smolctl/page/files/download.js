@@ -1,12 +1,12 @@
-/** Getting a model: parts one after another, each checked, and kept in this browser for the next visit. */
+/** Downloads a model in parts: each is verified, and stored in this browser for the next visit. */
 
-const PAUSES_MS = [500, 2_000]; // before the second and the third try
-const STALLED_MS = 30_000; // without a byte; the next try begins then
+const PAUSES_MS = [500, 2_000]; // before the second and the third attempt
+const STALLED_MS = 30_000; // without a byte; then the next attempt starts
 const CACHE = "smolctl-weights";
 
-/** A fault with a message for the visitor. `kind` decides what the page offers to do about it. */
+/** An error with a message for the visitor. `kind` determines the remedies that the page offers. */
 export class Fault extends Error {
-  /** @param {string} kind @param {string} sentence @param {boolean} [lasting] trying again at once is of no use */
+  /** @param {string} kind @param {string} sentence @param {boolean} [lasting] an immediate retry would not help */
   constructor(kind, sentence, lasting = false) {
     super(sentence);
     this.kind = kind;
@@ -17,8 +17,8 @@ export class Fault extends Error {
 /**
  * A JSON file of the page.
  * @param {URL} url
- * @param {string} [format] which it must name, in version 1
- * @throws {Fault} it cannot be had, or is something else
+ * @param {string} [format] that it must declare, in version 1
+ * @throws {Fault} it cannot be downloaded, or has another format
  */
 export async function getJSON(url, format) {
   const name = nameOf(url);
@@ -42,13 +42,13 @@ export async function getBytes(url) {
   return (await get(url, nameOf(url), {})).arrayBuffer();
 }
 
-/** The parts that this browser keeps for a folder of weights, by their SHA-256. */
+/** The parts of a folder of weights that this browser has stored, by SHA-256. */
 export class Store {
   #cache;
   #folder;
   #full = false;
 
-  /** @param {Cache | null} cache null: this browser keeps nothing @param {URL} folder */
+  /** @param {Cache | null} cache null: this browser stores nothing @param {URL} folder */
   constructor(cache, folder) {
     this.#cache = cache;
     this.#folder = folder;
@@ -59,7 +59,7 @@ export class Store {
     try {
       return new Store(await caches.open(CACHE), folder);
     } catch {
-      return new Store(null, folder); // no https, or the visitor allows no storage
+      return new Store(null, folder); // no https, or the visitor forbids storage
     }
   }
 
@@ -71,13 +71,13 @@ export class Store {
     return new URL(part.sha256, this.#folder).href;
   }
 
-  /** @returns {Promise<number>} bytes of the parts that are here */
+  /** @returns {Promise<number>} bytes of the stored parts */
   async held(parts) {
     const keys = new Set((await this.#keys()).map((request) => request.url));
     return parts.reduce((sum, part) => sum + (keys.has(this.#key(part)) ? part.bytes : 0), 0);
   }
 
-  /** @returns {Promise<Uint8Array | null>} null: it is not here, or damaged */
+  /** @returns {Promise<Uint8Array | null>} null: it is missing or damaged */
   async get(part) {
     try {
       const response = await this.#cache?.match(this.#key(part));
@@ -89,7 +89,7 @@ export class Store {
     }
   }
 
-  /** Keep a part. Nothing is kept any more after the first time that the browser refuses. */
+  /** Store a part. After the browser has refused once, nothing more is stored. */
   async put(part, bytes) {
     try {
       if (this.keeps) await this.#cache.put(this.#key(part), new Response(bytes));
@@ -98,7 +98,7 @@ export class Store {
     }
   }
 
-  /** Remove what belongs to this folder, but for some parts. */
+  /** Delete this folder's data, except some parts. */
   async clear(except = []) {
     const keep = new Set(except.map((part) => this.#key(part)));
     for (const request of await this.#keys()) {
@@ -112,12 +112,12 @@ export class Store {
 }
 
 /**
- * All weights, part by part, from this browser where it has them.
+ * Read all weights in parts, from this browser's storage if they are in it.
  * @param {URL} folder
  * @param {{parts: {file: string, bytes: number, sha256: string}[]}} weights
  * @param {(offset: number, bytes: Uint8Array) => void} write
- * @param {(done: number, fetched: number) => void} onProgress bytes that are here, and those that were downloaded
- * @returns {Promise<boolean>} whether this browser keeps them all
+ * @param {(done: number, fetched: number) => void} onProgress bytes available, and bytes downloaded
+ * @returns {Promise<boolean>} whether this browser has stored all parts
  * @throws {Fault}
  */
 export async function getWeights(folder, weights, write, onProgress) {
@@ -157,7 +157,7 @@ async function fetchOnce(url, part, onBytes) {
   const bytes = new Uint8Array(part.bytes);
   let here = 0;
   try {
-    // The page keeps parts itself; the browser's own cache would hold them twice, damaged ones too.
+    // The page stores parts itself; the browser's HTTP cache would store them twice, including damaged ones.
     const response = await get(url, part.file, { cache: "no-store", signal: stop.signal });
     const reader = response.body.getReader();
     for (let chunk; !(chunk = await reader.read()).done; ) {
@@ -186,7 +186,7 @@ async function fetchOnce(url, part, onBytes) {
   return bytes;
 }
 
-/** Without https a browser computes no hash; the length must do then. */
+/** Without https a browser computes no hash; then only the length is checked. */
 async function isPart(bytes, part) {
   if (bytes.length !== part.bytes) return false;
   if (!globalThis.crypto?.subtle) return true;
@@ -194,7 +194,7 @@ async function isPart(bytes, part) {
   return Array.from(hash, (byte) => byte.toString(16).padStart(2, "0")).join("") === part.sha256;
 }
 
-/** A response that has arrived well so far. @throws {Fault} */
+/** Check a response. @throws {Fault} */
 async function get(url, name, options) {
   let response;
   try {

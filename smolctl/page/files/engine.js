@@ -1,23 +1,23 @@
-// The compiled engine (forward.c as WebAssembly) on a model whose bytes lie in its memory as they came.
+// The compiled engine (forward.c as WebAssembly) for a model whose file is in its memory unchanged.
 
-const INTERFACE = 6; // of forward.c: the structures below
+const INTERFACE = 6; // of forward.c; includes the structures below
 const PAGE = 65536;
 const LIMIT = 65535 * PAGE; // some browsers refuse 4 GiB
-const STATIC = 2 * PAGE; // most that the compiled code itself takes: its stack and constants
-const STACK = 65536; // of every further thread: STACK_BYTES of threads.h
+const STATIC = 2 * PAGE; // maximum size of the compiled code's own stack and constants
+const STACK = 65536; // of every additional thread: STACK_BYTES of threads.h
 const FLOAT32 = 0; // a kind of matrix
-const BLOCK = 32; // columns of a row are filled up to a multiple of it: vector.h
+const BLOCK = 32; // rows are padded to a multiple of it: vector.h
 const KEYS = 16; // positions in a tile of keys: attention.h
-const SPLIT = 128; // positions in a part of a long context, for a few tokens: forward.c
-const EXACT = 16; // tokens of a call that may give each the bits of a call of its own: forward.c
-const CHUNK = 64; // tokens that go through the network together: many, since each time all weights are unpacked
-const CALL_MS = 100; // what a call may take, so that "stop" is noticed
-const HELPERS_MS = 1000; // to wait for helping threads
+const SPLIT = 128; // positions per part of a long context, for a few tokens: forward.c
+const EXACT = 16; // maximum tokens per call that may all get the bits of a call of their own: forward.c
+const CHUNK = 64; // tokens per call of a prompt: many, because every call unpacks all weights
+const CALL_MS = 100; // maximum duration of a call, so that "stop" is noticed
+const HELPERS_MS = 1000; // to wait for helper threads
 const OUTCOMES = ["done", "too little memory", "a call is under way", "cancelled"];
 
 const filled = (size, piece) => Math.ceil(size / piece) * piece;
 
-/** Sizes in bytes of everything that the engine needs beside the weights. */
+/** Sizes in bytes of everything that the engine needs besides the weights. */
 function sizes({layout}, positions, threads) {
   const {heads, kv_heads, head_dim, layers, hidden_size, intermediate_size} = layout;
   const capacity = filled(positions, KEYS);
@@ -35,7 +35,7 @@ function sizes({layout}, positions, threads) {
     values: cached * stride,
     rotary: layout.frequencies ? 4 * capacity * head_dim : 0,
     work: 4 * (rows + scratch + most * heads * (stride + 3)) + threads * STACK,
-    // What is read as floats and is stored otherwise, the structures, and the rounding of each size.
+    // Tensors that are converted to floats, the structures, and the rounding of each size.
     floats: 4 * (layers.length * (2 * C + (heads + 2 * kv_heads + 2) * head_dim + 7 * BLOCK) + C + BLOCK)
       + (layout.positions ? 4 * layout.max_positions * C : 0),
     structures: 4 * (57 * layers.length + layout.vocab_size) + 64 * (14 * layers.length + 40),
@@ -57,18 +57,18 @@ class Engine {
   #exports;
   #memory;
   #weights;
-  #start; // (index): starts a helping thread
-  #most; // threads that there can be
-  #asked; // threads that shall work
-  #next; // where free memory begins
-  #base; // where the file of the weights begins
+  #start; // (index): starts a helper thread
+  #most; // maximum number of threads
+  #asked; // requested number of threads
+  #next; // start of free memory
+  #base; // start of the weights file
   #context = 0; // of forward.c
-  #batch; // addresses of that structure and of what it points to
+  #batch; // address of that structure, and of the arrays it points to
   #ids;
   #places;
   #wanted;
   #logits;
-  #pace = 0; // milliseconds that a token of a prompt takes in a layer
+  #pace = 0; // milliseconds per prompt token and layer
 
   constructor(exports, memory, weights, positions, threads, start) {
     [this.#exports, this.#memory, this.#weights, this.#start] = [exports, memory, weights, start];
@@ -83,7 +83,7 @@ class Engine {
     return this.#memory.buffer.byteLength;
   }
 
-  /** Threads that work: helpers count from when they are there. Set it to have fewer of them work. */
+  /** Threads in use: helpers count as soon as they run. Assign a smaller number to use fewer. */
   get threads() {
     return this.#exports.smolctl_threads(this.#asked);
   }
@@ -92,20 +92,20 @@ class Engine {
     this.#asked = count;
   }
 
-  /** The most tokens of a call. */
+  /** The maximum tokens per call. */
   get chunk() {
     return CHUNK;
   }
 
-  /** Put bytes of model.safetensors to their place. */
+  /** Copy bytes of model.safetensors to their place in memory. */
   write(offset, bytes) {
     if (offset + bytes.length > this.#weights.bytes) throw new RangeError("more bytes than the model has");
     new Uint8Array(this.#memory.buffer, this.#base + offset, bytes.length).set(bytes);
   }
 
   /**
-   * All bytes are there: describe the model to the compiled code, and start its threads. It waits a few seconds
-   * for them; those that come later work too, and without them the engine does.
+   * After all bytes were written: create the model's structures, and start its threads. Waits a few seconds for the
+   * threads; those that start later are used too, and the engine also works without them.
    */
   async start() {
     const {layout} = this.#weights;
@@ -148,15 +148,15 @@ class Engine {
     while (this.threads < this.#most && performance.now() < end) await new Promise((done) => setTimeout(done, 5));
   }
 
-  /** Forget what was read after the first `length` tokens. */
+  /** Drop everything after the first `length` tokens. */
   truncate(length) {
     this.length = Math.min(length, this.length);
   }
 
   /**
-   * Read tokens, at most `chunk`, after those that were read.
+   * Process at most `chunk` tokens, after those already processed.
    * @param {ArrayLike<number>} ids
-   * @returns {Float32Array} logits of the token that follows, valid until the next call
+   * @returns {Float32Array} logits of the next token, valid until the next call
    */
   forward(ids) {
     this.#give(ids);
@@ -165,11 +165,11 @@ class Engine {
   }
 
   /**
-   * `forward` for a prompt: any number of tokens, in calls that take about a tenth of a second.
+   * `forward` for a prompt with any number of tokens, in calls of about a tenth of a second.
    * @param {number[]} ids
-   * @param {(done: number) => Promise<boolean>} proceed is awaited before each call, with the number of tokens that
-   *   were read; false ends the reading, and `length` then counts what was read
-   * @returns {Promise<Float32Array | null>} logits of the token that follows; null when it was ended
+   * @param {(done: number) => Promise<boolean>} proceed is awaited before each call, with the number of tokens
+   *     processed; false stops the prompt, and `length` is then the number of processed tokens
+   * @returns {Promise<Float32Array | null>} logits of the next token; null if it was stopped
    */
   async read(ids, proceed) {
     const last = this.#weights.layout.layers.length;
@@ -189,7 +189,7 @@ class Engine {
     return logits;
   }
 
-  /** Describe the tokens of a call. */
+  /** Fill in the structure for the tokens of a call. */
   #give(ids) {
     const count = ids.length;
     if (!count || count > CHUNK) throw new RangeError(`${count} tokens in a call`);
@@ -202,7 +202,7 @@ class Engine {
     this.#view(this.#wanted, 1)[0] = count - 1;
   }
 
-  /** Run some layers on them, and after the last one the head. */
+  /** Run some layers on them, and after the last layer the head. */
   #run(first, last) {
     this.#exports.smolctl_threads(this.#asked);
     this.#exports.smolctl_layers(this.#context, first, last);
@@ -236,7 +236,7 @@ class Engine {
     return [kind, rows, columns, group, ...offsets.map((offset) => offset && this.#base + offset)];
   }
 
-  /** A part of a layer: a matrix, the address of a tensor as floats, or a number as it is. */
+  /** A part of a layer: a matrix, the address of a tensor as floats, or a plain number. */
   #part(part) {
     if (typeof part === "number") return [part];
     return part.length === 7 ? this.#matrix(part) : [this.#floats(part)];
@@ -273,15 +273,15 @@ function bits(number) {
 }
 
 /**
- * An engine whose weights are still to be written.
+ * Create an engine whose weights have not been written yet.
  * @param {object} options
  * @param {WebAssembly.Module} options.module engine.wasm, or engine-threads.wasm for several threads
  * @param {object} options.weights content of weights.json
  * @param {number} options.positions tokens of context
  * @param {number} [options.threads]
  * @param {(memory: WebAssembly.Memory, module: WebAssembly.Module, index: number) => void} [options.startThread]
- *   has another worker call `runThread`
- * @throws {RangeError} the browser has not enough memory
+ *     makes another worker call `runThread`
+ * @throws {RangeError} the browser does not have enough memory
  */
 export async function createEngine({module, weights, positions, threads = 1, startThread}) {
   if (positions > weights.layout.max_positions) throw new RangeError("more positions than the model has");
@@ -295,7 +295,7 @@ export async function createEngine({module, weights, positions, threads = 1, sta
 }
 
 /**
- * What a helping worker does; it does not return before the worker ends.
+ * The work of a helper thread; it does not return before the worker ends.
  * @param {WebAssembly.Memory} memory
  * @param {WebAssembly.Module} module
  * @param {number} index

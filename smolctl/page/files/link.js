@@ -1,4 +1,4 @@
-/** An answer as a link: everything that decides its text, in the part of the address that no server gets. */
+/** An answer as a link: everything that determines its text, in the fragment, which is not sent to servers. */
 
 import { Fault } from "./download.js";
 
@@ -6,12 +6,12 @@ const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty",
 
 /**
  * @typedef {object} Linked
- * @property {string} prompt what is to be answered or continued
+ * @property {string} prompt to be answered or continued
  * @property {[string, string][]} turns questions and answers before it
  * @property {string} system
  * @property {string} scheme of the model's variant
- * @property {string} weights how their SHA-256 begins
- * @property {Record<string, number>} settings by the names in NUMBERS
+ * @property {string} weights start of their SHA-256
+ * @property {Record<string, number>} settings under the names in NUMBERS
  */
 
 /** @param {Linked} linked @returns {string} a fragment without its # */
@@ -27,7 +27,7 @@ export function writeLink({ prompt, turns, system, scheme, weights, settings }) 
 
 /**
  * @param {string} fragment
- * @returns {Linked | null} null: the address has none
+ * @returns {Linked | null} null: there is no fragment
  * @throws {Fault} it is damaged
  */
 export function readLink(fragment) {

@@ -1,11 +1,11 @@
-/** Which variant of the model is loaded, what that costs, and how far it is. */
+/** The choice of the model's variant, its download size, and the progress of loading. */
 
 import { announce, button, byId, grouped, make, megabytes, outward, rest } from "./dom.js";
 import { Store, getJSON } from "./download.js";
 import { memoryNeeded } from "./engine.js";
 import { clearFault, notify } from "./notices.js";
 
-const POSITIONS = 2_048; // tokens of context, where the model has as many and the visitor takes no others
+const POSITIONS = 2_048; // tokens of context, if the model supports them and the visitor chooses no other number
 const FEWEST = 512;
 const STEPS = { memory: "Asking the browser for memory…", start: "Preparing the model…" };
 const OTHER_TAB =
@@ -17,13 +17,13 @@ export class Loader {
   state = "idle"; // idle, loading, ready
   variant; // of about.models
   weights = null; // its weights.json
-  facts = null; // what the worker said of the loaded model
+  facts = null; // the worker's information about the loaded model
   #about;
   #runner;
   #hooks;
   #began = 0;
-  #keeps = true; // whether the browser lets this address keep anything
-  #alone; // promises whether no other tab has this page
+  #keeps = true; // whether the browser allows this page to store anything
+  #alone; // promises whether the page is open in no other tab
 
   /**
    * @param {object} about page.json
@@ -57,21 +57,21 @@ export class Loader {
     return make("label", {}, radio, make("span", {}, model.scheme), make("span", { className: "hint" }, megabytes(model.bytes)));
   }
 
-  /** What the page begins with: a server's model is there, another one loads by itself where it is kept. */
+  /** The initial state: a server's model is ready; another one loads automatically if it is stored. */
   begin() {
     this.#alone = isAlone();
     this.#runner.begin();
     return this.#about.server ? this.load() : this.choose();
   }
 
-  /** Take the variant and the context that a link names, where there are such. */
+  /** Select the variant and the context that a link names, if they exist. */
   prefer(scheme, context) {
     const wanted = String(context);
     if ([...byId("positions").options].some((option) => option.value === wanted)) byId("positions").value = wanted;
     this.variant = this.#about.models.find((model) => model.scheme === scheme) ?? this.variant;
   }
 
-  /** Show and hide what the state decides. */
+  /** Show and hide elements according to the state. */
   render() {
     const ready = this.state === "ready";
     const loading = this.state === "loading";
@@ -99,7 +99,7 @@ export class Loader {
     return Number(byId("positions").value);
   }
 
-  /** Take a variant; one whose parts are all here loads by itself. */
+  /** Select a variant; if all its parts are stored, it loads automatically. */
   async choose(variant = this.variant, byItself = true) {
     this.variant = variant;
     this.weights = null;
@@ -122,7 +122,7 @@ export class Loader {
     }
   }
 
-  /** Say what loading costs. @returns {Promise<number>} bytes that this browser keeps already */
+  /** Show the download size. @returns {Promise<number>} bytes that this browser has already stored */
   async #describe() {
     const weights = this.weights;
     const store = await Store.open(this.#folder());
@@ -160,21 +160,21 @@ export class Loader {
     });
   }
 
-  /** Do what failed again. */
+  /** Retry the failed step. */
   retry() {
     clearFault();
     if (this.weights || this.#about.server) this.load();
     else this.choose();
   }
 
-  /** End loading, or the loaded model, and offer to load one. */
+  /** Stop loading, or unload the model, and offer to load one. */
   unload() {
     this.#runner.begin();
     this.#become("idle");
     this.choose(this.variant, false);
   }
 
-  /** The model is gone with its worker. */
+  /** The worker ended, and the model with it. */
   fail() {
     this.#runner.end();
     this.#become("idle");
@@ -192,7 +192,7 @@ export class Loader {
     return `smolctl-threads ${this.weights.sha256.slice(0, 12)} ${navigator.hardwareConcurrency}`;
   }
 
-  // --- what the worker reports ---
+  // --- messages of the worker ---
 
   step(step) {
     if (step !== "download") byId("cost").textContent = STEPS[step];
@@ -236,7 +236,7 @@ export class Loader {
     notify("room", `This browser has no room to keep the model${room}: it works now, and the next visit downloads it again.`);
   }
 
-  /** Ways to need less memory. @returns {HTMLElement[]} */
+  /** Options that need less memory. @returns {HTMLElement[]} */
   smaller() {
     const fewer = choices(this.#about.context).filter((count) => count < this.positions() && count <= 1_024);
     const shorter = fewer.reverse().map((positions, index) => {
@@ -260,7 +260,7 @@ export class Loader {
   }
 }
 
-/** Whether no other tab has this page: the lock is held as long as the page is open. */
+/** Whether the page is open in no other tab: the lock is held as long as the page is open. */
 function isAlone() {
   if (!navigator.locks) return true;
   return new Promise((resolve) => {
@@ -271,7 +271,7 @@ function isAlone() {
   });
 }
 
-/** Numbers of tokens that a context can have here. */
+/** The selectable context lengths. */
 function choices(context) {
   const counts = [];
   for (let count = FEWEST; count < context; count *= 2) counts.push(count);
@@ -287,12 +287,12 @@ function threadsText({ threads, speeds }) {
 
 const duration = (seconds) => (seconds < 90 ? `${Math.round(seconds)} s` : `${Math.round(seconds / 60)} min`);
 
-/** The number that an earlier visit has kept under a name; 0: none. */
+/** The number that an earlier visit stored under a name; 0: none. */
 function remembered(name) {
   try {
     return Number(localStorage.getItem(name)) || 0;
   } catch {
-    return 0; // the visitor allows no storage
+    return 0; // the visitor forbids storage
   }
 }
 

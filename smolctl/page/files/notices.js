@@ -1,8 +1,8 @@
-/** What the page says above the field for a message: notices that can be dismissed, and one fault. */
+/** Messages above the input field: notices that can be dismissed, and one error. */
 
 import { button, byId, make, rest } from "./dom.js";
 
-/** @param {string} name of its kind; a new one takes its place @param {string} text */
+/** @param {string} name of its kind; a new notice replaces it @param {string} text */
 export function notify(name, text) {
   const id = `notice-${name}`;
   byId(id)?.remove();
@@ -17,7 +17,7 @@ export function clearNotices() {
   for (const notice of document.querySelectorAll(".notice")) notice.remove();
 }
 
-/** @param {string} sentence @param {HTMLElement[]} waysOn what the visitor can do about it */
+/** @param {string} sentence @param {HTMLElement[]} waysOn the visitor's options */
 export function showFault(sentence, waysOn) {
   byId("fault").replaceChildren(make("p", {}, sentence), make("div", { className: "actions" }, ...waysOn));
 }

@@ -1,4 +1,4 @@
-/** What a visitor sees and does around the conversation. */
+/** The page around the conversation. */
 
 import { announce, button, byId, grouped, make, outward, rest } from "./dom.js";
 import { getJSON } from "./download.js";
@@ -9,8 +9,8 @@ import { Runner, checkBrowser } from "./runner.js";
 import { Settings } from "./settings.js";
 import { Talk, sends } from "./talk.js";
 
-const TALLEST = 200; // pixels of the field for a message
-const WIDE = matchMedia("(min-width: 1080px)"); // as in panel.css: the panel stands beside the conversation
+const TALLEST = 200; // pixels of the input field
+const WIDE = matchMedia("(min-width: 1080px)"); // as in panel.css: the panel is next to the conversation
 
 class Page {
   #about;
@@ -60,7 +60,7 @@ class Page {
     await this.#loader.begin();
   }
 
-  // --- what stands on the page ---
+  // --- elements of the page ---
 
   #write() {
     const { title, summary, facts, links, examples, models, chat, server } = this.#about;
@@ -120,7 +120,7 @@ class Page {
     document.addEventListener("keydown", (event) => {
       if (event.key === "Escape" && byId("panel").classList.contains("open")) this.#panel(false);
     });
-    // A keyboard on the screen covers the page on iOS instead of making it lower.
+    // On iOS an on-screen keyboard covers the page instead of reducing its height.
     visualViewport?.addEventListener("resize", () => {
       if (visualViewport.scale !== 1) return;
       document.documentElement.style.setProperty("--height", `${visualViewport.height}px`);
@@ -128,7 +128,7 @@ class Page {
     addEventListener("hashchange", () => location.reload());
   }
 
-  /** Show and hide what the state decides. */
+  /** Show and hide elements according to the state. */
   #render() {
     const { turns, busy } = this.#talk;
     this.#loader.render();
@@ -215,7 +215,7 @@ class Page {
     return `${location.href.split("#")[0]}#${writeLink(linked)}`;
   }
 
-  /** Fill the page with what a link holds. */
+  /** Fill the page with the content of a link. */
   #follow({ prompt, turns, system, scheme, settings }) {
     this.#settings.set(settings);
     byId("system").value = system;
@@ -237,17 +237,17 @@ class Page {
     );
   }
 
-  // --- faults ---
+  // --- errors ---
 
   #fault(fault) {
     const { kind, number } = fault;
-    const ends = number === undefined || kind === "engine"; // whether the model is gone with it
+    const ends = number === undefined || kind === "engine"; // whether it also ends the model
     this.#talk.fail();
     if (ends && kind !== "link") this.#loader.fail();
     showFault(fault.sentence ?? fault.message, this.#waysOn(kind));
   }
 
-  /** What a visitor can do about a kind of fault. @returns {HTMLElement[]} */
+  /** The visitor's options after a kind of error. @returns {HTMLElement[]} */
   #waysOn(kind) {
     const again = (label, className) => button(label, () => this.#loader.retry(), className);
     if (kind === "browser" || kind === "worker") return [];

@@ -1,10 +1,10 @@
-/** The worker that runs the model, seen from the page, with a watch over its silence. */
+/** The page's side of the worker that runs the model, with a timeout for its messages. */
 
 import { Fault } from "./download.js";
 
 const BROWSERS = "Chrome 110, Edge 110, Firefox 114, Safari 16.4 and later ones can run this page";
-// Seconds without a word of the worker, by what it does, after which it counts as lost: a browser that is out of
-// memory may never answer. Downloads have a limit of their own.
+// Seconds without a message, by activity, after which the worker counts as lost: a browser that runs out of memory may
+// never report it. Downloads have their own limit.
 const PATIENCE = { begin: 20, memory: 20, start: 60, generate: 120 };
 const SILENT = {
   begin: ["worker", `The worker that runs the model did not start: the browser is too old, or a file of this page is missing. ${BROWSERS}.`],
@@ -13,9 +13,9 @@ const SILENT = {
   generate: ["engine", "The model has not answered for two minutes; the browser may be out of memory."],
 };
 
-/** @throws {Fault} the browser cannot run the model, whatever it downloads */
+/** @throws {Fault} the browser cannot run any model */
 export function checkBrowser() {
-  // A function that fills a vector: the smallest module that SIMD takes.
+  // A function that creates a vector: the smallest module that needs SIMD.
   const type = [1, 5, 1, 0x60, 0, 1, 0x7b];
   const body = [10, 8, 1, 6, 0, 0x41, 0, 0xfd, 0x0f, 0x0b];
   const module = new Uint8Array([0, 0x61, 0x73, 0x6d, 1, 0, 0, 0, ...type, 3, 2, 1, 0, ...body]);
@@ -32,13 +32,13 @@ export class Runner {
   #onFault;
 
   /**
-   * @param {(message: any) => void} onMessage what the worker says, but for faults
+   * @param {(message: any) => void} onMessage messages of the worker, except errors
    * @param {(fault: {kind: string, sentence: string}) => void} onFault
    */
   constructor(onMessage, onFault) {
     this.#onMessage = onMessage;
     this.#onFault = onFault;
-    // Ticks are counted, and no clock is read: a tab that was frozen has lost no time then.
+    // Counts ticks instead of reading a clock, so that a suspended tab does not lose time.
     setInterval(() => this.#tick(), 1_000);
   }
 
@@ -58,7 +58,7 @@ export class Runner {
     };
   }
 
-  /** What belongs to the model goes, its memory too. */
+  /** Free everything that belongs to the model, including its memory. */
   end() {
     this.#worker?.terminate();
     this.#worker = null;
@@ -75,7 +75,7 @@ export class Runner {
     this.#worker?.postMessage({ generate: request });
   }
 
-  /** @param {number} number of the generation that is to end, with those before it */
+  /** @param {number} number of the generation to stop, together with those before it */
   stop(number) {
     this.#worker?.postMessage({ stop: number });
   }

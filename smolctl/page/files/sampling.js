@@ -1,14 +1,14 @@
-// From logits to a token: the same choices as smolctl/generation/sampling.py, of the same random numbers.
+// From logits to a token: the same choices as smolctl/generation/sampling.py, with the same random numbers.
 
 import { sha512 } from "./sha512.js";
 
 const DEFAULTS = {temperature: 1, top_k: 0, top_p: 1, min_p: 0, repetition_penalty: 1};
-// Shares of the likeliest token from which the search for the likeliest tokens goes down: few tokens reach the
-// first ones, and mostly they are enough.
+// The search for the likeliest tokens goes down from these shares of the likeliest one: few tokens reach the first
+// thresholds, and usually these are enough.
 const RUNGS = [0.1, 1e-2, 1e-3, 1e-4, 0];
 const {fround} = Math; // NumPy computes in float32
 
-/** Python's generator of random numbers (Mersenne Twister), as `Random(text)` begins it. */
+/** Python's random number generator (Mersenne Twister), seeded like `Random(text)`. */
 export class Random {
   #state = new Uint32Array(624);
   #at = 624;
@@ -20,7 +20,7 @@ export class Random {
     return new Random([...start, ...digest]);
   }
 
-  /** @param {number[]} bytes of the seed, a number, the highest first */
+  /** @param {number[]} bytes of the seed as a number, the highest first */
   constructor(bytes) {
     const words = [];
     for (let end = bytes.length; end > 0; end -= 4)
@@ -70,13 +70,13 @@ export class Sampler {
   #random;
 
   /**
-   * @param {object} settings temperature, top_k, top_p, min_p, repetition_penalty as `smolctl sample` takes them
-   * @param {number | bigint | string} seed an integer, as `smolctl sample --seed` takes it
-   * @param {number} turn answers before this one in the conversation
+   * @param {object} settings temperature, top_k, top_p, min_p, repetition_penalty as in `smolctl sample`
+   * @param {number | bigint | string} seed an integer, as in `smolctl sample --seed`
+   * @param {number} turn number of earlier answers in the conversation
    */
   constructor(settings, seed, turn = 0) {
     this.#settings = {...DEFAULTS, ...settings};
-    /** To be awaited before the first `choose`. */
+    /** Must be awaited before the first `choose`. */
     this.ready = Random.of(`(${seed}, ${turn}, 0)`).then((random) => {
       this.#random = random;
     });
@@ -89,7 +89,7 @@ export class Sampler {
    * @throws {RangeError} the logits are not finite
    */
   choose(logits, seen) {
-    largest(logits); // refuses those that are not finite
+    largest(logits); // throws if they are not finite
     const {temperature, repetition_penalty} = this.#settings;
     const penalized = penalize(logits, seen, fround(repetition_penalty));
     const top = largest(penalized);
@@ -97,7 +97,7 @@ export class Sampler {
     return draw(this.#weights(penalized, penalized[top]), this.#random.next());
   }
 
-  /** Shares of the likeliest token after temperature, top-k, top-p and min-p, in this order. */
+  /** Probabilities relative to the likeliest token, after temperature, top-k, top-p and min-p, in this order. */
   #weights(logits, top) {
     const {temperature, top_k, top_p, min_p} = this.#settings;
     const divisor = fround(temperature);
@@ -110,18 +110,18 @@ export class Sampler {
   }
 }
 
-/** Where the largest is, the first of several. */
+/** The index of the largest value, the first of several. */
 function largest(logits) {
   let best = 0;
   for (let id = 0; id < logits.length; id++) {
     if (logits[id] > logits[best]) best = id;
-    else if (Number.isNaN(logits[id])) best = id; // stays: no number is above it
+    else if (Number.isNaN(logits[id])) best = id; // kept, because no number is above NaN
   }
   if (!Number.isFinite(logits[best])) throw new RangeError("the model's output is not finite");
   return best;
 }
 
-/** Make tokens that were seen less likely: positive logits divided, negative ones multiplied. */
+/** Make tokens that occurred less likely: positive logits are divided, negative ones multiplied. */
 function penalize(logits, seen, penalty) {
   if (penalty === 1) return logits;
   const penalized = logits.slice();
@@ -135,7 +135,7 @@ function keep(weights, least) {
   });
 }
 
-/** The largest weights in descending order: as many as `enough` asks for, or all. */
+/** The largest weights in descending order: as many as `enough` requires, or all. */
 function likeliest(weights, enough) {
   let some;
   for (const rung of RUNGS) {
@@ -145,8 +145,8 @@ function likeliest(weights, enough) {
   return some.sort().reverse();
 }
 
-/** Set to 0 what does not belong to the smallest set with a share `topP` of the weights. Of equal weights those
- * with the lower ids are in it first. */
+/** Set to 0 all weights outside the smallest set with a share `topP` of their sum. Of equal weights, those with lower
+ * ids are added first. */
 function keepNucleus(weights, topP) {
   const goal = topP * sum(weights);
   const likely = likeliest(weights, (some) => sum(some) >= goal);
@@ -165,7 +165,7 @@ function sum(weights) {
   return total;
 }
 
-/** The token at which the running sum of the weights passes the share `share` of their sum. */
+/** The token at which the cumulative sum of the weights exceeds the share `share` of their sum. */
 function draw(weights, share) {
   const target = share * sum(weights);
   let [passed, last] = [0, 0];
@@ -178,10 +178,10 @@ function draw(weights, share) {
 }
 
 /**
- * How likely a token was, and the likeliest others, by the model itself: without temperature and so on.
+ * The probability of a token and the likeliest others, under the unmodified model: without temperature and so on.
  * @param {Float32Array} logits
  * @param {number} id the token
- * @param {number} count of others
+ * @param {number} count number of others
  * @returns {{probability: number, alternatives: [number, number][]}} alternatives: id and probability
  */
 export function probabilities(logits, id, count) {
@@ -189,7 +189,7 @@ export function probabilities(logits, id, count) {
   let total = 0;
   for (let other = 0; other < logits.length; other++) total += Math.exp(logits[other] - top);
   const probability = (of) => Math.exp(logits[of] - top) / total;
-  const best = []; // the likeliest first, of equal ones the lower id
+  const best = []; // the likeliest first, equal ones by id
   for (let other = 0; other < logits.length; other++) {
     if (other === id || (best.length === count && logits[other] <= logits[best[count - 1]])) continue;
     let place = best.length;

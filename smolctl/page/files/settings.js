@@ -1,9 +1,9 @@
-/** The controls for how tokens are chosen, with the model's own values as what they start from. */
+/** The controls for sampling, which start with the model's own values. */
 
 import { byId, make } from "./dom.js";
 
-// By the names of page.json and of the worker. Limits are the least, the most (null: the
-// model's context) and the step. Few visitors need those in `more`.
+// Names as in page.json and in the worker. Limits: minimum, maximum (null: the
+// model's context) and step. Few visitors need the controls in `more`.
 const CONTROLS = {
   temperature: {
     label: "Temperature",
@@ -71,7 +71,7 @@ export class Settings {
     for (const name of Object.keys(CONTROLS)) if (name in values) this.#put(name, values[name]);
   }
 
-  /** @returns {{sampling: Record<string, number>, max_tokens: number, seed: number | null}} seed null: a new one */
+  /** @returns {{sampling: Record<string, number>, max_tokens: number, seed: number | null}} seed null: a random one */
   get() {
     const values = Object.fromEntries(Object.keys(CONTROLS).map((name) => [name, Number(byId(name).value)]));
     const { max_tokens, seed, ...sampling } = values;
@@ -89,7 +89,7 @@ export class Settings {
     input.onchange = () => this.#put(name, input.value === "" ? undefined : Number(input.value));
     const row = make("div", { className: "control" }, make("label", { for: name }, label), input);
     if (slider) {
-      // For the mouse alone: the number above it says and does the same.
+      // Only for the mouse: the number field above it has the same label and function.
       const bar = make("input", { type: "range", tabIndex: -1, "aria-hidden": "true", ...range });
       bar.oninput = () => (input.value = bar.value);
       input.oninput = () => (bar.value = input.value);
@@ -100,7 +100,7 @@ export class Settings {
     byId(more ? "more" : "controls").append(row);
   }
 
-  /** Show a value within its limits; the model's own where it is not a number. */
+  /** Show a value within its limits; the model's own if it is not a number. */
   #put(name, value) {
     const [least, most, step] = CONTROLS[name].limits;
     const taken = Number.isFinite(value) ? value : this.#own[name];

@@ -1,10 +1,10 @@
-/** SHA-512 (FIPS 180-4), which browsers offer over https alone. Seeds are made of it, as Python makes them. */
+/** SHA-512 (FIPS 180-4), which browsers offer only over https. Seeds are derived with it, as in Python. */
 
 const MASK = (1n << 64n) - 1n;
 const PRIMES = [];
 for (let number = 2; PRIMES.length < 80; number++) if (PRIMES.every((prime) => number % prime)) PRIMES.push(number);
 
-/** The first 64 bits behind the point of a root. */
+/** The first 64 bits of a root's fractional part. */
 function fraction(number, degree) {
   const wanted = BigInt(number) << (64n * degree);
   let root = 0n;

@@ -1,10 +1,10 @@
-/** The conversation, or the texts that the model continues: questions, answers, and what can be done with them. */
+/** The conversation, or the texts that the model continues: questions, answers, and the actions on them. */
 
 import { announce, button, byId, copied, grouped, make } from "./dom.js";
 import { TokenText } from "./tokens.js";
 
-const SEEDS = 1_000_000; // short ones are easier to read and to pass on
-const NEAR_END = 80; // pixels within which the view follows the text
+const SEEDS = 1_000_000; // short ones are easier to read and to copy
+const NEAR_END = 80; // distance in pixels within which the view follows the text
 const ENDS = {
   length: "stopped at the longest answer",
   context: "stopped: the context is full",
@@ -16,22 +16,22 @@ const ENDS = {
  * @typedef {object} Turn
  * @property {string} question
  * @property {string} answer its text so far
- * @property {object | null} how what decides the answer's text: what was sent to the worker, and the seed
+ * @property {object | null} how what determines the answer's text: the request to the worker, and the seed
  * @property {HTMLElement} element
  */
 
 export class Talk {
   /** @type {Turn[]} */ turns = [];
   #current = null; // the turn that is being answered
-  #number = 0; // of its generation
-  #follows = true; // whether the view follows the text: until the visitor scrolls away from its end
-  #frame = 0; // in which the view will move
-  #before = null; // turns to return to when no answer comes
+  #number = 0; // number of its generation
+  #follows = true; // whether the view follows the text, until the visitor scrolls away from its end
+  #frame = 0; // animation frame in which the view will scroll
+  #before = null; // turns to restore if no answer comes
   #hooks;
   #chats;
 
   /**
-   * @param {boolean} chats false: every text is continued by itself
+   * @param {boolean} chats false: every text is continued independently
    * @param {{request: () => object, send: (request: object) => void, stop: (number: number) => void,
    *          link: (turn: Turn, before: Turn[]) => string, changed: () => void}} hooks
    */
@@ -47,7 +47,7 @@ export class Talk {
     return this.#current !== null;
   }
 
-  /** A turn that was not answered here. */
+  /** A turn that was answered elsewhere. */
   restore(question, answer) {
     const turn = this.#add(question, make("p", { className: "text" }, answer));
     turn.answer = answer;
@@ -68,9 +68,9 @@ export class Talk {
     if (this.busy) this.#hooks.stop(this.#number);
   }
 
-  // --- what the worker reports ---
+  // --- messages of the worker ---
 
-  /** Whether a message of the worker is about the answer that is being made. */
+  /** Whether a message of the worker belongs to the current answer. */
   awaits(number) {
     return this.busy && number === this.#number;
   }
@@ -111,12 +111,12 @@ export class Talk {
     this.#hooks.changed();
   }
 
-  /** The answer that is being made ends here. */
+  /** The current answer ends here. */
   fail() {
     if (this.busy) this.done({ reason: "fault", text: "", tokens: 0, seconds: 0 });
   }
 
-  // --- what the visitor does ---
+  // --- actions of the visitor ---
 
   #answer(index, question, seed) {
     if (this.busy) return;
@@ -148,7 +148,7 @@ export class Talk {
     this.#scroll();
   }
 
-  /** No token came: everything is as before, and a new question stands where it was typed. */
+  /** No token came: restore everything, and put a new question back into the input field. */
   #undo(turn) {
     const again = this.#before.length > this.turns.length - 1;
     this.#keep(this.#before);
@@ -241,7 +241,7 @@ export class Talk {
     this.#hooks.changed();
   }
 
-  /** Say which turns the model no longer reads. */
+  /** Mark the turns that the model no longer reads. */
   #mark(forgotten) {
     byId("turns").querySelector(".forgotten")?.remove();
     if (!forgotten || !this.turns[forgotten]) return;
@@ -250,7 +250,7 @@ export class Talk {
     this.turns[forgotten].element.before(make("p", { className: "forgotten" }, text));
   }
 
-  /** Once a frame at most: the browser has to lay out the text for it. */
+  /** At most once per frame, because the browser has to lay out the text for it. */
   #scroll() {
     if (!this.#follows || this.#frame) return;
     this.#frame = requestAnimationFrame(() => {
@@ -261,8 +261,8 @@ export class Talk {
 }
 
 /**
- * Whether a key sends a text. Enter may also end the choice of a character, which Safari shows by the code 229
- * alone; on a touch screen it starts a new line.
+ * Whether a key sends a text. Enter may also confirm a character of an input method, which Safari reports only with the
+ * code 229; on a touch screen it starts a new line.
  */
 export const sends = (event) =>
   event.key === "Enter" &&

@@ -1,4 +1,4 @@
-/** A helper of the engine in a worker of its own. */
+/** A helper thread of the engine, in its own worker. */
 
 import { runThread } from "./engine.js";
 

@@ -1,20 +1,20 @@
 /**
  * Text to token ids and back for byte-level BPE, with exactly the ids of the `tokenizers` library.
  *
- * A text passes through these steps: added tokens are found, the rest is normalized, divided into words, written
- * as UTF-8, and the tokens of neighbouring bytes are merged. What differs from tokenizer to tokenizer stands in
- * page.json, which was written by smolctl/page/tokenization.py; it refuses tokenizers that work otherwise.
+ * The steps: added tokens are found; the rest of the text is normalized, divided into words, and encoded as
+ * UTF-8; and the tokens of adjacent bytes are merged. The properties of each tokenizer are in page.json, written
+ * by smolctl/page/tokenization.py, which refuses tokenizers that work differently.
  */
 
-// What the Rust library calls whitespace and word characters. JavaScript's \s and \w are other sets.
+// Whitespace and word characters of the Rust library. JavaScript's \s and \w are different sets.
 const SPACE = /\p{White_Space}/u;
 const LETTER = /^[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]/u;
-// Stand-ins for the first characters of control tokens that messages spell, in a plane for private use.
+// Placeholders for the first characters of control tokens spelled in messages, in a private-use plane.
 const STAND_INS = 0xf0000;
-const MOST_WORDS = 20_000; // that are remembered with their ids
+const MOST_WORDS = 20_000; // number of words that are cached with their ids
 
-// The character that byte-level BPE writes for each byte: bytes that Latin-1 prints stand for themselves, the
-// others are counted up from U+0100.
+// The character with which byte-level BPE represents each byte: bytes printable in Latin-1 represent themselves, the
+// others are numbered from U+0100.
 const CHARACTERS = [];
 for (let byte = 0, other = 0x100; byte < 256; byte++) {
   const printable = (byte > 0x20 && byte < 0x7f) || (byte > 0xa0 && byte !== 0xad);
@@ -28,36 +28,36 @@ const UTF8 = new TextEncoder();
  * @property {number} id
  * @property {string} content
  * @property {boolean} special
- * @property {boolean} normalized it is looked for in the text after normalization
- * @property {boolean} single_word it is found only where no letter or digit touches it
- * @property {boolean} lstrip it takes the whitespace before it
- * @property {boolean} rstrip it takes the whitespace after it
+ * @property {boolean} normalized it is matched in the text after normalization
+ * @property {boolean} single_word it is matched only if no letter or digit is next to it
+ * @property {boolean} lstrip it includes the whitespace before it
+ * @property {boolean} rstrip it includes the whitespace after it
  *
  * @typedef {object} TokenizerOptions `tokenizer` of page.json
- * @property {number[]} begin ids before every text that is encoded by itself
+ * @property {number[]} begin ids before every separately encoded text
  * @property {number[]} end ids after it
  * @property {number[]} empty ids of an empty text
- * @property {?string} normalizer a form that `String.normalize` knows
- * @property {{prefix: boolean, words: ?string}[]} steps how a text is divided: a space is put before it, then
- *   every match of a regular expression is a word; each step divides the words of the one before
- * @property {string[]} control tokens that steer the model and that a message must not spell
+ * @property {?string} normalizer a form of `String.normalize`
+ * @property {{prefix: boolean, words: ?string}[]} steps how a text is divided: optionally a space is added before it,
+ *     then every match of a regular expression is a word; each step divides the words of the previous one
+ * @property {string[]} control tokens that control the model and must not be spelled in messages
  */
 export class Tokenizer {
-  #tokens = []; // by id, as the vocabulary spells it
-  #special = new Set(); // ids that decoding leaves out
+  #tokens = []; // by id, as in the vocabulary
+  #special = new Set(); // ids that decoding omits
   #vocabulary; // token to id
-  #byteIds; // by byte: the id of its token; undefined where there is none
-  #ranks = new Map(); // a pair of ids as one number, to the rank of its merge
-  #merged = []; // by rank: the id that the merge gives
+  #byteIds; // by byte: the id of its token, if there is one
+  #ranks = new Map(); // rank of a merge by its pair of ids, encoded as one number
+  #merged = []; // by rank: the resulting id
   #wholeWords; // look a word up in the vocabulary before merging
   #known = new Map(); // word to ids
   #options;
   #steps;
-  #plain; // what finds added tokens in texts
-  #chat; // what finds them in conversations
-  #control; // a regular expression that finds where a control token begins
-  #standIns; // first character of a control token to its stand-in
-  #characters; // and back
+  #plain; // finds added tokens in texts
+  #chat; // finds them in conversations
+  #control; // a regular expression for the start of a control token
+  #standIns; // placeholders by the first characters of control tokens
+  #characters; // the inverse
 
   /**
    * @param {object} json content of tokenizer.json
@@ -99,8 +99,8 @@ export class Tokenizer {
   }
 
   /**
-   * Ids of a text to continue, with the special tokens that it spells. Never empty where the tokenizer has a token
-   * that begins texts.
+   * Ids of a text to continue, including special tokens spelled in it. Never empty if the tokenizer has a token
+   * that starts texts.
    * @param {string} text
    * @returns {number[]}
    */
@@ -110,8 +110,8 @@ export class Tokenizer {
   }
 
   /**
-   * A message in which control tokens are not read as tokens: their first characters are replaced by stand-ins, which
-   * `encodeConversation` reads as these characters.
+   * A message whose control tokens are not read as tokens: their first characters are replaced by placeholders, which
+   * `encodeConversation` reads as the original characters.
    * @param {string} text
    * @returns {string}
    */
@@ -120,7 +120,7 @@ export class Tokenizer {
   }
 
   /**
-   * Ids of a conversation that was written around messages from `hide`; nothing is put around it.
+   * Ids of a conversation that was rendered from messages of `hide`, without tokens around it.
    * @param {string} text
    * @returns {number[]}
    */
@@ -130,9 +130,9 @@ export class Tokenizer {
   }
 
   /**
-   * A decoder that is fed ids one by one and never shows half a character. Special tokens are left out.
-   * @returns {{feed: (id: number) => string, finish: () => string}} `feed` gives the text that can be shown now;
-   *   `finish` what is left when no more ids come: U+FFFD for a character that was never completed
+   * An incremental decoder, which never returns part of a character. Special tokens are omitted.
+   * @returns {{feed: (id: number) => string, finish: () => string}} `feed` returns the complete text so far;
+   *     `finish` the rest after the last id: U+FFFD for an incomplete character
    */
   stream() {
     const utf8 = new TextDecoder("utf-8", { ignoreBOM: true });
@@ -143,7 +143,7 @@ export class Tokenizer {
   }
 
   /**
-   * What to show for a single id: its text, or its bytes as `\xE2\x96` where they are only a part of a character.
+   * The displayed text of a single id; bytes that are only part of a character as `\xE2\x96`.
    * @param {number} id
    * @returns {string}
    */
@@ -156,7 +156,7 @@ export class Tokenizer {
     }
   }
 
-  /** The bytes that an id stands for, an added token by its name; none when there is no such id. */
+  /** The bytes of an id, for an added token its name; empty if there is no such id. */
   #bytes(id) {
     const token = this.#tokens[id] ?? "";
     const bytes = Array.from(token, (character) => BYTES.get(character));
@@ -206,13 +206,13 @@ export class Tokenizer {
       const id = this.#vocabulary.get(Array.from(bytes, (byte) => CHARACTERS[byte]).join(""));
       if (id !== undefined) return [id];
     }
-    // As in the library, a byte that has no token vanishes, and its neighbours may merge.
+    // As in the library, a byte without a token is dropped, and its neighbours may merge.
     return this.#merge(Array.from(bytes, (byte) => this.#byteIds[byte]).filter((id) => id !== undefined));
   }
 
   /**
-   * Merge the pair of the lowest rank, of equal ones the leftmost, until no pair is left that merges. `ids` is
-   * changed. A merged pair keeps the place of its left part; `next` and `previous` link the places in use.
+   * Merge the pair with the lowest rank, of equal ones the leftmost, until no pair can be merged. `ids` is
+   * changed. A merged pair keeps the place of its left part; `next` and `previous` link the used places.
    */
   #merge(ids) {
     const length = ids.length;
@@ -222,7 +222,7 @@ export class Tokenizer {
       const right = next[place];
       return right < length ? this.#ranks.get(this.#pair(ids[place], ids[right])) : undefined;
     };
-    // A rank and a place as one number, which orders them.
+    // Rank and place as one number, which sorts them.
     const waiting = new Heap();
     const enqueue = (place) => {
       const rank = rankAt(place);
@@ -233,7 +233,7 @@ export class Tokenizer {
       const entry = waiting.pop();
       const place = entry % length;
       const rank = (entry - place) / length;
-      if (ids[place] < 0 || rankAt(place) !== rank) continue; // merged otherwise meanwhile
+      if (ids[place] < 0 || rankAt(place) !== rank) continue; // already merged with another token
       const right = next[place];
       ids[place] = this.#merged[rank];
       ids[right] = -1;
@@ -246,11 +246,11 @@ export class Tokenizer {
   }
 
   #pair(left, right) {
-    return left * 0x1000000 + right; // as smolctl's MAX_VOCABULARY
+    return left * 0x1000000 + right; // like smolctl's MAX_VOCABULARY
   }
 }
 
-/** A binary heap of numbers: `pop` gives the least. */
+/** A binary heap of numbers: `pop` returns the smallest. */
 class Heap {
   #items = [];
 
@@ -282,26 +282,26 @@ class Heap {
   }
 }
 
-/** A regular expression that finds tokens in a text, of several at one place the longest. */
+/** A regular expression that finds tokens in a text, at each place the longest. */
 function anyOf(tokens) {
   const longest = tokens.filter(Boolean).sort((one, other) => other.length - one.length);
   return longest.map((token) => token.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&")).join("|") || "(?!)";
 }
 
-/** What `split` needs to find added tokens, whose content is `spelled` in the text. */
+/** The arguments of `split` for added tokens whose content is `spelled` in the text. */
 function finder(added, spelled = (content) => content) {
   const tokens = new Map(added.map((token) => [spelled(token.content), token]));
   return { tokens, pattern: new RegExp(anyOf([...tokens.keys()]), "gu") };
 }
 
-/** Parts of a text: the ids of added tokens that are found in it, and the texts between them. */
+/** The parts of a text: ids of added tokens, and the texts between them. */
 function* split(text, { tokens, pattern }) {
   let start = 0;
   for (const { 0: content, index } of text.matchAll(pattern)) {
     const { id, single_word: alone, lstrip, rstrip } = tokens.get(content);
     let from = index;
     let to = index + content.length;
-    // A character has two units at most. ($ in place of `at` misses some of two units in V8.)
+    // A character has at most two units. ($ instead of `at` misses some of two units in V8.)
     const before = [...text.slice(Math.max(0, from - 2), from)].at(-1) ?? "";
     if (alone && (LETTER.test(before) || LETTER.test(text.slice(to, to + 2)))) continue;
     while (lstrip && from > start && SPACE.test(text[from - 1])) from--;

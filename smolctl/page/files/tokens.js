@@ -1,16 +1,16 @@
-/** The tokens of an answer: its text piece by piece, and how likely each one was beside its alternatives. */
+/** The tokens of an answer: streamed text, and each token's probability with its alternatives. */
 
 import { announce, button, make, percent } from "./dom.js";
 
 const MARGIN = 8; // pixels between the card and the edge of the text
 
-/** An answer's text as it grows. A piece is one token, or several that only together make whole characters. */
+/** An answer's text while it is generated. A piece is one token, or several that together form whole characters. */
 export class TokenText {
   #pieces = [];
-  #waiting = []; // tokens whose characters are not complete
+  #waiting = []; // tokens with incomplete characters
   #tokens = [];
   #card = null;
-  #at = 0; // the token that the card shows
+  #at = 0; // index of the token on the card
   #legend = make("p", { className: "hint" }, "The stronger the colour of a token, the less likely it was. Press one for its alternatives.");
   shown = false; // whether the tokens are buttons
 
@@ -35,7 +35,7 @@ export class TokenText {
     if (token.text) this.#append(token.text);
   }
 
-  /** @param {string} text what was held back until the end */
+  /** @param {string} text the text that was held back until the end */
   finish(text) {
     if (text) this.#append(text);
     else if (this.#waiting.length && this.#pieces.length) this.#pieces.at(-1).tokens.push(...this.#waiting);
@@ -43,7 +43,7 @@ export class TokenText {
     if (this.shown) this.show(true);
   }
 
-  /** Make every token a button that the arrow keys reach, tinted by how unlikely it was. */
+  /** Make every token a button that can be reached with the arrow keys, tinted by its improbability. */
   show(shown) {
     this.shown = shown;
     if (shown) this.frame.append(this.#legend);
@@ -182,5 +182,5 @@ function row(text, share, chosen, rest = false) {
   return make("li", { className: chosen ? "chosen" : "" }, bar, label, ...said, make("span", {}, percent(share)));
 }
 
-/** A token's text so that spaces and line breaks are seen. */
+/** A token's text with visible spaces and line breaks. */
 const name = (spelled) => spelled.replaceAll(" ", "·").replaceAll("\n", "↵").replaceAll("\t", "⇥") || "(empty)";

@@ -1,7 +1,7 @@
 /**
- * The worker that owns the model. It takes {load}, {generate} and {stop: number}, and answers with {started},
- * {step}, {progress}, {ready}, {reading}, {token}, {done} and {fault}. Generations are numbered, from 1 on, and
- * come one after another; what belongs to one has its number beside it.
+ * The worker that runs the model. It receives {load}, {generate} and {stop: number}, and sends {started}, {step},
+ * {progress}, {ready}, {reading}, {token}, {done} and {fault}. Generations are numbered from 1 and run one after
+ * another; messages about a generation include its number.
  */
 
 import { PromptTooLongError, fit, openChat } from "./chat.js";
@@ -12,14 +12,14 @@ import { Tokenizer } from "./tokenizer.js";
 
 const ALTERNATIVES = 5;
 const MOST_THREADS = 4;
-const HELPER_MS = 5_000; // a helper that has not started by then is done without
-const ROUNDS = 3; // of the measurement that chooses the number of threads
-const TOKENS = 3; // in a round
-const GAIN = 1.1; // by how much more threads must be faster than fewer
+const HELPER_MS = 5_000; // a helper that has not started by then is not used
+const ROUNDS = 3; // of the measurement for choosing the number of threads
+const TOKENS = 3; // per round
+const GAIN = 1.1; // minimum speed-up for using more threads
 
-let model = null; // {engine, tokenizer, render, ends, cached: ids that the engine has read in whole chunks of prompts}
-let last = 0; // generations up to this one are to stop
-let waiting = 0; // requests that have not begun
+let model = null; // {engine, tokenizer, render, ends, cached: ids processed in whole chunks of prompts}
+let last = 0; // generations up to this number must stop
+let waiting = 0; // requests that have not started
 let queue = Promise.resolve();
 
 onmessage = ({ data }) => {
@@ -47,8 +47,8 @@ async function handle({ load: loading, generate: request }) {
 /** `about` is page.json, `weights` is weights.json of the folder. */
 async function load({ base, folder, about, weights, positions, threads }) {
   const place = new URL(`${folder}/`, base);
-  const tokens = getJSON(new URL("tokenizer.json", place)); // comes meanwhile
-  tokens.catch(() => {}); // the engine's fault is reported first
+  const tokens = getJSON(new URL("tokenizer.json", place)); // downloaded concurrently
+  tokens.catch(() => {}); // an error of the engine is reported first
   const engine = await allocate(base, weights, positions, threads);
   postMessage({ step: "download" });
   const tokenizer = new Tokenizer(await tokens, about.tokenizer);
@@ -69,7 +69,7 @@ async function load({ base, folder, about, weights, positions, threads }) {
   if (render) await readAhead([]);
 }
 
-/** Read a conversation while the visitor types; a template that fails says so at the question. */
+/** Process a conversation while the visitor types; errors of the template are reported with the question. */
 async function readAhead(messages) {
   try {
     const { ids } = promptOf([...messages, { role: "user", content: "" }], 1);
@@ -82,7 +82,7 @@ async function readAhead(messages) {
   }
 }
 
-/** Memory for the model, with helpers where threads can work. @throws {Fault} the browser refuses the memory */
+/** Memory for the model, with helpers if threads are available. @throws {Fault} the browser refuses the memory */
 async function allocate(base, weights, positions, threads) {
   const most = threads || Math.min(MOST_THREADS, navigator.hardwareConcurrency || 1);
   const helpers = crossOriginIsolated && most > 1 ? await startHelpers(most - 1) : [];
@@ -112,7 +112,7 @@ async function allocate(base, weights, positions, threads) {
   }
 }
 
-/** As many helpers as start. @returns {Promise<Worker[]>} */
+/** The helpers that could be started. @returns {Promise<Worker[]>} */
 async function startHelpers(count) {
   const started = Array.from({ length: count }, () => {
     return new Promise((resolve) => {
@@ -120,7 +120,7 @@ async function startHelpers(count) {
         const helper = new Worker(new URL("thread.js", import.meta.url), { type: "module" });
         helper.onmessage = () => resolve(helper);
         helper.onerror = (event) => {
-          event.preventDefault(); // it would be this worker's fault too
+          event.preventDefault(); // otherwise it would also be reported as this worker's error
           resolve(null);
         };
         setTimeout(() => resolve(null), HELPER_MS);
@@ -132,7 +132,7 @@ async function startHelpers(count) {
   return (await Promise.all(started)).filter((helper) => helper !== null);
 }
 
-/** Set the number of threads with which tokens come fastest. @returns {[number, number][]} threads and tokens/s */
+/** Choose the fastest number of threads. @returns {[number, number][]} threads and tokens/s */
 function fastest(engine) {
   const counts = [1, 2, 4].filter((count) => count <= engine.threads);
   const best = new Map(counts.map((count) => [count, Infinity]));
@@ -234,8 +234,8 @@ function tooLong(tokens) {
 }
 
 /**
- * Logits after a prompt; null when `proceed` ends the reading. What the engine holds is not read again as far as it
- * was read in whole chunks of a prompt: a prompt has the same logits, bit for bit, whatever was read before it.
+ * Logits after a prompt; null if `proceed` stops it. Tokens in the KV cache are reused if they were processed in whole
+ * chunks of a prompt: a prompt has the same logits, bit for bit, whatever was processed before it.
  */
 async function read(ids, proceed) {
   const { engine, cached } = model;
@@ -249,7 +249,7 @@ async function read(ids, proceed) {
   return logits;
 }
 
-// Messages, and no timers, which come once a second or more rarely in a tab that is not seen.
+// Uses messages instead of timers, which fire once per second or less in a hidden tab.
 const { port1, port2 } = new MessageChannel();
 const pause = () =>
   new Promise((resume) => {

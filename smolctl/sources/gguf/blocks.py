@@ -69,7 +69,7 @@ def _unpacked(raw: Array, kind: str) -> Array:
         values = quants.dequantize(raw, GGMLQuantizationType[kind])
     except (NotImplementedError, KeyError):
         raise InputError(
-            f"tensors of type {kind} cannot be read",
+            f"tensors of type {kind.removeprefix('type ')} cannot be read",
             "Use a GGUF of another quantization, such as Q8_0 or Q4_K_M.",
         ) from None
     return np.ascontiguousarray(values, dtype=np.float32)

@@ -330,7 +330,10 @@ class GGUFWeights(Weights):
         from smolctl.sources.quantized.scaled import dense
 
         for tensor, raw in self._raw():
-            found = as_stored(raw, tensor.type)
+            try:
+                found = as_stored(raw, tensor.type)
+            except InputError as error:
+                raise InputError(f"{self.header.path}: {tensor.name}: {error.message}", error.hint) from None
             matrix = len(tensor.shape) > 1
             yield huggingface_name(tensor.name), found if matrix else dense(found).reshape(tensor.shape)
 

@@ -102,7 +102,7 @@ def require_gguf(config: ModelConfig, scheme: str) -> None:
     for name, size in rows.items():
         if scheme in BLOCK_SCHEMES and size % BLOCK:
             raise InputError(
-                f"GGUF {scheme} packs rows in blocks of {BLOCK}: {name} {size} does not divide",
+                f"GGUF {scheme} packs rows in blocks of {BLOCK}: {name} {size} is not divisible by it",
                 "Use f16 or bf16, which have no blocks: with `quantize`, gguf-f16 or gguf-bf16.",
             )
 
@@ -174,7 +174,7 @@ def write_gguf(
             _write(partial, metadata, state, config, blocks)
             try:
                 error = _read_back(partial, state, config, tokenizer, blocks)
-            except InputError as damage:  # a disk that is full takes less than it was given, without a word
+            except InputError as damage:  # a full disk may silently write less than requested
                 raise SmolError(
                     f"{path}: cannot be written (reads back as: {damage.message})",
                     "Look at the disk's space and health.",

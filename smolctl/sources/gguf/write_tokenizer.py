@@ -185,7 +185,7 @@ def require_same_tokenizer(
             if expected != found:
                 raise differs(f"the tokenizer reads {sample[:30]!r} as {found[:8]}, not as {expected[:8]}")
     if (given.chat_template or None) != back.chat_template:
-        raise differs("the chat template is another")
+        raise differs("the chat template differs")
 
 
 def _merges(content: Mapping[str, Any]) -> list[str]:

@@ -92,7 +92,7 @@ def parse_header(text: bytes, data_size: int | None, origin: str) -> tuple[Tenso
         origin: name of the file in an error.
     """
     try:
-        entries = parse_json(text)
+        entries = parse_json(text.decode())
     except ValueError as error:
         raise InputError(f"{origin}: the safetensors header cannot be read: {error}", DAMAGED) from None
     if not isinstance(entries, dict):

@@ -1,4 +1,4 @@
-"""The settings of a nanotron YAML by their dotted names, each of the type that it must have."""
+"""The settings of a nanotron YAML by dotted name, with type checks."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Node:
         return value
 
     def stages(self) -> list[Node]:
-        """The stages of the data, each a node of its own."""
-        stages = self.get("data_stages") or [self.content]  # older recipes have one, without a list
+        """The stages of the data, each as a node."""
+        stages = self.get("data_stages") or [self.content]  # older recipes have one stage without a list
         if not isinstance(stages, list | tuple):
             return []
         return [Node(stage, self.origin) for stage in stages if isinstance(stage, Mapping)]
@@ -48,5 +48,5 @@ class Node:
 
 
 def as_list(value: Any) -> list[Any]:
-    """A list as it is, and anything else as the only entry of one."""
+    """A list unchanged, and anything else as a list with one entry."""
     return list(value) if isinstance(value, list | tuple) else [value]

@@ -1,4 +1,4 @@
-"""What a nanotron YAML says that a run here does not do, for a person to read."""
+"""Settings of a nanotron YAML that a run does not apply, as notes for people."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from smolctl.sources.nanotron.recipe import (
     schedule_fields,
 )
 
-# Everything else that is read, or that changes no result, by section. What is not here is named as not read.
+# All other keys that are read, or that do not affect results, by section. Keys that are not listed are
+# reported as ignored.
 READ: Mapping[str, tuple[str, ...]] = {
     "": (
         *("checkpoints", "data", "data_stages", "general", "logging", "metrics_logging", "model"),
@@ -46,7 +47,7 @@ SHARES = "data.dataset.dataset_weights"
 
 
 def not_carried_over(node: Node) -> tuple[str, ...]:
-    """What the recipe says that a run here does not do, for a person to read."""
+    """Notes on the settings of the recipe that a run does not apply."""
     notes = []
     replicas = node.number("parallelism.dp", 1)
     if replicas > 1:
@@ -112,11 +113,11 @@ def _optimizer_notes(node: Node) -> Iterator[str]:
 
 
 def _unread(node: Node) -> tuple[str, ...]:
-    """Keys that change a training and are not read."""
+    """Keys that affect training but are ignored."""
     found = []
     for section, known in READ.items():
         values = node.get(section) if section else node.content
         keys = values if isinstance(values, Mapping) else {}
         begin = f"{section}." if section else ""
         found += [f"{begin}{key}" for key in keys if key not in known and keys[key] not in (None, False, 0)]
-    return tuple(f"{key} is not read" for key in found)
+    return tuple(f"{key} is ignored" for key in found)

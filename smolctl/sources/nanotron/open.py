@@ -21,7 +21,7 @@ from smolctl.sources.nanotron.recipe import translate
 
 
 def is_nanotron(content: Mapping[str, Any]) -> bool:
-    """Whether a YAML's content is nanotron's: our own has the sizes directly under `model`."""
+    """Whether a YAML's content is nanotron's: smolctl's has the sizes directly under `model`."""
     model = content.get("model")
     return isinstance(model, Mapping) and isinstance(model.get("model_config"), Mapping)
 
@@ -30,7 +30,7 @@ def open_nanotron(content: Mapping[str, Any], path: Path, name: str) -> ModelSou
     """Translate a nanotron config.
 
     Raises:
-        InputError: a value is of the wrong kind or makes no sense.
+        InputError: a value has the wrong type or is not valid.
     """
     declared: dict[str, Any] = dict(content["model"]["model_config"])
     node = Node(content, str(path))

@@ -12,7 +12,7 @@ from smolctl.sources.nanotron.node import Node, as_list
 SEED = 42  # nanotron's DEFAULT_SEED
 PRECISION = {"bfloat16": "bf16-mixed", "float16": "16-mixed", "float32": "32-true"}
 SCHEDULER = "optimizer.learning_rate_scheduler"
-# The matrices of a nanotron network, by the names that the patterns of `EXCLUSIONS` are compared with. Norms
+# The matrices of a nanotron network, by the names that the patterns of `EXCLUSIONS` are matched with. Norms
 # and biases never decay here.
 EXCLUSIONS = "optimizer.weight_decay_exclude_named_params"
 WILDCARDS = re.compile(r"\^?(?P<anywhere>\.\*)?(?P<text>[\w.]*?)(\.\*)?\$?")
@@ -59,7 +59,9 @@ def translate(node: Node) -> dict[str, Any]:
 
 
 def _sources(stages: list[Node]) -> dict[str, Any]:
-    """The Hub datasets of the first stage with their shares, as settings of `data`; empty without any."""
+    """The Hub datasets of the first stage with their shares, as settings of `data`; empty if there are
+    none.
+    """
     named = stages[0].get("data.dataset.hf_dataset_or_datasets") if stages else None
     if not named:
         return {}
@@ -87,7 +89,7 @@ def _optimizer(node: Node) -> dict[str, Any]:
 
 
 def not_decaying(node: Node) -> list[str]:
-    """Those of `MATRICES` that a recipe excludes from weight decay; a tied head and its table are one."""
+    """The `MATRICES` that a recipe excludes from weight decay; a tied head and its table count as one."""
     patterns = [match for text in exclusions(node) if (match := WILDCARDS.fullmatch(text))]
     found = [
         name
@@ -101,12 +103,12 @@ def not_decaying(node: Node) -> list[str]:
 
 
 def exclusions(node: Node) -> list[str]:
-    """The patterns of names that weight decay leaves out."""
+    """The patterns of names without weight decay."""
     return [str(text).replace("\\", "") for text in as_list(node.get(EXCLUSIONS, ()))]
 
 
 def schedule_fields(node: Node) -> dict[str, Any]:
-    """wsd where the decay begins later than the warmup ends, else a decay in one piece."""
+    """wsd if the decay begins after the end of the warmup, else a continuous decay."""
     warmup = node.number(f"{SCHEDULER}.lr_warmup_steps", 0)
     start = node.number(f"{SCHEDULER}.lr_decay_starting_step", warmup)
     left = max(node.number("tokens.train_steps", 1) - warmup, 0)
@@ -124,5 +126,5 @@ def _peak(node: Node) -> Any:
 
 
 def decay_style(node: Node) -> str:
-    """How the learning rate falls: cosine, linear, or something that becomes linear here."""
+    """The shape of the learning rate's decay: cosine, linear, or one that becomes linear here."""
     return str(node.get(f"{SCHEDULER}.lr_decay_style", "linear"))

@@ -16,7 +16,7 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from smolctl.config import ModelConfig
 from smolctl.data.tokenizer.bpe import SMALLEST_VOCABULARY, evenly_spread
@@ -281,6 +281,15 @@ def test_vocabulary_that_does_not_fit_names_both_numbers(tmp_path: Path) -> None
         choose_tokenizer("train:5000", texts, 4096, print)
     with pytest.raises(InputError, match="expected train:N"):
         choose_tokenizer("train:many", texts, 4096, print)
+
+
+def test_an_id_that_only_the_post_processor_writes_needs_a_row_of_the_model() -> None:
+    backend = tokenizers.Tokenizer.from_str(TRAINED.backend.to_str())
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|far|> $A", special_tokens=[("<|far|>", 5_000)]
+    )
+    with pytest.raises(InputError, match="ids up to 5,000"):
+        Tokenizer(backend).require_fit(TRAINED.vocab_size)
 
 
 def test_train_n_trains_on_the_corpus() -> None:

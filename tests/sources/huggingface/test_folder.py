@@ -22,6 +22,7 @@ from smolctl.sources.huggingface.config import (
     from_huggingface_config,
     to_huggingface_config,
 )
+from smolctl.sources.huggingface.safetensors_file import parse_header
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -147,7 +148,7 @@ def test_features_that_the_network_lacks_are_refused_by_name(fields: dict[str, A
     ("fields", "cause"),
     [
         ({"hidden_size": -1}, "hidden_size"),
-        ({"num_attention_heads": 5}, "does not divide"),
+        ({"num_attention_heads": 5}, "is not divisible"),
         ({"vocab_size": "many"}, "vocab_size"),
         ({"num_hidden_layers": 10**12}, "num_hidden_layers"),
         ({"rope_parameters": 7}, "rope_parameters"),
@@ -357,6 +358,11 @@ def test_damaged_safetensors_header_is_named(tmp_path: Path, header: Any, cause:
     with pytest.raises(InputError, match=cause) as caught:
         open_source(str(path))
     assert str(path) in caught.value.message
+
+
+def test_a_safetensors_header_that_is_not_utf8_is_refused() -> None:
+    with pytest.raises(InputError, match="here: the safetensors header cannot be read: 'utf-8' codec"):
+        parse_header('{"__metadata__": {}}'.encode("utf-16"), None, "here")
 
 
 @given(share=st.floats(0, 1, exclude_max=True))
