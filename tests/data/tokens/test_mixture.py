@@ -128,7 +128,7 @@ def test_wrong_weights_are_refused() -> None:
         (1.0,): "1 weights for 2 sources",
         (1.0, 0.0): "every weight must be above 0",
         (1.0, -2.0): "every weight must be above 0",
-        (1.0, float("nan")): "should be a finite number",
+        (1.0, float("nan")): "must be a finite number",
         (10_000.0, 1.0): "at least a thousandth",
     }.items():
         with pytest.raises(InputError, match=reason):
