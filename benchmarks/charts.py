@@ -86,7 +86,7 @@ def draw_comparison() -> None:
     axis.set_xscale("log")
     axis.set_xticks(ticks := [0.75, 1, 1.5, 2, 3, 5, 10], [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
-    axis.set_yticks(range(len(rows)), [f"{row['what']}\nbeside {row['against']}" for row in rows], fontsize=8)
+    axis.set_yticks(range(len(rows)), [f"{row['what']}\nvs. {row['against']}" for row in rows], fontsize=8)
     axis.set_xlabel("times as fast (log scale); bars: range of the rounds")
     figure.savefig(IMAGES / "comparison.png")
 

@@ -59,6 +59,43 @@ class TerminalStream:
         return getattr(self.rich_proxied_file, name)
 
 
+class MessageStream:
+    """Stderr where it is not a terminal. A message that cannot be written, as on a full disk, and those after
+    it are dropped, because results must not be lost with them. A closed pipe still ends the command.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text; returns its length."""
+        with self._dropping():
+            self._stream.write(text)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write several texts."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Pass on what is buffered."""
+        with self._dropping():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _dropping(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError:
+            _abandon(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class StdoutError(SmolError):
     """Stdout cannot be written, as on a full disk; nothing more is written to it."""
 
@@ -175,8 +212,12 @@ def fields(result: object, without: Container[str]) -> dict[str, Any]:
 
 def abandon_stdout() -> None:
     """Discard stdout's buffer and further output: it failed, and would fail again at exit."""
+    _abandon(sys.stdout)
+
+
+def _abandon(stream: TextIO) -> None:
     with contextlib.suppress(OSError, AttributeError):  # not a file, in tests
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def prepare_streams() -> None:
@@ -201,8 +242,9 @@ def prepare_streams() -> None:
         sys.stdin.reconfigure(errors="replace")
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.isatty():
         sys.stdout = cast(TextIO, TerminalStream(sys.stdout))
-    if isinstance(sys.stderr, io.TextIOWrapper) and sys.stderr.isatty():
-        sys.stderr = cast(TextIO, TerminalStream(sys.stderr, bars=True))
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        stream = TerminalStream(sys.stderr, bars=True) if sys.stderr.isatty() else MessageStream(sys.stderr)
+        sys.stderr = cast(TextIO, stream)
 
 
 def _console(stderr: bool) -> Console:

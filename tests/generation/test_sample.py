@@ -170,6 +170,20 @@ def test_a_full_disk_is_one_line_and_the_text_goes_to_stderr(
     assert text[:1] in done.err  # up to where it was streamed
 
 
+@pytest.mark.parametrize(
+    "asked", [("sample", "MODEL", "--prompt", "the cat", *SHORT), ("inspect-config", "no")]
+)
+def test_messages_that_cannot_be_written_change_no_result(
+    asked: tuple[str, ...], smolctl: Smolctl, model: Path
+) -> None:
+    words = [model if word == "MODEL" else word for word in asked]
+    whole = smolctl(*words)
+    assert whole.err
+    with Path("/dev/full").open("w") as full:
+        done = call(*words, stderr=full)
+    assert (done.code, done.out) == (whole.code, whole.out)
+
+
 def test_without_stdout_nothing_is_generated(
     smolctl: Smolctl, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
