@@ -75,7 +75,8 @@ def test_the_last_line_of_the_stream_is_the_result(smolctl: Smolctl) -> None:
             assert result[key] == last["step"][key]
         for key in ("bits_per_byte", "standard_error", "margin"):
             assert result[key] == last["validation"][key]
-        assert result["memory_bytes"] >= last["step"]["memory_bytes"]
+        a_few_pages = 1 << 20  # by which Linux may count less later, see `peak_memory`
+        assert result["memory_bytes"] >= last["step"]["memory_bytes"] - a_few_pages
         assert result["config_sha256"] == file_digest(Path("x/config.yaml"))
     scores = {
         record["step"]: record["bits_per_byte"]
