@@ -46,6 +46,8 @@ SINGLE_FILES = (
     "publish/__init__.py",
     "publish/app.py",
     "publish/speaker.py",
+    "templates.py",
+    "timing.py",
     "worker.py",
 )
 SUFFIXES = {".py", ".c", ".h"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
 import os
@@ -237,6 +238,18 @@ def test_an_empty_chat_offers_examples_that_are_answered(
     assert seen.answer.strip()
     assert seen.foreign_requests == []
     assert seen.errors == []
+
+
+def test_the_copied_parts_import_no_others(tmp_path: Path) -> None:
+    copy_package(tmp_path / "smolctl")
+    missing = set()
+    for file in (tmp_path / "smolctl").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            module = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+            place = tmp_path / module.replace(".", "/")
+            if module.startswith("smolctl") and not (place.is_dir() or place.with_suffix(".py").exists()):
+                missing.add(module)
+    assert missing == set()
 
 
 @pytest.fixture
