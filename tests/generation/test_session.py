@@ -127,7 +127,7 @@ def test_the_commands_of_a_session(model: Path, tmp_path: Path) -> None:
         terminal.type("/clear\r")
         terminal.read_until("New conversation.")
         terminal.type(f"/load {first}\r")
-        terminal.read_until("after 1 turns")
+        terminal.read_until("after 1 turn")
         terminal.type(f"/load {model / 'config.json'}\r")
         terminal.read_until("not a conversation")
         terminal.type(f"/save {third}\r")
