@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections.abc import Iterable
@@ -107,6 +106,8 @@ def main() -> None:
 
 def _usage_error(error: Any) -> UsageError:
     """A usage error of Typer's with a remedy; of an option that does not exist, the one that was meant."""
+    from difflib import get_close_matches  # imported for errors only
+
     from smolctl.outside import plain_reason
 
     # An option without its value is refused before there is a context.
@@ -120,7 +121,7 @@ def _usage_error(error: Any) -> UsageError:
     later = [name for name in sys.argv[1:] if name in COMMANDS] if context.parent is None else []
     known = [name for one in parameters for name in (*one.opts, *one.secondary_opts) if name[:2] == "--"]
     near = [name for name in known if name.startswith(option) and option > "--"]
-    near = near or difflib.get_close_matches(option, known, 2, 0.75)
+    near = near or get_close_matches(option, known, 2, 0.75)
     arguments = [one.metavar for one in parameters if one.param_type_name == "argument"]
     if instead := INSTEAD.get((context.info_name, option)):
         remedy = instead

@@ -227,9 +227,9 @@ def _find_tasks(asked: Sequence[str]) -> tuple[Any, list[str]]:
     if not parts:
         raise UsageError("no task is named", "Name one with --tasks.")
     folders = [part for part in parts if Path(part).is_dir()]
-    files = [part for part in parts if Path(part).suffix in (".yaml", ".yml") or "/" in part]
-    files = [part for part in files if part not in folders]
-    by_name = [part for part in parts if part not in (*folders, *files)]
+    others = [part for part in parts if part not in folders]
+    files = [part for part in others if Path(part).suffix in (".yaml", ".yml") or "/" in part]
+    by_name = [part for part in others if part not in files]
     found = [str(Path(file).absolute()) for file in files]
     for file in files:
         if not Path(file).is_file():

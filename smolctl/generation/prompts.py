@@ -96,23 +96,34 @@ def read_prompts(name: str, stdin: TextIO, defaults: CompletionSettings) -> Prom
     Raises:
         InputError: the file cannot be read or has no lines. An error in a line is stored with that line.
     """
+    shown = "stdin" if name == STDIN else name
     try:
         if name == STDIN:
-            text = stdin.read(MOST_PROMPTS + 1)
+            text = read_text(stdin, shown, "Split the file.")
         else:
             with Path(name).open(encoding="utf-8", errors="replace") as file:
-                text = file.read(MOST_PROMPTS + 1)
+                text = read_text(file, shown, "Split the file.")
     except OSError as error:
         reason = error.strerror or "it cannot be read"
         raise InputError(f"{name}: {reason}", "Name a file of JSON lines, or '-' for stdin.") from None
-    name = "stdin" if name == STDIN else name
-    if len(text) > MOST_PROMPTS:
-        raise InputError(f"{name}: has more than {MOST_PROMPTS:,} characters", "Split the file.")
     numbered = enumerate(text.removeprefix("\ufeff").split("\n"), start=1)
     lines = tuple(_parse(number, line.strip(), defaults) for number, line in numbered if line.strip())
     if not lines:
-        raise InputError(f"{name}: contains no prompts", 'Write one JSON object per line: {"prompt": "..."}.')
-    return PromptFile(name, lines)
+        remedy = 'Write one JSON object per line: {"prompt": "..."}.'
+        raise InputError(f"{shown}: contains no prompts", remedy)
+    return PromptFile(shown, lines)
+
+
+def read_text(file: TextIO, name: str, remedy: str) -> str:
+    """The whole text of a file, which may be a device that never ends.
+
+    Raises:
+        InputError: it is longer than `MOST_PROMPTS`.
+    """
+    text = file.read(MOST_PROMPTS + 1)
+    if len(text) > MOST_PROMPTS:
+        raise InputError(f"{name}: has more than {MOST_PROMPTS:,} characters", remedy)
+    return text
 
 
 def changed_settings(values: Mapping[str, Any], settings: CompletionSettings) -> CompletionSettings:

@@ -24,13 +24,13 @@ from smolctl.generation.grammar import Grammar, compile_schema
 from smolctl.generation.load import LoadedModel, load_model
 from smolctl.generation.many import Batch
 from smolctl.generation.prompts import (
-    MOST_PROMPTS,
     SAMPLING,
     STDIN,
     PromptFile,
     PromptLine,
     finished_lines,
     read_prompts,
+    read_text,
 )
 from smolctl.generation.sampling import settle, taken_of
 from smolctl.outside import parse_json, read_json
@@ -244,9 +244,7 @@ def _prompt(request: SampleRequest, stdin: TextIO) -> str | None:
         if not request.interactive or len(request.models) > 1:
             raise UsageError("no prompt", NO_PROMPT)
         return None
-    text = stdin.read(MOST_PROMPTS + 1)
-    if len(text) > MOST_PROMPTS:
-        raise InputError(f"stdin: has more than {MOST_PROMPTS:,} characters", "Shorten the prompt.")
+    text = read_text(stdin, "stdin", "Shorten the prompt.")
     if not text.strip():
         raise UsageError("no prompt: stdin is empty", NO_PROMPT)
     return text.removesuffix("\n")

@@ -161,17 +161,6 @@ INLINE vec exponential(vec x) {
 
 INLINE float exponential_of(float x) { return exponential(all(x))[0]; }
 
-INLINE float bf16_to_float(uint16_t x) {
-    uint32_t bits = (uint32_t)x << 16;
-    return LOAD(float, &bits);
-}
-
-// Rounds to nearest, ties to even. The input must be finite.
-INLINE uint16_t float_to_bf16(float x) {
-    uint32_t bits = LOAD(uint32_t, &x);
-    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-
 // ---- bfloat16 ----
 
 // CPUs with bfloat16 dot products that accumulate in float32 use them in matmuls of many tokens, except for float32

@@ -29,7 +29,31 @@ PIPE_WIDTH = 120
 BAR_MOVES = re.compile(r"\r?(?=[^\r\x1b]*\Z)|(?:\n|\x1b\[A)*\Z")
 
 
-class TerminalStream:
+class WrappedStream:
+    """A standard stream with a different `write`.
+
+    Args:
+        stream: the original one.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text; returns its length."""
+        self._stream.write(text)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write several texts."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class TerminalStream(WrappedStream):
     """A standard stream connected to a terminal, which shows control characters instead of sending them.
 
     Much of the output comes from models, files and Hubs, some of it through warnings of libraries.
@@ -40,6 +64,7 @@ class TerminalStream:
     """
 
     def __init__(self, stream: TextIO, bars: bool = False) -> None:
+        super().__init__(stream)
         self.rich_proxied_file = stream  # the name by which rich finds the stream for its own sequences
         self._bars = bars
 
@@ -47,36 +72,20 @@ class TerminalStream:
         """Write a text; returns its length."""
         moves = BAR_MOVES.match(text) if self._bars else None
         start = moves.end() if moves else 0
-        self.rich_proxied_file.write(text[:start] + for_terminal(text[start:]))
+        super().write(text[:start] + for_terminal(text[start:]))
         return len(text)
 
-    def writelines(self, lines: Iterable[str]) -> None:
-        """Write several texts."""
-        for line in lines:
-            self.write(line)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.rich_proxied_file, name)
-
-
-class MessageStream:
+class MessageStream(WrappedStream):
     """Stderr where it is not a terminal. A message that cannot be written, as on a full disk, and those after
     it are dropped, because results must not be lost with them. A closed pipe still ends the command.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
     def write(self, text: str) -> int:
         """Write a text; returns its length."""
         with self._dropping():
-            self._stream.write(text)
+            super().write(text)
         return len(text)
-
-    def writelines(self, lines: Iterable[str]) -> None:
-        """Write several texts."""
-        for line in lines:
-            self.write(line)
 
     def flush(self) -> None:
         """Pass on what is buffered."""
@@ -91,9 +100,6 @@ class MessageStream:
             raise
         except OSError:
             _abandon(self._stream)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 class StdoutError(SmolError):

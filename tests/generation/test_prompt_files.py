@@ -48,8 +48,7 @@ def test_a_file_of_prompts_is_answered_in_its_order(smolctl: Smolctl, model: Pat
 def test_prompts_without_end_are_refused(
     smolctl: Smolctl, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("prompts", "sample"):
-        monkeypatch.setattr(f"smolctl.generation.{module}.MOST_PROMPTS", 5_000)
+    monkeypatch.setattr("smolctl.generation.prompts.MOST_PROMPTS", 5_000)
     for options in (["--jsonl", "/dev/zero"], ["--jsonl", "-"], []):
         monkeypatch.setattr("sys.stdin", io.StringIO("x" * 6_000))
         called = smolctl("sample", model, *options)
