@@ -70,7 +70,7 @@ def draw_time_to_loss() -> None:
 def draw_comparison() -> None:
     """How many times as fast smolctl is as each program, with the range of the rounds."""
     rows = json.loads((RESULTS / "comparison.json").read_text())[::-1]
-    figure, axis = plt.subplots(figsize=(9, 6.2))
+    figure, axis = plt.subplots(figsize=(9, 7.2))
     for place, row in enumerate(rows):
         axis.plot([row["low"], row["high"]], [place, place], color=OURS, linewidth=3, alpha=0.4)
         axis.plot(row["ratio"], place, "o", color=OURS)
