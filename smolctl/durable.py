@@ -165,7 +165,7 @@ class DiskError(SmolError):
 
 
 @contextmanager
-def naming_the_disk(folder: Path) -> Iterator[None]:
+def explaining_disk_errors(folder: Path) -> Iterator[None]:
     """Turn a failed write to a run folder into an error with the reason and the remedy.
 
     Raises:

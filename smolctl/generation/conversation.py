@@ -127,7 +127,7 @@ class Session:
         self.capacity = min(model.engine.config.max_position_embeddings, MOST_TOKENS)
         self.scheduler = new_scheduler(model.engine, settings, settings.samples, self.capacity, "all")
         self.answers = 0
-        self.asked: str | None = None  # the latest question
+        self.question: str | None = None  # the latest question
 
     def make_room(self, text: str) -> int:
         """See `Conversation.make_room`."""
@@ -160,7 +160,7 @@ class Session:
             )
         self.conversation.system = messages[0]["content"] if start else None
         self.conversation.turns = messages[start:]
-        self.asked = messages[-2]["content"] if roles else None
+        self.question = messages[-2]["content"] if roles else None
 
     def retry(self, on_text: TextListener) -> CompletionResult:
         """Replace the answer to the latest question by a new one with different random tokens.
@@ -169,13 +169,13 @@ class Session:
             InputError: there is no question yet.
             InterruptedCompletion: Ctrl-C.
         """
-        if self.asked is None:
+        if self.question is None:
             raise InputError("nothing has been asked yet", "Ask something.")
         before = self.conversation.turns
-        if before and before[-2]["content"] == self.asked:
+        if before and before[-2]["content"] == self.question:
             self.conversation.turns = before[:-2]
         try:
-            return self.answer(self.asked, on_text)
+            return self.answer(self.question, on_text)
         finally:
             if len(self.conversation.turns) < len(before):  # there is no new answer
                 self.conversation.turns = before
@@ -188,7 +188,7 @@ class Session:
             InputError: the text alone does not fit the context.
             InterruptedCompletion: Ctrl-C; contains the text until then.
         """
-        self.asked = text
+        self.question = text
         prompt = self.conversation.prompt(self.model, text)
         engine, tokenizer = self.model.engine, self.model.tokenizer
         try:

@@ -39,7 +39,7 @@ OnPiece = Callable[[Piece | SmolError], None]
 
 
 @dataclass(frozen=True)
-class Asked:
+class ServicePrompt:
     """A prompt and how to continue it."""
 
     ids: Sequence[int]
@@ -81,7 +81,7 @@ class Service:
         self._thread = threading.Thread(target=self._work, name="scheduler", daemon=True)
         self._thread.start()
 
-    def start(self, asked: Sequence[Asked], listener: OnPiece) -> Job:
+    def start(self, prompts: Sequence[ServicePrompt], listener: OnPiece) -> Job:
         """Answer prompts; `listener` gets the pieces as they come.
 
         Raises:
@@ -90,8 +90,8 @@ class Service:
             BusyError: too many are waiting already.
         """
         job = Job(listener)
-        for one in asked:
-            self._add(job, one)
+        for prompt in prompts:
+            self._add(job, prompt)
         job.open, most = len(job.requests), self.slots + self.most_waiting
         if job.open > most:
             raise InputError(
@@ -116,13 +116,13 @@ class Service:
         self._inbox.put(None)
         self._thread.join()
 
-    def _add(self, job: Job, asked: Asked) -> None:
-        settings, room = asked.settings, self.capacity - len(asked.ids)
+    def _add(self, job: Job, prompt: ServicePrompt) -> None:
+        settings, room = prompt.settings, self.capacity - len(prompt.ids)
         for sample in range(settings.samples):
-            request = settings.request(asked.ids, room, sample, score=asked.score)
+            request = settings.request(prompt.ids, room, sample, score=prompt.score)
             self.scheduler.check(request)
             job.requests.append(request)
-            job.answers.append(Answer(self.model.tokenizer, asked.ids, settings.stop, self._ends))
+            job.answers.append(Answer(self.model.tokenizer, prompt.ids, settings.stop, self._ends))
 
     def _work(self) -> None:
         while True:

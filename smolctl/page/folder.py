@@ -12,7 +12,7 @@ from typing import Any
 import smolctl
 from smolctl.errors import SmolError
 from smolctl.generation.load import usable_settings
-from smolctl.generation.sampling import settle
+from smolctl.generation.sampling import resolve_sampling
 from smolctl.native.build import HERE, WASM_BUILDS
 from smolctl.outside import read_json
 from smolctl.ownership import RECORD
@@ -113,7 +113,7 @@ def write_page(
 def _sampling(source: ModelSource) -> dict[str, Any]:
     """The default settings of `smolctl sample`."""
     recommended, _ = usable_settings(source.require_tokenizer().recommended)
-    return {**asdict(settle({}, recommended)), "max_tokens": MAX_TOKENS}
+    return {**asdict(resolve_sampling({}, recommended)), "max_tokens": MAX_TOKENS}
 
 
 def update_text(folder: Path, text: PageText) -> None:

@@ -30,9 +30,9 @@ from smolctl.runs.layout import (
     LOSS_CURVE,
     METRICS,
     PREDICTIONS,
+    PREDICTIONS_PAGE,
     QUANTIZED,
     REPORT,
-    STORY,
     TASKS,
     TOKENIZER,
 )
@@ -48,7 +48,18 @@ from smolctl.sources.quantized_folder import DESCRIPTION, FILE, is_quantized_fol
 # Text files next to the model that are copied unchanged.
 LICENCE_FILES = re.compile(r"(LICEN[CS]E|NOTICE)([.-].*)?", re.IGNORECASE)
 # Files of a run that are uploaded in another form.
-USED = {README, CONFIG, ENVIRONMENT, TOKENIZER, METRICS, PREDICTIONS, STORY, TASKS, LOSS_CURVE, REPORT}
+USED = {
+    README,
+    CONFIG,
+    ENVIRONMENT,
+    TOKENIZER,
+    METRICS,
+    PREDICTIONS,
+    PREDICTIONS_PAGE,
+    TASKS,
+    LOSS_CURVE,
+    REPORT,
+}
 
 
 @dataclass(frozen=True)

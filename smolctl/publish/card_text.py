@@ -17,8 +17,8 @@ from smolctl.data.text.hub import DatasetName
 from smolctl.escaping import code_span, fenced
 from smolctl.hub.connection import endpoint
 from smolctl.publish.facts import RECORDS, RunFacts
-from smolctl.runs.layout import LOSS_CURVE, REPORT, STORY
-from smolctl.runs.story import selection
+from smolctl.runs.layout import LOSS_CURVE, PREDICTIONS_PAGE, REPORT
+from smolctl.runs.prediction_history import selection
 from smolctl.sources.gguf.write import GGUFResult
 from smolctl.timing import with_error
 
@@ -126,7 +126,7 @@ def card_text(facts: CardFacts) -> str:
     names = {
         "version": __version__,
         "records": RECORDS,
-        "story": STORY,
+        "predictions_page": PREDICTIONS_PAGE,
         "report": REPORT,
         "loss_curve": LOSS_CURVE,
     }

@@ -18,10 +18,19 @@ from smolctl.evaluation.task_record import RESULTS, RecordedTask, read_tasks
 from smolctl.quantization.record import read_variants
 from smolctl.runs.chart import draw_loss
 from smolctl.runs.folder import RunFolder
-from smolctl.runs.layout import CONFIG, ENVIRONMENT, LOSS_CURVE, METRICS, PREDICTIONS, REPORT, STORY, TASKS
+from smolctl.runs.layout import (
+    CONFIG,
+    ENVIRONMENT,
+    LOSS_CURVE,
+    METRICS,
+    PREDICTIONS,
+    PREDICTIONS_PAGE,
+    REPORT,
+    TASKS,
+)
+from smolctl.runs.prediction_history import History, to_markdown
 from smolctl.runs.records import keep_records
 from smolctl.runs.report import to_html
-from smolctl.runs.story import History, to_markdown
 from smolctl.sources.base import ModelSource
 
 RECORDS = "training"  # the folder of the records in the repository
@@ -142,4 +151,4 @@ def write_records(facts: RunFacts, run: Path, target: Path) -> None:
     keep_records(run / METRICS, facts.step, folder / METRICS)
     if facts.histories:
         keep_records(run / PREDICTIONS, facts.step, folder / PREDICTIONS)
-        write_text(folder / STORY, to_markdown(facts.histories))
+        write_text(folder / PREDICTIONS_PAGE, to_markdown(facts.histories))

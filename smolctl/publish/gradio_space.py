@@ -45,7 +45,7 @@ SINGLE_FILES = (
     "ownership.py",
     "publish/__init__.py",
     "publish/app.py",
-    "publish/speaker.py",
+    "publish/space_endpoints.py",
     "templates.py",
     "timing.py",
     "worker.py",

@@ -12,7 +12,7 @@ from typing import Any
 from smolctl.config import RunConfig
 from smolctl.config.dump import to_yaml
 from smolctl.config.load import read_yaml, resolve_run_config
-from smolctl.durable import file_digest, naming_the_disk, remove_partial, replacing, write_text
+from smolctl.durable import explaining_disk_errors, file_digest, remove_partial, replacing, write_text
 from smolctl.errors import InputError, UsageError
 from smolctl.escaping import json_text
 from smolctl.ownership import (
@@ -45,13 +45,14 @@ from smolctl.runs.layout import (
     LOSS_CURVE,
     METRICS,
     PREDICTIONS,
+    PREDICTIONS_PAGE,
     REPORT,
-    STORY,
     TOKENIZER,
     checkpoint_name,
     is_run,
     step_in_name,
 )
+from smolctl.runs.prediction_history import History, histories, to_markdown
 from smolctl.runs.records import (
     EVERY_STEP,
     StepRecord,
@@ -61,7 +62,6 @@ from smolctl.runs.records import (
     read_records,
 )
 from smolctl.runs.root import new_run, require_run
-from smolctl.runs.story import History, histories, to_markdown
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class RunFolder:
 
         lock = FileLock(self.path / LOCK, timeout=0)
         try:
-            with naming_the_disk(self.path):
+            with explaining_disk_errors(self.path):
                 lock.acquire()
         except NotImplementedError:
             emit(
@@ -327,9 +327,9 @@ class RunFolder:
         """The predictions of the run up to step `last`, by prompt."""
         return histories(read_records(self.path / PREDICTIONS, Prediction, last))
 
-    def write_story(self) -> None:
+    def write_predictions(self) -> None:
         """Rewrite predictions.md from predictions.jsonl."""
-        write_text(self.path / STORY, to_markdown(self.predictions()))
+        write_text(self.path / PREDICTIONS_PAGE, to_markdown(self.predictions()))
 
     def draw_loss(self) -> None:
         """Redraw loss.png from metrics.jsonl."""
@@ -351,7 +351,7 @@ class RunFolder:
         for name in (METRICS, PREDICTIONS):
             keep_records((parent or self).path / name, last, self.path / name)
         if (self.path / PREDICTIONS).is_file():
-            self.write_story()
+            self.write_predictions()
 
     # Lineage
 

@@ -20,7 +20,7 @@ from smolctl.config import RunConfig
 from smolctl.config.dump import to_yaml
 from smolctl.escaping import for_terminal, json_text, whole_characters
 from smolctl.runs.chart import Losses, Series, loss_range, losses_of, smoothed, thinned
-from smolctl.runs.story import History, selection
+from smolctl.runs.prediction_history import History, selection
 from smolctl.timing import with_error
 
 if TYPE_CHECKING:

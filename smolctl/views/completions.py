@@ -55,14 +55,14 @@ def show_facts(out: Output, model: LoadedModel, result: CompletionResult, max_to
         show_explanation(out, model, result)
     if out.json:
         return
-    out.talk(timing_line(model, result.timing))
+    out.message(timing_line(model, result.timing))
     cut = [one for one in result.completions if one.finish_reason == "length"]
     if cut:
         full = all(len(one.tokens) < max_tokens for one in cut)
         place = "where the model's context is full" if full else f"at --max-tokens {max_tokens:,}"
         count = len(result.completions)
         answers = "The answer was" if count == 1 else f"{len(cut):,} of {count:,} answers were"
-        out.talk(f"{answers} cut {place}, before the model ended {'it' if count == 1 else 'them'}.")
+        out.message(f"{answers} cut {place}, before the model ended {'it' if count == 1 else 'them'}.")
 
 
 def timing_line(model: LoadedModel, timing: Timing) -> str:

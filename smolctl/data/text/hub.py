@@ -12,7 +12,7 @@ from typing import Any
 from smolctl.data.text.documents import Document, no_text, not_text
 from smolctl.errors import InputError
 from smolctl.extras import install_command
-from smolctl.hub.connection import api, question_seconds
+from smolctl.hub.connection import api, read_timeout
 from smolctl.hub.errors import READING_DATA, explained
 
 _NAME = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@(\w[\w./-]*))?(?::([\w.-]+))?")
@@ -148,7 +148,7 @@ def _require_datasets(name: DatasetName) -> None:
 def _commit(name: DatasetName) -> str:
     """The current commit of a revision: one request, without retries."""
     with _explained(name):
-        info = api().dataset_info(name.repository, revision=name.revision, timeout=question_seconds())
+        info = api().dataset_info(name.repository, revision=name.revision, timeout=read_timeout())
     return str(info.sha)
 
 
