@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from smolctl.errors import SmolError
+from smolctl.escaping import json_text
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 # A file that was written less than this many nanoseconds ago may change again without a new modification
@@ -132,6 +133,11 @@ def write_text(target: Path, text: str) -> None:
     """Write a text file atomically, in UTF-8 with its line ends unchanged."""
     with replacing(target) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(target: Path, value: Any) -> None:
+    """Write a value as JSON for people to read: indented, atomically, in UTF-8."""
+    write_text(target, json_text(value, indent=2) + "\n")
 
 
 def sync_file(path: Path) -> None:

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from smolctl.data.tokenizer.prompt import Prompt, SpecialTokens
-from smolctl.durable import write_text
+from smolctl.durable import write_json
 from smolctl.errors import InputError, PromptTooLongError
-from smolctl.escaping import json_text
 from smolctl.generation.complete import (
     CompletionResult,
     CompletionSettings,
@@ -73,7 +72,7 @@ class Conversation:
     def save(self, path: Path) -> None:
         """Write the messages as an object that `/load` reads and that can be a line of `--jsonl`."""
         first = [{"role": "system", "content": self.system}] if self.system else []
-        write_text(path, json_text({"messages": [*first, *self.turns]}, indent=2) + "\n")
+        write_json(path, {"messages": [*first, *self.turns]})
 
     def make_room(self, model: LoadedModel, text: str, capacity: int, max_tokens: int) -> int:
         """Drop the oldest turns until `text` and its answer fit.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import smolctl
+from smolctl.durable import write_json
 from smolctl.errors import SmolError
 from smolctl.generation.load import usable_settings
 from smolctl.generation.sampling import resolve_sampling
@@ -20,7 +21,6 @@ from smolctl.page.chat import chat_files, page_chat
 from smolctl.page.layout import engine_layout
 from smolctl.page.tokenization import page_tokenizer
 from smolctl.sources.base import ModelSource
-from smolctl.sources.huggingface.write import write_json
 from smolctl.sources.open import open_source
 from smolctl.sources.quantized_folder import FILE, read_description
 

@@ -10,6 +10,7 @@ from pathlib import Path, PurePath
 
 from smolctl.config import Provenance
 from smolctl.config.run import PublishConfig
+from smolctl.durable import write_json
 from smolctl.errors import InputError
 from smolctl.hub.files import README, PlannedFile, planned_files
 from smolctl.model.weights import parameter_count
@@ -40,7 +41,6 @@ from smolctl.runs.root import latest_run
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.huggingface.card import read_metadata, split_card
-from smolctl.sources.huggingface.write import write_json
 from smolctl.sources.open import require_own_files
 from smolctl.sources.provenance import provenance_of, read_provenance
 from smolctl.sources.quantized_folder import DESCRIPTION, FILE, is_quantized_folder, read_description

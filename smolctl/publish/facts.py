@@ -12,8 +12,7 @@ from smolctl.config.data import DataConfig
 from smolctl.config.dump import to_yaml
 from smolctl.data.text import python_library
 from smolctl.data.text.hub import DatasetName
-from smolctl.durable import write_text
-from smolctl.escaping import json_text
+from smolctl.durable import write_json, write_text
 from smolctl.evaluation.task_record import RESULTS, RecordedTask, read_tasks
 from smolctl.quantization.record import read_variants
 from smolctl.runs.chart import draw_loss
@@ -143,11 +142,11 @@ def write_records(facts: RunFacts, run: Path, target: Path) -> None:
     write_text(folder / CONFIG, to_yaml(shown))
     environment = facts.public_environment() if facts.environment else {}
     if environment:
-        write_text(folder / ENVIRONMENT, json_text(environment, indent=2) + "\n")
+        write_json(folder / ENVIRONMENT, environment)
     metrics = RunFolder(run).metrics(facts.step)
     write_text(folder / REPORT, to_html(run.resolve().name, shown, metrics, facts.histories, environment))
     if facts.tasks:
-        write_text(folder / TASKS, json_text({RESULTS: facts.tasks}, indent=2) + "\n")
+        write_json(folder / TASKS, {RESULTS: facts.tasks})
     keep_records(run / METRICS, facts.step, folder / METRICS)
     if facts.histories:
         keep_records(run / PREDICTIONS, facts.step, folder / PREDICTIONS)

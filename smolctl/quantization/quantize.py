@@ -156,7 +156,7 @@ def _options_for(options: QuantizeOptions, scheme: str) -> SchemeOptions:
         return asked
     if scheme in GGUF_SCHEMES or scheme == "bf16":
         return dataclasses.replace(asked, skip=(), bits_map=(), calibrate=False)
-    if scheme == "int8-dynamic":
+    if scheme == DYNAMIC:
         return dataclasses.replace(asked, bits_map=(), calibrate=False)
     return asked
 

@@ -12,9 +12,15 @@ from typing import Any
 from smolctl.config import RunConfig
 from smolctl.config.dump import to_yaml
 from smolctl.config.load import read_yaml, resolve_run_config
-from smolctl.durable import explaining_disk_errors, file_digest, remove_partial, replacing, write_text
+from smolctl.durable import (
+    explaining_disk_errors,
+    file_digest,
+    remove_partial,
+    replacing,
+    write_json,
+    write_text,
+)
 from smolctl.errors import InputError, UsageError
-from smolctl.escaping import json_text
 from smolctl.ownership import (
     Record,
     edited_files,
@@ -58,6 +64,7 @@ from smolctl.runs.records import (
     StepRecord,
     ValidationRecord,
     append_record,
+    best_validation,
     keep_records,
     read_records,
 )
@@ -310,18 +317,8 @@ class RunFolder:
         return read_records(self.path / METRICS, either, last)
 
     def best_validation(self, steps: Container[int] | None = None) -> ValidationRecord | None:
-        """The record with the lowest bits per byte, the first of equal ones; None if there is none.
-
-        If several texts were scored, only the scores of the last one count.
-
-        Args:
-            steps: to consider; None: all.
-        """
-        records = list(read_records(self.path / METRICS, ValidationRecord))
-        tokens = records[-1].get("tokens") if records else None
-        alike = (record for record in records if record.get("tokens", tokens) == tokens)
-        asked = (record for record in alike if steps is None or record["step"] in steps)
-        return min(asked, key=lambda record: record["bits_per_byte"], default=None)
+        """See `records.best_validation`."""
+        return best_validation(read_records(self.path / METRICS, ValidationRecord), steps)
 
     def predictions(self, last: int = EVERY_STEP) -> dict[str, History]:
         """The predictions of the run up to step `last`, by prompt."""
@@ -375,4 +372,4 @@ class RunFolder:
             "checkpoint_sha256": digest,
             "parent_lineage": (read_if_sound(parent.path / LINEAGE) or None) if parent else None,
         }
-        write_text(self.path / LINEAGE, json_text(lineage, indent=2) + "\n")
+        write_json(self.path / LINEAGE, lineage)

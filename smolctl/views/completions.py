@@ -12,7 +12,7 @@ from smolctl.generation.answer import Completion, spell
 from smolctl.generation.compare import Divergence
 from smolctl.generation.complete import CompletionResult, Timing
 from smolctl.generation.load import LoadedModel
-from smolctl.views.numbers import counted
+from smolctl.views.numbers import counted, percent
 from smolctl.views.output import Output
 from smolctl.views.tables import headed
 
@@ -146,12 +146,12 @@ def show_explanation(out: Output, model: LoadedModel, result: CompletionResult) 
         table = headed(("", heading, "probability", "others"), (heading, "others"))
         rows = zip(completion.tokens, completion.logprobs, completion.alternatives or (), strict=True)
         for place, (token, logprob, others) in enumerate(rows):
-            listed = "  ".join(f"{visible(other.text)} {_percent(other.probability)}" for other in others)
+            listed = "  ".join(f"{visible(other.text)} {percent(other.probability)}" for other in others)
             spelled = visible(spell(model.tokenizer, token))
             probability = math.exp(logprob)
             sure = "green" if probability >= SURE else "red" if probability < UNSURE else "yellow"
             table.add_row(
-                str(place), Text(spelled), Text(_percent(probability), style=sure), Text(listed, style="dim")
+                str(place), Text(spelled), Text(percent(probability), style=sure), Text(listed, style="dim")
             )
         out.show(table)
 
@@ -159,10 +159,6 @@ def show_explanation(out: Output, model: LoadedModel, result: CompletionResult) 
 def visible(text: str) -> str:
     """A token's text with visible spaces, line breaks and control characters."""
     return one_line(text).replace(" ", "␣")
-
-
-def _percent(share: float) -> str:
-    return "< 0.1 %" if share < 0.0005 else f"{share:.1%}".replace("%", " %")
 
 
 def to_json(
