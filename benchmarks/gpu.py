@@ -7,9 +7,9 @@ exact:     a short run in bfloat16, compiled and not, whose last steps are repea
            by `resume --verify`; with several GPUs, on two of them as well.
 job:       5,000 steps of `smollm2-135m` with predictions and checkpoints every 500, then `resume --extra 50`.
 steps:     the training step of SmolLM2-135M's shape in bfloat16, compiled and not: tokens a second, MFU and
-           memory, in turns with transformers and nanoGPT's step.
-documents: attention within documents, by one kernel for all and by a mask: the same loss and gradient, and
-           the time of both.
+           memory, in turns with transformers, nanoGPT's step and, if it is installed, litgpt.
+documents: attention within documents by a mask, by FlashAttention with lengths, and by FlexAttention in
+           compiled blocks: the loss and gradient of each against those of the mask, and the time.
 
 A machine may be taken away at any moment: what is known is in the file within seconds, that of a run at work
 too, and what fails does not end the rest. Beside the file, of some 50 kB, goes a picture of the job's
@@ -31,6 +31,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -72,6 +73,8 @@ def steps(rounds: int) -> Iterator[Found]:
         base = Case("smolctl", model, bfloat16=GPU, batch=batch, length=length, device=DEVICE.type)
         compiled = replace(base, compiled=True)
         peers = [replace(compiled, engine=engine) for engine in ("transformers", "nanogpt")]
+        if find_spec("litgpt"):
+            peers.append(replace(compiled, engine="litgpt"))
         shapes = ((2 * batch, length), (8 * batch, length), (batch, 2 * length))
         groups = [
             [compiled, base],
@@ -110,7 +113,7 @@ def measured(cases: list[Case], rounds: int) -> list[Found]:
 
 
 def documents(rounds: int) -> Iterator[Found]:
-    """Loss, gradient and time of attention within documents of some 100 tokens, apart and by a mask."""
+    """Loss, gradient and time of attention within documents of some 100 tokens, in each way."""
     config = open_source(PRESET).require_config()
     length = config.max_position_embeddings
     torch.manual_seed(0)
@@ -118,22 +121,24 @@ def documents(rounds: int) -> Iterator[Found]:
     tokens = torch.randint(0, config.vocab_size, (4, length + 1), device=DEVICE)
     owners = (torch.rand(4, length, device=DEVICE) < 0.01).cumsum(1)
 
-    def step(with_mask: bool) -> tuple[float, torch.Tensor]:
-        network.model.masks_documents = with_mask
+    def step(way: str) -> tuple[float, torch.Tensor]:
+        network.model.masks_documents = way == "mask"
         network.zero_grad(set_to_none=True)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU):
             loss = network.loss(tokens[:, :-1], tokens[:, 1:], owners) / owners.numel()
         loss.backward()
         return loss.item(), flat_gradient(network)
 
-    (apart, gradient), (masked, expected) = step(False), step(True)
+    masked, expected = step("mask")
+    apart, gradient = step("lengths")
     error = ((gradient - expected).norm() / expected.norm()).item()
-    seconds = in_turns([lambda: timed(step, False), lambda: timed(step, True)], rounds, warmups=2)
-    yield {
-        "loss": [apart, masked],
-        "gradient_error": error,
-        "apart_is_faster": asdict(ratio_of(*seconds[::-1])),
-    }
+    found: Found = {"loss": [apart, masked], "gradient_error": error}
+    seconds = in_turns([lambda: timed(step, "lengths"), lambda: timed(step, "mask")], rounds, warmups=2)
+    yield (found := found | {"apart_is_faster": asdict(ratio_of(*seconds[::-1]))})
+    network.compile_blocks()
+    loss, gradient = step("compiled")
+    error = ((gradient - expected).norm() / expected.norm()).item()
+    yield found | {"compiled": {"loss": loss, "gradient_error": error}}
 
 
 def flat_gradient(network: Transformer) -> torch.Tensor:
@@ -141,9 +146,9 @@ def flat_gradient(network: Transformer) -> torch.Tensor:
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
-def timed(step: Callable[[bool], object], with_mask: bool) -> float:
+def timed(step: Callable[[str], object], way: str) -> float:
     started = time.perf_counter()
-    step(with_mask)
+    step(way)
     return time.perf_counter() - started
 
 
@@ -156,6 +161,7 @@ def exact(folder: Path) -> Iterator[Found]:
     """Whether a run repeated from a checkpoint has the same bits, in each way of computing."""
     ways: dict[str, tuple[str, ...]] = {
         "compiled": ("train.compile=true",),
+        "compiled, documents": ("train.compile=true", "data.document_masking=true"),
         "eager": ("train.compile=false",),
     }
     if torch.cuda.device_count() > 1:
@@ -168,7 +174,7 @@ def exact(folder: Path) -> Iterator[Found]:
     )
     found: Found = {}
     for way, settings in ways.items():
-        run = folder / way.replace(" ", "-")
+        run = folder / way.replace(" ", "-").replace(",", "")
         options = [f"--set={setting}" for setting in (*settings, *always)]
         found[way] = attempt(partial(verified, run, options))
         shutil.rmtree(run, ignore_errors=True)

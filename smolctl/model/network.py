@@ -9,10 +9,11 @@ head has no tensor of its own: the token table is used twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,83 +24,32 @@ from smolctl.arithmetic import GPU_LOSS_CHUNK_ROWS, LOSS_CHUNK_ROWS
 from smolctl.config import ModelConfig
 from smolctl.model.cache import KVCache
 from smolctl.model.documents import (
-    Documents,
+    Attended,
+    causal_blocks,
+    document_blocks,
     document_lengths,
     document_mask,
-    has_varlen,
+    has_kernels,
     positions_in_documents,
 )
-from smolctl.model.functional import (
-    linear,
-    linear_cross_entropy,
-    rms_norm,
-    rms_norm_linears,
-    rotate,
-    swiglu_linear,
+from smolctl.model.functional import linear, linear_cross_entropy, rotate, swiglu_linear
+from smolctl.model.layers import (
+    RMSNorm,
+    apply_linear,
+    is_plain,
+    linear_layer,
+    normed_linears,
+    uninitialized,
+    with_bias,
 )
 from smolctl.model.positions import rotary_angles
 
-M = TypeVar("M", bound=nn.Module)
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+FLEX_MIN_HEAD_DIM = 16  # of FlexAttention's Triton kernels
 # `KVCache.append` of one layer.
 Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def uninitialized(kind: Callable[..., M], *sizes: int, **options: Any) -> M:
-    """A layer without values, which `weights.py` initializes or loads.
-
-    PyTorch's own initialization would take seconds for 135 million parameters and be discarded.
-    """
-    with torch.device("meta"):
-        layer = kind(*sizes, **options)
-    return layer.to_empty(device=torch.get_default_device())
-
-
-def linear_layer(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
-    """A matrix (outputs, inputs) as the stock layer, so that tools that replace `nn.Linear` find it."""
-    return uninitialized(nn.Linear, inputs, outputs, bias=bias)
-
-
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is the stock one, so that its matmul may be fused with neighbouring operations.
-
-    A layer that was replaced by PyTorch's `quantize_dynamic` or an adapter, or that has hooks, is called as a
-    module.
-    """
-    hooked = layer._forward_hooks or layer._forward_pre_hooks
-    return type(layer) is nn.Linear and not hooked
-
-
-def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """x (…, I) times a layer's matrix (O, I), plus its bias if it has one: (…, O)."""
-    if not is_plain(layer):
-        return cast(Tensor, layer(x))
-    plain = cast(nn.Linear, layer)
-    return _with_bias(plain, linear(x, plain.weight))
-
-
-def _with_bias(layer: nn.Linear, y: Tensor) -> Tensor:
-    return y if layer.bias is None else y + layer.bias.to(y.dtype)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) × weight, with the mean of squares over the last dimension."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
-def normed_linears(x: Tensor, norm: RMSNorm, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    """Each of the layers applied to the norm; with gradients, as one fused operation that saves less."""
-    if torch.is_grad_enabled() and norm.weight.requires_grad and all(map(is_plain, layers)):
-        products = rms_norm_linears(x, norm.weight, norm.eps, *(layer.weight for layer in layers))
-        return tuple(map(_with_bias, layers, products))
-    normed = norm(x)
-    return tuple(apply_linear(layer, normed) for layer in layers)
 
 
 def rotary_table(config: ModelConfig, positions: int, device: torch.device) -> Tensor:
@@ -133,7 +83,7 @@ class Attention(nn.Module):
         norm: RMSNorm,
         rotary: Tensor | None,
         append: Append | None,
-        documents: Documents | None = None,
+        attended: Attended | None = None,
     ) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (
@@ -144,15 +94,30 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        if isinstance(documents, tuple):
-            y = self._attend_apart(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), documents)
+        if attended is None or isinstance(attended, Tensor):
+            y = self._attend(q, k, v, append, attended)
+        elif isinstance(attended, tuple):
+            y = self._attend_apart(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attended)
         else:
-            y = self._attend(q, k, v, append, documents)
+            y = self._attend_in_blocks(q, k, v, attended)
         return apply_linear(self.o_proj, y.reshape(B, T, -1))  # (B, T, C)
+
+    def _attend_in_blocks(self, q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask) -> Tensor:
+        """FlexAttention of queries (B, T, H, D) to keys and values (B, T, K, D): (B, T, H, D).
+
+        Its kernels add up in a fixed order, as an exact resume needs. FlashAttention's do so as well, but
+        that takes them twice the time (docs/benchmarks.md).
+        """
+        from torch.nn.attention.flex_attention import flex_attention
+
+        # RoPE computes in float32.
+        q, k, v = q.to(v.dtype).transpose(1, 2), k.to(v.dtype).transpose(1, 2), v.transpose(1, 2)
+        y = flex_attention(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
+        return y.transpose(1, 2)
 
     def _attend_apart(self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """Attention of queries (N, H, D) to keys and values (N, K, D) of their own document: (N, H, D)."""
-        if has_varlen(v) and not (self.training and self.dropout):
+        if has_kernels(v) and not (self.training and self.dropout):
             from torch.nn.attention.varlen import varlen_attn  # takes a second to import
 
             begins = torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device=v.device)
@@ -203,7 +168,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         gate, up = normed_linears(x, norm, self.gate_proj, self.up_proj)  # (B, T, F)
         if is_plain(self.down_proj):
-            return _with_bias(self.down_proj, swiglu_linear(gate, up, self.down_proj.weight))
+            return with_bias(self.down_proj, swiglu_linear(gate, up, self.down_proj.weight))
         return cast(Tensor, self.down_proj(F.silu(gate).mul_(up)))
 
 
@@ -219,10 +184,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rotary: Tensor | None, append: Append | None, documents: Documents | None = None
+        self, x: Tensor, rotary: Tensor | None, append: Append | None, attended: Attended | None = None
     ) -> Tensor:
-        attended = self.self_attn(x, self.input_layernorm, rotary, append, documents)
-        x = torch.add(x, attended, alpha=self.residual_scale)
+        y = self.self_attn(x, self.input_layernorm, rotary, append, attended)
+        x = torch.add(x, y, alpha=self.residual_scale)
         return torch.add(x, self.mlp(x, self.post_attention_layernorm), alpha=self.residual_scale)
 
 
@@ -273,20 +238,33 @@ class Decoder(nn.Module):
         else:
             # RoPE depends only on relative positions, so a document need not start at angle 0.
             rotary = self._angles(positions.stop, x.device)[:, positions]
-        own: Documents | None = None
-        if documents is not None:
-            split = not self.masks_documents and (documents.device.type == "cpu" or has_varlen(x))
-            own = document_lengths(documents) if split else document_mask(documents)
+        attended = self._attended(x, documents) if cache is None else None
         for index, block in enumerate(self.layers):
             append = partial(cache.append, index) if cache is not None else None
             turned = rotary if self.config.rotates(index) else None
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, turned, append, own, use_reentrant=False)
+                x = checkpoint(block, x, turned, append, attended, use_reentrant=False)
             else:
-                x = block(x, turned, append, own)
+                x = block(x, turned, append, attended)
         if cache is not None:
             cache.length = positions.stop
         return self.norm(x)
+
+    def _attended(self, x: Tensor, documents: Tensor | None) -> Attended | None:
+        """What the blocks need to know of `documents` for hidden states x (B, T, C); None: nothing."""
+        has_dropout = self.training and self.config.attention_dropout
+        if (
+            self.is_compiled
+            and has_kernels(x)
+            and self.config.head_dim >= FLEX_MIN_HEAD_DIM
+            and not has_dropout
+        ):
+            return causal_blocks(x.shape[1], x.device) if documents is None else document_blocks(documents)
+        if documents is None:
+            return None
+        if self.is_compiled or self.masks_documents or not (x.device.type == "cpu" or has_kernels(x)):
+            return document_mask(documents)
+        return document_lengths(documents)
 
 
 class Transformer(nn.Module):
@@ -318,9 +296,18 @@ class Transformer(nn.Module):
         those without.
         """
         self.model.is_compiled = True
-        self.model.masks_documents = True  # lengths change with every batch, and each would be compiled again
         for block in self.model.layers:
             block.compile()
+
+    @contextmanager
+    def not_compiled(self) -> Iterator[None]:
+        """Compute without the compiled blocks, which would be compiled again for every length of a prompt."""
+        was_compiled, self.model.is_compiled = self.model.is_compiled, False
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            self.model.is_compiled = was_compiled
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (…, C) as logits (…, V)."""

@@ -30,6 +30,8 @@ class GradientGraph(Generic[T]):
         self._tokens = tokens.clone()
         self._function = function  # keeps the tensors alive that the graph reads
         aside, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        # Parameters may have nodes of earlier gradients, of another stream, which is safe but warned of.
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         aside.wait_stream(current)
         with torch.cuda.stream(aside):
             for _ in range(WARMUPS):
@@ -38,7 +40,7 @@ class GradientGraph(Generic[T]):
         current.wait_stream(aside)
         network.zero_grad(set_to_none=True)  # the graph writes gradients to its own memory
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, stream=aside):
             self._result = function(self._tokens)
         self._gradients = [(parameter, parameter.grad) for parameter in network.parameters()]
 

@@ -271,7 +271,7 @@ class TrainingModule(pl.LightningModule):
             kept["progress"] = asdict(self.progress)
             kept["held_out"] = {"tokens": self.prepared.held_out, "document_end": self._document_end}
         if (held_out := kept.get("held_out")) and self.trainer.is_global_zero:
-            with torch.compiler.set_stance("force_eager"):
+            with self.network.not_compiled():
                 loss = mean_loss(self.network, held_out["tokens"], held_out["document_end"])
             kept["held_out"] = {**held_out, "loss": loss}
         if self._scaler is not None:

@@ -54,8 +54,7 @@ def predict(
     )
     turn = {"role": "user", "content": prompt}
     given = tokenizer.chat_prompt([turn]) if chat else tokenizer.prompt(prompt)
-    # A compiled block would be compiled again for every prompt length.
-    with observing(network), torch.compiler.set_stance("force_eager"):
+    with observing(network), network.not_compiled():
         completion = complete(TorchEngine(network), tokenizer, given, settings).completions[0]
         ids = torch.tensor([given.ids], device=network.head_weight.device)
         logits = network.next_token_logits(ids)[0].float()

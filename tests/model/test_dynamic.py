@@ -14,7 +14,8 @@ from torch.ao.quantization import quantize_dynamic
 
 from smolctl.model.cache import KVCache
 from smolctl.model.dynamic import PerTokenLinear, silence
-from smolctl.model.network import Transformer, is_plain
+from smolctl.model.layers import is_plain
+from smolctl.model.network import Transformer
 from smolctl.sources.quantized.scaled import ScaledMatrix
 from tests.support.instruction_sets import AVX2, answers, computed_with
 from tests.support.tiny_models import tiny_network

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -97,9 +98,46 @@ def test_the_kernel_of_gpus_is_asked_for_the_same_attention(
 ) -> None:
     model, (tokens, ids) = network(position_embedding), packed()
     expected = model(tokens, documents=ids)
-    monkeypatch.setattr("smolctl.model.network.has_varlen", lambda _x: True)
+    monkeypatch.setattr("smolctl.model.network.has_kernels", lambda _x: True)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", plain_varlen)
     torch.testing.assert_close(model(tokens, documents=ids), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("position_embedding", ["rope", "learned"])
+def test_compiled_blocks_on_gpus_give_what_a_mask_gives(
+    position_embedding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FlexAttention, which GPUs compile; here its own plain implementation computes it."""
+    compiled, masked = network(position_embedding).train(), network(position_embedding).train()
+    masked.model.masks_documents = True
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    monkeypatch.setattr("smolctl.model.network.FLEX_MIN_HEAD_DIM", 8)
+    compilations = 0
+
+    def compile_graph(module: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:
+        nonlocal compilations
+        compilations += 1
+        return module.forward
+
+    compiled.model.is_compiled = True
+    for block in compiled.model.layers:
+        block.compile(backend=compile_graph)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(0, 32, (2, 17), generator=generator)
+        packed = (torch.rand(2, 16, generator=generator) < 0.2).cumsum(1)
+        for documents in (packed, None):
+            found = []
+            for model in (compiled, masked):
+                monkeypatch.setattr(
+                    "smolctl.model.network.has_kernels", lambda _x, model=model: model is compiled
+                )
+                model.zero_grad()
+                loss = model.loss(tokens[:, :-1], tokens[:, 1:], documents)
+                loss.backward()
+                found.append((loss, [parameter.grad for parameter in model.parameters()]))
+            torch.testing.assert_close(*found, atol=5e-5, rtol=1e-3)
+    assert compilations == 2  # with documents and without, whatever their lengths
 
 
 @torch.no_grad()
