@@ -19,8 +19,6 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 # A file that was written less than this many nanoseconds ago may change again without a new modification
 # time.
 SETTLED_NS = 3_000_000_000  # FAT has a resolution of two seconds
-
-
 # Folders in the cache.
 CHECKED, TOKENIZERS = "checked", "tokenizers"
 

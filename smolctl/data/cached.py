@@ -56,15 +56,15 @@ def list_cache() -> CacheReport:
     folder = cache_folder()
     remove_leftovers(folder / TOKENS)
     kept = [path for path in (folder / TOKENS).glob("*") if path.is_dir() and path.suffix != ".partial"]
-    found = [*_still_there(kept, _tokens), *_still_there((folder / TOKENIZERS).glob("*"), _tokenizer)]
+    found = [*_existing(kept, _tokens), *_existing((folder / TOKENIZERS).glob("*"), _tokenizer)]
     return CacheReport(folder, tuple(sorted(found, key=lambda entry: entry.used)))
 
 
-def _still_there(paths: Iterable[Path], look: Callable[[Path], CacheEntry]) -> Iterator[CacheEntry]:
+def _existing(paths: Iterable[Path], describe: Callable[[Path], CacheEntry]) -> Iterator[CacheEntry]:
     """The entries, without those that another process is deleting or rebuilding."""
     for path in paths:
         with suppress(FileNotFoundError):
-            yield look(path)
+            yield describe(path)
 
 
 def _tokenizer(path: Path) -> CacheEntry:

@@ -127,7 +127,7 @@ def _tried(smoke: SmokeTest) -> str:
 
 def _visibility(plan: PushPlan) -> str:
     shown = "public" if plan.is_public else "private"
-    return shown if plan.model.there.head is None else f"{shown} already"
+    return shown if plan.model.remote.head is None else f"{shown} already"
 
 
 def _identity(plan: PushPlan) -> str:
@@ -152,7 +152,7 @@ def _files(plan: RepoPlan, folded: Sequence[str]) -> Any:
     from rich.table import Column, Table
     from rich.text import Text
 
-    files, head = plan.files, plan.there.head
+    files, head = plan.files, plan.remote.head
     to_send = [file for file in files if head is None or not head.has(file)]
     table = Table.grid("", Column(justify="right"), padding=(0, 2))
     for file in files:

@@ -188,7 +188,7 @@ class TrainingView:
             rows["best"] = f"{event.best_bits_per_byte:.4f} bits/byte at {_best_step(event)}"
         rows["saved in"] = f"{event.run}: {self._records()}"
         if not done:
-            rows["go on"] = f"smolctl resume {event.run}"
+            rows["continue"] = f"smolctl resume {event.run}"
         rows["try it"] = f"smolctl sample {event.run}{self._chat_option}"
         self.out.show("", facts(rows.items(), style="bold"))
 
