@@ -28,7 +28,7 @@ PACKAGED = {
     "ctranslate2": ("int8",),
     "mistralrs": ("q8_0", "q4_0"),
 }
-# Beside the number of threads, what the documentation of each advises on a CPU.
+# The settings that each engine's documentation recommends for a CPU, besides the number of threads.
 SETTINGS = {
     "llama.cpp": "flash attention; repacks by itself",
     "ik_llama.cpp": "flash attention, -rtr",

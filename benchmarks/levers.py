@@ -328,7 +328,9 @@ def main() -> None:
     parser.add_argument("--graphs", action="store_true", help="replay steps as CUDA graphs")
     parser.add_argument("--out", type=Path, default=Path("runs.jsonl"), help="run: where runs are appended")
     parser.add_argument("--costs", type=Path, default=Path("costs.jsonl"), help="where `cost` appends")
-    parser.add_argument("--rounds", type=int, default=9, help="cost: of each lever beside the preset")
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="cost: rounds for each lever in turns with the preset"
+    )
     parser.add_argument("--json", action="store_true", help="judge: all figures as JSON")
     arguments = parser.parse_intermixed_args()
     names = [lever for name in arguments.levers for lever in (LEVERS if name == "all" else [name])]
