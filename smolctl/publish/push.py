@@ -172,7 +172,7 @@ def write_local(options: PushOptions, target: Path) -> PushPlan:
         SmolError: something cannot be published.
     """
     model = options.model or str(latest_run())
-    _require_unchanged(target, KIND, "--local-dir", model)
+    _require_ours(target, KIND, "--local-dir", model)
     with building(target) as work:
         plan = plan_push(replace(options, model=model), work)
         if plan.space is not None:  # each has its own record
@@ -181,7 +181,7 @@ def write_local(options: PushOptions, target: Path) -> PushPlan:
     return plan
 
 
-def _require_unchanged(target: Path, kind: str, option: str, model: str) -> None:
+def _require_ours(target: Path, kind: str, option: str, model: str) -> None:
     """Check that a folder is new, or unchanged since an earlier call wrote it."""
     require_replaceable(target, kind, option, force=True, reads=(model,))
     for found, what in (
@@ -217,7 +217,7 @@ def write_page_alone(options: PushOptions, target: Path) -> Page:
     """
     require_space(Sdk.STATIC)
     model = options.model or str(latest_run())
-    _require_unchanged(target, PAGE_KIND, "--page", model)
+    _require_ours(target, PAGE_KIND, "--page", model)
     with tempfile.TemporaryDirectory(prefix="smolctl-push-") as work, building(target) as folder:
         opened = open_model(model, options.accept_guesses)
         built = _build_with_space(options, opened, Path(work), tried=True)
