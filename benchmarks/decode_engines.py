@@ -54,7 +54,7 @@ class Peer:
     version: str = ""  # "": what the process says
     settings: str = ""
     load_s: float = 0.0
-    kl: float | None = None  # nats a token; None: it gives no logits
+    kl: float | None = None  # nats per token; None: it gives no logits
     rates: dict[str, list[float]] = field(default_factory=dict)  # tokens/s of every case, round by round
 
     @property
