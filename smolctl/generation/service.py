@@ -54,7 +54,6 @@ class Job:
     listener: OnPiece
     answers: list[Answer] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
-    open: int = 0  # answers that have not ended
 
 
 class Service:
@@ -92,18 +91,18 @@ class Service:
         job = Job(listener)
         for prompt in prompts:
             self._add(job, prompt)
-        job.open, most = len(job.requests), self.slots + self.most_waiting
-        if job.open > most:
+        count, most = len(job.requests), self.slots + self.most_waiting
+        if count > most:
             raise InputError(
-                f"{job.open} answers were requested, but only {most} are possible", "Ask for fewer."
+                f"{count} answers were requested, but only {most} are possible", "Ask for fewer."
             )
         with self._lock:
-            if self._open + job.open > most:
+            if self._open + count > most:
                 raise BusyError(
                     f"the server gives {self.slots} answers at once, and {self.most_waiting} more may wait",
                     "Try again in a moment.",
                 )
-            self._open += job.open
+            self._open += count
         self._inbox.put(lambda: self._submit(job))
         return job
 
@@ -160,11 +159,19 @@ class Service:
                     text += answer.finish()
             if answer.finish_reason:
                 self._end(request)
-            job.listener(Piece(number, text, outcome, answer.finish_reason or None))
+            self._send(job, Piece(number, text, outcome, answer.finish_reason or None))
 
     def _fail(self, job: Job, error: SmolError) -> None:
         self._drop(job)
-        job.listener(error)
+        self._send(job, error)
+
+    def _send(self, job: Job, result: Piece | SmolError) -> None:
+        """Call the listener of a job; if it fails, nobody reads the job's answers any more."""
+        try:
+            job.listener(result)
+        except Exception:
+            LOG.exception("unexpected, in the listener of a request")
+            self._drop(job)
 
     def _drop(self, job: Job) -> None:
         for request in job.requests:
