@@ -96,7 +96,7 @@ class Blocks:
 def read_for_all(
     text: Text, readers: Sequence[Reader], note: Callable[[str], None]
 ) -> tuple[Text, dict[Encoding, list[EncodedDocument]]]:
-    """Documents that all models can read, with their tokens for each way of reading.
+    """Documents that all models can read, with their tokens for each encoding.
 
     Conversations that the chat template of one model refuses are left out for all.
 
@@ -116,7 +116,7 @@ def read_for_all(
         if not any(fits):
             raise InputError(f"{text.name}: no conversation that all models can read", NAME_TEXT)
         text = Text(text.name, tuple(compress(text.documents, fits)), text.left_out)  # type: ignore[arg-type]
-    readings = {way: [one for one in compress(own, fits) if one] for way, own in found.items()}
+    readings = {encoding: [one for one in compress(own, fits) if one] for encoding, own in found.items()}
     return text, readings
 
 
