@@ -239,6 +239,8 @@ def run_memory(
     values = activation_values_per_token(config, run.train.checkpoint_activations)
     on_gpu = (device or run.trainer.accelerator) in ("cuda", "gpu")
     rows = min(GPU_LOSS_CHUNK_ROWS if on_gpu else LOSS_CHUNK_ROWS, tokens)
+    # float32 logits are overwritten with their gradient; others have a float32 copy between the two.
+    logit = float32 if computed == float32 else float32 + 2 * computed
     count = count_parameters(config)
     saved = layer_matrices(config) if run.optimizer.name == "muon" else 0  # one moment instead of two
     return TrainingMemory(
@@ -246,13 +248,13 @@ def run_memory(
         gradients=count.naive * stored,
         optimizer=(2 * count.unique - saved) * stored,
         activations=tokens * values * computed,
-        logits=2 * rows * config.vocab_size * float32,
+        logits=rows * config.vocab_size * logit,
         formulas={
             "weights": f"{count.unique:,} × {stored} bytes",
             "gradients": f"{count.naive:,} × {stored} bytes",
             "optimizer": (f"(2 × {count.unique:,} - {saved:,})" if saved else f"2 × {count.unique:,}")
             + f" × {stored} bytes",
             "activations": f"{tokens:,} tokens × {values:,} values × {computed} bytes",
-            "logits": f"2 × {rows:,} tokens × {config.vocab_size:,} × {float32} bytes",
+            "logits": f"{rows:,} tokens × {config.vocab_size:,} × {logit} bytes",
         },
     )

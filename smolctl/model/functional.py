@@ -252,6 +252,7 @@ class _LinearCrossEntropy(Function):
                 dweight.addmm_(dlogits.mT, part)
             else:
                 dweight += dlogits.mT @ part
+            del dlogits  # before the next chunk's, because memory use is highest here
         ctx.dtype = weight.dtype
         ctx.save_for_backward(dhidden, dweight)
         ctx.mark_non_differentiable(z_total)
