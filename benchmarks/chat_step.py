@@ -60,7 +60,7 @@ TOOL = {
         },
     },
 }
-TALK = [
+CONVERSATION = [
     {"role": "user", "content": "Who wrote «Faust»? 🎭"},
     {"role": "assistant", "content": "Goethe."},
     {"role": "user", "content": "When?\n"},
@@ -90,16 +90,19 @@ def compare_masks(model: str) -> None:
     import trl
 
     folder = Path(trl.__file__).parent / "chat_templates"
-    talks = [
+    conversations = [
         [dict(one) for one in row["messages"]] for _, row in islice(library_questions(lambda _: None), 200)
     ]
-    talks += [TALK, [SYSTEM, *TALK]]
-    messages: list[dict[str, Any]] = [{"messages": talk} for talk in talks]
+    conversations += [CONVERSATION, [SYSTEM, *CONVERSATION]]
+    messages: list[dict[str, Any]] = [{"messages": conversation} for conversation in conversations]
     tools = [{"messages": CALLS, "tools": [TOOL]}, *messages]  # Dataset.from_list takes the first row's keys
     shared = [
-        {"conversations": [{"from": one["role"], "value": one["content"]} for one in talk]} for talk in talks
+        {"conversations": [{"from": one["role"], "value": one["content"]} for one in conversation]}
+        for conversation in conversations
     ]
-    prompts = [{"prompt": talk[:-1], "completion": talk[-1:]} for talk in talks]
+    prompts = [
+        {"prompt": conversation[:-1], "completion": conversation[-1:]} for conversation in conversations
+    ]
     own = load_tokenizer(model).chat_template or ""
     cases = [
         ("messages", "SmolLM2 with blocks", SMOLLM2, messages, "assistant"),
@@ -250,7 +253,7 @@ def smolctl_step(case: Case) -> Callable[[], float]:
 
     keep_freed_memory()
     network = load_network(open_source(case.model), dtype=torch.float32).train()
-    network.model.masks_documents = case.engine.endswith("mask")  # then documents are told by a mask
+    network.model.masks_documents = case.engine.endswith("mask")  # one mask instead of lengths
     optimizer = make_optimizer(network, OptimizerConfig().model_copy(update={"learning_rate": 0.0}))
     rows = packed_rows(case.model)
     micro_batches = list(rows.split(1))
@@ -338,9 +341,9 @@ def compare_steps(model: str, rounds: int, engines: list[str]) -> None:
     asked = sequences_of(rows)
     trained = int(asked.trained_tokens)
     filled = sum(len(one) for row in rows for one in conversations_of(row))
-    talks = sum(len(conversations_of(row)) for row in rows)
+    count = sum(len(conversations_of(row)) for row in rows)
     print(
-        f"{talks} conversations in {SEQUENCES} x {LENGTH} tokens, {1 - filled / rows[:, 1:].numel():.1%} "
+        f"{count} conversations in {SEQUENCES} x {LENGTH} tokens, {1 - filled / rows[:, 1:].numel():.1%} "
         f"padding, {trained:,} trained on; {torch.get_num_threads()} threads, torch {torch.__version__}\n"
     )
     cases = [Case(engine, model) for engine in engines]

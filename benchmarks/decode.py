@@ -134,7 +134,7 @@ class PeerProcess:
 
 
 def measure_kl(processes: Mapping[str, PeerProcess], text: Tokens) -> None:
-    """Nats a token against transformers, of tokens read one by one."""
+    """The KL to transformers in nats per token, of tokens that are read one by one."""
     targets = torch.tensor(text[0][FOR_KL[1] + 1 : FOR_KL[2] + 1])
     expected: Tensor | None = None
     with tempfile.TemporaryDirectory() as folder:

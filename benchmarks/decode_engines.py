@@ -28,7 +28,7 @@ PACKAGED = {
     "ctranslate2": ("int8",),
     "mistralrs": ("q8_0", "q4_0"),
 }
-# Beside the number of threads, what the documentation of each advises on a CPU.
+# The settings that each engine's documentation recommends for a CPU, besides the number of threads.
 SETTINGS = {
     "llama.cpp": "flash attention; repacks by itself",
     "ik_llama.cpp": "flash attention, -rtr",
@@ -54,7 +54,7 @@ class Peer:
     version: str = ""  # "": what the process says
     settings: str = ""
     load_s: float = 0.0
-    kl: float | None = None  # nats a token; None: it gives no logits
+    kl: float | None = None  # nats per token; None: it gives no logits
     rates: dict[str, list[float]] = field(default_factory=dict)  # tokens/s of every case, round by round
 
     @property

@@ -7,7 +7,7 @@ The tasks are made of docstrings of Python's standard library: four possible con
 tokens or more; the same with a letter as the answer, where lm-eval too reads each text once; whole texts; and
 texts to be continued. Every round, each engine answers all items of a kind. Prints a Markdown table: seconds
 of smolctl, of hf with one request at a time (its default) and with eight, the ratios, and how many items were
-answered otherwise; then the items that int8 and int4 answer otherwise.
+answered differently; then the items that int8 and int4 answer differently.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def main() -> None:
         for engine in engines:  # the weights come into memory with the first call
             ask(engine, warmup)
         print(f"{options.model}: {ours.engine.name}, {options.items} items, {options.rounds} rounds\n")
-        print("| kind | smolctl | hf, 1 | hf, 8 | faster than 1 | faster than 8 | answered otherwise |")
+        print("| kind | smolctl | hf, 1 | hf, 8 | faster than 1 | faster than 8 | answered differently |")
         print("|---|---|---|---|---|---|---|")
         for kind, task in tasks.items():
             clock = time.process_time if options.cpu else time.perf_counter

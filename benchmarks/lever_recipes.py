@@ -38,8 +38,8 @@ class Extras:
             the way.
         norm_rate: factor of the learning rate of the norms.
         polar: Polar Express instead of Jordan's coefficients.
-        order: `windows` as smolctl reads; `documents`: shuffled anew for each pass; `aligned`: every sequence
-            lies in one document, the first at its beginning, the last at its end.
+        order: `windows` as smolctl reads; `documents`: shuffled again for each pass; `aligned`: every
+            sequence lies in one document, the first at its beginning, the last at its end.
         ramp: sequences of a step in equal parts of the run; (): the config's batch_size.
         corpus: share of the documents that are trained on.
         bfloat16: matmuls by autocast.
@@ -202,7 +202,7 @@ def sequences(
 
     Args:
         tokens: of all documents.
-        end: the token behind each of them.
+        end: the token after each of them.
         extras: order and share of the documents.
         count: of sequences.
         length: of a sequence.
@@ -232,7 +232,7 @@ def sequences(
 
 
 def _starts_in_documents(ends: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-    """First tokens of sequences of which each lies in one document, behind the end of the one before.
+    """First tokens of sequences of which each lies in one document, after the end of the one before.
 
     A document shorter than a sequence is followed by the next one.
     """

@@ -43,7 +43,7 @@ class TrialData:
 
     Attributes:
         train: tokens of all documents that are trained on.
-        end: the token behind each of them.
+        end: the token after each of them.
         held_out: (W, length + 1) tokens of sequences; each begins with `end`.
         counted: (W, length) whether a target of them counts.
         owners: (W, length) the observation that each target belongs to.
@@ -174,7 +174,7 @@ class Trial:
             torch.zeros_like(parameter) for parameter in self.parameters if self.extras.lookahead
         ]
         self.values = torch.zeros(4, device=device)  # those of `StepValues`
-        self.losses = torch.zeros(recipe.steps, device=device)  # nats a token
+        self.losses = torch.zeros(recipe.steps, device=device)  # nats per token
         self.done = 0
         self._captured: dict[int, tuple[Tensor, Tensor, torch.cuda.CUDAGraph]] = {}
         self._eager: dict[int, int] = {}  # steps so far of every number of sequences
@@ -213,7 +213,7 @@ class Trial:
         return loss
 
     def _step(self, batch: Tensor) -> Tensor:
-        """One step on tokens (sequences, length + 1); its loss in nats a token, ()."""
+        """One step on tokens (sequences, length + 1); its loss in nats per token, ()."""
         rate, momentum, weight_decay, lookahead = self.values.unbind()
         if self.movement:
             before = [parameter.detach().clone() for parameter in self.parameters]
@@ -257,7 +257,7 @@ class Trial:
 def windows_of(
     documents: Sequence[NDArray[np.int64]], begin: int, length: int
 ) -> tuple[NDArray[np.uint16], NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
-    """Documents as `smolctl compare` reads them: alone, in sequences that overlap by half, behind `begin`.
+    """Documents as `smolctl compare` reads them: alone, in sequences that overlap by half, after `begin`.
 
     Returns:
         Tokens (W, length + 1), whether a target counts (W, length), and of each target its document and its

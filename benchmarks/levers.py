@@ -132,7 +132,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.out.open("a", encoding="utf-8") as file,
     ):
         if file.tell() and not arguments.out.read_text(encoding="utf-8").endswith("\n"):
-            file.write("\n")  # behind a line that was cut off
+            file.write("\n")  # after a line that was cut off
         work = {pool.submit(run_one, *job, arguments.data, arguments.graphs): job for job in jobs}
         for number, future in enumerate(as_completed(work), 1):
             recipe, seed = work[future]
@@ -239,7 +239,7 @@ def judge(arguments: argparse.Namespace) -> None:
     for record in records(arguments.files):
         found[Recipe(tuple(record["levers"]), record["steps"])][record["seed"]] = record
     costs = {tuple(line["levers"]): line["cost"] for line in records([arguments.costs])}
-    scores = {recipe: beside(own, found.get(PRESET, own)) for recipe, own in found.items()}
+    scores = {recipe: matched_score(own, found.get(PRESET, own)) for recipe, own in found.items()}
     to_steps = steps_of_base(scores)
     rows = []
     for recipe, own in found.items():
@@ -263,7 +263,7 @@ def judge(arguments: argparse.Namespace) -> None:
     print(json.dumps(rows, indent=1) if arguments.json else table(rows))
 
 
-def beside(own: dict[int, Record], preset: dict[int, Record]) -> float:
+def matched_score(own: dict[int, Record], preset: dict[int, Record]) -> float:
     """Bits per byte as the preset's seeds would give them: its mean, and the difference of shared seeds."""
 
     def score(of: dict[int, Record], seeds: Iterable[int]) -> float:
@@ -328,7 +328,9 @@ def main() -> None:
     parser.add_argument("--graphs", action="store_true", help="replay steps as CUDA graphs")
     parser.add_argument("--out", type=Path, default=Path("runs.jsonl"), help="run: where runs are appended")
     parser.add_argument("--costs", type=Path, default=Path("costs.jsonl"), help="where `cost` appends")
-    parser.add_argument("--rounds", type=int, default=9, help="cost: of each lever beside the preset")
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="cost: rounds for each lever in turns with the preset"
+    )
     parser.add_argument("--json", action="store_true", help="judge: all figures as JSON")
     arguments = parser.parse_intermixed_args()
     names = [lever for name in arguments.levers for lever in (LEVERS if name == "all" else [name])]

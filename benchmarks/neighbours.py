@@ -31,13 +31,13 @@ from smolctl.generation.load import load_model
 from smolctl.model.weights import initialize
 from smolctl.timing import ratio_of
 
-SETTLE_S = 3.0  # until what is measured has found out about its neighbours
+SETTLE_S = 3.0  # until the measured work has adapted to its neighbours
 MEASURE_S = 6.0
 
 
 @contextmanager
 def neighbours(count: int) -> Iterator[None]:
-    """So many processes that keep a core busy each."""
+    """This many processes, each of which keeps a core busy."""
     with ExitStack() as stack:
         for _ in range(count):
             process = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
@@ -71,7 +71,7 @@ def training(preset: str, batch: int) -> Callable[[int], tuple[int, float]]:
 
 
 def decoding(model: str) -> Callable[[int], tuple[int, float]]:
-    """Thirty-two greedy tokens behind a prompt of as many."""
+    """Thirty-two greedy tokens after a prompt of the same length."""
     engine = load_model(model).engine
 
     def decode(_number: int) -> tuple[int, float]:

@@ -49,7 +49,7 @@ HEAD = (
     "MB at first, most | files at first, at last | failed"
 )
 SLOTS, CONTEXT = 8, 2048
-BESIDE_MB = 150  # for the interpreter, the buffers of the engine and everything else
+OVERHEAD_MB = 150  # for the interpreter, the buffers of the engine and everything else
 GARBAGE = (b"", b"{", b"[]", b'{"messages": 5}', b'{"messages": [], "n": 1e9}', b"\xff" * 1_000)
 
 
@@ -79,9 +79,9 @@ class Server:
         cache = float(metrics.partition("\nsmolctl_cache_bytes ")[2].split()[0]) / 1e6
         weights = model.stat().st_size / 1e6
         found = f"{most:.0f} MB at most: {weights:.0f} of the file, {cache:.0f} of the KV cache"
-        if most > weights + cache + BESIDE_MB:
-            raise SystemExit(f"{found}, and more than {BESIDE_MB} beside them")
-        return f"{found}, {max(most - weights - cache, 0):.0f} beside them"
+        if most > weights + cache + OVERHEAD_MB:
+            raise SystemExit(f"{found}, and more than {OVERHEAD_MB} besides")
+        return f"{found}, {max(most - weights - cache, 0):.0f} besides"
 
 
 @contextmanager
@@ -127,7 +127,7 @@ class Seen:
 
 
 def request(chance: random.Random, new_words: int | None) -> dict[str, Any]:
-    """A request of mixed length; with `new_words`, of so many words behind the common beginning."""
+    """A request of mixed length; with `new_words`, of this many words after the common beginning."""
     count = new_words or chance.choice([5, 20, 80, 200])
     text = " ".join(chance.choices(WORDS, k=count))
     begins = new_words is not None or chance.random() < 0.5

@@ -60,25 +60,25 @@ def main() -> None:
     )
     lookup = replace(plain, speculation="lookup")
     print(f"{options.model}: {model.engine.name}\n")
-    print("| text | guessed | accepted | tokens a call | speed with / without guesses |")
+    print("| text | drafted | accepted | tokens per call | speed with / without drafts |")
     print("|---|---|---|---|---|")
     for kind, texts in prompts(model).items():
-        guessed = accepted = tokens = calls = 0
+        drafted = accepted = tokens = calls = 0
         ratios = []
         for prompt in texts:
             works = [partial(complete, model.engine, model.tokenizer, prompt, one) for one in (plain, lookup)]
-            for without, guessing in zip(*in_turns(works, options.rounds), strict=True):
-                text, expected = guessing.completions[0].tokens, without.completions[0].tokens
+            for without, drafting in zip(*in_turns(works, options.rounds), strict=True):
+                text, expected = drafting.completions[0].tokens, without.completions[0].tokens
                 assert text == expected, f"another text: {text} instead of {expected}"
-                speeds = guessing.timing.decode_tokens_per_s, without.timing.decode_tokens_per_s
+                speeds = drafting.timing.decode_tokens_per_s, without.timing.decode_tokens_per_s
                 if speeds[0] and speeds[1]:
                     ratios.append(speeds[0] / speeds[1])
-            guessed += guessing.timing.guessed_tokens
-            accepted += guessing.timing.accepted_tokens
-            tokens, calls = tokens + len(text) - 1, calls + guessing.timing.decode_steps
+            drafted += drafting.timing.guessed_tokens
+            accepted += drafting.timing.accepted_tokens
+            tokens, calls = tokens + len(text) - 1, calls + drafting.timing.decode_steps
         of = Spread.of(ratios)
         spread = f"{of.median:.2f} ({of.low:.2f}–{of.high:.2f})"
-        print(f"| {kind} | {guessed} | {accepted} | {tokens / calls:.2f} | {spread} |", flush=True)
+        print(f"| {kind} | {drafted} | {accepted} | {tokens / calls:.2f} | {spread} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ with a constant learning rate and linear decay to 0. All take the steps of `smol
 
 The seconds of a step are measured first, all recipes in turns on all cores; they decide how many steps a
 recipe gets in --seconds, or how long its --steps take. The runs themselves go on several at a time, one
-thread each, without a clock. Prints a line of JSON for each.
+thread each, and are not timed. Prints a line of JSON for each.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def measure(side: str, corpus: Path, tokenizer: Path) -> Found:
 
 
 def in_new_process(side: str, corpus: Path, tokenizer: Path) -> Found:
-    """`measure` there."""
+    """`measure` in a process of its own."""
     command = [sys.executable, __file__, "--side", side, str(corpus), str(tokenizer)]
     found: Found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     print(side, found, file=sys.stderr, flush=True)

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from smolctl.errors import SmolError
+from smolctl.escaping import json_text
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 # A file that was written less than this many nanoseconds ago may change again without a new modification
 # time.
 SETTLED_NS = 3_000_000_000  # FAT has a resolution of two seconds
-
-
 # Folders in the cache.
 CHECKED, TOKENIZERS = "checked", "tokenizers"
 
@@ -134,6 +133,11 @@ def write_text(target: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8", newline="\n")
 
 
+def write_json(target: Path, value: Any) -> None:
+    """Write a value as JSON for people to read: indented, atomically, in UTF-8."""
+    write_text(target, json_text(value, indent=2) + "\n")
+
+
 def sync_file(path: Path) -> None:
     """Wait until a file's bytes are on the disk, if its file system supports that."""
     with path.open("r+b") as file:  # Windows syncs only files opened for writing
@@ -165,7 +169,7 @@ class DiskError(SmolError):
 
 
 @contextmanager
-def naming_the_disk(folder: Path) -> Iterator[None]:
+def explaining_disk_errors(folder: Path) -> Iterator[None]:
     """Turn a failed write to a run folder into an error with the reason and the remedy.
 
     Raises:

@@ -150,7 +150,7 @@ def _depth(value: Any) -> int:
 
 
 def _path_to(value: Any, is_wanted: Callable[[Any, int], bool]) -> str:
-    """The dotted path of the first value for which `wanted`, called with value and depth, is true."""
+    """The dotted path of the first value for which `is_wanted`, called with value and depth, is true."""
     waiting: list[tuple[tuple[str, ...], Any]] = [((), value)]
     while waiting:
         path, one = waiting.pop()
@@ -239,7 +239,9 @@ class YamlLoader(yaml.SafeLoader):
         try:
             return super().construct_object(node, deep)
         except (ValueError, LookupError, TypeError, ArithmeticError):  # `!!int ""`, `!!bool x`
-            raise _Refusal(key, f"{shown(written)} is no {node.tag.rpartition(':')[2]}", node) from None
+            raise _Refusal(
+                key, f"{shown(written)} is not a valid {node.tag.rpartition(':')[2]}", node
+            ) from None
 
 
 NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
@@ -329,8 +331,8 @@ def first_fault(error: ValidationError) -> str:
     if first["type"] == "json_invalid":
         return f"not JSON ({first['ctx']['error']})"
     key, reason, given = key_of(first), plain_reason(first["msg"]), first["input"]
-    is_told = not key or first["type"] == "missing" or isinstance(given, dict)
-    return f"{key + ': ' if key else ''}{reason}{'' if is_told else f', got {shown(given)}'}"
+    says_enough = not key or first["type"] == "missing" or isinstance(given, dict)
+    return f"{key + ': ' if key else ''}{reason}{'' if says_enough else f', got {shown(given)}'}"
 
 
 def plain_reason(said: str) -> str:

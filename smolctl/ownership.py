@@ -16,9 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
 from smolctl import __version__
-from smolctl.durable import file_digest, folder_of, sync_folder, write_text
+from smolctl.durable import file_digest, folder_of, sync_folder, write_json
 from smolctl.errors import InputError, UsageError
-from smolctl.escaping import json_text
 from smolctl.outside import checked, parse_object, read_file
 
 RECORD = ".smolctl.json"
@@ -85,7 +84,7 @@ def parse_record(content: bytes) -> Record | None:
 
 def write_record(folder: Path, record: Record) -> None:
     """Write the record of smolctl's files in a folder."""
-    write_text(folder / RECORD, json_text(asdict(record), indent=2) + "\n")
+    write_json(folder / RECORD, asdict(record))
 
 
 def edited_files(folder: Path) -> tuple[str, ...]:
@@ -123,7 +122,7 @@ def require_replaceable(target: Path, kind: str, option: str, force: bool, reads
         )
     record = read_record(real)
     if record is None or record.kind != kind:
-        found = f"a {record.kind}" if record else f"no {kind} that smolctl wrote: it has no {RECORD}"
+        found = f"a {record.kind}" if record else f"not a {kind} that smolctl wrote: it has no {RECORD}"
         raise UsageError(f"{target} is not replaced, because it is {found}", another)
     for path in real.rglob("*"):
         name = path.relative_to(real).as_posix()

@@ -114,8 +114,8 @@ class _Process:
                     f"takes more than {MOST_CPU_S} s" if too_long else f"cannot be filled ({error.message})"
                 )
             finally:
-                # After Ctrl-C its answer would be taken for that to the next text, and if Python's compiler
-                # ran out of memory, Python was found damaged.
+                # After Ctrl-C, the worker's late result would be taken for that of the next text. After its
+                # compiler ran out of memory, Python was sometimes damaged.
                 if not done:
                     self.end()
             return text, fault

@@ -9,6 +9,7 @@ distribution of times (see `median_interval`).
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import comb
@@ -106,6 +107,15 @@ def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
     """smolctl's values divided by the other's, by round."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return Ratio(Spread.of(ratios), median_interval(ratios))
+
+
+def synchronized_time(device: torch.device) -> float:
+    """Seconds of a monotonic clock, after a CUDA device has finished its work."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def peak_memory(device: torch.device | None = None) -> int | None:

@@ -31,9 +31,9 @@ LAUGH = "\n".join(
     [
         ("train: {steps: 2024-13-45}", "train.steps: .*got '2024-13-45'"),
         ("train: {steps: 2024-01-01}", "train.steps: .*got '2024-01-01'"),
-        ('train: {steps: !!int ""}', "train.steps: '' is no int"),
-        ("train: {steps: !!float x}", "train.steps: 'x' is no float"),
-        ("train: {steps: !!bool x}", "train.steps: 'x' is no bool"),
+        ('train: {steps: !!int ""}', "train.steps: '' is not a valid int"),
+        ("train: {steps: !!float x}", "train.steps: 'x' is not a valid float"),
+        ("train: {steps: !!bool x}", "train.steps: 'x' is not a valid bool"),
         ("train: {steps: !!timestamp x}", "train.steps: the tag .*timestamp is not supported"),
         ("train: {steps: !!python/object/apply:os.system [id]}", "os.system"),
         (f"train: {{steps: {'9' * 5_000}}}", "train.steps: a number of 5,000 digits"),

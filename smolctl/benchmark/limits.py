@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -58,7 +59,7 @@ class LimitMeter:
         bandwidth = max(BUFFER_BYTES / fastest_run(read, 3) for read in reads)
         work = 2.0 * SIZE**3
         products = {
-            name: work / fastest_run(lambda one=square: one @ one, 3)  # type: ignore[misc]
+            name: work / fastest_run(partial(torch.matmul, square, square), 3)
             for name, square in self._squares.items()
         }
         with contextlib.suppress(RuntimeError, AttributeError):  # not available in every build of PyTorch

@@ -15,7 +15,7 @@ from smolctl.benchmark.peers import load_transformers
 from smolctl.benchmark.workload import Measurement, Run, Workload
 from smolctl.model.network import Transformer
 from smolctl.sources import open_source
-from smolctl.timing import peak_memory
+from smolctl.timing import peak_memory, synchronized_time
 from smolctl.training.optim.optimizers import make_optimizer
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # mean over tokens (B, T) and their next tokens
@@ -37,7 +37,7 @@ class TrainingStep:
     bfloat16: bool = False  # whether autocast uses it
 
     def __call__(self) -> Measurement:
-        marks = [self._now()]
+        marks = [synchronized_time(self.device)]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             loss = self.loss()
         marks.append(time.perf_counter())
@@ -47,15 +47,10 @@ class TrainingStep:
         torch.nn.utils.clip_grad_norm_([one for group in groups for one in group["params"]], CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        marks.append(self._now())
+        marks.append(synchronized_time(self.device))
         parts = [after - before for before, after in pairwise(marks)]
         output = loss.detach().cpu().view(1)
         return Measurement((marks[-1] - marks[0], *parts), output, peak_bytes=peak_memory(self.device))
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
 
 def open_smolctl(model: str) -> tuple[Transformer, Loss]:

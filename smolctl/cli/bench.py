@@ -128,12 +128,12 @@ def bench(
         threads=capped_threads(output, threads),
         batch=batch,
     )
-    report = run(model, options, output.talk)
+    report = run(model, options, output.message)
     changes = compare_with(report, baseline, fail_below) if baseline is not None else None
     show_bench(output, report, changes, markdown)
     if save is not None:
         save_record(bench_document(report), save)
-        output.talk(f"Saved to {save}.")
+        output.message(f"Saved to {save}.")
     if plot is not None:
         draw_bench(report, plot)
     report.require_right()

@@ -30,7 +30,7 @@ def cache(
     smolctl cache               # its entries, and when each was last used
     smolctl cache --prune 30    # delete entries not used for 30 days
     """
-    from smolctl.data.cached import look_at_cache, prune_cache
+    from smolctl.data.cached import list_cache, prune_cache
     from smolctl.views.cache import show_cache
 
-    show_cache(output, look_at_cache() if prune is None else prune_cache(prune))
+    show_cache(output, list_cache() if prune is None else prune_cache(prune))

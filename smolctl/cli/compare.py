@@ -71,7 +71,7 @@ def compare(
     from smolctl.evaluation.compare import compare as run
     from smolctl.views.compare import show_comparison
 
-    comparison = run(models, CompareOptions(tuple(data or ()), size, context), output.talk)
+    comparison = run(models, CompareOptions(tuple(data or ()), size, context), output.message)
     show_comparison(output, comparison)
     if require_better and not comparison.first_is_best:
         failed = [pair.verdict for pair in comparison.pairs if pair.a is comparison.measures[0]]

@@ -94,9 +94,9 @@ def eval(
     )
     if samples is not None:
         require_replaceable_file(samples, "--samples", force=True, reads=(), is_own=is_samples)
-    report = evaluate_tasks(model, options, output.talk)
+    report = evaluate_tasks(model, options, output.message)
     show_tasks(output, report)
     if samples is not None:
         write_samples(samples, report)
     if record := record_report(report):
-        output.talk(f"Added to {record}.")
+        output.message(f"Added to {record}.")

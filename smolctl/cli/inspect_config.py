@@ -65,7 +65,7 @@ def inspect_config(
 
         print(to_yaml(training_config(source)), end="")
         for problem in source.problems:
-            output.talk(f"problem: {problem}")
+            output.message(f"problem: {problem}")
     elif against:
         from smolctl.views.differences import show_differences
 

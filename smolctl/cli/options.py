@@ -165,7 +165,7 @@ def capped_threads(output: Output, asked: int | None) -> int | None:
     """
     used = None if asked is None else compute_threads(asked)
     if used != asked:
-        output.talk(f"--threads {asked}: there are {used} processors here, so {used} are used.")
+        output.message(f"--threads {asked}: there are {used} processors here, so {used} are used.")
     return used
 
 

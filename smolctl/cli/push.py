@@ -174,7 +174,7 @@ def push(
             if plan.open_to_all:
                 _ask(plan.open_to_all)
 
-        pushed = publish.push(options, HubClient(output.talk), agree)
+        pushed = publish.push(options, HubClient(output.message), agree)
         view.show_pushed(output, pushed)
         if pushed.space_error is not None:
             raise pushed.space_error

@@ -139,7 +139,7 @@ def quantize(
         gates=Gates(max_bpb_increase, max_kl),
         accept_guesses=accept_guesses,
     )
-    report = run(model, options, output.talk)
+    report = run(model, options, output.message)
     show_quantization(output, report)
     if report.failed_gates:
         failed = {line.partition(":")[0] for line in report.failed_gates}

@@ -268,6 +268,11 @@ class RunConfig(Section):
         """Tokens an optimizer step sees over all devices."""
         return self.train.batch_size * self.data.sequence_length
 
+    @property
+    def samples(self) -> int:
+        """Sequences that the whole run reads."""
+        return self.train.steps * self.train.batch_size
+
     def settings(self) -> dict[str, Any]:
         """Every setting by the dotted name that `--set` takes."""
         flat: dict[str, Any] = {}

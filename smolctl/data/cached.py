@@ -51,20 +51,20 @@ class _Sources(TypedDict, total=False):
     sources: list[str]
 
 
-def look_at_cache() -> CacheReport:
+def list_cache() -> CacheReport:
     """Report everything in the user's cache. Unfinished entries of killed processes are deleted."""
     folder = cache_folder()
     remove_leftovers(folder / TOKENS)
     kept = [path for path in (folder / TOKENS).glob("*") if path.is_dir() and path.suffix != ".partial"]
-    found = [*_still_there(kept, _tokens), *_still_there((folder / TOKENIZERS).glob("*"), _tokenizer)]
+    found = [*_existing(kept, _tokens), *_existing((folder / TOKENIZERS).glob("*"), _tokenizer)]
     return CacheReport(folder, tuple(sorted(found, key=lambda entry: entry.used)))
 
 
-def _still_there(paths: Iterable[Path], look: Callable[[Path], CacheEntry]) -> Iterator[CacheEntry]:
+def _existing(paths: Iterable[Path], describe: Callable[[Path], CacheEntry]) -> Iterator[CacheEntry]:
     """The entries, without those that another process is deleting or rebuilding."""
     for path in paths:
         with suppress(FileNotFoundError):
-            yield look(path)
+            yield describe(path)
 
 
 def _tokenizer(path: Path) -> CacheEntry:
@@ -73,7 +73,7 @@ def _tokenizer(path: Path) -> CacheEntry:
 
 def prune_cache(days: float) -> CacheReport:
     """Delete entries that no command has used for this many days, except those that a process is writing."""
-    before = look_at_cache()
+    before = list_cache()
     # 0 also deletes entries with a time in the future, as after the clock was set back.
     limit = time.time() - days * DAY if days else math.inf
     for marker in (before.folder / CHECKED).glob("*"):
@@ -89,7 +89,7 @@ def prune_cache(days: float) -> CacheReport:
                     shutil.rmtree(entry.path)
             else:
                 entry.path.unlink()
-    after = look_at_cache()
+    after = list_cache()
     paths = {entry.path for entry in after.entries}
     removed = tuple(entry for entry in before.entries if entry.path not in paths)
     return CacheReport(after.folder, after.entries, removed)

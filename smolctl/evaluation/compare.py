@@ -19,7 +19,7 @@ from smolctl.evaluation.readings import BLOCK, Blocks, Reader, read_for_all, sco
 from smolctl.evaluation.texts import Text, choose_text
 from smolctl.generation.load import load_model
 from smolctl.inspection.differences import Difference
-from smolctl.inspection.differences import compare as lay_side_by_side
+from smolctl.inspection.differences import compare as compare_sources
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource
 
@@ -164,7 +164,7 @@ def compare(
         raise _too_little(text)
     scores, engines, tokens = [], [], []
     for model in models:
-        own = readings[model.way]
+        own = readings[model.encoding]
         tokens.append(sum(int(one.is_scored.sum()) for one in own))
         note(f"scoring {model.name}: {tokens[-1]:,} tokens of the {text.name}")
         engine = load_model(model.name).engine
@@ -265,7 +265,7 @@ def _is_same_recipe(one: _Model, other: _Model) -> bool:
 
 def _differences(one: _Model, other: _Model, pooled: bool) -> tuple[Difference, ...]:
     """Differences of model, recipe and tokenizer; without the seeds if these are pooled."""
-    found = lay_side_by_side(one.source, other.source)
+    found = compare_sources(one.source, other.source)
     skipped = (*INCIDENTAL, *(SEEDS if pooled else ()))
     recipe = [item for item in found.recipe or () if not item.key.startswith(skipped)]
     more = []

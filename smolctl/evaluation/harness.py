@@ -221,12 +221,12 @@ class EngineLM(TemplateLM):
 
     def _progress(self, what: str, total: int) -> Callable[[int], None]:
         """Report every tenth of the work."""
-        said = 0
+        reported = 0
 
-        def heard(done: int) -> None:
-            nonlocal said
-            if (tenth := done * 10 // max(total, 1)) > said:
-                said = tenth
+        def report(done: int) -> None:
+            nonlocal reported
+            if (tenth := done * 10 // max(total, 1)) > reported:
+                reported = tenth
                 self._note(f"{done:,} of {total:,} {what}")
 
-        return heard
+        return report

@@ -74,11 +74,13 @@ def _losses(
     """Yields batches (B, T + 1) as sequences, with the nats (B, T) of their targets, in evaluation mode."""
     was_training = network.training
     network.eval()
-    for batch in batches:
-        asked = sequences_of(batch.to(network.head_weight.device), document_end)
-        losses = network.token_losses(asked.inputs, asked.targets, asked.documents)
-        yield asked, asked.counted(losses.double())
-    network.train(was_training)
+    try:
+        for batch in batches:
+            asked = sequences_of(batch.to(network.head_weight.device), document_end)
+            losses = network.token_losses(asked.inputs, asked.targets, asked.documents)
+            yield asked, asked.counted(losses.double())
+    finally:
+        network.train(was_training)
 
 
 @torch.inference_mode()

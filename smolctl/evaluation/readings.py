@@ -25,7 +25,7 @@ from smolctl.generation.engine import Engine
 from smolctl.generation.sampling import NotFiniteError
 
 BLOCK = 4_096  # bytes of a part of a document, which is an observation if there are few documents
-Way = tuple[str, str | None]  # the digest of the tokenizer, and the chat template
+Encoding = tuple[str, str | None]  # the digest of the tokenizer, and the chat template
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Reader:
     tokenizer: Tokenizer
 
     @property
-    def way(self) -> Way:
+    def encoding(self) -> Encoding:
         """Equal for models that encode the same text, and the same conversation, to the same tokens."""
         return self.tokenizer.sha256, self.tokenizer.chat_template
 
@@ -95,18 +95,18 @@ class Blocks:
 
 def read_for_all(
     text: Text, readers: Sequence[Reader], note: Callable[[str], None]
-) -> tuple[Text, dict[Way, list[EncodedDocument]]]:
-    """Documents that all models can read, with their tokens for each way of reading.
+) -> tuple[Text, dict[Encoding, list[EncodedDocument]]]:
+    """Documents that all models can read, with their tokens for each encoding.
 
     Conversations that the chat template of one model refuses are left out for all.
 
     Raises:
         InputError: there is no conversation that all can read.
     """
-    found: dict[Way, list[EncodedDocument | None]] = {}
+    found: dict[Encoding, list[EncodedDocument | None]] = {}
     for reader in readers:
-        if reader.way not in found:
-            found[reader.way] = list(_read(text, reader, note))
+        if reader.encoding not in found:
+            found[reader.encoding] = list(_read(text, reader, note))
     fits = [all(row) for row in zip(*found.values(), strict=True)]
     if refused := fits.count(False):
         note(
@@ -116,7 +116,7 @@ def read_for_all(
         if not any(fits):
             raise InputError(f"{text.name}: no conversation that all models can read", NAME_TEXT)
         text = Text(text.name, tuple(compress(text.documents, fits)), text.left_out)  # type: ignore[arg-type]
-    readings = {way: [one for one in compress(own, fits) if one] for way, own in found.items()}
+    readings = {encoding: [one for one in compress(own, fits) if one] for encoding, own in found.items()}
     return text, readings
 
 

@@ -191,9 +191,8 @@ def _ask(model: Any, tasks: Mapping[str, Any], options: TaskOptions) -> Mapping[
 
 def _require_sound(name: str, task: Any, options: TaskOptions) -> None:
     """Refuse tasks on which lm-eval would fail without an explanation. Raises InputError: naming the key."""
-    if (
-        type(task).__name__ == "ConfigurableTask"
-    ):  # otherwise it is written in Python, with methods instead of keys
+    # A task of another class is written in Python, with methods instead of keys.
+    if type(task).__name__ == "ConfigurableTask":
         keys = ["output_type", "doc_to_text", "doc_to_target"]
         keys += ["doc_to_choice"] * (task.get_config("output_type") == "multiple_choice")
         if lacking := [key for key in keys if task.get_config(key) is None]:

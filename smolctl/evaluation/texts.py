@@ -156,8 +156,7 @@ def _recipes(
     for source, tokenizer in models:
         if source.run is not None:
             run = source.run
-            samples = run.train.steps * run.train.batch_size
-            recipes.setdefault((_identity(run.data), tokenizer.sha256), (run.data, samples, tokenizer))
+            recipes.setdefault((_identity(run.data), tokenizer.sha256), (run.data, run.samples, tokenizer))
     identities = {identity[:-1] for identity, _ in recipes}
     if len(identities) == 1:
         return list(recipes.values())

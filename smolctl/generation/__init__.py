@@ -1,0 +1,1 @@
+"""Answers of a model: engines, sampling, speculation, and the scheduler for many sequences."""

@@ -162,6 +162,7 @@ def complete(
 def new_scheduler(
     engine: Engine, settings: CompletionSettings, slots: int, capacity: int, reuse: Reuse = "exact"
 ) -> Scheduler:
+    """A scheduler with the sampling and speculation of these settings; other arguments as in `Scheduler`."""
     return Scheduler(engine, slots, capacity, settings.sampling, settings.speculation, reuse)
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from smolctl.data.tokenizer.prompt import Prompt, SpecialTokens
-from smolctl.durable import write_text
+from smolctl.durable import write_json
 from smolctl.errors import InputError, PromptTooLongError
-from smolctl.escaping import json_text
 from smolctl.generation.complete import (
     CompletionResult,
     CompletionSettings,
@@ -73,7 +72,7 @@ class Conversation:
     def save(self, path: Path) -> None:
         """Write the messages as an object that `/load` reads and that can be a line of `--jsonl`."""
         first = [{"role": "system", "content": self.system}] if self.system else []
-        write_text(path, json_text({"messages": [*first, *self.turns]}, indent=2) + "\n")
+        write_json(path, {"messages": [*first, *self.turns]})
 
     def make_room(self, model: LoadedModel, text: str, capacity: int, max_tokens: int) -> int:
         """Drop the oldest turns until `text` and its answer fit.
@@ -127,7 +126,7 @@ class Session:
         self.capacity = min(model.engine.config.max_position_embeddings, MOST_TOKENS)
         self.scheduler = new_scheduler(model.engine, settings, settings.samples, self.capacity, "all")
         self.answers = 0
-        self.asked: str | None = None  # the latest question
+        self.question: str | None = None  # the latest question
 
     def make_room(self, text: str) -> int:
         """See `Conversation.make_room`."""
@@ -160,7 +159,7 @@ class Session:
             )
         self.conversation.system = messages[0]["content"] if start else None
         self.conversation.turns = messages[start:]
-        self.asked = messages[-2]["content"] if roles else None
+        self.question = messages[-2]["content"] if roles else None
 
     def retry(self, on_text: TextListener) -> CompletionResult:
         """Replace the answer to the latest question by a new one with different random tokens.
@@ -169,13 +168,13 @@ class Session:
             InputError: there is no question yet.
             InterruptedCompletion: Ctrl-C.
         """
-        if self.asked is None:
+        if self.question is None:
             raise InputError("nothing has been asked yet", "Ask something.")
         before = self.conversation.turns
-        if before and before[-2]["content"] == self.asked:
+        if before and before[-2]["content"] == self.question:
             self.conversation.turns = before[:-2]
         try:
-            return self.answer(self.asked, on_text)
+            return self.answer(self.question, on_text)
         finally:
             if len(self.conversation.turns) < len(before):  # there is no new answer
                 self.conversation.turns = before
@@ -188,7 +187,7 @@ class Session:
             InputError: the text alone does not fit the context.
             InterruptedCompletion: Ctrl-C; contains the text until then.
         """
-        self.asked = text
+        self.question = text
         prompt = self.conversation.prompt(self.model, text)
         engine, tokenizer = self.model.engine, self.model.tokenizer
         try:

@@ -106,11 +106,14 @@ class Engine(ABC):
 
         Raises:
             InputError: a sequence does not fit the cache.
+            IndexError: a token is outside the vocabulary.
+            EngineBusyError: another thread is in a call of this engine.
             CancelledError: the cache's cancellation was set; its lengths are unchanged.
+            SmolError: there is not enough memory.
         """
 
     def check_room(self, tokens: Sequence[Sequence[int]], cache: Cache) -> None:
-        """Refuse tokens that do not fit."""
+        """Refuse tokens that do not fit the cache. Raises InputError."""
         for ids, length in zip(tokens, cache.lengths, strict=True):
             if length + len(ids) > cache.capacity:
                 raise InputError(

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from smolctl.data.tokenizer.prompt import SpecialTokens
 from smolctl.errors import InputError, UsageError
 from smolctl.escaping import json_text
+from smolctl.generation.batch import Batch
 from smolctl.generation.compare import Divergence, diverge
 from smolctl.generation.complete import (
     CompletionResult,
@@ -22,7 +23,6 @@ from smolctl.generation.conversation import Conversation, Session
 from smolctl.generation.engines import EngineOptions
 from smolctl.generation.grammar import Grammar, compile_schema
 from smolctl.generation.load import LoadedModel, load_model
-from smolctl.generation.many import Batch
 from smolctl.generation.prompts import (
     SAMPLING,
     STDIN,
@@ -32,7 +32,7 @@ from smolctl.generation.prompts import (
     read_prompts,
     read_text,
 )
-from smolctl.generation.sampling import settle, taken_of
+from smolctl.generation.sampling import applicable, resolve_sampling
 from smolctl.outside import parse_json, read_json
 
 SCHEMA_FILE = "Name a file with a JSON schema."
@@ -66,7 +66,7 @@ class SampleRequest:
     sampling: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        settle(self.sampling or {}, {})
+        resolve_sampling(self.sampling or {}, {})
         if self.compare and len(self.models) < 2:
             raise UsageError("--compare needs two MODELs or more", "Name them one after the other.")
         if self.jsonl is not None and self.prompt is not None:
@@ -145,17 +145,17 @@ def sample(
     own = request.sampling
     # Models that are compared get the same settings.
     recommended = models[0].recommended if own is not None and len(models) == 1 else {}
-    settings = _settled(request, request.settings, {}, recommended)
+    settings = _resolved(request, request.settings, {}, recommended)
     grammars = [
         None if schema is None else compile_schema(schema, one.tokenizer, one.engine.config) for one in models
     ]
     for model in models:
-        on_event(Loaded(model, taken_of(recommended, own or {})))
+        on_event(Loaded(model, applicable(recommended, own or {})))
     first = models[0]
     conversation = Conversation(bool(request.chat), request.system, special_tokens=request.special_tokens)
     if file is not None:
-        settled = _settled_file(file, request, first, recommended, grammars[0])
-        return Batch(first, settled, conversation, request.batch_size, done)
+        resolved = _resolved_file(file, request, first, recommended, grammars[0])
+        return Batch(first, resolved, conversation, request.batch_size, done)
     if text is None:
         conversation.chat = first.can_chat if request.chat is None else request.chat
         if request.system is not None and not conversation.chat:
@@ -165,7 +165,7 @@ def sample(
     return _complete_each(models, own_settings, conversation, text, on_event, request.compare)
 
 
-def _settled_file(
+def _resolved_file(
     file: PromptFile,
     request: SampleRequest,
     model: LoadedModel,
@@ -178,14 +178,14 @@ def _settled_file(
     def compiled(schema: str) -> Grammar:
         return compile_schema(parse_json(schema), model.tokenizer, model.engine.config)
 
-    def settled(line: PromptLine) -> PromptLine:
+    def resolved(line: PromptLine) -> PromptLine:
         try:
             own = grammar if line.schema is None else compiled(json_text(dict(line.schema)))
         except InputError as fault:
             return replace(line, fault=fault)
-        return replace(line, settings=_settled(request, line.settings, line.source, recommended, own))
+        return replace(line, settings=_resolved(request, line.settings, line.source, recommended, own))
 
-    return replace(file, lines=tuple(line if line.fault else settled(line) for line in file.lines))
+    return replace(file, lines=tuple(line if line.fault else resolved(line) for line in file.lines))
 
 
 def _complete_each(
@@ -216,7 +216,7 @@ def _complete_each(
     return SampleResult(tuple(results), diverge(results) if compare else None, interrupted)
 
 
-def _settled(
+def _resolved(
     request: SampleRequest,
     settings: CompletionSettings,
     line: Mapping[str, Any],
@@ -228,7 +228,7 @@ def _settled(
     if request.sampling is None:
         return settings
     set_there = {key: line[key] for key in SAMPLING if line.get(key) is not None}
-    return replace(settings, sampling=settle({**request.sampling, **set_there}, recommended))
+    return replace(settings, sampling=resolve_sampling({**request.sampling, **set_there}, recommended))
 
 
 def _has_raw_prompt(text: str | None, file: PromptFile | None) -> bool:

@@ -73,7 +73,7 @@ class NotFiniteError(InputError):
 DEFAULT_SAMPLING = SamplingSettings(temperature=0.8, top_p=0.95)
 
 
-def taken_of(recommended: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
+def applicable(recommended: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
     """The recommended fields that apply: those that the user does not set.
 
     If the user sets temperature 0, the model's likeliest token is meant, so no recommended penalty applies.
@@ -82,7 +82,7 @@ def taken_of(recommended: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[
     return {} if greedy else {key: value for key, value in recommended.items() if key not in own}
 
 
-def settle(own: Mapping[str, Any], recommended: Mapping[str, Any]) -> SamplingSettings:
+def resolve_sampling(own: Mapping[str, Any], recommended: Mapping[str, Any]) -> SamplingSettings:
     """The sampling settings: the user's, else the recommendation of the model's authors, else the defaults.
 
     Args:
@@ -92,7 +92,7 @@ def settle(own: Mapping[str, Any], recommended: Mapping[str, Any]) -> SamplingSe
     Raises:
         UsageError: a value is out of range; the message names it.
     """
-    return replace(DEFAULT_SAMPLING, **taken_of(recommended, own), **own)
+    return replace(DEFAULT_SAMPLING, **applicable(recommended, own), **own)
 
 
 def choose(

@@ -12,7 +12,7 @@ from smolctl.errors import SmolError
 from smolctl.generation.engine import Cancellation, Engine, Logits
 from smolctl.generation.lookup import MOST, Lookup
 from smolctl.generation.sampling import SamplingSettings
-from smolctl.generation.slots import Outcome, Reading, Request, Slot, Token, check_prompt, common_prefix
+from smolctl.generation.slots import Outcome, PrefillMode, Request, Slot, Token, check_prompt, common_prefix
 
 Speculation = Literal["auto", "off", "lookup"]
 # What a new prompt reuses from sequences in the cache. "exact": tokens with the bits that the prompt would
@@ -44,9 +44,9 @@ class Scheduler:
     """Sequences of one engine that decode together. When one ends, the next request takes its place.
 
     A request gets the same tokens alone and in a batch. Therefore no call decodes more than the engine's
-    `exact_tokens`, and the calls that process a prompt depend only on its length (`Reading`). A round has one
-    call for prompts, which serves one prompt in turn and others if the call can be shared, and decodes one
-    token for every sequence.
+    `exact_tokens`, and the calls that prefill a prompt depend only on its length (`PrefillMode`). A round has
+    one call for prompts, which serves one prompt in turn and others if the call can be shared, and decodes
+    one token for every sequence.
 
     Args:
         engine: the model.
@@ -179,7 +179,7 @@ class Scheduler:
             lengths = list(self._cache.lengths)
             try:
                 if reads:
-                    return self._read()
+                    return self._prefill()
                 if slots:
                     return self._decode(slots)
             except BaseException:  # including Ctrl-C: cache and slots must stay consistent
@@ -205,9 +205,9 @@ class Scheduler:
     def _occupy(self, request: Request) -> None:
         """Give a request a slot: the free one whose cache has most of its prompt, or was used longest ago."""
         free = [number for number, slot in enumerate(self._slots) if slot is None or slot.ended]
-        reading = self._way_of_reading(request)
+        mode = self._prefill_mode(request)
         held = {
-            number: self._reusable(self._slots[number], self._cache.lengths[number], request, reading)
+            number: self._reusable(self._slots[number], self._cache.lengths[number], request, mode)
             for number in free
         }
         number = max(free, key=lambda number: (held[number], -self._last_turn(number)))
@@ -218,7 +218,7 @@ class Scheduler:
             min(len(request.prompt) + request.max_tokens, self.capacity),
             list(request.prompt),
             request.sampling or self.settings,
-            reading,
+            mode,
             Lookup(request.prompt) if self._speculates else None,
             self.engine.exact_tokens == 1,
             self._turn,
@@ -230,12 +230,12 @@ class Scheduler:
         slot = self._slots[number]
         return slot.turn if slot else 0
 
-    def _way_of_reading(self, request: Request) -> Reading:
+    def _prefill_mode(self, request: Request) -> PrefillMode:
         if request.score or not self.engine.is_uniform:
-            return Reading.CHUNKS
-        return Reading.FEW if len(request.prompt) <= self._few else Reading.MANY
+            return PrefillMode.CHUNKS
+        return PrefillMode.FEW if len(request.prompt) <= self._few else PrefillMode.MANY
 
-    def _reusable(self, holder: Slot | None, length: int, request: Request, reading: Reading) -> int:
+    def _reusable(self, holder: Slot | None, length: int, request: Request, mode: PrefillMode) -> int:
         """How many tokens of a prompt can be reused from a slot with `length` tokens in the cache."""
         if holder is None or request.score:
             return 0
@@ -245,17 +245,17 @@ class Scheduler:
         # The last token of a prompt is always processed, because its logits choose the next one.
         if self._reuse == "all":
             return common_prefix(holder.tokens[:length], prompt[:-1])
-        common, ways = common_prefix(theirs[:length], prompt[:-1]), {holder.reading, reading}
-        if Reading.CHUNKS in ways:  # a whole chunk counts as many tokens
-            return 0 if Reading.FEW in ways else common // CHUNK * CHUNK
-        return common if len(ways) == 1 else 0
+        common, modes = common_prefix(theirs[:length], prompt[:-1]), {holder.mode, mode}
+        if PrefillMode.CHUNKS in modes:  # a whole chunk counts as many tokens
+            return 0 if PrefillMode.FEW in modes else common // CHUNK * CHUNK
+        return common if len(modes) == 1 else 0
 
     def _offers(self, holder: Slot, length: int, slot: Slot) -> int:
         """`_reusable` for a slot that has started its prompt; 0 if that is not more than it already has."""
         has, prompt = self._cache.lengths[slot.number], slot.request.prompt
         if holder is slot or has >= min(length, len(prompt)) or holder.tokens[has] != prompt[has]:
             return 0
-        found = self._reusable(holder, length, slot.request, slot.reading)
+        found = self._reusable(holder, length, slot.request, slot.mode)
         return found if found > has else 0
 
     def _take_over(self, slot: Slot) -> None:
@@ -270,7 +270,7 @@ class Scheduler:
         if holder is not None and self._cache.lengths[slot.number] == len(slot.request.prompt):
             slot.row = holder.row
 
-    def _read(self) -> list[Outcome]:
+    def _prefill(self) -> list[Outcome]:
         """Process a part of one prompt or of several; after their last tokens, choose the first ones."""
         parts = self._parts()
         scores = any(slot.request.score for slot in parts)
@@ -281,15 +281,15 @@ class Scheduler:
             prompt, end = slot.request.prompt, self._cache.lengths[slot.number]
             rows = [next(logits) for _ in (part if scores else part[:1])]
             self.counts.prefilled += len(part)
-            slot.read += len(part)
+            slot.prefilled += len(part)
             if scores:
                 scored = rows if slot.row is None else [slot.row, *rows]
-                found += self._attempt(slot, slot.score(scored[:-1], prompt[max(end - len(part), 1) : end]))
+                found += self._outcomes(slot, slot.score(scored[:-1], prompt[max(end - len(part), 1) : end]))
             if part:
                 slot.row = rows[-1] if scores or end == len(prompt) else None
             if slot.row is not None and end == len(prompt) and not slot.ended:
-                self.counts.reused += max(len(prompt) - slot.read, 0)
-                found += self._attempt(slot, map(slot.choose, [slot.row]))
+                self.counts.reused += max(len(prompt) - slot.prefilled, 0)
+                found += self._outcomes(slot, map(slot.choose, [slot.row]))
                 if scores:
                     slot.row = None  # from a call with many rows, which rounds differently
         return found
@@ -313,7 +313,7 @@ class Scheduler:
             elif (left := room - sum(map(len, parts.values()))) and self._joins(slot, parts):
                 parts[slot] = prompt[begin : begin + left]
         missing = self._few + 1 - sum(map(len, parts.values()))
-        if first and first.reading is Reading.MANY and self._reuse == "exact" and missing > 0:
+        if first and first.mode is PrefillMode.MANY and self._reuse == "exact" and missing > 0:
             # So few tokens would be rounded differently, so some are processed again.
             begin = self._cache.lengths[first.number] - missing
             parts[first] = first.request.prompt[begin : begin + missing + len(parts[first])]
@@ -322,17 +322,17 @@ class Scheduler:
 
     def _most(self, slot: Slot, left: int) -> int:
         """Maximum tokens of a call for prompts, by the prompt whose turn it is and its remaining tokens."""
-        if slot.reading is Reading.CHUNKS:
+        if slot.mode is PrefillMode.CHUNKS:
             return CHUNK - self._cache.lengths[slot.number] % CHUNK
-        if slot.reading is Reading.FEW:
+        if slot.mode is PrefillMode.FEW:
             return self._few
         # The remainder for the next call must not be too small.
         return left - self._few - 1 if CHUNK < left <= CHUNK + self._few else CHUNK
 
     def _joins(self, slot: Slot, parts: Mapping[Slot, Sequence[int]]) -> bool:
         """Whether a prompt may share the call that processes these parts, and benefits from it."""
-        ways = {other.reading for other, part in parts.items() if part}
-        if slot.reading is Reading.CHUNKS or ways != {slot.reading} or len(parts) == self._few:
+        modes = {other.mode for other, part in parts.items() if part}
+        if slot.mode is PrefillMode.CHUNKS or modes != {slot.mode} or len(parts) == self._few:
             return False  # the call has as many rows of logits as can be exact
         lengths = self._cache.lengths
         ends = ((other, lengths[other.number] + len(part)) for other, part in parts.items())
@@ -352,13 +352,13 @@ class Scheduler:
         found: list[Outcome] = []
         for slot in sorted(slots, key=lambda slot: slot.number):
             rows = [next(logits) for _ in unread[slot.number]]
-            tokens = list(self._attempt(slot, slot.verify(rows)))
+            tokens = list(self._outcomes(slot, slot.verify(rows)))
             self.counts.accepted += max(len(tokens) - 1, 0)
             self._cache.truncate(slot.number, len(slot.tokens) - 1)
             found += tokens
         return found
 
-    def _attempt(self, slot: Slot, tokens: Iterable[Token]) -> Iterator[Outcome]:
+    def _outcomes(self, slot: Slot, tokens: Iterable[Token]) -> Iterator[Outcome]:
         """The tokens of a request, and the error that ends it, if there is one."""
         try:
             for token in tokens:

@@ -39,7 +39,7 @@ OnPiece = Callable[[Piece | SmolError], None]
 
 
 @dataclass(frozen=True)
-class Asked:
+class ServicePrompt:
     """A prompt and how to continue it."""
 
     ids: Sequence[int]
@@ -54,7 +54,6 @@ class Job:
     listener: OnPiece
     answers: list[Answer] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
-    open: int = 0  # answers that have not ended
 
 
 class Service:
@@ -81,7 +80,7 @@ class Service:
         self._thread = threading.Thread(target=self._work, name="scheduler", daemon=True)
         self._thread.start()
 
-    def start(self, asked: Sequence[Asked], listener: OnPiece) -> Job:
+    def start(self, prompts: Sequence[ServicePrompt], listener: OnPiece) -> Job:
         """Answer prompts; `listener` gets the pieces as they come.
 
         Raises:
@@ -90,20 +89,20 @@ class Service:
             BusyError: too many are waiting already.
         """
         job = Job(listener)
-        for one in asked:
-            self._add(job, one)
-        job.open, most = len(job.requests), self.slots + self.most_waiting
-        if job.open > most:
+        for prompt in prompts:
+            self._add(job, prompt)
+        count, most = len(job.requests), self.slots + self.most_waiting
+        if count > most:
             raise InputError(
-                f"{job.open} answers were requested, but only {most} are possible", "Ask for fewer."
+                f"{count} answers were requested, but only {most} are possible", "Ask for fewer."
             )
         with self._lock:
-            if self._open + job.open > most:
+            if self._open + count > most:
                 raise BusyError(
                     f"the server gives {self.slots} answers at once, and {self.most_waiting} more may wait",
                     "Try again in a moment.",
                 )
-            self._open += job.open
+            self._open += count
         self._inbox.put(lambda: self._submit(job))
         return job
 
@@ -116,13 +115,13 @@ class Service:
         self._inbox.put(None)
         self._thread.join()
 
-    def _add(self, job: Job, asked: Asked) -> None:
-        settings, room = asked.settings, self.capacity - len(asked.ids)
+    def _add(self, job: Job, prompt: ServicePrompt) -> None:
+        settings, room = prompt.settings, self.capacity - len(prompt.ids)
         for sample in range(settings.samples):
-            request = settings.request(asked.ids, room, sample, score=asked.score)
+            request = settings.request(prompt.ids, room, sample, score=prompt.score)
             self.scheduler.check(request)
             job.requests.append(request)
-            job.answers.append(Answer(self.model.tokenizer, asked.ids, settings.stop, self._ends))
+            job.answers.append(Answer(self.model.tokenizer, prompt.ids, settings.stop, self._ends))
 
     def _work(self) -> None:
         while True:
@@ -160,11 +159,19 @@ class Service:
                     text += answer.finish()
             if answer.finish_reason:
                 self._end(request)
-            job.listener(Piece(number, text, outcome, answer.finish_reason or None))
+            self._send(job, Piece(number, text, outcome, answer.finish_reason or None))
 
     def _fail(self, job: Job, error: SmolError) -> None:
         self._drop(job)
-        job.listener(error)
+        self._send(job, error)
+
+    def _send(self, job: Job, result: Piece | SmolError) -> None:
+        """Call the listener of a job; if it fails, nobody reads the job's answers any more."""
+        try:
+            job.listener(result)
+        except Exception:
+            LOG.exception("unexpected, in the listener of a request")
+            self._drop(job)
 
     def _drop(self, job: Job) -> None:
         for request in job.requests:

@@ -78,12 +78,12 @@ class Request:
 Outcome = tuple[Request, Token | SmolError]  # an error ends its request, but no other
 
 
-class Reading(Enum):
-    """The kinds of calls that process a prompt, which determine how its keys and values are rounded."""
+class PrefillMode(Enum):
+    """The kinds of calls that prefill a prompt, which determine how its keys and values are rounded."""
 
-    CHUNKS = "of its own, at the same places whatever is taken over"
-    FEW = "shared, of the engine's exact tokens at most"
-    MANY = "shared, of more"
+    CHUNKS = "calls of its own, with the same boundaries whatever is reused"
+    FEW = "shared calls of at most the engine's exact tokens"
+    MANY = "shared calls of more tokens"
 
 
 @dataclass(eq=False)
@@ -95,11 +95,11 @@ class Slot:
     limit: int  # total tokens, prompt included
     tokens: list[int]  # prompt and chosen tokens
     sampling: SamplingSettings
-    reading: Reading
+    mode: PrefillMode
     lookup: Lookup | None  # drafts tokens
     rounds: bool  # whether logits after a draft token are rounded differently from those after a single token
     turn: int  # when its prompt last had its turn
-    read: int = 0  # prompt tokens that this slot processed itself
+    prefilled: int = 0  # prompt tokens that this slot processed itself
     careful: bool = False  # no draft in the next step
     ended: bool = False
     draft: list[int] = field(default_factory=list)

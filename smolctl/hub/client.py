@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from smolctl.errors import HubError
-from smolctl.hub.connection import api, endpoint, fetch, way_of_transfer
+from smolctl.hub.connection import api, choosing_transfer, endpoint, fetch
 from smolctl.hub.errors import (
     STRANGE,
     TABLE,
     WRITING,
     ChangedError,
     MissingError,
-    PassingError,
+    TemporaryError,
     explained,
 )
 from smolctl.hub.files import PlannedFile
@@ -195,7 +195,7 @@ class HubClient:
         def attempt() -> Commit:
             try:
                 sha, page = self._commit(target, head, changed, gone, message, create_pr)
-            except PassingError:
+            except TemporaryError:
                 # A retry cannot see whether a pull request was opened.
                 landed = None if create_pr else self._landed(target, head, files, gone)
                 if landed is None:
@@ -231,7 +231,7 @@ class HubClient:
         xet_token += "?create_pr=1" if create_pr else ""
         with (
             explained(target.shown, WRITING, SENDING),
-            way_of_transfer(xet_token, self.api.token, self.note),
+            choosing_transfer(xet_token, self.api.token, self.note),
         ):
             info = self.api.create_commit(
                 target.repo,
@@ -303,7 +303,7 @@ class HubClient:
             try:
                 with explained(name or "the Hub", WRITING, doing, name, wrappers=STRANGE):
                     return call()
-            except PassingError as error:
+            except TemporaryError as error:
                 wait_s = next(waits)
                 asked_s = error.wait_s or wait_s
                 if wait_s is None or asked_s is None or asked_s > LONGEST_WAIT:

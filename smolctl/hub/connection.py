@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 CONNECT_SECONDS = 10.0
-ANSWER_SECONDS = 120.0  # without a byte: the Hub works that long on a large commit
-QUESTION_SECONDS = 30.0  # the same for requests that change nothing, such as a list of files
-TIMEOUT_VARIABLE = "SMOLCTL_HUB_TIMEOUT"  # seconds, instead of ANSWER_SECONDS and HF_HUB_ETAG_TIMEOUT
+TIMEOUT_S = 120.0  # between two bytes of a response: the Hub works that long on a large commit
+READ_TIMEOUT_S = 30.0  # the same for requests that change nothing, such as a list of files
+TIMEOUT_VARIABLE = "SMOLCTL_HUB_TIMEOUT"  # seconds, instead of TIMEOUT_S and HF_HUB_ETAG_TIMEOUT
 
 
 def endpoint() -> str:
@@ -63,21 +63,21 @@ def session() -> httpx2.Client:
 
 def _limit(request: httpx2.Request) -> None:
     """Add time limits that a request does not set; many of the client's requests set none."""
-    seconds = answer_seconds(QUESTION_SECONDS if request.method in ("GET", "HEAD") else ANSWER_SECONDS)
+    seconds = timeout_or(READ_TIMEOUT_S if request.method in ("GET", "HEAD") else TIMEOUT_S)
     limits = {"connect": min(seconds, CONNECT_SECONDS), "read": seconds, "write": seconds, "pool": seconds}
     named = {key: limit for key, limit in request.extensions["timeout"].items() if limit is not None}
     request.extensions["timeout"] = limits | named
 
 
-def answer_seconds(otherwise: float = ANSWER_SECONDS) -> float:
-    """The maximum time between two bytes of a response.
+def timeout_or(default: float) -> float:
+    """The maximum time between two bytes of a response, in seconds: $SMOLCTL_HUB_TIMEOUT, or else `default`.
 
     Raises:
         InputError: $SMOLCTL_HUB_TIMEOUT is not a number.
     """
     named = os.environ.get(TIMEOUT_VARIABLE)
     try:
-        seconds = float(named) if named else otherwise
+        seconds = float(named) if named else default
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
@@ -85,15 +85,17 @@ def answer_seconds(otherwise: float = ANSWER_SECONDS) -> float:
     return seconds
 
 
-def question_seconds() -> float:
-    """The time limit of a short request, from the client's own $HF_HUB_ETAG_TIMEOUT."""
+def read_timeout() -> float:
+    """The time limit of a short request, in seconds; its default is the client's own $HF_HUB_ETAG_TIMEOUT."""
     from huggingface_hub import constants
 
-    return answer_seconds(constants.HF_HUB_ETAG_TIMEOUT)
+    return timeout_or(constants.HF_HUB_ETAG_TIMEOUT)
 
 
 @contextmanager
-def way_of_transfer(xet_token: str, token: bool | str | None, note: Callable[[str], None]) -> Iterator[None]:
+def choosing_transfer(
+    xet_token: str, token: bool | str | None, note: Callable[[str], None]
+) -> Iterator[None]:
     """Choose a transfer method for large files that this Hub supports.
 
     The client uses Xet if its package is installed, and retries for over a minute if the Hub does not have
@@ -113,7 +115,7 @@ def way_of_transfer(xet_token: str, token: bool | str | None, note: Callable[[st
     headers = build_hf_headers(token=token)
     if (
         constants.HF_HUB_DISABLE_XET
-        or session().get(xet_token, headers=headers, timeout=question_seconds()).status_code != 404
+        or session().get(xet_token, headers=headers, timeout=read_timeout()).status_code != 404
     ):
         yield
         return
@@ -152,7 +154,7 @@ def fetch(url: str, limit: int, start: int | None = None, token: bool | str | No
     headers = build_hf_headers(token=token) | {"accept-encoding": "identity"}
     if start is not None:
         headers["range"] = f"bytes={start}-{start + limit - 1}"
-    with session().stream("GET", url, headers=headers, timeout=question_seconds()) as response:
+    with session().stream("GET", url, headers=headers, timeout=read_timeout()) as response:
         if response.is_error:
             response.read()
         hf_raise_for_status(response)

@@ -17,7 +17,7 @@ from smolctl.hub.connection import TIMEOUT_VARIABLE, endpoint
 _SECRETS = re.compile(r"\b(?:hf|api_org)_(?:oauth_)?[A-Za-z0-9.-]{8,}|(?<=://)[^/@\s]+(?=@)")
 
 
-class PassingError(HubError):
+class TemporaryError(HubError):
     """A temporary failure: the Hub is overloaded or out of order, or the connection broke."""
 
     wait_s: float | None = None  # as specified by the Hub
@@ -58,12 +58,12 @@ Verdict = tuple[type[HubError], str, str]  # cause and remedy
 LOGIN = "Run `hf auth login`, or set HF_TOKEN to a token that may {right}"
 AGAIN = "Try again in a few minutes.{kept}"
 _LATE: Verdict = (
-    PassingError,
+    TemporaryError,
     "{host} did not answer in time",
     f"{AGAIN} {TIMEOUT_VARIABLE}=S waits S seconds.",
 )
 _CUT_OFF: Verdict = (
-    PassingError,
+    TemporaryError,
     "{host} cannot be reached ({said})",
     "Check the network, HF_ENDPOINT and proxies; or {offline}.{kept}",
 )
@@ -116,11 +116,11 @@ TABLE: Mapping[str | int, Verdict] = {
         "Give the token {right} access to it (hf.co/settings/tokens){elsewhere}.",
     ),
     429: (
-        PassingError,
+        TemporaryError,
         "too many requests (429)",
         f"{AGAIN} With a token (`hf auth login`) the limit is higher.",
     ),
-    500: (PassingError, "{host} has an internal error ({status})", AGAIN),
+    500: (TemporaryError, "{host} has an internal error ({status})", AGAIN),
     409: (
         HubError,
         "it conflicts with what already exists there (409: {said})",
@@ -168,7 +168,7 @@ def explained(
         wrappers: exceptions of other libraries in which those of the client may be wrapped.
 
     Raises:
-        HubError: with cause and remedy, without tokens. After a `PassingError`, a retry may succeed.
+        HubError: with cause and remedy, without tokens. After a `TemporaryError`, a retry may succeed.
     """
     import httpx2
 
@@ -193,7 +193,7 @@ def explained(
             _without_secrets(lead + cause.format(**facts)), _without_secrets(remedy.format(**facts))
         )
         wait = getattr(answer, "headers", {}).get("Retry-After", "")
-        if isinstance(explanation, PassingError) and wait.isdecimal():
+        if isinstance(explanation, TemporaryError) and wait.isdecimal():
             explanation.wait_s = float(wait)
         raise explanation from None
 
@@ -217,7 +217,7 @@ def _verdict(error: BaseException) -> tuple[Verdict, BaseException]:
     if isinstance(error, OSError) and error.errno is not None:
         return (HubError, "{said}", "Check the disk and the rights of its files."), error
     if isinstance(error, (RuntimeError, OSError)):  # the client wraps failed transfers in these
-        return (PassingError, "{said}", AGAIN), error
+        return (TemporaryError, "{said}", AGAIN), error
     return (HubError, "{said}", "Correct the field that it names, or {offline}."), error
 
 

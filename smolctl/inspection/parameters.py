@@ -213,11 +213,7 @@ def _aside(stored: SortedTensors) -> dict[str, Aside]:
     }
 
 
-def _notes(stored: SortedTensors) -> tuple[str, ...]:
-    return tuple(_stored_notes(stored))
-
-
-def _stored_notes(stored: SortedTensors) -> Iterable[str]:
+def _notes(stored: SortedTensors) -> Iterable[str]:
     for tensors, what in (
         (stored.scales, "scales and offsets of quantized weights"),
         (stored.buffers, "buffers, which are not parameters"),

@@ -8,13 +8,12 @@ from smolctl.config import ModelConfig, RunConfig
 from smolctl.errors import InputError
 from smolctl.inspection.stored import INTEGERS
 from smolctl.sources.base import ModelSource, SourceKind
+from smolctl.sources.gguf.k_quants import K_BLOCK
 from smolctl.sources.huggingface.tokenizer import token_ids
 from smolctl.sources.shapes import check_tensors
 
 # Number types that are not weights unless a format defines them.
 NO_WEIGHTS = {*INTEGERS, "C64", "complex64", "complex128"}
-# llama.cpp's K-quants (Q4_K_M, ...) store rows in blocks of this many weights.
-K_QUANT_BLOCK = 256
 
 
 def find_problems(source: ModelSource) -> tuple[str, ...]:
@@ -69,9 +68,9 @@ def _model_problems(config: ModelConfig) -> Iterator[str]:
                 yield f"{key} {token} is outside the vocabulary of {config.vocab_size:,}"
     for key in ("hidden_size", "intermediate_size"):
         size = getattr(config, key)
-        if size % K_QUANT_BLOCK and not config.needs_own_code:  # which llama.cpp does not run at all
+        if size % K_BLOCK and not config.needs_own_code:  # which llama.cpp does not run at all
             yield (
-                f"{key} {size:,} is not a multiple of {K_QUANT_BLOCK}: no K-quants (Q4_K and the like) in "
+                f"{key} {size:,} is not a multiple of {K_BLOCK}: no K-quants (Q4_K and the like) in "
                 "llama.cpp for rows of this length; Q8_0, Q5_0, Q4_0 and similar types work"
             )
 

@@ -26,7 +26,7 @@ class KVCache:
         """Allocate room for `capacity` tokens of `batch` sequences.
 
         Raises:
-            InputError: more tokens than the model has positions for.
+            InputError: the capacity exceeds the model's context.
         """
         check_capacity(config, capacity)
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)

@@ -10,7 +10,7 @@ from smolctl.errors import InputError
 
 
 def check_capacity(config: ModelConfig, capacity: int) -> None:
-    """Refuse a cache longer than the model's context."""
+    """Refuse a cache longer than the model's context. Raises InputError."""
     if capacity > config.max_position_embeddings:
         raise InputError(
             f"{capacity} tokens do not fit the model's context of {config.max_position_embeddings}",

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import smolctl
+from smolctl.durable import write_json
 from smolctl.errors import SmolError
 from smolctl.generation.load import usable_settings
-from smolctl.generation.sampling import settle
+from smolctl.generation.sampling import resolve_sampling
 from smolctl.native.build import HERE, WASM_BUILDS
 from smolctl.outside import read_json
 from smolctl.ownership import RECORD
@@ -20,7 +21,6 @@ from smolctl.page.chat import chat_files, page_chat
 from smolctl.page.layout import engine_layout
 from smolctl.page.tokenization import page_tokenizer
 from smolctl.sources.base import ModelSource
-from smolctl.sources.huggingface.write import write_json
 from smolctl.sources.open import open_source
 from smolctl.sources.quantized_folder import FILE, read_description
 
@@ -113,7 +113,7 @@ def write_page(
 def _sampling(source: ModelSource) -> dict[str, Any]:
     """The default settings of `smolctl sample`."""
     recommended, _ = usable_settings(source.require_tokenizer().recommended)
-    return {**asdict(settle({}, recommended)), "max_tokens": MAX_TOKENS}
+    return {**asdict(resolve_sampling({}, recommended)), "max_tokens": MAX_TOKENS}
 
 
 def update_text(folder: Path, text: PageText) -> None:

@@ -23,7 +23,7 @@ PACKAGE, VERSION = "@huggingface/jinja", "0.5.11"
 SHA256 = "c92401a23cdef23be5a2773eafc22db6723e113380aa02fedd0ca40ceb123f29"  # of the archive, 83 kB
 MEMBERS = {"jinja.js": "package/dist/index.js", "jinja-LICENSE.txt": "package/LICENSE"}
 REGISTRY = "https://registry.npmjs.org"  # unless $NPM_CONFIG_REGISTRY, which npm reads too, names another one
-ANSWER_SECONDS = 30.0
+TIMEOUT_S = 30.0
 _MOST_BYTES = 10_000_000
 
 
@@ -51,7 +51,7 @@ def _fetched(kept: Path) -> bytes:
     address = f"{registry.rstrip('/')}/{PACKAGE}/-/jinja-{VERSION}.tgz"
     reason = "its SHA-256 differs"
     try:
-        with urllib.request.urlopen(address, timeout=ANSWER_SECONDS) as answer:
+        with urllib.request.urlopen(address, timeout=TIMEOUT_S) as answer:
             content: bytes = answer.read(_MOST_BYTES)
         if hashlib.sha256(content).hexdigest() == SHA256:
             return content

@@ -1,7 +1,7 @@
 """The Space's app: a chat, or a box that continues text, with streamed answers of the model next to it.
 
 It runs as `python app.py` in the Space's folder, which contains the model, `space.json`, and a copy of the
-required parts of smolctl. Only this module and speaker.py import `gradio`.
+required parts of smolctl. Only this module and space_endpoints.py import `gradio`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from smolctl.cores import compute_threads
 from smolctl.generation.load import load_model
-from smolctl.publish.speaker import WAITING, Speaker, Visit, controls_of
+from smolctl.publish.space_endpoints import WAITING, SpaceEndpoints, Visit, controls_of
 
 MODEL, FACTS = "model", "space.json"
 CHAT = "chat"  # the endpoint for programs
@@ -99,29 +99,29 @@ def _visit() -> Visit:
     return Visit(lambda: not event.alive, event.fn.api_name == CHAT)
 
 
-def build_page(facts: SpaceFacts, speaker: Speaker) -> Any:
+def build_page(facts: SpaceFacts, endpoints: SpaceEndpoints) -> Any:
     """The page of a model."""
     import gradio
 
     controls: list[Any] = [
         gradio.Slider(low, high, value=value, step=step, label=name, info=info, render=False)
-        for name, low, high, step, value, info in controls_of(speaker.model)
+        for name, low, high, step, value, info in controls_of(endpoints.model)
     ]
-    fill = _chat if speaker.model.can_chat else _continuation
+    fill = _chat if endpoints.model.can_chat else _continuation
     with gradio.Blocks(title=facts.title) as page:
         gradio.Markdown(f"# {facts.title}")
-        gradio.Markdown(f"{facts.summary}\n\nEngine: {speaker.engine()}", elem_id="facts")
-        fill(gradio, facts, speaker, controls)
-        gradio.api(speaker.engine, api_name="engine")  # type: ignore[attr-defined]
+        gradio.Markdown(f"{facts.summary}\n\nEngine: {endpoints.engine()}", elem_id="facts")
+        fill(gradio, facts, endpoints, controls)
+        gradio.api(endpoints.engine, api_name="engine")  # type: ignore[attr-defined]
     for function in page.fns.values():
         if function.types_generator:  # functions that answer, whatever button triggers them
             function.concurrency_id = "model"
     return page
 
 
-def _chat(gradio: Any, facts: SpaceFacts, speaker: Speaker, controls: list[Any]) -> None:
+def _chat(gradio: Any, facts: SpaceFacts, endpoints: SpaceEndpoints, controls: list[Any]) -> None:
     page = gradio.ChatInterface(
-        speaker.chat,
+        endpoints.chat,
         chatbot=_text_chatbot(gradio),
         additional_inputs=controls,
         additional_inputs_accordion=gradio.Accordion("Sampling", open=False, render=False),
@@ -131,7 +131,9 @@ def _chat(gradio: Any, facts: SpaceFacts, speaker: Speaker, controls: list[Any])
         cache_examples=False,
         api_name=CHAT,
     )
-    page.textbox.max_length = speaker.most_characters + 1  # one character too many is refused with the reason
+    page.textbox.max_length = (
+        endpoints.most_characters + 1
+    )  # one character too many is refused with the reason
 
 
 def _text_chatbot(gradio: Any) -> Any:
@@ -155,13 +157,13 @@ def _text_chatbot(gradio: Any) -> Any:
     return chatbot
 
 
-def _continuation(gradio: Any, facts: SpaceFacts, speaker: Speaker, controls: list[Any]) -> None:
+def _continuation(gradio: Any, facts: SpaceFacts, endpoints: SpaceEndpoints, controls: list[Any]) -> None:
     prompt = gradio.Textbox(
         label="Prompt",
         lines=2,
         max_lines=8,
         placeholder="The model continues what you write here.",
-        max_length=speaker.most_characters + 1,  # one character too many is refused with the reason
+        max_length=endpoints.most_characters + 1,  # one character too many is refused with the reason
     )
     with gradio.Row():
         start = gradio.Button("Continue", variant="primary")
@@ -177,8 +179,8 @@ def _continuation(gradio: Any, facts: SpaceFacts, speaker: Speaker, controls: li
     if facts.examples:
         gradio.Examples([[example] for example in facts.examples], [prompt], label="Examples")
     answering = [
-        start.click(speaker.continue_text, [prompt, *controls], answer, api_name="continue"),
-        prompt.submit(speaker.continue_text, [prompt, *controls], answer, api_visibility="private"),
+        start.click(endpoints.continue_text, [prompt, *controls], answer, api_name="continue"),
+        prompt.submit(endpoints.continue_text, [prompt, *controls], answer, api_visibility="private"),
     ]
     stop.click(None, cancels=answering)
 
@@ -199,12 +201,12 @@ def main(folder: Path, on_start: Callable[[str], None] | None = None) -> None:
 
     # A container sees all processors of its host. More threads than its share would wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", str(compute_threads()))
-    speaker = Speaker(load_model(str(folder / MODEL)), visit=_visit)
+    endpoints = SpaceEndpoints(load_model(str(folder / MODEL)), visit=_visit)
     # Gradio chooses the address, or the Hub on a Space.
-    page = build_page(SpaceFacts.read(folder), speaker)
-    page.queue(default_concurrency_limit=speaker.service.slots, max_size=WAITING, api_open=False)
+    page = build_page(SpaceFacts.read(folder), endpoints)
+    page.queue(default_concurrency_limit=endpoints.service.slots, max_size=WAITING, api_open=False)
     # A character has at most four bytes in UTF-8.
-    request_bytes = max(REQUEST_BYTES, 4 * speaker.most_characters)
+    request_bytes = max(REQUEST_BYTES, 4 * endpoints.most_characters)
     waits = on_start is None
     _, url, _ = page.launch(
         theme=gradio.themes.Soft(font=FONTS),

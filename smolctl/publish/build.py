@@ -10,6 +10,7 @@ from pathlib import Path, PurePath
 
 from smolctl.config import Provenance
 from smolctl.config.run import PublishConfig
+from smolctl.durable import write_json
 from smolctl.errors import InputError
 from smolctl.hub.files import README, PlannedFile, planned_files
 from smolctl.model.weights import parameter_count
@@ -30,9 +31,9 @@ from smolctl.runs.layout import (
     LOSS_CURVE,
     METRICS,
     PREDICTIONS,
+    PREDICTIONS_PAGE,
     QUANTIZED,
     REPORT,
-    STORY,
     TASKS,
     TOKENIZER,
 )
@@ -40,7 +41,6 @@ from smolctl.runs.root import latest_run
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.huggingface.card import read_metadata, split_card
-from smolctl.sources.huggingface.write import write_json
 from smolctl.sources.open import require_own_files
 from smolctl.sources.provenance import provenance_of, read_provenance
 from smolctl.sources.quantized_folder import DESCRIPTION, FILE, is_quantized_folder, read_description
@@ -48,7 +48,18 @@ from smolctl.sources.quantized_folder import DESCRIPTION, FILE, is_quantized_fol
 # Text files next to the model that are copied unchanged.
 LICENCE_FILES = re.compile(r"(LICEN[CS]E|NOTICE)([.-].*)?", re.IGNORECASE)
 # Files of a run that are uploaded in another form.
-USED = {README, CONFIG, ENVIRONMENT, TOKENIZER, METRICS, PREDICTIONS, STORY, TASKS, LOSS_CURVE, REPORT}
+USED = {
+    README,
+    CONFIG,
+    ENVIRONMENT,
+    TOKENIZER,
+    METRICS,
+    PREDICTIONS,
+    PREDICTIONS_PAGE,
+    TASKS,
+    LOSS_CURVE,
+    REPORT,
+}
 
 
 @dataclass(frozen=True)

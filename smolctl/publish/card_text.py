@@ -17,8 +17,8 @@ from smolctl.data.text.hub import DatasetName
 from smolctl.escaping import code_span, fenced
 from smolctl.hub.connection import endpoint
 from smolctl.publish.facts import RECORDS, RunFacts
-from smolctl.runs.layout import LOSS_CURVE, REPORT, STORY
-from smolctl.runs.story import selection
+from smolctl.runs.layout import LOSS_CURVE, PREDICTIONS_PAGE, REPORT
+from smolctl.runs.prediction_history import selection
 from smolctl.sources.gguf.write import GGUFResult
 from smolctl.timing import with_error
 
@@ -79,11 +79,7 @@ class CardFacts:
     @property
     def shown_validations(self) -> Sequence[Mapping[str, Any]]:
         """All validations of the run, or an evenly spaced selection."""
-        found = self.run.validations if self.run else ()
-        if len(found) <= SHOWN_VALIDATIONS:
-            return found
-        last = SHOWN_VALIDATIONS - 1
-        return [found[round(i * (len(found) - 1) / last)] for i in range(SHOWN_VALIDATIONS)]
+        return selection(self.run.validations if self.run else (), SHOWN_VALIDATIONS)
 
 
 def card_metadata(facts: CardFacts) -> dict[str, Any]:
@@ -125,8 +121,9 @@ def card_text(facts: CardFacts) -> str:
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     names = {
         "version": __version__,
+        "hub": endpoint(),
         "records": RECORDS,
-        "story": STORY,
+        "predictions_page": PREDICTIONS_PAGE,
         "report": REPORT,
         "loss_curve": LOSS_CURVE,
     }
@@ -146,7 +143,7 @@ def _origin(base: Provenance) -> str:
 def _link(one: Provenance) -> str:
     """A model with its commit or step, and its licence."""
     if one.kind == "hub":
-        name = f"[{one.id}](https://huggingface.co/{one.id})"
+        name = f"[{one.id}]({endpoint()}/{one.id})"
     else:
         name = f"{code_span(one.id)} (not on the Hub)"
     at = [f"at step {one.step:,}"] if one.step is not None else []
@@ -164,4 +161,4 @@ def _described(source: str) -> str:
     if source == python_library.NAME:
         return "the source and documentation of Python's standard library (PSF licence)"
     name = DatasetName.recorded(source)
-    return f"[{source}](https://huggingface.co/datasets/{name.repository})" if name else source
+    return f"[{source}]({endpoint()}/datasets/{name.repository})" if name else source

@@ -12,16 +12,24 @@ from smolctl.config.data import DataConfig
 from smolctl.config.dump import to_yaml
 from smolctl.data.text import python_library
 from smolctl.data.text.hub import DatasetName
-from smolctl.durable import write_text
-from smolctl.escaping import json_text
+from smolctl.durable import write_json, write_text
 from smolctl.evaluation.task_record import RESULTS, RecordedTask, read_tasks
 from smolctl.quantization.record import read_variants
 from smolctl.runs.chart import draw_loss
 from smolctl.runs.folder import RunFolder
-from smolctl.runs.layout import CONFIG, ENVIRONMENT, LOSS_CURVE, METRICS, PREDICTIONS, REPORT, STORY, TASKS
+from smolctl.runs.layout import (
+    CONFIG,
+    ENVIRONMENT,
+    LOSS_CURVE,
+    METRICS,
+    PREDICTIONS,
+    PREDICTIONS_PAGE,
+    REPORT,
+    TASKS,
+)
+from smolctl.runs.prediction_history import History, to_markdown
 from smolctl.runs.records import keep_records
 from smolctl.runs.report import to_html
-from smolctl.runs.story import History, to_markdown
 from smolctl.sources.base import ModelSource
 
 RECORDS = "training"  # the folder of the records in the repository
@@ -134,12 +142,12 @@ def write_records(facts: RunFacts, run: Path, target: Path) -> None:
     write_text(folder / CONFIG, to_yaml(shown))
     environment = facts.public_environment() if facts.environment else {}
     if environment:
-        write_text(folder / ENVIRONMENT, json_text(environment, indent=2) + "\n")
+        write_json(folder / ENVIRONMENT, environment)
     metrics = RunFolder(run).metrics(facts.step)
     write_text(folder / REPORT, to_html(run.resolve().name, shown, metrics, facts.histories, environment))
     if facts.tasks:
-        write_text(folder / TASKS, json_text({RESULTS: facts.tasks}, indent=2) + "\n")
+        write_json(folder / TASKS, {RESULTS: facts.tasks})
     keep_records(run / METRICS, facts.step, folder / METRICS)
     if facts.histories:
         keep_records(run / PREDICTIONS, facts.step, folder / PREDICTIONS)
-        write_text(folder / STORY, to_markdown(facts.histories))
+        write_text(folder / PREDICTIONS_PAGE, to_markdown(facts.histories))

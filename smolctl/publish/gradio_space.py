@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 import smolctl
+from smolctl.durable import write_json
 from smolctl.ownership import RECORD
 from smolctl.publish.app import FACTS, MODEL
 from smolctl.publish.build import Built
 from smolctl.publish.card_text import CardFacts
 from smolctl.publish.space_model import write_space_model
 from smolctl.publish.space_text import examples, model_link, summary, write_space_card
-from smolctl.sources.huggingface.write import CODE, write_json
+from smolctl.sources.huggingface.write import CODE
 
 SPACE_SCHEME = "int8"
 SDK_VERSION = "6.31.0"  # of Gradio; the Hub requires all three numbers
@@ -45,7 +46,7 @@ SINGLE_FILES = (
     "ownership.py",
     "publish/__init__.py",
     "publish/app.py",
-    "publish/speaker.py",
+    "publish/space_endpoints.py",
     "templates.py",
     "timing.py",
     "worker.py",

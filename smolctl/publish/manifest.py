@@ -23,7 +23,7 @@ GIT_ATTRIBUTES = ".gitattributes"  # the Hub's own
 
 
 @dataclass(frozen=True)
-class There:
+class RemoteRepo:
     """The current content of a repository on the Hub."""
 
     head: Head | None = None  # None: it does not exist, or the Hub was not asked
@@ -36,36 +36,36 @@ class RepoPlan:
     """The planned files of smolctl in a repository, and the plan for the others."""
 
     files: tuple[PlannedFile, ...]
-    there: There = There()
+    remote: RemoteRepo = RemoteRepo()
     removed: tuple[str, ...] = ()  # from an earlier push
     replaced: tuple[str, ...] = ()  # files of other people, or of a push without a record
     stays: tuple[str, ...] = ()  # files of other people
 
 
-def look(client: HubClient | None, target: Target) -> There:
+def read_remote(client: HubClient | None, target: Target) -> RemoteRepo:
     """Read a branch, or main, from which a new branch is created. Empty without a client."""
     if client is None:
-        return There()
+        return RemoteRepo()
     try:
         head = client.head(target)
     except MissingError:
         main = replace(target, revision="main")
-        return There() if target == main else look(client, main)
+        return RemoteRepo() if target == main else read_remote(client, main)
     card, content = client.read(target, head, README), client.read(target, head, RECORD)
     record = parse_record(content) if content else None
     text = None if card is None else card.decode("utf-8", errors="replace")
-    return There(head, text, record if record and record.kind == KIND else None)
+    return RemoteRepo(head, text, record if record and record.kind == KIND else None)
 
 
 def plan_repo(
-    client: HubClient | None, target: Target, there: There, folder: Path, files: Sequence[PlannedFile]
+    client: HubClient | None, target: Target, remote: RemoteRepo, folder: Path, files: Sequence[PlannedFile]
 ) -> RepoPlan:
     """Write the record next to the files to upload, and return the plan for the repository's other files.
 
     Args:
         client: for reading files whose checksum the Hub does not provide.
         target: the repository.
-        there: its current content.
+        remote: its current content.
         folder: of the files.
         files: all files to upload, except the record.
     """
@@ -76,25 +76,25 @@ def plan_repo(
     identity = hashlib.sha256(target.shown.encode()).hexdigest()[:16]
     write_record(folder, Record(KIND, names, identity))
     planned = (*files, planned_file(folder, RECORD))
-    if there.head is None or client is None:
-        return RepoPlan(planned, there)
-    recorded = there.record.files if there.record else {}
+    if remote.head is None or client is None:
+        return RepoPlan(planned, remote)
+    recorded = remote.record.files if remote.record else {}
     paths = {file.path for file in planned}
     removed: list[str] = []
     stays: list[str] = []
-    for path in sorted(there.head.checksums.keys() - paths - {GIT_ATTRIBUTES}):
+    for path in sorted(remote.head.checksums.keys() - paths - {GIT_ATTRIBUTES}):
         digest = recorded.get(glob.escape(path))
-        is_ours = digest is not None and digest in _digests(client, target, there.head, path)
+        is_ours = digest is not None and digest in _digests(client, target, remote.head, path)
         (removed if is_ours else stays).append(path)
     replaced = tuple(
         file.path
         for file in files
-        if file.path in there.head.checksums
+        if file.path in remote.head.checksums
         and file.path != README
-        and not there.head.has(file)
+        and not remote.head.has(file)
         and glob.escape(file.path) not in recorded
     )
-    return RepoPlan(planned, there, tuple(removed), replaced, tuple(stays))
+    return RepoPlan(planned, remote, tuple(removed), replaced, tuple(stays))
 
 
 def _digests(client: HubClient, target: Target, head: Head, path: str) -> tuple[str, str]:

@@ -28,7 +28,7 @@ from smolctl.publish.app import MODEL
 from smolctl.publish.build import Built, ModelToPublish, build, open_model, require_repository, scanned_files
 from smolctl.publish.card import stated_license
 from smolctl.publish.licenses import require_license
-from smolctl.publish.manifest import KIND, RepoPlan, look, plan_repo
+from smolctl.publish.manifest import KIND, RepoPlan, plan_repo, read_remote
 from smolctl.publish.sdk import Sdk
 from smolctl.publish.secrets import Finding
 from smolctl.publish.space import add_space, require_space, write_card
@@ -90,14 +90,14 @@ class PushPlan:
     @property
     def is_public(self) -> bool:
         """Whether it will be public: an existing repository keeps its visibility."""
-        head = self.model.there.head
+        head = self.model.remote.head
         return self.options.public if head is None else not head.private
 
     @property
     def open_to_all(self) -> tuple[str, ...]:
         """Repositories that are already public although the user did not ask for that."""
         repos = {self.repo: self.model, f"spaces/{self.options.space}": self.space}
-        heads = {name: plan.there.head for name, plan in repos.items() if plan}
+        heads = {name: plan.remote.head for name, plan in repos.items() if plan}
         public = (name for name, head in heads.items() if head is not None and not head.private)
         return () if self.options.public else tuple(public)
 
@@ -300,22 +300,22 @@ def plan_built(
         SmolError: a card is damaged, or something looks like a secret.
     """
     target = destination.target
-    there = look(client, target)
-    on_hub, local = there.card, built.local_card()
+    remote = read_remote(client, target)
+    on_hub, local = remote.card, built.local_card()
     if client and on_hub is not None and local is not None and local.strip() != on_hub.strip():
         client.note(f"The card on the Hub is kept; {built.model.folder}/{README} is not used.")
     card = built.write_card(target.repo, options.license, on_hub, options.revision)
     files, allowed = scanned_files(built.folder, options.allowed_secrets)
-    model = plan_repo(client, target, there, built.folder, files)
+    model = plan_repo(client, target, remote, built.folder, files)
     space = None
     if options.space:
         assert built.space is not None
         facts = built.card_facts(target.repo, stated_license(card))
         of_space = Target(options.space, SPACE)
-        there = look(client, of_space)
-        write_card(options.space_sdk, built.space, facts, there.card)
+        remote = read_remote(client, of_space)
+        write_card(options.space_sdk, built.space, facts, remote.card)
         files, more = scanned_files(built.space, options.allowed_secrets)
-        space, allowed = plan_repo(client, of_space, there, built.space, files), (*allowed, *more)
+        space, allowed = plan_repo(client, of_space, remote, built.space, files), (*allowed, *more)
     is_new = on_hub is None and local is None
     return PushPlan(options, destination, built, model, card, is_new, space, allowed)
 
@@ -327,7 +327,7 @@ def send(plan: PushPlan, client: HubClient) -> Pushed:
         HubError: the Hub refuses, or has other content than was sent.
     """
     options, target = plan.options, plan.destination.target
-    base, planned = client.ensure(target, options.public), plan.model.there.head
+    base, planned = client.ensure(target, options.public), plan.model.remote.head
     if planned is not None and base.sha != planned.sha:
         raise HubError(
             f"{target.repo}: somebody else committed {base.sha[:8]} just now", "Run the same command again."

@@ -204,7 +204,6 @@ _TOKENS: tuple[Row, ...] = (
     ("PostHog key", "phc_ phx_", r"ph[cx]_[A-Za-z0-9]{40,}", 0, ISSUER),
     ("Dynatrace token", "dt0", r"dt0[a-z]\d\d\.[A-Z0-9]{24}\.[A-Z0-9]{64}", 0, GITLEAKS),
     ("LaunchDarkly key", "api- sdk-", _START + r"(?:api|sdk)-" + _UUID, 0, ISSUER),
-    # Passwords in the places intended for them
 )
 # Secrets recognized by the words around them.
 _CONTEXTS: tuple[Row, ...] = (

@@ -20,10 +20,10 @@ from smolctl.extras import install_command
 from smolctl.hub.errors import first_line
 from smolctl.programs import running_program
 from smolctl.publish.app import SpaceFacts
-from smolctl.publish.speaker import CONTROLS
+from smolctl.publish.space_endpoints import CONTROLS
 
 START_SECONDS = 600.0  # imports from a cold disk on a busy machine; an app that exits is detected immediately
-ANSWER_SECONDS = 300.0
+TIMEOUT_S = 300.0
 LOG_LINES = 15
 
 
@@ -129,7 +129,7 @@ def _ask(url: str, facts: SpaceFacts, start_s: float) -> SmokeTest:
         named = client.view_api(print_info=False, return_format="dict")["named_endpoints"]
         endpoint = "/chat" if "/chat" in named else "/continue"
         asked = time.perf_counter()
-        text = str(client.submit(prompt, *values, api_name=endpoint).result(timeout=ANSWER_SECONDS))
+        text = str(client.submit(prompt, *values, api_name=endpoint).result(timeout=TIMEOUT_S))
         answer_s = time.perf_counter() - asked
         engine = str(client.predict(api_name="/engine"))
     except Exception as error:  # whatever the client raises, the Space does not answer

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from smolctl.hub.connection import endpoint
 from smolctl.hub.files import README
 from smolctl.page.folder import BEGINNINGS, QUESTIONS
 from smolctl.publish.card import merge_card
@@ -50,7 +51,7 @@ def summary(facts: CardFacts, markdown: bool = False) -> str:
         f"context {config.max_position_embeddings:,}",
     ]
     if base := facts.base and facts.base.on_hub:
-        link = f"[{base.id}](https://huggingface.co/{base.id})"
+        link = f"[{base.id}]({endpoint()}/{base.id})"
         parts.append(f"made from {link if markdown else base.id}")
     if facts.run:
         parts.append(f"{facts.run.tokens:,} tokens seen")

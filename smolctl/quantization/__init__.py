@@ -1,0 +1,1 @@
+"""`smolctl quantize`: schemes, rounding, calibration, and the measurement of what was lost."""

@@ -14,7 +14,7 @@ import torch
 
 from smolctl import __version__
 from smolctl.config import ModelConfig, Provenance
-from smolctl.durable import file_digest, lack_of_room, sync_file, sync_folder
+from smolctl.durable import file_digest, lack_of_room, sync_file, sync_folder, write_json
 from smolctl.errors import SmolError
 from smolctl.model.dynamic import dynamic_network, dynamic_state
 from smolctl.ownership import Record, building, put_in_place, write_record
@@ -23,7 +23,7 @@ from smolctl.runs.checkpoint_file import FORMAT as CHECKPOINT_FORMAT
 from smolctl.sources import open_source
 from smolctl.sources.arrays import Array, as_tensor, name_of
 from smolctl.sources.base import TokenizerFiles
-from smolctl.sources.huggingface.write import write_json, write_model
+from smolctl.sources.huggingface.write import write_model
 from smolctl.sources.quantized.packed import PackedMatrix
 from smolctl.sources.quantized.scaled import ScaledMatrix, StoredTensor
 from smolctl.sources.quantized_folder import (

@@ -43,6 +43,7 @@ from smolctl.quantization.texts import Windows, choose_windows
 from smolctl.quantization.verdict import Calibration, Gates, SourceFacts, Variant, advise, judge
 from smolctl.runs.layout import QUANTIZED
 from smolctl.sources import open_source
+from smolctl.sources.address import WEIGHT_ENDINGS
 from smolctl.sources.base import ModelSource, TokenizerFiles
 from smolctl.sources.gguf.write import is_own_gguf, write_gguf
 from smolctl.sources.open import require_own_files
@@ -156,7 +157,7 @@ def _options_for(options: QuantizeOptions, scheme: str) -> SchemeOptions:
         return asked
     if scheme in GGUF_SCHEMES or scheme == "bf16":
         return dataclasses.replace(asked, skip=(), bits_map=(), calibrate=False)
-    if scheme == "int8-dynamic":
+    if scheme == DYNAMIC:
         return dataclasses.replace(asked, bits_map=(), calibrate=False)
     return asked
 
@@ -233,7 +234,7 @@ def model_name(source: ModelSource) -> str:
     path = Path(source.id.partition("@")[0])
     if path.exists():
         path = path.resolve()
-    name = path.stem if path.suffix in (".gguf", ".safetensors", ".ckpt") else path.name
+    name = path.stem if path.suffix in WEIGHT_ENDINGS else path.name
     return re.sub(FORMAT_ENDING, "", name) or name
 
 

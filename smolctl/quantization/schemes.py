@@ -14,6 +14,7 @@ from typing import get_args
 from smolctl.arithmetic import parameter_rows
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError, UsageError
+from smolctl.sources.gguf.k_quants import K_BLOCK
 from smolctl.sources.gguf.write import BITS, BLOCK_SCHEMES, block_of, require_gguf, wider_blocks
 from smolctl.sources.quantized.packed import BLOCK
 from smolctl.sources.quantized_folder import DYNAMIC, FolderScheme, PackedScheme
@@ -23,7 +24,6 @@ GGUF_SCHEMES = tuple(f"gguf-{scheme}" for scheme in ("bf16", "f16", *BLOCK_SCHEM
 PACKED_SCHEMES: tuple[str, ...] = get_args(PackedScheme)
 SCHEMES: tuple[str, ...] = (*get_args(FolderScheme), *GGUF_SCHEMES)
 USUAL_GROUP = 128  # the largest that other tools offer
-K_BLOCK = 256  # values of a row that llama.cpp's K-quants pack together
 STORED = {4: "int4", 8: "int8", 16: "bfloat16", 32: "float32"}  # a tensor, by its bits
 
 

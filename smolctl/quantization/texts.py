@@ -75,7 +75,7 @@ def choose_windows(
         settings = DataConfig(sequence_length=length)
     samples = None
     if source.run is not None and not data:
-        samples = source.run.train.steps * source.run.train.batch_size
+        samples = source.run.samples
     try:
         corpus = tokenize_corpus(settings, tokenizer, samples=samples)
     except SequenceLengthError as error:

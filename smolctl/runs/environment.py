@@ -10,9 +10,8 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from smolctl.durable import write_text
+from smolctl.durable import write_json
 from smolctl.errors import InputError
-from smolctl.escaping import json_text
 from smolctl.outside import fitting, read_json
 
 
@@ -39,7 +38,7 @@ def read_environment(path: Path) -> dict[str, Any]:
 
 def write_environment(path: Path, environment: Mapping[str, Any]) -> None:
     """Write the environment of a new run."""
-    write_text(path, json_text(environment, indent=2) + "\n")
+    write_json(path, environment)
 
 
 def update_environment(path: Path, environment: Mapping[str, Any]) -> None:

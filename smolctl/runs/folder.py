@@ -12,9 +12,15 @@ from typing import Any
 from smolctl.config import RunConfig
 from smolctl.config.dump import to_yaml
 from smolctl.config.load import read_yaml, resolve_run_config
-from smolctl.durable import file_digest, naming_the_disk, remove_partial, replacing, write_text
+from smolctl.durable import (
+    explaining_disk_errors,
+    file_digest,
+    remove_partial,
+    replacing,
+    write_json,
+    write_text,
+)
 from smolctl.errors import InputError, UsageError
-from smolctl.escaping import json_text
 from smolctl.ownership import (
     Record,
     edited_files,
@@ -45,23 +51,24 @@ from smolctl.runs.layout import (
     LOSS_CURVE,
     METRICS,
     PREDICTIONS,
+    PREDICTIONS_PAGE,
     REPORT,
-    STORY,
     TOKENIZER,
     checkpoint_name,
     is_run,
     step_in_name,
 )
+from smolctl.runs.prediction_history import History, histories, to_markdown
 from smolctl.runs.records import (
     EVERY_STEP,
     StepRecord,
     ValidationRecord,
     append_record,
+    best_validation,
     keep_records,
     read_records,
 )
 from smolctl.runs.root import new_run, require_run
-from smolctl.runs.story import History, histories, to_markdown
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,7 @@ class RunFolder:
 
         lock = FileLock(self.path / LOCK, timeout=0)
         try:
-            with naming_the_disk(self.path):
+            with explaining_disk_errors(self.path):
                 lock.acquire()
         except NotImplementedError:
             emit(
@@ -310,26 +317,16 @@ class RunFolder:
         return read_records(self.path / METRICS, either, last)
 
     def best_validation(self, steps: Container[int] | None = None) -> ValidationRecord | None:
-        """The record with the lowest bits per byte, the first of equal ones; None if there is none.
-
-        If several texts were scored, only the scores of the last one count.
-
-        Args:
-            steps: to consider; None: all.
-        """
-        records = list(read_records(self.path / METRICS, ValidationRecord))
-        tokens = records[-1].get("tokens") if records else None
-        alike = (record for record in records if record.get("tokens", tokens) == tokens)
-        asked = (record for record in alike if steps is None or record["step"] in steps)
-        return min(asked, key=lambda record: record["bits_per_byte"], default=None)
+        """See `records.best_validation`."""
+        return best_validation(read_records(self.path / METRICS, ValidationRecord), steps)
 
     def predictions(self, last: int = EVERY_STEP) -> dict[str, History]:
         """The predictions of the run up to step `last`, by prompt."""
         return histories(read_records(self.path / PREDICTIONS, Prediction, last))
 
-    def write_story(self) -> None:
+    def write_predictions(self) -> None:
         """Rewrite predictions.md from predictions.jsonl."""
-        write_text(self.path / STORY, to_markdown(self.predictions()))
+        write_text(self.path / PREDICTIONS_PAGE, to_markdown(self.predictions()))
 
     def draw_loss(self) -> None:
         """Redraw loss.png from metrics.jsonl."""
@@ -351,7 +348,7 @@ class RunFolder:
         for name in (METRICS, PREDICTIONS):
             keep_records((parent or self).path / name, last, self.path / name)
         if (self.path / PREDICTIONS).is_file():
-            self.write_story()
+            self.write_predictions()
 
     # Lineage
 
@@ -375,4 +372,4 @@ class RunFolder:
             "checkpoint_sha256": digest,
             "parent_lineage": (read_if_sound(parent.path / LINEAGE) or None) if parent else None,
         }
-        write_text(self.path / LINEAGE, json_text(lineage, indent=2) + "\n")
+        write_json(self.path / LINEAGE, lineage)

@@ -21,7 +21,7 @@ CHECKPOINTS = "checkpoints"
 FINAL = "final.ckpt"
 METRICS = "metrics.jsonl"
 PREDICTIONS = "predictions.jsonl"
-STORY = "predictions.md"
+PREDICTIONS_PAGE = "predictions.md"
 LOSS_CURVE = "loss.png"
 REPORT = "report.html"
 TASKS = "tasks.json"
@@ -35,7 +35,7 @@ KIND = "run"
 # Everything that belongs to a run, in the form of `ownership.Record`: other files in its folder are not
 # smolctl's.
 FILES = (
-    *(CONFIG, ENVIRONMENT, METRICS, PREDICTIONS, STORY, LOSS_CURVE, REPORT, TASKS, LINEAGE, LOCK),
+    *(CONFIG, ENVIRONMENT, METRICS, PREDICTIONS, PREDICTIONS_PAGE, LOSS_CURVE, REPORT, TASKS, LINEAGE, LOCK),
     ".*.partial",
     *(f"{TOKENIZER}/{name}.json" for name in ("tokenizer", "tokenizer_config", "generation_config")),
     f"{TOKENIZER}/chat_template.jinja",

@@ -6,19 +6,20 @@ that reading them never fails.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypeVar
 
 from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
-from smolctl.durable import write_text
+from smolctl.durable import write_json, write_text
 from smolctl.errors import InputError
 from smolctl.escaping import json_text
 from smolctl.outside import fitting, fitting_json, read_json
 
 R = TypeVar("R")
+V = TypeVar("V", bound=Mapping[str, Any])  # a ValidationRecord
 EVERY_STEP = (1 << 62) - 1
 MAX_LINE = 10_000_000  # characters
 StepNumber = Annotated[int, Field(ge=0, le=EVERY_STEP)]
@@ -70,6 +71,22 @@ def read_records(path: Path, schema: type[R], last: int = EVERY_STEP) -> Iterato
     return (record for record in records if record is not None)
 
 
+def best_validation(validations: Iterable[V], steps: Container[int] | None = None) -> V | None:
+    """The record with the lowest bits per byte, the first of equal ones; None if there is none.
+
+    If several texts were scored, only the scores of the last one count.
+
+    Args:
+        validations: of a run, in order of steps.
+        steps: to consider; None: all.
+    """
+    records = list(validations)
+    tokens = records[-1].get("tokens") if records else None
+    alike = (record for record in records if record.get("tokens", tokens) == tokens)
+    considered = (record for record in alike if steps is None or record["step"] in steps)
+    return min(considered, key=lambda record: record["bits_per_byte"], default=None)
+
+
 def keep_records(path: Path, last: int, target: Path | None = None) -> None:
     """Write the records up to step `last` to `target`, by default to the same file.
 
@@ -99,7 +116,7 @@ def add_measurements(
     replaced = set(map(what, fresh))
     kept = [one for one in read_measurements(path, name, schema) if what(one) not in replaced]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json_text({name: [*kept, *fresh]}, indent=2) + "\n")
+    write_json(path, {name: [*kept, *fresh]})
 
 
 def _lines(path: Path, last: int) -> Iterator[str]:

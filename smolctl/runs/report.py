@@ -20,7 +20,8 @@ from smolctl.config import RunConfig
 from smolctl.config.dump import to_yaml
 from smolctl.escaping import for_terminal, json_text, whole_characters
 from smolctl.runs.chart import Losses, Series, loss_range, losses_of, smoothed, thinned
-from smolctl.runs.story import History, selection
+from smolctl.runs.prediction_history import History, selection
+from smolctl.runs.records import best_validation
 from smolctl.timing import with_error
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def to_html(
         last=steps[-1] if steps else None,
         minutes=sum(record["seconds"] for record in steps) / 60,
         validations=validations,
-        best=min(validations, key=lambda record: record["bits_per_byte"], default=None),
+        best=best_validation(validations),
         predictions={
             prompt: selection(history, SHOWN_PREDICTIONS) for prompt, history in predictions.items()
         },

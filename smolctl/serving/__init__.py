@@ -1,0 +1,1 @@
+"""`smolctl serve`: a server with OpenAI's API."""

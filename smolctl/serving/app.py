@@ -147,10 +147,10 @@ class Server:
 class _Answer(Response):
     """An answer that is sent while it is generated. If the client disconnects, generation stops."""
 
-    def __init__(self, server: Server, asked: ApiRequest) -> None:
+    def __init__(self, server: Server, request: ApiRequest) -> None:
         super().__init__()
-        self._server, self._asked = server, asked
-        self._responder = Responder(asked, server.name, server.service.model.tokenizer)
+        self._server, self._request = server, request
+        self._responder = Responder(request, server.name, server.service.model.tokenizer)
         self._started = False  # whether the headers were sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -164,7 +164,7 @@ class _Answer(Response):
 
         job: Job | None = None
         try:
-            job = service.start(self._asked.asked, listen)
+            job = service.start(self._request.prompts, listen)
             sending = asyncio.ensure_future(self._send(pieces, send))
             leaving = asyncio.ensure_future(_until_left(receive))
             stopping = asyncio.ensure_future(self._server.stopped.wait())
@@ -197,7 +197,7 @@ class _Answer(Response):
 
     async def _send(self, pieces: asyncio.Queue[Piece | SmolError], send: Send) -> None:
         responder = self._responder
-        if not self._asked.stream:
+        if not self._request.stream:
             async for piece in self._pieces(pieces, None, send):
                 list(responder.add(piece))
             self._started = True
@@ -236,7 +236,7 @@ class _Answer(Response):
         if not self._started:
             headers = RETRY if error.status == 503 else None
             await JSONResponse(error.body(), error.status, headers)(scope, receive, send)
-        elif self._asked.stream:
+        elif self._request.stream:
             # A client that does not read cannot receive the error either.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._server.limits.farewell_s):

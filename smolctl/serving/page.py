@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from smolctl.generation.sampling import settle
+from smolctl.generation.sampling import resolve_sampling
 from smolctl.generation.service import Service
 from smolctl.page.chat import accepts_system
 from smolctl.page.folder import BEGINNINGS, CODE, FORMAT, MAX_TOKENS, PAGE, QUESTIONS, VERSION
@@ -60,6 +60,6 @@ def _content(service: Service, name: str) -> Mapping[str, Any]:
         "context": service.capacity,
         "models": [{"folder": ".", "scheme": model.engine.precision, "bytes": 0, "verdict": None}],
         "chat": chat,
-        "sampling": {**asdict(settle({}, model.recommended)), "max_tokens": MAX_TOKENS},
+        "sampling": {**asdict(resolve_sampling({}, model.recommended)), "max_tokens": MAX_TOKENS},
         "server": True,
     }

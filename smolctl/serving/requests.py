@@ -15,8 +15,8 @@ from smolctl.generation.grammar import compile_schema
 from smolctl.generation.load import LoadedModel
 from smolctl.generation.openai import answer_schema, parse_messages
 from smolctl.generation.prompts import SAMPLING, UnsupportedError, changed_settings, refuse_constant
-from smolctl.generation.sampling import settle
-from smolctl.generation.service import Asked
+from smolctl.generation.sampling import resolve_sampling
+from smolctl.generation.service import ServicePrompt
 from smolctl.outside import parse_json
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; an answer in a chat may fill the context
@@ -54,7 +54,7 @@ class ApiRequest:
 
     Args:
         chat: whether it was sent to chat/completions.
-        asked: its prompts.
+        prompts: its prompts.
         texts: for each prompt the text before its answers, which `echo` requests; else empty.
         logprobs: whether log-probabilities are requested.
         stream: whether the answer is streamed.
@@ -63,7 +63,7 @@ class ApiRequest:
     """
 
     chat: bool
-    asked: tuple[Asked, ...]
+    prompts: tuple[ServicePrompt, ...]
     texts: tuple[str, ...]
     logprobs: bool
     stream: bool
@@ -73,7 +73,7 @@ class ApiRequest:
     @property
     def choices(self) -> list[int]:
         """For every answer, the number of its prompt."""
-        return [number for number, one in enumerate(self.asked) for _ in range(one.settings.samples)]
+        return [number for number, one in enumerate(self.prompts) for _ in range(one.settings.samples)]
 
 
 def parse_body(content: bytes) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def parse_request(body: Mapping[str, Any], model: LoadedModel, capacity: int, ch
     decode = model.tokenizer.decode
     return ApiRequest(
         chat,
-        tuple(Asked(ids, settings, echo and logprobs) for ids in prompts),
+        tuple(ServicePrompt(ids, settings, echo and logprobs) for ids in prompts),
         tuple(decode(ids, skip_special=False) if echo else "" for ids in prompts),
         logprobs,
         stream,
@@ -141,7 +141,7 @@ def _settings(body: Mapping[str, Any], model: LoadedModel, capacity: int, chat: 
     default = CompletionSettings(capacity if chat else COMPLETION_TOKENS, seed=random.randrange(1 << 31))
     with named():
         settings = changed_settings({key: value for key, value in body.items() if key not in OWN}, default)
-        settings = replace(settings, sampling=settle(own, model.recommended))
+        settings = replace(settings, sampling=resolve_sampling(own, model.recommended))
         schema = answer_schema(body.get("response_format"))
     stops = settings.stop
     if len(stops) > MOST_STOPS or any(len(stop) > MOST_STOP_CHARACTERS for stop in stops):

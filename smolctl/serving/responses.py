@@ -94,7 +94,7 @@ class Responder:
         return {**self._head, "object": kind, "choices": [choice], **usage}
 
     def _usage(self) -> dict[str, int]:
-        prompt = sum(len(one.ids) for one in self._request.asked)
+        prompt = sum(len(one.ids) for one in self._request.prompts)
         done = 0 if self._request.only_prompt else self._generated
         return {"prompt_tokens": prompt, "completion_tokens": done, "total_tokens": prompt + done}
 
@@ -103,7 +103,7 @@ class _Choice:
     """One answer while it is generated."""
 
     def __init__(self, request: ApiRequest, prompt: int, tokenizer: Tokenizer) -> None:
-        asked = request.asked[prompt]
+        given = request.prompts[prompt]
         self.text, self.finish_reason = "", ""
         self.echoed = request.texts[prompt]
         self._taken = 0  # characters of the text already sent in chunks
@@ -111,10 +111,10 @@ class _Choice:
         self._tokens: list[Token | None] = []  # None: a prompt's first token, which has no probability
         self.ids: list[int] = []
         self._offsets: list[int] = []  # start of each token in the returned text, in characters
-        self._stream = tokenizer.stream(() if asked.score else asked.ids, skip_special=False)
-        self._length = 0 if asked.score else len(self.echoed)
-        if asked.score:
-            self._append(None, asked.ids[0])
+        self._stream = tokenizer.stream(() if given.score else given.ids, skip_special=False)
+        self._length = 0 if given.score else len(self.echoed)
+        if given.score:
+            self._append(None, given.ids[0])
 
     def add(self, piece: Piece) -> None:
         self.text += piece.text

@@ -18,6 +18,7 @@ from smolctl.generation.load import load_model
 from smolctl.generation.service import Service
 from smolctl.serving.app import Server
 from smolctl.serving.guards import Limits
+from smolctl.sources.address import WEIGHT_ENDINGS
 
 DEFAULT_CONTEXT = 2048  # tokens per slot, or fewer if the model's context is shorter
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -133,7 +134,7 @@ def open_server(model: str, options: ServeOptions, url: str) -> tuple[Server, Re
             "Choose a smaller --context.",
         )
     service = Service(loaded, options.slots, context, options.limits.waiting)
-    name = Path(model).stem if Path(model).suffix in (".gguf", ".safetensors", ".ckpt") else model
+    name = Path(model).stem if Path(model).suffix in WEIGHT_ENDINGS else model
     name = Path(name).name if Path(model).exists() else name
     engine, notes = loaded.engine, loaded.notes
     ready = Ready(

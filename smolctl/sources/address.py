@@ -13,8 +13,9 @@ HUB_ADDRESS = re.compile(
 )
 HUB_PARTS = ("config.json", SINGLE, INDEX)  # files whose URL stands for the model they belong to
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?")
-# File suffixes: `models/x.gguf` that does not exist is a wrong path, not a repository.
-FILE_ENDINGS = (".gguf", ".safetensors", ".ckpt", ".yaml", ".yml", ".json", ".bin", ".pt", ".pth")
+WEIGHT_ENDINGS = (".gguf", ".safetensors", ".ckpt")  # of files that smolctl and others write
+# `models/x.gguf` that does not exist is a wrong path, not a repository.
+FILE_ENDINGS = (*WEIGHT_ENDINGS, ".yaml", ".yml", ".json", ".bin", ".pt", ".pth")
 
 
 def is_file_name(model: str) -> bool:

@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 
 from smolctl.errors import HubError
 from smolctl.hub.connection import Fetched, api, endpoint, fetch
-from smolctl.hub.errors import READING, STRANGE, PassingError, answered, explained
+from smolctl.hub.errors import READING, STRANGE, TemporaryError, answered, explained
 from smolctl.outside import MAX_BYTES, checked, parse_object
 from smolctl.sources.base import ArrayWeights, ModelSource, SourceKind, TensorHeader, TokenizerFiles
 from smolctl.sources.huggingface.folder import (
@@ -73,7 +73,7 @@ def open_hub(model: str) -> ModelSource:
     try:
         with explained(name, READING):
             return _open_online(repository, model)
-    except PassingError as error:
+    except TemporaryError as error:
         try:
             return _open_cached(repository, model, error.message)
         except HubError:

@@ -60,9 +60,8 @@ READ = (
     *("ffn_dim_multiplier", "norm_eps", "rope_theta", "use_scaled_rope", "rope_scaling_factor"),
     *("high_freq_factor", "tied_embeddings", "max_seq_len", "max_position_embeddings", "sliding_window"),
 )
-HOW = ("max_batch_size", "model_parallel_size", "use_biases")
+NO_EFFECT = ("max_batch_size", "model_parallel_size", "use_biases")
 CONTEXT, THETA = 2_048, 10_000.0  # `max_seq_len` and the base of RoPE, which old files omit
-
 
 Size = Annotated[int, Field(strict=True, gt=0, le=MAX_CONTEXT)]
 Factor = Annotated[float, Field(strict=True, gt=0, le=1e12)]
@@ -129,7 +128,7 @@ def from_params(
     """
     values = {key: value for key, value in content.items() if value is not None}
     checked(_Params, values, origin)
-    others = [key for key, value in values.items() if key not in READ + HOW and value is not False]
+    others = [key for key, value in values.items() if key not in READ + NO_EFFECT and value is not False]
     theta, scaled = values.get("rope_theta", THETA), values.get("use_scaled_rope")
     given = values.get("max_position_embeddings", values.get("max_seq_len"))
     size, table = values.get("vocab_size"), shapes.get(TABLE)

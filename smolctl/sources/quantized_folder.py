@@ -26,6 +26,7 @@ from smolctl.errors import InputError
 from smolctl.outside import checked, read_json, shown
 from smolctl.sources.base import ModelSource, SourceKind, TensorHeader, Weights
 from smolctl.sources.huggingface.config import from_huggingface_config
+from smolctl.sources.huggingface.folder import SINGLE
 from smolctl.sources.huggingface.safetensors_file import mapped_arrays, read_header
 from smolctl.sources.huggingface.tokenizer import tokenizer_reader
 from smolctl.sources.shapes import check_tensors
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from smolctl.sources.quantized.scaled import StoredTensor
 
 DESCRIPTION = "quantization.json"
-FILE = "model.safetensors"
+FILE = SINGLE
 FORMAT, VERSION = "smolctl-quantized", 1
 REMEDY = "Copy the folder again, or run `smolctl quantize` again: it is damaged, changed or not complete."
 VALUES, SCALES, OFFSETS = ".values", ".scales", ".offsets"

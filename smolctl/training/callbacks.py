@@ -68,7 +68,7 @@ class RunCallback(pl.Callback):
         self._step_started = 0.0
         self._drawn_at = time.monotonic()
         self._peak_flops: float | None = None
-        self._tolerating = Tolerance(emit)
+        self._tolerance = Tolerance(emit)
         self._loggers = MetricLoggers(emit)
         lengths = prepared.tokenizer.token_byte_lengths()
         vocabulary = self.config.model.vocab_size
@@ -95,7 +95,7 @@ class RunCallback(pl.Callback):
         if trainer.global_step == 0:
             self._save(trainer)  # checks before step 1 that a checkpoint can be written and read
             if trainer.is_global_zero:
-                with self._tolerating(LATEST_LINK, 0):
+                with self._tolerance(LATEST_LINK, 0):
                     make_latest(self.run.path)
         if self._stopping(trainer):
             return
@@ -115,7 +115,7 @@ class RunCallback(pl.Callback):
     ) -> None:
         assert isinstance(pl_module, TrainingModule)
         self._record_step(trainer, pl_module)
-        self._heed_the_clock(trainer, pl_module)
+        self._adjust_end(trainer, pl_module)
         step, config = trainer.global_step, self.config
         last = step >= config.train.steps
         stopping = self._stopping(trainer)
@@ -129,11 +129,11 @@ class RunCallback(pl.Callback):
                 self._remove_old_checkpoints(trainer)
         if _is_due(step, config.predictions.every, last and not stopping):
             self._predict(trainer, pl_module)
-        due = last or stopping or (self.saved_at == step and self._long_since_drawn())
+        due = last or stopping or (self.saved_at == step and self._drawing_is_due())
         if due and trainer.is_global_zero:
-            with self._tolerating("drawing loss.png", step):
+            with self._tolerance("drawing loss.png", step):
                 self.run.draw_loss()
-            with self._tolerating("writing report.html", step):
+            with self._tolerance("writing report.html", step):
                 self.run.write_report()
             self._drawn_at = time.monotonic()
         if last:
@@ -171,10 +171,10 @@ class RunCallback(pl.Callback):
             config_sha256=self.run.config_sha256(),
         )
 
-    def _long_since_drawn(self) -> bool:
+    def _drawing_is_due(self) -> bool:
         return time.monotonic() - self._drawn_at > SECONDS_BETWEEN_PICTURES
 
-    def _heed_the_clock(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+    def _adjust_end(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         """Move the end of a run of train.minutes to the time limit, and record it."""
         if self._clock is None:
             return
@@ -190,8 +190,8 @@ class RunCallback(pl.Callback):
     def _set_config(self, module: TrainingModule, config: RunConfig) -> None:
         self.config = module.config = config
 
-    def _beside(self, task: str) -> AbstractContextManager[None]:
-        return self._clock.beside(task) if self._clock else nullcontext()
+    def _timed(self, task: str) -> AbstractContextManager[None]:
+        return self._clock.timed(task) if self._clock else nullcontext()
 
     def _stopping(self, trainer: pl.Trainer) -> bool:
         """Whether at least one process has received a signal: all processes get the same result and stop
@@ -213,7 +213,7 @@ class RunCallback(pl.Callback):
         except OSError as error:
             if error.errno in DISK_ERRORS:
                 raise  # the next checkpoint would fail in the same way
-            with self._tolerating(f"writing {Path(error.filename).name}", step):
+            with self._tolerance(f"writing {Path(error.filename).name}", step):
                 raise
 
     def _record_step(self, trainer: pl.Trainer, module: TrainingModule) -> None:
@@ -246,7 +246,7 @@ class RunCallback(pl.Callback):
         step = trainer.global_step
         if self.saved_at == step:
             return
-        with self._beside("save"):
+        with self._timed("save"):
             self._write_checkpoint(trainer, step)
 
     def _write_checkpoint(self, trainer: pl.Trainer, step: int) -> None:
@@ -284,7 +284,7 @@ class RunCallback(pl.Callback):
         """
         progress, step, patience = module.progress, trainer.global_step, self.config.train.patience
         improved = False
-        with self._beside("validate"):
+        with self._timed("validate"):
             found = self._score(trainer, module)
         if found is not None:
             score, tokens = found
@@ -320,7 +320,7 @@ class RunCallback(pl.Callback):
             config.validation.sequences,
         )
         end = self.prepared.document_end
-        with self._tolerating("the validation", step), observing(module.network):
+        with self._tolerance("the validation", step), observing(module.network):
             batches = list(validation_batches(*which))
             tokens = sum(int(sequences_of(batch, end).trained_tokens) for batch in batches)
             recorded = self.run.best_validation({step}) if step == self.prepared.first_step else None
@@ -335,7 +335,7 @@ class RunCallback(pl.Callback):
         return result.bits_per_byte, tokens
 
     def _predict(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        with self._beside("predict"):
+        with self._timed("predict"):
             self._show_predictions(trainer, module)
 
     def _show_predictions(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -345,14 +345,14 @@ class RunCallback(pl.Callback):
             return
         for prompt in config.prompts:
             prediction = None
-            with self._tolerating(f"the prediction for {shortened(prompt)!r}", step):
+            with self._tolerance(f"the prediction for {shortened(prompt)!r}", step):
                 prediction = predict(
                     module.network, self.prepared.tokenizer, config, prompt, step, self.config.data.is_chat
                 )
             if prediction is not None:
                 self._publish(trainer, prediction)
-        with self._tolerating("writing predictions.md", step):
-            self.run.write_story()
+        with self._tolerance("writing predictions.md", step):
+            self.run.write_predictions()
 
 
 def _is_due(step: int, every: int, last: bool) -> bool:

@@ -12,7 +12,7 @@ import torch
 from smolctl.config import RunConfig
 from smolctl.model.network import Transformer
 from smolctl.training.device import decide, process_count
-from smolctl.training.guards import naming_the_memory_knob
+from smolctl.training.guards import explaining_memory_errors
 from smolctl.training.plan import measure_training_speed
 
 # The remaining time is measured again after this share of the total time, or of the remaining steps.
@@ -33,7 +33,7 @@ def steps_in(minutes: float, network: Transformer, config: RunConfig, document_e
     device, processes = config.trainer.accelerator, process_count(config)
     shape = max(1, config.micro_batch_size // processes), config.data.sequence_length + 1
     tokens = torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    with naming_the_memory_knob(config.micro_batch_size):
+    with explaining_memory_errors(config.micro_batch_size):
         speed = measure_training_speed(network.to(device), tokens.to(device), config, document_end)
     speed *= processes if device == "cuda" else 1
     return max(1, round(minutes * 60 * speed / config.tokens_per_step))
@@ -72,17 +72,17 @@ class Clock:
     ) -> None:
         self._seconds, self._tasks, self._now = seconds, tasks, now
         self._started = now()
-        self._beside = 0.0  # seconds so far outside steps
+        self._outside_steps = 0.0  # seconds so far outside steps
         self._marks: list[tuple[int, float]] = []  # number of steps, and the seconds that they took
         self._costs: dict[str, float] = {}  # seconds that saving, validation and so on took last time
 
     @contextmanager
-    def beside(self, task: str) -> Iterator[None]:
+    def timed(self, task: str) -> Iterator[None]:
         """Context of a task, whose time does not count as part of a step."""
         started = self._now()
         yield
         self._costs[task] = self._now() - started
-        self._beside += self._costs[task]
+        self._outside_steps += self._costs[task]
 
     def steps(self, step: int, until: int) -> int:
         """The last step of the run: `until`, unless the time requires a noticeably different one.
@@ -92,7 +92,7 @@ class Clock:
             until: the last step as planned so far.
         """
         elapsed = self._now() - self._started
-        taken = elapsed - self._beside
+        taken = elapsed - self._outside_steps
         if not self._marks:  # the first step also compiles, allocates and reads for the first time
             self._marks.append((step, taken))
         last_step, last_taken = self._marks[-1]

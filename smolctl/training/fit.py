@@ -17,7 +17,7 @@ import torch
 
 from smolctl.config.run import MOST_STEPS
 from smolctl.data.batches import StepLoader
-from smolctl.durable import naming_the_disk
+from smolctl.durable import explaining_disk_errors
 from smolctl.errors import ExitCode, InputError
 from smolctl.runs.events import Listener
 from smolctl.runs.folder import RunFolder
@@ -26,7 +26,7 @@ from smolctl.training.callbacks import RunCallback
 from smolctl.training.checkpoint import DurableCheckpointIO
 from smolctl.training.clock import Clock, tasks_of
 from smolctl.training.distributed import is_main_process, wait_for_all
-from smolctl.training.guards import naming_the_memory_knob
+from smolctl.training.guards import explaining_memory_errors
 from smolctl.training.lightning import Trainer, pl
 from smolctl.training.module import TrainingModule
 from smolctl.training.prepare import Prepared
@@ -68,7 +68,7 @@ def fit(prepared: Prepared, run: RunFolder, start: Path | None, emit: Listener) 
     started, minutes, clock = time.perf_counter(), prepared.config.train.minutes, None
     if minutes and start is None:  # a resumed run keeps its number of steps
         clock = Clock(60 * minutes, tasks_of(prepared.config, len(prepared.corpus.validation or ())))
-    with naming_the_disk(run.path), StopFlag() as stop:
+    with explaining_disk_errors(run.path), StopFlag() as stop:
         callback = RunCallback(prepared, run, emit, stop, clock)
         trainer, _ = run_trainer(prepared, callback, run.path, start, clock is not None)
         step, last = trainer.global_step, callback.config.train.steps
@@ -131,7 +131,7 @@ def run_trainer(
         prepared.network.compile_blocks()
     end = MOST_STEPS if open_end else config.train.steps
     loader = StepLoader(module.dataset, prepared.first_step, end, config.data.workers)
-    with warnings.catch_warnings(), naming_the_memory_knob(config.micro_batch_size):
+    with warnings.catch_warnings(), explaining_memory_errors(config.micro_batch_size):
         warnings.filterwarnings("ignore", module="lightning")
         trainer.fit(
             module, loader, ckpt_path=None if prepared.begins_with_origin else start, weights_only=True

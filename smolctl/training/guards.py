@@ -19,7 +19,7 @@ class MemoryShortageError(SmolError):
 
 
 @contextmanager
-def naming_the_memory_knob(micro_batch_size: int) -> Iterator[None]:
+def explaining_memory_errors(micro_batch_size: int) -> Iterator[None]:
     """Turn an allocation failure into an error that names the setting which avoids it.
 
     Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from smolctl.data.batches import sequences_of
 from smolctl.data.tokens.corpus import TokenizedCorpus
 from smolctl.model.network import Transformer
 from smolctl.runs.events import RunPlan
+from smolctl.timing import synchronized_time
 from smolctl.training.device import autocast, muon_dtype
 from smolctl.training.optim.muon import by_shape, orthogonalize
 from smolctl.training.optim.optimizers import hidden_matrices
@@ -119,28 +119,22 @@ def measure_training_speed(
     forward = update = tokens = 0.0
     for part in (batch[:1], *[batch] * (3 if device.type == "cuda" else 1)):
         asked, tokens = sequences_of(part, document_end), part[:, 1:].numel()
-        started = _now(device)
+        started = synchronized_time(device)
         with autocast(config, device):
             loss, _ = network.training_loss(
                 asked.inputs, asked.targets, config.train.z_loss, asked.documents, asked.trained
             )
         loss.div(tokens).backward()
-        forward = _now(device) - started
+        forward = synchronized_time(device) - started
         if config.optimizer.name == "muon":
-            started = _now(device)
+            started = synchronized_time(device)
             _orthogonalize_gradients(network, muon_dtype(config, device))
-            update = _now(device) - started
+            update = synchronized_time(device) - started
         network.zero_grad(set_to_none=True)
         if forward > 2:  # seconds: the allocations of a first run are a small part of that
             break
     torch.set_rng_state(state)
     return config.tokens_per_step / (forward * config.tokens_per_step / tokens + update)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _orthogonalize_gradients(network: Transformer, dtype: torch.dtype | None) -> None:

@@ -138,7 +138,7 @@ def prepare(
         end = tokenizer.end_of_text_id if config.data.document_masking else None
         config = _with_steps(config, steps_in(config.train.minutes, network, config, end))
         config, decisions = _decided(config, emit)
-    samples = config.train.steps * config.train.batch_size if config.train.epochs is None else None
+    samples = config.samples if config.train.epochs is None else None
     corpus = _tokenized(config, tokenizer, samples, emit, on_tokenize)
     if config.train.patience and corpus.validation is None:
         raise InputError(

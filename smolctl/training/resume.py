@@ -11,7 +11,7 @@ from smolctl.config import RunConfig, resolve_run_config
 from smolctl.config.load import changed_run, merge, nested, with_scaled_floor
 from smolctl.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from smolctl.data.tokens.corpus import TokenizeProgress
-from smolctl.durable import naming_the_disk
+from smolctl.durable import explaining_disk_errors
 from smolctl.errors import InputError, UsageError
 from smolctl.runs.checkpoint_file import CheckpointFile, holds_weights, read_checkpoint
 from smolctl.runs.events import Listener, Note, Start
@@ -85,20 +85,20 @@ def resume(
         if options.out is not None:  # before anything that takes long
             RunFolder.require_free(options.out, options.force, reads)
         prepared, checkpoint = _prepare(parent, reference, step, options, emit, on_tokenize)
-        with naming_the_disk(options.out or RUNS):
+        with explaining_disk_errors(options.out or RUNS):
             reads += prepared.config.data.texts
             run = RunFolder.claim(reference.stem, options.out, options.force, reads, emit)
         with run.lock(emit):
-            with naming_the_disk(run.path):
+            with explaining_disk_errors(run.path):
                 environment = describe_environment(prepared.config, prepared.decisions, prepared.corpus.read)
                 run.describe(prepared.config, environment, prepared.tokenizer.save)
                 run.branch_from(checkpoint.path, checkpoint.step, parent)
             with Tolerance(emit)(LATEST_LINK, checkpoint.step):
                 make_latest(run.path)
-            return _go_on(prepared, run, checkpoint, emit)
+            return _continue(prepared, run, checkpoint, emit)
     with parent.lock(emit):
         prepared, checkpoint = _prepare(parent, reference, step, options, emit, on_tokenize)
-        with naming_the_disk(parent.path):
+        with explaining_disk_errors(parent.path):
             checkpoint = parent.under_its_step(checkpoint)
             clear_after(parent, checkpoint.step, options.force)
             parent.keep_records(checkpoint.step)
@@ -106,7 +106,7 @@ def resume(
             parent.update_environment(
                 describe_environment(prepared.config, prepared.decisions, prepared.corpus.read)
             )
-        return _go_on(prepared, parent, checkpoint, emit)
+        return _continue(prepared, parent, checkpoint, emit)
 
 
 def find_run(reference: Path, step: int | None) -> tuple[RunFolder | None, int | None]:
@@ -117,7 +117,7 @@ def find_run(reference: Path, step: int | None) -> tuple[RunFolder | None, int |
     return run, step_in_name(reference) if run else None
 
 
-def _go_on(prepared: Prepared, run: RunFolder, checkpoint: CheckpointFile, emit: Listener) -> RunResult:
+def _continue(prepared: Prepared, run: RunFolder, checkpoint: CheckpointFile, emit: Listener) -> RunResult:
     plan = plan_run(prepared, run.path)
     emit(Start(str(run.path), prepared.first_step, prepared.config.train.steps, plan))
     return fit(prepared, run, checkpoint.path, emit)

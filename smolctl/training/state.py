@@ -33,7 +33,7 @@ NEEDED = (
     *("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step"),
     *("pytorch-lightning_version", "smolctl"),
 )
-NEEDED_OF_OURS = ("samples", "data", "tokenizer", "rng")
+NEEDED_OF_SMOLCTL = ("samples", "data", "tokenizer", "rng")
 # Lightning's counters, which start at 0 again if they are missing.
 COUNTS = dict.fromkeys(("ready", "started", "processed", "completed"), 0)
 UPDATES = dict.fromkeys(("ready", "completed"), 0)
@@ -45,7 +45,7 @@ LOOPS: Mapping[str, Any] = {
     STEPS: {"total": UPDATES, "current": UPDATES},
 }
 SET_AGAIN = {"params", "lr", "weight_decay", "betas", "eps", "momentum"}  # of a group: set from the config
-OURS_OF_A_GROUP = {"muon", "lr_multiplier"}  # PyTorch replaces missing values of its own only
+OWN_GROUP_KEYS = {"muon", "lr_multiplier"}  # PyTorch replaces missing values of its own only
 
 strict = with_config(ConfigDict(strict=True))  # does not accept "6" as a step
 
@@ -75,7 +75,7 @@ class _Scaler(TypedDict):
 
 
 @strict
-class _Ours(TypedDict):
+class _SmolctlData(TypedDict):
     samples: StepNumber
     data: str
     tokenizer: str
@@ -118,7 +118,7 @@ class _Resumable(_Written):
     lr_schedulers: list[Any]
     loops: _Loops
     callbacks: NotRequired[dict[str, Any]]
-    smolctl: _Ours
+    smolctl: _SmolctlData
 
 
 def run_of(content: Mapping[str, Any], path: Path) -> tuple[RunConfig, dict[str, Any]]:
@@ -128,9 +128,9 @@ def run_of(content: Mapping[str, Any], path: Path) -> tuple[RunConfig, dict[str,
         InputError: no run can continue from it; names what is missing or does not fit.
     """
     config, state = recorded_config(content, path), content.get("smolctl")
-    ours = state if isinstance(state, Mapping) else {}
+    data = state if isinstance(state, Mapping) else {}
     missing = [key for key in NEEDED if key not in content] + [
-        key for key in NEEDED_OF_OURS if key not in ours
+        key for key in NEEDED_OF_SMOLCTL if key not in data
     ]
     origin = config.init_from if config and content.get("global_step") == 0 else None
     if not missing and not holds_weights(content) and not (origin and origin.sha256):
@@ -142,7 +142,7 @@ def run_of(content: Mapping[str, Any], path: Path) -> tuple[RunConfig, dict[str,
             if holds_weights(content)
             else _remedy(path),
         )
-    if ours.get("order", 1) != ORDER:  # known before anything is tokenized
+    if data.get("order", 1) != ORDER:  # known before anything is tokenized
         raise InputError(
             f"{path}: the version of smolctl that trained this run splits the text into different sequences",
             "Resume it with that version, or start a new run from it: smolctl train --init-from RUN.",
@@ -153,7 +153,7 @@ def run_of(content: Mapping[str, Any], path: Path) -> tuple[RunConfig, dict[str,
             raise InputError(f"{path}: damaged: {misfit}")
     except InputError as error:
         raise InputError(error.message, _remedy(path)) from None  # finding an intact one may take a while
-    return config, dict(ours)
+    return config, dict(data)
 
 
 def _remedy(path: Path) -> str:
@@ -175,8 +175,8 @@ def _misfits(content: Mapping[str, Any], config: RunConfig, path: Path) -> Itera
     if holds_weights(content):
         weights = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
         yield from _differences(weights, content["state_dict"], "state_dict", is_whole=True)
-    step, ours, optimizer = content["global_step"], content["smolctl"], content["optimizer_states"][0]
-    yield from _optimizer_misfits(optimizer, network, config, is_new=step <= ours.get("skipped", [0])[0])
+    step, data, optimizer = content["global_step"], content["smolctl"], content["optimizer_states"][0]
+    yield from _optimizer_misfits(optimizer, network, config, is_new=step <= data.get("skipped", [0])[0])
     loops = content["loops"]["fit_loop"]
     yield from _differences(LOOPS, loops, "loops")
     if (counted := loops[STEPS]["total"]["completed"]) != step:
@@ -184,9 +184,9 @@ def _misfits(content: Mapping[str, Any], config: RunConfig, path: Path) -> Itera
     named = step_in_name(path)
     if named not in (None, step) and RunFolder.around(path):
         yield f"global_step is {step}, but the file is named after step {named}"
-    if config.train.precision == "16-mixed" and step and not {"scaler", "skipped"} <= ours.keys():
+    if config.train.precision == "16-mixed" and step and not {"scaler", "skipped"} <= data.keys():
         yield "smolctl has no scaler of the gradients"
-    for generators in ours["rng"]:
+    for generators in data["rng"]:
         try:
             with keeping_rng():
                 restore_rng(generators)
@@ -205,7 +205,7 @@ def _optimizer_misfits(
         return
     moments = {}
     for group, saved in zip(wanted, groups, strict=True):
-        shared = (group.keys() & saved.keys()) | (OURS_OF_A_GROUP & (group.keys() | saved.keys()))
+        shared = (group.keys() & saved.keys()) | (OWN_GROUP_KEYS & (group.keys() | saved.keys()))
         for key in sorted(shared - SET_AGAIN):
             if saved.get(key) != group.get(key):
                 yield f"{place} has {key} {saved.get(key)!r}, but the config needs {group.get(key)!r}"

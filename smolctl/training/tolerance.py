@@ -18,7 +18,7 @@ class Tolerance:
 
     def __init__(self, emit: Listener) -> None:
         self._emit = emit
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
     @contextmanager
     def __call__(self, observer: str, step: int) -> Iterator[None]:
@@ -38,8 +38,8 @@ class Tolerance:
         except NonFiniteError:
             raise
         except Exception as error:
-            if observer not in self._told:
-                self._told.add(observer)
+            if observer not in self._reported:
+                self._reported.add(observer)
                 self._emit(Note(f"step {step:,}: {observer} failed ({reason(error)}); training continues"))
 
 

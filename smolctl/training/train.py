@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from smolctl.arithmetic import run_memory
-from smolctl.durable import naming_the_disk
+from smolctl.durable import explaining_disk_errors
 from smolctl.runs.events import Listener, RunPlan, Start
 from smolctl.runs.folder import RunFolder
 from smolctl.runs.root import RUNS
@@ -15,7 +15,7 @@ from smolctl.timing import resident_memory
 from smolctl.training.device import describe_environment, process_count
 from smolctl.training.distributed import is_main_process
 from smolctl.training.fit import RunResult, fit, prepare_process
-from smolctl.training.guards import naming_the_memory_knob
+from smolctl.training.guards import explaining_memory_errors
 from smolctl.training.plan import make_plan, measure_training_speed
 from smolctl.training.prepare import Prepared
 
@@ -32,7 +32,7 @@ def plan_run(prepared: Prepared, disk: Path) -> RunPlan:
     device = config.trainer.accelerator
     sequences = max(1, config.micro_batch_size // process_count(config))
     held = (resident_memory() or 0) - run_memory(config).weights if device == "cpu" else 0
-    with naming_the_memory_knob(config.micro_batch_size):
+    with explaining_memory_errors(config.micro_batch_size):
         network = prepared.network.to(device)
         batch = prepared.dataset(0, process_count(config))[done][:sequences].to(device)
         speed = measure_training_speed(network, batch, config, prepared.document_end)
@@ -61,10 +61,10 @@ def train(prepared: Prepared, name: str, out: Path | None, force: bool, emit: Li
     if not is_main_process():  # the main process keeps the records, and announces their folder
         return fit(prepared, RunFolder(out or RUNS), None, emit)
     plan = plan_run(prepared, out or RUNS)
-    with naming_the_disk(out or RUNS):
+    with explaining_disk_errors(out or RUNS):
         run = RunFolder.claim(name, out, force, prepared.reads, emit)
     with run.lock(emit):
-        with naming_the_disk(run.path):
+        with explaining_disk_errors(run.path):
             environment = describe_environment(prepared.config, prepared.decisions, prepared.corpus.read)
             run.describe(prepared.config, environment, prepared.tokenizer.save)
         emit(Start(str(run.path), 0, prepared.config.train.steps, plan))

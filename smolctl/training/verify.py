@@ -177,7 +177,11 @@ def _loss_differences(recorded: Mapping[int, StepResult], results: Mapping[int, 
 def _differences(before: Any, again: Any, path: str) -> Iterator[str]:
     """The places where two nested values differ in at least one bit."""
     if isinstance(before, torch.Tensor) and isinstance(again, torch.Tensor):
-        if before.shape != again.shape or not torch.equal(before, again.cpu()):
+        if (
+            before.dtype != again.dtype
+            or before.shape != again.shape
+            or not torch.equal(_bytes(before), _bytes(again.cpu()))
+        ):
             yield path
     elif isinstance(before, Mapping) and isinstance(again, Mapping) and before.keys() == again.keys():
         for key in before:
@@ -187,6 +191,11 @@ def _differences(before: Any, again: Any, path: str) -> Iterator[str]:
             yield from _differences(one, two, f"{path} {index}".strip())
     elif before != again:
         yield path
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, (N,): comparing values would not show the sign of a zero."""
+    return tensor.contiguous().flatten().view(torch.uint8)
 
 
 def _leaves(value: Any) -> Iterator[Any]:

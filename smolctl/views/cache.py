@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from smolctl.data.cached import DAY, CacheEntry, CacheReport
-from smolctl.views.numbers import size
+from smolctl.views.numbers import counted, size
 from smolctl.views.output import Output
 from smolctl.views.tables import headed
 
@@ -34,7 +34,7 @@ def show_cache(out: Output, report: CacheReport) -> None:
 
 def _ago(used: float) -> str:
     days = int((time.time() - used) / DAY)
-    return "today" if days < 1 else f"{days:,} day{'s' if days > 1 else ''} ago"
+    return "today" if days < 1 else f"{counted(days, 'day')} ago"
 
 
 def _entry(entry: CacheEntry) -> dict[str, object]:

@@ -38,7 +38,7 @@ class Chat:
         self.out, self.session = out, session
         self._files: set[Path] = set()  # written or read by this session, and therefore replaceable
         self._commands: dict[str, Callable[[str], object]] = {
-            "/help": lambda _: out.talk(HELP),
+            "/help": lambda _: out.message(HELP),
             "/clear": self._clear,
             "/reset": self._clear,
             "/system": self._system,
@@ -52,7 +52,7 @@ class Chat:
         """Read and answer until Ctrl-D or /exit."""
         chats = self.session.conversation.chat
         mode = "chatting with the model's template" if chats else "each prompt is independent"
-        self.out.talk(f"{self.session.model.id}: {mode}. /help lists the commands, Ctrl-D ends.")
+        self.out.message(f"{self.session.model.id}: {mode}. /help lists the commands, Ctrl-D ends.")
         with _own_interrupts():
             self._answer_all(open_editor())
 
@@ -63,7 +63,7 @@ class Chat:
             except EOFError:
                 return
             except KeyboardInterrupt:
-                self.out.talk("Ctrl-D ends.")
+                self.out.message("Ctrl-D ends.")
                 continue
             if text.rstrip() in ("exit", "quit") or re.match(r"/(exit|quit)(\s|$)", text):
                 return
@@ -71,7 +71,7 @@ class Chat:
                 if text.strip():
                     self._obey(text)
             except KeyboardInterrupt:  # before the first token, or between an answer and the next prompt
-                self.out.talk("Stopped.")
+                self.out.message("Stopped.")
 
     def _obey(self, text: str) -> None:
         """Run a command or answer a message; an error ends only this turn."""
@@ -82,7 +82,7 @@ class Chat:
             elif name in self._commands:
                 self._commands[name](argument.strip())
             else:
-                self.out.talk(
+                self.out.message(
                     f"There is no command {name}. /help lists them; a space before it makes it a message."
                 )
         except SmolError as error:
@@ -92,7 +92,7 @@ class Chat:
         if forgotten := self.session.make_room(text):
             turns = "turn was" if forgotten == 1 else f"{forgotten} turns were"
             capacity = self.session.capacity
-            self.out.talk(f"The context of {capacity:,} tokens is full: the oldest {turns} dropped.")
+            self.out.message(f"The context of {capacity:,} tokens is full: the oldest {turns} dropped.")
         self._answer(lambda on_text: self.session.answer(text, on_text))
 
     def _answer(self, answer: Callable[[TextListener], CompletionResult]) -> None:
@@ -105,11 +105,11 @@ class Chat:
         view.close()
         show_facts(self.out, self.session.model, result, settings.max_tokens)
         if stopped:
-            self.out.talk("Stopped.")
+            self.out.message("Stopped.")
 
     def _clear(self, _: str) -> None:
         self.session.conversation.turns = []
-        self.out.talk("New conversation.")
+        self.out.message("New conversation.")
 
     def _system(self, text: str) -> None:
         conversation = self.session.conversation
@@ -119,7 +119,7 @@ class Chat:
             )
         if text:
             conversation.system = None if text == "none" else text
-        self.out.talk(f"System message: {conversation.system or 'none'}")
+        self.out.message(f"System message: {conversation.system or 'none'}")
 
     def _set(self, text: str) -> None:
         if text:
@@ -132,7 +132,7 @@ class Chat:
         values |= {name: getattr(settings, field) for name, (field, *_) in COUNTS.items()}
         del values["max_completion_tokens"]  # another name of max_tokens
         shown = ", ".join(f"{name} {value}" for name, value in values.items())
-        self.out.talk(f"{shown}, stop {list(settings.stop)}")
+        self.out.message(f"{shown}, stop {list(settings.stop)}")
 
     def _save(self, name: str) -> None:
         path = _file(name)
@@ -143,14 +143,14 @@ class Chat:
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}", "Name a file that can be written.") from None
         self._files.add(path)
-        self.out.talk(f"Saved to {path}.")
+        self.out.message(f"Saved to {path}.")
 
     def _load(self, name: str) -> None:
         path = _file(name)
         self.session.load(path)
         self._files.add(path)
         turns = len(self.session.conversation.turns) // 2
-        self.out.talk(f"The conversation of {path} continues after {counted(turns, 'turn')}.")
+        self.out.message(f"The conversation of {path} continues after {counted(turns, 'turn')}.")
 
 
 @contextmanager

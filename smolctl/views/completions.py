@@ -12,7 +12,7 @@ from smolctl.generation.answer import Completion, spell
 from smolctl.generation.compare import Divergence
 from smolctl.generation.complete import CompletionResult, Timing
 from smolctl.generation.load import LoadedModel
-from smolctl.views.numbers import counted
+from smolctl.views.numbers import counted, percent
 from smolctl.views.output import Output
 from smolctl.views.tables import headed
 
@@ -55,14 +55,14 @@ def show_facts(out: Output, model: LoadedModel, result: CompletionResult, max_to
         show_explanation(out, model, result)
     if out.json:
         return
-    out.talk(timing_line(model, result.timing))
+    out.message(timing_line(model, result.timing))
     cut = [one for one in result.completions if one.finish_reason == "length"]
     if cut:
         full = all(len(one.tokens) < max_tokens for one in cut)
         place = "where the model's context is full" if full else f"at --max-tokens {max_tokens:,}"
         count = len(result.completions)
         answers = "The answer was" if count == 1 else f"{len(cut):,} of {count:,} answers were"
-        out.talk(f"{answers} cut {place}, before the model ended {'it' if count == 1 else 'them'}.")
+        out.message(f"{answers} cut {place}, before the model ended {'it' if count == 1 else 'them'}.")
 
 
 def timing_line(model: LoadedModel, timing: Timing) -> str:
@@ -146,12 +146,12 @@ def show_explanation(out: Output, model: LoadedModel, result: CompletionResult) 
         table = headed(("", heading, "probability", "others"), (heading, "others"))
         rows = zip(completion.tokens, completion.logprobs, completion.alternatives or (), strict=True)
         for place, (token, logprob, others) in enumerate(rows):
-            listed = "  ".join(f"{visible(other.text)} {_percent(other.probability)}" for other in others)
+            listed = "  ".join(f"{visible(other.text)} {percent(other.probability)}" for other in others)
             spelled = visible(spell(model.tokenizer, token))
             probability = math.exp(logprob)
             sure = "green" if probability >= SURE else "red" if probability < UNSURE else "yellow"
             table.add_row(
-                str(place), Text(spelled), Text(_percent(probability), style=sure), Text(listed, style="dim")
+                str(place), Text(spelled), Text(percent(probability), style=sure), Text(listed, style="dim")
             )
         out.show(table)
 
@@ -159,10 +159,6 @@ def show_explanation(out: Output, model: LoadedModel, result: CompletionResult) 
 def visible(text: str) -> str:
     """A token's text with visible spaces, line breaks and control characters."""
     return one_line(text).replace(" ", "␣")
-
-
-def _percent(share: float) -> str:
-    return "< 0.1 %" if share < 0.0005 else f"{share:.1%}".replace("%", " %")
 
 
 def to_json(

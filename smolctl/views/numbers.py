@@ -50,6 +50,11 @@ def figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
+def percent(share: float) -> str:
+    """43.2 %, < 0.1 %, 0.0 %."""
+    return f"{100 * share:.1f} %" if share >= 0.0005 or not share else "< 0.1 %"
+
+
 def sparkline(values: Sequence[float], width: int, low: float | None = None) -> str:
     """A series as a row of bars, each the mean of an interval, scaled from `low` or the minimum to the
     maximum.

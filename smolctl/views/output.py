@@ -194,7 +194,7 @@ class Output:
         if self.json:
             self.write(json_text(value) + "\n")
 
-    def talk(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """Print a message in addition to the results; nothing with `--quiet`."""
         if not self.quiet:
             self.stderr.print(text, highlight=False, soft_wrap=True)

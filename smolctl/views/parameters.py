@@ -9,7 +9,7 @@ from smolctl.config import ModelConfig
 from smolctl.inspection.parameters import Basis, ParameterReport
 from smolctl.inspection.tree import ModuleNode
 from smolctl.sources.base import ModelSource
-from smolctl.views.numbers import size
+from smolctl.views.numbers import percent, size
 from smolctl.views.output import Output, fields
 from smolctl.views.tables import GAP, first_lines, headed
 
@@ -166,8 +166,7 @@ def _formula(node: ModuleNode) -> str:
 def _share(parameters: int, unique: int | None) -> str:
     if unique is None:
         return ""
-    share = 100 * parameters / unique if unique else 0.0
-    return f"{share:.1f} %" if share >= 0.05 or not parameters else "< 0.1 %"
+    return percent(parameters / unique if unique else 0.0)
 
 
 def _remarks(report: ParameterReport) -> Iterator[Text]:

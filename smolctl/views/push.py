@@ -40,7 +40,7 @@ def show_offline(out: Output, plan: PushPlan, target: Path | None) -> None:
     if target is not None:
         out.line(f"Written to {target}; nothing was sent.")
         if plan.space is not None and plan.options.space_sdk is Sdk.STATIC:
-            out.talk(_any_host(target / SPACE))
+            out.message(_any_host(target / SPACE))
     else:
         out.line("Nothing was sent. Without --dry-run this is pushed in one commit.")
     out.document(_document(plan))
@@ -127,7 +127,7 @@ def _tried(smoke: SmokeTest) -> str:
 
 def _visibility(plan: PushPlan) -> str:
     shown = "public" if plan.is_public else "private"
-    return shown if plan.model.there.head is None else f"{shown} already"
+    return shown if plan.model.remote.head is None else f"{shown} already"
 
 
 def _identity(plan: PushPlan) -> str:
@@ -152,7 +152,7 @@ def _files(plan: RepoPlan, folded: Sequence[str]) -> Any:
     from rich.table import Column, Table
     from rich.text import Text
 
-    files, head = plan.files, plan.there.head
+    files, head = plan.files, plan.remote.head
     to_send = [file for file in files if head is None or not head.has(file)]
     table = Table.grid("", Column(justify="right"), padding=(0, 2))
     for file in files:
@@ -243,7 +243,7 @@ def serve(out: Output, folder: Path, sdk: Sdk) -> None:
     """Serve the page of a Space's folder until Ctrl-C."""
 
     def say(url: str) -> None:
-        out.talk(f"{url} shows the page of the Space; Ctrl-C ends it.")
+        out.message(f"{url} shows the page of the Space; Ctrl-C ends it.")
 
     if sdk is Sdk.STATIC:
         server = preview_server(folder)
@@ -270,7 +270,7 @@ def show_page(out: Output, page: Page, target: Path) -> None:
         out.line(f"{one.scheme}: {_variant(one, page.built)}")
     for finding in page.allowed:
         out.line(f"allowed: {finding}")
-    out.talk(_any_host(target))
+    out.message(_any_host(target))
     out.document(
         {
             "page": {

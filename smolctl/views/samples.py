@@ -11,8 +11,8 @@ from typing import Any
 
 from smolctl.errors import InputError, UsageError
 from smolctl.escaping import json_text
+from smolctl.generation.batch import Batch
 from smolctl.generation.conversation import Session
-from smolctl.generation.many import Batch
 from smolctl.generation.sample import Loaded, Rendered, SampleRequest, SampleResult, Streamed
 from smolctl.views.completions import (
     StreamView,
@@ -48,23 +48,23 @@ class SampleView:
         match event:
             case Loaded(model, recommended):
                 for note in model.notes:
-                    self.out.talk(f"{model.id}: {note}")
+                    self.out.message(f"{model.id}: {note}")
                 if recommended:
                     named = (f"{key.replace('_', ' ')} {value:g}" for key, value in recommended.items())
-                    self.out.talk(
+                    self.out.message(
                         f"{model.id}: sampling settings from {model.recommended_in}: {', '.join(named)}."
                     )
                 elif model.recommended and len(self.request.models) > 1:
-                    self.out.talk(
+                    self.out.message(
                         f"{model.id}: the sampling settings in {model.recommended_in} are ignored, because "
                         "all models get the same settings."
                     )
                 if model.can_chat and self.request.continues_text:
-                    self.out.talk(
+                    self.out.message(
                         f"{model.id}: the prompt is continued as it is. To ask a question, add --chat."
                     )
             case Rendered(prompt) if self.out.verbose:
-                self.out.talk(f"prompt as the model sees it:\n{prompt}")
+                self.out.message(f"prompt as the model sees it:\n{prompt}")
             case Streamed(sample, text):
                 self._stream(sample, text)
 
@@ -118,12 +118,12 @@ def _show_batch(out: Output, batch: Batch, target: Path | None) -> None:
     reported, answered, tokens, cut, written = started, 0, 0, 0, batch.done
     ready: dict[int, dict[str, Any]] = {}  # rows that wait for earlier ones
     if batch.done:
-        out.talk(f"{batch.done:,} of {len(lines):,} prompts are in {target} already.")
+        out.message(f"{batch.done:,} of {len(lines):,} prompts are in {target} already.")
 
     def report(now: float) -> None:
         seconds = now - started
         shortened = f", {counted(cut, 'answer')} cut at the maximum length" if cut else ""
-        out.talk(
+        out.message(
             f"{answered:,} of {len(lines) - batch.done:,} prompts, {tokens:,} tokens in "
             f"{seconds:.1f} s, {tokens / seconds:,.1f} tok/s{shortened}"
         )

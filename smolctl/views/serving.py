@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def show_ready(output: Output, ready: Ready) -> None:
     """Print one line of JSON, or a few lines for people."""
     for note in ready.notes:
-        output.talk(note)
+        output.message(note)
     if output.json:
         output.event({"event": "ready", **fields(ready, ("notes",))})
         return

@@ -40,11 +40,11 @@ class TokenizingView:
                 self._bar.task_ids[0],
                 completed=progress.bytes_read,
                 total=progress.bytes_total,
-                told=", ".join(_told(progress, rate)),
+                described=", ".join(_described(progress, rate)),
             )
         elif now - self._last_line >= PLAIN_INTERVAL:
             self._last_line = now
-            self.out.talk(f"{NAME}: {', '.join(_told(progress, 0))}")
+            self.out.message(f"{NAME}: {', '.join(_described(progress, 0))}")
         self._last = progress
 
     def close(self) -> None:
@@ -61,25 +61,25 @@ class TokenizingView:
             TextColumn(NAME),
             BarColumn(None, complete_style="cyan", finished_style="cyan"),
             TaskProgressColumn(),
-            TextColumn("{task.fields[told]}", markup=False, table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[described]}", markup=False, table_column=Column(no_wrap=True)),
             console=self.out.stderr,
             expand=True,
             redirect_stdout=False,
         )
-        bar.add_task("", told="")
+        bar.add_task("", described="")
         bar.start()
         return bar
 
 
-def _told(progress: TokenizeProgress, rate: float) -> list[str]:
+def _described(progress: TokenizeProgress, rate: float) -> list[str]:
     """The text read, the resulting tokens, and, with a rate in bytes per second, the remaining time."""
     total = progress.bytes_total
-    told = [
+    described = [
         size(progress.bytes_read) + (f" of {size(total)}" if total else ""),
         f"{quantity(progress.tokens)} tokens",
     ]
     if rate > 0:
-        told.append(f"{size(rate)}/s")
+        described.append(f"{size(rate)}/s")
         if total and total > progress.bytes_read:
-            told.append(f"{duration((total - progress.bytes_read) / rate)} left")
-    return told
+            described.append(f"{duration((total - progress.bytes_read) / rate)} left")
+    return described

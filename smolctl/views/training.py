@@ -24,7 +24,7 @@ from smolctl.runs.events import (
     Validation,
     to_json,
 )
-from smolctl.runs.story import selection
+from smolctl.runs.prediction_history import selection
 from smolctl.views.chart import LEAST_WIDTH
 from smolctl.views.numbers import counted, duration, size, sparkline
 from smolctl.views.output import Output, StdoutError
@@ -84,7 +84,7 @@ class TrainingView:
             try:
                 self._show(event)
             except StdoutError as error:
-                self.out.talk(f"{error.message}; training continues.")
+                self.out.message(f"{error.message}; training continues.")
 
     def _show(self, event: Event) -> None:
         self.out.event(to_json(event))
@@ -93,7 +93,7 @@ class TrainingView:
         if self.out.json:
             return
         if isinstance(event, Note):
-            self.out.talk(event.text)
+            self.out.message(event.text)
         elif self.out.quiet:
             return
         elif isinstance(event, Start):
@@ -188,7 +188,7 @@ class TrainingView:
             rows["best"] = f"{event.best_bits_per_byte:.4f} bits/byte at {_best_step(event)}"
         rows["saved in"] = f"{event.run}: {self._records()}"
         if not done:
-            rows["go on"] = f"smolctl resume {event.run}"
+            rows["continue"] = f"smolctl resume {event.run}"
         rows["try it"] = f"smolctl sample {event.run}{self._chat_option}"
         self.out.show("", facts(rows.items(), style="bold"))
 
@@ -202,15 +202,15 @@ class TrainingView:
         self.out.line(f"Ended{why} at step {event.step:,} after {duration(event.seconds)}{loss}{check}.")
         self.out.line(f"{event.run}: {self._records()}")
         target = "" if event.reason == "done" else f"; continue with: smolctl resume {event.run}"
-        self.out.talk(f"Try it: smolctl sample {event.run}{self._chat_option}{target}")
+        self.out.message(f"Try it: smolctl sample {event.run}{self._chat_option}{target}")
 
     @property
     def _chat_option(self) -> str:
         return " --chat" if self.state.is_chat else ""
 
     def _records(self) -> str:
-        told = " predictions.md," if self.state.predictions else ""
-        return f"checkpoints, metrics.jsonl,{told} loss.png, report.html"
+        predictions = " predictions.md," if self.state.predictions else ""
+        return f"checkpoints, metrics.jsonl,{predictions} loss.png, report.html"
 
     def _plain_line(self, event: Event) -> None:
         if isinstance(event, Step):

@@ -13,7 +13,7 @@ import numpy as np
 from smolctl.escaping import one_line
 from smolctl.runs.events import Checkpoint, Event, Note, Prediction, Start, Step, Validation
 from smolctl.runs.folder import RunFolder
-from smolctl.runs.story import History
+from smolctl.runs.prediction_history import History
 from smolctl.timing import with_error
 from smolctl.views.chart import LEAST_LINES, LEAST_WIDTH, loss_chart
 from smolctl.views.numbers import duration, quantity, size
@@ -94,17 +94,21 @@ class TrainingDisplay:
         gap = [Text()] if height >= AIRY else []
         lines = [_bar(state, width, ascii_only), *gap, *_facts(state, width), *gap]
         histories = tuple(state.predictions.values())
-        told = [_paragraph(console, width, history[-1].prompt, history[-1].text) for history in histories]
+        paragraphs = [
+            _paragraph(console, width, history[-1].prompt, history[-1].text) for history in histories
+        ]
         title = (
-            [Text(f"predictions at step {max(one[-1].step for one in histories):,}", "dim")] if told else []
+            [Text(f"predictions at step {max(one[-1].step for one in histories):,}", "dim")]
+            if paragraphs
+            else []
         )
         note = _paragraph(console, width, "note: ", state.note)[:2] if state.note else []
         room = height - len(lines) - len(title) - len(note) - len(gap) * (2 if note else 1)
-        if room >= LEAST_LINES + min(len(told), LEAST_PREDICTIONS) and width >= LEAST_WIDTH:
-            chart = max(LEAST_LINES, room - sum(map(len, told)))
+        if room >= LEAST_LINES + min(len(paragraphs), LEAST_PREDICTIONS) and width >= LEAST_WIDTH:
+            chart = max(LEAST_LINES, room - sum(map(len, paragraphs)))
             lines += [*loss_lines(state, width, chart, ascii_only), *gap]
             room -= chart
-        for line in [*lines, *title, *_fitted(told, room), *(gap if note else ()), *note][:height]:
+        for line in [*lines, *title, *_fitted(paragraphs, room), *(gap if note else ()), *note][:height]:
             line.no_wrap, line.overflow = True, "ellipsis"
             yield line
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from smolctl.config.data import DataConfig
-from smolctl.data.cached import DAY, look_at_cache
+from smolctl.data.cached import DAY, list_cache
 from smolctl.data.tokenizer.tokenizer import train_tokenizer
 from smolctl.data.tokens.cache import MANIFEST, lock_of, remove_leftovers, whole_or_absent
 from smolctl.data.tokens.corpus import tokenize_corpus
@@ -110,7 +110,7 @@ def test_folders_that_others_build_at_the_same_moment_are_no_error(
     try:
         for _ in range(150):
             remove_leftovers(tokens)
-            look_at_cache()
+            list_cache()
     finally:
         done.set()
         builder.join()

@@ -96,7 +96,7 @@ def records_case(chance: random.Random, folder: Path) -> Iterable[Act]:
             write_records(facts, run, folder / "out")
 
     return (
-        *(run_folder.write_story, published, lambda: run_folder.keep_records(3)),
+        *(run_folder.write_predictions, published, lambda: run_folder.keep_records(3)),
         *(
             lambda: run_folder.update_environment({"device": "cuda"}),
             command("inspect-config", run, "--json"),

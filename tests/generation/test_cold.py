@@ -15,11 +15,11 @@ ANSWER = """
 import sys
 from smolctl.cli.main import application
 from smolctl.generation.load import load_model
-from smolctl.publish.speaker import Speaker
+from smolctl.publish.space_endpoints import SpaceEndpoints
 for model in sys.argv[1:]:
     for options in (["--prompt", "the"], ["--prompt", "the", "--chat"], ["--jsonl", "prompts.jsonl"]):
         application()(["sample", model, *options, "--max-tokens", "4", "--json"], standalone_mode=False)
-    assert Speaker(load_model(model)).engine().startswith("native"), model
+    assert SpaceEndpoints(load_model(model)).engine().startswith("native"), model
 heavy = {"torch", "transformers", "datasets", "lightning", "gradio", "gguf", "matplotlib"}
 print(sorted(heavy & sys.modules.keys()), file=sys.stderr)
 """

@@ -10,7 +10,7 @@ import gguf
 import pytest
 
 from smolctl.generation.load import load_model, usable_settings
-from smolctl.generation.sampling import DEFAULT_SAMPLING, SamplingSettings, settle
+from smolctl.generation.sampling import DEFAULT_SAMPLING, SamplingSettings, resolve_sampling
 from tests.support.gguf_files import write_gguf
 from tests.support.processes import Smolctl
 from tests.support.tiny_models import tiny_network, write_folder
@@ -48,7 +48,7 @@ def recommending(folder: Path, settings: dict[str, Any]) -> Path:
 def test_the_user_comes_before_the_model_and_the_model_before_the_default(
     own: dict[str, Any], recommended: dict[str, Any], expected: SamplingSettings
 ) -> None:
-    assert settle(own, recommended) == expected
+    assert resolve_sampling(own, recommended) == expected
 
 
 @pytest.mark.parametrize(

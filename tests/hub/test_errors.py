@@ -21,8 +21,8 @@ from smolctl.hub.errors import (
     WRITING,
     ChangedError,
     MissingError,
-    PassingError,
     PaymentError,
+    TemporaryError,
     explained,
 )
 from smolctl.sources import open_source
@@ -87,10 +87,10 @@ ANSWERS: dict[str, tuple[int, str, str, type[HubError], str, str]] = {
     ),
     "somebody else": (412, "", "", ChangedError, "somebody else committed", "same command again"),
     "too large": (413, "", "", HubError, "too large for the Hub (413)", "Leave out"),
-    "too many": (429, "", "", PassingError, "too many requests (429)", "in a few minutes"),
-    "slow": (408, "", "", PassingError, "an internal error (408)", "in a few minutes"),
-    "broken": (500, "", "", PassingError, "an internal error (500)", "in a few minutes"),
-    "overloaded": (503, "", "", PassingError, "an internal error (503)", "in a few minutes"),
+    "too many": (429, "", "", TemporaryError, "too many requests (429)", "in a few minutes"),
+    "slow": (408, "", "", TemporaryError, "an internal error (408)", "in a few minutes"),
+    "broken": (500, "", "", TemporaryError, "an internal error (500)", "in a few minutes"),
+    "overloaded": (503, "", "", TemporaryError, "an internal error (503)", "in a few minutes"),
     "another": (418, "", "short and stout", HubError, "answers 418 (short and stout)", "See http"),
 }
 
@@ -112,7 +112,7 @@ def test_no_answer_in_time(way: str, hub: HubServer, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("SMOLCTL_HUB_TIMEOUT", "0.2")
     hub.hangs_for = 1
     error = refused(way)
-    assert type(error) is PassingError
+    assert type(error) is TemporaryError
     assert f"{hub.url} did not answer in time" in error.message
     assert "SMOLCTL_HUB_TIMEOUT" in error.hint
 
@@ -127,7 +127,7 @@ def test_an_answer_that_drips_is_not_waited_for(
     hub.drips, hub.drips_from = 0.02, start
     hub.repositories["org/tiny"] = HubRepository({f"{number}.txt": b"" for number in range(200)})
     error = refused(way)
-    assert type(error) is PassingError
+    assert type(error) is TemporaryError
     assert f"{hub.url} did not answer in time" in error.message
 
 
@@ -138,7 +138,7 @@ def test_a_refused_connection(way: str, hub: HubServer, monkeypatch: pytest.Monk
         address = f"http://127.0.0.1:{closed.getsockname()[1]}"
         monkeypatch.setenv("HF_ENDPOINT", address)
         error = refused(way)
-    assert type(error) is PassingError
+    assert type(error) is TemporaryError
     assert f"{address} cannot be reached" in error.message
     assert "HF_ENDPOINT" in error.hint
 
@@ -167,7 +167,7 @@ def test_a_wait_that_the_hub_asks_for_is_known_however_deep_its_answer_lies() ->
     answer = httpx2.Response(429, headers={"Retry-After": "7"}, request=request)
     wrapped = RuntimeError("Error while uploading")
     wrapped.__cause__ = errors.HfHubHTTPError("no", response=answer)
-    with pytest.raises(PassingError) as caught, explained("org/tiny", WRITING, "send the files"):
+    with pytest.raises(TemporaryError) as caught, explained("org/tiny", WRITING, "send the files"):
         raise wrapped
     assert caught.value.wait_s == 7
     assert "too many requests (429)" in caught.value.message
@@ -177,9 +177,9 @@ def test_a_wait_that_the_hub_asks_for_is_known_however_deep_its_answer_lies() ->
     ("error", "kind", "words"),
     [
         (OSError(28, "No space left on device"), HubError, "No space left"),
-        (RuntimeError("transfer broke"), PassingError, "transfer broke"),
-        (ConnectionError("xet: network"), PassingError, "cannot be reached (xet: network)"),
-        (TimeoutError(), PassingError, "did not answer in time"),
+        (RuntimeError("transfer broke"), TemporaryError, "transfer broke"),
+        (ConnectionError("xet: network"), TemporaryError, "cannot be reached (xet: network)"),
+        (TimeoutError(), TemporaryError, "did not answer in time"),
         (ValueError("bad name {x}"), HubError, "bad name {x}"),
         (errors.LocalTokenNotFoundError("no"), HubError, "no Hugging Face token was found"),
     ],

@@ -40,7 +40,7 @@ from smolctl.publish.gradio_space import (
 )
 from smolctl.publish.push import PushOptions, PushPlan, push
 from smolctl.publish.sdk import Sdk
-from smolctl.publish.speaker import controls_of
+from smolctl.publish.space_endpoints import controls_of
 from smolctl.sources.huggingface.card import split_card
 from tests.support.native import watched_engine
 from tests.support.processes import Smolctl

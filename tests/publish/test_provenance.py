@@ -46,6 +46,13 @@ def test_the_card_names_the_base_its_commit_and_its_licence(llama: Built) -> Non
     assert f"commit `{COMMIT[:12]}`, licence `apache-2.0`" in text
 
 
+def test_links_lead_to_the_hub_in_use(llama: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example.org")
+    _, text = card_of(with_origin(llama, HUB))
+    assert "https://hub.example.org/org/base" in text
+    assert "huggingface.co/org/base" not in text
+
+
 def test_a_base_on_this_machine_is_named_without_its_folder_and_with_its_own_base(llama: Built) -> None:
     metadata, text = card_of(with_origin(llama, LOCAL))
     assert metadata["base_model"] == ["org/base"]

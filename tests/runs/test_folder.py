@@ -130,7 +130,7 @@ def test_a_record_of_a_later_version_stops_nobody(kind: str, tmp_path: Path) -> 
         path.write_text("".join(json.dumps(record) + "\n" for record in (known, LATER[kind])))
     assert [(record["step"], record["loss"]) for record in folder.metrics()] == [(1, 2.0)]
     assert [one.text for one in folder.predictions()["p"]] == ["text"]
-    folder.write_story()
+    folder.write_predictions()
     folder.keep_records(5)
     kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert kept[0]["colour"], "what a later version has recorded stays in the file"

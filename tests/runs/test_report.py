@@ -83,6 +83,16 @@ def test_the_page_shows_losses_validations_predictions_settings_and_environment(
     assert found.tags.count("polyline") == 3
 
 
+def test_the_best_score_is_one_on_the_text_that_was_scored_last(tmp_path: Path) -> None:
+    other = Validation(1, 0.5, 0.1, 2.0, tokens=100)
+    checks = [other, *(Validation(step, 2.0 + step, 0.1, 4.0, tokens=200) for step in (2, 3))]
+    found = page(tmp_path, *steps(3), *checks)
+    best = RunFolder(tmp_path / "run").best_validation()
+    assert best is not None
+    assert f"Best, at step {best['step']}" in "".join(found.texts)
+    assert best["step"] == 2
+
+
 def test_the_page_is_one_file_without_a_script(tmp_path: Path) -> None:
     found = page(tmp_path, *steps(3))
     assert not {"script", "link", "img", "iframe", "object"} & set(found.tags)

@@ -49,7 +49,7 @@ def write_site(work: Path, template: str | None = TEMPLATE) -> Path:
 
 
 class PageServer(Loopback):
-    """Sends a page's files, counts the requests for each, and spoils what it was told to.
+    """Sends a page's files, counts the requests for each, and spoils those that a test names.
 
     Args:
         folder: of the page.

@@ -50,7 +50,7 @@ def played(
         last = step >= config.train.steps
         for task, cost in TASK_SECONDS.items():
             if last or step % tasks[task].every == 0:
-                with clock.beside(task):
+                with clock.timed(task):
                     time += cost
         if last:
             return config, time

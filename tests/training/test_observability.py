@@ -29,7 +29,7 @@ from smolctl.extras import install_command
 from smolctl.runs.chart import smoothed, thinned
 from smolctl.runs.events import Candidate, End, Event, Note, Prediction, Step, Validation
 from smolctl.runs.folder import RunFolder
-from smolctl.runs.story import selection, to_markdown
+from smolctl.runs.prediction_history import selection, to_markdown
 from smolctl.timing import peak_memory
 from smolctl.training import loggers as loggers_module
 from smolctl.training.device import flops_utilization, peak_flops, run_peak_flops

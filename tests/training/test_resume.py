@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from smolctl.config.load import merge
 from smolctl.config.run import ScheduleConfig
 from smolctl.durable import file_digest
 from smolctl.errors import ExitCode, InputError, UsageError
-from smolctl.runs.checkpoint_file import find_damage
+from smolctl.runs.checkpoint_file import find_damage, read_checkpoint, write_checksum
 from smolctl.runs.events import Note
 from smolctl.runs.folder import RunFolder
 from smolctl.training.optim.schedule import continue_schedule, learning_rate
@@ -103,6 +104,20 @@ def test_verification_sees_one_changed_bit(finished: Finished) -> None:
     assert not result.exact
     assert result.exit_code == ExitCode.GATE_NOT_MET
     assert "step 13" in result.differences[0]
+
+
+def test_verification_sees_the_sign_of_a_zero(make: Make) -> None:
+    folder = run(make(model={"tie_word_embeddings": False}), "run")
+    assert check(folder).exact
+    path = RunFolder(folder).checkpoint(15).path
+    content = read_checkpoint(path, mmap=False)
+    moments = [one["exp_avg"] for one in content["optimizer_states"][0]["state"].values()]
+    assert sum(int((one == 0).sum()) for one in moments)  # of tokens that never occurred
+    for one in moments:
+        one[one == 0] = -0.0
+    torch.save(content, path)
+    write_checksum(path, file_digest(path))
+    assert "optimizer" in check(folder).differences[0]
 
 
 def test_verification_sees_that_a_run_went_another_way(make: Make, finished: Finished) -> None:

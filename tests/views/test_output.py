@@ -82,7 +82,7 @@ PRINTERS: dict[str, Callable[[Output, str], object]] = {
     "text that streams, token by token": lambda out, text: list(map(out.write, text)),
     "a line": lambda out, text: out.line(text),
     "a table": lambda out, text: out.show(_table(text)),  # type: ignore[arg-type]
-    "talk": lambda out, text: out.talk(text),
+    "message": lambda out, text: out.message(text),
     "an error": lambda out, text: out.error(InputError(text, text)),
     "what a library prints": lambda out, text: print(text, file=sys.stderr),
     "a log of a library": lambda out, text: logging.getLogger("some.library").error(text),

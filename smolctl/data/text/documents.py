@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from smolctl.data.text.conversations import shape_of
 from smolctl.errors import InputError
+from smolctl.escaping import whole_characters
 
 # Small pieces keep an encoder's working set in the CPU's cache and spread evenly over the cores.
 PIECE = 16 * 1024  # characters
@@ -30,14 +33,6 @@ LONGEST_PIECE = 16 * 1024 * 1024
 _VISIBLE = r"[\w!-~\u2010-\u2027\u2030-\u205e\u3001-\u3029\uff01-\uff5e]"
 _LIKELY_CUT = re.compile(rf"(?<={_VISIBLE}\n)(?={_VISIBLE})|(?<={_VISIBLE})(?= {_VISIBLE})")
 _LAST_SPACE = re.compile(r"\s\S*\Z")
-
-# Fields by which chat and instruction data are recognized; all fields of a group must be present.
-_OF_CONVERSATIONS = (
-    {"messages"},
-    {"conversations"},
-    {"instruction", "output"},
-    {"prompt", "completion"},
-)
 
 # Called with the number of bytes of a source that were read since the last call.
 OnRead = Callable[[int], None]
@@ -97,25 +92,39 @@ def _forced_cut(text: str, start: int, size: int, stop: int) -> int:
     return space.start() if space else stop
 
 
+def text_of(row: Mapping[str, Any], text_field: str, where: str) -> str:
+    """The text of a row; empty if it is null.
+
+    Args:
+        row: its fields.
+        text_field: the one that holds the text.
+        where: the row's origin for people.
+
+    Raises:
+        InputError: there is no such field, or it does not hold text.
+    """
+    if text_field not in row:
+        raise no_text(where, f"no field {text_field!r}", row)
+    text = row[text_field]
+    if text is not None and not isinstance(text, str):
+        raise InputError(
+            f"{where}: field {text_field!r} is not text ({type(text).__name__})",
+            "Write it as one text, take it out, or name another field in data.text_field.",
+        )
+    return whole_characters(text or "")
+
+
 def no_text(where: str, reason: str, names: Iterable[str]) -> InputError:
-    """The message about a row whose text is not found among its fields or columns."""
+    """The message about a row or table whose text is not found among its fields or columns."""
     fields = tuple(names)
     hint = (
         "Set data.text_field to the field or column that holds the text, or to a list of one for each source."
     )
     if len(fields) == 1:
         hint = f"If it holds the text: --set data.text_field={fields[0]}"
-    if any(group.issubset(fields) for group in _OF_CONVERSATIONS):
+    if shape_of(fields) is not None:
         hint = "These are conversations or instructions: train on them with `smolctl train chat --data …`."
     return InputError(f"{where}: {reason}; it has {', '.join(map(repr, fields)) or 'no fields'}", hint)
-
-
-def not_text(where: str, name: str, value: object) -> InputError:
-    """The message about a field or column that is not text."""
-    return InputError(
-        f"{where}: field {name!r} is not text ({type(value).__name__})",
-        "Write it as one text, take it out, or name another field in data.text_field.",
-    )
 
 
 def utf8_size(text: str) -> int:

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from smolctl.data.text.compression import ENDINGS, open_chunks
-from smolctl.data.text.documents import Document, OnRead, no_text, not_text
+from smolctl.data.text.documents import Document, OnRead, no_text, text_of
 from smolctl.errors import InputError
-from smolctl.escaping import whole_characters
 from smolctl.extras import install_command
 from smolctl.outside import parse_json
 
@@ -160,7 +159,7 @@ def read_file(path: Path, text_field: str, on_read: OnRead) -> Iterator[Document
     kind = kind_of(path)
     if kind == "parquet":
         for where, row in _parquet_rows(path, text_field, on_read):
-            yield Document(where, iter([_text_of(row, text_field, where)]))
+            yield Document(where, iter([text_of(row, text_field, where)]))
         return
     chunks = _read_text(path, on_read)
     if kind in _JSON:
@@ -171,7 +170,7 @@ def read_file(path: Path, text_field: str, on_read: OnRead) -> Iterator[Document
         yield Document(str(path), chunks)
         return
     for where, row in rows:
-        yield Document(where, iter([_text_of(row, text_field, where)]))
+        yield Document(where, iter([text_of(row, text_field, where)]))
 
 
 def read_rows(path: Path, on_read: OnRead) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
@@ -331,17 +330,6 @@ def _object(record: object, where: str) -> dict[str, Any]:
             'Write each text as an object, such as {"text": "..."}.',
         )
     return record
-
-
-def _text_of(row: Mapping[str, Any], text_field: str, where: str) -> str:
-    if text_field not in row:
-        raise no_text(where, f"no field {text_field!r}", row)
-    text = row[text_field]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise not_text(where, text_field, text)
-    return whole_characters(text)
 
 
 def _parquet_rows(path: Path, column: str | None, on_read: OnRead) -> Iterator[tuple[str, Mapping[str, Any]]]:

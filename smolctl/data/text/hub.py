@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
-from smolctl.data.text.documents import Document, no_text, not_text
+from smolctl.data.text.documents import Document, text_of
 from smolctl.errors import InputError
 from smolctl.extras import install_command
-from smolctl.hub.connection import api, question_seconds
+from smolctl.hub.connection import api, read_timeout
 from smolctl.hub.errors import READING_DATA, explained
 
 _NAME = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@(\w[\w./-]*))?(?::([\w.-]+))?")
@@ -87,7 +87,7 @@ class DatasetReader:
             HubError: there is no such dataset, or the Hub did not provide it.
         """
         for where, row in self.rows():
-            yield Document(where, iter([self._text(row, where)]))
+            yield Document(where, iter([text_of(row, self.text_field, where)]))
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Stream the rows with all their fields and their origin. Errors as in `documents`."""
@@ -128,14 +128,6 @@ class DatasetReader:
             rows.load_state_dict(self._state["rows"])
         return rows
 
-    def _text(self, row: dict[str, Any], where: str) -> str:
-        if self.text_field not in row:
-            raise no_text(where, f"no text in column {self.text_field!r}", row)
-        text = row[self.text_field]
-        if text is not None and not isinstance(text, str):
-            raise not_text(where, self.text_field, text)
-        return text or ""
-
 
 def _require_datasets(name: DatasetName) -> None:
     if find_spec("datasets") is None:
@@ -148,7 +140,7 @@ def _require_datasets(name: DatasetName) -> None:
 def _commit(name: DatasetName) -> str:
     """The current commit of a revision: one request, without retries."""
     with _explained(name):
-        info = api().dataset_info(name.repository, revision=name.revision, timeout=question_seconds())
+        info = api().dataset_info(name.repository, revision=name.revision, timeout=read_timeout())
     return str(info.sha)
 
 

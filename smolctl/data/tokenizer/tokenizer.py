@@ -18,6 +18,7 @@ from smolctl.config.model import MAX_VOCABULARY
 from smolctl.data.tokenizer.bpe import train_bpe
 from smolctl.data.tokenizer.decoding import TextStream, bytes_of_token, is_byte_level
 from smolctl.data.tokenizer.prompt import Prompt, SpecialTokens, SpelledTokens
+from smolctl.durable import write_json
 from smolctl.errors import HubError, InputError, PromptTooLongError
 from smolctl.escaping import whole_characters
 from smolctl.outside import shown
@@ -30,7 +31,7 @@ from smolctl.sources.huggingface.tokenizer import (
     read_tokenizer_folder,
     read_tokenizer_json,
 )
-from smolctl.sources.huggingface.write import GENERATION, generation_config, write_json, write_tokenizer
+from smolctl.sources.huggingface.write import GENERATION, generation_config, write_tokenizer
 from smolctl.sources.stops import END_TOKENS, stop_token_ids
 
 DEFAULT_TOKENIZER = "HuggingFaceTB/SmolLM2-135M"

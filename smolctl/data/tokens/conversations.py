@@ -187,7 +187,7 @@ def _split(
         duplicates=manifest.duplicates,
         tokens=manifest.tokens,
         bytes=manifest.bytes,
-        notes=(*_complaints(manifest, facts, data), *notes),
+        notes=(*_row_notes(manifest, facts, data), *notes),
         conversations=facts,
     )
 
@@ -216,7 +216,7 @@ def _example(words: NDArray[np.int64], tokenizer: Tokenizer) -> tuple[tuple[str,
     return tuple((tokenizer.decode(ids.tolist(), skip_special=False), trained) for ids, trained in runs)
 
 
-def _complaints(manifest: ConversationManifest, facts: ConversationFacts, data: DataConfig) -> Iterator[str]:
+def _row_notes(manifest: ConversationManifest, facts: ConversationFacts, data: DataConfig) -> Iterator[str]:
     """Notes on rows that are not trained on, or not completely."""
     if facts.skipped:
         reasons = sorted(manifest.skipped.items(), key=lambda item: (-item[1], item[0]))
@@ -226,7 +226,7 @@ def _complaints(manifest: ConversationManifest, facts: ConversationFacts, data: 
             f"First: {manifest.named[0]}."
         )
     for remark, count in manifest.remarks.items():
-        yield f"{remark}: {count:,} conversation{'s'[: count > 1]}."
+        yield f"{remark}: {count:,} conversation{'s' if count > 1 else ''}."
     kept = {"start": "their start", "end": "their end"}
     if facts.cut:
         yield (

@@ -122,7 +122,7 @@ def _tokenize(
             f"Set their shares, for example data.weights={[1] * len(sources)}.",
         )
     read = [source.read_as for source in sources if source.read_as]
-    return replace(corpus, read=(*read, *_what_was_met(corpus, data)))
+    return replace(corpus, read=(*read, *_reading_notes(corpus, data)))
 
 
 def _validated_on(corpus: TokenizedCorpus, held_out: TokenizedCorpus, name: str) -> TokenizedCorpus:
@@ -143,7 +143,7 @@ def _validated_on(corpus: TokenizedCorpus, held_out: TokenizedCorpus, name: str)
     )
 
 
-def _what_was_met(corpus: TokenizedCorpus, data: DataConfig) -> Iterator[str]:
+def _reading_notes(corpus: TokenizedCorpus, data: DataConfig) -> Iterator[str]:
     """Notes on texts that may be read differently from what the user expects."""
     if corpus.empty:
         yield f"Empty texts, left out: {corpus.empty:,}."

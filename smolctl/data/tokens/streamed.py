@@ -106,9 +106,9 @@ def tokenize_stream(
     if not _suffice(segments, needed):
         with locked(folder, on_note):
             segments = _read(folder, tokenizer, needed, lambda _: None)
-            work = _Work(folder, dataset, data, tokenizer, on_progress)
+            extension = _Extension(folder, dataset, data, tokenizer, on_progress)
             if not _suffice(segments, needed):
-                segments = work.extend(segments, needed)
+                segments = extension.extend(segments, needed)
     return _cut(folder, dataset, segments, data, needed)
 
 
@@ -134,7 +134,7 @@ def _suffice(segments: list[Segment], needed: int | None) -> bool:
 
 
 @dataclass(frozen=True)
-class _Work:
+class _Extension:
     """Adds segments to a folder. The lock must be held."""
 
     folder: Path

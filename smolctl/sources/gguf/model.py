@@ -89,10 +89,8 @@ KEYS = SIZES | {
 }
 OPTIONAL = ("vocab_size", "num_key_value_heads", "head_dim", "rope_theta")
 REQUIRED = {key: field for key, field in KEYS.items() if field not in OPTIONAL}
-
-
-# A vocabulary-only file, as in the tests of llama.cpp's tokenizers.
-NO_HEAD_SAID = "tie_word_embeddings true is assumed: a file without tensors does not show it"
+# For a file with a vocabulary only, such as those of llama.cpp's tests.
+TIE_ASSUMED = "tie_word_embeddings true is assumed: a file without tensors does not show it"
 
 
 def open_gguf(path: Path, name: str) -> ModelSource:
@@ -117,7 +115,7 @@ def open_gguf(path: Path, name: str) -> ModelSource:
         )
         for tensor in header.tensors
     )
-    assumed = (NO_HEAD_SAID,) if config and not tensors else ()
+    assumed = (TIE_ASSUMED,) if config and not tensors else ()
     return ModelSource(
         kind=SourceKind.GGUF,
         id=name,

@@ -47,9 +47,9 @@ QWEN_DEFAULTS = {
 }
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 ROPE = ("rope_parameters", "rope_scaling")  # transformers 5's key and 4's
+CONTEXT = "max_position_embeddings"
 # The model type with which `push` names a network with learned positions or scaled branches, and the defaults
 # of its config class.
-CONTEXT = "max_position_embeddings"
 OWN_TYPE, OWN_ARCHITECTURE = "smolctl", "SmolctlForCausalLM"
 OWN_DEFAULTS = {"position_embedding": "learned", "residual_scale": 1.0}
 # The supported model types, with the class and the defaults of each in transformers.
@@ -90,8 +90,8 @@ OFF_SWITCHES = (
     *("attention_bias", "mlp_bias", "quantization_config", "quantization"),
     *("rope_interleaved", "use_mrope"),
 )
-# Fields of `ModelConfig` that transformers does not have: two are smolctl's, and two are implied by the
-# class.
+# Fields of `ModelConfig` that not every class of transformers has: two are smolctl's own, one is SmolLM3's,
+# and two are implied by the class.
 NOT_WRITTEN = {"position_embedding", "residual_scale", "no_rope_layers", "qkv_bias", "use_qk_norm"}
 SILU = ("silu", "swish")  # two names of the same function
 
@@ -106,7 +106,7 @@ class _Declared(TypedDict, total=False):
     rope_scaling: dict[str, Any] | None
 
 
-class _OurKinds(TypedDict, total=False):
+class _SupportedKeys(TypedDict, total=False):
     """Further keys that are read if `model_type` is one of `ARCHITECTURES`."""
 
     num_hidden_layers: int
@@ -133,7 +133,7 @@ def from_huggingface_config(values: Mapping[str, Any], origin: str) -> tuple[Mod
     """
     checked(_Declared, values, origin)
     if values.get("model_type") in ARCHITECTURES:
-        checked(_OurKinds, values, origin)
+        checked(_SupportedKeys, values, origin)
     reason = unsupported_feature(values)
     return (None, reason) if reason else (_network(values, origin), "")
 

@@ -30,8 +30,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PARTS = frozenset((*TOKENIZER_FILES, INDEX, "params.json"))
 LONE_ENDINGS = (".gguf", ".bin", ".pth", ".pt", ".ckpt")
-
-
 MERGE = "Merge it into its base model with peft (merge_and_unload, save_pretrained) and name the result."
 KIND = "Name the config.json of a model, its folder or its weights."
 CONFIG_KEYS = frozenset(("architectures", "hidden_size", "model_type", "text_config", "vocab_size"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolctl.config import ModelConfig
-from smolctl.escaping import json_text
+from smolctl.durable import write_json
 from smolctl.sources.base import TokenizerFiles
 from smolctl.sources.huggingface.config import to_huggingface_config
 from smolctl.sources.huggingface.folder import SINGLE
@@ -107,8 +107,3 @@ def generation_config(config: ModelConfig | None, tokenizer: TokenizerFiles | No
     last = sorted(ends)
     ids = {"bos_token_id": first, "eos_token_id": last[0] if len(last) == 1 else last, "pad_token_id": pad}
     return {key: value for key, value in ids.items() if value not in (None, [])}
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write an object for people to read: indented, and in UTF-8."""
-    path.write_text(json_text(content, indent=2) + "\n", encoding="utf-8")

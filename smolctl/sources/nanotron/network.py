@@ -19,14 +19,14 @@ DEFAULTS: Mapping[str, Any] = {
     **{"initializer_range": 0.02, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None},
 }
 # Fields of `ModelConfig` that are derived from keys with other names or values.
-KIN = ("rope_scaling", "no_rope_layers", "qkv_bias", "use_qk_norm")
-MODEL_FIELDS = tuple(field for field in ModelConfig.model_fields if field not in KIN)
+DERIVED_FIELDS = ("rope_scaling", "no_rope_layers", "qkv_bias", "use_qk_norm")
+MODEL_FIELDS = tuple(field for field in ModelConfig.model_fields if field not in DERIVED_FIELDS)
 # Qwen2's network without its biases and sliding windows is a Llama.
 NETWORKS = ("is_llama_config", "is_qwen2_config")
-# Keys of a model that become fields of `KIN`.
-KIN_KEYS = ("no_rope_layer", "rope_scaling", "attention_bias")
+# Keys of a model that become `DERIVED_FIELDS`.
+RENAMED_KEYS = ("no_rope_layer", "rope_scaling", "attention_bias")
 # Keys of a model that affect only how it is computed: fused kernels, caches, logs.
-HOW = (
+IMPLEMENTATION_KEYS = (
     *("pretraining_tp", "use_cache", "_attn_implementation", "_fused_rms_norm", "_fused_rotary_emb"),
     *("_use_qkv_packed", "_use_doc_masking", "log_attn_probs", "ring_attn_heads_k_stride"),
     *("z_loss_enabled", "z_loss_coefficient", "rope_interleaved"),
@@ -54,7 +54,7 @@ def unsupported_feature(model: Mapping[str, Any]) -> str:
 
 def not_understood(model: Mapping[str, Any]) -> list[str]:
     """Keys of a model that are switched on, but that smolctl's Llama does not support."""
-    known = {*MODEL_FIELDS, *NETWORKS, *HOW, *KIN_KEYS}
+    known = {*MODEL_FIELDS, *NETWORKS, *IMPLEMENTATION_KEYS, *RENAMED_KEYS}
     if model.get("rope_scaling") and _rope_scaling(model) is None:
         known.remove("rope_scaling")
     if model.get("no_rope_layer") or not model.get("is_qwen2_config"):  # nanotron's Llama has no biases

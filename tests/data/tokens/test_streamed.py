@@ -301,7 +301,7 @@ def test_refusals_say_what_is_wrong(dataset_hub: HubServer, rows: HubRepository,
     assert "no such revision" in refusal("org/rows@v9", tmp_path).message
     assert "'nowhere' not found" in refusal("org/rows:nowhere", tmp_path).message
     missing = refusal("org/rows", tmp_path, text_field="body")
-    assert "row 1: no text in column 'body'; it has 'text', 'number'" in missing.message
+    assert "row 1: no field 'body'; it has 'text', 'number'" in missing.message
     assert missing.exit_code == ExitCode.BAD_INPUT
     dataset_hub.repositories["datasets/org/none"] = HubRepository({"train.parquet": parquet(["", None])})
     assert "no text" in refusal("org/none", tmp_path).message

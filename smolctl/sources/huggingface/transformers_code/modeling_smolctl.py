@@ -58,7 +58,7 @@ class SmolctlModel(LlamaModel):
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, **others):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        # Releases of transformers differ in the name; what came in by either goes on by the same one.
+        # Versions of transformers differ in the name of this argument, which is passed on as it came.
         cache = others.get("cache", others.get("past_key_values"))
         seen = cache.get_seq_length() if cache is not None else 0
         end, context = seen + inputs_embeds.shape[1], self.config.max_position_embeddings

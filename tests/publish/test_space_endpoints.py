@@ -18,29 +18,29 @@ from smolctl.data.tokenizer.prompt import Prompt
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.generation.conversation import Conversation
 from smolctl.generation.load import LoadedModel, load_model
-from smolctl.publish.speaker import REFUSED, STOPPED, Speaker, Visit
+from smolctl.publish.space_endpoints import REFUSED, STOPPED, SpaceEndpoints, Visit
 from tests.support.native import watched_engine
 from tests.support.tiny_models import tiny_model, tiny_network, tiny_tokenizer
 
 
 @pytest.fixture
-def speaker_of() -> Iterator[Callable[..., Speaker]]:
+def endpoints_of() -> Iterator[Callable[..., SpaceEndpoints]]:
     """Makes speakers, and ends their threads when the test is over."""
-    made: list[Speaker] = []
+    made: list[SpaceEndpoints] = []
 
-    def make(*arguments: Any, **options: Any) -> Speaker:
-        made.append(Speaker(*arguments, **options))
+    def make(*arguments: Any, **options: Any) -> SpaceEndpoints:
+        made.append(SpaceEndpoints(*arguments, **options))
         return made[-1]
 
     yield make
-    for speaker in made:
-        speaker.service.close()
+    for endpoints in made:
+        endpoints.service.close()
 
 
 def test_a_chat_forgets_its_oldest_turns_rather_than_fail(
-    chat_space: Path, speaker_of: Callable[..., Speaker]
+    chat_space: Path, endpoints_of: Callable[..., SpaceEndpoints]
 ) -> None:
-    speaker = speaker_of(load_model(str(chat_space / "model")))
+    endpoints = endpoints_of(load_model(str(chat_space / "model")))
     history = [
         {"role": role, "content": [{"type": "text", "text": "the cat sat on a mat " * 3}]}
         for _ in range(20)
@@ -48,7 +48,7 @@ def test_a_chat_forgets_its_oldest_turns_rather_than_fail(
     ]
 
     async def ask() -> str:
-        return [text async for text in speaker.chat("the cat", history, 8, 0.7, 0.95, 0, 1.0, 1)][-1]
+        return [text async for text in endpoints.chat("the cat", history, 8, 0.7, 0.95, 0, 1.0, 1)][-1]
 
     answer = asyncio.run(ask())
     assert answer
@@ -57,22 +57,22 @@ def test_a_chat_forgets_its_oldest_turns_rather_than_fail(
 
 @pytest.mark.parametrize("calls", [0, 9], ids=["while the prompt is read", "while text comes"])
 def test_a_visitor_who_leaves_stops_the_work_and_the_next_is_answered_at_once(
-    calls: int, speaker_of: Callable[..., Speaker]
+    calls: int, endpoints_of: Callable[..., SpaceEndpoints]
 ) -> None:
     engine, watched = watched_engine(tiny_network(context=1600))
     model, controls = LoadedModel("tiny", engine, tiny_tokenizer(), 0.0), (1000, 0.0, 1.0, 0, 1.0, 1)
-    speaker = speaker_of(model)
+    endpoints = endpoints_of(model)
 
     async def next_visitor() -> str:
-        return [text async for text in speaker.continue_text("the dog", 8, *controls[1:])][-1]
+        return [text async for text in endpoints.continue_text("the dog", 8, *controls[1:])][-1]
 
-    expected = spoken(speaker_of(model), "the dog")[-1]
+    expected = answers_to(endpoints_of(model), "the dog")[-1]
     needed, watched.entries = watched.entries, 0
     permits = threading.Semaphore(calls)  # of calls of the engine, before it waits for the visitor to leave
     watched.on_entry = permits.acquire
 
     async def leave() -> None:
-        stream = speaker.continue_text("the cat", *controls)
+        stream = endpoints.continue_text("the cat", *controls)
         waiting = asyncio.create_task(anext(stream))
         while watched.entries <= calls:
             await asyncio.sleep(0.001)
@@ -90,26 +90,29 @@ def test_a_visitor_who_leaves_stops_the_work_and_the_next_is_answered_at_once(
     assert watched.entries == calls + 1 + needed
 
 
-def spoken(
-    speaker: Speaker, prompt: str = "the cat", tokens: int = 8, controls: Sequence[float] | None = None
+def answers_to(
+    endpoints: SpaceEndpoints,
+    prompt: str = "the cat",
+    tokens: int = 8,
+    controls: Sequence[float] | None = None,
 ) -> list[str]:
     """All versions of a continuation, a greedy one where nothing else is said."""
 
     async def ask() -> list[str]:
         greedy = (tokens, 0.0, 1.0, 0, 1.0, 1)
-        return [text async for text in speaker.continue_text(prompt, *(controls or greedy))]
+        return [text async for text in endpoints.continue_text(prompt, *(controls or greedy))]
 
     return asyncio.run(ask())
 
 
 @pytest.mark.parametrize("why", ["the page was closed", "time is up"])
 def test_an_answer_nobody_waits_for_ends_while_its_prompt_is_read(
-    why: str, monkeypatch: pytest.MonkeyPatch, speaker_of: Callable[..., Speaker]
+    why: str, monkeypatch: pytest.MonkeyPatch, endpoints_of: Callable[..., SpaceEndpoints]
 ) -> None:
-    monkeypatch.setattr("smolctl.publish.speaker.CHECK_EVERY_S", 0.005)
+    monkeypatch.setattr("smolctl.publish.space_endpoints.CHECK_EVERY_S", 0.005)
     engine, watched = watched_engine(tiny_network(context=1600))
     model = LoadedModel("tiny", engine, tiny_tokenizer(), 0.0)
-    expected, needed = spoken(speaker_of(model))[-1], watched.entries
+    expected, needed = answers_to(endpoints_of(model))[-1], watched.entries
     waits = why == "time is up"
     reading = threading.Event()
 
@@ -118,28 +121,30 @@ def test_an_answer_nobody_waits_for_ends_while_its_prompt_is_read(
         time.sleep(0.03)
 
     visit = Visit(lambda: reading.is_set() and not waits)
-    speaker = speaker_of(model, 0.02 if waits else 60.0, lambda: visit)
+    endpoints = endpoints_of(model, 0.02 if waits else 60.0, lambda: visit)
     watched.entries, watched.on_entry = 0, read
-    assert spoken(speaker, "the cat sat on the mat. " * 60, 500) == [
+    assert answers_to(endpoints, "the cat sat on the mat. " * 60, 500) == [
         "the cat sat on the mat. " * 60 + STOPPED
     ]
     assert watched.entries <= 1  # of the several that the prompt needs
     watched.entries = 0
-    assert spoken(speaker_of(model))[-1] == expected
+    assert answers_to(endpoints_of(model))[-1] == expected
     assert watched.entries == needed
 
 
-def test_visitors_are_answered_together_and_each_stops_alone(speaker_of: Callable[..., Speaker]) -> None:
+def test_visitors_are_answered_together_and_each_stops_alone(
+    endpoints_of: Callable[..., SpaceEndpoints],
+) -> None:
     engine, watched = watched_engine(tiny_network(context=1600))
-    speaker = speaker_of(LoadedModel("tiny", engine, tiny_tokenizer(), 0.0))
+    endpoints = endpoints_of(LoadedModel("tiny", engine, tiny_tokenizer(), 0.0))
     texts, sampled = ("the cat", "the dog", "a mat", "the cat sat"), (24, 1.0, 1.0, 0, 1.0, 7)
-    expected = [spoken(speaker, text, controls=sampled)[-1] for text in texts]
+    expected = [answers_to(endpoints, text, controls=sampled)[-1] for text in texts]
     gate = threading.Event()
     watched.entries, watched.on_entry = 0, gate.wait  # all have asked before anybody is answered
 
     async def visit(text: str, leaves: bool) -> str:
         versions = []
-        async with aclosing(speaker.continue_text(text, *(1500 if leaves else 24, *sampled[1:]))) as answer:
+        async with aclosing(endpoints.continue_text(text, *(1500 if leaves else 24, *sampled[1:]))) as answer:
             async for version in answer:
                 versions.append(version)
                 if leaves:
@@ -149,7 +154,7 @@ def test_visitors_are_answered_together_and_each_stops_alone(speaker_of: Callabl
     async def visits() -> list[str]:
         asked = [asyncio.ensure_future(visit(text, leaves=False)) for text in texts]
         leaving = [asyncio.ensure_future(visit(text, leaves=True)) for text in texts]
-        while speaker.service.scheduler.active + speaker.service.scheduler.waiting < 1:
+        while endpoints.service.scheduler.active + endpoints.service.scheduler.waiting < 1:
             await asyncio.sleep(0.001)
         gate.set()
         await asyncio.gather(*leaving)
@@ -157,36 +162,36 @@ def test_visitors_are_answered_together_and_each_stops_alone(speaker_of: Callabl
 
     assert asyncio.run(visits()) == expected
     assert watched.entries < 1000  # one after the other, the first that leaves would have held up the rest
-    while speaker.service.scheduler.active:
+    while endpoints.service.scheduler.active:
         time.sleep(0.001)
 
 
 @pytest.mark.parametrize(("room", "slots"), [(1 << 40, 8), (1 << 20, 1)])
 def test_conversations_in_memory_are_as_many_as_fit(
-    room: int, slots: int, monkeypatch: pytest.MonkeyPatch, speaker_of: Callable[..., Speaker]
+    room: int, slots: int, monkeypatch: pytest.MonkeyPatch, endpoints_of: Callable[..., SpaceEndpoints]
 ) -> None:
-    monkeypatch.setattr("smolctl.publish.speaker.CACHE_BYTES", room)
-    speaker = speaker_of(tiny_model(context=1 << 12))
-    assert speaker.service.slots == slots
-    assert slots == 1 or speaker.service.cache_bytes <= room
+    monkeypatch.setattr("smolctl.publish.space_endpoints.CACHE_BYTES", room)
+    endpoints = endpoints_of(tiny_model(context=1 << 12))
+    assert endpoints.service.slots == slots
+    assert slots == 1 or endpoints.service.cache_bytes <= room
 
 
 @pytest.mark.proof
 @pytest.mark.real_weights
 def test_a_hundred_closed_answers_leave_the_next_one_as_it_was(
-    gguf_file: Path, speaker_of: Callable[..., Speaker]
+    gguf_file: Path, endpoints_of: Callable[..., SpaceEndpoints]
 ) -> None:
-    speaker, chance = speaker_of(load_model(str(gguf_file))), random.Random(0)
+    endpoints, chance = endpoints_of(load_model(str(gguf_file))), random.Random(0)
     long, likeliest = "Tell me about the cat that sat on the mat. " * 150, (0.0, 1.0, 0, 1.0, 1)
 
     async def short() -> str:
-        return [text async for text in speaker.continue_text("The capital of France is", 8, *likeliest)][-1]
+        return [text async for text in endpoints.continue_text("The capital of France is", 8, *likeliest)][-1]
 
     async def close_and_go_on() -> int:
         """How many answers were closed before their first text."""
         expected, early = await short(), 0
         for _ in range(100):
-            answer = speaker.continue_text(long, 100, *likeliest)
+            answer = endpoints.continue_text(long, 100, *likeliest)
             first = asyncio.ensure_future(anext(answer))
             await asyncio.wait([first], timeout=chance.random())
             early += first.cancel()
@@ -200,24 +205,24 @@ def test_a_hundred_closed_answers_leave_the_next_one_as_it_was(
 
 
 def test_what_the_page_says_below_an_answer_is_not_read_as_the_models(
-    speaker_of: Callable[..., Speaker],
+    endpoints_of: Callable[..., SpaceEndpoints],
 ) -> None:
-    speaker = speaker_of(tiny_model(context=200))
+    endpoints = endpoints_of(tiny_model(context=200))
 
     async def ask(answer: str) -> str:
         history = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
-        return [text async for text in speaker.chat("the cat", history, 8, 0.0, 1.0, 0, 1.0, 1)][-1]
+        return [text async for text in endpoints.chat("the cat", history, 8, 0.0, 1.0, 0, 1.0, 1)][-1]
 
     for note in (STOPPED, f"{REFUSED}no room"):
         assert asyncio.run(ask(f"the dog\n\n{note}")) == asyncio.run(ask("the dog"))
 
 
-def test_the_page_says_why_there_is_no_answer(speaker_of: Callable[..., Speaker]) -> None:
+def test_the_page_says_why_there_is_no_answer(endpoints_of: Callable[..., SpaceEndpoints]) -> None:
     """An error would lock its box for good; a program gets one."""
-    speaker = speaker_of(tiny_model(), visit=lambda: Visit(by_program=False))
+    endpoints = endpoints_of(tiny_model(), visit=lambda: Visit(by_program=False))
 
     async def ask() -> list[str]:
-        return [text async for text in speaker.chat("the cat " * 1000, [], 8, 0.0, 1.0, 0, 1.0, 1)]
+        return [text async for text in endpoints.chat("the cat " * 1000, [], 8, 0.0, 1.0, 0, 1.0, 1)]
 
     assert asyncio.run(ask()) == [
         f"{REFUSED}the prompt has 8,000 characters, but the model's context of 96 tokens holds 1,536 at most"

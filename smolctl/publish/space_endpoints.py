@@ -19,7 +19,7 @@ from smolctl.generation.complete import CompletionSettings
 from smolctl.generation.conversation import MOST_TOKENS, Conversation
 from smolctl.generation.load import LoadedModel
 from smolctl.generation.sampling import SamplingSettings
-from smolctl.generation.service import Asked, Piece, Service
+from smolctl.generation.service import Piece, Service, ServicePrompt
 
 ANSWER_S = 60.0  # per answer, including its prompt, because others are waiting
 CHECK_EVERY_S = 0.25  # for the end of the time, or of the visit
@@ -49,7 +49,7 @@ class Visit:
     by_program: bool = True  # uses the endpoint for programs
 
 
-class Speaker:
+class SpaceEndpoints:
     """A model that answers several visitors at once; one who leaves or presses stop ends only their own
     answer.
 
@@ -124,9 +124,9 @@ class Speaker:
             with suppress(RuntimeError):  # the loop is closed, so there is no receiver
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        def read() -> Asked:
+        def read() -> ServicePrompt:
             self.model.tokenizer.require_room(len(text), self.context)
-            return Asked(make_prompt().ids, _settings(controls))
+            return ServicePrompt(make_prompt().ids, _settings(controls))
 
         answer, ended, job = "", False, None
         try:

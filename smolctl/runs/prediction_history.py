@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from smolctl.escaping import code_span, fenced
 from smolctl.runs.events import Prediction
 
+T = TypeVar("T")
 History = tuple[Prediction, ...]
 
 
@@ -22,13 +24,13 @@ def histories(predictions: Iterable[Prediction]) -> dict[str, History]:
     return {prompt: tuple(steps[step] for step in sorted(steps)) for prompt, steps in by_prompt.items()}
 
 
-def selection(history: History, most: int) -> History:
-    """The first prediction, the last, and some evenly spaced ones between: at most `most`, which is at
-    least 2.
+def selection(items: Sequence[T], most: int) -> tuple[T, ...]:
+    """The first of some items, the last, and evenly spaced ones between: at most `most`, which is at least
+    2.
     """
-    if len(history) <= most:
-        return history
-    return tuple(history[round(number * (len(history) - 1) / (most - 1))] for number in range(most))
+    if len(items) <= most:
+        return tuple(items)
+    return tuple(items[round(number * (len(items) - 1) / (most - 1))] for number in range(most))
 
 
 def to_markdown(by_prompt: Mapping[str, History]) -> str:
