@@ -21,6 +21,7 @@ class ExitCode(IntEnum):
     TERMINATED = 143  # 128 + SIGTERM
 
 
+RENAME = "Rename it: not every library that reads it accepts such a name."
 LONGEST = 1_000  # characters of a cause
 
 

@@ -15,7 +15,8 @@ from smolctl.data.text.documents import Document, OnRead, cut
 from smolctl.data.text.files import describe_files, find_files, is_file_name, read_file, read_rows
 from smolctl.data.text.hub import DatasetName, DatasetReader
 from smolctl.data.text.library_questions import library_questions
-from smolctl.errors import InputError
+from smolctl.errors import RENAME, InputError
+from smolctl.escaping import is_utf8
 
 # At most this much of a Hub dataset is downloaded to train a tokenizer.
 _HUB_SAMPLE = 64 * 1024 * 1024  # characters
@@ -61,7 +62,7 @@ def pin_sources(names: Sequence[str]) -> tuple[str, ...]:
     these names continues with the same rows even after the dataset has changed.
 
     Raises:
-        InputError: `datasets` is not installed.
+        InputError: `datasets` is not installed, or a path is not UTF-8.
         HubError: a dataset is not available.
     """
     return tuple(map(_pinned, names))
@@ -79,7 +80,9 @@ def shown_name(name: str) -> str:
 def _pinned(name: str) -> str:
     path = Path(name).expanduser()
     if name != library.NAME and path.exists():
-        return str(path.absolute())
+        if not is_utf8(whole := str(path.absolute())):
+            raise InputError(f"{whole}: its name is not UTF-8", RENAME)
+        return whole
     dataset = _dataset(name)
     return str(dataset.pinned()) if dataset else name
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import tempfile
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
-from smolctl.data.text.files import describe_files, find_files
+from smolctl.data.text.files import describe_files, find_files, read_file
 from smolctl.errors import InputError
 
 
@@ -103,6 +107,35 @@ def test_what_cannot_be_read_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="pipe: neither a file nor a folder") as caught:
         find_files(tmp_path / "pipe")
     assert "save it" in caught.value.hint
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="no /proc on this system")
+@pytest.mark.parametrize("name", ["/proc", "/proc/self/environ", "/proc/kmsg"])
+def test_what_the_kernel_makes_up_is_refused_and_skipped(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="neither a file nor a folder"):
+        find_files(Path(name))
+    make(tmp_path, "a.txt", "b.txt")
+    (tmp_path / "b.txt").write_text("")  # an empty file is a file
+    (tmp_path / "made-up.txt").symlink_to(name)
+    assert found(tmp_path) == ["a.txt", "b.txt"]
+    assert find_files(tmp_path).skipped == {"not a regular file": 1}
+
+
+@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".txt.gz", ".parquet"])
+def test_a_file_that_is_written_while_it_is_read_is_refused(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"file{ending}"
+    if ending == ".parquet":
+        parquet.write_table(pyarrow.table({"text": ["the cat"] * 600}), path)
+    else:
+        text = b'{"text": "the cat"}\n' * 200_000
+        path.write_bytes(gzip.compress(text) if ending.endswith("gz") else text)
+
+    def write(_read: int) -> None:
+        with path.open("ab") as file:
+            file.write(b"more")
+
+    with pytest.raises(InputError, match="changed while it was read"):
+        list(chain.from_iterable(document.chunks for document in read_file(path, "text", write)))
 
 
 def test_folders_with_nothing_to_read_say_what_they_hold(tmp_path: Path) -> None:
