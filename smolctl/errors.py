@@ -21,7 +21,7 @@ class ExitCode(IntEnum):
     TERMINATED = 143  # 128 + SIGTERM
 
 
-RENAME = "Rename it: not every library that reads it accepts such a name."
+RENAME = "Use a name in UTF-8, which libraries expect; if it is one, set PYTHONUTF8=1."
 LONGEST = 1_000  # characters of a cause
 
 

@@ -183,6 +183,10 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
         output = Output(json, quiet, verbose)
         try:
             _require_names(asked, names, texts)
+            if json and sys.stdout is None:
+                raise UsageError(
+                    "stdout is closed, so the result cannot be written", "Send it to a file or a pipe."
+                )
             with output.quieting_libraries():
                 code = function(output, **asked)
             if sys.stdout is not None:

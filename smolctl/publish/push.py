@@ -184,9 +184,9 @@ def write_local(options: PushOptions, target: Path) -> PushPlan:
 
 def _require_ours(target: Path, kind: str, option: str, model: str) -> None:
     """Check that a folder is new, or unchanged since an earlier call wrote it, and that its path is UTF-8."""
+    require_replaceable(target, kind, option, force=True, reads=(model,))
     if not is_utf8(real := str(target.resolve())):
         raise UsageError(f"{option} {real}: not UTF-8", RENAME)
-    require_replaceable(target, kind, option, force=True, reads=(model,))
     for found, what in (
         (strange_files(target), "is not part of this"),
         (edited_files(target), "was edited after smolctl wrote it"),

@@ -34,7 +34,8 @@ COMPRESSED, SAVE_AGAIN = (
     "its records are compressed, which those of torch.save are not",
     "Save it again with torch.save.",
 )
-REMEDIES = {NO_PICKLE: UNPACK, COMPRESSED: SAVE_AGAIN}
+UNREADABLE = "cannot be read (Permission denied)"
+REMEDIES = {NO_PICKLE: UNPACK, COMPRESSED: SAVE_AGAIN, UNREADABLE: "Correct its permissions."}
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def find_damage(path: Path) -> str:
                 sound = holds_once(path, "zip", lambda: archive.testzip() is None)
             else:
                 sound = has_digest(path, expected)
+    except PermissionError:
+        return UNREADABLE
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError) as error:
         size = path.stat().st_size if path.exists() else 0
         return f"damaged or cut off after {size:,} bytes ({error})"

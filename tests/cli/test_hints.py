@@ -180,7 +180,7 @@ def test_a_name_that_is_not_utf8_is_refused_before_anything_is_written(
     called = smolctl(*arguments)
     assert called.code == ExitCode.USAGE
     assert called.err.startswith(f"error: {name} ")
-    assert "not UTF-8\n hint: Rename it" in called.err
+    assert "not UTF-8\n hint: Use a name in UTF-8" in called.err
     assert not list(tmp_path.iterdir())
 
 
@@ -197,7 +197,7 @@ def test_a_working_folder_that_is_not_utf8_is_named_where_it_matters(
     ):
         called = smolctl(*arguments)
         assert called.code == code, called.err
-        assert "not UTF-8\n hint: Rename it" in called.err
+        assert "not UTF-8\n hint: Use a name in UTF-8" in called.err
 
 
 def test_what_must_be_given_is_marked_in_the_help(smolctl: Smolctl) -> None:

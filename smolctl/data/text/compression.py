@@ -74,7 +74,7 @@ def require_same(path: Path, before: os.stat_result, after: os.stat_result) -> N
     """
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise InputError(
-            f"{path}: changed while it was read", "Run again when it is complete, or copy it first."
+            f"{path}: changed while it was read", "Run again when no other program is writing to it."
         )
 
 

@@ -15,6 +15,7 @@ from smolctl.data.text.documents import Document, OnRead, cut
 from smolctl.data.text.files import describe_files, find_files, is_file_name, read_file, read_rows
 from smolctl.data.text.hub import DatasetName, DatasetReader
 from smolctl.data.text.library_questions import library_questions
+from smolctl.durable import named_path
 from smolctl.errors import RENAME, InputError
 from smolctl.escaping import is_utf8
 
@@ -78,7 +79,7 @@ def shown_name(name: str) -> str:
 
 
 def _pinned(name: str) -> str:
-    path = Path(name).expanduser()
+    path = named_path(name)
     if name != library.NAME and path.exists():
         if not is_utf8(whole := str(path.absolute())):
             raise InputError(f"{whole}: its name is not UTF-8", RENAME)
@@ -103,7 +104,7 @@ def open_sources(data: DataConfig) -> list[Source]:
 
 
 def _open_source(name: str, text_field: str, split: str) -> Source:
-    path = Path(name).expanduser()
+    path = named_path(name)
     if name == library.NAME:
         read_as = f"{name}: the built-in corpus"
         if path.exists():
@@ -136,8 +137,9 @@ def _open_source(name: str, text_field: str, split: str) -> Source:
 
 def _dataset(name: str) -> DatasetName | None:
     """A name as that of a Hub dataset, unless it refers to something on this machine."""
-    path = Path(name).expanduser()
-    return None if path.exists() or is_file_name(path) else DatasetName.parse(name)
+    path = named_path(name)
+    is_here = path.exists() or path.is_symlink()  # or a link to nothing
+    return None if is_here or is_file_name(path) else DatasetName.parse(name)
 
 
 def _local_source(name: str, path: Path, text_field: str) -> Source:

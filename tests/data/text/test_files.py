@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import os
-import tempfile
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -65,23 +63,6 @@ def test_links_are_followed_and_nothing_is_read_twice(tmp_path: Path) -> None:
     (tmp_path / "corpus" / "z.txt").symlink_to("a.txt")
     assert found(tmp_path / "corpus") == ["a.txt", "folder/b.txt", "folder/c.md"]
     assert find_files(tmp_path / "corpus").skipped == {"found twice": 2}
-
-
-@pytest.fixture
-def somebody() -> Iterator[Path]:
-    """A folder of a user whom rights stop, which they do not do with root."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # $TMPDIR may be root's alone
-        folder = Path(name)
-        folder.chmod(0o777)
-        if root := os.geteuid() == 0:
-            os.setresuid(65534, 65534, 0)
-        try:
-            yield folder
-        finally:
-            if root:
-                os.setresuid(0, 0, 0)
-            for path in folder.iterdir():
-                path.chmod(0o700)
 
 
 @pytest.mark.skipif(not hasattr(os, "setresuid"), reason="no rights of this kind on this system")
