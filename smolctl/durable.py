@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -63,7 +63,10 @@ def holds_once(path: Path, claim: str, check: Callable[[], bool]) -> bool:
     before = path.stat()
     identity = (before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns)
     name = hashlib.sha256(f"{identity} {claim}".encode()).hexdigest()
-    marker = cache_folder() / CHECKED / name
+    try:
+        marker = cache_folder() / CHECKED / name
+    except SmolError:  # there is no place for a record
+        return check()
     if marker.exists():
         return True
     holds = check()
@@ -105,18 +108,56 @@ def replacing(target: Path, concurrent: bool = False) -> Iterator[Path]:
 
     Args:
         target: the final path.
-        concurrent: whether several processes may write the same target at the same time.
+        concurrent: whether several processes may write the same target at the same time; the last one wins.
+
+    Raises:
+        DiskError: another process is writing it, and `concurrent` is false.
     """
     process = f".{os.getpid()}" if concurrent else ""
     partial = target.with_name(f".{target.name}{process}.partial")
+    if not concurrent:
+        partial.touch()
+    with nullcontext() if concurrent else writing_alone(partial, target):
+        try:
+            yield partial
+            sync_file(partial)
+            partial.replace(target)
+            sync_folder(target.parent)
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_alone(path: Path, target: Path) -> Iterator[None]:
+    """Hold the lock of a file or folder while it is written; it ends with the process. Where the file system
+    has no locks, there is none.
+
+    Args:
+        path: must exist.
+        target: what is written, for messages.
+
+    Raises:
+        DiskError: another process holds it, or has just finished.
+    """
+    import fcntl  # not on Windows
+
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        yield partial
-        sync_file(partial)
-        partial.replace(target)
-        sync_folder(target.parent)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_alone = path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor))
+        except BlockingIOError:
+            is_alone = False
+        except OSError:
+            is_alone = True
+        if not is_alone:
+            raise DiskError(f"{target}: another process is writing it", "Wait for it, or write elsewhere.")
+        yield
     finally:
         with suppress(OSError):
-            partial.unlink(missing_ok=True)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for forked processes, which have inherited it
+        os.close(descriptor)
 
 
 def remove_partial(*folders: Path) -> None:
@@ -129,7 +170,7 @@ def remove_partial(*folders: Path) -> None:
 
 def write_text(target: Path, text: str) -> None:
     """Write a text file atomically, in UTF-8 with its line ends unchanged."""
-    with replacing(target) as partial:
+    with replacing(target, concurrent=True) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
 
 
@@ -159,13 +200,24 @@ def sync_folder(folder: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """The folder for cached tokens, tokenizers and file checks: `$SMOLCTL_CACHE` or `~/.cache/smolctl`."""
-    named = os.environ.get("SMOLCTL_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "smolctl"
+    """The folder for cached tokens, tokenizers and file checks: `$SMOLCTL_CACHE` or `~/.cache/smolctl`.
+
+    Raises:
+        SmolError: it is in a home folder that is not known, as that of a user whom a container does not have.
+    """
+    path = named_path(os.environ.get("SMOLCTL_CACHE") or "~/.cache/smolctl")
+    if path.parts[:1] and path.parts[0].startswith("~"):
+        raise SmolError(f"{path}: the home folder is not known", "Set HOME, or SMOLCTL_CACHE to a folder.")
+    return path
+
+
+def named_path(name: str) -> Path:
+    """The path that a user names, with `~` as the home folder, if that is known."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own fails for an unknown one
 
 
 class DiskError(SmolError):
-    """A file of the run cannot be written."""
+    """A file cannot be written."""
 
 
 @contextmanager

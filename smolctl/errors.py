@@ -21,6 +21,7 @@ class ExitCode(IntEnum):
     TERMINATED = 143  # 128 + SIGTERM
 
 
+RENAME = "Use a name in UTF-8, which libraries expect; if it is one, set PYTHONUTF8=1."
 LONGEST = 1_000  # characters of a cause
 
 

@@ -56,6 +56,15 @@ def one_line(text: str) -> str:
     return text.replace("\n", "⏎").replace("\t", "⇥").translate(_VISIBLE)
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text of the operating system, such as the name of a file, consists of UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def whole_characters(text: str) -> str:
     """A text with unpaired surrogates, which tokenizers refuse, replaced by replacement characters.
 

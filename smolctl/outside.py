@@ -230,6 +230,23 @@ class YamlLoader(yaml.SafeLoader):
                 seen.add((key.tag, key.value))
         return node
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Insert the pairs of the mappings that `<<` names. The last pair of a key counts: the mapping's own
+        ones follow those of the first mapping named, which follow those of the second. PyYAML 6.0.3 orders
+        them differently.
+        """
+        own, merged = [], []
+        for key, value in node.value:
+            if key.tag != MERGE:
+                own.append((key, value))
+                continue
+            for one in reversed(value.value if isinstance(value, yaml.SequenceNode) else [value]):
+                if not isinstance(one, yaml.MappingNode):
+                    raise _Refusal(self._paths.get(value, ""), "not a mapping or a list of mappings", one)
+                self.flatten_mapping(one)
+                merged += one.value
+        node.value = merged + own
+
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         key, written = self._paths.get(node, ""), node.value
         if node.tag not in self.yaml_constructors:
@@ -245,12 +262,13 @@ class YamlLoader(yaml.SafeLoader):
 
 
 NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+MERGE = "tag:yaml.org,2002:merge"
 PLAIN = {*NUMBERS, *(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "str", "seq", "map"))}
 YamlLoader.yaml_constructors = {
     tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag in PLAIN
 }
 YamlLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag in PLAIN or tag.endswith(":merge")]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in {*PLAIN, MERGE}]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 YamlLoader.add_implicit_resolver(

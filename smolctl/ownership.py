@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
 from smolctl import __version__
-from smolctl.durable import file_digest, folder_of, sync_folder, write_json
+from smolctl.durable import file_digest, folder_of, sync_folder, write_json, writing_alone
 from smolctl.errors import InputError, UsageError
 from smolctl.outside import checked, parse_object, read_file
 
@@ -255,20 +255,24 @@ def building(target: Path) -> Iterator[Path]:
     """A temporary folder next to `target` for new content, which `put_in_place` then moves.
 
     The next call deletes the leftovers of a process that died.
+
+    Raises:
+        DiskError: another process is writing the target.
     """
     real = target.resolve()
     work = real.with_name(f".{real.name}.partial")
+    folder = work / real.name
     with folder_of(work):
-        if (record := read_record(work)) is not None and record.kind == UNFINISHED:
-            shutil.rmtree(work)
-        work.mkdir()
-        try:
-            write_record(work, Record(UNFINISHED, {}))
-            folder = work / real.name
-            folder.mkdir()
-            yield folder
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        record = read_record(work)
+        work.mkdir(exist_ok=record is not None and record.kind == UNFINISHED)
+        with writing_alone(work, target):
+            try:
+                shutil.rmtree(folder, ignore_errors=True)
+                write_record(work, Record(UNFINISHED, {}))
+                folder.mkdir()
+                yield folder
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
 
 
 def put_in_place(built: Path, target: Path) -> tuple[str, ...]:

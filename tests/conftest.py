@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -187,6 +188,23 @@ def here(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     (tmp_path / "corpus").symlink_to(workshop / "corpus")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def somebody() -> Iterator[Path]:
+    """A folder of a user whom rights stop, which they do not do with root."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # $TMPDIR may be root's alone
+        folder = Path(name)
+        folder.chmod(0o777)
+        if root := os.geteuid() == 0:
+            os.setresuid(65534, 65534, 0)
+        try:
+            yield folder
+        finally:
+            if root:
+                os.setresuid(0, 0, 0)
+            for path in folder.iterdir():
+                path.chmod(0o700)
 
 
 @pytest.fixture

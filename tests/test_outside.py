@@ -69,6 +69,27 @@ def test_aliases_and_merges_of_sensible_size_are_read(tmp_path: Path) -> None:
     assert read_yaml(path) == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}}
 
 
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("{<<: *second}", 2),
+        ("{<<: {<<: *first, key: 2}}", 2),
+        ("{<<: [*first, *second]}", 1),
+        ("{<<: [*second, *first]}", 2),
+        ("{key: 3, <<: [*second, *first]}", 3),
+    ],
+)
+def test_of_a_merged_key_the_nearest_value_counts(text: str, key: int) -> None:
+    given = f"first: &first {{key: 1, x: 1}}\nsecond: &second {{<<: *first, key: 2}}\nmerged: {text}"
+    assert parse_yaml(given, "here")["merged"] == {"key": key, "x": 1}
+
+
+@pytest.mark.parametrize("text", ["a: {<<: 3}", "a: {<<: [{<<: [1]}]}"])
+def test_only_mappings_are_merged(text: str) -> None:
+    with pytest.raises(InputError, match=r"a\.<<.*not a mapping"):
+        parse_yaml(text, "here")
+
+
 def test_numbers_are_those_that_people_read() -> None:
     text = "[010, +1_000, 0x10, 1e3, 1.5, 1:30, 1:30.5, .inf]"
     assert parse_yaml(text, "here") == [10, 1000, 16, 1000.0, 1.5, "1:30", "1:30.5", float("inf")]

@@ -9,16 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from smolctl.durable import file_digest
+from smolctl.durable import DiskError, file_digest, replacing
 from smolctl.errors import UsageError
 from smolctl.ownership import (
     RECORD,
     Record,
+    building,
+    put_in_place,
     read_record,
     remove_own_files,
     require_replaceable_file,
     write_record,
 )
+from tests.support.disks import small_disk
 from tests.support.processes import Smolctl
 from tests.support.tiny_runs import write_project
 
@@ -178,6 +181,20 @@ def test_bench_replaces_only_its_own_files(option: str, content: str, here: Path
     assert (here / "mine").read_text() == content
 
 
+def test_a_chart_that_cannot_be_written_leaves_the_old_one(here: Path, smolctl: Smolctl) -> None:
+    with small_disk(here / "disk", "64k") as disk:
+        command = ("bench", "runs/llama", "--suite", "load", "--repeats", "1", "--plot", disk / "chart.png")
+        assert smolctl(*command).code == 0
+        before = (disk / "chart.png").read_bytes()
+        with pytest.raises(OSError, match="No space left"):
+            (disk / "ballast").write_bytes(bytes(65536))
+        called = smolctl(*command)
+        assert called.code == 1
+        assert "chart.png: the chart cannot be written" in called.err
+        assert sorted(path.name for path in disk.iterdir()) == ["ballast", "chart.png"]
+        assert (disk / "chart.png").read_bytes() == before
+
+
 def test_a_local_dir_is_written_again_unless_somebody_has_edited_it(here: Path, smolctl: Smolctl) -> None:
     command = (*COMMANDS["push"], "out")
     assert smolctl(*command, "--gguf", "q8_0").code == 0
@@ -217,6 +234,23 @@ def test_a_file_whose_folder_is_missing_is_refused_before_the_work(tmp_path: Pat
     target = tmp_path / "none" / "x.json"
     with pytest.raises(UsageError, match="none is not a folder"):
         require_replaceable_file(target, "--save", force=True, reads=(), is_own=bool)
+
+
+def test_of_two_processes_that_write_the_same_place_one_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "written").mkdir()
+    folder, file = tmp_path / "written/folder", tmp_path / "written/file"
+    with building(folder) as built:
+        (built / "name").write_text("the first")
+        with pytest.raises(DiskError, match="folder: another process is writing it"), building(folder):
+            pass
+        put_in_place(built, folder)
+    assert (folder / "name").read_text() == "the first"
+    with replacing(file) as partial:
+        partial.write_text("the first")
+        with pytest.raises(DiskError, match="file: another process is writing it"), replacing(file):
+            pass
+    assert file.read_text() == "the first"
+    assert sorted((tmp_path / "written").iterdir()) == [file, folder]
 
 
 def test_a_record_names_files_part_by_part(tmp_path: Path) -> None:

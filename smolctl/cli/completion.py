@@ -15,6 +15,8 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
+from smolctl.durable import named_path
+
 Completer = Callable[[str], list[str]]
 
 # The library's own lists require importing PyTorch; tests/cli/test_completion.py compares them.
@@ -131,7 +133,7 @@ def _presets() -> list[str]:
 
 def _files(typed: str, suffixes: set[str]) -> list[str]:
     folder = typed[: typed.rfind("/") + 1]
-    found = _inside(Path(folder).expanduser())
+    found = _inside(named_path(folder))
     return [f"{folder}{path.name}" for path in found if path.suffix in suffixes and path.is_file()]
 
 
@@ -143,14 +145,11 @@ def _runs(typed: str) -> list[str]:
 
     name, at, _ = typed.rpartition("@")
     if at:
-        run = RunFolder(Path(name).expanduser())
+        run = RunFolder(named_path(name))
         return [f"{name}@{step}" for step in (BEST, *(file.step for file in run.checkpoints()))]
     folders = dict.fromkeys((f"{RUNS}/", typed[: typed.rfind("/") + 1]))
     return [
-        f"{folder}{path.name}"
-        for folder in folders
-        for path in _inside(Path(folder).expanduser())
-        if is_run(path)
+        f"{folder}{path.name}" for folder in folders for path in _inside(named_path(folder)) if is_run(path)
     ]
 
 

@@ -15,9 +15,8 @@ from smolctl.views.output import Output
 @command
 def eval(
     output: Output,
-    model: ModelOrNewest = "runs/latest",
     tasks: Annotated[
-        list[str] | None,
+        list[str],
         typer.Option(
             "--tasks",
             metavar="TASK",
@@ -25,7 +24,8 @@ def eval(
             "repeatable, or separated by commas.",
             show_default=False,
         ),
-    ] = None,
+    ],
+    model: ModelOrNewest = "runs/latest",
     shots: Annotated[
         int | None,
         typer.Option(
@@ -84,7 +84,7 @@ def eval(
             f"--limit {limit:g} is out of range", "Use a whole number of items, or a share below 1."
         )
     options = TaskOptions(
-        tasks=tuple(tasks or ()),
+        tasks=tuple(tasks),
         shots=shots,
         limit=limit,
         chat=chat,

@@ -30,17 +30,26 @@ def inspect_config(
     ] = False,
     batch_size: Annotated[
         int | None,
-        typer.Option("--batch-size", min=1, help="Sequences in memory at once, for the memory table."),
+        typer.Option(
+            "--batch-size",
+            min=1,
+            help="Sequences in memory at once, for the memory table. Default: the recipe's, else 1.",
+        ),
     ] = None,
     sequence_length: Annotated[
         int | None,
-        typer.Option("--sequence-length", min=1, help="Tokens per sequence, for the memory table."),
+        typer.Option(
+            "--sequence-length",
+            min=1,
+            help="Tokens per sequence, for the memory table. Default: the recipe's, else the context, at "
+            "most 2,048.",
+        ),
     ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
             "--dtype",
-            help=f"Precision of the memory table: {', '.join(DTYPES)}.",
+            help=f"Precision of the memory table: {', '.join(DTYPES)}. Default: the recipe's, else float32.",
             autocompletion=names(*DTYPES),
         ),
     ] = None,

@@ -94,7 +94,7 @@ def main() -> None:
         with sharing_cores(), answering() as completed:
             called = [name for name in (completed, *sys.argv[1:2]) if name in COMMANDS]
             asked = sys.argv[1:] or ["--help"]
-            code = application(called or COMMANDS)(asked, standalone_mode=False)
+            code = application(called or COMMANDS)(asked, prog_name="smolctl", standalone_mode=False)
     except Exception as error:
         # Typer's usage errors: the class is private, its interface is public.
         if not hasattr(error, "format_message"):

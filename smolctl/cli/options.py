@@ -27,7 +27,8 @@ from smolctl.cli.completion import (
 )
 from smolctl.cores import compute_threads
 from smolctl.durable import DISK_ERRORS
-from smolctl.errors import ExitCode, InputError, SmolError, UsageError
+from smolctl.errors import RENAME, ExitCode, InputError, SmolError, UsageError
+from smolctl.escaping import is_utf8
 from smolctl.views.output import Output, abandon_stdout
 
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON.", show_default=False)]
@@ -182,6 +183,10 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
         output = Output(json, quiet, verbose)
         try:
             _require_names(asked, names, texts)
+            if json and sys.stdout is None:
+                raise UsageError(
+                    "stdout is closed, so the result cannot be written", "Send it to a file or a pipe."
+                )
             with output.quieting_libraries():
                 code = function(output, **asked)
             if sys.stdout is not None:
@@ -219,7 +224,8 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
 
 def _require_names(asked: Mapping[str, Any], names: Mapping[str, str], texts: Container[str]) -> None:
     """Refuse values that name nothing: "-" instead of a path, and the empty value of an unset shell variable,
-    which would mean another run, the working folder, or weights from scratch.
+    which would mean another run, the working folder, or weights from scratch. Names that are not UTF-8 are
+    refused too: a run of such a name could be trained, but not read.
 
     Args:
         asked: values by parameter name.
@@ -235,8 +241,12 @@ def _require_names(asked: Mapping[str, Any], names: Mapping[str, str], texts: Co
             raise UsageError(
                 f"{name} -: this option takes a path, not stdin or stdout", f"Name one: {name} PATH."
             )
-        if key not in texts and "" in (value if isinstance(value, list) else [value]):
+        given = value if isinstance(value, list) else [value]
+        if key not in texts and "" in given:
             raise UsageError(f"{name} is empty", "Give it a value, or leave it out.")
+        for one in given:
+            if isinstance(one, str | Path) and key not in TEXTS and not is_utf8(str(one)):
+                raise UsageError(f"{name} {one}: not UTF-8", RENAME)
 
 
 def _shown(parameter: inspect.Parameter) -> str:

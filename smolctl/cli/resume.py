@@ -70,6 +70,7 @@ def resume(
 ) -> int:
     """Continue a run exactly where it stopped.
 
+    An option that is left out has the value of the run.
     On SIGINT, SIGTERM, SIGHUP or SIGUSR1 a checkpoint is saved and the exit code is 130, 143, 129 or 138.
 
     \b

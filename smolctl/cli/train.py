@@ -92,6 +92,7 @@ def train(
 ) -> int | None:
     """Train a model from a config, or fine-tune one.
 
+    An option that is left out has the value of the config.
     On SIGINT, SIGTERM, SIGHUP or SIGUSR1 a checkpoint is saved and the exit code is 130, 143, 129 or 138.
 
     \b

@@ -17,6 +17,7 @@ from smolctl.data.tokenizer.chat import render_chat
 from smolctl.errors import InputError, UsageError
 from smolctl.escaping import whole_characters
 from smolctl.evaluation.likelihood import Target, likelihoods, sequences_that_fit
+from smolctl.evaluation.task_templates import MOST_CHARACTERS
 from smolctl.generation.complete import CompletionSettings, Continuation, Generation
 from smolctl.generation.load import LoadedModel
 from smolctl.generation.prompts import SAMPLING
@@ -95,8 +96,9 @@ class EngineLM(TemplateLM):
 
     def _rendered(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         template = self.tokenizer.chat_template or ""
+        named, origin = self.tokenizer.named_tokens, self.model.id
         return render_chat(
-            template, messages, self.tokenizer.named_tokens, add_generation_prompt, self.model.id
+            template, messages, named, add_generation_prompt, origin=origin, most=MOST_CHARACTERS
         )
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO, TypeGuard
 
+from smolctl.durable import writing_alone
 from smolctl.errors import InputError, UsageError
 from smolctl.escaping import json_text
 from smolctl.generation.complete import CompletionSettings
@@ -187,6 +188,7 @@ def finished_lines(file: PromptFile, output: Path) -> int:
 
     Raises:
         InputError: the output contains something else, and is not changed; or it cannot be read or written.
+        DiskError: another process is writing it.
     """
     try:
         content = output.read_bytes() if output.exists() else b""
@@ -208,7 +210,7 @@ def finished_lines(file: PromptFile, output: Path) -> int:
         if torn and not any(_begins_alike(torn, head) for head in _heads(file.lines[len(rows)])):
             raise _not_an_output(file, output, len(rows) + 1)
         if len(content) > ends[done]:
-            with output.open("r+b") as stream:
+            with writing_alone(output, output), output.open("r+b") as stream:
                 stream.truncate(ends[done])
     except OSError as error:
         raise InputError(f"{output}: {error.strerror}", "Name a file that can be written.") from None

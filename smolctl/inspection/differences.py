@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from smolctl.config import ModelConfig, RunConfig
+from smolctl.errors import InputError
 from smolctl.sources.base import ModelSource
 
 FIELDS = tuple(ModelConfig.model_fields)
@@ -46,6 +47,8 @@ def compare(this: ModelSource, other: ModelSource) -> Differences:
     recipe = None
     if this.run is not None and other.run is not None:
         recipe = _differences(_recipe(this.run), _recipe(other.run))
+        if any(item.key == "tokenizer" for item in recipe) and _is_same_tokenizer(this, other):
+            recipe = tuple(item for item in recipe if item.key != "tokenizer")  # one was inherited
     tensors = None
     if this.tensors is not None and other.tensors is not None:
         tensors = _differences(_tensors(this), _tensors(other))
@@ -82,6 +85,14 @@ def _differences(this: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[Dif
 def _recipe(run: RunConfig) -> dict[str, Any]:
     whole = run.with_whole_steps()  # a share of the steps may be the same number
     return {key: value for key, value in whole.settings().items() if not key.startswith("model.")}
+
+
+def _is_same_tokenizer(this: ModelSource, other: ModelSource) -> bool:
+    try:
+        one, another = this.read_tokenizer(), other.read_tokenizer()
+    except InputError:
+        return False
+    return one is not None and another is not None and one.tokenizer_json == another.tokenizer_json
 
 
 def _tensors(source: ModelSource) -> dict[str, str]:

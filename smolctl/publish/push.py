@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from smolctl.errors import HubError, InputError, SmolError
+from smolctl.errors import RENAME, HubError, InputError, SmolError, UsageError
+from smolctl.escaping import is_utf8
 from smolctl.hub.client import Commit, HubClient, Target
 from smolctl.hub.errors import PaymentError
 from smolctl.hub.files import README, PlannedFile
@@ -182,8 +183,10 @@ def write_local(options: PushOptions, target: Path) -> PushPlan:
 
 
 def _require_ours(target: Path, kind: str, option: str, model: str) -> None:
-    """Check that a folder is new, or unchanged since an earlier call wrote it."""
+    """Check that a folder is new, or unchanged since an earlier call wrote it, and that its path is UTF-8."""
     require_replaceable(target, kind, option, force=True, reads=(model,))
+    if not is_utf8(real := str(target.resolve())):
+        raise UsageError(f"{option} {real}: not UTF-8", RENAME)
     for found, what in (
         (strange_files(target), "is not part of this"),
         (edited_files(target), "was edited after smolctl wrote it"),

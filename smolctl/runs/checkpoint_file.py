@@ -17,7 +17,7 @@ from typing import Any
 from smolctl.config import RunConfig
 from smolctl.config.load import resolve_run_config
 from smolctl.durable import has_digest, holds_once, write_text
-from smolctl.errors import InputError
+from smolctl.errors import RENAME, InputError
 
 CHECKSUM_SUFFIX = ".sha256"  # of the file next to a checkpoint, in sha256sum's format
 DAMAGED, KEPT = ".damaged", ".kept"  # suffixes that `set_aside` adds to a checkpoint's name
@@ -34,7 +34,8 @@ COMPRESSED, SAVE_AGAIN = (
     "its records are compressed, which those of torch.save are not",
     "Save it again with torch.save.",
 )
-REMEDIES = {NO_PICKLE: UNPACK, COMPRESSED: SAVE_AGAIN}
+UNREADABLE = "cannot be read (Permission denied)"
+REMEDIES = {NO_PICKLE: UNPACK, COMPRESSED: SAVE_AGAIN, UNREADABLE: "Correct its permissions."}
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def find_damage(path: Path) -> str:
                 sound = holds_once(path, "zip", lambda: archive.testzip() is None)
             else:
                 sound = has_digest(path, expected)
+    except PermissionError:
+        return UNREADABLE
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError) as error:
         size = path.stat().st_size if path.exists() else 0
         return f"damaged or cut off after {size:,} bytes ({error})"
@@ -143,6 +146,8 @@ def _load_error(path: Path, error: Exception) -> InputError:
             f"{path}: refused, because it holds code: {', '.join(unsafe[:3])}; nothing was executed",
             "Ask its author for safetensors, or for a checkpoint that holds tensors and plain values only.",
         )
+    if isinstance(error, UnicodeEncodeError):
+        return InputError(f"{path}: its name is not UTF-8", RENAME)
     if "TorchScript" in str(error):
         return InputError(
             f"{path}: a TorchScript archive, which is a program", "Save its state_dict instead."

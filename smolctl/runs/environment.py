@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 from smolctl.durable import write_json
 from smolctl.errors import InputError
 from smolctl.outside import fitting, read_json
+from smolctl.runs.checkpoint_file import DAMAGED
 
 
 class _Session(TypedDict, total=False):
@@ -43,9 +44,11 @@ def write_environment(path: Path, environment: Mapping[str, Any]) -> None:
 
 def update_environment(path: Path, environment: Mapping[str, Any]) -> None:
     """Record that a run continues on another machine or with other settings; the earlier record is kept in
-    `earlier`.
+    `earlier`, or under another name if it cannot be read.
     """
     before = read_if_sound(path)
+    if not before and path.exists():
+        path.replace(f"{path}{DAMAGED}")
     earlier = before.pop("earlier", [])
     earlier = earlier if isinstance(earlier, list) else [earlier]
     if before != environment:

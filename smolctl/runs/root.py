@@ -29,7 +29,8 @@ def make_latest(run: Path) -> None:
     """Make runs/latest a link to a run, replacing an older link atomically.
 
     Raises:
-        OSError: the working folder is not writable, or its file system has no symbolic links.
+        OSError: the working folder is not writable, its file system has no symbolic links, or runs/latest is
+            a folder.
     """
     RUNS.mkdir(exist_ok=True)
     target = run.resolve()
@@ -37,7 +38,10 @@ def make_latest(run: Path) -> None:
     partial = RUNS / f".{LATEST}.{os.getpid()}"
     partial.unlink(missing_ok=True)
     partial.symlink_to(target.name if inside else target, target_is_directory=True)
-    partial.replace(RUNS / LATEST)
+    try:
+        partial.replace(RUNS / LATEST)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def require_run(path: Path) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from smolctl.config import Provenance
+from smolctl.durable import named_path
 from smolctl.runs.layout import is_run
 from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.huggingface.card import license_of
@@ -33,7 +34,7 @@ def provenance_of(source: ModelSource) -> Provenance:
             made_from=_base_on_hub(source.card.get("base_model")),
         )
     run, recorded = source.run, (source.quantization or {}).get("source")
-    path = Path(source.id).expanduser().absolute()
+    path = named_path(source.id).absolute()
     if from_run := source.run_folder:
         path = from_run.path.resolve()  # runs/latest will later be a different run
     license, base = license_of(source.card), _base_on_hub(source.card.get("base_model"))

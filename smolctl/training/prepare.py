@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from smolctl.data.text.corpus import MissingSourceError, iter_texts, pin_sources
 from smolctl.data.tokenizer.chatml import TURN_END, with_chatml
 from smolctl.data.tokenizer.tokenizer import Tokenizer, choose_tokenizer, load_tokenizer
 from smolctl.data.tokens.corpus import TokenizedCorpus, TokenizeProgress, tokenize_corpus
+from smolctl.durable import named_path
 from smolctl.errors import InputError
 from smolctl.model.network import Transformer
 from smolctl.model.weights import initialize, load_network, require_finite, weights_sha256
@@ -328,7 +328,7 @@ def with_pinned_sources(config: RunConfig) -> RunConfig:
 
 def _with_pinned_tokenizer(config: RunConfig) -> RunConfig:
     """The config with a tokenizer that is an absolute path, a Hub id or train:N."""
-    path = Path(config.tokenizer or "").expanduser()
+    path = named_path(config.tokenizer or "")
     is_path = config.tokenizer is not None and path.exists()
     return config.model_copy(update={"tokenizer": str(path.absolute())}) if is_path else config
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from smolctl.benchmark.report import BenchReport
+from smolctl.durable import replacing
 from smolctl.errors import SmolError
 
 COLUMNS = 3  # of panels
@@ -49,7 +50,8 @@ def draw_bench(report: BenchReport, target: Path) -> None:
         f"{report.model.id} on {report.machine.cpu}, {report.machine.threads} threads", fontsize=9
     )
     try:
-        figure.savefig(target, format="png", dpi=120, metadata={"Software": WRITER})
+        with replacing(target) as partial:
+            figure.savefig(partial, format="png", dpi=120, metadata={"Software": WRITER})
     except OSError as error:
         raise SmolError(
             f"{target}: the chart cannot be written ({error.strerror})", "Name another file with --plot."

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from smolctl.durable import named_path
 from smolctl.errors import InputError, SmolError
 from smolctl.generation.complete import CompletionResult, InterruptedCompletion, TextListener
 from smolctl.generation.conversation import Session
@@ -170,4 +171,4 @@ def _own_interrupts() -> Iterator[None]:
 def _file(name: str) -> Path:
     if not name:
         raise InputError("no file is named", "Name one, as in /save chat.json.")
-    return Path(name).expanduser()
+    return named_path(name)

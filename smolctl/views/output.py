@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from smolctl.errors import SmolError
@@ -228,7 +229,7 @@ def _abandon(stream: TextIO) -> None:
 
 def prepare_streams() -> None:
     """Make the standard streams replace characters that their encodings lack instead of failing, and protect
-    terminals from control characters in the output.
+    terminals from control characters in the output. Closed ones become /dev/null.
 
     Stdout and stderr write missing characters as "?" on a terminal, which keeps columns aligned, and
     otherwise as JSON escapes, which lose nothing. Stdin reads invalid bytes as replacement characters.
@@ -238,6 +239,13 @@ def prepare_streams() -> None:
         assert isinstance(error, UnicodeEncodeError)
         return json.dumps(error.object[error.start : error.end])[1:-1], error.end  # noqa: TID251 - ASCII
 
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: a file would get its number next, and what libraries print would go into it
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:  # otherwise `print` would write errors to stdout
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
     codecs.register_error("json", escape)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from smolctl.errors import InputError, UsageError
+from smolctl.durable import writing_alone
+from smolctl.errors import InputError, SmolError, UsageError
 from smolctl.escaping import json_text
 from smolctl.generation.batch import Batch
 from smolctl.generation.conversation import Session
@@ -112,7 +113,8 @@ def _show_batch(out: Output, batch: Batch, target: Path | None) -> None:
     started follow with their text so far.
 
     Raises:
-        InputError: at the end, if lines of the file have no answers; or the target cannot be written.
+        InputError: at the end, if lines of the file have no answers.
+        SmolError: the target cannot be written.
     """
     lines, started = batch.file.lines, time.perf_counter()
     reported, answered, tokens, cut, written = started, 0, 0, 0, batch.done
@@ -128,7 +130,7 @@ def _show_batch(out: Output, batch: Batch, target: Path | None) -> None:
             f"{seconds:.1f} s, {tokens / seconds:,.1f} tok/s{shortened}"
         )
 
-    with _rows_to(out, target) as write:
+    with _rows_to(out, target, batch.done) as write:
 
         def write_ready() -> None:
             nonlocal written
@@ -163,13 +165,18 @@ def _show_batch(out: Output, batch: Batch, target: Path | None) -> None:
 
 
 @contextlib.contextmanager
-def _rows_to(out: Output, target: Path | None) -> Iterator[Callable[[str], None]]:
-    """A function that writes a row: to stdout, or appended to the target."""
+def _rows_to(out: Output, target: Path | None, done: int) -> Iterator[Callable[[str], None]]:
+    """A function that writes a row: to stdout, or appended to the target, which must have `done` rows."""
     if target is None:
         yield out.write
         return
     try:
-        with target.open("a", encoding="utf-8", newline="\n") as stream:
+        with target.open("a", encoding="utf-8", newline="\n") as stream, writing_alone(target, target):
+            with target.open("rb") as rows:
+                if sum(1 for _ in rows) != done:
+                    raise SmolError(
+                        f"{target}: another process has just written it", "Repeat the command: it continues."
+                    )
 
             def write(row: str) -> None:
                 stream.write(row)
@@ -177,7 +184,7 @@ def _rows_to(out: Output, target: Path | None) -> Iterator[Callable[[str], None]
 
             yield write
     except OSError as error:
-        raise InputError(
+        raise SmolError(
             f"{target}: {error.strerror}", "Correct that and repeat the command: it continues from there."
         ) from None
 

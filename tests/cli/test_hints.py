@@ -164,6 +164,49 @@ def test_an_empty_value_is_not_the_default(arguments: tuple[str, ...], name: str
     assert called.err.startswith(f"error: {name} is empty\n")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (("sample", "a\udcff.gguf"), "MODEL"),
+        (("train", "nano", "--out", "a\udcff"), "--out"),
+        (("train", "nano", "--data", "corpus", "--data", "a\udcff"), "--data"),
+        (("push", "nano", "--local-dir", "a\udcff"), "--local-dir"),
+    ],
+)
+def test_a_name_that_is_not_utf8_is_refused_before_anything_is_written(
+    arguments: tuple[str, ...], name: str, smolctl: Smolctl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    called = smolctl(*arguments)
+    assert called.code == ExitCode.USAGE
+    assert called.err.startswith(f"error: {name} ")
+    assert "not UTF-8\n hint: Use a name in UTF-8" in called.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_working_folder_that_is_not_utf8_is_named_where_it_matters(
+    here: Path, smolctl: Smolctl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "a\udcff").mkdir()
+    (here / "a\udcff/notes.txt").write_text("the cat")
+    monkeypatch.chdir(here / "a\udcff")
+    assert smolctl("sample", "../runs/llama", "--prompt", "the", "--max-tokens", 1).code == 0
+    for code, *arguments in (
+        (3, "train", "nano", "--data", "notes.txt", "--dry-run"),
+        (2, "push", "../runs/llama", "--local-dir", "out"),
+    ):
+        called = smolctl(*arguments)
+        assert called.code == code, called.err
+        assert "not UTF-8\n hint: Use a name in UTF-8" in called.err
+
+
+def test_what_must_be_given_is_marked_in_the_help(smolctl: Smolctl) -> None:
+    help_text = " ".join(smolctl("eval", "--help").out.split())
+    assert re.search(r"--tasks [^[]*\[required\]", help_text)
+    called = smolctl("eval", "runs/latest")
+    assert (called.code, called.err.splitlines()[0]) == (2, "error: Missing option '--tasks'.")
+
+
 @pytest.mark.parametrize("name", ["x" * 300, "folder", "file/below"])
 def test_a_path_that_cannot_be_used_is_named(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -114,3 +114,21 @@ def test_folders_that_others_build_at_the_same_moment_are_no_error(
     finally:
         done.set()
         builder.join()
+
+
+def test_without_a_home_folder_only_what_needs_the_cache_asks_for_one(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smolctl: Smolctl
+) -> None:
+    monkeypatch.delenv("SMOLCTL_CACHE")
+    monkeypatch.setenv("HOME", "~")  # as if it were not known
+    assert smolctl("sample", "runs/llama", "--prompt", "the", "--max-tokens", 1).code == 0
+    for command in (("cache",), ("compare", "runs/llama", "runs/learned")):
+        called = smolctl(*command)
+        assert called.code == 1, called.err
+        assert "the home folder is not known" in called.err
+        assert "hint: Set HOME, or SMOLCTL_CACHE" in called.err
+    monkeypatch.setenv("SMOLCTL_CACHE", "~nobody-of-this-name/cache")
+    assert "the home folder is not known" in smolctl("cache").err
+    called = smolctl("train", "nano", "--data", "~nobody-of-this-name/notes", "--dry-run")
+    assert called.code == 3
+    assert "error: ~nobody-of-this-name/notes: no such file or folder" in called.err

@@ -156,7 +156,7 @@ def test_results_of_a_run_go_into_its_record_and_faults_have_a_remedy(
         "bad": {"doc_to_choice": "chances"},
         "loops": {"doc_to_text": "{% for n in range(10**9) %}{% endfor %}"},
         "huge": {"doc_to_text": "{{ 'x' * 10**9 }}"},
-        "long": {"doc_to_text": "{{ 'x' * (10**7 + 1) }}"},
+        "long": {"doc_to_text": "{{ 'x' * (10**6 + 1) }}"},
         "itemless": {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "empty.jsonl")}}},
         "unspoken": {"output_type": None},
         "nothing": {"metric_list": []},
@@ -174,7 +174,7 @@ def test_results_of_a_run_go_into_its_record_and_faults_have_a_remedy(
         ("--tasks", tasks / "bad.yaml"): (3, "bad.yaml: lm-eval failed with"),
         ("--tasks", tasks / "loops.yaml"): (3, "takes more than 2 s"),
         ("--tasks", tasks / "huge.yaml"): (3, "needs more than 512 MB of memory"),
-        ("--tasks", tasks / "long.yaml"): (3, "writes more than 10,000,000 characters"),
+        ("--tasks", tasks / "long.yaml"): (3, "writes more than 1,000,000 characters"),
         ("--tasks", tasks / "itemless.yaml"): (3, "the task has no items"),
         ("--tasks", tasks / "unspoken.yaml"): (3, "unspoken: the task has no output_type"),
         ("--tasks", tasks / "nothing.yaml"): (3, "the task has no metric to show"),
@@ -195,3 +195,13 @@ def test_results_of_a_run_go_into_its_record_and_faults_have_a_remedy(
         called = smolctl("eval", "runs/llama", *options)
         assert (called.code, called.out) == (code, ""), options
         assert message in called.err
+
+
+def test_a_chat_template_that_writes_too_much_is_refused(tmp_path: Path, smolctl: Smolctl) -> None:
+    model = write_folder(tmp_path / "model", context=CONTEXT)
+    tiny_tokenizer().save(model)
+    (model / "chat_template.jinja").write_text("{{ 'x' * (10**6 + 1) }}")
+    tasks = write_tasks(tmp_path / "tasks")
+    called = smolctl("eval", model, "--tasks", tasks / "bare.yaml", "--apply-chat-template", "--quiet")
+    assert (called.code, called.out) == (3, "")
+    assert "more than 1,000,000 characters" in called.err

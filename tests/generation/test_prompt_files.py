@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from smolctl.durable import writing_alone
+from tests.support.disks import small_disk
 from tests.support.interruption import InterruptedAt
 from tests.support.processes import Smolctl, start
 from tests.support.tiny_models import SHORT
@@ -258,3 +260,39 @@ def test_ctrl_c_leaves_rows_that_can_be_gone_on_with(
     output.write_text(done.out)
     assert smolctl(*command, "--resume-output", output).code == 0
     assert list(map(without_logprobs, rows_of(output.read_text()))) == whole
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_an_output_that_the_disk_refuses_is_a_failure_and_no_bad_input(
+    smolctl: Smolctl, model: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('"the cat"\n')
+    with small_disk(tmp_path / "disk", "4k") as disk:
+        (disk / "ballast").write_bytes(bytes(4096))
+        command = ("sample", model, "--jsonl", prompts, "--resume-output", disk / "answers.jsonl")
+        called = smolctl(*command, "--max-tokens", 1)
+        assert called.code == 1
+        assert "answers.jsonl: No space left on device\n hint: Correct that" in called.err
+        (disk / "ballast").unlink()
+        assert smolctl(*command, "--max-tokens", 1).code == 0
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"prompt": "the c'])
+def test_an_output_that_another_process_writes_is_left_to_it(
+    torn: bytes, smolctl: Smolctl, model: Path, tmp_path: Path
+) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text('{"prompt": "the cat"}\n' * 3)
+    command = ("sample", model, "--jsonl", prompts, "--max-tokens", 1, "--resume-output", output)
+    assert smolctl(*command).code == 0
+    whole = output.read_bytes()
+    begun = whole[: whole.index(b"\n") + 1] + torn
+    output.write_bytes(begun)
+    with writing_alone(output, output):
+        called = smolctl(*command)
+        assert called.code == 1
+        assert "answers.jsonl: another process is writing it" in called.err
+        assert output.read_bytes() == begun
+    assert smolctl(*command).code == 0
+    assert len(output.read_bytes().splitlines()) == 3

@@ -346,6 +346,25 @@ def test_a_model_does_not_differ_from_itself(smolctl: Smolctl, tmp_path: Path) -
     assert smolctl("inspect-config", folder, "--against", folder, "--json").json["same"] is True
 
 
+def test_an_inherited_tokenizer_is_no_difference(here: Path, smolctl: Smolctl) -> None:
+    trained = smolctl(
+        "train", "--init-from", "runs/llama", "--data", "corpus", "--steps", 1, "--out", "child"
+    )
+    assert trained.code == 0, trained.err
+    recipes = [yaml.safe_load(Path(run, "config.yaml").read_text()) for run in ("runs/llama", "child")]
+    assert recipes[0]["tokenizer"] != recipes[1]["tokenizer"]  # train:300, and none
+    for command in (
+        ("inspect-config", "runs/llama", "--against", "child"),
+        ("compare", "runs/llama", "child"),
+    ):
+        called = smolctl(*command, "--json")
+        assert called.code == 0, called.err
+        found = called.json["recipe"] if "recipe" in called.json else called.json["pairs"][0]["differences"]
+        keys = [item["key"] for item in found]
+        assert "train.steps" in keys
+        assert "tokenizer" not in keys
+
+
 def test_a_hub_model_is_inspected_and_counted_without_its_weights(
     smolctl: Smolctl, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

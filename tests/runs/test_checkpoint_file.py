@@ -296,3 +296,13 @@ def test_an_archive_that_pytorch_did_not_write_is_refused_in_our_words(
     write_zip(path, compression, pickled)
     with pytest.raises(InputError, match=cause):
         read_checkpoint(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "setresuid"), reason="no rights of this kind on this system")
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(somebody: Path) -> None:
+    path = somebody / "step-000001.ckpt"
+    path.write_bytes(b"PK")
+    path.chmod(0)
+    with pytest.raises(InputError, match=r"ckpt: cannot be read \(Permission denied\)") as refused:
+        read_checkpoint(path)
+    assert refused.value.hint == "Correct its permissions."

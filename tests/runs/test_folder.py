@@ -14,6 +14,7 @@ from smolctl.runs.checkpoint_file import find_damage
 from smolctl.runs.events import Candidate, Prediction, Step
 from smolctl.runs.folder import RunFolder
 from smolctl.runs.retention import clear_after
+from smolctl.runs.root import make_latest
 from smolctl.sources import open_source
 from smolctl.training.resume import ResumeOptions
 from smolctl.training.verify import verify
@@ -145,6 +146,23 @@ def test_an_environment_that_cannot_be_read_is_none(content: str, tmp_path: Path
     assert folder.environment() == {}
     folder.update_environment({"device": "cpu"})
     assert json.loads((tmp_path / "environment.json").read_text())["device"] == "cpu"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_an_environment_that_cannot_be_read_is_kept_beside_the_new_one(content: str, tmp_path: Path) -> None:
+    (tmp_path / "environment.json").write_text(content)
+    RunFolder(tmp_path).update_environment({"device": "cpu"})
+    RunFolder(tmp_path).update_environment({"device": "cuda"})
+    assert RunFolder(tmp_path).environment()["earlier"] == [{"device": "cpu"}]
+    assert (tmp_path / "environment.json.damaged").read_text() == content
+
+
+def test_a_folder_in_the_place_of_the_newest_run_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "runs/latest").mkdir(parents=True)
+    (tmp_path / "runs/nano-001").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        make_latest(Path("runs/nano-001"))
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["latest", "nano-001"]
 
 
 def test_what_a_killed_process_had_begun_to_write_is_cleared_away_by_the_next(tmp_path: Path) -> None:

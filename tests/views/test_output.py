@@ -6,9 +6,11 @@ import io
 import json
 import logging
 import re
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -160,3 +162,27 @@ def test_a_reader_that_has_seen_enough_is_no_failure_of_a_table(monkeypatch: pyt
     monkeypatch.setattr(sys, "stdout", Closed())
     with pytest.raises(BrokenPipeError):  # which `command` ends with exit code 0
         Output().show("a table")
+
+
+def test_a_closed_stream_is_refused_or_takes_nothing_and_no_file_gets_what_is_printed(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m smolctl count-params"
+    for line, code, out, err in (
+        ("nano --json >&-", 2, "", "stdout is closed"),
+        ("nano >&-", 0, "", ""),
+        ("nowhere --json 2>&-", 3, "", ""),
+        ("nowhere >&- 2>&- <&-", 3, "", ""),
+    ):
+        done = subprocess.run(f"{command} {line}", shell=True, capture_output=True, text=True, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (code, out), line
+        assert err in done.stderr
+        assert bool(err) == bool(done.stderr)
+    opened = (
+        "from smolctl.views.output import prepare_streams; prepare_streams(); print(open('x', 'w').fileno())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"import os; os.close(0); os.close(2); {opened}"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert int(done.stdout) > 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -42,16 +43,39 @@ def open_chunks(path: Path) -> Iterator[tuple[Iterator[bytes], Callable[[], int]
     """The content of a file in chunks, with the number of bytes read from the file so far.
 
     Raises:
-        InputError: the file is damaged, cannot be read, or needs a package that is not installed.
+        InputError: the file is damaged, cannot be read, changes while it is read, or needs a package that is
+            not installed.
     """
     try:
         with path.open("rb") as raw:
-            yield _chunks(path, raw), raw.tell
+            yield _unchanged(path, raw), raw.tell
     except OSError as error:
         reason = error.strerror or error
         raise InputError(
             f"{path}: cannot be read ({reason})", "Check the file and its permissions."
         ) from None
+
+
+def _unchanged(path: Path, raw: BinaryIO) -> Iterator[bytes]:
+    """The chunks of a file, whose end is not awaited while another process writes it."""
+    before = os.fstat(raw.fileno())
+    for chunk in _chunks(path, raw):
+        if raw.tell() > before.st_size:
+            break
+        yield chunk
+    require_same(path, before, os.fstat(raw.fileno()))
+
+
+def require_same(path: Path, before: os.stat_result, after: os.stat_result) -> None:
+    """Refuse a file that was written while it was read: its parts may not belong together.
+
+    Raises:
+        InputError: its size or its modification time has changed.
+    """
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise InputError(
+            f"{path}: changed while it was read", "Run again when no other program is writing to it."
+        )
 
 
 def _chunks(path: Path, raw: BinaryIO) -> Iterator[bytes]:

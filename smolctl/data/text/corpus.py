@@ -15,7 +15,9 @@ from smolctl.data.text.documents import Document, OnRead, cut
 from smolctl.data.text.files import describe_files, find_files, is_file_name, read_file, read_rows
 from smolctl.data.text.hub import DatasetName, DatasetReader
 from smolctl.data.text.library_questions import library_questions
-from smolctl.errors import InputError
+from smolctl.durable import named_path
+from smolctl.errors import RENAME, InputError
+from smolctl.escaping import is_utf8
 
 # At most this much of a Hub dataset is downloaded to train a tokenizer.
 _HUB_SAMPLE = 64 * 1024 * 1024  # characters
@@ -61,7 +63,7 @@ def pin_sources(names: Sequence[str]) -> tuple[str, ...]:
     these names continues with the same rows even after the dataset has changed.
 
     Raises:
-        InputError: `datasets` is not installed.
+        InputError: `datasets` is not installed, or a path is not UTF-8.
         HubError: a dataset is not available.
     """
     return tuple(map(_pinned, names))
@@ -77,9 +79,11 @@ def shown_name(name: str) -> str:
 
 
 def _pinned(name: str) -> str:
-    path = Path(name).expanduser()
+    path = named_path(name)
     if name != library.NAME and path.exists():
-        return str(path.absolute())
+        if not is_utf8(whole := str(path.absolute())):
+            raise InputError(f"{whole}: its name is not UTF-8", RENAME)
+        return whole
     dataset = _dataset(name)
     return str(dataset.pinned()) if dataset else name
 
@@ -100,7 +104,7 @@ def open_sources(data: DataConfig) -> list[Source]:
 
 
 def _open_source(name: str, text_field: str, split: str) -> Source:
-    path = Path(name).expanduser()
+    path = named_path(name)
     if name == library.NAME:
         read_as = f"{name}: the built-in corpus"
         if path.exists():
@@ -133,8 +137,9 @@ def _open_source(name: str, text_field: str, split: str) -> Source:
 
 def _dataset(name: str) -> DatasetName | None:
     """A name as that of a Hub dataset, unless it refers to something on this machine."""
-    path = Path(name).expanduser()
-    return None if path.exists() or is_file_name(path) else DatasetName.parse(name)
+    path = named_path(name)
+    is_here = path.exists() or path.is_symlink()  # or a link to nothing
+    return None if is_here or is_file_name(path) else DatasetName.parse(name)
 
 
 def _local_source(name: str, path: Path, text_field: str) -> Source:

@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from smolctl.data.text.compression import ENDINGS, open_chunks
+from smolctl.data.text.compression import ENDINGS, open_chunks, require_same
 from smolctl.data.text.documents import Document, OnRead, no_text, text_of
 from smolctl.errors import InputError
 from smolctl.extras import install_command
@@ -54,12 +54,12 @@ def find_files(path: Path) -> FoundFiles:
     Raises:
         InputError: the path is neither a file nor a folder, or the folder has no readable files.
     """
-    if path.is_file():
-        return FoundFiles((path,), {})
-    if not path.is_dir():
+    if not (path.is_file() or path.is_dir()) or _is_made_up(path):
         raise InputError(
             f"{path}: neither a file nor a folder", "Text is read more than once: save it in a file first."
         )
+    if path.is_file():
+        return FoundFiles((path,), {})
     skipped: Counter[str] = Counter()
     files = tuple(_walk(path, {_identity(path)}, skipped))
     if not files:
@@ -98,14 +98,23 @@ def _identity(path: Path) -> object:
     return (stat.st_dev, stat.st_ino) if stat.st_ino else path.resolve()
 
 
+def _is_made_up(path: Path) -> bool:
+    """Whether the kernel makes up the content of a file or folder when it is read, as in /proc. Reading such
+    a file may never end, and such a folder leads to the whole disk.
+    """
+    return path.stat().st_size == 0 and os.statvfs(path).f_blocks == 0
+
+
 def _reason_to_skip(path: Path) -> str:
     """The reason for skipping a file or folder found in a folder; empty to read it."""
     if path.name.startswith("."):
         return "hidden"
+    if not path.exists():
+        return "broken link"
+    if not (path.is_file() or path.is_dir()) or _is_made_up(path):
+        return "not a regular file"
     if path.is_dir():
         return ""
-    if not path.is_file():
-        return "not a regular file" if path.exists() else "broken link"
     ending = path.suffix.lower()
     if (kind := kind_of(path)) not in _IN_FOLDERS or (kind == "parquet" and ending != ".parquet"):
         return ending or "without a file extension"
@@ -342,17 +351,19 @@ def _parquet_rows(path: Path, column: str | None, on_read: OnRead) -> Iterator[t
             f"{path}: reading Parquet needs pyarrow", f"Install it: {install_command('data')}"
         ) from None
     try:
+        before = path.stat()
         with pyarrow.parquet.ParquetFile(path) as table:
             columns = table.schema_arrow.names
             if column is not None and column not in columns:
                 raise no_text(str(path), f"no column {column!r}", columns)
-            share = path.stat().st_size // max(1, table.metadata.num_rows)
+            share = before.st_size // max(1, table.metadata.num_rows)
             row = 0
             for batch in table.iter_batches(batch_size=256, columns=None if column is None else [column]):
                 for fields in batch.to_pylist():
                     row += 1
                     yield f"{path}, row {row}", fields
                 on_read(share * batch.num_rows)
+            require_same(path, before, path.stat())
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(

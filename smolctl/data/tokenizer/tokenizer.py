@@ -18,7 +18,7 @@ from smolctl.config.model import MAX_VOCABULARY
 from smolctl.data.tokenizer.bpe import train_bpe
 from smolctl.data.tokenizer.decoding import TextStream, bytes_of_token, is_byte_level
 from smolctl.data.tokenizer.prompt import Prompt, SpecialTokens, SpelledTokens
-from smolctl.durable import write_json
+from smolctl.durable import named_path, write_json
 from smolctl.errors import HubError, InputError, PromptTooLongError
 from smolctl.escaping import whole_characters
 from smolctl.outside import shown
@@ -303,7 +303,7 @@ def read_tokenizer_of(name: str) -> TokenizerFiles:
         InputError: it does not exist, has no tokenizer, or is damaged.
         HubError: the Hub did not provide it.
     """
-    path = Path(name).expanduser()
+    path = named_path(name)
     files: TokenizerFiles | None
     if path.name == "tokenizer.json" and path.is_file():
         files = read_tokenizer_folder(path.parent)

@@ -201,7 +201,7 @@ def whole_or_absent(folder: Path) -> Iterator[Path]:
     Leftovers of a killed process, and a damaged folder at the final place, are removed first.
 
     Raises:
-        InputError: the disk is full or cannot be written.
+        DiskError: the disk is full or cannot be written.
     """
     with disk_errors(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -222,7 +222,7 @@ def whole_or_absent(folder: Path) -> Iterator[Path]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest of a folder. Raises InputError as in `disk_errors`."""
+    """Write the manifest of a folder. Raises DiskError as in `disk_errors`."""
     with disk_errors(folder):
         write_text(folder / MANIFEST, json_text(asdict(manifest) | {"format": FORMAT}, indent=2))
 

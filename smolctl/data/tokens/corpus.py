@@ -53,8 +53,9 @@ def tokenize_corpus(
         folders: names from a run's `TokenizedCorpus.folders`, used if its sources are missing.
 
     Raises:
-        InputError: a source is missing, binary, damaged or empty; the corpus is shorter than one window; the
-            disk is full; a Hub dataset is combined with other sources without weights.
+        InputError: a source is missing, binary, damaged or empty; the corpus is shorter than one window; a
+            Hub dataset is combined with other sources without weights.
+        DiskError: the disk is full.
         HubError: a Hub dataset is not available.
     """
     cache = cache or cache_folder()

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smolctl.data.tokens.marks import IDS
-from smolctl.durable import holds_once, sync_file
-from smolctl.errors import InputError
+from smolctl.durable import DiskError, holds_once, sync_file
 
 SHARD_BYTES = 256 * 1024 * 1024
 _READ_AT_ONCE = 16 * 1024 * 1024  # bytes; a multiple of every token size
@@ -69,7 +68,7 @@ class ShardWriter:
     """Appends tokens to files of at most `shard_bytes`: NAME-00000.bin, NAME-00001.bin, ...
 
     Raises:
-        InputError: the disk is full, or would be.
+        DiskError: the disk is full, or would be.
     """
 
     def __init__(
@@ -132,7 +131,7 @@ def require_space(folder: Path, size: int) -> None:
     """Check that `size` more bytes fit.
 
     Raises:
-        InputError: they do not; names the free space.
+        DiskError: they do not; names the free space.
     """
     free = shutil.disk_usage(folder).free
     if free < size + RESERVE_BYTES:
@@ -144,20 +143,20 @@ def disk_errors(folder: Path) -> Iterator[None]:
     """Turn a failed write into an error message.
 
     Raises:
-        InputError: the disk is full, or the folder cannot be written.
+        DiskError: the disk is full, or the folder cannot be written.
     """
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _disk_full(folder, shutil.disk_usage(folder).free) from None
-        raise InputError(
+        raise DiskError(
             f"{folder}: cannot be written ({error.strerror or error})", "Set SMOLCTL_CACHE to another folder."
         ) from None
 
 
-def _disk_full(folder: Path, free: int) -> InputError:
-    return InputError(
+def _disk_full(folder: Path, free: int) -> DiskError:
+    return DiskError(
         f"{folder}: the disk is full ({free / 1e6:,.0f} MB free) while the corpus is tokenized",
         "Make room, or set SMOLCTL_CACHE to a folder on another disk.",
     )

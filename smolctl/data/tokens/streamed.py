@@ -94,7 +94,8 @@ def tokenize_stream(
         on_note: as in `tokenize_corpus`.
 
     Raises:
-        InputError: the dataset is empty or shorter than one window; the disk is full.
+        InputError: the dataset is empty or shorter than one window.
+        DiskError: the disk is full.
         HubError: the dataset is not available.
     """
     folder = folder_of(cache, [[FORMAT, *SEGMENT_TOKENS], str(dataset)], data, tokenizer)

@@ -73,7 +73,8 @@ def tokenize_whole(
     Arguments as in `tokenize_corpus`.
 
     Raises:
-        InputError: a source is binary, damaged or empty, or shorter than one window; the disk is full.
+        InputError: a source is binary, damaged or empty, or shorter than one window.
+        DiskError: the disk is full.
     """
     identities = [[source.name, source.identity] for source in sources]
     folder = folder_of(cache, [FORMAT, identities], data, tokenizer)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from smolctl.config.data import DataConfig
-from smolctl.data.text.corpus import iter_texts, open_sources
+from smolctl.data.text.corpus import iter_texts, open_sources, pin_sources
 from smolctl.data.text.documents import Document, OnRead, cut
 from smolctl.errors import ExitCode, InputError
 from smolctl.extras import install_command
@@ -134,6 +134,17 @@ def test_characters_across_chunks_of_the_file_stay_whole(tmp_path: Path) -> None
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
     assert "nothing.txt: no such file" in refused(tmp_path / "nothing.txt").message
+
+
+def test_a_link_to_nothing_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for name, target in (("loop", "loop"), ("broken", "none")):
+        (tmp_path / "folder" / name).symlink_to(target)
+        with pytest.raises(InputError, match=f"folder/{name}: no such file or folder"):
+            open_sources(DataConfig(source=pin_sources((f"folder/{name}",))))
 
 
 def test_folder_without_text_is_named(tmp_path: Path) -> None:

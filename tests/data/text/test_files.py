@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import os
-import tempfile
-from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
-from smolctl.data.text.files import describe_files, find_files
+from smolctl.data.text.files import describe_files, find_files, read_file
 from smolctl.errors import InputError
 
 
@@ -63,23 +65,6 @@ def test_links_are_followed_and_nothing_is_read_twice(tmp_path: Path) -> None:
     assert find_files(tmp_path / "corpus").skipped == {"found twice": 2}
 
 
-@pytest.fixture
-def somebody() -> Iterator[Path]:
-    """A folder of a user whom rights stop, which they do not do with root."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # $TMPDIR may be root's alone
-        folder = Path(name)
-        folder.chmod(0o777)
-        if root := os.geteuid() == 0:
-            os.setresuid(65534, 65534, 0)
-        try:
-            yield folder
-        finally:
-            if root:
-                os.setresuid(0, 0, 0)
-            for path in folder.iterdir():
-                path.chmod(0o700)
-
-
 @pytest.mark.skipif(not hasattr(os, "setresuid"), reason="no rights of this kind on this system")
 def test_unreadable_files_and_folders_are_named(somebody: Path) -> None:
     make(somebody, "a.txt", "b.txt", "closed/c.txt", "listed/d.txt")
@@ -103,6 +88,35 @@ def test_what_cannot_be_read_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="pipe: neither a file nor a folder") as caught:
         find_files(tmp_path / "pipe")
     assert "save it" in caught.value.hint
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="no /proc on this system")
+@pytest.mark.parametrize("name", ["/proc", "/proc/self/environ", "/proc/kmsg"])
+def test_what_the_kernel_makes_up_is_refused_and_skipped(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="neither a file nor a folder"):
+        find_files(Path(name))
+    make(tmp_path, "a.txt", "b.txt")
+    (tmp_path / "b.txt").write_text("")  # an empty file is a file
+    (tmp_path / "made-up.txt").symlink_to(name)
+    assert found(tmp_path) == ["a.txt", "b.txt"]
+    assert find_files(tmp_path).skipped == {"not a regular file": 1}
+
+
+@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".txt.gz", ".parquet"])
+def test_a_file_that_is_written_while_it_is_read_is_refused(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"file{ending}"
+    if ending == ".parquet":
+        parquet.write_table(pyarrow.table({"text": ["the cat"] * 600}), path)
+    else:
+        text = b'{"text": "the cat"}\n' * 200_000
+        path.write_bytes(gzip.compress(text) if ending.endswith("gz") else text)
+
+    def write(_read: int) -> None:
+        with path.open("ab") as file:
+            file.write(b"more")
+
+    with pytest.raises(InputError, match="changed while it was read"):
+        list(chain.from_iterable(document.chunks for document in read_file(path, "text", write)))
 
 
 def test_folders_with_nothing_to_read_say_what_they_hold(tmp_path: Path) -> None:

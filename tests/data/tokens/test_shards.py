@@ -29,6 +29,7 @@ from smolctl.data.tokens.cache import MANIFEST
 from smolctl.data.tokens.corpus import TokenizedCorpus, TokenizeProgress, tokenize_corpus
 from smolctl.data.tokens.mixture import Mixture
 from smolctl.data.tokens.shards import ShardWriter, TokenStream, token_dtype
+from smolctl.durable import DiskError
 from smolctl.errors import InputError
 
 STORY = "Once upon a time there was a cat. It sat on the mat, 12 days long.\n"
@@ -459,7 +460,7 @@ def test_disk_that_would_be_full_is_refused_and_left_clean(
     usage = namedtuple("usage", "total used free")
     left = iter([10**9, 10**9, 10**9])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, next(left, 1000)))
-    with pytest.raises(InputError, match="the disk is full"):
+    with pytest.raises(DiskError, match="the disk is full"):
         tokenize_corpus(data(tmp_path / "a.jsonl"), TOKENIZER, tmp_path)
     assert nothing_looks_finished(tmp_path)
 
@@ -469,7 +470,7 @@ def test_write_that_the_disk_refuses_is_told(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, "train", token_dtype(300))
     with Path("/dev/full").open("wb", buffering=0) as full:
         writer._file = full
-        with pytest.raises(InputError, match="the disk is full") as caught:
+        with pytest.raises(DiskError, match="the disk is full") as caught:
             writer.append([1, 2, 3])
     assert "SMOLCTL_CACHE" in caught.value.hint
 
@@ -477,7 +478,7 @@ def test_write_that_the_disk_refuses_is_told(tmp_path: Path) -> None:
 def test_cache_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl")
     (tmp_path / "tokens").write_text("a file where the folder should be")
-    with pytest.raises(InputError, match="cannot be written") as caught:
+    with pytest.raises(DiskError, match="cannot be written") as caught:
         tokenize_corpus(data(tmp_path / "a.jsonl"), TOKENIZER, tmp_path)
     assert "SMOLCTL_CACHE" in caught.value.hint
 
