@@ -178,22 +178,26 @@ INLINE void turn_fours(const ivec from[LANES / 4], ivec to[LANES / 4]) {
 #endif
 }
 
-// Transpose LANES vectors of 32-bit parts to to[part × OPENED_ROWS + vector], with every four parts `gap` parts apart.
+// Transpose every four lanes of four vectors: to[i] holds their i-th 32-bit parts, one of each vector.
 // `by_two`: four lanes hold two parts of two vectors instead of one part of four.
+INLINE void interleave_four(const ivec from[4], int by_two, ivec to[4]) {
+    ivec first_ab = FIRST(from[0], from[1]), last_ab = LAST(from[0], from[1]);
+    ivec first_cd = FIRST(from[2], from[3]), last_cd = LAST(from[2], from[3]);
+    to[0] = FIRST_PAIRS(first_ab, first_cd), to[1] = LAST_PAIRS(first_ab, first_cd);
+    to[2] = FIRST_PAIRS(last_ab, last_cd), to[3] = LAST_PAIRS(last_ab, last_cd);
+    if (!by_two) return;
+    to[0] = FIRST_PAIRS(from[0], from[1]), to[1] = FIRST_PAIRS(from[2], from[3]);
+    to[2] = LAST_PAIRS(from[0], from[1]), to[3] = LAST_PAIRS(from[2], from[3]);
+}
+
+// Transpose LANES vectors of 32-bit parts to to[part × OPENED_ROWS + vector], with every four parts `gap` parts apart.
 INLINE void interleave(const ivec v[LANES], int gap, int by_two, int32_t *to) {
-    ivec parts[4][LANES / 4], turned[LANES / 4];
-    for (int i = 0; i < LANES / 4; i++) {
-        const ivec *own = v + 4 * i;
-        ivec first_ab = FIRST(own[0], own[1]), last_ab = LAST(own[0], own[1]);
-        ivec first_cd = FIRST(own[2], own[3]), last_cd = LAST(own[2], own[3]);
-        parts[0][i] = FIRST_PAIRS(first_ab, first_cd), parts[1][i] = LAST_PAIRS(first_ab, first_cd);
-        parts[2][i] = FIRST_PAIRS(last_ab, last_cd), parts[3][i] = LAST_PAIRS(last_ab, last_cd);
-        if (!by_two) continue;
-        parts[0][i] = FIRST_PAIRS(own[0], own[1]), parts[1][i] = FIRST_PAIRS(own[2], own[3]);
-        parts[2][i] = LAST_PAIRS(own[0], own[1]), parts[3][i] = LAST_PAIRS(own[2], own[3]);
-    }
+    ivec parts[LANES / 4][4], turned[LANES / 4];
+    for (int i = 0; i < LANES / 4; i++) interleave_four(v + 4 * i, by_two, parts[i]);
     for (int part = 0; part < 4; part++) {
-        turn_fours(parts[part], turned);
+        ivec fours[LANES / 4];
+        for (int i = 0; i < LANES / 4; i++) fours[i] = parts[i][part];
+        turn_fours(fours, turned);
         for (int four = 0; four < LANES / 4; four++) STORE(to + (gap * four + part) * OPENED_ROWS, turned[four]);
     }
 }
