@@ -92,7 +92,7 @@ def test_the_working_folder_is_left_alone(command: str, here: Path, smolctl: Smo
     before = contents(here)
     called = smolctl(*COMMANDS[command], ".")
     assert called.code == 2
-    reason = {"train": "it is no run that smolctl wrote", "push": "this command reads runs/llama"}
+    reason = {"train": "it is not a run that smolctl wrote", "push": "this command reads runs/llama"}
     assert reason[command] in called.err
     assert contents(here) == before
 

@@ -8,7 +8,7 @@ from smolctl.config import ModelConfig, RunConfig
 from smolctl.errors import InputError
 from smolctl.inspection.stored import INTEGERS
 from smolctl.sources.base import ModelSource, SourceKind
-from smolctl.sources.gguf.k_quants import K_BLOCK
+from smolctl.sources.gguf.header import K_BLOCK
 from smolctl.sources.huggingface.tokenizer import token_ids
 from smolctl.sources.shapes import check_tensors
 

@@ -14,7 +14,7 @@ from typing import get_args
 from smolctl.arithmetic import parameter_rows
 from smolctl.config import ModelConfig
 from smolctl.errors import InputError, UsageError
-from smolctl.sources.gguf.k_quants import K_BLOCK
+from smolctl.sources.gguf.header import K_BLOCK
 from smolctl.sources.gguf.write import BITS, BLOCK_SCHEMES, block_of, require_gguf, wider_blocks
 from smolctl.sources.quantized.packed import BLOCK
 from smolctl.sources.quantized_folder import DYNAMIC, FolderScheme, PackedScheme

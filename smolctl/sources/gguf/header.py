@@ -25,6 +25,7 @@ LITTLE_ENDIAN = "Convert it with gguf_convert_endian of the gguf package, or dow
 ANOTHER_VERSION = "Convert the model with a current llama.cpp, or update smolctl if the file is newer."
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
+K_BLOCK = 256  # values of a row that K-quants pack together (QK_K)
 
 STRING, ARRAY = 8, 9
 # Metadata type id -> struct code.

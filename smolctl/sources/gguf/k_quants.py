@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from smolctl.sources.arrays import Array
+from smolctl.sources.gguf.header import K_BLOCK
 from smolctl.sources.memory import weight_array
 from smolctl.sources.quantized.packed import PackedMatrix, pack_integers
 
-K_BLOCK = 256  # values of a row that are packed together
 VALUES_AT_ONCE = 1 << 18  # few enough that intermediate results fit the CPU cache
 # Bits and group of the `PackedMatrix` for a type, and the fields of a block: `low` and `high` are the bits of
 # its values, `d` is the factor of its scales and `dmin` that of its offsets.
