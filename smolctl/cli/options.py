@@ -27,7 +27,7 @@ from smolctl.cli.completion import (
 )
 from smolctl.cores import compute_threads
 from smolctl.durable import DISK_ERRORS
-from smolctl.errors import ExitCode, InputError, SmolError, UsageError
+from smolctl.errors import ExitCode, InputError, SettingError, SmolError, UsageError
 from smolctl.views.output import Output, abandon_stdout
 
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON.", show_default=False)]
@@ -136,6 +136,8 @@ RUN_SETTINGS = {
     "strategy": "trainer.strategy",
     "logger": "trainer.loggers",
 }
+WEIGHTS = "Run, RUN@STEP, RUN@best, .ckpt, folder, .safetensors, .gguf or Hub id"  # what MODEL may name
+NEWEST = "Default: the newest run."
 Model = Annotated[
     str,
     typer.Argument(
@@ -149,7 +151,7 @@ ModelOrNewest = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="Run, .ckpt, folder, .safetensors, .gguf or Hub id. Default: the newest run.",
+        help=f"{WEIGHTS}. {NEWEST}",
         show_default=False,
         autocompletion=complete_weights,
     ),
@@ -189,8 +191,9 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
         except SmolError as error:
             if debug:
                 raise
-            output.error(error)
-            code = error.exit_code
+            named = _of_option(error, asked, names)
+            output.error(named)
+            code = named.exit_code
         except KeyboardInterrupt:
             code = ExitCode.INTERRUPTED
         except BrokenPipeError:
@@ -237,6 +240,22 @@ def _require_names(asked: Mapping[str, Any], names: Mapping[str, str], texts: Co
             )
         if key not in texts and "" in (value if isinstance(value, list) else [value]):
             raise UsageError(f"{name} is empty", "Give it a value, or leave it out.")
+
+
+def _of_option(error: SmolError, asked: Mapping[str, Any], names: Mapping[str, str]) -> SmolError:
+    """An error of a setting as one of the option that set it; any other error is returned unchanged.
+
+    Args:
+        error: of a command.
+        asked: the command's values by parameter name.
+        names: the parameters' names as the user writes them.
+    """
+    if not isinstance(error, SettingError):
+        return error
+    for parameter, key in RUN_SETTINGS.items():
+        if asked.get(parameter) is not None and f"{error.key}.".startswith(f"{key}."):
+            return UsageError(f"{names[parameter]}: {error.reason}", error.hint)
+    return error
 
 
 def _shown(parameter: inspect.Parameter) -> str:

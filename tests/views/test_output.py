@@ -14,6 +14,7 @@ import pytest
 
 from smolctl.errors import InputError
 from smolctl.views.output import Output, prepare_streams
+from smolctl.views.tables import facts
 
 TEXT = "a → b, \u00e9 ± \U0001f600 “q\\”"
 
@@ -160,3 +161,8 @@ def test_a_reader_that_has_seen_enough_is_no_failure_of_a_table(monkeypatch: pyt
     monkeypatch.setattr(sys, "stdout", Closed())
     with pytest.raises(BrokenPipeError):  # which `command` ends with exit code 0
         Output().show("a table")
+
+
+def test_a_table_in_a_file_has_no_blanks_at_the_ends_of_its_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    Output().show(facts([("a", "short"), ("b", "much longer")]), "a line")
+    assert capsys.readouterr().out == "a  short\nb  much longer\na line\n"

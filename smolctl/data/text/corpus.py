@@ -16,6 +16,7 @@ from smolctl.data.text.files import describe_files, find_files, is_file_name, re
 from smolctl.data.text.hub import DatasetName, DatasetReader
 from smolctl.data.text.library_questions import library_questions
 from smolctl.errors import InputError
+from smolctl.outside import path_meant
 
 # At most this much of a Hub dataset is downloaded to train a tokenizer.
 _HUB_SAMPLE = 64 * 1024 * 1024  # characters
@@ -127,7 +128,7 @@ def _open_source(name: str, text_field: str, split: str) -> Source:
         )
     raise MissingSourceError(
         f"{name}: no such file or folder",
-        "Name files, folders, a Hub dataset (org/name[@revision][:config]), or 'python'.",
+        f"{path_meant(path)}Name files, folders, a Hub dataset (org/name[@revision][:config]), or 'python'.",
     )
 
 

@@ -18,7 +18,7 @@ from smolctl.data.text.compression import ENDINGS, open_chunks
 from smolctl.data.text.documents import Document, OnRead, no_text, not_text
 from smolctl.errors import InputError
 from smolctl.escaping import whole_characters
-from smolctl.extras import install_command
+from smolctl.extras import missing_package
 from smolctl.outside import parse_json
 
 _JSON = ("jsonl", "ndjson", "json")
@@ -350,9 +350,7 @@ def _parquet_rows(path: Path, column: str | None, on_read: OnRead) -> Iterator[t
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise InputError(
-            f"{path}: reading Parquet needs pyarrow", f"Install it: {install_command('data')}"
-        ) from None
+        raise missing_package("pyarrow", "data", str(path)) from None
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             columns = table.schema_arrow.names
