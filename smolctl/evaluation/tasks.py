@@ -234,7 +234,7 @@ def _find_tasks(asked: Sequence[str]) -> tuple[Any, list[str]]:
     found = [str(Path(file).absolute()) for file in files]
     for file in files:
         if not Path(file).is_file():
-            raise InputError(f"{file}: no such file", f"{path_meant(file)}Name a YAML file of a task.")
+            raise InputError(f"{file}: no such file", f"{path_meant(Path(file))}Name a YAML file of a task.")
     for folder in folders:
         inside = TaskManager(include_path=folder, include_defaults=False).all_subtasks
         if not inside:

@@ -138,8 +138,8 @@ class Output:
                 else:  # a file or a pipe, in which rich's padding would only be in the way
                     with self.stdout.capture() as captured:
                         self.stdout.print(*renderables, sep="\n")
-                    sys.stdout.write(PADDING.sub("", captured.get()))
-                    sys.stdout.flush()
+                    self.stdout.file.write(PADDING.sub("", captured.get()))
+                    self.stdout.file.flush()
 
     def line(self, text: str) -> None:
         """Print one line of a result unchanged, however long; nothing with `--json`."""

@@ -420,8 +420,8 @@ def test_a_local_dir_holds_exactly_what_the_plan_names(
 @pytest.mark.parametrize(
     ("options", "code"),
     [
-        (("--repo", "no-slash"), 3),
-        (("--gguf", "q4_k_m"), 3),
+        (("--repo", "no-slash"), 2),
+        (("--gguf", "q4_k_m"), 2),
         (("--space-sdk", "docker"), 2),
         (("--dry-run", "--preview"), 2),
         (("--create-pr", "--revision", "x"), 2),
