@@ -55,6 +55,25 @@ class InputError(SmolError):
     exit_code = ExitCode.BAD_INPUT
 
 
+class SettingError(InputError):
+    """A setting of a config has a value that is not valid.
+
+    Args:
+        origin: the file or preset.
+        key: the setting, such as `train.steps`.
+        reason: what is wrong with the value.
+        hint: what the user can do about it.
+    """
+
+    def __init__(self, origin: str, key: str, reason: str, hint: str) -> None:
+        super().__init__(f"{origin}: {key}: {reason}", hint)
+        self.key, self.reason = key, reason
+
+
+class MissingPackageError(SmolError):
+    """An optional package is not installed."""
+
+
 class PromptTooLongError(InputError):
     """A prompt does not fit the model's context."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from smolctl.errors import InputError
+from smolctl.errors import InputError, MissingPackageError
 
 
 def installed_version(package: str) -> str | None:
@@ -48,3 +48,19 @@ def install_command(extra: str) -> str:
     vcs = record.get("vcs_info")
     origin = f" @ {vcs['vcs']}+{url}" if isinstance(vcs, dict) and "vcs" in vcs else ""
     return f"{command} install {shlex.quote(f'smolctl[{extra}]{origin}')}"
+
+
+def missing_package(package: str, extra: str, needed_by: str = "", instead: str = "") -> MissingPackageError:
+    """The error where an optional package is not installed.
+
+    Args:
+        package: its name.
+        extra: the extra of pyproject.toml that contains it.
+        needed_by: the option or the purpose that needs it.
+        instead: another remedy.
+    """
+    cause = f"the package {package} is not installed"
+    hint = f"Install it: {install_command(extra)}"
+    return MissingPackageError(
+        f"{needed_by}: {cause}" if needed_by else cause, f"{hint}. {instead}" if instead else hint
+    )

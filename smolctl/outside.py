@@ -367,6 +367,18 @@ def key_of(problem: Any) -> str:
     return dotted(parts)
 
 
+def path_meant(path: Path) -> str:
+    """The beginning of a hint to the file or folder of a similar name beside a missing one; else no text."""
+    from difflib import get_close_matches  # imported for errors only
+
+    try:
+        beside = [one.name for one in path.parent.iterdir()]
+    except OSError:
+        return ""
+    near = get_close_matches(path.name, beside, n=1, cutoff=0.8)
+    return f"Did you mean {path.parent / near[0]}? " if near else ""
+
+
 def dotted(parts: Iterator[str] | tuple[str, ...] | list[str]) -> str:
     """Keys as one path, shortened in the middle."""
     path = ".".join(parts)

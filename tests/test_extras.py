@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from smolctl.errors import ExitCode
 from smolctl.extras import install_command
+from tests.support.processes import Smolctl
 
 
 @pytest.mark.parametrize(
@@ -56,3 +59,35 @@ def test_without_metadata_the_name_is_given(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     assert install_command("data") == "pip install 'smolctl[data]'"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "package", "extra"),
+    [
+        (("serve", "model"), "starlette", "serve"),
+        (("eval", "model", "--tasks", "arc_easy"), "lm_eval", "eval"),
+        (("train", "nano", "--logger", "wandb"), "wandb", "wandb"),
+        (("train", "nano", "--data", "rows.parquet", "--dry-run"), "pyarrow", "data"),
+    ],
+)
+def test_a_missing_package_is_one_kind_of_error(
+    arguments: tuple[str, ...],
+    package: str,
+    extra: str,
+    smolctl: Smolctl,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    for name in [name for name in sys.modules if name.startswith(("smolctl.serving", f"{package}."))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    if package in ("lm_eval", "wandb"):  # looked for without an import
+        monkeypatch.setattr("smolctl.evaluation.tasks.find_spec", lambda _name: None)
+        monkeypatch.setattr("smolctl.training.loggers.find_spec", lambda _name: None)
+    called = smolctl(*arguments)
+    cause, hint = called.err.splitlines()[-2:]
+    assert called.code == ExitCode.FAILED
+    assert f"the package {package.replace('_', '-')} is not installed" in cause
+    assert install_command(extra) in hint

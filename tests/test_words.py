@@ -33,6 +33,7 @@ PRIVATE = {
     r"anew|exclude each other|something else than|so many": "again, cannot be combined, other than",
     r"cannot be a GGUF|(?:not|is) taken, because|is there already|no \w+ in it": "refused, exists, contains",
     r"answers? with nothing|another way than|all the same|by heart|stands? alone": "anyway",
+    r"licences?": "license, as the Hub and the option spell it",
     r"ours": "smolctl's; chosen, for a value of a config",
     r"do(?:es)? not divide(?: by)?|stays? so": "is not divisible by, does not change",
     r"in company|be had": "in a batch, is available",

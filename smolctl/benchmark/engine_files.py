@@ -8,7 +8,7 @@ from pathlib import Path
 
 from smolctl.benchmark.engines import PEERS, EngineName, EngineSpec
 from smolctl.benchmark.peers import is_installed
-from smolctl.errors import SmolError, UsageError
+from smolctl.errors import MissingPackageError, SmolError, UsageError
 from smolctl.quantization.quantize import QuantizeOptions, quantize
 from smolctl.sources import open_source
 from smolctl.sources.base import ModelSource, SourceKind
@@ -24,13 +24,17 @@ def check_peers(names: Sequence[str]) -> tuple[EngineName, ...]:
     """The requested peers without duplicates.
 
     Raises:
-        UsageError: one is not known, or not installed.
+        UsageError: one is not known.
+        MissingPackageError: one is not installed.
     """
     for name in names:
         if name not in PEERS:
             raise UsageError(f"--against {name} is not known", f"Use {', '.join(PEERS)}.")
         if not is_installed(name):
-            raise UsageError(f"--against {name}: it is not installed", f"pip install {PEERS[name]}")
+            raise MissingPackageError(
+                f"--against {name}: the package {PEERS[name]} is not installed",
+                f"Install it: pip install {PEERS[name]}",
+            )
     return tuple(peer for peer in PEERS if peer in names)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from smolctl.cli.completion import PEERS, SCHEMES, SUITES, complete_model, names
-from smolctl.cli.options import Threads, capped_threads, command
+from smolctl.cli.options import NEWEST, WEIGHTS, Threads, capped_threads, command
 from smolctl.errors import UsageError
 from smolctl.views.output import Output
 
@@ -21,8 +21,7 @@ def bench(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="Run, preset (with random weights), .ckpt, folder, .safetensors, .gguf or Hub id. "
-            "Default: the newest run.",
+            help=f"{WEIGHTS}, or a preset or YAML (with random weights). {NEWEST}",
             show_default=False,
             autocompletion=complete_model,
         ),

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from smolctl.cli.completion import complete_weights
-from smolctl.cli.options import command
+from smolctl.cli.options import WEIGHTS, command
 from smolctl.errors import GateError
 from smolctl.views.output import Output
 
@@ -19,7 +19,7 @@ def compare(
         list[str],
         typer.Argument(
             metavar="MODEL",
-            help="Two or more models with weights: runs, RUN@STEP, RUN@best, folders, .gguf, Hub ids.",
+            help=f"Two or more of: {WEIGHTS[0].lower()}{WEIGHTS[1:]}.",
             show_default=False,
             autocompletion=complete_weights,
         ),

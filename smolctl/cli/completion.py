@@ -105,7 +105,7 @@ def complete_config(incomplete: str) -> list[str]:
 
 
 def complete_license(incomplete: str) -> list[str]:
-    """Licence identifiers of the Hub."""
+    """License identifiers of the Hub."""
     from smolctl.publish.licenses import LICENSES
 
     return sorted(LICENSES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable
 from importlib import import_module
@@ -42,6 +43,16 @@ INSTEAD = {
     ("sample", "--greedy"): "Use --temperature 0.",
     ("quantize", "--scheme"): "Use --to SCHEME.",
 }
+
+
+# Typer's messages about the command line, and smolctl's.
+MESSAGES = (
+    (r"Missing \w+ '(.+)'\.", r"\1 is missing"),
+    (r"Option '(.+)' requires an argument\.", r"\1 has no value"),
+    (r"Got unexpected extra arguments?(?:\(s\))? \((.+)\)", r"no argument is expected here: \1"),
+    (r"No such command '(.+?)'\.(.*)", r"\1: no such command\2"),
+    (r"Invalid value for (?:'-\w' / )?'(.+?)'(?: / '-\w')?: (.+?)\.?", r"\1: \2"),
+)
 
 
 def _version(asked: bool) -> None:
@@ -115,8 +126,12 @@ def _usage_error(error: Any) -> UsageError:
     context = getattr(error, "ctx", None)
     command = context.command_path if context else " ".join(["smolctl", *named])
     remedy = f"See {command} --help."
+    said = plain_reason(str(error.format_message()))
+    for theirs, ours in MESSAGES:
+        said = re.sub(f"{theirs}\\Z", ours, said)
     if context is None or not hasattr(error, "possibilities"):
-        return UsageError(plain_reason(str(error.format_message())), remedy)
+        said, meant, name = said.partition(" Did you mean ")
+        return UsageError(said, f"Did you mean {name.replace(chr(39), '')} {remedy}" if meant else remedy)
     option, parameters = error.option_name, context.command.params
     later = [name for name in sys.argv[1:] if name in COMMANDS] if context.parent is None else []
     known = [name for one in parameters for name in (*one.opts, *one.secondary_opts) if name[:2] == "--"]
@@ -131,4 +146,4 @@ def _usage_error(error: Any) -> UsageError:
         remedy = f"Did you mean {' or '.join(near)}? {remedy}"
     elif option.strip("-") and any(name.lower().startswith(option.lstrip("-")) for name in arguments):
         remedy = f"{arguments[0]} is given without an option's name: {command} {arguments[0]}. {remedy}"
-    return UsageError(error.message, remedy)
+    return UsageError(f"{option}: no such option", remedy)

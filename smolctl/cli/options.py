@@ -27,7 +27,7 @@ from smolctl.cli.completion import (
 )
 from smolctl.cores import compute_threads
 from smolctl.durable import DISK_ERRORS
-from smolctl.errors import RENAME, ExitCode, InputError, SmolError, UsageError
+from smolctl.errors import RENAME, ExitCode, InputError, SettingError, SmolError, UsageError
 from smolctl.escaping import is_utf8
 from smolctl.views.output import Output, abandon_stdout
 
@@ -137,6 +137,8 @@ RUN_SETTINGS = {
     "strategy": "trainer.strategy",
     "logger": "trainer.loggers",
 }
+WEIGHTS = "Run, RUN@STEP, RUN@best, .ckpt, folder, .safetensors, .gguf or Hub id"  # what MODEL may name
+NEWEST = "Default: the newest run."
 Model = Annotated[
     str,
     typer.Argument(
@@ -150,7 +152,7 @@ ModelOrNewest = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="Run, .ckpt, folder, .safetensors, .gguf or Hub id. Default: the newest run.",
+        help=f"{WEIGHTS}. {NEWEST}",
         show_default=False,
         autocompletion=complete_weights,
     ),
@@ -194,8 +196,9 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
         except SmolError as error:
             if debug:
                 raise
-            output.error(error)
-            code = error.exit_code
+            named = _of_option(error, asked, names)
+            output.error(named)
+            code = named.exit_code
         except KeyboardInterrupt:
             code = ExitCode.INTERRUPTED
         except BrokenPipeError:
@@ -247,6 +250,22 @@ def _require_names(asked: Mapping[str, Any], names: Mapping[str, str], texts: Co
         for one in given:
             if isinstance(one, str | Path) and key not in TEXTS and not is_utf8(str(one)):
                 raise UsageError(f"{name} {one}: not UTF-8", RENAME)
+
+
+def _of_option(error: SmolError, asked: Mapping[str, Any], names: Mapping[str, str]) -> SmolError:
+    """An error of a setting as one of the option that set it; any other error is returned unchanged.
+
+    Args:
+        error: of a command.
+        asked: the command's values by parameter name.
+        names: the parameters' names as the user writes them.
+    """
+    if not isinstance(error, SettingError):
+        return error
+    for parameter, key in RUN_SETTINGS.items():
+        if asked.get(parameter) is not None and f"{error.key}.".startswith(f"{key}."):
+            return UsageError(f"{names[parameter]}: {error.reason}", error.hint)
+    return error
 
 
 def _shown(parameter: inspect.Parameter) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from smolctl.cli.completion import GGUF_SCHEMES, complete_license, complete_weights, names
-from smolctl.cli.options import AcceptGuesses, command
+from smolctl.cli.options import NEWEST, WEIGHTS, AcceptGuesses, command
 from smolctl.errors import UsageError
 from smolctl.publish.sdk import PAGE_SCHEMES, Sdk, page_variants
 from smolctl.views.output import Output
@@ -24,7 +24,7 @@ def push(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="Run, RUN@STEP, RUN@best, Hugging Face folder, .ckpt or .gguf. Default: the newest run.",
+            help=f"{WEIGHTS}. {NEWEST}",
             show_default=False,
             autocompletion=complete_weights,
         ),

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from smolctl.cli.completion import SCHEMES, complete_weights, names
-from smolctl.cli.options import AcceptGuesses, command
+from smolctl.cli.options import NEWEST, WEIGHTS, AcceptGuesses, command
 from smolctl.errors import GateError
 from smolctl.views.output import Output
 
@@ -20,7 +20,7 @@ def quantize(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="Run, RUN@best, .ckpt, folder, .safetensors, .gguf or Hub id. Default: the newest run.",
+            help=f"{WEIGHTS}. {NEWEST}",
             show_default=False,
             autocompletion=complete_weights,
         ),

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from smolctl.cli.completion import complete_weights
-from smolctl.cli.options import Dtype, KvCache, Threads, capped_threads, command
+from smolctl.cli.options import NEWEST, WEIGHTS, Dtype, KvCache, Threads, capped_threads, command
 from smolctl.views.output import Output
 
 ALTERNATIVES = 5  # other tokens that --explain shows with each
@@ -24,8 +24,7 @@ def sample(
         list[str] | None,
         typer.Argument(
             metavar="MODEL",
-            help="Run, RUN@best, .ckpt, folder, .gguf or Hub id; several are shown side by side. "
-            "Default: the newest run.",
+            help=f"{WEIGHTS}; several are shown side by side. {NEWEST}",
             autocompletion=complete_weights,
         ),
     ] = None,

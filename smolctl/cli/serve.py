@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from smolctl.cli.options import Dtype, KvCache, ModelOrNewest, Threads, capped_threads, command
-from smolctl.errors import SmolError
 from smolctl.views.output import Output
 
 
@@ -42,7 +41,7 @@ def serve(
         typer.Option(
             "--context",
             min=2,
-            help="Maximum tokens of a prompt with its answer. Default: the model's context, at most 2048.",
+            help="Maximum tokens of a prompt with its answer. Default: the model's context, at most 2,048.",
         ),
     ] = None,
     waiting: Annotated[
@@ -84,13 +83,12 @@ def serve(
         from smolctl.serving.serve import ServeOptions
         from smolctl.serving.serve import serve as run
     except ModuleNotFoundError as error:
-        if error.name not in ("starlette", "uvicorn", "anyio"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("starlette", "uvicorn", "anyio"):
             raise
-        from smolctl.extras import install_command
+        from smolctl.extras import missing_package
 
-        raise SmolError(
-            f"the package {error.name} is not installed", f"Install it: {install_command('serve')}"
-        ) from None
+        raise missing_package(package, "serve") from None
     options = ServeOptions(
         host=host,
         port=port,

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from smolctl.config.model import ModelConfig
 from smolctl.config.run import RunConfig
-from smolctl.errors import InputError, UsageError
+from smolctl.errors import InputError, SettingError, UsageError
 from smolctl.outside import (
     MAX_DEPTH,
     MAX_YAML_BYTES,
@@ -24,6 +24,7 @@ from smolctl.outside import (
     first_fault,
     key_of,
     parse_yaml,
+    path_meant,
     read_file,
     shown,
 )
@@ -53,7 +54,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         InputError: the file is missing, is not YAML, or is not a mapping.
     """
     if not path.exists():
-        raise InputError(f"{path}: no such file", f"Presets: {', '.join(preset_names())}.")
+        raise InputError(f"{path}: no such file", f"{path_meant(path)}Presets: {', '.join(preset_names())}.")
     remedy = "Correct the YAML; `smolctl inspect-config nano --yaml` shows one."
     try:
         text = read_file(path, remedy, MAX_YAML_BYTES).decode("utf-8")
@@ -85,7 +86,7 @@ def config_path(name_or_path: str) -> Path:
         )
     raise InputError(
         f"{name_or_path}: no preset or file has this name",
-        f"{preset_meant(name_or_path)}Presets: {', '.join(preset_names())}.",
+        f"{preset_meant(name_or_path) or path_meant(path)}Presets: {', '.join(preset_names())}.",
     )
 
 
@@ -315,7 +316,10 @@ def _config_error(schema: type[BaseModel], error: ValidationError, origin: str) 
         near = elsewhere or [".".join((*section, one)) for one in _near(name, known)]
         hint = f"Did you mean {' or '.join(near)}?" if near else f"Known keys here: {', '.join(known)}."
         return InputError(f"{origin}: unknown key {key}{more}", hint)
-    return InputError(f"{origin}: {first_fault(error)}{more}", "Change the value and run again.")
+    remedy = "Change the value and run again."
+    if not key:
+        return InputError(f"{origin}: {first_fault(error)}{more}", remedy)
+    return SettingError(origin, key, first_fault(error).removeprefix(f"{key}: ") + more, remedy)
 
 
 def settings_of(schema: type[BaseModel], section: str = "") -> Iterator[tuple[str, FieldInfo]]:

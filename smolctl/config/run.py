@@ -195,7 +195,7 @@ class TrainerConfig(Section):
 
 
 class PublishConfig(Section):
-    """The repository for `push`, and the licence on the card."""
+    """The repository for `push`, and the license on the card."""
 
     repo: str | None = Field(None, description="repository on the Hub, org/name; null: YOU/RUN")
     license: str | None = Field(

@@ -22,11 +22,11 @@ import numpy as np
 from smolctl.errors import HubError, InputError, SmolError, UsageError
 from smolctl.evaluation.task_record import record_tasks
 from smolctl.evaluation.task_templates import apply_template
-from smolctl.extras import install_command
+from smolctl.extras import missing_package
 from smolctl.generation.engines import EngineOptions
 from smolctl.generation.load import load_model
 from smolctl.hub.errors import first_line
-from smolctl.outside import shown
+from smolctl.outside import path_meant, shown
 from smolctl.runs.layout import TASKS
 from smolctl.sources import open_source
 
@@ -99,11 +99,12 @@ def evaluate_tasks(
         note: called with each line of progress.
 
     Raises:
-        InputError: lm-eval is not installed, a task is unknown or broken, or the model cannot be read.
+        MissingPackageError: lm-eval is not installed.
+        InputError: a task is unknown or broken, or the model cannot be read.
         HubError: a task's data cannot be downloaded.
     """
     if find_spec(LIBRARY) is None:
-        raise InputError("lm-eval is not installed", f"Install it: {install_command('eval')}")
+        raise missing_package("lm-eval", "eval")
     with _explained(options):
         manager, names = _find_tasks(options.tasks)
     source = open_source(model)
@@ -232,7 +233,7 @@ def _find_tasks(asked: Sequence[str]) -> tuple[Any, list[str]]:
     found = [str(Path(file).absolute()) for file in files]
     for file in files:
         if not Path(file).is_file():
-            raise InputError(f"{file}: no such file", "Name a YAML file of a task.")
+            raise InputError(f"{file}: no such file", f"{path_meant(Path(file))}Name a YAML file of a task.")
     for folder in folders:
         inside = TaskManager(include_path=folder, include_defaults=False).all_subtasks
         if not inside:

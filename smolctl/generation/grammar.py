@@ -13,7 +13,7 @@ from smolctl.config import ModelConfig
 from smolctl.data.tokenizer.tokenizer import Tokenizer
 from smolctl.errors import InputError, SmolError
 from smolctl.escaping import json_text
-from smolctl.extras import install_command
+from smolctl.extras import missing_package
 from smolctl.generation.engine import Logits
 
 if TYPE_CHECKING:
@@ -79,13 +79,12 @@ def compile_schema(schema: Mapping[str, Any], tokenizer: Tokenizer, config: Mode
 
     Raises:
         InputError: it is not a JSON schema, or has a keyword that cannot be enforced, by name.
-        SmolError: llguidance is not installed.
+        MissingPackageError: llguidance is not installed.
     """
     try:
         from llguidance import LLMatcher
     except ImportError:
-        hint = f"Install it: {install_command('serve')}"
-        raise SmolError("answers that follow a JSON schema need the package llguidance", hint) from None
+        raise missing_package("llguidance", "serve", "answers that follow a JSON schema") from None
     if found := sorted(_keywords(schema) & NOT_KEPT):
         raise InputError(f"JSON schema: {found[0]} is not supported", CHANGE)
     source = LLMatcher.grammar_from_json_schema(json_text(dict(schema)), overrides=OPTIONS)

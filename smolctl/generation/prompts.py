@@ -12,7 +12,7 @@ from smolctl.errors import InputError, UsageError
 from smolctl.escaping import json_text
 from smolctl.generation.complete import CompletionSettings
 from smolctl.generation.openai import answer_schema, parse_messages
-from smolctl.outside import parse_json
+from smolctl.outside import parse_json, path_meant
 
 STDIN = "-"
 COMPLETIONS = "completions"  # the key of the answers in an output row
@@ -106,7 +106,8 @@ def read_prompts(name: str, stdin: TextIO, defaults: CompletionSettings) -> Prom
                 text = read_text(file, shown, "Split the file.")
     except OSError as error:
         reason = error.strerror or "it cannot be read"
-        raise InputError(f"{name}: {reason}", "Name a file of JSON lines, or '-' for stdin.") from None
+        hint = f"{path_meant(Path(name))}Name a file of JSON lines, or '-' for stdin."
+        raise InputError(f"{name}: {reason}", hint) from None
     numbered = enumerate(text.removeprefix("\ufeff").split("\n"), start=1)
     lines = tuple(_parse(number, line.strip(), defaults) for number, line in numbered if line.strip())
     if not lines:

@@ -92,7 +92,7 @@ TABLE: Mapping[str | int, Verdict] = {
     "GatedRepoError": (
         HubError,
         "gated: its authors ask you to accept their terms first",
-        "Accept its licence at {page}, then set HF_TOKEN; with a token, wait until they grant you access.",
+        "Accept its license at {page}, then set HF_TOKEN; with a token, wait until they grant you access.",
     ),
     "RevisionNotFoundError": (
         MissingError,

@@ -18,7 +18,7 @@ from pathlib import Path
 from smolctl.durable import cache_folder, replacing
 from smolctl.errors import SmolError
 
-# @huggingface/jinja: MIT licence, contains no third-party code.
+# @huggingface/jinja: MIT license, contains no third-party code.
 PACKAGE, VERSION = "@huggingface/jinja", "0.5.11"
 SHA256 = "c92401a23cdef23be5a2773eafc22db6723e113380aa02fedd0ca40ceb123f29"  # of the archive, 83 kB
 MEMBERS = {"jinja.js": "package/dist/index.js", "jinja-LICENSE.txt": "package/LICENSE"}
@@ -28,7 +28,7 @@ _MOST_BYTES = 10_000_000
 
 
 def jinja_files() -> Mapping[str, bytes]:
-    """The library and its licence, by file name in the page.
+    """The library and its license, by file name in the page.
 
     Raises:
         SmolError: the library is not in the cache and cannot be downloaded, or its hash differs.

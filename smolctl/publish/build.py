@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from smolctl.config import Provenance
 from smolctl.config.run import PublishConfig
 from smolctl.durable import write_json
-from smolctl.errors import InputError
+from smolctl.errors import InputError, UsageError
 from smolctl.hub.files import README, PlannedFile, planned_files
 from smolctl.model.weights import parameter_count
 from smolctl.outside import read_json
@@ -46,7 +46,7 @@ from smolctl.sources.provenance import provenance_of, read_provenance
 from smolctl.sources.quantized_folder import DESCRIPTION, FILE, is_quantized_folder, read_description
 
 # Text files next to the model that are copied unchanged.
-LICENCE_FILES = re.compile(r"(LICEN[CS]E|NOTICE)([.-].*)?", re.IGNORECASE)
+LICENSE_FILES = re.compile(r"(LICEN[CS]E|NOTICE)([.-].*)?", re.IGNORECASE)
 # Files of a run that are uploaded in another form.
 USED = {
     README,
@@ -82,7 +82,7 @@ class ModelToPublish:
 
     @property
     def settings(self) -> PublishConfig:
-        """The repository and the licence named in the run's config."""
+        """The repository and the license named in the run's config."""
         return self.source.run.publish if self.source.run else PublishConfig()
 
     @property
@@ -213,7 +213,7 @@ def open_model(model: str | None, accept_guesses: bool = False) -> ModelToPublis
 
 def _require_texts_inside(folder: Path | None) -> None:
     if folder is not None:
-        require_inside(folder, (README, *(path.name for path in _licence_files(folder))))
+        require_inside(folder, (README, *(path.name for path in _license_files(folder))))
 
 
 def repository_name(name: str) -> str:
@@ -238,17 +238,17 @@ def build(model: ModelToPublish, folder: Path, schemes: Sequence[str]) -> Built:
         write_records(facts, model.folder, folder)
         quantized = add_quantized(model.folder, folder / QUANTIZED, facts.step)
         taken |= {QUANTIZED} if quantized else set()
-    for path in _licence_files(model.folder):
+    for path in _license_files(model.folder):
         shutil.copyfile(path, folder / path.name)
         taken.add(path.name)
     stays = left_out(model.folder, taken, quantized) if model.folder else ()
     return Built(model, folder, export, facts, stays, quantized)
 
 
-def _licence_files(folder: Path | None) -> tuple[Path, ...]:
-    """The licence files next to a model."""
+def _license_files(folder: Path | None) -> tuple[Path, ...]:
+    """The license files next to a model."""
     found = sorted(path for path in folder.iterdir() if path.is_file()) if folder else ()
-    return tuple(path for path in found if LICENCE_FILES.fullmatch(path.name))
+    return tuple(path for path in found if LICENSE_FILES.fullmatch(path.name))
 
 
 def add_quantized(run: Path, target: Path, step: int) -> tuple[str, ...]:
@@ -312,10 +312,10 @@ def require_repository(name: str, option: str) -> None:
     """Check that a name is `org/name`.
 
     Raises:
-        InputError: it is not.
+        UsageError: it is not.
     """
     namespace, _, rest = name.partition("/")
     if not namespace or repository_name(rest) != rest or repository_name(namespace) != namespace:
-        raise InputError(
+        raise UsageError(
             f"{option} {name}: not a repository name", "Write it as org/name, such as me/my-model."
         )

@@ -62,7 +62,7 @@ def merge_card(
 
 
 def stated_license(text: str) -> str | None:
-    """The licence in a card's metadata.
+    """The license in a card's metadata.
 
     Raises:
         InputError: the metadata is not a YAML mapping.

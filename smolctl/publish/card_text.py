@@ -141,7 +141,7 @@ def _origin(base: Provenance) -> str:
 
 
 def _link(one: Provenance) -> str:
-    """A model with its commit or step, and its licence."""
+    """A model with its commit or step, and its license."""
     if one.kind == "hub":
         name = f"[{one.id}]({endpoint()}/{one.id})"
     else:
@@ -153,12 +153,12 @@ def _link(one: Provenance) -> str:
         at.append(f"revision {code_span(one.revision)}")
     if one.commit:
         at.append(f"commit {code_span(one.commit[:12])}")
-    at.append(f"licence {code_span(one.license)}" if one.license else "licence not stated")
+    at.append(f"license {code_span(one.license)}" if one.license else "license not stated")
     return f"{name}, {', '.join(at)}"
 
 
 def _described(source: str) -> str:
     if source == python_library.NAME:
-        return "the source and documentation of Python's standard library (PSF licence)"
+        return "the source and documentation of Python's standard library (PSF license)"
     name = DatasetName.recorded(source)
     return f"[{source}]({endpoint()}/datasets/{name.repository})" if name else source

@@ -1,4 +1,4 @@
-"""The licence identifiers of the Hub, which refuses cards with other ones.
+"""The license identifiers of the Hub, which refuses cards with other ones.
 
 From https://github.com/huggingface/hub-docs, docs/hub/repositories-licenses.md, of August 2026.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 
-from smolctl.errors import InputError
+from smolctl.errors import InputError, SmolError
 
 _LISTED = """
 apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
@@ -24,22 +24,23 @@ LICENSES = frozenset(_LISTED.split())
 PAGE = "hf.co/docs/hub/repositories-licenses"
 
 
-def require_license(license: str, named_by: str) -> None:
-    """Check that the Hub knows a licence.
+def require_license(license: str, named_by: str, error: type[SmolError] = InputError) -> None:
+    """Check that the Hub knows a license.
 
     Args:
         license: an identifier.
         named_by: the option or key that contains it, for the error.
+        error: the error to raise.
 
     Raises:
-        InputError: it does not; suggests the nearest identifier.
+        SmolError: the Hub does not know it; suggests the nearest identifier.
     """
     if license in LICENSES:
         return
     spelled = "-".join(license.lower().replace("license", "").replace("licence", "").split())
     near = difflib.get_close_matches(spelled, sorted(LICENSES), n=1, cutoff=0.5)
     meant = f"Did you mean {near[0]}? " if near else ""
-    raise InputError(
-        f"{named_by}: the Hub does not know the licence {license!r}",
+    raise error(
+        f"{named_by}: the Hub does not know the license {license!r}",
         f"{meant}Its list: {PAGE}. For another one, write `license: other` and license_name in README.md.",
     )

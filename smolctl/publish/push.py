@@ -36,7 +36,7 @@ from smolctl.publish.space import add_space, require_space, write_card
 from smolctl.publish.space_hub import await_space, explained_payment
 from smolctl.publish.static_space import page_text
 from smolctl.runs.root import latest_run
-from smolctl.sources.gguf.write import require_gguf
+from smolctl.sources.gguf.write import require_gguf, require_scheme
 
 SPACE = "space"  # the folder next to MODEL, and the Hub's name of such a repository
 PAGE_KIND = "page"  # of a folder with only the static page
@@ -59,6 +59,20 @@ class PushOptions:
     page_schemes: tuple[str, ...] = ("int8",)  # variants on a static page, the default first
     allowed_secrets: tuple[str, ...] = ()  # hashes of findings that are not secrets
     accept_guesses: bool = False  # of config values that are in no file
+
+    def __post_init__(self) -> None:
+        """Check the values before a model is opened or a token is asked for.
+
+        Raises:
+            UsageError: the Hub or GGUF does not know one of them.
+        """
+        if self.license:
+            require_license(self.license, "--license", UsageError)
+        for scheme in self.schemes:
+            require_scheme(scheme)
+        for option, name in (("--repo", self.repo), ("--space", self.space)):
+            if name:
+                require_repository(name, option)
 
 
 @dataclass(frozen=True)
@@ -246,15 +260,11 @@ def choose_destination(
     """
     from huggingface_hub import get_token
 
-    for named_by, license in (("--license", options.license), ("publish.license", model.settings.license)):
-        if license:
-            require_license(license, named_by)
+    if model.settings.license:
+        require_license(model.settings.license, "publish.license")
     for scheme in options.schemes:
         require_gguf(model.source.require_config(), scheme)
-    if options.repo:
-        require_repository(options.repo, "--repo")
     if options.space:
-        require_repository(options.space, "--space")
         require_space(options.space_sdk)
     identity = client.identity() if client else None
     repo, decided = options.repo or model.settings.repo, ""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from smolctl.errors import SmolError
-from smolctl.extras import install_command
+from smolctl.extras import missing_package
 from smolctl.hub.errors import first_line
 from smolctl.programs import running_program
 from smolctl.publish.app import SpaceFacts
@@ -42,13 +42,10 @@ def require_gradio() -> None:
     """Check that Gradio is installed.
 
     Raises:
-        SmolError: it is not.
+        MissingPackageError: it is not.
     """
     if importlib.util.find_spec("gradio") is None or importlib.util.find_spec("gradio_client") is None:
-        raise SmolError(
-            "Gradio is not installed, so the Space cannot be tested",
-            f"Install it: {install_command('space')}",
-        )
+        raise missing_package("gradio", "space", "testing the Space")
 
 
 def smoke_test(folder: Path, python: str = sys.executable) -> SmokeTest:

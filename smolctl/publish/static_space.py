@@ -66,7 +66,7 @@ def _facts(facts: CardFacts) -> Iterator[tuple[str, str]]:
         if run.validations:
             last = run.validations[-1]
             yield "Held-out text", f"{last['bits_per_byte']:.4f} bits per byte at step {last['step']:,}"
-    yield "Licence", facts.license or "not stated"
+    yield "License", facts.license or "not stated"
     yield "Made with", f"smolctl {smolctl.__version__}"
 
 

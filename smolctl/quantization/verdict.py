@@ -85,8 +85,11 @@ def _quality(quality: Quality | None) -> str:
         return "broken: it predicts NaN or infinite values"
     if kl < UNNOTICED:
         return "as good as the source"
-    word = "a small loss" if kl < SMALL else "a clear loss" if kl < LARGE else "broken"
-    return f"{word}: perplexity {quality.perplexity:.3g}, the source's {quality.source_perplexity:.3g}"
+    amount = "small" if kl < SMALL else "clear" if kl < LARGE else ""
+    perplexities = f"perplexity {quality.perplexity:.3g}, the source's {quality.source_perplexity:.3g}"
+    if amount and quality.perplexity <= quality.source_perplexity:  # other predictions, but not worse ones
+        return f"a {amount} change: KL {kl:.2g}, {perplexities}"
+    return f"{f'a {amount} loss' if amount else 'broken'}: {perplexities}"
 
 
 def _calibration(calibration: Calibration | None) -> str:

@@ -277,7 +277,10 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 async def _not_there(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    what = {404: f"There is no {request.url.path} here.", 405: f"{request.method} is not possible here."}
+    what = {
+        404: f"There is no {request.url.path} here.",
+        405: f"{request.url.path} does not take {request.method}.",
+    }
     reason = ApiError(error.status_code, what.get(error.status_code, f"{error.detail}."))
     return JSONResponse(reason.body(), reason.status, error.headers)
 

@@ -153,7 +153,7 @@ class ModelSource:
     revision: str | None = None  # commit on the Hub
     bytes_fetched: int = 0  # over the network
     declared: Mapping[str, Any] = field(default_factory=dict)  # the config in the source's own keys
-    card: Mapping[str, Any] = field(default_factory=dict)  # metadata of its model card: licence, base model
+    card: Mapping[str, Any] = field(default_factory=dict)  # metadata of its model card: license, base model
     recovered_from_shapes: bool = False  # there was no config; it was derived from the tensors
     tensors: tuple[TensorHeader, ...] | None = None  # None if the source has no weights
     missing_parts: str = ""  # missing files of a model that is split into several

@@ -26,7 +26,7 @@ from smolctl.config.load import (
     resolve_run_config,
 )
 from smolctl.errors import InputError, UsageError
-from smolctl.outside import refuse_pointer
+from smolctl.outside import path_meant, refuse_pointer
 from smolctl.ownership import RECORD, require_inside
 from smolctl.runs.folder import RunFolder
 from smolctl.runs.layout import CONFIG, is_run
@@ -147,9 +147,9 @@ def _open(model: str, values: Mapping[str, Any]) -> ModelSource:
         return open_hub(model)
     refuse_tag(model)
     if "/" not in model and not is_file_name(model):
-        hint = run_meant(model) or preset_meant(model) + KINDS
+        hint = run_meant(model) or (preset_meant(model) or path_meant(path)) + KINDS
         raise InputError(f"{model}: no preset or file has this name", hint)
-    raise InputError(f"{model}: no such file or folder", KINDS)
+    raise InputError(f"{model}: no such file or folder", path_meant(path) + KINDS)
 
 
 def _open_stdin(values: Mapping[str, Any]) -> ModelSource:

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from smolctl.config import RunConfig
-from smolctl.errors import UsageError
-from smolctl.extras import install_command
+from smolctl.extras import missing_package
 from smolctl.runs.events import Listener, Note
 from smolctl.runs.layout import LOGS, WANDB_ID
 from smolctl.training.lightning import CSVLogger, Logger, TensorBoardLogger, WandbLogger
@@ -55,15 +54,12 @@ def require_packages(loggers: Iterable[str]) -> None:
     """Check that the packages of loggers are installed, without importing them.
 
     Raises:
-        UsageError: one is missing, naming what to install.
+        MissingPackageError: one is missing, naming what to install.
     """
     for name in loggers:
         packages = PACKAGES.get(name, ())
         if packages and not any(find_spec(package) for package in packages):
-            raise UsageError(
-                f"--logger {name}: the package {packages[0]} is not installed",
-                f"Install it: {install_command(name)}. Or leave the logger out.",
-            )
+            raise missing_package(packages[0], name, f"--logger {name}", "Or leave the logger out.")
 
 
 def logged_metrics(record: Mapping[str, Any]) -> dict[str, float]:

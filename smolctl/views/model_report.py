@@ -194,7 +194,7 @@ def _provenance_rows(provenance: Provenance) -> Iterator[Row]:
     for index, one in enumerate(provenance.chain):
         at = {"revision": one.revision, "commit": one.commit, "step": one.step}
         said = [f"{what} {value}" for what, value in at.items() if value is not None]
-        said.append(f"licence {one.license}" if one.license else "licence not stated")
+        said.append(f"license {one.license}" if one.license else "license not stated")
         said += [f"not certain: {', '.join(one.assumed)}"] if one.assumed else []
         place = "on the Hub" if one.kind == "hub" else one.id
         yield "made from" if index else "this model", one.public().id, ", ".join([place, *said])

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # A pipe has no width. Tables for a pipe have this many columns.
 PIPE_WIDTH = 120
+PADDING = re.compile(r" +$", re.MULTILINE)
 # Cursor movements of tqdm, which draws the progress bars of the Hub's client: to the beginning of the line
 # before a bar, and by whole lines between bars.
 BAR_MOVES = re.compile(r"\r?(?=[^\r\x1b]*\Z)|(?:\n|\x1b\[A)*\Z")
@@ -133,8 +134,13 @@ class Output:
         """Print a result for people; nothing with `--json`."""
         if not self.json:
             with self._or_on_stderr(lambda: self.stderr.print(*renderables, sep="\n")):
-                for renderable in renderables:
-                    self.stdout.print(renderable)
+                if self.stdout.is_terminal:
+                    self.stdout.print(*renderables, sep="\n")
+                else:  # a file or a pipe, in which rich's padding would only be in the way
+                    with self.stdout.capture() as captured:
+                        self.stdout.print(*renderables, sep="\n")
+                    self.stdout.file.write(PADDING.sub("", captured.get()))
+                    self.stdout.file.flush()
 
     def line(self, text: str) -> None:
         """Print one line of a result unchanged, however long; nothing with `--json`."""

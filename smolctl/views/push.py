@@ -68,7 +68,7 @@ def _facts(plan: PushPlan) -> dict[str, str]:
     export = built.export
     how = "no code of its own" if not export.network.config.needs_own_code else "trust_remote_code=True"
     card = "new" if plan.new_card else "text written by people is kept, the generated part is new"
-    licence = "" if "\nlicense:" in plan.card else "; no licence stated (--license)"
+    license = "" if "\nlicense:" in plan.card else "; no license stated (--license)"
     decided = f" ({plan.destination.decided})" if plan.destination.decided else ""
     place = plan.repo if plan.destination.identity is None else f"{endpoint()}/{plan.repo}"
     rows = {
@@ -76,7 +76,7 @@ def _facts(plan: PushPlan) -> dict[str, str]:
         "repository": f"{place}, {_visibility(plan)}{decided}",
         "account": _identity(plan),
         "loads in": f"transformers with {how}; logits differ by {export.largest_difference:.2g} at most",
-        "card": f"{card}, {len(plan.card.splitlines())} lines{licence}",
+        "card": f"{card}, {len(plan.card.splitlines())} lines{license}",
         "secrets": f"none found in {sum(len(repo.files) for repo in _repos(plan))} files",
     }
     rows |= _exceptions(plan)

@@ -129,7 +129,83 @@ def test_flags_repeatable_options_and_settings_may_be_given_again(smolctl: Smolc
     called = smolctl("count-params", "nano", "--set", "num_hidden_layers=1", "--set", "vocab_size=300", "-qq")
     assert (called.code, called.err) == (0, "")
     called = smolctl("train", "--dry-run", "--steps", "1", "--steps", "x")
-    assert "'--steps': must be a valid integer\n" in called.err  # the last one applies
+    assert "--steps: must be a valid integer\n" in called.err  # the last one applies
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (("count-params",), "MODEL is missing"),
+        (("train", "--steps"), "--steps has no value"),
+        (("train", "nano", "more", "words"), "no argument is expected here: more words"),
+        (("trian",), "trian: no such command"),
+        (("train", "--stepz", "3"), "--stepz: no such option"),
+        (("sample", "-n", "x"), "--samples: must be a valid integer"),
+        (("sample", "--kv-cache", "int4"), "--kv-cache: 'int4' is not one of 'auto', 'int8'"),
+        # What the config refuses is refused under the name that the user wrote.
+        (("train", "nano", "--dry-run", "--strategy", "x"), "--strategy: must be 'auto' or 'ddp', got 'x'"),
+        (("train", "nano", "--dry-run", "--epochs", "-1"), "--epochs: must be greater than 0, got -1.0"),
+        (("train", "nano", "--dry-run", "--logger", "x"), "--logger: must be 'csv', 'tensorboard', "),
+    ],
+)
+def test_a_usage_error_begins_with_what_is_wrong_and_ends_without_a_full_stop(
+    arguments: tuple[str, ...], cause: str, smolctl: Smolctl
+) -> None:
+    called = smolctl(*arguments)
+    said, hint = called.err.splitlines()
+    assert called.code == ExitCode.USAGE
+    assert said.startswith(f"error: {cause}")
+    assert said[-1] != "."
+    assert "trian" not in said or hint.startswith(" hint: Did you mean train? ")
+
+
+def test_a_setting_keeps_its_own_name_in_an_error(smolctl: Smolctl) -> None:
+    called = smolctl("train", "nano", "--dry-run", "--strategy", "ddp", "--set", "train.steps=0")
+    assert called.code == ExitCode.BAD_INPUT
+    assert called.err.startswith("error: nano: train.steps: must be")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("sample", "modle.gguf", "--prompt", "a"),
+        ("count-params", "./modle.gguf"),
+        ("compare", "modle.gguf", "model.gguf"),
+        ("train", "modle.yaml", "--dry-run"),
+        ("train", "nano", "--tokenizer", "train:300", "--dry-run", "--data", "modle.txt"),
+        ("sample", "model.gguf", "--jsonl", "modle.jsonl"),
+    ],
+)
+def test_a_file_of_a_similar_name_is_suggested(
+    arguments: tuple[str, ...], smolctl: Smolctl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wrong = next(Path(word).name for word in arguments if "modle" in word)
+    Path(wrong.replace("modle", "model")).touch()
+    called = smolctl(*arguments)
+    assert called.code == ExitCode.BAD_INPUT
+    assert f" hint: Did you mean {wrong.replace('modle', 'model')}? " in called.err
+
+
+@pytest.mark.parametrize(
+    "options", [("--repo", "me"), ("--space", "me"), ("--gguf", "q4_k"), ("--license", "mitt")]
+)
+def test_a_push_refuses_wrong_options_before_it_asks_for_a_login(
+    options: tuple[str, str], smolctl: Smolctl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    called = smolctl("push", "nano", *options)
+    assert called.code == ExitCode.USAGE
+    assert options[1] in called.err
+
+
+def test_every_command_that_takes_weights_names_the_same_kinds() -> None:
+    root: Any = typer.main.get_command(application())
+    for name in ("sample", "serve", "compare", "eval", "quantize", "bench", "push"):
+        (argument,) = (one for one in root.commands[name].params if one.metavar == "MODEL")
+        said = argument.help.lower()
+        assert "run, run@step, run@best, .ckpt, folder, .safetensors, .gguf or hub id" in said, name
 
 
 @pytest.mark.parametrize(

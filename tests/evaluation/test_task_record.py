@@ -58,6 +58,6 @@ def test_without_lm_eval_the_command_says_how_to_install_it(
 ) -> None:
     monkeypatch.setattr("smolctl.evaluation.tasks.LIBRARY", "lm_eval_that_is_not_there")
     called = smolctl("eval", tmp_path, "--tasks", "arc_easy")
-    assert (called.code, called.out) == (3, "")
+    assert (called.code, called.out) == (1, "")
     assert "lm-eval is not installed" in called.err
     assert install_command("eval") in called.err

@@ -71,7 +71,7 @@ ANSWERS: dict[str, tuple[int, str, str, type[HubError], str, str]] = {
         "does not accept the token (401)",
         "hf auth login",
     ),
-    "gated": (403, "GatedRepo", "", HubError, "gated", "Accept its licence at"),
+    "gated": (403, "GatedRepo", "", HubError, "gated", "Accept its license at"),
     "disabled": (403, "", "Access to this resource is disabled.", HubError, "disabled", "See http"),
     "no revision": (404, "RevisionNotFound", "", MissingError, "no such revision", "/commits"),
     "no file": (404, "EntryNotFound", "", MissingError, "a file is missing (/api/", "/tree/main"),

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from smolctl.config import ModelConfig
 from smolctl.data.tokenizer.tokenizer import Tokenizer
-from smolctl.errors import ExitCode, InputError, SmolError
+from smolctl.errors import ExitCode, InputError, SmolError, UsageError
 from smolctl.evaluation.task_record import RecordedTask
 from smolctl.generation.load import load_model
 from smolctl.model.weights import finite_tensors, load_network
@@ -202,7 +202,7 @@ def test_the_card_states_what_the_run_recorded(learned: Built, learned_run: Path
         'from_pretrained("me/tiny", trust_remote_code=True)',
         "smolctl sample me/tiny",
         "- corpus",
-        "Licence: apache-2.0",
+        "License: apache-2.0",
     ):
         assert fact in card
     assert "llama.cpp" not in card
@@ -333,11 +333,11 @@ def test_links_of_the_card_lead_to_the_branch_that_it_is_pushed_to(learned: Buil
     ("license", "near"),
     [("Apache 2.0", "apache-2.0"), ("MIT License", "mit"), ("gpl3", "gpl"), ("none of these", "")],
 )
-def test_a_licence_is_one_that_the_hub_knows(license: str, near: str, llama: Built) -> None:
-    with pytest.raises(InputError, match="the Hub does not know the licence") as caught:
-        choose_destination(PushOptions(license=license), llama.model)
+def test_a_license_is_one_that_the_hub_knows(license: str, near: str, llama: Built) -> None:
+    with pytest.raises(UsageError, match="the Hub does not know the license") as caught:
+        PushOptions(license=license)
     assert f"Did you mean {near}?" in caught.value.hint or not near
-    with pytest.raises(InputError, match=r"README\.md: the Hub does not know the licence"):
+    with pytest.raises(InputError, match=r"README\.md: the Hub does not know the license"):
         require_valid({"license": ["mit", license]})
     choose_destination(PushOptions(license="apache-2.0"), llama.model)
 
@@ -420,8 +420,8 @@ def test_a_local_dir_holds_exactly_what_the_plan_names(
 @pytest.mark.parametrize(
     ("options", "code"),
     [
-        (("--repo", "no-slash"), 3),
-        (("--gguf", "q4_k_m"), 3),
+        (("--repo", "no-slash"), 2),
+        (("--gguf", "q4_k_m"), 2),
         (("--space-sdk", "docker"), 2),
         (("--dry-run", "--preview"), 2),
         (("--create-pr", "--revision", "x"), 2),

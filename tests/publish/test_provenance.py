@@ -37,13 +37,13 @@ def card_of(built: Built, existing: str | None = None) -> tuple[dict[str, object
     return yaml.safe_load(front.strip().strip("-")), body
 
 
-def test_the_card_names_the_base_its_commit_and_its_licence(llama: Built) -> None:
+def test_the_card_names_the_base_its_commit_and_its_license(llama: Built) -> None:
     metadata, text = card_of(with_origin(llama, HUB))
     assert metadata["base_model"] == ["org/base"]
     assert metadata["base_model_relation"] == "finetune"
     assert "license" not in metadata  # which the user has to state
     assert "Fine-tuned from [org/base](https://huggingface.co/org/base)." in text
-    assert f"commit `{COMMIT[:12]}`, licence `apache-2.0`" in text
+    assert f"commit `{COMMIT[:12]}`, license `apache-2.0`" in text
 
 
 def test_links_lead_to_the_hub_in_use(llama: Built, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +56,7 @@ def test_links_lead_to_the_hub_in_use(llama: Built, monkeypatch: pytest.MonkeyPa
 def test_a_base_on_this_machine_is_named_without_its_folder_and_with_its_own_base(llama: Built) -> None:
     metadata, text = card_of(with_origin(llama, LOCAL))
     assert metadata["base_model"] == ["org/base"]
-    assert "`first` (not on the Hub), at step 300, licence not stated, made from [org/base]" in text
+    assert "`first` (not on the Hub), at step 300, license not stated, made from [org/base]" in text
     assert "/home/me" not in text
 
 

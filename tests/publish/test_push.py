@@ -104,12 +104,12 @@ def test_the_plan_tells_what_is_there_already(
     assert " 1 to send" in said
 
 
-def test_a_licence_that_was_stated_once_is_in_every_later_card(llama: Built, hub: PushHub) -> None:
+def test_a_license_that_was_stated_once_is_in_every_later_card(llama: Built, hub: PushHub) -> None:
     publish(llama, repo="me/tiny", license="mit")
     again = publish(llama, repo="me/tiny")
     assert again.repo.commit.sent == ()
     card = (repository(hub)["README.md"].content or b"").decode()
-    assert "Licence: mit" in card
+    assert "License: mit" in card
     assert "license: mit" in card
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,13 @@ def test_verdict_does_not_call_noise_a_speed() -> None:
         judge(variant("int8", 300, 0.02, (0.9, 1.2, 1.5)), [], SOURCE)
         == "a small loss: perplexity 53, the source's 18.6; as fast as the source"
     )
+
+
+def test_a_variant_that_predicts_the_text_no_worse_has_a_change_and_no_loss() -> None:
+    one = variant("int4", 300, 0.041)
+    assert one.quality is not None
+    better = replace(one, quality=replace(one.quality, perplexity=18.1))
+    assert judge(better, [], SOURCE) == "a small change: KL 0.041, perplexity 18.1, the source's 18.6"
 
 
 def test_variant_larger_than_its_source_is_worse_than_its_size() -> None:

@@ -256,3 +256,5 @@ def test_models_health_and_what_is_not_there(served: Served) -> None:
         for answer in answers:
             assert answer.status_code == status
             assert answer.json()["error"]["message"].endswith(".")
+    said = missing[405][0].json()["error"]["message"]
+    assert said == "/v1/completions does not take GET."

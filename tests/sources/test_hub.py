@@ -247,7 +247,7 @@ def test_private_repository_opens_with_a_token_only(
     assert open_source("org/tiny").config == CONFIG
 
 
-def test_gated_repository_names_its_licence_page(hub: HubServer, state: dict[str, torch.Tensor]) -> None:
+def test_gated_repository_names_its_license_page(hub: HubServer, state: dict[str, torch.Tensor]) -> None:
     add_model(hub, state).gated = True
     with pytest.raises(HubError, match="gated") as caught:
         open_source("org/tiny")

@@ -36,7 +36,7 @@ def write_site(work: Path, template: str | None = TEMPLATE) -> Path:
     text = PageText(
         TITLE,
         "a model for tests",
-        [("Licence", "none")],
+        [("License", "none")],
         [("Code", "https://example.com/code")],
         [EXAMPLE, "on the mat"],
     )

@@ -23,7 +23,7 @@ from markdown_it import MarkdownIt
 from smolctl.arithmetic import training_flops_per_token
 from smolctl.config import load_run_config
 from smolctl.config.load import merge
-from smolctl.errors import ExitCode, InputError, UsageError
+from smolctl.errors import ExitCode, InputError, MissingPackageError
 from smolctl.escaping import json_text, one_line
 from smolctl.extras import install_command
 from smolctl.runs.chart import smoothed, thinned
@@ -317,7 +317,7 @@ def test_a_missing_package_is_named_before_anything_is_done(
         "train": lambda: prepare(config, None, heard.append),
         "resume": lambda: go_on(x, extra=1, loggers=["csv", "wandb"]),
     }
-    with pytest.raises(UsageError, match="wandb is not installed") as error:
+    with pytest.raises(MissingPackageError, match="wandb is not installed") as error:
         begin[command]()
     assert install_command("wandb") in error.value.hint
     assert not heard

@@ -16,6 +16,7 @@ import pytest
 
 from smolctl.errors import InputError
 from smolctl.views.output import Output, prepare_streams
+from smolctl.views.tables import facts
 
 TEXT = "a → b, \u00e9 ± \U0001f600 “q\\”"
 
@@ -186,3 +187,8 @@ def test_a_closed_stream_is_refused_or_takes_nothing_and_no_file_gets_what_is_pr
         cwd=tmp_path,
     )
     assert int(done.stdout) > 2
+
+
+def test_a_table_in_a_file_has_no_blanks_at_the_ends_of_its_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    Output().show(facts([("a", "short"), ("b", "much longer")]), "a line")
+    assert capsys.readouterr().out == "a  short\nb  much longer\na line\n"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, BinaryIO, Protocol
 
 from smolctl.errors import InputError
-from smolctl.extras import install_command
+from smolctl.extras import missing_package
 
 # Formats of the standard library: the message for a damaged file, and the function that opens one.
 _STANDARD: Mapping[str, tuple[str, Callable[[BinaryIO], IO[bytes] | gzip.GzipFile]]] = {
@@ -130,9 +130,7 @@ def _zstd(path: Path) -> tuple[Callable[[], _Frame], type[Exception]]:
     try:
         import zstandard
     except ImportError:
-        raise InputError(
-            f"{path}: reading zstd needs zstandard", f"Install it: {install_command('data')}"
-        ) from None
+        raise missing_package("zstandard", "data", str(path)) from None
     return zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
 
 

@@ -18,6 +18,7 @@ from smolctl.data.text.library_questions import library_questions
 from smolctl.durable import named_path
 from smolctl.errors import RENAME, InputError
 from smolctl.escaping import is_utf8
+from smolctl.outside import path_meant
 
 # At most this much of a Hub dataset is downloaded to train a tokenizer.
 _HUB_SAMPLE = 64 * 1024 * 1024  # characters
@@ -131,7 +132,7 @@ def _open_source(name: str, text_field: str, split: str) -> Source:
         )
     raise MissingSourceError(
         f"{name}: no such file or folder",
-        "Name files, folders, a Hub dataset (org/name[@revision][:config]), or 'python'.",
+        f"{path_meant(path)}Name files, folders, a Hub dataset (org/name[@revision][:config]), or 'python'.",
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from smolctl.data.text.compression import ENDINGS, open_chunks, require_same
 from smolctl.data.text.documents import Document, OnRead, no_text, text_of
 from smolctl.errors import InputError
-from smolctl.extras import install_command
+from smolctl.extras import missing_package
 from smolctl.outside import parse_json
 
 _JSON = ("jsonl", "ndjson", "json")
@@ -347,9 +347,7 @@ def _parquet_rows(path: Path, column: str | None, on_read: OnRead) -> Iterator[t
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise InputError(
-            f"{path}: reading Parquet needs pyarrow", f"Install it: {install_command('data')}"
-        ) from None
+        raise missing_package("pyarrow", "data", str(path)) from None
     try:
         before = path.stat()
         with pyarrow.parquet.ParquetFile(path) as table:

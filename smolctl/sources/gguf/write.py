@@ -17,7 +17,7 @@ from torch import Tensor
 
 from smolctl.config import ModelConfig, Provenance
 from smolctl.durable import folder_of, lack_of_room, replacing
-from smolctl.errors import InputError, SmolError
+from smolctl.errors import InputError, SmolError, UsageError
 from smolctl.sources.base import TokenizerFiles
 from smolctl.sources.gguf.header import read_header
 from smolctl.sources.gguf.model import (
@@ -74,14 +74,24 @@ class GGUFResult:
         return 8 * self.bytes / self.parameters
 
 
+def require_scheme(scheme: str) -> None:
+    """Check that GGUF files can be written in a scheme.
+
+    Raises:
+        UsageError: it is not known.
+    """
+    if scheme not in SCHEMES:
+        raise UsageError(f"GGUF scheme {scheme} is not known", f"Schemes: {', '.join(SCHEMES)}.")
+
+
 def require_gguf(config: ModelConfig, scheme: str) -> None:
     """Check that a network can be written as a GGUF of this scheme, before anything is read.
 
     Raises:
-        InputError: with the reason.
+        UsageError: there is no such scheme.
+        InputError: the network cannot be written.
     """
-    if scheme not in SCHEMES:
-        raise InputError(f"GGUF scheme {scheme} is not known", f"Schemes: {', '.join(SCHEMES)}.")
+    require_scheme(scheme)
     if config.position_embedding == "learned":
         raise InputError(
             "learned positions cannot be written as a GGUF: llama.cpp's llama architecture uses RoPE",
@@ -150,7 +160,7 @@ def write_gguf(
         scheme: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.
         path: of the file; an existing file is replaced.
         name: of the model, `general.name`.
-        provenance: of the weights; the file names its licence and its model on the Hub.
+        provenance: of the weights; the file names its license and its model on the Hub.
 
     Returns:
         Facts about the file, after it was read back and compared.

@@ -44,7 +44,7 @@ def card_beside(folder: Path) -> Mapping[str, Any]:
 
 
 def license_of(metadata: Mapping[str, Any]) -> str | None:
-    """The licence in a card's metadata; several are joined into one text."""
+    """The license in a card's metadata; several are joined into one text."""
     value = metadata.get("license")
     if value == "other":
         value = metadata.get("license_name") or value
