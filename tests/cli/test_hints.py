@@ -280,7 +280,7 @@ def test_what_must_be_given_is_marked_in_the_help(smolctl: Smolctl) -> None:
     help_text = " ".join(smolctl("eval", "--help").out.split())
     assert re.search(r"--tasks [^[]*\[required\]", help_text)
     called = smolctl("eval", "runs/latest")
-    assert (called.code, called.err.splitlines()[0]) == (2, "error: Missing option '--tasks'.")
+    assert (called.code, called.err.splitlines()[0]) == (2, "error: --tasks is missing")
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "folder", "file/below"])
