@@ -189,7 +189,8 @@ def test_results_of_a_run_go_into_its_record_and_faults_have_a_remedy(
         ("--tasks", tasks / "words.yaml", "--gen-kwargs", "max_gen_toks=999"): (3, "999 new tokens"),
         ("--tasks", tasks / "bare.yaml", "--limit", "1.5"): (2, "--limit 1.5"),
         ("--tasks", tasks / "bare.yaml", "--samples", tasks / "bare.yaml"): (2, "smolctl did not write it"),
-        (): (2, "no task is named"),
+        (): (2, "--tasks is missing"),
+        ("--tasks", ","): (2, "no task is named"),
     }
     for options, (code, message) in faults.items():
         called = smolctl("eval", "runs/llama", *options)

@@ -104,6 +104,7 @@ def answer(page: Any) -> str:
     """The last answer once it has ended."""
     last = page.locator(".turn").last
     last.get_by_role("button", name="Copy link").wait_for()
+    page.locator("#send").wait_for()  # what is typed is taken again
     text: str = last.locator(".answer-text .text").text_content()
     return text
 
