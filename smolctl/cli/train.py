@@ -106,7 +106,7 @@ def train(
     from smolctl.config.load import merge, parse_settings
     from smolctl.runs.events import Note
     from smolctl.runs.folder import RunFolder
-    from smolctl.sources import open_source
+    from smolctl.sources import open_weights
     from smolctl.training.distributed import failing_together, is_main_process
     from smolctl.training.prepare import prepare
     from smolctl.training.train import plan_run
@@ -115,7 +115,7 @@ def train(
 
     name = config or (DEFAULT_FINETUNE_CONFIG if init_from else DEFAULT_CONFIG)
     changes = merge(parse_settings(settings or ()), changes)
-    source = open_source(init_from) if init_from else None
+    source = open_weights(init_from) if init_from else None
     if source is not None:
         source.require_certainty(accept_guesses)
     run_config = load_run_config(name, flags=changes, model=source.require_config() if source else None)

@@ -20,7 +20,7 @@ from smolctl.evaluation.texts import Text, choose_text
 from smolctl.generation.load import load_model
 from smolctl.inspection.differences import Difference
 from smolctl.inspection.differences import compare as compare_sources
-from smolctl.sources import open_source
+from smolctl.sources import open_weights
 from smolctl.sources.base import ModelSource
 
 LONGEST = 1_024  # maximum tokens per sequence, or fewer if a model has fewer positions
@@ -216,9 +216,7 @@ def _too_little(text: Text) -> InputError:
 
 
 def _open(name: str) -> _Model:
-    source = open_source(name)
-    source.require_config()
-    source.require_weights()
+    source = open_weights(name)
     return _Model(name, Tokenizer.from_files(source.require_tokenizer(), name), source)
 
 

@@ -28,7 +28,7 @@ from smolctl.generation.load import load_model
 from smolctl.hub.errors import first_line
 from smolctl.outside import path_meant, shown
 from smolctl.runs.layout import TASKS
-from smolctl.sources import open_source
+from smolctl.sources import open_weights
 
 LIBRARY = "lm_eval"
 # The parts of lm-eval's results that its users know and programs read.
@@ -107,7 +107,7 @@ def evaluate_tasks(
         raise missing_package("lm-eval", "eval")
     with _explained(options):
         manager, names = _find_tasks(options.tasks)
-    source = open_source(model)
+    source = open_weights(model)
     loaded = load_model(model, options.engine)
     if options.chat and not loaded.can_chat:
         raise InputError(f"{model}: the model has no chat template", "Leave out --apply-chat-template.")

@@ -14,7 +14,7 @@ from smolctl.generation.complete import CompletionSettings
 from smolctl.generation.engine import Engine
 from smolctl.generation.engines import EngineOptions, make_engine
 from smolctl.generation.prompts import SAMPLING, changed_settings
-from smolctl.sources import open_source
+from smolctl.sources import open_weights
 from smolctl.sources.base import SourceKind
 
 
@@ -83,9 +83,7 @@ def load_model(
         SmolError: the model cannot be read or run, or has no tokenizer.
     """
     started = time.perf_counter()
-    source = open_source(model)
-    source.require_config()
-    source.require_weights()
+    source = open_weights(model)
     if tokenizer_of is None:
         files = source.require_tokenizer(
             "Put its tokenizer.json there, or name one with `sample --tokenizer`."

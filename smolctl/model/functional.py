@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from smolctl.model.products import add_product, product
+from smolctl.model.products import add_product, product, row_chunks
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -240,14 +240,14 @@ class _LinearCrossEntropy(Function):
         dtype = _product_dtype(hidden)
         matrix = weight.to(dtype)
         compute = _compiled_losses() if compiled else _losses
-        for start in range(0, hidden.shape[0], rows):
-            part, target = hidden[start : start + rows].to(dtype), targets[start : start + rows, None]
+        for chunk in row_chunks(hidden, rows):
+            part, target = hidden[chunk].to(dtype), targets[chunk, None]
             losses, z_losses, dlogits = compute(product(part, matrix), target, z_loss)
             total += losses
             z_total += z_losses
             if dhidden is None or dweight is None:
                 continue
-            dhidden[start : start + rows] = product(dlogits, matrix.mT)
+            dhidden[chunk] = product(dlogits, matrix.mT)
             if dlogits.dtype == torch.float32:
                 dweight.addmm_(dlogits.mT, part)
             else:

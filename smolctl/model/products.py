@@ -8,6 +8,7 @@ the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -50,6 +51,20 @@ def add_product(sum: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, sum, weight, None, "add")
         return out
     return sum + product(x, weight)
+
+
+def row_chunks(x: Tensor, rows: int) -> Iterator[slice]:
+    """Chunks of at most `rows` rows of x (N, I), for products with it.
+
+    oneDNN keeps about half a megabyte for each number of rows that it has multiplied, and N may differ in
+    every step. On a CPU, the rows beyond a multiple of `FEWEST_ROWS` are therefore a chunk of their own, so
+    that chunks have few different sizes.
+    """
+    count = len(x)
+    whole = count - count % FEWEST_ROWS if x.device.type == "cpu" else count
+    for begin, end in ((0, whole), (whole, count)):
+        for start in range(begin, end, rows):
+            yield slice(start, min(start + rows, end))
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ from smolctl.runs.layout import (
     TOKENIZER,
 )
 from smolctl.runs.root import latest_run
-from smolctl.sources import open_source
+from smolctl.sources import open_weights
 from smolctl.sources.base import ModelSource, SourceKind
 from smolctl.sources.huggingface.card import read_metadata, split_card
 from smolctl.sources.open import require_own_files
@@ -194,9 +194,7 @@ def open_model(model: str | None, accept_guesses: bool = False) -> ModelToPublis
         SmolError: there is no such model, it has no weights, or values of its config are assumed.
     """
     reference = model or str(latest_run())
-    source = open_source(reference)
-    source.require_config()
-    source.require_weights()
+    source = open_weights(reference)
     source.require_certainty(accept_guesses)
     require_own_files(source)
     if run := source.run_folder:

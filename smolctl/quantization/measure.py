@@ -83,16 +83,17 @@ def measure_quality(source: Engine, variants: Sequence[Engine], windows: Windows
     """Score every sequence with the source once and with each variant, and compare the predictions."""
     theirs: list[TokenScores] = []
     ours: list[list[TokenScores]] = [[] for _ in variants]
-    for window in windows.measured:
-        inputs, targets = window[:-1].tolist(), window[1:]
-        reference = _logits(source, inputs)
+    for window, counted in zip(windows.measured, windows.counted, strict=True):
+        inputs, targets = window[:-1].tolist(), window[1:][counted]
+        reference = _logits(source, inputs)[counted]
         theirs.append(score_tokens(reference, targets))
         for scores, variant in zip(ours, variants, strict=True):
-            scores.append(score_tokens(_logits(variant, inputs), targets, reference))
-    sizes = [windows.token_bytes[window[1:]] for window in windows.measured]
+            scores.append(score_tokens(_logits(variant, inputs)[counted], targets, reference))
+    counted = torch.cat(windows.counted)
+    sizes = windows.token_bytes[torch.cat([window[1:] for window in windows.measured])][counted]
     numbers = [torch.full_like(one, number) for number, one in enumerate(windows.documents)]
-    documents = observations(torch.cat(windows.documents), torch.cat(numbers))
-    return [_quality(scores, theirs, documents, torch.cat(sizes)) for scores in ours]
+    documents = observations(torch.cat(windows.documents)[counted], torch.cat(numbers)[counted])
+    return [_quality(scores, theirs, documents, sizes) for scores in ours]
 
 
 def _quality(

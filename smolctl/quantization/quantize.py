@@ -42,7 +42,7 @@ from smolctl.quantization.schemes import (
 from smolctl.quantization.texts import Windows, choose_windows
 from smolctl.quantization.verdict import Calibration, Gates, SourceFacts, Variant, advise, judge
 from smolctl.runs.layout import QUANTIZED
-from smolctl.sources import open_source
+from smolctl.sources import open_source, open_weights
 from smolctl.sources.address import WEIGHT_ENDINGS
 from smolctl.sources.base import ModelSource, TokenizerFiles
 from smolctl.sources.gguf.write import is_own_gguf, write_gguf
@@ -164,9 +164,7 @@ def _options_for(options: QuantizeOptions, scheme: str) -> SchemeOptions:
 
 def _open(model: str, options: QuantizeOptions, note: Callable[[str], None]) -> ModelSource:
     """Open the model if it can be quantized; notes describe anything unusual."""
-    source = open_source(model)
-    source.require_config()
-    source.require_weights()
+    source = open_weights(model)
     source.require_certainty(options.accept_guesses)
     for problem in source.problems:
         note(f"{source.id}: {problem}")

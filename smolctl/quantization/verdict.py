@@ -203,7 +203,13 @@ class Gates:
             for name, value, limit in checks:
                 if limit is None or (quality.finite and value <= limit):
                     continue
-                sign = "+" if name == "bits per byte" and quality.finite else ""
                 fault = f"above {limit:g}" if quality.finite else "not finite"
-                lines.append(f"{variant.scheme}: {name} {sign}{value:.4g} is {fault}")
+                shown = _plain(value, name == "bits per byte")
+                lines.append(f"{variant.scheme}: {name} {shown} is {fault}")
         return tuple(lines)
+
+
+def _plain(value: float, sign: bool) -> str:
+    """Four significant digits without an exponent; with a sign if it is a change."""
+    shown = np.format_float_positional(value, 4, fractional=False, trim="-", sign=sign)
+    return str(shown) if math.isfinite(value) else f"{value:g}"

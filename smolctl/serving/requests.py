@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from itertools import islice
 from typing import Any
 
 from smolctl.errors import InputError, SmolError
@@ -14,7 +16,15 @@ from smolctl.generation.complete import CompletionSettings
 from smolctl.generation.grammar import compile_schema
 from smolctl.generation.load import LoadedModel
 from smolctl.generation.openai import answer_schema, parse_messages
-from smolctl.generation.prompts import SAMPLING, UnsupportedError, changed_settings, refuse_constant
+from smolctl.generation.prompts import (
+    OF_SERVERS,
+    SAMPLING,
+    SETTINGS,
+    UNSUPPORTED,
+    UnsupportedError,
+    changed_settings,
+    refuse_constant,
+)
 from smolctl.generation.sampling import resolve_sampling
 from smolctl.generation.service import ServicePrompt
 from smolctl.outside import parse_json
@@ -25,6 +35,18 @@ MOST_STOPS, MOST_STOP_CHARACTERS = 16, 1_000
 ROLES = ("system", "user", "assistant")  # "developer" is another name for the first
 # Settings that `changed_settings` does not handle.
 OWN = ("logprobs", "top_logprobs")
+# Every parameter that has an effect here, or is refused.
+PARAMETERS = (
+    *("messages", "prompt", "model", "response_format", "stream_options"),
+    *(*SETTINGS, *OWN, *OF_SERVERS, *UNSUPPORTED),
+)
+# Parameters of other servers that are ignored here, although their names resemble one of those.
+IGNORED = (
+    *("auto_max_new_tokens", "encoder_repetition_penalty", "frequency_penalty_range", "min_new_tokens"),
+    *("mode", "models", "num_predict", "presence_penalty_range", "repetition_penalty_range"),
+    *("temperature_last", "top_a", "top_logprobs_num", "typical"),
+)
+MOST_CHECKED = 100  # names of parameters that are compared with the known ones
 
 
 class ApiError(Exception):
@@ -104,6 +126,7 @@ def parse_request(body: Mapping[str, Any], model: LoadedModel, capacity: int, ch
         ApiError: a field is invalid or not supported; names the field.
         InputError: a prompt does not fit, or the chat template refuses it.
     """
+    _refuse_mistyped(body)
     stream, echo = _flag(body, "stream"), not chat and _flag(body, "echo")
     options = _typed(body, "stream_options", dict, "an object", {})
     only_prompt = echo and body.get("max_tokens") == 0
@@ -134,6 +157,15 @@ def parse_request(body: Mapping[str, Any], model: LoadedModel, capacity: int, ch
         bool(options.get("include_usage")),
         only_prompt,
     )
+
+
+def _refuse_mistyped(body: Mapping[str, Any]) -> None:
+    """Refuse a name that is almost that of a parameter. Clients send many other names, which are ignored."""
+    unknown = (name for name in body if name not in PARAMETERS and name not in IGNORED and len(name) < 40)
+    for name in islice(unknown, MOST_CHECKED):
+        if near := get_close_matches(name.lower(), PARAMETERS, 1, 0.8):
+            message = f'There is no parameter "{name}". Did you mean "{near[0]}"?'
+            raise ApiError(400, message, "unknown_parameter", name)
 
 
 def _settings(body: Mapping[str, Any], model: LoadedModel, capacity: int, chat: bool) -> CompletionSettings:

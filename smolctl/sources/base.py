@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from smolctl.sources.quantized.scaled import StoredTensor
 
 # For a recipe with sequences longer than its model's context, which can be inspected anyway.
+WITH_WEIGHTS = "Name a run, a checkpoint, a folder, a GGUF or a Hub id; `smolctl train` makes a run."
 NO_RECIPE = "no recipe for train"
 DAMAGED = "Download or copy the file again: it is damaged or not complete."
 
@@ -230,6 +231,6 @@ class ModelSource:
             reason = self.missing_parts or (self.problems[0] if is_run and self.problems else "")
             raise InputError(
                 f"{self.id}: a {self.kind.value} has no weights{': ' if reason else ''}{reason}",
-                "Name a run, a checkpoint, a folder, a GGUF or a Hub id; `smolctl train` makes a run.",
+                WITH_WEIGHTS,
             )
         return self.weights

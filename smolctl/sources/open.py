@@ -34,7 +34,7 @@ from smolctl.runs.layout import FILES as RUN_FILES
 from smolctl.runs.reference import split_step
 from smolctl.runs.root import LATEST, RUNS, latest_run, run_meant
 from smolctl.sources.address import hub_id_of, is_file_name, is_hub_id, refuse_tag
-from smolctl.sources.base import NO_RECIPE, ModelSource, SourceKind
+from smolctl.sources.base import NO_RECIPE, WITH_WEIGHTS, ModelSource, SourceKind
 from smolctl.sources.checkpoint import ZIP_MAGIC, open_checkpoint
 from smolctl.sources.gguf.header import GGUF_MAGIC
 from smolctl.sources.gguf.model import open_gguf
@@ -93,6 +93,18 @@ def open_source(model: str, settings: Sequence[str] = ()) -> ModelSource:
     source = _open(model, values)
     laid_over = source.kind in (SourceKind.PRESET, SourceKind.CONFIG)  # before the config was resolved
     return source if laid_over or not values else _what_if(source, values)
+
+
+def open_weights(model: str) -> ModelSource:
+    """Open a model with a config and weights, whose errors list only what has weights; see `open_source`."""
+    try:
+        source = open_source(model)
+    except InputError as error:
+        error.hint = error.hint.removeprefix(preset_meant(model)).replace(KINDS, WITH_WEIGHTS)
+        raise
+    source.require_config()
+    source.require_weights()
+    return source
 
 
 def require_own_files(source: ModelSource, carried_only: bool = False) -> None:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from smolctl.config import RunConfig, resolve_run_config
+from smolctl.config.data import DataConfig
 from smolctl.config.run import MOST_STEPS
 from smolctl.data.batches import StepDataset, validation_batches
 from smolctl.data.order import ORDER
-from smolctl.data.text.corpus import MissingSourceError, iter_texts, pin_sources
+from smolctl.data.text.corpus import MissingSourceError, iter_texts, open_sources, pin_sources
 from smolctl.data.tokenizer.chatml import TURN_END, with_chatml
 from smolctl.data.tokenizer.tokenizer import Tokenizer, choose_tokenizer, load_tokenizer
 from smolctl.data.tokens.corpus import TokenizedCorpus, TokenizeProgress, tokenize_corpus
@@ -115,6 +116,9 @@ def prepare(
     """
     require_packages(config.trainer.loggers)
     config = with_pinned_sources(with_origin(source, config, asked or {}, emit))
+    held_out = () if config.data.validation is None else (DataConfig(source=(config.data.validation,)),)
+    for data in (config.data, *held_out):
+        open_sources(data)  # refuses a missing one before anything takes time
     if config.train.epochs is config.train.minutes is None:  # otherwise the number of steps is not known yet
         config, decisions = _decided(config, emit)
     if source is None:

@@ -159,6 +159,42 @@ def test_a_usage_error_begins_with_what_is_wrong_and_ends_without_a_full_stop(
     assert "trian" not in said or hint.startswith(" hint: Did you mean train? ")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("sample", "nowhere", "--prompt", "a"),
+        ("serve", "nowhere"),
+        ("quantize", "nowhere"),
+        ("compare", "nowhere", "nan"),
+        ("push", "smolm2-135m", "--dry-run"),
+        ("quantize", "./nowhere"),
+        ("train", "nano", "--init-from", "nowhere", "--dry-run"),
+    ],
+)
+def test_where_weights_are_needed_no_preset_is_offered(
+    arguments: tuple[str, ...], smolctl: Smolctl, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    called = smolctl(*arguments)
+    said, hint = called.err.splitlines()[-2:]
+    assert called.code == ExitCode.BAD_INPUT, called.err
+    assert said.startswith("error: ")
+    assert (
+        hint == " hint: Name a run, a checkpoint, a folder, a GGUF or a Hub id; `smolctl train` makes a run."
+    )
+
+
+@pytest.mark.parametrize("setting", [("--data", "nowhere.txt"), ("--set", "data.validation=nowhere.txt")])
+def test_a_missing_text_is_refused_before_a_tokenizer_is_trained(
+    setting: tuple[str, str], smolctl: Smolctl, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    called = smolctl("train", "nano", "--dry-run", *setting)
+    assert called.code == ExitCode.BAD_INPUT, called.err
+    assert "nowhere.txt" in called.err
+    assert "Training a tokenizer" not in called.out + called.err
+
+
 def test_a_setting_keeps_its_own_name_in_an_error(smolctl: Smolctl) -> None:
     called = smolctl("train", "nano", "--dry-run", "--strategy", "ddp", "--set", "train.steps=0")
     assert called.code == ExitCode.BAD_INPUT

@@ -20,6 +20,7 @@ from smolctl.model.functional import (
     swiglu_linear,
 )
 from smolctl.model.network import rotary_table
+from smolctl.timing import resident_memory
 from tests.support.tiny_models import tiny_network
 
 
@@ -152,3 +153,20 @@ def test_operations_work_under_autocast() -> None:
         assert torch.linalg.vector_norm(parameter.grad - gradients[name]) < 0.05 * torch.linalg.vector_norm(
             gradients[name]
         )
+
+
+def test_memory_does_not_grow_with_the_different_numbers_of_tokens_that_count() -> None:
+    """Of conversations, a different number of tokens counts in every step."""
+
+    def step(count: int) -> None:
+        hidden, weight = draw(count, 64).float().requires_grad_(), draw(1024, 64).float().requires_grad_()
+        linear_cross_entropy(hidden, weight, torch.zeros(count, dtype=torch.long), 256)[0].backward()
+
+    step(256)
+    if (before := resident_memory()) is None:
+        pytest.skip("this system does not report the memory of a process")
+    for count in range(33, 257):
+        step(count)
+    after = resident_memory()
+    assert after is not None
+    assert after - before < 100e6  # bytes; it was 276 MB when each number was multiplied as it came

@@ -201,6 +201,7 @@ def test_the_card_states_what_the_run_recorded(learned: Built, learned_run: Path
         "blob/main/training/report.html",
         'from_pretrained("me/tiny", trust_remote_code=True)',
         "smolctl sample me/tiny",
+        "With smolctl, the Python program that wrote this card",
         "- corpus",
         "License: apache-2.0",
     ):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from smolctl.evaluation import Estimate
 from smolctl.quantization.schemes import SCHEMES, SchemeOptions
 from smolctl.quantization.verdict import Gates, SourceFacts, Variant, advise, judge
 from smolctl.sources import open_source
@@ -132,3 +133,14 @@ def test_gates_name_the_variant_and_the_limit() -> None:
     broken = Gates(max_kl=0.1).broken_by([variant("int8", 1, 0.01), variant("int4", 1, 0.2)])
     assert broken == ("int4: mean KL 0.2 is above 0.1",)
     assert Gates(max_kl=0.1).broken_by([variant("int4", 1, float("nan"))])
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [(0.01234, "+0.01234"), (-4.501e-05, "-0.00004501"), (0.0, "+0"), (1.5, "+1.5"), (123_400.0, "+123400")],
+)
+def test_a_gate_shows_a_change_with_one_sign_and_no_exponent(change: float, shown: str) -> None:
+    one = variant("int8", 1, 0.01)
+    assert one.quality is not None
+    changed = replace(one, quality=replace(one.quality, delta=Estimate(change, None)))
+    assert Gates(max_bpb_increase=-1).broken_by([changed]) == (f"int8: bits per byte {shown} is above -1",)

@@ -197,6 +197,61 @@ def test_what_is_wrong_or_not_supported_is_refused_by_name(served: Served, field
     assert "line" not in error["message"]  # of a file of prompts, which shares the check
 
 
+@pytest.mark.parametrize(
+    ("path", "mistyped", "meant"),
+    [
+        ("chat/completions", "max_tokns", "max_tokens"),
+        ("chat/completions", "maxTokens", "max_tokens"),
+        ("chat/completions", "temprature", "temperature"),
+        ("chat/completions", "strem", "stream"),
+        ("chat/completions", "responseFormat", "response_format"),
+        ("completions", "top-p", "top_p"),
+        ("completions", "stops", "stop"),
+        ("completions", "presense_penalty", "presence_penalty"),
+    ],
+)
+def test_a_mistyped_parameter_is_refused_with_the_one_that_was_meant(
+    served: Served, path: str, mistyped: str, meant: str
+) -> None:
+    asked = {"messages": ASK} if path.startswith("chat") else {"prompt": "the"}
+    answer = served.post(path, **asked, max_completion_tokens=2, **{mistyped: 1})
+    error = answer.json()["error"]
+    assert answer.status_code == 400
+    assert error["message"] == f'There is no parameter "{mistyped}". Did you mean "{meant}"?'
+    assert (error["param"], error["code"]) == (mistyped, "unknown_parameter")
+
+
+# Parameters that clients send to OpenAI, vLLM, SGLang, llama.cpp, Ollama, TGI, OpenRouter and
+# text-generation-webui, and that have no effect here.
+OF_OTHER_SERVERS = """
+add_generation_prompt add_special_tokens allowed_token_ids auto_max_new_tokens background bad_words
+banned_tokens cache_prompt cache_salt chat_template chat_template_kwargs continue_final_message
+custom_params debug detokenize details documents dry_base dry_multiplier dry_sequence_breakers
+dynamic_temperature dynatemp_range early_stopping ebnf enable_thinking encoder_repetition_penalty
+epsilon_cutoff extra_body format frequency_penalty_range grammar greeting guidance_scale guided_choice
+guided_json guided_regex id_slot include_reasoning include_stop_str_in_output instructions json_schema
+keep_alive kv_transfer_params length_penalty logits_processors lora max_length max_output_tokens
+max_tool_calls metadata min_keep min_new_tokens mirostat mirostat_tau mode models n_keep n_probs
+no_repeat_ngram_size num_ctx num_predict options parallel_tool_calls penalty_alpha plugins
+presence_penalty_range priority prompt_cache_key prompt_logprobs prompt_lookup_num_tokens prompt_template
+provider random_seed raw reasoning reasoning_effort regex rep_pen repeat_last_n repetition_context_size
+repetition_penalty_range request_id response_fields return_full_text return_logprob return_token_ids
+route safe_prompt safety_identifier samplers seed service_tier session_id skip_special_tokens
+smoothing_factor spaces_between_special_tokens stop_regex store stream_options stream_reasoning
+structured_outputs temperature_last tfs_z think thinking thinking_budget timings_per_token tool_resources
+top_a top_logprobs_num top_n_sigma top_n_tokens trace transforms trim_stop truncate
+truncate_prompt_tokens ttl typical usage user verbosity watermark xtc_probability xtc_threshold
+"""
+
+
+def test_the_parameters_of_other_servers_are_accepted(served: Served) -> None:
+    own = {"seed": 1, "stream_options": {"include_usage": True}}
+    extra = {**dict.fromkeys(OF_OTHER_SERVERS.split(), "x"), **own}
+    for path, asked in (("chat/completions", {"messages": ASK}), ("completions", {"prompt": "the"})):
+        answer = served.post(path, **asked, max_tokens=2, **extra)
+        assert answer.status_code == 200, answer.text
+
+
 def test_what_changes_nothing_and_what_nobody_knows_is_accepted(served: Served) -> None:
     harmless = {"tools": [], "presence_penalty": 0, "logit_bias": {}, "best_of": 1, "tool_choice": "auto"}
     unset = dict.fromkeys(("temperature", "n", "stop", "stream", "seed", "max_tokens", "response_format"))
