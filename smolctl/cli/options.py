@@ -227,9 +227,9 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
 
 
 def _require_values(asked: Mapping[str, Any], names: Mapping[str, str], texts: Container[str]) -> None:
-    """Refuse numbers that are not finite, and values that name nothing: "-" instead of a path, and the empty value of an unset shell variable,
-    which would mean another run, the working folder, or weights from scratch. Names that are not UTF-8 are
-    refused too: a run of such a name could be trained, but not read.
+    """Refuse numbers that are not finite, and values that name nothing: "-" instead of a path, and the empty
+    value of an unset shell variable, which would mean another run, the working folder, or weights from
+    scratch. Names that are not UTF-8 are refused too: a run of such a name could be trained, but not read.
 
     Args:
         asked: values by parameter name.
@@ -250,7 +250,9 @@ def _require_values(asked: Mapping[str, Any], names: Mapping[str, str], texts: C
             raise UsageError(f"{name} is empty", "Give it a value, or leave it out.")
         for one in given:
             if isinstance(one, float) and not math.isfinite(one):
-                raise UsageError(f"{name}: must be a finite number, got {one}", "Change the value and run again.")
+                raise UsageError(
+                    f"{name}: must be a finite number, got {one}", "Change the value and run again."
+                )
             if isinstance(one, str | Path) and key not in TEXTS and not is_utf8(str(one)):
                 raise UsageError(f"{name} {one}: not UTF-8", RENAME)
 
