@@ -36,7 +36,7 @@ def test_a_mapped_file_that_shrinks_is_named(
         assert smolctl("quantize", "runs/llama", "--to", "gguf-f16", "--no-measure", "--out", "out").code == 0
         (file,) = (here / "out").glob("*.gguf")
         model = file
-    command = [sys.executable, "-c", READ, model, file, *options]
+    command = [sys.executable, "-c", READ, str(model), str(file), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 3, done
     assert done.stdout == ""

@@ -387,7 +387,9 @@ NUMBERS = [
 
 
 def test_numbers_has_the_options_of_every_command() -> None:
-    assert {"train", "resume", "sample", "serve", "eval", "quantize", "bench", "cache"} <= dict(NUMBERS).keys()
+    assert {"train", "resume", "sample", "serve", "eval", "quantize", "bench", "cache"} <= dict(
+        NUMBERS
+    ).keys()
 
 
 @pytest.mark.parametrize(("command", "option"), NUMBERS)
@@ -404,7 +406,9 @@ def test_numbers_of_other_scripts_and_absurd_ones_are_refused_under_the_name_of_
     smolctl: Smolctl,
 ) -> None:
     for option in ("--lr", "--learning-rate"):
-        assert smolctl("train", "nano", option, "١٢").err.startswith("error: --learning-rate: must be a valid")
+        assert smolctl("train", "nano", option, "١٢").err.startswith(
+            "error: --learning-rate: must be a valid"
+        )
     for option in ("--devices", "--num-nodes", "--steps", "--batch-size"):
         called = smolctl("train", "nano", "--dry-run", option, 10**30)
         assert called.code == 2
