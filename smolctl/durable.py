@@ -86,6 +86,24 @@ def lack_of_room(folder: Path, needed: int) -> str:
     return f"needs {needed / unit:,.0f} {name}, the disk has {free / unit:,.0f} {name} left"
 
 
+def require_writable(path: Path, remedy: str) -> None:
+    """Check before slow work that a folder, or the nearest existing one above it, can be written. Nothing is
+    created.
+
+    Args:
+        path: a folder that may be missing, or an existing file that is to be written in place.
+        remedy: of the error.
+
+    Raises:
+        DiskError: it cannot be written.
+    """
+    absolute = path.absolute()
+    existing = next(one for one in (absolute, *absolute.parents) if one.exists())
+    needed = os.W_OK | (os.X_OK if existing.is_dir() else 0)
+    if not os.access(existing, needed):
+        raise DiskError(f"{existing}: cannot be written", remedy)
+
+
 @contextmanager
 def folder_of(target: Path) -> Iterator[None]:
     """The folder of a file or folder that is written inside this context. Of the folders that it makes, those

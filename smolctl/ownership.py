@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
 from smolctl import __version__
-from smolctl.durable import file_digest, folder_of, sync_folder, write_json, writing_alone
+from smolctl.durable import file_digest, folder_of, require_writable, sync_folder, write_json, writing_alone
 from smolctl.errors import InputError, UsageError
 from smolctl.outside import checked, parse_object, read_file
 
@@ -96,8 +96,11 @@ def edited_files(folder: Path) -> tuple[str, ...]:
     )
 
 
-def require_replaceable(target: Path, kind: str, option: str, force: bool, reads: Iterable[str]) -> None:
-    """Refuse to replace anything that is not smolctl's, or that the user did not ask to replace.
+def require_replaceable(
+    target: Path, kind: str, option: str, force: bool, reads: Iterable[str], is_moved: bool = True
+) -> None:
+    """Refuse to replace anything that is not smolctl's, or that the user did not ask to replace, or that
+    cannot be written.
 
     Args:
         target: the folder to write.
@@ -105,14 +108,18 @@ def require_replaceable(target: Path, kind: str, option: str, force: bool, reads
         option: of the command line that names the folder.
         force: replace a folder of the same kind that smolctl wrote.
         reads: inputs of the command: files, folders, RUN@STEP. Other names are ignored.
+        is_moved: whether the new folder is built next to the target and then moved there, see `building`.
 
     Raises:
         UsageError: naming what is there.
+        DiskError: nothing can be written there.
     """
     another = f"Choose another {option}."
     real = _place(target, another)
     if real.exists() and not real.is_dir():
         raise UsageError(f"{target} is a file, not a folder", another)
+    for folder in (real, real.parent) if is_moved else (real,):
+        require_writable(folder, another)
     if not real.is_dir() or not any(real.iterdir()):
         return
     _require_not_read(target, option, reads)
@@ -148,6 +155,7 @@ def require_replaceable_file(
     _place(target, another)
     if target.is_dir():
         raise UsageError(f"{target} is a folder, not a file", another)
+    require_writable(target.parent, another)
     if not target.exists():
         if not folder_is_made and not target.parent.is_dir():
             raise UsageError(f"{target.parent} is not a folder that a file can be written to", another)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -179,6 +181,57 @@ def test_bench_replaces_only_its_own_files(option: str, content: str, here: Path
     called = smolctl("bench", "runs/llama", "--suite", "load", "--repeats", "1", option, "mine")
     assert called.code == 2
     assert (here / "mine").read_text() == content
+
+
+@pytest.fixture
+def read_only(here: Path) -> Iterator[Path]:
+    """A disk that even root cannot write."""
+    with small_disk(here / "disk", "64k") as disk:
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        yield disk
+
+
+WRITERS = {
+    **COMMANDS,
+    "gguf": ("quantize", "runs/llama", "--to", "gguf-f16", "--no-measure", "--out"),
+    "page": ("push", "runs/llama", "--page"),
+    "save": ("bench", "runs/llama", "--suite", "load", "--repeats", "1", "--save"),
+    "plot": ("bench", "runs/llama", "--suite", "load", "--repeats", "1", "--plot"),
+    "answers": ("sample", "runs/llama", "--jsonl", "prompts.jsonl", "--resume-output"),
+}
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_a_destination_that_cannot_be_written_is_refused_before_the_work(
+    command: str, read_only: Path, smolctl: Smolctl
+) -> None:
+    Path("prompts.jsonl").write_text('{"prompt": "a"}\n')
+    called = smolctl(*WRITERS[command], read_only / "new")
+    assert called.code == 1
+    cause, remedy = called.err.splitlines()  # and no word of progress
+    assert cause == f"error: {read_only}: cannot be written"
+    assert remedy.startswith(" hint: ")
+    assert called.out == ""
+
+
+def test_a_run_without_a_name_is_refused_before_the_work_where_it_cannot_be_written(
+    here: Path, read_only: Path, smolctl: Smolctl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(read_only)
+    called = smolctl("train", here / "tiny.yaml", "--data", here / "notes.txt")
+    assert called.code == 1
+    assert f"{read_only}: cannot be written" in called.err
+    assert "--out" in called.err
+    assert len(called.err.splitlines()) == 2
+
+
+def test_bench_needs_no_folder_that_can_be_written(
+    here: Path, read_only: Path, smolctl: Smolctl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(read_only)
+    called = smolctl("bench", here / "runs/llama", "--suite", "load", "--repeats", "1", "--json")
+    assert called.code == 0, called.err
+    assert any("the working folder cannot be written" in note for note in called.json["notes"])
 
 
 def test_a_chart_that_cannot_be_written_leaves_the_old_one(here: Path, smolctl: Smolctl) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -69,7 +70,9 @@ def bench(
     torch.set_num_threads(threads)
     machine = describe_machine(threads)
     meter = LimitMeter()
-    with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".smolctl-bench-") as name, ExitStack() as stack:
+    # On the disk of the working folder, if possible: folders for temporary files are often in memory.
+    place = Path.cwd() if os.access(Path.cwd(), os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
+    with tempfile.TemporaryDirectory(dir=place, prefix=".smolctl-bench-") as name, ExitStack() as stack:
         engines, left_out = make_engine_files(source, options.schemes, peers, threads, Path(name))
         workloads = make_workloads(source, engines, suites, options.batch, Path(name))
         progress("computing the expected outputs with the plain PyTorch network")
@@ -92,6 +95,8 @@ def bench(
         for result in results_of(one, measurements, expected, limits)
     ]
     notes = [*left_out, *left_out_of_suites, *(one.note for measurements in measured for one in measurements)]
+    if place != Path.cwd() and {"load", "checkpoint"} & set(suites):
+        notes.append(f"the working folder cannot be written: files were measured in {place}")
     if any((result.roofline_share or 0.0) > 1.0 for result in results):
         notes.append(ABOVE_THE_LIMIT)
     if machine.gpu:

@@ -51,7 +51,7 @@ MESSAGES = (
     (r"Option '(.+)' requires an argument\.", r"\1 has no value"),
     (r"Got unexpected extra arguments?(?:\(s\))? \((.+)\)", r"no argument is expected here: \1"),
     (r"No such command '(.+?)'\.(.*)", r"\1: no such command\2"),
-    (r"Invalid value for (?:'-\w' / )?'(.+?)'(?: / '-\w')?: (.+?)\.?", r"\1: \2"),
+    (r"Invalid value for (?:'-\w' / )?'(.+?)'(?: / '.+?')?: (.+?)\.?", r"\1: \2"),
 )
 
 

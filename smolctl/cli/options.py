@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import inspect
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Container, Mapping
@@ -184,7 +185,7 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
     ) -> None:
         output = Output(json, quiet, verbose)
         try:
-            _require_names(asked, names, texts)
+            _require_values(asked, names, texts)
             if json and sys.stdout is None:
                 raise UsageError(
                     "stdout is closed, so the result cannot be written", "Send it to a file or a pipe."
@@ -225,10 +226,10 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
     return run
 
 
-def _require_names(asked: Mapping[str, Any], names: Mapping[str, str], texts: Container[str]) -> None:
-    """Refuse values that name nothing: "-" instead of a path, and the empty value of an unset shell variable,
-    which would mean another run, the working folder, or weights from scratch. Names that are not UTF-8 are
-    refused too: a run of such a name could be trained, but not read.
+def _require_values(asked: Mapping[str, Any], names: Mapping[str, str], texts: Container[str]) -> None:
+    """Refuse numbers that are not finite, and values that name nothing: "-" instead of a path, and the empty
+    value of an unset shell variable, which would mean another run, the working folder, or weights from
+    scratch. Names that are not UTF-8 are refused too: a run of such a name could be trained, but not read.
 
     Args:
         asked: values by parameter name.
@@ -248,6 +249,10 @@ def _require_names(asked: Mapping[str, Any], names: Mapping[str, str], texts: Co
         if key not in texts and "" in given:
             raise UsageError(f"{name} is empty", "Give it a value, or leave it out.")
         for one in given:
+            if isinstance(one, float) and not math.isfinite(one):
+                raise UsageError(
+                    f"{name}: must be a finite number, got {one}", "Change the value and run again."
+                )
             if isinstance(one, str | Path) and key not in TEXTS and not is_utf8(str(one)):
                 raise UsageError(f"{name} {one}: not UTF-8", RENAME)
 
@@ -262,7 +267,8 @@ def _of_option(error: SmolError, asked: Mapping[str, Any], names: Mapping[str, s
     """
     if not isinstance(error, SettingError):
         return error
-    for parameter, key in RUN_SETTINGS.items():
+    lengths = {"extra": "train.steps", "until": "train.steps"}  # of `resume`
+    for parameter, key in (RUN_SETTINGS | lengths).items():
         if asked.get(parameter) is not None and f"{error.key}.".startswith(f"{key}."):
             return UsageError(f"{names[parameter]}: {error.reason}", error.hint)
     return error
@@ -329,6 +335,8 @@ def _unexpected(error: Exception) -> SmolError:
     if isinstance(error, OSError) and error.filename is None and error.errno == errno.EIO:
         abandon_stdout()
         return SmolError(f"reading or writing failed ({error.strerror})", "Check the disks in use.")
+    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):  # from tempfile
+        return SmolError("no folder for temporary files can be written", "Set TMPDIR to one with free space.")
     if isinstance(error, OSError) and error.filename is None and error.errno in DISK_ERRORS:
         abandon_stdout()
         return SmolError(

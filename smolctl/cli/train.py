@@ -121,7 +121,7 @@ def train(
     run_config = load_run_config(name, flags=changes, model=source.require_config() if source else None)
     out_view = output if is_main_process() else Output(quiet=True)
     with TrainingView(out_view) as view, failing_together():
-        if out is not None and not dry_run and is_main_process():  # before slow work
+        if not dry_run and is_main_process():  # before slow work
             RunFolder.require_free(out, force, [init_from] if init_from else [])
         notes: list[str] = []  # of a dry run, which prints one document instead of events
         listen = (lambda event: notes.append(event.text)) if dry_run and output.json else view

@@ -26,7 +26,7 @@ StepsOrShare = Annotated[int | float, Field(ge=0), AfterValidator(_steps_or_shar
 # A step, the run's position in the schedule after it, and the advance per further step.
 Pace = tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
 # More is a typing error: the largest published step had 16 million tokens.
-MOST_STEPS, MOST_SEQUENCES = 1 << 40, 1 << 20
+MOST_STEPS, MOST_SEQUENCES, MOST_DEVICES = 1 << 40, 1 << 20, 1 << 20
 Decay = Annotated[float, Field(ge=0, lt=1)]  # decay rate of a moment in AdamW
 
 
@@ -170,10 +170,10 @@ class TrainerConfig(Section):
     """Lightning's Trainer."""
 
     accelerator: str = Field("auto", description="cpu, gpu, mps or auto")
-    devices: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
+    devices: Annotated[int, Field(gt=0, le=MOST_DEVICES)] | Literal["auto"] = Field(
         1, description="devices per machine; auto: all"
     )
-    num_nodes: int = Field(1, gt=0, description="number of machines")
+    num_nodes: int = Field(1, gt=0, le=MOST_DEVICES, description="number of machines")
     strategy: Literal["auto", "ddp"] = Field("auto", description="auto: ddp with several devices")
     deterministic: bool = Field(
         True, description="use deterministic GPU kernels, which an exact resume needs"

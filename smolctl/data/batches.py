@@ -1,4 +1,4 @@
-"""The steps of a run as batches of tokens, read from the memory-mapped shards."""
+"""The steps of a run as batches of tokens, read from the shards."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO, TypeGuard
 
-from smolctl.durable import writing_alone
+from smolctl.durable import require_writable, writing_alone
 from smolctl.errors import InputError, UsageError
 from smolctl.escaping import json_text
 from smolctl.generation.complete import CompletionSettings
@@ -189,9 +189,14 @@ def finished_lines(file: PromptFile, output: Path) -> int:
 
     Raises:
         InputError: the output contains something else, and is not changed; or it cannot be read or written.
-        DiskError: another process is writing it.
+        UsageError: its folder is missing.
+        DiskError: another process is writing it, or it cannot be written.
     """
+    remedy = "Name a file that can be written."
     try:
+        if not output.parent.is_dir():
+            raise UsageError(f"{output.parent} is not a folder that a file can be written to", remedy)
+        require_writable(output if output.exists() else output.parent, remedy)
         content = output.read_bytes() if output.exists() else b""
         *rows, torn = content.split(b"\n")
         if len(rows) + bool(torn) > len(file.lines):
@@ -214,7 +219,7 @@ def finished_lines(file: PromptFile, output: Path) -> int:
             with writing_alone(output, output), output.open("r+b") as stream:
                 stream.truncate(ends[done])
     except OSError as error:
-        raise InputError(f"{output}: {error.strerror}", "Name a file that can be written.") from None
+        raise InputError(f"{output}: {error.strerror}", remedy) from None
     return done
 
 

@@ -177,13 +177,11 @@ class Gates:
             measured: whether the variants will be measured.
 
         Raises:
-            UsageError: a limit is not a number, or it applies to something that is not measured.
+            UsageError: a limit applies to something that is not measured.
         """
         for option, limit in (("--max-bpb-increase", self.max_bpb_increase), ("--max-kl", self.max_kl)):
             if limit is None:
                 continue
-            if not math.isfinite(limit):
-                raise UsageError(f"{option} {limit}: not a finite number", "Give a limit such as 0.01.")
             if not measured:
                 raise UsageError(
                     f"{option} has nothing to check with --no-measure", f"Leave out --no-measure or {option}."

@@ -18,6 +18,7 @@ from smolctl.config import RunConfig
 from smolctl.config.load import resolve_run_config
 from smolctl.durable import has_digest, holds_once, write_text
 from smolctl.errors import RENAME, InputError
+from smolctl.mapped import watch
 
 CHECKSUM_SUFFIX = ".sha256"  # of the file next to a checkpoint, in sha256sum's format
 DAMAGED, KEPT = ".damaged", ".kept"  # suffixes that `set_aside` adds to a checkpoint's name
@@ -103,6 +104,8 @@ def read_checkpoint(path: Path, mmap: bool = True) -> dict[str, Any]:
         raise InputError(f"{path}: {damage}", REMEDIES.get(damage, ANOTHER))
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's guesses about a damaged pickle
+            if mmap:
+                watch(path)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged pickle can fail in any way
         raise _load_error(path, error) from None

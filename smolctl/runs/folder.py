@@ -17,6 +17,7 @@ from smolctl.durable import (
     file_digest,
     remove_partial,
     replacing,
+    require_writable,
     write_json,
     write_text,
 )
@@ -68,7 +69,7 @@ from smolctl.runs.records import (
     keep_records,
     read_records,
 )
-from smolctl.runs.root import new_run, require_run
+from smolctl.runs.root import RUNS, new_run, require_run
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,12 @@ class RunFolder:
         return cls(folder)
 
     @classmethod
-    def require_free(cls, out: Path, force: bool, reads: Iterable[str]) -> None:
+    def require_free(cls, out: Path | None, force: bool, reads: Iterable[str]) -> None:
         """Refuse a folder that `claim` would refuse. Arguments and errors are the same."""
-        require_replaceable(out, KIND, "--out", force, reads)
+        if out is None:
+            require_writable(RUNS, "Name another folder with --out, or change to one that can be written.")
+            return
+        require_replaceable(out, KIND, "--out", force, reads, is_moved=False)
 
     def lock(self, emit: Listener) -> AbstractContextManager[object]:
         """The lock of the folder, held while a process trains in it.

@@ -20,7 +20,7 @@ from smolctl.runs.layout import is_run
 from smolctl.runs.retention import remove_old_checkpoints
 from smolctl.runs.root import make_latest
 from smolctl.timing import peak_memory
-from smolctl.training.checkpoint import drop_weights
+from smolctl.training.checkpoint import LEAVE, SaveError, drop_weights
 from smolctl.training.clock import Clock
 from smolctl.training.device import describe_environment, flops_utilization, run_peak_flops
 from smolctl.training.distributed import from_main, largest
@@ -262,6 +262,8 @@ class RunCallback(pl.Callback):
                 drop_weights(path)  # the model from which the run started contains them
             self._remove_old_checkpoints(trainer)
             seconds = time.perf_counter() - started
+            if not path.exists():
+                raise SaveError(f"{path}: was removed while the run was saving", LEAVE)
             self._publish(trainer, Checkpoint(step, str(path), path.stat().st_size, seconds))
 
     def _describe_again(self, step: int) -> None:

@@ -16,6 +16,7 @@ from smolctl.training.guards import NonFiniteError
 from smolctl.training.lightning import CheckpointIO
 
 FREE_SOME = "Free some space or choose another --out; earlier checkpoints are untouched."
+LEAVE = "Leave the folder of a run alone while it trains. A checkpoint that is left can be resumed."
 
 
 class SaveError(SmolError):
@@ -52,6 +53,8 @@ class DurableCheckpointIO(CheckpointIO):
                 # A checksum must never belong to other bytes, whenever the process dies.
                 remove_checksum(target)
             write_checksum(target, digest)
+        except FileNotFoundError:
+            raise SaveError(f"{target}: its folder was removed while it was being saved", LEAVE) from None
         except OSError as error:
             raise SaveError(
                 f"{target}: the checkpoint cannot be written ({error.strerror or error})", FREE_SOME

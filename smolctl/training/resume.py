@@ -82,8 +82,7 @@ def resume(
         return fit(prepared, parent or RunFolder(options.out or RUNS), checkpoint.path, emit)
     if parent is None or options.out is not None:
         reads: tuple[str, ...] = (str(reference),)
-        if options.out is not None:  # before anything that takes long
-            RunFolder.require_free(options.out, options.force, reads)
+        RunFolder.require_free(options.out, options.force, reads)  # before anything that takes long
         prepared, checkpoint = _prepare(parent, reference, step, options, emit, on_tokenize)
         with explaining_disk_errors(options.out or RUNS):
             reads += prepared.config.data.texts

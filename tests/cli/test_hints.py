@@ -411,3 +411,41 @@ def test_a_hint_to_nothing_would_be_found(hint: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("tests.cli.test_hints.messages", lambda: [("here", hint)] * 9)
     with pytest.raises(AssertionError):
         test_every_command_that_a_message_names_exists()
+
+
+ROOT: Any = typer.main.get_command(application())
+NUMBERS = [
+    (name, option.opts[0])
+    for name, one in ROOT.commands.items()
+    for option in one.params
+    if option.param_type_name == "option" and option.metavar in ("NUMBER", "DAYS")
+]
+
+
+def test_numbers_has_the_options_of_every_command() -> None:
+    assert {"train", "resume", "sample", "serve", "eval", "quantize", "bench", "cache"} <= dict(
+        NUMBERS
+    ).keys()
+
+
+@pytest.mark.parametrize(("command", "option"), NUMBERS)
+@pytest.mark.parametrize("value", ["inf", "1e400"])
+def test_a_number_that_is_not_finite_is_refused_under_the_name_of_its_option(
+    command: str, option: str, value: str, smolctl: Smolctl
+) -> None:
+    called = smolctl(command, *(("--tasks", "x") if command == "eval" else ()), option, value)
+    assert called.code == 2
+    assert called.err.startswith(f"error: {option}: must be a finite number, got inf")
+
+
+def test_numbers_of_other_scripts_and_absurd_ones_are_refused_under_the_name_of_their_option(
+    smolctl: Smolctl,
+) -> None:
+    for option in ("--lr", "--learning-rate"):
+        assert smolctl("train", "nano", option, "١٢").err.startswith(
+            "error: --learning-rate: must be a valid"
+        )
+    for option in ("--devices", "--num-nodes", "--steps", "--batch-size"):
+        called = smolctl("train", "nano", "--dry-run", option, 10**30)
+        assert called.code == 2
+        assert called.err.startswith(f"error: {option}: must be")

@@ -218,8 +218,8 @@ def test_a_source_that_predicts_nan_is_called_broken_and_not_matched() -> None:
     ("value", "more", "said"),
     [
         ("0.01", ("--no-measure",), "nothing to check with --no-measure"),
-        ("nan", (), "not a finite number"),
-        ("inf", (), "not a finite number"),
+        ("nan", (), "must be a finite number"),
+        ("inf", (), "must be a finite number"),
     ],
 )
 def test_a_gate_that_could_never_fail_is_refused(

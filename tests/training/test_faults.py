@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from smolctl.runs.checkpoint_file import find_damage
 from smolctl.runs.events import Event, Note, Step
 from smolctl.runs.folder import RunFolder
 from smolctl.runs.layout import is_run
-from smolctl.training.checkpoint import SaveError
+from smolctl.training.checkpoint import DurableCheckpointIO, SaveError
 from smolctl.training.prepare import Prepared
 from smolctl.training.train import train
 from tests.support.disks import small_disk
@@ -289,3 +290,17 @@ def test_save_needs_no_second_copy_in_memory() -> None:
     assert done.returncode == 0, done.stderr
     assert Path("big.ckpt").stat().st_size > 300_000_000
     assert int(done.stdout) < 60_000_000
+
+
+def test_a_folder_that_is_removed_during_a_save_is_named(tmp_path: Path) -> None:
+    target = tmp_path / "checkpoints" / "step-000001.ckpt"
+
+    class Remover:
+        """Removes the folder while it is pickled."""
+
+        def __reduce__(self) -> tuple[type, tuple[str]]:
+            shutil.rmtree(target.parent)
+            return str, ("",)
+
+    with pytest.raises(SaveError, match="its folder was removed while it was being saved"):
+        DurableCheckpointIO().save_checkpoint({"state_dict": {}, "other": Remover()}, target)

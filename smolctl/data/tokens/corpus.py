@@ -1,4 +1,4 @@
-"""A corpus as tokens: encoded once, cached, and then memory-mapped."""
+"""A corpus as tokens: encoded once, and cached."""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
-"""Tokens on disk: flat files of integers, written once and then memory-mapped."""
+"""Tokens on disk: flat files of integers, written once and then read at any position."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import shutil
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 
 from smolctl.data.tokens.marks import IDS
 from smolctl.durable import DiskError, holds_once, sync_file
+from smolctl.errors import InputError
 
 SHARD_BYTES = 256 * 1024 * 1024
 _READ_AT_ONCE = 16 * 1024 * 1024  # bytes; a multiple of every token size
@@ -163,9 +166,10 @@ def _disk_full(folder: Path, free: int) -> DiskError:
 
 
 class TokenStream:
-    """A range of tokens in consecutive shards, mapped when first read.
+    """A range of tokens in consecutive shards, which are opened when first read.
 
-    It can be pickled: a worker process maps the files itself.
+    Files are read, not mapped: a mapped file that somebody truncates ends the process without a message. The
+    stream can be pickled: a worker process opens the files itself.
 
     Args:
         files: path of every shard with its number of tokens.
@@ -180,19 +184,20 @@ class TokenStream:
         self._paths = [path for path, _ in files]
         self._ends = np.cumsum([tokens for _, tokens in files], dtype=np.int64)
         self._dtype, self._start, self._length = dtype, start, length
-        self._maps: dict[int, NDArray[np.unsignedinteger]] = {}
+        self._descriptors: dict[int, int] = {}
 
     def __len__(self) -> int:
         return self._length
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_maps": {}}
+        return {**self.__dict__, "_descriptors": {}}
 
     def read(self, start: int, length: int) -> NDArray[np.int64]:
         """Tokens `start` to `start + length`: (length,).
 
         Raises:
             IndexError: the range is not within the stream.
+            InputError: a file has become shorter.
         """
         if start < 0 or length < 0 or start + length > self._length:
             raise IndexError(f"tokens {start} to {start + length} of {self._length}")
@@ -201,7 +206,8 @@ class TokenStream:
         shard = int(np.searchsorted(self._ends, position, side="right"))
         while filled < length:
             begin = int(self._ends[shard - 1]) if shard else 0
-            part = self._map(shard)[position - begin :][: length - filled]
+            end = min(int(self._ends[shard]), position + length - filled)
+            part = self._read(shard, position - begin, end - position)
             out[filled : filled + len(part)] = part
             position, filled, shard = position + len(part), filled + len(part), shard + 1
         return out
@@ -216,7 +222,16 @@ class TokenStream:
         ]
         return np.concatenate([np.empty(0, np.int64), *found])
 
-    def _map(self, shard: int) -> NDArray[np.unsignedinteger]:
-        if shard not in self._maps:
-            self._maps[shard] = np.memmap(self._paths[shard], self._dtype, mode="r")
-        return self._maps[shard]
+    def _read(self, shard: int, start: int, length: int) -> NDArray[np.unsignedinteger]:
+        """Tokens within a shard: (length,)."""
+        if shard not in self._descriptors:
+            self._descriptors[shard] = os.open(self._paths[shard], os.O_RDONLY)
+            weakref.finalize(self, os.close, self._descriptors[shard])
+        size = self._dtype.itemsize
+        data = os.pread(self._descriptors[shard], length * size, start * size)
+        if len(data) < length * size:
+            raise InputError(
+                f"{self._paths[shard]}: was shortened while it was in use",
+                "Resume the run, or repeat the command: the text is tokenized again.",
+            )
+        return np.frombuffer(data, self._dtype)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from smolctl.errors import InputError
+from smolctl.mapped import watch
 from smolctl.sources.base import DAMAGED
 
 GGUF_MAGIC = b"GGUF"
@@ -100,6 +101,7 @@ def read_header(path: Path) -> GGUFHeader:
             file.
     """
     try:
+        watch(path)
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(path, data).header()
     except (OSError, ValueError) as error:  # mmap refuses an empty file with ValueError

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from smolctl.config import ModelConfig, RopeScaling
 from smolctl.config.load import resolve_model_config
 from smolctl.errors import InputError
+from smolctl.mapped import watch
 from smolctl.outside import fitting
 from smolctl.sources.base import DAMAGED, ModelSource, SourceKind, TensorHeader, TokenizerFiles, Weights
 from smolctl.sources.gguf.header import GGUFHeader, GGUFTensor, as_written, read_header
@@ -342,6 +343,7 @@ class GGUFWeights(Weights):
         import numpy as np
 
         path = self.header.path
+        watch(path)
         for tensor in self.header.tensors:
             if is_derived(tensor.name):
                 continue

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import TypedDict
 
 from smolctl.errors import InputError
+from smolctl.mapped import watch
 from smolctl.outside import checked, parse_json, parse_object, read_file, refuse_pointer, shown
 from smolctl.sources.base import DAMAGED, ArrayWeights, TensorHeader
 from smolctl.sources.shapes import is_derived
@@ -226,6 +227,7 @@ def mapped_arrays(path: Path) -> Iterator[tuple[str, Array]]:
 
     tensors = read_header(path)
     try:
+        watch(path)
         with path.open("rb") as file:
             position = 8 + int.from_bytes(file.read(8), "little")
             data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)

@@ -528,7 +528,19 @@ def test_tokens_take_two_bytes_while_they_fit() -> None:
     assert token_dtype(2**16 + 1).itemsize == 4
 
 
-def test_stream_maps_nothing_before_it_is_read(tmp_path: Path) -> None:
+def test_a_shard_that_shrinks_while_it_is_read_is_named(tmp_path: Path) -> None:
+    """A mapped file would end the process with SIGBUS."""
+    path = tmp_path / "train-00000.bin"
+    np.arange(100_000, dtype="<u2").tofile(path)
+    stream = TokenStream([(path, 100_000)], np.dtype("<u2"), 0, 100_000)
+    assert stream.read(90_000, 2).tolist() == [90_000 % 2**16, 90_001 % 2**16]
+    os.truncate(path, 4096)
+    assert stream.read(0, 2).tolist() == [0, 1]
+    with pytest.raises(InputError, match=r"train-00000.bin: was shortened"):
+        stream.read(90_000, 2)
+
+
+def test_stream_opens_nothing_before_it_is_read(tmp_path: Path) -> None:
     stream = TokenStream([(tmp_path / "not there", 9)], token_dtype(9), 0, 9)
     assert len(pickle.loads(pickle.dumps(stream))) == 9
     with pytest.raises(FileNotFoundError):
