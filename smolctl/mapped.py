@@ -5,28 +5,34 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from smolctl.errors import ExitCode
-from smolctl.escaping import for_terminal, json_text
+from smolctl.errors import InputError
 
 HINT = "Repeat the command with the complete file. Replace a file by renaming a new one to its name."
 
 _sizes: dict[Path, int] = {}  # of the files that this process has mapped
+_reports: list[Callable[[InputError], None]] = []  # the last one is called; without one, nothing is handled
 _handlers: list[Any] = []  # kept, because the system calls them
 
 
-def watch(path: Path) -> None:
-    """Prepare for a file that is shortened while it is mapped; called before it is mapped.
+def exit_if_shortened(report: Callable[[InputError], None]) -> None:
+    """From now on, report a file that was shortened while it is mapped, and exit with the error's code.
 
-    The system ends a process that reads the missing part with SIGBUS. From now on the process then prints an
-    error and exits with the code for bad input. A file that is overwritten with the same size is not noticed.
+    The system would end a process that reads the missing part with SIGBUS. This is for programs: a library
+    must not end its process. A file that is overwritten with the same size is not noticed.
     """
+    _reports[:] = [report]
+
+
+def watch(path: Path) -> None:
+    """Note the size of a file before it is mapped."""
     with suppress(OSError):  # mapping it fails too
         _sizes[path] = path.stat().st_size
-    if not _handlers and hasattr(signal, "SIGBUS"):
+    if _reports and not _handlers and hasattr(signal, "SIGBUS"):
         import ctypes  # takes time to import
 
         # A handler of Python's own would never run: Python waits for the end of the instruction that fails.
@@ -36,11 +42,7 @@ def watch(path: Path) -> None:
 
 def _end(_signal: int) -> None:
     shorter = [str(path) for path, size in _sizes.items() if path.exists() and path.stat().st_size < size]
-    message = f"{', '.join(shorter) or 'a file in use'}: was shortened while it was in use"
-    if "--json" in sys.argv:
-        code = int(ExitCode.BAD_INPUT)
-        text = json_text({"error": {"code": code, "message": message, "hint": HINT}})
-    else:
-        text = f"error: {for_terminal(message)}\n hint: {HINT}"
-    os.write(2, f"{text}\n".encode("utf-8", "replace"))
-    os._exit(ExitCode.BAD_INPUT)
+    error = InputError(f"{', '.join(shorter) or 'a file in use'}: was shortened while it was in use", HINT)
+    _reports[0](error)
+    sys.stderr.flush()
+    os._exit(error.exit_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,11 @@ import os, sys
 import numpy as np
 from smolctl.sources import open_source
 
+from smolctl.mapped import exit_if_shortened
+from smolctl.views.output import Output
+
+if "library" not in sys.argv:
+    exit_if_shortened(Output("--json" in sys.argv).error)
 tensors = list(open_source(sys.argv[1]).require_weights().stored())
 os.truncate(sys.argv[2], 0)
 print(sum(float(np.asarray(values, np.float32).sum()) for _, values in tensors))
@@ -48,3 +54,9 @@ def test_a_mapped_file_that_shrinks_is_named(
         cause, remedy = done.stderr.splitlines()
         assert cause.startswith(f"error: {file}: was shortened while it was in use")
         assert remedy.startswith(" hint: ")
+
+
+def test_a_library_leaves_the_signal_alone(here: Path) -> None:
+    file = here / "runs" / "llama" / "checkpoints" / "final.ckpt"
+    command = [sys.executable, "-c", READ, str(file), str(file), "library"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGBUS

@@ -30,6 +30,7 @@ from smolctl.cores import compute_threads
 from smolctl.durable import DISK_ERRORS
 from smolctl.errors import RENAME, ExitCode, InputError, SettingError, SmolError, UsageError
 from smolctl.escaping import is_utf8
+from smolctl.mapped import exit_if_shortened
 from smolctl.views.output import Output, abandon_stdout
 
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON.", show_default=False)]
@@ -190,6 +191,7 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
                 raise UsageError(
                     "stdout is closed, so the result cannot be written", "Send it to a file or a pipe."
                 )
+            exit_if_shortened(output.error)
             with output.quieting_libraries():
                 code = function(output, **asked)
             if sys.stdout is not None:
