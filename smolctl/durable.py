@@ -101,7 +101,9 @@ def require_writable(path: Path, remedy: str) -> None:
     existing = next(one for one in (absolute, *absolute.parents) if one.exists())
     needed = os.W_OK | (os.X_OK if existing.is_dir() else 0)
     if not os.access(existing, needed):
-        raise DiskError(f"{existing}: cannot be written", remedy)
+        is_read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
+        reason = os.strerror(errno.EROFS if is_read_only else errno.EACCES)
+        raise DiskError(f"{existing}: cannot be written ({reason})", remedy)
 
 
 @contextmanager

@@ -209,7 +209,7 @@ def test_a_destination_that_cannot_be_written_is_refused_before_the_work(
     called = smolctl(*WRITERS[command], read_only / "new")
     assert called.code == 1
     cause, remedy = called.err.splitlines()  # and no word of progress
-    assert cause == f"error: {read_only}: cannot be written"
+    assert cause == f"error: {read_only}: cannot be written (Read-only file system)"
     assert remedy.startswith(" hint: ")
     assert called.out == ""
 
