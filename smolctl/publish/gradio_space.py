@@ -42,6 +42,7 @@ SINGLE_FILES = (
     "errors.py",
     "extras.py",
     "escaping.py",
+    "mapped.py",
     "outside.py",
     "ownership.py",
     "publish/__init__.py",
