@@ -86,6 +86,11 @@ def lack_of_room(folder: Path, needed: int) -> str:
     return f"needs {needed / unit:,.0f} {name}, the disk has {free / unit:,.0f} {name} left"
 
 
+def is_writable(path: Path) -> bool:
+    """Whether files can be made in a folder, or a file can be written in place."""
+    return os.access(path, os.W_OK | (os.X_OK if path.is_dir() else 0))
+
+
 def require_writable(path: Path, remedy: str) -> None:
     """Check before slow work that a folder, or the nearest existing one above it, can be written. Nothing is
     created.
@@ -99,8 +104,7 @@ def require_writable(path: Path, remedy: str) -> None:
     """
     absolute = path.absolute()
     existing = next(one for one in (absolute, *absolute.parents) if one.exists())
-    needed = os.W_OK | (os.X_OK if existing.is_dir() else 0)
-    if not os.access(existing, needed):
+    if not is_writable(existing):
         is_read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
         reason = os.strerror(errno.EROFS if is_read_only else errno.EACCES)
         raise DiskError(f"{existing}: cannot be written ({reason})", remedy)

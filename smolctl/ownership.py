@@ -157,8 +157,8 @@ def require_replaceable_file(
         raise UsageError(f"{target} is a folder, not a file", another)
     require_writable(target.parent, another)
     if not target.exists():
-        if not folder_is_made and not target.parent.is_dir():
-            raise UsageError(f"{target.parent} is not a folder that a file can be written to", another)
+        if not folder_is_made:
+            require_folder_of(target, another)
         return
     _require_not_read(target, option, reads)
     if not force:
@@ -169,6 +169,12 @@ def require_replaceable_file(
         raise UsageError(
             f"{target} is not replaced, because smolctl did not write it as this kind of file", another
         )
+
+
+def require_folder_of(target: Path, remedy: str) -> None:
+    """Refuse a file to be written whose folder does not exist. Raises UsageError."""
+    if not target.parent.is_dir():
+        raise UsageError(f"{target.parent} is not a folder that a file can be written to", remedy)
 
 
 def _place(target: Path, another: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -27,6 +26,7 @@ from smolctl.benchmark.suites import (
 )
 from smolctl.benchmark.workload import BATCH, Measurement
 from smolctl.cores import compute_threads
+from smolctl.durable import is_writable
 from smolctl.timing import Spread, in_turns
 
 REPEATS = 7  # with six, the median's interval is the whole range; a seventh makes the median a value
@@ -71,7 +71,7 @@ def bench(
     machine = describe_machine(threads)
     meter = LimitMeter()
     # On the disk of the working folder, if possible: folders for temporary files are often in memory.
-    place = Path.cwd() if os.access(Path.cwd(), os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
+    place = Path.cwd() if is_writable(Path.cwd()) else Path(tempfile.gettempdir())
     with tempfile.TemporaryDirectory(dir=place, prefix=".smolctl-bench-") as name, ExitStack() as stack:
         engines, left_out = make_engine_files(source, options.schemes, peers, threads, Path(name))
         workloads = make_workloads(source, engines, suites, options.batch, Path(name))

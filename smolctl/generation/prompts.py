@@ -13,6 +13,7 @@ from smolctl.escaping import json_text
 from smolctl.generation.complete import CompletionSettings
 from smolctl.generation.openai import answer_schema, parse_messages
 from smolctl.outside import parse_json, path_meant
+from smolctl.ownership import require_folder_of
 
 STDIN = "-"
 COMPLETIONS = "completions"  # the key of the answers in an output row
@@ -194,8 +195,7 @@ def finished_lines(file: PromptFile, output: Path) -> int:
     """
     remedy = "Name a file that can be written."
     try:
-        if not output.parent.is_dir():
-            raise UsageError(f"{output.parent} is not a folder that a file can be written to", remedy)
+        require_folder_of(output, remedy)
         require_writable(output if output.exists() else output.parent, remedy)
         content = output.read_bytes() if output.exists() else b""
         *rows, torn = content.split(b"\n")

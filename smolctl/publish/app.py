@@ -131,9 +131,8 @@ def _chat(gradio: Any, facts: SpaceFacts, endpoints: SpaceEndpoints, controls: l
         cache_examples=False,
         api_name=CHAT,
     )
-    page.textbox.max_length = (
-        endpoints.most_characters + 1
-    )  # one character too many is refused with the reason
+    # One character too many is refused with the reason.
+    page.textbox.max_length = endpoints.most_characters + 1
 
 
 def _text_chatbot(gradio: Any) -> Any:
