@@ -18,7 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from smolctl.model.products import add_product, product, row_chunks
+from smolctl.model.products import (
+    add_product,
+    add_weight_gradient,
+    product,
+    row_chunks,
+    weight_gradient,
+)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -41,18 +47,12 @@ class _Linear(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         dx = product(gradient, weight.to(gradient.dtype).mT)
-        return dx.to(ctx.dtype), _weight_gradient(gradient, x).to(weight.dtype)
+        return dx.to(ctx.dtype), weight_gradient(gradient, x).to(weight.dtype)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weightᵀ: x is (…, I), weight (O, I), the result (…, O)."""
     return _Linear.apply(x, weight)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
-    """The gradient (O, I) of a matrix, if its output for x (…, I) has the gradient (…, O)."""
-    found: Tensor = gradient.flatten(0, -2).mT @ x.flatten(0, -2)
-    return found
 
 
 def _rms_scale(x: Tensor, eps: float) -> Tensor:
@@ -117,7 +117,7 @@ class _RMSNormLinears(Function):
         dinputs: Tensor | None = None
         dweights = []
         for gradient, weight in zip(gradients, weights, strict=True):
-            dweights.append(_weight_gradient(gradient, inputs).to(weight.dtype))
+            dweights.append(weight_gradient(gradient, inputs).to(weight.dtype))
             matrix = weight.to(dtype).mT
             dinputs = product(gradient, matrix) if dinputs is None else add_product(dinputs, gradient, matrix)
         assert dinputs is not None
@@ -176,7 +176,7 @@ class _SwiGLULinear(Function):
         gate, up, weight = ctx.saved_tensors
         activated = F.silu(gate)
         inputs = activated * up
-        dweight = _weight_gradient(gradient, inputs)
+        dweight = weight_gradient(gradient, inputs)
         dinputs = product(gradient, weight.to(gradient.dtype).mT)
         dup = torch.mul(dinputs, activated, out=inputs)
         dgate = torch.ops.aten.silu_backward(dinputs.mul_(up), gate)
@@ -248,10 +248,7 @@ class _LinearCrossEntropy(Function):
             if dhidden is None or dweight is None:
                 continue
             dhidden[chunk] = product(dlogits, matrix.mT)
-            if dlogits.dtype == torch.float32:
-                dweight.addmm_(dlogits.mT, part)
-            else:
-                dweight += dlogits.mT @ part
+            add_weight_gradient(dweight, dlogits, part)
             del dlogits  # before the next chunk's, because memory use is highest here
         ctx.dtype = weight.dtype
         ctx.save_for_backward(dhidden, dweight)

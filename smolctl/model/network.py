@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from smolctl.arithmetic import GPU_LOSS_CHUNK_ROWS, LOSS_CHUNK_ROWS
 from smolctl.config import ModelConfig
+from smolctl.model import attention
 from smolctl.model.cache import KVCache
 from smolctl.model.documents import (
     Attended,
@@ -94,7 +95,10 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        if attended is None or isinstance(attended, Tensor):
+        has_dropout = self.training and self.dropout
+        if attended is None and append is None and not has_dropout and attention.is_faster(q):
+            y = attention.causal_attention(q, k, v)
+        elif attended is None or isinstance(attended, Tensor):
             y = self._attend(q, k, v, append, attended)
         elif isinstance(attended, tuple):
             y = self._attend_apart(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attended)

@@ -1,13 +1,14 @@
 """Matmuls with the library that is fastest on this machine.
 
 PyTorch uses MKL for float32 matmuls on a CPU, which is slower on processors other than Intel's. oneDNN, which
-PyTorch includes as well, is not: on a Zen 4 it computes the matmuls of SmolLM2-135M's training step 10 to 50
-% faster (docs/benchmarks.md). The choice depends only on the processor, so a run on one machine always has
-the same bits.
+PyTorch includes as well, is not: it computes the matmuls of SmolLM2-135M's training step 10 to 50 % faster on
+a Zen 4, and twice as fast on a Zen 5 (docs/benchmarks.md). The choice depends only on the processor, so a run
+on one machine always has the same bits.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,17 +17,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FEWEST_ROWS = 32  # with fewer rows, calling oneDNN costs more than it gains
+COPIED_COLUMNS = 2_048  # of a gradient of logits at a time; more are slower because they do not fit in the cache
 
 
-def _is_amd() -> bool:
+ZEN_5 = 26  # its number of the processor family
+
+
+def _amd_family() -> int:
+    """The number of this AMD processor's family; 0 on other processors."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
-        return False
+        return 0
     with cpuinfo.open("rb") as file:
-        return b"AuthenticAMD" in file.read(1024)  # the vendor is in the first core's lines
+        lines = file.read(1024)  # of the first core
+    family = re.search(rb"cpu family\s*: (\d+)", lines)
+    return int(family[1]) if family and b"AuthenticAMD" in lines else 0
 
 
-PREFERS_ONEDNN = torch.backends.mkldnn.is_available() and _is_amd()
+PREFERS_ONEDNN = torch.backends.mkldnn.is_available() and _amd_family() > 0
+# A Zen 5 multiplies vectors of 512 bits at full speed, but MKL uses 256 bits on AMD processors. There, oneDNN is
+# faster even if it has to copy matrices first.
+HAS_WIDE_ONEDNN = (
+    PREFERS_ONEDNN and _amd_family() >= ZEN_5 and bool(torch.cpu.get_capabilities().get("avx512_f"))
+)
 
 
 def _on_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -36,6 +49,11 @@ def _on_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and (torch.compiler.is_compiling() or x.numel() >= FEWEST_ROWS * x.shape[-1])
     )
+
+
+def _copies_to_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN is faster even for transposed matrices, which it copies first."""
+    return HAS_WIDE_ONEDNN and _on_onednn(x, weight) and not torch.compiler.is_compiling()
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -51,6 +69,26 @@ def add_product(sum: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, sum, weight, None, "add")
         return out
     return sum + product(x, weight)
+
+
+def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient (O, I) of a matrix, if its output for x (…, I) has the gradient (…, O)."""
+    rows, inputs = gradient.flatten(0, -2).mT, x.flatten(0, -2).mT  # (O, N), (I, N)
+    return _onednn(rows, inputs) if _copies_to_onednn(inputs, rows) else rows @ inputs.mT
+
+
+def add_weight_gradient(sum: Tensor, gradient: Tensor, x: Tensor) -> None:
+    """Add `weight_gradient` of gradient (N, O) and x (N, I) to a sum (O, I), without another matrix of its
+    size where possible.
+    """
+    if _copies_to_onednn(gradient, x):
+        for start in range(0, gradient.shape[1], COPIED_COLUMNS):
+            columns = slice(start, start + COPIED_COLUMNS)
+            sum[columns] += weight_gradient(gradient[:, columns].contiguous(), x)
+    elif gradient.dtype == sum.dtype:
+        sum.addmm_(gradient.mT, x)
+    else:
+        sum += gradient.mT @ x
 
 
 def row_chunks(x: Tensor, rows: int) -> Iterator[slice]:
