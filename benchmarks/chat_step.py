@@ -248,8 +248,8 @@ def smolctl_step(case: Case) -> Callable[[], float]:
     from smolctl.config.run import OptimizerConfig
     from smolctl.model.weights import load_network
     from smolctl.sources import open_source
-    from smolctl.training.fit import keep_freed_memory
     from smolctl.training.optim.optimizers import make_optimizer
+    from smolctl.training.process import keep_freed_memory
 
     keep_freed_memory()
     network = load_network(open_source(case.model), dtype=torch.float32).train()

@@ -207,7 +207,7 @@ def _check(recipe: Recipe, data: TrialData, device: torch.device) -> None:
 def cost(arguments: argparse.Namespace) -> None:
     """Time a step of each lever in turns with the preset's."""
     torch.set_float32_matmul_precision("highest")
-    from smolctl.training.fit import keep_freed_memory
+    from smolctl.training.process import keep_freed_memory
 
     keep_freed_memory()
     data, device = TrialData.read(arguments.data), torch.device("cpu")

@@ -35,8 +35,8 @@ from smolctl.model.weights import initialize
 from smolctl.runs.folder import RunFolder
 from smolctl.timing import in_turns
 from smolctl.training.device import muon_dtype
-from smolctl.training.fit import keep_freed_memory
 from smolctl.training.optim.optimizers import make_optimizer
+from smolctl.training.process import keep_freed_memory
 
 SCHEDULES = {
     "adamw": ["schedule.name=cosine", "schedule.warmup_steps=0.05", "optimizer.weight_decay=0.1"],

@@ -31,8 +31,8 @@ from smolctl.config import ModelConfig
 from smolctl.model.network import Transformer
 from smolctl.sources import open_source
 from smolctl.timing import in_turns
-from smolctl.training.fit import prepare_process
 from smolctl.training.graph import GradientGraph
+from smolctl.training.process import prepare_process
 from smolctl.worker import Worker
 
 

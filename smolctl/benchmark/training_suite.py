@@ -17,6 +17,7 @@ from smolctl.model.network import Transformer
 from smolctl.sources import open_source
 from smolctl.timing import peak_memory, synchronized_time
 from smolctl.training.optim.optimizers import make_optimizer
+from smolctl.training.process import keep_freed_memory
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # mean over tokens (B, T) and their next tokens
 CLIP = 1.0  # norm of the gradient, the default of `train`
@@ -55,8 +56,6 @@ class TrainingStep:
 
 def open_smolctl(model: str) -> tuple[Transformer, Loss]:
     """The network and the loss of `smolctl train`."""
-    from smolctl.training.fit import keep_freed_memory  # imports Lightning, which takes seconds and 80 MB
-
     keep_freed_memory()
     network = plain_network(model).train()
     return network, lambda inputs, targets: network.loss(inputs, targets) / targets.numel()

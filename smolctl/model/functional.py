@@ -22,6 +22,7 @@ from smolctl.model.products import (
     add_product,
     add_weight_gradient,
     product,
+    recomputing_is_cheap,
     row_chunks,
     weight_gradient,
 )
@@ -37,22 +38,25 @@ class _Linear(Function):
     """A matmul that saves its input."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, sum: Tensor | None) -> Tensor:
         dtype = _product_dtype(x)
         ctx.dtype, x = x.dtype, x.to(dtype)
         ctx.save_for_backward(x, weight)
-        return product(x, weight.to(dtype))
+        matrix = weight.to(dtype)
+        return product(x, matrix) if sum is None else add_product(sum, x, matrix)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
-        dx = product(gradient, weight.to(gradient.dtype).mT)
-        return dx.to(ctx.dtype), weight_gradient(gradient, x).to(weight.dtype)
+        dsum = gradient if ctx.needs_input_grad[2] else None
+        gradient = gradient.to(x.dtype)
+        dx = product(gradient, weight.to(x.dtype).mT)
+        return dx.to(ctx.dtype), weight_gradient(gradient, x).to(weight.dtype), dsum
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weightᵀ: x is (…, I), weight (O, I), the result (…, O)."""
-    return _Linear.apply(x, weight)  # type: ignore[no-any-return, no-untyped-call]
+def linear(x: Tensor, weight: Tensor, sum: Tensor | None = None) -> Tensor:
+    """x @ weightᵀ, plus `sum` if there is one: x is (…, I), weight (O, I), the result and `sum` (…, O)."""
+    return _Linear.apply(x, weight, sum)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _rms_scale(x: Tensor, eps: float) -> Tensor:
@@ -163,29 +167,53 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     return _Rotate.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class _SwiGLULinear(Function):
-    """Saves gate and up; the activated values, as large as each of them, are recomputed."""
+class _SwiGLU(Function):
+    """Saves x and gate; up as well where matmuls are slow. Everything else is recomputed."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up, weight)
-        return product(F.silu(gate).mul_(up), weight.to(gate.dtype))
+    def forward(
+        ctx: Any, x: Tensor, norm: Tensor, eps: float, scale: float, gate: Tensor, up: Tensor, down: Tensor
+    ) -> Tensor:
+        dtype = _product_dtype(x)
+        # The result is allocated before temporary tensors, which then leave no gap when they are freed.
+        out = torch.empty_like(x)
+        rms = _rms_scale(x, eps)
+        inputs = torch.mul(x, rms, out=out).mul_(norm).to(dtype)
+        gated, upped = product(inputs, gate.to(dtype)), product(inputs, up.to(dtype))  # (B, T, F)
+        y = product(F.silu(gated).mul_(upped), down.to(dtype))
+        ctx.scale = scale
+        ctx.save_for_backward(x, norm, rms, gated, None if recomputing_is_cheap(x) else upped, gate, up, down)
+        return torch.add(x, y, alpha=scale, out=out)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        gate, up, weight = ctx.saved_tensors
-        activated = F.silu(gate)
-        inputs = activated * up
-        dweight = weight_gradient(gradient, inputs)
-        dinputs = product(gradient, weight.to(gradient.dtype).mT)
-        dup = torch.mul(dinputs, activated, out=inputs)
-        dgate = torch.ops.aten.silu_backward(dinputs.mul_(up), gate)
-        return dgate, dup, dweight.to(weight.dtype)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm, rms, gated, upped, gate, up, down = ctx.saved_tensors
+        dtype = gated.dtype
+        normed = x * rms
+        inputs = (normed * norm).to(dtype)
+        if upped is None:
+            upped = product(inputs, up.to(dtype))
+        dy = (gradient if ctx.scale == 1 else gradient * ctx.scale).to(dtype)
+        activated = F.silu(gated)
+        hidden = activated * upped
+        ddown = weight_gradient(dy, hidden)
+        dhidden = product(dy, down.to(dtype).mT)
+        dupped = torch.mul(dhidden, activated, out=hidden)
+        dgated = torch.ops.aten.silu_backward(dhidden.mul_(upped), gated)
+        dinputs = add_product(product(dgated, gate.to(dtype).mT), dupped, up.to(dtype).mT)
+        dweights = [weight_gradient(one, inputs) for one in (dgated, dupped)]
+        dx, dnorm = _rms_norm_backward(dinputs.to(x.dtype), x, norm, rms, normed)
+        return dx.add_(gradient), dnorm, None, None, *(d.to(norm.dtype) for d in (*dweights, ddown))
 
 
-def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
-    """(silu(gate) × up) @ weightᵀ: gate and up are (B, T, F), weight is (C, F), the result (B, T, C)."""
-    return _SwiGLULinear.apply(gate, up, weight)  # type: ignore[no-any-return, no-untyped-call]
+def swiglu(
+    x: Tensor, norm: Tensor, eps: float, scale: float, gate: Tensor, up: Tensor, down: Tensor
+) -> Tensor:
+    """x + scale × (silu(n @ gateᵀ) × (n @ upᵀ)) @ downᵀ with n = rms_norm(x, norm, eps).
+
+    x and the result are (B, T, C); gate and up are (F, C), down is (C, F).
+    """
+    return _SwiGLU.apply(x, norm, eps, scale, gate, up, down)  # type: ignore[no-any-return, no-untyped-call]
 
 
 ChunkLosses = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
@@ -224,6 +252,25 @@ def _fusable_losses(logits: Tensor, target: Tensor, z_loss: float) -> tuple[Tens
 @cache
 def _compiled_losses() -> ChunkLosses:
     return torch.compile(_fusable_losses)
+
+
+class _TiedEmbedding(Function):
+    """Adds the gradient of the embedding to that of the head, so the table has one gradient of its size."""
+
+    @staticmethod
+    def forward(ctx: Any, input_ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(input_ids)
+        return F.embedding(input_ids, table), table.view_as(table)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, dhead: Tensor) -> tuple[None, Tensor]:
+        (input_ids,) = ctx.saved_tensors
+        return None, dhead.index_add_(0, input_ids.flatten(), gradient.flatten(0, 1).to(dhead.dtype))
+
+
+def tied_embedding(input_ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows (B, T, C) of a table (V, C) for tokens (B, T), and the table as the weight of the head."""
+    return _TiedEmbedding.apply(input_ids, table)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _LinearCrossEntropy(Function):

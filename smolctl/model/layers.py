@@ -49,6 +49,13 @@ def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
     return with_bias(plain, linear(x, plain.weight))
 
 
+def add_linear(sum: Tensor, layer: nn.Linear, x: Tensor, scale: float) -> Tensor:
+    """sum (…, O) plus `scale` times a layer's output for x (…, I); fused with the matmul where possible."""
+    if is_plain(layer) and scale == 1:
+        return with_bias(layer, linear(x, layer.weight, sum))
+    return torch.add(sum, apply_linear(layer, x), alpha=scale)
+
+
 def with_bias(layer: nn.Linear, y: Tensor) -> Tensor:
     """y (…, O) plus the layer's bias (O,), if it has one."""
     return y if layer.bias is None else y + layer.bias.to(y.dtype)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -33,15 +33,15 @@ from smolctl.model.documents import (
     has_kernels,
     positions_in_documents,
 )
-from smolctl.model.functional import linear, linear_cross_entropy, rotate, swiglu_linear
+from smolctl.model.functional import linear, linear_cross_entropy, rotate, swiglu, tied_embedding
 from smolctl.model.layers import (
     RMSNorm,
+    add_linear,
     apply_linear,
     is_plain,
     linear_layer,
     normed_linears,
     uninitialized,
-    with_bias,
 )
 from smolctl.model.positions import rotary_angles
 
@@ -60,12 +60,16 @@ def rotary_table(config: ModelConfig, positions: int, device: torch.device) -> T
 
 
 class Attention(nn.Module):
-    """Causal self-attention in which groups of query heads share one key/value head."""
+    """Causal self-attention in which groups of query heads share one key/value head.
+
+    Its result, times `residual_scale`, is added to its input, as in `MLP`.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.dropout = config.attention_dropout
+        self.residual_scale = config.residual_scale
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         self.q_proj = linear_layer(config.hidden_size, queries, config.qkv_bias)
@@ -86,25 +90,48 @@ class Attention(nn.Module):
         append: Append | None,
         attended: Attended | None = None,
     ) -> Tensor:
-        B, T, _ = x.shape
+        project = partial(self._project, norm=norm, rotary=rotary)
+        if attended is None and append is None and self._recomputes(x):
+            heads = (self.q_proj.out_features // self.head_dim, self.head_dim)
+            y = attention.causal_attention(x, heads, project, self._projections(norm))
+        else:
+            y = self._attention(*project(x), append, attended)
+        return add_linear(x, self.o_proj, y.flatten(2), self.residual_scale)  # (B, T, C)
+
+    def _project(self, x: Tensor, norm: RMSNorm, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (B, T, H, D) and keys, and values (B, T, K, D), of hidden states (B, T, C)."""
         q, k, v = (
-            projected.view(B, T, -1, self.head_dim)  # (B, T, H or K, D)
+            projected.unflatten(2, (-1, self.head_dim))
             for projected in normed_linears(x, norm, self.q_proj, self.k_proj, self.v_proj)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
+        return q, k, v
+
+    def _recomputes(self, x: Tensor) -> bool:
+        """Whether `attention.py` computes the attention of hidden states x, and `_project` twice."""
+        layers = (self.q_proj, self.k_proj, self.v_proj)
         has_dropout = self.training and self.dropout
-        if attended is None and append is None and not has_dropout and attention.is_faster(q):
-            y = attention.causal_attention(q, k, v)
-        elif attended is None or isinstance(attended, Tensor):
-            y = self._attend(q, k, v, append, attended)
-        elif isinstance(attended, tuple):
-            y = self._attend_apart(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attended)
-        else:
-            y = self._attend_in_blocks(q, k, v, attended)
-        return apply_linear(self.o_proj, y.reshape(B, T, -1))  # (B, T, C)
+        return attention.is_faster(x) and all(map(is_plain, layers)) and not has_dropout
+
+    def _projections(self, norm: RMSNorm) -> list[nn.Parameter]:
+        """The trained tensors that `_project` uses."""
+        parts = (norm, self.q_proj, self.k_proj, self.v_proj, self.q_norm, self.k_norm)
+        tensors = chain.from_iterable(part.parameters() for part in parts if part is not None)
+        return [tensor for tensor in tensors if tensor.requires_grad]
+
+    def _attention(
+        self, q: Tensor, k: Tensor, v: Tensor, append: Append | None, attended: Attended | None
+    ) -> Tensor:
+        """Attention of queries (B, T, H, D) to keys and values (B, T, K, D) as `attended` says."""
+        if attended is None or isinstance(attended, Tensor):
+            return self._attend(q, k, v, append, attended)
+        if isinstance(attended, tuple):
+            apart = self._attend_apart(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attended)
+            return apart.view_as(q)
+        return self._attend_in_blocks(q, k, v, attended)
 
     def _attend_in_blocks(self, q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask) -> Tensor:
         """FlexAttention of queries (B, T, H, D) to keys and values (B, T, K, D): (B, T, H, D).
@@ -161,27 +188,29 @@ def _continuation_mask(T: int, S: int, device: torch.device) -> Tensor | None:
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) × up(x))."""
+    """SwiGLU, down(silu(gate(x)) × up(x)), times `residual_scale` and added to x."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.residual_scale = config.residual_scale
         self.gate_proj = linear_layer(config.hidden_size, config.intermediate_size)
         self.up_proj = linear_layer(config.hidden_size, config.intermediate_size)
         self.down_proj = linear_layer(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        layers = (self.gate_proj, self.up_proj, self.down_proj)
+        if all(map(is_plain, layers)):
+            weights = (layer.weight for layer in layers)
+            return swiglu(x, norm.weight, norm.eps, self.residual_scale, *weights)
         gate, up = normed_linears(x, norm, self.gate_proj, self.up_proj)  # (B, T, F)
-        if is_plain(self.down_proj):
-            return with_bias(self.down_proj, swiglu_linear(gate, up, self.down_proj.weight))
-        return cast(Tensor, self.down_proj(F.silu(gate).mul_(up)))
+        return add_linear(x, self.down_proj, F.silu(gate).mul_(up), self.residual_scale)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each after a norm and added to the residual stream times `residual_scale`."""
+    """Attention and MLP, each after a norm and added to the residual stream."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.residual_scale = config.residual_scale
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -190,9 +219,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rotary: Tensor | None, append: Append | None, attended: Attended | None = None
     ) -> Tensor:
-        y = self.self_attn(x, self.input_layernorm, rotary, append, attended)
-        x = torch.add(x, y, alpha=self.residual_scale)
-        return torch.add(x, self.mlp(x, self.post_attention_layernorm), alpha=self.residual_scale)
+        x = self.self_attn(x, self.input_layernorm, rotary, append, attended)
+        return cast(Tensor, self.mlp(x, self.post_attention_layernorm))
 
 
 class Decoder(nn.Module):
@@ -228,11 +256,16 @@ class Decoder(nn.Module):
         return table
 
     def forward(
-        self, input_ids: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
+        embedded: Tensor | None = None,
     ) -> Tensor:
+        """Hidden states (B, T, C) of tokens (B, T); `embedded`: their rows of the table, if known."""
         start = cache.length if cache is not None else 0
         positions = slice(start, start + input_ids.shape[1])
-        x = self.embed_tokens(input_ids)  # (B, T, C)
+        x = self.embed_tokens(input_ids) if embedded is None else embedded  # (B, T, C)
         rotary = None
         if self.embed_positions is not None:
             if documents is None:
@@ -354,14 +387,17 @@ class Transformer(nn.Module):
         The logits exist only in chunks, forward and backward: all of them at once would be 49,152 numbers per
         token, more than everything else that a layer saves.
         """
-        hidden = self.model(input_ids, documents=documents).flatten(0, 1)  # (B·T, C)
+        embedded, head = None, self.head_weight
+        if self.lm_head is None and input_ids.device.type == "cpu":
+            embedded, head = tied_embedding(input_ids, head)
+        hidden = self.model(input_ids, documents=documents, embedded=embedded).flatten(0, 1)  # (B·T, C)
         targets = targets.flatten()
         if trained is not None:
             chosen = trained.flatten().nonzero()[:, 0]
             hidden, targets = hidden.index_select(0, chosen), targets[chosen]  # (N, C), (N,)
         rows = GPU_LOSS_CHUNK_ROWS if hidden.is_cuda else LOSS_CHUNK_ROWS
         compiled = self.model.is_compiled
-        return linear_cross_entropy(hidden, self.head_weight, targets, rows, z_loss, compiled)
+        return linear_cross_entropy(hidden, head, targets, rows, z_loss, compiled)
 
     def token_losses(self, input_ids: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
         """Cross entropy in nats of every token, (B, T); for evaluation, without gradients."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FEWEST_ROWS = 32  # with fewer rows, calling oneDNN costs more than it gains
-COPIED_COLUMNS = 2_048  # of a gradient of logits at a time; more are slower because they do not fit in the cache
+COPIED_COLUMNS = 2_048  # of logits' gradient at a time; more of them do not fit in the cache
 
 
 ZEN_5 = 26  # its number of the processor family
@@ -35,8 +35,8 @@ def _amd_family() -> int:
 
 
 PREFERS_ONEDNN = torch.backends.mkldnn.is_available() and _amd_family() > 0
-# A Zen 5 multiplies vectors of 512 bits at full speed, but MKL uses 256 bits on AMD processors. There, oneDNN is
-# faster even if it has to copy matrices first.
+# A Zen 5 multiplies vectors of 512 bits at full speed, but MKL uses 256 bits on AMD processors. oneDNN is
+# therefore faster there even if it has to copy matrices first.
 HAS_WIDE_ONEDNN = (
     PREFERS_ONEDNN and _amd_family() >= ZEN_5 and bool(torch.cpu.get_capabilities().get("avx512_f"))
 )
@@ -66,15 +66,16 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 def add_product(sum: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """sum + x @ weightᵀ, with the addition fused into the matmul."""
     if _on_onednn(x, weight) and not torch.compiler.is_compiling():
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, sum, weight, None, "add")
-        return out
-    return sum + product(x, weight)
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, sum, weight, None, "add")
+        return found
+    out = product(x, weight)
+    return out.add_(sum) if out.dtype == sum.dtype else sum + out
 
 
 def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     """The gradient (O, I) of a matrix, if its output for x (…, I) has the gradient (…, O)."""
-    rows, inputs = gradient.flatten(0, -2).mT, x.flatten(0, -2).mT  # (O, N), (I, N)
-    return _onednn(rows, inputs) if _copies_to_onednn(inputs, rows) else rows @ inputs.mT
+    rows, inputs = gradient.flatten(0, -2).mT, x.flatten(0, -2)  # (O, N), (N, I)
+    return _onednn(rows, inputs.mT) if _copies_to_onednn(gradient, x) else rows @ inputs
 
 
 def add_weight_gradient(sum: Tensor, gradient: Tensor, x: Tensor) -> None:
@@ -89,6 +90,11 @@ def add_weight_gradient(sum: Tensor, gradient: Tensor, x: Tensor) -> None:
         sum.addmm_(gradient.mT, x)
     else:
         sum += gradient.mT @ x
+
+
+def recomputing_is_cheap(x: Tensor) -> bool:
+    """Whether a matmul with x (…, I) should be repeated in the backward pass to keep less until then."""
+    return HAS_WIDE_ONEDNN and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def row_chunks(x: Tensor, rows: int) -> Iterator[slice]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -12,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
 from typing import Literal
-
-import torch
 
 from smolctl.config.run import MOST_STEPS
 from smolctl.data.batches import StepLoader
@@ -30,12 +25,9 @@ from smolctl.training.guards import explaining_memory_errors
 from smolctl.training.lightning import Trainer, pl
 from smolctl.training.module import TrainingModule
 from smolctl.training.prepare import Prepared
+from smolctl.training.process import prepare_process
 from smolctl.training.stopping import EXIT_CODES, StopFlag
 from smolctl.training.tolerance import Tolerance
-
-# Parameters of glibc's mallopt(3).
-M_TRIM_THRESHOLD = -1
-M_MMAP_THRESHOLD = -3
 
 # The module itself scales float16's gradients, and clipping needs them unscaled.
 LIGHTNING_PRECISION: Mapping[str, Literal["32-true", "bf16-mixed", "bf16-true"]] = {
@@ -137,28 +129,3 @@ def run_trainer(
             module, loader, ckpt_path=None if prepared.begins_with_origin else start, weights_only=True
         )
     return trainer, module
-
-
-def prepare_process(deterministic: bool = True) -> None:
-    """Configure the process: the allocator, the precision and the choice of kernels."""
-    keep_freed_memory()
-    torch.set_float32_matmul_precision("high")
-    if deterministic:  # on a GPU; for Lightning it is too late once the plan has computed
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # no choice of kernels by timing
-    # PyTorch would fill uninitialized memory, for debugging.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the memory that a step frees for the next step, instead of returning it to the system.
-
-    By default, every large tensor is mapped and unmapped again, and the system clears all its pages, which
-    takes over a tenth of a step's time on a CPU (docs/benchmarks.md). Without glibc, this does nothing.
-    """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(M_TRIM_THRESHOLD, -1)  # never

@@ -14,10 +14,11 @@ from smolctl.runs.root import RUNS
 from smolctl.timing import resident_memory
 from smolctl.training.device import describe_environment, process_count
 from smolctl.training.distributed import is_main_process
-from smolctl.training.fit import RunResult, fit, prepare_process
+from smolctl.training.fit import RunResult, fit
 from smolctl.training.guards import explaining_memory_errors
 from smolctl.training.plan import make_plan, measure_training_speed
 from smolctl.training.prepare import Prepared
+from smolctl.training.process import prepare_process
 
 
 def plan_run(prepared: Prepared, disk: Path) -> RunPlan:

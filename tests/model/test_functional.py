@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smolctl.config import ModelConfig
-from smolctl.model import products
+from smolctl.model import attention, products
 from smolctl.model.functional import (
     linear,
     linear_cross_entropy,
     rms_norm,
     rms_norm_linears,
     rotate,
-    swiglu_linear,
+    swiglu,
+    tied_embedding,
 )
 from smolctl.model.network import rotary_table
 from smolctl.timing import resident_memory
@@ -51,10 +52,11 @@ def test_rms_norm_equals_pytorch() -> None:
     )
 
 
-@pytest.fixture(params=["onednn", "default"])
+@pytest.fixture(params=["wide onednn", "onednn", "default"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Products on both libraries, whatever processor this is."""
-    monkeypatch.setattr(products, "PREFERS_ONEDNN", request.param == "onednn")
+    """The choice of libraries of every kind of processor, whatever processor this is."""
+    monkeypatch.setattr(products, "PREFERS_ONEDNN", request.param != "default")
+    monkeypatch.setattr(products, "HAS_WIDE_ONEDNN", request.param == "wide onednn")
     return str(request.param)
 
 
@@ -102,21 +104,80 @@ def test_rotation_equals_its_definition() -> None:
     assert_same_gradients(lambda x: rotate(x, table), defined, draw(2, 6, 2, 8))
 
 
-def test_swiglu_equals_its_definition() -> None:
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_swiglu_equals_its_definition(rows: int, scale: float) -> None:
+    def defined(x: Tensor, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        inputs = F.rms_norm(x, (24,), norm, 1e-5)
+        return x + scale * F.linear(F.silu(F.linear(inputs, gate)) * F.linear(inputs, up), down)
+
     assert_same_gradients(
-        swiglu_linear,
-        lambda gate, up, w: F.linear(F.silu(gate) * up, w),
-        draw(2, 5, 12),
-        draw(2, 5, 12, seed=1),
-        draw(7, 12, seed=2),
-        tolerance=1e-5,
+        lambda x, norm, *weights: swiglu(x, norm, 1e-5, scale, *weights),
+        defined,
+        draw(2, rows, 24),
+        draw(24, seed=1),
+        *(draw(*shape, seed=2) / 5 for shape in ((12, 24), (12, 24), (24, 12))),
+        tolerance=1e-4,
     )
 
 
-@pytest.mark.parametrize("rows", [1, 4, 10, 64])
+@pytest.mark.usefixtures("library")
+def test_a_matmul_added_to_a_sum_equals_its_definition() -> None:
+    assert_same_gradients(
+        lambda x, weight, sum: linear(x, weight, sum),
+        lambda x, weight, sum: sum + F.linear(x, weight),
+        draw(2, 40, 24),
+        draw(7, 24, seed=1),
+        draw(2, 40, 7, seed=2),
+        tolerance=1e-4,
+    )
+
+
+def test_a_table_used_twice_has_the_sum_of_both_gradients() -> None:
+    tokens = torch.tensor([[1, 3, 1], [0, 3, 3]])
+
+    def used(embedded: Tensor, head: Tensor) -> Tensor:
+        return torch.tanh(embedded) @ head.mT
+
+    assert_same_gradients(
+        lambda table: used(*tied_embedding(tokens, table)),
+        lambda table: used(F.embedding(tokens, table), table),
+        draw(5, 8),
+    )
+
+
+@pytest.mark.parametrize("heads", [(6, 2), (4, 4), (3, 1)])
+@pytest.mark.parametrize("length", [5, 64, 400, 777])
+def test_attention_from_matmuls_equals_pytorch(
+    heads: tuple[int, int], length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "HAS_WIDE_ONEDNN", True)
+    H, K = heads
+    D, C = 16, 24
+
+    def project(x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (F.linear(x, weight).unflatten(2, (-1, D)) for weight in weights)
+        return q, k, v
+
+    def pytorch(x: Tensor, *weights: Tensor) -> Tensor:
+        q, k, v = (part.transpose(1, 2) for part in project(x, weights))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    assert_same_gradients(
+        lambda x, *weights: attention.causal_attention(x, (H, D), lambda x: project(x, weights), weights),
+        pytorch,
+        draw(2, length, C) / 5,
+        *(draw(count * D, C, seed=count) / 5 for count in (H, K, K)),
+        tolerance=2e-4,
+    )
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("rows", [1, 4, 64, 100])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 def test_chunked_cross_entropy_equals_the_whole_one(rows: int, z_loss: float) -> None:
-    targets = torch.randint(0, 30, (10,), generator=torch.Generator().manual_seed(3))
+    targets = torch.randint(0, 30, (70,), generator=torch.Generator().manual_seed(3))
 
     def whole(hidden: Tensor, weight: Tensor) -> Tensor:
         logits = hidden @ weight.mT
@@ -125,9 +186,9 @@ def test_chunked_cross_entropy_equals_the_whole_one(rows: int, z_loss: float) ->
     assert_same_gradients(
         lambda h, w: linear_cross_entropy(h, w, targets, rows, z_loss)[0],
         whole,
-        draw(10, 8),
+        draw(70, 8),
         draw(30, 8, seed=1),
-        tolerance=1e-5,
+        tolerance=1e-4,
     )
 
 
