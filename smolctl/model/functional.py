@@ -200,6 +200,7 @@ class _SwiGLU(Function):
         dhidden = product(dy, down.to(dtype).mT)
         dupped = torch.mul(dhidden, activated, out=hidden)
         dgated = torch.ops.aten.silu_backward(dhidden.mul_(upped), gated)
+        del activated, dhidden, upped  # memory use is highest here, in the last layer
         dinputs = add_product(product(dgated, gate.to(dtype).mT), dupped, up.to(dtype).mT)
         dweights = [weight_gradient(one, inputs) for one in (dgated, dupped)]
         dx, dnorm = _rms_norm_backward(dinputs.to(x.dtype), x, norm, rms, normed)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FEWEST_ROWS = 32  # with fewer rows, calling oneDNN costs more than it gains
-COPIED_COLUMNS = 2_048  # of logits' gradient at a time; more of them do not fit in the cache
+COPIED_COLUMNS = 2_000  # of logits' gradient at a time; more of them do not fit in the cache
 
 
 ZEN_5 = 26  # its number of the processor family
@@ -83,9 +83,9 @@ def add_weight_gradient(sum: Tensor, gradient: Tensor, x: Tensor) -> None:
     size where possible.
     """
     if _copies_to_onednn(gradient, x):
-        for start in range(0, gradient.shape[1], COPIED_COLUMNS):
-            columns = slice(start, start + COPIED_COLUMNS)
-            sum[columns] += weight_gradient(gradient[:, columns].contiguous(), x)
+        parts = -(-gradient.shape[1] // COPIED_COLUMNS)
+        for part, columns in zip(sum.tensor_split(parts), gradient.tensor_split(parts, dim=1), strict=True):
+            part += weight_gradient(columns.contiguous(), x)
     elif gradient.dtype == sum.dtype:
         sum.addmm_(gradient.mT, x)
     else:
