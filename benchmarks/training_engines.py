@@ -114,13 +114,12 @@ def training_step(case: Case) -> TrainingStep:
     if device.type == "cuda" and isinstance(network, Transformer):
         prepare_process()
         torch.use_deterministic_algorithms(True)  # as `smolctl train`
-        if case.compiled:
-            return graphed(step, network, tokens)
+        return graphed(step, network, tokens)
     return step
 
 
 def graphed(step: TrainingStep, network: Transformer, tokens: Tensor) -> TrainingStep:
-    """The step as `smolctl train` takes it when blocks are compiled: its gradient is one CUDA graph."""
+    """The step as `smolctl train` takes it: its gradient is one CUDA graph."""
 
     def gradient(rows: Tensor) -> Tensor:
         with torch.autocast("cuda", torch.bfloat16, enabled=step.bfloat16):

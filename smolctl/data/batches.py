@@ -53,9 +53,11 @@ class Sequences:
             yield Sequences(self.inputs[part], self.targets[part], *rest)
 
 
-def text_sequences(tokens: Tensor, documents: Tensor | None = None) -> Sequences:
-    """Inputs and targets of tokens (B, T + 1) without marks."""
-    return Sequences(tokens[:, :-1], tokens[:, 1:], documents=documents)
+def text_sequences(tokens: Tensor, document_end: int | None = None) -> Sequences:
+    """Inputs and targets of tokens (B, T + 1) without marks; `document_end` as in `sequences_of`."""
+    inputs = tokens[:, :-1]
+    ends = inputs == document_end if document_end is not None else None
+    return Sequences(inputs, tokens[:, 1:], documents=None if ends is None else ends.cumsum(1) - ends.long())
 
 
 def sequences_of(tokens: Tensor, document_end: int | None = None) -> Sequences:
@@ -66,13 +68,11 @@ def sequences_of(tokens: Tensor, document_end: int | None = None) -> Sequences:
         document_end: for plain text, the token that ends a document, to which it belongs, and that limits
             attention; None: attention crosses documents.
     """
-    before = tokens[:, :-1]
     if not bool((tokens >= FIRST).any()):
-        ends = before == document_end if document_end is not None else None
-        return text_sequences(tokens, None if ends is None else ends.cumsum(1) - ends.long())
+        return text_sequences(tokens, document_end)
     ids = tokens & IDS
     trained = (tokens[:, 1:] & CONTEXT) == 0
-    return Sequences(ids[:, :-1], ids[:, 1:], trained, ((before & FIRST) > 0).cumsum(1))
+    return Sequences(ids[:, :-1], ids[:, 1:], trained, ((tokens[:, :-1] & FIRST) > 0).cumsum(1))
 
 
 @dataclass(frozen=True)

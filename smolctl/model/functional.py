@@ -176,7 +176,7 @@ class _SwiGLU(Function):
     ) -> Tensor:
         dtype = _product_dtype(x)
         # The result is allocated before temporary tensors, which then leave no gap when they are freed.
-        out = torch.empty_like(x)
+        out = None if torch.compiler.is_compiling() else torch.empty_like(x)
         rms = _rms_scale(x, eps)
         inputs = torch.mul(x, rms, out=out).mul_(norm).to(dtype)
         gated, upped = product(inputs, gate.to(dtype)), product(inputs, up.to(dtype))  # (B, T, F)
@@ -204,7 +204,7 @@ class _SwiGLU(Function):
         dinputs = add_product(product(dgated, gate.to(dtype).mT), dupped, up.to(dtype).mT)
         dweights = [weight_gradient(one, inputs) for one in (dgated, dupped)]
         dx, dnorm = _rms_norm_backward(dinputs.to(x.dtype), x, norm, rms, normed)
-        return dx.add_(gradient), dnorm, None, None, *(d.to(norm.dtype) for d in (*dweights, ddown))
+        return dx + gradient, dnorm, None, None, *(d.to(norm.dtype) for d in (*dweights, ddown))
 
 
 def swiglu(

@@ -289,19 +289,19 @@ class Decoder(nn.Module):
 
     def _attended(self, x: Tensor, documents: Tensor | None) -> Attended | None:
         """What the blocks need to know of `documents` for hidden states x (B, T, C); None: nothing."""
-        has_dropout = self.training and self.config.attention_dropout
-        if (
-            self.is_compiled
-            and has_kernels(x)
-            and self.config.head_dim >= FLEX_MIN_HEAD_DIM
-            and not has_dropout
-        ):
+        if self.attends_in_blocks(x):
             return causal_blocks(x.shape[1], x.device) if documents is None else document_blocks(documents)
         if documents is None:
             return None
         if self.is_compiled or self.masks_documents or not (x.device.type == "cpu" or has_kernels(x)):
             return document_mask(documents)
         return document_lengths(documents)
+
+    def attends_in_blocks(self, x: Tensor) -> bool:
+        """Whether FlexAttention computes the attention of hidden states x (…, C)."""
+        has_dropout = self.training and self.config.attention_dropout
+        is_wide_enough = self.config.head_dim >= FLEX_MIN_HEAD_DIM
+        return self.is_compiled and has_kernels(x) and is_wide_enough and not has_dropout
 
 
 class Transformer(nn.Module):

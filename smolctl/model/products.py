@@ -69,7 +69,8 @@ def add_product(sum: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         found: Tensor = torch.ops.mkldnn._linear_pointwise(x, sum, weight, None, "add")
         return found
     out = product(x, weight)
-    return out.add_(sum) if out.dtype == sum.dtype else sum + out
+    is_mutable = out.dtype == sum.dtype and not torch.compiler.is_compiling()
+    return out.add_(sum) if is_mutable else sum + out
 
 
 def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:

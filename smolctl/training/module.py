@@ -183,22 +183,26 @@ class TrainingModule(pl.LightningModule):
         if self._suits_a_graph(asked):
             if self._graph is None:
                 count = asked.targets.numel()
-                self._graph = GradientGraph(
-                    self.network, lambda rows: self._accumulate_parts(text_sequences(rows), count), batch
-                )
+
+                def gradient(rows: Tensor) -> tuple[Tensor, Tensor]:
+                    return self._accumulate_parts(text_sequences(rows, self._document_end), count)
+
+                self._graph = GradientGraph(self.network, gradient, batch)
             return self._graph(batch)
         tokens = self._mean_over_devices(torch.as_tensor(asked.trained_tokens, device=batch.device).float())
         return self._accumulate_parts(asked, tokens)
 
     def _suits_a_graph(self, asked: Sequences) -> bool:
-        """Whether a CUDA graph is possible: one GPU, no masks, no random numbers, no communication, no
-        loss scaler.
+        """Whether a CUDA graph is possible: one GPU, no lengths that it would wait for, no random numbers, no
+        communication, no loss scaler.
         """
+        table = self.network.model.embed_tokens.weight
+        with autocast(self.config, table.device):
+            attends_in_blocks = self.network.model.attends_in_blocks(table)
         return (
-            self.config.train.compile is True
-            and asked.inputs.is_cuda
+            asked.inputs.is_cuda
             and asked.trained is None
-            and asked.documents is None
+            and (asked.documents is None or attends_in_blocks)
             and not self.config.model.attention_dropout
             and self._scaler is None
             and not isinstance(self.trainer.strategy, ParallelStrategy)
