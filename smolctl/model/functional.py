@@ -168,7 +168,7 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 
 
 class _SwiGLU(Function):
-    """Saves x and gate; up as well where matmuls are slow. Everything else is recomputed."""
+    """Saves x; where matmuls are slow, the outputs of gate and up too. Everything else is recomputed."""
 
     @staticmethod
     def forward(
@@ -182,17 +182,19 @@ class _SwiGLU(Function):
         gated, upped = product(inputs, gate.to(dtype)), product(inputs, up.to(dtype))  # (B, T, F)
         y = product(F.silu(gated).mul_(upped), down.to(dtype))
         ctx.scale = scale
-        ctx.save_for_backward(x, norm, rms, gated, None if recomputing_is_cheap(x) else upped, gate, up, down)
+        kept = (None, None) if recomputing_is_cheap(x) else (gated, upped)
+        ctx.dtype = dtype
+        ctx.save_for_backward(x, norm, rms, *kept, gate, up, down)
         return torch.add(x, y, alpha=scale, out=out)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, norm, rms, gated, upped, gate, up, down = ctx.saved_tensors
-        dtype = gated.dtype
+        dtype = ctx.dtype
         normed = x * rms
         inputs = (normed * norm).to(dtype)
-        if upped is None:
-            upped = product(inputs, up.to(dtype))
+        if gated is None:
+            gated, upped = product(inputs, gate.to(dtype)), product(inputs, up.to(dtype))
         dy = (gradient if ctx.scale == 1 else gradient * ctx.scale).to(dtype)
         activated = F.silu(gated)
         hidden = activated * upped
