@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from smolctl.model import products
-from smolctl.model.products import product
+from smolctl.model.products import multiplies_fast, product
 
 BLOCK_ROWS = 384  # fewer rows take longer to multiply; with more, more of the scores are masked
 FEWEST_POSITIONS = 384  # of a sequence; PyTorch's attention is faster for shorter ones
@@ -31,15 +30,8 @@ def is_faster(x: Tensor) -> bool:
     Only in training, where all sequences have one length: oneDNN keeps about half a megabyte for every shape
     that it has multiplied.
     """
-    return (
-        products.HAS_WIDE_ONEDNN
-        and x.requires_grad
-        and x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
-        and x.shape[1] >= FEWEST_POSITIONS
-        and not torch.compiler.is_compiling()
-    )
+    is_float32 = multiplies_fast(x) and not torch.is_autocast_enabled("cpu")
+    return is_float32 and x.requires_grad and x.shape[1] >= FEWEST_POSITIONS
 
 
 def _blocks(groups: Tensor) -> Iterator[slice]:

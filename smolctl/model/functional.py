@@ -21,8 +21,8 @@ from torch.autograd import Function
 from smolctl.model.products import (
     add_product,
     add_weight_gradient,
+    multiplies_fast,
     product,
-    recomputing_is_cheap,
     row_chunks,
     weight_gradient,
 )
@@ -178,11 +178,12 @@ class _SwiGLU(Function):
         # The result is allocated before temporary tensors, which then leave no gap when they are freed.
         out = None if torch.compiler.is_compiling() else torch.empty_like(x)
         rms = _rms_scale(x, eps)
-        inputs = torch.mul(x, rms, out=out).mul_(norm).to(dtype)
+        normed = (x * rms).to(x.dtype) if out is None else torch.mul(x, rms, out=out)
+        inputs = normed.mul_(norm).to(dtype)
         gated, upped = product(inputs, gate.to(dtype)), product(inputs, up.to(dtype))  # (B, T, F)
         y = product(F.silu(gated).mul_(upped), down.to(dtype))
         ctx.scale = scale
-        kept = (None, None) if recomputing_is_cheap(x) else (gated, upped)
+        kept = (None, None) if multiplies_fast(x) else (gated, upped)
         ctx.dtype = dtype
         ctx.save_for_backward(x, norm, rms, *kept, gate, up, down)
         return torch.add(x, y, alpha=scale, out=out)

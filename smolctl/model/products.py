@@ -18,8 +18,6 @@ from torch import Tensor
 
 FEWEST_ROWS = 32  # with fewer rows, calling oneDNN costs more than it gains
 COPIED_COLUMNS = 2_000  # of logits' gradient at a time; more of them do not fit in the cache
-
-
 ZEN_5 = 26  # its number of the processor family
 
 
@@ -51,9 +49,12 @@ def _on_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _copies_to_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN is faster even for transposed matrices, which it copies first."""
-    return HAS_WIDE_ONEDNN and _on_onednn(x, weight) and not torch.compiler.is_compiling()
+def multiplies_fast(x: Tensor) -> bool:
+    """Whether matmuls with x are so fast here that transposed matrices can be copied for oneDNN, and that
+    results which take much memory can be computed twice.
+    """
+    is_plain = x.device.type == "cpu" and x.dtype == torch.float32
+    return HAS_WIDE_ONEDNN and is_plain and not torch.compiler.is_compiling()
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -76,14 +77,15 @@ def add_product(sum: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     """The gradient (O, I) of a matrix, if its output for x (…, I) has the gradient (…, O)."""
     rows, inputs = gradient.flatten(0, -2).mT, x.flatten(0, -2)  # (O, N), (N, I)
-    return _onednn(rows, inputs.mT) if _copies_to_onednn(gradient, x) else rows @ inputs
+    is_onednn = multiplies_fast(x) and _on_onednn(gradient, x)
+    return _onednn(rows, inputs.mT) if is_onednn else rows @ inputs
 
 
 def add_weight_gradient(sum: Tensor, gradient: Tensor, x: Tensor) -> None:
     """Add `weight_gradient` of gradient (N, O) and x (N, I) to a sum (O, I), without another matrix of its
     size where possible.
     """
-    if _copies_to_onednn(gradient, x):
+    if multiplies_fast(x) and _on_onednn(gradient, x):
         parts = -(-gradient.shape[1] // COPIED_COLUMNS)
         for part, columns in zip(sum.tensor_split(parts), gradient.tensor_split(parts, dim=1), strict=True):
             part += weight_gradient(columns.contiguous(), x)
@@ -91,11 +93,6 @@ def add_weight_gradient(sum: Tensor, gradient: Tensor, x: Tensor) -> None:
         sum.addmm_(gradient.mT, x)
     else:
         sum += gradient.mT @ x
-
-
-def recomputing_is_cheap(x: Tensor) -> bool:
-    """Whether a matmul with x (…, I) should be repeated in the backward pass to keep less until then."""
-    return HAS_WIDE_ONEDNN and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def row_chunks(x: Tensor, rows: int) -> Iterator[slice]:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
+
+from smolctl.model.products import multiplies_fast, product
 
 # Coefficients of five quintic iterations, chosen by Jordan for the steepest slope at 0; the resulting
 # singular values lie between 0.7 and 1.2, which trains as well as exactly 1.
@@ -39,7 +41,7 @@ def muon_momentum(place: float, warmup: float) -> float:
 
 def orthogonalize(
     matrices: Tensor,
-    coefficients: Iterable[tuple[float, float, float]] = NEWTON_SCHULZ,
+    coefficients: Sequence[tuple[float, float, float]] = NEWTON_SCHULZ,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The nearly orthogonal factor of each matrix of (N, rows, columns), in the same shape.
@@ -54,10 +56,22 @@ def orthogonalize(
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT  # the matmuls have the size of the smaller side
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
-    for a, b, c in coefficients:
-        gram = x @ x.mT  # (N, small, small)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if multiplies_fast(x):
+        x = torch.stack([_iterated(one, coefficients) for one in x])
+    else:
+        for a, b, c in coefficients:
+            gram = x @ x.mT  # (N, small, small)
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x if wide else x.mT).to(matrices.dtype)
+
+
+def _iterated(x: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+    """The iterations of `orthogonalize` for one matrix (small, large), with `products.product`."""
+    for a, b, c in coefficients:
+        gram = product(x, x)  # (small, small), symmetric
+        polynomial = product(gram, gram).mul_(c).add_(gram, alpha=b)
+        x = product(polynomial, x.mT).add_(x, alpha=a)
+    return x
 
 
 def by_shape(parameters: Iterable[nn.Parameter]) -> dict[torch.Size, list[nn.Parameter]]:
