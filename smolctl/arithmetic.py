@@ -198,8 +198,8 @@ def activation_values_per_token(config: ModelConfig, checkpointed: bool = False)
     the layers come the final norm's input, output and 1/rms, and the gradient of the last hidden state, which
     the chunked loss computes in the forward pass.
 
-    On a Zen 5, less is saved, because matmuls are repeated there (`products.multiplies_fast`): not
-    gate and up, and with `model/attention.py` not queries, keys and values either.
+    On a Zen 5, less is saved, because matmuls are repeated there (`products.multiplies_fast`): from a hidden
+    size of 512 on, not gate and up, and with `model/attention.py` not queries, keys and values either.
 
     Args:
         config: the network.

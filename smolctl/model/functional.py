@@ -167,8 +167,11 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     return _Rotate.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
 
 
+SMALLEST_RECOMPUTED = 512  # hidden size; a smaller model takes little memory, and 7 % more time otherwise
+
+
 class _SwiGLU(Function):
-    """Saves x; where matmuls are slow, the outputs of gate and up too. Everything else is recomputed."""
+    """Saves x, and the outputs of gate and up unless they are recomputed, as everything else is."""
 
     @staticmethod
     def forward(
@@ -183,7 +186,8 @@ class _SwiGLU(Function):
         gated, upped = product(inputs, gate.to(dtype)), product(inputs, up.to(dtype))  # (B, T, F)
         y = product(F.silu(gated).mul_(upped), down.to(dtype))
         ctx.scale = scale
-        kept = (None, None) if multiplies_fast(x) else (gated, upped)
+        recomputed = multiplies_fast(x) and x.shape[-1] >= SMALLEST_RECOMPUTED
+        kept = (None, None) if recomputed else (gated, upped)
         ctx.dtype = dtype
         ctx.save_for_backward(x, norm, rms, *kept, gate, up, down)
         return torch.add(x, y, alpha=scale, out=out)

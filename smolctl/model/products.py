@@ -36,7 +36,7 @@ PREFERS_ONEDNN = torch.backends.mkldnn.is_available() and _amd_family() > 0
 # A Zen 5 multiplies vectors of 512 bits at full speed, but MKL uses 256 bits on AMD processors. oneDNN is
 # therefore faster there even if it has to copy matrices first.
 HAS_WIDE_ONEDNN = (
-    PREFERS_ONEDNN and _amd_family() >= ZEN_5 and bool(torch.cpu.get_capabilities().get("avx512_f"))
+    PREFERS_ONEDNN and _amd_family() >= ZEN_5 and torch.backends.cpu.get_cpu_capability() == "AVX512"
 )
 
 

@@ -79,8 +79,8 @@ WITHOUT_BFLOAT16 = ("V100-SXM2", "V100-PCIE", "T4", "RTX 20")
 NOT_THE_WHOLE_CHIP = re.compile(r"\b(MIG|Laptop|Max-Q)\b")
 
 # For fewer steps, compiling costs more time than it saves. It took 12 s on an H100; on an H200 it saves 22 ms
-# per step of 8,192 tokens of a 135M model (docs/benchmarks.md). With 16 cores, 600 steps suffice. Machines with
-# fewer cores take up to a minute to compile.
+# per step of 8,192 tokens of a 135M model (docs/benchmarks.md). With 16 cores, 600 steps suffice. Machines
+# with fewer cores take up to a minute to compile.
 STEPS_WORTH_COMPILING = 1_000
 # Settings whose "auto" is replaced by a choice for the device.
 DECIDED = ("train.precision", "train.compile", "trainer.accelerator")

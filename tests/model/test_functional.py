@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smolctl.config import ModelConfig
-from smolctl.model import attention, products
+from smolctl.model import attention, functional, products
 from smolctl.model.functional import (
     linear,
     linear_cross_entropy,
@@ -57,6 +57,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """The choice of libraries of every kind of processor, whatever processor this is."""
     monkeypatch.setattr(products, "PREFERS_ONEDNN", request.param != "default")
     monkeypatch.setattr(products, "HAS_WIDE_ONEDNN", request.param == "wide onednn")
+    monkeypatch.setattr(functional, "SMALLEST_RECOMPUTED", 1)
     return str(request.param)
 
 

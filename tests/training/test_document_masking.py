@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -98,9 +99,12 @@ def test_the_kernel_of_gpus_is_asked_for_the_same_attention(
 ) -> None:
     model, (tokens, ids) = network(position_embedding), packed()
     expected = model(tokens, documents=ids)
-    monkeypatch.setattr("smolctl.model.network.has_kernels", lambda _x: True)
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", plain_varlen)
+    asked = Mock(side_effect=plain_varlen)
+    for module in ("network", "block"):
+        monkeypatch.setattr(f"smolctl.model.{module}.has_kernels", lambda _x: True)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", asked)
     torch.testing.assert_close(model(tokens, documents=ids), expected, atol=1e-6, rtol=1e-5)
+    assert asked.call_count == len(model.model.layers)
 
 
 @pytest.mark.parametrize("position_embedding", ["rope", "learned"])

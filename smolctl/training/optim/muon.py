@@ -29,6 +29,9 @@ NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 ADAMW_RMS = 0.2
 
 
+# Rows of a matrix that is multiplied alone (`products.product`); smaller ones are faster in a batch.
+SMALLEST_ALONE = 256
+
 # At the start of the momentum's warmup, as in modded-nanogpt and nanochat, and after it, as in Jordan's Muon.
 MOMENTUM = 0.85, 0.95
 
@@ -56,7 +59,7 @@ def orthogonalize(
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT  # the matmuls have the size of the smaller side
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
-    if multiplies_fast(x):
+    if multiplies_fast(x) and x.shape[-2] >= SMALLEST_ALONE:
         x = torch.stack([_iterated(one, coefficients) for one in x])
     else:
         for a, b, c in coefficients:

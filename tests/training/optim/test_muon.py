@@ -9,8 +9,10 @@ import torch
 
 from smolctl.config import load_run_config
 from smolctl.config.run import OptimizerConfig
+from smolctl.model import products
 from smolctl.model.network import Transformer
 from smolctl.training.device import muon_dtype
+from smolctl.training.optim import muon
 from smolctl.training.optim.muon import orthogonalize
 from smolctl.training.optim.optimizers import make_optimizer
 from tests.support.tiny_models import tiny_network
@@ -30,8 +32,14 @@ def take_step(network: Transformer, optimizer: torch.optim.Optimizer, seed: int)
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 8, 24), (2, 24, 8)])
-def test_orthogonalized_matrices_have_singular_values_near_one(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 8, 24), (2, 24, 8), (2, 40, 64), (2, 64, 40)])
+@pytest.mark.parametrize("is_wide", [False, True])
+def test_orthogonalized_matrices_have_singular_values_near_one(
+    shape: tuple[int, ...], is_wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PREFERS_ONEDNN", "HAS_WIDE_ONEDNN"):  # the choice for every processor
+        monkeypatch.setattr(products, name, is_wide)
+    monkeypatch.setattr(muon, "SMALLEST_ALONE", 8)
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(orthogonalize(matrices))
     assert values.min() > 0.3
