@@ -178,7 +178,7 @@ class TrainingMemory:
     """The peak memory of a training step, in bytes."""
 
     weights: int
-    gradients: int  # a tied table has two: from the lookup and from the head, before they are added
+    gradients: int  # on a GPU, a tied table has two: from the lookup and from the head, before they are added
     optimizer: int  # AdamW's two moments, or Muon's one for the matrices of the layers
     activations: int  # saved by the forward pass for the backward pass
     logits: int  # the chunk of logits and its gradient that exist at the same time in the loss
@@ -189,7 +189,9 @@ class TrainingMemory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits
 
 
-def activation_values_per_token(config: ModelConfig, checkpointed: bool = False) -> int:
+def activation_values_per_token(
+    config: ModelConfig, checkpointed: bool = False, recomputed: bool = False
+) -> int:
     """Numbers per token that autograd saves between the forward and the backward pass.
 
     A layer saves, for each of its two norms, the input and 1/rms (2 hidden + 2); the queries and the
@@ -198,19 +200,21 @@ def activation_values_per_token(config: ModelConfig, checkpointed: bool = False)
     the layers come the final norm's input, output and 1/rms, and the gradient of the last hidden state, which
     the chunked loss computes in the forward pass.
 
-    On a Zen 5, less is saved, because matmuls are repeated there (`products.multiplies_fast`): from a hidden
-    size of 512 on, not gate and up, and with `model/attention.py` not queries, keys and values either.
+    On a Zen 5, `model/attention.py` saves no queries, keys and values either, which is not counted here.
 
     Args:
         config: the network.
         checkpointed: whether a layer saves only its input, except the layer whose gradients are being
             computed.
+        recomputed: whether gate and up are computed again instead (`functional.recomputes_swiglu`).
     """
     hidden = config.hidden_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     heads = config.num_attention_heads
-    layer = 2 * hidden + 2 * queries + 2 * keys + 2 * config.intermediate_size + heads + 2
+    layer = 2 * hidden + 2 * queries + 2 * keys + heads + 2
+    if not recomputed:
+        layer += 2 * config.intermediate_size
     if config.use_qk_norm:
         layer += queries + keys + heads + config.num_key_value_heads
     layers = config.num_hidden_layers * hidden + layer if checkpointed else config.num_hidden_layers * layer
@@ -223,6 +227,7 @@ def run_memory(
     sequence_length: int | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    recomputed: bool = False,
 ) -> TrainingMemory:
     """The peak memory of a training step, without the framework's own memory.
 
@@ -234,27 +239,29 @@ def run_memory(
         sequence_length: tokens per sequence.
         dtype: a key of `TRAINING_DTYPES`.
         device: "cpu" or "cuda", if "auto" has been decided.
+        recomputed: as in `activation_values_per_token`.
     """
     config, float32 = run.model, BYTES_PER_VALUE["float32"]
     dtype = dtype or DTYPE_OF_PRECISION[run.train.precision]
     stored, computed = (BYTES_PER_VALUE[name] for name in TRAINING_DTYPES[dtype])
     tokens = (sequences or run.micro_batch_size) * (sequence_length or run.data.sequence_length)
-    values = activation_values_per_token(config, run.train.checkpoint_activations)
+    values = activation_values_per_token(config, run.train.checkpoint_activations, recomputed)
     on_gpu = (device or run.trainer.accelerator) in ("cuda", "gpu")
     rows = min(GPU_LOSS_CHUNK_ROWS if on_gpu else LOSS_CHUNK_ROWS, tokens)
     # float32 logits are overwritten with their gradient; others have a float32 copy between the two.
     logit = float32 if computed == float32 else float32 + 2 * computed
     count = count_parameters(config)
+    gradients = count.naive if on_gpu else count.unique
     saved = layer_matrices(config) if run.optimizer.name == "muon" else 0  # one moment instead of two
     return TrainingMemory(
         weights=count.unique * stored,
-        gradients=count.naive * stored,
+        gradients=gradients * stored,
         optimizer=(2 * count.unique - saved) * stored,
         activations=tokens * values * computed,
         logits=rows * config.vocab_size * logit,
         formulas={
             "weights": f"{count.unique:,} × {stored} bytes",
-            "gradients": f"{count.naive:,} × {stored} bytes",
+            "gradients": f"{gradients:,} × {stored} bytes",
             "optimizer": (f"(2 × {count.unique:,} - {saved:,})" if saved else f"2 × {count.unique:,}")
             + f" × {stored} bytes",
             "activations": f"{tokens:,} tokens × {values:,} values × {computed} bytes",

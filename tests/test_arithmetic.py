@@ -239,9 +239,7 @@ def test_activations_equal_what_autograd_keeps(
         hidden = model.model(tokens)
     values = sum(tensor.untyped_storage().nbytes() // 4 for tensor in kept.values())
     # The chunked loss holds the hidden states and their gradient, which it computes at once.
-    estimate = activation_values_per_token(config) - (
-        2 * layers * config.intermediate_size if recomputed else 0
-    )
+    estimate = activation_values_per_token(config, recomputed=recomputed)
     assert values + 2 * hidden.numel() == tokens.numel() * estimate
 
 

@@ -170,6 +170,11 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 SMALLEST_RECOMPUTED = 512  # hidden size; a smaller model takes little memory, and 7 % more time otherwise
 
 
+def recomputes_swiglu(x: Tensor) -> bool:
+    """Whether `swiglu` computes gate and up of x (…, C) again in the backward pass instead of saving them."""
+    return multiplies_fast(x) and x.shape[-1] >= SMALLEST_RECOMPUTED
+
+
 class _SwiGLU(Function):
     """Saves x, and the outputs of gate and up unless they are recomputed, as everything else is."""
 
@@ -186,8 +191,7 @@ class _SwiGLU(Function):
         gated, upped = product(inputs, gate.to(dtype)), product(inputs, up.to(dtype))  # (B, T, F)
         y = product(F.silu(gated).mul_(upped), down.to(dtype))
         ctx.scale = scale
-        recomputed = multiplies_fast(x) and x.shape[-1] >= SMALLEST_RECOMPUTED
-        kept = (None, None) if recomputed else (gated, upped)
+        kept = (None, None) if recomputes_swiglu(x) else (gated, upped)
         ctx.dtype = dtype
         ctx.save_for_backward(x, norm, rms, *kept, gate, up, down)
         return torch.add(x, y, alpha=scale, out=out)

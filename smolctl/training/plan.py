@@ -11,6 +11,7 @@ from smolctl.arithmetic import count_parameters, run_memory
 from smolctl.config import RunConfig
 from smolctl.data.batches import sequences_of
 from smolctl.data.tokens.corpus import TokenizedCorpus
+from smolctl.model.functional import recomputes_swiglu
 from smolctl.model.network import Transformer
 from smolctl.runs.events import RunPlan
 from smolctl.timing import synchronized_time
@@ -49,7 +50,9 @@ def make_plan(
     parameters = count_parameters(config.model).unique
     steps = config.train.steps - done
     tokens = steps * config.tokens_per_step
-    memory = run_memory(config, sequences, device=device)
+    dtype = torch.bfloat16 if config.train.precision == "bf16-true" else torch.float32
+    recomputed = device == "cpu" and recomputes_swiglu(torch.empty(0, config.model.hidden_size, dtype=dtype))
+    memory = run_memory(config, sequences, device=device, recomputed=recomputed)
     accumulates = config.micro_batch_size < config.train.batch_size
     gaps = round(GAPS_PER_GRADIENT_BYTE * memory.gradients) if device == "cpu" and accumulates else 0
     checkpoint = memory.weights + memory.optimizer

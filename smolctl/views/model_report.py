@@ -23,7 +23,7 @@ PROBLEMS_SHOWN = 12
 
 MEMORY_MEANINGS = {
     "weights": "every parameter once",
-    "gradients": "one per parameter; a tied table has one for the lookup and one for the head",
+    "gradients": "one per parameter; on a GPU, a tied table has two",
     "optimizer": "AdamW's two moments of each parameter",
     "activations": "kept for the backward pass",
     "logits": "one chunk of the loss, and its gradient",
