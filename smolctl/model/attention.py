@@ -10,8 +10,8 @@ one matmul.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from itertools import product as pairs
 from typing import Any
 
 import torch
@@ -36,15 +36,20 @@ def is_faster(x: Tensor) -> bool:
 
 def _blocks(groups: Tensor) -> Iterator[slice]:
     """The positions of each block of queries (B, T, K, G, D)."""
-    T, most = groups.shape[1], max(1, BLOCK_ROWS // groups.shape[3])
+    T, most = groups.shape[1], _positions_at_a_time(groups)
     for start in range(0, T, most):
         yield slice(start, min(start + most, T))
 
 
 def _causal_mask(groups: Tensor) -> Tensor:
     """What is added to the scores among the positions of a block of queries (B, T, K, G, D): (P, 1, P)."""
-    most = max(1, BLOCK_ROWS // groups.shape[3])
+    most = _positions_at_a_time(groups)
     return groups.new_full((most, most), -torch.inf).triu_(1)[:, None]
+
+
+def _positions_at_a_time(groups: Tensor) -> int:
+    """P for queries (B, T, K, G, D)."""
+    return max(1, BLOCK_ROWS // groups.shape[3])
 
 
 def _probabilities(rows: Tensor, keys: Tensor, block: slice, mask: Tensor) -> Tensor:
@@ -61,7 +66,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
     """
     groups, out = (x.unflatten(2, (k.shape[2], -1)) for x in (q, out))  # (B, T, K, G, D)
     mask, scale = _causal_mask(groups), q.shape[-1] ** -0.5
-    for sequence, head in pairs(range(k.shape[0]), range(k.shape[2])):
+    for sequence, head in itertools.product(range(k.shape[0]), range(k.shape[2])):
         keys, values = k[sequence, :, head].contiguous(), v[sequence, :, head].contiguous()  # (T, D)
         for block in _blocks(groups):
             rows = (groups[sequence, block, head] * scale).flatten(0, 1)
@@ -77,7 +82,7 @@ def _attend_backward(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor) -> tuple
     groups, dout = (x.unflatten(2, (k.shape[2], -1)) for x in (q, gradient))  # (B, T, K, G, D)
     dq, dk, dv = torch.empty_like(groups), torch.empty_like(k), torch.empty_like(v)
     mask, scale = _causal_mask(groups), q.shape[-1] ** -0.5
-    for sequence, head in pairs(range(k.shape[0]), range(k.shape[2])):
+    for sequence, head in itertools.product(range(k.shape[0]), range(k.shape[2])):
         keys, values = k[sequence, :, head].contiguous(), v[sequence, :, head].contiguous()  # (T, D)
         # Transposed, because oneDNN copies the first matrix of a matmul if that is transposed, and the second
         # one is larger in this order.

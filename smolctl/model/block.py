@@ -81,8 +81,12 @@ class Attention(nn.Module):
     def _recomputes(self, x: Tensor) -> bool:
         """Whether `attention.py` computes the attention of hidden states x, and `_project` twice."""
         layers = (self.q_proj, self.k_proj, self.v_proj)
-        has_dropout = self.training and self.dropout
-        return attention.is_faster(x) and all(map(is_plain, layers)) and not has_dropout
+        return attention.is_faster(x) and all(map(is_plain, layers)) and not self._dropped
+
+    @property
+    def _dropped(self) -> float:
+        """The share of the attention that is dropped now."""
+        return self.dropout if self.training else 0.0
 
     def _projections(self, norm: RMSNorm) -> list[nn.Parameter]:
         """The trained tensors that `_project` uses."""
@@ -116,7 +120,7 @@ class Attention(nn.Module):
 
     def _attend_apart(self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """Attention of queries (N, H, D) to keys and values (N, K, D) of their own document: (N, H, D)."""
-        if has_kernels(v) and not (self.training and self.dropout):
+        if has_kernels(v) and not self._dropped:
             from torch.nn.attention.varlen import varlen_attn  # takes a second to import
 
             begins = torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device=v.device)
@@ -142,7 +146,7 @@ class Attention(nn.Module):
             v,
             attn_mask=_continuation_mask(T, S, q.device) if mask is None else mask,
             is_causal=T > 1 and S == T and mask is None,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=self._dropped,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # (B, H, T, D)
         return y.transpose(1, 2)

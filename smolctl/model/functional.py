@@ -9,7 +9,7 @@ Shapes as in `network.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -101,6 +101,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def _linears_backward(
+    inputs: Tensor, gradients: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of the inputs (…, I) and of the weights (O, I) of matmuls whose outputs have `gradients`."""
+    dinputs: Tensor | None = None
+    dweights = []
+    for gradient, weight in zip(gradients, weights, strict=True):
+        dweights.append(weight_gradient(gradient, inputs).to(weight.dtype))
+        matrix = weight.to(inputs.dtype).mT
+        dinputs = product(gradient, matrix) if dinputs is None else add_product(dinputs, gradient, matrix)
+    assert dinputs is not None
+    return dinputs, dweights
+
+
 class _RMSNormLinears(Function):
     """Saves only x, which the residual stream keeps anyway; the input of the matmuls is recomputed."""
 
@@ -118,13 +132,7 @@ class _RMSNormLinears(Function):
         dtype = gradients[0].dtype
         normed = x * scale
         inputs = (normed * norm).to(dtype)
-        dinputs: Tensor | None = None
-        dweights = []
-        for gradient, weight in zip(gradients, weights, strict=True):
-            dweights.append(weight_gradient(gradient, inputs).to(weight.dtype))
-            matrix = weight.to(dtype).mT
-            dinputs = product(gradient, matrix) if dinputs is None else add_product(dinputs, gradient, matrix)
-        assert dinputs is not None
+        dinputs, dweights = _linears_backward(inputs, gradients, weights)
         return *_rms_norm_backward(dinputs.to(x.dtype), x, norm, scale, normed), None, *dweights
 
 
@@ -212,10 +220,9 @@ class _SwiGLU(Function):
         dupped = torch.mul(dhidden, activated, out=hidden)
         dgated = torch.ops.aten.silu_backward(dhidden.mul_(upped), gated)
         del activated, dhidden, upped  # memory use is highest here, in the last layer
-        dinputs = add_product(product(dgated, gate.to(dtype).mT), dupped, up.to(dtype).mT)
-        dweights = [weight_gradient(one, inputs) for one in (dgated, dupped)]
+        dinputs, dweights = _linears_backward(inputs, (dgated, dupped), (gate, up))
         dx, dnorm = _rms_norm_backward(dinputs.to(x.dtype), x, norm, rms, normed)
-        return dx + gradient, dnorm, None, None, *(d.to(norm.dtype) for d in (*dweights, ddown))
+        return dx + gradient, dnorm, None, None, *dweights, ddown.to(down.dtype)
 
 
 def swiglu(

@@ -32,12 +32,11 @@ def _amd_family() -> int:
     return int(family[1]) if family and b"AuthenticAMD" in lines else 0
 
 
-PREFERS_ONEDNN = torch.backends.mkldnn.is_available() and _amd_family() > 0
+_FAMILY = _amd_family()
+PREFERS_ONEDNN = torch.backends.mkldnn.is_available() and _FAMILY > 0
 # A Zen 5 multiplies vectors of 512 bits at full speed, but MKL uses 256 bits on AMD processors. oneDNN is
 # therefore faster there even if it has to copy matrices first.
-HAS_WIDE_ONEDNN = (
-    PREFERS_ONEDNN and _amd_family() >= ZEN_5 and torch.backends.cpu.get_cpu_capability() == "AVX512"
-)
+HAS_WIDE_ONEDNN = PREFERS_ONEDNN and _FAMILY >= ZEN_5 and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _on_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -66,12 +65,13 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 def add_product(sum: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """sum + x @ weightᵀ, with the addition fused into the matmul."""
-    if _on_onednn(x, weight) and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # which fuses it itself
+        return sum + product(x, weight)
+    if _on_onednn(x, weight):
         found: Tensor = torch.ops.mkldnn._linear_pointwise(x, sum, weight, None, "add")
         return found
     out = product(x, weight)
-    is_mutable = out.dtype == sum.dtype and not torch.compiler.is_compiling()
-    return out.add_(sum) if is_mutable else sum + out
+    return out.add_(sum) if out.dtype == sum.dtype else sum + out
 
 
 def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -23,6 +25,8 @@ from smolctl.model.functional import (
 from smolctl.model.network import rotary_table
 from smolctl.timing import resident_memory
 from tests.support.tiny_models import tiny_network
+
+ROPE = {"position_embedding": "rope", "residual_scale": 1.0}
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -119,7 +123,7 @@ def test_swiglu_equals_its_definition(rows: int, scale: float) -> None:
         draw(2, rows, 24),
         draw(24, seed=1),
         *(draw(*shape, seed=2) / 5 for shape in ((12, 24), (12, 24), (24, 12))),
-        tolerance=1e-4,
+        tolerance=1e-5,
     )
 
 
@@ -175,7 +179,7 @@ def test_attention_from_matmuls_equals_pytorch(
 
 
 @pytest.mark.usefixtures("library")
-@pytest.mark.parametrize("rows", [1, 4, 64, 100])
+@pytest.mark.parametrize("rows", [1, 4, 10, 64, 100])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 def test_chunked_cross_entropy_equals_the_whole_one(rows: int, z_loss: float) -> None:
     targets = torch.randint(0, 30, (70,), generator=torch.Generator().manual_seed(3))
@@ -189,7 +193,7 @@ def test_chunked_cross_entropy_equals_the_whole_one(rows: int, z_loss: float) ->
         whole,
         draw(70, 8),
         draw(30, 8, seed=1),
-        tolerance=1e-4,
+        tolerance=1e-5,
     )
 
 
@@ -215,6 +219,33 @@ def test_operations_work_under_autocast() -> None:
         assert torch.linalg.vector_norm(parameter.grad - gradients[name]) < 0.05 * torch.linalg.vector_norm(
             gradients[name]
         )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, ROPE, {**ROPE, "qkv_bias": True}, {**ROPE, "use_qk_norm": True}, {"tie_word_embeddings": False}],
+    ids=["learned", "rope", "biases", "norms of heads", "untied"],
+)
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_network_has_the_same_gradients_on_every_processor(
+    fields: dict[str, Any], checkpointed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where matmuls are fast, attention is built from them, and their results are recomputed."""
+    monkeypatch.setattr(attention, "FEWEST_POSITIONS", 1)
+    monkeypatch.setattr(functional, "SMALLEST_RECOMPUTED", 1)
+    tokens = torch.randint(0, 64, (2, 65), generator=torch.Generator().manual_seed(0))
+    found = []
+    for is_wide in (False, True):
+        for name in ("PREFERS_ONEDNN", "HAS_WIDE_ONEDNN"):
+            monkeypatch.setattr(products, name, is_wide)
+        network = tiny_network(initializer_range=0.2, max_position_embeddings=64, **fields).train()
+        network.model.checkpoint_activations = checkpointed
+        with mock.patch.object(attention, "_attend", wraps=attention._attend) as attend:
+            loss = network.loss(tokens[:, :-1], tokens[:, 1:])
+            loss.backward()
+        assert attend.called == is_wide
+        found.append((loss.detach(), {name: p.grad for name, p in network.named_parameters()}))
+    torch.testing.assert_close(*found, atol=2e-3, rtol=1e-4)
 
 
 def test_memory_does_not_grow_with_the_different_numbers_of_tokens_that_count() -> None:
